@@ -1,0 +1,78 @@
+# Thin names for the commands CI and people run. Every target works in a fresh clone: the first one
+# to need .venv makes it. uv is used when it is on PATH, else the venv's own pip; `make UV= test` forces pip.
+
+PYTHON ?= python3
+UV ?= $(shell command -v uv 2>/dev/null)
+COMPOSE ?= docker compose
+LOCK_FLAGS := --universal --python-version 3.11 --generate-hashes --no-header --quiet
+
+BIN := .venv/bin
+ifeq ($(strip $(UV)),)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+else
+INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+endif
+
+.PHONY: help demo test check bench compose lock clean venv venv-dev venv-bench
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: venv ## start the four daemons and run one DMA test through the shared table
+	$(BIN)/qemu-shim run dmatest
+
+test: venv-dev ## the whole test suite
+	$(BIN)/python -m pytest -q
+
+check: venv-dev ## ruff, formatting, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv-bench ## each figure with its limit and its rivals
+	$(BIN)/python -m bench
+
+compose: ## the same demo in four containers
+	$(COMPOSE) build
+	@rc=0; \
+	{ $(COMPOSE) up --detach --wait --wait-timeout 180 && $(COMPOSE) run --rm -T scenario; } || \
+	  { rc=$$?; $(COMPOSE) logs --no-color --tail 20; }; \
+	$(COMPOSE) down --volumes --timeout 5 || rc=1; exit $$rc
+
+lock: ## compile requirements*.in into requirements*.lock (needs uv)
+	@test -n "$(UV)" || { echo "make lock: uv is not on PATH (pip install uv)" >&2; exit 1; }
+	$(UV) pip compile $(LOCK_FLAGS) requirements.in -o requirements.lock
+	$(UV) pip compile $(LOCK_FLAGS) requirements-dev.in -o requirements-dev.lock
+	$(UV) pip compile $(LOCK_FLAGS) requirements-bench.in -o requirements-bench.lock
+
+clean: ## remove .venv and everything generated
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. A changed lock empties it, so nothing stale stays behind; each stamp says what is in it.
+venv: .venv/run.stamp
+venv-dev: .venv/dev.stamp
+venv-bench: .venv/bench.stamp
+
+.venv/made.stamp: requirements.lock requirements-dev.lock requirements-bench.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) must be Python 3.11 or newer; say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: $(PYTHON) cannot make a virtual environment: install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/run.stamp: .venv/made.stamp pyproject.toml
+	$(INSTALL) --require-hashes -r requirements.lock
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+.venv/bench.stamp: .venv/run.stamp
+	$(INSTALL) --require-hashes -r requirements-bench.lock
+	@touch $@

@@ -1,0 +1,1 @@
+"""Tests may import everything; nothing imports tests."""
