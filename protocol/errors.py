@@ -1,0 +1,31 @@
+"""The three ways things go wrong, told apart by who is to blame.
+
+UapiError   the caller asked for something that cannot be: an errno and a sentence, sent back to it.
+PeerError   the other end broke the protocol: its connection is closed, nothing else happens.
+ModelBug    we broke a promise of ours: it is logged with its traceback and the daemon's exit status shows it.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class UapiError(Exception):
+    """`errno` as the kernel would return it (positive), `why` what was asked and what stood in the way."""
+
+    def __init__(self, errno: int, why: str) -> None:
+        super().__init__(f"[{errno_name(errno)}] {why}")
+        self.errno = errno
+        self.why = why
+
+
+class PeerError(Exception):
+    """The bytes, fds or message order of a peer are not the protocol."""
+
+
+class ModelBug(Exception):
+    """An invariant of ours does not hold; the message names it."""
+
+
+def errno_name(errno: int) -> str:
+    return _errno.errorcode.get(errno, f"errno {errno}")

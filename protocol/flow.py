@@ -1,0 +1,160 @@
+"""Waiting without a scheduler of its own: one-shot results, and flows that await them.
+
+The kernel code we model waits in the middle (fault a page in, flush and be acked, drain).  A core writes
+such a path as an `async def` in the order the kernel runs it and awaits `Wait` objects; whoever owns a
+`Flows` drives it: a daemon's message loop inline, a test by hand, a simulator in the order its seed picks.
+No trio task, lock or event is made for it (docs/decisions/0003).
+
+Promises:
+* Between two awaits a flow is atomic: setting a `Wait` never runs another flow, it only makes it ready.
+* Flows made ready run in the order they were made ready, unless a subclass picks otherwise.
+* A flow that ends in an exception hands it to its `Wait`; if nobody awaits that, `on_crash` gets it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Wait(Generic[T]):
+    """A result that is set once.  Await it in a flow, or attach `on_done` callbacks."""
+
+    __slots__ = ("_callbacks", "_done", "_error", "_value")
+
+    def __init__(self) -> None:
+        self._done = False
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[Wait[T]], None]] = []
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    def set(self, value: T) -> None:
+        assert not self._done, "a Wait is set once"
+        self._value = value
+        self._finish()
+
+    def fail(self, error: BaseException) -> None:
+        assert not self._done, "a Wait is set once"
+        self._error = error
+        self._finish()
+
+    def _finish(self) -> None:
+        self._done = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    def on_done(self, callback: Callable[[Wait[T]], None]) -> None:
+        """Call `callback(self)` once set; at once if it already is.  It must not run a flow."""
+        if self._done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    @property
+    def watched(self) -> bool:
+        return bool(self._callbacks)
+
+    def result(self) -> T:
+        assert self._done, "result() before the Wait was set"
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+    def __await__(self) -> Generator[Wait[T], None, T]:
+        if not self._done:
+            yield self
+        return self.result()
+
+
+def done(value: T) -> Wait[T]:
+    """A Wait that never makes anybody wait."""
+    wait: Wait[T] = Wait()
+    wait.set(value)
+    return wait
+
+
+Flow = Coroutine[Any, None, T]
+
+
+class _Running(Generic[T]):
+    __slots__ = ("coro", "done")
+
+    def __init__(self, coro: Flow[T], done: Wait[T]) -> None:
+        self.coro = coro
+        self.done = done
+
+
+class Flows:
+    """Runs flows up to their next wait.  Not re-entrant: `run_ready` is called from the top level only."""
+
+    def __init__(self, on_crash: Callable[[BaseException], None] | None = None) -> None:
+        self._ready: deque[_Running[Any]] = deque()
+        self._waiting: dict[_Running[Any], None] = {}
+        self._on_crash = on_crash
+
+    def start(self, coro: Flow[T]) -> Wait[T]:
+        """Run `coro` until it first waits.  Await the result, or attach to it before the next `run_ready`."""
+        running = _Running(coro, Wait[T]())
+        self._step(running)
+        return running.done
+
+    def spawn(self, coro: Flow[None]) -> None:
+        """Start a flow nobody awaits; if it raises, `on_crash` is told."""
+        self.start(coro).on_done(self._check_crash)
+
+    def run_ready(self) -> None:
+        """Run every ready flow to its next wait, and those they make ready, until none is."""
+        while self._ready:
+            self._step(self._pick())
+
+    @property
+    def has_ready(self) -> bool:
+        return bool(self._ready)
+
+    @property
+    def waiting(self) -> int:
+        """How many flows wait for something; nobody else holds them."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """Give up every flow: each sees GeneratorExit at its await."""
+        for running in (*self._waiting, *self._ready):
+            running.coro.close()
+        self._waiting.clear()
+        self._ready.clear()
+
+    def _pick(self) -> _Running[Any]:
+        return self._ready.popleft()
+
+    def _step(self, running: _Running[Any]) -> None:
+        try:
+            wait = running.coro.send(None)
+        except StopIteration as stop:
+            running.done.set(stop.value)
+        except Exception as error:
+            running.done.fail(error)
+        else:
+            assert isinstance(wait, Wait), f"a flow may await only a Wait, not {wait!r}"
+            self._waiting[running] = None
+
+            def resume(_: Wait[Any]) -> None:
+                if self._waiting.pop(running, running) is None:
+                    self._ready.append(running)
+
+            wait.on_done(resume)
+
+    def _check_crash(self, wait: Wait[None]) -> None:
+        try:
+            wait.result()
+        except Exception as error:
+            if self._on_crash is None:
+                raise
+            self._on_crash(error)

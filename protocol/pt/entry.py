@@ -1,0 +1,64 @@
+"""What one raw 64-bit entry is, from the writer's side: leaf, table entry, absent or frozen.
+
+Models KVM's predicates on an SPTE [RFC 24/42].  The walkers decide presence by their own rules
+(`protocol/pt/walk.py`); these decide it by the software bit the writer sets with every present entry, and
+`protocol/pt/check.py` holds the two together (invariant I3).
+"""
+
+from __future__ import annotations
+
+from protocol.pt import bits
+from protocol.pt.geometry import MAX_LEAF_LEVEL
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Level, Pfn
+
+
+def is_present(entry: int) -> bool:
+    return entry & bits.MMU_PRESENT != 0
+
+
+def is_frozen(entry: int) -> bool:
+    return entry == bits.FROZEN
+
+
+def is_leaf(entry: int, level: Level) -> bool:
+    """Whether a present entry of `level` maps a page rather than a table."""
+    return level == LEVEL_4K or (entry & bits.PAGE_SIZE_BIT != 0 and level <= MAX_LEAF_LEVEL)
+
+
+def is_table(entry: int, level: Level) -> bool:
+    """Whether the entry is present and points to a table of `level - 1`."""
+    return is_present(entry) and not is_leaf(entry, level)
+
+
+def is_present_leaf(entry: int, level: Level) -> bool:
+    return is_present(entry) and is_leaf(entry, level)
+
+
+def is_writable(entry: int) -> bool:
+    return entry & bits.WRITE != 0
+
+
+def table_of(entry: int) -> Hpa:
+    """Where the table a table entry points to lies."""
+    return Hpa(entry & bits.ADDRESS_MASK)
+
+
+def pfn_of(entry: int) -> Pfn:
+    """Frame a leaf maps (the first one, for a huge leaf)."""
+    return Pfn((entry & bits.ADDRESS_MASK) >> PAGE_SHIFT)
+
+
+def describe(entry: int, level: Level) -> str:
+    """One line for a person: `leaf hpa 0x100000000 rwx ad wb`."""
+    if entry == bits.EMPTY:
+        return "absent"
+    if is_frozen(entry):
+        return "frozen"
+    if not is_present(entry):
+        return f"not present {entry:#018x}"
+    rights = "".join(
+        c if entry & m else "-" for c, m in zip("rwx", (bits.READ, bits.WRITE, bits.EXEC), strict=True)
+    )
+    ad = "".join(c if entry & m else "-" for c, m in zip("ad", (bits.ACCESSED, bits.DIRTY), strict=True))
+    kind = "leaf" if is_leaf(entry, level) else "table"
+    return f"{kind} {entry & bits.ADDRESS_MASK:#x} {rights} {ad}"

@@ -1,0 +1,79 @@
+"""Loads and stores of table entries: the only file that touches shared table memory.
+
+Models the one property everything else leans on: an entry changes by a single aligned 8-byte store, and
+a reader sees the old value or the new one (invariant I4).  Item access on a `memoryview` cast to "Q" is one
+mov on x86-64, which orders stores and loads; packing into a buffer would write a transient zero.
+The walker's loop loads from `words` itself; only this file stores.
+The range forms are for pages no walker can reach: not linked yet, or cut off and flushed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES
+from protocol.units import PAGE_SIZE, Hpa
+
+
+class TableOutside(Exception):
+    """An entry was asked for at an address where no table memory is: a walker's access error (SSS.1)."""
+
+
+class TableReader:
+    """Entries of a window of table pages that starts at `base`; `view` may be a read-only mapping."""
+
+    __slots__ = ("base", "words")
+
+    def __init__(self, base: Hpa, view: memoryview) -> None:
+        assert base % PAGE_SIZE == len(view) % PAGE_SIZE == 0, f"window {base:#x}+{len(view):#x}"
+        self.base = base
+        self.words = view.cast("Q")
+
+    def load64(self, hpa: int) -> int:
+        """The entry at `hpa`.  Raises TableOutside."""
+        offset = hpa - self.base
+        if offset < 0:
+            raise TableOutside(f"no table memory at hpa {hpa:#x}")
+        try:
+            return self.words[offset >> 3]
+        except IndexError:
+            raise TableOutside(f"no table memory at hpa {hpa:#x}") from None
+
+    def load_table(self, table: Hpa) -> list[int]:
+        """All 512 entries; not a snapshot, each one is loaded on its own."""
+        first = self._index(table, ENTRIES)
+        return [self.words[i] for i in range(first, first + ENTRIES)]
+
+    def _index(self, hpa: int, entries: int) -> int:
+        offset = hpa - self.base
+        if offset < 0 or offset + entries * ENTRY_BYTES > len(self.words) * ENTRY_BYTES:
+            raise TableOutside(f"no table memory at hpa {hpa:#x}")
+        return offset >> 3
+
+    def release(self) -> None:
+        self.words.release()
+
+
+class TableWriter(TableReader):
+    """The same, for the one process that may store: kvmd."""
+
+    __slots__ = ()
+
+    def store64(self, hpa: int, entry: int) -> None:
+        """One aligned 8-byte store."""
+        assert hpa % ENTRY_BYTES == 0, f"unaligned entry {hpa:#x}"
+        self.words[self._index(hpa, 1)] = entry
+
+    def fill_unlinked(self, table: Hpa, entries: Sequence[int]) -> None:
+        """Write a whole page that no walker can reach."""
+        assert len(entries) == ENTRIES
+        first = self._index(table, ENTRIES)
+        self.words[first : first + ENTRIES] = memoryview(array("Q", entries))
+
+    def clear_unlinked(self, table: Hpa) -> None:
+        first = self._index(table, ENTRIES)
+        self.words[first : first + ENTRIES] = _ZERO_TABLE
+
+
+_ZERO_TABLE = memoryview(array("Q", bytes(PAGE_SIZE)))
