@@ -1,0 +1,84 @@
+"""Page requests: the entries of the queue through which a device asks for a page.
+
+Models the 32-byte page request descriptor [VT-d 7.4] and, of PCIe's page request interface, what
+the entry carries of it [PCIe 10.4].  Requests with the same `prgi` form a page request group; the
+one with `last` set closes it, and the group gets one page_group_response.  Must hold:
+  - at most 512 groups of a function are outstanding: `prgi` has 9 bits;
+  - a stop marker is queued in order like any request, and is never answered.
+Private data (bits 9 and 255:128 of older editions) are reserved here, as the kernel treats them.
+A request without PASID is legal: a KVM domain answers those of RID_PASID [RFC 23/42].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from protocol.hw.fields import (
+    NO_PASID,
+    FormatError,
+    Layout,
+    at,
+    covered,
+    flag,
+    load,
+    pack,
+    page_at,
+    require_zero,
+    store,
+    unpack,
+)
+from protocol.units import Iova, Pasid, bits
+
+PAGE_REQUEST_SIZE: Final = 32
+PAGE_REQUEST_TYPE: Final = 1
+PRGI_MAX: Final = (1 << 9) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageRequest:
+    rid: int
+    prgi: int
+    addr: Iova  # of the page
+    last: bool
+    read: bool = False
+    write: bool = False
+    exec: bool = False
+    priv: bool = False
+    pasid_present: bool = False
+    pasid: Pasid = NO_PASID
+
+    @property
+    def is_stop_marker(self) -> bool:
+        """The device will send no more requests with this PASID [PCIe 10.4]."""
+        return self.pasid_present and self.last and not (self.read or self.write)
+
+    def to_bytes(self) -> bytes:
+        return store(_TYPE.put(PAGE_REQUEST_TYPE) | pack(self, LAYOUT), PAGE_REQUEST_SIZE)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> PageRequest:
+        """FormatError for a wrong length, another type, or a reserved bit."""
+        word = load(raw, PAGE_REQUEST_SIZE, "page request")
+        if _TYPE.get(word) != PAGE_REQUEST_TYPE:
+            raise FormatError(f"page request: type {_TYPE.get(word):#x}, not {PAGE_REQUEST_TYPE:#x}")
+        require_zero(word, RESERVED, "page request")
+        return cls(**unpack(word, LAYOUT))
+
+
+_TYPE: Final = at(7, 0)
+LAYOUT: Final[Layout] = {
+    "pasid_present": flag(8),
+    "rid": at(31, 16),
+    "pasid": at(51, 32, Pasid),
+    "exec": flag(52),
+    "priv": flag(53),
+    "read": flag(64),
+    "write": flag(65),
+    "last": flag(66),
+    "prgi": at(75, 67),
+    "addr": page_at(127, 76, Iova),
+}
+RESERVED: Final = bits(255, 0) & ~covered({**LAYOUT, "type": _TYPE})
+
+assert bits(15, 9) | bits(63, 54) | bits(255, 128) == RESERVED
