@@ -1,0 +1,130 @@
+"""The main of every daemon: settings, log, signals, readiness, orderly stop.
+
+A daemon is ready once its socket exists (it is renamed into place when it listens).  SIGTERM, SIGINT
+and, with `--exit-with-stdin`, the end of standard input stop it: exit status 0, or 1 if a bug of ours
+surfaced on the way.  `python -O` is refused: the asserts are part of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+import trio
+
+from protocol.rpc.loop import Loop
+from protocol.rpc.socket import Listener
+
+log = structlog.get_logger("daemon")
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class App(Protocol):
+    """What a daemon is, apart from its main."""
+
+    def on_connect(self, sock: socket.socket) -> None: ...
+
+    async def start(self) -> None:
+        """Runs before the socket appears, with the loop serving: reach the peers it needs."""
+
+    def close(self) -> None: ...
+
+
+def parser(name: str, what: str) -> argparse.ArgumentParser:
+    """The options all daemons share."""
+    options = argparse.ArgumentParser(prog=name, description=what)
+    options.add_argument(
+        "--socket", type=Path, required=True, metavar="PATH", help="Unix socket to listen on"
+    )
+    options.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    options.add_argument(
+        "--exit-with-stdin", action="store_true", help="stop when standard input ends (set by a supervisor)"
+    )
+    return options
+
+
+def configure_log(level: str) -> None:
+    """One line an event, to standard error."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="at"),
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["at", "level", "event"]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def refuse_optimised() -> None:
+    if not __debug__:
+        raise SystemExit("python -O removes the asserts this model is made of: run without it")
+
+
+def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:
+    """Run a daemon until it is told to stop; its exit status."""
+    refuse_optimised()
+    configure_log(options.log_level)
+    try:
+        return trio.run(_run, name, options, build)
+    except (OSError, ValueError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+
+
+async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:
+    crashes = 0
+
+    def on_crash(error: BaseException) -> None:
+        nonlocal crashes
+        crashes += 1
+        log.error("bug", daemon=name, exc_info=error)
+
+    loop = Loop(on_crash)
+    app = build(loop)
+    stop = trio.Event()
+
+    def on_stdin(_: int) -> None:
+        if not os.read(0, 4096):
+            loop.unregister(0)
+            loop.kick()
+            stop.set()
+
+    listener = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signal, stop)
+        nursery.start_soon(loop.serve)
+        if options.exit_with_stdin:
+            loop.register(0, on_stdin)
+        try:
+            await app.start()
+            listener = Listener(loop, options.socket, app.on_connect)
+            log.info("ready", daemon=name, socket=str(options.socket), pid=os.getpid())
+            await stop.wait()
+        finally:
+            if listener is not None:
+                listener.close()
+            app.close()
+            loop.settle()
+            nursery.cancel_scope.cancel()
+    loop.close()
+    log.info("stopped", daemon=name, bugs=crashes)
+    return 1 if crashes else 0
+
+
+async def _stop_on_signal(stop: trio.Event, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for _ in signals:
+            stop.set()

@@ -1,0 +1,348 @@
+"""One Unix stream socket: frames in, frames out, and the file descriptors that travel with them.
+
+Rules of ownership (invariant I14): an fd handed to `send` is the channel's and closed once sent; an fd
+received belongs to the message it came with and is closed with it unless somebody takes it.  The kernel
+delivers fds no later than the first byte of the frame that carried them and never joins two batches, so a
+first-in-first-out queue matches them to frames.  A plain `recv` would drop them: this file uses recvmsg only.
+
+What a peer can do wrong ends its own connection with a log line and nothing else.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+import structlog
+
+from protocol.errors import PeerError, UapiError
+from protocol.flow import Wait
+from protocol.rpc.loop import Loop
+from protocol.rpc.session import HEADER_BYTES, MAX_FDS, Framer, Kind, Session, header
+
+RECV_BYTES = 1 << 16
+MAX_ERRNO = 4096
+MAX_WHY_CHARS = 4096
+MAX_UNSENT_BYTES = 16 << 20  # a peer that does not read is cut off beyond this
+_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_PACK = msgpack.Packer(autoreset=True).pack
+_UNPACK = msgpack.unpackb
+
+log = structlog.get_logger("rpc")
+
+Body = dict[str, Any]
+
+
+class PeerGone(PeerError):
+    """The other end hung up, or we hung up on it, before it answered."""
+
+
+class Fds:
+    """File descriptors received with one message; those nobody takes are closed with it."""
+
+    __slots__ = ("_fds",)
+
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        self._fds: list[int | None] = list(fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def take(self, index: int) -> int:
+        """Hand the fd over to the caller.  Raises UapiError(EBADF) if there is none."""
+        fd = self.peek(index)
+        self._fds[index] = None
+        return fd
+
+    def peek(self, index: int) -> int:
+        """Look at the fd; it stays the message's."""
+        fd = self._fds[index] if 0 <= index < len(self._fds) else None
+        if fd is None:
+            raise UapiError(errno.EBADF, f"no file descriptor {index} came with the message")
+        return fd
+
+    def close(self) -> None:
+        for fd in self._fds:
+            if fd is not None:
+                os.close(fd)
+        self._fds.clear()
+
+
+NO_FDS = Fds()
+
+
+class Reply(NamedTuple):
+    body: Body
+    fds: Fds = NO_FDS
+
+
+Serve = Callable[["Channel", int, Body, Fds], None]
+
+
+def _refuse(channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
+    raise PeerError(f"{channel.name} serves no requests")
+
+
+class Channel:
+    """`on_request(channel, id, body, fds)` must lead to one `answer` or `answer_error`, now or later."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        name: str,
+        *,
+        on_request: Serve = _refuse,
+        on_notify: Callable[[Channel, Body, Fds], None] | None = None,
+        on_close: Callable[[Channel], None] | None = None,
+    ) -> None:
+        sock.setblocking(False)
+        self.name = name
+        self.loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_request = on_request
+        self._on_notify = on_notify
+        self._on_close = on_close
+        self._session: Session[Wait[Reply]] = Session()
+        self._framer = Framer()
+        self._received: deque[int] = deque()
+        self._fds_lost = False
+        self._out: deque[tuple[bytes | memoryview, Sequence[int]]] = deque()
+        self._unsent = 0
+        self._dirty = False
+        self._blocked = False
+        self.closed = False
+        loop.register(self._fd, self._on_event)
+
+    # -- sending ---------------------------------------------------------------------------------------
+
+    def call(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> Wait[Reply]:
+        """Ask; the Wait gets the Reply, or fails with the peer's UapiError or PeerGone."""
+        wait: Wait[Reply] = Wait()
+        if self.closed:
+            _close_all(fds)
+            wait.fail(PeerGone(f"{self.name} hung up"))
+            return wait
+        self._send(Kind.REQUEST, self._session.open(wait), {"op": op, **(body or {})}, fds)
+        return wait
+
+    async def ask(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> Reply:
+        """`call`, awaited from a trio task."""
+        wait = self.call(op, body, fds)
+        try:
+            return await self.loop.result(wait)
+        except BaseException:
+            wait.on_done(_close_unwanted)
+            raise
+
+    def notify(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> None:
+        """Tell; nothing comes back.  Dropped when the peer is gone."""
+        if self.closed:
+            _close_all(fds)
+            return
+        self._send(Kind.NOTIFY, 0, {"op": op, **(body or {})}, fds)
+
+    def answer(self, request_id: int, body: Body, fds: Sequence[int] = ()) -> None:
+        if self.closed:
+            _close_all(fds)
+            return
+        self._session.answer(request_id)
+        self._send(Kind.REPLY, request_id, body, fds)
+
+    def answer_error(self, request_id: int, error: UapiError) -> None:
+        if not self.closed:
+            self._session.answer(request_id)
+            self._send(Kind.ERROR, request_id, {"errno": error.errno, "why": error.why}, ())
+
+    def _send(self, kind: Kind, request_id: int, body: Body, fds: Sequence[int]) -> None:
+        payload = _PACK((request_id, body))
+        data = header(kind, len(payload), len(fds)) + payload
+        self._out.append((data, fds))
+        self._unsent += len(data)
+        if not self._dirty:
+            self._dirty = True
+            self.loop.mark_dirty(self)
+
+    def flush(self) -> None:
+        """Send what was written; what the socket does not take now goes when it is writable."""
+        self._dirty = False
+        out = self._out
+        try:
+            while out and not self.closed:
+                data, fds = out[0]
+                if fds:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                    sent = self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+                    _close_all(fds)
+                    out[0] = (data, ())
+                else:
+                    if len(out) > 1:
+                        data = self._join_plain()
+                    sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+                self._unsent -= sent
+                if sent == len(data):
+                    out.popleft()
+                else:
+                    out[0] = (memoryview(data)[sent:], ())
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lost(f"send: {error.strerror}")
+            return
+        self._watch_writable(bool(out))
+        if self._unsent > MAX_UNSENT_BYTES:
+            self._lost(f"does not read: {self._unsent} bytes unsent")
+
+    def _join_plain(self) -> bytes:
+        """Merge the leading frames that carry no fds into one, for one send."""
+        parts = []
+        while self._out and not self._out[0][1]:
+            parts.append(self._out.popleft()[0])
+        joined = b"".join(parts)
+        self._out.appendleft((joined, ()))
+        return joined
+
+    def _watch_writable(self, blocked: bool) -> None:
+        if blocked != self._blocked and not self.closed:
+            self._blocked = blocked
+            self.loop.modify(self._fd, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+
+    # -- receiving -------------------------------------------------------------------------------------
+
+    def _on_event(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self.flush()
+        if events & ~select.EPOLLOUT and not self.closed:
+            try:
+                self._receive()
+            except PeerError as error:
+                self._lost(str(error), blame=True)
+
+    def _receive(self) -> None:
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(
+                RECV_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lost(f"receive: {error.strerror}")
+            return
+        if ancillary or flags & socket.MSG_CTRUNC:
+            self._collect_fds(ancillary, truncated=bool(flags & socket.MSG_CTRUNC))
+        if not data:
+            self._lost("hung up")
+            return
+        for frame in self._framer.feed(data):
+            self._handle(frame.kind, frame.nfds, frame.body)
+            if self.closed:
+                return
+        if self._received and not self._framer.partial_bytes:
+            raise PeerError(f"{len(self._received)} fds no frame announced")
+
+    def _collect_fds(self, ancillary: list[tuple[int, int, bytes]], truncated: bool) -> None:
+        for level, kind, raw in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+                self._received.extend(fds)
+        if truncated:  # our fd table is full, or more fds than any message may carry
+            self._close_received()
+            self._fds_lost = True
+
+    def _take_fds(self, nfds: int) -> Fds | None:
+        """The frame's fds; None when they were lost on the way in."""
+        if self._fds_lost:
+            self._fds_lost = False
+            return None
+        if nfds > len(self._received):
+            raise PeerError(f"frame announces {nfds} fds, {len(self._received)} came")
+        return Fds([self._received.popleft() for _ in range(nfds)])
+
+    def _handle(self, kind: Kind, nfds: int, raw: memoryview) -> None:
+        try:
+            request_id, body = _UNPACK(raw)
+        except (ValueError, TypeError) as error:
+            raise PeerError(f"body of {len(raw)} bytes is no message: {error}") from None
+        if type(request_id) is not int or type(body) is not dict:
+            raise PeerError("body is not (id, map)")
+        fds = self._take_fds(nfds) if nfds else NO_FDS
+        if kind is Kind.REQUEST:
+            self._session.received(request_id)
+            if fds is None:
+                self.answer_error(request_id, UapiError(errno.EMFILE, "no room for the fds sent along"))
+            else:
+                self._on_request(self, request_id, body, fds)
+        elif kind is Kind.NOTIFY:
+            if self._on_notify is None:
+                raise PeerError(f"{self.name} takes no notifications")
+            try:
+                self._on_notify(self, body, fds or NO_FDS)
+            finally:
+                if fds:
+                    fds.close()
+        else:
+            self._handle_answer(kind, request_id, body, fds)
+
+    def _handle_answer(self, kind: Kind, request_id: int, body: Body, fds: Fds | None) -> None:
+        wait = self._session.answered(request_id)
+        if kind is Kind.REPLY and fds is not None:
+            wait.set(Reply(body, fds))
+        elif kind is Kind.REPLY:
+            wait.fail(UapiError(errno.EMFILE, "no room in our fd table for the fd in the reply"))
+        else:
+            number, why = body.get("errno"), body.get("why")
+            if type(number) is not int or not 0 < number < MAX_ERRNO:
+                problem = PeerGone(f"{self.name}: error reply with errno {number!r:.40}")
+                wait.fail(problem)
+                raise problem
+            wait.fail(UapiError(number, str(why)[:MAX_WHY_CHARS]))
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Hang up; requests in flight fail with PeerGone, `on_close` is called."""
+        self._lost("closed by us")
+
+    def _lost(self, reason: str, *, blame: bool = False) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        (log.warning if blame else log.debug)("connection ends", channel=self.name, reason=reason)
+        self.loop.unregister(self._fd)
+        self._sock.close()
+        self._close_received()
+        for _, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
+        for wait in self._session.abandon():
+            wait.fail(PeerGone(f"{self.name}: {reason}"))
+        if self._on_close is not None:
+            self._on_close(self)
+
+    def _close_received(self) -> None:
+        _close_all(self._received)
+        self._received.clear()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _close_unwanted(wait: Wait[Reply]) -> None:
+    """A reply nobody waits for any more: its fds must not stay open."""
+    with contextlib.suppress(UapiError, PeerError):
+        wait.result().fds.close()
+
+
+assert HEADER_BYTES == 8

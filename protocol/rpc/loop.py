@@ -1,0 +1,149 @@
+"""The message loop: one epoll set, one trio task, no task per message.
+
+All connections and listening sockets of a process belong to one level-triggered epoll set that a single
+trio task owns.  Woken, it dispatches inline, runs the flows that became ready, sends what was written
+in one go, and waits a little in its own set before it parks in trio again: during a burst no message
+touches the trio scheduler (docs/decisions/0002).  Nothing else in the process may rely on a trio timer
+finer than TURN_S.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from time import monotonic, monotonic_ns
+from typing import Protocol, TypeVar
+
+import trio
+
+from protocol.flow import Flows, Wait
+
+POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
+TURN_NS = 1_000_000  # after this long under load other trio tasks get a turn
+WATCHDOG_S = 0.5
+
+T = TypeVar("T")
+
+
+class Flushable(Protocol):
+    def flush(self) -> None: ...
+
+
+class Loop:
+    """Owns the epoll set and the flows of a process."""
+
+    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
+        self.flows = Flows(on_crash)
+        self._on_crash = on_crash
+        self._epoll = select.epoll()
+        self._ready: dict[int, Callable[[int], None]] = {}
+        self._dirty: list[Flushable] = []
+        self._kicked = False  # a trio task was made runnable: go back to trio
+        self._yield_at = 0
+        self._deadlines: dict[Wait[object], tuple[float, Callable[[], None]]] = {}
+
+    def register(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
+        """Call `callback(events)` whenever `fd` is ready."""
+        self._epoll.register(fd, events)
+        self._ready[fd] = callback
+
+    def modify(self, fd: int, events: int) -> None:
+        self._epoll.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        del self._ready[fd]
+        self._epoll.unregister(fd)
+
+    def mark_dirty(self, writer: Flushable) -> None:
+        """`writer.flush()` is called once at the end of the current turn."""
+        self._dirty.append(writer)
+
+    def kick(self) -> None:
+        self._kicked = True
+
+    def turn(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for events and serve them.  False when there were none."""
+        events = self._epoll.poll(timeout_s)
+        for fd, what in events:
+            callback = self._ready.get(fd)  # an earlier event may have closed it
+            if callback is not None:
+                try:
+                    callback(what)
+                except Exception as error:  # ours, not the peer's: channels turn those into a close
+                    self._on_crash(error)
+                self.settle()
+        return bool(events)
+
+    def settle(self) -> None:
+        """Run ready flows and send what was written."""
+        flows = self.flows
+        while flows.has_ready or self._dirty:
+            flows.run_ready()
+            dirty, self._dirty = self._dirty, []
+            for writer in dirty:
+                writer.flush()
+
+    def expire(self, wait: Wait[T], after_s: float, action: Callable[[], None]) -> None:
+        """Call `action` if `wait` is not done within `after_s` (coarse: one watchdog for all)."""
+        self._deadlines[wait] = (monotonic() + after_s, action)  # type: ignore[index]
+
+    async def serve(self) -> None:
+        """Serve until cancelled: the process's only message task."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watchdog)
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+                limit = monotonic_ns() + TURN_NS
+                while self.turn(POLL_S):
+                    if self._kicked or monotonic_ns() > limit:
+                        self._kicked = False
+                        await trio.lowlevel.checkpoint()
+                        limit = monotonic_ns() + TURN_NS
+
+    async def result(self, wait: Wait[T]) -> T:
+        """Let the calling trio task wait.  A quick answer is served right here, without a reschedule."""
+        self.settle()
+        while not wait.done:
+            if not self.turn(POLL_S) or self._kicked:
+                break
+        if not wait.done:
+            await self._park(wait)
+        elif monotonic_ns() > self._yield_at:
+            await trio.lowlevel.checkpoint()
+            self._yield_at = monotonic_ns() + TURN_NS
+        return wait.result()
+
+    async def _park(self, wait: Wait[T]) -> None:
+        task = trio.lowlevel.current_task()
+        parked = True
+
+        def wake(_: Wait[T]) -> None:
+            nonlocal parked
+            if parked:
+                parked = False
+                self._kicked = True
+                trio.lowlevel.reschedule(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            nonlocal parked
+            parked = False
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        wait.on_done(wake)
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _watchdog(self) -> None:
+        while True:
+            await trio.sleep(WATCHDOG_S)
+            now = monotonic()
+            for wait, (deadline, action) in list(self._deadlines.items()):
+                if wait.done:
+                    del self._deadlines[wait]
+                elif now >= deadline:
+                    del self._deadlines[wait]
+                    action()
+            self.settle()
+
+    def close(self) -> None:
+        self.flows.close()
+        self._epoll.close()

@@ -1,0 +1,146 @@
+"""Requests of one kind of object: checked at the border, run inline, answered once.
+
+A `Service` is a table op -> (pydantic model, function, how many fds).  Models are strict and refuse
+extra fields; an unknown op is ENOTTY (or what the object's file operations say); a bad field is EINVAL
+with pydantic's sentence. A function returns its reply, or a flow (an `async def`) whose end is the
+reply.  What it raises as UapiError goes back as errno and sentence; anything else is our bug: logged,
+answered EIO, remembered.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from protocol.errors import PeerError, UapiError
+from protocol.rpc.channel import Body, Channel, Fds, Serve
+
+Obj = TypeVar("Obj")
+M = TypeVar("M", bound="Message")
+
+MAX_WHY_CHARS = 400
+
+
+class Message(BaseModel):
+    """Base of every request: no coercion, no unknown fields, no changes afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    op: str
+
+
+class Answer(NamedTuple):
+    """A reply that carries fds; they become the channel's."""
+
+    body: Body
+    fds: Sequence[int] = ()
+
+
+Result = Body | Answer | Coroutine[Any, None, "Body | Answer"]
+
+
+class Method(NamedTuple, Generic[Obj, M]):
+    model: type[M]
+    run: Callable[[Obj, M, Fds], Result]
+    max_fds: int = 0
+
+
+class Service(Generic[Obj]):
+    """The requests objects of one kind answer."""
+
+    def __init__(
+        self, name: str, methods: Mapping[str, Method[Obj, Any]], *, unknown_errno: int = errno.ENOTTY
+    ) -> None:
+        self.name = name
+        self._unknown_errno = unknown_errno
+        # One cached validator an op: the table does what a discriminated union would do again.
+        self._methods = {
+            op: (TypeAdapter(method.model).validator.validate_python, method.run, method.max_fds)
+            for op, method in methods.items()
+        }
+
+    def bind(self, obj: Obj) -> Serve:
+        """A handler for one object's channel."""
+
+        def serve(channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
+            try:
+                result = self._run(obj, body, fds)
+            except UapiError as error:
+                channel.answer_error(request_id, error)
+                fds.close()
+                return
+            except PeerError:
+                fds.close()
+                raise
+            except Exception as error:
+                channel.answer_error(request_id, _internal(self.name, body))
+                fds.close()
+                raise _Crash(f"{self.name}: {body.get('op')!r}") from error
+            if inspect.iscoroutine(result):
+                self._serve_flow(channel, request_id, body, fds, result)
+            else:
+                _answer(channel, request_id, result)  # type: ignore[arg-type]
+                fds.close()
+
+        return serve
+
+    def _run(self, obj: Obj, body: Body, fds: Fds) -> Result:
+        op = body.get("op")
+        method = self._methods.get(op) if type(op) is str else None
+        if method is None:
+            raise UapiError(self._unknown_errno, f"{self.name}: unknown request {op!r:.100}")
+        validate, run, max_fds = method
+        if len(fds) > max_fds:
+            raise UapiError(errno.EINVAL, f"{op}: {len(fds)} file descriptors sent, it takes {max_fds}")
+        try:
+            message = validate(body)
+        except ValidationError as error:
+            raise UapiError(errno.EINVAL, f"{op}: {_explain(error)}") from None
+        return run(obj, message, fds)
+
+    def _serve_flow(
+        self,
+        channel: Channel,
+        request_id: int,
+        body: Body,
+        fds: Fds,
+        flow: Coroutine[Any, None, Body | Answer],
+    ) -> None:
+        async def run() -> None:
+            try:
+                _answer(channel, request_id, await flow)
+            except UapiError as error:
+                channel.answer_error(request_id, error)
+            except Exception as error:
+                channel.answer_error(request_id, _internal(self.name, body))
+                raise _Crash(f"{self.name}: {body.get('op')!r}") from error
+            finally:
+                fds.close()
+
+        channel.loop.flows.spawn(run())
+
+
+class _Crash(Exception):
+    """Our bug surfaced while serving a request: the loop's on_crash logs it, with its cause."""
+
+
+def _answer(channel: Channel, request_id: int, result: Body | Answer) -> None:
+    if type(result) is Answer:
+        channel.answer(request_id, result.body, result.fds)
+    else:
+        channel.answer(request_id, result)  # type: ignore[arg-type]
+
+
+def _internal(name: str, body: Body) -> UapiError:
+    return UapiError(errno.EIO, f"{name}: internal error in {body.get('op')!r:.100}; see the daemon's log")
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "message"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}, got {first['input']!r:.80}{more}"[:MAX_WHY_CHARS]

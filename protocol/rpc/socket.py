@@ -1,0 +1,101 @@
+"""Named Unix sockets: where a daemon listens and how a peer connects, waiting until it does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import trio
+
+from protocol.rpc.loop import Loop
+
+MAX_PATH_BYTES = 107  # sun_path
+BACKLOG = 64
+CONNECT_RETRY_S = 0.005
+CONNECT_PATIENCE_S = 10.0
+
+log = structlog.get_logger("rpc")
+
+
+class Listener:
+    """Accepts connections on `path`; the socket file is removed at `close`."""
+
+    def __init__(self, loop: Loop, path: Path, on_connect: Callable[[socket.socket], None]) -> None:
+        check_path(path)
+        self._loop = loop
+        self._path = path
+        self._on_connect = on_connect
+        _remove_stale(path)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.setblocking(False)
+        # Bound under another name and renamed: a peer never meets a socket that does not listen yet.
+        hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
+        self._sock.bind(str(hidden))
+        self._sock.listen(BACKLOG)
+        os.rename(hidden, path)
+        loop.register(self._sock.fileno(), self._accept)
+
+    def _accept(self, _: int) -> None:
+        try:
+            sock, _address = self._sock.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # EMFILE and friends: the peer sees a hang-up later, we go on
+            log.warning("accept failed", error=error.strerror)
+            return
+        self._on_connect(sock)
+
+    def close(self) -> None:
+        self._loop.unregister(self._sock.fileno())
+        self._sock.close()
+        self._path.unlink(missing_ok=True)
+
+
+def check_path(path: Path) -> None:
+    """Raises ValueError for a path no Unix socket can have."""
+    if len(os.fsencode(path)) > MAX_PATH_BYTES - 16:
+        raise ValueError(
+            f"socket path {path} is longer than {MAX_PATH_BYTES - 16} bytes: choose a shorter directory"
+        )
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise FileExistsError(errno.EEXIST, "is not a socket; remove it or choose another path", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
+
+
+def connect_now(path: Path) -> socket.socket:
+    """Raises OSError when nobody listens."""
+    check_path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+async def connect(path: Path, patience_s: float = CONNECT_PATIENCE_S) -> socket.socket:
+    """Connect, waiting up to `patience_s` for a daemon that is still starting."""
+    deadline = trio.current_time() + patience_s
+    while True:
+        try:
+            return connect_now(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if trio.current_time() >= deadline:
+                raise
+        await trio.sleep(CONNECT_RETRY_S)

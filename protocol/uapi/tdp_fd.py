@@ -1,0 +1,57 @@
+"""The in-kernel interface of an exported TDP, between kvmd and an importer [RFC 01/42].
+
+The TDP FD itself answers no ioctl (ENODEV).  An importer presents it at kvmd's front door and is given
+a channel of its own, over which it asks for metadata, registers, forwards faults; kvmd sends it
+invalidations over the same channel, whose reply is the ack.  Registering hands over the memory windows
+and a lease: a socket end that whoever walks the table must keep open, and close only once it walks no
+more.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.rpc.service import Message
+from protocol.uapi.fields import U64, Name
+
+
+class TdpFdGet(Message):
+    """With the TDP FD (EINVAL if it is something else); the reply carries the importer's channel."""
+
+
+class TdpGetMetadata(Message):
+    """The reply's `meta` is struct kvm_exported_tdp_meta_vmx, 104 bytes."""
+
+
+class TdpRegisterImporter(Message):
+    """EBUSY: `name` is registered.  Reply: `windows` [[kind, base, size]...], fds: one each, then the
+    lease.
+    """
+
+    name: Name
+
+
+class TdpUnregisterImporter(Message):
+    """Nothing is sent to the importer once this is answered."""
+
+
+class TdpFault(Message):
+    """Populate one gfn.  `mm` is the inode of the mm fd of whoever made the HWPT."""
+
+    mm: U64
+    gfn: U64
+    read: bool
+    write: bool
+    exec: bool
+
+
+class TdpInvalidate(Message):
+    """kvmd -> importer: drop gpa range start..start+size; 0 and all ones is everything.  The reply is the
+    ack.
+    """
+
+    start: U64
+    size: U64
+    epoch: Annotated[int, Field(ge=1)]
