@@ -1,0 +1,68 @@
+"""Settings of kvmd: how big the host is and what its CPUs can do."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from kvmd.core.host import CpuFeatures
+from protocol.daemon import parser
+from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
+from protocol.units import GIB, KIB, MIB, TIB, Level
+
+_SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
+_PAGE_LEVELS = {"4K": 1, "2M": 2, "1G": 3}
+MAX_RAM = 1 << 45
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    ram_bytes: int
+    table_bytes: int
+    features: CpuFeatures
+    frame_tags: bool
+
+
+def bytes_of(text: str) -> int:
+    """`16G` -> bytes.  Raises argparse's error for anything else."""
+    number, suffix = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _SUFFIX else (text, "")
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M, 16G or 2T")
+    return int(number) * _SUFFIX.get(suffix, 1)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+    options = parser("kvmd", "KVM and the host's memory management: sole writer of the shared page table.")
+    options.add_argument(
+        "--ram", type=bytes_of, default=64 * GIB, metavar="SIZE", help="host RAM for frames (64G)"
+    )
+    options.add_argument(
+        "--table-ram",
+        type=bytes_of,
+        default=LOW_RAM_END - LOW_RAM_START,
+        metavar="SIZE",
+        help="host RAM for page tables (2047M, all below 2 GiB)",
+    )
+    options.add_argument("--maxphyaddr", type=int, default=46, choices=range(36, 53), metavar="36..52")
+    options.add_argument("--ept-levels", type=int, default=4, choices=(4, 5))
+    options.add_argument("--max-page", default="1G", choices=tuple(_PAGE_LEVELS), help="largest EPT leaf")
+    options.add_argument("--no-ept-ad-bits", action="store_true")
+    options.add_argument(
+        "--frame-tags",
+        action="store_true",
+        help="debug: tag every frame with its owner, so that a device can prove it touches none given up",
+    )
+    given = options.parse_args(argv)
+    if given.ram % GIB or not GIB <= given.ram <= MAX_RAM:
+        options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
+    if given.table_ram % MIB or not MIB <= given.table_ram <= LOW_RAM_END - LOW_RAM_START:
+        options.error(f"--table-ram {given.table_ram}: whole MiB, 1M to 2047M")
+    if HIGH_RAM_START + given.ram > 1 << given.maxphyaddr:
+        options.error(f"--ram {given.ram}: does not fit in {given.maxphyaddr} physical address bits")
+    features = CpuFeatures(
+        maxphyaddr=given.maxphyaddr,
+        ept_levels=given.ept_levels,
+        max_page_level=Level(_PAGE_LEVELS[given.max_page]),
+        ept_ad_bits=not given.no_ept_ad_bits,
+    )
+    return given, Settings(given.ram, given.table_ram, features, given.frame_tags)

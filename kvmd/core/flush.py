@@ -1,0 +1,55 @@
+"""Remote TLB flushes of one VM: numbered, told to everybody who walks the table, awaited.
+
+Models kvm_flush_remote_tlbs with the RFC's notification [RFC 41/42], [RFC 42/42]: vCPUs drop their
+translations first, then every importer of every exported TDP is told, and the flush is over when all
+have acked.  Each flush is an epoch; `acked` is the epoch up to which nobody uses old translations any
+more, and the only permission there is to reuse a table page or a frame (I6, I7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmd.core.table_pool import TablePool
+from protocol.flow import Wait
+from protocol.units import GfnSpan
+
+# Tell all walkers to drop `span` (None: everything); one Wait for each that has not done so yet.
+Tell = Callable[[GfnSpan | None, int], list[Wait[None]]]
+
+
+class Flusher:
+    def __init__(self, vm_id: int, pool: TablePool, tell: Tell) -> None:
+        self.epoch = 0
+        self._vm_id = vm_id
+        self._pool = pool
+        self._tell = tell
+        self._outstanding: dict[int, Wait[None]] = {}
+
+    def next_epoch(self) -> int:
+        """The epoch of the next flush.  Unlink under it, then flush before anything else runs."""
+        return self.epoch + 1
+
+    @property
+    def acked(self) -> int:
+        return min(self._outstanding, default=self.epoch + 1) - 1
+
+    async def flush(self, span: GfnSpan | None) -> None:
+        """Returns when no vCPU and no importer uses a translation of `span` older than this call."""
+        self.epoch += 1
+        epoch, over = self.epoch, Wait[None]()
+        self._outstanding[epoch] = over
+        for wait in self._tell(span, epoch):
+            await wait
+        del self._outstanding[epoch]
+        over.set(None)
+        self._pool.reclaim(self._vm_id, self.acked)
+
+    async def drain(self) -> None:
+        """Returns when every flush issued before this call is acked.
+
+        Whoever zaps and finds nothing to zap must still wait here: another flow may have cleared the
+        same entries and be waiting for the acks (defect B-18's second half).
+        """
+        for wait in list(self._outstanding.values()):
+            await wait

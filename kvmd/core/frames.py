@@ -1,0 +1,107 @@
+"""Host frames: allocation of 4 KiB, 2 MiB and 1 GiB pages, and the proof that none is reused too early.
+
+Models the host's page allocator as far as the shared table needs it: a frame has one owner; one that is
+given up is zeroed, and may be handed out again because whoever gives it up has waited for every
+importer and vCPU to ack its flush first (invariant I6; the frame's tag lets a device check that from
+outside). Blocks of 512 free children join again.  Nothing is allocated for frames never asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from protocol.errors import UapiError
+from protocol.frame_tags import FREE, FrameTags
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hpa, Level, Pfn, pages_of_level, pfn_of
+
+_CHILDREN = 512
+_ZERO_PAGE = bytes(PAGE_SIZE)
+
+
+class Frames:
+    """The frames of one window.  `discard(offset, size)` gives zeroed memory back to the host."""
+
+    def __init__(
+        self, base: Hpa, view: memoryview, discard: Callable[[int, int], None], tags: FrameTags | None = None
+    ) -> None:
+        assert base % (pages_of_level(LEVEL_1G) * PAGE_SIZE) == 0, "huge frames must be aligned"
+        self.view = view
+        self.base = base
+        self.in_use = 0  # 4 KiB frames handed out
+        self._discard = discard
+        self._tags = tags
+        self._first = pfn_of(base)
+        self._end = pfn_of(Hpa(base + len(view)))
+        self._next = self._first  # frames from here on were never handed out
+        self._free: dict[Level, dict[Pfn, None]] = {LEVEL_4K: {}, LEVEL_2M: {}, LEVEL_1G: {}}
+        self._free_children: dict[tuple[Level, Pfn], int] = {}
+
+    def allocate(self, level: Level, owner: int) -> Pfn:
+        """A zeroed block of `level`, aligned to its size.  Raises UapiError(ENOMEM)."""
+        pfn = self._take(level)
+        pages = pages_of_level(level)
+        self.in_use += pages
+        if self._tags is not None:
+            self._tags.change(pfn, pages, owner)
+        return pfn
+
+    def release(self, pfn: Pfn, level: Level) -> None:
+        """Give a block back.  The caller has seen every flush of it acked."""
+        pages = pages_of_level(level)
+        if self._tags is not None:
+            self._tags.change(pfn, pages, FREE)
+        offset = (pfn - self._first) * PAGE_SIZE
+        if level == LEVEL_4K:
+            self.view[offset : offset + PAGE_SIZE] = _ZERO_PAGE
+        else:
+            self._discard(offset, pages * PAGE_SIZE)
+        self.in_use -= pages
+        self._put(pfn, level)
+
+    def offset_of(self, pfn: Pfn) -> int:
+        """Where the frame's bytes lie in `view`."""
+        return (pfn - self._first) * PAGE_SIZE
+
+    def _take(self, level: Level) -> Pfn:
+        free = self._free[level]
+        if free:
+            pfn, _ = free.popitem()
+            self._count_child(pfn, level, -1)
+            return pfn
+        if level == LEVEL_1G:
+            return self._take_new()
+        parent = self._take(Level(level + 1))
+        pages = pages_of_level(level)
+        # Lowest last: the block is handed out from its start.
+        for i in range(_CHILDREN - 1, 0, -1):
+            free[Pfn(parent + i * pages)] = None
+        self._free_children[level, parent] = _CHILDREN - 1
+        return parent
+
+    def _take_new(self) -> Pfn:
+        pfn = self._next
+        if pfn + pages_of_level(LEVEL_1G) > self._end:
+            raise UapiError(errno.ENOMEM, f"the host has no free frames ({self.in_use} in use)")
+        self._next = Pfn(pfn + pages_of_level(LEVEL_1G))
+        return pfn
+
+    def _put(self, pfn: Pfn, level: Level) -> None:
+        self._free[level][pfn] = None
+        if level != LEVEL_1G and self._count_child(pfn, level, +1) == _CHILDREN:
+            parent, pages = self._parent(pfn, level), pages_of_level(level)
+            for i in range(_CHILDREN):
+                del self._free[level][Pfn(parent + i * pages)]
+            del self._free_children[level, parent]
+            self._put(parent, Level(level + 1))
+
+    def _count_child(self, pfn: Pfn, level: Level, change: int) -> int:
+        if level == LEVEL_1G:
+            return 0
+        key = (level, self._parent(pfn, level))
+        self._free_children[key] = count = self._free_children[key] + change
+        return count
+
+    @staticmethod
+    def _parent(pfn: Pfn, level: Level) -> Pfn:
+        return Pfn(pfn & ~(pages_of_level(Level(level + 1)) - 1))

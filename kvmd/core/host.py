@@ -1,0 +1,83 @@
+"""The host machine: its memory, its CPUs' paging features, its processes.
+
+Models what is there once per host, whatever VMs run: physical memory (table pages and frames, laid out as
+`protocol/hostmem.py` says), what the CPUs' EPT can do, and the address spaces of the processes on it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmd.core.frames import Frames
+from kvmd.core.host_mm import Mm
+from kvmd.core.table_pool import TablePool
+from protocol.errors import UapiError
+from protocol.frame_tags import OWNER_BITS, FrameTags
+from protocol.hostmem import Window
+from protocol.pt.mem import TableWriter
+from protocol.pt.walk import ept_rules
+from protocol.units import LEVEL_1G, Level
+
+MAX_MMS = (1 << OWNER_BITS) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class CpuFeatures:
+    """What the host's CPUs can do; the guest's width may be smaller."""
+
+    maxphyaddr: int = 46
+    ept_levels: int = 4
+    max_page_level: Level = LEVEL_1G
+    ept_ad_bits: bool = True
+
+    def root_level(self, guest_maxphyaddr: int) -> Level:
+        """5 only with 5-level EPT and a guest wider than 48 bits [RFC 29/42]."""
+        return Level(5) if self.ept_levels == 5 and guest_maxphyaddr > 48 else Level(4)
+
+
+class Host:
+    def __init__(
+        self,
+        features: CpuFeatures,
+        tables: Window,
+        frames: Window,
+        tags: FrameTags | None,
+        discard: Callable[[int, int], None],
+    ) -> None:
+        self.features = features
+        self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
+        self.writer = TableWriter(tables.base, tables.view)
+        self.pool = TablePool(self.writer, tables.base, tables.size)
+        self.frames = Frames(frames.base, frames.view, discard, tags)
+        self._frames_base = frames.base
+        self._frames_view = frames.view
+        self._mms: dict[int, Mm] = {}
+        self._next_vm = 1
+
+    def create_mm(self) -> Mm:
+        """A new process's address space.  EAGAIN: too many."""
+        mm_id = next((i for i in range(1, MAX_MMS + 1) if i not in self._mms), None)
+        if mm_id is None:
+            raise UapiError(errno.EAGAIN, f"there are {MAX_MMS} processes already")
+        mm = Mm(mm_id, self.frames)
+        self._mms[mm_id] = mm
+        return mm
+
+    def forget_mm(self, mm: Mm) -> None:
+        del self._mms[mm.id]
+
+    def new_vm_id(self) -> int:
+        vm_id = self._next_vm
+        self._next_vm += 1
+        return vm_id
+
+    def read_frame(self, hpa: int, size: int) -> bytes:
+        """Bytes of a frame, as a CPU reads them."""
+        at = hpa - self._frames_base
+        return bytes(self._frames_view[at : at + size])
+
+    def write_frame(self, hpa: int, data: bytes) -> None:
+        at = hpa - self._frames_base
+        self._frames_view[at : at + len(data)] = data

@@ -1,0 +1,62 @@
+"""Checks across the objects of kvmd, for tests and for kvmd on request.
+
+Each violation is a sentence that begins with the number of its invariant (docs/invariants.md).
+"""
+
+from __future__ import annotations
+
+from kvmd.core.tdp_mmu import Root
+from kvmd.core.vm import Kvm
+from protocol.pt.check import check_table
+from protocol.pt.entry import pfn_of
+from protocol.pt.walk import WalkRules, second_stage_rules
+from protocol.units import PAGE_SHIFT
+
+
+def check_vm(vm: Kvm) -> list[str]:
+    """Everything that must hold whenever no flow is in the middle of a change."""
+    found = []
+    for root in vm.mmu.roots:
+        found += check_table(vm.mmu.load64, root.hpa, root.role.level, _rules(vm))
+        found += _check_counts(vm, root)
+        if not root.invalid and not vm._in_progress:
+            found += _check_translations(vm, root)
+    for exported in vm.exported.values():
+        if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
+            found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
+    if vm.flusher.acked == vm.flusher.epoch and vm.host.pool.held(vm.id):
+        found.append(f"I7: {vm.host.pool.held(vm.id)} table pages held though every flush is acked")
+    return found
+
+
+def _rules(vm: Kvm) -> tuple[WalkRules, ...]:
+    features = vm.host.features
+    unit = second_stage_rules(features.maxphyaddr, features.max_page_level, snoop_control=True)
+    return vm.host.ept_rules, unit
+
+
+def _check_counts(vm: Kvm, root: Root) -> list[str]:
+    counted = [0, 0, 0, 0]
+    for met in vm.mmu.leaves(root):
+        counted[met.level] += 1
+    if counted != root.leaves:
+        return [f"I16: root {root.hpa:#x} counts leaves {root.leaves}, the table has {counted}"]
+    return []
+
+
+def _check_translations(vm: Kvm, root: Root) -> list[str]:
+    """I11: each leaf maps the frame the host has at that address now, and no more rights than it has."""
+    found = []
+    for met in vm.mmu.leaves(root):
+        slot = vm.slots.find(met.gfn, root.role.as_id)
+        if slot is None:
+            found.append(f"I11: gfn {met.gfn:#x} is mapped but in no memslot")
+            continue
+        page = vm.mm.present_page(slot.hva_of(met.gfn))
+        if page is None:
+            found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has no page there")
+            continue
+        pfn = page.pfn + ((slot.hva_of(met.gfn) - page.hva) >> PAGE_SHIFT)
+        if pfn_of(met.entry) != pfn:
+            found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
+    return found

@@ -1,0 +1,50 @@
+"""Making entries: what kvmd stores for a page and for a table.
+
+Models make_spte and make_nonleaf_spte with the RFC's bit layout [RFC 24/42], [RFC 33/42]: write-back
+memory with guest PAT ignored, accessed set at once, dirty set at once when writable.  Nothing depends
+on who asked, so an entry a device's fault made equals, bit for bit, the one a vCPU's would have been
+(RFC-30).
+"""
+
+from __future__ import annotations
+
+from protocol.pt import bits
+from protocol.pt.walk import WalkRules
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Level, Pfn, pages_of_level
+
+_LEAF = bits.READ | bits.EXEC | bits.MEMTYPE_WB | bits.IGNORE_PAT | bits.MMU_PRESENT
+_WRITABLE = bits.WRITE | bits.HOST_WRITABLE | bits.MMU_WRITABLE
+
+
+def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool) -> int:
+    """An entry that maps `pfn` (the first frame of its size)."""
+    assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
+    entry = _LEAF | pfn << PAGE_SHIFT
+    if level > LEVEL_4K:
+        entry |= bits.PAGE_SIZE_BIT
+    if writable:
+        entry |= _WRITABLE
+    if ad_enabled:
+        entry |= bits.ACCESSED | (bits.DIRTY if writable else 0)
+    else:
+        entry |= bits.AD_DISABLED
+    return entry
+
+
+def make_table_entry(table: Hpa, *, ad_enabled: bool) -> int:
+    """An entry that points to the table page at `table`."""
+    return table | bits.RWX | bits.MMU_PRESENT | (bits.ACCESSED if ad_enabled else bits.AD_DISABLED)
+
+
+def split_child(leaf: int, level: Level, index: int) -> int:
+    """Entry `index` of the table that replaces a huge `leaf` of `level`: same rights, same memory."""
+    child_level = Level(level - 1)
+    child = leaf + (index * pages_of_level(child_level) << PAGE_SHIFT)
+    return child & ~bits.PAGE_SIZE_BIT if child_level == LEVEL_4K else child
+
+
+def check_entry(entry: int, level: Level, *, leaf: bool, rules: WalkRules) -> None:
+    """Assert what the metadata promises importers: no reserved bit, never bit 11 (I2, I17)."""
+    reserved = rules.reserved_leaf[level] if leaf else rules.reserved_table[level]
+    assert entry & (reserved | bits.SNOOP) == 0, f"entry {entry:#018x} at level {level} sets reserved bits"
+    assert entry & 63 not in rules.illegal, f"entry {entry:#018x}: illegal combination"

@@ -1,0 +1,33 @@
+"""Counters of a VM under KVM's names, and those the RFC adds: faults told apart by who raised them.
+
+`pf_*` are vCPU faults (EPT violations), `io_pf_*` faults that came through the TDP FD [KVM kvm_host.h].
+"""
+
+from __future__ import annotations
+
+from kvmd.core.page_fault import RESOLVED, Result, Source
+from kvmd.core.vm import Kvm
+
+
+def vm_stats(vm: Kvm) -> dict[str, int]:
+    stats = {
+        "vm": vm.id,
+        "vcpus": len(vm.vcpus),
+        "exported_tdps": len(vm.exported),
+        "importers": sum(exported.importers for exported in vm.exported.values()),
+        "ept_violations": sum(vcpu.ept_violations for vcpu in vm.vcpus),
+        "fault_retries": vm.retries,
+        "remote_tlb_flush": vm.flusher.epoch,
+        "pages_4k": sum(root.leaves[1] for root in vm.mmu.roots),
+        "pages_2m": sum(root.leaves[2] for root in vm.mmu.roots),
+        "pages_1g": sum(root.leaves[3] for root in vm.mmu.roots),
+        "table_pages": sum(root.tables for root in vm.mmu.roots),
+        "table_pages_held": vm.host.pool.held(vm.id),
+    }
+    for source, prefix in ((Source.VCPU, "pf"), (Source.IO, "io_pf")):
+        taken = {result: vm.faults[source, result] for result in Result}
+        stats[f"{prefix}_taken"] = sum(taken.values())
+        stats[f"{prefix}_fixed"] = taken[Result.FIXED]
+        stats[f"{prefix}_spurious"] = taken[Result.SPURIOUS]
+        stats[f"{prefix}_failed"] = sum(count for result, count in taken.items() if result not in RESOLVED)
+    return stats

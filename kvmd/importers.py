@@ -1,0 +1,84 @@
+"""Importers as kvmd reaches them: invalidate over their channel, and what their death means.
+
+The reply to an invalidate is the ack.  An importer that dies with one outstanding has not acked, and
+what walks on its behalf may walk on: its ack counts only once the lease it was given is closed too,
+everywhere (invariant I13: nothing is freed behind a walker nobody answers for).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import structlog
+
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.rpc.channel import Channel, PeerGone, Reply
+from protocol.rpc.loop import Loop
+
+ACK_PATIENCE_S = 10.0
+
+log = structlog.get_logger("kvmd")
+
+
+class Lease:
+    """One end is ours; `ended` is set when every copy of the other is closed."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self.ended: Wait[None] = Wait()
+        self._ours, theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self.theirs = theirs.detach()
+        loop.register(self._ours.fileno(), self._on_event)
+
+    def _on_event(self, _: int) -> None:
+        try:
+            ended = not self._ours.recv(64)  # nobody has a reason to write here; what comes is dropped
+        except BlockingIOError:
+            return
+        except OSError:
+            ended = True
+        if ended:
+            self.close()
+
+    def close(self) -> None:
+        if not self.ended.done:
+            self._loop.unregister(self._ours.fileno())
+            self._ours.close()
+            self.ended.set(None)
+
+    def withdraw(self) -> None:
+        """Nobody was given it after all."""
+        os.close(self.theirs)
+        self.close()
+
+
+class RemoteImporter:
+    """ImporterOps over a channel."""
+
+    def __init__(self, channel: Channel, lease: Lease) -> None:
+        self._channel = channel
+        self._lease = lease
+
+    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
+        acked: Wait[None] = Wait()
+        reply = self._channel.call("TDP_INVALIDATE", {"start": start, "size": size, "epoch": epoch})
+        reply.on_done(lambda wait: self._on_reply(wait, acked))
+        self._channel.loop.expire(acked, ACK_PATIENCE_S, lambda: self._complain(epoch))
+        return acked
+
+    def _on_reply(self, reply: Wait[Reply], acked: Wait[None]) -> None:
+        try:
+            reply.result()
+        except (PeerGone, UapiError) as error:
+            log.warning("importer did not ack: its pages are held until its lease ends", why=str(error))
+            self._lease.ended.on_done(lambda _: acked.set(None))
+        else:
+            acked.set(None)
+
+    def _complain(self, epoch: int) -> None:
+        log.error(
+            "no ack for an invalidation", epoch=epoch, after_s=ACK_PATIENCE_S, importer=self._channel.name
+        )

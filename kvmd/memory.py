@@ -1,0 +1,63 @@
+"""The host's memory as memfds: made, mapped, and then sealed so that nobody else can write tables.
+
+The table window is mapped writable first and sealed against future writable mappings second: from then
+on kvmd's mapping is the only one there can be that stores (invariant I1), whatever an importer does
+with its copy of the fd.  All windows are sparse, sealed against resizing, and cost what is touched of
+them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+from kvmd.config import Settings
+from kvmd.core.host import Host
+from protocol.frame_tags import FrameTags, tags_size
+from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.units import PAGE_SIZE, Hpa, align_up
+
+F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
+_FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+
+
+class HostMemory:
+    """The windows, their fds, and the `Host` that lives in them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._fds: list[tuple[Window, int]] = []
+        self._maps: list[mmap.mmap] = []
+        tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes, F_SEAL_FUTURE_WRITE)
+        frames = self._make(WindowKind.FRAMES, HIGH_RAM_START, settings.ram_bytes, 0)
+        tags = None
+        if settings.frame_tags:
+            size = align_up(tags_size(settings.ram_bytes), PAGE_SIZE)
+            window = self._make(WindowKind.FRAME_TAGS, HIGH_RAM_START, size, F_SEAL_FUTURE_WRITE)
+            tags = FrameTags(HIGH_RAM_START, window.view)
+        self.host = Host(settings.features, tables, frames, tags, self._discard)
+
+    def _make(self, kind: WindowKind, base: Hpa, size: int, extra_seal: int) -> Window:
+        fd = os.memfd_create(f"tdp-{kind}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size)
+        mapped = mmap.mmap(fd, size)
+        seals = _FIXED_SIZE | extra_seal | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        if extra_seal:
+            os.fchmod(fd, 0o400)  # a re-open for writing fails as well, but for root
+        window = Window(kind, base, size, memoryview(mapped))
+        self._fds.append((window, fd))
+        self._maps.append(mapped)
+        return window
+
+    def _discard(self, offset: int, size: int) -> None:
+        self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
+
+    def share(self) -> tuple[list[tuple[str, int, int]], list[int]]:
+        """([kind, base, size] of every window, a copy of its fd each)."""
+        return [(str(w.kind), w.base, w.size) for w, _ in self._fds], [os.dup(fd) for _, fd in self._fds]
+
+    def close(self) -> None:
+        for _, fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
