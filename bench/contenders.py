@@ -1,0 +1,137 @@
+"""The kinds of contender that figures are made of.
+
+`CRival` is built from `rivals/` with the system's C compiler, in a directory that goes when the run
+ends.  `Program` is any command that prints {"p50": ns, "p99": ns}, and may add "parts".  `Loop` times
+a Python callable in this process.  `Given` is a limit that is simply stated.  `Unwritten` keeps a
+figure's place until our side of it exists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness import Bench, NotMeasuredError, Sample, Unit
+from bench.timing import percentiles, time_each
+
+RIVALS = Path(__file__).parent / "rivals"
+PROGRAM_S_MAX = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class CRival:
+    """`source` in `rivals/`, told only how many round trips to time."""
+
+    name: str
+    source: str
+    unit: Unit = Unit.NS
+    pinned: bool = True
+
+    def prepare(self, bench: Bench) -> None:
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise NotMeasuredError("no C compiler: `cc` is not in PATH")
+        flags = ["-O2", "-Wall", "-Wextra"]
+        argv = [compiler, *flags, "-o", str(self._binary(bench)), str(RIVALS / self.source)]
+        built = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PROGRAM_S_MAX)
+        if built.returncode != 0:
+            raise NotMeasuredError(f"cc cannot build {self.source}: {_last_line(built.stderr)}")
+
+    def measure(self, bench: Bench) -> Sample:
+        return sample_of([str(self._binary(bench)), str(bench.samples)])
+
+    def _binary(self, bench: Bench) -> Path:
+        return (bench.scratch / self.source).with_suffix("")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`python -m module *args`; a missing one of the packages it `needs` leaves it out of the run."""
+
+    name: str
+    module: str
+    args: Callable[[Bench], tuple[str, ...]]
+    needs: tuple[str, ...] = ()
+    unit: Unit = Unit.NS
+    pinned: bool = True
+
+    def prepare(self, bench: Bench) -> None:
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                raise NotMeasuredError(f"the package {package!r} is not installed")
+
+    def measure(self, bench: Bench) -> Sample:
+        return sample_of([sys.executable, "-m", self.module, *self.args(bench)])
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """`setup()` once per round gives the callable to time."""
+
+    name: str
+    setup: Callable[[], Callable[[], object]]
+    count: Callable[[Bench], int]
+    batch: int = 1
+    unit: Unit = Unit.NS
+    pinned: bool = True
+
+    def prepare(self, bench: Bench) -> None:
+        pass
+
+    def measure(self, bench: Bench) -> Sample:
+        p50, p99 = percentiles(time_each(self.setup(), self.count(bench), self.batch))
+        return Sample(p50, p99)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A limit that nothing measures."""
+
+    name: str
+    value: float
+    unit: Unit = Unit.NS
+    pinned: bool = False
+
+    def prepare(self, bench: Bench) -> None:
+        pass
+
+    def measure(self, bench: Bench) -> Sample:
+        return Sample(self.value, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Unwritten:
+    """Ours, not there yet: the rows say 'not measured' and what they wait for."""
+
+    name: str
+    waits_for: str
+    unit: Unit = Unit.NS
+    pinned: bool = False
+
+    def prepare(self, bench: Bench) -> None:
+        raise NotMeasuredError(f"waits for {self.waits_for}")
+
+    def measure(self, bench: Bench) -> Sample:
+        raise AssertionError(f"{self.name}: prepare refuses, so nobody measures")
+
+
+def sample_of(argv: list[str]) -> Sample:
+    """Run a participant to its end and read its report."""
+    try:
+        ran = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PROGRAM_S_MAX)
+    except subprocess.TimeoutExpired:
+        raise NotMeasuredError(f"no answer within {PROGRAM_S_MAX:g} s") from None
+    if ran.returncode != 0:
+        raise NotMeasuredError(f"exit status {ran.returncode}: {_last_line(ran.stderr)}")
+    told = json.loads(ran.stdout)
+    return Sample(float(told["p50"]), float(told["p99"]), told.get("parts", {}))
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2] or "no message"

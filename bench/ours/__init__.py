@@ -1,0 +1,1 @@
+"""Our side of the figures, as programs that report like the rivals do."""

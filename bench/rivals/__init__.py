@@ -1,0 +1,1 @@
+"""What our figures are held against: C over the same sockets, and gRPC."""
