@@ -48,9 +48,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options.add_argument("--max-page", default="1G", choices=tuple(_PAGE_LEVELS), help="largest EPT leaf")
     options.add_argument("--no-ept-ad-bits", action="store_true")
     options.add_argument(
-        "--frame-tags",
+        "--no-frame-tags",
         action="store_true",
-        help="debug: tag every frame with its owner, so that a device can prove it touches none given up",
+        help="do not tag frames with their owner (a debug aid: devices check that they touch none given up)",
     )
     given = options.parse_args(argv)
     if given.ram % GIB or not GIB <= given.ram <= MAX_RAM:
@@ -65,4 +65,4 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         max_page_level=Level(_PAGE_LEVELS[given.max_page]),
         ept_ad_bits=not given.no_ept_ad_bits,
     )
-    return given, Settings(given.ram, given.table_ram, features, given.frame_tags)
+    return given, Settings(given.ram, given.table_ram, features, not given.no_frame_tags)

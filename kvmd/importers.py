@@ -71,7 +71,7 @@ class RemoteImporter:
 
     def _on_reply(self, reply: Wait[Reply], acked: Wait[None]) -> None:
         try:
-            reply.result()
+            reply.result().fds.close()  # an ack carries none
         except (PeerGone, UapiError) as error:
             log.warning("importer did not ack: its pages are held until its lease ends", why=str(error))
             self._lease.ended.on_done(lambda _: acked.set(None))

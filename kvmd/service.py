@@ -269,6 +269,8 @@ async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
         Access(Gpa(gpa), what, None) if isinstance(what, int) else Access(Gpa(gpa), len(what), what)
         for gpa, what in message.accesses
     ]
+    if sum(access.size for access in accesses) > uapi.MAX_RUN_BYTES:
+        raise UapiError(errno.EINVAL, f"KVM_RUN of more than {uapi.MAX_RUN_BYTES} bytes")
     result = await held.vcpu.run(accesses)
     body: Body = {
         "exit_reason": int(result.exit_reason),

@@ -81,3 +81,6 @@ class HostMap:
         """The bytes that hold the frame at `hpa`: (view, offset), or None where no frame is."""
         window = self.find(hpa, WindowKind.FRAMES)
         return None if window is None else (window.view, hpa - window.base)
+
+    def remove(self, window: Window) -> None:
+        self._windows.remove(window)

@@ -90,7 +90,7 @@ def check_create(
     if request.as_id >= address_spaces or request.pad or request.mode:
         raise UapiError(
             errno.EINVAL,
-            f"as_id {request.as_id} (of {address_spaces}), mode {request.mode} and pad {request.pad} (both 0)",
+            f"as_id {request.as_id} of {address_spaces}, mode {request.mode}, pad {request.pad} (both 0)",
         )
     if taken(request.as_id):
         raise UapiError(errno.EEXIST, f"address space {request.as_id} is exported already")

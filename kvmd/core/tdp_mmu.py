@@ -160,8 +160,9 @@ class TdpMmu:
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
         if is_present_leaf(old, level):
             root.leaves[level] -= 1
-            # Another frame, or fewer rights: cached copies of the old entry must go first.
-            return Mapped(Outcome.FIXED, entry_span(gfn, level))
+            if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
+                # Another frame, or fewer rights: cached copies of the old entry must go first.
+                return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
 
     def _link(self, root: Root, at: int, table: Hpa) -> int:

@@ -84,6 +84,8 @@ def walk(tables: TableReader, rules: WalkRules, root: Hpa, levels: Level, addres
     """
     words, base, asked, plain = tables.words, tables.base, rules.asked, rules.plain_table
     offset = root - base
+    if offset < 0:  # it would index from the window's end
+        raise TableOutside(f"no table memory at hpa {root:#x}")
     try:
         for shift in _TABLE_SHIFTS[levels]:
             entry = words[(offset >> 3) + (address >> shift & 511)]

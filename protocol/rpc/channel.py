@@ -114,8 +114,7 @@ class Channel:
         self._on_close = on_close
         self._session: Session[Wait[Reply]] = Session()
         self._framer = Framer()
-        self._received: deque[int] = deque()
-        self._fds_lost = False
+        self._received: deque[int | None] = deque()  # None: the fds of one batch, lost on the way in
         self._out: deque[tuple[bytes | memoryview, Sequence[int]]] = deque()
         self._unsent = 0
         self._dirty = False
@@ -155,8 +154,9 @@ class Channel:
         if self.closed:
             _close_all(fds)
             return
+        data = _encode(Kind.REPLY, request_id, body, len(fds))  # may fail, and then it is not answered yet
         self._session.answer(request_id)
-        self._send(Kind.REPLY, request_id, body, fds)
+        self._queue(data, fds)
 
     def answer_error(self, request_id: int, error: UapiError) -> None:
         if not self.closed:
@@ -164,8 +164,9 @@ class Channel:
             self._send(Kind.ERROR, request_id, {"errno": error.errno, "why": error.why}, ())
 
     def _send(self, kind: Kind, request_id: int, body: Body, fds: Sequence[int]) -> None:
-        payload = _PACK((request_id, body))
-        data = header(kind, len(payload), len(fds)) + payload
+        self._queue(_encode(kind, request_id, body, len(fds)), fds)
+
+    def _queue(self, data: bytes, fds: Sequence[int]) -> None:
         self._out.append((data, fds))
         self._unsent += len(data)
         if not self._dirty:
@@ -243,30 +244,41 @@ class Channel:
             self._lost("hung up")
             return
         for frame in self._framer.feed(data):
-            self._handle(frame.kind, frame.nfds, frame.body)
+            try:
+                self._handle(frame.kind, frame.nfds, frame.body)
+            except PeerError:
+                raise
+            except Exception as error:  # ours: the frames behind it are served all the same
+                self.loop.report(error)
             if self.closed:
                 return
-        if self._received and not self._framer.partial_bytes:
+        if len(self._received) > (MAX_FDS if self._framer.partial_bytes else 0):
             raise PeerError(f"{len(self._received)} fds no frame announced")
 
     def _collect_fds(self, ancillary: list[tuple[int, int, bytes]], truncated: bool) -> None:
+        fds = array.array("i")
         for level, kind, raw in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-                self._received.extend(fds)
         if truncated:  # our fd table is full, or more fds than any message may carry
-            self._close_received()
-            self._fds_lost = True
+            _close_all(fds)
+            self._received.append(None)
+        else:
+            self._received.extend(fds)
 
     def _take_fds(self, nfds: int) -> Fds | None:
         """The frame's fds; None when they were lost on the way in."""
-        if self._fds_lost:
-            self._fds_lost = False
-            return None
-        if nfds > len(self._received):
-            raise PeerError(f"frame announces {nfds} fds, {len(self._received)} came")
-        return Fds([self._received.popleft() for _ in range(nfds)])
+        taken: list[int] = []
+        while len(taken) < nfds:
+            if not self._received:
+                _close_all(taken)
+                raise PeerError(f"frame announces {nfds} fds, {len(taken)} came")
+            fd = self._received.popleft()
+            if fd is None:
+                _close_all(taken)
+                return None
+            taken.append(fd)
+        return Fds(taken)
 
     def _handle(self, kind: Kind, nfds: int, raw: memoryview) -> None:
         try:
@@ -276,6 +288,14 @@ class Channel:
         if type(request_id) is not int or type(body) is not dict:
             raise PeerError("body is not (id, map)")
         fds = self._take_fds(nfds) if nfds else NO_FDS
+        try:
+            self._dispatch(kind, request_id, body, fds)
+        except PeerError:
+            if fds is not None:
+                fds.close()
+            raise
+
+    def _dispatch(self, kind: Kind, request_id: int, body: Body, fds: Fds | None) -> None:
         if kind is Kind.REQUEST:
             self._session.received(request_id)
             if fds is None:
@@ -300,6 +320,8 @@ class Channel:
         elif kind is Kind.REPLY:
             wait.fail(UapiError(errno.EMFILE, "no room in our fd table for the fd in the reply"))
         else:
+            if fds is not None:
+                fds.close()
             number, why = body.get("errno"), body.get("why")
             if type(number) is not int or not 0 < number < MAX_ERRNO:
                 problem = PeerGone(f"{self.name}: error reply with errno {number!r:.40}")
@@ -330,8 +352,13 @@ class Channel:
             self._on_close(self)
 
     def _close_received(self) -> None:
-        _close_all(self._received)
+        _close_all(fd for fd in self._received if fd is not None)
         self._received.clear()
+
+
+def _encode(kind: Kind, request_id: int, body: Body, nfds: int) -> bytes:
+    payload: bytes = _PACK((request_id, body))
+    return header(kind, len(payload), nfds) + payload
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -51,7 +51,12 @@ class Files:
                 on_release(obj)
 
         channel = Channel(
-            self._loop, ours, f"{service.name}:{inode}", on_request=service.bind(obj), on_close=closed
+            self._loop,
+            ours,
+            f"{service.name}:{inode}",
+            on_request=service.bind(obj),
+            on_notify=service.bind_notify(obj),
+            on_close=closed,
         )
         self._by_inode[inode] = obj
         self._channels[inode] = channel

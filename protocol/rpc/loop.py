@@ -58,6 +58,10 @@ class Loop:
         """`writer.flush()` is called once at the end of the current turn."""
         self._dirty.append(writer)
 
+    def report(self, error: BaseException) -> None:
+        """A bug of ours surfaced where nobody waits for it."""
+        self._on_crash(error)
+
     def kick(self) -> None:
         self._kicked = True
 

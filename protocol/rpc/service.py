@@ -49,18 +49,35 @@ class Method(NamedTuple, Generic[Obj, M]):
     max_fds: int = 0
 
 
+class Notification(NamedTuple, Generic[Obj, M]):
+    model: type[M]
+    run: Callable[[Obj, M], None]
+
+
+def _validator(model: type[M]) -> Callable[[Any], M]:
+    validate: Callable[[Any], M] = TypeAdapter(model).validator.validate_python
+    return validate
+
+
 class Service(Generic[Obj]):
-    """The requests objects of one kind answer."""
+    """The requests objects of one kind answer, and the notifications they take."""
 
     def __init__(
-        self, name: str, methods: Mapping[str, Method[Obj, Any]], *, unknown_errno: int = errno.ENOTTY
+        self,
+        name: str,
+        methods: Mapping[str, Method[Obj, Any]],
+        *,
+        notifications: Mapping[str, Notification[Obj, Any]] | None = None,
+        unknown_errno: int = errno.ENOTTY,
     ) -> None:
         self.name = name
         self._unknown_errno = unknown_errno
         # One cached validator an op: the table does what a discriminated union would do again.
         self._methods = {
-            op: (TypeAdapter(method.model).validator.validate_python, method.run, method.max_fds)
-            for op, method in methods.items()
+            op: (_validator(method.model), method.run, method.max_fds) for op, method in methods.items()
+        }
+        self._notifications = {
+            op: (_validator(told.model), told.run) for op, told in (notifications or {}).items()
         }
 
     def bind(self, obj: Obj) -> Serve:
@@ -69,6 +86,10 @@ class Service(Generic[Obj]):
         def serve(channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
             try:
                 result = self._run(obj, body, fds)
+                if inspect.iscoroutine(result):
+                    self._serve_flow(channel, request_id, body, fds, result)
+                    return
+                _answer(channel, request_id, result)  # type: ignore[arg-type]
             except UapiError as error:
                 channel.answer_error(request_id, error)
                 fds.close()
@@ -80,13 +101,26 @@ class Service(Generic[Obj]):
                 channel.answer_error(request_id, _internal(self.name, body))
                 fds.close()
                 raise _Crash(f"{self.name}: {body.get('op')!r}") from error
-            if inspect.iscoroutine(result):
-                self._serve_flow(channel, request_id, body, fds, result)
-            else:
-                _answer(channel, request_id, result)  # type: ignore[arg-type]
-                fds.close()
+            fds.close()
 
         return serve
+
+    def bind_notify(self, obj: Obj) -> Callable[[Channel, Body, Fds], None]:
+        """The same for notifications; one that is unknown or malformed ends the connection."""
+
+        def told(channel: Channel, body: Body, fds: Fds) -> None:
+            op = body.get("op")
+            notification = self._notifications.get(op) if type(op) is str else None
+            if notification is None:
+                raise PeerError(f"{self.name}: unknown notification {op!r:.100}")
+            validate, run = notification
+            try:
+                message = validate(body)
+            except ValidationError as error:
+                raise PeerError(f"{op}: {_explain(error)}") from None
+            run(obj, message)
+
+        return told
 
     def _run(self, obj: Obj, body: Body, fds: Fds) -> Result:
         op = body.get("op")

@@ -1,0 +1,258 @@
+"""The remapping unit: PASID entries, translation, invalidation descriptors, faults.
+
+Models a VT-d unit in scalable mode, second stage only [VT-d 3], [VT-d 6], [VT-d 7].  A request without
+PASID uses entry 0 (RID_PASID).  Translation looks in the IOTLB, then walks, from a cached table pointer
+if there is one.  A missing page or right is no fault of the unit's when a function with ATS asks: it
+answers with fewer rights, and the function may ask for the page (a page request).
+
+I9: descriptors take effect in the order they come, a wait completes after those before it.
+Departure: PASID entries are written by message, 64 bytes at once, and not read from a table in memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from device_sim.core.iotlb import Iotlb, IotlbEntry, PscEntry
+from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.prq import PageRequestQueue
+from protocol.hw import pasid_entry as pasid_entries
+from protocol.hw import qi
+from protocol.hw.caps import Cap, Ecap
+from protocol.hw.faults import AddressType, FaultReason, FaultRecord, FaultType
+from protocol.hw.pasid_entry import PasidEntry, Pgtt
+from protocol.hw.qi import DescriptorError, ResponseCode
+from protocol.pt import bits
+from protocol.pt.geometry import INDEX_BITS, address_bits
+from protocol.pt.mem import TableOutside, TableReader
+from protocol.pt.walk import Outcome, Walk, second_stage_rules, walk
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Iova, Level, Pasid
+
+RID_PASID = Pasid(0)
+MAX_FAULT_RECORDS = 256
+_TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 table translates
+STABLE_TRIES = 16
+
+
+class Refused(Exception):
+    """The unit aborts the request; it has recorded why."""
+
+    def __init__(self, reason: FaultReason) -> None:
+        super().__init__(reason.name)
+        self.reason = reason
+
+
+class Endpoint(Protocol):
+    """What the unit needs of a function behind it."""
+
+    def invalidate_translations(self, start: int, npages: int) -> None: ...
+    def page_response(self, prgi: int, code: ResponseCode) -> None: ...
+
+
+@dataclass(slots=True)
+class _Attached:
+    """A valid second-stage PASID entry, decoded."""
+
+    did: int
+    root: Hpa
+    levels: Level
+
+
+NOT_PRESENT = IotlbEntry(Hpa(0), LEVEL_4K, 0, 0)
+
+
+class RemappingUnit:
+    """`on_event` is called whenever a page request or a fault record waits to be read."""
+
+    def __init__(
+        self, cap: Cap, ecap: Ecap, haw: int, memory: PhysicalMemory, on_event: Callable[[], None]
+    ) -> None:
+        self.cap = cap
+        self.ecap = ecap
+        self.iotlb = Iotlb()
+        self.prq = PageRequestQueue(self._auto_respond, on_event)
+        self.invalidations = 0  # IOTLB and device-TLB descriptors executed
+        self.walks = 0
+        self._rules = second_stage_rules(haw, cap.max_huge_page_level, snoop_control=bool(ecap.sc))
+        self._haw = haw
+        self._on_event = on_event
+        self._memory = memory
+        self._entries: dict[tuple[int, Pasid], bytes] = {}
+        self._pasid_cache: dict[tuple[int, Pasid], _Attached] = {}
+        self._endpoints: dict[int, Endpoint] = {}
+        self._faults: deque[bytes] = deque()
+        self.faults_recorded = 0
+        self.faults_lost = 0
+
+    def add_endpoint(self, rid: int, endpoint: Endpoint) -> None:
+        self._endpoints[rid] = endpoint
+
+    # -- what the driver does --------------------------------------------------------------------------
+
+    def write_pasid_entry(self, rid: int, pasid: Pasid, raw: bytes) -> None:
+        """Store an entry; cached copies stay until the PASID cache is invalidated.  Raises FormatError."""
+        PasidEntry.from_bytes(raw)
+        self._entries[rid, pasid] = raw
+
+    def execute(self, ring: bytes) -> list[int]:
+        """Run descriptors in order; the status data of each completed wait.
+
+        Raises DescriptorError at the first bad one: the queue stops there, those before it have taken effect.
+        """
+        if len(ring) % qi.DESCRIPTOR_SIZE:
+            raise DescriptorError(qi.IQEI.TAIL_MISALIGNED, f"{len(ring)} bytes of descriptors")
+        completed = []
+        for at in range(0, len(ring), qi.DESCRIPTOR_SIZE):
+            descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
+            if isinstance(descriptor, qi.Wait):
+                completed.append(descriptor.status_data)
+            else:
+                self._execute_one(descriptor)
+        return completed
+
+    def _execute_one(self, descriptor: qi.Descriptor) -> None:
+        match descriptor:
+            case qi.IotlbInv():
+                self.invalidations += 1
+                self._invalidate_iotlb(descriptor)
+            case qi.DevTlbInv():
+                self.invalidations += 1
+                endpoint = self._endpoints.get(descriptor.sid)
+                if endpoint is not None:
+                    endpoint.invalidate_translations(*descriptor.pages)
+            case qi.PasidCacheInv():
+                self._pasid_cache.clear()
+            case qi.PageGroupResponse():
+                endpoint = self._endpoints.get(descriptor.rid)
+                if endpoint is not None:
+                    endpoint.page_response(descriptor.prgi, ResponseCode.from_wire(descriptor.code))
+            case _:
+                raise DescriptorError(qi.IQEI.BAD_TYPE, f"{type(descriptor).__name__} is not implemented")
+
+    def _invalidate_iotlb(self, descriptor: qi.IotlbInv) -> None:
+        if descriptor.granularity is qi.IotlbGranularity.GLOBAL:
+            self.iotlb.invalidate_all()
+        elif descriptor.granularity is qi.IotlbGranularity.DOMAIN:
+            self.iotlb.invalidate_domain(descriptor.did)
+        elif descriptor.am > self.cap.mamv:
+            raise DescriptorError(
+                qi.IQEI.RESERVED_FIELD, f"AM {descriptor.am} is beyond MAMV {self.cap.mamv}"
+            )
+        else:
+            start, npages = descriptor.pages
+            self.iotlb.invalidate_pages(descriptor.did, start, npages, leaves_only=descriptor.ih)
+
+    def reset(self) -> None:
+        """The driver is gone: nothing is translated any more, and nothing is cached."""
+        self._entries.clear()
+        self._pasid_cache.clear()
+        self.iotlb.invalidate_all()
+        self.prq.reset()
+        self._faults.clear()
+        for endpoint in self._endpoints.values():
+            endpoint.invalidate_translations(0, qi.MAX_PAGES)
+
+    # -- translation -----------------------------------------------------------------------------------
+
+    def translation_request(self, rid: int, page: int, need: int) -> IotlbEntry:
+        """ATS: the leaf that covers iova page `page`, with the rights the table gives; rights 0: not present.
+
+        A cached entry without the right `need` is walked again: rights are raised without an invalidation.
+        Raises Refused on configuration errors, reserved bits, an address too wide: those are recorded.
+        """
+        attached = self._attached(rid, page)
+        if page >> (address_bits(attached.levels) - PAGE_SHIFT) or page >> (self.cap.mgaw - PAGE_SHIFT):
+            raise self._refuse(rid, page, FaultReason.SGN_5)
+        cached = self.iotlb.lookup(attached.did, page, need)
+        if cached is not None:
+            return cached
+        tables = self._memory.tables_at(attached.root)
+        if tables is None:
+            raise self._refuse(rid, page, FaultReason.SSS_4)
+        try:
+            found, tag = self._walk_stable(tables, attached, page)
+        except TableOutside:
+            raise self._refuse(rid, page, FaultReason.SSS_1) from None
+        if found.outcome is Outcome.RESERVED:
+            raise self._refuse(rid, page, FaultReason.SSS_3)
+        if found.outcome is Outcome.ABSENT:
+            return NOT_PRESENT  # and absent entries are never cached (CM = 0)
+        entry = IotlbEntry(Hpa(found.hpa(0)), found.level, found.rights & (bits.READ | bits.WRITE), tag)
+        self.iotlb.fill(attached.did, page, entry)
+        if found.level == LEVEL_4K:
+            self.iotlb.fill_table(attached.did, page, PscEntry(found.table, found.rights_above))
+        return entry
+
+    def _walk(self, tables: TableReader, attached: _Attached, page: int) -> Walk:
+        self.walks += 1
+        address = page << PAGE_SHIFT
+        pointer = self.iotlb.lookup_table(attached.did, page)
+        if pointer is None:
+            return walk(tables, self._rules, attached.root, attached.levels, address)
+        found = walk(tables, self._rules, pointer.table, LEVEL_4K, address & _TABLE_MASK)
+        return found._replace(rights=found.rights & pointer.rights, rights_above=pointer.rights)
+
+    def _walk_stable(self, tables: TableReader, attached: _Attached, page: int) -> tuple[Walk, int]:
+        """A walk, and in debug builds the frame's tag as of that walk: it must not change in between."""
+        found = self._walk(tables, attached, page)
+        tags = self._memory.tags
+        if tags is None or found.outcome is not Outcome.MAPPED:
+            return found, 0
+        for _ in range(STABLE_TRIES):
+            tag = tags.read(found.hpa(0) >> PAGE_SHIFT)
+            again = self._walk(tables, attached, page)
+            if again == found or again.outcome is not Outcome.MAPPED:
+                return again, tag
+            found = again
+        return found._replace(outcome=Outcome.ABSENT), 0
+
+    def _attached(self, rid: int, page: int) -> _Attached:
+        """The PASID entry of a request without PASID, checked in the unit's order."""
+        key = rid, RID_PASID
+        cached = self._pasid_cache.get(key)
+        if cached is not None:
+            return cached
+        raw = self._entries.get(key)
+        if raw is None or not pasid_entries.is_present(raw):
+            raise self._refuse(rid, page, FaultReason.SPT_2)
+        entry = PasidEntry.from_bytes(raw)
+        level = entry.level
+        usable = entry.pgtt == Pgtt.SECOND_STAGE and bool(self.ecap.ssts) and level in self.cap.levels
+        if not usable or level is None or (entry.pgsnp and not self.ecap.sc):
+            raise self._refuse(rid, page, FaultReason.SPT_4)
+        if entry.ss_ptr >> self._haw:
+            raise self._refuse(rid, page, FaultReason.SSS_4)
+        self._pasid_cache[key] = attached = _Attached(entry.did, entry.ss_ptr, level)
+        return attached
+
+    # -- faults and page requests ----------------------------------------------------------------------
+
+    def _refuse(self, rid: int, page: int, reason: FaultReason) -> Refused:
+        """Record a fault of a translation request; the caller raises what this returns."""
+        record = FaultRecord(
+            sid=rid,
+            addr=Iova((page << PAGE_SHIFT) & (1 << 64) - 1),
+            reason=reason,
+            type=FaultType.READ,
+            at=AddressType.TRANSLATION_REQUEST,
+        )
+        if len(self._faults) >= MAX_FAULT_RECORDS:
+            self.faults_lost += 1  # PFO
+        else:
+            self._faults.append(record.to_bytes())
+            self._on_event()
+        self.faults_recorded += 1
+        return Refused(reason)
+
+    def take_faults(self) -> Iterator[bytes]:
+        """Fault records not read yet."""
+        while self._faults:
+            yield self._faults.popleft()
+
+    def _auto_respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
+        endpoint = self._endpoints.get(rid)
+        if endpoint is not None:
+            endpoint.page_response(prgi, code)

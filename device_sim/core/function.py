@@ -1,0 +1,245 @@
+"""A PCIe function with ATS and PRI: how its DMA finds host memory, and what it does on a miss.
+
+Models the translation side of an endpoint [PCIe 10]: a device TLB, translation requests on a miss, page
+requests when the answer lacks the right and the access may block (block on fault), a new translation
+request after each success, because the response carries no translation.  DMA itself is a copy of host
+memory.
+
+I6, the device's half: in debug builds every access compares the tag of each frame, before and after, with the
+one it had when it was walked; `stale` counts frames touched after they were given up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from device_sim.core.devtlb import DevTlb, Run
+from device_sim.core.dmar import NOT_PRESENT, Refused, RemappingUnit
+from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.pri import PageAccess, PageRequestInterface
+from protocol.hw.qi import ResponseCode
+from protocol.pt import bits
+from protocol.units import PAGE_SHIFT, Iova
+
+PRI_CAPACITY = 512
+GROUP_PAGES = 8  # as many pages as one group asks for
+MAX_REQUESTS = 64  # page requests for one access, answered Success, before the device gives up on it
+MAX_STALE_NOTES = 16
+MAX_LATENCIES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class DmaRange:
+    iova: int
+    size: int
+    write: bool
+
+
+class DmaFault(Exception):
+    """The access cannot be made.  `requested`: the page was asked for and refused."""
+
+    def __init__(self, iova: int, write: bool, *, requested: bool) -> None:
+        super().__init__(f"{'write' if write else 'read'} of iova {iova:#x}")
+        self.iova = Iova(iova)
+        self.write = write
+        self.requested = requested
+
+
+class Function:
+    """`clock` gives nanoseconds: latencies are from the first refused translation to the granted one."""
+
+    def __init__(
+        self, rid: int, unit: RemappingUnit, memory: PhysicalMemory, clock: Callable[[], int]
+    ) -> None:
+        self.rid = rid
+        self.io_faults = 0  # accesses that needed a page request and were granted
+        self.fault_latencies_ns: deque[int] = deque(maxlen=MAX_LATENCIES)
+        self._clock = clock
+        self.devtlb = DevTlb()
+        self.pri = PageRequestInterface(rid, unit.prq, PRI_CAPACITY)
+        self.ats_enabled = False
+        self.dma_enabled = False
+        self.stale = 0
+        self.stale_notes: list[str] = []
+        self._unit = unit
+        self._memory = memory
+        unit.add_endpoint(rid, self)
+
+    # -- what the remapping unit sends -----------------------------------------------------------------
+
+    def invalidate_translations(self, start: int, npages: int) -> None:
+        """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once."""
+        self.devtlb.invalidate(start, npages)
+
+    def page_response(self, prgi: int, code: ResponseCode) -> None:
+        self.pri.respond(prgi, code)
+
+    def stop(self) -> None:
+        """The driver is gone, or detaches: no translation, no page request."""
+        self.ats_enabled = self.dma_enabled = False
+        self.devtlb.invalidate(0, 1 << 52)
+        self.pri.disable()
+
+    # -- DMA -------------------------------------------------------------------------------------------
+
+    async def make_accessible(self, ranges: list[DmaRange], *, block: bool) -> None:
+        """Have the first page that misses of each range, and those that miss after it, translated.
+
+        Returns once at least the first missing page of each range is in the device TLB.  Raises DmaFault.
+        """
+        began = None
+        for _ in range(MAX_REQUESTS):
+            missing = self._translate_missing(ranges)
+            if not missing:
+                if began is not None:
+                    self.io_faults += 1
+                    self.fault_latencies_ns.append(self._clock() - began)
+                return
+            if began is None:
+                began = self._clock()
+            first = missing[0]
+            if not (block and self.pri.enabled):
+                raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=False)
+            code = await self.pri.request(missing[:GROUP_PAGES])
+            if code is not ResponseCode.SUCCESS:
+                raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
+        raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
+
+    def _translate_missing(self, ranges: list[DmaRange]) -> list[PageAccess]:
+        """Translation requests for what the device TLB lacks; the accesses that were not granted."""
+        refused: dict[int, PageAccess] = {}
+        for dma in ranges:
+            asked = 0
+            at = dma.iova
+            end = dma.iova + dma.size
+            while at < end and asked < GROUP_PAGES:
+                _, covered = self.devtlb.runs(at, end - at, dma.write)
+                at += covered
+                if covered and at < end:
+                    at &= ~((1 << PAGE_SHIFT) - 1)
+                if at >= end:
+                    break
+                asked += 1
+                if not self._translate(at >> PAGE_SHIFT, dma.write):
+                    known = refused.get(at >> PAGE_SHIFT)
+                    if known is None or dma.write:
+                        refused[at >> PAGE_SHIFT] = PageAccess(at >> PAGE_SHIFT, dma.write)
+                    at = (at | (1 << PAGE_SHIFT) - 1) + 1
+        return list(refused.values())
+
+    def _translate(self, page: int, write: bool) -> bool:
+        """One ATS translation request; whether the device TLB now allows the access."""
+        need = bits.WRITE if write else bits.READ
+        self.devtlb.misses += 1
+        if not (self.ats_enabled and self.dma_enabled):
+            raise DmaFault(page << PAGE_SHIFT, write, requested=False)
+        try:
+            entry = self._unit.translation_request(self.rid, page, need)
+        except Refused:
+            raise DmaFault(page << PAGE_SHIFT, write, requested=True) from None
+        if entry is not NOT_PRESENT:
+            tag = entry.tag if self._memory.tags is not None else None
+            self.devtlb.fill(page, entry.hpa, entry.level, entry.rights, tag)
+        return entry.rights & need != 0
+
+    def read(self, iova: int, size: int) -> bytes | None:
+        """The bytes, or None if part of them is not translated."""
+        runs, covered = self.devtlb.runs(iova, size, write=False)
+        if covered < size:
+            return None
+        with self._watched(DmaRange(iova, size, False)):
+            self._count_hits(iova, size)
+            return b"".join(bytes(piece) for piece in self._pieces(runs))
+
+    def write(self, iova: int, data: bytes) -> bool:
+        """Store; False, and nothing stored, if part of the range is not translated."""
+        runs, covered = self.devtlb.runs(iova, len(data), write=True)
+        if covered < len(data):
+            return False
+        with self._watched(DmaRange(iova, len(data), True)):
+            self._count_hits(iova, len(data))
+            at = 0
+            for piece in self._pieces(runs):
+                piece[:] = data[at : at + len(piece)]
+                at += len(piece)
+        return True
+
+    def copy(self, src: int, dst: int, size: int) -> int:
+        """Copy as much from the front as both sides are translated for; how many bytes."""
+        src_runs, readable = self.devtlb.runs(src, size, False)
+        dst_runs, writable = self.devtlb.runs(dst, size, True)
+        count = min(readable, writable)
+        if not count:
+            return 0
+        with self._watched(DmaRange(src, count, False), DmaRange(dst, count, True)):
+            self._count_hits(src, count)
+            self._count_hits(dst, count)
+            self._copy_runs(src_runs, dst_runs, count)
+        return count
+
+    def _count_hits(self, iova: int, size: int) -> None:
+        self.devtlb.hits += (iova + size - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
+
+    def _copy_runs(self, src_runs: list[Run], dst_runs: list[Run], count: int) -> None:
+        src, dst = self._pieces(src_runs), self._pieces(dst_runs)
+        source, target = next(src), next(dst)
+        while count:
+            step = min(len(source), len(target), count)
+            target[:step] = source[:step]
+            count -= step
+            if count:
+                source = source[step:] if step < len(source) else next(src)
+                target = target[step:] if step < len(target) else next(dst)
+
+    def _pieces(self, runs: list[Run]) -> Iterator[memoryview]:
+        """Each run as memory.  Raises DmaFault where the table points outside memory."""
+        for hpa, size in runs:
+            place = self._memory.frame(hpa)
+            if place is None:
+                raise DmaFault(hpa, False, requested=True)
+            view, offset = place
+            yield view[offset : offset + size]
+
+    # -- the debug check -------------------------------------------------------------------------------
+
+    def _watched(self, *ranges: DmaRange) -> _Watch | _NoWatch:
+        return _NO_WATCH if self._memory.tags is None else _Watch(self, ranges)
+
+    def note_stale(self, dma: DmaRange, when: str) -> None:
+        tags = self._memory.tags
+        assert tags is not None
+        for page in range(dma.iova >> PAGE_SHIFT, (dma.iova + dma.size - 1 >> PAGE_SHIFT) + 1):
+            cached = self.devtlb.tag_of(page, dma.write)
+            if cached is not None and tags.read(cached[0]) != cached[1]:
+                self.stale += 1
+                if len(self.stale_notes) < MAX_STALE_NOTES:
+                    what = "written" if dma.write else "read"
+                    self.stale_notes.append(
+                        f"I6: pfn {cached[0]:#x} {what} as page {page:#x} {when} it was given up"
+                    )
+
+
+class _Watch:
+    """Checks the tags on both sides of an access."""
+
+    def __init__(self, function: Function, ranges: tuple[DmaRange, ...]) -> None:
+        self._function = function
+        self._ranges = ranges
+
+    def __enter__(self) -> None:
+        for dma in self._ranges:
+            self._function.note_stale(dma, "after")
+
+    def __exit__(self, *_: object) -> None:
+        for dma in self._ranges:
+            self._function.note_stale(dma, "while")
+
+
+class _NoWatch:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+_NO_WATCH = _NoWatch()

@@ -1,0 +1,83 @@
+"""Host-physical memory as the device and the remapping unit see it: tables to read, frames to read and write.
+
+Models the memory bus.  Windows come in sets, one set for each importer that shares its host's memory
+with us, and several sets may name the same window: it stays as long as one of them does.  In debug
+builds a window of frame tags comes along, with which the device proves that it touches no frame after
+it was given up (I6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.frame_tags import FrameTags
+from protocol.hostmem import HostMap, Window, WindowKind
+from protocol.pt.mem import TableReader
+
+
+@dataclass(slots=True)
+class _Mapped:
+    window: Window
+    users: int
+    release: Callable[[], None]
+    reader: TableReader | None = None
+    tags: FrameTags | None = None
+
+
+class PhysicalMemory:
+    def __init__(self) -> None:
+        self._map = HostMap()
+        self._mapped: dict[tuple[WindowKind, int, int], _Mapped] = {}
+        self.tags: FrameTags | None = None
+
+    def find(self, kind: WindowKind, base: int, size: int) -> Window | None:
+        """The window if it is mapped already."""
+        mapped = self._mapped.get((kind, base, size))
+        return None if mapped is None else mapped.window
+
+    def share(self, window: Window) -> None:
+        """One user more of a window that is mapped."""
+        self._mapped[window.kind, window.base, window.size].users += 1
+
+    def add(self, window: Window, release: Callable[[], None]) -> None:
+        """Take a new window; `release` unmaps it after its last user.  Raises ValueError if it fits
+        nowhere.
+        """
+        mapped = _Mapped(window, 1, release)
+        if window.kind is WindowKind.FRAME_TAGS:
+            mapped.tags = self.tags = FrameTags(window.base, window.view)
+        else:
+            self._map.add(window)
+        if window.kind is WindowKind.TABLES:
+            mapped.reader = TableReader(window.base, window.view)
+        self._mapped[window.kind, window.base, window.size] = mapped
+
+    def drop(self, window: Window) -> None:
+        """One user less."""
+        key = window.kind, window.base, window.size
+        mapped = self._mapped[key]
+        mapped.users -= 1
+        if mapped.users:
+            return
+        del self._mapped[key]
+        if mapped.reader is not None:
+            mapped.reader.release()
+        if mapped.tags is not None:
+            mapped.tags.release()
+            self.tags = None
+        else:
+            self._map.remove(window)
+        window.view.release()
+        mapped.release()
+
+    def tables_at(self, hpa: int) -> TableReader | None:
+        """What reads the tables of the window that holds `hpa`; None where no table memory is."""
+        for mapped in self._mapped.values():
+            if mapped.reader is not None and mapped.window.base <= hpa < mapped.window.end:
+                return mapped.reader
+        return None
+
+    def frame(self, hpa: int) -> tuple[memoryview, int] | None:
+        """(view, offset) of the frame byte at `hpa`, or None where no frame is."""
+        return self._map.frame(hpa)

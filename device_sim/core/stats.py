@@ -1,0 +1,42 @@
+"""Counters of the remapping unit and of a device, for people and scenarios.
+
+Names follow the hardware: hits and misses of the IOTLB (in the unit) and of the device TLB (in the
+function), page requests (entries of the queue) and groups (answered once each).
+"""
+
+from __future__ import annotations
+
+from device_sim.core.dmar import RemappingUnit
+from device_sim.core.dsa import Dsa
+
+
+def unit_stats(unit: RemappingUnit) -> dict[str, int]:
+    return {
+        "iotlb_hits": unit.iotlb.hits,
+        "iotlb_misses": unit.iotlb.misses,
+        "psc_hits": unit.iotlb.psc_hits,
+        "walks": unit.walks,
+        "invalidations": unit.invalidations,
+        "page_requests": unit.prq.requests,
+        "page_requests_dropped": unit.prq.dropped,
+        "faults_recorded": unit.faults_recorded,
+        "faults_lost": unit.faults_lost,
+    }
+
+
+def device_stats(dsa: Dsa) -> dict[str, object]:
+    function = dsa.function
+    return {
+        "descriptors": dsa.counters.descriptors,
+        "bytes_moved": dsa.counters.bytes_moved,
+        "software_errors": dsa.counters.software_errors,
+        "statuses": {status.name: count for status, count in dsa.counters.statuses.items()},
+        "devtlb_hits": function.devtlb.hits,
+        "devtlb_misses": function.devtlb.misses,
+        "page_request_groups": function.pri.groups,
+        "page_requests_outstanding": function.pri.outstanding,
+        "io_faults": function.io_faults,
+        "fault_latencies_ns": list(function.fault_latencies_ns),
+        "stale_accesses": function.stale,
+        "stale_notes": function.stale_notes,
+    }

@@ -1,0 +1,273 @@
+"""device_sim's connections: the driver's link, guests' portals, and the front door.
+
+The link is held by one driver at a time.  When it hangs up, in whatever way, the silicon stops: nothing is
+translated any more, caches are empty, memory is unmapped and its leases end, portals are cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import structlog
+
+from device_sim.config import Settings
+from device_sim.core.dmar import RemappingUnit
+from device_sim.core.dsa import Dsa, WorkQueue
+from device_sim.core.function import Function
+from device_sim.core.stats import device_stats, unit_stats
+from device_sim.memory import MappedMemory
+from protocol.errors import UapiError
+from protocol.hw.fields import FormatError
+from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.files import Files
+from protocol.rpc.loop import Loop
+from protocol.rpc.service import Answer, Method, Notification, Service
+from protocol.uapi import link as uapi
+from protocol.units import Pasid
+
+log = structlog.get_logger("device_sim")
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """A DSA behind the unit, and the guest that has its BARs mapped."""
+
+    app: DeviceSim
+    name: str
+    function: Function
+    dsa: Dsa
+    portal: Channel | None = None
+
+    def interrupt(self, handle: int) -> None:
+        if self.portal is not None:
+            self.portal.notify("MSIX", {"handle": handle})
+
+
+class DeviceSim:
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.loop = loop
+        self.memory = MappedMemory()
+        self.unit = RemappingUnit(
+            settings.cap, settings.ecap, settings.haw, self.memory.physical, self._on_event
+        )
+        self.files = Files(loop)
+        self.devices = {rid: self._device(n, rid) for n, rid in enumerate(settings.rids)}
+        self.link: Channel | None = None
+        self._event_due = False
+        self._front: dict[Channel, None] = {}
+
+    def _device(self, number: int, rid: int) -> Device:
+        function = Function(rid, self.unit, self.memory.physical, perf_counter_ns)
+        dsa = Dsa(function, self.loop.flows.spawn, lambda handle: self.devices[rid].interrupt(handle))
+        return Device(self, f"dsa{number}", function, dsa)
+
+    async def start(self) -> None:
+        """The silicon needs nobody."""
+
+    def on_connect(self, sock: socket.socket) -> None:
+        channel = Channel(
+            self.loop,
+            sock,
+            "device_sim",
+            on_request=FRONT_DOOR.bind(self),
+            on_close=lambda c: self._front.pop(c, None),
+        )
+        self._front[channel] = None
+
+    def close(self) -> None:
+        for channel in list(self._front):
+            channel.close()
+        self.files.close()
+
+    def _on_event(self) -> None:
+        """The unit has page requests or faults to report: one interrupt a turn, for all of them."""
+        if not self._event_due:
+            self._event_due = True
+            self.loop.mark_dirty(self)
+
+    def flush(self) -> None:
+        """Raise the interrupts that are due."""
+        self._event_due = False
+        if self.link is None:
+            return
+        if self.unit.prq.has_new:
+            entries = self.unit.prq.take_new()
+            self.link.notify("PAGE_REQUESTS", {"entries": entries, "overflow": self.unit.prq.overflow})
+        records = b"".join(self.unit.take_faults())
+        if records:
+            self.link.notify("FAULTS", {"records": records})
+
+    def unplug(self) -> None:
+        """The link is gone."""
+        self.link = None
+        log.info("driver gone: translation is off")
+        for device in self.devices.values():
+            device.dsa.abandon()
+            device.function.stop()
+            if device.portal is not None:
+                device.portal.close()
+        self.unit.reset()
+        self.memory.clear()
+
+
+# -- front door ----------------------------------------------------------------------------------------
+
+
+def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
+    if app.link is not None:
+        raise UapiError(errno.EBUSY, "a driver has the remapping unit already")
+    fd, _, app.link = app.files.open(LINK, app, DeviceSim.unplug)
+    return Answer({}, [fd])
+
+
+def _stats(app: DeviceSim, message: uapi.DeviceStats, fds: Fds) -> Body:
+    return {
+        "unit": unit_stats(app.unit),
+        "devices": {device.name: device_stats(device.dsa) for device in app.devices.values()},
+    }
+
+
+FRONT_DOOR: Service[DeviceSim] = Service(
+    "device_sim", {"LINK": Method(uapi.Link, _link), "STATS": Method(uapi.DeviceStats, _stats)}
+)
+
+# -- link ----------------------------------------------------------------------------------------------
+
+
+def _caps(app: DeviceSim, message: uapi.LinkCaps, fds: Fds) -> Body:
+    functions = [(rid, device.name, True, True) for rid, device in app.devices.items()]
+    return {"cap": app.unit.cap.value, "ecap": app.unit.ecap.value, "functions": functions}
+
+
+def _memory_add(app: DeviceSim, message: uapi.LinkMemoryAdd, fds: Fds) -> Body:
+    return {"memory": app.memory.add(message.windows, fds)}
+
+
+def _memory_remove(app: DeviceSim, message: uapi.LinkMemoryRemove, fds: Fds) -> Body:
+    app.memory.remove(message.memory)
+    return {}
+
+
+def _pasid_entry(app: DeviceSim, message: uapi.LinkPasidEntry, fds: Fds) -> Body:
+    _find(app, message.rid)
+    try:
+        app.unit.write_pasid_entry(message.rid, Pasid(message.pasid), message.entry)
+    except FormatError as error:
+        raise UapiError(errno.EINVAL, str(error)) from None
+    return {}
+
+
+def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
+    function = _find(app, message.rid).function
+    if message.pri_allocation and not message.ats:
+        raise UapiError(errno.EINVAL, f"rid {message.rid:#x}: page requests need ATS")
+    function.ats_enabled = message.ats
+    function.dma_enabled = message.bus_master
+    if message.pri_allocation:
+        function.pri.enable(message.pri_allocation)
+    elif function.pri.enabled:
+        function.pri.disable()
+    return {}
+
+
+def _qi(app: DeviceSim, message: uapi.LinkQi, fds: Fds) -> Body:
+    return {"status": _run_queue(app, message)}
+
+
+def _qi_posted(app: DeviceSim, message: uapi.LinkQi) -> None:
+    try:
+        _run_queue(app, message)
+    except UapiError as error:
+        log.warning("bad descriptors posted", why=str(error))
+
+
+def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
+    if not app.unit.prq.consume(message.prq_consumed):
+        raise UapiError(errno.EINVAL, f"page request queue: {message.prq_consumed} entries are not there")
+    if message.prq_clear:
+        app.unit.prq.clear_overflow()
+    try:
+        return app.unit.execute(message.descriptors)
+    except FormatError as error:
+        raise UapiError(errno.EINVAL, f"invalidation queue: {error}") from None
+
+
+def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
+    device = _find(app, message.rid)
+    if device.portal is not None:
+        raise UapiError(errno.EBUSY, f"the BARs of {device.name} are mapped already")
+    fd, _, device.portal = app.files.open(PORTAL, device, _portal_closed)
+    return Answer({}, [fd])
+
+
+def _find(app: DeviceSim, rid: int) -> Device:
+    device = app.devices.get(rid)
+    if device is None:
+        raise UapiError(errno.ENODEV, f"no function {rid:#x} behind this unit")
+    return device
+
+
+LINK: Service[DeviceSim] = Service(
+    "link",
+    {
+        "CAPS": Method(uapi.LinkCaps, _caps),
+        "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, uapi.MAX_WINDOWS + 1),
+        "MEMORY_REMOVE": Method(uapi.LinkMemoryRemove, _memory_remove),
+        "PASID_ENTRY": Method(uapi.LinkPasidEntry, _pasid_entry),
+        "FUNCTION": Method(uapi.LinkFunction, _function),
+        "QI": Method(uapi.LinkQi, _qi),
+        "PORTAL": Method(uapi.LinkPortal, _portal),
+    },
+    notifications={"QI": Notification(uapi.LinkQi, _qi_posted)},
+)
+
+# -- portal --------------------------------------------------------------------------------------------
+
+
+def _wq_config(device: Device, message: uapi.WqConfig, fds: Fds) -> Body:
+    queue = WorkQueue(message.size, message.dedicated, message.block_on_fault)
+    problem = device.dsa.configure(message.wq, queue)
+    if problem is not None:
+        raise UapiError(errno.EINVAL, problem)
+    return {}
+
+
+def _wq_disable(device: Device, message: uapi.WqDisable, fds: Fds) -> Body:
+    if not device.dsa.disable(message.wq):
+        raise UapiError(errno.EINVAL, f"work queue {message.wq} is not enabled")
+    return {}
+
+
+async def _drain(device: Device, message: uapi.Drain, fds: Fds) -> Body:
+    await device.dsa.drain()
+    return {}
+
+
+def _enqcmd(device: Device, message: uapi.Enqcmd, fds: Fds) -> Body:
+    return {"retry": not device.dsa.submit(message.wq, message.descriptor)}
+
+
+def _movdir64b(device: Device, message: uapi.Movdir64b) -> None:
+    device.dsa.submit(message.wq, message.descriptor)
+
+
+def _portal_closed(device: Device) -> None:
+    """The guest is gone: its queues take nothing more; what runs, runs out."""
+    device.portal = None
+    for wq in list(device.dsa.queues):
+        device.dsa.disable(wq)
+
+
+PORTAL: Service[Device] = Service(
+    "portal",
+    {
+        "WQ_CONFIG": Method(uapi.WqConfig, _wq_config),
+        "WQ_DISABLE": Method(uapi.WqDisable, _wq_disable),
+        "DRAIN": Method(uapi.Drain, _drain),
+        "ENQCMD": Method(uapi.Enqcmd, _enqcmd),
+    },
+    notifications={"MOVDIR64B": Notification(uapi.Movdir64b, _movdir64b)},
+)

@@ -1,0 +1,91 @@
+"""The KVM HWPT: a TDP FD seen from IOMMUFD; it maps nothing and forwards everything.
+
+Models struct iommufd_hwpt_kvm [RFC 13/42], [RFC 14/42], [RFC 15/42]: IO page faults go to KVM, KVM's
+flushes go to the driver as invalidations.  It holds one reference on the TDP FD, so VM and root outlive
+the user's own fds.
+
+I9: an invalidation is acked to KVM only after the wait descriptor behind it completed.  I13: what cannot be
+invalidated because the unit is gone is not walked any more either: the lease the unit held has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from contextlib import suppress
+from typing import Protocol
+
+from iommufdd.core import qi
+from iommufdd.core.kvm_domain import KvmDomain
+from iommufdd.core.object import Object
+from protocol.errors import UapiError
+from protocol.hw.caps import Cap
+from protocol.hw.prq import PageRequest
+from protocol.hw.qi import Descriptor, ResponseCode
+from protocol.units import Iova, gfn_of, gpa_of_iova
+
+
+class Tdp(Protocol):
+    """The ops of a TDP FD, as its importer calls them [RFC 01/42].  Each may raise UapiError."""
+
+    async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None: ...
+    async def unregister(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class Unit(Protocol):
+    """The remapping unit as the driver reaches it.  Raises UapiError(ENODEV) once it is gone."""
+
+    async def submit(self, descriptors: list[Descriptor]) -> None:
+        """Queue descriptors; returns when the wait that ends them completed."""
+
+    async def remove_memory(self, memory: int) -> None: ...
+
+
+class HwptKvm(Object):
+    def __init__(self, domain: KvmDomain, cap: Cap, tdp: Tdp, unit: Unit) -> None:
+        super().__init__()
+        self.domain = domain
+        self.rids: list[int] = []  # functions attached
+        self.memory = 0  # the set of windows the unit walks it in
+        self.faults: Counter[ResponseCode] = Counter()
+        self.invalidations = 0
+        self.acked_epoch = 0
+        self._cap = cap
+        self._tdp = tdp
+        self._unit = unit
+
+    async def fault(self, request: PageRequest) -> ResponseCode:
+        """Have KVM populate one page [RFC 15/42]."""
+        code = await self._fault(request)
+        self.faults[code] += 1
+        return code
+
+    async def _fault(self, request: PageRequest) -> ResponseCode:
+        if request.addr >> self.domain.width:  # a guest address, so no CPU canonicality (defect B-31)
+            return ResponseCode.INVALID
+        gfn = gfn_of(gpa_of_iova(Iova(request.addr)))
+        try:
+            await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
+        except UapiError as error:
+            # Failure makes PCIe stop the function's page requests for good: only for what concerns
+            # more than this page (defect B-37).
+            about_page = error.errno in (errno.EFAULT, errno.EINVAL)
+            return ResponseCode.INVALID if about_page else ResponseCode.FAILURE
+        return ResponseCode.SUCCESS
+
+    async def invalidate(self, start: int, size: int, epoch: int) -> None:
+        """KVM flushed: drop every cached translation of the range, then return (the ack)."""
+        self.invalidations += 1
+        with suppress(UapiError):  # the unit is gone, and with it what it cached
+            await self._unit.submit(qi.invalidate(self._cap, self.domain.did, self.rids, start, size))
+        self.acked_epoch = max(self.acked_epoch, epoch)
+
+    async def destroy(self) -> None:
+        """Unregister first, then free, then put: nothing is told of a domain that is gone (defect B-10)."""
+        assert not self.rids, f"HWPT {self.id} destroyed with {len(self.rids)} functions attached"
+        with suppress(UapiError):  # the unit is gone, and its lease with it
+            await self._unit.remove_memory(self.memory)
+        with suppress(UapiError):  # KVM is gone
+            await self._tdp.unregister()
+        self._tdp.release()

@@ -1,0 +1,133 @@
+"""Between the VT-d driver (iommufdd) and the silicon (device_sim), and between a guest and its device.
+
+The link stands for what a driver does with registers and rings in memory: it reads capabilities, writes PASID
+entries, submits invalidation descriptors, and is interrupted for page requests and faults.  Hardware records
+travel as their bytes.  A portal stands for the BARs of one device, mapped into a guest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.rpc.service import Message
+from protocol.uapi.fields import U8, U16, U32, U64, Name
+
+MAX_RING_BYTES = 1 << 19  # a whole invalidation queue
+PASID_ENTRY_BYTES = 64
+DSA_DESCRIPTOR_BYTES = 64
+MAX_WINDOWS = 7  # and the lease: what one message may carry
+
+# -- front door of device_sim --------------------------------------------------------------------------
+
+
+class Link(Message):
+    """The driver takes the unit; the reply carries the link.  EBUSY: another driver has it."""
+
+
+class DeviceStats(Message):
+    """Counters of the unit and of every device."""
+
+
+# -- driver -> silicon ---------------------------------------------------------------------------------
+
+
+class LinkCaps(Message):
+    """Reply: `cap`, `ecap`, and `functions` [[rid, name, ats, pri]...]."""
+
+
+class LinkMemoryAdd(Message):
+    """Windows of host memory, with an fd each and then the lease; the reply names the set."""
+
+    windows: Annotated[
+        list[Annotated[tuple[Name, U64, Annotated[int, Field(gt=0, lt=1 << 52)]], Field(strict=False)]],
+        Field(min_length=1, max_length=MAX_WINDOWS),
+    ]
+
+
+class LinkMemoryRemove(Message):
+    """The driver is done with a set: it is unmapped and its lease closed before the reply."""
+
+    memory: U32
+
+
+class LinkPasidEntry(Message):
+    """Store a PASID-table entry; cached copies stay until invalidated."""
+
+    rid: U16
+    pasid: Annotated[int, Field(ge=0, lt=1 << 20)]
+    entry: Annotated[bytes, Field(min_length=PASID_ENTRY_BYTES, max_length=PASID_ENTRY_BYTES)]
+
+
+class LinkFunction(Message):
+    """Config space of a function: ATS, then PRI with an allocation (0: off), bus mastering."""
+
+    rid: U16
+    ats: bool
+    pri_allocation: U32
+    bus_master: bool
+
+
+class LinkQi(Message):
+    """Invalidation descriptors, executed in order; reply: `status`, the data of each completed wait.
+
+    `prq_consumed` moves the page request queue's head first; `prq_clear` clears its overflow flag.
+    """
+
+    descriptors: Annotated[bytes, Field(max_length=MAX_RING_BYTES)] = b""
+    prq_consumed: U32 = 0
+    prq_clear: bool = False
+
+
+class LinkPortal(Message):
+    """Map a function's BARs: the reply carries a portal.  Only the driver hands them out."""
+
+    rid: U16
+
+
+# -- silicon -> driver (notifications) -----------------------------------------------------------------
+
+
+class PageRequests(Message):
+    """The page request interrupt: new entries, 32 bytes each, and whether the queue overflowed."""
+
+    entries: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
+    overflow: bool
+
+
+class Faults(Message):
+    """The fault event: records, 16 bytes each."""
+
+    records: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
+
+
+# -- guest -> device, through its portal ---------------------------------------------------------------
+
+
+class WqConfig(Message):
+    """Set up and enable a work queue [DSA 8.3]."""
+
+    wq: U8
+    size: U16
+    dedicated: bool
+    block_on_fault: bool
+
+
+class WqDisable(Message):
+    wq: U8
+
+
+class Drain(Message):
+    """Answered when no descriptor is queued or running."""
+
+
+class Enqcmd(Message):
+    """A descriptor to a shared queue; reply: `retry`."""
+
+    wq: U8
+    descriptor: Annotated[bytes, Field(min_length=DSA_DESCRIPTOR_BYTES, max_length=DSA_DESCRIPTOR_BYTES)]
+
+
+class Movdir64b(Enqcmd):
+    """A posted write of a descriptor to a dedicated queue (notification)."""

@@ -1,0 +1,166 @@
+"""`qemu-shim`: bring a system up, run a scenario on it, say what it cost.
+
+Exit status: 0 the scenario held and every process ended cleanly; 1 it did not; 2 the command was wrong;
+130 interrupted.  Whatever happens, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
+from protocol.errors import PeerError, UapiError
+from qemu_shim.guest.memory import OutOfGuestMemory
+from qemu_shim.machine import connect_host
+from qemu_shim.measure import Report, render
+from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.supervisor import DaemonFailed, supervised
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    refuse_optimised()
+    options = _parse(argv)
+    if options.command == "list":
+        return _list(as_json=options.json)
+    configure_log("warning")
+    scenario = SCENARIOS[options.scenario]
+    params = {name: getattr(options, name) for name in scenario.params}
+    report = Report(scenario.name)
+    finished = trio.run(_run, scenario, params, report, options)
+    if not finished:
+        print("interrupted: every daemon was stopped, nothing is left", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    _show(report, as_json=options.json)
+    return EXIT_FAILED if report.problems else 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="qemu-shim", description="The VMM, the guest and the scenarios of the shared-TDP model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="the scenarios and what each is about")
+    listing.add_argument("--json", action="store_true")
+    run = commands.add_parser("run", help="run a scenario")
+    run.add_argument(
+        "--attach", type=Path, metavar="DIR", help="drive the daemons whose sockets are in DIR, start none"
+    )
+    run.add_argument("--json", action="store_true", help="one JSON document instead of text")
+    run.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="info", help="of the daemons that are started"
+    )
+    scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    for scenario in SCENARIOS.values():
+        sub = scenarios.add_parser(scenario.name, help=scenario.summary, description=scenario.summary)
+        for name, param in scenario.params.items():
+            sub.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=_bounded(param.low, param.high),
+                default=param.default,
+                metavar="N",
+                help=f"{param.help} (default {param.default}, {param.low}..{param.high})",
+            )
+    return parser.parse_args(argv)
+
+
+def _bounded(low: int, high: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not in {low}..{high}")
+        return value
+
+    return parse
+
+
+def _list(*, as_json: bool) -> int:
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": s.name,
+                        "summary": s.summary,
+                        "tags": s.tags,
+                        "params": {n: p.default for n, p in s.params.items()},
+                    }
+                    for s in SCENARIOS.values()
+                ]
+            )
+        )
+        return 0
+    for scenario in SCENARIOS.values():
+        print(f"{scenario.name:<10} {scenario.summary}")
+        print(f"{'':<10} plays {', '.join(scenario.tags)}; options: {', '.join(scenario.params)}")
+    return 0
+
+
+async def _run(
+    scenario: Scenario, params: dict[str, int], report: Report, options: argparse.Namespace
+) -> bool:
+    """False if a signal ended it.  Problems of any kind end up in the report."""
+    interrupted = False
+    async with trio.open_nursery() as nursery:
+
+        async def watch(task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+            nonlocal interrupted
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    interrupted = True
+                    nursery.cancel_scope.cancel()
+
+        await nursery.start(watch)
+        try:
+            await _play(scenario, params, report, options)
+        except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
+            report.problems += [str(error) for error in _leaves(group)]
+        nursery.cancel_scope.cancel()
+    return not interrupted
+
+
+async def _play(
+    scenario: Scenario, params: dict[str, int], report: Report, options: argparse.Namespace
+) -> None:
+    async with AsyncExitStack() as stack:
+        directory = options.attach
+        if directory is None:
+            supervisor = await stack.enter_async_context(supervised(log_level=options.log_level))
+            directory = supervisor.directory
+        host = await stack.enter_async_context(connect_host(directory))
+        await scenario.play(host, params, report)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.as_json()))
+        return
+    for line in report.lines:
+        print(line)
+    if report.rows:
+        print(render(report))
+    for problem in report.problems:
+        print(f"FAILED: {problem}")
+    print(f"{report.scenario}: {'failed' if report.problems else 'ok'}")

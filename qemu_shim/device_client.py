@@ -1,0 +1,91 @@
+"""The device as its guest reaches it, through the mapped BAR; and device_sim's front door."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from pathlib import Path
+
+from protocol.errors import PeerError
+from protocol.flow import Wait
+from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.loop import Loop
+from protocol.rpc.socket import connect
+
+
+class DeviceSim:
+    """The front door."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    @classmethod
+    async def connect(cls, loop: Loop, path: Path) -> DeviceSim:
+        return cls(Channel(loop, await connect(path), "device_sim"))
+
+    async def stats(self) -> Body:
+        return (await self._channel.ask("STATS")).body
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class Portal:
+    """Work-queue portals and the completion interrupts that come back."""
+
+    def __init__(self, loop: Loop, fd: int) -> None:
+        self._loop = loop
+        self._interrupts: Counter[int] = Counter()
+        self._waiting: dict[int, list[Wait[None]]] = {}
+        self._channel = Channel(
+            loop, socket.socket(fileno=fd), "portal", on_notify=self._on_notify, on_close=self._on_close
+        )
+
+    async def configure(self, wq: int, *, size: int, dedicated: bool, block_on_fault: bool) -> None:
+        body = {"wq": wq, "size": size, "dedicated": dedicated, "block_on_fault": block_on_fault}
+        await self._channel.ask("WQ_CONFIG", body)
+
+    async def disable(self, wq: int) -> None:
+        await self._channel.ask("WQ_DISABLE", {"wq": wq})
+
+    async def drain(self) -> None:
+        """Returns when the device is idle."""
+        await self._channel.ask("DRAIN")
+
+    def movdir64b(self, wq: int, descriptor: bytes) -> None:
+        """A posted write: nobody says whether the queue took it."""
+        self._channel.notify("MOVDIR64B", {"wq": wq, "descriptor": descriptor})
+
+    async def enqcmd(self, wq: int, descriptor: bytes) -> bool:
+        """True: the shared queue was full, try again."""
+        retry: bool = (await self._channel.ask("ENQCMD", {"wq": wq, "descriptor": descriptor})).body["retry"]
+        return retry
+
+    async def wait_interrupt(self, handle: int) -> None:
+        """One completion interrupt with that handle, received already or to come."""
+        if self._interrupts[handle]:
+            self._interrupts[handle] -= 1
+            return
+        wait: Wait[None] = Wait()
+        self._waiting.setdefault(handle, []).append(wait)
+        await self._loop.result(wait)
+
+    def close(self) -> None:
+        if not self._channel.closed:
+            self._channel.close()
+
+    def _on_notify(self, _: Channel, body: Body, fds: Fds) -> None:
+        handle = body.get("handle")
+        if body.get("op") != "MSIX" or type(handle) is not int:
+            raise PeerError(f"portal: unknown notification {body.get('op')!r:.60}")
+        waiting = self._waiting.get(handle)
+        if waiting:
+            waiting.pop(0).set(None)
+        else:
+            self._interrupts[handle] += 1
+
+    def _on_close(self, _: Channel) -> None:
+        waiting = [wait for waits in self._waiting.values() for wait in waits]
+        self._waiting.clear()
+        for wait in waiting:
+            wait.fail(PeerError("the device is gone"))

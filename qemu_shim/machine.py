@@ -1,0 +1,172 @@
+"""A virtual machine with a DSA passed through: bring-up, tear-down, and what a scenario may do with it.
+
+Bring-up follows the RFC's five steps: process, VM, memslots, vCPU; TDP FD; KVM HWPT on it; device bound and
+attached; BAR mapped [RFC 00/42].  Tear-down is the same backwards, every fd closed by us.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from protocol.errors import PeerError, UapiError
+from protocol.rpc.loop import Loop
+from protocol.units import GIB, MIB, Gpa
+from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
+from qemu_shim.device_client import DeviceSim, Portal
+from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
+from qemu_shim.kvm_client import Kvmd, Process, Vcpu, Vm
+
+LOW_RAM_MAX = 2 * GIB  # what does not fit below goes above 4 GiB, around the hole for devices
+HIGH_RAM_START = 4 * GIB
+FIRST_FREE_GPA = Gpa(16 * MIB)  # the guest kernel's own memory ends here
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    ram_bytes: int = 1 * GIB
+    page_size: int = 4096  # of the host memory behind it
+    maxphyaddr: int = 46
+    device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RamSlot:
+    slot: int
+    gpa: int
+    size: int
+    hva: int
+
+
+@dataclass(slots=True)
+class Host:
+    """The three daemons, by their front doors."""
+
+    loop: Loop
+    kvmd: Kvmd
+    iommufdd: Iommufdd
+    device_sim: DeviceSim
+
+
+@dataclass(slots=True)
+class Machine:
+    host: Host
+    config: MachineConfig
+    process: Process
+    vm: Vm
+    vcpu: Vcpu
+    slots: list[RamSlot]
+    tdp_fd: int
+    iommu: Iommu
+    device: VfioDevice
+    hwpt_id: int
+    portal: Portal
+    memory: GuestMemory
+
+    async def add_slot(self, slot: int, gpa: int, size: int) -> RamSlot:
+        """More RAM: memory of our process, and a memslot on it."""
+        hva = await self.process.mmap(size, page_size=self.config.page_size)
+        await self.vm.set_user_memory_region(slot, gpa, size, hva)
+        added = RamSlot(slot, gpa, size, hva)
+        self.slots.append(added)
+        return added
+
+    def hva_of(self, gpa: int) -> int:
+        for slot in self.slots:
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot.hva + gpa - slot.gpa
+        raise LookupError(f"gpa {gpa:#x} is no RAM")
+
+
+class GuestCpu:
+    """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._vcpu = vcpu
+
+    async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
+        reads, mmio = await self._vcpu.run(accesses)
+        if mmio is not None:
+            raise LookupError(f"the guest touched gpa {mmio.gpa:#x}, where no RAM is")
+        return reads
+
+
+@asynccontextmanager
+async def connect_host(directory: Path) -> AsyncIterator[Host]:
+    """Reach the daemons whose sockets are in `directory`; serves messages for as long as it is open."""
+    crashes: list[BaseException] = []
+    loop = Loop(crashes.append)
+    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+        nursery.start_soon(loop.serve)
+        stack.callback(nursery.cancel_scope.cancel)
+        kvmd = await Kvmd.connect(loop, socket_of(KVMD, directory))
+        stack.callback(kvmd.close)
+        iommufdd = await Iommufdd.connect(loop, socket_of(IOMMUFDD, directory))
+        stack.callback(iommufdd.close)
+        device_sim = await DeviceSim.connect(loop, socket_of(DEVICE_SIM, directory))
+        stack.callback(device_sim.close)
+        yield Host(loop, kvmd, iommufdd, device_sim)
+    loop.close()
+    if crashes:
+        raise crashes[0]
+
+
+@asynccontextmanager
+async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
+    """A running machine; everything it opened is closed at the end, the device detached first."""
+    async with AsyncExitStack() as stack:
+        process = await host.kvmd.start_process()
+        stack.callback(process.close)
+        vm = await host.kvmd.create_vm(process)
+        stack.callback(vm.close)
+        slots = await _add_ram(process, vm, config)
+        vcpu = await vm.create_vcpu(0)
+        stack.callback(vcpu.close)
+        await vcpu.set_cpuid(config.maxphyaddr)
+        tdp_fd = await vm.create_tdp_fd()
+        stack.callback(os.close, tdp_fd)
+        iommu = await host.iommufdd.open_iommu(process)
+        stack.callback(iommu.close)
+        device = await host.iommufdd.open_device(config.device)
+        stack.callback(device.close)
+        device_id = await device.bind(iommu)
+        hwpt_id = await iommu.hwpt_alloc_kvm(device_id, tdp_fd)
+        await device.attach(hwpt_id)
+        portal = await device.map_portal()
+        stack.callback(portal.close)
+        memory = GuestMemory(GuestCpu(vcpu), FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
+        built = Machine(
+            host, config, process, vm, vcpu, slots, tdp_fd, iommu, device, hwpt_id, portal, memory
+        )
+        try:
+            yield built
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+                await _quiesce(built)
+
+
+async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamSlot]:
+    low = min(config.ram_bytes, LOW_RAM_MAX)
+    pieces = [(0, low)]
+    if config.ram_bytes > low:
+        pieces.append((HIGH_RAM_START, config.ram_bytes - low))
+    slots = []
+    for slot, (gpa, size) in enumerate(pieces):
+        hva = await process.mmap(size, page_size=config.page_size)
+        await vm.set_user_memory_region(slot, gpa, size, hva)
+        slots.append(RamSlot(slot, gpa, size, hva))
+    return slots
+
+
+async def _quiesce(built: Machine) -> None:
+    """Detach and destroy by request, so that nothing depends on the order in which fds close."""
+    # A daemon may be gone, or the scenario did it already: closing the fds does the rest.
+    with suppress(UapiError, PeerError):
+        await built.device.detach()
+        await built.iommu.destroy(built.hwpt_id)

@@ -1,0 +1,10 @@
+"""All scenarios, by name."""
+
+from __future__ import annotations
+
+from qemu_shim.scenarios import dmatest, sharing, unmap
+from qemu_shim.scenarios.scenario import Scenario
+
+SCENARIOS: dict[str, Scenario] = {
+    scenario.name: scenario for scenario in (dmatest.SCENARIO, unmap.SCENARIO, sharing.SCENARIO)
+}

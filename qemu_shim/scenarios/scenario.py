@@ -1,0 +1,34 @@
+"""What a scenario is: a name, one story, its parameters with defaults, and the coroutine that plays it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qemu_shim.machine import Host
+from qemu_shim.measure import Report
+
+Params = Mapping[str, Any]
+Play = Callable[[Host, Params, Report], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A number the user may set; `low..high` inclusive."""
+
+    default: int
+    low: int
+    high: int
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`tags` name the steps of the RFC, or the notes, it plays out."""
+
+    name: str
+    summary: str
+    tags: tuple[str, ...]
+    play: Play
+    params: Mapping[str, Param] = field(default_factory=dict)

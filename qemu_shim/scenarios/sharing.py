@@ -1,0 +1,89 @@
+"""sharing: one fault for each page, by whoever comes first (RFC-69, RFC-70).
+
+The vCPU touches half of the pages, the device the other half; then each touches the other's half.  The
+second round faults nowhere, and all faults together are as many as there are pages.
+"""
+
+from __future__ import annotations
+
+from protocol.hw.dsa import Status
+from protocol.units import GIB, PAGE_SIZE
+from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.measure import Report, Snapshot, check_system, difference, fill_table, snapshot
+from qemu_shim.scenarios.scenario import Param, Params, Scenario
+
+PATTERN = 0x5AA5_F00D_CAFE_BEEF
+
+
+async def play(host: Host, params: Params, report: Report) -> None:
+    half = params["pages"] // 2
+    async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
+        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
+        await queue.enable()
+        await guest.memory.touch([queue.record_page])  # not part of the story
+        base = guest.memory.allocate(2 * half)
+        by_cpu = [base + n * PAGE_SIZE for n in range(half)]
+        by_device = [base + n * PAGE_SIZE for n in range(half, 2 * half)]
+        before = await snapshot(host, guest)
+
+        await guest.memory.touch(by_cpu)
+        first = await snapshot(host, guest)
+        await _write_by_device(queue, by_cpu, report)
+        second = await snapshot(host, guest)
+        await _write_by_device(queue, by_device, report)
+        third = await snapshot(host, guest)
+        await _check_by_cpu(guest, by_device, report)
+        after = await snapshot(host, guest)
+        await check_system(host, report, after)
+
+    steps = [
+        ("vCPU touches its half", before, first, half, 0),
+        ("device writes the vCPU's half", first, second, 0, 0),
+        ("device writes its own half", second, third, 0, half),
+        ("vCPU reads the device's half", third, after, 0, 0),
+    ]
+    for what, start, end, violations, requests in steps:
+        _step(report, what, start, end, violations, requests)
+    faults = _faults(before, after)
+    report.rows += [("distinct pages", f"{2 * half}"), ("faults, vCPU + device", f"{faults}")]
+    report.figures |= {"pages": 2 * half, "faults": faults}
+    report.expect(faults == 2 * half, f"{faults} faults for {2 * half} pages")
+    fill_table(report, before, after)
+
+
+async def _write_by_device(queue: IdxdWorkQueue, gpas: list[int], report: Report) -> None:
+    for gpa in gpas:
+        record = await queue.fill(gpa, PATTERN, PAGE_SIZE)
+        report.expect(record.status is Status.SUCCESS, f"fill of gpa {gpa:#x}: {record.status.name}")
+
+
+async def _check_by_cpu(guest: Machine, gpas: list[int], report: Report) -> None:
+    expected = PATTERN.to_bytes(8, "little") * (PAGE_SIZE // 8)
+    for gpa in gpas:
+        report.expect(await guest.memory.read(gpa, PAGE_SIZE) == expected, f"gpa {gpa:#x}: wrong data")
+
+
+def _step(report: Report, what: str, start: Snapshot, end: Snapshot, violations: int, requests: int) -> None:
+    seen_violations = difference(end.vm, start.vm)["ept_violations"]
+    seen_requests = difference(end.unit, start.unit)["page_requests"]
+    report.lines.append(f"{what}: {seen_violations} EPT violations, {seen_requests} page requests")
+    report.expect(
+        (seen_violations, seen_requests) == (violations, requests),
+        f"{what}: expected {violations} EPT violations and {requests} page requests",
+    )
+
+
+def _faults(before: Snapshot, after: Snapshot) -> int:
+    violations: int = difference(after.vm, before.vm)["ept_violations"]
+    requests: int = difference(after.unit, before.unit)["page_requests"]
+    return violations + requests
+
+
+SCENARIO = Scenario(
+    name="sharing",
+    summary="one fault a page, whether the vCPU or the device comes first; counted exactly",
+    tags=("RFC-69", "RFC-70"),
+    play=play,
+    params={"pages": Param(64, 2, 65536, "distinct pages, half for each")},
+)

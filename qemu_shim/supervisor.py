@@ -1,0 +1,127 @@
+"""The embedded default: daemons as child processes in a private directory, gone when we are.
+
+Each daemon gets its own session, so that a Ctrl-C reaches us alone and they are stopped in order; each
+watches its standard input, a pipe of ours, so that they stop even if we are killed.  Their logs go to
+files in the directory; a daemon that fails has the end of its log shown.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from qemu_shim.daemons import DAEMONS, DaemonSpec, socket_of
+
+STOP_PATIENCE_S = 10.0
+READY_PATIENCE_S = 30.0
+READY_POLL_S = 0.002
+LOG_TAIL_LINES = 15
+
+
+class DaemonFailed(Exception):
+    """A daemon did not start, died, or ended with a status other than 0; its log's end is in the message."""
+
+
+@dataclass(slots=True)
+class _Running:
+    spec: DaemonSpec
+    process: trio.Process
+    log: Path
+
+    def explain(self, what: str) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"{self.spec.name} {what}:", *(f"    {line}" for line in lines)])
+
+
+class Supervisor:
+    """`extra` are further options for a daemon, by name; `log_level` is every daemon's."""
+
+    def __init__(self, directory: Path, extra: Mapping[str, Sequence[str]], log_level: str) -> None:
+        self.directory = directory
+        self._extra = extra
+        self._log_level = log_level
+        self._running: list[_Running] = []
+
+    async def start(self) -> None:
+        """Start all of them at once: each waits for the peers it needs."""
+        for spec in DAEMONS:
+            log = self.directory / f"{spec.name}.log"
+            argv = [sys.executable, "-m", spec.module, *spec.argv(str(self.directory))[1:]]
+            argv += ["--exit-with-stdin", "--log-level", self._log_level, *self._extra.get(spec.name, ())]
+            with log.open("wb") as output:
+                process = await trio.lowlevel.open_process(
+                    argv, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+                )
+            self._running.append(_Running(spec, process, log))
+
+    async def wait_ready(self) -> None:
+        """Returns when every socket is there.  Raises DaemonFailed."""
+        for running in self._running:
+            socket = socket_of(running.spec, self.directory)
+            with trio.move_on_after(READY_PATIENCE_S) as patience:
+                await self._wait_socket(socket)
+            if patience.cancelled_caught:
+                raise DaemonFailed(running.explain(f"is not ready after {READY_PATIENCE_S:.0f} s"))
+
+    async def _wait_socket(self, socket: Path) -> None:
+        while not socket.exists():  # noqa: ASYNC110: a file's appearance has no event to wait for
+            self.check()
+            await trio.sleep(READY_POLL_S)
+
+    def check(self) -> None:
+        """Raises DaemonFailed if one has ended."""
+        for running in self._running:
+            status = running.process.poll()
+            if status is not None:
+                raise DaemonFailed(running.explain(f"ended with status {status}"))
+
+    async def stop(self) -> list[str]:
+        """Stop all, those that need others first; what went wrong, one text each."""
+        problems = [problem for running in reversed(self._running) if (problem := await _stop(running))]
+        self._running.clear()
+        return problems
+
+
+async def _stop(running: _Running) -> str | None:
+    process = running.process
+    process.terminate()
+    with trio.move_on_after(STOP_PATIENCE_S) as patience:
+        await process.wait()
+    if patience.cancelled_caught:
+        process.kill()
+        await process.wait()
+        return running.explain(f"did not stop within {STOP_PATIENCE_S:.0f} s and was killed")
+    if process.returncode != 0:
+        return running.explain(f"ended with status {process.returncode}")
+    return None
+
+
+@asynccontextmanager
+async def supervised(
+    extra: Mapping[str, Sequence[str]] | None = None, log_level: str = "info"
+) -> AsyncIterator[Supervisor]:
+    """All daemons, ready, in a directory of mode 0700 that goes away with them.
+
+    Raises DaemonFailed at the end if one of them did not end cleanly.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="tdp-"))
+    supervisor = Supervisor(directory, extra or {}, log_level)
+    problems: list[str] = []
+    try:
+        await supervisor.start()
+        await supervisor.wait_ready()
+        yield supervisor
+    finally:
+        with trio.CancelScope(shield=True):
+            problems = await supervisor.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+    if problems:
+        raise DaemonFailed("\n".join(problems))
