@@ -46,6 +46,7 @@ class IommuFile:
     app: Iommufdd
     mm: int
     objects: Objects = field(default_factory=Objects)
+    closed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +170,7 @@ class Iommufdd:
     # -- the end of files ------------------------------------------------------------------------------
 
     def iommufd_closed(self, held: IommuFile) -> None:
+        held.closed = True
         self.loop.flows.spawn(self._release_iommufd(held))
 
     async def _release_iommufd(self, held: IommuFile) -> None:
@@ -188,9 +190,13 @@ class Iommufdd:
         del self.opened[held.rid]
 
     async def unbind(self, held: VfioFile) -> None:
+        """Returns once it is done, by us or by whoever began before."""
+        if held.bound is None:
+            return
+        iommufd, device = held.bound
+        await device.detach()
         if held.bound is not None:
-            (iommufd, device), held.bound = held.bound, None
-            await device.detach()
+            held.bound = None
             self.groups.discard([device.rid])
             iommufd.objects.remove(device.id)
             del self.bound[device.rid]
@@ -268,6 +274,8 @@ async def _hwpt_alloc(held: IommuFile, message: uapi.IommuHwptAlloc, fds: Fds) -
     tdp = KvmTdp(held.mm, tdp_fd, gone)
     try:
         hwpt = await _import_tdp(app, tdp, message.flags)
+        if held.closed:
+            raise UapiError(errno.EBADF, "the iommufd was closed meanwhile")
         return {"out_hwpt_id": held.objects.add(hwpt)}
     except UapiError:
         if hwpt is not None:

@@ -19,6 +19,9 @@ from protocol.rpc.socket import connect
 from protocol.uapi import link as uapi
 from protocol.units import Pasid
 
+# Of a queue of thousands; a message of its own for the head would wake the silicon in the middle of a fault.
+HEAD_LAG_MAX = 64
+
 
 class Silicon:
     """`on_page_requests(entries, overflow)`, `on_faults(records)` and `on_gone()` are the interrupts."""
@@ -38,6 +41,7 @@ class Silicon:
         self.on_faults = on_faults
         self._on_gone = on_gone
         self._link: Channel | None = None
+        self._consumed = 0  # entries of the page request queue, its head not moved past them yet
 
     async def probe(self, path: Path) -> None:
         """Take the unit and read what it can do.  Raises UapiError, OSError."""
@@ -77,11 +81,17 @@ class Silicon:
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
         """A page group response; nobody waits for it."""
         descriptor = qi.page_group_response(rid, prgi, code)
-        self._post("QI", {"descriptors": qi.ring([descriptor])})
+        body = {"descriptors": qi.ring([descriptor]), "prq_consumed": self._consumed}
+        self._consumed = 0
+        self._post("QI", body)
 
     def consumed(self, entries: int, *, clear_overflow: bool) -> None:
-        """Move the page request queue's head."""
-        self._post("QI", {"prq_consumed": entries, "prq_clear": clear_overflow})
+        """Move the page request queue's head: along with the next response, unless that could matter."""
+        self._consumed += entries
+        if clear_overflow or self._consumed >= HEAD_LAG_MAX:
+            body = {"prq_consumed": self._consumed, "prq_clear": clear_overflow}
+            self._consumed = 0
+            self._post("QI", body)
 
     async def add_memory(self, windows: list[Any], fds: list[int]) -> int:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""

@@ -7,6 +7,7 @@ everywhere (invariant I13: nothing is freed behind a walker nobody answers for).
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
@@ -28,7 +29,10 @@ class Lease:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.ended: Wait[None] = Wait()
-        self._ours, theirs = socket.socketpair()
+        try:
+            self._ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise UapiError(error.errno or errno.EMFILE, "no file for a new lease") from None
         self._ours.setblocking(False)
         self.theirs = theirs.detach()
         loop.register(self._ours.fileno(), self._on_event)

@@ -8,12 +8,14 @@ them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 
 from kvmd.config import Settings
 from kvmd.core.host import Host
+from protocol.errors import UapiError
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.units import PAGE_SIZE, Hpa, align_up
@@ -54,8 +56,16 @@ class HostMemory:
         self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
 
     def share(self) -> tuple[list[tuple[str, int, int]], list[int]]:
-        """([kind, base, size] of every window, a copy of its fd each)."""
-        return [(str(w.kind), w.base, w.size) for w, _ in self._fds], [os.dup(fd) for _, fd in self._fds]
+        """([kind, base, size] of every window, a copy of its fd each).  EMFILE."""
+        copies: list[int] = []
+        try:
+            for _, fd in self._fds:
+                copies.append(os.dup(fd))
+        except OSError as error:
+            for fd in copies:
+                os.close(fd)
+            raise UapiError(error.errno or errno.EMFILE, "no room for the windows' fds") from None
+        return [(str(w.kind), w.base, w.size) for w, _ in self._fds], copies
 
     def close(self) -> None:
         for _, fd in self._fds:

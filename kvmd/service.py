@@ -8,8 +8,10 @@ own, a vCPU's, a TDP FD's, wherever the last copy is held [RFC 04/42].
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 
@@ -25,6 +27,7 @@ from kvmd.core.vm import Kvm
 from kvmd.importers import Lease, RemoteImporter
 from kvmd.memory import HostMemory
 from protocol.errors import UapiError
+from protocol.flow import Flow
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
@@ -34,6 +37,8 @@ from protocol.uapi import tdp_fd as tdp
 from protocol.units import Gfn, Gpa, Hva, Level
 
 log = structlog.get_logger("kvmd")
+
+T = TypeVar("T")
 
 _LEVEL_OF_SIZE = {4096: Level(1), 2 << 20: Level(2), 1 << 30: Level(3)}
 _PROT = {"none": Prot.NONE, "r": Prot.READ, "rw": Prot.READ | Prot.WRITE}
@@ -145,7 +150,7 @@ def _mm_create(app: Kvmd, message: uapi.MmCreate, fds: Fds) -> Answer:
 
 
 def _mm_closed(held: MmFile) -> None:
-    del held.app.mms[held.mm.token]
+    held.app.mms.pop(held.mm.token, None)  # not there yet if its fd found no room
     held.app.loop.flows.spawn(held.app.exit_mm(held.mm))
 
 
@@ -207,10 +212,23 @@ DEV_KVM: Service[Kvmd] = Service(
 # -- VM ------------------------------------------------------------------------------------------------
 
 
+async def _holding(owner: VmFile, flow: Flow[T]) -> T:
+    """A request in progress keeps the VM as an ioctl keeps its file: it may outlive the fd it came over."""
+    owner.refs += 1
+    try:
+        return await flow
+    finally:
+        owner.app.put_vm(owner)
+
+
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
     vcpu = owner.vm.create_vcpu(message.vcpu_id)
     owner.refs += 1
-    fd, _, _ = owner.app.files.open(VCPU, VcpuFile(owner, vcpu), lambda f: f.owner.app.put_vm(f.owner))
+    try:
+        fd, _, _ = owner.app.files.open(VCPU, VcpuFile(owner, vcpu), lambda f: f.owner.app.put_vm(f.owner))
+    except UapiError:
+        owner.vm.vcpus.remove(vcpu)
+        raise
     return Answer({}, [fd])
 
 
@@ -222,7 +240,7 @@ async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryR
         message.memory_size,
         Hva(message.userspace_addr),
     )
-    await owner.vm.set_memory_region(region)
+    await _holding(owner, owner.vm.set_memory_region(region))
     return {}
 
 
@@ -271,7 +289,7 @@ async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
     ]
     if sum(access.size for access in accesses) > uapi.MAX_RUN_BYTES:
         raise UapiError(errno.EINVAL, f"KVM_RUN of more than {uapi.MAX_RUN_BYTES} bytes")
-    result = await held.vcpu.run(accesses)
+    result = await _holding(held.owner, held.vcpu.run(accesses))
     body: Body = {
         "exit_reason": int(result.exit_reason),
         "errno": result.errno,
@@ -356,14 +374,17 @@ def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) ->
     app = importer.tdp.owner.app
     lease = Lease(app.loop)
     ops = RemoteImporter(importer.channel, lease)
+    window_fds: list[int] = []
     try:
+        windows, window_fds = app.memory.share()
         importer.tdp.exported.register_importer(message.name, ops)
     except UapiError:
+        for fd in window_fds:
+            os.close(fd)
         lease.withdraw()
         raise
     importer.name, importer.ops, importer.lease = message.name, ops, lease
     importer.tdp.leases.append(lease)
-    windows, window_fds = app.memory.share()
     return Answer({"windows": windows}, [*window_fds, lease.theirs])
 
 
@@ -388,7 +409,8 @@ def _importer_closed(importer: Importer) -> None:
 async def _fault(importer: Importer, message: tdp.TdpFault, fds: Fds) -> Body:
     exported, vm = importer.tdp.exported, importer.tdp.owner.vm
     kind = FaultType(message.read, message.write, message.exec)
-    result = await vm.fault_exported(exported, message.mm, Gfn(message.gfn), kind)
+    flow = vm.fault_exported(exported, message.mm, Gfn(message.gfn), kind)
+    result = await _holding(importer.tdp.owner, flow)
     if result not in RESOLVED:
         raise UapiError(errno.EFAULT, f"gfn {message.gfn:#x}: {result.name.lower()}")
     return {}

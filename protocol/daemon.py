@@ -20,11 +20,13 @@ from typing import Any, Protocol
 import structlog
 import trio
 
+from protocol.errors import PeerError, UapiError, leaves
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 
 log = structlog.get_logger("daemon")
 
+EXIT_CANNOT_START = 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -76,11 +78,13 @@ def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) ->
     """Run a daemon until it is told to stop; its exit status."""
     refuse_optimised()
     configure_log(options.log_level)
+    status = EXIT_CANNOT_START
     try:
-        return trio.run(_run, name, options, build)
-    except (OSError, ValueError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        status = trio.run(_run, name, options, build)
+    except* (OSError, ValueError, UapiError, PeerError) as group:
+        for error in leaves(group):
+            print(f"{name}: {error}", file=sys.stderr)
+    return status
 
 
 async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:

@@ -27,5 +27,13 @@ class ModelBug(Exception):
     """An invariant of ours does not hold; the message names it."""
 
 
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors themselves, out of however many groups they came wrapped in."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
 def errno_name(errno: int) -> str:
     return _errno.errorcode.get(errno, f"errno {errno}")

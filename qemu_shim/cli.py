@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
-from protocol.errors import PeerError, UapiError
+from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.machine import connect_host
 from qemu_shim.measure import Report, render
@@ -129,7 +129,7 @@ async def _run(
         try:
             await _play(scenario, params, report, options)
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
-            report.problems += [str(error) for error in _leaves(group)]
+            report.problems += [str(error) for error in leaves(group)]
         nursery.cancel_scope.cancel()
     return not interrupted
 
@@ -144,13 +144,6 @@ async def _play(
             directory = supervisor.directory
         host = await stack.enter_async_context(connect_host(directory))
         await scenario.play(host, params, report)
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 def _show(report: Report, *, as_json: bool) -> None:

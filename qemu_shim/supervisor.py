@@ -65,14 +65,14 @@ class Supervisor:
     async def wait_ready(self) -> None:
         """Returns when every socket is there.  Raises DaemonFailed."""
         for running in self._running:
-            socket = socket_of(running.spec, self.directory)
+            socket = trio.Path(socket_of(running.spec, self.directory))
             with trio.move_on_after(READY_PATIENCE_S) as patience:
                 await self._wait_socket(socket)
             if patience.cancelled_caught:
                 raise DaemonFailed(running.explain(f"is not ready after {READY_PATIENCE_S:.0f} s"))
 
-    async def _wait_socket(self, socket: Path) -> None:
-        while not socket.exists():  # noqa: ASYNC110: a file's appearance has no event to wait for
+    async def _wait_socket(self, socket: trio.Path) -> None:
+        while not await socket.exists():
             self.check()
             await trio.sleep(READY_POLL_S)
 

@@ -59,6 +59,7 @@ class _Attached:
     did: int
     root: Hpa
     levels: Level
+    npages: int  # what the root and the unit's own width can address
 
 
 NOT_PRESENT = IotlbEntry(Hpa(0), LEVEL_4K, 0, 0)
@@ -108,6 +109,8 @@ class RemappingUnit:
         for at in range(0, len(ring), qi.DESCRIPTOR_SIZE):
             descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
             if isinstance(descriptor, qi.Wait):
+                if descriptor.pd and not self.ecap.pds:
+                    raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
                 completed.append(descriptor.status_data)
             else:
                 self._execute_one(descriptor)
@@ -164,7 +167,7 @@ class RemappingUnit:
         Raises Refused on configuration errors, reserved bits, an address too wide: those are recorded.
         """
         attached = self._attached(rid, page)
-        if page >> (address_bits(attached.levels) - PAGE_SHIFT) or page >> (self.cap.mgaw - PAGE_SHIFT):
+        if page >= attached.npages:
             raise self._refuse(rid, page, FaultReason.SGN_5)
         cached = self.iotlb.lookup(attached.did, page, need)
         if cached is not None:
@@ -193,7 +196,8 @@ class RemappingUnit:
         if pointer is None:
             return walk(tables, self._rules, attached.root, attached.levels, address)
         found = walk(tables, self._rules, pointer.table, LEVEL_4K, address & _TABLE_MASK)
-        return found._replace(rights=found.rights & pointer.rights, rights_above=pointer.rights)
+        rights = found.rights & pointer.rights
+        return Walk(found.outcome, found.level, found.entry, rights, pointer.rights, found.table)
 
     def _walk_stable(self, tables: TableReader, attached: _Attached, page: int) -> tuple[Walk, int]:
         """A walk, and in debug builds the frame's tag as of that walk: it must not change in between."""
@@ -225,7 +229,8 @@ class RemappingUnit:
             raise self._refuse(rid, page, FaultReason.SPT_4)
         if entry.ss_ptr >> self._haw:
             raise self._refuse(rid, page, FaultReason.SSS_4)
-        self._pasid_cache[key] = attached = _Attached(entry.did, entry.ss_ptr, level)
+        npages = 1 << min(address_bits(level), self.cap.mgaw) - PAGE_SHIFT
+        self._pasid_cache[key] = attached = _Attached(entry.did, entry.ss_ptr, level, npages)
         return attached
 
     # -- faults and page requests ----------------------------------------------------------------------
@@ -243,8 +248,8 @@ class RemappingUnit:
             self.faults_lost += 1  # PFO
         else:
             self._faults.append(record.to_bytes())
+            self.faults_recorded += 1
             self._on_event()
-        self.faults_recorded += 1
         return Refused(reason)
 
     def take_faults(self) -> Iterator[bytes]:

@@ -188,7 +188,14 @@ class Dsa:
                 DmaRange(src + outcome.completed, rest, False),
                 DmaRange(dst + outcome.completed, rest, True),
             ]
-            await self.function.make_accessible(ranges, block=block)
+            try:
+                await self.function.make_accessible(ranges, block=block)
+            except DmaFault:
+                # Pages before the one that faults may have been translated on the way to it.
+                outcome.completed += self.function.copy(
+                    src + outcome.completed, dst + outcome.completed, rest
+                )
+                raise
 
     async def _move_overlapping(self, descriptor: Descriptor, block: bool) -> None:
         src, dst, size = descriptor.src, descriptor.dst, descriptor.size
@@ -209,7 +216,7 @@ class Dsa:
 
     async def _write_record(self, descriptor: Descriptor, outcome: _Outcome, block: bool) -> None:
         """By DMA, the status byte last; a record that cannot be written is a software error."""
-        if Flag.CRAV not in descriptor.flags:
+        if Flag.CRAV not in descriptor.flags or descriptor.completion_addr % dsa.COMPLETION_SIZE:
             self.counters.software_errors += 1
             return
         fault = outcome.fault

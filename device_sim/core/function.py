@@ -102,7 +102,7 @@ class Function:
             first = missing[0]
             if not (block and self.pri.enabled):
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=False)
-            code = await self.pri.request(missing[:GROUP_PAGES])
+            code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
         raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
@@ -151,7 +151,7 @@ class Function:
             return None
         with self._watched(DmaRange(iova, size, False)):
             self._count_hits(iova, size)
-            return b"".join(bytes(piece) for piece in self._pieces(runs))
+            return b"".join(bytes(piece) for piece in self._pieces(runs, iova, False))
 
     def write(self, iova: int, data: bytes) -> bool:
         """Store; False, and nothing stored, if part of the range is not translated."""
@@ -161,7 +161,7 @@ class Function:
         with self._watched(DmaRange(iova, len(data), True)):
             self._count_hits(iova, len(data))
             at = 0
-            for piece in self._pieces(runs):
+            for piece in self._pieces(runs, iova, True):
                 piece[:] = data[at : at + len(piece)]
                 at += len(piece)
         return True
@@ -176,14 +176,13 @@ class Function:
         with self._watched(DmaRange(src, count, False), DmaRange(dst, count, True)):
             self._count_hits(src, count)
             self._count_hits(dst, count)
-            self._copy_runs(src_runs, dst_runs, count)
+            self._copy_runs(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
         return count
 
     def _count_hits(self, iova: int, size: int) -> None:
         self.devtlb.hits += (iova + size - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
 
-    def _copy_runs(self, src_runs: list[Run], dst_runs: list[Run], count: int) -> None:
-        src, dst = self._pieces(src_runs), self._pieces(dst_runs)
+    def _copy_runs(self, src: Iterator[memoryview], dst: Iterator[memoryview], count: int) -> None:
         source, target = next(src), next(dst)
         while count:
             step = min(len(source), len(target), count)
@@ -193,14 +192,22 @@ class Function:
                 source = source[step:] if step < len(source) else next(src)
                 target = target[step:] if step < len(target) else next(dst)
 
-    def _pieces(self, runs: list[Run]) -> Iterator[memoryview]:
-        """Each run as memory.  Raises DmaFault where the table points outside memory."""
+    def _pieces(self, runs: list[Run], iova: int, write: bool) -> Iterator[memoryview]:
+        """Each run as memory, in two where a window ends and the next begins.
+
+        Raises DmaFault where the table points outside memory.
+        """
         for hpa, size in runs:
-            place = self._memory.frame(hpa)
-            if place is None:
-                raise DmaFault(hpa, False, requested=True)
-            view, offset = place
-            yield view[offset : offset + size]
+            while size:
+                place = self._memory.frame(hpa)
+                if place is None:
+                    raise DmaFault(iova >> PAGE_SHIFT << PAGE_SHIFT, write, requested=True)
+                view, offset = place
+                piece = view[offset : offset + size]
+                yield piece
+                hpa += len(piece)
+                iova += len(piece)
+                size -= len(piece)
 
     # -- the debug check -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.frame_tags import FrameTags
+from protocol.frame_tags import TAG_BYTES, FrameTags
 from protocol.hostmem import HostMap, Window, WindowKind
 from protocol.pt.mem import TableReader
 
@@ -46,6 +46,8 @@ class PhysicalMemory:
         """
         mapped = _Mapped(window, 1, release)
         if window.kind is WindowKind.FRAME_TAGS:
+            if window.size % TAG_BYTES:
+                raise ValueError(f"{window.size:#x} bytes of frame tags are not whole tags")
             mapped.tags = self.tags = FrameTags(window.base, window.view)
         else:
             self._map.add(window)

@@ -34,6 +34,7 @@ class PageRequestInterface:
     def __init__(self, rid: int, queue: PageRequestQueue, capacity: int) -> None:
         self.enabled = False
         self.capacity = capacity
+        self.allocation = 0  # requests that may be outstanding: no group is larger
         self.groups = 0
         self.unexpected_responses = 0
         self._rid = rid
@@ -47,7 +48,7 @@ class PageRequestInterface:
     def enable(self, allocation: int) -> None:
         """Up to `allocation` requests may be outstanding."""
         self.enabled = True
-        self._credits = min(allocation, self.capacity)
+        self._credits = self.allocation = min(allocation, self.capacity)
 
     def disable(self) -> None:
         """No more requests; nobody will answer those that are out."""

@@ -20,7 +20,7 @@ Respond = Callable[[int, int, ResponseCode], None]
 
 
 class PageRequestQueue:
-    """`interrupt` is called for every entry written."""
+    """`interrupt` is called for every entry written, and when the overflow flag goes up."""
 
     def __init__(self, respond: Respond, interrupt: Callable[[], None], entries: int = RING_ENTRIES) -> None:
         self.requests = 0
@@ -31,12 +31,15 @@ class PageRequestQueue:
         self._room = entries - 1  # tail + 1 == head means full
         self._occupied = 0
         self._undelivered: list[bytes] = []
+        self._overflow_untold = False
 
     def submit(self, request: PageRequest) -> None:
         """The hardware's side: queue a request, or drop it."""
         if self.overflow or self._occupied == self._room:
-            self.overflow = True
             self.dropped += 1
+            if not self.overflow:
+                self.overflow = self._overflow_untold = True
+                self._interrupt()
             if request.last and not request.is_stop_marker:
                 self._respond(request.rid, request.prgi, ResponseCode.SUCCESS)
             return
@@ -46,14 +49,16 @@ class PageRequestQueue:
         self._interrupt()
 
     def take_new(self) -> bytes:
-        """Entries written since the last call: what the next interrupt is about."""
+        """Entries written since the last call: what the next interrupt is about, with the overflow flag."""
         new = b"".join(self._undelivered)
         self._undelivered.clear()
+        self._overflow_untold = False
         return new
 
     @property
     def has_new(self) -> bool:
-        return bool(self._undelivered)
+        """Entries, or an overflow that left none: software would never clear what it is not told."""
+        return bool(self._undelivered) or self._overflow_untold
 
     def consume(self, entries: int) -> bool:
         """Software moved the head.  False if it claims more than there are."""
@@ -63,9 +68,9 @@ class PageRequestQueue:
         return True
 
     def clear_overflow(self) -> None:
-        self.overflow = False
+        self.overflow = self._overflow_untold = False
 
     def reset(self) -> None:
         self._occupied = 0
         self._undelivered.clear()
-        self.overflow = False
+        self.clear_overflow()

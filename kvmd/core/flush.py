@@ -43,6 +43,10 @@ class Flusher:
             await wait
         del self._outstanding[epoch]
         over.set(None)
+        self.reclaim()
+
+    def reclaim(self) -> None:
+        """Reuse what was held for flushes that are over."""
         self._pool.reclaim(self._vm_id, self.acked)
 
     async def drain(self) -> None:

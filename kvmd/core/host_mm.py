@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Protocol
 
@@ -41,6 +41,11 @@ class Mapping:
     end: Hva
     prot: Prot
     level: Level
+    readable: bool = field(init=False)  # what `prot` says, for every fault to see at once
+    writable: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.readable, self.writable = Prot.READ in self.prot, Prot.WRITE in self.prot
 
 
 @dataclass(slots=True)
@@ -133,8 +138,7 @@ class Mm:
     def fault_in(self, hva: Hva, *, write: bool) -> HostPage:
         """The page at `hva`, backed by a frame now.  EFAULT: not mapped, or not with that right."""
         mapping = self._mapping_at(hva)
-        need = Prot.WRITE if write else Prot.READ
-        if not self.alive or mapping is None or not mapping.prot & need:
+        if not self.alive or mapping is None or not (mapping.writable if write else mapping.readable):
             what = "write to" if write else "read of"
             raise UapiError(
                 errno.EFAULT, f"{what} hva {hva:#x}: " + ("no mapping" if mapping is None else "protection")
@@ -143,7 +147,7 @@ class Mm:
         page = self._pages.get(head)
         if page is None:
             pfn = self._frames.allocate(mapping.level, self.id)
-            page = HostPage(head, pfn, mapping.level, Prot.WRITE in mapping.prot)
+            page = HostPage(head, pfn, mapping.level, mapping.writable)
             self._pages[head] = page
         return page
 

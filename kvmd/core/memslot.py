@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
 
 from protocol.errors import UapiError
@@ -46,14 +46,14 @@ class Memslot:
     npages: int
     hva: Hva
     flags: SlotFlag
+    readonly: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readonly", SlotFlag.READONLY in self.flags)
 
     @property
     def span(self) -> GfnSpan:
         return GfnSpan.of_pages(self.base_gfn, self.npages)
-
-    @property
-    def readonly(self) -> bool:
-        return SlotFlag.READONLY in self.flags
 
     def hva_of(self, gfn: Gfn) -> Hva:
         return Hva(self.hva + ((gfn - self.base_gfn) << PAGE_SHIFT))

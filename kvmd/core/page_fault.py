@@ -22,6 +22,8 @@ class Source(Enum):
     VCPU = "vcpu"
     IO = "io"
 
+    __hash__ = object.__hash__  # members are one of a kind; Enum's own is slow, and every fault is counted
+
 
 class Result(Enum):
     FIXED = auto()
@@ -31,6 +33,8 @@ class Result(Enum):
     NO_PAGE = auto()  # the host has nothing at that hva, or not with that right
     NO_MEMORY = auto()
     UNSTABLE = auto()  # MAX_TRIES invalidations in a row got in the way [RFC defect B-14]
+
+    __hash__ = object.__hash__
 
 
 RESOLVED = frozenset({Result.FIXED, Result.SPURIOUS})

@@ -1,6 +1,7 @@
 """Counters of a VM under KVM's names, and those the RFC adds: faults told apart by who raised them.
 
 `pf_*` are vCPU faults (EPT violations), `io_pf_*` faults that came through the TDP FD [KVM kvm_host.h].
+Counters grow for the life of the VM; `pages_*` and `table_pages` are what is there now.
 """
 
 from __future__ import annotations

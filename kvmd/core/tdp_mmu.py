@@ -99,7 +99,8 @@ class TdpMmu:
         assert root.refs > 0, "root put more often than it was got"
         root.refs -= 1
         if root.invalid and root.refs == 0:
-            self._drop_root(root)
+            # The flush that followed its invalidation covers it: nobody has walked it since.
+            self._drop_root(root, self._next_epoch() - 1)
 
     def invalidate_roots(self) -> bool:
         """Memslot change: every root but exported ones is obsolete [RFC 36/42].  Whether to flush."""
@@ -107,16 +108,17 @@ class TdpMmu:
         for root in obsolete:
             root.invalid = True
             if root.refs == 0:
-                self._drop_root(root)
+                self._drop_root(root, self._next_epoch())
         return bool(obsolete)
 
     def drop_all(self) -> None:
         """The VM is gone: every page to quarantine."""
         for root in list(self.roots):
-            self._drop_root(root)
+            self._drop_root(root, self._next_epoch())
 
-    def _drop_root(self, root: Root) -> None:
-        self._unlink_subtree(root, root.hpa, root.role.level, Gfn(0))
+    def _drop_root(self, root: Root, epoch: int) -> None:
+        self._unlink_subtree(root, root.hpa, root.role.level, epoch)
+        root.invalid = True
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
@@ -131,13 +133,16 @@ class TdpMmu:
         for level in range(root.role.level, goal, -1):
             at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
             entry = self._writer.load64(at)
+            if is_table(entry, Level(level)):
+                table = table_of(entry)
+                continue
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
-            if is_present_leaf(entry, Level(level)):
+            if is_present(entry):
                 if is_writable(entry) or not writable:
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, entry, Level(level))
-            elif not is_present(entry):
+            else:
                 entry = self._link(root, at, self._pool.allocate())
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
@@ -156,7 +161,7 @@ class TdpMmu:
         root.leaves[level] += 1
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
-            self._unlink_subtree(root, table_of(old), Level(level - 1), entry_span(gfn, level).start)
+            self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
         if is_present_leaf(old, level):
             root.leaves[level] -= 1
@@ -203,11 +208,10 @@ class TdpMmu:
         root.leaves[level - 1] += ENTRIES
         return self._link(root, at, table)
 
-    def _unlink_subtree(self, root: Root, table: Hpa, level: Level, gfn: Gfn) -> None:
-        """`table` is cut off (or its root dropped): hold it and all below it until the next flush is
+    def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
+        """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
         acked.
         """
-        epoch = self._next_epoch()
         relative = GfnSpan(Gfn(0), gfn_limit(level))
         for met in walk_range(self._writer.load64, table, level, relative):
             if is_table(met.entry, met.level):

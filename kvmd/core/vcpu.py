@@ -18,6 +18,7 @@ from kvmd.core.page_fault import RESOLVED, PageFault, Result, Source
 from kvmd.core.tdp_mmu import Root
 from protocol.errors import ModelBug
 from protocol.pt import bits
+from protocol.pt.geometry import gfn_limit
 from protocol.pt.walk import Outcome, walk
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa
 
@@ -115,6 +116,8 @@ class Vcpu:
         """Where the bytes at `gpa` (within one page) are now; nothing may await before they are used."""
         gfn = Gfn(gpa >> PAGE_SHIFT)
         need = bits.WRITE if write else bits.READ
+        if gfn >= gfn_limit(self._vm.load_root(self).role.level):  # the walk would not see those bits
+            self._leave(Result.NO_SLOT, gpa, count, write, result)
         for _ in range(MAX_VIOLATIONS):
             cached = self._tlb.get(gfn)
             if cached is not None and cached[1] & need:
@@ -122,7 +125,7 @@ class Vcpu:
             if self._fill(gfn, need):
                 continue
             self.ept_violations += 1
-            fault = await self._vm.handle_fault(PageFault(gfn, write, Source.VCPU))
+            fault = await self._vm.handle_fault(PageFault(gfn, write, Source.VCPU), self)
             if fault not in RESOLVED:
                 self._leave(fault, gpa, count, write, result)
         raise ModelBug(

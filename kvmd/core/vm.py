@@ -82,6 +82,7 @@ class Kvm:
         if vcpu.root is not None and vcpu.root.invalid:
             self.mmu.put_root(vcpu.root)
             vcpu.root = None
+            self.flusher.reclaim()
         if vcpu.root is None:
             vcpu.root = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id=0))
         return vcpu.root
@@ -92,12 +93,13 @@ class Kvm:
 
     # -- faults ----------------------------------------------------------------------------------------
 
-    async def handle_fault(self, fault: PageFault) -> Result:
-        result = await self._resolve(fault)
+    async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> Result:
+        """Populate `fault.gfn` in the root of `vcpu`, or in the exported one when a device asks."""
+        result = await self._resolve(fault, vcpu)
         self.faults[fault.source, result] += 1
         return result
 
-    async def _resolve(self, fault: PageFault) -> Result:
+    async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
         for _ in range(MAX_TRIES):
             slot = self.slots.find(fault.gfn)
             if slot is None:
@@ -118,13 +120,16 @@ class Kvm:
                 self.retries += 1
                 continue
             level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
-            mapped = self.mmu.map(
-                self._fault_root(),
-                fault.gfn,
-                first_pfn(slot, fault.gfn, page, level),
-                level,
-                writable=page.writable and not slot.readonly,
-            )
+            try:
+                mapped = self.mmu.map(
+                    self._fault_root(vcpu),
+                    fault.gfn,
+                    first_pfn(slot, fault.gfn, page, level),
+                    level,
+                    writable=page.writable and not slot.readonly,
+                )
+            except UapiError:  # no page left for a table
+                return Result.NO_MEMORY
             if mapped.flush is not None:
                 await self.flusher.flush(mapped.flush)
             if mapped.outcome is not Outcome.RETRY:
@@ -132,11 +137,12 @@ class Kvm:
             self.retries += 1
         return Result.UNSTABLE
 
-    def _fault_root(self) -> Root:
+    def _fault_root(self, vcpu: Vcpu | None) -> Root:
+        """A vCPU of another width than the exported root's has a root of its own (defect B-28)."""
+        if vcpu is not None:
+            return self.load_root(vcpu)
         exported = self.exported.get(0)
-        if exported is not None:
-            return exported.root
-        return self.load_root(self.vcpus[0])
+        return exported.root if exported is not None else self.load_root(self.vcpus[0])
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 

@@ -11,8 +11,8 @@ a dataclass to fields; whatever a layout does not cover is reserved.  Must hold:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, NewType
 
 from protocol.units import PAGE_SHIFT, Hpa, Iova, Pasid, bits
 
@@ -32,44 +32,76 @@ class Field:
 
     `shift` low bits of the value are zero and not stored (addresses); `bias` is what the register
     leaves out of a count ("MGAW - 1").  `kind` turns the number read into the type of the record.
+    `get(word)` reads the value, `put(value)` is the word that holds it: made for the field once, since
+    every record that travels goes through them.
     """
 
     parts: tuple[tuple[int, int], ...]
     kind: Callable[[int], int] = int
     shift: int = 0
     bias: int = 0
+    mask: int = field(init=False, repr=False, compare=False)
+    get: Callable[[int], int] = field(init=False, repr=False, compare=False)
+    put: Callable[[int], int] = field(init=False, repr=False, compare=False)
 
-    @property
-    def mask(self) -> int:
-        return sum(bits(high, low) for high, low in self.parts)
+    def __post_init__(self) -> None:
+        set_once = object.__setattr__
+        set_once(self, "mask", sum(bits(high, low) for high, low in self.parts))
+        set_once(self, "get", _getter(self))
+        set_once(self, "put", _putter(self))
 
     @property
     def width(self) -> int:
         return sum(high - low + 1 for high, low in self.parts)
 
-    def get(self, word: int) -> int:
+    def __str__(self) -> str:
+        return "+".join(f"{high}:{low}" for high, low in self.parts)
+
+
+def _getter(field: Field) -> Callable[[int], int]:
+    mask, low, shift, bias, kind = field.mask, field.parts[0][1], field.shift, field.bias, field.kind
+    if len(field.parts) == 1 and not bias:
+        if kind is bool:
+            return lambda word: word & mask != 0
+        if kind is int or isinstance(kind, NewType):  # a NewType gives back what it gets, slowly
+            if shift > low:
+                return lambda word: (word & mask) << shift - low
+            return lambda word: (word & mask) >> low - shift
+
+    def get(word: int) -> int:
         value, position = 0, 0
-        for high, low in self.parts:
+        for high, low in field.parts:
             value |= ((word & bits(high, low)) >> low) << position
             position += high - low + 1
         try:
-            return self.kind((value << self.shift) + self.bias)
+            return kind((value << shift) + bias)
         except ValueError as e:
-            raise FormatError(f"bits {self}: {value:#x} means nothing") from e
+            raise FormatError(f"bits {field}: {value:#x} means nothing") from e
 
-    def put(self, value: int) -> int:
-        stored = value - self.bias
-        assert stored & ((1 << self.shift) - 1) == 0, f"bits {self}: {value:#x} is not aligned"
-        stored >>= self.shift
-        assert 0 <= stored < 1 << self.width, f"bits {self}: {value:#x} does not fit"
+    return get
+
+
+def _putter(field: Field) -> Callable[[int], int]:
+    shift, bias, limit = field.shift, field.bias, 1 << field.width
+    unaligned = (1 << shift) - 1
+    first, *others = field.parts
+
+    def put(value: int) -> int:
+        stored = value - bias
+        assert stored & unaligned == 0, f"bits {field}: {value:#x} is not aligned"
+        stored >>= shift
+        assert 0 <= stored < limit, f"bits {field}: {value:#x} does not fit"
+        return spread(stored) if others else stored << low
+
+    def spread(stored: int) -> int:
         word = 0
-        for high, low in self.parts:
+        for high, low in field.parts:
             word |= (stored << low) & bits(high, low)
             stored >>= high - low + 1
         return word
 
-    def __str__(self) -> str:
-        return "+".join(f"{high}:{low}" for high, low in self.parts)
+    low = first[1]
+    return put
 
 
 Layout = Mapping[str, Field]

@@ -32,6 +32,8 @@ RECV_BYTES = 1 << 16
 MAX_ERRNO = 4096
 MAX_WHY_CHARS = 4096
 MAX_UNSENT_BYTES = 16 << 20  # a peer that does not read is cut off beyond this
+# As plain numbers: arithmetic on the enum members costs more than the system call.
+_NOSIGNAL, _CLOEXEC, _CTRUNC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 _PACK = msgpack.Packer(autoreset=True).pack
 _UNPACK = msgpack.unpackb
@@ -182,13 +184,13 @@ class Channel:
                 data, fds = out[0]
                 if fds:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                    sent = self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+                    sent = self._sock.sendmsg([data], rights, _NOSIGNAL)
                     _close_all(fds)
                     out[0] = (data, ())
                 else:
                     if len(out) > 1:
                         data = self._join_plain()
-                    sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+                    sent = self._sock.send(data, _NOSIGNAL)
                 self._unsent -= sent
                 if sent == len(data):
                     out.popleft()
@@ -199,7 +201,8 @@ class Channel:
         except OSError as error:
             self._lost(f"send: {error.strerror}")
             return
-        self._watch_writable(bool(out))
+        if out or self._blocked:
+            self._watch_writable(bool(out))
         if self._unsent > MAX_UNSENT_BYTES:
             self._lost(f"does not read: {self._unsent} bytes unsent")
 
@@ -230,29 +233,27 @@ class Channel:
 
     def _receive(self) -> None:
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                RECV_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, flags, _ = self._sock.recvmsg(RECV_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
             return
         except OSError as error:
             self._lost(f"receive: {error.strerror}")
             return
-        if ancillary or flags & socket.MSG_CTRUNC:
-            self._collect_fds(ancillary, truncated=bool(flags & socket.MSG_CTRUNC))
+        if ancillary or flags & _CTRUNC:
+            self._collect_fds(ancillary, truncated=bool(flags & _CTRUNC))
         if not data:
             self._lost("hung up")
             return
-        for frame in self._framer.feed(data):
+        for kind, nfds, body in self._framer.feed(data):
             try:
-                self._handle(frame.kind, frame.nfds, frame.body)
+                self._handle(kind, nfds, body)
             except PeerError:
                 raise
             except Exception as error:  # ours: the frames behind it are served all the same
                 self.loop.report(error)
             if self.closed:
                 return
-        if len(self._received) > (MAX_FDS if self._framer.partial_bytes else 0):
+        if self._received and len(self._received) > (MAX_FDS if self._framer.partial_bytes else 0):
             raise PeerError(f"{len(self._received)} fds no frame announced")
 
     def _collect_fds(self, ancillary: list[tuple[int, int, bytes]], truncated: bool) -> None:

@@ -38,10 +38,14 @@ class Files:
     def open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None = None
     ) -> tuple[int, int, Channel]:
-        """A new fd for `obj`: (fd to send away, its inode, our channel)."""
+        """A new fd for `obj`: (fd to send away, its inode, our channel).  Without room for one `obj` is
+        released, and UapiError(EMFILE) raised.
+        """
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
+            if on_release is not None:
+                on_release(obj)
             raise UapiError(error.errno or errno.EMFILE, f"no file for a new {service.name}") from None
         inode = inode_of(theirs.fileno())
 

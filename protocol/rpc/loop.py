@@ -19,7 +19,9 @@ import trio
 from protocol.flow import Flows, Wait
 
 POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
-TURN_NS = 1_000_000  # after this long under load other trio tasks get a turn
+TURN_NS = (
+    10_000_000  # at most this long under load, other trio tasks get a turn: one costs as much as a message
+)
 WATCHDOG_S = 0.5
 
 T = TypeVar("T")

@@ -10,27 +10,19 @@ answered EIO, remembered.
 from __future__ import annotations
 
 import errno
-import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import CoroutineType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from protocol.errors import PeerError, UapiError
 from protocol.rpc.channel import Body, Channel, Fds, Serve
 
 Obj = TypeVar("Obj")
-M = TypeVar("M", bound="Message")
+M = TypeVar("M", bound=BaseModel)
 
 MAX_WHY_CHARS = 400
-
-
-class Message(BaseModel):
-    """Base of every request: no coercion, no unknown fields, no changes afterwards."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    op: str
 
 
 class Answer(NamedTuple):
@@ -86,7 +78,7 @@ class Service(Generic[Obj]):
         def serve(channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
             try:
                 result = self._run(obj, body, fds)
-                if inspect.iscoroutine(result):
+                if type(result) is CoroutineType:
                     self._serve_flow(channel, request_id, body, fds, result)
                     return
                 _answer(channel, request_id, result)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ class Kind(IntEnum):
 
 
 KINDS = tuple(Kind)
+_new = tuple.__new__  # a NamedTuple's own constructor costs twice as much
 
 
 class Frame(NamedTuple):
@@ -70,7 +71,7 @@ class Framer:
             stop = at + HEADER_BYTES + body_bytes
             if stop > end:
                 break
-            yield Frame(KINDS[kind], nfds, view[at + HEADER_BYTES : stop])
+            yield _new(Frame, (KINDS[kind], nfds, view[at + HEADER_BYTES : stop]))
             at = stop
         if at < end:
             self._partial = data[at:]

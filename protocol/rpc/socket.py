@@ -1,4 +1,8 @@
-"""Named Unix sockets: where a daemon listens and how a peer connects, waiting until it does."""
+"""Named Unix sockets: where a daemon listens, and how a peer connects, waiting until it does.
+
+A socket appears under its name only once it listens, so its existence means readiness; one left behind by a
+daemon that was killed is removed, one that somebody listens on is not taken over.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,11 @@ class Listener:
         self._sock.setblocking(False)
         # Bound under another name and renamed: a peer never meets a socket that does not listen yet.
         hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
-        self._sock.bind(str(hidden))
+        try:
+            self._sock.bind(str(hidden))
+        except OSError as error:
+            self._sock.close()
+            raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
         self._sock.listen(BACKLOG)
         os.rename(hidden, path)
         loop.register(self._sock.fileno(), self._accept)
@@ -95,7 +103,8 @@ async def connect(path: Path, patience_s: float = CONNECT_PATIENCE_S) -> socket.
     while True:
         try:
             return connect_now(path)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionRefusedError) as error:
             if trio.current_time() >= deadline:
-                raise
+                why = f"no daemon listens there (waited {patience_s:.0f} s)"
+                raise OSError(error.errno, why, str(path)) from None
         await trio.sleep(CONNECT_RETRY_S)

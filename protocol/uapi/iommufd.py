@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.rpc.service import Message
-from protocol.uapi.fields import U32
+from protocol.uapi.message import U32, Message
 
 IOMMU_PATH = "/dev/iommu"
 VFIO_PATH = "/dev/vfio/devices/vfio"  # and the number of the device

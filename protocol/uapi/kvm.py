@@ -11,8 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.rpc.service import Message
-from protocol.uapi.fields import U32, U64
+from protocol.uapi.message import U32, U64, Message
 
 KVM_PATH = "/dev/kvm"
 API_VERSION = 12

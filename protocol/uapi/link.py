@@ -11,8 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.rpc.service import Message
-from protocol.uapi.fields import U8, U16, U32, U64, Name
+from protocol.uapi.message import U8, U16, U32, U64, Message, Name
 
 MAX_RING_BYTES = 1 << 19  # a whole invalidation queue
 PASID_ENTRY_BYTES = 64

@@ -13,8 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.rpc.service import Message
-from protocol.uapi.fields import U64, Name
+from protocol.uapi.message import U64, Message, Name
 
 
 class TdpFdGet(Message):

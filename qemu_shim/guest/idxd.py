@@ -41,6 +41,8 @@ class IdxdWorkQueue:
         self._free = list(range(WQ_SIZE))
 
     async def enable(self) -> None:
+        if not self.block_on_fault:
+            await self._memory.touch([self._records])  # or the record could not be written
         await self._portal.configure(WQ, size=WQ_SIZE, dedicated=True, block_on_fault=self.block_on_fault)
 
     async def disable(self) -> None:

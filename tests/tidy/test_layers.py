@@ -33,15 +33,20 @@ APART = ({"uapi", "rpc"},)
 
 # What a core may take from protocol. A name covers everything below it.
 ANY_CORE = ("units", "errors", "flow", "trace")
+VTD_RECORDS = ("hw.caps", "hw.pasid_entry", "hw.prq", "hw.qi")
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "pt", "hostmem", "frame_tags"),
-    "iommufdd": (*ANY_CORE, "hw.vtd", "pt.meta", "pt.bits", "pt.geometry"),
+    "iommufdd": (*ANY_CORE, *VTD_RECORDS, "pt.meta", "pt.bits", "pt.geometry"),
     "device_sim": (*ANY_CORE, "hw", "hostmem", "pt", "frame_tags"),
     "qemu_shim": (*ANY_CORE, "hw.dsa"),
 }
 WRITERS = {"TableWriter"}  # the one thing in pt that only the owner of the table may hold
 
-SHELL_OF_PROTOCOL = ("uapi", "rpc.channel", "rpc.loop", "rpc.service", "daemon")
+SHELL_OF_PROTOCOL = (
+    "uapi",
+    *(f"rpc.{shell}" for shell in ("channel", "files", "loop", "service", "socket")),
+    "daemon",
+)
 IMPURE = {
     *("trio", "msgpack", "pydantic", "structlog"),
     *("asyncio", "threading", "subprocess", "multiprocessing", "signal"),

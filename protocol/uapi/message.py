@@ -1,0 +1,25 @@
+"""The base of every message, and the field types: kernel widths, checked when a message is read.
+
+One pydantic model per kernel struct, field names kept.  Strict: no coercion, no unknown field, nothing
+changes after it was checked.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+U8 = Annotated[int, Field(ge=0, lt=1 << 8)]
+U16 = Annotated[int, Field(ge=0, lt=1 << 16)]
+U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
+U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Message(BaseModel):
+    """A request or a notification; `op` says which, and was looked at before the rest is checked."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    op: str

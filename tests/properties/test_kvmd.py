@@ -1,0 +1,353 @@
+"""Any sequence of operations and acks keeps kvmd's core in step with the dicts; planted bugs do not.
+
+The machine is in `tests/properties/machine.py`.  Each planted bug is first shown to be caught by a short
+schedule written out, then by long runs, the worst of them by the machine too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from kvmd.core import tdp_mmu
+from kvmd.core.flush import Flusher
+from kvmd.core.table_pool import TablePool
+from kvmd.core.vm import Kvm
+from protocol.units import Hpa
+from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
+
+S, L = SMALL >> 12, LARGE >> 12
+GFN = st.one_of(
+    st.integers(0x100, 0x100 + SMALL_PAGES), st.sampled_from([0x200, 0x201, 0x3FF, 0x400, 0x5FF, 0x600, GFNS])
+)
+DATA = st.binary(min_size=8, max_size=8)
+MAYBE = st.one_of(st.none(), DATA)
+RANGE = st.one_of(
+    st.tuples(st.integers(S, S + SMALL_PAGES - 1), st.integers(1, SMALL_PAGES)),
+    st.sampled_from([(L, 512), (L + 512, 512), (L, 1024), (S, SMALL_PAGES)]),
+)
+SLOT = st.sampled_from(
+    [
+        (0x100, SMALL_PAGES, S),
+        (0x102, SMALL_PAGES, S),  # a move onto a part of itself
+        (0x104, 2, S + 1),
+        (0x200, 512, L),
+        (0x200, 512, L + 1),  # not aligned alike: small leaves
+        (0x200, LARGE_PAGES, L),
+        (0x400, 512, L + 512),
+        (0, 0, 0),
+        (0, 0, 0),
+    ]
+)
+
+
+class KvmdMachine(RuleBasedStateMachine):
+    rig: Rig
+
+    @initialize(seed=st.integers(0, 1 << 16), ready=st.sampled_from([True, True, True, False]))
+    def begin(self, seed: int, ready: bool) -> None:
+        self.rig = Rig(seed)
+        if ready:
+            for large in (False, True):
+                self.rig.mmap(large)
+            self.rig.set_slot(0, 0x100, SMALL_PAGES, S, False)
+            self.rig.set_slot(1, 0x200, 512, L, False)
+            self.rig.join()
+
+    @rule(large=st.booleans())
+    def mmap(self, large: bool) -> None:
+        self.rig.mmap(large)
+
+    @rule(what=st.sampled_from(["munmap", "madvise_dontneed", "migrate", "migrate"]), pages=RANGE)
+    def change(self, what: str, pages: tuple[int, int]) -> None:
+        self.rig.change(what, *pages)
+
+    @rule(slot=st.integers(0, 2), where=SLOT, readonly=st.booleans())
+    def set_slot(self, slot: int, where: tuple[int, int, int], readonly: bool) -> None:
+        self.rig.set_slot(slot, *where, readonly)
+
+    @rule(offset=st.integers(0, 1))
+    def realign(self, offset: int) -> None:
+        realign(self.rig, offset)
+
+    @rule(index=st.integers(0, 1), gfn=GFN, data=MAYBE)
+    def guest(self, index: int, gfn: int, data: bytes | None) -> None:
+        self.rig.guest(index, gfn, data)
+
+    @rule(gfn=GFN, write=st.booleans())
+    def io_fault(self, gfn: int, write: bool) -> None:
+        self.rig.io_fault(gfn, write)
+
+    @rule(index=st.integers(0, 1), gfn=GFN, data=MAYBE)
+    def dma(self, index: int, gfn: int, data: bytes | None) -> None:
+        self.rig.io_fault(gfn, data is not None)
+        self.rig.dma(index, gfn, data)
+
+    @rule(page=st.one_of(st.integers(S, S + SMALL_PAGES), st.sampled_from([L, L + 511, L + 512])), data=MAYBE)
+    def process(self, page: int, data: bytes | None) -> None:
+        self.rig.process(page, data)
+
+    @rule()
+    def join(self) -> None:
+        self.rig.join()
+
+    @rule(index=st.integers(0, 1), which=st.integers(0, 7))
+    def ack(self, index: int, which: int) -> None:
+        self.rig.ack(index, which)
+
+    @rule()
+    def ack_all(self) -> None:
+        self.rig.ack_all()
+
+    @rule(what=st.sampled_from(["madvise_dontneed", "migrate"]))
+    def sleep_in_the_next_fault(self, what: str) -> None:
+        self.rig.nap = what
+
+    @invariant()
+    def everything_holds(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.ack_all()
+            self.rig.check()
+
+
+def run_machine(examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
+    run_state_machine_as_test(
+        KvmdMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=phases,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_any_schedule_keeps_the_core_in_step_with_the_dicts() -> None:
+    run_machine(20)
+
+
+# -- the same operations, dealt by a seed: more of everything at once than hypothesis picks --------------
+
+SMALL_GFNS = range(0x100, 0x100 + SMALL_PAGES + 1)
+GFNS_OF_NOTE = (*SMALL_GFNS, *SMALL_GFNS, 0x200, 0x201, 0x3FF, 0x400, GFNS)
+SLOTS_OF_NOTE = (
+    (0, 0x100, SMALL_PAGES, S),
+    (0, 0x102, SMALL_PAGES, S),
+    (2, 0x300, 2, S + 1),
+    (1, 0x200, 512, L),
+    (1, 0x200, 512, L + 1),
+    (0, 0, 0, 0),
+    (2, 0, 0, 0),
+)
+
+
+def realign(rig: Rig, offset: int) -> None:
+    """Slot 1 comes back with its frames aligned to its gfns, or not: huge leaf or small ones."""
+    rig.ack_all()
+    rig.set_slot(1, 0, 0, 0, False)
+    rig.ack_all()
+    rig.set_slot(1, 0x200, 512, L + offset, False)
+    rig.dma(0, 0x201, None)  # finds nothing yet, and remembers the way there
+    rig.io_fault(0x201, True)
+
+
+def random_step(rig: Rig, random: Random) -> None:
+    gfn, data = random.choice(GFNS_OF_NOTE), random.choice((None, random.randbytes(8)))
+    first = random.randrange(S, S + SMALL_PAGES)
+    large = random.random() < 0.1
+    steps: tuple[tuple[float, Callable[[], None]], ...] = (
+        (6, lambda: rig.io_fault(gfn, data is not None)),
+        (8, lambda: rig.dma(random.randrange(2), gfn, data)),
+        (9, lambda: rig.guest(random.randrange(2), gfn, data)),
+        (5, lambda: rig.change("madvise_dontneed", *((L, 512) if large else (first, random.randint(1, 3))))),
+        (3, lambda: rig.change("migrate", *((L, 512) if large else (first, random.randint(1, 3))))),
+        (0.5, lambda: rig.change("munmap", first, random.randint(1, 3))),
+        (2, lambda: rig.mmap(large)),
+        (0.5, lambda: rig.set_slot(*random.choice(SLOTS_OF_NOTE), random.random() < 0.2)),
+        (0.5, lambda: realign(rig, random.randrange(2))),
+        (3, lambda: rig.process(first, data)),
+        (4, lambda: rig.ack(random.randrange(2), random.randrange(8))),
+        (0.3, rig.ack_all),
+        (1, rig.join),
+        (2, lambda: setattr(rig, "nap", random.choice(("madvise_dontneed", "migrate")))),
+    )
+    random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
+
+
+def soak(seed: int, steps: int) -> Rig:
+    rig, random = ready(seed), Random(seed)
+    rig.set_slot(1, 0x200, 512, L, False)
+    for _ in range(steps):
+        random_step(rig, random)
+        rig.check()
+    rig.ack_all()
+    rig.check()
+    return rig
+
+
+def soak_all() -> None:
+    for seed in range(12):
+        soak(seed, 200)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_long_run_keeps_the_core_in_step_with_the_dicts(seed: int) -> None:
+    rig = soak(seed, 200)
+    assert rig.compared > 5, "the run read too little to mean anything"
+    assert rig.overlapped > 0, "no two invalidations were ever out at once"
+
+
+# -- planted bugs --------------------------------------------------------------------------------------
+
+
+async def no_drain(self: Flusher) -> None:
+    """Whoever finds nothing to zap does not wait."""
+
+
+async def no_acks(self: Flusher, span: Any) -> None:
+    """Importers are told and not waited for."""
+    self.epoch += 1
+    self._tell(span, self.epoch)
+    self._pool.reclaim(self._vm_id, self.acked)
+
+
+def no_sequence(self: Kvm, start: int, end: int) -> None:
+    """The sequence stays where it was."""
+    self._in_progress.remove((start, end))  # type: ignore[arg-type]
+    over, self._invalidations_over = self._invalidations_over, type(self._invalidations_over)()
+    over.set(None)
+
+
+def never_changing(self: Kvm, hva: int) -> bool:
+    return False
+
+
+def no_quarantine(self: TablePool, vm_id: int, table: Hpa, epoch: int) -> None:
+    self._writer.clear_unlinked(table)
+    self._free.append(table)
+    self.in_use -= 1
+
+
+def marker_at_bit_11(table: Hpa, *, ad_enabled: bool) -> int:
+    return table | 0x0800_0000_0000_0907
+
+
+def forgets_importers(self: Kvm, span: Any, epoch: int) -> list[Any]:
+    for vcpu in self.vcpus:
+        vcpu.flush_tlb(span)
+    return []
+
+
+PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "drain is skipped": (Flusher, "drain", no_drain),
+    "acks are not waited for": (Flusher, "flush", no_acks),
+    "the sequence is not advanced": (Kvm, "invalidate_range_end", no_sequence),
+    "ranges in change are not looked at": (Kvm, "_is_changing", never_changing),
+    "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
+    "bit 11 marks table entries": (tdp_mmu, "make_table_entry", marker_at_bit_11),
+    "importers are not told": (Kvm, "_tell_walkers", forgets_importers),
+}
+
+
+def ready(seed: int = 1) -> Rig:
+    rig = Rig(seed)
+    rig.mmap(False)
+    rig.mmap(True)
+    rig.set_slot(0, 0x100, SMALL_PAGES, S, False)
+    rig.join()
+    touch(rig, 0x100)
+    return rig
+
+
+def touch(rig: Rig, gfn: int) -> None:
+    rig.io_fault(gfn, True)
+    rig.dma(0, gfn, b"8 bytes!")
+    rig.check()
+
+
+def overlapping(rig: Rig) -> None:
+    rig.change("madvise_dontneed", S, 2)
+    rig.change("munmap", S, 1)
+    rig.check()
+
+
+def drop(rig: Rig) -> None:
+    rig.change("madvise_dontneed", S, 1)
+    rig.check()
+
+
+def sleep_then(rig: Rig) -> None:
+    rig.nap = "madvise_dontneed"
+    rig.ack_all()
+    rig.guest(0, 0x101, b"8 bytes!")
+    rig.check()
+
+
+def fault_in_change(rig: Rig) -> None:
+    rig.change("madvise_dontneed", S, 2)
+    rig.guest(0, 0x100, b"8 bytes!")
+    rig.ack_all()
+    rig.check()
+
+
+def huge_over_small(rig: Rig) -> None:
+    rig.set_slot(1, 0x200, 512, L + 1, False)
+    touch(rig, 0x201)
+    rig.set_slot(1, 0, 0, 0, False)
+    rig.ack_all()
+    rig.set_slot(1, 0x200, 512, L, False)
+    rig.dma(0, 0x201, None)
+    rig.io_fault(0x201, True)
+    rig.check()
+
+
+SCHEDULES: dict[str, Callable[[Rig], None]] = {
+    "drain is skipped": overlapping,
+    "acks are not waited for": drop,
+    "the sequence is not advanced": sleep_then,
+    "ranges in change are not looked at": fault_in_change,
+    "table pages skip the quarantine": huge_over_small,
+    "bit 11 marks table entries": drop,
+    "importers are not told": drop,
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_schedule_is_sound_without_the_bug(bug: str) -> None:
+    rig = ready()
+    SCHEDULES[bug](rig)
+    rig.ack_all()
+    rig.check()
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*PLANTED[bug])
+    with pytest.raises(AssertionError):
+        SCHEDULES[bug](ready())
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught_by_a_long_run(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*PLANTED[bug])
+    with pytest.raises(AssertionError):
+        soak_all()
+
+
+def test_a_planted_bug_is_caught_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*PLANTED["acks are not waited for"])
+    with pytest.raises(AssertionError):
+        run_machine(300, (Phase.generate,))

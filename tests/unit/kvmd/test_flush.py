@@ -1,0 +1,94 @@
+"""Flushes: numbered, told to all at once, over when all have acked, in whatever order."""
+
+from __future__ import annotations
+
+from kvmd.core.flush import Flusher
+from kvmd.core.table_pool import TablePool
+from protocol.flow import Flows, Wait
+from protocol.pt.mem import TableWriter
+from protocol.units import Gfn, GfnSpan, Hpa
+
+BASE = Hpa(0x10_0000)
+
+
+class Vm:
+    """A flusher with `walkers` that ack when told to."""
+
+    def __init__(self, walkers: int = 1) -> None:
+        self.pool = TablePool(TableWriter(BASE, memoryview(bytearray(8 * 4096))), BASE, 8 * 4096)
+        self.flows = Flows()
+        self.told: list[tuple[GfnSpan | None, int]] = []
+        self.waits: dict[int, list[Wait[None]]] = {}
+        self.walkers = walkers
+        self.flusher = Flusher(7, self.pool, self.tell)
+
+    def tell(self, span: GfnSpan | None, epoch: int) -> list[Wait[None]]:
+        self.told.append((span, epoch))
+        self.waits[epoch] = [Wait() for _ in range(self.walkers)]
+        return list(self.waits[epoch])
+
+    def flush(self, span: GfnSpan | None = None) -> Wait[None]:
+        return self.flows.start(self.flusher.flush(span))
+
+    def ack(self, epoch: int, walker: int = 0) -> None:
+        self.waits[epoch][walker].set(None)
+        self.flows.run_ready()
+
+    def hold(self) -> None:
+        self.pool.quarantine(7, self.pool.allocate(), self.flusher.next_epoch())
+
+
+def test_a_flush_with_nobody_to_tell_is_over_at_once() -> None:
+    vm = Vm(0)
+    vm.hold()
+    assert vm.flush().done
+    assert (vm.flusher.epoch, vm.flusher.acked, vm.pool.held(7)) == (1, 1, 0)
+
+
+def test_all_walkers_are_told_before_anyone_is_waited_for() -> None:
+    vm = Vm(3)
+    span = GfnSpan(Gfn(1), Gfn(2))
+    over = vm.flush(span)
+    assert vm.told == [(span, 1)]
+    for walker in (2, 0):
+        vm.ack(1, walker)
+        assert not over.done
+        assert vm.flusher.acked == 0
+    vm.ack(1, 1)
+    assert over.done
+    assert vm.flusher.acked == 1
+
+
+def test_acks_out_of_order_free_no_page_too_early() -> None:
+    """Page A hangs on epoch 1, page B on epoch 2; epoch 2 is acked first."""
+    vm = Vm()
+    vm.hold()
+    vm.flush()
+    vm.hold()
+    vm.flush()
+    vm.hold()
+    vm.flush()
+    vm.ack(2)
+    assert (vm.flusher.acked, vm.pool.held(7)) == (0, 3)
+    vm.ack(1)
+    assert (vm.flusher.acked, vm.pool.held(7)) == (2, 1)
+    vm.ack(3)
+    assert (vm.flusher.acked, vm.pool.held(7)) == (3, 0)
+
+
+def test_drain_waits_for_what_was_outstanding_and_for_no_more() -> None:
+    vm = Vm()
+    vm.flush()
+    vm.flush()
+    drained = vm.flows.start(vm.flusher.drain())
+    vm.flush()
+    vm.ack(2)
+    assert not drained.done
+    vm.ack(1)
+    assert drained.done
+    assert vm.flusher.acked == 2
+
+
+def test_drain_with_nothing_outstanding_does_not_wait() -> None:
+    vm = Vm()
+    assert vm.flows.start(vm.flusher.drain()).done

@@ -1,0 +1,177 @@
+"""kvmd's files in this process: what a request may ask, what keeps a VM, and who may write tables."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvmd.config import Settings
+from kvmd.core.host import CpuFeatures
+from kvmd.service import Kvmd
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.rpc.channel import Channel, Fds, Reply
+from protocol.units import GIB, MIB
+from tests.unit.protocol.wires import Wires
+
+
+class Client:
+    """A process that talks to kvmd; `fds` are the files it holds."""
+
+    def __init__(self, wire: Wires) -> None:
+        self.wire = wire
+        self.app = Kvmd(wire.loop, Settings(GIB, MIB, CpuFeatures(), False))
+        ours, theirs = socket.socketpair()
+        self.app.on_connect(theirs)
+        self.door = wire.channel(ours, "door")
+        self.fds: dict[str, int] = {}
+
+    def call(self, channel: Channel, op: str, fds: list[str] | None = None, **body: Any) -> Reply:
+        wait = channel.call(op, body, [os.dup(self.fds[name]) for name in fds or []])
+        self.wire.pump()
+        return wait.result()
+
+    def open(
+        self, name: str, channel: Channel, op: str, fds: list[str] | None = None, **body: Any
+    ) -> Channel:
+        """A request whose reply is a file; the fd itself is the channel's."""
+        fd = self.call(channel, op, fds, **body).fds.take(0)
+        self.fds[name] = os.dup(fd)
+        return self.wire.channel(socket.socket(fileno=fd), name)
+
+    def close(self, name: str, channel: Channel) -> None:
+        os.close(self.fds.pop(name))
+        channel.close()
+        self.wire.pump()
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    wire = Wires()
+    made = Client(wire)
+    yield made
+    for fd in made.fds.values():
+        os.close(fd)
+    made.app.close()
+    wire.pump()
+    wire.close()
+    assert wire.crashes == []
+
+
+def machine(client: Client) -> dict[str, Channel]:
+    """A process with 16 pages at gfn 0x100, one vCPU."""
+    made = {"kvm": client.open("kvm", client.door, "OPEN", path="/dev/kvm")}
+    made["mm"] = client.open("mm", client.door, "MM_CREATE")
+    made["vm"] = client.open("vm", made["kvm"], "KVM_CREATE_VM", ["mm"], type=0)
+    made["vcpu"] = client.open("vcpu", made["vm"], "KVM_CREATE_VCPU", vcpu_id=0)
+    client.call(made["vcpu"], "KVM_SET_CPUID2", maxphyaddr=46)
+    hva = client.call(made["mm"], "MMAP", size=16 * 4096).body["addr"]
+    region: dict[str, Any] = {"slot": 0, "flags": 0, "guest_phys_addr": 0x10_0000, "memory_size": 0x1_0000}
+    client.call(made["vm"], "KVM_SET_USER_MEMORY_REGION", **region, userspace_addr=hva)
+    return made
+
+
+def test_a_run_that_reads_more_than_a_reply_holds_is_einval(client: Client) -> None:
+    vcpu = machine(client)["vcpu"]
+    with pytest.raises(UapiError) as caught:
+        client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 1 << 20)] * 5)
+    assert caught.value.errno == errno.EINVAL
+    assert client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 3)]).body["reads"] == [bytes(3)]
+
+
+def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
+    """Its flow goes on when the host lets it; the tables must still be there."""
+    made = machine(client)
+    vm = client.app.vms[0]
+    gate: Wait[None] = Wait()
+
+    class Slow:
+        """Another VM of the process, whose importer is slow to ack."""
+
+        async def invalidate_range_start(self, start: int, end: int) -> None:
+            await gate
+
+        def invalidate_range_end(self, start: int, end: int) -> None:
+            pass
+
+    vm.mm.notifiers.append(Slow())
+    hva = next(iter(vm.slots)).hva
+    made["mm"].call("MADVISE", {"addr": hva, "size": 4096, "advice": "dontneed"})
+    made["vcpu"].call("KVM_RUN", {"accesses": [(0x10_0000, b"x")]})
+    client.wire.pump()
+    for name in ("vcpu", "vm"):
+        client.close(name, made[name])
+    assert client.app.vms == [vm]
+    gate.set(None)
+    client.wire.pump()
+    assert client.app.vms == []
+    assert client.app.host.pool.in_use == 0
+    vm.mm.notifiers.clear()
+
+
+def test_an_importer_gets_tables_it_can_only_read(client: Client) -> None:
+    """I1: kvmd's mapping is the only one that stores."""
+    made = machine(client)
+    client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)
+    importer = client.open("importer", client.door, "TDP_FD_GET", ["tdp"])
+    reply = client.call(importer, "TDP_REGISTER_IMPORTER", name="unit")
+    assert [kind for kind, *_ in reply.body["windows"]] == ["tables", "frames"]
+    tables, fds = reply.body["windows"][0], reply.fds
+    with pytest.raises(PermissionError):
+        mmap.mmap(fds.peek(0), tables[2])
+    with pytest.raises(PermissionError):
+        os.pwrite(fds.peek(0), b"x", 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fds.peek(0), 0)
+    mmap.mmap(fds.peek(0), tables[2], prot=mmap.PROT_READ).close()
+    fds.close()
+    client.wire.pump()
+
+
+@pytest.mark.rfc("4/42")
+def test_a_tdp_fd_answers_no_request(client: Client) -> None:
+    made = machine(client)
+    tdp = client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)
+    with pytest.raises(UapiError) as caught:
+        client.call(tdp, "TDP_GET_METADATA")
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_a_tdp_fd_keeps_the_vm_and_the_vm_fd_does_not_keep_the_tdp(client: Client) -> None:
+    made = machine(client)
+    made["tdp"] = client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)
+    for name in ("vcpu", "vm", "mm"):
+        client.close(name, made[name])
+    assert len(client.app.vms) == 1
+    client.close("tdp", made["tdp"])
+    assert client.app.vms == []
+    assert client.app.host.frames.in_use == 0
+
+
+def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
+    made = machine(client)
+    client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)
+    importer = client.open("importer", client.door, "TDP_FD_GET", ["tdp"])
+    acked: list[int] = []
+
+    def ack(channel: Channel, number: int, body: dict[str, Any], fds: Fds) -> None:
+        acked.append(body["epoch"])
+        channel.answer(number, {}, [os.memfd_create("x")])
+
+    importer._on_request = ack
+    held = client.call(importer, "TDP_REGISTER_IMPORTER", name="unit").fds
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        client.call(made["vcpu"], "KVM_RUN", accesses=[(0x10_0000, b"x")])
+        hva = next(iter(client.app.vms[0].slots)).hva
+        client.call(made["mm"], "MADVISE", addr=hva, size=4096, advice="dontneed")
+    assert acked == [1, 2, 3, 4, 5]
+    assert len(os.listdir("/proc/self/fd")) == before
+    held.close()
+    client.wire.pump()

@@ -1,0 +1,45 @@
+"""Counters against a count kept by hand."""
+
+from __future__ import annotations
+
+from kvmd.core.stats import vm_stats
+from tests.unit.kvmd.world import SlowImporter, World
+
+
+def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
+    world = World()
+    hva = world.map(16)
+    world.set_slot(0, 0x100, 16, hva)
+    world.set_slot(1, 0x200, 512, world.map(1, 2))
+    vcpu, exported, importer = world.vcpu(), world.export(), SlowImporter()
+    world.write(vcpu, 0x10_0000, b"x" * 3 * 4096)  # three faults, fixed
+    world.read(vcpu, 0x50_0000, 1)  # one that fails: no slot
+    world.io_fault(exported, 0x100)  # spurious
+    world.io_fault(exported, 0x103)  # fixed
+    world.io_fault(exported, 0x200)  # fixed, 2 MiB
+    world.io_fault(exported, 0x900)  # fails
+    exported.register_importer("unit", importer)
+    world.start(world.mm.madvise_dontneed(hva, 4096))
+    world.ack(importer)
+    assert vm_stats(world.vm) == {
+        "vm": 1,
+        "vcpus": 1,
+        "exported_tdps": 1,
+        "importers": 1,
+        "ept_violations": 4,
+        "fault_retries": 0,
+        "remote_tlb_flush": 1,
+        "pages_4k": 3,
+        "pages_2m": 1,
+        "pages_1g": 0,
+        "table_pages": 4,
+        "table_pages_held": 0,
+        "pf_taken": 4,
+        "pf_fixed": 3,
+        "pf_spurious": 0,
+        "pf_failed": 1,
+        "io_pf_taken": 4,
+        "io_pf_fixed": 2,
+        "io_pf_spurious": 1,
+        "io_pf_failed": 1,
+    }

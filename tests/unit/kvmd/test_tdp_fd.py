@@ -1,0 +1,203 @@
+"""The exported TDP: creation's checks in their order, metadata, importers, faults, release."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmd.core.host import CpuFeatures
+from kvmd.core.page_fault import Result
+from kvmd.core.tdp_fd import CreateTdpFd, FaultType, check_create
+from kvmd.core.vm import Kvm
+from protocol.errors import UapiError
+from protocol.units import Gfn, Level
+from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    made.set_slot(0, 0x100, 16, made.map(16))
+    made.vcpu()
+    return made
+
+
+@pytest.mark.rfc("4/42")
+@pytest.mark.parametrize(
+    ("request_", "vcpus", "width", "number", "word"),
+    [
+        (CreateTdpFd(2, 1, 1), 0, 0, errno.EINVAL, "as_id 2"),
+        (CreateTdpFd(0, 1, 0), 0, 0, errno.EINVAL, "both 0"),
+        (CreateTdpFd(0, 0, 1), 0, 0, errno.EINVAL, "both 0"),
+        (CreateTdpFd(0, 0, 0), 0, 0, errno.EINVAL, "no vCPU"),
+        (CreateTdpFd(1, 0, 0), 0, 0, errno.EINVAL, "only 0"),
+        (CreateTdpFd(0, 0, 0), 1, 0, errno.EINVAL, "MAXPHYADDR"),
+        (CreateTdpFd(0, 0, 0), 1, 31, errno.EINVAL, "MAXPHYADDR"),
+    ],
+)
+def test_the_first_failing_check_speaks(
+    request_: CreateTdpFd, vcpus: int, width: int, number: int, word: str
+) -> None:
+    with pytest.raises(UapiError, match=word) as caught:
+        check_create(request_, 2, lambda _: False, vcpus=vcpus, maxphyaddr=width)
+    assert caught.value.errno == number
+
+
+def test_an_address_space_is_exported_once(world: World) -> None:
+    exported = world.export()
+    with pytest.raises(UapiError) as caught:
+        world.export()
+    assert caught.value.errno == errno.EEXIST
+    world.vm.release_tdp_fd(exported)
+    world.export()
+
+
+@pytest.mark.rfc("40/42")
+@pytest.mark.parametrize(("width", "level"), [(46, 4), (52, 5)])
+def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
+    world = World(CpuFeatures(maxphyaddr=52, ept_levels=5, max_page_level=Level(2)))
+    world.vcpu(maxphyaddr=width)
+    raw = world.export().meta.to_bytes()
+    root = world.vm.exported[0].root
+    assert raw[:24] == bytes(
+        [1, 0, 0, 0, level, 0, 0, 0, *root.hpa.to_bytes(8, "little"), 2, 0, 0, 0, 0, 0, 0, 0]
+    )
+    masks = [int.from_bytes(raw[at : at + 8], "little") for at in range(24, 104, 8)]
+    assert all(mask & 0x800 for mask in masks)
+    assert not any(mask >> 46 for mask in masks), "52 address bits leave none reserved"
+
+
+def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
+    world.write(world.vm.vcpus[0], 0x10_0000, b"x")
+    exported = world.export()
+    assert exported.root is world.vm.vcpus[0].root
+    assert set(world.table(exported.meta.root_hpa)) == {0x100}
+
+
+# -- importers -----------------------------------------------------------------------------------------
+
+
+def test_importers_are_told_of_every_flush_until_they_unregister(world: World) -> None:
+    exported, one, other = world.export(), SlowImporter(), SlowImporter()
+    exported.register_importer("one", one)
+    world.start(world.vm.flusher.flush(None))
+    exported.register_importer("other", other)
+    world.start(world.vm.flusher.flush(None))
+    exported.unregister_importer("one", one)
+    world.start(world.vm.flusher.flush(None))
+    assert [epoch for *_, epoch in one.heard] == [1, 2]
+    assert [epoch for *_, epoch in other.heard] == [2, 3]
+
+
+def test_a_name_is_taken_once_and_only_its_owner_gives_it_back(world: World) -> None:
+    """Defect B-09: a second importer must not push out the first."""
+    exported, one, other = world.export(), SlowImporter(), SlowImporter()
+    exported.register_importer("name", one)
+    with pytest.raises(UapiError) as caught:
+        exported.register_importer("name", other)
+    assert caught.value.errno == errno.EBUSY
+    exported.unregister_importer("name", other)
+    exported.unregister_importer("unknown", one)
+    assert exported.importers == 1
+    world.start(world.vm.flusher.flush(None))
+    assert len(one.heard) == 1
+    exported.unregister_importer("name", one)
+    exported.register_importer("name", other)
+
+
+@pytest.mark.rfc("8/42")
+def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> None:
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("one", importer)
+    exported.flush_notify(None, 1)
+    span = world.vm.slots.find(Gfn(0x100))
+    assert span is not None
+    exported.flush_notify(span.span, 2)
+    assert importer.heard == [(0, 0xFFFF_FFFF_FFFF_FFFF, 1), (0x10_0000, 0x1_0000, 2)]
+
+
+# -- faults --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rfc("37/42")
+def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
+    """Bit for bit (defect B-13: the second one is a success too)."""
+    exported = world.export()
+    assert world.io_fault(exported, 0x100) is Result.FIXED
+    assert world.io_fault(exported, 0x100) is Result.SPURIOUS
+    assert world.io_fault(exported, 0x100, READ) is Result.SPURIOUS
+    by_device = bytes(world.bare.tables)
+    twin = World()
+    twin.set_slot(0, 0x100, 16, twin.map(16))
+    twin.write(twin.vcpu(), 0x10_0000, b"x")
+    assert by_device == twin.bare.tables
+
+
+def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
+    exported = world.export()
+    assert world.io_fault(exported, 0x100, READ) is Result.FIXED
+    assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
+
+
+@pytest.mark.parametrize(
+    ("gfn", "kind", "result"),
+    [
+        (0xFF, READ, Result.NO_SLOT),
+        (0x110, WRITE, Result.NO_SLOT),
+        (1 << 36, READ, Result.NO_SLOT),
+        ((1 << 36) + 0x100, READ, Result.NO_SLOT),
+        ((1 << 64) - 1, READ, Result.NO_SLOT),
+        (0x200, WRITE, Result.READONLY),
+        (0x200, READ, Result.FIXED),
+        (0x300, READ, Result.NO_PAGE),
+    ],
+)
+def test_a_fault_that_cannot_be_resolved_says_why(
+    world: World, gfn: int, kind: FaultType, result: Result
+) -> None:
+    world.set_slot(1, 0x200, 1, world.map(1), flags=2)
+    world.set_slot(2, 0x300, 1, 0x7000_0000)
+    assert world.io_fault(world.export(), gfn, kind) is result
+
+
+def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World) -> None:
+    exported = world.export()
+    nothing = FaultType(read=False, write=False, exec=False)
+    for token, kind, number in ((77, nothing, errno.EINVAL), (78, READ, errno.EINVAL)):
+        with pytest.raises(UapiError) as caught:
+            world.run(world.vm.fault_exported(exported, token, Gfn(0x100), kind))
+        assert caught.value.errno == number
+    world.run(world.mm.exit())
+    with pytest.raises(UapiError) as caught:
+        world.io_fault(exported, 0x100)
+    assert caught.value.errno == errno.EPERM
+
+
+# -- release -------------------------------------------------------------------------------------------
+
+
+def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
+    exported = world.export()
+    world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
+    world.vm.release_tdp_fd(exported)
+    assert world.table(exported.meta.root_hpa).keys() == {0x100}
+    assert world.read(world.vm.vcpus[0], 0x10_0000, 4).reads == [b"kept"]
+    world.set_slot(0, 0, 0, 0)
+    assert exported.root.invalid, "no longer exported, so a memslot change may drop it"
+
+
+def test_a_vm_whose_tdp_is_exported_is_not_destroyed(world: World) -> None:
+    world.export()
+    with pytest.raises(AssertionError, match="keeps its VM"):
+        world.run(world.vm.destroy())
+
+
+def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> None:
+    exported = world.export()
+    world.write(world.vm.vcpus[0], 0x10_0000, b"x")
+    other = Kvm(world.host, world.mm)
+    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.destroy())
+    assert (world.host.pool.in_use, world.mm.notifiers) == (0, [other])
+    assert not any(world.bare.tables)

@@ -1,0 +1,339 @@
+"""The VM's three flows against each other: faults, invalidations by the host, memslot changes.
+
+Waits are set by hand, so each test is one schedule written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvmd.core.host_mm import HostPage, Mm
+from kvmd.core.invariants import check_vm
+from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
+from kvmd.core.vcpu import Access, ExitReason
+from kvmd.core.vm import Kvm
+from protocol.units import Gfn, Gpa, Hva
+from tests.unit.kvmd.world import WRITE, SlowImporter, World
+
+PAGE = 4096
+
+
+class Rig:
+    """A world with 16 pages at gfn 0x100, exported, one importer that acks by hand."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.world = World(**kwargs)
+        self.hva = self.world.map(16)
+        self.world.set_slot(0, 0x100, 16, self.hva)
+        self.vcpu = self.world.vcpu()
+        self.exported = self.world.export()
+        self.importer = SlowImporter()
+        self.exported.register_importer("unit", self.importer)
+
+    def fault(self, gfn: int = 0x100) -> Result:
+        return self.world.io_fault(self.exported, gfn)
+
+    def tag(self, gfn: int) -> int:
+        """Of the frame the host has for `gfn` now."""
+        page = self.world.mm.present_page(Hva(self.hva + (gfn - 0x100) * PAGE))
+        assert page is not None
+        return self.world.bare.tags.read(page.pfn)
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+class SleepyMm:
+    """The process's memory, whose lookups take long: `while_asleep` happens before they return."""
+
+    def __init__(self, mm: Mm, while_asleep: Callable[[], object]) -> None:
+        self._mm = mm
+        self._while_asleep = while_asleep
+
+    def fault_in(self, hva: Hva, *, write: bool) -> HostPage:
+        page = self._mm.fault_in(hva, write=write)
+        snapshot = HostPage(page.hva, page.pfn, page.level, page.writable)
+        self._while_asleep()
+        return snapshot
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mm, name)
+
+
+def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_they_acked(rig: Rig) -> None:
+    rig.fault(0x100)
+    rig.fault(0x101)
+    tag = rig.tag(0x100)
+    over = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    assert set(rig.world.table()) == {0x101}
+    assert rig.importer.heard == [(0, (1 << 64) - 1, 1)]
+    assert not over.done
+    assert rig.tag(0x100) == tag
+    rig.world.ack(rig.importer)
+    assert over.done
+    assert rig.world.mm.present_page(rig.hva) is None
+    assert check_vm(rig.world.vm) == []
+
+
+def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Rig) -> None:
+    """Two ranges overlap; the second has no entry left to clear, and the first is not acked."""
+    rig.fault(0x100)
+    first = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, 2 * PAGE))
+    second = rig.world.start(rig.world.mm.munmap(rig.hva, PAGE))
+    assert len(rig.importer.pending) == 1
+    assert not second.done
+    assert rig.world.mm.present_page(rig.hva) is not None
+    rig.world.ack(rig.importer)
+    assert first.done
+    assert second.done
+
+
+def test_acks_in_the_wrong_order_free_nothing_early(rig: Rig) -> None:
+    rig.fault(0x100)
+    rig.fault(0x105)
+    tags = rig.tag(0x100), rig.tag(0x105)
+    first = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    second = rig.world.start(rig.world.mm.madvise_dontneed(Hva(rig.hva + 5 * PAGE), PAGE))
+    rig.world.ack(rig.importer, 1)
+    assert not first.done
+    assert (rig.tag(0x100), rig.tag(0x105)) == tags, "the second waits for the first flush too"
+    rig.world.ack(rig.importer)
+    assert first.done
+    assert second.done
+
+
+def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) -> None:
+    rig.world.mm.write(rig.hva, b"moved")
+    rig.fault()
+    old = rig.world.table()[0x100]
+    move = rig.world.start(rig.world.mm.migrate(rig.hva, PAGE))
+    read = rig.world.start(rig.vcpu.run([Access(Gpa(0x10_0000), 5, None)]))
+    assert not read.done
+    assert 0x100 not in rig.world.table()
+    rig.world.ack(rig.importer)
+    assert move.done
+    assert read.result().reads == [b"moved"]
+    assert rig.world.table()[0x100] != old
+
+
+def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
+    rig.fault()
+    rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    assert rig.world.write(rig.vcpu, 0x10_1000, b"x").done == 1
+    rig.world.ack(rig.importer)
+
+
+@pytest.mark.parametrize("seq_start", [0, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1])
+@pytest.mark.parametrize("change", ["madvise_dontneed", "migrate", "munmap"])
+def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: str, seq_start: int) -> None:
+    """I5, also where the sequence wraps: the whole invalidation happens while the lookup sleeps (R1, R2)."""
+    rig = Rig(seq_start=seq_start)
+    world, left = rig.world, [1]
+
+    def invalidate_once() -> None:
+        if left:
+            left.pop()
+            world.run(getattr(world.mm, change)(rig.hva, PAGE))
+
+    world.vm.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
+    result = rig.fault()
+    assert result is (Result.NO_PAGE if change == "munmap" else Result.FIXED)
+    assert check_vm(world.vm) == []
+    assert world.vm.retries == 1
+
+
+@pytest.mark.parametrize("seq_start", [0, 2**31 - 2, 2**32 - 2, 2**63 - 2, 2**64 - 2])
+def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq_start: int) -> None:
+    rig = Rig(seq_start=seq_start)
+    for i in range(6):
+        assert rig.fault(0x100 + i) is Result.FIXED
+        over = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+        if rig.importer.pending:
+            rig.world.ack(rig.importer)
+        assert over.done
+    assert rig.world.vm.retries == 0
+
+
+def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> None:
+    """Defect B-14: the series retried for ever."""
+    world = rig.world
+    world.vm.mm = SleepyMm(world.mm, lambda: world.run(world.mm.migrate(rig.hva, PAGE)))  # type: ignore[assignment]
+    assert rig.fault() is Result.UNSTABLE
+    assert world.vm.retries == MAX_TRIES
+    assert check_vm(world.vm) == []
+
+
+def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
+    """Defect B-19: the series freed them under a live IOTLB."""
+    rig.fault()
+    over = rig.world.start(rig.world.mm.exit())
+    assert not over.done
+    assert rig.world.host.frames.in_use == 1
+    rig.world.ack(rig.importer)
+    assert over.done
+    assert rig.world.host.frames.in_use == 0
+
+
+# -- memslots ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.rfc("36/42")
+def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None:
+    world = rig.world
+    world.set_slot(1, 0x200, 4, world.map(4))
+    rig.fault(0x100)
+    rig.fault(0x200)
+    root, tables = rig.exported.meta.root_hpa, rig.exported.root.tables
+    over = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    assert world.table(root) == {}
+    assert not over.done
+    assert (rig.exported.root.hpa, rig.exported.root.tables, rig.exported.root.invalid) == (
+        root,
+        tables,
+        False,
+    )
+    assert rig.fault(0x200) is Result.FIXED, "the other slot works on while the flush is out"
+    world.ack(rig.importer)
+    assert over.done
+    assert rig.fault(0x100) is Result.NO_SLOT
+    assert world.read(rig.vcpu, 0x10_0000, 1).exit_reason is ExitReason.MMIO
+
+
+def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Rig) -> None:
+    """The host finds no slot and nothing to zap, yet importers may still use the frame."""
+    rig.fault()
+    tag = rig.tag(0x100)
+    slot = rig.world.start(rig.world.vm.set_memory_region(rig.world.region(0, 0, 0, 0)))
+    drop = rig.world.start(rig.world.mm.munmap(rig.hva, 16 * PAGE))
+    assert not drop.done
+    assert rig.tag(0x100) == tag
+    rig.world.ack(rig.importer)
+    assert slot.done
+    assert drop.done
+
+
+def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
+    rig.fault()
+    world = rig.world
+    done: list[str] = []
+
+    async def change(name: str, *args: int) -> None:
+        await world.vm.set_memory_region(world.region(*args))
+        done.append(name)
+
+    world.start(change("delete", 0, 0, 0, 0))
+    world.start(change("create", 0, 0x500, 16, rig.hva))
+    world.start(change("move", 0, 0x600, 16, rig.hva))
+    assert done == []
+    world.ack(rig.importer)
+    assert done == ["delete", "create", "move"]
+    slot = world.vm.slots.find(Gfn(0x600))
+    assert slot is not None
+    assert slot.hva == rig.hva
+
+
+def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
+    world = rig.world
+    world.write(rig.vcpu, 0x10_0000, b"moved")
+    over = world.start(world.vm.set_memory_region(world.region(0, 0x300, 16, rig.hva)))
+    world.ack(rig.importer)
+    assert over.done
+    assert world.read(rig.vcpu, 0x30_0000, 5).reads == [b"moved"]
+    assert world.read(rig.vcpu, 0x10_0000, 5).exit_reason is ExitReason.MMIO
+    assert check_vm(world.vm) == []
+
+
+def test_a_refused_change_does_not_block_the_next_one(rig: Rig) -> None:
+    wait = rig.world.start(rig.world.vm.set_memory_region(rig.world.region(3, 0x100, 1, rig.hva)))
+    with pytest.raises(Exception, match="overlaps"):
+        wait.result()
+    rig.world.set_slot(3, 0x400, 1, rig.hva)
+
+
+def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None:
+    """Nobody is told a second time: the flush of the memslot change covered it."""
+    world = World()
+    hva = world.map(16)
+    world.set_slot(0, 0x100, 16, hva)
+    one, other = world.vcpu(0), world.vcpu(1)
+    world.write(one, 0x10_0000, b"before")
+    world.read(other, 0x10_0000, 1)
+    old = one.root
+    world.set_slot(1, 0x200, 1, world.map(1))
+    world.set_slot(1, 0, 0, 0)
+    assert old is not None
+    assert old.invalid
+    assert world.read(one, 0x10_0000, 6).reads == [b"before"]
+    assert one.root is not old
+    assert world.host.pool.held(world.vm.id) == 0
+    assert world.read(other, 0x10_0000, 6).reads == [b"before"]
+    assert old not in world.vm.mmu.roots
+    assert check_vm(world.vm) == []
+    assert world.host.pool.in_use == 4
+
+
+# -- huge pages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gfn", "pages", "offset", "level", "largest"),
+    [
+        (0x200, 512, 0, 2, {2}),
+        (0x200, 1024, 0, 2, {2}),
+        (0x201, 512, 0, 2, {1}),  # gfn and hva are not aligned alike
+        (0x200, 511, 0, 2, {1}),  # the slot ends inside
+        (0x1FF, 513, 511, 2, {1, 2}),  # the first page alone, the rest huge
+        (0x200, 512, 0, 1, {1}),  # the host has small pages
+    ],
+)
+def test_a_leaf_is_as_large_as_slot_and_host_page_allow(
+    gfn: int, pages: int, offset: int, level: int, largest: set[int]
+) -> None:
+    world = World()
+    hva = world.map(3, 2) if level == 2 else world.map(1024, hva=0x4000_0000)
+    world.set_slot(0, gfn, pages, hva + offset * PAGE)
+    exported = world.export()
+    for at in (gfn, gfn + pages - 1):
+        assert world.io_fault(exported, at) in RESOLVED
+    root = exported.root
+    assert {size for size in (1, 2, 3) if root.leaves[size]} == largest
+    assert check_vm(world.vm) == []
+
+
+def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() -> None:
+    """Tables stay after a zap; the huge leaf replaces one, whose page is held until the ack."""
+    world = World()
+    hva = world.map(2, 2)
+    world.set_slot(0, 0x200, 512, hva + PAGE)
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    world.io_fault(exported, 0x205)
+    world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    world.ack(importer)
+    world.set_slot(0, 0x200, 512, hva)
+    fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x205), WRITE))
+    assert importer.heard[-1] == (0x20_0000, 0x20_0000, 2)
+    assert not fault.done
+    assert world.host.pool.held(world.vm.id) == 1
+    world.ack(importer)
+    assert fault.result() is Result.FIXED
+    assert world.host.pool.held(world.vm.id) == 0
+    assert check_vm(world.vm) == []
+
+
+def test_two_vms_of_one_process_each_lose_their_entries(rig: Rig) -> None:
+    other = Kvm(rig.world.host, rig.world.mm)
+    vcpu = other.create_vcpu(0)
+    rig.world.run(other.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
+    rig.world.run(vcpu.run([Access(Gpa(0x90_0000), 1, b"x")]))
+    rig.fault()
+    rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    assert rig.exported.root.leaves == [0, 0, 0, 0]
+    rig.world.ack(rig.importer)
+    assert other.mmu.roots[0].leaves == [0, 0, 0, 0]
+    assert check_vm(other) == check_vm(rig.world.vm) == []

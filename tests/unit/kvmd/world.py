@@ -1,0 +1,136 @@
+"""A kvmd core in this process: a host on anonymous memory, flows driven by hand, importers that ack late."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from kvmd.core.host import CpuFeatures, Host
+from kvmd.core.host_mm import Mm, Prot
+from kvmd.core.memslot import Region
+from kvmd.core.page_fault import Result
+from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
+from kvmd.core.vcpu import Access, RunResult, Vcpu
+from kvmd.core.vm import Kvm
+from protocol.flow import Flows, Wait
+from protocol.frame_tags import FrameTags, tags_size
+from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.units import GIB, MIB, PAGE_SIZE, Gfn, Gpa, Hva, Level
+from tests.oracle.table import RawTables, flat
+
+T = TypeVar("T")
+RW = Prot.READ | Prot.WRITE
+READ = FaultType(read=True, write=False, exec=False)
+WRITE = FaultType(read=False, write=True, exec=False)
+
+
+class BareHost:
+    """A `Host` and the raw memory it lives in; frames come in whole GiB and cost what is touched."""
+
+    def __init__(
+        self, features: CpuFeatures | None = None, *, frames_gib: int = 1, tables: int = 2 * MIB
+    ) -> None:
+        self.tables = bytearray(tables)
+        self.frames = mmap.mmap(-1, frames_gib * GIB)
+        self.tags = FrameTags(HIGH_RAM_START, memoryview(bytearray(tags_size(frames_gib * GIB))))
+        self.host = Host(
+            features or CpuFeatures(),
+            Window(WindowKind.TABLES, LOW_RAM_START, tables, memoryview(self.tables)),
+            Window(WindowKind.FRAMES, HIGH_RAM_START, frames_gib * GIB, memoryview(self.frames)),
+            self.tags,
+            lambda offset, size: self.frames.madvise(mmap.MADV_REMOVE, offset, size),
+        )
+
+
+@dataclass
+class Told:
+    """One invalidation an importer was told and has not acked."""
+
+    start: int
+    size: int
+    epoch: int
+    acked: Wait[None]
+
+
+@dataclass
+class SlowImporter:
+    """Acks when the test says so, in whatever order."""
+
+    pending: list[Told] = field(default_factory=list)
+    heard: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
+        told = Told(start, size, epoch, Wait())
+        self.pending.append(told)
+        self.heard.append((start, size, epoch))
+        return told.acked
+
+    def ack(self, index: int = 0) -> None:
+        self.pending.pop(index).acked.set(None)
+
+
+class World:
+    """One process with one VM."""
+
+    def __init__(self, features: CpuFeatures | None = None, *, seq_start: int = 0, **host: Any) -> None:
+        self.bare = BareHost(features, **host)
+        self.host = self.bare.host
+        self.flows = Flows()
+        self.mm: Mm = self.host.create_mm()
+        self.mm.token = 77
+        self.vm = Kvm(self.host, self.mm, seq_start)
+
+    def run(self, flow: Coroutine[Any, None, T]) -> T:
+        """A flow that nothing holds up."""
+        wait = self.flows.start(flow)
+        self.flows.run_ready()
+        assert wait.done, "the flow waits for somebody"
+        return wait.result()
+
+    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
+        """A flow that may wait."""
+        wait = self.flows.start(flow)
+        self.flows.run_ready()
+        return wait
+
+    def ack(self, importer: SlowImporter, index: int = 0) -> None:
+        importer.ack(index)
+        self.flows.run_ready()
+
+    # -- short names for what tests do all the time ----------------------------------------------------
+
+    def map(self, pages: int = 16, level: int = 1, prot: Prot = RW, hva: int | None = None) -> Hva:
+        size = pages * (PAGE_SIZE << 9 * (level - 1))
+        return self.mm.mmap(None if hva is None else Hva(hva), size, prot, Level(level))
+
+    def region(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> Region:
+        return Region(slot, flags, Gpa(gfn << 12), pages << 12, Hva(hva))
+
+    def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
+        self.run(self.vm.set_memory_region(self.region(slot, gfn, pages, hva, flags)))
+
+    def vcpu(self, vcpu_id: int = 0, maxphyaddr: int = 46) -> Vcpu:
+        vcpu = self.vm.create_vcpu(vcpu_id)
+        self.vm.set_maxphyaddr(vcpu, maxphyaddr)
+        return vcpu
+
+    def export(self) -> ExportedTdp:
+        if not self.vm.vcpus:
+            self.vcpu()
+        return self.vm.create_tdp_fd(CreateTdpFd(0, 0, 0))
+
+    def read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
+        return self.run(vcpu.run([Access(Gpa(gpa), size, None)]))
+
+    def write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
+        return self.run(vcpu.run([Access(Gpa(gpa), len(data), data)]))
+
+    def io_fault(self, exported: ExportedTdp, gfn: int, kind: FaultType = WRITE) -> Result:
+        return self.run(self.vm.fault_exported(exported, 77, Gfn(gfn), kind))
+
+    def table(self, root: int | None = None, levels: int = 4) -> dict[int, tuple[int, bool]]:
+        """The table as the oracle reads it from its raw bytes."""
+        at = self.vm.mmu.roots[0].hpa if root is None else root
+        return flat(RawTables(LOW_RAM_START, self.bare.tables), at, levels)

@@ -1,0 +1,120 @@
+"""Listening sockets: what may lie in their place, and when a peer can connect."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from protocol.rpc.socket import MAX_PATH_BYTES, Listener, check_path, connect, connect_now
+from tests.unit.protocol.wires import Wires, wires
+
+
+@pytest.fixture
+def wire() -> Iterator[Wires]:
+    with wires() as made:
+        yield made
+
+
+class Came(list[socket.socket]):
+    def close(self) -> None:
+        for sock in self:
+            sock.close()
+
+
+def test_a_peer_connects_and_the_file_goes_with_the_listener(wire: Wires, tmp_path: Path) -> None:
+    path, came = tmp_path / "kvmd", Came()
+    listener = Listener(wire.loop, path, came.append)
+    peers = [connect_now(path) for _ in range(3)]
+    wire.pump()
+    assert len(came) == 3
+    came[0].send(b"hello")
+    assert peers[0].recv(10) == b"hello"
+    assert os.listdir(tmp_path) == ["kvmd"]
+    listener.close()
+    assert os.listdir(tmp_path) == []
+    came.close()
+    for peer in peers:
+        peer.close()
+
+
+def test_the_file_of_a_daemon_that_was_killed_is_replaced(wire: Wires, tmp_path: Path) -> None:
+    path = tmp_path / "kvmd"
+    bind = "import socket, os, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); os._exit(9)"
+    subprocess.run([sys.executable, "-c", bind, str(path)], check=False)
+    assert path.is_socket()
+    came = Came()
+    listener = Listener(wire.loop, path, came.append)
+    peer = connect_now(path)
+    wire.pump()
+    assert len(came) == 1
+    listener.close()
+    came.close()
+    peer.close()
+
+
+def test_the_socket_of_a_daemon_that_lives_is_not_taken(wire: Wires, tmp_path: Path) -> None:
+    path = tmp_path / "kvmd"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as living:
+        living.bind(str(path))
+        living.listen()
+        with pytest.raises(FileExistsError, match="listens there already"):
+            Listener(wire.loop, path, Came().append)
+    assert path.is_socket()
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_what_is_no_socket_is_left_alone(wire: Wires, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "kvmd"
+    path.write_text("precious") if what == "file" else path.mkdir()
+    with pytest.raises(FileExistsError, match="not a socket"):
+        Listener(wire.loop, path, Came().append)
+    assert path.exists()
+
+
+def test_a_path_no_socket_can_have_is_said_so(tmp_path: Path) -> None:
+    check_path(Path("/" + "x" * (MAX_PATH_BYTES - 17)))
+    with pytest.raises(ValueError, match="shorter directory"):
+        check_path(Path("/" + "x" * (MAX_PATH_BYTES - 16)))
+    with pytest.raises(ValueError, match="shorter directory"):
+        check_path(Path("/" + "é" * (MAX_PATH_BYTES // 2)))
+
+
+def test_the_longest_path_still_works(wire: Wires, tmp_path: Path) -> None:
+    directory = tmp_path
+    name = "x" * (MAX_PATH_BYTES - 17 - len(os.fsencode(directory)))
+    assert len(name) > 1
+    came = Came()
+    listener = Listener(wire.loop, directory / name, came.append)
+    connect_now(directory / name).close()
+    listener.close()
+    came.close()
+
+
+async def test_a_peer_waits_for_a_daemon_that_starts_later(wire: Wires, tmp_path: Path) -> None:
+    path, ready = tmp_path / "kvmd", threading.Event()
+
+    def start_late() -> None:
+        time.sleep(0.03)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as late:
+            late.bind(str(path))
+            late.listen()
+            ready.wait(10)
+
+    thread = threading.Thread(target=start_late)
+    thread.start()
+    (await connect(path, patience_s=10)).close()
+    ready.set()
+    thread.join()
+
+
+async def test_patience_ends(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await connect(tmp_path / "nobody", patience_s=0.02)
