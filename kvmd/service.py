@@ -317,9 +317,10 @@ VCPU: Service[VcpuFile] = Service(
 # -- mm ------------------------------------------------------------------------------------------------
 
 
-def _mmap(held: MmFile, message: uapi.Mmap, fds: Fds) -> Body:
+async def _mmap(held: MmFile, message: uapi.Mmap, fds: Fds) -> Body:
     hva = None if message.addr is None else Hva(message.addr)
-    return {"addr": held.mm.mmap(hva, message.size, _PROT[message.prot], _LEVEL_OF_SIZE[message.page_size])}
+    level = _LEVEL_OF_SIZE[message.page_size]
+    return {"addr": await held.mm.mmap(hva, message.size, _PROT[message.prot], level)}
 
 
 async def _munmap(held: MmFile, message: uapi.Munmap, fds: Fds) -> Body:

@@ -8,7 +8,8 @@ No trio task, lock or event is made for it (docs/decisions/0003).
 Promises:
 * Between two awaits a flow is atomic: setting a `Wait` never runs another flow, it only makes it ready.
 * Flows made ready run in the order they were made ready, unless a subclass picks otherwise.
-* A flow that ends in an exception hands it to its `Wait`; if nobody awaits that, `on_crash` gets it.
+* A flow that ends in an exception hands it to its `Wait`; that of a spawned one, which nobody awaits, goes
+  to `on_crash`.
 """
 
 from __future__ import annotations
@@ -58,10 +59,6 @@ class Wait(Generic[T]):
         else:
             self._callbacks.append(callback)
 
-    @property
-    def watched(self) -> bool:
-        return bool(self._callbacks)
-
     def result(self) -> T:
         assert self._done, "result() before the Wait was set"
         if self._error is not None:
@@ -101,7 +98,7 @@ class Flows:
         self._on_crash = on_crash
 
     def start(self, coro: Flow[T]) -> Wait[T]:
-        """Run `coro` until it first waits.  Await the result, or attach to it before the next `run_ready`."""
+        """Run `coro` until it first waits.  Its result, or its error, is for whoever looks at the Wait."""
         done: Wait[T] = Wait()  # not Wait[T](), which costs twenty times as much
         running = _Running(coro, done)
         self._step(running)
@@ -159,3 +156,43 @@ class Flows:
             if self._on_crash is None:
                 raise
             self._on_crash(error)
+
+
+class RwLock:
+    """A lock flows sleep on: first come, first served; readers that stand together go together.
+
+    What the kernel has as a mutex is one that is only ever taken for writing.
+    """
+
+    def __init__(self) -> None:
+        self._readers = 0
+        self._writer = False
+        self._queue: deque[tuple[bool, Wait[None]]] = deque()
+
+    async def acquire(self, *, write: bool) -> None:
+        if self._queue or self._writer or (write and self._readers):
+            wait: Wait[None] = Wait()
+            self._queue.append((write, wait))
+            await wait  # whoever lets us in has counted us
+        else:
+            self._enter(write)
+
+    def release(self) -> None:
+        assert self._writer or self._readers, "released more often than acquired"
+        if self._writer:
+            self._writer = False
+        else:
+            self._readers -= 1
+        while self._queue and not self._writer:
+            write, wait = self._queue[0]
+            if write and self._readers:
+                return
+            self._queue.popleft()
+            self._enter(write)
+            wait.set(None)
+
+    def _enter(self, write: bool) -> None:
+        if write:
+            self._writer = True
+        else:
+            self._readers += 1

@@ -79,8 +79,11 @@ class HostMap:
 
     def frame(self, hpa: int) -> tuple[memoryview, int] | None:
         """The bytes that hold the frame at `hpa`: (view, offset), or None where no frame is."""
-        window = self.find(hpa, WindowKind.FRAMES)
-        return None if window is None else (window.view, hpa - window.base)
+        for window in self._windows:
+            offset = hpa - window.base
+            if 0 <= offset < window.size and window.kind is WindowKind.FRAMES:
+                return window.view, offset
+        return None
 
     def remove(self, window: Window) -> None:
         self._windows.remove(window)

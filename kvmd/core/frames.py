@@ -87,6 +87,7 @@ class Frames:
         return pfn
 
     def _put(self, pfn: Pfn, level: Level) -> None:
+        assert pfn not in self._free[level], f"pfn {pfn:#x} released twice"
         self._free[level][pfn] = None
         if level != LEVEL_1G and self._count_child(pfn, level, +1) == _CHILDREN:
             parent, pages = self._parent(pfn, level), pages_of_level(level)

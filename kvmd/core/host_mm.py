@@ -5,7 +5,8 @@ frames on first touch; before a page is unmapped, moved or dropped every notifie
 change, and the giving up of the frame, wait until the notifier says that nobody uses the old
 translation any more.
 
-Invariant I6 has its home in `_change`: notify and wait, then edit, then release, then end.
+Invariant I6 has its home in `_change`: notify and wait, then edit, then release, then end.  The mmap_lock is
+taken as Linux does: for writing by what changes mappings, for reading by what changes or looks up pages.
 Departures: no zero page and no copy-on-write yet; a page is backed by a frame of its mapping's size at once.
 """
 
@@ -20,7 +21,8 @@ from typing import Protocol
 
 from kvmd.core.frames import Frames
 from protocol.errors import UapiError
-from protocol.units import PAGE_SIZE, TIB, Hva, Level, Pfn, align_down, size_of_level
+from protocol.flow import RwLock
+from protocol.units import PAGE_SIZE, TIB, Hva, Level, Pfn, align_down, align_up, size_of_level
 
 MMAP_BASE = Hva(0x1000_0000_0000)
 TASK_SIZE = Hva(1 << 47)
@@ -58,6 +60,9 @@ class HostPage:
     writable: bool
 
 
+Edit = Callable[[Hva, Hva], int]  # changes start..end, says how many pages that were
+
+
 class MmuNotifier(Protocol):
     """A secondary MMU that maps pages of this mm [KVM mmu_notifier]."""
 
@@ -80,11 +85,11 @@ class Mm:
         self._frames = frames
         self._mappings: list[Mapping] = []
         self._pages: dict[Hva, HostPage] = {}  # by first hva
-        self._mmap_next = MMAP_BASE
+        self._mmap_lock = RwLock()
 
     # -- what a process does to its address space ------------------------------------------------------
 
-    def mmap(self, hva: Hva | None, size: int, prot: Prot, level: Level) -> Hva:
+    async def mmap(self, hva: Hva | None, size: int, prot: Prot, level: Level) -> Hva:
         """Map anonymous memory.  EINVAL: size or address not whole pages of `level`; EEXIST: overlap;
         ENOMEM.
         """
@@ -93,10 +98,15 @@ class Mm:
             raise UapiError(
                 errno.EINVAL, f"mmap of {size:#x} bytes: not a multiple of {page:#x} up to 64 TiB"
             )
-        if hva is None:
-            hva = Hva(align_down(self._mmap_next + page - 1, page))
-        if hva % page or hva < 0:
+        if hva is not None and (hva % page or hva < 0):
             raise UapiError(errno.EINVAL, f"mmap at {hva:#x}: not aligned to {page:#x}")
+        await self._mmap_lock.acquire(write=True)
+        try:
+            return self._insert_mapping(self._gap(size, page) if hva is None else hva, size, prot, level)
+        finally:
+            self._mmap_lock.release()
+
+    def _insert_mapping(self, hva: Hva, size: int, prot: Prot, level: Level) -> Hva:
         end = Hva(hva + size)
         if end > TASK_SIZE:
             raise UapiError(errno.ENOMEM, f"mmap {hva:#x}..{end:#x} is beyond user space")
@@ -104,36 +114,52 @@ class Mm:
             raise UapiError(errno.EEXIST, f"mmap {hva:#x}..{end:#x}: something is mapped there")
         at = bisect_right(self._mappings, hva, key=lambda m: m.start)
         self._mappings.insert(at, Mapping(hva, end, prot, level))
-        self._mmap_next = max(self._mmap_next, end)
+        return hva
+
+    def _gap(self, size: int, page: int) -> Hva:
+        """The lowest place above MMAP_BASE where `size` bytes fit."""
+        hva = MMAP_BASE
+        for mapping in self._overlapping(MMAP_BASE, TASK_SIZE):
+            if hva + size <= mapping.start:
+                break
+            hva = Hva(align_up(max(hva, mapping.end), page))
         return hva
 
     async def munmap(self, start: Hva, size: int) -> None:
         """Unmap a range; mappings it cuts keep the rest.  EINVAL: not whole pages."""
-        end = self._check_range("munmap", start, size)
-        await self._change(start, end, self._unmap_range)
+        await self._mmap_lock.acquire(write=True)
+        try:
+            end = self._check_range("munmap", start, size)
+            await self._change(start, end, self._unmap_range)
+        finally:
+            self._mmap_lock.release()
 
     async def madvise_dontneed(self, start: Hva, size: int) -> None:
         """Drop the pages; the next touch finds zeroes.  ENOMEM: part of the range is not mapped."""
-        end = self._check_range("madvise", start, size)
-        self._check_mapped("madvise", start, end)
-        await self._change(start, end, self._drop_pages)
+        await self._change_pages("madvise", start, size, self._drop_pages)
 
     async def migrate(self, start: Hva, size: int) -> int:
         """Move each present page to another frame, contents and all.  How many moved."""
-        end = self._check_range("migrate", start, size)
-        self._check_mapped("migrate", start, end)
-        moved = len(list(self._pages_in(start, end)))
-        await self._change(start, end, self._move_pages)
-        return moved
+        return await self._change_pages("migrate", start, size, self._move_pages)
 
     async def exit(self) -> None:
         """The process is gone: unmap everything, and only then free it [RFC defect B-19]."""
         if self.alive:
             self.alive = False
+            await self._mmap_lock.acquire(write=True)
             await self._change(Hva(0), TASK_SIZE, self._unmap_range)
+            self._mmap_lock.release()
             self.exited = True
 
     # -- what others see of it -------------------------------------------------------------------------
+
+    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
+        """GUP: `fault_in`, but it may sleep, and what its caller knew before need not hold after it."""
+        await self._mmap_lock.acquire(write=False)
+        try:
+            return self.fault_in(hva, write=write)
+        finally:
+            self._mmap_lock.release()
 
     def fault_in(self, hva: Hva, *, write: bool) -> HostPage:
         """The page at `hva`, backed by a frame now.  EFAULT: not mapped, or not with that right."""
@@ -171,40 +197,55 @@ class Mm:
 
     # -- changes ---------------------------------------------------------------------------------------
 
-    async def _change(self, start: Hva, end: Hva, edit: Callable[[Hva, Hva], None]) -> None:
-        """Notify, wait until nobody uses the range, edit and release, notify the end."""
+    async def _change_pages(self, what: str, start: Hva, size: int, edit: Edit) -> int:
+        """A change of pages but of no mapping: faults and other such changes go on meanwhile."""
+        await self._mmap_lock.acquire(write=False)
+        try:
+            end = self._check_range(what, start, size)
+            self._check_mapped(what, start, end)
+            return await self._change(start, end, edit)
+        finally:
+            self._mmap_lock.release()
+
+    async def _change(self, start: Hva, end: Hva, edit: Edit) -> int:
+        """Notify, wait until nobody uses the range, edit and release, notify the end.  Pages changed."""
         notifiers = list(self.notifiers)
         for notifier in notifiers:
             await notifier.invalidate_range_start(start, end)
         try:
-            edit(start, end)
+            return edit(start, end)
         finally:
             for notifier in notifiers:
                 notifier.invalidate_range_end(start, end)
 
-    def _unmap_range(self, start: Hva, end: Hva) -> None:
-        self._drop_pages(start, end)
+    def _unmap_range(self, start: Hva, end: Hva) -> int:
+        dropped = self._drop_pages(start, end)
         for mapping in list(self._overlapping(start, end)):
             self._mappings.remove(mapping)
             for left, right in ((mapping.start, start), (end, mapping.end)):
                 if left < right:
                     at = bisect_right(self._mappings, left, key=lambda m: m.start)
                     self._mappings.insert(at, Mapping(left, right, mapping.prot, mapping.level))
+        return dropped
 
-    def _drop_pages(self, start: Hva, end: Hva) -> None:
-        for page in list(self._pages_in(start, end)):
+    def _drop_pages(self, start: Hva, end: Hva) -> int:
+        pages = list(self._pages_in(start, end))
+        for page in pages:
             del self._pages[page.hva]
             self._frames.release(page.pfn, page.level)
+        return len(pages)
 
-    def _move_pages(self, start: Hva, end: Hva) -> None:
+    def _move_pages(self, start: Hva, end: Hva) -> int:
         view = self._frames.view
-        for page in list(self._pages_in(start, end)):
+        pages = list(self._pages_in(start, end))
+        for page in pages:
             new = self._frames.allocate(page.level, self.id)
             size = size_of_level(page.level)
             old_at, new_at = self._frames.offset_of(page.pfn), self._frames.offset_of(new)
             view[new_at : new_at + size] = view[old_at : old_at + size]
             self._frames.release(page.pfn, page.level)
             page.pfn = new
+        return len(pages)
 
     # -- lookups ---------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
-from protocol.flow import Wait
+from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
 from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva, Level
@@ -48,7 +48,9 @@ class Kvm:
         self._invalidate_seq = seq_start & SEQ_MASK
         self._in_progress: list[tuple[Hva, Hva]] = []
         self._invalidations_over: Wait[None] = Wait()
-        self._slots_lock: list[Wait[None]] = []  # memslot changes in line, the first one running
+        self._slots_lock = RwLock()
+        self._invalid_slot: Memslot | None = None  # being deleted or moved: faults on it wait
+        self._slot_settled: Wait[None] = Wait()
         mm.notifiers.append(self)
 
     # -- vCPUs -----------------------------------------------------------------------------------------
@@ -104,6 +106,10 @@ class Kvm:
             slot = self.slots.find(fault.gfn)
             if slot is None:
                 return Result.NO_SLOT
+            if slot is self._invalid_slot:
+                self.retries += 1
+                await self._slot_settled
+                continue
             if fault.write and slot.readonly:
                 return Result.READONLY
             hva = slot.hva_of(fault.gfn)
@@ -113,10 +119,11 @@ class Kvm:
                 continue
             seq = self._invalidate_seq
             try:
-                page = self.mm.fault_in(hva, write=fault.write)
+                page = await self.mm.get_user_page(hva, write=fault.write)
             except UapiError as error:
                 return Result.NO_MEMORY if error.errno == errno.ENOMEM else Result.NO_PAGE
-            if seq != self._invalidate_seq or self._is_changing(hva):
+            stale = seq != self._invalidate_seq or self._is_changing(hva)
+            if stale or self.slots.find(fault.gfn) is not slot or slot is self._invalid_slot:
                 self.retries += 1
                 continue
             level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
@@ -139,10 +146,7 @@ class Kvm:
 
     def _fault_root(self, vcpu: Vcpu | None) -> Root:
         """A vCPU of another width than the exported root's has a root of its own (defect B-28)."""
-        if vcpu is not None:
-            return self.load_root(vcpu)
-        exported = self.exported.get(0)
-        return exported.root if exported is not None else self.load_root(self.vcpus[0])
+        return self.exported[0].root if vcpu is None else self.load_root(vcpu)
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -176,26 +180,23 @@ class Kvm:
     # -- memslots --------------------------------------------------------------------------------------
 
     async def set_memory_region(self, region: Region) -> None:
-        """KVM_SET_USER_MEMORY_REGION; one change of a VM at a time (slots_lock)."""
-        mine: Wait[None] = Wait()
-        ahead = self._slots_lock[-1] if self._slots_lock else None
-        self._slots_lock.append(mine)
+        """KVM_SET_USER_MEMORY_REGION; one change of a VM at a time."""
+        await self._slots_lock.acquire(write=True)
         try:
-            if ahead is not None:
-                await ahead
             change, old, new = self.slots.plan(region)
             if change in (Change.DELETE, Change.MOVE):
-                self.slots.replace(old, None)
-                await self._zap_all_fast(old)
-                self.slots.replace(None, new) if new is not None else None
-            elif change is not Change.NONE:
+                self._invalid_slot = old
+                await self._zap_all_fast()
+            if change is not Change.NONE:
                 self.slots.replace(old, new)
         finally:
-            self._slots_lock.remove(mine)
-            mine.set(None)
+            self._invalid_slot = None
+            settled, self._slot_settled = self._slot_settled, Wait()
+            settled.set(None)
+            self._slots_lock.release()
 
-    async def _zap_all_fast(self, gone: Memslot | None) -> None:
-        """A slot went away: other roots become obsolete, exported ones lose their leaves [RFC 36/42]."""
+    async def _zap_all_fast(self) -> None:
+        """A slot goes away: other roots become obsolete, exported ones lose their leaves [RFC 36/42]."""
         flush = self.mmu.invalidate_roots()
         for exported in self.exported.values():
             flush |= self.mmu.zap_leafs(exported.root.everything)
@@ -230,7 +231,8 @@ class Kvm:
     def release_tdp_fd(self, exported: ExportedTdp) -> None:
         """The last copy of the TDP FD is closed.  The root stays valid and mapped: vCPUs run on it, and no
         importer is left whose caches could be stale (defect B-18 zapped here without a flush)."""
-        assert self.exported.pop(exported.as_id) is exported
+        assert self.exported[exported.as_id] is exported
+        del self.exported[exported.as_id]
         exported.root.exported = False
         self.mmu.put_root(exported.root)
 

@@ -181,7 +181,13 @@ def _leaf_low_bits(max_leaf_level: Level) -> dict[int, int]:
 def ept_rules(maxphyaddr: int, max_leaf_level: Level, *, execute_only: bool = True) -> WalkRules:
     """The CPU's rules [SDM 29.3.2], reserved masks as in KVM's rsvds_bits_mask_ept [KVM mmu.c]."""
     high = bit_range(51, maxphyaddr) if maxphyaddr < 52 else 0
-    tables = {5: bit_range(7, 3), 4: bit_range(7, 3), 3: bit_range(6, 3), 2: bit_range(6, 3)}
+    huge = {level: 0 if level <= max_leaf_level else bits.PAGE_SIZE_BIT for level in (2, 3)}
+    tables = {
+        5: bit_range(7, 3),
+        4: bit_range(7, 3),
+        3: bit_range(6, 3) | huge[3],
+        2: bit_range(6, 3) | huge[2],
+    }
     bad_rights = {0b010, 0b110} | (set() if execute_only else {0b100})
     illegal = {low6 for low6 in range(64) if low6 & 7 in bad_rights or low6 >> 3 in (2, 3, 7)}
     return WalkRules(

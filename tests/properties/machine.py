@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -121,7 +122,7 @@ class SleepyMm:
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
 
-    def fault_in(self, hva: Hva, *, write: bool) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
         page = self._rig.world.mm.fault_in(hva, write=write)
         seen = HostPage(page.hva, page.pfn, page.level, page.writable)
         self._rig.while_asleep(page)
@@ -191,14 +192,17 @@ class Rig:
     def mmap(self, large: bool) -> None:
         base, pages, level = (LARGE, LARGE_PAGES, 2) if large else (SMALL, SMALL_PAGES, 1)
         first = base >> 12
-        taken = any(first + i in self.mapped for i in range(pages))
-        try:
-            self.mm.mmap(Hva(base), pages << 12, RW, Level(level))
-        except UapiError:
-            assert taken
-        else:
-            assert not taken
+
+        async def run() -> None:
+            try:
+                await self.mm.mmap(Hva(base), pages << 12, RW, Level(level))
+            except UapiError:
+                assert any(first + i in self.mapped for i in range(pages))
+                return
+            assert not any(first + i in self.mapped for i in range(pages))
             self.mapped.update(dict.fromkeys(range(first, first + pages), level))
+
+        self.begin(f"mmap {base:#x}", run())
 
     def change(self, what: str, first: int, pages: int) -> None:
         """munmap, madvise_dontneed or migrate of hva pages."""
@@ -355,7 +359,8 @@ class Rig:
             first = page.hva >> 12
 
             async def run() -> None:
-                await getattr(self.mm, nap)(page.hva, pages << 12)
+                with suppress(UapiError):  # unmapped meanwhile
+                    await getattr(self.mm, nap)(page.hva, pages << 12)
                 if nap == "madvise_dontneed":
                     for gone in range(first, first + pages):
                         self.bytes.pop(gone, None)

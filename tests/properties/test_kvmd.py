@@ -280,7 +280,7 @@ def touch(rig: Rig, gfn: int) -> None:
 
 def overlapping(rig: Rig) -> None:
     rig.change("madvise_dontneed", S, 2)
-    rig.change("munmap", S, 1)
+    rig.change("migrate", S, 1)
     rig.check()
 
 

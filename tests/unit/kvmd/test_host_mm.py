@@ -11,7 +11,7 @@ import pytest
 from kvmd.core.host_mm import Mm, Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import Hva
+from protocol.units import Hva, Level
 from tests.unit.kvmd.world import RW, World
 
 PAGE = 4096
@@ -68,7 +68,7 @@ def errno_of(act: Callable[[], object]) -> int:
 def test_mmap_refuses(world: World, hva: int | None, size: int, level: int, number: int) -> None:
     world.map(16, hva=0x5000_0000)
     at = None if hva is None else Hva(hva)
-    assert errno_of(lambda: world.mm.mmap(at, size, RW, level)) == number  # type: ignore[arg-type]
+    assert errno_of(lambda: world.run(world.mm.mmap(at, size, RW, Level(level)))) == number
 
 
 def test_mmap_anywhere_gives_aligned_ranges_that_do_not_overlap(world: World) -> None:
@@ -260,7 +260,7 @@ def test_exit_gives_everything_back_and_faults_no_more(world: World) -> None:
 
 def test_the_frames_of_a_process_carry_its_number(world: World) -> None:
     other: Mm = world.host.create_mm()
-    mine, theirs = world.map(1), other.mmap(None, PAGE, RW, 1)  # type: ignore[arg-type]
+    mine, theirs = world.map(1), world.run(other.mmap(None, PAGE, RW, Level(1)))
     tags = world.bare.tags
     assert tags.read(world.mm.fault_in(mine, write=True).pfn) & 0xFFFF == world.mm.id
     assert tags.read(other.fault_in(theirs, write=True).pfn) & 0xFFFF == other.id

@@ -55,7 +55,7 @@ class SleepyMm:
         self._mm = mm
         self._while_asleep = while_asleep
 
-    def fault_in(self, hva: Hva, *, write: bool) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
         page = self._mm.fault_in(hva, write=write)
         snapshot = HostPage(page.hva, page.pfn, page.level, page.writable)
         self._while_asleep()

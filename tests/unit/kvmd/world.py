@@ -103,7 +103,7 @@ class World:
 
     def map(self, pages: int = 16, level: int = 1, prot: Prot = RW, hva: int | None = None) -> Hva:
         size = pages * (PAGE_SIZE << 9 * (level - 1))
-        return self.mm.mmap(None if hva is None else Hva(hva), size, prot, Level(level))
+        return self.run(self.mm.mmap(None if hva is None else Hva(hva), size, prot, Level(level)))
 
     def region(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> Region:
         return Region(slot, flags, Gpa(gfn << 12), pages << 12, Hva(hva))

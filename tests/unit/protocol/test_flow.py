@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.flow import Flows, Wait, done
+from protocol.flow import Flows, RwLock, Wait, done
 
 
 class Log(list[str]):
@@ -175,10 +175,8 @@ def test_a_result_before_its_time_is_a_bug() -> None:
 
 def test_callbacks_run_once_in_order_and_late_ones_at_once() -> None:
     wait, seen = Wait[int](), list[str]()
-    assert not wait.watched
     wait.on_done(lambda w: seen.append(f"a{w.result()}"))
     wait.on_done(lambda w: seen.append(f"b{w.result()}"))
-    assert wait.watched
     wait.set(1)
     wait.on_done(lambda w: seen.append(f"c{w.result()}"))
     assert seen == ["a1", "b1", "c1"]
@@ -207,3 +205,28 @@ def test_a_subclass_may_pick_another_order() -> None:
     gate.set(1)
     flows.run_ready()
     assert log[3:] == ["c1", "b1", "a1"]
+
+
+def test_a_lock_lets_readers_in_together_and_everybody_in_the_order_they_came() -> None:
+    flows, lock, log = Flows(), RwLock(), list[str]()
+    doors = {name: Wait[None]() for name in ("r1", "r2", "w1", "r3", "w2")}
+
+    async def user(name: str) -> None:
+        await lock.acquire(write=name.startswith("w"))
+        log.append(f"+{name}")
+        await doors[name]
+        log.append(f"-{name}")
+        lock.release()
+
+    for name in doors:
+        flows.spawn(user(name))
+    assert log == ["+r1", "+r2"]  # r3 could share with them, but w1 came before it
+    for name in doors:
+        doors[name].set(None)
+        flows.run_ready()
+    assert log == ["+r1", "+r2", "-r1", "-r2", "+w1", "-w1", "+r3", "-r3", "+w2", "-w2"]
+
+
+def test_a_lock_released_more_often_than_acquired_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="more often"):
+        RwLock().release()
