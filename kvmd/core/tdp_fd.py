@@ -67,7 +67,7 @@ class ExportedTdp:
             start, size = 0, WHOLE_SIZE
         else:
             start, size = span.start << PAGE_SHIFT, span.npages << PAGE_SHIFT
-        return [ops.invalidate(start, size, epoch) for ops in self._importers.values()]
+        return [ops.invalidate(start, size, epoch) for ops in list(self._importers.values())]
 
     @property
     def importers(self) -> int:

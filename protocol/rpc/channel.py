@@ -26,7 +26,7 @@ import structlog
 from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
 from protocol.rpc.loop import Loop
-from protocol.rpc.session import HEADER_BYTES, MAX_FDS, Framer, Kind, Session, header
+from protocol.rpc.session import HEADER_BYTES, MAX_FDS, MAX_IN_FLIGHT, Framer, Kind, Session, header
 
 RECV_BYTES = 1 << 16
 MAX_ERRNO = 4096
@@ -129,6 +129,8 @@ class Channel:
     def call(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> Wait[Reply]:
         """Ask; the Wait gets the Reply, or fails with the peer's UapiError or PeerGone."""
         wait: Wait[Reply] = Wait()
+        if self._session.in_flight >= MAX_IN_FLIGHT:
+            self._lost(f"answers nothing: {MAX_IN_FLIGHT} requests in flight", blame=True)
         if self.closed:
             _close_all(fds)
             wait.fail(PeerGone(f"{self.name} hung up"))

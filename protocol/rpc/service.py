@@ -141,6 +141,8 @@ class Service(Generic[Obj]):
                 _answer(channel, request_id, await flow)
             except UapiError as error:
                 channel.answer_error(request_id, error)
+            except PeerError as error:  # somebody we needed for this went away
+                channel.answer_error(request_id, UapiError(errno.ENODEV, str(error)))
             except Exception as error:
                 channel.answer_error(request_id, _internal(self.name, body))
                 raise _Crash(f"{self.name}: {body.get('op')!r}") from error

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -45,6 +46,7 @@ class Listener:
             raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
         self._sock.listen(BACKLOG)
         os.rename(hidden, path)
+        self._spare = os.open(os.devnull, os.O_RDONLY)  # a place in our fd table to turn peers away with
         loop.register(self._sock.fileno(), self._accept)
 
     def _accept(self, _: int) -> None:
@@ -52,14 +54,23 @@ class Listener:
             sock, _address = self._sock.accept()
         except BlockingIOError:
             return
-        except OSError as error:  # EMFILE and friends: the peer sees a hang-up later, we go on
+        except OSError as error:
             log.warning("accept failed", error=error.strerror)
+            self._turn_away()
             return
         self._on_connect(sock)
+
+    def _turn_away(self) -> None:
+        """Our fd table is full: with the spare place, hang up on whoever is first in line."""
+        os.close(self._spare)
+        with suppress(OSError):
+            self._sock.accept()[0].close()
+        self._spare = os.open(os.devnull, os.O_RDONLY)
 
     def close(self) -> None:
         self._loop.unregister(self._sock.fileno())
         self._sock.close()
+        os.close(self._spare)
         self._path.unlink(missing_ok=True)
 
 

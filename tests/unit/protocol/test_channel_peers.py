@@ -202,3 +202,12 @@ def test_a_slow_peer_within_the_limit_gets_everything(wire: Wires) -> None:
         numbers.append(channel_module._UNPACK(data[at + 8 : at + 8 + size])[1]["n"])
         at += 8 + size
     assert numbers == list(range(40))
+
+
+def test_a_peer_that_answers_nothing_is_cut_off(wire: Wires) -> None:
+    left, _ = wire.raw()
+    waits = [left.call("OP") for _ in range(MAX_IN_FLIGHT)]
+    assert not left.closed
+    waits.append(left.call("OP"))
+    assert left.closed
+    assert all(isinstance(failed(wait), PeerGone) for wait in waits)

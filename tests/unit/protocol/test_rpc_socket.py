@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -118,3 +119,33 @@ async def test_a_peer_waits_for_a_daemon_that_starts_later(wire: Wires, tmp_path
 async def test_patience_ends(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await connect(tmp_path / "nobody", patience_s=0.02)
+
+
+def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
+    wire: Wires, tmp_path: Path
+) -> None:
+    path, came = tmp_path / "kvmd", Came()
+    listener = Listener(wire.loop, path, came.append)
+    peers = [connect_now(path) for _ in range(2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
+    filler = []
+    try:
+        while True:
+            filler.append(os.dup(0))
+    except OSError:
+        wire.pump()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filler:
+            os.close(fd)
+    assert not came
+    assert [peer.recv(1) for peer in peers] == [b"", b""]
+    later = connect_now(path)
+    wire.pump()
+    assert len(came) == 1
+    listener.close()
+    came.close()
+    for peer in [*peers, later]:
+        peer.close()
