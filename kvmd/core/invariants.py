@@ -1,6 +1,6 @@
 """Checks across the objects of kvmd, for tests and for kvmd on request.
 
-Each violation is a sentence that begins with the number of its invariant (docs/invariants.md).  They hold
+Each violation is a sentence that begins with the number of its invariant (ARCHITECTURE.md).  They hold
 whenever no flow is in the middle of a change; what a change in progress excuses is left out.
 """
 
@@ -20,7 +20,7 @@ def check_vm(vm: Kvm) -> list[str]:
     for root in vm.mmu.roots:
         found += check_table(vm.mmu.load64, root.hpa, root.role.level, _rules(vm))
         found += _check_counts(vm, root)
-        if not root.invalid and not vm._in_progress:
+        if not root.invalid and not vm.host_is_changing:
             found += _check_translations(vm, root)
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:

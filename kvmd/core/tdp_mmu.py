@@ -6,7 +6,8 @@ page, zap leaves, split a huge leaf, replace a table by a huge leaf, drop a root
 What must be flushed is returned; cut-off table pages go to quarantine under the epoch of the flush that
 must follow at once.
 
-Invariants: I2, I3, I4, I7 (with `table_pool`), I10: the root of an exported TDP never moves.
+Invariants with their home here: I10 the root of an exported TDP never moves; I16 a root's counters equal its
+table; I18 a table page is linked once.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
+from kvmd.core.host import Host
 from kvmd.core.page_fault import RESOLVED, PageFault, Result, Source
 from kvmd.core.tdp_mmu import Root
 from protocol.errors import ModelBug
@@ -21,9 +22,6 @@ from protocol.pt import bits
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.walk import Outcome, walk
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa
-
-if TYPE_CHECKING:
-    from kvmd.core.vm import Kvm
 
 MAX_ACCESS_BYTES = 1 << 20
 MAX_TLB_ENTRIES = 4096
@@ -61,12 +59,23 @@ class RunResult:
     mmio_is_write: bool = False
 
 
+class Vm(Protocol):
+    """What a vCPU needs of its VM."""
+
+    @property
+    def host(self) -> Host: ...
+    def load_root(self, vcpu: Vcpu) -> Root:
+        """The root to run on, which may have changed since the last call."""
+
+    async def handle_fault(self, fault: PageFault, vcpu: Vcpu) -> Result: ...
+
+
 class _Stop(Exception):
     """The access cannot finish: the result says why."""
 
 
 class Vcpu:
-    def __init__(self, vm: Kvm, vcpu_id: int) -> None:
+    def __init__(self, vm: Vm, vcpu_id: int) -> None:
         self.id = vcpu_id
         self.maxphyaddr = 0  # until KVM_SET_CPUID2
         self.root: Root | None = None
@@ -135,8 +144,8 @@ class Vcpu:
     def _fill(self, gfn: Gfn, need: int) -> bool:
         """Walk, and cache what the walk allows.  False: EPT violation."""
         root = self._vm.load_root(self)
-        vm = self._vm
-        found = walk(vm.host.writer, vm.host.ept_rules, root.hpa, root.role.level, gfn << PAGE_SHIFT)
+        host = self._vm.host
+        found = walk(host.writer, host.ept_rules, root.hpa, root.role.level, gfn << PAGE_SHIFT)
         if found.outcome is Outcome.RESERVED:
             raise ModelBug(
                 f"EPT misconfiguration at gfn {gfn:#x}: entry {found.entry:#018x} level {found.level}"

@@ -168,6 +168,11 @@ class Kvm:
         over, self._invalidations_over = self._invalidations_over, Wait()
         over.set(None)
 
+    @property
+    def host_is_changing(self) -> bool:
+        """An invalidation is in progress: the table is ahead of the host's page map."""
+        return bool(self._in_progress)
+
     def _is_changing(self, hva: Hva) -> bool:
         return any(start <= hva < end for start, end in self._in_progress)
 

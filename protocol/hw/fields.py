@@ -67,12 +67,12 @@ def _getter(field: Field) -> Callable[[int], int]:
             if shift > low:
                 return lambda word: (word & mask) << shift - low
             return lambda word: (word & mask) >> low - shift
+    pieces = _pieces(field)
 
     def get(word: int) -> int:
-        value, position = 0, 0
-        for high, low in field.parts:
-            value |= ((word & bits(high, low)) >> low) << position
-            position += high - low + 1
+        value = 0
+        for piece, low, position in pieces:
+            value |= (word & piece) >> low << position
         try:
             return kind((value << shift) + bias)
         except ValueError as e:
@@ -82,26 +82,33 @@ def _getter(field: Field) -> Callable[[int], int]:
 
 
 def _putter(field: Field) -> Callable[[int], int]:
-    shift, bias, limit = field.shift, field.bias, 1 << field.width
+    shift, bias, limit, first = field.shift, field.bias, 1 << field.width, field.parts[0][1]
     unaligned = (1 << shift) - 1
-    first, *others = field.parts
+    pieces = _pieces(field)
+    whole = len(pieces) == 1
 
     def put(value: int) -> int:
         stored = value - bias
         assert stored & unaligned == 0, f"bits {field}: {value:#x} is not aligned"
         stored >>= shift
         assert 0 <= stored < limit, f"bits {field}: {value:#x} does not fit"
-        return spread(stored) if others else stored << low
-
-    def spread(stored: int) -> int:
+        if whole:
+            return stored << first
         word = 0
-        for high, low in field.parts:
-            word |= (stored << low) & bits(high, low)
-            stored >>= high - low + 1
+        for piece, low, position in pieces:
+            word |= stored >> position << low & piece
         return word
 
-    low = first[1]
     return put
+
+
+def _pieces(field: Field) -> list[tuple[int, int, int]]:
+    """(mask in the word, lowest bit in the word, lowest bit in the value) of each piece."""
+    pieces, position = [], 0
+    for high, low in field.parts:
+        pieces.append((bits(high, low), low, position))
+        position += high - low + 1
+    return pieces
 
 
 Layout = Mapping[str, Field]

@@ -54,7 +54,7 @@ class PageRequest:
         return self.pasid_present and self.last and not (self.read or self.write)
 
     def to_bytes(self) -> bytes:
-        return store(_TYPE.put(PAGE_REQUEST_TYPE) | pack(self, LAYOUT), PAGE_REQUEST_SIZE)
+        return store(_TYPE_BITS | pack(self, LAYOUT), PAGE_REQUEST_SIZE)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> PageRequest:
@@ -67,6 +67,7 @@ class PageRequest:
 
 
 _TYPE: Final = at(7, 0)
+_TYPE_BITS: Final = _TYPE.put(PAGE_REQUEST_TYPE)
 LAYOUT: Final[Layout] = {
     "pasid_present": flag(8),
     "rid": at(31, 16),

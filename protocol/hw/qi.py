@@ -302,6 +302,7 @@ _CLASSES: Final[tuple[type[Descriptor], ...]] = (
 )
 _CLASS_OF_TYPE: Final[dict[int, type[Descriptor]]] = {cls.TYPE: cls for cls in _CLASSES}
 _TYPE: Final = Field(((3, 0), (11, 9)))
+_TYPE_BITS: Final[dict[type[Descriptor], int]] = {cls: _TYPE.put(cls.TYPE) for cls in _CLASSES}
 
 
 def reserved_mask(cls: type[Descriptor]) -> int:
@@ -316,7 +317,7 @@ DEVTLB_ALL: Final = Iova(bits(62, PAGE_SHIFT))  # with S set: everything
 
 
 def encode(desc: Descriptor) -> bytes:
-    return store(_TYPE.put(desc.TYPE) | pack(desc, desc.LAYOUT), DESCRIPTOR_SIZE)
+    return store(_TYPE_BITS[type(desc)] | pack(desc, desc.LAYOUT), DESCRIPTOR_SIZE)
 
 
 def decode(raw: bytes) -> Descriptor:

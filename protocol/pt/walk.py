@@ -1,10 +1,11 @@
 """Read-only walks of the table: one code, and the CPU's and the remapping unit's rules as data.
 
 Models the EPT walk [SDM 29.3.2] and the VT-d second-stage walk [VT-d 9.8].  They read the same bits and
-differ in what they call present (X counts for the CPU only), in the reserved bits (bit 11 and 62 for the
-unit), in the combinations that are illegal (W without R is a misconfiguration for the CPU, a write-only
-leaf for the unit) and in nothing else.  Rights are the AND over the entries used; judging them is the
-caller's, because the two report a lack of them differently.
+differ in what they call present (X counts for the CPU only), in the reserved bits (bit 11 and 62 for
+the unit), in the combinations that are illegal (W without R is a misconfiguration for the CPU, a
+write-only leaf for the unit) and in nothing else.  What kvmd stores is legal by both (I17).  Rights are
+the AND over the entries used; judging them is the caller's, because the two report a lack of them
+differently.
 """
 
 from __future__ import annotations
