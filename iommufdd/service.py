@@ -165,7 +165,9 @@ class Iommufdd:
         """kvmd is gone: nobody maintains the table any more, so nobody may walk it (R28)."""
         log.error("KVM is gone: its devices are detached", hwpt=hwpt.id, functions=len(hwpt.rids))
         for rid in list(hwpt.rids):
-            await self.bound[rid].detach()
+            device = self.bound.get(rid)  # unless it was unbound while we waited for another
+            if device is not None:
+                await device.detach()
 
     # -- the end of files ------------------------------------------------------------------------------
 

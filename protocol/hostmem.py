@@ -25,6 +25,9 @@ class WindowKind(StrEnum):
     FRAME_TAGS = "frame_tags"  # debug builds: who owns each frame (protocol/frame_tags.py); has no hpa
 
 
+_FRAMES = WindowKind.FRAMES  # looked at for every piece of a DMA
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """`size` bytes at `base`, mapped at `view` in this process."""
@@ -81,7 +84,7 @@ class HostMap:
         """The bytes that hold the frame at `hpa`: (view, offset), or None where no frame is."""
         for window in self._windows:
             offset = hpa - window.base
-            if 0 <= offset < window.size and window.kind is WindowKind.FRAMES:
+            if 0 <= offset < window.size and window.kind is _FRAMES:
                 return window.view, offset
         return None
 

@@ -132,8 +132,8 @@ def percentile(values: list[int], percent: int) -> float:
     """Nearest rank; 0 of nothing."""
     if not values:
         return 0.0
-    ordered = sorted(values)
-    return float(ordered[min(len(ordered) * percent // 100, len(ordered) - 1)])
+    rank = (len(values) * percent + 99) // 100
+    return float(sorted(values)[max(rank, 1) - 1])
 
 
 def render(report: Report, width: int = 100) -> str:

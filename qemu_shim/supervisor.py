@@ -24,6 +24,8 @@ STOP_PATIENCE_S = 10.0
 READY_PATIENCE_S = 30.0
 READY_POLL_S = 0.002
 LOG_TAIL_LINES = 15
+# Removes the directory even if we are killed: our end of its standard input closes with us.
+SWEEPER = ("/bin/sh", "-c", 'cat >/dev/null; rm -rf -- "$1"', "sweeper")
 
 
 class DaemonFailed(Exception):
@@ -114,14 +116,20 @@ async def supervised(
     """
     directory = Path(tempfile.mkdtemp(prefix="tdp-"))
     supervisor = Supervisor(directory, extra or {}, log_level)
-    problems: list[str] = []
+    sweeper = None
     try:
+        sweeper = await trio.lowlevel.open_process(
+            [*SWEEPER, str(directory)], stdin=subprocess.PIPE, start_new_session=True
+        )
         await supervisor.start()
         await supervisor.wait_ready()
         yield supervisor
     finally:
         with trio.CancelScope(shield=True):
             problems = await supervisor.stop()
-        shutil.rmtree(directory, ignore_errors=True)
-    if problems:
-        raise DaemonFailed("\n".join(problems))
+            shutil.rmtree(directory, ignore_errors=True)
+            if sweeper is not None and sweeper.stdin is not None:
+                await sweeper.stdin.aclose()
+                await sweeper.wait()
+        if problems:  # they say more than what the scenario met because of them
+            raise DaemonFailed("\n".join(problems))

@@ -6,7 +6,7 @@ from bench.contenders import Program
 from bench.figures.shared import C_PINGPONG, GRPC
 from bench.harness import AtLeast, AtMost, Figure, Row
 
-OURS = Program("rpc", module="bench.ours.line", args=lambda bench: ("2", str(bench.samples)))
+OURS = Program("rpc", module="bench.ours.round_trip", args=lambda bench: (str(bench.samples),))
 
 RPC = Figure(
     "rpc",

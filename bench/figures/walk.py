@@ -41,16 +41,16 @@ def table_of_1g() -> TableWriter:
 
 
 def random_walks() -> Callable[[], object]:
-    load64 = table_of_1g().load64
+    tables = table_of_1g()
     rules = second_stage_rules(46, LEVEL_2M, snoop_control=True)
     chance = random.Random(SEED)
     addresses = [chance.randrange(GIB >> PAGE_SHIFT) << PAGE_SHIFT for _ in range(ADDRESSES)]
     for address in addresses:
-        found = walk(load64, rules, TABLES_BASE, ROOT_LEVELS, address)
+        found = walk(tables, rules, TABLES_BASE, ROOT_LEVELS, address)
         assert found.outcome is Outcome.MAPPED, f"{address:#x}: {found}"
         assert found.entry & bits.ADDRESS_MASK == FRAMES_BASE + address, f"{address:#x}: {found}"
     following = cycle(addresses).__next__
-    return lambda: walk(load64, rules, TABLES_BASE, ROOT_LEVELS, following())
+    return lambda: walk(tables, rules, TABLES_BASE, ROOT_LEVELS, following())
 
 
 OURS = Loop("single walk", random_walks, count=lambda bench: 10 * bench.samples, batch=BATCH)

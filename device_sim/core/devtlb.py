@@ -11,54 +11,84 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from protocol.pt import bits
-from protocol.pt.geometry import INDEX_BITS
-from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Level
+from protocol.pt.geometry import ENTRIES, INDEX_BITS
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SHIFT, Level
 
 MAX_ENTRIES = 8192  # of one page size and right; the oldest goes first
+_BLOCK_SHIFT = PAGE_SHIFT + INDEX_BITS
+_BLOCK_MASK = (1 << _BLOCK_SHIFT) - 1
 Run = tuple[int, int]  # (hpa, bytes)
+
+
+class _Block:
+    """512 neighbouring 4 KiB pages: what to add to an iova in each, so that a range of them is a slice."""
+
+    __slots__ = ("deltas", "held")
+
+    def __init__(self) -> None:
+        self.deltas: list[int | None] = [None] * ENTRIES
+        self.held = 0
 
 
 class DevTlb:
     def __init__(self) -> None:
         self.hits = 0  # pages of DMA that went out translated
         self.misses = 0  # translation requests
-        # [write][level]: page of that size -> hpa of its first byte
+        # [write][level]: page of that size -> what to add to an iova in it for the hpa; the oldest first
         self._pages: tuple[dict[Level, dict[int, int]], ...] = (_by_level(), _by_level())
+        self._blocks: tuple[dict[int, _Block], ...] = ({}, {})  # [write]: the 4 KiB pages again, by 2 MiB
         self._tags: dict[tuple[Level, int], int] = {}
         self._huge = False
 
     def fill(self, page: int, hpa: int, level: Level, rights: int, tag: int | None) -> None:
         """Cache what a completion granted: the whole leaf of `level` that covers 4 KiB page `page`."""
         key = page >> INDEX_BITS * (level - 1)
+        delta = hpa - (key << PAGE_SHIFT + INDEX_BITS * (level - 1))
         for write, need in ((False, bits.READ), (True, bits.WRITE)):
             if rights & need:
                 cache = self._pages[write][level]
                 if len(cache) >= MAX_ENTRIES:
-                    del cache[next(iter(cache))]
-                cache[key] = hpa
+                    self._forget(write, level, next(iter(cache)))
+                if level == LEVEL_4K:
+                    self._fill_block(write, key, delta, known=key in cache)
+                cache[key] = delta
         self._huge |= level > LEVEL_4K
         if tag is not None:
             self._tags[level, key] = tag
+
+    def _fill_block(self, write: bool, page: int, delta: int, *, known: bool) -> None:
+        block = self._blocks[write].get(page >> INDEX_BITS)
+        if block is None:
+            block = self._blocks[write][page >> INDEX_BITS] = _Block()
+        block.deltas[page & ENTRIES - 1] = delta
+        block.held += not known
+
+    def _forget(self, write: bool, level: Level, key: int) -> None:
+        if self._pages[write][level].pop(key, None) is None or level > LEVEL_4K:
+            return
+        block = self._blocks[write][key >> INDEX_BITS]
+        block.deltas[key & ENTRIES - 1] = None
+        block.held -= 1
+        if not block.held:
+            del self._blocks[write][key >> INDEX_BITS]
 
     def runs(self, iova: int, size: int, write: bool) -> tuple[list[Run], int]:
         """Where the first bytes of iova..iova+size lie, as far as all pages are cached, and how many
         bytes.
         """
         found: list[Run] = []
-        pages = self._pages[write]
         at, end = iova, iova + size
         while at < end:
-            stop = end
             if self._huge:
-                run = self._huge_run(pages, at, end)
+                run = self._huge_run(self._pages[write], at, end)
                 if run is not None:
                     found.append(run)
                     at += run[1]
                     continue
-                stop = min(
-                    end, (at | (PAGE_SIZE << INDEX_BITS) - 1) + 1
-                )  # the next huge leaf may begin there
-            reached = self._small_runs(pages[LEVEL_4K], at, stop, found)
+            stop = (at | _BLOCK_MASK) + 1  # the next huge leaf, or block, may begin there
+            if stop > end:
+                stop = end
+            reached = self._small_runs(write, at, stop, found)
             if reached < stop:
                 return found, reached - iova
             at = stop
@@ -67,68 +97,72 @@ class DevTlb:
     def _huge_run(self, pages: dict[Level, dict[int, int]], at: int, end: int) -> Run | None:
         for level in (LEVEL_2M, LEVEL_1G):
             shift = PAGE_SHIFT + INDEX_BITS * (level - 1)
-            hpa = pages[level].get(at >> shift)
-            if hpa is not None:
-                offset = at & (1 << shift) - 1
-                return hpa + offset, min(end - at, (1 << shift) - offset)
+            delta = pages[level].get(at >> shift)
+            if delta is not None:
+                return at + delta, min(end - at, (1 << shift) - (at & (1 << shift) - 1))
         return None
 
-    def _small_runs(self, cache: dict[int, int], at: int, end: int, found: list[Run]) -> int:
-        """Append what 4 KiB entries give for at..end; where the first page without one begins, or `end`."""
-        get = cache.get
-        first = at >> PAGE_SHIFT
-        frames = [get(page) for page in range(first, (end - 1 >> PAGE_SHIFT) + 1)]
-        if None in frames:
-            del frames[frames.index(None) :]
-            if not frames:
-                return at
-            end = (first + len(frames)) << PAGE_SHIFT
-        offset = at & PAGE_OFFSET_MASK
-        start, count = frames[0], len(frames)
-        assert start is not None
-        if frames == list(range(start, start + count * PAGE_SIZE, PAGE_SIZE)):  # one piece of host memory
-            found.append((start + offset, end - at))
-            return end
-        hpa, size = start + offset, PAGE_SIZE - offset
-        for frame in frames[1:]:
-            if frame == hpa + size:
-                size += PAGE_SIZE
-            else:
-                found.append((hpa, size))
-                assert frame is not None
-                hpa, size = frame, PAGE_SIZE
-        found.append((hpa, size - (((first + count) << PAGE_SHIFT) - end)))
+    def _small_runs(self, write: bool, at: int, end: int, found: list[Run]) -> int:
+        """Append what 4 KiB entries of one block give for at..end; where the first page without one begins,
+        or `end`.
+        """
+        block = self._blocks[write].get(at >> _BLOCK_SHIFT)
+        if block is None:
+            return at
+        first, last = at >> PAGE_SHIFT, end - 1 >> PAGE_SHIFT
+        deltas = block.deltas[first & ENTRIES - 1 : (last & ENTRIES - 1) + 1]
+        delta = deltas[0]
+        if deltas.count(delta) < len(deltas):
+            for page, following in enumerate(deltas, first):
+                if following != delta:
+                    if delta is None:
+                        return at
+                    stop = page << PAGE_SHIFT
+                    self._append(found, at + delta, stop - at)
+                    at, delta = stop, following
+        if delta is None:
+            return at
+        if found:
+            self._append(found, at + delta, end - at)
+        else:
+            found.append((at + delta, end - at))
         return end
+
+    def _append(self, found: list[Run], hpa: int, size: int) -> None:
+        """One more run, or the last one longer: blocks end where no huge leaf does."""
+        if found and not self._huge and found[-1][0] + found[-1][1] == hpa:
+            hpa, size = found[-1][0], found.pop()[1] + size
+        found.append((hpa, size))
 
     def tag_of(self, page: int, write: bool) -> tuple[int, int] | None:
         """(debug) the frame that 4 KiB page `page` is cached as, and its tag when it was walked."""
         for level in (LEVEL_4K, LEVEL_2M, LEVEL_1G):
             shift = INDEX_BITS * (level - 1)
-            hpa = self._pages[write][level].get(page >> shift)
-            if hpa is not None:
-                pfn = (hpa >> PAGE_SHIFT) + (page & (1 << shift) - 1)
-                return pfn, self._tags[level, page >> shift]
+            delta = self._pages[write][level].get(page >> shift)
+            if delta is not None:
+                return page + (delta >> PAGE_SHIFT), self._tags[level, page >> shift]
         return None
 
     def invalidate(self, start: int, npages: int) -> None:
         """Drop what translates pages start..start+npages."""
-        for caches in self._pages:
+        for write, caches in ((False, self._pages[False]), (True, self._pages[True])):
             for level, cache in caches.items():
                 shift = INDEX_BITS * (level - 1)
                 first, last = start >> shift, (start + npages - 1) >> shift
                 if last - first >= len(cache):
-                    for key in [key for key in cache if first <= key <= last]:
-                        del cache[key]
+                    keys = [key for key in cache if first <= key <= last]
                 else:
-                    for key in range(first, last + 1):
-                        cache.pop(key, None)
+                    keys = [key for key in range(first, last + 1) if key in cache]
+                for key in keys:
+                    self._forget(write, level, key)
 
     def entries(self) -> Iterator[tuple[int, int, Level, bool]]:
         """(first page, hpa, level, write) of everything cached: for checks."""
         for write, caches in enumerate(self._pages):
             for level, cache in caches.items():
-                for key, hpa in cache.items():
-                    yield key << INDEX_BITS * (level - 1), hpa, level, bool(write)
+                for key, delta in cache.items():
+                    page = key << INDEX_BITS * (level - 1)
+                    yield page, (page << PAGE_SHIFT) + delta, level, bool(write)
 
 
 def _by_level() -> dict[Level, dict[int, int]]:

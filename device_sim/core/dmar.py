@@ -110,7 +110,9 @@ class RemappingUnit:
             descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
             if isinstance(descriptor, qi.Wait):
                 if descriptor.pd and not self.ecap.pds:
-                    raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
+                    raise DescriptorError(
+                        qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)"
+                    )
                 completed.append(descriptor.status_data)
             else:
                 self._execute_one(descriptor)

@@ -12,7 +12,7 @@ one it had when it was walked; `stale` counts frames touched after they were giv
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_sim.core.devtlb import DevTlb, Run
@@ -149,7 +149,7 @@ class Function:
         runs, covered = self.devtlb.runs(iova, size, write=False)
         if covered < size:
             return None
-        with self._watched(DmaRange(iova, size, False)):
+        with _NO_WATCH if self._memory.tags is None else _Watch(self, DmaRange(iova, size, False)):
             self._count_hits(iova, size)
             return b"".join(bytes(piece) for piece in self._pieces(runs, iova, False))
 
@@ -158,7 +158,7 @@ class Function:
         runs, covered = self.devtlb.runs(iova, len(data), write=True)
         if covered < len(data):
             return False
-        with self._watched(DmaRange(iova, len(data), True)):
+        with _NO_WATCH if self._memory.tags is None else _Watch(self, DmaRange(iova, len(data), True)):
             self._count_hits(iova, len(data))
             at = 0
             for piece in self._pieces(runs, iova, True):
@@ -173,16 +173,25 @@ class Function:
         count = min(readable, writable)
         if not count:
             return 0
-        with self._watched(DmaRange(src, count, False), DmaRange(dst, count, True)):
-            self._count_hits(src, count)
-            self._count_hits(dst, count)
-            self._copy_runs(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
+        self._count_hits(src, count)
+        self._count_hits(dst, count)
+        if self._memory.tags is None:
+            self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
+        else:
+            with _Watch(self, DmaRange(src, count, False), DmaRange(dst, count, True)):
+                self._copy_pieces(
+                    self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count
+                )
         return count
 
     def _count_hits(self, iova: int, size: int) -> None:
         self.devtlb.hits += (iova + size - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
 
-    def _copy_runs(self, src: Iterator[memoryview], dst: Iterator[memoryview], count: int) -> None:
+    def _copy_pieces(self, src_pieces: list[memoryview], dst_pieces: list[memoryview], count: int) -> None:
+        if len(src_pieces) == len(dst_pieces) == 1:
+            dst_pieces[0][:count] = src_pieces[0][:count]
+            return
+        src, dst = iter(src_pieces), iter(dst_pieces)
         source, target = next(src), next(dst)
         while count:
             step = min(len(source), len(target), count)
@@ -192,11 +201,12 @@ class Function:
                 source = source[step:] if step < len(source) else next(src)
                 target = target[step:] if step < len(target) else next(dst)
 
-    def _pieces(self, runs: list[Run], iova: int, write: bool) -> Iterator[memoryview]:
+    def _pieces(self, runs: list[Run], iova: int, write: bool) -> list[memoryview]:
         """Each run as memory, in two where a window ends and the next begins.
 
         Raises DmaFault where the table points outside memory.
         """
+        pieces = []
         for hpa, size in runs:
             while size:
                 place = self._memory.frame(hpa)
@@ -204,15 +214,12 @@ class Function:
                     raise DmaFault(iova >> PAGE_SHIFT << PAGE_SHIFT, write, requested=True)
                 view, offset = place
                 piece = view[offset : offset + size]
-                yield piece
-                hpa += len(piece)
-                iova += len(piece)
-                size -= len(piece)
+                pieces.append(piece)
+                got = len(piece)
+                hpa, iova, size = hpa + got, iova + got, size - got
+        return pieces
 
     # -- the debug check -------------------------------------------------------------------------------
-
-    def _watched(self, *ranges: DmaRange) -> _Watch | _NoWatch:
-        return _NO_WATCH if self._memory.tags is None else _Watch(self, ranges)
 
     def note_stale(self, dma: DmaRange, when: str) -> None:
         tags = self._memory.tags
@@ -231,7 +238,7 @@ class Function:
 class _Watch:
     """Checks the tags on both sides of an access."""
 
-    def __init__(self, function: Function, ranges: tuple[DmaRange, ...]) -> None:
+    def __init__(self, function: Function, *ranges: DmaRange) -> None:
         self._function = function
         self._ranges = ranges
 

@@ -8,6 +8,7 @@ answered, and only then is the entry cleared and every cache that may remember i
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 from typing import Protocol
 
 from iommufdd.core import qi
@@ -58,6 +59,8 @@ class Device(Object):
             await self._hardware.set_function(self.rid, ats=True, pri_allocation=PRI_DEPTH, bus_master=True)
         except UapiError:
             self.hwpt = None
+            with suppress(UapiError):  # the unit is gone
+                await self._clear(hwpt)
             self._leave(hwpt)
             raise
         finally:
@@ -75,15 +78,19 @@ class Device(Object):
             # DMA and page requests stop, those in flight are answered, then the entry goes.
             await self._hardware.set_function(self.rid, ats=True, pri_allocation=0, bus_master=False)
             await self._wait_quiet()
-            await self._hardware.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT)
-            await self._hardware.submit(qi.detach(hwpt.domain.did, self.rid))
-            await self._hardware.set_function(self.rid, ats=False, pri_allocation=0, bus_master=False)
+            await self._clear(hwpt)
         except UapiError:
             pass  # the unit is gone: it translates nothing and asks for nothing
         finally:
             self.hwpt = None
             self._leave(hwpt)
             self._end()
+
+    async def _clear(self, hwpt: HwptKvm) -> None:
+        """The entry, every cache that may remember it, and ATS."""
+        await self._hardware.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT)
+        await self._hardware.submit(qi.detach(hwpt.domain.did, self.rid))
+        await self._hardware.set_function(self.rid, ats=False, pri_allocation=0, bus_master=False)
 
     def _begin(self) -> None:
         if self._changing is not None:

@@ -75,10 +75,16 @@ class HwptKvm(Object):
         return ResponseCode.SUCCESS
 
     async def invalidate(self, start: int, size: int, epoch: int) -> None:
-        """KVM flushed: drop every cached translation of the range, then return (the ack)."""
+        """KVM flushed: drop every cached translation of the range, then return (the ack).
+
+        Raises UapiError, which is no ack, if the unit refused.
+        """
         self.invalidations += 1
-        with suppress(UapiError):  # the unit is gone, and with it what it cached
+        try:
             await self._unit.submit(qi.invalidate(self._cap, self.domain.did, self.rids, start, size))
+        except UapiError as error:
+            if error.errno != errno.ENODEV:  # the unit is gone, and with it what it cached
+                raise
         self.acked_epoch = max(self.acked_epoch, epoch)
 
     async def destroy(self) -> None:

@@ -66,7 +66,8 @@ class Host:
         return mm
 
     def forget_mm(self, mm: Mm) -> None:
-        del self._mms[mm.id]
+        if self._mms.get(mm.id) is mm:  # its exit and its last VM's end may both find nothing left of it
+            del self._mms[mm.id]
 
     def new_vm_id(self) -> int:
         vm_id = self._next_vm

@@ -11,7 +11,8 @@ a dataclass to fields; whatever a layout does not cover is reserved.  Must hold:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as member
 from typing import Any, Final, NewType
 
 from protocol.units import PAGE_SHIFT, Hpa, Iova, Pasid, bits
@@ -40,9 +41,9 @@ class Field:
     kind: Callable[[int], int] = int
     shift: int = 0
     bias: int = 0
-    mask: int = field(init=False, repr=False, compare=False)
-    get: Callable[[int], int] = field(init=False, repr=False, compare=False)
-    put: Callable[[int], int] = field(init=False, repr=False, compare=False)
+    mask: int = member(init=False, repr=False, compare=False)
+    get: Callable[[int], int] = member(init=False, repr=False, compare=False)
+    put: Callable[[int], int] = member(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__

@@ -1,0 +1,132 @@
+"""Ours: a device function whose DMA goes through the walker, over memfds, in this process.
+
+Source and target lie apart in the guest; behind them are frames of one window, and real tables in another,
+read by the unit as they are in the daemons.  Everything is translated once before it is timed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter_ns
+
+from bench.harness import SEED
+from bench.memory import shared_buffer
+from device_sim.config import capabilities
+from device_sim.core.dmar import RID_PASID, RemappingUnit
+from device_sim.core.function import DmaRange, Function
+from device_sim.core.physmem import PhysicalMemory
+from iommufdd.core.kvm_domain import KvmDomain
+from kvmd.core.spte import make_leaf, make_table_entry
+from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
+from protocol.pt.mem import TableWriter
+from protocol.units import (
+    LEVEL_1G,
+    LEVEL_2M,
+    LEVEL_4K,
+    MIB,
+    PAGE_SIZE,
+    Gfn,
+    Hpa,
+    Iova,
+    Level,
+    gfn_of,
+    gpa_of_iova,
+    pages_of_level,
+    pfn_of,
+)
+
+RID = 8
+SOURCE, TARGET = Iova(64 * MIB), Iova(66 * MIB)
+ROOT_LEVELS = Level(4)
+
+
+class Engine:
+    """`frames` gives, for page 0, 1, ... of a side, the page of its 2 MiB of frames that backs it."""
+
+    def __init__(self, level: Level, frames: Callable[[int], int]) -> None:
+        memory = PhysicalMemory()
+        frames_view = shared_buffer(4 * MIB)
+        tables_view = shared_buffer(MIB)
+        tables_view[:] = bytes(MIB)
+        writer = TableWriter(LOW_RAM_START, tables_view)
+        for side, iova in enumerate((SOURCE, TARGET)):
+            for page in range(0, ENTRIES, pages_of_level(level)):
+                hpa = Hpa(HIGH_RAM_START + side * 2 * MIB + frames(page) * PAGE_SIZE)
+                _map(writer, Gfn(gfn_of(gpa_of_iova(iova)) + page), hpa, level)
+        memory.add(Window(WindowKind.TABLES, LOW_RAM_START, MIB, tables_view), _keep)
+        memory.add(Window(WindowKind.FRAMES, HIGH_RAM_START, 4 * MIB, frames_view), _keep)
+        cap, ecap = capabilities(levels=ROOT_LEVELS, max_page="1G")
+        unit = RemappingUnit(cap, ecap, 46, memory, _keep)
+        domain = KvmDomain(LOW_RAM_START, ROOT_LEVELS, LEVEL_1G, 1)
+        unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(ecap).to_bytes())
+        self.function = Function(RID, unit, memory, perf_counter_ns)
+        self.function.ats_enabled = self.function.dma_enabled = True
+
+    def copier(self, size: int) -> Callable[[], object]:
+        """What copies `size` bytes from source to target."""
+        self._translate(size)
+        function = self.function
+        assert function.copy(SOURCE, TARGET, size) == size, "part of it is not translated"
+        return lambda: function.copy(SOURCE, TARGET, size)
+
+    def reader(self, size: int) -> Callable[[], object]:
+        """What reads `size` bytes of the source."""
+        self._translate(size)
+        function = self.function
+        assert function.read(SOURCE, size) is not None, "part of it is not translated"
+        return lambda: function.read(SOURCE, size)
+
+    def _translate(self, size: int) -> None:
+        while self.function.copy(SOURCE, TARGET, size) < size:
+            done = self.function.copy(SOURCE, TARGET, size)
+            rest = size - done
+            ranges = [DmaRange(SOURCE + done, rest, False), DmaRange(TARGET + done, rest, True)]
+            with suppress(StopIteration):
+                self.function.make_accessible(ranges, block=False).send(None)
+
+
+def contiguous(page: int) -> int:
+    return page
+
+
+def scattered() -> Callable[[int], int]:
+    """No page is next to the one before."""
+    order = list(range(ENTRIES))
+    random.Random(SEED).shuffle(order)
+    return order.__getitem__
+
+
+def copy_2m() -> Callable[[], object]:
+    return Engine(LEVEL_2M, contiguous).copier(2 * MIB)
+
+
+def copy_4k(size: int) -> Callable[[], object]:
+    return Engine(LEVEL_4K, contiguous).copier(size)
+
+
+def copy_scattered(size: int) -> Callable[[], object]:
+    return Engine(LEVEL_4K, scattered()).copier(size)
+
+
+def read_4k(size: int) -> Callable[[], object]:
+    return Engine(LEVEL_4K, contiguous).reader(size)
+
+
+def _map(writer: TableWriter, gfn: Gfn, hpa: Hpa, goal: Level) -> None:
+    for level in range(ROOT_LEVELS, goal, -1):
+        at = _table(level, gfn) + index_of(gfn, Level(level)) * ENTRY_BYTES
+        writer.store64(at, make_table_entry(_table(level - 1, gfn), ad_enabled=True))
+    leaf = make_leaf(pfn_of(hpa), goal, writable=True, ad_enabled=True)
+    writer.store64(_table(goal, gfn) + index_of(gfn, goal) * ENTRY_BYTES, leaf)
+
+
+def _table(level: int, gfn: Gfn) -> Hpa:
+    """The root first; leaf tables, one for each 2 MiB, last."""
+    page = ROOT_LEVELS - level if level > LEVEL_4K else ROOT_LEVELS - 1 + index_of(gfn, LEVEL_2M)
+    return Hpa(LOW_RAM_START + page * PAGE_SIZE)
+
+
+def _keep() -> None: ...

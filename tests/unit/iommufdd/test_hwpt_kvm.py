@@ -1,0 +1,168 @@
+"""The KVM HWPT between a KVM and a unit that answer late, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+import pytest
+
+from protocol.errors import UapiError
+from protocol.hw.prq import PageRequest
+from protocol.units import WHOLE_SIZE, Iova
+from tests.unit.iommufdd.world import GONE, RID, World
+
+SUCCESS, INVALID, FAILURE = 0, 1, 0xF
+
+
+def request(addr: int, rights: str = "r") -> PageRequest:
+    return PageRequest(
+        rid=RID,
+        prgi=0,
+        addr=Iova(addr),
+        last=True,
+        read="r" in rights,
+        write="w" in rights,
+        exec="x" in rights,
+    )
+
+
+@pytest.mark.parametrize("rights", ["r", "w", "rw", "x", "rwx"])
+@pytest.mark.parametrize(
+    ("addr", "gfn"), [(0, 0), (0x1234_5000, 0x12345), ((1 << 48) - 0x1000, (1 << 36) - 1)]
+)
+def test_a_page_request_is_a_fault_on_its_gfn_with_its_rights(rights: str, addr: int, gfn: int) -> None:
+    world = World()
+    assert world.run(world.hwpt().fault(request(addr, rights))) == SUCCESS
+    assert world.log == [("fault", gfn, rights)]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EFAULT, INVALID),
+        (errno.EINVAL, INVALID),
+        (errno.EPERM, FAILURE),
+        (errno.ENODEV, FAILURE),
+        (errno.ENOMEM, FAILURE),
+        (errno.EIO, FAILURE),
+    ],
+)
+def test_what_kvm_says_becomes_invalid_for_this_page_and_failure_for_more(number: int, code: int) -> None:
+    world = World()
+    hwpt = world.hwpt()
+    world.fault_errno = number
+    assert world.run(hwpt.fault(request(0x5000))) == code
+    world.fault_errno = 0
+    assert world.run(hwpt.fault(request(0x5000))) == SUCCESS
+    assert {int(code): n for code, n in hwpt.faults.items()} == {SUCCESS: 1, code: 1}
+
+
+@pytest.mark.parametrize(
+    ("level", "addr", "asked"),
+    [
+        (4, 1 << 48, False),
+        (4, (1 << 64) - 0x1000, False),
+        (4, 1 << 47, True),
+        (5, 1 << 48, True),
+        (5, 1 << 56, True),
+        (5, 1 << 57, False),
+    ],
+)
+def test_an_address_beyond_the_domain_is_invalid_without_asking_kvm(
+    level: int, addr: int, asked: bool
+) -> None:
+    """And the upper half of a CPU's addresses is none of the guest's concern: no canonicality."""
+    world = World()
+    code = world.run(world.hwpt(level).fault(request(addr)))
+    assert code == (SUCCESS if asked else INVALID)
+    assert bool(world.log) is asked
+
+
+def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
+    world = World()
+    hwpt = world.hwpt(did=7)
+    hwpt.rids += [RID, RID + 8]
+    world.run(hwpt.invalidate(0x5000, 0x1000, 1))
+    ((_, raw),) = world.log
+    assert struct.unpack("<16Q", raw) == (
+        *(2 | 3 << 4 | 3 << 6 | 7 << 16, 0x5000, 0, 0),
+        *(3 | RID << 32, 0x5000, 0, 0),
+        *(3 | RID + 8 << 32, 0x5000, 0, 0),
+        *(5 | 1 << 5 | 1 << 6 | 2 << 32, 0, 0, 0),
+    )
+
+
+def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
+    world = World()
+    hwpt = world.hwpt()
+    world.hold()
+    acked = world.start(hwpt.invalidate(0, WHOLE_SIZE, 4))
+    assert (acked.done, hwpt.acked_epoch, len(world.log)) == (False, 0, 1)
+    world.let_go()
+    assert (acked.done, hwpt.acked_epoch) == (True, 4)
+
+
+def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
+    world = World()
+    hwpt = world.hwpt()
+    world.hold()
+    first = world.start(hwpt.invalidate(0, 0x1000, 4))
+    second = world.start(hwpt.invalidate(0x1000, 0x1000, 5))
+    assert world.held is not None
+    world.held.reverse()
+    world.let_go()
+    assert first.done
+    assert second.done
+    assert (hwpt.acked_epoch, hwpt.invalidations) == (5, 2)
+
+
+def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
+    world = World()
+    hwpt = world.hwpt()
+    world.fails.after(0, GONE)
+    world.run(hwpt.invalidate(0, 0x1000, 3))
+    assert hwpt.acked_epoch == 3
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
+    world = World()
+    hwpt = world.hwpt()
+    world.fails.after(0, number)
+    refused = world.start(hwpt.invalidate(0, 0x1000, 3))
+    with pytest.raises(UapiError):
+        refused.result()
+    assert hwpt.acked_epoch == 0
+
+
+def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
+    world = World()
+    hwpt = world.hwpt()
+    hwpt.memory = 9
+    world.run(hwpt.destroy())
+    assert world.log == [("remove_memory", 9), ("unregister",), ("release",)]
+
+
+def test_destruction_waits_for_the_unit_before_it_lets_go_of_the_table() -> None:
+    world = World()
+    world.hold()
+    destroyed = world.start(world.hwpt().destroy())
+    assert [what for what, *_ in world.log] == ["remove_memory"]
+    assert not destroyed.done
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_the_reference_is_dropped_even_if_the_unit_or_kvm_is_gone(calls: int) -> None:
+    world = World()
+    world.fails.after(calls, GONE)
+    world.run(world.hwpt().destroy())
+    assert world.log[-1] == ("release",)
+
+
+def test_destroying_an_hwpt_in_use_is_a_bug() -> None:
+    world = World()
+    hwpt = world.hwpt()
+    hwpt.rids.append(RID)
+    with pytest.raises(AssertionError, match="1 functions attached"):
+        world.run(hwpt.destroy())

@@ -1,0 +1,122 @@
+"""KVM and the remapping unit as an HWPT and its devices see them: slow, and failing when told to.
+
+Everything they are asked is written to one log, in order; the unit also keeps the state it was left in.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from iommufdd.core import qi
+from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.kvm_domain import KvmDomain
+from protocol.errors import UapiError
+from protocol.flow import Flows, Wait, done
+from protocol.hw.caps import Cap
+from protocol.hw.qi import Descriptor
+from protocol.units import Hpa, Level, Pasid
+
+T = TypeVar("T")
+
+RID = 0x6A08
+DID = 2
+ROOT = 0x10_0000
+CAP = Cap(1 << 39 | 18 << 48)
+GONE = errno.ENODEV
+
+
+class Fails:
+    """The nth call from now on, and those after it, end with this errno."""
+
+    def __init__(self) -> None:
+        self.calls_left = -1
+        self.errno = 0
+        self.lasting = True
+
+    def after(self, calls: int, number: int, *, lasting: bool = True) -> None:
+        self.calls_left, self.errno, self.lasting = calls, number, lasting
+
+    def check(self) -> None:
+        if self.calls_left == 0:
+            if not self.lasting:
+                self.calls_left = -1
+            raise UapiError(self.errno, "told to fail")
+        if self.calls_left > 0:
+            self.calls_left -= 1
+
+
+class World:
+    """Tdp, Unit and Hardware in one; `hold` makes the next `submit`s wait until `let_go`."""
+
+    def __init__(self) -> None:
+        self.flows = Flows()
+        self.log: list[Any] = []
+        self.fails = Fails()
+        self.fault_errno = 0
+        self.held: list[Wait[None]] | None = None
+        self.entries: dict[int, bytes] = {}
+        self.functions: dict[int, tuple[bool, int, bool]] = {}  # ats, pri allocation, bus master
+
+    def hwpt(self, level: int = 4, did: int = DID) -> HwptKvm:
+        domain = KvmDomain(Hpa(ROOT), Level(level), Level(3), did)
+        return HwptKvm(domain, CAP, self, self)
+
+    def run(self, flow: Coroutine[Any, None, T]) -> T:
+        wait = self.start(flow)
+        assert wait.done, "the flow waits for somebody"
+        return wait.result()
+
+    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
+        wait = self.flows.start(flow)
+        self.flows.run_ready()
+        return wait
+
+    def hold(self) -> None:
+        self.held = []
+
+    def let_go(self) -> None:
+        held, self.held = self.held, None
+        for wait in held or []:
+            wait.set(None)
+        self.flows.run_ready()
+
+    async def _take(self, *what: Any) -> None:
+        self.fails.check()
+        self.log.append(what)
+        wait = done(None)
+        if self.held is not None:
+            wait = Wait()
+            self.held.append(wait)
+        await wait
+
+    # -- Tdp -------------------------------------------------------------------------------------------
+
+    async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None:
+        rights = "".join(c for c, on in zip("rwx", (read, write, exec), strict=True) if on)
+        await self._take("fault", gfn, rights)
+        if self.fault_errno:
+            raise UapiError(self.fault_errno, "KVM says no")
+
+    async def unregister(self) -> None:
+        await self._take("unregister")
+
+    def release(self) -> None:
+        self.log.append(("release",))
+
+    # -- Hardware --------------------------------------------------------------------------------------
+
+    async def submit(self, descriptors: list[Descriptor]) -> None:
+        await self._take("submit", qi.ring(descriptors))
+
+    async def remove_memory(self, memory: int) -> None:
+        await self._take("remove_memory", memory)
+
+    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None:
+        await self._take("pasid_entry", rid, pasid, entry != bytes(64))
+        self.entries[rid] = entry
+
+    async def set_function(self, rid: int, *, ats: bool, pri_allocation: int, bus_master: bool) -> None:
+        await self._take("function", rid, ats, pri_allocation, bus_master)
+        self.functions[rid] = ats, pri_allocation, bus_master
