@@ -28,6 +28,7 @@ class MappedMemory:
     def __init__(self) -> None:
         self.physical = PhysicalMemory()
         self._sets: dict[int, _Set] = {}
+        self._inodes: dict[tuple[WindowKind, int], int] = {}  # of what is mapped where, now or last
         self._next = 1
 
     def add(self, windows: list[tuple[str, int, int]], fds: Fds) -> int:
@@ -52,11 +53,14 @@ class MappedMemory:
     def _map(self, kind: str, base: int, size: int, fd: int) -> Window:
         """Only frames are mapped writable.  Raises OSError or ValueError."""
         known = WindowKind(kind)
+        stat = os.fstat(fd)
         existing = self.physical.find(known, base, size)
         if existing is not None:
+            if self._inodes[known, base] != stat.st_ino:
+                raise ValueError("another host's memory lies there")
             self.physical.share(existing)
             return existing
-        if os.fstat(fd).st_size < size:
+        if stat.st_size < size:
             raise ValueError("larger than its file")
         access = mmap.PROT_READ | (mmap.PROT_WRITE if known is WindowKind.FRAMES else 0)
         mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
@@ -67,6 +71,7 @@ class MappedMemory:
             window.view.release()
             mapping.close()
             raise
+        self._inodes[known, base] = stat.st_ino
         return window
 
     def remove(self, number: int) -> None:

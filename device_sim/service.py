@@ -164,8 +164,7 @@ def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
     function = _find(app, message.rid).function
     if message.pri_allocation and not message.ats:
         raise UapiError(errno.EINVAL, f"rid {message.rid:#x}: page requests need ATS")
-    function.ats_enabled = message.ats
-    function.dma_enabled = message.bus_master
+    function.configure(ats=message.ats, bus_master=message.bus_master)
     if message.pri_allocation:
         function.pri.enable(message.pri_allocation)
     elif function.pri.enabled:

@@ -32,6 +32,7 @@ from protocol.rpc.files import Files, inode_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import iommufd as uapi
+from protocol.uapi import names
 
 log = structlog.get_logger("iommufdd")
 
@@ -117,6 +118,8 @@ class Iommufdd:
         verdict = iopf.judge(request)
         if verdict is Verdict.SKIP:
             return
+        if verdict is Verdict.REFUSE and not request.last:
+            return  # dropped; its group goes on without it
         group = self.groups.gather(request)
         device = self.bound.get(request.rid)
         if verdict is Verdict.REFUSE or device is None or device.hwpt is None:
@@ -208,13 +211,15 @@ class Iommufdd:
 
 
 def _open(app: Iommufdd, message: uapi.Open, fds: Fds) -> Answer:
-    if message.path == uapi.IOMMU_PATH:
+    if message.path == names.IOMMU_PATH:
         mm = inode_of(fds.peek(0)) if len(fds) else 0
         fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm), app.iommufd_closed)
         return Answer({}, [fd])
-    number = message.path.removeprefix(uapi.VFIO_PATH)
-    if not (message.path.startswith(uapi.VFIO_PATH) and number.isdecimal() and len(number) < 4):
-        raise UapiError(errno.ENOENT, f"open {message.path!r}: here are {uapi.IOMMU_PATH}, {uapi.VFIO_PATH}N")
+    number = message.path.removeprefix(names.VFIO_PATH)
+    if not (message.path.startswith(names.VFIO_PATH) and number.isdecimal() and len(number) < 4):
+        raise UapiError(
+            errno.ENOENT, f"open {message.path!r}: only {names.IOMMU_PATH} and {names.VFIO_PATH}N"
+        )
     if int(number) >= len(app.silicon.functions):
         raise UapiError(
             errno.ENOENT, f"open {message.path!r}: there are {len(app.silicon.functions)} devices"
@@ -256,15 +261,17 @@ FRONT_DOOR: Service[Iommufdd] = Service(
 
 async def _hwpt_alloc(held: IommuFile, message: uapi.IommuHwptAlloc, fds: Fds) -> Body:
     """The series' checks in their order [RFC 12/42], [RFC 14/42], [RFC 18/42]."""
-    if message.size < uapi.HWPT_ALLOC_MIN_SIZE:
-        raise UapiError(errno.EINVAL, f"struct of {message.size} bytes: at least {uapi.HWPT_ALLOC_MIN_SIZE}")
+    if message.size < names.HWPT_ALLOC_MIN_SIZE:
+        raise UapiError(errno.EINVAL, f"struct of {message.size} bytes: at least {names.HWPT_ALLOC_MIN_SIZE}")
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, "__reserved is not zero")
-    if message.data_type == uapi.HWPT_DATA_NONE and message.data_len:
+    if message.data_type == names.IOMMU_HWPT_DATA_NONE and message.data_len:
         raise UapiError(errno.EINVAL, f"data_type NONE with {message.data_len} bytes of data")
     held.objects.get(message.dev_id, Device)
-    if message.data_type != uapi.HWPT_DATA_KVM:
-        raise UapiError(errno.EOPNOTSUPP, f"data_type {message.data_type}: only KVM ({uapi.HWPT_DATA_KVM})")
+    if message.data_type != names.IOMMU_HWPT_DATA_KVM:
+        raise UapiError(
+            errno.EOPNOTSUPP, f"data_type {message.data_type}: only {names.IOMMU_HWPT_DATA_KVM} (KVM)"
+        )
     tdp_fd = _tdp_fd_of(message, fds)
     app = held.app
     hwpt: HwptKvm | None = None
@@ -289,9 +296,9 @@ async def _hwpt_alloc(held: IommuFile, message: uapi.IommuHwptAlloc, fds: Fds) -
 
 def _tdp_fd_of(message: uapi.IommuHwptAlloc, fds: Fds) -> int:
     """The TDP FD that struct iommu_hwpt_kvm_info names; it becomes ours."""
-    if message.data_len != uapi.KVM_INFO_BYTES or message.data_uptr is None:
+    if message.data_len != names.HWPT_KVM_INFO_SIZE or message.data_uptr is None:
         raise UapiError(
-            errno.EINVAL, f"data_len {message.data_len}: {uapi.KVM_INFO_BYTES} bytes at data_uptr"
+            errno.EINVAL, f"data_len {message.data_len}: {names.HWPT_KVM_INFO_SIZE} bytes at data_uptr"
         )
     if len(message.data_uptr) < message.data_len:
         raise UapiError(errno.EFAULT, "data_uptr cannot be read")

@@ -33,6 +33,7 @@ from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
+from protocol.uapi import names
 from protocol.uapi import tdp_fd as tdp
 from protocol.units import Gfn, Gpa, Hva, Level
 
@@ -136,8 +137,8 @@ class Kvmd:
 
 
 def _open(app: Kvmd, message: uapi.Open, fds: Fds) -> Answer:
-    if message.path != uapi.KVM_PATH:
-        raise UapiError(errno.ENOENT, f"open {message.path!r}: here is only {uapi.KVM_PATH}")
+    if message.path != names.KVM_PATH:
+        raise UapiError(errno.ENOENT, f"open {message.path!r}: here is only {names.KVM_PATH}")
     fd, _, _ = app.files.open(DEV_KVM, app)
     return Answer({}, [fd])
 
@@ -188,7 +189,7 @@ FRONT_DOOR: Service[Kvmd] = Service(
 
 
 def _get_api_version(app: Kvmd, message: uapi.KvmGetApiVersion, fds: Fds) -> Body:
-    return {"ret": uapi.API_VERSION}
+    return {"ret": names.KVM_API_VERSION}
 
 
 def _create_vm(app: Kvmd, message: uapi.KvmCreateVm, fds: Fds) -> Answer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from protocol.rpc.channel import Body, Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
-from protocol.uapi import iommufd as uapi
+from protocol.uapi import names
 from qemu_shim.device_client import Portal
 from qemu_shim.kvm_client import File, Process
 
@@ -25,11 +25,11 @@ class Iommufdd:
 
     async def open_iommu(self, process: Process) -> Iommu:
         """Open /dev/iommu as `process`."""
-        reply = await self._channel.ask("OPEN", {"path": uapi.IOMMU_PATH}, [process.dup()])
+        reply = await self._channel.ask("OPEN", {"path": names.IOMMU_PATH}, [process.dup()])
         return Iommu(self._channel.loop, reply.fds.take(0), "iommufd")
 
     async def open_device(self, number: int = 0) -> VfioDevice:
-        reply = await self._channel.ask("OPEN", {"path": f"{uapi.VFIO_PATH}{number}"})
+        reply = await self._channel.ask("OPEN", {"path": f"{names.VFIO_PATH}{number}"})
         return VfioDevice(self._channel.loop, reply.fds.take(0), f"vfio{number}")
 
     async def stats(self) -> Body:
@@ -47,9 +47,9 @@ class Iommu(File):
             [os.dup(tdp_fd)],
             flags=flags,
             dev_id=dev_id,
-            data_type=uapi.HWPT_DATA_KVM,
-            data_len=uapi.KVM_INFO_BYTES,
-            data_uptr=tdp_fd.to_bytes(uapi.KVM_INFO_BYTES, "little"),
+            data_type=names.IOMMU_HWPT_DATA_KVM,
+            data_len=names.HWPT_KVM_INFO_SIZE,
+            data_uptr=tdp_fd.to_bytes(names.HWPT_KVM_INFO_SIZE, "little"),
             fd_table=[tdp_fd],
         )
         hwpt_id: int = reply.body["out_hwpt_id"]

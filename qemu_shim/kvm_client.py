@@ -16,9 +16,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
-from protocol.uapi import kvm as uapi
-
-KVM_EXIT_MMIO = 6
+from protocol.uapi import names
 
 
 class File:
@@ -68,7 +66,7 @@ class Kvmd:
         return Process(self._channel.loop, reply.fds.take(0), "mm")
 
     async def create_vm(self, process: Process) -> Vm:
-        reply = await self._channel.ask("OPEN", {"path": uapi.KVM_PATH})
+        reply = await self._channel.ask("OPEN", {"path": names.KVM_PATH})
         dev_kvm = File(self._channel.loop, reply.fds.take(0), "/dev/kvm")
         try:
             made = await dev_kvm.ask("KVM_CREATE_VM", [process.dup()])

@@ -19,7 +19,7 @@ from device_sim.core.devtlb import DevTlb, Run
 from device_sim.core.dmar import NOT_PRESENT, Refused, RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
-from protocol.hw.qi import ResponseCode
+from protocol.hw.qi import MAX_PAGES, ResponseCode
 from protocol.pt import bits
 from protocol.units import PAGE_SHIFT, Iova
 
@@ -76,10 +76,15 @@ class Function:
     def page_response(self, prgi: int, code: ResponseCode) -> None:
         self.pri.respond(prgi, code)
 
+    def configure(self, *, ats: bool, bus_master: bool) -> None:
+        """Config space: with either off there is no DMA, whatever was translated before."""
+        self.ats_enabled, self.dma_enabled = ats, bus_master
+        if not (ats and bus_master):
+            self.devtlb.invalidate(0, MAX_PAGES)
+
     def stop(self) -> None:
-        """The driver is gone, or detaches: no translation, no page request."""
-        self.ats_enabled = self.dma_enabled = False
-        self.devtlb.invalidate(0, 1 << 52)
+        """The driver is gone: no translation, no page request."""
+        self.configure(ats=False, bus_master=False)
         self.pri.disable()
 
     # -- DMA -------------------------------------------------------------------------------------------
@@ -102,6 +107,7 @@ class Function:
             first = missing[0]
             if not (block and self.pri.enabled):
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=False)
+            await self._unit.prq.wait_accepting()  # asking an overflowed queue again is no use
             code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
@@ -149,21 +155,24 @@ class Function:
         runs, covered = self.devtlb.runs(iova, size, write=False)
         if covered < size:
             return None
-        with _NO_WATCH if self._memory.tags is None else _Watch(self, DmaRange(iova, size, False)):
-            self._count_hits(iova, size)
-            return b"".join(bytes(piece) for piece in self._pieces(runs, iova, False))
+        self._count_hits(iova, size)
+        self._note_stale("after", iova, size, write=False)
+        data = b"".join(self._pieces(runs, iova, False))
+        self._note_stale("while", iova, size, write=False)
+        return data
 
     def write(self, iova: int, data: bytes) -> bool:
         """Store; False, and nothing stored, if part of the range is not translated."""
         runs, covered = self.devtlb.runs(iova, len(data), write=True)
         if covered < len(data):
             return False
-        with _NO_WATCH if self._memory.tags is None else _Watch(self, DmaRange(iova, len(data), True)):
-            self._count_hits(iova, len(data))
-            at = 0
-            for piece in self._pieces(runs, iova, True):
-                piece[:] = data[at : at + len(piece)]
-                at += len(piece)
+        self._count_hits(iova, len(data))
+        self._note_stale("after", iova, len(data), write=True)
+        at = 0
+        for piece in self._pieces(runs, iova, True):
+            piece[:] = data[at : at + len(piece)]
+            at += len(piece)
+        self._note_stale("while", iova, len(data), write=True)
         return True
 
     def copy(self, src: int, dst: int, size: int) -> int:
@@ -175,13 +184,11 @@ class Function:
             return 0
         self._count_hits(src, count)
         self._count_hits(dst, count)
-        if self._memory.tags is None:
-            self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
-        else:
-            with _Watch(self, DmaRange(src, count, False), DmaRange(dst, count, True)):
-                self._copy_pieces(
-                    self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count
-                )
+        self._note_stale("after", src, count, write=False)
+        self._note_stale("after", dst, count, write=True)
+        self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
+        self._note_stale("while", src, count, write=False)
+        self._note_stale("while", dst, count, write=True)
         return count
 
     def _count_hits(self, iova: int, size: int) -> None:
@@ -221,39 +228,17 @@ class Function:
 
     # -- the debug check -------------------------------------------------------------------------------
 
-    def note_stale(self, dma: DmaRange, when: str) -> None:
+    def _note_stale(self, when: str, iova: int, size: int, *, write: bool) -> None:
+        """Compare every frame's tag with the one it was walked under; asked on both sides of an access."""
         tags = self._memory.tags
-        assert tags is not None
-        for page in range(dma.iova >> PAGE_SHIFT, (dma.iova + dma.size - 1 >> PAGE_SHIFT) + 1):
-            cached = self.devtlb.tag_of(page, dma.write)
+        if tags is None:
+            return
+        for page in range(iova >> PAGE_SHIFT, (iova + size - 1 >> PAGE_SHIFT) + 1):
+            cached = self.devtlb.tag_of(page, write)
             if cached is not None and tags.read(cached[0]) != cached[1]:
                 self.stale += 1
                 if len(self.stale_notes) < MAX_STALE_NOTES:
-                    what = "written" if dma.write else "read"
+                    what = "written" if write else "read"
                     self.stale_notes.append(
                         f"I6: pfn {cached[0]:#x} {what} as page {page:#x} {when} it was given up"
                     )
-
-
-class _Watch:
-    """Checks the tags on both sides of an access."""
-
-    def __init__(self, function: Function, *ranges: DmaRange) -> None:
-        self._function = function
-        self._ranges = ranges
-
-    def __enter__(self) -> None:
-        for dma in self._ranges:
-            self._function.note_stale(dma, "after")
-
-    def __exit__(self, *_: object) -> None:
-        for dma in self._ranges:
-            self._function.note_stale(dma, "while")
-
-
-class _NoWatch:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-_NO_WATCH = _NoWatch()

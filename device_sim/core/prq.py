@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from protocol.flow import Wait
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 
@@ -32,6 +33,12 @@ class PageRequestQueue:
         self._occupied = 0
         self._undelivered: list[bytes] = []
         self._overflow_untold = False
+        self._accepting: Wait[None] = Wait()
+
+    async def wait_accepting(self) -> None:
+        """Returns when requests are not dropped any more: software cleared the overflow."""
+        while self.overflow:
+            await self._accepting
 
     def submit(self, request: PageRequest) -> None:
         """The hardware's side: queue a request, or drop it."""
@@ -69,6 +76,8 @@ class PageRequestQueue:
 
     def clear_overflow(self) -> None:
         self.overflow = self._overflow_untold = False
+        accepting, self._accepting = self._accepting, Wait()
+        accepting.set(None)
 
     def reset(self) -> None:
         self._occupied = 0

@@ -88,7 +88,9 @@ class HwptKvm(Object):
         self.acked_epoch = max(self.acked_epoch, epoch)
 
     async def destroy(self) -> None:
-        """Unregister first, then free, then put: nothing is told of a domain that is gone (defect B-10)."""
+        """The unit lets go of the memory, then unregister, then put: while anything could walk we hear of
+        flushes, and nothing is told of a domain that is gone (defect B-10).
+        """
         assert not self.rids, f"HWPT {self.id} destroyed with {len(self.rids)} functions attached"
         with suppress(UapiError):  # the unit is gone, and its lease with it
             await self._unit.remove_memory(self.memory)

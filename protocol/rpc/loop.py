@@ -4,7 +4,7 @@ All connections and listening sockets of a process belong to one level-triggered
 trio task owns.  Woken, it dispatches inline, runs the flows that became ready, sends what was written
 in one go, and waits a little in its own set before it parks in trio again: during a burst no message
 touches the trio scheduler (docs/decisions/0002).  Nothing else in the process may rely on a trio timer
-finer than TURN_S.
+finer than SERVE_NS.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import trio
 from protocol.flow import Flows, Wait
 
 POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
-TURN_NS = (
-    10_000_000  # at most this long under load, other trio tasks get a turn: one costs as much as a message
-)
+SERVE_NS = 10_000_000  # of serving, then other trio tasks get a turn: one costs as much as a message
+ASK_NS = 1_000_000  # of asking and being answered, then the other tasks of a client get a turn
 WATCHDOG_S = 0.5
 
 T = TypeVar("T")
@@ -99,12 +98,12 @@ class Loop:
             nursery.start_soon(self._watchdog)
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                limit = monotonic_ns() + TURN_NS
+                limit = monotonic_ns() + SERVE_NS
                 while self.turn(POLL_S):
                     if self._kicked or monotonic_ns() > limit:
                         self._kicked = False
                         await trio.lowlevel.checkpoint()
-                        limit = monotonic_ns() + TURN_NS
+                        limit = monotonic_ns() + SERVE_NS
 
     async def result(self, wait: Wait[T]) -> T:
         """Let the calling trio task wait.  A quick answer is served right here, without a reschedule."""
@@ -116,7 +115,7 @@ class Loop:
             await self._park(wait)
         elif monotonic_ns() > self._yield_at:
             await trio.lowlevel.checkpoint()
-            self._yield_at = monotonic_ns() + TURN_NS
+            self._yield_at = monotonic_ns() + ASK_NS
         return wait.result()
 
     async def _park(self, wait: Wait[T]) -> None:

@@ -12,18 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from protocol.uapi import names
 from protocol.uapi.message import U32, Message
-
-IOMMU_PATH = "/dev/iommu"
-VFIO_PATH = "/dev/vfio/devices/vfio"  # and the number of the device
-
-HWPT_DATA_NONE = 0
-HWPT_DATA_KVM = 3
-HWPT_ALLOC_NEST_PARENT = 1 << 0
-HWPT_ALLOC_DIRTY_TRACKING = 1 << 1
-KVM_INFO_BYTES = 8  # struct iommu_hwpt_kvm_info
-HWPT_ALLOC_MIN_SIZE = 24
-HWPT_ALLOC_SIZE = 40
 
 
 class Open(Message):
@@ -39,13 +29,13 @@ class Stats(Message):
 class IommuHwptAlloc(Message):
     """struct iommu_hwpt_alloc; reply: `out_hwpt_id` [RFC 12/42]."""
 
-    size: U32 = HWPT_ALLOC_SIZE
+    size: U32 = names.HWPT_ALLOC_SIZE
     flags: U32 = 0
     dev_id: U32
     pt_id: U32 = 0
     reserved: U32 = 0
-    data_type: U32 = HWPT_DATA_KVM
-    data_len: U32 = KVM_INFO_BYTES
+    data_type: U32 = names.IOMMU_HWPT_DATA_KVM
+    data_len: U32 = names.HWPT_KVM_INFO_SIZE
     data_uptr: Annotated[bytes, Field(max_length=4096)] | None
     fd_table: Annotated[tuple[int, ...], Field(max_length=1, strict=False)] = ()
 

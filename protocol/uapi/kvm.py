@@ -13,8 +13,6 @@ from pydantic import Field
 
 from protocol.uapi.message import U32, U64, Message
 
-KVM_PATH = "/dev/kvm"
-API_VERSION = 12
 MAX_ACCESSES = 4096
 MAX_TRANSFER = 1 << 20
 MAX_RUN_BYTES = 3 << 20  # of all accesses of one KVM_RUN: what they read must fit in the reply

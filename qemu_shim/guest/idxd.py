@@ -78,5 +78,6 @@ class IdxdWorkQueue:
         self._portal.movdir64b(WQ, descriptor.to_bytes())
         await self._portal.wait_interrupt(slot)
         raw = await self._memory.read(record, COMPLETION_SIZE)
+        await self._memory.write(record, bytes(COMPLETION_SIZE))  # zero again for whoever is next
         self._free.append(slot)
         return CompletionRecord.from_bytes(raw)

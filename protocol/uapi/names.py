@@ -1,0 +1,23 @@
+"""Paths and numbers of the uAPI that both ends say: all a client needs of it.
+
+Apart from the messages, so that who only sends them does not load what checks them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+KVM_PATH: Final = "/dev/kvm"
+KVM_API_VERSION: Final = 12
+KVM_EXIT_MMIO: Final = 6
+
+IOMMU_PATH: Final = "/dev/iommu"
+VFIO_PATH: Final = "/dev/vfio/devices/vfio"  # and the number of the device
+
+IOMMU_HWPT_DATA_NONE: Final = 0
+IOMMU_HWPT_DATA_KVM: Final = 3
+IOMMU_HWPT_ALLOC_NEST_PARENT: Final = 1 << 0
+IOMMU_HWPT_ALLOC_DIRTY_TRACKING: Final = 1 << 1
+HWPT_ALLOC_SIZE: Final = 40  # struct iommu_hwpt_alloc
+HWPT_ALLOC_MIN_SIZE: Final = 24
+HWPT_KVM_INFO_SIZE: Final = 8  # struct iommu_hwpt_kvm_info

@@ -1,0 +1,26 @@
+"""One set of daemons for all tests that leave them as they found them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from qemu_shim.machine import Host, connect_host
+from tests.integration.rig import nothing_left
+from tests.integration.system import System, system
+
+
+@pytest.fixture(scope="session")
+def shared_system() -> Iterator[System]:
+    """Every one of these daemons must end with status 0 after all tests."""
+    with system({"device_sim": ["--devices", "4"]}) as running:
+        yield running
+
+
+@pytest.fixture
+async def host(shared_system: System) -> AsyncIterator[Host]:
+    """The shared daemons; the test must leave nothing in them."""
+    async with connect_host(shared_system.directory) as connected:
+        yield connected
+        await nothing_left(connected)

@@ -1,0 +1,279 @@
+"""`qemu-shim` as a person runs it: what it prints, its exit status, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_shim.daemons import DAEMONS
+from qemu_shim.scenarios.library import SCENARIOS
+from tests.integration.plain import Plain
+from tests.integration.system import BIN, System, short_directory, system, until
+
+LONG_RUN = ["run", "unmap", "--rounds", "100000"]
+RUNS = {
+    "dmatest": "dmatest: dma0chan0-copy0: summary 5 tests, 0 failures",
+    "sharing": "device writes the vCPU's half: 0 EPT violations, 0 page requests",
+    "unmap": "20 rounds of migrate, DONTNEED, slot delete and re-add under DMA",
+}
+
+
+class Scratch:
+    """A temporary directory of its own, by which everything a run leaves behind can be told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.memfds: set[int] = set()
+        self._shm = set(os.listdir("/dev/shm"))
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """In a process group of its own, as a shell starts it."""
+        return subprocess.Popen(
+            [str(BIN / "qemu-shim"), *arguments],
+            env={**os.environ, "TMPDIR": str(self.directory)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def processes(self) -> list[int]:
+        """Those that were told of the directory, by their environment or command."""
+        mark = os.fsencode(self.directory)
+        found = []
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    told = (
+                        Path(f"/proc/{name}/environ").read_bytes()
+                        + Path(f"/proc/{name}/cmdline").read_bytes()
+                    )
+                except OSError:
+                    continue
+                if mark in told:
+                    found.append(int(name))
+        return found
+
+    def wait_working(self) -> None:
+        """Returns once DMA runs; remembers the memory it runs on."""
+        sockets = {spec.name: None for spec in DAEMONS}
+
+        def descriptors() -> int:
+            found = list(self.directory.glob("tdp-*/device_sim.sock"))
+            if not found:
+                return 0
+            peer = Plain.connect(found[0])
+            stats, _ = peer.ask("STATS")
+            peer.close()
+            count: int = stats["devices"]["dsa0"]["descriptors"]
+            return count
+
+        until(lambda: descriptors() > 50, "DMA is running")
+        assert {path.stem for path in self.directory.glob("tdp-*/*.sock")} == set(sockets)
+        assert [path.stat().st_mode & 0o777 for path in self.directory.glob("tdp-*")] == [0o700]
+        for pid in self.processes():
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            assert "/dev/shm/" not in maps
+            self.memfds |= {int(line.split()[4]) for line in maps.splitlines() if "/memfd:tdp-" in line}
+        assert self.memfds
+
+    def daemon(self, name: str) -> int:
+        """The pid of a daemon of the running system."""
+        (pid,) = (
+            pid
+            for pid in self.processes()
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", name.encode()]
+        )
+        return pid
+
+    def check_nothing_left(self) -> None:
+        until(lambda: self.processes() == [], "every process of the run has ended")
+        until(lambda: list(self.directory.iterdir()) == [], "the run's directory is gone")
+        assert self.memfds.isdisjoint(mapped_memfds())
+        assert {name for name in set(os.listdir("/dev/shm")) - self._shm if "tdp" in name} == set()
+
+
+def mapped_memfds() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc"):
+        try:
+            lines = Path(f"/proc/{name}/maps").read_text().splitlines() if name.isdigit() else []
+        except OSError:
+            continue
+        found |= {int(line.split()[4]) for line in lines if "/memfd:tdp-" in line}
+    return found
+
+
+@pytest.fixture
+def scratch() -> Iterator[Scratch]:
+    with short_directory() as directory:
+        made = Scratch(directory)
+        yield made
+        made.check_nothing_left()
+
+
+@pytest.mark.parametrize("scenario", RUNS)
+def test_a_scenario_run_by_hand_says_that_it_held(scratch: Scratch, scenario: str) -> None:
+    status, out, err = scratch.run("run", scenario)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[-1] == f"{scenario}: ok"
+    assert any(line.startswith(RUNS[scenario]) for line in lines)
+    rule = [n for n, line in enumerate(lines) if set(line.strip()) == {"-"}]
+    assert len(rule) == 2
+    table = dict(line.strip().split("   ", 1) for line in lines[rule[0] + 1 : rule[1]])
+    assert int(table["EPT violations"]) > 0
+    assert table["page requests / groups"].split(" / ")[0] != "0"
+
+
+@pytest.mark.parametrize("scenario", RUNS)
+def test_json_is_one_document(scratch: Scratch, shared_system: System, scenario: str) -> None:
+    status, out, err = scratch.run("run", "--json", "--attach", str(shared_system.directory), scenario)
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert (report["scenario"], report["ok"], report["problems"]) == (scenario, True, [])
+    assert report["figures"]["page_requests"] > 0
+
+
+def test_options_reach_the_scenario_and_the_daemons(scratch: Scratch) -> None:
+    status, out, _ = scratch.run("run", "--json", "--log-level", "debug", "sharing", "--pages", "10")
+    assert status == 0
+    assert json.loads(out)["figures"]["faults"] == 10
+
+
+def test_list_names_every_scenario(scratch: Scratch) -> None:
+    status, out, err = scratch.run("list")
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines() if not line.startswith(" ")] == list(SCENARIOS)
+    status, out, err = scratch.run("list", "--json")
+    assert (status, err) == (0, "")
+    assert [scenario["name"] for scenario in json.loads(out)] == list(SCENARIOS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "unmap", "--rounds", "0"], ["run", "sharing", "--pages", "x"]],
+    ids=" ".join,
+)
+def test_a_wrong_command_is_status_2_and_starts_nothing(scratch: Scratch, arguments: list[str]) -> None:
+    status, out, err = scratch.run(*arguments)
+    assert (status, out) == (2, "")
+    assert "usage: qemu-shim" in err
+
+
+def test_a_scenario_that_cannot_be_played_is_status_1(scratch: Scratch) -> None:
+    """On a unit that no KVM HWPT can be made for."""
+    with system({"device_sim": ["--no-snoop-control"]}) as weak:
+        status, out, err = scratch.run("run", "--attach", str(weak.directory), "dmatest")
+        assert (status, err) == (1, "")
+        assert "the remapping unit cannot walk this TDP" in out
+        assert out.splitlines()[-1] == "dmatest: failed"
+        status, out, _ = scratch.run("run", "--attach", str(weak.directory), "--json", "dmatest")
+        assert (status, json.loads(out)["ok"]) == (1, False)
+
+
+@pytest.mark.parametrize("victim", [spec.name for spec in DAEMONS])
+def test_a_daemon_that_dies_fails_the_run(scratch: Scratch, victim: str) -> None:
+    process = scratch.start(*LONG_RUN)
+    scratch.wait_working()
+    os.kill(scratch.daemon(victim), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, (out, err)
+    assert f"{victim} ended with status -9" in out
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_in_the_middle_of_a_run_is_status_130(
+    scratch: Scratch, number: signal.Signals
+) -> None:
+    process = scratch.start(*LONG_RUN)
+    scratch.wait_working()
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "interrupted: every daemon was stopped, nothing is left\n"
+
+
+def test_an_impatient_second_interrupt_changes_nothing(scratch: Scratch) -> None:
+    process = scratch.start(*LONG_RUN)
+    scratch.wait_working()
+    for _ in range(5):
+        os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_an_interrupt_while_the_daemons_start_leaves_nothing(scratch: Scratch) -> None:
+    process = scratch.start(*LONG_RUN)
+    until(lambda: list(scratch.directory.glob("tdp-*")) != [], "the directory is made")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_when_qemu_shim_is_killed_the_daemons_notice(scratch: Scratch) -> None:
+    process = scratch.start(*LONG_RUN)
+    scratch.wait_working()
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_daemons_started_by_hand_serve_one_run_after_the_other(scratch: Scratch) -> None:
+    with system({"kvmd": ["--ram", "4G"], "device_sim": ["--devices", "2"]}) as by_hand:
+        for scenario in RUNS:
+            status, out, err = scratch.run("run", "--attach", str(by_hand.directory), scenario)
+            assert (status, err) == (0, "")
+            assert out.splitlines()[-1] == f"{scenario}: ok"
+            assert {path.name for path in by_hand.directory.glob("*.sock")} == {
+                f"{spec.name}.sock" for spec in DAEMONS
+            }
+        statuses = by_hand.stop()
+        assert statuses == {spec.name: 0 for spec in DAEMONS}
+        assert list(by_hand.directory.glob("*.sock")) == []
+
+
+def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Scratch) -> None:
+    with system() as by_hand:
+        before = {name: by_hand.fds(name) for name in by_hand.names}
+        process = scratch.start("run", "--attach", str(by_hand.directory), *LONG_RUN[1:])
+        peer = Plain.connect(by_hand.socket("device_sim"))
+        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        peer.close()
+        until(lambda: {name: by_hand.fds(name) for name in by_hand.names} == before, "every fd is closed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_daemon_stops_at_a_signal_with_status_0(number: signal.Signals) -> None:
+    with system() as running:
+        for name in reversed(running.names):
+            running.signal(name, number)
+        until(lambda: all(running.exited(name) for name in running.names), "every daemon has ended")
+        assert list(running.directory.glob("*.sock")) == []
+
+
+def test_a_daemon_whose_socket_is_taken_says_so(scratch: Scratch) -> None:
+    with system(None, None, "kvmd") as first:
+        second = subprocess.run(
+            [str(BIN / "kvmd"), "--socket", str(first.socket("kvmd"))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert second.returncode == 2
+        assert "a daemon listens there already" in second.stderr

@@ -1,0 +1,338 @@
+"""Peers that break the protocol lose their connection; the daemon and everybody else lose nothing."""
+
+from __future__ import annotations
+
+import random
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from qemu_shim.daemons import DAEMONS
+from tests.integration.attacks import ATTACKS, BREACHES, SEED, close_all
+from tests.integration.plain import NOTIFY, REQUEST, Plain, frame
+from tests.integration.system import System, system, until
+
+NAMES = tuple(spec.name for spec in DAEMONS)
+
+
+@pytest.fixture(scope="module")
+def attacked() -> Iterator[System]:
+    """Each daemon must end with status 0 after all of it."""
+    with system({"device_sim": ["--devices", "2"]}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bare_unit() -> Iterator[System]:
+    """A device_sim without driver: its link is free."""
+    with system(None, None, "device_sim") as running:
+        yield running
+
+
+def serves(running: System, name: str) -> bool:
+    """A stranger is answered."""
+    peer = Plain.connect(running.socket(name))
+    body, _ = peer.ask("STATS")
+    peer.close()
+    return bool(body)
+
+
+# -- objects: how to come by an fd of each kind ------------------------------------------------------------
+
+
+def process(stack: ExitStack, running: System) -> tuple[Plain, Plain]:
+    door = keep(stack, Plain.connect(running.socket("kvmd")))
+    return door, keep(stack, door.open("MM_CREATE"))
+
+
+def keep(stack: ExitStack, peer: Plain) -> Plain:
+    stack.callback(peer.close)
+    return peer
+
+
+def a_vm(stack: ExitStack, running: System) -> tuple[Plain, Plain, Plain]:
+    door, mm = process(stack, running)
+    dev = keep(stack, door.open("OPEN", {"path": "/dev/kvm"}))
+    vm = keep(stack, dev.open("KVM_CREATE_VM", {}, [mm.sock.fileno()]))
+    return door, mm, vm
+
+
+def a_tdp_fd(stack: ExitStack, running: System) -> tuple[Plain, Plain]:
+    door, _, vm = a_vm(stack, running)
+    vcpu = keep(stack, vm.open("KVM_CREATE_VCPU", {"vcpu_id": 0}))
+    vcpu.ask("KVM_SET_CPUID2", {"maxphyaddr": 46})
+    return door, keep(stack, vm.open("KVM_CREATE_TDP_FD", {"as_id": 0}))
+
+
+def dev_kvm(stack: ExitStack, running: System) -> Plain:
+    door, _ = process(stack, running)
+    return door.open("OPEN", {"path": "/dev/kvm"})
+
+
+def vm(stack: ExitStack, running: System) -> Plain:
+    return a_vm(stack, running)[2]
+
+
+def vcpu(stack: ExitStack, running: System) -> Plain:
+    return a_vm(stack, running)[2].open("KVM_CREATE_VCPU", {"vcpu_id": 3})
+
+
+def mm(stack: ExitStack, running: System) -> Plain:
+    return process(stack, running)[1]
+
+
+def tdp_fd(stack: ExitStack, running: System) -> Plain:
+    return a_tdp_fd(stack, running)[1]
+
+
+def importer(stack: ExitStack, running: System) -> Plain:
+    door, tdp = a_tdp_fd(stack, running)
+    return door.open("TDP_FD_GET", {}, [tdp.sock.fileno()])
+
+
+def registered_importer(stack: ExitStack, running: System) -> Plain:
+    made = importer(stack, running)
+    _, fds = made.ask("TDP_REGISTER_IMPORTER", {"name": "hostile"})
+    close_all(fds)
+    return made
+
+
+def iommufd(stack: ExitStack, running: System) -> Plain:
+    return keep(stack, Plain.connect(running.socket("iommufdd"))).open("OPEN", {"path": "/dev/iommu"})
+
+
+def vfio(stack: ExitStack, running: System) -> Plain:
+    door = keep(stack, Plain.connect(running.socket("iommufdd")))
+    until(lambda: devices_free(door), "the device of the attack before is free")
+    return door.open("OPEN", {"path": "/dev/vfio/devices/vfio1"})
+
+
+def devices_free(door: Plain) -> bool:
+    answer = door.ask("OPEN", {"path": "/dev/vfio/devices/vfio1"})
+    if isinstance(answer, int):
+        return False
+    close_all(answer[1])
+    until(lambda: door.ask("STATS")[0]["devices_bound"] == 0, "unbound")
+    return True
+
+
+def portal(stack: ExitStack, running: System) -> Plain:
+    made = None
+
+    def opened() -> bool:
+        nonlocal made
+        held = keep(stack, vfio(stack, running))
+        io = keep(stack, iommufd(stack, running))
+        held.ask("VFIO_DEVICE_BIND_IOMMUFD", {}, [io.sock.fileno()])
+        answer = held.ask("VFIO_DEVICE_MMAP", {"region": 2})
+        if isinstance(answer, int):
+            return False
+        made = Plain(socket.socket(fileno=answer[1][0]))
+        return True
+
+    assert opened()
+    assert made is not None
+    return made
+
+
+def link(stack: ExitStack, running: System) -> Plain:
+    door = keep(stack, Plain.connect(running.socket("device_sim")))
+    made: list[Plain] = []
+
+    def linked() -> bool:
+        answer = door.ask("LINK")
+        if isinstance(answer, int):
+            return False
+        made.append(Plain(socket.socket(fileno=answer[1][0])))
+        return True
+
+    until(linked, "the link of the attack before is free")
+    return made[0]
+
+
+OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
+    (dev_kvm, "kvmd"),
+    (vm, "kvmd"),
+    (vcpu, "kvmd"),
+    (mm, "kvmd"),
+    (tdp_fd, "kvmd"),
+    (importer, "kvmd"),
+    (registered_importer, "kvmd"),
+    (iommufd, "iommufdd"),
+    (vfio, "iommufdd"),
+    (portal, "device_sim"),
+]
+
+
+def named(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def fds_of(running: System) -> dict[str, int]:
+    return {name: running.fds(name) for name in running.names}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=named)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_front_door_survives(attacked: System, name: str, attack: Callable[[Plain], None]) -> None:
+    witness = Plain.connect(attacked.socket(name))
+    witness.ask("STATS")
+    before = fds_of(attacked)
+    for _ in range(2):
+        peer = Plain.connect(attacked.socket(name))
+        attack(peer)
+        assert serves(attacked, name)
+        peer.close()
+    assert witness.ask("STATS")[0]
+    until(lambda: fds_of(attacked) == before, f"every fd is closed: {before} before, {fds_of(attacked)}")
+    witness.close()
+
+
+@pytest.mark.parametrize("attack", BREACHES, ids=named)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_breach_ends_the_connection(attacked: System, name: str, attack: Callable[[Plain], None]) -> None:
+    peer = Plain.connect(attacked.socket(name))
+    attack(peer)
+    assert peer.hung_up()
+    peer.close()
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=named)
+@pytest.mark.parametrize(("make", "name"), OBJECTS, ids=named)
+def test_an_object_survives_or_goes_alone(
+    attacked: System, make: Callable[[ExitStack, System], Plain], name: str, attack: Callable[[Plain], None]
+) -> None:
+    before = fds_of(attacked)
+    with ExitStack() as stack:
+        peer = make(stack, attacked)
+        attack(peer)
+        assert serves(attacked, name)
+        peer.close()
+    assert all(serves(attacked, other) for other in NAMES)
+    until(lambda: fds_of(attacked) == before, f"every fd is closed: {before} before")
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=named)
+def test_the_link_survives_or_goes_alone(bare_unit: System, attack: Callable[[Plain], None]) -> None:
+    before = fds_of(bare_unit)
+    with ExitStack() as stack:
+        peer = link(stack, bare_unit)
+        attack(peer)
+        assert serves(bare_unit, "device_sim")
+        peer.close()
+    until(lambda: fds_of(bare_unit) == before, "every fd is closed")
+
+
+def test_a_request_id_in_use_ends_the_connection(attacked: System) -> None:
+    """An unregister is answered only when the lease has ended: until then its id is taken."""
+    before = fds_of(attacked)
+    with ExitStack() as stack:
+        peer = importer(stack, attacked)
+        _, fds = peer.ask("TDP_REGISTER_IMPORTER", {"name": "hostile"})
+        peer.send(frame(REQUEST, 50, {"op": "TDP_UNREGISTER_IMPORTER"}))
+        peer.send(frame(REQUEST, 50, {"op": "TDP_GET_METADATA"}))
+        assert peer.hung_up()
+        close_all(fds)
+        peer.close()
+    until(lambda: fds_of(attacked) == before, "every fd is closed")
+
+
+def test_more_unanswered_requests_than_allowed_end_the_connection(attacked: System) -> None:
+    """An importer that does not ack holds up every change of the process's memory."""
+    before = fds_of(attacked)
+    with ExitStack() as stack:
+        door, memory, guest = a_vm(stack, attacked)
+        hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
+        region = {"slot": 0, "flags": 0, "guest_phys_addr": 0, "memory_size": 4096, "userspace_addr": hva}
+        guest.ask("KVM_SET_USER_MEMORY_REGION", region)
+        cpu = keep(stack, guest.open("KVM_CREATE_VCPU", {"vcpu_id": 0}))
+        cpu.ask("KVM_SET_CPUID2", {"maxphyaddr": 46})
+        tdp = keep(stack, guest.open("KVM_CREATE_TDP_FD", {"as_id": 0}))
+        peer = keep(stack, door.open("TDP_FD_GET", {}, [tdp.sock.fileno()]))
+        _, fds = peer.ask("TDP_REGISTER_IMPORTER", {"name": "hostile"})
+        cpu.ask("KVM_RUN", {"accesses": [(0, b"x")]})
+        drop = {"op": "MADVISE", "addr": hva, "size": 4096, "advice": "dontneed"}
+        memory.send(b"".join(frame(REQUEST, n, drop) for n in range(100, 5000)))
+        assert memory.hung_up()
+        assert serves(attacked, "kvmd")
+        assert door.ask("STATS")[0]["frames"] == 1
+        close_all(fds)
+    until(lambda: fds_of(attacked) == before, "every fd is closed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_storm_of_peers_that_hang_up_at_once_leaves_nothing(attacked: System, name: str) -> None:
+    before = fds_of(attacked)
+    for n in range(500):
+        peer = Plain.connect(attacked.socket(name))
+        if n % 2:
+            peer.send(frame(REQUEST, 1, {"op": "STATS"}))
+        peer.close()
+    assert serves(attacked, name)
+    until(lambda: fds_of(attacked) == before, "every fd is closed")
+
+
+def test_objects_made_and_dropped_in_a_storm_leave_nothing(attacked: System) -> None:
+    before = fds_of(attacked)
+    for _ in range(50):
+        with ExitStack() as stack:
+            keep(stack, registered_importer(stack, attacked))
+            keep(stack, portal(stack, attacked))
+    until(lambda: fds_of(attacked) == before, "every fd is closed")
+    witness = Plain.connect(attacked.socket("kvmd"))
+    assert witness.ask("STATS")[0]["vms"] == []
+    witness.close()
+
+
+@pytest.mark.parametrize(
+    ("op", "body"),
+    [
+        ("MEMORY_ADD", {"windows": [["tables", 0, 4096]]}),
+        ("MEMORY_ADD", {"windows": [["tables", 1 << 20, 1 << 40]]}),
+        ("MEMORY_ADD", {"windows": [["nonsense", 1 << 20, 4096]]}),
+        ("MEMORY_ADD", {"windows": [["frames", 1 << 32, 4097]]}),
+        ("MEMORY_ADD", {"windows": [["frame_tags", 1 << 32, 8]]}),
+        ("MEMORY_ADD", {"windows": [["frame_tags", 12345, 4095]]}),
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be_are_refused(bare_unit: System, op: str, body: dict[str, object]) -> None:
+    """What the driver hands over is checked, whoever it is."""
+    before = fds_of(bare_unit)
+    with ExitStack() as stack, tempfile.TemporaryFile() as file:
+        file.truncate(1 << 20)
+        driver = keep(stack, link(stack, bare_unit))
+        answer = driver.ask(op, body, [file.fileno(), file.fileno()])
+        assert isinstance(answer, int) or body["windows"][0][0] == "frame_tags"  # type: ignore[index]
+        assert serves(bare_unit, "device_sim")
+    until(lambda: fds_of(bare_unit) == before, "every fd is closed")
+
+
+def test_descriptors_of_random_bytes_are_refused_or_run(bare_unit: System) -> None:
+    chance = random.Random(SEED)
+    with ExitStack() as stack:
+        driver = keep(stack, link(stack, bare_unit))
+        for _ in range(300):
+            ring = chance.randbytes(chance.choice((16, 32, 64, 33)))
+            driver.ask("QI", {"descriptors": ring, "prq_consumed": chance.randrange(3)})
+            driver.send(frame(NOTIFY, 0, {"op": "QI", "descriptors": ring}))
+            driver.ask("PASID_ENTRY", {"rid": 0x6A08, "pasid": 0, "entry": chance.randbytes(64)})
+        assert serves(bare_unit, "device_sim")
+
+
+def test_dsa_descriptors_of_random_bytes_are_answered(attacked: System) -> None:
+    chance = random.Random(SEED)
+    with ExitStack() as stack:
+        guest = keep(stack, portal(stack, attacked))
+        guest.ask("WQ_CONFIG", {"wq": 0, "size": 16, "dedicated": True, "block_on_fault": True})
+        guest.ask("WQ_CONFIG", {"wq": 1, "size": 16, "dedicated": False, "block_on_fault": False})
+        for _ in range(200):
+            guest.send(frame(NOTIFY, 0, {"op": "MOVDIR64B", "wq": 0, "descriptor": chance.randbytes(64)}))
+            guest.send(frame(NOTIFY, 0, {"op": "MOVDIR64B", "wq": 1, "descriptor": chance.randbytes(64)}))
+        guest.send(frame(REQUEST, 999, {"op": "DRAIN"}))
+        while guest.receive()[1] != 999:
+            pass
+        assert serves(attacked, "device_sim")
