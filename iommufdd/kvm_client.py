@@ -39,13 +39,20 @@ class KvmTdp:
         self._channel: Channel | None = None
 
     async def open(self, loop: Loop, kvmd: Path) -> None:
-        """EOPNOTSUPP: no KVM; EINVAL: not a TDP FD."""
+        """EOPNOTSUPP: no KVM; EINVAL: not a TDP FD; EMFILE."""
+        try:
+            copy = os.dup(self._tdp_fd)
+        except OSError:
+            raise UapiError(errno.EMFILE, "no room in our fd table") from None
         try:
             door = Channel(loop, connect_now(kvmd), "kvmd")
         except OSError as error:
+            os.close(copy)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UapiError(errno.EMFILE, "no room in our fd table") from None
             raise UapiError(errno.EOPNOTSUPP, f"KVM is not loaded: {kvmd}: {error.strerror}") from None
         try:
-            reply = await door.call("TDP_FD_GET", {}, [os.dup(self._tdp_fd)])
+            reply = await door.call("TDP_FD_GET", {}, [copy])
         except PeerGone:
             raise UapiError(errno.EOPNOTSUPP, "KVM went away") from None
         finally:

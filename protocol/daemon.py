@@ -78,6 +78,9 @@ def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) ->
     """Run a daemon until it is told to stop; its exit status."""
     refuse_optimised()
     configure_log(options.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # While `_run` is not listening, before and after, a signal ends us just as cleanly.
+        signal.signal(number, lambda *_: sys.exit(0))
     status = EXIT_CANNOT_START
     try:
         status = trio.run(_run, name, options, build)
@@ -112,7 +115,8 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
         if options.exit_with_stdin:
             loop.register(0, on_stdin)
         try:
-            await app.start()
+            if not await _start(app, stop):
+                return 0
             listener = Listener(loop, options.socket, app.on_connect)
             log.info("ready", daemon=name, socket=str(options.socket), pid=os.getpid())
             await stop.wait()
@@ -125,6 +129,20 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
     loop.close()
     log.info("stopped", daemon=name, bugs=crashes)
     return 1 if crashes else 0
+
+
+async def _start(app: App, stop: trio.Event) -> bool:
+    """False if we are told to stop while peers we need are not there yet."""
+    async with trio.open_nursery() as starting:
+
+        async def give_up() -> None:
+            await stop.wait()
+            starting.cancel_scope.cancel()
+
+        starting.start_soon(give_up)
+        await app.start()
+        starting.cancel_scope.cancel()
+    return not stop.is_set()
 
 
 async def _stop_on_signal(stop: trio.Event, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:

@@ -35,5 +35,9 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
+# Linux has one number for both; the kernel's documents say the second.
+_NAMES: dict[int, str] = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
+
 def errno_name(errno: int) -> str:
-    return _errno.errorcode.get(errno, f"errno {errno}")
+    return _NAMES.get(errno, f"errno {errno}")

@@ -1,8 +1,9 @@
 """The embedded default: daemons as child processes in a private directory, gone when we are.
 
 Each daemon gets its own session, so that a Ctrl-C reaches us alone and they are stopped in order; each
-watches its standard input, a pipe of ours, so that they stop even if we are killed.  Their logs go to
-files in the directory; a daemon that fails has the end of its log shown.
+watches its standard input, a pipe of ours, so that they stop even if we are killed.  Their
+logs go to files in the directory, which only a kill of ours leaves behind; a daemon that fails has the
+end of its log shown.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ STOP_PATIENCE_S = 10.0
 READY_PATIENCE_S = 30.0
 READY_POLL_S = 0.002
 LOG_TAIL_LINES = 15
-# Removes the directory even if we are killed: our end of its standard input closes with us.
-SWEEPER = ("/bin/sh", "-c", 'cat >/dev/null; rm -rf -- "$1"', "sweeper")
 
 
 class DaemonFailed(Exception):
@@ -116,11 +115,7 @@ async def supervised(
     """
     directory = Path(tempfile.mkdtemp(prefix="tdp-"))
     supervisor = Supervisor(directory, extra or {}, log_level)
-    sweeper = None
     try:
-        sweeper = await trio.lowlevel.open_process(
-            [*SWEEPER, str(directory)], stdin=subprocess.PIPE, start_new_session=True
-        )
         await supervisor.start()
         await supervisor.wait_ready()
         yield supervisor
@@ -128,8 +123,5 @@ async def supervised(
         with trio.CancelScope(shield=True):
             problems = await supervisor.stop()
             shutil.rmtree(directory, ignore_errors=True)
-            if sweeper is not None and sweeper.stdin is not None:
-                await sweeper.stdin.aclose()
-                await sweeper.wait()
         if problems:  # they say more than what the scenario met because of them
             raise DaemonFailed("\n".join(problems))

@@ -1,6 +1,7 @@
 """Paths and numbers of the uAPI that both ends say: all a client needs of it.
 
-Apart from the messages, so that who only sends them does not load what checks them.
+Apart from the messages, so that whoever only sends them does not load what checks them: that
+is a good part of a client's start.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -229,6 +230,10 @@ def test_when_qemu_shim_is_killed_the_daemons_notice(scratch: Scratch) -> None:
     process.kill()
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
+    until(lambda: scratch.processes() == [], "every daemon has ended")
+    (left,) = scratch.directory.glob("tdp-*")
+    assert {path.suffix for path in left.iterdir()} == {".log"}  # nobody was there to remove them
+    shutil.rmtree(left)
 
 
 def test_daemons_started_by_hand_serve_one_run_after_the_other(scratch: Scratch) -> None:
