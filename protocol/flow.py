@@ -104,6 +104,19 @@ class Flows:
         self._step(running)
         return running.done
 
+    def begin(self, coro: Flow[T]) -> T | Wait[T]:
+        """Like `start`, for callers who want a flow that never waits to cost next to nothing: its result,
+        or its exception, is the call's; a Wait only if there is one.
+        """
+        try:
+            wait = coro.send(None)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        done: Wait[T] = Wait()
+        self._suspend(_Running(coro, done), wait)
+        return done
+
     def spawn(self, coro: Flow[None]) -> None:
         """Start a flow nobody awaits; if it raises, `on_crash` is told."""
         self.start(coro).on_done(self._check_crash)
@@ -140,14 +153,17 @@ class Flows:
         except Exception as error:
             running.done.fail(error)
         else:
-            assert isinstance(wait, Wait), f"a flow may await only a Wait, not {wait!r}"
-            self._waiting[running] = None
+            self._suspend(running, wait)
 
-            def resume(_: Wait[Any]) -> None:
-                if self._waiting.pop(running, running) is None:
-                    self._ready.append(running)
+    def _suspend(self, running: _Running[Any], wait: object) -> None:
+        assert isinstance(wait, Wait), f"a flow may await only a Wait, not {wait!r}"
+        self._waiting[running] = None
 
-            wait.on_done(resume)
+        def resume(_: Wait[Any]) -> None:
+            if self._waiting.pop(running, running) is None:
+                self._ready.append(running)
+
+        wait.on_done(resume)
 
     def _check_crash(self, wait: Wait[None]) -> None:
         try:

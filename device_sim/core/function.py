@@ -184,11 +184,14 @@ class Function:
             return 0
         self._count_hits(src, count)
         self._count_hits(dst, count)
-        self._note_stale("after", src, count, write=False)
-        self._note_stale("after", dst, count, write=True)
+        tagged = self._memory.tags is not None
+        if tagged:
+            self._note_stale("after", src, count, write=False)
+            self._note_stale("after", dst, count, write=True)
         self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
-        self._note_stale("while", src, count, write=False)
-        self._note_stale("while", dst, count, write=True)
+        if tagged:
+            self._note_stale("while", src, count, write=False)
+            self._note_stale("while", dst, count, write=True)
         return count
 
     def _count_hits(self, iova: int, size: int) -> None:

@@ -40,6 +40,10 @@ _UNPACK = msgpack.unpackb
 
 log = structlog.get_logger("rpc")
 
+# One for all channels of the process: what is in it is handled before anybody receives again.
+_BUFFER = memoryview(bytearray(RECV_BYTES))
+_BUFFERS = (_BUFFER,)
+
 Body = dict[str, Any]
 
 
@@ -235,7 +239,7 @@ class Channel:
 
     def _receive(self) -> None:
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(RECV_BYTES, _ANCILLARY_BYTES, _CLOEXEC)
+            count, ancillary, flags, _ = self._sock.recvmsg_into(_BUFFERS, _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
             return
         except OSError as error:
@@ -243,10 +247,10 @@ class Channel:
             return
         if ancillary or flags & _CTRUNC:
             self._collect_fds(ancillary, truncated=bool(flags & _CTRUNC))
-        if not data:
+        if not count:
             self._lost("hung up")
             return
-        for kind, nfds, body in self._framer.feed(data):
+        for kind, nfds, body in self._framer.feed(_BUFFER[:count]):
             try:
                 self._handle(kind, nfds, body)
             except PeerError:

@@ -17,7 +17,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from protocol.errors import PeerError, UapiError
-from protocol.rpc.channel import Body, Channel, Fds, Serve
+from protocol.flow import Wait
+from protocol.rpc.channel import Body, Channel, Fds, PeerGone, Serve
 
 Obj = TypeVar("Obj")
 M = TypeVar("M", bound=BaseModel)
@@ -79,23 +80,38 @@ class Service(Generic[Obj]):
             try:
                 result = self._run(obj, body, fds)
                 if type(result) is CoroutineType:
-                    self._serve_flow(channel, request_id, body, fds, result)
-                    return
+                    ended = channel.loop.flows.begin(result)
+                    if isinstance(ended, Wait):
+                        ended.on_done(lambda wait: self._finish(channel, request_id, body, fds, wait))
+                        return
+                    result = ended
                 _answer(channel, request_id, result)  # type: ignore[arg-type]
             except UapiError as error:
                 channel.answer_error(request_id, error)
-                fds.close()
-                return
+            except PeerGone as error:  # somebody we needed for this went away
+                channel.answer_error(request_id, UapiError(errno.ENODEV, str(error)))
             except PeerError:
                 fds.close()
                 raise
             except Exception as error:
                 channel.answer_error(request_id, _internal(self.name, body))
-                fds.close()
-                raise _Crash(f"{self.name}: {body.get('op')!r}") from error
+                channel.loop.report(_crash(self.name, body, error))
             fds.close()
 
         return serve
+
+    def _finish(self, channel: Channel, request_id: int, body: Body, fds: Fds, wait: Wait[Any]) -> None:
+        """A flow that had to wait is over."""
+        try:
+            _answer(channel, request_id, wait.result())
+        except UapiError as error:
+            channel.answer_error(request_id, error)
+        except PeerError as error:
+            channel.answer_error(request_id, UapiError(errno.ENODEV, str(error)))
+        except Exception as error:
+            channel.answer_error(request_id, _internal(self.name, body))
+            channel.loop.report(_crash(self.name, body, error))
+        fds.close()
 
     def bind_notify(self, obj: Obj) -> Callable[[Channel, Body, Fds], None]:
         """The same for notifications; one that is unknown or malformed ends the connection."""
@@ -128,32 +144,15 @@ class Service(Generic[Obj]):
             raise UapiError(errno.EINVAL, f"{op}: {_explain(error)}") from None
         return run(obj, message, fds)
 
-    def _serve_flow(
-        self,
-        channel: Channel,
-        request_id: int,
-        body: Body,
-        fds: Fds,
-        flow: Coroutine[Any, None, Body | Answer],
-    ) -> None:
-        async def run() -> None:
-            try:
-                _answer(channel, request_id, await flow)
-            except UapiError as error:
-                channel.answer_error(request_id, error)
-            except PeerError as error:  # somebody we needed for this went away
-                channel.answer_error(request_id, UapiError(errno.ENODEV, str(error)))
-            except Exception as error:
-                channel.answer_error(request_id, _internal(self.name, body))
-                raise _Crash(f"{self.name}: {body.get('op')!r}") from error
-            finally:
-                fds.close()
-
-        channel.loop.flows.spawn(run())
-
 
 class _Crash(Exception):
     """Our bug surfaced while serving a request: the loop's on_crash logs it, with its cause."""
+
+
+def _crash(name: str, body: Body, cause: Exception) -> _Crash:
+    crash = _Crash(f"{name}: {body.get('op')!r:.100}")
+    crash.__cause__ = cause
+    return crash
 
 
 def _answer(channel: Channel, request_id: int, result: Body | Answer) -> None:

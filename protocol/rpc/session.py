@@ -57,15 +57,16 @@ class Framer:
     def __init__(self) -> None:
         self._partial = b""
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
-        """Frames completed by `data`.  Raises PeerError on a header past a limit."""
+    def feed(self, view: memoryview) -> Iterator[Frame]:
+        """Frames completed by `view`, which the caller may reuse afterwards.  Raises PeerError on a header
+        past a limit.
+        """
         if self._partial:
-            data = self._partial + data
+            view = memoryview(self._partial + view)
             self._partial = b""
-        view = memoryview(data)
-        at, end = 0, len(data)
+        at, end = 0, len(view)
         while end - at >= HEADER_BYTES:
-            body_bytes, nfds, kind = HEADER.unpack_from(data, at)
+            body_bytes, nfds, kind = HEADER.unpack_from(view, at)
             if body_bytes > MAX_BODY_BYTES or nfds > MAX_FDS or kind >= len(KINDS):
                 raise PeerError(f"header: {body_bytes} bytes, {nfds} fds, kind {kind}")
             stop = at + HEADER_BYTES + body_bytes
@@ -74,7 +75,7 @@ class Framer:
             yield _new(Frame, (KINDS[kind], nfds, view[at + HEADER_BYTES : stop]))
             at = stop
         if at < end:
-            self._partial = data[at:]
+            self._partial = bytes(view[at:])
 
     @property
     def partial_bytes(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_sim.core.devtlb import MAX_ENTRIES, DevTlb
+from device_sim.core.devtlb import MAX_BLOCKS, MAX_HUGE, DevTlb
 from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level
 
 R, W = 1, 2
@@ -111,17 +111,18 @@ def test_an_invalidation_takes_both_rights() -> None:
     assert list(devtlb.entries()) == []
 
 
-def test_beyond_its_capacity_the_oldest_entry_of_that_right_goes() -> None:
+@pytest.mark.parametrize(("level", "capacity"), [(1, MAX_BLOCKS), (2, MAX_HUGE)])
+def test_beyond_its_capacity_the_oldest_2_mib_of_that_right_go(level: int, capacity: int) -> None:
     devtlb = DevTlb()
-    fill(devtlb, 1 << 20, HOST, rights=W)
-    for page in range(MAX_ENTRIES):
-        fill(devtlb, page, HOST, rights=R)
+    fill(devtlb, 1 << 30, HOST, rights=W)
+    for n in range(capacity):
+        fill(devtlb, n * 512, HOST, level, rights=R)
     assert devtlb.runs(0, 8, False)[1] == 8
-    fill(devtlb, MAX_ENTRIES, HOST, rights=R)
+    fill(devtlb, capacity * 512, HOST, level, rights=R)
     assert devtlb.runs(0, 8, False)[1] == 0
-    assert devtlb.runs(PAGE, 8, False)[1] == 8
-    assert devtlb.runs(1 << 32, 8, True)[1] == 8
-    assert sum(1 for _ in devtlb.entries()) == MAX_ENTRIES + 1
+    assert devtlb.runs(512 * PAGE, 8, False)[1] == 8
+    assert devtlb.runs(1 << 42, 8, True)[1] == 8
+    assert sum(1 for _ in devtlb.entries()) == capacity + 1
 
 
 def test_the_tag_of_a_page_is_that_of_the_walk_that_filled_it() -> None:
