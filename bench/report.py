@@ -133,6 +133,7 @@ def _footer(run: Run) -> list[str]:
     lines = [
         f"{where}; p50 and p99 are medians over rounds.",
         "A ratio is the median of those of each round: '<=' wants ours / limit, '>=' wants rival / ours.",
+        f"{platform.python_implementation()} {platform.python_version()}, {platform.python_compiler()}.",
     ]
     disturbed = sum(share > FOREIGN_MAX for share in run.foreign)
     if disturbed:

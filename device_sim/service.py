@@ -7,7 +7,6 @@ translated any more, caches are empty, memory is unmapped and its leases end, po
 from __future__ import annotations
 
 import errno
-import socket
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -22,6 +21,7 @@ from device_sim.memory import MappedMemory
 from protocol.errors import UapiError
 from protocol.hw.fields import FormatError
 from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.door import Door
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Notification, Service
@@ -57,7 +57,7 @@ class DeviceSim:
         self.devices = {rid: self._device(n, rid) for n, rid in enumerate(settings.rids)}
         self.link: Channel | None = None
         self._event_due = False
-        self._front: dict[Channel, None] = {}
+        self.door = Door(loop, FRONT_DOOR, self)
 
     def _device(self, number: int, rid: int) -> Device:
         function = Function(rid, self.unit, self.memory.physical, perf_counter_ns)
@@ -67,19 +67,8 @@ class DeviceSim:
     async def start(self) -> None:
         """The silicon needs nobody."""
 
-    def on_connect(self, sock: socket.socket) -> None:
-        channel = Channel(
-            self.loop,
-            sock,
-            "device_sim",
-            on_request=FRONT_DOOR.bind(self),
-            on_close=lambda c: self._front.pop(c, None),
-        )
-        self._front[channel] = None
-
     def close(self) -> None:
-        for channel in list(self._front):
-            channel.close()
+        self.door.close()
         self.files.close()
 
     def _on_event(self) -> None:

@@ -80,8 +80,12 @@ class KvmTdp:
         return reply.body["windows"], reply.fds
 
     async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None:
+        assert self._channel is not None
         body = {"mm": self._mm, "gfn": gfn, "read": read, "write": write, "exec": exec}
-        await self._ask("TDP_FAULT", body)
+        try:
+            await self._channel.call("TDP_FAULT", body)  # not through _ask: this is the path of every fault
+        except PeerGone:
+            raise UapiError(errno.ENODEV, "KVM went away") from None
 
     async def unregister(self) -> None:
         await self._ask("TDP_UNREGISTER_IMPORTER")

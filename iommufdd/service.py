@@ -8,7 +8,6 @@ the safe order.
 from __future__ import annotations
 
 import errno
-import socket
 from dataclasses import dataclass, field
 
 import structlog
@@ -27,7 +26,8 @@ from protocol.hw.fields import FormatError
 from protocol.hw.pasid_entry import FIRST_SS_DID
 from protocol.hw.prq import PAGE_REQUEST_SIZE, PageRequest
 from protocol.hw.qi import ResponseCode
-from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.door import Door
 from protocol.rpc.files import Files, inode_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
@@ -74,26 +74,15 @@ class Iommufdd:
         self.page_requests = 0
         self.responses = 0
         self.faults_recorded = 0
-        self._front: dict[Channel, None] = {}
+        self.door = Door(loop, FRONT_DOOR, self)
         self._closing = False
 
     async def start(self) -> None:
         await self.silicon.probe(self.settings.device)
 
-    def on_connect(self, sock: socket.socket) -> None:
-        channel = Channel(
-            self.loop,
-            sock,
-            "iommufdd",
-            on_request=FRONT_DOOR.bind(self),
-            on_close=lambda c: self._front.pop(c, None),
-        )
-        self._front[channel] = None
-
     def close(self) -> None:
         self._closing = True
-        for channel in list(self._front):
-            channel.close()
+        self.door.close()
         self.files.close()
 
     # -- interrupts ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -29,6 +28,7 @@ from kvmd.memory import HostMemory
 from protocol.errors import UapiError
 from protocol.flow import Flow
 from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.door import Door
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
@@ -90,24 +90,13 @@ class Kvmd:
         self.files = Files(loop)
         self.vms: list[Kvm] = []
         self.mms: dict[int, MmFile] = {}
-        self._front: dict[Channel, None] = {}
+        self.door = Door(loop, FRONT_DOOR, self)
 
     async def start(self) -> None:
         """kvmd needs nobody."""
 
-    def on_connect(self, sock: socket.socket) -> None:
-        channel = Channel(
-            self.loop,
-            sock,
-            "kvmd",
-            on_request=FRONT_DOOR.bind(self),
-            on_close=lambda c: self._front.pop(c, None),
-        )
-        self._front[channel] = None
-
     def close(self) -> None:
-        for channel in list(self._front):
-            channel.close()
+        self.door.close()
         self.files.close()
         self.memory.close()
 

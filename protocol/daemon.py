@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import structlog
 import trio
 
 from protocol.errors import PeerError, UapiError, leaves
+from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 
@@ -33,7 +33,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class App(Protocol):
     """What a daemon is, apart from its main."""
 
-    def on_connect(self, sock: socket.socket) -> None: ...
+    door: Door[Any]
 
     async def start(self) -> None:
         """Runs before the socket appears, with the loop serving: reach the peers it needs."""
@@ -117,7 +117,7 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
         try:
             if not await _start(app, stop):
                 return 0
-            listener = Listener(loop, options.socket, app.on_connect)
+            listener = Listener(loop, options.socket, app.door.open)
             log.info("ready", daemon=name, socket=str(options.socket), pid=os.getpid())
             await stop.wait()
         finally:

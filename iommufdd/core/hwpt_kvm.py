@@ -22,7 +22,7 @@ from protocol.errors import UapiError
 from protocol.hw.caps import Cap
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import Descriptor, ResponseCode
-from protocol.units import Iova, gfn_of, gpa_of_iova
+from protocol.units import gfn_of, gpa_of_iova
 
 
 class Tdp(Protocol):
@@ -57,22 +57,20 @@ class HwptKvm(Object):
 
     async def fault(self, request: PageRequest) -> ResponseCode:
         """Have KVM populate one page [RFC 15/42]."""
-        code = await self._fault(request)
+        code = ResponseCode.SUCCESS
+        if request.addr >> self.domain.width:  # a guest address, so no CPU canonicality (defect B-31)
+            code = ResponseCode.INVALID
+        else:
+            gfn = gfn_of(gpa_of_iova(request.addr))
+            try:
+                await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
+            except UapiError as error:
+                # Failure makes PCIe stop the function's page requests for good: only for what concerns
+                # more than this page (defect B-37).
+                about_page = error.errno in (errno.EFAULT, errno.EINVAL)
+                code = ResponseCode.INVALID if about_page else ResponseCode.FAILURE
         self.faults[code] += 1
         return code
-
-    async def _fault(self, request: PageRequest) -> ResponseCode:
-        if request.addr >> self.domain.width:  # a guest address, so no CPU canonicality (defect B-31)
-            return ResponseCode.INVALID
-        gfn = gfn_of(gpa_of_iova(Iova(request.addr)))
-        try:
-            await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
-        except UapiError as error:
-            # Failure makes PCIe stop the function's page requests for good: only for what concerns
-            # more than this page (defect B-37).
-            about_page = error.errno in (errno.EFAULT, errno.EINVAL)
-            return ResponseCode.INVALID if about_page else ResponseCode.FAILURE
-        return ResponseCode.SUCCESS
 
     async def invalidate(self, start: int, size: int, epoch: int) -> None:
         """KVM flushed: drop every cached translation of the range, then return (the ack).

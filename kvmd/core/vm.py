@@ -174,7 +174,7 @@ class Kvm:
         return bool(self._in_progress)
 
     def _is_changing(self, hva: Hva) -> bool:
-        return any(start <= hva < end for start, end in self._in_progress)
+        return bool(self._in_progress) and any(start <= hva < end for start, end in self._in_progress)
 
     def _tell_walkers(self, span: GfnSpan | None, epoch: int) -> list[Wait[None]]:
         """CPUs first, then importers [RFC 42/42]."""

@@ -21,6 +21,7 @@ from protocol.flow import Flows, Wait
 POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
 SERVE_NS = 10_000_000  # of serving, then other trio tasks get a turn: one costs as much as a message
 ASK_NS = 1_000_000  # of asking and being answered, then the other tasks of a client get a turn
+MAX_EVENTS = 64  # of one wait; the default allocates room for a thousand each time
 WATCHDOG_S = 0.5
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Loop:
 
     def turn(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` for events and serve them.  False when there were none."""
-        events = self._epoll.poll(timeout_s)
+        events = self._epoll.poll(timeout_s, MAX_EVENTS)
         for fd, what in events:
             callback = self._ready.get(fd)  # an earlier event may have closed it
             if callback is not None:

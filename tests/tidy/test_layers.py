@@ -44,7 +44,7 @@ WRITERS = {"TableWriter"}  # the one thing in pt that only the owner of the tabl
 
 SHELL_OF_PROTOCOL = (
     "uapi",
-    *(f"rpc.{shell}" for shell in ("channel", "files", "loop", "service", "socket")),
+    *(f"rpc.{shell}" for shell in ("channel", "door", "files", "loop", "service", "socket")),
     "daemon",
 )
 IMPURE = {

@@ -28,7 +28,7 @@ class Client:
         self.wire = wire
         self.app = Kvmd(wire.loop, Settings(GIB, MIB, CpuFeatures(), False))
         ours, theirs = socket.socketpair()
-        self.app.on_connect(theirs)
+        self.app.door.open(theirs)
         self.door = wire.channel(ours, "door")
         self.fds: dict[str, int] = {}
 

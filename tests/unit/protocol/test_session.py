@@ -15,7 +15,7 @@ Plain = tuple[int, int, bytes]
 
 
 def feed(framer: Framer, data: bytes) -> list[Plain]:
-    return [(frame.kind, frame.nfds, bytes(frame.body)) for frame in framer.feed(data)]
+    return [(frame.kind, frame.nfds, bytes(frame.body)) for frame in framer.feed(memoryview(data))]
 
 
 def test_a_header_is_length_fds_kind() -> None:

@@ -1,0 +1,19 @@
+"""For all tests: how hypothesis searches.
+
+No deadline, because machines are shared and no test asserts an absolute time; the same examples each
+time in CI, so that a red run means a change, and new ones everywhere else.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "project",
+    deadline=None,
+    derandomize=os.environ.get("CI") == "true",
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("project")
