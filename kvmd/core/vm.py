@@ -25,7 +25,7 @@ from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva, Level
+from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva
 
 MAX_VCPUS = 1024
 SEQ_MASK = (1 << 64) - 1
@@ -265,7 +265,3 @@ class Kvm:
         self.mmu.drop_all()
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)
-
-    @property
-    def tdp_levels(self) -> Level:
-        return self._role(self.maxphyaddr, 0).level

@@ -46,19 +46,3 @@ def table_of(entry: int) -> Hpa:
 def pfn_of(entry: int) -> Pfn:
     """Frame a leaf maps (the first one, for a huge leaf)."""
     return Pfn((entry & bits.ADDRESS_MASK) >> PAGE_SHIFT)
-
-
-def describe(entry: int, level: Level) -> str:
-    """One line for a person: `leaf hpa 0x100000000 rwx ad wb`."""
-    if entry == bits.EMPTY:
-        return "absent"
-    if is_frozen(entry):
-        return "frozen"
-    if not is_present(entry):
-        return f"not present {entry:#018x}"
-    rights = "".join(
-        c if entry & m else "-" for c, m in zip("rwx", (bits.READ, bits.WRITE, bits.EXEC), strict=True)
-    )
-    ad = "".join(c if entry & m else "-" for c, m in zip("ad", (bits.ACCESSED, bits.DIRTY), strict=True))
-    kind = "leaf" if is_leaf(entry, level) else "table"
-    return f"{kind} {entry & bits.ADDRESS_MASK:#x} {rights} {ad}"

@@ -79,18 +79,3 @@ def test_the_address_is_bits_51_to_12() -> None:
 def test_writable_is_bit_1_alone() -> None:
     assert entry.is_writable(LEAF_4K)
     assert not entry.is_writable(LEAF_4K & ~2)
-
-
-@pytest.mark.parametrize(
-    ("value", "level", "said"),
-    [
-        (0, 1, "absent"),
-        (0x5A0, 1, "frozen"),
-        (7, 1, "not present 0x0000000000000007"),
-        (LEAF_4K, 1, "leaf 0x123456000 rwx ad"),
-        (0x0800_0001_2345_6175, 1, "leaf 0x123456000 r-x a-"),
-        (TABLE, 3, "table 0x102000 rwx a-"),
-    ],
-)
-def test_an_entry_is_described_for_people(value: int, level: int, said: str) -> None:
-    assert entry.describe(value, Level(level)) == said
