@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import socket
@@ -166,6 +167,7 @@ def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
 
     importer._on_request = ack
     held = client.call(importer, "TDP_REGISTER_IMPORTER", name="unit").fds
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         client.call(made["vcpu"], "KVM_RUN", accesses=[(0x10_0000, b"x")])
