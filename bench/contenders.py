@@ -2,8 +2,7 @@
 
 `CRival` is built from `rivals/` with the system's C compiler, in a directory that goes when the run
 ends.  `Program` is any command that prints {"p50": ns, "p99": ns}, and may add "parts".  `Loop` times
-a Python callable in this process.  `Given` is a limit that is simply stated.  `Unwritten` keeps a
-figure's place until our side of it exists.
+a Python callable in this process.  `Given` is a limit that is simply stated.
 """
 
 from __future__ import annotations
@@ -72,12 +71,13 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """`setup()` once per round gives the callable to time."""
+    """`setup()` once per round gives the callable to time; one call of it does the thing `each` times."""
 
     name: str
     setup: Callable[[], Callable[[], object]]
     count: Callable[[Bench], int]
     batch: int = 1
+    each: int = 1
     unit: Unit = Unit.NS
     pinned: bool = True
 
@@ -85,8 +85,8 @@ class Loop:
         pass
 
     def measure(self, bench: Bench) -> Sample:
-        p50, p99 = percentiles(time_each(self.setup(), self.count(bench), self.batch))
-        return Sample(p50, p99)
+        p50, p99 = percentiles(time_each(self.setup(), self.count(bench) // self.each, self.batch))
+        return Sample(p50 / self.each, p99 / self.each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +103,6 @@ class Given:
 
     def measure(self, bench: Bench) -> Sample:
         return Sample(self.value, self.value)
-
-
-@dataclass(frozen=True, slots=True)
-class Unwritten:
-    """Ours, not there yet: the rows say 'not measured' and what they wait for."""
-
-    name: str
-    waits_for: str
-    unit: Unit = Unit.NS
-    pinned: bool = False
-
-    def prepare(self, bench: Bench) -> None:
-        raise NotMeasuredError(f"waits for {self.waits_for}")
-
-    def measure(self, bench: Bench) -> Sample:
-        raise AssertionError(f"{self.name}: prepare refuses, so nobody measures")
 
 
 def sample_of(argv: list[str]) -> Sample:

@@ -188,7 +188,8 @@ class Function:
         if tagged:
             self._note_stale("after", src, count, write=False)
             self._note_stale("after", dst, count, write=True)
-        self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
+        if len(src_runs) + len(dst_runs) > 2 or not self._copy_run(src_runs[0], dst_runs[0], count):
+            self._copy_pieces(self._pieces(src_runs, src, False), self._pieces(dst_runs, dst, True), count)
         if tagged:
             self._note_stale("while", src, count, write=False)
             self._note_stale("while", dst, count, write=True)
@@ -197,10 +198,18 @@ class Function:
     def _count_hits(self, iova: int, size: int) -> None:
         self.devtlb.hits += (iova + size - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
 
+    def _copy_run(self, src_run: Run, dst_run: Run, count: int) -> bool:
+        """The usual copy: one piece of host memory to another.  False if either leaves its window."""
+        source, target = self._memory.frame(src_run[0]), self._memory.frame(dst_run[0])
+        if source is None or target is None:
+            return False
+        (src, src_at), (dst, dst_at) = source, target
+        if src_at + count > len(src) or dst_at + count > len(dst):
+            return False
+        dst[dst_at : dst_at + count] = src[src_at : src_at + count]
+        return True
+
     def _copy_pieces(self, src_pieces: list[memoryview], dst_pieces: list[memoryview], count: int) -> None:
-        if len(src_pieces) == len(dst_pieces) == 1:
-            dst_pieces[0][:count] = src_pieces[0][:count]
-            return
         src, dst = iter(src_pieces), iter(dst_pieces)
         source, target = next(src), next(dst)
         while count:

@@ -28,6 +28,7 @@ class _Mapped:
 class PhysicalMemory:
     def __init__(self) -> None:
         self._map = HostMap()
+        self.frame = self._map.frame  # (view, offset) of the frame byte at an hpa, or None
         self._mapped: dict[tuple[WindowKind, int, int], _Mapped] = {}
         self.tags: FrameTags | None = None
 
@@ -79,7 +80,3 @@ class PhysicalMemory:
             if mapped.reader is not None and mapped.window.base <= hpa < mapped.window.end:
                 return mapped.reader
         return None
-
-    def frame(self, hpa: int) -> tuple[memoryview, int] | None:
-        """(view, offset) of the frame byte at `hpa`, or None where no frame is."""
-        return self._map.frame(hpa)
