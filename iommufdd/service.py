@@ -22,6 +22,7 @@ from iommufdd.core.object import Objects
 from iommufdd.kvm_client import KvmTdp
 from iommufdd.silicon import Silicon
 from protocol.errors import UapiError
+from protocol.hw.faults import FAULT_RECORD_SIZE
 from protocol.hw.fields import FormatError
 from protocol.hw.pasid_entry import FIRST_SS_DID
 from protocol.hw.prq import PAGE_REQUEST_SIZE, PageRequest
@@ -58,7 +59,6 @@ class VfioFile:
     rid: int
     name: str
     bound: tuple[IommuFile, Device] | None = None
-    closed: bool = False
 
 
 class Iommufdd:
@@ -133,8 +133,8 @@ class Iommufdd:
         self.silicon.respond(last.rid, last.prgi, code)
 
     def _on_faults(self, records: bytes) -> None:
-        self.faults_recorded += len(records) // 16
-        log.warning("DMA remapping faults", count=len(records) // 16)
+        self.faults_recorded += (count := len(records) // FAULT_RECORD_SIZE)
+        log.warning("DMA remapping faults", count=count)
 
     def _on_silicon_gone(self) -> None:
         if not self._closing:
@@ -176,7 +176,6 @@ class Iommufdd:
             await self.destroy_hwpt(hwpt)
 
     def vfio_closed(self, held: VfioFile) -> None:
-        held.closed = True
         self.loop.flows.spawn(self._release_vfio(held))
 
     async def _release_vfio(self, held: VfioFile) -> None:
@@ -234,6 +233,7 @@ def _stats(app: Iommufdd, message: uapi.Stats, fds: Fds) -> Body:
                 "did": hwpt.domain.did,
                 "functions": len(hwpt.rids),
                 "invalidations": hwpt.invalidations,
+                "acked_epoch": hwpt.acked_epoch,
                 "faults": {code.name: count for code, count in hwpt.faults.items()},
             }
             for hwpt in app.hwpts.values()
@@ -309,7 +309,7 @@ async def _import_tdp(app: Iommufdd, tdp: KvmTdp, flags: int) -> HwptKvm:
     if missing is not None:
         raise UapiError(errno.EOPNOTSUPP, f"the remapping unit cannot walk this TDP: {missing}")
     did = app.new_did()
-    domain = KvmDomain(meta.root_hpa, meta.level, meta.max_huge_page_level, did)
+    domain = KvmDomain(meta.root_hpa, meta.level, did)
     hwpt = app.hwpts[did] = HwptKvm(domain, app.silicon.cap, tdp, app.silicon)
     tdp.on_invalidate = hwpt.invalidate
     try:

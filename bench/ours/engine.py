@@ -23,7 +23,6 @@ from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
 from protocol.pt.mem import TableWriter
 from protocol.units import (
-    LEVEL_1G,
     LEVEL_2M,
     LEVEL_4K,
     MIB,
@@ -60,7 +59,7 @@ class Engine:
         memory.add(Window(WindowKind.FRAMES, HIGH_RAM_START, 4 * MIB, frames_view), _keep)
         cap, ecap = capabilities(levels=ROOT_LEVELS, max_page="1G")
         unit = RemappingUnit(cap, ecap, 46, memory, _keep)
-        domain = KvmDomain(LOW_RAM_START, ROOT_LEVELS, LEVEL_1G, 1)
+        domain = KvmDomain(LOW_RAM_START, ROOT_LEVELS, 1)
         unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(ecap).to_bytes())
         self.function = Function(RID, unit, memory, perf_counter_ns)
         self.function.ats_enabled = self.function.dma_enabled = True

@@ -26,7 +26,6 @@ class KvmDomain:
 
     root: Hpa
     level: Level
-    max_page_level: Level
     did: int
 
     @property

@@ -17,6 +17,8 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "exported_tdps": len(vm.exported),
         "importers": sum(exported.importers for exported in vm.exported.values()),
         "ept_violations": sum(vcpu.ept_violations for vcpu in vm.vcpus),
+        "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
+        "memslot_generation": vm.slots.generation,
         "fault_retries": vm.retries,
         "remote_tlb_flush": vm.flusher.epoch,
         "pages_4k": sum(root.leaves[1] for root in vm.mmu.roots),

@@ -23,7 +23,6 @@ from protocol.pt.geometry import gfn_limit
 from protocol.pt.walk import Outcome, walk
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa
 
-MAX_ACCESS_BYTES = 1 << 20
 MAX_TLB_ENTRIES = 4096
 MMIO_BYTES = 8  # an MMIO exit carries at most this much
 # A resolved violation maps the page; an invalidation may take it away again before the retry.

@@ -139,10 +139,10 @@ def test_metadata_is_checked_in_the_order_flags_type_level_masks() -> None:
 )
 def test_the_pasid_entry_is_these_64_bytes(level: int, root: int, did: int, ecap: int, literal: str) -> None:
     """P, AW 2 or 3, PGTT 2 and the root; DID, PWSNP, PGSNP; the other six words zero: no SSADE, no FPD."""
-    domain = KvmDomain(Hpa(root), Level(level), Level(3), did)
+    domain = KvmDomain(Hpa(root), Level(level), did)
     assert domain.pasid_entry(Ecap(ecap)).to_bytes() == bytes.fromhex(literal) + bytes(48)
 
 
 @pytest.mark.parametrize(("level", "width"), [(4, 48), (5, 57)])
 def test_a_domain_is_as_wide_as_its_root_is_deep(level: int, width: int) -> None:
-    assert KvmDomain(Hpa(0), Level(level), Level(1), 2).width == width
+    assert KvmDomain(Hpa(0), Level(level), 2).width == width

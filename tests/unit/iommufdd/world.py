@@ -60,7 +60,7 @@ class World:
         self.functions: dict[int, tuple[bool, int, bool]] = {}  # ats, pri allocation, bus master
 
     def hwpt(self, level: int = 4, did: int = DID) -> HwptKvm:
-        domain = KvmDomain(Hpa(ROOT), Level(level), Level(3), did)
+        domain = KvmDomain(Hpa(ROOT), Level(level), did)
         return HwptKvm(domain, CAP, self, self)
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:

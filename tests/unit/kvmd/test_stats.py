@@ -29,6 +29,8 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "ept_violations": 4,
         "fault_retries": 0,
         "remote_tlb_flush": 1,
+        "tlb_flush": 1,
+        "memslot_generation": 2,
         "pages_4k": 3,
         "pages_2m": 1,
         "pages_1g": 0,
