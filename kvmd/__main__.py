@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from kvmd import config
-from kvmd.service import Kvmd
+from kvmd.service.door import Kvmd
 from protocol.daemon import run
 
 

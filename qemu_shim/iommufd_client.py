@@ -10,7 +10,8 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from protocol.uapi import names
 from qemu_shim.device_client import Portal
-from qemu_shim.kvm_client import File, Process
+from qemu_shim.file import File
+from qemu_shim.process import Process
 
 
 class Iommufdd:

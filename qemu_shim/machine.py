@@ -21,7 +21,9 @@ from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
 from qemu_shim.device_client import DeviceSim, Portal
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
-from qemu_shim.kvm_client import Kvmd, Process, Vcpu, Vm
+from qemu_shim.kvm_client import Kvmd, Vm
+from qemu_shim.process import Process
+from qemu_shim.vcpu import Vcpu
 
 LOW_RAM_MAX = 2 * GIB  # what does not fit below goes above 4 GiB, around the hole for devices
 HIGH_RAM_START = 4 * GIB

@@ -15,11 +15,14 @@ from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
 from qemu_shim.device_client import Portal
+from qemu_shim.file import File
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.iommufd_client import Iommu, VfioDevice
-from qemu_shim.kvm_client import File, Process, Vcpu, Vm
+from qemu_shim.kvm_client import Vm
 from qemu_shim.machine import GuestCpu, Host
+from qemu_shim.process import Process
+from qemu_shim.vcpu import Vcpu
 from tests.integration.system import eventually
 
 PATTERN = 0x1122_3344_5566_7788

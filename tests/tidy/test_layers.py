@@ -156,8 +156,8 @@ def test_every_import_goes_down(checker: Checker) -> None:
     ("checker", "path", "text"),
     [
         (check_packages, "protocol/units.py", "import kvmd.core.vm"),
-        (check_packages, "kvmd/service.py", "def late():\n    from iommufdd import service"),
-        (check_packages, "kvmd/service.py", "import simulator"),
+        (check_packages, "kvmd/service/vm.py", "def late():\n    from iommufdd import service"),
+        (check_packages, "kvmd/service/vm.py", "import simulator"),
         (check_packages, "qemu_shim/cli.py", "from tests.oracle import table"),
         (check_packages, "bench/__main__.py", "import tests"),
         (check_packages, "iommufdd/core/qi.py", "import bench"),
@@ -192,7 +192,10 @@ def test_an_import_going_up_is_seen(checker: Checker, path: str, text: str) -> N
             "kvmd/core/vm.py",
             "from random import Random\nfrom protocol.pt import bits\nimport kvmd.core.spte",
         ),
-        ("kvmd/service.py", "import os, trio\nfrom protocol.uapi import kvm\nfrom kvmd.core.vm import Kvm"),
+        (
+            "kvmd/service/vm.py",
+            "import os, trio\nfrom protocol.uapi import kvm\nfrom kvmd.core.vm import Kvm",
+        ),
         (
             "protocol/daemon.py",
             "import os\nfrom protocol.rpc import service\nfrom protocol.uapi import kvm",

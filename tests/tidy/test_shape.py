@@ -154,7 +154,7 @@ THREE_LINES = '"""One.\n\nTwo\nthree.\n"""\n'
         (check_module_size, "tests/unit/test_vm.py", "x = 1\n" * (MODULE_LINES_MAX + 1)),
         (check_function_size, "kvmd/core/vm.py", LONG_FUNCTION),
         (check_function_size, "kvmd/core/vm.py", "async " + LONG_FUNCTION),
-        (check_header, "kvmd/service.py", "x = 1\n"),
+        (check_header, "kvmd/service/vm.py", "x = 1\n"),
         (check_header, "kvmd/core/vm.py", '"""One line."""\n'),
         (check_header, "protocol/rpc/__init__.py", '"""One line."""\n'),
         (check_table_memory, "protocol/pt/mem.py", "struct.pack_into('<Q', table, 0, 1)"),

@@ -14,7 +14,7 @@ import pytest
 
 from kvmd.config import Settings
 from kvmd.core.host import CpuFeatures
-from kvmd.service import Kvmd
+from kvmd.service.door import Kvmd
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.rpc.channel import Channel, Fds, Reply
@@ -27,9 +27,10 @@ class Client:
 
     def __init__(self, wire: Wires) -> None:
         self.wire = wire
-        self.app = Kvmd(wire.loop, Settings(GIB, MIB, CpuFeatures(), False))
+        self.kvmd = Kvmd(wire.loop, Settings(GIB, MIB, CpuFeatures(), False))
+        self.app = self.kvmd.app
         ours, theirs = socket.socketpair()
-        self.app.door.open(theirs)
+        self.kvmd.door.open(theirs)
         self.door = wire.channel(ours, "door")
         self.fds: dict[str, int] = {}
 
@@ -59,7 +60,7 @@ def client() -> Iterator[Client]:
     yield made
     for fd in made.fds.values():
         os.close(fd)
-    made.app.close()
+    made.kvmd.close()
     wire.pump()
     wire.close()
     assert wire.crashes == []

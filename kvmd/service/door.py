@@ -1,0 +1,114 @@
+"""kvmd's front door and /dev/kvm: where processes begin and VMs are made.
+
+The front door stands for the host itself; whoever connects can start a process, open a device node, and
+present a TDP FD as an importer.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kvmd.config import Settings
+from kvmd.core.invariants import check_vm
+from kvmd.core.stats import vm_stats
+from kvmd.core.vm import Kvm
+from kvmd.service.mm import MM
+from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
+from kvmd.service.tdp_fd import IMPORTER, importer_closed
+from kvmd.service.vm import VM
+from protocol.errors import UapiError
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.door import Door
+from protocol.rpc.loop import Loop
+from protocol.rpc.service import Answer, Method, Service
+from protocol.uapi import kvm as uapi
+from protocol.uapi import names
+from protocol.uapi import tdp_fd as tdp
+
+
+class Kvmd:
+    """The daemon: what it holds, behind its socket."""
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.app = App(loop, settings)
+        self.door = Door(loop, FRONT_DOOR, self.app)
+
+    async def start(self) -> None:
+        """kvmd needs nobody."""
+
+    def close(self) -> None:
+        self.door.close()
+        self.app.close()
+
+
+def _get_api_version(app: App, message: uapi.KvmGetApiVersion, fds: Fds) -> Body:
+    return {"ret": names.KVM_API_VERSION}
+
+
+def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
+    if message.type != 0:
+        raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: only 0")
+    held = app.files.find(fds.peek(0), MmFile)
+    owner = VmFile(app, Kvm(app.host, held.mm))
+    app.vms.append(owner.vm)
+    fd, _, _ = app.files.open(VM, owner, app.put_vm)
+    return Answer({}, [fd])
+
+
+DEV_KVM: Service[App] = Service(
+    "/dev/kvm",
+    {
+        "KVM_GET_API_VERSION": Method(uapi.KvmGetApiVersion, _get_api_version),
+        "KVM_CREATE_VM": Method(uapi.KvmCreateVm, _create_vm, 1),
+    },
+)
+
+
+def _open(app: App, message: uapi.Open, fds: Fds) -> Answer:
+    if message.path != names.KVM_PATH:
+        raise UapiError(errno.ENOENT, f"open {message.path!r}: here is only {names.KVM_PATH}")
+    fd, _, _ = app.files.open(DEV_KVM, app)
+    return Answer({}, [fd])
+
+
+def _mm_create(app: App, message: uapi.MmCreate, fds: Fds) -> Answer:
+    held = MmFile(app, app.host.create_mm())
+    fd, held.mm.token, _ = app.files.open(MM, held, _mm_closed)
+    app.mms[held.mm.token] = held
+    return Answer({}, [fd])
+
+
+def _mm_closed(held: MmFile) -> None:
+    held.app.mms.pop(held.mm.token, None)  # not there yet if its fd found no room
+    held.app.loop.flows.spawn(held.app.exit_mm(held.mm))
+
+
+def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
+    importer = Importer(app.files.find(fds.peek(0), TdpFile))
+    fd, _, importer.channel = app.files.open(IMPORTER, importer, importer_closed)
+    return Answer({}, [fd])
+
+
+def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
+    return {
+        "vms": [vm_stats(vm) for vm in app.vms],
+        "processes": len(app.mms),
+        "frames": app.host.frames.in_use,
+        "table_pages": app.host.pool.in_use,
+    }
+
+
+def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
+    return {"violations": [violation for vm in app.vms for violation in check_vm(vm)]}
+
+
+FRONT_DOOR: Service[App] = Service(
+    "kvmd",
+    {
+        "OPEN": Method(uapi.Open, _open),
+        "MM_CREATE": Method(uapi.MmCreate, _mm_create),
+        "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
+        "STATS": Method(uapi.Stats, _stats),
+        "CHECK": Method(uapi.Check, _check),
+    },
+)

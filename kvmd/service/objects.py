@@ -1,0 +1,111 @@
+"""The objects behind kvmd's fds, and how long each lives.
+
+A VM lives while any fd that belongs to it does: its own, a vCPU's, a TDP FD's, wherever the last copy is
+held [RFC 04/42]; a process lives while its mm fd does.  Each object's requests are in a module of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from kvmd.config import Settings
+from kvmd.core.host_mm import Mm
+from kvmd.core.tdp_fd import ExportedTdp
+from kvmd.core.vcpu import Vcpu
+from kvmd.core.vm import Kvm
+from kvmd.importers import Lease, RemoteImporter
+from kvmd.memory import HostMemory
+from protocol.flow import Flow
+from protocol.rpc.channel import Channel
+from protocol.rpc.files import Files
+from protocol.rpc.loop import Loop
+
+log = structlog.get_logger("kvmd")
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class VmFile:
+    app: App
+    vm: Kvm
+    refs: int = 1  # fds of the VM, its vCPUs and its TDP FDs
+
+
+@dataclass(slots=True, eq=False)
+class VcpuFile:
+    owner: VmFile
+    vcpu: Vcpu
+
+
+@dataclass(slots=True, eq=False)
+class MmFile:
+    app: App
+    mm: Mm
+
+
+@dataclass(slots=True, eq=False)
+class TdpFile:
+    owner: VmFile
+    exported: ExportedTdp
+    leases: list[Lease] = field(default_factory=list)  # what keeps the table lent out
+
+
+@dataclass(slots=True, eq=False)
+class Importer:
+    """An importer's channel; it holds no reference, its TDP FD does."""
+
+    tdp: TdpFile
+    channel: Channel | None = None
+    name: str = ""
+    ops: RemoteImporter | None = None
+    lease: Lease | None = None
+
+
+class App:
+    """What kvmd holds: the host's memory, the VMs, the processes."""
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.loop = loop
+        self.memory = HostMemory(settings)
+        self.host = self.memory.host
+        self.files = Files(loop)
+        self.vms: list[Kvm] = []
+        self.mms: dict[int, MmFile] = {}
+
+    def close(self) -> None:
+        self.files.close()
+        self.memory.close()
+
+    # -- lifetimes -------------------------------------------------------------------------------------
+
+    def put_vm(self, owner: VmFile) -> None:
+        owner.refs -= 1
+        if owner.refs == 0:
+            self.vms.remove(owner.vm)
+            self.loop.flows.spawn(self._destroy_vm(owner.vm))
+
+    async def _destroy_vm(self, vm: Kvm) -> None:
+        await vm.destroy()
+        log.info("vm destroyed", vm=vm.id)
+        self._forget(vm.mm)
+
+    async def exit_mm(self, mm: Mm) -> None:
+        await mm.exit()
+        self._forget(mm)
+
+    def _forget(self, mm: Mm) -> None:
+        if mm.exited and not mm.notifiers:
+            self.host.forget_mm(mm)
+
+
+async def holding(owner: VmFile, flow: Flow[T]) -> T:
+    """A request in progress keeps the VM as an ioctl keeps its file: it may outlive the fd it came over."""
+    owner.refs += 1
+    try:
+        return await flow
+    finally:
+        owner.app.put_vm(owner)

@@ -1,0 +1,98 @@
+"""The TDP FD and the channel of an importer: requests of `protocol/uapi/tdp_fd.py`.
+
+The TDP FD itself answers nothing: what it is for is held by its importers' channels [RFC 01/42].
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from kvmd.core.page_fault import RESOLVED
+from kvmd.core.tdp_fd import FaultType
+from kvmd.importers import Lease, RemoteImporter
+from kvmd.service.objects import Importer, TdpFile, holding
+from protocol.errors import UapiError
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.service import Answer, Method, Service
+from protocol.uapi import tdp_fd as tdp
+from protocol.units import Gfn
+
+# Any ioctl on the TDP FD is ENODEV [RFC 04/42].
+TDP_FD: Service[TdpFile] = Service("tdp_fd", {}, unknown_errno=errno.ENODEV)
+
+
+def tdp_fd_closed(held: TdpFile) -> None:
+    held.owner.app.loop.flows.spawn(_release_tdp_fd(held))
+
+
+async def _release_tdp_fd(held: TdpFile) -> None:
+    """The last copy is closed; an importer that died may have left a walker behind, so wait for its lease."""
+    for lease in list(held.leases):
+        await lease.ended
+    held.owner.vm.release_tdp_fd(held.exported)
+    held.owner.app.put_vm(held.owner)
+
+
+def _get_metadata(importer: Importer, message: tdp.TdpGetMetadata, fds: Fds) -> Body:
+    return {"meta": importer.tdp.exported.meta.to_bytes()}
+
+
+def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) -> Answer:
+    if importer.ops is not None:
+        raise UapiError(errno.EBUSY, f"this channel is registered as {importer.name!r}")
+    assert importer.channel is not None
+    app = importer.tdp.owner.app
+    lease = Lease(app.loop)
+    ops = RemoteImporter(importer.channel, lease)
+    window_fds: list[int] = []
+    try:
+        windows, window_fds = app.memory.share()
+        importer.tdp.exported.register_importer(message.name, ops)
+    except UapiError:
+        for fd in window_fds:
+            os.close(fd)
+        lease.withdraw()
+        raise
+    importer.name, importer.ops, importer.lease = message.name, ops, lease
+    importer.tdp.leases.append(lease)
+    return Answer({"windows": windows}, [*window_fds, lease.theirs])
+
+
+async def _unregister(importer: Importer, message: tdp.TdpUnregisterImporter, fds: Fds) -> Body:
+    await _forget_importer(importer)
+    return {}
+
+
+async def _forget_importer(importer: Importer) -> None:
+    """It is told of flushes until its lease ends: until then something may walk on its behalf (I13)."""
+    ops, lease, importer.ops = importer.ops, importer.lease, None
+    if ops is not None and lease is not None:
+        await lease.ended
+        importer.tdp.leases.remove(lease)
+        importer.tdp.exported.unregister_importer(importer.name, ops)
+
+
+def importer_closed(importer: Importer) -> None:
+    importer.tdp.owner.app.loop.flows.spawn(_forget_importer(importer))
+
+
+async def _fault(importer: Importer, message: tdp.TdpFault, fds: Fds) -> Body:
+    exported, vm = importer.tdp.exported, importer.tdp.owner.vm
+    kind = FaultType(message.read, message.write, message.exec)
+    flow = vm.fault_exported(exported, message.mm, Gfn(message.gfn), kind)
+    result = await holding(importer.tdp.owner, flow)
+    if result not in RESOLVED:
+        raise UapiError(errno.EFAULT, f"gfn {message.gfn:#x}: {result.name.lower()}")
+    return {}
+
+
+IMPORTER: Service[Importer] = Service(
+    "tdp-importer",
+    {
+        "TDP_GET_METADATA": Method(tdp.TdpGetMetadata, _get_metadata),
+        "TDP_REGISTER_IMPORTER": Method(tdp.TdpRegisterImporter, _register),
+        "TDP_UNREGISTER_IMPORTER": Method(tdp.TdpUnregisterImporter, _unregister),
+        "TDP_FAULT": Method(tdp.TdpFault, _fault),
+    },
+)

@@ -1,0 +1,36 @@
+"""An fd that answers requests: what every object of the daemons looks like to the VMM.
+
+Every object is a channel of its own, over the fd the kernel would have given; closing it drops the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from protocol.rpc.channel import Channel, Reply
+from protocol.rpc.loop import Loop
+
+
+class File:
+    """An fd that answers requests."""
+
+    def __init__(self, loop: Loop, fd: int, name: str) -> None:
+        self.loop = loop
+        self._fd = fd
+        self._channel = Channel(loop, socket.socket(fileno=fd), name)
+
+    async def ask(self, op: str, fds: Sequence[int] = (), **body: Any) -> Reply:
+        """One request; raises UapiError, or PeerGone when the daemon hung up."""
+        return await self._channel.ask(op, body, fds)
+
+    def dup(self) -> int:
+        """A copy of the fd, to pass on."""
+        return os.dup(self._fd)
+
+    def close(self) -> None:
+        """Drop our reference."""
+        if not self._channel.closed:
+            self._channel.close()
