@@ -136,7 +136,7 @@ def test_an_importer_gets_tables_it_can_only_read(client: Client) -> None:
     client.wire.pump()
 
 
-@pytest.mark.rfc("4/42")
+@pytest.mark.rfc("RFC-19")
 def test_a_tdp_fd_answers_no_request(client: Client) -> None:
     made = machine(client)
     tdp = client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)

@@ -23,7 +23,7 @@ def world() -> World:
     return made
 
 
-@pytest.mark.rfc("4/42")
+@pytest.mark.rfc("RFC-02", "RFC-03", "RFC-04", "RFC-05", "RFC-09", "RFC-10")
 @pytest.mark.parametrize(
     ("request_", "vcpus", "width", "number", "word"),
     [
@@ -53,7 +53,7 @@ def test_an_address_space_is_exported_once(world: World) -> None:
     world.export()
 
 
-@pytest.mark.rfc("40/42")
+@pytest.mark.rfc("RFC-23", "RFC-25", "RFC-26")
 @pytest.mark.parametrize(("width", "level"), [(46, 4), (52, 5)])
 def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     world = World(CpuFeatures(maxphyaddr=52, ept_levels=5, max_page_level=Level(2)))
@@ -106,7 +106,7 @@ def test_a_name_is_taken_once_and_only_its_owner_gives_it_back(world: World) -> 
     exported.register_importer("name", other)
 
 
-@pytest.mark.rfc("8/42")
+@pytest.mark.rfc("RFC-88")
 def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> None:
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("one", importer)
@@ -120,7 +120,8 @@ def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> No
 # -- faults --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("37/42")
+@pytest.mark.rfc("RFC-30", "RFC-79")
+@pytest.mark.defect("B-13")
 def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     """Bit for bit (defect B-13: the second one is a success too)."""
     exported = world.export()

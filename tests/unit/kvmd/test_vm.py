@@ -182,7 +182,7 @@ def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
 # -- memslots ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("36/42")
+@pytest.mark.rfc("RFC-95")
 def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None:
     world = rig.world
     world.set_slot(1, 0x200, 4, world.map(4))
