@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from kvmd.core.frames import Frames
 from kvmd.core.host_mm import Mm
 from kvmd.core.table_pool import TablePool
+from kvmd.core.tdp_fd import Obstacle
 from protocol.errors import UapiError
+from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
 from protocol.hostmem import Window
 from protocol.pt.mem import TableWriter
@@ -45,8 +47,13 @@ class Host:
         frames: Window,
         tags: FrameTags | None,
         discard: Callable[[int, int], None],
+        *,
+        obstacles: frozenset[Obstacle] = frozenset(),
+        cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
+        self.obstacles = obstacles  # what keeps this host's KVM from exporting
+        self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)

@@ -184,10 +184,23 @@ class TdpMmu:
         zapped = False
         for root in self.roots:
             for met in self._leaves(root, span):
-                self._writer.store64(met.at, bits.EMPTY)
-                root.leaves[met.level] -= 1
+                self._clear(root, met)
                 zapped = True
         return zapped
+
+    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[bool, GfnSpan | None]:
+        """Clear at most `limit` leaves of one root: whether to flush, and what of `span` is left to do."""
+        count = 0
+        for met in self._leaves(root, span):
+            if count == limit:
+                return True, GfnSpan(met.gfn, span.end)
+            self._clear(root, met)
+            count += 1
+        return count > 0, None
+
+    def _clear(self, root: Root, met: RangeEntry) -> None:
+        self._writer.store64(met.at, bits.EMPTY)
+        root.leaves[met.level] -= 1
 
     def split(self, root: Root, span: GfnSpan, goal: Level) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many."""

@@ -70,7 +70,7 @@ class App:
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
-        self.memory = HostMemory(settings)
+        self.memory = HostMemory(settings, loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)
         self.vms: list[Kvm] = []

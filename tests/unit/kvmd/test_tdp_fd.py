@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core.host import CpuFeatures
 from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import CreateTdpFd, FaultType, check_create
+from kvmd.core.tdp_fd import CreateTdpFd, Exporter, FaultType, check_create
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Level
@@ -40,7 +40,7 @@ def test_the_first_failing_check_speaks(
     request_: CreateTdpFd, vcpus: int, width: int, number: int, word: str
 ) -> None:
     with pytest.raises(UapiError, match=word) as caught:
-        check_create(request_, 2, lambda _: False, vcpus=vcpus, maxphyaddr=width)
+        check_create(request_, 2, lambda _: False, Exporter(vcpus, width))
     assert caught.value.errno == number
 
 
