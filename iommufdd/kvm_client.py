@@ -63,11 +63,11 @@ class KvmTdp:
         )
 
     async def metadata(self) -> ExportedTdpMeta:
-        """EFAULT, whatever is wrong with it."""
+        """EFAULT if what KVM says is no metadata; if it says none, its own errno (defect B-36)."""
+        reply = await self._ask("TDP_GET_METADATA")
         try:
-            reply = await self._ask("TDP_GET_METADATA")
             return ExportedTdpMeta.from_bytes(reply["meta"])
-        except (UapiError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UapiError(errno.EFAULT, f"no metadata of the exported TDP: {error}") from None
 
     async def register(self) -> tuple[list[Any], Fds]:

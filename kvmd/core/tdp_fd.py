@@ -49,10 +49,20 @@ class ExportedTdp:
         self.as_id = as_id
         self.root = root
         self.meta = meta
+        self.released = False
         self._importers: dict[str, ImporterOps] = {}
 
+    def check_alive(self) -> None:
+        """ENODEV: the last copy of the TDP FD is closed, so nothing is behind this any more (defect B-36).
+
+        An importer's channel holds no reference, so whoever drops its TDP FD can still ask.
+        """
+        if self.released:
+            raise UapiError(errno.ENODEV, f"the TDP FD of address space {self.as_id} was released")
+
     def register_importer(self, name: str, ops: ImporterOps) -> None:
-        """EBUSY: an importer of that name is registered already."""
+        """EBUSY: an importer of that name is registered already; ENODEV: released."""
+        self.check_alive()
         if name in self._importers:
             raise UapiError(errno.EBUSY, f"importer {name!r} is registered on this TDP FD already")
         self._importers[name] = ops

@@ -146,10 +146,11 @@ class Kvm:
             if stale or self.slots.find(fault.gfn) is not slot or slot is self._invalid_slot:
                 self.retries += 1
                 continue
+            root = self._fault_root(vcpu)
             level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
             try:
                 mapped = self.mmu.map(
-                    self._fault_root(vcpu),
+                    root,
                     fault.gfn,
                     first_pfn(slot, fault.gfn, page, level),
                     level,
@@ -165,8 +166,14 @@ class Kvm:
         return Result.UNSTABLE
 
     def _fault_root(self, vcpu: Vcpu | None) -> Root:
-        """A vCPU of another width than the exported root's has a root of its own (defect B-28)."""
-        return self.exported[0].root if vcpu is None else self.load_root(vcpu)
+        """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
+        TDP FD was released while a device's fault slept.
+        """
+        if vcpu is not None:
+            return self.load_root(vcpu)
+        if 0 not in self.exported:
+            raise UapiError(errno.ENODEV, "the TDP is not exported any more")
+        return self.exported[0].root
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -301,13 +308,15 @@ class Kvm:
         importer is left whose caches could be stale (defect B-18 zapped here without a flush)."""
         assert self.exported[exported.as_id] is exported
         del self.exported[exported.as_id]
+        exported.released = True
         exported.root.exported = False
         self.mmu.put_root(exported.root)
 
     async def fault_exported(self, exported: ExportedTdp, mm_token: int, gfn: Gfn, kind: FaultType) -> Result:
-        """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it
-        exited.
+        """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it exited;
+        ENODEV: released.
         """
+        exported.check_alive()
         if not (kind.read or kind.write or kind.exec):
             raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x} asks for no access")
         if mm_token != self.mm.token:

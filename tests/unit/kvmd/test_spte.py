@@ -61,6 +61,7 @@ def test_a_child_maps_its_part_of_the_leaf_with_the_same_rights(
     assert f"{split_child(leaf, Level(level), index):#x}" == f"{expected:#x}"
 
 
+@pytest.mark.rfc("RFC-27")
 @pytest.mark.parametrize(
     ("entry", "level", "leaf"),
     [

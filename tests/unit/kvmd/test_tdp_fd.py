@@ -44,6 +44,7 @@ def test_the_first_failing_check_speaks(
     assert caught.value.errno == number
 
 
+@pytest.mark.rfc("RFC-06", "RFC-08")
 def test_an_address_space_is_exported_once(world: World) -> None:
     exported = world.export()
     with pytest.raises(UapiError) as caught:
@@ -68,6 +69,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     assert not any(mask >> 46 for mask in masks), "52 address bits leave none reserved"
 
 
+@pytest.mark.rfc("RFC-21")
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
@@ -141,6 +143,7 @@ def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
     assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
 
 
+@pytest.mark.rfc("RFC-71", "RFC-72")
 @pytest.mark.parametrize(
     ("gfn", "kind", "result"),
     [
@@ -162,6 +165,7 @@ def test_a_fault_that_cannot_be_resolved_says_why(
     assert world.io_fault(world.export(), gfn, kind) is result
 
 
+@pytest.mark.rfc("RFC-74", "RFC-75", "RFC-76")
 def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World) -> None:
     exported = world.export()
     nothing = FaultType(read=False, write=False, exec=False)
@@ -178,6 +182,8 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
 # -- release -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rfc("RFC-102")
+@pytest.mark.defect("B-18")
 def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
@@ -194,6 +200,7 @@ def test_a_vm_whose_tdp_is_exported_is_not_destroyed(world: World) -> None:
         world.run(world.vm.destroy())
 
 
+@pytest.mark.defect("B-23")
 def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")

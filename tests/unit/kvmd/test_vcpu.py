@@ -187,6 +187,7 @@ def test_the_width_of_a_vcpu_that_ran_is_fixed(world: World) -> None:
         world.vm.set_maxphyaddr(world.vm.vcpus[0], 40)
 
 
+@pytest.mark.rfc("RFC-23")
 @pytest.mark.parametrize(
     ("levels", "width", "level"), [(4, 46, 4), (4, 52, 4), (5, 48, 4), (5, 49, 5), (5, 52, 5)]
 )

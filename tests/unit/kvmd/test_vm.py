@@ -65,6 +65,7 @@ class SleepyMm:
         return getattr(self._mm, name)
 
 
+@pytest.mark.rfc("RFC-87")
 def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_they_acked(rig: Rig) -> None:
     rig.fault(0x100)
     rig.fault(0x101)
@@ -80,6 +81,7 @@ def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_
     assert check_vm(rig.world.vm) == []
 
 
+@pytest.mark.defect("B-18")
 def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Rig) -> None:
     """Two ranges overlap; the second has no entry left to clear, and the first is not acked."""
     rig.fault(0x100)
@@ -168,6 +170,8 @@ def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> Non
     assert check_vm(world.vm) == []
 
 
+@pytest.mark.rfc("RFC-103")
+@pytest.mark.defect("B-19")
 def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
     """Defect B-19: the series freed them under a live IOTLB."""
     rig.fault()

@@ -41,6 +41,7 @@ RAW = bytes.fromhex(
 )
 
 
+@pytest.mark.rfc("RFC-25")
 def test_the_struct_has_its_104_bytes_in_their_places() -> None:
     assert len(RAW) == 104
     assert META.to_bytes() == RAW
