@@ -123,6 +123,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
     assert rig.world.table()[0x100] != old
 
 
+@pytest.mark.defect("B-26")
 def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
     rig.fault()
     rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
