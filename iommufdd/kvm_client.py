@@ -63,18 +63,19 @@ class KvmTdp:
         )
 
     async def metadata(self) -> ExportedTdpMeta:
-        """EFAULT, whatever is wrong with it."""
+        """EFAULT if what KVM says is no metadata; if it says none, its own errno (defect B-36)."""
+        reply = await self._ask("TDP_GET_METADATA")
         try:
-            reply = await self._ask("TDP_GET_METADATA")
             return ExportedTdpMeta.from_bytes(reply["meta"])
-        except (UapiError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UapiError(errno.EFAULT, f"no metadata of the exported TDP: {error}") from None
 
     async def register(self) -> tuple[list[Any], Fds]:
-        """Be told of flushes from now on; (windows, their fds and the lease).  EBUSY."""
+        """Be told of flushes from now on; (windows, their fds and the lease).  EBUSY; EINVAL: wrong mm."""
         assert self._channel is not None
         try:
-            reply = await self._channel.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME})
+            body = {"name": IMPORTER_NAME, "mm": self._mm}
+            reply = await self._channel.call("TDP_REGISTER_IMPORTER", body)
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
         return reply.body["windows"], reply.fds
