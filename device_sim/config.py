@@ -1,59 +1,176 @@
-"""Settings of device_sim: what the remapping unit can do, and which devices sit behind it."""
+"""Settings of device_sim: what each remapping unit can do, and which devices sit behind which.
+
+`--unit 1:no-psi,mamv=3` and `--device 2:unit=1,no-pri` change one of several: the same options without
+their dashes, separated by commas.  Everything not named there is as for all.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
+from device_sim.core.function import Traits
 from protocol.daemon import parser
 from protocol.hw.caps import Cap, Ecap, make_cap, make_ecap
+from protocol.uapi.link import FAULT_CAPABILITIES
 
 MAX_DEVICES = 16
+MAX_UNITS = 4
 # Bus 0x6a, devices 1, 2, ... function 0: where SPR has its accelerators.
 FIRST_RID = 0x6A08
 RID_STEP = 8
+# What an option takes away from the registers of a unit.
+LACKS = {
+    "no_snoop_control": "sc",
+    "no_scalable_mode": "smts",
+    "no_walk_coherency": "smpwc",
+    "no_second_stage": "ssts",
+    "no_first_stage": "fsts",
+    "no_device_tlb": "dt",
+    "no_prs": "prs",
+    "no_psi": "psi",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSettings:
+    cap: Cap
+    ecap: Ecap
+    haw: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    rid: int
+    unit: int
+    group: int  # devices of one group cannot be told apart by the unit's translations
+    traits: Traits
+    pasid_required: bool  # in page group responses, if the request had one
+    fault_capability: str
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    cap: Cap
-    ecap: Ecap
-    haw: int
-    devices: int
-
-    @property
-    def rids(self) -> list[int]:
-        return [FIRST_RID + RID_STEP * n for n in range(self.devices)]
+    units: list[UnitSettings]
+    devices: list[DeviceSettings]
 
 
-def capabilities(*, levels: int, max_page: str, snoop_control: bool = True) -> tuple[Cap, Ecap]:
-    """A unit in scalable mode that a KVM domain can use, less what the arguments take away."""
-    cap = make_cap(
-        nd=6,
-        sagaw=0b0100 if levels == 4 else 0b1100,
-        mgaw=48 if levels == 4 else 57,
-        sslps={"4K": 0, "2M": 1, "1G": 3}[max_page],
-        psi=1,
-        mamv=18,
-        nfr=1,
-        dwd=1,
-        drd=1,
+def capabilities(*, levels: int = 4, max_page: str = "1G", **changed: int) -> tuple[Cap, Ecap]:
+    """A unit in scalable mode that a KVM domain can use, but for the register fields that are `changed`."""
+    cap = {
+        "nd": 6,
+        "sagaw": 0b0100 if levels == 4 else 0b1100,
+        "mgaw": 48 if levels == 4 else 57,
+        "sslps": {"4K": 0, "2M": 1, "1G": 3}[max_page],
+        "mamv": 18,
+        "nfr": 1,
+        **dict.fromkeys(("psi", "dwd", "drd"), 1),
+    }
+    names = ("c", "qi", "dt", "sc", "prs", "pasid", "pds", "smts", "ssts", "fsts", "smpwc")
+    ecap = {"pss": 20, **dict.fromkeys(names, 1)}
+    of_cap = {name: value for name, value in changed.items() if name in (*cap, "cm")}
+    of_ecap = {name: value for name, value in changed.items() if name not in of_cap}
+    return make_cap(**{**cap, **of_cap}), make_ecap(**{**ecap, **of_ecap})
+
+
+def _add_unit_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--levels", type=int, default=4, choices=(4, 5), help="second-stage levels (SAGAW)")
+    options.add_argument("--max-page", default="1G", choices=("4K", "2M", "1G"), help="largest leaf (SSLPS)")
+    options.add_argument("--haw", type=int, default=46, choices=range(36, 53), metavar="36..52")
+    options.add_argument("--mamv", type=int, default=18, choices=range(64), metavar="0..63")
+    options.add_argument("--caching-mode", action="store_true", help="CAP.CM: KVM domains are refused")
+    for option, field in LACKS.items():
+        options.add_argument(
+            f"--{option.replace('_', '-')}", action="store_true", help=f"without {field.upper()}"
+        )
+
+
+def _add_device_options(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--fault-capability",
+        default="full",
+        choices=FAULT_CAPABILITIES,
+        help="on which of its paths a device survives a page that is absent",
     )
-    ecap = make_ecap(
-        c=1, qi=1, dt=1, sc=int(snoop_control), prs=1, pasid=1, pss=20, pds=1, smts=1, ssts=1, fsts=1, smpwc=1
-    )
-    return cap, ecap
+    options.add_argument("--no-pasid", action="store_true")
+    options.add_argument("--no-ats", action="store_true")
+    options.add_argument("--no-pri", action="store_true")
+    options.add_argument("--pri-on", action="store_true", help="page requests are on before anybody attaches")
+    options.add_argument("--pasid-optional", action="store_true", help="responses need not carry the PASID")
+
+
+def _placed(options: argparse.ArgumentParser) -> None:
+    """What only one device can have."""
+    options.add_argument("--unit", type=int, default=0)
+    options.add_argument("--group", type=int, default=None)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
-    options = parser("device-sim", "DSA-like devices and the VT-d remapping unit before them.")
+    options = parser("device-sim", "DSA-like devices and the VT-d remapping units before them.")
     options.add_argument("--devices", type=int, default=1, choices=range(1, MAX_DEVICES + 1), metavar="1..16")
-    options.add_argument("--levels", type=int, default=4, choices=(4, 5), help="second-stage levels (SAGAW)")
-    options.add_argument("--max-page", default="1G", choices=("4K", "2M", "1G"), help="largest leaf (SSLPS)")
-    options.add_argument("--no-snoop-control", action="store_true", help="a unit KVM domains are refused on")
-    options.add_argument("--haw", type=int, default=46, choices=range(36, 53), metavar="36..52")
-    given = options.parse_args(argv)
-    cap, ecap = capabilities(
-        levels=given.levels, max_page=given.max_page, snoop_control=not given.no_snoop_control
+    options.add_argument("--units", type=int, default=1, choices=range(1, MAX_UNITS + 1), metavar="1..4")
+    options.add_argument(
+        "--unit", action="append", default=[], metavar="N:OPTION,...", help="change one unit"
     )
-    return given, Settings(cap, ecap, given.haw, given.devices)
+    options.add_argument(
+        "--device", action="append", default=[], metavar="N:OPTION,...", help="change one device"
+    )
+    _add_unit_options(options)
+    _add_device_options(options)
+    given = options.parse_args(argv)
+    one_unit = argparse.ArgumentParser(prog="device-sim --unit N:", add_help=False)
+    _add_unit_options(one_unit)
+    one_device = argparse.ArgumentParser(prog="device-sim --device N:", add_help=False)
+    _add_device_options(one_device)
+    _placed(one_device)
+    own = copy(given)
+    del own.unit
+    units = [_unit(options) for options in _each(one_unit, given, given.units, given.unit)]
+    devices = [
+        _device(n, options) for n, options in enumerate(_each(one_device, own, given.devices, given.device))
+    ]
+    for device in devices:
+        if not 0 <= device.unit < len(units):
+            options.error(f"device at {device.rid:#x}: there is no unit {device.unit}")
+    return given, Settings(units, devices)
+
+
+def _each(
+    one: argparse.ArgumentParser, for_all: argparse.Namespace, count: int, changes: Sequence[str]
+) -> list[argparse.Namespace]:
+    """`count` sets of options, all alike but for the changes."""
+    each = [copy(for_all) for _ in range(count)]
+    for change in changes:
+        number, _, rest = change.partition(":")
+        if not number.isdecimal() or int(number) >= count:
+            one.error(f"{change!r}: numbers are 0 to {count - 1}")
+        one.parse_args([f"--{option}" for option in rest.split(",")], each[int(number)])
+    for given in each:
+        one.parse_args([], given)  # what only `one` knows gets its default
+    return each
+
+
+def _unit(given: argparse.Namespace) -> UnitSettings:
+    lacking = {field: 0 for option, field in LACKS.items() if getattr(given, option)}
+    cap, ecap = capabilities(
+        levels=given.levels,
+        max_page=given.max_page,
+        mamv=given.mamv,
+        cm=int(given.caching_mode),
+        **lacking,
+    )
+    return UnitSettings(cap, ecap, given.haw)
+
+
+def _device(number: int, given: argparse.Namespace) -> DeviceSettings:
+    traits = Traits(pasid=not given.no_pasid, ats=not given.no_ats, pri=not given.no_pri, pri_on=given.pri_on)
+    return DeviceSettings(
+        rid=FIRST_RID + RID_STEP * number,
+        unit=given.unit,
+        group=number if given.group is None else given.group,
+        traits=traits,
+        pasid_required=not given.pasid_optional,
+        fault_capability=given.fault_capability,
+    )

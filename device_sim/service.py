@@ -12,7 +12,7 @@ from time import perf_counter_ns
 
 import structlog
 
-from device_sim.config import Settings
+from device_sim.config import DeviceSettings, Settings, UnitSettings
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.dsa import Dsa, WorkQueue
 from device_sim.core.function import Function
@@ -37,6 +37,7 @@ class Device:
 
     app: DeviceSim
     name: str
+    settings: DeviceSettings
     function: Function
     dsa: Dsa
     portal: Channel | None = None
@@ -50,19 +51,23 @@ class DeviceSim:
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
         self.memory = MappedMemory()
-        self.unit = RemappingUnit(
-            settings.cap, settings.ecap, settings.haw, self.memory.physical, self._on_event
-        )
+        self.units = [self._unit(unit) for unit in settings.units]
         self.files = Files(loop)
-        self.devices = {rid: self._device(n, rid) for n, rid in enumerate(settings.rids)}
+        self.devices = {device.rid: self._device(n, device) for n, device in enumerate(settings.devices)}
         self.link: Channel | None = None
         self._event_due = False
         self.door = Door(loop, FRONT_DOOR, self)
 
-    def _device(self, number: int, rid: int) -> Device:
-        function = Function(rid, self.unit, self.memory.physical, perf_counter_ns)
+    def _unit(self, settings: UnitSettings) -> RemappingUnit:
+        return RemappingUnit(
+            settings.cap, settings.ecap, settings.haw, self.memory.physical, self._on_event, self.flush
+        )
+
+    def _device(self, number: int, settings: DeviceSettings) -> Device:
+        rid, unit = settings.rid, self.units[settings.unit]
+        function = Function(rid, unit, self.memory.physical, perf_counter_ns, settings.traits)
         dsa = Dsa(function, self.loop.flows.spawn, lambda handle: self.devices[rid].interrupt(handle))
-        return Device(self, f"dsa{number}", function, dsa)
+        return Device(self, f"dsa{number}", settings, function, dsa)
 
     async def start(self) -> None:
         """The silicon needs nobody."""
@@ -72,7 +77,7 @@ class DeviceSim:
         self.files.close()
 
     def _on_event(self) -> None:
-        """The unit has page requests or faults to report: one interrupt a turn, for all of them."""
+        """A unit has page requests or faults to report: one interrupt a turn, for all of them."""
         if not self._event_due:
             self._event_due = True
             self.loop.mark_dirty(self)
@@ -82,12 +87,14 @@ class DeviceSim:
         self._event_due = False
         if self.link is None:
             return
-        if self.unit.prq.has_new:
-            entries = self.unit.prq.take_new()
-            self.link.notify("PAGE_REQUESTS", {"entries": entries, "overflow": self.unit.prq.overflow})
-        records = b"".join(self.unit.take_faults())
-        if records:
-            self.link.notify("FAULTS", {"records": records})
+        for number, unit in enumerate(self.units):
+            if unit.prq.has_new:
+                entries = unit.prq.take_new()
+                body = {"unit": number, "entries": entries, "overflow": unit.prq.overflow}
+                self.link.notify("PAGE_REQUESTS", body)
+            records = b"".join(unit.take_faults())
+            if records:
+                self.link.notify("FAULTS", {"unit": number, "records": records})
 
     def unplug(self) -> None:
         """The link is gone."""
@@ -98,7 +105,8 @@ class DeviceSim:
             device.function.stop()
             if device.portal is not None:
                 device.portal.close()
-        self.unit.reset()
+        for unit in self.units:
+            unit.reset()
         self.memory.clear()
 
 
@@ -114,7 +122,7 @@ def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
 
 def _stats(app: DeviceSim, message: uapi.DeviceStats, fds: Fds) -> Body:
     return {
-        "unit": unit_stats(app.unit),
+        "unit": unit_stats(app.units),
         "devices": {device.name: device_stats(device.dsa) for device in app.devices.values()},
     }
 
@@ -127,8 +135,21 @@ FRONT_DOOR: Service[DeviceSim] = Service(
 
 
 def _caps(app: DeviceSim, message: uapi.LinkCaps, fds: Fds) -> Body:
-    functions = [(rid, device.name, True, True) for rid, device in app.devices.items()]
-    return {"cap": app.unit.cap.value, "ecap": app.unit.ecap.value, "functions": functions}
+    functions = [
+        {
+            "rid": rid,
+            "name": device.name,
+            "unit": device.settings.unit,
+            "group": device.settings.group,
+            "pasid": device.settings.traits.pasid,
+            "ats": device.settings.traits.ats,
+            "pri": device.settings.traits.pri,
+            "pasid_required": device.settings.pasid_required,
+            "fault_capability": device.settings.fault_capability,
+        }
+        for rid, device in app.devices.items()
+    ]
+    return {"units": [(unit.cap.value, unit.ecap.value) for unit in app.units], "functions": functions}
 
 
 def _memory_add(app: DeviceSim, message: uapi.LinkMemoryAdd, fds: Fds) -> Body:
@@ -141,23 +162,21 @@ def _memory_remove(app: DeviceSim, message: uapi.LinkMemoryRemove, fds: Fds) -> 
 
 
 def _pasid_entry(app: DeviceSim, message: uapi.LinkPasidEntry, fds: Fds) -> Body:
-    _find(app, message.rid)
+    unit = app.units[_find(app, message.rid).settings.unit]
     try:
-        app.unit.write_pasid_entry(message.rid, Pasid(message.pasid), message.entry)
+        unit.write_pasid_entry(message.rid, Pasid(message.pasid), message.entry)
     except FormatError as error:
         raise UapiError(errno.EINVAL, str(error)) from None
     return {}
 
 
 def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
-    function = _find(app, message.rid).function
-    if message.pri_allocation and not message.ats:
-        raise UapiError(errno.EINVAL, f"rid {message.rid:#x}: page requests need ATS")
-    function.configure(ats=message.ats, bus_master=message.bus_master)
-    if message.pri_allocation:
-        function.pri.enable(message.pri_allocation)
-    elif function.pri.enabled:
-        function.pri.disable()
+    _find(app, message.rid).function.configure(
+        pasid=message.pasid,
+        ats=message.ats,
+        pri_allocation=message.pri_allocation,
+        bus_master=message.bus_master,
+    )
     return {}
 
 
@@ -173,12 +192,15 @@ def _qi_posted(app: DeviceSim, message: uapi.LinkQi) -> None:
 
 
 def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
-    if not app.unit.prq.consume(message.prq_consumed):
+    if message.unit >= len(app.units):
+        raise UapiError(errno.EINVAL, f"there is no remapping unit {message.unit}")
+    unit = app.units[message.unit]
+    if not unit.prq.consume(message.prq_consumed):
         raise UapiError(errno.EINVAL, f"page request queue: {message.prq_consumed} entries are not there")
     if message.prq_clear:
-        app.unit.prq.clear_overflow()
+        unit.prq.clear_overflow()
     try:
-        return app.unit.execute(message.descriptors)
+        return unit.execute(message.descriptors)
     except FormatError as error:
         raise UapiError(errno.EINVAL, f"invalidation queue: {error}") from None
 

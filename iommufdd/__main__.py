@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from iommufdd import config
-from iommufdd.service import Iommufdd
+from iommufdd.service.door import Iommufdd
 from protocol.daemon import run
 
 

@@ -1,11 +1,12 @@
-"""Settings of iommufdd: where KVM and the silicon are."""
+"""Settings of iommufdd: where KVM and the silicon are, and what stands for Kconfig and policy."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from iommufdd.core.fault_policy import FaultPolicy, Policy
 from protocol.daemon import parser
 
 
@@ -13,11 +14,27 @@ from protocol.daemon import parser
 class Settings:
     kvmd: Path
     device: Path
+    kvm_hwpt: bool = True
+    fault_policy: FaultPolicy = field(default_factory=FaultPolicy)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options = parser("iommufdd", "IOMMUFD and the VT-d driver: importer of exported TDPs.")
     options.add_argument("--kvmd", type=Path, required=True, metavar="PATH", help="kvmd's socket")
     options.add_argument("--device", type=Path, required=True, metavar="PATH", help="device_sim's socket")
+    options.add_argument(
+        "--no-kvm-hwpt", action="store_true", help="as built without IOMMUFD_KVM_HWPT: no KVM HWPTs"
+    )
+    options.add_argument(
+        "--fault-policy",
+        type=Policy,
+        default=Policy.DECLARED,
+        metavar="|".join(Policy),
+        help="which devices may meet an absent page (declared: those that say they survive it everywhere)",
+    )
+    options.add_argument(
+        "--may-fault", action="append", default=[], metavar="BB:DD.F", help="one device of the allow-list"
+    )
     given = options.parse_args(argv)
-    return given, Settings(given.kvmd, given.device)
+    policy = FaultPolicy(given.fault_policy, frozenset(given.may_fault))
+    return given, Settings(given.kvmd, given.device, not given.no_kvm_hwpt, policy)

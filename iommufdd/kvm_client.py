@@ -71,10 +71,11 @@ class KvmTdp:
             raise UapiError(errno.EFAULT, f"no metadata of the exported TDP: {error}") from None
 
     async def register(self) -> tuple[list[Any], Fds]:
-        """Be told of flushes from now on; (windows, their fds and the lease).  EBUSY."""
+        """Be told of flushes from now on; (windows, their fds and the lease).  EBUSY; EINVAL: wrong mm."""
         assert self._channel is not None
         try:
-            reply = await self._channel.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME})
+            body = {"name": IMPORTER_NAME, "mm": self._mm}
+            reply = await self._channel.call("TDP_REGISTER_IMPORTER", body)
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
         return reply.body["windows"], reply.fds

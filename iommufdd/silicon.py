@@ -1,4 +1,4 @@
-"""The silicon as the VT-d driver reaches it: capabilities, PASID entries, queues, interrupts."""
+"""The silicon as the VT-d driver reaches it: units, functions, PASID entries, queues, interrupts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from iommufdd.core import qi
-from protocol.errors import UapiError
+from iommufdd.core.hardware import FunctionInfo
+from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
@@ -23,28 +26,65 @@ from protocol.units import Pasid
 HEAD_LAG_MAX = 64
 
 
+class RemoteUnit:
+    """One remapping unit."""
+
+    def __init__(self, silicon: Silicon, number: int, cap: Cap, ecap: Ecap) -> None:
+        self.number = number
+        self.cap = cap
+        self.ecap = ecap
+        self._silicon = silicon
+        self._consumed = 0  # entries of the page request queue, its head not moved past them yet
+
+    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None:
+        await self._silicon.ask("PASID_ENTRY", {"rid": rid, "pasid": pasid, "entry": entry})
+
+    async def submit(self, descriptors: list[Descriptor]) -> None:
+        body = {"unit": self.number, "descriptors": qi.ring(descriptors)}
+        reply = await self._silicon.ask("QI", body)
+        if reply.body["status"] != [qi.DONE]:
+            raise UapiError(errno.EIO, f"invalidation queue: wait completed with {reply.body['status']}")
+
+    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+        """A page group response; nobody waits for it.  False: there is nobody any more."""
+        descriptor = qi.page_group_response(rid, prgi, code)
+        body = {
+            "unit": self.number,
+            "descriptors": qi.ring([descriptor]),
+            "prq_consumed": self._consumed,
+        }
+        self._consumed = 0
+        return self._silicon.post("QI", body)
+
+    def consumed(self, entries: int, *, clear_overflow: bool) -> None:
+        """Move the page request queue's head: along with the next response, unless that could matter."""
+        self._consumed += entries
+        if clear_overflow or self._consumed >= HEAD_LAG_MAX:
+            body = {"unit": self.number, "prq_consumed": self._consumed, "prq_clear": clear_overflow}
+            self._consumed = 0
+            self._silicon.post("QI", body)
+
+
 class Silicon:
-    """`on_page_requests(entries, overflow)`, `on_faults(records)` and `on_gone()` are the interrupts."""
+    """The interrupts: `on_page_requests(unit, entries, overflow)`, `on_faults(records)`, `on_gone()`."""
 
     def __init__(
         self,
         loop: Loop,
-        on_page_requests: Callable[[bytes, bool], None],
+        on_page_requests: Callable[[RemoteUnit, bytes, bool], None],
         on_faults: Callable[[bytes], None],
         on_gone: Callable[[], None],
     ) -> None:
         self.loop = loop
-        self.cap = Cap(0)
-        self.ecap = Ecap(0)
-        self.functions: list[tuple[int, str]] = []
+        self.units: list[RemoteUnit] = []
+        self.functions: list[tuple[FunctionInfo, RemoteUnit]] = []
         self.on_page_requests = on_page_requests
         self.on_faults = on_faults
         self._on_gone = on_gone
         self._link: Channel | None = None
-        self._consumed = 0  # entries of the page request queue, its head not moved past them yet
 
     async def probe(self, path: Path) -> None:
-        """Take the unit and read what it can do.  Raises UapiError, OSError."""
+        """Take the units, read what they and the functions can do.  Raises UapiError, OSError, PeerError."""
         door = Channel(self.loop, await connect(path), "device_sim")
         try:
             reply = await door.ask("LINK")
@@ -58,68 +98,75 @@ class Silicon:
             on_notify=INTERRUPTS.bind_notify(self),
             on_close=lambda _: self._on_gone(),
         )
-        caps = (await self._link.ask("CAPS")).body
-        self.cap, self.ecap = Cap(caps["cap"]), Ecap(caps["ecap"])
-        self.functions = [(rid, name) for rid, name, _, _ in caps["functions"]]
+        self._enumerate((await self._link.ask("CAPS")).body)
+
+    def _enumerate(self, body: Body) -> None:
+        try:
+            caps = uapi.CapsReply.model_validate(body)
+        except ValidationError as error:
+            raise PeerError(f"device_sim: {error.error_count()} mistakes in what it says it is") from None
+        self.units = [
+            RemoteUnit(self, number, Cap(cap), Ecap(ecap)) for number, (cap, ecap) in enumerate(caps.units)
+        ]
+        for found in caps.functions:
+            if found.unit >= len(self.units):
+                raise PeerError(f"device_sim: {found.name} is behind unit {found.unit}, which is not there")
+            info = FunctionInfo(**found.model_dump(exclude={"unit"}))
+            self.functions.append((info, self.units[found.unit]))
 
     @property
     def alive(self) -> bool:
         return self._link is not None and not self._link.closed
 
-    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None:
-        await self._ask("PASID_ENTRY", {"rid": rid, "pasid": pasid, "entry": entry})
+    @property
+    def domain_ids(self) -> int:
+        """How many every unit has."""
+        return min(unit.cap.domain_ids for unit in self.units)
 
-    async def set_function(self, rid: int, *, ats: bool, pri_allocation: int, bus_master: bool) -> None:
-        body = {"rid": rid, "ats": ats, "pri_allocation": pri_allocation, "bus_master": bus_master}
-        await self._ask("FUNCTION", body)
-
-    async def submit(self, descriptors: list[Descriptor]) -> None:
-        reply = await self._ask("QI", {"descriptors": qi.ring(descriptors)})
-        if reply.body["status"] != [qi.DONE]:
-            raise UapiError(errno.EIO, f"invalidation queue: wait completed with {reply.body['status']}")
-
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
-        """A page group response; nobody waits for it."""
-        descriptor = qi.page_group_response(rid, prgi, code)
-        body = {"descriptors": qi.ring([descriptor]), "prq_consumed": self._consumed}
-        self._consumed = 0
-        self._post("QI", body)
-
-    def consumed(self, entries: int, *, clear_overflow: bool) -> None:
-        """Move the page request queue's head: along with the next response, unless that could matter."""
-        self._consumed += entries
-        if clear_overflow or self._consumed >= HEAD_LAG_MAX:
-            body = {"prq_consumed": self._consumed, "prq_clear": clear_overflow}
-            self._consumed = 0
-            self._post("QI", body)
+    async def set_function(
+        self,
+        rid: int,
+        *,
+        pasid: bool | None = None,
+        ats: bool | None = None,
+        pri_allocation: int | None = None,
+        bus_master: bool | None = None,
+    ) -> None:
+        body = {"pasid": pasid, "ats": ats, "pri_allocation": pri_allocation, "bus_master": bus_master}
+        await self.ask("FUNCTION", {"rid": rid, **body})
 
     async def add_memory(self, windows: list[Any], fds: list[int]) -> int:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""
-        reply = await self._ask("MEMORY_ADD", {"windows": windows}, fds)
+        reply = await self.ask("MEMORY_ADD", {"windows": windows}, fds)
         memory: int = reply.body["memory"]
         return memory
 
     async def remove_memory(self, memory: int) -> None:
-        await self._ask("MEMORY_REMOVE", {"memory": memory})
+        await self.ask("MEMORY_REMOVE", {"memory": memory})
 
     async def portal(self, rid: int) -> int:
         """The fd that stands for a function's BARs."""
-        return (await self._ask("PORTAL", {"rid": rid})).fds.take(0)
+        return (await self.ask("PORTAL", {"rid": rid})).fds.take(0)
 
-    async def _ask(self, op: str, body: Body, fds: list[int] | None = None) -> Reply:
+    async def ask(self, op: str, body: Body, fds: list[int] | None = None) -> Reply:
+        """ENODEV once the silicon is gone."""
         assert self._link is not None
         try:
             return await self._link.call(op, body, fds or [])
         except PeerGone:
             raise UapiError(errno.ENODEV, "the remapping unit is gone") from None
 
-    def _post(self, op: str, body: Body) -> None:
+    def post(self, op: str, body: Body) -> bool:
+        """False once the silicon is gone."""
         assert self._link is not None
         self._link.notify(op, body)
+        return self.alive
 
 
 def _page_requests(silicon: Silicon, message: uapi.PageRequests) -> None:
-    silicon.on_page_requests(message.entries, message.overflow)
+    if message.unit >= len(silicon.units):
+        raise PeerError(f"page requests of unit {message.unit}, which is not there")
+    silicon.on_page_requests(silicon.units[message.unit], message.entries, message.overflow)
 
 
 def _faults(silicon: Silicon, message: uapi.Faults) -> None:

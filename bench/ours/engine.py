@@ -17,7 +17,7 @@ from device_sim.config import capabilities
 from device_sim.core.dmar import RID_PASID, RemappingUnit
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
-from iommufdd.core.kvm_domain import KvmDomain
+from iommufdd.core.domain import Domain
 from kvmd.core.spte import make_leaf, make_table_entry
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
@@ -58,8 +58,8 @@ class Engine:
         memory.add(Window(WindowKind.TABLES, LOW_RAM_START, MIB, tables_view), _keep)
         memory.add(Window(WindowKind.FRAMES, HIGH_RAM_START, 4 * MIB, frames_view), _keep)
         cap, ecap = capabilities(levels=ROOT_LEVELS, max_page="1G")
-        unit = RemappingUnit(cap, ecap, 46, memory, _keep)
-        domain = KvmDomain(LOW_RAM_START, ROOT_LEVELS, 1)
+        unit = RemappingUnit(cap, ecap, 46, memory, _keep, _keep)
+        domain = Domain(LOW_RAM_START, ROOT_LEVELS, 1)
         unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(ecap).to_bytes())
         self.function = Function(RID, unit, memory, perf_counter_ns)
         self.function.ats_enabled = self.function.dma_enabled = True

@@ -33,9 +33,9 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("device_sim.core.function:Function.page_response", "response", ""),
     ),
     "iommufdd": (
-        ("iommufdd.service:Iommufdd._on_page_requests", "requests", ""),
+        ("iommufdd.service.objects:App.on_page_requests", "requests", ""),
         ("iommufdd.kvm_client:KvmTdp.fault", "ask", "answered"),
-        ("iommufdd.silicon:Silicon.respond", "", "responded"),
+        ("iommufdd.silicon:RemoteUnit.respond", "", "responded"),
     ),
     "kvmd": (
         ("kvmd.core.vm:Kvm.fault_exported", "fault", "fixed"),

@@ -5,7 +5,11 @@ PASID uses entry 0 (RID_PASID).  Translation looks in the IOTLB, then walks, fro
 if there is one.  A missing page or right is no fault of the unit's when a function with ATS asks: it
 answers with fewer rights, and the function may ask for the page (a page request).
 
-I9: descriptors take effect in the order they come, a wait completes after those before it.
+A fault that its PASID entry qualifies is recorded unless FPD is set there.  Requests to the interrupt
+range are not translated (`msi.py`), and no answer covers that range.
+
+I9: descriptors take effect in the order they come, a wait completes after those before it; one with PD after
+every page request before it has been told to software.
 Departure: PASID entries are written by message, 64 bytes at once, and not read from a table in memory.
 """
 
@@ -16,23 +20,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from device_sim.core import msi
 from device_sim.core.iotlb import Iotlb, IotlbEntry, PscEntry
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.prq import PageRequestQueue
-from protocol.hw import pasid_entry as pasid_entries
 from protocol.hw import qi
 from protocol.hw.caps import Cap, Ecap
-from protocol.hw.faults import AddressType, FaultReason, FaultRecord, FaultType
+from protocol.hw.faults import QUALIFIED, AddressType, FaultReason, FaultRecord, FaultType
 from protocol.hw.pasid_entry import PasidEntry, Pgtt
 from protocol.hw.qi import DescriptorError, ResponseCode
 from protocol.pt import bits
 from protocol.pt.geometry import INDEX_BITS, address_bits
 from protocol.pt.mem import TableOutside, TableReader
 from protocol.pt.walk import Outcome, Walk, second_stage_rules, walk
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Iova, Level, Pasid
+from protocol.units import (
+    LEVEL_4K,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Hpa,
+    Iova,
+    Level,
+    Pasid,
+    pages_of_level,
+    size_of_level,
+)
 
 RID_PASID = Pasid(0)
 MAX_FAULT_RECORDS = 256
+MAX_MESSAGE_NOTES = 64
 _TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 table translates
 STABLE_TRIES = 16
 
@@ -60,16 +75,25 @@ class _Attached:
     root: Hpa
     levels: Level
     npages: int  # what the root and the unit's own width can address
+    fpd: bool
 
 
 NOT_PRESENT = IotlbEntry(Hpa(0), LEVEL_4K, 0, 0)
 
 
 class RemappingUnit:
-    """`on_event` is called whenever a page request or a fault record waits to be read."""
+    """`on_event` is called whenever a page request or a fault record waits to be read; `drain` must tell
+    software of all that wait before it returns.
+    """
 
     def __init__(
-        self, cap: Cap, ecap: Ecap, haw: int, memory: PhysicalMemory, on_event: Callable[[], None]
+        self,
+        cap: Cap,
+        ecap: Ecap,
+        haw: int,
+        memory: PhysicalMemory,
+        on_event: Callable[[], None],
+        drain: Callable[[], None],
     ) -> None:
         self.cap = cap
         self.ecap = ecap
@@ -80,6 +104,7 @@ class RemappingUnit:
         self._rules = second_stage_rules(haw, cap.max_huge_page_level, snoop_control=bool(ecap.sc))
         self._haw = haw
         self._on_event = on_event
+        self._drain = drain
         self._memory = memory
         self._entries: dict[tuple[int, Pasid], bytes] = {}
         self._pasid_cache: dict[tuple[int, Pasid], _Attached] = {}
@@ -87,6 +112,8 @@ class RemappingUnit:
         self._faults: deque[bytes] = deque()
         self.faults_recorded = 0
         self.faults_lost = 0
+        self.interrupts = 0
+        self.messages: deque[msi.InterruptMessage] = deque(maxlen=MAX_MESSAGE_NOTES)
 
     def add_endpoint(self, rid: int, endpoint: Endpoint) -> None:
         self._endpoints[rid] = endpoint
@@ -109,14 +136,19 @@ class RemappingUnit:
         for at in range(0, len(ring), qi.DESCRIPTOR_SIZE):
             descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
             if isinstance(descriptor, qi.Wait):
-                if descriptor.pd and not self.ecap.pds:
-                    raise DescriptorError(
-                        qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)"
-                    )
-                completed.append(descriptor.status_data)
+                self._wait(descriptor)
+                if descriptor.sw:
+                    completed.append(descriptor.status_data)
             else:
                 self._execute_one(descriptor)
         return completed
+
+    def _wait(self, descriptor: qi.Wait) -> None:
+        if not descriptor.pd:
+            return
+        if not self.ecap.pds:
+            raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
+        self._drain()
 
     def _execute_one(self, descriptor: qi.Descriptor) -> None:
         match descriptor:
@@ -124,6 +156,8 @@ class RemappingUnit:
                 self.invalidations += 1
                 self._invalidate_iotlb(descriptor)
             case qi.DevTlbInv():
+                if not self.ecap.dt:
+                    raise DescriptorError(qi.IQEI.BAD_TYPE, "this unit knows no device TLBs (ECAP.DT)")
                 self.invalidations += 1
                 endpoint = self._endpoints.get(descriptor.sid)
                 if endpoint is not None:
@@ -142,6 +176,8 @@ class RemappingUnit:
             self.iotlb.invalidate_all()
         elif descriptor.granularity is qi.IotlbGranularity.DOMAIN:
             self.iotlb.invalidate_domain(descriptor.did)
+        elif not self.cap.psi:
+            raise DescriptorError(qi.IQEI.RESERVED_FIELD, "no page-selective invalidation (CAP.PSI)")
         elif descriptor.am > self.cap.mamv:
             raise DescriptorError(
                 qi.IQEI.RESERVED_FIELD, f"AM {descriptor.am} is beyond MAMV {self.cap.mamv}"
@@ -169,27 +205,48 @@ class RemappingUnit:
         Raises Refused on configuration errors, reserved bits, an address too wide: those are recorded.
         """
         attached = self._attached(rid, page)
+        if msi.touches(page << PAGE_SHIFT, PAGE_SIZE):
+            raise self._refuse(rid, page, FaultReason.SGN_8, fpd=attached.fpd)
         if page >= attached.npages:
-            raise self._refuse(rid, page, FaultReason.SGN_5)
-        cached = self.iotlb.lookup(attached.did, page, need)
-        if cached is not None:
-            return cached
+            raise self._refuse(rid, page, FaultReason.SGN_5, fpd=attached.fpd)
+        entry = self.iotlb.lookup(attached.did, page, need)
+        if entry is None:
+            entry = self._fill(rid, attached, page)
+        return entry if entry.level == LEVEL_4K else _beside_interrupts(entry, page)
+
+    def _fill(self, rid: int, attached: _Attached, page: int) -> IotlbEntry:
+        """Walk, and cache what was found; absent entries never are (CM = 0)."""
         tables = self._memory.tables_at(attached.root)
         if tables is None:
-            raise self._refuse(rid, page, FaultReason.SSS_4)
+            raise self._refuse(rid, page, FaultReason.SSS_4, fpd=attached.fpd)
         try:
             found, tag = self._walk_stable(tables, attached, page)
         except TableOutside:
-            raise self._refuse(rid, page, FaultReason.SSS_1) from None
+            raise self._refuse(rid, page, FaultReason.SSS_1, fpd=attached.fpd) from None
         if found.outcome is Outcome.RESERVED:
-            raise self._refuse(rid, page, FaultReason.SSS_3)
+            raise self._refuse(rid, page, FaultReason.SSS_3, fpd=attached.fpd)
         if found.outcome is Outcome.ABSENT:
-            return NOT_PRESENT  # and absent entries are never cached (CM = 0)
+            return NOT_PRESENT
         entry = IotlbEntry(Hpa(found.hpa(0)), found.level, found.rights & (bits.READ | bits.WRITE), tag)
+        if msi.touches(entry.hpa, size_of_level(entry.level)):
+            raise self._refuse(rid, page, FaultReason.SGN_8, fpd=attached.fpd)
         self.iotlb.fill(attached.did, page, entry)
         if found.level == LEVEL_4K:
             self.iotlb.fill_table(attached.did, page, PscEntry(found.table, found.rights_above))
         return entry
+
+    def interrupt_request(self, rid: int, iova: int, size: int, *, write: bool) -> None:
+        """May an untranslated request that touches the interrupt range go on?  Raises Refused if not."""
+        if not (write and msi.is_message(iova, size)):
+            kind = FaultType.WRITE if write else FaultType.READ
+            raise self._refuse(
+                rid, iova >> PAGE_SHIFT, FaultReason.SGN_8, type=kind, at=AddressType.UNTRANSLATED
+            )
+
+    def interrupt(self, message: msi.InterruptMessage) -> None:
+        """An interrupt message came: here is its way to the interrupt controller."""
+        self.interrupts += 1
+        self.messages.append(message)
 
     def _walk(self, tables: TableReader, attached: _Attached, page: int) -> Walk:
         self.walks += 1
@@ -221,30 +278,46 @@ class RemappingUnit:
         cached = self._pasid_cache.get(key)
         if cached is not None:
             return cached
+        if not self.ecap.dt:
+            raise self._refuse(rid, page, FaultReason.SCT_5)
         raw = self._entries.get(key)
-        if raw is None or not pasid_entries.is_present(raw):
+        if raw is None:
             raise self._refuse(rid, page, FaultReason.SPT_2)
         entry = PasidEntry.from_bytes(raw)
+        if not entry.present:
+            raise self._refuse(rid, page, FaultReason.SPT_2, fpd=entry.fpd)
         level = entry.level
         usable = entry.pgtt == Pgtt.SECOND_STAGE and bool(self.ecap.ssts) and level in self.cap.levels
         if not usable or level is None or (entry.pgsnp and not self.ecap.sc):
-            raise self._refuse(rid, page, FaultReason.SPT_4)
+            raise self._refuse(rid, page, FaultReason.SPT_4, fpd=entry.fpd)
         if entry.ss_ptr >> self._haw:
-            raise self._refuse(rid, page, FaultReason.SSS_4)
+            raise self._refuse(rid, page, FaultReason.SSS_4, fpd=entry.fpd)
         npages = 1 << min(address_bits(level), self.cap.mgaw) - PAGE_SHIFT
-        self._pasid_cache[key] = attached = _Attached(entry.did, entry.ss_ptr, level, npages)
+        attached = _Attached(entry.did, entry.ss_ptr, level, npages, entry.fpd)
+        self._pasid_cache[key] = attached
         return attached
 
     # -- faults and page requests ----------------------------------------------------------------------
 
-    def _refuse(self, rid: int, page: int, reason: FaultReason) -> Refused:
-        """Record a fault of a translation request; the caller raises what this returns."""
+    def _refuse(
+        self,
+        rid: int,
+        page: int,
+        reason: FaultReason,
+        *,
+        fpd: bool = False,
+        type: FaultType = FaultType.READ,
+        at: AddressType = AddressType.TRANSLATION_REQUEST,
+    ) -> Refused:
+        """Record a fault unless it is a qualified one and FPD hides it; the caller raises the result."""
+        if fpd and reason in QUALIFIED:
+            return Refused(reason)
         record = FaultRecord(
             sid=rid,
             addr=Iova((page << PAGE_SHIFT) & (1 << 64) - 1),
             reason=reason,
-            type=FaultType.READ,
-            at=AddressType.TRANSLATION_REQUEST,
+            type=type,
+            at=at,
         )
         if len(self._faults) >= MAX_FAULT_RECORDS:
             self.faults_lost += 1  # PFO
@@ -263,3 +336,11 @@ class RemappingUnit:
         endpoint = self._endpoints.get(rid)
         if endpoint is not None:
             endpoint.page_response(prgi, code)
+
+
+def _beside_interrupts(entry: IotlbEntry, page: int) -> IotlbEntry:
+    """No answer covers the interrupt range: of a huge leaf over it the page that was asked for is given."""
+    inside = page % pages_of_level(entry.level)
+    if not msi.touches((page - inside) << PAGE_SHIFT, size_of_level(entry.level)):
+        return entry
+    return entry._replace(hpa=Hpa(entry.hpa + (inside << PAGE_SHIFT)), level=LEVEL_4K)

@@ -11,14 +11,17 @@ one it had when it was walked; `stale` counts frames touched after they were giv
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from device_sim.core import msi
 from device_sim.core.devtlb import DevTlb, Run
 from device_sim.core.dmar import NOT_PRESENT, Refused, RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
+from protocol.errors import UapiError
 from protocol.hw.qi import MAX_PAGES, ResponseCode
 from protocol.pt import bits
 from protocol.units import PAGE_SHIFT, Iova
@@ -37,6 +40,16 @@ class DmaRange:
     write: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a function has in config space, and how it came out of reset."""
+
+    pasid: bool = True
+    ats: bool = True
+    pri: bool = True
+    pri_on: bool = False  # page requests are on already, by whoever had the function before
+
+
 class DmaFault(Exception):
     """The access cannot be made.  `requested`: the page was asked for and refused."""
 
@@ -51,14 +64,21 @@ class Function:
     """`clock` gives nanoseconds: latencies are from the first refused translation to the granted one."""
 
     def __init__(
-        self, rid: int, unit: RemappingUnit, memory: PhysicalMemory, clock: Callable[[], int]
+        self,
+        rid: int,
+        unit: RemappingUnit,
+        memory: PhysicalMemory,
+        clock: Callable[[], int],
+        traits: Traits | None = None,
     ) -> None:
         self.rid = rid
+        self.traits = traits or Traits()
         self.io_faults = 0  # accesses that needed a page request and were granted
         self.fault_latencies_ns: deque[int] = deque(maxlen=MAX_LATENCIES)
         self._clock = clock
         self.devtlb = DevTlb()
         self.pri = PageRequestInterface(rid, unit.prq, PRI_CAPACITY)
+        self.pasid_enabled = False
         self.ats_enabled = False
         self.dma_enabled = False
         self.stale = 0
@@ -66,6 +86,8 @@ class Function:
         self._unit = unit
         self._memory = memory
         unit.add_endpoint(rid, self)
+        if self.traits.pri_on:
+            self.pri.enable(PRI_CAPACITY)
 
     # -- what the remapping unit sends -----------------------------------------------------------------
 
@@ -76,16 +98,53 @@ class Function:
     def page_response(self, prgi: int, code: ResponseCode) -> None:
         self.pri.respond(prgi, code)
 
-    def configure(self, *, ats: bool, bus_master: bool) -> None:
-        """Config space: with either off there is no DMA, whatever was translated before."""
-        self.ats_enabled, self.dma_enabled = ats, bus_master
-        if not (ats and bus_master):
+    def configure(
+        self,
+        *,
+        pasid: bool | None = None,
+        ats: bool | None = None,
+        pri_allocation: int | None = None,
+        bus_master: bool | None = None,
+    ) -> None:
+        """Config space; what is not named stays as it is.  With ATS or bus mastering off there is no DMA.
+
+        EINVAL: the function has no such capability, or the order is wrong: PASID before ATS, ATS before
+        page requests [PCIe 10].  EBUSY: page requests are on already.
+        """
+        self._check(pasid, ats, pri_allocation)
+        if pasid is not None:
+            self.pasid_enabled = pasid
+        if ats is not None:
+            self.ats_enabled = ats
+        if bus_master is not None:
+            self.dma_enabled = bus_master
+        if pri_allocation:
+            self.pri.enable(pri_allocation)
+        elif pri_allocation is not None and self.pri.enabled:
+            self.pri.disable()
+        if not (self.ats_enabled and self.dma_enabled):
             self.devtlb.invalidate(0, MAX_PAGES)
 
+    def _check(self, pasid: bool | None, ats: bool | None, pri_allocation: int | None) -> None:
+        absent = (
+            (pasid and not self.traits.pasid, "it has no PASID"),
+            (ats and not self.traits.ats, "it has no ATS"),
+            (pri_allocation and not self.traits.pri, "it has no page requests"),
+            (pasid is not None and pasid != self.pasid_enabled and self.ats_enabled, "PASID after ATS"),
+            (pri_allocation and not (self.ats_enabled if ats is None else ats), "page requests need ATS"),
+        )
+        for wrong, why in absent:
+            if wrong:
+                raise UapiError(errno.EINVAL, f"rid {self.rid:#x}: {why}")
+        if pri_allocation and self.pri.enabled:
+            raise UapiError(errno.EBUSY, f"rid {self.rid:#x}: page requests are on already")
+
     def stop(self) -> None:
-        """The driver is gone: no translation, no page request."""
-        self.configure(ats=False, bus_master=False)
-        self.pri.disable()
+        """The driver is gone: no translation, no page request; as after a reset."""
+        self.configure(ats=False, bus_master=False, pri_allocation=0)
+        self.configure(pasid=False)
+        if self.traits.pri_on:
+            self.pri.enable(PRI_CAPACITY)
 
     # -- DMA -------------------------------------------------------------------------------------------
 
@@ -117,6 +176,9 @@ class Function:
         """Translation requests for what the device TLB lacks; the accesses that were not granted."""
         refused: dict[int, PageAccess] = {}
         for dma in ranges:
+            if msi.touches(dma.iova, dma.size):
+                self._interrupt_request(dma)
+                continue
             asked = 0
             at = dma.iova
             end = dma.iova + dma.size
@@ -134,6 +196,22 @@ class Function:
                         refused[at >> PAGE_SHIFT] = PageAccess(at >> PAGE_SHIFT, dma.write)
                     at = (at | (1 << PAGE_SHIFT) - 1) + 1
         return list(refused.values())
+
+    def _interrupt_request(self, dma: DmaRange) -> None:
+        """There is nothing to translate; only a message may go there."""
+        if not self.dma_enabled:
+            raise DmaFault(dma.iova, dma.write, requested=False)
+        try:
+            self._unit.interrupt_request(self.rid, dma.iova, dma.size, write=dma.write)
+        except Refused:
+            raise DmaFault(dma.iova, dma.write, requested=True) from None
+
+    def _write_message(self, iova: int, data: bytes) -> bool:
+        """A write the device TLB has nothing for: perhaps an interrupt message, which needs none."""
+        if not (self.dma_enabled and msi.is_message(iova, len(data))):
+            return False
+        self._unit.interrupt(msi.InterruptMessage(self.rid, iova, int.from_bytes(data, "little")))
+        return True
 
     def _translate(self, page: int, write: bool) -> bool:
         """One ATS translation request; whether the device TLB now allows the access."""
@@ -165,7 +243,7 @@ class Function:
         """Store; False, and nothing stored, if part of the range is not translated."""
         runs, covered = self.devtlb.runs(iova, len(data), write=True)
         if covered < len(data):
-            return False
+            return self._write_message(iova, data)
         self._count_hits(iova, len(data))
         self._note_stale("after", iova, len(data), write=True)
         at = 0
@@ -181,7 +259,8 @@ class Function:
         dst_runs, writable = self.devtlb.runs(dst, size, True)
         count = min(readable, writable)
         if not count:
-            return 0
+            message = self.read(src, size) if msi.is_message(dst, size) else None
+            return size if message is not None and self._write_message(dst, message) else 0
         self._count_hits(src, count)
         self._count_hits(dst, count)
         tagged = self._memory.tags is not None

@@ -1,16 +1,27 @@
 """Counters of the remapping unit and of a device, for people and scenarios.
 
 Names follow the hardware: hits and misses of the IOTLB (in the unit) and of the device TLB (in the
-function), page requests (entries of the queue) and groups (answered once each).
+function), page requests (entries of the queue) and groups (answered once each), interrupt messages.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.dsa import Dsa
 
 
-def unit_stats(unit: RemappingUnit) -> dict[str, int]:
+def unit_stats(units: Sequence[RemappingUnit]) -> dict[str, object]:
+    """Of all units together."""
+    total: Counter[str] = Counter()
+    for unit in units:
+        total.update(_counters(unit))
+    return {**total, "messages": [list(message) for unit in units for message in unit.messages]}
+
+
+def _counters(unit: RemappingUnit) -> dict[str, int]:
     return {
         "iotlb_hits": unit.iotlb.hits,
         "iotlb_misses": unit.iotlb.misses,
@@ -21,6 +32,7 @@ def unit_stats(unit: RemappingUnit) -> dict[str, int]:
         "page_requests_dropped": unit.prq.dropped,
         "faults_recorded": unit.faults_recorded,
         "faults_lost": unit.faults_lost,
+        "interrupts": unit.interrupts,
     }
 
 

@@ -1,22 +1,28 @@
-"""A device bound to an iommufd: attach and detach, in the order that leaves nothing behind.
+"""A device bound to an iommufd: how it gets onto an HWPT and off it, and leaves nothing behind.
 
-Models iommufd_device attach and detach with VT-d's part of it [RFC 16/42], [RFC 19/42]: the PASID entry
-goes in before ATS and PRI are switched on; at detach page requests stop first, what is in flight is
-answered, and only then is the entry cleared and every cache that may remember it flushed (defect B-20).
+Models iommufd_device attach, replace and detach with VT-d's part of it [RFC 16/42], [RFC 19/42].  In: the
+PASID entry, PASID, ATS, page requests, and DMA last.  Out: DMA and page requests stop, the queue is drained
+and what came of it answered, and only then is the entry cleared and every cache that may remember it flushed
+(defect B-20).
+
+Page requests are on exactly while the device is on an HWPT that needs them, however it got there (defect
+B-12); those that were on before stay on.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Protocol
+from typing import Any
 
 from iommufdd.core import qi
-from iommufdd.core.hwpt_kvm import HwptKvm, Unit
+from iommufdd.core.fault_policy import FaultPolicy
+from iommufdd.core.hardware import ConfigSpace, FunctionInfo, Unit
+from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.object import Object
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.hw.caps import Ecap
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
 from protocol.units import Pasid
 
@@ -25,85 +31,90 @@ RID_PASID = Pasid(0)
 NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
 
 
-class Hardware(Unit, Protocol):
-    """The unit, and config space of the functions behind it.  Raises UapiError(ENODEV) once it is gone."""
-
-    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None: ...
-    async def set_function(self, rid: int, *, ats: bool, pri_allocation: int, bus_master: bool) -> None: ...
-
-
 class Device(Object):
-    def __init__(self, rid: int, name: str, hardware: Hardware, ecap: Ecap) -> None:
+    """Whoever calls `enter` and `leave` holds the mutex of the device's group."""
+
+    def __init__(self, info: FunctionInfo, unit: Unit, config: ConfigSpace, policy: FaultPolicy) -> None:
         super().__init__()
-        self.rid = rid
-        self.name = name
-        self.hwpt: HwptKvm | None = None
-        self._changing: Wait[None] | None = None  # an attach or detach is under way
-        self._hardware = hardware
-        self._ecap = ecap
+        self.info = info
+        self.rid = info.rid
+        self.unit = unit
+        self.bound = True
+        self.hwpt: Hwpt | None = None
+        self.pinned = False  # the VMM says that no page it reaches can be absent
+        self.drained = False  # what it asks for now came too late
+        self._config = config
+        self._policy = policy
+        self._owns_pri = False
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
 
-    async def attach(self, hwpt: HwptKvm) -> None:
-        """EINVAL: attached already; EBUSY: being attached or detached; ENODEV."""
-        if self.hwpt is not None:
-            raise UapiError(errno.EINVAL, f"{self.name} is attached to HWPT {self.hwpt.id}: detach it first")
-        self._begin()
-        hwpt.users += 1
-        hwpt.rids.append(self.rid)  # before the entry: an invalidation from now on reaches this function
-        try:
-            entry = hwpt.domain.pasid_entry(self._ecap).to_bytes()
-            await self._hardware.write_pasid_entry(self.rid, RID_PASID, entry)
-            self.hwpt = hwpt
-            await self._hardware.set_function(self.rid, ats=True, pri_allocation=0, bus_master=False)
-            await self._hardware.set_function(self.rid, ats=True, pri_allocation=PRI_DEPTH, bus_master=True)
-        except UapiError:
-            self.hwpt = None
-            with suppress(UapiError):  # the unit is gone
-                await self._clear(hwpt)
-            self._leave(hwpt)
-            raise
-        finally:
-            self._end()
+    def check(self, hwpt: Hwpt, *, pinned: bool) -> None:
+        """EINVAL if this device does not go with that HWPT; nothing was touched."""
+        missing = hwpt.domain.what_is_missing(self.unit.cap, self.unit.ecap)
+        if missing is not None:
+            raise UapiError(errno.EINVAL, f"the unit before {self.info.name} cannot walk it: {missing}")
+        objection = self._policy.objection(self.info) if hwpt.needs_iopf and not pinned else None
+        if objection is not None:
+            raise UapiError(errno.EINVAL, f"{objection}: say that what it reaches is pinned")
 
-    async def detach(self) -> None:
-        """Nothing uses the HWPT any more when this returns.  No error if nothing is attached."""
-        while self._changing is not None:
-            await self._changing
+    async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
+        """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
+        assert self.hwpt is None, f"{self.info.name} is on HWPT {self.hwpt.id}"
+        hwpt.users += 1
+        hwpt.attached[self.rid] = self.unit  # before the entry: an invalidation from now on reaches it
+        self.hwpt, self.pinned, self.drained = hwpt, pinned, False
+        try:
+            entry = hwpt.domain.pasid_entry(self.unit.ecap).to_bytes()
+            await self.unit.write_pasid_entry(self.rid, RID_PASID, entry)
+            if self.info.pasid:
+                await self._config.set_function(self.rid, pasid=True)
+            if self.info.ats and self.unit.ecap.dt:
+                await self._config.set_function(self.rid, ats=True)
+            if hwpt.needs_iopf:
+                await self._enable_iopf()
+            await self._config.set_function(self.rid, bus_master=True)
+        except UapiError:
+            await self.leave()
+            raise
+
+    async def _enable_iopf(self) -> None:
+        """IOMMU_DEV_FEAT_IOPF [RFC 16/42]: must come after ATS."""
+        info, ecap = self.info, self.unit.ecap
+        if not (info.ats and info.pri and ecap.dt and ecap.prs):
+            if self.pinned:
+                return
+            has = f"ATS {info.ats}, PRI {info.pri}, ECAP.DT {ecap.dt}, ECAP.PRS {ecap.prs}"
+            raise UapiError(errno.ENODEV, f"{info.name} cannot ask for pages: {has}")
+        if info.pasid and not info.pasid_required:
+            raise UapiError(errno.EINVAL, f"{info.name} has PASID on and needs none in its page responses")
+        try:
+            await self._config.set_function(self.rid, pri_allocation=PRI_DEPTH)
+        except UapiError as error:
+            if error.errno != errno.EBUSY:  # somebody else has them on already: then they are not ours
+                raise
+        else:
+            self._owns_pri = True
+
+    async def leave(self) -> None:
+        """Off the HWPT, if it is on one."""
         hwpt = self.hwpt
         if hwpt is None:
             return
-        self._begin()
-        try:
-            # DMA and page requests stop, those in flight are answered, then the entry goes.
-            await self._hardware.set_function(self.rid, ats=True, pri_allocation=0, bus_master=False)
-            await self._wait_quiet()
-            await self._clear(hwpt)
-        except UapiError:
-            pass  # the unit is gone: it translates nothing and asks for nothing
-        finally:
-            self.hwpt = None
-            self._leave(hwpt)
-            self._end()
-
-    async def _clear(self, hwpt: HwptKvm) -> None:
-        """The entry, every cache that may remember it, and ATS."""
-        await self._hardware.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT)
-        await self._hardware.submit(qi.detach(hwpt.domain.did, self.rid))
-        await self._hardware.set_function(self.rid, ats=False, pri_allocation=0, bus_master=False)
-
-    def _begin(self) -> None:
-        if self._changing is not None:
-            raise UapiError(errno.EBUSY, f"{self.name} is being attached or detached")
-        self._changing = Wait()
-
-    def _end(self) -> None:
-        assert self._changing is not None
-        changed, self._changing = self._changing, None
-        changed.set(None)
-
-    def _leave(self, hwpt: HwptKvm) -> None:
-        hwpt.rids.remove(self.rid)
+        did, ecap = hwpt.domain.did, self.unit.ecap
+        await _try(self._config.set_function(self.rid, bus_master=False))
+        if self._owns_pri:
+            await _try(self._config.set_function(self.rid, pri_allocation=0))
+        await _try(self.unit.submit(qi.drain(did, self.rid, ecap)))
+        self.drained = True
+        await self._wait_quiet()
+        await _try(self.unit.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT))
+        await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))
+        await _try(self._config.set_function(self.rid, ats=False))
+        await _try(self._config.set_function(self.rid, pasid=False))
+        self._owns_pri = False
+        self.hwpt = None
+        del hwpt.attached[self.rid]
         hwpt.users -= 1
 
     # -- page requests in flight -----------------------------------------------------------------------
@@ -121,3 +132,9 @@ class Device(Object):
         if self._handling:
             self._quiet = Wait()
             await self._quiet
+
+
+async def _try(step: Coroutine[Any, None, None]) -> None:
+    """The next step is taken all the same: silicon that is gone translates nothing and asks for nothing."""
+    with suppress(UapiError):
+        await step

@@ -16,12 +16,12 @@ from contextlib import suppress
 from typing import Protocol
 
 from iommufdd.core import qi
+from iommufdd.core.hardware import Memory
+from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.kvm_domain import KvmDomain
-from iommufdd.core.object import Object
 from protocol.errors import UapiError
-from protocol.hw.caps import Cap
 from protocol.hw.prq import PageRequest
-from protocol.hw.qi import Descriptor, ResponseCode
+from protocol.hw.qi import ResponseCode
 from protocol.units import gfn_of, gpa_of_iova
 
 
@@ -33,27 +33,15 @@ class Tdp(Protocol):
     def release(self) -> None: ...
 
 
-class Unit(Protocol):
-    """The remapping unit as the driver reaches it.  Raises UapiError(ENODEV) once it is gone."""
+class HwptKvm(Hwpt):
+    needs_iopf = True
 
-    async def submit(self, descriptors: list[Descriptor]) -> None:
-        """Queue descriptors; returns when the wait that ends them completed."""
-
-    async def remove_memory(self, memory: int) -> None: ...
-
-
-class HwptKvm(Object):
-    def __init__(self, domain: KvmDomain, cap: Cap, tdp: Tdp, unit: Unit) -> None:
-        super().__init__()
-        self.domain = domain
-        self.rids: list[int] = []  # functions attached
-        self.memory = 0  # the set of windows the unit walks it in
+    def __init__(self, domain: KvmDomain, memory: Memory, tdp: Tdp) -> None:
+        super().__init__(domain, memory)
         self.faults: Counter[ResponseCode] = Counter()
         self.invalidations = 0
         self.acked_epoch = 0
-        self._cap = cap
         self._tdp = tdp
-        self._unit = unit
 
     async def fault(self, request: PageRequest) -> ResponseCode:
         """Have KVM populate one page [RFC 15/42]."""
@@ -75,23 +63,23 @@ class HwptKvm(Object):
     async def invalidate(self, start: int, size: int, epoch: int) -> None:
         """KVM flushed: drop every cached translation of the range, then return (the ack).
 
-        Raises UapiError, which is no ack, if the unit refused.
+        Raises UapiError, which is no ack, if a unit refused.
         """
         self.invalidations += 1
         try:
-            await self._unit.submit(qi.invalidate(self._cap, self.domain.did, self.rids, start, size))
+            for unit in dict.fromkeys(self.attached.values()):
+                rids = self.behind(unit) if unit.ecap.dt else []
+                await unit.submit(qi.invalidate(unit.cap, self.domain.did, rids, start, size))
         except UapiError as error:
-            if error.errno != errno.ENODEV:  # the unit is gone, and with it what it cached
+            if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
                 raise
         self.acked_epoch = max(self.acked_epoch, epoch)
 
     async def destroy(self) -> None:
-        """The unit lets go of the memory, then unregister, then put: while anything could walk we hear of
+        """The units let go of the memory, then unregister, then put: while anything could walk we hear of
         flushes, and nothing is told of a domain that is gone (defect B-10).
         """
-        assert not self.rids, f"HWPT {self.id} destroyed with {len(self.rids)} functions attached"
-        with suppress(UapiError):  # the unit is gone, and its lease with it
-            await self._unit.remove_memory(self.memory)
+        await super().destroy()
         with suppress(UapiError):  # KVM is gone
             await self._tdp.unregister()
         self._tdp.release()

@@ -4,17 +4,23 @@ Models the IO page fault framework under the series [RFC 15/42], [RFC 23/42]: re
 last of their group wait for it; the last one makes the group run; faults of a group are handled in
 order and the first that fails decides; then one page group response.  Requests without PASID are legal
 (RFC-83); a stop marker is skipped; what the device may not ask is answered Invalid Request if it is the
-last.
+last, and so is what cannot be read.
 
-Invariant I8: one response a group, sent even if its device is detached meanwhile.
+Invariant I8: one response a group, sent even if its device is detached meanwhile, and even if handling it met
+a bug of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
-from protocol.hw.prq import PageRequest
+from iommufdd.core.device import Device
+from iommufdd.core.hwpt_kvm import HwptKvm
+from protocol.flow import Flow
+from protocol.hw.fields import FormatError
+from protocol.hw.prq import PageRequest, reply_to
+from protocol.hw.qi import ResponseCode
 
 MAX_PARTIAL = 2048  # requests held back for the last of their group: as many as the ring has
 
@@ -67,3 +73,73 @@ class Groups:
     @property
     def held(self) -> int:
         return self._held
+
+
+class Iopf:
+    """The PRQ thread of one unit, and the queue it hands groups to.
+
+    `find` gives the device bound behind this unit; `respond` sends a page group response, and says whether
+    anybody is there to get it; `spawn` runs a flow.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[int], Device | None],
+        respond: Callable[[int, int, ResponseCode], bool],
+        spawn: Callable[[Flow[None]], None],
+    ) -> None:
+        self.groups = Groups()
+        self.requests = 0
+        self.malformed = 0
+        self.responses = 0
+        self.responses_lost = 0  # nobody was there any more
+        self._find = find
+        self._respond = respond
+        self._spawn = spawn
+
+    def take(self, raw: bytes) -> None:
+        """One entry of the queue."""
+        self.requests += 1
+        try:
+            request = PageRequest.from_bytes(raw)
+        except FormatError:
+            self.malformed += 1
+            rid, prgi, answered = reply_to(raw)
+            if answered:
+                self._answer(rid, prgi, ResponseCode.INVALID)
+            return
+        verdict = judge(request)
+        if verdict is Verdict.SKIP or (verdict is Verdict.REFUSE and not request.last):
+            return  # dropped; its group goes on without it
+        group = self.groups.gather(request)
+        if group is None:
+            return
+        device = self._find(request.rid)
+        hwpt = None if device is None or device.drained else device.hwpt
+        if verdict is Verdict.REFUSE or device is None or not isinstance(hwpt, HwptKvm):
+            self._answer(request.rid, request.prgi, ResponseCode.INVALID)
+        else:
+            self._spawn(self._handle(device, hwpt, group))
+
+    async def _handle(self, device: Device, hwpt: HwptKvm, group: list[PageRequest]) -> None:
+        device.begin_group()
+        code = ResponseCode.FAILURE  # for a device that waits while we meet a bug of ours
+        try:
+            code = await _fault_in(hwpt, group)
+        finally:
+            self._answer(group[-1].rid, group[-1].prgi, code)
+            device.end_group()
+
+    def _answer(self, rid: int, prgi: int, code: ResponseCode) -> None:
+        self.responses += 1
+        if not self._respond(rid, prgi, code):
+            self.responses_lost += 1
+
+
+async def _fault_in(hwpt: HwptKvm, group: list[PageRequest]) -> ResponseCode:
+    """In order, until one fails [RFC 15/42]."""
+    for request in group:
+        code = await hwpt.fault(request)
+        if code is not ResponseCode.SUCCESS:
+            return code
+    return ResponseCode.SUCCESS

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from protocol.hw.caps import Cap
+from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import (
     DEVTLB_ALL,
     Descriptor,
@@ -51,14 +51,28 @@ def invalidate(cap: Cap, did: int, rids: Iterable[int], start: int, size: int) -
     return [iotlb, *(DevTlbInv(sid=rid, size=sized, addr=device_addr) for rid in rids), wait()]
 
 
-def detach(did: int, rid: int) -> list[Descriptor]:
+def detach(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
     """After a function's PASID entry was cleared: nothing may remember it [VT-d 6.5.2]."""
     return [
         PasidCacheInv(granularity=PasidCacheGranularity.PASID, did=did, pasid=Pasid(0)),
         IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
-        everything(rid),
+        *_device(rid, ecap),
         wait(),
     ]
+
+
+def drain(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
+    """After a function's page requests were switched off: software has seen all it sent [VT-d 7.10]."""
+    return [
+        Wait(fn=True),
+        IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
+        *_device(rid, ecap),
+        Wait(sw=True, fn=True, pd=bool(ecap.pds), status_data=DONE),
+    ]
+
+
+def _device(rid: int, ecap: Ecap) -> list[Descriptor]:
+    return [everything(rid)] if ecap.dt else []
 
 
 def everything(rid: int) -> DevTlbInv:

@@ -42,6 +42,11 @@ def _get_metadata(importer: Importer, message: tdp.TdpGetMetadata, fds: Fds) -> 
 def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) -> Answer:
     if importer.ops is not None:
         raise UapiError(errno.EBUSY, f"this channel is registered as {importer.name!r}")
+    vm = importer.tdp.owner.vm
+    if message.mm not in (None, vm.mm.token):
+        raise UapiError(
+            errno.EINVAL, f"the importer's process is not that of VM {vm.id}: it could fault nothing in"
+        )
     assert importer.channel is not None
     app = importer.tdp.owner.app
     lease = Lease(app.loop)

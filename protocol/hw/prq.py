@@ -66,6 +66,13 @@ class PageRequest:
         return cls(**unpack(word, LAYOUT))
 
 
+def reply_to(raw: bytes) -> tuple[int, int, bool]:
+    """Requester, group, and whether an answer is due, of an entry whose other fields make no sense."""
+    word = load(raw, PAGE_REQUEST_SIZE, "page request")
+    last = LAYOUT["last"].get(word) and _TYPE.get(word) == PAGE_REQUEST_TYPE
+    return LAYOUT["rid"].get(word), LAYOUT["prgi"].get(word), bool(last)
+
+
 _TYPE: Final = at(7, 0)
 _TYPE_BITS: Final = _TYPE.put(PAGE_REQUEST_TYPE)
 LAYOUT: Final[Layout] = {

@@ -4,16 +4,22 @@ Kernel field names kept.  A pointer to user memory is what that memory holds: No
 fewer bytes than the length says are memory that cannot be read.  An fd number inside such memory is
 looked up in `fd_table`, which names the fds that travel with the message as the caller numbers them: a
 number that is not there is not open.
+
+Every iommufd struct begins with its `size` as the caller has it, and `tail` is what lies beyond the
+struct we know: it must be zero [iommufd main.c].
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from protocol.uapi import names
-from protocol.uapi.message import U32, Message
+from protocol.uapi.message import U16, U32, U64, Message
+
+MAX_USER_BYTES = 4096
+UserBytes = Annotated[bytes, Field(max_length=MAX_USER_BYTES)]
 
 
 class Open(Message):
@@ -26,43 +32,154 @@ class Stats(Message):
     """Counters of the driver and of every HWPT."""
 
 
-class IommuHwptAlloc(Message):
+class IommuStruct(Message):
+    """SIZE: of the struct; MIN_SIZE: of what the oldest caller passes."""
+
+    SIZE: ClassVar[int]
+    MIN_SIZE: ClassVar[int]
+
+    size: U32
+    tail: UserBytes = b""
+
+
+class IommuDestroy(IommuStruct):
+    SIZE = MIN_SIZE = 8
+
+    size: U32 = SIZE
+    id: U32
+
+
+class IommuIoasAlloc(IommuStruct):
+    """struct iommu_ioas_alloc; reply: `out_ioas_id`."""
+
+    SIZE = MIN_SIZE = 12
+
+    size: U32 = SIZE
+    flags: U32 = 0
+
+
+class IommuOption(IommuStruct):
+    """struct iommu_option."""
+
+    SIZE = MIN_SIZE = 24
+
+    size: U32 = SIZE
+    option_id: U32
+    option_op: U16 = 0
+    reserved: U16 = 0
+    object_id: U32 = 0
+    val64: U64 = 0
+
+
+class IommuHwptAlloc(IommuStruct):
     """struct iommu_hwpt_alloc; reply: `out_hwpt_id` [RFC 12/42]."""
 
-    size: U32 = names.HWPT_ALLOC_SIZE
+    SIZE = names.HWPT_ALLOC_SIZE
+    MIN_SIZE = names.HWPT_ALLOC_MIN_SIZE
+
+    size: U32 = SIZE
     flags: U32 = 0
     dev_id: U32
     pt_id: U32 = 0
     reserved: U32 = 0
     data_type: U32 = names.IOMMU_HWPT_DATA_KVM
     data_len: U32 = names.HWPT_KVM_INFO_SIZE
-    data_uptr: Annotated[bytes, Field(max_length=4096)] | None
+    data_uptr: UserBytes | None
     fd_table: Annotated[tuple[int, ...], Field(max_length=1, strict=False)] = ()
 
 
-class IommuDestroy(Message):
-    id: U32
+class IommuGetHwInfo(IommuStruct):
+    """struct iommu_hw_info; `data_uptr`: whether user memory for `data_len` bytes is there.
 
+    Reply: `out_data_type` 1 (VT-d), `data_len` as the kernel has it, `out_capabilities`, and `data`, the
+    bytes stored: struct iommu_hw_info_vtd or its beginning.
+    """
 
-class IommuGetHwInfo(Message):
-    """Reply: `out_data_type` 1 (VT-d), `cap_reg`, `ecap_reg`."""
+    SIZE = 40
+    MIN_SIZE = 32
 
+    size: U32 = SIZE
+    flags: U32 = 0
     dev_id: U32
+    data_len: U32 = 24
+    data_uptr: bool = True
+    reserved: U32 = 0
 
 
-class VfioDeviceBindIommufd(Message):
+class IommuHwptSetDirtyTracking(IommuStruct):
+    """struct iommu_hwpt_set_dirty_tracking: no HWPT here tracks."""
+
+    SIZE = MIN_SIZE = 16
+
+    size: U32 = SIZE
+    flags: U32 = 0
+    hwpt_id: U32
+    reserved: U32 = 0
+
+
+class IommuHwptGetDirtyBitmap(IommuStruct):
+    """struct iommu_hwpt_get_dirty_bitmap: no HWPT here tracks."""
+
+    SIZE = MIN_SIZE = 48
+
+    size: U32 = SIZE
+    hwpt_id: U32
+    flags: U32 = 0
+    reserved: U32 = 0
+    iova: U64 = 0
+    length: U64 = 4096
+    page_size: U64 = 4096
+
+
+class IommuHwptInvalidate(IommuStruct):
+    """struct iommu_hwpt_invalidate: only a nested HWPT takes it, and there is none."""
+
+    SIZE = MIN_SIZE = 32
+
+    size: U32 = SIZE
+    hwpt_id: U32
+    data_uptr: UserBytes | None = None
+    data_type: U32 = 0
+    entry_len: U32 = 24
+    entry_num: U32 = 0
+    reserved: U32 = 0
+
+
+class VfioStruct(Message):
+    """VFIO's structs begin with `argsz`; what lies beyond the struct we know is not looked at."""
+
+    MIN_SIZE: ClassVar[int]
+
+    argsz: U32
+    flags: U32 = 0
+
+
+class VfioDeviceBindIommufd(VfioStruct):
     """With the iommufd; reply: `out_devid`."""
 
-    flags: U32 = 0
+    MIN_SIZE = 16
+
+    argsz: U32 = MIN_SIZE
 
 
-class VfioDeviceAttachIommufdPt(Message):
-    flags: U32 = 0
+class VfioDeviceAttachIommufdPt(VfioStruct):
+    """Attach, or replace what is attached; reply: `pt_id`.
+
+    `pinned` is the model's: the VMM says that nothing the device reaches can be absent, so that a device
+    that does not survive it everywhere may be attached.  It is believed.
+    """
+
+    MIN_SIZE = 12
+
+    argsz: U32 = MIN_SIZE
     pt_id: U32
+    pinned: bool = False
 
 
-class VfioDeviceDetachIommufdPt(Message):
-    flags: U32 = 0
+class VfioDeviceDetachIommufdPt(VfioStruct):
+    MIN_SIZE = 8
+
+    argsz: U32 = MIN_SIZE
 
 
 class VfioDeviceMmap(Message):

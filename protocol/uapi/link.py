@@ -7,9 +7,9 @@ travel as their bytes.  A portal stands for the BARs of one device, mapped into 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.uapi.message import U8, U16, U32, U64, Message, Name
 
@@ -17,6 +17,9 @@ MAX_RING_BYTES = 1 << 19  # a whole invalidation queue
 PASID_ENTRY_BYTES = 64
 DSA_DESCRIPTOR_BYTES = 64
 MAX_WINDOWS = 7  # and the lease: what one message may carry
+MAX_UNITS = 64
+MAX_FUNCTIONS = 1 << 10
+FAULT_CAPABILITIES: Final = ("full", "partial", "none")
 
 # -- front door of device_sim --------------------------------------------------------------------------
 
@@ -33,7 +36,36 @@ class DeviceStats(Message):
 
 
 class LinkCaps(Message):
-    """Reply: `cap`, `ecap`, and `functions` [[rid, name, ats, pri]...]."""
+    """The reply is a CapsReply."""
+
+
+class FunctionInfo(BaseModel):
+    """A function as enumeration finds it.  `unit`: the number of the one before it; `group`: those with the
+    same number share every translation; `fault_capability`: the paths on which it survives an absent page.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    rid: U16
+    name: Name
+    unit: U8
+    group: U16
+    pasid: bool
+    ats: bool
+    pri: bool
+    pasid_required: bool
+    fault_capability: Literal["full", "partial", "none"]
+
+
+class CapsReply(BaseModel):
+    """CAP and ECAP of every unit, and the functions behind them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    units: Annotated[
+        list[Annotated[tuple[U64, U64], Field(strict=False)]], Field(min_length=1, max_length=MAX_UNITS)
+    ]
+    functions: Annotated[list[FunctionInfo], Field(max_length=MAX_FUNCTIONS)]
 
 
 class LinkMemoryAdd(Message):
@@ -60,12 +92,16 @@ class LinkPasidEntry(Message):
 
 
 class LinkFunction(Message):
-    """Config space of a function: ATS, then PRI with an allocation (0: off), bus mastering."""
+    """Config space of a function: PASID, then ATS, then PRI with an allocation (0: off); bus mastering.
+
+    None leaves as it is.  EINVAL: no such capability, or the wrong order; EBUSY: page requests are on.
+    """
 
     rid: U16
-    ats: bool
-    pri_allocation: U32
-    bus_master: bool
+    pasid: bool | None = None
+    ats: bool | None = None
+    pri_allocation: U32 | None = None
+    bus_master: bool | None = None
 
 
 class LinkQi(Message):
@@ -74,6 +110,7 @@ class LinkQi(Message):
     `prq_consumed` moves the page request queue's head first; `prq_clear` clears its overflow flag.
     """
 
+    unit: U8 = 0
     descriptors: Annotated[bytes, Field(max_length=MAX_RING_BYTES)] = b""
     prq_consumed: U32 = 0
     prq_clear: bool = False
@@ -91,6 +128,7 @@ class LinkPortal(Message):
 class PageRequests(Message):
     """The page request interrupt: new entries, 32 bytes each, and whether the queue overflowed."""
 
+    unit: U8 = 0
     entries: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
     overflow: bool
 
@@ -98,6 +136,7 @@ class PageRequests(Message):
 class Faults(Message):
     """The fault event: records, 16 bytes each."""
 
+    unit: U8 = 0
     records: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
 
 

@@ -26,10 +26,12 @@ class TdpGetMetadata(Message):
 
 class TdpRegisterImporter(Message):
     """EBUSY: `name` is registered.  Reply: `windows` [[kind, base, size]...], fds: one each, then the
-    lease.
+    lease.  `mm`, for an importer that will fault pages in: EINVAL if it is not the VM's, for all its faults
+    would fail (defect B-38).
     """
 
     name: Name
+    mm: U64 | None = None
 
 
 class TdpUnregisterImporter(Message):

@@ -224,7 +224,7 @@ ROWS: list[tuple[str, int, dict[str, Any]]] = [
     ("struct too small", errno.EINVAL, {"size": 20}),
     ("reserved field", errno.EOPNOTSUPP, {"reserved": 1}),
     ("no data type but data", errno.EINVAL, {"data_type": 0}),
-    ("another data type", errno.EOPNOTSUPP, {"data_type": 1}),
+    ("another data type on no IOAS", errno.EINVAL, {"data_type": 1}),
     ("unknown dev_id", errno.ENOENT, {"dev_id": GARBAGE}),
     ("data_len 0", errno.EINVAL, {"data_len": 0}),
     ("data_len 4", errno.EINVAL, {"data_len": 4}),
@@ -371,19 +371,24 @@ async def test_a_device_that_is_not_bound_does_nothing(host: Host) -> None:
 
 
 async def test_attach_errors(host: Host) -> None:
-    """RFC-59: attached already; and ids that are no HWPT."""
+    """Ids that are no HWPT, flags, a struct too short; attached to the same already is no error."""
     async with rigged(host) as rig:
         _, device = rig.bound
-        with refused(errno.EINVAL):
-            await device.attach(rig.hwpt_id)
+        await device.attach(rig.hwpt_id)
         with refused(errno.EINVAL):
             await device.ask("VFIO_DEVICE_ATTACH_IOMMUFD_PT", pt_id=rig.hwpt_id, flags=1)
         with refused(errno.EINVAL):
             await device.ask("VFIO_DEVICE_DETACH_IOMMUFD_PT", flags=1)
         await device.detach()
-        for pt_id in (0, GARBAGE, rig.device_id):
+        for pt_id in (0, GARBAGE):
             with refused(errno.ENOENT):
                 await device.attach(pt_id)
+        with refused(errno.EINVAL):
+            await device.attach(rig.device_id)
+        with refused(errno.EINVAL):
+            await device.ask("VFIO_DEVICE_ATTACH_IOMMUFD_PT", argsz=11, pt_id=rig.hwpt_id)
+        with refused(errno.EINVAL):
+            await device.ask("VFIO_DEVICE_DETACH_IOMMUFD_PT", argsz=7)
         await device.detach()  # of nothing is no error
         await device.attach(rig.hwpt_id)
         assert await rig.fill(rig.memory.allocate(1)) is Status.SUCCESS

@@ -33,7 +33,7 @@ APART = ({"uapi", "rpc"},)
 
 # What a core may take from protocol. A name covers everything below it.
 ANY_CORE = ("units", "errors", "flow", "trace")
-VTD_RECORDS = ("hw.caps", "hw.pasid_entry", "hw.prq", "hw.qi")
+VTD_RECORDS = ("hw.caps", "hw.fields", "hw.pasid_entry", "hw.prq", "hw.qi")
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "pt", "hostmem", "frame_tags"),
     "iommufdd": (*ANY_CORE, *VTD_RECORDS, "pt.meta", "pt.bits", "pt.geometry"),

@@ -173,11 +173,17 @@ class Silicon:
         self.events = 0
         self.now = 0
         self.flows = Flows()
-        self.unit = RemappingUnit(cap or usual_cap, ecap or usual_ecap, haw, self.memory, self._on_event)
+        self.drained: list[bytes] = []  # what was told because a wait asked for it
+        self.unit = RemappingUnit(
+            cap or usual_cap, ecap or usual_ecap, haw, self.memory, self._on_event, self._drain
+        )
         self.function = Function(RID, self.unit, self.memory, lambda: self.now)
 
     def _on_event(self) -> None:
         self.events += 1
+
+    def _drain(self) -> None:
+        self.drained.append(self.unit.prq.take_new())
 
     def attach(self, allocation: int = 2048) -> None:
         """What the driver does, in one go."""

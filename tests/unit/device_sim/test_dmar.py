@@ -244,7 +244,7 @@ def test_a_pasid_entry_the_unit_cannot_use_is_refused_spt_4(entry: bytes) -> Non
 
 @pytest.mark.parametrize("lacking", [{"ssts": 0, "sc": 1}, {"ssts": 1, "sc": 0}])
 def test_a_second_stage_entry_needs_the_capabilities_it_uses(lacking: dict[str, int]) -> None:
-    silicon = Silicon(ecap=make_ecap(smts=1, smpwc=1, **lacking))
+    silicon = Silicon(ecap=make_ecap(dt=1, smts=1, smpwc=1, **lacking))
     silicon.attach()
     assert [record.reason for record in refused(silicon, 7)] == [SPT_4]
 
@@ -300,7 +300,7 @@ def test_faults_beyond_the_records_are_lost_and_counted_apart() -> None:
 
 
 def test_a_refused_request_says_which_reason() -> None:
-    unit = RemappingUnit(make_cap(), make_ecap(), 46, PhysicalMemory(), lambda: None)
+    unit = RemappingUnit(make_cap(), make_ecap(dt=1), 46, PhysicalMemory(), lambda: None, lambda: None)
     with pytest.raises(Refused, match="SPT_2") as caught:
         unit.translation_request(RID, 0, R)
     assert caught.value.reason is FaultReason.SPT_2

@@ -1,54 +1,68 @@
-"""Attach and detach: the order of every step, and what is left when one of them fails."""
+"""Onto an HWPT and off it: the order of every step, and what is left when one of them fails."""
 
 from __future__ import annotations
 
 import errno
 import struct
+from typing import Any
 
 import pytest
 
 from iommufdd.core.device import Device
+from iommufdd.core.fault_policy import FaultPolicy, Policy
+from iommufdd.core.hwpt import Hwpt
 from protocol.errors import UapiError
-from protocol.hw.caps import Ecap
-from tests.unit.iommufdd.world import DID, GONE, RID, ROOT, World
+from protocol.hw.caps import Cap, Ecap
+from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, ROOT, World, function
 
-ECAP = Ecap(1 << 7 | 1 << 43 | 1 << 46 | 1 << 48)
+DT, PRS, SC = 1 << 2, 1 << 29, 1 << 7
 ENTRY = struct.pack("<8Q", ROOT | 2 << 6 | 2 << 2 | 1, 3 << 23 | DID, 0, 0, 0, 0, 0, 0)
-OFF = (False, 0, False)
-ATTACH = [
+DSI = (2 | 2 << 4 | 3 << 6 | DID << 16, 0, 0, 0)
+DEVTLB = (3 | RID << 32, 0x7FFF_FFFF_FFFF_F001, 0, 0)
+WAIT = 5 | 1 << 5 | 1 << 6 | 2 << 32
+DRAIN = struct.pack("<16Q", *(5 | 1 << 6, 0, 0, 0), *DSI, *DEVTLB, *(WAIT | 1 << 7, 0, 0, 0))
+FLUSH = struct.pack("<16Q", *(7 | 1 << 4 | DID << 16, 0, 0, 0), *DSI, *DEVTLB, *(WAIT, 0, 0, 0))
+ENTER = [
     ("pasid_entry", RID, 0, True),
-    ("function", RID, True, 0, False),
-    ("function", RID, True, 2048, True),
+    ("pasid", RID, True),
+    ("ats", RID, True),
+    ("pri", RID, 2048),
+    ("master", RID, True),
 ]
-FLUSH = struct.pack(
-    "<16Q",
-    *(7 | 1 << 4 | DID << 16, 0, 0, 0),
-    *(2 | 2 << 4 | 3 << 6 | DID << 16, 0, 0, 0),
-    *(3 | RID << 32, 0x7FFF_FFFF_FFFF_F001, 0, 0),
-    *(5 | 1 << 5 | 1 << 6 | 2 << 32, 0, 0, 0),
-)
-DETACH = [
-    ("function", RID, True, 0, False),
+LEAVE = [
+    ("master", RID, False),
+    ("pri", RID, 0),
+    ("submit", DRAIN),
     ("pasid_entry", RID, 0, False),
     ("submit", FLUSH),
-    ("function", *(RID, False, 0, False)),
+    ("ats", RID, False),
+    ("pasid", RID, False),
 ]
+OFF = {"pasid": False, "ats": False, "master": False}
 
 
 class Bound:
-    """A device, its HWPT, and the world they act on."""
+    """A device, a KVM HWPT, and the world they act on."""
 
-    def __init__(self) -> None:
-        self.world = World()
+    def __init__(self, *, world: World | None = None, policy: FaultPolicy | None = None, **info: Any) -> None:
+        self.world = world or World()
         self.hwpt = self.world.hwpt()
         self.hwpt.id = 5
-        self.device = Device(RID, "dsa0", self.world, ECAP)
+        self.device = Device(function(**info), self.world, self.world, policy or FaultPolicy())
 
-    def attach(self) -> None:
-        self.world.run(self.device.attach(self.hwpt))
+    def enter(self, hwpt: Hwpt | None = None, *, pinned: bool = False) -> None:
+        hwpt = hwpt or self.hwpt
+        self.device.check(hwpt, pinned=pinned)
+        self.world.run(self.device.enter(hwpt, pinned=pinned))
 
-    def detach(self) -> None:
-        self.world.run(self.device.detach())
+    def leave(self) -> None:
+        self.world.run(self.device.leave())
+
+    def refused(self, hwpt: Hwpt | None = None, *, pinned: bool = False) -> UapiError:
+        with pytest.raises(UapiError) as caught:
+            self.enter(hwpt, pinned=pinned)
+        assert self.free
+        return caught.value
 
     @property
     def free(self) -> bool:
@@ -61,149 +75,252 @@ def bound() -> Bound:
     return Bound()
 
 
-def test_an_attach_writes_the_entry_then_ats_then_page_requests_and_dma(bound: Bound) -> None:
-    bound.attach()
-    assert bound.world.log == ATTACH
+@pytest.mark.rfc("RFC-58")
+@pytest.mark.rfc("RFC-60")
+def test_in_go_the_entry_then_pasid_then_ats_then_page_requests_then_dma(bound: Bound) -> None:
+    bound.enter()
+    assert bound.world.log == ENTER
     assert bound.world.entries == {RID: ENTRY}
     assert bound.device.hwpt is bound.hwpt
     assert (bound.hwpt.users, bound.hwpt.rids) == (1, [RID])
 
 
+@pytest.mark.rfc("RFC-65")
+def test_an_attach_changes_nothing_of_the_domain(bound: Bound) -> None:
+    before = bound.hwpt.domain, repr(bound.hwpt.domain)
+    bound.enter()
+    assert (bound.hwpt.domain, repr(bound.hwpt.domain)) == before
+
+
 def test_an_invalidation_reaches_the_function_from_before_its_entry_is_written(bound: Bound) -> None:
     bound.world.hold()
-    bound.world.start(bound.device.attach(bound.hwpt))
+    bound.world.start(bound.device.enter(bound.hwpt, pinned=False))
     assert bound.hwpt.rids == [RID]
     bound.world.start(bound.hwpt.invalidate(0x5000, 0x1000, 1))
     _, raw = bound.world.log[-1]
     assert struct.unpack("<12Q", raw)[4] == 3 | RID << 32
 
 
-def test_a_detach_stops_requests_clears_the_entry_flushes_and_turns_ats_off(bound: Bound) -> None:
-    bound.attach()
+@pytest.mark.rfc("RFC-100")
+@pytest.mark.defect("B-20")
+def test_out_go_dma_and_page_requests_then_the_queue_is_drained_then_the_entry_and_every_cache(
+    bound: Bound,
+) -> None:
+    """B-20: the entry went first, and nothing was drained."""
+    bound.enter()
     bound.world.log.clear()
-    bound.detach()
-    assert bound.world.log == DETACH
+    bound.leave()
+    assert bound.world.log == LEAVE
     assert bound.world.entries == {RID: bytes(64)}
-    assert bound.world.functions == {RID: OFF}
+    assert bound.world.functions == {RID: {**OFF, "pri": 0}}
     assert bound.free
 
 
 def test_an_invalidation_reaches_the_function_until_it_was_flushed(bound: Bound) -> None:
-    bound.attach()
+    bound.enter()
     bound.world.hold()
-    bound.world.start(bound.device.detach())
-    for _ in range(3):
+    bound.world.start(bound.device.leave())
+    for _ in LEAVE:
         assert bound.hwpt.rids == [RID]
         held, bound.world.held = bound.world.held, []
         assert held is not None
         for wait in held:
             wait.set(None)
         bound.world.flows.run_ready()
-    assert bound.world.log[-2:] == DETACH[-2:]
+    assert bound.free
 
 
-def test_a_detach_waits_for_every_group_in_flight_with_the_entry_still_there(bound: Bound) -> None:
-    bound.attach()
+@pytest.mark.rfc("RFC-100")
+@pytest.mark.defect("B-20")
+def test_leaving_waits_for_every_group_in_flight_with_the_entry_still_there(bound: Bound) -> None:
+    """B-20: work in the queue used a domain that was gone."""
+    bound.enter()
     for _ in range(2):
         bound.device.begin_group()
     bound.world.log.clear()
-    detached = bound.world.start(bound.device.detach())
-    assert bound.world.log == DETACH[:1], "page requests are off, the entry stays"
+    left = bound.world.start(bound.device.leave())
+    assert bound.world.log == LEAVE[:3], "page requests are off, the entry stays"
+    assert bound.device.drained, "what comes now came too late"
     bound.device.end_group()
     bound.world.flows.run_ready()
-    assert len(bound.world.log) == 1
+    assert len(bound.world.log) == 3
     bound.device.end_group()
     bound.world.flows.run_ready()
-    assert bound.world.log == DETACH
-    assert detached.done
+    assert bound.world.log == LEAVE
+    assert left.done
     assert bound.free
 
 
 def test_groups_that_ended_before_hold_up_nothing(bound: Bound) -> None:
-    bound.attach()
+    bound.enter()
     for _ in range(3):
         bound.device.begin_group()
         bound.device.end_group()
-    bound.detach()
+    bound.leave()
     assert bound.free
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("calls", range(len(ENTER)))
 @pytest.mark.parametrize("number", [errno.EINVAL, GONE])
 def test_a_failed_attach_leaves_nothing(bound: Bound, calls: int, number: int) -> None:
     bound.world.fails.after(calls, number, lasting=number == GONE)
-    failed = bound.world.start(bound.device.attach(bound.hwpt))
-    with pytest.raises(UapiError, check=lambda error: error.errno == number):
-        failed.result()
-    assert bound.free
+    assert bound.refused().errno == number
     if number != GONE:
-        assert bound.world.entries.get(RID, bytes(64)) == bytes(64), "the unit could walk the root still"
-        assert bound.world.functions.get(RID, OFF) == OFF
-        if calls:
-            assert ("submit", FLUSH) in bound.world.log
+        assert bound.world.entries[RID] == bytes(64), "the unit could walk the root still"
+        assert bound.world.functions[RID].items() >= OFF.items()
+        assert not bound.world.functions[RID].get("pri")
+        assert ("submit", FLUSH) in bound.world.log
         bound.world.log.clear()
-        bound.attach()
-        assert bound.world.log == ATTACH
+        bound.enter()
+        assert bound.world.log == ENTER
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 3])
-def test_a_detach_from_a_unit_that_is_gone_succeeds(bound: Bound, calls: int) -> None:
-    bound.attach()
-    bound.world.fails.after(calls, GONE)
-    bound.detach()
-    assert bound.free
-
-
-def test_an_attached_device_is_not_attached_again(bound: Bound) -> None:
-    bound.attach()
-    with pytest.raises(UapiError, match="HWPT 5", check=lambda error: error.errno == errno.EINVAL):
-        bound.world.run(bound.device.attach(bound.world.hwpt()))
-    assert bound.hwpt.users == 1
-    assert bound.world.log == ATTACH
-
-
-def test_a_device_being_attached_or_detached_is_busy(bound: Bound) -> None:
-    bound.world.hold()
-    bound.world.start(bound.device.attach(bound.hwpt))
-    other = bound.world.hwpt()
-    with pytest.raises(UapiError, check=lambda error: error.errno == errno.EBUSY):
-        bound.world.run(bound.device.attach(other))
-    bound.world.let_go()
-    assert (bound.device.hwpt, other.users, other.rids) == (bound.hwpt, 0, [])
-
-
-def test_a_detach_during_an_attach_waits_and_then_detaches(bound: Bound) -> None:
-    bound.world.hold()
-    attached = bound.world.start(bound.device.attach(bound.hwpt))
-    detached = bound.world.start(bound.device.detach())
-    assert len(bound.world.log) == 1
-    bound.world.let_go()
-    assert attached.done
-    assert detached.done
-    assert bound.world.log == ATTACH + DETACH
-    assert bound.free
-
-
-def test_two_detaches_at_once_detach_once_and_both_return(bound: Bound) -> None:
-    bound.attach()
+@pytest.mark.parametrize("calls", range(len(LEAVE)))
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, GONE])
+def test_a_step_that_fails_keeps_no_other_from_being_taken(bound: Bound, calls: int, number: int) -> None:
+    bound.enter()
     bound.world.log.clear()
-    bound.world.hold()
-    both = [bound.world.start(bound.device.detach()) for _ in range(2)]
-    assert not any(wait.done for wait in both)
-    bound.world.let_go()
-    assert [wait.result() for wait in both] == [None, None]
-    assert bound.world.log == DETACH
+    bound.world.fails.after(calls, number, lasting=number == GONE)
+    bound.leave()
+    taken = LEAVE[:calls] if number == GONE else LEAVE[:calls] + LEAVE[calls + 1 :]
+    assert bound.world.log == taken
+    assert bound.free
 
 
-def test_detaching_what_is_not_attached_does_nothing(bound: Bound) -> None:
-    bound.detach()
+def test_leaving_nothing_does_nothing(bound: Bound) -> None:
+    bound.leave()
     assert bound.world.log == []
 
 
-def test_a_device_can_be_attached_again_elsewhere(bound: Bound) -> None:
-    bound.attach()
-    bound.detach()
+def test_a_device_goes_from_one_hwpt_to_another(bound: Bound) -> None:
+    bound.enter()
+    bound.leave()
     other = bound.world.hwpt(did=3)
-    bound.world.run(bound.device.attach(other))
+    bound.enter(other)
     assert (bound.hwpt.users, other.users) == (0, 1)
     assert struct.unpack_from("<Q", bound.world.entries[RID], 8)[0] & 0xFFFF == 3
+
+
+# -- what a device lacks -------------------------------------------------------------------------------
+
+
+@pytest.mark.rfc("RFC-61")
+@pytest.mark.parametrize(
+    ("info", "ecap"),
+    [
+        ({"ats": False}, ECAP.value),
+        ({"pri": False}, ECAP.value),
+        ({}, ECAP.value & ~DT),
+        ({}, ECAP.value & ~PRS),
+    ],
+    ids=str,
+)
+def test_without_ats_or_page_requests_on_either_side_it_is_enodev_and_detached_again(
+    info: dict[str, Any], ecap: int
+) -> None:
+    bound = Bound(world=World(ecap=Ecap(ecap)), **info)
+    assert bound.refused().errno == errno.ENODEV
+    assert bound.world.entries[RID] == bytes(64)
+    assert not bound.world.functions[RID]["master"]
+
+
+@pytest.mark.rfc("RFC-62")
+@pytest.mark.rfc("RFC-107")
+@pytest.mark.defect("B-12")
+def test_page_requests_that_were_on_already_are_no_error_and_stay_on() -> None:
+    """B-12: detach switched off what somebody else had switched on."""
+    bound = Bound()
+    bound.world.pri_on = True
+    bound.enter()
+    bound.leave()
+    assert ("pri", RID, 0) not in bound.world.log
+    assert bound.free
+    bound.world.pri_on = False
+    bound.enter()
+    bound.leave()
+    assert ("pri", RID, 0) in bound.world.log
+
+
+@pytest.mark.rfc("RFC-63")
+def test_a_device_with_pasid_on_that_needs_none_in_its_responses_is_einval() -> None:
+    bound = Bound(pasid_required=False)
+    assert bound.refused().errno == errno.EINVAL
+    without = Bound(pasid=False, pasid_required=False)
+    without.enter()
+    assert ("pasid", RID, True) not in without.world.log
+
+
+@pytest.mark.rfc("RFC-52")
+@pytest.mark.parametrize(
+    ("cap", "ecap", "why"),
+    [
+        (CAP.value, ECAP.value & ~SC, "snoop control"),
+        (CAP.value & ~(2 << 34), ECAP.value, "leaves"),
+        (CAP.value | 1 << 7, ECAP.value, "caching mode"),
+    ],
+)
+def test_behind_a_unit_that_cannot_walk_the_table_it_is_einval_and_nothing_was_touched(
+    cap: int, ecap: int, why: str
+) -> None:
+    bound = Bound(world=World(Cap(cap), Ecap(ecap)))
+    refused = bound.refused()
+    assert refused.errno == errno.EINVAL
+    assert why in refused.why
+    assert bound.world.log == []
+
+
+# -- page requests go with the HWPT --------------------------------------------------------------------
+
+
+@pytest.mark.rfc("RFC-107")
+@pytest.mark.defect("B-12")
+def test_page_requests_are_on_exactly_while_the_hwpt_needs_them(bound: Bound) -> None:
+    """B-12: replacing an HWPT neither enabled nor disabled them."""
+    paging = bound.world.paging()
+    for hwpt, on in ((paging, 0), (bound.hwpt, 2048), (paging, 0), (bound.hwpt, 2048)):
+        bound.enter(hwpt)
+        assert bound.world.functions[RID].get("pri", 0) == on
+        bound.leave()
+        assert bound.world.functions[RID].get("pri", 0) == 0
+
+
+# -- devices that fault only in part -------------------------------------------------------------------
+
+ADDRESS = "6a:01.0"
+
+
+@pytest.mark.parametrize(
+    ("policy", "capability", "attached"),
+    [
+        (FaultPolicy(), "full", True),
+        (FaultPolicy(), "partial", False),
+        (FaultPolicy(), "none", False),
+        (FaultPolicy(Policy.TRUST), "partial", True),
+        (FaultPolicy(Policy.TRUST), "none", True),
+        (FaultPolicy(Policy.ALLOW_LIST), "full", False),
+        (FaultPolicy(Policy.ALLOW_LIST, frozenset({ADDRESS})), "partial", True),
+        (FaultPolicy(Policy.ALLOW_LIST, frozenset({"6a:02.0"})), "full", False),
+        (FaultPolicy(Policy.DECLARED, frozenset({ADDRESS})), "partial", False),
+    ],
+    ids=str,
+)
+def test_who_may_meet_an_absent_page(policy: FaultPolicy, capability: str, attached: bool) -> None:
+    bound = Bound(policy=policy, fault_capability=capability)
+    if attached:
+        bound.enter()
+        return
+    refused = bound.refused()
+    assert refused.errno == errno.EINVAL
+    assert "dsa0" in refused.why
+    assert bound.world.log == []
+    bound.enter(bound.world.paging())
+    bound.leave()
+    bound.enter(pinned=True)
+
+
+def test_a_pinned_device_without_page_requests_is_attached_without_them() -> None:
+    bound = Bound(ats=False, pri=False, fault_capability="none")
+    bound.enter(pinned=True)
+    assert "pri" not in bound.world.functions[RID]
+    bound.leave()
+    assert bound.free

@@ -8,9 +8,10 @@ import struct
 import pytest
 
 from protocol.errors import UapiError
+from protocol.hw.caps import Ecap
 from protocol.hw.prq import PageRequest
 from protocol.units import WHOLE_SIZE, Iova
-from tests.unit.iommufdd.world import GONE, RID, World
+from tests.unit.iommufdd.world import ECAP, GONE, RID, World
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 
@@ -37,6 +38,7 @@ def test_a_page_request_is_a_fault_on_its_gfn_with_its_rights(rights: str, addr:
     assert world.log == [("fault", gfn, rights)]
 
 
+@pytest.mark.defect("B-37")
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -49,6 +51,7 @@ def test_a_page_request_is_a_fault_on_its_gfn_with_its_rights(rights: str, addr:
     ],
 )
 def test_what_kvm_says_becomes_invalid_for_this_page_and_failure_for_more(number: int, code: int) -> None:
+    """B-37: every error was Failure, with which a device's page requests end for good."""
     world = World()
     hwpt = world.hwpt()
     world.fault_errno = number
@@ -58,6 +61,8 @@ def test_what_kvm_says_becomes_invalid_for_this_page_and_failure_for_more(number
     assert {int(code): n for code, n in hwpt.faults.items()} == {SUCCESS: 1, code: 1}
 
 
+@pytest.mark.rfc("RFC-85")
+@pytest.mark.defect("B-31")
 @pytest.mark.parametrize(
     ("level", "addr", "asked"),
     [
@@ -72,17 +77,18 @@ def test_what_kvm_says_becomes_invalid_for_this_page_and_failure_for_more(number
 def test_an_address_beyond_the_domain_is_invalid_without_asking_kvm(
     level: int, addr: int, asked: bool
 ) -> None:
-    """And the upper half of a CPU's addresses is none of the guest's concern: no canonicality."""
+    """B-31: the upper half of a CPU's addresses is none of the guest's concern: no canonicality."""
     world = World()
     code = world.run(world.hwpt(level).fault(request(addr)))
     assert code == (SUCCESS if asked else INVALID)
     assert bool(world.log) is asked
 
 
+@pytest.mark.rfc("RFC-88")
 def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
     world = World()
     hwpt = world.hwpt(did=7)
-    hwpt.rids += [RID, RID + 8]
+    hwpt.attached = {RID: world, RID + 8: world}
     world.run(hwpt.invalidate(0x5000, 0x1000, 1))
     ((_, raw),) = world.log
     assert struct.unpack("<16Q", raw) == (
@@ -93,9 +99,32 @@ def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
     )
 
 
+def test_each_unit_is_told_of_its_own_functions_and_one_without_any_of_nothing() -> None:
+    near, far, idle = World(), World(), World()
+    hwpt = near.hwpt(did=7)
+    hwpt.attached = {RID: near, RID + 8: far, RID + 16: near}
+    near.run(hwpt.invalidate(0, WHOLE_SIZE, 1))
+    told = [
+        [qw0 & 0xF for qw0 in struct.unpack("<" + "Q24x" * (len(raw) // 32), raw)]
+        for raw in (near.log[0][1], far.log[0][1])
+    ]
+    assert told == [[2, 3, 3, 5], [2, 3, 5]]
+    assert idle.log == []
+
+
+def test_a_unit_without_device_tlbs_is_sent_no_descriptor_for_them() -> None:
+    world = World(ecap=Ecap(ECAP.value & ~(1 << 2)))
+    hwpt = world.hwpt()
+    hwpt.attached[RID] = world
+    world.run(hwpt.invalidate(0x5000, 0x1000, 1))
+    assert len(world.log[0][1]) == 2 * 32
+
+
+@pytest.mark.rfc("RFC-94")
 def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
     world = World()
     hwpt = world.hwpt()
+    hwpt.attached[RID] = world
     world.hold()
     acked = world.start(hwpt.invalidate(0, WHOLE_SIZE, 4))
     assert (acked.done, hwpt.acked_epoch, len(world.log)) == (False, 0, 1)
@@ -106,6 +135,7 @@ def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
 def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
     world = World()
     hwpt = world.hwpt()
+    hwpt.attached[RID] = world
     world.hold()
     first = world.start(hwpt.invalidate(0, 0x1000, 4))
     second = world.start(hwpt.invalidate(0x1000, 0x1000, 5))
@@ -120,6 +150,7 @@ def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
 def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
     world = World()
     hwpt = world.hwpt()
+    hwpt.attached[RID] = world
     world.fails.after(0, GONE)
     world.run(hwpt.invalidate(0, 0x1000, 3))
     assert hwpt.acked_epoch == 3
@@ -129,6 +160,7 @@ def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
 def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
     world = World()
     hwpt = world.hwpt()
+    hwpt.attached[RID] = world
     world.fails.after(0, number)
     refused = world.start(hwpt.invalidate(0, 0x1000, 3))
     with pytest.raises(UapiError):
@@ -136,7 +168,11 @@ def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
     assert hwpt.acked_epoch == 0
 
 
+@pytest.mark.rfc("RFC-101")
+@pytest.mark.defect("B-10")
+@pytest.mark.defect("B-11")
 def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
+    """B-10: the domain went first; B-11: that KVM offers no unregister was never noticed."""
     world = World()
     hwpt = world.hwpt()
     hwpt.memory = 9
@@ -163,6 +199,6 @@ def test_the_reference_is_dropped_even_if_the_unit_or_kvm_is_gone(calls: int) ->
 def test_destroying_an_hwpt_in_use_is_a_bug() -> None:
     world = World()
     hwpt = world.hwpt()
-    hwpt.rids.append(RID)
+    hwpt.attached[RID] = world
     with pytest.raises(AssertionError, match="1 functions attached"):
         world.run(hwpt.destroy())

@@ -33,6 +33,9 @@ def asking(what: str) -> PageRequest:
     )
 
 
+@pytest.mark.rfc("RFC-83")
+@pytest.mark.rfc("RFC-84")
+@pytest.mark.rfc("RFC-85")
 @pytest.mark.parametrize(
     ("what", "verdict"),
     [
@@ -59,6 +62,7 @@ def test_the_verdict_on_a_request(what: str, verdict: Verdict) -> None:
     assert judge(asking(what)) is verdict
 
 
+@pytest.mark.rfc("RFC-82")
 def test_a_group_comes_whole_and_in_order_with_its_last_request() -> None:
     groups = Groups()
     parts = [request(3, page) for page in (9, 4, 7)]
@@ -86,6 +90,7 @@ def test_an_index_used_again_starts_empty() -> None:
     assert groups.gather(last) == [last]
 
 
+@pytest.mark.rfc("RFC-82")
 def test_an_overflow_discards_every_partial_group() -> None:
     groups = Groups()
     for n in range(5):

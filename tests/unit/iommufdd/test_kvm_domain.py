@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from iommufdd.core.kvm_domain import KvmDomain, check_metadata, what_is_missing
+from iommufdd.core.kvm_domain import KvmDomain, check_metadata
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
 from protocol.pt.meta import ExportedTdpMeta
-from protocol.units import Hpa, Level
+from protocol.units import LEVEL_1G, Hpa, Level
 
 # Bit positions as in the registers' tables.
-SC, SMTS, SSTS, SMPWC = 1 << 7, 1 << 43, 1 << 46, 1 << 48
+SC, SMTS, SSTS, FSTS, SMPWC = 1 << 7, 1 << 43, 1 << 46, 1 << 47, 1 << 48
 ECAP = SC | SMTS | SSTS | SMPWC
 SAGAW_3, SAGAW_4, SAGAW_5 = 1 << 9, 1 << 10, 1 << 11
 HUGE_2M, HUGE_1G = 1 << 34, 1 << 35
@@ -30,8 +30,8 @@ META = ExportedTdpMeta(1, Level(4), Hpa(0x1_2345_6000), Level(3), BIT_11)
 
 
 def missing(*, cap: int = CAP, ecap: int = ECAP, level: int = 4, huge: int = 3) -> str | None:
-    meta = replace(META, level=Level(level), max_huge_page_level=Level(huge))
-    return what_is_missing(meta, Cap(cap), Ecap(ecap))
+    domain = KvmDomain(META.root_hpa, Level(level), 2, Level(huge))
+    return domain.what_is_missing(Cap(cap), Ecap(ecap))
 
 
 @pytest.mark.parametrize("level", [4, 5])
@@ -40,6 +40,13 @@ def test_a_unit_with_everything_walks_every_table(level: int, huge: int) -> None
     assert missing(level=level, huge=huge) is None
 
 
+@pytest.mark.rfc("RFC-48")
+@pytest.mark.rfc("RFC-49")
+@pytest.mark.rfc("RFC-50")
+@pytest.mark.rfc("RFC-51")
+@pytest.mark.defect("B-15")
+@pytest.mark.defect("B-17")
+@pytest.mark.defect("B-32")
 @pytest.mark.parametrize(
     ("cap", "ecap", "level", "huge", "why"),
     [
@@ -47,17 +54,20 @@ def test_a_unit_with_everything_walks_every_table(level: int, huge: int) -> None
         (CAP, ECAP & ~SC, 4, 3, "ECAP.SC"),
         (CAP, ECAP & ~SMPWC, 4, 3, "ECAP.SMPWC"),
         (CAP, ECAP & ~SSTS, 4, 3, "ECAP.SSTS"),
+        (CAP, ECAP & ~SSTS | FSTS, 4, 3, "ECAP.SSTS"),
         (CAP & ~HUGE_1G, ECAP, 4, 3, "leaves of level 3"),
         (CAP & ~(HUGE_1G | HUGE_2M), ECAP, 4, 2, "leaves of level 2"),
         (CAP & ~SAGAW_5, ECAP, 5, 3, "root of 5 levels"),
         (CAP & ~SAGAW_4, ECAP, 4, 3, "root of 4 levels"),
         (CAP & ~mgaw(64) | mgaw(47), ECAP, 4, 3, "48 address bits"),
         (CAP & ~mgaw(64) | mgaw(48), ECAP, 5, 3, "57 address bits"),
+        (CAP | 1 << 7, ECAP, 4, 3, "caching mode"),
     ],
 )
 def test_each_missing_capability_gives_its_own_reason(
     cap: int, ecap: int, level: int, huge: int, why: str
 ) -> None:
+    """B-15: a first stage only; B-17: widths compared with widths, not with an agaw; B-32: caching mode."""
     found = missing(cap=cap, ecap=ecap, level=level, huge=huge)
     assert found is not None
     assert why in found
@@ -65,12 +75,12 @@ def test_each_missing_capability_gives_its_own_reason(
 
 
 def test_all_reasons_are_given_at_once_in_the_order_of_the_checks() -> None:
-    found = missing(cap=SAGAW_3, ecap=0)
+    found = missing(cap=SAGAW_3 | 1 << 7, ecap=0)
     assert found is not None
-    names = ("SMTS", "(ECAP.SC)", "SMPWC", "SSTS", "SSLPS", "SAGAW", "MGAW")
+    names = ("SMTS", "(ECAP.SC)", "SSTS", "SAGAW", "MGAW", "SMPWC", "SSLPS", "CAP.CM")
     places = [found.index(name) for name in names]
     assert places == sorted(places)
-    assert found.count(";") == 6
+    assert found.count(";") == len(names) - 1
 
 
 @pytest.mark.parametrize(("cap", "huge"), [(CAP & ~HUGE_2M, 3), (CAP & ~HUGE_2M, 2), (CAP & ~HUGE_1G, 2)])
@@ -89,11 +99,21 @@ def test_good_metadata_passes() -> None:
     check_metadata(replace(META, level=Level(5)), 0)
 
 
+@pytest.mark.rfc("RFC-43")
+@pytest.mark.rfc("RFC-44")
+@pytest.mark.defect("B-16")
 @pytest.mark.parametrize("flags", [1, 2, 1 << 31])
 def test_every_flag_is_refused(flags: int) -> None:
+    """B-16: DIRTY_TRACKING and unknown bits were ignored."""
     assert refusal(META, flags)[0] == errno.EOPNOTSUPP
 
 
+def test_a_nest_parent_is_refused_with_the_series_reason() -> None:
+    assert "faults of a nested domain are not handled" in refusal(META, 1)[1]
+
+
+@pytest.mark.rfc("RFC-45")
+@pytest.mark.rfc("RFC-46")
 @pytest.mark.parametrize(
     ("meta", "number", "why"),
     [
@@ -109,6 +129,7 @@ def test_a_table_of_another_kind_is_refused(meta: ExportedTdpMeta, number: int, 
     assert why in text
 
 
+@pytest.mark.rfc("RFC-47")
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
 def test_every_mask_must_promise_bit_11(row: int, level: int) -> None:
@@ -128,6 +149,7 @@ def test_metadata_is_checked_in_the_order_flags_type_level_masks() -> None:
     assert "bit 11" in refusal(replace(bad, type=1, level=Level(4)))[1]
 
 
+@pytest.mark.rfc("RFC-58")
 @pytest.mark.parametrize(
     ("level", "root", "did", "ecap", "literal"),
     [
@@ -139,10 +161,10 @@ def test_metadata_is_checked_in_the_order_flags_type_level_masks() -> None:
 )
 def test_the_pasid_entry_is_these_64_bytes(level: int, root: int, did: int, ecap: int, literal: str) -> None:
     """P, AW 2 or 3, PGTT 2 and the root; DID, PWSNP, PGSNP; the other six words zero: no SSADE, no FPD."""
-    domain = KvmDomain(Hpa(root), Level(level), did)
+    domain = KvmDomain(Hpa(root), Level(level), did, LEVEL_1G)
     assert domain.pasid_entry(Ecap(ecap)).to_bytes() == bytes.fromhex(literal) + bytes(48)
 
 
 @pytest.mark.parametrize(("level", "width"), [(4, 48), (5, 57)])
 def test_a_domain_is_as_wide_as_its_root_is_deep(level: int, width: int) -> None:
-    assert KvmDomain(Hpa(0), Level(level), 2).width == width
+    assert KvmDomain(Hpa(0), Level(level), 2, LEVEL_1G).width == width

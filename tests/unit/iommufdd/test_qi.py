@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iommufdd.core import qi
-from protocol.hw.caps import Cap
+from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import ResponseCode
 from protocol.units import WHOLE_SIZE
 
@@ -40,6 +40,7 @@ def devtlb(addr: int) -> list[Words]:
     return [(3 | rid << 32, addr, 0, 0) for rid in RIDS]
 
 
+@pytest.mark.rfc("RFC-90")
 @pytest.mark.parametrize("start", [0, 0x1000])
 def test_everything_is_the_domain_then_every_function_then_a_wait(start: int) -> None:
     assert words(start, WHOLE_SIZE) == [DSI, *EVERYTHING, WAIT]
@@ -50,6 +51,11 @@ def test_without_functions_the_iotlb_is_flushed_and_waited_for_all_the_same() ->
     assert words(0x5000, 0x1000, rids=()) == [psi(0x5000, 0), WAIT]
 
 
+@pytest.mark.rfc("RFC-91")
+@pytest.mark.rfc("RFC-92")
+@pytest.mark.rfc("RFC-93")
+@pytest.mark.defect("B-21")
+@pytest.mark.defect("B-29")
 @pytest.mark.parametrize(
     ("start", "size", "addr", "am", "device"),
     [
@@ -70,15 +76,19 @@ def test_without_functions_the_iotlb_is_flushed_and_waited_for_all_the_same() ->
 def test_a_range_is_the_smallest_aligned_block_around_whole_pages(
     start: int, size: int, addr: int, am: int, device: int
 ) -> None:
+    """B-21: the hint would be bit 6 of the address word; B-29: no misaligned range is lost."""
     assert words(start, size) == [psi(addr, am), *devtlb(device), WAIT]
 
 
+@pytest.mark.rfc("RFC-91")
+@pytest.mark.defect("B-30")
 @pytest.mark.parametrize(
     ("start", "size"),
     [
         (0, (1 << 30) + 0x1000),
         (0x4000_0000 - 0x1000, 0x2000),  # two pages, but no block of 2^18 pages holds both
         ((1 << 47) - 0x1000, 0x2000),
+        (0, 1 << 44),  # 2^32 pages: B-30 counted them in 32 bits, as none
         (0, 1 << 52),
         (0x1000, (1 << 64) - 0x1000),
         ((1 << 64) - 0x1000, 0x2000),
@@ -99,8 +109,9 @@ def test_a_unit_without_page_selective_invalidation_flushes_the_domain() -> None
     assert words(0x5000, 0x1000, cap=Cap(MAMV << 48)) == [DSI, *EVERYTHING, WAIT]
 
 
+@pytest.mark.rfc("RFC-100")
 def test_a_detach_flushes_pasid_cache_then_iotlb_then_that_device() -> None:
-    raw = qi.ring(qi.detach(DID, RIDS[1]))
+    raw = qi.ring(qi.detach(DID, RIDS[1], Ecap(1 << 2)))
     assert [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)] == [
         (7 | 1 << 4 | DID << 16, 0, 0, 0),
         DSI,
@@ -109,8 +120,22 @@ def test_a_detach_flushes_pasid_cache_then_iotlb_then_that_device() -> None:
     ]
 
 
+@pytest.mark.parametrize("pds", [True, False])
+def test_a_drain_fences_flushes_and_waits_for_page_requests_if_the_unit_can(pds: bool) -> None:
+    raw = qi.ring(qi.drain(DID, RIDS[0], Ecap(1 << 2 | pds << 42)))
+    assert [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)] == [
+        (5 | 1 << 6, 0, 0, 0),
+        DSI,
+        EVERYTHING[0],
+        (WAIT[0] | pds << 7, 0, 0, 0),
+    ]
+
+
+@pytest.mark.rfc("RFC-81")
+@pytest.mark.defect("B-37")
 @pytest.mark.parametrize(("code", "bits"), [("SUCCESS", 0), ("INVALID", 1), ("FAILURE", 0xF)])
 def test_a_page_group_response_names_function_group_and_code(code: str, bits: int) -> None:
+    """B-37: the kernel's FAILURE went onto the wire as 2."""
     raw = qi.ring([qi.page_group_response(0x6A08, 511, ResponseCode[code])])
     assert struct.unpack("<4Q", raw) == (9 | bits << 12 | 0x6A08 << 16, 511 << 3 | 1 << 2, 0, 0)
 
@@ -130,6 +155,7 @@ def block_of_device(qw1: int) -> tuple[int, int]:
 NUMBERS = st.integers(0, 1 << 22) | st.integers(0, (1 << 64) - 1) | st.integers(0, 57).map(lambda n: 1 << n)
 
 
+@pytest.mark.rfc("RFC-93")
 @settings(max_examples=400, deadline=None)
 @given(start=NUMBERS, size=NUMBERS, mamv=st.integers(0, 40), rids=st.integers(0, 3), psi=st.booleans())
 def test_every_range_is_covered_in_the_iotlb_first_then_in_every_device_then_waited_for(

@@ -10,20 +10,26 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from iommufdd.core import qi
+from iommufdd.core.domain import Domain
+from iommufdd.core.hardware import FunctionInfo
+from iommufdd.core.hwpt import HwptPaging, Ioas
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
-from protocol.hw.caps import Cap
+from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import Descriptor
-from protocol.units import Hpa, Level, Pasid
+from protocol.units import LEVEL_1G, Hpa, Level, Pasid
 
 T = TypeVar("T")
 
 RID = 0x6A08
 DID = 2
 ROOT = 0x10_0000
-CAP = Cap(1 << 39 | 18 << 48)
+# PSI, MAMV 18, SAGAW 4 and 5 levels, MGAW 57, leaves of 2M and 1G
+CAP = Cap(1 << 39 | 18 << 48 | 1 << 10 | 1 << 11 | 56 << 16 | 3 << 34)
+# DT, SC, PRS, PDS, SMTS, SSTS, SMPWC
+ECAP = Ecap(1 << 2 | 1 << 7 | 1 << 29 | 1 << 42 | 1 << 43 | 1 << 46 | 1 << 48)
 GONE = errno.ENODEV
 
 
@@ -47,21 +53,38 @@ class Fails:
             self.calls_left -= 1
 
 
-class World:
-    """Tdp, Unit and Hardware in one; `hold` makes the next `submit`s wait until `let_go`."""
+def function(rid: int = RID, **changed: Any) -> FunctionInfo:
+    """A function that can do everything, but for what is changed."""
+    usual: dict[str, Any] = {
+        "rid": rid,
+        "name": f"dsa{rid - RID >> 3}",
+        "group": rid,
+        **dict.fromkeys(("pasid", "ats", "pri", "pasid_required"), True),
+        "fault_capability": "full",
+    }
+    return FunctionInfo(**{**usual, **changed})
 
-    def __init__(self) -> None:
+
+class World:
+    """Tdp, Unit, Memory and ConfigSpace in one; `hold` makes the next calls wait until `let_go`."""
+
+    def __init__(self, cap: Cap = CAP, ecap: Ecap = ECAP) -> None:
+        self.cap = cap
+        self.ecap = ecap
         self.flows = Flows()
         self.log: list[Any] = []
         self.fails = Fails()
         self.fault_errno = 0
         self.held: list[Wait[None]] | None = None
         self.entries: dict[int, bytes] = {}
-        self.functions: dict[int, tuple[bool, int, bool]] = {}  # ats, pri allocation, bus master
+        self.functions: dict[int, dict[str, int]] = {}  # what is on
+        self.pri_on = False  # somebody else switched page requests on
 
     def hwpt(self, level: int = 4, did: int = DID) -> HwptKvm:
-        domain = KvmDomain(Hpa(ROOT), Level(level), did)
-        return HwptKvm(domain, CAP, self, self)
+        return HwptKvm(KvmDomain(Hpa(ROOT), Level(level), did, LEVEL_1G), self, self)
+
+    def paging(self, did: int = DID + 1) -> HwptPaging:
+        return HwptPaging(Domain(Hpa(ROOT), Level(4), did), self, Ioas())
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:
         wait = self.start(flow)
@@ -117,6 +140,18 @@ class World:
         await self._take("pasid_entry", rid, pasid, entry != bytes(64))
         self.entries[rid] = entry
 
-    async def set_function(self, rid: int, *, ats: bool, pri_allocation: int, bus_master: bool) -> None:
-        await self._take("function", rid, ats, pri_allocation, bus_master)
-        self.functions[rid] = ats, pri_allocation, bus_master
+    async def set_function(
+        self,
+        rid: int,
+        *,
+        pasid: bool | None = None,
+        ats: bool | None = None,
+        pri_allocation: int | None = None,
+        bus_master: bool | None = None,
+    ) -> None:
+        named = {"pasid": pasid, "ats": ats, "pri": pri_allocation, "master": bus_master}
+        ((what, value),) = ((what, value) for what, value in named.items() if value is not None)
+        await self._take(what, rid, value)
+        if what == "pri" and value and self.pri_on:
+            raise UapiError(errno.EBUSY, "page requests are on")
+        self.functions.setdefault(rid, {})[what] = value

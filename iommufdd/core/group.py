@@ -1,0 +1,106 @@
+"""An IOMMU group: devices whose requests cannot be told apart, so that one HWPT serves all of them.
+
+Models struct iommufd_group [iommufd device.c]: one owner, one HWPT, one mutex under which devices are
+attached, replaced and detached.  A second device of the group joins the HWPT the first brought; another
+one is EINVAL; replacing it for one device replaces it for all.
+
+Departure: a function's own entry is written when its device is attached, not with the first of its group;
+what nobody bound does no DMA here.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import suppress
+
+from iommufdd.core.device import Device
+from iommufdd.core.hwpt import Hwpt
+from protocol.errors import UapiError
+from protocol.flow import RwLock
+
+
+class Group:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.attached: list[Device] = []
+        self._owner: object = None  # the iommufd all its bound devices belong to
+        self._bound = 0
+        self._mutex = RwLock()
+
+    @property
+    def hwpt(self) -> Hwpt | None:
+        return self.attached[0].hwpt if self.attached else None
+
+    def claim(self, owner: object) -> None:
+        """One device more is bound.  EBUSY: another of the group belongs to another iommufd."""
+        if self._bound and self._owner is not owner:
+            raise UapiError(errno.EBUSY, f"group {self.number} belongs to another iommufd")
+        self._owner = owner
+        self._bound += 1
+
+    def release(self, device: Device) -> None:
+        """Unbound: whoever waits to attach it comes too late."""
+        device.bound = False
+        self._bound -= 1
+
+    async def attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
+        """Attach, or replace what is attached.
+
+        EINVAL: the device does not fit, or its group is on another HWPT; ENODEV: what the HWPT needs of it
+        is not there, or the silicon is gone.
+        """
+        await self._mutex.acquire(write=True)
+        try:
+            if device in self.attached:
+                await self._replace(hwpt, pinned=pinned)
+            else:
+                await self._attach(device, hwpt, pinned=pinned)
+        finally:
+            self._mutex.release()
+
+    async def detach(self, device: Device) -> None:
+        """Nothing of the device uses an HWPT any more when this returns.  No error if nothing is attached."""
+        await self._mutex.acquire(write=True)
+        try:
+            if device in self.attached:
+                await device.leave()
+                self.attached.remove(device)
+        finally:
+            self._mutex.release()
+
+    async def _attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
+        if not device.bound:
+            raise UapiError(errno.EINVAL, f"{device.info.name} was unbound meanwhile")
+        held = self.hwpt
+        if held is not None and held is not hwpt:
+            raise UapiError(errno.EINVAL, f"group {self.number} is attached to HWPT {held.id}: one for all")
+        device.check(hwpt, pinned=pinned)
+        await device.enter(hwpt, pinned=pinned)
+        self.attached.append(device)
+
+    async def _replace(self, hwpt: Hwpt, *, pinned: bool) -> None:
+        """Every device of the group, or none."""
+        old = self.hwpt
+        if old is None or old is hwpt:
+            return
+        for device in self.attached:
+            device.check(hwpt, pinned=pinned)
+        was_pinned = {device: device.pinned for device in self.attached}
+        for device in list(self.attached):
+            await device.leave()
+            try:
+                await device.enter(hwpt, pinned=pinned)
+            except UapiError:
+                await self._back_to(old, was_pinned)
+                raise
+
+    async def _back_to(self, old: Hwpt, was_pinned: dict[Device, bool]) -> None:
+        """A replacement failed half way; a device that cannot go back is blocked, and detached."""
+        for device in list(self.attached):
+            if device.hwpt is old:
+                continue
+            await device.leave()
+            with suppress(UapiError):
+                await device.enter(old, pinned=was_pinned[device])
+            if device.hwpt is None:
+                self.attached.remove(device)

@@ -1,0 +1,85 @@
+"""iommufdd's front door: device nodes to open, and counters."""
+
+from __future__ import annotations
+
+import errno
+
+from iommufdd.config import Settings
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.service.iommufd import IOMMUFD
+from iommufdd.service.objects import App, IommuFile, VfioFile
+from iommufdd.service.vfio import VFIO
+from protocol.errors import UapiError
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.door import Door
+from protocol.rpc.files import inode_of
+from protocol.rpc.loop import Loop
+from protocol.rpc.service import Answer, Method, Service
+from protocol.uapi import iommufd as uapi
+from protocol.uapi import names
+
+
+class Iommufdd:
+    """The daemon: what it holds, behind its socket."""
+
+    def __init__(self, loop: Loop, settings: Settings) -> None:
+        self.app = App(loop, settings)
+        self.door = Door(loop, FRONT_DOOR, self.app)
+
+    async def start(self) -> None:
+        await self.app.start()
+
+    def close(self) -> None:
+        self.door.close()
+        self.app.close()
+
+
+def _open(app: App, message: uapi.Open, fds: Fds) -> Answer:
+    if message.path == names.IOMMU_PATH:
+        mm = inode_of(fds.peek(0)) if len(fds) else 0
+        fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm), app.iommufd_closed)
+        return Answer({}, [fd])
+    functions = app.silicon.functions
+    number = message.path.removeprefix(names.VFIO_PATH)
+    if not (message.path.startswith(names.VFIO_PATH) and number.isdecimal() and len(number) < 4):
+        raise UapiError(
+            errno.ENOENT, f"open {message.path!r}: only {names.IOMMU_PATH} and {names.VFIO_PATH}N"
+        )
+    if int(number) >= len(functions):
+        raise UapiError(errno.ENOENT, f"open {message.path!r}: there are {len(functions)} devices")
+    info, unit = functions[int(number)]
+    if info.rid in app.opened:
+        raise UapiError(errno.EBUSY, f"{message.path} is open already")
+    held = app.opened[info.rid] = VfioFile(app, info, unit)
+    fd, _, _ = app.files.open(VFIO, held, app.vfio_closed)
+    return Answer({}, [fd])
+
+
+def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
+    iopfs = list(app.iopfs.values())
+    return {
+        "page_requests": sum(iopf.requests for iopf in iopfs),
+        "malformed": sum(iopf.malformed for iopf in iopfs),
+        "responses": sum(iopf.responses for iopf in iopfs),
+        "responses_lost": sum(iopf.responses_lost for iopf in iopfs),
+        "partial_held": sum(iopf.groups.held for iopf in iopfs),
+        "partial_discarded": sum(iopf.groups.discarded for iopf in iopfs),
+        "faults_recorded": app.faults_recorded,
+        "devices_bound": len(app.bound),
+        "hwpts": [_hwpt_stats(hwpt) for hwpt in app.hwpts.values()],
+    }
+
+
+def _hwpt_stats(hwpt: Hwpt) -> Body:
+    stats: Body = {"did": hwpt.domain.did, "functions": len(hwpt.attached)}
+    if isinstance(hwpt, HwptKvm):
+        stats["invalidations"] = hwpt.invalidations
+        stats["acked_epoch"] = hwpt.acked_epoch
+        stats["faults"] = {code.name: count for code, count in hwpt.faults.items()}
+    return stats
+
+
+FRONT_DOOR: Service[App] = Service(
+    "iommufdd", {"OPEN": Method(uapi.Open, _open, 1), "STATS": Method(uapi.Stats, _stats)}
+)

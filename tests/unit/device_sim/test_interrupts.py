@@ -1,0 +1,127 @@
+"""The interrupt address range: never memory, whatever a table maps there and whoever asks."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from device_sim.core.dmar import Refused
+from device_sim.core.function import DmaFault, DmaRange
+from device_sim.core.msi import END, START, InterruptMessage
+from protocol.flow import Wait
+from tests.unit.device_sim.silicon import FRAMES, RID, R, Recorded, Silicon, W
+
+SGN_8 = 0x87
+PAGE = 4096
+RANGE_PAGE = START >> 12
+
+
+@pytest.fixture
+def silicon() -> Silicon:
+    """Guest memory is mapped there as well, page by page: it must make no difference."""
+    attached = Silicon()
+    attached.attach()
+    attached.map(RANGE_PAGE, 1)
+    attached.map(RANGE_PAGE + 255, 2)
+    attached.map(7, 3)
+    return attached
+
+
+def access(silicon: Silicon, *ranges: DmaRange) -> Wait[None]:
+    return silicon.start(silicon.function.make_accessible(list(ranges), block=True))
+
+
+@pytest.mark.parametrize("addr", [START, START + 0x10, START + 0x1234, END - 4])
+def test_an_aligned_write_of_four_bytes_is_a_message_and_reaches_no_memory(
+    silicon: Silicon, addr: int
+) -> None:
+    access(silicon, DmaRange(addr, 4, True)).result()
+    assert silicon.function.write(addr, struct.pack("<I", 0x4021))
+    assert list(silicon.unit.messages) == [InterruptMessage(RID, addr, 0x4021)]
+    assert silicon.unit.interrupts == 1
+    assert bytes(silicon.frames) == bytes(len(silicon.frames))
+    assert (silicon.requests(), silicon.faults(), silicon.unit.walks) == ([], [], 0)
+
+
+def test_a_copy_of_four_bytes_is_a_message_once_its_source_is_there(silicon: Silicon) -> None:
+    silicon.fill_frame(3, struct.pack("<I", 0xABCD))
+    assert silicon.function.copy(0x7000, START, 4) == 0
+    access(silicon, DmaRange(0x7000, 4, False), DmaRange(START, 4, True)).result()
+    assert silicon.function.copy(0x7000, START, 4) == 4
+    assert list(silicon.unit.messages) == [InterruptMessage(RID, START, 0xABCD)]
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "write"),
+    [
+        (START, 4, False),
+        (START, 8, True),
+        (START, 2, True),
+        (START + 2, 4, True),
+        (START - 2, 4, True),
+        (START - PAGE, 2 * PAGE, True),
+        (END - 2, 4, True),
+        (START, PAGE, True),
+    ],
+)
+def test_anything_else_is_refused_and_recorded(silicon: Silicon, start: int, size: int, write: bool) -> None:
+    done = access(silicon, DmaRange(start, size, write))
+    with pytest.raises(DmaFault):
+        done.result()
+    assert silicon.faults() == [Recorded(SGN_8, start >> 12, RID, True)]
+    if write:
+        assert not silicon.function.write(start, bytes(size))
+    assert silicon.function.read(start, size) is None
+    assert (silicon.unit.interrupts, silicon.requests()) == (0, [])
+
+
+def test_its_neighbours_are_memory(silicon: Silicon) -> None:
+    silicon.map(RANGE_PAGE - 1, 4)
+    silicon.map(END >> 12, 5)
+    for at in (START - 4, END):
+        access(silicon, DmaRange(at, 4, True)).result()
+        assert silicon.function.write(at, b"here")
+    assert (silicon.bytes_of(4, 4, PAGE - 4), silicon.bytes_of(5, 4)) == (b"here", b"here")
+    assert silicon.unit.interrupts == 0
+
+
+@pytest.mark.parametrize("page", [RANGE_PAGE, RANGE_PAGE + 255])
+def test_a_translation_of_it_is_never_given_out(silicon: Silicon, page: int) -> None:
+    with pytest.raises(Refused):
+        silicon.translate(page, W)
+    assert [record.reason for record in silicon.faults()] == [SGN_8]
+
+
+def test_a_huge_leaf_over_it_is_given_out_page_by_page_cached_or_not(silicon: Silicon) -> None:
+    """Otherwise a device that asked for a neighbour could store into the range through its device TLB."""
+    at = silicon.tables.entry_at(RANGE_PAGE, 2)
+    silicon.tables.store(at, FRAMES + (512 << 12) | 0x80 | 7)
+    for _ in range(2):
+        assert silicon.translate(END >> 12, R | W) == (FRAMES + (768 << 12), 1, R | W)
+    access(silicon, DmaRange(END, 4, True)).result()
+    assert silicon.function.write(END, b"here")
+    assert silicon.function.write(START, b"MSI!")
+    assert silicon.unit.interrupts == 1
+    assert silicon.bytes_of(512, 4) == bytes(4)
+    assert silicon.bytes_of(768, 4) == b"here"
+    with pytest.raises(Refused):
+        silicon.translate(RANGE_PAGE, W)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_leaf_that_leads_into_it_is_refused(silicon: Silicon, level: int) -> None:
+    at = silicon.tables.entry_at(1024, level)
+    silicon.tables.store(at, START | 7 | (0x80 if level == 2 else 0))
+    with pytest.raises(Refused):
+        silicon.translate(1024)
+    assert [record.reason for record in silicon.faults()] == [SGN_8]
+
+
+def test_a_function_that_may_not_master_the_bus_sends_none(silicon: Silicon) -> None:
+    silicon.function.configure(bus_master=False)
+    done = access(silicon, DmaRange(START, 4, True))
+    with pytest.raises(DmaFault):
+        done.result()
+    assert not silicon.function.write(START, b"MSI!")
+    assert (silicon.unit.interrupts, silicon.faults()) == (0, [])

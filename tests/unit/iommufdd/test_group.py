@@ -1,0 +1,184 @@
+"""One HWPT a group, one change at a time, and a replacement that moves every device or none."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from iommufdd.core.device import Device
+from iommufdd.core.fault_policy import FaultPolicy
+from iommufdd.core.group import Group
+from iommufdd.core.hwpt import Hwpt
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from tests.unit.iommufdd.world import RID, World, function
+
+OWNER, OTHER = object(), object()
+
+
+class Grouped:
+    """Two devices of one group, two HWPTs."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.group = Group(3)
+        self.devices = [self._device(0), self._device(1)]
+        self.kvm: Hwpt = self.world.hwpt()
+        self.paging = self.world.paging()
+        self.kvm.id, self.paging.id = 5, 6
+
+    def _device(self, number: int) -> Device:
+        self.group.claim(OWNER)
+        return Device(function(RID + 8 * number), self.world, self.world, FaultPolicy())
+
+    def start(self, number: int, hwpt: Hwpt) -> Wait[None]:
+        return self.world.start(self.group.attach(self.devices[number], hwpt, pinned=False))
+
+    def attach(self, number: int, hwpt: Hwpt) -> None:
+        self.start(number, hwpt).result()
+
+    def detach(self, number: int) -> None:
+        self.world.run(self.group.detach(self.devices[number]))
+
+    def refused(self, number: int, hwpt: Hwpt) -> UapiError:
+        with pytest.raises(UapiError) as caught:
+            self.attach(number, hwpt)
+        return caught.value
+
+    def on(self) -> list[int]:
+        """Which HWPT each device is on, and the page requests that go with it."""
+        for device in self.devices:
+            needs = device.hwpt is self.kvm
+            functions = self.world.functions.get(device.rid, {})
+            assert bool(functions.get("pri")) is needs, f"{device.info.name}: {functions}"
+            assert bool(functions.get("master")) is (device.hwpt is not None)
+        return self.on_hwpts()
+
+    def on_hwpts(self) -> list[int]:
+        return [device.hwpt.id if device.hwpt is not None else 0 for device in self.devices]
+
+
+@pytest.fixture
+def grouped() -> Grouped:
+    return Grouped()
+
+
+@pytest.mark.rfc("RFC-59")
+def test_a_second_device_of_the_group_on_another_hwpt_is_einval(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    refused = grouped.refused(1, grouped.paging)
+    assert refused.errno == errno.EINVAL
+    assert "HWPT 5" in refused.why
+    assert grouped.on() == [5, 0]
+    grouped.detach(0)
+    grouped.attach(1, grouped.paging)
+    assert grouped.on() == [0, 6]
+
+
+@pytest.mark.rfc("RFC-66")
+def test_every_device_of_the_group_counts_as_a_user(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    grouped.attach(1, grouped.kvm)
+    assert grouped.kvm.users == 2
+    grouped.detach(0)
+    assert grouped.kvm.users == 1
+    grouped.detach(1)
+    grouped.detach(1)
+    assert grouped.kvm.users == 0
+
+
+@pytest.mark.rfc("RFC-107")
+@pytest.mark.defect("B-12")
+def test_a_replacement_moves_the_whole_group_and_page_requests_go_with_it(grouped: Grouped) -> None:
+    """B-12: `on` holds page requests against what each device's HWPT needs."""
+    grouped.attach(0, grouped.paging)
+    grouped.attach(1, grouped.paging)
+    for hwpt, expected in ((grouped.kvm, [5, 5]), (grouped.paging, [6, 6]), (grouped.kvm, [5, 5])):
+        grouped.attach(1, hwpt)
+        assert grouped.on() == expected
+    assert (grouped.kvm.users, grouped.paging.users) == (2, 0)
+
+
+def test_replacing_by_the_same_is_nothing(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    steps = len(grouped.world.log)
+    grouped.attach(0, grouped.kvm)
+    assert (len(grouped.world.log), grouped.kvm.users) == (steps, 1)
+
+
+@pytest.mark.parametrize("calls", range(26))
+def test_a_replacement_that_fails_anywhere_moves_every_device_or_none(grouped: Grouped, calls: int) -> None:
+    """Leaving goes on in spite of an error, entering does not: then everything goes back."""
+    grouped.attach(0, grouped.paging)
+    grouped.attach(1, grouped.paging)
+    grouped.world.fails.after(calls, errno.EIO, lasting=False)
+    replaced = grouped.start(0, grouped.kvm)
+    moved = True
+    try:
+        replaced.result()
+    except UapiError:
+        moved = False
+    assert grouped.on_hwpts() == ([5, 5] if moved else [6, 6])
+    assert (grouped.kvm.users, grouped.paging.users) == ((2, 0) if moved else (0, 2))
+
+
+def test_a_device_that_can_go_nowhere_is_blocked_and_detached(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.paging)
+    grouped.world.fails.after(0, errno.ENODEV)
+    assert grouped.refused(0, grouped.kvm).errno == errno.ENODEV
+    assert (grouped.kvm.users, grouped.paging.users, grouped.group.attached) == (0, 0, [])
+
+
+def test_a_refused_replacement_touches_nothing(grouped: Grouped) -> None:
+    grouped.devices[1] = Device(
+        function(RID + 8, fault_capability="partial"), grouped.world, grouped.world, FaultPolicy()
+    )
+    grouped.attach(0, grouped.paging)
+    grouped.attach(1, grouped.paging)
+    steps = len(grouped.world.log)
+    assert grouped.refused(0, grouped.kvm).errno == errno.EINVAL
+    assert (len(grouped.world.log), grouped.on()) == (steps, [6, 6])
+
+
+def test_changes_of_a_group_come_one_after_the_other(grouped: Grouped) -> None:
+    grouped.world.hold()
+    first = grouped.start(0, grouped.kvm)
+    second = grouped.start(1, grouped.kvm)
+    gone = grouped.world.start(grouped.group.detach(grouped.devices[0]))
+    assert len(grouped.world.log) == 1
+    grouped.world.let_go()
+    assert all(wait.done for wait in (first, second, gone))
+    assert grouped.on() == [0, 5]
+
+
+def test_two_detaches_at_once_detach_once_and_both_return(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    grouped.world.log.clear()
+    grouped.world.hold()
+    both = [grouped.world.start(grouped.group.detach(grouped.devices[0])) for _ in range(2)]
+    assert not any(wait.done for wait in both)
+    grouped.world.let_go()
+    assert [wait.result() for wait in both] == [None, None]
+    assert [what for what, *_ in grouped.world.log].count("pasid_entry") == 1
+
+
+def test_an_attach_that_waited_while_its_device_was_unbound_is_einval(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    grouped.world.hold()
+    detached = grouped.world.start(grouped.group.detach(grouped.devices[0]))
+    late = grouped.start(0, grouped.kvm)
+    grouped.group.release(grouped.devices[0])
+    grouped.world.let_go()
+    assert detached.done
+    with pytest.raises(UapiError, check=lambda error: error.errno == errno.EINVAL):
+        late.result()
+    assert grouped.kvm.users == 0
+
+
+def test_a_group_belongs_to_one_iommufd_until_all_its_devices_are_unbound(grouped: Grouped) -> None:
+    with pytest.raises(UapiError, check=lambda error: error.errno == errno.EBUSY):
+        grouped.group.claim(OTHER)
+    for device in grouped.devices:
+        grouped.group.release(device)
+    grouped.group.claim(OTHER)

@@ -1,0 +1,242 @@
+"""From an entry of the page request queue to the one answer its group gets, whatever the entry says."""
+
+from __future__ import annotations
+
+import errno
+import random
+from typing import Any
+
+import pytest
+
+from iommufdd.core.device import Device
+from iommufdd.core.fault_policy import FaultPolicy
+from iommufdd.core.iopf import Iopf
+from protocol.flow import Flows
+from protocol.hw.prq import PageRequest
+from protocol.hw.qi import ResponseCode
+from protocol.units import Iova, Pasid
+from tests.unit.iommufdd.world import RID, World, function
+
+SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, ResponseCode.FAILURE
+STRANGER = 0x6B00
+
+
+def entry(page: int = 0, prgi: int = 0, *, rid: int = RID, last: bool = True, **rights: Any) -> bytes:
+    return PageRequest(
+        rid=rid, prgi=prgi, addr=Iova(page << 12), last=last, **(rights or {"read": True})
+    ).to_bytes()
+
+
+class Queue:
+    """One device on a KVM HWPT, and everything it was answered."""
+
+    def __init__(self, *, attached: bool = True) -> None:
+        self.world = World()
+        self.crashes: list[BaseException] = []
+        self.world.flows = Flows(self.crashes.append)
+        self.hwpt = self.world.hwpt()
+        self.device = Device(function(), self.world, self.world, FaultPolicy())
+        if attached:
+            self.world.run(self.device.enter(self.hwpt, pinned=False))
+        self.world.log.clear()
+        self.answers: list[tuple[int, int, ResponseCode]] = []
+        self.there = True
+        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn)
+
+    def _find(self, rid: int) -> Device | None:
+        return self.device if rid == RID else None
+
+    def _respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+        self.answers.append((rid, prgi, code))
+        return self.there
+
+    def take(self, *entries: bytes) -> list[tuple[int, int, ResponseCode]]:
+        """The answers to these entries."""
+        before = len(self.answers)
+        for raw in entries:
+            self.iopf.take(raw)
+            self.world.flows.run_ready()
+        return self.answers[before:]
+
+    @property
+    def asked(self) -> list[int]:
+        """The gfns KVM was asked for."""
+        return [gfn for what, gfn, *_ in self.world.log if what == "fault"]
+
+
+@pytest.mark.rfc("RFC-81")
+def test_a_group_is_handled_in_order_and_answered_once_for_its_last_request() -> None:
+    queue = Queue()
+    parts = [entry(page, 7, last=False) for page in (9, 4, 6)]
+    assert queue.take(*parts) == []
+    assert queue.take(entry(5, 7)) == [(RID, 7, SUCCESS)]
+    assert queue.asked == [9, 4, 6, 5]
+
+
+@pytest.mark.rfc("RFC-81")
+@pytest.mark.parametrize(("number", "code"), [(errno.EFAULT, INVALID), (errno.EPERM, FAILURE)])
+def test_the_first_fault_that_fails_decides_and_those_behind_it_are_not_handled(
+    number: int, code: ResponseCode
+) -> None:
+    queue = Queue()
+    queue.world.fault_errno = number
+    assert queue.take(entry(1, last=False), entry(2)) == [(RID, 0, code)]
+    assert queue.asked == [1]
+
+
+@pytest.mark.rfc("RFC-83")
+def test_a_request_without_pasid_is_served_by_the_domain_of_the_function() -> None:
+    queue = Queue()
+    assert queue.take(entry(5, write=True)) == [(RID, 0, SUCCESS)]
+    assert queue.world.log == [("fault", 5, "w")]
+
+
+@pytest.mark.rfc("RFC-84")
+@pytest.mark.rfc("RFC-85")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        entry(5, read=True, pasid_present=True, pasid=Pasid(0)),
+        entry(5, read=True, pasid_present=True, pasid=Pasid(77)),
+        entry(5, read=True, priv=True),
+        entry(5, write=True, priv=True),
+        entry(5, exec=True, read=True),
+        entry(1 << 51),
+        entry(5, rid=STRANGER),
+    ],
+)
+def test_what_a_device_may_not_ask_is_invalid_if_it_is_the_last(raw: bytes) -> None:
+    queue = Queue()
+    ((rid, _, code),) = queue.take(raw)
+    assert (rid, code) == (PageRequest.from_bytes(raw).rid, INVALID)
+    assert queue.asked == []
+
+
+def test_a_refused_request_that_is_not_the_last_is_dropped_and_its_group_goes_on() -> None:
+    queue = Queue()
+    assert queue.take(entry(1, last=False), entry(2, last=False, read=True, priv=True)) == []
+    assert queue.take(entry(3)) == [(RID, 0, SUCCESS)]
+    assert queue.asked == [1, 3]
+
+
+def test_a_group_whose_last_request_is_refused_is_answered_once_and_forgotten() -> None:
+    queue = Queue()
+    queue.take(entry(1, last=False), entry(2, last=False))
+    assert queue.take(entry(3, read=True, priv=True)) == [(RID, 0, INVALID)]
+    assert (queue.asked, queue.iopf.groups.held) == ([], 0)
+    assert queue.take(entry(4)) == [(RID, 0, SUCCESS)]
+    assert queue.asked == [4], "an index used again starts empty"
+
+
+@pytest.mark.rfc("RFC-85")
+def test_private_data_and_reserved_bits_are_invalid_if_it_is_the_last() -> None:
+    for bit in (9, 15, 54, 63, 128, 255):
+        queue = Queue()
+        for last, answers in ((False, []), (True, [(RID, 7, INVALID)])):
+            raw = int.from_bytes(entry(5, 7, last=last), "little") | 1 << bit
+            assert queue.take(raw.to_bytes(32, "little")) == answers
+        assert (queue.iopf.malformed, queue.asked) == (2, [])
+
+
+def test_an_entry_of_another_type_is_counted_and_not_answered() -> None:
+    queue = Queue()
+    assert queue.take(b"\x02" + entry(5)[1:]) == []
+    assert queue.iopf.malformed == 1
+
+
+@pytest.mark.rfc("RFC-84")
+def test_a_stop_marker_is_never_answered_and_ends_no_group() -> None:
+    queue = Queue()
+    queue.take(entry(1, last=False))
+    marker = PageRequest(rid=RID, prgi=0, addr=Iova(0), last=True, pasid_present=True, pasid=Pasid(3))
+    assert queue.take(marker.to_bytes()) == []
+    assert queue.iopf.groups.held == 1
+
+
+def test_a_device_on_nothing_or_on_an_ioas_is_answered_invalid() -> None:
+    queue = Queue(attached=False)
+    assert queue.take(entry(5)) == [(RID, 0, INVALID)]
+    queue.world.run(queue.device.enter(queue.world.paging(), pinned=False))
+    assert queue.take(entry(5)) == [(RID, 0, INVALID)]
+    assert queue.asked == []
+
+
+@pytest.mark.rfc("RFC-100")
+@pytest.mark.defect("B-20")
+def test_a_request_that_comes_after_the_drain_is_answered_and_touches_no_domain() -> None:
+    """B-20: it found the domain, and used it while it went."""
+    queue = Queue()
+    queue.device.begin_group()
+    left = queue.world.start(queue.device.leave())
+    assert not left.done
+    assert queue.take(entry(5)) == [(RID, 0, INVALID)]
+    assert queue.asked == []
+    queue.device.end_group()
+    queue.world.flows.run_ready()
+    assert left.done
+
+
+@pytest.mark.rfc("RFC-100")
+def test_a_group_being_handled_is_answered_before_its_device_is_off() -> None:
+    queue = Queue()
+    queue.world.hold()
+    queue.iopf.take(entry(5))
+    left = queue.world.start(queue.device.leave())
+    assert (queue.answers, left.done) == ([], False)
+    queue.world.let_go()
+    assert queue.answers == [(RID, 0, SUCCESS)]
+    assert left.done
+
+
+class Bug(Exception):
+    """Ours."""
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_bug_in_the_middle_of_a_group_still_answers_it_and_surfaces(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue()
+    served = type(queue.hwpt).fault
+
+    async def fault(hwpt: Any, request: PageRequest) -> ResponseCode:
+        if request.addr >> 12 == failing:
+            raise Bug("I99")
+        return await served(hwpt, request)
+
+    monkeypatch.setattr(type(queue.hwpt), "fault", fault)
+    answers = queue.take(entry(0, 3, last=False), entry(1, 3, last=False), entry(2, 3))
+    assert answers == [(RID, 3, FAILURE)]
+    assert [type(crash) for crash in queue.crashes] == [Bug]
+    queue.world.run(queue.device.leave())
+
+
+@pytest.mark.defect("B-40")
+def test_an_answer_nobody_got_is_counted() -> None:
+    """B-40: what came of sending it was not looked at."""
+    queue = Queue()
+    queue.there = False
+    queue.take(entry(5))
+    assert (queue.iopf.responses, queue.iopf.responses_lost) == (1, 1)
+
+
+def test_of_any_bytes_every_last_request_is_answered_once() -> None:
+    chance = random.Random(20231202)
+    queue = Queue()
+    for _ in range(3000):
+        raw = bytearray(chance.randbytes(32))
+        if chance.random() < 0.9:
+            raw[0] = 1
+        if chance.random() < 0.5:
+            raw[2:4] = RID.to_bytes(2, "little")
+        if chance.random() < 0.7:
+            raw[1] &= 1
+            raw[6] &= 0x3F
+            raw[7] = 0
+            raw[16:] = bytes(16)
+        last, rights, pasid = raw[8] >> 2 & 1, raw[8] & 3, raw[1] & 1
+        well_formed = not (raw[1] & 0xFE or raw[6] & 0xC0 or raw[7] or any(raw[16:]))
+        due = raw[0] == 1 and last and not (well_formed and pasid and not rights)
+        answers = queue.take(bytes(raw))
+        assert len(answers) == bool(due), raw.hex()
+    assert queue.crashes == []
