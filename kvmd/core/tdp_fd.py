@@ -73,6 +73,10 @@ class ExportedTdp:
     def importers(self) -> int:
         return len(self._importers)
 
+    @property
+    def importer_names(self) -> list[str]:
+        return sorted(self._importers)
+
 
 @dataclass(frozen=True, slots=True)
 class CreateTdpFd:
