@@ -10,7 +10,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from protocol.hw.second_stage import second_stage_fault
+from protocol.pt import bits
 from protocol.pt.decode import decode
+from protocol.pt.ept_exit import EptAccess, ept_exit
+from protocol.pt.walk import Outcome, Walk
 from protocol.units import MIB, PAGE_SIZE, Level
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.inspector import Inspector
@@ -41,7 +45,33 @@ def _decoded(gpa: int, found: Seen) -> Seen:
     path = [dict(zip(names, step, strict=True)) for step in found["path"]]
     for step in path:
         step |= decode(step["entry"], Level(step["level"]))._asdict()
-    return found | {"gpa": gpa, "path": path}
+    cpu, unit = (Walk(Outcome(found[who][0]), *found[who][1:]) for who in ("cpu", "unit"))
+    return found | {"gpa": gpa, "path": path, "cpu": _by_cpu(cpu, gpa), "unit": _by_unit(unit, gpa)}
+
+
+def _by_cpu(found: Walk, gpa: int) -> Seen:
+    """What each access comes to: None is success."""
+    exits = {access: ept_exit(found, access) for access in EptAccess}
+    return _end(found, gpa, bits.RWX) | {
+        access.name.lower(): ended and f"{ended.reason.name} {ended.qualification:#x}"
+        for access, ended in exits.items()
+        if access.name
+    }
+
+
+def _by_unit(found: Walk, gpa: int) -> Seen:
+    kinds = {"read": (True, False), "write": (False, True)}
+    faults = {
+        kind: second_stage_fault(found, gpa, read=read, write=write) for kind, (read, write) in kinds.items()
+    }
+    ends = {kind: reason and reason.name for kind, reason in faults.items()}
+    return _end(found, gpa, bits.READ | bits.WRITE) | ends
+
+
+def _end(found: Walk, gpa: int, meant: int) -> Seen:
+    hpa = found.hpa(gpa) if found.outcome is Outcome.MAPPED else None
+    rights = "".join(letter for n, letter in enumerate("RWX") if (found.rights & meant) >> n & 1)
+    return {"outcome": found.outcome.name.lower(), "hpa": hpa, "rights": rights}
 
 
 @asynccontextmanager
@@ -106,7 +136,11 @@ def _gpa_text(found: Seen) -> Iterator[str]:
         for reader in ("cpu", "unit", "kvm"):
             if step[reader]:
                 yield f"    {reader:<5} {' '.join(step[reader])}"
-    for name, verdict in found["walks"].items():
-        where = "" if verdict["hpa"] is None else f" to hpa {verdict['hpa']:#x}"
-        rights = "".join(letter for n, letter in enumerate("RWX") if verdict["rights"] >> n & 1)
-        yield f"  {name}: {verdict['outcome'].lower()}{where} {rights}".rstrip()
+    for reader in ("cpu", "unit"):
+        yield f"  {reader}: {_verdict_text(found[reader])}"
+
+
+def _verdict_text(verdict: Seen) -> str:
+    where = "" if verdict["hpa"] is None else f" to hpa {verdict['hpa']:#x} {verdict['rights']}"
+    failing = [f"{what} {verdict[what]}" for what in ("read", "write", "fetch") if verdict.get(what)]
+    return ", ".join([verdict["outcome"] + where, *failing])

@@ -25,7 +25,7 @@ from protocol.errors import UapiError
 from protocol.pt.entry import is_table, table_of
 from protocol.pt.geometry import ENTRY_BYTES, address_bits, gfn_limit, index_of
 from protocol.pt.mem import TableReader
-from protocol.pt.walk import Outcome, WalkRules, walk
+from protocol.pt.walk import walk
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa, Hpa, Level, size_of_level
 
 MAX_DUMP_TABLES = 1 << 16  # copying that many, 256 MiB, takes about a second, and nothing else goes on
@@ -107,15 +107,17 @@ def _describe_root(root: Root) -> dict[str, Any]:
 
 
 def look_up(vm: Kvm, gpa: Gpa) -> dict[str, Any]:
-    """The entries of all levels down to the one that ends the walk, and each walker's verdict."""
+    """The entries of all levels down to the one that ends the walk, and where each walker ends: a `Walk`."""
     root = root_of(vm)
+    cpu, unit = walker_rules(vm)
     if gpa >> address_bits(root.role.level):
         raise UapiError(errno.EINVAL, f"gpa {gpa:#x} is beyond a root of {root.role.level} levels")
     return {
         "root_hpa": root.hpa,
         "levels": root.role.level,
         "path": [list(step) for step in _path(vm.host.writer, root, Gfn(gpa >> PAGE_SHIFT))],
-        "walks": {rules.name: _verdict(vm, root, gpa, rules) for rules in walker_rules(vm)},
+        "cpu": list(walk(vm.host.writer, cpu, root.hpa, root.role.level, gpa)),
+        "unit": list(walk(vm.host.writer, unit, root.hpa, root.role.level, gpa)),
     }
 
 
@@ -129,13 +131,6 @@ def _path(tables: TableReader, root: Root, gfn: Gfn) -> Iterator[tuple[int, int,
         if not is_table(entry, Level(level)):
             return
         table = table_of(entry)
-
-
-def _verdict(vm: Kvm, root: Root, gpa: Gpa, rules: WalkRules) -> dict[str, Any]:
-    found = walk(vm.host.writer, rules, root.hpa, root.role.level, gpa)
-    hpa = found.hpa(gpa) if found.outcome is Outcome.MAPPED else None
-    rights = found.rights & rules.present
-    return {"outcome": found.outcome.name, "level": found.level, "rights": rights, "hpa": hpa}
 
 
 # -- a dump --------------------------------------------------------------------------------------------

@@ -327,7 +327,12 @@ def test_inspect_looks_at_daemons_that_run_and_at_one_address(scratch: Scratch) 
         assert status == 0
         lines = out.splitlines()
         assert [line.split()[1] for line in lines if line.startswith("  level")] == ["4", "3", "2", "1"]
-        assert lines[-1].startswith("  second stage: mapped to hpa ")
+        assert [line.split(" to ")[0] for line in lines[-2:]] == ["  cpu: mapped", "  unit: mapped"]
+        status, out, _ = scratch.run(*attach, "--gpa", "0x700000000")
+        assert out.splitlines()[-2] == (
+            "  cpu: absent, read EPT_VIOLATION 0x181, write EPT_VIOLATION 0x182, fetch EPT_VIOLATION 0x184"
+        )
+        assert out.splitlines()[-1] == "  unit: absent, read SSS_2, write SSS_2"
         status, _, err = scratch.run(*attach, "--vm", "77")
         assert status == 1
         assert "there is no VM 77" in err

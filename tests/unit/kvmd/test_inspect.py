@@ -14,6 +14,7 @@ from kvmd.core.inspect import Probe, describe, look_up, make_probes, root_of, ta
 from protocol.errors import UapiError
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt import bits
+from protocol.pt.walk import Outcome, Walk
 from protocol.units import GIB, MIB, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level
 from tests.oracle.table import Machine, RawTables, second_stage_walk
 from tests.unit.kvmd.world import READ, World
@@ -143,14 +144,12 @@ def test_five_levels_and_a_vcpus_own_root() -> None:
 def test_looking_at_an_address_tells_every_level_and_both_verdicts(world: World) -> None:
     found = look_up(world.vm, Gpa(0x100_123))
     assert [level for level, _, _ in found["path"]] == [4, 3, 2, 1]
-    assert {name: walk["hpa"] & 0xFFF for name, walk in found["walks"].items()} == {
-        "EPT": 0x123,
-        "second stage": 0x123,
-    }
-    assert found["walks"]["second stage"]["rights"] == bits.READ | bits.WRITE
+    mapped_at = [Walk(Outcome(end[0]), *end[1:]).hpa(0x100_123) for end in (found["cpu"], found["unit"])]
+    assert mapped_at[0] == mapped_at[1]
+    assert mapped_at[0] & 0xFFF == 0x123
     assert [level for level, _, _ in look_up(world.vm, Gpa(0x20_0003 << 12))["path"]] == [4, 3, 2]
     nothing = look_up(world.vm, Gpa(300 * GIB))
-    assert nothing["walks"]["EPT"] == {"outcome": "ABSENT", "level": 3, "rights": 0, "hpa": None}
+    assert nothing["cpu"][:4] == [Outcome.ABSENT, 3, 0, 0]
     with pytest.raises(UapiError, match="beyond a root of 4 levels"):
         look_up(world.vm, Gpa(1 << 48))
 
