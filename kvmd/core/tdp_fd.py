@@ -84,6 +84,10 @@ class ExportedTdp:
     def importers(self) -> int:
         return len(self._importers)
 
+    @property
+    def importer_names(self) -> list[str]:
+        return sorted(self._importers)
+
 
 CREATE_TDP_FD_BYTES = 16
 

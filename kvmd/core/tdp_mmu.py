@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from kvmd.core.map_record import MapRecord
 from kvmd.core.spte import check_entry, make_leaf, make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
 from protocol.pt import bits
@@ -24,7 +25,7 @@ from protocol.pt.entry import is_frozen, is_leaf, is_present, is_present_leaf, i
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
-from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 
 class Outcome(Enum):
@@ -56,6 +57,7 @@ class Root:
     invalid: bool = False
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables: int = 1
+    record: MapRecord = field(default_factory=MapRecord)
 
     @property
     def everything(self) -> GfnSpan:
@@ -160,6 +162,7 @@ class TdpMmu:
             return Mapped(Outcome.RETRY)
         self._writer.store64(at, leaf)
         root.leaves[level] += 1
+        root.record.map(gfn, level, writable=is_writable(leaf))
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
@@ -183,8 +186,11 @@ class TdpMmu:
         """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
         zapped = False
         for root in self.roots:
+            root.record.zap(span)
             for met in self._leaves(root, span):
                 self._clear(root, met)
+                if met.level > LEVEL_4K:  # it may reach beyond `span`
+                    root.record.zap(entry_span(met.gfn, met.level))
                 zapped = True
         return zapped
 

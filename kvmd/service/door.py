@@ -12,6 +12,7 @@ from kvmd.config import Settings
 from kvmd.core.invariants import check_vm
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm
+from kvmd.service.inspect import INSPECT
 from kvmd.service.mm import MM
 from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
 from kvmd.service.tdp_fd import IMPORTER, importer_closed
@@ -110,5 +111,6 @@ FRONT_DOOR: Service[App] = Service(
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
+        **INSPECT,
     },
 )
