@@ -15,8 +15,8 @@ from collections import Counter
 
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.host_mm import Mm
 from kvmd.core.memslot import ADDRESS_SPACES, Change, Memslot, Memslots, Region
+from kvmd.core.mm.mm import Mm
 from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
@@ -167,6 +167,21 @@ class Kvm:
         self._in_progress.remove((start, end))
         over, self._invalidations_over = self._invalidations_over, Wait()
         over.set(None)
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
+        young = False
+        for slot in self.slots:
+            span = slot.gfns_of(start, end)
+            if span is not None:
+                young |= self.mmu.age_leafs(span)
+        if young:
+            await self.flusher.flush(None)
+        return young
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        spans = (slot.gfns_of(start, end) for slot in self.slots)
+        return any(span is not None and self.mmu.has_young(span) for span in spans)
 
     @property
     def host_is_changing(self) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kvmd.core.host import CpuFeatures, Host
-from kvmd.core.host_mm import Mm, Prot
 from kvmd.core.memslot import Region
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
 from kvmd.core.vcpu import Access, RunResult, Vcpu
