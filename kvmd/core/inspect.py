@@ -13,7 +13,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from kvmd.core.host_mm import HostPage
+from kvmd.core.mm.page import HostPage
 from kvmd.core.invariants import walker_rules
 from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.memslot import Memslot

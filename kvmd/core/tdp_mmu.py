@@ -18,10 +18,19 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from kvmd.core.map_record import MapRecord
-from kvmd.core.spte import check_entry, make_leaf, make_table_entry, split_child
+from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
 from protocol.pt import bits
-from protocol.pt.entry import is_frozen, is_leaf, is_present, is_present_leaf, is_table, is_writable, table_of
+from protocol.pt.entry import (
+    is_access_tracked,
+    is_frozen,
+    is_leaf,
+    is_present,
+    is_present_leaf,
+    is_table,
+    is_writable,
+    table_of,
+)
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
@@ -142,7 +151,7 @@ class TdpMmu:
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
-                if is_writable(entry) or not writable:
+                if not is_access_tracked(entry) and (is_writable(entry) or not writable):
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, entry, Level(level))
             else:
@@ -199,14 +208,29 @@ class TdpMmu:
         count = 0
         for met in self._leaves(root, span):
             if count == limit:
+                root.record.zap(GfnSpan(span.start, met.gfn))
                 return True, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
             count += 1
+        root.record.zap(span)
         return count > 0, None
 
     def _clear(self, root: Root, met: RangeEntry) -> None:
         self._writer.store64(met.at, bits.EMPTY)
         root.leaves[met.level] -= 1
+
+    def age_leafs(self, span: GfnSpan) -> bool:
+        """Mark every leaf that overlaps `span` as not used.  Whether one was, and so whether to flush."""
+        young = False
+        for root in self.roots:
+            for met in self._leaves(root, span):
+                if is_young(met.entry):
+                    self._writer.store64(met.at, aged(met.entry))
+                    young = True
+        return young
+
+    def has_young(self, span: GfnSpan) -> bool:
+        return any(is_young(met.entry) for root in self.roots for met in self._leaves(root, span))
 
     def split(self, root: Root, span: GfnSpan, goal: Level) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many."""

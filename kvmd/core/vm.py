@@ -15,8 +15,8 @@ from collections import Counter
 
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.host_mm import Mm
 from kvmd.core.memslot import ADDRESS_SPACES, Change, Memslot, Memslots, Region
+from kvmd.core.mm.mm import Mm
 from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
@@ -195,6 +195,21 @@ class Kvm:
         over, self._invalidations_over = self._invalidations_over, Wait()
         over.set(None)
 
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
+        young = False
+        for slot in self.slots:
+            span = slot.gfns_of(start, end)
+            if span is not None:
+                young |= self.mmu.age_leafs(span)
+        if young:
+            await self.flusher.flush(None)
+        return young
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        spans = (slot.gfns_of(start, end) for slot in self.slots)
+        return any(span is not None and self.mmu.has_young(span) for span in spans)
+
     @property
     def host_is_changing(self) -> bool:
         """An invalidation is in progress: the table is ahead of the host's page map."""
@@ -249,13 +264,29 @@ class Kvm:
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
-    def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
+    async def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
         """KVM_CREATE_TDP_FD: lend the root of an address space out [RFC 04/42].
 
-        Nothing waits between the checks and the reservation (defect B-02); what cannot be told to the
-        caller is taken back before anybody sees it (defect B-06).
+        What cannot be told to the caller is taken back before anybody sees it (defect B-06).  The fd gets
+        its number where it arrives, so what is written to the struct is what was there.
         """
-        struct = self._copy_from_user(request)
+        struct = b""
+        if request.argp is not None:
+            struct = await self.mm.read(request.argp, CREATE_TDP_FD_BYTES)
+        exported = self._reserve_export(request)
+        try:
+            await self._copy_to_user(request, struct)
+        except UapiError:
+            self.release_tdp_fd(exported)
+            raise
+        return exported
+
+    async def _copy_to_user(self, request: CreateTdpFd, struct: bytes) -> None:
+        if request.argp is not None:
+            await self.mm.write(request.argp, struct)
+
+    def _reserve_export(self, request: CreateTdpFd) -> ExportedTdp:
+        """Nothing waits between the checks and the reservation (defect B-02)."""
         check = Exporter(len(self.vcpus), self.maxphyaddr, self.noncoherent_dma, self.host.obstacles)
         check_create(request, ADDRESS_SPACES, self.exported.__contains__, check)
         root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id))
@@ -269,23 +300,7 @@ class Kvm:
         )
         exported = ExportedTdp(request.as_id, root, meta)
         self.exported[request.as_id] = exported
-        try:
-            self._copy_to_user(request, struct)
-        except UapiError:
-            self.release_tdp_fd(exported)
-            raise
         return exported
-
-    def _copy_from_user(self, request: CreateTdpFd) -> bytes:
-        """EFAULT: the struct cannot be read."""
-        return b"" if request.argp is None else self.mm.read(request.argp, CREATE_TDP_FD_BYTES)
-
-    def _copy_to_user(self, request: CreateTdpFd, struct: bytes) -> None:
-        """EFAULT: the struct cannot be written.  The fd gets its number where it arrives, so what is written
-        is what was there.
-        """
-        if request.argp is not None:
-            self.mm.write(request.argp, struct)
 
     def register_noncoherent_dma(self) -> None:
         """A device's DMA does not snoop.  EBUSY while a TDP is exported, whose entries promise write-back

@@ -12,7 +12,9 @@ from typing import TypeVar
 import structlog
 
 from kvmd.config import Settings
-from kvmd.core.host_mm import Mm
+from kvmd.core.mm.file import File
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.vcpu import Vcpu
 from kvmd.core.vm import Kvm
@@ -45,6 +47,17 @@ class VcpuFile:
 class MmFile:
     app: App
     mm: Mm
+
+
+@dataclass(slots=True, eq=False)
+class MemfdFile:
+    file: File
+
+
+@dataclass(slots=True, eq=False)
+class UffdFile:
+    app: App
+    uffd: Userfaultfd
 
 
 @dataclass(slots=True, eq=False)

@@ -40,9 +40,10 @@ async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryR
     return {}
 
 
-def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
+async def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
     argp = None if message.argp is None else Hva(message.argp)
-    exported = owner.vm.create_tdp_fd(CreateTdpFd(message.as_id, message.mode, message.pad, argp))
+    request = CreateTdpFd(message.as_id, message.mode, message.pad, argp)
+    exported = await holding(owner, owner.vm.create_tdp_fd(request))
     owner.refs += 1
     fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner, exported), tdp_fd_closed)
     return Answer({}, [fd])

@@ -70,7 +70,7 @@ def unit_over(path: Path, *, haw: int = HAW, max_page: str = "1G", root: int | N
     memory = PhysicalMemory()
     memory.add(window(WindowKind.TABLES, BASE, path.memory), lambda: None)
     cap, ecap = capabilities(levels=path.levels, max_page=max_page)
-    unit = RemappingUnit(cap, ecap, haw, memory, lambda: None)
+    unit = RemappingUnit(cap, ecap, haw, memory, lambda: None, lambda: None)
     at = table_at(path.levels) if root is None else root
     unit.write_pasid_entry(RID, Pasid(0), pasid_entry(at, path.levels))
     return unit

@@ -11,7 +11,7 @@ import pytest
 
 from kvmd.core import vm as vm_module
 from kvmd.core.host import CpuFeatures
-from kvmd.core.host_mm import Prot
+from kvmd.core.mm.vma import Prot
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, Obstacle, check_create
 from kvmd.core.tdp_mmu import Role, Root, TdpMmu
@@ -262,9 +262,9 @@ def check_undone(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         request, before = failing(world, patch), counts(world)
         with refused(number):
-            world.vm.create_tdp_fd(request)
+            world.run(world.vm.create_tdp_fd(request))
     assert counts(world) == before
-    world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0, world.map(1)))
+    world.run(world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0, world.map(1))))
 
 
 @pytest.mark.rfc("RFC-18", "RFC-20")
@@ -284,6 +284,10 @@ def does_nothing(*_: object) -> None:
     pass
 
 
+async def asks_nobody(*_: object) -> None:
+    pass
+
+
 PLANTED: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "B-01: the new object is not tested": ("root", TdpMmu, "get_root", goes_on_without_a_page),
     "B-06: the address space stays taken": ("copy out", Kvm, "release_tdp_fd", does_nothing),
@@ -291,7 +295,7 @@ PLANTED: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
         "copy out",
         Kvm,
         "_copy_to_user",
-        lambda self, request, struct: None,
+        asks_nobody,
     ),
 }
 

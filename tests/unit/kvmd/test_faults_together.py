@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.host_mm import HostPage
+from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import PageFault, Result
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait

@@ -9,7 +9,7 @@ import pytest
 
 from kvmd.core import inspect
 from kvmd.core.host import CpuFeatures
-from kvmd.core.host_mm import Prot
+from kvmd.core.mm.vma import Prot
 from kvmd.core.inspect import Probe, describe, look_up, make_probes, root_of, table_runs
 from protocol.errors import UapiError
 from protocol.hostmem import LOW_RAM_START

@@ -154,8 +154,8 @@ def test_a_tdp_fd_published_half_made_is_noticed(client: Client, monkeypatch: py
     ready = Ready(client)
     create = Kvm.create_tdp_fd
 
-    def lists_later(self: Kvm, request: Any) -> Any:
-        exported = create(self, request)
+    async def lists_later(self: Kvm, request: Any) -> Any:
+        exported = await create(self, request)
         del self.exported[0]
         return exported
 

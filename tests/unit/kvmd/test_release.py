@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.host_mm import HostPage
+from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import Mapped, TdpMmu
@@ -39,7 +39,7 @@ def use_after_release(world: World) -> None:
     assert vcpu.root is exported.root
     world.run(world.mm.migrate(slot.hva, PAGE))
     world.write(vcpu, 0x10_0000, b"after!")
-    assert world.mm.read(slot.hva, 6) == b"after!", "the vCPU wrote to the page's old frame"
+    assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"
 
 
 @pytest.mark.rfc("RFC-102")

@@ -139,6 +139,7 @@ def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
 
 def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
     exported = world.export()
+    world.run(world.mm.write(next(iter(world.vm.slots)).hva, b"the process's own by now"))
     assert world.io_fault(exported, 0x100, READ) is Result.FIXED
     assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.host_mm import HostPage, Mm
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
 from kvmd.core.vcpu import Access, ExitReason
 from kvmd.core.vm import Kvm
@@ -56,8 +57,7 @@ class SleepyMm:
         self._while_asleep = while_asleep
 
     async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        page = self._mm.fault_in(hva, write=write)
-        snapshot = HostPage(page.hva, page.pfn, page.level, page.writable)
+        snapshot = await self._mm.get_user_page(hva, write=write)
         self._while_asleep()
         return snapshot
 
@@ -110,7 +110,7 @@ def test_acks_in_the_wrong_order_free_nothing_early(rig: Rig) -> None:
 
 
 def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) -> None:
-    rig.world.mm.write(rig.hva, b"moved")
+    rig.world.run(rig.world.mm.write(rig.hva, b"moved"))
     rig.fault()
     old = rig.world.table()[0x100]
     move = rig.world.start(rig.world.mm.migrate(rig.hva, PAGE))
