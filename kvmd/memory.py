@@ -26,6 +26,17 @@ F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
 _FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
+def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
+    """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE."""
+    try:
+        fd = os.memfd_create("kvm-dirty-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise UapiError(error.errno or errno.EMFILE, "no fd for a dirty ring") from None
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
+    return fd, memoryview(mmap.mmap(fd, size))
+
+
 class HostMemory:
     """The windows, their fds, and the `Host` that lives in them."""
 

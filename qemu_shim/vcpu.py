@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.errors import UapiError
+from qemu_shim.dirty_ring import DirtyRing
 from qemu_shim.file import File
 
 
@@ -36,3 +37,13 @@ class Vcpu(File):
         mmio = body.get("mmio")
         left = None if mmio is None else MmioExit(mmio["phys_addr"], mmio["len"], mmio["is_write"])
         return body["reads"], left
+
+    async def dirty_ring(self) -> DirtyRing:
+        """Map the vCPU's dirty ring; EINVAL if its VM has none."""
+        reply = await self.ask("MMAP_DIRTY_RING")
+        return DirtyRing(reply.fds.take(0), reply.body["size"])
+
+    async def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
+        """KVM_PRE_FAULT_MEMORY: what is left of the range, (gpa, size)."""
+        body = (await self.ask("KVM_PRE_FAULT_MEMORY", gpa=gpa, size=size, flags=flags)).body
+        return body["gpa"], body["size"]

@@ -28,12 +28,15 @@ MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 
 @dataclass(frozen=True, slots=True)
 class CpuFeatures:
-    """What the host's CPUs can do; the guest's width may be smaller."""
+    """What the host's CPUs can do, and what its KVM was built with; the guest's width may be smaller."""
 
     maxphyaddr: int = 46
     ept_levels: int = 4
     max_page_level: Level = LEVEL_1G
     ept_ad_bits: bool = True
+    pml: bool = True  # page-modification logging: needs the A/D bits
+    address_spaces: int = 2  # 1: built without SMM
+    dirty_ring_with_bitmap: bool = True  # NEED_KVM_DIRTY_RING_WITH_BITMAP: devices write without a vCPU
 
     def root_level(self, guest_maxphyaddr: int) -> Level:
         """5 only with 5-level EPT and a guest wider than 48 bits [RFC 29/42]."""

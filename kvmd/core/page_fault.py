@@ -32,6 +32,7 @@ class Result(Enum):
     READONLY = auto()  # a write to a read-only slot: emulated, or a failure
     NO_PAGE = auto()  # the host has nothing at that hva, or not with that right
     NO_MEMORY = auto()
+    MEMORY_FAULT = auto()  # private, and its slot has no private page for it: KVM_EXIT_MEMORY_FAULT
     UNSTABLE = auto()  # MAX_TRIES invalidations in a row got in the way [RFC defect B-14]
 
     __hash__ = object.__hash__
@@ -48,10 +49,16 @@ class PageFault:
     gfn: Gfn
     write: bool
     source: Source
+    prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed
 
 
 def mapping_level(slot: Memslot, gfn: Gfn, page: HostPage, limit: Level) -> Level:
-    """The largest level whose entry lies in the slot and in the host page [KVM kvm_mmu_hugepage_adjust]."""
+    """The largest level whose entry lies in the slot and in the host page [KVM kvm_mmu_hugepage_adjust].
+
+    Pages are logged one by one, so a slot that logs gets small entries.
+    """
+    if slot.logs:
+        return LEVEL_4K
     for level in range(min(page.level, limit), LEVEL_4K, -1):
         pages = pages_of_level(Level(level))
         span = entry_span(gfn, Level(level))

@@ -17,8 +17,8 @@ _LEAF = bits.READ | bits.EXEC | bits.MEMTYPE_WB | bits.IGNORE_PAT | bits.MMU_PRE
 _WRITABLE = bits.WRITE | bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
-def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool) -> int:
-    """An entry that maps `pfn` (the first frame of its size)."""
+def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool, accessed: bool = True) -> int:
+    """An entry that maps `pfn` (the first frame of its size); a prefetch does not count as an access."""
     assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
     entry = _LEAF | pfn << PAGE_SHIFT
     if level > LEVEL_4K:
@@ -26,7 +26,7 @@ def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool) -> in
     if writable:
         entry |= _WRITABLE
     if ad_enabled:
-        entry |= bits.ACCESSED | (bits.DIRTY if writable else 0)
+        entry |= (bits.ACCESSED if accessed else 0) | (bits.DIRTY if writable else 0)
     else:
         entry |= bits.AD_DISABLED
     return entry

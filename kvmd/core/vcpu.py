@@ -42,6 +42,8 @@ class ExitReason(IntEnum):
 
     DONE = 0
     MMIO = 6
+    DIRTY_RING_FULL = 31
+    MEMORY_FAULT = 39
 
 
 @dataclass(slots=True)
@@ -67,6 +69,11 @@ class Vm(Protocol):
         """The root to run on, which may have changed since the last call."""
 
     async def handle_fault(self, fault: PageFault, vcpu: Vcpu) -> Result: ...
+    def set_dirty(self, vcpu: Vcpu, gfn: Gfn) -> None:
+        """The CPU sets D, and logs the page."""
+
+    def dirty_ring_full(self, vcpu: Vcpu) -> bool:
+        """The vCPU may not enter the guest before user space has emptied its ring."""
 
 
 class _Stop(Exception):
@@ -99,6 +106,7 @@ class Vcpu:
         result = RunResult()
         self.running = True
         try:
+            self._check_ring(result)
             for access in accesses:
                 parts = []
                 at = 0
@@ -131,11 +139,13 @@ class Vcpu:
             if cached is not None and cached[1] & need:
                 return cached[0] | (gpa & PAGE_OFFSET_MASK)
             if self._fill(gfn, need):
+                self._check_ring(result)  # setting D may have filled it
                 continue
             self.ept_violations += 1
             fault = await self._vm.handle_fault(PageFault(gfn, write, Source.VCPU), self)
             if fault not in RESOLVED:
                 self._leave(fault, gpa, count, write, result)
+            self._check_ring(result)
         raise ModelBug(
             f"vCPU {self.id}: gpa {gpa:#x} still faults after {MAX_VIOLATIONS} resolved violations"
         )
@@ -153,8 +163,20 @@ class Vcpu:
             return False
         if len(self._tlb) >= MAX_TLB_ENTRIES:
             self._tlb.clear()
-        self._tlb[gfn] = found.hpa(gfn << PAGE_SHIFT), found.rights
+        rights = found.rights
+        if root.role.ad_enabled and not found.entry & bits.DIRTY:
+            if need & bits.WRITE:
+                self._vm.set_dirty(self, gfn)
+            else:
+                rights &= ~bits.WRITE  # the first store walks again, to set D
+        self._tlb[gfn] = found.hpa(gfn << PAGE_SHIFT), rights
         return True
+
+    def _check_ring(self, result: RunResult) -> None:
+        """Before entering the guest [KVM kvm_dirty_ring_check_request]."""
+        if self._vm.dirty_ring_full(self):
+            result.exit_reason = ExitReason.DIRTY_RING_FULL
+            raise _Stop
 
     def _leave(self, fault: Result, gpa: Gpa, count: int, write: bool, result: RunResult) -> None:
         if fault in (Result.NO_SLOT, Result.READONLY):
@@ -163,5 +185,7 @@ class Vcpu:
         elif fault is Result.NO_MEMORY:
             result.errno, result.why = errno.ENOMEM, f"gpa {gpa:#x}: the host has no memory for it"
         else:
+            if fault is Result.MEMORY_FAULT:
+                result.exit_reason = ExitReason.MEMORY_FAULT
             result.errno, result.why = errno.EFAULT, f"gpa {gpa:#x}: {fault.name.lower()}"
         raise _Stop

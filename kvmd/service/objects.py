@@ -12,6 +12,7 @@ from typing import TypeVar
 import structlog
 
 from kvmd.config import Settings
+from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.mm.file import File
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -34,13 +35,28 @@ T = TypeVar("T")
 class VmFile:
     app: App
     vm: Kvm
-    refs: int = 1  # fds of the VM, its vCPUs and its TDP FDs
+    refs: int = 1  # fds of the VM, its vCPUs, its TDP FDs and its guest_memfds
+
+    @property
+    def vm_file(self) -> VmFile:
+        return self
 
 
 @dataclass(slots=True, eq=False)
 class VcpuFile:
     owner: VmFile
     vcpu: Vcpu
+    ring_fd: int | None = None  # the memory of its dirty ring
+
+    @property
+    def vm_file(self) -> VmFile:
+        return self.owner
+
+
+@dataclass(slots=True, eq=False)
+class GuestMemfdFile:
+    owner: VmFile
+    memfd: GuestMemfd
 
 
 @dataclass(slots=True, eq=False)
