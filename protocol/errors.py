@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno as _errno
 
+EHWPOISON = 133  # Linux's, which the errno module does not know yet
+
 
 class UapiError(Exception):
     """`errno` as the kernel would return it (positive), `why` what was asked and what stood in the way."""
@@ -36,7 +38,7 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 # Linux has one number for both; the kernel's documents say the second.
-_NAMES: dict[int, str] = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+_NAMES: dict[int, str] = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
 
 
 def errno_name(errno: int) -> str:

@@ -67,6 +67,12 @@ class Vm(File):
             userspace_addr=hva,
         )
 
+    async def page_track_add(self, gpa: int) -> None:
+        await self.ask("PAGE_TRACK_ADD", gpa=gpa)
+
+    async def page_track_remove(self, gpa: int) -> None:
+        await self.ask("PAGE_TRACK_REMOVE", gpa=gpa)
+
     async def create_tdp_fd(self, as_id: int = 0, mode: int = 0, pad: int = 0) -> int:
         """The TDP FD: a number of ours, to be closed by us."""
         reply = await self.ask("KVM_CREATE_TDP_FD", as_id=as_id, mode=mode, pad=pad)

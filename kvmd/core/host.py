@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvmd.core.frames import Frames
 from kvmd.core.host_mm import Mm
 from kvmd.core.table_pool import TablePool
 from protocol.errors import UapiError
+from protocol.flow import Wait
 from protocol.frame_tags import OWNER_BITS, FrameTags
 from protocol.hostmem import Window
 from protocol.pt.mem import TableWriter
@@ -37,6 +39,16 @@ class CpuFeatures:
         return Level(5) if self.ept_levels == 5 and guest_maxphyaddr > 48 else Level(4)
 
 
+class Clock(Protocol):
+    """Time, which a core may not ask for itself."""
+
+    def tick(self) -> Wait[None]:
+        """Set once everybody else who could run has had a turn."""
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970."""
+
+
 class Host:
     def __init__(
         self,
@@ -45,8 +57,10 @@ class Host:
         frames: Window,
         tags: FrameTags | None,
         discard: Callable[[int, int], None],
+        clock: Clock,
     ) -> None:
         self.features = features
+        self.clock = clock
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)

@@ -10,6 +10,7 @@ from kvmd.core.tdp_mmu import Root
 from kvmd.core.vm import Kvm
 from protocol.pt.check import check_table
 from protocol.pt.entry import is_writable, pfn_of
+from protocol.pt.geometry import entry_span
 from protocol.pt.walk import WalkRules, second_stage_rules
 from protocol.units import PAGE_SHIFT, pages_of_level
 
@@ -62,6 +63,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
         if met.level > page.level or met.gfn + pages_of_level(met.level) > slot.span.end:
             found.append(f"I11: gfn {met.gfn:#x} level {met.level} maps beyond its host page or its slot")
+        if is_writable(met.entry) and vm.page_track.any_in(slot, entry_span(met.gfn, met.level)):
+            found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
     return found

@@ -17,14 +17,24 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.spte import check_entry, make_leaf, make_table_entry, split_child
+from kvmd.core.spte import check_entry, make_leaf, make_mmio_entry, make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
+from protocol.errors import UapiError
 from protocol.pt import bits
-from protocol.pt.entry import is_frozen, is_leaf, is_present, is_present_leaf, is_table, is_writable, table_of
+from protocol.pt.entry import (
+    is_frozen,
+    is_leaf,
+    is_mmio,
+    is_present,
+    is_present_leaf,
+    is_table,
+    is_writable,
+    table_of,
+)
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
-from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 
 class Outcome(Enum):
@@ -171,6 +181,27 @@ class TdpMmu:
                 return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
 
+    def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
+        """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
+        table, at = root.hpa, 0
+        for level in range(root.role.level, 0, -1):
+            at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
+            entry = self._writer.load64(at)
+            if level == LEVEL_4K or is_frozen(entry) or is_present_leaf(entry, Level(level)):
+                break
+            if not is_present(entry):
+                try:
+                    entry = self._link(root, at, self._pool.allocate())
+                except UapiError:  # a vCPU gets on without
+                    return False
+            table = table_of(entry)
+        if entry and not is_mmio(entry):
+            return False
+        self._writer.store64(
+            at, make_mmio_entry(gfn, generation)
+        )  # absent before and after: nothing to flush
+        return True
+
     def _link(self, root: Root, at: int, table: Hpa) -> int:
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
         self._writer.store64(at, entry)
@@ -188,6 +219,37 @@ class TdpMmu:
                 root.leaves[met.level] -= 1
                 zapped = True
         return zapped
+
+    def zap_mmio(self) -> None:
+        """Forget every gfn without a slot: the generation starts over.  Nobody caches what is absent."""
+        for root in self.roots:
+            for met in walk_range(self._writer.load64, root.hpa, root.role.level, root.everything):
+                if is_mmio(met.entry):
+                    self._writer.store64(met.at, bits.EMPTY)
+
+    def write_protect(self, gfn: Gfn, as_id: int) -> bool:
+        """Nobody writes `gfn`, and no short way gives the right back.  Whether to flush."""
+        changed = False
+        for root in self.roots:
+            if root.role.as_id == as_id:
+                for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
+                    changed |= self._protect_leaf(root, met, gfn)
+        return changed
+
+    def _protect_leaf(self, root: Root, met: RangeEntry, gfn: Gfn) -> bool:
+        _, level, at, entry = met
+        if not entry & (bits.WRITE | bits.MMU_WRITABLE):
+            return False
+        try:
+            while level > LEVEL_4K:
+                table = table_of(self._split(root, at, entry, level))
+                level = Level(level - 1)
+                at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
+                entry = self._writer.load64(at)
+        except UapiError:  # no page left for a table: the whole leaf is protected
+            pass
+        self._writer.store64(at, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
+        return True
 
     def split(self, root: Root, span: GfnSpan, goal: Level) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many."""

@@ -15,9 +15,19 @@ from collections import Counter
 
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.host_mm import Mm
+from kvmd.core.host_mm import HostPage, Mm
 from kvmd.core.memslot import ADDRESS_SPACES, Change, Memslot, Memslots, Region
-from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
+from kvmd.core.page_fault import (
+    LOOKUP_RESULT,
+    MAX_TRIES,
+    PageFault,
+    Result,
+    Source,
+    first_pfn,
+    mapping_level,
+)
+from kvmd.core.page_track import PageTrack
+from kvmd.core.spte import MMIO_GENERATION_MASK
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
 from kvmd.core.vcpu import Vcpu
@@ -25,7 +35,7 @@ from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva
+from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Gpa, Hva, gfn_of
 
 MAX_VCPUS = 1024
 SEQ_MASK = (1 << 64) - 1
@@ -43,6 +53,8 @@ class Kvm:
         self.exported: dict[int, ExportedTdp] = {}
         self.flusher = Flusher(self.id, host.pool, self._tell_walkers)
         self.mmu = TdpMmu(self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch)
+        self.page_track = PageTrack()
+        self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
         self._invalidate_seq = seq_start & SEQ_MASK
@@ -70,7 +82,7 @@ class Kvm:
         if not 32 <= maxphyaddr <= self.host.features.maxphyaddr:
             limit = self.host.features.maxphyaddr
             raise UapiError(errno.EINVAL, f"MAXPHYADDR {maxphyaddr}: the host's CPUs have 32..{limit}")
-        if vcpu.root is not None:
+        if any(vcpu.roots):
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
         vcpu.maxphyaddr = maxphyaddr
 
@@ -79,15 +91,16 @@ class Kvm:
         """Of the VM: the smallest any vCPU was given; 0 while none was [RFC 35/42]."""
         return min((v.maxphyaddr for v in self.vcpus if v.maxphyaddr), default=0)
 
-    def load_root(self, vcpu: Vcpu) -> Root:
-        """The root a vCPU runs on; a new one after its old became obsolete."""
-        if vcpu.root is not None and vcpu.root.invalid:
-            self.mmu.put_root(vcpu.root)
-            vcpu.root = None
+    def load_root(self, vcpu: Vcpu, as_id: int = 0) -> Root:
+        """The root a vCPU runs on in an address space; a new one after its old became obsolete."""
+        root = vcpu.roots[as_id]
+        if root is not None and root.invalid:
+            self.mmu.put_root(root)
+            root = None
             self.flusher.reclaim()
-        if vcpu.root is None:
-            vcpu.root = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id=0))
-        return vcpu.root
+        if root is None:
+            root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
+        return root
 
     def _role(self, maxphyaddr: int, as_id: int) -> Role:
         features = self.host.features
@@ -103,50 +116,118 @@ class Kvm:
 
     async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
         for _ in range(MAX_TRIES):
-            slot = self.slots.find(fault.gfn)
-            if slot is None:
-                return Result.NO_SLOT
-            if slot is self._invalid_slot:
-                self.retries += 1
-                await self._slot_settled
-                continue
-            if fault.write and slot.readonly:
-                return Result.READONLY
-            hva = slot.hva_of(fault.gfn)
-            if self._is_changing(hva):  # no use to look the page up: wait until the host is done
-                self.retries += 1
-                await self._invalidations_over
-                continue
-            seq = self._invalidate_seq
-            try:
-                page = await self.mm.get_user_page(hva, write=fault.write)
-            except UapiError as error:
-                return Result.NO_MEMORY if error.errno == errno.ENOMEM else Result.NO_PAGE
-            stale = seq != self._invalidate_seq or self._is_changing(hva)
-            if stale or self.slots.find(fault.gfn) is not slot or slot is self._invalid_slot:
-                self.retries += 1
-                continue
-            level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
-            try:
-                mapped = self.mmu.map(
-                    self._fault_root(vcpu),
-                    fault.gfn,
-                    first_pfn(slot, fault.gfn, page, level),
-                    level,
-                    writable=page.writable and not slot.readonly,
-                )
-            except UapiError:  # no page left for a table
-                return Result.NO_MEMORY
-            if mapped.flush is not None:
-                await self.flusher.flush(mapped.flush)
-            if mapped.outcome is not Outcome.RETRY:
-                return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+            result = await self._try(fault, vcpu)
+            if result is not None:
+                return result
             self.retries += 1
         return Result.UNSTABLE
 
-    def _fault_root(self, vcpu: Vcpu | None) -> Root:
+    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
+        """None: something was in the way; it may be gone now."""
+        slot = self.slots.find(fault.gfn, fault.as_id)
+        if slot is None:
+            self._remember_mmio(fault.gfn, vcpu, fault.as_id)
+            return Result.NO_SLOT
+        if slot is self._invalid_slot:
+            await self._slot_settled
+            return None
+        if fault.write and slot.readonly:
+            return Result.READONLY
+        if fault.write and self.page_track.is_tracked(slot, fault.gfn):
+            return Result.TRACKED
+        if fault.write and self.fast_page_fault(fault, slot, self._fault_root(vcpu, fault.as_id), vcpu):
+            return Result.FAST
+        hva = slot.hva_of(fault.gfn)
+        if self._is_changing(hva):  # no use to look the page up: wait until the host is done
+            await self._invalidations_over
+            return None
+        seq = self._invalidate_seq
+        try:
+            page = await self.mm.get_user_page(hva, write=fault.write)
+        except UapiError as error:
+            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
+        stale = seq != self._invalidate_seq or self._is_changing(hva)
+        if stale or self.slots.find(fault.gfn, fault.as_id) is not slot or slot is self._invalid_slot:
+            return None
+        return await self._map(fault, slot, page, vcpu)
+
+    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
+        tracked = self.page_track
+        level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level, tracked.any_in)
+        try:
+            mapped = self.mmu.map(
+                self._fault_root(vcpu, fault.as_id),
+                fault.gfn,
+                first_pfn(slot, fault.gfn, page, level),
+                level,
+                writable=page.writable and not slot.readonly and not tracked.is_tracked(slot, fault.gfn),
+            )
+        except UapiError:  # no page left for a table
+            return Result.NO_MEMORY
+        if mapped.flush is not None:
+            await self.flusher.flush(mapped.flush)
+        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
+            await self.flusher.drain()
+            return None
+        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+
+    def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
         """A vCPU of another width than the exported root's has a root of its own (defect B-28)."""
-        return self.exported[0].root if vcpu is None else self.load_root(vcpu)
+        return self.exported[0].root if vcpu is None else self.load_root(vcpu, as_id)
+
+    def _remember_mmio(self, gfn: Gfn, vcpu: Vcpu | None, as_id: int) -> None:
+        """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
+        if vcpu is not None and gfn < 1 << (self.host.features.maxphyaddr - PAGE_SHIFT):
+            made = self.mmu.map_mmio(self.load_root(vcpu, as_id), gfn, self.slots.generation)
+            vcpu.mmio_sptes_made += made
+
+    async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
+        """The slot of `gfn`, once it is not being deleted or moved."""
+        while (slot := self.slots.find(gfn, as_id)) is not None and slot is self._invalid_slot:
+            await self._slot_settled
+        return slot
+
+    # -- write tracking --------------------------------------------------------------------------------
+
+    async def track_page(self, gpa: Gpa) -> None:
+        """Every store to the page of `gpa` is emulated from now on.  EINVAL: no slot; tracked too often."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.add(self._slot_to_track(gfn), gfn)
+            if self.mmu.write_protect(gfn, as_id=0):
+                await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
+            await self.flusher.drain()
+        finally:
+            self._slots_lock.release()
+
+    async def untrack_page(self, gpa: Gpa) -> None:
+        """EINVAL: no slot, or not tracked."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.remove(self._slot_to_track(gfn), gfn)
+        finally:
+            self._slots_lock.release()
+
+    def _slot_to_track(self, gfn: Gfn) -> Memslot:
+        slot = self.slots.find(gfn)
+        if slot is None:
+            raise UapiError(errno.EINVAL, f"gfn {gfn:#x} is in no memslot: nothing there to track")
+        return slot
+
+    # -- what dirty logging hears of -------------------------------------------------------------------
+
+    def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
+        """A store to `gfn` that no entry made writable told of: a CPU set D, or KVM stored by itself."""
+
+    def dirty_ring_is_full(self, vcpu: Vcpu) -> bool:
+        """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
+        return False
+
+    def fast_page_fault(self, fault: PageFault, slot: Memslot, root: Root, vcpu: Vcpu | None) -> bool:
+        """Put W back where only dirty logging took it away."""
+        return False
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -194,11 +275,18 @@ class Kvm:
                 await self._zap_all_fast()
             if change is not Change.NONE:
                 self.slots.replace(old, new)
+                self._slot_replaced(change, old)
         finally:
             self._invalid_slot = None
             settled, self._slot_settled = self._slot_settled, Wait()
             settled.set(None)
             self._slots_lock.release()
+
+    def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
+        if change in (Change.DELETE, Change.MOVE) and old is not None:
+            self.page_track.forget(old)
+        if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
+            self.mmu.zap_mmio()
 
     async def _zap_all_fast(self) -> None:
         """A slot goes away: other roots become obsolete, exported ones lose their leaves [RFC 36/42]."""

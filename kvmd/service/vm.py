@@ -21,11 +21,16 @@ def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer
     vcpu = owner.vm.create_vcpu(message.vcpu_id)
     owner.refs += 1
     try:
-        fd, _, _ = owner.app.files.open(VCPU, VcpuFile(owner, vcpu), lambda f: f.owner.app.put_vm(f.owner))
+        fd, _, _ = owner.app.files.open(VCPU, VcpuFile(owner, vcpu), _vcpu_closed)
     except UapiError:
         owner.vm.vcpus.remove(vcpu)
         raise
     return Answer({}, [fd])
+
+
+def _vcpu_closed(held: VcpuFile) -> None:
+    held.vcpu.kick()  # a guest that polls would keep its VM for ever
+    held.owner.app.put_vm(held.owner)
 
 
 async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryRegion, fds: Fds) -> Body:
@@ -47,11 +52,23 @@ def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Ans
     return Answer({}, [fd])
 
 
+async def _page_track_add(owner: VmFile, message: uapi.PageTrackAdd, fds: Fds) -> Body:
+    await holding(owner, owner.vm.track_page(Gpa(message.gpa)))
+    return {}
+
+
+async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: Fds) -> Body:
+    await holding(owner, owner.vm.untrack_page(Gpa(message.gpa)))
+    return {}
+
+
 VM: Service[VmFile] = Service(
     "kvm-vm",
     {
         "KVM_CREATE_VCPU": Method(uapi.KvmCreateVcpu, _create_vcpu),
         "KVM_SET_USER_MEMORY_REGION": Method(uapi.KvmSetUserMemoryRegion, _set_user_memory_region),
         "KVM_CREATE_TDP_FD": Method(uapi.KvmCreateTdpFd, _create_tdp_fd),
+        "PAGE_TRACK_ADD": Method(uapi.PageTrackAdd, _page_track_add),
+        "PAGE_TRACK_REMOVE": Method(uapi.PageTrackRemove, _page_track_remove),
     },
 )

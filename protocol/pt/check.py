@@ -1,7 +1,7 @@
 """Whole-table invariants, checked from the entries alone; run by tests, by kvmd on request.
 
-I2  no entry a walker can reach has bit 11 set.
-I3  bit 59 is set exactly in present entries; any other entry is empty or frozen, absent for both walkers.
+I2  no entry a walker can reach has bit 11 set; an MMIO entry may, a walker never gets to look at it.
+I3  bit 59 is set exactly in present entries; any other is empty, frozen or MMIO, absent for both walkers.
 I17 every present entry obeys both walkers' rules, so neither sees a reserved bit the other would not.
 I18 a table page is linked once, and lies in table memory.
 """
@@ -9,11 +9,11 @@ I18 a table page is linked once, and lies in table memory.
 from __future__ import annotations
 
 from protocol.pt import bits
-from protocol.pt.entry import is_leaf, is_present, table_of
+from protocol.pt.entry import is_leaf, is_mmio, is_present, mmio_gfn, table_of
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import Load64, RangeEntry, WalkRules, walk_range
-from protocol.units import Gfn, GfnSpan, Hpa, Level
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 
 def check_table(load64: Load64, root: Hpa, levels: Level, rules: tuple[WalkRules, ...]) -> list[str]:
@@ -37,11 +37,15 @@ def check_table(load64: Load64, root: Hpa, levels: Level, rules: tuple[WalkRules
 def _check_entry(met: RangeEntry, rules: tuple[WalkRules, ...]) -> list[str]:
     entry, level = met.entry, met.level
     found = []
-    if entry & bits.SNOOP:
+    mmio = is_mmio(entry) and level == LEVEL_4K and mmio_gfn(entry) == met.gfn
+    if entry & bits.SNOOP and not mmio:
         found.append(f"I2: {_where(met)}: bit 11 is set")
     if not is_present(entry):
-        if entry != bits.FROZEN:
-            found.append(f"I3: {_where(met)}: neither present nor empty nor frozen")
+        if entry != bits.FROZEN and not mmio:
+            found.append(f"I3: {_where(met)}: neither present nor empty, frozen or MMIO of its gfn")
+        for rule in rules:
+            if entry & rule.present:
+                found.append(f"I3: {_where(met)}: bit 59 clear but present by {rule.name} rules")
         return found
     leaf = is_leaf(entry, level)
     for rule in rules:

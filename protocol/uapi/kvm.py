@@ -64,3 +64,13 @@ class KvmCreateTdpFd(Message):
     as_id: U32
     mode: U32 = 0
     pad: U32 = 0
+
+
+class PageTrackAdd(Message):
+    """No ioctl: what a user of kvm_page_track in the kernel does.  Stores to that page are emulated."""
+
+    gpa: U64
+
+
+class PageTrackRemove(Message):
+    gpa: U64

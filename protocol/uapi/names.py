@@ -10,7 +10,12 @@ from typing import Final
 
 KVM_PATH: Final = "/dev/kvm"
 KVM_API_VERSION: Final = 12
+KVM_EXIT_IO: Final = 2  # how a guest's code ends: an OUT
 KVM_EXIT_MMIO: Final = 6
+KVM_EXIT_INTR: Final = 10
+KVM_EXIT_INTERNAL_ERROR: Final = 17
+KVM_EXIT_DIRTY_RING_FULL: Final = 31
+MSR_KVM_WALL_CLOCK_NEW: Final = 0x4B56_4D00
 
 IOMMU_PATH: Final = "/dev/iommu"
 VFIO_PATH: Final = "/dev/vfio/devices/vfio"  # and the number of the device

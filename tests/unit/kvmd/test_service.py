@@ -82,9 +82,9 @@ def machine(client: Client) -> dict[str, Channel]:
 def test_a_run_that_reads_more_than_a_reply_holds_is_einval(client: Client) -> None:
     vcpu = machine(client)["vcpu"]
     with pytest.raises(UapiError) as caught:
-        client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 1 << 20)] * 5)
+        client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 1 << 20)] * 5)
     assert caught.value.errno == errno.EINVAL
-    assert client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 3)]).body["reads"] == [bytes(3)]
+    assert client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 3)]).body["reads"] == [bytes(3)]
 
 
 def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
@@ -105,7 +105,7 @@ def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
     vm.mm.notifiers.append(Slow())
     hva = next(iter(vm.slots)).hva
     made["mm"].call("MADVISE", {"addr": hva, "size": 4096, "advice": "dontneed"})
-    made["vcpu"].call("KVM_RUN", {"accesses": [(0x10_0000, b"x")]})
+    made["vcpu"].call("KVM_RUN", {"program": [("w", 0x10_0000, b"x")]})
     client.wire.pump()
     for name in ("vcpu", "vm"):
         client.close(name, made[name])
@@ -171,7 +171,7 @@ def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        client.call(made["vcpu"], "KVM_RUN", accesses=[(0x10_0000, b"x")])
+        client.call(made["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
         hva = next(iter(client.app.vms[0].slots)).hva
         client.call(made["mm"], "MADVISE", addr=hva, size=4096, advice="dontneed")
     assert acked == [1, 2, 3, 4, 5]
