@@ -59,14 +59,17 @@ class Cpu:
     # -- accesses --------------------------------------------------------------------------------------
 
     async def load(self, gpa: Gpa, size: int) -> bytes:
-        cached = self.tlb.get(gpa >> PAGE_SHIFT)  # type: ignore[call-overload]
-        offset = gpa & PAGE_OFFSET_MASK
-        if cached is not None and cached[1] & bits.READ and offset + size <= PAGE_SIZE:
-            return self._vm.host.read_frame(cached[0] | offset, size)
+        hpa = self._hit(gpa, size, bits.READ)
+        if hpa is not None:
+            return self._vm.host.read_frame(hpa, size)
         pieces = await self._reach((gpa, size, bits.READ))
         return await self._emulator.load(gpa, size) if pieces is None else self._read(pieces)
 
     async def store(self, gpa: Gpa, data: bytes) -> None:
+        hpa = self._hit(gpa, len(data), bits.WRITE)
+        if hpa is not None:
+            self._vm.host.write_frame(hpa, data)
+            return
         pieces = await self._reach((gpa, len(data), bits.WRITE))
         if pieces is None:
             await self._emulator.store(gpa, data)
@@ -115,6 +118,12 @@ class Cpu:
         for hpa, count in pieces:
             self._vm.host.write_frame(hpa, data[at : at + count])
             at += count
+
+    def _hit(self, gpa: Gpa, size: int, need: int) -> int | None:
+        """The short way for what lies in one page that the TLB knows."""
+        cached = self.tlb.get(gpa >> PAGE_SHIFT)  # type: ignore[call-overload]
+        offset = gpa & PAGE_OFFSET_MASK
+        return cached[0] | offset if cached and cached[1] & need and offset + size <= PAGE_SIZE else None
 
     # -- translation -----------------------------------------------------------------------------------
 
@@ -197,7 +206,8 @@ class Cpu:
             if result in EMULATED:
                 return False
             if result in RESOLVED:
-                await vcpu.enter()
+                if vcpu.must_leave:
+                    await vcpu.enter()
                 return True
             if result is Result.UNSTABLE:
                 await vcpu.pause()

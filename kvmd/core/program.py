@@ -56,8 +56,10 @@ class Program:
         self._steps = 0
 
     async def execute(self) -> None:
+        vcpu = self._vcpu
         for name, *operands in self._code:
-            await self._vcpu.enter()
+            if vcpu.must_leave:
+                await vcpu.enter()
             await _EXECUTE[name](self, *operands)
             self.finished += 1
 
@@ -126,7 +128,8 @@ class Program:
             await self._vcpu.pause()
 
     async def _step(self) -> None:
-        await self._vcpu.enter()
+        if self._vcpu.must_leave:
+            await self._vcpu.enter()
         self._steps += 1
         if self._steps % BREATH == 0:
             await self._vcpu.pause()

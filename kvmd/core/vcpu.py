@@ -91,9 +91,14 @@ class Vcpu:
         self._program = Program(self, memory, program)
         self._code = self._program.execute()
 
+    @property
+    def must_leave(self) -> bool:
+        """No entering the guest with a dirty ring that is full."""
+        return self._vm.dirty_ring_is_full(self)
+
     async def enter(self) -> None:
-        """On the way into the guest: not with a dirty ring that is full."""
-        while self._vm.dirty_ring_is_full(self):
+        """Leave for as long as we must, then enter."""
+        while self.must_leave:
             await Exit(ExitReason.DIRTY_RING_FULL)
 
     async def pause(self) -> None:

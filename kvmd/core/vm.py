@@ -135,7 +135,7 @@ class Kvm:
             return Result.READONLY
         if fault.write and self.page_track.is_tracked(slot, fault.gfn):
             return Result.TRACKED
-        if fault.write and self.fast_page_fault(fault, slot, self._fault_root(vcpu, fault.as_id), vcpu):
+        if fault.write and self.fast_page_fault(fault, slot, vcpu):
             return Result.FAST
         hva = slot.hva_of(fault.gfn)
         if self._is_changing(hva):  # no use to look the page up: wait until the host is done
@@ -225,7 +225,7 @@ class Kvm:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
         return False
 
-    def fast_page_fault(self, fault: PageFault, slot: Memslot, root: Root, vcpu: Vcpu | None) -> bool:
+    def fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
         """Put W back where only dirty logging took it away."""
         return False
 
