@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 
 from kvmd.config import Settings
-from kvmd.core.host import Host
+from kvmd.core.host import Clock, Host
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
@@ -40,7 +40,7 @@ def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
 class HostMemory:
     """The windows, their fds, and the `Host` that lives in them."""
 
-    def __init__(self, settings: Settings, cond_resched: Callable[[], Wait[None]]) -> None:
+    def __init__(self, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]) -> None:
         self._fds: list[tuple[Window, int]] = []
         self._maps: list[mmap.mmap] = []
         tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes, F_SEAL_FUTURE_WRITE)
@@ -56,6 +56,7 @@ class HostMemory:
             frames,
             tags,
             self._discard,
+            clock,
             obstacles=settings.obstacles,
             cond_resched=cond_resched,
         )

@@ -162,6 +162,12 @@ class Vm(File):
             "KVM_SET_MEMORY_ATTRIBUTES", address=address, size=size, attributes=attributes, flags=flags, **how
         )
 
+    async def page_track_add(self, gpa: int) -> None:
+        await self.ioctl("PAGE_TRACK_ADD", gpa=gpa)
+
+    async def page_track_remove(self, gpa: int) -> None:
+        await self.ioctl("PAGE_TRACK_REMOVE", gpa=gpa)
+
     async def create_tdp_fd(self, as_id: int = 0, mode: int = 0, pad: int = 0, **how: Any) -> int:
         """The TDP FD: a number of ours, to be closed by us."""
         reply = await self.ioctl("KVM_CREATE_TDP_FD", as_id=as_id, mode=mode, pad=pad, **how)

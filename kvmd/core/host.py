@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.memory import Memory
@@ -43,6 +44,16 @@ class CpuFeatures:
         return Level(5) if self.ept_levels == 5 and guest_maxphyaddr > 48 else Level(4)
 
 
+class Clock(Protocol):
+    """Time, which a core may not ask for itself."""
+
+    def tick(self) -> Wait[None]:
+        """Set once everybody else who could run has had a turn."""
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970."""
+
+
 class Host:
     def __init__(
         self,
@@ -51,11 +62,13 @@ class Host:
         frames: Window,
         tags: FrameTags | None,
         discard: Callable[[int, int], None],
+        clock: Clock,
         *,
         obstacles: frozenset[Obstacle] = frozenset(),
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
+        self.clock = clock
         self.obstacles = obstacles  # what keeps this host's KVM from exporting
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)

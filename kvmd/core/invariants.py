@@ -71,6 +71,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
         if met.level > page.level or met.gfn + pages_of_level(met.level) > slot.span.end:
             found.append(f"I11: gfn {met.gfn:#x} level {met.level} maps beyond its host page or its slot")
+        if is_writable(met.entry) and vm.page_track.any_in(slot, entry_span(met.gfn, met.level)):
+            found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
     return found

@@ -36,6 +36,7 @@ class SlotsChange:
         dirty_log: DirtyLog,
         exported: Mapping[int, ExportedTdp],
         cond_resched: Callable[[], Wait[None]],
+        replaced: Callable[[Change, Memslot | None], None],
     ) -> None:
         self.going: Memslot | None = None
         self.settled: Wait[None] = Wait()
@@ -47,6 +48,7 @@ class SlotsChange:
         self._dirty_log = dirty_log
         self._exported = exported
         self._cond_resched = cond_resched
+        self._replaced = replaced
 
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time."""
@@ -85,6 +87,7 @@ class SlotsChange:
                 raise
             new = replace(new, dirty=self._dirty_log.bitmap_for(old, new))
         self._slots.replace(old, new)
+        self._replaced(change, old)
         if new is None and old is not None and old.private is not None:
             old.private.unbind()
         return new

@@ -19,7 +19,15 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from kvmd.core.map_record import MapRecord
-from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_table_entry, split_child
+from kvmd.core.spte import (
+    aged,
+    check_entry,
+    is_young,
+    make_leaf,
+    make_mmio_entry,
+    make_table_entry,
+    split_child,
+)
 from kvmd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.pt import bits
@@ -27,6 +35,7 @@ from protocol.pt.entry import (
     is_access_tracked,
     is_frozen,
     is_leaf,
+    is_mmio,
     is_present,
     is_present_leaf,
     is_table,
@@ -196,6 +205,27 @@ class TdpMmu:
                 return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
 
+    def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
+        """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
+        table, at = root.hpa, 0
+        for level in range(root.role.level, 0, -1):
+            at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
+            entry = self._writer.load64(at)
+            if level == LEVEL_4K or is_frozen(entry) or is_present_leaf(entry, Level(level)):
+                break
+            if not is_present(entry):
+                try:
+                    entry = self._link(root, at, self._pool.allocate())
+                except UapiError:  # a vCPU gets on without
+                    return False
+            table = table_of(entry)
+        if entry and not is_mmio(entry):
+            return False
+        self._writer.store64(
+            at, make_mmio_entry(gfn, generation)
+        )  # absent before and after: nothing to flush
+        return True
+
     def _link(self, root: Root, at: int, table: Hpa) -> int:
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
         self._writer.store64(at, entry)
@@ -273,6 +303,38 @@ class TdpMmu:
         root.leaves[level - 1] += ENTRIES
         return self._link(root, at, table)
 
+    def zap_mmio(self) -> None:
+        """Forget every gfn without a slot: the generation starts over.  Nobody caches what is absent."""
+        for root in self.roots:
+            for met in walk_range(self._writer.load64, root.hpa, root.role.level, root.everything):
+                if is_mmio(met.entry):
+                    self._writer.store64(met.at, bits.EMPTY)
+
+    def write_protect(self, gfn: Gfn, as_id: int) -> bool:
+        """Nobody writes `gfn`, and no short way gives the right back.  Whether to flush."""
+        changed = False
+        for root in self.roots:
+            if root.role.as_id == as_id:
+                for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
+                    changed |= self._protect_leaf(root, met, gfn)
+        return changed
+
+    def _protect_leaf(self, root: Root, met: RangeEntry, gfn: Gfn) -> bool:
+        _, level, at, entry = met
+        if not entry & (bits.WRITE | bits.MMU_WRITABLE):
+            return False
+        try:
+            while level > LEVEL_4K:
+                table = table_of(self._split(root, at, entry, level))
+                level = Level(level - 1)
+                at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
+                entry = self._writer.load64(at)
+        except UapiError:  # no page left for a table: the whole leaf is protected
+            pass
+        self._writer.store64(at, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
+        root.record.write_protect(entry_span(gfn, level))
+        return True
+
     # -- dirty logging ---------------------------------------------------------------------------------
 
     def roots_of(self, as_id: int) -> list[Root]:
@@ -298,6 +360,8 @@ class TdpMmu:
             if met.entry & bit:
                 self._writer.store64(met.at, met.entry & ~bit)
                 cleared = True
+                if bit == bits.WRITE:
+                    root.record.write_protect(entry_span(met.gfn, met.level))
         return cleared
 
     def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
@@ -311,14 +375,7 @@ class TdpMmu:
         if logs and met.level > LEVEL_4K:
             return False
         self._writer.store64(met.at, met.entry | bits.WRITE)
-        return True
-
-    def set_dirty(self, root: Root, gfn: Gfn) -> bool:
-        """The CPU stores through a writable entry: it sets D.  Whether D was clear, which it logs then."""
-        met = self.leaf_at(root, gfn)
-        if met is None or not root.role.ad_enabled or met.entry & (bits.WRITE | bits.DIRTY) != bits.WRITE:
-            return False
-        self._writer.store64(met.at, met.entry | bits.DIRTY)
+        root.record.map(gfn, met.level, writable=True)
         return True
 
     def freeze_collapsible(
@@ -334,6 +391,7 @@ class TdpMmu:
             region = entry_span(met.gfn, met.level)
             if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
                 self._writer.store64(met.at, bits.FROZEN)
+                root.record.zap(region)
                 below = Level(met.level - 1)
                 self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
                 return met

@@ -17,11 +17,22 @@ from enum import IntEnum
 from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.memslot import Memslot, Memslots, Region
+from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.mm import Mm
-from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import (
+    LOOKUP_RESULT,
+    MAX_TRIES,
+    PageFault,
+    Result,
+    Source,
+    first_pfn,
+    mapping_level,
+)
+from kvmd.core.page_track import PageTrack
 from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.slots_change import SlotsChange
+from kvmd.core.spte import MMIO_GENERATION_MASK
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
 from kvmd.core.uaccess import copy_from_user, copy_to_user
@@ -30,7 +41,7 @@ from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Hva, Level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Hva, Level, gfn_of
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4 * MAX_VCPUS
@@ -59,6 +70,8 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
+        self.page_track = PageTrack()
+        self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
         self.noncoherent_dma = 0  # how often it is registered
@@ -70,7 +83,8 @@ class Kvm:
 
     def _make_memory(self) -> None:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
-        host, lock, features = self.host, RwLock(), self.host.features
+        host, features = self.host, self.host.features
+        self._slots_lock = lock = RwLock()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), features.address_spaces)
         self.dirty_log = DirtyLog(
             lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
@@ -84,6 +98,7 @@ class Kvm:
             self.dirty_log,
             self.exported,
             lambda: host.cond_resched(),
+            self._slot_replaced,
         )
         self.private = PrivateMemory(
             self.id,
@@ -114,7 +129,7 @@ class Kvm:
         if not 32 <= maxphyaddr <= self.host.features.maxphyaddr:
             limit = self.host.features.maxphyaddr
             raise UapiError(errno.EINVAL, f"MAXPHYADDR {maxphyaddr}: the host's CPUs have 32..{limit}")
-        if vcpu.root is not None:
+        if any(vcpu.roots):
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
         for exported in self.exported.values():
             lent, own = exported.root.role, self._role(maxphyaddr, exported.as_id)
@@ -141,15 +156,16 @@ class Kvm:
             for vcpu in self.vcpus
         )
 
-    def load_root(self, vcpu: Vcpu) -> Root:
-        """The root a vCPU runs on; a new one after its old became obsolete."""
-        if vcpu.root is not None and vcpu.root.invalid:
-            self.mmu.put_root(vcpu.root)
-            vcpu.root = None
+    def load_root(self, vcpu: Vcpu, as_id: int = 0) -> Root:
+        """The root a vCPU runs on in an address space; a new one after its old became obsolete."""
+        root = vcpu.roots[as_id]
+        if root is not None and root.invalid:
+            self.mmu.put_root(root)
+            root = None
             self.flusher.reclaim()
-        if vcpu.root is None:
-            vcpu.root = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id=0))
-        return vcpu.root
+        if root is None:
+            root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
+        return root
 
     def _role(self, maxphyaddr: int, as_id: int) -> Role:
         features = self.host.features
@@ -165,71 +181,121 @@ class Kvm:
 
     async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
         for _ in range(MAX_TRIES):
-            slot = self.slots.find(fault.gfn)
-            if slot is None:
-                return Result.NO_SLOT
-            if slot is self.slots_change.going:
-                self.retries += 1
-                await self.slots_change.settled
-                continue
-            if fault.write and slot.readonly:
-                return Result.READONLY
-            if fault.write and self._fast_page_fault(slot, fault.gfn, vcpu):
-                return Result.FIXED
-            private = self.private.serves(slot, fault.gfn)
-            hva = slot.hva_of(fault.gfn)
-            if self._is_changing(hva):  # no use to look the page up: wait until the host is done
-                self.retries += 1
-                await self._invalidations_over
-                continue
-            seq = self._invalidate_seq
-            try:
-                if private:
-                    page = self.private.page(slot, fault.gfn)
-                else:
-                    page = await self.mm.get_user_page(hva, write=fault.write)
-            except UapiError as error:
-                return Result.NO_MEMORY if error.errno == errno.ENOMEM else Result.NO_PAGE
-            stale = seq != self._invalidate_seq or self._is_changing(hva)
-            stale |= self.private.serves(slot, fault.gfn) != private
-            if stale or self.slots.find(fault.gfn) is not slot or slot is self.slots_change.going:
-                self.retries += 1
-                continue
-            root = self._fault_root(vcpu)
-            if page is None:
-                return Result.MEMORY_FAULT
-            level = mapping_level(slot, fault.gfn, page, self._max_level(fault.gfn))
-            writable = page.writable and not slot.readonly
-            try:
-                mapped = self.mmu.map(
-                    root,
-                    fault.gfn,
-                    first_pfn(slot, fault.gfn, page, level),
-                    level,
-                    writable=writable,
-                    accessed=not fault.prefetch,
-                )
-            except UapiError:  # no page left for a table
-                return Result.NO_MEMORY
-            if mapped.outcome is Outcome.FIXED and writable:
-                self.mark_page_dirty(slot, fault.gfn, vcpu)
-            if mapped.flush is not None:
-                await self.flusher.flush(mapped.flush)
-            if mapped.outcome is not Outcome.RETRY:
-                return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+            result = await self._try(fault, vcpu)
+            if result is not None:
+                return result
             self.retries += 1
-            await self.flusher.drain()  # what is frozen is thawed when its flush is over
         return Result.UNSTABLE
 
-    def _fault_root(self, vcpu: Vcpu | None) -> Root:
+    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
+        """None: something was in the way; it may be gone now."""
+        gfn = fault.gfn
+        slot = self.slots.find(gfn, fault.as_id)
+        if slot is None:
+            self._remember_mmio(gfn, vcpu, fault.as_id)
+            return Result.NO_SLOT
+        if slot is self.slots_change.going:
+            await self.slots_change.settled
+            return None
+        if fault.write and slot.readonly:
+            return Result.READONLY
+        if fault.write and self.page_track.is_tracked(slot, gfn):
+            return Result.TRACKED
+        if fault.write and self._fast_page_fault(fault, slot, vcpu):
+            return Result.FAST
+        private = self.private.serves(slot, gfn)
+        hva = slot.hva_of(gfn)
+        if self._is_changing(hva):  # no use to look the page up: wait until the host is done
+            await self._invalidations_over
+            return None
+        seq = self._invalidate_seq
+        try:
+            if private:
+                page = self.private.page(slot, gfn)
+            else:
+                page = await self.mm.get_user_page(hva, write=fault.write)
+        except UapiError as error:
+            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
+        stale = seq != self._invalidate_seq or self._is_changing(hva)
+        stale |= self.private.serves(slot, gfn) != private
+        if stale or self.slots.find(gfn, fault.as_id) is not slot or slot is self.slots_change.going:
+            return None
+        return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
+
+    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
+        root = self._fault_root(vcpu, fault.as_id)
+        level = self.level_of(slot, fault.gfn, page)
+        writable = page.writable and not slot.readonly and not self.page_track.is_tracked(slot, fault.gfn)
+        try:
+            mapped = self.mmu.map(
+                root,
+                fault.gfn,
+                first_pfn(slot, fault.gfn, page, level),
+                level,
+                writable=writable,
+                accessed=not fault.prefetch,
+            )
+        except UapiError:  # no page left for a table
+            return Result.NO_MEMORY
+        if mapped.outcome is Outcome.FIXED and writable:
+            self.mark_page_dirty(slot, fault.gfn, vcpu)
+        if mapped.flush is not None:
+            await self.flusher.flush(mapped.flush)
+        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
+            await self.flusher.drain()
+            return None
+        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+
+    def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
         """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
         TDP FD was released while a device's fault slept.
         """
         if vcpu is not None:
-            return self.load_root(vcpu)
+            return self.load_root(vcpu, as_id)
         if 0 not in self.exported:
             raise UapiError(errno.ENODEV, "the TDP is not exported any more")
         return self.exported[0].root
+
+    def _remember_mmio(self, gfn: Gfn, vcpu: Vcpu | None, as_id: int) -> None:
+        """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
+        if vcpu is not None and gfn < 1 << (self.host.features.maxphyaddr - PAGE_SHIFT):
+            made = self.mmu.map_mmio(self.load_root(vcpu, as_id), gfn, self.slots.generation)
+            vcpu.mmio_sptes_made += made
+
+    async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
+        """The slot of `gfn`, once it is not being deleted or moved."""
+        while (slot := self.slots.find(gfn, as_id)) is not None and slot is self.slots_change.going:
+            await self.slots_change.settled
+        return slot
+
+    # -- write tracking --------------------------------------------------------------------------------
+
+    async def track_page(self, gpa: Gpa) -> None:
+        """Every store to the page of `gpa` is emulated from now on.  EINVAL: no slot; tracked too often."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.add(self._slot_to_track(gfn), gfn)
+            if self.mmu.write_protect(gfn, as_id=0):
+                await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
+            await self.flusher.drain()
+        finally:
+            self._slots_lock.release()
+
+    async def untrack_page(self, gpa: Gpa) -> None:
+        """EINVAL: no slot, or not tracked."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.remove(self._slot_to_track(gfn), gfn)
+        finally:
+            self._slots_lock.release()
+
+    def _slot_to_track(self, gfn: Gfn) -> Memslot:
+        slot = self.slots.find(gfn)
+        if slot is None:
+            raise UapiError(errno.EINVAL, f"gfn {gfn:#x} is in no memslot: nothing there to track")
+        return slot
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -290,31 +356,34 @@ class Kvm:
         """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
         self.dirty_log.mark(slot, gfn, None if vcpu is None else vcpu.id)
 
-    def dirty_ring_full(self, vcpu: Vcpu) -> bool:
+    def dirty_ring_is_full(self, vcpu: Vcpu) -> bool:
+        """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
         return self.dirty_log.ring_full(vcpu.id)
 
-    def set_dirty(self, vcpu: Vcpu, gfn: Gfn) -> None:
-        """A CPU stores through an entry whose D is clear: it sets D and logs the page (PML)."""
-        slot = self.slots.find(gfn)
-        if self.mmu.set_dirty(self.load_root(vcpu), gfn) and slot is not None:
-            self.mark_page_dirty(slot, gfn, vcpu)
-
-    def _fast_page_fault(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> bool:
+    def _fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
         """The page is mapped and only logging took W: no look at the host page is needed [KVM mmu.c]."""
-        if not self.mmu.fast_page_fault(self._fault_root(vcpu), gfn, logs=slot.logs):
+        if not self.mmu.fast_page_fault(self._fault_root(vcpu, fault.as_id), fault.gfn, logs=slot.logs):
             return False
-        self.mark_page_dirty(slot, gfn, vcpu)
+        self.mark_page_dirty(slot, fault.gfn, vcpu)
         return True
+
+    def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
+        if change in (Change.DELETE, Change.MOVE) and old is not None:
+            self.page_track.forget(old)
+        if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
+            self.mmu.zap_mmio()
 
     def _level_now(self, slot: Memslot, gfn: Gfn) -> Level:
         """The largest leaf a fault at `gfn` would make now."""
         if self.private.serves(slot, gfn):
             return LEVEL_4K
         page = self.mm.present_page(slot.hva_of(gfn))
-        return LEVEL_4K if page is None else mapping_level(slot, gfn, page, self._max_level(gfn))
+        return LEVEL_4K if page is None else self.level_of(slot, gfn, page)
 
-    def _max_level(self, gfn: Gfn) -> Level:
-        return self.private.attributes.max_level(gfn, self.host.features.max_page_level)
+    def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
+        """The size of leaf that a fault at `gfn` gets for `page`."""
+        limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
+        return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
 
     # -- the exported TDP ------------------------------------------------------------------------------
 

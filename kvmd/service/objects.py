@@ -7,6 +7,7 @@ held [RFC 04/42]; a process lives while its mm fd does.  Each object's requests 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import time_ns
 from typing import TypeVar
 
 import structlog
@@ -94,12 +95,20 @@ class Importer:
     lease: Lease | None = None
 
 
+class LoopClock:
+    """The clock of the machine we run on; a tick is the message loop's."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.tick = loop.tick
+        self.wall_ns = time_ns
+
+
 class App:
     """What kvmd holds: the host's memory, the VMs, the processes."""
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
-        self.memory = HostMemory(settings, loop.next_turn)
+        self.memory = HostMemory(settings, LoopClock(loop), loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)
         self.vms: list[Kvm] = []

@@ -146,6 +146,16 @@ def _unregister_noncoherent_dma(owner: VmFile, message: uapi.KvmUnregisterNoncoh
     return {}
 
 
+async def _page_track_add(owner: VmFile, message: uapi.PageTrackAdd, fds: Fds) -> Body:
+    await holding(owner, owner.vm.track_page(Gpa(message.gpa)))
+    return {}
+
+
+async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: Fds) -> Body:
+    await holding(owner, owner.vm.untrack_page(Gpa(message.gpa)))
+    return {}
+
+
 VM: Service[VmFile] = Service(
     "kvm-vm",
     {
@@ -166,5 +176,7 @@ VM: Service[VmFile] = Service(
         "KVM_UNREGISTER_NONCOHERENT_DMA": ioctl(
             uapi.KvmUnregisterNoncoherentDma, _unregister_noncoherent_dma
         ),
+        "PAGE_TRACK_ADD": ioctl(uapi.PageTrackAdd, _page_track_add),
+        "PAGE_TRACK_REMOVE": ioctl(uapi.PageTrackRemove, _page_track_remove),
     },
 )

@@ -127,7 +127,6 @@ class KvmCreateTdpFd(Ioctl):
     as_id: U32
     mode: U32 = 0
     pad: U32 = 0
-    argp: U64 | None = None
 
 
 class KvmRegisterNoncoherentDma(Ioctl):
@@ -136,3 +135,13 @@ class KvmRegisterNoncoherentDma(Ioctl):
 
 class KvmUnregisterNoncoherentDma(Ioctl):
     """Its counterpart; EINVAL: none is registered."""
+
+
+class PageTrackAdd(Ioctl):
+    """No ioctl: what a user of kvm_page_track in the kernel does.  Stores to that page are emulated."""
+
+    gpa: U64
+
+
+class PageTrackRemove(Ioctl):
+    gpa: U64
