@@ -31,42 +31,43 @@ def _bytes(value: int, size: int) -> bytes:
     return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
 
 
-def _same(*access: Any) -> list[Any]:
-    return list(access)
-
-
-# An access as recorded -> the instruction a vCPU executes.
-INSTRUCTIONS: dict[str, Callable[..., list[Any]]] = {
-    "r": _same,
-    "w": lambda op, gpa, size, value: [op, gpa, _bytes(value, size)],
-    "r16": lambda op, gpa: ["r", gpa, 16],
-    "w16": lambda op, gpa, value: ["w", gpa, _bytes(value, 8) * 2],
-    "cmpxchg": _same,
-    "xchg": lambda op, gpa, size, value: [op, gpa, _bytes(value, size)],
-    "add": _same,
-    "or0": lambda op, gpa: ["or", gpa, 1, 0],
-    "movs": _same,
-    "stos": _same,
-    "exec": _same,
-    "prefetch": _same,
-    "wloop": _same,
-    "rloop": _same,
-    "spin_until_zero": _same,
-    "spin_until_ne": _same,
+# Accesses that are instructions as they are recorded, with their operands.
+OPERANDS = {
+    "r": ("gpa", "n"),
+    "cmpxchg": ("gpa", "n", "expect", "new"),
+    "add": ("gpa", "n", "value"),
+    "movs": ("dst", "src", "n"),
+    "stos": ("gpa", "byte", "n"),
+    "exec": ("gpa",),
+    "prefetch": ("gpa",),
+    "wloop": ("gpa", "count", "stride", "value"),
+    "rloop": ("gpa", "count", "stride"),
+    "spin_until_zero": ("gpa",),
+    "spin_until_ne": ("gpa", "value"),
+}
+# And those that are not.
+TRANSLATED: dict[str, Callable[..., Access]] = {
+    "w": lambda gpa, n, value: ("w", gpa, _bytes(value, n)),
+    "r16": lambda gpa: ("r", gpa, 16),
+    "w16": lambda gpa, value: ("w", gpa, _bytes(value, 8) * 2),
+    "xchg": lambda gpa, n, value: ("xchg", gpa, _bytes(value, n)),
+    "or0": lambda gpa: ("or", gpa, 1, 0),
 }
 
 
-def instructions(batch: Sequence[Access]) -> list[list[Any]]:
-    made = []
-    for access in batch:
-        op = access[0] if access else ""
-        if op not in INSTRUCTIONS:
-            raise CaseFailed(f"unknown access {list(access)}")
-        try:
-            made.append(INSTRUCTIONS[op](*access))
-        except TypeError:
-            raise CaseFailed(f"access {list(access)}: wrong number of operands") from None
-    return made
+def instruction(access: Access) -> Access:
+    """What the vCPU executes for an access as recorded."""
+    op, *operands = access or ("",)
+    try:
+        if op in TRANSLATED:
+            return TRANSLATED[op](*operands)
+    except TypeError:
+        raise CaseFailed(f"access {list(access)}: not its operands") from None
+    if op not in OPERANDS:
+        raise CaseFailed(f"unknown access {list(access)}")
+    if len(operands) != len(OPERANDS[op]):
+        raise CaseFailed(f"access {list(access)}: not its operands {OPERANDS[op]}")
+    return access
 
 
 def values(batch: Sequence[Access], loads: Sequence[bytes]) -> list[int]:
@@ -104,7 +105,7 @@ class Cpu:
         if batch is not None or self.done:
             self._batch = self._batch if batch is None else batch
             self._loads = []
-            program: list[list[Any]] | None = instructions(self._batch)
+            program: list[Access] | None = [instruction(access) for access in self._batch]
         else:
             program = None
         exits: list[Exit] = []
@@ -117,7 +118,7 @@ class Cpu:
                 else:
                     run = await self._vcpu.resume(reply)
             except UapiError as error:
-                exits.append({"errno": errno_name(error.errno), "exit_reason": "none"})
+                exits.append({"errno": errno_name(error.errno), "why": error.why})
                 self.done = False
                 return exits
             program = None

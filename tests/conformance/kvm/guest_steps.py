@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from itertools import zip_longest
 from typing import Any
 
 import trio
@@ -31,7 +32,8 @@ async def play_guest(world: World, step: Step, play: PlayStep) -> None:
         for concurrent in step.concurrent():
             await trio.sleep(HEAD_START_S)
             await play(world, concurrent)
-    step.expect("exits", recorded, exits)
+    for number, (expected, came) in enumerate(zip_longest(recorded, exits, fillvalue="none")):
+        step.expect(f"exit {number}", expected, came)
     step.expect("done", step.body.get("done", True), cpu.done)
     step.expect_recorded("reads", cpu.reads)
 

@@ -34,8 +34,9 @@ async def munmap(world: World, step: Step) -> None:
 
 
 async def mremap(world: World, step: Step) -> None:
+    """No public recording has one: sizes may be one `size`, and without a new address it stays or moves."""
     args = step.args
-    old_size = _one_of(args, "old_size", "size")
+    old_size = args["old_size"] if "old_size" in args else args["size"]
     new_size = args.get("new_size", old_size)
     await world.process.mremap(args["addr"], old_size, new_size, new_addr=args.get("new_addr"))
 
@@ -112,13 +113,6 @@ def _pages(args: Args) -> Iterator[int]:
     for first, count in args["pages"]:
         for page in range(first, first + count):
             yield args["addr"] + page * PAGE_SIZE + args.get("offset", 0)
-
-
-def _one_of(args: Args, *names: str) -> Any:
-    for name in names:
-        if name in args:
-            return args[name]
-    raise CaseFailed(f"no {' or '.join(names)} among {sorted(args)}")
 
 
 STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {

@@ -30,7 +30,7 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         """A field of the struct: zero where only a pointer was recorded."""
         if self.argp is None and name not in self.args:
-            raise CaseFailed(f"{self.step.doing}: no {name} among {sorted(self.args)}")
+            raise CaseFailed(f"no {name} among {sorted(self.args)}")
         return self.args.get(name, 0)
 
 
@@ -84,7 +84,7 @@ async def get_dirty_log(call: Call) -> None:
     if pointer == BUFFER_HVA:
         await call.world.process.write(BUFFER_HVA, bytes([bitmap.FILL]) * size)
     await call.vm.get_dirty_log(call["slot"], pointer, argp=call.argp, caller=call.caller)
-    if pointer == BUFFER_HVA:
+    if pointer == BUFFER_HVA and out:
         _expect_bitmap(call.step, out, await call.world.process.read(BUFFER_HVA, size))
 
 
@@ -143,7 +143,7 @@ def _pointer(call: Call, recorded: str | int) -> int:
     if isinstance(recorded, int):
         return recorded
     if recorded != "buffer" and recorded not in BAD_POINTERS:
-        raise CaseFailed(f"{call.step.doing}: unknown dirty_bitmap {recorded!r}")
+        raise CaseFailed(f"unknown dirty_bitmap {recorded!r}")
     return BAD_POINTERS.get(recorded, BUFFER_HVA)
 
 

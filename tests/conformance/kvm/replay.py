@@ -13,7 +13,7 @@ from tests.conformance.kvm.cases import Case
 from tests.conformance.kvm.step import CaseFailed, Difference, Step
 from tests.conformance.kvm.world import World, world_of
 
-PATIENCE_S = 20.0  # for one step, before we say that it never ends
+PATIENCE_S = 10.0  # for one step, before we say that it never ends
 
 
 @dataclass(slots=True)

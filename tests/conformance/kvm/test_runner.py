@@ -105,10 +105,19 @@ TAMPERED: dict[str, tuple[list[Body], str, str]] = {
         "step 4 (ioctl KVM_GET_DIRTY_LOG): bytes written to the bitmap",
         "expected 16, came 8",
     ),
-    "missing exit": (tampered(lambda steps: steps[5]["exits"].pop()), "step 5 (guest): exits", "0x20000001"),
+    "missing exit": (
+        tampered(lambda steps: steps[5]["exits"].append(mmio(0x2000_0002, is_write=1, data="00"))),
+        "step 5 (guest): exit 2",
+        "came none",
+    ),
+    "unexpected exit": (
+        tampered(lambda steps: steps[5]["exits"].pop()),
+        "step 5 (guest): exit 1",
+        "expected none, came {'errno': '0', 'exit_reason': 'KVM_EXIT_MMIO'",
+    ),
     "exit's data": (
         tampered(lambda steps: steps[5]["exits"][1]["mmio"].update(data="06")),
-        "step 5 (guest): exits",
+        "step 5 (guest): exit 1",
         "'data': '05'",
     ),
     "peek": (tampered(lambda steps: steps[6]["args"].update(got="0800")), "step 6 (host peek): got", "0700"),
@@ -127,7 +136,8 @@ UNKNOWN: dict[str, Body] = {
     "unknown ring step 'drain'": {"ring": "drain", "entries": []},
     "unknown guest step 'halt'": {"guest": "halt"},
     "unknown access ['wrmsr', 1, 2]": {"guest": [["wrmsr", 1, 2]], "reads": []},
-    "access ['r', 1]: wrong number of operands": {"guest": [["r", 1]], "reads": []},
+    "access ['r', 1]: not its operands": {"guest": [["r", 1]], "reads": []},
+    "access ['or0']: not its operands": {"guest": [["or0"]], "reads": []},
     "unknown capability KVM_CAP_HYPERV": {
         "ioctl": "KVM_CHECK_EXTENSION",
         "args": {"cap": "KVM_CAP_HYPERV"},
