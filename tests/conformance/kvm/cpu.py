@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from protocol.errors import UapiError, errno_name
-from qemu_shim.vcpu import MmioExit, Vcpu
+from qemu_shim.vcpu import MmioExit, RunResult, Vcpu
 from tests.conformance.kvm.step import CaseFailed
 
 Access = Sequence[Any]
@@ -27,15 +27,18 @@ EXIT_NAMES = {
 MMIO_MAX = 100_000  # exits of one batch; the string instructions give one a byte
 
 
+def _low(value: int, size: int) -> int:
+    """As much of a value as goes into `size` bytes."""
+    return value & ((1 << 8 * size) - 1)
+
+
 def _bytes(value: int, size: int) -> bytes:
-    return (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    return _low(value, size).to_bytes(size, "little")
 
 
 # Accesses that are instructions as they are recorded, with their operands.
 OPERANDS = {
     "r": ("gpa", "n"),
-    "cmpxchg": ("gpa", "n", "expect", "new"),
-    "add": ("gpa", "n", "value"),
     "movs": ("dst", "src", "n"),
     "stos": ("gpa", "byte", "n"),
     "exec": ("gpa",),
@@ -50,6 +53,8 @@ TRANSLATED: dict[str, Callable[..., Access]] = {
     "w": lambda gpa, n, value: ("w", gpa, _bytes(value, n)),
     "r16": lambda gpa: ("r", gpa, 16),
     "w16": lambda gpa, value: ("w", gpa, _bytes(value, 8) * 2),
+    "cmpxchg": lambda gpa, n, expect, new: ("cmpxchg", gpa, n, _low(expect, n), _low(new, n)),
+    "add": lambda gpa, n, value: ("add", gpa, n, _low(value, n)),
     "xchg": lambda gpa, n, value: ("xchg", gpa, _bytes(value, n)),
     "or0": lambda gpa: ("or", gpa, 1, 0),
 }
@@ -104,7 +109,6 @@ class Cpu:
         """
         if batch is not None or self.done:
             self._batch = self._batch if batch is None else batch
-            self._loads = []
             program: list[Access] | None = [instruction(access) for access in self._batch]
         else:
             program = None
@@ -122,7 +126,7 @@ class Cpu:
                 self.done = False
                 return exits
             program = None
-            self._loads += run.reads
+            self._loads = run.reads
             self.done = run.done
             if run.done:
                 return exits
@@ -136,7 +140,7 @@ class Cpu:
         raise CaseFailed(f"the batch does not end: {len(exits)} exits")
 
 
-def _as_recorded(run: Any) -> Exit:
+def _as_recorded(run: RunResult) -> Exit:
     made: Exit = {
         "errno": errno_name(run.errno) if run.errno else "0",
         "exit_reason": EXIT_NAMES.get(run.exit_reason, str(run.exit_reason)),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from qemu_shim.kvm_client import Vm
-from qemu_shim.process import Process
 from tests.conformance.kvm import bitmap
 from tests.conformance.kvm.caps import CAPS
 from tests.conformance.kvm.step import CaseFailed, Step
@@ -18,20 +17,21 @@ GUARD_BYTES = 64  # of a buffer beyond what the kernel is to write
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One ioctl: `argp` where its struct is said to lie, `caller` the process if not the VM's own."""
+    """One ioctl; `how`: where its struct is said to lie, and the process that asks if not the VM's own."""
 
     world: World
     step: Step
     vm: Vm
-    args: dict[str, Any]
-    argp: int | None
-    caller: Process | None
+    how: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         """A field of the struct: zero where only a pointer was recorded."""
-        if self.argp is None and name not in self.args:
-            raise CaseFailed(f"no {name} among {sorted(self.args)}")
-        return self.args.get(name, 0)
+        if name not in self.step.args and "argp" not in self.how:
+            raise CaseFailed(f"no {name} among {sorted(self.step.args)}")
+        return self.step.args.get(name, 0)
+
+    def get(self, name: str, default: Any) -> Any:
+        return self.step.args.get(name, default)
 
 
 async def set_region(call: Call) -> None:
@@ -41,8 +41,7 @@ async def set_region(call: Call) -> None:
         call["memory_size"],
         call["userspace_addr"],
         call["flags"],
-        argp=call.argp,
-        caller=call.caller,
+        **call.how,
     )
 
 
@@ -53,37 +52,34 @@ async def set_region2(call: Call) -> None:
         call["memory_size"],
         call["userspace_addr"],
         call["flags"],
-        guest_memfd=call.world.fd(call.args.get("guest_memfd", 0)),
-        guest_memfd_offset=call.args.get("guest_memfd_offset", 0),
-        pad1=call.args.get("pad1", 0),
-        pad2=call.args.get("pad2", 0),
-        argp=call.argp,
-        caller=call.caller,
+        guest_memfd=call.world.fd(call.get("guest_memfd", 0)),
+        guest_memfd_offset=call.get("guest_memfd_offset", 0),
+        pad1=call.get("pad1", 0),
+        pad2=call.get("pad2", 0),
+        **call.how,
     )
 
 
 async def check_extension(call: Call) -> int:
-    return await call.vm.check_extension(_cap(call))
+    return await call.vm.check_extension(_cap(call), **call.how)
 
 
 async def enable_cap(call: Call) -> None:
-    await call.vm.enable_cap(
-        _cap(call), *call.args.get("args", ()), flags=call["flags"], argp=call.argp, caller=call.caller
-    )
+    await call.vm.enable_cap(_cap(call), *call.get("args", ()), flags=call["flags"], **call.how)
 
 
 async def create_vcpu(call: Call) -> None:
-    await call.world.create_vcpu(call.vm, call["id"])
+    await call.world.create_vcpu(call.vm, call["id"], **call.how)
 
 
 async def get_dirty_log(call: Call) -> None:
     """The buffer is filled before, so that what the kernel wrote can be told from what it left."""
     out = call.step.body.get("out") or {}
     size = out.get("bytes", bitmap.size_of(out.get("npages", 0))) + GUARD_BYTES
-    pointer = _pointer(call, call.args.get("dirty_bitmap", "buffer"))
+    pointer = _pointer(call, call.get("dirty_bitmap", "buffer"))
     if pointer == BUFFER_HVA:
         await call.world.process.write(BUFFER_HVA, bytes([bitmap.FILL]) * size)
-    await call.vm.get_dirty_log(call["slot"], pointer, argp=call.argp, caller=call.caller)
+    await call.vm.get_dirty_log(call["slot"], pointer, **call.how)
     if pointer == BUFFER_HVA and out:
         _expect_bitmap(call.step, out, await call.world.process.read(BUFFER_HVA, size))
 
@@ -99,35 +95,37 @@ def _expect_bitmap(step: Step, out: dict[str, Any], buffer: bytes) -> None:
 
 
 async def clear_dirty_log(call: Call) -> None:
-    given = call.args.get("dirty_bitmap", "")
-    if "bits" in call.args:
-        given = bitmap.from_runs(call.args["bits"], call["num_pages"]).hex()
+    given = call.get("dirty_bitmap", "")
+    if "bits" in call.step.args:
+        given = bitmap.from_runs(call.step.args["bits"], call["num_pages"]).hex()
     pointer = BUFFER_HVA
     if isinstance(given, int) or given in BAD_POINTERS:
         pointer = _pointer(call, given)
     else:
         await call.world.process.write(BUFFER_HVA, _hex(given))
-    await call.vm.clear_dirty_log(
-        call["slot"], call["first_page"], call["num_pages"], pointer, argp=call.argp, caller=call.caller
-    )
+    await call.vm.clear_dirty_log(call["slot"], call["first_page"], call["num_pages"], pointer, **call.how)
 
 
 async def reset_rings(call: Call) -> int:
-    return await call.vm.reset_dirty_rings()
+    return await call.vm.reset_dirty_rings(**call.how)
 
 
 async def set_memory_attributes(call: Call) -> None:
-    await call.vm.set_memory_attributes(call["address"], call["size"], call["attributes"], call["flags"])
+    await call.vm.set_memory_attributes(
+        call["address"], call["size"], call["attributes"], call["flags"], **call.how
+    )
 
 
 async def create_guest_memfd(call: Call) -> None:
-    fd = await call.vm.create_guest_memfd(call["size"], call["flags"], call.args.get("reserved", 0))
-    call.world.keep(fd, call.step.body.get("save"))
+    made = await call.vm.create_guest_memfd(call["size"], call["flags"], call.get("reserved", 0), **call.how)
+    call.world.closing(made.close)
+    if "save" in call.step.body:
+        call.world.saved[f"${call.step.body['save']}"] = made
 
 
 async def set_msrs(call: Call) -> int:
-    vcpu = await call.world.vcpu(call.args.get("vcpu", 0))
-    return await vcpu.set_msrs(call["index"], call["value"])
+    vcpu = await call.world.vcpu(call.get("vcpu", 0))
+    return await vcpu.set_msr(call["index"], call["value"])
 
 
 def _cap(call: Call) -> int:
@@ -173,14 +171,12 @@ async def play(world: World, step: Step) -> None:
     name = step.body["ioctl"]
     if name not in STEPS:
         raise CaseFailed(f"unknown ioctl {name!r}")
-    call = Call(
-        world,
-        step,
-        vm=await world.other_vm() if step.body.get("on_other_vm") else world.vm,
-        args=step.args,
-        argp=step.args.get("pointer"),
-        caller=await world.other_process() if step.body.get("other_mm") else None,
-    )
-    ret = await step.answer(STEPS[name](call))
+    how: dict[str, Any] = {}
+    if "pointer" in step.args:
+        how["argp"] = step.args["pointer"]
+    if step.body.get("other_mm"):
+        how["caller"] = await world.other_process()
+    vm = await world.other_vm() if step.body.get("on_other_vm") else world.vm
+    ret = await step.answer(STEPS[name](Call(world, step, vm, how)))
     if ret is not None:
         step.expect_recorded("ret", ret)

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from protocol.units import MIB
-from qemu_shim.kvm_client import Kvmd, Vm
+from qemu_shim.kvm_client import GuestMemfd, Kvmd, Vm
 from qemu_shim.process import MemFd, Process, Uffd
 from qemu_shim.vcpu import DirtyRing, Vcpu
 from tests.conformance.kvm.caps import CAPS
@@ -41,12 +41,12 @@ class World:
         self.process = process
         self.vm = vm
         self.files: dict[str, MemFd] = {}
+        self.saved: dict[str, GuestMemfd | int] = {}  # by `$name`
         self.children: list[Process] = []
         self.uffd: Uffd | None = None
         self._kvmd = kvmd
         self._cpl = case.cpl
         self._on_end = on_end
-        self._saved: dict[str, int] = {}
         self._vcpus: dict[int, Vcpu] = {}
         self._cpus: dict[int, Cpu] = {}
         self._rings: dict[int, DirtyRing] = {}
@@ -67,8 +67,8 @@ class World:
         self.closing(vm.close)
         return vm
 
-    async def create_vcpu(self, vm: Vm, number: int) -> Vcpu:
-        vcpu = await vm.create_vcpu(number)
+    async def create_vcpu(self, vm: Vm, number: int, **how: Any) -> Vcpu:
+        vcpu = await vm.create_vcpu(number, **how)
         self.closing(vcpu.close)
         return vcpu
 
@@ -94,21 +94,16 @@ class World:
             raise CaseFailed(f"no step made a memfd {name!r}")
         return self.files[name]
 
-    def keep(self, fd: int, name: str | None) -> None:
-        """An fd of ours, which a later step may pass as `$name`."""
-        self.closing(lambda: os.close(fd))
-        if name is not None:
-            self._saved[f"${name}"] = fd
-
-    def fd(self, recorded: int | str) -> int:
-        """The fd that a step passes: a number as it is, or a saved one."""
+    def fd(self, recorded: int | str) -> GuestMemfd | int:
+        """The fd that a step passes: a number as it is, or one an earlier step saved."""
         if isinstance(recorded, int):
             return recorded
-        if recorded == "$devnull" and recorded not in self._saved:
-            self.keep(os.open(os.devnull, os.O_RDWR), "devnull")
-        if recorded not in self._saved:
+        if recorded == "$devnull" and recorded not in self.saved:
+            self.saved[recorded] = fd = os.open(os.devnull, os.O_RDWR)
+            self.closing(lambda: os.close(fd))
+        if recorded not in self.saved:
             raise CaseFailed(f"no step saved {recorded}")
-        return self._saved[recorded]
+        return self.saved[recorded]
 
 
 @asynccontextmanager
