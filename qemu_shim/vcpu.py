@@ -36,6 +36,7 @@ class RunResult:
     finished: int  # instructions
     reads: list[bytes]
     mmio: MmioExit | None
+    memory_fault: dict[str, int] | None  # flags, gpa, size
     signal: dict[str, int] | None  # siginfo: signo, code, addr
 
 
@@ -68,5 +69,6 @@ class Vcpu(File):
 
     async def _run(self, **fields: Any) -> RunResult:
         body = (await self.ask("KVM_RUN", **fields)).body
-        mmio, signal = body.pop("mmio", None), body.pop("signal", None)
-        return RunResult(**body, mmio=None if mmio is None else MmioExit(**mmio), signal=signal)
+        mmio = body.pop("mmio", None)
+        why_else = {name: body.pop(name, None) for name in ("memory_fault", "signal")}
+        return RunResult(**body, mmio=None if mmio is None else MmioExit(**mmio), **why_else)

@@ -15,7 +15,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmd.core.emulator import Emulator
-from kvmd.core.exits import Exit, ExitReason
+from kvmd.core.exits import Exit, ExitReason, MemoryFault
+from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
 from kvmd.core.guest_ram import pages_of
 from kvmd.core.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
 from kvmd.core.program import Change
@@ -220,6 +221,9 @@ class Cpu:
             slot = self._vm.slots.find(gfn, self._as_id)
             hva = None if slot is None else slot.hva_of(gfn)
             await Exit(ExitReason.INTR, errno.EINTR, why, sigbus=hva)
+        elif result is Result.MEMORY_FAULT:
+            what = MemoryFault(ATTRIBUTE_PRIVATE, Gpa(gfn << PAGE_SHIFT), PAGE_SIZE)
+            await Exit(ExitReason.MEMORY_FAULT, errno.EFAULT, why, memory_fault=what)
         else:
             number = errno.ENOMEM if result is Result.NO_MEMORY else errno.EFAULT
             await Exit(ExitReason.UNKNOWN, number, why)

@@ -30,6 +30,7 @@ class ExitReason(IntEnum):
     INTR = 10
     INTERNAL_ERROR = 17
     DIRTY_RING_FULL = 31
+    MEMORY_FAULT = 39
 
 
 class Mmio(NamedTuple):
@@ -41,6 +42,14 @@ class Mmio(NamedTuple):
     data: bytes
 
 
+class MemoryFault(NamedTuple):
+    """kvm_run.memory_fault: what the guest takes for private, or for shared, and is not."""
+
+    flags: int
+    gpa: Gpa
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
     """One return of KVM_RUN, but for what the guest has done so far."""
@@ -49,6 +58,7 @@ class Exit:
     errno: int = 0
     why: str = ""
     mmio: Mmio | None = None
+    memory_fault: MemoryFault | None = None
     sigbus: Hva | None = None  # the thread consumed poisoned memory there
 
     def __await__(self) -> Generator[Exit, bytes, bytes]:

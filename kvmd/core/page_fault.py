@@ -53,6 +53,7 @@ IO_ERRNO = {
     Result.READONLY: errno.EFAULT,
     Result.NO_PAGE: errno.EFAULT,
     Result.TRACKED: errno.EINVAL,
+    Result.MEMORY_FAULT: errno.EFAULT,
     Result.HWPOISON: EHWPOISON,
     Result.NO_MEMORY: errno.ENOMEM,
     Result.UNSTABLE: errno.EAGAIN,

@@ -69,6 +69,8 @@ def _kvm_run(ran: RunResult) -> Body:
     if left.mmio is not None:
         phys_addr, size, is_write, data = left.mmio
         body["mmio"] = {"phys_addr": phys_addr, "len": size, "is_write": is_write, "data": data}
+    if left.memory_fault is not None:
+        body["memory_fault"] = left.memory_fault._asdict()
     if left.sigbus is not None:
         body["signal"] = {**SIGBUS_ACTION_REQUIRED, "addr": left.sigbus}
     return body

@@ -39,7 +39,7 @@ async def play_guest(world: World, step: Step, play: PlayStep) -> None:
 
 
 def _ends_batch(entry: dict[str, Any]) -> bool:
-    return END_OF_BATCH.items() <= entry.get("io", {}).items()
+    return bool(END_OF_BATCH.items() <= entry.get("io", {}).items())
 
 
 def _batch(step: Step) -> list[Any] | None:

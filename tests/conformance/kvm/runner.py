@@ -14,8 +14,12 @@ from qemu_shim.supervisor import supervised
 from tests.conformance.kvm.cases import Case
 from tests.conformance.kvm.replay import Outcome, replay
 
-# The recorder's host: no TDP limit below 2^52, and more memory than any case touches.
-KVMD_OPTIONS = ("--maxphyaddr", "52", "--ram", "8G")
+# The recorder's host: no TDP limit below 2^52, more memory than any case touches, no SMM, no PML (whose log
+# keeps entries of a ring), no bitmap beside rings.
+KVMD_OPTIONS = (
+    *("--maxphyaddr", "52", "--ram", "8G"),
+    *("--address-spaces", "1", "--no-pml", "--no-dirty-ring-bitmap"),
+)
 
 
 async def replay_all(

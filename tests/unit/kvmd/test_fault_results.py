@@ -113,7 +113,7 @@ def test_a_page_somebody_else_mapped_first_is_success() -> None:
 
 @pytest.mark.parametrize("result", [result for result in Result if result not in RESOLVED])
 def test_every_failure_of_a_device_s_fault_has_an_errno(result: Result) -> None:
-    about_page = {Result.NO_SLOT, Result.READONLY, Result.NO_PAGE, Result.TRACKED}
+    about_page = {Result.NO_SLOT, Result.READONLY, Result.NO_PAGE, Result.TRACKED, Result.MEMORY_FAULT}
     assert (IO_ERRNO[result] in (errno.EFAULT, errno.EINVAL)) == (result in about_page)
 
 

@@ -100,6 +100,7 @@ def test_a_tracked_store_is_emulated_logged_and_counted_and_the_entry_stays_read
 
 def test_what_is_faulted_in_around_a_tracked_page_is_small_and_the_page_read_only() -> None:
     guest = Guest()
+    guest.world.run(guest.world.mm.write(guest.hva, b"the page is its own, not zeroes shared"))
     guest.track(0x205)
     for gfn in (0x204, 0x205):
         assert guest.world.read(guest.vcpu, gfn << 12, 1).done
@@ -177,7 +178,11 @@ def test_counts_go_with_the_slot_when_it_is_deleted_or_moved() -> None:
 def test_a_flags_change_keeps_the_counts() -> None:
     guest = Guest(level=1)
     guest.track(0x205)
-    guest.world.set_slot(0, 0x200, 512, guest.hva, flags=1)
+    change = guest.world.start(
+        guest.world.vm.set_memory_region(guest.world.region(0, 0x200, 512, guest.hva, flags=1))
+    )
+    guest.world.ack(guest.importer)
+    change.result()
     guest.store(0x205)
     assert not guest.rights(0x205)
 

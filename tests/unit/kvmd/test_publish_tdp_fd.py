@@ -38,7 +38,7 @@ class Ready:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.files = machine(client)
-        client.call(self.files["vcpu"], "KVM_RUN", accesses=[(0x10_0000, b"x")])
+        client.call(self.files["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
         self.vm: Kvm = client.app.vms[0]
         self.owner = client.app.files.find(client.fds["vm"], VmFile)
 
