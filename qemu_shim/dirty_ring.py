@@ -27,7 +27,7 @@ class DirtyRing:
 
     def harvest(self) -> list[tuple[int, int]]:
         """(slot, page of it) of every entry since the last harvest, each marked as collected."""
-        found = []
+        found: list[tuple[int, int]] = []
         while True:
             at = self._next % self._entries * _ENTRY.size
             flags, slot, offset = _ENTRY.unpack_from(self._memory, at)
