@@ -73,7 +73,7 @@ def test_a_scribbled_entry_protects_nothing_and_harms_nobody() -> None:
     logged.write(1, 2, 3)
     words = logged.ring.cast("I")
     for index, (slot, low, high) in enumerate(((0xFFFF_FFFF, 0, 0), (7, 1, 0), (0, 0, 0xFFFF_FFFF))):
-        words[index * 4 : index * 4 + 4] = logged.ringview(
+        words[index * 4 : index * 4 + 4] = memoryview(
             b"".join(word.to_bytes(4, "little") for word in (2, slot, low, high))
         ).cast("I")
     assert logged.world.run(logged.vm.dirty_log.reset_rings()) == 3
