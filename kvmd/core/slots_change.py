@@ -8,9 +8,11 @@ roots become obsolete.  Creating a slot and switching its logging zap nothing.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import replace
 
+from kvmd.core.dirty_bitmap import bitmap_bytes
 from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
@@ -18,6 +20,9 @@ from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
+
+# Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
+MAX_BITMAP_BYTES = 1 << 30
 
 
 class SlotsChange:
@@ -72,6 +77,7 @@ class SlotsChange:
         """The last checks, then the new slots, in one step.  A move refused here has zapped everything."""
         if new is not None:
             try:
+                self._check_room(new)
                 if change is not Change.FLAGS_ONLY:
                     self._slots.check_limit(new)
             except UapiError:
@@ -83,6 +89,13 @@ class SlotsChange:
         if new is None and old is not None and old.private is not None:
             old.private.unbind()
         return new
+
+    def _check_room(self, new: Memslot) -> None:
+        """ENOMEM before the slot that logs gets a bitmap the host has no room for."""
+        others = (slot for slot in self._slots if slot.logs and slot.number != new.number)
+        held = sum(bitmap_bytes(slot.npages) for slot in others)
+        if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
+            raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
     async def _zap_all_fast(self) -> None:
         flush = self._mmu.invalidate_roots()
