@@ -30,6 +30,7 @@ class ExitReason(IntEnum):
     INTR = 10
     INTERNAL_ERROR = 17
     DIRTY_RING_FULL = 31
+    MEMORY_FAULT = 39
 
 
 class Mmio(NamedTuple):

@@ -135,7 +135,7 @@ class Kvm:
             return Result.READONLY
         if fault.write and self.page_track.is_tracked(slot, fault.gfn):
             return Result.TRACKED
-        if fault.write and self.fast_page_fault(fault, slot, vcpu):
+        if fault.write and self._fast_page_fault(slot, fault.gfn, vcpu):
             return Result.FAST
         hva = slot.hva_of(fault.gfn)
         if self._is_changing(hva):  # no use to look the page up: wait until the host is done
@@ -221,11 +221,11 @@ class Kvm:
     def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
         """A store to `gfn` that no entry made writable told of: a CPU set D, or KVM stored by itself."""
 
-    def dirty_ring_is_full(self, vcpu: Vcpu) -> bool:
+    def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
         return False
 
-    def fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
+    def _fast_page_fault(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> bool:
         """Put W back where only dirty logging took it away."""
         return False
 
