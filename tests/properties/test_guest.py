@@ -96,7 +96,7 @@ class Model:
                 self.store(gpa + i, self.load(operands[0] + i, 1))
 
 
-EDGES = st.integers(0, len(LAYOUT)).map(lambda page: BASE + page * PAGE)
+EDGES = st.integers(1, len(LAYOUT)).map(lambda page: BASE + page * PAGE)
 GPA = st.builds(lambda edge, offset: edge + offset, EDGES, st.integers(-20, 20))
 WORD = st.sampled_from([1, 2, 4, 8])
 BYTE = st.integers(0, 255)
