@@ -251,7 +251,7 @@ def test_a_child_and_a_moved_range_are_not_registered(how: str) -> None:
         assert rig.world.run(rig.mm.get_user_page(moved, write=True)).writable
 
 
-# -- what is refused ------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------------
 
 
 def test_answers_that_are_refused() -> None:
