@@ -90,6 +90,10 @@ class Host:
         self._mms[mm_id] = mm
         return mm
 
+    @property
+    def processes(self) -> list[Mm]:
+        return list(self._mms.values())
+
     def forget_mm(self, mm: Mm) -> None:
         if self._mms.get(mm.id) is mm:  # its exit and its last VM's end may both find nothing left of it
             del self._mms[mm.id]

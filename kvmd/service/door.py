@@ -10,6 +10,7 @@ import errno
 
 from kvmd.config import Settings
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm, VmType
 from kvmd.service.inspect import INSPECT
@@ -92,7 +93,8 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
 
 
 def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
-    return {"violations": [violation for vm in app.vms for violation in check_vm(vm)]}
+    found = check_memory(app.host.memory, app.host.processes)
+    return {"violations": found + [violation for vm in app.vms for violation in check_vm(vm)]}
 
 
 FRONT_DOOR: Service[App] = Service(

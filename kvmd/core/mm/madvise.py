@@ -79,11 +79,11 @@ async def _remember(setting: Callable[[Vma], None], space: AddressSpace, start: 
     await space.mmap_lock.acquire(write=True)
     try:
         end = space.check_range("madvise", start, size)
-        space.check_mapped("madvise", start, end)
-        vmas = space.vmas.isolate(start, end)
+        vmas = await space.isolate(start, end)
         for vma in vmas:
             setting(vma)
         space.vmas.merge(start, end)
+        space.check_mapped("madvise", start, end)
         return len(vmas)
     finally:
         space.mmap_lock.release()

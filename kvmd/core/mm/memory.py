@@ -28,15 +28,17 @@ class Memory:
     def __init__(self, frames: Frames) -> None:
         self.frames = frames
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
+        self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0
-        self.poisoned: list[Page] = []
         self._zero: dict[Level, Page] = {}
 
     # -- taking and giving back ------------------------------------------------------------------------
 
     def allocate(self, level: Level, owner: int, kind: Kind = Kind.ANON) -> Page:
         """A zeroed page.  ENOMEM."""
-        return Page(self.frames.allocate(level, owner), level, kind, kind is Kind.ANON)
+        page = Page(self.frames.allocate(level, owner), level, kind, kind is Kind.ANON)
+        self.pages[page] = None
+        return page
 
     def zero(self, level: Level) -> Page:
         """The zero page of that size."""
@@ -53,6 +55,7 @@ class Memory:
             del self._zero[page.level]
         elif page.kind is Kind.KSM:
             del self.merged[self.contents(page)]
+        del self.pages[page]
         self.frames.release(page.pfn, page.level)
 
     def poison(self, page: Page) -> None:
@@ -60,7 +63,6 @@ class Memory:
         if page.kind is Kind.KSM:
             del self.merged[self.contents(page)]
         page.poisoned = True
-        self.poisoned.append(page)
 
     # -- contents --------------------------------------------------------------------------------------
 
@@ -95,8 +97,10 @@ class Memory:
         pages = pages_of_level(page.level)
         page.level = Level(page.level - 1)
         step = pages_of_level(page.level)
-        rest = range(page.pfn + step, page.pfn + pages, step)
-        return [page, *(Page(Pfn(pfn), page.level, page.kind, page.exclusive) for pfn in rest)]
+        starts = range(page.pfn + step, page.pfn + pages, step)
+        rest = [Page(Pfn(pfn), page.level, page.kind, page.exclusive) for pfn in starts]
+        self.pages.update(dict.fromkeys(rest))
+        return [page, *rest]
 
     # -- swap ------------------------------------------------------------------------------------------
 

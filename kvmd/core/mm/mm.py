@@ -114,12 +114,14 @@ class Mm(AddressSpace):
         await self.mmap_lock.acquire(write=True)
         try:
             end = self.check_range("mprotect", start, size)
-            self.check_mapped("mprotect", start, end)
+            hole = self.vmas.first_hole(start, end)
+            end, asked = (end if hole is None else hole), end
             for vma in self.vmas.overlapping(start, end):
                 if vma.prot != prot:
                     first, last = Hva(max(start, vma.start)), Hva(min(end, vma.end))
                     await self.change(first, last, partial(self._protect, first, last, prot))
             self.vmas.merge(start, end)
+            self.check_mapped("mprotect", start, asked)  # what lies before the hole was done
         finally:
             self.mmap_lock.release()
 

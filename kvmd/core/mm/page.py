@@ -5,8 +5,10 @@ Models struct page and the kinds of entry of a page table as far as a secondary 
 pinned; its frame goes back with the last of them, never earlier (I6). Entries are replaced, not changed,
 so that one handed out by a lookup goes on saying what was true then.
 
-An entry is present exactly if it is a `Pte` and no subclass: `type(entry) is Pte` is what a lookup
-without the lock asks. An absent page is no entry at all, or one of the classes below it.
+Invariant I21 has its home here: a page knows every entry that maps it; what several processes have is
+writable to none of them, unless it is a file's. An entry is present exactly if it is a `Pte` and no
+subclass: `type(entry) is Pte` is what a lookup without the lock asks. An absent page is no entry at all,
+or one of the classes below it.
 """
 
 from __future__ import annotations

@@ -57,13 +57,22 @@ class AddressSpace:
             if changed is not None:
                 return changed[0]
 
+    async def isolate(self, start: Hva, end: Hva) -> list[Vma]:
+        """The VMAs that make up start..end, split from their rest, and so is a huge page that is cut
+        [vma_adjust_trans_huge].  The mmap_lock is held for writing."""
+        for edge in (start, end):
+            if self.table.whole(edge, edge) != (edge, edge):
+                await self.change(edge, edge, lambda: None)
+        return self.vmas.isolate(start, end)
+
     async def change_pages(self, what: str, start: Hva, size: int, edit: Callable[[Hva, Hva], int]) -> int:
         """A change of pages but of no mapping: faults and other such changes go on meanwhile."""
         await self.mmap_lock.acquire(write=False)
         try:
             end = self.check_range(what, start, size)
-            self.check_mapped(what, start, end)
-            return await self.change(start, end, lambda: edit(start, end))
+            changed = await self.change(start, end, lambda: edit(start, end))
+            self.check_mapped(what, start, end)  # the rest was done, as madvise does
+            return changed
         finally:
             self.mmap_lock.release()
 

@@ -101,7 +101,7 @@ class Userfaultfd:
                 )
             if any(vma.uffd not in (None, self) for vma in found):
                 raise UapiError(errno.EBUSY, f"UFFDIO_REGISTER {start:#x}..{end:#x}: another userfaultfd's")
-            for vma in space.vmas.isolate(start, end):
+            for vma in await space.isolate(start, end):
                 vma.uffd, vma.uffd_missing, vma.uffd_wp = self, missing, wp
             space.vmas.merge(start, end)
         finally:
@@ -130,7 +130,7 @@ class Userfaultfd:
     async def _leave(self, start: Hva, end: Hva) -> None:
         """Drop our part of start..end; the mmap_lock is held for writing."""
         space = self._space
-        for vma in space.vmas.isolate(start, end):
+        for vma in await space.isolate(start, end):
             if vma.uffd is self:
                 if vma.uffd_wp:
                     edit = partial(self._protect, vma.start, vma.end, on=False)

@@ -1,0 +1,108 @@
+"""Ageing: what KVM does to a leaf the host wants to know the use of, and that everybody recovers (RFC-99)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.reclaim import age
+from kvmd.core.page_fault import Result
+from protocol.flow import Wait
+from protocol.hostmem import LOW_RAM_START
+from protocol.units import WHOLE_SIZE, Hva
+from tests.oracle.table import Machine, RawTables, ept_walk, leaves, second_stage_walk
+from tests.unit.kvmd.world import READ, SlowImporter, World
+
+PAGE = 4096
+MACHINE = Machine(address_width=46, snoop_control=True)
+
+
+class Rig:
+    def __init__(self, *, ad_bits: bool, level: int = 1) -> None:
+        self.world = World(CpuFeatures(ept_ad_bits=ad_bits))
+        self.hva = self.world.map(4 if level == 1 else 1, level)
+        self.world.set_slot(0, 0x200, 4 if level == 1 else 512, self.hva)
+        self.exported = self.world.export()
+        self.importer = SlowImporter()
+        self.exported.register_importer("unit", self.importer)
+        self.raw = RawTables(LOW_RAM_START, self.world.bare.tables)
+        self.root = int(self.exported.meta.root_hpa)
+        self.world.io_fault(self.exported, 0x200)
+
+    def age(self) -> Wait[int]:
+        return self.world.start(age(self.world.mm, Hva(self.hva), PAGE << 9))
+
+    def leaf(self) -> int:
+        """The raw entry of gfn 0x200."""
+        return ept_walk(self.raw, MACHINE, self.root, 4, 0x20_0000).entry
+
+    def walks(self) -> list[str]:
+        walkers = ept_walk, second_stage_walk
+        return [walk(self.raw, MACHINE, self.root, 4, 0x20_0000).kind for walk in walkers]
+
+
+@pytest.mark.rfc("RFC-99")
+@pytest.mark.parametrize("level", [1, 2])
+def test_without_ad_bits_an_aged_leaf_is_absent_for_both_walkers_and_recovers_at_the_next_fault(
+    level: int,
+) -> None:
+    rig = Rig(ad_bits=False, level=level)
+    before = rig.leaf()
+    over = rig.age()
+    assert rig.walks() == ["absent", "absent"]
+    assert rig.leaf() == before & ~7 | 0b101 << 54, "R and X are saved at bits 54 and 56"
+    assert rig.importer.heard == [(0, WHOLE_SIZE, 1)]
+    assert not over.done, "somebody may still use the old translation"
+    rig.world.ack(rig.importer)
+    assert over.result() == 1
+    assert check_vm(rig.world.vm) == []
+    assert rig.world.io_fault(rig.exported, 0x200) is Result.FIXED
+    assert rig.leaf() == before
+    assert check_vm(rig.world.vm) == []
+
+
+@pytest.mark.rfc("RFC-99")
+def test_a_part_of_an_aged_huge_leaf_recovers_when_the_slot_asks_for_small_ones() -> None:
+    rig = Rig(ad_bits=False, level=2)
+    rig.age()
+    rig.world.ack(rig.importer)
+    rig.world.run(rig.world.mm.write(rig.hva, b"kept"))
+    vcpu = rig.world.vm.vcpus[0]
+    assert rig.world.read(vcpu, 0x20_0000, 4).reads == [b"kept"]
+    assert vcpu.ept_violations == 1
+
+
+def test_with_ad_bits_the_accessed_bit_goes_and_the_translation_stays() -> None:
+    rig = Rig(ad_bits=True)
+    before = rig.leaf()
+    over = rig.age()
+    rig.world.ack(rig.importer)
+    assert over.result() == 1
+    assert rig.leaf() == before & ~(1 << 8)
+    assert rig.walks() == ["mapped", "mapped"]
+    assert check_vm(rig.world.vm) == []
+
+
+@pytest.mark.parametrize("ad_bits", [False, True])
+def test_a_leaf_nobody_used_since_is_old_and_nobody_is_told(ad_bits: bool) -> None:
+    rig = Rig(ad_bits=ad_bits)
+    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    rig.age()
+    rig.world.ack(rig.importer)
+    assert not rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    assert rig.age().result() == 0
+    assert len(rig.importer.heard) == 1
+    assert rig.world.io_fault(rig.exported, 0x201, READ) is Result.FIXED
+    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + 2 * PAGE))
+
+
+def test_an_aged_leaf_is_zapped_like_any_other() -> None:
+    rig = Rig(ad_bits=False)
+    rig.age()
+    rig.world.ack(rig.importer)
+    gone = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    rig.world.ack(rig.importer)
+    assert gone.done
+    assert list(leaves(rig.raw, rig.root, 4)) == []
+    assert check_vm(rig.world.vm) == []
