@@ -13,7 +13,7 @@ else
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test check bench compose lock clean venv venv-dev venv-bench
+.PHONY: help demo test rfc check bench compose lock clean venv venv-dev venv-bench
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -25,6 +25,9 @@ demo: venv ## start the four daemons and run one DMA test through the shared tab
 
 test: venv-dev ## the whole test suite
 	$(BIN)/python -m pytest -q
+
+rfc: venv-dev ## every behaviour and defect of the series, its tests, and how they ended
+	@$(BIN)/python -m tests.rfc
 
 check: venv-dev ## ruff, formatting, mypy
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from kvmd.core.host import CpuFeatures
+from kvmd.core.tdp_fd import Obstacle
 from protocol.daemon import parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
 from protocol.units import GIB, KIB, MIB, TIB, Level
@@ -21,6 +22,7 @@ class Settings:
     table_bytes: int
     features: CpuFeatures
     frame_tags: bool
+    obstacles: frozenset[Obstacle] = frozenset()
 
 
 def bytes_of(text: str) -> int:
@@ -48,6 +50,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options.add_argument("--max-page", default="1G", choices=tuple(_PAGE_LEVELS), help="largest EPT leaf")
     options.add_argument("--no-ept-ad-bits", action="store_true")
     options.add_argument(
+        "--cannot-export",
+        action="append",
+        default=[],
+        type=Obstacle,
+        metavar="WHY",
+        help="answer KVM_CREATE_TDP_FD as a KVM that cannot: " + ", ".join(each.value for each in Obstacle),
+    )
+    options.add_argument(
         "--no-frame-tags",
         action="store_true",
         help="do not tag frames with their owner (a debug aid: devices check that they touch none given up)",
@@ -65,4 +75,5 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         max_page_level=Level(_PAGE_LEVELS[given.max_page]),
         ept_ad_bits=not given.no_ept_ad_bits,
     )
-    return given, Settings(given.ram, given.table_ram, features, not given.no_frame_tags)
+    obstacles = frozenset(given.cannot_export)
+    return given, Settings(given.ram, given.table_ram, features, not given.no_frame_tags, obstacles)

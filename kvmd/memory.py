@@ -12,10 +12,12 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 
 from kvmd.config import Settings
 from kvmd.core.host import Host
 from protocol.errors import UapiError
+from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.units import PAGE_SIZE, Hpa, align_up
@@ -27,7 +29,7 @@ _FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 class HostMemory:
     """The windows, their fds, and the `Host` that lives in them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, cond_resched: Callable[[], Wait[None]]) -> None:
         self._fds: list[tuple[Window, int]] = []
         self._maps: list[mmap.mmap] = []
         tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes, F_SEAL_FUTURE_WRITE)
@@ -37,7 +39,15 @@ class HostMemory:
             size = align_up(tags_size(settings.ram_bytes), PAGE_SIZE)
             window = self._make(WindowKind.FRAME_TAGS, HIGH_RAM_START, size, F_SEAL_FUTURE_WRITE)
             tags = FrameTags(HIGH_RAM_START, window.view)
-        self.host = Host(settings.features, tables, frames, tags, self._discard)
+        self.host = Host(
+            settings.features,
+            tables,
+            frames,
+            tags,
+            self._discard,
+            obstacles=settings.obstacles,
+            cond_resched=cond_resched,
+        )
 
     def _make(self, kind: WindowKind, base: Hpa, size: int, extra_seal: int) -> Window:
         fd = os.memfd_create(f"tdp-{kind}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -8,6 +8,9 @@ ModelBug    we broke a promise of ours: it is logged with its traceback and the 
 from __future__ import annotations
 
 import errno as _errno
+from typing import Final
+
+EHWPOISON: Final = 133  # Linux's; Python has no name for it before 3.14
 
 
 class UapiError(Exception):
@@ -36,7 +39,7 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 # Linux has one number for both; the kernel's documents say the second.
-_NAMES: dict[int, str] = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP"}
+_NAMES: dict[int, str] = {**_errno.errorcode, _errno.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
 
 
 def errno_name(errno: int) -> str:

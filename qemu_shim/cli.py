@@ -1,4 +1,4 @@
-"""`qemu-shim`: bring a system up, run a scenario on it, say what it cost.
+"""`qemu-shim`: bring a system up, run a scenario on it, say what it cost; or look into a running one.
 
 Exit status: 0 the scenario held and every process ended cleanly; 1 it did not; 2 the command was wrong;
 130 interrupted.  Whatever happens, nothing is left behind.
@@ -10,6 +10,7 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import trio
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
-from qemu_shim.machine import connect_host
+from qemu_shim.inspect import as_text, demo, inspect
+from qemu_shim.machine import Host, connect_host
 from qemu_shim.measure import Report, render
 from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.scenario import Scenario
@@ -35,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "list":
         return _list(as_json=options.json)
     configure_log("warning")
+    if options.command == "inspect":
+        return _inspect(options)
     scenario = SCENARIOS[options.scenario]
     params = {name: getattr(options, name) for name in scenario.params}
     report = Report(scenario.name)
     finished = trio.run(_run, scenario, params, report, options)
     if not finished:
-        print("interrupted: every daemon was stopped, nothing is left", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
     _show(report, as_json=options.json)
     return EXIT_FAILED if report.problems else 0
 
@@ -54,16 +57,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     listing = commands.add_parser("list", help="the scenarios and what each is about")
     listing.add_argument("--json", action="store_true")
     run = commands.add_parser("run", help="run a scenario")
-    run.add_argument(
-        "--attach", type=Path, metavar="DIR", help="drive the daemons whose sockets are in DIR, start none"
-    )
-    run.add_argument("--json", action="store_true", help="one JSON document instead of text")
-    run.add_argument(
-        "--log-level", choices=LOG_LEVELS, default="info", help="of the daemons that are started"
-    )
+    _add_run_options(run)
     scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
     for scenario in SCENARIOS.values():
         sub = scenarios.add_parser(scenario.name, help=scenario.summary, description=scenario.summary)
+        _add_run_options(sub, default=argparse.SUPPRESS)  # what was said before its name stays
         for name, param in scenario.params.items():
             sub.add_argument(
                 f"--{name.replace('_', '-')}",
@@ -72,7 +70,37 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
                 metavar="N",
                 help=f"{param.help} (default {param.default}, {param.low}..{param.high})",
             )
+    looking = commands.add_parser(
+        "inspect", help="a VM's slots, roots and counters; one address; its table as files for other tools"
+    )
+    _add_run_options(looking)
+    looking.add_argument("--vm", type=_bounded(1, 1 << 32), metavar="N", help="its number (the newest)")
+    looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
     return parser.parse_args(argv)
+
+
+def _add_run_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+    parser.add_argument(
+        "--attach",
+        type=Path,
+        metavar="DIR",
+        help="drive the daemons whose sockets are in DIR, start none",
+        **default,
+    )
+    parser.add_argument(
+        "--dump",
+        type=Path,
+        metavar="DIR",
+        help="write the page table and what it must translate to DIR/TABLES.bin and DIR/TABLES.json",
+        **default,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of text", **default)
+    parser.add_argument(
+        "--log-level",
+        choices=LOG_LEVELS,
+        help="of the daemons that are started",
+        **({"default": "info"} | default),
+    )
 
 
 def _bounded(low: int, high: int) -> Any:
@@ -114,6 +142,42 @@ async def _run(
     scenario: Scenario, params: dict[str, int], report: Report, options: argparse.Namespace
 ) -> bool:
     """False if a signal ended it.  Problems of any kind end up in the report."""
+
+    async def play(host: Host) -> None:
+        host.dumps_to = options.dump
+        await scenario.play(host, params, report)
+
+    return await _with_host(options, play, report.problems)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    seen: dict[str, Any] = {}
+    problems: list[str] = []
+
+    async def look(host: Host) -> None:
+        async with AsyncExitStack() as stack:
+            if options.attach is None:
+                await stack.enter_async_context(demo(host))
+            seen.update(await inspect(host, options.vm, options.gpa, options.dump))
+
+    if not trio.run(_with_host, options, look, problems):
+        return _interrupted()
+    for problem in problems:
+        print(f"qemu-shim: {problem}", file=sys.stderr)
+    if seen:
+        print(json.dumps(seen) if options.json else "\n".join(as_text(seen)))
+    return EXIT_FAILED if problems else 0
+
+
+def _interrupted() -> int:
+    print("interrupted: every daemon was stopped, nothing is left", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+async def _with_host(
+    options: argparse.Namespace, work: Callable[[Host], Awaitable[None]], problems: list[str]
+) -> bool:
+    """Do `work` on the daemons that run, or on some of our own.  False if a signal ended it."""
     interrupted = False
     async with trio.open_nursery() as nursery:
 
@@ -127,23 +191,16 @@ async def _run(
 
         await nursery.start(watch)
         try:
-            await _play(scenario, params, report, options)
+            async with AsyncExitStack() as stack:
+                directory = options.attach
+                if directory is None:
+                    supervisor = await stack.enter_async_context(supervised(log_level=options.log_level))
+                    directory = supervisor.directory
+                await work(await stack.enter_async_context(connect_host(directory)))
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
-            report.problems += [str(error) for error in leaves(group)]
+            problems += [str(error) for error in leaves(group)]
         nursery.cancel_scope.cancel()
     return not interrupted
-
-
-async def _play(
-    scenario: Scenario, params: dict[str, int], report: Report, options: argparse.Namespace
-) -> None:
-    async with AsyncExitStack() as stack:
-        directory = options.attach
-        if directory is None:
-            supervisor = await stack.enter_async_context(supervised(log_level=options.log_level))
-            directory = supervisor.directory
-        host = await stack.enter_async_context(connect_host(directory))
-        await scenario.play(host, params, report)
 
 
 def _show(report: Report, *, as_json: bool) -> None:

@@ -40,6 +40,11 @@ class Kvmd:
             dev_kvm.close()
         return Vm(self._channel.loop, made.fds.take(0), "vm")
 
+    @property
+    def channel(self) -> Channel:
+        """For what is asked of the host but not by a VMM (`qemu_shim/inspector.py`)."""
+        return self._channel
+
     async def stats(self) -> Body:
         return (await self._channel.ask("STATS")).body
 

@@ -20,6 +20,7 @@ from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
 from qemu_shim.device_client import DeviceSim, Portal
 from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.inspector import Inspector
 from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
 from qemu_shim.kvm_client import Kvmd, Vm
 from qemu_shim.process import Process
@@ -54,6 +55,14 @@ class Host:
     kvmd: Kvmd
     iommufdd: Iommufdd
     device_sim: DeviceSim
+    dumps_to: Path | None = None  # each machine's table is dumped there at its end
+    dumps: int = 0
+
+    def dump_directory(self) -> Path:
+        """The first machine's is the one that was named, the second's is `2` in it, and so on."""
+        assert self.dumps_to is not None
+        self.dumps += 1
+        return self.dumps_to if self.dumps == 1 else self.dumps_to / str(self.dumps)
 
 
 @dataclass(slots=True)
@@ -78,6 +87,10 @@ class Machine:
         added = RamSlot(slot, gpa, size, hva)
         self.slots.append(added)
         return added
+
+    async def dump(self, directory: Path) -> None:
+        """Write the table as it is now, for other tools."""
+        await Inspector(self.host.kvmd.channel).dump(directory, self.vm.dup())
 
     def hva_of(self, gpa: int) -> int:
         for slot in self.slots:
@@ -148,6 +161,8 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         )
         try:
             yield built
+            if host.dumps_to is not None:
+                await built.dump(host.dump_directory())
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await _quiesce(built)

@@ -1,4 +1,4 @@
-"""For all tests: how hypothesis searches.
+"""For all tests: the ids they carry, and how hypothesis searches.
 
 No deadline, because machines are shared and no test asserts an absolute time; the same examples each
 time in CI, so that a red run means a change, and new ones everywhere else.
@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 
 from hypothesis import HealthCheck, settings
+
+from tests.rfc.plugin import pytest_collection_modifyitems
+
+__all__ = ["pytest_collection_modifyitems"]
 
 settings.register_profile(
     "project",

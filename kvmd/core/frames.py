@@ -59,6 +59,10 @@ class Frames:
         self.in_use -= pages
         self._put(pfn, level)
 
+    def split(self, pfn: Pfn, level: Level) -> None:
+        """A block handed out as one may come back in blocks of the next smaller level."""
+        self._free_children[Level(level - 1), pfn] = 0
+
     def offset_of(self, pfn: Pfn) -> int:
         """Where the frame's bytes lie in `view`."""
         return (pfn - self._first) * PAGE_SIZE

@@ -11,16 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmd.core.frames import Frames
-from kvmd.core.host_mm import Mm
+from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.mm import Mm
 from kvmd.core.table_pool import TablePool
+from kvmd.core.tdp_fd import Obstacle
 from protocol.errors import UapiError
+from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
 from protocol.hostmem import Window
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import ept_rules
 from protocol.units import LEVEL_1G, Level
 
-MAX_MMS = (1 << OWNER_BITS) - 1
+MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,18 @@ class Host:
         frames: Window,
         tags: FrameTags | None,
         discard: Callable[[int, int], None],
+        *,
+        obstacles: frozenset[Obstacle] = frozenset(),
+        cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
+        self.obstacles = obstacles  # what keeps this host's KVM from exporting
+        self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
+        self.memory = Memory(self.frames)
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}
@@ -61,7 +70,7 @@ class Host:
         mm_id = next((i for i in range(1, MAX_MMS + 1) if i not in self._mms), None)
         if mm_id is None:
             raise UapiError(errno.EAGAIN, f"there are {MAX_MMS} processes already")
-        mm = Mm(mm_id, self.frames)
+        mm = Mm(mm_id, self.memory)
         self._mms[mm_id] = mm
         return mm
 

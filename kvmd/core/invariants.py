@@ -18,7 +18,7 @@ def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
     found = []
     for root in vm.mmu.roots:
-        found += check_table(vm.mmu.load64, root.hpa, root.role.level, _rules(vm))
+        found += check_table(vm.mmu.load64, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
         if not root.invalid and not vm.host_is_changing:
             found += _check_translations(vm, root)
@@ -30,7 +30,8 @@ def check_vm(vm: Kvm) -> list[str]:
     return found
 
 
-def _rules(vm: Kvm) -> tuple[WalkRules, ...]:
+def walker_rules(vm: Kvm) -> tuple[WalkRules, ...]:
+    """Of the CPU and of a unit as wide as it."""
     features = vm.host.features
     unit = second_stage_rules(features.maxphyaddr, features.max_page_level, snoop_control=True)
     return vm.host.ept_rules, unit

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvmd.core.host_mm import HostPage
 from kvmd.core.memslot import Memslot
+from kvmd.core.mm.page import HostPage
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Level, Pfn, pages_of_level
 

@@ -9,6 +9,7 @@ on who asked, so an entry a device's fault made equals, bit for bit, the one a v
 from __future__ import annotations
 
 from protocol.pt import bits
+from protocol.pt.entry import is_access_tracked
 from protocol.pt.walk import WalkRules
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Level, Pfn, pages_of_level
 
@@ -41,6 +42,21 @@ def split_child(leaf: int, level: Level, index: int) -> int:
     child_level = Level(level - 1)
     child = leaf + (index * pages_of_level(child_level) << PAGE_SHIFT)
     return child & ~bits.PAGE_SIZE_BIT if child_level == LEVEL_4K else child
+
+
+def is_young(entry: int) -> bool:
+    """Whether a present leaf counts as used since it was last aged [KVM is_accessed_spte]."""
+    if entry & bits.AD_TYPE_MASK == bits.AD_DISABLED:
+        return not is_access_tracked(entry)
+    return entry & bits.ACCESSED != 0
+
+
+def aged(entry: int) -> int:
+    """The leaf as not used: A cleared; without A/D bits no access at all, R and X saved, so that the next one
+    faults [KVM mark_spte_for_access_track] (RFC-99)."""
+    if entry & bits.AD_TYPE_MASK == bits.AD_DISABLED:
+        return entry & ~bits.RWX | (entry & (bits.READ | bits.EXEC)) << bits.SAVED_SHIFT
+    return entry & ~bits.ACCESSED
 
 
 def check_entry(entry: int, level: Level, *, leaf: bool, rules: WalkRules) -> None:

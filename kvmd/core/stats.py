@@ -15,6 +15,8 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "vm": vm.id,
         "vcpus": len(vm.vcpus),
         "exported_tdps": len(vm.exported),
+        "vcpus_apart": vm.vcpus_apart,
+        "noncoherent_dma": vm.noncoherent_dma,
         "importers": sum(exported.importers for exported in vm.exported.values()),
         "ept_violations": sum(vcpu.ept_violations for vcpu in vm.vcpus),
         "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),

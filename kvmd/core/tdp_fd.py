@@ -13,15 +13,16 @@ nothing more, and one that is registered hears of every later flush.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from kvmd.core.tdp_mmu import Root
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.pt.meta import ExportedTdpMeta
-from protocol.units import PAGE_SHIFT, WHOLE_SIZE, GfnSpan
+from protocol.units import PAGE_SHIFT, WHOLE_SIZE, GfnSpan, Hva
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,20 @@ class ExportedTdp:
         self.as_id = as_id
         self.root = root
         self.meta = meta
+        self.released = False
         self._importers: dict[str, ImporterOps] = {}
 
+    def check_alive(self) -> None:
+        """ENODEV: the last copy of the TDP FD is closed, so nothing is behind this any more (defect B-36).
+
+        An importer's channel holds no reference, so whoever drops its TDP FD can still ask.
+        """
+        if self.released:
+            raise UapiError(errno.ENODEV, f"the TDP FD of address space {self.as_id} was released")
+
     def register_importer(self, name: str, ops: ImporterOps) -> None:
-        """EBUSY: an importer of that name is registered already."""
+        """EBUSY: an importer of that name is registered already; ENODEV: released."""
+        self.check_alive()
         if name in self._importers:
             raise UapiError(errno.EBUSY, f"importer {name!r} is registered on this TDP FD already")
         self._importers[name] = ops
@@ -73,30 +84,88 @@ class ExportedTdp:
     def importers(self) -> int:
         return len(self._importers)
 
+    @property
+    def importer_names(self) -> list[str]:
+        return sorted(self._importers)
+
+
+CREATE_TDP_FD_BYTES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class CreateTdpFd:
-    """struct kvm_create_tdp_fd, as the caller sent it."""
+    """struct kvm_create_tdp_fd; `argp` is where it lies in the caller's memory, if the caller said."""
 
     as_id: int
     mode: int
     pad: int
+    argp: Hva | None = None
+
+
+class Obstacle(Enum):
+    """Why a KVM refuses every export, whatever the VM [RFC 03/42], [RFC 35/42], [RFC 38/42]."""
+
+    COMPILED_OUT = "compiled-out"
+    AMD = "amd"
+    NO_TDP_MMU = "no-tdp-mmu"
+    HYPERV = "hyperv"
+    PRESENT_BIT_11 = "present-bit-11"
+
+
+Check = tuple[bool, int, str]  # does it fail, with which errno, why
+
+# What each obstacle is called at the check that meets it.
+_WHY = {
+    Obstacle.COMPILED_OUT: "this KVM was built without exported TDPs",
+    Obstacle.AMD: "the vendor module of these CPUs has no metadata for an exported TDP",
+    Obstacle.NO_TDP_MMU: "the TDP MMU is off, and only its roots can be exported",
+    Obstacle.HYPERV: "this KVM was built for Hyper-V, whose flushes importers would not hear of",
+    Obstacle.PRESENT_BIT_11: "this KVM marks present entries by bit 11, which the remapping unit reserves",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """What the checks ask of a VM and its KVM."""
+
+    vcpus: int = 0
+    maxphyaddr: int = 0
+    noncoherent_dma: int = 0
+    obstacles: frozenset[Obstacle] = frozenset()
 
 
 def check_create(
-    request: CreateTdpFd, address_spaces: int, taken: Callable[[int], bool], *, vcpus: int, maxphyaddr: int
+    request: CreateTdpFd, address_spaces: int, taken: Callable[[int], bool], vm: Exporter
 ) -> None:
-    """The series' checks, in its order [RFC 04/42], [RFC 35/42]."""
-    if request.as_id >= address_spaces or request.pad or request.mode:
-        raise UapiError(
+    """The first check that fails speaks; the order is the series' [RFC 04/42], [RFC 35/42], [RFC 38/42]."""
+
+    def meet(number: int, *obstacles: Obstacle) -> Iterator[Check]:
+        return ((obstacle in vm.obstacles, number, _WHY[obstacle]) for obstacle in obstacles)
+
+    as_id, fields = request.as_id, f"mode {request.mode}, pad {request.pad} (both 0)"
+    checks: tuple[Check, ...] = (
+        *meet(errno.EOPNOTSUPP, Obstacle.COMPILED_OUT),
+        (
+            as_id >= address_spaces or bool(request.pad or request.mode),
             errno.EINVAL,
-            f"as_id {request.as_id} of {address_spaces}, mode {request.mode}, pad {request.pad} (both 0)",
-        )
-    if taken(request.as_id):
-        raise UapiError(errno.EEXIST, f"address space {request.as_id} is exported already")
-    if request.as_id != 0:
-        raise UapiError(errno.EINVAL, f"address space {request.as_id}: only 0 can be exported on x86")
-    if vcpus == 0:
-        raise UapiError(errno.EINVAL, "the VM has no vCPU yet, so its guest physical width is not known")
-    if maxphyaddr < 32:
-        raise UapiError(errno.EINVAL, f"guest MAXPHYADDR is {maxphyaddr}: set every vCPU's CPUID first")
+            f"as_id {as_id} of {address_spaces}, {fields}",
+        ),
+        (taken(as_id), errno.EEXIST, f"address space {as_id} is exported already"),
+        *meet(errno.EOPNOTSUPP, Obstacle.AMD),
+        (as_id != 0, errno.EINVAL, f"address space {as_id}: only 0 can be exported on x86"),
+        *meet(errno.EINVAL, Obstacle.NO_TDP_MMU, Obstacle.HYPERV, Obstacle.PRESENT_BIT_11),
+        (vm.vcpus == 0, errno.EINVAL, "the VM has no vCPU yet, so its guest physical width is not known"),
+        (
+            vm.maxphyaddr < 32,
+            errno.EINVAL,
+            f"guest MAXPHYADDR is {vm.maxphyaddr}: set every vCPU's CPUID first",
+        ),
+        (
+            vm.noncoherent_dma > 0,
+            errno.EINVAL,
+            f"non-coherent DMA is registered {vm.noncoherent_dma} times: entries would need vCPU state",
+        ),
+    )
+    for fails, number, why in checks:
+        if fails:
+            raise UapiError(number, f"KVM_CREATE_TDP_FD: {why}")

@@ -17,14 +17,24 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.spte import check_entry, make_leaf, make_table_entry, split_child
+from kvmd.core.map_record import MapRecord
+from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
 from protocol.pt import bits
-from protocol.pt.entry import is_frozen, is_leaf, is_present, is_present_leaf, is_table, is_writable, table_of
+from protocol.pt.entry import (
+    is_access_tracked,
+    is_frozen,
+    is_leaf,
+    is_present,
+    is_present_leaf,
+    is_table,
+    is_writable,
+    table_of,
+)
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
-from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 
 class Outcome(Enum):
@@ -56,6 +66,7 @@ class Root:
     invalid: bool = False
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables: int = 1
+    record: MapRecord = field(default_factory=MapRecord)
 
     @property
     def everything(self) -> GfnSpan:
@@ -140,7 +151,7 @@ class TdpMmu:
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
-                if is_writable(entry) or not writable:
+                if not is_access_tracked(entry) and (is_writable(entry) or not writable):
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, entry, Level(level))
             else:
@@ -160,6 +171,7 @@ class TdpMmu:
             return Mapped(Outcome.RETRY)
         self._writer.store64(at, leaf)
         root.leaves[level] += 1
+        root.record.map(gfn, level, writable=is_writable(leaf))
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
@@ -183,11 +195,42 @@ class TdpMmu:
         """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
         zapped = False
         for root in self.roots:
+            root.record.zap(span)
             for met in self._leaves(root, span):
-                self._writer.store64(met.at, bits.EMPTY)
-                root.leaves[met.level] -= 1
+                self._clear(root, met)
+                if met.level > LEVEL_4K:  # it may reach beyond `span`
+                    root.record.zap(entry_span(met.gfn, met.level))
                 zapped = True
         return zapped
+
+    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[bool, GfnSpan | None]:
+        """Clear at most `limit` leaves of one root: whether to flush, and what of `span` is left to do."""
+        count = 0
+        for met in self._leaves(root, span):
+            if count == limit:
+                root.record.zap(GfnSpan(span.start, met.gfn))
+                return True, GfnSpan(met.gfn, span.end)
+            self._clear(root, met)
+            count += 1
+        root.record.zap(span)
+        return count > 0, None
+
+    def _clear(self, root: Root, met: RangeEntry) -> None:
+        self._writer.store64(met.at, bits.EMPTY)
+        root.leaves[met.level] -= 1
+
+    def age_leafs(self, span: GfnSpan) -> bool:
+        """Mark every leaf that overlaps `span` as not used.  Whether one was, and so whether to flush."""
+        young = False
+        for root in self.roots:
+            for met in self._leaves(root, span):
+                if is_young(met.entry):
+                    self._writer.store64(met.at, aged(met.entry))
+                    young = True
+        return young
+
+    def has_young(self, span: GfnSpan) -> bool:
+        return any(is_young(met.entry) for root in self.roots for met in self._leaves(root, span))
 
     def split(self, root: Root, span: GfnSpan, goal: Level) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many."""

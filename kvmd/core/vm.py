@@ -15,10 +15,10 @@ from collections import Counter
 
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.host_mm import Mm
 from kvmd.core.memslot import ADDRESS_SPACES, Change, Memslot, Memslots, Region
+from kvmd.core.mm.mm import Mm
 from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
-from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType, check_create
+from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
@@ -28,6 +28,7 @@ from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
 from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva
 
 MAX_VCPUS = 1024
+ZAP_BATCH = 4096  # leaves cleared before others get a turn
 SEQ_MASK = (1 << 64) - 1
 
 
@@ -45,6 +46,7 @@ class Kvm:
         self.mmu = TdpMmu(self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch)
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
+        self.noncoherent_dma = 0  # how often it is registered
         self._invalidate_seq = seq_start & SEQ_MASK
         self._in_progress: list[tuple[Hva, Hva]] = []
         self._invalidations_over: Wait[None] = Wait()
@@ -72,12 +74,30 @@ class Kvm:
             raise UapiError(errno.EINVAL, f"MAXPHYADDR {maxphyaddr}: the host's CPUs have 32..{limit}")
         if vcpu.root is not None:
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
+        for exported in self.exported.values():
+            lent, own = exported.root.role, self._role(maxphyaddr, exported.as_id)
+            if lent != own:  # it would leave the shared table without anybody noticing (defect B-28)
+                raise UapiError(
+                    errno.EINVAL,
+                    f"MAXPHYADDR {maxphyaddr}: takes a {own.level}-level root, the exported has {lent.level}",
+                )
         vcpu.maxphyaddr = maxphyaddr
 
     @property
     def maxphyaddr(self) -> int:
         """Of the VM: the smallest any vCPU was given; 0 while none was [RFC 35/42]."""
         return min((v.maxphyaddr for v in self.vcpus if v.maxphyaddr), default=0)
+
+    @property
+    def vcpus_apart(self) -> int:
+        """How many vCPUs were given a width, before the export, for which they need another root than the
+        exported one.
+        """
+        return sum(
+            self._role(vcpu.maxphyaddr, exported.as_id) != exported.root.role
+            for exported in self.exported.values()
+            for vcpu in self.vcpus
+        )
 
     def load_root(self, vcpu: Vcpu) -> Root:
         """The root a vCPU runs on; a new one after its old became obsolete."""
@@ -126,10 +146,11 @@ class Kvm:
             if stale or self.slots.find(fault.gfn) is not slot or slot is self._invalid_slot:
                 self.retries += 1
                 continue
+            root = self._fault_root(vcpu)
             level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
             try:
                 mapped = self.mmu.map(
-                    self._fault_root(vcpu),
+                    root,
                     fault.gfn,
                     first_pfn(slot, fault.gfn, page, level),
                     level,
@@ -145,8 +166,14 @@ class Kvm:
         return Result.UNSTABLE
 
     def _fault_root(self, vcpu: Vcpu | None) -> Root:
-        """A vCPU of another width than the exported root's has a root of its own (defect B-28)."""
-        return self.exported[0].root if vcpu is None else self.load_root(vcpu)
+        """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
+        TDP FD was released while a device's fault slept.
+        """
+        if vcpu is not None:
+            return self.load_root(vcpu)
+        if 0 not in self.exported:
+            raise UapiError(errno.ENODEV, "the TDP is not exported any more")
+        return self.exported[0].root
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -167,6 +194,21 @@ class Kvm:
         self._in_progress.remove((start, end))
         over, self._invalidations_over = self._invalidations_over, Wait()
         over.set(None)
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
+        young = False
+        for slot in self.slots:
+            span = slot.gfns_of(start, end)
+            if span is not None:
+                young |= self.mmu.age_leafs(span)
+        if young:
+            await self.flusher.flush(None)
+        return young
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        spans = (slot.gfns_of(start, end) for slot in self.slots)
+        return any(span is not None and self.mmu.has_young(span) for span in spans)
 
     @property
     def host_is_changing(self) -> bool:
@@ -201,25 +243,52 @@ class Kvm:
             self._slots_lock.release()
 
     async def _zap_all_fast(self) -> None:
-        """A slot goes away: other roots become obsolete, exported ones lose their leaves [RFC 36/42]."""
+        """A slot goes away: other roots become obsolete, exported ones lose their leaves [RFC 36/42].
+
+        A root may have millions: others get a turn in between (defect B-33), and must find everything
+        cleared so far flushed.
+        """
         flush = self.mmu.invalidate_roots()
-        for exported in self.exported.values():
-            flush |= self.mmu.zap_leafs(exported.root.everything)
+        for root in [exported.root for exported in self.exported.values()]:
+            left: GfnSpan | None = root.everything
+            while left is not None:
+                zapped, left = self.mmu.zap_some(root, left, ZAP_BATCH)
+                flush |= zapped
+                if left is not None:
+                    await self.flusher.flush(None)
+                    await self.host.cond_resched()
+                    flush = False
         if flush:
             await self.flusher.flush(None)
         await self.flusher.drain()
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
-    def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
-        """KVM_CREATE_TDP_FD: lend the root of an address space out [RFC 04/42]."""
-        check_create(
-            request,
-            ADDRESS_SPACES,
-            self.exported.__contains__,
-            vcpus=len(self.vcpus),
-            maxphyaddr=self.maxphyaddr,
-        )
+    async def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
+        """KVM_CREATE_TDP_FD: lend the root of an address space out [RFC 04/42].
+
+        What cannot be told to the caller is taken back before anybody sees it (defect B-06).  The fd gets
+        its number where it arrives, so what is written to the struct is what was there.
+        """
+        struct = b""
+        if request.argp is not None:
+            struct = await self.mm.read(request.argp, CREATE_TDP_FD_BYTES)
+        exported = self._reserve_export(request)
+        try:
+            await self._copy_to_user(request, struct)
+        except UapiError:
+            self.release_tdp_fd(exported)
+            raise
+        return exported
+
+    async def _copy_to_user(self, request: CreateTdpFd, struct: bytes) -> None:
+        if request.argp is not None:
+            await self.mm.write(request.argp, struct)
+
+    def _reserve_export(self, request: CreateTdpFd) -> ExportedTdp:
+        """Nothing waits between the checks and the reservation (defect B-02)."""
+        check = Exporter(len(self.vcpus), self.maxphyaddr, self.noncoherent_dma, self.host.obstacles)
+        check_create(request, ADDRESS_SPACES, self.exported.__contains__, check)
         root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id))
         root.exported = True
         meta = ExportedTdpMeta(
@@ -233,18 +302,36 @@ class Kvm:
         self.exported[request.as_id] = exported
         return exported
 
+    def register_noncoherent_dma(self) -> None:
+        """A device's DMA does not snoop.  EBUSY while a TDP is exported, whose entries promise write-back
+        (defect B-27).
+        """
+        if self.exported:
+            raise UapiError(
+                errno.EBUSY,
+                f"non-coherent DMA: address space {min(self.exported)} is exported, as write-back memory",
+            )
+        self.noncoherent_dma += 1
+
+    def unregister_noncoherent_dma(self) -> None:
+        if self.noncoherent_dma == 0:
+            raise UapiError(errno.EINVAL, "non-coherent DMA is not registered")
+        self.noncoherent_dma -= 1
+
     def release_tdp_fd(self, exported: ExportedTdp) -> None:
         """The last copy of the TDP FD is closed.  The root stays valid and mapped: vCPUs run on it, and no
         importer is left whose caches could be stale (defect B-18 zapped here without a flush)."""
         assert self.exported[exported.as_id] is exported
         del self.exported[exported.as_id]
+        exported.released = True
         exported.root.exported = False
         self.mmu.put_root(exported.root)
 
     async def fault_exported(self, exported: ExportedTdp, mm_token: int, gfn: Gfn, kind: FaultType) -> Result:
-        """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it
-        exited.
+        """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it exited;
+        ENODEV: released.
         """
+        exported.check_alive()
         if not (kind.read or kind.write or kind.exec):
             raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x} asks for no access")
         if mm_token != self.mm.token:

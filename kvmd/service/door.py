@@ -12,7 +12,8 @@ from kvmd.config import Settings
 from kvmd.core.invariants import check_vm
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm
-from kvmd.service.mm import MM
+from kvmd.service.inspect import INSPECT
+from kvmd.service.mm import open_mm
 from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
 from kvmd.service.tdp_fd import IMPORTER, importer_closed
 from kvmd.service.vm import VM
@@ -72,15 +73,7 @@ def _open(app: App, message: uapi.Open, fds: Fds) -> Answer:
 
 
 def _mm_create(app: App, message: uapi.MmCreate, fds: Fds) -> Answer:
-    held = MmFile(app, app.host.create_mm())
-    fd, held.mm.token, _ = app.files.open(MM, held, _mm_closed)
-    app.mms[held.mm.token] = held
-    return Answer({}, [fd])
-
-
-def _mm_closed(held: MmFile) -> None:
-    held.app.mms.pop(held.mm.token, None)  # not there yet if its fd found no room
-    held.app.loop.flows.spawn(held.app.exit_mm(held.mm))
+    return Answer({}, [open_mm(app, app.host.create_mm())])
 
 
 def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
@@ -110,5 +103,6 @@ FRONT_DOOR: Service[App] = Service(
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
+        **INSPECT,
     },
 )

@@ -12,7 +12,9 @@ from typing import TypeVar
 import structlog
 
 from kvmd.config import Settings
-from kvmd.core.host_mm import Mm
+from kvmd.core.mm.file import File
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.vcpu import Vcpu
 from kvmd.core.vm import Kvm
@@ -48,6 +50,17 @@ class MmFile:
 
 
 @dataclass(slots=True, eq=False)
+class MemfdFile:
+    file: File
+
+
+@dataclass(slots=True, eq=False)
+class UffdFile:
+    app: App
+    uffd: Userfaultfd
+
+
+@dataclass(slots=True, eq=False)
 class TdpFile:
     owner: VmFile
     exported: ExportedTdp
@@ -70,7 +83,7 @@ class App:
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
-        self.memory = HostMemory(settings)
+        self.memory = HostMemory(settings, loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)
         self.vms: list[Kvm] = []

@@ -35,6 +35,7 @@ async def _release_tdp_fd(held: TdpFile) -> None:
 
 
 def _get_metadata(importer: Importer, message: tdp.TdpGetMetadata, fds: Fds) -> Body:
+    importer.tdp.exported.check_alive()
     return {"meta": importer.tdp.exported.meta.to_bytes()}
 
 

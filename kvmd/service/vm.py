@@ -40,11 +40,23 @@ async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryR
     return {}
 
 
-def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
-    exported = owner.vm.create_tdp_fd(CreateTdpFd(message.as_id, message.mode, message.pad))
+async def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
+    argp = None if message.argp is None else Hva(message.argp)
+    request = CreateTdpFd(message.as_id, message.mode, message.pad, argp)
+    exported = await holding(owner, owner.vm.create_tdp_fd(request))
     owner.refs += 1
     fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner, exported), tdp_fd_closed)
     return Answer({}, [fd])
+
+
+def _register_noncoherent_dma(owner: VmFile, message: uapi.KvmRegisterNoncoherentDma, fds: Fds) -> Body:
+    owner.vm.register_noncoherent_dma()
+    return {}
+
+
+def _unregister_noncoherent_dma(owner: VmFile, message: uapi.KvmUnregisterNoncoherentDma, fds: Fds) -> Body:
+    owner.vm.unregister_noncoherent_dma()
+    return {}
 
 
 VM: Service[VmFile] = Service(
@@ -53,5 +65,9 @@ VM: Service[VmFile] = Service(
         "KVM_CREATE_VCPU": Method(uapi.KvmCreateVcpu, _create_vcpu),
         "KVM_SET_USER_MEMORY_REGION": Method(uapi.KvmSetUserMemoryRegion, _set_user_memory_region),
         "KVM_CREATE_TDP_FD": Method(uapi.KvmCreateTdpFd, _create_tdp_fd),
+        "KVM_REGISTER_NONCOHERENT_DMA": Method(uapi.KvmRegisterNoncoherentDma, _register_noncoherent_dma),
+        "KVM_UNREGISTER_NONCOHERENT_DMA": Method(
+            uapi.KvmUnregisterNoncoherentDma, _unregister_noncoherent_dma
+        ),
     },
 )

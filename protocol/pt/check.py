@@ -1,7 +1,8 @@
 """Whole-table invariants, checked from the entries alone; run by tests, by kvmd on request.
 
 I2  no entry a walker can reach has bit 11 set.
-I3  bit 59 is set exactly in present entries; any other entry is empty or frozen, absent for both walkers.
+I3  bit 59 is set exactly in present entries and in access-tracked leaves; any other entry is empty or frozen.
+    Access-tracked, empty and frozen entries are absent for both walkers.
 I17 every present entry obeys both walkers' rules, so neither sees a reserved bit the other would not.
 I18 a table page is linked once, and lies in table memory.
 """
@@ -9,7 +10,7 @@ I18 a table page is linked once, and lies in table memory.
 from __future__ import annotations
 
 from protocol.pt import bits
-from protocol.pt.entry import is_leaf, is_present, table_of
+from protocol.pt.entry import is_access_tracked, is_leaf, is_present, table_of
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import Load64, RangeEntry, WalkRules, walk_range
@@ -44,8 +45,9 @@ def _check_entry(met: RangeEntry, rules: tuple[WalkRules, ...]) -> list[str]:
             found.append(f"I3: {_where(met)}: neither present nor empty nor frozen")
         return found
     leaf = is_leaf(entry, level)
+    tracked = leaf and is_access_tracked(entry)
     for rule in rules:
-        if not entry & rule.present:
+        if bool(entry & rule.present) == tracked:
             found.append(f"I3: {_where(met)}: bit 59 set but absent by {rule.name} rules")
         reserved = rule.reserved_leaf[level] if leaf else rule.reserved_table[level]
         if entry & reserved or entry & 63 in rule.illegal:

@@ -34,6 +34,11 @@ def is_present_leaf(entry: int, level: Level) -> bool:
     return is_present(entry) and is_leaf(entry, level)
 
 
+def is_access_tracked(entry: int) -> bool:
+    """A leaf that was aged without A/D bits: present to its writer, absent for every walker."""
+    return entry & bits.SAVED_MASK != 0 and entry & bits.RWX == 0
+
+
 def is_writable(entry: int) -> bool:
     return entry & bits.WRITE != 0
 

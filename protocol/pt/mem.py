@@ -45,6 +45,11 @@ class TableReader:
         first = self._index(table, ENTRIES)
         return [self.words[i] for i in range(first, first + ENTRIES)]
 
+    def pages(self, table: Hpa, count: int) -> memoryview:
+        """`count` pages from `table` on, as they lie in memory."""
+        first = self._index(table, count * ENTRIES)
+        return self.words[first : first + count * ENTRIES]
+
     def _index(self, hpa: int, entries: int) -> int:
         offset = hpa - self.base
         if offset < 0 or offset + entries * ENTRY_BYTES > len(self.words) * ENTRY_BYTES:

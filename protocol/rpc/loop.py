@@ -9,6 +9,7 @@ finer than SERVE_NS.
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Callable
 from time import monotonic, monotonic_ns
@@ -40,6 +41,9 @@ class Loop:
         self._epoll = select.epoll()
         self._ready: dict[int, Callable[[int], None]] = {}
         self._dirty: list[Flushable] = []
+        self._next_turn: Wait[None] = Wait()
+        self._turned = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.register(self._turned, self._on_turned)
         self._kicked = False  # a trio task was made runnable: go back to trio
         self._yield_at = 0
         self._deadlines: dict[Wait[object], tuple[float, Callable[[], None]]] = {}
@@ -66,6 +70,16 @@ class Loop:
 
     def kick(self) -> None:
         self._kicked = True
+
+    def next_turn(self) -> Wait[None]:
+        """Set once whoever waits for this process now was served: what a long flow awaits now and then."""
+        os.eventfd_write(self._turned, 1)
+        return self._next_turn
+
+    def _on_turned(self, _: int) -> None:
+        os.eventfd_read(self._turned)
+        turned, self._next_turn = self._next_turn, Wait()
+        turned.set(None)
 
     def turn(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` for events and serve them.  False when there were none."""
@@ -152,4 +166,5 @@ class Loop:
 
     def close(self) -> None:
         self.flows.close()
+        os.close(self._turned)
         self._epoll.close()

@@ -59,8 +59,20 @@ class KvmSetUserMemoryRegion(Message):
 
 
 class KvmCreateTdpFd(Message):
-    """struct kvm_create_tdp_fd without its result: the reply carries the TDP FD [RFC 03/42]."""
+    """struct kvm_create_tdp_fd without its result: the reply carries the TDP FD [RFC 03/42].
+
+    `argp` is where the struct lies in the caller's memory: it must be there, to be read and to be written.
+    """
 
     as_id: U32
     mode: U32 = 0
     pad: U32 = 0
+    argp: U64 | None = None
+
+
+class KvmRegisterNoncoherentDma(Message):
+    """What the KVM-VFIO device does for a device whose DMA does not snoop [KVM vfio.c]."""
+
+
+class KvmUnregisterNoncoherentDma(Message):
+    """Its counterpart; EINVAL: none is registered."""

@@ -16,6 +16,7 @@ from qemu_shim.daemons import DAEMONS
 from qemu_shim.scenarios.library import SCENARIOS
 from tests.integration.plain import Plain
 from tests.integration.system import BIN, System, short_directory, system, until
+from tests.oracle.dump import Dump
 
 LONG_RUN = ["run", "unmap", "--rounds", "100000"]
 RUNS = {
@@ -164,7 +165,12 @@ def test_list_names_every_scenario(scratch: Scratch) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["run", "unmap", "--rounds", "0"], ["run", "sharing", "--pages", "x"]],
+    [
+        ["run"],
+        ["run", "unmap", "--rounds", "0"],
+        ["run", "sharing", "--pages", "x"],
+        ["inspect", "--gpa", "-1"],
+    ],
     ids=" ".join,
 )
 def test_a_wrong_command_is_status_2_and_starts_nothing(scratch: Scratch, arguments: list[str]) -> None:
@@ -282,3 +288,56 @@ def test_a_daemon_whose_socket_is_taken_says_so(scratch: Scratch) -> None:
         )
         assert second.returncode == 2
         assert "a daemon listens there already" in second.stderr
+
+
+def test_a_dump_of_a_run_is_written_wherever_its_option_stands(scratch: Scratch) -> None:
+    with short_directory() as directory:
+        status, _, err = scratch.run("run", "sharing", "--pages", "10", "--dump", str(directory / "a" / "b"))
+        assert (status, err) == (0, "")
+        assert Dump(directory / "a" / "b").mismatches() == []
+        status, _, err = scratch.run("run", "--dump", str(directory), "sharing", "--pages", "10")
+        assert (status, err) == (0, "")
+        assert {path.name for path in directory.iterdir()} == {"a", "TABLES.bin", "TABLES.json"}
+
+
+def test_inspect_starts_a_machine_of_its_own_if_it_is_given_none(scratch: Scratch) -> None:
+    with short_directory() as directory:
+        status, out, err = scratch.run("inspect", "--dump", str(directory))
+        assert (status, err) == (0, "")
+        for part in ("VM 1", "slot 0:0", "exported", "importers: iommufd", "hwpt did", "pages_4k"):
+            assert part in out
+        assert Dump(directory).mismatches() == []
+
+
+def test_inspect_looks_at_daemons_that_run_and_at_one_address(scratch: Scratch) -> None:
+    with system() as by_hand:
+        attach = ("inspect", "--attach", str(by_hand.directory))
+        status, out, err = scratch.run(*attach)
+        assert (status, out) == (1, "")
+        assert "kvmd has no VM" in err
+        running = scratch.start("run", "--attach", str(by_hand.directory), *LONG_RUN[1:])
+        peer = Plain.connect(by_hand.socket("device_sim"))
+        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
+        peer.close()
+        status, out, _ = scratch.run(*attach, "--json")
+        seen = json.loads(out)
+        assert (status, len(seen["vms"])) == (0, 1)
+        assert seen["vm"]["slots_total"] in (1, 2)  # the run takes one away, again and again
+        status, out, _ = scratch.run(*attach, "--gpa", "0x1000000")
+        assert status == 0
+        lines = out.splitlines()
+        assert [line.split()[1] for line in lines if line.startswith("  level")] == ["4", "3", "2", "1"]
+        assert [line.split(" to ")[0] for line in lines[-2:]] == ["  cpu: mapped", "  unit: mapped"]
+        status, out, _ = scratch.run(*attach, "--gpa", "0x700000000")
+        assert out.splitlines()[-2] == (
+            "  cpu: absent, read EPT_VIOLATION 0x181, write EPT_VIOLATION 0x182, fetch EPT_VIOLATION 0x184"
+        )
+        assert out.splitlines()[-1] == "  unit: absent, read SSS_2, write SSS_2"
+        status, _, err = scratch.run(*attach, "--vm", "77")
+        assert status == 1
+        assert "there is no VM 77" in err
+        with short_directory() as directory:
+            assert scratch.run(*attach, "--dump", str(directory))[0] == 0
+            assert Dump(directory).mismatches() == []
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=60)

@@ -218,6 +218,7 @@ def start_vmm(running: System, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.rfc("RFC-103")
 @pytest.mark.parametrize("name", ["unmap", "dmatest"])
 async def test_kill_the_vmm_and_the_daemons_forget_it(host: Host, shared_system: System, name: str) -> None:
     """RFC-103: the kernel closes its fds in whatever order; the next VMM finds everything free."""

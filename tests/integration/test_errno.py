@@ -33,6 +33,7 @@ def refused(number: int) -> Iterator[None]:
 # -- KVM_CREATE_TDP_FD ---------------------------------------------------------------------------------
 
 
+@pytest.mark.rfc("RFC-02", "RFC-03", "RFC-04", "RFC-05")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -47,20 +48,20 @@ def refused(number: int) -> Iterator[None]:
     ids=str,
 )
 async def test_create_with_a_bad_field_is_einval(host: Host, arguments: dict[str, int]) -> None:
-    """RFC-02, RFC-03, RFC-04, RFC-05."""
     async with vm_only(host) as rig:
         with refused(errno.EINVAL):
             await rig.vm.create_tdp_fd(**arguments)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
 
 
+@pytest.mark.rfc("RFC-01")
 async def test_the_fd_is_closed_on_exec(host: Host) -> None:
-    """RFC-01."""
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         assert not os.get_inheritable(rig.tdp_fd)
 
 
+@pytest.mark.rfc("RFC-06")
 async def test_a_bad_field_is_found_before_eexist_and_eexist_before_a_bad_address_space(host: Host) -> None:
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
@@ -72,8 +73,8 @@ async def test_a_bad_field_is_found_before_eexist_and_eexist_before_a_bad_addres
             await rig.vm.create_tdp_fd(as_id=1)
 
 
+@pytest.mark.rfc("RFC-09", "RFC-10")
 async def test_create_needs_a_vcpu_and_its_cpuid(host: Host) -> None:
-    """RFC-09, RFC-10."""
     process = await host.kvmd.start_process()
     vm = await host.kvmd.create_vm(process)
     with refused(errno.EINVAL):
@@ -102,8 +103,8 @@ def own_fd_limit(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, old)
 
 
+@pytest.mark.rfc("RFC-17", "RFC-20")
 async def test_create_into_the_callers_full_fd_table_is_emfile_and_leaks_nothing(host: Host) -> None:
-    """RFC-17, RFC-20."""
     async with vm_only(host) as rig:
         with own_fd_limit(0), refused(errno.EMFILE):
             await rig.vm.create_tdp_fd()
@@ -111,6 +112,8 @@ async def test_create_into_the_callers_full_fd_table_is_emfile_and_leaks_nothing
         rig.tdp_fd = await rig.vm.create_tdp_fd()
 
 
+@pytest.mark.rfc("RFC-17", "RFC-20")
+@pytest.mark.defect("B-03", "B-04")
 @pytest.mark.parametrize("room", [0, 1])
 async def test_create_with_kvmds_fd_table_full_is_emfile_and_leaks_nothing(
     host: Host, shared_system: System, room: int
@@ -175,9 +178,9 @@ async def test_opening_a_device_with_a_full_fd_table_leaves_it_openable(
     (await host.iommufdd.open_device(0)).close()
 
 
+@pytest.mark.rfc("RFC-19")
 @pytest.mark.parametrize("op", ["KVM_CREATE_TDP_FD", "KVM_RUN", "", "x" * 90])
 async def test_any_ioctl_on_a_tdp_fd_is_enodev(host: Host, op: str) -> None:
-    """RFC-19."""
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         file = File(host.loop, os.dup(rig.tdp_fd), "tdp")

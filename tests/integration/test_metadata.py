@@ -61,9 +61,9 @@ def without_kvmd() -> Iterator[System]:
 class FakeKvmd:
     """Takes any fd for a TDP FD, and says `meta` of it."""
 
-    def __init__(self, loop: Loop, meta: bytes) -> None:
+    def __init__(self, loop: Loop, meta: bytes | UapiError) -> None:
         self._loop = loop
-        self._meta = meta
+        self._meta = meta  # or why there is none
         self.asked: list[str] = []
         self.channels: list[Channel] = []
 
@@ -77,8 +77,10 @@ class FakeKvmd:
             ours, theirs = socket.socketpair()
             self.on_connect(ours)
             channel.answer(request_id, {}, [theirs.detach()])
-        elif body["op"] == "TDP_GET_METADATA":
+        elif body["op"] == "TDP_GET_METADATA" and isinstance(self._meta, bytes):
             channel.answer(request_id, {"meta": self._meta})
+        elif isinstance(self._meta, UapiError):
+            channel.answer_error(request_id, self._meta)
         else:
             channel.answer_error(request_id, UapiError(errno.EBUSY, "enough"))
 
@@ -93,7 +95,7 @@ async def open_when_free(iommufdd: Iommufdd) -> VfioDevice:
                 await trio.sleep(0.001)
 
 
-async def alloc_errno(running: System, meta: bytes) -> tuple[int, list[str]]:
+async def alloc_errno(running: System, meta: bytes | UapiError) -> tuple[int, list[str]]:
     """What IOMMU_HWPT_ALLOC says of that metadata, and what was asked of KVM."""
     crashes: list[BaseException] = []
     loop = Loop(crashes.append)
@@ -130,3 +132,11 @@ async def test_a_table_no_unit_can_walk_is_refused_before_anything_is_registered
 async def test_a_table_that_can_be_walked_is_registered_next(without_kvmd: System) -> None:
     asked = ["TDP_FD_GET", "TDP_GET_METADATA", "TDP_REGISTER_IMPORTER"]
     assert await alloc_errno(without_kvmd, GOOD.to_bytes()) == (errno.EBUSY, asked)
+
+
+@pytest.mark.defect("B-36")
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENODEV, errno.EOPNOTSUPP])
+async def test_why_kvm_has_no_metadata_is_passed_on(without_kvmd: System, number: int) -> None:
+    """The series makes an EFAULT of it, whatever it was."""
+    why = UapiError(number, "no metadata today")
+    assert await alloc_errno(without_kvmd, why) == (number, ["TDP_FD_GET", "TDP_GET_METADATA"])

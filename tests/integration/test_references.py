@@ -26,8 +26,8 @@ from tests.integration.rig import (
 from tests.integration.system import eventually
 
 
+@pytest.mark.rfc("RFC-57")
 async def test_an_hwpt_keeps_vm_and_root_after_every_fd_of_the_user_is_closed(host: Host) -> None:
-    """RFC-57."""
     async with rigged(host) as rig:
         page = rig.memory.allocate(2)
         assert await rig.fill(page) is Status.SUCCESS
@@ -77,8 +77,8 @@ async def test_a_vcpu_fd_alone_keeps_its_vm_running(host: Host) -> None:
         assert await rig.memory.read(page, 5) == b"alive"
 
 
+@pytest.mark.rfc("RFC-06", "RFC-07", "RFC-08")
 async def test_a_tdp_fd_is_taken_while_an_hwpt_holds_it_and_free_after_its_release(host: Host) -> None:
-    """RFC-06, RFC-07, RFC-08."""
     async with rigged(host) as rig:
         iommu, device = rig.bound
         for closed in (False, True):
@@ -95,6 +95,7 @@ async def test_a_tdp_fd_is_taken_while_an_hwpt_holds_it_and_free_after_its_relea
         rig.tdp_fd = await rig.vm.create_tdp_fd()
 
 
+@pytest.mark.rfc("RFC-06", "RFC-08")
 async def test_every_copy_of_a_tdp_fd_counts(host: Host) -> None:
     async with vm_only(host) as rig:
         first = await rig.vm.create_tdp_fd()
@@ -107,8 +108,8 @@ async def test_every_copy_of_a_tdp_fd_counts(host: Host) -> None:
         await eventually(host.kvmd.stats, lambda s: s["vms"][0]["exported_tdps"] == 0, "released")
 
 
+@pytest.mark.rfc("RFC-102")
 async def test_a_released_root_stays_the_vcpus(host: Host) -> None:
-    """RFC-102."""
     async with vm_only(host) as rig:
         page = rig.memory.allocate(1)
         await rig.memory.write(page, b"before")
@@ -119,6 +120,8 @@ async def test_a_released_root_stays_the_vcpus(host: Host) -> None:
         assert (await vm_stats(host))["ept_violations"] == before["ept_violations"]
 
 
+@pytest.mark.rfc("RFC-76", "RFC-103")
+@pytest.mark.defect("B-19")
 async def test_after_the_process_exited_no_dma_reaches_its_frames_and_they_are_free(host: Host) -> None:
     """RFC-76, RFC-103: the mm goes first, the device is still attached and copies on."""
     async with rigged(host) as rig:
@@ -153,6 +156,7 @@ async def test_after_the_process_exited_no_dma_reaches_its_frames_and_they_are_f
         assert (await host.kvmd.stats())["frames"] == 0
 
 
+@pytest.mark.rfc("RFC-76")
 async def test_a_fault_for_an_exited_process_is_refused(host: Host) -> None:
     async with rigged(host) as rig:
         await host.kvmd.stats()

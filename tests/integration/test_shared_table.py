@@ -164,6 +164,7 @@ async def test_a_read_only_mapping_sees_kvmds_later_stores(importer: TestImporte
         view.release()
 
 
+@pytest.mark.rfc("RFC-87")
 async def test_an_importer_is_told_before_the_host_goes_on(importer: TestImporter, rig: Rig) -> None:
     """RFC-87, RFC-94: the change waits for the ack, and only for it."""
     gpa = rig.memory.allocate(1)

@@ -44,6 +44,7 @@ async def wide(wide_system: System) -> AsyncIterator[Host]:
         await nothing_left(connected)
 
 
+@pytest.mark.rfc("RFC-23")
 @pytest.mark.parametrize(("maxphyaddr", "level"), [(46, 4), (48, 4), (49, 5), (52, 5)])
 async def test_the_root_has_five_levels_only_for_a_guest_wider_than_48_bits(
     wide: Host, maxphyaddr: int, level: int

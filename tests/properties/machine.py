@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvmd.core.host_mm import HostPage, Mm
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage, Kind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.tdp_fd import FaultType
 from kvmd.core.vcpu import Access, ExitReason, Vcpu
@@ -123,10 +124,9 @@ class SleepyMm:
         self._rig = rig
 
     async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        page = self._rig.world.mm.fault_in(hva, write=write)
-        seen = HostPage(page.hva, page.pfn, page.level, page.writable)
+        page = await self._rig.world.mm.get_user_page(hva, write=write)
         self._rig.while_asleep(page)
-        return seen
+        return page
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rig.world.mm, name)
@@ -312,27 +312,38 @@ class Rig:
 
     def owner_of(self, pfn: int) -> int:
         """The hva page a frame backs now: what a stale but unacked translation still writes to."""
-        for page in self.mm._pages.values():
-            if page.pfn <= pfn < page.pfn + (1 << 9 * (page.level - 1)):
-                return (page.hva >> 12) + pfn - page.pfn
+        for entry in self.mm.table.entries():
+            assert isinstance(entry, Pte)
+            if entry.pfn <= pfn < entry.pfn + (1 << 9 * (entry.level - 1)):
+                assert entry.page.kind is not Kind.ZERO, "I11: DMA wrote to the zero page"
+                return int(entry.hva >> 12) + pfn - entry.pfn
         raise AssertionError(f"I6: DMA to pfn {pfn:#x}, which nothing backs")
+
+    def pfn_of(self, hva: Hva) -> int | None:
+        """The frame the host has at `hva` now."""
+        entry = self.mm.table.find(hva)
+        return entry.pfn + ((hva - entry.hva) >> 12) if isinstance(entry, Pte) else None
 
     def process(self, page: int, data: bytes | None) -> None:
         """The process's own access."""
         hva = Hva(page << 12)
-        try:
+
+        async def run() -> None:
+            try:
+                if data:
+                    await self.mm.write(hva, data)
+                else:
+                    seen = await self.mm.read(hva, 8)
+            except UapiError:
+                assert page not in self.mapped
+                return
+            assert page in self.mapped
             if data:
-                self.mm.write(hva, data)
+                self.store(page, data)
             else:
-                seen = self.mm.read(hva, 8)
-        except UapiError:
-            assert page not in self.mapped
-            return
-        assert page in self.mapped
-        if data:
-            self.store(page, data)
-        else:
-            assert seen == self.load(page)
+                assert seen == self.load(page)
+
+        self.begin(f"process {hva:#x}", run())
 
     def join(self) -> None:
         if len(self.importers) < 2:
@@ -412,5 +423,5 @@ class Rig:
             assert not is_free(self.world.bare.tags.read(pfn)), f"I5: gfn {gfn:#x} maps free pfn {pfn:#x}"
             slot = self.vm.slots.find(Gfn(gfn))
             assert slot is not None, f"I11: gfn {gfn:#x} is mapped, there is no slot"
-            assert self.owner_of(pfn) == slot.hva_of(Gfn(gfn)) >> 12, f"I5: gfn {gfn:#x} maps a stale pfn"
+            assert self.pfn_of(slot.hva_of(Gfn(gfn))) == pfn, f"I5: gfn {gfn:#x} maps a stale pfn"
             assert level <= 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvmd.core.flush import Flusher
 from kvmd.core.table_pool import TablePool
 from protocol.flow import Flows, Wait
@@ -45,6 +47,7 @@ def test_a_flush_with_nobody_to_tell_is_over_at_once() -> None:
     assert (vm.flusher.epoch, vm.flusher.acked, vm.pool.held(7)) == (1, 1, 0)
 
 
+@pytest.mark.defect("B-26")
 def test_all_walkers_are_told_before_anyone_is_waited_for() -> None:
     vm = Vm(3)
     span = GfnSpan(Gfn(1), Gfn(2))

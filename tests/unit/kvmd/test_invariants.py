@@ -49,6 +49,7 @@ def change(world: World, gfn: int, level: int, edit: Callable[[int], int]) -> No
     struct.pack_into("<Q", world.bare.tables, at, edit(peek(world, at)))
 
 
+@pytest.mark.rfc("RFC-27", "RFC-28")
 @pytest.mark.parametrize(
     ("gfn", "level", "edit", "number"),
     [

@@ -102,6 +102,12 @@ def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
         def invalidate_range_end(self, start: int, end: int) -> None:
             pass
 
+        async def clear_flush_young(self, start: int, end: int) -> bool:
+            return False
+
+        def test_young(self, start: int, end: int) -> bool:
+            return False
+
     vm.mm.notifiers.append(Slow())
     hva = next(iter(vm.slots)).hva
     made["mm"].call("MADVISE", {"addr": hva, "size": 4096, "advice": "dontneed"})
@@ -136,7 +142,7 @@ def test_an_importer_gets_tables_it_can_only_read(client: Client) -> None:
     client.wire.pump()
 
 
-@pytest.mark.rfc("4/42")
+@pytest.mark.rfc("RFC-19")
 def test_a_tdp_fd_answers_no_request(client: Client) -> None:
     made = machine(client)
     tdp = client.open("tdp", made["vm"], "KVM_CREATE_TDP_FD", as_id=0, mode=0, pad=0)

@@ -11,7 +11,7 @@ from protocol.units import Hpa, Level, Pfn
 RULES = ept_rules(46, Level(3))
 
 
-@pytest.mark.rfc("24/42")
+@pytest.mark.rfc("RFC-28", "RFC-30")
 @pytest.mark.parametrize(
     ("pfn", "level", "writable", "ad", "expected"),
     [
@@ -33,7 +33,7 @@ def test_a_leaf_has_the_bits_of_the_table(
     check_entry(leaf, Level(level), leaf=True, rules=RULES)
 
 
-@pytest.mark.rfc("24/42")
+@pytest.mark.rfc("RFC-28")
 def test_a_table_entry_has_the_bits_of_the_table() -> None:
     assert make_table_entry(Hpa(0x10_2000), ad_enabled=True) == 0x0800_0000_0010_2107
     assert make_table_entry(Hpa(0x10_2000), ad_enabled=False) == 0x0810_0000_0010_2007
@@ -61,6 +61,7 @@ def test_a_child_maps_its_part_of_the_leaf_with_the_same_rights(
     assert f"{split_child(leaf, Level(level), index):#x}" == f"{expected:#x}"
 
 
+@pytest.mark.rfc("RFC-27")
 @pytest.mark.parametrize(
     ("entry", "level", "leaf"),
     [

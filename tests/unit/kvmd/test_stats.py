@@ -25,6 +25,8 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "vm": 1,
         "vcpus": 1,
         "exported_tdps": 1,
+        "vcpus_apart": 0,
+        "noncoherent_dma": 0,
         "importers": 1,
         "ept_violations": 4,
         "fault_retries": 0,

@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core.host import CpuFeatures
 from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import CreateTdpFd, FaultType, check_create
+from kvmd.core.tdp_fd import CreateTdpFd, Exporter, FaultType, check_create
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Level
@@ -23,7 +23,7 @@ def world() -> World:
     return made
 
 
-@pytest.mark.rfc("4/42")
+@pytest.mark.rfc("RFC-02", "RFC-03", "RFC-04", "RFC-05", "RFC-09", "RFC-10")
 @pytest.mark.parametrize(
     ("request_", "vcpus", "width", "number", "word"),
     [
@@ -40,10 +40,11 @@ def test_the_first_failing_check_speaks(
     request_: CreateTdpFd, vcpus: int, width: int, number: int, word: str
 ) -> None:
     with pytest.raises(UapiError, match=word) as caught:
-        check_create(request_, 2, lambda _: False, vcpus=vcpus, maxphyaddr=width)
+        check_create(request_, 2, lambda _: False, Exporter(vcpus, width))
     assert caught.value.errno == number
 
 
+@pytest.mark.rfc("RFC-06", "RFC-08")
 def test_an_address_space_is_exported_once(world: World) -> None:
     exported = world.export()
     with pytest.raises(UapiError) as caught:
@@ -53,7 +54,7 @@ def test_an_address_space_is_exported_once(world: World) -> None:
     world.export()
 
 
-@pytest.mark.rfc("40/42")
+@pytest.mark.rfc("RFC-23", "RFC-25", "RFC-26")
 @pytest.mark.parametrize(("width", "level"), [(46, 4), (52, 5)])
 def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     world = World(CpuFeatures(maxphyaddr=52, ept_levels=5, max_page_level=Level(2)))
@@ -68,6 +69,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     assert not any(mask >> 46 for mask in masks), "52 address bits leave none reserved"
 
 
+@pytest.mark.rfc("RFC-21")
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
@@ -106,7 +108,7 @@ def test_a_name_is_taken_once_and_only_its_owner_gives_it_back(world: World) -> 
     exported.register_importer("name", other)
 
 
-@pytest.mark.rfc("8/42")
+@pytest.mark.rfc("RFC-88")
 def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> None:
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("one", importer)
@@ -120,7 +122,8 @@ def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> No
 # -- faults --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("37/42")
+@pytest.mark.rfc("RFC-30", "RFC-79")
+@pytest.mark.defect("B-13")
 def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     """Bit for bit (defect B-13: the second one is a success too)."""
     exported = world.export()
@@ -136,10 +139,12 @@ def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
 
 def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
     exported = world.export()
+    world.run(world.mm.write(next(iter(world.vm.slots)).hva, b"the process's own by now"))
     assert world.io_fault(exported, 0x100, READ) is Result.FIXED
     assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
 
 
+@pytest.mark.rfc("RFC-71", "RFC-72")
 @pytest.mark.parametrize(
     ("gfn", "kind", "result"),
     [
@@ -161,6 +166,7 @@ def test_a_fault_that_cannot_be_resolved_says_why(
     assert world.io_fault(world.export(), gfn, kind) is result
 
 
+@pytest.mark.rfc("RFC-74", "RFC-75", "RFC-76")
 def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World) -> None:
     exported = world.export()
     nothing = FaultType(read=False, write=False, exec=False)
@@ -177,6 +183,8 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
 # -- release -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rfc("RFC-102")
+@pytest.mark.defect("B-18")
 def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
@@ -193,6 +201,7 @@ def test_a_vm_whose_tdp_is_exported_is_not_destroyed(world: World) -> None:
         world.run(world.vm.destroy())
 
 
+@pytest.mark.defect("B-23")
 def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")

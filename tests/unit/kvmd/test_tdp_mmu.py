@@ -261,7 +261,7 @@ def test_a_valid_root_outlives_its_last_reference() -> None:
     assert tdp.mmu.get_root(NORMAL) is tdp.root
 
 
-@pytest.mark.rfc("36/42")
+@pytest.mark.rfc("RFC-95", "RFC-96")
 def test_an_exported_root_survives_a_memslot_change_and_others_do_not() -> None:
     tdp = Tdp()
     other = tdp.mmu.get_root(Role(Level(5), 0, True))

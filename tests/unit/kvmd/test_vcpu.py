@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core import vcpu as vcpu_module
 from kvmd.core.host import CpuFeatures
-from kvmd.core.host_mm import Prot
+from kvmd.core.mm.vma import Prot
 from kvmd.core.vcpu import Access, ExitReason
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
@@ -28,14 +28,16 @@ def world() -> World:
 def test_the_guest_reads_what_the_process_wrote_and_the_other_way_round(world: World) -> None:
     vcpu, hva = world.vm.vcpus[0], world.vm.slots.find(Gfn(0x100))
     assert hva is not None
-    world.mm.write(Hva(hva.hva + 5000), b"from the process")
+    world.run(world.mm.write(Hva(hva.hva + 5000), b"from the process"))
     assert world.read(vcpu, 0x10_0000 + 5000, 16).reads == [b"from the process"]
     world.write(vcpu, 0x10_0000 + 4090, b"across a page")
-    assert world.mm.read(Hva(hva.hva + 4090), 13) == b"across a page"
+    assert world.run(world.mm.read(Hva(hva.hva + 4090), 13)) == b"across a page"
 
 
 def test_one_violation_a_page_and_none_once_mapped(world: World) -> None:
     vcpu = world.vm.vcpus[0]
+    hva = next(iter(world.vm.slots)).hva
+    world.run(world.mm.write(hva, b"the process's own by now" + bytes(3 * PAGE - 24)))
     world.read(vcpu, 0x10_0000, 3 * PAGE)
     assert vcpu.ept_violations == 3
     world.write(vcpu, 0x10_0000, b"x" * 3 * PAGE)
@@ -88,11 +90,11 @@ def test_an_exit_tells_what_was_done_before_it(world: World) -> None:
 def test_a_write_to_a_read_only_slot_leaves_as_mmio_and_writes_nothing(world: World) -> None:
     vcpu = world.vm.vcpus[0]
     hva = world.map(1)
-    world.mm.write(hva, b"rom")
+    world.run(world.mm.write(hva, b"rom"))
     world.set_slot(1, 0x200, 1, hva, flags=2)
     assert world.read(vcpu, 0x20_0000, 3).reads == [b"rom"]
     assert world.write(vcpu, 0x20_0000, b"ram").exit_reason is ExitReason.MMIO
-    assert world.mm.read(hva, 3) == b"rom"
+    assert world.run(world.mm.read(hva, 3)) == b"rom"
 
 
 @pytest.mark.parametrize(("prot", "write"), [(Prot.NONE, False), (Prot.READ, True)])
@@ -105,7 +107,7 @@ def test_what_the_host_forbids_is_efault(world: World, prot: Prot, write: bool) 
 
 def test_a_host_without_frames_is_enomem() -> None:
     world = World()
-    world.mm.fault_in(world.map(1, 3), write=True)
+    world.run(world.mm.fault_in(world.map(1, 3), write=True))
     world.set_slot(0, 0, 1, world.map(1))
     assert world.read(world.vcpu(), 0, 1).errno == errno.ENOMEM
 
@@ -187,6 +189,7 @@ def test_the_width_of_a_vcpu_that_ran_is_fixed(world: World) -> None:
         world.vm.set_maxphyaddr(world.vm.vcpus[0], 40)
 
 
+@pytest.mark.rfc("RFC-23")
 @pytest.mark.parametrize(
     ("levels", "width", "level"), [(4, 46, 4), (4, 52, 4), (5, 48, 4), (5, 49, 5), (5, 52, 5)]
 )

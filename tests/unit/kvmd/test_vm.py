@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.host_mm import HostPage, Mm
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
 from kvmd.core.vcpu import Access, ExitReason
 from kvmd.core.vm import Kvm
@@ -56,8 +57,7 @@ class SleepyMm:
         self._while_asleep = while_asleep
 
     async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        page = self._mm.fault_in(hva, write=write)
-        snapshot = HostPage(page.hva, page.pfn, page.level, page.writable)
+        snapshot = await self._mm.get_user_page(hva, write=write)
         self._while_asleep()
         return snapshot
 
@@ -65,6 +65,7 @@ class SleepyMm:
         return getattr(self._mm, name)
 
 
+@pytest.mark.rfc("RFC-87")
 def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_they_acked(rig: Rig) -> None:
     rig.fault(0x100)
     rig.fault(0x101)
@@ -80,6 +81,7 @@ def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_
     assert check_vm(rig.world.vm) == []
 
 
+@pytest.mark.defect("B-18")
 def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Rig) -> None:
     """Two ranges overlap; the second has no entry left to clear, and the first is not acked."""
     rig.fault(0x100)
@@ -108,7 +110,7 @@ def test_acks_in_the_wrong_order_free_nothing_early(rig: Rig) -> None:
 
 
 def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) -> None:
-    rig.world.mm.write(rig.hva, b"moved")
+    rig.world.run(rig.world.mm.write(rig.hva, b"moved"))
     rig.fault()
     old = rig.world.table()[0x100]
     move = rig.world.start(rig.world.mm.migrate(rig.hva, PAGE))
@@ -121,6 +123,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
     assert rig.world.table()[0x100] != old
 
 
+@pytest.mark.defect("B-26")
 def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
     rig.fault()
     rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
@@ -168,6 +171,8 @@ def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> Non
     assert check_vm(world.vm) == []
 
 
+@pytest.mark.rfc("RFC-103")
+@pytest.mark.defect("B-19")
 def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
     """Defect B-19: the series freed them under a live IOTLB."""
     rig.fault()
@@ -182,7 +187,7 @@ def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
 # -- memslots ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("36/42")
+@pytest.mark.rfc("RFC-95")
 def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None:
     world = rig.world
     world.set_slot(1, 0x200, 4, world.map(4))

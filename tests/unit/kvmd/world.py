@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kvmd.core.host import CpuFeatures, Host
-from kvmd.core.host_mm import Mm, Prot
 from kvmd.core.memslot import Region
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
 from kvmd.core.vcpu import Access, RunResult, Vcpu
@@ -119,7 +120,7 @@ class World:
     def export(self) -> ExportedTdp:
         if not self.vm.vcpus:
             self.vcpu()
-        return self.vm.create_tdp_fd(CreateTdpFd(0, 0, 0))
+        return self.run(self.vm.create_tdp_fd(CreateTdpFd(0, 0, 0)))
 
     def read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
         return self.run(vcpu.run([Access(Gpa(gpa), size, None)]))

@@ -41,6 +41,7 @@ RAW = bytes.fromhex(
 )
 
 
+@pytest.mark.rfc("RFC-25")
 def test_the_struct_has_its_104_bytes_in_their_places() -> None:
     assert len(RAW) == 104
     assert META.to_bytes() == RAW
@@ -59,12 +60,12 @@ def test_values_are_the_readers_to_judge() -> None:
     assert read.root_hpa == (1 << 64) - 1
 
 
-@pytest.mark.rfc("24/42")
+@pytest.mark.rfc("RFC-25")
 def test_the_masks_of_a_46_bit_cpu_are_those_of_the_table() -> None:
     assert promised_masks(ept_rules(46, Level(3))) == (TABLE_MASKS, LEAF_MASKS)
 
 
-@pytest.mark.rfc("24/42")
+@pytest.mark.rfc("RFC-26")
 @pytest.mark.parametrize("width", [36, 46, 52])
 @pytest.mark.parametrize("huge", [1, 2, 3])
 def test_every_mask_promises_bit_11(width: int, huge: int) -> None:

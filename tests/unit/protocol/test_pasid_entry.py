@@ -37,7 +37,7 @@ KVM_ENTRY = PasidEntry(
 KVM_RAW = raw(0x1234_5678_9089, 0x0180_0042)
 
 
-@pytest.mark.rfc("19/42")
+@pytest.mark.rfc("RFC-58")
 def test_entry_of_a_kvm_domain_has_the_bits_of_the_table() -> None:
     assert KVM_ENTRY.to_bytes() == KVM_RAW
     assert PasidEntry.from_bytes(KVM_RAW) == KVM_ENTRY

@@ -235,7 +235,7 @@ def test_a_leaf_size_the_walker_lacks_is_reserved(largest: int, legal: list[int]
         assert chain.walk(unit).outcome is expected
 
 
-@pytest.mark.rfc("24/42")
+@pytest.mark.rfc("RFC-27")
 def test_the_old_place_of_the_present_marker_stops_the_unit_at_the_first_table() -> None:
     chain = Chain(4)
     for level in (4, 3, 2, 1):

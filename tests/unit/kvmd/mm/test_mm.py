@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from kvmd.core.host_mm import Mm, Prot
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
@@ -32,6 +33,13 @@ class Notifier:
 
     def invalidate_range_end(self, start: Hva, end: Hva) -> None:
         self.log.append(("end", start, end))
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        self.log.append(("age", start, end))
+        return True
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -87,19 +95,19 @@ def test_mmap_anywhere_gives_aligned_ranges_that_do_not_overlap(world: World) ->
 
 def test_memory_is_zero_until_written_and_then_what_was_written(world: World) -> None:
     hva = world.map(4)
-    assert world.mm.read(hva, 4 * PAGE) == bytes(4 * PAGE)
+    assert world.run(world.mm.read(hva, 4 * PAGE)) == bytes(4 * PAGE)
     data = bytes(range(256)) * 17
-    world.mm.write(Hva(hva + 4000), data)
-    assert world.mm.read(Hva(hva + 4000), len(data)) == data
-    assert world.mm.read(hva, 4000) == bytes(4000)
+    world.run(world.mm.write(Hva(hva + 4000), data))
+    assert world.run(world.mm.read(Hva(hva + 4000), len(data))) == data
+    assert world.run(world.mm.read(hva, 4000)) == bytes(4000)
 
 
 def test_a_page_is_backed_on_first_touch_by_a_frame_of_its_size(world: World) -> None:
     small, large = world.map(4), world.map(2, 2)
     assert world.host.frames.in_use == 0
-    world.mm.read(small, 1)
+    world.run(world.mm.read(small, 1))
     assert world.host.frames.in_use == 1
-    world.mm.write(Hva(large + MIB2 - 1), b"xy")
+    world.run(world.mm.write(Hva(large + MIB2 - 1), b"xy"))
     assert world.host.frames.in_use == 1 + 2 * 512
     page = world.mm.present_page(Hva(large + 12345))
     assert page is not None
@@ -121,16 +129,16 @@ def test_a_page_is_backed_on_first_touch_by_a_frame_of_its_size(world: World) ->
 def test_protection_is_kept(world: World, prot: Prot, write: bool, allowed: bool) -> None:
     hva = world.map(1, prot=prot)
     if allowed:
-        assert world.mm.fault_in(hva, write=write).writable == (prot is RW)
+        assert world.run(world.mm.fault_in(hva, write=write)).writable == write, "a read gets the zero page"
     else:
-        assert errno_of(lambda: world.mm.fault_in(hva, write=write)) == errno.EFAULT
+        assert errno_of(lambda: world.run(world.mm.fault_in(hva, write=write))) == errno.EFAULT
 
 
 def test_beyond_a_mapping_is_efault(world: World) -> None:
     hva = world.map(2)
     for at in (hva - 1, hva + 2 * PAGE):
-        assert errno_of(lambda at=at: world.mm.read(Hva(at), 1)) == errno.EFAULT  # type: ignore[misc]
-    assert errno_of(lambda: world.mm.read(Hva(hva + PAGE), PAGE + 1)) == errno.EFAULT
+        assert errno_of(lambda at=at: world.run(world.mm.read(Hva(at), 1))) == errno.EFAULT  # type: ignore[misc]
+    assert errno_of(lambda: world.run(world.mm.read(Hva(hva + PAGE), PAGE + 1))) == errno.EFAULT
 
 
 # -- changes -------------------------------------------------------------------------------------------
@@ -138,49 +146,53 @@ def test_beyond_a_mapping_is_efault(world: World) -> None:
 
 def test_madvise_drops_exactly_the_pages_named(world: World) -> None:
     hva = world.map(4)
-    world.mm.write(hva, b"x" * 4 * PAGE)
+    world.run(world.mm.write(hva, b"x" * 4 * PAGE))
     world.run(world.mm.madvise_dontneed(Hva(hva + PAGE), 2 * PAGE))
-    assert world.mm.read(hva, 4 * PAGE) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
+    assert world.run(world.mm.read(hva, 4 * PAGE)) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
 
 
 def test_migrate_keeps_the_contents_and_changes_the_frames(world: World) -> None:
     hva = world.map(3)
     data = bytes(i % 251 for i in range(2 * PAGE))
-    world.mm.write(hva, data)
-    before = [world.mm.fault_in(Hva(hva + i * PAGE), write=False).pfn for i in range(2)]
+    world.run(world.mm.write(hva, data))
+    before = [world.run(world.mm.fault_in(Hva(hva + i * PAGE), write=False)).pfn for i in range(2)]
     assert world.run(world.mm.migrate(hva, 3 * PAGE)) == 2
-    after = [world.mm.fault_in(Hva(hva + i * PAGE), write=False).pfn for i in range(2)]
+    after = [world.run(world.mm.fault_in(Hva(hva + i * PAGE), write=False)).pfn for i in range(2)]
     assert all(old != new for old, new in zip(before, after, strict=True))
-    assert world.mm.read(hva, 2 * PAGE) == data
+    assert world.run(world.mm.read(hva, 2 * PAGE)) == data
     assert world.host.frames.in_use == 2
 
 
 def test_migrating_a_huge_page_keeps_its_last_byte(world: World) -> None:
     hva = world.map(1, 2)
-    world.mm.write(Hva(hva + MIB2 - 3), b"end")
+    world.run(world.mm.write(Hva(hva + MIB2 - 3), b"end"))
     assert world.run(world.mm.migrate(hva, MIB2)) == 1
-    assert world.mm.read(Hva(hva + MIB2 - 3), 3) == b"end"
+    assert world.run(world.mm.read(Hva(hva + MIB2 - 3), 3)) == b"end"
     assert world.host.frames.in_use == 512
 
 
 def test_munmap_in_the_middle_keeps_both_ends(world: World) -> None:
     hva = world.map(5)
-    world.mm.write(hva, b"x" * 5 * PAGE)
+    world.run(world.mm.write(hva, b"x" * 5 * PAGE))
     world.run(world.mm.munmap(Hva(hva + PAGE), 3 * PAGE))
-    assert world.mm.read(hva, PAGE) == world.mm.read(Hva(hva + 4 * PAGE), PAGE) == b"x" * PAGE
+    assert (
+        world.run(world.mm.read(hva, PAGE))
+        == world.run(world.mm.read(Hva(hva + 4 * PAGE), PAGE))
+        == b"x" * PAGE
+    )
     for i in (1, 2, 3):
-        assert errno_of(lambda i=i: world.mm.read(Hva(hva + i * PAGE), 1)) == errno.EFAULT  # type: ignore[misc]
+        assert errno_of(lambda i=i: world.run(world.mm.read(Hva(hva + i * PAGE), 1))) == errno.EFAULT  # type: ignore[misc]
     assert world.host.frames.in_use == 2
     assert world.map(3, hva=hva + PAGE) == hva + PAGE
 
 
 def test_munmap_of_several_mappings_and_the_holes_between(world: World) -> None:
     one, other = world.map(2, hva=0x10_0000), world.map(2, hva=0x20_0000)
-    world.mm.write(one, b"1" * 2 * PAGE)
-    world.mm.write(other, b"2" * 2 * PAGE)
+    world.run(world.mm.write(one, b"1" * 2 * PAGE))
+    world.run(world.mm.write(other, b"2" * 2 * PAGE))
     world.run(world.mm.munmap(Hva(one + PAGE), other - one))
-    assert world.mm.read(one, PAGE) == b"1" * PAGE
-    assert world.mm.read(Hva(other + PAGE), PAGE) == b"2" * PAGE
+    assert world.run(world.mm.read(one, PAGE)) == b"1" * PAGE
+    assert world.run(world.mm.read(Hva(other + PAGE), PAGE)) == b"2" * PAGE
     assert world.host.frames.in_use == 2
 
 
@@ -212,14 +224,14 @@ def test_a_hole_in_the_range_is_enomem(world: World, what: str) -> None:
 def test_migration_without_a_free_frame_is_enomem_and_loses_nothing(world: World) -> None:
     hva = world.map(512, 2)
     for i in range(511):
-        world.mm.fault_in(Hva(hva + i * MIB2), write=True)
-    world.mm.write(hva, b"first")
-    world.mm.write(Hva(hva + 511 * MIB2), b"last")
+        world.run(world.mm.fault_in(Hva(hva + i * MIB2), write=True))
+    world.run(world.mm.write(hva, b"first"))
+    world.run(world.mm.write(Hva(hva + 511 * MIB2), b"last"))
     notifier = Notifier()
     world.mm.notifiers.append(notifier)
     assert errno_of(lambda: world.run(world.mm.migrate(hva, 512 * MIB2))) == errno.ENOMEM
-    assert world.mm.read(hva, 5) == b"first"
-    assert world.mm.read(Hva(hva + 511 * MIB2), 4) == b"last"
+    assert world.run(world.mm.read(hva, 5)) == b"first"
+    assert world.run(world.mm.read(Hva(hva + 511 * MIB2), 4)) == b"last"
     assert [what for what, *_ in notifier.log] == ["start", "end"]
 
 
@@ -229,8 +241,8 @@ def test_migration_without_a_free_frame_is_enomem_and_loses_nothing(world: World
 @pytest.mark.parametrize("what", ["munmap", "madvise_dontneed", "migrate", "exit"])
 def test_nothing_changes_before_every_notifier_has_let_go(world: World, what: str) -> None:
     hva = world.map(2)
-    world.mm.write(hva, b"x" * PAGE)
-    frame = world.mm.fault_in(hva, write=False).pfn
+    world.run(world.mm.write(hva, b"x" * PAGE))
+    frame = world.run(world.mm.fault_in(hva, write=False)).pfn
     tag = world.bare.tags.read(frame)
     gates = [Wait[None](), Wait[None]()]
     notifiers = [Notifier(gate) for gate in gates]
@@ -249,12 +261,12 @@ def test_nothing_changes_before_every_notifier_has_let_go(world: World, what: st
 
 def test_exit_gives_everything_back_and_faults_no_more(world: World) -> None:
     small, large = world.map(8), world.map(2, 2)
-    world.mm.write(small, b"x" * 8 * PAGE)
-    world.mm.write(large, b"x")
+    world.run(world.mm.write(small, b"x" * 8 * PAGE))
+    world.run(world.mm.write(large, b"x"))
     world.run(world.mm.exit())
     assert world.host.frames.in_use == 0
     assert (world.mm.alive, world.mm.exited) == (False, True)
-    assert errno_of(lambda: world.mm.fault_in(small, write=False)) == errno.EFAULT
+    assert errno_of(lambda: world.run(world.mm.fault_in(small, write=False))) == errno.EFAULT
     world.run(world.mm.exit())
 
 
@@ -262,6 +274,6 @@ def test_the_frames_of_a_process_carry_its_number(world: World) -> None:
     other: Mm = world.host.create_mm()
     mine, theirs = world.map(1), world.run(other.mmap(None, PAGE, RW, Level(1)))
     tags = world.bare.tags
-    assert tags.read(world.mm.fault_in(mine, write=True).pfn) & 0xFFFF == world.mm.id
-    assert tags.read(other.fault_in(theirs, write=True).pfn) & 0xFFFF == other.id
+    assert tags.read(world.run(world.mm.fault_in(mine, write=True)).pfn) & 0xFFFF == world.mm.id
+    assert tags.read(world.run(other.fault_in(theirs, write=True)).pfn) & 0xFFFF == other.id
     assert world.mm.id != other.id

@@ -1,0 +1,240 @@
+"""A file in memory: its pages, who maps it, and what shrinking it takes from them.
+
+Models shmem as memfd, shared anonymous memory and hugetlbfs use it [mm shmem.c]: the page cache is the
+file; a shared mapping shows its pages, a private one shows them until it has copies. A file lives while
+an fd or a mapping names it.
+
+Truncating takes what lies beyond the new end from every mapping, private copies too; a hole takes only
+the file's own pages. Both first tell the notifiers of every process that maps the range, and look again
+for mappings made meanwhile, until none is left; then the pages leave the cache (I6).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from kvmd.core.mm.memory import SHARED_OWNER, Memory
+from kvmd.core.mm.notifier import Range, changing, covers
+from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swap
+from protocol.errors import EHWPOISON, UapiError
+from protocol.flow import RwLock
+from protocol.units import LEVEL_4K, TIB, Hva, Level, align_up, size_of_level
+
+if TYPE_CHECKING:
+    from kvmd.core.mm.space import AddressSpace
+
+MAX_FILE_BYTES = 64 * TIB
+
+
+class File:
+    """`size` bytes, in pages of `level`; whoever makes it has its first reference."""
+
+    def __init__(self, memory: Memory, name: str, size: int, level: Level = LEVEL_4K) -> None:
+        self.name = name
+        self.level = level
+        self.size = size
+        self._memory = memory
+        self._page = size_of_level(level)
+        self._cache: dict[int, Page | Swap] = {}
+        self._refs = 1
+        self._spaces: dict[AddressSpace, int] = {}  # who maps it, how many mappings each
+        self._lock = RwLock()  # of the inode: one change of the file at a time
+
+    # -- references ------------------------------------------------------------------------------------
+
+    def put(self) -> None:
+        """The fd is closed."""
+        self._refs -= 1
+        self._free_if_unused()
+
+    def attach(self, space: AddressSpace) -> None:
+        """A mapping of the file was made in `space`."""
+        self._spaces[space] = self._spaces.get(space, 0) + 1
+
+    def detach(self, space: AddressSpace) -> None:
+        self._spaces[space] -= 1
+        if not self._spaces[space]:
+            del self._spaces[space]
+        self._free_if_unused()
+
+    def _free_if_unused(self) -> None:
+        if not self._refs and not self._spaces:
+            self._drop(0)
+
+    # -- pages -----------------------------------------------------------------------------------------
+
+    def has(self, offset: int) -> bool:
+        """Whether there is a page at `offset`, or no file any more."""
+        return offset >= self.size or offset // self._page in self._cache
+
+    def page_at(self, offset: int, hva: Hva) -> Page:
+        """The page a mapping shows at `hva`, made if need be.  EFAULT: beyond the end, a SIGBUS for the
+        process; EHWPOISON; ENOMEM.
+        """
+        if offset >= align_up(self.size, self._page):
+            raise UapiError(
+                errno.EFAULT, f"hva {hva:#x}: beyond the end of {self.name}, {self.size:#x} bytes"
+            )
+        page = self._get(offset // self._page)
+        if page.poisoned:
+            raise UapiError(EHWPOISON, f"hva {hva:#x}: the page's memory failed")
+        return page
+
+    def _get(self, index: int) -> Page:
+        held = self._cache.get(index)
+        if isinstance(held, Page):
+            return held
+        if held is None:
+            page = self._memory.allocate(self.level, SHARED_OWNER, Kind.FILE)
+        else:
+            page = self._memory.swap_in(held, SHARED_OWNER, Kind.FILE)
+            self._memory.put_swap(held)
+        page.cached = True
+        self._cache[index] = page
+        return page
+
+    def insert(self, offset: int, data: bytes) -> Page:
+        """A new page with `data`, as UFFDIO_COPY makes it.  EEXIST: there is one; EFAULT; ENOMEM."""
+        index = offset // self._page
+        if offset >= self.size:
+            raise UapiError(errno.EFAULT, f"offset {offset:#x} is beyond the end of {self.name}")
+        if index in self._cache:
+            raise UapiError(errno.EEXIST, f"{self.name} has a page at {offset:#x}")
+        page = self._get(index)
+        self._memory.view(page.pfn, len(data))[:] = data
+        return page
+
+    def swap_out(self, page: Page) -> None:
+        """An unmapped page of ours leaves memory.  ENOMEM: swap is full."""
+        index = next(i for i, held in self._cache.items() if held is page)
+        self._cache[index] = self._memory.swap_out(page, 1)
+        page.cached = False
+        self._memory.put(page)
+
+    def _drop(self, first: int, last: int | None = None) -> None:
+        for index in [i for i in self._cache if first <= i and (last is None or i < last)]:
+            held = self._cache.pop(index)
+            if isinstance(held, Page):
+                held.cached = False
+                self._memory.put(held)
+            else:
+                self._memory.put_swap(held)
+
+    # -- what a process does with the fd ---------------------------------------------------------------
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """Up to the end of the file; a hole is zeroes.  EIO: the memory failed."""
+        end = min(offset + size, self.size)
+        parts = []
+        while offset < end:
+            index, at = divmod(offset, self._page)
+            count = min(end - offset, self._page - at)
+            if index in self._cache:
+                parts.append(bytes(self._bytes(index)[at : at + count]))
+            else:
+                parts.append(bytes(count))
+            offset += count
+        return b"".join(parts)
+
+    async def pwrite(self, offset: int, data: bytes) -> None:
+        """Grows the file if it must.  EFBIG; EIO; ENOMEM."""
+        await self._lock.acquire(write=True)
+        try:
+            end = offset + len(data)
+            self._check_size(end)
+            at = 0
+            while at < len(data):
+                index, first = divmod(offset + at, self._page)
+                part = self._bytes(index)[first : first + len(data) - at]
+                part[:] = data[at : at + len(part)]
+                at += len(part)
+                self.size = max(self.size, offset + at)
+        finally:
+            self._lock.release()
+
+    def _bytes(self, index: int) -> memoryview:
+        page = self._get(index)
+        if page.poisoned:
+            raise UapiError(errno.EIO, f"{self.name} page {index}: the memory failed")
+        return self._memory.view(page.pfn, self._page)
+
+    def _check_size(self, size: int) -> None:
+        if size > MAX_FILE_BYTES:
+            raise UapiError(errno.EFBIG, f"{self.name}: {size:#x} bytes, at most 64 TiB")
+
+    async def truncate(self, size: int) -> None:
+        """Shrink or grow.  EFBIG; EINVAL: not whole huge pages."""
+        self._check_size(size)
+        if self.level > LEVEL_4K and size % self._page:
+            raise UapiError(
+                errno.EINVAL, f"{self.name}: {size:#x} bytes are not whole pages of {self._page:#x}"
+            )
+        await self._lock.acquire(write=True)
+        try:
+            self.size = size  # from here on a fault beyond it fails
+            first = align_up(size, self._page) // self._page
+            await self._unmap(first, None, copies_too=True)
+            self._drop(first)
+            tail = size % self._page
+            if tail and size // self._page in self._cache:
+                self._bytes(size // self._page)[tail:] = bytes(self._page - tail)
+        finally:
+            self._lock.release()
+
+    async def punch_hole(self, offset: int, size: int) -> None:
+        """The range reads as zeroes from now on.  EINVAL: no range."""
+        if offset < 0 or size <= 0:
+            raise UapiError(errno.EINVAL, f"{self.name}: hole {offset:#x}+{size:#x} is no range")
+        await self._lock.acquire(write=True)
+        try:
+            first, last = align_up(offset, self._page) // self._page, (offset + size) // self._page
+            if first < last:
+                await self._unmap(first, last, copies_too=False)
+                self._drop(first, last)
+            self._zero_part(offset, min(offset + size, first * self._page))
+            self._zero_part(max(offset, last * self._page), offset + size)
+        finally:
+            self._lock.release()
+
+    def _zero_part(self, start: int, end: int) -> None:
+        index, at = divmod(start, self._page)
+        if start < end and index in self._cache:
+            self._bytes(index)[at : at + end - start] = bytes(end - start)
+
+    # -- taking pages from those who map them ----------------------------------------------------------
+
+    async def _unmap(self, first: int, last: int | None, *, copies_too: bool) -> None:
+        """Take pages first..last from every mapping; returns with none left."""
+        while ranges := [r for r in self._mapped(first, last) if _entries(r, copies_too)]:
+
+            def edit(told: list[Range] = ranges) -> None:
+                for mapped in self._mapped(first, last):
+                    for entry in _entries(mapped, copies_too):
+                        if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
+                            (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
+
+            await changing(ranges, edit)
+
+    def _mapped(self, first: int, last: int | None) -> list[Range]:
+        """Where pages first..last of the file are mapped now."""
+        found = []
+        for space in self._spaces:
+            for vma in space.vmas:
+                if vma.file is self:
+                    start = max(vma.start, vma.start + first * self._page - vma.offset)
+                    end = (
+                        vma.end if last is None else min(vma.end, vma.start + last * self._page - vma.offset)
+                    )
+                    if start < end:
+                        found.append(Range(space, Hva(start), Hva(end)))
+        return found
+
+
+def _entries(mapped: Range, copies_too: bool) -> list[Entry]:
+    """What is mapped there: of the file alone, or also what a private mapping made of it."""
+    return [
+        entry
+        for entry in mapped.space.table.within(mapped.start, mapped.end)
+        if copies_too or (isinstance(entry, Pte) and entry.page.kind is Kind.FILE)
+    ]

@@ -1,0 +1,120 @@
+"""The host's pages: taken, copied, split, swapped out and given back, for all processes and files together.
+
+Models the page allocator's users: every frame handed out belongs to one `Page`, and is released when
+nothing counts on that page any more. The zero pages, the tree of merged pages [mm ksm.c] and the swap
+area are the host's. A frame's tag says whom it was taken for and does not change while it is shared: a
+fork gives the page to more processes but nobody's translation of it goes stale.
+
+A frame that failed is never released. Departure: a zero page goes back with its last mapping.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kvmd.core.frames import Frames
+from kvmd.core.mm.page import Kind, Page, Pte, Swap
+from protocol.errors import UapiError
+from protocol.frame_tags import OWNER_BITS
+from protocol.units import LEVEL_4K, PAGE_SIZE, Level, Pfn, pages_of_level, size_of_level
+
+SHARED_OWNER = (1 << OWNER_BITS) - 1  # of what no process owns: zero pages and files
+MAX_SWAP_PAGES = 1 << 18
+
+
+class Memory:
+    """What all address spaces and files of the host share."""
+
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
+        self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
+        self.swapped = 0
+        self.poisoned: list[Page] = []
+        self._zero: dict[Level, Page] = {}
+
+    # -- taking and giving back ------------------------------------------------------------------------
+
+    def allocate(self, level: Level, owner: int, kind: Kind = Kind.ANON) -> Page:
+        """A zeroed page.  ENOMEM."""
+        return Page(self.frames.allocate(level, owner), level, kind, kind is Kind.ANON)
+
+    def zero(self, level: Level) -> Page:
+        """The zero page of that size."""
+        page = self._zero.get(level)
+        if page is None:
+            page = self._zero[level] = self.allocate(level, SHARED_OWNER, Kind.ZERO)
+        return page
+
+    def put(self, page: Page) -> None:
+        """Release the frame if nothing counts on it.  The caller has seen every flush of it acked (I6)."""
+        if page.in_use or page.poisoned:
+            return
+        if page.kind is Kind.ZERO:
+            del self._zero[page.level]
+        elif page.kind is Kind.KSM:
+            del self.merged[self.contents(page)]
+        self.frames.release(page.pfn, page.level)
+
+    def poison(self, page: Page) -> None:
+        """The frame is never used again."""
+        if page.kind is Kind.KSM:
+            del self.merged[self.contents(page)]
+        page.poisoned = True
+        self.poisoned.append(page)
+
+    # -- contents --------------------------------------------------------------------------------------
+
+    def view(self, pfn: Pfn, size: int) -> memoryview:
+        at = self.frames.offset_of(pfn)
+        return self.frames.view[at : at + size]
+
+    def contents(self, page: Page) -> bytes:
+        return bytes(self.view(page.pfn, size_of_level(page.level)))
+
+    def copy(self, entry: Pte, owner: int) -> Page:
+        """A page of its own with what `entry` shows.  ENOMEM."""
+        page = self.allocate(entry.level, owner)
+        if entry.page.kind is not Kind.ZERO:
+            size = size_of_level(entry.level)
+            self.view(page.pfn, size)[:] = self.view(entry.pfn, size)
+        return page
+
+    def move(self, page: Page, owner: int) -> None:
+        """To another frame, contents and all; whoever maps it must be given the new one.  ENOMEM."""
+        size = size_of_level(page.level)
+        old, page.pfn = page.pfn, self.frames.allocate(page.level, owner)
+        self.view(page.pfn, size)[:] = self.view(old, size)
+        self.frames.release(old, page.level)
+
+    # -- splitting -------------------------------------------------------------------------------------
+
+    def split(self, page: Page) -> list[Page]:
+        """A huge page becomes small ones at the same place, itself the first; its entries must be rewritten
+        to name them."""
+        self.frames.split(page.pfn, page.level)
+        pages = pages_of_level(page.level)
+        page.level = Level(page.level - 1)
+        step = pages_of_level(page.level)
+        rest = range(page.pfn + step, page.pfn + pages, step)
+        return [page, *(Page(Pfn(pfn), page.level, page.kind, page.exclusive) for pfn in rest)]
+
+    # -- swap ------------------------------------------------------------------------------------------
+
+    def swap_out(self, page: Page, count: int) -> Swap:
+        """Its contents, for `count` entries.  ENOMEM: the swap area is full."""
+        assert page.level == LEVEL_4K
+        if self.swapped >= MAX_SWAP_PAGES:
+            raise UapiError(errno.ENOMEM, f"swap is full: {self.swapped} pages")
+        self.swapped += 1
+        return Swap(self.contents(page), count)
+
+    def swap_in(self, swap: Swap, owner: int, kind: Kind = Kind.ANON) -> Page:
+        """A page with those contents; the caller drops its entry's count.  ENOMEM."""
+        page = self.allocate(LEVEL_4K, owner, kind)
+        self.view(page.pfn, PAGE_SIZE)[:] = swap.data
+        return page
+
+    def put_swap(self, swap: Swap) -> None:
+        swap.count -= 1
+        if swap.count == 0:
+            self.swapped -= 1

@@ -1,0 +1,83 @@
+"""Telling secondary MMUs about a change before it is made, and that it was made.
+
+Models mmu_notifier [mm mmu_notifier.c]: whoever maps pages of an address space by other means hears of a
+change first, lets go of the range, and answers when nobody can use the old translation any more; then the
+change is made and the end is told. A change may concern several address spaces: a page that a fork or a
+file gave to more than one is taken from all of them at once.
+
+Invariant I6 has its home in `changing`: notify and wait, then edit, which releases what nobody counts on,
+then the end. Whoever registers while a change is under way is told as well, before the edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+from protocol.units import Hva
+
+if TYPE_CHECKING:
+    from kvmd.core.mm.space import AddressSpace
+
+T = TypeVar("T")
+
+
+class MmuNotifier(Protocol):
+    """A secondary MMU that maps pages of an address space."""
+
+    async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
+        """Stop using translations of start..end; returns when nobody can use them any more."""
+
+    def invalidate_range_end(self, start: Hva, end: Hva) -> None:
+        """The change is made; new translations may be looked up."""
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        """Whether a page of the range was used since it was last asked, which it is not from now on."""
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        """The same, changing nothing."""
+
+
+class Range(NamedTuple):
+    """start..end of one address space."""
+
+    space: AddressSpace
+    start: Hva
+    end: Hva
+
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """The same ranges, those of one address space that touch or overlap made one."""
+    found: list[Range] = []
+    for space, start, end in sorted(ranges, key=lambda r: (r.space.id, r.start)):
+        if found and found[-1].space is space and start <= found[-1].end:
+            found[-1] = Range(space, found[-1].start, max(end, found[-1].end))
+        else:
+            found.append(Range(space, start, end))
+    return found
+
+
+def covers(ranges: Iterable[Range], inner: Range) -> bool:
+    """Whether one of `ranges` has all of `inner`."""
+    return any(
+        space is inner.space and start <= inner.start and inner.end <= end for space, start, end in ranges
+    )
+
+
+async def changing(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
+    """Have every notifier of `ranges` let go, make the change, say that it is made."""
+    told: list[tuple[MmuNotifier, Hva, Hva]] = []
+    try:
+        while untold := [
+            (notifier, start, end)
+            for space, start, end in ranges
+            for notifier in space.notifiers
+            if (notifier, start, end) not in told
+        ]:
+            for notifier, start, end in untold:
+                told.append((notifier, start, end))
+                await notifier.invalidate_range_start(start, end)
+        return edit()
+    finally:
+        for notifier, start, end in told:
+            notifier.invalidate_range_end(start, end)

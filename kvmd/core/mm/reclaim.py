@@ -1,0 +1,169 @@
+"""What the host does to a process's pages on its own: move, swap out, age, hint, merge.
+
+Models migration, reclaim, page idle tracking, NUMA hinting and same-page merging [mm migrate.c], [mm
+vmscan.c], [mm mempolicy.c], [mm ksm.c]. A page is taken from everybody who maps it: the notifiers of all
+of them are told first, and a page that somebody else came to map meanwhile is left alone, as one that is
+pinned is.
+
+A merged page is read-only everywhere and for good; whoever writes gets a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from kvmd.core.mm.memory import SHARED_OWNER
+from kvmd.core.mm.notifier import Range, changing, covers, joined
+from kvmd.core.mm.page import Kind, LazyFree, Page, ProtNone, Pte, Swapped
+from kvmd.core.mm.space import AddressSpace
+from kvmd.core.mm.table import PageTable, users_of
+from kvmd.core.mm.thp import split_page
+from kvmd.core.mm.vma import Vma
+from protocol.units import LEVEL_4K, Hva, Pfn
+
+Act = Callable[[Vma, Page], int]  # changes a page, whose users were all told; how many that were
+
+
+async def migrate(space: AddressSpace, start: Hva, size: int) -> int:
+    """Move each present page to another frame, contents and all.  How many moved.  ENOMEM."""
+    return await _on_pages(space, "migrate", start, size, _move)
+
+
+async def swap_out(space: AddressSpace, start: Hva, size: int) -> int:
+    """MADV_PAGEOUT: to the swap area; what was freed lazily is just dropped.  How many pages of 4 KiB."""
+    return await _on_pages(space, "swap", start, size, _swap)
+
+
+async def merge(space: AddressSpace, start: Hva, size: int) -> int:
+    """Same-page merging of what MADV_MERGEABLE allows; how many pages are gone."""
+    unstable: dict[bytes, Page] = {}
+    return await _on_pages(space, "merge", start, size, partial(_merge, unstable))
+
+
+async def numa_hint(space: AddressSpace, start: Hva, size: int) -> int:
+    """Make the next access fault [change_prot_numa]; how many pages."""
+    return await space.change_pages("hint", start, size, partial(_hint, space))
+
+
+async def age(space: AddressSpace, start: Hva, size: int) -> int:
+    """How many secondary MMUs used the range since the last time."""
+    end = space.check_range("age", start, size)
+    young = 0
+    for notifier in list(space.notifiers):
+        young += await notifier.clear_flush_young(start, end)
+    return young
+
+
+async def _on_pages(space: AddressSpace, what: str, start: Hva, size: int, act: Act) -> int:
+    await space.mmap_lock.acquire(write=False)
+    try:
+        end = space.check_range(what, start, size)
+        space.check_mapped(what, start, end)
+        users = [user for _, page in _pages(space, start, end) for user in users_of(page)]
+        ranges = joined([Range(space, *space.table.whole(start, end)), *users])
+
+        def edit() -> int:
+            return sum(
+                act(vma, page)
+                for vma, page in _pages(space, start, end)
+                if all(covers(ranges, user) for user in users_of(page))
+            )
+
+        return await changing(ranges, edit)
+    finally:
+        space.mmap_lock.release()
+
+
+def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
+    """The pages mapped in start..end that may be moved, each once."""
+    found: dict[Page, Vma] = {}
+    for vma in space.vmas.overlapping(start, end):
+        for entry in space.table.within(Hva(max(start, vma.start)), Hva(min(end, vma.end))):
+            if isinstance(entry, Pte) and not entry.page.pins and entry.page.kind is not Kind.ZERO:
+                found.setdefault(entry.page, vma)
+    return [(vma, page) for page, vma in found.items()]
+
+
+def entries_of(page: Page) -> list[tuple[PageTable, Pte]]:
+    """What maps the page, to be replaced one by one."""
+    found = []
+    for table, hva in page.entries:
+        entry = table.find_exact(hva)
+        assert isinstance(entry, Pte)
+        found.append((table, entry))
+    return found
+
+
+# -- one page each ------------------------------------------------------------------------------------------
+
+
+def _move(vma: Vma, page: Page) -> int:
+    table = next(iter(page.entries))[0]
+    old = page.pfn
+    table.memory.move(page, SHARED_OWNER if page.kind is Kind.FILE else table.owner)
+    for table, entry in entries_of(page):
+        table.replace(entry, page, Pfn(page.pfn + entry.pfn - old), writable=entry.writable)
+    return 1
+
+
+def _swap(vma: Vma, page: Page) -> int:
+    if vma.level > LEVEL_4K:
+        return 0  # hugetlb stays
+    return sum(_swap_small(vma, part) for part in (split_page(page) if page.level > LEVEL_4K else [page]))
+
+
+def _swap_small(vma: Vma, page: Page) -> int:
+    entries = entries_of(page)
+    if not entries:
+        return 0  # a part of a huge page nobody mapped
+    if page.kind is Kind.FILE:
+        assert vma.file is not None
+        vma.file.swap_out(page)
+        for table, entry in entries:
+            table.zap(entry)
+    elif all(type(entry) is LazyFree for _, entry in entries):
+        for table, entry in entries:
+            table.clear(entry)
+    else:
+        swap = entries[0][0].memory.swap_out(page, len(entries))
+        for table, entry in entries:
+            table.set(Swapped(entry.hva, swap, entry.uffd_wp))
+    return 1
+
+
+def _merge(unstable: dict[bytes, Page], vma: Vma, page: Page) -> int:
+    entries = entries_of(page)
+    if not vma.mergeable or page.kind is not Kind.ANON or page.level > LEVEL_4K:
+        return 0
+    if not all(type(entry) is Pte and not entry.uffd_wp for _, entry in entries):
+        return 0
+    memory = entries[0][0].memory
+    contents = memory.contents(page)
+    stable = memory.merged.get(contents)
+    if stable is None:
+        stable = unstable.pop(contents, None)
+        if stable is None:
+            unstable[contents] = page
+            return 0
+        _make_stable(stable, contents)
+    for table, entry in entries:
+        table.replace(entry, stable, stable.pfn, writable=False)
+    return 1
+
+
+def _make_stable(page: Page, contents: bytes) -> None:
+    page.kind, page.exclusive = Kind.KSM, False
+    for table, entry in entries_of(page):
+        table.memory.merged[contents] = page
+        table.replace(entry, page, entry.pfn, writable=False)
+
+
+def _hint(space: AddressSpace, start: Hva, end: Hva) -> int:
+    hinted = 0
+    for entry in space.table.within(start, end):
+        if type(entry) is not Pte or entry.page.pins or entry.page.kind in (Kind.ZERO, Kind.KSM):
+            continue
+        space.table.set(entry.as_kind(ProtNone))
+        hinted += 1
+    return hinted

@@ -1,0 +1,131 @@
+"""Transparent huge pages: putting 2 MiB together, and taking them apart.
+
+Models collapse and split of huge pages [mm khugepaged.c], [mm huge_memory.c]. A collapse copies what a
+mapping has in 2 MiB into one new page, holes as zeroes; a split of an entry (`PageTable.split`) changes
+no frame, but is told to the notifiers because what they mapped as one may not be one any more; a split of
+the page itself gives back the parts nobody maps.
+"""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+
+from kvmd.core.mm.fault import SIZE_2M
+from kvmd.core.mm.notifier import Range, changing, covers, joined
+from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swapped
+from kvmd.core.mm.space import AddressSpace
+from kvmd.core.mm.table import users_of
+from kvmd.core.mm.vma import Vma
+from protocol.errors import UapiError
+from protocol.units import LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hva, align_down, align_up
+
+
+async def collapse(space: AddressSpace, start: Hva, size: int) -> int:
+    """MADV_COLLAPSE: each whole 2 MiB of the range becomes one page; how many there are now.  EINVAL: memory
+    that cannot be huge, or nothing there; EAGAIN: pinned; ENOMEM.
+    """
+    await space.mmap_lock.acquire(write=True)
+    try:
+        end = space.check_range("collapse", start, size)
+        space.check_mapped("collapse", start, end)
+        heads = range(align_up(start, SIZE_2M), align_down(end, SIZE_2M), SIZE_2M)
+        for head in heads:
+            await space.change(Hva(head), Hva(head + SIZE_2M), partial(_collapse, space, Hva(head)))
+        return len(heads)
+    finally:
+        space.mmap_lock.release()
+
+
+def _collapse(space: AddressSpace, head: Hva) -> None:
+    end = Hva(head + SIZE_2M)
+    vma = space.vmas.find(head)
+    entries = space.table.within(head, end)
+    _check_collapsible(vma, head, entries)
+    assert vma is not None
+    if len(entries) == 1 and entries[0].level == LEVEL_2M:
+        return
+    page = space.memory.allocate(LEVEL_2M, space.id)
+    view = space.memory.view(page.pfn, SIZE_2M)
+    for entry in entries:
+        at = entry.hva - head
+        if isinstance(entry, Pte):
+            view[at : at + PAGE_SIZE] = space.memory.view(entry.pfn, PAGE_SIZE)
+        elif isinstance(entry, Swapped):
+            view[at : at + PAGE_SIZE] = entry.swap.data
+        space.table.clear(entry)
+    space.table.set(Pte(head, page.pfn, LEVEL_2M, vma.writable, page))
+
+
+def _check_collapsible(vma: Vma | None, head: Hva, entries: list[Entry]) -> None:
+    """EINVAL, EAGAIN."""
+    fits = vma is not None and vma.start <= head and head + SIZE_2M <= vma.end
+    if vma is None or not fits or vma.file is not None or vma.level > LEVEL_4K or vma.huge is False:
+        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: not 2 MiB of one anonymous mapping")
+    if not entries or not vma.readable or (vma.uffd_missing and len(entries) < SIZE_2M // PAGE_SIZE):
+        raise UapiError(
+            errno.EINVAL, f"collapse at {head:#x}: nothing there, or pages that must stay missing"
+        )
+    if any(not isinstance(entry, Pte | Swapped) or entry.uffd_wp for entry in entries):
+        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: poisoned or write-protected pages")
+    if any(isinstance(entry, Pte) and entry.page.pins for entry in entries):
+        raise UapiError(errno.EAGAIN, f"collapse at {head:#x}: a page is pinned")
+
+
+async def split(space: AddressSpace, start: Hva, size: int) -> int:
+    """Take the transparent huge pages of the range apart, entries and pages; how many.  One that is pinned
+    keeps its frames together."""
+    end = space.check_range("split", start, size)
+    pages = {
+        entry.page: None
+        for entry in space.table.within(start, end)
+        if isinstance(entry, Pte) and is_transparent(space, entry)
+    }
+    done = 0
+    for page in pages:
+        ranges = joined(users_of(page))
+        done += await changing(ranges, partial(_split_told, page, ranges))
+    return done
+
+
+def is_transparent(space: AddressSpace, entry: Pte) -> bool:
+    """Whether the entry's page is huge though its mapping does not ask for it."""
+    vma = space.vmas.find(entry.hva)
+    return (
+        entry.page.level == LEVEL_2M
+        and entry.page.kind is Kind.ANON
+        and vma is not None
+        and vma.level == LEVEL_4K
+    )
+
+
+def _split_told(page: Page, told: list[Range]) -> bool:
+    users = users_of(page)
+    if not users or page.level != LEVEL_2M or not all(covers(told, user) for user in users):
+        return False
+    split_page(page)
+    return True
+
+
+def split_page(page: Page) -> list[Page]:
+    """The pages a transparent huge page becomes: 512, or itself if it is pinned; no entry is huge any more.
+    The notifiers of its users were told."""
+    for table, hva in list(page.entries):
+        entry = table.find_exact(hva)
+        assert isinstance(entry, Pte)
+        if entry.level == LEVEL_2M:
+            table.split(entry)
+    if page.pins or page.kind is Kind.ZERO:
+        return [page]
+    memory = next(iter(page.entries))[0].memory
+    first = page.pfn
+    page.pins += 1  # until every entry names its own page
+    pages = memory.split(page)
+    for table, hva in list(page.entries):
+        entry = table.find_exact(hva)
+        assert isinstance(entry, Pte)
+        table.replace(entry, pages[entry.pfn - first], entry.pfn, writable=entry.writable)
+    page.pins -= 1
+    for part in pages:
+        memory.put(part)
+    return pages

@@ -1,0 +1,71 @@
+"""The author's DMA test on four daemons, with block on fault and without, and the VMM that sets it up."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from protocol.hw.dsa import Status
+from protocol.units import PAGE_SIZE
+from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
+from qemu_shim.machine import Host, MachineConfig, machine
+from qemu_shim.measure import Report
+from qemu_shim.scenarios.library import SCENARIOS
+from tests.integration.rig import nothing_left, unit_stats
+from tests.integration.system import eventually
+from tests.integration.test_errno import refused
+
+
+async def play(host: Host, **changed: int) -> Report:
+    report = Report("dmatest")
+    params = {name: param.default for name, param in SCENARIOS["dmatest"].params.items()}
+    assert set(changed) <= set(params)
+    await SCENARIOS["dmatest"].play(host, params | changed, report)
+    return report
+
+
+@pytest.mark.rfc("RFC-108")
+async def test_five_rounds_over_pages_pass_with_at_least_one_page_request(host: Host) -> None:
+    assert WQ_SIZE == 16
+    before = await unit_stats(host)
+    report = await play(host, iterations=5, buf_size=PAGE_SIZE, block_on_fault=1)
+    assert report.problems == []
+    assert (report.figures["tests"], report.figures["failures"]) == (5, 0)
+    assert report.figures["bytes_verified"] == 2 * 5 * PAGE_SIZE
+    assert (await unit_stats(host))["page_requests"] > before["page_requests"]
+
+
+@pytest.mark.rfc("RFC-109")
+async def test_without_block_on_fault_a_page_nobody_touched_ends_the_descriptor(host: Host) -> None:
+    """The record says where; once the CPU has touched the page the same descriptor passes."""
+    async with machine(host, MachineConfig()) as guest:
+        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=False)
+        await queue.enable()
+        before = await unit_stats(host)
+        page = guest.memory.allocate(2)
+        record = await queue.fill(page, 0x1234, 2 * PAGE_SIZE)
+        assert record.status is Status.PAGE_FAULT_NOBOF
+        assert (int(record.fault_addr), record.bytes_completed) == (int(page), 0)
+        assert (await unit_stats(host))["page_requests"] == before["page_requests"]
+        await guest.memory.touch([page])
+        record = await queue.fill(page, 0x1234, 2 * PAGE_SIZE)
+        assert (record.status, record.fault_addr) == (Status.PAGE_FAULT_NOBOF, page + PAGE_SIZE)
+        await guest.memory.touch([page + PAGE_SIZE])
+        assert (await queue.fill(page, 0x1234, 2 * PAGE_SIZE)).status is Status.SUCCESS
+
+
+@pytest.mark.defect("B-39")
+async def test_a_vmm_closes_its_tdp_fd_whether_it_ends_well_or_half_way(host: Host) -> None:
+    """Its process lives on in the series' QEMU, so the next container met EEXIST; here nothing is left."""
+    async with machine(host, MachineConfig()) as guest:
+        taken = MachineConfig(device=guest.config.device)
+        with refused(errno.EBUSY):
+            async with machine(host, taken):
+                pytest.fail("the device is in use")
+        with refused(errno.EEXIST):
+            await guest.vm.create_tdp_fd()
+        await eventually(host.kvmd.stats, lambda s: len(s["vms"]) == 1, "the half-made machine is gone")
+    await nothing_left(host)
+    async with machine(host, MachineConfig()):
+        assert len((await host.kvmd.stats())["vms"]) == 1

@@ -1,0 +1,59 @@
+"""A fault that sleeps in its lookup holds nobody up: no other fault, no memslot change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import PageFault, Result
+from kvmd.core.vm import Kvm
+from protocol.flow import Wait
+from protocol.units import Gfn, Hva
+from tests.unit.kvmd.world import WRITE, World
+
+
+def nobody_waits_for_a_sleeper(world: World) -> None:
+    first = world.map(16)
+    world.set_slot(0, 0x100, 16, first)
+    exported = world.export()
+    gate: Wait[None] = Wait()
+    looked_up = world.mm.get_user_page
+
+    async def first_page_sleeps(hva: Hva, *, write: bool) -> HostPage:
+        if hva == first:
+            await gate  # as on a userfaultfd, until the VMM has resolved it
+        return await looked_up(hva, write=write)
+
+    world.mm.get_user_page = first_page_sleeps  # type: ignore[method-assign]
+    sleeper = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))
+    beside = world.start(world.vm.fault_exported(exported, 77, Gfn(0x101), WRITE))
+    assert beside.done, "a fault waits for another's lookup"
+    change = world.start(world.vm.set_memory_region(world.region(1, 0x200, 1, first)))
+    assert change.done, "the VMM cannot resolve the lookup: its memslot change waits for it"
+    assert not sleeper.done
+    gate.set(None)
+    world.flows.run_ready()
+    assert sleeper.result() is Result.FIXED
+
+
+@pytest.mark.defect("B-25")
+def test_a_fault_that_sleeps_holds_up_neither_faults_nor_memslots() -> None:
+    nobody_waits_for_a_sleeper(World())
+
+
+@pytest.mark.defect("B-25")
+def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = Kvm._resolve
+
+    async def locked(self: Kvm, fault: PageFault, *rest: Any) -> Result:
+        await self._slots_lock.acquire(write=True)
+        try:
+            return await resolve(self, fault, *rest)
+        finally:
+            self._slots_lock.release()
+
+    monkeypatch.setattr(Kvm, "_resolve", locked)
+    with pytest.raises(AssertionError, match="waits"):
+        nobody_waits_for_a_sleeper(World())

@@ -1,0 +1,155 @@
+"""What ends: a TDP FD, a process, a VM.  Each story as it is, and with the defect put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import Result
+from kvmd.core.tdp_fd import ExportedTdp
+from kvmd.core.tdp_mmu import Mapped, TdpMmu
+from kvmd.core.vm import Kvm
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import Gfn, Hva
+from tests.unit.kvmd.world import WRITE, SlowImporter, World
+
+PAGE = 4096
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    made.set_slot(0, 0x100, 16, made.map(16))
+    made.vcpu()
+    return made
+
+
+def use_after_release(world: World) -> None:
+    """A vCPU that ran on the exported root runs on, and the host moves a page of it."""
+    vcpu, slot = world.vm.vcpus[0], next(iter(world.vm.slots))
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    world.write(vcpu, 0x10_0000, b"before")
+    exported.unregister_importer("unit", importer)
+    world.vm.release_tdp_fd(exported)
+    assert (exported.root.exported, exported.root.invalid) == (False, False)
+    assert vcpu.root is exported.root
+    world.run(world.mm.migrate(slot.hva, PAGE))
+    world.write(vcpu, 0x10_0000, b"after!")
+    assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"
+
+
+@pytest.mark.rfc("RFC-102")
+@pytest.mark.defect("B-18")
+def test_after_a_release_no_vcpu_uses_a_stale_translation(world: World) -> None:
+    use_after_release(world)
+
+
+@pytest.mark.defect("B-18")
+def test_a_release_that_zaps_without_a_flush_is_noticed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host then finds nothing to clear, flushes nothing, and the vCPU's TLB still has the old frame."""
+    release = Kvm.release_tdp_fd
+
+    def zap_too(self: Kvm, exported: ExportedTdp) -> None:
+        self.mmu.zap_leafs(exported.root.everything)
+        release(self, exported)
+
+    monkeypatch.setattr(Kvm, "release_tdp_fd", zap_too)
+    with pytest.raises(AssertionError, match="old frame"):
+        use_after_release(world)
+
+
+def exit_under_dma(world: World) -> None:
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    world.io_fault(exported, 0x100)
+    over = world.start(world.mm.exit())
+    assert importer.heard, "frames are given back and no importer was told"
+    assert (over.done, world.host.frames.in_use) == (False, 1)
+    world.ack(importer)
+    assert (over.done, world.host.frames.in_use) == (True, 0)
+
+
+@pytest.mark.rfc("RFC-103")
+@pytest.mark.defect("B-19")
+def test_a_process_that_exits_keeps_its_frames_until_importers_acked(world: World) -> None:
+    exit_under_dma(world)
+
+
+@pytest.mark.defect("B-19")
+def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def only_zap(self: Kvm, start: Hva, end: Hva) -> None:
+        self._in_progress.append((start, end))
+        self.mmu.zap_leafs(self.mmu.roots[0].everything)
+
+    monkeypatch.setattr(Kvm, "invalidate_range_start", only_zap)
+    with pytest.raises(AssertionError, match="no importer was told"):
+        exit_under_dma(world)
+
+
+def end_of_a_vm(world: World) -> None:
+    exported = world.export()
+    for gfn in (0x100, 0x105):
+        assert world.io_fault(exported, gfn) is Result.FIXED
+    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.destroy())
+    assert (world.host.pool.in_use, world.host.pool.held(world.vm.id)) == (0, 0)
+    assert not any(world.bare.tables)
+
+
+@pytest.mark.defect("B-23")
+def test_a_vm_gives_back_the_pages_its_devices_faults_took(world: World) -> None:
+    end_of_a_vm(world)
+
+
+@pytest.mark.defect("B-23")
+def test_a_vm_that_keeps_some_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the series did: pages are taken for exported faults five at a time, and the rest is forgotten."""
+    map_page = TdpMmu.map
+
+    def from_a_cache(self: TdpMmu, *args: Any, **kwargs: Any) -> Mapped:
+        self._pool.allocate()
+        return map_page(self, *args, **kwargs)
+
+    monkeypatch.setattr(TdpMmu, "map", from_a_cache)
+    with pytest.raises(AssertionError):
+        end_of_a_vm(world)
+
+
+# -- who still asks after the release --------------------------------------------------------------------
+
+
+def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -> None:
+    """The importer keeps no reference: its fault finds no exported root to map into, and maps nothing."""
+    exported = world.export()
+    gate: Wait[None] = Wait()
+    looked_up = world.mm.get_user_page
+
+    async def sleepy(hva: Hva, *, write: bool) -> HostPage:
+        await gate
+        return await looked_up(hva, write=write)
+
+    world.mm.get_user_page = sleepy  # type: ignore[method-assign]
+    fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))
+    world.vm.release_tdp_fd(exported)
+    gate.set(None)
+    world.flows.run_ready()
+    with pytest.raises(UapiError, match="ENODEV"):
+        fault.result()
+    assert world.table(exported.meta.root_hpa) == {}
+
+
+@pytest.mark.defect("B-36")
+def test_a_released_tdp_takes_no_importer_and_no_fault(world: World) -> None:
+    exported = world.export()
+    world.vm.release_tdp_fd(exported)
+    world.export()
+    with pytest.raises(UapiError, match="ENODEV"):
+        exported.register_importer("unit", SlowImporter())
+    with pytest.raises(UapiError, match="ENODEV"):
+        world.io_fault(exported, 0x100)

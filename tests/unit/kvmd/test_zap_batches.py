@@ -1,0 +1,122 @@
+"""Deleting a memslot under a large exported root: bounded work a turn, and nothing unflushed in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvmd.core import vm as vm_module
+from kvmd.core.invariants import check_vm
+from kvmd.core.page_fault import Result
+from kvmd.core.vm import Kvm
+from protocol.flow import Wait
+from protocol.units import Gfn
+from tests.unit.kvmd.world import WRITE, SlowImporter, World
+
+PAGE = 4096
+BATCH = 4
+
+
+class Rig:
+    """16 pages at gfn 0x100 and one at 0x200, all mapped; acks and turns come when the test gives them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vm_module, "ZAP_BATCH", BATCH)
+        self.world = World()
+        self.hva = self.world.map(16)
+        self.world.set_slot(0, 0x100, 16, self.hva)
+        self.world.set_slot(1, 0x200, 1, self.world.map(1))
+        self.exported = self.world.export()
+        self.turns: list[Wait[None]] = []
+        self.world.host.cond_resched = self.cond_resched
+        self.importer = SlowImporter()
+        self.exported.register_importer("unit", self.importer)
+        for gfn in (*range(0x100, 0x110), 0x200):
+            assert self.world.io_fault(self.exported, gfn) is Result.FIXED
+
+    def cond_resched(self) -> Wait[None]:
+        self.turns.append(Wait())
+        return self.turns[-1]
+
+    def delete(self) -> Wait[None]:
+        return self.world.start(self.world.vm.set_memory_region(self.world.region(0, 0, 0, 0)))
+
+    def next_turn(self) -> None:
+        self.turns[-1].set(None)
+        self.world.flows.run_ready()
+
+
+def work_is_bounded(rig: Rig) -> None:
+    over, left = rig.delete(), []
+    while not over.done:
+        left.append(len(rig.world.table()))
+        if rig.importer.pending:
+            rig.world.ack(rig.importer)
+        else:
+            rig.next_turn()
+    assert left == [13, 13, 9, 9, 5, 5, 1, 1, 0], "each batch, then its flush, then a turn for the others"
+    assert rig.world.table() == {}
+    assert check_vm(rig.world.vm) == []
+
+
+@pytest.mark.rfc("RFC-95")
+@pytest.mark.defect("B-33")
+def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    work_is_bounded(Rig(monkeypatch))
+
+
+@pytest.mark.defect("B-33")
+def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(self: Kvm) -> None:
+        self.mmu.zap_leafs(self.exported[0].root.everything)
+        await self.flusher.flush(None)
+
+    monkeypatch.setattr(Kvm, "_zap_all_fast", at_once)
+    with pytest.raises(AssertionError, match="each batch"):
+        work_is_bounded(Rig(monkeypatch))
+
+
+def host_takes_a_page_meanwhile(rig: Rig) -> None:
+    """It finds the entry cleared already, nothing to flush, and must not free the frame under the unit."""
+    rig.delete()
+    gone = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    assert not gone.done, "the frame is free and the importer was not even told"
+    while rig.importer.pending:
+        rig.world.ack(rig.importer)
+    assert gone.done
+
+
+def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    host_takes_a_page_meanwhile(Rig(monkeypatch))
+
+
+@pytest.mark.defect("B-33")
+def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def flush_at_the_end(self: Kvm) -> None:
+        left: Any = self.exported[0].root.everything
+        while left is not None:
+            _, left = self.mmu.zap_some(self.exported[0].root, left, BATCH)
+            await self.host.cond_resched()
+        await self.flusher.flush(None)
+
+    monkeypatch.setattr(Kvm, "_zap_all_fast", flush_at_the_end)
+    with pytest.raises(AssertionError, match="not even told"):
+        host_takes_a_page_meanwhile(Rig(monkeypatch))
+
+
+def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    over = rig.delete()
+    rig.world.ack(rig.importer)
+    vcpu = rig.world.vm.vcpus[0]
+    assert rig.world.write(vcpu, 0x20_0000, b"x").done == 1
+    waits = rig.world.start(rig.world.vm.fault_exported(rig.exported, 77, Gfn(0x100), WRITE))
+    assert not waits.done
+    while not over.done:
+        if rig.importer.pending:
+            rig.world.ack(rig.importer)
+        else:
+            rig.next_turn()
+    assert waits.result() is Result.NO_SLOT
+    assert check_vm(rig.world.vm) == []
