@@ -13,10 +13,10 @@ import errno
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from kvmd.core.mm.page import HostPage
 from kvmd.core.invariants import walker_rules
 from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.memslot import Memslot
+from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import mapping_level
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_mmu import Root

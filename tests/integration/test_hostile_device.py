@@ -26,8 +26,7 @@ async def still_serves(fake: FakeSilicon, rig: Rig, prgi: int = 500) -> None:
     assert await rig.host.kvmd.violations() == []
 
 
-@pytest.mark.rfc("RFC-84")
-@pytest.mark.rfc("RFC-85")
+@pytest.mark.rfc("RFC-84", "RFC-85")
 @pytest.mark.defect("B-31")
 @pytest.mark.parametrize(
     ("addr", "code"),
@@ -50,8 +49,7 @@ async def test_any_address_is_answered(addr: int, code: int) -> None:
         await still_serves(fake, rig)
 
 
-@pytest.mark.rfc("RFC-83")
-@pytest.mark.rfc("RFC-84")
+@pytest.mark.rfc("RFC-83", "RFC-84")
 async def test_every_pasid_is_invalid_and_none_is_served() -> None:
     async with hostile() as (fake, rig):
         pasids = [0, 1, 77, (1 << 20) - 1]

@@ -186,8 +186,7 @@ async def paging(rig: Rig, pt_id: int, **changed: Any) -> int:
     return hwpt
 
 
-@pytest.mark.rfc("RFC-55")
-@pytest.mark.rfc("RFC-43")
+@pytest.mark.rfc("RFC-55", "RFC-43")
 async def test_nesting_is_refused_with_the_series_reason(host: Host) -> None:
     reason = "faults of a nested domain are not handled"
     async with rigged(host) as rig:

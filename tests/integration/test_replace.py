@@ -99,9 +99,7 @@ async def test_replacing_under_running_dma_leaves_no_group_unanswered_and_nothin
 GROUP = {"device_sim": ["--devices", "3", "--device", "1:group=0"]}
 
 
-@pytest.mark.rfc("RFC-59")
-@pytest.mark.rfc("RFC-66")
-@pytest.mark.rfc("RFC-107")
+@pytest.mark.rfc("RFC-59", "RFC-66", "RFC-107")
 async def test_devices_of_a_group_are_on_one_hwpt_and_are_replaced_together() -> None:
     with system(GROUP) as made:
         async with connect_host(made.directory) as host:

@@ -82,13 +82,8 @@ UNITS = [
 ]
 
 
-@pytest.mark.rfc("RFC-48")
-@pytest.mark.rfc("RFC-49")
-@pytest.mark.rfc("RFC-51")
-@pytest.mark.rfc("RFC-53")
-@pytest.mark.defect("B-08")
-@pytest.mark.defect("B-15")
-@pytest.mark.defect("B-32")
+@pytest.mark.rfc("RFC-48", "RFC-49", "RFC-51", "RFC-53")
+@pytest.mark.defect("B-08", "B-15", "B-32")
 @pytest.mark.parametrize(("option", "why"), [row[:2] for row in UNITS], ids=[row[2] for row in UNITS])
 async def test_a_unit_that_cannot_walk_the_table_is_eopnotsupp_with_the_reason(option: str, why: str) -> None:
     """B-15: with a first stage only the root was installed as a first-stage table."""
@@ -141,8 +136,7 @@ async def test_without_ats_or_page_requests_on_either_side_attach_is_enodev(opti
             await device.attach(await paging(rig, await ioas_of(rig)))
 
 
-@pytest.mark.rfc("RFC-62")
-@pytest.mark.rfc("RFC-107")
+@pytest.mark.rfc("RFC-62", "RFC-107")
 async def test_a_device_whose_page_requests_are_on_already_attaches_and_keeps_them_on() -> None:
     async with with_silicon("--pri-on") as rig:
         _, device = rig.bound
@@ -169,8 +163,7 @@ async def test_a_device_with_pasid_whose_responses_need_none_is_einval() -> None
 # -- two units -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("RFC-90")
-@pytest.mark.rfc("RFC-94")
+@pytest.mark.rfc("RFC-90", "RFC-94")
 async def test_a_page_taken_away_is_forgotten_behind_every_unit() -> None:
     async with with_silicon("--devices", "2", "--units", "2", "--device", "1:unit=1") as rig:
         hwpt = await alloc(rig)

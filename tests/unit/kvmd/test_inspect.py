@@ -9,8 +9,8 @@ import pytest
 
 from kvmd.core import inspect
 from kvmd.core.host import CpuFeatures
-from kvmd.core.mm.vma import Prot
 from kvmd.core.inspect import Probe, describe, look_up, make_probes, root_of, table_runs
+from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt import bits
