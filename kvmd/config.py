@@ -49,6 +49,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options.add_argument("--ept-levels", type=int, default=4, choices=(4, 5))
     options.add_argument("--max-page", default="1G", choices=tuple(_PAGE_LEVELS), help="largest EPT leaf")
     options.add_argument("--no-ept-ad-bits", action="store_true")
+    options.add_argument("--no-pml", action="store_true", help="dirty logging by write protection alone")
+    options.add_argument(
+        "--address-spaces", type=int, default=2, choices=(1, 2), help="1: a KVM built without SMM"
+    )
+    options.add_argument(
+        "--no-dirty-ring-bitmap",
+        action="store_true",
+        help="no KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: a VM with a dirty ring cannot export its TDP",
+    )
     options.add_argument(
         "--cannot-export",
         action="append",
@@ -74,6 +83,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         ept_levels=given.ept_levels,
         max_page_level=Level(_PAGE_LEVELS[given.max_page]),
         ept_ad_bits=not given.no_ept_ad_bits,
+        pml=not (given.no_pml or given.no_ept_ad_bits),
+        address_spaces=given.address_spaces,
+        dirty_ring_with_bitmap=not given.no_dirty_ring_bitmap,
     )
     obstacles = frozenset(given.cannot_export)
     return given, Settings(given.ram, given.table_ram, features, not given.no_frame_tags, obstacles)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 
 from kvmd.config import Settings
-from kvmd.core.host import Host
+from kvmd.core.host import Clock, Host
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
@@ -26,10 +26,21 @@ F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
 _FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
+def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
+    """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE."""
+    try:
+        fd = os.memfd_create("kvm-dirty-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise UapiError(error.errno or errno.EMFILE, "no fd for a dirty ring") from None
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
+    return fd, memoryview(mmap.mmap(fd, size))
+
+
 class HostMemory:
     """The windows, their fds, and the `Host` that lives in them."""
 
-    def __init__(self, settings: Settings, cond_resched: Callable[[], Wait[None]]) -> None:
+    def __init__(self, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]) -> None:
         self._fds: list[tuple[Window, int]] = []
         self._maps: list[mmap.mmap] = []
         tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes, F_SEAL_FUTURE_WRITE)
@@ -45,6 +56,7 @@ class HostMemory:
             frames,
             tags,
             self._discard,
+            clock,
             obstacles=settings.obstacles,
             cond_resched=cond_resched,
         )

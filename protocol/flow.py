@@ -177,7 +177,7 @@ class Flows:
 class RwLock:
     """A lock flows sleep on: first come, first served; readers that stand together go together.
 
-    What the kernel has as a mutex is one that is only ever taken for writing.
+    What the kernel has as a mutex is one that is only ever taken for writing: `async with` does that.
     """
 
     def __init__(self) -> None:
@@ -206,6 +206,12 @@ class RwLock:
             self._queue.popleft()
             self._enter(write)
             wait.set(None)
+
+    async def __aenter__(self) -> None:
+        await self.acquire(write=True)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
 
     def _enter(self, write: bool) -> None:
         if write:

@@ -106,10 +106,14 @@ class GuestCpu:
         self._vcpu = vcpu
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
-        reads, mmio = await self._vcpu.run(accesses)
-        if mmio is not None:
-            raise LookupError(f"the guest touched gpa {mmio.gpa:#x}, where no RAM is")
-        return reads
+        ran = await self._vcpu.run(
+            [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
+        )
+        if ran.errno:
+            raise UapiError(ran.errno, f"KVM_RUN: {ran.why}")
+        if ran.mmio is not None:
+            raise LookupError(f"the guest touched gpa {ran.mmio.phys_addr:#x}, where no RAM is")
+        return ran.reads
 
 
 @asynccontextmanager

@@ -45,15 +45,22 @@ class _Running:
 class Supervisor:
     """`extra` are further options for a daemon, by name; `log_level` is every daemon's."""
 
-    def __init__(self, directory: Path, extra: Mapping[str, Sequence[str]], log_level: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        extra: Mapping[str, Sequence[str]],
+        log_level: str,
+        daemons: Sequence[DaemonSpec] = DAEMONS,
+    ) -> None:
         self.directory = directory
+        self._daemons = daemons
         self._extra = extra
         self._log_level = log_level
         self._running: list[_Running] = []
 
     async def start(self) -> None:
         """Start all of them at once: each waits for the peers it needs."""
-        for spec in DAEMONS:
+        for spec in self._daemons:
             log = self.directory / f"{spec.name}.log"
             argv = [sys.executable, "-m", spec.module, *spec.argv(str(self.directory))[1:]]
             argv += ["--exit-with-stdin", "--log-level", self._log_level, *self._extra.get(spec.name, ())]
@@ -107,14 +114,16 @@ async def _stop(running: _Running) -> str | None:
 
 @asynccontextmanager
 async def supervised(
-    extra: Mapping[str, Sequence[str]] | None = None, log_level: str = "info"
+    extra: Mapping[str, Sequence[str]] | None = None,
+    log_level: str = "info",
+    daemons: Sequence[DaemonSpec] = DAEMONS,
 ) -> AsyncIterator[Supervisor]:
-    """All daemons, ready, in a directory of mode 0700 that goes away with them.
+    """The daemons, ready, in a directory of mode 0700 that goes away with them.
 
     Raises DaemonFailed at the end if one of them did not end cleanly.
     """
     directory = Path(tempfile.mkdtemp(prefix="tdp-"))
-    supervisor = Supervisor(directory, extra or {}, log_level)
+    supervisor = Supervisor(directory, extra or {}, log_level, daemons)
     try:
         await supervisor.start()
         await supervisor.wait_ready()

@@ -7,32 +7,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from protocol.errors import UapiError
+from qemu_shim.dirty_ring import DirtyRing
 from qemu_shim.file import File
+
+Program = Sequence[Sequence[int | str | bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class MmioExit:
-    """KVM_EXIT_MMIO: the access the guest could not make."""
+    """kvm_run.mmio: the access that is user space's to make; `data` is what a store writes."""
 
-    gpa: int
-    size: int
+    phys_addr: int
+    len: int
     is_write: bool
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """struct kvm_run after KVM_RUN; `reads` is all that the guest's code has read since it began."""
+
+    exit_reason: int
+    errno: int
+    why: str
+    done: bool  # the code is at its end
+    finished: int  # instructions
+    reads: list[bytes]
+    mmio: MmioExit | None
+    signal: dict[str, int] | None  # siginfo: signo, code, addr
 
 
 class Vcpu(File):
     async def set_cpuid(self, maxphyaddr: int) -> None:
         await self.ask("KVM_SET_CPUID2", maxphyaddr=maxphyaddr)
 
-    async def run(self, accesses: Sequence[tuple[int, int | bytes]]) -> tuple[list[bytes], MmioExit | None]:
-        """KVM_RUN; what the reads gave, and the exit if one came before the end.
+    async def set_msr(self, index: int, value: int) -> int:
+        """KVM_SET_MSRS with one entry; how many were set."""
+        ret: int = (await self.ask("KVM_SET_MSRS", index=index, value=value)).body["ret"]
+        return ret
 
-        Raises UapiError with the errno KVM_RUN gave.
-        """
-        body = (await self.ask("KVM_RUN", accesses=list(accesses))).body
-        if body["errno"]:
-            raise UapiError(body["errno"], f"KVM_RUN: {body['why']}")
-        mmio = body.get("mmio")
-        left = None if mmio is None else MmioExit(mmio["phys_addr"], mmio["len"], mmio["is_write"])
-        return body["reads"], left
+    async def dirty_ring(self) -> DirtyRing:
+        """Map the vCPU's dirty ring; EINVAL if its VM has none."""
+        reply = await self.ask("MMAP_DIRTY_RING")
+        return DirtyRing(reply.fds.take(0), reply.body["size"])
+
+    async def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
+        """KVM_PRE_FAULT_MEMORY: what is left of the range, (gpa, size)."""
+        body = (await self.ask("KVM_PRE_FAULT_MEMORY", gpa=gpa, size=size, flags=flags)).body
+        return body["gpa"], body["size"]
+
+    async def run(self, program: Program, cpl: int = 3, smm: bool = False) -> RunResult:
+        """KVM_RUN with new code for the guest."""
+        return await self._run(program=list(program), cpl=cpl, smm=smm)
+
+    async def resume(self, mmio_data: bytes | None = None) -> RunResult:
+        """KVM_RUN again: the access that failed is tried again, a load gets `mmio_data`."""
+        return await self._run(program=None, mmio_data=mmio_data)
+
+    async def _run(self, **fields: Any) -> RunResult:
+        body = (await self.ask("KVM_RUN", **fields)).body
+        mmio, signal = body.pop("mmio", None), body.pop("signal", None)
+        return RunResult(**body, mmio=None if mmio is None else MmioExit(**mmio), signal=signal)

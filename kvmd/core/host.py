@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.memory import Memory
@@ -28,16 +29,29 @@ MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 
 @dataclass(frozen=True, slots=True)
 class CpuFeatures:
-    """What the host's CPUs can do; the guest's width may be smaller."""
+    """What the host's CPUs can do, and what its KVM was built with; the guest's width may be smaller."""
 
     maxphyaddr: int = 46
     ept_levels: int = 4
     max_page_level: Level = LEVEL_1G
     ept_ad_bits: bool = True
+    pml: bool = True  # page-modification logging: needs the A/D bits
+    address_spaces: int = 2  # 1: built without SMM
+    dirty_ring_with_bitmap: bool = True  # NEED_KVM_DIRTY_RING_WITH_BITMAP: devices write without a vCPU
 
     def root_level(self, guest_maxphyaddr: int) -> Level:
         """5 only with 5-level EPT and a guest wider than 48 bits [RFC 29/42]."""
         return Level(5) if self.ept_levels == 5 and guest_maxphyaddr > 48 else Level(4)
+
+
+class Clock(Protocol):
+    """Time, which a core may not ask for itself."""
+
+    def tick(self) -> Wait[None]:
+        """Set once everybody else who could run has had a turn."""
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970."""
 
 
 class Host:
@@ -48,11 +62,13 @@ class Host:
         frames: Window,
         tags: FrameTags | None,
         discard: Callable[[int, int], None],
+        clock: Clock,
         *,
         obstacles: frozenset[Obstacle] = frozenset(),
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
+        self.clock = clock
         self.obstacles = obstacles  # what keeps this host's KVM from exporting
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)

@@ -17,7 +17,6 @@ from kvmd.core.invariants import walker_rules
 from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.memslot import Memslot
 from kvmd.core.mm.page import HostPage
-from kvmd.core.page_fault import mapping_level
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_mmu import Root
 from kvmd.core.vm import Kvm
@@ -186,7 +185,7 @@ def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
     granted = root.record.state(gfn)
     if slot is None or page is None or granted not in MAPPED:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)
-    level = mapping_level(slot, gfn, page, vm.host.features.max_page_level)
+    level = vm.level_of(slot, gfn, page)
     writable = granted == WRITABLE and page.writable and not slot.readonly
     return Probe(gpa, _frame_of(slot, gfn, page), True, writable, size_of_level(level))
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from kvmd.core.tdp_mmu import Root
 from kvmd.core.vm import Kvm
+from protocol.pt import bits
 from protocol.pt.check import check_table
 from protocol.pt.entry import is_writable, pfn_of
+from protocol.pt.geometry import entry_span
 from protocol.pt.walk import WalkRules, second_stage_rules
-from protocol.units import PAGE_SHIFT, pages_of_level
+from protocol.units import PAGE_SHIFT, Gfn, pages_of_level
 
 
 def check_vm(vm: Kvm) -> list[str]:
@@ -22,6 +24,7 @@ def check_vm(vm: Kvm) -> list[str]:
         found += _check_counts(vm, root)
         if not root.invalid and not vm.host_is_changing:
             found += _check_translations(vm, root)
+            found += _check_dirty_log(vm, root)
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
             found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
@@ -54,6 +57,11 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
         if slot is None:
             found.append(f"I11: gfn {met.gfn:#x} is mapped but in no memslot")
             continue
+        binding = slot.private
+        if binding is not None and (vm.private.serves(slot, met.gfn)):
+            if binding.memfd.present(binding.index_of(met.gfn)) != pfn_of(met.entry):
+                found.append(f"I11: gfn {met.gfn:#x} is private and maps pfn {pfn_of(met.entry):#x}")
+            continue
         page = vm.mm.present_page(slot.hva_of(met.gfn))
         if page is None:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has no page there")
@@ -63,6 +71,23 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
         if met.level > page.level or met.gfn + pages_of_level(met.level) > slot.span.end:
             found.append(f"I11: gfn {met.gfn:#x} level {met.level} maps beyond its host page or its slot")
+        if is_writable(met.entry) and vm.page_track.any_in(slot, entry_span(met.gfn, met.level)):
+            found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
+    return found
+
+
+def _check_dirty_log(vm: Kvm, root: Root) -> list[str]:
+    """I20: no store to a page that user space believes clean goes unnoticed.  Rings are user space's own."""
+    found = []
+    for met in vm.mmu.leaves(root):
+        slot = vm.slots.find(met.gfn, root.role.as_id)
+        if slot is None or slot.dirty is None or vm.dirty_log.rings or not is_writable(met.entry):
+            continue
+        span = entry_span(met.gfn, met.level)
+        noticed = vm.mmu.logs_by_dirty_bit(root) and not met.entry & bits.DIRTY
+        clean = [gfn for gfn in range(span.start, span.end) if not vm.dirty_log.is_dirty(slot, Gfn(gfn))]
+        if clean and not noticed:
+            found.append(f"I20: gfn {clean[0]:#x} is writable, its slot {slot.id} logs, its bit is clear")
     return found

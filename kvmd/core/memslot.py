@@ -1,33 +1,34 @@
 """Memslots: which guest frames are backed by which host virtual addresses.
 
-Models KVM_SET_USER_MEMORY_REGION and the lookup of a gfn [KVM kvm_main.c]: checks in the kernel's order
-with the kernel's errnos.  A change is planned first (`plan`) and applied second, because deleting or
-moving a slot must zap and flush in between.
+Models KVM_SET_USER_MEMORY_REGION, its second form and the lookup of a gfn [KVM kvm_main.c]: checks in the
+kernel's order with the kernel's errnos.  A change is planned first (`plan`) and applied second, because
+deleting or moving a slot must zap and flush in between; the limit of the gpa is checked after that
+(`check_limit`), as the kernel does.
 """
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
 
+from kvmd.core.dirty_bitmap import DirtyBitmap
+from kvmd.core.guest_memfd import Binding, GuestMemfd
 from protocol.errors import UapiError
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
 MAX_SLOT_PAGES = (1 << 31) - 1
-ADDRESS_SPACES = 2  # 0 normal, 1 SMM
-USER_SPACE_END = 1 << 47
+MAX_ADDRESS_SPACES = 2  # 0 normal, 1 SMM
+USER_PTR_MAX = (1 << 47) - PAGE_SIZE  # access_ok(): start and end of a buffer are at most this [KVM uaccess]
 
 
 class SlotFlag(IntFlag):
     LOG_DIRTY_PAGES = 1
     READONLY = 2
-
-
-VALID_FLAGS = int(SlotFlag.LOG_DIRTY_PAGES | SlotFlag.READONLY)
+    GUEST_MEMFD = 4
 
 
 class Change(Enum):
@@ -40,20 +41,31 @@ class Change(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Memslot:
+    """`dirty` is there while the slot logs into a bitmap, `private` if it has a guest_memfd."""
+
     id: int
     as_id: int
     base_gfn: Gfn
     npages: int
     hva: Hva
     flags: SlotFlag
+    dirty: DirtyBitmap | None = field(default=None, compare=False)
+    private: Binding | None = field(default=None, compare=False)
     readonly: bool = field(init=False)
+    logs: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "readonly", SlotFlag.READONLY in self.flags)
+        object.__setattr__(self, "logs", SlotFlag.LOG_DIRTY_PAGES in self.flags)
 
     @property
     def span(self) -> GfnSpan:
         return GfnSpan.of_pages(self.base_gfn, self.npages)
+
+    @property
+    def number(self) -> int:
+        """As user space says it: the address space in the high half."""
+        return self.as_id << 16 | self.id
 
     def hva_of(self, gfn: Gfn) -> Hva:
         return Hva(self.hva + ((gfn - self.base_gfn) << PAGE_SHIFT))
@@ -71,24 +83,35 @@ class Memslot:
         )
 
 
+def _no_memfd() -> GuestMemfd:
+    raise UapiError(errno.EBADF, "no guest_memfd came with the request")
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
-    """struct kvm_userspace_memory_region, as the caller sent it."""
+    """struct kvm_userspace_memory_region2, as the caller sent it; `version` 1 is the shorter struct.
+
+    `guest_memfd()` is fget() of the fd in it, called only when its turn in the checks has come.
+    """
 
     slot: int
     flags: int
     guest_phys_addr: Gpa
     memory_size: int
     userspace_addr: Hva
+    version: int = 1
+    guest_memfd_offset: int = 0
+    guest_memfd: Callable[[], GuestMemfd] = _no_memfd
 
 
 class Memslots:
     """The slots of one VM, all address spaces.  `gfn_limit` is the first gfn the TDP cannot map."""
 
-    def __init__(self, gfn_limit: Gfn) -> None:
+    def __init__(self, gfn_limit: Gfn, address_spaces: int = MAX_ADDRESS_SPACES) -> None:
+        self.address_spaces = address_spaces
         self._gfn_limit = gfn_limit
         self._by_id: dict[tuple[int, int], Memslot] = {}
-        self._by_gfn: list[list[Memslot]] = [[] for _ in range(ADDRESS_SPACES)]
+        self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self.generation = 0
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
@@ -99,21 +122,33 @@ class Memslots:
             return slots[at]
         return None
 
+    def numbered(self, number: int) -> Memslot | None:
+        """The slot user space calls `number`.  EINVAL: no slot can be called so."""
+        as_id, slot_id = number >> 16, number & 0xFFFF
+        if as_id >= self.address_spaces or slot_id >= MAX_SLOTS:
+            raise UapiError(
+                errno.EINVAL,
+                f"slot {number:#x}: {self.address_spaces} address spaces, slots up to {MAX_SLOTS - 1}",
+            )
+        return self._by_id.get((as_id, slot_id))
+
     def __iter__(self) -> Iterator[Memslot]:
         return iter(list(self._by_id.values()))
 
+    def __len__(self) -> int:
+        return len(self._by_id)
+
     def plan(self, region: Region) -> tuple[Change, Memslot | None, Memslot | None]:
         """What setting `region` means: (change, old slot, new slot).  Raises UapiError, changes nothing."""
-        _check_region(region)
-        as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
-        old = self._by_id.get((as_id, slot_id))
+        _check_region(region, self.address_spaces)
+        old = self.numbered(region.slot)
         if region.memory_size == 0:
             if old is None:
-                raise UapiError(errno.EINVAL, f"delete slot {slot_id}: there is no such slot")
+                raise UapiError(errno.EINVAL, f"delete slot {region.slot:#x}: there is no such slot")
             return Change.DELETE, old, None
         new = Memslot(
-            slot_id,
-            as_id,
+            region.slot & 0xFFFF,
+            region.slot >> 16,
             Gfn(region.guest_phys_addr >> PAGE_SHIFT),
             region.memory_size >> PAGE_SHIFT,
             region.userspace_addr,
@@ -122,9 +157,12 @@ class Memslots:
         change = _kind_of_change(old, new)
         if change in (Change.CREATE, Change.MOVE):
             self._check_overlap(new)
-        if change is not Change.NONE and new.span.end > self._gfn_limit:
-            raise UapiError(errno.EINVAL, f"slot {slot_id}: {new.span} is beyond gfn {self._gfn_limit:#x}")
         return change, old, new
+
+    def check_limit(self, new: Memslot) -> None:
+        """The architecture's check, the last one: for a move, everything has been zapped by then."""
+        if new.span.end > self._gfn_limit:
+            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self._gfn_limit:#x}")
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         if old is not None:
@@ -144,17 +182,33 @@ class Memslots:
                 )
 
 
-def _check_region(region: Region) -> None:
+def _valid_flags(region: Region) -> SlotFlag:
+    """Private memory is neither logged nor read-only, and only the second struct can name it."""
+    if region.version == 1:
+        return SlotFlag.LOG_DIRTY_PAGES | SlotFlag.READONLY
+    if region.flags & SlotFlag.GUEST_MEMFD:
+        return SlotFlag.GUEST_MEMFD
+    return SlotFlag.LOG_DIRTY_PAGES | SlotFlag.READONLY
+
+
+def _check_region(region: Region, address_spaces: int) -> None:
     """The checks that look at the argument alone, in the kernel's order [KVM kvm_main.c]."""
     gpa, size, hva = region.guest_phys_addr, region.memory_size, region.userspace_addr
+    as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
+    private = region.flags & SlotFlag.GUEST_MEMFD
+    offset = region.guest_memfd_offset
     checks = (
-        (region.flags & ~VALID_FLAGS, f"flags {region.flags:#x}: unknown bits"),
-        ((region.slot & 0xFFFF) >= MAX_SLOTS, f"slot {region.slot & 0xFFFF}: at most {MAX_SLOTS - 1}"),
-        (gpa % PAGE_SIZE or size % PAGE_SIZE, f"gpa {gpa:#x} size {size:#x}: not whole pages"),
-        (hva % PAGE_SIZE or hva + size > USER_SPACE_END, f"hva {hva:#x}: unaligned or not user space"),
+        (region.flags & ~int(_valid_flags(region)), f"flags {region.flags:#x}: bits that cannot be set here"),
+        (size % PAGE_SIZE, f"size {size:#x}: not whole pages"),
+        (gpa % PAGE_SIZE, f"gpa {gpa:#x}: not whole pages"),
+        (hva % PAGE_SIZE or hva + size > USER_PTR_MAX, f"hva {hva:#x}: unaligned or not user space"),
         (
-            (region.slot >> 16) >= ADDRESS_SPACES,
-            f"address space {region.slot >> 16}: there are {ADDRESS_SPACES}",
+            private and (offset % PAGE_SIZE or offset + size >= 1 << 64),
+            f"guest_memfd_offset {offset:#x}: unaligned or wraps",
+        ),
+        (
+            as_id >= address_spaces or slot_id >= MAX_SLOTS,
+            f"slot {slot_id} of address space {as_id}: at most {MAX_SLOTS - 1} of {address_spaces}",
         ),
         (gpa + size >= 1 << 64, f"gpa {gpa:#x} size {size:#x}: wraps"),
         ((size >> PAGE_SHIFT) > MAX_SLOT_PAGES, f"size {size:#x}: more than {MAX_SLOT_PAGES} pages"),
@@ -167,6 +221,8 @@ def _check_region(region: Region) -> None:
 def _kind_of_change(old: Memslot | None, new: Memslot) -> Change:
     if old is None:
         return Change.CREATE
+    if (SlotFlag.GUEST_MEMFD in new.flags) or old.private is not None:
+        raise UapiError(errno.EINVAL, f"slot {new.id}: one with a guest_memfd can only be deleted")
     fixed = (old.hva, old.npages, old.readonly)
     if fixed != (new.hva, new.npages, new.readonly):
         raise UapiError(errno.EINVAL, f"slot {new.id}: hva, size and READONLY cannot change; delete it first")

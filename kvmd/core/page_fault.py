@@ -7,13 +7,16 @@ invalidation may take it away before it is mapped: the sequence sampled first an
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvmd.core.memslot import Memslot
 from kvmd.core.mm.page import HostPage
+from protocol.errors import EHWPOISON
 from protocol.pt.geometry import entry_span
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Level, Pfn, pages_of_level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
 
 
 class Source(Enum):
@@ -27,17 +30,35 @@ class Source(Enum):
 
 class Result(Enum):
     FIXED = auto()
+    FAST = auto()  # only W was missing, and was put back
     SPURIOUS = auto()
     NO_SLOT = auto()  # emulated MMIO for a vCPU, a failure for a device
     READONLY = auto()  # a write to a read-only slot: emulated, or a failure
+    TRACKED = auto()  # a write to a tracked gfn: emulated, or a failure [RFC defect B-24]
     NO_PAGE = auto()  # the host has nothing at that hva, or not with that right
+    HWPOISON = auto()  # the page is there, its contents are lost
     NO_MEMORY = auto()
+    MEMORY_FAULT = auto()  # private, and its slot has no private page for it: KVM_EXIT_MEMORY_FAULT
     UNSTABLE = auto()  # MAX_TRIES invalidations in a row got in the way [RFC defect B-14]
 
     __hash__ = object.__hash__
 
 
-RESOLVED = frozenset({Result.FIXED, Result.SPURIOUS})
+RESOLVED = frozenset({Result.FIXED, Result.FAST, Result.SPURIOUS})
+EMULATED = frozenset({Result.NO_SLOT, Result.READONLY, Result.TRACKED})  # RET_PF_EMULATE, for a vCPU
+
+# What a device's fault that was not resolved is to the importer: the first two are about this page only.
+IO_ERRNO = {
+    Result.NO_SLOT: errno.EFAULT,
+    Result.READONLY: errno.EFAULT,
+    Result.NO_PAGE: errno.EFAULT,
+    Result.TRACKED: errno.EINVAL,
+    Result.HWPOISON: EHWPOISON,
+    Result.NO_MEMORY: errno.ENOMEM,
+    Result.UNSTABLE: errno.EAGAIN,
+}
+# What the host's answer to a lookup means; anything else: it has no page there.
+LOOKUP_RESULT = {errno.ENOMEM: Result.NO_MEMORY, EHWPOISON: Result.HWPOISON}
 
 # With no invalidation in its way a fault takes one try; each further one: a page was taken away meanwhile.
 MAX_TRIES = 64
@@ -48,15 +69,24 @@ class PageFault:
     gfn: Gfn
     write: bool
     source: Source
+    as_id: int = 0
+    prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed
 
 
-def mapping_level(slot: Memslot, gfn: Gfn, page: HostPage, limit: Level) -> Level:
-    """The largest level whose entry lies in the slot and in the host page [KVM kvm_mmu_hugepage_adjust]."""
+def mapping_level(
+    slot: Memslot, gfn: Gfn, page: HostPage, limit: Level, tracked: Callable[[Memslot, GfnSpan], bool]
+) -> Level:
+    """The largest level whose entry lies in the slot and in the host page, with no gfn of it tracked
+    [KVM kvm_mmu_hugepage_adjust].  Pages are logged one by one, so a slot that logs gets small entries.
+    """
+    if slot.logs:
+        return LEVEL_4K
     for level in range(min(page.level, limit), LEVEL_4K, -1):
         pages = pages_of_level(Level(level))
         span = entry_span(gfn, Level(level))
         inside = slot.base_gfn <= span.start and span.end <= slot.span.end
-        if inside and (slot.base_gfn ^ (slot.hva >> PAGE_SHIFT)) % pages == 0:
+        aligned = (slot.base_gfn ^ (slot.hva >> PAGE_SHIFT)) % pages == 0
+        if inside and aligned and not tracked(slot, span):
             return Level(level)
     return LEVEL_4K
 

@@ -1,4 +1,4 @@
-"""Making entries: what kvmd stores for a page and for a table.
+"""Making entries: what kvmd stores for a page, for a table, and for a gfn without a slot.
 
 Models make_spte and make_nonleaf_spte with the RFC's bit layout [RFC 24/42], [RFC 33/42]: write-back
 memory with guest PAT ignored, accessed set at once, dirty set at once when writable.  Nothing depends
@@ -9,16 +9,18 @@ on who asked, so an entry a device's fault made equals, bit for bit, the one a v
 from __future__ import annotations
 
 from protocol.pt import bits
-from protocol.pt.entry import is_access_tracked
+from protocol.pt.entry import is_access_tracked, is_mmio
 from protocol.pt.walk import WalkRules
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Level, Pfn, pages_of_level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Hpa, Level, Pfn, pages_of_level
+
+MMIO_GENERATION_MASK = (1 << bits.MMIO_GENERATION_BITS) - 1
 
 _LEAF = bits.READ | bits.EXEC | bits.MEMTYPE_WB | bits.IGNORE_PAT | bits.MMU_PRESENT
 _WRITABLE = bits.WRITE | bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
-def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool) -> int:
-    """An entry that maps `pfn` (the first frame of its size)."""
+def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool, accessed: bool = True) -> int:
+    """An entry that maps `pfn` (the first frame of its size); a prefetch does not count as an access."""
     assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
     entry = _LEAF | pfn << PAGE_SHIFT
     if level > LEVEL_4K:
@@ -26,7 +28,7 @@ def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool) -> in
     if writable:
         entry |= _WRITABLE
     if ad_enabled:
-        entry |= bits.ACCESSED | (bits.DIRTY if writable else 0)
+        entry |= (bits.ACCESSED if accessed else 0) | (bits.DIRTY if writable else 0)
     else:
         entry |= bits.AD_DISABLED
     return entry
@@ -57,6 +59,24 @@ def aged(entry: int) -> int:
     if entry & bits.AD_TYPE_MASK == bits.AD_DISABLED:
         return entry & ~bits.RWX | (entry & (bits.READ | bits.EXEC)) << bits.SAVED_SHIFT
     return entry & ~bits.ACCESSED
+
+
+def make_mmio_entry(gfn: Gfn, generation: int) -> int:
+    """An entry that remembers that `gfn` had no slot in memslot generation `generation` [RFC 24/42]."""
+    entry = bits.MMIO | gfn << PAGE_SHIFT
+    for low, width, shift in bits.MMIO_GENERATION:
+        entry |= (generation >> low & (1 << width) - 1) << shift
+    return entry
+
+
+def mmio_generation(entry: int) -> int:
+    """The generation an MMIO entry was made in, as far as the entry has room for it."""
+    return sum((entry >> shift & (1 << width) - 1) << low for low, width, shift in bits.MMIO_GENERATION)
+
+
+def mmio_is_fresh(entry: int, generation: int) -> bool:
+    """Whether `entry` is MMIO and no memslot changed since it was made."""
+    return is_mmio(entry) and mmio_generation(entry) == generation & MMIO_GENERATION_MASK
 
 
 def check_entry(entry: int, level: Level, *, leaf: bool, rules: WalkRules) -> None:

@@ -6,7 +6,7 @@ Counters grow for the life of the VM; `pages_*` and `table_pages` are what is th
 
 from __future__ import annotations
 
-from kvmd.core.page_fault import RESOLVED, Result, Source
+from kvmd.core.page_fault import EMULATED, RESOLVED, Result, Source
 from kvmd.core.vm import Kvm
 
 
@@ -19,6 +19,7 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "noncoherent_dma": vm.noncoherent_dma,
         "importers": sum(exported.importers for exported in vm.exported.values()),
         "ept_violations": sum(vcpu.ept_violations for vcpu in vm.vcpus),
+        "pf_mmio_spte_created": sum(vcpu.mmio_sptes_made for vcpu in vm.vcpus),
         "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
         "memslot_generation": vm.slots.generation,
         "fault_retries": vm.retries,
@@ -32,7 +33,12 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
     for source, prefix in ((Source.VCPU, "pf"), (Source.IO, "io_pf")):
         taken = {result: vm.faults[source, result] for result in Result}
         stats[f"{prefix}_taken"] = sum(taken.values())
-        stats[f"{prefix}_fixed"] = taken[Result.FIXED]
+        stats[f"{prefix}_fixed"] = taken[Result.FIXED] + taken[Result.FAST]
+        stats[f"{prefix}_fast"] = taken[Result.FAST]
         stats[f"{prefix}_spurious"] = taken[Result.SPURIOUS]
-        stats[f"{prefix}_failed"] = sum(count for result, count in taken.items() if result not in RESOLVED)
+        emulated = sum(taken[result] for result in EMULATED) if source is Source.VCPU else 0
+        if source is Source.VCPU:  # for a device what only KVM could emulate has failed
+            stats["pf_emulate"] = emulated
+        unresolved = sum(count for result, count in taken.items() if result not in RESOLVED)
+        stats[f"{prefix}_failed"] = unresolved - emulated
     return stats

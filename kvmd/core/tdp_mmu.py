@@ -1,8 +1,9 @@
 """The TDP MMU: roots, and every change of an entry of theirs.
 
 Models KVM's TDP MMU as the sole writer of the shared table [RFC 35/42], [RFC 36/42], [RFC 37/42]: map a
-page, zap leaves, split a huge leaf, replace a table by a huge leaf, drop a root.  All of it is plain
-`def`: nothing awaits between reading an entry and storing it, so that pair is our compare-and-exchange.
+page, zap leaves, split a huge leaf, replace a table by a huge leaf, take W or D away for dirty logging and
+give it back, drop a root.  All of it is plain `def`: nothing awaits between reading an entry and storing it,
+so that pair is our compare-and-exchange.
 What must be flushed is returned; cut-off table pages go to quarantine under the epoch of the flush that
 must follow at once.
 
@@ -18,23 +19,38 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from kvmd.core.map_record import MapRecord
-from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_table_entry, split_child
+from kvmd.core.spte import (
+    aged,
+    check_entry,
+    is_young,
+    make_leaf,
+    make_mmio_entry,
+    make_table_entry,
+    split_child,
+)
 from kvmd.core.table_pool import TablePool
+from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.pt.entry import (
     is_access_tracked,
     is_frozen,
     is_leaf,
+    is_mmio,
     is_present,
     is_present_leaf,
     is_table,
     is_writable,
     table_of,
 )
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, MAX_LEAF_LEVEL, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
+
+# Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
+SPLIT_BUDGET = 4096
+_AD = bits.ACCESSED | bits.DIRTY
+_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
 class Outcome(Enum):
@@ -74,7 +90,8 @@ class Root:
 
 
 class TdpMmu:
-    """The tables of one VM.  `next_epoch()` is the number the next flush will have."""
+    """The tables of one VM.  `next_epoch()` is the number the next flush will have; with `pml` the CPUs log
+    each page whose D they set."""
 
     def __init__(
         self,
@@ -83,6 +100,8 @@ class TdpMmu:
         pool: TablePool,
         rules: WalkRules,
         next_epoch: Callable[[], int],
+        *,
+        pml: bool = False,
     ) -> None:
         self.roots: list[Root] = []
         self._vm_id = vm_id
@@ -90,6 +109,7 @@ class TdpMmu:
         self._pool = pool
         self._rules = rules
         self._next_epoch = next_epoch
+        self._pml = pml
 
     @property
     def load64(self) -> Callable[[int], int]:
@@ -135,7 +155,9 @@ class TdpMmu:
 
     # -- mapping ---------------------------------------------------------------------------------------
 
-    def map(self, root: Root, gfn: Gfn, pfn: Pfn, goal: Level, *, writable: bool) -> Mapped:
+    def map(
+        self, root: Root, gfn: Gfn, pfn: Pfn, goal: Level, *, writable: bool, accessed: bool = True
+    ) -> Mapped:
         """Install a leaf of level `goal` for the entry that covers `gfn`; `pfn` is its first frame.
 
         Raises UapiError(ENOMEM) when no table page is left; tables linked so far stay, they are valid.
@@ -158,14 +180,14 @@ class TdpMmu:
                 entry = self._link(root, at, self._pool.allocate())
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
-        return self._store_leaf(
-            root, at, gfn, goal, make_leaf(pfn, goal, writable=writable, ad_enabled=root.role.ad_enabled)
-        )
+        ad_enabled = root.role.ad_enabled
+        leaf = make_leaf(pfn, goal, writable=writable, ad_enabled=ad_enabled, accessed=accessed)
+        return self._store_leaf(root, at, gfn, goal, leaf)
 
     def _store_leaf(self, root: Root, at: int, gfn: Gfn, level: Level, leaf: int) -> Mapped:
         check_entry(leaf, level, leaf=True, rules=self._rules)
         old = self._writer.load64(at)
-        if old == leaf:
+        if not (old ^ leaf) & ~_AD:  # what the CPU has set, or logging has cleared, is not ours to redo
             return Mapped(Outcome.SPURIOUS)
         if is_frozen(old):
             return Mapped(Outcome.RETRY)
@@ -182,6 +204,27 @@ class TdpMmu:
                 # Another frame, or fewer rights: cached copies of the old entry must go first.
                 return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
+
+    def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
+        """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
+        table, at = root.hpa, 0
+        for level in range(root.role.level, 0, -1):
+            at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
+            entry = self._writer.load64(at)
+            if level == LEVEL_4K or is_frozen(entry) or is_present_leaf(entry, Level(level)):
+                break
+            if not is_present(entry):
+                try:
+                    entry = self._link(root, at, self._pool.allocate())
+                except UapiError:  # a vCPU gets on without
+                    return False
+            table = table_of(entry)
+        if entry and not is_mmio(entry):
+            return False
+        self._writer.store64(
+            at, make_mmio_entry(gfn, generation)
+        )  # absent before and after: nothing to flush
+        return True
 
     def _link(self, root: Root, at: int, table: Hpa) -> int:
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
@@ -232,16 +275,24 @@ class TdpMmu:
     def has_young(self, span: GfnSpan) -> bool:
         return any(is_young(met.entry) for root in self.roots for met in self._leaves(root, span))
 
-    def split(self, root: Root, span: GfnSpan, goal: Level) -> int:
-        """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many."""
+    def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BUDGET) -> int:
+        """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many; it stops at
+        `budget` or where no table page is left."""
         count = 0
         for met in self._leaves(root, span):
-            if met.level > goal:
-                # The range walk read this entry as a leaf and does not descend; do it here.
+            if met.level <= goal:
+                continue
+            if count == budget:
+                break
+            try:
                 self._split(root, met.at, met.entry, met.level)
-                count += 1
-                if met.level - 1 > goal:
-                    count += self.split(root, entry_span(met.gfn, met.level), goal)
+            except UapiError:  # ENOMEM
+                break
+            count += 1
+            if met.level - 1 > goal:  # the range walk read this entry as a leaf and does not descend
+                inside = entry_span(met.gfn, met.level)
+                inside = GfnSpan(max(span.start, inside.start), min(span.end, inside.end))
+                count += self.split(root, inside, goal, budget - count)
         return count
 
     def _split(self, root: Root, at: int, leaf: int, level: Level) -> int:
@@ -251,6 +302,105 @@ class TdpMmu:
         root.leaves[level] -= 1
         root.leaves[level - 1] += ENTRIES
         return self._link(root, at, table)
+
+    def zap_mmio(self) -> None:
+        """Forget every gfn without a slot: the generation starts over.  Nobody caches what is absent."""
+        for root in self.roots:
+            for met in walk_range(self._writer.load64, root.hpa, root.role.level, root.everything):
+                if is_mmio(met.entry):
+                    self._writer.store64(met.at, bits.EMPTY)
+
+    def write_protect(self, gfn: Gfn, as_id: int) -> bool:
+        """Nobody writes `gfn`, and no short way gives the right back.  Whether to flush."""
+        changed = False
+        for root in self.roots:
+            if root.role.as_id == as_id:
+                for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
+                    changed |= self._protect_leaf(root, met, gfn)
+        return changed
+
+    def _protect_leaf(self, root: Root, met: RangeEntry, gfn: Gfn) -> bool:
+        _, level, at, entry = met
+        if not entry & (bits.WRITE | bits.MMU_WRITABLE):
+            return False
+        try:
+            while level > LEVEL_4K:
+                table = table_of(self._split(root, at, entry, level))
+                level = Level(level - 1)
+                at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
+                entry = self._writer.load64(at)
+        except UapiError:  # no page left for a table: the whole leaf is protected
+            pass
+        self._writer.store64(at, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
+        root.record.write_protect(entry_span(gfn, level))
+        return True
+
+    # -- dirty logging ---------------------------------------------------------------------------------
+
+    def roots_of(self, as_id: int) -> list[Root]:
+        """Roots of an address space that somebody may still walk into new faults."""
+        return [root for root in self.roots if root.role.as_id == as_id and not root.invalid]
+
+    def logs_by_dirty_bit(self, root: Root) -> bool:
+        """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
+        that is lent only write protection notices a device's store (defect B-35)."""
+        return self._pml and root.role.ad_enabled and not root.exported
+
+    def protect(self, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
+        """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
+
+        A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
+        """
+        small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
+        cleared = False
+        for met in self._leaves(root, span):
+            if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
+                continue
+            bit = small if met.level == LEVEL_4K else bits.WRITE
+            if met.entry & bit:
+                self._writer.store64(met.at, met.entry & ~bit)
+                cleared = True
+                if bit == bits.WRITE:
+                    root.record.write_protect(entry_span(met.gfn, met.level))
+        return cleared
+
+    def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
+        """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.
+
+        Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
+        """
+        met = self.leaf_at(root, gfn)
+        if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
+            return False
+        if logs and met.level > LEVEL_4K:
+            return False
+        self._writer.store64(met.at, met.entry | bits.WRITE)
+        root.record.map(gfn, met.level, writable=True)
+        return True
+
+    def freeze_collapsible(
+        self, root: Root, span: GfnSpan, level_of: Callable[[Gfn], Level]
+    ) -> RangeEntry | None:
+        """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
+        the flush of what it mapped is over, and then thawed [RFC 36/42]."""
+        limit = gfn_limit(root.role.level)
+        within = GfnSpan(min(span.start, limit), min(span.end, limit))
+        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
+            if met.level > MAX_LEAF_LEVEL or not is_table(met.entry, met.level):
+                continue
+            region = entry_span(met.gfn, met.level)
+            if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
+                self._writer.store64(met.at, bits.FROZEN)
+                root.record.zap(region)
+                below = Level(met.level - 1)
+                self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
+                return met
+        return None
+
+    def thaw(self, met: RangeEntry) -> None:
+        """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
+        if is_frozen(self._writer.load64(met.at)):
+            self._writer.store64(met.at, bits.EMPTY)
 
     def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
@@ -276,6 +426,10 @@ class TdpMmu:
         for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
             if is_present(met.entry) and is_leaf(met.entry, met.level):
                 yield met
+
+    def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
+        """The leaf that maps `gfn`, if one does."""
+        return next(self._leaves(root, GfnSpan.of_pages(gfn, 1)), None)
 
     def leaves(self, root: Root) -> Iterator[RangeEntry]:
         """Every leaf of a root, in gfn order."""

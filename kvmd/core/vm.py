@@ -12,55 +12,112 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from enum import IntEnum
 
+from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
-from kvmd.core.memslot import ADDRESS_SPACES, Change, Memslot, Memslots, Region
+from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.mm import Mm
-from kvmd.core.page_fault import MAX_TRIES, PageFault, Result, Source, first_pfn, mapping_level
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import (
+    LOOKUP_RESULT,
+    MAX_TRIES,
+    PageFault,
+    Result,
+    Source,
+    first_pfn,
+    mapping_level,
+)
+from kvmd.core.page_track import PageTrack
+from kvmd.core.private_memory import PrivateMemory
+from kvmd.core.slots_change import SlotsChange
+from kvmd.core.spte import MMIO_GENERATION_MASK
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
+from kvmd.core.uaccess import copy_from_user, copy_to_user
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, Hva
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Hva, Level, gfn_of
 
 MAX_VCPUS = 1024
-ZAP_BATCH = 4096  # leaves cleared before others get a turn
+MAX_VCPU_IDS = 4 * MAX_VCPUS
 SEQ_MASK = (1 << 64) - 1
+
+
+class VmType(IntEnum):
+    """KVM_CREATE_VM's argument; a protected VM has private memory [KVM kvm.h]."""
+
+    DEFAULT = 0
+    SW_PROTECTED = 1
 
 
 class Kvm:
     """`seq_start` is where the invalidate sequence begins: tests start it near a wrap (R2)."""
 
-    def __init__(self, host: Host, mm: Mm, seq_start: int = 0) -> None:
+    def __init__(self, host: Host, mm: Mm, seq_start: int = 0, kind: VmType = VmType.DEFAULT) -> None:
         self.id = host.new_vm_id()
+        self.type = kind
         self.host = host
         self.mm = mm
-        self.slots = Memslots(Gfn(1 << (host.features.maxphyaddr - PAGE_SHIFT)))
+        features = host.features
         self.vcpus: list[Vcpu] = []
         self.exported: dict[int, ExportedTdp] = {}
         self.flusher = Flusher(self.id, host.pool, self._tell_walkers)
-        self.mmu = TdpMmu(self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch)
+        self.mmu = TdpMmu(
+            self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
+        )
+        self.page_track = PageTrack()
+        self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
         self.noncoherent_dma = 0  # how often it is registered
         self._invalidate_seq = seq_start & SEQ_MASK
         self._in_progress: list[tuple[Hva, Hva]] = []
         self._invalidations_over: Wait[None] = Wait()
-        self._slots_lock = RwLock()
-        self._invalid_slot: Memslot | None = None  # being deleted or moved: faults on it wait
-        self._slot_settled: Wait[None] = Wait()
+        self._make_memory()
         mm.notifiers.append(self)
+
+    def _make_memory(self) -> None:
+        """Slots, their logging, private memory: all change under one lock, the slots_lock."""
+        host, features = self.host, self.host.features
+        self._slots_lock = lock = RwLock()
+        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), features.address_spaces)
+        self.dirty_log = DirtyLog(
+            lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
+        )
+        self.slots_change = SlotsChange(
+            self.id,
+            lock,
+            self.slots,
+            self.mmu,
+            self.flusher,
+            self.dirty_log,
+            self.exported,
+            lambda: host.cond_resched(),
+            self._slot_replaced,
+        )
+        self.private = PrivateMemory(
+            self.id,
+            lock,
+            host.frames,
+            self.mm.id,
+            self.mmu,
+            self.flusher,
+            supported=self.type is VmType.SW_PROTECTED,
+        )
 
     # -- vCPUs -----------------------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """EINVAL: id out of range; EEXIST: id in use."""
-        if not 0 <= vcpu_id < MAX_VCPUS:
-            raise UapiError(errno.EINVAL, f"vCPU id {vcpu_id}: 0..{MAX_VCPUS - 1}")
+        """EINVAL: id out of range, or too many; EEXIST: id in use."""
+        if not 0 <= vcpu_id < MAX_VCPU_IDS:
+            raise UapiError(errno.EINVAL, f"vCPU id {vcpu_id}: 0..{MAX_VCPU_IDS - 1}")
+        if len(self.vcpus) >= MAX_VCPUS:
+            raise UapiError(errno.EINVAL, f"the VM has {MAX_VCPUS} vCPUs already")
         if any(vcpu.id == vcpu_id for vcpu in self.vcpus):
             raise UapiError(errno.EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
@@ -72,7 +129,7 @@ class Kvm:
         if not 32 <= maxphyaddr <= self.host.features.maxphyaddr:
             limit = self.host.features.maxphyaddr
             raise UapiError(errno.EINVAL, f"MAXPHYADDR {maxphyaddr}: the host's CPUs have 32..{limit}")
-        if vcpu.root is not None:
+        if any(vcpu.roots):
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
         for exported in self.exported.values():
             lent, own = exported.root.role, self._role(maxphyaddr, exported.as_id)
@@ -99,15 +156,16 @@ class Kvm:
             for vcpu in self.vcpus
         )
 
-    def load_root(self, vcpu: Vcpu) -> Root:
-        """The root a vCPU runs on; a new one after its old became obsolete."""
-        if vcpu.root is not None and vcpu.root.invalid:
-            self.mmu.put_root(vcpu.root)
-            vcpu.root = None
+    def load_root(self, vcpu: Vcpu, as_id: int = 0) -> Root:
+        """The root a vCPU runs on in an address space; a new one after its old became obsolete."""
+        root = vcpu.roots[as_id]
+        if root is not None and root.invalid:
+            self.mmu.put_root(root)
+            root = None
             self.flusher.reclaim()
-        if vcpu.root is None:
-            vcpu.root = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id=0))
-        return vcpu.root
+        if root is None:
+            root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
+        return root
 
     def _role(self, maxphyaddr: int, as_id: int) -> Role:
         features = self.host.features
@@ -123,57 +181,121 @@ class Kvm:
 
     async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
         for _ in range(MAX_TRIES):
-            slot = self.slots.find(fault.gfn)
-            if slot is None:
-                return Result.NO_SLOT
-            if slot is self._invalid_slot:
-                self.retries += 1
-                await self._slot_settled
-                continue
-            if fault.write and slot.readonly:
-                return Result.READONLY
-            hva = slot.hva_of(fault.gfn)
-            if self._is_changing(hva):  # no use to look the page up: wait until the host is done
-                self.retries += 1
-                await self._invalidations_over
-                continue
-            seq = self._invalidate_seq
-            try:
-                page = await self.mm.get_user_page(hva, write=fault.write)
-            except UapiError as error:
-                return Result.NO_MEMORY if error.errno == errno.ENOMEM else Result.NO_PAGE
-            stale = seq != self._invalidate_seq or self._is_changing(hva)
-            if stale or self.slots.find(fault.gfn) is not slot or slot is self._invalid_slot:
-                self.retries += 1
-                continue
-            root = self._fault_root(vcpu)
-            level = mapping_level(slot, fault.gfn, page, self.host.features.max_page_level)
-            try:
-                mapped = self.mmu.map(
-                    root,
-                    fault.gfn,
-                    first_pfn(slot, fault.gfn, page, level),
-                    level,
-                    writable=page.writable and not slot.readonly,
-                )
-            except UapiError:  # no page left for a table
-                return Result.NO_MEMORY
-            if mapped.flush is not None:
-                await self.flusher.flush(mapped.flush)
-            if mapped.outcome is not Outcome.RETRY:
-                return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+            result = await self._try(fault, vcpu)
+            if result is not None:
+                return result
             self.retries += 1
         return Result.UNSTABLE
 
-    def _fault_root(self, vcpu: Vcpu | None) -> Root:
+    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
+        """None: something was in the way; it may be gone now."""
+        gfn = fault.gfn
+        slot = self.slots.find(gfn, fault.as_id)
+        if slot is None:
+            self._remember_mmio(gfn, vcpu, fault.as_id)
+            return Result.NO_SLOT
+        if slot is self.slots_change.going:
+            await self.slots_change.settled
+            return None
+        if fault.write and slot.readonly:
+            return Result.READONLY
+        if fault.write and self.page_track.is_tracked(slot, gfn):
+            return Result.TRACKED
+        if fault.write and self._fast_page_fault(fault, slot, vcpu):
+            return Result.FAST
+        private = self.private.serves(slot, gfn)
+        hva = slot.hva_of(gfn)
+        if self._is_changing(hva):  # no use to look the page up: wait until the host is done
+            await self._invalidations_over
+            return None
+        seq = self._invalidate_seq
+        try:
+            if private:
+                page = self.private.page(slot, gfn)
+            else:
+                page = await self.mm.get_user_page(hva, write=fault.write)
+        except UapiError as error:
+            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
+        stale = seq != self._invalidate_seq or self._is_changing(hva)
+        stale |= self.private.serves(slot, gfn) != private
+        if stale or self.slots.find(gfn, fault.as_id) is not slot or slot is self.slots_change.going:
+            return None
+        return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
+
+    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
+        root = self._fault_root(vcpu, fault.as_id)
+        level = self.level_of(slot, fault.gfn, page)
+        writable = page.writable and not slot.readonly and not self.page_track.is_tracked(slot, fault.gfn)
+        try:
+            mapped = self.mmu.map(
+                root,
+                fault.gfn,
+                first_pfn(slot, fault.gfn, page, level),
+                level,
+                writable=writable,
+                accessed=not fault.prefetch,
+            )
+        except UapiError:  # no page left for a table
+            return Result.NO_MEMORY
+        if mapped.outcome is Outcome.FIXED and writable:
+            self.mark_page_dirty(slot, fault.gfn, vcpu)
+        if mapped.flush is not None:
+            await self.flusher.flush(mapped.flush)
+        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
+            await self.flusher.drain()
+            return None
+        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+
+    def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
         """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
         TDP FD was released while a device's fault slept.
         """
         if vcpu is not None:
-            return self.load_root(vcpu)
+            return self.load_root(vcpu, as_id)
         if 0 not in self.exported:
             raise UapiError(errno.ENODEV, "the TDP is not exported any more")
         return self.exported[0].root
+
+    def _remember_mmio(self, gfn: Gfn, vcpu: Vcpu | None, as_id: int) -> None:
+        """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
+        if vcpu is not None and gfn < 1 << (self.host.features.maxphyaddr - PAGE_SHIFT):
+            made = self.mmu.map_mmio(self.load_root(vcpu, as_id), gfn, self.slots.generation)
+            vcpu.mmio_sptes_made += made
+
+    async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
+        """The slot of `gfn`, once it is not being deleted or moved."""
+        while (slot := self.slots.find(gfn, as_id)) is not None and slot is self.slots_change.going:
+            await self.slots_change.settled
+        return slot
+
+    # -- write tracking --------------------------------------------------------------------------------
+
+    async def track_page(self, gpa: Gpa) -> None:
+        """Every store to the page of `gpa` is emulated from now on.  EINVAL: no slot; tracked too often."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.add(self._slot_to_track(gfn), gfn)
+            if self.mmu.write_protect(gfn, as_id=0):
+                await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
+            await self.flusher.drain()
+        finally:
+            self._slots_lock.release()
+
+    async def untrack_page(self, gpa: Gpa) -> None:
+        """EINVAL: no slot, or not tracked."""
+        await self._slots_lock.acquire(write=True)
+        try:
+            gfn = gfn_of(gpa)
+            self.page_track.remove(self._slot_to_track(gfn), gfn)
+        finally:
+            self._slots_lock.release()
+
+    def _slot_to_track(self, gfn: Gfn) -> Memslot:
+        slot = self.slots.find(gfn)
+        if slot is None:
+            raise UapiError(errno.EINVAL, f"gfn {gfn:#x} is in no memslot: nothing there to track")
+        return slot
 
     # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
 
@@ -224,43 +346,44 @@ class Kvm:
             vcpu.flush_tlb(span)
         return [wait for exported in self.exported.values() for wait in exported.flush_notify(span, epoch)]
 
-    # -- memslots --------------------------------------------------------------------------------------
+    # -- memslots and their logging --------------------------------------------------------------------
 
     async def set_memory_region(self, region: Region) -> None:
-        """KVM_SET_USER_MEMORY_REGION; one change of a VM at a time."""
-        await self._slots_lock.acquire(write=True)
-        try:
-            change, old, new = self.slots.plan(region)
-            if change in (Change.DELETE, Change.MOVE):
-                self._invalid_slot = old
-                await self._zap_all_fast()
-            if change is not Change.NONE:
-                self.slots.replace(old, new)
-        finally:
-            self._invalid_slot = None
-            settled, self._slot_settled = self._slot_settled, Wait()
-            settled.set(None)
-            self._slots_lock.release()
+        """KVM_SET_USER_MEMORY_REGION and its second form."""
+        await self.slots_change.set_memory_region(region)
 
-    async def _zap_all_fast(self) -> None:
-        """A slot goes away: other roots become obsolete, exported ones lose their leaves [RFC 36/42].
+    def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
+        """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
+        self.dirty_log.mark(slot, gfn, None if vcpu is None else vcpu.id)
 
-        A root may have millions: others get a turn in between (defect B-33), and must find everything
-        cleared so far flushed.
-        """
-        flush = self.mmu.invalidate_roots()
-        for root in [exported.root for exported in self.exported.values()]:
-            left: GfnSpan | None = root.everything
-            while left is not None:
-                zapped, left = self.mmu.zap_some(root, left, ZAP_BATCH)
-                flush |= zapped
-                if left is not None:
-                    await self.flusher.flush(None)
-                    await self.host.cond_resched()
-                    flush = False
-        if flush:
-            await self.flusher.flush(None)
-        await self.flusher.drain()
+    def dirty_ring_is_full(self, vcpu: Vcpu) -> bool:
+        """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
+        return self.dirty_log.ring_full(vcpu.id)
+
+    def _fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
+        """The page is mapped and only logging took W: no look at the host page is needed [KVM mmu.c]."""
+        if not self.mmu.fast_page_fault(self._fault_root(vcpu, fault.as_id), fault.gfn, logs=slot.logs):
+            return False
+        self.mark_page_dirty(slot, fault.gfn, vcpu)
+        return True
+
+    def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
+        if change in (Change.DELETE, Change.MOVE) and old is not None:
+            self.page_track.forget(old)
+        if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
+            self.mmu.zap_mmio()
+
+    def _level_now(self, slot: Memslot, gfn: Gfn) -> Level:
+        """The largest leaf a fault at `gfn` would make now."""
+        if self.private.serves(slot, gfn):
+            return LEVEL_4K
+        page = self.mm.present_page(slot.hva_of(gfn))
+        return LEVEL_4K if page is None else self.level_of(slot, gfn, page)
+
+    def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
+        """The size of leaf that a fault at `gfn` gets for `page`."""
+        limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
+        return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
@@ -270,9 +393,9 @@ class Kvm:
         What cannot be told to the caller is taken back before anybody sees it (defect B-06).  The fd gets
         its number where it arrives, so what is written to the struct is what was there.
         """
-        struct = b""
-        if request.argp is not None:
-            struct = await self.mm.read(request.argp, CREATE_TDP_FD_BYTES)
+        struct = (
+            b"" if request.argp is None else await copy_from_user(self.mm, request.argp, CREATE_TDP_FD_BYTES)
+        )
         exported = self._reserve_export(request)
         try:
             await self._copy_to_user(request, struct)
@@ -283,14 +406,19 @@ class Kvm:
 
     async def _copy_to_user(self, request: CreateTdpFd, struct: bytes) -> None:
         if request.argp is not None:
-            await self.mm.write(request.argp, struct)
+            await copy_to_user(self.mm, request.argp, struct)
 
     def _reserve_export(self, request: CreateTdpFd) -> ExportedTdp:
         """Nothing waits between the checks and the reservation (defect B-02)."""
         check = Exporter(len(self.vcpus), self.maxphyaddr, self.noncoherent_dma, self.host.obstacles)
-        check_create(request, ADDRESS_SPACES, self.exported.__contains__, check)
+        check_create(request, self.slots.address_spaces, self.exported.__contains__, check)
+        if not self.dirty_log.uses_bitmap:
+            raise UapiError(errno.EINVAL, "dirty rings without bitmaps cannot log a device's stores")
         root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id))
         root.exported = True
+        if self.dirty_log.lend(root):
+            for vcpu in self.vcpus:
+                vcpu.flush_tlb(None)
         meta = ExportedTdpMeta(
             TYPE_EPT,
             root.role.level,

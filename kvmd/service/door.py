@@ -11,7 +11,7 @@ import errno
 from kvmd.config import Settings
 from kvmd.core.invariants import check_vm
 from kvmd.core.stats import vm_stats
-from kvmd.core.vm import Kvm
+from kvmd.core.vm import Kvm, VmType
 from kvmd.service.inspect import INSPECT
 from kvmd.service.mm import open_mm
 from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
@@ -47,10 +47,10 @@ def _get_api_version(app: App, message: uapi.KvmGetApiVersion, fds: Fds) -> Body
 
 
 def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
-    if message.type != 0:
-        raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: only 0")
+    if message.type not in set(VmType):
+        raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: {[int(kind) for kind in VmType]}")
     held = app.files.find(fds.peek(0), MmFile)
-    owner = VmFile(app, Kvm(app.host, held.mm))
+    owner = VmFile(app, Kvm(app.host, held.mm, kind=VmType(message.type)))
     app.vms.append(owner.vm)
     fd, _, _ = app.files.open(VM, owner, app.put_vm)
     return Answer({}, [fd])

@@ -7,11 +7,13 @@ held [RFC 04/42]; a process lives while its mm fd does.  Each object's requests 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import time_ns
 from typing import TypeVar
 
 import structlog
 
 from kvmd.config import Settings
+from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.mm.file import File
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -34,13 +36,28 @@ T = TypeVar("T")
 class VmFile:
     app: App
     vm: Kvm
-    refs: int = 1  # fds of the VM, its vCPUs and its TDP FDs
+    refs: int = 1  # fds of the VM, its vCPUs, its TDP FDs and its guest_memfds
+
+    @property
+    def vm_file(self) -> VmFile:
+        return self
 
 
 @dataclass(slots=True, eq=False)
 class VcpuFile:
     owner: VmFile
     vcpu: Vcpu
+    ring_fd: int | None = None  # the memory of its dirty ring
+
+    @property
+    def vm_file(self) -> VmFile:
+        return self.owner
+
+
+@dataclass(slots=True, eq=False)
+class GuestMemfdFile:
+    owner: VmFile
+    memfd: GuestMemfd
 
 
 @dataclass(slots=True, eq=False)
@@ -78,12 +95,20 @@ class Importer:
     lease: Lease | None = None
 
 
+class LoopClock:
+    """The clock of the machine we run on; a tick is the message loop's."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.tick = loop.tick
+        self.wall_ns = time_ns
+
+
 class App:
     """What kvmd holds: the host's memory, the VMs, the processes."""
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
-        self.memory = HostMemory(settings, loop.next_turn)
+        self.memory = HostMemory(settings, LoopClock(loop), loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)
         self.vms: list[Kvm] = []

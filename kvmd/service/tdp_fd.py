@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvmd.core.page_fault import RESOLVED
+from kvmd.core.page_fault import IO_ERRNO, RESOLVED
 from kvmd.core.tdp_fd import FaultType
 from kvmd.importers import Lease, RemoteImporter
 from kvmd.service.objects import Importer, TdpFile, holding
@@ -89,7 +89,7 @@ async def _fault(importer: Importer, message: tdp.TdpFault, fds: Fds) -> Body:
     flow = vm.fault_exported(exported, message.mm, Gfn(message.gfn), kind)
     result = await holding(importer.tdp.owner, flow)
     if result not in RESOLVED:
-        raise UapiError(errno.EFAULT, f"gfn {message.gfn:#x}: {result.name.lower()}")
+        raise UapiError(IO_ERRNO[result], f"gfn {message.gfn:#x}: {result.name.lower()}")
     return {}
 
 

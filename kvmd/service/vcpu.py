@@ -6,12 +6,19 @@ KVM_RUN returns when the guest has to leave to user space, as the ioctl does.
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Iterable
 
-from kvmd.core.vcpu import Access
+from kvmd.core.exits import SIGBUS_ACTION_REQUIRED
+from kvmd.core.msr import set_msr
+from kvmd.core.pre_fault import pre_fault_memory
+from kvmd.core.program import Instruction
+from kvmd.core.vcpu import RunResult
+from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import VcpuFile, holding
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.service import Method, Service
+from protocol.rpc.service import Answer, Service
 from protocol.uapi import vcpu as uapi
 from protocol.units import Gpa
 
@@ -21,36 +28,84 @@ def _set_cpuid2(held: VcpuFile, message: uapi.KvmSetCpuid2, fds: Fds) -> Body:
     return {}
 
 
+async def _set_msrs(held: VcpuFile, message: uapi.KvmSetMsrs, fds: Fds) -> Body:
+    flow = set_msr(held.owner.vm, held.vcpu, message.index, message.value)
+    return {"ret": int(await holding(held.owner, flow))}
+
+
 async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
     if held.vcpu.running:
         raise UapiError(errno.EBUSY, f"vCPU {held.vcpu.id} is running")
-    accesses = [
-        Access(Gpa(gpa), what, None) if isinstance(what, int) else Access(Gpa(gpa), len(what), what)
-        for gpa, what in message.accesses
-    ]
-    if sum(access.size for access in accesses) > uapi.MAX_RUN_BYTES:
+    if message.program is not None and _bytes(message.program) > uapi.MAX_RUN_BYTES:
         raise UapiError(errno.EINVAL, f"KVM_RUN of more than {uapi.MAX_RUN_BYTES} bytes")
-    result = await holding(held.owner, held.vcpu.run(accesses))
+    flow = held.vcpu.run(message.program, message.cpl, smm=message.smm, mmio_data=message.mmio_data or b"")
+    return _kvm_run(await holding(held.owner, flow))
+
+
+def _bytes(program: Iterable[Instruction]) -> int:
+    """What a program moves: bulk reads are in the reply, bulk writes and strings take their time."""
+    total = 0
+    for name, *operands in program:
+        if name == "r":
+            total += operands[1]
+        elif name == "w":
+            total += len(operands[1])
+        elif name in ("movs", "stos"):
+            total += operands[2]
+    return total
+
+
+def _kvm_run(ran: RunResult) -> Body:
+    """struct kvm_run, and what the guest has read."""
+    left = ran.exit
     body: Body = {
-        "exit_reason": int(result.exit_reason),
-        "errno": result.errno,
-        "why": result.why,
-        "done": result.done,
-        "reads": result.reads,
+        "exit_reason": int(left.reason),
+        "errno": left.errno,
+        "why": left.why,
+        "done": ran.done,
+        "finished": ran.finished,
+        "reads": ran.reads,
     }
-    if result.mmio_bytes:
-        body["mmio"] = {
-            "phys_addr": result.mmio_gpa,
-            "len": result.mmio_bytes,
-            "is_write": result.mmio_is_write,
-        }
+    if left.mmio is not None:
+        phys_addr, size, is_write, data = left.mmio
+        body["mmio"] = {"phys_addr": phys_addr, "len": size, "is_write": is_write, "data": data}
+    if left.sigbus is not None:
+        body["signal"] = {**SIGBUS_ACTION_REQUIRED, "addr": left.sigbus}
     return body
+
+
+async def _pre_fault_memory(held: VcpuFile, message: uapi.KvmPreFaultMemory, fds: Fds) -> Body:
+    if held.vcpu.running:
+        raise UapiError(errno.EBUSY, f"vCPU {held.vcpu.id} is running")
+    flow = pre_fault_memory(held.owner.vm, held.vcpu, Gpa(message.gpa), message.size, message.flags)
+    gpa, size = await holding(held.owner, flow)
+    return {"gpa": gpa, "size": size}
+
+
+def _mmap_dirty_ring(held: VcpuFile, message: uapi.MmapDirtyRing, fds: Fds) -> Answer:
+    if held.ring_fd is None:
+        raise UapiError(errno.EINVAL, f"vCPU {held.vcpu.id} has no dirty ring")
+    try:
+        return Answer({"size": held.owner.vm.dirty_log.ring_bytes}, [os.dup(held.ring_fd)])
+    except OSError as error:
+        raise UapiError(error.errno or errno.EMFILE, "no fd for the dirty ring") from None
+
+
+def vcpu_closed(held: VcpuFile) -> None:
+    """The vCPU itself stays, as long as its VM does; a guest that polls would keep that for ever."""
+    held.vcpu.kick()
+    if held.ring_fd is not None:
+        os.close(held.ring_fd)
+    held.owner.app.put_vm(held.owner)
 
 
 VCPU: Service[VcpuFile] = Service(
     "kvm-vcpu",
     {
-        "KVM_SET_CPUID2": Method(uapi.KvmSetCpuid2, _set_cpuid2),
-        "KVM_RUN": Method(uapi.KvmRun, _run),
+        "KVM_SET_CPUID2": ioctl(uapi.KvmSetCpuid2, _set_cpuid2, 8),
+        "KVM_SET_MSRS": ioctl(uapi.KvmSetMsrs, _set_msrs, 24),
+        "KVM_RUN": ioctl(uapi.KvmRun, _run),
+        "KVM_PRE_FAULT_MEMORY": ioctl(uapi.KvmPreFaultMemory, _pre_fault_memory, 64, returns=True),
+        "MMAP_DIRTY_RING": ioctl(uapi.MmapDirtyRing, _mmap_dirty_ring),
     },
 )

@@ -5,38 +5,125 @@ What a request changes may have to wait for acks; until then the VM is kept, who
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from kvmd.core.capability import check_extension, enable_cap
+from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.memslot import Region
 from kvmd.core.tdp_fd import CreateTdpFd
-from kvmd.service.objects import TdpFile, VcpuFile, VmFile, holding
+from kvmd.memory import dirty_ring_memory
+from kvmd.service.ioctl import ioctl
+from kvmd.service.objects import GuestMemfdFile, TdpFile, VcpuFile, VmFile, holding
 from kvmd.service.tdp_fd import TDP_FD, tdp_fd_closed
-from kvmd.service.vcpu import VCPU
+from kvmd.service.vcpu import VCPU, vcpu_closed
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.service import Answer, Method, Service
+from protocol.rpc.service import Answer, Service
 from protocol.uapi import kvm as uapi
 from protocol.units import Gpa, Hva
 
+# No system call on a guest_memfd is modelled but its close.
+GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {})
+
 
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
-    vcpu = owner.vm.create_vcpu(message.vcpu_id)
+    vm = owner.vm
+    vcpu = vm.create_vcpu(message.vcpu_id)
     owner.refs += 1
+    held = VcpuFile(owner, vcpu)
     try:
-        fd, _, _ = owner.app.files.open(VCPU, VcpuFile(owner, vcpu), lambda f: f.owner.app.put_vm(f.owner))
+        if vm.dirty_log.ring_bytes:
+            held.ring_fd, memory = dirty_ring_memory(vm.dirty_log.ring_bytes)
+            vm.dirty_log.add_ring(vcpu.id, memory)
     except UapiError:
-        owner.vm.vcpus.remove(vcpu)
+        vm.vcpus.remove(vcpu)
+        owner.app.put_vm(owner)
+        raise
+    try:
+        fd, _, _ = owner.app.files.open(VCPU, held, vcpu_closed)
+    except UapiError:
+        vm.vcpus.remove(vcpu)
+        vm.dirty_log.rings.pop(vcpu.id, None)
         raise
     return Answer({}, [fd])
 
 
-async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryRegion, fds: Fds) -> Body:
-    region = Region(
+def _region(message: uapi.KvmSetUserMemoryRegion) -> Region:
+    return Region(
         message.slot,
         message.flags,
         Gpa(message.guest_phys_addr),
         message.memory_size,
         Hva(message.userspace_addr),
     )
+
+
+async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryRegion, fds: Fds) -> Body:
+    await holding(owner, owner.vm.set_memory_region(_region(message)))
+    return {}
+
+
+async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemoryRegion2, fds: Fds) -> Body:
+    count = len(fds) - message.other_mm
+
+    def guest_memfd() -> GuestMemfd:
+        fd = fds.peek(0 if count else len(fds))  # EBADF when the number was no open file of the caller
+        return owner.app.files.find(fd, GuestMemfdFile).memfd
+
+    region = replace(
+        _region(message),
+        version=2,
+        guest_memfd_offset=message.guest_memfd_offset,
+        guest_memfd=guest_memfd,
+    )
     await holding(owner, owner.vm.set_memory_region(region))
+    return {}
+
+
+def _check_extension(owner: VmFile, message: uapi.KvmCheckExtension, fds: Fds) -> Body:
+    return {"ret": check_extension(owner.vm, message.cap)}
+
+
+def _enable_cap(owner: VmFile, message: uapi.KvmEnableCap, fds: Fds) -> Body:
+    enable_cap(owner.vm, message.cap, message.flags, [*message.args, 0])
+    return {}
+
+
+async def _get_dirty_log(owner: VmFile, message: uapi.KvmGetDirtyLog, fds: Fds) -> Body:
+    await holding(owner, owner.vm.dirty_log.get(message.slot, Hva(message.dirty_bitmap)))
+    return {}
+
+
+async def _clear_dirty_log(owner: VmFile, message: uapi.KvmClearDirtyLog, fds: Fds) -> Body:
+    log = ClearDirtyLog(message.slot, message.num_pages, message.first_page, Hva(message.dirty_bitmap))
+    await holding(owner, owner.vm.dirty_log.clear(log))
+    return {}
+
+
+async def _reset_dirty_rings(owner: VmFile, message: uapi.KvmResetDirtyRings, fds: Fds) -> Body:
+    return {"ret": await holding(owner, owner.vm.dirty_log.reset_rings())}
+
+
+def _create_guest_memfd(owner: VmFile, message: uapi.KvmCreateGuestMemfd, fds: Fds) -> Answer:
+    memfd = owner.vm.private.create(message.size, message.flags)
+    owner.refs += 1
+    fd, _, _ = owner.app.files.open(GUEST_MEMFD, GuestMemfdFile(owner, memfd), _guest_memfd_closed)
+    return Answer({}, [fd])
+
+
+def _guest_memfd_closed(held: GuestMemfdFile) -> None:
+    held.owner.app.loop.flows.spawn(_release_guest_memfd(held))
+
+
+async def _release_guest_memfd(held: GuestMemfdFile) -> None:
+    await held.owner.vm.private.close(held.memfd)
+    held.owner.app.put_vm(held.owner)
+
+
+async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttributes, fds: Fds) -> Body:
+    flow = owner.vm.private.set_attributes(message.address, message.size, message.attributes, message.flags)
+    await holding(owner, flow)
     return {}
 
 
@@ -59,15 +146,37 @@ def _unregister_noncoherent_dma(owner: VmFile, message: uapi.KvmUnregisterNoncoh
     return {}
 
 
+async def _page_track_add(owner: VmFile, message: uapi.PageTrackAdd, fds: Fds) -> Body:
+    await holding(owner, owner.vm.track_page(Gpa(message.gpa)))
+    return {}
+
+
+async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: Fds) -> Body:
+    await holding(owner, owner.vm.untrack_page(Gpa(message.gpa)))
+    return {}
+
+
 VM: Service[VmFile] = Service(
     "kvm-vm",
     {
-        "KVM_CREATE_VCPU": Method(uapi.KvmCreateVcpu, _create_vcpu),
-        "KVM_SET_USER_MEMORY_REGION": Method(uapi.KvmSetUserMemoryRegion, _set_user_memory_region),
-        "KVM_CREATE_TDP_FD": Method(uapi.KvmCreateTdpFd, _create_tdp_fd),
-        "KVM_REGISTER_NONCOHERENT_DMA": Method(uapi.KvmRegisterNoncoherentDma, _register_noncoherent_dma),
-        "KVM_UNREGISTER_NONCOHERENT_DMA": Method(
+        "KVM_CREATE_VCPU": ioctl(uapi.KvmCreateVcpu, _create_vcpu),
+        "KVM_SET_USER_MEMORY_REGION": ioctl(uapi.KvmSetUserMemoryRegion, _set_user_memory_region, 32),
+        "KVM_SET_USER_MEMORY_REGION2": ioctl(
+            uapi.KvmSetUserMemoryRegion2, _set_user_memory_region2, 160, fds=1
+        ),
+        "KVM_CHECK_EXTENSION": ioctl(uapi.KvmCheckExtension, _check_extension),
+        "KVM_ENABLE_CAP": ioctl(uapi.KvmEnableCap, _enable_cap, 104),
+        "KVM_GET_DIRTY_LOG": ioctl(uapi.KvmGetDirtyLog, _get_dirty_log, 16),
+        "KVM_CLEAR_DIRTY_LOG": ioctl(uapi.KvmClearDirtyLog, _clear_dirty_log, 24),
+        "KVM_RESET_DIRTY_RINGS": ioctl(uapi.KvmResetDirtyRings, _reset_dirty_rings),
+        "KVM_CREATE_GUEST_MEMFD": ioctl(uapi.KvmCreateGuestMemfd, _create_guest_memfd, 64),
+        "KVM_SET_MEMORY_ATTRIBUTES": ioctl(uapi.KvmSetMemoryAttributes, _set_memory_attributes, 32),
+        "KVM_CREATE_TDP_FD": ioctl(uapi.KvmCreateTdpFd, _create_tdp_fd),
+        "KVM_REGISTER_NONCOHERENT_DMA": ioctl(uapi.KvmRegisterNoncoherentDma, _register_noncoherent_dma),
+        "KVM_UNREGISTER_NONCOHERENT_DMA": ioctl(
             uapi.KvmUnregisterNoncoherentDma, _unregister_noncoherent_dma
         ),
+        "PAGE_TRACK_ADD": ioctl(uapi.PageTrackAdd, _page_track_add),
+        "PAGE_TRACK_REMOVE": ioctl(uapi.PageTrackRemove, _page_track_remove),
     },
 )

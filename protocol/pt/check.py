@@ -1,8 +1,8 @@
 """Whole-table invariants, checked from the entries alone; run by tests, by kvmd on request.
 
-I2  no entry a walker can reach has bit 11 set.
-I3  bit 59 is set exactly in present entries and in access-tracked leaves; any other entry is empty or frozen.
-    Access-tracked, empty and frozen entries are absent for both walkers.
+I2  no entry a walker can reach has bit 11 set; an MMIO entry may, a walker never gets to look at it.
+I3  bit 59 is set exactly in present entries and in access-tracked leaves; any other entry is empty, frozen or
+    MMIO.  Access-tracked, empty, frozen and MMIO entries are absent for both walkers.
 I17 every present entry obeys both walkers' rules, so neither sees a reserved bit the other would not.
 I18 a table page is linked once, and lies in table memory.
 """
@@ -10,11 +10,11 @@ I18 a table page is linked once, and lies in table memory.
 from __future__ import annotations
 
 from protocol.pt import bits
-from protocol.pt.entry import is_access_tracked, is_leaf, is_present, table_of
+from protocol.pt.entry import is_access_tracked, is_leaf, is_mmio, is_present, mmio_gfn, table_of
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import Load64, RangeEntry, WalkRules, walk_range
-from protocol.units import Gfn, GfnSpan, Hpa, Level
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 
 def check_table(load64: Load64, root: Hpa, levels: Level, rules: tuple[WalkRules, ...]) -> list[str]:
@@ -38,11 +38,15 @@ def check_table(load64: Load64, root: Hpa, levels: Level, rules: tuple[WalkRules
 def _check_entry(met: RangeEntry, rules: tuple[WalkRules, ...]) -> list[str]:
     entry, level = met.entry, met.level
     found = []
-    if entry & bits.SNOOP:
+    mmio = is_mmio(entry) and level == LEVEL_4K and mmio_gfn(entry) == met.gfn
+    if entry & bits.SNOOP and not mmio:
         found.append(f"I2: {_where(met)}: bit 11 is set")
     if not is_present(entry):
-        if entry != bits.FROZEN:
-            found.append(f"I3: {_where(met)}: neither present nor empty nor frozen")
+        if entry != bits.FROZEN and not mmio:
+            found.append(f"I3: {_where(met)}: neither present nor empty, frozen or MMIO of its gfn")
+        for rule in rules:
+            if entry & rule.present:
+                found.append(f"I3: {_where(met)}: bit 59 clear but present by {rule.name} rules")
         return found
     leaf = is_leaf(entry, level)
     tracked = leaf and is_access_tracked(entry)

@@ -1,4 +1,4 @@
-"""What one raw 64-bit entry is, from the writer's side: leaf, table entry, absent or frozen.
+"""What one raw 64-bit entry is, from the writer's side: leaf, table entry, absent, frozen or MMIO.
 
 Models KVM's predicates on an SPTE [RFC 24/42].  The walkers decide presence by their own rules
 (`protocol/pt/walk.py`); these decide it by the software bit the writer sets with every present entry, and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from protocol.pt import bits
 from protocol.pt.geometry import MAX_LEAF_LEVEL
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Level, Pfn
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Hpa, Level, Pfn
 
 
 def is_present(entry: int) -> bool:
@@ -18,6 +18,16 @@ def is_present(entry: int) -> bool:
 
 def is_frozen(entry: int) -> bool:
     return entry == bits.FROZEN
+
+
+def is_mmio(entry: int) -> bool:
+    """Whether the entry caches that its gfn has no slot: absent for both walkers."""
+    return entry & (bits.MMIO | bits.RWX | bits.MMU_PRESENT) == bits.MMIO
+
+
+def mmio_gfn(entry: int) -> Gfn:
+    """The gfn an MMIO entry is about."""
+    return Gfn((entry & bits.ADDRESS_MASK) >> PAGE_SHIFT)
 
 
 def is_leaf(entry: int, level: Level) -> bool:

@@ -70,6 +70,13 @@ class TableWriter(TableReader):
         assert hpa % ENTRY_BYTES == 0, f"unaligned entry {hpa:#x}"
         self.words[self._index(hpa, 1)] = entry
 
+    def cmpxchg64(self, hpa: int, expected: int, entry: int) -> bool:
+        """Store `entry` if the one there is still `expected`: what a CPU does when it sets A or D."""
+        if self.load64(hpa) != expected:
+            return False
+        self.store64(hpa, entry)
+        return True
+
     def fill_unlinked(self, table: Hpa, entries: Sequence[int]) -> None:
         """Write a whole page that no walker can reach."""
         assert len(entries) == ENTRIES

@@ -23,6 +23,7 @@ POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs
 SERVE_NS = 10_000_000  # of serving, then other trio tasks get a turn: one costs as much as a message
 ASK_NS = 1_000_000  # of asking and being answered, then the other tasks of a client get a turn
 MAX_EVENTS = 64  # of one wait; the default allocates room for a thousand each time
+TICK_S = 0.001  # between two looks of who polls
 WATCHDOG_S = 0.5
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Loop:
         self.register(self._turned, self._on_turned)
         self._kicked = False  # a trio task was made runnable: go back to trio
         self._yield_at = 0
+        self._ticks: list[Wait[None]] = []
         self._deadlines: dict[Wait[object], tuple[float, Callable[[], None]]] = {}
 
     def register(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
@@ -82,8 +84,10 @@ class Loop:
         turned.set(None)
 
     def turn(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for events and serve them.  False when there were none."""
-        events = self._epoll.poll(timeout_s, MAX_EVENTS)
+        """Wait up to `timeout_s` for events and serve them.  False when there were none, nor somebody who
+        polls.
+        """
+        events = self._epoll.poll(TICK_S if self._ticks else timeout_s, MAX_EVENTS)
         for fd, what in events:
             callback = self._ready.get(fd)  # an earlier event may have closed it
             if callback is not None:
@@ -92,7 +96,22 @@ class Loop:
                 except Exception as error:  # ours, not the peer's: channels turn those into a close
                     self._on_crash(error)
                 self.settle()
+        if self._ticks:
+            self._fire_ticks()
+            return True
         return bool(events)
+
+    def tick(self) -> Wait[None]:
+        """Set at the end of a turn to come: what a flow that polls awaits between two looks."""
+        wait: Wait[None] = Wait()
+        self._ticks.append(wait)
+        return wait
+
+    def _fire_ticks(self) -> None:
+        ticks, self._ticks = self._ticks, []
+        for wait in ticks:
+            wait.set(None)
+        self.settle()
 
     def settle(self) -> None:
         """Run ready flows and send what was written."""
@@ -162,7 +181,7 @@ class Loop:
                 elif now >= deadline:
                     del self._deadlines[wait]
                     action()
-            self.settle()
+            self._fire_ticks()  # a flow may have begun to poll while nobody took turns
 
     def close(self) -> None:
         self.flows.close()

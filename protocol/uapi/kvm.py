@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.uapi.message import U32, U64, Message
+from protocol.uapi.message import U32, U64, Ioctl, Message
 
 
 class Open(Message):
@@ -42,13 +42,13 @@ class KvmCreateVm(Message):
     type: U64 = 0
 
 
-class KvmCreateVcpu(Message):
+class KvmCreateVcpu(Ioctl):
     """The reply carries the vCPU fd."""
 
     vcpu_id: U32
 
 
-class KvmSetUserMemoryRegion(Message):
+class KvmSetUserMemoryRegion(Ioctl):
     """struct kvm_userspace_memory_region."""
 
     slot: U32
@@ -58,21 +58,90 @@ class KvmSetUserMemoryRegion(Message):
     userspace_addr: U64
 
 
-class KvmCreateTdpFd(Message):
+class KvmSetUserMemoryRegion2(KvmSetUserMemoryRegion):
+    """struct kvm_userspace_memory_region2; the first fd is that of `guest_memfd`, if the number is open."""
+
+    guest_memfd_offset: U64 = 0
+    guest_memfd: U32 = 0
+    pad1: U32 = 0
+    pad2: U64 = 0  # each of its 14 words
+
+
+class KvmCheckExtension(Ioctl):
+    """Reply: `ret`."""
+
+    cap: U64
+
+
+class KvmEnableCap(Ioctl):
+    """struct kvm_enable_cap; what is left out of `args` is 0."""
+
+    cap: U32
+    flags: U32 = 0
+    args: Annotated[list[U64], Field(max_length=4)]
+
+
+class KvmGetDirtyLog(Ioctl):
+    """struct kvm_dirty_log: the bits go to the caller's memory at `dirty_bitmap`."""
+
+    slot: U32
+    dirty_bitmap: U64
+
+
+class KvmClearDirtyLog(Ioctl):
+    """struct kvm_clear_dirty_log: the bits to clear lie in the caller's memory at `dirty_bitmap`."""
+
+    slot: U32
+    num_pages: U32
+    first_page: U64
+    dirty_bitmap: U64
+
+
+class KvmResetDirtyRings(Ioctl):
+    """Reply: `ret`, how many entries were taken back."""
+
+
+class KvmCreateGuestMemfd(Ioctl):
+    """struct kvm_create_guest_memfd; the reply carries the fd."""
+
+    size: U64
+    flags: U64 = 0
+    reserved: U64 = 0  # each of its 6 words
+
+
+class KvmSetMemoryAttributes(Ioctl):
+    """struct kvm_memory_attributes."""
+
+    address: U64
+    size: U64
+    attributes: U64
+    flags: U64 = 0
+
+
+class KvmCreateTdpFd(Ioctl):
     """struct kvm_create_tdp_fd without its result: the reply carries the TDP FD [RFC 03/42].
 
-    `argp` is where the struct lies in the caller's memory: it must be there, to be read and to be written.
+    The struct at `argp` must be there to be written, too.
     """
 
     as_id: U32
     mode: U32 = 0
     pad: U32 = 0
-    argp: U64 | None = None
 
 
-class KvmRegisterNoncoherentDma(Message):
+class KvmRegisterNoncoherentDma(Ioctl):
     """What the KVM-VFIO device does for a device whose DMA does not snoop [KVM vfio.c]."""
 
 
-class KvmUnregisterNoncoherentDma(Message):
+class KvmUnregisterNoncoherentDma(Ioctl):
     """Its counterpart; EINVAL: none is registered."""
+
+
+class PageTrackAdd(Ioctl):
+    """No ioctl: what a user of kvm_page_track in the kernel does.  Stores to that page are emulated."""
+
+    gpa: U64
+
+
+class PageTrackRemove(Ioctl):
+    gpa: U64

@@ -25,3 +25,14 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     op: str
+
+
+class Ioctl(Message):
+    """A request of a process to an object of the kernel.
+
+    `argp`: where in its memory the struct lies, if that is to be checked.  `other_mm`: the last fd is the mm
+    of the calling process; without it the caller is the process that made the VM.
+    """
+
+    argp: U64 | None = None
+    other_mm: bool = False

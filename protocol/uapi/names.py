@@ -10,7 +10,17 @@ from typing import Final
 
 KVM_PATH: Final = "/dev/kvm"
 KVM_API_VERSION: Final = 12
+KVM_EXIT_IO: Final = 2  # how a guest's code ends: an OUT
 KVM_EXIT_MMIO: Final = 6
+KVM_EXIT_INTR: Final = 10
+KVM_EXIT_INTERNAL_ERROR: Final = 17
+KVM_EXIT_DIRTY_RING_FULL: Final = 31
+KVM_EXIT_MEMORY_FAULT: Final = 39
+
+KVM_DIRTY_GFN_BYTES: Final = 16  # struct kvm_dirty_gfn {u32 flags, u32 slot, u64 offset}
+KVM_DIRTY_GFN_F_DIRTY: Final = 1
+KVM_DIRTY_GFN_F_RESET: Final = 2
+MSR_KVM_WALL_CLOCK_NEW: Final = 0x4B56_4D00
 
 IOMMU_PATH: Final = "/dev/iommu"
 VFIO_PATH: Final = "/dev/vfio/devices/vfio"  # and the number of the device

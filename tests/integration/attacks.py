@@ -116,7 +116,7 @@ def wrong_types(peer: Plain) -> None:
     number = 0
     for op in ("OPEN", "LINK", "QI", "KVM_RUN", "MMAP", "IOMMU_HWPT_ALLOC", "TDP_FAULT", "WQ_CONFIG"):
         for value in wrong:
-            for key in ("path", "addr", "size", "accesses", "descriptors", "dev_id", "gfn", "extra"):
+            for key in ("path", "addr", "size", "program", "descriptors", "dev_id", "gfn", "extra"):
                 number += 1
                 peer.send(frame(REQUEST, number, {"op": op, key: value}))
     for value in wrong:

@@ -253,7 +253,7 @@ def test_more_unanswered_requests_than_allowed_end_the_connection(attacked: Syst
         tdp = keep(stack, guest.open("KVM_CREATE_TDP_FD", {"as_id": 0}))
         peer = keep(stack, door.open("TDP_FD_GET", {}, [tdp.sock.fileno()]))
         _, fds = peer.ask("TDP_REGISTER_IMPORTER", {"name": "hostile"})
-        cpu.ask("KVM_RUN", {"accesses": [(0, b"x")]})
+        cpu.ask("KVM_RUN", {"program": [("w", 0, b"x")]})
         drop = {"op": "MADVISE", "addr": hva, "size": 4096, "advice": "dontneed"}
         memory.send(b"".join(frame(REQUEST, n, drop) for n in range(100, 5000)))
         assert memory.hung_up()

@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Kind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.tdp_fd import FaultType
-from kvmd.core.vcpu import Access, ExitReason, Vcpu
+from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import is_free
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
-from protocol.units import Gfn, Gpa, Hpa, Hva, Level
+from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 from tests.unit.kvmd.world import RW, World
 
@@ -247,7 +248,7 @@ class Rig:
         async def run() -> None:
             self.busy[index] = True
             changes = self.slot_changes + self.slots_changing
-            access = Access(Gpa(gfn << 12), len(data) if data else 8, data)
+            access = ("w", gfn << 12, data) if data else ("r", gfn << 12, 8)
             result = await self.vcpus[index].run([access])
             self.busy[index] = False
             if changes != self.slot_changes or self.slots_changing:
@@ -256,11 +257,11 @@ class Rig:
                 return
             page, readonly = self.lookup(gfn)
             if page is None or (readonly and data):
-                assert result.exit_reason is ExitReason.MMIO, f"gfn {gfn:#x} should leave: {result}"
+                assert result.exit.reason is ExitReason.MMIO, f"gfn {gfn:#x} should leave: {result}"
             elif page not in self.mapped:
-                assert result.errno, f"gfn {gfn:#x} has no host page: {result}"
+                assert result.exit.errno, f"gfn {gfn:#x} has no host page: {result}"
             else:
-                assert result.done == 1, f"gfn {gfn:#x}: {result}"
+                assert result.done, f"gfn {gfn:#x}: {result}"
                 if data:
                     self.store(page, data)
                 else:

@@ -130,19 +130,19 @@ def test_the_root_of_a_running_vcpu_is_lent(world: World) -> None:
     vcpu = world.vm.vcpus[0]
     world.write(vcpu, 0x10_0000, b"x")
     exported = world.export()
-    assert vcpu.root is not None
-    assert exported.meta.root_hpa == vcpu.root.hpa
+    assert vcpu.roots[0] is not None
+    assert exported.meta.root_hpa == vcpu.roots[0].hpa
     assert len(world.vm.mmu.roots) == 1
 
 
 @pytest.mark.rfc("RFC-22")
 def test_a_vcpu_that_runs_after_the_export_runs_on_the_exported_root(world: World) -> None:
     exported = world.export()
-    assert world.vm.vcpus[0].root is None
+    assert world.vm.vcpus[0].roots[0] is None
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     later = world.vcpu(1)
     world.read(later, 0x10_0000, 1)
-    assert {vcpu.root for vcpu in world.vm.vcpus} == {exported.root}
+    assert {vcpu.roots[0] for vcpu in world.vm.vcpus} == {exported.root}
     assert later.ept_violations == 0
 
 

@@ -48,11 +48,11 @@ def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.Monkey
     resolve = Kvm._resolve
 
     async def locked(self: Kvm, fault: PageFault, *rest: Any) -> Result:
-        await self._slots_lock.acquire(write=True)
+        await self.slots_change._lock.acquire(write=True)
         try:
             return await resolve(self, fault, *rest)
         finally:
-            self._slots_lock.release()
+            self.slots_change._lock.release()
 
     monkeypatch.setattr(Kvm, "_resolve", locked)
     with pytest.raises(AssertionError, match="waits"):

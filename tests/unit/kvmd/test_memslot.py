@@ -28,10 +28,16 @@ def slots(*regions: Region) -> Memslots:
     return made
 
 
+def checked(made: Memslots, wanted: Region) -> None:
+    _, _, new = made.plan(wanted)
+    assert new is not None
+    made.check_limit(new)
+
+
 def refused(made: Memslots, wanted: Region) -> tuple[int, str]:
     before, generation = list(made), made.generation
     with pytest.raises(UapiError) as caught:
-        made.plan(wanted)
+        checked(made, wanted)
     assert (list(made), made.generation) == (before, generation), "a refused change changes nothing"
     return caught.value.errno, caught.value.why
 
@@ -39,10 +45,11 @@ def refused(made: Memslots, wanted: Region) -> tuple[int, str]:
 # In the kernel's order: with this and everything below wrong as well, this is what is said.
 ORDER = [
     ("flags", region(0xFFFF_FFFF, 4, 0x123, 0x456, 0x789), errno.EINVAL, "flags"),
-    ("slot", region(0xFFFF_FFFF, 3, 0x123, 0x456, 0x789), errno.EINVAL, "slot"),
-    ("pages", region(0xFFFF_0000, 3, 0x123, 0x456, 0x789), errno.EINVAL, "whole pages"),
-    ("hva", region(0xFFFF_0000, 3, 0x1000, 0xFFFF_FFFF_FFFF_F000, 0x789), errno.EINVAL, "hva"),
+    ("size", region(0xFFFF_FFFF, 3, 0x123, 0x456, 0x789), errno.EINVAL, "size"),
+    ("gpa", region(0xFFFF_FFFF, 3, 0x123, 0x1000, 0x789), errno.EINVAL, "gpa"),
+    ("hva", region(0xFFFF_FFFF, 3, 0x1000, 0xFFFF_FFFF_FFFF_F000, 0x789), errno.EINVAL, "hva"),
     ("as_id", region(0x2_0000, 3, 0xFFFF_FFFF_FFFF_F000, 1 << 44, 0), errno.EINVAL, "address space"),
+    ("slot", region(0x1_7FFC, 3, 0xFFFF_FFFF_FFFF_F000, 1 << 44, 0), errno.EINVAL, "slot"),
     ("wraps", region(0x1_0000, 3, 0xFFFF_FFFF_FFFF_F000, 1 << 44, 0), errno.EINVAL, "wraps"),
     ("too many", region(0x1_0000, 3, 0, 1 << 44, 0), errno.EINVAL, "more than"),
 ]
@@ -64,7 +71,7 @@ def test_the_first_failing_check_speaks(wanted: Region, number: int, word: str) 
         (region(gpa=0x10_0800), errno.EINVAL),
         (region(size=0x1800), errno.EINVAL),
         (region(hva=HVA + 1), errno.EINVAL),
-        (region(hva=(1 << 47) - 0x8000), errno.EINVAL),
+        (region(hva=(1 << 47) - 0x1_0000), errno.EINVAL),  # the last page of user space is nobody's
         (region(size=(MAX_SLOT_PAGES + 1) << 12, hva=0), errno.EINVAL),
         (region(gpa=(1 << 46) - 0x8000), errno.EINVAL),  # beyond what the TDP maps
         (region(slot=5, size=0), errno.EINVAL),  # no such slot
@@ -90,7 +97,7 @@ def test_what_the_kernel_refuses_is_refused(wanted: Region, number: int) -> None
         (region(slot=MAX_SLOTS - 1, gpa=0), Change.CREATE),
         (region(slot=0x1_0000), Change.CREATE),  # the same place in the other address space
         (region(slot=1, gpa=(1 << 46) - 0x1_0000), Change.CREATE),
-        (region(slot=1, gpa=0x11_0000, hva=(1 << 47) - 0x1_0000), Change.CREATE),
+        (region(slot=1, gpa=0x11_0000, hva=(1 << 47) - 0x1_1000), Change.CREATE),
         (region(), Change.NONE),
         (region(flags=1), Change.FLAGS_ONLY),
         (region(gpa=0x10_8000), Change.MOVE),  # onto a part of itself

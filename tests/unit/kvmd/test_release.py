@@ -36,7 +36,7 @@ def use_after_release(world: World) -> None:
     exported.unregister_importer("unit", importer)
     world.vm.release_tdp_fd(exported)
     assert (exported.root.exported, exported.root.invalid) == (False, False)
-    assert vcpu.root is exported.root
+    assert vcpu.roots[0] is exported.root
     world.run(world.mm.migrate(slot.hva, PAGE))
     world.write(vcpu, 0x10_0000, b"after!")
     assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"

@@ -18,8 +18,9 @@ from kvmd.service.door import Kvmd
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.rpc.channel import Channel, Fds, Reply
+from protocol.uapi import names
 from protocol.units import GIB, MIB
-from tests.unit.protocol.wires import Wires
+from tests.unit.protocol.wires import Wires, failed
 
 
 class Client:
@@ -82,9 +83,80 @@ def machine(client: Client) -> dict[str, Channel]:
 def test_a_run_that_reads_more_than_a_reply_holds_is_einval(client: Client) -> None:
     vcpu = machine(client)["vcpu"]
     with pytest.raises(UapiError) as caught:
-        client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 1 << 20)] * 5)
+        client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 1 << 20)] * 5)
     assert caught.value.errno == errno.EINVAL
-    assert client.call(vcpu, "KVM_RUN", accesses=[(0x10_0000, 3)]).body["reads"] == [bytes(3)]
+    assert client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 3)]).body["reads"] == [bytes(3)]
+
+
+def test_a_polling_guest_holds_nobody_up_and_ends_with_its_fd(client: Client) -> None:
+    """It would keep its VM for ever."""
+    made = machine(client)
+    run = made["vcpu"].call("KVM_RUN", {"program": [("spin_until_ne", 0x10_0000, 0)]})
+    other = made["vm"].call("KVM_CREATE_VCPU", {"vcpu_id": 1})
+    again = made["vcpu"].call("KVM_RUN", {"program": None})
+    client.wire.loop.settle()
+    for _ in range(10):  # `pump` would not come back
+        client.wire.loop.turn(0)
+    other.result().fds.close()
+    busy = failed(again)
+    assert isinstance(busy, UapiError)
+    assert busy.errno == errno.EBUSY
+    assert not run.done
+    os.close(client.fds.pop("vcpu"))
+    made["vcpu"].close()
+    client.wire.pump()
+    for name in ("vm", "mm"):
+        client.close(name, made[name])
+    assert client.app.vms == []
+    assert client.app.host.pool.in_use == 0
+
+
+def test_a_polling_guest_sees_what_its_process_writes(client: Client) -> None:
+    made = machine(client)
+    hva = next(iter(client.app.vms[0].slots)).hva
+    run = made["vcpu"].call("KVM_RUN", {"program": [("spin_until_ne", 0x10_0000, 0)]})
+    store = made["mm"].call("WRITE", {"addr": hva, "data": b"x"})
+    client.wire.pump()
+    assert store.done
+    assert run.result().body["done"] is True
+
+
+def test_what_leaves_the_guest_is_told_field_by_field(client: Client) -> None:
+    made = machine(client)
+    vcpu = made["vcpu"]
+    store = client.call(vcpu, "KVM_RUN", program=[("w", 0x66_6000, b"abc"), ("r", 0x66_6008, 4)]).body
+    assert store == {
+        "exit_reason": names.KVM_EXIT_MMIO,
+        "errno": 0,
+        "why": "",
+        "done": False,
+        "finished": 0,
+        "reads": [],
+        "mmio": {"phys_addr": 0x66_6000, "len": 3, "is_write": True, "data": b"abc"},
+    }
+    load = client.call(vcpu, "KVM_RUN", program=None).body
+    assert load["mmio"] == {"phys_addr": 0x66_6008, "len": 4, "is_write": False, "data": b""}
+    end = client.call(vcpu, "KVM_RUN", program=None, mmio_data=b"wxyz").body
+    assert (end["exit_reason"], end["done"], end["finished"]) == (names.KVM_EXIT_IO, True, 2)
+    assert end["reads"] == [b"wxyz"]
+    client.call(made["mm"], "MUNMAP", addr=next(iter(client.app.vms[0].slots)).hva, size=4096)
+    gone = client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 1)]).body
+    assert (gone["exit_reason"], gone["errno"], gone["done"]) == (0, errno.EFAULT, False)
+    assert gone["why"]
+
+
+def test_msrs_and_write_tracking_are_reached_by_request(client: Client) -> None:
+    made = machine(client)
+    index = names.MSR_KVM_WALL_CLOCK_NEW
+    assert client.call(made["vcpu"], "KVM_SET_MSRS", index=index, value=0x10_0000).body == {"ret": 1}
+    assert client.call(made["vcpu"], "KVM_SET_MSRS", index=1, value=0).body == {"ret": 0}
+    version = client.call(made["vcpu"], "KVM_RUN", program=[("r", 0x10_0000, 4)]).body["reads"]
+    assert version == [b"\2\0\0\0"]
+    client.call(made["vm"], "PAGE_TRACK_ADD", gpa=0x10_0000)
+    client.call(made["vm"], "PAGE_TRACK_REMOVE", gpa=0x10_0000)
+    with pytest.raises(UapiError) as caught:
+        client.call(made["vm"], "PAGE_TRACK_REMOVE", gpa=0x10_0000)
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
@@ -111,7 +183,7 @@ def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
     vm.mm.notifiers.append(Slow())
     hva = next(iter(vm.slots)).hva
     made["mm"].call("MADVISE", {"addr": hva, "size": 4096, "advice": "dontneed"})
-    made["vcpu"].call("KVM_RUN", {"accesses": [(0x10_0000, b"x")]})
+    made["vcpu"].call("KVM_RUN", {"program": [("w", 0x10_0000, b"x")]})
     client.wire.pump()
     for name in ("vcpu", "vm"):
         client.close(name, made[name])
@@ -177,7 +249,7 @@ def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        client.call(made["vcpu"], "KVM_RUN", accesses=[(0x10_0000, b"x")])
+        client.call(made["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
         hva = next(iter(client.app.vms[0].slots)).hva
         client.call(made["mm"], "MADVISE", addr=hva, size=4096, advice="dontneed")
     assert acked == [1, 2, 3, 4, 5]

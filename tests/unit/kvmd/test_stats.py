@@ -13,7 +13,7 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
     world.set_slot(1, 0x200, 512, world.map(1, 2))
     vcpu, exported, importer = world.vcpu(), world.export(), SlowImporter()
     world.write(vcpu, 0x10_0000, b"x" * 3 * 4096)  # three faults, fixed
-    world.read(vcpu, 0x50_0000, 1)  # one that fails: no slot
+    world.read(vcpu, 0x50_0000, 1)  # emulated: no slot
     world.io_fault(exported, 0x100)  # spurious
     world.io_fault(exported, 0x103)  # fixed
     world.io_fault(exported, 0x200)  # fixed, 2 MiB
@@ -31,19 +31,23 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "ept_violations": 4,
         "fault_retries": 0,
         "remote_tlb_flush": 1,
+        "pf_mmio_spte_created": 1,
         "tlb_flush": 1,
         "memslot_generation": 2,
         "pages_4k": 3,
         "pages_2m": 1,
         "pages_1g": 0,
-        "table_pages": 4,
+        "table_pages": 5,
         "table_pages_held": 0,
         "pf_taken": 4,
         "pf_fixed": 3,
+        "pf_fast": 0,
         "pf_spurious": 0,
-        "pf_failed": 1,
+        "pf_emulate": 1,
+        "pf_failed": 0,
         "io_pf_taken": 4,
         "io_pf_fixed": 2,
+        "io_pf_fast": 0,
         "io_pf_spurious": 1,
         "io_pf_failed": 1,
     }

@@ -74,7 +74,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
-    assert exported.root is world.vm.vcpus[0].root
+    assert exported.root is world.vm.vcpus[0].roots[0]
     assert set(world.table(exported.meta.root_hpa)) == {0x100}
 
 

@@ -6,12 +6,12 @@ import errno
 
 import pytest
 
-from kvmd.core import vcpu as vcpu_module
+from kvmd.core import cpu as cpu_module
+from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
-from kvmd.core.vcpu import Access, ExitReason
 from protocol.errors import UapiError
-from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
+from protocol.units import Gfn, GfnSpan, Hva, Level
 from tests.unit.kvmd.world import World
 
 PAGE = 4096
@@ -51,8 +51,8 @@ def test_one_violation_a_page_and_none_once_mapped(world: World) -> None:
 def test_an_access_without_a_slot_leaves_as_mmio(world: World, gpa: int, write: bool) -> None:
     vcpu = world.vm.vcpus[0]
     result = world.write(vcpu, gpa, b"x" * 8) if write else world.read(vcpu, gpa, 8)
-    assert (result.exit_reason, result.done, result.reads) == (ExitReason.MMIO, 0, [])
-    assert (result.mmio_gpa, result.mmio_bytes, result.mmio_is_write) == (gpa, 8, write)
+    assert (result.exit.reason, result.done, result.reads) == (ExitReason.MMIO, False, [])
+    assert result.exit.mmio == (gpa, 8, write, b"x" * 8 if write else b"")
 
 
 @pytest.mark.parametrize("levels", [4, 5])
@@ -64,25 +64,25 @@ def test_address_bits_the_walk_does_not_see_are_not_ignored(levels: int) -> None
     world.write(vcpu, 0x10_0000, b"secret")
     for high in (48, 51, 57, 63):
         gpa = 0x10_0000 | 1 << high
-        assert world.read(vcpu, gpa, 6).exit_reason is ExitReason.MMIO
+        assert world.read(vcpu, gpa, 6).exit.reason is ExitReason.MMIO
     world.set_slot(1, (1 << 36) + 0x100, 1, world.map(1))
     result = world.read(vcpu, 0x10_0000 | 1 << 48, 6)
-    assert result.exit_reason is (ExitReason.MMIO if levels == 4 else ExitReason.DONE)
+    assert result.exit.reason is (ExitReason.MMIO if levels == 4 else ExitReason.IO)
     assert b"secret" not in result.reads
     assert world.read(vcpu, 0x10_0000, 6).reads == [b"secret"]
 
 
 def test_an_exit_tells_what_was_done_before_it(world: World) -> None:
     vcpu = world.vm.vcpus[0]
-    accesses = [
-        Access(Gpa(0x10_0000), 4, b"done"),
-        Access(Gpa(0x10_0000), 4, None),
-        Access(Gpa(0x10_FFFC), 8, b"halfhalf"),
-        Access(Gpa(0x10_0000), 4, b"not!"),
+    program = [
+        ("w", 0x10_0000, b"done"),
+        ("r", 0x10_0000, 4),
+        ("w", 0x10_FFFC, b"halfhalf"),
+        ("w", 0x10_0000, b"not!"),
     ]
-    result = world.run(vcpu.run(accesses))
-    assert (result.done, result.reads) == (2, [b"done"])
-    assert (result.mmio_gpa, result.mmio_bytes) == (0x11_0000, 4)
+    result = world.run(vcpu.run(program))
+    assert (result.done, result.finished, result.reads) == (False, 2, [b"done"])
+    assert result.exit.mmio == (0x11_0000, 4, True, b"half")
     assert world.read(vcpu, 0x10_0000, 4).reads == [b"done"]
     assert world.read(vcpu, 0x10_FFFC, 4).reads == [b"half"]
 
@@ -93,7 +93,7 @@ def test_a_write_to_a_read_only_slot_leaves_as_mmio_and_writes_nothing(world: Wo
     world.run(world.mm.write(hva, b"rom"))
     world.set_slot(1, 0x200, 1, hva, flags=2)
     assert world.read(vcpu, 0x20_0000, 3).reads == [b"rom"]
-    assert world.write(vcpu, 0x20_0000, b"ram").exit_reason is ExitReason.MMIO
+    assert world.write(vcpu, 0x20_0000, b"ram").exit.reason is ExitReason.MMIO
     assert world.run(world.mm.read(hva, 3)) == b"rom"
 
 
@@ -102,20 +102,20 @@ def test_what_the_host_forbids_is_efault(world: World, prot: Prot, write: bool) 
     vcpu = world.vm.vcpus[0]
     world.set_slot(1, 0x200, 1, world.map(1, prot=prot))
     result = world.write(vcpu, 0x20_0000, b"x") if write else world.read(vcpu, 0x20_0000, 1)
-    assert (result.errno, result.done) == (errno.EFAULT, 0)
+    assert (result.exit.errno, result.finished) == (errno.EFAULT, 0)
 
 
 def test_a_host_without_frames_is_enomem() -> None:
     world = World()
     world.run(world.mm.fault_in(world.map(1, 3), write=True))
     world.set_slot(0, 0, 1, world.map(1))
-    assert world.read(world.vcpu(), 0, 1).errno == errno.ENOMEM
+    assert world.read(world.vcpu(), 0, 1).exit.errno == errno.ENOMEM
 
 
 def test_a_host_without_table_pages_is_enomem_and_counted() -> None:
     world = World(tables=3 * PAGE)
     world.set_slot(0, 0, 1, world.map(1))
-    assert world.read(world.vcpu(), 0, 1).errno == errno.ENOMEM
+    assert world.read(world.vcpu(), 0, 1).exit.errno == errno.ENOMEM
     assert sum(world.vm.faults.values()) == 1
 
 
@@ -139,11 +139,11 @@ def test_a_flush_forgets_its_span_and_nothing_else(world: World) -> None:
 
 
 def test_a_tlb_that_is_full_starts_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vcpu_module, "MAX_TLB_ENTRIES", 4)
+    monkeypatch.setattr(cpu_module, "MAX_TLB_ENTRIES", 4)
     vcpu = world.vm.vcpus[0]
     for i in range(16):
         world.write(vcpu, 0x10_0000 + i * PAGE, bytes([i]))
-        assert len(vcpu._tlb) <= 4
+        assert len(vcpu._cpus[0].tlb) <= 4
     assert [world.read(vcpu, 0x10_0000 + i * PAGE, 1).reads for i in range(16)] == [
         [bytes([i])] for i in range(16)
     ]
@@ -156,11 +156,11 @@ def test_vcpus_of_different_width_run_on_their_own_roots() -> None:
     narrow, wide = world.vcpu(0, 46), world.vcpu(1, 52)
     world.write(wide, 0x10_0000, b"wide")
     assert world.read(narrow, 0x10_0000, 4).reads == [b"wide"]
-    assert narrow.root is not None
-    assert wide.root is not None
-    assert (narrow.root.role.level, wide.root.role.level) == (4, 5)
+    assert narrow.roots[0] is not None
+    assert wide.roots[0] is not None
+    assert (narrow.roots[0].role.level, wide.roots[0].role.level) == (4, 5)
     exported = world.export()
-    assert exported.root is narrow.root
+    assert exported.root is narrow.roots[0]
     world.write(wide, 0x10_1000, b"more")
     assert world.read(narrow, 0x10_1000, 4).reads == [b"more"]
 
@@ -169,7 +169,7 @@ def test_vcpus_of_different_width_run_on_their_own_roots() -> None:
 
 
 def test_vcpu_ids_are_checked(world: World) -> None:
-    for vcpu_id, number in ((0, errno.EEXIST), (-1, errno.EINVAL), (1024, errno.EINVAL)):
+    for vcpu_id, number in ((0, errno.EEXIST), (-1, errno.EINVAL), (4096, errno.EINVAL)):
         with pytest.raises(UapiError) as caught:
             world.vm.create_vcpu(vcpu_id)
         assert caught.value.errno == number

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
-from kvmd.core.vcpu import Access, ExitReason
 from kvmd.core.vm import Kvm
-from protocol.units import Gfn, Gpa, Hva
+from protocol.units import Gfn, Hva
 from tests.unit.kvmd.world import WRITE, SlowImporter, World
 
 PAGE = 4096
@@ -114,7 +114,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
     rig.fault()
     old = rig.world.table()[0x100]
     move = rig.world.start(rig.world.mm.migrate(rig.hva, PAGE))
-    read = rig.world.start(rig.vcpu.run([Access(Gpa(0x10_0000), 5, None)]))
+    read = rig.world.start(rig.vcpu.run([("r", 0x10_0000, 5)]))
     assert not read.done
     assert 0x100 not in rig.world.table()
     rig.world.ack(rig.importer)
@@ -206,7 +206,7 @@ def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None
     world.ack(rig.importer)
     assert over.done
     assert rig.fault(0x100) is Result.NO_SLOT
-    assert world.read(rig.vcpu, 0x10_0000, 1).exit_reason is ExitReason.MMIO
+    assert world.read(rig.vcpu, 0x10_0000, 1).exit.reason is ExitReason.MMIO
 
 
 def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Rig) -> None:
@@ -249,7 +249,7 @@ def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
     world.ack(rig.importer)
     assert over.done
     assert world.read(rig.vcpu, 0x30_0000, 5).reads == [b"moved"]
-    assert world.read(rig.vcpu, 0x10_0000, 5).exit_reason is ExitReason.MMIO
+    assert world.read(rig.vcpu, 0x10_0000, 5).exit.reason is ExitReason.MMIO
     assert check_vm(world.vm) == []
 
 
@@ -268,13 +268,13 @@ def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None
     one, other = world.vcpu(0), world.vcpu(1)
     world.write(one, 0x10_0000, b"before")
     world.read(other, 0x10_0000, 1)
-    old = one.root
+    old = one.roots[0]
     world.set_slot(1, 0x200, 1, world.map(1))
     world.set_slot(1, 0, 0, 0)
     assert old is not None
     assert old.invalid
     assert world.read(one, 0x10_0000, 6).reads == [b"before"]
-    assert one.root is not old
+    assert one.roots[0] is not old
     assert world.host.pool.held(world.vm.id) == 0
     assert world.read(other, 0x10_0000, 6).reads == [b"before"]
     assert old not in world.vm.mmu.roots
@@ -335,7 +335,7 @@ def test_two_vms_of_one_process_each_lose_their_entries(rig: Rig) -> None:
     other = Kvm(rig.world.host, rig.world.mm)
     vcpu = other.create_vcpu(0)
     rig.world.run(other.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
-    rig.world.run(vcpu.run([Access(Gpa(0x90_0000), 1, b"x")]))
+    rig.world.run(vcpu.run([("w", 0x90_0000, b"x")]))
     rig.fault()
     rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
     assert rig.exported.root.leaves == [0, 0, 0, 0]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import vm as vm_module
+from kvmd.core import slots_change
 from kvmd.core.invariants import check_vm
 from kvmd.core.page_fault import Result
-from kvmd.core.vm import Kvm
+from kvmd.core.slots_change import SlotsChange
 from protocol.flow import Wait
 from protocol.units import Gfn
 from tests.unit.kvmd.world import WRITE, SlowImporter, World
@@ -22,7 +22,7 @@ class Rig:
     """16 pages at gfn 0x100 and one at 0x200, all mapped; acks and turns come when the test gives them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(vm_module, "ZAP_BATCH", BATCH)
+        monkeypatch.setattr(slots_change, "ZAP_BATCH", BATCH)
         self.world = World()
         self.hva = self.world.map(16)
         self.world.set_slot(0, 0x100, 16, self.hva)
@@ -68,11 +68,11 @@ def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.defect("B-33")
 def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def at_once(self: Kvm) -> None:
-        self.mmu.zap_leafs(self.exported[0].root.everything)
-        await self.flusher.flush(None)
+    async def at_once(self: SlotsChange) -> None:
+        self._mmu.zap_leafs(self._exported[0].root.everything)
+        await self._flusher.flush(None)
 
-    monkeypatch.setattr(Kvm, "_zap_all_fast", at_once)
+    monkeypatch.setattr(SlotsChange, "_zap_all_fast", at_once)
     with pytest.raises(AssertionError, match="each batch"):
         work_is_bounded(Rig(monkeypatch))
 
@@ -93,14 +93,14 @@ def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.Monke
 
 @pytest.mark.defect("B-33")
 def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def flush_at_the_end(self: Kvm) -> None:
-        left: Any = self.exported[0].root.everything
+    async def flush_at_the_end(self: SlotsChange) -> None:
+        left: Any = self._exported[0].root.everything
         while left is not None:
-            _, left = self.mmu.zap_some(self.exported[0].root, left, BATCH)
-            await self.host.cond_resched()
-        await self.flusher.flush(None)
+            _, left = self._mmu.zap_some(self._exported[0].root, left, BATCH)
+            await self._cond_resched()
+        await self._flusher.flush(None)
 
-    monkeypatch.setattr(Kvm, "_zap_all_fast", flush_at_the_end)
+    monkeypatch.setattr(SlotsChange, "_zap_all_fast", flush_at_the_end)
     with pytest.raises(AssertionError, match="not even told"):
         host_takes_a_page_meanwhile(Rig(monkeypatch))
 

@@ -13,7 +13,7 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
-from kvmd.core.vcpu import Access, RunResult, Vcpu
+from kvmd.core.vcpu import RunResult, Vcpu
 from kvmd.core.vm import Kvm
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import FrameTags, tags_size
@@ -27,6 +27,27 @@ READ = FaultType(read=True, write=False, exec=False)
 WRITE = FaultType(read=False, write=True, exec=False)
 
 
+class HandClock:
+    """Ticks come at once while the stock lasts, so that nobody polls for ever; then a test gives them."""
+
+    def __init__(self, stock: int = 10_000) -> None:
+        self.stock = stock
+        self.waiting: list[Wait[None]] = []
+        self.now_ns = 1_700_000_000 * 10**9 + 42
+
+    def tick(self) -> Wait[None]:
+        wait: Wait[None] = Wait()
+        if self.stock:
+            self.stock -= 1
+            wait.set(None)
+        else:
+            self.waiting.append(wait)
+        return wait
+
+    def wall_ns(self) -> int:
+        return self.now_ns
+
+
 class BareHost:
     """A `Host` and the raw memory it lives in; frames come in whole GiB and cost what is touched."""
 
@@ -36,12 +57,14 @@ class BareHost:
         self.tables = bytearray(tables)
         self.frames = mmap.mmap(-1, frames_gib * GIB)
         self.tags = FrameTags(HIGH_RAM_START, memoryview(bytearray(tags_size(frames_gib * GIB))))
+        self.clock = HandClock()
         self.host = Host(
             features or CpuFeatures(),
             Window(WindowKind.TABLES, LOW_RAM_START, tables, memoryview(self.tables)),
             Window(WindowKind.FRAMES, HIGH_RAM_START, frames_gib * GIB, memoryview(self.frames)),
             self.tags,
             lambda offset, size: self.frames.madvise(mmap.MADV_REMOVE, offset, size),
+            self.clock,
         )
 
 
@@ -123,10 +146,10 @@ class World:
         return self.run(self.vm.create_tdp_fd(CreateTdpFd(0, 0, 0)))
 
     def read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
-        return self.run(vcpu.run([Access(Gpa(gpa), size, None)]))
+        return self.run(vcpu.run([("r", gpa, size)]))
 
     def write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
-        return self.run(vcpu.run([Access(Gpa(gpa), len(data), data)]))
+        return self.run(vcpu.run([("w", gpa, data)]))
 
     def io_fault(self, exported: ExportedTdp, gfn: int, kind: FaultType = WRITE) -> Result:
         return self.run(self.vm.fault_exported(exported, 77, Gfn(gfn), kind))

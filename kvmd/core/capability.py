@@ -1,0 +1,116 @@
+"""What a VM says it can do, and what user space switches on.
+
+Models KVM_CHECK_EXTENSION and KVM_ENABLE_CAP of a VM [KVM kvm_main.c]: an unknown capability is 0, enabling
+it is EINVAL.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from enum import IntEnum
+
+from kvmd.core.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
+from kvmd.core.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
+from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
+from kvmd.core.memslot import MAX_SLOTS
+from kvmd.core.vm import MAX_VCPU_IDS, MAX_VCPUS, Kvm, VmType
+from protocol.errors import UapiError
+from protocol.units import PAGE_SIZE
+
+
+class Cap(IntEnum):
+    """KVM_CAP_* [KVM kvm.h]."""
+
+    USER_MEMORY = 3
+    NR_MEMSLOTS = 10
+    SYNC_MMU = 16
+    DESTROY_MEMORY_REGION_WORKS = 21
+    JOIN_MEMORY_REGIONS_WORKS = 30
+    MAX_VCPUS = 66
+    READONLY_MEM = 81
+    ENABLE_CAP_VM = 98
+    CHECK_EXTENSION_VM = 105
+    MULTI_ADDRESS_SPACE = 118
+    MAX_VCPU_ID = 128
+    MANUAL_DIRTY_LOG_PROTECT2 = 168
+    DIRTY_LOG_RING = 192
+    DIRTY_LOG_RING_ACQ_REL = 223
+    DIRTY_LOG_RING_WITH_BITMAP = 225
+    USER_MEMORY2 = 231
+    MEMORY_FAULT_INFO = 232
+    MEMORY_ATTRIBUTES = 233
+    GUEST_MEMFD = 234
+    VM_TYPES = 235
+    PRE_FAULT_MEMORY = 236
+    GUEST_MEMFD_FLAGS = 244
+
+
+_PRESENT = (
+    *(Cap.USER_MEMORY, Cap.USER_MEMORY2, Cap.SYNC_MMU, Cap.READONLY_MEM),
+    *(Cap.DESTROY_MEMORY_REGION_WORKS, Cap.JOIN_MEMORY_REGIONS_WORKS),
+    *(Cap.ENABLE_CAP_VM, Cap.CHECK_EXTENSION_VM),
+    *(Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.PRE_FAULT_MEMORY),
+)
+
+
+def check_extension(vm: Kvm, cap: int) -> int:
+    """KVM_CHECK_EXTENSION on a VM."""
+    values: dict[int, int] = {
+        **dict.fromkeys(_PRESENT, 1),
+        Cap.NR_MEMSLOTS: MAX_SLOTS,
+        Cap.MAX_VCPUS: MAX_VCPUS,
+        Cap.MAX_VCPU_ID: MAX_VCPU_IDS,
+        Cap.MULTI_ADDRESS_SPACE: vm.slots.address_spaces,
+        Cap.MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT_ENABLE | MANUAL_INITIALLY_SET,
+        Cap.DIRTY_LOG_RING: MAX_RING_BYTES,
+        Cap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
+        Cap.DIRTY_LOG_RING_WITH_BITMAP: int(vm.host.features.dirty_ring_with_bitmap),
+        Cap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm.private.attributes.supported else 0,
+        Cap.VM_TYPES: sum(1 << kind for kind in VmType),
+        Cap.GUEST_MEMFD_FLAGS: vm.private.memfd_flags,
+    }
+    return int(values.get(cap, 0))
+
+
+def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:
+    """KVM_ENABLE_CAP on a VM; only arg 0 means anything to what is known here."""
+    if cap == Cap.MANUAL_DIRTY_LOG_PROTECT2:
+        _set_manual_protect(vm, flags, args[0])
+    elif cap in (Cap.DIRTY_LOG_RING, Cap.DIRTY_LOG_RING_ACQ_REL):
+        _set_ring_size(vm, args[0] & 0xFFFF_FFFF)  # the kernel takes a u32
+    elif cap == Cap.DIRTY_LOG_RING_WITH_BITMAP:
+        _set_ring_with_bitmap(vm, flags)
+    else:
+        raise UapiError(errno.EINVAL, f"capability {cap}: there is nothing to enable")
+
+
+def _set_manual_protect(vm: Kvm, flags: int, options: int) -> None:
+    allowed = MANUAL_PROTECT_ENABLE
+    if options & MANUAL_PROTECT_ENABLE:
+        allowed |= MANUAL_INITIALLY_SET
+    if flags or options & ~allowed:
+        raise UapiError(errno.EINVAL, f"manual protect {options:#x} flags {flags:#x}: {allowed:#x} and 0")
+    vm.dirty_log.manual_protect = options
+
+
+def _set_ring_size(vm: Kvm, size: int) -> None:
+    log = vm.dirty_log
+    least = max(log.ring_reserve * ENTRY_BYTES, PAGE_SIZE)
+    if size < least or size & (size - 1):
+        raise UapiError(errno.EINVAL, f"dirty ring of {size:#x} bytes: a power of two, at least {least:#x}")
+    if size > MAX_RING_BYTES:
+        raise UapiError(errno.E2BIG, f"dirty ring of {size:#x} bytes: at most {MAX_RING_BYTES:#x}")
+    if log.ring_bytes or vm.vcpus:
+        raise UapiError(errno.EINVAL, f"dirty rings are set once, before any of the {len(vm.vcpus)} vCPUs")
+    log.ring_bytes = size
+
+
+def _set_ring_with_bitmap(vm: Kvm, flags: int) -> None:
+    """Every slot must have its bitmap, so there must be none yet."""
+    rings, slots = vm.dirty_log.ring_bytes, len(vm.slots)
+    if not vm.host.features.dirty_ring_with_bitmap or not rings or flags or slots:
+        raise UapiError(
+            errno.EINVAL, f"bitmaps beside rings of {rings:#x} bytes: {slots} slots, flags {flags:#x}"
+        )
+    vm.dirty_log.ring_with_bitmap = True

@@ -1,0 +1,229 @@
+"""The CPU's own accesses: TLB, EPT walk, violations; what it cannot do goes to the emulator.
+
+Models a vCPU in guest mode [SDM 29.3], [KVM mmu.c], for one address space.  A walk sets A, and for a store D,
+in the leaf it uses, by compare and exchange; a store that sets D is logged, as page-modification logging
+does.  The TLB grants a store only through an entry whose D is set, so once D is cleared and the TLB
+flushed the next store walks again.  (Entries that point to tables are made with A set, and keep it.)
+
+All bytes of an instruction are reached before any is touched; when something had to be waited for, all
+are looked up again.  A vCPU that waits is out of guest mode, so a flush always finds it able to ack at once.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from kvmd.core.emulator import Emulator
+from kvmd.core.exits import Exit, ExitReason
+from kvmd.core.guest_ram import pages_of
+from kvmd.core.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
+from kvmd.core.program import Change
+from kvmd.core.spte import mmio_is_fresh
+from protocol.errors import ModelBug
+from protocol.pt import bits
+from protocol.pt.geometry import ENTRY_BYTES, gfn_limit, index_of
+from protocol.pt.walk import Outcome, Walk, walk
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
+
+if TYPE_CHECKING:
+    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.vm import Kvm
+
+MAX_TLB_ENTRIES = 4096
+# A resolved violation maps the page; an invalidation may take it away again before the retry.
+MAX_VIOLATIONS = 64
+
+Range = tuple[Gpa, int, int]  # gpa, size, the right it takes
+
+
+class Cpu:
+    """Guest memory at privilege 3."""
+
+    def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int, emulator: Emulator) -> None:
+        self.tlb: dict[Gfn, tuple[int, int]] = {}  # gfn -> (hpa of its page, rights)
+        self._vm = vm
+        self._vcpu = vcpu
+        self._as_id = as_id
+        self._emulator = emulator
+        self._missed = bits.EMPTY  # the entry that the last walk in vain ended at
+
+    def flush_tlb(self, span: GfnSpan | None) -> None:
+        """INVEPT: forget `span`, or everything."""
+        if span is None or span.npages > len(self.tlb):
+            self.tlb = {} if span is None else {g: t for g, t in self.tlb.items() if g not in span}
+        else:
+            for gfn in range(span.start, span.end):
+                self.tlb.pop(Gfn(gfn), None)
+
+    # -- accesses --------------------------------------------------------------------------------------
+
+    async def load(self, gpa: Gpa, size: int) -> bytes:
+        hpa = self._hit(gpa, size, bits.READ)
+        if hpa is not None:
+            return self._vm.host.read_frame(hpa, size)
+        pieces = await self._reach((gpa, size, bits.READ))
+        return await self._emulator.load(gpa, size) if pieces is None else self._read(pieces)
+
+    async def store(self, gpa: Gpa, data: bytes) -> None:
+        hpa = self._hit(gpa, len(data), bits.WRITE)
+        if hpa is not None:
+            self._vm.host.write_frame(hpa, data)
+            return
+        pieces = await self._reach((gpa, len(data), bits.WRITE))
+        if pieces is None:
+            await self._emulator.store(gpa, data)
+        else:
+            self._write(pieces, data)
+
+    async def modify(self, gpa: Gpa, size: int, change: Change) -> None:
+        pieces = await self._reach((gpa, size, bits.WRITE))
+        if pieces is None:
+            await self._emulator.modify(gpa, size, change)
+        else:
+            self._write(pieces, change(self._read(pieces)))
+
+    async def fetch(self, gpa: Gpa) -> None:
+        if await self._reach((gpa, 1, bits.EXEC)) is None:
+            await self._emulator.fetch(gpa)
+
+    def prefetch(self, gpa: Gpa) -> None:
+        self._translate(gfn_of(gpa), bits.READ)
+
+    async def copy(self, dst: Gpa, src: Gpa, size: int) -> int:
+        """Up to the next page bound of either side; not past where the copy would meet its own result."""
+        count = min(size, _to_page_end(src), _to_page_end(dst))
+        pieces = await self._reach((src, count, bits.READ), (dst, count, bits.WRITE))
+        if pieces is None:
+            return await self._emulator.copy(dst, src, size)
+        source, target = pieces[0][0], pieces[1][0]
+        if 0 < target - source < count:
+            count = target - source
+        self._vm.host.write_frame(target, self._vm.host.read_frame(source, count))
+        return count
+
+    async def fill(self, gpa: Gpa, byte: int, size: int) -> int:
+        count = min(size, _to_page_end(gpa))
+        pieces = await self._reach((gpa, count, bits.WRITE))
+        if pieces is None:
+            return await self._emulator.fill(gpa, byte, size)
+        self._write(pieces, bytes([byte]) * count)
+        return count
+
+    def _read(self, pieces: list[tuple[int, int]]) -> bytes:
+        return b"".join([self._vm.host.read_frame(hpa, count) for hpa, count in pieces])
+
+    def _write(self, pieces: list[tuple[int, int]], data: bytes) -> None:
+        at = 0
+        for hpa, count in pieces:
+            self._vm.host.write_frame(hpa, data[at : at + count])
+            at += count
+
+    def _hit(self, gpa: Gpa, size: int, need: int) -> int | None:
+        """The short way for what lies in one page that the TLB knows."""
+        cached = self.tlb.get(gpa >> PAGE_SHIFT)  # type: ignore[call-overload]
+        offset = gpa & PAGE_OFFSET_MASK
+        return cached[0] | offset if cached and cached[1] & need and offset + size <= PAGE_SIZE else None
+
+    # -- translation -----------------------------------------------------------------------------------
+
+    async def _reach(self, *ranges: Range) -> list[tuple[int, int]] | None:
+        """Where all the bytes are now, a piece a page; nothing may await before they are used.  None: the
+        emulator has to make this access.
+        """
+        for _ in range(MAX_VIOLATIONS):
+            pieces = []
+            for gpa, size, need in ranges:
+                for at, count in pages_of(gpa, size):
+                    page = self._translate(gfn_of(at), need)
+                    if page is None:
+                        break
+                    pieces.append((page | at & PAGE_OFFSET_MASK, count))
+                else:
+                    continue
+                break
+            else:
+                return pieces
+            if not await self._violation(gfn_of(at), need):
+                return None
+        raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")
+
+    def _translate(self, gfn: Gfn, need: int) -> int | None:
+        """The page of `gfn` by the TLB or a walk.  None: EPT violation."""
+        cached = self.tlb.get(gfn)
+        if cached is not None and cached[1] & need:
+            return cached[0]
+        root = self._vm.load_root(self._vcpu, self._as_id)
+        self._missed = bits.EMPTY
+        if gfn >= gfn_limit(root.role.level):  # the walk would not see those bits
+            return None
+        host = self._vm.host
+        found = walk(host.writer, host.ept_rules, root.hpa, root.role.level, gfn << PAGE_SHIFT)
+        if found.outcome is Outcome.RESERVED:
+            raise ModelBug(
+                f"EPT misconfiguration at gfn {gfn:#x}: entry {found.entry:#018x} level {found.level}"
+            )
+        if found.outcome is not Outcome.MAPPED or not found.rights & need:
+            self._missed = found.entry
+            return None
+        rights = found.rights
+        if root.role.ad_enabled:
+            rights = self._set_accessed_dirty(gfn, found, need)
+        if len(self.tlb) >= MAX_TLB_ENTRIES:
+            self.tlb.clear()
+        page = found.hpa(gfn << PAGE_SHIFT)
+        self.tlb[gfn] = page, rights
+        return page
+
+    def _set_accessed_dirty(self, gfn: Gfn, found: Walk, need: int) -> int:
+        """A, and D for a store; the rights to cache: no W while D is clear."""
+        entry = found.entry | bits.ACCESSED | (bits.DIRTY if need == bits.WRITE else 0)
+        if entry != found.entry:
+            at = found.table + index_of(gfn, found.level) * ENTRY_BYTES
+            stored = self._vm.host.writer.cmpxchg64(at, found.entry, entry)
+            assert stored, "nothing ran since the walk"
+            if (entry ^ found.entry) & bits.DIRTY:
+                self._log(gfn)
+        return found.rights if entry & bits.DIRTY else found.rights & ~bits.WRITE
+
+    def _log(self, gfn: Gfn) -> None:
+        """Page-modification logging."""
+        slot = self._vm.slots.find(gfn, self._as_id)
+        if slot is not None:
+            self._vm.mark_page_dirty(slot, gfn, self._vcpu)
+
+    async def _violation(self, gfn: Gfn, need: int) -> bool:
+        """Have the page mapped, however often user space has to help.  False: nothing can be mapped."""
+        vcpu = self._vcpu
+        vcpu.ept_violations += 1
+        if gfn >= gfn_limit(self._vm.load_root(vcpu, self._as_id).role.level):
+            return False
+        if mmio_is_fresh(self._missed, self._vm.slots.generation):
+            return False
+        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id)
+        while True:
+            result = await self._vm.handle_fault(fault, vcpu)
+            if result in EMULATED:
+                return False
+            if result in RESOLVED:
+                if vcpu.must_leave:
+                    await vcpu.enter()
+                return True
+            if result is Result.UNSTABLE:
+                await vcpu.pause()
+            else:
+                await self._leave(gfn, result)
+
+    async def _leave(self, gfn: Gfn, result: Result) -> None:
+        why = f"gfn {gfn:#x}: {result.name.lower()}"
+        if result is Result.HWPOISON:
+            slot = self._vm.slots.find(gfn, self._as_id)
+            hva = None if slot is None else slot.hva_of(gfn)
+            await Exit(ExitReason.INTR, errno.EINTR, why, sigbus=hva)
+        else:
+            number = errno.ENOMEM if result is Result.NO_MEMORY else errno.EFAULT
+            await Exit(ExitReason.UNKNOWN, number, why)
+
+
+def _to_page_end(gpa: Gpa) -> int:
+    return PAGE_SIZE - (gpa & PAGE_OFFSET_MASK)

@@ -1,0 +1,235 @@
+"""Dirty logging: which pages of a slot may have been written since user space last asked.
+
+Models GET, CLEAR and RESET of the dirty log and what a slot goes through when its logging starts and stops
+[KVM kvm_main.c], [KVM mmu.c].  A mark means that KVM made a writable mapping or that a CPU set D; clearing a
+mark takes W (or D) away again, in the same atomic step as the bit, and the bits go to user space only after
+every CPU and importer has acked: what was stored through an old translation is told by bits still to be read.
+
+Invariant I20 has its home here: a page whose bit is clear is not stored to unnoticed.
+
+Marks of a vCPU go to its ring where the VM has rings; those of a device, which has none, to the slot's bitmap
+(defect B-34).  What user space asks for takes the VM's slots_lock; `apply_flags` is called under it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from kvmd.core.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, is_set, runs
+from kvmd.core.dirty_ring import DirtyRing, reserved_entries
+from kvmd.core.flush import Flusher
+from kvmd.core.memslot import Memslot, Memslots
+from kvmd.core.mm.mm import Mm
+from kvmd.core.tdp_mmu import SPLIT_BUDGET, Root, TdpMmu
+from kvmd.core.uaccess import copy_from_user, copy_to_user
+from protocol.errors import UapiError
+from protocol.flow import RwLock
+from protocol.pt.geometry import entry_span
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hva, Level
+
+MANUAL_PROTECT_ENABLE = 1
+MANUAL_INITIALLY_SET = 2
+_REGION_PAGES = 512  # entries of a ring that lie this close are protected in one walk
+
+
+@dataclass(frozen=True, slots=True)
+class ClearDirtyLog:
+    """struct kvm_clear_dirty_log, as the caller sent it."""
+
+    slot: int
+    num_pages: int
+    first_page: int
+    dirty_bitmap: Hva
+
+
+class DirtyLog:
+    """The logging of one VM; `level_of(slot, gfn)` is the largest leaf its host page allows there now."""
+
+    def __init__(
+        self,
+        lock: RwLock,
+        slots: Memslots,
+        mmu: TdpMmu,
+        flusher: Flusher,
+        mm: Mm,
+        level_of: Callable[[Memslot, Gfn], Level],
+        *,
+        pml: bool,
+    ) -> None:
+        self.manual_protect = 0  # KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2's argument
+        self.ring_bytes = 0  # of each vCPU; 0: no rings
+        self.ring_with_bitmap = False
+        self.rings: dict[int, DirtyRing] = {}  # by vCPU id
+        self._lock = lock
+        self._slots = slots
+        self._mmu = mmu
+        self._flusher = flusher
+        self._mm = mm
+        self._level_of = level_of
+        self.ring_reserve = reserved_entries(pml=pml)
+
+    @property
+    def uses_bitmap(self) -> bool:
+        return not self.ring_bytes or self.ring_with_bitmap
+
+    @property
+    def initially_set(self) -> bool:
+        return bool(self.manual_protect & MANUAL_INITIALLY_SET)
+
+    # -- marks -----------------------------------------------------------------------------------------
+
+    def mark(self, slot: Memslot, gfn: Gfn, vcpu_id: int | None) -> None:
+        """mark_page_dirty_in_slot: `vcpu_id` is the vCPU that runs here, None for a device."""
+        if not slot.logs:
+            return
+        page = gfn - slot.base_gfn
+        ring = None if vcpu_id is None else self.rings.get(vcpu_id)
+        if (ring is None or not ring.push(slot.number, page)) and slot.dirty is not None:
+            slot.dirty.mark(page)
+
+    def add_ring(self, vcpu_id: int, memory: memoryview) -> None:
+        """A vCPU is made: its ring begins empty."""
+        self.rings[vcpu_id] = DirtyRing(memory, self.ring_reserve)
+
+    def ring_full(self, vcpu_id: int) -> bool:
+        """The vCPU must leave to user space instead of entering the guest."""
+        ring = self.rings.get(vcpu_id)
+        return ring is not None and ring.soft_full
+
+    # -- a slot's logging starts and stops -------------------------------------------------------------
+
+    def bitmap_for(self, old: Memslot | None, new: Memslot) -> DirtyBitmap | None:
+        """What `new` logs into: what it had, or one of its own [KVM kvm_prepare_memory_region]."""
+        if not new.logs or not self.uses_bitmap:
+            return None
+        if old is not None and old.dirty is not None:
+            return old.dirty
+        return DirtyBitmap(new.npages, full=self.initially_set)
+
+    async def apply_flags(self, slot: Memslot) -> None:
+        """Logging of a slot was switched: from here on faults see `slot` [KVM kvm_mmu_slot_apply_flags]."""
+        if slot.readonly:
+            return
+        if not slot.logs:
+            await self._recover_huge_pages(slot)
+        elif not self.initially_set:  # or all is dirty as it is, and only CLEAR protects
+            for root in self._mmu.roots_of(slot.as_id):
+                self._mmu.split(root, slot.span, LEVEL_4K)
+                self._mmu.protect(root, slot.span)
+            await self._flusher.flush(slot.span)
+
+    async def _recover_huge_pages(self, slot: Memslot) -> None:
+        """Tables that only logging asked for: frozen, flushed region by region, cleared; faults map huge
+        leaves then (RFC-98)."""
+        for root in self._mmu.roots_of(slot.as_id):
+            rest = slot.span
+            while met := self._mmu.freeze_collapsible(root, rest, partial(self._level_of, slot)):
+                region = entry_span(met.gfn, met.level)
+                await self._flusher.flush(region)
+                self._mmu.thaw(met)
+                rest = GfnSpan(region.end, slot.span.end)
+
+    def lend(self, root: Root) -> bool:
+        """The root is exported: what D told, W must tell from now on (B-35).  Whether CPUs must flush."""
+        protected = False
+        for slot in self._slots:
+            if slot.logs and slot.as_id == root.role.as_id:
+                protected |= self._mmu.protect(root, slot.span)
+        return protected
+
+    # -- what user space asks --------------------------------------------------------------------------
+
+    async def get(self, number: int, dirty_bitmap: Hva) -> None:
+        """KVM_GET_DIRTY_LOG.  The copy comes last: if it fails, bits taken are lost, as in the kernel."""
+        async with self._lock:
+            slot, dirty = self._logging_slot(number)
+            if self.manual_protect:
+                bits = dirty.read()
+            else:
+                bits = dirty.take()
+                await self._protect_again(slot, 0, bits)
+            await copy_to_user(self._mm, dirty_bitmap, bits)
+
+    async def clear(self, log: ClearDirtyLog) -> None:
+        """KVM_CLEAR_DIRTY_LOG: only bits that were set are cleared, and only their pages protected."""
+        async with self._lock:
+            slot, dirty = self._check_clear(log)
+            wanted = await copy_from_user(self._mm, log.dirty_bitmap, bitmap_bytes(log.num_pages))
+            await self._protect_again(slot, log.first_page, dirty.clear(log.first_page, wanted))
+
+    async def reset_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: protect what user space has harvested.  How many entries."""
+        if not self.ring_bytes:
+            raise UapiError(errno.EINVAL, "the VM has no dirty rings")
+        async with self._lock:
+            taken = [entry for ring in self.rings.values() for entry in ring.take_back()]
+            pages: dict[tuple[int, int], set[int]] = defaultdict(set)
+            for entry in taken:
+                pages[entry.slot, entry.offset // _REGION_PAGES].add(entry.offset)
+            for (number, _), offsets in pages.items():
+                self._protect_offsets(number, offsets)
+            if taken:
+                await self._flusher.flush(None)
+            return len(taken)
+
+    def is_dirty(self, slot: Memslot, gfn: Gfn) -> bool:
+        """Is a store to this page sure to be in what user space still has to read from the bitmap?"""
+        return slot.dirty is not None and gfn - slot.base_gfn in slot.dirty
+
+    def _check_bitmap(self) -> None:
+        if not self.uses_bitmap:
+            raise UapiError(errno.ENXIO, "the VM logs into dirty rings, without bitmaps")
+
+    def _logging_slot(self, number: int) -> tuple[Memslot, DirtyBitmap]:
+        self._check_bitmap()
+        slot = self._slots.numbered(number)
+        if slot is None or slot.dirty is None:
+            what = "does not log" if slot else "does not exist"
+            raise UapiError(errno.ENOENT, f"slot {number:#x} {what}")
+        return slot, slot.dirty
+
+    def _check_clear(self, log: ClearDirtyLog) -> tuple[Memslot, DirtyBitmap]:
+        """In the kernel's order: a first page that is no word's is told before a slot that is not there."""
+        self._check_bitmap()
+        self._slots.numbered(log.slot)
+        if log.first_page % WORD_PAGES:
+            raise UapiError(errno.EINVAL, f"first_page {log.first_page:#x}: not a multiple of {WORD_PAGES}")
+        slot, dirty = self._logging_slot(log.slot)
+        rest = slot.npages - log.first_page
+        if log.num_pages > rest or (log.num_pages < rest and log.num_pages % WORD_PAGES):
+            asked = f"{log.first_page:#x}+{log.num_pages:#x}"
+            raise UapiError(errno.EINVAL, f"pages {asked} of {slot.npages:#x}: whole words, within the slot")
+        return slot, dirty
+
+    async def _protect_again(self, slot: Memslot, first_page: int, bits: bytes) -> None:
+        """Pages whose bits were just cleared; nothing may await between that and this."""
+        base = slot.base_gfn + first_page
+        flush = False
+        for start, end in runs(bits):
+            span = GfnSpan(Gfn(base + start), Gfn(min(base + end, slot.span.end)))
+            self._protect(slot, span, lambda gfn: is_set(bits, gfn - base))
+            flush = True
+        if flush:
+            await self._flusher.flush(slot.span)
+
+    def _protect_offsets(self, number: int, offsets: set[int]) -> None:
+        """Of one ring or several; what no slot has any more, or never had, is nothing to protect."""
+        try:
+            slot = self._slots.numbered(number)
+        except UapiError:
+            return
+        if slot is None or max(offsets) >= slot.npages:
+            return
+        base = slot.base_gfn
+        span = GfnSpan(Gfn(base + min(offsets)), Gfn(base + max(offsets) + 1))
+        self._protect(slot, span, lambda gfn: gfn - base in offsets)
+
+    def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
+        for root in self._mmu.roots_of(slot.as_id):
+            if self.initially_set:  # nothing was split when logging began
+                self._mmu.split(root, span, LEVEL_4K, SPLIT_BUDGET)
+            self._mmu.protect(root, span, wanted)

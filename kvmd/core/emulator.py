@@ -1,0 +1,79 @@
+"""KVM's instruction emulator: the guest's loads and stores when its CPU does not make them.
+
+Models emulator_read_write [KVM x86.c].  An access is cut at page bounds.  What is RAM is read or written
+at once, through the slot's host address; what is not becomes fragments of at most 8 bytes, each an exit
+to user space, in order, after the RAM part is done.  A read-modify-write is a load and a store.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvmd.core.exits import MMIO_BYTES, Exit, ExitReason, Mmio
+from kvmd.core.guest_ram import GuestRam, pages_of
+from kvmd.core.program import Change
+from protocol.errors import UapiError
+from protocol.units import Gpa
+
+if TYPE_CHECKING:
+    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.vm import Kvm
+
+
+class Emulator:
+    """Guest memory at privilege 0, and wherever the CPU needs help."""
+
+    def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int) -> None:
+        self._ram = GuestRam(vm, as_id, vcpu)
+
+    async def load(self, gpa: Gpa, size: int) -> bytes:
+        value = bytearray(size)
+        missing: list[tuple[Gpa, int]] = []
+        for at, count in pages_of(gpa, size):
+            data = await self._ram.load(at, count)
+            if data is None:
+                missing += _fragments(at, count)
+            else:
+                value[at - gpa : at - gpa + count] = data
+        for at, count in missing:
+            data = await Exit(ExitReason.MMIO, mmio=Mmio(at, count, False, b""))
+            value[at - gpa : at - gpa + count] = data[:count].ljust(count, b"\0")
+        return bytes(value)
+
+    async def store(self, gpa: Gpa, data: bytes) -> None:
+        missing: list[tuple[Gpa, int]] = []
+        for at, count in pages_of(gpa, len(data)):
+            if not await self._ram.store(at, data[at - gpa : at - gpa + count]):
+                missing += _fragments(at, count)
+        for at, count in missing:
+            piece = data[at - gpa : at - gpa + count]
+            await Exit(ExitReason.MMIO, mmio=Mmio(at, count, True, piece))
+
+    async def modify(self, gpa: Gpa, size: int, change: Change) -> None:
+        await self.store(gpa, change(await self.load(gpa, size)))
+
+    async def fetch(self, gpa: Gpa) -> None:
+        """Code where no memory is cannot be emulated: user space is told, and it is tried again."""
+        while await self._ram.load(gpa, 1) is None:
+            await Exit(ExitReason.INTERNAL_ERROR, why=f"fetch from gpa {gpa:#x}: no memory there")
+
+    def prefetch(self, gpa: Gpa) -> None:
+        pass
+
+    async def copy(self, dst: Gpa, src: Gpa, size: int) -> int:
+        """REP MOVSB goes byte by byte."""
+        await self.store(dst, await self.load(src, 1))
+        return 1
+
+    async def fill(self, gpa: Gpa, byte: int, size: int) -> int:
+        await self.store(gpa, bytes([byte]))
+        return 1
+
+
+def _fragments(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
+    if gpa + size > 1 << 64:
+        raise UapiError(errno.EINVAL, f"the guest's access runs past the last gpa: {gpa:#x}+{size:#x}")
+    for at in range(0, size, MMIO_BYTES):
+        yield Gpa(gpa + at), min(MMIO_BYTES, size - at)

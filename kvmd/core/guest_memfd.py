@@ -1,0 +1,134 @@
+"""A guest_memfd file, and the set of gfns that are private.
+
+Models struct kvm_gmem and the memory attributes of a VM [KVM guest_memfd.c]: a file of frames that no process
+maps, bound to slots of one VM; a page gets its frame when the guest first touches it.  A gfn that is private
+is served from the file of its slot, a shared one by the process.  Nothing here is mapped or flushed: that is
+`private_memory`.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+
+from kvmd.core.frames import Frames
+from protocol.errors import UapiError
+from protocol.pt.geometry import entry_span
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Level, Pfn
+
+ATTRIBUTE_PRIVATE = 1 << 3
+
+
+class MemfdFlag(IntFlag):
+    MMAP = 1  # shared pages of the slot come from the file too
+    INIT_SHARED = 2
+
+
+class GuestMemfd:
+    """One file of `size` bytes; `owner` tags its frames."""
+
+    def __init__(self, vm_id: int, frames: Frames, owner: int, size: int, flags: MemfdFlag) -> None:
+        self.vm_id = vm_id
+        self.npages = size >> PAGE_SHIFT
+        self.flags = flags
+        self.bindings: list[Binding] = []
+        self.closed = False
+        self._frames = frames
+        self._owner = owner
+        self._pages: dict[int, Pfn] = {}
+
+    def bind(self, vm_id: int, offset: int, span: GfnSpan) -> Binding:
+        """Give the pages from `offset` on to a slot.  EINVAL: another VM's, too short, or taken."""
+        first, end = offset >> PAGE_SHIFT, (offset >> PAGE_SHIFT) + span.npages
+        if self.vm_id != vm_id:
+            raise UapiError(errno.EINVAL, f"the guest_memfd is VM {self.vm_id}'s, not VM {vm_id}'s")
+        if end > self.npages:
+            raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} of a guest_memfd of {self.npages:#x}")
+        if any(held.first < end and first < held.first + held.span.npages for held in self.bindings):
+            raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} are bound to another slot")
+        binding = Binding(self, first, span)
+        self.bindings.append(binding)
+        return binding
+
+    def page(self, index: int) -> Pfn:
+        """The frame of a page, made now if it never was.  ENOMEM."""
+        pfn = self._pages.get(index)
+        if pfn is None:
+            pfn = self._pages[index] = self._frames.allocate(LEVEL_4K, self._owner)
+        return pfn
+
+    def present(self, index: int) -> Pfn | None:
+        return self._pages.get(index)
+
+    def release(self) -> None:
+        """Give every frame back.  Whoever calls has zapped all bindings and seen the acks."""
+        for pfn in self._pages.values():
+            self._frames.release(pfn, LEVEL_4K)
+        self._pages.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """Which part of a file a slot has: gfn `span.start` is page `first`."""
+
+    memfd: GuestMemfd
+    first: int
+    span: GfnSpan
+
+    def index_of(self, gfn: Gfn) -> int:
+        return self.first + gfn - self.span.start
+
+    @property
+    def serves_shared(self) -> bool:
+        return MemfdFlag.MMAP in self.memfd.flags
+
+    def unbind(self) -> None:
+        self.memfd.bindings.remove(self)
+
+
+class MemoryAttributes:
+    """Which gfns are private: disjoint spans in order, none of them touching the next."""
+
+    def __init__(self, *, supported: bool) -> None:
+        self.supported = supported
+        self._edges: list[int] = []  # start, end, start, end: an odd count to the left means inside
+
+    def is_private(self, gfn: Gfn) -> bool:
+        return bisect_right(self._edges, gfn) % 2 == 1
+
+    def set(self, span: GfnSpan, *, private: bool) -> None:
+        left = bisect_left(self._edges, span.start)
+        right = bisect_right(self._edges, span.end)
+        edges = []
+        if (left % 2 == 1) != private:
+            edges.append(int(span.start))
+        if (right % 2 == 1) != private:
+            edges.append(int(span.end))
+        self._edges[left:right] = edges
+
+    def max_level(self, gfn: Gfn, limit: Level) -> Level:
+        """The largest entry around `gfn` whose pages are all private or all shared."""
+        for level in range(limit if self._edges else 0, LEVEL_4K, -1):
+            span = entry_span(gfn, Level(level))
+            if bisect_right(self._edges, span.start) == bisect_left(self._edges, span.end):
+                return Level(level)
+        return LEVEL_4K if self._edges else limit
+
+    def __iter__(self) -> Iterator[GfnSpan]:
+        edges = self._edges
+        return (GfnSpan(Gfn(edges[i]), Gfn(edges[i + 1])) for i in range(0, len(edges), 2))
+
+    def check(self, address: int, size: int, attributes: int, flags: int) -> GfnSpan:
+        """What KVM_SET_MEMORY_ATTRIBUTES is asked for.  ENOTTY: the VM has no private memory; EINVAL."""
+        if not self.supported:
+            raise UapiError(errno.ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES: a VM of type 0 has no attributes")
+        if flags or attributes & ~ATTRIBUTE_PRIVATE:
+            raise UapiError(errno.EINVAL, f"attributes {attributes:#x} flags {flags:#x}: only PRIVATE, 8")
+        if size == 0 or address + size >= 1 << 64:
+            raise UapiError(errno.EINVAL, f"attributes of {address:#x}+{size:#x}: empty or wraps")
+        if address % PAGE_SIZE or size % PAGE_SIZE:
+            raise UapiError(errno.EINVAL, f"attributes of {address:#x}+{size:#x}: not whole pages")
+        return GfnSpan.of_pages(Gfn(address >> PAGE_SHIFT), size >> PAGE_SHIFT)

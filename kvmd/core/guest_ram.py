@@ -1,0 +1,70 @@
+"""Guest memory as KVM's own code reaches it: through the slot's host address, as the VM's process.
+
+Models kvm_vcpu_read_guest and kvm_vcpu_write_guest [KVM kvm_main.c]: no entry of the TDP is looked at or
+made, the process's page tables decide, and a store is logged.  What has no slot, or no memory behind it, is
+not RAM; the caller says what that means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvmd.core.memslot import Memslot
+from protocol.errors import UapiError
+from protocol.pt.geometry import gfn_limit
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gpa, Hva, gfn_of
+
+if TYPE_CHECKING:
+    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.vm import Kvm
+
+
+def pages_of(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
+    """The pieces of an access, one a page."""
+    end = gpa + size
+    while gpa < end:
+        count = min(end - gpa, PAGE_SIZE - (gpa & PAGE_OFFSET_MASK))
+        yield gpa, count
+        gpa = Gpa(gpa + count)
+
+
+class GuestRam:
+    """Address space `as_id` of a VM.  `vcpu` is on whose behalf stores are logged."""
+
+    def __init__(self, vm: Kvm, as_id: int, vcpu: Vcpu) -> None:
+        self._vm = vm
+        self._as_id = as_id
+        self._vcpu = vcpu
+
+    async def load(self, gpa: Gpa, size: int) -> bytes | None:
+        """Bytes within one page.  None: not RAM."""
+        slot = await self._slot(gpa)
+        if slot is None:
+            return None
+        try:
+            return await self._vm.mm.read(_hva(slot, gpa), size)
+        except UapiError:
+            return None
+
+    async def store(self, gpa: Gpa, data: bytes) -> bool:
+        """Bytes within one page.  False: not RAM, or not to be written."""
+        slot = await self._slot(gpa)
+        if slot is None or slot.readonly:
+            return False
+        try:
+            await self._vm.mm.write(_hva(slot, gpa), data)
+        except UapiError:
+            return False
+        self._vm.mark_page_dirty(slot, gfn_of(gpa), self._vcpu)
+        return True
+
+    async def _slot(self, gpa: Gpa) -> Memslot | None:
+        """What the CPU's walk cannot reach, because the root has too few levels, is not RAM here either."""
+        levels = self._vm.host.features.root_level(self._vcpu.maxphyaddr)
+        gfn = gfn_of(gpa)
+        return None if gfn >= gfn_limit(levels) else await self._vm.settled_slot(gfn, self._as_id)
+
+
+def _hva(slot: Memslot, gpa: Gpa) -> Hva:
+    return Hva(slot.hva_of(gfn_of(gpa)) + (gpa & PAGE_OFFSET_MASK))

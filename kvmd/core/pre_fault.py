@@ -1,0 +1,48 @@
+"""KVM_PRE_FAULT_MEMORY: map a range before the guest touches it.
+
+Models kvm_vcpu_pre_fault_memory [KVM kvm_main.c]: each page is a read fault of the vCPU that counts as no
+access, so A stays clear; what is done is taken off the range that goes back, and an error is told only if
+nothing was done.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from kvmd.core.page_fault import RESOLVED, PageFault, Result, Source
+from kvmd.core.vcpu import Vcpu
+from kvmd.core.vm import Kvm
+from protocol.errors import UapiError
+from protocol.pt.geometry import entry_span, gfn_limit
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa
+
+_ERRNO = {Result.NO_SLOT: errno.ENOENT, Result.NO_MEMORY: errno.ENOMEM, Result.UNSTABLE: errno.EAGAIN}
+
+
+async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int) -> tuple[Gpa, int]:
+    """What is left of the range: its start and size."""
+    if flags or gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa + size >= 1 << 64:
+        raise UapiError(errno.EINVAL, f"pre-fault {gpa:#x}+{size:#x} flags {flags:#x}: whole pages, no flags")
+    start, end = gpa, gpa + size
+    while gpa < end:
+        try:
+            gpa = Gpa(min(end, await _pre_fault(vm, vcpu, Gfn(gpa >> PAGE_SHIFT)) << PAGE_SHIFT))
+        except UapiError:
+            if gpa == start:
+                raise
+            break
+    return gpa, end - gpa
+
+
+async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
+    """Map the page; the first gfn that is not mapped with it."""
+    if vm.dirty_ring_is_full(vcpu):
+        raise UapiError(errno.EINTR, f"gfn {gfn:#x}: the dirty ring is full, harvest it first")
+    root = vm.load_root(vcpu)
+    if gfn >= gfn_limit(root.role.level):
+        raise UapiError(errno.ENOENT, f"gfn {gfn:#x} is beyond the vCPU's table")
+    result = await vm.handle_fault(PageFault(gfn, False, Source.VCPU, prefetch=True), vcpu)
+    if result not in RESOLVED:
+        raise UapiError(_ERRNO.get(result, errno.EFAULT), f"gfn {gfn:#x}: {result.name.lower()}")
+    met = vm.mmu.leaf_at(vm.load_root(vcpu), gfn)
+    return entry_span(gfn, LEVEL_4K if met is None else met.level).end

@@ -1,0 +1,113 @@
+"""A change of the memslots, from its checks to its last flush.
+
+Models kvm_set_memslot and the zap before it [KVM kvm_main.c], [RFC 36/42]: a slot that is deleted or moved is
+invalid first, so that faults on it wait; everything mapped is zapped and every CPU and importer has acked;
+only then the slots change.  An exported root keeps its address and its tables and loses its leaves, other
+roots become obsolete.  Creating a slot and switching its logging zap nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.flush import Flusher
+from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
+from kvmd.core.tdp_fd import ExportedTdp
+from kvmd.core.tdp_mmu import TdpMmu
+from protocol.errors import UapiError
+from protocol.flow import RwLock, Wait
+from protocol.units import GfnSpan
+
+ZAP_BATCH = 4096  # leaves cleared before others get a turn
+
+
+class SlotsChange:
+    """Of one VM; `going` is the slot being deleted or moved, `settled` is set when it no longer is."""
+
+    def __init__(
+        self,
+        vm_id: int,
+        lock: RwLock,
+        slots: Memslots,
+        mmu: TdpMmu,
+        flusher: Flusher,
+        dirty_log: DirtyLog,
+        exported: Mapping[int, ExportedTdp],
+        cond_resched: Callable[[], Wait[None]],
+        replaced: Callable[[Change, Memslot | None], None],
+    ) -> None:
+        self.going: Memslot | None = None
+        self.settled: Wait[None] = Wait()
+        self._vm_id = vm_id
+        self._lock = lock
+        self._slots = slots
+        self._mmu = mmu
+        self._flusher = flusher
+        self._dirty_log = dirty_log
+        self._exported = exported
+        self._cond_resched = cond_resched
+        self._replaced = replaced
+
+    async def set_memory_region(self, region: Region) -> None:
+        """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time."""
+        async with self._lock:
+            change, old, new = self._slots.plan(region)
+            if new is not None and change is not Change.NONE:
+                new = self._bind(region, new)
+            try:
+                if change in (Change.DELETE, Change.MOVE):
+                    self.going = old
+                    await self._zap_all_fast()
+                if change is not Change.NONE:
+                    new = self._commit(change, old, new)
+            finally:
+                self.going = None
+                settled, self.settled = self.settled, Wait()
+                settled.set(None)
+            if change is Change.FLAGS_ONLY and new is not None:
+                await self._dirty_log.apply_flags(new)
+
+    def _bind(self, region: Region, new: Memslot) -> Memslot:
+        if SlotFlag.GUEST_MEMFD not in new.flags:
+            return new
+        binding = region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
+        return replace(new, private=binding)
+
+    def _commit(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
+        """The last checks, then the new slots, in one step.  A move refused here has zapped everything."""
+        if new is not None:
+            try:
+                if change is not Change.FLAGS_ONLY:
+                    self._slots.check_limit(new)
+            except UapiError:
+                if new.private is not None:
+                    new.private.unbind()
+                raise
+            new = replace(new, dirty=self._dirty_log.bitmap_for(old, new))
+        self._slots.replace(old, new)
+        self._replaced(change, old)
+        if new is None and old is not None and old.private is not None:
+            old.private.unbind()
+        return new
+
+    async def _zap_all_fast(self) -> None:
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].
+
+        A root may have millions: others get a turn in between (defect B-33), and must find everything
+        cleared so far flushed.
+        """
+        flush = self._mmu.invalidate_roots()
+        for root in [exported.root for exported in self._exported.values()]:
+            left: GfnSpan | None = root.everything
+            while left is not None:
+                zapped, left = self._mmu.zap_some(root, left, ZAP_BATCH)
+                flush |= zapped
+                if left is not None:
+                    await self._flusher.flush(None)
+                    await self._cond_resched()
+                    flush = False
+        if flush:
+            await self._flusher.flush(None)
+        await self._flusher.drain()

@@ -1,0 +1,147 @@
+"""`host` steps: what the process that owns the VM does with its memory and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from protocol.units import PAGE_SIZE
+from tests.conformance.kvm.step import CaseFailed, Step
+from tests.conformance.kvm.world import World
+
+Args = dict[str, Any]
+
+
+async def mmap(world: World, step: Step, *, fixed: bool = False) -> None:
+    args = step.args
+    await world.process.mmap(
+        args["size"],
+        addr=args["addr"],
+        prot=args.get("prot", "rw"),
+        kind=args.get("kind", "anon"),
+        fixed=fixed,
+        offset=args.get("offset", 0),
+        file=None if args.get("memfd") is None else world.memfd(args["memfd"]),
+    )
+
+
+async def mmap_fixed(world: World, step: Step) -> None:
+    await mmap(world, step, fixed=True)
+
+
+async def munmap(world: World, step: Step) -> None:
+    await world.process.munmap(step.args["addr"], step.args["size"])
+
+
+async def mremap(world: World, step: Step) -> None:
+    """No public recording has one: sizes may be one `size`, and without a new address it stays or moves."""
+    args = step.args
+    old_size = args["old_size"] if "old_size" in args else args["size"]
+    new_size = args.get("new_size", old_size)
+    await world.process.mremap(args["addr"], old_size, new_size, new_addr=args.get("new_addr"))
+
+
+async def mprotect(world: World, step: Step) -> None:
+    await world.process.mprotect(step.args["addr"], step.args["size"], step.args["prot"])
+
+
+async def madvise(world: World, step: Step) -> None:
+    await world.process.madvise(step.args["addr"], step.args["size"], step.args["advice"].lower())
+
+
+async def write(world: World, step: Step) -> None:
+    await world.process.write(step.args["addr"], bytes.fromhex(step.args["hex"]))
+
+
+async def touch(world: World, step: Step) -> None:
+    for addr in _pages(step.args):
+        await world.process.write(addr, bytes([step.args.get("byte", 1)]))
+
+
+async def read(world: World, step: Step) -> None:
+    for addr in _pages(step.args):
+        await world.process.read(addr, 1)
+
+
+async def peek(world: World, step: Step) -> None:
+    came = await world.process.read(step.args["addr"], step.args["n"])
+    step.expect("got", step.args["got"], came.hex())
+
+
+async def fork(world: World, step: Step) -> None:
+    child = await world.process.fork()
+    world.closing(child.close)
+    world.children.append(child)
+
+
+async def unfork(world: World, step: Step) -> None:
+    if not world.children:
+        raise CaseFailed("unfork: no child lives")
+    world.children.pop().close()
+
+
+async def memfd(world: World, step: Step) -> None:
+    file = await world.process.memfd(step.args["name"], step.args["size"])
+    world.closing(file.close)
+    world.files[step.args["name"]] = file
+
+
+async def ftruncate(world: World, step: Step) -> None:
+    await world.memfd(step.args["memfd"]).truncate(step.args["size"])
+
+
+async def punch_hole(world: World, step: Step) -> None:
+    await world.memfd(step.args["memfd"]).punch_hole(step.args["offset"], step.args["size"])
+
+
+async def file_write(world: World, step: Step) -> None:
+    await world.memfd(step.args["memfd"]).pwrite(step.args["offset"], bytes.fromhex(step.args["hex"]))
+
+
+async def file_read(world: World, step: Step) -> None:
+    came = await world.memfd(step.args["memfd"]).pread(step.args["offset"], step.args["n"])
+    step.expect("got", step.args["got"], came.hex())
+
+
+async def thp_kib(world: World, step: Step) -> None:
+    came = await world.process.anon_huge_kib(step.args["addr"], step.args["size"])
+    step.expect("kib", step.args["kib"], came)
+
+
+def _pages(args: Args) -> Iterator[int]:
+    """An address in each page of `pages`, runs of [first, count]."""
+    for first, count in args["pages"]:
+        for page in range(first, first + count):
+            yield args["addr"] + page * PAGE_SIZE + args.get("offset", 0)
+
+
+STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {
+    step.__name__: step
+    for step in (
+        mmap,
+        mmap_fixed,
+        munmap,
+        mremap,
+        mprotect,
+        madvise,
+        write,
+        touch,
+        read,
+        peek,
+        fork,
+        unfork,
+        memfd,
+        ftruncate,
+        punch_hole,
+        file_write,
+        file_read,
+        thp_kib,
+    )
+}
+
+
+async def play(world: World, step: Step) -> None:
+    kind = step.body["host"]
+    if kind not in STEPS:
+        raise CaseFailed(f"unknown host step {kind!r}")
+    await step.answer(STEPS[kind](world, step))

@@ -1,0 +1,78 @@
+"""One case from its first step to its last, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from protocol.errors import UapiError, leaves
+from qemu_shim.kvm_client import Kvmd
+from tests.conformance.kvm import guest_steps, host_steps, ioctl_steps, uffd_steps
+from tests.conformance.kvm.cases import Case
+from tests.conformance.kvm.step import CaseFailed, Difference, Step
+from tests.conformance.kvm.world import World, world_of
+
+PATIENCE_S = 10.0  # for one step, before we say that it never ends
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`skipped` says why; a case without differences has passed."""
+
+    case: Case
+    skipped: str = ""
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.skipped and not self.differences
+
+
+async def replay(kvmd: Kvmd, case: Case) -> Outcome:
+    """All differences; a step that cannot be replayed is the last one looked at."""
+    outcome = Outcome(case, case.skip)
+    if case.skip:
+        return outcome
+    step = Step("0", {}, outcome.differences)
+    try:
+        async with world_of(kvmd, case) as world:
+            for index, body in enumerate(case.steps):
+                step = Step(str(index), body, outcome.differences)
+                with trio.fail_after(PATIENCE_S):
+                    await play(world, step)
+            if violations := await kvmd.violations():
+                step.expect("kvmd's own check", [], violations)
+    except Exception as error:
+        errors = leaves(error) if isinstance(error, ExceptionGroup) else [error]
+        outcome.differences += [Difference(step.index, step.doing, _say(each)) for each in errors]
+    return outcome
+
+
+async def play(world: World, step: Step) -> None:
+    match step.kind:
+        case "host":
+            await host_steps.play(world, step)
+        case "ioctl":
+            await ioctl_steps.play(world, step)
+        case "uffd":
+            await uffd_steps.play(world, step)
+        case "ring":
+            await guest_steps.play_ring(world, step)
+        case "guest":
+            await guest_steps.play_guest(world, step, play)
+        case _:
+            raise CaseFailed(f"unknown step: {sorted(step.body)}")
+
+
+def _say(error: BaseException) -> str:
+    """Whatever stopped the case, for somebody who reads the recording."""
+    match error:
+        case CaseFailed() | UapiError():
+            return str(error)
+        case trio.TooSlowError():
+            return f"no end after {PATIENCE_S:.0f} s"
+        case KeyError():
+            return f"the step has no {error}"
+        case _:
+            return f"{type(error).__name__}: {error}"

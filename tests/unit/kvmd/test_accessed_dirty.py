@@ -1,0 +1,126 @@
+"""A and D: the CPU's walk sets them, its TLB respects them, and a store that sets D is logged."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmd.core.cpu import Cpu
+from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
+from protocol.pt import bits
+from protocol.pt.walk import Walk
+from protocol.units import Gfn, Level
+from tests.unit.kvmd.world import World
+
+RAM, PAGE = 0x10_0000, 4096
+
+
+class Guest:
+    """One page at gfn 0x100, mapped; D and A are the test's to clear."""
+
+    def __init__(self, *, level: int = 1, ad_bits: bool = True) -> None:
+        self.world = World(CpuFeatures(ept_ad_bits=ad_bits))
+        self.gpa = 0x20_0000 if level == 2 else RAM
+        self.world.set_slot(0, self.gpa >> 12, 512, self.world.map(1 if level == 2 else 512, level))
+        self.vcpu = self.world.vcpu()
+        self.logged: list[int] = []
+        self.world.vm.mark_page_dirty = (  # type: ignore[method-assign]
+            lambda slot, gfn, vcpu: self.logged.append(gfn)
+        )
+        self.store()
+
+    def store(self) -> None:
+        assert self.world.write(self.vcpu, self.gpa, b"x").done
+
+    def load(self) -> None:
+        assert self.world.read(self.vcpu, self.gpa, 1).done
+
+    @property
+    def entry(self) -> int:
+        return next(met.entry for met in self.world.vm.mmu.leaves(self.world.vm.mmu.roots[0]))
+
+    def clear(self, mask: int, *, flush: bool = True) -> None:
+        met = next(self.world.vm.mmu.leaves(self.world.vm.mmu.roots[0]))
+        assert self.world.host.writer.cmpxchg64(met.at, met.entry, met.entry & ~mask)
+        if flush:
+            self.vcpu.flush_tlb(None)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_store_through_a_clean_entry_sets_d_and_is_logged_and_a_load_is_not(level: int) -> None:
+    guest = Guest(level=level)
+    violations = guest.vcpu.ept_violations
+    guest.clear(bits.DIRTY | bits.ACCESSED)
+    guest.load()
+    assert guest.entry & (bits.ACCESSED | bits.DIRTY) == bits.ACCESSED
+    assert guest.logged == []
+    guest.store()
+    assert guest.entry & bits.DIRTY
+    assert guest.logged == [guest.gpa >> 12]
+    guest.store()
+    assert guest.logged == [guest.gpa >> 12], "once, until D is cleared again"
+    assert guest.vcpu.ept_violations == violations, "no violation: the walk did it all"
+    assert check_vm(guest.world.vm) == []
+
+
+def test_a_store_after_d_was_cleared_and_flushed_walks_again() -> None:
+    """And a load in between does not let the next store slip through the TLB."""
+    guest = Guest()
+    for _ in range(3):
+        guest.clear(bits.DIRTY)
+        guest.load()
+        guest.store()
+    assert guest.logged == [0x100] * 3
+
+
+def test_without_the_flush_a_store_is_lost() -> None:
+    """Why whoever clears D must flush: the TLB has D, so nobody walks."""
+    guest = Guest()
+    guest.clear(bits.DIRTY, flush=False)
+    guest.store()
+    assert guest.logged == []
+
+
+def test_a_tlb_that_forgot_d_would_lose_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: W is cached though D is clear."""
+    right = Cpu._set_accessed_dirty
+    guest = Guest()
+
+    def forgetful(cpu: Cpu, gfn: Gfn, found: Walk, need: int) -> int:
+        right(cpu, gfn, found, need)
+        return found.rights
+
+    monkeypatch.setattr(Cpu, "_set_accessed_dirty", forgetful)
+    guest.clear(bits.DIRTY)
+    guest.load()
+    guest.store()
+    assert guest.logged == []
+
+
+def test_a_cpu_without_a_and_d_sets_neither_and_logs_nothing() -> None:
+    guest = Guest(ad_bits=False)
+    before = guest.entry
+    guest.vcpu.flush_tlb(None)
+    guest.store()
+    assert guest.entry == before
+    assert before & (bits.ACCESSED | bits.DIRTY) == 0
+    assert guest.logged == []
+
+
+def test_an_entry_that_changed_since_is_not_stored_over() -> None:
+    guest = Guest()
+    met = next(guest.world.vm.mmu.leaves(guest.world.vm.mmu.roots[0]))
+    guest.clear(bits.WRITE)
+    assert not guest.world.host.writer.cmpxchg64(met.at, met.entry, met.entry | bits.DIRTY)
+    assert guest.entry & bits.WRITE == 0
+
+
+def test_a_read_only_entry_is_never_made_dirty_by_a_walk() -> None:
+    world = World()
+    world.set_slot(1, 0x300, 1, world.map(1), flags=2)
+    vcpu = world.vcpu()
+    world.read(vcpu, 0x30_0000, 1)
+    world.write(vcpu, 0x30_0000, b"x")
+    (met,) = world.vm.mmu.leaves(world.vm.mmu.roots[0])
+    assert met.entry & (bits.DIRTY | bits.WRITE) == 0
+    assert (met.gfn, met.level) == (Gfn(0x300), Level(1))

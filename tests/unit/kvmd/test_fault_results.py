@@ -1,0 +1,161 @@
+"""How a fault ends, for a CPU and for a device: poison, frozen entries, other address spaces."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from kvmd.core.exits import ExitReason
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import IO_ERRNO, MAX_TRIES, RESOLVED, Result
+from kvmd.core.tdp_fd import CreateTdpFd
+from protocol.errors import EHWPOISON, UapiError
+from protocol.pt import bits
+from protocol.pt.geometry import ENTRY_BYTES, index_of
+from protocol.pt.walk import walk
+from protocol.units import Gfn, Hva
+from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
+
+RAM, PAGE = 0x10_0000, 4096
+SMRAM = 1 << 16 | 3  # slot 3 of address space 1
+
+
+class Guest:
+    def __init__(self) -> None:
+        self.world = World()
+        self.hva = self.world.map(16)
+        self.world.set_slot(0, 0x100, 16, self.hva)
+        self.vcpu = self.world.vcpu()
+        self.exported = self.world.export()
+        self.importer = SlowImporter()
+        self.exported.register_importer("unit", self.importer)
+
+    def finish(self, flow: Any) -> Any:
+        """A flow, with every flush acked."""
+        wait = self.world.start(flow)
+        while self.importer.pending:
+            self.world.ack(self.importer)
+        return wait.result()
+
+    def smm(self, gpa: int, size: int = 1) -> Any:
+        return self.world.run(self.vcpu.run([("r", gpa, size)], smm=True))
+
+
+class PoisonedMm:
+    """The process's memory, of which the page at `hva` has failed."""
+
+    def __init__(self, world: World, hva: Hva) -> None:
+        self._mm = world.mm
+        self._hva = hva
+        self.lookups = 0
+
+    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
+        self.lookups += 1
+        if hva == self._hva:
+            raise UapiError(EHWPOISON, f"hva {hva:#x}: its memory has failed")
+        return await self._mm.get_user_page(hva, write=write)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mm, name)
+
+
+@pytest.mark.rfc("RFC-80")
+@pytest.mark.defect("B-14")
+def test_poison_fails_a_device_after_one_look_and_signals_a_cpu() -> None:
+    """The series retried for ever, and sent the signal to a kernel thread."""
+    guest = Guest()
+    poisoned = PoisonedMm(guest.world, Hva(guest.hva + PAGE))
+    guest.world.vm.mm = poisoned  # type: ignore[assignment]
+    assert guest.world.io_fault(guest.exported, 0x101) is Result.HWPOISON
+    assert poisoned.lookups == 1
+    assert IO_ERRNO[Result.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
+    for _ in range(2):
+        ran = guest.world.read(guest.vcpu, RAM + PAGE, 1)
+        assert (ran.exit.reason, ran.exit.errno) == (ExitReason.INTR, errno.EINTR)
+        assert ran.exit.sigbus == guest.hva + PAGE
+    assert guest.world.write(guest.vcpu, RAM, b"x").done, "the page beside it is well"
+    assert set(guest.world.table()) == {0x100}
+
+
+@pytest.mark.rfc("RFC-78")
+def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
+    guest = Guest()
+    guest.world.io_fault(guest.exported, 0x100)
+    writer, root = guest.world.host.writer, guest.exported.root
+    found = walk(writer, guest.world.host.ept_rules, root.hpa, root.role.level, RAM)
+    at = found.table + index_of(Gfn(0x101), found.level) * ENTRY_BYTES
+    writer.store64(at, bits.FROZEN)
+    assert guest.world.io_fault(guest.exported, 0x101) is Result.UNSTABLE
+    assert guest.world.vm.retries == MAX_TRIES
+    assert writer.load64(at) == bits.FROZEN
+    guest.world.bare.clock.stock = 3
+    store = guest.world.start(guest.vcpu.run([("w", RAM + PAGE, b"x")]))
+    assert not store.done, "a CPU just tries again, and lets others run in between"
+    writer.store64(at, bits.EMPTY)
+    guest.world.bare.clock.waiting.pop().set(None)
+    guest.world.flows.run_ready()
+    assert store.result().done
+    assert guest.world.io_fault(guest.exported, 0x101) is Result.SPURIOUS
+
+
+@pytest.mark.rfc("RFC-79")
+@pytest.mark.defect("B-13")
+def test_a_page_somebody_else_mapped_first_is_success() -> None:
+    guest = Guest()
+    guest.world.write(guest.vcpu, RAM, b"x")
+    for kind in (READ, WRITE):
+        assert guest.world.io_fault(guest.exported, 0x100, kind) is Result.SPURIOUS
+    assert Result.SPURIOUS in RESOLVED
+
+
+@pytest.mark.parametrize("result", [result for result in Result if result not in RESOLVED])
+def test_every_failure_of_a_device_s_fault_has_an_errno(result: Result) -> None:
+    about_page = {Result.NO_SLOT, Result.READONLY, Result.NO_PAGE, Result.TRACKED}
+    assert (IO_ERRNO[result] in (errno.EFAULT, errno.EINVAL)) == (result in about_page)
+
+
+# -- system-management mode ----------------------------------------------------------------------------
+
+
+@pytest.mark.rfc("RFC-05", "RFC-89", "RFC-96")
+def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
+    guest = Guest()
+    world, smram = guest.world, guest.world.map(4)
+    world.run(world.mm.write(smram, b"smm"))
+    world.set_slot(SMRAM, 0x100, 4, smram)
+    root = guest.exported.root.hpa
+    assert guest.smm(RAM, 3).reads == [b"smm"]
+    assert world.table(root) == {}, "nothing of it in the table that a device walks"
+    smm = guest.vcpu.roots[1]
+    assert smm is not None
+    assert smm.hpa != root
+    with pytest.raises(UapiError) as caught:
+        world.run(world.vm.create_tdp_fd(CreateTdpFd(1, 0, 0)))
+    assert caught.value.errno == errno.EINVAL
+
+    heard = len(guest.importer.heard)
+    guest.finish(world.mm.madvise_dontneed(smram, PAGE))
+    assert len(guest.importer.heard) == heard + 1, "importers hear of flushes other roots caused"
+    assert guest.smm(RAM, 3).reads == [bytes(3)]
+
+    world.write(guest.vcpu, RAM, b"x")
+    guest.finish(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    assert (smm.invalid, guest.exported.root.invalid) == (True, False)
+    assert guest.smm(RAM, 3).reads == [bytes(3)]
+    assert guest.vcpu.roots[1] is not smm
+    assert guest.exported.root.hpa == root
+    assert check_vm(world.vm) == []
+
+
+def test_leaving_smm_does_not_take_its_translations_along() -> None:
+    guest = Guest()
+    guest.world.set_slot(SMRAM, 0x100, 4, guest.world.map(4))
+    for _ in range(2):
+        assert guest.world.run(guest.vcpu.run([("w", RAM, b"s")], smm=True)).done
+        assert guest.world.write(guest.vcpu, RAM, b"n").done
+    assert guest.smm(RAM).reads == [b"s"]
+    assert guest.world.read(guest.vcpu, RAM, 1).reads == [b"n"]
+    assert guest.vcpu.ept_violations == 2
