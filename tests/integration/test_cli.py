@@ -184,7 +184,7 @@ def test_a_scenario_that_cannot_be_played_is_status_1(scratch: Scratch) -> None:
     with system({"device_sim": ["--no-snoop-control"]}) as weak:
         status, out, err = scratch.run("run", "--attach", str(weak.directory), "dmatest")
         assert (status, err) == (1, "")
-        assert "the remapping unit cannot walk this TDP" in out
+        assert "the remapping unit cannot walk this table" in out
         assert out.splitlines()[-1] == "dmatest: failed"
         status, out, _ = scratch.run("run", "--attach", str(weak.directory), "--json", "dmatest")
         assert (status, json.loads(out)["ok"]) == (1, False)

@@ -198,8 +198,9 @@ async def test_kill_kvmd_while_every_fd_closes(attempt: int) -> None:
             )
 
 
+@pytest.mark.rfc("RFC-42")
 async def test_without_kvmd_an_alloc_is_eopnotsupp() -> None:
-    """RFC-42: KVM is not loaded."""
+    """KVM is not loaded."""
     with system() as victims:
         async with connect_host(victims.directory) as host:
             rig = await bare_vm(host)

@@ -241,11 +241,15 @@ ROWS: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.rfc(
+    "RFC-32", "RFC-33", "RFC-34", "RFC-35", "RFC-36", "RFC-38", "RFC-40", "RFC-43", "RFC-44", "RFC-53"
+)
+@pytest.mark.defect("B-07", "B-08", "B-16")
 @pytest.mark.parametrize(("number", "changed"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 async def test_a_refused_alloc_leaves_the_tdp_fds_references_as_they_were(
     host: Host, shared_system: System, number: int, changed: dict[str, Any]
 ) -> None:
-    """RFC-32 to RFC-44, RFC-53."""
+    """B-07: a closed fd and one above INT_MAX went on as good ones; B-08: the TDP FD was put twice."""
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         await bind_device(rig)
@@ -261,16 +265,18 @@ async def test_a_refused_alloc_leaves_the_tdp_fds_references_as_they_were(
         rig.tdp_fd = await rig.vm.create_tdp_fd()
 
 
+@pytest.mark.rfc("RFC-31", "RFC-37")
 async def test_pt_id_is_ignored(host: Host) -> None:
-    """RFC-37."""
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         await bind_device(rig)
         assert await alloc(rig, pt_id=GARBAGE) != rig.device_id
 
 
+@pytest.mark.rfc("RFC-39")
+@pytest.mark.defect("B-07")
 async def test_an_fd_of_another_kind_is_einval(host: Host) -> None:
-    """RFC-39: a VM, a process, an iommufd, a pipe, an eventfd."""
+    """A VM, a vCPU, a process, an iommufd, a pipe, an eventfd; B-07: it was taken for a TDP FD."""
     async with vm_only(host) as rig:
         await bind_device(rig)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
@@ -282,8 +288,10 @@ async def test_an_fd_of_another_kind_is_einval(host: Host) -> None:
             os.close(other)
 
 
+@pytest.mark.rfc("RFC-54")
+@pytest.mark.defect("B-08", "B-09")
 async def test_a_second_hwpt_is_ebusy_and_the_first_is_still_told_of_flushes(host: Host) -> None:
-    """RFC-54."""
+    """B-09: its abort unregistered the first; B-08: and put its TDP FD."""
     async with rigged(host) as rig:
         page = rig.memory.allocate(1)
         assert await rig.fill(page) is Status.SUCCESS
@@ -306,9 +314,9 @@ UNITS = [
 ]
 
 
+@pytest.mark.rfc("RFC-48", "RFC-49", "RFC-50")
 @pytest.mark.parametrize(("options", "maxphyaddr"), [u[1:] for u in UNITS], ids=[u[0] for u in UNITS])
 async def test_a_table_the_unit_cannot_walk_is_eopnotsupp(options: list[str], maxphyaddr: int) -> None:
-    """RFC-48, RFC-49, RFC-50."""
     with system({**SIXES, "device_sim": options}) as weak:
         async with connect_host(weak.directory) as host, vm_only(host, maxphyaddr=maxphyaddr) as rig:
             rig.tdp_fd = await rig.vm.create_tdp_fd()
@@ -401,8 +409,8 @@ async def test_a_portal_is_mapped_once(host: Host) -> None:
             await device.map_portal()
 
 
+@pytest.mark.rfc("RFC-66")
 async def test_destroy_is_ebusy_while_a_device_is_attached_and_enoent_of_what_is_no_hwpt(host: Host) -> None:
-    """RFC-66."""
     async with rigged(host) as rig:
         iommu, device = rig.bound
         with refused(errno.EBUSY):

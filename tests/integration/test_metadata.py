@@ -121,11 +121,11 @@ async def alloc_errno(running: System, meta: bytes | UapiError) -> tuple[int, li
     return refused.value.errno, fake.asked
 
 
+@pytest.mark.rfc("RFC-45", "RFC-46", "RFC-47", "RFC-49", "RFC-50")
 @pytest.mark.parametrize(("number", "meta"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 async def test_a_table_no_unit_can_walk_is_refused_before_anything_is_registered(
     without_kvmd: System, number: int, meta: bytes
 ) -> None:
-    """RFC-45, RFC-46, RFC-47, RFC-49, RFC-50."""
     assert await alloc_errno(without_kvmd, meta) == (number, ["TDP_FD_GET", "TDP_GET_METADATA"])
 
 

@@ -209,8 +209,10 @@ async def test_an_importer_that_hangs_up_without_ack_is_waited_for_until_its_lea
     assert (await rig.host.kvmd.stats())["frames"] == 0
 
 
+@pytest.mark.rfc("RFC-105")
+@pytest.mark.defect("B-09")
 async def test_two_importers_of_one_tdp_are_both_told_and_a_name_is_taken_once(host: Host) -> None:
-    """RFC-105: the second of a name is EBUSY."""
+    """B-09: the second of a name, refused, took the first along."""
     async with rigged(host) as rig:
         assert rig.tdp_fd is not None
         mine = await TestImporter.of(host, rig.tdp_fd)

@@ -75,8 +75,7 @@ def bound() -> Bound:
     return Bound()
 
 
-@pytest.mark.rfc("RFC-58")
-@pytest.mark.rfc("RFC-60")
+@pytest.mark.rfc("RFC-58", "RFC-60")
 def test_in_go_the_entry_then_pasid_then_ats_then_page_requests_then_dma(bound: Bound) -> None:
     bound.enter()
     assert bound.world.log == ENTER
@@ -224,8 +223,7 @@ def test_without_ats_or_page_requests_on_either_side_it_is_enodev_and_detached_a
     assert not bound.world.functions[RID]["master"]
 
 
-@pytest.mark.rfc("RFC-62")
-@pytest.mark.rfc("RFC-107")
+@pytest.mark.rfc("RFC-62", "RFC-107")
 @pytest.mark.defect("B-12")
 def test_page_requests_that_were_on_already_are_no_error_and_stay_on() -> None:
     """B-12: detach switched off what somebody else had switched on."""

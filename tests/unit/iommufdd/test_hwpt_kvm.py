@@ -169,8 +169,7 @@ def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
 
 
 @pytest.mark.rfc("RFC-101")
-@pytest.mark.defect("B-10")
-@pytest.mark.defect("B-11")
+@pytest.mark.defect("B-10", "B-11")
 def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
     """B-10: the domain went first; B-11: that KVM offers no unregister was never noticed."""
     world = World()

@@ -33,9 +33,7 @@ def asking(what: str) -> PageRequest:
     )
 
 
-@pytest.mark.rfc("RFC-83")
-@pytest.mark.rfc("RFC-84")
-@pytest.mark.rfc("RFC-85")
+@pytest.mark.rfc("RFC-83", "RFC-84", "RFC-85")
 @pytest.mark.parametrize(
     ("what", "verdict"),
     [

@@ -91,8 +91,7 @@ def test_a_request_without_pasid_is_served_by_the_domain_of_the_function() -> No
     assert queue.world.log == [("fault", 5, "w")]
 
 
-@pytest.mark.rfc("RFC-84")
-@pytest.mark.rfc("RFC-85")
+@pytest.mark.rfc("RFC-84", "RFC-85")
 @pytest.mark.parametrize(
     "raw",
     [

@@ -40,13 +40,8 @@ def test_a_unit_with_everything_walks_every_table(level: int, huge: int) -> None
     assert missing(level=level, huge=huge) is None
 
 
-@pytest.mark.rfc("RFC-48")
-@pytest.mark.rfc("RFC-49")
-@pytest.mark.rfc("RFC-50")
-@pytest.mark.rfc("RFC-51")
-@pytest.mark.defect("B-15")
-@pytest.mark.defect("B-17")
-@pytest.mark.defect("B-32")
+@pytest.mark.rfc("RFC-48", "RFC-49", "RFC-50", "RFC-51")
+@pytest.mark.defect("B-15", "B-17", "B-32")
 @pytest.mark.parametrize(
     ("cap", "ecap", "level", "huge", "why"),
     [
@@ -99,8 +94,7 @@ def test_good_metadata_passes() -> None:
     check_metadata(replace(META, level=Level(5)), 0)
 
 
-@pytest.mark.rfc("RFC-43")
-@pytest.mark.rfc("RFC-44")
+@pytest.mark.rfc("RFC-43", "RFC-44")
 @pytest.mark.defect("B-16")
 @pytest.mark.parametrize("flags", [1, 2, 1 << 31])
 def test_every_flag_is_refused(flags: int) -> None:
@@ -112,8 +106,7 @@ def test_a_nest_parent_is_refused_with_the_series_reason() -> None:
     assert "faults of a nested domain are not handled" in refusal(META, 1)[1]
 
 
-@pytest.mark.rfc("RFC-45")
-@pytest.mark.rfc("RFC-46")
+@pytest.mark.rfc("RFC-45", "RFC-46")
 @pytest.mark.parametrize(
     ("meta", "number", "why"),
     [

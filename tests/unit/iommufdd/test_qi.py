@@ -51,11 +51,8 @@ def test_without_functions_the_iotlb_is_flushed_and_waited_for_all_the_same() ->
     assert words(0x5000, 0x1000, rids=()) == [psi(0x5000, 0), WAIT]
 
 
-@pytest.mark.rfc("RFC-91")
-@pytest.mark.rfc("RFC-92")
-@pytest.mark.rfc("RFC-93")
-@pytest.mark.defect("B-21")
-@pytest.mark.defect("B-29")
+@pytest.mark.rfc("RFC-91", "RFC-92", "RFC-93")
+@pytest.mark.defect("B-21", "B-29")
 @pytest.mark.parametrize(
     ("start", "size", "addr", "am", "device"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,7 @@ def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
 # -- importers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.rfc("RFC-106")
 def test_importers_are_told_of_every_flush_until_they_unregister(world: World) -> None:
     exported, one, other = world.export(), SlowImporter(), SlowImporter()
     exported.register_importer("one", one)
@@ -92,6 +94,8 @@ def test_importers_are_told_of_every_flush_until_they_unregister(world: World) -
     assert [epoch for *_, epoch in other.heard] == [2, 3]
 
 
+@pytest.mark.rfc("RFC-105", "RFC-106")
+@pytest.mark.defect("B-09")
 def test_a_name_is_taken_once_and_only_its_owner_gives_it_back(world: World) -> None:
     """Defect B-09: a second importer must not push out the first."""
     exported, one, other = world.export(), SlowImporter(), SlowImporter()
@@ -106,6 +110,20 @@ def test_a_name_is_taken_once_and_only_its_owner_gives_it_back(world: World) -> 
     assert len(one.heard) == 1
     exported.unregister_importer("name", one)
     exported.register_importer("name", other)
+
+
+@pytest.mark.rfc("RFC-89")
+@pytest.mark.parametrize(("another_root", "told"), [(False, 0), (True, 1)])
+def test_a_flush_that_another_root_caused_is_told_as_well(
+    world: World, another_root: bool, told: int
+) -> None:
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("one", importer)
+    world.set_slot(1, 0x200, 1, world.map(1))
+    if another_root:
+        world.vm.mmu.get_root(replace(exported.root.role, level=Level(5)))
+    world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
+    assert len(importer.heard) == told, "the exported root had nothing to lose"
 
 
 @pytest.mark.rfc("RFC-88")

@@ -1,0 +1,177 @@
+"""Silicon that is the test itself: it takes what the driver sends, and sends whatever it likes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from device_sim.config import FIRST_RID, capabilities
+from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.loop import Loop
+from protocol.rpc.socket import Listener
+from qemu_shim.machine import Host, connect_host
+from tests.integration.rig import Rig, bare_vm, bind_device, nothing_left
+from tests.integration.system import System, eventually, short_directory
+
+RID = FIRST_RID
+ENTRY = 32
+
+
+def page_request(
+    addr: int,
+    prgi: int = 0,
+    *,
+    rid: int = RID,
+    last: bool = True,
+    rights: int = 1,
+    pasid: int | None = None,
+    exec: bool = False,
+    priv: bool = False,
+) -> bytes:
+    """Literal words, as the silicon writes them."""
+    qw0 = 1 | (pasid is not None) << 8 | rid << 16 | (pasid or 0) << 32 | exec << 52 | priv << 53
+    return struct.pack("<4Q", qw0, rights | last << 2 | prgi << 3 | addr & ~0xFFF, 0, 0)
+
+
+class FakeSilicon:
+    """One unit, `functions` behind it; what the driver posts is kept."""
+
+    def __init__(self, loop: Loop, functions: int = 1) -> None:
+        self.loop = loop
+        self.functions = functions
+        self.answers: list[tuple[int, int, int]] = []  # requester, group, code
+        self.consumed = 0
+        self.overflows_cleared = 0
+        self.asked: list[str] = []
+        self.link: Channel | None = None
+        self._held: list[int] = []  # leases and windows
+        self._doors: list[Channel] = []
+
+    def on_connect(self, sock: socket.socket) -> None:
+        self._doors.append(Channel(self.loop, sock, "fake door", on_request=self._serve))
+
+    def _serve(self, channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
+        op = body["op"]
+        self.asked.append(op)
+        if op == "LINK":
+            ours, theirs = socket.socketpair()
+            self.link = Channel(self.loop, ours, "fake link", on_request=self._serve, on_notify=self._posted)
+            channel.answer(request_id, {}, [theirs.detach()])
+        elif op == "CAPS":
+            channel.answer(request_id, self._caps())
+        elif op == "QI":
+            channel.answer(request_id, {"status": self._queue(body)})
+        elif op == "MEMORY_ADD":
+            self._held += [fds.take(n) for n in range(len(fds))]
+            channel.answer(request_id, {"memory": 1})
+        elif op == "MEMORY_REMOVE":
+            self.let_go()
+            channel.answer(request_id, {})
+        else:
+            channel.answer(request_id, {})
+
+    def _caps(self) -> Body:
+        cap, ecap = capabilities()
+        usual = dict.fromkeys(("pasid", "ats", "pri", "pasid_required"), True)
+        functions = [
+            {
+                "rid": RID + 8 * n,
+                "name": f"dsa{n}",
+                "unit": 0,
+                "group": n,
+                "fault_capability": "full",
+                **usual,
+            }
+            for n in range(self.functions)
+        ]
+        return {"units": [(cap.value, ecap.value)], "functions": functions}
+
+    def _posted(self, channel: Channel, body: Body, fds: Fds) -> None:
+        self._queue(body)
+
+    def _queue(self, body: Body) -> list[int]:
+        """Note page group responses; the status data of waits that ask for it."""
+        ring = body.get("descriptors", b"")
+        self.consumed += body.get("prq_consumed", 0)
+        self.overflows_cleared += bool(body.get("prq_clear"))
+        status = []
+        for at in range(0, len(ring), 32):
+            qw0, qw1 = struct.unpack_from("<2Q", ring, at)
+            if qw0 & 0xF == 9:
+                self.answers.append((qw0 >> 16 & 0xFFFF, qw1 >> 3 & 0x1FF, qw0 >> 12 & 0xF))
+            elif qw0 & 0x2F == 0x25:
+                status.append(qw0 >> 32)
+        return status
+
+    def send(self, *entries: bytes, overflow: bool = False) -> None:
+        assert self.link is not None
+        self.link.notify("PAGE_REQUESTS", {"entries": b"".join(entries), "overflow": overflow})
+
+    async def wait_answers(self, count: int) -> list[tuple[int, int, int]]:
+        """Exactly that many, and no more while iommufdd answers something else."""
+
+        async def look() -> int:
+            return len(self.answers)
+
+        await eventually(look, lambda seen: seen >= count, f"{count} answers")
+        return self.answers[:]
+
+    def let_go(self) -> None:
+        for fd in self._held:
+            os.close(fd)
+        self._held.clear()
+
+    def close(self) -> None:
+        self.let_go()
+        for channel in (self.link, *self._doors):
+            if channel is not None:
+                channel.close()
+
+
+@asynccontextmanager
+async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Rig]]:
+    """kvmd and iommufdd as they are, the silicon is ours; device 0 attached to a KVM HWPT.
+
+    Both daemons must end with status 0.
+    """
+    crashes: list[BaseException] = []
+    with short_directory() as directory:
+        running = System(directory)
+        try:
+            running.start("kvmd")
+            loop = Loop(crashes.append)
+            fake = FakeSilicon(loop, functions)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(loop.serve)
+                listener = Listener(loop, running.socket("device_sim"), fake.on_connect)
+                await trio.to_thread.run_sync(running.start, "iommufdd")
+                async with connect_host(directory) as host:
+                    rig = await _attached(host)
+                    try:
+                        yield fake, rig
+                    finally:
+                        rig.close()
+                    await nothing_left(host)
+                fake.close()
+                listener.close()
+                nursery.cancel_scope.cancel()
+            loop.close()
+            assert crashes == []
+            running.check_stop()
+        finally:
+            running.stop()
+
+
+async def _attached(host: Host) -> Rig:
+    rig = await bare_vm(host)
+    rig.tdp_fd = await rig.vm.create_tdp_fd()
+    await bind_device(rig)
+    iommu, device = rig.bound
+    rig.hwpt_id = await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)
+    await device.attach(rig.hwpt_id)
+    return rig
