@@ -138,9 +138,9 @@ async def _play(
     scenario: Scenario, params: dict[str, int], report: Report, options: argparse.Namespace
 ) -> None:
     async with AsyncExitStack() as stack:
-        directory = options.attach
+        directory, level = options.attach, options.log_level
         if directory is None:
-            supervisor = await stack.enter_async_context(supervised(log_level=options.log_level))
+            supervisor = await stack.enter_async_context(supervised(scenario.options, log_level=level))
             directory = supervisor.directory
         host = await stack.enter_async_context(connect_host(directory))
         await scenario.play(host, params, report)

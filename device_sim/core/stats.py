@@ -7,7 +7,7 @@ function), page requests (entries of the queue) and groups (answered once each).
 from __future__ import annotations
 
 from device_sim.core.dmar import RemappingUnit
-from device_sim.core.dsa import Dsa
+from device_sim.core.dsa.device import Dsa
 
 
 def unit_stats(unit: RemappingUnit) -> dict[str, int]:
