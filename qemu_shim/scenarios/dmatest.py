@@ -107,7 +107,7 @@ TEST_PARAMS = {
     "threads_per_chan": Param(1, 1, WQ_SIZE, "threads on each channel"),
     "memset": Param(0, 0, 1, "1: set instead of copy"),
     "norandom": Param(1, 0, 1, "0: random lengths and offsets"),
-    "alignment": Param(12, -1, 20, "log2 of random lengths and offsets; -1: the device's"),
+    "alignment": Param(-1, -1, 20, "log2 of lengths and offsets; -1: the device's"),
     "transfer_size": Param(0, 0, 1 << 21, "bytes of each transfer; 0: by norandom"),
     "noverify": Param(0, 0, 1, "1: do not look at the data"),
     "verbose": Param(1, 0, 1, "0: no lines about tests that passed"),

@@ -13,7 +13,7 @@ from protocol.hw.dsa import CompletionRecord, Status
 from protocol.units import GIB, PAGE_SIZE, align_up
 from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
 from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, check_system, fill_table, snapshot
+from qemu_shim.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.scenarios.scenario import Params, Scenario
 
@@ -52,8 +52,7 @@ async def play(host: Host, params: Params, report: Report) -> None:
         after = await snapshot(host, guest)
         await check_system(host, report, after)
     tell(report, results)
-    statuses = after.device["statuses"]
-    faults = statuses.get(Status.PAGE_FAULT_NOBOF.name, 0)
+    faults = _faulted(after) - _faulted(before)
     report.rows.append(("descriptors ended by a fault / resumed", f"{faults} / {queue.faults}"))
     fill_table(report, before, after)
     report.figures |= {"faulted_descriptors": faults}
@@ -61,6 +60,11 @@ async def play(host: Host, params: Params, report: Report) -> None:
     report.expect(faults == queue.faults, f"{faults} descriptors faulted, {queue.faults} were resumed")
     requests = report.figures["page_requests"]
     report.expect(requests == 0, f"RFC-109: {requests} page requests without block on fault")
+
+
+def _faulted(seen: Snapshot) -> int:
+    count: int = seen.device["statuses"].get(Status.PAGE_FAULT_NOBOF.name, 0)
+    return count
 
 
 SCENARIO = Scenario(

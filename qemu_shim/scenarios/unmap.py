@@ -36,6 +36,7 @@ class _Story:
     expected: bytes
     running: bool = True
     removed: bool = False  # the slot is being deleted: copies may fail
+    removals: int = 0
     copies: Counter[Status] = field(default_factory=Counter)
     copied: trio.Event = field(default_factory=trio.Event)  # the next success
     unexpected: list[str] = field(default_factory=list)
@@ -87,13 +88,15 @@ async def _copy_all_the_time(story: _Story, worker: int, workers: int) -> None:
     """One outstanding copy after the other, over this worker's share of the pages."""
     while story.running:
         for page in range(worker, story.pages, workers):
-            could_fail = story.removed
+            could_fail, removals = story.removed, story.removals
             record = await story.queue.memmove(story.dst(page), story.src(page), PAGE_SIZE)
             story.copies[record.status] += 1
             if record.status is Status.SUCCESS:
                 story.copied.set()
                 story.copied = trio.Event()
-            allowed = record.status is Status.PAGE_FAULT_IR and (could_fail or story.removed)
+            # The slot may have gone and come back before this task was told how its copy ended.
+            could_fail |= story.removed or story.removals != removals
+            allowed = record.status is Status.PAGE_FAULT_IR and could_fail
             if record.status is not Status.SUCCESS and not allowed:
                 story.unexpected.append(f"copy of page {page}: {record.status.name} with the slot in place")
             if not story.running:
@@ -107,6 +110,7 @@ async def _take_away(story: _Story, number: int) -> None:
     await guest.process.move_pages(slot.hva, size)
     await guest.process.madvise_dontneed(slot.hva + story.pages * PAGE_SIZE, story.pages * PAGE_SIZE)
     story.removed = True
+    story.removals += 1
     await guest.vm.set_user_memory_region(SLOT, 0, 0, 0)
     await trio.sleep(0.001 * (number % 3))
     await guest.vm.set_user_memory_region(SLOT, slot.gpa, slot.size, slot.hva)
