@@ -283,7 +283,7 @@ class Dsa:
         await self._close(self.queues)
         self.state = State.DISABLED
         self.genctrl, self.intcause = 0, Cause(0)
-        self.software_error = SoftwareError()
+        self.software_error, self.command_status = SoftwareError(), CommandStatus()
         self.group_queues, self.group_engines = [0] * GROUPS, [0] * GROUPS
         for queue in self.queues:
             queue.config, queue.group = WqCfg(), None
