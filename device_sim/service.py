@@ -14,7 +14,8 @@ import structlog
 
 from device_sim.config import DeviceSettings, Settings, UnitSettings
 from device_sim.core.dmar import RemappingUnit
-from device_sim.core.dsa import Dsa, WorkQueue
+from device_sim.core.dsa import registers
+from device_sim.core.dsa.device import Dsa
 from device_sim.core.function import Function
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
@@ -205,10 +206,15 @@ def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
         raise UapiError(errno.EINVAL, f"invalidation queue: {error}") from None
 
 
-def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
-    device = _find(app, message.rid)
+async def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
+    """Whoever maps the BARs finds the device as it was made: a function-level reset comes first."""
+    device, link = _find(app, message.rid), app.link
+    if device.portal is None:
+        await device.dsa.reset()
     if device.portal is not None:
         raise UapiError(errno.EBUSY, f"the BARs of {device.name} are mapped already")
+    if app.link is not link:
+        raise UapiError(errno.ENODEV, f"the driver that wanted the BARs of {device.name} is gone")
     fd, _, device.portal = app.files.open(PORTAL, device, _portal_closed)
     return Answer({}, [fd])
 
@@ -237,47 +243,36 @@ LINK: Service[DeviceSim] = Service(
 # -- portal --------------------------------------------------------------------------------------------
 
 
-def _wq_config(device: Device, message: uapi.WqConfig, fds: Fds) -> Body:
-    queue = WorkQueue(message.size, message.dedicated, message.block_on_fault)
-    problem = device.dsa.configure(message.wq, queue)
-    if problem is not None:
-        raise UapiError(errno.EINVAL, problem)
-    return {}
+def _mmio_read(device: Device, message: uapi.MmioRead, fds: Fds) -> Body:
+    return {"data": registers.read(device.dsa, message.offset, message.size)}
 
 
-def _wq_disable(device: Device, message: uapi.WqDisable, fds: Fds) -> Body:
-    if not device.dsa.disable(message.wq):
-        raise UapiError(errno.EINVAL, f"work queue {message.wq} is not enabled")
-    return {}
-
-
-async def _drain(device: Device, message: uapi.Drain, fds: Fds) -> Body:
-    await device.dsa.drain()
-    return {}
+def _mmio_write(device: Device, message: uapi.MmioWrite) -> None:
+    registers.write(device.dsa, message.offset, message.data)
 
 
 def _enqcmd(device: Device, message: uapi.Enqcmd, fds: Fds) -> Body:
-    return {"retry": not device.dsa.submit(message.wq, message.descriptor)}
+    return {"retry": device.dsa.enqcmd(message.wq, message.descriptor, limited=message.limited)}
 
 
 def _movdir64b(device: Device, message: uapi.Movdir64b) -> None:
-    device.dsa.submit(message.wq, message.descriptor)
+    device.dsa.movdir64b(message.wq, message.descriptor)
 
 
 def _portal_closed(device: Device) -> None:
-    """The guest is gone: its queues take nothing more; what runs, runs out."""
+    """The guest is gone: its queues take nothing more, and nobody is told how what runs ends."""
     device.portal = None
-    for wq in list(device.dsa.queues):
-        device.dsa.disable(wq)
+    device.dsa.abandon()
 
 
 PORTAL: Service[Device] = Service(
     "portal",
     {
-        "WQ_CONFIG": Method(uapi.WqConfig, _wq_config),
-        "WQ_DISABLE": Method(uapi.WqDisable, _wq_disable),
-        "DRAIN": Method(uapi.Drain, _drain),
+        "MMIO_READ": Method(uapi.MmioRead, _mmio_read),
         "ENQCMD": Method(uapi.Enqcmd, _enqcmd),
     },
-    notifications={"MOVDIR64B": Notification(uapi.Movdir64b, _movdir64b)},
+    notifications={
+        "MMIO_WRITE": Notification(uapi.MmioWrite, _mmio_write),
+        "MOVDIR64B": Notification(uapi.Movdir64b, _movdir64b),
+    },
 )

@@ -10,7 +10,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ async def _run(
         host.dumps_to = options.dump
         await scenario.play(host, params, report)
 
-    return await _with_host(options, play, report.problems)
+    return await _with_host(options, play, report.problems, scenario.options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -175,9 +175,14 @@ def _interrupted() -> int:
 
 
 async def _with_host(
-    options: argparse.Namespace, work: Callable[[Host], Awaitable[None]], problems: list[str]
+    options: argparse.Namespace,
+    work: Callable[[Host], Awaitable[None]],
+    problems: list[str],
+    daemon_options: Mapping[str, Sequence[str]] | None = None,
 ) -> bool:
-    """Do `work` on the daemons that run, or on some of our own.  False if a signal ended it."""
+    """Do `work` on the daemons that run, or on some of our own, started with `daemon_options`.  False if a
+    signal ended it.
+    """
     interrupted = False
     async with trio.open_nursery() as nursery:
 
@@ -194,7 +199,9 @@ async def _with_host(
             async with AsyncExitStack() as stack:
                 directory = options.attach
                 if directory is None:
-                    supervisor = await stack.enter_async_context(supervised(log_level=options.log_level))
+                    supervisor = await stack.enter_async_context(
+                        supervised(daemon_options or {}, log_level=options.log_level)
+                    )
                     directory = supervisor.directory
                 await work(await stack.enter_async_context(connect_host(directory)))
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:

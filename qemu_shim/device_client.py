@@ -8,9 +8,11 @@ from pathlib import Path
 
 from protocol.errors import PeerError
 from protocol.flow import Wait
+from protocol.hw.dsa_regs import Command
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
+from qemu_shim.guest.idxd_device import IdxdDevice
 
 
 class DeviceSim:
@@ -31,7 +33,7 @@ class DeviceSim:
 
 
 class Portal:
-    """Work-queue portals and the completion interrupts that come back."""
+    """Registers, work-queue portals, and the interrupts that come back."""
 
     def __init__(self, loop: Loop, fd: int) -> None:
         self._loop = loop
@@ -41,16 +43,17 @@ class Portal:
             loop, socket.socket(fileno=fd), "portal", on_notify=self._on_notify, on_close=self._on_close
         )
 
-    async def configure(self, wq: int, *, size: int, dedicated: bool, block_on_fault: bool) -> None:
-        body = {"wq": wq, "size": size, "dedicated": dedicated, "block_on_fault": block_on_fault}
-        await self._channel.ask("WQ_CONFIG", body)
+    async def mmio_read(self, offset: int, size: int) -> bytes:
+        """Registers, behind every write before it."""
+        data: bytes = (await self._channel.ask("MMIO_READ", {"offset": offset, "size": size})).body["data"]
+        return data
 
-    async def disable(self, wq: int) -> None:
-        await self._channel.ask("WQ_DISABLE", {"wq": wq})
+    def mmio_write(self, offset: int, data: bytes) -> None:
+        self._channel.notify("MMIO_WRITE", {"offset": offset, "data": data})
 
     async def drain(self) -> None:
         """Returns when the device is idle."""
-        await self._channel.ask("DRAIN")
+        await IdxdDevice(self).command(Command.DRAIN_ALL)
 
     def movdir64b(self, wq: int, descriptor: bytes) -> None:
         """A posted write: nobody says whether the queue took it."""

@@ -28,11 +28,12 @@ from protocol.daemon import configure_log
 from protocol.hw.dsa import Descriptor, Flag, Opcode
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.daemons import DAEMONS, DaemonSpec
-from qemu_shim.guest.idxd import WQ, WQ_SIZE
+from qemu_shim.guest.idxd import WQ, IdxdWorkQueue
 from qemu_shim.machine import MachineConfig, connect_host, machine
 from qemu_shim.supervisor import supervised
 
 PATTERN = 0x5AA5_F00D_CAFE_BEEF
+HANDLE = 1
 UNTAGGED = {"kvmd": ["--no-frame-tags"]}
 
 # The way of one fault: daemon, stamp, and what the time since the stamp before it was spent on.
@@ -76,12 +77,12 @@ async def fault_each(
             connect_host(supervisor.directory) as host,
             machine(host, MachineConfig(ram_bytes=GIB)) as guest,
         ):
-            await guest.portal.configure(WQ, size=WQ_SIZE, dedicated=True, block_on_fault=True)
+            await IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True).enable()
             faults = count + count // 10
             pages = guest.memory.allocate(faults)
             for n in range(faults):
                 guest.portal.movdir64b(WQ, fill(pages + n * PAGE_SIZE))
-                await guest.portal.wait_interrupt(0)
+                await guest.portal.wait_interrupt(HANDLE)
             device = (await host.device_sim.stats())["devices"]["dsa0"]
             assert device["statuses"] == {"SUCCESS": faults}, device["statuses"]
             assert device["io_faults"] == faults, f"{device['io_faults']} faults for {faults} pages"
@@ -92,7 +93,9 @@ async def fault_each(
 def fill(gpa: int) -> bytes:
     """A descriptor that fills one page and raises an interrupt; no completion record, so one fault."""
     flags = Flag.BOF | Flag.RCI
-    return Descriptor(opcode=Opcode.MEMFILL, flags=flags, src=PATTERN, dst=gpa, size=PAGE_SIZE).to_bytes()
+    return Descriptor(
+        opcode=Opcode.MEMFILL, flags=flags, src=PATTERN, dst=gpa, size=PAGE_SIZE, int_handle=HANDLE
+    ).to_bytes()
 
 
 def stamped_run(count: int, directory: Path) -> dict[str, Stamps]:

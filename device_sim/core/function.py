@@ -228,6 +228,10 @@ class Function:
             self.devtlb.fill(page, entry.hpa, entry.level, entry.rights, tag)
         return entry.rights & need != 0
 
+    def accessible(self, dma: DmaRange) -> int:
+        """How many bytes of it, from the front, are translated."""
+        return self.devtlb.runs(dma.iova, dma.size, dma.write)[1]
+
     def read(self, iova: int, size: int) -> bytes | None:
         """The bytes, or None if part of them is not translated."""
         runs, covered = self.devtlb.runs(iova, size, write=False)

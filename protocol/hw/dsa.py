@@ -176,13 +176,11 @@ assert bits(30, 20) | bits(319, 304) == RESERVED
 
 # Operands in the 24 operation-specific bytes; offset 0 here is byte 40 of the descriptor.
 EXPECTED_RESULT: Final = byte_at(0, 1)  # COMPARE, COMPVAL
-PATTERN_UPPER: Final = byte_at(0, 16)  # MEMFILL, 16-byte variant
 DELTA_ADDR: Final = byte_at(0, 8, Iova)  # CR_DELTA
 MAX_DELTA_SIZE: Final = byte_at(8, 4)
 EXPECTED_RESULT_MASK: Final = byte_at(16, 1)
 DELTA_REC_SIZE: Final = byte_at(0, 4)  # AP_DELTA
 DEST2: Final = byte_at(0, 8, Iova)  # DUALCAST
-REGION_STRIDE: Final = byte_at(8, 4)  # TRANSL_FETCH
 CRC_SEED: Final = byte_at(0, 4)  # CRCGEN, COPY_CRC
 CRC_SEED_ADDR: Final = byte_at(8, 8, Iova)
 
@@ -210,6 +208,10 @@ class CompletionRecord:
     fault_addr: Iova = NO_IOVA
     op_specific: bytes = bytes(CR_SPECIFIC_SIZE)
 
+    def op(self, field: Field) -> int:
+        """INVALID_FLAGS, DELTA_SIZE or CRC_VALUE."""
+        return field.get(int.from_bytes(self.op_specific, "little"))
+
     def to_bytes(self) -> bytes:
         assert len(self.op_specific) == CR_SPECIFIC_SIZE, f"{len(self.op_specific)} operation-specific bytes"
         return store(pack(self, CR_LAYOUT), COMPLETION_SIZE - CR_SPECIFIC_SIZE) + self.op_specific
@@ -233,3 +235,8 @@ CR_LAYOUT: Final[Layout] = {
 CR_RESERVED: Final = bits(127, 0) & ~covered(CR_LAYOUT)
 
 assert bits(31, 24) == CR_RESERVED
+
+# What an operation tells in the 16 bytes of the record that are its own.
+INVALID_FLAGS: Final = byte_at(0, 3)  # status INVALID_FLAGS
+DELTA_SIZE: Final = byte_at(0, 4)  # CR_DELTA
+CRC_VALUE: Final = byte_at(0, 8)  # CRCGEN, COPY_CRC: the CRC of what was read

@@ -16,6 +16,8 @@ from protocol.uapi.message import U8, U16, U32, U64, Message, Name
 MAX_RING_BYTES = 1 << 19  # a whole invalidation queue
 PASID_ENTRY_BYTES = 64
 DSA_DESCRIPTOR_BYTES = 64
+MAX_MMIO_READ = 256
+MAX_MMIO_WRITE = 8
 MAX_WINDOWS = 7  # and the lease: what one message may carry
 MAX_UNITS = 64
 MAX_FUNCTIONS = 1 << 10
@@ -143,29 +145,28 @@ class Faults(Message):
 # -- guest -> device, through its portal ---------------------------------------------------------------
 
 
-class WqConfig(Message):
-    """Set up and enable a work queue [DSA 8.3]."""
+class MmioRead(Message):
+    """A load from BAR 0; reply: `data`.  Ordered behind every write before it."""
 
-    wq: U8
-    size: U16
-    dedicated: bool
-    block_on_fault: bool
+    offset: U16
+    size: Annotated[int, Field(gt=0, le=MAX_MMIO_READ)]
 
 
-class WqDisable(Message):
-    wq: U8
+class MmioWrite(Message):
+    """A posted store to BAR 0 (notification)."""
+
+    offset: U16
+    data: Annotated[bytes, Field(min_length=1, max_length=MAX_MMIO_WRITE)]
 
 
-class Drain(Message):
-    """Answered when no descriptor is queued or running."""
-
-
-class Enqcmd(Message):
-    """A descriptor to a shared queue; reply: `retry`."""
+class Movdir64b(Message):
+    """A posted write of a descriptor to the portal of a dedicated queue (notification)."""
 
     wq: U8
     descriptor: Annotated[bytes, Field(min_length=DSA_DESCRIPTOR_BYTES, max_length=DSA_DESCRIPTOR_BYTES)]
 
 
-class Movdir64b(Enqcmd):
-    """A posted write of a descriptor to a dedicated queue (notification)."""
+class Enqcmd(Movdir64b):
+    """A descriptor to a portal of a shared queue, the limited one or the other; reply: `retry`."""
+
+    limited: bool = True

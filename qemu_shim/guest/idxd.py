@@ -1,56 +1,109 @@
-"""The guest's DSA driver: one work queue, descriptors in, completion records and interrupts out.
+"""The guest's DSA driver: work queues, completion records, interrupts, and what is left after a fault.
 
-Models the kernel's idxd as a DMA engine [idxd dma.c] with the RFC author's change, block on fault set
-in every descriptor when the queue allows it [RFC 00/42].  The completion records lie in memory the
-driver got zeroed and does not touch, so their page is absent until the device writes the first record:
-that write raises a page request.
+Models the kernel's idxd as a DMA engine [idxd dma.c] with the RFC author's change, block on fault set in
+every descriptor when the queue allows it [RFC 00/42].  The completion records lie in memory the driver got
+zeroed and does not touch, so their page is absent until the device writes the first record: that write raises
+a page request.  Without block on fault the driver touches that page itself; what else faults ends a
+descriptor, of which it submits the rest (`complete`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from protocol.hw.dsa import COMPLETION_SIZE, CompletionRecord, Descriptor, Flag, Opcode
-from protocol.units import PAGE_SIZE, Gpa, Iova
+from protocol.errors import UapiError
+from protocol.hw.dsa import (
+    COMPLETION_SIZE,
+    DESCRIPTOR_SIZE,
+    NO_FLAGS,
+    OP_SPECIFIC_SIZE,
+    CompletionRecord,
+    Descriptor,
+    Flag,
+    Opcode,
+    Status,
+)
+from protocol.hw.dsa_regs import (
+    Command,
+    State,
+    WqCfg,
+)
+from protocol.units import PAGE_SIZE, Gpa, Iova, align_up
+from qemu_shim.guest.idxd_device import DsaPortal, IdxdDevice
 from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.guest.resume import rest_of
 
 WQ = 0
 WQ_SIZE = 16  # as the RFC's author had it
+ENQCMDS_RETRIES = 32
+MAX_BATCH_SHIFT = 5  # the driver's defaults
+MAX_XFER_SHIFT = 21
+HANDLES_OF_A_QUEUE = 128  # interrupt handles: 1 + 128 * queue + slot
 
 
-class DsaPortal(Protocol):
-    """The device's BAR, mapped into the guest."""
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """How a descriptor ended after so many faults; offsets in the record count from its beginning."""
 
-    async def configure(self, wq: int, *, size: int, dedicated: bool, block_on_fault: bool) -> None: ...
-    async def disable(self, wq: int) -> None: ...
-    def movdir64b(self, wq: int, descriptor: bytes) -> None: ...
-    async def wait_interrupt(self, handle: int) -> None: ...
+    record: CompletionRecord
+    faults: int
 
 
 class IdxdWorkQueue:
-    """A dedicated work queue.  Each descriptor in flight has a slot: its completion record and interrupt
-    handle.
-    """
+    """Each descriptor in flight has a slot: its completion record and interrupt handle."""
 
-    def __init__(self, portal: DsaPortal, memory: GuestMemory, *, block_on_fault: bool) -> None:
+    def __init__(
+        self,
+        portal: DsaPortal,
+        memory: GuestMemory,
+        *,
+        block_on_fault: bool,
+        wq: int = WQ,
+        size: int = WQ_SIZE,
+        dedicated: bool = True,
+    ) -> None:
         self.block_on_fault = block_on_fault
+        self.device = IdxdDevice(portal)
+        self.faults = 0  # descriptors that ended in a fault and were resumed
         self._portal = portal
         self._memory = memory
-        pages = (WQ_SIZE * COMPLETION_SIZE + PAGE_SIZE - 1) // PAGE_SIZE
-        self._records = memory.allocate(pages)
-        self._free = list(range(WQ_SIZE))
+        self._wq = wq
+        self._size = size
+        self._dedicated = dedicated
+        self._records = memory.allocate(_pages(size * COMPLETION_SIZE))
+        self._free = list(range(size))
 
-    async def enable(self) -> None:
-        if not self.block_on_fault:
-            await self._memory.touch([self._records])  # or the record could not be written
-        await self._portal.configure(WQ, size=WQ_SIZE, dedicated=True, block_on_fault=self.block_on_fault)
-
-    async def disable(self) -> None:
-        await self._portal.disable(WQ)
+    @property
+    def config(self) -> WqCfg:
+        return WqCfg(
+            size=self._size,
+            threshold=0 if self._dedicated else self._size,
+            dedicated=self._dedicated,
+            block_on_fault=self.block_on_fault,
+            max_xfer_shift=MAX_XFER_SHIFT,
+            max_batch_shift=MAX_BATCH_SHIFT,
+        )
 
     @property
     def record_page(self) -> Gpa:
         return self._records
+
+    async def enable(self) -> None:
+        """Enable the queue; a device that nobody has set up becomes this queue's alone."""
+        if not self.block_on_fault:
+            await self._memory.touch([self._records])  # or the record could not be written
+        if await self.device.state() is State.DISABLED:
+            await self.device.set_up([[None] * self._wq + [self.config]])
+        else:
+            await self.device.write_queue(self._wq, self.config)
+        await self.device.command(Command.ENABLE_WQ, self._wq)
+
+    async def disable(self) -> None:
+        await self.device.command(Command.DISABLE_WQ, 1 << self._wq)
+
+    # -- descriptors -----------------------------------------------------------------------------------
 
     async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord:
         return await self.run(Opcode.MEMMOVE, src=src, dst=dst, size=size)
@@ -58,26 +111,101 @@ class IdxdWorkQueue:
     async def fill(self, dst: int, pattern: int, size: int) -> CompletionRecord:
         return await self.run(Opcode.MEMFILL, src=pattern, dst=dst, size=size)
 
-    async def run(self, opcode: Opcode, *, src: int, dst: int, size: int) -> CompletionRecord:
+    async def run(
+        self,
+        opcode: int,
+        *,
+        src: int = 0,
+        dst: int = 0,
+        size: int = 0,
+        flags: Flag = NO_FLAGS,
+        op_specific: bytes = bytes(OP_SPECIFIC_SIZE),
+    ) -> CompletionRecord:
         """Submit one descriptor and sleep until its interrupt; the record the device wrote."""
-        assert self._free, f"more than {WQ_SIZE} descriptors in flight"
+        return await self.submit(
+            Descriptor(opcode=opcode, flags=flags, src=src, dst=dst, size=size, op_specific=op_specific)
+        )
+
+    async def submit(self, descriptor: Descriptor) -> CompletionRecord:
+        """The same for a descriptor that lacks its record, interrupt and block on fault."""
+        assert self._free, f"more than {self._size} descriptors in flight"
         slot = self._free.pop()
         record = self._records + slot * COMPLETION_SIZE
-        flags = Flag.CRAV | Flag.RCR | Flag.RCI
-        if self.block_on_fault:
+        handle = 1 + self._wq * HANDLES_OF_A_QUEUE + slot
+        flags = descriptor.flags | Flag.CRAV | Flag.RCR | Flag.RCI
+        if self.block_on_fault and descriptor.opcode != Opcode.DRAIN:
             flags |= Flag.BOF
-        descriptor = Descriptor(
-            opcode=opcode,
-            flags=flags,
-            completion_addr=Iova(record),
-            src=src,
-            dst=dst,
-            size=size,
-            int_handle=slot,
-        )
-        self._portal.movdir64b(WQ, descriptor.to_bytes())
-        await self._portal.wait_interrupt(slot)
-        raw = await self._memory.read(record, COMPLETION_SIZE)
+        raw = replace(descriptor, flags=flags, completion_addr=Iova(record), int_handle=handle).to_bytes()
+        if self._dedicated:
+            self._portal.movdir64b(self._wq, raw)
+        else:
+            await self._enqcmd(raw, slot)
+        await self._portal.wait_interrupt(handle)
+        written = await self._memory.read(record, COMPLETION_SIZE)
         await self._memory.write(record, bytes(COMPLETION_SIZE))  # zero again for whoever is next
         self._free.append(slot)
-        return CompletionRecord.from_bytes(raw)
+        return CompletionRecord.from_bytes(written)
+
+    async def _enqcmd(self, raw: bytes, slot: int) -> None:
+        for _ in range(ENQCMDS_RETRIES):
+            if not await self._portal.enqcmd(self._wq, raw):
+                return
+        self._free.append(slot)
+        raise UapiError(errno.EAGAIN, f"ENQCMD: queue {self._wq} said retry {ENQCMDS_RETRIES} times")
+
+    async def complete(self, descriptor: Descriptor) -> Completion:
+        """Submit it, and after each page fault its rest, the page touched."""
+        whole, faults, before = descriptor, 0, 0
+        while True:
+            record = await self.submit(descriptor)
+            if record.status is not Status.PAGE_FAULT_NOBOF:
+                break
+            faults += 1
+            await self._memory.fault_in(record.fault_addr, write=record.write_fault)
+            rest = rest_of(descriptor, record)
+            before += descriptor.size - rest.size
+            descriptor = rest
+        self.faults += faults
+        if whole.opcode in (Opcode.COMPARE, Opcode.COMPVAL) and record.result:
+            record = replace(record, bytes_completed=record.bytes_completed + before)
+        return Completion(record, faults)
+
+    async def batch(self, children: Sequence[Descriptor]) -> tuple[CompletionRecord, list[CompletionRecord]]:
+        """Run them as one batch; the batch's record, and theirs (status NONE: abandoned behind a fence)."""
+        listed = self._memory.allocate(_pages(len(children) * DESCRIPTOR_SIZE))
+        records_size = len(children) * COMPLETION_SIZE
+        records = self._memory.allocate(_pages(records_size))
+        await self._memory.write(records, bytes(records_size))
+        flags = Flag.CRAV | Flag.RCR | (Flag.BOF if self.block_on_fault else NO_FLAGS)
+        raw = [
+            replace(
+                child, flags=child.flags | flags, completion_addr=Iova(records + n * COMPLETION_SIZE)
+            ).to_bytes()
+            for n, child in enumerate(children)
+        ]
+        await self._memory.write(listed, b"".join(raw))
+        record = await self.run(Opcode.BATCH, src=listed, size=len(children))
+        written = await self._memory.read(records, records_size)
+        return record, [
+            CompletionRecord.from_bytes(written[at : at + COMPLETION_SIZE])
+            for at in range(0, records_size, COMPLETION_SIZE)
+        ]
+
+
+def _pages(size: int) -> int:
+    return align_up(size, PAGE_SIZE) // PAGE_SIZE
+
+
+class ResumingQueue:
+    """A queue as a DMA channel that resumes what faults."""
+
+    def __init__(self, queue: IdxdWorkQueue) -> None:
+        self._queue = queue
+
+    async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord:
+        descriptor = Descriptor(opcode=Opcode.MEMMOVE, src=src, dst=dst, size=size)
+        return (await self._queue.complete(descriptor)).record
+
+    async def fill(self, dst: int, pattern: int, size: int) -> CompletionRecord:
+        descriptor = Descriptor(opcode=Opcode.MEMFILL, src=pattern, dst=dst, size=size)
+        return (await self._queue.complete(descriptor)).record

@@ -63,3 +63,9 @@ class GuestMemory:
         """Store one byte at each: what makes a page present."""
         for at in range(0, len(gpas), 1024):
             await self._cpu.access([(gpa, b"\x01") for gpa in gpas[at : at + 1024]])
+
+    async def fault_in(self, gpa: int, *, write: bool) -> None:
+        """Make a page present, writable if need be, and leave its bytes as they are."""
+        (byte,) = await self._cpu.access([(gpa, 1)])
+        if write:
+            await self._cpu.access([(gpa, byte)])

@@ -6,57 +6,121 @@ faults is what the CPU never touched: the page of completion records.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
+from math import inf
+from random import Random
 from time import perf_counter_ns
 
+import trio
+
+from protocol.hw.dsa import CompletionRecord
 from protocol.units import GIB
-from qemu_shim.guest.dmatest import dmatest
-from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, MachineConfig, machine
+from qemu_shim.guest.dmatest import Channel, DmatestParams, Result, Thread
+from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
+from qemu_shim.machine import Host, Machine, MachineConfig, machine
 from qemu_shim.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+
+SEED = 108
 
 
 async def play(host: Host, params: Params, report: Report) -> None:
     config = MachineConfig(ram_bytes=params["ram_gib"] * GIB)
     async with machine(host, config) as guest:
         before = await snapshot(host, guest)
-        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=bool(params["block_on_fault"]))
-        await queue.enable()
-        result = await dmatest(
-            queue,
-            guest.memory,
-            perf_counter_ns,
-            iterations=params["iterations"],
-            buf_size=params["buf_size"],
-        )
-        await queue.disable()
+        queues = [
+            IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=bool(params["block_on_fault"]), wq=n)
+            for n in range(params["channels"])
+        ]
+        await queues[0].device.set_up([[queue.config for queue in queues]])
+        for queue in queues:
+            await queue.enable()
+        results = await run_threads(guest, queues, dmatest_params(params))
+        for queue in queues:
+            await queue.disable()
         after = await snapshot(host, guest)
         await check_system(host, report, after)
-    report.lines += [*result.lines, result.summary]
-    report.figures |= {
-        "tests": result.tests,
-        "failures": result.failures,
-        "bytes_verified": result.bytes_verified,
-    }
-    report.rows += [
-        ("tests / failures", f"{result.tests} / {result.failures}"),
-        ("bytes verified", f"{result.bytes_verified}"),
-    ]
+    tell(report, results)
     fill_table(report, before, after)
-    report.expect(result.failures == 0, f"dmatest: {result.failures} of {result.tests} tests failed")
     if params["block_on_fault"]:
         requests = report.figures["page_requests"]
         report.expect(requests >= 1, "RFC-108: the device raised no page request")
 
 
+def dmatest_params(params: Params) -> DmatestParams:
+    return DmatestParams(
+        iterations=params["iterations"],
+        test_buf_size=params["buf_size"],
+        threads_per_chan=params["threads_per_chan"],
+        dmatest=params["memset"],
+        timeout=params["timeout"],
+        noverify=bool(params["noverify"]),
+        norandom=bool(params["norandom"]),
+        verbose=bool(params["verbose"]),
+        alignment=params["alignment"],
+        transfer_size=params["transfer_size"],
+    )
+
+
+async def run_threads(guest: Machine, channels: Sequence[Channel], params: DmatestParams) -> list[Result]:
+    """All threads of all channels at once; their results in the order of their names."""
+    threads = [
+        Thread(
+            f"dma0chan{channel}-{params.kind}{n}",
+            queue,
+            guest.memory,
+            perf_counter_ns,
+            params,
+            Random(f"{SEED} {channel} {n}"),
+            within,
+        )
+        for channel, queue in enumerate(channels)
+        for n in range(params.threads_per_chan)
+    ]
+    async with trio.open_nursery() as nursery:
+        for thread in threads:
+            nursery.start_soon(thread.run)
+    return [thread.result for thread in threads]
+
+
+async def within(done: Awaitable[CompletionRecord], timeout_ms: int) -> CompletionRecord | None:
+    with trio.move_on_after(timeout_ms / 1000 if timeout_ms >= 0 else inf):
+        return await done
+    return None
+
+
+def tell(report: Report, results: list[Result]) -> None:
+    tests = sum(result.tests for result in results)
+    failures = sum(result.failures for result in results)
+    verified = sum(result.bytes_verified for result in results)
+    for result in results:
+        report.lines += [*result.lines, result.summary]
+        report.expect(result.code == 0, f"dmatest: {result.thread} returned {result.code}")
+    report.figures |= {"tests": tests, "failures": failures, "bytes_verified": verified}
+    report.rows += [("tests / failures", f"{tests} / {failures}"), ("bytes verified", f"{verified}")]
+    report.expect(failures == 0, f"dmatest: {failures} of {tests} tests failed")
+
+
+TEST_PARAMS = {
+    "iterations": Param(5, 1, 1_000_000, "tests of each thread"),
+    "buf_size": Param(4096, 64, 1 << 21, "bytes of each buffer"),
+    "threads_per_chan": Param(1, 1, WQ_SIZE, "threads on each channel"),
+    "memset": Param(0, 0, 1, "1: set instead of copy"),
+    "norandom": Param(1, 0, 1, "0: random lengths and offsets"),
+    "alignment": Param(-1, -1, 20, "log2 of lengths and offsets; -1: the device's"),
+    "transfer_size": Param(0, 0, 1 << 21, "bytes of each transfer; 0: by norandom"),
+    "noverify": Param(0, 0, 1, "1: do not look at the data"),
+    "verbose": Param(1, 0, 1, "0: no lines about tests that passed"),
+    "timeout": Param(30_000, -1, 600_000, "milliseconds a transfer may take; -1: any"),
+}
 SCENARIO = Scenario(
     name="dmatest",
     summary="the kernel's DMA test on a dedicated work queue of 16, block on fault, data verified",
     tags=("RFC-108",),
     play=play,
     params={
-        "iterations": Param(5, 1, 1_000_000, "tests to run"),
-        "buf_size": Param(4096, 64, 1 << 21, "bytes of each buffer"),
+        **TEST_PARAMS,
+        "channels": Param(1, 1, 8, "work queues, each a channel"),
         "block_on_fault": Param(
             1, 0, 1, "0: a fault would end the descriptor, so the driver touches its records"
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,11 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`tags` name the steps of the RFC, or the notes, it plays out."""
+    """`tags` name the steps of the RFC, or the notes, it plays out; `options` start its daemons."""
 
     name: str
     summary: str
     tags: tuple[str, ...]
     play: Play
     params: Mapping[str, Param] = field(default_factory=dict)
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)

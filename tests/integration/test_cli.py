@@ -21,6 +21,8 @@ from tests.oracle.dump import Dump
 LONG_RUN = ["run", "unmap", "--rounds", "100000"]
 RUNS = {
     "dmatest": "dmatest: dma0chan0-copy0: summary 5 tests, 0 failures",
+    "dmatest-nobof": "dmatest: dma0chan0-copy0: summary 5 tests, 0 failures",
+    "dsa-ops": "dsa1 not blocking: 10 operations",
     "sharing": "device writes the vCPU's half: 0 EPT violations, 0 page requests",
     "unmap": "20 rounds of migrate, DONTNEED, slot delete and re-add under DMA",
 }
@@ -145,7 +147,7 @@ def test_json_is_one_document(scratch: Scratch, shared_system: System, scenario:
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert (report["scenario"], report["ok"], report["problems"]) == (scenario, True, [])
-    assert report["figures"]["page_requests"] > 0
+    assert (report["figures"]["page_requests"] > 0) is (scenario != "dmatest-nobof")
 
 
 def test_options_reach_the_scenario_and_the_daemons(scratch: Scratch) -> None:

@@ -16,6 +16,13 @@ from tests.integration.plain import NOTIFY, REQUEST, Plain, frame
 from tests.integration.system import System, system, until
 
 NAMES = tuple(spec.name for spec in DAEMONS)
+# Two queues of 16 in a group, dedicated with block on fault and shared, enabled: (register, dword)
+BRING_UP = (
+    *((0x400, 0b11), (0x420, 0b1111)),
+    *((0x500, 16), (0x508, 0b11), (0x50C, 21 | 5 << 5)),
+    *((0x520, 16), (0x524, 16), (0x52C, 21 | 5 << 5)),
+    *((0xA0, 1 << 20), (0xA0, 6 << 20), (0xA0, 6 << 20 | 1)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +334,20 @@ def test_dsa_descriptors_of_random_bytes_are_answered(attacked: System) -> None:
     chance = random.Random(SEED)
     with ExitStack() as stack:
         guest = keep(stack, portal(stack, attacked))
-        guest.ask("WQ_CONFIG", {"wq": 0, "size": 16, "dedicated": True, "block_on_fault": True})
-        guest.ask("WQ_CONFIG", {"wq": 1, "size": 16, "dedicated": False, "block_on_fault": False})
+        for offset, dword in BRING_UP:
+            store = {"op": "MMIO_WRITE", "offset": offset, "data": dword.to_bytes(4, "little")}
+            guest.send(frame(NOTIFY, 0, store))
         for _ in range(200):
             guest.send(frame(NOTIFY, 0, {"op": "MOVDIR64B", "wq": 0, "descriptor": chance.randbytes(64)}))
             guest.send(frame(NOTIFY, 0, {"op": "MOVDIR64B", "wq": 1, "descriptor": chance.randbytes(64)}))
-        guest.send(frame(REQUEST, 999, {"op": "DRAIN"}))
-        while guest.receive()[1] != 999:
+            store = {
+                "op": "MMIO_WRITE",
+                "offset": chance.randrange(0x500, 0x1000),
+                "data": chance.randbytes(4),
+            }
+            guest.send(frame(NOTIFY, 0, store))
+        guest.send(frame(REQUEST, 999, {"op": "MMIO_READ", "offset": 0xC0, "size": 32}))
+        while (answer := guest.receive())[1] != 999:
             pass
+        assert answer[2]["data"][0] & 1, "the first bad descriptor is in the software error register"
         assert serves(attacked, "device_sim")

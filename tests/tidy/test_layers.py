@@ -38,7 +38,7 @@ CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "pt", "hostmem", "frame_tags"),
     "iommufdd": (*ANY_CORE, *VTD_RECORDS, "pt.meta", "pt.bits", "pt.geometry"),
     "device_sim": (*ANY_CORE, "hw", "hostmem", "pt", "frame_tags"),
-    "qemu_shim": (*ANY_CORE, "hw.dsa"),
+    "qemu_shim": (*ANY_CORE, "hw.dsa", "hw.dsa_regs", "hw.fields"),
 }
 WRITERS = {"TableWriter"}  # the one thing in pt that only the owner of the table may hold
 

@@ -1,0 +1,150 @@
+"""One descriptor from an engine to its completion record.
+
+Models [DSA 3]: check, run, record, interrupt.  The record is written by DMA, its status byte last; what
+cannot be answered in a record goes to the software error register.  So every descriptor a queue took ends
+in exactly one of: a record, a software error, nothing because it asked for none and succeeded, or nothing
+because it was aborted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from device_sim.core.dsa.batch import Batch, drain
+from device_sim.core.dsa.delta import DeltaError
+from device_sim.core.dsa.dma import Aborted, Dma
+from device_sim.core.dsa.job import ADDRESS_MASK, Job, Outcome
+from device_sim.core.dsa.operations import OPERATIONS
+from device_sim.core.dsa.rules import refusal, valid_handle
+from device_sim.core.function import DmaFault, Function
+from protocol.flow import Flow
+from protocol.hw.dsa import COMPLETION_SIZE, Descriptor, Flag, Opcode, Status
+from protocol.hw.dsa_regs import SoftwareError
+from protocol.units import Iova
+
+_BOF, _CRAV, _RCR, _RCI = int(Flag.BOF), int(Flag.CRAV), int(Flag.RCR), int(Flag.RCI)
+
+
+@dataclass(slots=True)
+class Counters:
+    descriptors: int = 0
+    bytes_moved: int = 0
+    software_errors: int = 0
+    aborted: int = 0
+    statuses: Counter[Status] = field(default_factory=Counter)
+
+
+class Runner:
+    """`interrupt(handle)` raises a completion interrupt, `report` records a software error."""
+
+    def __init__(
+        self,
+        function: Function,
+        spawn: Callable[[Flow[None]], None],
+        interrupt: Callable[[int], None],
+        report: Callable[[SoftwareError], None],
+    ) -> None:
+        self.counters = Counters()
+        self._function = function
+        self._spawn = spawn
+        self._interrupt = interrupt
+        self._report = report
+
+    async def run(self, job: Job) -> None:
+        """An engine's turn.  Batches and drains leave the engine at once: they wait for others."""
+        self.counters.descriptors += 1
+        d = job.descriptor
+        dma = self._dma(job)
+        refused = refusal(job)
+        if refused is not None:
+            await self._finish(job, refused)
+        elif d.opcode == Opcode.BATCH:
+            group = job.queue.group
+            assert group is not None, "a queue that takes descriptors has a group"
+            self._spawn(self._coordinate(job, Batch(job, dma, group.stage).run()))
+        elif d.opcode == Opcode.DRAIN:
+            self._spawn(self._coordinate(job, drain(job, dma)))
+        else:
+            await self._finish(job, await self._execute(dma, d))
+
+    def _dma(self, job: Job) -> Dma:
+        block = bool(job.descriptor.flags & _BOF) and job.queue.config.block_on_fault
+        return Dma(self._function, job, block=block)
+
+    async def _coordinate(self, job: Job, flow: Flow[Outcome]) -> None:
+        try:
+            outcome = await flow
+        except Aborted:
+            outcome = Outcome()
+        await self._finish(job, outcome)
+
+    async def _execute(self, dma: Dma, d: Descriptor) -> Outcome:
+        out = Outcome()
+        try:
+            dma.check_aborted()
+            await OPERATIONS[d.opcode](dma, d, out)
+        except DmaFault as fault:
+            out.fault = fault
+            out.status = Status.PAGE_FAULT_IR if fault.requested else Status.PAGE_FAULT_NOBOF
+        except DeltaError as error:
+            out.status = error.status
+        except Aborted:
+            pass
+        self.counters.bytes_moved += out.completed
+        return out
+
+    async def _finish(self, job: Job, out: Outcome) -> None:
+        d = job.descriptor
+        failed = out.status is not Status.SUCCESS
+        dma = self._dma(job)  # what faulted in the operation is nothing to the record
+        try:
+            dma.check_aborted()
+            if d.flags & _RCR or failed:
+                await self._write_record(job, dma, out)
+            self.counters.statuses[out.status] += 1
+            if d.flags & _RCI and valid_handle(d):
+                self._interrupt(d.int_handle)
+        except Aborted:
+            self.counters.aborted += 1
+        if job.batch is None:
+            del job.queue.jobs[job]
+        job.done.set(out)
+
+    async def _write_record(self, job: Job, dma: Dma, out: Outcome) -> None:
+        d = job.descriptor
+        at = d.completion_addr
+        if not d.flags & _CRAV or at % COMPLETION_SIZE:
+            self._lose(job, out.status, out, out.fault)
+            return
+        record = out.record().to_bytes()
+        try:
+            # The record is 32-byte aligned: one page, so one look-up covers both stores.
+            await dma.reach(0, len(record), (at, True))
+            dma.store(at + 1, record[1:])
+            dma.store(at, record[:1])
+        except DmaFault as fault:
+            self._lose(job, Status.CR_TRANSLATION_FAULT, out, fault)
+
+    def _lose(self, job: Job, error: Status, out: Outcome, fault: DmaFault | None) -> None:
+        """Its completion record cannot be written."""
+        d = job.descriptor
+        self._report(
+            SoftwareError(
+                desc_valid=True,
+                wq_idx_valid=True,
+                batch=job.batch is not None,
+                fault_rw=fault is not None and fault.write,
+                priv=d.priv,
+                error=error,
+                wq_idx=job.queue.index,
+                operation=d.opcode,
+                pasid=d.pasid,
+                batch_idx=job.batch_index,
+                invalid_flags=int.from_bytes(out.specific[:4], "little")
+                if error is Status.INVALID_FLAGS
+                else 0,
+                fault_addr=Iova(0 if fault is None else fault.iova & ADDRESS_MASK),
+            )
+        )

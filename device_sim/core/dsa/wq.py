@@ -1,0 +1,82 @@
+"""A work queue: its configuration registers, what it holds, and whom it lets in.
+
+Models a WQCFG [DSA 9] and the queue behind it.  A dedicated queue takes posted writes and drops what does
+not fit; a shared one takes ENQCMD and says "retry", through its limited portal already when `threshold`
+descriptors are there.  `jobs` are all that were taken and are not done, oldest first: their number is the
+occupancy; `waiting` are those that no engine has taken up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from protocol.hw.dsa_regs import CommandError, WqCfg, WqState
+
+if TYPE_CHECKING:
+    from device_sim.core.dsa.engine import Group
+    from device_sim.core.dsa.job import Job
+
+
+class WorkQueue:
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.config = WqCfg()
+        self.state = WqState.DISABLED
+        self.group: Group | None = None  # while the device is enabled
+        self.jobs: dict[Job, None] = {}
+        self.waiting: deque[Job] = deque()
+
+    @property
+    def enabled(self) -> bool:
+        return self.state is WqState.ENABLED
+
+    @property
+    def registers(self) -> WqCfg:
+        """What software reads."""
+        return replace(self.config, occupancy=len(self.jobs), state=self.state)
+
+    def write_registers(self, raw: bytes, *, size_too: bool) -> None:
+        """Software writes the queue's registers; ignored while it is enabled, and its size by `size_too`."""
+        if self.state is not WqState.DISABLED:
+            return
+        written = WqCfg.from_bytes(raw)
+        size = written.size if size_too else self.config.size
+        self.config = replace(written, size=size, occupancy=0, state=WqState.DISABLED)
+
+    def enable(self, max_xfer_shift: int, max_batch_shift: int) -> CommandError:
+        config = self.config
+        if self.state is not WqState.DISABLED:
+            return CommandError.WQ_ENABLED
+        if self.group is None or not config.size:
+            return CommandError.WQ_SIZE
+        if not config.dedicated and not 0 < config.threshold <= config.size:
+            return CommandError.WQ_SIZE
+        if config.pasid_enable:
+            return CommandError.PASID_EN  # the function has no PASID
+        if config.max_batch_shift > max_batch_shift:
+            return CommandError.MAX_BATCH_SIZE
+        if config.max_xfer_shift > max_xfer_shift:
+            return CommandError.MAX_XFER_SIZE
+        self.state = WqState.ENABLED
+        return CommandError.SUCCESS
+
+    def has_room(self, *, limited: bool) -> bool:
+        config = self.config
+        limit = config.threshold if limited and not config.dedicated else config.size
+        return len(self.jobs) < limit
+
+    def take(self, job: Job) -> None:
+        self.jobs[job] = None
+        self.waiting.append(job)
+
+    async def drained(self) -> None:
+        """Returns once everything that is here now is done."""
+        for job in list(self.jobs):
+            await job.done
+
+    def abort(self) -> None:
+        """What waits is dropped; what runs ends silently at its next wait."""
+        for job in self.jobs:
+            job.dropped = True
