@@ -18,6 +18,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.caps import Ecap
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
+from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
 from protocol.units import Pasid
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
@@ -55,6 +56,8 @@ class Device(Object):
             entry = hwpt.domain.pasid_entry(self._ecap).to_bytes()
             await self._hardware.write_pasid_entry(self.rid, RID_PASID, entry)
             self.hwpt = hwpt
+            if TRACE.on:
+                TRACE.emit(AttachDeviceToDomain(pci_name(self.rid)))
             await self._hardware.set_function(self.rid, ats=True, pri_allocation=0, bus_master=False)
             await self._hardware.set_function(self.rid, ats=True, pri_allocation=PRI_DEPTH, bus_master=True)
         except UapiError:

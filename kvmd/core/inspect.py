@@ -13,7 +13,6 @@ import errno
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from kvmd.core.host_mm import HostPage
 from kvmd.core.invariants import walker_rules
 from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.memslot import Memslot
@@ -188,8 +187,5 @@ def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)
     level = mapping_level(slot, gfn, page, vm.host.features.max_page_level)
     writable = granted == WRITABLE and page.writable and not slot.readonly
-    return Probe(gpa, _frame_of(slot, gfn, page), True, writable, size_of_level(level))
-
-
-def _frame_of(slot: Memslot, gfn: Gfn, page: HostPage) -> Hpa:
-    return Hpa((page.pfn << PAGE_SHIFT) + slot.hva_of(gfn) - page.hva)
+    hpa = Hpa((page.pfn << PAGE_SHIFT) + slot.hva_of(gfn) - page.hva)
+    return Probe(gpa, hpa, True, writable, size_of_level(level))

@@ -25,7 +25,8 @@ from protocol.pt.entry import is_frozen, is_leaf, is_present, is_present_leaf, i
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
-from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
+from protocol.trace import TRACE, KvmMmuSetSpte, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
+from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 
 
 class Outcome(Enum):
@@ -144,6 +145,8 @@ class TdpMmu:
             if is_present(entry):
                 if is_writable(entry) or not writable:
                     return Mapped(Outcome.SPURIOUS)
+                if TRACE.on:
+                    TRACE.emit(KvmMmuSplitHugePage(gfn, entry, level, 0))
                 entry = self._split(root, at, entry, Level(level))
             else:
                 entry = self._link(root, at, self._pool.allocate())
@@ -160,9 +163,10 @@ class TdpMmu:
             return Mapped(Outcome.SPURIOUS)
         if is_frozen(old):
             return Mapped(Outcome.RETRY)
-        self._writer.store64(at, leaf)
+        self._set(root, gfn, level, at, old, leaf)
+        if TRACE.on:
+            TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
         root.leaves[level] += 1
-        root.record.map(gfn, level, writable=is_writable(leaf))
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
@@ -173,6 +177,13 @@ class TdpMmu:
                 # Another frame, or fewer rights: cached copies of the old entry must go first.
                 return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
+
+    def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
+        """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
+        self._writer.store64(at, new)
+        root.record.store(gfn, level, new)
+        if TRACE.on:
+            TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
 
     def _link(self, root: Root, at: int, table: Hpa) -> int:
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
@@ -186,12 +197,9 @@ class TdpMmu:
         """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
         zapped = False
         for root in self.roots:
-            root.record.zap(span)
             for met in self._leaves(root, span):
-                self._writer.store64(met.at, bits.EMPTY)
+                self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)
                 root.leaves[met.level] -= 1
-                if met.level > LEVEL_4K:  # it may reach beyond `span`
-                    root.record.zap(entry_span(met.gfn, met.level))
                 zapped = True
         return zapped
 
@@ -202,6 +210,8 @@ class TdpMmu:
             if met.level > goal:
                 # The range walk read this entry as a leaf and does not descend; do it here.
                 self._split(root, met.at, met.entry, met.level)
+                if TRACE.on:
+                    TRACE.emit(KvmMmuSplitHugePage(met.gfn, met.entry, met.level, 0))
                 count += 1
                 if met.level - 1 > goal:
                     count += self.split(root, entry_span(met.gfn, met.level), goal)

@@ -19,8 +19,10 @@ from kvmd.core.page_fault import RESOLVED, PageFault, Result, Source
 from kvmd.core.tdp_mmu import Root
 from protocol.errors import ModelBug
 from protocol.pt import bits
+from protocol.pt.ept_exit import EptAccess, ept_exit
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.walk import Outcome, walk
+from protocol.trace import TRACE, KvmPageFault
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa
 
 MAX_TLB_ENTRIES = 4096
@@ -150,6 +152,8 @@ class Vcpu:
                 f"EPT misconfiguration at gfn {gfn:#x}: entry {found.entry:#018x} level {found.level}"
             )
         if found.outcome is not Outcome.MAPPED or not found.rights & need:
+            if TRACE.on and (exited := ept_exit(found, EptAccess(need))):
+                TRACE.emit(KvmPageFault(self.id, 0, gfn << PAGE_SHIFT, exited.qualification))
             return False
         if len(self._tlb) >= MAX_TLB_ENTRIES:
             self._tlb.clear()
