@@ -19,6 +19,7 @@ from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Notification, Service
 from protocol.rpc.socket import connect
+from protocol.trace import TRACE, PrqReport
 from protocol.uapi import link as uapi
 from protocol.units import Pasid
 
@@ -166,6 +167,9 @@ class Silicon:
 def _page_requests(silicon: Silicon, message: uapi.PageRequests) -> None:
     if message.unit >= len(silicon.units):
         raise PeerError(f"page requests of unit {message.unit}, which is not there")
+    if TRACE.on:
+        for event in PrqReport.of_queue(message.entries):
+            TRACE.emit(event)
     silicon.on_page_requests(silicon.units[message.unit], message.entries, message.overflow)
 
 

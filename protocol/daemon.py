@@ -8,6 +8,7 @@ surfaced on the way.  `python -O` is refused: the asserts are part of the model.
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from protocol.errors import PeerError, UapiError, leaves
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
+from protocol.trace import TRACE
 
 log = structlog.get_logger("daemon")
 
@@ -48,6 +50,9 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
         "--socket", type=Path, required=True, metavar="PATH", help="Unix socket to listen on"
     )
     options.add_argument("--log-level", choices=LOG_LEVELS, default="info")
+    options.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write tracepoints, named and printed as the kernel's"
+    )
     options.add_argument(
         "--exit-with-stdin", action="store_true", help="stop when standard input ends (set by a supervisor)"
     )
@@ -83,11 +88,28 @@ def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) ->
         signal.signal(number, lambda *_: sys.exit(0))
     status = EXIT_CANNOT_START
     try:
+        if options.trace is not None:
+            _trace_to(options.trace)
         status = trio.run(_run, name, options, build)
     except* (OSError, ValueError, UapiError, PeerError) as group:
         for error in leaves(group):
             print(f"{name}: {error}", file=sys.stderr)
     return status
+
+
+def _trace_to(path: Path) -> None:
+    """A line an event, complete when the event is over, whatever becomes of us."""
+    file = path.open("w", buffering=1, encoding="utf-8")
+    atexit.register(file.close)
+
+    def write(line: str) -> None:
+        try:
+            file.write(line + "\n")
+        except OSError as error:
+            TRACE.stop()
+            log.error("no more tracing", why=str(error))
+
+    TRACE.start(write)
 
 
 async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:

@@ -24,6 +24,7 @@ from iommufdd.core.object import Object
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
+from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
 from protocol.units import Pasid
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
@@ -67,6 +68,8 @@ class Device(Object):
         try:
             entry = hwpt.domain.pasid_entry(self.unit.ecap).to_bytes()
             await self.unit.write_pasid_entry(self.rid, RID_PASID, entry)
+            if TRACE.on:
+                TRACE.emit(AttachDeviceToDomain(pci_name(self.rid)))
             if self.info.pasid:
                 await self._config.set_function(self.rid, pasid=True)
             if self.info.ats and self.unit.ecap.dt:

@@ -30,6 +30,7 @@ from protocol.hw.qi import (
     encode,
     psi_cover,
 )
+from protocol.trace import TRACE, QiSubmit
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, WHOLE_SIZE, Pasid
 
 DONE = 2  # status data of a completed wait, as Linux writes it
@@ -88,5 +89,10 @@ def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupRes
     return PageGroupResponse(rid=rid, prgi=prgi, code=code)
 
 
-def ring(descriptors: Iterable[Descriptor]) -> bytes:
-    return b"".join(encode(descriptor) for descriptor in descriptors)
+def ring(descriptors: list[Descriptor]) -> bytes:
+    raw = [encode(descriptor) for descriptor in descriptors]
+    if TRACE.on:
+        for descriptor, words in zip(descriptors, raw, strict=True):
+            if not isinstance(descriptor, Wait):
+                TRACE.emit(QiSubmit.of(words))
+    return b"".join(raw)

@@ -23,8 +23,10 @@ from kvmd.core.program import Change
 from kvmd.core.spte import mmio_is_fresh
 from protocol.errors import ModelBug
 from protocol.pt import bits
+from protocol.pt.ept_exit import EptAccess, ept_exit
 from protocol.pt.geometry import ENTRY_BYTES, gfn_limit, index_of
 from protocol.pt.walk import Outcome, Walk, walk
+from protocol.trace import TRACE, KvmPageFault
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
 
 if TYPE_CHECKING:
@@ -169,6 +171,8 @@ class Cpu:
             )
         if found.outcome is not Outcome.MAPPED or not found.rights & need:
             self._missed = found.entry
+            if TRACE.on and (exited := ept_exit(found, EptAccess(need))):
+                TRACE.emit(KvmPageFault(self._vcpu.id, 0, gfn << PAGE_SHIFT, exited.qualification))
             return None
         rights = found.rights
         if root.role.ad_enabled:

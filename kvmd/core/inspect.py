@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from kvmd.core.invariants import walker_rules
 from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.memslot import Memslot
-from kvmd.core.mm.page import HostPage
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_mmu import Root
 from kvmd.core.vm import Kvm
@@ -187,8 +186,5 @@ def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)
     level = vm.level_of(slot, gfn, page)
     writable = granted == WRITABLE and page.writable and not slot.readonly
-    return Probe(gpa, _frame_of(slot, gfn, page), True, writable, size_of_level(level))
-
-
-def _frame_of(slot: Memslot, gfn: Gfn, page: HostPage) -> Hpa:
-    return Hpa((page.pfn << PAGE_SHIFT) + slot.hva_of(gfn) - page.hva)
+    hpa = Hpa((page.pfn << PAGE_SHIFT) + slot.hva_of(gfn) - page.hva)
+    return Probe(gpa, hpa, True, writable, size_of_level(level))

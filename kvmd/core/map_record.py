@@ -2,8 +2,8 @@
 
 Models nothing of the kernel's: KVM keeps no such record, a dump for other tools needs one.  The probes of
 a dump say what a walk must find, so they may not come from a walk.  A root's record is written from what
-the writer was *asked* (map this page, zap that span), not from entries; whether the page is there, and
-at which frame, the host's page map says (docs/decisions/0010).
+the writer means to store, under the gfn it means it for, never from what is read back; whether the
+page is there, and at which frame, the host's page map says (docs/decisions/0010).
 Every frame has a state of one byte, an eighth of its entry; 512 of them, what a table of level 1 maps, are
 one bytes object, shared by all regions that a huge leaf maps.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from protocol.pt import bits
+from protocol.pt.entry import is_leaf
 from protocol.pt.geometry import INDEX_BITS, entry_start
-from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level, pages_of_level
+from protocol.units import LEVEL_4K, Gfn, Level, pages_of_level
 
 REGION = 1 << INDEX_BITS
 
@@ -22,32 +24,29 @@ MAPPED = (READ_ONLY, WRITABLE)
 
 _WHOLE = tuple(bytes([state]) * REGION for state in range(4))
 _ZAP = bytes.maketrans(bytes(MAPPED), bytes([ZAPPED, ZAPPED]))
-_PROTECT = bytes.maketrans(bytes([WRITABLE]), bytes([READ_ONLY]))
 
 
 class MapRecord:
-    """Told of every request to the writer that maps a frame, takes it away, or takes its W away."""
+    """Told of every entry that is stored in a root's table."""
 
     __slots__ = ("_regions",)
 
     def __init__(self) -> None:
         self._regions: dict[int, bytes | bytearray] = {}
 
-    def map(self, gfn: Gfn, level: Level, *, writable: bool) -> None:
-        """The entry of `level` that covers `gfn` is stored, or has its rights changed."""
-        state = WRITABLE if writable else READ_ONLY
+    def store(self, gfn: Gfn, level: Level, entry: int) -> None:
+        """`entry` becomes the one of `level` that covers `gfn`; a table linked there translates as before."""
         if level == LEVEL_4K:
-            self._own(gfn >> INDEX_BITS)[gfn & REGION - 1] = state
-        else:
-            first = entry_start(gfn, level) >> INDEX_BITS
-            regions = range(first, first + pages_of_level(Level(level - 1)))
-            self._regions.update(dict.fromkeys(regions, _WHOLE[state]))
-
-    def zap(self, span: GfnSpan) -> None:
-        self._change(span, _ZAP)
-
-    def write_protect(self, span: GfnSpan) -> None:
-        self._change(span, _PROTECT)
+            states, index = self._own(gfn >> INDEX_BITS), gfn & REGION - 1
+            if entry & bits.READ:
+                states[index] = WRITABLE if entry & bits.WRITE else READ_ONLY
+            elif states[index] in MAPPED:
+                states[index] = ZAPPED
+        elif not entry & bits.READ:
+            self._zap(gfn, level)
+        elif is_leaf(entry, level):
+            whole = _WHOLE[WRITABLE if entry & bits.WRITE else READ_ONLY]
+            self._regions.update(dict.fromkeys(_regions_of(gfn, level), whole))
 
     def state(self, gfn: Gfn) -> int:
         region = self._regions.get(gfn >> INDEX_BITS)
@@ -73,18 +72,13 @@ class MapRecord:
             states = self._regions[region] = bytearray(states or REGION)
         return states
 
-    def _change(self, span: GfnSpan, change: bytes) -> None:
-        first, last = span.start >> INDEX_BITS, span.end - 1 >> INDEX_BITS
-        within: Iterable[int] = range(first, last + 1)
-        if last - first >= len(self._regions):
-            within = [region for region in self._regions if first <= region <= last]
-        for region in within:
-            states = self._regions.get(region)
-            if states is None:
-                continue
-            base = region << INDEX_BITS
-            low, high = max(span.start - base, 0), min(span.end - base, REGION)
-            if high - low == REGION:
-                self._regions[region] = states.translate(change)
-            else:
-                self._own(region)[low:high] = states[low:high].translate(change)
+    def _zap(self, gfn: Gfn, level: Level) -> None:
+        for region in _regions_of(gfn, level):
+            if region in self._regions:
+                self._regions[region] = self._regions[region].translate(_ZAP)
+
+
+def _regions_of(gfn: Gfn, level: Level) -> range:
+    """Those of a huge entry."""
+    first = entry_start(gfn, level) >> INDEX_BITS
+    return range(first, first + pages_of_level(Level(level - 1)))

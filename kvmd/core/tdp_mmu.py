@@ -53,6 +53,7 @@ from protocol.pt.geometry import (
 )
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
+from protocol.trace import TRACE, KvmMmuSetSpte, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 # Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
@@ -184,7 +185,7 @@ class TdpMmu:
             if is_present(entry):
                 if not is_access_tracked(entry) and (is_writable(entry) or not writable):
                     return Mapped(Outcome.SPURIOUS)
-                entry = self._split(root, at, entry, Level(level))
+                entry = self._split(root, at, gfn, entry, Level(level))
             else:
                 entry = self._link(root, at, self._pool.allocate())
             table = table_of(entry)
@@ -200,9 +201,10 @@ class TdpMmu:
             return Mapped(Outcome.SPURIOUS)
         if is_frozen(old):
             return Mapped(Outcome.RETRY)
-        self._writer.store64(at, leaf)
+        self._set(root, gfn, level, at, old, leaf)
+        if TRACE.on:
+            TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
         root.leaves[level] += 1
-        root.record.map(gfn, level, writable=is_writable(leaf))
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
@@ -213,6 +215,13 @@ class TdpMmu:
                 # Another frame, or fewer rights: cached copies of the old entry must go first.
                 return Mapped(Outcome.FIXED, entry_span(gfn, level))
         return Mapped(Outcome.FIXED)
+
+    def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
+        """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
+        self._writer.store64(at, new)
+        root.record.store(gfn, level, new)
+        if TRACE.on:
+            TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
 
     def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
         """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
@@ -247,11 +256,8 @@ class TdpMmu:
         """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
         zapped = False
         for root in self.roots:
-            root.record.zap(span)
             for met in self._leaves(root, span):
                 self._clear(root, met)
-                if met.level > LEVEL_4K:  # it may reach beyond `span`
-                    root.record.zap(entry_span(met.gfn, met.level))
                 zapped = True
         return zapped
 
@@ -260,15 +266,13 @@ class TdpMmu:
         count = 0
         for met in self._leaves(root, span):
             if count == limit:
-                root.record.zap(GfnSpan(span.start, met.gfn))
                 return True, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
             count += 1
-        root.record.zap(span)
         return count > 0, None
 
     def _clear(self, root: Root, met: RangeEntry) -> None:
-        self._writer.store64(met.at, bits.EMPTY)
+        self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)
         root.leaves[met.level] -= 1
 
     def age_leafs(self, span: GfnSpan) -> bool:
@@ -277,7 +281,7 @@ class TdpMmu:
         for root in self.roots:
             for met in self._leaves(root, span):
                 if is_young(met.entry):
-                    self._writer.store64(met.at, aged(met.entry))
+                    self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
                     young = True
         return young
 
@@ -294,7 +298,7 @@ class TdpMmu:
             if count == budget:
                 break
             try:
-                self._split(root, met.at, met.entry, met.level)
+                self._split(root, met.at, met.gfn, met.entry, met.level)
             except UapiError:  # ENOMEM
                 break
             count += 1
@@ -304,9 +308,11 @@ class TdpMmu:
                 count += self.split(root, inside, goal, budget - count)
         return count
 
-    def _split(self, root: Root, at: int, leaf: int, level: Level) -> int:
+    def _split(self, root: Root, at: int, gfn: Gfn, leaf: int, level: Level) -> int:
         """No walker sees a change: the new table translates as the leaf did before it is linked."""
         table = self._pool.allocate()
+        if TRACE.on:
+            TRACE.emit(KvmMmuSplitHugePage(gfn, leaf, level, 0))
         self._writer.fill_unlinked(table, [split_child(leaf, level, i) for i in range(ENTRIES)])
         root.leaves[level] -= 1
         root.leaves[level - 1] += ENTRIES
@@ -334,14 +340,13 @@ class TdpMmu:
             return False
         try:
             while level > LEVEL_4K:
-                table = table_of(self._split(root, at, entry, level))
+                table = table_of(self._split(root, at, gfn, entry, level))
                 level = Level(level - 1)
                 at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
                 entry = self._writer.load64(at)
         except UapiError:  # no page left for a table: the whole leaf is protected
             pass
-        self._writer.store64(at, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
-        root.record.write_protect(entry_span(gfn, level))
+        self._set(root, gfn, level, at, entry, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
         return True
 
     # -- dirty logging ---------------------------------------------------------------------------------
@@ -368,10 +373,8 @@ class TdpMmu:
                 continue
             bit = small if met.level == LEVEL_4K else bits.WRITE
             if met.entry & bit:
-                self._writer.store64(met.at, met.entry & ~bit)
+                self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)
                 cleared = True
-                if bit == bits.WRITE:
-                    root.record.write_protect(entry_span(met.gfn, met.level))
         return cleared
 
     def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
@@ -384,8 +387,7 @@ class TdpMmu:
             return False
         if logs and met.level > LEVEL_4K:
             return False
-        self._writer.store64(met.at, met.entry | bits.WRITE)
-        root.record.map(gfn, met.level, writable=True)
+        self._set(root, met.gfn, met.level, met.at, met.entry, met.entry | bits.WRITE)
         return True
 
     def freeze_collapsible(
@@ -400,8 +402,7 @@ class TdpMmu:
                 continue
             region = entry_span(met.gfn, met.level)
             if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
-                self._writer.store64(met.at, bits.FROZEN)
-                root.record.zap(region)
+                self._set(root, met.gfn, met.level, met.at, met.entry, bits.FROZEN)
                 below = Level(met.level - 1)
                 self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
                 return met

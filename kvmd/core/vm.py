@@ -41,6 +41,7 @@ from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
+from protocol.trace import TRACE, KvmUnmapHvaRange
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Hva, Level, gfn_of
 
 MAX_VCPUS = 1024
@@ -302,6 +303,8 @@ class Kvm:
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
         """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
         self._in_progress.append((start, end))
+        if TRACE.on:
+            TRACE.emit(KvmUnmapHvaRange(start, end))
         zapped = False
         for slot in self.slots:
             span = slot.gfns_of(start, end)

@@ -6,39 +6,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.core.map_record import MAPPED, NEVER, READ_ONLY, WRITABLE, ZAPPED, MapRecord
-from protocol.units import Gfn, GfnSpan, Level
+from protocol.units import Gfn, Level
 
 LIMIT = 3000
-gfns = st.integers(0, LIMIT - 1)
-changes = st.one_of(
-    st.tuples(st.just("map"), gfns, st.sampled_from([1, 1, 1, 2]), st.booleans()),
-    st.tuples(st.sampled_from(["zap", "protect"]), gfns, st.integers(1, LIMIT), st.just(False)),
+RO, RW, PS, GONE, FROZEN = 0x1, 0x3, 0x80, 0, 0x5A0
+stores = st.tuples(
+    st.integers(0, LIMIT - 1), st.sampled_from([1, 1, 1, 2]), st.sampled_from([RO, RW, GONE, FROZEN])
 )
 
 
-def apply(record: MapRecord, plain: dict[int, int], change: tuple[str, int, int, bool]) -> None:
-    what, gfn, number, writable = change
-    span = GfnSpan(Gfn(gfn), Gfn(gfn + number))
-    if what == "map":
-        record.map(Gfn(gfn), Level(number), writable=writable)
-        size = 1 if number == 1 else 512
-        start = gfn // size * size
-        plain |= dict.fromkeys(range(start, start + size), WRITABLE if writable else READ_ONLY)
-        return
-    was = {g: state for g, state in plain.items() if g in span and state in MAPPED}
-    if what == "zap":
-        record.zap(span)
-        plain |= dict.fromkeys(was, ZAPPED)
-    else:
-        record.write_protect(span)
-        plain |= dict.fromkeys(was, READ_ONLY)
+def store(record: MapRecord, plain: dict[int, int], gfn: int, level: int, entry: int) -> None:
+    record.store(Gfn(gfn), Level(level), entry | PS if level > 1 and entry & 1 else entry)
+    size = 512 ** (level - 1)
+    for frame in range(gfn // size * size, gfn // size * size + size):
+        if entry & 1:
+            plain[frame] = WRITABLE if entry & 2 else READ_ONLY
+        elif plain.get(frame) in MAPPED:
+            plain[frame] = ZAPPED
 
 
-@given(st.lists(changes, max_size=15), st.integers(1, 600))
-def test_a_record_follows_every_request(made: list[tuple[str, int, int, bool]], count: int) -> None:
+@given(st.lists(stores, max_size=15), st.integers(1, 600))
+def test_a_record_follows_every_store(made: list[tuple[int, int, int]], count: int) -> None:
     record, plain = MapRecord(), dict[int, int]()
-    for change in made:
-        apply(record, plain, change)
+    for gfn, level, entry in made:
+        store(record, plain, gfn, level, entry)
     for gfn in range(2 * LIMIT):
         assert record.state(Gfn(gfn)) == plain.get(gfn, NEVER)
     for states in (MAPPED, (ZAPPED,)):
@@ -51,18 +42,19 @@ def test_a_record_follows_every_request(made: list[tuple[str, int, int, bool]], 
         assert len(chosen) <= 3 * count + 16
 
 
-def test_zapping_everything_looks_only_at_what_is_there() -> None:
+def test_a_gigabyte_comes_and_goes() -> None:
     record = MapRecord()
-    record.map(Gfn(1 << 44), Level(3), writable=True)
+    record.store(Gfn(1 << 44), Level(3), RW | PS)
     assert record.count(MAPPED) == 1 << 18
-    record.zap(GfnSpan(Gfn(0), Gfn(1 << 45)))
+    record.store(Gfn((1 << 44) + 77), Level(3), GONE)
     assert record.count(MAPPED) == 0
     assert record.state(Gfn((1 << 44) + 5)) == ZAPPED
 
 
-def test_a_page_changed_inside_a_huge_one_leaves_its_other_regions_alone() -> None:
+def test_a_table_that_takes_a_leafs_place_translates_as_it_did() -> None:
     record = MapRecord()
-    record.map(Gfn(0), Level(3), writable=True)
-    record.map(Gfn(700), Level(1), writable=False)
+    record.store(Gfn(0), Level(3), RW | PS)
+    record.store(Gfn(0), Level(3), 0x5000 | RW)
+    record.store(Gfn(700), Level(1), RO)
     assert record.count((READ_ONLY,)) == 1
     assert record.count((WRITABLE,)) == (1 << 18) - 1
