@@ -144,7 +144,10 @@ class Cpu:
                     continue
                 break
             else:
-                return pieces
+                if not self._vcpu.must_leave:  # setting D may have filled the dirty ring
+                    return pieces
+                await self._vcpu.enter()
+                continue
             if not await self._violation(gfn_of(at), need):
                 return None
         raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")

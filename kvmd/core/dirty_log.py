@@ -4,8 +4,7 @@ Models GET, CLEAR and RESET of the dirty log and what a slot goes through when i
 [KVM kvm_main.c], [KVM mmu.c].  A mark means that KVM made a writable mapping or that a CPU set D; clearing a
 mark takes W (or D) away again, in the same atomic step as the bit, and the bits go to user space only after
 every CPU and importer has acked: what was stored through an old translation is told by bits still to be read.
-
-Invariant I20 has its home here: a page whose bit is clear is not stored to unnoticed.
+Invariant I20 has its home here: in a slot that logs, a store to a page whose bit is clear is noticed.
 
 Marks of a vCPU go to its ring where the VM has rings; those of a device, which has none, to the slot's bitmap
 (defect B-34).  What user space asks for takes the VM's slots_lock; `apply_flags` is called under it.

@@ -36,7 +36,7 @@ async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int)
 
 async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     """Map the page; the first gfn that is not mapped with it."""
-    if vm.dirty_ring_is_full(vcpu):
+    if vm.dirty_ring_full(vcpu):
         raise UapiError(errno.EINTR, f"gfn {gfn:#x}: the dirty ring is full, harvest it first")
     root = vm.load_root(vcpu)
     if gfn >= gfn_limit(root.role.level):

@@ -8,9 +8,11 @@ roots become obsolete.  Creating a slot and switching its logging zap nothing.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from kvmd.core.dirty_bitmap import bitmap_bytes
 from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
@@ -21,6 +23,9 @@ from protocol.flow import RwLock, Wait
 from protocol.units import GfnSpan
 
 ZAP_BATCH = 4096  # leaves cleared before others get a turn
+
+# Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
+MAX_BITMAP_BYTES = 1 << 30
 
 
 class SlotsChange:
@@ -79,6 +84,7 @@ class SlotsChange:
         """The last checks, then the new slots, in one step.  A move refused here has zapped everything."""
         if new is not None:
             try:
+                self._check_room(new)
                 if change is not Change.FLAGS_ONLY:
                     self._slots.check_limit(new)
             except UapiError:
@@ -91,6 +97,13 @@ class SlotsChange:
         if new is None and old is not None and old.private is not None:
             old.private.unbind()
         return new
+
+    def _check_room(self, new: Memslot) -> None:
+        """ENOMEM before the slot that logs gets a bitmap the host has no room for."""
+        others = (slot for slot in self._slots if slot.logs and slot.number != new.number)
+        held = sum(bitmap_bytes(slot.npages) for slot in others)
+        if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
+            raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
     async def _zap_all_fast(self) -> None:
         """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].

@@ -42,7 +42,15 @@ from protocol.pt.entry import (
     is_writable,
     table_of,
 )
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, MAX_LEAF_LEVEL, entry_span, gfn_limit, index_of
+from protocol.pt.geometry import (
+    ENTRIES,
+    ENTRY_BYTES,
+    MAX_LEAF_LEVEL,
+    entry_span,
+    entry_start,
+    gfn_limit,
+    index_of,
+)
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
@@ -110,6 +118,7 @@ class TdpMmu:
         self._rules = rules
         self._next_epoch = next_epoch
         self._pml = pml
+        self._protected = False  # nothing ever was: no store can find W taken
 
     @property
     def load64(self) -> Callable[[int], int]:
@@ -351,6 +360,7 @@ class TdpMmu:
 
         A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
         """
+        self._protected = True
         small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
         cleared = False
         for met in self._leaves(root, span):
@@ -369,7 +379,7 @@ class TdpMmu:
 
         Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
         """
-        met = self.leaf_at(root, gfn)
+        met = self.leaf_at(root, gfn) if self._protected else None
         if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
             return False
         if logs and met.level > LEVEL_4K:
@@ -429,7 +439,19 @@ class TdpMmu:
 
     def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
         """The leaf that maps `gfn`, if one does."""
-        return next(self._leaves(root, GfnSpan.of_pages(gfn, 1)), None)
+        if gfn >= gfn_limit(root.role.level):
+            return None
+        table = root.hpa
+        for number in range(root.role.level, 0, -1):
+            level = Level(number)
+            at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
+            entry = self._writer.load64(at)
+            if not is_present(entry):
+                return None
+            if is_leaf(entry, level):
+                return RangeEntry(entry_start(gfn, level), level, at, entry)
+            table = table_of(entry)
+        raise AssertionError("an entry of level 1 is a leaf")
 
     def leaves(self, root: Root) -> Iterator[RangeEntry]:
         """Every leaf of a root, in gfn order."""

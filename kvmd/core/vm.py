@@ -356,7 +356,7 @@ class Kvm:
         """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
         self.dirty_log.mark(slot, gfn, None if vcpu is None else vcpu.id)
 
-    def dirty_ring_is_full(self, vcpu: Vcpu) -> bool:
+    def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
         return self.dirty_log.ring_full(vcpu.id)
 

@@ -31,6 +31,24 @@ def numbers(world: World) -> set[str]:
     return {sentence.split(":")[0] for sentence in check_vm(world.vm)}
 
 
+def test_a_page_that_is_writable_with_its_bit_clear_is_found(world: World) -> None:
+    """I20: its root is lent, so no D tells."""
+    slot = world.vm.slots.find(Gfn(0x100))
+    assert slot is not None
+    world.set_slot(0, 0x100, 16, slot.hva, 1)
+    assert numbers(world) == set()
+    change(world, 0x100, 1, lambda entry: entry | 2)
+    assert numbers(world) == {"I20"}
+    world.write(world.vm.vcpus[0], 0x10_2000, b"x")
+    logging = world.vm.slots.find(Gfn(0x100))
+    assert logging is not None
+    assert logging.dirty is not None
+    logging.dirty.mark(0)
+    assert numbers(world) == set()
+    logging.dirty.take()
+    assert numbers(world) == {"I20"}
+
+
 def entry_of(world: World, gfn: int, level: int) -> int:
     """Offset in table memory of an entry, by following the bytes."""
     table = world.vm.mmu.roots[0].hpa - 0x10_0000

@@ -151,6 +151,10 @@ class World:
     def write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
         return self.run(vcpu.run([("w", gpa, data)]))
 
+    def fault(self, gfn: int) -> Coroutine[Any, None, Result]:
+        """A device's store faults: a flow that may have to wait."""
+        return self.vm.fault_exported(self.vm.exported[0], 77, Gfn(gfn), WRITE)
+
     def io_fault(self, exported: ExportedTdp, gfn: int, kind: FaultType = WRITE) -> Result:
         return self.run(self.vm.fault_exported(exported, 77, Gfn(gfn), kind))
 

@@ -1,0 +1,124 @@
+"""Dirty rings of a VM, and the capabilities that switch logging's ways."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmd.core.capability import Cap, check_extension, enable_cap
+from kvmd.core.exits import ExitReason
+from kvmd.core.host import CpuFeatures
+from kvmd.core.page_fault import Result
+from protocol.errors import UapiError
+from protocol.pt import bits
+from tests.unit.kvmd.logged import GFN, NO_PML, Logged, errno_of
+from tests.unit.kvmd.world import World
+
+
+@pytest.mark.defect("B-34")
+def test_with_rings_a_devices_mark_is_in_the_bitmap() -> None:
+    """B-34: no vCPU runs when a device's fault is handled, so there is no ring to push to."""
+    logged = Logged(ring=4096)
+    exported = logged.world.export()
+    logged.write(4)
+    assert logged.world.io_fault(exported, GFN + 8) is Result.FIXED
+    assert logged.dirty() == {8}
+    assert logged.ring.cast("I")[:4].tolist() == [1, 0, 4, 0]
+    assert logged.ring.cast("I")[4] == 0
+
+
+@pytest.mark.defect("B-34")
+def test_a_vm_that_logs_into_rings_alone_cannot_be_exported() -> None:
+    logged = Logged(ring=4096, bitmap=False)
+    with pytest.raises(UapiError) as caught:
+        logged.world.export()
+    assert caught.value.errno == errno.EINVAL
+    assert logged.vm.exported == {}
+    assert errno_of(logged.get(), logged.world) == errno.ENXIO
+
+
+@pytest.mark.parametrize("features", [NO_PML, CpuFeatures()], ids=["write protection", "PML"])
+def test_a_full_ring_stops_the_vcpu_until_it_is_reset(features: CpuFeatures) -> None:
+    logged = Logged(features, ring=16384 if features.pml else 4096, pages=1024)
+    limit = len(logged.ring) // 16 - (576 if features.pml else 64)
+    logged.write(*range(limit - 1))
+    result = logged.world.write(logged.vcpu, GFN + limit << 12, b"x")
+    assert (result.exit.reason, result.finished) == (ExitReason.DIRTY_RING_FULL, 0)
+    assert logged.world.read(logged.vcpu, GFN << 12, 1).exit.reason is ExitReason.DIRTY_RING_FULL
+    words = logged.ring.cast("I")
+    for index in range(limit):
+        words[index * 4] = 2
+    assert logged.world.run(logged.vm.dirty_log.reset_rings()) == limit
+    logged.write(limit)
+    logged.write(0)
+    assert words[limit * 4 : limit * 4 + 3].tolist() == [1, 0, limit]
+    assert words[limit * 4 + 4 : limit * 4 + 7].tolist() == [1, 0, 0], "protected again by the reset"
+
+
+def test_a_reset_waits_for_the_acks() -> None:
+    logged = Logged(ring=4096, export=True)
+    logged.write(4)
+    assert logged.world.start(logged.vm.dirty_log.reset_rings()).result() == 0
+    logged.ring.cast("I")[0] = 2
+    wait = logged.world.start(logged.vm.dirty_log.reset_rings())
+    assert not wait.done
+    assert not logged.entry(4) & bits.WRITE
+    logged.world.ack(logged.importer)
+    assert wait.result() == 1
+
+
+def test_a_scribbled_entry_protects_nothing_and_harms_nobody() -> None:
+    logged = Logged(ring=4096)
+    logged.write(1, 2, 3)
+    words = logged.ring.cast("I")
+    for index, (slot, low, high) in enumerate(((0xFFFF_FFFF, 0, 0), (7, 1, 0), (0, 0, 0xFFFF_FFFF))):
+        words[index * 4 : index * 4 + 4] = memoryview(
+            b"".join(word.to_bytes(4, "little") for word in (2, slot, low, high))
+        ).cast("I")
+    assert logged.world.run(logged.vm.dirty_log.reset_rings()) == 3
+    assert all(logged.entry(page) & bits.WRITE for page in (1, 2, 3))
+
+
+def test_rings_need_their_capability() -> None:
+    logged = Logged()
+    assert errno_of(logged.vm.dirty_log.reset_rings(), logged.world) == errno.EINVAL
+
+
+# -- capabilities --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cap", "flags", "arg", "number"),
+    [
+        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, 3, 0),
+        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, 2, errno.EINVAL),
+        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 1, 1, errno.EINVAL),
+        (Cap.DIRTY_LOG_RING, 0, 0, errno.EINVAL),
+        (Cap.DIRTY_LOG_RING, 0, 2048, errno.EINVAL),
+        (Cap.DIRTY_LOG_RING, 0, 6144, errno.EINVAL),
+        (Cap.DIRTY_LOG_RING, 0, 4096, 0),
+        (Cap.DIRTY_LOG_RING_ACQ_REL, 0, (1 << 32) + 4096, 0),
+        (Cap.DIRTY_LOG_RING, 0, 1 << 21, errno.E2BIG),
+        (Cap.DIRTY_LOG_RING_WITH_BITMAP, 0, 0, errno.EINVAL),  # no ring yet
+        (Cap.NR_MEMSLOTS, 0, 0, errno.EINVAL),
+        (9999, 0, 0, errno.EINVAL),
+    ],
+)
+def test_a_capability_is_enabled_or_refused(cap: int, flags: int, arg: int, number: int) -> None:
+    vm = World(NO_PML).vm
+    if number:
+        with pytest.raises(UapiError) as caught:
+            enable_cap(vm, cap, flags, [arg])
+        assert caught.value.errno == number
+    else:
+        enable_cap(vm, cap, flags, [arg])
+
+
+def test_a_ring_must_hold_what_pml_may_log_at_once() -> None:
+    with pytest.raises(UapiError, match=r"at least 0x2400"):
+        enable_cap(World().vm, Cap.DIRTY_LOG_RING, 0, [8192])
+
+
+def test_an_unknown_capability_is_absent() -> None:
+    assert check_extension(World().vm, 9999) == 0

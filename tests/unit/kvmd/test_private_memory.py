@@ -1,0 +1,235 @@
+"""guest_memfd and memory attributes: which page a gfn has, and when a frame may go."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmd.core.exits import ExitReason
+from kvmd.core.guest_memfd import GuestMemfd, MemoryAttributes
+from kvmd.core.invariants import check_vm
+from kvmd.core.page_fault import Result
+from kvmd.core.pre_fault import pre_fault_memory
+from kvmd.core.vm import Kvm, VmType
+from protocol.errors import UapiError
+from protocol.pt import bits
+from protocol.units import MIB, Gfn, GfnSpan, Gpa, Level
+from tests.unit.kvmd.world import SlowImporter, World
+
+GFN, PAGES = 0x400, 16
+PRIVATE = 8
+
+
+class Protected(World):
+    """A VM of type 1 with one slot that has a guest_memfd."""
+
+    def __init__(self, kind: VmType = VmType.SW_PROTECTED, flags: int = 0) -> None:
+        super().__init__()
+        self.mm.notifiers.clear()
+        self.vm = Kvm(self.host, self.mm, kind=kind)
+        self.memfd = self.vm.private.create(PAGES << 12, flags)
+        self.hva = self.map(PAGES)
+        self.bind(0, GFN, self.memfd)
+        self.cpu = self.vcpu()
+
+    def bind(self, slot: int, gfn: int, memfd: GuestMemfd, offset: int = 0, pages: int = PAGES) -> None:
+        region = replace(
+            self.region(slot, gfn, pages, self.hva, 4),
+            version=2,
+            guest_memfd=lambda: memfd,
+            guest_memfd_offset=offset,
+        )
+        self.run(self.vm.set_memory_region(region))
+
+    def attribute(self, page: int, value: int, pages: int = 1) -> None:
+        self.run(self.vm.private.set_attributes(GFN + page << 12, pages << 12, value, 0))
+
+
+def test_a_private_page_and_a_shared_one_are_two_pages() -> None:
+    world = Protected()
+    world.write(world.cpu, GFN << 12, b"shared")
+    world.attribute(0, PRIVATE)
+    assert world.read(world.cpu, GFN << 12, 6).reads == [bytes(6)]
+    world.write(world.cpu, GFN << 12, b"secret")
+    assert world.run(world.mm.read(world.hva, 6)) == b"shared", "the process cannot see it"
+    assert check_vm(world.vm) == []
+    world.attribute(0, 0)
+    assert world.read(world.cpu, GFN << 12, 6).reads == [b"shared"]
+
+
+def test_private_without_a_page_leaves_with_a_memory_fault() -> None:
+    world = Protected()
+    world.set_slot(1, 0x800, 1, world.hva)
+    world.run(world.vm.private.set_attributes(0x800 << 12, 4096, PRIVATE, 0))
+    result = world.write(world.cpu, 0x800 << 12, b"x")
+    assert (result.exit.reason, result.exit.errno) == (ExitReason.MEMORY_FAULT, errno.EFAULT)
+
+
+def test_conversion_returns_when_no_importer_has_the_shared_alias() -> None:
+    world = Protected()
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    assert world.io_fault(exported, GFN) is Result.FIXED
+    wait = world.start(world.vm.private.set_attributes(GFN << 12, 4096, PRIVATE, 0))
+    assert not wait.done
+    assert world.table(exported.root.hpa) == {}
+    world.ack(importer)
+    assert wait.done
+
+
+def test_a_closed_files_frames_go_after_the_acks() -> None:
+    world = Protected()
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    world.attribute(0, PRIVATE)
+    assert world.io_fault(exported, GFN) is Result.FIXED
+    frames = world.host.frames.in_use
+    wait = world.start(world.vm.private.close(world.memfd))
+    assert world.host.frames.in_use == frames
+    assert world.io_fault(exported, GFN) is Result.MEMORY_FAULT
+    world.ack(importer)
+    assert wait.done
+    assert world.host.frames.in_use == frames - 1
+
+
+def test_a_huge_page_stops_where_the_attribute_changes() -> None:
+    world = Protected()
+    hva = world.map(2, 2)
+    world.set_slot(1, 0x800, 1024, hva)
+    world.run(world.vm.private.set_attributes(0x805 << 12, 4096, PRIVATE, 0))
+    world.write(world.cpu, 0x801 << 12, b"x")
+    world.write(world.cpu, 0xA01 << 12, b"x")
+    levels = [world.vm.mmu.leaf_at(world.vm.mmu.roots[0], Gfn(gfn)) for gfn in (0x801, 0xA01)]
+    assert [met.level if met else 0 for met in levels] == [1, 2]
+    assert check_vm(world.vm) == []
+
+
+def test_a_plain_vm_takes_shared_pages_from_a_file_that_can_be_mapped() -> None:
+    world = Protected(VmType.DEFAULT, flags=1)
+    world.write(world.cpu, GFN << 12, b"inside")
+    assert world.mm.present_page(world.hva) is None
+    assert world.memfd.present(0) is not None
+    assert check_vm(world.vm) == []
+
+
+def test_a_plain_vm_has_no_attributes() -> None:
+    world = Protected(VmType.DEFAULT)
+    with pytest.raises(UapiError) as caught:
+        world.attribute(0, PRIVATE)
+    assert caught.value.errno == errno.ENOTTY
+
+
+@pytest.mark.parametrize(
+    ("address", "size", "attributes", "flags"),
+    [
+        (0, 4096, 4, 0),
+        (0, 4096, 8, 1),
+        (0, 0, 8, 0),
+        (1, 4096, 8, 0),
+        (0, 1, 8, 0),
+        ((1 << 64) - 4096, 4096, 8, 0),
+    ],
+)
+def test_attributes_are_checked(address: int, size: int, attributes: int, flags: int) -> None:
+    world = Protected()
+    with pytest.raises(UapiError) as caught:
+        world.run(world.vm.private.set_attributes(address, size, attributes, flags))
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(("offset", "pages"), [(0, 17), (PAGES << 12, 1), (0, 16), (15 << 12, 1)])
+def test_a_file_is_bound_within_its_size_and_once(offset: int, pages: int) -> None:
+    world = Protected()
+    with pytest.raises(UapiError) as caught:
+        world.bind(1, 0x1000, world.memfd, offset, pages)
+    assert caught.value.errno == errno.EINVAL
+    assert len(world.memfd.bindings) == 1
+
+
+def test_a_slot_with_a_file_can_only_be_deleted_and_lets_go_of_it_then() -> None:
+    world = Protected()
+    for gfn, flags in ((GFN + 1, 4), (GFN, 4), (GFN, 1), (GFN + 1, 0)):
+        region = replace(world.region(0, gfn, PAGES, world.hva, flags), version=2)
+        with pytest.raises(UapiError) as caught:
+            world.run(world.vm.set_memory_region(region))
+        assert caught.value.errno == errno.EINVAL
+    world.set_slot(0, 0, 0, 0)
+    world.bind(1, GFN, world.memfd)
+
+
+def test_a_binding_refused_last_is_undone() -> None:
+    world = Protected()
+    world.set_slot(0, 0, 0, 0)
+    with pytest.raises(UapiError):
+        world.bind(0, 1 << 34, world.memfd)
+    assert world.memfd.bindings == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12), st.booleans()), max_size=20),
+)
+def test_attributes_are_those_of_a_set(changes: list[tuple[int, int, bool]]) -> None:
+    attributes, model = MemoryAttributes(supported=True), set[int]()
+    for start, count, private in changes:
+        attributes.set(GfnSpan.of_pages(Gfn(start), count), private=private)
+        pages = set(range(start, start + count))
+        model = model | pages if private else model - pages
+    assert {gfn for gfn in range(60) if attributes.is_private(Gfn(gfn))} == model
+    spans = list(attributes)
+    assert {gfn for span in spans for gfn in range(span.start, span.end)} == model
+    assert all(one.end < other.start for one, other in pairwise(spans))
+    huge = attributes.max_level(Gfn(5), Level(2)) == 2
+    assert huge == (not model), "512 pages, of which at most 52 are private"
+
+
+# -- KVM_PRE_FAULT_MEMORY ------------------------------------------------------------------------------
+
+
+def test_a_prefault_maps_and_counts_as_no_access() -> None:
+    world = World()
+    hva = world.map(16)
+    world.set_slot(0, GFN, 16, hva)
+    world.run(world.mm.write(hva, b"a page of its own, to be mapped writable"))
+    vcpu = world.vcpu()
+    left = world.run(pre_fault_memory(world.vm, vcpu, Gpa(GFN << 12), 4 << 12, 0))
+    assert left == ((GFN + 4) << 12, 0)
+    entries = [met.entry for met in world.vm.mmu.leaves(world.vm.mmu.roots[0])]
+    assert len(entries) == 4
+    assert not any(entry & bits.ACCESSED for entry in entries)
+    assert vcpu.ept_violations == 0
+    world.write(vcpu, GFN << 12, b"x")
+    assert vcpu.ept_violations == 0
+
+
+def test_a_prefault_tells_what_is_left_and_an_error_only_if_nothing_was_done() -> None:
+    world = World()
+    world.set_slot(0, GFN, 2, world.map(2))
+    vcpu = world.vcpu()
+    assert world.run(pre_fault_memory(world.vm, vcpu, Gpa(GFN << 12), 4 << 12, 0)) == (
+        (GFN + 2) << 12,
+        2 << 12,
+    )
+    for gpa, size, flags, number in (
+        ((GFN + 2) << 12, 4096, 0, errno.ENOENT),
+        (1 << 50, 4096, 0, errno.ENOENT),
+        (GFN << 12, 4096, 1, errno.EINVAL),
+        (GFN << 12, 0, 0, errno.EINVAL),
+        (1, 4096, 0, errno.EINVAL),
+        ((1 << 64) - 4096, 4096, 0, errno.EINVAL),
+    ):
+        with pytest.raises(UapiError) as caught:
+            world.run(pre_fault_memory(world.vm, vcpu, Gpa(gpa), size, flags))
+        assert caught.value.errno == number
+
+
+def test_a_prefault_of_huge_pages_goes_leaf_by_leaf() -> None:
+    world = World()
+    world.set_slot(0, GFN, 1024, world.map(2, 2))
+    left = world.run(pre_fault_memory(world.vm, world.vcpu(), Gpa(GFN << 12), 4 * MIB, 0))
+    assert left[1] == 0
+    assert world.vm.mmu.roots[0].leaves == [0, 0, 2, 0]
