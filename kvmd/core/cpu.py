@@ -229,7 +229,8 @@ class Cpu:
             hva = None if slot is None else slot.hva_of(gfn)
             await Exit(ExitReason.INTR, errno.EINTR, why, sigbus=hva)
         elif result is Result.MEMORY_FAULT:
-            what = MemoryFault(ATTRIBUTE_PRIVATE, Gpa(gfn << PAGE_SHIFT), PAGE_SIZE)
+            flags = ATTRIBUTE_PRIVATE if self._vm.private.attributes.is_private(gfn) else 0
+            what = MemoryFault(flags, Gpa(gfn << PAGE_SHIFT), PAGE_SIZE)
             await Exit(ExitReason.MEMORY_FAULT, errno.EFAULT, why, memory_fault=what)
         else:
             number = errno.ENOMEM if result is Result.NO_MEMORY else errno.EFAULT

@@ -43,7 +43,7 @@ class GuestRam:
         if slot is None:
             return None
         try:
-            return await self._vm.mm.read(_hva(slot, gpa), size)
+            return await self._vm.mm.read(_hva(slot, gpa), size, user=False)
         except UapiError:
             return None
 
@@ -53,7 +53,7 @@ class GuestRam:
         if slot is None or slot.readonly:
             return False
         try:
-            await self._vm.mm.write(_hva(slot, gpa), data)
+            await self._vm.mm.write(_hva(slot, gpa), data, user=False)
         except UapiError:
             return False
         self._vm.mark_page_dirty(slot, gfn_of(gpa), self._vcpu)

@@ -19,6 +19,7 @@ from kvmd.core.exits import DONE, Exit, ExitReason, GuestCode, Resume
 from kvmd.core.memslot import MAX_ADDRESS_SPACES
 from kvmd.core.program import Instruction, Program
 from kvmd.core.tdp_mmu import Root
+from protocol.errors import UapiError
 from protocol.units import GfnSpan
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Vcpu:
         return RunResult(left, left is DONE, ran.finished if ran else 0, list(ran.reads) if ran else [])
 
     def _start(self, program: Sequence[Instruction], cpl: int, as_id: int) -> None:
+        """EINVAL: this KVM was built without that address space."""
+        if as_id >= self._vm.slots.address_spaces:
+            raise UapiError(errno.EINVAL, f"vCPU {self.id}: there is no system-management mode")
         if self._code is not None:
             self._code.close()
         memory = self._cpus[as_id] if cpl == CPU_PRIVILEGE else self._emulators[as_id]

@@ -241,29 +241,29 @@ class Mm(AddressSpace):
         page.pins -= 1
         self.memory.put(page)
 
-    async def read(self, hva: Hva, size: int) -> bytes:
-        """What the process itself reads.  EFAULT, EHWPOISON."""
+    async def read(self, hva: Hva, size: int, *, user: bool = True) -> bytes:
+        """What the process itself reads, or the kernel for it (not `user`).  EFAULT, EHWPOISON."""
         parts = []
         end = hva + size
         while hva < end:
-            part = await self._bytes_at(hva, end - hva, write=False)
+            part = await self._bytes_at(hva, end - hva, write=False, user=user)
             parts.append(bytes(part))
             hva = Hva(hva + len(part))
         return b"".join(parts)
 
-    async def write(self, hva: Hva, data: bytes) -> None:
-        """What the process itself writes.  EFAULT, after the pages before it were written."""
+    async def write(self, hva: Hva, data: bytes, *, user: bool = True) -> None:
+        """The same for a write.  EFAULT, after the pages before it were written."""
         at = 0
         while at < len(data):
-            part = await self._bytes_at(Hva(hva + at), len(data) - at, write=True)
+            part = await self._bytes_at(Hva(hva + at), len(data) - at, write=True, user=user)
             part[:] = data[at : at + len(part)]
             at += len(part)
 
-    async def _bytes_at(self, hva: Hva, size: int, *, write: bool) -> memoryview:
+    async def _bytes_at(self, hva: Hva, size: int, *, write: bool, user: bool) -> memoryview:
         """Up to `size` bytes, as far as the page goes; nothing may await before they are used."""
         entry = self.table.find(hva)
         if type(entry) is not Pte or (write and not entry.writable):
-            entry = await self.fault_in(hva, write=write, user=True)
+            entry = await self.fault_in(hva, write=write, user=user)
         offset = hva - entry.hva
         count = min(size, size_of_level(entry.level) - offset)
         at = self.memory.frames.offset_of(entry.pfn) + offset

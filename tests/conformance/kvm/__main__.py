@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from protocol.daemon import configure_log
 from qemu_shim.supervisor import DaemonFailed
 from tests.conformance.kvm.cases import BadFile, load
 from tests.conformance.kvm.replay import Outcome
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadFile as error:
         print(error, file=sys.stderr)
         return 2
+    configure_log("warning")
     report = _silent if args.json else _loud if args.verbose else _brief
     try:
         outcomes = trio.run(replay_all, cases, args.kvmd_option, report)

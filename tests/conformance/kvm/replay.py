@@ -41,8 +41,8 @@ async def replay(kvmd: Kvmd, case: Case) -> Outcome:
                 step = Step(str(index), body, outcome.differences)
                 with trio.fail_after(PATIENCE_S):
                     await play(world, step)
-            if violations := await kvmd.violations():
-                step.expect("kvmd's own check", [], violations)
+            if case.with_control_slot:  # a guest ran
+                step.expect("kvmd's own check", [], await kvmd.violations())
     except Exception as error:
         errors = leaves(error) if isinstance(error, ExceptionGroup) else [error]
         outcome.differences += [Difference(step.index, step.doing, _say(each)) for each in errors]

@@ -68,14 +68,15 @@ class World:
         self.closing(vm.close)
         return vm
 
-    async def create_vcpu(self, vm: Vm, number: int, **how: Any) -> Vcpu:
+    async def create_vcpu(self, vm: Vm, number: int, **how: Any) -> None:
         vcpu = await vm.create_vcpu(number, **how)
         self.closing(vcpu.close)
-        return vcpu
+        if vm is self.vm:
+            self._vcpus[number] = vcpu
 
     async def vcpu(self, number: int) -> Vcpu:
         if number not in self._vcpus:
-            self._vcpus[number] = await self.create_vcpu(self.vm, number)
+            await self.create_vcpu(self.vm, number)
         return self._vcpus[number]
 
     async def cpu(self, number: int) -> Cpu:
