@@ -68,6 +68,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     assert not any(mask >> 46 for mask in masks), "52 address bits leave none reserved"
 
 
+@pytest.mark.rfc("RFC-21")
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
@@ -120,7 +121,8 @@ def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> No
 # -- faults --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("37/42")
+@pytest.mark.rfc("37/42", "RFC-30", "RFC-67", "RFC-79")
+@pytest.mark.defect("B-13")
 def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     """Bit for bit (defect B-13: the second one is a success too)."""
     exported = world.export()
@@ -140,6 +142,7 @@ def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
     assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
 
 
+@pytest.mark.rfc("RFC-71", "RFC-72")
 @pytest.mark.parametrize(
     ("gfn", "kind", "result"),
     [
@@ -161,6 +164,7 @@ def test_a_fault_that_cannot_be_resolved_says_why(
     assert world.io_fault(world.export(), gfn, kind) is result
 
 
+@pytest.mark.rfc("RFC-74", "RFC-75", "RFC-76")
 def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World) -> None:
     exported = world.export()
     nothing = FaultType(read=False, write=False, exec=False)
