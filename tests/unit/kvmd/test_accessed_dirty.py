@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmd.core.cpu import Cpu
+from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from protocol.pt import bits
@@ -72,6 +73,17 @@ def test_a_store_after_d_was_cleared_and_flushed_walks_again() -> None:
         guest.load()
         guest.store()
     assert guest.logged == [0x100] * 3
+
+
+def test_a_ring_that_setting_d_filled_is_left_for_before_the_store() -> None:
+    guest = Guest()
+    guest.clear(bits.DIRTY)
+    guest.world.vm.dirty_ring_full = lambda vcpu: bool(guest.logged)  # type: ignore[method-assign]
+    stopped = guest.world.write(guest.vcpu, guest.gpa, b"y")
+    assert (stopped.exit.reason, stopped.done) == (ExitReason.DIRTY_RING_FULL, False)
+    guest.logged.clear()
+    assert guest.world.run(guest.vcpu.run(None)).done
+    assert guest.world.read(guest.vcpu, guest.gpa, 1).reads == [b"y"]
 
 
 def test_without_the_flush_a_store_is_lost() -> None:

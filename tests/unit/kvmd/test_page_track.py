@@ -12,6 +12,7 @@ from kvmd.core.page_track import MAX_COUNT, PageTrack
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_fd import FaultType
 from protocol.errors import UapiError
+from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
 
@@ -61,6 +62,16 @@ def test_tracking_splits_what_is_huge_protects_one_page_and_waits_for_the_acks()
     assert guest.exported.root.leaves == [0, 512, 0, 0]
     assert [gfn for gfn in range(0x200, 0x400) if not guest.rights(gfn)] == [0x205]
     assert check_vm(guest.world.vm) == []
+
+
+def test_the_short_way_to_w_is_shut_for_a_tracked_page() -> None:
+    """A fast page fault gives W back wherever the entry says the MMU would."""
+    guest = Guest()
+    guest.store(0x205)
+    guest.track(0x205)
+    entries = {met.gfn: met.entry for met in guest.world.vm.mmu.leaves(guest.exported.root)}
+    assert entries[Gfn(0x205)] & (bits.WRITE | bits.MMU_WRITABLE) == 0
+    assert entries[Gfn(0x204)] & bits.MMU_WRITABLE
 
 
 def test_a_page_of_1_gib_is_split_along_the_way_only() -> None:

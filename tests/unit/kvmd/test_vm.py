@@ -133,6 +133,7 @@ def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
 
 @pytest.mark.parametrize("seq_start", [0, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1])
 @pytest.mark.parametrize("change", ["madvise_dontneed", "migrate", "munmap"])
+@pytest.mark.rfc("RFC-77")
 def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: str, seq_start: int) -> None:
     """I5, also where the sequence wraps: the whole invalidation happens while the lookup sleeps (R1, R2)."""
     rig = Rig(seq_start=seq_start)
@@ -162,6 +163,7 @@ def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq
     assert rig.world.vm.retries == 0
 
 
+@pytest.mark.defect("B-14")
 def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> None:
     """Defect B-14: the series retried for ever."""
     world = rig.world
@@ -296,6 +298,7 @@ def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None
         (0x200, 512, 0, 1, {1}),  # the host has small pages
     ],
 )
+@pytest.mark.rfc("RFC-86")
 def test_a_leaf_is_as_large_as_slot_and_host_page_allow(
     gfn: int, pages: int, offset: int, level: int, largest: set[int]
 ) -> None:
