@@ -39,6 +39,7 @@ class Root:
     refs: int = 0  # besides the MMU's own
     exported: bool = False
     invalid: bool = False
+    dismantled: bool = False  # nothing is below it any more
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables: int = 1
     record: MapRecord = field(default_factory=MapRecord)
@@ -127,6 +128,17 @@ class TdpTable:
         for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
             if is_present(met.entry) and is_leaf(met.entry, met.level):
                 yield met
+
+    def _tables_at(self, root: Root, level: Level) -> Iterator[tuple[int, Hpa]]:
+        """Every entry of `level` that points to a table: where it lies, and the table."""
+        row = [root.hpa]
+        for above in range(root.role.level, level, -1):
+            entries = (entry for table in row for entry in self._writer.load_table(table))
+            row = [table_of(entry) for entry in entries if is_table(entry, Level(above))]
+        for table in row:
+            for index, entry in enumerate(self._writer.load_table(table)):
+                if is_table(entry, level):
+                    yield table + index * ENTRY_BYTES, table_of(entry)
 
     def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
         """The leaf that maps `gfn`, if one does."""

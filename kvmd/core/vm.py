@@ -34,6 +34,7 @@ from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.tdp_table import Role, Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from kvmd.core.vcpu import Vcpu
+from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
@@ -66,6 +67,7 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
+        self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
@@ -73,7 +75,7 @@ class Kvm:
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory()
         self.fault_path = FaultPath(self)
-        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, seq_start)
+        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         mm.notifiers.append(self.host_changes)
 
     def _make_memory(self) -> None:
@@ -92,7 +94,7 @@ class Kvm:
             self.flusher,
             self.dirty_log,
             self.exported,
-            lambda: host.cond_resched(),
+            self.zapper,
             self._slot_replaced,
         )
         self.private = PrivateMemory(
@@ -331,6 +333,8 @@ class Kvm:
         assert not self.exported, "an exported TDP keeps its VM"
         self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
-        self.mmu.drop_all()
+        for root in self.mmu.roots:
+            root.refs = 0  # those of vCPUs, which are gone
+        await self.zapper.dismantle(self.mmu.roots)
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)
