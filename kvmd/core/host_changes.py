@@ -7,13 +7,16 @@ until it is done, and one that looked its page up before looks again: `is_changi
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Memslots
 from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.zap import Zapper
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
-from protocol.units import GfnSpan, Hva
+from protocol.units import Gfn, GfnSpan, Hva
 
 SEQ_MASK = (1 << 64) - 1
 
@@ -27,6 +30,7 @@ class HostChanges:
         self.seq = seq_start & SEQ_MASK  # of invalidations that are over
         self.over: Wait[None] = Wait()  # set when the next one is over
         self._in_progress: list[tuple[Hva, Hva]] = []
+        self._gfns_in_progress: list[GfnSpan] = []
         self._slots = slots
         self._mmu = mmu
         self._flusher = flusher
@@ -42,8 +46,29 @@ class HostChanges:
     def invalidate_range_end(self, start: Hva, end: Hva) -> None:
         self.seq = (self.seq + 1) & SEQ_MASK
         self._in_progress.remove((start, end))
+        self._end()
+
+    def _end(self) -> None:
         over, self.over = self.over, Wait()
         over.set(None)
+
+    async def zap_gfn_range(self, spans: Sequence[GfnSpan], told: GfnSpan | None) -> None:
+        """What guest frames translate to changes, or how: MTRRs, the APIC page [KVM kvm_zap_gfn_range], what
+        is private.  Walkers are told `told`."""
+        async with self.changing_gfns(spans):
+            await self._zapper.zap(spans, told=told)
+
+    @asynccontextmanager
+    async def changing_gfns(self, spans: Sequence[GfnSpan]) -> AsyncIterator[None]:
+        """Inside, faults on `spans` wait."""
+        self._gfns_in_progress += spans
+        try:
+            yield
+        finally:
+            self.seq = (self.seq + 1) & SEQ_MASK
+            for span in spans:
+                self._gfns_in_progress.remove(span)
+            self._end()
 
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
@@ -64,7 +89,11 @@ class HostChanges:
     @property
     def in_progress(self) -> bool:
         """An invalidation is in progress: the table is ahead of the host's page map."""
-        return bool(self._in_progress)
+        return bool(self._in_progress or self._gfns_in_progress)
 
-    def is_changing(self, hva: Hva) -> bool:
-        return bool(self._in_progress) and any(start <= hva < end for start, end in self._in_progress)
+    def is_changing(self, hva: Hva, gfn: Gfn) -> bool:
+        if not self.in_progress:
+            return False
+        return any(start <= hva < end for start, end in self._in_progress) or any(
+            gfn in span for span in self._gfns_in_progress
+        )

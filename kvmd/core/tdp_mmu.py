@@ -99,7 +99,15 @@ class TdpMmu(TdpLog):
     # -- mapping ---------------------------------------------------------------------------------------
 
     def map(
-        self, root: Root, gfn: Gfn, pfn: Pfn, goal: Level, *, writable: bool, accessed: bool = True
+        self,
+        root: Root,
+        gfn: Gfn,
+        pfn: Pfn,
+        goal: Level,
+        *,
+        writable: bool,
+        accessed: bool = True,
+        fetch: bool = False,
     ) -> Mapped:
         """Install a leaf of level `goal` for the entry that covers `gfn`; `pfn` is its first frame.
 
@@ -116,7 +124,8 @@ class TdpMmu(TdpLog):
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
-                if not is_access_tracked(entry) and (is_writable(entry) or not writable):
+                enough = (is_writable(entry) or not writable) and (entry & bits.EXEC or not fetch)
+                if not is_access_tracked(entry) and enough:
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
@@ -124,7 +133,14 @@ class TdpMmu(TdpLog):
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
-        leaf = make_leaf(pfn, goal, writable=writable, ad_enabled=ad_enabled, accessed=accessed)
+        leaf = make_leaf(
+            pfn,
+            goal,
+            writable=writable,
+            ad_enabled=ad_enabled,
+            accessed=accessed,
+            executable=goal == LEVEL_4K or not self.nx_huge_pages,
+        )
         return self._store_leaf(root, at, gfn, goal, leaf)
 
     def _store_leaf(self, root: Root, at: int, gfn: Gfn, level: Level, leaf: int) -> Mapped:
@@ -190,6 +206,13 @@ class TdpMmu(TdpLog):
             self._clear(root, met)
             count += 1
         return count, None
+
+    def zap_table(self, root: Root, gfn: Gfn, level: Level) -> None:
+        """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
+        at, table = self._entry_at(root, gfn, level), self.table_at(root, gfn, level)
+        if at is not None and table is not None:
+            self._set(root, gfn, level, at, self._writer.load64(at), bits.EMPTY)
+            self._unlink_subtree(root, table, Level(level - 1), self._next_epoch())
 
     def _clear(self, root: Root, met: RangeEntry) -> None:
         self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)

@@ -19,6 +19,7 @@ from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
+from kvmd.core.nx_huge import NxHugePages
 from kvmd.core.page_fault import (
     PageFault,
     Result,
@@ -39,7 +40,7 @@ from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Level, gfn_of
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level, gfn_of
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4 * MAX_VCPUS
@@ -97,6 +98,7 @@ class Kvm:
             self.zapper,
             self._slot_replaced,
         )
+        self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
         self.private = PrivateMemory(
             self.id,
             lock,
@@ -240,6 +242,13 @@ class Kvm:
         """The size of leaf that a fault at `gfn` gets for `page`."""
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
         return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
+
+    async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
+        """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
+        if not size or (gpa | size) % PAGE_SIZE or gpa + size > self.slots.gfn_limit << PAGE_SHIFT:
+            raise UapiError(errno.EINVAL, f"zap of {gpa:#x}+{size:#x}: not whole pages the guest can have")
+        span = GfnSpan.of_pages(gfn_of(gpa), size >> PAGE_SHIFT)
+        await self.host_changes.zap_gfn_range([span], told=span)
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
