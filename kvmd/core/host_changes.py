@@ -52,17 +52,13 @@ class HostChanges:
         over, self.over = self.over, Wait()
         over.set(None)
 
-    async def zap_gfn_range(self, spans: Sequence[GfnSpan], told: GfnSpan | None) -> None:
-        """What guest frames translate to changes, or how: MTRRs, the APIC page [KVM kvm_zap_gfn_range], what
-        is private.  Walkers are told `told`."""
-        async with self.changing_gfns(spans):
-            await self._zapper.zap(spans, told=told)
-
     @asynccontextmanager
-    async def changing_gfns(self, spans: Sequence[GfnSpan]) -> AsyncIterator[None]:
-        """Inside, faults on `spans` wait."""
+    async def zapped_gfns(self, spans: Sequence[GfnSpan], told: GfnSpan | None = None) -> AsyncIterator[None]:
+        """Around a change of what guest frames translate to [KVM kvm_zap_gfn_range, guest_memfd.c]: inside
+        nobody can use them, and faults on them wait.  Walkers were told `told`, or everything."""
         self._gfns_in_progress += spans
         try:
+            await self._zapper.zap(spans, told=told)
             yield
         finally:
             self.seq = (self.seq + 1) & SEQ_MASK

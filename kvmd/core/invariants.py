@@ -59,7 +59,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             continue
         binding = slot.private
         if binding is not None and (vm.private.serves(slot, met.gfn)):
-            if binding.memfd.present(binding.index_of(met.gfn)) != pfn_of(met.entry):
+            private = binding.memfd.present(binding.index_of(met.gfn))
+            if private is None or private.pfn != pfn_of(met.entry):
                 found.append(f"I11: gfn {met.gfn:#x} is private and maps pfn {pfn_of(met.entry):#x}")
             continue
         page = vm.mm.present_page(slot.hva_of(met.gfn))

@@ -74,12 +74,11 @@ class Kvm:
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
         self.noncoherent_dma = 0  # how often it is registered
-        self._make_memory()
+        self._make_memory(seq_start)
         self.fault_path = FaultPath(self)
-        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         mm.notifiers.append(self.host_changes)
 
-    def _make_memory(self) -> None:
+    def _make_memory(self, seq_start: int) -> None:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
         host, features = self.host, self.host.features
         self._slots_lock = lock = RwLock()
@@ -98,14 +97,14 @@ class Kvm:
             self.zapper,
             self._slot_replaced,
         )
+        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
         self.private = PrivateMemory(
             self.id,
             lock,
-            host.frames,
+            host.memory,
             self.mm.id,
-            self.mmu,
-            self.flusher,
+            self.host_changes,
             supported=self.type is VmType.SW_PROTECTED,
         )
 
@@ -248,7 +247,8 @@ class Kvm:
         if not size or (gpa | size) % PAGE_SIZE or gpa + size > self.slots.gfn_limit << PAGE_SHIFT:
             raise UapiError(errno.EINVAL, f"zap of {gpa:#x}+{size:#x}: not whole pages the guest can have")
         span = GfnSpan.of_pages(gfn_of(gpa), size >> PAGE_SHIFT)
-        await self.host_changes.zap_gfn_range([span], told=span)
+        async with self.host_changes.zapped_gfns([span], told=span):
+            pass  # the change itself is the CPU's
 
     # -- the exported TDP ------------------------------------------------------------------------------
 

@@ -19,12 +19,18 @@ from kvmd.service.tdp_fd import TDP_FD, tdp_fd_closed
 from kvmd.service.vcpu import VCPU, vcpu_closed
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.service import Answer, Service
+from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
+from protocol.uapi.mm import PunchHole
 from protocol.units import Gpa, Hva
 
-# No system call on a guest_memfd is modelled but its close.
-GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {})
+
+async def _punch_hole(held: GuestMemfdFile, message: PunchHole, fds: Fds) -> Body:
+    await holding(held.owner, held.owner.vm.private.punch_hole(held.memfd, message.offset, message.size))
+    return {}
+
+
+GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {"PUNCH_HOLE": Method(PunchHole, _punch_hole)})
 
 
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:

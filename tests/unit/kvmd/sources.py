@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE, GuestMemfd, MemfdFlag
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.file import File
 from kvmd.core.mm.madvise import ADVICE
@@ -42,7 +43,7 @@ class Witness(SlowImporter):
 class Rig:
     """One slot of 512 pages; the CPU wrote to the first and the last, a device faulted on the first.
 
-    `memory`: "small", "file", "huge" (hugetlb) or "thp".
+    `memory`: "small", "file", "huge" (hugetlb) or "thp"; of a protected VM it is private.
     """
 
     def __init__(
@@ -61,7 +62,13 @@ class Rig:
         self.vm = world.vm
         self.file = File(world.host.memory, "ram", PAGES * PAGE_SIZE)
         self.hva = self._map(memory)
-        world.set_slot(0, GFN, PAGES, self.hva, flags)
+        self.memfd = GuestMemfd(self.vm.id, world.host.memory, self.mm.id, PAGES * PAGE_SIZE, MemfdFlag(0))
+        region = world.region(0, GFN, PAGES, self.hva, flags)
+        if kind is not VmType.DEFAULT:
+            region = replace(region, flags=4, version=2, guest_memfd=lambda: self.memfd)
+        world.run(self.vm.set_memory_region(region))
+        if kind is not VmType.DEFAULT:
+            world.run(self.vm.private.set_attributes(GFN << 12, PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
         self.exported = world.export()
         self.cpu = self.vm.vcpus[0]
         self.importer = Witness(rig=self)

@@ -25,13 +25,14 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
 from kvmd.core.spte import MMIO_GENERATION_MASK
-from kvmd.core.vm import Kvm
+from kvmd.core.vm import Kvm, VmType
 from protocol.units import PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, Level
 from tests.unit.kvmd import sources as leaf
 from tests.unit.kvmd.sources import GFN, PAGE, PAGES, REGION, SLOT, WHOLE, Flow, Rig
 
 BITMAP = 0x3000_0000_0000
 ALL = PAGES * PAGE_SIZE
+PROTECTED = {"kind": VmType.SW_PROTECTED}
 NO_AD = CpuFeatures(ept_ad_bits=False)
 
 
@@ -172,6 +173,15 @@ SOURCES: dict[str, Source] = {
     "nx huge pages": Source(lambda rig: rig.vm.nx_huge.switch(on=True), [WHOLE], memory="huge"),
     "nx recovery": Source(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
     "zap gfn range": Source(lambda rig: rig.vm.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
+    "memory attributes": Source(
+        lambda rig: rig.vm.private.set_attributes(GFN << 12, PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
+    ),
+    "guest_memfd hole": Source(
+        lambda rig: rig.vm.private.punch_hole(rig.memfd, 0, PAGE_SIZE), [WHOLE], frees=True, rig=PROTECTED
+    ),
+    "guest_memfd close": Source(
+        lambda rig: rig.vm.private.close(rig.memfd), [WHOLE], frees=True, rig=PROTECTED
+    ),
     # -- dirty logging and the size of leaves --
     "logging on": Source(region(1), [SLOT], leaf.small_protected, memory="huge"),
     "log get": Source(
