@@ -31,6 +31,7 @@ MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 class CpuFeatures:
     """What the host's CPUs can do, and what its KVM was built with; the guest's width may be smaller."""
 
+    cpus: int = 8
     maxphyaddr: int = 46
     ept_levels: int = 4
     max_page_level: Level = LEVEL_1G

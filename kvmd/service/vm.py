@@ -88,7 +88,7 @@ async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemory
 
 
 def _check_extension(owner: VmFile, message: uapi.KvmCheckExtension, fds: Fds) -> Body:
-    return {"ret": check_extension(owner.vm, message.cap)}
+    return {"ret": check_extension(owner.vm.host.features, owner.vm, message.cap)}
 
 
 def _enable_cap(owner: VmFile, message: uapi.KvmEnableCap, fds: Fds) -> Body:
@@ -125,6 +125,10 @@ def _guest_memfd_closed(held: GuestMemfdFile) -> None:
 async def _release_guest_memfd(held: GuestMemfdFile) -> None:
     await held.owner.vm.private.close(held.memfd)
     held.owner.app.put_vm(held.owner)
+
+
+def _has_attributes(owner: VmFile) -> bool:
+    return owner.vm.private.attributes.supported
 
 
 async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttributes, fds: Fds) -> Body:
@@ -190,7 +194,9 @@ VM: Service[VmFile] = Service(
         "KVM_CLEAR_DIRTY_LOG": ioctl(uapi.KvmClearDirtyLog, _clear_dirty_log, 24),
         "KVM_RESET_DIRTY_RINGS": ioctl(uapi.KvmResetDirtyRings, _reset_dirty_rings),
         "KVM_CREATE_GUEST_MEMFD": ioctl(uapi.KvmCreateGuestMemfd, _create_guest_memfd, 64),
-        "KVM_SET_MEMORY_ATTRIBUTES": ioctl(uapi.KvmSetMemoryAttributes, _set_memory_attributes, 32),
+        "KVM_SET_MEMORY_ATTRIBUTES": ioctl(
+            uapi.KvmSetMemoryAttributes, _set_memory_attributes, 32, exists=_has_attributes
+        ),
         "KVM_CREATE_TDP_FD": ioctl(uapi.KvmCreateTdpFd, _create_tdp_fd),
         "KVM_REGISTER_NONCOHERENT_DMA": ioctl(uapi.KvmRegisterNoncoherentDma, _register_noncoherent_dma),
         "KVM_UNREGISTER_NONCOHERENT_DMA": ioctl(
