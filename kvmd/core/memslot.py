@@ -16,13 +16,13 @@ from enum import Enum, IntFlag, auto
 
 from kvmd.core.dirty_bitmap import DirtyBitmap
 from kvmd.core.guest_memfd import Binding, GuestMemfd
+from kvmd.core.mm.space import TASK_SIZE
 from protocol.errors import UapiError
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
 MAX_SLOT_PAGES = (1 << 31) - 1
 MAX_ADDRESS_SPACES = 2  # 0 normal, 1 SMM
-USER_PTR_MAX = (1 << 47) - PAGE_SIZE  # access_ok(): start and end of a buffer are at most this [KVM uaccess]
 
 
 class SlotFlag(IntFlag):
@@ -109,7 +109,7 @@ class Memslots:
 
     def __init__(self, gfn_limit: Gfn, address_spaces: int = MAX_ADDRESS_SPACES) -> None:
         self.address_spaces = address_spaces
-        self._gfn_limit = gfn_limit
+        self.gfn_limit = gfn_limit
         self._by_id: dict[tuple[int, int], Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self.generation = 0
@@ -161,8 +161,8 @@ class Memslots:
 
     def check_limit(self, new: Memslot) -> None:
         """The architecture's check, the last one: for a move, everything has been zapped by then."""
-        if new.span.end > self._gfn_limit:
-            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self._gfn_limit:#x}")
+        if new.span.end > self.gfn_limit:
+            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self.gfn_limit:#x}")
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         if old is not None:
@@ -201,7 +201,7 @@ def _check_region(region: Region, address_spaces: int) -> None:
         (region.flags & ~int(_valid_flags(region)), f"flags {region.flags:#x}: bits that cannot be set here"),
         (size % PAGE_SIZE, f"size {size:#x}: not whole pages"),
         (gpa % PAGE_SIZE, f"gpa {gpa:#x}: not whole pages"),
-        (hva % PAGE_SIZE or hva + size > USER_PTR_MAX, f"hva {hva:#x}: unaligned or not user space"),
+        (hva % PAGE_SIZE or hva + size > TASK_SIZE, f"hva {hva:#x}: unaligned or not user space"),
         (
             private and (offset % PAGE_SIZE or offset + size >= 1 << 64),
             f"guest_memfd_offset {offset:#x}: unaligned or wraps",
