@@ -210,7 +210,7 @@ class Cpu:
             return False
         fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id)
         while True:
-            result = await self._vm.handle_fault(fault, vcpu)
+            result = await self._vm.fault_path.handle_fault(fault, vcpu)
             if result in EMULATED:
                 return False
             if result in RESOLVED:

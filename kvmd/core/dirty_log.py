@@ -23,7 +23,8 @@ from kvmd.core.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Memslot, Memslots
 from kvmd.core.mm.mm import Mm
-from kvmd.core.tdp_mmu import SPLIT_BUDGET, Root, TdpMmu
+from kvmd.core.tdp_mmu import SPLIT_BUDGET, TdpMmu
+from kvmd.core.tdp_table import Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from protocol.errors import UapiError
 from protocol.flow import RwLock

@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from kvmd.core.table_pool import TablePool
-from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
+from kvmd.core.tdp_mmu import Outcome, TdpMmu
+from kvmd.core.tdp_table import Role, Root
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import ept_rules

@@ -87,14 +87,14 @@ def test_with_ad_bits_the_accessed_bit_goes_and_the_translation_stays() -> None:
 @pytest.mark.parametrize("ad_bits", [False, True])
 def test_a_leaf_nobody_used_since_is_old_and_nobody_is_told(ad_bits: bool) -> None:
     rig = Rig(ad_bits=ad_bits)
-    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    assert rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
     rig.age()
     rig.world.ack(rig.importer)
-    assert not rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    assert not rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
     assert rig.age().result() == 0
     assert len(rig.importer.heard) == 1
     assert rig.world.io_fault(rig.exported, 0x201, READ) is Result.FIXED
-    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + 2 * PAGE))
+    assert rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + 2 * PAGE))
 
 
 def test_an_aged_leaf_is_zapped_like_any_other() -> None:
