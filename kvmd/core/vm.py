@@ -236,6 +236,8 @@ class Kvm:
 
     def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
         """The size of leaf that a fault at `gfn` gets for `page`."""
+        if page.level == LEVEL_4K:
+            return LEVEL_4K
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
         return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
 
