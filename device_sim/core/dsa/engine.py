@@ -44,7 +44,12 @@ class Group:
             self._spawn(self._engine())
 
     def _has_work(self) -> bool:
-        return bool(self._staged) or any(queue.waiting for queue in self._queues)
+        if self._staged:
+            return True
+        for queue in self._queues:
+            if queue.waiting:
+                return True
+        return False
 
     async def _engine(self) -> None:
         while (job := self._next()) is not None:
