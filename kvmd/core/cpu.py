@@ -205,7 +205,7 @@ class Cpu:
             return False
         if mmio_is_fresh(self._missed, self._vm.slots.generation):
             return False
-        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id)
+        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id, fetch=need == bits.EXEC)
         while True:
             result = await self._vm.fault_path.handle_fault(fault, vcpu)
             if result in EMULATED:

@@ -65,7 +65,7 @@ class FaultPath:
             return Result.FAST
         private = vm.private.serves(slot, gfn)
         hva = slot.hva_of(gfn)
-        if vm.host_changes.is_changing(hva):  # no use to look the page up: wait until the host is done
+        if vm.host_changes.is_changing(hva, gfn):  # no use to look the page up: wait until the host is done
             await vm.host_changes.over
             return None
         seq = vm.host_changes.seq
@@ -76,7 +76,7 @@ class FaultPath:
                 page = await vm.mm.get_user_page(hva, write=fault.write)
         except UapiError as error:
             return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
-        stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva)
+        stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)
         stale |= vm.private.serves(slot, gfn) != private
         if stale or vm.slots.find(gfn, fault.as_id) is not slot or slot is vm.slots_change.going:
             return None
@@ -85,7 +85,8 @@ class FaultPath:
     async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
         vm = self._vm
         root = self._fault_root(vcpu, fault.as_id)
-        level = vm.level_of(slot, fault.gfn, page)
+        wanted = vm.level_of(slot, fault.gfn, page)
+        level = vm.nx_huge.level(root, fault, wanted)
         writable = page.writable and not slot.readonly and not vm.page_track.is_tracked(slot, fault.gfn)
         try:
             mapped = vm.mmu.map(
@@ -95,9 +96,11 @@ class FaultPath:
                 level,
                 writable=writable,
                 accessed=not fault.prefetch,
+                fetch=fault.fetch,
             )
         except UapiError:  # no page left for a table
             return Result.NO_MEMORY
+        vm.nx_huge.mapped(root, fault, wanted)
         if writable and slot.logs and mapped.outcome is Outcome.FIXED:
             vm.mark_page_dirty(slot, fault.gfn, vcpu)
         if mapped.flush is not None:

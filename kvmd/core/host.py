@@ -75,7 +75,7 @@ class Host:
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
-        self.memory = Memory(self.frames)
+        self.memory = Memory(self.frames, lambda: self.cond_resched())
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}

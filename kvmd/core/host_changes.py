@@ -7,12 +7,16 @@ until it is done, and one that looked its page up before looks again: `is_changi
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Memslots
 from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.zap import Zapper
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
-from protocol.units import Hva
+from protocol.units import Gfn, GfnSpan, Hva
 
 SEQ_MASK = (1 << 64) - 1
 
@@ -20,53 +24,76 @@ SEQ_MASK = (1 << 64) - 1
 class HostChanges:
     """The MmuNotifier of one VM.  `seq_start`: tests start the sequence near a wrap (R2)."""
 
-    def __init__(self, slots: Memslots, mmu: TdpMmu, flusher: Flusher, seq_start: int = 0) -> None:
+    def __init__(
+        self, slots: Memslots, mmu: TdpMmu, flusher: Flusher, zapper: Zapper, seq_start: int = 0
+    ) -> None:
         self.seq = seq_start & SEQ_MASK  # of invalidations that are over
         self.over: Wait[None] = Wait()  # set when the next one is over
         self._in_progress: list[tuple[Hva, Hva]] = []
+        self._gfns_in_progress: list[GfnSpan] = []
         self._slots = slots
         self._mmu = mmu
         self._flusher = flusher
+        self._zapper = zapper
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
         """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
         self._in_progress.append((start, end))
         if TRACE.on:
             TRACE.emit(KvmUnmapHvaRange(start, end))
-        zapped = False
-        for slot in self._slots:
-            span = slot.gfns_of(start, end)
-            if span is not None:
-                zapped |= self._mmu.zap_leafs(span)
-        if zapped:
-            await self._flusher.flush(None)  # KVM flushes everything for a notifier event
-        await self._flusher.drain()
+        await self._zapper.zap(self._spans(start, end))  # KVM flushes everything for a notifier event
 
     def invalidate_range_end(self, start: Hva, end: Hva) -> None:
         self.seq = (self.seq + 1) & SEQ_MASK
         self._in_progress.remove((start, end))
+        self._end()
+
+    def _end(self) -> None:
         over, self.over = self.over, Wait()
         over.set(None)
+
+    async def zap_gfn_range(self, spans: Sequence[GfnSpan], told: GfnSpan | None) -> None:
+        """What guest frames translate to changes, or how: MTRRs, the APIC page [KVM kvm_zap_gfn_range], what
+        is private.  Walkers are told `told`."""
+        async with self.changing_gfns(spans):
+            await self._zapper.zap(spans, told=told)
+
+    @asynccontextmanager
+    async def changing_gfns(self, spans: Sequence[GfnSpan]) -> AsyncIterator[None]:
+        """Inside, faults on `spans` wait."""
+        self._gfns_in_progress += spans
+        try:
+            yield
+        finally:
+            self.seq = (self.seq + 1) & SEQ_MASK
+            for span in spans:
+                self._gfns_in_progress.remove(span)
+            self._end()
 
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
         young = False
-        for slot in self._slots:
-            span = slot.gfns_of(start, end)
-            if span is not None:
-                young |= self._mmu.age_leafs(span)
+        for span in self._spans(start, end):
+            young |= self._mmu.age_leafs(span)
         if young:
             await self._flusher.flush(None)
         return young
 
     def test_young(self, start: Hva, end: Hva) -> bool:
-        spans = (slot.gfns_of(start, end) for slot in self._slots)
-        return any(span is not None and self._mmu.has_young(span) for span in spans)
+        return any(self._mmu.has_young(span) for span in self._spans(start, end))
+
+    def _spans(self, start: Hva, end: Hva) -> list[GfnSpan]:
+        """What start..end backs now.  A slot made while it is zapped maps nothing of it: faults wait."""
+        return [span for slot in self._slots if (span := slot.gfns_of(start, end)) is not None]
 
     @property
     def in_progress(self) -> bool:
         """An invalidation is in progress: the table is ahead of the host's page map."""
-        return bool(self._in_progress)
+        return bool(self._in_progress or self._gfns_in_progress)
 
-    def is_changing(self, hva: Hva) -> bool:
-        return bool(self._in_progress) and any(start <= hva < end for start, end in self._in_progress)
+    def is_changing(self, hva: Hva, gfn: Gfn) -> bool:
+        if not self.in_progress:
+            return False
+        return any(start <= hva < end for start, end in self._in_progress) or any(
+            gfn in span for span in self._gfns_in_progress
+        )

@@ -109,7 +109,7 @@ class Memslots:
 
     def __init__(self, gfn_limit: Gfn, address_spaces: int = MAX_ADDRESS_SPACES) -> None:
         self.address_spaces = address_spaces
-        self._gfn_limit = gfn_limit
+        self.gfn_limit = gfn_limit
         self._by_id: dict[tuple[int, int], Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
@@ -163,8 +163,8 @@ class Memslots:
 
     def check_limit(self, new: Memslot) -> None:
         """The architecture's check, the last one: for a move, everything has been zapped by then."""
-        if new.span.end > self._gfn_limit:
-            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self._gfn_limit:#x}")
+        if new.span.end > self.gfn_limit:
+            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self.gfn_limit:#x}")
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         if old is not None:

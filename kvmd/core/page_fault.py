@@ -71,6 +71,7 @@ class PageFault:
     write: bool
     source: Source
     as_id: int = 0
+    fetch: bool = False  # of an instruction: a device never does
     prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed
 
 

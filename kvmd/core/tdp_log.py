@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvmd.core.spte import restored
 from kvmd.core.tdp_table import Root, TdpTable
 from protocol.pt import bits
 from protocol.pt.entry import is_frozen, is_table, is_writable, table_of
@@ -56,7 +57,7 @@ class TdpLog(TdpTable):
             return False
         if logs and met.level > LEVEL_4K:
             return False
-        self._set(root, met.gfn, met.level, met.at, met.entry, met.entry | bits.WRITE)
+        self._set(root, met.gfn, met.level, met.at, met.entry, restored(met.entry) | bits.WRITE)
         return True
 
     def freeze_collapsible(

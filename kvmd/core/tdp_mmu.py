@@ -9,6 +9,7 @@ Invariant with its home here: I10 the root of an exported TDP never moves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -69,33 +70,47 @@ class TdpMmu(TdpLog):
         """Drop a reference.  A valid root stays, as KVM's does; an invalid one goes with its last user."""
         assert root.refs > 0, "root put more often than it was got"
         root.refs -= 1
-        if root.invalid and root.refs == 0:
-            # The flush that followed its invalidation covers it: nobody has walked it since.
-            self._drop_root(root, self._next_epoch() - 1)
+        if root.dismantled and root.refs == 0:
+            self._drop_root(root)
 
     def invalidate_roots(self) -> bool:
-        """Memslot change: every root but exported ones is obsolete [RFC 36/42].  Whether to flush."""
+        """Every root but exported ones is obsolete [RFC 36/42]: nobody walks them after the flush that must
+        follow.  Whether to flush."""
         obsolete = [root for root in self.roots if not root.exported and not root.invalid]
         for root in obsolete:
             root.invalid = True
-            if root.refs == 0:
-                self._drop_root(root, self._next_epoch())
         return bool(obsolete)
 
-    def drop_all(self) -> None:
-        """The VM is gone: every page to quarantine."""
-        for root in list(self.roots):
-            self._drop_root(root, self._next_epoch())
-
-    def _drop_root(self, root: Root, epoch: int) -> None:
-        self._unlink_subtree(root, root.hpa, root.role.level, epoch)
+    def dismantle(self, root: Root) -> Iterator[None]:
+        """Take a root apart that nobody walks since the last flush, from the smallest tables up; others may
+        run after each.  The root's own page goes with its last user.
+        """
         root.invalid = True
+        for level in range(LEVEL_4K + 1, root.role.level + 1):
+            for at, table in self._tables_at(root, Level(level)):
+                self._writer.store64(at, bits.EMPTY)
+                self._unlink_subtree(root, table, Level(level - 1), self._next_epoch() - 1)
+                yield
+        root.dismantled = True
+        if root.refs == 0 and root in self.roots:
+            self._drop_root(root)
+
+    def _drop_root(self, root: Root) -> None:
+        self._quarantine(root, root.hpa, self._next_epoch() - 1)
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
 
     def map(
-        self, root: Root, gfn: Gfn, pfn: Pfn, goal: Level, *, writable: bool, accessed: bool = True
+        self,
+        root: Root,
+        gfn: Gfn,
+        pfn: Pfn,
+        goal: Level,
+        *,
+        writable: bool,
+        accessed: bool = True,
+        fetch: bool = False,
     ) -> Mapped:
         """Install a leaf of level `goal` for the entry that covers `gfn`; `pfn` is its first frame.
 
@@ -112,7 +127,8 @@ class TdpMmu(TdpLog):
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
-                if not is_access_tracked(entry) and (is_writable(entry) or not writable):
+                enough = (is_writable(entry) or not writable) and (entry & bits.EXEC or not fetch)
+                if not is_access_tracked(entry) and enough:
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
@@ -120,7 +136,14 @@ class TdpMmu(TdpLog):
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
-        leaf = make_leaf(pfn, goal, writable=writable, ad_enabled=ad_enabled, accessed=accessed)
+        leaf = make_leaf(
+            pfn,
+            goal,
+            writable=writable,
+            ad_enabled=ad_enabled,
+            accessed=accessed,
+            executable=goal == LEVEL_4K or not self.nx_huge_pages,
+        )
         return self._store_leaf(root, at, gfn, goal, leaf)
 
     def _store_leaf(self, root: Root, at: int, gfn: Gfn, level: Level, leaf: int) -> Mapped:
@@ -178,15 +201,22 @@ class TdpMmu(TdpLog):
                 zapped = True
         return zapped
 
-    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[bool, GfnSpan | None]:
-        """Clear at most `limit` leaves of one root: whether to flush, and what of `span` is left to do."""
+    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[int, GfnSpan | None]:
+        """Clear at most `limit` leaves of one root: how many, and what of `span` is left to do."""
         count = 0
         for met in self._leaves(root, span):
             if count == limit:
-                return True, GfnSpan(met.gfn, span.end)
+                return count, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
             count += 1
-        return count > 0, None
+        return count, None
+
+    def zap_table(self, root: Root, gfn: Gfn, level: Level) -> None:
+        """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
+        at, table = self._entry_at(root, gfn, level), self.table_at(root, gfn, level)
+        if at is not None and table is not None:
+            self._set(root, gfn, level, at, self._writer.load64(at), bits.EMPTY)
+            self._unlink_subtree(root, table, Level(level - 1), self._next_epoch())
 
     def _clear(self, root: Root, met: RangeEntry) -> None:
         self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)

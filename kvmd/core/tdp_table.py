@@ -39,8 +39,10 @@ class Root:
     refs: int = 0  # besides the MMU's own
     exported: bool = False
     invalid: bool = False
+    dismantled: bool = False  # nothing is below it any more
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables: int = 1
+    nx_split: dict[tuple[Level, Gfn], Hpa] = field(default_factory=dict)  # tables only a fetch asked for
     record: MapRecord = field(default_factory=MapRecord)
 
     @property
@@ -69,6 +71,7 @@ class TdpTable:
         self._rules = rules
         self._next_epoch = next_epoch
         self._pml = pml
+        self.nx_huge_pages = False  # no huge leaf is executable
 
     @property
     def load64(self) -> Callable[[int], int]:
@@ -127,6 +130,33 @@ class TdpTable:
         for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
             if is_present(met.entry) and is_leaf(met.entry, met.level):
                 yield met
+
+    def _tables_at(self, root: Root, level: Level) -> Iterator[tuple[int, Hpa]]:
+        """Every entry of `level` that points to a table: where it lies, and the table."""
+        row = [root.hpa]
+        for above in range(root.role.level, level, -1):
+            entries = (entry for table in row for entry in self._writer.load_table(table))
+            row = [table_of(entry) for entry in entries if is_table(entry, Level(above))]
+        for table in row:
+            for index, entry in enumerate(self._writer.load_table(table)):
+                if is_table(entry, level):
+                    yield table + index * ENTRY_BYTES, table_of(entry)
+
+    def _entry_at(self, root: Root, gfn: Gfn, level: Level) -> int | None:
+        """Where the entry of `level` lies that covers `gfn`, if its table is there."""
+        table = root.hpa
+        for number in range(root.role.level, level, -1):
+            entry = self._writer.load64(table + index_of(gfn, Level(number)) * ENTRY_BYTES)
+            if not is_table(entry, Level(number)):
+                return None
+            table = table_of(entry)
+        return table + index_of(gfn, level) * ENTRY_BYTES
+
+    def table_at(self, root: Root, gfn: Gfn, level: Level) -> Hpa | None:
+        """The table that the entry of `level` over `gfn` points to, if it does."""
+        at = self._entry_at(root, gfn, level)
+        entry = 0 if at is None else self._writer.load64(at)
+        return table_of(entry) if is_table(entry, level) else None
 
     def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
         """The leaf that maps `gfn`, if one does."""

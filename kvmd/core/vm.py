@@ -19,6 +19,7 @@ from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
+from kvmd.core.nx_huge import NxHugePages
 from kvmd.core.page_fault import (
     PageFault,
     Result,
@@ -34,11 +35,12 @@ from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.tdp_table import Role, Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from kvmd.core.vcpu import Vcpu
+from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Level, gfn_of
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level, gfn_of
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4 * MAX_VCPUS
@@ -66,6 +68,7 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
+        self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
@@ -73,7 +76,7 @@ class Kvm:
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory()
         self.fault_path = FaultPath(self)
-        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, seq_start)
+        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         mm.notifiers.append(self.host_changes)
 
     def _make_memory(self) -> None:
@@ -92,9 +95,10 @@ class Kvm:
             self.flusher,
             self.dirty_log,
             self.exported,
-            lambda: host.cond_resched(),
+            self.zapper,
             self._slot_replaced,
         )
+        self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
         self.private = PrivateMemory(
             self.id,
             lock,
@@ -241,6 +245,13 @@ class Kvm:
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
         return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
 
+    async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
+        """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
+        if not size or (gpa | size) % PAGE_SIZE or gpa + size > self.slots.gfn_limit << PAGE_SHIFT:
+            raise UapiError(errno.EINVAL, f"zap of {gpa:#x}+{size:#x}: not whole pages the guest can have")
+        span = GfnSpan.of_pages(gfn_of(gpa), size >> PAGE_SHIFT)
+        await self.host_changes.zap_gfn_range([span], told=span)
+
     # -- the exported TDP ------------------------------------------------------------------------------
 
     async def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
@@ -333,6 +344,8 @@ class Kvm:
         assert not self.exported, "an exported TDP keeps its VM"
         self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
-        self.mmu.drop_all()
+        for root in self.mmu.roots:
+            root.refs = 0  # those of vCPUs, which are gone
+        await self.zapper.dismantle(self.mmu.roots)
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)

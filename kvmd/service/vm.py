@@ -156,6 +156,20 @@ async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: 
     return {}
 
 
+async def _nx_huge_pages(owner: VmFile, message: uapi.NxHugePages, fds: Fds) -> Body:
+    await holding(owner, owner.vm.nx_huge.switch(on=message.on))
+    return {}
+
+
+async def _recover_nx_huge_pages(owner: VmFile, message: uapi.RecoverNxHugePages, fds: Fds) -> Body:
+    return {"ret": await holding(owner, owner.vm.nx_huge.recover())}
+
+
+async def _zap_gfn_range(owner: VmFile, message: uapi.ZapGfnRange, fds: Fds) -> Body:
+    await holding(owner, owner.vm.zap_gfn_range(Gpa(message.gpa), message.size))
+    return {}
+
+
 VM: Service[VmFile] = Service(
     "kvm-vm",
     {
@@ -178,5 +192,8 @@ VM: Service[VmFile] = Service(
         ),
         "PAGE_TRACK_ADD": ioctl(uapi.PageTrackAdd, _page_track_add),
         "PAGE_TRACK_REMOVE": ioctl(uapi.PageTrackRemove, _page_track_remove),
+        "NX_HUGE_PAGES": ioctl(uapi.NxHugePages, _nx_huge_pages),
+        "RECOVER_NX_HUGE_PAGES": ioctl(uapi.RecoverNxHugePages, _recover_nx_huge_pages),
+        "ZAP_GFN_RANGE": ioctl(uapi.ZapGfnRange, _zap_gfn_range),
     },
 )

@@ -21,7 +21,7 @@ from kvmd.core.host_changes import HostChanges
 from kvmd.core.table_pool import TablePool
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait
-from protocol.units import Hpa, Hva
+from protocol.units import Gfn, Hpa, Hva
 from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
 
 S, L = SMALL >> 12, LARGE >> 12
@@ -233,7 +233,7 @@ def no_sequence(self: HostChanges, start: Hva, end: Hva) -> None:
     over.set(None)
 
 
-def never_changing(self: HostChanges, hva: Hva) -> bool:
+def never_changing(self: HostChanges, hva: Hva, gfn: Gfn) -> bool:
     return False
 
 
