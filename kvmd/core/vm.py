@@ -223,7 +223,8 @@ class Kvm:
 
     def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
-        return self.dirty_log.ring_full(vcpu.id)
+        ring = self.dirty_log.rings.get(vcpu.id)
+        return ring is not None and ring.soft_full
 
     def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:

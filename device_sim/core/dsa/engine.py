@@ -44,12 +44,7 @@ class Group:
             self._spawn(self._engine())
 
     def _has_work(self) -> bool:
-        if self._staged:
-            return True
-        for queue in self._queues:
-            if queue.waiting:
-                return True
-        return False
+        return bool(self._staged) or any(queue.waiting for queue in self._queues)
 
     async def _engine(self) -> None:
         while (job := self._next()) is not None:
