@@ -95,11 +95,6 @@ class DirtyLog:
         """A vCPU is made: its ring begins empty."""
         self.rings[vcpu_id] = DirtyRing(memory, self.ring_reserve)
 
-    def ring_full(self, vcpu_id: int) -> bool:
-        """The vCPU must leave to user space instead of entering the guest."""
-        ring = self.rings.get(vcpu_id)
-        return ring is not None and ring.soft_full
-
     # -- a slot's logging starts and stops -------------------------------------------------------------
 
     def bitmap_for(self, old: Memslot | None, new: Memslot) -> DirtyBitmap | None:

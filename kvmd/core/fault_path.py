@@ -61,7 +61,7 @@ class FaultPath:
             return Result.READONLY
         if fault.write and vm.page_track.is_tracked(slot, gfn):
             return Result.TRACKED
-        if fault.write and self._fast_page_fault(fault, slot, vcpu):
+        if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
             return Result.FAST
         private = vm.private.serves(slot, gfn)
         hva = slot.hva_of(gfn)
@@ -101,7 +101,7 @@ class FaultPath:
         except UapiError:  # no page left for a table
             return Result.NO_MEMORY
         vm.nx_huge.mapped(root, fault, wanted)
-        if mapped.outcome is Outcome.FIXED and writable:
+        if writable and slot.logs and mapped.outcome is Outcome.FIXED:
             vm.mark_page_dirty(slot, fault.gfn, vcpu)
         if mapped.flush is not None:
             await vm.flusher.flush(mapped.flush)

@@ -112,14 +112,16 @@ class Memslots:
         self.gfn_limit = gfn_limit
         self._by_id: dict[tuple[int, int], Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
+        self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
         self.generation = 0
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
         """The slot that maps `gfn`."""
-        slots = self._by_gfn[as_id]
-        at = bisect_right(slots, gfn, key=lambda s: s.base_gfn) - 1
-        if at >= 0 and gfn < slots[at].base_gfn + slots[at].npages:
-            return slots[at]
+        at = bisect_right(self._bases[as_id], gfn) - 1
+        if at >= 0:
+            slot = self._by_gfn[as_id][at]
+            if gfn < slot.base_gfn + slot.npages:
+                return slot
         return None
 
     def numbered(self, number: int) -> Memslot | None:
@@ -168,10 +170,13 @@ class Memslots:
         if old is not None:
             del self._by_id[old.as_id, old.id]
             self._by_gfn[old.as_id].remove(old)
+            self._bases[old.as_id].remove(old.base_gfn)
         if new is not None:
             self._by_id[new.as_id, new.id] = new
-            slots = self._by_gfn[new.as_id]
-            slots.insert(bisect_right(slots, new.base_gfn, key=lambda s: s.base_gfn), new)
+            bases = self._bases[new.as_id]
+            at = bisect_right(bases, new.base_gfn)
+            bases.insert(at, new.base_gfn)
+            self._by_gfn[new.as_id].insert(at, new)
         self.generation += 1
 
     def _check_overlap(self, new: Memslot) -> None:

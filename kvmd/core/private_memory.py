@@ -72,7 +72,9 @@ class PrivateMemory:
 
     def serves(self, slot: Memslot, gfn: Gfn) -> bool:
         """Does the page of `gfn` come from a guest_memfd, or would it, had the slot one?"""
-        return self.attributes.is_private(gfn) or (slot.private is not None and slot.private.serves_shared)
+        if self.attributes.supported and self.attributes.is_private(gfn):
+            return True
+        return slot.private is not None and slot.private.serves_shared
 
     def page(self, slot: Memslot, gfn: Gfn) -> HostPage | None:
         """The private page of `gfn`, made now if it never was.  None: there is none to have."""

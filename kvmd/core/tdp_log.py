@@ -23,7 +23,7 @@ _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 class TdpLog(TdpTable):
     """The logging of the tables of one VM."""
 
-    _protected = False  # nothing ever was: no store can find W taken
+    may_lack_write = False  # nothing was ever protected: no store can find W taken
 
     def logs_by_dirty_bit(self, root: Root) -> bool:
         """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
@@ -35,7 +35,7 @@ class TdpLog(TdpTable):
 
         A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
         """
-        self._protected = True
+        self.may_lack_write = True
         small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
         cleared = False
         for met in self._leaves(root, span):
@@ -52,7 +52,7 @@ class TdpLog(TdpTable):
 
         Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
         """
-        met = self.leaf_at(root, gfn) if self._protected else None
+        met = self.leaf_at(root, gfn)
         if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
             return False
         if logs and met.level > LEVEL_4K:

@@ -49,6 +49,9 @@ class Mapped(NamedTuple):
     flush: GfnSpan | None = None  # a table was replaced by a leaf: flush this before its pages are reused
 
 
+_MAPPED = Mapped(Outcome.FIXED)  # and what may be cached of the old entry is still right
+
+
 class TdpMmu(TdpLog):
     """The tables of one VM, as faults, zaps and the ageing of pages change them."""
 
@@ -154,16 +157,17 @@ class TdpMmu(TdpLog):
         if TRACE.on:
             TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
         root.leaves[level] += 1
+        if not is_present(old):
+            return _MAPPED
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
-        if is_present_leaf(old, level):
-            root.leaves[level] -= 1
-            if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
-                # Another frame, or fewer rights: cached copies of the old entry must go first.
-                return Mapped(Outcome.FIXED, entry_span(gfn, level))
-        return Mapped(Outcome.FIXED)
+        root.leaves[level] -= 1
+        if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
+            # Another frame, or fewer rights: cached copies of the old entry must go first.
+            return Mapped(Outcome.FIXED, entry_span(gfn, level))
+        return _MAPPED
 
     def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
         """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""

@@ -222,7 +222,8 @@ class Kvm:
 
     def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
-        return self.dirty_log.ring_full(vcpu.id)
+        ring = self.dirty_log.rings.get(vcpu.id)
+        return ring is not None and ring.soft_full
 
     def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
@@ -239,6 +240,8 @@ class Kvm:
 
     def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
         """The size of leaf that a fault at `gfn` gets for `page`."""
+        if page.level == LEVEL_4K:
+            return LEVEL_4K
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
         return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
 

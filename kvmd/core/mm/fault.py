@@ -99,7 +99,8 @@ def _may_reuse(space: AddressSpace, page: Page) -> bool:
 
 def _missing(space: AddressSpace, vma: Vma, hva: Hva, *, write: bool, user: bool) -> Pte | Wait[None]:
     """No entry: make one."""
-    head = Hva(align_down(hva, size_of_level(vma.level)))
+    level = _huge_level(space, vma, hva) if vma.file is None else vma.level
+    head = Hva(align_down(hva, size_of_level(level)))
     awaited = vma.file is None or not vma.file.has(vma.offset_of(head))
     if awaited and vma.uffd is not None and vma.uffd_missing:
         return vma.uffd.ask(hva, write=write, wp=False, user=user)
@@ -110,8 +111,6 @@ def _missing(space: AddressSpace, vma: Vma, hva: Hva, *, write: bool, user: bool
             entry = Pte(head, page.pfn, vma.level, True, page)
         space.table.set(entry)
         return entry
-    level = _huge_level(space, vma, hva)
-    head = Hva(align_down(hva, size_of_level(level)))
     if write or vma.level > LEVEL_4K:
         # A read of a hugetlb page gets a page of its own too, not writable yet [hugetlb_no_page].
         page = _allocate(space, vma, level)
