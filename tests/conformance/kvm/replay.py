@@ -32,7 +32,9 @@ class Outcome:
 async def replay(kvmd: Kvmd, case: Case) -> Outcome:
     """All differences; a step that cannot be replayed is the last one looked at."""
     outcome = Outcome(case, case.skip)
-    if case.skip:
+    if case.bad:
+        outcome.differences.append(Difference("0", "the case itself", case.bad))
+    if case.skip or case.bad:
         return outcome
     step = Step("0", {}, outcome.differences)
     try:

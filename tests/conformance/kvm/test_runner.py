@@ -244,11 +244,6 @@ def test_status_is_1_when_kvmd_does_not_start(tmp_path: Path, capsys: pytest.Cap
     [
         (3, "neither a list of cases nor an object"),
         ({"sequences": 3}, "neither a list of cases nor an object"),
-        ([3], "case 0: not an object with a name"),
-        ([{"name": "a"}], "case 0, a: `steps` is not a list"),
-        ([{"name": "a", "steps": [3]}], "case 0, a: `steps` is not a list"),
-        ({"sequences": [{"name": "a", "steps": [], "guest": 3}]}, "`guest` is not an object"),
-        ({"sequences": [{"name": "a", "steps": [], "ring": "4K"}]}, "`ring` is neither a number nor null"),
     ],
 )
 def test_a_file_of_no_known_form_is_refused(
@@ -259,6 +254,26 @@ def test_a_file_of_no_known_form_is_refused(
         load(path)
     assert main([str(path)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (3, "case 0: not an object with a name"),
+        ({"name": "a"}, "a: `steps` is not a list"),
+        ({"name": "a", "steps": [3]}, "a: `steps` is not a list"),
+        ({"name": "a", "steps": [], "guest": 3}, "a: `guest` is not an object"),
+        ({"name": "a", "steps": [], "ring": "4K"}, "a: `ring` is neither a number nor null"),
+    ],
+)
+def test_an_entry_that_is_no_case_fails_alone(
+    entry: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "odd.json", {"sequences": [entry, sequence("story", STORY)]})
+    assert main([str(path)]) == 1
+    *differences, counts = capsys.readouterr().out.splitlines()
+    assert said in differences[0]
+    assert counts == "1 passed, 1 failed, 0 skipped"
 
 
 @pytest.mark.parametrize("text", [None, "{", "\0"])
