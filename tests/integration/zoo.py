@@ -30,7 +30,7 @@ from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.machine import Host
-from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, vm_only
+from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm
 from tests.integration.system import eventually
 
 SERVICES: list[Service[Any]] = [
@@ -76,6 +76,9 @@ class Zoo:
             return errno.EUCLEAN if "internal error" in error.why else error.errno
         reply.fds.close()
         return 0
+
+    async def is_bug(self, service: Service[Any], op: str, body: dict[str, Any], fds: list[int]) -> bool:
+        return await self.ask(service, op, body, fds) == errno.EUCLEAN
 
     async def grant(self, service: Service[Any], op: str) -> int:
         body, fds = REQUESTS[service.name, op](self)
@@ -225,10 +228,19 @@ def _uffd_range(zoo: Zoo, number: int, **body: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def zoo_of(host: Host) -> AsyncIterator[Zoo]:
-    """A VM with device 0 attached, and one more of everything; nothing is left of it at the end."""
-    async with vm_only(host) as rig:
-        await attach_device(rig)
+async def only_closed(host: Host) -> AsyncIterator[Rig]:
+    rig = await bare_vm(host)
+    try:
+        yield rig
+    finally:
+        rig.close()
+
+
+@asynccontextmanager
+async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
+    """A VM with a device attached, and one more of everything; it is all closed at the end."""
+    async with only_closed(host) as rig:
+        await attach_device(rig, number)
         zoo = Zoo(host, rig)
         process, vm = rig.process, rig.vm
         zoo.token = os.fstat(process._fd).st_ino
