@@ -15,7 +15,7 @@ import trio
 
 from protocol.errors import PeerError, UapiError
 from protocol.rpc.channel import Channel
-from protocol.units import PAGE_SIZE
+from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.machine import Host, connect_host
 from qemu_shim.process import Uffd
 from tests.integration.rig import Rig, TestImporter, bare_vm, bind_device, nothing_left, vm_only
@@ -274,6 +274,23 @@ async def test_a_page_taken_away_at_each_exit_is_no_bug_of_ours(host: Host) -> N
             ran = await vcpu.resume()
     for file in (vcpu, vm, process):
         file.close()
+
+
+async def test_a_long_pre_fault_lets_others_ask_and_ends_with_its_vcpu(
+    host: Host, shared_system: System
+) -> None:
+    async with vm_only(host) as rig, asked() as requests:
+        requests.begin("pre-fault", rig.vcpu.pre_fault_memory(0, GIB))
+        await sent(rig.vcpu._channel)
+        mapped = (await eventually(host.kvmd.stats, lambda s: s["frames"] > 0, "pages come"))["vms"][0]
+        assert 0 < mapped["pages_4k"] < GIB // PAGE_SIZE
+        assert "pre-fault" not in requests.ended
+        with pytest.raises(UapiError) as caught:
+            await rig.vcpu.run([])
+        assert caught.value.errno == errno.EBUSY, "one request of a vCPU at a time"
+        await kvmd_sees(shared_system, 2, rig.close_vm)
+        stats = await eventually(host.kvmd.stats, lambda s: s["vms"] == [], "it stops where it is")
+        assert stats["frames"] < GIB // PAGE_SIZE
 
 
 # -- importers ---------------------------------------------------------------------------------------------
