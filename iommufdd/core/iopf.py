@@ -12,6 +12,7 @@ a bug of ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
@@ -22,7 +23,8 @@ from protocol.hw.fields import FormatError
 from protocol.hw.prq import PageRequest, reply_to
 from protocol.hw.qi import ResponseCode
 
-MAX_PARTIAL = 2048  # requests held back for the last of their group: as many as the ring has
+# Of one function: requests held back for the last of their group, as many as the ring has.
+MAX_PARTIAL = 2048
 
 
 class Verdict(Enum):
@@ -46,7 +48,7 @@ class Groups:
 
     def __init__(self) -> None:
         self._partial: dict[tuple[int, int], list[PageRequest]] = {}
-        self._held = 0
+        self._held: Counter[int] = Counter()  # by function: one that ends no group takes nobody else's room
         self.discarded = 0
 
     def gather(self, request: PageRequest) -> list[PageRequest] | None:
@@ -54,25 +56,25 @@ class Groups:
         key = request.rid, request.prgi
         if request.last:
             held = self._partial.pop(key, [])
-            self._held -= len(held)
+            self._held[request.rid] -= len(held)
             return [*held, request]
-        if self._held >= MAX_PARTIAL:
+        if self._held[request.rid] >= MAX_PARTIAL:
             self.discarded += 1
             return None
         self._partial.setdefault(key, []).append(request)
-        self._held += 1
+        self._held[request.rid] += 1
         return None
 
     def discard(self, rids: Iterable[int] | None = None) -> None:
         """Forget partial groups: after an overflow all of them, at a detach those of the function (R9)."""
         for key in [key for key in self._partial if rids is None or key[0] in rids]:
             held = self._partial.pop(key)
-            self._held -= len(held)
+            self._held[key[0]] -= len(held)
             self.discarded += len(held)
 
     @property
     def held(self) -> int:
-        return self._held
+        return self._held.total()
 
 
 class Iopf:
@@ -111,10 +113,12 @@ class Iopf:
         verdict = judge(request)
         if verdict is Verdict.SKIP or (verdict is Verdict.REFUSE and not request.last):
             return  # dropped; its group goes on without it
+        device = self._find(request.rid)
+        if device is None and not request.last:
+            return  # nobody's: what could its group be handled with?
         group = self.groups.gather(request)
         if group is None:
             return
-        device = self._find(request.rid)
         hwpt = None if device is None or device.drained else device.hwpt
         if verdict is Verdict.REFUSE or device is None or not isinstance(hwpt, HwptKvm):
             self._answer(request.rid, request.prgi, ResponseCode.INVALID)

@@ -54,5 +54,9 @@ class Objects:
         del self._objects[object_id]
         return obj
 
+    def drop(self, object_id: int) -> None:
+        """The table itself goes: who uses the object lets go of it when it finds out."""
+        del self._objects[object_id]
+
     def all(self, kind: type[T]) -> Iterator[T]:
         return (obj for obj in list(self._objects.values()) if isinstance(obj, kind))

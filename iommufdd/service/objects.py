@@ -172,10 +172,10 @@ class App:
             if vfio.bound is not None and vfio.bound[0] is held:
                 await self.unbind(vfio)
         for hwpt in held.objects.all(Hwpt):
-            held.objects.remove(hwpt.id)
+            held.objects.drop(hwpt.id)
             await self.destroy_hwpt(hwpt)
         for ioas in held.objects.all(Ioas):
-            held.objects.remove(ioas.id)
+            held.objects.drop(ioas.id)
 
     def vfio_closed(self, held: VfioFile) -> None:
         self.loop.flows.spawn(self._release_vfio(held))

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from kvmd.core.vm import Kvm
 
 MAX_TLB_ENTRIES = 4096
-# A resolved violation maps the page; an invalidation may take it away again before the retry.
-MAX_VIOLATIONS = 64
+MAX_VIOLATIONS = 64  # resolved in a row, with no flush between: what was mapped is not there
 
 Range = tuple[Gpa, int, int]  # gpa, size, the right it takes
 
@@ -135,7 +134,8 @@ class Cpu:
         emulator has to make this access.
         """
         wanted = [(at, count, need) for gpa, size, need in ranges for at, count in pages_of(gpa, size)]
-        for _ in range(MAX_VIOLATIONS):
+        tries, epoch = 0, self._vm.flusher.epoch
+        while tries < MAX_VIOLATIONS:
             pieces = []
             for at, count, need in wanted:
                 page = self._translate(gfn_of(at), need)
@@ -149,6 +149,8 @@ class Cpu:
                 continue
             if not await self._violation(gfn_of(at), need):
                 return None
+            before, epoch = epoch, self._vm.flusher.epoch
+            tries = tries + 1 if before == epoch else 0  # or it may have been taken away again
         raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")
 
     def _translate(self, gfn: Gfn, need: int) -> int | None:

@@ -16,6 +16,7 @@ from protocol.errors import UapiError
 from protocol.pt.geometry import entry_span, gfn_limit
 from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa
 
+BREATH = 64  # faults after which others get a turn
 _ERRNO = {Result.NO_SLOT: errno.ENOENT, Result.NO_MEMORY: errno.ENOMEM, Result.UNSTABLE: errno.EAGAIN}
 
 
@@ -23,15 +24,28 @@ async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int)
     """What is left of the range: its start and size."""
     if flags or gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa + size >= 1 << 64:
         raise UapiError(errno.EINVAL, f"pre-fault {gpa:#x}+{size:#x} flags {flags:#x}: whole pages, no flags")
-    start, end = gpa, gpa + size
-    while gpa < end:
+    vcpu.running = True
+    try:
+        at = await _pre_fault_until(vm, vcpu, gpa, Gpa(gpa + size))
+    finally:
+        vcpu.running = False
+    return at, gpa + size - at
+
+
+async def _pre_fault_until(vm: Kvm, vcpu: Vcpu, start: Gpa, end: Gpa) -> Gpa:
+    """How far it came."""
+    gpa, faults = start, 0
+    while gpa < end and not vcpu.signal_pending:
         try:
             gpa = Gpa(min(end, await _pre_fault(vm, vcpu, Gfn(gpa >> PAGE_SHIFT)) << PAGE_SHIFT))
         except UapiError:
             if gpa == start:
                 raise
             break
-    return gpa, end - gpa
+        faults += 1
+        if faults % BREATH == 0:
+            await vm.host.cond_resched()
+    return gpa
 
 
 async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:

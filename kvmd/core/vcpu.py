@@ -112,6 +112,10 @@ class Vcpu:
             self._kicked = False
             await Exit(ExitReason.INTR, errno.EINTR, f"vCPU {self.id}: interrupted")
 
+    @property
+    def signal_pending(self) -> bool:
+        return self._kicked
+
     def kick(self) -> None:
         """A signal for the thread that runs this vCPU."""
         self._kicked = True

@@ -72,11 +72,11 @@ async def _unregister(importer: Importer, message: tdp.TdpUnregisterImporter, fd
 
 async def _forget_importer(importer: Importer) -> None:
     """It is told of flushes until its lease ends: until then something may walk on its behalf (I13)."""
-    ops, lease, importer.ops = importer.ops, importer.lease, None
+    ops, lease, name, importer.ops = importer.ops, importer.lease, importer.name, None
     if ops is not None and lease is not None:
         await lease.ended
         importer.tdp.leases.remove(lease)
-        importer.tdp.exported.unregister_importer(importer.name, ops)
+        importer.tdp.exported.unregister_importer(name, ops)  # the channel may be another's by now
 
 
 def importer_closed(importer: Importer) -> None:

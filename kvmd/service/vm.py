@@ -138,9 +138,14 @@ async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttrib
 
 
 async def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
+    return await holding(owner, _export(owner, message))
+
+
+async def _export(owner: VmFile, message: uapi.KvmCreateTdpFd) -> Answer:
+    """The TDP FD takes its reference before the request drops its own."""
     argp = None if message.argp is None else Hva(message.argp)
     request = CreateTdpFd(message.as_id, message.mode, message.pad, argp)
-    exported = await holding(owner, owner.vm.create_tdp_fd(request))
+    exported = await owner.vm.create_tdp_fd(request)
     owner.refs += 1
     fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner, exported), tdp_fd_closed)
     return Answer({}, [fd])

@@ -22,9 +22,20 @@ from protocol.rpc.service import Service
 Obj = TypeVar("Obj")
 
 
+def _socket_device() -> int:
+    with socket.socket(socket.AF_UNIX) as made:
+        return os.fstat(made.fileno()).st_dev
+
+
+SOCKET_DEVICE = _socket_device()
+
+
 def inode_of(fd: int) -> int:
-    """The number that names the open file behind a socket fd, in every process."""
-    return os.fstat(fd).st_ino
+    """The number that names the open file behind a socket fd, in every process; 0 for any other file, whose
+    number may be whatever its filesystem likes.
+    """
+    stat = os.fstat(fd)
+    return stat.st_ino if stat.st_dev == SOCKET_DEVICE else 0
 
 
 def _file_of(fd: int) -> tuple[int, int]:

@@ -64,7 +64,8 @@ class Service(Generic[Obj]):
         unknown_errno: int = errno.ENOTTY,
     ) -> None:
         self.name = name
-        self._unknown_errno = unknown_errno
+        self.methods = methods
+        self.unknown_errno = unknown_errno
         # One cached validator an op: the table does what a discriminated union would do again.
         self._methods = {
             op: (_validator(method.model), method.run, method.max_fds) for op, method in methods.items()
@@ -134,7 +135,7 @@ class Service(Generic[Obj]):
         op = body.get("op")
         method = self._methods.get(op) if type(op) is str else None
         if method is None:
-            raise UapiError(self._unknown_errno, f"{self.name}: unknown request {op!r:.100}")
+            raise UapiError(self.unknown_errno, f"{self.name}: unknown request {op!r:.100}")
         validate, run, max_fds = method
         if len(fds) > max_fds:
             raise UapiError(errno.EINVAL, f"{op}: {len(fds)} file descriptors sent, it takes {max_fds}")

@@ -178,3 +178,21 @@ async def test_answers_to_silicon_that_is_gone_are_counted_as_lost() -> None:
         )
         assert stats["responses_lost"] > 0
         fake.let_go()
+
+
+async def test_a_function_that_ends_no_group_takes_nobody_elses_room() -> None:
+    """The store of partial groups is each function's own, as the kernel's list is; nobody's has none."""
+    async with hostile(functions=2) as (fake, rig):
+        iommu, _ = rig.bound
+        neighbour = await rig.host.iommufdd.open_device(1)
+        await neighbour.bind(iommu)
+        await neighbour.attach(rig.hwpt_id)
+        fake.send(*(page_request(n * PAGE_SIZE, n % 400, last=False) for n in range(RING)))
+        fake.send(*(page_request(n * PAGE_SIZE, n % 400, last=False, rid=0xFFFF) for n in range(RING)))
+        pages = [n * PAGE_SIZE for n in range(3)]
+        fake.send(*(page_request(page, 1, last=page == pages[-1], rid=RID + 8) for page in pages))
+        assert await fake.wait_answers(1) == [(RID + 8, 1, SUCCESS)]
+        assert (await vm_stats(rig.host))["pages_4k"] == len(pages)
+        stats = await rig.host.iommufdd.stats()
+        assert (stats["partial_held"], stats["partial_discarded"]) == (RING, 0)
+        neighbour.close()

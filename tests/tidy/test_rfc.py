@@ -20,7 +20,7 @@ from tests.rfc.table import (
 from tests.tidy.source import Module, modules, snippet
 from tests.tidy.test_shape import reference_tags
 
-EVERY_ID_HAS_A_TEST = False
+EVERY_ID_HAS_A_TEST = True
 
 MARKED = """
 ROWS = [pytest.param(1, marks=pytest.mark.rfc("RFC-02")), 2]

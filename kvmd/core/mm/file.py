@@ -139,7 +139,7 @@ class File:
 
     async def pwrite(self, offset: int, data: bytes) -> None:
         """Grows the file if it must.  EFBIG; EIO; ENOMEM."""
-        await self._lock.acquire(write=True)
+        await self._begin()
         try:
             end = offset + len(data)
             self._check_size(end)
@@ -151,13 +151,22 @@ class File:
                 at += len(part)
                 self.size = max(self.size, offset + at)
         finally:
-            self._lock.release()
+            self._end()
 
     def _bytes(self, index: int) -> memoryview:
         page = self._get(index)
         if page.poisoned:
             raise UapiError(errno.EIO, f"{self.name} page {index}: the memory failed")
         return self._memory.view(page.pfn, self._page)
+
+    async def _begin(self) -> None:
+        """A change of the file, which keeps it: the fd it came over may be closed before its turn comes."""
+        self._refs += 1
+        await self._lock.acquire(write=True)
+
+    def _end(self) -> None:
+        self._lock.release()
+        self.put()
 
     def _check_size(self, size: int) -> None:
         if size > MAX_FILE_BYTES:
@@ -170,7 +179,7 @@ class File:
             raise UapiError(
                 errno.EINVAL, f"{self.name}: {size:#x} bytes are not whole pages of {self._page:#x}"
             )
-        await self._lock.acquire(write=True)
+        await self._begin()
         try:
             self.size = size  # from here on a fault beyond it fails
             first = align_up(size, self._page) // self._page
@@ -180,13 +189,13 @@ class File:
             if tail and size // self._page in self._cache:
                 self._bytes(size // self._page)[tail:] = bytes(self._page - tail)
         finally:
-            self._lock.release()
+            self._end()
 
     async def punch_hole(self, offset: int, size: int) -> None:
         """The range reads as zeroes from now on.  EINVAL: no range."""
         if offset < 0 or size <= 0:
             raise UapiError(errno.EINVAL, f"{self.name}: hole {offset:#x}+{size:#x} is no range")
-        await self._lock.acquire(write=True)
+        await self._begin()
         try:
             first, last = align_up(offset, self._page) // self._page, (offset + size) // self._page
             if first < last:
@@ -195,7 +204,7 @@ class File:
             self._zero_part(offset, min(offset + size, first * self._page))
             self._zero_part(max(offset, last * self._page), offset + size)
         finally:
-            self._lock.release()
+            self._end()
 
     def _zero_part(self, start: int, end: int) -> None:
         index, at = divmod(start, self._page)

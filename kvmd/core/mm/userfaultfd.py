@@ -89,11 +89,14 @@ class Userfaultfd:
     # -- ranges ----------------------------------------------------------------------------------------
 
     async def register(self, start: Hva, size: int, *, missing: bool, wp: bool) -> None:
-        """EINVAL: not whole pages, nothing mapped, hugetlb; EBUSY: another userfaultfd's."""
+        """EINVAL: not whole pages, nothing mapped, hugetlb; EBUSY: another userfaultfd's; ENOMEM: the process
+        is gone.
+        """
         space = self._space
         await space.mmap_lock.acquire(write=True)
         try:
             end = space.check_range("UFFDIO_REGISTER", start, size)
+            self._check_alive("UFFDIO_REGISTER", errno.ENOMEM)
             found = space.vmas.overlapping(start, end)
             if not found or not (missing or wp) or any(vma.level > LEVEL_4K for vma in found):
                 raise UapiError(
@@ -108,12 +111,22 @@ class Userfaultfd:
             space.mmap_lock.release()
 
     async def unregister(self, start: Hva, size: int) -> None:
-        """EINVAL: not whole pages."""
-        await self._space.mmap_lock.acquire(write=True)
+        """EINVAL: not whole pages, nothing mapped; ENOMEM: the process is gone."""
+        space = self._space
+        await space.mmap_lock.acquire(write=True)
         try:
-            await self._leave(start, self._space.check_range("UFFDIO_UNREGISTER", start, size))
+            end = space.check_range("UFFDIO_UNREGISTER", start, size)
+            self._check_alive("UFFDIO_UNREGISTER", errno.ENOMEM)
+            if not space.vmas.overlapping(start, end):
+                raise UapiError(errno.EINVAL, f"UFFDIO_UNREGISTER {start:#x}..{end:#x}: nothing is mapped")
+            await self._leave(start, end)
         finally:
-            self._space.mmap_lock.release()
+            space.mmap_lock.release()
+
+    def _check_alive(self, what: str, number: int) -> None:
+        """The fd holds the address space, not its user: what it asks for finds nobody [mmget_not_zero]."""
+        if not self._space.alive:
+            raise UapiError(number, f"{what}: process {self._space.id} has exited")
 
     async def close(self) -> None:
         """The last copy of the fd is closed: every fault goes on as an ordinary one."""
@@ -143,7 +156,8 @@ class Userfaultfd:
 
     async def copy(self, dst: Hva, data: bytes, *, wp: bool) -> None:
         """UFFDIO_COPY: `data` becomes the pages at `dst`.  ENOENT: not one registered mapping; EEXIST: a page
-        is there, those before it are filled; EINVAL: not whole pages, or wp without its mode; ENOMEM.
+        is there, those before it are filled; EINVAL: not whole pages, or wp without its mode; ESRCH: the
+        process is gone; ENOMEM.
         """
         vma = await self._begin("UFFDIO_COPY", dst, len(data))
         try:
@@ -172,6 +186,7 @@ class Userfaultfd:
         await space.mmap_lock.acquire(write=False)
         try:
             end = space.check_range(what, start, size)
+            self._check_alive(what, errno.ESRCH)
             vma = space.vmas.find(start)
             if vma is None or vma.end < end or vma.uffd is None:
                 raise UapiError(errno.ENOENT, f"{what} {start:#x}..{end:#x}: not one registered mapping")
@@ -197,11 +212,12 @@ class Userfaultfd:
         space.table.set(Pte(hva, page.pfn, LEVEL_4K, writable, page, wp))
 
     async def writeprotect(self, start: Hva, size: int, *, on: bool) -> None:
-        """UFFDIO_WRITEPROTECT.  ENOENT: not registered for it."""
+        """UFFDIO_WRITEPROTECT.  ENOENT: not registered for it; ESRCH: the process is gone."""
         space = self._space
         await space.mmap_lock.acquire(write=False)
         try:
             end = space.check_range("UFFDIO_WRITEPROTECT", start, size)
+            self._check_alive("UFFDIO_WRITEPROTECT", errno.ESRCH)
             vmas = space.vmas.overlapping(start, end)
             if space.vmas.first_hole(start, end) is not None or not all(vma.uffd_wp for vma in vmas):
                 raise UapiError(

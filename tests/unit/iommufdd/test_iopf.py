@@ -111,19 +111,22 @@ def test_a_detach_discards_what_its_function_sent_and_nothing_else() -> None:
     assert groups.gather(last) == [other, last]
 
 
-def test_as_many_requests_are_held_as_the_ring_has_and_no_more() -> None:
+def test_as_many_requests_of_a_function_are_held_as_the_ring_has_and_no_more() -> None:
     groups = Groups()
     assert MAX_PARTIAL == 2048
     for n in range(MAX_PARTIAL):
-        assert groups.gather(request(n % 512, n, rid=RID + n // 512)) is None
+        assert groups.gather(request(n % 512, n)) is None
     assert (groups.held, groups.discarded) == (MAX_PARTIAL, 0)
     assert groups.gather(request(5, 1)) is None
     assert (groups.held, groups.discarded) == (MAX_PARTIAL, 1)
     whole = groups.gather(request(5, 2, last=True))
     assert whole is not None
-    assert [part.addr >> 12 for part in whole] == [5, 2]
+    assert [part.addr >> 12 for part in whole] == [5, 517, 1029, 1541, 2]
     groups.gather(request(5, 3))
-    assert (groups.held, groups.discarded) == (MAX_PARTIAL, 1)
+    assert (groups.held, groups.discarded) == (MAX_PARTIAL - 3, 1)
+    for n in range(MAX_PARTIAL):
+        groups.gather(request(1, n, rid=0x6A10))
+    assert (groups.held, groups.discarded) == (2 * MAX_PARTIAL - 3, 1), "a neighbour has room of its own"
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -178,3 +179,20 @@ def test_closing_all_hangs_up_on_every_holder(held: Held) -> None:
     for fd in fds:
         with socket.socket(fileno=fd) as sock:
             assert sock.recv(1) == b""
+
+
+def test_a_file_whose_inode_happens_to_be_an_objects_is_none(
+    held: Held, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Numbers are a filesystem's own: whoever may make files can find one that fits."""
+    fd = held.open()
+    real = os.fstat(fd)
+    with (tmp_path / "forged").open("wb") as file, monkeypatch.context() as patched:
+        forged, device = file.fileno(), os.fstat(file.fileno()).st_dev
+        same = os.stat_result((real.st_mode, real.st_ino, device, *real[3:]))
+        patched.setattr(os, "fstat", lambda number: same if number == forged else real)
+        with pytest.raises(UapiError) as caught:
+            held.files.find(forged, Vm)
+        assert caught.value.errno == errno.EINVAL
+        assert held.files.find(fd, Vm) == "vm0"
+    os.close(fd)
