@@ -65,6 +65,7 @@ class Host:
         clock: Clock,
         *,
         obstacles: frozenset[Obstacle] = frozenset(),
+        memlock_pages: int | None = None,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
@@ -75,7 +76,7 @@ class Host:
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
-        self.memory = Memory(self.frames)
+        self.memory = Memory(self.frames, memlock_pages)
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}

@@ -68,6 +68,9 @@ class PrivateMemory:
         """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before."""
         span = self.attributes.check(address, size, attributes, flags)
         async with self._lock:
+            pinned = self._mmu.keep.within(0, span) if self._mmu.keep else ()
+            if pinned:
+                raise UapiError(errno.EBUSY, f"gfn {pinned[0]:#x} is pinned: what it maps must stay")
             self.attributes.set(span, private=bool(attributes))
             if self._mmu.zap_leafs(span):
                 await self._flusher.flush(span)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kvmd.core.map_record import MapRecord
 from kvmd.core.spte import (
@@ -98,6 +98,15 @@ class Root:
         return GfnSpan(Gfn(0), gfn_limit(self.role.level))
 
 
+class Keep(Protocol):
+    """What entries must stay as they are: those of pinned gfns (`pinning.Pinned`)."""
+
+    def __len__(self) -> int: ...
+    def holds(self, as_id: int, gfn: Gfn) -> bool: ...
+    def any_in(self, as_id: int, span: GfnSpan) -> bool: ...
+    def within(self, as_id: int, span: GfnSpan) -> list[Gfn]: ...
+
+
 class TdpMmu:
     """The tables of one VM.  `next_epoch()` is the number the next flush will have; with `pml` the CPUs log
     each page whose D they set."""
@@ -113,6 +122,7 @@ class TdpMmu:
         pml: bool = False,
     ) -> None:
         self.roots: list[Root] = []
+        self.keep: Keep | None = None
         self._vm_id = vm_id
         self._writer = writer
         self._pool = pool
@@ -218,10 +228,27 @@ class TdpMmu:
 
     def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
         """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
+        if self.keep:
+            self._check_kept(root, gfn, level, old, new)
         self._writer.store64(at, new)
         root.record.store(gfn, level, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
+
+    def _check_kept(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
+        """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""
+        if level > LEVEL_4K:
+            assert root.invalid or not self._keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
+        elif self._is_kept(root, gfn) and is_present(old):
+            lost = (old ^ new) & bits.ADDRESS_MASK | old & ~new & (bits.RWX | bits.DIRTY)
+            assert not lost, f"I22: pinned gfn {gfn:#x}: {old:#x} became {new:#x}"
+
+    def _is_kept(self, root: Root, gfn: Gfn) -> bool:
+        """Must the entry stay?  An obsolete root's is nobody's any more."""
+        return bool(self.keep and not root.invalid and self.keep.holds(root.role.as_id, gfn))
+
+    def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
+        return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
     def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
         """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
@@ -253,18 +280,22 @@ class TdpMmu:
     # -- changing what is mapped -----------------------------------------------------------------------
 
     def zap_leafs(self, span: GfnSpan) -> bool:
-        """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
+        """Clear every leaf that overlaps `span`, in all roots, but what is pinned; tables stay.  Whether to
+        flush."""
         zapped = False
         for root in self.roots:
             for met in self._leaves(root, span):
-                self._clear(root, met)
-                zapped = True
+                if not (self.keep and self._is_kept(root, met.gfn)):
+                    self._clear(root, met)
+                    zapped = True
         return zapped
 
     def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[bool, GfnSpan | None]:
         """Clear at most `limit` leaves of one root: whether to flush, and what of `span` is left to do."""
         count = 0
         for met in self._leaves(root, span):
+            if self.keep and self._is_kept(root, met.gfn):
+                continue
             if count == limit:
                 return True, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
@@ -280,7 +311,7 @@ class TdpMmu:
         young = False
         for root in self.roots:
             for met in self._leaves(root, span):
-                if is_young(met.entry):
+                if is_young(met.entry) and not self._is_kept(root, met.gfn):
                     self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
                     young = True
         return young
@@ -370,6 +401,8 @@ class TdpMmu:
         cleared = False
         for met in self._leaves(root, span):
             if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
+                continue
+            if self._is_kept(root, met.gfn):  # always dirty
                 continue
             bit = small if met.level == LEVEL_4K else bits.WRITE
             if met.entry & bit:

@@ -30,6 +30,7 @@ from kvmd.core.page_fault import (
     mapping_level,
 )
 from kvmd.core.page_track import PageTrack
+from kvmd.core.pinning import Pinning
 from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.slots_change import SlotsChange
 from kvmd.core.spte import MMIO_GENERATION_MASK
@@ -71,6 +72,7 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
+        self.pinning = Pinning(self)
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
@@ -100,6 +102,7 @@ class Kvm:
             self.exported,
             lambda: host.cond_resched(),
             self._slot_replaced,
+            self.pinning,
         )
         self.private = PrivateMemory(
             self.id,
@@ -204,6 +207,9 @@ class Kvm:
             return Result.TRACKED
         if fault.write and self._fast_page_fault(fault, slot, vcpu):
             return Result.FAST
+        pinned = self.pinning.page_of(slot, gfn)
+        if pinned is not None:
+            return await self._map(fault, slot, pinned, vcpu)
         private = self.private.serves(slot, gfn)
         hva = slot.hva_of(gfn)
         if self._is_changing(hva):  # no use to look the page up: wait until the host is done
@@ -276,6 +282,8 @@ class Kvm:
         await self._slots_lock.acquire(write=True)
         try:
             gfn = gfn_of(gpa)
+            if gfn in self.pinning.pinned:
+                raise UapiError(errno.EBUSY, f"gfn {gfn:#x} is pinned: no store of a device faults there")
             self.page_track.add(self._slot_to_track(gfn), gfn)
             if self.mmu.write_protect(gfn, as_id=0):
                 await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
@@ -340,6 +348,10 @@ class Kvm:
         """An invalidation is in progress: the table is ahead of the host's page map."""
         return bool(self._in_progress)
 
+    def changing(self, hva: Hva) -> Wait[None] | None:
+        """What to wait for while the host changes what it has at `hva`."""
+        return self._invalidations_over if self._is_changing(hva) else None
+
     def _is_changing(self, hva: Hva) -> bool:
         return bool(self._in_progress) and any(start <= hva < end for start, end in self._in_progress)
 
@@ -353,7 +365,7 @@ class Kvm:
 
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
-        await self.slots_change.set_memory_region(region)
+        await self.pinning.follow(region, await self.slots_change.set_memory_region(region))
 
     def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
         """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
@@ -386,7 +398,10 @@ class Kvm:
     def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
         """The size of leaf that a fault at `gfn` gets for `page`."""
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
-        return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
+        return mapping_level(slot, gfn, page, limit, self._needs_small)
+
+    def _needs_small(self, slot: Memslot, span: GfnSpan) -> bool:
+        return self.page_track.any_in(slot, span) or self.pinning.pinned.any_in(slot.as_id, span)
 
     # -- the exported TDP ------------------------------------------------------------------------------
 

@@ -25,8 +25,9 @@ MAX_SWAP_PAGES = 1 << 18
 class Memory:
     """What all address spaces and files of the host share."""
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: Frames, memlock_pages: int | None = None) -> None:
         self.frames = frames
+        self.memlock_pages = memlock_pages  # how many a process may have pinned for long; None: any number
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0
