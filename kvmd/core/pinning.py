@@ -29,7 +29,7 @@ from kvmd.core.page_fault import MAX_TRIES, first_pfn
 from kvmd.core.tdp_mmu import Mapped, Outcome, Root
 from protocol.errors import UapiError
 from protocol.pt.geometry import INDEX_BITS, gfn_limit
-from protocol.units import LEVEL_4K, Gfn, GfnSpan, Pfn
+from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan, Pfn
 
 if TYPE_CHECKING:
     from kvmd.core.vm import Kvm
@@ -297,6 +297,8 @@ class Pinning:
 
     def _split(self, root: Root, gfn: Gfn) -> None:
         """No huge leaf maps a pinned gfn.  ENOMEM."""
+        if not any(root.leaves[LEVEL_2M:]):
+            return
         mmu = self._vm.mmu
         for wanted in (True, False):
             met = mmu.leaf_at(root, gfn)

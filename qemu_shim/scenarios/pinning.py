@@ -179,7 +179,7 @@ _PARAMS = {
     "iterations": Param(24, len(_ACTS), 1_000_000, "tests of each thread, and so host actions"),
     "threads_per_chan": Param(1, 1, 1, "threads on each channel"),
     "verbose": Param(0, 0, 1, "1: lines about tests that passed"),
-    "ram_mib": Param(64, 32, 1024, "MiB of guest memory"),
+    "ram_mib": Param(32, 32, 1024, "MiB of guest memory"),
 }
 PARTIAL_IOPF = Scenario(
     name="partial-iopf",

@@ -17,7 +17,7 @@ from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import refused
 from tests.integration.test_units import alloc, queue_of, with_silicon
 
-RAM = 64 * MIB
+RAM = 40 * MIB
 PAGES = RAM // PAGE_SIZE
 NONE = ("--fault-capability", "none")
 
@@ -28,7 +28,7 @@ async def test_the_note_s_two_devices_work_while_the_host_does_what_it_likes(nam
     params = {key: param.default for key, param in scenario.params.items()}
     with system(scenario.options) as made:
         async with connect_host(made.directory) as host:
-            await scenario.play(host, {**params, "ram_mib": 32}, report)
+            await scenario.play(host, params, report)
     assert report.problems == []
     assert report.figures["failures"] == 0
     assert report.figures["records_lost_pinned"] == 0
@@ -72,7 +72,7 @@ async def test_an_attach_that_cannot_pin_everything_fails_and_leaves_the_device_
 
 
 async def test_a_slot_that_cannot_be_pinned_is_not_added_while_a_device_needs_it() -> None:
-    async with with_silicon(*NONE, kvmd=("--memlock", "64M"), ram=RAM) as rig:
+    async with with_silicon(*NONE, kvmd=("--memlock", "40M"), ram=RAM) as rig:
         await rig.bound[1].attach(await alloc(rig), pinned=True)
         hva = await rig.process.mmap(MIB)
         with refused(errno.ENOMEM, "pinned"):

@@ -219,7 +219,7 @@ async def test_who_may_be_attached_is_policy_and_pinned_memory_is_for_everybody(
     iommufdd: list[str], attached: list[bool]
 ) -> None:
     devices = ["--device", "1:fault-capability=partial", "--device", "2:fault-capability=none"]
-    async with with_silicon("--devices", "3", *devices, iommufdd=iommufdd, ram=64 * MIB) as rig:
+    async with with_silicon("--devices", "3", *devices, iommufdd=iommufdd, ram=16 * MIB) as rig:
         hwpt = await alloc(rig)
         found = [rig.bound[1], (await another(rig, 1))[0], (await another(rig, 2))[0]]
         for device, may in zip(found, attached, strict=True):
@@ -231,7 +231,7 @@ async def test_who_may_be_attached_is_policy_and_pinned_memory_is_for_everybody(
                 await device.attach(hwpt)
             await device.attach(hwpt, pinned=True)
         pinned = (await vm_stats(rig.host))["pinned_pages"]
-        assert pinned == (0 if all(attached) else 64 * MIB // PAGE_SIZE)
+        assert pinned == (0 if all(attached) else 16 * MIB // PAGE_SIZE)
         assert [hwpt["functions"] for hwpt in (await rig.host.iommufdd.stats())["hwpts"]] == [3]
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from kvmd.core.dirty_log import ClearDirtyLog
 from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import File
+from kvmd.core.mm.fork import fork
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
@@ -20,6 +23,7 @@ from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
+from tests.unit.kvmd.logged import Logged
 from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
 from tests.unit.kvmd.world import WRITE
 
@@ -136,6 +140,7 @@ HOST: dict[str, Callable[[Mm, Hva], Flow]] = {
     "mprotect none": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.NONE),
     "mprotect read": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.READ),
     "mremap": lambda mm, hva: mm.mremap(hva, PAGE, PAGE, Hva(0x7000_0000_0000)),
+    "poison": lambda mm, hva: poison(mm, hva, PAGE),
     "exit": lambda mm, hva: mm.exit(),
 }
 
@@ -297,3 +302,29 @@ def test_rules_c_and_d_ageing_takes_nothing_from_a_pinned_page(ad: bool) -> None
     kept = guest.entry(WORD)
     assert guest.do(age(guest.world.mm, guest.hva, PAGES * PAGE)) == 0
     assert guest.entry(WORD) == kept
+
+
+def test_rule_d_a_fork_leaves_the_pinned_frame_to_the_parent_and_copies_it_for_the_child() -> None:
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"before")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    child = guest.world.host.create_mm()
+    guest.do(fork(guest.world.mm, child))
+    assert guest.entry(WORD) == kept
+    guest.world.write(guest.vcpu, WORD << 12, b"after!")
+    assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 6)) == b"after!"
+    assert guest.world.run(child.read(guest.hva_of(WORD), 6)) == b"before"
+    assert guest.sound()
+
+
+def test_rule_c_with_rings_a_store_to_a_pinned_page_is_told_by_the_bitmap() -> None:
+    logged = Logged(ring=4096, export=True)
+    pinning, gfn = logged.vm.pinning, next(iter(logged.vm.slots)).base_gfn
+    logged.world.run(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
+    logged.world.write(logged.vm.vcpus[0], gfn << 12, b"x")
+    assert not any(logged.ring)
+    slot = logged.vm.slots.find(gfn)
+    assert slot is not None
+    assert logged.vm.dirty_log.is_dirty(slot, gfn)
+    assert check_vm(logged.vm) == []
