@@ -101,15 +101,20 @@ class Machine:
 
 
 class GuestCpu:
-    """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's."""
+    """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's.
+
+    The guest's tasks share it: one runs at a time.
+    """
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
+        self._busy = trio.Lock()
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
-        ran = await self._vcpu.run(
-            [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
-        )
+        async with self._busy:
+            ran = await self._vcpu.run(
+                [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
+            )
         if ran.errno:
             raise UapiError(ran.errno, f"KVM_RUN: {ran.why}")
         if ran.mmio is not None:
