@@ -92,7 +92,8 @@ def _add_device_options(options: argparse.ArgumentParser) -> None:
         "--fault-capability",
         default="full",
         choices=FAULT_CAPABILITIES,
-        help="on which of its paths a device survives a page that is absent",
+        help="where a device asks for a page that is absent: partial, not for completion records and batch "
+        "lists, which are lost; none, nowhere, it has no page requests",
     )
     options.add_argument("--no-pasid", action="store_true")
     options.add_argument("--no-ats", action="store_true")
@@ -165,12 +166,19 @@ def _unit(given: argparse.Namespace) -> UnitSettings:
 
 
 def _device(number: int, given: argparse.Namespace) -> DeviceSettings:
-    traits = Traits(pasid=not given.no_pasid, ats=not given.no_ats, pri=not given.no_pri, pri_on=given.pri_on)
+    capability = given.fault_capability
+    traits = Traits(
+        pasid=not given.no_pasid,
+        ats=not given.no_ats,
+        pri=not given.no_pri and capability != "none",
+        pri_on=given.pri_on and capability != "none",
+        control_faults=capability == "full",
+    )
     return DeviceSettings(
         rid=FIRST_RID + RID_STEP * number,
         unit=given.unit,
         group=number if given.group is None else given.group,
         traits=traits,
         pasid_required=not given.pasid_optional,
-        fault_capability=given.fault_capability,
+        fault_capability=capability,
     )

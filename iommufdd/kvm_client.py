@@ -88,6 +88,15 @@ class KvmTdp:
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
 
+    async def pin(self, gfn: int, npages: int) -> None:
+        await self._ask("TDP_PIN", {"gfn": gfn, "npages": npages})
+
+    async def unpin(self, gfn: int, npages: int) -> None:
+        await self._ask("TDP_UNPIN", {"gfn": gfn, "npages": npages})
+
+    async def pin_all(self, *, on: bool) -> None:
+        await self._ask("TDP_PIN_ALL", {"on": on})
+
     async def unregister(self) -> None:
         await self._ask("TDP_UNREGISTER_IMPORTER")
 

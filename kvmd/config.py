@@ -23,6 +23,7 @@ class Settings:
     features: CpuFeatures
     frame_tags: bool
     obstacles: frozenset[Obstacle] = frozenset()
+    memlock: int | None = None  # bytes; None: no limit
 
 
 def bytes_of(text: str) -> int:
@@ -66,6 +67,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         metavar="WHY",
         help="answer KVM_CREATE_TDP_FD as a KVM that cannot: " + ", ".join(each.value for each in Obstacle),
     )
+    options.add_argument("--memlock", type=bytes_of, metavar="SIZE", help="may be pinned (unlimited)")
     options.add_argument(
         "--no-frame-tags",
         action="store_true",
@@ -88,4 +90,5 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         dirty_ring_with_bitmap=not given.no_dirty_ring_bitmap,
     )
     obstacles = frozenset(given.cannot_export)
-    return given, Settings(given.ram, given.table_ram, features, not given.no_frame_tags, obstacles)
+    ram, tags = (given.ram, given.table_ram), not given.no_frame_tags
+    return given, Settings(*ram, features, tags, obstacles, given.memlock)

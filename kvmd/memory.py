@@ -20,7 +20,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
-from protocol.units import PAGE_SIZE, Hpa, align_up
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, align_up
 
 F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
 _FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
@@ -58,6 +58,7 @@ class HostMemory:
             self._discard,
             clock,
             obstacles=settings.obstacles,
+            memlock_pages=None if settings.memlock is None else settings.memlock >> PAGE_SHIFT,
             cond_resched=cond_resched,
         )
 

@@ -66,8 +66,15 @@ class VfioDevice(File):
         device_id: int = reply.body["out_devid"]
         return device_id
 
-    async def attach(self, hwpt_id: int) -> None:
-        await self.ask("VFIO_DEVICE_ATTACH_IOMMUFD_PT", pt_id=hwpt_id)
+    async def attach(self, hwpt_id: int, *, pinned: bool = False) -> None:
+        await self.ask("VFIO_DEVICE_ATTACH_IOMMUFD_PT", pt_id=hwpt_id, pinned=pinned)
+
+    async def pin(self, iova: int, length: int) -> None:
+        """What the guest gave to the device for good, and the device does not ask for [RFC 00/42]."""
+        await self.ask("VFIO_DEVICE_PIN", iova=iova, length=length)
+
+    async def unpin(self, iova: int, length: int) -> None:
+        await self.ask("VFIO_DEVICE_UNPIN", iova=iova, length=length)
 
     async def detach(self) -> None:
         await self.ask("VFIO_DEVICE_DETACH_IOMMUFD_PT")

@@ -37,6 +37,7 @@ class MachineConfig:
     page_size: int = 4096  # of the host memory behind it
     maxphyaddr: int = 46
     device: int = 0
+    pinned: bool = False  # all of it, for a device that cannot ask for pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         stack.callback(device.close)
         device_id = await device.bind(iommu)
         hwpt_id = await iommu.hwpt_alloc_kvm(device_id, tdp_fd)
-        await device.attach(hwpt_id)
+        await device.attach(hwpt_id, pinned=config.pinned)
         portal = await device.map_portal()
         stack.callback(portal.close)
         memory = GuestMemory(GuestCpu(vcpu), FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))

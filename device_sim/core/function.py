@@ -48,6 +48,7 @@ class Traits:
     ats: bool = True
     pri: bool = True
     pri_on: bool = False  # page requests are on already, by whoever had the function before
+    control_faults: bool = True  # an absent completion record or batch list is asked for, not an error
 
 
 class DmaFault(Exception):

@@ -42,11 +42,13 @@ class Device(Object):
         self.unit = unit
         self.bound = True
         self.hwpt: Hwpt | None = None
-        self.pinned = False  # the VMM says that no page it reaches can be absent
+        self.pinned = False  # attached so that no page it reaches can be absent
         self.drained = False  # what it asks for now came too late
         self._config = config
         self._policy = policy
         self._owns_pri = False
+        self._pinned_all = False
+        self._pins: list[tuple[int, int]] = []  # (iova, size), on top of that
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
 
@@ -57,7 +59,7 @@ class Device(Object):
             raise UapiError(errno.EINVAL, f"the unit before {self.info.name} cannot walk it: {missing}")
         objection = self._policy.objection(self.info) if hwpt.needs_iopf and not pinned else None
         if objection is not None:
-            raise UapiError(errno.EINVAL, f"{objection}: say that what it reaches is pinned")
+            raise UapiError(errno.EINVAL, f"{objection}: attach it with what it reaches pinned")
 
     async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
@@ -66,6 +68,9 @@ class Device(Object):
         hwpt.attached[self.rid] = self.unit  # before the entry: an invalidation from now on reaches it
         self.hwpt, self.pinned, self.drained = hwpt, pinned, False
         try:
+            if pinned and hwpt.needs_iopf:  # before anything could be reached
+                await hwpt.pin_all(on=True)
+                self._pinned_all = True
             entry = hwpt.domain.pasid_entry(self.unit.ecap).to_bytes()
             await self.unit.write_pasid_entry(self.rid, RID_PASID, entry)
             if TRACE.on:
@@ -118,7 +123,43 @@ class Device(Object):
         self._owns_pri = False
         self.hwpt = None
         del hwpt.attached[self.rid]
+        await self._unpin_all(hwpt)
         hwpt.users -= 1
+
+    # -- pinning ---------------------------------------------------------------------------------------
+
+    async def pin(self, iova: int, size: int) -> None:
+        """The guest registered memory with the device that it does not tolerate faults on, and the variant
+        driver trapped that [RFC 00/42].  EINVAL: on no HWPT, or no whole pages; KVM's errnos.
+        """
+        hwpt = self._attached_to()
+        await hwpt.pin(iova, size)
+        if self.hwpt is not hwpt:
+            await _try(hwpt.unpin(iova, size))
+            raise UapiError(errno.EINVAL, f"{self.info.name} was detached meanwhile")
+        self._pins.append((iova, size))
+
+    async def unpin(self, iova: int, size: int) -> None:
+        """EINVAL: that range, as it stands, is not pinned."""
+        hwpt = self._attached_to()
+        if (iova, size) not in self._pins:
+            raise UapiError(errno.EINVAL, f"unpin of {iova:#x}+{size:#x}: no such range was pinned")
+        self._pins.remove((iova, size))
+        await hwpt.unpin(iova, size)
+
+    def _attached_to(self) -> Hwpt:
+        if self.hwpt is None:
+            raise UapiError(errno.EINVAL, f"{self.info.name} is attached to no HWPT")
+        return self.hwpt
+
+    async def _unpin_all(self, hwpt: Hwpt) -> None:
+        """The device reaches nothing any more."""
+        pins, self._pins = self._pins, []
+        for iova, size in pins:
+            await _try(hwpt.unpin(iova, size))
+        if self._pinned_all:
+            self._pinned_all = False
+            await _try(hwpt.pin_all(on=False))
 
     # -- page requests in flight -----------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Models the RFC's open point of devices that fault only in part [RFC 00/42]: the PCIe capability does not say
 on which of its paths a device survives a page that is not there, so either the device declares it, or an
 administrator lists those known to, or everything is trusted as the series does.  A device that does not is
-attached only if the VMM says that what it reaches is pinned.
+attached only with all of guest memory pinned.  A driver that pins on demand what its device must not miss
+vouches for it: trust, or the list.
 """
 
 from __future__ import annotations

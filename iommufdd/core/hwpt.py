@@ -7,6 +7,7 @@ nothing; it is what a device is replaced from and to.
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 
 from iommufdd.core.domain import Domain
@@ -38,6 +39,16 @@ class Hwpt(Object):
     def behind(self, unit: Unit) -> list[int]:
         """The functions attached behind that unit."""
         return [rid for rid, other in self.attached.items() if other is unit]
+
+    async def pin(self, iova: int, size: int) -> None:
+        """What a device reaches there must never be absent.  EINVAL: pages do not come and go here."""
+        raise UapiError(errno.EINVAL, f"HWPT {self.id} has no pages that could be absent: nothing to pin")
+
+    async def unpin(self, iova: int, size: int) -> None:
+        """The same range, once."""
+
+    async def pin_all(self, *, on: bool) -> None:
+        """The same for everything there is, and will be."""
 
     async def destroy(self) -> None:
         """The units let go of the memory."""

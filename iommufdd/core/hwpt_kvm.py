@@ -22,13 +22,16 @@ from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
-from protocol.units import gfn_of, gpa_of_iova
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, gfn_of, gpa_of_iova
 
 
 class Tdp(Protocol):
     """The ops of a TDP FD, as its importer calls them [RFC 01/42].  Each may raise UapiError."""
 
     async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None: ...
+    async def pin(self, gfn: int, npages: int) -> None: ...
+    async def unpin(self, gfn: int, npages: int) -> None: ...
+    async def pin_all(self, *, on: bool) -> None: ...
     async def unregister(self) -> None: ...
     def release(self) -> None: ...
 
@@ -74,6 +77,18 @@ class HwptKvm(Hwpt):
             if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
                 raise
         self.acked_epoch = max(self.acked_epoch, epoch)
+
+    async def pin(self, iova: int, size: int) -> None:
+        """On-demand pinning is KVM's to do [RFC 00/42].  EINVAL: not whole pages of it; KVM's errnos."""
+        if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or (iova + size - 1) >> self.domain.width:
+            raise UapiError(errno.EINVAL, f"pin of {iova:#x}+{size:#x}: not whole pages of the domain")
+        await self._tdp.pin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
+
+    async def unpin(self, iova: int, size: int) -> None:
+        await self._tdp.unpin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
+
+    async def pin_all(self, *, on: bool) -> None:
+        await self._tdp.pin_all(on=on)
 
     async def destroy(self) -> None:
         """The units let go of the memory, then unregister, then put: while anything could walk we hear of

@@ -62,6 +62,16 @@ async def _detach(held: VfioFile, message: uapi.VfioDeviceDetachIommufdPt, fds: 
     return {}
 
 
+async def _pin(held: VfioFile, message: uapi.VfioDevicePin, fds: Fds) -> Body:
+    await _bound(held)[1].pin(message.iova, message.length)
+    return {}
+
+
+async def _unpin(held: VfioFile, message: uapi.VfioDeviceUnpin, fds: Fds) -> Body:
+    await _bound(held)[1].unpin(message.iova, message.length)
+    return {}
+
+
 async def _mmap(held: VfioFile, message: uapi.VfioDeviceMmap, fds: Fds) -> Answer:
     _bound(held)
     return Answer({}, [await held.app.silicon.portal(held.info.rid)])
@@ -79,6 +89,8 @@ VFIO: Service[VfioFile] = Service(
         "VFIO_DEVICE_BIND_IOMMUFD": Method(uapi.VfioDeviceBindIommufd, argsz(_bind), 1),
         "VFIO_DEVICE_ATTACH_IOMMUFD_PT": Method(uapi.VfioDeviceAttachIommufdPt, argsz(_attach)),
         "VFIO_DEVICE_DETACH_IOMMUFD_PT": Method(uapi.VfioDeviceDetachIommufdPt, argsz(_detach)),
+        "VFIO_DEVICE_PIN": Method(uapi.VfioDevicePin, argsz(_pin)),
+        "VFIO_DEVICE_UNPIN": Method(uapi.VfioDeviceUnpin, argsz(_unpin)),
         "VFIO_DEVICE_MMAP": Method(uapi.VfioDeviceMmap, _mmap),
     },
 )

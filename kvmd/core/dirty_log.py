@@ -103,7 +103,13 @@ class DirtyLog:
             return None
         if old is not None and old.dirty is not None:
             return old.dirty
-        return DirtyBitmap(new.npages, full=self.initially_set)
+        return self._mark_pinned(new, DirtyBitmap(new.npages, full=self.initially_set))
+
+    def _mark_pinned(self, slot: Memslot, dirty: DirtyBitmap) -> DirtyBitmap:
+        """Nobody notices a device's store to a pinned page: it is dirty at all times (I22, rule c)."""
+        for gfn in self._mmu.keep.within(slot.as_id, slot.span) if self._mmu.keep else ():
+            dirty.mark(gfn - slot.base_gfn)
+        return dirty
 
     async def apply_flags(self, slot: Memslot) -> None:
         """Logging of a slot was switched: from here on faults see `slot` [KVM kvm_mmu_slot_apply_flags]."""
@@ -146,6 +152,7 @@ class DirtyLog:
                 bits = dirty.read()
             else:
                 bits = dirty.take()
+                self._mark_pinned(slot, dirty)
                 await self._protect_again(slot, 0, bits)
             await copy_to_user(self._mm, dirty_bitmap, bits)
 
@@ -154,7 +161,9 @@ class DirtyLog:
         async with self._lock:
             slot, dirty = self._check_clear(log)
             wanted = await copy_from_user(self._mm, log.dirty_bitmap, bitmap_bytes(log.num_pages))
-            await self._protect_again(slot, log.first_page, dirty.clear(log.first_page, wanted))
+            cleared = dirty.clear(log.first_page, wanted)
+            self._mark_pinned(slot, dirty)
+            await self._protect_again(slot, log.first_page, cleared)
 
     async def reset_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS: protect what user space has harvested.  How many entries."""

@@ -63,6 +63,9 @@ class FaultPath:
             return Result.TRACKED
         if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
             return Result.FAST
+        pinned = vm.pinning.page_of(slot, gfn)
+        if pinned is not None:
+            return await self._map(fault, slot, pinned, vcpu)
         private = vm.private.serves(slot, gfn)
         hva = slot.hva_of(gfn)
         if vm.host_changes.is_changing(hva, gfn):  # no use to look the page up: wait until the host is done

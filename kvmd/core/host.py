@@ -66,6 +66,7 @@ class Host:
         clock: Clock,
         *,
         obstacles: frozenset[Obstacle] = frozenset(),
+        memlock_pages: int | None = None,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
@@ -76,7 +77,7 @@ class Host:
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
-        self.memory = Memory(self.frames, lambda: self.cond_resched())
+        self.memory = Memory(self.frames, lambda: self.cond_resched(), memlock_pages)
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}

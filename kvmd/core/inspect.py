@@ -180,7 +180,9 @@ def _candidates(slots: list[Memslot], root: Root, count: int) -> Iterable[int]:
 def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
     gpa = Gpa(gfn << PAGE_SHIFT)
     slot = vm.slots.find(gfn, root.role.as_id)
-    page = None if slot is None else vm.mm.present_page(slot.hva_of(gfn))
+    page = None
+    if slot is not None:
+        page = vm.pinning.page_of(slot, gfn) or vm.mm.present_page(slot.hva_of(gfn))
     granted = root.record.state(gfn)
     if slot is None or page is None or granted not in MAPPED:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)

@@ -6,6 +6,7 @@ whenever no flow is in the middle of a change; what a change in progress excuses
 
 from __future__ import annotations
 
+from kvmd.core.pinning import AS_ID
 from kvmd.core.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
@@ -13,7 +14,7 @@ from protocol.pt.check import check_table
 from protocol.pt.entry import is_writable, pfn_of
 from protocol.pt.geometry import entry_span
 from protocol.pt.walk import WalkRules, second_stage_rules
-from protocol.units import PAGE_SHIFT, Gfn, pages_of_level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, pages_of_level
 
 
 def check_vm(vm: Kvm) -> list[str]:
@@ -24,6 +25,7 @@ def check_vm(vm: Kvm) -> list[str]:
         found += _check_counts(vm, root)
         if not root.invalid and not vm.host_changes.in_progress:
             found += _check_translations(vm, root)
+            found += _check_pinned(vm, root)
             found += _check_dirty_log(vm, root)
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
@@ -57,6 +59,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
         if slot is None:
             found.append(f"I11: gfn {met.gfn:#x} is mapped but in no memslot")
             continue
+        if vm.pinning.page_of(slot, met.gfn) is not None:
+            continue  # what the host has there now does not matter: I22
         binding = slot.private
         if binding is not None and (vm.private.serves(slot, met.gfn)):
             private = binding.memfd.present(binding.index_of(met.gfn))
@@ -76,6 +80,26 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
+    return found
+
+
+def _check_pinned(vm: Kvm, root: Root) -> list[str]:
+    """I22: a pinned gfn maps the pinned frame by a small entry; in an exported root it does, writable."""
+    found = []
+    if root.role.as_id != AS_ID:
+        return []
+    for gfn, pin in vm.pinning.pinned.items():
+        met = vm.mmu.leaf_at(root, gfn)
+        if met is None:
+            if root.exported:
+                found.append(f"I22: gfn {gfn:#x} is pinned and absent")
+        elif met.level > LEVEL_4K or pfn_of(met.entry) != pin.pfn:
+            what = f"pfn {pfn_of(met.entry):#x} at level {met.level}"
+            found.append(f"I22: gfn {gfn:#x} maps {what}, pinned is {pin.pfn:#x}")
+        elif root.exported and not is_writable(met.entry):
+            found.append(f"I22: gfn {gfn:#x} is pinned and not writable")
+        if not pin.page.pins:
+            found.append(f"I22: gfn {gfn:#x} is pinned, its host page is not")
     return found
 
 

@@ -76,10 +76,10 @@ class PageFault:
 
 
 def mapping_level(
-    slot: Memslot, gfn: Gfn, page: HostPage, limit: Level, tracked: Callable[[Memslot, GfnSpan], bool]
+    slot: Memslot, gfn: Gfn, page: HostPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
 ) -> Level:
-    """The largest level whose entry lies in the slot and in the host page, with no gfn of it tracked
-    [KVM kvm_mmu_hugepage_adjust].  Pages are logged one by one, so a slot that logs gets small entries.
+    """The largest level whose entry lies in the slot and in the host page, with no gfn of it tracked or
+    pinned (`small`) [KVM kvm_mmu_hugepage_adjust].  A slot that logs, page by page, gets small entries.
     """
     if slot.logs:
         return LEVEL_4K
@@ -88,7 +88,7 @@ def mapping_level(
         span = entry_span(gfn, Level(level))
         inside = slot.base_gfn <= span.start and span.end <= slot.span.end
         aligned = (slot.base_gfn ^ (slot.hva >> PAGE_SHIFT)) % pages == 0
-        if inside and aligned and not tracked(slot, span):
+        if inside and aligned and not small(slot, span):
             return Level(level)
     return LEVEL_4K
 

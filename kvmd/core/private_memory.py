@@ -14,6 +14,7 @@ from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Memslot
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.page import HostPage
+from kvmd.core.pinning import Pinned
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn
@@ -27,6 +28,7 @@ class PrivateMemory:
         memory: Memory,
         owner: int,
         host_changes: HostChanges,
+        pinned: Pinned,
         *,
         supported: bool,
     ) -> None:
@@ -36,6 +38,7 @@ class PrivateMemory:
         self._memory = memory
         self._owner = owner
         self._host_changes = host_changes
+        self._pinned = pinned
 
     @property
     def memfd_flags(self) -> MemfdFlag:
@@ -67,8 +70,12 @@ class PrivateMemory:
     async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before."""
         span = self.attributes.check(address, size, attributes, flags)
-        async with self._lock, self._host_changes.zapped_gfns([span]):
-            self.attributes.set(span, private=bool(attributes))
+        async with self._lock:
+            pinned = self._pinned.within(0, span)
+            if pinned:
+                raise UapiError(errno.EBUSY, f"gfn {pinned[0]:#x} is pinned: what it maps must stay")
+            async with self._host_changes.zapped_gfns([span]):
+                self.attributes.set(span, private=bool(attributes))
 
     def serves(self, slot: Memslot, gfn: Gfn) -> bool:
         """Does the page of `gfn` come from a guest_memfd, or would it, had the slot one?"""

@@ -16,6 +16,7 @@ from kvmd.core.dirty_bitmap import bitmap_bytes
 from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
+from kvmd.core.pinning import Pinning
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.zap import Zapper
@@ -40,6 +41,7 @@ class SlotsChange:
         exported: Mapping[int, ExportedTdp],
         zapper: Zapper,
         replaced: Callable[[Change, Memslot | None], None],
+        pinning: Pinning,
     ) -> None:
         self.going: Memslot | None = None
         self.settled: Wait[None] = Wait()
@@ -52,17 +54,20 @@ class SlotsChange:
         self._exported = exported
         self._zapper = zapper
         self._replaced = replaced
+        self._pinning = pinning
 
-    async def set_memory_region(self, region: Region) -> None:
+    async def set_memory_region(self, region: Region) -> Change:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time."""
         async with self._lock:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not Change.NONE:
                 new = self._bind(region, new)
             try:
-                if change in (Change.DELETE, Change.MOVE):
+                if change in (Change.DELETE, Change.MOVE) and old is not None:
                     self.going = old
+                    pages = self._pinning.forget(old)
                     await self.zap_all_fast()
+                    self._pinning.put(pages)
                 if change is not Change.NONE:
                     new = self._commit(change, old, new)
             finally:
@@ -71,6 +76,7 @@ class SlotsChange:
                 settled.set(None)
             if change is Change.FLAGS_ONLY and new is not None:
                 await self._dirty_log.apply_flags(new)
+            return change
 
     def _bind(self, region: Region, new: Memslot) -> Memslot:
         if SlotFlag.GUEST_MEMFD not in new.flags:

@@ -27,6 +27,7 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "pages_4k": sum(root.leaves[1] for root in vm.mmu.roots),
         "pages_2m": sum(root.leaves[2] for root in vm.mmu.roots),
         "pages_1g": sum(root.leaves[3] for root in vm.mmu.roots),
+        "pinned_pages": len(vm.pinning.pinned),
         "table_pages": sum(root.tables for root in vm.mmu.roots),
         "table_pages_held": vm.host.pool.held(vm.id),
     }

@@ -41,6 +41,8 @@ class TdpLog(TdpTable):
         for met in self._leaves(root, span):
             if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
                 continue
+            if self._is_kept(root, met.gfn):  # always dirty
+                continue
             bit = small if met.level == LEVEL_4K else bits.WRITE
             if met.entry & bit:
                 self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)

@@ -193,18 +193,22 @@ class TdpMmu(TdpLog):
     # -- changing what is mapped -----------------------------------------------------------------------
 
     def zap_leafs(self, span: GfnSpan) -> bool:
-        """Clear every leaf that overlaps `span`, in all roots; tables stay.  Whether to flush."""
+        """Clear every leaf that overlaps `span`, in all roots, but what is pinned; tables stay.  Whether to
+        flush."""
         zapped = False
         for root in self.roots:
             for met in self._leaves(root, span):
-                self._clear(root, met)
-                zapped = True
+                if not (self.keep and self._is_kept(root, met.gfn)):
+                    self._clear(root, met)
+                    zapped = True
         return zapped
 
     def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[int, GfnSpan | None]:
         """Clear at most `limit` leaves of one root: how many, and what of `span` is left to do."""
         count = 0
         for met in self._leaves(root, span):
+            if self.keep and self._is_kept(root, met.gfn):
+                continue
             if count == limit:
                 return count, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
@@ -214,7 +218,7 @@ class TdpMmu(TdpLog):
     def zap_table(self, root: Root, gfn: Gfn, level: Level) -> None:
         """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
         at, table = self._entry_at(root, gfn, level), self.table_at(root, gfn, level)
-        if at is not None and table is not None:
+        if at is not None and table is not None and not self._keeps_any(root, entry_span(gfn, level)):
             self._set(root, gfn, level, at, self._writer.load64(at), bits.EMPTY)
             self._unlink_subtree(root, table, Level(level - 1), self._next_epoch())
 
@@ -227,7 +231,7 @@ class TdpMmu(TdpLog):
         young = False
         for root in self.roots:
             for met in self._leaves(root, span):
-                if is_young(met.entry):
+                if is_young(met.entry) and not self._is_kept(root, met.gfn):
                     self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
                     young = True
         return young

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvmd.core.map_record import MapRecord
 from kvmd.core.spte import make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
+from protocol.pt import bits
 from protocol.pt.entry import is_leaf, is_present, is_table, table_of
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_start, gfn_limit, index_of
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, entry_start, gfn_limit, index_of
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import RangeEntry, WalkRules, walk_range
 from protocol.trace import TRACE, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
-from protocol.units import Gfn, GfnSpan, Hpa, Level
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,15 @@ class Root:
         return GfnSpan(Gfn(0), gfn_limit(self.role.level))
 
 
+class Keep(Protocol):
+    """What entries must stay as they are: those of pinned gfns (`pinning.Pinned`)."""
+
+    def __len__(self) -> int: ...
+    def holds(self, as_id: int, gfn: Gfn) -> bool: ...
+    def any_in(self, as_id: int, span: GfnSpan) -> bool: ...
+    def within(self, as_id: int, span: GfnSpan) -> list[Gfn]: ...
+
+
 class TdpTable:
     """The tables of one VM.  `next_epoch()` is the number the next flush will have; with `pml` the CPUs log
     each page whose D they set."""
@@ -65,6 +76,7 @@ class TdpTable:
         pml: bool = False,
     ) -> None:
         self.roots: list[Root] = []
+        self.keep: Keep | None = None
         self._vm_id = vm_id
         self._writer = writer
         self._pool = pool
@@ -85,10 +97,27 @@ class TdpTable:
 
     def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
         """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
+        if self.keep:
+            self._check_kept(root, gfn, level, old, new)
         self._writer.store64(at, new)
         root.record.store(gfn, level, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
+
+    def _check_kept(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
+        """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""
+        if level > LEVEL_4K:
+            assert root.invalid or not self._keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
+        elif self._is_kept(root, gfn) and is_present(old):
+            lost = (old ^ new) & bits.ADDRESS_MASK | old & ~new & (bits.RWX | bits.DIRTY)
+            assert not lost, f"I22: pinned gfn {gfn:#x}: {old:#x} became {new:#x}"
+
+    def _is_kept(self, root: Root, gfn: Gfn) -> bool:
+        """Must the entry stay?  An obsolete root's is nobody's any more."""
+        return bool(self.keep and not root.invalid and self.keep.holds(root.role.as_id, gfn))
+
+    def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
+        return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
     def _link(self, root: Root, at: int, table: Hpa) -> int:
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)

@@ -27,6 +27,7 @@ from kvmd.core.page_fault import (
     mapping_level,
 )
 from kvmd.core.page_track import PageTrack
+from kvmd.core.pinning import Pinning
 from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.slots_change import SlotsChange
 from kvmd.core.spte import MMIO_GENERATION_MASK
@@ -69,6 +70,7 @@ class Kvm:
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
         self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
+        self.pinning = Pinning(self)
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
@@ -96,6 +98,7 @@ class Kvm:
             self.exported,
             self.zapper,
             self._slot_replaced,
+            self.pinning,
         )
         self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
@@ -105,6 +108,7 @@ class Kvm:
             host.memory,
             self.mm.id,
             self.host_changes,
+            self.pinning.pinned,
             supported=self.type is VmType.SW_PROTECTED,
         )
 
@@ -182,6 +186,8 @@ class Kvm:
         await self._slots_lock.acquire(write=True)
         try:
             gfn = gfn_of(gpa)
+            if gfn in self.pinning.pinned:
+                raise UapiError(errno.EBUSY, f"gfn {gfn:#x} is pinned: no store of a device faults there")
             self.page_track.add(self._slot_to_track(gfn), gfn)
             if self.mmu.write_protect(gfn, as_id=0):
                 await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
@@ -214,7 +220,7 @@ class Kvm:
 
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
-        await self.slots_change.set_memory_region(region)
+        await self.pinning.follow(region, await self.slots_change.set_memory_region(region))
 
     def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
         """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
@@ -243,7 +249,10 @@ class Kvm:
         if page.level == LEVEL_4K:
             return LEVEL_4K
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
-        return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
+        return mapping_level(slot, gfn, page, limit, self._needs_small)
+
+    def _needs_small(self, slot: Memslot, span: GfnSpan) -> bool:
+        return self.page_track.any_in(slot, span) or self.pinning.pinned.any_in(slot.as_id, span)
 
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
         """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""

@@ -17,6 +17,7 @@ from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.mm.file import File
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.pinning import Account
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.vcpu import Vcpu
 from kvmd.core.vm import Kvm
@@ -93,6 +94,7 @@ class Importer:
     name: str = ""
     ops: RemoteImporter | None = None
     lease: Lease | None = None
+    pins: Account | None = None
 
 
 class LoopClock:

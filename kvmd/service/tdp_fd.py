@@ -9,6 +9,7 @@ import errno
 import os
 
 from kvmd.core.page_fault import IO_ERRNO, RESOLVED
+from kvmd.core.pinning import Account
 from kvmd.core.tdp_fd import FaultType
 from kvmd.importers import Lease, RemoteImporter
 from kvmd.service.objects import Importer, TdpFile, holding
@@ -16,7 +17,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import tdp_fd as tdp
-from protocol.units import Gfn
+from protocol.units import Gfn, GfnSpan
 
 # Any ioctl on the TDP FD is ENODEV [RFC 04/42].
 TDP_FD: Service[TdpFile] = Service("tdp_fd", {}, unknown_errno=errno.ENODEV)
@@ -30,6 +31,7 @@ async def _release_tdp_fd(held: TdpFile) -> None:
     """The last copy is closed; an importer that died may have left a walker behind, so wait for its lease."""
     for lease in list(held.leases):
         await lease.ended
+    await held.owner.vm.pinning.close_all()
     held.owner.vm.release_tdp_fd(held.exported)
     held.owner.app.put_vm(held.owner)
 
@@ -62,6 +64,7 @@ def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) ->
         raise
     importer.name, importer.ops, importer.lease = message.name, ops, lease
     importer.tdp.leases.append(lease)
+    importer.pins = vm.pinning.open()
     return Answer({"windows": windows}, [*window_fds, lease.theirs])
 
 
@@ -73,8 +76,11 @@ async def _unregister(importer: Importer, message: tdp.TdpUnregisterImporter, fd
 async def _forget_importer(importer: Importer) -> None:
     """It is told of flushes until its lease ends: until then something may walk on its behalf (I13)."""
     ops, lease, name, importer.ops = importer.ops, importer.lease, importer.name, None
+    pins, importer.pins = importer.pins, None
     if ops is not None and lease is not None:
         await lease.ended
+        if pins is not None:
+            await importer.tdp.owner.vm.pinning.close(pins)
         importer.tdp.leases.remove(lease)
         importer.tdp.exported.unregister_importer(name, ops)  # the channel may be another's by now
 
@@ -93,6 +99,37 @@ async def _fault(importer: Importer, message: tdp.TdpFault, fds: Fds) -> Body:
     return {}
 
 
+# -- pinning ---------------------------------------------------------------------------------------------
+
+
+def _pins(importer: Importer) -> Account:
+    if importer.pins is None:
+        raise UapiError(errno.EINVAL, "an importer must be registered to pin: its pins end with it")
+    return importer.pins
+
+
+async def _pin(importer: Importer, message: tdp.TdpPin, fds: Fds) -> Body:
+    owner, pins = importer.tdp.owner, _pins(importer)
+    span = GfnSpan.of_pages(Gfn(message.gfn), message.npages)
+    await holding(owner, owner.vm.pinning.pin(pins, span))
+    return {}
+
+
+async def _unpin(importer: Importer, message: tdp.TdpUnpin, fds: Fds) -> Body:
+    owner, pins = importer.tdp.owner, _pins(importer)
+    span = GfnSpan.of_pages(Gfn(message.gfn), message.npages)
+    return {"pages": await holding(owner, owner.vm.pinning.unpin(pins, span))}
+
+
+async def _pin_all(importer: Importer, message: tdp.TdpPinAll, fds: Fds) -> Body:
+    owner, pins = importer.tdp.owner, _pins(importer)
+    if message.on:
+        await holding(owner, owner.vm.pinning.open_everything(pins))
+    else:
+        await holding(owner, owner.vm.pinning.close_everything(pins))
+    return {}
+
+
 IMPORTER: Service[Importer] = Service(
     "tdp-importer",
     {
@@ -100,5 +137,8 @@ IMPORTER: Service[Importer] = Service(
         "TDP_REGISTER_IMPORTER": Method(tdp.TdpRegisterImporter, _register),
         "TDP_UNREGISTER_IMPORTER": Method(tdp.TdpUnregisterImporter, _unregister),
         "TDP_FAULT": Method(tdp.TdpFault, _fault),
+        "TDP_PIN": Method(tdp.TdpPin, _pin),
+        "TDP_UNPIN": Method(tdp.TdpUnpin, _unpin),
+        "TDP_PIN_ALL": Method(tdp.TdpPinAll, _pin_all),
     },
 )

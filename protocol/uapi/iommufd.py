@@ -165,8 +165,8 @@ class VfioDeviceBindIommufd(VfioStruct):
 class VfioDeviceAttachIommufdPt(VfioStruct):
     """Attach, or replace what is attached; reply: `pt_id`.
 
-    `pinned` is the model's: the VMM says that nothing the device reaches can be absent, so that a device
-    that does not survive it everywhere may be attached.  It is believed.
+    `pinned` is the model's: everything the device reaches is pinned as long as it is attached, so that one
+    that does not survive an absent page may be attached.  If something cannot be pinned it is not attached.
     """
 
     MIN_SIZE = 12
@@ -180,6 +180,22 @@ class VfioDeviceDetachIommufdPt(VfioStruct):
     MIN_SIZE = 8
 
     argsz: U32 = MIN_SIZE
+
+
+class VfioDevicePin(VfioStruct):
+    """The model's: what a variant driver asks for when it traps the guest's registration of memory on which
+    the device tolerates no fault, completion records for one [RFC 00/42].  Ends with the attachment.
+    """
+
+    MIN_SIZE = 24
+
+    argsz: U32 = MIN_SIZE
+    iova: U64
+    length: U64
+
+
+class VfioDeviceUnpin(VfioDevicePin):
+    """A range as it was pinned."""
 
 
 class VfioDeviceMmap(Message):

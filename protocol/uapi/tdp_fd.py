@@ -48,6 +48,29 @@ class TdpFault(Message):
     exec: bool
 
 
+class TdpPin(Message):
+    """Pin gfn..gfn+npages for long and map it, writable: the importer's device will reach it without asking.
+    Pins count, and end with the importer [RFC 00/42].  Before registering: EINVAL.
+    """
+
+    gfn: U64
+    npages: Annotated[int, Field(ge=1, lt=1 << 52)]
+
+
+class TdpUnpin(Message):
+    """Take one pin of each page back; reply: `pages`, how many had one."""
+
+    gfn: U64
+    npages: Annotated[int, Field(ge=1, lt=1 << 52)]
+
+
+class TdpPinAll(Message):
+    """Pin every slot and each that is added, until as many calls say `on` false: for a device that cannot
+    fault.  EINVAL: off, and not on."""
+
+    on: bool
+
+
 class TdpInvalidate(Message):
     """kvmd -> importer: drop gpa range start..start+size; 0 and all ones is everything.  The reply is the
     ack.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios import dmatest, dmatest_nobof, dsa_ops, sharing, unmap
+from qemu_shim.scenarios import dmatest, dmatest_nobof, dsa_ops, pinning, sharing, unmap
 from qemu_shim.scenarios.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
@@ -13,5 +13,7 @@ SCENARIOS: dict[str, Scenario] = {
         dsa_ops.SCENARIO,
         unmap.SCENARIO,
         sharing.SCENARIO,
+        pinning.PARTIAL_IOPF,
+        pinning.PINNED,
     )
 }

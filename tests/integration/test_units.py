@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from protocol.hw.dsa import Status
-from protocol.units import PAGE_SIZE
+from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.iommufd_client import VfioDevice
@@ -34,12 +34,14 @@ MSI = 0xFEE0_0000
 
 
 @asynccontextmanager
-async def with_silicon(*options: str, iommufdd: Sequence[str] = ()) -> AsyncIterator[Rig]:
+async def with_silicon(
+    *options: str, iommufdd: Sequence[str] = (), kvmd: Sequence[str] = (), ram: int = GIB
+) -> AsyncIterator[Rig]:
     """A VM with its TDP FD and device 0 bound, on silicon of that kind."""
-    settings: Options = {"device_sim": options, "iommufdd": iommufdd}
+    settings: Options = {"device_sim": options, "iommufdd": iommufdd, "kvmd": kvmd}
     with system(settings) as made:
         async with connect_host(made.directory) as host:
-            rig = await bare_vm(host)
+            rig = await bare_vm(host, ram=ram)
             rig.tdp_fd = await rig.vm.create_tdp_fd()
             await bind_device(rig)
             try:
@@ -207,7 +209,7 @@ async def test_every_unit_is_sent_only_descriptors_it_knows(options: list[str]) 
     [
         ([], [True, False, False]),
         (["--fault-policy", "declared"], [True, False, False]),
-        (["--fault-policy", "trust"], [True, True, True]),
+        (["--fault-policy", "trust"], [True, True, False]),  # there is nothing to trust in
         (["--fault-policy", "allow-list", "--may-fault", "6a:02.0"], [False, True, False]),
         (["--fault-policy", "allow-list"], [False, False, False]),
     ],
@@ -217,16 +219,19 @@ async def test_who_may_be_attached_is_policy_and_pinned_memory_is_for_everybody(
     iommufdd: list[str], attached: list[bool]
 ) -> None:
     devices = ["--device", "1:fault-capability=partial", "--device", "2:fault-capability=none"]
-    async with with_silicon("--devices", "3", *devices, iommufdd=iommufdd) as rig:
+    async with with_silicon("--devices", "3", *devices, iommufdd=iommufdd, ram=16 * MIB) as rig:
         hwpt = await alloc(rig)
         found = [rig.bound[1], (await another(rig, 1))[0], (await another(rig, 2))[0]]
         for device, may in zip(found, attached, strict=True):
             if may:
                 await device.attach(hwpt)
                 continue
-            with refused(errno.EINVAL, "pinned"):
+            trusted = "trust" in iommufdd
+            with refused(*(errno.ENODEV, "cannot ask") if trusted else (errno.EINVAL, "pinned")):
                 await device.attach(hwpt)
-            await device.ask("VFIO_DEVICE_ATTACH_IOMMUFD_PT", pt_id=hwpt, pinned=True)
+            await device.attach(hwpt, pinned=True)
+        pinned = (await vm_stats(rig.host))["pinned_pages"]
+        assert pinned == (0 if all(attached) else 16 * MIB // PAGE_SIZE)
         assert [hwpt["functions"] for hwpt in (await rig.host.iommufdd.stats())["hwpts"]] == [3]
 
 

@@ -61,6 +61,7 @@ class Runner:
         if refused is not None:
             await self._finish(job, refused)
         elif d.opcode == Opcode.BATCH:
+            dma = self._control(job)
             group = job.queue.group
             assert group is not None, "a queue that takes descriptors has a group"
             self._spawn(self._coordinate(job, Batch(job, dma, group.stage).run()))
@@ -72,6 +73,12 @@ class Runner:
     def _dma(self, job: Job) -> Dma:
         block = bool(job.flags & _BOF) and job.queue.config.block_on_fault
         return Dma(self._function, job, block=block)
+
+    def _control(self, job: Job) -> Dma:
+        """For batch lists and completion records: a device may tolerate faults on data alone [RFC 00/42]."""
+        dma = self._dma(job)
+        dma.block &= self._function.traits.control_faults
+        return dma
 
     async def _coordinate(self, job: Job, flow: Flow[Outcome]) -> None:
         try:
@@ -97,7 +104,7 @@ class Runner:
 
     async def _finish(self, job: Job, out: Outcome) -> None:
         failed = out.status is not Status.SUCCESS
-        dma = self._dma(job)  # what faulted in the operation is nothing to the record
+        dma = self._control(job)  # what faulted in the operation is nothing to the record
         try:
             dma.check_aborted()
             if job.flags & _RCR or failed:

@@ -27,9 +27,15 @@ MAX_SWAP_PAGES = 1 << 18
 class Memory:
     """What all address spaces and files of the host share."""
 
-    def __init__(self, frames: Frames, cond_resched: Callable[[], Wait[None]] = lambda: done(None)) -> None:
+    def __init__(
+        self,
+        frames: Frames,
+        cond_resched: Callable[[], Wait[None]] = lambda: done(None),
+        memlock_pages: int | None = None,
+    ) -> None:
         self.frames = frames
         self.cond_resched = cond_resched  # awaited by long work
+        self.memlock_pages = memlock_pages  # how many a process may have pinned for long; None: any number
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0

@@ -37,6 +37,7 @@ class Mm(AddressSpace):
     def __init__(self, mm_id: int, memory: Memory) -> None:
         super().__init__(mm_id, memory)
         self.token = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
+        self.pinned_pages = 0  # for long, by whoever
         self.exited = False  # and everything it had is given back
 
     madvise_dontneed = dontneed
@@ -248,14 +249,23 @@ class Mm(AddressSpace):
             await found  # a userfaultfd's reader, without the lock
 
     async def pin_user_page(self, hva: Hva) -> Page:
-        """FOLL_LONGTERM | FOLL_WRITE: the page stays in its frame, whatever happens to the mapping."""
+        """FOLL_LONGTERM | FOLL_WRITE: the page stays in its frame, whatever happens to the mapping.
+        ENOMEM: the process may not have more pinned (RLIMIT_MEMLOCK).
+        """
         entry = await self.fault_in(hva, write=True)
+        limit = self.memory.memlock_pages
+        if limit is not None and self.pinned_pages >= limit:
+            raise UapiError(
+                errno.ENOMEM, f"pin at {hva:#x}: the process has {self.pinned_pages} pages pinned"
+            )
+        self.pinned_pages += 1
         entry.page.pins += 1
         return entry.page
 
     def unpin(self, page: Page) -> None:
         assert page.pins > 0, "unpinned more often than pinned"
         page.pins -= 1
+        self.pinned_pages -= 1
         self.memory.put(page)
 
     async def read(self, hva: Hva, size: int, *, user: bool = True) -> bytes:

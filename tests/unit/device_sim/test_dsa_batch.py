@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 
@@ -143,6 +144,30 @@ def test_a_list_that_faults_behind_a_failure_has_result_1(machine: Machine) -> N
     machine.silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(0), work(0x7F, ASKED, record=RECORD + 64), fill(2)], at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE, result=1)
+
+
+def data_alone(machine: Machine) -> Machine:
+    """It asks neither for batch lists nor for completion records."""
+    machine.silicon.function.traits = replace(machine.silicon.function.traits, control_faults=False)
+    return machine
+
+
+def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machine: Machine) -> None:
+    data_alone(machine).silicon.tables.unmap((LIST >> 12) + 1)
+    submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
+    assert machine.record() == Record(6, False, 2, LIST + PAGE)
+    assert machine.silicon.unit.prq.take_new() == b""
+
+
+def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent() -> None:
+    """Software error 0x1A; the data before it was asked for."""
+    machine = data_alone(Machine(records=False))
+    machine.map(DST, DST_FRAME)
+    machine.submit(fill(0, ASKED | BOF))
+    assert machine.silicon.unit.prq.take_new() == b""
+    assert machine.software_error[1] == 0x1A
+    machine.submit(fill(0, ASKED | BOF, dst=THIRD))
+    assert machine.silicon.unit.prq.take_new() != b""
 
 
 def test_a_list_may_block_on_its_fault(machine: Machine) -> None:

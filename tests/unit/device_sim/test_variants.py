@@ -200,6 +200,15 @@ def test_one_unit_and_one_device_are_changed_and_the_others_are_as_for_all() -> 
     assert [device.fault_capability for device in made.devices] == ["full", "full", "partial"]
 
 
+def test_a_partial_device_asks_for_data_alone_and_one_that_cannot_fault_has_no_page_requests() -> None:
+    made = settings(
+        *("--devices", "3", "--device", "1:fault-capability=partial"),
+        *("--device", "2:fault-capability=none"),
+    )
+    found = [(device.traits.pri, device.traits.control_faults) for device in made.devices]
+    assert found == [(True, True), (True, False), (False, False)]
+
+
 @pytest.mark.parametrize(
     ("option", "field"),
     [

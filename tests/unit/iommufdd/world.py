@@ -122,6 +122,15 @@ class World:
         if self.fault_errno:
             raise UapiError(self.fault_errno, "KVM says no")
 
+    async def pin(self, gfn: int, npages: int) -> None:
+        await self._take("pin", gfn, npages)
+
+    async def unpin(self, gfn: int, npages: int) -> None:
+        await self._take("unpin", gfn, npages)
+
+    async def pin_all(self, *, on: bool) -> None:
+        await self._take("pin_all", on)
+
     async def unregister(self) -> None:
         await self._take("unregister")
 

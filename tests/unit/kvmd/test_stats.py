@@ -37,6 +37,7 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "pages_4k": 3,
         "pages_2m": 1,
         "pages_1g": 0,
+        "pinned_pages": 0,
         "table_pages": 5,
         "table_pages_held": 0,
         "pf_taken": 4,

@@ -1,0 +1,120 @@
+"""Pinning from end to end: scenarios, who may pin, what ends a pin, and what an attach costs that cannot."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from protocol.errors import UapiError
+from protocol.hw.dsa import Status
+from protocol.units import MIB, PAGE_SIZE
+from qemu_shim.machine import Host, connect_host
+from qemu_shim.measure import Report
+from qemu_shim.scenarios.library import SCENARIOS
+from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
+from tests.integration.system import eventually, system
+from tests.integration.test_iommufd_uapi import refused
+from tests.integration.test_units import alloc, queue_of, with_silicon
+
+RAM = 40 * MIB
+PAGES = RAM // PAGE_SIZE
+NONE = ("--fault-capability", "none")
+
+
+@pytest.mark.parametrize("name", ["partial-iopf", "pinned"])
+async def test_the_note_s_two_devices_work_while_the_host_does_what_it_likes(name: str) -> None:
+    scenario, report = SCENARIOS[name], Report(name)
+    params = {key: param.default for key, param in scenario.params.items()}
+    with system(scenario.options) as made:
+        async with connect_host(made.directory) as host:
+            await scenario.play(host, params, report)
+    assert report.problems == []
+    assert report.figures["failures"] == 0
+    assert report.figures["records_lost_pinned"] == 0
+
+
+async def test_an_importer_pins_what_it_registered_for_and_its_pins_end_with_its_lease(host: Host) -> None:
+    rig = await bare_vm(host, ram=RAM)
+    rig.tdp_fd = await rig.vm.create_tdp_fd()
+    importer = await TestImporter.of(host, rig.tdp_fd)
+    for op, body in (("TDP_PIN", {"gfn": 1, "npages": 1}), ("TDP_PIN_ALL", {"on": True})):
+        with refused(errno.EINVAL, "registered"):
+            await importer.channel.ask(op, body)
+    await importer.register()
+    await importer.channel.ask("TDP_PIN", {"gfn": 1, "npages": 4})
+    await importer.channel.ask("TDP_PIN", {"gfn": 4, "npages": 1})
+    assert (await importer.channel.ask("TDP_UNPIN", {"gfn": 0, "npages": 4})).body == {"pages": 3}
+    with refused(errno.EINVAL, "not pinned"):
+        await importer.channel.ask("TDP_PIN_ALL", {"on": False})
+    await importer.channel.ask("TDP_PIN_ALL", {"on": True})
+    assert (await vm_stats(host))["pinned_pages"] == PAGES
+    importer.channel.close()
+    await rig.process.move_pages(rig.hva + PAGE_SIZE, PAGE_SIZE)
+    assert (await vm_stats(host))["pinned_pages"] == PAGES  # somebody may still walk
+    importer.close()
+    await eventually(
+        lambda: vm_stats(host), lambda vm: vm["pinned_pages"] == 0, "the pins went with the lease"
+    )
+    assert await rig.process.move_pages(rig.hva + PAGE_SIZE, PAGE_SIZE) == 1
+    assert await host.kvmd.violations() == []
+    rig.close()
+
+
+async def test_an_attach_that_cannot_pin_everything_fails_and_leaves_the_device_off() -> None:
+    async with with_silicon(*NONE, kvmd=("--memlock", "1M"), ram=RAM) as rig:
+        hwpt = await alloc(rig)
+        _, device = rig.bound
+        with refused(errno.ENOMEM, "pinned"):
+            await device.attach(hwpt, pinned=True)
+        assert (await vm_stats(rig.host))["pinned_pages"] == 0
+        assert [found["functions"] for found in (await rig.host.iommufdd.stats())["hwpts"]] == [0]
+
+
+async def test_a_slot_that_cannot_be_pinned_is_not_added_while_a_device_needs_it() -> None:
+    async with with_silicon(*NONE, kvmd=("--memlock", "40M"), ram=RAM) as rig:
+        await rig.bound[1].attach(await alloc(rig), pinned=True)
+        hva = await rig.process.mmap(MIB)
+        with refused(errno.ENOMEM, "pinned"):
+            await rig.vm.set_user_memory_region(7, 0x1_0000_0000, MIB, hva)
+        await rig.bound[1].detach()
+        await rig.vm.set_user_memory_region(7, 0x1_0000_0000, MIB, hva)
+        assert (await vm_stats(rig.host))["pinned_pages"] == 0
+
+
+async def test_what_a_driver_pinned_ends_with_the_attachment_and_wrong_ranges_are_refused() -> None:
+    trust = ("--fault-policy", "trust")
+    async with with_silicon("--fault-capability", "partial", iommufdd=trust, ram=RAM) as rig:
+        hwpt = await alloc(rig)
+        _, device = rig.bound
+        with refused(errno.EINVAL, "no HWPT"):
+            await device.pin(0, PAGE_SIZE)
+        await device.attach(hwpt)
+        for iova, size in ((1, PAGE_SIZE), (0, 1), (0, 0), (1 << 60, PAGE_SIZE), (1 << 40, PAGE_SIZE)):
+            with refused(errno.EINVAL, "pin of"):
+                await device.pin(iova, size)
+        await device.pin(GUEST_START, 2 * PAGE_SIZE)
+        await device.pin(GUEST_START, PAGE_SIZE)
+        with refused(errno.EINVAL, "no such range"):
+            await device.unpin(GUEST_START + PAGE_SIZE, PAGE_SIZE)
+        await device.unpin(GUEST_START, 2 * PAGE_SIZE)
+        assert (await vm_stats(rig.host))["pinned_pages"] == 1
+        with pytest.raises(UapiError) as caught:
+            await rig.vm.page_track_add(GUEST_START)
+        assert caught.value.errno == errno.EBUSY
+        await device.detach()
+        assert (await vm_stats(rig.host))["pinned_pages"] == 0
+
+
+async def test_a_partial_device_asks_for_data_and_loses_a_record_it_finds_absent() -> None:
+    """Status 0x1A, in the software error register: the record could not say it."""
+    trust = ("--fault-policy", "trust")
+    async with with_silicon("--fault-capability", "partial", iommufdd=trust, ram=RAM) as rig:
+        await rig.bound[1].attach(await alloc(rig))
+        queue = await queue_of(rig, rig.bound[1], 0)
+        assert (await queue.fill(GUEST_START, 0x55, PAGE_SIZE)).status is Status.NONE
+        assert (await device_stats(rig.host))["software_errors"] == 1
+        assert await rig.process.read(rig.hva + GUEST_START, 1) == b"\x55"
+        await rig.bound[1].pin(queue.record_page, PAGE_SIZE)
+        assert (await queue.fill(GUEST_START, 0x66, PAGE_SIZE)).status is Status.SUCCESS
+        assert (await device_stats(rig.host))["software_errors"] == 1

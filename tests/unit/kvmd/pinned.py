@@ -1,0 +1,70 @@
+"""A lent-out table, an importer that pins and acks by hand, and 512 pages to pin."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.check import check_memory
+from kvmd.core.pinning import Account
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import Gfn, GfnSpan, Hva
+from tests.unit.kvmd.world import SlowImporter, World
+
+T = TypeVar("T")
+
+PAGE = 4096
+BASE, PAGES = 0x200, 512
+WORD = BASE + 5
+
+
+class Guest:
+    """Gfns 0x200..0x3ff, lent out, and an importer that acks by hand and pins."""
+
+    def __init__(self, *, level: int = 1, **host: Any) -> None:
+        self.world = World(**host)
+        self.vm = self.world.vm
+        self.hva = self.world.map(PAGES >> 9 * (level - 1), level)
+        self.world.set_slot(0, BASE, PAGES, self.hva)
+        self.vcpu = self.world.vcpu()
+        self.exported = self.world.export()
+        self.importer = SlowImporter()
+        self.exported.register_importer("unit", self.importer)
+        self.account = self.vm.pinning.open()
+
+    def settle(self, wait: Wait[T]) -> T:
+        while self.importer.pending:
+            self.world.ack(self.importer)
+        return wait.result()
+
+    def do(self, flow: Coroutine[Any, None, T]) -> T:
+        return self.settle(self.world.start(flow))
+
+    def pin(self, gfn: int, pages: int = 1, account: Account | None = None) -> None:
+        span = GfnSpan.of_pages(Gfn(gfn), pages)
+        self.do(self.vm.pinning.pin(account or self.account, span))
+
+    def unpin(self, gfn: int, pages: int = 1, account: Account | None = None) -> int:
+        return self.do(self.vm.pinning.unpin(account or self.account, GfnSpan.of_pages(Gfn(gfn), pages)))
+
+    def refused(self, gfn: int, pages: int = 1) -> int:
+        with pytest.raises(UapiError) as caught:
+            self.pin(gfn, pages)
+        return caught.value.errno
+
+    def hva_of(self, gfn: int) -> Hva:
+        return Hva(self.hva + (gfn - BASE) * PAGE)
+
+    def entry(self, gfn: int) -> int:
+        met = self.vm.mmu.leaf_at(self.exported.root, Gfn(gfn))
+        return 0 if met is None else met.entry
+
+    def set_slot(self, gfn: int, pages: int, hva: int, flags: int = 0, slot: int = 0) -> None:
+        self.do(self.vm.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
+
+    def sound(self) -> bool:
+        return check_vm(self.vm) == [] == check_memory(self.world.host.memory, self.world.host.processes)

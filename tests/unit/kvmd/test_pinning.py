@@ -1,0 +1,330 @@
+"""On-demand pinning: what the host, the VMM and the guest do, and what a pinned page keeps through it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.failure import poison
+from kvmd.core.mm.file import File
+from kvmd.core.mm.fork import fork
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
+from kvmd.core.mm.thp import split
+from kvmd.core.mm.vma import Prot
+from kvmd.core.page_fault import Result
+from kvmd.core.stats import vm_stats
+from protocol.errors import UapiError
+from protocol.pt import bits
+from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
+from tests.unit.kvmd.logged import Logged
+from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
+from tests.unit.kvmd.world import WRITE
+
+Flow = Coroutine[Any, None, Any]
+
+
+def refusal(action: Callable[[], object]) -> int:
+    with pytest.raises(UapiError) as caught:
+        action()
+    return caught.value.errno
+
+
+def test_a_pin_maps_its_pages_at_once_writable_for_a_device_that_never_asks() -> None:
+    guest = Guest()
+    guest.pin(WORD, 3)
+    assert {gfn: writable for gfn, (_, writable) in guest.world.table().items()} == {
+        WORD: True,
+        WORD + 1: True,
+        WORD + 2: True,
+    }
+    assert guest.importer.heard == []
+    assert vm_stats(guest.vm)["pinned_pages"] == 3
+    assert guest.sound()
+
+
+def test_a_pin_of_what_was_only_read_breaks_copy_on_write_first() -> None:
+    guest = Guest()
+    guest.do(guest.vcpu.run([("r", WORD << 12, 1)]))
+    zeroes = guest.world.table()[WORD]
+    guest.pin(WORD)
+    assert zeroes[1] is False
+    assert guest.world.table()[WORD] != zeroes
+    assert guest.world.table()[WORD][1] is True
+    assert guest.importer.heard  # of the zero page's end
+    assert guest.sound()
+
+
+# -- a. entries change atomically -------------------------------------------------------------------------
+
+
+def test_rule_a_a_pin_in_a_huge_leaf_splits_it_without_a_flush_and_keeps_every_translation() -> None:
+    guest = Guest(level=2)
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    before = guest.world.table()
+    guest.pin(WORD)
+    assert guest.exported.root.leaves == [0, 512, 0, 0]
+    assert guest.world.table() == before
+    assert guest.importer.heard == []
+    assert guest.sound()
+
+
+def test_rule_a_a_fault_beside_a_pin_in_a_huge_host_page_maps_a_small_page() -> None:
+    guest = Guest(level=2)
+    guest.pin(WORD)
+    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    assert guest.exported.root.leaves == [0, 2, 0, 0]
+    assert guest.sound()
+
+
+def test_rule_a_logging_that_ends_collapses_no_table_that_maps_a_pinned_gfn() -> None:
+    guest = Guest(level=2)
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    guest.set_slot(BASE, PAGES, guest.hva)
+    assert guest.entry(WORD) == kept
+    assert guest.exported.root.leaves == [0, 512, 0, 0]
+    assert guest.unpin(WORD) == 1
+    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    guest.set_slot(BASE, PAGES, guest.hva)
+    assert guest.exported.root.leaves == [0, 0, 0, 0]
+    assert guest.sound()
+
+
+def test_rule_a_without_a_table_page_to_split_into_the_pin_is_refused_and_leaves_nothing() -> None:
+    guest = Guest(level=2, tables=3 * PAGE)
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    assert guest.refused(WORD) == errno.ENOMEM
+    assert guest.exported.root.leaves == [0, 0, 1, 0]
+    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert guest.sound()
+
+
+@pytest.mark.parametrize("what", ["absent", "another frame", "no W", "no D", "huge"])
+def test_rule_a_the_one_place_that_stores_entries_asserts_it(what: str) -> None:
+    """Each store I22 forbids, made on purpose."""
+    guest = Guest()
+    guest.pin(WORD)
+    met = guest.vm.mmu.leaf_at(guest.exported.root, Gfn(WORD))
+    assert met is not None
+    new = {
+        "absent": 0,
+        "another frame": met.entry + PAGE,
+        "no W": met.entry & ~bits.WRITE,
+        "no D": met.entry & ~bits.DIRTY,
+        "huge": bits.FROZEN,
+    }[what]
+    level = Level(2 if what == "huge" else 1)
+    with pytest.raises(AssertionError, match="I22"):
+        guest.vm.mmu._set(guest.exported.root, Gfn(WORD), level, met.at, met.entry, new)
+
+
+# -- b. only the slot's removal zaps ----------------------------------------------------------------------
+
+
+def dontneed(mm: Mm, hva: Hva) -> Flow:
+    return mm.madvise_dontneed(hva, PAGE)
+
+
+HOST: dict[str, Callable[[Mm, Hva], Flow]] = {
+    "DONTNEED": dontneed,
+    "munmap": lambda mm, hva: mm.munmap(hva, PAGE),
+    "mprotect none": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.NONE),
+    "mprotect read": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.READ),
+    "mremap": lambda mm, hva: mm.mremap(hva, PAGE, PAGE, Hva(0x7000_0000_0000)),
+    "poison": lambda mm, hva: poison(mm, hva, PAGE),
+    "exit": lambda mm, hva: mm.exit(),
+}
+
+
+@pytest.mark.parametrize("what", list(HOST))
+def test_rule_b_the_host_s_mapping_goes_and_entry_frame_and_bytes_stay(what: str) -> None:
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"kept")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    guest.do(HOST[what](guest.world.mm, guest.hva_of(WORD)))
+    assert guest.entry(WORD) == kept
+    assert guest.world.read(guest.vcpu, WORD << 12, 4).reads == [b"kept"]
+    assert guest.sound()
+    assert guest.unpin(WORD) == 1
+    assert guest.entry(WORD) == 0  # the host has it no more, or not to write
+    assert guest.sound()
+
+
+def test_rule_b_a_pin_outlives_the_truncation_of_its_file() -> None:
+    guest = Guest()
+    file = File(guest.world.host.memory, "f", PAGE)
+    hva = guest.world.run(guest.world.mm.mmap(None, PAGE, Prot.READ | Prot.WRITE, shared=True, file=file))
+    guest.set_slot(0x800, 1, hva, slot=1)
+    guest.pin(0x800)
+    kept = guest.entry(0x800)
+    guest.do(file.truncate(0))
+    assert guest.entry(0x800) == kept
+    assert guest.sound()
+    guest.unpin(0x800)
+    assert guest.entry(0x800) == 0
+    assert guest.sound()
+
+
+@pytest.mark.parametrize("how", ["delete", "move"])
+def test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned(how: str) -> None:
+    guest = Guest()
+    guest.pin(WORD)
+    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    frames = guest.world.host.frames.in_use
+    pages = 0 if how == "delete" else PAGES
+    region = guest.world.region(0, 0x800, pages, guest.hva)
+    wait = guest.world.start(guest.vm.set_memory_region(region))
+    assert guest.entry(WORD) == 0
+    assert guest.world.host.frames.in_use == frames  # not acked: the device may still be writing
+    guest.settle(wait)
+    assert guest.world.host.frames.in_use == frames - 1
+    assert (guest.unpin(WORD), guest.world.mm.pinned_pages) == (0, 0)
+    assert guest.sound()
+
+
+def test_rule_b_the_removal_of_another_slot_zaps_all_but_what_is_pinned() -> None:
+    guest = Guest()
+    guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
+    guest.world.write(guest.vcpu, 0x800 << 12, b"x")
+    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    guest.set_slot(0, 0, 0, slot=1)
+    assert set(guest.world.table()) == {WORD}
+    assert guest.entry(WORD) == kept
+    assert guest.sound()
+
+
+def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_new_one() -> None:
+    guest = Guest()
+    guest.pin(WORD)
+    guest.world.write(guest.vcpu, WORD << 12, b"device")
+    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
+    result = guest.do(guest.vm.fault_exported(guest.exported, 77, Gfn(WORD), WRITE))
+    assert result is Result.SPURIOUS
+    assert guest.world.read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
+
+
+def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pinned() -> None:
+    """Or the pin would hold the page that goes, and the process have another."""
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"old")
+    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    span = GfnSpan.of_pages(Gfn(WORD), 1)
+    pinning = guest.world.start(guest.vm.pinning.pin(guest.account, span))
+    assert not pinning.done
+    guest.settle(going)
+    guest.settle(pinning)
+    assert guest.sound()
+    guest.world.write(guest.vcpu, WORD << 12, b"new")
+    assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 3)) == b"new"
+
+
+# -- c. nothing write-protects ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("manual", [0, 1, 3])
+def test_rule_c_dirty_logging_reports_a_pinned_page_in_every_get_and_never_protects_it(manual: int) -> None:
+    guest = Guest()
+    guest.vm.dirty_log.manual_protect = manual
+    guest.pin(WORD)
+    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    kept = guest.entry(WORD)
+    bitmap = guest.world.map(1)
+    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    for _ in range(3):
+        guest.do(guest.vm.dirty_log.get(0, bitmap))
+        seen = guest.world.run(guest.world.mm.read(bitmap, PAGES // 8))
+        assert seen[0] & 1 << WORD - BASE
+        guest.world.run(guest.world.mm.write(bitmap, b"\xff" * (PAGES // 8)))
+        if manual:
+            guest.do(guest.vm.dirty_log.clear(ClearDirtyLog(0, PAGES, 0, bitmap)))
+        assert guest.entry(WORD) == kept
+        assert not guest.entry(WORD + 1) & bits.WRITE
+        assert guest.sound()
+
+
+def test_rule_c_a_pin_in_a_slot_that_logs_is_dirty_from_then_on() -> None:
+    guest = Guest()
+    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    guest.pin(WORD)
+    slot = guest.vm.slots.find(Gfn(WORD))
+    assert slot is not None
+    assert guest.vm.dirty_log.is_dirty(slot, Gfn(WORD))
+    guest.unpin(WORD)
+    assert guest.sound()
+
+
+def test_rule_c_tracking_and_pinning_refuse_each_other() -> None:
+    guest = Guest()
+    guest.pin(WORD)
+    assert refusal(lambda: guest.do(guest.vm.track_page(Gpa(WORD << 12)))) == errno.EBUSY
+    guest.do(guest.vm.track_page(Gpa((WORD + 1) << 12)))
+    assert guest.refused(WORD, 2) == errno.EBUSY
+    assert guest.vm.pinning.pinned[Gfn(WORD)].count == 1
+    guest.unpin(WORD)
+    guest.do(guest.vm.track_page(Gpa(WORD << 12)))
+    assert guest.sound()
+
+
+# -- d. the host leaves the page alone --------------------------------------------------------------------
+
+HOST_ACTIONS = {"migrate": migrate, "swap": swap_out, "merge": merge, "hint": numa_hint, "split": split}
+
+
+@pytest.mark.parametrize("what", list(HOST_ACTIONS))
+@pytest.mark.parametrize("level", [1, 2])
+def test_rule_d_the_host_passes_a_pinned_page_by_and_takes_its_neighbour(what: str, level: int) -> None:
+    guest = Guest(level=level)
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    guest.do(HOST_ACTIONS[what](guest.world.mm, guest.hva, PAGES * PAGE))
+    assert guest.entry(WORD) == kept
+    assert guest.sound()
+
+
+@pytest.mark.parametrize("ad", [True, False])
+def test_rules_c_and_d_ageing_takes_nothing_from_a_pinned_page(ad: bool) -> None:
+    guest = Guest(features=CpuFeatures(ept_ad_bits=ad, pml=ad))
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    assert guest.do(age(guest.world.mm, guest.hva, PAGES * PAGE)) == 0
+    assert guest.entry(WORD) == kept
+
+
+def test_rule_d_a_fork_leaves_the_pinned_frame_to_the_parent_and_copies_it_for_the_child() -> None:
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"before")
+    guest.pin(WORD)
+    kept = guest.entry(WORD)
+    child = guest.world.host.create_mm()
+    guest.do(fork(guest.world.mm, child))
+    assert guest.entry(WORD) == kept
+    guest.world.write(guest.vcpu, WORD << 12, b"after!")
+    assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 6)) == b"after!"
+    assert guest.world.run(child.read(guest.hva_of(WORD), 6)) == b"before"
+    assert guest.sound()
+
+
+def test_rule_c_with_rings_a_store_to_a_pinned_page_is_told_by_the_bitmap() -> None:
+    logged = Logged(ring=4096, export=True)
+    pinning, gfn = logged.vm.pinning, next(iter(logged.vm.slots)).base_gfn
+    logged.world.run(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
+    logged.world.write(logged.vm.vcpus[0], gfn << 12, b"x")
+    assert not any(logged.ring)
+    slot = logged.vm.slots.find(gfn)
+    assert slot is not None
+    assert logged.vm.dirty_log.is_dirty(slot, gfn)
+    assert check_vm(logged.vm) == []
