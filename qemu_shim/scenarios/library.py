@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios import dmatest, dmatest_nobof, dsa_ops, sharing, unmap
+from qemu_shim.scenarios import (
+    coherency,
+    dmatest,
+    dmatest_nobof,
+    dsa_ops,
+    memory,
+    migration,
+    mmio,
+    msi,
+    nested,
+    sharing,
+    smm,
+    unmap,
+    write_tracking,
+)
 from qemu_shim.scenarios.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
@@ -13,5 +27,13 @@ SCENARIOS: dict[str, Scenario] = {
         dsa_ops.SCENARIO,
         unmap.SCENARIO,
         sharing.SCENARIO,
+        write_tracking.SCENARIO,
+        coherency.SCENARIO,
+        mmio.SCENARIO,
+        nested.SCENARIO,
+        msi.SCENARIO,
+        smm.SCENARIO,
+        migration.SCENARIO,
+        memory.SCENARIO,
     )
 }
