@@ -229,7 +229,9 @@ class Function:
         return entry.rights & need != 0
 
     def accessible(self, dma: DmaRange) -> int:
-        """How many bytes of it, from the front, are translated."""
+        """How many bytes of it, from the front, are translated, or need not be."""
+        if dma.write and self.dma_enabled and msi.is_message(dma.iova, dma.size):
+            return dma.size
         return self.devtlb.runs(dma.iova, dma.size, dma.write)[1]
 
     def read(self, iova: int, size: int) -> bytes | None:

@@ -87,7 +87,9 @@ async def _roots(stage: Stage) -> int:
 
 
 async def _flushes(stage: Stage, hva: int) -> dict[str, int]:
-    """Both are about address space 1 alone, and the importer hears of both."""
+    """Both are about address space 1 alone, and the importer hears of both; a deletion makes every other
+    root invalid, so the one lent out, which cannot be, loses its leaves.
+    """
     guest, report = stage.guest, stage.report
     size = PAGES * PAGE_SIZE
     async with stage.counted() as migration:
@@ -105,7 +107,7 @@ async def _flushes(stage: Stage, hva: int) -> dict[str, int]:
     report.expect_equal(ran.reads, [SECRET], "what is left of the secret, in SMM")
     async with stage.counted() as cost:
         report.expect_equal(await stage.fill(OVER_RAM), Status.SUCCESS, "DMA write afterwards")
-    report.expect_equal(cost["page_requests"], 0, "page requests: the lent table lost nothing")
+    report.expect_equal(cost["page_requests"], 2, "page requests, of the page and of the records'")
     return told
 
 
