@@ -14,7 +14,6 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from qemu_shim.guest.idxd_device import IdxdDevice
 
-
 MAX_MESSAGES = 4096  # interrupt messages nobody took yet; older ones are lost
 
 

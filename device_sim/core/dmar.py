@@ -106,7 +106,7 @@ class RemappingUnit:
         self._haw = haw
         self._on_event = on_event
         self._drain = drain
-        self._deliver = deliver
+        self.deliver = deliver
         self._memory = memory
         self._entries: dict[tuple[int, Pasid], bytes] = {}
         self._pasid_cache: dict[tuple[int, Pasid], _Attached] = {}
@@ -253,7 +253,7 @@ class RemappingUnit:
         """An interrupt message came: it goes on to the interrupt controller."""
         self.interrupts += 1
         self.messages.append(message)
-        self._deliver(message)
+        self.deliver(message)
 
     def _walk(self, tables: TableReader, attached: _Attached, page: int) -> Walk:
         self.walks += 1

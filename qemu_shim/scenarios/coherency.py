@@ -90,7 +90,9 @@ async def _forced(stage: Stage) -> int:
     """PGSNP of the device that is attached: what makes its DMA snoop whatever it asks for."""
     device = (await stage.host.device_sim.stats())["devices"]["dsa0"]
     entry = PasidEntry.from_bytes(device["pasid_entry"])
-    stage.report.expect(entry.present and entry.pgsnp and entry.pwsnp, f"the PASID entry does not snoop: {entry}")
+    stage.report.expect(
+        entry.present and entry.pgsnp and entry.pwsnp, f"the PASID entry does not snoop: {entry}"
+    )
     return int(entry.pgsnp)
 
 

@@ -56,7 +56,9 @@ class _Migration:
         """As the source's process sees them now."""
         for page in pages:
             at = page * PAGE_SIZE
-            self.copy[at : at + PAGE_SIZE] = await self.stage.guest.process.read(self.slot.hva + at, PAGE_SIZE)
+            self.copy[at : at + PAGE_SIZE] = await self.stage.guest.process.read(
+                self.slot.hva + at, PAGE_SIZE
+            )
 
     async def device_writes(self, chance: Random) -> None:
         while self.running:
@@ -83,7 +85,10 @@ async def play(host: Host, params: Params, report: Report) -> None:
         report.problems += [f"{kind}: {problem}" for problem in part.problems]
         report.figures |= part.figures | {f"{kind}_{name}": count for name, count in figures.items()}
         report.rows += [
-            (f"{kind}: rounds / pages sent / of them at last", "{rounds} / {sent} / {last}".format(**figures)),
+            (
+                f"{kind}: rounds / pages sent / of them at last",
+                "{rounds} / {sent} / {last}".format(**figures),
+            ),
             (f"{kind}: stores of the CPU / the device", "{cpu} / {device}".format(**figures)),
             (f"{kind}: IO page faults by write protection", "{protection_faults}".format(**figures)),
         ]
@@ -100,14 +105,22 @@ async def _migrate(stage: Stage, params: Params) -> dict[str, int]:
     migration = _Migration(stage, slot, bitmap, pages, ring, bytearray(slot.size))
     try:
         for page in range(pages):  # so that what faults from here on is protection alone
-            report.expect_equal(await stage.fill(slot.gpa + page * PAGE_SIZE, page), Status.SUCCESS, "DMA write")
+            report.expect_equal(
+                await stage.fill(slot.gpa + page * PAGE_SIZE, page), Status.SUCCESS, "DMA write"
+            )
         async with stage.counted() as cost:
             figures = await _precopy(migration, cpu, params["rounds"])
         source = await _all_of(migration)
-        wrong = [at // PAGE_SIZE for at in range(0, slot.size, PAGE_SIZE) if _page(source, at) != _page(migration.copy, at)]
+        wrong = [
+            at // PAGE_SIZE
+            for at in range(0, slot.size, PAGE_SIZE)
+            if _page(source, at) != _page(migration.copy, at)
+        ]
         report.expect(not wrong, f"{len(wrong)} of {pages} pages differ: {wrong[:8]}")
         faults = int(cost["io_pf_fixed"])
-        report.expect(0 < faults <= migration.stores["device"], f"{faults} IO page faults by write protection")
+        report.expect(
+            0 < faults <= migration.stores["device"], f"{faults} IO page faults by write protection"
+        )
         return figures | migration.stores | {"pages": pages, "protection_faults": faults}
     finally:
         if ring is not None:

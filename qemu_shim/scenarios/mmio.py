@@ -67,7 +67,9 @@ async def _emulated(stage: Stage, mmio: int, target: int) -> None:
     report.expect_equal(cost["pf_mmio_spte_created"], 1, "MMIO entries for three accesses")
     walks = await stage.walks(mmio)
     level, _, entry = walks["path"][-1]
-    report.expect(level == 1 and entry & bits.ADDRESS_MASK == mmio, f"entry {entry:#x}: the gpa is not cached")
+    report.expect(
+        level == 1 and entry & bits.ADDRESS_MASK == mmio, f"entry {entry:#x}: the gpa is not cached"
+    )
     report.expect_equal(Outcome(walks["unit"][0]), Outcome.ABSENT, "what the unit finds")
     before = (await stage.host.kvmd.stats())["frames"]
     held = await stage.guest.memory.read(target, PAGE_SIZE)

@@ -21,7 +21,7 @@ VECTOR = 0x4021
 
 async def play(host: Host, params: Params, report: Report) -> None:
     count = params["messages"]
-    found = {}
+    found: dict[str, int] = {}
     async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
         source = stage.guest.memory.allocate(1)
         await stage.guest.memory.write(source, FILLED)
@@ -85,7 +85,7 @@ async def _untouched(stage: Stage) -> None:
 
 SCENARIO = Scenario(
     name="msi",
-    summary="a DMA write of 4 bytes to 0xfeexxxxx is an interrupt message, all else a fault, RAM there or not",
+    summary="a DMA write of 4 bytes to 0xfeexxxxx is an interrupt message, all else a fault, RAM or not",
     tags=("How to map MSI pages",),
     play=play,
     params={"messages": Param(64, 1, 1024, "interrupt messages, spread over the window, each way")},

@@ -107,7 +107,7 @@ async def _objects(stage: Stage) -> tuple[int, int, int]:
 
 SCENARIO = Scenario(
     name="nested",
-    summary="a KVM HWPT is no nest parent: refused with the RFC's reason, and nothing is left of the attempts",
+    summary="a KVM HWPT is no nest parent: refused with the RFC's reason, nothing is left of the attempts",
     tags=("Nested translation is not supported", "RFC-43", "RFC-44", "RFC-55", "RFC-56"),
     play=play,
 )

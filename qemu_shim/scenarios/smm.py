@@ -113,7 +113,7 @@ async def _flushes(stage: Stage, hva: int) -> dict[str, int]:
 
 SCENARIO = Scenario(
     name="smm",
-    summary="system-management RAM has a table of its own that no device reaches; its flushes reach importers",
+    summary="SMM's RAM has a table of its own that no device reaches; its flushes reach importers",
     tags=("Address space of a TDP FD", "RFC-05", "RFC-89", "RFC-96"),
     play=play,
 )

@@ -27,7 +27,9 @@ async def play(host: Host, params: Params, report: Report) -> None:
         stores = await _store(stage, tracked, tries)
         reads = await _read(stage, tracked, target)
         refused = await _write(stage, tracked, tries)
-        stage.report.expect_equal(await stage.fill(tracked + PAGE_SIZE), Status.SUCCESS, "DMA write to its neighbour")
+        stage.report.expect_equal(
+            await stage.fill(tracked + PAGE_SIZE), Status.SUCCESS, "DMA write to its neighbour"
+        )
         await guest.vm.page_track_remove(tracked)
         await _untracked(stage, tracked)
     report.figures |= {"tries": tries, "stores_emulated": stores, "requests_of_reads": reads} | refused
@@ -56,7 +58,9 @@ async def _read(stage: Stage, gpa: int, target: int) -> int:
     async with stage.counted() as cost:
         stage.report.expect_equal(await stage.copy(target, gpa), Status.SUCCESS, "DMA read")
     wanted = await stage.guest.memory.read(gpa, PAGE_SIZE)
-    stage.report.expect_equal(await stage.guest.memory.read(target, PAGE_SIZE), wanted, "what the device read")
+    stage.report.expect_equal(
+        await stage.guest.memory.read(target, PAGE_SIZE), wanted, "what the device read"
+    )
     return int(cost["page_requests"]) - 1
 
 
@@ -69,7 +73,9 @@ async def _write(stage: Stage, gpa: int, tries: int) -> dict[str, int]:
             statuses += [await stage.fill(gpa), await stage.copy(gpa + 8, gpa, 64)]
             await _read_only(stage, gpa)
     stage.report.expect_equal(set(statuses), {Status.PAGE_FAULT_IR}, "DMA writes")
-    stage.report.expect_equal(await stage.guest.memory.read(gpa, PAGE_SIZE), before, "the page after DMA writes")
+    stage.report.expect_equal(
+        await stage.guest.memory.read(gpa, PAGE_SIZE), before, "the page after DMA writes"
+    )
     found = {
         "dma_refused": statuses.count(Status.PAGE_FAULT_IR),
         "requests": int(cost["page_requests"]),
@@ -93,9 +99,13 @@ async def _untracked(stage: Stage, gpa: int) -> None:
     """Both write again; the entry is made writable by whoever comes first."""
     async with stage.counted() as cost:
         stage.report.expect_equal(await stage.fill(gpa), Status.SUCCESS, "DMA write once untracked")
-        stage.report.expect_equal(await stage.guest.memory.read(gpa, PAGE_SIZE), FILLED, "what the device wrote")
+        stage.report.expect_equal(
+            await stage.guest.memory.read(gpa, PAGE_SIZE), FILLED, "what the device wrote"
+        )
         await stage.guest.memory.write(gpa, b"cpu")
-    stage.report.expect_equal((cost["page_requests"], cost["pf_emulate"]), (1, 0), "requests, emulated stores")
+    stage.report.expect_equal(
+        (cost["page_requests"], cost["pf_emulate"]), (1, 0), "requests, emulated stores"
+    )
     stage.report.expect_equal(await stage.guest.memory.read(gpa, 3), b"cpu", "what the CPU wrote")
 
 
