@@ -49,11 +49,16 @@ class Inspector:
 
     async def tables(self, vm_fd: int) -> bytes:
         """Every page of the table of the VM, one after the other."""
-        with open((await self._ask("DUMP_TABLES", None, [vm_fd])).fds.take(0), "rb") as pages:
-            return pages.read()
+        return _read((await self._ask("DUMP_TABLES", None, [vm_fd])).fds.take(0))
 
     async def _ask(self, op: str, number: int | None, fds: Sequence[int] = (), **body: Any) -> Reply:
         return await self._kvmd.ask(op, {"vm": number, **body}, fds)
+
+
+def _read(fd: int) -> bytes:
+    """All of it; it is closed."""
+    with open(fd, "rb") as file:
+        return file.read()
 
 
 def write_dump(directory: Path, document: dict[str, Any], pages: int) -> None:

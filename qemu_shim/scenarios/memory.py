@@ -1,9 +1,8 @@
 """memory: the host manages the guest's memory as any other process's, under running DMA (RFC-87, RFC-94).
 
-Nothing is pinned, so it may.  Workers have the device write a page, copy it, and compare what the VMM's process
-then reads in the copy, all the time; meanwhile the host swaps, migrates, merges, collapses, splits, forks, hints
-NUMA faults, ages, and punches holes.  No data is lost, no frame touched after it was given up, and the table
-tells what each action costs.  A hole is the only thing that shows: pages of it read as zeroes.
+Nothing is pinned, so it may.  Workers have the device write a page and copy it, and compare what the VMM's
+process then reads, all the time; meanwhile the host does what it does.  No data is lost, no frame touched
+after it was given up, and the table tells what each action costs.  Only a hole shows: it reads as zeroes.
 """
 
 from __future__ import annotations
@@ -155,7 +154,7 @@ def _add(total: dict[str, int], cost: dict[str, int]) -> None:
 
 SCENARIO = Scenario(
     name="memory",
-    summary="the host swaps, migrates, merges, collapses, splits, forks, ages, punches holes under running DMA",
+    summary="the host swaps, migrates, merges, collapses, forks, ages, punches holes under running DMA",
     tags=("Pinning can be avoided", "Auto NUMA balance", "RFC-77", "RFC-87", "RFC-94"),
     play=play,
     params={

@@ -1,4 +1,4 @@
-"""migration: pre-copy of a guest whose CPU and device write all the time (RFC-97, note 6c of the cover letter).
+"""migration: pre-copy of a guest whose CPU and device write all the time (RFC-97).
 
 The migrator knows what KVM tells it and nothing else: it sends every page, then round by round those that
 were dirtied meanwhile, stops guest and device, and sends the rest.  The unit sets no dirty bits, so KVM logs
@@ -158,7 +158,7 @@ def _page(memory: bytes | bytearray, at: int) -> bytes | bytearray:
 
 SCENARIO = Scenario(
     name="migration",
-    summary="live migration under stores of CPU and device, with dirty bitmap and with ring: the copy is equal",
+    summary="live migration under stores of CPU and device, by bitmap and by ring: the copy is equal",
     tags=("Live migration write-protects", "RFC-97"),
     play=play,
     params={

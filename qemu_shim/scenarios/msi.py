@@ -1,8 +1,8 @@
-"""msi: 0xfee00000 to 0xfeefffff is no memory for a device, whatever KVM has there (0008, "Interrupt range").
+"""msi: 0xfee00000 to 0xfeefffff is no memory for a device, whatever KVM has there.
 
 The RFC asks how MSI pages are to be mapped where an IOMMU translates them; on x86 none is: a write of four
-aligned bytes is an interrupt message, which reaches the VMM, and anything else there is a fault.  So a memslot
-over the window, RAM to the vCPU, is never reached by the device, and nothing has to be mapped or pinned.
+aligned bytes is an interrupt message, which reaches the VMM, and anything else there is a fault.  So the
+device never reaches a memslot over the window, RAM to the vCPU, and nothing has to be mapped or pinned.
 """
 
 from __future__ import annotations
