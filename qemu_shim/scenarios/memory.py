@@ -7,8 +7,10 @@ after it was given up, and the table tells what each action costs.  Only a hole 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -72,13 +74,8 @@ class _Memory:
         for event in list(self.copied.values()):
             await event.wait()
 
-    # -- what the host does ----------------------------------------------------------------------------
-
-    async def act(self, action: str) -> int:
-        return await self.stage.guest.process.host_action(action, self.anon.hva, self.anon.size)
-
-    async def migrate_file(self) -> int:
-        return await self.stage.guest.process.host_action("migrate", self.file.hva, self.file.size)
+    async def act(self, action: str, slot: RamSlot) -> int:
+        return await self.stage.guest.process.host_action(action, slot.hva, slot.size)
 
     async def fork(self) -> int:
         """The child's memory is what it was at that moment, whatever DMA the parent does."""
@@ -98,15 +95,15 @@ class _Memory:
 def _actions(memory: _Memory) -> dict[str, Callable[[], Awaitable[int]]]:
     names = ("swap_out", "migrate", "merge", "numa_hint", "age", "collapse", "split")
     return {
-        **{name: lambda name=name: memory.act(name) for name in names},  # type: ignore[misc]
-        "migrate file": memory.migrate_file,
+        **{name: partial(memory.act, name, memory.anon) for name in names},
+        "migrate file": partial(memory.act, "migrate", memory.file),
         "fork": memory.fork,
         "punch hole": memory.punch_hole,
     }
 
 
 async def play(host: Host, params: Params, report: Report) -> None:
-    costs: dict[str, dict[str, int]] = {}
+    costs: dict[str, Counter[str]] = {}
     async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
         memory = await _prepared(stage, params["pages"])
         async with trio.open_nursery() as nursery:
@@ -115,7 +112,9 @@ async def play(host: Host, params: Params, report: Report) -> None:
                 nursery.start_soon(memory.work, worker, params["workers"])
             for _ in range(params["rounds"]):
                 for name, action in _actions(memory).items():
-                    _add(costs.setdefault(name, dict.fromkeys(TOLD, 0)), await _cost(memory, action))
+                    costs.setdefault(name, Counter(dict.fromkeys(TOLD, 0))).update(
+                        await _cost(memory, action)
+                    )
             memory.running = False
         memory.memfd.close()
     for name, cost in costs.items():
@@ -145,11 +144,6 @@ async def _cost(memory: _Memory, action: Callable[[], Awaitable[int]]) -> dict[s
         await memory.everybody_copied()
     counts = (cost["remote_tlb_flush"], cost["page_requests"], cost["fault_retries"])
     return dict(zip(TOLD, (affected, *counts), strict=True))
-
-
-def _add(total: dict[str, int], cost: dict[str, int]) -> None:
-    for name, count in cost.items():
-        total[name] += count
 
 
 SCENARIO = Scenario(
