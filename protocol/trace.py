@@ -16,9 +16,12 @@ from itertools import count
 from typing import ClassVar
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class Event:
-    """`str(event)` is what the kernel prints after the event's name."""
+    """`str(event)` is what the kernel prints after the event's name.
+
+    Made only to be printed: neither compared nor kept, so its class has nothing that would cost every start.
+    """
 
     NAME: ClassVar[str]
     FORM: ClassVar[str]  # of the fields, which are named as in the kernel
@@ -53,7 +56,7 @@ TRACE = Trace()
 # -- kvm, kvmmmu ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmPageFault(Event):
     """On VMX `error_code` is the exit qualification."""
 
@@ -68,7 +71,7 @@ class KvmPageFault(Event):
     error_code: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmMmuSetSpte(Event):
     NAME = "kvm_mmu_set_spte"
     FORM = "gfn {0.gfn:x} spte {0.spte:x} ({0.rights}) level {0.level} at {0.sptep:x}"
@@ -82,7 +85,7 @@ class KvmMmuSetSpte(Event):
         return "".join(letter if self.spte >> n & 1 else "-" for n, letter in enumerate("rwx"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmMmuSpteRequested(Event):
     NAME = "kvm_mmu_spte_requested"
     FORM = "gfn {0.gfn:x} pfn {0.pfn:x} level {0.level}"
@@ -91,7 +94,7 @@ class KvmMmuSpteRequested(Event):
     level: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmTdpMmuSpteChanged(Event):
     NAME = "kvm_tdp_mmu_spte_changed"
     FORM = "as id {0.as_id} gfn {0.gfn:x} level {0.level} old_spte {0.old_spte:x} new_spte {0.new_spte:x}"
@@ -102,7 +105,7 @@ class KvmTdpMmuSpteChanged(Event):
     new_spte: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmMmuSplitHugePage(Event):
     NAME = "kvm_mmu_split_huge_page"
     FORM = "gfn {0.gfn:x} spte {0.spte:x} level {0.level} errno {0.errno}"
@@ -112,7 +115,7 @@ class KvmMmuSplitHugePage(Event):
     errno: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class MarkMmioSpte(Event):
     NAME = "mark_mmio_spte"
     FORM = "sptep:{0.sptep:x} gfn {0.gfn:x} access {0.access:x} gen {0.gen:x}"
@@ -122,7 +125,7 @@ class MarkMmioSpte(Event):
     gen: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class HandleMmioPageFault(Event):
     NAME = "handle_mmio_page_fault"
     FORM = "addr:{0.addr:x} gfn {0.gfn:x} access {0.access:x}"
@@ -131,7 +134,7 @@ class HandleMmioPageFault(Event):
     access: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmUnmapHvaRange(Event):
     NAME = "kvm_unmap_hva_range"
     start: int
@@ -146,7 +149,7 @@ def _sharp16(value: int) -> str:
     return f"{value:#016x}" if value else "0" * 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmDirtyRingPush(Event):
     NAME = "kvm_dirty_ring_push"
     FORM = (
@@ -161,14 +164,14 @@ class KvmDirtyRingPush(Event):
     used: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmDirtyRingExit(Event):
     NAME = "kvm_dirty_ring_exit"
     FORM = "vcpu {0.vcpu_id}"
     vcpu_id: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class KvmPmlFull(Event):
     NAME = "kvm_pml_full"
     FORM = "vcpu {0.vcpu_id}: PML full"
@@ -178,14 +181,14 @@ class KvmPmlFull(Event):
 # -- iommu ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class AttachDeviceToDomain(Event):
     NAME = "attach_device_to_domain"
     FORM = "IOMMU: device={0.device}"
     device: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class IoPageFault(Event):
     NAME = "io_page_fault"
     FORM = "IOMMU:{0.driver} {0.device} iova=0x{0.iova:016x} flags=0x{0.flags:04x}"
@@ -207,7 +210,7 @@ _QI_NAMES = (
 )  # by type, from 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class QiSubmit(Event):
     """A descriptor given to the invalidation queue; the wait that the driver appends is not traced."""
 
@@ -225,7 +228,7 @@ class QiSubmit(Event):
         return " ".join([f"{name} {self.iommu}:", *(f"0x{word:x}" for word in self.words)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, repr=False)
 class PrqReport(Event):
     """An entry of the page request queue; `seq` counts them."""
 

@@ -103,14 +103,17 @@ class Machine:
 
 
 class GuestCpu:
-    """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's."""
+    """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's.
+
+    The guest's tasks share it: one runs at a time.
+    """
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
-        self._one_at_a_time = trio.Lock()
+        self._busy = trio.Lock()
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
-        async with self._one_at_a_time:
+        async with self._busy:
             ran = await self._vcpu.run(
                 [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
             )

@@ -16,7 +16,6 @@ import tempfile
 from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
-from unittest.mock import patch
 
 import trio
 
@@ -71,23 +70,22 @@ async def fault_each(
     count: int, daemons: tuple[DaemonSpec, ...], options: dict[str, list[str]]
 ) -> list[float]:
     """The device's latencies of a tenth more faults than `count`: the first of them are no sample."""
-    with patch("qemu_shim.supervisor.DAEMONS", daemons):
-        async with (
-            supervised(options, log_level="warning") as supervisor,
-            connect_host(supervisor.directory) as host,
-            machine(host, MachineConfig(ram_bytes=GIB)) as guest,
-        ):
-            await IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True).enable()
-            faults = count + count // 10
-            pages = guest.memory.allocate(faults)
-            for n in range(faults):
-                guest.portal.movdir64b(WQ, fill(pages + n * PAGE_SIZE))
-                await guest.portal.wait_interrupt(HANDLE)
-            device = (await host.device_sim.stats())["devices"]["dsa0"]
-            assert device["statuses"] == {"SUCCESS": faults}, device["statuses"]
-            assert device["io_faults"] == faults, f"{device['io_faults']} faults for {faults} pages"
-            took: list[float] = device["fault_latencies_ns"]
-            return took
+    async with (
+        supervised(options, "warning", daemons) as supervisor,
+        connect_host(supervisor.directory) as host,
+        machine(host, MachineConfig(ram_bytes=GIB)) as guest,
+    ):
+        await IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True).enable()
+        faults = count + count // 10
+        pages = guest.memory.allocate(faults)
+        for n in range(faults):
+            guest.portal.movdir64b(WQ, fill(pages + n * PAGE_SIZE))
+            await guest.portal.wait_interrupt(HANDLE)
+        device = (await host.device_sim.stats())["devices"]["dsa0"]
+        assert device["statuses"] == {"SUCCESS": faults}, device["statuses"]
+        assert device["io_faults"] == faults, f"{device['io_faults']} faults for {faults} pages"
+        took: list[float] = device["fault_latencies_ns"]
+        return took
 
 
 def fill(gpa: int) -> bytes:

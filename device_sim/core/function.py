@@ -229,10 +229,13 @@ class Function:
         return entry.rights & need != 0
 
     def accessible(self, dma: DmaRange) -> int:
-        """How many bytes of it, from the front, are translated, or need not be."""
-        if dma.write and self.dma_enabled and msi.is_message(dma.iova, dma.size):
+        """How many bytes of it, from the front, are translated; all of an interrupt message, which needs no
+        translation.
+        """
+        translated = self.devtlb.runs(dma.iova, dma.size, dma.write)[1]
+        if not translated and dma.write and self.dma_enabled and msi.is_message(dma.iova, dma.size):
             return dma.size
-        return self.devtlb.runs(dma.iova, dma.size, dma.write)[1]
+        return translated
 
     def read(self, iova: int, size: int) -> bytes | None:
         """The bytes, or None if part of them is not translated."""

@@ -1,7 +1,7 @@
-"""What a VM says it can do, and what user space switches on.
+"""What KVM and a VM say they can do, and what user space switches on.
 
-Models KVM_CHECK_EXTENSION and KVM_ENABLE_CAP of a VM [KVM kvm_main.c]: an unknown capability is 0, enabling
-it is EINVAL.
+Models KVM_CHECK_EXTENSION and KVM_ENABLE_CAP [KVM kvm_main.c], with the values of x86 in 6.18: a capability
+that is unknown, or not modelled, is 0, and enabling it is EINVAL.  /dev/kvm speaks for what any VM can have.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from enum import IntEnum
 
 from kvmd.core.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
 from kvmd.core.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
-from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
+from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
+from kvmd.core.host import CpuFeatures
 from kvmd.core.memslot import MAX_SLOTS
 from kvmd.core.vm import MAX_VCPU_IDS, MAX_VCPUS, Kvm, VmType
 from protocol.errors import UapiError
@@ -23,6 +24,8 @@ class Cap(IntEnum):
     """KVM_CAP_* [KVM kvm.h]."""
 
     USER_MEMORY = 3
+    EXT_CPUID = 7
+    NR_VCPUS = 9
     NR_MEMSLOTS = 10
     SYNC_MMU = 16
     DESTROY_MEMORY_REGION_WORKS = 21
@@ -47,28 +50,31 @@ class Cap(IntEnum):
 
 
 _PRESENT = (
-    *(Cap.USER_MEMORY, Cap.USER_MEMORY2, Cap.SYNC_MMU, Cap.READONLY_MEM),
+    *(Cap.USER_MEMORY, Cap.USER_MEMORY2, Cap.EXT_CPUID, Cap.SYNC_MMU, Cap.READONLY_MEM),
     *(Cap.DESTROY_MEMORY_REGION_WORKS, Cap.JOIN_MEMORY_REGIONS_WORKS),
     *(Cap.ENABLE_CAP_VM, Cap.CHECK_EXTENSION_VM),
     *(Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.PRE_FAULT_MEMORY),
 )
 
 
-def check_extension(vm: Kvm, cap: int) -> int:
-    """KVM_CHECK_EXTENSION on a VM."""
+def check_extension(features: CpuFeatures, vm: Kvm | None, cap: int) -> int:
+    """KVM_CHECK_EXTENSION on `vm`, or on /dev/kvm."""
     values: dict[int, int] = {
         **dict.fromkeys(_PRESENT, 1),
         Cap.NR_MEMSLOTS: MAX_SLOTS,
+        Cap.NR_VCPUS: min(features.cpus, MAX_VCPUS),  # no more than that are recommended
         Cap.MAX_VCPUS: MAX_VCPUS,
         Cap.MAX_VCPU_ID: MAX_VCPU_IDS,
-        Cap.MULTI_ADDRESS_SPACE: vm.slots.address_spaces,
+        Cap.MULTI_ADDRESS_SPACE: features.address_spaces,
         Cap.MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT_ENABLE | MANUAL_INITIALLY_SET,
         Cap.DIRTY_LOG_RING: MAX_RING_BYTES,
         Cap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
-        Cap.DIRTY_LOG_RING_WITH_BITMAP: int(vm.host.features.dirty_ring_with_bitmap),
-        Cap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm.private.attributes.supported else 0,
+        Cap.DIRTY_LOG_RING_WITH_BITMAP: int(features.dirty_ring_with_bitmap),
+        Cap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm is None or vm.private.attributes.supported else 0,
         Cap.VM_TYPES: sum(1 << kind for kind in VmType),
-        Cap.GUEST_MEMFD_FLAGS: vm.private.memfd_flags,
+        Cap.GUEST_MEMFD_FLAGS: MemfdFlag.MMAP | MemfdFlag.INIT_SHARED
+        if vm is None
+        else vm.private.memfd_flags,
     }
     return int(values.get(cap, 0))
 

@@ -134,17 +134,14 @@ class Cpu:
         """Where all the bytes are now, a piece a page; nothing may await before they are used.  None: the
         emulator has to make this access.
         """
+        wanted = [(at, count, need) for gpa, size, need in ranges for at, count in pages_of(gpa, size)]
         for _ in range(MAX_VIOLATIONS):
             pieces = []
-            for gpa, size, need in ranges:
-                for at, count in pages_of(gpa, size):
-                    page = self._translate(gfn_of(at), need)
-                    if page is None:
-                        break
-                    pieces.append((page | at & PAGE_OFFSET_MASK, count))
-                else:
-                    continue
-                break
+            for at, count, need in wanted:
+                page = self._translate(gfn_of(at), need)
+                if page is None:
+                    break
+                pieces.append((page | at & PAGE_OFFSET_MASK, count))
             else:
                 if not self._vcpu.must_leave:  # setting D may have filled the dirty ring
                     return pieces
@@ -208,9 +205,9 @@ class Cpu:
             return False
         if mmio_is_fresh(self._missed, self._vm.slots.generation):
             return False
-        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id)
+        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id, fetch=need == bits.EXEC)
         while True:
-            result = await self._vm.handle_fault(fault, vcpu)
+            result = await self._vm.fault_path.handle_fault(fault, vcpu)
             if result in EMULATED:
                 return False
             if result in RESOLVED:

@@ -23,7 +23,8 @@ from kvmd.core.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Memslot, Memslots
 from kvmd.core.mm.mm import Mm
-from kvmd.core.tdp_mmu import SPLIT_BUDGET, Root, TdpMmu
+from kvmd.core.tdp_mmu import SPLIT_BUDGET, TdpMmu
+from kvmd.core.tdp_table import Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -93,11 +94,6 @@ class DirtyLog:
     def add_ring(self, vcpu_id: int, memory: memoryview) -> None:
         """A vCPU is made: its ring begins empty."""
         self.rings[vcpu_id] = DirtyRing(memory, self.ring_reserve)
-
-    def ring_full(self, vcpu_id: int) -> bool:
-        """The vCPU must leave to user space instead of entering the guest."""
-        ring = self.rings.get(vcpu_id)
-        return ring is not None and ring.soft_full
 
     # -- a slot's logging starts and stops -------------------------------------------------------------
 

@@ -37,7 +37,8 @@ class Flusher:
     async def flush(self, span: GfnSpan | None) -> None:
         """Returns when no vCPU and no importer uses a translation of `span` older than this call."""
         self.epoch += 1
-        epoch, over = self.epoch, Wait[None]()
+        epoch = self.epoch
+        over: Wait[None] = Wait()
         self._outstanding[epoch] = over
         for wait in self._tell(span, epoch):
             await wait

@@ -1,8 +1,8 @@
 """A guest_memfd file, and the set of gfns that are private.
 
-Models struct kvm_gmem and the memory attributes of a VM [KVM guest_memfd.c]: a file of frames that no process
-maps, bound to slots of one VM; a page gets its frame when the guest first touches it.  A gfn that is private
-is served from the file of its slot, a shared one by the process.  Nothing here is mapped or flushed: that is
+Models struct kvm_gmem and the memory attributes of a VM [KVM guest_memfd.c]: a file that no process maps,
+bound to slots of one VM; a page is made, zeroed, when the guest first touches it.  A gfn that is private is
+served from the file of its slot, a shared one by the process.  Nothing here is mapped or flushed: that is
 `private_memory`.
 """
 
@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 
-from kvmd.core.frames import Frames
-from protocol.errors import UapiError
+from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.page import Kind, Page
+from protocol.errors import EHWPOISON, UapiError
 from protocol.pt.geometry import entry_span
-from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Level, Pfn
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Level
 
 ATTRIBUTE_PRIVATE = 1 << 3
 
@@ -30,15 +31,15 @@ class MemfdFlag(IntFlag):
 class GuestMemfd:
     """One file of `size` bytes; `owner` tags its frames."""
 
-    def __init__(self, vm_id: int, frames: Frames, owner: int, size: int, flags: MemfdFlag) -> None:
+    def __init__(self, vm_id: int, memory: Memory, owner: int, size: int, flags: MemfdFlag) -> None:
         self.vm_id = vm_id
         self.npages = size >> PAGE_SHIFT
         self.flags = flags
         self.bindings: list[Binding] = []
         self.closed = False
-        self._frames = frames
+        self._memory = memory
         self._owner = owner
-        self._pages: dict[int, Pfn] = {}
+        self._pages: dict[int, Page] = {}
 
     def bind(self, vm_id: int, offset: int, span: GfnSpan) -> Binding:
         """Give the pages from `offset` on to a slot.  EINVAL: another VM's, too short, or taken."""
@@ -53,21 +54,38 @@ class GuestMemfd:
         self.bindings.append(binding)
         return binding
 
-    def page(self, index: int) -> Pfn:
-        """The frame of a page, made now if it never was.  ENOMEM."""
-        pfn = self._pages.get(index)
-        if pfn is None:
-            pfn = self._pages[index] = self._frames.allocate(LEVEL_4K, self._owner)
-        return pfn
+    def page(self, index: int) -> Page:
+        """The page at `index`, made now if there is none.  EHWPOISON, ENOMEM."""
+        page = self._pages.get(index)
+        if page is None:
+            page = self._pages[index] = self._memory.allocate(LEVEL_4K, self._owner, Kind.FILE)
+            page.cached = True
+        if page.poisoned:
+            raise UapiError(EHWPOISON, f"guest_memfd page {index:#x}: its memory failed")
+        return page
 
-    def present(self, index: int) -> Pfn | None:
+    def present(self, index: int) -> Page | None:
         return self._pages.get(index)
 
-    def release(self) -> None:
-        """Give every frame back.  Whoever calls has zapped all bindings and seen the acks."""
-        for pfn in self._pages.values():
-            self._frames.release(pfn, LEVEL_4K)
-        self._pages.clear()
+    def pages_of_hole(self, offset: int, size: int) -> range:
+        """Which pages PUNCH_HOLE is about.  EINVAL: not whole pages, or none."""
+        if size == 0 or offset % PAGE_SIZE or size % PAGE_SIZE:
+            raise UapiError(errno.EINVAL, f"guest_memfd hole {offset:#x}+{size:#x}: not whole pages")
+        first, end = offset >> PAGE_SHIFT, (offset + size) >> PAGE_SHIFT
+        return range(min(first, self.npages), min(end, self.npages))
+
+    def spans_of(self, pages: range) -> list[GfnSpan]:
+        """The gfns that have these pages."""
+        return [span for binding in self.bindings if (span := binding.gfns_of(pages)) is not None]
+
+    def drop(self, pages: range) -> None:
+        """Give the pages back.  Whoever calls has zapped `spans_of` them and seen the acks (I6)."""
+        held = list(pages) if len(pages) < len(self._pages) else [i for i in self._pages if i in pages]
+        for index in held:
+            page = self._pages.pop(index, None)
+            if page is not None:
+                page.cached = False
+                self._memory.put(page)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +98,12 @@ class Binding:
 
     def index_of(self, gfn: Gfn) -> int:
         return self.first + gfn - self.span.start
+
+    def gfns_of(self, pages: range) -> GfnSpan | None:
+        first, end = max(pages.start, self.first), min(pages.stop, self.first + self.span.npages)
+        if first >= end:
+            return None
+        return GfnSpan.of_pages(Gfn(self.span.start + first - self.first), end - first)
 
     @property
     def serves_shared(self) -> bool:

@@ -31,6 +31,7 @@ MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 class CpuFeatures:
     """What the host's CPUs can do, and what its KVM was built with; the guest's width may be smaller."""
 
+    cpus: int = 8
     maxphyaddr: int = 46
     ept_levels: int = 4
     max_page_level: Level = LEVEL_1G
@@ -75,7 +76,7 @@ class Host:
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
-        self.memory = Memory(self.frames)
+        self.memory = Memory(self.frames, lambda: self.cond_resched())
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}

@@ -6,7 +6,7 @@ whenever no flow is in the middle of a change; what a change in progress excuses
 
 from __future__ import annotations
 
-from kvmd.core.tdp_mmu import Root
+from kvmd.core.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.pt.check import check_table
@@ -22,7 +22,7 @@ def check_vm(vm: Kvm) -> list[str]:
     for root in vm.mmu.roots:
         found += check_table(vm.mmu.load64, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
-        if not root.invalid and not vm.host_is_changing:
+        if not root.invalid and not vm.host_changes.in_progress:
             found += _check_translations(vm, root)
             found += _check_dirty_log(vm, root)
     for exported in vm.exported.values():
@@ -59,7 +59,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             continue
         binding = slot.private
         if binding is not None and (vm.private.serves(slot, met.gfn)):
-            if binding.memfd.present(binding.index_of(met.gfn)) != pfn_of(met.entry):
+            private = binding.memfd.present(binding.index_of(met.gfn))
+            if private is None or private.pfn != pfn_of(met.entry):
                 found.append(f"I11: gfn {met.gfn:#x} is private and maps pfn {pfn_of(met.entry):#x}")
             continue
         page = vm.mm.present_page(slot.hva_of(met.gfn))

@@ -37,7 +37,9 @@ class MapRecord:
     def store(self, gfn: Gfn, level: Level, entry: int) -> None:
         """`entry` becomes the one of `level` that covers `gfn`; a table linked there translates as before."""
         if level == LEVEL_4K:
-            states, index = self._own(gfn >> INDEX_BITS), gfn & REGION - 1
+            states, index = self._regions.get(gfn >> INDEX_BITS), gfn & REGION - 1
+            if type(states) is not bytearray:
+                states = self._own(gfn >> INDEX_BITS)
             if entry & bits.READ:
                 states[index] = WRITABLE if entry & bits.WRITE else READ_ONLY
             elif states[index] in MAPPED:
@@ -66,10 +68,8 @@ class MapRecord:
                 yield Gfn((number << INDEX_BITS) + index)
 
     def _own(self, region: int) -> bytearray:
-        """The region's states, to be changed one by one."""
-        states = self._regions.get(region)
-        if type(states) is not bytearray:
-            states = self._regions[region] = bytearray(states or REGION)
+        """The region's states, from now on to be changed one by one."""
+        states = self._regions[region] = bytearray(self._regions.get(region) or REGION)
         return states
 
     def _zap(self, gfn: Gfn, level: Level) -> None:

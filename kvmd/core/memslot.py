@@ -16,13 +16,13 @@ from enum import Enum, IntFlag, auto
 
 from kvmd.core.dirty_bitmap import DirtyBitmap
 from kvmd.core.guest_memfd import Binding, GuestMemfd
+from kvmd.core.mm.space import TASK_SIZE
 from protocol.errors import UapiError
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
 MAX_SLOT_PAGES = (1 << 31) - 1
 MAX_ADDRESS_SPACES = 2  # 0 normal, 1 SMM
-USER_PTR_MAX = (1 << 47) - PAGE_SIZE  # access_ok(): start and end of a buffer are at most this [KVM uaccess]
 
 
 class SlotFlag(IntFlag):
@@ -109,17 +109,19 @@ class Memslots:
 
     def __init__(self, gfn_limit: Gfn, address_spaces: int = MAX_ADDRESS_SPACES) -> None:
         self.address_spaces = address_spaces
-        self._gfn_limit = gfn_limit
+        self.gfn_limit = gfn_limit
         self._by_id: dict[tuple[int, int], Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
+        self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
         self.generation = 0
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
         """The slot that maps `gfn`."""
-        slots = self._by_gfn[as_id]
-        at = bisect_right(slots, gfn, key=lambda s: s.base_gfn) - 1
-        if at >= 0 and gfn < slots[at].base_gfn + slots[at].npages:
-            return slots[at]
+        at = bisect_right(self._bases[as_id], gfn) - 1
+        if at >= 0:
+            slot = self._by_gfn[as_id][at]
+            if gfn < slot.base_gfn + slot.npages:
+                return slot
         return None
 
     def numbered(self, number: int) -> Memslot | None:
@@ -161,17 +163,20 @@ class Memslots:
 
     def check_limit(self, new: Memslot) -> None:
         """The architecture's check, the last one: for a move, everything has been zapped by then."""
-        if new.span.end > self._gfn_limit:
-            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self._gfn_limit:#x}")
+        if new.span.end > self.gfn_limit:
+            raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self.gfn_limit:#x}")
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         if old is not None:
             del self._by_id[old.as_id, old.id]
             self._by_gfn[old.as_id].remove(old)
+            self._bases[old.as_id].remove(old.base_gfn)
         if new is not None:
             self._by_id[new.as_id, new.id] = new
-            slots = self._by_gfn[new.as_id]
-            slots.insert(bisect_right(slots, new.base_gfn, key=lambda s: s.base_gfn), new)
+            bases = self._bases[new.as_id]
+            at = bisect_right(bases, new.base_gfn)
+            bases.insert(at, new.base_gfn)
+            self._by_gfn[new.as_id].insert(at, new)
         self.generation += 1
 
     def _check_overlap(self, new: Memslot) -> None:
@@ -201,7 +206,7 @@ def _check_region(region: Region, address_spaces: int) -> None:
         (region.flags & ~int(_valid_flags(region)), f"flags {region.flags:#x}: bits that cannot be set here"),
         (size % PAGE_SIZE, f"size {size:#x}: not whole pages"),
         (gpa % PAGE_SIZE, f"gpa {gpa:#x}: not whole pages"),
-        (hva % PAGE_SIZE or hva + size > USER_PTR_MAX, f"hva {hva:#x}: unaligned or not user space"),
+        (hva % PAGE_SIZE or hva + size > TASK_SIZE, f"hva {hva:#x}: unaligned or not user space"),
         (
             private and (offset % PAGE_SIZE or offset + size >= 1 << 64),
             f"guest_memfd_offset {offset:#x}: unaligned or wraps",

@@ -71,6 +71,7 @@ class PageFault:
     write: bool
     source: Source
     as_id: int = 0
+    fetch: bool = False  # of an instruction: a device never does
     prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed
 
 
@@ -94,5 +95,7 @@ def mapping_level(
 
 def first_pfn(slot: Memslot, gfn: Gfn, page: HostPage, level: Level) -> Pfn:
     """The frame that backs the first gfn of the entry of `level` that covers `gfn`."""
+    if page.level == LEVEL_4K:
+        return page.pfn
     hva = slot.hva_of(entry_span(gfn, level).start) if level > LEVEL_4K else slot.hva_of(gfn)
     return Pfn(page.pfn + ((hva - page.hva) >> PAGE_SHIFT))

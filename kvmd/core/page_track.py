@@ -42,7 +42,7 @@ class PageTrack:
             del counts[gfn]
 
     def is_tracked(self, slot: Memslot, gfn: Gfn) -> bool:
-        counts = self._counts.get((slot.as_id, slot.id))
+        counts = self._counts.get((slot.as_id, slot.id)) if self._counts else None
         return counts is not None and gfn in counts
 
     def any_in(self, slot: Memslot, span: GfnSpan) -> bool:

@@ -41,7 +41,7 @@ async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     root = vm.load_root(vcpu)
     if gfn >= gfn_limit(root.role.level):
         raise UapiError(errno.ENOENT, f"gfn {gfn:#x} is beyond the vCPU's table")
-    result = await vm.handle_fault(PageFault(gfn, False, Source.VCPU, prefetch=True), vcpu)
+    result = await vm.fault_path.handle_fault(PageFault(gfn, False, Source.VCPU, prefetch=True), vcpu)
     if result not in RESOLVED:
         raise UapiError(_ERRNO.get(result, errno.EFAULT), f"gfn {gfn:#x}: {result.name.lower()}")
     met = vm.mmu.leaf_at(vm.load_root(vcpu), gfn)

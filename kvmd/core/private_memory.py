@@ -1,20 +1,19 @@
 """The private memory of one VM: its guest_memfd files, and which page a gfn has.
 
-Models kvm_gmem_create, kvm_gmem_release and KVM_SET_MEMORY_ATTRIBUTES [KVM guest_memfd.c].  What a gfn is,
-private or shared, is changed first and in one step with the zap of what it was; the call returns, and a frame
-goes back, only when every CPU and importer has acked (I6).
+Models kvm_gmem_create, kvm_gmem_release, kvm_gmem_punch_hole and KVM_SET_MEMORY_ATTRIBUTES
+[KVM guest_memfd.c].  What a gfn is, private or shared, or whether it has a page, is changed while faults
+on it wait; the call returns, and a frame goes back, only when every CPU and importer has acked (I6).
 """
 
 from __future__ import annotations
 
 import errno
 
-from kvmd.core.flush import Flusher
-from kvmd.core.frames import Frames
 from kvmd.core.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
+from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Memslot
+from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.page import HostPage
-from kvmd.core.tdp_mmu import TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn
@@ -25,20 +24,18 @@ class PrivateMemory:
         self,
         vm_id: int,
         lock: RwLock,
-        frames: Frames,
+        memory: Memory,
         owner: int,
-        mmu: TdpMmu,
-        flusher: Flusher,
+        host_changes: HostChanges,
         *,
         supported: bool,
     ) -> None:
         self.attributes = MemoryAttributes(supported=supported)
         self._vm_id = vm_id
         self._lock = lock
-        self._frames = frames
+        self._memory = memory
         self._owner = owner
-        self._mmu = mmu
-        self._flusher = flusher
+        self._host_changes = host_changes
 
     @property
     def memfd_flags(self) -> MemfdFlag:
@@ -51,36 +48,38 @@ class PrivateMemory:
             raise UapiError(errno.EINVAL, f"guest_memfd flags {flags:#x}: at most {int(self.memfd_flags):#x}")
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"guest_memfd of {size:#x} bytes: not whole pages, or no file size")
-        return GuestMemfd(self._vm_id, self._frames, self._owner, size, MemfdFlag(flags))
+        return GuestMemfd(self._vm_id, self._memory, self._owner, size, MemfdFlag(flags))
 
     async def close(self, memfd: GuestMemfd) -> None:
         """Its last fd is closed.  Its slots keep their place and lose their private pages."""
         memfd.closed = True
-        zapped = False
-        for binding in memfd.bindings:
-            zapped |= self._mmu.zap_leafs(binding.span)
-        if zapped:
-            await self._flusher.flush(None)
-        await self._flusher.drain()
-        memfd.release()
+        await self._drop(memfd, range(memfd.npages))
+
+    async def punch_hole(self, memfd: GuestMemfd, offset: int, size: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE: the next touch finds zeroes.  EINVAL: not whole pages."""
+        await self._drop(memfd, memfd.pages_of_hole(offset, size))
+
+    async def _drop(self, memfd: GuestMemfd, pages: range) -> None:
+        spans = memfd.spans_of(pages)
+        async with self._host_changes.zapped_gfns(spans):
+            memfd.drop(pages)
 
     async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before."""
         span = self.attributes.check(address, size, attributes, flags)
-        async with self._lock:
+        async with self._lock, self._host_changes.zapped_gfns([span]):
             self.attributes.set(span, private=bool(attributes))
-            if self._mmu.zap_leafs(span):
-                await self._flusher.flush(span)
-            await self._flusher.drain()
 
     def serves(self, slot: Memslot, gfn: Gfn) -> bool:
         """Does the page of `gfn` come from a guest_memfd, or would it, had the slot one?"""
-        return self.attributes.is_private(gfn) or (slot.private is not None and slot.private.serves_shared)
+        if self.attributes.supported and self.attributes.is_private(gfn):
+            return True
+        return slot.private is not None and slot.private.serves_shared
 
     def page(self, slot: Memslot, gfn: Gfn) -> HostPage | None:
         """The private page of `gfn`, made now if it never was.  None: there is none to have."""
         binding = slot.private
         if binding is None or binding.memfd.closed:
             return None
-        pfn = binding.memfd.page(binding.index_of(gfn))
-        return HostPage(slot.hva_of(gfn), pfn, LEVEL_4K, writable=True)
+        page = binding.memfd.page(binding.index_of(gfn))
+        return HostPage(slot.hva_of(gfn), page.pfn, LEVEL_4K, writable=True)

@@ -18,11 +18,9 @@ from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
-from protocol.units import GfnSpan
-
-ZAP_BATCH = 4096  # leaves cleared before others get a turn
 
 # Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
 MAX_BITMAP_BYTES = 1 << 30
@@ -40,7 +38,7 @@ class SlotsChange:
         flusher: Flusher,
         dirty_log: DirtyLog,
         exported: Mapping[int, ExportedTdp],
-        cond_resched: Callable[[], Wait[None]],
+        zapper: Zapper,
         replaced: Callable[[Change, Memslot | None], None],
     ) -> None:
         self.going: Memslot | None = None
@@ -52,7 +50,7 @@ class SlotsChange:
         self._flusher = flusher
         self._dirty_log = dirty_log
         self._exported = exported
-        self._cond_resched = cond_resched
+        self._zapper = zapper
         self._replaced = replaced
 
     async def set_memory_region(self, region: Region) -> None:
@@ -64,7 +62,7 @@ class SlotsChange:
             try:
                 if change in (Change.DELETE, Change.MOVE):
                     self.going = old
-                    await self._zap_all_fast()
+                    await self.zap_all_fast()
                 if change is not Change.NONE:
                     new = self._commit(change, old, new)
             finally:
@@ -105,22 +103,15 @@ class SlotsChange:
         if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
-    async def _zap_all_fast(self) -> None:
-        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].
-
-        A root may have millions: others get a turn in between (defect B-33), and must find everything
-        cleared so far flushed.
-        """
-        flush = self._mmu.invalidate_roots()
-        for root in [exported.root for exported in self._exported.values()]:
-            left: GfnSpan | None = root.everything
-            while left is not None:
-                zapped, left = self._mmu.zap_some(root, left, ZAP_BATCH)
-                flush |= zapped
-                if left is not None:
-                    await self._flusher.flush(None)
-                    await self._cond_resched()
-                    flush = False
-        if flush:
+    async def zap_all_fast(self) -> None:
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].  Under the slots_lock."""
+        unflushed = self._mmu.invalidate_roots()
+        obsolete = [root for root in self._mmu.roots if root.invalid and not root.dismantled]
+        for exported in list(self._exported.values()):
+            root = exported.root
+            await self._zapper.zap([root.everything], [root], unflushed=unflushed)
+            unflushed = False
+        if unflushed:
             await self._flusher.flush(None)
         await self._flusher.drain()
+        await self._zapper.dismantle(obsolete)

@@ -19,10 +19,18 @@ _LEAF = bits.READ | bits.EXEC | bits.MEMTYPE_WB | bits.IGNORE_PAT | bits.MMU_PRE
 _WRITABLE = bits.WRITE | bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
-def make_leaf(pfn: Pfn, level: Level, *, writable: bool, ad_enabled: bool, accessed: bool = True) -> int:
+def make_leaf(
+    pfn: Pfn,
+    level: Level,
+    *,
+    writable: bool,
+    ad_enabled: bool,
+    accessed: bool = True,
+    executable: bool = True,
+) -> int:
     """An entry that maps `pfn` (the first frame of its size); a prefetch does not count as an access."""
     assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
-    entry = _LEAF | pfn << PAGE_SHIFT
+    entry = (_LEAF if executable else _LEAF & ~bits.EXEC) | pfn << PAGE_SHIFT
     if level > LEVEL_4K:
         entry |= bits.PAGE_SIZE_BIT
     if writable:
@@ -40,10 +48,14 @@ def make_table_entry(table: Hpa, *, ad_enabled: bool) -> int:
 
 
 def split_child(leaf: int, level: Level, index: int) -> int:
-    """Entry `index` of the table that replaces a huge `leaf` of `level`: same rights, same memory."""
+    """Entry `index` of the table that replaces a huge `leaf` of `level`: same rights, same memory.  Only a
+    huge leaf may lack X [KVM make_small_spte]."""
     child_level = Level(level - 1)
     child = leaf + (index * pages_of_level(child_level) << PAGE_SHIFT)
-    return child & ~bits.PAGE_SIZE_BIT if child_level == LEVEL_4K else child
+    if child_level > LEVEL_4K:
+        return child
+    saved = bits.SAVED_SHIFT if is_access_tracked(leaf) else 0
+    return child & ~bits.PAGE_SIZE_BIT | bits.EXEC << saved
 
 
 def is_young(entry: int) -> bool:
@@ -59,6 +71,14 @@ def aged(entry: int) -> int:
     if entry & bits.AD_TYPE_MASK == bits.AD_DISABLED:
         return entry & ~bits.RWX | (entry & (bits.READ | bits.EXEC)) << bits.SAVED_SHIFT
     return entry & ~bits.ACCESSED
+
+
+def restored(entry: int) -> int:
+    """The leaf as it was before it was aged, but for W."""
+    if not is_access_tracked(entry):
+        return entry
+    saved = (bits.READ | bits.EXEC) << bits.SAVED_SHIFT
+    return entry & ~saved | (entry & saved) >> bits.SAVED_SHIFT
 
 
 def make_mmio_entry(gfn: Gfn, generation: int) -> int:

@@ -1,40 +1,26 @@
-"""The TDP MMU: roots, and every change of an entry of theirs.
+"""The TDP MMU: roots got and put, pages mapped, leaves zapped, aged, split and write-protected.
 
-Models KVM's TDP MMU as the sole writer of the shared table [RFC 35/42], [RFC 36/42], [RFC 37/42]: map a
-page, zap leaves, split a huge leaf, replace a table by a huge leaf, take W or D away for dirty logging and
-give it back, drop a root.  All of it is plain `def`: nothing awaits between reading an entry and storing it,
-so that pair is our compare-and-exchange.
+Models KVM's TDP MMU as the sole writer of the shared table [RFC 35/42], [RFC 36/42], [RFC 37/42].
 What must be flushed is returned; cut-off table pages go to quarantine under the epoch of the flush that
 must follow at once.
 
-Invariants with their home here: I10 the root of an exported TDP never moves; I16 a root's counters equal its
-table; I18 a table page is linked once.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
+Invariant with its home here: I10 the root of an exported TDP never moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.map_record import MapRecord
-from kvmd.core.spte import (
-    aged,
-    check_entry,
-    is_young,
-    make_leaf,
-    make_mmio_entry,
-    make_table_entry,
-    split_child,
-)
-from kvmd.core.table_pool import TablePool
+from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry
+from kvmd.core.tdp_log import TdpLog
+from kvmd.core.tdp_table import Role, Root
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.pt.entry import (
     is_access_tracked,
     is_frozen,
-    is_leaf,
     is_mmio,
     is_present,
     is_present_leaf,
@@ -42,24 +28,14 @@ from protocol.pt.entry import (
     is_writable,
     table_of,
 )
-from protocol.pt.geometry import (
-    ENTRIES,
-    ENTRY_BYTES,
-    MAX_LEAF_LEVEL,
-    entry_span,
-    entry_start,
-    gfn_limit,
-    index_of,
-)
-from protocol.pt.mem import TableWriter
-from protocol.pt.walk import RangeEntry, WalkRules, walk_range
-from protocol.trace import TRACE, KvmMmuSetSpte, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
+from protocol.pt.geometry import ENTRY_BYTES, entry_span, index_of
+from protocol.pt.walk import RangeEntry, walk_range
+from protocol.trace import TRACE, KvmMmuSetSpte
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 # Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
 SPLIT_BUDGET = 4096
 _AD = bits.ACCESSED | bits.DIRTY
-_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
 class Outcome(Enum):
@@ -73,57 +49,11 @@ class Mapped(NamedTuple):
     flush: GfnSpan | None = None  # a table was replaced by a leaf: flush this before its pages are reused
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root."""
-
-    level: Level
-    as_id: int
-    ad_enabled: bool
+_MAPPED = Mapped(Outcome.FIXED)  # and what may be cached of the old entry is still right
 
 
-@dataclass(slots=True, eq=False)
-class Root:
-    hpa: Hpa
-    role: Role
-    refs: int = 0  # besides the MMU's own
-    exported: bool = False
-    invalid: bool = False
-    leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
-    tables: int = 1
-    record: MapRecord = field(default_factory=MapRecord)
-
-    @property
-    def everything(self) -> GfnSpan:
-        return GfnSpan(Gfn(0), gfn_limit(self.role.level))
-
-
-class TdpMmu:
-    """The tables of one VM.  `next_epoch()` is the number the next flush will have; with `pml` the CPUs log
-    each page whose D they set."""
-
-    def __init__(
-        self,
-        vm_id: int,
-        writer: TableWriter,
-        pool: TablePool,
-        rules: WalkRules,
-        next_epoch: Callable[[], int],
-        *,
-        pml: bool = False,
-    ) -> None:
-        self.roots: list[Root] = []
-        self._vm_id = vm_id
-        self._writer = writer
-        self._pool = pool
-        self._rules = rules
-        self._next_epoch = next_epoch
-        self._pml = pml
-        self._protected = False  # nothing ever was: no store can find W taken
-
-    @property
-    def load64(self) -> Callable[[int], int]:
-        return self._writer.load64
+class TdpMmu(TdpLog):
+    """The tables of one VM, as faults, zaps and the ageing of pages change them."""
 
     # -- roots -----------------------------------------------------------------------------------------
 
@@ -140,33 +70,47 @@ class TdpMmu:
         """Drop a reference.  A valid root stays, as KVM's does; an invalid one goes with its last user."""
         assert root.refs > 0, "root put more often than it was got"
         root.refs -= 1
-        if root.invalid and root.refs == 0:
-            # The flush that followed its invalidation covers it: nobody has walked it since.
-            self._drop_root(root, self._next_epoch() - 1)
+        if root.dismantled and root.refs == 0:
+            self._drop_root(root)
 
     def invalidate_roots(self) -> bool:
-        """Memslot change: every root but exported ones is obsolete [RFC 36/42].  Whether to flush."""
+        """Every root but exported ones is obsolete [RFC 36/42]: nobody walks them after the flush that must
+        follow.  Whether to flush."""
         obsolete = [root for root in self.roots if not root.exported and not root.invalid]
         for root in obsolete:
             root.invalid = True
-            if root.refs == 0:
-                self._drop_root(root, self._next_epoch())
         return bool(obsolete)
 
-    def drop_all(self) -> None:
-        """The VM is gone: every page to quarantine."""
-        for root in list(self.roots):
-            self._drop_root(root, self._next_epoch())
-
-    def _drop_root(self, root: Root, epoch: int) -> None:
-        self._unlink_subtree(root, root.hpa, root.role.level, epoch)
+    def dismantle(self, root: Root) -> Iterator[None]:
+        """Take a root apart that nobody walks since the last flush, from the smallest tables up; others may
+        run after each.  The root's own page goes with its last user.
+        """
         root.invalid = True
+        for level in range(LEVEL_4K + 1, root.role.level + 1):
+            for at, table in self._tables_at(root, Level(level)):
+                self._writer.store64(at, bits.EMPTY)
+                self._unlink_subtree(root, table, Level(level - 1), self._next_epoch() - 1)
+                yield
+        root.dismantled = True
+        if root.refs == 0 and root in self.roots:
+            self._drop_root(root)
+
+    def _drop_root(self, root: Root) -> None:
+        self._quarantine(root, root.hpa, self._next_epoch() - 1)
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
 
     def map(
-        self, root: Root, gfn: Gfn, pfn: Pfn, goal: Level, *, writable: bool, accessed: bool = True
+        self,
+        root: Root,
+        gfn: Gfn,
+        pfn: Pfn,
+        goal: Level,
+        *,
+        writable: bool,
+        accessed: bool = True,
+        fetch: bool = False,
     ) -> Mapped:
         """Install a leaf of level `goal` for the entry that covers `gfn`; `pfn` is its first frame.
 
@@ -183,7 +127,8 @@ class TdpMmu:
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
-                if not is_access_tracked(entry) and (is_writable(entry) or not writable):
+                enough = (is_writable(entry) or not writable) and (entry & bits.EXEC or not fetch)
+                if not is_access_tracked(entry) and enough:
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
@@ -191,7 +136,14 @@ class TdpMmu:
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
-        leaf = make_leaf(pfn, goal, writable=writable, ad_enabled=ad_enabled, accessed=accessed)
+        leaf = make_leaf(
+            pfn,
+            goal,
+            writable=writable,
+            ad_enabled=ad_enabled,
+            accessed=accessed,
+            executable=goal == LEVEL_4K or not self.nx_huge_pages,
+        )
         return self._store_leaf(root, at, gfn, goal, leaf)
 
     def _store_leaf(self, root: Root, at: int, gfn: Gfn, level: Level, leaf: int) -> Mapped:
@@ -205,23 +157,17 @@ class TdpMmu:
         if TRACE.on:
             TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
         root.leaves[level] += 1
+        if not is_present(old):
+            return _MAPPED
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
-        if is_present_leaf(old, level):
-            root.leaves[level] -= 1
-            if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
-                # Another frame, or fewer rights: cached copies of the old entry must go first.
-                return Mapped(Outcome.FIXED, entry_span(gfn, level))
-        return Mapped(Outcome.FIXED)
-
-    def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
-        """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
-        self._writer.store64(at, new)
-        root.record.store(gfn, level, new)
-        if TRACE.on:
-            TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
+        root.leaves[level] -= 1
+        if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
+            # Another frame, or fewer rights: cached copies of the old entry must go first.
+            return Mapped(Outcome.FIXED, entry_span(gfn, level))
+        return _MAPPED
 
     def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
         """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
@@ -244,12 +190,6 @@ class TdpMmu:
         )  # absent before and after: nothing to flush
         return True
 
-    def _link(self, root: Root, at: int, table: Hpa) -> int:
-        entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
-        self._writer.store64(at, entry)
-        root.tables += 1
-        return entry
-
     # -- changing what is mapped -----------------------------------------------------------------------
 
     def zap_leafs(self, span: GfnSpan) -> bool:
@@ -261,15 +201,22 @@ class TdpMmu:
                 zapped = True
         return zapped
 
-    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[bool, GfnSpan | None]:
-        """Clear at most `limit` leaves of one root: whether to flush, and what of `span` is left to do."""
+    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[int, GfnSpan | None]:
+        """Clear at most `limit` leaves of one root: how many, and what of `span` is left to do."""
         count = 0
         for met in self._leaves(root, span):
             if count == limit:
-                return True, GfnSpan(met.gfn, span.end)
+                return count, GfnSpan(met.gfn, span.end)
             self._clear(root, met)
             count += 1
-        return count > 0, None
+        return count, None
+
+    def zap_table(self, root: Root, gfn: Gfn, level: Level) -> None:
+        """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
+        at, table = self._entry_at(root, gfn, level), self.table_at(root, gfn, level)
+        if at is not None and table is not None:
+            self._set(root, gfn, level, at, self._writer.load64(at), bits.EMPTY)
+            self._unlink_subtree(root, table, Level(level - 1), self._next_epoch())
 
     def _clear(self, root: Root, met: RangeEntry) -> None:
         self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)
@@ -308,16 +255,6 @@ class TdpMmu:
                 count += self.split(root, inside, goal, budget - count)
         return count
 
-    def _split(self, root: Root, at: int, gfn: Gfn, leaf: int, level: Level) -> int:
-        """No walker sees a change: the new table translates as the leaf did before it is linked."""
-        table = self._pool.allocate()
-        if TRACE.on:
-            TRACE.emit(KvmMmuSplitHugePage(gfn, leaf, level, 0))
-        self._writer.fill_unlinked(table, [split_child(leaf, level, i) for i in range(ENTRIES)])
-        root.leaves[level] -= 1
-        root.leaves[level - 1] += ENTRIES
-        return self._link(root, at, table)
-
     def zap_mmio(self) -> None:
         """Forget every gfn without a slot: the generation starts over.  Nobody caches what is absent."""
         for root in self.roots:
@@ -348,112 +285,3 @@ class TdpMmu:
             pass
         self._set(root, gfn, level, at, entry, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
         return True
-
-    # -- dirty logging ---------------------------------------------------------------------------------
-
-    def roots_of(self, as_id: int) -> list[Root]:
-        """Roots of an address space that somebody may still walk into new faults."""
-        return [root for root in self.roots if root.role.as_id == as_id and not root.invalid]
-
-    def logs_by_dirty_bit(self, root: Root) -> bool:
-        """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
-        that is lent only write protection notices a device's store (defect B-35)."""
-        return self._pml and root.role.ad_enabled and not root.exported
-
-    def protect(self, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
-        """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
-
-        A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
-        """
-        self._protected = True
-        small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
-        cleared = False
-        for met in self._leaves(root, span):
-            if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
-                continue
-            bit = small if met.level == LEVEL_4K else bits.WRITE
-            if met.entry & bit:
-                self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)
-                cleared = True
-        return cleared
-
-    def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
-        """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.
-
-        Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
-        """
-        met = self.leaf_at(root, gfn) if self._protected else None
-        if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
-            return False
-        if logs and met.level > LEVEL_4K:
-            return False
-        self._set(root, met.gfn, met.level, met.at, met.entry, met.entry | bits.WRITE)
-        return True
-
-    def freeze_collapsible(
-        self, root: Root, span: GfnSpan, level_of: Callable[[Gfn], Level]
-    ) -> RangeEntry | None:
-        """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
-        the flush of what it mapped is over, and then thawed [RFC 36/42]."""
-        limit = gfn_limit(root.role.level)
-        within = GfnSpan(min(span.start, limit), min(span.end, limit))
-        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
-            if met.level > MAX_LEAF_LEVEL or not is_table(met.entry, met.level):
-                continue
-            region = entry_span(met.gfn, met.level)
-            if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
-                self._set(root, met.gfn, met.level, met.at, met.entry, bits.FROZEN)
-                below = Level(met.level - 1)
-                self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
-                return met
-        return None
-
-    def thaw(self, met: RangeEntry) -> None:
-        """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
-        if is_frozen(self._writer.load64(met.at)):
-            self._writer.store64(met.at, bits.EMPTY)
-
-    def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
-        """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
-        acked.
-        """
-        relative = GfnSpan(Gfn(0), gfn_limit(level))
-        for met in walk_range(self._writer.load64, table, level, relative):
-            if is_table(met.entry, met.level):
-                self._quarantine(root, table_of(met.entry), epoch)
-            elif is_present(met.entry):
-                root.leaves[met.level] -= 1
-        self._quarantine(root, table, epoch)
-
-    def _quarantine(self, root: Root, table: Hpa, epoch: int) -> None:
-        self._pool.quarantine(self._vm_id, table, epoch)
-        root.tables -= 1
-
-    # -- looking ---------------------------------------------------------------------------------------
-
-    def _leaves(self, root: Root, span: GfnSpan) -> Iterator[RangeEntry]:
-        limit = gfn_limit(root.role.level)
-        within = GfnSpan(min(span.start, limit), min(span.end, limit))
-        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
-            if is_present(met.entry) and is_leaf(met.entry, met.level):
-                yield met
-
-    def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
-        """The leaf that maps `gfn`, if one does."""
-        if gfn >= gfn_limit(root.role.level):
-            return None
-        table = root.hpa
-        for number in range(root.role.level, 0, -1):
-            level = Level(number)
-            at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
-            entry = self._writer.load64(at)
-            if not is_present(entry):
-                return None
-            if is_leaf(entry, level):
-                return RangeEntry(entry_start(gfn, level), level, at, entry)
-            table = table_of(entry)
-        raise AssertionError("an entry of level 1 is a leaf")
-
-    def leaves(self, root: Root) -> Iterator[RangeEntry]:
-        """Every leaf of a root, in gfn order."""
-        return self._leaves(root, root.everything)

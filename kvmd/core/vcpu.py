@@ -18,7 +18,7 @@ from kvmd.core.emulator import Emulator
 from kvmd.core.exits import DONE, Exit, ExitReason, GuestCode, Resume
 from kvmd.core.memslot import MAX_ADDRESS_SPACES
 from kvmd.core.program import Instruction, Program
-from kvmd.core.tdp_mmu import Root
+from kvmd.core.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.units import GfnSpan
 

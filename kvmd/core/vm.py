@@ -1,11 +1,8 @@
 """A VM: memslots, vCPUs, the TDP, and the order in which they change.
 
-Models struct kvm: the facade the shell talks to.  Its three flows are those of the RFC: a fault, from a
-vCPU or from a device [RFC 37/42]; an invalidation by the host [RFC 41/42]; a memslot change, which keeps an
-exported root valid and only clears its leaves [RFC 36/42].
-
-Invariants with their home here: I5 a host page looked up before an invalidation is not mapped after it;
-I6/I7 nothing is given up before `Flusher` says so; I11 an entry maps the page the host has there now.
+Models struct kvm: the facade the shell talks to.  The three flows of the RFC have a module each: a fault,
+from a vCPU or from a device (`fault_path`); an invalidation by the host (`host_changes`); a memslot change
+(`slots_change`).  Here is what they share, the vCPUs, and the TDP that is lent out.
 """
 
 from __future__ import annotations
@@ -15,18 +12,18 @@ from collections import Counter
 from enum import IntEnum
 
 from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
+from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
+from kvmd.core.nx_huge import NxHugePages
 from kvmd.core.page_fault import (
-    LOOKUP_RESULT,
-    MAX_TRIES,
     PageFault,
     Result,
     Source,
-    first_pfn,
     mapping_level,
 )
 from kvmd.core.page_track import PageTrack
@@ -34,19 +31,19 @@ from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.slots_change import SlotsChange
 from kvmd.core.spte import MMIO_GENERATION_MASK
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
-from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
+from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tdp_table import Role, Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from kvmd.core.vcpu import Vcpu
+from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.trace import TRACE, KvmUnmapHvaRange
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Gpa, Hva, Level, gfn_of
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level, gfn_of
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4 * MAX_VCPUS
-SEQ_MASK = (1 << 64) - 1
 
 
 class VmType(IntEnum):
@@ -57,7 +54,7 @@ class VmType(IntEnum):
 
 
 class Kvm:
-    """`seq_start` is where the invalidate sequence begins: tests start it near a wrap (R2)."""
+    """`seq_start`: see `HostChanges`."""
 
     def __init__(self, host: Host, mm: Mm, seq_start: int = 0, kind: VmType = VmType.DEFAULT) -> None:
         self.id = host.new_vm_id()
@@ -71,18 +68,17 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
+        self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
         self.noncoherent_dma = 0  # how often it is registered
-        self._invalidate_seq = seq_start & SEQ_MASK
-        self._in_progress: list[tuple[Hva, Hva]] = []
-        self._invalidations_over: Wait[None] = Wait()
-        self._make_memory()
-        mm.notifiers.append(self)
+        self._make_memory(seq_start)
+        self.fault_path = FaultPath(self)
+        mm.notifiers.append(self.host_changes)
 
-    def _make_memory(self) -> None:
+    def _make_memory(self, seq_start: int) -> None:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
         host, features = self.host, self.host.features
         self._slots_lock = lock = RwLock()
@@ -98,16 +94,17 @@ class Kvm:
             self.flusher,
             self.dirty_log,
             self.exported,
-            lambda: host.cond_resched(),
+            self.zapper,
             self._slot_replaced,
         )
+        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
+        self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
         self.private = PrivateMemory(
             self.id,
             lock,
-            host.frames,
+            host.memory,
             self.mm.id,
-            self.mmu,
-            self.flusher,
+            self.host_changes,
             supported=self.type is VmType.SW_PROTECTED,
         )
 
@@ -172,97 +169,6 @@ class Kvm:
         features = self.host.features
         return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits)
 
-    # -- faults ----------------------------------------------------------------------------------------
-
-    async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> Result:
-        """Populate `fault.gfn` in the root of `vcpu`, or in the exported one when a device asks."""
-        result = await self._resolve(fault, vcpu)
-        self.faults[fault.source, result] += 1
-        return result
-
-    async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
-        for _ in range(MAX_TRIES):
-            result = await self._try(fault, vcpu)
-            if result is not None:
-                return result
-            self.retries += 1
-        return Result.UNSTABLE
-
-    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
-        """None: something was in the way; it may be gone now."""
-        gfn = fault.gfn
-        slot = self.slots.find(gfn, fault.as_id)
-        if slot is None:
-            self._remember_mmio(gfn, vcpu, fault.as_id)
-            return Result.NO_SLOT
-        if slot is self.slots_change.going:
-            await self.slots_change.settled
-            return None
-        if fault.write and slot.readonly:
-            return Result.READONLY
-        if fault.write and self.page_track.is_tracked(slot, gfn):
-            return Result.TRACKED
-        if fault.write and self._fast_page_fault(fault, slot, vcpu):
-            return Result.FAST
-        private = self.private.serves(slot, gfn)
-        hva = slot.hva_of(gfn)
-        if self._is_changing(hva):  # no use to look the page up: wait until the host is done
-            await self._invalidations_over
-            return None
-        seq = self._invalidate_seq
-        try:
-            if private:
-                page = self.private.page(slot, gfn)
-            else:
-                page = await self.mm.get_user_page(hva, write=fault.write)
-        except UapiError as error:
-            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
-        stale = seq != self._invalidate_seq or self._is_changing(hva)
-        stale |= self.private.serves(slot, gfn) != private
-        if stale or self.slots.find(gfn, fault.as_id) is not slot or slot is self.slots_change.going:
-            return None
-        return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
-
-    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
-        root = self._fault_root(vcpu, fault.as_id)
-        level = self.level_of(slot, fault.gfn, page)
-        writable = page.writable and not slot.readonly and not self.page_track.is_tracked(slot, fault.gfn)
-        try:
-            mapped = self.mmu.map(
-                root,
-                fault.gfn,
-                first_pfn(slot, fault.gfn, page, level),
-                level,
-                writable=writable,
-                accessed=not fault.prefetch,
-            )
-        except UapiError:  # no page left for a table
-            return Result.NO_MEMORY
-        if mapped.outcome is Outcome.FIXED and writable:
-            self.mark_page_dirty(slot, fault.gfn, vcpu)
-        if mapped.flush is not None:
-            await self.flusher.flush(mapped.flush)
-        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
-            await self.flusher.drain()
-            return None
-        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
-
-    def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
-        """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
-        TDP FD was released while a device's fault slept.
-        """
-        if vcpu is not None:
-            return self.load_root(vcpu, as_id)
-        if 0 not in self.exported:
-            raise UapiError(errno.ENODEV, "the TDP is not exported any more")
-        return self.exported[0].root
-
-    def _remember_mmio(self, gfn: Gfn, vcpu: Vcpu | None, as_id: int) -> None:
-        """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
-        if vcpu is not None and gfn < 1 << (self.host.features.maxphyaddr - PAGE_SHIFT):
-            made = self.mmu.map_mmio(self.load_root(vcpu, as_id), gfn, self.slots.generation)
-            vcpu.mmio_sptes_made += made
-
     async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
         """The slot of `gfn`, once it is not being deleted or moved."""
         while (slot := self.slots.find(gfn, as_id)) is not None and slot is self.slots_change.going:
@@ -298,51 +204,6 @@ class Kvm:
             raise UapiError(errno.EINVAL, f"gfn {gfn:#x} is in no memslot: nothing there to track")
         return slot
 
-    # -- invalidation by the host (MmuNotifier) --------------------------------------------------------
-
-    async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
-        """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
-        self._in_progress.append((start, end))
-        if TRACE.on:
-            TRACE.emit(KvmUnmapHvaRange(start, end))
-        zapped = False
-        for slot in self.slots:
-            span = slot.gfns_of(start, end)
-            if span is not None:
-                zapped |= self.mmu.zap_leafs(span)
-        if zapped:
-            await self.flusher.flush(None)  # KVM flushes everything for a notifier event
-        await self.flusher.drain()
-
-    def invalidate_range_end(self, start: Hva, end: Hva) -> None:
-        self._invalidate_seq = (self._invalidate_seq + 1) & SEQ_MASK
-        self._in_progress.remove((start, end))
-        over, self._invalidations_over = self._invalidations_over, Wait()
-        over.set(None)
-
-    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
-        """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
-        young = False
-        for slot in self.slots:
-            span = slot.gfns_of(start, end)
-            if span is not None:
-                young |= self.mmu.age_leafs(span)
-        if young:
-            await self.flusher.flush(None)
-        return young
-
-    def test_young(self, start: Hva, end: Hva) -> bool:
-        spans = (slot.gfns_of(start, end) for slot in self.slots)
-        return any(span is not None and self.mmu.has_young(span) for span in spans)
-
-    @property
-    def host_is_changing(self) -> bool:
-        """An invalidation is in progress: the table is ahead of the host's page map."""
-        return bool(self._in_progress)
-
-    def _is_changing(self, hva: Hva) -> bool:
-        return bool(self._in_progress) and any(start <= hva < end for start, end in self._in_progress)
-
     def _tell_walkers(self, span: GfnSpan | None, epoch: int) -> list[Wait[None]]:
         """CPUs first, then importers [RFC 42/42]."""
         for vcpu in self.vcpus:
@@ -361,14 +222,8 @@ class Kvm:
 
     def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
-        return self.dirty_log.ring_full(vcpu.id)
-
-    def _fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
-        """The page is mapped and only logging took W: no look at the host page is needed [KVM mmu.c]."""
-        if not self.mmu.fast_page_fault(self._fault_root(vcpu, fault.as_id), fault.gfn, logs=slot.logs):
-            return False
-        self.mark_page_dirty(slot, fault.gfn, vcpu)
-        return True
+        ring = self.dirty_log.rings.get(vcpu.id)
+        return ring is not None and ring.soft_full
 
     def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
@@ -385,8 +240,18 @@ class Kvm:
 
     def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
         """The size of leaf that a fault at `gfn` gets for `page`."""
+        if page.level == LEVEL_4K:
+            return LEVEL_4K
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
         return mapping_level(slot, gfn, page, limit, self.page_track.any_in)
+
+    async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
+        """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
+        if not size or (gpa | size) % PAGE_SIZE or gpa + size > self.slots.gfn_limit << PAGE_SHIFT:
+            raise UapiError(errno.EINVAL, f"zap of {gpa:#x}+{size:#x}: not whole pages the guest can have")
+        span = GfnSpan.of_pages(gfn_of(gpa), size >> PAGE_SHIFT)
+        async with self.host_changes.zapped_gfns([span], told=span):
+            pass  # the change itself is the CPU's
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
@@ -471,15 +336,17 @@ class Kvm:
             raise UapiError(errno.EPERM, f"fault at gfn {gfn:#x}: the VM's process has exited")
         if gfn >= gfn_limit(exported.root.role.level):
             return Result.NO_SLOT
-        return await self.handle_fault(PageFault(gfn, kind.write, Source.IO))
+        return await self.fault_path.handle_fault(PageFault(gfn, kind.write, Source.IO))
 
     # -- the end ---------------------------------------------------------------------------------------
 
     async def destroy(self) -> None:
         """The last fd of the VM is closed: no vCPU runs and nothing is exported any more."""
         assert not self.exported, "an exported TDP keeps its VM"
-        self.mm.notifiers.remove(self)
+        self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
-        self.mmu.drop_all()
+        for root in self.mmu.roots:
+            root.refs = 0  # those of vCPUs, which are gone
+        await self.zapper.dismantle(self.mmu.roots)
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 
 from kvmd.config import Settings
+from kvmd.core.capability import check_extension
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
@@ -57,10 +58,15 @@ def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
     return Answer({}, [fd])
 
 
+def _check_extension(app: App, message: uapi.KvmCheckExtension, fds: Fds) -> Body:
+    return {"ret": check_extension(app.host.features, None, message.cap)}
+
+
 DEV_KVM: Service[App] = Service(
     "/dev/kvm",
     {
         "KVM_GET_API_VERSION": Method(uapi.KvmGetApiVersion, _get_api_version),
+        "KVM_CHECK_EXTENSION": Method(uapi.KvmCheckExtension, _check_extension),
         "KVM_CREATE_VM": Method(uapi.KvmCreateVm, _create_vm, 1),
     },
 )

@@ -39,14 +39,18 @@ def ioctl(
     *,
     returns: bool = False,
     fds: int = 0,
+    exists: Callable[[Obj], bool] = lambda obj: True,
 ) -> Method[Obj, M]:
     """`run` behind the gate.  `struct_bytes`: what the argument points to, 0 if it is a value; `returns`: the
-    kernel stores a result there, so it must be writable too; `fds`: how many the request itself may carry.
+    kernel stores a result there, so it must be writable too; `fds`: how many the request itself may carry;
+    `exists`: whether this object has the request at all.  ENOTTY if not, whatever the argument is.
     """
 
     def gated(obj: Obj, message: M, sent: Fds) -> Result:
         if message.other_mm:
             _check_caller(obj.vm_file, sent)
+        if not exists(obj):
+            raise UapiError(errno.ENOTTY, f"VM {obj.vm_file.vm.id} does not know {message.op}")
         if message.argp is None or not struct_bytes:
             return run(obj, message, sent)
         return holding(obj.vm_file, checked(obj, message, sent, Hva(message.argp)))

@@ -19,12 +19,18 @@ from kvmd.service.tdp_fd import TDP_FD, tdp_fd_closed
 from kvmd.service.vcpu import VCPU, vcpu_closed
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.service import Answer, Service
+from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
+from protocol.uapi.mm import PunchHole
 from protocol.units import Gpa, Hva
 
-# No system call on a guest_memfd is modelled but its close.
-GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {})
+
+async def _punch_hole(held: GuestMemfdFile, message: PunchHole, fds: Fds) -> Body:
+    await holding(held.owner, held.owner.vm.private.punch_hole(held.memfd, message.offset, message.size))
+    return {}
+
+
+GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {"PUNCH_HOLE": Method(PunchHole, _punch_hole)})
 
 
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
@@ -82,7 +88,7 @@ async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemory
 
 
 def _check_extension(owner: VmFile, message: uapi.KvmCheckExtension, fds: Fds) -> Body:
-    return {"ret": check_extension(owner.vm, message.cap)}
+    return {"ret": check_extension(owner.vm.host.features, owner.vm, message.cap)}
 
 
 def _enable_cap(owner: VmFile, message: uapi.KvmEnableCap, fds: Fds) -> Body:
@@ -121,6 +127,10 @@ async def _release_guest_memfd(held: GuestMemfdFile) -> None:
     held.owner.app.put_vm(held.owner)
 
 
+def _has_attributes(owner: VmFile) -> bool:
+    return owner.vm.private.attributes.supported
+
+
 async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttributes, fds: Fds) -> Body:
     flow = owner.vm.private.set_attributes(message.address, message.size, message.attributes, message.flags)
     await holding(owner, flow)
@@ -156,6 +166,20 @@ async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: 
     return {}
 
 
+async def _nx_huge_pages(owner: VmFile, message: uapi.NxHugePages, fds: Fds) -> Body:
+    await holding(owner, owner.vm.nx_huge.switch(on=message.on))
+    return {}
+
+
+async def _recover_nx_huge_pages(owner: VmFile, message: uapi.RecoverNxHugePages, fds: Fds) -> Body:
+    return {"ret": await holding(owner, owner.vm.nx_huge.recover())}
+
+
+async def _zap_gfn_range(owner: VmFile, message: uapi.ZapGfnRange, fds: Fds) -> Body:
+    await holding(owner, owner.vm.zap_gfn_range(Gpa(message.gpa), message.size))
+    return {}
+
+
 VM: Service[VmFile] = Service(
     "kvm-vm",
     {
@@ -170,7 +194,9 @@ VM: Service[VmFile] = Service(
         "KVM_CLEAR_DIRTY_LOG": ioctl(uapi.KvmClearDirtyLog, _clear_dirty_log, 24),
         "KVM_RESET_DIRTY_RINGS": ioctl(uapi.KvmResetDirtyRings, _reset_dirty_rings),
         "KVM_CREATE_GUEST_MEMFD": ioctl(uapi.KvmCreateGuestMemfd, _create_guest_memfd, 64),
-        "KVM_SET_MEMORY_ATTRIBUTES": ioctl(uapi.KvmSetMemoryAttributes, _set_memory_attributes, 32),
+        "KVM_SET_MEMORY_ATTRIBUTES": ioctl(
+            uapi.KvmSetMemoryAttributes, _set_memory_attributes, 32, exists=_has_attributes
+        ),
         "KVM_CREATE_TDP_FD": ioctl(uapi.KvmCreateTdpFd, _create_tdp_fd),
         "KVM_REGISTER_NONCOHERENT_DMA": ioctl(uapi.KvmRegisterNoncoherentDma, _register_noncoherent_dma),
         "KVM_UNREGISTER_NONCOHERENT_DMA": ioctl(
@@ -178,5 +204,8 @@ VM: Service[VmFile] = Service(
         ),
         "PAGE_TRACK_ADD": ioctl(uapi.PageTrackAdd, _page_track_add),
         "PAGE_TRACK_REMOVE": ioctl(uapi.PageTrackRemove, _page_track_remove),
+        "NX_HUGE_PAGES": ioctl(uapi.NxHugePages, _nx_huge_pages),
+        "RECOVER_NX_HUGE_PAGES": ioctl(uapi.RecoverNxHugePages, _recover_nx_huge_pages),
+        "ZAP_GFN_RANGE": ioctl(uapi.ZapGfnRange, _zap_gfn_range),
     },
 )

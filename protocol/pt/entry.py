@@ -37,7 +37,9 @@ def is_leaf(entry: int, level: Level) -> bool:
 
 def is_table(entry: int, level: Level) -> bool:
     """Whether the entry is present and points to a table of `level - 1`."""
-    return is_present(entry) and not is_leaf(entry, level)
+    if level == LEVEL_4K or not entry & bits.MMU_PRESENT:
+        return False
+    return entry & bits.PAGE_SIZE_BIT == 0 or level > MAX_LEAF_LEVEL
 
 
 def is_present_leaf(entry: int, level: Level) -> bool:

@@ -68,7 +68,13 @@ class TableWriter(TableReader):
     def store64(self, hpa: int, entry: int) -> None:
         """One aligned 8-byte store."""
         assert hpa % ENTRY_BYTES == 0, f"unaligned entry {hpa:#x}"
-        self.words[self._index(hpa, 1)] = entry
+        offset = hpa - self.base
+        if offset < 0:
+            raise TableOutside(f"no table memory at hpa {hpa:#x}")
+        try:
+            self.words[offset >> 3] = entry
+        except IndexError:
+            raise TableOutside(f"no table memory at hpa {hpa:#x}") from None
 
     def cmpxchg64(self, hpa: int, expected: int, entry: int) -> bool:
         """Store `entry` if the one there is still `expected`: what a CPU does when it sets A or D."""

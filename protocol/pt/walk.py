@@ -16,9 +16,9 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from protocol.pt import bits
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, MAX_LEAF_LEVEL, MAX_LEVEL, level_shift
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, MAX_LEAF_LEVEL, MAX_LEVEL, level_shift
 from protocol.pt.mem import TableOutside, TableReader
-from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hpa, Level, pages_of_level
+from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hpa, Level
 from protocol.units import bits as bit_range
 
 Load64 = Callable[[int], int]
@@ -142,31 +142,26 @@ def walk_range(load64: Load64, root: Hpa, levels: Level, span: GfnSpan) -> Itera
 
     Presence is the writer's (bit 59): absent but non-zero entries (frozen ones) are met too, not descended.
     """
-    pages = pages_of_level(levels)
-    first = span.start // pages
-    last = min((span.end - 1) // pages, ENTRIES - 1) if span.end else -1
-    for index in range(first, last + 1):
-        yield from _walk_entry(load64, root, levels, index, Gfn(index * pages), span)
+    return _walk_table(load64, root, levels, 0, span.start, span.end)
 
 
-def _walk_entry(
-    load64: Load64, table: Hpa, level: Level, index: int, gfn: Gfn, span: GfnSpan
+def _walk_table(
+    load64: Load64, table: int, level: int, base: int, start: int, end: int
 ) -> Iterator[RangeEntry]:
-    at = Hpa(table + index * ENTRY_BYTES)
-    entry = load64(at)
-    if not entry:
-        return
-    yield RangeEntry(gfn, level, at, entry)
-    leaf = level == LEVEL_4K or (entry & bits.PAGE_SIZE_BIT and level <= MAX_LEAF_LEVEL)
-    if leaf or not entry & bits.MMU_PRESENT:
-        return
-    below = Level(level - 1)
-    pages = pages_of_level(below)
-    child = Hpa(entry & bits.ADDRESS_MASK)
-    first = max(span.start - gfn, 0) // pages
-    last = min((span.end - 1 - gfn) // pages, ENTRIES - 1)
-    for i in range(first, last + 1):
-        yield from _walk_entry(load64, child, below, i, Gfn(gfn + i * pages), span)
+    """The table whose first entry translates gfn `base`."""
+    shift = INDEX_BITS * (level - 1)
+    first = max(start - base, 0) >> shift
+    last = min((end - 1 - base) >> shift, ENTRIES - 1)
+    for at in range(table + first * ENTRY_BYTES, table + last * ENTRY_BYTES + 1, ENTRY_BYTES):
+        entry = load64(at)
+        if not entry:
+            continue
+        gfn = base + ((at - table) // ENTRY_BYTES << shift)
+        yield _new(RangeEntry, (gfn, level, at, entry))
+        if level == LEVEL_4K or not entry & bits.MMU_PRESENT:
+            continue
+        if not entry & bits.PAGE_SIZE_BIT or level > MAX_LEAF_LEVEL:
+            yield from _walk_table(load64, entry & bits.ADDRESS_MASK, level - 1, gfn, start, end)
 
 
 def _by_level(masks: dict[int, int], common: int) -> tuple[int, ...]:

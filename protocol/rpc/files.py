@@ -27,13 +27,19 @@ def inode_of(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
+def _file_of(fd: int) -> tuple[int, int]:
+    """Its device too: anybody can make a file somewhere whose inode has a number they like."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
 class Files:
     """The open files of one daemon."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._by_inode: dict[int, object] = {}
-        self._channels: dict[int, Channel] = {}
+        self._objects: dict[tuple[int, int], object] = {}
+        self._channels: dict[tuple[int, int], Channel] = {}
 
     def open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None = None
@@ -47,10 +53,10 @@ class Files:
             if on_release is not None:
                 on_release(obj)
             raise UapiError(error.errno or errno.EMFILE, f"no file for a new {service.name}") from None
-        inode = inode_of(theirs.fileno())
+        file = _, inode = _file_of(theirs.fileno())
 
         def closed(_: Channel) -> None:
-            del self._by_inode[inode], self._channels[inode]
+            del self._objects[file], self._channels[file]
             if on_release is not None:
                 on_release(obj)
 
@@ -62,15 +68,15 @@ class Files:
             on_notify=service.bind_notify(obj),
             on_close=closed,
         )
-        self._by_inode[inode] = obj
-        self._channels[inode] = channel
+        self._objects[file] = obj
+        self._channels[file] = channel
         return theirs.detach(), inode, channel
 
     def find(self, fd: int, kind: type[Obj]) -> Obj:
         """The object behind `fd`, which somebody sent.  Raises UapiError(EINVAL) if it is no `kind` of
         ours.
         """
-        obj = self._by_inode.get(inode_of(fd))
+        obj = self._objects.get(_file_of(fd))
         if not isinstance(obj, kind):
             raise UapiError(errno.EINVAL, f"the file descriptor is not a {kind.__name__}")
         return obj
@@ -81,4 +87,4 @@ class Files:
             channel.close()
 
     def __len__(self) -> int:
-        return len(self._by_inode)
+        return len(self._objects)

@@ -145,3 +145,20 @@ class PageTrackAdd(Ioctl):
 
 class PageTrackRemove(Ioctl):
     gpa: U64
+
+
+class NxHugePages(Ioctl):
+    """No ioctl: the module parameter nx_huge_pages, for this VM.  On: no huge leaf is executable."""
+
+    on: bool
+
+
+class RecoverNxHugePages(Ioctl):
+    """No ioctl: what KVM's recovery thread does now and then.  Reply: `ret`, how many tables went."""
+
+
+class ZapGfnRange(Ioctl):
+    """No ioctl: kvm_zap_gfn_range, for whoever changes what a range is: MTRRs, the APIC's page."""
+
+    gpa: U64
+    size: U64

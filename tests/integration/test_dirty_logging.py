@@ -73,10 +73,10 @@ async def test_a_ring_is_memory_that_both_sides_see(host: Host) -> None:
         vcpu = await vm.create_vcpu(7)
         await vcpu.set_cpuid(46)
         ring = await vcpu.dirty_ring()
-        await vcpu.run([(0x5000, b"x"), (0x2000, b"y"), (0x5008, b"z")])
+        await vcpu.run([("w", 0x5000, b"x"), ("w", 0x2000, b"y"), ("w", 0x5008, b"z")])
         assert ring.harvest() == [(3, 5), (3, 2)]
         assert await vm.reset_dirty_rings() == 2
-        await vcpu.run([(0x5000, b"x")])
+        await vcpu.run([("w", 0x5000, b"x")])
         assert ring.harvest() == [(3, 5)]
         ring.close()
         vcpu.close()
@@ -135,7 +135,7 @@ async def test_a_guest_memfd_is_known_by_its_file_and_keeps_its_vm(host: Host) -
     await vm.set_memory_attributes(0, MIB, 8)
     vcpu = await vm.create_vcpu(0)
     await vcpu.set_cpuid(46)
-    await vcpu.run([(0, b"secret")])
+    await vcpu.run([("w", 0, b"secret")])
     assert await process.read(hva, 6) == bytes(6)
     assert await vcpu.pre_fault_memory(0x1000, 0x2000) == (0x3000, 0)
     for file in (vcpu, vm, process):

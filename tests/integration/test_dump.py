@@ -203,7 +203,7 @@ async def test_a_vm_without_a_table_is_enoent_and_one_with_an_address_too_high_e
     await vm.set_user_memory_region(0, 0, GIB, hva)
     vcpu = await vm.create_vcpu(0)
     await vcpu.set_cpuid(46)
-    await vcpu.run([(0x5000, b"x")])
+    await vcpu.run([("w", 0x5000, b"x")])
     found = await inspector.gpa(number, 0x5123)
     assert found["cpu"] == found["unit"]
     assert [level for level, _, _ in found["path"]] == [4, 3, 2, 1]

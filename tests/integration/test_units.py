@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
-import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
@@ -43,8 +42,10 @@ async def with_silicon(*options: str, iommufdd: Sequence[str] = ()) -> AsyncIter
             rig = await bare_vm(host)
             rig.tdp_fd = await rig.vm.create_tdp_fd()
             await bind_device(rig)
-            yield rig
-            rig.close()
+            try:
+                yield rig
+            finally:
+                rig.close()
             await nothing_left(host)
 
 
@@ -111,11 +112,10 @@ async def test_behind_a_second_weaker_unit_attach_is_einval_and_the_device_stays
         second, _ = await another(rig, 1)
         with refused(errno.EINVAL, why):
             await second.attach(hwpt)
-        queue = await queue_of(rig, second, 0)
-        with trio.move_on_after(0):
-            await queue.fill(GUEST_START, 0, PAGE_SIZE)
+        with refused(errno.ENXIO, "BUSMASTER_EN"):
+            await queue_of(rig, second, 0)
         stats = await device_stats(rig.host, 1)
-        assert (stats["descriptors"], stats["bytes_moved"], stats["page_request_groups"]) == (1, 0, 0)
+        assert (stats["descriptors"], stats["bytes_moved"], stats["page_request_groups"]) == (0, 0, 0)
         await rig.bound[1].attach(hwpt)
 
 

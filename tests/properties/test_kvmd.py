@@ -17,9 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvmd.core import tdp_mmu
 from kvmd.core.flush import Flusher
+from kvmd.core.host_changes import HostChanges
 from kvmd.core.table_pool import TablePool
 from kvmd.core.vm import Kvm
-from protocol.units import Hpa
+from protocol.flow import Wait
+from protocol.units import Gfn, Hpa, Hva
 from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
 
 S, L = SMALL >> 12, LARGE >> 12
@@ -224,14 +226,14 @@ async def no_acks(self: Flusher, span: Any) -> None:
     self._pool.reclaim(self._vm_id, self.acked)
 
 
-def no_sequence(self: Kvm, start: int, end: int) -> None:
+def no_sequence(self: HostChanges, start: Hva, end: Hva) -> None:
     """The sequence stays where it was."""
-    self._in_progress.remove((start, end))  # type: ignore[arg-type]
-    over, self._invalidations_over = self._invalidations_over, type(self._invalidations_over)()
+    self._in_progress.remove((start, end))
+    over, self.over = self.over, Wait()
     over.set(None)
 
 
-def never_changing(self: Kvm, hva: int) -> bool:
+def never_changing(self: HostChanges, hva: Hva, gfn: Gfn) -> bool:
     return False
 
 
@@ -254,8 +256,8 @@ def forgets_importers(self: Kvm, span: Any, epoch: int) -> list[Any]:
 PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "drain is skipped": (Flusher, "drain", no_drain),
     "acks are not waited for": (Flusher, "flush", no_acks),
-    "the sequence is not advanced": (Kvm, "invalidate_range_end", no_sequence),
-    "ranges in change are not looked at": (Kvm, "_is_changing", never_changing),
+    "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence),
+    "ranges in change are not looked at": (HostChanges, "is_changing", never_changing),
     "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
     "bit 11 marks table entries": (tdp_mmu, "make_table_entry", marker_at_bit_11),
     "importers are not told": (Kvm, "_tell_walkers", forgets_importers),

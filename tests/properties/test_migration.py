@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.vm import Kvm
 from tests.properties.migration import PAGES, Migration
 
 PAGE = st.one_of(st.sampled_from([0, 1, 5, 63, 64, 511, 512, 600, PAGES - 1]), st.integers(0, PAGES - 1))
@@ -97,9 +97,9 @@ def always_dirty_bit(self: TdpMmu, root: Any) -> bool:
     return bool(root.role.ad_enabled)
 
 
-def silent_fast_fault(self: Kvm, fault: Any, slot: Any, vcpu: Any) -> bool:
+def silent_fast_fault(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
     """W comes back and nobody marks."""
-    return self.mmu.fast_page_fault(self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
+    return self._vm.mmu.fast_page_fault(self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
 
 
 def no_mark_of_devices(self: DirtyLog, slot: Any, gfn: Any, vcpu_id: int | None) -> None:
@@ -148,7 +148,7 @@ def loses(kind: dict[str, Any]) -> bool:
             DEVICE,
             marks=pytest.mark.defect("B-35"),
         ),
-        (Kvm, "_fast_page_fault", silent_fast_fault, DEVICE),
+        (FaultPath, "_fast_page_fault", silent_fast_fault, DEVICE),
         pytest.param(
             DirtyLog, "mark", no_mark_of_devices, DEVICE | {"ring": True}, marks=pytest.mark.defect("B-34")
         ),

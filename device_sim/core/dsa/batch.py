@@ -22,6 +22,7 @@ from protocol.units import PAGE_SIZE
 
 WINDOW = 16
 READBACK_BYTES = 1
+_FENCE = int(Flag.FENCE)
 
 
 class Batch:
@@ -61,9 +62,10 @@ class Batch:
             for offset in range(0, len(fetched), DESCRIPTOR_SIZE):
                 raw = fetched[offset : offset + DESCRIPTOR_SIZE]
                 child = Job(self._job.queue, raw, Descriptor.from_bytes(raw), self._job, out.completed)
-                await self._at_most(0 if Flag.FENCE in child.descriptor.flags else WINDOW - 1)
+                fence = child.flags & _FENCE
+                await self._at_most(0 if fence else WINDOW - 1)
                 self._dma.check_aborted()
-                if self._failed and Flag.FENCE in child.descriptor.flags:
+                if self._failed and fence:
                     return
                 self._start(child)
                 out.completed += 1

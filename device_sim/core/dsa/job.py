@@ -51,6 +51,10 @@ class Job:
     batch_index: int = 0
     dropped: bool = False
     done: Wait[Outcome] = field(default_factory=Wait)
+    flags: int = field(init=False)  # the descriptor's: to ask an IntFlag costs twenty times as much
+
+    def __post_init__(self) -> None:
+        self.flags = int(self.descriptor.flags)
 
     @property
     def aborted(self) -> bool:

@@ -160,7 +160,9 @@ RULES: Final[dict[int, Rule]] = {
 }
 NOT_IN_A_BATCH: Final = (Opcode.BATCH, Opcode.DRAIN)
 
-_CRAV, _RCR, _RCI, _BOF = int(Flag.CRAV), int(Flag.RCR), int(Flag.RCI), int(Flag.BOF)
+_FENCE, _CRAV, _RCR, _RCI, _BOF = (
+    int(flag) for flag in (Flag.FENCE, Flag.CRAV, Flag.RCR, Flag.RCI, Flag.BOF)
+)
 
 
 def refusal(job: Job) -> Outcome | None:
@@ -177,9 +179,9 @@ def refusal(job: Job) -> Outcome | None:
     limits = job.queue.config
     if d.priv and not limits.dedicated and not limits.priv:
         return Outcome(Status.PRIVILEGE)
-    if not valid_handle(d):
+    if not valid_handle(job):
         return Outcome(Status.INT_HANDLE)
-    if d.flags & _CRAV and d.completion_addr % dsa.COMPLETION_SIZE:
+    if job.flags & _CRAV and d.completion_addr % dsa.COMPLETION_SIZE:
         return Outcome(Status.CR_ALIGN)
     for check in rule.checks:
         status = check(d, limits)
@@ -189,10 +191,10 @@ def refusal(job: Job) -> Outcome | None:
 
 
 def _invalid_flags(job: Job, rule: Rule) -> int:
-    flags = int(job.descriptor.flags)
+    flags = job.flags
     allowed = rule.flags
     if job.batch is not None:
-        allowed |= Flag.FENCE
+        allowed |= _FENCE
     if not job.queue.config.block_on_fault:
         allowed &= ~_BOF
     if not flags & _CRAV:
@@ -200,6 +202,6 @@ def _invalid_flags(job: Job, rule: Rule) -> int:
     return flags & ~allowed
 
 
-def valid_handle(d: Descriptor) -> bool:
+def valid_handle(job: Job) -> bool:
     """An interrupt that is asked for has an entry in the MSI-X table; the first one is the device's own."""
-    return not d.flags & _RCI or 0 < d.int_handle < MSIX_ENTRIES
+    return not job.flags & _RCI or 0 < job.descriptor.int_handle < MSIX_ENTRIES

@@ -70,7 +70,7 @@ class Runner:
             await self._finish(job, await self._execute(dma, d))
 
     def _dma(self, job: Job) -> Dma:
-        block = bool(job.descriptor.flags & _BOF) and job.queue.config.block_on_fault
+        block = bool(job.flags & _BOF) and job.queue.config.block_on_fault
         return Dma(self._function, job, block=block)
 
     async def _coordinate(self, job: Job, flow: Flow[Outcome]) -> None:
@@ -96,16 +96,15 @@ class Runner:
         return out
 
     async def _finish(self, job: Job, out: Outcome) -> None:
-        d = job.descriptor
         failed = out.status is not Status.SUCCESS
         dma = self._dma(job)  # what faulted in the operation is nothing to the record
         try:
             dma.check_aborted()
-            if d.flags & _RCR or failed:
+            if job.flags & _RCR or failed:
                 await self._write_record(job, dma, out)
             self.counters.statuses[out.status] += 1
-            if d.flags & _RCI and valid_handle(d):
-                self._interrupt(d.int_handle)
+            if job.flags & _RCI and valid_handle(job):
+                self._interrupt(job.descriptor.int_handle)
         except Aborted:
             self.counters.aborted += 1
         if job.batch is None:
@@ -113,9 +112,8 @@ class Runner:
         job.done.set(out)
 
     async def _write_record(self, job: Job, dma: Dma, out: Outcome) -> None:
-        d = job.descriptor
-        at = d.completion_addr
-        if not d.flags & _CRAV or at % COMPLETION_SIZE:
+        at = job.descriptor.completion_addr
+        if not job.flags & _CRAV or at % COMPLETION_SIZE:
             self._lose(job, out.status, out, out.fault)
             return
         record = out.record().to_bytes()

@@ -56,7 +56,7 @@ def attempt(space: AddressSpace, hva: Hva, *, write: bool, user: bool) -> Pte | 
         elif isinstance(entry, Swapped):
             _swap_in(space, vma, entry)
         elif isinstance(entry, WpMarker):
-            space.table.set(_file_entry(space, vma, entry.hva, uffd_wp=vma.uffd_wp))
+            space.table.set(_file_entry(vma, entry.hva, write=write, uffd_wp=vma.uffd_wp))
         else:
             raise poisoned(hva)
 
@@ -99,19 +99,18 @@ def _may_reuse(space: AddressSpace, page: Page) -> bool:
 
 def _missing(space: AddressSpace, vma: Vma, hva: Hva, *, write: bool, user: bool) -> Pte | Wait[None]:
     """No entry: make one."""
-    head = Hva(align_down(hva, size_of_level(vma.level)))
+    level = _huge_level(space, vma, hva) if vma.file is None else vma.level
+    head = Hva(align_down(hva, size_of_level(level)))
     awaited = vma.file is None or not vma.file.has(vma.offset_of(head))
     if awaited and vma.uffd is not None and vma.uffd_missing:
         return vma.uffd.ask(hva, write=write, wp=False, user=user)
     if vma.file is not None:
-        entry = _file_entry(space, vma, head, uffd_wp=False)
+        entry = _file_entry(vma, head, write=write, uffd_wp=False)
         if write and not vma.shared:
             page = space.memory.copy(entry, space.id)
             entry = Pte(head, page.pfn, vma.level, True, page)
         space.table.set(entry)
         return entry
-    level = _huge_level(space, vma, hva)
-    head = Hva(align_down(hva, size_of_level(level)))
     if write or vma.level > LEVEL_4K:
         # A read of a hugetlb page gets a page of its own too, not writable yet [hugetlb_no_page].
         page = _allocate(space, vma, level)
@@ -145,11 +144,13 @@ def _huge_level(space: AddressSpace, vma: Vma, hva: Hva) -> Level:
     return LEVEL_2M if fits else LEVEL_4K
 
 
-def _file_entry(space: AddressSpace, vma: Vma, head: Hva, *, uffd_wp: bool) -> Pte:
-    """The file's own page: writable at once in a shared mapping, never in a private one."""
+def _file_entry(vma: Vma, head: Hva, *, write: bool, uffd_wp: bool) -> Pte:
+    """The file's own page: never writable in a private mapping, at once in a shared one, unless a
+    userfaultfd wants to know of first writes [vma_wants_writenotify]."""
     assert vma.file is not None
     page = vma.file.page_at(vma.offset_of(head), head)
-    return Pte(head, page.pfn, vma.level, vma.shared and vma.writable and not uffd_wp, page, uffd_wp)
+    writable = vma.shared and vma.writable and not uffd_wp and (write or not vma.uffd_wp)
+    return Pte(head, page.pfn, vma.level, writable, page, uffd_wp)
 
 
 def _swap_in(space: AddressSpace, vma: Vma, entry: Swapped) -> None:

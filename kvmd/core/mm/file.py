@@ -205,8 +205,10 @@ class File:
     # -- taking pages from those who map them ----------------------------------------------------------
 
     async def _unmap(self, first: int, last: int | None, *, copies_too: bool) -> None:
-        """Take pages first..last from every mapping; returns with none left."""
-        while ranges := [r for r in self._mapped(first, last) if _entries(r, copies_too)]:
+        """Take pages first..last from every mapping; returns with none left.  Who maps the range is told
+        once even if what it has there stays [unmap_mapping_range]."""
+        ranges = self._mapped(first, last)
+        while ranges:
 
             def edit(told: list[Range] = ranges) -> None:
                 for mapped in self._mapped(first, last):
@@ -215,6 +217,7 @@ class File:
                             (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
             await changing(ranges, edit)
+            ranges = [r for r in self._mapped(first, last) if _entries(r, copies_too)]
 
     def _mapped(self, first: int, last: int | None) -> list[Range]:
         """Where pages first..last of the file are mapped now."""

@@ -11,10 +11,12 @@ A frame that failed is never released. Departure: a zero page goes back with its
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.page import Kind, Page, Pte, Swap
 from protocol.errors import UapiError
+from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS
 from protocol.units import LEVEL_4K, PAGE_SIZE, Level, Pfn, pages_of_level, size_of_level
 
@@ -25,8 +27,9 @@ MAX_SWAP_PAGES = 1 << 18
 class Memory:
     """What all address spaces and files of the host share."""
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: Frames, cond_resched: Callable[[], Wait[None]] = lambda: done(None)) -> None:
         self.frames = frames
+        self.cond_resched = cond_resched  # awaited by long work
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0

@@ -17,6 +17,7 @@ from kvmd.core.mm.fault import CopyFirst, attempt, copy_on_write, writable_now
 from kvmd.core.mm.file import File
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.notifier import Range, announced
 from kvmd.core.mm.page import HostPage, LazyFree, Page, ProtNone, Pte, with_rights
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.space import TASK_SIZE, AddressSpace
@@ -27,6 +28,7 @@ from protocol.units import LEVEL_4K, TIB, Hva, Level, size_of_level
 MMAP_BASE = Hva(0x1000_0000_0000)
 MAX_MAPPING_BYTES = 64 * TIB
 MAX_MAP_COUNT = 65530
+UNMAP_BATCH = 4096  # entries cleared before others get a turn
 
 
 class Mm(AddressSpace):
@@ -99,15 +101,30 @@ class Mm(AddressSpace):
             self.mmap_lock.release()
 
     async def _unmap(self, start: Hva, end: Hva) -> None:
-        def edit() -> None:
-            for entry in self.table.within(start, end):
-                self.table.clear(entry)
-            for vma in self.vmas.isolate(start, end):
-                if vma.uffd is not None:
-                    vma.uffd.wake(vma.start, vma.end)
-                self.vmas.remove(vma)
+        """A large range goes in turns; until all of it is gone, notifiers let nobody map what is left."""
+        while True:
+            low, high = self.table.whole(start, end)
+            async with announced([Range(self, low, high)]):
+                if self.table.whole(start, end) != (low, high):
+                    continue  # as in `change`
+                self.table.split_edges(start, end)
+                await self._clear_in_turns(start, end)
+                for vma in self.vmas.isolate(start, end):
+                    if vma.uffd is not None:
+                        vma.uffd.wake(vma.start, vma.end)
+                    self.vmas.remove(vma)
+                return
 
-        await self.change(start, end, edit)
+    async def _clear_in_turns(self, start: Hva, end: Hva) -> None:
+        """Others may change an entry meanwhile, or split one: it is looked for again."""
+        while entries := self.table.within(start, end):
+            for first in range(0, len(entries), UNMAP_BATCH):
+                if first:
+                    await self.memory.cond_resched()
+                for entry in entries[first : first + UNMAP_BATCH]:
+                    found = self.table.find(entry.hva)
+                    if found is not None and found.hva == entry.hva:
+                        self.table.clear(found)
 
     async def mprotect(self, start: Hva, size: int, prot: Prot) -> None:
         """EINVAL: not whole pages; ENOMEM: part of the range is not mapped."""

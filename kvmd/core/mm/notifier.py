@@ -11,7 +11,8 @@ then the end. Whoever registers while a change is under way is told as well, bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from protocol.units import Hva
@@ -66,6 +67,13 @@ def covers(ranges: Iterable[Range], inner: Range) -> bool:
 
 async def changing(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
     """Have every notifier of `ranges` let go, make the change, say that it is made."""
+    async with announced(ranges):
+        return edit()
+
+
+@asynccontextmanager
+async def announced(ranges: Sequence[Range]) -> AsyncIterator[None]:
+    """Inside, every notifier of `ranges` has let go of them and waits to hear that the change is made."""
     told: list[tuple[MmuNotifier, Hva, Hva]] = []
     try:
         while untold := [
@@ -77,7 +85,7 @@ async def changing(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
             for notifier, start, end in untold:
                 told.append((notifier, start, end))
                 await notifier.invalidate_range_start(start, end)
-        return edit()
+        yield
     finally:
         for notifier, start, end in told:
             notifier.invalidate_range_end(start, end)

@@ -26,7 +26,7 @@ from protocol.units import PAGE_SIZE, Hva, size_of_level
 
 T = TypeVar("T")
 
-TASK_SIZE = Hva(1 << 47)
+TASK_SIZE = Hva((1 << 47) - PAGE_SIZE)  # the last page is nobody's [mm mmap.c]
 
 
 class AddressSpace:

@@ -20,6 +20,10 @@ class BadFile(Exception):
     """The file cannot be read, or is of none of the three forms."""
 
 
+class BadCase(Exception):
+    """One entry of a file is not a case: it fails, the others run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """`with_control_slot`: slot 0 is there before the first step, otherwise host memory only."""
@@ -32,6 +36,7 @@ class Case:
     manual: int | None = None
     ring: int | None = None
     skip: str = ""  # the mark that makes it not carry over
+    bad: str = ""  # why it is no case
 
     @property
     def id(self) -> str:
@@ -54,26 +59,39 @@ def load(path: Path) -> list[Case]:
 
 
 def _case(path: Path, index: int, entry: Any, with_control_slot: bool) -> Case:
-    where = f"{path}: case {index}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise BadFile(f"{where}: not an object with a name")
-    where = f"{where}, {entry['name']}"
+    name = entry.get("name") if isinstance(entry, dict) else None
+    named = name if isinstance(name, str) else f"case {index}"
+    try:
+        return _checked(path, named, entry, with_control_slot)
+    except BadCase as error:
+        return Case(str(path), named, (), with_control_slot, bad=str(error))
+
+
+def _checked(path: Path, name: str, entry: Any, with_control_slot: bool) -> Case:
+    """Raises BadCase."""
+    if not isinstance(entry, dict) or entry.get("name") != name:
+        raise BadCase("not an object with a name")
     steps = entry.get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise BadFile(f"{where}: `steps` is not a list of objects")
+        raise BadCase("`steps` is not a list of objects")
     guest = entry.get("guest") or {}
     if not isinstance(guest, dict):
-        raise BadFile(f"{where}: `guest` is not an object")
+        raise BadCase("`guest` is not an object")
     for key in ("manual", "ring"):
         if not isinstance(entry.get(key), int | None):
-            raise BadFile(f"{where}: `{key}` is neither a number nor null")
+            raise BadCase(f"`{key}` is neither a number nor null")
     return Case(
         file=str(path),
-        name=entry["name"],
+        name=name,
         steps=tuple(steps),
         with_control_slot=with_control_slot,
         cpl=guest.get("cpl", 3),
         manual=entry.get("manual"),
         ring=entry.get("ring"),
-        skip=next((mark for mark in NOT_FOR_TDP if entry.get(mark)), ""),
+        skip=mark_of(entry),
     )
+
+
+def mark_of(entry: Body) -> str:
+    """The mark of a case, or of a step, that says nothing about a TDP host."""
+    return next((mark for mark in NOT_FOR_TDP if entry.get(mark)), "")

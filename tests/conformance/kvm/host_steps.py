@@ -17,7 +17,7 @@ async def mmap(world: World, step: Step, *, fixed: bool = False) -> None:
     await world.process.mmap(
         args["size"],
         addr=args["addr"],
-        prot=args.get("prot", "rw"),
+        prot=_prot(args.get("prot", "rw")),
         kind=args.get("kind", "anon"),
         fixed=fixed,
         offset=args.get("offset", 0),
@@ -34,15 +34,20 @@ async def munmap(world: World, step: Step) -> None:
 
 
 async def mremap(world: World, step: Step) -> None:
-    """No public recording has one: sizes may be one `size`, and without a new address it stays or moves."""
-    args = step.args
-    old_size = args["old_size"] if "old_size" in args else args["size"]
-    new_size = args.get("new_size", old_size)
-    await world.process.mremap(args["addr"], old_size, new_size, new_addr=args.get("new_addr"))
+    """No public recording has one: one size may stand for both; without a new address it stays or moves."""
+    old = _named(step.args, "addr", "old_addr", "old")
+    old_size = _named(step.args, "old_size", "size")
+    new = _named({"new_addr": None, **step.args}, "to", "new", "dst", "new_addr")
+    await world.process.mremap(old, old_size, step.args.get("new_size", old_size), new_addr=new)
+
+
+def _named(args: Args, *names: str) -> Any:
+    """The argument, under the first of its names that is there."""
+    return args[next((name for name in names if name in args), names[0])]
 
 
 async def mprotect(world: World, step: Step) -> None:
-    await world.process.mprotect(step.args["addr"], step.args["size"], step.args["prot"])
+    await world.process.mprotect(step.args["addr"], step.args["size"], _prot(step.args["prot"]))
 
 
 async def madvise(world: World, step: Step) -> None:
@@ -106,6 +111,12 @@ async def file_read(world: World, step: Step) -> None:
 async def thp_kib(world: World, step: Step) -> None:
     came = await world.process.anon_huge_kib(step.args["addr"], step.args["size"])
     step.expect("kib", step.args["kib"], came)
+
+
+def _prot(recorded: str) -> str:
+    """Whether the process may execute the memory is nothing to its guest; what can be written can be read."""
+    letters = set(recorded) if set(recorded) <= set("rwx") else set()
+    return "rw" if "w" in letters else "r" if letters else recorded
 
 
 def _pages(args: Args) -> Iterator[int]:

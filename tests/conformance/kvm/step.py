@@ -42,6 +42,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= TEXT_MAX else f"{text[: TEXT_MAX - 40]} ... {text[-36:]}"
 
 
+def _same(expected: Any, came: Any) -> bool:
+    """Hex in either case; `0` and `"0"` both say that there was no errno."""
+    if isinstance(expected, dict) and isinstance(came, dict):
+        return expected.keys() == came.keys() and all(_same(expected[key], came[key]) for key in expected)
+    if isinstance(came, str) and isinstance(expected, str | int):
+        return str(expected).lower() == came.lower()
+    return bool(expected == came)
+
+
 @dataclass(slots=True)
 class Step:
     index: str
@@ -68,7 +77,7 @@ class Step:
 
     def expect(self, what: str, expected: Any, came: Any) -> None:
         """Note a difference; a step that records nothing about `what` does not ask."""
-        if expected != came:
+        if not _same(expected, came):
             self.seen.append(Difference(self.index, self.doing, what, expected, came))
 
     def expect_recorded(self, key: str, came: Any) -> None:

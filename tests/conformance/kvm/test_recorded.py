@@ -1,4 +1,7 @@
-"""kvmd answers as the recorded KVM did, case by case."""
+"""kvmd answers as the recorded KVM did, case by case; and as the kernel's source says it would have answered.
+
+`data-own` has cases nobody recorded, each with the reason for its answers in its `note`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from tests.conformance.kvm.cases import Case, load
 from tests.conformance.kvm.replay import Outcome
 from tests.conformance.kvm.runner import replay_all
 
-DATA = Path(__file__).parent / "data"
-CASES = [case for path in sorted(DATA.glob("*.json")) for case in load(path) if not case.skip]
+HERE = Path(__file__).parent
+FILES = [*sorted((HERE / "data").glob("*.json")), HERE / "data-own" / "reasoned.json"]
+CASES = [case for path in FILES for case in load(path) if not case.skip]
 
 
 @pytest.fixture(scope="module")

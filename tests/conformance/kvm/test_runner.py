@@ -14,7 +14,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conformance.kvm import bitmap
+from tests.conformance.kvm import bitmap, replay
 from tests.conformance.kvm.__main__ import main
 from tests.conformance.kvm.cases import BadFile, Body, load
 from tests.conformance.kvm.replay import Outcome
@@ -199,6 +199,45 @@ SKIPPED = [
 ]
 
 
+MARKED: list[Body] = [
+    *STORY[:4],
+    {"ioctl": "KVM_SET_CPUID2", "args": {}, "errno": 0, "vendor": "intel"},
+    {**dirty([5, 9]), "shadow_only": True},
+    dirty(),
+    {"guest": [["wrmsr", 1, 2]], "reads": [], "vendor": "amd"},
+    {
+        "guest": [["w", 0x2000_0000, 1, 0xAB]],
+        "reads": [],
+        "exits": [mmio(0x2000_0000, is_write=1, data="AB")],
+    },
+    {"host": "mprotect", "args": {"addr": HVA, "size": SIZE, "prot": "rwx"}},
+    {"host": "mprotect", "args": {"addr": HVA - SIZE, "size": SIZE, "prot": "r"}, "errno": "ENOMEM"},
+]
+
+
+def test_a_marked_step_acts_but_is_not_asked(tmp_path: Path) -> None:
+    """The marked GET took the bit: the next one finds none.  Hex and rights may be spelled otherwise."""
+    path = write(tmp_path / "d.json", {"sequences": [sequence("marked", MARKED)]})
+    [outcome] = trio.run(replay_all, load(path))
+    assert [str(difference) for difference in outcome.differences] == []
+
+
+def test_a_case_that_never_ends_leaves_kvmd_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "PATIENCE_S", 1.0)
+    spins: list[Body] = [*STORY[:2], {"guest": [["spin_until_ne", GPA, 0]], "reads": []}]
+    waits: list[Body] = [{"uffd": "open"}, {"uffd": "fault", "addr": HVA, "flags": []}]
+    sequences = [sequence("spins", spins), sequence("waits", waits), sequence("story", STORY)]
+    path = write(tmp_path / "d.json", {"sequences": sequences})
+    outcomes = trio.run(replay_all, load(path))
+    assert ["no end after 1 s" in str(each) for outcome in outcomes for each in outcome.differences] == [
+        True,
+        True,
+    ]
+    assert outcomes[2].passed
+
+
 def test_status_is_0_when_all_that_ran_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sequences = write(tmp_path / "d.json", {"sequences": [sequence("story", STORY), *SKIPPED]})
     cases = write(tmp_path / "m.json", [{"name": "region", "steps": [region(0, size=1 << 20)]}])
@@ -244,11 +283,6 @@ def test_status_is_1_when_kvmd_does_not_start(tmp_path: Path, capsys: pytest.Cap
     [
         (3, "neither a list of cases nor an object"),
         ({"sequences": 3}, "neither a list of cases nor an object"),
-        ([3], "case 0: not an object with a name"),
-        ([{"name": "a"}], "case 0, a: `steps` is not a list"),
-        ([{"name": "a", "steps": [3]}], "case 0, a: `steps` is not a list"),
-        ({"sequences": [{"name": "a", "steps": [], "guest": 3}]}, "`guest` is not an object"),
-        ({"sequences": [{"name": "a", "steps": [], "ring": "4K"}]}, "`ring` is neither a number nor null"),
     ],
 )
 def test_a_file_of_no_known_form_is_refused(
@@ -259,6 +293,26 @@ def test_a_file_of_no_known_form_is_refused(
         load(path)
     assert main([str(path)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (3, "case 0: step 0 (the case itself): not an object with a name"),
+        ({"name": "a"}, "a: step 0 (the case itself): `steps` is not a list"),
+        ({"name": "a", "steps": [3]}, "a: step 0 (the case itself): `steps` is not a list"),
+        ({"name": "a", "steps": [], "guest": 3}, "`guest` is not an object"),
+        ({"name": "a", "steps": [], "ring": "4K"}, "`ring` is neither a number nor null"),
+    ],
+)
+def test_an_entry_that_is_no_case_fails_alone(
+    entry: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "odd.json", {"sequences": [entry, sequence("story", STORY)]})
+    assert main([str(path)]) == 1
+    *differences, counts = capsys.readouterr().out.splitlines()
+    assert said in differences[0]
+    assert counts == "1 passed, 1 failed, 0 skipped"
 
 
 @pytest.mark.parametrize("text", [None, "{", "\0"])

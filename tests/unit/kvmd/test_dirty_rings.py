@@ -121,4 +121,4 @@ def test_a_ring_must_hold_what_pml_may_log_at_once() -> None:
 
 
 def test_an_unknown_capability_is_absent() -> None:
-    assert check_extension(World().vm, 9999) == 0
+    assert check_extension(CpuFeatures(), World().vm, 9999) == 0

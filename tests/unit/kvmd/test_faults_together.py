@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.fault_path import FaultPath
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import PageFault, Result
-from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
 from tests.unit.kvmd.world import WRITE, World
@@ -45,15 +45,15 @@ def test_a_fault_that_sleeps_holds_up_neither_faults_nor_memslots() -> None:
 
 @pytest.mark.defect("B-25")
 def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve = Kvm._resolve
+    resolve = FaultPath._resolve
 
-    async def locked(self: Kvm, fault: PageFault, *rest: Any) -> Result:
-        await self.slots_change._lock.acquire(write=True)
+    async def locked(self: FaultPath, fault: PageFault, *rest: Any) -> Result:
+        await self._vm.slots_change._lock.acquire(write=True)
         try:
             return await resolve(self, fault, *rest)
         finally:
-            self.slots_change._lock.release()
+            self._vm.slots_change._lock.release()
 
-    monkeypatch.setattr(Kvm, "_resolve", locked)
+    monkeypatch.setattr(FaultPath, "_resolve", locked)
     with pytest.raises(AssertionError, match="waits"):
         nobody_waits_for_a_sleeper(World())

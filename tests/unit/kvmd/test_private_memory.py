@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvmd.core.exits import ExitReason
 from kvmd.core.guest_memfd import GuestMemfd, MemoryAttributes
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.check import check_memory
 from kvmd.core.page_fault import Result
 from kvmd.core.pre_fault import pre_fault_memory
 from kvmd.core.vm import Kvm, VmType
@@ -91,10 +92,48 @@ def test_a_closed_files_frames_go_after_the_acks() -> None:
     frames = world.host.frames.in_use
     wait = world.start(world.vm.private.close(world.memfd))
     assert world.host.frames.in_use == frames
-    assert world.io_fault(exported, GFN) is Result.MEMORY_FAULT
+    fault = world.start(world.fault(GFN))
+    assert not fault.done
     world.ack(importer)
     assert wait.done
+    assert fault.result() is Result.MEMORY_FAULT
     assert world.host.frames.in_use == frames - 1
+
+
+def test_a_hole_is_taken_from_every_slot_that_has_it_and_reads_as_zeroes() -> None:
+    world = Protected()
+    world.set_slot(0, 0, 0, 0)
+    world.bind(0, GFN, world.memfd, 0, 4)
+    world.bind(1, 0x800, world.memfd, 4 << 12, 12)
+    world.run(world.vm.private.set_attributes(0, 0x1000 << 12, PRIVATE, 0))
+    for gfn in (*range(GFN, GFN + 4), *range(0x800, 0x80C)):
+        world.write(world.cpu, gfn << 12, b"secret")
+    world.run(world.vm.private.punch_hole(world.memfd, 3 << 12, 2 << 12))
+    assert world.host.frames.in_use == 14
+    assert [index for index in range(PAGES) if world.memfd.present(index) is None] == [3, 4]
+    assert {GFN + 3, 0x800} & set(world.table()) == set()
+    assert check_vm(world.vm) + check_memory(world.host.memory, world.host.processes) == []
+    assert world.read(world.cpu, 0x800 << 12, 6).reads == [bytes(6)]
+    assert world.read(world.cpu, 0x801 << 12, 6).reads == [b"secret"]
+
+
+def test_a_hole_beyond_the_end_is_no_hole_and_one_of_no_pages_is_einval() -> None:
+    world = Protected()
+    world.run(world.vm.private.punch_hole(world.memfd, PAGES << 12, (1 << 64) - 4096))
+    for offset, size in ((1, 4096), (0, 1), (0, 0)):
+        with pytest.raises(UapiError) as caught:
+            world.run(world.vm.private.punch_hole(world.memfd, offset, size))
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_poisoned_private_memory_fails_a_device_and_signals_a_cpu() -> None:
+    world = Protected()
+    exported = world.export()
+    world.attribute(0, PRIVATE)
+    page = world.memfd.page(0)
+    world.host.memory.poison(page)
+    assert world.io_fault(exported, GFN) is Result.HWPOISON
+    assert world.read(world.cpu, GFN << 12, 1).exit.sigbus is not None
 
 
 def test_a_huge_page_stops_where_the_attribute_changes() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.host_changes import HostChanges
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import ExportedTdp
@@ -83,11 +84,11 @@ def test_a_process_that_exits_keeps_its_frames_until_importers_acked(world: Worl
 
 @pytest.mark.defect("B-19")
 def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def only_zap(self: Kvm, start: Hva, end: Hva) -> None:
+    async def only_zap(self: HostChanges, start: Hva, end: Hva) -> None:
         self._in_progress.append((start, end))
-        self.mmu.zap_leafs(self.mmu.roots[0].everything)
+        self._mmu.zap_leafs(self._mmu.roots[0].everything)
 
-    monkeypatch.setattr(Kvm, "invalidate_range_start", only_zap)
+    monkeypatch.setattr(HostChanges, "invalidate_range_start", only_zap)
     with pytest.raises(AssertionError, match="no importer was told"):
         exit_under_dma(world)
 

@@ -256,3 +256,66 @@ def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     held.close()
     client.wire.pump()
+
+
+def errno_of(client: Client, channel: Channel, op: str, **fields: Any) -> int:
+    with pytest.raises(UapiError) as caught:
+        client.call(channel, op, **fields)
+    return caught.value.errno
+
+
+def test_a_request_that_a_vm_does_not_have_is_enotty_before_its_argument_is_read(client: Client) -> None:
+    made = machine(client)
+    fields = {"address": 0, "size": 4096, "attributes": 8, "argp": 1}
+    assert errno_of(client, made["vm"], "KVM_SET_MEMORY_ATTRIBUTES", **fields) == errno.ENOTTY
+    assert errno_of(client, made["vm"], "KVM_NO_SUCH_THING", argp=1) == errno.ENOTTY
+    protected = client.open("protected", made["kvm"], "KVM_CREATE_VM", ["mm"], type=1)
+    assert errno_of(client, protected, "KVM_SET_MEMORY_ATTRIBUTES", **fields) == errno.EFAULT
+
+
+@pytest.mark.parametrize(
+    ("cap", "device", "plain", "protected"),
+    [
+        pytest.param(3, 1, 1, 1, id="USER_MEMORY"),
+        pytest.param(7, 1, 1, 1, id="EXT_CPUID"),
+        pytest.param(9, 8, 8, 8, id="NR_VCPUS"),
+        pytest.param(10, 32764, 32764, 32764, id="NR_MEMSLOTS"),
+        pytest.param(16, 1, 1, 1, id="SYNC_MMU"),
+        pytest.param(66, 1024, 1024, 1024, id="MAX_VCPUS"),
+        pytest.param(81, 1, 1, 1, id="READONLY_MEM"),
+        pytest.param(118, 2, 2, 2, id="MULTI_ADDRESS_SPACE"),
+        pytest.param(128, 4096, 4096, 4096, id="MAX_VCPU_ID"),
+        pytest.param(168, 3, 3, 3, id="MANUAL_DIRTY_LOG_PROTECT2"),
+        pytest.param(192, 65536 * 16, 65536 * 16, 65536 * 16, id="DIRTY_LOG_RING"),
+        pytest.param(233, 8, 0, 8, id="MEMORY_ATTRIBUTES"),
+        pytest.param(235, 3, 3, 3, id="VM_TYPES"),
+        pytest.param(244, 3, 3, 1, id="GUEST_MEMFD_FLAGS"),
+        pytest.param(9999, 0, 0, 0, id="unknown"),
+        pytest.param((1 << 64) - 1, 0, 0, 0, id="no number of any"),
+    ],
+)
+def test_what_kvm_and_its_vms_say_they_can_do(
+    client: Client, cap: int, device: int, plain: int, protected: int
+) -> None:
+    kvm = client.open("kvm", client.door, "OPEN", path="/dev/kvm")
+    client.open("mm", client.door, "MM_CREATE")
+    vms = [client.open(f"vm{n}", kvm, "KVM_CREATE_VM", ["mm"], type=n) for n in (0, 1)]
+    asked = [client.call(channel, "KVM_CHECK_EXTENSION", cap=cap).body["ret"] for channel in (kvm, *vms)]
+    assert asked == [device, plain, protected]
+
+
+def test_a_hole_is_punched_into_a_guest_memfd_over_its_fd(client: Client) -> None:
+    made = machine(client)
+    memfd = client.open("memfd", made["vm"], "KVM_CREATE_GUEST_MEMFD", size=4 * 4096)
+    assert client.call(memfd, "PUNCH_HOLE", offset=4096, size=8192).body == {}
+    assert errno_of(client, memfd, "PUNCH_HOLE", offset=1, size=4096) == errno.EINVAL
+    assert errno_of(client, memfd, "FTRUNCATE", size=0) == errno.ENOTTY
+
+
+def test_the_kernels_own_sources_of_invalidation_are_requests_of_a_vm(client: Client) -> None:
+    vm = machine(client)["vm"]
+    client.call(vm, "NX_HUGE_PAGES", on=True)
+    assert client.call(vm, "RECOVER_NX_HUGE_PAGES").body == {"ret": 0}
+    client.call(vm, "ZAP_GFN_RANGE", gpa=0x10_0000, size=4096)
+    for gpa, size in ((1, 4096), (0, 0), (0, 1), (1 << 63, 4096)):
+        assert errno_of(client, vm, "ZAP_GFN_RANGE", gpa=gpa, size=size) == errno.EINVAL

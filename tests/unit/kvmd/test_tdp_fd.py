@@ -226,5 +226,5 @@ def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> Non
     other = Kvm(world.host, world.mm)
     world.vm.release_tdp_fd(exported)
     world.run(world.vm.destroy())
-    assert (world.host.pool.in_use, world.mm.notifiers) == (0, [other])
+    assert (world.host.pool.in_use, world.mm.notifiers) == (0, [other.host_changes])
     assert not any(world.bare.tables)

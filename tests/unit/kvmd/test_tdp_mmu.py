@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from kvmd.core.table_pool import TablePool
-from kvmd.core.tdp_mmu import Outcome, Role, Root, TdpMmu
+from kvmd.core.tdp_mmu import Outcome, TdpMmu
+from kvmd.core.tdp_table import Role, Root
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import ept_rules
@@ -272,6 +273,9 @@ def test_an_exported_root_survives_a_memslot_change_and_others_do_not() -> None:
     assert tdp.mmu.get_root(Role(Level(5), 0, True)) is not other
     assert tdp.mmu.invalidate_roots(), "the new one"
     assert not tdp.mmu.invalidate_roots(), "nothing is left to flush for"
+    for _ in tdp.mmu.dismantle(other):
+        pass
+    assert other in tdp.mmu.roots, "somebody still has it loaded"
     tdp.mmu.put_root(other)
     assert other not in tdp.mmu.roots
 
@@ -281,6 +285,8 @@ def test_an_obsolete_root_that_nobody_uses_is_held_with_everything_below() -> No
     tdp.map(5, PFN)
     tdp.mmu.put_root(tdp.root)
     tdp.mmu.invalidate_roots()
+    held = [tdp.pool.held(1) for _ in tdp.mmu.dismantle(tdp.root)]
+    assert held == [1, 2, 3], "a turn for others after each table"
     assert (tdp.mmu.roots, tdp.pool.held(1), tdp.pool.in_use) == ([], 4, 0)
 
 
@@ -298,12 +304,14 @@ def test_putting_a_root_too_often_is_a_bug() -> None:
         tdp.mmu.put_root(tdp.root)
 
 
-def test_dropping_all_gives_every_page_back() -> None:
+def test_roots_taken_apart_give_every_page_back() -> None:
     tdp = Tdp()
     other: Root = tdp.mmu.get_root(Role(Level(5), 0, True))
     tdp.map(5, PFN)
     tdp.mmu.map(other, Gfn(9), Pfn(PFN), Level(1), writable=True)
-    tdp.mmu.drop_all()
+    for root in (tdp.root, other):
+        tdp.mmu.put_root(root)
+        list(tdp.mmu.dismantle(root))
     assert tdp.flushed() == 4 + 5
     assert (tdp.mmu.roots, tdp.pool.in_use) == ([], 0)
     assert not any(tdp.memory)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import slots_change
+from kvmd.core import zap
 from kvmd.core.invariants import check_vm
 from kvmd.core.page_fault import Result
 from kvmd.core.slots_change import SlotsChange
@@ -22,7 +22,7 @@ class Rig:
     """16 pages at gfn 0x100 and one at 0x200, all mapped; acks and turns come when the test gives them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(slots_change, "ZAP_BATCH", BATCH)
+        monkeypatch.setattr(zap, "ZAP_BATCH", BATCH)
         self.world = World()
         self.hva = self.world.map(16)
         self.world.set_slot(0, 0x100, 16, self.hva)
@@ -72,7 +72,7 @@ def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.Monkey
         self._mmu.zap_leafs(self._exported[0].root.everything)
         await self._flusher.flush(None)
 
-    monkeypatch.setattr(SlotsChange, "_zap_all_fast", at_once)
+    monkeypatch.setattr(SlotsChange, "zap_all_fast", at_once)
     with pytest.raises(AssertionError, match="each batch"):
         work_is_bounded(Rig(monkeypatch))
 
@@ -97,10 +97,10 @@ def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatc
         left: Any = self._exported[0].root.everything
         while left is not None:
             _, left = self._mmu.zap_some(self._exported[0].root, left, BATCH)
-            await self._cond_resched()
+            await self._zapper._cond_resched()
         await self._flusher.flush(None)
 
-    monkeypatch.setattr(SlotsChange, "_zap_all_fast", flush_at_the_end)
+    monkeypatch.setattr(SlotsChange, "zap_all_fast", flush_at_the_end)
     with pytest.raises(AssertionError, match="not even told"):
         host_takes_a_page_meanwhile(Rig(monkeypatch))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,23 @@ def test_what_is_not_ours_or_of_another_kind_is_einval(held: Held) -> None:
         os.close(mine)
     one.close()
     two.close()
+
+
+def test_a_file_elsewhere_whose_inode_has_the_same_number_is_einval(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can make files until one has the number they want; not on the device that sockets are on."""
+    fd = held.open()
+    ours = os.fstat(fd)
+    fields = [*ours]
+    fields[stat.ST_DEV] += 1
+    monkeypatch.setattr("protocol.rpc.files.os.fstat", lambda _: os.stat_result(fields))
+    with pytest.raises(UapiError) as caught:
+        held.files.find(fd, Vm)
+    assert caught.value.errno == errno.EINVAL
+    monkeypatch.undo()
+    assert held.files.find(fd, Vm) == "vm0"
+    os.close(fd)
 
 
 def test_an_object_released_is_no_longer_found(held: Held) -> None:

@@ -6,11 +6,12 @@ import pytest
 
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
+from kvmd.core.map_record import WRITABLE, ZAPPED
 from kvmd.core.mm.reclaim import age
 from kvmd.core.page_fault import Result
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
-from protocol.units import WHOLE_SIZE, Hva
+from protocol.units import WHOLE_SIZE, Gfn, GfnSpan, Hva
 from tests.oracle.table import Machine, RawTables, ept_walk, leaves, second_stage_walk
 from tests.unit.kvmd.world import READ, SlowImporter, World
 
@@ -87,14 +88,14 @@ def test_with_ad_bits_the_accessed_bit_goes_and_the_translation_stays() -> None:
 @pytest.mark.parametrize("ad_bits", [False, True])
 def test_a_leaf_nobody_used_since_is_old_and_nobody_is_told(ad_bits: bool) -> None:
     rig = Rig(ad_bits=ad_bits)
-    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    assert rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
     rig.age()
     rig.world.ack(rig.importer)
-    assert not rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
+    assert not rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + PAGE))
     assert rig.age().result() == 0
     assert len(rig.importer.heard) == 1
     assert rig.world.io_fault(rig.exported, 0x201, READ) is Result.FIXED
-    assert rig.world.vm.test_young(Hva(rig.hva), Hva(rig.hva + 2 * PAGE))
+    assert rig.world.vm.host_changes.test_young(Hva(rig.hva), Hva(rig.hva + 2 * PAGE))
 
 
 def test_an_aged_leaf_is_zapped_like_any_other() -> None:
@@ -105,4 +106,19 @@ def test_an_aged_leaf_is_zapped_like_any_other() -> None:
     rig.world.ack(rig.importer)
     assert gone.done
     assert list(leaves(rig.raw, rig.root, 4)) == []
+    assert check_vm(rig.world.vm) == []
+
+
+def test_a_store_to_an_aged_page_that_was_protected_once_makes_a_legal_entry() -> None:
+    """Logging took W from something, so a store may only put it back: R and X must come back with it."""
+    rig = Rig(ad_bits=False)
+    rig.world.vm.mmu.protect(rig.exported.root, GfnSpan.of_pages(Gfn(0x203), 1))
+    before = rig.leaf()
+    rig.age()
+    rig.world.ack(rig.importer)
+    assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
+    assert rig.world.io_fault(rig.exported, 0x200) is Result.FAST
+    assert rig.leaf() == before
+    assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == WRITABLE
+    assert rig.walks() == ["mapped", "mapped"]
     assert check_vm(rig.world.vm) == []

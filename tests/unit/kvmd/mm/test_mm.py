@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -66,7 +67,7 @@ def errno_of(act: Callable[[], object]) -> int:
         (None, (64 << 40) + PAGE, 1, errno.EINVAL),
         (0x1001, PAGE, 1, errno.EINVAL),
         (PAGE, MIB2, 2, errno.EINVAL),
-        ((1 << 47) - PAGE, 2 * PAGE, 1, errno.ENOMEM),
+        (TASK_SIZE - PAGE, 2 * PAGE, 1, errno.ENOMEM),
         (0x5000_F000, 2 * PAGE, 1, errno.EEXIST),
         (0x4FFF_F000, 2 * PAGE, 1, errno.EEXIST),
         (0x5000_4000, PAGE, 1, errno.EEXIST),
@@ -255,7 +256,7 @@ def test_nothing_changes_before_every_notifier_has_let_go(world: World, what: st
         world.flows.run_ready()
     assert over.done
     assert world.bare.tags.read(frame) != tag
-    span = (0, 1 << 47) if what == "exit" else (hva, hva + PAGE)
+    span = (0, TASK_SIZE) if what == "exit" else (hva, hva + PAGE)
     assert [notifier.log for notifier in notifiers] == [[("start", *span), ("end", *span)]] * 2
 
 

@@ -269,6 +269,15 @@ def test_truncating_takes_private_copies_too_and_punching_does_not(world: World)
     assert world.run(world.mm.read(hva, 4)) == bytes(4)
 
 
+def test_a_hole_is_told_to_who_maps_it_even_if_only_copies_are_there(world: World) -> None:
+    """The copy stays, but a secondary MMU lets go of it [unmap_mapping_range]."""
+    file, hva = file_at(world, 4, shared=False)
+    world.run(world.mm.write(hva, b"copy"))
+    notifier = watch(world.mm)
+    world.run(file.punch_hole(0, 2 * PAGE))
+    assert notifier.log == [("start", hva, hva + 2 * PAGE), ("end", hva, hva + 2 * PAGE)]
+
+
 def test_truncating_tells_everybody_who_maps_the_end_and_waits(world: World) -> None:
     file, hva = file_at(world, 4, shared=True)
     child = child_of(world)

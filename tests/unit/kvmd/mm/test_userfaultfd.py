@@ -201,6 +201,18 @@ def test_a_copy_may_come_protected() -> None:
     assert fault.result().writable
 
 
+def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None:
+    rig = Rig()
+    world = rig.world
+    file = File(world.host.memory, "f", 4 * PAGE)
+    hva = world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
+    assert world.run(rig.mm.get_user_page(hva, write=False)).writable
+    world.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
+    second = Hva(hva + PAGE)
+    assert not world.run(rig.mm.get_user_page(second, write=False)).writable
+    assert world.run(rig.mm.get_user_page(second, write=True)).writable
+
+
 @pytest.mark.parametrize("what", ["swap", "dontneed", "fault"])
 def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
     rig = Rig()

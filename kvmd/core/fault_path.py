@@ -1,0 +1,137 @@
+"""The way of a page fault on the TDP: slot, host page, was it taken away meanwhile, map.
+
+Models kvm_tdp_page_fault and kvm_mmu_fault_exported_tdp [RFC 37/42] as one path: the RFC copied it for faults
+without a vCPU, and nothing in it needs one.  The host page is looked up outside any lock and the lookup may
+sleep, so what was found before it is looked at again after it.
+
+Invariants with their home here: I5 a host page looked up before an invalidation is not mapped after it;
+I11 an entry maps the page the host has there now.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from kvmd.core.memslot import Memslot
+from kvmd.core.mm.page import HostPage
+from kvmd.core.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, first_pfn
+from kvmd.core.tdp_mmu import Outcome
+from kvmd.core.tdp_table import Root
+from kvmd.core.vcpu import Vcpu
+from protocol.errors import UapiError
+from protocol.units import PAGE_SHIFT, Gfn
+
+if TYPE_CHECKING:
+    from kvmd.core.vm import Kvm
+
+
+class FaultPath:
+    """Of one VM."""
+
+    def __init__(self, vm: Kvm) -> None:
+        self._vm = vm
+
+    async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> Result:
+        """Populate `fault.gfn` in the root of `vcpu`, or in the exported one when a device asks."""
+        result = await self._resolve(fault, vcpu)
+        self._vm.faults[fault.source, result] += 1
+        return result
+
+    async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
+        for _ in range(MAX_TRIES):
+            result = await self._try(fault, vcpu)
+            if result is not None:
+                return result
+            self._vm.retries += 1
+        return Result.UNSTABLE
+
+    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
+        """None: something was in the way; it may be gone now."""
+        vm = self._vm
+        gfn = fault.gfn
+        slot = vm.slots.find(gfn, fault.as_id)
+        if slot is None:
+            self._remember_mmio(gfn, vcpu, fault.as_id)
+            return Result.NO_SLOT
+        if slot is vm.slots_change.going:
+            await vm.slots_change.settled
+            return None
+        if fault.write and slot.readonly:
+            return Result.READONLY
+        if fault.write and vm.page_track.is_tracked(slot, gfn):
+            return Result.TRACKED
+        if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
+            return Result.FAST
+        private = vm.private.serves(slot, gfn)
+        hva = slot.hva_of(gfn)
+        if vm.host_changes.is_changing(hva, gfn):  # no use to look the page up: wait until the host is done
+            await vm.host_changes.over
+            return None
+        seq = vm.host_changes.seq
+        try:
+            if private:
+                page = vm.private.page(slot, gfn)
+            else:
+                page = await vm.mm.get_user_page(hva, write=fault.write)
+        except UapiError as error:
+            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
+        stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)
+        stale |= vm.private.serves(slot, gfn) != private
+        if stale or vm.slots.find(gfn, fault.as_id) is not slot or slot is vm.slots_change.going:
+            return None
+        return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
+
+    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
+        vm = self._vm
+        root = self._fault_root(vcpu, fault.as_id)
+        wanted = vm.level_of(slot, fault.gfn, page)
+        level = vm.nx_huge.level(root, fault, wanted)
+        writable = page.writable and not slot.readonly and not vm.page_track.is_tracked(slot, fault.gfn)
+        try:
+            mapped = vm.mmu.map(
+                root,
+                fault.gfn,
+                first_pfn(slot, fault.gfn, page, level),
+                level,
+                writable=writable,
+                accessed=not fault.prefetch,
+                fetch=fault.fetch,
+            )
+        except UapiError:  # no page left for a table
+            return Result.NO_MEMORY
+        vm.nx_huge.mapped(root, fault, wanted)
+        if writable and slot.logs and mapped.outcome is Outcome.FIXED:
+            vm.mark_page_dirty(slot, fault.gfn, vcpu)
+        if mapped.flush is not None:
+            await vm.flusher.flush(mapped.flush)
+        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
+            await vm.flusher.drain()
+            return None
+        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+
+    def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
+        """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
+        TDP FD was released while a device's fault slept.
+        """
+        vm = self._vm
+        if vcpu is not None:
+            return vm.load_root(vcpu, as_id)
+        if 0 not in vm.exported:
+            raise UapiError(errno.ENODEV, "the TDP is not exported any more")
+        return vm.exported[0].root
+
+    def _remember_mmio(self, gfn: Gfn, vcpu: Vcpu | None, as_id: int) -> None:
+        """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
+        vm = self._vm
+        if vcpu is not None and gfn < 1 << (vm.host.features.maxphyaddr - PAGE_SHIFT):
+            made = vm.mmu.map_mmio(vm.load_root(vcpu, as_id), gfn, vm.slots.generation)
+            vcpu.mmio_sptes_made += made
+
+    def _fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
+        """The page is mapped and only logging took W: no look at the host page is needed [KVM mmu.c]."""
+        vm = self._vm
+        if not vm.mmu.fast_page_fault(self._fault_root(vcpu, fault.as_id), fault.gfn, logs=slot.logs):
+            return False
+        vm.mark_page_dirty(slot, fault.gfn, vcpu)
+        return True

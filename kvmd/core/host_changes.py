@@ -1,0 +1,95 @@
+"""Changes of the host's memory, as KVM hears of them before they are made.
+
+Models KVM's mmu notifier [KVM kvm_main.c], [RFC 41/42]: what a range of the process backs is zapped in
+every root, every CPU and importer has acked, and only then the host goes on.  Faults on the range wait
+until it is done, and one that looked its page up before looks again: `is_changing` and `seq` tell (I5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from kvmd.core.flush import Flusher
+from kvmd.core.memslot import Memslots
+from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.zap import Zapper
+from protocol.flow import Wait
+from protocol.trace import TRACE, KvmUnmapHvaRange
+from protocol.units import Gfn, GfnSpan, Hva
+
+SEQ_MASK = (1 << 64) - 1
+
+
+class HostChanges:
+    """The MmuNotifier of one VM.  `seq_start`: tests start the sequence near a wrap (R2)."""
+
+    def __init__(
+        self, slots: Memslots, mmu: TdpMmu, flusher: Flusher, zapper: Zapper, seq_start: int = 0
+    ) -> None:
+        self.seq = seq_start & SEQ_MASK  # of invalidations that are over
+        self.over: Wait[None] = Wait()  # set when the next one is over
+        self._in_progress: list[tuple[Hva, Hva]] = []
+        self._gfns_in_progress: list[GfnSpan] = []
+        self._slots = slots
+        self._mmu = mmu
+        self._flusher = flusher
+        self._zapper = zapper
+
+    async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
+        """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
+        self._in_progress.append((start, end))
+        if TRACE.on:
+            TRACE.emit(KvmUnmapHvaRange(start, end))
+        await self._zapper.zap(self._spans(start, end))  # KVM flushes everything for a notifier event
+
+    def invalidate_range_end(self, start: Hva, end: Hva) -> None:
+        self.seq = (self.seq + 1) & SEQ_MASK
+        self._in_progress.remove((start, end))
+        self._end()
+
+    def _end(self) -> None:
+        over, self.over = self.over, Wait()
+        over.set(None)
+
+    @asynccontextmanager
+    async def zapped_gfns(self, spans: Sequence[GfnSpan], told: GfnSpan | None = None) -> AsyncIterator[None]:
+        """Around a change of what guest frames translate to [KVM kvm_zap_gfn_range, guest_memfd.c]: inside
+        nobody can use them, and faults on them wait.  Walkers were told `told`, or everything."""
+        self._gfns_in_progress += spans
+        try:
+            await self._zapper.zap(spans, told=told)
+            yield
+        finally:
+            self.seq = (self.seq + 1) & SEQ_MASK
+            for span in spans:
+                self._gfns_in_progress.remove(span)
+            self._end()
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
+        young = False
+        for span in self._spans(start, end):
+            young |= self._mmu.age_leafs(span)
+        if young:
+            await self._flusher.flush(None)
+        return young
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        return any(self._mmu.has_young(span) for span in self._spans(start, end))
+
+    def _spans(self, start: Hva, end: Hva) -> list[GfnSpan]:
+        """What start..end backs now.  A slot made while it is zapped maps nothing of it: faults wait."""
+        return [span for slot in self._slots if (span := slot.gfns_of(start, end)) is not None]
+
+    @property
+    def in_progress(self) -> bool:
+        """An invalidation is in progress: the table is ahead of the host's page map."""
+        return bool(self._in_progress or self._gfns_in_progress)
+
+    def is_changing(self, hva: Hva, gfn: Gfn) -> bool:
+        if not self.in_progress:
+            return False
+        return any(start <= hva < end for start, end in self._in_progress) or any(
+            gfn in span for span in self._gfns_in_progress
+        )

@@ -1,0 +1,84 @@
+"""What dirty logging does to a TDP: takes W or D away, gives W back, makes small leaves huge again.
+
+Models the part of the TDP MMU that serves the logs [KVM tdp_mmu.c], [RFC 36/42].  A huge leaf is
+write-protected whatever part of it is wanted, because a store to it must fault to be split.  A table that one
+leaf could replace is frozen, flushed, and thawed to be empty, so that nobody meets both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmd.core.spte import restored
+from kvmd.core.tdp_table import Root, TdpTable
+from protocol.pt import bits
+from protocol.pt.entry import is_frozen, is_table, is_writable, table_of
+from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span, gfn_limit
+from protocol.pt.walk import RangeEntry, walk_range
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
+
+_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
+
+
+class TdpLog(TdpTable):
+    """The logging of the tables of one VM."""
+
+    may_lack_write = False  # nothing was ever protected: no store can find W taken
+
+    def logs_by_dirty_bit(self, root: Root) -> bool:
+        """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
+        that is lent only write protection notices a device's store (defect B-35)."""
+        return self._pml and root.role.ad_enabled and not root.exported
+
+    def protect(self, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
+        """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
+
+        A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
+        """
+        self.may_lack_write = True
+        small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
+        cleared = False
+        for met in self._leaves(root, span):
+            if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
+                continue
+            bit = small if met.level == LEVEL_4K else bits.WRITE
+            if met.entry & bit:
+                self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)
+                cleared = True
+        return cleared
+
+    def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
+        """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.
+
+        Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
+        """
+        met = self.leaf_at(root, gfn)
+        if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
+            return False
+        if logs and met.level > LEVEL_4K:
+            return False
+        self._set(root, met.gfn, met.level, met.at, met.entry, restored(met.entry) | bits.WRITE)
+        return True
+
+    def freeze_collapsible(
+        self, root: Root, span: GfnSpan, level_of: Callable[[Gfn], Level]
+    ) -> RangeEntry | None:
+        """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
+        the flush of what it mapped is over, and then thawed [RFC 36/42]."""
+        limit = gfn_limit(root.role.level)
+        within = GfnSpan(min(span.start, limit), min(span.end, limit))
+        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
+            if met.level > MAX_LEAF_LEVEL or not is_table(met.entry, met.level):
+                continue
+            region = entry_span(met.gfn, met.level)
+            if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
+                self._set(root, met.gfn, met.level, met.at, met.entry, bits.FROZEN)
+                below = Level(met.level - 1)
+                self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
+                return met
+        return None
+
+    def thaw(self, met: RangeEntry) -> None:
+        """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
+        if is_frozen(self._writer.load64(met.at)):
+            self._writer.store64(met.at, bits.EMPTY)

@@ -1,0 +1,65 @@
+"""Long work on a VM's tables, in turns: leaves cleared and flushed, dead roots taken apart.
+
+Models the yielding of the TDP MMU's iterator [KVM tdp_mmu.c]: after so many entries everybody else gets a
+turn, but what was cleared so far is flushed first.  Whoever runs in between finds the entries gone and
+nothing to flush, and would give their frames away under a walker (I6, defect B-33).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from kvmd.core.flush import Flusher
+from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tdp_table import Root
+from protocol.flow import Wait
+from protocol.units import GfnSpan
+
+ZAP_BATCH = 4096  # leaves cleared before others get a turn
+DISMANTLE_BATCH = 16  # tables taken apart before others get one: each may hold 512 leaves to count
+
+
+class Zapper:
+    """Of one VM."""
+
+    def __init__(self, mmu: TdpMmu, flusher: Flusher, cond_resched: Callable[[], Wait[None]]) -> None:
+        self._mmu = mmu
+        self._flusher = flusher
+        self._cond_resched = cond_resched
+
+    async def zap(
+        self,
+        spans: Iterable[GfnSpan],
+        roots: Iterable[Root] | None = None,
+        *,
+        told: GfnSpan | None = None,
+        unflushed: bool = False,
+    ) -> None:
+        """Clear every leaf that overlaps `spans`, in `roots` or in all; tables stay.  It returns when nobody
+        can use one of them any more.  Walkers are told `told`, or everything; `unflushed`: something is to
+        be flushed already.
+        """
+        roots = list(self._mmu.roots if roots is None else roots)
+        budget = ZAP_BATCH
+        for root, span in [(root, span) for span in spans for root in roots]:
+            left: GfnSpan | None = span
+            while left is not None and root in self._mmu.roots:  # it may go while others run
+                count, left = self._mmu.zap_some(root, left, budget)
+                budget -= count
+                unflushed |= count > 0
+                if not budget:
+                    await self._flusher.flush(told)
+                    await self._cond_resched()
+                    budget, unflushed = ZAP_BATCH, False
+        if unflushed:
+            await self._flusher.flush(told)
+        await self._flusher.drain()
+
+    async def dismantle(self, roots: Iterable[Root]) -> None:
+        """Take apart roots that nobody walks since the last flush."""
+        for root in list(roots):
+            for number, _ in enumerate(self._mmu.dismantle(root), 1):
+                if number % DISMANTLE_BATCH == 0:
+                    self._flusher.reclaim()
+                    await self._cond_resched()
+        self._flusher.reclaim()

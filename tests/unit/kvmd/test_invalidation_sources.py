@@ -1,0 +1,287 @@
+"""Every source of invalidation: what becomes of the leaf, which range importers are told, who is first, and
+that the frame outlives the last ack.  docs/invalidation.md has a line for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.flush import Flusher
+from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
+from kvmd.core.mm.check import check_memory
+from kvmd.core.mm.failure import poison
+from kvmd.core.mm.fork import fork
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.reclaim import age, merge, numa_hint
+from kvmd.core.mm.thp import split
+from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.mm.vma import Prot
+from kvmd.core.page_fault import Result
+from kvmd.core.spte import MMIO_GENERATION_MASK
+from kvmd.core.vm import Kvm, VmType
+from protocol.units import PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, Level
+from tests.unit.kvmd import sources as leaf
+from tests.unit.kvmd.sources import GFN, PAGE, PAGES, REGION, SLOT, WHOLE, Flow, Rig
+
+BITMAP = 0x3000_0000_0000
+ALL = PAGES * PAGE_SIZE
+PROTECTED = {"kind": VmType.SW_PROTECTED}
+NO_AD = CpuFeatures(ept_ad_bits=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """`told`: the ranges importers hear; `becomes`: the leaf, once they were told; `frees`: its frame."""
+
+    act: Callable[[Rig], Flow]
+    told: Sequence[tuple[int, int]]
+    becomes: Callable[[int, int], bool] = leaf.zapped
+    frees: bool = False
+    memory: str = "small"
+    rig: dict[str, Any] = field(default_factory=dict)
+    before: Callable[[Rig], None] = lambda rig: None
+
+
+async def now(call: Callable[[], object]) -> None:
+    """What nobody has to wait for."""
+    call()
+
+
+def mergeable(rig: Rig) -> None:
+    rig.world.run(rig.advise("mergeable", None, ALL))
+
+
+def write_protects(rig: Rig) -> Flow:
+    uffd = Userfaultfd(rig.mm, user_mode_only=False)
+    rig.world.run(uffd.register(rig.hva, ALL, missing=False, wp=True))
+    return uffd.writeprotect(rig.hva, PAGE_SIZE, on=True)
+
+
+def region(flags: int = 0, gfn: int = GFN, pages: int = PAGES) -> Callable[[Rig], Flow]:
+    def act(rig: Rig) -> Flow:
+        return rig.vm.set_memory_region(rig.world.region(0, gfn, pages, rig.hva if pages else 0, flags))
+
+    return act
+
+
+def near_the_wrap(rig: Rig) -> None:
+    rig.vm.slots.generation = MMIO_GENERATION_MASK
+
+
+def maps_a_bitmap(rig: Rig) -> None:
+    rig.world.map(1, hva=BITMAP)
+    rig.world.run(rig.mm.write(Hva(BITMAP), b"\xff" * 64))
+
+
+def clears_by_hand(rig: Rig) -> None:
+    maps_a_bitmap(rig)
+    enable_cap(rig.vm, Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, [1])
+
+
+def is_protected(rig: Rig) -> None:
+    maps_a_bitmap(rig)
+    over = rig.world.start(rig.vm.dirty_log.get(0, Hva(BITMAP)))
+    settle(rig)
+    assert over.done
+
+
+def has_small_leaves(rig: Rig) -> None:
+    """Write tracking split the huge leaf, and is over."""
+    for change in (rig.vm.track_page, rig.vm.untrack_page):
+        rig.world.start(change(Gpa(GFN << 12)))
+        settle(rig)
+
+
+def fetches(rig: Rig) -> None:
+    rig.world.start(rig.vm.nx_huge.switch(on=True))
+    settle(rig)
+    assert rig.world.run(rig.cpu.run([("exec", GFN << 12)])).done
+    assert rig.world.io_fault(rig.exported, GFN) in (Result.FIXED, Result.SPURIOUS)
+    assert rig.entry() & 0x84 == 4, "small and executable"
+
+
+def split_ahead(rig: Rig) -> Flow:
+    span = GfnSpan.of_pages(Gfn(GFN), PAGES)
+    return now(lambda: rig.vm.mmu.split(rig.exported.root, span, Level(1)))
+
+
+async def released_and_destroyed(rig: Rig) -> None:
+    rig.exported.unregister_importer("unit", rig.importer)
+    rig.vm.release_tdp_fd(rig.exported)
+    await rig.vm.destroy()
+
+
+def of_page(call: Callable[..., Flow]) -> Callable[[Rig], Flow]:
+    return lambda rig: call(rig.mm, rig.hva, PAGE_SIZE)
+
+
+def advice(name: str, size: int = PAGE_SIZE) -> Callable[[Rig], Flow]:
+    return lambda rig: rig.advise(name, None, size)
+
+
+def test_young(rig: Rig) -> Flow:
+    return now(lambda: rig.vm.host_changes.test_young(rig.hva, Hva(rig.hva + PAGE_SIZE)))
+
+
+test_young.__test__ = False  # type: ignore[attr-defined]
+
+SOURCES: dict[str, Source] = {
+    # -- the host's memory: the mmu notifier --
+    "munmap": Source(of_page(Mm.munmap), [WHOLE], frees=True),
+    "migrate": Source(of_page(Mm.migrate), [WHOLE], frees=True),
+    "swap": Source(advice("pageout"), [WHOLE], frees=True),
+    "ksm": Source(lambda rig: merge(rig.mm, rig.hva, ALL), [WHOLE], before=mergeable),
+    "punch hole": Source(lambda rig: rig.file.punch_hole(0, PAGE_SIZE), [WHOLE], frees=True, memory="file"),
+    "truncate": Source(lambda rig: rig.file.truncate(0), [WHOLE], frees=True, memory="file"),
+    "balloon": Source(advice("dontneed"), [WHOLE], frees=True),
+    "madvise free": Source(advice("free"), [WHOLE]),
+    "mremap": Source(
+        lambda rig: rig.mm.mremap(rig.hva, PAGE_SIZE, PAGE_SIZE, Hva(0x2100_0000_0000)), [WHOLE]
+    ),
+    "mprotect": Source(lambda rig: rig.mm.mprotect(rig.hva, PAGE_SIZE, Prot.READ), [WHOLE]),
+    "fork": Source(lambda rig: fork(rig.mm, rig.world.host.create_mm()), [WHOLE]),
+    "thp collapse": Source(advice("collapse", ALL), [WHOLE], frees=True),
+    "thp split": Source(lambda rig: split(rig.mm, rig.hva, ALL), [WHOLE], memory="thp"),
+    "userfaultfd-wp": Source(write_protects, [WHOLE]),
+    "numa hint": Source(of_page(numa_hint), [WHOLE]),
+    "memory failure": Source(of_page(poison), [WHOLE]),
+    "exit": Source(lambda rig: rig.mm.exit(), [WHOLE], frees=True),
+    "clear-flush-young": Source(of_page(age), [WHOLE], leaf.unaccessed),
+    "clear-flush-young without A/D": Source(
+        of_page(age), [WHOLE], leaf.absent_but_remembered, rig={"features": NO_AD}
+    ),
+    "test-young": Source(test_young, [], leaf.same),
+    # -- memslots and what a gfn is --
+    "memslot delete": Source(region(pages=0), [WHOLE]),
+    "memslot move": Source(region(gfn=0x1000), [WHOLE]),
+    "memslot create": Source(
+        lambda rig: rig.vm.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)), [], leaf.same
+    ),
+    "mmio generation wrap": Source(
+        lambda rig: rig.vm.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
+        [],
+        leaf.same,
+        before=near_the_wrap,
+    ),
+    "nx huge pages": Source(lambda rig: rig.vm.nx_huge.switch(on=True), [WHOLE], memory="huge"),
+    "nx recovery": Source(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
+    "zap gfn range": Source(lambda rig: rig.vm.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
+    "memory attributes": Source(
+        lambda rig: rig.vm.private.set_attributes(GFN << 12, PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
+    ),
+    "guest_memfd hole": Source(
+        lambda rig: rig.vm.private.punch_hole(rig.memfd, 0, PAGE_SIZE), [WHOLE], frees=True, rig=PROTECTED
+    ),
+    "guest_memfd close": Source(
+        lambda rig: rig.vm.private.close(rig.memfd), [WHOLE], frees=True, rig=PROTECTED
+    ),
+    # -- dirty logging and the size of leaves --
+    "logging on": Source(region(1), [SLOT], leaf.small_protected, memory="huge"),
+    "log get": Source(
+        lambda rig: rig.vm.dirty_log.get(0, Hva(BITMAP)),
+        [SLOT],
+        leaf.protected,
+        rig={"flags": 1},
+        before=maps_a_bitmap,
+    ),
+    "log clear": Source(
+        lambda rig: rig.vm.dirty_log.clear(ClearDirtyLog(0, PAGES, 0, Hva(BITMAP))),
+        [SLOT],
+        leaf.protected,
+        rig={"flags": 1},
+        before=clears_by_hand,
+    ),
+    "eager split": Source(split_ahead, [], leaf.small, memory="huge"),
+    "logging off": Source(region(0), [REGION], leaf.frozen, memory="huge", rig={"flags": 1}),
+    "huge leaf over a table": Source(
+        lambda rig: rig.world.fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
+    ),
+    "write-protect one gfn": Source(
+        lambda rig: rig.vm.track_page(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
+    ),
+    # -- the end, and what is none --
+    "vm destroy": Source(released_and_destroyed, []),
+    "tdp fd release": Source(lambda rig: now(partial(rig.vm.release_tdp_fd, rig.exported)), [], leaf.same),
+    "not present to present": Source(lambda rig: rig.world.fault(GFN + 1), [], leaf.same),
+    "permission raised": Source(
+        lambda rig: rig.world.fault(GFN), [], leaf.writable_again, rig={"flags": 1}, before=is_protected
+    ),
+}
+
+
+def settle(rig: Rig) -> None:
+    while rig.importer.pending:
+        rig.world.ack(rig.importer)
+
+
+def behaves(source: Source) -> None:
+    rig = Rig(source.memory, **source.rig)
+    source.before(rig)
+    rig.importer.heard.clear()
+    rig.importer.cpu_had_it.clear()
+    if source.told:
+        assert rig.world.read(rig.cpu, GFN << 12, 5).done, "the CPU has it in its TLB"
+    entry, frame = rig.entry(), rig.frame
+    tag = rig.tag(frame)
+    over = rig.world.start(source.act(rig))
+    assert source.becomes(entry, rig.entry()), f"the leaf was {entry:#x} and is {rig.entry():#x}"
+    assert [told[:2] for told in rig.importer.heard] == list(source.told), "ranges told"
+    assert not any(rig.importer.cpu_had_it), "the CPU could still use it when the importer was told"
+    assert over.done == (not source.told), "it returns with the last ack, not before"
+    assert rig.tag(frame) == tag or not source.told, "the frame is gone and somebody may still use it"
+    settle(rig)
+    assert over.done
+    assert (rig.tag(frame) != tag) == source.frees, "the frame is given back"
+    assert check_vm(rig.vm) + check_memory(rig.world.host.memory, rig.world.host.processes) == []
+
+
+@pytest.mark.rfc("RFC-87", "RFC-88", "RFC-94")
+@pytest.mark.parametrize("name", SOURCES)
+def test_source(name: str) -> None:
+    behaves(SOURCES[name])
+
+
+# -- that the suite would notice -------------------------------------------------------------------------
+
+
+async def no_acks(self: Flusher, span: Any) -> None:
+    self.epoch += 1
+    self._tell(span, self.epoch)
+
+
+async def no_flush(self: Flusher, span: Any) -> None: ...
+
+
+def importers_first(self: Kvm, span: Any, epoch: int) -> list[Any]:
+    waits = [wait for exported in self.exported.values() for wait in exported.flush_notify(span, epoch)]
+    for vcpu in self.vcpus:
+        vcpu.flush_tlb(span)
+    return waits
+
+
+FLUSHED = [name for name, source in SOURCES.items() if source.told]
+
+
+@pytest.mark.parametrize("name", FLUSHED)
+@pytest.mark.parametrize(
+    ("owner", "attribute", "bug", "noticed"),
+    [
+        (Flusher, "flush", no_flush, "ranges told|the leaf was|small and executable"),
+        (Kvm, "_tell_walkers", importers_first, "the CPU could still"),
+        (Flusher, "flush", no_acks, "not before|the leaf was"),
+    ],
+    ids=["no flush", "importers before CPUs", "acks not awaited"],
+)
+def test_a_planted_bug_is_noticed_at_every_source(
+    monkeypatch: pytest.MonkeyPatch, name: str, owner: type, attribute: str, bug: Any, noticed: str
+) -> None:
+    monkeypatch.setattr(owner, attribute, bug)
+    with pytest.raises(AssertionError, match=noticed):
+        behaves(SOURCES[name])
