@@ -17,6 +17,7 @@ from device_sim.core.dmar import RemappingUnit
 from device_sim.core.dsa import registers
 from device_sim.core.dsa.device import Dsa
 from device_sim.core.function import Function
+from device_sim.core.msi import InterruptMessage
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
 from protocol.errors import UapiError
@@ -47,6 +48,11 @@ class Device:
         if self.portal is not None:
             self.portal.notify("MSIX", {"handle": handle})
 
+    def deliver(self, message: InterruptMessage) -> None:
+        """A message that the device wrote itself: to whoever serves the guest's interrupts."""
+        if self.portal is not None:
+            self.portal.notify("MSI", {"addr": message.addr, "data": message.data})
+
 
 class DeviceSim:
     def __init__(self, loop: Loop, settings: Settings) -> None:
@@ -61,7 +67,13 @@ class DeviceSim:
 
     def _unit(self, settings: UnitSettings) -> RemappingUnit:
         return RemappingUnit(
-            settings.cap, settings.ecap, settings.haw, self.memory.physical, self._on_event, self.flush
+            settings.cap,
+            settings.ecap,
+            settings.haw,
+            self.memory.physical,
+            self._on_event,
+            self.flush,
+            lambda message: self.devices[message.rid].deliver(message),
         )
 
     def _device(self, number: int, settings: DeviceSettings) -> Device:
@@ -124,8 +136,13 @@ def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
 def _stats(app: DeviceSim, message: uapi.DeviceStats, fds: Fds) -> Body:
     return {
         "unit": unit_stats(app.units),
-        "devices": {device.name: device_stats(device.dsa) for device in app.devices.values()},
+        "devices": {device.name: _device_stats(app, device) for device in app.devices.values()},
     }
+
+
+def _device_stats(app: DeviceSim, device: Device) -> Body:
+    entry = app.units[device.settings.unit].pasid_entry(device.settings.rid)
+    return {**device_stats(device.dsa), "pasid_entry": entry}
 
 
 FRONT_DOOR: Service[DeviceSim] = Service(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 from protocol.errors import PeerError
@@ -13,6 +13,8 @@ from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from qemu_shim.guest.idxd_device import IdxdDevice
+
+MAX_MESSAGES = 4096  # interrupt messages nobody took yet; older ones are lost
 
 
 class DeviceSim:
@@ -39,6 +41,7 @@ class Portal:
         self._loop = loop
         self._interrupts: Counter[int] = Counter()
         self._waiting: dict[int, list[Wait[None]]] = {}
+        self.messages: deque[tuple[int, int]] = deque(maxlen=MAX_MESSAGES)  # (address, data) of each MSI
         self._channel = Channel(
             loop, socket.socket(fileno=fd), "portal", on_notify=self._on_notify, on_close=self._on_close
         )
@@ -78,6 +81,9 @@ class Portal:
             self._channel.close()
 
     def _on_notify(self, _: Channel, body: Body, fds: Fds) -> None:
+        if body.get("op") == "MSI":
+            self._take_message(body.get("addr"), body.get("data"))
+            return
         handle = body.get("handle")
         if body.get("op") != "MSIX" or type(handle) is not int:
             raise PeerError(f"portal: unknown notification {body.get('op')!r:.60}")
@@ -86,6 +92,11 @@ class Portal:
             waiting.pop(0).set(None)
         else:
             self._interrupts[handle] += 1
+
+    def _take_message(self, addr: object, data: object) -> None:
+        if type(addr) is not int or type(data) is not int:
+            raise PeerError(f"portal: MSI to {addr!r:.60} with {data!r:.60}")
+        self.messages.append((addr, data))
 
     def _on_close(self, _: Channel) -> None:
         waiting = [wait for waits in self._waiting.values() for wait in waits]

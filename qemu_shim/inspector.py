@@ -47,8 +47,18 @@ class Inspector:
         reply = await self._ask("DUMP_TABLES", number, [] if vm_fd is None else [vm_fd])
         write_dump(directory, as_document(reply.body), reply.fds.take(0))
 
+    async def tables(self, vm_fd: int) -> bytes:
+        """Every page of the table of the VM, one after the other."""
+        return _read((await self._ask("DUMP_TABLES", None, [vm_fd])).fds.take(0))
+
     async def _ask(self, op: str, number: int | None, fds: Sequence[int] = (), **body: Any) -> Reply:
         return await self._kvmd.ask(op, {"vm": number, **body}, fds)
+
+
+def _read(fd: int) -> bytes:
+    """All of it; it is closed."""
+    with open(fd, "rb") as file:
+        return file.read()
 
 
 def write_dump(directory: Path, document: dict[str, Any], pages: int) -> None:

@@ -16,6 +16,7 @@ import trio
 
 from protocol.errors import PeerError, UapiError
 from protocol.rpc.loop import Loop
+from protocol.uapi import names
 from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
 from qemu_shim.device_client import DeviceSim, Portal
@@ -38,6 +39,7 @@ class MachineConfig:
     maxphyaddr: int = 46
     device: int = 0
     pinned: bool = False  # all of it, for a device that cannot ask for pages
+    dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Machine:
     tdp_fd: int
     iommu: Iommu
     device: VfioDevice
+    device_id: int
     hwpt_id: int
     portal: Portal
     memory: GuestMemory
@@ -150,6 +153,9 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         stack.callback(process.close)
         vm = await host.kvmd.create_vm(process)
         stack.callback(vm.close)
+        if config.dirty_ring_bytes:
+            await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING, config.dirty_ring_bytes)
+            await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)
         slots = await _add_ram(process, vm, config)
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
@@ -167,7 +173,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         stack.callback(portal.close)
         memory = GuestMemory(GuestCpu(vcpu), FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
         built = Machine(
-            host, config, process, vm, vcpu, slots, tdp_fd, iommu, device, hwpt_id, portal, memory
+            host, config, process, vm, vcpu, slots, tdp_fd, iommu, device, device_id, hwpt_id, portal, memory
         )
         try:
             yield built

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
+from protocol.errors import UapiError
 from qemu_shim.machine import Host, Machine
 
 Stats = dict[str, Any]
@@ -34,6 +36,19 @@ class Report:
     def expect(self, holds: bool, problem: str) -> None:
         if not holds:
             self.problems.append(problem)
+
+    def expect_equal(self, seen: object, expected: object, what: str) -> None:
+        self.expect(seen == expected, f"{what}: {seen!r:.80}, expected {expected!r:.80}")
+
+    async def expect_refused(self, what: str, number: int, why: str, call: Awaitable[object]) -> None:
+        """The call fails with that errno and for that reason; what it said becomes a line."""
+        try:
+            await call
+        except UapiError as error:
+            self.lines.append(f"{what}: {error}")
+            self.expect((error.errno, why in error.why) == (number, True), f"{what}: {error}")
+        else:
+            self.expect(False, f"{what}: was not refused")
 
     def as_json(self) -> Stats:
         return {

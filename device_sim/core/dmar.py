@@ -83,7 +83,7 @@ NOT_PRESENT = IotlbEntry(Hpa(0), LEVEL_4K, 0, 0)
 
 class RemappingUnit:
     """`on_event` is called whenever a page request or a fault record waits to be read; `drain` must tell
-    software of all that wait before it returns.
+    software of all that wait before it returns; `deliver` takes interrupt messages on their way.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class RemappingUnit:
         memory: PhysicalMemory,
         on_event: Callable[[], None],
         drain: Callable[[], None],
+        deliver: Callable[[msi.InterruptMessage], None] = lambda message: None,
     ) -> None:
         self.cap = cap
         self.ecap = ecap
@@ -105,6 +106,7 @@ class RemappingUnit:
         self._haw = haw
         self._on_event = on_event
         self._drain = drain
+        self.deliver = deliver
         self._memory = memory
         self._entries: dict[tuple[int, Pasid], bytes] = {}
         self._pasid_cache: dict[tuple[int, Pasid], _Attached] = {}
@@ -124,6 +126,10 @@ class RemappingUnit:
         """Store an entry; cached copies stay until the PASID cache is invalidated.  Raises FormatError."""
         PasidEntry.from_bytes(raw)
         self._entries[rid, pasid] = raw
+
+    def pasid_entry(self, rid: int) -> bytes:
+        """What requests without PASID of that function are translated by; empty if nothing was written."""
+        return self._entries.get((rid, RID_PASID), b"")
 
     def execute(self, ring: bytes) -> list[int]:
         """Run descriptors in order; the status data of each completed wait.
@@ -244,9 +250,10 @@ class RemappingUnit:
             )
 
     def interrupt(self, message: msi.InterruptMessage) -> None:
-        """An interrupt message came: here is its way to the interrupt controller."""
+        """An interrupt message came: it goes on to the interrupt controller."""
         self.interrupts += 1
         self.messages.append(message)
+        self.deliver(message)
 
     def _walk(self, tables: TableReader, attached: _Attached, page: int) -> Walk:
         self.walks += 1

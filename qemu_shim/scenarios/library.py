@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios import dmatest, dmatest_nobof, dsa_ops, pinning, sharing, unmap
+from qemu_shim.scenarios import (
+    coherency,
+    dmatest,
+    dmatest_nobof,
+    dsa_ops,
+    memory,
+    migration,
+    mmio,
+    msi,
+    nested,
+    pinning,
+    sharing,
+    smm,
+    unmap,
+    write_tracking,
+)
 from qemu_shim.scenarios.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
@@ -15,5 +30,13 @@ SCENARIOS: dict[str, Scenario] = {
         sharing.SCENARIO,
         pinning.PARTIAL_IOPF,
         pinning.PINNED,
+        write_tracking.SCENARIO,
+        coherency.SCENARIO,
+        mmio.SCENARIO,
+        nested.SCENARIO,
+        msi.SCENARIO,
+        smm.SCENARIO,
+        migration.SCENARIO,
+        memory.SCENARIO,
     )
 }

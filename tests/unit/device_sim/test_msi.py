@@ -10,6 +10,7 @@ from device_sim.core.dmar import Refused
 from device_sim.core.function import DmaFault, DmaRange
 from device_sim.core.msi import END, START, InterruptMessage
 from protocol.flow import Wait
+from tests.unit.device_sim.accelerator import BOF, CRAV, FILL, MEMMOVE, RCR, SRC, SRC_FRAME, Machine, work
 from tests.unit.device_sim.silicon import FRAMES, RID, R, Recorded, Silicon, W
 
 SGN_8 = 0x87
@@ -125,3 +126,32 @@ def test_a_function_that_may_not_master_the_bus_sends_none(silicon: Silicon) -> 
         done.result()
     assert not silicon.function.write(START, b"MSI!")
     assert (silicon.unit.interrupts, silicon.faults()) == (0, [])
+
+
+@pytest.mark.parametrize("absent_source", [False, True])
+def test_a_descriptor_may_send_a_message_and_one_that_sends_none_ends(absent_source: bool) -> None:
+    """An engine that takes "not translated" for "not yet" asks for ever, and nobody else gets a turn."""
+    machine = Machine()
+    if not absent_source:
+        machine.map(SRC, SRC_FRAME)
+    machine.put(SRC_FRAME, struct.pack("<I", 0x4021))
+    machine.submit(work(MEMMOVE, BOF | CRAV | RCR, src=SRC, dst=START + 0x40, size=4))
+    if absent_source:
+        machine.map(SRC, SRC_FRAME)
+        assert [asked.page for asked in machine.silicon.serve()] == [SRC >> 12]
+    assert machine.record().status == 1
+    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, START + 0x40, 0x4021)]
+    for raw in (
+        work(MEMMOVE, BOF | CRAV | RCR, src=SRC, dst=START, size=8),
+        work(MEMMOVE, BOF | CRAV | RCR, src=START, dst=SRC, size=4),
+        work(FILL, BOF | CRAV | RCR, src=1, dst=START + 2, size=4),
+    ):
+        assert machine.run(raw).status == 4
+    assert machine.silicon.unit.interrupts == 1
+
+
+def test_a_message_goes_on_to_whoever_delivers_it(silicon: Silicon) -> None:
+    delivered: list[InterruptMessage] = []
+    silicon.unit.deliver = delivered.append
+    assert silicon.function.write(START, struct.pack("<I", 0x4021))
+    assert delivered == [InterruptMessage(RID, START, 0x4021)]

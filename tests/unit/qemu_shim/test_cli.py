@@ -9,6 +9,7 @@ import pytest
 from qemu_shim import cli
 from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from tests.tidy.source import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,13 @@ def test_list_for_people_names_every_scenario_and_option(capsys: pytest.CaptureF
 def test_every_default_is_within_its_bounds(name: str) -> None:
     for param in SCENARIOS[name].params.values():
         assert param.low <= param.default <= param.high
+
+
+def test_the_readme_has_a_row_for_every_scenario() -> None:
+    rows = [
+        line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    assert [row[1].strip(" `") for row in rows] == list(SCENARIOS)
 
 
 class Played:

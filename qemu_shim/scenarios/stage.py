@@ -1,0 +1,80 @@
+"""The stage most scenarios share: a machine, one work queue of its device, and what every run ends with.
+
+A step's cost is the difference of all counters over it, whoever keeps them: `async with stage.counted()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from protocol.hw.dsa import Status
+from protocol.rpc.channel import Body
+from protocol.units import PAGE_SIZE
+from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.inspector import Inspector
+from qemu_shim.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.measure import Report, Stats, check_system, difference, fill_table, snapshot
+
+PATTERN = 0x1122_3344_5566_7788
+FILLED = PATTERN.to_bytes(8, "little") * (PAGE_SIZE // 8)
+
+
+@dataclass(slots=True)
+class Stage:
+    host: Host
+    guest: Machine
+    queue: IdxdWorkQueue
+    report: Report
+
+    async def fill(self, gpa: int, pattern: int = PATTERN, size: int = PAGE_SIZE) -> Status:
+        """The device writes."""
+        return (await self.queue.fill(gpa, pattern, size)).status
+
+    async def copy(self, dst: int, src: int, size: int = PAGE_SIZE) -> Status:
+        """The device reads and writes."""
+        return (await self.queue.memmove(dst, src, size)).status
+
+    @asynccontextmanager
+    async def counted(self) -> AsyncIterator[Stats]:
+        """What the counters of VM, units and device grow by."""
+        cost: Stats = {}
+        before = await snapshot(self.host, self.guest)
+        yield cost
+        after = await snapshot(self.host, self.guest)
+        cost |= difference(after.vm, before.vm)
+        cost |= difference(after.unit, before.unit) | difference(after.device, before.device)
+        cost["importer_invalidations"] = _told(after.iommu) - _told(before.iommu)
+
+    async def inspect(self) -> Body:
+        """The machine's VM: slots, roots, counters."""
+        return await Inspector(self.host.kvmd.channel).vm(await self._number())
+
+    async def walks(self, gpa: int) -> Body:
+        """The entries on the way to `gpa` and where each walker ends."""
+        return await Inspector(self.host.kvmd.channel).gpa(await self._number(), gpa)
+
+    async def _number(self) -> int:
+        return await Inspector(self.host.kvmd.channel).newest()
+
+
+def _told(iommu: Stats) -> int:
+    """Invalidations that KVM sent to its importers."""
+    return sum(hwpt.get("invalidations", 0) for hwpt in iommu["hwpts"])
+
+
+@asynccontextmanager
+async def staged(host: Host, report: Report, config: MachineConfig) -> AsyncIterator[Stage]:
+    """Completion records lie in a page that is present, so that counts are of the story alone."""
+    async with machine(host, config) as guest:
+        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
+        await queue.enable()
+        await guest.memory.touch([queue.record_page])
+        before = await snapshot(host, guest)
+        yield Stage(host, guest, queue, report)
+        await guest.portal.drain()
+        after = await snapshot(host, guest)
+        await check_system(host, report, after)
+    report.expect(after.device["stale_accesses"] == before.device["stale_accesses"], "I6: a stale access")
+    fill_table(report, before, after)
