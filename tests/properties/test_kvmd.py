@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvmd.core import tdp_mmu
+from kvmd.core import tdp_table
 from kvmd.core.flush import Flusher
 from kvmd.core.host_changes import HostChanges
 from kvmd.core.table_pool import TablePool
@@ -259,7 +259,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence),
     "ranges in change are not looked at": (HostChanges, "is_changing", never_changing),
     "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
-    "bit 11 marks table entries": (tdp_mmu, "make_table_entry", marker_at_bit_11),
+    "bit 11 marks table entries": (tdp_table, "make_table_entry", marker_at_bit_11),
     "importers are not told": (Kvm, "_tell_walkers", forgets_importers),
 }
 

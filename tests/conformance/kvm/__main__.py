@@ -28,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadFile as error:
         print(error, file=sys.stderr)
         return 2
-    configure_log("warning")
     report = _silent if args.json else _loud if args.verbose else _brief
     try:
         outcomes = trio.run(replay_all, cases, args.kvmd_option, report)
@@ -105,4 +104,5 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    configure_log("warning")
     sys.exit(main())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,6 +173,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     stories += [sequence(name, [*STORY[:2], body]) for name, body in UNKNOWN.items()]
     path = write(tmp_path_factory.mktemp("cases") / "stories.json", {"meta": {}, "sequences": stories})
     return {outcome.case.name: outcome for outcome in trio.run(replay_all, load(path))}
+
+
+@pytest.fixture(autouse=True)
+def quiet_log() -> Iterator[None]:
+    """As the command has it, for this test alone."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    yield
+    structlog.reset_defaults()
 
 
 def test_the_untampered_story_passes(outcomes: dict[str, Outcome]) -> None:
