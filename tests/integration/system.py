@@ -79,6 +79,20 @@ class System:
         """How many fds the daemon has open."""
         return len(os.listdir(f"/proc/{self.pid(name)}/fd"))
 
+    def all_fds(self) -> dict[str, int]:
+        return {name: self.fds(name) for name in self.names}
+
+    def wait_closed(self, before: dict[str, int]) -> None:
+        """No daemon keeps more fds open than `before`; fewer, if it still had a former peer's then."""
+        more: dict[str, int] = {}
+
+        def closed() -> bool:
+            more.clear()
+            more.update((name, self.fds(name) - was) for name, was in before.items() if self.fds(name) > was)
+            return not more
+
+        until(closed, lambda: f"fds stay open: {more}")
+
     def signal(self, name: str, number: signal.Signals) -> None:
         self._running[name].send_signal(number)
         if number == signal.SIGSTOP:
@@ -172,11 +186,11 @@ def system(options: Options | None = None, kvmd: Path | None = None, *names: str
             made.stop()
 
 
-def until(holds: Callable[[], bool], what: str) -> None:
+def until(holds: Callable[[], bool], what: str | Callable[[], str]) -> None:
     """Wait until it holds; fail with `what` if it never does."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline, f"never: {what}"
+        assert time.monotonic() < deadline, f"never: {what if isinstance(what, str) else what()}"
         time.sleep(POLL_S)
 
 

@@ -260,7 +260,7 @@ def test_daemons_started_by_hand_serve_one_run_after_the_other(scratch: Scratch)
 
 def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Scratch) -> None:
     with system() as by_hand:
-        before = {name: by_hand.fds(name) for name in by_hand.names}
+        before = by_hand.all_fds()
         process = scratch.start("run", "--attach", str(by_hand.directory), *LONG_RUN[1:])
         peer = Plain.connect(by_hand.socket("device_sim"))
         until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
@@ -268,7 +268,7 @@ def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Sc
         process.communicate(timeout=60)
         assert process.returncode == 130
         peer.close()
-        until(lambda: {name: by_hand.fds(name) for name in by_hand.names} == before, "every fd is closed")
+        by_hand.wait_closed(before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -119,11 +119,11 @@ async def test_create_with_kvmds_fd_table_full_is_emfile_and_leaks_nothing(
     host: Host, shared_system: System, room: int
 ) -> None:
     async with vm_only(host) as rig:
-        before = shared_system.fds("kvmd")
+        before = shared_system.all_fds()
         with shared_system.fd_limit("kvmd", room), refused(errno.EMFILE):
             await rig.vm.create_tdp_fd()
         assert (await vm_stats(host))["exported_tdps"] == 0
-        assert shared_system.fds("kvmd") == before
+        shared_system.wait_closed(before)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
 
 
@@ -155,19 +155,15 @@ async def test_registering_with_kvmds_fd_table_full_is_emfile_and_leaks_nothing(
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         await bind_device(rig)
         iommu, _ = rig.bound
-        before = await vm_stats(host), shared_system.fds("kvmd"), shared_system.fds("iommufdd")
+        stats, before = await vm_stats(host), shared_system.all_fds()
         # The front door's connection, the fd sent along, the channel, the lease, three windows.
         for room in range(1, 6):
             with shared_system.fd_limit("kvmd", room), refused(errno.EMFILE):
                 await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)
             await eventually(lambda: vm_stats(host), lambda s: s["importers"] == 0, "unregistered")
-            await eventually(
-                host.kvmd.stats,
-                lambda _: (shared_system.fds("kvmd"), shared_system.fds("iommufdd")) == before[1:],
-                "fds closed",
-            )
+            shared_system.wait_closed(before)
         await iommu.destroy(await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd))
-        assert await vm_stats(host) == before[0]
+        assert await vm_stats(host) == stats
 
 
 async def test_opening_a_device_with_a_full_fd_table_leaves_it_openable(
@@ -253,11 +249,11 @@ async def test_a_refused_alloc_leaves_the_tdp_fds_references_as_they_were(
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         await bind_device(rig)
-        before = shared_system.fds("iommufdd")
+        before = shared_system.all_fds()
         for _ in range(2):
             with refused(number):
                 await alloc(rig, **changed)
-        await eventually(host.iommufdd.stats, lambda _: shared_system.fds("iommufdd") == before, "fds closed")
+        shared_system.wait_closed(before)
         hwpt = await alloc(rig)
         await rig.bound[0].destroy(hwpt)
         rig.close_tdp_fd()
@@ -321,11 +317,11 @@ async def test_a_table_the_unit_cannot_walk_is_eopnotsupp(options: list[str], ma
         async with connect_host(weak.directory) as host, vm_only(host, maxphyaddr=maxphyaddr) as rig:
             rig.tdp_fd = await rig.vm.create_tdp_fd()
             await bind_device(rig)
-            before = weak.fds("iommufdd")
+            before = weak.all_fds()
             with refused(errno.EOPNOTSUPP):
                 await alloc(rig)
             assert (await vm_stats(host))["importers"] == 0
-            assert weak.fds("iommufdd") == before
+            weak.wait_closed(before)
             rig.close_tdp_fd()
             await eventually(host.kvmd.stats, lambda s: s["vms"][0]["exported_tdps"] == 0, "released")
 

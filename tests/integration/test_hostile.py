@@ -178,23 +178,19 @@ def named(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def fds_of(running: System) -> dict[str, int]:
-    return {name: running.fds(name) for name in running.names}
-
-
 @pytest.mark.parametrize("attack", ATTACKS, ids=named)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_front_door_survives(attacked: System, name: str, attack: Callable[[Plain], None]) -> None:
     witness = Plain.connect(attacked.socket(name))
     witness.ask("STATS")
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     for _ in range(2):
         peer = Plain.connect(attacked.socket(name))
         attack(peer)
         assert serves(attacked, name)
         peer.close()
     assert witness.ask("STATS")[0]
-    until(lambda: fds_of(attacked) == before, f"every fd is closed: {before} before, {fds_of(attacked)}")
+    attacked.wait_closed(before)
     witness.close()
 
 
@@ -212,30 +208,30 @@ def test_a_breach_ends_the_connection(attacked: System, name: str, attack: Calla
 def test_an_object_survives_or_goes_alone(
     attacked: System, make: Callable[[ExitStack, System], Plain], name: str, attack: Callable[[Plain], None]
 ) -> None:
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     with ExitStack() as stack:
         peer = make(stack, attacked)
         attack(peer)
         assert serves(attacked, name)
         peer.close()
     assert all(serves(attacked, other) for other in NAMES)
-    until(lambda: fds_of(attacked) == before, f"every fd is closed: {before} before")
+    attacked.wait_closed(before)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=named)
 def test_the_link_survives_or_goes_alone(bare_unit: System, attack: Callable[[Plain], None]) -> None:
-    before = fds_of(bare_unit)
+    before = bare_unit.all_fds()
     with ExitStack() as stack:
         peer = link(stack, bare_unit)
         attack(peer)
         assert serves(bare_unit, "device_sim")
         peer.close()
-    until(lambda: fds_of(bare_unit) == before, "every fd is closed")
+    bare_unit.wait_closed(before)
 
 
 def test_a_request_id_in_use_ends_the_connection(attacked: System) -> None:
     """An unregister is answered only when the lease has ended: until then its id is taken."""
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     with ExitStack() as stack:
         peer = importer(stack, attacked)
         _, fds = peer.ask("TDP_REGISTER_IMPORTER", {"name": "hostile"})
@@ -244,12 +240,12 @@ def test_a_request_id_in_use_ends_the_connection(attacked: System) -> None:
         assert peer.hung_up()
         close_all(fds)
         peer.close()
-    until(lambda: fds_of(attacked) == before, "every fd is closed")
+    attacked.wait_closed(before)
 
 
 def test_more_unanswered_requests_than_allowed_end_the_connection(attacked: System) -> None:
     """An importer that does not ack holds up every change of the process's memory."""
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     with ExitStack() as stack:
         door, memory, guest = a_vm(stack, attacked)
         hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
@@ -267,28 +263,28 @@ def test_more_unanswered_requests_than_allowed_end_the_connection(attacked: Syst
         assert serves(attacked, "kvmd")
         assert door.ask("STATS")[0]["frames"] == 1
         close_all(fds)
-    until(lambda: fds_of(attacked) == before, "every fd is closed")
+    attacked.wait_closed(before)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_storm_of_peers_that_hang_up_at_once_leaves_nothing(attacked: System, name: str) -> None:
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     for n in range(500):
         peer = Plain.connect(attacked.socket(name))
         if n % 2:
             peer.send(frame(REQUEST, 1, {"op": "STATS"}))
         peer.close()
     assert serves(attacked, name)
-    until(lambda: fds_of(attacked) == before, "every fd is closed")
+    attacked.wait_closed(before)
 
 
 def test_objects_made_and_dropped_in_a_storm_leave_nothing(attacked: System) -> None:
-    before = fds_of(attacked)
+    before = attacked.all_fds()
     for _ in range(50):
         with ExitStack() as stack:
             keep(stack, registered_importer(stack, attacked))
             keep(stack, portal(stack, attacked))
-    until(lambda: fds_of(attacked) == before, "every fd is closed")
+    attacked.wait_closed(before)
     witness = Plain.connect(attacked.socket("kvmd"))
     assert witness.ask("STATS")[0]["vms"] == []
     witness.close()
@@ -308,14 +304,14 @@ def test_objects_made_and_dropped_in_a_storm_leave_nothing(attacked: System) -> 
 )
 def test_windows_that_cannot_be_are_refused(bare_unit: System, op: str, body: dict[str, object]) -> None:
     """What the driver hands over is checked, whoever it is."""
-    before = fds_of(bare_unit)
+    before = bare_unit.all_fds()
     with ExitStack() as stack, tempfile.TemporaryFile() as file:
         file.truncate(1 << 20)
         driver = keep(stack, link(stack, bare_unit))
         answer = driver.ask(op, body, [file.fileno(), file.fileno()])
         assert isinstance(answer, int) or body["windows"][0][0] == "frame_tags"  # type: ignore[index]
         assert serves(bare_unit, "device_sim")
-    until(lambda: fds_of(bare_unit) == before, "every fd is closed")
+    bare_unit.wait_closed(before)
 
 
 def test_descriptors_of_random_bytes_are_refused_or_run(bare_unit: System) -> None:

@@ -112,7 +112,7 @@ def test_fds_on_a_frame_that_should_have_none_do_not_stay(wire: Wires, kind: int
         wire.pump()
         if kind == REPLY:
             wait.result().fds.close()
-        assert len(open_fds()) == before
+        assert len(open_fds()) <= before
     assert not left.closed
 
 
