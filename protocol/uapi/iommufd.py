@@ -50,12 +50,62 @@ class IommuDestroy(IommuStruct):
 
 
 class IommuIoasAlloc(IommuStruct):
-    """struct iommu_ioas_alloc; reply: `out_ioas_id`."""
+    """struct iommu_ioas_alloc; reply: `out_ioas_id`.  `flags`: IOMMU_IOAS_ON_DEMAND is the model's."""
 
     SIZE = MIN_SIZE = 12
 
     size: U32 = SIZE
     flags: U32 = 0
+
+
+class IommuIoasMap(IommuStruct):
+    """struct iommu_ioas_map, with the caller's mm fd; reply: `iova`.  `flags`: IOMMU_IOAS_MAP_*."""
+
+    SIZE = MIN_SIZE = 40
+
+    size: U32 = SIZE
+    flags: U32
+    ioas_id: U32
+    reserved: U32 = 0
+    user_va: U64
+    length: U64
+    iova: U64 = 0
+
+
+class IommuIoasUnmap(IommuStruct):
+    """struct iommu_ioas_unmap; reply: `length`, the bytes unmapped.  iova 0 with all ones is everything."""
+
+    SIZE = MIN_SIZE = 24
+
+    size: U32 = SIZE
+    ioas_id: U32
+    iova: U64
+    length: U64
+
+
+class IommuIoasIovaRanges(IommuStruct):
+    """struct iommu_ioas_iova_ranges; `num_iovas`: room for as many.  Reply: `num_iovas`, `allowed_iovas`
+    [[start, last]...] as far as there is room, `out_iova_alignment`; EMSGSIZE becomes `truncated`.
+    """
+
+    SIZE = MIN_SIZE = 32
+
+    size: U32 = SIZE
+    ioas_id: U32
+    num_iovas: U32 = 16
+    reserved: U32 = 0
+
+
+class IommuIoasFollowKvm(IommuStruct):
+    """The model's: with a VM fd; map into an IOAS on demand what KVM says its vCPUs faulted in.  EINVAL: the
+    IOAS is not on demand, or no VM fd; EBUSY: it follows one.
+    """
+
+    SIZE = MIN_SIZE = 12
+
+    size: U32 = SIZE
+    ioas_id: U32
+    reserved: U32 = 0
 
 
 class IommuOption(IommuStruct):

@@ -162,3 +162,17 @@ class ZapGfnRange(Ioctl):
 
     gpa: U64
     size: U64
+
+
+class KvmFaultNotesGet(Message):
+    """The model's, at kvmd's front door, with a VM fd (EINVAL if it is something else): the reply carries a
+    channel over which kvmd says what the VM's vCPUs faulted in.  It is no reference on the VM.
+    """
+
+
+class KvmFaultedIn(Message):
+    """kvmd to whoever has such a channel: fire and forget, sent once the entry is stored."""
+
+    gfn: U64
+    npages: Annotated[int, Field(ge=1, le=1 << 18)]
+    writable: bool

@@ -21,6 +21,7 @@ KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168
 KVM_CAP_DIRTY_LOG_RING: Final = 192
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: Final = 225
+KVM_CAP_TDP_FD_OWN_ROOT: Final = 1 << 16  # the model's: what a TDP FD exports is a root of its own
 KVM_DIRTY_GFN_BYTES: Final = 16  # struct kvm_dirty_gfn {u32 flags, u32 slot, u64 offset}
 KVM_DIRTY_GFN_F_DIRTY: Final = 1
 KVM_DIRTY_GFN_F_RESET: Final = 2
@@ -28,6 +29,11 @@ MSR_KVM_WALL_CLOCK_NEW: Final = 0x4B56_4D00
 
 IOMMU_PATH: Final = "/dev/iommu"
 VFIO_PATH: Final = "/dev/vfio/devices/vfio"  # and the number of the device
+
+IOMMU_IOAS_ON_DEMAND: Final = 1 << 0  # the model's: pages come when the device asks
+IOMMU_IOAS_MAP_FIXED_IOVA: Final = 1 << 0
+IOMMU_IOAS_MAP_WRITEABLE: Final = 1 << 1
+IOMMU_IOAS_MAP_READABLE: Final = 1 << 2
 
 IOMMU_HWPT_DATA_NONE: Final = 0
 IOMMU_HWPT_DATA_KVM: Final = 3

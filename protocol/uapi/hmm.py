@@ -1,0 +1,85 @@
+"""The host's memory as another MMU uses it: what iommufdd asks of kvmd, and is told by it.
+
+Models get_user_pages with FOLL_LONGTERM [mm gup.c], hmm_range_fault [mm hmm.c] and mmu_interval_notifier
+[mm mmu_notifier.c], which a driver in the kernel has by function call.  A channel stands for one address
+space and one user of it; it is no reference on the process: after its exit every request is EPERM.
+
+Addresses are the process's (hva), in bytes.  A page in a reply is `[hva, hpa, size, writable]`: a page of the
+host with its own size, however much of it was asked for, and whether it may be written.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.uapi.message import U64, Message
+from protocol.units import PAGE_SIZE
+
+MAX_PAGES = 1024  # of one reply; the caller asks again for the rest
+
+Bytes = Annotated[int, Field(ge=PAGE_SIZE, lt=1 << 57, multiple_of=PAGE_SIZE)]
+Address = Annotated[int, Field(ge=0, lt=1 << 57, multiple_of=PAGE_SIZE)]
+
+
+class HmmMirrorGet(Message):
+    """At kvmd's front door, with an mm fd (EINVAL if it is something else); the reply carries the channel."""
+
+
+class HmmRegister(Message):
+    """Once, before anything else.  Reply: `windows` [[kind, base, size]...] of frames, fds: one each, then
+    the lease: whoever walks tables of these frames keeps it open.  EBUSY: registered.
+    """
+
+
+class HmmWatch(Message):
+    """Be told before start..start+size changes (mmu_interval_notifier_insert).  EEXIST: overlaps another."""
+
+    start: Address
+    size: Bytes
+
+
+class HmmUnwatch(HmmWatch):
+    """A range as it was watched; nothing is sent of it once this is answered.  ENOENT."""
+
+
+class HmmRangeFault(Message):
+    """The pages of start..start+size: faulted in (`fault`), for a write if `write`; or as they are now.
+
+    The range must be watched (EINVAL).  It waits while an invalidation of the range is in progress.  Reply:
+    `pages`, at most MAX_PAGES, in order, absent ones left out; `end`: where it stopped; `major`: how many
+    were read back from swap.  EFAULT, EHWPOISON, ENOMEM, EPERM.
+    """
+
+    start: Address
+    size: Bytes
+    write: bool
+    fault: bool = True
+
+
+class HmmPin(Message):
+    """Pin the pages of start..start+size for long, for writing if `write`.  Reply as of HmmRangeFault; a
+    failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT.
+    """
+
+    start: Address
+    size: Bytes
+    write: bool
+
+
+class HmmUnpin(Message):
+    """Pages of start..start+size, as they were pinned, once each; reply: `pages`, how many had one."""
+
+    start: Address
+    size: Bytes
+
+
+class HmmInvalidate(Message):
+    """kvmd to iommufdd: start..start+size is about to change.  The reply, sent when nobody can use a
+    translation of it any more, is the ack.
+    """
+
+    start: U64
+    size: U64
+    seq: Annotated[int, Field(ge=1)]

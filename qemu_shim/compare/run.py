@@ -1,0 +1,48 @@
+"""One run of a workload on a design, as data: what was counted after each step, and what was refused.
+
+Counts are what the daemons count (STATS), never a time: the same workload, design and seed give the same
+run on any machine.  What it would have cost is `costs`' to say.
+
+`counts` grow from the machine's start; `gauges` are what is there at the end of a step.  Their names:
+
+counts  cpu_faults, cpu_faults_major (read back from swap), io_faults, io_faults_major, io_faults_failed,
+        cpu_faults_spurious, io_faults_spurious, fault_retries; notes, notes_mapped; notifier_calls; flushes
+        (KVM's), invalidations (of iommufdd, by KVM or the host), qi_messages, iotlb_invalidations,
+        devtlb_invalidations; messages (those of faults, notes and invalidations together); pages_pinned,
+        pages_allocated (cleared), swap_ins, swap_outs; splits, collapses; cpu_bytes, dma_bytes,
+        descriptors; pages_written (while logged, as the workload knows), pages_reported (dirty)
+gauges  pinned_pages, resident_pages, table_pages.<owner>.<level>: owner `cpu`, `iommu` (KVM's second root),
+        `shared` or `iommufd`, level 1 (the tables of 4K leaves) to 5
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is known when the step called `step` is over."""
+
+    step: str
+    counts: dict[str, int]
+    gauges: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    what: str
+    why: str
+
+
+@dataclass(slots=True)
+class Run:
+    """The first sample, `start`, is of the machine as it came up; the first DMA ends a step `first dma`."""
+
+    workload: str
+    design: str
+    seed: int
+    params: dict[str, int]
+    samples: list[Sample] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # invariants that did not hold
