@@ -14,6 +14,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from qemu_shim.guest.idxd_device import IdxdDevice
 
+GONE = "the device is gone"
 MAX_MESSAGES = 4096  # interrupt messages nobody took yet; older ones are lost
 
 
@@ -68,10 +69,12 @@ class Portal:
         return retry
 
     async def wait_interrupt(self, handle: int) -> None:
-        """One completion interrupt with that handle, received already or to come."""
+        """One completion interrupt with that handle, received already or to come.  PeerError: no device."""
         if self._interrupts[handle]:
             self._interrupts[handle] -= 1
             return
+        if self._channel.closed:  # nobody would ever wake us
+            raise PeerError(GONE)
         wait: Wait[None] = Wait()
         self._waiting.setdefault(handle, []).append(wait)
         await self._loop.result(wait)
@@ -102,4 +105,4 @@ class Portal:
         waiting = [wait for waits in self._waiting.values() for wait in waits]
         self._waiting.clear()
         for wait in waiting:
-            wait.fail(PeerError("the device is gone"))
+            wait.fail(PeerError(GONE))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,11 @@ class Scratch:
         self.directory = directory
         self.memfds: set[int] = set()
         self._shm = set(os.listdir("/dev/shm"))
+        self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """In a process group of its own, as a shell starts it."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(BIN / "qemu-shim"), *arguments],
             env={**os.environ, "TMPDIR": str(self.directory)},
             stdout=subprocess.PIPE,
@@ -46,6 +48,16 @@ class Scratch:
             text=True,
             process_group=0,
         )
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        """A failed test's run goes too, or it would load the machine for all that follow."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            process.communicate()
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
@@ -123,8 +135,11 @@ def mapped_memfds() -> set[int]:
 def scratch() -> Iterator[Scratch]:
     with short_directory() as directory:
         made = Scratch(directory)
-        yield made
-        made.check_nothing_left()
+        try:
+            yield made
+            made.check_nothing_left()
+        finally:
+            made.close()
 
 
 @pytest.mark.parametrize("scenario", RUNS)
