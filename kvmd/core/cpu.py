@@ -15,13 +15,14 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmd.core.emulator import Emulator
-from kvmd.core.exits import Exit, ExitReason, MemoryFault
+from kvmd.core.exits import Exit, MemoryFault
 from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
 from kvmd.core.guest_ram import pages_of
 from kvmd.core.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
 from kvmd.core.program import Change
 from kvmd.core.spte import mmio_is_fresh
 from protocol.errors import ModelBug
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.ept_exit import EptAccess, ept_exit
 from protocol.pt.geometry import ENTRY_BYTES, gfn_limit, index_of

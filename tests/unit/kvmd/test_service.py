@@ -17,6 +17,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.service.door import Kvmd
 from protocol.errors import UapiError
 from protocol.flow import Wait
+from protocol.kvm_run import ExitReason
 from protocol.rpc.channel import Channel, Fds, Reply
 from protocol.uapi import names
 from protocol.units import GIB, MIB
@@ -126,7 +127,7 @@ def test_what_leaves_the_guest_is_told_field_by_field(client: Client) -> None:
     vcpu = made["vcpu"]
     store = client.call(vcpu, "KVM_RUN", program=[("w", 0x66_6000, b"abc"), ("r", 0x66_6008, 4)]).body
     assert store == {
-        "exit_reason": names.KVM_EXIT_MMIO,
+        "exit_reason": ExitReason.MMIO,
         "errno": 0,
         "why": "",
         "done": False,
@@ -137,7 +138,7 @@ def test_what_leaves_the_guest_is_told_field_by_field(client: Client) -> None:
     load = client.call(vcpu, "KVM_RUN", program=None).body
     assert load["mmio"] == {"phys_addr": 0x66_6008, "len": 4, "is_write": False, "data": b""}
     end = client.call(vcpu, "KVM_RUN", program=None, mmio_data=b"wxyz").body
-    assert (end["exit_reason"], end["done"], end["finished"]) == (names.KVM_EXIT_IO, True, 2)
+    assert (end["exit_reason"], end["done"], end["finished"]) == (ExitReason.IO, True, 2)
     assert end["reads"] == [b"wxyz"]
     client.call(made["mm"], "MUNMAP", addr=next(iter(client.app.vms[0].slots)).hva, size=4096)
     gone = client.call(vcpu, "KVM_RUN", program=[("r", 0x10_0000, 1)]).body

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmd.core.exits import ExitReason
+from protocol.kvm_run import ExitReason
 from protocol.trace import TRACE
 from protocol.units import Gfn
 from tests.unit.kvmd.logged import GFN, Logged
