@@ -284,7 +284,7 @@ def test_a_request_that_a_vm_does_not_have_is_enotty_before_its_argument_is_read
         pytest.param(16, 1, 1, 1, id="SYNC_MMU"),
         pytest.param(66, 1024, 1024, 1024, id="MAX_VCPUS"),
         pytest.param(81, 1, 1, 1, id="READONLY_MEM"),
-        pytest.param(118, 2, 2, 2, id="MULTI_ADDRESS_SPACE"),
+        pytest.param(118, 2, 2, 1, id="MULTI_ADDRESS_SPACE"),
         pytest.param(128, 4096, 4096, 4096, id="MAX_VCPU_ID"),
         pytest.param(168, 3, 3, 3, id="MANUAL_DIRTY_LOG_PROTECT2"),
         pytest.param(192, 65536 * 16, 65536 * 16, 65536 * 16, id="DIRTY_LOG_RING"),
