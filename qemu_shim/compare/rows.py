@@ -36,6 +36,17 @@ def bytes_text(number: int) -> str:
     return f"{number} B"
 
 
+def us_tick(us: float) -> str:
+    """As short as an axis wants it."""
+    unit, scale = ("s", 1e6) if us >= 1e6 else ("ms", 1e3) if us >= 1e3 else ("us", 1.0)
+    return f"{us / scale:g} {unit}" if us else "0"
+
+
+def bytes_tick(number: float) -> str:
+    unit, shift = ("GiB", 30) if number >= 1 << 30 else ("MiB", 20) if number >= 1 << 20 else ("KiB", 10)
+    return f"{number / (1 << shift):g} {unit}" if number else "0"
+
+
 def _digits(value: float) -> str:
     decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{decimals}f}"

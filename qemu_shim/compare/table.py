@@ -11,6 +11,7 @@ from qemu_shim.compare.rows import change_text, refusals_of, rows_of
 from qemu_shim.compare.schema import Comparison, WorkloadFigures
 
 WIDTH = 100
+INDENT = (0, 0, 0, 2)
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -42,7 +43,8 @@ def _block(workload: WorkloadFigures, comparison: Comparison) -> RenderableType:
     ]
     return Group(
         Text(workload.workload, "bold") + Text(f"  {', '.join(params)}", "not bold"),
-        *(Padding(part, (0, 0, 0, 2)) for part in (table, *map(Text, notes))),
+        Padding(table, INDENT),
+        *(Padding(note, INDENT) for note in map(Text, notes)),
         "",
     )
 
