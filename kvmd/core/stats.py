@@ -25,6 +25,8 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
         "memslot_generation": vm.slots.generation,
         "fault_retries": vm.retries,
+        "notes": vm.fault_notes.posted,
+        "notes_dropped": vm.fault_notes.dropped,
         "remote_tlb_flush": vm.flusher.epoch,
         "pages_4k": sum(root.leaves[1] for root in vm.mmu.roots),
         "pages_2m": sum(root.leaves[2] for root in vm.mmu.roots),
