@@ -141,7 +141,8 @@ class Ioas:
 @dataclass(frozen=True, slots=True)
 class Design:
     """`keeps`: why the VMM may not take a page out of the guest's memory; `whole_dirty`: no log tells what
-    the device wrote, so all it may write counts in every round [QEMU hw/vfio/common.c].
+    the device wrote, so all it may write counts in every round [QEMU hw/vfio/common.c]; `touch_serves`: a
+    page the guest's CPU has touched is there for the device as well.
     """
 
     name: str
@@ -150,11 +151,19 @@ class Design:
     faults: bool = True  # pages may be absent: the device must be able to ask for them
     keeps: str = ""
     whole_dirty: bool = False
+    touch_serves: bool = True
 
     def check_discard(self) -> None:
         if self.keeps:
             raise Refused("ballooning", self.keeps)
 
+    def check_no_block(self) -> None:
+        """May a device end a descriptor at an absent page, and the guest touch the page and go on?"""
+        if not self.touch_serves:
+            raise Refused("a device that does not block on faults", NO_TOUCH)
+
+
+NO_TOUCH = "the guest's touch of the page does not put it into the device's table, only a page request does"
 
 SHARED = Design("shared", "KVM's one table, walked by the unit as well", KvmTable.open)
 MANAGED = Design(
@@ -175,11 +184,13 @@ MIRROR = Design(
     "a table of iommufdd's, filled by IO page faults",
     partial(Ioas.open, on_demand=True),
     whole_dirty=True,
+    touch_serves=False,
 )
 NOTIFIER = Design(
     "notifier",
     "the same, and filled with what KVM says it faulted in",
     partial(Ioas.open, on_demand=True, follow_kvm=True),
     whole_dirty=True,
+    touch_serves=False,  # a note comes later, or not at all
 )
 DESIGNS = {design.name: design for design in (PINNED, MIRROR, NOTIFIER, MANAGED, SHARED)}

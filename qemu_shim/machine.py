@@ -52,6 +52,7 @@ class Host:
     kvmd: Kvmd
     iommufdd: Iommufdd
     device_sim: DeviceSim
+    design: Design = SHARED  # of the machines of a scenario that can be played on any
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
 
