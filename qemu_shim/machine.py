@@ -179,7 +179,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
         await vcpu.set_cpuid(config.maxphyaddr)
-        container = await config.design.open(vm)
+        container = await config.design.open(vm, process)
         stack.callback(container.close)
         iommu = await host.iommufdd.open_iommu(process)
         stack.callback(iommu.close)
@@ -187,7 +187,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         stack.callback(device.close)
         device_id = await device.bind(iommu)
         hwpt_id = await container.hwpt(iommu, device_id, slots)
-        await device.attach(hwpt_id, pinned=config.pinned)
+        await _attach(device, hwpt_id, config)
         portal = await device.map_portal()
         stack.callback(portal.close)
         cpu = GuestCpu(vcpu)
@@ -201,6 +201,13 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await _quiesce(built)
+
+
+async def _attach(device: VfioDevice, hwpt_id: int, config: MachineConfig) -> None:
+    try:
+        await device.attach(hwpt_id, pinned=config.pinned)
+    except UapiError as error:
+        raise Refused("attaching the device", error.why, error.errno) from None
 
 
 async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamSlot]:

@@ -120,7 +120,7 @@ class Context:
         try:
             await call
         except Refused as refused:
-            self.refuse(refused.what, refused.why)
+            self.refuse(refused.what, refused.reason)
             return False
         return True
 

@@ -10,7 +10,7 @@ import trio
 from qemu_shim.compare.run import Sample
 from qemu_shim.machine import Host, Machine
 from qemu_shim.measure import Report, check_system, snapshot
-from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten
+from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten, tables
 
 PATIENCE_S = 30.0
 POLL_S = 0.001
@@ -46,7 +46,7 @@ class Recorder:
         raw = await self.quiet()
         assert self._before is not None, "begin() comes first"
         counts = {name: count - self._before[name] for name, count in added_up(COUNTS, raw).items()}
-        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw))
+        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw) | tables(raw))
 
     async def problems(self) -> list[str]:
         """The invariants that do not hold."""
