@@ -8,7 +8,6 @@ share the rest: when they have more than its limit it ages everything and swaps 
 
 from __future__ import annotations
 
-import errno
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 import trio
 
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig
+from qemu_shim.machine import Host
 from qemu_shim.process import Process
-from qemu_shim.workloads.context import Context, Guest
+from qemu_shim.workloads.context import Context
 from qemu_shim.workloads.recorder import PATIENCE_S, POLL_S, NeverQuiet
 
 HOST_BYTES = GIB
@@ -45,12 +44,6 @@ async def crowded(ctx: Context, free_pages: int) -> AsyncIterator[None]:
         yield
     finally:
         neighbour.close()
-
-
-async def start_all(ctx: Context, *configs: MachineConfig) -> list[Guest]:
-    """Machines side by side; none, and noted, if the host has no memory for them."""
-    what = f"{len(configs)} x {configs[0].ram_bytes // PAGE_SIZE} pages of guest memory"
-    return await ctx.allowed(what, errno.ENOMEM, ctx.boot_all(*configs)) or []
 
 
 async def _nothing_taken(host: Host) -> None:

@@ -11,7 +11,7 @@ from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.workloads.contents import Contents
 from qemu_shim.workloads.context import DRIVER_PAGES, KERNEL_BYTES, Context, Guest
-from qemu_shim.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded, start_all
+from qemu_shim.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded
 from qemu_shim.workloads.workload import Workload
 
 VMS = 2
@@ -21,9 +21,7 @@ async def play(ctx: Context) -> None:
     configs = [ctx.sized(ctx.params["pages"], device=n) for n in range(VMS)]
     limit = configs[0].ram_bytes // PAGE_SIZE * ctx.params["room"] // 100
     async with crowded(ctx, limit + ctx.params["window"] + VMS * DRIVER_PAGES):
-        guests = await start_all(ctx, *configs)
-        if guests:
-            await _take_turns(ctx, guests, limit)
+        await _take_turns(ctx, await ctx.boot_all(*configs), limit)
 
 
 async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:

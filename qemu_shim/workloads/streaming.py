@@ -12,15 +12,14 @@ from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.workloads.contents import Contents
 from qemu_shim.workloads.context import DRIVER_PAGES, Context, Guest
-from qemu_shim.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded, start_all
+from qemu_shim.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded
 from qemu_shim.workloads.workload import Workload
 
 
 async def play(ctx: Context) -> None:
     limit = max(ctx.params["pages"] * ctx.params["room"] // 100, ctx.params["window"])
     async with crowded(ctx, limit + ctx.params["window"] + DRIVER_PAGES):
-        for guest in await start_all(ctx, ctx.sized(ctx.params["pages"])):
-            await _sweep_all(ctx, guest, limit)
+        await _sweep_all(ctx, await ctx.boot_for(ctx.params["pages"]), limit)
 
 
 async def _sweep_all(ctx: Context, guest: Guest, limit: int) -> None:
