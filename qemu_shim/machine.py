@@ -42,6 +42,7 @@ class MachineConfig:
     pinned: bool = False  # all of it, for a device that cannot ask for pages
     dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
     design: Design = SHARED
+    free_from: Gpa = FIRST_FREE_GPA  # the guest kernel's own memory ends here
 
 
 @dataclass(slots=True)
@@ -87,9 +88,11 @@ class Machine:
             raise Refused("export of the TDP", f"design {self.config.design.name} has a table of its own")
         return self.container.tdp_fd
 
-    async def add_slot(self, slot: int, gpa: int, size: int) -> RamSlot:
+    async def add_slot(self, slot: int, gpa: int, size: int, page_size: int | None = None) -> RamSlot:
         """More RAM: memory of our process, the device's view of it, and a memslot on it."""
-        added = RamSlot(slot, gpa, size, await self.process.mmap(size, page_size=self.config.page_size))
+        added = RamSlot(
+            slot, gpa, size, await self.process.mmap(size, page_size=page_size or self.config.page_size)
+        )
         await self.container.add(added)
         await self.vm.set_user_memory_region(slot, gpa, size, added.hva)
         self.slots.append(added)
@@ -189,7 +192,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         portal = await device.map_portal()
         stack.callback(portal.close)
         cpu = GuestCpu(vcpu)
-        memory = GuestMemory(cpu, FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
+        memory = GuestMemory(cpu, config.free_from, Gpa(slots[0].gpa + slots[0].size))
         placed = (slots, container, iommu, device, device_id, hwpt_id, portal, cpu, memory)
         built = Machine(host, config, process, vm, vcpu, *placed)
         try:

@@ -45,7 +45,7 @@ class Migrator:
             found |= {page for slot, page in self._ring.harvest() if slot == self._slot.slot}
             await vm.reset_dirty_rings()
         await vm.get_dirty_log(self._slot.slot, self._bitmap)
-        bits = await self._guest.process.read(self._bitmap, self.pages // 8)
+        bits = await self._guest.process.read(self._bitmap, (self.pages + 7) // 8)
         await vm.clear_dirty_log(self._slot.slot, 0, self.pages, self._bitmap)
         if self._guest.config.design.whole_dirty:
             found |= set(range(self.pages))
