@@ -20,7 +20,8 @@ from kvmd.core.tdp_mmu import Outcome
 from kvmd.core.tdp_table import Root
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
-from protocol.units import PAGE_SHIFT, Gfn
+from protocol.trace import TRACE, KvmMmuSpteRequested
+from protocol.units import PAGE_SHIFT, Gfn, pages_of_level
 
 if TYPE_CHECKING:
     from kvmd.core.vm import Kvm
@@ -90,12 +91,15 @@ class FaultPath:
         root = self._fault_root(vcpu, fault.as_id)
         wanted = vm.level_of(slot, fault.gfn, page)
         level = vm.nx_huge.level(root, fault, wanted)
+        pfn = first_pfn(slot, fault.gfn, page, level)
+        if TRACE.on:
+            TRACE.emit(KvmMmuSpteRequested(fault.gfn, pfn | fault.gfn & pages_of_level(level) - 1, level))
         writable = page.writable and not slot.readonly and not vm.page_track.is_tracked(slot, fault.gfn)
         try:
             mapped = vm.mmu.map(
                 root,
                 fault.gfn,
-                first_pfn(slot, fault.gfn, page, level),
+                pfn,
                 level,
                 writable=writable,
                 accessed=not fault.prefetch,
@@ -106,6 +110,8 @@ class FaultPath:
         vm.nx_huge.mapped(root, fault, wanted)
         if writable and slot.logs and mapped.outcome is Outcome.FIXED:
             vm.mark_page_dirty(slot, fault.gfn, vcpu)
+        if vm.fault_notes.subscribers and mapped.outcome is Outcome.FIXED and vcpu and not fault.as_id:
+            vm.fault_notes.post(fault.gfn, level, writable=writable)
         if mapped.flush is not None:
             await vm.flusher.flush(mapped.flush)
         if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush

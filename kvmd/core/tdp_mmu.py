@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry
+from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
 from kvmd.core.tdp_log import TdpLog
 from kvmd.core.tdp_table import Role, Root
 from protocol.errors import UapiError
@@ -30,7 +30,7 @@ from protocol.pt.entry import (
 )
 from protocol.pt.geometry import ENTRY_BYTES, entry_span, index_of
 from protocol.pt.walk import RangeEntry, walk_range
-from protocol.trace import TRACE, KvmMmuSetSpte
+from protocol.trace import TRACE, KvmMmuSetSpte, MarkMmioSpte
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 # Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
@@ -96,7 +96,7 @@ class TdpMmu(TdpLog):
             self._drop_root(root)
 
     def _drop_root(self, root: Root) -> None:
-        self._quarantine(root, root.hpa, self._next_epoch() - 1)
+        self._quarantine(root, root.hpa, root.role.level, self._next_epoch() - 1)
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class TdpMmu(TdpLog):
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
-                entry = self._link(root, at, self._pool.allocate())
+                entry = self._link(root, at, self._pool.allocate(), Level(level))
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
@@ -161,6 +161,7 @@ class TdpMmu(TdpLog):
             return _MAPPED
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
+            self.collapses += 1
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
         root.leaves[level] -= 1
@@ -179,15 +180,16 @@ class TdpMmu(TdpLog):
                 break
             if not is_present(entry):
                 try:
-                    entry = self._link(root, at, self._pool.allocate())
+                    entry = self._link(root, at, self._pool.allocate(), Level(level))
                 except UapiError:  # a vCPU gets on without
                     return False
             table = table_of(entry)
         if entry and not is_mmio(entry):
             return False
-        self._writer.store64(
-            at, make_mmio_entry(gfn, generation)
-        )  # absent before and after: nothing to flush
+        made = make_mmio_entry(gfn, generation)
+        self._writer.store64(at, made)  # absent before and after: nothing to flush
+        if TRACE.on:
+            TRACE.emit(MarkMmioSpte(at, gfn, 0, mmio_generation(made)))  # with EPT no access is kept
         return True
 
     # -- changing what is mapped -----------------------------------------------------------------------

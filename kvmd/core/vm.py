@@ -12,6 +12,7 @@ from collections import Counter
 from enum import IntEnum
 
 from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_notes import FaultNotes
 from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
@@ -75,6 +76,7 @@ class Kvm:
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
+        self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory(seq_start)
         self.fault_path = FaultPath(self)
@@ -84,7 +86,9 @@ class Kvm:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
         host, features = self.host, self.host.features
         self._slots_lock = lock = RwLock()
-        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), features.address_spaces)
+        has_private = self.type is VmType.SW_PROTECTED
+        address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
+        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.dirty_log = DirtyLog(
             lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
         )
@@ -109,7 +113,7 @@ class Kvm:
             self.mm.id,
             self.host_changes,
             self.pinning.pinned,
-            supported=self.type is VmType.SW_PROTECTED,
+            supported=has_private,
         )
 
     # -- vCPUs -----------------------------------------------------------------------------------------
@@ -352,6 +356,7 @@ class Kvm:
     async def destroy(self) -> None:
         """The last fd of the VM is closed: no vCPU runs and nothing is exported any more."""
         assert not self.exported, "an exported TDP keeps its VM"
+        self.fault_notes.close()
         self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
         for root in self.mmu.roots:
