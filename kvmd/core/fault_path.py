@@ -110,6 +110,8 @@ class FaultPath:
         vm.nx_huge.mapped(root, fault, wanted)
         if writable and slot.logs and mapped.outcome is Outcome.FIXED:
             vm.mark_page_dirty(slot, fault.gfn, vcpu)
+        if vm.fault_notes.subscribers and mapped.outcome is Outcome.FIXED and vcpu and not fault.as_id:
+            vm.fault_notes.post(fault.gfn, level, writable=writable)
         if mapped.flush is not None:
             await vm.flusher.flush(mapped.flush)
         if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush

@@ -11,9 +11,9 @@ from kvmd.core.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.pt.check import check_table
-from protocol.pt.entry import is_writable, pfn_of
+from protocol.pt.entry import is_present, is_table, is_writable, pfn_of
 from protocol.pt.geometry import entry_span
-from protocol.pt.walk import WalkRules, second_stage_rules
+from protocol.pt.walk import WalkRules, second_stage_rules, walk_range
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, pages_of_level
 
 
@@ -43,12 +43,18 @@ def walker_rules(vm: Kvm) -> tuple[WalkRules, ...]:
 
 
 def _check_counts(vm: Kvm, root: Root) -> list[str]:
-    counted = [0, 0, 0, 0]
-    for met in vm.mmu.leaves(root):
-        counted[met.level] += 1
-    if counted != root.leaves:
-        return [f"I16: root {root.hpa:#x} counts leaves {root.leaves}, the table has {counted}"]
-    return []
+    leaves, tables = [0] * len(root.leaves), [0] * len(root.tables_at)
+    tables[root.role.level] = 1
+    for met in walk_range(vm.mmu.load64, root.hpa, root.role.level, root.everything):
+        if is_table(met.entry, met.level):
+            tables[met.level - 1] += 1
+        elif is_present(met.entry):
+            leaves[met.level] += 1
+    return [
+        f"I16: root {root.hpa:#x} counts {what} {counted}, the table has {found}"
+        for what, counted, found in (("leaves", root.leaves, leaves), ("tables", root.tables_at, tables))
+        if counted != found
+    ]
 
 
 def _check_translations(vm: Kvm, root: Root) -> list[str]:

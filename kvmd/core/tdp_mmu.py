@@ -96,7 +96,7 @@ class TdpMmu(TdpLog):
             self._drop_root(root)
 
     def _drop_root(self, root: Root) -> None:
-        self._quarantine(root, root.hpa, self._next_epoch() - 1)
+        self._quarantine(root, root.hpa, root.role.level, self._next_epoch() - 1)
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class TdpMmu(TdpLog):
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
-                entry = self._link(root, at, self._pool.allocate())
+                entry = self._link(root, at, self._pool.allocate(), Level(level))
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
@@ -161,6 +161,7 @@ class TdpMmu(TdpLog):
             return _MAPPED
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
+            self.collapses += 1
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
         root.leaves[level] -= 1
@@ -179,7 +180,7 @@ class TdpMmu(TdpLog):
                 break
             if not is_present(entry):
                 try:
-                    entry = self._link(root, at, self._pool.allocate())
+                    entry = self._link(root, at, self._pool.allocate(), Level(level))
                 except UapiError:  # a vCPU gets on without
                     return False
             table = table_of(entry)

@@ -43,9 +43,16 @@ class Root:
     invalid: bool = False
     dismantled: bool = False  # nothing is below it any more
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
-    tables: int = 1
+    tables_at: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0, 0])  # by the level of their entries
     nx_split: dict[tuple[Level, Gfn], Hpa] = field(default_factory=dict)  # tables only a fetch asked for
     record: MapRecord = field(default_factory=MapRecord)
+
+    def __post_init__(self) -> None:
+        self.tables_at[self.role.level] = 1
+
+    @property
+    def tables(self) -> int:
+        return sum(self.tables_at)
 
     @property
     def everything(self) -> GfnSpan:
@@ -76,6 +83,8 @@ class TdpTable:
         pml: bool = False,
     ) -> None:
         self.roots: list[Root] = []
+        self.splits = 0  # huge leaves that became tables
+        self.collapses = 0  # tables that became a huge leaf
         self.keep: Keep | None = None
         self._vm_id = vm_id
         self._writer = writer
@@ -119,10 +128,11 @@ class TdpTable:
     def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
         return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
-    def _link(self, root: Root, at: int, table: Hpa) -> int:
+    def _link(self, root: Root, at: int, table: Hpa, level: Level) -> int:
+        """The entry at `at`, of `level`, points to `table` from now on."""
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
         self._writer.store64(at, entry)
-        root.tables += 1
+        root.tables_at[level - 1] += 1
         return entry
 
     def _split(self, root: Root, at: int, gfn: Gfn, leaf: int, level: Level) -> int:
@@ -133,7 +143,8 @@ class TdpTable:
         self._writer.fill_unlinked(table, [split_child(leaf, level, i) for i in range(ENTRIES)])
         root.leaves[level] -= 1
         root.leaves[level - 1] += ENTRIES
-        return self._link(root, at, table)
+        self.splits += 1
+        return self._link(root, at, table, level)
 
     def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
@@ -142,14 +153,14 @@ class TdpTable:
         relative = GfnSpan(Gfn(0), gfn_limit(level))
         for met in walk_range(self._writer.load64, table, level, relative):
             if is_table(met.entry, met.level):
-                self._quarantine(root, table_of(met.entry), epoch)
+                self._quarantine(root, table_of(met.entry), Level(met.level - 1), epoch)
             elif is_present(met.entry):
                 root.leaves[met.level] -= 1
-        self._quarantine(root, table, epoch)
+        self._quarantine(root, table, level, epoch)
 
-    def _quarantine(self, root: Root, table: Hpa, epoch: int) -> None:
+    def _quarantine(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         self._pool.quarantine(self._vm_id, table, epoch)
-        root.tables -= 1
+        root.tables_at[level] -= 1
 
     # -- looking ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections import Counter
 from enum import IntEnum
 
 from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_notes import FaultNotes
 from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
@@ -75,6 +76,7 @@ class Kvm:
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.retries = 0
+        self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory(seq_start)
         self.fault_path = FaultPath(self)
@@ -354,6 +356,7 @@ class Kvm:
     async def destroy(self) -> None:
         """The last fd of the VM is closed: no vCPU runs and nothing is exported any more."""
         assert not self.exported, "an exported TDP keeps its VM"
+        self.fault_notes.close()
         self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
         for root in self.mmu.roots:

@@ -14,6 +14,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm, VmType
+from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
 from kvmd.service.inspect import INSPECT
 from kvmd.service.mm import open_mm
 from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
@@ -89,6 +90,12 @@ def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
     return Answer({}, [fd])
 
 
+def _fault_notes_get(app: App, message: uapi.KvmFaultNotesGet, fds: Fds) -> Answer:
+    notes = NotesFile(app.files.find(fds.peek(0), VmFile).vm.fault_notes)
+    fd, _, notes.channel = app.files.open(FAULT_NOTES, notes, NotesFile.closed)
+    return Answer({}, [fd])
+
+
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     return {
         "vms": [vm_stats(vm) for vm in app.vms],
@@ -109,6 +116,7 @@ FRONT_DOOR: Service[App] = Service(
         "OPEN": Method(uapi.Open, _open),
         "MM_CREATE": Method(uapi.MmCreate, _mm_create),
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
+        "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
         **INSPECT,

@@ -15,7 +15,7 @@ from qemu_shim.compare.run import Refusal, Run, Sample
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
-MAX_SEED = 1 << 32  # chance knows no sign: -1 would be 1 again
+MAX_SEED = 1 << 63  # as `compare`; chance knows no sign: -1 would be 1 again
 
 
 @dataclass(frozen=True, slots=True)

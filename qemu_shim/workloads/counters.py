@@ -21,7 +21,19 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     "io_faults_spurious": ("vm.io_pf_spurious",),
     "fault_retries": ("vm.fault_retries",),
     "flushes": ("vm.remote_tlb_flush",),
-    "invalidations": ("hwpt.invalidations",),
+    "invalidations": ("hwpt.invalidations", "kvmd.hmm_invalidations"),
+    "iotlb_invalidations": ("unit.iotlb_invalidations",),
+    "devtlb_invalidations": ("unit.devtlb_invalidations",),
+    "qi_messages": ("unit.invalidation_messages",),
+    "notes": ("vm.notes",),
+    "splits": ("vm.splits",),
+    "collapses": ("vm.collapses",),
+    # One each: a group of page requests and its response, a fault to who resolves it, a note, an invalidation
+    # to who owns the table walked, and what that one tells the unit.
+    "messages": (
+        *("device.page_request_groups", "iommu.responses", "vm.io_pf_taken", "kvmd.hmm_faults"),
+        *("vm.notes", "hwpt.invalidations", "kvmd.hmm_invalidations", "unit.invalidation_messages"),
+    ),
     "cpu_bytes": ("guest.cpu_bytes",),
     "dma_bytes": ("device.bytes_moved",),
     "descriptors": ("device.descriptors",),
@@ -60,6 +72,16 @@ def _add(raw: Raw, prefix: str, stats: Mapping[str, Any]) -> None:
             raw[prefix + name] += value
         elif isinstance(value, Mapping) and prefix + name != "silicon.devices":
             _add(raw, f"{prefix}{name}.", value)
+
+
+def tables(raw: Raw) -> dict[str, int]:
+    """The gauges of table pages: whoever keeps tables says so under the gauge's own name."""
+    found: Counter[str] = Counter()
+    for name, count in raw.items():
+        _, dot, gauge = name.partition(".")
+        if dot and gauge.startswith("table_pages."):
+            found[gauge] += count
+    return dict(sorted(found.items()))
 
 
 def added_up(rows: Mapping[str, tuple[str, ...]], raw: Raw) -> dict[str, int]:

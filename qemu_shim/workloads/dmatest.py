@@ -1,6 +1,6 @@
 """dmatest: the DMA test as a workload: the CPU fills two buffers, the device copies, the CPU compares.
 
-Also the shape of the published fault counts [IOPF 0/8]: two buffers, copied page by page, one device that does
+Also the shape of the published fault counts [IOPF 0/8]: two buffers, copied page by page, a device that does
 nothing else.  The buffers begin at 2 MiB each, so that a window of pages mapped at once covers one of them.
 """
 

@@ -10,7 +10,7 @@ import trio
 from qemu_shim.compare.run import Sample
 from qemu_shim.machine import Host, Machine
 from qemu_shim.measure import Report, check_system, snapshot
-from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten
+from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten, tables
 
 PATIENCE_S = 30.0
 POLL_S = 0.001
@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self, host: Host) -> None:
         self.machines: list[Machine] = []
         self.own: Counter[str] = Counter()  # what only the workload knows
+        self.elsewhere = 0  # pages of the host that no machine has
         self._host = host
         self._before: dict[str, int] | None = None
 
@@ -35,13 +36,17 @@ class Recorder:
             raw = await self._settled({"VMs of before": ("kvmd.vm_count",), **UNDER_WAY})
             self._before = added_up(COUNTS, raw)
 
-    async def sample(self, step: str) -> Sample:
+    async def quiet(self) -> Raw:
+        """The counters once nothing is under way."""
         for machine in self.machines:
             await machine.portal.drain()
-        raw = await self._settled(UNDER_WAY)
+        return await self._settled(UNDER_WAY)
+
+    async def sample(self, step: str) -> Sample:
+        raw = await self.quiet()
         assert self._before is not None, "begin() comes first"
         counts = {name: count - self._before[name] for name, count in added_up(COUNTS, raw).items()}
-        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw))
+        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw) | tables(raw))
 
     async def problems(self) -> list[str]:
         """The invariants that do not hold."""
@@ -64,6 +69,7 @@ class Recorder:
         host = self._host
         kvmd, iommu = await host.kvmd.stats(), await host.iommufdd.stats()
         raw = flatten(kvmd, iommu, await host.device_sim.stats())
+        raw["kvmd.frames"] -= self.elsewhere
         raw["kvmd.vm_count"] = len(kvmd["vms"])
         raw["guest.cpu_bytes"] = sum(machine.cpu.bytes for machine in self.machines)
         return raw

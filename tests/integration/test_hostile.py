@@ -107,6 +107,11 @@ def registered_importer(stack: ExitStack, running: System) -> Plain:
     return made
 
 
+def fault_notes(stack: ExitStack, running: System) -> Plain:
+    door, _, guest = a_vm(stack, running)
+    return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
+
+
 def iommufd(stack: ExitStack, running: System) -> Plain:
     return keep(stack, Plain.connect(running.socket("iommufdd"))).open("OPEN", {"path": "/dev/iommu"})
 
@@ -168,6 +173,7 @@ OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
     (tdp_fd, "kvmd"),
     (importer, "kvmd"),
     (registered_importer, "kvmd"),
+    (fault_notes, "kvmd"),
     (iommufd, "iommufdd"),
     (vfio, "iommufdd"),
     (portal, "device_sim"),

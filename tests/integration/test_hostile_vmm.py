@@ -57,6 +57,7 @@ SLEEPERS = {"READ_EVENT", "TDP_UNREGISTER_IMPORTER"}  # answered when something 
 # of another kind, and the kind they take.
 TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
     ("kvmd", "TDP_FD_GET"): ({}, errno.EBADF, errno.EINVAL, "tdp_fd"),
+    ("kvmd", "KVM_FAULT_NOTES_GET"): ({}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT_GPA"): ({"vm": None, "gpa": 0}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "DUMP_TABLES"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),

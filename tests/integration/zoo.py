@@ -18,6 +18,7 @@ from iommufdd.service import door as iommufdd
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.vfio import VFIO
 from kvmd.service import door as kvmd
+from kvmd.service.fault_notes import FAULT_NOTES
 from kvmd.service.memfd import MEMFD
 from kvmd.service.mm import MM
 from kvmd.service.tdp_fd import IMPORTER, TDP_FD
@@ -30,7 +31,7 @@ from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.machine import Host
-from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm
+from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm, fault_notes
 from tests.integration.system import eventually
 
 SERVICES: list[Service[Any]] = [
@@ -44,6 +45,7 @@ SERVICES: list[Service[Any]] = [
     VCPU,
     TDP_FD,
     IMPORTER,
+    FAULT_NOTES,
     iommufdd.FRONT_DOOR,
     IOMMUFD,
     VFIO,
@@ -140,6 +142,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("kvmd", "OPEN"): plain(path=names.KVM_PATH),
     ("kvmd", "MM_CREATE"): plain(),
     ("kvmd", "TDP_FD_GET"): with_fd("tdp_fd"),
+    ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
     ("kvmd", "STATS"): plain(),
     ("kvmd", "CHECK"): plain(),
     ("kvmd", "INSPECT"): with_fd("kvm-vm", vm=None),
@@ -285,11 +288,13 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         }
         tdp = Channel(host.loop, socket.socket(fileno=os.dup(rig.tdp_fd)), "tdp_fd")
         kvm = Channel(host.loop, socket.socket(fileno=dev_kvm), "/dev/kvm")
+        notes = await fault_notes(host, vm)
         zoo.objects = {
             "kvmd": host.kvmd.channel,
             "/dev/kvm": kvm,
             "tdp_fd": tdp,
             "tdp-importer": importer.channel,
+            "kvm-fault-notes": notes,
             "iommufdd": host.iommufdd._channel,
             "device_sim": host.device_sim._channel,
             "portal": rig.portal._channel,
@@ -300,12 +305,13 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "tdp_fd": rig.tdp_fd,
             "/dev/kvm": dev_kvm,
             "tdp-importer": importer.channel._fd,
+            "kvm-fault-notes": notes._fd,
             "portal": rig.portal._channel._fd,
         }
         try:
             yield zoo
             assert await host.kvmd.violations() == []
         finally:
-            for channel in (tdp, kvm):
+            for channel in (tdp, kvm, notes):
                 channel.close()  # once more if the test did it already
             importer.close()

@@ -40,6 +40,12 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "pinned_pages": 0,
         "table_pages": 5,
         "table_pages_held": 0,
+        "splits": 0,
+        "collapses": 0,
+        "table_pages.shared.1": 2,  # the second holds the MMIO entry
+        "table_pages.shared.2": 1,
+        "table_pages.shared.3": 1,
+        "table_pages.shared.4": 1,
         "pf_taken": 4,
         "pf_fixed": 3,
         "pf_fast": 0,
