@@ -7,6 +7,7 @@ once as it has threads, each with daemons of its own.  That the campaign was int
 
 from __future__ import annotations
 
+import importlib
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,10 +52,9 @@ async def run_on_cluster(points: Sequence[Point], address: str, done: Callable[[
 
 def _library() -> Any:
     try:
-        import distributed
+        return importlib.import_module("distributed")
     except ImportError:
-        raise ClusterFailed("--scheduler needs the extra dask: pip install 'tdp-share[dask]'") from None
-    return distributed
+        raise ClusterFailed("--scheduler needs the extra dask: make dask, or pip install '.[dask]'") from None
 
 
 async def _collect(futures: dict[Any, Point], address: str, done: Callable[[Run], None]) -> None:
@@ -99,12 +99,10 @@ class OtherCode(Exception):
 
 def _on_worker(point: Point, code: str, stop_name: str) -> Run | None:
     """What a worker does.  None: it was told to stop."""
-    import distributed
-
     configure_log("warning")
     if code != code_version():
         raise OtherCode(f"the worker's code is {code_version()}, the campaign's {code}")
-    event = distributed.Event(stop_name)
+    event = _library().Event(stop_name)
 
     async def stop() -> None:
         while not await trio.to_thread.run_sync(event.wait, STOP_POLL_S, abandon_on_cancel=True):

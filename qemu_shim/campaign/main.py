@@ -17,7 +17,7 @@ from qemu_shim.campaign.code import code_version
 from qemu_shim.campaign.plan import BadPlan, Plan, numbers, read_plan
 from qemu_shim.campaign.point import Point
 from qemu_shim.campaign.pool import all_cores, run_in_processes
-from qemu_shim.campaign.progress import Progress
+from qemu_shim.campaign.progress import Shown
 from qemu_shim.campaign.runner import Interrupted, until_interrupted
 from qemu_shim.campaign.store import HEADER, Store, StoreRefused
 from qemu_shim.campaign.summary import as_text, summary
@@ -84,11 +84,11 @@ def _campaign(options: argparse.Namespace, store: Store) -> int:
     where = f" --scheduler {options.scheduler}" if options.scheduler else ""
     resume = f"go on with: qemu-shim campaign --out {options.out}{where}"
     try:
-        with Progress(len(store.points) - len(missing), len(store.points)) as progress:
+        with Shown(len(store.points) - len(missing), len(store.points)) as shown:
 
             def done(run: Run) -> None:
                 store.add(run)
-                progress(run)
+                shown(run)
 
             if missing:
                 until_interrupted(_runner(options, missing, done))

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qemu_shim.campaign.point import point_of
 from qemu_shim.compare.run import Run
 
-WIDTH = 30
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
-class Progress:
+class Shown:
     """Called with each run as it ends; `done` of `total` there already were."""
 
     def __init__(self, done: int, total: int) -> None:
         self._done = done
         self._total = total
-        self._tty = sys.stderr.isatty()
+        self._console = console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._bar = Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("campaign", total=total, completed=done)
 
-    def __enter__(self) -> Progress:
-        self._bar("")
+    def __enter__(self) -> Shown:
+        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self._tty:
-            print(file=sys.stderr)
+        self._bar.stop()
 
     def __call__(self, run: Run) -> None:
         self._done += 1
-        name = point_of(run).key
-        if run.problems or not self._tty:
-            clear = "\r\x1b[K" if self._tty else ""
-            how = f"FAILED: {run.problems[0]}" if run.problems else "ok"
-            print(f"{clear}[{self._done}/{self._total}] {name}: {how}", file=sys.stderr, flush=True)
-        self._bar(name)
-
-    def _bar(self, name: str) -> None:
-        if self._tty:
-            filled = WIDTH * self._done // max(self._total, 1)
-            bar = "#" * filled + "." * (WIDTH - filled)
-            print(
-                f"\r\x1b[K[{bar}] {self._done}/{self._total} {name:.50}", end="", file=sys.stderr, flush=True
-            )
+        how = f"FAILED: {run.problems[0]}" if run.problems else "ok"
+        if run.problems or not self._console.is_terminal:
+            self._console.print(f"[{self._done}/{self._total}] {point_of(run).key}: {how}")
+        self._bar.update(self._task, completed=self._done, description=f"{run.workload} {run.design}")

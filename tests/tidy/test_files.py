@@ -11,7 +11,7 @@ import pytest
 
 from tests.tidy.source import DAEMONS, PRODUCT, ROOT, files
 
-LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
+LOCKS = tuple(f"requirements{name}.lock" for name in ("", "-dask", "-dev", "-bench"))
 REQUIREMENT = re.compile(r"^([A-Za-z0-9][\w.-]*)==(\S+)")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:work|root)/")
 
