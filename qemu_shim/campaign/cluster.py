@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -33,9 +34,7 @@ async def run_on_cluster(points: Sequence[Point], address: str, done: Callable[[
     """As `run_in_processes`.  Raises ClusterFailed."""
     distributed = _library()
     try:
-        client = await trio.to_thread.run_sync(
-            lambda: distributed.Client(address, timeout=CONNECT_S, set_as_default=False)
-        )
+        client = await trio.to_thread.run_sync(lambda: distributed.Client(address, timeout=CONNECT_S))
     except (OSError, ValueError, TimeoutError) as error:
         raise ClusterFailed(f"--scheduler {address}: {error}") from None
     stop_name = f"tdp-campaign-{uuid.uuid4()}"
@@ -61,8 +60,13 @@ async def _collect(futures: dict[Any, Point], address: str, done: Callable[[Run]
     """Each as it ends: callbacks come from threads of the library's."""
     here = trio.lowlevel.current_trio_token()
     send, receive = trio.open_memory_channel[Any](len(futures))
+
+    def ended_there(future: Any) -> None:
+        with suppress(trio.RunFinishedError):  # nobody waits for it any more
+            here.run_sync_soon(send.send_nowait, future)
+
     for future in futures:
-        future.add_done_callback(lambda ended: here.run_sync_soon(send.send_nowait, ended))
+        future.add_done_callback(ended_there)
     for _ in range(len(futures)):
         ended = await receive.receive()
         if ended.status not in ("finished", "error"):
@@ -71,10 +75,12 @@ async def _collect(futures: dict[Any, Point], address: str, done: Callable[[Run]
 
 
 def _result(future: Any, point: Point) -> Run:
-    """KilledWorker and the like: the scheduler has given it up."""
+    """Only death keeps a worker that can run points from giving a run: any other error is not the point's."""
     error = future.exception()
+    if isinstance(error, _library().KilledWorker):
+        return point.failed(f"the scheduler gave it up: {error}")
     if error is not None:
-        return point.failed(f"{type(error).__name__}: {error}")
+        raise ClusterFailed(f"a worker of the cluster cannot run points: {error!r}")
     run = future.result()
     assert isinstance(run, Run), "nobody has said stop yet"
     return run
@@ -83,14 +89,11 @@ def _result(future: Any, point: Point) -> Run:
 def _stop(distributed: Any, client: Any, stop_name: str, futures: list[Any]) -> None:
     """Tell those that run, and wait until they have stopped; those that do not yet run end at once."""
     left = [future for future in futures if not future.done()]
-    try:
+    with suppress(OSError, TimeoutError):  # the scheduler is gone, and its workers go with it
         if left and client.status == "running":
             distributed.Event(stop_name, client=client).set()
             distributed.wait(left, timeout=STOP_PATIENCE_S)
-    except (OSError, TimeoutError):
-        pass  # the scheduler is gone, and its workers go with it
-    finally:
-        client.close(timeout=CONNECT_S)
+    client.close(timeout=CONNECT_S)
 
 
 class OtherCode(Exception):

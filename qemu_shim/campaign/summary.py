@@ -1,7 +1,7 @@
 """Runs over seeds: the least, the median and the greatest of each figure, and what failed.
 
-A figure is a count at the end of the run, or the most that a gauge was after any step.  Runs that failed are
-named and not counted.
+A figure is a count at the end of the run, the most that a gauge was after any step, or the modelled time,
+which is made of those.  Runs that failed are named and not counted.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from statistics import median
 from typing import Any
 
 from qemu_shim.campaign.point import point_of
+from qemu_shim.compare.costs import default_costs
+from qemu_shim.compare.figures import design_figures
 from qemu_shim.compare.run import Run
 
 Group = tuple[str, tuple[tuple[str, int], ...], str]  # workload, parameters, design
 
 
-def figures(run: Run) -> dict[str, int]:
+def figures(run: Run) -> dict[str, float]:
     if not run.samples:
         return {}
-    gauges = {name: max(sample.gauges.get(name, 0) for sample in run.samples) for name in _gauges(run)}
-    return run.samples[-1].counts | gauges
+    gauges: dict[str, float] = {
+        name: max(sample.gauges.get(name, 0) for sample in run.samples) for name in _gauges(run)
+    }
+    modelled = design_figures(run, default_costs()).time.total
+    return {**run.samples[-1].counts, **gauges, "modelled_us": modelled.us}
 
 
 def _gauges(run: Run) -> list[str]:
@@ -61,7 +66,7 @@ def _group(group: Group, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _spread(values: list[int]) -> dict[str, float]:
+def _spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": median(values), "max": max(values)}
 
 
