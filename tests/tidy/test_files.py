@@ -93,6 +93,13 @@ def test_every_package_of_the_product_is_installed() -> None:
             assert {top, f"{top}.*"} <= patterns
 
 
+def test_every_file_that_code_reads_is_installed() -> None:
+    data = pyproject()["tool"]["setuptools"]["package-data"]
+    named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
+    beside = {str(path.relative_to(ROOT)) for path in files() if path.suffix != ".py"}
+    assert {path for path in beside if path.split("/")[0] in PRODUCT} == named
+
+
 def test_no_file_names_a_machine() -> None:
     checked = list(files())
     assert ROOT / "pyproject.toml" in checked
