@@ -15,7 +15,7 @@ endif
 
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help demo test rfc check bench comparison browser compose lock clean venv venv-dev venv-bench
+.PHONY: help demo test rfc check bench comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -59,8 +59,11 @@ compose: ## the same demo in four containers
 lock: ## compile requirements*.in into requirements*.lock (needs uv)
 	@test -n "$(UV)" || { echo "make lock: uv is not on PATH (pip install uv)" >&2; exit 1; }
 	$(UV) pip compile $(LOCK_FLAGS) requirements.in -o requirements.lock
+	$(UV) pip compile $(LOCK_FLAGS) requirements-dask.in -o requirements-dask.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-dev.in -o requirements-dev.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-bench.in -o requirements-bench.lock
+
+dask: venv-dask ## what `qemu-shim campaign --scheduler` needs, for this machine and for workers
 
 clean: ## remove .venv and everything generated
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -70,8 +73,9 @@ clean: ## remove .venv and everything generated
 venv: .venv/run.stamp
 venv-dev: .venv/dev.stamp
 venv-bench: .venv/bench.stamp
+venv-dask: .venv/dask.stamp
 
-.venv/made.stamp: requirements.lock requirements-dev.lock requirements-bench.lock
+.venv/made.stamp: requirements.lock requirements-dask.lock requirements-dev.lock requirements-bench.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) must be Python 3.11 or newer; say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -90,4 +94,8 @@ venv-bench: .venv/bench.stamp
 
 .venv/bench.stamp: .venv/run.stamp
 	$(INSTALL) --require-hashes -r requirements-bench.lock
+	@touch $@
+
+.venv/dask.stamp: .venv/run.stamp
+	$(INSTALL) --require-hashes -r requirements-dask.lock
 	@touch $@

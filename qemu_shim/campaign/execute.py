@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import trio
 
@@ -73,5 +74,6 @@ def _told(error: BaseException) -> str:
     """With where it came from, unless it says so itself."""
     if isinstance(error, DaemonFailed):
         return str(error)
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    what = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{what} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else what

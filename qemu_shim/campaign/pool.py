@@ -23,6 +23,7 @@ import trio
 from qemu_shim.campaign.point import Point, line_of, point_as_json, run_of
 from qemu_shim.compare.run import Run
 
+WORKER = (sys.executable, "-m", "qemu_shim.campaign.worker")
 TRIES = 3
 STOP_PATIENCE_S = 40.0  # the worker gives each of its daemons 10
 
@@ -77,7 +78,7 @@ async def _worker() -> AsyncIterator[trio.Process]:
     """In a session of its own, so that a Ctrl-C reaches us alone and it is stopped by us."""
     scratch = tempfile.mkdtemp(prefix="tdp-worker-")
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-m", __name__.replace("pool", "worker"), scratch],
+        [*WORKER, scratch],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
+from protocol.errors import leaves
 from qemu_shim.campaign.point import Point, point_of
 from qemu_shim.campaign.pool import all_cores, run_in_processes
 from qemu_shim.compare.run import Run
@@ -19,7 +20,7 @@ class Interrupted(Exception):
 def run_points(
     points: Iterable[Point], jobs: int | None = None, on_done: Callable[[Run], None] = lambda _: None
 ) -> list[Run]:
-    """The runs in the order of the points, by `jobs` processes (all cores); `on_done` hears of each at its end.
+    """The runs in the order of the points, by `jobs` processes (all cores); `on_done` gets each at its end.
 
     A point that failed has its reasons in its run's `problems`.  Raises Interrupted at SIGINT and SIGTERM.
     """
@@ -30,12 +31,20 @@ def run_points(
         runs[point_of(run)] = run
         on_done(run)
 
-    trio.run(until_interrupted, lambda: run_in_processes(wanted, jobs or all_cores(), done))
+    until_interrupted(lambda: run_in_processes(wanted, jobs or all_cores(), done))
     return [runs[point] for point in wanted]
 
 
-async def until_interrupted(work: Callable[[], Awaitable[None]]) -> None:
-    """Cancel `work` at a signal; more signals while it stops what it has running change nothing."""
+def until_interrupted(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work`, and cancel it at a signal: Interrupted.  What it raises comes without its groups."""
+    try:
+        trio.run(_watched, work)
+    except BaseExceptionGroup as group:
+        raise leaves(group)[0] from None
+
+
+async def _watched(work: Callable[[], Awaitable[None]]) -> None:
+    """More signals, while `work` stops what it has running, change nothing."""
     async with trio.open_nursery() as nursery:
         scope = trio.CancelScope()
 

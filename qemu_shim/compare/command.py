@@ -10,24 +10,21 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
 
 from pydantic import ValidationError
 
 from qemu_shim.campaign.point import Point
+from qemu_shim.campaign.progress import Shown
 from qemu_shim.campaign.runner import Interrupted, run_points
 from qemu_shim.compare.costs import CostError, read_costs
 from qemu_shim.compare.documents import DocumentError, check_document, write_documents
 from qemu_shim.compare.figures import compare
 from qemu_shim.compare.report import render
-from qemu_shim.compare.run import Run
 from qemu_shim.compare.schema import Comparison
 from qemu_shim.compare.table import as_text
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
-BAR = 40
-ERASE = "\r\x1b[2K"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -57,8 +54,8 @@ def measured(options: argparse.Namespace) -> Comparison:
         for workload in chosen(options.workloads, WORKLOADS, "workload")
         for design in chosen((options.designs or "").split(","), DESIGNS, "design")
     ]
-    with Progress(len(points), sys.stderr) as progress:
-        runs = run_points(points, options.jobs, progress.done)
+    with Shown(0, len(points)) as shown:
+        runs = run_points(points, options.jobs, shown)
     return compare(runs, costs, command_of(options))
 
 
@@ -97,38 +94,6 @@ def command_of(options: argparse.Namespace) -> str:
     if options.costs:
         parts += ["--costs", str(options.costs)]
     return " ".join([*parts, "--seed", str(options.seed)])
-
-
-class Progress:
-    """A bar on a terminal, a line a run elsewhere; both on `file`, which the table does not go to."""
-
-    def __init__(self, total: int, file: TextIO) -> None:
-        self._total = total
-        self._done = 0
-        self._file = file
-        self._bar = file.isatty()
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._draw("")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            print(ERASE, end="", file=self._file, flush=True)
-
-    def done(self, run: Run) -> None:
-        self._done += 1
-        name = f"{run.workload} {run.design}"
-        if self._bar:
-            self._draw(name)
-        else:
-            print(f"{self._done}/{self._total} {name}", file=self._file, flush=True)
-
-    def _draw(self, name: str) -> None:
-        full = BAR * self._done // self._total
-        bar = "█" * full + "░" * (BAR - full)
-        print(f"{ERASE}{bar} {self._done}/{self._total} {name}", end="", file=self._file, flush=True)
 
 
 def write(comparison: Comparison, options: argparse.Namespace) -> None:
