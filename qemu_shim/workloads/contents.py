@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from protocol.hw.dsa import Opcode, Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.workloads.context import Context, DmaFailed, Guest
+from qemu_shim.workloads.context import Context, Guest
 
 RUN = 8
 WORD_BYTES = 8
-EQUAL = 0
 _BATCH = MIB // PAGE_SIZE  # pages of one message
 
 
@@ -64,12 +62,8 @@ class Contents:
         await self._device_is_next()
         for run in _runs(gpas, self.words):
             word = self.words[run[0]]
-            record = await self._guest.queue.run(
-                Opcode.COMPVAL, src=run[0], dst=word, size=len(run) * PAGE_SIZE
-            )
-            if record.status is not Status.SUCCESS:
-                raise DmaFailed(f"read of gpa {run[0]:#x}: {record.status.name} at {record.fault_addr:#x}")
-            self._ctx.expect(record.result == EQUAL, f"the device does not read {word:#x} at gpa {run[0]:#x}")
+            equal = await self._guest.holds(run[0], len(run) * PAGE_SIZE, word)
+            self._ctx.expect(equal, f"the device does not read {word:#x} at gpa {run[0]:#x}")
 
     async def _device_is_next(self) -> None:
         """What others are told of the CPU's faults has arrived, or counts would depend on who is faster."""

@@ -33,8 +33,9 @@ async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
         held.zeroed(pages[1:])
     await ctx.step("first dma")
     for guest in guests:
-        await guest.touch(range(0, KERNEL_BYTES, PAGE_SIZE))
-        await reclaim.balance()
+        for some in _windows(ctx, list(range(0, KERNEL_BYTES, PAGE_SIZE))):
+            await guest.touch(some)
+            await reclaim.balance()
     await ctx.step("kernels boot")
     for turn in range(ctx.params["turns"]):
         busy = turn % VMS
