@@ -15,7 +15,6 @@ from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.kvm_domain import KvmDomain, check_metadata
 from iommufdd.core.object import Object
 from iommufdd.kvm_client import KvmTdp
-from iommufdd.memory import EMPTY_ROOT
 from iommufdd.service.objects import App, IommuFile
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -117,12 +116,11 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
             errno.EOPNOTSUPP,
             f"flags {message.flags:#x}, data_type {message.data_type}: no nesting, no dirty tracking",
         )
-    domain = Domain(EMPTY_ROOT, min(device.unit.cap.levels, default=LEAST_LEVELS), app.new_did())
+    domain = Domain(app.empty_root, min(device.unit.cap.levels, default=LEAST_LEVELS), app.new_did())
     _check_unit(device, domain)
     hwpt = app.hwpts[domain.did] = HwptPaging(domain, app.silicon, ioas)
     try:
-        windows, fds = app.empty_table.share()
-        hwpt.memory = await app.silicon.add_memory(windows, fds)
+        hwpt.memory = await app.silicon.add_memory([app.tables.window], app.tables.fds(2))
         if held.closed:
             raise UapiError(errno.EBADF, "the iommufd was closed meanwhile")
         return held.objects.add(hwpt)

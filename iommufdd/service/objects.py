@@ -20,7 +20,7 @@ from iommufdd.core.hwpt import Hwpt, Ioas
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.object import Objects
-from iommufdd.memory import EmptyTable
+from iommufdd.memory import TableMemory
 from iommufdd.silicon import RemoteUnit, Silicon
 from protocol.errors import UapiError
 from protocol.hw.faults import FAULT_RECORD_SIZE
@@ -59,7 +59,8 @@ class App:
         self.settings = settings
         self.files = Files(loop)
         self.silicon = Silicon(loop, self.on_page_requests, self._on_faults, self._on_silicon_gone)
-        self.empty_table = EmptyTable()
+        self.tables = TableMemory(settings.table_bytes)
+        self.empty_root = self.tables.pool.allocate()
         self.iopfs: dict[Unit, Iopf] = {}
         self.groups: dict[int, Group] = {}
         self.bound: dict[int, Device] = {}  # by requester id
@@ -76,7 +77,7 @@ class App:
     def close(self) -> None:
         self._closing = True
         self.files.close()
-        self.empty_table.close()
+        self.tables.close()
 
     # -- interrupts ------------------------------------------------------------------------------------
 
