@@ -26,7 +26,7 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     "notes_mapped": ("iommu.notes_mapped",),
     "notifier_calls": ("kvmd.memory.notifier_calls",),
     "flushes": ("vm.remote_tlb_flush",),
-    "invalidations": ("hwpt.invalidations",),
+    "invalidations": ("hwpt.invalidations", "iommu.hmm_invalidations"),  # by KVM, by the host
     "qi_messages": ("unit.invalidation_messages",),
     "iotlb_invalidations": ("unit.iotlb_invalidations",),
     "devtlb_invalidations": ("unit.devtlb_invalidations",),
@@ -34,7 +34,7 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     # to who keeps the table walked, and what that one tells the unit.
     "messages": (
         *("device.page_request_groups", "iommu.responses", "vm.io_pf_taken", "kvmd.memory.hmm_faults"),
-        *("vm.notes", "hwpt.invalidations", "unit.invalidation_messages"),
+        *("vm.notes", "hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_messages"),
     ),
     "pages_pinned": ("kvmd.memory.pages_pinned",),
     "pages_allocated": ("kvmd.memory.pages_allocated",),
@@ -56,7 +56,7 @@ UNDER_WAY: Mapping[str, tuple[str, ...]] = {
     "page requests on their way": ("unit.page_requests", "-iommu.page_requests"),
     "page requests without an answer": ("device.page_requests_outstanding",),
     "page requests that wait for their group": ("iommu.partial_held",),
-    "notes on their way": ("vm.notes", "-iommu.notes", "-iommu.notes_lost"),
+    "notes on their way": ("vm.notes", "-iommu.notes"),
     "notes not looked at": ("iommu.notes_pending",),
 }
 
