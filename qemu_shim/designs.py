@@ -115,15 +115,17 @@ class Ioas:
             await self.add(slot)
         if self._follow_kvm:
             await iommu.follow_kvm(ioas_id, self._vm)
-        return await iommu.hwpt_alloc(dev_id, ioas_id)
+        try:  # what was mapped is pinned now
+            return await iommu.hwpt_alloc(dev_id, ioas_id)
+        except UapiError as error:
+            raise Refused("the guest's memory for the device", error.why, error.errno) from None
 
     async def add(self, slot: RamSlot) -> None:
         iommu, ioas_id = self._mapped_at
         try:
             await iommu.ioas_map(ioas_id, self._process, slot.hva, slot.size, slot.gpa)
         except UapiError as error:
-            what = f"{slot.size >> 20} MiB at gpa {slot.gpa:#x} for the device"
-            raise Refused(what, error.why, error.errno) from None
+            raise Refused(f"memory at gpa {slot.gpa:#x} for the device", error.why, error.errno) from None
 
     async def remove(self, slot: RamSlot) -> None:
         iommu, ioas_id = self._mapped_at
