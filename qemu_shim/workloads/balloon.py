@@ -67,7 +67,7 @@ WORKLOAD = Workload(
     summary="the guest gives pages back and takes them again, for device and CPU",
     play=play,
     params={
-        "pages": Param(512, 8, 1 << 18, "pages in use before the balloon is inflated"),
+        "pages": Param(256, 8, 1 << 18, "pages in use before the balloon is inflated"),
         "share": Param(50, 1, 100, "per cent of them that go into the balloon"),
         "rounds": Param(3, 1, 1000, "times it is inflated and deflated"),
     },

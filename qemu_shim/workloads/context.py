@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from protocol.errors import UapiError
 from protocol.hw.dsa import CompletionRecord, Opcode, Status
-from protocol.units import MIB, PAGE_SIZE, Gpa
+from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.compare.run import Refusal, Run, Sample
 from qemu_shim.designs import Design, Refused
 from qemu_shim.guest.idxd import IdxdWorkQueue
@@ -22,8 +22,8 @@ from qemu_shim.machine import Host, Machine, MachineConfig, machine
 from qemu_shim.workloads.recorder import Recorder
 
 T = TypeVar("T")
-KERNEL_BYTES = MIB
-DRIVER_PAGES = 16
+KERNEL_BYTES = 256 * KIB  # the guest's
+DRIVER_PAGES = 16  # and its driver's, at most
 EQUAL = 0  # the result of a comparison
 
 
