@@ -82,10 +82,11 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
         stats["invalidations"] = hwpt.invalidations
         stats["acked_epoch"] = hwpt.acked_epoch
     elif isinstance(hwpt, HwptPaging):
-        stats["invalidations"] = hwpt.invalidations
+        stats["flushes"] = hwpt.invalidations
         stats["acked"] = hwpt.acked
-        stats["tables"] = hwpt.table.tables[1:]
         stats["leaves"] = hwpt.table.leaves[1:]
+        for level, tables in enumerate(hwpt.table.tables[1:], 1):
+            stats[f"table_pages.iommufd.{level}"] = tables
     return {**stats, "faults": {code.name: count for code, count in hwpt.faults.items()}}
 
 
