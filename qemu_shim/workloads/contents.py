@@ -35,18 +35,20 @@ class Contents:
     async def cpu_writes(self, gpas: Sequence[int]) -> None:
         for run in _runs(gpas):
             self._choose(run)
+        await self._after_the_cpu()
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
             await self._guest.machine.cpu.access([(gpa, _page_of(self.words[gpa])) for gpa in some])
 
     async def device_writes(self, gpas: Sequence[int]) -> None:
-        await self._device_is_next()
+        await self._after_the_cpu()
         for run in _runs(gpas):
             self._choose(run)
             await self._guest.fill(run[0], len(run) * PAGE_SIZE, self.words[run[0]])
 
     async def cpu_reads(self, gpas: Sequence[int]) -> None:
+        await self._after_the_cpu()
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
@@ -59,17 +61,17 @@ class Contents:
 
     async def device_reads(self, gpas: Sequence[int]) -> None:
         """By comparing with what must be there."""
-        await self._device_is_next()
+        await self._after_the_cpu()
         for run in _runs(gpas, self.words):
             word = self.words[run[0]]
             equal = await self._guest.holds(run[0], len(run) * PAGE_SIZE, word)
             self._ctx.expect(equal, f"the device does not read {word:#x} at gpa {run[0]:#x}")
 
-    async def _device_is_next(self) -> None:
-        """What others are told of the CPU's faults has arrived, or counts would depend on who is faster."""
+    async def _after_the_cpu(self) -> None:
+        """What others are told of its faults has arrived, or counts would depend on who is faster."""
         if self._cpu_was_last:
             await self._ctx.quiet()
-            self._cpu_was_last = False
+        self._cpu_was_last = False
 
     def _choose(self, run: Sequence[int]) -> None:
         self.words.update(dict.fromkeys(run, self._ctx.chance.getrandbits(8 * WORD_BYTES)))

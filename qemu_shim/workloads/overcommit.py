@@ -27,7 +27,7 @@ async def play(ctx: Context) -> None:
 async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
     owned = [guest.pages(ctx.params["pages"]) for guest in guests]
     contents = [Contents(ctx, guest) for guest in guests]
-    reclaim = Reclaim([chunk for guest in guests for chunk in _chunks(ctx, guest)], limit)
+    reclaim = Reclaim(ctx, [chunk for guest in guests for chunk in _chunks(ctx, guest)], limit)
     for held, pages in zip(contents, owned, strict=True):
         await held.device_writes(pages[:1])
         held.zeroed(pages[1:])

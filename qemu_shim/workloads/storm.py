@@ -30,8 +30,8 @@ async def under_dma(
     async def work(own: Sequence[int]) -> None:
         try:
             for gpa in own:
-                words[gpa] = 0
-                await guest.fill(gpa)
+                words[gpa] = 1
+                await guest.fill(gpa, pattern=words[gpa])
             while not over:
                 for gpa in own:
                     equal = await guest.holds(gpa, PAGE_SIZE, words[gpa])

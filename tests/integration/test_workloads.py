@@ -225,7 +225,9 @@ async def test_a_write_lost_under_dma_is_noticed(hosts: Hosts) -> None:
         pages = guest.pages(8)
 
         async def act() -> None:
-            await trio.sleep(0.05)
+            for gpa in pages:
+                while not any(await guest.machine.memory.read(gpa, 1)):
+                    await trio.lowlevel.checkpoint()
             await guest.machine.discard(pages[0], 8 * PAGE_SIZE)
 
         await under_dma(ctx, guest, pages, act)
