@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import HostPage, Lookup
+from iommufdd.core.hmm import Found, HostPage, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import Change, IoPageTable
 from protocol.errors import UapiError
@@ -44,8 +44,11 @@ class HwptMirror(HwptPaging):
     needs_iopf = True
     ioas: IoasOnDemand
 
-    def __init__(self, domain: Domain, memory: Memory, ioas: IoasOnDemand, table: IoPageTable) -> None:
+    def __init__(
+        self, domain: Domain, memory: Memory, ioas: IoasOnDemand, table: IoPageTable, premap_pages: int = 1
+    ) -> None:
         super().__init__(domain, memory, ioas, table)
+        self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
         self._pins: list[Pin] = []
         self._pinning_all = 0
 
@@ -62,12 +65,11 @@ class HwptMirror(HwptPaging):
             if self._serves(iova, write=write):
                 self.ioas.counts.io_faults_spurious += 1
                 return
+            end = min(iova + self._premap, area.end)
             with self.ioas.lookups.begin() as lookup:
-                found = await self.ioas.live_host.range_fault(
-                    area.hva_of(iova), PAGE_SIZE, write=write, fault=True
-                )
+                found = await self._populated(area, iova, end, write=write)
                 self.ioas.counts.io_faults_major += found.major
-                changes = self.install(lookup, area, found.pages, iova, iova + PAGE_SIZE)
+                changes = self.install(lookup, area, found.pages, iova, end)
             if changes is not None:
                 await self.flush(changes)
             if self._serves(iova, write=write):
@@ -75,6 +77,16 @@ class HwptMirror(HwptPaging):
                 return
             self.ioas.counts.io_fault_retries += 1
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
+
+    async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> Found:
+        """iova..end as the host has it then; the page at `iova` alone, if all of it cannot be had."""
+        host, hva = self.ioas.live_host, area.hva_of(iova)
+        try:
+            return await host.range_fault(hva, end - iova, write=write, fault=True)
+        except UapiError:
+            if end - iova == PAGE_SIZE:
+                raise
+        return await host.range_fault(hva, PAGE_SIZE, write=write, fault=True)
 
     def _serves(self, iova: int, *, write: bool) -> bool:
         leaf = self.table.leaf_at(iova)

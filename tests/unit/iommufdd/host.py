@@ -26,6 +26,7 @@ class FakeHost:
         self.pins: dict[tuple[int, int], list[HostPage]] = {}  # (area, address asked for)
         self.log = [] if log is None else log
         self.errno = 0
+        self.hole = -1  # nothing can be faulted in there
         self.room: int | None = None  # pages that may be pinned
         self.page_size = PAGE_SIZE  # of what is faulted in
         self.major = 0
@@ -100,6 +101,8 @@ class FakeHost:
         await self._asked("fault" if fault else "look", hva, size)
         while self.is_changing(hva, hva + size):
             await self._over
+        if fault and hva <= self.hole < hva + size:
+            raise UapiError(errno.EFAULT, f"nothing at {self.hole:#x}")
         found = self._find(hva, size, fault=fault)
         await self.hop()
         return found

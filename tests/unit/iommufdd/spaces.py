@@ -28,7 +28,8 @@ SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 class Space:
     """`world` is the unit and the memory bus."""
 
-    def __init__(self, *, on_demand: bool = False, table_pages: int = 64) -> None:
+    def __init__(self, *, on_demand: bool = False, table_pages: int = 64, premap_pages: int = 1) -> None:
+        self.premap_pages = premap_pages
         self.world = World()
         self.host = FakeHost(self.world.log)
         self.counts = Counts()
@@ -53,7 +54,7 @@ class Space:
         table = IoPageTable(self.writer, self.pool, Level(level), max_leaf)
         domain = Domain(table.root, Level(level), 2 + len(self.ioas.hwpts), max_leaf)
         if isinstance(self.ioas, IoasOnDemand):
-            made: HwptPaging = HwptMirror(domain, self.world, self.ioas, table)
+            made: HwptPaging = HwptMirror(domain, self.world, self.ioas, table, self.premap_pages)
         else:
             made = HwptPaging(domain, self.world, self.ioas, table)
         self.world.run(self.ioas.add_hwpt(made))

@@ -31,8 +31,10 @@ RAM = 16 * M2
 class Mirrored(Space):
     """16 pages of 2 MiB at iova 0, one mirror."""
 
-    def __init__(self, *, page_size: int = K4, table_pages: int = 64, writable: bool = True) -> None:
-        super().__init__(on_demand=True, table_pages=table_pages)
+    def __init__(
+        self, *, page_size: int = K4, table_pages: int = 64, writable: bool = True, premap_pages: int = 1
+    ) -> None:
+        super().__init__(on_demand=True, table_pages=table_pages, premap_pages=premap_pages)
         self.host.page_size = page_size
         self.map(0, RAM, writable=writable)
         self.hwpt_ = self.mirror()
@@ -56,6 +58,20 @@ def test_a_fault_maps_the_page_the_host_has_there_and_flushes_nothing() -> None:
     assert space.fault(5 * K4 + 8) == SUCCESS
     assert space.leaves == [(5 * K4, 1, FRAMES, True)]
     assert space.asked() == ["fault"]
+
+
+def test_a_fault_maps_as_many_pages_as_it_may_and_none_beyond_the_area() -> None:
+    space = Mirrored(premap_pages=8)
+    assert (space.fault(5 * K4), space.fault(RAM - 3 * K4), space.fault(12 * K4)) == (SUCCESS,) * 3
+    assert [leaf[0] // K4 for leaf in space.leaves] == [*range(5, 13), *range(RAM // K4 - 3, RAM // K4)]
+    assert (space.counts.io_faults_spurious, space.asked()) == (1, ["fault", "fault"])
+
+
+def test_a_page_is_had_although_those_behind_it_cannot_be() -> None:
+    space = Mirrored(premap_pages=8)
+    space.host.hole = HVA + 6 * K4
+    assert (space.fault(5 * K4), space.fault(6 * K4)) == (SUCCESS, INVALID)
+    assert [leaf[0] // K4 for leaf in space.leaves] == [5]
 
 
 @pytest.mark.parametrize(
