@@ -10,6 +10,8 @@ from iommufdd.core.fault_policy import FaultPolicy, Policy
 from protocol.daemon import bytes_of, parser
 from protocol.units import GIB, MIB, TIB
 
+MAX_PREMAP = 512  # [IOPF 0/8]
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -17,6 +19,7 @@ class Settings:
     device: Path
     kvm_hwpt: bool = True
     table_bytes: int = GIB
+    premap_pages: int = 1
     fault_policy: FaultPolicy = field(default_factory=FaultPolicy)
 
 
@@ -44,8 +47,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         metavar="SIZE",
         help="room for the tables of IOASes, which are sparse (1G: 510 GiB in pages of 4 KiB)",
     )
+    options.add_argument(
+        "--premap-pages",
+        type=int,
+        default=1,
+        choices=range(1, MAX_PREMAP + 1),
+        metavar=f"1..{MAX_PREMAP}",
+        help="pages an IO page fault maps in an IOAS on demand, the one that faulted first (1)",
+    )
     given = options.parse_args(argv)
     if given.table_bytes % MIB or not MIB <= given.table_bytes <= TIB:
         options.error(f"--table-bytes {given.table_bytes}: whole MiB, 1M to 1T")
     policy = FaultPolicy(given.fault_policy, frozenset(given.may_fault))
-    return given, Settings(given.kvmd, given.device, not given.no_kvm_hwpt, given.table_bytes, policy)
+    return given, Settings(
+        given.kvmd, given.device, not given.no_kvm_hwpt, given.table_bytes, given.premap_pages, policy
+    )

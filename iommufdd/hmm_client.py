@@ -50,11 +50,11 @@ class HmmMirror(KvmdChannel):
             "HMM_RANGE_FAULT", {"start": hva, "size": size, "write": write, "fault": fault}
         )
 
-    async def pin(self, hva: int, size: int, *, write: bool) -> Found:
-        return await self._find("HMM_PIN", {"start": hva, "size": size, "write": write})
+    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
+        return await self._find("HMM_PIN", {"start": hva, "size": size, "write": write, "area": area})
 
-    async def unpin(self, hva: int, size: int) -> None:
-        await self.call("HMM_UNPIN", {"start": hva, "size": size})
+    async def unpin(self, hva: int, size: int, *, area: int) -> None:
+        await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
 
     def release(self) -> None:
         self.hang_up()

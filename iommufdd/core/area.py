@@ -25,6 +25,9 @@ Span = tuple[int, int]  # start, end
 
 @dataclass(slots=True, eq=False)
 class Area:
+    """`number`: what its pins are known by at the host."""
+
+    number: int
     iova: int
     size: int
     hva: int

@@ -46,11 +46,12 @@ class HostMemory(Protocol):
     async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
         """Have the pages of a watched range faulted in, or look.  EFAULT, EHWPOISON, ENOMEM."""
 
-    async def pin(self, hva: int, size: int, *, write: bool) -> Found:
-        """As many from the start as fit one answer.  ENOMEM: RLIMIT_MEMLOCK, no memory; EFAULT."""
+    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
+        """For what has that number, as many from the start as fit one answer.  ENOMEM: RLIMIT_MEMLOCK, or
+        no memory; EFAULT.
+        """
 
-    async def unpin(self, hva: int, size: int) -> None:
-        """Once for each pin."""
+    async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
 
     def release(self) -> None:
         """Let go of the process; nothing is asked after that."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import HostPage, Lookup
+from iommufdd.core.hmm import Found, HostPage, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import Change, IoPageTable
 from protocol.errors import UapiError
@@ -28,6 +28,15 @@ from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, al
 if TYPE_CHECKING:
     from iommufdd.core.ioas_on_demand import IoasOnDemand
 
+
+class Pin(NamedTuple):
+    """start..end of one area, pinned for a device; `number`: at the host."""
+
+    start: int
+    end: int
+    number: int
+
+
 MAX_TRIES = 64  # each further one: the host took the page away meanwhile
 
 
@@ -35,9 +44,12 @@ class HwptMirror(HwptPaging):
     needs_iopf = True
     ioas: IoasOnDemand
 
-    def __init__(self, domain: Domain, memory: Memory, ioas: IoasOnDemand, table: IoPageTable) -> None:
+    def __init__(
+        self, domain: Domain, memory: Memory, ioas: IoasOnDemand, table: IoPageTable, premap_pages: int = 1
+    ) -> None:
         super().__init__(domain, memory, ioas, table)
-        self._pins: list[Span] = []
+        self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
+        self._pins: list[Pin] = []
         self._pinning_all = 0
 
     # -- a page request --------------------------------------------------------------------------------
@@ -53,12 +65,11 @@ class HwptMirror(HwptPaging):
             if self._serves(iova, write=write):
                 self.ioas.counts.io_faults_spurious += 1
                 return
+            end = min(iova + self._premap, area.end)
             with self.ioas.lookups.begin() as lookup:
-                found = await self.ioas.live_host.range_fault(
-                    area.hva_of(iova), PAGE_SIZE, write=write, fault=True
-                )
+                found = await self._populated(area, iova, end, write=write)
                 self.ioas.counts.io_faults_major += found.major
-                changes = self.install(lookup, area, found.pages, iova, iova + PAGE_SIZE)
+                changes = self.install(lookup, area, found.pages, iova, end)
             if changes is not None:
                 await self.flush(changes)
             if self._serves(iova, write=write):
@@ -66,6 +77,16 @@ class HwptMirror(HwptPaging):
                 return
             self.ioas.counts.io_fault_retries += 1
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
+
+    async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> Found:
+        """iova..end as the host has it then; the page at `iova` alone, if all of it cannot be had."""
+        host, hva = self.ioas.live_host, area.hva_of(iova)
+        try:
+            return await host.range_fault(hva, end - iova, write=write, fault=True)
+        except UapiError:
+            if end - iova == PAGE_SIZE:
+                raise
+        return await host.range_fault(hva, PAGE_SIZE, write=write, fault=True)
 
     def _serves(self, iova: int, *, write: bool) -> bool:
         leaf = self.table.leaf_at(iova)
@@ -96,15 +117,16 @@ class HwptMirror(HwptPaging):
     # -- the host takes away ---------------------------------------------------------------------------
 
     def take_unpinned(self, spans: Iterable[Span]) -> list[Change]:
-        return [self.take(*part) for span in spans for part in without(span, self._pins)]
+        pinned = [(pin.start, pin.end) for pin in self._pins]
+        return [self.take(*part) for span in spans for part in without(span, pinned)]
 
     async def area_left(self, area: Area) -> None:
         """Nothing of an area is mapped or pinned any more when this returns."""
-        pins = [span for span in self._pins if area.iova <= span[0] < area.end]
-        self._pins = [span for span in self._pins if span not in pins]
+        pins = [pin for pin in self._pins if area.iova <= pin.start < area.end]
+        self._pins = [pin for pin in self._pins if pin not in pins]
         await self.give_up([self.take(area.iova, area.end)])
-        for start, end in pins:
-            await self._unpin_pages(area, start, end)
+        for pin in pins:
+            await self._let_go(area, pin)
 
     # -- pinning ---------------------------------------------------------------------------------------
 
@@ -157,53 +179,58 @@ class HwptMirror(HwptPaging):
         if area is None:
             raise UapiError(errno.EFAULT, f"pin of iova {start:#x}: it is in no area")
         hva, size = area.hva_of(start), min(end, area.end) - start
+        number = self.ioas.new_number()
         for _ in range(MAX_TRIES):
+            changes: list[Change] = []
             with self.ioas.lookups.begin() as lookup:
-                found = await self.ioas.live_host.pin(hva, size, write=area.writable)
-                stop = min(area.iova_of(found.end), start + size)
-                self.ioas.counts.pinned_pages += stop - start >> PAGE_SHIFT
-                changes: list[Change] = []
-                held = not lookup.stale(hva, area.hva_of(stop))
+                found = await self.ioas.live_host.pin(hva, size, write=area.writable, area=number)
+                pin = Pin(start, min(area.iova_of(found.end), start + size), number)
+                self.ioas.counts.pinned_pages += pin.end - start >> PAGE_SHIFT
                 try:
-                    if held:
-                        self._hold(area, found.pages, start, stop, changes)
+                    held = self._hold(lookup, area, found.pages, pin, changes)
                 except UapiError:
-                    await self._unpin_pages(area, start, stop)
+                    await self._let_go(area, pin)
                     raise
             await self.flush(changes)
             if held:
-                return stop
-            await self._unpin_pages(area, start, stop)
+                return pin.end
+            await self._let_go(area, pin)
         raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
 
     def _hold(
-        self, area: Area, pages: Sequence[HostPage], start: int, stop: int, changes: list[Change]
-    ) -> None:
-        """Map what was pinned, and keep it mapped.  ENOMEM."""
-        self.put(area, [_part(area, page, start, stop) for page in pages], start, stop, changes)
-        self._pins.append((start, stop))
+        self, lookup: Lookup, area: Area, pages: Sequence[HostPage], pin: Pin, changes: list[Change]
+    ) -> bool:
+        """Map what was pinned and keep it mapped, unless the process has something else there by now.
+        ENOMEM.
+        """
+        if lookup.stale(area.hva_of(pin.start), area.hva_of(pin.end)):
+            return False
+        self.put(area, [_part(area, page, pin) for page in pages], pin.start, pin.end, changes)
+        self._pins.append(pin)
+        return True
 
     async def _unpin(self, iova: int, size: int) -> None:
         """Of each page one pin, as they were made; one that the host has elsewhere by now goes."""
         at = iova
-        while (span := next((s for s in self._pins if s[0] == at and s[1] <= iova + size), None)) is not None:
-            self._pins.remove(span)
+        end = iova + size
+        while (pin := next((p for p in self._pins if p.start == at and p.end <= end), None)) is not None:
+            self._pins.remove(pin)
             area = self.ioas.areas.at(at)
             assert area is not None, "pins go with their area"
-            await self.give_up(self.take_unpinned([span]))
-            await self._unpin_pages(area, *span)
-            at = span[1]
+            await self.give_up(self.take_unpinned([(pin.start, pin.end)]))
+            await self._let_go(area, pin)
+            at = pin.end
 
-    async def _unpin_pages(self, area: Area, start: int, end: int) -> None:
-        self.ioas.counts.pinned_pages -= end - start >> PAGE_SHIFT
+    async def _let_go(self, area: Area, pin: Pin) -> None:
+        self.ioas.counts.pinned_pages -= pin.end - pin.start >> PAGE_SHIFT
         with suppress(UapiError):  # the host is gone
-            await self.ioas.live_host.unpin(area.hva_of(start), end - start)
+            await self.ioas.live_host.unpin(area.hva_of(pin.start), pin.end - pin.start, area=pin.number)
 
     def _is_pinned(self, iova: int) -> bool:
-        return any(start <= iova < end for start, end in self._pins)
+        return any(pin.start <= iova < pin.end for pin in self._pins)
 
 
-def _part(area: Area, page: HostPage, start: int, stop: int) -> HostPage:
+def _part(area: Area, page: HostPage, pin: Pin) -> HostPage:
     """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
-    first, last = max(page.hva, area.hva_of(start)), min(page.end, area.hva_of(stop))
+    first, last = max(page.hva, area.hva_of(pin.start)), min(page.end, area.hva_of(pin.end))
     return HostPage(first, page.hpa + first - page.hva, last - first, page.writable)

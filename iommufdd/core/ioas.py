@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
 from iommufdd.core.area import ULONG_MAX, Area, Areas, check_memory
@@ -43,6 +44,11 @@ class Ioas(Object):
         self.host: HostMemory | None = None
         self._bus = memory
         self._memory = 0
+        self._numbers = count(1)
+
+    def new_number(self) -> int:
+        """Whose pins they are, as the host is told."""
+        return next(self._numbers)
 
     # -- areas -----------------------------------------------------------------------------------------
 
@@ -62,7 +68,7 @@ class Ioas(Object):
             if self.host is None:
                 self.host, self._memory = await connect()
                 self.mm = mm
-            await self.enter(Area(iova, size, hva, writable))
+            await self.enter(Area(self.new_number(), iova, size, hva, writable))
         return iova
 
     async def unmap(self, iova: int, size: int) -> int:
@@ -183,7 +189,7 @@ class Ioas(Object):
         at = area.iova
         try:
             while at < area.end:
-                found = await host.pin(area.hva_of(at), area.end - at, write=area.writable)
+                found = await host.pin(area.hva_of(at), area.end - at, write=area.writable, area=area.number)
                 start, at = at, min(area.iova_of(found.end), area.end)
                 self.counts.pinned_pages += at - start >> PAGE_SHIFT
                 for hwpt in self.hwpts:
@@ -202,7 +208,7 @@ class Ioas(Object):
             await hwpt.give_up([hwpt.take(area.iova, area.end)])
         if end > area.iova:
             with suppress(UapiError):  # the host is gone
-                await self.live_host.unpin(area.hva, end - area.iova)
+                await self.live_host.unpin(area.hva, end - area.iova, area=area.number)
             self.counts.pinned_pages -= end - area.iova >> PAGE_SHIFT
 
     @property

@@ -144,7 +144,7 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
 
 def _on(ioas: Ioas, domain: Domain, app: App, table: IoPageTable) -> HwptPaging:
     if isinstance(ioas, IoasOnDemand):
-        return HwptMirror(domain, app.silicon, ioas, table)
+        return HwptMirror(domain, app.silicon, ioas, table, app.settings.premap_pages)
     return HwptPaging(domain, app.silicon, ioas, table)
 
 

@@ -57,7 +57,6 @@ def _tables_by_owner(vm: Kvm) -> dict[str, int]:
     """`table_pages.<owner>.<level>`: by who walks them, and the level of their entries."""
     found: Counter[str] = Counter()
     for root in vm.mmu.roots:
-        owner = "shared" if root.exported else "cpu"
         for level in range(1, root.role.level + 1):
-            found[f"table_pages.{owner}.{level}"] += root.tables_at[level]
+            found[f"table_pages.{root.owner}.{level}"] += root.tables_at[level]
     return found

@@ -30,11 +30,12 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     "qi_messages": ("unit.invalidation_messages",),
     "iotlb_invalidations": ("unit.iotlb_invalidations",),
     "devtlb_invalidations": ("unit.devtlb_invalidations",),
-    # One each: a group of page requests and its response, a fault to who resolves it, a note, an invalidation
-    # to who keeps the table walked, and what that one tells the unit.
+    # One each: a group of page requests and its response, a fault to who resolves it, a note and the look it
+    # is worth, an invalidation to who keeps the table walked, and what that one tells the unit.
     "messages": (
         *("device.page_request_groups", "iommu.responses", "vm.io_pf_taken", "kvmd.memory.hmm_faults"),
-        *("vm.notes", "hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_messages"),
+        *("vm.notes", "iommu.notes", "-iommu.notes_lost"),
+        *("hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_messages"),
     ),
     "pages_pinned": ("kvmd.memory.pages_pinned",),
     "pages_allocated": ("kvmd.memory.pages_allocated",),

@@ -62,6 +62,7 @@ class Rig:
     device: VfioDevice | None = None
     device_id: int = 0
     hwpt_id: int = 0
+    ioas_id: int = 0
     portal: Portal | None = None
     queue: IdxdWorkQueue | None = None
     extra: list[File | Portal] = field(default_factory=list)

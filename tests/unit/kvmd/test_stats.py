@@ -30,6 +30,8 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "importers": 1,
         "ept_violations": 4,
         "fault_retries": 0,
+        "notes": 0,
+        "notes_dropped": 0,
         "remote_tlb_flush": 1,
         "pf_mmio_spte_created": 1,
         "tlb_flush": 1,
