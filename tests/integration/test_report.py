@@ -64,10 +64,7 @@ def shown(dom: str) -> str:
 
 
 def test_the_figures_of_the_json_are_in_the_document(dom: str, comparison: Comparison) -> None:
-    section = {
-        name: text
-        for name, text in re.findall(r'<section id="([^"]+)">(.*?)</section>', shown(dom), re.DOTALL)
-    }
+    section = dict(re.findall(r'<section id="([^"]+)">(.*?)</section>', shown(dom), re.DOTALL))
     assert list(section) == [workload.workload for workload in comparison.workloads]
     for workload in comparison.workloads:
         cells = re.findall(r"<td>([^<]*)", section[workload.workload])
