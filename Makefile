@@ -13,7 +13,9 @@ else
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test rfc check bench compose lock dask clean venv venv-dev venv-bench venv-dask
+BROWSERS := chromium chromium-browser google-chrome
+
+.PHONY: help demo test rfc check bench comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -36,6 +38,16 @@ check: venv-dev ## ruff, formatting, mypy
 
 bench: venv-bench ## each figure with its limit and its rivals
 	$(BIN)/python -m bench
+
+comparison: venv ## all designs on all workloads, into docs/results/comparison.*
+	$(BIN)/qemu-shim compare --docs docs/results
+
+browser: ## Debian's chromium, if there is no browser: the report is tested in a real one
+	@for name in $(BROWSERS); do command -v "$$name" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "make browser: no $(firstword $(BROWSERS)); as root: apt-get install chromium" >&2; exit 1; \
+	fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium
 
 compose: ## the same demo in four containers
 	$(COMPOSE) build

@@ -44,6 +44,7 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         stats[f"{prefix}_fixed"] = taken[Result.FIXED] + taken[Result.FAST]
         stats[f"{prefix}_fast"] = taken[Result.FAST]
         stats[f"{prefix}_spurious"] = taken[Result.SPURIOUS]
+        stats[f"{prefix}_major"] = vm.tallies[source].major
         emulated = sum(taken[result] for result in EMULATED) if source is Source.VCPU else 0
         if source is Source.VCPU:  # for a device what only KVM could emulate has failed
             stats["pf_emulate"] = emulated
@@ -56,7 +57,6 @@ def _tables_by_owner(vm: Kvm) -> dict[str, int]:
     """`table_pages.<owner>.<level>`: by who walks them, and the level of their entries."""
     found: Counter[str] = Counter()
     for root in vm.mmu.roots:
-        owner = "shared" if root.exported else "cpu"
         for level in range(1, root.role.level + 1):
-            found[f"table_pages.{owner}.{level}"] += root.tables_at[level]
+            found[f"table_pages.{root.owner}.{level}"] += root.tables_at[level]
     return found

@@ -142,7 +142,7 @@ class TdpMmu(TdpLog):
             writable=writable,
             ad_enabled=ad_enabled,
             accessed=accessed,
-            executable=goal == LEVEL_4K or not self.nx_huge_pages,
+            executable=goal == LEVEL_4K or root.role.iommu or not self.nx_huge_pages,
         )
         return self._store_leaf(root, at, gfn, goal, leaf)
 
@@ -229,9 +229,9 @@ class TdpMmu(TdpLog):
         root.leaves[met.level] -= 1
 
     def age_leafs(self, span: GfnSpan) -> bool:
-        """Mark every leaf that overlaps `span` as not used.  Whether one was, and so whether to flush."""
+        """Mark leaves of CPUs that overlap `span` as not used.  Whether one was, and so whether to flush."""
         young = False
-        for root in self.roots:
+        for root in self._aged_roots():
             for met in self._leaves(root, span):
                 if is_young(met.entry) and not self._is_kept(root, met.gfn):
                     self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
@@ -239,7 +239,10 @@ class TdpMmu(TdpLog):
         return young
 
     def has_young(self, span: GfnSpan) -> bool:
-        return any(is_young(met.entry) for root in self.roots for met in self._leaves(root, span))
+        return any(is_young(met.entry) for root in self._aged_roots() for met in self._leaves(root, span))
+
+    def _aged_roots(self) -> list[Root]:
+        return [root for root in self.roots if not root.role.iommu]
 
     def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BUDGET) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many; it stops at
@@ -269,10 +272,10 @@ class TdpMmu(TdpLog):
                     self._writer.store64(met.at, bits.EMPTY)
 
     def write_protect(self, gfn: Gfn, as_id: int) -> bool:
-        """Nobody writes `gfn`, and no short way gives the right back.  Whether to flush."""
+        """No CPU writes `gfn`, and no short way gives the right back.  Whether to flush."""
         changed = False
         for root in self.roots:
-            if root.role.as_id == as_id:
+            if root.role.as_id == as_id and not root.role.iommu:
                 for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
                     changed |= self._protect_leaf(root, met, gfn)
         return changed

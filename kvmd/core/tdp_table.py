@@ -4,7 +4,7 @@ What everybody who changes a TDP shares [RFC 35/42]: `tdp_log` and `tdp_mmu` are
 plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare-and-exchange.
 
 Invariants with their home here: I16 a root's counters equal its table; I18 a table page is linked once.
-I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
+I23 no entry of an IOMMU's root asks for a fault.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root."""
+    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root.
+
+    `iommu`, the model's [RFC review]: devices alone walk it, so what KVM does to an entry to hear of the next
+    access is not done to it (I23): the access would be an IO page fault, dearer than what it tells.
+    """
 
     level: Level
     as_id: int
     ad_enabled: bool
+    iommu: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +47,7 @@ class Root:
     exported: bool = False
     invalid: bool = False
     dismantled: bool = False  # nothing is below it any more
+    stale: bool = False  # what was cached of it is not right any more, and nobody was told so far
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables_at: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0, 0])  # by the level of their entries
     nx_split: dict[tuple[Level, Gfn], Hpa] = field(default_factory=dict)  # tables only a fetch asked for
@@ -53,6 +59,11 @@ class Root:
     @property
     def tables(self) -> int:
         return sum(self.tables_at)
+
+    @property
+    def owner(self) -> str:
+        """Whose tables they are, for those who count."""
+        return "iommu" if self.role.iommu else "shared" if self.exported else "cpu"
 
     @property
     def everything(self) -> GfnSpan:
@@ -102,6 +113,10 @@ class TdpTable:
         """Roots of an address space that somebody may still walk into new faults."""
         return [root for root in self.roots if root.role.as_id == as_id and not root.invalid]
 
+    def cpu_roots(self, as_id: int) -> list[Root]:
+        """Those that CPUs walk, alone or with devices: what logging and tracking protect."""
+        return [root for root in self.roots_of(as_id) if not root.role.iommu]
+
     # -- storing ---------------------------------------------------------------------------------------
 
     def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
@@ -109,6 +124,8 @@ class TdpTable:
         if self.keep:
             self._check_kept(root, gfn, level, old, new)
         self._writer.store64(at, new)
+        if old & ~new & bits.RWX or (old and (old ^ new) & bits.ADDRESS_MASK):
+            root.stale = True
         root.record.store(gfn, level, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))

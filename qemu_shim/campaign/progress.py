@@ -1,40 +1,52 @@
-"""How far a campaign is, on standard error: a bar on a terminal, else a line a point."""
+"""How far a campaign or a comparison is, on standard error: a bar on a terminal, else a line a point.
+
+rich would draw the bar, but structlog imports rich where it is installed, which costs the start of every
+daemon some 70 ms (docs/decisions/0012).
+"""
 
 from __future__ import annotations
 
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import sys
+from typing import TextIO
 
 from qemu_shim.campaign.point import point_of
 from qemu_shim.compare.run import Run
 
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+LENGTH = 30
+NAME_MAX = 60
+ERASE = "\r\x1b[2K"
 
 
 class Shown:
     """Called with each run as it ends; `done` of `total` there already were."""
 
-    def __init__(self, done: int, total: int) -> None:
+    def __init__(self, done: int, total: int, file: TextIO | None = None) -> None:
         self._done = done
         self._total = total
-        self._console = console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._bar = Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("campaign", total=total, completed=done)
+        self._file = file or sys.stderr
+        self._bar = self._file.isatty()
 
     def __enter__(self) -> Shown:
-        self._bar.start()
+        self._draw("")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._write(ERASE)
 
     def __call__(self, run: Run) -> None:
         self._done += 1
         how = f"FAILED: {run.problems[0]}" if run.problems else "ok"
-        if run.problems or not self._console.is_terminal:
-            self._console.print(f"[{self._done}/{self._total}] {point_of(run).key}: {how}")
-        self._bar.update(self._task, completed=self._done, description=f"{run.workload} {run.design}")
+        if run.problems or not self._bar:
+            self._write(f"{ERASE * self._bar}[{self._done}/{self._total}] {point_of(run).key}: {how}\n")
+        self._draw(f"{run.workload} {run.design}")
+
+    def _draw(self, name: str) -> None:
+        if self._bar:
+            full = LENGTH * self._done // max(self._total, 1)
+            bar = "█" * full + "░" * (LENGTH - full)
+            self._write(f"{ERASE}{bar} {self._done}/{self._total} {name:.{NAME_MAX}}")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from pydantic import ValidationError
 
+from qemu_shim.campaign.point import Point
+from qemu_shim.campaign.progress import Shown
+from qemu_shim.campaign.runner import Interrupted, run_points
 from qemu_shim.compare.costs import CostError, read_costs
-from qemu_shim.compare.documents import write_documents
+from qemu_shim.compare.documents import DocumentError, check_document, write_documents
 from qemu_shim.compare.figures import compare
-from qemu_shim.compare.play import play_all
 from qemu_shim.compare.report import render
-from qemu_shim.compare.run import Run
 from qemu_shim.compare.schema import Comparison
-from qemu_shim.compare.table import show
+from qemu_shim.compare.table import as_text
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
@@ -34,25 +34,36 @@ class UsageError(Exception):
 
 def main(options: argparse.Namespace) -> int:
     try:
-        costs = read_costs(options.costs)
-        points = [
-            (workload, design, options.seed)
-            for workload in chosen(options.workloads, WORKLOADS, "workload")
-            for design in chosen((options.designs or "").split(","), DESIGNS, "design")
-        ]
         check_writable(options)
+        comparison = read(options.source) if options.source else measured(options)
     except (UsageError, CostError) as error:
         print(f"qemu-shim compare: {error}", file=sys.stderr)
         return EXIT_USAGE
-    try:
-        runs = list(with_progress(play_all(points, options.jobs), len(points)))
-    except KeyboardInterrupt:
+    except Interrupted:
         print("interrupted: every daemon was stopped, nothing is left", file=sys.stderr)
         return EXIT_INTERRUPTED
-    comparison = compare(runs, costs, command_of(options))
-    show(comparison, Console())
-    write(comparison, options)
+    write(comparison, options)  # first: whoever reads the table may stop reading
+    print(as_text(comparison))
     return EXIT_FAILED if failed(comparison) else 0
+
+
+def measured(options: argparse.Namespace) -> Comparison:
+    costs = read_costs(options.costs)
+    points = [
+        Point.of(workload, design, options.seed)
+        for workload in chosen(options.workloads, WORKLOADS, "workload")
+        for design in chosen((options.designs or "").split(","), DESIGNS, "design")
+    ]
+    with Shown(0, len(points)) as shown:
+        runs = run_points(points, options.jobs, shown)
+    return compare(runs, costs, command_of(options))
+
+
+def read(path: Path) -> Comparison:
+    try:
+        return Comparison.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def chosen(names: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
@@ -68,8 +79,11 @@ def check_writable(options: argparse.Namespace) -> None:
     for path in (options.json, options.report):
         if path is not None and not path.resolve().parent.is_dir():
             raise UsageError(f"{path}: its directory does not exist")
-    if options.docs is not None and not options.docs.is_dir():
-        raise UsageError(f"{options.docs}: no such directory")
+    if options.docs is not None:
+        try:
+            check_document(options.docs)
+        except (OSError, DocumentError) as error:
+            raise UsageError(f"{options.docs}: {error}") from error
 
 
 def command_of(options: argparse.Namespace) -> str:
@@ -80,19 +94,6 @@ def command_of(options: argparse.Namespace) -> str:
     if options.costs:
         parts += ["--costs", str(options.costs)]
     return " ".join([*parts, "--seed", str(options.seed)])
-
-
-def with_progress(runs: Iterable[Run], total: int) -> Iterator[Run]:
-    """A bar on a terminal, a line a run elsewhere; both on stderr."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("comparing", total=total)
-        for number, run in enumerate(runs, 1):
-            progress.update(task, completed=number, description=f"{run.workload} {run.design}")
-            if not console.is_terminal:
-                print(f"{number}/{total} {run.workload} {run.design}", file=sys.stderr, flush=True)
-            yield run
 
 
 def write(comparison: Comparison, options: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,15 @@ def add_compare(commands: Any, bounded: Any) -> None:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="default: all of them")
     parser.add_argument("--designs", metavar="A,B", help="default: all of them")
     parser.add_argument("--seed", type=bounded(0, SEED_MAX), default=1, metavar="N")
-    parser.add_argument("--jobs", type=bounded(1, JOBS_MAX), default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument("--jobs", type=bounded(1, JOBS_MAX), metavar="N", help="default: one a core")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="TOML: constants of the cost model")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="show the figures that --json wrote; nothing is run",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one HTML file that needs no other")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write comparison.json, .html and .md there")

@@ -117,7 +117,7 @@ def _workload(workload: WorkloadFigures, comparison: Comparison, kinds: Sequence
     params = [f"seed {workload.seed}", *(f"{name} {value}" for name, value in workload.params.items())]
     notes = [
         *(f"{number}. {design} refused: {text}" for number, design, text in refusals_of(workload)),
-        *(f"INVARIANT BROKEN, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
+        *(f"FAILED, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
         *(f"{change_text(change, comparison.costs)}." for change in workload.changes),
     ]
     return {
@@ -126,7 +126,7 @@ def _workload(workload: WorkloadFigures, comparison: Comparison, kinds: Sequence
         "notes": notes,
         "matrix": _matrix(workload, kinds),
         "figures": _figures(workload, comparison),
-        "values": _values(workload),
+        "every_figure": _values(workload),
     }
 
 

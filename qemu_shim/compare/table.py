@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from qemu_shim.compare.rows import change_text, refusals_of, rows_of
 from qemu_shim.compare.schema import Comparison, WorkloadFigures
 
 WIDTH = 100
-INDENT = (0, 0, 0, 2)
+INDENT = "  "
+GAP = "  "
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def show(comparison: Comparison, console: Console) -> None:
-    for workload in comparison.workloads:
-        console.print(_block(workload, comparison), width=min(WIDTH, console.width), soft_wrap=False)
-    assumed = [cost.name for cost in comparison.costs if not cost.source]
-    console.print(
-        Text(f"Times are modelled (--costs FILE). Constants without a source: {', '.join(assumed)}."),
-        width=min(WIDTH, console.width),
-    )
+def as_text(comparison: Comparison) -> str:
+    lines = [line for workload in comparison.workloads for line in (*_block(workload, comparison), "")]
+    assumed = ", ".join(cost.name for cost in comparison.costs if not cost.source)
+    lines += _wrapped(f"Times are modelled (--costs FILE). Constants without a source: {assumed}.")
+    return "\n".join(lines)
 
 
-def _block(workload: WorkloadFigures, comparison: Comparison) -> RenderableType:
+def _block(workload: WorkloadFigures, comparison: Comparison) -> Iterator[str]:
     refusals = refusals_of(workload)
-    table = Table(box=None, padding=(0, 1), pad_edge=False, show_edge=False)
-    table.add_column("", no_wrap=True)
-    for figures in workload.designs:
-        marks = " ".join(_raised(number) for number, design, _ in refusals if design == figures.design)
-        heading = Text(figures.design, "bold") + Text(marks)
-        table.add_column(heading, justify="right")
-    for label, cells in rows_of(workload):
-        table.add_row(label, *cells)
     params = [f"seed {workload.seed}", *(f"{name} {value}" for name, value in workload.params.items())]
-    notes = [
-        *(f"{_raised(number)} {design} refused: {text}" for number, design, text in refusals),
-        *(f"INVARIANT BROKEN, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
-        *(change_text(change, comparison.costs) for change in workload.changes),
+    yield from _wrapped(f"{workload.workload}: {', '.join(params)}")
+    heads = [
+        it.design + " ".join(_raised(number) for number, design, _ in refusals if design == it.design)
+        for it in workload.designs
     ]
-    return Group(
-        Text(workload.workload, "bold") + Text(f"  {', '.join(params)}", "not bold"),
-        Padding(table, INDENT),
-        *(Padding(note, INDENT) for note in map(Text, notes)),
-        "",
-    )
+    rows = list(rows_of(workload))
+    yield from _aligned([label for label, _ in rows], heads, [cells for _, cells in rows])
+    for number, design, text in refusals:
+        yield from _wrapped(f"{_raised(number)} {design} refused: {text}", INDENT)
+    for it in workload.designs:
+        for problem in it.problems:
+            yield from _wrapped(f"FAILED, {it.design}: {problem}", INDENT)
+    for change in workload.changes:
+        yield from _wrapped(change_text(change, comparison.costs), INDENT)
 
 
 def _raised(number: int) -> str:
     return str(number).translate(SUPERSCRIPTS)
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + INDENT) or [""]
+
+
+def _aligned(labels: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns that find no room beside the others follow below them."""
+    first = max(map(len, labels), default=0)
+    columns = list(zip(heads, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    while columns:
+        number, room = 0, WIDTH - len(INDENT) - first
+        while number < len(columns) and (room := room - len(GAP) - widths[number]) >= 0:
+            number += 1
+        number = max(number, 1)
+        for label, *cells in zip(["", *labels], *columns[:number], strict=True):
+            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+            yield f"{INDENT}{label:<{first}}{GAP}{GAP.join(padded)}".rstrip()
+        columns, widths = columns[number:], widths[number:]

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from protocol.hw.dsa import Opcode, Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.workloads.context import Context, DmaFailed, Guest
+from qemu_shim.workloads.context import Context, Guest
 
 RUN = 8
 WORD_BYTES = 8
-EQUAL = 0
 _BATCH = MIB // PAGE_SIZE  # pages of one message
 
 
@@ -37,18 +35,20 @@ class Contents:
     async def cpu_writes(self, gpas: Sequence[int]) -> None:
         for run in _runs(gpas):
             self._choose(run)
+        await self._after_the_cpu()
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
             await self._guest.machine.cpu.access([(gpa, _page_of(self.words[gpa])) for gpa in some])
 
     async def device_writes(self, gpas: Sequence[int]) -> None:
-        await self._device_is_next()
+        await self._after_the_cpu()
         for run in _runs(gpas):
             self._choose(run)
             await self._guest.fill(run[0], len(run) * PAGE_SIZE, self.words[run[0]])
 
     async def cpu_reads(self, gpas: Sequence[int]) -> None:
+        await self._after_the_cpu()
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
@@ -61,21 +61,17 @@ class Contents:
 
     async def device_reads(self, gpas: Sequence[int]) -> None:
         """By comparing with what must be there."""
-        await self._device_is_next()
+        await self._after_the_cpu()
         for run in _runs(gpas, self.words):
             word = self.words[run[0]]
-            record = await self._guest.queue.run(
-                Opcode.COMPVAL, src=run[0], dst=word, size=len(run) * PAGE_SIZE
-            )
-            if record.status is not Status.SUCCESS:
-                raise DmaFailed(f"read of gpa {run[0]:#x}: {record.status.name} at {record.fault_addr:#x}")
-            self._ctx.expect(record.result == EQUAL, f"the device does not read {word:#x} at gpa {run[0]:#x}")
+            equal = await self._guest.holds(run[0], len(run) * PAGE_SIZE, word)
+            self._ctx.expect(equal, f"the device does not read {word:#x} at gpa {run[0]:#x}")
 
-    async def _device_is_next(self) -> None:
-        """What others are told of the CPU's faults has arrived, or counts would depend on who is faster."""
+    async def _after_the_cpu(self) -> None:
+        """What others are told of its faults has arrived, or counts would depend on who is faster."""
         if self._cpu_was_last:
             await self._ctx.quiet()
-            self._cpu_was_last = False
+        self._cpu_was_last = False
 
     def _choose(self, run: Sequence[int]) -> None:
         self.words.update(dict.fromkeys(run, self._ctx.chance.getrandbits(8 * WORD_BYTES)))

@@ -13,8 +13,8 @@ from random import Random
 from typing import Any, TypeVar
 
 from protocol.errors import UapiError
-from protocol.hw.dsa import CompletionRecord, Status
-from protocol.units import MIB, PAGE_SIZE, Gpa
+from protocol.hw.dsa import CompletionRecord, Opcode, Status
+from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.compare.run import Refusal, Run, Sample
 from qemu_shim.designs import Design, Refused
 from qemu_shim.guest.idxd import IdxdWorkQueue
@@ -22,8 +22,9 @@ from qemu_shim.machine import Host, Machine, MachineConfig, machine
 from qemu_shim.workloads.recorder import Recorder
 
 T = TypeVar("T")
-KERNEL_BYTES = MIB
-DRIVER_PAGES = 16
+KERNEL_BYTES = 256 * KIB  # the guest's
+DRIVER_PAGES = 16  # and its driver's, at most
+EQUAL = 0  # the result of a comparison
 
 
 @dataclass(slots=True)
@@ -49,6 +50,12 @@ class Guest:
     async def copy(self, dst: int, src: int, size: int = PAGE_SIZE) -> None:
         """The device reads and writes."""
         _check(await self.queue.memmove(dst, src, size), f"copy to gpa {dst:#x}")
+
+    async def holds(self, gpa: int, size: int, pattern: int) -> bool:
+        """The device reads, and compares."""
+        record = await self.queue.run(Opcode.COMPVAL, src=gpa, dst=pattern, size=size)
+        _check(record, f"read of gpa {gpa:#x}")
+        return record.result == EQUAL
 
 
 def _check(record: CompletionRecord, what: str) -> None:

@@ -84,7 +84,8 @@ def chunks(process: Process, hva: int, size: int, chunk_pages: int) -> list[Chun
 class Reclaim:
     """Keeps what the chunks have resident at `limit` pages or less."""
 
-    def __init__(self, over: Iterable[Chunk], limit: int) -> None:
+    def __init__(self, ctx: Context, over: Iterable[Chunk], limit: int) -> None:
+        self._ctx = ctx
         self.swapped = 0
         self._chunks = list(over)
         self._limit = limit
@@ -92,6 +93,7 @@ class Reclaim:
 
     async def balance(self) -> int:
         """How many pages are resident then."""
+        await self._ctx.quiet()
         resident = {chunk: pages for chunk in self._chunks if (pages := await chunk.resident())}
         total = sum(resident.values())
         if total <= self._limit:

@@ -27,19 +27,20 @@ async def play(ctx: Context) -> None:
 async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
     owned = [guest.pages(ctx.params["pages"]) for guest in guests]
     contents = [Contents(ctx, guest) for guest in guests]
-    reclaim = Reclaim([chunk for guest in guests for chunk in _chunks(ctx, guest)], limit)
+    reclaim = Reclaim(ctx, [chunk for guest in guests for chunk in _chunks(ctx, guest)], limit)
     for held, pages in zip(contents, owned, strict=True):
         await held.device_writes(pages[:1])
-        held.zeroed(pages[1:])
     await ctx.step("first dma")
     for guest in guests:
-        await guest.touch(range(0, KERNEL_BYTES, PAGE_SIZE))
-        await reclaim.balance()
+        for some in _windows(ctx, list(range(0, KERNEL_BYTES, PAGE_SIZE))):
+            await guest.touch(some)
+            await reclaim.balance()
     await ctx.step("kernels boot")
     for turn in range(ctx.params["turns"]):
         busy = turn % VMS
         for some in _windows(ctx, owned[busy]):
-            await contents[busy].device_reads(some)
+            if turn >= VMS:
+                await contents[busy].device_reads(some)
             await contents[busy].device_writes(some[: len(some) // 2])
             await contents[busy].cpu_writes(some[len(some) // 2 :])
             resident = await reclaim.balance()
@@ -67,10 +68,10 @@ WORKLOAD = Workload(
     summary="two VMs, two devices, and frames for little more than one of them",
     play=play,
     params={
-        "pages": Param(512, 32, 1 << 16, "pages that each VM uses"),
+        "pages": Param(256, 32, 1 << 16, "pages that each VM uses"),
         "room": Param(110, 105, 190, "per cent of one VM's memory that the host has for both"),
         "window": Param(32, 8, 512, "pages that are used between two looks of the host"),
-        "turns": Param(4, 1, 1000, "times a VM is busy while the other sleeps"),
+        "turns": Param(4, VMS, 1000, "times a VM is busy while the other sleeps"),
     },
     options={**OPTIONS, "device_sim": ("--devices", str(VMS))},
 )

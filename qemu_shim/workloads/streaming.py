@@ -27,7 +27,7 @@ async def _sweep_all(ctx: Context, guest: Guest, limit: int) -> None:
     every = guest.pages(pages)
     windows = [every[at : at + window] for at in range(0, pages, window)]
     over = chunks(guest.machine.process, guest.machine.hva_of(every[0]), pages * PAGE_SIZE, window)
-    reclaim = Reclaim(over, limit)
+    reclaim = Reclaim(ctx, over, limit)
     contents = Contents(ctx, guest)
     await contents.device_writes(every[:1])
     await ctx.step("first dma")
