@@ -11,6 +11,7 @@ from protocol.rpc.socket import connect
 from protocol.uapi import names
 from qemu_shim.device_client import Portal
 from qemu_shim.file import File
+from qemu_shim.kvm_client import Vm
 from qemu_shim.process import Process
 
 
@@ -55,6 +56,58 @@ class Iommu(File):
         )
         hwpt_id: int = reply.body["out_hwpt_id"]
         return hwpt_id
+
+    async def hwpt_alloc(self, dev_id: int, ioas_id: int) -> int:
+        """IOMMU_HWPT_ALLOC on an IOAS: what is mapped there is the HWPT's table, or comes on demand."""
+        reply = await self.ask(
+            "IOMMU_HWPT_ALLOC",
+            dev_id=dev_id,
+            pt_id=ioas_id,
+            data_type=names.IOMMU_HWPT_DATA_NONE,
+            data_len=0,
+            data_uptr=None,
+        )
+        hwpt_id: int = reply.body["out_hwpt_id"]
+        return hwpt_id
+
+    async def ioas_alloc(self, *, on_demand: bool = False) -> int:
+        flags = names.IOMMU_IOAS_ON_DEMAND if on_demand else 0
+        ioas_id: int = (await self.ask("IOMMU_IOAS_ALLOC", flags=flags)).body["out_ioas_id"]
+        return ioas_id
+
+    async def ioas_map(
+        self,
+        ioas_id: int,
+        process: Process,
+        user_va: int,
+        length: int,
+        iova: int | None = None,
+        *,
+        readable: bool = True,
+        writable: bool = True,
+    ) -> int:
+        """Map memory of `process` at `iova`, or where there is room; the iova."""
+        flags = readable * names.IOMMU_IOAS_MAP_READABLE | writable * names.IOMMU_IOAS_MAP_WRITEABLE
+        if iova is not None:
+            flags |= names.IOMMU_IOAS_MAP_FIXED_IOVA
+        body = {"flags": flags, "ioas_id": ioas_id, "user_va": user_va, "length": length, "iova": iova or 0}
+        mapped: int = (await self.ask("IOMMU_IOAS_MAP", [process.dup()], **body)).body["iova"]
+        return mapped
+
+    async def ioas_unmap(self, ioas_id: int, iova: int, length: int) -> int:
+        """The bytes unmapped."""
+        reply = await self.ask("IOMMU_IOAS_UNMAP", ioas_id=ioas_id, iova=iova, length=length)
+        unmapped: int = reply.body["length"]
+        return unmapped
+
+    async def iova_ranges(self, ioas_id: int) -> list[tuple[int, int]]:
+        """(first, last) of what may be mapped."""
+        reply = await self.ask("IOMMU_IOAS_IOVA_RANGES", ioas_id=ioas_id)
+        return [(start, last) for start, last in reply.body["allowed_iovas"]]
+
+    async def follow_kvm(self, ioas_id: int, vm: Vm) -> None:
+        """Map into an IOAS on demand what the VM's vCPUs fault in."""
+        await self.ask("IOMMU_IOAS_FOLLOW_KVM", [vm.dup()], ioas_id=ioas_id)
 
     async def destroy(self, object_id: int) -> None:
         await self.ask("IOMMU_DESTROY", id=object_id)

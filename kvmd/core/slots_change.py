@@ -19,9 +19,11 @@ from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
 from kvmd.core.pinning import Pinning
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tdp_table import Root
 from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
+from protocol.units import GfnSpan
 
 # Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
 MAX_BITMAP_BYTES = 1 << 30
@@ -62,12 +64,15 @@ class SlotsChange:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not Change.NONE:
                 new = self._bind(region, new)
+            refusal = self._refusal(change, new)
             try:
                 if change in (Change.DELETE, Change.MOVE) and old is not None:
                     self.going = old
-                    pages = self._pinning.forget(old)
+                    pages = [] if refusal else self._pinning.forget(old)
                     await self.zap_all_fast()
                     self._pinning.put(pages)
+                if refusal is not None:
+                    raise refusal
                 if change is not Change.NONE:
                     new = self._commit(change, old, new)
             finally:
@@ -84,17 +89,25 @@ class SlotsChange:
         binding = region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
         return replace(new, private=binding)
 
+    def _refusal(self, change: Change, new: Memslot | None) -> UapiError | None:
+        """The last checks.  A move that fails them zaps everything all the same, as the kernel's does, but
+        for what is pinned: its slot stays, and so do its pins (pinning rule b).
+        """
+        if new is None or change is Change.NONE:
+            return None
+        try:
+            self._check_room(new)
+            if change is not Change.FLAGS_ONLY:
+                self._slots.check_limit(new)
+        except UapiError as error:
+            if new.private is not None:
+                new.private.unbind()
+            return error
+        return None
+
     def _commit(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
-        """The last checks, then the new slots, in one step.  A move refused here has zapped everything."""
+        """The new slots, in one step."""
         if new is not None:
-            try:
-                self._check_room(new)
-                if change is not Change.FLAGS_ONLY:
-                    self._slots.check_limit(new)
-            except UapiError:
-                if new.private is not None:
-                    new.private.unbind()
-                raise
             new = replace(new, dirty=self._dirty_log.bitmap_for(old, new))
         self._slots.replace(old, new)
         self._replaced(change, old)
@@ -110,14 +123,21 @@ class SlotsChange:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
     async def zap_all_fast(self) -> None:
-        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].  Under the slots_lock."""
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42]; of the IOMMU's own only
+        those of the slot that goes.  Under the slots_lock."""
         unflushed = self._mmu.invalidate_roots()
         obsolete = [root for root in self._mmu.roots if root.invalid and not root.dismantled]
         for exported in list(self._exported.values()):
             root = exported.root
-            await self._zapper.zap([root.everything], [root], unflushed=unflushed)
-            unflushed = False
+            lost = self._gone_from(root) if root.role.iommu else [root.everything]
+            if lost:
+                await self._zapper.zap(lost, [root], unflushed=unflushed)
+                unflushed = False
         if unflushed:
             await self._flusher.flush(None)
         await self._flusher.drain()
         await self._zapper.dismantle(obsolete)
+
+    def _gone_from(self, root: Root) -> list[GfnSpan]:
+        going = self.going
+        return [going.span] if going is not None and going.as_id == root.role.as_id else []

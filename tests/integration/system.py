@@ -186,9 +186,9 @@ def system(options: Options | None = None, kvmd: Path | None = None, *names: str
             made.stop()
 
 
-def until(holds: Callable[[], bool], what: str | Callable[[], str]) -> None:
+def until(holds: Callable[[], bool], what: str | Callable[[], str], patience: float = PATIENCE_S) -> None:
     """Wait until it holds; fail with `what` if it never does."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience
     while not holds():
         assert time.monotonic() < deadline, f"never: {what if isinstance(what, str) else what()}"
         time.sleep(POLL_S)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvmd.core.exits import ExitReason
+from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Kind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
@@ -31,6 +32,7 @@ from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import is_free
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
+from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 from tests.unit.kvmd.world import RW, World
@@ -125,8 +127,8 @@ class SleepyMm:
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
 
-    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        page = await self._rig.world.mm.get_user_page(hva, write=write)
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+        page = await self._rig.world.mm.get_user_page(hva, write=write, tally=tally)
         self._rig.while_asleep(page)
         return page
 
@@ -135,9 +137,9 @@ class SleepyMm:
 
 
 class Rig:
-    """The core, what drives it, and what the guest should see."""
+    """The core, what drives it, and what the guest should see.  `own`: the exported root is the IOMMU's."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, own: bool = False) -> None:
         self.random = Random(seed)
         self.world = World(seq_start=self.random.choice((0, 2**32 - 3, 2**64 - 3)))
         self.world.flows = self.flows = AnyOrder(self.random)
@@ -148,6 +150,8 @@ class Rig:
         self.generation: Counter[int] = Counter()
         self._watch_pool()
         self.vcpus: list[Vcpu] = [self.world.vcpu(i) for i in range(2)]
+        if own:
+            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.root = int(self.exported.meta.root_hpa)
         self.raw = RawTables(LOW_RAM_START, self.world.bare.tables)
