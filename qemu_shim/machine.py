@@ -1,12 +1,12 @@
 """A virtual machine with a DSA passed through: bring-up, tear-down, and what a scenario may do with it.
 
 Bring-up follows the RFC's five steps: process, VM, memslots, vCPU; TDP FD; KVM HWPT on it; device bound and
-attached; BAR mapped [RFC 00/42].  Tear-down is the same backwards, every fd closed by us.
+attached; BAR mapped [RFC 00/42].  Another design differs in how it comes by its HWPT, which is all that the
+machine asks its container for.  Tear-down is the same backwards, every fd closed by us.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from protocol.rpc.loop import Loop
 from protocol.uapi import names
 from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
+from qemu_shim.designs import SHARED, Container, Design, RamSlot, Refused
 from qemu_shim.device_client import DeviceSim, Portal
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.inspector import Inspector
@@ -40,14 +41,7 @@ class MachineConfig:
     device: int = 0
     pinned: bool = False  # all of it, for a device that cannot ask for pages
     dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
-
-
-@dataclass(frozen=True, slots=True)
-class RamSlot:
-    slot: int
-    gpa: int
-    size: int
-    hva: int
+    design: Design = SHARED
 
 
 @dataclass(slots=True)
@@ -76,21 +70,41 @@ class Machine:
     vm: Vm
     vcpu: Vcpu
     slots: list[RamSlot]
-    tdp_fd: int
+    container: Container
     iommu: Iommu
     device: VfioDevice
     device_id: int
     hwpt_id: int
     portal: Portal
+    cpu: GuestCpu
     memory: GuestMemory
 
+    @property
+    def tdp_fd(self) -> int:
+        """Refused: the design exports none."""
+        if self.container.tdp_fd is None:
+            raise Refused("export of the TDP", f"design {self.config.design.name} has a table of its own")
+        return self.container.tdp_fd
+
     async def add_slot(self, slot: int, gpa: int, size: int) -> RamSlot:
-        """More RAM: memory of our process, and a memslot on it."""
-        hva = await self.process.mmap(size, page_size=self.config.page_size)
-        await self.vm.set_user_memory_region(slot, gpa, size, hva)
-        added = RamSlot(slot, gpa, size, hva)
+        """More RAM: memory of our process, the device's view of it, and a memslot on it."""
+        added = RamSlot(slot, gpa, size, await self.process.mmap(size, page_size=self.config.page_size))
+        await self.container.add(added)
+        await self.vm.set_user_memory_region(slot, gpa, size, added.hva)
         self.slots.append(added)
         return added
+
+    async def remove_slot(self, slot: RamSlot) -> None:
+        """Take that RAM away: from the device before the memslot goes, from the process last."""
+        self.slots.remove(slot)
+        await self.container.remove(slot)
+        await self.vm.set_user_memory_region(slot.slot, slot.gpa, 0, 0)
+        await self.process.munmap(slot.hva, slot.size)
+
+    async def discard(self, gpa: int, size: int) -> None:
+        """What a balloon does with pages the guest gave up.  Refused."""
+        self.config.design.check_discard()
+        await self.process.madvise_dontneed(self.hva_of(gpa), size)
 
     async def dump(self, directory: Path) -> None:
         """Write the table as it is now, for other tools."""
@@ -110,6 +124,7 @@ class GuestCpu:
     """
 
     def __init__(self, vcpu: Vcpu) -> None:
+        self.bytes = 0  # loaded and stored
         self._vcpu = vcpu
         self._busy = trio.Lock()
 
@@ -122,6 +137,7 @@ class GuestCpu:
             raise UapiError(ran.errno, f"KVM_RUN: {ran.why}")
         if ran.mmio is not None:
             raise LookupError(f"the guest touched gpa {ran.mmio.phys_addr:#x}, where no RAM is")
+        self.bytes += sum(what if isinstance(what, int) else len(what) for _, what in accesses)
         return ran.reads
 
 
@@ -160,21 +176,21 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
         await vcpu.set_cpuid(config.maxphyaddr)
-        tdp_fd = await vm.create_tdp_fd()
-        stack.callback(os.close, tdp_fd)
+        container = await config.design.open(vm)
+        stack.callback(container.close)
         iommu = await host.iommufdd.open_iommu(process)
         stack.callback(iommu.close)
         device = await host.iommufdd.open_device(config.device)
         stack.callback(device.close)
         device_id = await device.bind(iommu)
-        hwpt_id = await iommu.hwpt_alloc_kvm(device_id, tdp_fd)
+        hwpt_id = await container.hwpt(iommu, device_id, slots)
         await device.attach(hwpt_id, pinned=config.pinned)
         portal = await device.map_portal()
         stack.callback(portal.close)
-        memory = GuestMemory(GuestCpu(vcpu), FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
-        built = Machine(
-            host, config, process, vm, vcpu, slots, tdp_fd, iommu, device, device_id, hwpt_id, portal, memory
-        )
+        cpu = GuestCpu(vcpu)
+        memory = GuestMemory(cpu, FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
+        placed = (slots, container, iommu, device, device_id, hwpt_id, portal, cpu, memory)
+        built = Machine(host, config, process, vm, vcpu, *placed)
         try:
             yield built
             if host.dumps_to is not None:

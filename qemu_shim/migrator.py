@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from protocol.uapi import names
 from protocol.units import PAGE_SIZE, align_up
+from qemu_shim.designs import RamSlot
 from qemu_shim.dirty_ring import DirtyRing
-from qemu_shim.machine import Machine, RamSlot
+from qemu_shim.machine import Machine
 
 MANUAL_PROTECT = 1
 

@@ -47,13 +47,14 @@ class Cap(IntEnum):
     VM_TYPES = 235
     PRE_FAULT_MEMORY = 236
     GUEST_MEMFD_FLAGS = 244
+    TDP_FD_OWN_ROOT = 1 << 16  # the model's
 
 
 _PRESENT = (
     *(Cap.USER_MEMORY, Cap.USER_MEMORY2, Cap.EXT_CPUID, Cap.SYNC_MMU, Cap.READONLY_MEM),
     *(Cap.DESTROY_MEMORY_REGION_WORKS, Cap.JOIN_MEMORY_REGIONS_WORKS),
     *(Cap.ENABLE_CAP_VM, Cap.CHECK_EXTENSION_VM),
-    *(Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.PRE_FAULT_MEMORY),
+    *(Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.PRE_FAULT_MEMORY, Cap.TDP_FD_OWN_ROOT),
 )
 
 
@@ -87,6 +88,8 @@ def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:
         _set_ring_size(vm, args[0] & 0xFFFF_FFFF)  # the kernel takes a u32
     elif cap == Cap.DIRTY_LOG_RING_WITH_BITMAP:
         _set_ring_with_bitmap(vm, flags)
+    elif cap == Cap.TDP_FD_OWN_ROOT:
+        _set_tdp_own_root(vm, flags, args)
     else:
         raise UapiError(errno.EINVAL, f"capability {cap}: there is nothing to enable")
 
@@ -120,3 +123,13 @@ def _set_ring_with_bitmap(vm: Kvm, flags: int) -> None:
             errno.EINVAL, f"bitmaps beside rings of {rings:#x} bytes: {slots} slots, flags {flags:#x}"
         )
     vm.dirty_log.ring_with_bitmap = True
+
+
+def _set_tdp_own_root(vm: Kvm, flags: int, args: Sequence[int]) -> None:
+    """Which root is lent is settled with the first TDP FD."""
+    if flags or any(args) or vm.exported or vm.tdp_fds_made:
+        what = f"flags {flags:#x}, args {[hex(arg) for arg in args]} (all 0)"
+        raise UapiError(
+            errno.EINVAL, f"a root of the IOMMU's own: {what}, {vm.tdp_fds_made} TDP FDs were made"
+        )
+    vm.tdp_own_root = True

@@ -28,8 +28,10 @@ class DirtyBitmap:
             if npages % 8:
                 self._bits[npages // 8] = (1 << npages % 8) - 1
 
-    def mark(self, page: int) -> None:
-        self._bits[page >> 3] |= 1 << (page & 7)
+    def mark(self, page: int, count: int = 1) -> None:
+        at, end = page >> 3, page + count + 7 >> 3
+        held = int.from_bytes(self._bits[at:end], "little") | (1 << count) - 1 << (page & 7)
+        self._bits[at:end] = held.to_bytes(end - at, "little")
 
     def __contains__(self, page: int) -> bool:
         return is_set(self._bits, page)

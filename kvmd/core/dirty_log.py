@@ -82,14 +82,15 @@ class DirtyLog:
 
     # -- marks -----------------------------------------------------------------------------------------
 
-    def mark(self, slot: Memslot, gfn: Gfn, vcpu_id: int | None) -> None:
-        """mark_page_dirty_in_slot: `vcpu_id` is the vCPU that runs here, None for a device."""
+    def mark(self, slot: Memslot, gfn: Gfn, vcpu_id: int | None, npages: int = 1) -> None:
+        """mark_page_dirty_in_slot: `vcpu_id` is the vCPU that runs here, None for a device, whose leaf may be
+        huge."""
         if not slot.logs:
             return
         page = gfn - slot.base_gfn
         ring = None if vcpu_id is None else self.rings.get(vcpu_id)
         if (ring is None or not ring.push(slot.number, page)) and slot.dirty is not None:
-            slot.dirty.mark(page)
+            slot.dirty.mark(page, npages)
 
     def add_ring(self, vcpu_id: int, memory: memoryview) -> None:
         """A vCPU is made: its ring begins empty."""
@@ -103,12 +104,13 @@ class DirtyLog:
             return None
         if old is not None and old.dirty is not None:
             return old.dirty
-        return self._mark_pinned(new, DirtyBitmap(new.npages, full=self.initially_set))
+        return self._mark_unnoticed(new, DirtyBitmap(new.npages, full=self.initially_set))
 
-    def _mark_pinned(self, slot: Memslot, dirty: DirtyBitmap) -> DirtyBitmap:
-        """Nobody notices a device's store to a pinned page: it is dirty at all times (I22, rule c)."""
-        for gfn in self._mmu.keep.within(slot.as_id, slot.span) if self._mmu.keep else ():
-            dirty.mark(gfn - slot.base_gfn)
+    def _mark_unnoticed(self, slot: Memslot, dirty: DirtyBitmap) -> DirtyBitmap:
+        """Where nobody notices a device's store, to a pinned page (I22, rule c) or in a root that nothing
+        write-protects (I23), a page is dirty at all times."""
+        for span in self._mmu.unnoticed(slot.as_id, slot.span):
+            dirty.mark(span.start - slot.base_gfn, span.npages)
         return dirty
 
     async def apply_flags(self, slot: Memslot) -> None:
@@ -118,7 +120,7 @@ class DirtyLog:
         if not slot.logs:
             await self._recover_huge_pages(slot)
         elif not self.initially_set:  # or all is dirty as it is, and only CLEAR protects
-            for root in self._mmu.roots_of(slot.as_id):
+            for root in self._mmu.cpu_roots(slot.as_id):
                 self._mmu.split(root, slot.span, LEVEL_4K)
                 self._mmu.protect(root, slot.span)
             await self._flusher.flush(slot.span)
@@ -126,7 +128,7 @@ class DirtyLog:
     async def _recover_huge_pages(self, slot: Memslot) -> None:
         """Tables that only logging asked for: frozen, flushed region by region, cleared; faults map huge
         leaves then (RFC-98)."""
-        for root in self._mmu.roots_of(slot.as_id):
+        for root in self._mmu.cpu_roots(slot.as_id):
             rest = slot.span
             while met := self._mmu.freeze_collapsible(root, rest, partial(self._level_of, slot)):
                 region = entry_span(met.gfn, met.level)
@@ -152,7 +154,7 @@ class DirtyLog:
                 bits = dirty.read()
             else:
                 bits = dirty.take()
-                self._mark_pinned(slot, dirty)
+                self._mark_unnoticed(slot, dirty)
                 await self._protect_again(slot, 0, bits)
             await copy_to_user(self._mm, dirty_bitmap, bits)
 
@@ -162,7 +164,7 @@ class DirtyLog:
             slot, dirty = self._check_clear(log)
             wanted = await copy_from_user(self._mm, log.dirty_bitmap, bitmap_bytes(log.num_pages))
             cleared = dirty.clear(log.first_page, wanted)
-            self._mark_pinned(slot, dirty)
+            self._mark_unnoticed(slot, dirty)
             await self._protect_again(slot, log.first_page, cleared)
 
     async def reset_rings(self) -> int:
@@ -233,7 +235,7 @@ class DirtyLog:
         self._protect(slot, span, lambda gfn: gfn - base in offsets)
 
     def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
-        for root in self._mmu.roots_of(slot.as_id):
+        for root in self._mmu.cpu_roots(slot.as_id):
             if self.initially_set:  # nothing was split when logging began
                 self._mmu.split(root, span, LEVEL_4K, SPLIT_BUDGET)
             self._mmu.protect(root, span, wanted)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from kvmd.core.memslot import Memslot
 from kvmd.core.mm.page import HostPage
-from kvmd.core.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, first_pfn
-from kvmd.core.tdp_mmu import Outcome
+from kvmd.core.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, Source, first_pfn
+from kvmd.core.tdp_mmu import Mapped, Outcome
 from kvmd.core.tdp_table import Root
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
-from protocol.units import PAGE_SHIFT, Gfn
+from protocol.pt.geometry import entry_start, gfn_limit
+from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, pages_of_level
 
 if TYPE_CHECKING:
     from kvmd.core.vm import Kvm
@@ -59,7 +60,7 @@ class FaultPath:
             return None
         if fault.write and slot.readonly:
             return Result.READONLY
-        if fault.write and vm.page_track.is_tracked(slot, gfn):
+        if fault.write and vm.page_track.is_tracked(slot, gfn) and (vcpu or not vm.tdp_own_root):
             return Result.TRACKED
         if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
             return Result.FAST
@@ -88,30 +89,61 @@ class FaultPath:
     async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
         vm = self._vm
         root = self._fault_root(vcpu, fault.as_id)
-        wanted = vm.level_of(slot, fault.gfn, page)
-        level = vm.nx_huge.level(root, fault, wanted)
-        writable = page.writable and not slot.readonly and not vm.page_track.is_tracked(slot, fault.gfn)
         try:
-            mapped = vm.mmu.map(
-                root,
-                fault.gfn,
-                first_pfn(slot, fault.gfn, page, level),
-                level,
-                writable=writable,
-                accessed=not fault.prefetch,
-                fetch=fault.fetch,
-            )
+            mapped = self._store(root, fault, slot, page, vcpu)
         except UapiError:  # no page left for a table
             return Result.NO_MEMORY
-        vm.nx_huge.mapped(root, fault, wanted)
-        if writable and slot.logs and mapped.outcome is Outcome.FIXED:
-            vm.mark_page_dirty(slot, fault.gfn, vcpu)
-        if mapped.flush is not None:
-            await vm.flusher.flush(mapped.flush)
+        flush = mapped.flush
+        if vm.tdp_own_root:
+            flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
+        if flush is not None:
+            await vm.flusher.flush(flush)
         if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
             await vm.flusher.drain()
             return None
         return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+
+    def _store(
+        self, root: Root, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None
+    ) -> Mapped:
+        """Map `page` into one root, with what that root may have of it.  ENOMEM: no page left for a table."""
+        vm, gfn, iommu = self._vm, fault.gfn, root.role.iommu
+        wanted = vm.level_of(slot, gfn, page, iommu=iommu)
+        level = vm.nx_huge.level(root, fault, wanted)
+        tracked = not iommu and vm.page_track.is_tracked(slot, gfn)
+        writable = page.writable and not slot.readonly and not tracked
+        mapped = vm.mmu.map(
+            root,
+            gfn,
+            first_pfn(slot, gfn, page, level),
+            level,
+            writable=writable,
+            accessed=not fault.prefetch,
+            fetch=fault.fetch,
+        )
+        vm.nx_huge.mapped(root, fault, wanted)
+        if mapped.outcome is Outcome.FIXED:
+            if writable and slot.logs:
+                if iommu:
+                    vm.dirty_log.mark(slot, entry_start(gfn, level), None, pages_of_level(level))
+                else:  # a small leaf, because the slot logs
+                    vm.mark_page_dirty(slot, gfn, vcpu)
+            if vm.fault_notes.subscribers and vcpu and not fault.as_id:
+                vm.fault_notes.post(gfn, level, writable=writable)
+        return mapped
+
+    def _store_beside(self, root: Root, fault: PageFault, slot: Memslot, page: HostPage) -> GfnSpan | None:
+        """CPUs and IOMMU both get the page; without room, who needs it there faults.  What to flush."""
+        flush = None
+        try:
+            for other in self._vm.roots_beside(root):
+                if fault.gfn < gfn_limit(other.role.level):
+                    as_a_devices = PageFault(fault.gfn, fault.write, Source.IO, fault.as_id)
+                    also = self._store(other, as_a_devices, slot, page, None).flush
+                    flush = max(flush, also, key=_pages)
+        except UapiError:
+            return flush
+        return flush
 
     def _fault_root(self, vcpu: Vcpu | None, as_id: int) -> Root:
         """A vCPU of another width than the exported root's has a root of its own (defect B-28).  ENODEV: the
@@ -138,3 +170,8 @@ class FaultPath:
             return False
         vm.mark_page_dirty(slot, fault.gfn, vcpu)
         return True
+
+
+def _pages(span: GfnSpan | None) -> int:
+    """To tell which is wider of two spans of entries over one gfn."""
+    return 0 if span is None else span.npages

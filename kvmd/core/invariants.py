@@ -7,14 +7,17 @@ whenever no flow is in the middle of a change; what a change in progress excuses
 from __future__ import annotations
 
 from kvmd.core.pinning import AS_ID
+from kvmd.core.spte import is_young
 from kvmd.core.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.pt.check import check_table
-from protocol.pt.entry import is_writable, pfn_of
+from protocol.pt.entry import is_frozen, is_mmio, is_present, is_present_leaf, is_table, is_writable, pfn_of
 from protocol.pt.geometry import entry_span
-from protocol.pt.walk import WalkRules, second_stage_rules
+from protocol.pt.walk import WalkRules, second_stage_rules, walk_range
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, pages_of_level
+
+_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
 def check_vm(vm: Kvm) -> list[str]:
@@ -27,6 +30,8 @@ def check_vm(vm: Kvm) -> list[str]:
             found += _check_translations(vm, root)
             found += _check_pinned(vm, root)
             found += _check_dirty_log(vm, root)
+        if root.role.iommu and not root.invalid:
+            found += _check_untouched(vm, root)
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
             found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
@@ -43,12 +48,18 @@ def walker_rules(vm: Kvm) -> tuple[WalkRules, ...]:
 
 
 def _check_counts(vm: Kvm, root: Root) -> list[str]:
-    counted = [0, 0, 0, 0]
-    for met in vm.mmu.leaves(root):
-        counted[met.level] += 1
-    if counted != root.leaves:
-        return [f"I16: root {root.hpa:#x} counts leaves {root.leaves}, the table has {counted}"]
-    return []
+    leaves, tables = [0] * len(root.leaves), [0] * len(root.tables_at)
+    tables[root.role.level] = 1
+    for met in walk_range(vm.mmu.load64, root.hpa, root.role.level, root.everything):
+        if is_table(met.entry, met.level):
+            tables[met.level - 1] += 1
+        elif is_present(met.entry):
+            leaves[met.level] += 1
+    return [
+        f"I16: root {root.hpa:#x} counts {what} {counted}, the table has {found}"
+        for what, counted, found in (("leaves", root.leaves, leaves), ("tables", root.tables_at, tables))
+        if counted != found
+    ]
 
 
 def _check_translations(vm: Kvm, root: Root) -> list[str]:
@@ -76,7 +87,8 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
         if met.level > page.level or met.gfn + pages_of_level(met.level) > slot.span.end:
             found.append(f"I11: gfn {met.gfn:#x} level {met.level} maps beyond its host page or its slot")
-        if is_writable(met.entry) and vm.page_track.any_in(slot, entry_span(met.gfn, met.level)):
+        tracked = not root.role.iommu and vm.page_track.any_in(slot, entry_span(met.gfn, met.level))
+        if is_writable(met.entry) and tracked:
             found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
@@ -104,15 +116,33 @@ def _check_pinned(vm: Kvm, root: Root) -> list[str]:
 
 
 def _check_dirty_log(vm: Kvm, root: Root) -> list[str]:
-    """I20: no store to a page that user space believes clean goes unnoticed.  Rings are user space's own."""
+    """I20: no store to a page that user space believes clean goes unnoticed.  Rings are user space's own, but
+    what devices alone reach is in none."""
     found = []
+    in_rings = vm.dirty_log.rings and not root.role.iommu
     for met in vm.mmu.leaves(root):
         slot = vm.slots.find(met.gfn, root.role.as_id)
-        if slot is None or slot.dirty is None or vm.dirty_log.rings or not is_writable(met.entry):
+        if slot is None or slot.dirty is None or in_rings or not is_writable(met.entry):
             continue
         span = entry_span(met.gfn, met.level)
         noticed = vm.mmu.logs_by_dirty_bit(root) and not met.entry & bits.DIRTY
         clean = [gfn for gfn in range(span.start, span.end) if not vm.dirty_log.is_dirty(slot, Gfn(gfn))]
         if clean and not noticed:
             found.append(f"I20: gfn {clean[0]:#x} is writable, its slot {slot.id} logs, its bit is clear")
+    return found
+
+
+def _check_untouched(vm: Kvm, root: Root) -> list[str]:
+    """I23: nothing in a root of the IOMMU's own is there to make a device fault: a leaf has each right it was
+    made with and counts as used, and no entry is MMIO or frozen."""
+    found = []
+    for met in walk_range(vm.mmu.load64, root.hpa, root.role.level, root.everything):
+        if is_mmio(met.entry) or is_frozen(met.entry):
+            found.append(f"I23: gfn {met.gfn:#x} level {met.level} of the IOMMU's root is {met.entry:#x}")
+        elif is_present_leaf(met.entry, met.level):
+            given = met.entry & _MAY_WRITE
+            if given and (given != _MAY_WRITE or not is_writable(met.entry)):
+                found.append(f"I23: gfn {met.gfn:#x} level {met.level} lost its right to write")
+            if not is_young(met.entry):
+                found.append(f"I23: gfn {met.gfn:#x} level {met.level} was aged")
     return found

@@ -78,11 +78,9 @@ class PageFault:
 def mapping_level(
     slot: Memslot, gfn: Gfn, page: HostPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
 ) -> Level:
-    """The largest level whose entry lies in the slot and in the host page, with no gfn of it tracked or
-    pinned (`small`) [KVM kvm_mmu_hugepage_adjust].  A slot that logs, page by page, gets small entries.
+    """The largest level whose entry lies in the slot and in the host page, with nothing of it that has to be
+    `small` [KVM kvm_mmu_hugepage_adjust].
     """
-    if slot.logs:
-        return LEVEL_4K
     for level in range(min(page.level, limit), LEVEL_4K, -1):
         pages = pages_of_level(Level(level))
         span = entry_span(gfn, Level(level))

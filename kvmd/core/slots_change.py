@@ -19,9 +19,11 @@ from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
 from kvmd.core.pinning import Pinning
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tdp_table import Root
 from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
+from protocol.units import GfnSpan
 
 # Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
 MAX_BITMAP_BYTES = 1 << 30
@@ -110,14 +112,21 @@ class SlotsChange:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
     async def zap_all_fast(self) -> None:
-        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42].  Under the slots_lock."""
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42]; of the IOMMU's own only
+        those of the slot that goes.  Under the slots_lock."""
         unflushed = self._mmu.invalidate_roots()
         obsolete = [root for root in self._mmu.roots if root.invalid and not root.dismantled]
         for exported in list(self._exported.values()):
             root = exported.root
-            await self._zapper.zap([root.everything], [root], unflushed=unflushed)
-            unflushed = False
+            lost = self._gone_from(root) if root.role.iommu else [root.everything]
+            if lost:
+                await self._zapper.zap(lost, [root], unflushed=unflushed)
+                unflushed = False
         if unflushed:
             await self._flusher.flush(None)
         await self._flusher.drain()
         await self._zapper.dismantle(obsolete)
+
+    def _gone_from(self, root: Root) -> list[GfnSpan]:
+        going = self.going
+        return [going.span] if going is not None and going.as_id == root.role.as_id else []

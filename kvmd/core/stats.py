@@ -6,6 +6,8 @@ Counters grow for the life of the VM; `pages_*` and `table_pages` are what is th
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvmd.core.page_fault import EMULATED, RESOLVED, Result, Source
 from kvmd.core.vm import Kvm
 
@@ -23,6 +25,8 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
         "memslot_generation": vm.slots.generation,
         "fault_retries": vm.retries,
+        "notes": vm.fault_notes.posted,
+        "notes_dropped": vm.fault_notes.dropped,
         "remote_tlb_flush": vm.flusher.epoch,
         "pages_4k": sum(root.leaves[1] for root in vm.mmu.roots),
         "pages_2m": sum(root.leaves[2] for root in vm.mmu.roots),
@@ -30,6 +34,9 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "pinned_pages": len(vm.pinning.pinned),
         "table_pages": sum(root.tables for root in vm.mmu.roots),
         "table_pages_held": vm.host.pool.held(vm.id),
+        "splits": vm.mmu.splits,
+        "collapses": vm.mmu.collapses,
+        **_tables_by_owner(vm),
     }
     for source, prefix in ((Source.VCPU, "pf"), (Source.IO, "io_pf")):
         taken = {result: vm.faults[source, result] for result in Result}
@@ -44,3 +51,12 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         unresolved = sum(count for result, count in taken.items() if result not in RESOLVED)
         stats[f"{prefix}_failed"] = unresolved - emulated
     return stats
+
+
+def _tables_by_owner(vm: Kvm) -> dict[str, int]:
+    """`table_pages.<owner>.<level>`: by who walks them, and the level of their entries."""
+    found: Counter[str] = Counter()
+    for root in vm.mmu.roots:
+        for level in range(1, root.role.level + 1):
+            found[f"table_pages.{root.owner}.{level}"] += root.tables_at[level]
+    return found

@@ -7,7 +7,7 @@ fd itself is the reference (`protocol/rpc/files.py`), and this object lives unti
 closed.
 
 Invariants: I10 the root stays put while exported; I15 after unregister returns an importer hears
-nothing more, and one that is registered hears of every later flush.
+nothing more, and one that is registered hears of every later flush of the root.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class ExportedTdp:
         self.meta = meta
         self.released = False
         self._importers: dict[str, ImporterOps] = {}
+        self._told: list[Wait[None]] = []  # and perhaps not acked
 
     def check_alive(self) -> None:
         """ENODEV: the last copy of the TDP FD is closed, so nothing is behind this any more (defect B-36).
@@ -73,12 +74,20 @@ class ExportedTdp:
             del self._importers[name]
 
     def flush_notify(self, span: GfnSpan | None, epoch: int) -> list[Wait[None]]:
-        """Tell every importer [RFC 08/42]; one Wait each."""
+        """Tell every importer [RFC 08/42]; one Wait each.  Of a root of the IOMMU's own that did not change
+        there is nothing to tell: then only what was told before is to be waited for.
+        """
+        self._told = [wait for wait in self._told if not wait.done]
+        if self.root.role.iommu and not self.root.stale:
+            return self._told
+        self.root.stale = False
         if span is None:
             start, size = 0, WHOLE_SIZE
         else:
             start, size = span.start << PAGE_SHIFT, span.npages << PAGE_SHIFT
-        return [ops.invalidate(start, size, epoch) for ops in list(self._importers.values())]
+        told = [ops.invalidate(start, size, epoch) for ops in list(self._importers.values())]
+        self._told += told
+        return told
 
     @property
     def importers(self) -> int:

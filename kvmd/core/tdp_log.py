@@ -7,7 +7,7 @@ leaf could replace is frozen, flushed, and thawed to be empty, so that nobody me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kvmd.core.spte import restored
 from kvmd.core.tdp_table import Root, TdpTable
@@ -48,6 +48,16 @@ class TdpLog(TdpTable):
                 self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)
                 cleared = True
         return cleared
+
+    def unnoticed(self, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
+        """Where a store is told to no log: pinned gfns, and what the IOMMU's own root lets devices write."""
+        for gfn in self.keep.within(as_id, span) if self.keep else ():
+            yield GfnSpan.of_pages(gfn, 1)
+        for root in self.roots_of(as_id):
+            if root.role.iommu:
+                for met in self._leaves(root, span):
+                    if is_writable(met.entry):
+                        yield entry_span(met.gfn, met.level)
 
     def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
         """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.

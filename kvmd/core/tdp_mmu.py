@@ -96,7 +96,7 @@ class TdpMmu(TdpLog):
             self._drop_root(root)
 
     def _drop_root(self, root: Root) -> None:
-        self._quarantine(root, root.hpa, self._next_epoch() - 1)
+        self._quarantine(root, root.hpa, root.role.level, self._next_epoch() - 1)
         self.roots.remove(root)
 
     # -- mapping ---------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class TdpMmu(TdpLog):
                     return Mapped(Outcome.SPURIOUS)
                 entry = self._split(root, at, gfn, entry, Level(level))
             else:
-                entry = self._link(root, at, self._pool.allocate())
+                entry = self._link(root, at, self._pool.allocate(), Level(level))
             table = table_of(entry)
         at = table + index_of(gfn, goal) * ENTRY_BYTES
         ad_enabled = root.role.ad_enabled
@@ -142,7 +142,7 @@ class TdpMmu(TdpLog):
             writable=writable,
             ad_enabled=ad_enabled,
             accessed=accessed,
-            executable=goal == LEVEL_4K or not self.nx_huge_pages,
+            executable=goal == LEVEL_4K or root.role.iommu or not self.nx_huge_pages,
         )
         return self._store_leaf(root, at, gfn, goal, leaf)
 
@@ -161,6 +161,7 @@ class TdpMmu(TdpLog):
             return _MAPPED
         if is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
+            self.collapses += 1
             self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
         root.leaves[level] -= 1
@@ -179,7 +180,7 @@ class TdpMmu(TdpLog):
                 break
             if not is_present(entry):
                 try:
-                    entry = self._link(root, at, self._pool.allocate())
+                    entry = self._link(root, at, self._pool.allocate(), Level(level))
                 except UapiError:  # a vCPU gets on without
                     return False
             table = table_of(entry)
@@ -227,9 +228,9 @@ class TdpMmu(TdpLog):
         root.leaves[met.level] -= 1
 
     def age_leafs(self, span: GfnSpan) -> bool:
-        """Mark every leaf that overlaps `span` as not used.  Whether one was, and so whether to flush."""
+        """Mark leaves of CPUs that overlap `span` as not used.  Whether one was, and so whether to flush."""
         young = False
-        for root in self.roots:
+        for root in self._aged_roots():
             for met in self._leaves(root, span):
                 if is_young(met.entry) and not self._is_kept(root, met.gfn):
                     self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
@@ -237,7 +238,10 @@ class TdpMmu(TdpLog):
         return young
 
     def has_young(self, span: GfnSpan) -> bool:
-        return any(is_young(met.entry) for root in self.roots for met in self._leaves(root, span))
+        return any(is_young(met.entry) for root in self._aged_roots() for met in self._leaves(root, span))
+
+    def _aged_roots(self) -> list[Root]:
+        return [root for root in self.roots if not root.role.iommu]
 
     def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BUDGET) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many; it stops at
@@ -267,10 +271,10 @@ class TdpMmu(TdpLog):
                     self._writer.store64(met.at, bits.EMPTY)
 
     def write_protect(self, gfn: Gfn, as_id: int) -> bool:
-        """Nobody writes `gfn`, and no short way gives the right back.  Whether to flush."""
+        """No CPU writes `gfn`, and no short way gives the right back.  Whether to flush."""
         changed = False
         for root in self.roots:
-            if root.role.as_id == as_id:
+            if root.role.as_id == as_id and not root.role.iommu:
                 for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
                     changed |= self._protect_leaf(root, met, gfn)
         return changed

@@ -4,7 +4,7 @@ What everybody who changes a TDP shares [RFC 35/42]: `tdp_log` and `tdp_mmu` are
 plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare-and-exchange.
 
 Invariants with their home here: I16 a root's counters equal its table; I18 a table page is linked once.
-I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
+I23 no entry of an IOMMU's root asks for a fault.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root."""
+    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root.
+
+    `iommu`, the model's [RFC review]: devices alone walk it, so what KVM does to an entry to hear of the next
+    access is not done to it (I23): the access would be an IO page fault, dearer than what it tells.
+    """
 
     level: Level
     as_id: int
     ad_enabled: bool
+    iommu: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +47,23 @@ class Root:
     exported: bool = False
     invalid: bool = False
     dismantled: bool = False  # nothing is below it any more
+    stale: bool = False  # what was cached of it is not right any more, and nobody was told so far
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
-    tables: int = 1
+    tables_at: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0, 0])  # by the level of their entries
     nx_split: dict[tuple[Level, Gfn], Hpa] = field(default_factory=dict)  # tables only a fetch asked for
     record: MapRecord = field(default_factory=MapRecord)
+
+    def __post_init__(self) -> None:
+        self.tables_at[self.role.level] = 1
+
+    @property
+    def tables(self) -> int:
+        return sum(self.tables_at)
+
+    @property
+    def owner(self) -> str:
+        """Whose tables they are, for those who count."""
+        return "iommu" if self.role.iommu else "shared" if self.exported else "cpu"
 
     @property
     def everything(self) -> GfnSpan:
@@ -76,6 +94,8 @@ class TdpTable:
         pml: bool = False,
     ) -> None:
         self.roots: list[Root] = []
+        self.splits = 0  # huge leaves that became tables
+        self.collapses = 0  # tables that became a huge leaf
         self.keep: Keep | None = None
         self._vm_id = vm_id
         self._writer = writer
@@ -93,6 +113,10 @@ class TdpTable:
         """Roots of an address space that somebody may still walk into new faults."""
         return [root for root in self.roots if root.role.as_id == as_id and not root.invalid]
 
+    def cpu_roots(self, as_id: int) -> list[Root]:
+        """Those that CPUs walk, alone or with devices: what logging and tracking protect."""
+        return [root for root in self.roots_of(as_id) if not root.role.iommu]
+
     # -- storing ---------------------------------------------------------------------------------------
 
     def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
@@ -100,6 +124,8 @@ class TdpTable:
         if self.keep:
             self._check_kept(root, gfn, level, old, new)
         self._writer.store64(at, new)
+        if old & ~new & bits.RWX or (old and (old ^ new) & bits.ADDRESS_MASK):
+            root.stale = True
         root.record.store(gfn, level, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
@@ -119,10 +145,11 @@ class TdpTable:
     def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
         return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
-    def _link(self, root: Root, at: int, table: Hpa) -> int:
+    def _link(self, root: Root, at: int, table: Hpa, level: Level) -> int:
+        """The entry at `at`, of `level`, points to `table` from now on."""
         entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
         self._writer.store64(at, entry)
-        root.tables += 1
+        root.tables_at[level - 1] += 1
         return entry
 
     def _split(self, root: Root, at: int, gfn: Gfn, leaf: int, level: Level) -> int:
@@ -133,7 +160,8 @@ class TdpTable:
         self._writer.fill_unlinked(table, [split_child(leaf, level, i) for i in range(ENTRIES)])
         root.leaves[level] -= 1
         root.leaves[level - 1] += ENTRIES
-        return self._link(root, at, table)
+        self.splits += 1
+        return self._link(root, at, table, level)
 
     def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
@@ -142,14 +170,14 @@ class TdpTable:
         relative = GfnSpan(Gfn(0), gfn_limit(level))
         for met in walk_range(self._writer.load64, table, level, relative):
             if is_table(met.entry, met.level):
-                self._quarantine(root, table_of(met.entry), epoch)
+                self._quarantine(root, table_of(met.entry), Level(met.level - 1), epoch)
             elif is_present(met.entry):
                 root.leaves[met.level] -= 1
-        self._quarantine(root, table, epoch)
+        self._quarantine(root, table, level, epoch)
 
-    def _quarantine(self, root: Root, table: Hpa, epoch: int) -> None:
+    def _quarantine(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         self._pool.quarantine(self._vm_id, table, epoch)
-        root.tables -= 1
+        root.tables_at[level] -= 1
 
     # -- looking ---------------------------------------------------------------------------------------
 

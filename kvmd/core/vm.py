@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from dataclasses import replace
 from enum import IntEnum
 
 from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_notes import FaultNotes
 from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
@@ -66,6 +68,8 @@ class Kvm:
         features = host.features
         self.vcpus: list[Vcpu] = []
         self.exported: dict[int, ExportedTdp] = {}
+        self.tdp_own_root = False  # KVM_CAP_TDP_FD_OWN_ROOT: what is exported is the IOMMU's alone
+        self.tdp_fds_made = 0
         self.flusher = Flusher(self.id, host.pool, self._tell_walkers)
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
@@ -77,6 +81,7 @@ class Kvm:
         self.faults: Counter[tuple[Source, Result]] = Counter()
         self.tallies = {source: Tally() for source in Source}
         self.retries = 0
+        self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory(seq_start)
         self.fault_path = FaultPath(self)
@@ -137,7 +142,9 @@ class Kvm:
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
         for exported in self.exported.values():
             lent, own = exported.root.role, self._role(maxphyaddr, exported.as_id)
-            if lent != own:  # it would leave the shared table without anybody noticing (defect B-28)
+            if (
+                lent.level != own.level
+            ):  # it would leave the shared table without anybody noticing (defect B-28)
                 raise UapiError(
                     errno.EINVAL,
                     f"MAXPHYADDR {maxphyaddr}: takes a {own.level}-level root, the exported has {lent.level}",
@@ -155,7 +162,7 @@ class Kvm:
         exported one.
         """
         return sum(
-            self._role(vcpu.maxphyaddr, exported.as_id) != exported.root.role
+            self._role(vcpu.maxphyaddr, exported.as_id).level != exported.root.role.level
             for exported in self.exported.values()
             for vcpu in self.vcpus
         )
@@ -171,9 +178,20 @@ class Kvm:
             root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
         return root
 
-    def _role(self, maxphyaddr: int, as_id: int) -> Role:
+    def _role(self, maxphyaddr: int, as_id: int, *, iommu: bool = False) -> Role:
         features = self.host.features
-        return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits)
+        return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits, iommu)
+
+    def roots_beside(self, own: Root) -> list[Root]:
+        """Where what is faulted into `own` goes as well, when CPUs and IOMMU share none: to the others'.  A
+        root of CPUs is made if no vCPU has run since a slot went.  ENOMEM.
+        """
+        role = own.role
+        if role.iommu:
+            self.mmu.put_root(self.mmu.get_root(replace(role, iommu=False)))
+            return self.mmu.cpu_roots(role.as_id)
+        exported = self.exported.get(role.as_id)
+        return [] if exported is None else [exported.root]
 
     async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
         """The slot of `gfn`, once it is not being deleted or moved."""
@@ -246,15 +264,19 @@ class Kvm:
         page = self.mm.present_page(slot.hva_of(gfn))
         return LEVEL_4K if page is None else self.level_of(slot, gfn, page)
 
-    def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage) -> Level:
-        """The size of leaf that a fault at `gfn` gets for `page`."""
+    def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage, *, iommu: bool = False) -> Level:
+        """The size of leaf that a fault at `gfn` gets for `page`, in the CPUs' root or in the IOMMU's own."""
         if page.level == LEVEL_4K:
             return LEVEL_4K
         limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
-        return mapping_level(slot, gfn, page, limit, self._needs_small)
+        return mapping_level(slot, gfn, page, limit, self._has_pinned if iommu else self._needs_small)
 
     def _needs_small(self, slot: Memslot, span: GfnSpan) -> bool:
-        return self.page_track.any_in(slot, span) or self.pinning.pinned.any_in(slot.as_id, span)
+        """A slot that logs does so page by page."""
+        return slot.logs or self.page_track.any_in(slot, span) or self._has_pinned(slot, span)
+
+    def _has_pinned(self, slot: Memslot, span: GfnSpan) -> bool:
+        return self.pinning.pinned.any_in(slot.as_id, span)
 
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
         """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
@@ -279,8 +301,9 @@ class Kvm:
         try:
             await self._copy_to_user(request, struct)
         except UapiError:
-            self.release_tdp_fd(exported)
+            await self.close_tdp_fd(exported)
             raise
+        self.tdp_fds_made += 1
         return exported
 
     async def _copy_to_user(self, request: CreateTdpFd, struct: bytes) -> None:
@@ -293,7 +316,7 @@ class Kvm:
         check_create(request, self.slots.address_spaces, self.exported.__contains__, check)
         if not self.dirty_log.uses_bitmap:
             raise UapiError(errno.EINVAL, "dirty rings without bitmaps cannot log a device's stores")
-        root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id))
+        root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id, iommu=self.tdp_own_root))
         root.exported = True
         if self.dirty_log.lend(root):
             for vcpu in self.vcpus:
@@ -325,13 +348,24 @@ class Kvm:
             raise UapiError(errno.EINVAL, "non-coherent DMA is not registered")
         self.noncoherent_dma -= 1
 
+    async def close_tdp_fd(self, exported: ExportedTdp) -> None:
+        """The last copy of the TDP FD is closed, and nothing walks for an importer any more."""
+        await self.pinning.close_all()
+        root = exported.root
+        self.release_tdp_fd(exported)
+        if root.role.iommu:
+            async with self._slots_lock:
+                if not root.dismantled:
+                    await self.zapper.dismantle([root])
+
     def release_tdp_fd(self, exported: ExportedTdp) -> None:
-        """The last copy of the TDP FD is closed.  The root stays valid and mapped: vCPUs run on it, and no
-        importer is left whose caches could be stale (defect B-18 zapped here without a flush)."""
+        """The root stays valid and mapped if vCPUs run on it: no importer is left whose caches could be stale
+        (defect B-18 zapped here without a flush)."""
         assert self.exported[exported.as_id] is exported
         del self.exported[exported.as_id]
         exported.released = True
         exported.root.exported = False
+        exported.root.invalid = exported.root.role.iommu
         self.mmu.put_root(exported.root)
 
     async def fault_exported(self, exported: ExportedTdp, mm_token: int, gfn: Gfn, kind: FaultType) -> Result:
@@ -354,6 +388,7 @@ class Kvm:
     async def destroy(self) -> None:
         """The last fd of the VM is closed: no vCPU runs and nothing is exported any more."""
         assert not self.exported, "an exported TDP keeps its VM"
+        self.fault_notes.close()
         self.mm.notifiers.remove(self.host_changes)
         await self.flusher.drain()
         for root in self.mmu.roots:

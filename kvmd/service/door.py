@@ -15,6 +15,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm, VmType
+from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
 from kvmd.service.hmm import open_mirror
 from kvmd.service.inspect import INSPECT
 from kvmd.service.mm import open_mm
@@ -95,6 +96,12 @@ def _hmm_mirror_get(app: App, message: hmm.HmmMirrorGet, fds: Fds) -> Answer:
     return Answer({}, [open_mirror(app, app.files.find(fds.peek(0), MmFile).mm)])
 
 
+def _fault_notes_get(app: App, message: uapi.KvmFaultNotesGet, fds: Fds) -> Answer:
+    notes = NotesFile(app.files.find(fds.peek(0), VmFile).vm.fault_notes)
+    fd, _, notes.channel = app.files.open(FAULT_NOTES, notes, NotesFile.closed)
+    return Answer({}, [fd])
+
+
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     return {
         "vms": [vm_stats(vm) for vm in app.vms],
@@ -117,6 +124,7 @@ FRONT_DOOR: Service[App] = Service(
         "MM_CREATE": Method(uapi.MmCreate, _mm_create),
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
         "HMM_MIRROR_GET": Method(hmm.HmmMirrorGet, _hmm_mirror_get, 1),
+        "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
         **INSPECT,

@@ -30,8 +30,7 @@ async def _release_tdp_fd(held: TdpFile) -> None:
     """The last copy is closed; an importer that died may have left a walker behind, so wait for its lease."""
     for lease in list(held.leases):
         await lease.ended
-    await held.owner.vm.pinning.close_all()
-    held.owner.vm.release_tdp_fd(held.exported)
+    await held.owner.vm.close_tdp_fd(held.exported)
     held.owner.app.put_vm(held.owner)
 
 

@@ -128,6 +128,11 @@ class Channel:
         self.closed = False
         loop.register(self._fd, self._on_event)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Written, and not taken by the socket yet."""
+        return self._unsent
+
     # -- sending ---------------------------------------------------------------------------------------
 
     def call(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> Wait[Reply]:

@@ -10,7 +10,9 @@ counts  cpu_faults, cpu_faults_major (read back from swap), io_faults, io_faults
         (KVM's), invalidations (of iommufdd, by KVM or the host), qi_messages, iotlb_invalidations,
         devtlb_invalidations; messages (those of faults, notes and invalidations together); pages_pinned,
         pages_allocated (cleared), swap_ins, swap_outs; splits, collapses; cpu_bytes, dma_bytes,
-        descriptors; pages_written (while logged, as the workload knows), pages_reported (dirty)
+        descriptors; pages_written (while logged, as the workload knows), pages_reported (dirty),
+        pages_missed (written and never reported: a count of pages_reported alone would not show it).
+        _major, _spurious and _failed are some of the faults, not others beside them; pages are of 4 KiB
 gauges  pinned_pages, resident_pages, table_pages.<owner>.<level>: owner `cpu`, `iommu` (KVM's second root),
         `shared` or `iommufd`, level 1 (the tables of 4K leaves) to 5
 """

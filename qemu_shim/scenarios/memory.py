@@ -16,7 +16,8 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig, RamSlot
+from qemu_shim.designs import RamSlot
+from qemu_shim.machine import Host, MachineConfig
 from qemu_shim.measure import Report
 from qemu_shim.process import MemFd
 from qemu_shim.scenarios.scenario import Param, Params, Scenario

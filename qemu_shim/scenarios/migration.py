@@ -17,7 +17,8 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE, align_up
-from qemu_shim.machine import GuestCpu, Host, MachineConfig, RamSlot
+from qemu_shim.designs import RamSlot
+from qemu_shim.machine import GuestCpu, Host, MachineConfig
 from qemu_shim.measure import Report
 from qemu_shim.migrator import Migrator
 from qemu_shim.scenarios.scenario import Param, Params, Scenario

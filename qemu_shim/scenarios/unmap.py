@@ -14,9 +14,10 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
+from qemu_shim.designs import RamSlot
 from qemu_shim.guest.dmatest import source_pattern
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, RamSlot, machine
+from qemu_shim.machine import Host, Machine, MachineConfig, machine
 from qemu_shim.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 

@@ -183,6 +183,17 @@ async def vm_stats(host: Host) -> Body:
     return stats
 
 
+async def fault_notes(host: Host, vm: Vm, told: list[Body] | None = None) -> Channel:
+    """A channel of the VM's fault notes, which end up in `told`."""
+    reply = await host.kvmd.channel.ask("KVM_FAULT_NOTES_GET", {}, [os.dup(vm._fd)])
+
+    def on_notify(channel: Channel, body: Body, fds: Fds) -> None:
+        if told is not None:
+            told.append(body)
+
+    return Channel(host.loop, socket.socket(fileno=reply.fds.take(0)), "notes", on_notify=on_notify)
+
+
 class TestImporter:
     """An importer of a TDP FD, spoken over kvmd's own protocol.  It acks when `ack` says so."""
 

@@ -124,6 +124,11 @@ def registered_mirror(stack: ExitStack, running: System) -> Plain:
     return made
 
 
+def fault_notes(stack: ExitStack, running: System) -> Plain:
+    door, _, guest = a_vm(stack, running)
+    return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
+
+
 def iommufd(stack: ExitStack, running: System) -> Plain:
     return keep(stack, Plain.connect(running.socket("iommufdd"))).open("OPEN", {"path": "/dev/iommu"})
 
@@ -187,6 +192,7 @@ OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
     (registered_importer, "kvmd"),
     (mirror, "kvmd"),
     (registered_mirror, "kvmd"),
+    (fault_notes, "kvmd"),
     (iommufd, "iommufdd"),
     (vfio, "iommufdd"),
     (portal, "device_sim"),

@@ -18,6 +18,7 @@ from iommufdd.service import door as iommufdd
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.vfio import VFIO
 from kvmd.service import door as kvmd
+from kvmd.service.fault_notes import FAULT_NOTES
 from kvmd.service.hmm import MIRROR
 from kvmd.service.memfd import MEMFD
 from kvmd.service.mm import MM
@@ -32,7 +33,7 @@ from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.machine import Host
 from tests.integration.mirror import TestMirror
-from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm
+from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm, fault_notes
 from tests.integration.system import eventually
 
 SERVICES: list[Service[Any]] = [
@@ -47,6 +48,7 @@ SERVICES: list[Service[Any]] = [
     TDP_FD,
     IMPORTER,
     MIRROR,
+    FAULT_NOTES,
     iommufdd.FRONT_DOOR,
     IOMMUFD,
     VFIO,
@@ -145,6 +147,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("kvmd", "MM_CREATE"): plain(),
     ("kvmd", "TDP_FD_GET"): with_fd("tdp_fd"),
     ("kvmd", "HMM_MIRROR_GET"): with_fd("mm"),
+    ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
     ("kvmd", "STATS"): plain(),
     ("kvmd", "CHECK"): plain(),
     ("kvmd", "INSPECT"): with_fd("kvm-vm", vm=None),
@@ -220,6 +223,13 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("iommufdd", "STATS"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
     ("iommufd", "IOMMU_IOAS_ALLOC"): plain(),
+    ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),
+    ("iommufd", "IOMMU_IOAS_UNMAP"): object_of("ioas", "ioas_id", iova=0, length=(1 << 64) - 1),
+    ("iommufd", "IOMMU_IOAS_IOVA_RANGES"): object_of("ioas", "ioas_id"),
+    ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): lambda zoo: (
+        {"ioas_id": zoo.ids["on_demand"]},
+        [zoo.copy("kvm-vm")],
+    ),
     ("iommufd", "IOMMU_OPTION"): plain(option_id=0),
     ("iommufd", "IOMMU_HWPT_ALLOC"): _hwpt_alloc,
     ("iommufd", "IOMMU_GET_HW_INFO"): object_of("device", "dev_id"),
@@ -237,6 +247,12 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("portal", "MMIO_READ"): plain(offset=0, size=8),
     ("portal", "ENQCMD"): plain(wq=0, descriptor=bytes(64)),
 }
+
+
+def _ioas_map(zoo: Zoo) -> dict[str, Any]:
+    """Where there is room, so that it may be asked for twice."""
+    va = zoo.spare + 24 * PAGE_SIZE
+    return {"ioas_id": zoo.ids["ioas"], "flags": 6, "user_va": va, "length": PAGE_SIZE}
 
 
 def _page(zoo: Zoo, number: int) -> int:
@@ -286,6 +302,7 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         zoo.ids = {"device": rig.device_id, "ioas": ioas, "kvm": rig.hwpt_id, "to_destroy": doomed}
         paging = await iommu.ask("IOMMU_HWPT_ALLOC", **_hwpt_alloc(zoo)[0])
         zoo.ids["paging"] = paging.body["out_hwpt_id"]
+        zoo.ids["on_demand"] = await iommu.ioas_alloc(on_demand=True)
         files = {
             "mm": process,
             "memfd": memfd,
@@ -298,12 +315,14 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         }
         tdp = Channel(host.loop, socket.socket(fileno=os.dup(rig.tdp_fd)), "tdp_fd")
         kvm = Channel(host.loop, socket.socket(fileno=dev_kvm), "/dev/kvm")
+        notes = await fault_notes(host, vm)
         zoo.objects = {
             "kvmd": host.kvmd.channel,
             "/dev/kvm": kvm,
             "tdp_fd": tdp,
             "tdp-importer": importer.channel,
             "hmm-mirror": mirror.channel,
+            "kvm-fault-notes": notes,
             "iommufdd": host.iommufdd._channel,
             "device_sim": host.device_sim._channel,
             "portal": rig.portal._channel,
@@ -315,13 +334,14 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "/dev/kvm": dev_kvm,
             "tdp-importer": importer.channel._fd,
             "hmm-mirror": mirror.channel._fd,
+            "kvm-fault-notes": notes._fd,
             "portal": rig.portal._channel._fd,
         }
         try:
             yield zoo
             assert await host.kvmd.violations() == []
         finally:
-            for channel in (tdp, kvm):
+            for channel in (tdp, kvm, notes):
                 channel.close()  # once more if the test did it already
             importer.close()
             mirror.close()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
@@ -136,9 +137,9 @@ class SleepyMm:
 
 
 class Rig:
-    """The core, what drives it, and what the guest should see."""
+    """The core, what drives it, and what the guest should see.  `own`: the exported root is the IOMMU's."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, own: bool = False) -> None:
         self.random = Random(seed)
         self.world = World(seq_start=self.random.choice((0, 2**32 - 3, 2**64 - 3)))
         self.world.flows = self.flows = AnyOrder(self.random)
@@ -149,6 +150,8 @@ class Rig:
         self.generation: Counter[int] = Counter()
         self._watch_pool()
         self.vcpus: list[Vcpu] = [self.world.vcpu(i) for i in range(2)]
+        if own:
+            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.root = int(self.exported.meta.root_hpa)
         self.raw = RawTables(LOW_RAM_START, self.world.bare.tables)

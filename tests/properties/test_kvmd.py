@@ -189,8 +189,8 @@ def random_step(rig: Rig, random: Random) -> None:
     random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
 
-def soak(seed: int, steps: int) -> Rig:
-    rig, random = ready(seed), Random(seed)
+def soak(seed: int, steps: int, *, own: bool = False) -> Rig:
+    rig, random = ready(seed, own=own), Random(seed)
     rig.set_slot(1, 0x200, 512, L, False)
     for _ in range(steps):
         random_step(rig, random)
@@ -200,14 +200,15 @@ def soak(seed: int, steps: int) -> Rig:
     return rig
 
 
-def soak_all() -> None:
+def soak_all(*, own: bool = False) -> None:
     for seed in range(12):
-        soak(seed, 200)
+        soak(seed, 200, own=own)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_long_run_keeps_the_core_in_step_with_the_dicts(seed: int) -> None:
-    rig = soak(seed, 200)
+def test_a_long_run_keeps_the_core_in_step_with_the_dicts(seed: int, own: bool) -> None:
+    rig = soak(seed, 200, own=own)
     assert rig.compared > 5, "the run read too little to mean anything"
     assert rig.overlapped > 0, "no two invalidations were ever out at once"
 
@@ -264,8 +265,8 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
-def ready(seed: int = 1) -> Rig:
-    rig = Rig(seed)
+def ready(seed: int = 1, *, own: bool = False) -> Rig:
+    rig = Rig(seed, own=own)
     rig.mmap(False)
     rig.mmap(True)
     rig.set_slot(0, 0x100, SMALL_PAGES, S, False)
@@ -342,11 +343,12 @@ def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch
         SCHEDULES[bug](ready())
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught_by_a_long_run(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_caught_by_a_long_run(bug: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*PLANTED[bug])
     with pytest.raises(AssertionError):
-        soak_all()
+        soak_all(own=own)
 
 
 def test_a_planted_bug_is_caught_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,14 @@ def test_a_broken_entry_is_found(
     assert number in numbers(world)
 
 
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_a_table_counted_at_another_level_is_found(world: World, level: int) -> None:
+    tables_at = world.vm.mmu.roots[0].tables_at
+    tables_at[level] += 1
+    tables_at[5] -= 1
+    assert numbers(world) == {"I16"}
+
+
 def test_more_rights_than_the_slot_has_are_found(world: World) -> None:
     world.set_slot(2, 0x500, 1, world.map(1), flags=2)
     world.read(world.vm.vcpus[0], 0x50_0000, 1)

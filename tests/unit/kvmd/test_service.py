@@ -14,6 +14,7 @@ import pytest
 
 from kvmd.config import Settings
 from kvmd.core.host import CpuFeatures
+from kvmd.service import fault_notes
 from kvmd.service.door import Kvmd
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -319,3 +320,25 @@ def test_the_kernels_own_sources_of_invalidation_are_requests_of_a_vm(client: Cl
     client.call(vm, "ZAP_GFN_RANGE", gpa=0x10_0000, size=4096)
     for gpa, size in ((1, 4096), (0, 0), (0, 1), (1 << 63, 4096)):
         assert errno_of(client, vm, "ZAP_GFN_RANGE", gpa=gpa, size=size) == errno.EINVAL
+
+
+def test_a_reader_of_notes_that_does_not_read_loses_notes_and_holds_nobody_up(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fault_notes, "MAX_UNSENT_BYTES", 512)
+    made = machine(client)
+    client.fds["notes"] = client.call(client.door, "KVM_FAULT_NOTES_GET", ["vm"]).fds.take(0)  # never read
+    hva = next(iter(client.app.vms[0].slots)).hva
+    for _ in range(1000):
+        client.call(made["vcpu"], "KVM_RUN", program=[("w", 0x10_0000 + n * 4096, b"x") for n in range(16)])
+        client.call(made["mm"], "MADVISE", addr=hva, size=16 * 4096, advice="dontneed")
+        stats = client.call(client.door, "STATS").body["vms"][0]
+        if stats["notes_dropped"] > 16:
+            break
+    assert stats["notes_dropped"] > 16
+    assert stats["notes"] + stats["notes_dropped"] == stats["pf_fixed"]
+    os.close(client.fds.pop("notes"))
+    client.wire.pump()
+    client.call(made["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
+    after = client.call(client.door, "STATS").body["vms"][0]
+    assert (after["notes"], after["notes_dropped"]) == (stats["notes"], stats["notes_dropped"])

@@ -1,0 +1,123 @@
+"""What a workload is given: machines of the design, operations of guest and device, and the steps.
+
+`step` waits until nothing is under way any more and takes a sample, so that what a step cost is in it and in
+no other, and the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from protocol.hw.dsa import CompletionRecord, Status
+from protocol.units import PAGE_SIZE
+from qemu_shim.compare.run import Refusal, Run, Sample
+from qemu_shim.designs import Design, Refused
+from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.workloads.recorder import Recorder
+
+
+@dataclass(slots=True)
+class Guest:
+    """A running machine and one queue of its device, which blocks on faults."""
+
+    machine: Machine
+    queue: IdxdWorkQueue
+
+    def pages(self, count: int, alignment: int = PAGE_SIZE) -> list[int]:
+        """Addresses of so many pages in a row that nobody has touched."""
+        start = self.machine.memory.allocate(count, alignment)
+        return [start + n * PAGE_SIZE for n in range(count)]
+
+    async def touch(self, gpas: Sequence[int]) -> None:
+        """The CPU stores a byte at each."""
+        await self.machine.memory.touch(gpas)
+
+    async def fill(self, gpa: int, size: int = PAGE_SIZE, pattern: int = 0) -> None:
+        """The device writes."""
+        _check(await self.queue.fill(gpa, pattern, size), f"fill of gpa {gpa:#x}")
+
+    async def copy(self, dst: int, src: int, size: int = PAGE_SIZE) -> None:
+        """The device reads and writes."""
+        _check(await self.queue.memmove(dst, src, size), f"copy to gpa {dst:#x}")
+
+
+def _check(record: CompletionRecord, what: str) -> None:
+    if record.status is not Status.SUCCESS:
+        raise DmaFailed(f"{what}: {record.status.name} at {record.fault_addr:#x}")
+
+
+class DmaFailed(Exception):
+    """A descriptor did not end well; a workload that does not expect it has a problem."""
+
+
+class Context:
+    """`chance` is the only source of chance; `params` are the workload's, with defaults."""
+
+    def __init__(
+        self, host: Host, design: Design, params: Mapping[str, int], run: Run, stack: AsyncExitStack
+    ) -> None:
+        self.host = host
+        self.design = design
+        self.params = params
+        self.chance = Random(run.seed)
+        self._run = run
+        self._stack = stack
+        self._recorder = Recorder(host)
+
+    async def boot(self, **config: Any) -> Guest:
+        """A machine of the design, and the sample `start`."""
+        (guest,) = await self.boot_all(MachineConfig(design=self.design, **config))
+        return guest
+
+    async def boot_all(self, *configs: MachineConfig) -> list[Guest]:
+        """Machines side by side, each with a device of its own, and the sample `start` of all."""
+        await self._recorder.begin()
+        guests = []
+        for config in configs:
+            guests.append(await self._stack.enter_async_context(_guest(self.host, config)))
+            self._recorder.machines.append(guests[-1].machine)
+        await self.step("start")
+        return guests
+
+    async def step(self, name: str) -> Sample:
+        """What happened since the last step is called `name`."""
+        sample = await self._recorder.sample(name)
+        self._run.samples.append(sample)
+        return sample
+
+    def count(self, name: str, more: int) -> None:
+        """What only the workload knows: pages_written, pages_reported."""
+        self._recorder.own[name] += more
+
+    def refuse(self, what: str, why: str) -> None:
+        self._run.refusals.append(Refusal(what, why))
+
+    async def offered(self, call: Any) -> bool:
+        """Await it; False, and noted, if the design refuses."""
+        try:
+            await call
+        except Refused as refused:
+            self.refuse(refused.what, refused.why)
+            return False
+        return True
+
+    def expect(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self._run.problems.append(problem)
+
+    async def finish(self) -> None:
+        """What every run ends with: the invariants, while the machines still run."""
+        self._run.problems += await self._recorder.problems()
+
+
+@asynccontextmanager
+async def _guest(host: Host, config: MachineConfig) -> AsyncIterator[Guest]:
+    async with machine(host, config) as running:
+        queue = IdxdWorkQueue(running.portal, running.memory, block_on_fault=True)
+        await queue.enable()
+        yield Guest(running, queue)

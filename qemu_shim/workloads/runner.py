@@ -1,0 +1,35 @@
+"""Plays a workload on a machine of one design: a run, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+
+from protocol.errors import UapiError
+from qemu_shim.compare.run import Run
+from qemu_shim.designs import Design, Refused
+from qemu_shim.guest.memory import OutOfGuestMemory
+from qemu_shim.machine import Host
+from qemu_shim.workloads.context import Context, DmaFailed
+from qemu_shim.workloads.recorder import NeverQuiet
+from qemu_shim.workloads.workload import Workload
+
+
+async def run_workload(
+    host: Host, workload: Workload, design: Design, seed: int, params: Mapping[str, int] | None = None
+) -> Run:
+    """On daemons that run, started with the workload's options, and have no VM.
+
+    A refusal that the play does not take up ends it; what goes wrong is in `problems`.
+    """
+    run = Run(workload.name, design.name, seed, workload.with_defaults(params or {}))
+    async with AsyncExitStack() as stack:
+        context = Context(host, design, run.params, run, stack)
+        try:
+            await workload.play(context)
+            await context.finish()
+        except Refused as refused:
+            context.refuse(refused.what, refused.why)
+        except (DmaFailed, NeverQuiet, OutOfGuestMemory, UapiError) as error:
+            run.problems.append(str(error))
+    return run

@@ -1,0 +1,251 @@
+"""The same random life of a VM twice, with a shared root and with one of the IOMMU's own.
+
+A device writes memory where the root it walks lets it, and asks for what is missing.  At every step both
+tables hold what they must, and both processes see the same bytes; KVM_GET_DIRTY_LOG names every page that CPU
+or device wrote since it was last asked.  With a root of its own a device faults on small pages only where a
+dict says so: nothing is taken from it but by the host, or with its slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import pytest
+
+from kvmd.core.dirty_log import DirtyLog
+from kvmd.core.fault_path import FaultPath
+from kvmd.core.host import CpuFeatures
+from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
+from kvmd.core.page_fault import RESOLVED
+from kvmd.core.slots_change import SlotsChange
+from kvmd.core.tdp_mmu import TdpMmu
+from protocol.errors import UapiError
+from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
+from protocol.units import GfnSpan, Gpa, Hva
+from tests.oracle.table import Machine, RawTables, second_stage_walk
+from tests.unit.kvmd.own_root import BASE, PAGE, Managed
+from tests.unit.kvmd.world import READ, WRITE
+
+UNIT = Machine(address_width=46, max_leaf_level=3, snoop_control=True)
+FEATURES = (CpuFeatures(), CpuFeatures(pml=False), CpuFeatures(ept_ad_bits=False, pml=False))
+HOST: tuple[Callable[..., Any], ...] = (age, merge, migrate, numa_hint, swap_out)
+OTHER_GFN = 0x9000
+SEEDS = 6
+
+
+class Life:
+    """One VM, and what is known of it without looking at its tables."""
+
+    def __init__(self, *, own: bool, level: int, features: CpuFeatures) -> None:
+        self.own, self.level = own, level
+        self.pages = 64 if level == 1 else 512
+        self.hot = [*range(8), *range(self.pages - 8, self.pages)]
+        self.guest = Managed(own=own, level=level, pages=self.pages, features=features)
+        self.mm = self.guest.world.mm
+        self.account = self.guest.vm.pinning.open()
+        self.has: dict[int, bool] = {}  # page -> may the device write it
+        self.io_faults = 0
+        self.written: set[int] = set()  # since the log was read
+        self.logging = False
+        self.tracked: set[int] = set()
+        self.there = True  # is slot 0
+
+    def hva(self, page: int) -> Hva:
+        return Hva(self.guest.hva + page * PAGE)
+
+    # -- accesses --------------------------------------------------------------------------------------
+
+    def cpu(self, page: int, data: bytes | None) -> None:
+        gpa = BASE + page << 12
+        ran = self.guest.do(self.guest.vcpu.run([("w", gpa, data) if data else ("r", gpa, 1)]))
+        if ran.done and self.there:
+            emulated = data is not None and page in self.tracked
+            if not emulated:
+                self._granted(page, write=data is not None)
+            if data:
+                self.written.add(page)
+
+    def dma(self, page: int, data: bytes | None) -> None:
+        """The unit walks; what is missing is asked for once.  A tracked page, which only one of them lets a
+        device write, is read."""
+        data = None if page in self.tracked else data
+        need = 2 if data else 1
+        hpa = self._walk(page, need)
+        if hpa is None:
+            asked = self.guest.fault(page, WRITE if data else READ)
+            missing = page not in self.has or (data is not None and not self.has[page])
+            assert missing or not self.own or self.level > 1, (
+                f"page {page:#x} was taken from the device: {asked}"
+            )
+            self.io_faults += 1
+            hpa = self._walk(page, need)
+            assert (hpa is not None) == (asked in RESOLVED), f"page {page:#x}: {asked}"
+            if hpa is None:
+                return
+            self._granted(page, write=data is not None)
+        if data:
+            at = hpa - HIGH_RAM_START
+            self.guest.world.bare.frames[at : at + len(data)] = data
+            self.written.add(page)
+
+    def _walk(self, page: int, need: int) -> int | None:
+        root = self.guest.exported.root
+        tables = RawTables(LOW_RAM_START, self.guest.world.bare.tables)
+        found = second_stage_walk(tables, UNIT, root.hpa, root.role.level, BASE + page << 12)
+        return found.hpa if found.kind == "mapped" and found.rights & need else None
+
+    def _granted(self, page: int, *, write: bool) -> None:
+        """Both have the page now; after a read with what right the host has."""
+        host = self.mm.present_page(self.hva(page))
+        may = write or (host is not None and host.writable)
+        self.has[page] = self.has.get(page, False) or may
+
+    # -- what happens to it ----------------------------------------------------------------------------
+
+    def host(self, act: Callable[..., Any], first: int, pages: int) -> None:
+        with suppress(UapiError):
+            self.guest.do(act(self.mm, self.hva(first), pages * PAGE))
+        if act is not age:
+            self._taken(first, pages)
+
+    def drop(self, first: int, pages: int) -> None:
+        with suppress(UapiError):
+            self.guest.do(self.mm.madvise_dontneed(self.hva(first), pages * PAGE))
+        self._taken(first, pages)
+
+    def _taken(self, first: int, pages: int) -> None:
+        """Perhaps: a look at the table tells."""
+        for page in range(first, first + pages):
+            if self._walk(page, 1) is None:
+                self.has.pop(page, None)
+
+    def process(self, page: int, data: bytes) -> None:
+        """A store of the process's own is no business of the log; where it breaks sharing, the host tells."""
+        self.guest.do(self.mm.write(self.hva(page), data))
+        self._taken(page, 1)
+
+    def log(self, on: bool) -> None:
+        if self.there and on != self.logging:
+            self.guest.log(int(on))
+            self.logging = on
+            self.written = set()
+
+    def get(self) -> None:
+        if self.there and self.logging:
+            told = self.guest.dirty()
+            assert self.written <= told, f"pages {self.written - told} were written and are not told"
+            self.written = set()
+
+    def other_slot(self) -> None:
+        guest = self.guest
+        there = guest.vm.slots.find(OTHER_GFN) is not None  # type: ignore[arg-type]
+        guest.set_slot(3, OTHER_GFN, 0 if there else 4, guest.hva)
+
+    def own_slot(self) -> None:
+        self.guest.set_slot(0, BASE, 0 if self.there else self.pages, self.guest.hva)
+        self.there = not self.there
+        self.logging, self.tracked = False, set()
+        if not self.there:
+            self.has.clear()
+
+    def track(self, page: int) -> None:
+        with suppress(UapiError):
+            if page in self.tracked:
+                self.guest.do(self.guest.vm.untrack_page(Gpa(BASE + page << 12)))
+                self.tracked.discard(page)
+            else:
+                self.guest.do(self.guest.vm.track_page(Gpa(BASE + page << 12)))
+                self.tracked.add(page)
+
+    def pin(self, page: int, on: bool) -> None:
+        pinning, span = self.guest.vm.pinning, GfnSpan.of_pages(BASE + page, 1)  # type: ignore[arg-type]
+        with suppress(UapiError):
+            if on:
+                self.guest.do(pinning.pin(self.account, span))
+                self.has[page] = True
+            else:
+                self.guest.do(pinning.unpin(self.account, span))
+        self._taken(page, 1)
+
+    def nx(self, on: bool) -> None:
+        self.guest.do(self.guest.vm.nx_huge.switch(on=on))
+
+    # -- one step --------------------------------------------------------------------------------------
+
+    def step(self, random: Random) -> None:
+        page, data = random.choice(self.hot), random.choice((None, random.randbytes(8)))
+        first, pages, on = random.choice(self.hot[:8]), random.randint(1, 4), random.random() < 0.6
+        act = random.choice(HOST)
+        steps: tuple[tuple[float, Callable[[], None]], ...] = (
+            (8, lambda: self.dma(page, data)),
+            (8, lambda: self.cpu(page, data)),
+            (3, lambda: self.host(act, first, pages)),
+            (2, lambda: self.drop(first, pages)),
+            (2, lambda: self.process(page, b"of the process")),
+            (1, lambda: self.log(on)),
+            (3, self.get),
+            (1, self.other_slot),
+            (0.5, self.own_slot),
+            (1, lambda: self.track(page)),
+            (1, lambda: self.pin(page, on)),
+            (0.3, lambda: self.nx(on)),
+        )
+        random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
+
+    def contents(self) -> list[bytes]:
+        return [self.guest.do(self.mm.read(self.hva(page), 16)) for page in self.hot]
+
+
+def live(seed: int, steps: int = 120) -> tuple[Life, Life]:
+    """Both lives, step by step; the pages they touch, and what they ask, are the same."""
+    features, level = FEATURES[seed % 3], 1 + seed % 2
+    lives = [Life(own=own, level=level, features=features) for own in (True, False)]
+    dice = [Random(seed), Random(seed)]
+    for number in range(steps):
+        for life, random in zip(lives, dice, strict=True):
+            life.step(random)
+            assert life.guest.sound(), (life.own, number)
+        if number % 10 == 9:
+            own, shared = (life.contents() for life in lives)
+            assert own == shared, f"step {number}: the two guests left different memory"
+            for life in lives:
+                life._taken(0, life.pages)  # reading may have mapped the zero page
+    return lives[0], lives[1]
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_two_lives_end_with_the_same_memory_and_every_write_was_told(seed: int) -> None:
+    own, shared = live(seed)
+    assert own.io_faults <= shared.io_faults
+    assert own.guest.heard <= shared.guest.heard
+
+
+# -- planted bugs --------------------------------------------------------------------------------------------
+
+
+PLANTED: dict[str, tuple[Any, str, Any]] = {
+    "the IOMMU's root is not filled": (FaultPath, "_store_beside", lambda *args: None),
+    "what devices can write is not dirty": (DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty),
+    "logging protects every root": (TdpMmu, "cpu_roots", TdpMmu.roots_of),
+    "ageing takes every root": (TdpMmu, "_aged_roots", lambda self: self.roots),
+    "every slot's leaves go": (
+        SlotsChange,
+        "_gone_from",
+        lambda self, root: [root.everything],
+    ),
+}
+
+
+def live_all() -> None:
+    for seed in range(SEEDS):
+        live(seed)
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught_by_some_life(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*PLANTED[bug])
+    with pytest.raises(AssertionError):
+        live_all()
