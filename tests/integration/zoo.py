@@ -217,8 +217,8 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_WATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_UNWATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_RANGE_FAULT"): plain(start=WATCHED, size=PAGE_SIZE, write=True, fault=False),
-    ("hmm-mirror", "HMM_PIN"): spare(start=..., size=PAGE_SIZE, write=True),
-    ("hmm-mirror", "HMM_UNPIN"): spare(start=..., size=PAGE_SIZE),
+    ("hmm-mirror", "HMM_PIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE, "write": True}, []),
+    ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
@@ -256,7 +256,7 @@ def _ioas_map(zoo: Zoo) -> dict[str, Any]:
 
 
 def _page(zoo: Zoo, number: int) -> int:
-    """A page of the range that the userfaultfd has."""
+    """A page of the range whose first eight the userfaultfd has."""
     return zoo.spare + (32 + number) * PAGE_SIZE
 
 
