@@ -24,7 +24,7 @@ WORD = BASE + 5
 
 
 class Guest:
-    """Gfns 0x200..0x3ff, lent out, an importer that acks by hand and pins.  `own`: the root is the IOMMU's."""
+    """Gfns 0x200..0x3ff, lent out, an importer that acks by hand and pins.  `own`: in the IOMMU's root."""
 
     def __init__(self, *, level: int = 1, own: bool = False, **host: Any) -> None:
         self.world = World(**host)
