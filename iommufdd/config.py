@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iommufdd.core.fault_policy import FaultPolicy, Policy
-from protocol.daemon import parser
+from protocol.daemon import bytes_of, parser
+from protocol.units import GIB, MIB, TIB
+
+MAX_PREMAP = 512  # [IOPF 0/8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,8 @@ class Settings:
     kvmd: Path
     device: Path
     kvm_hwpt: bool = True
+    table_bytes: int = GIB
+    premap_pages: int = 1
     fault_policy: FaultPolicy = field(default_factory=FaultPolicy)
 
 
@@ -35,6 +40,25 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options.add_argument(
         "--may-fault", action="append", default=[], metavar="BB:DD.F", help="one device of the allow-list"
     )
+    options.add_argument(
+        "--table-bytes",
+        type=bytes_of,
+        default=GIB,
+        metavar="SIZE",
+        help="room for the tables of IOASes, which are sparse (1G: 510 GiB in pages of 4 KiB)",
+    )
+    options.add_argument(
+        "--premap-pages",
+        type=int,
+        default=1,
+        choices=range(1, MAX_PREMAP + 1),
+        metavar=f"1..{MAX_PREMAP}",
+        help="pages an IO page fault maps in an IOAS on demand, the one that faulted first (1)",
+    )
     given = options.parse_args(argv)
+    if given.table_bytes % MIB or not MIB <= given.table_bytes <= TIB:
+        options.error(f"--table-bytes {given.table_bytes}: whole MiB, 1M to 1T")
     policy = FaultPolicy(given.fault_policy, frozenset(given.may_fault))
-    return given, Settings(given.kvmd, given.device, not given.no_kvm_hwpt, policy)
+    return given, Settings(
+        given.kvmd, given.device, not given.no_kvm_hwpt, given.table_bytes, given.premap_pages, policy
+    )

@@ -1,38 +1,56 @@
-"""The driver's own page of tables: one root with 512 absent entries, for a domain that maps nothing."""
+"""The window iommufdd's own tables lie in: a memfd that nobody else can store into.
+
+It is mapped writable first and sealed against future writable mappings second: from then on iommufdd's
+mapping is the only one there can be that stores (I1), whatever happens to the copies of the fd that units
+get.  It is sparse, sealed against resizing, and costs what is touched of it.  It lies above the largest
+host that kvmd can be told to have, so that it is in nobody's way.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
-from typing import Any
 
+from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
-from protocol.units import PAGE_SIZE, TIB, Hpa
+from protocol.pt.mem import TableWriter
+from protocol.units import TIB, Hpa
 
-# Above the largest host kvmd can be told to have, so that it lies in nobody's way.
-EMPTY_ROOT = Hpa(HIGH_RAM_START + 32 * TIB)
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+TABLES_START = Hpa(HIGH_RAM_START + 32 * TIB)
+
+F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
+_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 
 
-class EmptyTable:
-    def __init__(self) -> None:
-        self._fd = os.memfd_create("empty-root", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, PAGE_SIZE)
+class TableMemory:
+    """The window, and the pool of its pages."""
+
+    def __init__(self, size: int) -> None:
+        self._fd = os.memfd_create("iommu-tables", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, size)
+        view = memoryview(mmap.mmap(self._fd, size))
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        os.fchmod(self._fd, 0o400)  # a re-open for writing fails as well, but for root
+        self.window = (str(WindowKind.TABLES), TABLES_START, size)
+        self.writer = TableWriter(TABLES_START, view)
+        self.pool = TablePool(self.writer, size)
 
-    def share(self) -> tuple[list[Any], list[int]]:
-        """Its window, and the fds that go with it: of the window, and of the lease.  EMFILE."""
-        fds: list[int] = []
+    def fds(self, count: int) -> list[int]:
+        """Copies of the window's fd: one goes with the window, a second is the lease if nobody else lends
+        anything.  EMFILE.
+        """
+        copies: list[int] = []
         try:
-            for _ in range(2):
-                fds.append(os.dup(self._fd))
-        except OSError:
-            for fd in fds:
+            for _ in range(count):
+                copies.append(os.dup(self._fd))
+        except OSError as error:
+            for fd in copies:
                 os.close(fd)
-            raise UapiError(errno.EMFILE, "no room in our fd table") from None
-        return [(WindowKind.TABLES, EMPTY_ROOT, PAGE_SIZE)], fds
+            raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
+        return copies
 
     def close(self) -> None:
         os.close(self._fd)

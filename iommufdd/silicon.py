@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,21 +42,22 @@ class RemoteUnit:
         await self._silicon.ask("PASID_ENTRY", {"rid": rid, "pasid": pasid, "entry": entry})
 
     async def submit(self, descriptors: list[Descriptor]) -> None:
-        body = {"unit": self.number, "descriptors": qi.ring(descriptors)}
-        reply = await self._silicon.ask("QI", body)
+        reply = await self._silicon.ask("QI", self._queue(descriptors))
         if reply.body["status"] != [qi.DONE]:
             raise UapiError(errno.EIO, f"invalidation queue: wait completed with {reply.body['status']}")
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
         """A page group response; nobody waits for it.  False: there is nobody any more."""
-        descriptor = qi.page_group_response(rid, prgi, code)
-        body = {
-            "unit": self.number,
-            "descriptors": qi.ring([descriptor]),
-            "prq_consumed": self._consumed,
-        }
+        body = self._queue([qi.page_group_response(rid, prgi, code)])
+        body["prq_consumed"] = self._consumed
         self._consumed = 0
         return self._silicon.post("QI", body)
+
+    def _queue(self, descriptors: list[Descriptor]) -> Body:
+        """One message, counted."""
+        self._silicon.qi_messages += 1
+        self._silicon.descriptors.update(map(qi.kind_of, descriptors))
+        return {"unit": self.number, "descriptors": qi.ring(descriptors)}
 
     def consumed(self, entries: int, *, clear_overflow: bool) -> None:
         """Move the page request queue's head: along with the next response, unless that could matter."""
@@ -79,6 +81,8 @@ class Silicon:
         self.loop = loop
         self.units: list[RemoteUnit] = []
         self.functions: list[tuple[FunctionInfo, RemoteUnit]] = []
+        self.qi_messages = 0  # that carried descriptors
+        self.descriptors: Counter[str] = Counter()  # by kind
         self.on_page_requests = on_page_requests
         self.on_faults = on_faults
         self._on_gone = on_gone

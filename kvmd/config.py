@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from kvmd.core.host import CpuFeatures
 from kvmd.core.tdp_fd import Obstacle
-from protocol.daemon import parser
+from protocol.daemon import bytes_of, parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
-from protocol.units import GIB, KIB, MIB, TIB, Level
+from protocol.units import GIB, MIB, Level
 
-_SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _PAGE_LEVELS = {"4K": 1, "2M": 2, "1G": 3}
 MAX_RAM = 1 << 45
 
@@ -24,14 +23,6 @@ class Settings:
     frame_tags: bool
     obstacles: frozenset[Obstacle] = frozenset()
     memlock: int | None = None  # bytes; None: no limit
-
-
-def bytes_of(text: str) -> int:
-    """`16G` -> bytes.  Raises argparse's error for anything else."""
-    number, suffix = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _SUFFIX else (text, "")
-    if not number.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M, 16G or 2T")
-    return int(number) * _SUFFIX.get(suffix, 1)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:

@@ -1,4 +1,4 @@
-"""Importers as kvmd reaches them: invalidate over their channel, and what their death means.
+"""Importers of a table or of a process's memory: invalidate over their channel, and what their death means.
 
 The reply to an invalidate is the ack.  An importer that dies with one outstanding has not acked, and
 what walks on its behalf may walk on: its ack counts only once the lease it was given is closed too,
@@ -10,15 +10,22 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import structlog
 
+from kvmd.memory import HostMemory
 from protocol.errors import UapiError
 from protocol.flow import Wait
+from protocol.hostmem import WindowKind
 from protocol.rpc.channel import Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 
 ACK_PATIENCE_S = 10.0
+TDP_WINDOWS = frozenset(WindowKind)
+FRAME_WINDOWS = frozenset({WindowKind.FRAMES, WindowKind.FRAME_TAGS})
 
 log = structlog.get_logger("kvmd")
 
@@ -59,19 +66,45 @@ class Lease:
         self.close()
 
 
-class RemoteImporter:
-    """ImporterOps over a channel."""
+class Loan(NamedTuple):
+    lease: Lease
+    windows: list[tuple[str, int, int]]
+    fds: list[int]  # of the windows, then the lease
 
-    def __init__(self, channel: Channel, lease: Lease) -> None:
+
+@contextmanager
+def lent(loop: Loop, memory: HostMemory, kinds: Container[WindowKind]) -> Iterator[Loan]:
+    """Windows and a lease for an importer; taken back if it does not become one.  EMFILE."""
+    lease = Lease(loop)
+    fds: list[int] = []
+    try:
+        windows, fds = memory.share(kinds)
+        yield Loan(lease, windows, [*fds, lease.theirs])
+    except UapiError:
+        for fd in fds:
+            os.close(fd)
+        lease.withdraw()
+        raise
+
+
+class RemoteImporter:
+    """ImporterOps and MirrorOps over a channel: `op` tells of a range, and of its number under the name
+    `numbered`."""
+
+    def __init__(self, channel: Channel, lease: Lease, op: str, numbered: str) -> None:
         self._channel = channel
         self._lease = lease
+        self._op = op
+        self._numbered = numbered
 
-    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
+    def invalidate(self, start: int, size: int, number: int, /) -> Wait[None]:
         acked: Wait[None] = Wait()
-        reply = self._channel.call("TDP_INVALIDATE", {"start": start, "size": size, "epoch": epoch})
-        reply.on_done(lambda wait: self._on_reply(wait, acked))
-        self._channel.loop.expire(acked, ACK_PATIENCE_S, lambda: self._complain(epoch))
+        self._tell(start, size, number).on_done(lambda wait: self._on_reply(wait, acked))
+        self._channel.loop.expire(acked, ACK_PATIENCE_S, lambda: self._complain(number))
         return acked
+
+    def _tell(self, start: int, size: int, number: int) -> Wait[Reply]:
+        return self._channel.call(self._op, {"start": start, "size": size, self._numbered: number})
 
     def _on_reply(self, reply: Wait[Reply], acked: Wait[None]) -> None:
         try:
@@ -82,7 +115,6 @@ class RemoteImporter:
         else:
             acked.set(None)
 
-    def _complain(self, epoch: int) -> None:
-        log.error(
-            "no ack for an invalidation", epoch=epoch, after_s=ACK_PATIENCE_S, importer=self._channel.name
-        )
+    def _complain(self, number: int) -> None:
+        told = {"op": self._op, self._numbered: number, "importer": self._channel.name}
+        log.error("no ack for an invalidation", after_s=ACK_PATIENCE_S, **told)

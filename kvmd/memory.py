@@ -12,7 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from kvmd.config import Settings
 from kvmd.core.host import Clock, Host
@@ -78,17 +78,18 @@ class HostMemory:
     def _discard(self, offset: int, size: int) -> None:
         self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
 
-    def share(self) -> tuple[list[tuple[str, int, int]], list[int]]:
-        """([kind, base, size] of every window, a copy of its fd each).  EMFILE."""
+    def share(self, kinds: Container[WindowKind]) -> tuple[list[tuple[str, int, int]], list[int]]:
+        """([kind, base, size] of every window of these kinds, a copy of its fd each).  EMFILE."""
+        shared = [(window, fd) for window, fd in self._fds if window.kind in kinds]
         copies: list[int] = []
         try:
-            for _, fd in self._fds:
+            for _, fd in shared:
                 copies.append(os.dup(fd))
         except OSError as error:
             for fd in copies:
                 os.close(fd)
             raise UapiError(error.errno or errno.EMFILE, "no room for the windows' fds") from None
-        return [(str(w.kind), w.base, w.size) for w, _ in self._fds], copies
+        return [(str(w.kind), w.base, w.size) for w, _ in shared], copies
 
     def close(self) -> None:
         for _, fd in self._fds:

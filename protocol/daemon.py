@@ -25,11 +25,13 @@ from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 from protocol.trace import TRACE
+from protocol.units import GIB, KIB, MIB, TIB
 
 log = structlog.get_logger("daemon")
 
 EXIT_CANNOT_START = 2
 LOG_LEVELS = ("debug", "info", "warning", "error")
+_SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
 class App(Protocol):
@@ -57,6 +59,14 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
         "--exit-with-stdin", action="store_true", help="stop when standard input ends (set by a supervisor)"
     )
     return options
+
+
+def bytes_of(text: str) -> int:
+    """`16G` -> bytes.  Raises argparse's error for anything else."""
+    number, suffix = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _SUFFIX else (text, "")
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M, 16G or 2T")
+    return int(number) * _SUFFIX.get(suffix, 1)
 
 
 def configure_log(level: str) -> None:

@@ -19,6 +19,7 @@ import trio
 
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
+from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.inspect import as_text, demo, inspect
 from qemu_shim.machine import Host, connect_host
@@ -58,10 +59,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     listing.add_argument("--json", action="store_true")
     run = commands.add_parser("run", help="run a scenario")
     _add_run_options(run)
+    _add_design(run, default=SHARED.name)
     scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
     for scenario in SCENARIOS.values():
         sub = scenarios.add_parser(scenario.name, help=scenario.summary, description=scenario.summary)
         _add_run_options(sub, default=argparse.SUPPRESS)  # what was said before its name stays
+        _add_design(sub, default=argparse.SUPPRESS)
         for name, param in scenario.params.items():
             sub.add_argument(
                 f"--{name.replace('_', '-')}",
@@ -76,7 +79,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     _add_run_options(looking)
     looking.add_argument("--vm", type=_bounded(1, 1 << 32), metavar="N", help="its number (the newest)")
     looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.command == "run":
+        _check_design(run, SCENARIOS[options.scenario], options.design)
+    return options
+
+
+def _add_design(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--design",
+        choices=tuple(DESIGNS),
+        default=default,
+        help=f"how the device is given the guest's memory ({SHARED.name})",
+    )
+
+
+def _check_design(parser: argparse.ArgumentParser, scenario: Scenario, design: str) -> None:
+    if design not in scenario.designs:
+        played = ", ".join(scenario.designs)
+        parser.error(f"{scenario.name} cannot be played on design {design}; it can on: {played}")
 
 
 def _add_run_options(parser: argparse.ArgumentParser, **default: Any) -> None:
@@ -126,6 +147,7 @@ def _list(*, as_json: bool) -> int:
                         "summary": s.summary,
                         "tags": s.tags,
                         "params": {n: p.default for n, p in s.params.items()},
+                        "designs": s.designs,
                     }
                     for s in SCENARIOS.values()
                 ]
@@ -135,6 +157,8 @@ def _list(*, as_json: bool) -> int:
     for scenario in SCENARIOS.values():
         print(f"{scenario.name:<10} {scenario.summary}")
         print(f"{'':<10} plays {', '.join(scenario.tags)}; options: {', '.join(scenario.params)}")
+        if len(scenario.designs) > 1:
+            print(f"{'':<10} designs: {', '.join(scenario.designs)}")
     return 0
 
 
@@ -144,7 +168,7 @@ async def _run(
     """False if a signal ended it.  Problems of any kind end up in the report."""
 
     async def play(host: Host) -> None:
-        host.dumps_to = options.dump
+        host.dumps_to, host.design = options.dump, DESIGNS[options.design]
         await scenario.play(host, params, report)
 
     return await _with_host(options, play, report.problems, scenario.options)

@@ -19,7 +19,7 @@ from protocol.rpc.loop import Loop
 from protocol.uapi import names
 from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
-from qemu_shim.designs import SHARED, Container, Design, RamSlot, Refused
+from qemu_shim.designs import NO_DISCARD, SHARED, Container, Design, RamSlot, Refused
 from qemu_shim.device_client import DeviceSim, Portal
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.inspector import Inspector
@@ -42,6 +42,7 @@ class MachineConfig:
     pinned: bool = False  # all of it, for a device that cannot ask for pages
     dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
     design: Design = SHARED
+    free_from: Gpa = FIRST_FREE_GPA  # the guest kernel's own memory ends here
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Host:
     kvmd: Kvmd
     iommufdd: Iommufdd
     device_sim: DeviceSim
+    design: Design = SHARED  # of the machines of a scenario that can be played on any
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
 
@@ -86,9 +88,11 @@ class Machine:
             raise Refused("export of the TDP", f"design {self.config.design.name} has a table of its own")
         return self.container.tdp_fd
 
-    async def add_slot(self, slot: int, gpa: int, size: int) -> RamSlot:
+    async def add_slot(self, slot: int, gpa: int, size: int, page_size: int | None = None) -> RamSlot:
         """More RAM: memory of our process, the device's view of it, and a memslot on it."""
-        added = RamSlot(slot, gpa, size, await self.process.mmap(size, page_size=self.config.page_size))
+        added = RamSlot(
+            slot, gpa, size, await self.process.mmap(size, page_size=page_size or self.config.page_size)
+        )
         await self.container.add(added)
         await self.vm.set_user_memory_region(slot, gpa, size, added.hva)
         self.slots.append(added)
@@ -103,7 +107,8 @@ class Machine:
 
     async def discard(self, gpa: int, size: int) -> None:
         """What a balloon does with pages the guest gave up.  Refused."""
-        self.config.design.check_discard()
+        if self.config.pinned or self.config.design.pins:
+            raise Refused("ballooning", NO_DISCARD)
         await self.process.madvise_dontneed(self.hva_of(gpa), size)
 
     async def dump(self, directory: Path) -> None:
@@ -176,7 +181,7 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
         await vcpu.set_cpuid(config.maxphyaddr)
-        container = await config.design.open(vm)
+        container = await config.design.open(vm, process)
         stack.callback(container.close)
         iommu = await host.iommufdd.open_iommu(process)
         stack.callback(iommu.close)
@@ -184,11 +189,11 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         stack.callback(device.close)
         device_id = await device.bind(iommu)
         hwpt_id = await container.hwpt(iommu, device_id, slots)
-        await device.attach(hwpt_id, pinned=config.pinned)
+        await _attach(device, hwpt_id, config)
         portal = await device.map_portal()
         stack.callback(portal.close)
         cpu = GuestCpu(vcpu)
-        memory = GuestMemory(cpu, FIRST_FREE_GPA, Gpa(slots[0].gpa + slots[0].size))
+        memory = GuestMemory(cpu, config.free_from, Gpa(slots[0].gpa + slots[0].size))
         placed = (slots, container, iommu, device, device_id, hwpt_id, portal, cpu, memory)
         built = Machine(host, config, process, vm, vcpu, *placed)
         try:
@@ -198,6 +203,13 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await _quiesce(built)
+
+
+async def _attach(device: VfioDevice, hwpt_id: int, config: MachineConfig) -> None:
+    try:
+        await device.attach(hwpt_id, pinned=config.pinned)
+    except UapiError as error:
+        raise Refused("attaching the device", error.why, error.errno) from None
 
 
 async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamSlot]:

@@ -84,8 +84,8 @@ async def check_system(host: Host, report: Report, after: Snapshot) -> None:
 
 
 def difference(after: Stats, before: Stats) -> Stats:
-    """Counters that grew; what is no number is left out."""
-    return {key: after[key] - before[key] for key in after if isinstance(after[key], int)}
+    """Counters that grew, perhaps from nothing; what is no number is left out."""
+    return {key: after[key] - before.get(key, 0) for key in after if isinstance(after[key], int)}
 
 
 def fill_table(report: Report, before: Snapshot, after: Snapshot) -> None:

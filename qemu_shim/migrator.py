@@ -39,14 +39,16 @@ class Migrator:
         return cls(guest, slot, bitmap, ring)
 
     async def dirty(self) -> set[int]:
-        """The pages KVM reports, logged anew from here on."""
+        """The pages KVM reports, logged anew from here on; all, if nobody can tell what the device wrote."""
         vm, found = self._guest.vm, set()
         if self._ring is not None:
             found |= {page for slot, page in self._ring.harvest() if slot == self._slot.slot}
             await vm.reset_dirty_rings()
         await vm.get_dirty_log(self._slot.slot, self._bitmap)
-        bits = await self._guest.process.read(self._bitmap, self.pages // 8)
+        bits = await self._guest.process.read(self._bitmap, (self.pages + 7) // 8)
         await vm.clear_dirty_log(self._slot.slot, 0, self.pages, self._bitmap)
+        if self._guest.config.design.whole_dirty:
+            found |= set(range(self.pages))
         return found | {page for page in range(self.pages) if bits[page // 8] >> page % 8 & 1}
 
     async def send(self, pages: Iterable[int]) -> None:

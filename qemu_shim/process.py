@@ -112,6 +112,11 @@ class Process(File):
         pages: int = (await self.ask("HOST_ACTION", action=action, addr=addr, size=size)).body["pages"]
         return pages
 
+    async def resident_pages(self, addr: int, size: int) -> int:
+        """How many pages of 4 KiB are present in the range."""
+        present: dict[str, int] = (await self.ask("PAGEMAP", addr=addr, size=size)).body["present"]
+        return sum(count * int(page_size) for page_size, count in present.items()) // PAGE_SIZE
+
     async def anon_huge_kib(self, addr: int, size: int) -> int:
         kib: int = (await self.ask("PAGEMAP", addr=addr, size=size)).body["anon_huge_kib"]
         return kib

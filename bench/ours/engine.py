@@ -59,7 +59,7 @@ class Engine:
         memory.add(Window(WindowKind.FRAMES, HIGH_RAM_START, 4 * MIB, frames_view), _keep)
         cap, ecap = capabilities(levels=ROOT_LEVELS, max_page="1G")
         unit = RemappingUnit(cap, ecap, 46, memory, _keep, _keep)
-        domain = Domain(LOW_RAM_START, ROOT_LEVELS, 1)
+        domain = Domain(LOW_RAM_START, ROOT_LEVELS, 1, level)
         unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(ecap).to_bytes())
         self.function = Function(RID, unit, memory, perf_counter_ns)
         self.function.ats_enabled = self.function.dma_enabled = True

@@ -100,7 +100,9 @@ class RemappingUnit:
         self.ecap = ecap
         self.iotlb = Iotlb()
         self.prq = PageRequestQueue(self._auto_respond, on_event)
-        self.invalidations = 0  # IOTLB and device-TLB descriptors executed
+        self.iotlb_invalidations = 0  # descriptors executed
+        self.devtlb_invalidations = 0
+        self.invalidation_messages = 0  # that carried any of them
         self.walks = 0
         self._rules = second_stage_rules(haw, cap.max_huge_page_level, snoop_control=bool(ecap.sc))
         self._haw = haw
@@ -116,6 +118,10 @@ class RemappingUnit:
         self.faults_lost = 0
         self.interrupts = 0
         self.messages: deque[msi.InterruptMessage] = deque(maxlen=MAX_MESSAGE_NOTES)
+
+    @property
+    def invalidations(self) -> int:
+        return self.iotlb_invalidations + self.devtlb_invalidations
 
     def add_endpoint(self, rid: int, endpoint: Endpoint) -> None:
         self._endpoints[rid] = endpoint
@@ -139,6 +145,7 @@ class RemappingUnit:
         if len(ring) % qi.DESCRIPTOR_SIZE:
             raise DescriptorError(qi.IQEI.TAIL_MISALIGNED, f"{len(ring)} bytes of descriptors")
         completed = []
+        before = self.invalidations
         for at in range(0, len(ring), qi.DESCRIPTOR_SIZE):
             descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
             if isinstance(descriptor, qi.Wait):
@@ -147,6 +154,7 @@ class RemappingUnit:
                     completed.append(descriptor.status_data)
             else:
                 self._execute_one(descriptor)
+        self.invalidation_messages += self.invalidations > before
         return completed
 
     def _wait(self, descriptor: qi.Wait) -> None:
@@ -159,12 +167,12 @@ class RemappingUnit:
     def _execute_one(self, descriptor: qi.Descriptor) -> None:
         match descriptor:
             case qi.IotlbInv():
-                self.invalidations += 1
+                self.iotlb_invalidations += 1
                 self._invalidate_iotlb(descriptor)
             case qi.DevTlbInv():
                 if not self.ecap.dt:
                     raise DescriptorError(qi.IQEI.BAD_TYPE, "this unit knows no device TLBs (ECAP.DT)")
-                self.invalidations += 1
+                self.devtlb_invalidations += 1
                 endpoint = self._endpoints.get(descriptor.sid)
                 if endpoint is not None:
                     endpoint.invalidate_translations(*descriptor.pages)

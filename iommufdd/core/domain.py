@@ -8,6 +8,7 @@ domain id serves behind every unit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.pasid_entry import AW_OF_LEVEL, PasidEntry, Pgtt
@@ -21,9 +22,12 @@ Need = tuple[bool, str]  # is it there; what is missing if not
 class Domain:
     """`did` tags everything a unit caches of it."""
 
+    COHERENT_WALKS: ClassVar[bool] = False  # does nobody flush cache lines after a store?
+
     root: Hpa
     level: Level
     did: int
+    max_huge_page_level: Level  # of its leaves
 
     @property
     def width(self) -> int:
@@ -47,7 +51,7 @@ class Domain:
         return "; ".join(why for met, why in self._needs(cap, ecap) if not met) or None
 
     def _needs(self, cap: Cap, ecap: Ecap) -> tuple[Need, ...]:
-        levels = sorted(cap.levels)
+        levels, huge = sorted(cap.levels), self.max_huge_page_level
         return (
             (ecap.smts, "no scalable mode (ECAP.SMTS), so no PGSNP"),
             (ecap.sc, "no snoop control (ECAP.SC): non-coherent DMA could not be prevented"),
@@ -55,4 +59,13 @@ class Domain:
             (self.level in cap.levels, f"a root of {self.level} levels (CAP.SAGAW has {levels})"),
             # Widths with widths: the series compared an agaw with a width, and never failed (defect B-17).
             (self.width <= cap.mgaw, f"{self.width} address bits (CAP.MGAW {cap.mgaw})"),
+            (
+                ecap.smpwc or not self.COHERENT_WALKS,
+                "page walks are not coherent (ECAP.SMPWC): KVM does not flush cache lines",
+            ),
+            (
+                huge <= cap.max_huge_page_level,
+                f"leaves of level {huge} (CAP.SSLPS has {cap.max_huge_page_level})",
+            ),
+            (not cap.cm, "caching mode (CAP.CM): nobody says when an entry becomes present"),
         )

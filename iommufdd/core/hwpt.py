@@ -1,23 +1,26 @@
-"""HWPTs: a domain that devices can be attached to; and the one an IOAS has, which maps nothing.
+"""HWPTs: a domain that devices can be attached to.
 
-Models struct iommufd_hw_pagetable and IOMMUFD_OBJ_HWPT_PAGING [iommufd hw_pagetable.c].  Departure: an IOAS
-here has no mappings, so the table of its HWPTs is one empty root, and a device attached to it reaches
-nothing; it is what a device is replaced from and to.
+Models struct iommufd_hw_pagetable [iommufd hw_pagetable.c], and of an HWPT whose pages may be absent how an
+IO page fault becomes a response code [RFC 15/42].
+
+I9: what was taken out of a table is gone for good once the wait descriptor behind its invalidation completed.
+I13: what cannot be invalidated because the unit is gone is not walked any more either: the lease the unit
+held has ended.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from contextlib import suppress
 
+from iommufdd.core import qi
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory, Unit
 from iommufdd.core.object import Object
 from protocol.errors import UapiError
-
-
-class Ioas(Object):
-    """An IO address space; `users` are its HWPTs."""
+from protocol.hw.prq import PageRequest
+from protocol.hw.qi import ResponseCode
 
 
 class Hwpt(Object):
@@ -30,6 +33,7 @@ class Hwpt(Object):
         self.domain = domain
         self.attached: dict[int, Unit] = {}
         self.memory = 0  # the set of windows the units walk it in
+        self.faults: Counter[ResponseCode] = Counter()
         self._bus = memory
 
     @property
@@ -39,6 +43,36 @@ class Hwpt(Object):
     def behind(self, unit: Unit) -> list[int]:
         """The functions attached behind that unit."""
         return [rid for rid, other in self.attached.items() if other is unit]
+
+    async def fault(self, request: PageRequest) -> ResponseCode:
+        """Have one page mapped [RFC 15/42]."""
+        code = ResponseCode.SUCCESS
+        if request.addr >> self.domain.width:  # a guest address, so no CPU canonicality (defect B-31)
+            code = ResponseCode.INVALID
+        else:
+            try:
+                await self.fault_in(request)
+            except UapiError as error:
+                # Failure makes PCIe stop the function's page requests for good: only for what concerns
+                # more than this page (defect B-37).
+                about_page = error.errno in (errno.EFAULT, errno.EINVAL)
+                code = ResponseCode.INVALID if about_page else ResponseCode.FAILURE
+        self.faults[code] += 1
+        return code
+
+    async def fault_in(self, request: PageRequest) -> None:
+        """The page that was asked for is there when this returns.  EINVAL: none comes when asked for."""
+        raise UapiError(errno.EINVAL, f"HWPT {self.id} maps nothing at a page request")
+
+    async def forget(self, start: int, size: int) -> None:
+        """Every cached translation of the range is dropped when this returns; UapiError: a unit refused."""
+        try:
+            for unit in dict.fromkeys(self.attached.values()):
+                rids = self.behind(unit) if unit.ecap.dt else []
+                await unit.submit(qi.invalidate(unit.cap, self.domain.did, rids, start, size))
+        except UapiError as error:
+            if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
+                raise
 
     async def pin(self, iova: int, size: int) -> None:
         """What a device reaches there must never be absent.  EINVAL: pages do not come and go here."""
@@ -55,14 +89,3 @@ class Hwpt(Object):
         assert not self.attached, f"HWPT {self.id} destroyed with {len(self.attached)} functions attached"
         with suppress(UapiError):  # the silicon is gone, and every lease with it
             await self._bus.remove_memory(self.memory)
-
-
-class HwptPaging(Hwpt):
-    def __init__(self, domain: Domain, memory: Memory, ioas: Ioas) -> None:
-        super().__init__(domain, memory)
-        self.ioas = ioas
-        ioas.users += 1
-
-    async def destroy(self) -> None:
-        await super().destroy()
-        self.ioas.users -= 1

@@ -4,24 +4,20 @@ Models struct iommufd_hwpt_kvm [RFC 13/42], [RFC 14/42], [RFC 15/42]: IO page fa
 flushes go to the driver as invalidations.  It holds one reference on the TDP FD, so VM and root outlive
 the user's own fds.
 
-I9: an invalidation is acked to KVM only after the wait descriptor behind it completed.  I13: what cannot be
-invalidated because the unit is gone is not walked any more either: the lease the unit held has ended.
+I9: an invalidation is acked to KVM only after the wait descriptor behind it completed.
 """
 
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from contextlib import suppress
 from typing import Protocol
 
-from iommufdd.core import qi
 from iommufdd.core.hardware import Memory
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
-from protocol.hw.qi import ResponseCode
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, gfn_of, gpa_of_iova
 
 
@@ -41,27 +37,14 @@ class HwptKvm(Hwpt):
 
     def __init__(self, domain: KvmDomain, memory: Memory, tdp: Tdp) -> None:
         super().__init__(domain, memory)
-        self.faults: Counter[ResponseCode] = Counter()
         self.invalidations = 0
         self.acked_epoch = 0
         self._tdp = tdp
 
-    async def fault(self, request: PageRequest) -> ResponseCode:
+    async def fault_in(self, request: PageRequest) -> None:
         """Have KVM populate one page [RFC 15/42]."""
-        code = ResponseCode.SUCCESS
-        if request.addr >> self.domain.width:  # a guest address, so no CPU canonicality (defect B-31)
-            code = ResponseCode.INVALID
-        else:
-            gfn = gfn_of(gpa_of_iova(request.addr))
-            try:
-                await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
-            except UapiError as error:
-                # Failure makes PCIe stop the function's page requests for good: only for what concerns
-                # more than this page (defect B-37).
-                about_page = error.errno in (errno.EFAULT, errno.EINVAL)
-                code = ResponseCode.INVALID if about_page else ResponseCode.FAILURE
-        self.faults[code] += 1
-        return code
+        gfn = gfn_of(gpa_of_iova(request.addr))
+        await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
 
     async def invalidate(self, start: int, size: int, epoch: int) -> None:
         """KVM flushed: drop every cached translation of the range, then return (the ack).
@@ -69,13 +52,7 @@ class HwptKvm(Hwpt):
         Raises UapiError, which is no ack, if a unit refused.
         """
         self.invalidations += 1
-        try:
-            for unit in dict.fromkeys(self.attached.values()):
-                rids = self.behind(unit) if unit.ecap.dt else []
-                await unit.submit(qi.invalidate(unit.cap, self.domain.did, rids, start, size))
-        except UapiError as error:
-            if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
-                raise
+        await self.forget(start, size)
         self.acked_epoch = max(self.acked_epoch, epoch)
 
     async def pin(self, iova: int, size: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
 from iommufdd.core.device import Device
-from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt import Hwpt
 from protocol.flow import Flow
 from protocol.hw.fields import FormatError
 from protocol.hw.prq import PageRequest, reply_to
@@ -120,12 +120,12 @@ class Iopf:
         if group is None:
             return
         hwpt = None if device is None or device.drained else device.hwpt
-        if verdict is Verdict.REFUSE or device is None or not isinstance(hwpt, HwptKvm):
+        if verdict is Verdict.REFUSE or device is None or hwpt is None or not hwpt.needs_iopf:
             self._answer(request.rid, request.prgi, ResponseCode.INVALID)
         else:
             self._spawn(self._handle(device, hwpt, group))
 
-    async def _handle(self, device: Device, hwpt: HwptKvm, group: list[PageRequest]) -> None:
+    async def _handle(self, device: Device, hwpt: Hwpt, group: list[PageRequest]) -> None:
         device.begin_group()
         code = ResponseCode.FAILURE  # for a device that waits while we meet a bug of ours
         try:
@@ -140,7 +140,7 @@ class Iopf:
             self.responses_lost += 1
 
 
-async def _fault_in(hwpt: HwptKvm, group: list[PageRequest]) -> ResponseCode:
+async def _fault_in(hwpt: Hwpt, group: list[PageRequest]) -> ResponseCode:
     """In order, until one fails [RFC 15/42]."""
     for request in group:
         code = await hwpt.fault(request)

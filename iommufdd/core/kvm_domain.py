@@ -11,13 +11,11 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from iommufdd.core.domain import Domain, Need
+from iommufdd.core.domain import Domain
 from protocol.errors import UapiError
-from protocol.hw.caps import Cap, Ecap
 from protocol.pt import bits
 from protocol.pt.geometry import ROOT_LEVELS
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta
-from protocol.units import Level
 
 NEST_PARENT = 1 << 0
 
@@ -26,19 +24,7 @@ NEST_PARENT = 1 << 0
 class KvmDomain(Domain):
     """The paging structures are KVM's."""
 
-    max_huge_page_level: Level
-
-    def _needs(self, cap: Cap, ecap: Ecap) -> tuple[Need, ...]:
-        huge = self.max_huge_page_level
-        return (
-            *Domain._needs(self, cap, ecap),
-            (ecap.smpwc, "page walks are not coherent (ECAP.SMPWC): KVM does not flush cache lines"),
-            (
-                huge <= cap.max_huge_page_level,
-                f"leaves of level {huge} (CAP.SSLPS has {cap.max_huge_page_level})",
-            ),
-            (not cap.cm, "caching mode (CAP.CM): KVM does not say when an entry becomes present"),
-        )
+    COHERENT_WALKS = True
 
 
 def check_metadata(meta: ExportedTdpMeta, flags: int) -> None:

@@ -89,6 +89,21 @@ def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupRes
     return PageGroupResponse(rid=rid, prgi=prgi, code=code)
 
 
+def kind_of(descriptor: Descriptor) -> str:
+    """What STATS counts it as."""
+    if isinstance(descriptor, IotlbInv):
+        return "iotlb_page" if descriptor.granularity is IotlbGranularity.PAGE else "iotlb_domain"
+    return _KINDS[type(descriptor)]
+
+
+_KINDS: dict[type[Descriptor], str] = {
+    DevTlbInv: "devtlb",
+    PasidCacheInv: "pasid_cache",
+    Wait: "wait",
+    PageGroupResponse: "page_group_response",
+}
+
+
 def ring(descriptors: list[Descriptor]) -> bytes:
     raw = [encode(descriptor) for descriptor in descriptors]
     if TRACE.on:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import asdict
 
 from iommufdd.config import Settings
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.objects import App, IommuFile, VfioFile
 from iommufdd.service.vfio import VFIO
@@ -67,6 +69,9 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
         "partial_discarded": sum(iopf.groups.discarded for iopf in iopfs),
         "faults_recorded": app.faults_recorded,
         "devices_bound": len(app.bound),
+        "qi_messages": app.silicon.qi_messages,
+        "descriptors": dict(app.silicon.descriptors),
+        **asdict(app.counts),
         "hwpts": [_hwpt_stats(hwpt) for hwpt in app.hwpts.values()],
     }
 
@@ -76,8 +81,13 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
     if isinstance(hwpt, HwptKvm):
         stats["invalidations"] = hwpt.invalidations
         stats["acked_epoch"] = hwpt.acked_epoch
-        stats["faults"] = {code.name: count for code, count in hwpt.faults.items()}
-    return stats
+    elif isinstance(hwpt, HwptPaging):
+        stats["flushes"] = hwpt.invalidations
+        stats["acked"] = hwpt.acked
+        stats["leaves"] = hwpt.table.leaves[1:]
+        for level, tables in enumerate(hwpt.table.tables[1:], 1):
+            stats[f"table_pages.iommufd.{level}"] = tables
+    return {**stats, "faults": {code.name: count for code, count in hwpt.faults.items()}}
 
 
 FRONT_DOOR: Service[App] = Service(

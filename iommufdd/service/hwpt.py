@@ -10,12 +10,15 @@ import errno
 
 from iommufdd.core.device import Device
 from iommufdd.core.domain import Domain
-from iommufdd.core.hwpt import HwptPaging, Ioas
 from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt_mirror import HwptMirror
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.io_pagetable import IoPageTable
+from iommufdd.core.ioas import Ioas
+from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.kvm_domain import KvmDomain, check_metadata
 from iommufdd.core.object import Object
 from iommufdd.kvm_client import KvmTdp
-from iommufdd.memory import EMPTY_ROOT
 from iommufdd.service.objects import App, IommuFile
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -117,18 +120,32 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
             errno.EOPNOTSUPP,
             f"flags {message.flags:#x}, data_type {message.data_type}: no nesting, no dirty tracking",
         )
-    domain = Domain(EMPTY_ROOT, min(device.unit.cap.levels, default=LEAST_LEVELS), app.new_did())
-    _check_unit(device, domain)
-    hwpt = app.hwpts[domain.did] = HwptPaging(domain, app.silicon, ioas)
+    did = app.new_did()
+    cap = device.unit.cap
+    levels, largest = min(cap.levels, default=LEAST_LEVELS), cap.max_huge_page_level
+    table = IoPageTable(app.tables.writer, app.tables.pool, levels, largest)
+    domain = Domain(table.root, levels, did, largest)
     try:
-        windows, fds = app.empty_table.share()
-        hwpt.memory = await app.silicon.add_memory(windows, fds)
+        _check_unit(device, domain)
+    except UapiError:
+        table.release()
+        raise
+    hwpt = app.hwpts[did] = _on(ioas, domain, app, table)
+    try:
+        hwpt.memory = await app.silicon.add_memory([app.tables.window], app.tables.fds(2))
+        await ioas.add_hwpt(hwpt)
         if held.closed:
             raise UapiError(errno.EBADF, "the iommufd was closed meanwhile")
         return held.objects.add(hwpt)
     except UapiError:
         await app.destroy_hwpt(hwpt)
         raise
+
+
+def _on(ioas: Ioas, domain: Domain, app: App, table: IoPageTable) -> HwptPaging:
+    if isinstance(ioas, IoasOnDemand):
+        return HwptMirror(domain, app.silicon, ioas, table, app.settings.premap_pages)
+    return HwptPaging(domain, app.silicon, ioas, table)
 
 
 def _ioas_of(held: IommuFile, pt_id: int) -> Ioas:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 
 from iommufdd.core.device import Device
-from iommufdd.core.hwpt import Hwpt, HwptPaging, Ioas
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.ioas import Ioas
 from iommufdd.core.object import Object
 from iommufdd.service.hwpt import hwpt_alloc
+from iommufdd.service.ioas import IOAS
 from iommufdd.service.objects import IommuFile
 from iommufdd.service.sizes import sized
 from protocol.errors import UapiError
@@ -28,19 +31,13 @@ async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Bod
     held.objects.remove(message.id)
     if isinstance(found, Hwpt):
         await held.app.destroy_hwpt(found)
+    elif isinstance(found, Ioas):
+        await held.app.destroy_ioas(found)
     return {}
 
 
-def _ioas_alloc(held: IommuFile, message: uapi.IommuIoasAlloc, fds: Fds) -> Body:
-    if message.flags:
-        raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: there are none")
-    return {"out_ioas_id": held.objects.add(Ioas())}
-
-
 def _option(held: IommuFile, message: uapi.IommuOption, fds: Fds) -> Body:
-    raise UapiError(
-        errno.EOPNOTSUPP, f"option {message.option_id}: nothing is pinned or mapped that it concerns"
-    )
+    raise UapiError(errno.EOPNOTSUPP, f"option {message.option_id}: there is nothing to choose")
 
 
 def _get_hw_info(held: IommuFile, message: uapi.IommuGetHwInfo, fds: Fds) -> Body:
@@ -86,12 +83,12 @@ IOMMUFD: Service[IommuFile] = Service(
     "iommufd",
     {
         "IOMMU_DESTROY": Method(uapi.IommuDestroy, sized(_destroy)),
-        "IOMMU_IOAS_ALLOC": Method(uapi.IommuIoasAlloc, sized(_ioas_alloc)),
         "IOMMU_OPTION": Method(uapi.IommuOption, sized(_option)),
         "IOMMU_HWPT_ALLOC": Method(uapi.IommuHwptAlloc, sized(hwpt_alloc), 1),
         "IOMMU_GET_HW_INFO": Method(uapi.IommuGetHwInfo, sized(_get_hw_info)),
         "IOMMU_HWPT_SET_DIRTY_TRACKING": Method(uapi.IommuHwptSetDirtyTracking, sized(_set_dirty_tracking)),
         "IOMMU_HWPT_GET_DIRTY_BITMAP": Method(uapi.IommuHwptGetDirtyBitmap, sized(_get_dirty_bitmap)),
         "IOMMU_HWPT_INVALIDATE": Method(uapi.IommuHwptInvalidate, sized(_invalidate)),
+        **IOAS,
     },
 )

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 import structlog
 
 from iommufdd.config import Settings
+from iommufdd.core.counts import Counts
 from iommufdd.core.device import Device
 from iommufdd.core.group import Group
 from iommufdd.core.hardware import FunctionInfo, Unit
-from iommufdd.core.hwpt import Hwpt, Ioas
-from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.ioas import Ioas
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.object import Objects
-from iommufdd.memory import EmptyTable
+from iommufdd.kvm_client import FaultNotes
+from iommufdd.memory import TableMemory
 from iommufdd.silicon import RemoteUnit, Silicon
 from protocol.errors import UapiError
 from protocol.hw.faults import FAULT_RECORD_SIZE
@@ -59,7 +61,9 @@ class App:
         self.settings = settings
         self.files = Files(loop)
         self.silicon = Silicon(loop, self.on_page_requests, self._on_faults, self._on_silicon_gone)
-        self.empty_table = EmptyTable()
+        self.tables = TableMemory(settings.table_bytes)
+        self.counts = Counts()
+        self.following: dict[Ioas, FaultNotes] = {}
         self.iopfs: dict[Unit, Iopf] = {}
         self.groups: dict[int, Group] = {}
         self.bound: dict[int, Device] = {}  # by requester id
@@ -76,7 +80,7 @@ class App:
     def close(self) -> None:
         self._closing = True
         self.files.close()
-        self.empty_table.close()
+        self.tables.close()
 
     # -- interrupts ------------------------------------------------------------------------------------
 
@@ -132,7 +136,19 @@ class App:
         await hwpt.destroy()
         del self.hwpts[hwpt.domain.did]
 
-    async def lose_kvm(self, hwpt: HwptKvm) -> None:
+    async def destroy_ioas(self, ioas: Ioas) -> None:
+        following = self.following.pop(ioas, None)
+        if following is not None:
+            following.hang_up()
+        await ioas.destroy()
+
+    async def lose_host(self, ioas: Ioas) -> None:
+        """kvmd is gone, and whose memory the tables lead to with it."""
+        for hwpt in list(ioas.hwpts):
+            await self.lose_kvm(hwpt)
+        await ioas.lose_host()
+
+    async def lose_kvm(self, hwpt: Hwpt) -> None:
         """kvmd is gone: nobody maintains the table any more, so nobody may walk it (R28)."""
         log.error("KVM is gone: its devices are detached", hwpt=hwpt.id, functions=len(hwpt.attached))
         for rid in hwpt.rids:
@@ -176,6 +192,7 @@ class App:
             await self.destroy_hwpt(hwpt)
         for ioas in held.objects.all(Ioas):
             held.objects.drop(ioas.id)
+            await self.destroy_ioas(ioas)
 
     def vfio_closed(self, held: VfioFile) -> None:
         self.loop.flows.spawn(self._release_vfio(held))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 
 from iommufdd.core.device import Device
-from iommufdd.core.hwpt import Hwpt, Ioas
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.ioas import Ioas
 from iommufdd.core.object import Object
 from iommufdd.service.objects import IommuFile, VfioFile
 from iommufdd.service.sizes import argsz

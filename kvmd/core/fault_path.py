@@ -77,7 +77,7 @@ class FaultPath:
             if private:
                 page = vm.private.page(slot, gfn)
             else:
-                page = await vm.mm.get_user_page(hva, write=fault.write)
+                page = await vm.mm.get_user_page(hva, write=fault.write, tally=vm.tallies[fault.source])
         except UapiError as error:
             return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
         stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)

@@ -37,7 +37,7 @@ class FaultType:
 class ImporterOps(Protocol):
     """Who is told [RFC 01/42]: `invalidate` in bytes of gpa; start 0 with all ones is everything."""
 
-    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
+    def invalidate(self, start: int, size: int, epoch: int, /) -> Wait[None]:
         """Drop cached translations; the Wait is set once no walker of the importer's uses one."""
 
 

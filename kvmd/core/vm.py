@@ -19,6 +19,7 @@ from kvmd.core.flush import Flusher
 from kvmd.core.host import Host
 from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Change, Memslot, Memslots, Region
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.nx_huge import NxHugePages
@@ -78,6 +79,7 @@ class Kvm:
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[Source, Result]] = Counter()
+        self.tallies = {source: Tally() for source in Source}
         self.retries = 0
         self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered

@@ -1,12 +1,13 @@
 """kvmd's front door and /dev/kvm: where processes begin and VMs are made.
 
 The front door stands for the host itself; whoever connects can start a process, open a device node, and
-present a TDP FD as an importer.
+present a TDP FD as an importer, or an mm fd as another MMU of that process.
 """
 
 from __future__ import annotations
 
 import errno
+from dataclasses import asdict
 
 from kvmd.config import Settings
 from kvmd.core.capability import check_extension
@@ -15,6 +16,7 @@ from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
 from kvmd.core.vm import Kvm, VmType
 from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
+from kvmd.service.hmm import open_mirror
 from kvmd.service.inspect import INSPECT
 from kvmd.service.mm import open_mm
 from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
@@ -25,8 +27,8 @@ from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
+from protocol.uapi import hmm, names
 from protocol.uapi import kvm as uapi
-from protocol.uapi import names
 from protocol.uapi import tdp_fd as tdp
 
 
@@ -96,12 +98,17 @@ def _fault_notes_get(app: App, message: uapi.KvmFaultNotesGet, fds: Fds) -> Answ
     return Answer({}, [fd])
 
 
+def _hmm_mirror_get(app: App, message: hmm.HmmMirrorGet, fds: Fds) -> Answer:
+    return Answer({}, [open_mirror(app, app.files.find(fds.peek(0), MmFile).mm)])
+
+
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     return {
         "vms": [vm_stats(vm) for vm in app.vms],
         "processes": len(app.mms),
         "frames": app.host.frames.in_use,
         "table_pages": app.host.pool.in_use,
+        "memory": asdict(app.host.memory.counters),
     }
 
 
@@ -117,6 +124,7 @@ FRONT_DOOR: Service[App] = Service(
         "MM_CREATE": Method(uapi.MmCreate, _mm_create),
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
         "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
+        "HMM_MIRROR_GET": Method(hmm.HmmMirrorGet, _hmm_mirror_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
         **INSPECT,

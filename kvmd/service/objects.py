@@ -15,6 +15,7 @@ import structlog
 from kvmd.config import Settings
 from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.mm.file import File
+from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.pinning import Account
@@ -65,6 +66,16 @@ class GuestMemfdFile:
 class MmFile:
     app: App
     mm: Mm
+
+
+@dataclass(slots=True, eq=False)
+class MirrorFile:
+    """The channel of another MMU to the memory of a process."""
+
+    app: App
+    mirror: Mirror
+    channel: Channel | None = None
+    lease: Lease | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -131,13 +142,14 @@ class App:
     async def _destroy_vm(self, vm: Kvm) -> None:
         await vm.destroy()
         log.info("vm destroyed", vm=vm.id)
-        self._forget(vm.mm)
+        self.forget(vm.mm)
 
     async def exit_mm(self, mm: Mm) -> None:
         await mm.exit()
-        self._forget(mm)
+        self.forget(mm)
 
-    def _forget(self, mm: Mm) -> None:
+    def forget(self, mm: Mm) -> None:
+        """Somebody has nothing to do with `mm` any more: perhaps he was the last."""
         if mm.exited and not mm.notifiers:
             self.host.forget_mm(mm)
 

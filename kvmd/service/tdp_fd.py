@@ -6,12 +6,11 @@ The TDP FD itself answers nothing: what it is for is held by its importers' chan
 from __future__ import annotations
 
 import errno
-import os
 
 from kvmd.core.page_fault import IO_ERRNO, RESOLVED
 from kvmd.core.pinning import Account
 from kvmd.core.tdp_fd import FaultType
-from kvmd.importers import Lease, RemoteImporter
+from kvmd.importers import TDP_WINDOWS, RemoteImporter, lent
 from kvmd.service.objects import Importer, TdpFile, holding
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -50,21 +49,13 @@ def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) ->
         )
     assert importer.channel is not None
     app = importer.tdp.owner.app
-    lease = Lease(app.loop)
-    ops = RemoteImporter(importer.channel, lease)
-    window_fds: list[int] = []
-    try:
-        windows, window_fds = app.memory.share()
+    with lent(app.loop, app.memory, TDP_WINDOWS) as loan:
+        ops = RemoteImporter(importer.channel, loan.lease, "TDP_INVALIDATE", "epoch")
         importer.tdp.exported.register_importer(message.name, ops)
-    except UapiError:
-        for fd in window_fds:
-            os.close(fd)
-        lease.withdraw()
-        raise
-    importer.name, importer.ops, importer.lease = message.name, ops, lease
-    importer.tdp.leases.append(lease)
+    importer.name, importer.ops, importer.lease = message.name, ops, loan.lease
+    importer.tdp.leases.append(loan.lease)
     importer.pins = vm.pinning.open()
-    return Answer({"windows": windows}, [*window_fds, lease.theirs])
+    return Answer({"windows": loan.windows}, loan.fds)
 
 
 async def _unregister(importer: Importer, message: tdp.TdpUnregisterImporter, fds: Fds) -> Body:

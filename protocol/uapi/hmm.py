@@ -2,7 +2,8 @@
 
 Models get_user_pages with FOLL_LONGTERM [mm gup.c], hmm_range_fault [mm hmm.c] and mmu_interval_notifier
 [mm mmu_notifier.c], which a driver in the kernel has by function call.  A channel stands for one address
-space and one user of it; it is no reference on the process: after its exit every request is EPERM.
+space and one user of it; it is no reference on the process: after its exit nothing can be watched, faulted
+or pinned (EPERM), while what was can be given back.  What comes before HMM_REGISTER is EINVAL.
 
 Addresses are the process's (hva), in bytes.  A page in a reply is `[hva, hpa, size, writable]`: a page of the
 host with its own size, however much of it was asked for, and whether it may be written.
@@ -29,12 +30,15 @@ class HmmMirrorGet(Message):
 
 class HmmRegister(Message):
     """Once, before anything else.  Reply: `windows` [[kind, base, size]...] of frames, fds: one each, then
-    the lease: whoever walks tables of these frames keeps it open.  EBUSY: registered.
+    the lease: whoever walks tables of these frames keeps it open.  EBUSY: registered; EPERM.  Closing the
+    channel ends it once the lease has ended: then nothing is told and nothing is pinned any more.
     """
 
 
 class HmmWatch(Message):
-    """Be told before start..start+size changes (mmu_interval_notifier_insert).  EEXIST: overlaps another."""
+    """Be told before start..start+size changes (mmu_interval_notifier_insert).  EEXIST: overlaps another;
+    ENOMEM: too many; EPERM.
+    """
 
     start: Address
     size: Bytes
@@ -47,9 +51,10 @@ class HmmUnwatch(HmmWatch):
 class HmmRangeFault(Message):
     """The pages of start..start+size: faulted in (`fault`), for a write if `write`; or as they are now.
 
-    The range must be watched (EINVAL).  It waits while an invalidation of the range is in progress.  Reply:
-    `pages`, at most MAX_PAGES, in order, absent ones left out; `end`: where it stopped; `major`: how many
-    were read back from swap.  EFAULT, EHWPOISON, ENOMEM, EPERM.
+    The range must be in one watched range (EINVAL).  It waits while an invalidation of the range is in
+    progress.  Reply: `pages`, at most MAX_PAGES, in order, absent ones left out; `end`: where it stopped, to
+    go on from (behind `start`, perhaps without a page if it only looked); `major`: how many were read back
+    from swap.  EFAULT, EHWPOISON, ENOMEM, EPERM; EBUSY: taken away each time, ask again.
     """
 
     start: Address
@@ -60,24 +65,31 @@ class HmmRangeFault(Message):
 
 class HmmPin(Message):
     """Pin the pages of start..start+size for long, for writing if `write`.  Reply as of HmmRangeFault; a
-    failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT.
+    failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT, EHWPOISON,
+    EPERM.  `area` is the caller's name for what the pins belong to: the process may map something else at
+    an address that is pinned, and another area pin that; each gets its own back.
     """
 
     start: Address
     size: Bytes
     write: bool
+    area: U64 = 0
 
 
 class HmmUnpin(Message):
-    """Pages of start..start+size, as they were pinned, once each; reply: `pages`, how many had one."""
+    """Pages that `area` pinned in start..start+size, once each; reply: `pages`, how many there were.  A page
+    is found by the first byte of it that was asked for when it was pinned.
+    """
 
     start: Address
     size: Bytes
+    area: U64 = 0
 
 
 class HmmInvalidate(Message):
-    """kvmd to iommufdd: start..start+size is about to change.  The reply, sent when nobody can use a
-    translation of it any more, is the ack.
+    """kvmd to iommufdd: start..start+size is about to change: what of the change lies between the first and
+    the last watched byte it meets, in one message, which may span several watched ranges.  The reply, sent
+    when nobody can use a translation of it any more, is the ack.
     """
 
     start: U64

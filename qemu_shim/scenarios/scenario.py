@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qemu_shim.designs import SHARED
 from qemu_shim.machine import Host
 from qemu_shim.measure import Report
 
@@ -25,7 +26,9 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`tags` name the steps of the RFC, or the notes, it plays out; `options` start its daemons."""
+    """`tags` name the steps of the RFC, or the notes, it plays out; `options` start its daemons; `designs`
+    are those it can be played on (`host.design`), the series' own behaviour on the series' own design.
+    """
 
     name: str
     summary: str
@@ -33,3 +36,4 @@ class Scenario:
     play: Play
     params: Mapping[str, Param] = field(default_factory=dict)
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    designs: tuple[str, ...] = (SHARED.name,)

@@ -6,19 +6,25 @@ no other, and the same each time.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
-from protocol.hw.dsa import CompletionRecord, Status
-from protocol.units import PAGE_SIZE
+from protocol.errors import UapiError
+from protocol.hw.dsa import CompletionRecord, Opcode, Status
+from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.compare.run import Refusal, Run, Sample
 from qemu_shim.designs import Design, Refused
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.machine import Host, Machine, MachineConfig, machine
 from qemu_shim.workloads.recorder import Recorder
+
+T = TypeVar("T")
+KERNEL_BYTES = 256 * KIB  # the guest's
+DRIVER_PAGES = 16  # and its driver's, at most
+EQUAL = 0  # the result of a comparison
 
 
 @dataclass(slots=True)
@@ -44,6 +50,12 @@ class Guest:
     async def copy(self, dst: int, src: int, size: int = PAGE_SIZE) -> None:
         """The device reads and writes."""
         _check(await self.queue.memmove(dst, src, size), f"copy to gpa {dst:#x}")
+
+    async def holds(self, gpa: int, size: int, pattern: int) -> bool:
+        """The device reads, and compares."""
+        record = await self.queue.run(Opcode.COMPVAL, src=gpa, dst=pattern, size=size)
+        _check(record, f"read of gpa {gpa:#x}")
+        return record.result == EQUAL
 
 
 def _check(record: CompletionRecord, what: str) -> None:
@@ -74,6 +86,15 @@ class Context:
         (guest,) = await self.boot_all(MachineConfig(design=self.design, **config))
         return guest
 
+    async def boot_for(self, pages: int) -> Guest:
+        """A machine of which all is in use but for the guest's kernel: `pages` pages for the workload."""
+        (guest,) = await self.boot_all(self.sized(pages))
+        return guest
+
+    def sized(self, pages: int, **config: Any) -> MachineConfig:
+        ram = KERNEL_BYTES + (pages + DRIVER_PAGES) * PAGE_SIZE
+        return MachineConfig(design=self.design, ram_bytes=ram, free_from=Gpa(KERNEL_BYTES), **config)
+
     async def boot_all(self, *configs: MachineConfig) -> list[Guest]:
         """Machines side by side, each with a device of its own, and the sample `start` of all."""
         await self._recorder.begin()
@@ -83,6 +104,10 @@ class Context:
             self._recorder.machines.append(guests[-1].machine)
         await self.step("start")
         return guests
+
+    async def quiet(self) -> None:
+        """Nothing is under way any more: whoever is told of something has heard of it."""
+        await self._recorder.quiet()
 
     async def step(self, name: str) -> Sample:
         """What happened since the last step is called `name`."""
@@ -102,9 +127,23 @@ class Context:
         try:
             await call
         except Refused as refused:
-            self.refuse(refused.what, refused.why)
+            self.refuse(refused.what, refused.reason)
             return False
         return True
+
+    async def allowed(self, what: str, number: int, call: Awaitable[T]) -> T | None:
+        """Await it; None, and noted, if a daemon refuses it with that errno."""
+        try:
+            return await call
+        except UapiError as error:
+            if error.errno != number:
+                raise
+            self.refuse(what, str(error))
+            return None
+
+    def elsewhere(self, pages: int) -> None:
+        """So many pages of the host are not the machines'."""
+        self._recorder.elsewhere += pages
 
     def expect(self, holds: bool, problem: str) -> None:
         if not holds:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from qemu_shim.workloads import boot_touch, device_first, dmatest
+from qemu_shim.workloads import (
+    balloon,
+    boot_touch,
+    device_first,
+    dmatest,
+    hotplug_storm,
+    huge_pages,
+    migration,
+    overcommit,
+    ring_and_buffers,
+    streaming,
+)
 from qemu_shim.workloads.workload import Workload
 
 WORKLOADS: dict[str, Workload] = {
@@ -10,6 +21,13 @@ WORKLOADS: dict[str, Workload] = {
     for workload in (
         boot_touch.WORKLOAD,
         device_first.WORKLOAD,
+        ring_and_buffers.WORKLOAD,
+        streaming.WORKLOAD,
+        balloon.WORKLOAD,
+        migration.WORKLOAD,
+        hotplug_storm.WORKLOAD,
+        huge_pages.WORKLOAD,
+        overcommit.WORKLOAD,
         dmatest.WORKLOAD,
     )
 }

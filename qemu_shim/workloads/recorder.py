@@ -10,7 +10,7 @@ import trio
 from qemu_shim.compare.run import Sample
 from qemu_shim.machine import Host, Machine
 from qemu_shim.measure import Report, check_system, snapshot
-from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten
+from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten, grown, tables
 
 PATIENCE_S = 30.0
 POLL_S = 0.001
@@ -26,22 +26,26 @@ class Recorder:
     def __init__(self, host: Host) -> None:
         self.machines: list[Machine] = []
         self.own: Counter[str] = Counter()  # what only the workload knows
+        self.elsewhere = 0  # pages of the host that no machine has
         self._host = host
-        self._before: dict[str, int] | None = None
+        self._before: Raw | None = None
 
     async def begin(self) -> None:
         """Nothing of an earlier run may be left, or it would be counted."""
         if self._before is None:
-            raw = await self._settled({"VMs of before": ("kvmd.vm_count",), **UNDER_WAY})
-            self._before = added_up(COUNTS, raw)
+            self._before = await self._settled({"VMs of before": ("kvmd.vm_count",)}, Counter())
 
-    async def sample(self, step: str) -> Sample:
+    async def quiet(self) -> Raw:
+        """The counters once nothing is under way."""
         for machine in self.machines:
             await machine.portal.drain()
-        raw = await self._settled(UNDER_WAY)
         assert self._before is not None, "begin() comes first"
-        counts = {name: count - self._before[name] for name, count in added_up(COUNTS, raw).items()}
-        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw))
+        return await self._settled(UNDER_WAY, self._before)
+
+    async def sample(self, step: str) -> Sample:
+        raw = await self.quiet()
+        counts = added_up(COUNTS, grown(raw, self._before))
+        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw) | tables(raw))
 
     async def problems(self) -> list[str]:
         """The invariants that do not hold."""
@@ -49,21 +53,25 @@ class Recorder:
         await check_system(self._host, report, await snapshot(self._host, self.machines[-1]))
         return report.problems
 
-    async def _settled(self, under_way: Mapping[str, tuple[str, ...]]) -> Raw:
+    async def _settled(self, under_way: Mapping[str, tuple[str, ...]], before: Raw) -> Raw:
         left: dict[str, int] = {}
         with trio.move_on_after(PATIENCE_S):
             while True:
-                raw = await self._look()
-                left = {what: count for what, count in added_up(under_way, raw).items() if count}
+                raw = await self.look()
+                left = {
+                    what: count for what, count in added_up(under_way, grown(raw, before)).items() if count
+                }
                 if not left:
                     return raw
                 await trio.sleep(POLL_S)
         raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {left}")
 
-    async def _look(self) -> Raw:
+    async def look(self) -> Raw:
+        """The counters as they are."""
         host = self._host
         kvmd, iommu = await host.kvmd.stats(), await host.iommufdd.stats()
         raw = flatten(kvmd, iommu, await host.device_sim.stats())
+        raw["kvmd.frames"] -= self.elsewhere
         raw["kvmd.vm_count"] = len(kvmd["vms"])
         raw["guest.cpu_bytes"] = sum(machine.cpu.bytes for machine in self.machines)
         return raw

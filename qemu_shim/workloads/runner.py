@@ -29,7 +29,7 @@ async def run_workload(
             await workload.play(context)
             await context.finish()
         except Refused as refused:
-            context.refuse(refused.what, refused.why)
+            context.refuse(refused.what, refused.reason)
         except (DmaFailed, NeverQuiet, OutOfGuestMemory, UapiError) as error:
             run.problems.append(str(error))
     return run

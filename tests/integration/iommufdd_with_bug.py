@@ -8,19 +8,18 @@ from iommufdd.__main__ import main
 from iommufdd.core.hwpt_kvm import HwptKvm
 from protocol.errors import ModelBug
 from protocol.hw.prq import PageRequest
-from protocol.hw.qi import ResponseCode
 
 BUG_AT_GFN = 0x8123
 
-_fault = HwptKvm.fault
+_fault_in = HwptKvm.fault_in
 
 
-async def fault(self: HwptKvm, request: PageRequest) -> ResponseCode:
+async def fault_in(self: HwptKvm, request: PageRequest) -> None:
     if request.addr >> 12 == BUG_AT_GFN:
         raise ModelBug("I8 planted")
-    return await _fault(self, request)
+    await _fault_in(self, request)
 
 
 if __name__ == "__main__":
-    HwptKvm.fault = fault  # type: ignore[method-assign]
+    HwptKvm.fault_in = fault_in  # type: ignore[method-assign]
     sys.exit(main())

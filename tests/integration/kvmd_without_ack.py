@@ -9,8 +9,8 @@ from kvmd.importers import RemoteImporter
 from protocol.flow import Wait, done
 
 
-def _tell_only(self: RemoteImporter, start: int, size: int, epoch: int) -> Wait[None]:
-    self._channel.call("TDP_INVALIDATE", {"start": start, "size": size, "epoch": epoch})
+def _tell_only(self: RemoteImporter, start: int, size: int, number: int) -> Wait[None]:
+    self._tell(start, size, number)
     return done(None)
 
 

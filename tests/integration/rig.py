@@ -7,11 +7,11 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from protocol.flow import Wait
 from protocol.hw.dsa import CompletionRecord, Status
-from protocol.rpc.channel import Body, Channel, Fds
+from protocol.rpc.channel import Body, Channel, Fds, Reply
 from protocol.rpc.loop import Loop
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
 from qemu_shim.device_client import Portal
@@ -62,6 +62,7 @@ class Rig:
     device: VfioDevice | None = None
     device_id: int = 0
     hwpt_id: int = 0
+    ioas_id: int = 0
     portal: Portal | None = None
     queue: IdxdWorkQueue | None = None
     extra: list[File | Portal] = field(default_factory=list)
@@ -197,6 +198,7 @@ class TestImporter:
     """An importer of a TDP FD, spoken over kvmd's own protocol.  It acks when `ack` says so."""
 
     __test__ = False
+    GET, TOLD = "TDP_FD_GET", "TDP_INVALIDATE"
 
     def __init__(self, loop: Loop, fd: int, *, ack: bool = True) -> None:
         self.told: list[tuple[int, int]] = []
@@ -209,12 +211,16 @@ class TestImporter:
         self.channel = Channel(loop, socket.socket(fileno=fd), "test", on_request=self._on_request)
 
     @classmethod
-    async def of(cls, host: Host, tdp_fd: int, *, ack: bool = True) -> TestImporter:
-        reply = await host.kvmd._channel.ask("TDP_FD_GET", {}, [os.dup(tdp_fd)])
+    async def of(cls, host: Host, fd: int, *, ack: bool = True) -> Self:
+        """Of what the kernel object behind `fd` lends."""
+        reply = await host.kvmd._channel.ask(cls.GET, {}, [os.dup(fd)])
         return cls(host.loop, reply.fds.take(0), ack=ack)
 
     async def register(self, name: str = "test") -> None:
-        reply = await self.channel.ask("TDP_REGISTER_IMPORTER", {"name": name})
+        self.take(await self.channel.ask("TDP_REGISTER_IMPORTER", {"name": name}))
+
+    def take(self, reply: Reply) -> None:
+        """What it is lent."""
         for n, (kind, base, size) in enumerate(reply.body["windows"]):
             self.windows[kind] = base, size, reply.fds.take(n)
         self.lease = reply.fds.take(len(self.windows))
@@ -249,7 +255,7 @@ class TestImporter:
         self.windows.clear()
 
     def _on_request(self, channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
-        assert body["op"] == "TDP_INVALIDATE", body
+        assert body["op"] == self.TOLD, body
         self.told.append((body["start"], body["size"]))
         if self.ack:
             channel.answer(request_id, {})

@@ -112,6 +112,23 @@ def fault_notes(stack: ExitStack, running: System) -> Plain:
     return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
 
 
+def mirror(stack: ExitStack, running: System) -> Plain:
+    door, memory = process(stack, running)
+    return door.open("HMM_MIRROR_GET", {}, [memory.sock.fileno()])
+
+
+def registered_mirror(stack: ExitStack, running: System) -> Plain:
+    """It watches and has pinned, and its lease has ended."""
+    door, memory = process(stack, running)
+    hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
+    made = door.open("HMM_MIRROR_GET", {}, [memory.sock.fileno()])
+    _, fds = made.ask("HMM_REGISTER")
+    made.ask("HMM_WATCH", {"start": hva, "size": 4096})
+    made.ask("HMM_PIN", {"start": hva, "size": 4096, "write": True})
+    close_all(fds)
+    return made
+
+
 def iommufd(stack: ExitStack, running: System) -> Plain:
     return keep(stack, Plain.connect(running.socket("iommufdd"))).open("OPEN", {"path": "/dev/iommu"})
 
@@ -174,6 +191,8 @@ OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
     (importer, "kvmd"),
     (registered_importer, "kvmd"),
     (fault_notes, "kvmd"),
+    (mirror, "kvmd"),
+    (registered_mirror, "kvmd"),
     (iommufd, "iommufdd"),
     (vfio, "iommufdd"),
     (portal, "device_sim"),

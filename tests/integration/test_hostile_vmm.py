@@ -40,6 +40,9 @@ TWICE = {
     "MMAP_DIRTY_RING": (errno.EINVAL, errno.EINVAL),
     "TDP_REGISTER_IMPORTER": (0, errno.EBUSY),
     "TDP_PIN_ALL": (errno.EINVAL, errno.EINVAL),  # off, and never on
+    "HMM_REGISTER": (errno.EBUSY, errno.EBUSY),
+    "HMM_WATCH": (0, errno.EEXIST),
+    "HMM_UNWATCH": (0, errno.ENOENT),
     "IOMMU_DESTROY": (0, errno.ENOENT),
     "IOMMU_OPTION": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
     "IOMMU_HWPT_SET_DIRTY_TRACKING": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
@@ -58,6 +61,7 @@ SLEEPERS = {"READ_EVENT", "TDP_UNREGISTER_IMPORTER"}  # answered when something 
 TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
     ("kvmd", "TDP_FD_GET"): ({}, errno.EBADF, errno.EINVAL, "tdp_fd"),
     ("kvmd", "KVM_FAULT_NOTES_GET"): ({}, errno.EBADF, errno.EINVAL, "kvm-vm"),
+    ("kvmd", "HMM_MIRROR_GET"): ({}, errno.EBADF, errno.EINVAL, "mm"),
     ("kvmd", "INSPECT"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT_GPA"): ({"vm": None, "gpa": 0}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "DUMP_TABLES"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),

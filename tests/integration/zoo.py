@@ -19,6 +19,7 @@ from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.vfio import VFIO
 from kvmd.service import door as kvmd
 from kvmd.service.fault_notes import FAULT_NOTES
+from kvmd.service.hmm import MIRROR
 from kvmd.service.memfd import MEMFD
 from kvmd.service.mm import MM
 from kvmd.service.tdp_fd import IMPORTER, TDP_FD
@@ -31,6 +32,7 @@ from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.machine import Host
+from tests.integration.mirror import TestMirror
 from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm, fault_notes
 from tests.integration.system import eventually
 
@@ -46,6 +48,7 @@ SERVICES: list[Service[Any]] = [
     TDP_FD,
     IMPORTER,
     FAULT_NOTES,
+    MIRROR,
     iommufdd.FRONT_DOOR,
     IOMMUFD,
     VFIO,
@@ -55,6 +58,7 @@ SERVICES: list[Service[Any]] = [
 OPS = [(service, op) for service in SERVICES for op in service.methods]
 SLOT_BYTES = 2 * MIB  # of a slot that logs, far from the RAM
 SLOT_GPA = 1 << 32
+WATCHED = 1 << 20  # nothing is mapped there
 
 
 @dataclass(slots=True)
@@ -143,6 +147,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("kvmd", "MM_CREATE"): plain(),
     ("kvmd", "TDP_FD_GET"): with_fd("tdp_fd"),
     ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
+    ("kvmd", "HMM_MIRROR_GET"): with_fd("mm"),
     ("kvmd", "STATS"): plain(),
     ("kvmd", "CHECK"): plain(),
     ("kvmd", "INSPECT"): with_fd("kvm-vm", vm=None),
@@ -208,6 +213,12 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("tdp-importer", "TDP_PIN"): plain(gfn=SLOT_GPA >> 12, npages=1),
     ("tdp-importer", "TDP_UNPIN"): plain(gfn=SLOT_GPA >> 12, npages=1),
     ("tdp-importer", "TDP_PIN_ALL"): plain(on=False),
+    ("hmm-mirror", "HMM_REGISTER"): plain(),
+    ("hmm-mirror", "HMM_WATCH"): spare(start=..., size=PAGE_SIZE),
+    ("hmm-mirror", "HMM_UNWATCH"): spare(start=..., size=PAGE_SIZE),
+    ("hmm-mirror", "HMM_RANGE_FAULT"): plain(start=WATCHED, size=PAGE_SIZE, write=True, fault=False),
+    ("hmm-mirror", "HMM_PIN"): spare(start=..., size=PAGE_SIZE, write=True),
+    ("hmm-mirror", "HMM_UNPIN"): spare(start=..., size=PAGE_SIZE),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
@@ -270,6 +281,8 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         assert rig.tdp_fd is not None
         assert rig.portal is not None
         importer = await TestImporter.of(host, rig.tdp_fd)
+        mirror = await TestMirror.registered(host, process)
+        await mirror.watch(WATCHED)
         dev_kvm = (await host.kvmd.channel.ask("OPEN", {"path": names.KVM_PATH})).fds.take(0)
         ioas = (await iommu.ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]
         doomed = (await iommu.ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]
@@ -295,6 +308,7 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "tdp_fd": tdp,
             "tdp-importer": importer.channel,
             "kvm-fault-notes": notes,
+            "hmm-mirror": mirror.channel,
             "iommufdd": host.iommufdd._channel,
             "device_sim": host.device_sim._channel,
             "portal": rig.portal._channel,
@@ -306,6 +320,7 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "/dev/kvm": dev_kvm,
             "tdp-importer": importer.channel._fd,
             "kvm-fault-notes": notes._fd,
+            "hmm-mirror": mirror.channel._fd,
             "portal": rig.portal._channel._fd,
         }
         try:
@@ -315,3 +330,4 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             for channel in (tdp, kvm, notes):
                 channel.close()  # once more if the test did it already
             importer.close()
+            mirror.close()

@@ -23,6 +23,7 @@ from typing import Any
 from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Kind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
@@ -126,8 +127,8 @@ class SleepyMm:
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
 
-    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        page = await self._rig.world.mm.get_user_page(hva, write=write)
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+        page = await self._rig.world.mm.get_user_page(hva, write=write, tally=tally)
         self._rig.while_asleep(page)
         return page
 

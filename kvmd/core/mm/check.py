@@ -2,20 +2,21 @@
 
 I21: `Page.entries` is what the page tables say, and nobody can write what somebody else counts on being
 his. I6's books: every frame in use belongs to a page somebody counts on, or failed; so nothing leaks and
-nothing is freed twice.
+nothing is freed twice. What another MMU pinned is where it was (`hmm`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from kvmd.core.mm.hmm import Mirror, check_pins
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.page import Kind, Page, Pte
 from kvmd.core.mm.space import AddressSpace
 from protocol.units import pages_of_level, size_of_level
 
 
-def check_memory(memory: Memory, spaces: Iterable[AddressSpace]) -> list[str]:
+def check_memory(memory: Memory, spaces: Sequence[AddressSpace]) -> list[str]:
     """Every violation as a sentence with its invariant number; empty when all hold."""
     mapped = 0
     found = []
@@ -34,6 +35,8 @@ def check_memory(memory: Memory, spaces: Iterable[AddressSpace]) -> list[str]:
             found.append(f"I6: pfn {page.pfn:#x} is kept though nobody counts on it")
     if mapped:
         found.append(f"I21: {mapped} more entries map pages than the pages know of")
+    mirrors = [user for space in spaces for user in space.notifiers if isinstance(user, Mirror)]
+    found += check_pins(mirrors)
     frames = sum(pages_of_level(page.level) for page in memory.pages)
     if frames != memory.frames.in_use:
         found.append(f"I6: {memory.frames.in_use} frames are in use, the pages have {frames}")

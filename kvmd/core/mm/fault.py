@@ -12,6 +12,8 @@ other process ever saw, or that its last sharer left alone, is written in place.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvmd.core.mm.page import (
     Kind,
     LazyFree,
@@ -29,6 +31,13 @@ from protocol.flow import Wait
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Level, align_down, size_of_level
 
 SIZE_2M = size_of_level(LEVEL_2M)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the faults of one request, or of one kind, cost."""
+
+    major: int = 0  # pages read back from swap
 
 
 class CopyFirst:
@@ -170,11 +179,21 @@ async def copy_on_write(space: AddressSpace, entry: Pte, hva: Hva) -> None:
     await space.change(entry.hva, end, lambda: _copy(space, entry, hva))
 
 
-def _copy(space: AddressSpace, entry: Pte, hva: Hva) -> None:
+async def unshare(space: AddressSpace, entry: Pte, hva: Hva) -> None:
+    """The page at `hva` becomes the process's own though it only reads [mm memory.c, FAULT_FLAG_UNSHARE]:
+    what is pinned for long must be what the process sees, also after it wrote there."""
+    if space.table.find(hva) is entry and _may_reuse(space, entry.page):
+        entry.page.exclusive = True
+        return
+    end = Hva(entry.hva + size_of_level(entry.level))
+    await space.change(entry.hva, end, lambda: _copy(space, entry, hva, unshare=True))
+
+
+def _copy(space: AddressSpace, entry: Pte, hva: Hva, *, unshare: bool = False) -> None:
     """ENOMEM."""
     table = space.table
     vma = space.vmas.find(hva)
-    if table.find(hva) is not entry or vma is None or not vma.writable:
+    if table.find(hva) is not entry or vma is None or not (vma.writable or unshare):
         return  # changed meanwhile: the fault looks again
     if entry.level > vma.level and entry.page.kind is not Kind.ZERO:
         table.split(entry)
@@ -188,4 +207,4 @@ def _copy(space: AddressSpace, entry: Pte, hva: Hva) -> None:
             raise
         table.split(entry)  # no huge page for zeroes: a small one will do
         return
-    table.set(Pte(entry.hva, page.pfn, entry.level, True, page))
+    table.set(Pte(entry.hva, page.pfn, entry.level, not unshare, page, unshare and entry.uffd_wp))

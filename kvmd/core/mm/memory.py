@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.page import Kind, Page, Pte, Swap
@@ -22,6 +23,21 @@ from protocol.units import LEVEL_4K, PAGE_SIZE, Level, Pfn, pages_of_level, size
 
 SHARED_OWNER = (1 << OWNER_BITS) - 1  # of what no process owns: zero pages and files
 MAX_SWAP_PAGES = 1 << 18
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened to the host's memory so far, in pages of 4 KiB where it is pages."""
+
+    pinned_pages: int = 0  # for long, by whomever; what is pinned now
+    pages_pinned: int = 0  # so far
+    pages_allocated: int = 0
+    swap_outs: int = 0
+    swap_ins: int = 0
+    notifier_calls: int = 0  # each notifier of each change
+    hmm_invalidations: int = 0  # sent to other MMUs
+    hmm_faults: int = 0  # range faults of theirs
+    hmm_faults_major: int = 0  # pages that these, or their pins, read back from swap
 
 
 class Memory:
@@ -39,15 +55,21 @@ class Memory:
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0
+        self.counters = Counters()
         self._zero: dict[Level, Page] = {}
 
     # -- taking and giving back ------------------------------------------------------------------------
 
     def allocate(self, level: Level, owner: int, kind: Kind = Kind.ANON) -> Page:
         """A zeroed page.  ENOMEM."""
-        page = Page(self.frames.allocate(level, owner), level, kind, kind is Kind.ANON)
+        page = Page(self._take(level, owner), level, kind, kind is Kind.ANON)
         self.pages[page] = None
         return page
+
+    def _take(self, level: Level, owner: int) -> Pfn:
+        pfn = self.frames.allocate(level, owner)
+        self.counters.pages_allocated += pages_of_level(level)
+        return pfn
 
     def zero(self, level: Level) -> Page:
         """The zero page of that size."""
@@ -93,7 +115,7 @@ class Memory:
     def move(self, page: Page, owner: int) -> None:
         """To another frame, contents and all; whoever maps it must be given the new one.  ENOMEM."""
         size = size_of_level(page.level)
-        old, page.pfn = page.pfn, self.frames.allocate(page.level, owner)
+        old, page.pfn = page.pfn, self._take(page.level, owner)
         self.view(page.pfn, size)[:] = self.view(old, size)
         self.frames.release(old, page.level)
 
@@ -119,11 +141,13 @@ class Memory:
         if self.swapped >= MAX_SWAP_PAGES:
             raise UapiError(errno.ENOMEM, f"swap is full: {self.swapped} pages")
         self.swapped += 1
+        self.counters.swap_outs += 1
         return Swap(self.contents(page), count)
 
     def swap_in(self, swap: Swap, owner: int, kind: Kind = Kind.ANON) -> Page:
         """A page with those contents; the caller drops its entry's count.  ENOMEM."""
         page = self.allocate(LEVEL_4K, owner, kind)
+        self.counters.swap_ins += 1
         self.view(page.pfn, PAGE_SIZE)[:] = swap.data
         return page
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from functools import partial
 
-from kvmd.core.mm.fault import CopyFirst, attempt, copy_on_write, writable_now
+from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
 from kvmd.core.mm.file import File
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.memory import Memory
@@ -224,21 +224,25 @@ class Mm(AddressSpace):
 
     # -- pages -----------------------------------------------------------------------------------------
 
-    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
         """GUP: the page at `hva`, backed now.  It may sleep, and what its caller knew before need not hold
         after it.  EFAULT, EHWPOISON, ENOMEM.
         """
         entry = self.table.find(hva)
         if type(entry) is Pte and (entry.writable or not write):
             return entry
-        return await self.fault_in(hva, write=write)
+        return await self.fault_in(hva, write=write, tally=tally)
 
-    async def fault_in(self, hva: Hva, *, write: bool, user: bool = False) -> Pte:
+    async def fault_in(self, hva: Hva, *, write: bool, user: bool = False, tally: Tally | None = None) -> Pte:
         """Fault until the entry serves; `user`: by the process itself, not by the kernel for it."""
+        counters = self.memory.counters
         while True:
             await self.mmap_lock.acquire(write=False)
             try:
+                swap_ins = counters.swap_ins
                 found = attempt(self, hva, write=write, user=user)
+                if tally is not None:
+                    tally.major += counters.swap_ins - swap_ins
                 if isinstance(found, Pte):
                     return found
                 if isinstance(found, CopyFirst):
@@ -253,19 +257,44 @@ class Mm(AddressSpace):
         ENOMEM: the process may not have more pinned (RLIMIT_MEMLOCK).
         """
         entry = await self.fault_in(hva, write=True)
-        limit = self.memory.memlock_pages
-        if limit is not None and self.pinned_pages >= limit:
-            raise UapiError(
-                errno.ENOMEM, f"pin at {hva:#x}: the process has {self.pinned_pages} pages pinned"
-            )
-        self.pinned_pages += 1
-        entry.page.pins += 1
+        self.pin(entry.page)
         return entry.page
 
-    def unpin(self, page: Page) -> None:
+    async def fault_to_pin(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> Pte:
+        """An entry whose page may be pinned for long: to be read, too, it must be the process's own, or
+        that of the file it shares [mm gup.c, gup_must_unshare].  EFAULT, EHWPOISON, ENOMEM.
+        """
+        while True:
+            entry = self.table.find(hva)
+            if type(entry) is not Pte or (write and not entry.writable):
+                entry = await self.fault_in(hva, write=write, tally=tally)
+            vma = self.vmas.find(hva)
+            assert vma is not None, "it has an entry"
+            if write or vma.shared or entry.page.exclusive:
+                return entry
+            await self.mmap_lock.acquire(write=False)
+            try:
+                await unshare(self, entry, hva)
+            finally:
+                self.mmap_lock.release()
+
+    def pin(self, page: Page, npages: int = 1) -> None:
+        """ENOMEM: with `npages` more the process would have too many."""
+        limit = self.memory.memlock_pages
+        if limit is not None and self.pinned_pages + npages > limit:
+            raise UapiError(
+                errno.ENOMEM, f"pin of {npages} pages: the process has {self.pinned_pages} pages pinned"
+            )
+        self.pinned_pages += npages
+        self.memory.counters.pinned_pages += npages
+        self.memory.counters.pages_pinned += npages
+        page.pins += 1
+
+    def unpin(self, page: Page, npages: int = 1) -> None:
         assert page.pins > 0, "unpinned more often than pinned"
         page.pins -= 1
-        self.pinned_pages -= 1
+        self.pinned_pages -= npages
+        self.memory.counters.pinned_pages -= npages
         self.memory.put(page)
 
     async def read(self, hva: Hva, size: int, *, user: bool = True) -> bytes:

@@ -77,13 +77,14 @@ async def announced(ranges: Sequence[Range]) -> AsyncIterator[None]:
     told: list[tuple[MmuNotifier, Hva, Hva]] = []
     try:
         while untold := [
-            (notifier, start, end)
+            (space, notifier, start, end)
             for space, start, end in ranges
             for notifier in space.notifiers
             if (notifier, start, end) not in told
         ]:
-            for notifier, start, end in untold:
+            for space, notifier, start, end in untold:
                 told.append((notifier, start, end))
+                space.memory.counters.notifier_calls += 1
                 await notifier.invalidate_range_start(start, end)
         yield
     finally:

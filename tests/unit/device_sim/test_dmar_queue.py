@@ -102,7 +102,11 @@ def test_descriptors_take_effect_in_the_order_they_come(silicon: Silicon) -> Non
         ("response", 300, 1),
         ("invalidate", 9, 1, 0),
     ]
-    assert silicon.unit.invalidations == 5, "waits and responses are none"
+    unit = silicon.unit
+    assert (unit.iotlb_invalidations, unit.devtlb_invalidations) == (2, 3), "waits and responses are none"
+    assert (unit.invalidations, unit.invalidation_messages) == (5, 1)
+    unit.execute(response(0x6A10, 300, 1) + wait(1))
+    assert unit.invalidation_messages == 1
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,21 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from iommufdd.core import qi
+from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import FunctionInfo
-from iommufdd.core.hwpt import HwptPaging, Ioas
 from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.io_pagetable import IoPageTable
+from iommufdd.core.ioas import Ioas
 from iommufdd.core.kvm_domain import KvmDomain
+from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import Descriptor
-from protocol.units import LEVEL_1G, Hpa, Level, Pasid
+from protocol.pt.mem import TableWriter
+from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Level, Pasid
 
 T = TypeVar("T")
 
@@ -65,6 +70,12 @@ def function(rid: int = RID, **changed: Any) -> FunctionInfo:
     return FunctionInfo(**{**usual, **changed})
 
 
+def io_pagetable(pages: int = 64) -> IoPageTable:
+    """An empty one in memory of its own."""
+    writer = TableWriter(Hpa(ROOT), memoryview(bytearray(pages * PAGE_SIZE)))
+    return IoPageTable(writer, TablePool(writer, pages * PAGE_SIZE), Level(4), LEVEL_1G)
+
+
 class World:
     """Tdp, Unit, Memory and ConfigSpace in one; `hold` makes the next calls wait until `let_go`."""
 
@@ -84,7 +95,9 @@ class World:
         return HwptKvm(KvmDomain(Hpa(ROOT), Level(level), did, LEVEL_1G), self, self)
 
     def paging(self, did: int = DID + 1) -> HwptPaging:
-        return HwptPaging(Domain(Hpa(ROOT), Level(4), did), self, Ioas())
+        table = io_pagetable()
+        domain = Domain(table.root, Level(4), did, LEVEL_1G)
+        return HwptPaging(domain, self, Ioas(Counts(), self), table)
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:
         wait = self.start(flow)

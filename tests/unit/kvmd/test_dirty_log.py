@@ -37,7 +37,7 @@ def test_write_protection_takes_w_and_the_next_store_only_puts_it_back() -> None
     logged.dirty()
     assert logged.entry(3) == before & ~bits.WRITE
     host_lookups: list[int] = []
-    logged.world.mm.get_user_page = lambda hva, *, write: host_lookups.append(hva)  # type: ignore[method-assign, assignment, return-value]
+    logged.world.mm.get_user_page = lambda hva, **_: host_lookups.append(hva)  # type: ignore[method-assign, assignment]
     logged.write(3)
     assert logged.entry(3) == before
     assert host_lookups == [], "a fast page fault looks no host page up"

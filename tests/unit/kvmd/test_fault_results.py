@@ -9,6 +9,7 @@ import pytest
 
 from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import IO_ERRNO, MAX_TRIES, RESOLVED, Result
 from kvmd.core.tdp_fd import CreateTdpFd
@@ -52,11 +53,11 @@ class PoisonedMm:
         self._hva = hva
         self.lookups = 0
 
-    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
         self.lookups += 1
         if hva == self._hva:
             raise UapiError(EHWPOISON, f"hva {hva:#x}: its memory has failed")
-        return await self._mm.get_user_page(hva, write=write)
+        return await self._mm.get_user_page(hva, write=write, tally=tally)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._mm, name)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.fault_path import FaultPath
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import PageFault, Result
 from protocol.flow import Wait
@@ -21,10 +22,10 @@ def nobody_waits_for_a_sleeper(world: World) -> None:
     gate: Wait[None] = Wait()
     looked_up = world.mm.get_user_page
 
-    async def first_page_sleeps(hva: Hva, *, write: bool) -> HostPage:
+    async def first_page_sleeps(hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
         if hva == first:
             await gate  # as on a userfaultfd, until the VMM has resolved it
-        return await looked_up(hva, write=write)
+        return await looked_up(hva, write=write, tally=tally)
 
     world.mm.get_user_page = first_page_sleeps  # type: ignore[method-assign]
     sleeper = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))

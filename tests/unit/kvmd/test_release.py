@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.host_changes import HostChanges
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import ExportedTdp
@@ -131,9 +132,9 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
     gate: Wait[None] = Wait()
     looked_up = world.mm.get_user_page
 
-    async def sleepy(hva: Hva, *, write: bool) -> HostPage:
+    async def sleepy(hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
         await gate
-        return await looked_up(hva, write=write)
+        return await looked_up(hva, write=write, tally=tally)
 
     world.mm.get_user_page = sleepy  # type: ignore[method-assign]
     fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))

@@ -52,11 +52,13 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "pf_fixed": 3,
         "pf_fast": 0,
         "pf_spurious": 0,
+        "pf_major": 0,
         "pf_emulate": 1,
         "pf_failed": 0,
         "io_pf_taken": 4,
         "io_pf_fixed": 2,
         "io_pf_fast": 0,
         "io_pf_spurious": 1,
+        "io_pf_major": 0,
         "io_pf_failed": 1,
     }

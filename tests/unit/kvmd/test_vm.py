@@ -12,6 +12,7 @@ import pytest
 
 from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
@@ -56,8 +57,8 @@ class SleepyMm:
         self._mm = mm
         self._while_asleep = while_asleep
 
-    async def get_user_page(self, hva: Hva, *, write: bool) -> HostPage:
-        snapshot = await self._mm.get_user_page(hva, write=write)
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+        snapshot = await self._mm.get_user_page(hva, write=write, tally=tally)
         self._while_asleep()
         return snapshot
 

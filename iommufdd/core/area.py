@@ -1,0 +1,168 @@
+"""The areas of an IOAS: which iova stands for which address of the process, and where more may go.
+
+Models iopt_area, iopt_alloc_iova and iopt_iova_ranges [iommufd io_pagetable.c].  Interrupt messages go to
+0xFEExxxxx, so nothing is mapped there; what an HWPT's table does not reach is not allowed while there is
+one.  Alignment is always a page: the kernel lets an IOAS without domains take bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+
+from iommufdd.core.hmm import HostPage
+from protocol.errors import UapiError
+from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, Level, align_down, align_up, size_of_level
+
+ULONG_MAX = (1 << 64) - 1
+MESSAGES_START, MESSAGES_END = 0xFEE0_0000, 0xFEF0_0000
+USER_END = 1 << 57
+Span = tuple[int, int]  # start, end
+
+
+@dataclass(slots=True, eq=False)
+class Area:
+    """`number`: what its pins are known by at the host."""
+
+    number: int
+    iova: int
+    size: int
+    hva: int
+    writable: bool
+
+    @property
+    def end(self) -> int:
+        return self.iova + self.size
+
+    def hva_of(self, iova: int) -> int:
+        return iova - self.iova + self.hva
+
+    def iova_of(self, hva: int) -> int:
+        return hva - self.hva + self.iova
+
+    def leaves(
+        self, page: HostPage, start: int, end: int, max_leaf: Level
+    ) -> Iterator[tuple[int, int, Level]]:
+        """(iova, hpa, level) of what maps start..end as far as `page` has it: each leaf as large as the page,
+        the area and both alignments allow, so that the first and the last may reach beyond.
+        """
+        low, high = max(self.iova, self.iova_of(page.hva)), min(self.end, self.iova_of(page.end))
+        to_hpa = page.hpa - self.iova_of(page.hva)
+        at, end = max(start, low), min(end, high)
+        while at < end:
+            level = max_leaf
+            while level > LEVEL_4K:
+                size = size_of_level(level)
+                first = align_down(at, size)
+                if low <= first and first + size <= high and not to_hpa % size:
+                    break
+                level = Level(level - 1)
+            else:
+                size, first = size_of_level(LEVEL_4K), at
+            yield first, first + to_hpa, level
+            at = first + size
+
+
+class Areas:
+    """In order of iova; none overlaps another."""
+
+    def __init__(self) -> None:
+        self.width = 64  # address bits every HWPT reaches
+        self._areas: list[Area] = []
+
+    def __iter__(self) -> Iterator[Area]:
+        return iter(list(self._areas))
+
+    def __contains__(self, area: Area) -> bool:
+        return self.at(area.iova) is area
+
+    def at(self, iova: int) -> Area | None:
+        index = bisect_right(self._areas, iova, key=attrgetter("iova")) - 1
+        if index < 0:
+            return None
+        area = self._areas[index]
+        return area if iova < area.end else None
+
+    def within(self, start: int, end: int) -> list[Area]:
+        """Those that have a part in start..end."""
+        return [area for area in self._areas if area.iova < end and start < area.end]
+
+    def of_hva(self, start: int, end: int) -> Iterator[tuple[Area, Span]]:
+        """Each area that maps part of hva range start..end, and the iovas of that part."""
+        for area in self:
+            first, last = max(start, area.hva), min(end, area.hva + area.size)
+            if first < last:
+                yield area, (area.iova_of(first), area.iova_of(last))
+
+    def add(self, area: Area) -> None:
+        index = bisect_right(self._areas, area.iova, key=attrgetter("iova"))
+        self._areas.insert(index, area)
+
+    def remove(self, area: Area) -> None:
+        self._areas.remove(area)
+
+    # -- where --------------------------------------------------------------------------------------------
+
+    @property
+    def allowed(self) -> list[Span]:
+        """What may be mapped, (first, last) each."""
+        top = (1 << self.width) - 1
+        return [(0, MESSAGES_START - 1), (MESSAGES_END, top)]
+
+    def check(self, iova: int, size: int) -> None:
+        """EINVAL, EOVERFLOW, EEXIST: an area cannot lie there [iopt_check_iova]."""
+        if iova & PAGE_OFFSET_MASK:
+            raise UapiError(errno.EINVAL, f"iova {iova:#x} is not aligned to a page")
+        if iova + size - 1 > ULONG_MAX:
+            raise UapiError(errno.EOVERFLOW, f"iova {iova:#x}+{size:#x} is beyond 64 bits")
+        if not any(first <= iova and iova + size - 1 <= last for first, last in self.allowed):
+            raise UapiError(errno.EINVAL, f"iova {iova:#x}+{size:#x}: not in {_hex(self.allowed)}")
+        for area in self.within(iova, iova + size):
+            raise UapiError(
+                errno.EEXIST, f"iova {iova:#x}+{size:#x}: {area.iova:#x}+{area.size:#x} is mapped"
+            )
+
+    def room(self, hva: int, size: int) -> int:
+        """The first iova where an area fits, aligned as the memory is [iopt_alloc_iova].  ENOSPC."""
+        alignment = 1 << (size - 1).bit_length()
+        if hva:
+            alignment = min(alignment, hva & -hva)
+        for first, last in self.allowed:
+            at = align_up(first, alignment)
+            for area in self.within(first, last + 1):
+                if at + size <= area.iova:
+                    break
+                at = align_up(max(at, area.end), alignment)
+            if at + size - 1 <= last:
+                return at
+        raise UapiError(errno.ENOSPC, f"no room for {size:#x} bytes aligned to {alignment:#x}")
+
+
+def check_memory(hva: int, size: int) -> None:
+    """EINVAL, EOVERFLOW, EFAULT: no memory of a process is that."""
+    if not size or (hva | size) & PAGE_OFFSET_MASK:
+        raise UapiError(errno.EINVAL, f"user_va {hva:#x}+{size:#x}: not whole pages")
+    if hva + size > ULONG_MAX:
+        raise UapiError(errno.EOVERFLOW, f"user_va {hva:#x}+{size:#x} is beyond 64 bits")
+    if hva + size > USER_END:
+        raise UapiError(errno.EFAULT, f"user_va {hva:#x}+{size:#x}: no user address")
+
+
+def without(span: Span, holes: Iterable[Span]) -> Iterator[Span]:
+    """What is left of `span`."""
+    start, end = span
+    for first, last in sorted(holes):
+        if last <= start or end <= first:
+            continue
+        if start < first:
+            yield start, first
+        start = max(start, last)
+    if start < end:
+        yield start, end
+
+
+def _hex(spans: list[Span]) -> str:
+    return ", ".join(f"{first:#x}..{last:#x}" for first, last in spans)

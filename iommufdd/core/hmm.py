@@ -1,0 +1,93 @@
+"""The host's memory as an IOAS uses it: the pages of one process, and whether they went while it looked.
+
+Models what a driver has of get_user_pages, hmm_range_fault and mmu_interval_notifier [mm hmm.c]: a port, and
+`Lookups`, which is mmu_interval_read_begin and mmu_interval_read_retry with the ranges kept: what is found
+may turn out larger than what was asked for.  Whoever looked asks `stale` and stores in the same turn (I5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+
+class HostPage(NamedTuple):
+    """One page of the host, with its own size."""
+
+    hva: int
+    hpa: int
+    size: int
+    writable: bool
+
+    @property
+    def end(self) -> int:
+        return self.hva + self.size
+
+
+class Found(NamedTuple):
+    """Pages in order, absent ones left out; what lies at `end` and beyond was not looked at.  `major`: how
+    many were read back from swap.
+    """
+
+    pages: list[HostPage]
+    end: int
+    major: int = 0
+
+
+class HostMemory(Protocol):
+    """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is."""
+
+    async def watch(self, hva: int, size: int) -> None:
+        """Invalidations of the range come from now on.  EEXIST: it overlaps another."""
+
+    async def unwatch(self, hva: int, size: int) -> None: ...
+
+    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
+        """Have the pages of a watched range faulted in, or look.  EFAULT, EHWPOISON, ENOMEM."""
+
+    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
+        """For what has that number, as many from the start as fit one answer.  ENOMEM: RLIMIT_MEMLOCK, or
+        no memory; EFAULT.
+        """
+
+    async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
+
+    def release(self) -> None:
+        """Let go of the process; nothing is asked after that."""
+
+
+class Lookup:
+    """What was taken away since it began."""
+
+    __slots__ = ("_gone",)
+
+    def __init__(self) -> None:
+        self._gone: list[tuple[int, int]] = []
+
+    def invalidate(self, start: int, end: int) -> None:
+        self._gone.append((start, end))
+
+    def stale(self, start: int, end: int) -> bool:
+        """Is something of hva range start..end not what was found any more?"""
+        return any(first < end and start < last for first, last in self._gone)
+
+
+class Lookups:
+    """Those going on."""
+
+    def __init__(self) -> None:
+        self._going_on: dict[Lookup, None] = {}
+
+    @contextmanager
+    def begin(self) -> Iterator[Lookup]:
+        lookup = Lookup()
+        self._going_on[lookup] = None
+        try:
+            yield lookup
+        finally:
+            del self._going_on[lookup]
+
+    def invalidate(self, start: int, end: int) -> None:
+        for lookup in self._going_on:
+            lookup.invalidate(start, end)

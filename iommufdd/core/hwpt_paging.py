@@ -1,0 +1,135 @@
+"""An HWPT on an IOAS: a table of its own, filled from the IOAS's areas.
+
+Models IOMMUFD_OBJ_HWPT_PAGING [iommufd hw_pagetable.c] and iopt_fill_domain [iommufd pages.c].  Here pages
+are pinned when they are mapped and stay (`ioas.py`), so nothing is absent that an area has.
+
+Whoever takes entries out may not give up what they led to before `give_up` returned (I6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from iommufdd.core.area import Area
+from iommufdd.core.domain import Domain
+from iommufdd.core.hardware import Memory
+from iommufdd.core.hmm import HostPage
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.io_pagetable import Change, IoLeaf, IoPageTable
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import Level, size_of_level
+
+if TYPE_CHECKING:
+    from iommufdd.core.ioas import Ioas
+
+Run = tuple[int, list[int], Level, bool]  # first iova, hpas of leaves of that level, writable
+
+
+class HwptPaging(Hwpt):
+    def __init__(self, domain: Domain, memory: Memory, ioas: Ioas, table: IoPageTable) -> None:
+        super().__init__(domain, memory)
+        self.ioas = ioas
+        self.table = table
+        self.invalidations = 0
+        self.acked = 0
+        self._flushes: dict[Wait[None], None] = {}
+        ioas.users += 1
+
+    async def destroy(self) -> None:
+        """The units let go of the tables, the IOAS of the HWPT, and then nobody reaches a page of it."""
+        await super().destroy()
+        await self.ioas.remove_hwpt(self)
+        self.table.release()
+        self.ioas.users -= 1
+
+    # -- entries ---------------------------------------------------------------------------------------
+
+    def put(self, area: Area, pages: Sequence[HostPage], start: int, end: int, changes: list[Change]) -> None:
+        """Map start..end as far as `pages` have it; what is to be flushed is added to `changes`.  ENOMEM,
+        with the first of it mapped.
+        """
+        for iova, hpas, level, writable in _runs(area, pages, start, end, self.table.max_leaf):
+            changes.append(self.put_run(iova, hpas, level, writable=writable))
+
+    def put_run(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> Change:
+        small = sum(self.table.leaves[:level])
+        change = self.table.map_pages(iova, hpas, level, writable=writable)
+        self.ioas.counts.collapses += sum(self.table.leaves[:level]) < small
+        return change
+
+    def take(self, start: int, end: int) -> Change:
+        """Unmap start..end; a huge leaf at an edge is split, or goes whole if there is no page for that."""
+        edges = {leaf for leaf in (self.table.leaf_at(start), self.table.leaf_at(end - 1)) if leaf}
+        try:
+            change = self.table.unmap(start, end - start)
+        except UapiError:
+            return self.table.unmap(*self.table.whole_leaves(start, end - start))
+        self.ioas.counts.splits += sum(leaf.iova < start or end < _end(leaf) for leaf in edges)
+        return change
+
+    def copy(self, other: HwptPaging, area: Area, changes: list[Change]) -> None:
+        """Map an area as `other` has it [iopt_fill_domain].  ENOMEM."""
+        pages = [
+            HostPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), leaf.writable)
+            for leaf in other.table.leaves_in(area.iova, area.size)
+        ]
+        self.put(area, pages, area.iova, area.end, changes)
+
+    # -- flushing --------------------------------------------------------------------------------------
+
+    async def flush(self, changes: Iterable[Change]) -> None:
+        """Nobody uses what `changes` made stale when this returns.  UapiError: a unit refused to forget it,
+        and so it must not be given up.
+        """
+        stale = [change for change in changes if change.size]
+        if not stale:
+            return
+        over: Wait[None] = Wait()
+        self._flushes[over] = None
+        try:
+            for change in stale:
+                await self.forget(change.start, change.size)
+        except UapiError as error:
+            over.fail(error)
+            raise
+        else:
+            over.set(None)
+        finally:
+            del self._flushes[over]
+        for change in stale:
+            self.table.flushed(change)
+
+    async def give_up(self, changes: Sequence[Change]) -> None:
+        """The same, and of what others took out before: they may have met the entries that we did not."""
+        self.invalidations += 1
+        others = list(self._flushes)
+        await self.flush(changes)
+        for other in others:
+            await other
+        self.acked += 1
+
+
+def _end(leaf: IoLeaf) -> int:
+    return leaf.iova + size_of_level(leaf.level)
+
+
+def _run_end(run: Run) -> int:
+    return run[0] + len(run[1]) * size_of_level(run[2])
+
+
+def _runs(area: Area, pages: Sequence[HostPage], start: int, end: int, max_leaf: Level) -> Iterator[Run]:
+    """Leaves that follow each other and are alike, together."""
+    run: Run | None = None
+    for page in pages:
+        writable = page.writable and area.writable
+        for iova, hpa, level in area.leaves(page, start, end, max_leaf):
+            if run is not None and (_run_end(run), *run[2:]) == (iova, level, writable):
+                run[1].append(hpa)
+                continue
+            if run is not None:
+                yield run
+            run = iova, [hpa], level, writable
+    if run is not None:
+        yield run

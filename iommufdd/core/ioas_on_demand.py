@@ -1,0 +1,87 @@
+"""An IOAS on demand: nothing is pinned, pages come when a device asks or KVM says so, and go with the host.
+
+Models what the review of the series asked iommufd to have first, native IO page faults [RFC review]: an area
+is a range of the process's memory that is watched (mmu_interval_notifier), every HWPT a mirror of it.
+Departure: memory is watched once, so that it cannot be in two areas.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from iommufdd.core.area import Area
+from iommufdd.core.counts import Counts
+from iommufdd.core.hardware import Memory
+from iommufdd.core.hmm import Lookups
+from iommufdd.core.hwpt_mirror import HwptMirror
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.ioas import Ioas
+from protocol.errors import UapiError
+from protocol.units import PAGE_SIZE, align_down, align_up
+
+
+class IoasOnDemand(Ioas):
+    def __init__(self, counts: Counts, memory: Memory) -> None:
+        super().__init__(counts, memory)
+        self.lookups = Lookups()
+
+    @property
+    def mirrors(self) -> list[HwptMirror]:
+        return [hwpt for hwpt in self.hwpts if isinstance(hwpt, HwptMirror)]
+
+    async def enter(self, area: Area) -> None:
+        await self.live_host.watch(area.hva, area.size)
+        self.areas.add(area)
+        try:
+            for hwpt in self.mirrors:
+                await hwpt.area_entered(area)
+        except UapiError:
+            await self.leave(area)
+            raise
+
+    async def leave(self, area: Area) -> None:
+        self.areas.remove(area)  # no fault maps anything of it from now on
+        for hwpt in self.mirrors:
+            await hwpt.area_left(area)
+        with suppress(UapiError):  # the host is gone
+            await self.live_host.unwatch(area.hva, area.size)
+
+    async def fill(self, hwpt: HwptPaging) -> None:
+        self.hwpts.append(hwpt)
+
+    async def drop(self, hwpt: HwptPaging) -> None:
+        """Nothing is kept for an HWPT."""
+
+    async def invalidate(self, start: int, size: int) -> None:
+        """The host is about to take hva range start..start+size away: nobody uses it when this returns, which
+        is the ack.  UapiError, which is none: a unit refused.
+        """
+        self.counts.hmm_invalidations += 1
+        start, end = align_down(start, PAGE_SIZE), align_up(start + size, PAGE_SIZE)
+        self.lookups.invalidate(start, end)
+        spans = [span for _, span in self.areas.of_hva(start, end)]
+        taken = [(hwpt, hwpt.take_unpinned(spans)) for hwpt in self.mirrors]
+        for hwpt, changes in taken:
+            await hwpt.give_up(changes)
+
+    async def look(self, iova: int, size: int) -> bool:
+        """Map what the host has there now, for every HWPT; was there anything to map?"""
+        mapped = False
+        for area in self.areas.within(iova, iova + size):
+            at, end = max(iova, area.iova), min(iova + size, area.end)
+            while at < end:
+                with self.lookups.begin() as lookup:
+                    found = await self.live_host.range_fault(
+                        area.hva_of(at), end - at, write=False, fault=False
+                    )
+                    stop = min(area.iova_of(found.end), end)
+                    taken = [
+                        (hwpt, changes)
+                        for hwpt in self.mirrors
+                        if (changes := hwpt.install(lookup, area, found.pages, at, stop)) is not None
+                    ]
+                for hwpt, changes in taken:
+                    mapped = True
+                    await hwpt.flush(changes)
+                at = stop
+        return mapped

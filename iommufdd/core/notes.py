@@ -1,0 +1,46 @@
+"""KVM's notes "I have faulted in gfn A, you might want to do the same": approach B of the review.
+
+A note is fire-and-forget: it maps what the host has there now, and does not fault.  Notes are worked off one
+after the other, in their order, by a flow nobody waits for; one that is lost, because too many wait or the
+host took the page away meanwhile, costs an IO page fault and nothing else.  The iova is the gpa.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from iommufdd.core.ioas_on_demand import IoasOnDemand
+from protocol.errors import UapiError
+from protocol.flow import Flow
+from protocol.units import PAGE_SHIFT
+
+MAX_WAITING = 4096
+
+
+class Notes:
+    def __init__(self, ioas: IoasOnDemand, spawn: Callable[[Flow[None]], None]) -> None:
+        self._ioas = ioas
+        self._counts = ioas.counts
+        self._spawn = spawn
+        self._waiting: deque[tuple[int, int]] = deque()  # the first is being worked on
+
+    def told(self, gfn: int, npages: int) -> None:
+        self._counts.notes += 1
+        if len(self._waiting) >= MAX_WAITING:
+            self._counts.notes_lost += 1
+            return
+        self._counts.notes_pending += 1
+        self._waiting.append((gfn << PAGE_SHIFT, npages << PAGE_SHIFT))
+        if len(self._waiting) == 1:
+            self._spawn(self._work())
+
+    async def _work(self) -> None:
+        while self._waiting:
+            try:
+                self._counts.notes_mapped += await self._ioas.look(*self._waiting[0])
+            except UapiError:  # the host or the process is gone, or there is no page for a table
+                self._counts.notes_lost += 1
+            finally:
+                self._waiting.popleft()
+                self._counts.notes_pending -= 1

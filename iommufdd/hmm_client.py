@@ -1,0 +1,76 @@
+"""The host's memory management as iommufdd reaches it: one process's memory, by its mm fd.
+
+The fd is presented at kvmd's front door and not kept: it is no reference on the process
+(`protocol/uapi/hmm.py`).  Registering brings the windows the process's pages lie in, and the lease of
+whoever reaches them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from iommufdd.core.hmm import Found, HostPage
+from iommufdd.kvmd_channel import KvmdChannel
+from protocol.errors import UapiError
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.loop import Loop
+from protocol.rpc.service import Method, Service
+from protocol.uapi import hmm as uapi
+
+Invalidate = Callable[[int, int], Coroutine[Any, None, None]]
+
+
+class HmmMirror(KvmdChannel):
+    """The port `HostMemory`.  `on_invalidate` returns when nobody uses what was taken away."""
+
+    def __init__(self, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> None:
+        super().__init__(on_gone)
+        self.on_invalidate = on_invalidate
+
+    async def open(self, loop: Loop, kvmd: Path, mm_fd: int) -> None:
+        """EOPNOTSUPP: no KVM; EINVAL: no process's fd; EMFILE."""
+        await self.present(loop, kvmd, "HMM_MIRROR_GET", mm_fd, "hmm", on_request=MIRROR.bind(self))
+
+    async def register(self) -> tuple[list[Any], Fds]:
+        """(windows, their fds and the lease)."""
+        reply = await self.call("HMM_REGISTER")
+        return reply.body["windows"], reply.fds
+
+    async def watch(self, hva: int, size: int) -> None:
+        await self.call("HMM_WATCH", {"start": hva, "size": size})
+
+    async def unwatch(self, hva: int, size: int) -> None:
+        await self.call("HMM_UNWATCH", {"start": hva, "size": size})
+
+    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
+        return await self._find(
+            "HMM_RANGE_FAULT", {"start": hva, "size": size, "write": write, "fault": fault}
+        )
+
+    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
+        return await self._find("HMM_PIN", {"start": hva, "size": size, "write": write, "area": area})
+
+    async def unpin(self, hva: int, size: int, *, area: int) -> None:
+        await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
+
+    def release(self) -> None:
+        self.hang_up()
+
+    async def _find(self, op: str, asked: Body) -> Found:
+        body = (await self.call(op, asked)).body
+        if body["end"] <= asked["start"]:
+            raise UapiError(errno.EIO, f"{op} of {asked['start']:#x} stopped at {body['end']:#x}")
+        return Found([HostPage(*page) for page in body["pages"]], body["end"], body.get("major", 0))
+
+
+async def _invalidated(mirror: HmmMirror, message: uapi.HmmInvalidate, fds: Fds) -> Body:
+    await mirror.on_invalidate(message.start, message.size)
+    return {}
+
+
+MIRROR: Service[HmmMirror] = Service(
+    "hmm-mirror", {"HMM_INVALIDATE": Method(uapi.HmmInvalidate, _invalidated)}
+)

@@ -1,0 +1,65 @@
+"""What kvmd gives for an fd that is presented at its front door: a channel of its own, until kvmd is gone.
+
+Only kvmd can say whether an fd is a TDP FD, a process's or a VM's, and only the fd opens the door: iommufdd
+never speaks to what a user handed it (docs/decisions/0004).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import UapiError
+from protocol.rpc.channel import Body, Channel, PeerGone, Reply
+from protocol.rpc.loop import Loop
+from protocol.rpc.socket import connect_now
+
+
+class KvmdChannel:
+    """`on_gone` is called if kvmd hangs up, not if we do."""
+
+    def __init__(self, on_gone: Callable[[], None]) -> None:
+        self._on_gone = on_gone
+        self._channel: Channel | None = None
+
+    async def present(self, loop: Loop, kvmd: Path, op: str, fd: int, name: str, **handlers: Any) -> None:
+        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE."""
+        try:
+            copy = os.dup(fd)
+        except OSError:
+            raise UapiError(errno.EMFILE, "no room in our fd table") from None
+        try:
+            door = Channel(loop, connect_now(kvmd), "kvmd")
+        except OSError as error:
+            os.close(copy)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise UapiError(errno.EMFILE, "no room in our fd table") from None
+            raise UapiError(errno.EOPNOTSUPP, f"KVM is not loaded: {kvmd}: {error.strerror}") from None
+        try:
+            reply = await door.call(op, {}, [copy])
+        except PeerGone:
+            raise UapiError(errno.EOPNOTSUPP, "KVM went away") from None
+        finally:
+            door.close()
+        sock = socket.socket(fileno=reply.fds.take(0))
+        self._channel = Channel(loop, sock, name, on_close=lambda _: self._on_gone(), **handlers)
+
+    async def call(self, op: str, body: Body | None = None) -> Reply:
+        """ENODEV once kvmd is gone."""
+        assert self._channel is not None
+        try:
+            return await self._channel.call(op, body)
+        except PeerGone:
+            raise UapiError(errno.ENODEV, "KVM went away") from None
+
+    def hang_up(self) -> None:
+        if self._channel is not None:
+            self._on_gone = _nothing
+            self._channel.close()
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,343 @@
+"""A mirror: one address space as an MMU outside of kvmd uses it, with pages pinned there or followed.
+
+Models mmu_interval_notifier [mm mmu_notifier.c], hmm_range_fault [mm hmm.c] and get_user_pages with
+FOLL_LONGTERM [mm gup.c] for one user of one process's memory, who is told over `MirrorOps`.
+
+- I5 for it: a range is looked at in the turn in which the answer is given, while no change of it is in
+  progress; the change that makes the answer stale is told after it, for both go the same way.  Changes count
+  from their begin to their end whether or not the range was watched when they began.
+- I6 for it: a change goes on once the range was acked.  What is pinned stays in its frame until it is
+  unpinned or `close`, which is called when nobody walks for this mirror any more.
+
+An MMU that marks no page as used has nothing to say when pages age: it is never young.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage, Page, Pte
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
+
+MAX_PAGES = 1024  # of one answer
+MAX_LOOKS = 16 * MAX_PAGES  # at absent pages too, where nothing is faulted in
+MAX_WATCHED = 1 << 16
+MAX_TRIES = 64  # of a fault whose page is taken away each time before it is looked at
+_TURN = 512  # pages of 4 KiB pinned or unpinned before others get a turn
+
+
+class MirrorOps(Protocol):
+    """Who is told."""
+
+    def invalidate(self, start: int, size: int, seq: int, /) -> Wait[None]:
+        """start..start+size is about to change; the Wait is set once no translation of it is used."""
+
+
+class Found(NamedTuple):
+    """Pages in order, absent ones left out; `end`: how far the answer goes; `major`: read back from swap."""
+
+    pages: list[HostPage]
+    end: Hva
+    major: int
+
+
+class PinnedPage(NamedTuple):
+    """One pin: of the `level` that the process maps there, which may be a part of `page`."""
+
+    page: Page
+    pfn: Pfn
+    level: Level
+
+    @property
+    def npages(self) -> int:
+        return pages_of_level(self.level)
+
+
+class Mirror:
+    """An MmuNotifier of `mm`."""
+
+    def __init__(self, mm: Mm) -> None:
+        self.mm = mm
+        self.seq = 0  # of invalidations told
+        self.closed = False
+        self._ops: MirrorOps | None = None
+        self._registered = False
+        self._watched: list[tuple[Hva, Hva]] = []  # in order, apart
+        self._changing: list[tuple[Hva, Hva]] = []
+        self._over: Wait[None] = Wait()  # set when the next change is over
+        self._pins: dict[int, dict[Hva, tuple[PinnedPage, ...]]] = {}  # area -> first byte asked for -> pins
+
+    # -- the notifier ----------------------------------------------------------------------------------
+
+    async def register(self, ops: MirrorOps) -> None:
+        """No change that is half made is missed: it holds the mmap_lock, or tells us too.  EBUSY; EPERM."""
+        if self._ops is not None:
+            raise UapiError(errno.EBUSY, "this mirror is registered already")
+        self._check_alive()
+        self._ops = ops
+        async with self.mm.mmap_lock:
+            self._check_alive()
+            if self.closed:
+                raise UapiError(errno.ENODEV, "the mirror was closed before it was registered")
+            self.mm.notifiers.append(self)
+            self._registered = True
+
+    async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
+        """Told at once, however many of the watched ranges the change meets."""
+        self._changing.append((start, end))
+        met = self._watched[self._first(start) : self._first_from(end)]
+        if met and self._ops is not None:
+            first, last = max(start, met[0][0]), min(end, met[-1][1])
+            self.seq += 1
+            self.mm.memory.counters.hmm_invalidations += 1
+            await self._ops.invalidate(first, last - first, self.seq)
+
+    def invalidate_range_end(self, start: Hva, end: Hva) -> None:
+        self._changing.remove((start, end))
+        over, self._over = self._over, Wait()
+        over.set(None)
+
+    async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
+        return False
+
+    def test_young(self, start: Hva, end: Hva) -> bool:
+        return False
+
+    def _is_changing(self, start: Hva, end: Hva) -> bool:
+        return any(first < end and start < last for first, last in self._changing)
+
+    # -- watched ranges --------------------------------------------------------------------------------
+
+    def watch(self, start: Hva, size: int) -> None:
+        """EEXIST: overlaps another; ENOMEM: too many."""
+        self._check()
+        end = Hva(start + size)
+        if self._watched[self._first(start) : self._first_from(end)]:
+            raise UapiError(errno.EEXIST, f"watch of {start:#x}..{end:#x}: it overlaps a watched range")
+        if len(self._watched) >= MAX_WATCHED:
+            raise UapiError(errno.ENOMEM, f"watch of {start:#x}..{end:#x}: {MAX_WATCHED} ranges are watched")
+        insort(self._watched, (start, end))
+
+    def unwatch(self, start: Hva, size: int) -> None:
+        """Of a change told before, the ack is awaited all the same.  ENOENT."""
+        self._check_registered()
+        watched = start, Hva(start + size)
+        if watched not in self._watched[self._first(start) : self._first(start) + 1]:
+            raise UapiError(errno.ENOENT, f"unwatch of {start:#x}+{size:#x}: no range was watched like that")
+        self._watched.remove(watched)
+
+    def _first(self, start: Hva) -> int:
+        """Of the watched ranges, the first that ends behind `start`."""
+        at = bisect_left(self._watched, (start, start))
+        return at - 1 if at and self._watched[at - 1][1] > start else at
+
+    def _first_from(self, end: Hva) -> int:
+        """Of the watched ranges, the first that begins at `end` or behind."""
+        return bisect_left(self._watched, (end, end))
+
+    # -- looking, faulting -----------------------------------------------------------------------------
+
+    async def range_fault(self, start: Hva, size: int, *, write: bool, fault: bool = True) -> Found:
+        """What start..start+size is now, faulted in if `fault`, for a write if `write`.  Nothing may await
+        between this and its answer.  EINVAL: not watched; EFAULT, EHWPOISON, ENOMEM: of a fault; EBUSY: it
+        was taken away again and again; EPERM.
+        """
+        end, tally = Hva(start + size), Tally()
+        counters = self.mm.memory.counters
+        counters.hmm_faults += fault
+        for _ in range(MAX_TRIES):
+            await self._settled(start, end)
+            if not fault:
+                return Found(*self._look(start, end), 0)
+            await self._fault_in(start, end, write=write, tally=tally)
+            await self._settled(start, end)
+            pages, stopped = self._serving(start, end, write=write)
+            if pages:
+                counters.hmm_faults_major += tally.major
+                return Found(pages, stopped, tally.major)
+        raise UapiError(errno.EBUSY, f"fault at {start:#x}: its page was taken away {MAX_TRIES} times")
+
+    async def _settled(self, start: Hva, end: Hva) -> None:
+        """No change of the range is in progress, and the next will be told [mmu_interval_read_begin]."""
+        self._check()
+        while self._is_changing(start, end):
+            await self._over
+            self._check()
+        at = self._first(start)
+        if not (at < len(self._watched) and self._watched[at][0] <= start and end <= self._watched[at][1]):
+            raise UapiError(errno.EINVAL, f"fault at {start:#x}..{end:#x}: not in a watched range")
+
+    async def _fault_in(self, start: Hva, end: Hva, *, write: bool, tally: Tally) -> None:
+        for _ in range(MAX_PAGES):
+            page = await self.mm.get_user_page(start, write=write, tally=tally)
+            start = _end_of(page)
+            if start >= end:
+                return
+
+    def _serving(self, start: Hva, end: Hva, *, write: bool) -> tuple[list[HostPage], Hva]:
+        """Pages from `start` on without a gap, as far as they serve."""
+        pages: list[HostPage] = []
+        while start < end and len(pages) < MAX_PAGES:
+            page = self.mm.present_page(start)
+            if page is None or (write and not page.writable):
+                break
+            pages.append(page)
+            start = _end_of(page)
+        return pages, min(start, end)
+
+    def _look(self, start: Hva, end: Hva) -> tuple[list[HostPage], Hva]:
+        pages: list[HostPage] = []
+        looks = 0
+        while start < end and len(pages) < MAX_PAGES and looks < MAX_LOOKS:
+            looks += 1
+            page = self.mm.present_page(start)
+            if page is not None:
+                pages.append(page)
+            start = Hva(start + PAGE_SIZE) if page is None else _end_of(page)
+        return pages, min(start, end)
+
+    # -- pins ------------------------------------------------------------------------------------------
+
+    async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0) -> Found:
+        """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to.  A failure
+        leaves none of this call.  ENOMEM, EFAULT, EHWPOISON, EPERM.
+        """
+        end, at, tally = Hva(start + size), start, Tally()
+        done: list[tuple[Hva, PinnedPage]] = []
+        pages: list[HostPage] = []
+        turn = 0
+        try:
+            while at < end and len(pages) < MAX_PAGES:
+                self._check()
+                entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
+                self._check()
+                done.append((at, self._pin(area, at, entry)))
+                pages.append(entry)
+                turn += done[-1][1].npages
+                if turn >= _TURN:
+                    turn = 0
+                    await self.mm.memory.cond_resched()
+                at = _end_of(entry)
+        except UapiError:
+            for first, pinned in done:
+                self._take_back(area, first, pinned)
+            raise
+        self.mm.memory.counters.hmm_faults_major += tally.major
+        return Found(pages, min(at, end), tally.major)
+
+    def _pin(self, area: int, at: Hva, entry: Pte) -> PinnedPage:
+        pinned = PinnedPage(entry.page, entry.pfn, entry.level)
+        self.mm.pin(entry.page, pinned.npages)
+        pins = self._pins.setdefault(area, {})
+        pins[at] = (*pins.get(at, ()), pinned)
+        return pinned
+
+    async def unpin(self, start: Hva, size: int, *, area: int = 0) -> int:
+        """Take one pin of `area` back from each page, found by the first byte of it that was asked for; how
+        many there were.  It works after the process's exit too."""
+        self._check_registered()
+        return await self._unpin(area, start, Hva(start + size))
+
+    async def _unpin(self, area: int, start: Hva, end: Hva) -> int:
+        pins = self._pins.get(area, {})
+        if (end - start) >> PAGE_SHIFT < len(pins):
+            found = [Hva(at) for at in range(start, end, PAGE_SIZE) if at in pins]
+        else:
+            found = [at for at in pins if start <= at < end]
+        count = turn = 0
+        for at in found:
+            held = self._pins.get(area, {}).get(at)
+            if held is None:
+                continue  # gone while others had a turn
+            self._take_back(area, at, held[-1])
+            count += 1
+            turn += held[-1].npages
+            if turn >= _TURN:
+                turn = 0
+                await self.mm.memory.cond_resched()
+        return count
+
+    def _take_back(self, area: int, at: Hva, pinned: PinnedPage) -> None:
+        """The pin goes, unless it is gone."""
+        pins = self._pins.get(area, {})
+        held = list(pins.get(at, ()))
+        if pinned not in held:
+            return
+        held.remove(pinned)
+        if held:
+            pins[at] = tuple(held)
+        else:
+            del pins[at]
+            if not pins:
+                del self._pins[area]
+        self.mm.unpin(pinned.page, pinned.npages)
+
+    # -- ends ------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Nobody walks for it any more: told of nothing, and nothing is pinned, when this returns."""
+        self.closed = True
+        if self._registered:
+            self.mm.notifiers.remove(self)
+            self._registered = False
+        while self._pins:
+            area, pins = next(iter(self._pins.items()))
+            await self._unpin(area, min(pins), Hva(max(pins) + 1))
+
+    def _check(self) -> None:
+        """EINVAL: not registered; EPERM: the process is gone."""
+        self._check_registered()
+        self._check_alive()
+
+    def _check_registered(self) -> None:
+        if not self._registered:
+            raise UapiError(errno.EINVAL, "a mirror must be registered first: its pins end with its lease")
+
+    def _check_alive(self) -> None:
+        if not self.mm.alive:
+            raise UapiError(errno.EPERM, f"mm {self.mm.id}: the process has exited")
+
+    # -- what must hold --------------------------------------------------------------------------------
+
+    def pinned(self) -> Iterator[tuple[Hva, PinnedPage]]:
+        for pins in self._pins.values():
+            for at, held in pins.items():
+                for pinned in held:
+                    yield at, pinned
+
+
+def check_pins(mirrors: list[Mirror]) -> list[str]:
+    """I6: what a mirror pinned is in its frame, counted by the page and by its process."""
+    found = []
+    pins: Counter[Page] = Counter()
+    charged: Counter[Mm] = Counter()
+    for mirror in mirrors:
+        mm = mirror.mm
+        for at, pinned in mirror.pinned():
+            page = pinned.page
+            pins[page] += 1
+            charged[mm] += pinned.npages
+            last = page.pfn + pages_of_level(page.level) - pinned.npages
+            if page not in mm.memory.pages or not page.pfn <= pinned.pfn <= last:
+                found.append(
+                    f"I6: mm {mm.id}: pinned at {at:#x}, pfn {pinned.pfn:#x} is not the page's any more"
+                )
+    for page, count in pins.items():
+        if page.pins < count:
+            found.append(f"I6: pfn {page.pfn:#x} has {page.pins} pins, mirrors have {count} of it")
+    for mm, npages in charged.items():
+        if mm.pinned_pages < npages:
+            found.append(f"I6: mm {mm.id} has {mm.pinned_pages} pages pinned, its mirrors {npages}")
+    return found
+
+
+def _end_of(page: HostPage) -> Hva:
+    return Hva(page.hva + size_of_level(page.level))

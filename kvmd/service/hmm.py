@@ -1,0 +1,86 @@
+"""The channel of another MMU to a process's memory: requests of `protocol/uapi/hmm.py`.
+
+A look or a fault is answered in the turn in which the core looked, so that an invalidation follows it.
+"""
+
+from __future__ import annotations
+
+from kvmd.core.mm.hmm import Found, Mirror
+from kvmd.core.mm.mm import Mm
+from kvmd.importers import FRAME_WINDOWS, RemoteImporter, lent
+from kvmd.service.objects import App, MirrorFile
+from protocol.rpc.channel import Body, Fds
+from protocol.rpc.service import Answer, Method, Service
+from protocol.uapi import hmm as uapi
+from protocol.units import PAGE_SHIFT, Hva, size_of_level
+
+
+def open_mirror(app: App, mm: Mm) -> int:
+    """The fd of a channel; what it holds ends with it, once its lease has ended."""
+    held = MirrorFile(app, Mirror(mm))
+    fd, _, held.channel = app.files.open(MIRROR, held, _mirror_closed)
+    return fd
+
+
+def _mirror_closed(held: MirrorFile) -> None:
+    held.app.loop.flows.spawn(_release(held))
+
+
+async def _release(held: MirrorFile) -> None:
+    """Until the lease ends something may walk on its behalf: it is told of changes and has its pins (I13)."""
+    if held.lease is not None:
+        await held.lease.ended
+    await held.mirror.close()
+    held.app.forget(held.mirror.mm)
+
+
+async def _register(held: MirrorFile, message: uapi.HmmRegister, fds: Fds) -> Answer:
+    assert held.channel is not None
+    with lent(held.app.loop, held.app.memory, FRAME_WINDOWS) as loan:
+        await held.mirror.register(RemoteImporter(held.channel, loan.lease, "HMM_INVALIDATE", "seq"))
+    held.lease = loan.lease
+    return Answer({"windows": loan.windows}, loan.fds)
+
+
+def _watch(held: MirrorFile, message: uapi.HmmWatch, fds: Fds) -> Body:
+    held.mirror.watch(Hva(message.start), message.size)
+    return {}
+
+
+def _unwatch(held: MirrorFile, message: uapi.HmmUnwatch, fds: Fds) -> Body:
+    held.mirror.unwatch(Hva(message.start), message.size)
+    return {}
+
+
+async def _range_fault(held: MirrorFile, message: uapi.HmmRangeFault, fds: Fds) -> Body:
+    start, write = Hva(message.start), message.write
+    return _body(await held.mirror.range_fault(start, message.size, write=write, fault=message.fault))
+
+
+async def _pin(held: MirrorFile, message: uapi.HmmPin, fds: Fds) -> Body:
+    start, write = Hva(message.start), message.write
+    return _body(await held.mirror.pin(start, message.size, write=write, area=message.area))
+
+
+async def _unpin(held: MirrorFile, message: uapi.HmmUnpin, fds: Fds) -> Body:
+    return {"pages": await held.mirror.unpin(Hva(message.start), message.size, area=message.area)}
+
+
+def _body(found: Found) -> Body:
+    pages = [
+        (page.hva, page.pfn << PAGE_SHIFT, size_of_level(page.level), page.writable) for page in found.pages
+    ]
+    return {"pages": pages, "end": found.end, "major": found.major}
+
+
+MIRROR: Service[MirrorFile] = Service(
+    "hmm-mirror",
+    {
+        "HMM_REGISTER": Method(uapi.HmmRegister, _register),
+        "HMM_WATCH": Method(uapi.HmmWatch, _watch),
+        "HMM_UNWATCH": Method(uapi.HmmUnwatch, _unwatch),
+        "HMM_RANGE_FAULT": Method(uapi.HmmRangeFault, _range_fault),
+        "HMM_PIN": Method(uapi.HmmPin, _pin),
+        "HMM_UNPIN": Method(uapi.HmmUnpin, _unpin),
+    },
+)

@@ -1,0 +1,88 @@
+"""huge-pages: guest memory in pages of 4 KiB, 2 MiB and 1 GiB, put together and taken apart under the guest.
+
+With each size of page CPU and device use as many MiB, and the tables by level say what it takes to map them.
+The small pages are then collapsed to huge ones by the host, used, split, and used again.  Pinned pages cannot
+be collapsed: the host refuses.
+
+The steps are played in order; after the last sample the host collapses and splits under DMA (`storm`).
+Counts grow with `mib` where pages are small and hardly at all where they are huge.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from protocol.units import GIB, MIB, PAGE_SIZE
+from qemu_shim.designs import RamSlot
+from qemu_shim.scenarios.scenario import Param
+from qemu_shim.workloads.contents import Contents
+from qemu_shim.workloads.context import Context, Guest
+from qemu_shim.workloads.storm import under_dma
+from qemu_shim.workloads.workload import Workload
+
+HUGE = 2 * MIB
+SLOT_GPAS = {PAGE_SIZE: 0x1_0000_0000, HUGE: 0x1_8000_0000, GIB: 0x2_0000_0000}
+NAMES = {PAGE_SIZE: "4K", HUGE: "2M", GIB: "1G"}
+ACTIONS = ("collapse", "split")
+SPREAD = 16 * PAGE_SIZE  # from one page to the next of those that are written meanwhile
+
+
+async def play(ctx: Context) -> None:
+    size = ctx.params["mib"] // 2 * HUGE
+    guest = await ctx.boot(ram_bytes=HUGE, free_from=MIB)  # so that what is mapped next is aligned
+    await guest.fill(guest.pages(1)[0])
+    await ctx.step("first dma")
+    contents = Contents(ctx, guest)
+    slots = {}
+    for number, (page_size, gpa) in enumerate(SLOT_GPAS.items(), 7):
+        slots[page_size] = await guest.machine.add_slot(number, gpa, max(size, page_size), page_size)
+        pages = list(range(gpa, gpa + size, PAGE_SIZE))
+        await contents.cpu_writes(pages[: len(pages) // 2])
+        await contents.device_writes(pages[len(pages) // 2 :])
+        await ctx.step(f"{NAMES[page_size]}: each writes its half")
+        await _both_read(ctx, contents, pages, NAMES[page_size])
+    small = slots[PAGE_SIZE]
+    if await _remade(ctx, guest, contents, small):
+        await _storm(ctx, guest, small)
+
+
+async def _both_read(ctx: Context, contents: Contents, pages: list[int], what: str) -> None:
+    await contents.device_reads(pages)
+    await ctx.step(f"{what}: the device reads all")
+    await contents.cpu_reads(pages)
+    await ctx.step(f"{what}: the cpu reads all")
+
+
+async def _remade(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
+    """Collapsed and split, used each time; False: the host refused."""
+    pages = list(range(slot.gpa, slot.gpa + slot.size, PAGE_SIZE))
+    for action in ACTIONS:
+        call = guest.machine.process.host_action(action, slot.hva, slot.size)
+        done = await ctx.allowed(f"{action} of guest memory", errno.EAGAIN, call)
+        if done is None:
+            return False
+        ctx.expect(done == slot.size // HUGE, f"{action}: {done} huge pages")
+        await ctx.step(f"4K: {action}")
+        await _both_read(ctx, contents, pages, f"4K after {action}")
+    return True
+
+
+async def _storm(ctx: Context, guest: Guest, slot: RamSlot) -> None:
+    async def put_together_and_take_apart() -> None:
+        for _ in range(ctx.params["storm"]):
+            for action in ACTIONS:
+                await guest.machine.process.host_action(action, slot.hva, slot.size)
+
+    spread = range(slot.gpa, slot.gpa + slot.size, SPREAD)
+    await under_dma(ctx, guest, spread, put_together_and_take_apart)
+
+
+WORKLOAD = Workload(
+    name="huge-pages",
+    summary="guest memory in pages of 4K, 2M and 1G; collapse and split under the device",
+    play=play,
+    params={
+        "mib": Param(4, 2, 1024, "MiB used with each size of page; whole 2 MiB"),
+        "storm": Param(6, 0, 10_000, "times the host does both under DMA, checked and not counted"),
+    },
+)

@@ -1,0 +1,60 @@
+"""A VM whose device is on an IOAS: pinned, on demand, or on demand and following KVM."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from protocol.rpc.channel import Body
+from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.machine import Host
+from tests.integration.rig import GUEST_START, QUEUE_START, ProcessCpu, Rig, bind_device, vm_only
+from tests.integration.system import eventually
+
+RAM = 64 << 20
+
+
+async def attach_on_ioas(
+    rig: Rig, *, ram: int = RAM, on_demand: bool = False, follow: bool = False, pinned: bool = False
+) -> int:
+    """The device on an HWPT of an IOAS that maps the VM's memory at its gpas; the IOAS's id."""
+    await bind_device(rig)
+    iommu, device = rig.bound
+    ioas = await iommu.ioas_alloc(on_demand=on_demand)
+    await iommu.ioas_map(ioas, rig.process, rig.hva, ram, 0)
+    if follow:
+        await iommu.follow_kvm(ioas, rig.vm)
+    rig.hwpt_id = await iommu.hwpt_alloc(rig.device_id, ioas)
+    await device.attach(rig.hwpt_id, pinned=pinned)
+    rig.portal = await device.map_portal()
+    records = GuestMemory(ProcessCpu(rig.process, 0, rig.hva), QUEUE_START, GUEST_START)
+    rig.queue = IdxdWorkQueue(rig.portal, records, block_on_fault=True)
+    await rig.queue.enable()
+    return ioas
+
+
+@asynccontextmanager
+async def on_ioas(host: Host, *, ram: int = RAM, page_size: int = 4096, **how: Any) -> AsyncIterator[Rig]:
+    async with vm_only(host, ram=ram, page_size=page_size) as rig:
+        rig.ioas_id = await attach_on_ioas(rig, ram=ram, **how)
+        yield rig
+
+
+async def iommu_stats(host: Host) -> Body:
+    return await host.iommufdd.stats()
+
+
+async def hwpt_stats(host: Host) -> Body:
+    stats: Body = (await host.iommufdd.stats())["hwpts"][-1]
+    return stats
+
+
+async def settled(host: Host) -> Body:
+    """STATS once every note was worked off and every page request answered."""
+    return await eventually(
+        host.iommufdd.stats,
+        lambda s: not s["notes_pending"] and s["page_requests"] <= s["responses"],
+        "notes and faults are worked off",
+    )

@@ -1,0 +1,236 @@
+"""The workloads on every design: what holds for all, what each counts, and that a bug would be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import pytest
+import trio
+
+from protocol.units import PAGE_SIZE
+from qemu_shim.compare.run import Run
+from qemu_shim.designs import DESIGNS
+from qemu_shim.machine import Host, connect_host
+from qemu_shim.migrator import Migrator
+from qemu_shim.process import Process
+from qemu_shim.workloads.context import Context, Guest
+from qemu_shim.workloads.host_memory import Reclaim
+from qemu_shim.workloads.library import WORKLOADS
+from qemu_shim.workloads.runner import run_workload
+from qemu_shim.workloads.storm import under_dma
+from qemu_shim.workloads.workload import Workload
+from tests.integration.rig import nothing_left
+from tests.integration.system import System, system
+
+SMALL = {
+    "ring-and-buffers": {"descriptors": 64, "rounds": 1},
+    "streaming": {"pages": 96, "window": 16},
+    "balloon": {"pages": 64, "rounds": 2},
+    "migration": {"pages": 64, "rounds": 2, "cpu_writes": 25, "device_writes": 25},
+    "hotplug-storm": {"kept": 16, "plugged": 8, "rounds": 2, "storm": 3},
+    "huge-pages": {"mib": 2, "storm": 2},
+    "overcommit": {"pages": 64, "window": 16, "turns": 2},
+}
+SCARCE = ("streaming", "overcommit")  # on hosts of little memory
+# What a design cannot do, and the words of whoever refuses it.
+REFUSED = {
+    ("streaming", "pinned"): "no free frames",
+    ("overcommit", "pinned"): "no free frames",
+    ("balloon", "pinned"): "ram_block_discard is disabled",
+    ("huge-pages", "pinned"): "a page is pinned",
+}
+OWN_TABLE = ("pinned", "mirror", "notifier")  # iommufdd's, for the device alone
+KVMS = ("managed", "shared")
+
+
+@pytest.fixture(scope="module")
+def scarce_system() -> Iterator[System]:
+    options = WORKLOADS["overcommit"].options
+    with system(options) as running:
+        yield running
+
+
+@dataclass
+class Hosts:
+    """With plenty of memory, and with little."""
+
+    plenty: Host
+    scarce: Host
+
+    async def play(self, workload: str, design: str, seed: int = 1, **params: int) -> Run:
+        host = self.scarce if workload in SCARCE else self.plenty
+        return await run_workload(host, WORKLOADS[workload], DESIGNS[design], seed, SMALL[workload] | params)
+
+
+@pytest.fixture
+async def hosts(host: Host, scarce_system: System) -> AsyncIterator[Hosts]:
+    async with connect_host(scarce_system.directory) as scarce:
+        yield Hosts(host, scarce)
+        await nothing_left(scarce)
+
+
+def added(run: Run, name: str) -> dict[str, int]:
+    """What each step added to a count."""
+    before, steps = 0, {}
+    for sample in run.samples:
+        steps[sample.step] = sample.counts.get(name, 0) - before
+        before = sample.counts.get(name, 0)
+    return steps
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("workload", SMALL)
+async def test_every_design_plays_every_workload_or_says_why_not(
+    hosts: Hosts, workload: str, design: str
+) -> None:
+    run = await hosts.play(workload, design)
+    assert run.problems == []
+    refusals = [refusal.why for refusal in run.refusals]
+    expected = REFUSED.get((workload, design))
+    assert len(refusals) == (expected is not None)
+    assert all(expected is not None and expected in why for why in refusals), refusals
+    if workload not in SCARCE or not refusals:
+        assert "first dma" in [sample.step for sample in run.samples]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("workload", ["hotplug-storm", "migration"])
+async def test_the_same_seed_gives_the_same_run(hosts: Hosts, workload: str, design: str) -> None:
+    assert await hosts.play(workload, design, seed=7) == await hosts.play(workload, design, seed=7)
+
+
+async def test_another_seed_writes_other_pages(hosts: Hosts) -> None:
+    first, second = [await hosts.play("migration", "shared", seed=seed) for seed in (1, 2)]
+    assert first.samples != second.samples
+
+
+# -- what is counted ---------------------------------------------------------------------------------------
+
+RING = {  # IO page faults of each class of pages; 64 descriptors fill a page, their records half of one
+    "pinned": (0, 0, 0, 0, 0),
+    "mirror": (1, 1, 64, 32, 32),
+    "notifier": (0, 1, 0, 0, 32),
+    "managed": (0, 1, 0, 0, 32),
+    "shared": (0, 1, 0, 0, 32),
+}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_who_knows_what_the_cpu_touched_faults_only_on_records_and_fresh_buffers(
+    hosts: Hosts, design: str
+) -> None:
+    run = await hosts.play("ring-and-buffers", design)
+    faults = added(run, "io_faults")
+    classes = (
+        *("descriptors", "completion records", "transmit buffers"),
+        *("recycled receive buffers", "fresh receive buffers"),
+    )
+    assert tuple(faults[name] for name in classes) == RING[design]
+    assert not any(count for step, count in faults.items() if step.endswith("round 1"))
+    reads = added(run, "cpu_faults")
+    mapped_for_it = design in KVMS  # what the device faulted in
+    assert reads["driver reads buffers"] == (0 if mapped_for_it else 32)
+
+
+@pytest.mark.rfc("RFC-97")
+async def test_shared_reports_what_was_written_and_each_page_costs_one_fault_a_round(hosts: Hosts) -> None:
+    run = await hosts.play("migration", "shared")
+    assert run.problems == []
+    written, reported = added(run, "pages_written"), added(run, "pages_reported")
+    io, cpu = added(run, "io_faults"), added(run, "cpu_faults")
+    for step in ("round 1", "round 2", "guest stopped"):
+        assert 0 < io[step] < written[step] == reported[step] == io[step] + cpu[step]
+
+
+@pytest.mark.parametrize("design", OWN_TABLE)
+async def test_where_no_log_sees_the_device_everything_is_dirty_and_nothing_faults(
+    hosts: Hosts, design: str
+) -> None:
+    run = await hosts.play("migration", design)
+    assert run.problems == []
+    written, reported, io = (added(run, name) for name in ("pages_written", "pages_reported", "io_faults"))
+    for step in ("round 1", "round 2", "guest stopped"):
+        assert (io[step], reported[step]) == (0, SMALL["migration"]["pages"])
+        assert written[step] < reported[step]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_a_slots_removal_costs_the_device_faults_only_in_the_shared_table(
+    hosts: Hosts, design: str
+) -> None:
+    """In the first round the device comes first, in the second the CPU; one fault is the record's page."""
+    run = await hosts.play("hotplug-storm", design)
+    assert run.problems == []
+    io, cpu = added(run, "io_faults"), added(run, "cpu_faults")
+    pages = SMALL["hotplug-storm"]["kept"]
+    seen = [(io[f"the other slot {n}"], cpu[f"the other slot {n}"]) for n in (1, 2)]
+    assert seen == ([(pages + 1, 0), (1, pages)] if design == "shared" else [(0, pages + 1)] * 2)
+
+
+async def test_a_host_without_room_swaps_and_both_find_what_was_there(hosts: Hosts) -> None:
+    run = await hosts.play("streaming", "shared", sweeps=3)
+    assert run.problems == []
+    faults = [added(run, name)[f"sweep {n}"] for name in ("cpu_faults", "io_faults") for n in (2, 3)]
+    assert all(count >= SMALL["streaming"]["pages"] // 2 for count in faults)
+    assert all(sample.gauges["resident_pages"] <= 96 // 2 + 16 for sample in run.samples)
+
+
+# -- bugs --------------------------------------------------------------------------------------------------
+
+
+async def test_a_dropped_dirty_bit_is_noticed(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Migrator.dirty
+
+    async def all_but_one(migrator: Migrator) -> set[int]:
+        return (found := await whole(migrator)) - {min(found)}
+
+    monkeypatch.setattr(Migrator, "dirty", all_but_one)
+    run = await hosts.play("migration", "shared")
+    assert any("written while logged and not reported" in problem for problem in run.problems)
+    assert any("pages of the copy differ" in problem for problem in run.problems)
+    assert run.samples[-1].counts["pages_missed"] == 3
+
+
+async def test_a_host_that_does_not_reclaim_runs_out_of_memory(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(reclaim: Reclaim) -> int:
+        return 0
+
+    monkeypatch.setattr(Reclaim, "balance", nothing)
+    for workload in SCARCE:
+        run = await hosts.play(workload, "shared")
+        assert any("ENOMEM" in problem or "PAGE_FAULT_IR" in problem for problem in run.problems), workload
+
+
+async def test_a_lost_page_is_noticed_by_cpu_and_device(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The balloon takes one page more than the guest gave."""
+    drop = Process.madvise_dontneed
+
+    async def too_much(process: Process, addr: int, size: int) -> None:
+        await drop(process, addr - PAGE_SIZE, size + 2 * PAGE_SIZE)
+
+    monkeypatch.setattr(Process, "madvise_dontneed", too_much)
+    run = await hosts.play("balloon", "shared", share=25)
+    assert any(problem.startswith("the device does not read") for problem in run.problems)
+    assert any(problem.startswith("the CPU does not read") for problem in run.problems)
+
+
+async def test_a_write_lost_under_dma_is_noticed(hosts: Hosts) -> None:
+    async def play(ctx: Context) -> None:
+        guest: Guest = await ctx.boot_for(8)
+        pages = guest.pages(8)
+
+        async def act() -> None:
+            for gpa in pages:
+                while not any(await guest.machine.memory.read(gpa, 1)):
+                    await trio.lowlevel.checkpoint()
+            await guest.machine.discard(pages[0], 8 * PAGE_SIZE)
+
+        await under_dma(ctx, guest, pages, act)
+
+    run = await run_workload(hosts.plenty, Workload("loses", "", play), DESIGNS["shared"], 1)
+    assert any("is lost" in problem for problem in run.problems)

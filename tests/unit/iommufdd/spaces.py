@@ -1,0 +1,96 @@
+"""An IOAS with the memory of a host that is a dict, and HWPTs on it before a unit that is a log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from iommufdd.core.counts import Counts
+from iommufdd.core.domain import Domain
+from iommufdd.core.hmm import HostMemory
+from iommufdd.core.hwpt_mirror import HwptMirror
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.io_pagetable import IoPageTable
+from iommufdd.core.ioas import Ioas
+from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.table_pool import TablePool
+from protocol.errors import UapiError
+from protocol.hw.prq import PageRequest
+from protocol.pt.mem import TableWriter
+from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Iova, Level
+from tests.unit.iommufdd.host import FakeHost
+from tests.unit.iommufdd.world import RID, ROOT, World
+
+HVA = 0x7000_0000_0000
+MM, MEMORY = 77, 9
+SUCCESS, INVALID, FAILURE = 0, 1, 0xF
+
+
+class Space:
+    """`world` is the unit and the memory bus."""
+
+    def __init__(self, *, on_demand: bool = False, table_pages: int = 64, premap_pages: int = 1) -> None:
+        self.premap_pages = premap_pages
+        self.world = World()
+        self.host = FakeHost(self.world.log)
+        self.counts = Counts()
+        kind = IoasOnDemand if on_demand else Ioas
+        self.ioas = kind(self.counts, self.world)
+        self.host.told = self.ioas.invalidate
+        writer = TableWriter(Hpa(ROOT), memoryview(bytearray(table_pages * PAGE_SIZE)))
+        self.writer = writer
+        self.pool = TablePool(writer, table_pages * PAGE_SIZE)
+
+    async def connect(self) -> tuple[HostMemory, int]:
+        return self.host, MEMORY
+
+    def map(self, iova: int | None, size: int, hva: int = HVA, *, writable: bool = True, mm: int = MM) -> int:
+        flow = self.ioas.map(mm, self.connect, hva, size, iova, writable=writable)
+        return self.world.run(flow)
+
+    def unmap(self, iova: int, size: int) -> int:
+        return self.world.run(self.ioas.unmap(iova, size))
+
+    def hwpt(self, *, level: int = 4, max_leaf: Level = LEVEL_1G, attached: bool = True) -> HwptPaging:
+        table = IoPageTable(self.writer, self.pool, Level(level), max_leaf)
+        domain = Domain(table.root, Level(level), 2 + len(self.ioas.hwpts), max_leaf)
+        if isinstance(self.ioas, IoasOnDemand):
+            made: HwptPaging = HwptMirror(domain, self.world, self.ioas, table, self.premap_pages)
+        else:
+            made = HwptPaging(domain, self.world, self.ioas, table)
+        self.world.run(self.ioas.add_hwpt(made))
+        if attached:
+            made.attached[RID] = self.world
+        return made
+
+    def mirror(self, *, max_leaf: Level = LEVEL_1G) -> HwptMirror:
+        made = self.hwpt(max_leaf=max_leaf)
+        assert isinstance(made, HwptMirror)
+        return made
+
+    def destroy(self, hwpt: HwptPaging) -> None:
+        hwpt.attached.clear()
+        self.world.run(hwpt.destroy())
+
+    def asked(self) -> list[str]:
+        """What was asked of host and unit, in order, since last looked."""
+        found = [what for what, *_ in self.world.log]
+        self.world.log.clear()
+        return found
+
+
+def outcome(call: Callable[[], object]) -> int:
+    """0, or the errno it ends with."""
+    try:
+        call()
+    except UapiError as error:
+        return error.errno
+    return 0
+
+
+def mapped(hwpt: HwptPaging) -> list[tuple[int, int, int, bool]]:
+    """(iova, level, hpa, writable) of every leaf."""
+    return [tuple(leaf) for leaf in hwpt.table.leaves_in(0, hwpt.table.limit)]  # type: ignore[misc]
+
+
+def request(iova: int, *, write: bool = False) -> PageRequest:
+    return PageRequest(rid=RID, prgi=0, addr=Iova(iova), last=True, read=True, write=write)

@@ -1,0 +1,165 @@
+"""Where an area may lie, and which leaves map a page of the host in it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iommufdd.core.area import Area, Areas, check_memory, without
+from iommufdd.core.hmm import HostPage
+from protocol.errors import UapiError
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level, size_of_level
+
+K4, M2, G1 = 4 << 10, 2 << 20, 1 << 30
+TOP = (1 << 64) - 1
+
+
+def areas_of(*spans: tuple[int, int]) -> Areas:
+    areas = Areas()
+    for number, (iova, size) in enumerate(spans):
+        areas.add(Area(number, iova, size, 0x7000_0000_0000 + iova, True))
+    return areas
+
+
+@pytest.mark.parametrize(
+    ("iova", "size", "number"),
+    [
+        (0x1001, K4, errno.EINVAL),
+        (TOP - K4 + 1, 2 * K4, errno.EOVERFLOW),
+        (0xFEE0_0000, K4, errno.EINVAL),
+        (0xFEE0_0000 - K4, 2 * K4, errno.EINVAL),
+        (0xFEEF_F000, 2 * K4, errno.EINVAL),
+        (0, G1 * 8, errno.EINVAL),
+        (M2, K4, errno.EEXIST),
+        (M2 - K4, 2 * K4, errno.EEXIST),
+        (2 * M2 - K4, K4, errno.EEXIST),
+        (0xFEE0_0000 - K4, K4, 0),
+        (0xFEF0_0000, K4, 0),
+        (M2 - K4, K4, 0),
+        (2 * M2, K4, 0),
+        (TOP - K4 + 1, K4, 0),
+    ],
+)
+def test_where_an_area_may_lie(iova: int, size: int, number: int) -> None:
+    areas = areas_of((M2, M2))
+    try:
+        areas.check(iova, size)
+        found = 0
+    except UapiError as error:
+        found = error.errno
+    assert found == number
+
+
+def test_what_no_hwpt_reaches_is_not_allowed() -> None:
+    areas = areas_of()
+    areas.width = 48
+    areas.check((1 << 48) - K4, K4)
+    with pytest.raises(UapiError, match="not in"):
+        areas.check((1 << 48) - K4, 2 * K4)
+    assert areas.allowed == [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("taken", "hva", "size", "iova"),
+    [
+        ([], 0x7000_0000_0000, K4, 0),
+        ([(0, K4)], 0x7000_0000_0000, K4, K4),
+        ([(0, K4)], 0x7000_0000_0000, M2, M2),  # aligned as the memory is, up to the size
+        ([(0, K4)], 0x7000_0000_1000, M2, K4),
+        ([(0, K4), (3 * K4, K4)], 0x7000_0000_1000, 2 * K4, K4),
+        ([(0, K4), (2 * K4, K4)], 0x7000_0000_1000, 2 * K4, 3 * K4),
+        ([(0, 0xFEE0_0000 - K4)], 0x7000_0000_1000, 2 * K4, 0xFEF0_0000),
+        ([(0, 0xFEE0_0000)], 0x7000_0000_0000, M2, 0xFF00_0000),
+    ],
+)
+def test_the_first_room_that_fits_is_taken(
+    taken: list[tuple[int, int]], hva: int, size: int, iova: int
+) -> None:
+    areas = areas_of(*taken)
+    assert areas.room(hva, size) == iova
+    areas.check(iova, size)
+
+
+def test_no_room_is_enospc() -> None:
+    areas = areas_of((0, 0xFEE0_0000))
+    areas.width = 32
+    with pytest.raises(UapiError) as caught:
+        areas.room(0, 0x0110_0000)
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("hva", "size", "number"),
+    [
+        (0, 0, errno.EINVAL),
+        (1, K4, errno.EINVAL),
+        (0, K4 + 1, errno.EINVAL),
+        (TOP - K4 + 1, K4, errno.EOVERFLOW),
+        (TOP - 3 * K4 + 1, K4, errno.EFAULT),
+        (1 << 57, K4, errno.EFAULT),
+    ],
+)
+def test_what_no_process_has_is_refused(hva: int, size: int, number: int) -> None:
+    with pytest.raises(UapiError) as caught:
+        check_memory(hva, size)
+    assert caught.value.errno == number
+
+
+PAGES = st.sampled_from([K4, M2, G1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_leaves_map_each_address_to_the_byte_the_page_has_there(data: st.DataObject) -> None:
+    """Against the sum done byte by byte; and no leaf could have been larger."""
+    page_size = data.draw(PAGES)
+    page = HostPage(4 * G1, 8 * G1, page_size, True)
+    first = data.draw(st.integers(-600, page_size // K4 - 1)) * K4
+    area = Area(
+        1, data.draw(st.integers(0, 2048)) * K4, data.draw(st.integers(1, 2048)) * K4, 4 * G1 + first, True
+    )
+    start = area.iova + data.draw(st.integers(0, area.size // K4 - 1)) * K4
+    end = start + data.draw(st.integers(1, 600)) * K4
+    covered: dict[int, int] = {}
+    for iova, hpa, level in area.leaves(page, start, end, LEVEL_1G):
+        size = size_of_level(level)
+        assert iova % size == hpa % size == 0
+        assert area.iova <= iova
+        assert iova + size <= area.end
+        larger = size_of_level(Level(level + 1))
+        base = iova & -larger
+        could = (
+            level < LEVEL_1G
+            and area.iova <= base
+            and base + larger <= area.end
+            and page.hva <= area.hva_of(base)
+            and area.hva_of(base) + larger <= page.end
+            and (hpa - iova) % larger == 0
+        )
+        assert not could, f"a leaf of level {level} at {iova:#x}"
+        covered.update((at, hpa + at - iova) for at in range(iova, iova + size, K4))
+    for at in range(start, min(end, area.end), K4):
+        inside = page.hva <= area.hva_of(at) < page.end
+        assert covered.get(at) == (page.hpa + area.hva_of(at) - page.hva if inside else None)
+
+
+def test_a_unit_with_small_leaves_alone_gets_no_other() -> None:
+    area = Area(1, 0, M2, 4 * G1, True)
+    page = HostPage(4 * G1, 8 * G1, M2, True)
+    assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_4K)] == [LEVEL_4K] * 3
+    assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_2M)] == [LEVEL_2M]
+
+
+@given(
+    st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6),
+)
+def test_what_is_left_of_a_span_is_what_no_hole_has(
+    span: tuple[int, int], holes: list[tuple[int, int]]
+) -> None:
+    holes = [hole for hole in holes if hole[0] < hole[1]]
+    left = {at for start, end in without(span, holes) for at in range(start, end)}
+    assert left == {at for at in range(*span) if not any(first <= at < last for first, last in holes)}

@@ -1,0 +1,394 @@
+"""A mirror between a host that changes its mind and a unit that forgets late."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from iommufdd.core.hmm import Lookup
+from iommufdd.core.hwpt_mirror import HwptMirror
+from protocol.errors import EHWPOISON
+from protocol.units import LEVEL_2M, LEVEL_4K
+from tests.unit.iommufdd.host import FRAMES
+from tests.unit.iommufdd.spaces import (
+    FAILURE,
+    HVA,
+    INVALID,
+    SUCCESS,
+    Space,
+    mapped,
+    outcome,
+    request,
+)
+from tests.unit.iommufdd.world import GONE
+
+K4, M2 = 4 << 10, 2 << 20
+RAM = 16 * M2
+
+
+class Mirrored(Space):
+    """16 pages of 2 MiB at iova 0, one mirror."""
+
+    def __init__(
+        self, *, page_size: int = K4, table_pages: int = 64, writable: bool = True, premap_pages: int = 1
+    ) -> None:
+        super().__init__(on_demand=True, table_pages=table_pages, premap_pages=premap_pages)
+        self.host.page_size = page_size
+        self.map(0, RAM, writable=writable)
+        self.hwpt_ = self.mirror()
+        self.asked()
+
+    def fault(self, iova: int, *, write: bool = False) -> int:
+        return self.world.run(self.hwpt_.fault(request(iova, write=write)))
+
+    @property
+    def leaves(self) -> list[tuple[int, int, int, bool]]:
+        return mapped(self.hwpt_)
+
+
+def test_nothing_is_mapped_or_pinned_before_a_device_asks() -> None:
+    space = Mirrored()
+    assert (space.leaves, space.host.pages, space.counts.pinned_pages) == ([], {}, 0)
+
+
+def test_a_fault_maps_the_page_the_host_has_there_and_flushes_nothing() -> None:
+    space = Mirrored()
+    assert space.fault(5 * K4 + 8) == SUCCESS
+    assert space.leaves == [(5 * K4, 1, FRAMES, True)]
+    assert space.asked() == ["fault"]
+
+
+def test_a_fault_maps_as_many_pages_as_it_may_and_none_beyond_the_area() -> None:
+    space = Mirrored(premap_pages=8)
+    assert (space.fault(5 * K4), space.fault(RAM - 3 * K4), space.fault(12 * K4)) == (SUCCESS,) * 3
+    assert [leaf[0] // K4 for leaf in space.leaves] == [*range(5, 13), *range(RAM // K4 - 3, RAM // K4)]
+    assert (space.counts.io_faults_spurious, space.asked()) == (1, ["fault", "fault"])
+
+
+def test_a_page_is_had_although_those_behind_it_cannot_be() -> None:
+    space = Mirrored(premap_pages=8)
+    space.host.hole = HVA + 6 * K4
+    assert (space.fault(5 * K4), space.fault(6 * K4)) == (SUCCESS, INVALID)
+    assert [leaf[0] // K4 for leaf in space.leaves] == [5]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EFAULT, INVALID),
+        (errno.EPERM, FAILURE),
+        (errno.ENODEV, FAILURE),
+        (errno.ENOMEM, FAILURE),
+        (EHWPOISON, FAILURE),
+    ],
+)
+def test_what_the_host_says_becomes_the_code_a_kvm_hwpt_gives(number: int, code: int) -> None:
+    space = Mirrored()
+    space.host.errno = number
+    assert (space.fault(0), space.leaves) == (code, [])
+    space.host.errno = 0
+    assert space.fault(0) == SUCCESS
+
+
+def test_outside_every_area_and_beyond_the_table_is_invalid_and_asks_nobody() -> None:
+    space = Mirrored()
+    assert [space.fault(iova) for iova in (RAM, 0xFEE0_0000, 1 << 48, (1 << 64) - K4)] == [INVALID] * 4
+    assert space.asked() == []
+
+
+def test_a_read_only_area_gives_reads_and_refuses_writes() -> None:
+    space = Mirrored(writable=False)
+    assert (space.fault(0), space.fault(0, write=True)) == (SUCCESS, INVALID)
+    assert [leaf[3] for leaf in space.leaves] == [False]
+
+
+def test_a_page_the_host_has_read_only_is_asked_for_again_to_write() -> None:
+    space = Mirrored()
+    space.host.writable = False
+    assert space.fault(0) == SUCCESS
+    page = space.host.pages[HVA]
+    space.host.pages[HVA] = page._replace(writable=True)
+    assert space.fault(0, write=True) == SUCCESS
+    assert (space.leaves, space.asked()) == ([(0, 1, FRAMES, True)], ["fault", "fault"])
+
+
+def test_a_page_that_is_there_costs_no_message() -> None:
+    space = Mirrored()
+    space.fault(0)
+    space.asked()
+    assert (space.fault(0, write=True), space.asked(), space.counts.io_faults_spurious) == (SUCCESS, [], 1)
+
+
+def test_two_faults_on_one_page_map_it_once() -> None:
+    space = Mirrored()
+    space.host.hop = lambda: space.world._take("hop")
+    space.world.hold()
+    waits = [space.world.start(space.hwpt_.fault(request(0))) for _ in range(2)]
+    while not all(wait.done for wait in waits):
+        space.world.let_go()
+    assert (len(space.leaves), space.counts.io_faults_spurious, space.counts.io_fault_retries) == (1, 1, 0)
+
+
+def test_a_huge_page_of_the_host_is_one_leaf() -> None:
+    space = Mirrored(page_size=M2)
+    assert space.fault(M2 + 5 * K4) == SUCCESS
+    assert [leaf[:2] for leaf in space.leaves] == [(M2, LEVEL_2M)]
+    assert space.fault(M2 + 9 * K4) == SUCCESS
+    assert space.asked() == ["fault"]
+
+
+def test_memory_that_lies_askew_is_mapped_by_small_leaves() -> None:
+    space = Space(on_demand=True)
+    space.host.page_size = M2
+    space.map(K4, 4 * M2, HVA)
+    hwpt = space.mirror()
+    assert space.world.run(hwpt.fault(request(3 * M2))) == SUCCESS
+    ((iova, level, hpa, _),) = mapped(hwpt)
+    assert (iova, level) == (3 * M2, LEVEL_4K)
+    assert hpa == space.host.frame_of(HVA + 3 * M2 - K4)
+
+
+# -- the host takes away -----------------------------------------------------------------------------
+
+
+def test_an_invalidation_is_acked_after_the_unit_forgot_and_leaves_nothing_of_its_range() -> None:
+    space = Mirrored()
+    for n in range(4):
+        space.fault(n * K4)
+    space.asked()
+    space.world.hold()
+    acked = space.world.start(space.ioas.invalidate(HVA + K4, 2 * K4))
+    assert ([leaf[0] for leaf in space.leaves], acked.done, space.asked()) == ([0, 3 * K4], False, ["submit"])
+    assert (space.hwpt_.invalidations, space.hwpt_.acked) == (1, 0)
+    space.world.let_go()
+    assert (acked.done, space.hwpt_.acked, space.counts.hmm_invalidations) == (True, 1, 1)
+
+
+def test_what_nobody_mapped_needs_no_flush() -> None:
+    space = Mirrored()
+    space.world.run(space.ioas.invalidate(HVA, RAM))
+    assert space.asked() == []
+
+
+def test_who_finds_nothing_left_waits_for_the_flush_of_who_took_it() -> None:
+    """Else the host would free a page that the unit still has: I6."""
+    space = Mirrored()
+    space.fault(0)
+    space.world.hold()
+    first, second = (space.world.start(space.ioas.invalidate(HVA, K4)) for _ in range(2))
+    assert (first.done, second.done) == (False, False)
+    space.world.let_go()
+    assert (first.done, second.done) == (True, True)
+
+
+def test_a_unit_that_refuses_is_no_ack() -> None:
+    space = Mirrored()
+    space.fault(0)
+    space.world.fails.after(0, errno.EIO)
+    assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == errno.EIO
+    assert space.hwpt_.acked == 0
+
+
+def test_a_unit_that_is_gone_has_forgotten() -> None:
+    space = Mirrored()
+    space.fault(0)
+    space.world.fails.after(0, GONE)
+    space.world.run(space.ioas.invalidate(HVA, K4))
+    assert space.hwpt_.acked == 1
+
+
+def test_a_part_of_a_huge_page_goes_and_the_rest_stays_where_it_was() -> None:
+    space = Mirrored(page_size=M2)
+    space.fault(0)
+    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    assert [leaf[0] // K4 for leaf in space.leaves] == [n for n in range(512) if n != 7]
+    assert all(hpa == space.host.frame_of(HVA + iova) for iova, _, hpa, _ in space.leaves)
+    assert (space.counts.splits, space.counts.collapses) == (1, 0)
+
+
+def test_without_a_page_for_the_split_the_whole_leaf_goes() -> None:
+    space = Mirrored(page_size=M2, table_pages=3)
+    space.fault(0)
+    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    assert (space.leaves, space.counts.splits, space.asked()) == ([], 0, ["fault", "submit"])
+
+
+def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
+    space = Mirrored(page_size=M2)
+    space.fault(0)
+    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    hpa = space.host.pages[HVA].hpa
+    for address in [address for address in space.host.pages if address < HVA + M2]:
+        del space.host.pages[address]
+    space.host.pages[HVA] = space.host.fault_in(HVA + M2)._replace(hva=HVA, hpa=hpa)
+    space.asked()
+    assert space.fault(7 * K4) == SUCCESS
+    assert space.leaves == [(0, LEVEL_2M, hpa, True)]
+    assert (space.asked(), space.counts.collapses) == (["fault", "submit"], 1)
+
+
+# -- races -------------------------------------------------------------------------------------------
+
+
+class Raced(Mirrored):
+    """The answer to a fault is made, and then on its way while the host takes the page away."""
+
+    def __init__(self, page_size: int = K4) -> None:
+        super().__init__(page_size=page_size)
+        self.hops = 0
+        self.host.hop = self._hop
+
+    async def _hop(self) -> None:
+        self.hops += 1
+        if self.hops == 2:
+            await self.host.give_up(HVA + 3 * K4, HVA + 4 * K4)
+
+
+def test_what_was_found_before_an_invalidation_is_not_mapped_after_it() -> None:
+    space = Raced()
+    assert space.fault(3 * K4) == SUCCESS
+    assert space.leaves == [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
+    assert space.counts.io_fault_retries == 1
+
+
+def test_a_huge_page_of_which_a_part_went_is_not_mapped_whole() -> None:
+    space = Raced(page_size=M2)
+    assert space.fault(0) == SUCCESS
+    assert space.leaves == [(0, LEVEL_4K, space.host.frame_of(HVA), True)]
+
+
+def test_another_page_that_goes_meanwhile_costs_no_second_look() -> None:
+    space = Raced()
+    assert space.fault(0) == SUCCESS
+    assert (space.counts.io_fault_retries, len(space.leaves)) == (0, 1)
+
+
+@pytest.fixture
+def _no_check() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lookup, "stale", lambda *_: False)
+        yield
+
+
+@pytest.mark.usefixtures("_no_check")
+def test_without_the_check_the_page_given_up_is_mapped() -> None:
+    """The planted bug of the two tests above."""
+    space = Raced()
+    space.fault(3 * K4)
+    assert space.leaves != [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
+
+
+def test_an_area_that_goes_under_a_fault_is_not_mapped() -> None:
+    space = Mirrored()
+    space.host.hop = lambda: space.world._take("hop")
+    space.world.hold()
+    fault = space.world.start(space.hwpt_.fault(request(0)))
+    gone = space.world.start(space.ioas.unmap(0, RAM))
+    while not (fault.done and gone.done):
+        space.world.let_go()
+    assert (fault.result(), gone.result(), space.leaves) == (INVALID, RAM, [])
+
+
+def test_a_host_that_takes_the_page_away_each_time_ends_in_failure() -> None:
+    space = Mirrored()
+
+    async def again() -> None:
+        await space.host.give_up(HVA, HVA + K4)
+
+    space.host.hop = again
+    assert (space.fault(0), space.leaves) == (FAILURE, [])
+
+
+# -- pinning -----------------------------------------------------------------------------------------
+
+
+def pin(hwpt: HwptMirror, space: Space, iova: int, size: int) -> int:
+    return outcome(lambda: space.world.run(hwpt.pin(iova, size)))
+
+
+def test_a_pinned_page_stays_mapped_whatever_the_host_does() -> None:
+    space = Mirrored()
+    assert pin(space.hwpt_, space, K4, 2 * K4) == 0
+    before = space.leaves
+    assert [leaf[0] for leaf in before] == [K4, 2 * K4]
+    space.world.run(space.host.give_up(HVA, HVA + RAM))
+    assert (space.leaves, space.counts.pinned_pages) == (before, 2)
+    space.world.run(space.hwpt_.unpin(K4, 2 * K4))
+    assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
+
+
+def test_a_pinned_page_stays_under_faults_beside_it() -> None:
+    space = Mirrored(page_size=M2)
+    pin(space.hwpt_, space, K4, K4)
+    (held,) = space.leaves
+    space.world.run(space.host.give_up(HVA, HVA + M2))
+    assert space.fault(0) == SUCCESS
+    assert held in space.leaves
+    assert len(space.leaves) == 2
+
+
+@pytest.mark.parametrize(
+    ("iova", "size", "number"),
+    [
+        (1, K4, errno.EINVAL),
+        (0, 0, errno.EINVAL),
+        (0, K4 + 1, errno.EINVAL),
+        (1 << 48, K4, errno.EINVAL),
+        (RAM, K4, errno.EFAULT),
+        (RAM - K4, 2 * K4, errno.EFAULT),
+    ],
+)
+def test_a_pin_that_fails_leaves_nothing(iova: int, size: int, number: int) -> None:
+    space = Mirrored()
+    assert pin(space.hwpt_, space, iova, size) == number
+    assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
+
+
+def test_a_pin_beyond_the_limit_leaves_nothing() -> None:
+    space = Mirrored()
+    space.host.room = 100
+    assert pin(space.hwpt_, space, 0, 200 * K4) == errno.ENOMEM
+    assert (space.leaves, space.host.pins, space.host.room) == ([], {}, 100)
+
+
+def test_a_page_that_goes_while_it_is_pinned_is_pinned_anew() -> None:
+    space = Raced()
+    assert pin(space.hwpt_, space, 3 * K4, K4) == 0
+    assert space.leaves == [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
+    assert [len(pages) for pages in space.host.pins.values()] == [1]
+
+
+def test_who_pins_everything_pins_what_is_mapped_later() -> None:
+    space = Mirrored()
+    space.unmap(0, RAM)
+    space.map(0, 2 * K4)
+    space.world.run(space.hwpt_.pin_all(on=True))
+    space.map(8 * K4, 3 * K4, HVA + M2)
+    assert (len(space.leaves), space.counts.pinned_pages) == (5, 5)
+    space.host.room = 1
+    assert outcome(lambda: space.map(32 * K4, 2 * K4, HVA + 2 * M2)) == errno.ENOMEM
+    assert (len(space.leaves), len(space.host.watched)) == (5, 2)
+    space.unmap(0, 2 * K4)
+    assert (len(space.leaves), space.counts.pinned_pages) == (3, 3)
+    space.world.run(space.hwpt_.pin_all(on=False))
+    assert (space.leaves, space.counts.pinned_pages, space.host.pins) == ([], 0, {})
+
+
+def test_memory_is_watched_once_and_until_its_area_goes() -> None:
+    space = Mirrored()
+    assert outcome(lambda: space.map(1 << 30, K4)) == errno.EEXIST
+    assert len(list(space.ioas.areas)) == 1
+    space.unmap(0, RAM)
+    assert space.host.watched == []
+    space.map(1 << 30, K4)
+
+
+def test_every_mirror_of_an_ioas_loses_what_the_host_takes() -> None:
+    space = Mirrored()
+    other = space.mirror()
+    space.fault(0)
+    space.world.run(other.fault(request(0)))
+    space.world.run(space.host.give_up(HVA, HVA + K4))
+    assert (space.leaves, mapped(other), space.counts.hmm_invalidations) == ([], [], 1)
