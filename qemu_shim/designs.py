@@ -142,22 +142,18 @@ class Ioas:
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """`keeps`: why the VMM may not take a page out of the guest's memory; `whole_dirty`: no log tells what
-    the device wrote, so all it may write counts in every round [QEMU hw/vfio/common.c]; `touch_serves`: a
-    page the guest's CPU has touched is there for the device as well.
+    """`pins`: every page is there for good, so that a device that cannot ask for pages will do, and the VMM
+    may take none out of the guest's memory; `whole_dirty`: no log tells what the device wrote, so all it may
+    write counts in every round [QEMU hw/vfio/common.c]; `touch_serves`: a page the guest's CPU has touched is
+    there for the device as well.
     """
 
     name: str
     summary: str
     open: Callable[[Vm, Process], Awaitable[Container]]
-    faults: bool = True  # pages may be absent: the device must be able to ask for them
-    keeps: str = ""
+    pins: bool = False
     whole_dirty: bool = False
     touch_serves: bool = True
-
-    def check_discard(self) -> None:
-        if self.keeps:
-            raise Refused("ballooning", self.keeps)
 
     def check_no_block(self) -> None:
         """May a device end a descriptor at an absent page, and the guest touch the page and go on?"""
@@ -165,6 +161,10 @@ class Design:
             raise Refused("a device that does not block on faults", NO_TOUCH)
 
 
+NO_DISCARD = (
+    "ram_block_discard is disabled: a page taken out of the guest's memory would stay pinned for the device, "
+    "and the guest be given another one"
+)
 NO_TOUCH = "the guest's touch of the page does not put it into the device's table, only a page request does"
 
 SHARED = Design("shared", "KVM's one table, walked by the unit as well", KvmTable.open)
@@ -176,9 +176,7 @@ PINNED = Design(
     "pinned",
     "a table of iommufdd's, all memory in it pinned from the start",
     Ioas.open,
-    faults=False,
-    keeps="ram_block_discard is disabled: a page taken out of the guest's memory would stay pinned for the "
-    "device, and the guest be given another one",
+    pins=True,
     whole_dirty=True,
 )
 MIRROR = Design(

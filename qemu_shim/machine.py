@@ -19,7 +19,7 @@ from protocol.rpc.loop import Loop
 from protocol.uapi import names
 from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
-from qemu_shim.designs import SHARED, Container, Design, RamSlot, Refused
+from qemu_shim.designs import NO_DISCARD, SHARED, Container, Design, RamSlot, Refused
 from qemu_shim.device_client import DeviceSim, Portal
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.inspector import Inspector
@@ -107,7 +107,8 @@ class Machine:
 
     async def discard(self, gpa: int, size: int) -> None:
         """What a balloon does with pages the guest gave up.  Refused."""
-        self.config.design.check_discard()
+        if self.config.pinned or self.config.design.pins:
+            raise Refused("ballooning", NO_DISCARD)
         await self.process.madvise_dontneed(self.hva_of(gpa), size)
 
     async def dump(self, directory: Path) -> None:

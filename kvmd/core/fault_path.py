@@ -21,6 +21,7 @@ from kvmd.core.tdp_table import Root
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_start, gfn_limit
+from protocol.trace import TRACE, KvmMmuSpteRequested
 from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, pages_of_level
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class FaultPath:
             mapped = self._store(root, fault, slot, page, vcpu)
         except UapiError:  # no page left for a table
             return Result.NO_MEMORY
-        flush = self._store_beside(root, fault, slot, page, mapped.flush)
+        flush = mapped.flush
+        if vm.tdp_own_root:
+            flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
         if flush is not None:
             await vm.flusher.flush(flush)
         if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
@@ -108,12 +111,15 @@ class FaultPath:
         vm, gfn, iommu = self._vm, fault.gfn, root.role.iommu
         wanted = vm.level_of(slot, gfn, page, iommu=iommu)
         level = vm.nx_huge.level(root, fault, wanted)
+        pfn = first_pfn(slot, gfn, page, level)
+        if TRACE.on:
+            TRACE.emit(KvmMmuSpteRequested(gfn, pfn | gfn & pages_of_level(level) - 1, level))
         tracked = not iommu and vm.page_track.is_tracked(slot, gfn)
         writable = page.writable and not slot.readonly and not tracked
         mapped = vm.mmu.map(
             root,
             gfn,
-            first_pfn(slot, gfn, page, level),
+            pfn,
             level,
             writable=writable,
             accessed=not fault.prefetch,
@@ -130,18 +136,15 @@ class FaultPath:
                 vm.fault_notes.post(gfn, level, writable=writable)
         return mapped
 
-    def _store_beside(
-        self, root: Root, fault: PageFault, slot: Memslot, page: HostPage, flush: GfnSpan | None
-    ) -> GfnSpan | None:
-        """Where CPUs and IOMMU have roots of their own both get the page; if there is no room, who needs it
-        there faults.  What is to be flushed with `flush`.
-        """
+    def _store_beside(self, root: Root, fault: PageFault, slot: Memslot, page: HostPage) -> GfnSpan | None:
+        """CPUs and IOMMU both get the page; without room, who needs it there faults.  What to flush."""
+        flush = None
         try:
             for other in self._vm.roots_beside(root):
                 if fault.gfn < gfn_limit(other.role.level):
                     as_a_devices = PageFault(fault.gfn, fault.write, Source.IO, fault.as_id)
                     also = self._store(other, as_a_devices, slot, page, None).flush
-                    flush = max(flush, also, key=_pages)  # both are of entries over this gfn
+                    flush = max(flush, also, key=_pages)
         except UapiError:
             return flush
         return flush
@@ -174,4 +177,5 @@ class FaultPath:
 
 
 def _pages(span: GfnSpan | None) -> int:
+    """To tell which is wider of two spans of entries over one gfn."""
     return 0 if span is None else span.npages

@@ -91,7 +91,9 @@ class Kvm:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
         host, features = self.host, self.host.features
         self._slots_lock = lock = RwLock()
-        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), features.address_spaces)
+        has_private = self.type is VmType.SW_PROTECTED
+        address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
+        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.dirty_log = DirtyLog(
             lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
         )
@@ -116,7 +118,7 @@ class Kvm:
             self.mm.id,
             self.host_changes,
             self.pinning.pinned,
-            supported=self.type is VmType.SW_PROTECTED,
+            supported=has_private,
         )
 
     # -- vCPUs -----------------------------------------------------------------------------------------
@@ -183,15 +185,15 @@ class Kvm:
         return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits, iommu)
 
     def roots_beside(self, own: Root) -> list[Root]:
-        """Where what is faulted into `own` goes as well: the CPUs' roots, or the IOMMU's.  None where they
-        share.  A CPU's root is made if no vCPU has run since a slot went.  ENOMEM.
+        """Where what is faulted into `own` goes as well, when CPUs and IOMMU share none: to the others'.  A
+        root of CPUs is made if no vCPU has run since a slot went.  ENOMEM.
         """
         role = own.role
         if role.iommu:
             self.mmu.put_root(self.mmu.get_root(replace(role, iommu=False)))
             return self.mmu.cpu_roots(role.as_id)
         exported = self.exported.get(role.as_id)
-        return [exported.root] if exported is not None and exported.root.role.iommu else []
+        return [] if exported is None else [exported.root]
 
     async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
         """The slot of `gfn`, once it is not being deleted or moved."""

@@ -57,7 +57,7 @@ class Recorder:
         left: dict[str, int] = {}
         with trio.move_on_after(PATIENCE_S):
             while True:
-                raw = await self._look()
+                raw = await self.look()
                 left = {
                     what: count for what, count in added_up(under_way, grown(raw, before)).items() if count
                 }
@@ -66,7 +66,8 @@ class Recorder:
                 await trio.sleep(POLL_S)
         raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {left}")
 
-    async def _look(self) -> Raw:
+    async def look(self) -> Raw:
+        """The counters as they are."""
         host = self._host
         kvmd, iommu = await host.kvmd.stats(), await host.iommufdd.stats()
         raw = flatten(kvmd, iommu, await host.device_sim.stats())

@@ -34,7 +34,7 @@ ROUNDS = 40
         ("sharing", {"pages": 1024}),
         ("dmatest", {"iterations": 20, "buf_size": 1 << 21}),
         ("dmatest", {"iterations": 500, "buf_size": 64}),
-        ("dmatest", {"ram_gib": 1024}),
+        ("dmatest", {"ram_mib": 1 << 20}),
     ],
     ids=str,
 )

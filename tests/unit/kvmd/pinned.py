@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.pinning import Account
@@ -23,14 +24,16 @@ WORD = BASE + 5
 
 
 class Guest:
-    """Gfns 0x200..0x3ff, lent out, and an importer that acks by hand and pins."""
+    """Gfns 0x200..0x3ff, lent out, an importer that acks by hand and pins.  `own`: in the IOMMU's root."""
 
-    def __init__(self, *, level: int = 1, **host: Any) -> None:
+    def __init__(self, *, level: int = 1, own: bool = False, **host: Any) -> None:
         self.world = World(**host)
         self.vm = self.world.vm
         self.hva = self.world.map(PAGES >> 9 * (level - 1), level)
         self.world.set_slot(0, BASE, PAGES, self.hva)
         self.vcpu = self.world.vcpu()
+        if own:
+            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)

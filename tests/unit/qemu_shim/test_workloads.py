@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from qemu_shim.compare import run as contract
-from qemu_shim.designs import DESIGNS, Refused
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.workloads.context import Context
 from qemu_shim.workloads.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
@@ -78,14 +76,3 @@ def test_every_workload_has_defaults_within_its_bounds() -> None:
     for name, workload in WORKLOADS.items():
         assert workload.name == name
         assert list(workload.with_defaults({})) == list(workload.params)
-
-
-def test_only_a_design_that_keeps_its_pages_refuses_ballooning() -> None:
-    refusing: dict[str, Any] = {}
-    for name, design in DESIGNS.items():
-        try:
-            design.check_discard()
-        except Refused as refused:
-            refusing[name] = refused.reason
-    assert list(refusing) == ["pinned"]
-    assert "ram_block_discard is disabled" in refusing["pinned"]

@@ -1,0 +1,126 @@
+"""Machines of every design on real daemons: the author's DMA test, devices that cannot fault, memory that
+comes and goes.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from protocol.hw.dsa import Status
+from protocol.units import MIB, PAGE_SIZE
+from qemu_shim.designs import DESIGNS, SHARED, Refused
+from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.machine import Host, Machine, MachineConfig, connect_host, machine
+from qemu_shim.measure import Report
+from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY
+from qemu_shim.workloads.recorder import Recorder
+from tests.integration.rig import FILLED, PATTERN
+from tests.integration.system import system
+from tests.integration.test_errno import refused
+
+RAM = 32 * MIB
+PLUGGED = 0x1_8000_0000
+ON_DEMAND = ("mirror", "notifier")
+EVENTUAL = {"hwpt.faults.INVALID", "hwpt.faults.FAILURE"}  # told once there was one
+
+
+async def play(host: Host, scenario: str, design: str, **changed: int) -> Report:
+    report = Report(scenario)
+    params = {name: param.default for name, param in SCENARIOS[scenario].params.items()}
+    assert set(changed) <= set(params)
+    host.design = DESIGNS[design]
+    await SCENARIOS[scenario].play(host, params | changed, report)
+    return report
+
+
+@asynccontextmanager
+async def running(host: Host, design: str, **config: int) -> AsyncIterator[tuple[Machine, IdxdWorkQueue]]:
+    async with machine(host, MachineConfig(RAM, design=DESIGNS[design], **config)) as guest:  # type: ignore[arg-type]
+        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
+        await queue.enable()
+        yield guest, queue
+
+
+@pytest.mark.rfc("RFC-108")
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_the_dma_test_passes_on_every_design(host: Host, design: str) -> None:
+    report = await play(host, "dmatest", design, ram_mib=32)
+    assert report.problems == []
+    assert (report.figures["tests"], report.figures["failures"]) == (5, 0)
+    requests = {"pinned": {0}, "mirror": {3}, "notifier": {1, 2, 3}, "managed": {1}, "shared": {1}}
+    assert report.figures["page_requests"] in requests[design], "a note may come after the device"
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_without_block_on_fault_a_design_plays_or_refuses(host: Host, design: str) -> None:
+    """Where the guest's touch of a page does not serve the device, the driver's resuming would not end."""
+    if design in ON_DEMAND:
+        with pytest.raises(Refused, match="block on fault"):
+            await play(host, "dmatest", design, ram_mib=32, block_on_fault=0)
+    else:
+        assert (await play(host, "dmatest", design, ram_mib=32, block_on_fault=0)).problems == []
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_memory_that_was_unplugged_is_out_of_the_devices_reach(host: Host, design: str) -> None:
+    async with running(host, design) as (guest, queue):
+        slot = await guest.add_slot(7, PLUGGED, MIB)
+        assert (await queue.fill(slot.gpa, PATTERN, PAGE_SIZE)).status is Status.SUCCESS
+        assert await guest.process.read(slot.hva, PAGE_SIZE) == FILLED
+        await guest.remove_slot(slot)
+        assert (await queue.fill(slot.gpa, PATTERN, PAGE_SIZE)).status is not Status.SUCCESS
+        again = await guest.add_slot(7, PLUGGED, MIB)
+        assert await guest.memory.read(again.gpa, PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert (await queue.fill(again.gpa, PATTERN, PAGE_SIZE)).status is Status.SUCCESS
+        assert await guest.memory.read(again.gpa, PAGE_SIZE) == FILLED
+        assert await host.kvmd.violations() == []
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+async def test_a_ballooned_page_is_gone_for_guest_and_device_alike(host: Host, design: str) -> None:
+    async with running(host, design) as (guest, queue):
+        page = guest.memory.allocate(1)
+        assert (await queue.fill(page, PATTERN, PAGE_SIZE)).status is Status.SUCCESS
+        if DESIGNS[design].pins:
+            with refused(errno.EOPNOTSUPP):
+                await guest.discard(page, PAGE_SIZE)
+            assert await guest.memory.read(page, PAGE_SIZE) == FILLED
+        else:
+            await guest.discard(page, PAGE_SIZE)
+            target = guest.memory.allocate(1)
+            assert (await queue.memmove(target, page, PAGE_SIZE)).status is Status.SUCCESS
+            assert await guest.memory.read(target, PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+async def test_a_device_that_cannot_fault_is_attached_only_to_memory_that_is_pinned() -> None:
+    options = {"device_sim": ["--fault-capability", "none"]}
+    with system(options) as alone:
+        async with connect_host(alone.directory) as host:
+            for design in DESIGNS:
+                for pinned in (False, True):
+                    if pinned or DESIGNS[design].pins:
+                        async with running(host, design, pinned=pinned) as (guest, queue):
+                            page = guest.memory.allocate(1)
+                            record = await queue.fill(page, PATTERN, PAGE_SIZE)
+                            assert record.status is Status.SUCCESS, design
+                    else:
+                        with pytest.raises(Refused, match="attaching the device") as caught:
+                            async with running(host, design, pinned=pinned):
+                                pytest.fail(f"{design}: attached")
+                        assert caught.value.errno == errno.EINVAL
+
+
+async def test_every_counter_that_a_sample_is_made_of_is_told_by_a_daemon(host: Host) -> None:
+    told: set[str] = set()
+    for design in (SHARED.name, "mirror"):
+        async with running(host, design) as (guest, _):
+            recorder = Recorder(host)
+            recorder.machines.append(guest)
+            told |= set(await recorder.look())
+    rows = [*COUNTS.values(), *GAUGES.values(), *UNDER_WAY.values()]
+    assert {key.removeprefix("-") for keys in rows for key in keys} - EVENTUAL <= told
