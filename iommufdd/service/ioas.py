@@ -43,7 +43,9 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
     if ULONG_MAX in (message.iova, message.length):
         raise UapiError(errno.EOVERFLOW, f"iova {message.iova:#x}+{message.length:#x}")
     writable = bool(message.flags & names.IOMMU_IOAS_MAP_WRITEABLE)
-    if not writable and not message.flags & names.IOMMU_IOAS_MAP_READABLE:
+    if not message.flags & names.IOMMU_IOAS_MAP_READABLE:
+        if writable:
+            raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: every area here is READABLE")
         raise UapiError(errno.EINVAL, f"flags {message.flags:#x}: neither READABLE nor WRITEABLE")
     iova = message.iova if message.flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
     async with _in_use(held, message.ioas_id) as ioas:

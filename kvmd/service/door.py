@@ -92,14 +92,14 @@ def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
     return Answer({}, [fd])
 
 
+def _hmm_mirror_get(app: App, message: hmm.HmmMirrorGet, fds: Fds) -> Answer:
+    return Answer({}, [open_mirror(app, app.files.find(fds.peek(0), MmFile).mm)])
+
+
 def _fault_notes_get(app: App, message: uapi.KvmFaultNotesGet, fds: Fds) -> Answer:
     notes = NotesFile(app.files.find(fds.peek(0), VmFile).vm.fault_notes)
     fd, _, notes.channel = app.files.open(FAULT_NOTES, notes, NotesFile.closed)
     return Answer({}, [fd])
-
-
-def _hmm_mirror_get(app: App, message: hmm.HmmMirrorGet, fds: Fds) -> Answer:
-    return Answer({}, [open_mirror(app, app.files.find(fds.peek(0), MmFile).mm)])
 
 
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
@@ -123,8 +123,8 @@ FRONT_DOOR: Service[App] = Service(
         "OPEN": Method(uapi.Open, _open),
         "MM_CREATE": Method(uapi.MmCreate, _mm_create),
         "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
-        "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
         "HMM_MIRROR_GET": Method(hmm.HmmMirrorGet, _hmm_mirror_get, 1),
+        "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
         **INSPECT,

@@ -33,7 +33,7 @@ class Contents:
         self.words.update(dict.fromkeys(gpas, 0))
 
     async def cpu_writes(self, gpas: Sequence[int]) -> None:
-        for run in _runs(gpas):
+        for run in runs(gpas):
             self._choose(run)
         await self._after_the_cpu()
         self._cpu_was_last = True
@@ -43,7 +43,7 @@ class Contents:
 
     async def device_writes(self, gpas: Sequence[int]) -> None:
         await self._after_the_cpu()
-        for run in _runs(gpas):
+        for run in runs(gpas):
             self._choose(run)
             await self._guest.fill(run[0], len(run) * PAGE_SIZE, self.words[run[0]])
 
@@ -62,7 +62,7 @@ class Contents:
     async def device_reads(self, gpas: Sequence[int]) -> None:
         """By comparing with what must be there."""
         await self._after_the_cpu()
-        for run in _runs(gpas, self.words):
+        for run in runs(gpas, self.words):
             word = self.words[run[0]]
             equal = await self._guest.holds(run[0], len(run) * PAGE_SIZE, word)
             self._ctx.expect(equal, f"the device does not read {word:#x} at gpa {run[0]:#x}")
@@ -81,7 +81,7 @@ def _page_of(word: int) -> bytes:
     return word.to_bytes(WORD_BYTES, "little") * (PAGE_SIZE // WORD_BYTES)
 
 
-def _runs(gpas: Sequence[int], words: dict[int, int] | None = None) -> Iterator[list[int]]:
+def runs(gpas: Sequence[int], words: dict[int, int] | None = None) -> Iterator[list[int]]:
     """Pages in a row, up to RUN of them; of one word, if `words` are given."""
     run: list[int] = []
     for gpa in gpas:

@@ -8,42 +8,55 @@ share the rest: when they have more than its limit it ages everything and swaps 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
-from protocol.units import GIB, MIB, PAGE_SIZE
+from protocol.errors import UapiError
+from protocol.units import MIB, PAGE_SIZE, TIB, align_up
 from qemu_shim.machine import Host
 from qemu_shim.process import Process
 from qemu_shim.workloads.context import Context
 from qemu_shim.workloads.recorder import PATIENCE_S, POLL_S, NeverQuiet
 
-HOST_BYTES = GIB
-OPTIONS = {"kvmd": ("--ram", f"{HOST_BYTES // GIB}G")}  # of daemons for a host that can be crowded
+OPTIONS = {"kvmd": ("--ram", "1G")}  # of daemons whose host is quickly crowded
 HUGE = 2 * MIB
+MORE_THAN_THERE_IS = 32 * TIB
 
 
 @asynccontextmanager
 async def crowded(ctx: Context, free_pages: int) -> AsyncIterator[None]:
     """Meanwhile the host has `free_pages` pages for everybody else."""
-    taken = HOST_BYTES - free_pages * PAGE_SIZE
     await _nothing_taken(ctx.host)
     neighbour = await ctx.host.kvmd.start_process()
-    ctx.elsewhere(taken // PAGE_SIZE)
     try:
-        huge, rest = taken // HUGE * HUGE, taken % HUGE
-        at = await neighbour.mmap(huge, page_size=HUGE)
-        for page in range(at, at + huge, HUGE):
-            await neighbour.write(page, b"\1")
-        if rest:
-            at = await neighbour.mmap(rest)
-            for start in range(0, rest, MIB):
-                await neighbour.write(at + start, bytes(min(MIB, rest - start)))
+        await _take_all_but(neighbour, free_pages)
+        ctx.elsewhere((await ctx.host.kvmd.stats())["frames"])
         yield
     finally:
         neighbour.close()
+
+
+async def _take_all_but(neighbour: Process, free_pages: int) -> None:
+    """In huge pages until the host has no more, and then back what must be free."""
+    at, taken = await neighbour.mmap(MORE_THAN_THERE_IS, page_size=HUGE), 0
+    try:
+        while True:
+            await neighbour.write(at + taken, b"\1")
+            taken += HUGE
+    except UapiError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+    free = free_pages * PAGE_SIZE
+    back = align_up(free, HUGE)
+    await neighbour.munmap(at + taken - back, back)
+    if back > free:
+        small = await neighbour.mmap(back - free)
+        for start in range(0, back - free, MIB):
+            await neighbour.write(small + start, bytes(min(MIB, back - free - start)))
 
 
 async def _nothing_taken(host: Host) -> None:

@@ -10,7 +10,7 @@ from protocol.rpc.channel import Body
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.machine import Host
-from tests.integration.rig import GUEST_START, QUEUE_START, ProcessCpu, Rig, bind_device, vm_only
+from tests.integration.rig import GUEST_START, QUEUE_START, ProcessCpu, Rig, bind_device, vm_only, vm_stats
 from tests.integration.system import eventually
 
 RAM = 64 << 20
@@ -51,10 +51,11 @@ async def hwpt_stats(host: Host) -> Body:
     return stats
 
 
-async def settled(host: Host) -> Body:
-    """STATS once every note was worked off and every page request answered."""
+async def noted(host: Host, before: Body) -> Body:
+    """STATS once every note that KVM sent since `before` was worked off."""
+    sent = (await vm_stats(host))["notes"] + before["notes"]
     return await eventually(
         host.iommufdd.stats,
-        lambda s: not s["notes_pending"] and s["page_requests"] <= s["responses"],
-        "notes and faults are worked off",
+        lambda s: s["notes"] == sent and not s["notes_pending"],
+        f"{sent} notes are worked off",
     )

@@ -31,7 +31,8 @@ OWNERS = {
 
 
 async def played(host: Host, workload: str, design: str, seed: int = 1, **params: int) -> Run:
-    run = await run_workload(host, WORKLOADS[workload], DESIGNS[design], seed, params)
+    small = {"ram_mib": 32} if "ram_mib" in WORKLOADS[workload].params else {}
+    run = await run_workload(host, WORKLOADS[workload], DESIGNS[design], seed, small | params)
     assert (run.problems, run.refusals) == ([], [])
     return run
 
@@ -99,7 +100,7 @@ async def test_pinned_every_page_is_pinned_from_the_start_and_nothing_faults(
     host: Host, workload: str
 ) -> None:
     run = await played(host, workload, "pinned")
-    ram_pages = run.params.get("ram_mib", 34) * MIB // PAGE_SIZE
+    ram_pages = run.params.get("ram_mib", 32 + 2) * MIB // PAGE_SIZE
     for sample in run.samples:
         assert sample.counts["io_faults"] == sample.counts["io_faults_failed"] == 0, sample.step
         assert sample.gauges["pinned_pages"] == sample.counts["pages_pinned"] == ram_pages, sample.step

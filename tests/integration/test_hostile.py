@@ -107,11 +107,6 @@ def registered_importer(stack: ExitStack, running: System) -> Plain:
     return made
 
 
-def fault_notes(stack: ExitStack, running: System) -> Plain:
-    door, _, guest = a_vm(stack, running)
-    return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
-
-
 def mirror(stack: ExitStack, running: System) -> Plain:
     door, memory = process(stack, running)
     return door.open("HMM_MIRROR_GET", {}, [memory.sock.fileno()])
@@ -127,6 +122,11 @@ def registered_mirror(stack: ExitStack, running: System) -> Plain:
     made.ask("HMM_PIN", {"start": hva, "size": 4096, "write": True})
     close_all(fds)
     return made
+
+
+def fault_notes(stack: ExitStack, running: System) -> Plain:
+    door, _, guest = a_vm(stack, running)
+    return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
 
 
 def iommufd(stack: ExitStack, running: System) -> Plain:
@@ -190,9 +190,9 @@ OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
     (tdp_fd, "kvmd"),
     (importer, "kvmd"),
     (registered_importer, "kvmd"),
-    (fault_notes, "kvmd"),
     (mirror, "kvmd"),
     (registered_mirror, "kvmd"),
+    (fault_notes, "kvmd"),
     (iommufd, "iommufdd"),
     (vfio, "iommufdd"),
     (portal, "device_sim"),

@@ -44,6 +44,7 @@ TWICE = {
     "HMM_WATCH": (0, errno.EEXIST),
     "HMM_UNWATCH": (0, errno.ENOENT),
     "IOMMU_DESTROY": (0, errno.ENOENT),
+    "IOMMU_IOAS_FOLLOW_KVM": (0, errno.EBUSY),
     "IOMMU_OPTION": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
     "IOMMU_HWPT_SET_DIRTY_TRACKING": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
     "IOMMU_HWPT_GET_DIRTY_BITMAP": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
@@ -60,8 +61,8 @@ SLEEPERS = {"READ_EVENT", "TDP_UNREGISTER_IMPORTER"}  # answered when something 
 # of another kind, and the kind they take.
 TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
     ("kvmd", "TDP_FD_GET"): ({}, errno.EBADF, errno.EINVAL, "tdp_fd"),
-    ("kvmd", "KVM_FAULT_NOTES_GET"): ({}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "HMM_MIRROR_GET"): ({}, errno.EBADF, errno.EINVAL, "mm"),
+    ("kvmd", "KVM_FAULT_NOTES_GET"): ({}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT_GPA"): ({"vm": None, "gpa": 0}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "DUMP_TABLES"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
@@ -75,6 +76,14 @@ TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
         errno.EINVAL,
         "tdp_fd",
     ),
+    # Objects of the zoo in the order they are made: the third is an IOAS, the sixth one on demand.
+    ("iommufd", "IOMMU_IOAS_MAP"): (
+        {"ioas_id": 3, "flags": 6, "user_va": 1 << 30, "length": 4096},
+        errno.EBADF,
+        errno.EINVAL,
+        "mm",
+    ),
+    ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): ({"ioas_id": 6}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("vfio-device", "VFIO_DEVICE_BIND_IOMMUFD"): ({}, errno.EINVAL, errno.EINVAL, "iommufd"),  # it is bound
 }
 

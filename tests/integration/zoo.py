@@ -47,8 +47,8 @@ SERVICES: list[Service[Any]] = [
     VCPU,
     TDP_FD,
     IMPORTER,
-    FAULT_NOTES,
     MIRROR,
+    FAULT_NOTES,
     iommufdd.FRONT_DOOR,
     IOMMUFD,
     VFIO,
@@ -146,8 +146,8 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("kvmd", "OPEN"): plain(path=names.KVM_PATH),
     ("kvmd", "MM_CREATE"): plain(),
     ("kvmd", "TDP_FD_GET"): with_fd("tdp_fd"),
-    ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
     ("kvmd", "HMM_MIRROR_GET"): with_fd("mm"),
+    ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
     ("kvmd", "STATS"): plain(),
     ("kvmd", "CHECK"): plain(),
     ("kvmd", "INSPECT"): with_fd("kvm-vm", vm=None),
@@ -217,12 +217,19 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_WATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_UNWATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_RANGE_FAULT"): plain(start=WATCHED, size=PAGE_SIZE, write=True, fault=False),
-    ("hmm-mirror", "HMM_PIN"): spare(start=..., size=PAGE_SIZE, write=True),
-    ("hmm-mirror", "HMM_UNPIN"): spare(start=..., size=PAGE_SIZE),
+    ("hmm-mirror", "HMM_PIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE, "write": True}, []),
+    ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
     ("iommufd", "IOMMU_IOAS_ALLOC"): plain(),
+    ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),
+    ("iommufd", "IOMMU_IOAS_UNMAP"): object_of("ioas", "ioas_id", iova=0, length=(1 << 64) - 1),
+    ("iommufd", "IOMMU_IOAS_IOVA_RANGES"): object_of("ioas", "ioas_id"),
+    ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): lambda zoo: (
+        {"ioas_id": zoo.ids["on_demand"]},
+        [zoo.copy("kvm-vm")],
+    ),
     ("iommufd", "IOMMU_OPTION"): plain(option_id=0),
     ("iommufd", "IOMMU_HWPT_ALLOC"): _hwpt_alloc,
     ("iommufd", "IOMMU_GET_HW_INFO"): object_of("device", "dev_id"),
@@ -242,8 +249,14 @@ REQUESTS: dict[tuple[str, str], Make] = {
 }
 
 
+def _ioas_map(zoo: Zoo) -> dict[str, Any]:
+    """Where there is room, so that it may be asked for twice."""
+    va = zoo.spare + 24 * PAGE_SIZE
+    return {"ioas_id": zoo.ids["ioas"], "flags": 6, "user_va": va, "length": PAGE_SIZE}
+
+
 def _page(zoo: Zoo, number: int) -> int:
-    """A page of the range that the userfaultfd has."""
+    """A page of the range whose first eight the userfaultfd has."""
     return zoo.spare + (32 + number) * PAGE_SIZE
 
 
@@ -289,6 +302,7 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         zoo.ids = {"device": rig.device_id, "ioas": ioas, "kvm": rig.hwpt_id, "to_destroy": doomed}
         paging = await iommu.ask("IOMMU_HWPT_ALLOC", **_hwpt_alloc(zoo)[0])
         zoo.ids["paging"] = paging.body["out_hwpt_id"]
+        zoo.ids["on_demand"] = await iommu.ioas_alloc(on_demand=True)
         files = {
             "mm": process,
             "memfd": memfd,
@@ -307,8 +321,8 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "/dev/kvm": kvm,
             "tdp_fd": tdp,
             "tdp-importer": importer.channel,
-            "kvm-fault-notes": notes,
             "hmm-mirror": mirror.channel,
+            "kvm-fault-notes": notes,
             "iommufdd": host.iommufdd._channel,
             "device_sim": host.device_sim._channel,
             "portal": rig.portal._channel,
@@ -319,8 +333,8 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
             "tdp_fd": rig.tdp_fd,
             "/dev/kvm": dev_kvm,
             "tdp-importer": importer.channel._fd,
-            "kvm-fault-notes": notes._fd,
             "hmm-mirror": mirror.channel._fd,
+            "kvm-fault-notes": notes._fd,
             "portal": rig.portal._channel._fd,
         }
         try:

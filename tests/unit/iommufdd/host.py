@@ -71,11 +71,27 @@ class FakeHost:
         over.set(None)
 
     async def give_up(self, start: int, end: int) -> None:
-        """As MADV_DONTNEED: a huge page loses a part by being split."""
-        await self.change(start, end, lambda: self._remove(start, end))
+        """As MADV_DONTNEED: a huge page loses a part by being split, and is told of as a whole; again if one
+        came up meanwhile.
+        """
+        while self._whole(start, end) != (start, end) or self.pages_in(start, end):
+            low, high = self._whole(start, end)
 
-    def _remove(self, start: int, end: int) -> None:
-        for page in [page for page in self.pages.values() if page.hva < end and start < page.end]:
+            def edit(low: int = low, high: int = high) -> None:
+                if self._whole(start, end) == (low, high):
+                    self.remove(start, end)
+
+            await self.change(low, high, edit)
+
+    def pages_in(self, start: int, end: int) -> list[HostPage]:
+        return [page for page in self.pages.values() if page.hva < end and start < page.end]
+
+    def _whole(self, start: int, end: int) -> tuple[int, int]:
+        met = self.pages_in(start, end)
+        return min([start, *(page.hva for page in met)]), max([end, *(page.end for page in met)])
+
+    def remove(self, start: int, end: int) -> None:
+        for page in self.pages_in(start, end):
             del self.pages[page.hva]
             for hva in range(page.hva, page.end, PAGE_SIZE):
                 if not start <= hva < end:

@@ -43,6 +43,11 @@ class Mirrored(Space):
     def fault(self, iova: int, *, write: bool = False) -> int:
         return self.world.run(self.hwpt_.fault(request(iova, write=write)))
 
+    def lose_a_part(self) -> None:
+        """A host that tells of no more than the page that goes."""
+        part = HVA + 7 * K4, HVA + 8 * K4
+        self.world.run(self.host.change(*part, lambda: self.host.remove(*part)))
+
     @property
     def leaves(self) -> list[tuple[int, int, int, bool]]:
         return mapped(self.hwpt_)
@@ -202,7 +207,7 @@ def test_a_unit_that_is_gone_has_forgotten() -> None:
 def test_a_part_of_a_huge_page_goes_and_the_rest_stays_where_it_was() -> None:
     space = Mirrored(page_size=M2)
     space.fault(0)
-    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    space.lose_a_part()
     assert [leaf[0] // K4 for leaf in space.leaves] == [n for n in range(512) if n != 7]
     assert all(hpa == space.host.frame_of(HVA + iova) for iova, _, hpa, _ in space.leaves)
     assert (space.counts.splits, space.counts.collapses) == (1, 0)
@@ -211,14 +216,14 @@ def test_a_part_of_a_huge_page_goes_and_the_rest_stays_where_it_was() -> None:
 def test_without_a_page_for_the_split_the_whole_leaf_goes() -> None:
     space = Mirrored(page_size=M2, table_pages=3)
     space.fault(0)
-    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    space.lose_a_part()
     assert (space.leaves, space.counts.splits, space.asked()) == ([], 0, ["fault", "submit"])
 
 
 def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
     space = Mirrored(page_size=M2)
     space.fault(0)
-    space.world.run(space.host.give_up(HVA + 7 * K4, HVA + 8 * K4))
+    space.lose_a_part()
     hpa = space.host.pages[HVA].hpa
     for address in [address for address in space.host.pages if address < HVA + M2]:
         del space.host.pages[address]

@@ -24,7 +24,7 @@ WORD = BASE + 5
 
 
 class Guest:
-    """Gfns 0x200..0x3ff, lent out in a root that is the IOMMU's `own` or shared, and an importer that pins."""
+    """Gfns 0x200..0x3ff, lent out, an importer that acks by hand and pins.  `own`: in the IOMMU's root."""
 
     def __init__(self, *, level: int = 1, own: bool = False, **host: Any) -> None:
         self.world = World(**host)

@@ -1,0 +1,90 @@
+"""A mirror of a process, its ops in the test's hands, and 16 pages that it watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from kvmd.core.mm.check import check_memory
+from kvmd.core.mm.hmm import Found, Mirror
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import Hva, Pfn
+from tests.unit.kvmd.world import SlowImporter, World
+
+T = TypeVar("T")
+
+PAGE = 4096
+PAGES = 16
+SIZE = PAGES * PAGE
+MIB2 = 2 << 20
+
+
+class Rig:
+    def __init__(self, *, level: int = 1, **host: Any) -> None:
+        self.world = World(**host)
+        self.mm = self.world.mm
+        self.memory = self.world.host.memory
+        self.hva = self.world.map(PAGES, level)
+        self.ops = SlowImporter()
+        self.mirror = Mirror(self.mm)
+        self.world.run(self.mirror.register(self.ops))
+        self.mirror.watch(self.hva, PAGES * (PAGE << 9 * (level - 1)))
+
+    def at(self, page: int) -> Hva:
+        return Hva(self.hva + page * PAGE)
+
+    def write(self, page: int, data: bytes = b"written") -> None:
+        self.world.run(self.mm.write(self.at(page), data))
+
+    def fault(self, page: int = 0, pages: int = 1, *, write: bool = True) -> Found:
+        return self.world.run(self.faulting(page, pages, write=write))
+
+    def faulting(self, page: int = 0, pages: int = 1, *, write: bool = True) -> Coroutine[Any, None, Found]:
+        return self.mirror.range_fault(self.at(page), pages * PAGE, write=write)
+
+    def look(self, page: int = 0, pages: int = PAGES) -> Found:
+        return self.world.run(self.mirror.range_fault(self.at(page), pages * PAGE, write=True, fault=False))
+
+    def pin(self, page: int = 0, pages: int = 1, *, write: bool = True, area: int = 0) -> Found:
+        return self.world.run(self.mirror.pin(self.at(page), pages * PAGE, write=write, area=area))
+
+    def unpin(self, page: int = 0, pages: int = PAGES, *, area: int = 0) -> int:
+        return self.world.run(self.mirror.unpin(self.at(page), pages * PAGE, area=area))
+
+    def done(self, flow: Coroutine[Any, None, T]) -> T:
+        """A change, acked at once."""
+        wait = self.world.start(flow)
+        while self.ops.pending:
+            self.world.ack(self.ops)
+        return wait.result()
+
+    def drop(self, page: int = 0, pages: int = 1) -> None:
+        self.done(self.mm.madvise_dontneed(self.at(page), pages * PAGE))
+
+    def dropping(self, page: int = 0, pages: int = 1) -> Wait[int]:
+        """Told, and not acked."""
+        return self.world.start(self.mm.madvise_dontneed(self.at(page), pages * PAGE))
+
+    def frame(self, pfn: Pfn, size: int = PAGE) -> bytes:
+        """What a device reads there."""
+        return self.world.host.read_frame(pfn << 12, size)
+
+    def tag(self, pfn: Pfn) -> int:
+        return self.world.bare.tags.read(pfn)
+
+    @property
+    def told(self) -> list[tuple[int, int]]:
+        """(page, pages) of each message."""
+        return [((start - self.hva) // PAGE, size // PAGE) for start, size, _ in self.ops.heard]
+
+    def violations(self) -> list[str]:
+        return check_memory(self.memory, self.world.host.processes)
+
+
+def errno_of(act: Callable[[], object]) -> int:
+    with pytest.raises(UapiError) as caught:
+        act()
+    return caught.value.errno

@@ -1,0 +1,348 @@
+"""A mirror follows a process's memory: what it is told, what it is answered, and when."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from kvmd.core.mm import hmm
+from kvmd.core.mm.failure import poison
+from kvmd.core.mm.fork import fork
+from kvmd.core.mm.hmm import MAX_PAGES, Mirror
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.reclaim import age, migrate, swap_out
+from kvmd.core.mm.thp import collapse
+from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.mm.vma import Prot
+from protocol.errors import EHWPOISON
+from protocol.flow import Wait, done
+from protocol.uapi import hmm as uapi
+from protocol.units import Hva
+from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, PAGES, SIZE, Rig, errno_of
+from tests.unit.kvmd.world import SlowImporter
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+CHANGES: dict[str, Callable[[Mm, Hva], Coroutine[Any, None, Any]]] = {
+    "munmap": lambda mm, hva: mm.munmap(hva, PAGE),
+    "madvise": lambda mm, hva: mm.madvise_dontneed(hva, PAGE),
+    "migrate": lambda mm, hva: mm.migrate(hva, PAGE),
+    "swap_out": lambda mm, hva: swap_out(mm, hva, PAGE),
+    "exit": lambda mm, hva: mm.exit(),
+}
+
+
+# -- told --------------------------------------------------------------------------------------------------
+
+
+def test_a_change_is_told_as_far_as_it_is_watched_in_one_message(rig: Rig) -> None:
+    rig.mirror.unwatch(rig.hva, SIZE)
+    for first, pages in ((2, 2), (8, 1), (4, 2)):
+        rig.mirror.watch(rig.at(first), pages * PAGE)
+    for page, pages in ((0, 2), (0, 3), (3, 6), (6, 2), (0, PAGES), (9, 7)):
+        rig.drop(page, pages)
+    assert rig.told == [(2, 1), (3, 6), (2, 7)]
+    assert [seq for *_, seq in rig.ops.heard] == [1, 2, 3]
+    assert rig.memory.counters.hmm_invalidations == 3
+
+
+def test_what_is_not_watched_any_more_is_not_told(rig: Rig) -> None:
+    rig.write(0)
+    rig.mirror.unwatch(rig.hva, SIZE)
+    rig.drop()
+    assert rig.told == []
+
+
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_a_frame_is_given_up_only_when_the_range_is_acked(rig: Rig, what: str) -> None:
+    rig.write(0)
+    (page,) = rig.fault().pages
+    tag = rig.tag(page.pfn)
+    over = rig.world.start(CHANGES[what](rig.mm, rig.hva))
+    assert not over.done
+    assert rig.tag(page.pfn) == tag, "I6: it was given up too early"
+    rig.world.ack(rig.ops)
+    assert over.done
+    assert rig.tag(page.pfn) != tag
+
+
+def test_an_mmu_without_accessed_bits_is_never_young_and_hears_nothing_of_ageing(rig: Rig) -> None:
+    rig.fault()
+    assert not rig.mirror.test_young(rig.hva, rig.at(1))
+    assert rig.world.run(age(rig.mm, rig.hva, SIZE)) == 0
+    assert rig.told == []
+
+
+def test_a_mirror_that_registers_while_a_large_range_goes_sees_none_of_it(rig: Rig) -> None:
+    """The clearing lets others have turns, and was announced before."""
+    turn: Wait[None] = Wait()
+    rig.world.host.cond_resched = lambda: turn
+    pages = 8192
+    large = rig.world.map(pages)
+    rig.world.run(rig.mm.write(large, bytes(pages * PAGE)))
+    rig.mirror.watch(large, pages * PAGE)
+    gone = rig.world.start(rig.mm.munmap(large, pages * PAGE))
+    rig.world.ack(rig.ops)
+    assert not gone.done
+    assert rig.mm.present_page(Hva(large + (pages - 1) * PAGE)) is not None, "some of it is still there"
+    late = Mirror(rig.mm)
+    registered = rig.world.start(late.register(SlowImporter()))
+    assert not registered.done
+    turn.set(None)
+    rig.world.flows.run_ready()
+    assert gone.done
+    assert registered.done
+
+
+# -- answered ----------------------------------------------------------------------------------------------
+
+
+def test_pages_come_in_order_with_their_own_sizes_however_much_was_asked(rig: Rig) -> None:
+    rig.world.host.cond_resched = lambda: rig.world.host.clock.tick()
+    large = rig.world.map(2, 2)
+    rig.mirror.watch(Hva(large + 3 * PAGE), 600 * PAGE)
+    found = rig.world.run(rig.mirror.range_fault(Hva(large + 4 * PAGE), 590 * PAGE, write=True))
+    assert [(page.hva, page.level, page.writable) for page in found.pages] == [
+        (large, 2, True),
+        (large + MIB2, 2, True),
+    ]
+    assert found.end == large + 594 * PAGE
+    small = rig.fault(3, 2)
+    assert [(page.hva, page.level) for page in small.pages] == [(rig.at(3), 1), (rig.at(4), 1)]
+
+
+def test_an_answer_has_at_most_so_many_pages_and_says_where_it_stopped(rig: Rig) -> None:
+    assert MAX_PAGES == uapi.MAX_PAGES
+    size = (MAX_PAGES + 5) * PAGE
+    many = rig.world.map(MAX_PAGES + 5)
+    rig.mirror.watch(many, size)
+    found = rig.world.run(rig.mirror.range_fault(many, size, write=True))
+    assert (len(found.pages), found.end) == (MAX_PAGES, many + MAX_PAGES * PAGE)
+    rest = rig.world.run(rig.mirror.range_fault(found.end, 5 * PAGE, write=True))
+    assert (len(rest.pages), rest.end) == (5, many + size)
+
+
+def test_a_look_faults_nothing_in_and_leaves_absent_pages_out(rig: Rig) -> None:
+    rig.write(2)
+    rig.write(5)
+    frames = rig.world.host.frames.in_use
+    found = rig.look()
+    assert [page.hva for page in found.pages] == [rig.at(2), rig.at(5)]
+    assert (found.end, found.major, rig.world.host.frames.in_use) == (rig.at(PAGES), 0, frames)
+    assert rig.memory.counters.hmm_faults == 0
+
+
+def test_a_look_at_much_of_nothing_stops_and_goes_on(rig: Rig) -> None:
+    size = (hmm.MAX_LOOKS + 2) * PAGE
+    hole = rig.world.map(hmm.MAX_LOOKS + 2)
+    rig.mirror.watch(hole, size)
+    found = rig.world.run(rig.mirror.range_fault(hole, size, write=False, fault=False))
+    assert (found.pages, found.end) == ([], hole + hmm.MAX_LOOKS * PAGE)
+
+
+def test_a_read_fault_of_untouched_memory_is_not_writable_and_a_write_fault_makes_it_so(rig: Rig) -> None:
+    (zero,) = rig.fault(write=False).pages
+    asked = rig.world.start(rig.faulting())
+    assert rig.told == [(0, 1)]  # the zero page goes
+    rig.world.ack(rig.ops)
+    (own,) = asked.result().pages
+    assert (zero.writable, own.writable, zero.pfn == own.pfn) == (False, True, False)
+
+
+def test_what_was_swapped_out_counts_as_major_and_nothing_else_does(rig: Rig) -> None:
+    for page in range(4):
+        rig.write(page)
+    rig.done(swap_out(rig.mm, rig.hva, 3 * PAGE))
+    rig.world.run(rig.mm.read(rig.hva, 1))  # somebody else's
+    assert rig.fault(0, 5).major == 2
+    assert rig.fault(0, 5).major == 0
+    counters = rig.memory.counters
+    assert (counters.swap_outs, counters.swap_ins) == (3, 3)
+    assert (counters.hmm_faults, counters.hmm_faults_major) == (2, 2)
+
+
+# -- current when answered ---------------------------------------------------------------------------------
+
+
+def test_a_fault_waits_while_the_range_changes_and_is_answered_what_is_there_then(rig: Rig) -> None:
+    rig.write(0)
+    old = rig.fault().pages[0].pfn
+    moving = rig.world.start(migrate(rig.mm, rig.hva, PAGE))
+    waits = [
+        rig.world.start(rig.faulting(0, 2)),
+        rig.world.start(rig.mirror.range_fault(rig.hva, PAGE, write=False, fault=False)),
+    ]
+    beside = rig.world.start(rig.faulting(1))
+    assert [wait.done for wait in (*waits, beside)] == [False, False, True]
+    rig.world.ack(rig.ops)
+    assert moving.result() == 1
+    for wait in waits:
+        page = wait.result().pages[0]
+        assert page.pfn != old
+        assert rig.frame(page.pfn, 7) == b"written"
+
+
+def test_a_range_watched_while_it_changes_is_looked_at_after_the_change(rig: Rig) -> None:
+    """The notifier was called before: nothing would tell of it again."""
+    rig.write(0)
+    first = SlowImporter()
+    other = Mirror(rig.mm)
+    rig.world.run(other.register(first))
+    other.watch(rig.hva, SIZE)
+    rig.mirror.unwatch(rig.hva, SIZE)
+    rig.dropping()
+    assert (rig.told, len(first.pending)) == ([], 1)
+    rig.mirror.watch(rig.hva, SIZE)
+    look = rig.world.start(rig.mirror.range_fault(rig.hva, PAGE, write=False, fault=False))
+    assert not look.done
+    rig.world.ack(first)
+    assert look.result().pages == []
+
+
+def test_a_page_that_changed_while_another_slept_is_not_answered(rig: Rig) -> None:
+    """The first page is looked up again when the answer is given."""
+    uffd = Userfaultfd(rig.mm, user_mode_only=False)
+    rig.write(0)
+    rig.world.run(uffd.register(rig.at(1), PAGE, missing=True, wp=False))
+    old = rig.fault().pages[0].pfn
+    asked = rig.world.start(rig.faulting(0, 2))
+    assert not asked.done
+    assert rig.done(migrate(rig.mm, rig.hva, PAGE)) == 1
+    rig.world.run(uffd.copy(rig.at(1), bytes(PAGE), wp=False))
+    rig.world.flows.run_ready()
+    first, second = asked.result().pages
+    assert first.pfn != old
+    assert rig.frame(first.pfn, 7) == b"written"
+    assert second.hva == rig.at(1)
+
+
+def test_a_range_unwatched_while_its_fault_slept_is_einval(rig: Rig) -> None:
+    """The importer would not be told of the page any more."""
+    rig.write(0)
+    rig.dropping()
+    asked = rig.world.start(rig.faulting())
+    rig.mirror.unwatch(rig.hva, SIZE)
+    rig.world.ack(rig.ops)
+    assert errno_of(asked.result) == errno.EINVAL
+
+
+@pytest.mark.defect("B-14")
+def test_a_page_taken_away_each_time_is_ebusy_in_the_end_not_a_livelock(rig: Rig) -> None:
+    looked_up = rig.mm.get_user_page
+    rig.mirror.unwatch(rig.hva, SIZE)
+    rig.mirror.watch(rig.hva, PAGE)
+    rig.ops.invalidate = lambda *_: done(None)  # type: ignore[method-assign]
+
+    async def fleeting(hva: Hva, **how: Any) -> HostPage:
+        page = await looked_up(hva, **how)
+        await rig.mm.madvise_dontneed(hva, PAGE)
+        return page
+
+    rig.mm.get_user_page = fleeting  # type: ignore[method-assign]
+    assert errno_of(lambda: rig.fault()) == errno.EBUSY
+    assert rig.mirror.seq == hmm.MAX_TRIES
+
+
+def test_a_collapse_is_told_and_then_seen_as_one_page(rig: Rig) -> None:
+    rig.world.run(rig.mm.mmap(Hva(1 << 40), 2 * MIB2, Prot.READ | Prot.WRITE))
+    start = Hva(1 << 40)
+    rig.world.run(rig.mm.write(start, bytes(MIB2)))
+    rig.mirror.watch(start, MIB2)
+    assert len(rig.world.run(rig.mirror.range_fault(start, MIB2, write=True)).pages) == 512
+    rig.done(collapse(rig.mm, start, MIB2))
+    (huge,) = rig.world.run(rig.mirror.range_fault(start, MIB2, write=True)).pages
+    assert huge.level == 2
+
+
+# -- refused -----------------------------------------------------------------------------------------------
+
+
+def test_watched_ranges_are_apart_and_unwatched_as_they_were_watched(rig: Rig) -> None:
+    mirror, end = rig.mirror, rig.at(PAGES)
+    for start, size in ((rig.hva, SIZE), (rig.at(15), 2 * PAGE), (Hva(rig.hva - PAGE), 2 * PAGE)):
+        assert errno_of(lambda: mirror.watch(start, size)) == errno.EEXIST  # noqa: B023
+    mirror.watch(end, PAGE)
+    for start, size in ((rig.hva, PAGE), (rig.hva, SIZE + PAGE), (rig.at(1), PAGE), (Hva(0), PAGE)):
+        assert errno_of(lambda: mirror.unwatch(start, size)) == errno.ENOENT  # noqa: B023
+    assert errno_of(lambda: rig.fault(15, 2)) == errno.EINVAL, "two watched ranges are not one"
+    mirror.unwatch(end, PAGE)
+    assert errno_of(lambda: mirror.unwatch(end, PAGE)) == errno.ENOENT
+
+
+def test_the_number_of_watched_ranges_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hmm, "MAX_WATCHED", 2)
+    rig.mirror.watch(rig.at(PAGES), PAGE)
+    assert errno_of(lambda: rig.mirror.watch(rig.at(PAGES + 1), PAGE)) == errno.ENOMEM
+
+
+def test_a_fault_fails_as_the_hosts_does(rig: Rig) -> None:
+    rig.write(0)
+    rig.done(poison(rig.mm, rig.hva, PAGE))
+    assert errno_of(lambda: rig.fault()) == EHWPOISON
+    assert errno_of(lambda: rig.pin()) == EHWPOISON
+    readonly = rig.world.map(1, prot=Prot.READ)
+    rig.mirror.watch(readonly, PAGE)
+    assert errno_of(lambda: rig.world.run(rig.mirror.range_fault(readonly, PAGE, write=True))) == errno.EFAULT
+    assert rig.world.run(rig.mirror.range_fault(readonly, PAGE, write=False)).pages[0].writable is False
+    hole = Hva(1 << 45)
+    rig.mirror.watch(hole, PAGE)
+    assert errno_of(lambda: rig.world.run(rig.mirror.range_fault(hole, PAGE, write=False))) == errno.EFAULT
+
+
+def test_before_it_is_registered_a_mirror_gives_nothing_and_it_registers_once(rig: Rig) -> None:
+    mirror = Mirror(rig.mm)
+    asks = [
+        lambda: mirror.watch(rig.hva, PAGE),
+        lambda: mirror.unwatch(rig.hva, PAGE),
+        lambda: rig.world.run(mirror.range_fault(rig.hva, PAGE, write=True)),
+        lambda: rig.world.run(mirror.pin(rig.hva, PAGE, write=True)),
+        lambda: rig.world.run(mirror.unpin(rig.hva, PAGE)),
+    ]
+    assert [errno_of(ask) for ask in asks] == [errno.EINVAL] * 5
+    assert errno_of(lambda: rig.world.run(rig.mirror.register(rig.ops))) == errno.EBUSY
+
+
+def test_after_the_exit_what_is_held_goes_back_and_nothing_more_is_had(rig: Rig) -> None:
+    rig.pin(3)
+    rig.done(rig.mm.exit())
+    asks = [
+        lambda: rig.mirror.watch(rig.at(PAGES), PAGE),
+        lambda: rig.fault(),
+        lambda: rig.look(),
+        lambda: rig.pin(),
+        lambda: rig.world.run(Mirror(rig.mm).register(rig.ops)),
+    ]
+    assert [errno_of(ask) for ask in asks] == [errno.EPERM] * 5
+    assert rig.world.host.frames.in_use == 1
+    assert (rig.unpin(), rig.world.host.frames.in_use) == (1, 0)
+    rig.mirror.unwatch(rig.hva, SIZE)
+
+
+def test_a_process_that_exits_under_a_waiting_fault_is_eperm(rig: Rig) -> None:
+    rig.write(0)
+    rig.dropping()
+    asked = rig.world.start(rig.faulting())
+    over = rig.world.start(rig.mm.exit())
+    while rig.ops.pending:
+        rig.world.ack(rig.ops)
+    assert over.done
+    assert errno_of(asked.result) == errno.EPERM
+
+
+def test_a_mirror_closed_before_its_registration_got_its_turn_is_no_notifier(rig: Rig) -> None:
+    forking = rig.world.start(fork(rig.mm, rig.world.host.create_mm()))  # has the lock, awaits the ack
+    mirror = Mirror(rig.mm)
+    registered = rig.world.start(mirror.register(SlowImporter()))
+    rig.world.run(mirror.close())
+    rig.world.ack(rig.ops)
+    assert forking.done
+    assert errno_of(registered.result) == errno.ENODEV
+    assert rig.mm.notifiers == [rig.world.vm.host_changes, rig.mirror]
