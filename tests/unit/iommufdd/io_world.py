@@ -20,13 +20,18 @@ Translation = tuple[int, bool]  # pfn, writable
 
 
 class WatchedWriter(TableWriter):
-    """Calls `after` when something was stored."""
+    """Calls `after` when something was stored, and notes where entries were."""
 
-    __slots__ = ("after",)
-    after: Callable[[], None]
+    __slots__ = ("after", "stored")
+
+    def __init__(self, base: Hpa, view: memoryview) -> None:
+        super().__init__(base, view)
+        self.after: Callable[[], None] = lambda: None
+        self.stored: list[int] = []
 
     def store64(self, hpa: int, entry: int) -> None:
         super().store64(hpa, entry)
+        self.stored.append(hpa)
         self.after()
 
     def fill_unlinked(self, table: Hpa, entries: Sequence[int]) -> None:
@@ -144,13 +149,11 @@ class Io:
     ) -> None:
         self.memory = bytearray(pages * 4096)
         self.writer = WatchedWriter(Hpa(BASE), memoryview(self.memory))
-        self.writer.after = lambda: None
         self.pool = WatchedPool(self.writer, len(self.memory))
         self.table = table(self.writer, self.pool, Level(levels), Level(max_leaf))
         self.raw = RawTables(BASE, self.memory)
         self.oracle = Oracle()
         self.walker = CachingWalker(self.raw, self.table.root, levels)
-        self.looks = 0
 
     # -- changing --------------------------------------------------------------------------------------
 
@@ -187,7 +190,6 @@ class Io:
                 allowed.add(said.about(page))
 
         def look() -> None:
-            self.looks += 1
             for page, allowed in probes.items():
                 seen = self.seen(page)
                 assert seen in allowed, f"page {page:#x} is {seen}: neither of {allowed}"
