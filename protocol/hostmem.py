@@ -20,7 +20,7 @@ MAX_WINDOWS = 64
 
 
 class WindowKind(StrEnum):
-    TABLES = "tables"  # kvmd stores, everybody else reads
+    TABLES = "tables"  # their owner stores, everybody else reads
     FRAMES = "frames"  # data pages: guests', read and written by CPUs and devices
     FRAME_TAGS = "frame_tags"  # debug builds: who owns each frame (protocol/frame_tags.py); has no hpa
 

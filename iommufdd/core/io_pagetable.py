@@ -17,6 +17,8 @@ an entry that lacks a right is walked again, so becoming present, or writable, t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 from iommufdd.core.table_pool import TablePool
@@ -28,6 +30,7 @@ from protocol.pt.mem import TableWriter
 from protocol.units import LEVEL_4K, Hpa, Iova, Level, align_down, size_of_level
 
 _TABLE = bits.READ | bits.WRITE  # in an entry that points to a table: the leaf alone decides
+_ABSENT = [0] * ENTRIES
 
 
 class Change(NamedTuple):
@@ -66,10 +69,10 @@ class _Edit:
     Built by looking at the live table, in the order of its addresses; `IoPageTable` then does it.
     """
 
-    def __init__(self, start: int, end: int, level: Level, puts: list[int]) -> None:
+    def __init__(self, start: int, end: int, level: Level | None = None, puts: Sequence[int] = ()) -> None:
         self.start = start
         self.end = end
-        self.level = level  # of `puts`; 0: take away, whatever the level
+        self.level = level  # None: take away, whatever its level
         self.puts = puts
         self.stores: list[tuple[int, int]] = []
         self.made: list[tuple[Hpa, Level]] = []
@@ -85,7 +88,7 @@ class _Edit:
 
     def replaces(self, level: Level, iova: int) -> bool:
         """Does the whole entry of `level` at `iova` change?"""
-        if self.level:
+        if self.level is not None:
             return level == self.level
         return self.start <= iova and iova + size_of_level(level) <= self.end
 
@@ -120,33 +123,36 @@ class IoPageTable:
         assert LEVEL_4K <= level <= self.max_leaf, f"leaf of level {level}"
         size = size_of_level(level)
         flags = leaf_entry(Hpa(0), level, writable=writable)
+        assert reduce(or_, hpas, iova) % size == 0, f"iova {iova:#x} or an hpa: misaligned for level {level}"
         puts = [hpa | flags for hpa in hpas]
-        merged = 0
-        for hpa in hpas:
-            merged |= hpa
-        assert (iova | merged) % size == 0, f"iova {iova:#x} or an hpa is not aligned for level {level}"
         return self._apply(_Edit(iova, iova + len(puts) * size, level, puts))
 
     def unmap(self, iova: int, size: int) -> Change:
         """Whatever lies in iova..iova+size; of a huge leaf at an edge only that part.  ENOMEM, which
         `whole_leaves` avoids.
         """
-        return self._apply(_Edit(iova, iova + size, Level(0), []))
+        return self._apply(_Edit(iova, iova + size))
 
     def flushed(self, change: Change) -> None:
         """The units hold nothing of what `change` made stale: the tables it cut off are free."""
+        if self.released:
+            return  # and all its pages went back then
         assert self._held.issuperset(change.cut), "I7: flushed twice, or of another table"
         self._held.difference_update(change.cut)
         self._pool.free(change.cut)
 
     def release(self) -> None:
-        """Nobody walks it any more: every page of it is free.  It is empty for ever."""
-        edit = _Edit(0, self.limit, Level(0), [])
+        """Nobody walks it any more: every page of it is free."""
+        edit = _Edit(0, self.limit)
         self._cut(edit, self.root, self.level)
-        self._pool.free([table for table, _ in edit.cut])
+        self._count(edit)
+        self._pool.free(table for table, _ in edit.cut)
         self._pool.free(self._held)
         self._held.clear()
-        self._count(edit)
+
+    @property
+    def released(self) -> bool:
+        return not self.tables[self.level]
 
     def whole_leaves(self, iova: int, size: int) -> tuple[int, int]:
         """(start, size) of the range rounded out to whole leaves: unmapping that needs no new table."""
@@ -167,9 +173,9 @@ class IoPageTable:
         return self._leaves_of(self.root, self.level, 0, iova, iova + size)
 
     def _leaves_of(self, table: Hpa, level: Level, base: int, start: int, end: int) -> Iterator[IoLeaf]:
-        entries = self._writer.load_table(table)
-        for index in _indices(level, base, start, end):
-            entry, iova = entries[index], base + (index << level_shift(level))
+        touched = _indices(level, base, start, end)
+        for index, entry in zip(touched, self._entries(table, touched), strict=True):
+            iova = base + (index << level_shift(level))
             if entry and is_leaf(entry, level):
                 yield _leaf(iova, level, entry)
             elif entry:
@@ -187,6 +193,9 @@ class IoPageTable:
                 break
             table, level = table_of(entry), Level(level - 1)
         return table, level
+
+    def _entries(self, table: Hpa, which: range) -> list[int]:
+        return self._writer.load_run(table + which.start * ENTRY_BYTES, len(which))
 
     # -- working a change out --------------------------------------------------------------------------
 
@@ -214,19 +223,27 @@ class IoPageTable:
 
     def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
         """A live table, whose first entry translates `base`."""
-        shift = level_shift(level)
-        for index in _indices(level, base, edit.start, edit.end):
-            at = table + index * ENTRY_BYTES
-            entry = self._writer.load64(at)
-            new = self._edited(edit, entry, level, base + (index << shift))
-            if new != entry:
-                edit.stores.append((at, new))
+        touched = _indices(level, base, edit.start, edit.end)
+        old = self._entries(table, touched)
+        new = self._edited_run(edit, old, level, base + (touched.start << level_shift(level)))
+        for index, was, now in zip(touched, old, new, strict=True):
+            if now != was:
+                edit.stores.append((table + index * ENTRY_BYTES, now))
+
+    def _edited_run(self, edit: _Edit, entries: list[int], level: Level, iova: int) -> list[int]:
+        """What becomes of entries side by side, the first of which translates `iova` on."""
+        if level == edit.level and not any(entries):  # nothing to look at: what pinning spends its time on
+            edit.leaves[level] += len(entries)
+            first = (iova - edit.start) >> level_shift(level)
+            return list(edit.puts[first : first + len(entries)])
+        size = size_of_level(level)
+        return [self._edited(edit, entry, level, iova + n * size) for n, entry in enumerate(entries)]
 
     def _edited(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
         """What becomes of `entry`, which translates `iova` on; what it points to is edited in place."""
         if edit.replaces(level, iova):
             return self._replaced(edit, entry, level, iova)
-        if not entry and not edit.level:
+        if not entry and edit.level is None:
             return entry
         if entry and not is_leaf(entry, level):
             self._edit_table(edit, table_of(entry), Level(level - 1), iova)
@@ -234,7 +251,7 @@ class IoPageTable:
         return self._grown(edit, entry, level, iova)
 
     def _replaced(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
-        new = edit.puts[(iova - edit.start) >> level_shift(level)] if edit.level else 0
+        new = edit.puts[(iova - edit.start) >> level_shift(level)] if edit.puts else 0
         if new == entry:
             return entry
         if new:
@@ -252,10 +269,11 @@ class IoPageTable:
     def _grown(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
         """A new table in place of an absent entry or a huge leaf, unless it would translate as that does."""
         child = Level(level - 1)
-        entries = split(entry, level) if entry else [0] * ENTRIES
-        before = entries.copy()
-        for index in _indices(child, iova, edit.start, edit.end):
-            entries[index] = self._edited(edit, entries[index], child, iova + (index << level_shift(child)))
+        before = split(entry, level) if entry else _ABSENT
+        touched = _indices(child, iova, edit.start, edit.end)
+        first, end = touched.start, touched.stop
+        at = iova + (first << level_shift(child))
+        entries = [*before[:first], *self._edited_run(edit, before[first:end], child, at), *before[end:]]
         if entries == before:
             return entry
         if entry:

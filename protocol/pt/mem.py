@@ -1,4 +1,4 @@
-"""Loads and stores of table entries: the only file that touches shared table memory.
+"""Loads and stores of table entries: the only file that touches table memory.
 
 Models the one property everything else leans on: an entry changes by a single aligned 8-byte store, and
 a reader sees the old value or the new one (invariant I4).  Item access on a `memoryview` cast to "Q" is one
@@ -42,8 +42,12 @@ class TableReader:
 
     def load_table(self, table: Hpa) -> list[int]:
         """All 512 entries; not a snapshot, each one is loaded on its own."""
-        first = self._index(table, ENTRIES)
-        return [self.words[i] for i in range(first, first + ENTRIES)]
+        return self.load_run(table, ENTRIES)
+
+    def load_run(self, hpa: int, count: int) -> list[int]:
+        """`count` entries side by side, likewise."""
+        first = self._index(hpa, count)
+        return self.words[first : first + count].tolist()
 
     def pages(self, table: Hpa, count: int) -> memoryview:
         """`count` pages from `table` on, as they lie in memory."""
@@ -61,7 +65,7 @@ class TableReader:
 
 
 class TableWriter(TableReader):
-    """The same, for the one process that may store: kvmd."""
+    """The same, for the one process that may store: whose tables they are."""
 
     __slots__ = ()
 
