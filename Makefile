@@ -13,7 +13,9 @@ else
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-.PHONY: help demo test rfc check bench compose lock clean venv venv-dev venv-bench
+BROWSERS := chromium chromium-browser google-chrome
+
+.PHONY: help demo test rfc check bench comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -37,6 +39,16 @@ check: venv-dev ## ruff, formatting, mypy
 bench: venv-bench ## each figure with its limit and its rivals
 	$(BIN)/python -m bench
 
+comparison: venv ## all designs on all workloads, into docs/results/comparison.*
+	$(BIN)/qemu-shim compare --docs docs/results
+
+browser: ## Debian's chromium, if there is no browser: the report is tested in a real one
+	@for name in $(BROWSERS); do command -v "$$name" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "make browser: no $(firstword $(BROWSERS)); as root: apt-get install chromium" >&2; exit 1; \
+	fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium
+
 compose: ## the same demo in four containers
 	$(COMPOSE) build
 	@rc=0; \
@@ -47,8 +59,11 @@ compose: ## the same demo in four containers
 lock: ## compile requirements*.in into requirements*.lock (needs uv)
 	@test -n "$(UV)" || { echo "make lock: uv is not on PATH (pip install uv)" >&2; exit 1; }
 	$(UV) pip compile $(LOCK_FLAGS) requirements.in -o requirements.lock
+	$(UV) pip compile $(LOCK_FLAGS) requirements-dask.in -o requirements-dask.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-dev.in -o requirements-dev.lock
 	$(UV) pip compile $(LOCK_FLAGS) requirements-bench.in -o requirements-bench.lock
+
+dask: venv-dask ## what `qemu-shim campaign --scheduler` needs, for this machine and for workers
 
 clean: ## remove .venv and everything generated
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -58,8 +73,9 @@ clean: ## remove .venv and everything generated
 venv: .venv/run.stamp
 venv-dev: .venv/dev.stamp
 venv-bench: .venv/bench.stamp
+venv-dask: .venv/dask.stamp
 
-.venv/made.stamp: requirements.lock requirements-dev.lock requirements-bench.lock
+.venv/made.stamp: requirements.lock requirements-dask.lock requirements-dev.lock requirements-bench.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) must be Python 3.11 or newer; say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -78,4 +94,8 @@ venv-bench: .venv/bench.stamp
 
 .venv/bench.stamp: .venv/run.stamp
 	$(INSTALL) --require-hashes -r requirements-bench.lock
+	@touch $@
+
+.venv/dask.stamp: .venv/run.stamp
+	$(INSTALL) --require-hashes -r requirements-dask.lock
 	@touch $@

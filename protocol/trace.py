@@ -171,13 +171,6 @@ class KvmDirtyRingExit(Event):
     vcpu_id: int
 
 
-@dataclass(eq=False, repr=False)
-class KvmPmlFull(Event):
-    NAME = "kvm_pml_full"
-    FORM = "vcpu {0.vcpu_id}: PML full"
-    vcpu_id: int
-
-
 # -- iommu ---------------------------------------------------------------------------------------------
 
 
@@ -186,16 +179,6 @@ class AttachDeviceToDomain(Event):
     NAME = "attach_device_to_domain"
     FORM = "IOMMU: device={0.device}"
     device: str
-
-
-@dataclass(eq=False, repr=False)
-class IoPageFault(Event):
-    NAME = "io_page_fault"
-    FORM = "IOMMU:{0.driver} {0.device} iova=0x{0.iova:016x} flags=0x{0.flags:04x}"
-    driver: str
-    device: str
-    iova: int
-    flags: int
 
 
 # -- intel_iommu ---------------------------------------------------------------------------------------

@@ -49,16 +49,8 @@ def gfn_of(gpa: Gpa) -> Gfn:
     return Gfn(gpa >> PAGE_SHIFT)
 
 
-def gpa_of(gfn: Gfn) -> Gpa:
-    return Gpa(gfn << PAGE_SHIFT)
-
-
 def pfn_of(hpa: Hpa) -> Pfn:
     return Pfn(hpa >> PAGE_SHIFT)
-
-
-def hpa_of(pfn: Pfn) -> Hpa:
-    return Hpa(pfn << PAGE_SHIFT)
 
 
 def gpa_of_iova(iova: Iova) -> Gpa:

@@ -19,6 +19,8 @@ import trio
 
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
+from qemu_shim.campaign.options import add_options as add_campaign_options
+from qemu_shim.compare.options import add_compare
 from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.inspect import as_text, demo, inspect
@@ -37,9 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     if options.command == "list":
         return _list(as_json=options.json)
+    if options.command == "campaign":
+        from qemu_shim.campaign.main import campaign  # the other commands need none of it
+
+        return campaign(options)
     configure_log("warning")
     if options.command == "inspect":
         return _inspect(options)
+    if options.command == "compare":
+        from qemu_shim.compare.command import main as compare  # what shows figures no other command waits for
+
+        return compare(options)
     scenario = SCENARIOS[options.scenario]
     params = {name: getattr(options, name) for name in scenario.params}
     report = Report(scenario.name)
@@ -79,6 +89,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     _add_run_options(looking)
     looking.add_argument("--vm", type=_bounded(1, 1 << 32), metavar="N", help="its number (the newest)")
     looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
+    add_compare(commands, _bounded)
+    add_campaign_options(
+        commands.add_parser("campaign", help="many seeds and parameters, kept and resumable")
+    )
     options = parser.parse_args(argv)
     if options.command == "run":
         _check_design(run, SCENARIOS[options.scenario], options.design)

@@ -66,7 +66,7 @@ def check_extension(features: CpuFeatures, vm: Kvm | None, cap: int) -> int:
         Cap.NR_VCPUS: min(features.cpus, MAX_VCPUS),  # no more than that are recommended
         Cap.MAX_VCPUS: MAX_VCPUS,
         Cap.MAX_VCPU_ID: MAX_VCPU_IDS,
-        Cap.MULTI_ADDRESS_SPACE: features.address_spaces,
+        Cap.MULTI_ADDRESS_SPACE: _address_spaces(features, vm),
         Cap.MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT_ENABLE | MANUAL_INITIALLY_SET,
         Cap.DIRTY_LOG_RING: MAX_RING_BYTES,
         Cap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
@@ -78,6 +78,13 @@ def check_extension(features: CpuFeatures, vm: Kvm | None, cap: int) -> int:
         else vm.private.memfd_flags,
     }
     return int(values.get(cap, 0))
+
+
+def _address_spaces(features: CpuFeatures, vm: Kvm | None) -> int:
+    """A kernel built without SMM has not even the capability; with it, a VM can still be without."""
+    if features.address_spaces == 1:
+        return 0
+    return features.address_spaces if vm is None else vm.slots.address_spaces
 
 
 def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:

@@ -15,18 +15,19 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmd.core.emulator import Emulator
-from kvmd.core.exits import Exit, ExitReason, MemoryFault
+from kvmd.core.exits import Exit, MemoryFault
 from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
 from kvmd.core.guest_ram import pages_of
 from kvmd.core.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
 from kvmd.core.program import Change
 from kvmd.core.spte import mmio_is_fresh
 from protocol.errors import ModelBug
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.ept_exit import EptAccess, ept_exit
 from protocol.pt.geometry import ENTRY_BYTES, gfn_limit, index_of
 from protocol.pt.walk import Outcome, Walk, walk
-from protocol.trace import TRACE, KvmPageFault
+from protocol.trace import TRACE, HandleMmioPageFault, KvmPageFault
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
 
 if TYPE_CHECKING:
@@ -206,6 +207,8 @@ class Cpu:
         if gfn >= gfn_limit(self._vm.load_root(vcpu, self._as_id).role.level):
             return False
         if mmio_is_fresh(self._missed, self._vm.slots.generation):
+            if TRACE.on:
+                TRACE.emit(HandleMmioPageFault(0, gfn, 0))  # KVM prints no address for a direct MMU
             return False
         fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id, fetch=need == bits.EXEC)
         while True:

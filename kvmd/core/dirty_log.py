@@ -94,7 +94,7 @@ class DirtyLog:
 
     def add_ring(self, vcpu_id: int, memory: memoryview) -> None:
         """A vCPU is made: its ring begins empty."""
-        self.rings[vcpu_id] = DirtyRing(memory, self.ring_reserve)
+        self.rings[vcpu_id] = DirtyRing(memory, self.ring_reserve, vcpu_id)
 
     # -- a slot's logging starts and stops -------------------------------------------------------------
 

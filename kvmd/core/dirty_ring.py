@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from protocol.trace import TRACE, KvmDirtyRingPush
+
 ENTRY_BYTES = 16
 MAX_ENTRIES = 1 << 16
 MAX_RING_BYTES = MAX_ENTRIES * ENTRY_BYTES
@@ -36,15 +38,18 @@ def reserved_entries(*, pml: bool) -> int:
 
 
 class DirtyRing:
-    """`memory` is the mapping of the entries; indices run on and are cut to the ring's size at each use."""
+    """`memory` is the mapping of the entries; indices run on and are cut to the ring's size at each use.
+    `index` is the ring's own, that of its vCPU.
+    """
 
-    def __init__(self, memory: memoryview, reserved: int) -> None:
+    def __init__(self, memory: memoryview, reserved: int, index: int = 0) -> None:
         # Four bytes are one store, so a reader sees flags old or new, and x86 keeps the order of stores.
         self._words = memory.cast("I")
         self._entries = len(memory) // ENTRY_BYTES
         self._soft_limit = self._entries - reserved
         self._dirty_index = 0
         self._reset_index = 0
+        self._index = index
         assert self._entries & (self._entries - 1) == 0, "the size of a ring is a power of two"
 
     @property
@@ -64,6 +69,9 @@ class DirtyRing:
         words[at + 1], words[at + 2], words[at + 3] = slot, offset & 0xFFFF_FFFF, offset >> 32
         words[at] = F_DIRTY
         self._dirty_index += 1
+        if TRACE.on:
+            dirty, reset = self._dirty_index, self._reset_index
+            TRACE.emit(KvmDirtyRingPush(self._index, dirty, reset, slot, offset, dirty - reset))
         return True
 
     def take_back(self) -> list[DirtyGfn]:

@@ -11,10 +11,11 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kvmd.core.exits import MMIO_BYTES, Exit, ExitReason, Mmio
+from kvmd.core.exits import Exit, Mmio
 from kvmd.core.guest_ram import GuestRam, pages_of
 from kvmd.core.program import Change
 from protocol.errors import UapiError
+from protocol.kvm_run import MMIO_BYTES, ExitReason
 from protocol.units import Gpa
 
 if TYPE_CHECKING:

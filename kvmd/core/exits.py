@@ -10,27 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 from protocol.flow import Wait
+from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 
-MMIO_BYTES = 8  # kvm_run.mmio.data
 # siginfo of the signal for a thread that consumed poisoned memory: SIGBUS, BUS_MCEERR_AR.
 SIGBUS_ACTION_REQUIRED = {"signo": 7, "code": 4}
-
-
-class ExitReason(IntEnum):
-    """kvm_run.exit_reason [KVM kvm.h].  The guest's code ends with an OUT, so that is IO."""
-
-    UNKNOWN = 0
-    IO = 2
-    MMIO = 6
-    INTR = 10
-    INTERNAL_ERROR = 17
-    DIRTY_RING_FULL = 31
-    MEMORY_FAULT = 39
 
 
 class Mmio(NamedTuple):

@@ -21,6 +21,7 @@ from kvmd.core.tdp_table import Root
 from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_start, gfn_limit
+from protocol.trace import TRACE, KvmMmuSpteRequested
 from protocol.units import PAGE_SHIFT, Gfn, GfnSpan, pages_of_level
 
 if TYPE_CHECKING:
@@ -110,12 +111,15 @@ class FaultPath:
         vm, gfn, iommu = self._vm, fault.gfn, root.role.iommu
         wanted = vm.level_of(slot, gfn, page, iommu=iommu)
         level = vm.nx_huge.level(root, fault, wanted)
+        pfn = first_pfn(slot, gfn, page, level)
+        if TRACE.on:
+            TRACE.emit(KvmMmuSpteRequested(gfn, pfn | gfn & pages_of_level(level) - 1, level))
         tracked = not iommu and vm.page_track.is_tracked(slot, gfn)
         writable = page.writable and not slot.readonly and not tracked
         mapped = vm.mmu.map(
             root,
             gfn,
-            first_pfn(slot, gfn, page, level),
+            pfn,
             level,
             writable=writable,
             accessed=not fault.prefetch,

@@ -162,7 +162,7 @@ class Memslots:
         return change, old, new
 
     def check_limit(self, new: Memslot) -> None:
-        """The architecture's check, the last one: for a move, everything has been zapped by then."""
+        """The architecture's check, the last one: a move that fails it zaps everything all the same."""
         if new.span.end > self.gfn_limit:
             raise UapiError(errno.EINVAL, f"slot {new.id}: {new.span} is beyond gfn {self.gfn_limit:#x}")
 

@@ -64,12 +64,15 @@ class SlotsChange:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not Change.NONE:
                 new = self._bind(region, new)
+            refusal = self._refusal(change, new)
             try:
                 if change in (Change.DELETE, Change.MOVE) and old is not None:
                     self.going = old
-                    pages = self._pinning.forget(old)
+                    pages = [] if refusal else self._pinning.forget(old)
                     await self.zap_all_fast()
                     self._pinning.put(pages)
+                if refusal is not None:
+                    raise refusal
                 if change is not Change.NONE:
                     new = self._commit(change, old, new)
             finally:
@@ -86,17 +89,25 @@ class SlotsChange:
         binding = region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
         return replace(new, private=binding)
 
+    def _refusal(self, change: Change, new: Memslot | None) -> UapiError | None:
+        """The last checks.  A move that fails them zaps everything all the same, as the kernel's does, but
+        for what is pinned: its slot stays, and so do its pins (pinning rule b).
+        """
+        if new is None or change is Change.NONE:
+            return None
+        try:
+            self._check_room(new)
+            if change is not Change.FLAGS_ONLY:
+                self._slots.check_limit(new)
+        except UapiError as error:
+            if new.private is not None:
+                new.private.unbind()
+            return error
+        return None
+
     def _commit(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
-        """The last checks, then the new slots, in one step.  A move refused here has zapped everything."""
+        """The new slots, in one step."""
         if new is not None:
-            try:
-                self._check_room(new)
-                if change is not Change.FLAGS_ONLY:
-                    self._slots.check_limit(new)
-            except UapiError:
-                if new.private is not None:
-                    new.private.unbind()
-                raise
             new = replace(new, dirty=self._dirty_log.bitmap_for(old, new))
         self._slots.replace(old, new)
         self._replaced(change, old)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry
+from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
 from kvmd.core.tdp_log import TdpLog
 from kvmd.core.tdp_table import Role, Root
 from protocol.errors import UapiError
@@ -30,7 +30,7 @@ from protocol.pt.entry import (
 )
 from protocol.pt.geometry import ENTRY_BYTES, entry_span, index_of
 from protocol.pt.walk import RangeEntry, walk_range
-from protocol.trace import TRACE, KvmMmuSetSpte
+from protocol.trace import TRACE, KvmMmuSetSpte, MarkMmioSpte
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 # Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
@@ -186,9 +186,10 @@ class TdpMmu(TdpLog):
             table = table_of(entry)
         if entry and not is_mmio(entry):
             return False
-        self._writer.store64(
-            at, make_mmio_entry(gfn, generation)
-        )  # absent before and after: nothing to flush
+        made = make_mmio_entry(gfn, generation)
+        self._writer.store64(at, made)  # absent before and after: nothing to flush
+        if TRACE.on:
+            TRACE.emit(MarkMmioSpte(at, gfn, 0, mmio_generation(made)))  # with EPT no access is kept
         return True
 
     # -- changing what is mapped -----------------------------------------------------------------------

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from kvmd.core.cpu import Cpu
 from kvmd.core.emulator import Emulator
-from kvmd.core.exits import DONE, Exit, ExitReason, GuestCode, Resume
+from kvmd.core.exits import DONE, Exit, GuestCode, Resume
 from kvmd.core.memslot import MAX_ADDRESS_SPACES
 from kvmd.core.program import Instruction, Program
 from kvmd.core.tdp_table import Root
 from protocol.errors import UapiError
+from protocol.kvm_run import ExitReason
+from protocol.trace import TRACE, KvmDirtyRingExit
 from protocol.units import GfnSpan
 
 if TYPE_CHECKING:
@@ -103,6 +105,8 @@ class Vcpu:
     async def enter(self) -> None:
         """Leave for as long as we must, then enter."""
         while self.must_leave:
+            if TRACE.on:
+                TRACE.emit(KvmDirtyRingExit(self.id))
             await Exit(ExitReason.DIRTY_RING_FULL)
 
     async def pause(self) -> None:

@@ -91,7 +91,9 @@ class Kvm:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
         host, features = self.host, self.host.features
         self._slots_lock = lock = RwLock()
-        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), features.address_spaces)
+        has_private = self.type is VmType.SW_PROTECTED
+        address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
+        self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.dirty_log = DirtyLog(
             lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
         )
@@ -116,7 +118,7 @@ class Kvm:
             self.mm.id,
             self.host_changes,
             self.pinning.pinned,
-            supported=self.type is VmType.SW_PROTECTED,
+            supported=has_private,
         )
 
     # -- vCPUs -----------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ RWX = READ | WRITE | EXEC
 
 MEMTYPE_SHIFT = 3
 MEMTYPE_MASK = bits(5, 3)
-MEMTYPE_UC = 0 << MEMTYPE_SHIFT
 MEMTYPE_WB = 6 << MEMTYPE_SHIFT
 IGNORE_PAT = bit(6)
 PAGE_SIZE_BIT = bit(7)  # in an entry of level 2 or 3: it is a leaf

@@ -48,12 +48,3 @@ def ept_exit(found: Walk, access: EptAccess, *, final: bool = True) -> EptExit |
         return None
     qualification = access | found.rights << RIGHTS_SHIFT | LINEAR_ADDRESS_VALID
     return EptExit(ExitReason.EPT_VIOLATION, qualification | (FINAL_TRANSLATION if final else 0))
-
-
-def paging_structure_access(*, write: bool, ad_enabled: bool) -> EptAccess:
-    """What the CPU's access to a guest paging-structure entry counts as: with A/D flags in EPT on, always as
-    a write as well [SDM 29.3.3.2].
-    """
-    if ad_enabled:
-        return EptAccess.READ | EptAccess.WRITE
-    return EptAccess.WRITE if write else EptAccess.READ

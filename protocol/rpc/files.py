@@ -31,26 +31,20 @@ SOCKET_DEVICE = _socket_device()
 
 
 def inode_of(fd: int) -> int:
-    """The number that names the open file behind a socket fd, in every process; 0 for any other file, whose
-    number may be whatever its filesystem likes.
+    """The number that names the open file behind a socket fd, in every process; 0 for any other file: anybody
+    can make one somewhere whose inode has a number they like.
     """
     stat = os.fstat(fd)
     return stat.st_ino if stat.st_dev == SOCKET_DEVICE else 0
 
 
-def _file_of(fd: int) -> tuple[int, int]:
-    """Its device too: anybody can make a file somewhere whose inode has a number they like."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
 class Files:
-    """The open files of one daemon."""
+    """The open files of one daemon, by inode."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._objects: dict[tuple[int, int], object] = {}
-        self._channels: dict[tuple[int, int], Channel] = {}
+        self._objects: dict[int, object] = {}
+        self._channels: dict[int, Channel] = {}
 
     def open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None = None
@@ -64,10 +58,10 @@ class Files:
             if on_release is not None:
                 on_release(obj)
             raise UapiError(error.errno or errno.EMFILE, f"no file for a new {service.name}") from None
-        file = _, inode = _file_of(theirs.fileno())
+        inode = inode_of(theirs.fileno())
 
         def closed(_: Channel) -> None:
-            del self._objects[file], self._channels[file]
+            del self._objects[inode], self._channels[inode]
             if on_release is not None:
                 on_release(obj)
 
@@ -79,15 +73,15 @@ class Files:
             on_notify=service.bind_notify(obj),
             on_close=closed,
         )
-        self._objects[file] = obj
-        self._channels[file] = channel
+        self._objects[inode] = obj
+        self._channels[inode] = channel
         return theirs.detach(), inode, channel
 
     def find(self, fd: int, kind: type[Obj]) -> Obj:
         """The object behind `fd`, which somebody sent.  Raises UapiError(EINVAL) if it is no `kind` of
         ours.
         """
-        obj = self._objects.get(_file_of(fd))
+        obj = self._objects.get(inode_of(fd))
         if not isinstance(obj, kind):
             raise UapiError(errno.EINVAL, f"the file descriptor is not a {kind.__name__}")
         return obj

@@ -10,12 +10,6 @@ from typing import Final
 
 KVM_PATH: Final = "/dev/kvm"
 KVM_API_VERSION: Final = 12
-KVM_EXIT_IO: Final = 2  # how a guest's code ends: an OUT
-KVM_EXIT_MMIO: Final = 6
-KVM_EXIT_INTR: Final = 10
-KVM_EXIT_INTERNAL_ERROR: Final = 17
-KVM_EXIT_DIRTY_RING_FULL: Final = 31
-KVM_EXIT_MEMORY_FAULT: Final = 39
 
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from protocol.kvm_run import MMIO_BYTES
 from protocol.uapi.message import MAX_TRANSFER, U8, U32, U64, Ioctl
 
 MAX_INSTRUCTIONS = 4096
 MAX_RUN_BYTES = 3 << 20  # of all instructions of one KVM_RUN: what they read must fit in the reply
 MAX_LOOP = 1 << 16
-MMIO_BYTES = 8
 
 
 class KvmSetCpuid2(Ioctl):

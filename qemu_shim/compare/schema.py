@@ -105,7 +105,7 @@ class Time(Model):
 
 
 class Series(Model):
-    """After each step: modelled time, faults so far, bytes there are."""
+    """After each step: modelled time, faults so far, bytes there are.  Of many steps every nth."""
 
     step: list[str]
     us: list[float]

@@ -123,11 +123,6 @@ def source_pattern(size: int) -> bytes:
     return counted(PATTERN_SRC | PATTERN_COPY, 0, size)
 
 
-def destination_pattern(size: int) -> bytes:
-    """All of it to be overwritten."""
-    return counted(PATTERN_DST | PATTERN_OVERWRITE, 0, size)
-
-
 async def no_limit(done: Awaitable[CompletionRecord], timeout_ms: int) -> CompletionRecord | None:
     return await done
 

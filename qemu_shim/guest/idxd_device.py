@@ -87,10 +87,6 @@ class IdxdDevice:
         for offset in range(0, len(raw), _DWORD):
             self._portal.mmio_write(at + offset, raw[offset : offset + _DWORD])
 
-    async def read_queue(self, number: int) -> WqCfg:
-        at = await self._table(WQCFG_TABLE) + number * WQCFG_BYTES
-        return WqCfg.from_bytes(await self._portal.mmio_read(at, WQCFG_BYTES))
-
     async def command(self, command: Command, operand: int = 0) -> None:
         """Sleep until it is done; ENXIO with the error if it failed."""
         word = CommandWord(command=command, operand=operand, interrupt=True)

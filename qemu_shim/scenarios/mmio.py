@@ -9,9 +9,9 @@ use it, and deleted again: the entry of the old generation is not believed (RFC-
 from __future__ import annotations
 
 from protocol.hw.dsa import Status
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Outcome
-from protocol.uapi import names
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.machine import Host, MachineConfig
 from qemu_shim.measure import Report
@@ -63,7 +63,7 @@ async def _emulated(stage: Stage, mmio: int, target: int) -> None:
     async with stage.counted() as cost:
         for program in ([("w", mmio, b"bell")], [("r", mmio, 4)], [("w", mmio + 8, b"x")]):
             ran = await run(program)
-            report.expect_equal(ran.exit_reason, names.KVM_EXIT_MMIO, "the vCPU's access")
+            report.expect_equal(ran.exit_reason, ExitReason.MMIO, "the vCPU's access")
     report.expect_equal(cost["pf_mmio_spte_created"], 1, "MMIO entries for three accesses")
     walks = await stage.walks(mmio)
     level, _, entry = walks["path"][-1]

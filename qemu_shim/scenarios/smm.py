@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 
 from protocol.hw.dsa import Status
-from protocol.uapi import names
+from protocol.kvm_run import ExitReason
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.machine import Host, MachineConfig
 from qemu_shim.measure import Report
@@ -72,7 +72,7 @@ async def _search(stage: Stage) -> int:
         ran = await guest.vcpu.run([("r", over, PAGE_SIZE), ("r", alone, PAGE_SIZE)], smm=True)
         report.expect_equal(ran.reads, [SECRET, SECRET], "the secret, read in SMM")
     outside = await guest.vcpu.run([("r", ALONE, 8)])
-    report.expect_equal(outside.exit_reason, names.KVM_EXIT_MMIO, "the same outside SMM")
+    report.expect_equal(outside.exit_reason, ExitReason.MMIO, "the same outside SMM")
     report.expect_equal(leaks, 0, "bytes of the secret that the device found")
     return leaks
 

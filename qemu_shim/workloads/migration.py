@@ -11,7 +11,7 @@ Counts grow with `rounds` x `pages` x (`cpu_writes` + `device_writes`).
 
 from __future__ import annotations
 
-from protocol.units import PAGE_SIZE
+from protocol.units import MIB, PAGE_SIZE, align_up
 from qemu_shim.migrator import Migrator
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.workloads.contents import Contents
@@ -22,9 +22,10 @@ SLOT, SLOT_GPA = 7, 0x1_8000_0000
 
 
 async def play(ctx: Context) -> None:
-    size = ctx.params["pages"] * PAGE_SIZE
+    page_size = 2 * MIB if ctx.params["huge"] else PAGE_SIZE
+    size = align_up(ctx.params["pages"] * PAGE_SIZE, page_size)
     guest = await ctx.boot_for(0)
-    slot = await guest.machine.add_slot(SLOT, SLOT_GPA, size)
+    slot = await guest.machine.add_slot(SLOT, SLOT_GPA, size, page_size)
     pages = list(range(SLOT_GPA, SLOT_GPA + size, PAGE_SIZE))
     contents = Contents(ctx, guest)
     await contents.device_writes(pages[:1])
@@ -75,6 +76,7 @@ WORKLOAD = Workload(
     play=play,
     params={
         "pages": Param(256, 16, 1 << 16, "pages that are migrated"),
+        "huge": Param(0, 0, 1, "1: on host pages of 2 MiB, and as many pages as fill them"),
         "rounds": Param(4, 1, 1000, "rounds between the first and the last"),
         "cpu_writes": Param(12, 0, 100, "per cent of the pages that the CPU writes in a round"),
         "device_writes": Param(12, 0, 100, "per cent of the pages that the device writes in a round"),

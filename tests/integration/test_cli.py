@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from qemu_shim.daemons import DAEMONS
 from qemu_shim.scenarios.library import SCENARIOS
 from tests.integration.plain import Plain
+from tests.integration.scratch import Scratch
 from tests.integration.system import BIN, System, short_directory, system, until
 from tests.oracle.dump import Dump
 
@@ -26,97 +26,6 @@ RUNS = {
     "sharing": "device writes the vCPU's half: 0 EPT violations, 0 page requests",
     "unmap": "20 rounds of migrate, DONTNEED, slot delete and re-add under DMA",
 }
-
-
-class Scratch:
-    """A temporary directory of its own, by which everything a run leaves behind can be told."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.memfds: set[int] = set()
-        self._shm = set(os.listdir("/dev/shm"))
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """In a process group of its own, as a shell starts it."""
-        return subprocess.Popen(
-            [str(BIN / "qemu-shim"), *arguments],
-            env={**os.environ, "TMPDIR": str(self.directory)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            process_group=0,
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def processes(self) -> list[int]:
-        """Those that were told of the directory, by their environment or command."""
-        mark = os.fsencode(self.directory)
-        found = []
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                try:
-                    told = (
-                        Path(f"/proc/{name}/environ").read_bytes()
-                        + Path(f"/proc/{name}/cmdline").read_bytes()
-                    )
-                except OSError:
-                    continue
-                if mark in told:
-                    found.append(int(name))
-        return found
-
-    def wait_working(self) -> None:
-        """Returns once DMA runs; remembers the memory it runs on."""
-        sockets = {spec.name: None for spec in DAEMONS}
-
-        def descriptors() -> int:
-            found = list(self.directory.glob("tdp-*/device_sim.sock"))
-            if not found:
-                return 0
-            peer = Plain.connect(found[0])
-            stats, _ = peer.ask("STATS")
-            peer.close()
-            count: int = stats["devices"]["dsa0"]["descriptors"]
-            return count
-
-        until(lambda: descriptors() > 50, "DMA is running")
-        assert {path.stem for path in self.directory.glob("tdp-*/*.sock")} == set(sockets)
-        assert [path.stat().st_mode & 0o777 for path in self.directory.glob("tdp-*")] == [0o700]
-        for pid in self.processes():
-            maps = Path(f"/proc/{pid}/maps").read_text()
-            assert "/dev/shm/" not in maps
-            self.memfds |= {int(line.split()[4]) for line in maps.splitlines() if "/memfd:tdp-" in line}
-        assert self.memfds
-
-    def daemon(self, name: str) -> int:
-        """The pid of a daemon of the running system."""
-        (pid,) = (
-            pid
-            for pid in self.processes()
-            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:3] == [b"-m", name.encode()]
-        )
-        return pid
-
-    def check_nothing_left(self) -> None:
-        until(lambda: self.processes() == [], "every process of the run has ended")
-        until(lambda: list(self.directory.iterdir()) == [], "the run's directory is gone")
-        assert self.memfds.isdisjoint(mapped_memfds())
-        assert {name for name in set(os.listdir("/dev/shm")) - self._shm if "tdp" in name} == set()
-
-
-def mapped_memfds() -> set[int]:
-    found = set()
-    for name in os.listdir("/proc"):
-        try:
-            lines = Path(f"/proc/{name}/maps").read_text().splitlines() if name.isdigit() else []
-        except OSError:
-            continue
-        found |= {int(line.split()[4]) for line in lines if "/memfd:tdp-" in line}
-    return found
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import trio
 
 from protocol.hw.dsa import Status
+from protocol.kvm_run import ExitReason
 from protocol.rpc.channel import PeerGone
-from protocol.uapi import names
 from qemu_shim.machine import Host, connect_host
 from qemu_shim.vcpu import RunResult
 from tests.integration.rig import bare_vm, rigged, vm_only, vm_stats
@@ -28,12 +28,12 @@ async def test_a_program_goes_through_its_exits_to_its_end(host: Host) -> None:
         assert ran.mmio is not None
         assert (ran.mmio.is_write, ran.mmio.data) == (True, b"\x13\0\0\0")
         ran = await rig.vcpu.resume()
-        assert (ran.done, ran.exit_reason, ran.finished) == (True, names.KVM_EXIT_IO, 3)
+        assert (ran.done, ran.exit_reason, ran.finished) == (True, ExitReason.IO, 3)
         assert ran.reads == [b"abcd"]
         await rig.process.munmap(rig.hva, 4096)
         assert (await rig.vcpu.run([["r", 0, 1]])).errno == errno.EFAULT
         emulated = await rig.vcpu.run([["r", 0, 1]], cpl=0)
-        assert (emulated.errno, emulated.exit_reason) == (0, names.KVM_EXIT_MMIO)
+        assert (emulated.errno, emulated.exit_reason) == (0, ExitReason.MMIO)
         assert (await vm_stats(host))["pf_mmio_spte_created"] == 1
         assert await host.kvmd.violations() == []
 
@@ -76,7 +76,7 @@ async def test_a_polling_guest_does_not_keep_kvmd_from_stopping(number: signal.S
 @pytest.mark.defect("B-22")
 async def test_a_device_s_write_where_the_guest_has_emulated_mmio_reaches_nobody(host: Host) -> None:
     async with rigged(host) as rig:
-        assert (await rig.vcpu.run([["w", HOLE, b"x"]])).exit_reason == names.KVM_EXIT_MMIO
+        assert (await rig.vcpu.run([["w", HOLE, b"x"]])).exit_reason == ExitReason.MMIO
         assert await rig.fill(HOLE) is not Status.SUCCESS
         assert (await vm_stats(host))["pf_mmio_spte_created"] == 1
         assert await rig.fill(0x5000) is Status.SUCCESS, "the device works on"

@@ -21,7 +21,6 @@ from random import Random
 from typing import Any
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
@@ -33,6 +32,7 @@ from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import is_free
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
+from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 from tests.unit.kvmd.world import RW, World

@@ -14,12 +14,12 @@ from random import Random
 
 from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.dirty_log import ClearDirtyLog
-from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.vcpu import Vcpu
 from protocol.flow import Wait
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
+from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 from tests.oracle.table import Machine, RawTables, second_stage_walk
 from tests.unit.kvmd.world import World

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
+from protocol.kvm_run import ExitReason
 from protocol.units import Hva
 from tests.unit.kvmd.world import World
 

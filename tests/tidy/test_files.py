@@ -11,7 +11,7 @@ import pytest
 
 from tests.tidy.source import DAEMONS, PRODUCT, ROOT, files
 
-LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
+LOCKS = tuple(f"requirements{name}.lock" for name in ("", "-dask", "-dev", "-bench"))
 REQUIREMENT = re.compile(r"^([A-Za-z0-9][\w.-]*)==(\S+)")
 MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:work|root)/")
 
@@ -62,8 +62,8 @@ def test_a_bad_lock_is_seen() -> None:
 
 
 def test_one_environment_serves_all_locks() -> None:
-    runtime, dev, bench = map(pins, LOCKS)
-    assert runtime.items() <= dev.items()
+    runtime, dask, dev, bench = map(pins, LOCKS)
+    assert runtime.items() | dask.items() <= dev.items()
     assert {name: dev[name] for name in bench.keys() & dev.keys()}.items() <= bench.items()
 
 
@@ -91,6 +91,13 @@ def test_every_package_of_the_product_is_installed() -> None:
         if top in PRODUCT:
             assert (directory / "__init__.py").exists(), f"{directory.name} would be left out of the wheel"
             assert {top, f"{top}.*"} <= patterns
+
+
+def test_every_file_that_code_reads_is_installed() -> None:
+    data = pyproject()["tool"]["setuptools"]["package-data"]
+    named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
+    beside = {str(path.relative_to(ROOT)) for path in files() if path.suffix != ".py"}
+    assert {path for path in beside if path.split("/")[0] in PRODUCT} == named
 
 
 def test_no_file_names_a_machine() -> None:

@@ -24,7 +24,7 @@ RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "simulator": 2, "bench": 3, 
 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
-    **dict.fromkeys(("units", "errors", "flow"), 0),
+    **dict.fromkeys(("units", "errors", "flow", "kvm_run"), 0),
     **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags"), 1),
     **dict.fromkeys(("uapi", "rpc"), 2),
     "daemon": 3,
@@ -35,7 +35,7 @@ APART = ({"uapi", "rpc"},)
 ANY_CORE = ("units", "errors", "flow", "trace")
 VTD_RECORDS = ("hw.caps", "hw.fields", "hw.pasid_entry", "hw.prq", "hw.qi")
 CORE_MAY_USE = {
-    "kvmd": (*ANY_CORE, "pt", "hostmem", "frame_tags"),
+    "kvmd": (*ANY_CORE, "kvm_run", "pt", "hostmem", "frame_tags"),
     # It fills second-stage tables of its own (pt.mem, pt.entry), and leaves walking to the unit.
     "iommufdd": (*ANY_CORE, *VTD_RECORDS, "pt.meta", "pt.bits", "pt.geometry", "pt.mem", "pt.entry"),
     "device_sim": (*ANY_CORE, "hw", "hostmem", "pt", "frame_tags"),
@@ -89,7 +89,7 @@ def part_of(name: str) -> str:
 
 
 def check_inside_protocol(module: Module) -> list[str]:
-    """units, errors, flow <- pt, hw, hostmem, trace <- uapi | rpc <- daemon."""
+    """units, errors, flow, kvm_run <- pt, hw, hostmem, trace <- uapi | rpc <- daemon."""
     own = part_of(module.name)
     if module.path.parts[0] != "protocol" or not own:
         return []

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 
-from protocol.pt.ept_exit import EptAccess, EptExit, ept_exit, paging_structure_access
+from protocol.pt.ept_exit import EptAccess, EptExit, ept_exit
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import WalkRules, ept_rules
 from protocol.units import Level
@@ -207,7 +207,9 @@ def test_a_guest_paging_structure_is_written_too_where_ept_has_ad_flags(
 ) -> None:
     path = Path(4)
     path.rights(1, xwr)
-    access = paging_structure_access(write=write, ad_enabled=ad_enabled)
+    access = EptAccess.WRITE if write else EptAccess.READ
+    if ad_enabled:  # then always a write as well [SDM 29.3.3.2]
+        access = EptAccess.READ | EptAccess.WRITE
     found = path.walk(RULES(WIDTH, Level(3)))
     assert ept_exit(found, access, final=False) == violation(qualification)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvmd.core.cpu import Cpu
-from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Walk
 from protocol.units import Gfn, Level

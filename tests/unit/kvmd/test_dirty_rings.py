@@ -7,10 +7,10 @@ import errno
 import pytest
 
 from kvmd.core.capability import Cap, check_extension, enable_cap
-from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.page_fault import Result
 from protocol.errors import UapiError
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from tests.unit.kvmd.logged import GFN, NO_PML, Logged, errno_of
 from tests.unit.kvmd.world import World

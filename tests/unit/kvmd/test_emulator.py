@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvmd.core.exits import ExitReason, Mmio
+from kvmd.core.exits import Mmio
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
 from kvmd.core.program import Instruction
+from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.world import RW, World
 

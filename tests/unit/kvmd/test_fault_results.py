@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import IO_ERRNO, MAX_TRIES, RESOLVED, Result
 from kvmd.core.tdp_fd import CreateTdpFd
 from protocol.errors import EHWPOISON, UapiError
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.geometry import ENTRY_BYTES, index_of
 from protocol.pt.walk import walk

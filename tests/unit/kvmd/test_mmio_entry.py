@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.page_fault import Result
 from kvmd.core.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
 from kvmd.core.vcpu import Vcpu
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.check import check_table
 from protocol.pt.entry import is_frozen, is_mmio, is_present, mmio_gfn

@@ -205,6 +205,21 @@ def test_rule_b_the_removal_of_another_slot_zaps_all_but_what_is_pinned() -> Non
     assert guest.sound()
 
 
+def test_rule_b_a_move_that_is_refused_takes_no_pin() -> None:
+    """The kernel zaps before it finds the new place beyond what the TDP maps; the slot stays where it was."""
+    guest = Guest()
+    guest.pin(WORD)
+    guest.do(guest.vcpu.run([("w", (WORD + 1) << 12, b"x")]))
+    pinned = guest.entry(WORD)
+    beyond = guest.vm.slots.gfn_limit - 1
+    assert refusal(lambda: guest.set_slot(beyond, PAGES, guest.hva)) == errno.EINVAL
+    assert (guest.entry(WORD), guest.entry(WORD + 1)) == (pinned, 0)
+    assert vm_stats(guest.vm)["pinned_pages"] == 1
+    assert guest.sound()
+    assert guest.unpin(WORD) == 1, "the importer's account still has it"
+    assert guest.world.io_fault(guest.exported, WORD + 1) is Result.FIXED
+
+
 def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_new_one() -> None:
     guest = Guest()
     guest.pin(WORD)

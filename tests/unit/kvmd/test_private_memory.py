@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.guest_memfd import GuestMemfd, MemoryAttributes
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
@@ -18,6 +17,7 @@ from kvmd.core.page_fault import Result
 from kvmd.core.pre_fault import pre_fault_memory
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
+from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.units import MIB, Gfn, GfnSpan, Gpa, Level
 from tests.unit.kvmd.world import SlowImporter, World

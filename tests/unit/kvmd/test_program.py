@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.program import Instruction
 from kvmd.core.vcpu import RunResult
 from kvmd.core.vm import Kvm
+from protocol.kvm_run import ExitReason
 from protocol.units import Hva
 from tests.unit.kvmd.world import World
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 
 from kvmd.core import slots_change
+from kvmd.core.capability import Cap, check_extension
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Memslots, Region
 from kvmd.core.page_fault import Result
+from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.world import SlowImporter, World
@@ -131,3 +133,19 @@ def test_without_smm_there_is_one_address_space() -> None:
         world.set_slot(0x1_0000, 0, 1, HVA)
     assert caught.value.errno == errno.EINVAL
     World().set_slot(0x1_0000, 0, 1, HVA)
+
+
+def test_a_kernel_without_smm_does_not_know_the_capability() -> None:
+    without, with_smm = CpuFeatures(address_spaces=1), CpuFeatures()
+    vm = World(without).vm
+    assert [check_extension(without, asked, Cap.MULTI_ADDRESS_SPACE) for asked in (None, vm)] == [0, 0]
+    assert check_extension(with_smm, World(with_smm).vm, Cap.MULTI_ADDRESS_SPACE) == 2
+
+
+def test_a_vm_with_private_memory_has_no_smm() -> None:
+    world = World()
+    vm = Kvm(world.host, world.mm, kind=VmType.SW_PROTECTED)
+    with pytest.raises(UapiError) as caught:
+        world.run(vm.set_memory_region(world.region(0x1_0000, 0, 1, HVA)))
+    assert caught.value.errno == errno.EINVAL
+    assert check_extension(CpuFeatures(), vm, Cap.MULTI_ADDRESS_SPACE) == 1

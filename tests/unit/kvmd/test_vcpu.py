@@ -7,10 +7,10 @@ import errno
 import pytest
 
 from kvmd.core import cpu as cpu_module
-from kvmd.core.exits import ExitReason
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
+from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, GfnSpan, Hva, Level
 from tests.unit.kvmd.world import World
 

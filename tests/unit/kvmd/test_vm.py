@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.exits import ExitReason
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import MAX_TRIES, RESOLVED, Result
 from kvmd.core.vm import Kvm
+from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
 from tests.unit.kvmd.world import WRITE, SlowImporter, World
 

@@ -18,7 +18,6 @@ TABLE = 0x0800_0000_0010_2107
         (bits.RWX, 0x7),
         (bits.MEMTYPE_MASK, 0x38),
         (bits.MEMTYPE_WB, 0x30),
-        (bits.MEMTYPE_UC, 0),
         (bits.IGNORE_PAT, 0x40),
         (bits.PAGE_SIZE_BIT, 0x80),
         (bits.ACCESSED, 0x100),

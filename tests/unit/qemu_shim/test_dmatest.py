@@ -9,7 +9,15 @@ import pytest
 
 from protocol.errors import UapiError
 from protocol.hw.dsa import CompletionRecord, Status
-from qemu_shim.guest.dmatest import DmatestParams, Result, Thread, destination_pattern, source_pattern
+from qemu_shim.guest.dmatest import (
+    PATTERN_DST,
+    PATTERN_OVERWRITE,
+    DmatestParams,
+    Result,
+    Thread,
+    counted,
+    source_pattern,
+)
 from tests.unit.qemu_shim.guests import PAGE, CopyChannel, Ram
 
 NAME = "dma0chan0-copy0"
@@ -38,6 +46,11 @@ async def run(
     return await thread.run()
 
 
+def to_be_overwritten(size: int) -> bytes:
+    """A destination that no copy has touched."""
+    return counted(PATTERN_DST | PATTERN_OVERWRITE, 0, size)
+
+
 # -- patterns ------------------------------------------------------------------------------------------
 
 
@@ -48,7 +61,7 @@ def test_the_source_pattern_counts_down_from_df_to_c0_and_again() -> None:
 
 
 def test_the_destination_pattern_counts_down_from_3f_to_20_and_again() -> None:
-    assert destination_pattern(34).hex() == (
+    assert to_be_overwritten(34).hex() == (
         "3f3e3d3c3b3a393837363534333231302f2e2d2c2b2a292827262524232221203f3e"
     )
 
@@ -105,7 +118,7 @@ async def test_a_channel_that_does_nothing_fails_on_every_byte() -> None:
 
     def undo(number: int) -> None:
         dst, _, size = channel.moves[-1]
-        channel.ram.bytes[dst : dst + size] = destination_pattern(size)
+        channel.ram.bytes[dst : dst + size] = to_be_overwritten(size)
 
     channel.spoil = undo
     result = await run(channel, iterations=2, buf_size=64)
@@ -188,7 +201,7 @@ async def test_buffers_are_filled_anew_for_every_test() -> None:
     def forget(number: int) -> None:
         dst, _, size = channel.moves[-1]
         if number > 1:
-            channel.ram.bytes[dst : dst + size] = destination_pattern(size)
+            channel.ram.bytes[dst : dst + size] = to_be_overwritten(size)
 
     channel.spoil = forget
     assert (await run(channel, iterations=3)).failures == 2

@@ -1,0 +1,62 @@
+"""Runs points until all are done, or somebody interrupts."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from protocol.errors import leaves
+from qemu_shim.campaign.point import Point, point_of
+from qemu_shim.campaign.pool import all_cores, run_in_processes
+from qemu_shim.compare.run import Run
+
+
+class Interrupted(Exception):
+    """By a signal; what ran has been stopped and nothing is left of it."""
+
+
+def run_points(
+    points: Iterable[Point], jobs: int | None = None, on_done: Callable[[Run], None] = lambda _: None
+) -> list[Run]:
+    """The runs in the order of the points, by `jobs` processes (all cores); `on_done` gets each at its end.
+
+    A point that failed has its reasons in its run's `problems`.  Raises Interrupted at SIGINT and SIGTERM.
+    """
+    wanted = list(dict.fromkeys(points))
+    runs: dict[Point, Run] = {}
+
+    def done(run: Run) -> None:
+        runs[point_of(run)] = run
+        on_done(run)
+
+    until_interrupted(lambda: run_in_processes(wanted, jobs or all_cores(), done))
+    return [runs[point] for point in wanted]
+
+
+def until_interrupted(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work`, and cancel it at a signal: Interrupted.  What it raises comes without its groups."""
+    try:
+        trio.run(_watched, work)
+    except BaseExceptionGroup as group:
+        raise leaves(group)[0] from None
+
+
+async def _watched(work: Callable[[], Awaitable[None]]) -> None:
+    """More signals, while `work` stops what it has running, change nothing."""
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
+                async for _ in signals:
+                    scope.cancel()
+
+        await nursery.start(watch)
+        with scope:
+            await work()
+        nursery.cancel_scope.cancel()
+    if scope.cancelled_caught:
+        raise Interrupted

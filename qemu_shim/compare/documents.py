@@ -1,0 +1,136 @@
+"""docs/results/comparison.md, .json and .html of one comparison: figures are generated, sentences are not.
+
+A figure lies between `<!-- figures: NAME -->` and `<!-- end -->`; all else is somebody's text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qemu_shim.compare.figures import DESIGNS
+from qemu_shim.compare.report import render
+from qemu_shim.compare.rows import bytes_text, change_text, number_text, refusals_of, us_text
+from qemu_shim.compare.schema import Comparison, DesignFigures, WorkloadFigures
+from qemu_shim.compare.sensitivity import SWEPT
+
+NAME = "comparison"
+BLOCK = re.compile(r"(?s)(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)")
+
+
+class DocumentError(ValueError):
+    """The document lacks a place for a figure, or has one for none."""
+
+
+def write_documents(comparison: Comparison, directory: Path) -> None:
+    """The document must be there; what goes with it is written anew."""
+    document = directory / f"{NAME}.md"
+    text = filled(document.read_text(encoding="utf-8"), comparison)
+    document.write_text(text, encoding="utf-8")
+    (directory / f"{NAME}.json").write_text(comparison.model_dump_json() + "\n", encoding="utf-8")
+    (directory / f"{NAME}.html").write_text(render(comparison), encoding="utf-8")
+
+
+def check_document(directory: Path) -> None:
+    """OSError, DocumentError: figures could not be written there."""
+    check_places((directory / f"{NAME}.md").read_text(encoding="utf-8"))
+
+
+def check_places(text: str) -> None:
+    places = [match[2] for match in BLOCK.finditer(text)]
+    if sorted(places) != sorted(FIGURES):
+        raise DocumentError(f"{NAME}.md has places for {', '.join(places)}; figures are {', '.join(FIGURES)}")
+
+
+def filled(text: str, comparison: Comparison) -> str:
+    """The document with this comparison's figures."""
+    check_places(text)
+    figures = {name: make(comparison) for name, make in FIGURES.items()}
+    return BLOCK.sub(lambda match: f"{match[1]}{figures[match[2]]}\n{match[3]}", text)
+
+
+def _command(comparison: Comparison) -> str:
+    return f"    {comparison.command}"
+
+
+def _by_design(
+    cell: Callable[[WorkloadFigures, DesignFigures], str],
+) -> Callable[[Comparison], str]:
+    """A table with a row a workload, a column a design."""
+
+    def make(comparison: Comparison) -> str:
+        names = _designs(comparison)
+        rows = []
+        for workload in comparison.workloads:
+            of: Mapping[str, DesignFigures] = {it.design: it for it in workload.designs if it.series.step}
+            cells = [cell(workload, of[name]) if name in of else "-" for name in names]
+            rows.append([f"`{workload.workload}`", *cells])
+        return _markdown(["workload", *names], rows)
+
+    return make
+
+
+def _designs(comparison: Comparison) -> list[str]:
+    seen = {it.design for workload in comparison.workloads for it in workload.designs}
+    return [name for name in DESIGNS if name in seen]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _time(workload: WorkloadFigures, it: DesignFigures) -> str:
+    text = us_text(it.time.total.us)
+    best = f"**{text}**" if workload.order[:1] == [it.design] else text
+    return f"{best} ({us_text(it.time.total.low_us)} to {us_text(it.time.total.high_us)})"
+
+
+def _faults(_: WorkloadFigures, it: DesignFigures) -> str:
+    return f"{number_text(it.faults.cpu)} + {number_text(it.faults.io)}"
+
+
+def _memory(_: WorkloadFigures, it: DesignFigures) -> str:
+    pinned = f", {number_text(it.pinned.pages_max)} pinned" if it.pinned.pages_max else ""
+    return f"{bytes_text(it.tables.bytes_max)}{pinned}"
+
+
+def _told(_: WorkloadFigures, it: DesignFigures) -> str:
+    descriptors = it.told.iotlb_invalidations + it.told.devtlb_invalidations
+    return f"{number_text(descriptors)} / {number_text(it.told.qi_messages)}"
+
+
+def _first_dma(_: WorkloadFigures, it: DesignFigures) -> str:
+    return us_text(it.time.first_dma.us) if it.time.first_dma else "-"
+
+
+def _changes(comparison: Comparison) -> str:
+    found = [
+        f"- `{workload.workload}`: {change_text(change, comparison.costs)}"
+        for workload in comparison.workloads
+        for change in workload.changes
+        if change.constant in SWEPT
+    ]
+    return "\n".join(found) or "- None: the order is the same over both ranges."
+
+
+def _refusals(comparison: Comparison) -> str:
+    found = [
+        f"- `{workload.workload}`, {design}: {text}"
+        for workload in comparison.workloads
+        for _, design, text in refusals_of(workload)
+    ]
+    return "\n".join(found) or "- None."
+
+
+FIGURES: Mapping[str, Callable[[Comparison], str]] = {
+    "command": _command,
+    "time": _by_design(_time),
+    "faults": _by_design(_faults),
+    "first-dma": _by_design(_first_dma),
+    "memory": _by_design(_memory),
+    "told": _by_design(_told),
+    "changes": _changes,
+    "refusals": _refusals,
+}
