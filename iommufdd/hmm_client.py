@@ -26,7 +26,7 @@ Invalidate = Callable[[int, int], Coroutine[Any, None, None]]
 class HmmMirror(KvmdChannel):
     """The port `HostMemory`.  `on_invalidate` returns when nobody uses what was taken away."""
 
-    def __init__(self, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> None:
+    def __init__(self, on_invalidate: Invalidate, on_gone: Callable[[], object]) -> None:
         super().__init__(on_gone)
         self.on_invalidate = on_invalidate
 

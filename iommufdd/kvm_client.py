@@ -27,7 +27,7 @@ Invalidate = Callable[[int, int, int], Coroutine[Any, None, None]]
 class KvmTdp(KvmdChannel):
     """One TDP FD, held and imported.  `on_invalidate` is called for every flush."""
 
-    def __init__(self, mm: int, tdp_fd: int, on_gone: Callable[[], None]) -> None:
+    def __init__(self, mm: int, tdp_fd: int, on_gone: Callable[[], object]) -> None:
         super().__init__(on_gone)
         self.on_invalidate: Invalidate | None = None
         self._mm = mm  # a bare number: no reference on the process [RFC 15/42]
@@ -86,10 +86,10 @@ IMPORTER: Service[KvmTdp] = Service(
 
 
 class FaultNotes(KvmdChannel):
-    """What the vCPUs of one VM fault in; `on_note(gfn, npages)`.  If KVM goes, no more notes come."""
+    """What the vCPUs of one VM fault in; `on_note(gfn, npages)`.  Gone: the VM, or KVM."""
 
-    def __init__(self, on_note: Callable[[int, int], None]) -> None:
-        super().__init__(lambda: None)
+    def __init__(self, on_note: Callable[[int, int], None], on_gone: Callable[[], object]) -> None:
+        super().__init__(on_gone)
         self.on_note = on_note
 
     async def open(self, loop: Loop, kvmd: Path, vm_fd: int) -> None:

@@ -22,7 +22,7 @@ from protocol.rpc.socket import connect_now
 class KvmdChannel:
     """`on_gone` is called if kvmd hangs up, not if we do."""
 
-    def __init__(self, on_gone: Callable[[], None]) -> None:
+    def __init__(self, on_gone: Callable[[], object]) -> None:
         self._on_gone = on_gone
         self._channel: Channel | None = None
 

@@ -35,6 +35,7 @@ class HwptPaging(Hwpt):
         self.invalidations = 0
         self.acked = 0
         self._flushes: dict[Wait[None], None] = {}
+        self._refused: list[Change] = []  # what a unit did not forget: it is asked again with the next
         ioas.users += 1
 
     async def destroy(self) -> None:
@@ -83,15 +84,17 @@ class HwptPaging(Hwpt):
         """Nobody uses what `changes` made stale when this returns.  UapiError: a unit refused to forget it,
         and so it must not be given up.
         """
-        stale = [change for change in changes if change.size]
+        stale = [*self._refused, *(change for change in changes if change.size)]
         if not stale:
             return
+        self._refused = []
         over: Wait[None] = Wait()
         self._flushes[over] = None
         try:
             for change in stale:
                 await self.forget(change.start, change.size)
         except UapiError as error:
+            self._refused += stale
             over.fail(error)
             raise
         else:

@@ -99,11 +99,15 @@ async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fd
         if ioas in held.app.following:
             raise UapiError(errno.EBUSY, f"IOAS {ioas.id} follows a VM")
         notes = Notes(ioas, held.app.loop.flows.spawn)
-        channel = held.app.following[ioas] = FaultNotes(notes.told)
+        following = held.app.following
+        channel = following[ioas] = FaultNotes(notes.told, lambda: following.pop(ioas, None))
         try:
             await channel.open(held.app.loop, held.app.settings.kvmd, fds.peek(0))
+            if ioas not in following:
+                raise UapiError(errno.EBADF, "the iommufd was closed meanwhile, or the VM is gone")
         except UapiError:
-            del held.app.following[ioas]
+            following.pop(ioas, None)
+            channel.hang_up()
             raise
     return {}
 

@@ -133,6 +133,17 @@ def iommufd(stack: ExitStack, running: System) -> Plain:
     return keep(stack, Plain.connect(running.socket("iommufdd"))).open("OPEN", {"path": "/dev/iommu"})
 
 
+def mapped_iommufd(stack: ExitStack, running: System) -> Plain:
+    """An IOAS on demand maps a page of a process."""
+    _, memory = process(stack, running)
+    hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
+    made = iommufd(stack, running)
+    ioas = made.ask("IOMMU_IOAS_ALLOC", {"flags": 1})[0]["out_ioas_id"]
+    body = {"ioas_id": ioas, "flags": 6, "user_va": hva, "length": 4096}
+    made.ask("IOMMU_IOAS_MAP", body, [memory.sock.fileno()])
+    return made
+
+
 def vfio(stack: ExitStack, running: System) -> Plain:
     door = keep(stack, Plain.connect(running.socket("iommufdd")))
     until(lambda: devices_free(door), "the device of the attack before is free")
@@ -194,6 +205,7 @@ OBJECTS: list[tuple[Callable[[ExitStack, System], Plain], str]] = [
     (registered_mirror, "kvmd"),
     (fault_notes, "kvmd"),
     (iommufd, "iommufdd"),
+    (mapped_iommufd, "iommufdd"),
     (vfio, "iommufdd"),
     (portal, "device_sim"),
 ]

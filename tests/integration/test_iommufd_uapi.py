@@ -32,7 +32,11 @@ def refused(number: int, why: str = "") -> Iterator[None]:
 # op, size of the struct, of its oldest version, and fields with which it does something harmless
 STRUCTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("IOMMU_DESTROY", 8, 8, {"id": GARBAGE}),
-    ("IOMMU_IOAS_ALLOC", 12, 12, {"flags": 1}),
+    ("IOMMU_IOAS_ALLOC", 12, 12, {"flags": 2}),
+    ("IOMMU_IOAS_MAP", 40, 40, {"ioas_id": GARBAGE, "flags": 6, "user_va": 0, "length": 4096}),
+    ("IOMMU_IOAS_UNMAP", 24, 24, {"ioas_id": GARBAGE, "iova": 0, "length": 4096}),
+    ("IOMMU_IOAS_IOVA_RANGES", 32, 32, {"ioas_id": GARBAGE}),
+    ("IOMMU_IOAS_FOLLOW_KVM", 12, 12, {"ioas_id": GARBAGE}),
     ("IOMMU_OPTION", 24, 24, {"option_id": 0}),
     ("IOMMU_HWPT_ALLOC", 40, 24, {"dev_id": GARBAGE, "data_uptr": None}),
     ("IOMMU_GET_HW_INFO", 40, 32, {"dev_id": GARBAGE}),

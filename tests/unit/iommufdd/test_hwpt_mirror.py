@@ -196,6 +196,17 @@ def test_a_unit_that_refuses_is_no_ack() -> None:
     assert space.hwpt_.acked == 0
 
 
+def test_what_a_unit_refused_to_forget_is_asked_of_it_again_before_anything_is_acked() -> None:
+    space = Mirrored()
+    space.fault(0)
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    for number, submits in ((errno.EIO, 0), (0, 1), (0, 0)):
+        space.asked()
+        assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == number
+        assert space.asked() == ["submit"] * submits
+    assert space.hwpt_.acked == 2
+
+
 def test_a_unit_that_is_gone_has_forgotten() -> None:
     space = Mirrored()
     space.fault(0)
