@@ -42,6 +42,7 @@ class HwptMirror(HwptPaging):
         super().__init__(domain, memory, ioas, table)
         self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
         self.pins = MirrorPins(self)
+        self._pinning_all = 0
 
     # -- a page request --------------------------------------------------------------------------------
 

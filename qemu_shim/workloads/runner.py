@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
-from protocol.errors import UapiError
+from protocol.errors import UapiError, leaves
 from qemu_shim.compare.run import Run
 from qemu_shim.designs import Design, Refused
 from qemu_shim.guest.memory import OutOfGuestMemory
@@ -28,8 +28,10 @@ async def run_workload(
         try:
             await workload.play(context)
             await context.finish()
-        except Refused as refused:
-            context.refuse(refused.what, refused.reason)
-        except (DmaFailed, NeverQuiet, OutOfGuestMemory, UapiError) as error:
-            run.problems.append(str(error))
+        except* Refused as group:
+            for refused in leaves(group):
+                assert isinstance(refused, Refused)
+                context.refuse(refused.what, refused.reason)
+        except* (DmaFailed, NeverQuiet, OutOfGuestMemory, LookupError, UapiError) as group:
+            run.problems += [str(error) for error in leaves(group)]
     return run

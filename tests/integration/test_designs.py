@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
@@ -17,8 +18,11 @@ from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.machine import Host, Machine, MachineConfig, connect_host, machine
 from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.workloads.context import Context
 from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY
 from qemu_shim.workloads.recorder import Recorder
+from qemu_shim.workloads.runner import run_workload
+from qemu_shim.workloads.workload import Play, Workload
 from tests.integration.rig import FILLED, PATTERN
 from tests.integration.system import system
 from tests.integration.test_errno import refused
@@ -113,6 +117,31 @@ async def test_a_device_that_cannot_fault_is_attached_only_to_memory_that_is_pin
                             async with running(host, design, pinned=pinned):
                                 pytest.fail(f"{design}: attached")
                         assert caught.value.errno == errno.EINVAL
+
+
+async def fails(ctx: Context) -> None:
+    """In a nursery, as DMA under a storm does."""
+    guest = await ctx.boot(ram_bytes=RAM)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.fill, RAM)
+
+
+async def ballooned(ctx: Context) -> None:
+    guest = await ctx.boot(ram_bytes=RAM)
+    await guest.machine.discard(RAM // 2, PAGE_SIZE)
+
+
+@pytest.mark.parametrize("play", [fails, ballooned])
+async def test_what_fails_in_a_play_is_a_problem_and_what_is_refused_a_refusal(
+    host: Host, play: Play
+) -> None:
+    run = await run_workload(host, Workload("w", "", play), DESIGNS["pinned"], 1)
+    assert [sample.step for sample in run.samples] == ["start"]
+    told = [f"{refusal.what}: {refusal.why[:30]}" for refusal in run.refusals]
+    if play is fails:
+        assert (run.problems, told) == ([f"fill of gpa {RAM:#x}: PAGE_FAULT_NOBOF at {RAM:#x}"], [])
+    else:
+        assert (run.problems, told) == ([], ["ballooning: ram_block_discard is disabled:"])
 
 
 async def test_every_counter_that_a_sample_is_made_of_is_told_by_a_daemon(host: Host) -> None:
