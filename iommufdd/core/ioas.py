@@ -194,10 +194,8 @@ class Ioas(Object):
                 self.counts.pinned_pages += at - start >> PAGE_SHIFT
                 for hwpt in self.hwpts:
                     changes: list[Change] = []
-                    try:
-                        hwpt.put(area, found.pages, start, at, changes)
-                    finally:
-                        await hwpt.flush(changes)
+                    hwpt.put(area, found.pages, start, at, changes)
+                    await hwpt.flush(changes)
         except UapiError:
             await self._unpin(area, at)
             raise

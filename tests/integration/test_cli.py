@@ -65,6 +65,14 @@ def test_options_reach_the_scenario_and_the_daemons(scratch: Scratch) -> None:
     assert json.loads(out)["figures"]["faults"] == 10
 
 
+def test_the_design_is_chosen_with_the_scenario_or_refused(scratch: Scratch) -> None:
+    status, out, _ = scratch.run("run", "--json", "--design", "mirror", "dmatest", "--ram-mib", "32")
+    assert (status, json.loads(out)["figures"]["page_requests"]) == (0, 3)
+    status, out, err = scratch.run("run", "unmap", "--design", "mirror")
+    assert (status, out) == (2, "")
+    assert "unmap cannot be played on design mirror; it can on: shared" in err
+
+
 def test_list_names_every_scenario(scratch: Scratch) -> None:
     status, out, err = scratch.run("list")
     assert (status, err) == (0, "")

@@ -251,8 +251,8 @@ REQUESTS: dict[tuple[str, str], Make] = {
 
 def _ioas_map(zoo: Zoo) -> dict[str, Any]:
     """Where there is room, so that it may be asked for twice."""
-    va = zoo.spare + 24 * PAGE_SIZE
-    return {"ioas_id": zoo.ids["ioas"], "flags": 6, "user_va": va, "length": PAGE_SIZE}
+    body = {"ioas_id": zoo.ids["ioas"], "flags": 6, "length": PAGE_SIZE}
+    return {**body, "user_va": _page(zoo, 98)}
 
 
 def _page(zoo: Zoo, number: int) -> int:
