@@ -85,8 +85,8 @@ class Chunk:
         if await self.process.host_action("age", self.hva, self.size):
             self.used = now
 
-    async def swap_out(self) -> int:
-        return await self.process.host_action("swap_out", self.hva, self.size)
+    async def swap_out(self) -> None:
+        await self.process.host_action("swap_out", self.hva, self.size)
 
 
 def chunks(process: Process, hva: int, size: int, chunk_pages: int) -> list[Chunk]:
@@ -99,7 +99,6 @@ class Reclaim:
 
     def __init__(self, ctx: Context, over: Iterable[Chunk], limit: int) -> None:
         self._ctx = ctx
-        self.swapped = 0
         self._chunks = list(over)
         self._limit = limit
         self._scans = 0
@@ -117,6 +116,6 @@ class Reclaim:
         for chunk in sorted(resident, key=lambda chunk: chunk.used):
             if total <= self._limit:
                 break
-            self.swapped += await chunk.swap_out()
+            await chunk.swap_out()
             total += await chunk.resident() - resident[chunk]
         return total

@@ -42,7 +42,7 @@ async def under_dma(
             ctx.expect(False, f"under DMA: {failed}")
 
     async with trio.open_nursery() as nursery:
-        for worker in range(WORKERS):
+        for worker in range(min(WORKERS, len(gpas))):
             nursery.start_soon(work, gpas[worker::WORKERS])
         try:
             await act()
