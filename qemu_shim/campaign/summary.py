@@ -25,7 +25,7 @@ def figures(run: Run) -> dict[str, float]:
         name: max(sample.gauges.get(name, 0) for sample in run.samples) for name in _gauges(run)
     }
     modelled = design_figures(run, default_costs()).time.total
-    return {**run.samples[-1].counts, **gauges, "modelled_us": modelled.us}
+    return {"modelled_us": modelled.us, **run.samples[-1].counts, **gauges}
 
 
 def _gauges(run: Run) -> list[str]:
