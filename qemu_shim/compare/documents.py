@@ -105,6 +105,15 @@ def _first_dma(_: WorkloadFigures, it: DesignFigures) -> str:
     return us_text(it.time.first_dma.us) if it.time.first_dma else "-"
 
 
+def _unranked(comparison: Comparison) -> str:
+    found = [
+        f"- `{workload.workload}`, {design}: {why}"
+        for workload in comparison.workloads
+        for design, why in workload.unranked.items()
+    ]
+    return "\n".join(found) or "- None."
+
+
 def _changes(comparison: Comparison) -> str:
     found = [
         f"- `{workload.workload}`: {change_text(change, comparison.costs)}"
@@ -133,4 +142,5 @@ FIGURES: Mapping[str, Callable[[Comparison], str]] = {
     "told": _by_design(_told),
     "changes": _changes,
     "refusals": _refusals,
+    "unranked": _unranked,
 }

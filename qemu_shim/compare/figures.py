@@ -38,6 +38,7 @@ DESIGNS = {  # in the order in which they are shown
 }
 LEVELS = range(1, 6)
 SERIES_MAX = 32
+SAME_WORK = 0.98  # how a refusal is noticed costs some bytes more or less
 FIRST_DMA = "first dma"
 SIDES = {"cpu": ("cpu",), "io": ("io",), "both": ("cpu", "io")}
 
@@ -83,7 +84,8 @@ def compare(runs: Iterable[Run], costs: Costs, command: str) -> Comparison:
 def _workload(runs: Sequence[Run], costs: Costs) -> WorkloadFigures:
     runs = sorted(runs, key=lambda run: list(DESIGNS).index(run.design))
     designs = [design_figures(run, costs) for run in runs]
-    total = {it.design: it.time.total.us for it in designs if it.complete}
+    unranked = _unranked(designs)
+    total = {it.design: it.time.total.us for it in designs if it.design not in unranked}
     events = {run.design: sum_events(steps(run)) for run in runs if run.design in total}
     return WorkloadFigures(
         workload=runs[0].workload,
@@ -91,8 +93,24 @@ def _workload(runs: Sequence[Run], costs: Costs) -> WorkloadFigures:
         params=runs[0].params,
         designs=designs,
         order=sorted(total, key=lambda design: total[design]),
+        unranked=unranked,
         changes=rank_changes(events, costs),
     )
+
+
+def _unranked(designs: Sequence[DesignFigures]) -> dict[str, str]:
+    """Who did less of the work was cheap for that reason."""
+    moved = {it.design: it.work.cpu_bytes + it.work.dma_bytes for it in designs}
+    most = max(moved.values(), default=0) or 1
+    why = {}
+    for it in designs:
+        if it.problems:
+            why[it.design] = "it failed"
+        elif not it.series.step:
+            why[it.design] = "it did not start"
+        elif moved[it.design] < SAME_WORK * most:
+            why[it.design] = f"it did {100 * moved[it.design] // most}% of the work"
+    return why
 
 
 def design_figures(run: Run, costs: Costs) -> DesignFigures:
@@ -102,7 +120,6 @@ def design_figures(run: Run, costs: Costs) -> DesignFigures:
     ends = _ends(done, values)
     return DesignFigures(
         design=run.design,
-        complete=bool(run.samples) and not run.problems,
         faults=_faults(last.counts),
         latency={side: _latency(last.counts, values, kinds) for side, kinds in SIDES.items()},
         pinned=_pinned(done, ends),

@@ -19,7 +19,7 @@ from qemu_shim.compare.latency import CLASSES
 from qemu_shim.compare.rows import (
     bytes_text,
     bytes_tick,
-    change_text,
+    notes_of,
     number_text,
     refusals_of,
     rows_of,
@@ -55,7 +55,7 @@ TRADES: tuple[tuple[str, Callable[[DesignFigures], float], Callable[[float], str
     ("first DMA", lambda it: it.time.first_dma.us if it.time.first_dma else 0.0, us_text),
     ("IO faults", lambda it: it.faults.io, number_text),
     ("tables", lambda it: it.tables.bytes_max, lambda value: bytes_text(int(value))),
-    ("pinned", lambda it: it.pinned.page_seconds, lambda value: f"{value:,.1f} page-s"),
+    ("pinned", lambda it: it.pinned.page_seconds, lambda value: f"{number_text(value)} page-s"),
 )
 
 
@@ -117,8 +117,7 @@ def _workload(workload: WorkloadFigures, comparison: Comparison, kinds: Sequence
     params = [f"seed {workload.seed}", *(f"{name} {value}" for name, value in workload.params.items())]
     notes = [
         *(f"{number}. {design} refused: {text}" for number, design, text in refusals_of(workload)),
-        *(f"FAILED, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
-        *(f"{change_text(change, comparison.costs)}." for change in workload.changes),
+        *(f"{note}." for note in notes_of(workload, comparison.costs)),
     ]
     return {
         "name": workload.workload,
@@ -252,8 +251,8 @@ def _tradeoff(comparison: Comparison) -> list[dict[str, Any]]:
                     Bar(title, {name: value / largest, "rest": 1 - value / largest}, text(value))
                     for (title, _, text), value, largest in zip(TRADES, values, most, strict=True)
                 ],
-                width=225,
-                right=85,
+                width=240,
+                right=98,
             ),
         }
         for name, values in sums.items()

@@ -53,7 +53,7 @@ def _digits(value: float) -> str:
 
 
 def number_text(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}"
+    return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"
 
 
 def _some(*numbers: float, texts: Sequence[str] = ()) -> str:
@@ -112,7 +112,7 @@ ROWS = (
 
 def rows_of(workload: WorkloadFigures) -> Iterator[tuple[str, list[str]]]:
     for row in ROWS:
-        cells = [row.cell(it) if it.complete or it.series.step else EMPTY for it in workload.designs]
+        cells = [row.cell(it) if it.series.step else EMPTY for it in workload.designs]
         if not (row.optional and set(cells) == {EMPTY}):
             yield row.label, cells
 
@@ -121,6 +121,15 @@ def refusals_of(workload: WorkloadFigures) -> list[tuple[int, str, str]]:
     """Number, design and text of each refusal, numbered through the workload."""
     found = [(it.design, f"{r.what}: {r.why}") for it in workload.designs for r in it.refusals]
     return [(number, design, text) for number, (design, text) in enumerate(found, 1)]
+
+
+def notes_of(workload: WorkloadFigures, costs: Sequence[CostFigure]) -> list[str]:
+    """What is to be said besides figures and refusals."""
+    return [
+        *(f"FAILED, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
+        *(f"{design} is in no ranking: {why}" for design, why in workload.unranked.items()),
+        *(change_text(change, costs) for change in workload.changes),
+    ]
 
 
 def change_text(change: RankChange, costs: Sequence[CostFigure]) -> str:

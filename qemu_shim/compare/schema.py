@@ -117,7 +117,6 @@ class Series(Model):
 
 class DesignFigures(Model):
     design: str
-    complete: bool  # it has samples and no invariant broke: it takes part in rankings
     faults: Faults
     latency: dict[str, Latency]  # of `cpu`'s faults, `io`'s, `both`
     pinned: Pinned
@@ -141,13 +140,16 @@ class RankChange(Model):
 
 
 class WorkloadFigures(Model):
-    """`order`: the designs that take part, cheapest first; `changes`: what would change that."""
+    """`order`: the designs that did the same work, cheapest first; `unranked`: the others, and why they are
+    in no ranking; `changes`: what would change the order.
+    """
 
     workload: str
     seed: int
     params: dict[str, int]
     designs: list[DesignFigures]
     order: list[str]
+    unranked: dict[str, str]
     changes: list[RankChange]
 
 

@@ -71,8 +71,9 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _text(x: float, y: float, anchor: str, words: str) -> str:
-    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(words)}</text>'
+def _text(x: float, y: float, anchor: str, words: str, kind: str = "") -> str:
+    kind = f' class="{kind}"' if kind else ""
+    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}"{kind}>{escape(words)}</text>'
 
 
 def _frame(title: str, body: Sequence[str], width: float = WIDTH, height: float = HEIGHT) -> Markup:
@@ -184,7 +185,7 @@ def histogram(
     for place, class_name in enumerate(classes):
         left = LEFT + place * group + 3
         for row, word in enumerate(class_name.split()):
-            body.append(_text(left + group / 2 - 3, FLOOR + 12 + 11 * row, "middle", word))
+            body.append(_text(left + group / 2 - 3, FLOOR + 12 + 11 * row, "middle", word, "class"))
         for number, (name, of) in enumerate(counts.items()):
             if of[place]:
                 height = height_of(of[place]) / top * DOWN

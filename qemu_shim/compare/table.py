@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from qemu_shim.compare.rows import change_text, refusals_of, rows_of
+from qemu_shim.compare.rows import notes_of, refusals_of, rows_of
 from qemu_shim.compare.schema import Comparison, WorkloadFigures
 
 WIDTH = 100
@@ -33,11 +33,8 @@ def _block(workload: WorkloadFigures, comparison: Comparison) -> Iterator[str]:
     yield from _aligned([label for label, _ in rows], heads, [cells for _, cells in rows])
     for number, design, text in refusals:
         yield from _wrapped(f"{_raised(number)} {design} refused: {text}", INDENT)
-    for it in workload.designs:
-        for problem in it.problems:
-            yield from _wrapped(f"FAILED, {it.design}: {problem}", INDENT)
-    for change in workload.changes:
-        yield from _wrapped(change_text(change, comparison.costs), INDENT)
+    for note in notes_of(workload, comparison.costs):
+        yield from _wrapped(note, INDENT)
 
 
 def _raised(number: int) -> str:

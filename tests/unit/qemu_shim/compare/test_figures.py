@@ -102,14 +102,22 @@ def test_what_steps_cost_adds_up_to_the_whole() -> None:
         assert sum(it.time.paid_us.values()) == pytest.approx(it.time.total.us, abs=0.01)
 
 
-def test_a_run_without_samples_and_one_with_problems_are_ranked_nowhere() -> None:
+def test_who_did_not_do_the_same_work_is_ranked_nowhere() -> None:
     nothing = Run("w", "mirror", 1, {}, refusals=[Refusal("the device", "it cannot fault")])
-    broken = made_up("shared", "w")
+    broken = made_up("notifier", "w")
     broken.problems.append("I8: lost")
-    (workload,) = compare([nothing, broken, made_up("pinned", "w")], default_costs(), "-").workloads
-    assert workload.order == ["pinned"]
-    assert [it.design for it in workload.designs] == ["pinned", "mirror", "shared"]
-    assert workload.designs[1].time.first_dma is None
+    less = made_up("managed", "w")
+    del less.samples[-4:]
+    runs = [nothing, broken, less, made_up("pinned", "w"), made_up("shared", "w")]
+    (workload,) = compare(runs, default_costs(), "-").workloads
+    assert workload.order == ["pinned", "shared"]
+    assert workload.unranked == {
+        "mirror": "it did not start",
+        "notifier": "it failed",
+        "managed": "it did 81% of the work",
+    }
+    assert [it.design for it in workload.designs] == list(DESIGNS)
+    assert {turn.overtaken for turn in workload.changes} <= {"pinned", "shared"}
 
 
 def test_a_long_series_is_thinned_and_keeps_its_end() -> None:
