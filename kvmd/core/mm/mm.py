@@ -147,7 +147,11 @@ class Mm(AddressSpace):
         for vma in self.vmas.isolate(start, end):
             vma.protect(prot)
             for entry in self.table.within(vma.start, vma.end):
-                if isinstance(entry, LazyFree) or not isinstance(entry, Pte):
+                if not isinstance(entry, Pte):
+                    continue
+                if isinstance(entry, LazyFree):
+                    kept = entry.writable and vma.writable
+                    self.table.replace(entry, entry.page, entry.pfn, writable=kept)
                     continue
                 writable = vma.writable and (entry.writable or writable_now(vma, entry))
                 made = with_rights(entry, writable=writable)

@@ -234,7 +234,6 @@ def test_a_range_unwatched_while_its_fault_slept_is_einval(rig: Rig) -> None:
     assert errno_of(asked.result) == errno.EINVAL
 
 
-@pytest.mark.defect("B-14")
 def test_a_page_taken_away_each_time_is_ebusy_in_the_end_not_a_livelock(rig: Rig) -> None:
     looked_up = rig.mm.get_user_page
     rig.mirror.unwatch(rig.hva, SIZE)
