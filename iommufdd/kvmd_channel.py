@@ -46,7 +46,7 @@ class KvmdChannel:
         finally:
             door.close()
         sock = socket.socket(fileno=reply.fds.take(0))
-        self._channel = Channel(loop, sock, name, on_close=lambda _: self._on_gone(), **handlers)
+        self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
 
     async def call(self, op: str, body: Body | None = None) -> Reply:
         """ENODEV once kvmd is gone."""
@@ -55,6 +55,9 @@ class KvmdChannel:
             return await self._channel.call(op, body)
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
+
+    def _closed(self, _: Channel) -> None:
+        self._on_gone()
 
     def hang_up(self) -> None:
         if self._channel is not None:

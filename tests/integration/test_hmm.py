@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from protocol.frame_tags import TAG_BYTES
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.machine import Host, connect_host
 from qemu_shim.process import Process
@@ -14,6 +15,7 @@ from tests.integration.mirror import TestMirror, host_memory
 from tests.integration.plain import REQUEST, Plain, frame
 from tests.integration.rig import bare_vm, nothing_left, vm_stats
 from tests.integration.system import System, eventually, system, until
+from tests.integration.test_check_can_fail import WITHOUT_ACK
 from tests.integration.test_hostile_races import asked
 from tests.integration.test_iommufd_uapi import refused
 
@@ -40,6 +42,12 @@ def frames_of(mirror: TestMirror, hpa: int, size: int) -> bytes:
     """What a device reads there, through the window it was lent."""
     base, _, fd = mirror.windows["frames"]
     return os.pread(fd, size, hpa - base)
+
+
+def tag_of(mirror: TestMirror, hpa: int) -> int:
+    """Who owns that frame, by the window of tags."""
+    base, _, fd = mirror.windows["frame_tags"]
+    return int.from_bytes(os.pread(fd, TAG_BYTES, (hpa - base) // PAGE_SIZE * TAG_BYTES), "little")
 
 
 # -- what it is given --------------------------------------------------------------------------------------
@@ -265,20 +273,34 @@ async def test_what_dies_is_told_to_nobody_and_the_process_exits_when_the_lease_
     mirror.close()
 
 
-# -- long work, and peers that are in a hurry --------------------------------------------------------------
+# -- the check can fail ------------------------------------------------------------------------------------
 
 
-async def test_a_long_pin_lets_others_be_answered(host: Host) -> None:
-    async with mirrored(host) as (process, mirror, _), asked() as requests:
-        large = await process.mmap(8 * 1024 * MIB)
-        for n in range(8):
-            requests.begin(f"pin {n}", mirror.pin(large + n * 4 * MIB, 4 * MIB, area=n))
-        counts = [(await host_memory(host))["pinned_pages"]]
-        while len(requests.ended) < 8:
-            counts.append((await host_memory(host))["pinned_pages"])
-        assert any(0 < count < 8 * 1024 for count in counts), "all of it in one turn"
-        await mirror.unpin(large, 8 * 4 * MIB, area=3)
-        assert (await host_memory(host))["pinned_pages"] == 7 * 1024
+async def moved_without_ack(host: Host, mirror: TestMirror, process: Process, hva: int) -> bool:
+    """Whether the host gave the frame up though the mirror, which uses it, has not acked (I6)."""
+    await process.write(hva, b"held")
+    ((_, hpa, _, _),) = (await mirror.fault(hva))["pages"]
+    tag = tag_of(mirror, hpa)
+    async with asked() as requests:
+        requests.begin("move", process.move_pages(hva, PAGE_SIZE))
+        await mirror.wait_told()
+        await host.kvmd.stats()
+        stale = tag_of(mirror, hpa) != tag
+        mirror.ack_all()
+        await requests.end("move")
+    return stale
+
+
+async def test_frame_tags_show_a_stale_access_if_acks_are_not_awaited_and_else_none(host: Host) -> None:
+    async with mirrored(host, ack=False) as (process, mirror, hva):
+        assert not await moved_without_ack(host, mirror, process, hva)
+    with system(kvmd=WITHOUT_ACK) as broken:
+        async with connect_host(broken.directory) as host, mirrored(host, ack=False) as made:
+            process, mirror, hva = made
+            assert await moved_without_ack(host, mirror, process, hva)
+
+
+# -- peers that are in a hurry -----------------------------------------------------------------------------
 
 
 def test_a_peer_that_hangs_up_in_the_middle_of_everything_leaves_nothing(shared_system: System) -> None:

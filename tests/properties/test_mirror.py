@@ -1,97 +1,108 @@
-"""Any schedule of faults, notes, invalidations, maps and pins keeps iommufdd's mirror right; a planted bug
-breaks it.
-"""
+"""No schedule of changes, faults, acks and sleeps gives a mirror an answer that is stale; planted bugs do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from random import Random
-from typing import Any
+from bisect import bisect_left
+from collections import Counter
 
 import pytest
 
-from iommufdd.core.hmm import Lookup
-from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.io_pagetable import Change
-from protocol.hw.qi import ResponseCode
-from tests.properties.mirror_machine import MirrorMachine
+from kvmd.core.mm.hmm import Mirror
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import HostPage, Page
+from protocol.units import Hva, size_of_level
+from tests.properties.mirrored import play
 
-STEPS = 200
-WEIGHTS: dict[Callable[[MirrorMachine], None], int] = {
-    MirrorMachine.arrive: 40,
-    MirrorMachine.device_reads: 20,
-    MirrorMachine.fault: 14,
-    MirrorMachine.cpu_touches: 8,
-    MirrorMachine.host_gives_up: 8,
-    MirrorMachine.host_collapses: 4,
-    MirrorMachine.pin: 2,
-    MirrorMachine.remap: 1,
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_a_mirror_was_answered_is_what_the_process_has_until_it_acks(seed: int) -> None:
+    play(seed)
+
+
+def plays(count: int) -> Counter[str]:
+    return sum((play(seed) for seed in range(count)), Counter[str]())
+
+
+def test_the_schedules_do_everything_often() -> None:
+    done = plays(6)
+    host = {"migrate", "swap_out", "merge", "numa_hint", "collapse", "split"}
+    own = {"write", "read", "dontneed", "free", "mprotect", "mmap", "fork"}
+    for what in host | own | {"fault", "look", "pin", "unpin"}:
+        assert done[what] > 5, f"{what}: {done}"
+
+
+# -- planted bugs ------------------------------------------------------------------------------------------
+
+
+async def told_only(self: Mirror, start: Hva, end: Hva) -> None:
+    flow = start_told(self, start, end)
+    while True:
+        try:
+            flow.send(None)
+        except StopIteration:
+            return
+        flow.close()
+        return
+
+
+async def forgotten_unless_watched(self: Mirror, start: Hva, end: Hva) -> None:
+    await start_told(self, start, end)
+    if not self._watched[self._first(start) : self._first_from(end)]:
+        self._changing[-1] = Hva(0), Hva(0)
+
+
+def end_of_all(self: Mirror, start: Hva, end: Hva) -> None:
+    end_told(self, *((start, end) if (start, end) in self._changing else (Hva(0), Hva(0))))
+
+
+def last_range_forgotten(self: Mirror, end: Hva) -> int:
+    return max(bisect_left(self._watched, (end, end)) - 1, 0)
+
+
+found_then: dict[Mirror, list[HostPage]] = {}
+
+
+async def faulted_and_kept(self: Mirror, start: Hva, end: Hva, *, write: bool, tally: object) -> None:
+    pages = found_then[self] = []
+    while start < end:
+        pages.append(await self.mm.get_user_page(start, write=write))
+        start = Hva(pages[-1].hva + size_of_level(pages[-1].level))
+
+
+def answered_from_then(self: Mirror, start: Hva, end: Hva, *, write: bool) -> tuple[list[HostPage], Hva]:
+    return found_then[self], end
+
+
+def uncounted(self: Mm, page: Page, npages: int = 1) -> None:
+    self.pinned_pages += npages
+
+
+def unpinned(self: Mm, page: Page, npages: int = 1) -> None:
+    self.pinned_pages -= npages
+    self.memory.put(page)
+
+
+start_told, end_told = Mirror.invalidate_range_start, Mirror.invalidate_range_end
+Patches = dict[tuple[object, str], object]
+PLANTED: dict[str, Patches] = {
+    "acks are not awaited": {(Mirror, "invalidate_range_start"): told_only},
+    "a range in change is answered": {(Mirror, "_is_changing"): lambda *_: False},
+    "a change is forgotten if it was not watched when it began": {
+        (Mirror, "invalidate_range_start"): forgotten_unless_watched,
+        (Mirror, "invalidate_range_end"): end_of_all,
+    },
+    "the last watched range of a change is not told": {(Mirror, "_first_from"): last_range_forgotten},
+    "what was found is answered though it has changed": {
+        (Mirror, "_fault_in"): faulted_and_kept,
+        (Mirror, "_serving"): answered_from_then,
+    },
+    "a pin does not count": {(Mm, "pin"): uncounted, (Mm, "unpin"): unpinned},
 }
 
 
-def play(seed: int) -> MirrorMachine:
-    machine, random = MirrorMachine(seed), Random(seed)
-    for step in random.choices(list(WEIGHTS), list(WEIGHTS.values()), k=STEPS):
-        step(machine)
-        machine.check()
-    machine.let_all_arrive()
-    return machine
-
-
-def play_all(seeds: int) -> None:
-    for seed in range(seeds):
-        play(seed)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_schedule_breaks_the_mirror(seed: int) -> None:
-    machine = play(seed)
-    for wait in machine.running:
-        wait.result()  # it came to its end, and without a bug
-    assert machine.flows.waiting == 0
-    assert (machine.counts.notes_pending, machine.counts.pinned_pages) == (0, 0)
-    assert machine.hwpt.acked == machine.hwpt.invalidations
-    assert not machine.codes[ResponseCode.FAILURE]
-
-
-def test_the_schedules_reach_what_they_are_about() -> None:
-    counts = [play(seed).counts for seed in range(8)]
-    for name in ("io_fault_retries", "io_faults_spurious", "notes_mapped", "splits"):
-        assert sum(getattr(one, name) for one in counts), name
-
-
-def never_stale(*_: Any) -> bool:
-    return False
-
-
-async def ack_first(self: HwptPaging, changes: Sequence[Change]) -> None:
-    """Acks without waiting for the units; the flush goes on behind it."""
-    machine = next(iter(self.attached.values()))
-    assert isinstance(machine, MirrorMachine)
-    machine.flows.spawn(self.flush(changes))
-
-
-async def ack_own_only(self: HwptPaging, changes: Sequence[Change]) -> None:
-    """Whoever finds nothing left acks, though another's flush is under way."""
-    await self.flush(changes)
-
-
-async def forget_nothing(self: Hwpt, start: int, size: int) -> None:
-    """Tables that were cut off are free at once, and the units know nothing of it."""
-
-
-BUGS: dict[str, tuple[type, str, Any]] = {
-    "no sequence check": (Lookup, "stale", never_stale),
-    "ack before flush": (HwptPaging, "give_up", ack_first),
-    "ack before the flush of another": (HwptPaging, "give_up", ack_own_only),
-    "no flush": (Hwpt, "forget", forget_nothing),
-}
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    owner, name, planted = BUGS[bug]
-    monkeypatch.setattr(owner, name, planted)
-    with pytest.raises(AssertionError, match=r"I6|R1"):
-        play_all(60)
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for (owner, name), what in PLANTED[bug].items():
+        monkeypatch.setattr(owner, name, what)
+    with pytest.raises(AssertionError, match=r"I[56]"):
+        plays(12)
