@@ -84,7 +84,8 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _time(workload: WorkloadFigures, it: DesignFigures) -> str:
     text = us_text(it.time.total.us)
     best = f"**{text}**" if workload.order[:1] == [it.design] else text
-    return f"{best} ({us_text(it.time.total.low_us)} to {us_text(it.time.total.high_us)})"
+    low, high = us_text(it.time.total.low_us), us_text(it.time.total.high_us)
+    return best if low == high else f"{best} ({low} to {high})"
 
 
 def _faults(_: WorkloadFigures, it: DesignFigures) -> str:
