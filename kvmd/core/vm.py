@@ -57,6 +57,14 @@ class VmType(IntEnum):
     SW_PROTECTED = 1
 
 
+async def create_vm(host: Host, mm: Mm, kind: VmType) -> Kvm:
+    """A VM of `mm`, whose memory is in the middle of no change when the VM begins to be told of changes
+    [mm mmu_notifier.c].
+    """
+    async with mm.mmap_lock:
+        return Kvm(host, mm, kind=kind)
+
+
 class Kvm:
     """`seq_start`: see `HostChanges`."""
 

@@ -14,7 +14,7 @@ from kvmd.core.capability import check_extension
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
-from kvmd.core.vm import Kvm, VmType
+from kvmd.core.vm import VmType, create_vm
 from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
 from kvmd.service.hmm import open_mirror
 from kvmd.service.inspect import INSPECT
@@ -51,11 +51,11 @@ def _get_api_version(app: App, message: uapi.KvmGetApiVersion, fds: Fds) -> Body
     return {"ret": names.KVM_API_VERSION}
 
 
-def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
+async def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
     if message.type not in set(VmType):
         raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: {[int(kind) for kind in VmType]}")
     held = app.files.find(fds.peek(0), MmFile)
-    owner = VmFile(app, Kvm(app.host, held.mm, kind=VmType(message.type)))
+    owner = VmFile(app, await create_vm(app.host, held.mm, VmType(message.type)))
     app.vms.append(owner.vm)
     fd, _, _ = app.files.open(VM, owner, app.put_vm)
     return Answer({}, [fd])

@@ -13,7 +13,7 @@ from kvmd.core.mm import mm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.vm import Kvm
+from kvmd.core.vm import Kvm, VmType, create_vm
 from kvmd.core.zap import Zapper
 from protocol.flow import Wait
 from tests.unit.kvmd.world import SlowImporter, World
@@ -204,3 +204,17 @@ def test_obsolete_roots_go_in_turns_and_their_pages_only_after_the_flush(
     assert world.run(cpu.run([("w", 0x10_0000, b"y")], smm=True)).done
     assert old not in world.vm.mmu.roots
     assert rig.wrong() == []
+
+
+def test_a_vm_made_in_the_middle_of_an_unmap_begins_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its notifier would not be told: it could map a page that is cleared in the next turn."""
+    rig = Rig(monkeypatch)
+    unmapped = rig.world.start(rig.munmap())
+    while not rig.turns:
+        rig.go_on()
+    made = rig.world.start(create_vm(rig.world.host, rig.world.mm, VmType.DEFAULT))
+    assert not made.done
+    while not unmapped.done:
+        rig.go_on()
+    late = made.result()
+    assert late.host_changes in rig.world.mm.notifiers
