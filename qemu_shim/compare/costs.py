@@ -107,6 +107,7 @@ TERMS = (
     Term(Payer.HOST, "iotlb_invalidations", _of("iotlb_invalidation")),
     Term(Payer.HOST, "devtlb_invalidations", _of("devtlb_invalidation")),
     Term(Payer.HOST, "messages", _of("message")),
+    Term(Payer.HOST, "pages_reported", _of("migrated_page")),
     Term(Payer.WORK, "cpu_bytes", _of("cpu_gib")),
     Term(Payer.WORK, "dma_bytes", _of("dma_gib")),
     Term(Payer.WORK, "descriptors", _of("descriptor")),

@@ -12,7 +12,7 @@ from pathlib import Path
 from qemu_shim.compare.figures import DESIGNS
 from qemu_shim.compare.report import render
 from qemu_shim.compare.rows import bytes_text, change_text, number_text, refusals_of, us_text
-from qemu_shim.compare.schema import Comparison, DesignFigures, WorkloadFigures
+from qemu_shim.compare.schema import Comparison, DesignFigures, Work, WorkloadFigures
 from qemu_shim.compare.sensitivity import SWEPT
 
 NAME = "comparison"
@@ -102,6 +102,22 @@ def _told(_: WorkloadFigures, it: DesignFigures) -> str:
     return f"{number_text(descriptors)} / {number_text(it.told.qi_messages)}"
 
 
+def _dirty(comparison: Comparison) -> str:
+    names = _designs(comparison)
+    rows = []
+    for workload in comparison.workloads:
+        of = {it.design: it.work for it in workload.designs if it.work.pages_written}
+        if of:
+            cells = [_dirty_text(of[name]) if name in of else "-" for name in names]
+            rows.append([f"`{workload.workload}`", *cells])
+    return _markdown(["workload", *names], rows)
+
+
+def _dirty_text(work: Work) -> str:
+    text = f"{number_text(work.pages_written)} / {number_text(work.pages_reported)}"
+    return f"{text}, **{number_text(work.pages_missed)} missed**" if work.pages_missed else text
+
+
 def _first_dma(_: WorkloadFigures, it: DesignFigures) -> str:
     return us_text(it.time.first_dma.us) if it.time.first_dma else "-"
 
@@ -141,6 +157,7 @@ FIGURES: Mapping[str, Callable[[Comparison], str]] = {
     "first-dma": _by_design(_first_dma),
     "memory": _by_design(_memory),
     "told": _by_design(_told),
+    "dirty": _dirty,
     "changes": _changes,
     "refusals": _refusals,
     "unranked": _unranked,

@@ -42,6 +42,7 @@ PRICES = {
     "iotlb_invalidation": {"iotlb_invalidations"},
     "devtlb_invalidation": {"devtlb_invalidations"},
     "message": {"messages"},
+    "migrated_page": {"pages_reported"},
     "cpu_gib": {"cpu_bytes"},
     "dma_gib": {"dma_bytes"},
     "descriptor": {"descriptors"},
