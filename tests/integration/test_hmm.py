@@ -96,6 +96,7 @@ async def test_what_is_read_back_from_swap_is_counted_where_it_happened(host: Ho
         grown = {name: after[name] - before[name] for name in after}
         assert grown == {
             "pinned_pages": 1,
+            "pages_pinned": 1,
             "pages_allocated": 4 + 3,
             "swap_outs": 4,
             "swap_ins": 3,
