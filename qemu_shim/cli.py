@@ -13,7 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -30,6 +30,9 @@ from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.supervisor import DaemonFailed, supervised
 
+if TYPE_CHECKING:
+    from qemu_shim.workloads.workload import Workload
+
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_optimised()
     options = _parse(argv)
     if options.command == "list":
-        return _list(as_json=options.json)
+        return (_list_workloads if options.workloads else _list)(as_json=options.json)
     if options.command == "campaign":
         from qemu_shim.campaign.main import campaign  # the other commands need none of it
 
@@ -66,6 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the scenarios and what each is about")
+    listing.add_argument("--workloads", action="store_true", help="those of compare and campaign instead")
     listing.add_argument("--json", action="store_true")
     run = commands.add_parser("run", help="run a scenario")
     _add_run_options(run)
@@ -153,20 +157,17 @@ def _bounded(low: int, high: int) -> Any:
 
 def _list(*, as_json: bool) -> int:
     if as_json:
-        print(
-            json.dumps(
-                [
-                    {
-                        "name": s.name,
-                        "summary": s.summary,
-                        "tags": s.tags,
-                        "params": {n: p.default for n, p in s.params.items()},
-                        "designs": s.designs,
-                    }
-                    for s in SCENARIOS.values()
-                ]
-            )
-        )
+        listed = [
+            {
+                "name": s.name,
+                "summary": s.summary,
+                "tags": s.tags,
+                "params": _defaults(s),
+                "designs": s.designs,
+            }
+            for s in SCENARIOS.values()
+        ]
+        print(json.dumps(listed))
         return 0
     for scenario in SCENARIOS.values():
         print(f"{scenario.name:<10} {scenario.summary}")
@@ -174,6 +175,24 @@ def _list(*, as_json: bool) -> int:
         if len(scenario.designs) > 1:
             print(f"{'':<10} designs: {', '.join(scenario.designs)}")
     return 0
+
+
+def _list_workloads(*, as_json: bool) -> int:
+    from qemu_shim.workloads.library import WORKLOADS  # no other command needs them before it runs
+
+    if as_json:
+        listed = [{"name": w.name, "summary": w.summary, "params": _defaults(w)} for w in WORKLOADS.values()]
+        print(json.dumps(listed))
+        return 0
+    for workload in WORKLOADS.values():
+        print(f"{workload.name:<17} {workload.summary}")
+        for name, param in workload.params.items():
+            print(f"  {name:<15} {param.help} ({param.default}, {param.low}..{param.high})")
+    return 0
+
+
+def _defaults(played: Scenario | Workload) -> dict[str, int]:
+    return {name: param.default for name, param in played.params.items()}
 
 
 async def _run(

@@ -9,6 +9,7 @@ import pytest
 from qemu_shim import cli
 from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.workloads.library import WORKLOADS
 from tests.tidy.source import ROOT
 
 
@@ -61,6 +62,20 @@ def test_list_for_people_names_every_scenario_and_option(capsys: pytest.CaptureF
         assert scenario.name in text
         assert scenario.summary in text
         assert all(name in text for name in scenario.params)
+
+
+def test_list_workloads_says_what_each_parameter_is_and_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--workloads"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["list", "--workloads", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert listed.keys() == WORKLOADS.keys()
+    for workload in WORKLOADS.values():
+        assert workload.summary in text
+        for name, param in workload.params.items():
+            assert f"{param.help} ({param.default}, {param.low}..{param.high})" in text
+            assert listed[workload.name]["params"][name] == param.default
+            assert param.low <= param.default <= param.high
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
