@@ -26,7 +26,7 @@ demo: venv ## start the four daemons and run one DMA test through the shared tab
 	$(BIN)/qemu-shim run dmatest
 
 test: venv-dev ## the whole test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 rfc: venv-dev ## every behaviour and defect of the series, its tests, and how they ended
 	@$(BIN)/python -m tests.rfc

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -24,6 +23,7 @@ from qemu_shim.compare.options import add_compare
 from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.inspect import as_text, demo, inspect
+from qemu_shim.interrupt import interruptible
 from qemu_shim.machine import Host, connect_host
 from qemu_shim.measure import Report, render
 from qemu_shim.scenarios.library import SCENARIOS
@@ -240,18 +240,8 @@ async def _with_host(
     """Do `work` on the daemons that run, or on some of our own, started with `daemon_options`.  False if a
     signal ended it.
     """
-    interrupted = False
-    async with trio.open_nursery() as nursery:
 
-        async def watch(task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-            nonlocal interrupted
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                task_status.started()
-                async for _ in signals:
-                    interrupted = True
-                    nursery.cancel_scope.cancel()
-
-        await nursery.start(watch)
+    async def with_host() -> None:
         try:
             async with AsyncExitStack() as stack:
                 directory = options.attach
@@ -262,9 +252,9 @@ async def _with_host(
                     directory = supervisor.directory
                 await work(await stack.enter_async_context(connect_host(directory)))
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
-            problems += [str(error) for error in leaves(group)]
-        nursery.cancel_scope.cancel()
-    return not interrupted
+            problems.extend(str(error) for error in leaves(group))
+
+    return await interruptible(with_host)
 
 
 def _show(report: Report, *, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Awaitable, Callable, Iterable
 
 import trio
@@ -11,6 +10,7 @@ from protocol.errors import leaves
 from qemu_shim.campaign.point import Point, point_of
 from qemu_shim.campaign.pool import all_cores, run_in_processes
 from qemu_shim.compare.run import Run
+from qemu_shim.interrupt import interruptible
 
 
 class Interrupted(Exception):
@@ -38,25 +38,8 @@ def run_points(
 def until_interrupted(work: Callable[[], Awaitable[None]]) -> None:
     """Run `work`, and cancel it at a signal: Interrupted.  What it raises comes without its groups."""
     try:
-        trio.run(_watched, work)
+        finished = trio.run(interruptible, work)
     except BaseExceptionGroup as group:
         raise leaves(group)[0] from None
-
-
-async def _watched(work: Callable[[], Awaitable[None]]) -> None:
-    """More signals, while `work` stops what it has running, change nothing."""
-    async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-
-        async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                task_status.started()
-                async for _ in signals:
-                    scope.cancel()
-
-        await nursery.start(watch)
-        with scope:
-            await work()
-        nursery.cancel_scope.cancel()
-    if scope.cancelled_caught:
+    if not finished:
         raise Interrupted

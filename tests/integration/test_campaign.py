@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def kill_a_busy_worker(scratch: Scratch) -> None:
     os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
 
 
+@contextmanager
+def frozen(scratch: Scratch) -> Iterator[None]:
+    """Every process of the run stands still."""
+    pids = scratch.processes()
+
+    def tell(number: signal.Signals) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    tell(signal.SIGSTOP)
+    yield
+    tell(signal.SIGCONT)
+
+
 def begin(scratch: Scratch, out: Path, *more: str) -> subprocess.Popen[str]:
     """A campaign that has finished one point and runs others."""
     process = scratch.start("campaign", *PLAN, "--out", str(out), "--jobs", "2", *more)
@@ -116,9 +132,10 @@ def test_an_interrupt_leaves_no_daemon_and_a_store_that_goes_on(
     scratch: Scratch, reference: list[Run], tmp_path: Path
 ) -> None:
     process = begin(scratch, tmp_path)
-    second = scratch.run("campaign", "--out", str(tmp_path))
+    with frozen(scratch):  # or it could be over before the second has begun
+        second = scratch.run("campaign", "--out", str(tmp_path))
+        os.killpg(process.pid, signal.SIGINT)
     assert (second[0], "another campaign is at work" in second[2]) == (2, True)
-    os.killpg(process.pid, signal.SIGINT)
     status, _, err = end(process)
     scratch.check_nothing_left()
     assert status == 130, err
