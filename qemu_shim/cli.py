@@ -1,13 +1,14 @@
 """`qemu-shim`: bring a system up, run a scenario on it, say what it cost; or look into a running one.
 
 Exit status: 0 the scenario held and every process ended cleanly; 1 it did not; 2 the command was wrong;
-130 interrupted.  Whatever happens, nothing is left behind.
+130 interrupted; 141 nobody reads what it says.  Whatever happens, nothing is left behind.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -35,11 +36,22 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # as the shell calls SIGPIPE
 
 
 def main(argv: list[str] | None = None) -> int:
     refuse_optimised()
     options = _parse(argv)
+    try:
+        status = _do(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NO_READER
+    return status
+
+
+def _do(options: argparse.Namespace) -> int:
     if options.command == "list":
         return (_list_workloads if options.workloads else _list)(as_json=options.json)
     if options.command == "campaign":

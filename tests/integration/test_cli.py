@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.integration.scratch import Scratch, scratched
 from tests.integration.system import BIN, System, short_directory, system, until
 from tests.oracle.dump import Dump
 
+COMPARISON = Path(__file__).parents[2] / "docs" / "results" / "comparison.json"
 LONG_RUN = ["run", "unmap", "--rounds", "100000"]
 RUNS = {
     "dmatest": "dmatest: dma0chan0-copy0: summary 5 tests, 0 failures",
@@ -78,6 +80,21 @@ def test_list_names_every_scenario(scratch: Scratch) -> None:
     status, out, err = scratch.run("list", "--json")
     assert (status, err) == (0, "")
     assert [scenario["name"] for scenario in json.loads(out)] == list(SCENARIOS)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """More than a pipe holds, and the reader gone."""
+    process = subprocess.Popen(
+        [BIN / "qemu-shim", "compare", "--from", str(COMPARISON)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(
