@@ -1,4 +1,5 @@
-"""`qemu-shim`: bring a system up, run a scenario on it, say what it cost; or look into a running one.
+"""`qemu-shim`: bring a system up, run a scenario on it, say what it cost; look into a running one; or hand
+over to the comparison of designs and to campaigns.
 
 Exit status: 0 the scenario held and every process ended cleanly; 1 it did not; 2 the command was wrong;
 130 interrupted; 141 nobody reads what it says.  Whatever happens, nothing is left behind.

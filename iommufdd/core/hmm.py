@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+MAX_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
+
 
 class HostPage(NamedTuple):
     """One page of the host, with its own size."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import Found, HostPage, Lookup
+from iommufdd.core.hmm import MAX_TRIES, Found, HostPage, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import Change, IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
@@ -27,9 +27,6 @@ from protocol.units import LEVEL_4K, PAGE_SIZE, align_down, size_of_level
 
 if TYPE_CHECKING:
     from iommufdd.core.ioas_on_demand import IoasOnDemand
-
-
-MAX_TRIES = 64  # each further one: the host took the page away meanwhile
 
 
 class HwptMirror(HwptPaging):

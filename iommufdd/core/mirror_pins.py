@@ -13,15 +13,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from iommufdd.core.area import Area, Span, without
-from iommufdd.core.hmm import HostPage, Lookup
+from iommufdd.core.hmm import MAX_TRIES, HostPage, Lookup
 from iommufdd.core.io_pagetable import Change
 from protocol.errors import UapiError
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from iommufdd.core.hwpt_mirror import HwptMirror
-
-MAX_TRIES = 64  # each further one: the host took the page away meanwhile
 
 
 class Pin(NamedTuple):

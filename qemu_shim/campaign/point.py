@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qemu_shim.compare.run import Refusal, Run, Sample
+from qemu_shim.compare.run import SEED_MAX, Refusal, Run, Sample
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
-
-MAX_SEED = 1 << 63  # as `compare`; chance knows no sign: -1 would be 1 again
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +31,8 @@ class Point:
         for what, name, known in (("workload", workload, WORKLOADS), ("design", design, DESIGNS)):
             if name not in known:
                 raise LookupError(f"there is no {what} {name!r}, only {', '.join(known)}")
-        if not 0 <= seed < MAX_SEED:
-            raise ValueError(f"seed {seed} is not in 0..{MAX_SEED - 1}")
+        if not 0 <= seed <= SEED_MAX:
+            raise ValueError(f"seed {seed} is not in 0..{SEED_MAX}")
         complete = WORKLOADS[workload].with_defaults(params or {})
         return cls(workload, design, seed, tuple(sorted(complete.items())))
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qemu_shim.compare.run import SEED_MAX
+
 JOBS_MAX = 256
-SEED_MAX = (1 << 63) - 1
 
 
 def add_compare(commands: Any, bounded: Any) -> None:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+SEED_MAX = (1 << 63) - 1  # from 0: chance knows no sign, -1 would be 1 again
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

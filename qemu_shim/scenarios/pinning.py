@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from protocol.hw.dsa import CompletionRecord
+from protocol.uapi import names
 from protocol.units import MIB, PAGE_SHIFT, PAGE_SIZE
 from qemu_shim.guest.dmatest import Result
 from qemu_shim.guest.idxd import IdxdWorkQueue
@@ -23,7 +24,6 @@ from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 
 NOTE = "RFC 00/42: About device which partially supports IOPF"
-LOG_DIRTY_PAGES = 1
 HOTPLUGGED, HOTPLUGGED_GPA = 7, 0x1_8000_0000
 
 
@@ -85,7 +85,8 @@ async def _leg(guest: Machine, queue: IdxdWorkQueue, params: Params) -> tuple[li
     bitmap = await guest.process.mmap(max(ram.size >> PAGE_SHIFT + 3, PAGE_SIZE))
     churned = _Churned(guest, queue, bitmap)
     await queue.enable()
-    await guest.vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva, LOG_DIRTY_PAGES)
+    flags = names.KVM_MEM_LOG_DIRTY_PAGES
+    await guest.vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva, flags)
     results = await run_threads(guest, [churned], dmatest_params(params))
     await guest.vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva)
     await queue.disable()

@@ -48,10 +48,11 @@ class Recorder:
         return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw) | tables(raw))
 
     async def problems(self) -> list[str]:
-        """The invariants that do not hold."""
+        """The invariants that do not hold, of any machine."""
         report = Report("")
-        await check_system(self._host, report, await snapshot(self._host, self.machines[-1]))
-        return report.problems
+        for machine in self.machines:
+            await check_system(self._host, report, await snapshot(self._host, machine))
+        return list(dict.fromkeys(report.problems))
 
     async def _settled(self, under_way: Mapping[str, tuple[str, ...]], before: Raw) -> Raw:
         left: dict[str, int] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from iommufdd.core.hmm import Lookup
+from iommufdd.core.hmm import MAX_TRIES, Found, Lookup
 from iommufdd.core.hwpt_mirror import HwptMirror
 from protocol.errors import EHWPOISON
 from protocol.units import LEVEL_2M, LEVEL_4K
@@ -70,6 +70,25 @@ def test_a_fault_maps_as_many_pages_as_it_may_and_none_beyond_the_area() -> None
     assert (space.fault(5 * K4), space.fault(RAM - 3 * K4), space.fault(12 * K4)) == (SUCCESS,) * 3
     assert [leaf[0] // K4 for leaf in space.leaves] == [*range(5, 13), *range(RAM // K4 - 3, RAM // K4)]
     assert (space.counts.io_faults_spurious, space.asked()) == (1, ["fault", "fault"])
+
+
+@pytest.mark.parametrize(("overtaken", "code"), [(MAX_TRIES - 1, SUCCESS), (MAX_TRIES, FAILURE)])
+def test_a_fault_that_the_host_overtakes_every_time_ends(
+    monkeypatch: pytest.MonkeyPatch, overtaken: int, code: int
+) -> None:
+    space = Mirrored()
+    look = space.host.range_fault
+    times = iter(range(overtaken))
+
+    async def overtook(hva: int, size: int, *, write: bool, fault: bool) -> Found:
+        found = await look(hva, size, write=write, fault=fault)
+        if next(times, None) is not None:
+            space.hwpt_.ioas.lookups.invalidate(hva, hva + size)
+        return found
+
+    monkeypatch.setattr(space.host, "range_fault", overtook)
+    assert (space.fault(0), len(space.leaves)) == (code, code == SUCCESS)
+    assert space.counts.io_fault_retries == overtaken
 
 
 def test_a_page_is_had_although_those_behind_it_cannot_be() -> None:

@@ -116,3 +116,14 @@ def test_a_size_it_cannot_have_is_refused(size: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         parse([*PATHS, "--table-bytes", size])
     assert "--table-bytes" in capsys.readouterr().err
+
+
+def test_an_io_page_fault_maps_one_page_or_as_many_as_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [parse(PATHS)[1].premap_pages, parse([*PATHS, "--premap-pages", "512"])[1].premap_pages] == [
+        1,
+        512,
+    ]
+    for pages in ("0", "513", "-1", "many"):
+        with pytest.raises(SystemExit):
+            parse([*PATHS, f"--premap-pages={pages}"])
+        assert "--premap-pages" in capsys.readouterr().err

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from qemu_shim.compare import run as contract
 from qemu_shim.scenarios.scenario import Param
+from qemu_shim.workloads import recorder
 from qemu_shim.workloads.context import Context
 from qemu_shim.workloads.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
 from qemu_shim.workloads.library import WORKLOADS
@@ -76,3 +79,20 @@ def test_every_workload_has_defaults_within_its_bounds() -> None:
     for name, workload in WORKLOADS.items():
         assert workload.name == name
         assert list(workload.with_defaults({})) == list(workload.params)
+
+
+async def test_the_invariants_are_looked_at_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two of them, a stale access of the first one's device is a problem as well."""
+
+    async def violations() -> list[str]:
+        return ["I11: a leaf"]
+
+    async def looked(_: object, machine: str) -> SimpleNamespace:
+        return SimpleNamespace(device={"stale_notes": [f"I6: {machine}"]}, iommu={"partial_held": 0})
+
+    monkeypatch.setattr(recorder, "snapshot", looked)
+    host: Any = SimpleNamespace(kvmd=SimpleNamespace(violations=violations))
+    of_two = recorder.Recorder(host)
+    machines: Any = ["first", "second"]
+    of_two.machines += machines
+    assert await of_two.problems() == ["I11: a leaf", "I6: first", "I6: second"]
