@@ -321,9 +321,17 @@ class Mm(AddressSpace):
 
     async def _bytes_at(self, hva: Hva, size: int, *, write: bool, user: bool) -> memoryview:
         """Up to `size` bytes, as far as the page goes; nothing may await before they are used."""
+        while (found := self.bytes_now(hva, size, write=write)) is None:
+            await self.fault_in(hva, write=write, user=user)
+        return found
+
+    def bytes_now(self, hva: Hva, size: int, *, write: bool) -> memoryview | None:
+        """The same without a fault.  None: the entry does not serve; `fault_in` may sleep, so whoever awaits
+        it looks at everything again.
+        """
         entry = self.table.find(hva)
         if type(entry) is not Pte or (write and not entry.writable):
-            entry = await self.fault_in(hva, write=write, user=user)
+            return None
         offset = hva - entry.hva
         count = min(size, size_of_level(entry.level) - offset)
         at = self.memory.frames.offset_of(entry.pfn) + offset

@@ -278,3 +278,21 @@ def test_the_frames_of_a_process_carry_its_number(world: World) -> None:
     assert tags.read(world.run(world.mm.fault_in(mine, write=True)).pfn) & 0xFFFF == world.mm.id
     assert tags.read(world.run(other.fault_in(theirs, write=True)).pfn) & 0xFFFF == other.id
     assert world.mm.id != other.id
+
+
+# -- an access that must not sleep ---------------------------------------------------------------------
+
+
+def test_bytes_now_shows_what_is_there_and_makes_nothing(world: World) -> None:
+    mm, hva = world.mm, world.map(2)
+    assert mm.bytes_now(hva, 8, write=False) is None, "nobody touched it"
+    world.run(mm.read(hva, 1))
+    zeroes = mm.bytes_now(Hva(hva + 4090), 64, write=False)
+    assert zeroes is not None
+    assert bytes(zeroes) == bytes(6), "as far as the page goes"
+    assert mm.bytes_now(hva, 8, write=True) is None, "the zero page is nobody's to write"
+    world.run(mm.write(hva, b"page"))
+    there = mm.bytes_now(hva, 4, write=True)
+    assert there is not None
+    there[:] = b"PAGE"
+    assert world.run(mm.read(hva, 4)) == b"PAGE"
