@@ -39,25 +39,34 @@ class GuestRam:
 
     async def load(self, gpa: Gpa, size: int) -> bytes | None:
         """Bytes within one page.  None: not RAM."""
-        slot = await self._slot(gpa)
-        if slot is None:
-            return None
-        try:
-            return await self._vm.mm.read(_hva(slot, gpa), size, user=False)
-        except UapiError:
-            return None
+        found = await self._reach(gpa, size, write=False)
+        return None if found is None else bytes(found[1])
 
     async def store(self, gpa: Gpa, data: bytes) -> bool:
         """Bytes within one page.  False: not RAM, or not to be written."""
-        slot = await self._slot(gpa)
-        if slot is None or slot.readonly:
+        found = await self._reach(gpa, len(data), write=True)
+        if found is None:
             return False
-        try:
-            await self._vm.mm.write(_hva(slot, gpa), data, user=False)
-        except UapiError:
-            return False
+        slot, there = found
+        there[:] = data
         self._vm.mark_page_dirty(slot, gfn_of(gpa), self._vcpu)
         return True
+
+    async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:
+        """The slot and the bytes as they are now; nothing may await before they are used.  None: not RAM, or
+        not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0014).
+        """
+        mm = self._vm.mm
+        while (slot := await self._slot(gpa)) is not None and not (write and slot.readonly):
+            there = mm.bytes_now(_hva(slot, gpa), size, write=write)
+            if there is not None:
+                return slot, there
+            try:
+                await mm.fault_in(_hva(slot, gpa), write=write)
+            except UapiError:
+                if await self._slot(gpa) is slot:
+                    return None
+        return None
 
     async def _slot(self, gpa: Gpa) -> Memslot | None:
         """What the CPU's walk cannot reach, because the root has too few levels, is not RAM here either."""

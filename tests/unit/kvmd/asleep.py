@@ -1,0 +1,91 @@
+"""A guest whose memory is under a userfaultfd: every first touch of a page sleeps until the test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from kvmd.core.exits import Mmio
+from kvmd.core.host import CpuFeatures
+from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.vcpu import RunResult
+from kvmd.core.vm import Kvm
+from protocol.flow import Wait
+from protocol.kvm_run import ExitReason
+from protocol.units import Gpa, Hva
+from tests.unit.kvmd.world import RW, SlowImporter, World
+
+PAGE, PAGES, GFN, ELSEWHERE = 4096, 16, 0x100, 0x900
+GPA = GFN << 12
+HVA, BITMAP = Hva(0x2000_0000_0000), Hva(0x3000_0000_0000)
+LOG, READONLY = 1, 2
+OURS = b"the VMM's own memory, no guest's"
+
+
+class Asleep:
+    """Slot 0 of 16 pages at GFN, an importer that acks late if the TDP is `export`ed."""
+
+    def __init__(self, flags: int = 0, *, features: CpuFeatures | None = None, export: bool = False) -> None:
+        self.world = World(features)
+        self.vm: Kvm = self.world.vm
+        self.uffd = Userfaultfd(self.world.mm, user_mode_only=False)
+        self.importer = SlowImporter()
+        self.world.map(1, hva=BITMAP)
+        self.map()
+        self.slot(flags=flags)
+        self.vcpu = self.world.vcpu()
+        if export:
+            self.world.export().register_importer("unit", self.importer)
+
+    def map(self) -> None:
+        self.world.map(PAGES, hva=HVA)
+        self.world.run(self.uffd.register(HVA, PAGES * PAGE, missing=True, wp=False))
+
+    def slot(self, gfn: int = GFN, pages: int = PAGES, flags: int = 0, hva: int = HVA) -> None:
+        """Set slot 0, whatever has to be acked for it."""
+        self.finish(self.vm.set_memory_region(self.world.region(0, gfn, pages, hva, flags)))
+
+    def delete(self) -> None:
+        self.slot(0, 0, 0, 0)
+
+    def finish(self, flow: Coroutine[Any, None, Any]) -> None:
+        over = self.world.start(flow)
+        while self.importer.pending:
+            self.world.ack(self.importer)
+        assert over.done, "it waits for more than acks"
+        over.result()
+
+    def access(self, gpa: int, data: bytes | None, cpl: int) -> Wait[RunResult]:
+        """Begin a store of `data`, or a load of 8 bytes; it must sleep."""
+        code = ("r", gpa, 8) if data is None else ("w", gpa, data)
+        running = self.world.start(self.vcpu.run([code], cpl))
+        assert not running.done, "the page was there"
+        return running
+
+    def vmm_maps_its_own(self) -> None:
+        """What it had there goes, which wakes who sleeps on it, and memory of its own comes."""
+        self.finish(self.world.mm.mmap(HVA, PAGES * PAGE, RW, fixed=True))
+        self.world.run(self.world.mm.write(HVA, OURS))
+        self.world.flows.run_ready()
+
+    def page_comes(self, gpa: int = GPA) -> None:
+        self.world.run(self.uffd.copy(Hva(HVA + ((gpa & ~(PAGE - 1)) - GPA)), b"uffd" * 1024, wp=False))
+        self.world.flows.run_ready()
+
+    def dirty(self) -> set[int]:
+        """KVM_GET_DIRTY_LOG."""
+        self.finish(self.vm.dirty_log.get(0, BITMAP))
+        bits = int.from_bytes(self.host(BITMAP, 8), "little")
+        return {page for page in range(64) if bits >> page & 1}
+
+    def host(self, hva: int, size: int) -> bytes:
+        return self.world.run(self.world.mm.read(Hva(hva), size))
+
+
+def left_by(ran: RunResult) -> Mmio | None:
+    assert ran.done or ran.exit.reason is ExitReason.MMIO, ran
+    return ran.exit.mmio
+
+
+def mmio(gpa: int, data: bytes | None) -> Mmio:
+    return Mmio(Gpa(gpa), 8, data is not None, data or b"")
