@@ -17,7 +17,8 @@ from iommufdd.core.hmm import HostPage
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, Level, align_down, align_up, size_of_level
 
-ULONG_MAX = (1 << 64) - 1
+ULONG_MAX = (1 << 64) - 1  # the last byte of an address space
+BEYOND = ULONG_MAX + 1
 MESSAGES_START, MESSAGES_END = 0xFEE0_0000, 0xFEF0_0000
 USER_END = 1 << 57
 Span = tuple[int, int]  # start, end

@@ -46,8 +46,8 @@ class Group:
     async def attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
         """Attach, or replace what is attached.
 
-        EINVAL: the device does not fit, or its group is on another HWPT; ENODEV: what the HWPT needs of it
-        is not there, or the silicon is gone.
+        EINVAL: the device does not fit, its group is on another HWPT, or on this one and not pinned as asked;
+        ENODEV: what the HWPT needs of it is not there, or the silicon is gone.
         """
         await self._mutex.acquire(write=True)
         try:
@@ -81,6 +81,10 @@ class Group:
     async def _replace(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Every device of the group, or none."""
         old = self.hwpt
+        if old is hwpt and pinned and hwpt.needs_iopf and not all(device.pinned for device in self.attached):
+            raise UapiError(
+                errno.EINVAL, f"group {self.number} is on HWPT {hwpt.id}, not pinned: detach it first"
+            )
         if old is None or old is hwpt:
             return
         for device in self.attached:

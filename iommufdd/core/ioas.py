@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from iommufdd.core.area import ULONG_MAX, Area, Areas, check_memory
+from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, check_memory
 from iommufdd.core.counts import Counts
 from iommufdd.core.hardware import Memory
 from iommufdd.core.hmm import HostMemory
@@ -72,16 +72,17 @@ class Ioas(Object):
         return iova
 
     async def unmap(self, iova: int, size: int) -> int:
-        """Whole areas; the bytes.  0 and all ones is everything.  EINVAL, EOVERFLOW; ENOENT: nothing is
-        there, or an area sticks out, with those before it unmapped.
+        """Whole areas; the bytes.  0 and all ones is everything, the last byte too [iommufd ioas.c].  EINVAL,
+        EOVERFLOW; ENOENT: nothing is there, or an area sticks out, with those before it unmapped.
         """
         async with self.lock:
             everything = (iova, size) == (0, ULONG_MAX)
             if not everything:
                 _check_range(iova, size)
+            end = BEYOND if everything else iova + size
             unmapped = 0
-            for area in self.areas.within(iova, iova + size):
-                if area.iova < iova or iova + size < area.end:
+            for area in self.areas.within(iova, end):
+                if area.iova < iova or end < area.end:
                     raise UapiError(
                         errno.ENOENT, f"unmap {iova:#x}+{size:#x} cuts area {area.iova:#x}+{area.size:#x}"
                     )

@@ -38,7 +38,8 @@ class Notes:
     async def _work(self) -> None:
         while self._waiting:
             try:
-                self._counts.notes_mapped += await self._ioas.look(*self._waiting[0])
+                mapped = await self._ioas.look(*self._waiting[0])
+                self._counts.notes_mapped += mapped  # read after the look: other IOASes count there too
             except UapiError:  # the host or the process is gone, or there is no page for a table
                 self._counts.notes_lost += 1
             finally:

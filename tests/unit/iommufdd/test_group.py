@@ -32,18 +32,18 @@ class Grouped:
         self.group.claim(OWNER)
         return Device(function(RID + 8 * number), self.world, self.world, FaultPolicy())
 
-    def start(self, number: int, hwpt: Hwpt) -> Wait[None]:
-        return self.world.start(self.group.attach(self.devices[number], hwpt, pinned=False))
+    def start(self, number: int, hwpt: Hwpt, *, pinned: bool = False) -> Wait[None]:
+        return self.world.start(self.group.attach(self.devices[number], hwpt, pinned=pinned))
 
-    def attach(self, number: int, hwpt: Hwpt) -> None:
-        self.start(number, hwpt).result()
+    def attach(self, number: int, hwpt: Hwpt, *, pinned: bool = False) -> None:
+        self.start(number, hwpt, pinned=pinned).result()
 
     def detach(self, number: int) -> None:
         self.world.run(self.group.detach(self.devices[number]))
 
-    def refused(self, number: int, hwpt: Hwpt) -> UapiError:
+    def refused(self, number: int, hwpt: Hwpt, *, pinned: bool = False) -> UapiError:
         with pytest.raises(UapiError) as caught:
-            self.attach(number, hwpt)
+            self.attach(number, hwpt, pinned=pinned)
         return caught.value
 
     def on(self) -> list[int]:
@@ -105,6 +105,25 @@ def test_replacing_by_the_same_is_nothing(grouped: Grouped) -> None:
     steps = len(grouped.world.log)
     grouped.attach(0, grouped.kvm)
     assert (len(grouped.world.log), grouped.kvm.users) == (steps, 1)
+
+
+def test_replacing_by_the_same_with_everything_pinned_is_not_passed_over(grouped: Grouped) -> None:
+    """It was answered ok, with nothing pinned."""
+    grouped.attach(0, grouped.kvm)
+    grouped.attach(1, grouped.kvm, pinned=True)
+    steps = len(grouped.world.log)
+    assert grouped.refused(0, grouped.kvm, pinned=True).errno == errno.EINVAL
+    assert (len(grouped.world.log), grouped.on(), grouped.kvm.users) == (steps, [5, 5], 2)
+    grouped.detach(0)
+    grouped.attach(0, grouped.kvm, pinned=True)
+    grouped.attach(0, grouped.kvm, pinned=True)
+    assert [entry for entry in grouped.world.log if entry[0] == "pin_all"] == [("pin_all", True)] * 2
+
+
+def test_where_nothing_is_absent_pinned_is_what_it_is_already(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.paging)
+    grouped.attach(0, grouped.paging, pinned=True)
+    assert grouped.paging.users == 1
 
 
 @pytest.mark.parametrize("calls", range(26))

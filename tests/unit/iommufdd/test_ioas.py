@@ -180,6 +180,19 @@ def test_unmap_takes_whole_areas(iova: int, size: int, number: int, left: int) -
     assert (len(list(space.ioas.areas)), len(mapped(hwpt))) == (left, 2 * left)
 
 
+@pytest.mark.parametrize("everything", [True, False])
+def test_unmap_reaches_the_last_byte_of_all(everything: bool) -> None:
+    """All ones is a length that no range has: the byte at 2^64-1 belongs to everything."""
+    space = Space()
+    space.map(0, K4)
+    space.map(ULONG_MAX + 1 - 2 * K4, 2 * K4, HVA + K4)
+    if not everything:
+        assert outcome(lambda: space.unmap(K4, ULONG_MAX - K4)) == errno.ENOENT, "a byte short"
+    asked = (0, ULONG_MAX) if everything else (K4, ULONG_MAX + 1 - K4)
+    assert space.unmap(*asked) == (3 if everything else 2) * K4
+    assert [area.iova for area in space.ioas.areas] == ([] if everything else [0])
+
+
 def test_unmap_of_everything_finds_nothing_and_is_success() -> None:
     assert Space().unmap(0, ULONG_MAX) == 0
 

@@ -15,8 +15,12 @@ K4, M2 = 4 << 10, 2 << 20
 
 
 class Noted(Space):
-    def __init__(self) -> None:
+    """`beside`: the two count in one place, and are driven by its flows."""
+
+    def __init__(self, beside: Noted | None = None) -> None:
         super().__init__(on_demand=True)
+        if beside is not None:
+            self.world, self.counts, self.ioas.counts = beside.world, beside.counts, beside.counts
         self.map(0, 16 * M2)
         self.hwpt_: HwptMirror = self.mirror()
         assert isinstance(self.ioas, IoasOnDemand)
@@ -110,6 +114,21 @@ def test_what_the_host_took_while_it_looked_is_not_mapped() -> None:
     space.host.hop = hop
     space.notes.told(0, 1)
     assert (mapped(space.hwpt_), space.counted) == ([], (1, 0, 0, 0))
+
+
+def test_notes_of_two_ioases_that_are_looked_at_at_once_are_both_counted() -> None:
+    """A look takes its time: the count that stood before it is not the one to add to."""
+    one = Noted()
+    two = Noted(beside=one)
+    for space in (one, two):
+        space.host.fault_in(HVA)
+        space.host.hop = lambda: one.world._take("hop")
+    one.world.hold()
+    one.notes.told(0, 1)
+    two.notes.told(0, 1)
+    while one.counts.notes_pending:
+        one.world.let_go()
+    assert one.counts.notes_mapped == 2
 
 
 def test_a_host_that_is_gone_loses_the_note_and_the_next_is_looked_at() -> None:
