@@ -37,6 +37,11 @@ class Iommufdd:
     async def stats(self) -> Body:
         return (await self._channel.ask("STATS")).body
 
+    async def violations(self) -> list[str]:
+        """What iommufdd's own check finds wrong."""
+        found: list[str] = (await self._channel.ask("CHECK")).body["violations"]
+        return found
+
     def close(self) -> None:
         self._channel.close()
 

@@ -75,7 +75,7 @@ async def snapshot(host: Host, machine: Machine) -> Snapshot:
 
 async def check_system(host: Host, report: Report, after: Snapshot) -> None:
     """Invariants that every scenario ends with."""
-    report.problems += await host.kvmd.violations()
+    report.problems += await host.kvmd.violations() + await host.iommufdd.violations()
     report.problems += after.device["stale_notes"]
     report.expect(
         after.iommu["partial_held"] == 0,

@@ -21,6 +21,7 @@ from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hardware import ConfigSpace, FunctionInfo, Unit
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.object import Object
+from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
@@ -35,7 +36,14 @@ NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
 class Device(Object):
     """Whoever calls `enter` and `leave` holds the mutex of the device's group."""
 
-    def __init__(self, info: FunctionInfo, unit: Unit, config: ConfigSpace, policy: FaultPolicy) -> None:
+    def __init__(
+        self,
+        info: FunctionInfo,
+        unit: Unit,
+        config: ConfigSpace,
+        policy: FaultPolicy,
+        partial: PartialGroups,
+    ) -> None:
         super().__init__()
         self.info = info
         self.rid = info.rid
@@ -46,6 +54,7 @@ class Device(Object):
         self.drained = False  # what it asks for now came too late
         self._config = config
         self._policy = policy
+        self._partial = partial  # of the unit's page request queue
         self._owns_pri = False
         self._pinned_all = False
         self._pins: list[tuple[int, int]] = []  # (iova, size), on top of that
@@ -115,6 +124,7 @@ class Device(Object):
             await _try(self._config.set_function(self.rid, pri_allocation=0))
         await _try(self.unit.submit(qi.drain(did, self.rid, ecap)))
         self.drained = True
+        self._partial.discard([self.rid])
         await self._wait_quiet()
         await _try(self.unit.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT))
         await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))

@@ -18,9 +18,11 @@ from iommufdd.core import qi
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory, Unit
 from iommufdd.core.object import Object
-from protocol.errors import UapiError
+from protocol.errors import EHWPOISON, UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
+
+_OF_ONE_PAGE = (errno.EFAULT, errno.EINVAL, EHWPOISON)
 
 
 class Hwpt(Object):
@@ -55,8 +57,7 @@ class Hwpt(Object):
             except UapiError as error:
                 # Failure makes PCIe stop the function's page requests for good: only for what concerns
                 # more than this page (defect B-37).
-                about_page = error.errno in (errno.EFAULT, errno.EINVAL)
-                code = ResponseCode.INVALID if about_page else ResponseCode.FAILURE
+                code = ResponseCode.INVALID if error.errno in _OF_ONE_PAGE else ResponseCode.FAILURE
         self.faults[code] += 1
         return code
 

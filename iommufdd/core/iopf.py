@@ -12,19 +12,16 @@ a bug of ours.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import Enum, auto
 
 from iommufdd.core.device import Device
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.partial import PartialGroups
 from protocol.flow import Flow
 from protocol.hw.fields import FormatError
 from protocol.hw.prq import PageRequest, reply_to
 from protocol.hw.qi import ResponseCode
-
-# Of one function: requests held back for the last of their group, as many as the ring has.
-MAX_PARTIAL = 2048
 
 
 class Verdict(Enum):
@@ -43,40 +40,6 @@ def judge(request: PageRequest) -> Verdict:
     return Verdict.HANDLE
 
 
-class Groups:
-    """Partial groups of all functions."""
-
-    def __init__(self) -> None:
-        self._partial: dict[tuple[int, int], list[PageRequest]] = {}
-        self._held: Counter[int] = Counter()  # by function: one that ends no group takes nobody else's room
-        self.discarded = 0
-
-    def gather(self, request: PageRequest) -> list[PageRequest] | None:
-        """The whole group when `request` is its last, else None: it is held back."""
-        key = request.rid, request.prgi
-        if request.last:
-            held = self._partial.pop(key, [])
-            self._held[request.rid] -= len(held)
-            return [*held, request]
-        if self._held[request.rid] >= MAX_PARTIAL:
-            self.discarded += 1
-            return None
-        self._partial.setdefault(key, []).append(request)
-        self._held[request.rid] += 1
-        return None
-
-    def discard(self, rids: Iterable[int] | None = None) -> None:
-        """Forget partial groups: after an overflow all of them, at a detach those of the function (R9)."""
-        for key in [key for key in self._partial if rids is None or key[0] in rids]:
-            held = self._partial.pop(key)
-            self._held[key[0]] -= len(held)
-            self.discarded += len(held)
-
-    @property
-    def held(self) -> int:
-        return self._held.total()
-
-
 class Iopf:
     """The PRQ thread of one unit, and the queue it hands groups to.
 
@@ -90,7 +53,7 @@ class Iopf:
         respond: Callable[[int, int, ResponseCode], bool],
         spawn: Callable[[Flow[None]], None],
     ) -> None:
-        self.groups = Groups()
+        self.partial = PartialGroups()
         self.requests = 0
         self.malformed = 0
         self.responses = 0
@@ -114,13 +77,15 @@ class Iopf:
         if verdict is Verdict.SKIP or (verdict is Verdict.REFUSE and not request.last):
             return  # dropped; its group goes on without it
         device = self._find(request.rid)
-        if device is None and not request.last:
-            return  # nobody's: what could its group be handled with?
-        group = self.groups.gather(request)
+        hwpt = None if device is None or device.drained else device.hwpt
+        if device is None or hwpt is None or not hwpt.needs_iopf:
+            if request.last:  # the others have nothing their group could be handled with
+                self._answer(request.rid, request.prgi, ResponseCode.INVALID)
+            return
+        group = self.partial.gather(request, hwpt)
         if group is None:
             return
-        hwpt = None if device is None or device.drained else device.hwpt
-        if verdict is Verdict.REFUSE or device is None or hwpt is None or not hwpt.needs_iopf:
+        if verdict is Verdict.REFUSE:
             self._answer(request.rid, request.prgi, ResponseCode.INVALID)
         else:
             self._spawn(self._handle(device, hwpt, group))

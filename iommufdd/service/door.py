@@ -65,8 +65,8 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
         "malformed": sum(iopf.malformed for iopf in iopfs),
         "responses": sum(iopf.responses for iopf in iopfs),
         "responses_lost": sum(iopf.responses_lost for iopf in iopfs),
-        "partial_held": sum(iopf.groups.held for iopf in iopfs),
-        "partial_discarded": sum(iopf.groups.discarded for iopf in iopfs),
+        "partial_held": sum(iopf.partial.held for iopf in iopfs),
+        "partial_discarded": sum(iopf.partial.discarded for iopf in iopfs),
         "faults_recorded": app.faults_recorded,
         "devices_bound": len(app.bound),
         "qi_messages": app.silicon.qi_messages,
@@ -74,6 +74,10 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
         **asdict(app.counts),
         "hwpts": [_hwpt_stats(hwpt) for hwpt in app.hwpts.values()],
     }
+
+
+def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
+    return {"violations": app.violations()}
 
 
 def _hwpt_stats(hwpt: Hwpt) -> Body:
@@ -91,5 +95,10 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
 
 
 FRONT_DOOR: Service[App] = Service(
-    "iommufdd", {"OPEN": Method(uapi.Open, _open, 1), "STATS": Method(uapi.Stats, _stats)}
+    "iommufdd",
+    {
+        "OPEN": Method(uapi.Open, _open, 1),
+        "STATS": Method(uapi.Stats, _stats),
+        "CHECK": Method(uapi.Check, _check),
+    },
 )

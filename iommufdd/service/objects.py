@@ -107,9 +107,9 @@ class App:
         if iopf.malformed > malformed:
             log.warning("malformed page requests", count=iopf.malformed - malformed, unit=unit.number)
         if overflow:
-            held = iopf.groups.held
+            held = iopf.partial.held
             log.warning("page request queue overflowed: partial groups are discarded", held=held)
-            iopf.groups.discard()
+            iopf.partial.discard()
         unit.consumed(count, clear_overflow=overflow)
 
     def _on_faults(self, records: bytes) -> None:
@@ -120,7 +120,12 @@ class App:
         if not self._closing:
             log.error("the remapping unit is gone: devices cannot be used any more")
         for iopf in self.iopfs.values():
-            iopf.groups.discard()
+            iopf.partial.discard()
+
+    def violations(self) -> list[str]:
+        """What does not hold, a sentence each."""
+        on = {rid: device.hwpt for rid, device in self.bound.items() if device.hwpt is not None}
+        return [why for iopf in self.iopfs.values() for why in iopf.partial.check(on)]
 
     # -- domains ---------------------------------------------------------------------------------------
 
@@ -163,7 +168,6 @@ class App:
 
     async def detach(self, device: Device) -> None:
         await self.group_of(device).detach(device)
-        self.iopfs[device.unit].groups.discard([device.rid])
 
     async def unbind(self, held: VfioFile) -> None:
         """Returns once it is done, by us or by whoever began before."""

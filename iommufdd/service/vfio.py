@@ -26,7 +26,8 @@ def _bind(held: VfioFile, message: uapi.VfioDeviceBindIommufd, fds: Fds) -> Body
         iommufd = app.files.find(fds.peek(0), IommuFile)
     except UapiError:
         raise UapiError(errno.EBADFD, "the file descriptor is no iommufd") from None
-    device = Device(held.info, held.unit, app.silicon, app.settings.fault_policy)
+    partial = app.iopfs[held.unit].partial
+    device = Device(held.info, held.unit, app.silicon, app.settings.fault_policy, partial)
     group = app.group_of(device)
     group.claim(iommufd)
     try:

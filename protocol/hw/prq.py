@@ -50,8 +50,10 @@ class PageRequest:
 
     @property
     def is_stop_marker(self) -> bool:
-        """The device will send no more requests with this PASID [PCIe 10.4]."""
-        return self.pasid_present and self.last and not (self.read or self.write)
+        """The device will send no more requests of this kind: L = 1, R = W = 0, with a PASID or without
+        [PCIe 10.4], [VT-d 7.10].
+        """
+        return self.last and not (self.read or self.write)
 
     def to_bytes(self) -> bytes:
         return store(_TYPE_BITS | pack(self, LAYOUT), PAGE_REQUEST_SIZE)

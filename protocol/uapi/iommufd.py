@@ -32,6 +32,10 @@ class Stats(Message):
     """Counters of the driver and of every HWPT."""
 
 
+class Check(Message):
+    """Check the invariants of what iommufdd holds; reply: `violations`, a sentence each."""
+
+
 class IommuStruct(Message):
     """SIZE: of the struct; MIN_SIZE: of what the oldest caller passes."""
 

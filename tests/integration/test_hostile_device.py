@@ -10,6 +10,7 @@ from protocol.units import PAGE_SIZE
 from tests.integration.fake_silicon import RID, FakeSilicon, hostile, page_request
 from tests.integration.rig import Rig, vm_stats
 from tests.integration.system import eventually
+from tests.integration.test_iommufd_uapi import ioas_of, paging
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 SEED = 20231202
@@ -62,8 +63,25 @@ async def test_every_pasid_is_invalid_and_none_is_served() -> None:
 async def test_stop_markers_are_swallowed() -> None:
     async with hostile() as (fake, rig):
         fake.send(*(page_request(0, n, rights=0, pasid=n) for n in range(400)))
+        fake.send(*(page_request(0, n, rights=0) for n in range(400)))
         await still_serves(fake, rig)
         assert len(fake.answers) == 1
+
+
+async def test_half_a_group_does_not_outlive_the_hwpt_it_was_asked_for_on() -> None:
+    """A whole group of the same index was answered INVALID after a replacement."""
+    async with hostile() as (fake, rig):
+        _, device = rig.bound
+        other = await paging(rig, await ioas_of(rig))
+        fake.send(page_request(RAM, 5, last=False))  # no RAM is there
+        await still_serves(fake, rig)
+        assert (await rig.host.iommufdd.stats())["partial_held"] == 1
+        for hwpt in (other, rig.hwpt_id):
+            await device.attach(hwpt)
+            assert (await rig.host.iommufdd.stats())["partial_held"] == 0
+        fake.send(page_request(0, 5, last=False), page_request(PAGE_SIZE, 5))
+        assert (await fake.wait_answers(2))[1:] == [(RID, 5, SUCCESS)]
+        assert await rig.host.iommufdd.violations() == []
 
 
 @pytest.mark.rfc("RFC-85")
@@ -124,9 +142,9 @@ async def test_entries_of_random_bytes_are_answered_if_they_end_a_group() -> Non
             for _ in range(50):
                 raw = bytearray(chance.randbytes(32))
                 raw[0] = chance.choice((1, 1, 1, raw[0]))
-                pasid, rights = raw[1] & 1, raw[8] & 3
+                rights = raw[8] & 3
                 reserved = raw[1] & 0xFE or raw[6] & 0xC0 or raw[7] or any(raw[16:])
-                marker = not reserved and pasid and not rights
+                marker = not reserved and not rights
                 due += raw[0] == 1 and bool(raw[8] & 4) and not marker
                 entries.append(bytes(raw))
             fake.send(*entries)

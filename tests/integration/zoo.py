@@ -221,6 +221,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),
+    ("iommufdd", "CHECK"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
     ("iommufd", "IOMMU_IOAS_ALLOC"): plain(),
     ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),

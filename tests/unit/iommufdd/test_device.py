@@ -11,6 +11,7 @@ import pytest
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy, Policy
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
 from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, ROOT, World, function
@@ -48,7 +49,9 @@ class Bound:
         self.world = world or World()
         self.hwpt = self.world.hwpt()
         self.hwpt.id = 5
-        self.device = Device(function(**info), self.world, self.world, policy or FaultPolicy())
+        self.device = Device(
+            function(**info), self.world, self.world, policy or FaultPolicy(), PartialGroups()
+        )
 
     def enter(self, hwpt: Hwpt | None = None, *, pinned: bool = False) -> None:
         hwpt = hwpt or self.hwpt

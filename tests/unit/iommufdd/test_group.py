@@ -10,6 +10,7 @@ from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.group import Group
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from tests.unit.iommufdd.world import RID, World, function
@@ -30,7 +31,7 @@ class Grouped:
 
     def _device(self, number: int) -> Device:
         self.group.claim(OWNER)
-        return Device(function(RID + 8 * number), self.world, self.world, FaultPolicy())
+        return Device(function(RID + 8 * number), self.world, self.world, FaultPolicy(), PartialGroups())
 
     def start(self, number: int, hwpt: Hwpt, *, pinned: bool = False) -> Wait[None]:
         return self.world.start(self.group.attach(self.devices[number], hwpt, pinned=pinned))
@@ -151,7 +152,11 @@ def test_a_device_that_can_go_nowhere_is_blocked_and_detached(grouped: Grouped) 
 
 def test_a_refused_replacement_touches_nothing(grouped: Grouped) -> None:
     grouped.devices[1] = Device(
-        function(RID + 8, fault_capability="partial"), grouped.world, grouped.world, FaultPolicy()
+        function(RID + 8, fault_capability="partial"),
+        grouped.world,
+        grouped.world,
+        FaultPolicy(),
+        PartialGroups(),
     )
     grouped.attach(0, grouped.paging)
     grouped.attach(1, grouped.paging)

@@ -105,7 +105,7 @@ def test_a_page_is_had_although_those_behind_it_cannot_be() -> None:
         (errno.EPERM, FAILURE),
         (errno.ENODEV, FAILURE),
         (errno.ENOMEM, FAILURE),
-        (EHWPOISON, FAILURE),
+        (EHWPOISON, INVALID),
     ],
 )
 def test_what_the_host_says_becomes_the_code_a_kvm_hwpt_gives(number: int, code: int) -> None:

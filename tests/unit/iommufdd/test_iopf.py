@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iommufdd.core.iopf import MAX_PARTIAL, Groups, Verdict, judge
+from iommufdd.core.iopf import Verdict, judge
+from iommufdd.core.partial import MAX_PARTIAL, PartialGroups
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova, Pasid
+from tests.unit.iommufdd.world import World
 
 RID = 0x6A08
+HWPT = World().hwpt()
 
 
 def request(prgi: int = 0, page: int = 0, *, last: bool = False, rid: int = RID) -> PageRequest:
@@ -53,7 +56,9 @@ def asking(what: str) -> PageRequest:
         ("ilp", Verdict.SKIP),
         ("ilx", Verdict.SKIP),
         ("i", Verdict.REFUSE),
-        ("l", Verdict.HANDLE),
+        ("l", Verdict.SKIP),
+        ("xl", Verdict.SKIP),
+        ("", Verdict.HANDLE),
     ],
 )
 def test_the_verdict_on_a_request(what: str, verdict: Verdict) -> None:
@@ -62,70 +67,70 @@ def test_the_verdict_on_a_request(what: str, verdict: Verdict) -> None:
 
 @pytest.mark.rfc("RFC-82")
 def test_a_group_comes_whole_and_in_order_with_its_last_request() -> None:
-    groups = Groups()
+    groups = PartialGroups()
     parts = [request(3, page) for page in (9, 4, 7)]
-    assert [groups.gather(part) for part in parts] == [None, None, None]
+    assert [groups.gather(part, HWPT) for part in parts] == [None, None, None]
     assert groups.held == 3
     last = request(3, 1, last=True)
-    assert groups.gather(last) == [*parts, last]
+    assert groups.gather(last, HWPT) == [*parts, last]
     assert groups.held == 0
 
 
 def test_groups_of_other_indices_and_functions_do_not_mix() -> None:
-    groups = Groups()
+    groups = PartialGroups()
     one, two, other = request(1, 1), request(2, 2), request(1, 3, rid=0x6A10)
     for part in (one, two, other):
-        groups.gather(part)
+        groups.gather(part, HWPT)
     ends = [request(1, 4, last=True, rid=0x6A10), request(1, 5, last=True), request(2, 6, last=True)]
-    assert [groups.gather(end) for end in ends] == [[other, ends[0]], [one, ends[1]], [two, ends[2]]]
+    assert [groups.gather(end, HWPT) for end in ends] == [[other, ends[0]], [one, ends[1]], [two, ends[2]]]
 
 
 def test_an_index_used_again_starts_empty() -> None:
-    groups = Groups()
-    groups.gather(request(1, 1))
-    groups.gather(request(1, 2, last=True))
+    groups = PartialGroups()
+    groups.gather(request(1, 1), HWPT)
+    groups.gather(request(1, 2, last=True), HWPT)
     last = request(1, 3, last=True)
-    assert groups.gather(last) == [last]
+    assert groups.gather(last, HWPT) == [last]
 
 
 @pytest.mark.rfc("RFC-82")
 def test_an_overflow_discards_every_partial_group() -> None:
-    groups = Groups()
+    groups = PartialGroups()
     for n in range(5):
-        groups.gather(request(n, n, rid=RID + n % 2))
+        groups.gather(request(n, n, rid=RID + n % 2), HWPT)
     groups.discard()
     assert (groups.held, groups.discarded) == (0, 5)
     last = request(0, 9, last=True)
-    assert groups.gather(last) == [last]
+    assert groups.gather(last, HWPT) == [last]
 
 
 def test_a_detach_discards_what_its_function_sent_and_nothing_else() -> None:
-    groups = Groups()
+    groups = PartialGroups()
     mine, other = request(1, 1), request(1, 2, rid=0x6A10)
-    groups.gather(mine)
-    groups.gather(request(2, 3))
-    groups.gather(other)
+    groups.gather(mine, HWPT)
+    groups.gather(request(2, 3), HWPT)
+    groups.gather(other, HWPT)
     groups.discard([RID])
     assert (groups.held, groups.discarded) == (1, 2)
     last = request(1, 4, last=True, rid=0x6A10)
-    assert groups.gather(last) == [other, last]
+    assert groups.gather(last, HWPT) == [other, last]
 
 
 def test_as_many_requests_of_a_function_are_held_as_the_ring_has_and_no_more() -> None:
-    groups = Groups()
+    groups = PartialGroups()
     assert MAX_PARTIAL == 2048
     for n in range(MAX_PARTIAL):
-        assert groups.gather(request(n % 512, n)) is None
+        assert groups.gather(request(n % 512, n), HWPT) is None
     assert (groups.held, groups.discarded) == (MAX_PARTIAL, 0)
-    assert groups.gather(request(5, 1)) is None
+    assert groups.gather(request(5, 1), HWPT) is None
     assert (groups.held, groups.discarded) == (MAX_PARTIAL, 1)
-    whole = groups.gather(request(5, 2, last=True))
+    whole = groups.gather(request(5, 2, last=True), HWPT)
     assert whole is not None
     assert [part.addr >> 12 for part in whole] == [5, 517, 1029, 1541, 2]
-    groups.gather(request(5, 3))
+    groups.gather(request(5, 3), HWPT)
     assert (groups.held, groups.discarded) == (MAX_PARTIAL - 3, 1)
     for n in range(MAX_PARTIAL):
-        groups.gather(request(1, n, rid=0x6A10))
+        groups.gather(request(1, n, rid=0x6A10), HWPT)
     assert (groups.held, groups.discarded) == (2 * MAX_PARTIAL - 3, 1), "a neighbour has room of its own"
 
 
@@ -137,7 +142,7 @@ def test_as_many_requests_of_a_function_are_held_as_the_ring_has_and_no_more() -
     )
 )
 def test_no_request_is_lost_or_handled_twice(steps: list[tuple[int, int, bool] | int | None]) -> None:
-    groups = Groups()
+    groups = PartialGroups()
     oracle: dict[tuple[int, int], list[PageRequest]] = {}
     discarded = 0
     for page, step in enumerate(steps):
@@ -147,7 +152,7 @@ def test_no_request_is_lost_or_handled_twice(steps: list[tuple[int, int, bool] |
             expected = [*oracle.pop((rid, prgi), []), part]
             if not last:
                 oracle[rid, prgi] = expected
-            assert groups.gather(part) == (expected if last else None)
+            assert groups.gather(part, HWPT) == (expected if last else None)
         else:
             gone = [key for key in oracle if step is None or key[0] == step]
             discarded += sum(len(oracle.pop(key)) for key in gone)

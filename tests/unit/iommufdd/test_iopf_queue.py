@@ -10,7 +10,9 @@ import pytest
 
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy
+from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.iopf import Iopf
+from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
@@ -35,13 +37,13 @@ class Queue:
         self.crashes: list[BaseException] = []
         self.world.flows = Flows(self.crashes.append)
         self.hwpt = self.world.hwpt()
-        self.device = Device(function(), self.world, self.world, FaultPolicy())
+        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn)
+        self.device = Device(function(), self.world, self.world, FaultPolicy(), self.iopf.partial)
         if attached:
             self.world.run(self.device.enter(self.hwpt, pinned=False))
         self.world.log.clear()
         self.answers: list[tuple[int, int, ResponseCode]] = []
         self.there = True
-        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn)
 
     def _find(self, rid: int) -> Device | None:
         return self.device if rid == RID else None
@@ -74,7 +76,9 @@ def test_a_group_is_handled_in_order_and_answered_once_for_its_last_request() ->
 
 
 @pytest.mark.rfc("RFC-81")
-@pytest.mark.parametrize(("number", "code"), [(errno.EFAULT, INVALID), (errno.EPERM, FAILURE)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EFAULT, INVALID), (EHWPOISON, INVALID), (errno.EPERM, FAILURE)]
+)
 def test_the_first_fault_that_fails_decides_and_those_behind_it_are_not_handled(
     number: int, code: ResponseCode
 ) -> None:
@@ -122,7 +126,7 @@ def test_a_group_whose_last_request_is_refused_is_answered_once_and_forgotten() 
     queue = Queue()
     queue.take(entry(1, last=False), entry(2, last=False))
     assert queue.take(entry(3, read=True, priv=True)) == [(RID, 0, INVALID)]
-    assert (queue.asked, queue.iopf.groups.held) == ([], 0)
+    assert (queue.asked, queue.iopf.partial.held) == ([], 0)
     assert queue.take(entry(4)) == [(RID, 0, SUCCESS)]
     assert queue.asked == [4], "an index used again starts empty"
 
@@ -144,12 +148,16 @@ def test_an_entry_of_another_type_is_counted_and_not_answered() -> None:
 
 
 @pytest.mark.rfc("RFC-84")
-def test_a_stop_marker_is_never_answered_and_ends_no_group() -> None:
+@pytest.mark.parametrize("pasid", [None, 3])
+@pytest.mark.parametrize("rid", [RID, STRANGER])
+def test_a_stop_marker_is_never_answered_and_ends_no_group(pasid: int | None, rid: int) -> None:
     queue = Queue()
     queue.take(entry(1, last=False))
-    marker = PageRequest(rid=RID, prgi=0, addr=Iova(0), last=True, pasid_present=True, pasid=Pasid(3))
-    assert queue.take(marker.to_bytes()) == []
-    assert queue.iopf.groups.held == 1
+    named: dict[str, Any] = {} if pasid is None else {"pasid_present": True, "pasid": Pasid(pasid)}
+    assert queue.take(entry(rid=rid, read=False, **named)) == []
+    assert (queue.iopf.partial.held, queue.iopf.responses, queue.asked) == (1, 0, [])
+    assert queue.take(entry(2)) == [(RID, 0, SUCCESS)]
+    assert queue.asked == [1, 2]
 
 
 def test_a_device_on_nothing_or_on_an_ioas_is_answered_invalid() -> None:
@@ -233,9 +241,68 @@ def test_of_any_bytes_every_last_request_is_answered_once() -> None:
             raw[6] &= 0x3F
             raw[7] = 0
             raw[16:] = bytes(16)
-        last, rights, pasid = raw[8] >> 2 & 1, raw[8] & 3, raw[1] & 1
+        last, rights = raw[8] >> 2 & 1, raw[8] & 3
         well_formed = not (raw[1] & 0xFE or raw[6] & 0xC0 or raw[7] or any(raw[16:]))
-        due = raw[0] == 1 and last and not (well_formed and pasid and not rights)
+        due = raw[0] == 1 and last and (rights or not well_formed)
         answers = queue.take(bytes(raw))
         assert len(answers) == bool(due), raw.hex()
     assert queue.crashes == []
+
+
+# -- half a group and a replacement --------------------------------------------------------------------
+
+
+def replaced(queue: Queue, *, then_back: bool = False) -> HwptKvm:
+    """The device goes onto another HWPT, and perhaps back again."""
+    first, other = queue.hwpt, queue.world.hwpt(did=3)
+    first.id, other.id = 5, 6
+    for hwpt in (other, first) if then_back else (other,):
+        queue.world.run(queue.device.leave())
+        queue.world.run(queue.device.enter(hwpt, pinned=False))
+    queue.world.log.clear()
+    return first if then_back else other
+
+
+@pytest.mark.parametrize("then_back", [False, True])
+def test_half_a_group_is_forgotten_with_the_domain_it_was_asked_for_on(*, then_back: bool) -> None:
+    """A whole group of the same index met the other half's address, which its domain did not have."""
+    queue = Queue()
+    assert queue.take(entry(1 << 40, 5, last=False)) == []
+    replaced(queue, then_back=then_back)
+    assert (queue.iopf.partial.held, queue.iopf.partial.discarded) == (0, 1)
+    assert queue.take(entry(7, 5, last=False), entry(8, 5)) == [(RID, 5, SUCCESS)]
+    assert queue.asked == [7, 8]
+
+
+def test_a_request_that_begins_a_group_on_no_domain_is_kept_for_none() -> None:
+    """Whoever has page requests on before it is attached may ask then."""
+    queue = Queue(attached=False)
+    assert queue.take(entry(1, 5, last=False)) == []
+    queue.world.run(queue.device.enter(queue.hwpt, pinned=False))
+    queue.world.log.clear()
+    assert queue.take(entry(2, 5)) == [(RID, 5, SUCCESS)]
+    assert queue.asked == [2]
+
+
+def test_a_request_that_begins_a_group_while_its_device_leaves_is_kept_for_none() -> None:
+    queue = Queue()
+    queue.take(entry(1, 5, last=False))
+    queue.device.begin_group()
+    left = queue.world.start(queue.device.leave())
+    assert queue.iopf.partial.held == 0
+    assert queue.take(entry(2, 5, last=False)) == []
+    queue.device.end_group()
+    queue.world.flows.run_ready()
+    assert (left.done, queue.iopf.partial.held) == (True, 0)
+
+
+@pytest.mark.parametrize("rid", [RID, STRANGER])
+def test_the_check_of_partial_groups_can_fail(rid: int) -> None:
+    """I24, on a driver that forgets nothing when a device leaves."""
+    queue = Queue()
+    queue.take(entry(1, 5, last=False))
+    assert queue.iopf.partial.check({RID: queue.hwpt}) == []
+    queue.iopf.partial.discard = lambda rids=None: None  # type: ignore[method-assign]
+    other = replaced(queue)
+    (found,) = queue.iopf.partial.check({rid: other})
+    assert found == f"I24: function {RID:#x}, group 5: held for HWPT 5, which it is not on"

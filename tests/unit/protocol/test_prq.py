@@ -53,7 +53,8 @@ def test_request_has_the_bits_of_the_table(request_: PageRequest, expected: byte
 def test_stop_marker_asks_for_nothing_and_closes_its_group() -> None:
     marker = replace(FULL, read=False, write=False)
     assert marker.is_stop_marker
-    assert not replace(marker, pasid_present=False).is_stop_marker
+    assert replace(marker, pasid_present=False).is_stop_marker
+    assert replace(marker, exec=True).is_stop_marker
     assert not replace(marker, last=False).is_stop_marker
     assert not replace(marker, read=True).is_stop_marker
     assert not replace(marker, write=True).is_stop_marker
