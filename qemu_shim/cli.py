@@ -22,6 +22,7 @@ from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.campaign.options import add_options as add_campaign_options
 from qemu_shim.compare.options import add_compare
+from qemu_shim.daemon_options import add_daemon_options, given, joined, merged
 from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.inspect import as_text, demo, inspect
@@ -87,11 +88,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", help="run a scenario")
     _add_run_options(run)
     _add_design(run, default=SHARED.name)
+    add_daemon_options(run)
     scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
     for scenario in SCENARIOS.values():
         sub = scenarios.add_parser(scenario.name, help=scenario.summary, description=scenario.summary)
         _add_run_options(sub, default=argparse.SUPPRESS)  # what was said before its name stays
         _add_design(sub, default=argparse.SUPPRESS)
+        add_daemon_options(sub, default=argparse.SUPPRESS)
         for name, param in scenario.params.items():
             sub.add_argument(
                 f"--{name.replace('_', '-')}",
@@ -110,9 +113,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_campaign_options(
         commands.add_parser("campaign", help="many seeds and parameters, kept and resumable")
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if options.command == "run":
         _check_design(run, SCENARIOS[options.scenario], options.design)
+        if options.attach is not None and given(options):
+            run.error("the daemons of --attach run already: give them options where they are started")
     return options
 
 
@@ -217,7 +222,7 @@ async def _run(
         host.dumps_to, host.design = options.dump, DESIGNS[options.design]
         await scenario.play(host, params, report)
 
-    return await _with_host(options, play, report.problems, scenario.options)
+    return await _with_host(options, play, report.problems, merged(scenario.options, given(options)))
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import trio
 from protocol.errors import leaves
 from qemu_shim.campaign.point import Point
 from qemu_shim.compare.run import Run
+from qemu_shim.daemon_options import merged
 from qemu_shim.designs import DESIGNS
 from qemu_shim.machine import connect_host
 from qemu_shim.supervisor import DaemonFailed, supervised
@@ -63,11 +64,14 @@ async def _guarded(point: Point) -> Run:
 
 async def _play(point: Point) -> Run:
     workload = WORKLOADS[point.workload]
+    options = dict(point.options)
     async with (
-        supervised(workload.options, log_level="warning") as daemons,
+        supervised(merged(workload.options, options), log_level="warning") as daemons,
         connect_host(daemons.directory) as host,
     ):
-        return await run_workload(host, workload, DESIGNS[point.design], point.seed, dict(point.params))
+        run = await run_workload(host, workload, DESIGNS[point.design], point.seed, dict(point.params))
+    run.options = options
+    return run
 
 
 def _told(error: BaseException) -> str:

@@ -18,10 +18,11 @@ from qemu_shim.campaign.plan import BadPlan, Plan, numbers, read_plan
 from qemu_shim.campaign.point import Point
 from qemu_shim.campaign.pool import all_cores, run_in_processes
 from qemu_shim.campaign.progress import Shown
-from qemu_shim.campaign.runner import Interrupted, until_interrupted
+from qemu_shim.campaign.runner import DaemonsRefused, Interrupted, check_options, until_interrupted
 from qemu_shim.campaign.store import HEADER, Store, StoreRefused
 from qemu_shim.campaign.summary import as_text, summary
 from qemu_shim.compare.run import Run
+from qemu_shim.daemon_options import given
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,7 +34,7 @@ def campaign(options: argparse.Namespace) -> int:
             return _say(options, points)
         with Store(options.out, points, code_version()) as store:
             return _campaign(options, store)
-    except (BadPlan, StoreRefused) as error:
+    except (BadPlan, StoreRefused, DaemonsRefused) as error:
         return _complain(WRONG, str(error))
     except OSError as error:
         return _complain(FAILED, str(error))
@@ -47,11 +48,13 @@ def _complain(status: int, why: str) -> int:
 def _asked(options: argparse.Namespace) -> list[Point] | None:
     """None: nothing was said, so what the store was made for."""
     plan = Plan() if options.plan is None else read_plan(options.plan)
-    said = {name: given for name in ("workloads", "designs") if (given := getattr(options, name))}
+    said = {name: names for name in ("workloads", "designs") if (names := getattr(options, name))}
     if options.seeds is not None:
         said["seeds"] = numbers(options.seeds)
     if options.params:
         said["params"] = {**plan.params, **dict(map(_param, options.params))}
+    if daemons := given(options):
+        said["options"] = {**plan.options, **daemons}
     if options.plan is None and not said and (options.out / HEADER).exists():
         return None
     return replace(plan, **said).points()
@@ -91,6 +94,7 @@ def _campaign(options: argparse.Namespace, store: Store) -> int:
                 shown(run)
 
             if missing:
+                check_options(dict(missing[0].options))
                 until_interrupted(_runner(options, missing, done))
     except Interrupted:
         left = len(store.missing())

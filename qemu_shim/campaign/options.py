@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qemu_shim.daemon_options import add_daemon_options
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", type=Path, nargs="?", metavar="FILE.toml", help="what to run, as a file")
@@ -19,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="[WORKLOAD.]PARAM=1,2",
         help="values of a parameter; every combination is run",
     )
+    add_daemon_options(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -1,4 +1,5 @@
-"""What a campaign runs: workloads by designs by seeds by every combination of parameter values.
+"""What a campaign runs: workloads by designs by seeds by every combination of parameter values, on daemons
+that all have the same options.
 
     workloads = ["boot-touch", "dmatest"]     all of them
     designs = ["mirror", "shared"]            all of them
@@ -6,6 +7,8 @@
     [params]
     pages = [64, 256]                         of every workload that has it, with every other
     dmatest.buf_kib = [64, 1024]              of one
+    [options]
+    iommufdd = "--premap-pages 8"             none: a daemon is started as its workload wants it
 
 is a file in TOML; what is left out is as on the right.  Options of the command line replace what it says.
 """
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_shim.campaign.point import Point
+from qemu_shim.daemon_options import canonical
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
@@ -33,12 +37,13 @@ class BadPlan(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`params` by name, or by workload and name with a dot between."""
+    """`params` by name, or by workload and name with a dot between; `options` by the daemon's name."""
 
     workloads: Sequence[str] = tuple(WORKLOADS)
     designs: Sequence[str] = tuple(DESIGNS)
     seeds: Sequence[int] = (0,)
     params: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def points(self) -> list[Point]:
         """In the order they are said, each once.  BadPlan: something in it does not exist."""
@@ -50,7 +55,7 @@ class Plan:
             raise BadPlan(f"{count} points, at most {MAX_POINTS}")
         try:
             made = [
-                Point.of(workload, design, seed, dict(zip(grid, values, strict=True)))
+                Point.of(workload, design, seed, dict(zip(grid, values, strict=True)), self.options)
                 for workload, grid in grids
                 for values in product(*grid.values())
                 for design in self.designs
@@ -94,8 +99,10 @@ def plan_of(document: Mapping[str, Any]) -> Plan:
             said[name] = numbers(value) if isinstance(value, str) else _integers(name, value)
         elif name == "params" and isinstance(value, dict):
             said[name] = dict(_params(value))
+        elif name == "options" and isinstance(value, dict):
+            said[name] = {daemon: _option(daemon, text) for daemon, text in value.items()}
         else:
-            raise BadPlan(f"{name}: a plan has workloads, designs, seeds and a table params")
+            raise BadPlan(f"{name}: a plan has workloads, designs, seeds and tables params and options")
     return Plan(**said)
 
 
@@ -105,6 +112,15 @@ def _params(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, S
             yield from _params(value, f"{name}.")
         else:
             yield prefix + name, _integers(prefix + name, value)
+
+
+def _option(daemon: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise BadPlan(f"options.{daemon}: a text such as '--no-pml'")
+    try:
+        return canonical(daemon, text)
+    except (ValueError, LookupError) as error:
+        raise BadPlan(f"options.{daemon}: {error}") from None
 
 
 def _strings(name: str, value: object) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import trio
 
@@ -10,11 +10,32 @@ from protocol.errors import leaves
 from qemu_shim.campaign.point import Point, point_of
 from qemu_shim.campaign.pool import all_cores, run_in_processes
 from qemu_shim.compare.run import Run
+from qemu_shim.daemon_options import merged
 from qemu_shim.interrupt import interruptible
+from qemu_shim.supervisor import DaemonFailed, supervised
 
 
 class Interrupted(Exception):
     """By a signal; what ran has been stopped and nothing is left of it."""
+
+
+class DaemonsRefused(Exception):
+    """A daemon does not start with the options that were given; what it said."""
+
+
+def check_options(options: Mapping[str, str]) -> None:
+    """Start the daemons once, before a point is run.  DaemonsRefused; Interrupted."""
+    if not options:
+        return
+
+    async def start() -> None:
+        async with supervised(merged({}, options), log_level="warning"):
+            pass
+
+    try:
+        until_interrupted(start)
+    except DaemonFailed as failed:
+        raise DaemonsRefused(str(failed)) from None
 
 
 def run_points(

@@ -19,7 +19,7 @@ from typing import Any
 from qemu_shim.campaign.point import Point, line_of, point_as_json, point_from, point_of, run_as_json, run_of
 from qemu_shim.compare.run import Run
 
-FORMAT = 1  # of both files
+FORMAT = 2  # of both files
 HEADER, RUNS = "campaign.json", "runs.jsonl"
 
 

@@ -14,8 +14,9 @@ from qemu_shim.campaign.point import point_of
 from qemu_shim.compare.costs import default_costs
 from qemu_shim.compare.figures import design_figures
 from qemu_shim.compare.run import Run
+from qemu_shim.daemon_options import as_said
 
-Group = tuple[str, tuple[tuple[str, int], ...], str]  # workload, parameters, design
+Group = tuple[str, tuple[tuple[str, int], ...], tuple[tuple[str, str], ...], str]  # as in a Point
 
 
 def figures(run: Run) -> dict[str, float]:
@@ -46,12 +47,13 @@ def _grouped(runs: Iterable[Run]) -> Iterator[tuple[Group, list[Run]]]:
     groups: dict[Group, list[Run]] = {}
     for run in runs:
         if not run.problems:
-            groups.setdefault((run.workload, point_of(run).params, run.design), []).append(run)
+            point = point_of(run)
+            groups.setdefault((run.workload, point.params, point.options, run.design), []).append(run)
     yield from groups.items()
 
 
 def _group(group: Group, runs: list[Run]) -> dict[str, Any]:
-    workload, params, design = group
+    workload, params, options, design = group
     each = [figures(run) for run in runs]
     names = dict.fromkeys(name for found in each for name in found)
     spread = {name: _spread([found.get(name, 0) for found in each]) for name in names}
@@ -59,6 +61,7 @@ def _group(group: Group, runs: list[Run]) -> dict[str, Any]:
     return {
         "workload": workload,
         "params": dict(params),
+        "options": dict(options),
         "design": design,
         "seeds": sorted(run.seed for run in runs),
         "figures": spread,
@@ -75,6 +78,7 @@ def as_text(document: dict[str, Any]) -> Iterator[str]:
     blocks: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for group in document["groups"]:
         params = ", ".join(f"{name} {value}" for name, value in group["params"].items())
+        params += as_said(group["options"])
         blocks.setdefault((group["workload"], params), []).append(group)
     for (workload, params), groups in blocks.items():
         yield f"{workload}  {params}"

@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from qemu_shim.campaign.point import Point
 from qemu_shim.campaign.progress import Shown
-from qemu_shim.campaign.runner import Interrupted, run_points
+from qemu_shim.campaign.runner import DaemonsRefused, Interrupted, check_options, run_points
 from qemu_shim.compare.costs import CostError, read_costs
 from qemu_shim.compare.documents import DocumentError, check_document, write_documents
 from qemu_shim.compare.figures import compare
 from qemu_shim.compare.report import render
 from qemu_shim.compare.schema import Comparison
 from qemu_shim.compare.table import as_text
+from qemu_shim.daemon_options import as_said, given
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
@@ -36,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         check_writable(options)
         comparison = read(options.source) if options.source else measured(options)
-    except (UsageError, CostError) as error:
+    except (UsageError, CostError, DaemonsRefused) as error:
         print(f"qemu-shim compare: {error}", file=sys.stderr)
         return EXIT_USAGE
     except Interrupted:
@@ -50,10 +51,11 @@ def main(options: argparse.Namespace) -> int:
 def measured(options: argparse.Namespace) -> Comparison:
     costs = read_costs(options.costs)
     points = [
-        Point.of(workload, design, options.seed)
+        Point.of(workload, design, options.seed, options=given(options))
         for workload in chosen(options.workloads, WORKLOADS, "workload")
         for design in chosen((options.designs or "").split(","), DESIGNS, "design")
     ]
+    check_options(given(options))
     with Shown(0, len(points)) as shown:
         runs = run_points(points, options.jobs, shown)
     return compare(runs, costs, command_of(options))
@@ -93,7 +95,7 @@ def command_of(options: argparse.Namespace) -> str:
         parts += ["--designs", options.designs]
     if options.costs:
         parts += ["--costs", str(options.costs)]
-    return " ".join([*parts, "--seed", str(options.seed)])
+    return " ".join([*parts, "--seed", str(options.seed)]) + as_said(given(options))
 
 
 def write(comparison: Comparison, options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_shim.compare.run import SEED_MAX
+from qemu_shim.daemon_options import add_daemon_options
 
 JOBS_MAX = 256
 
@@ -20,6 +21,7 @@ def add_compare(commands: Any, bounded: Any) -> None:
     parser.add_argument("--designs", metavar="A,B", help="default: all of them")
     parser.add_argument("--seed", type=bounded(0, SEED_MAX), default=1, metavar="N")
     parser.add_argument("--jobs", type=bounded(1, JOBS_MAX), metavar="N", help="default: one a core")
+    add_daemon_options(parser)
     parser.add_argument("--costs", type=Path, metavar="FILE", help="TOML: constants of the cost model")
     parser.add_argument(
         "--from",

@@ -50,3 +50,4 @@ class Run:
     samples: list[Sample] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # invariants that did not hold
+    options: dict[str, str] = field(default_factory=dict)  # of its daemons, beside the workload's own

@@ -35,6 +35,12 @@ def no_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "sharing", "--pages", "1"], "1 is not in 2..65536"),
         (["run", "--log-level", "loud", "dmatest"], "invalid choice: 'loud'"),
         (["list", "extra"], "unrecognized arguments"),
+        (["run", "dmatest", "--kvmd", "--socket /tmp/x"], "whoever starts kvmd says where its sockets are"),
+        (["run", "dmatest", "--iommufdd", "--kvm=/tmp/x"], "whoever starts iommufdd says"),
+        (["run", "dmatest", "--kvmd", "'"], "No closing quotation"),
+        (["run", "dmatest", "--kvmd"], "expected one argument"),
+        (["run", "--attach", "/tmp", "dmatest", "--kvmd", "--no-pml"], "the daemons of --attach run already"),
+        (["inspect", "--kvmd", "--no-pml"], "unrecognized arguments"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong_and_exits_with_2(

@@ -59,6 +59,26 @@ def test_options_replace_what_the_file_says(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines()[0] == "dmatest/shared/7/buf_kib=4,transfer_kib=4"
 
 
+def test_options_of_daemons_are_part_of_what_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text("[options]\nkvmd = '--no-pml'\niommufdd = '--premap-pages 2'\n")
+    said = [*SAID[:-2], "--seeds", "0", "--set", "buf_kib=4", "--iommufdd", "--premap-pages 8"]
+    assert campaign(str(plan), *said, "--dry-run", out=tmp_path / "out") == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"{KEYS[0]} --kvmd --no-pml --iommufdd '--premap-pages 8'"
+    )
+
+
+def test_a_store_is_of_the_options_it_was_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled(tmp_path)
+    assert campaign(*SAID, "--kvmd", "--no-pml", out=tmp_path) == 2
+    assert "is of a campaign of 3 other points" in capsys.readouterr().err
+
+
 def test_a_campaign_with_nothing_left_to_do_sums_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qemu_shim.campaign.plan import MAX_POINTS, BadPlan, Plan, numbers, plan_of, read_plan
-from qemu_shim.campaign.point import Point, point_as_json, point_from
+from qemu_shim.campaign.point import Point, point_as_json, point_from, point_of
 from qemu_shim.designs import DESIGNS
 from qemu_shim.workloads.library import WORKLOADS
 
@@ -26,6 +26,17 @@ def test_a_point_is_named_by_all_that_its_run_depends_on() -> None:
     assert point.key == "device-first/shared/3/cpu_first=0,pages=8,ram_mib=64"
     assert point == Point.of("device-first", "shared", 3, {"pages": 8, "cpu_first": 0})
     assert point_from(point_as_json(point)) == point
+
+
+def test_a_point_is_named_by_its_daemons_options_too() -> None:
+    """The same words in another spelling are the same point; no words are none."""
+    options = {"iommufdd": "--premap-pages  8", "kvmd": ""}
+    point = Point.of("dmatest", "mirror", 3, {"buf_kib": 4}, options)
+    assert point.key == "dmatest/mirror/3/buf_kib=4,transfer_kib=4 --iommufdd '--premap-pages 8'"
+    assert point == Point.of("dmatest", "mirror", 3, {"buf_kib": 4}, {"iommufdd": "'--premap-pages' 8"})
+    assert point != Point.of("dmatest", "mirror", 3, {"buf_kib": 4})
+    assert point_from(point_as_json(point)) == point
+    assert point_of(point.failed("")) == point
 
 
 def test_a_plan_without_a_word_is_every_workload_on_every_design() -> None:
@@ -112,6 +123,11 @@ def test_a_plan_that_cannot_be_run_says_why(plan: Plan, word: str) -> None:
         "params.pages = '1..2'",
         "params.dmatest.buf_kib.x = 1",
         "params.pages = []",
+        "options.kvmd = 1",
+        'options.kvmd = "\'"',
+        "options.kvmd = '--sock=x'",
+        "options.qemu = '-m 1G'",
+        "options = 3",
         "not toml",
     ],
 )
@@ -120,6 +136,11 @@ def test_a_file_that_is_no_plan_is_refused_by_its_name(text: str, tmp_path: Path
     path.write_text(text, encoding="utf-8")
     with pytest.raises(BadPlan, match=r"plan\.toml: "):
         read_plan(path)
+
+
+def test_a_file_may_give_the_daemons_options() -> None:
+    plan = plan_of({"workloads": ["dmatest"], "designs": ["shared"], "options": {"kvmd": "--no-pml"}})
+    assert [point.options for point in plan.points()] == [(("kvmd", "--no-pml"),)]
 
 
 def test_a_file_may_say_one_number() -> None:

@@ -101,9 +101,9 @@ def test_a_run_that_nobody_planned_is_refused(tmp_path: Path) -> None:
     [
         (b"", "damaged"),
         (b"[]", "damaged"),
-        (b'{"format": 1, "code": "code"}', "damaged"),
-        (b'{"format": 1, "code": "code", "points": [{"seed": 1}]}', "damaged"),
-        (b'{"format": 2, "code": "code"}', "format 2, this is for format 1"),
+        (b'{"format": 2, "code": "code"}', "damaged"),
+        (b'{"format": 2, "code": "code", "points": [{"seed": 1}]}', "damaged"),
+        (b'{"format": 1, "code": "code"}', "format 1, this is for format 2"),
     ],
 )
 def test_a_header_of_another_kind_is_refused(header: bytes, word: str, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_directory_without_a_campaign_is_none(tmp_path: Path) -> None:
 
 
 def test_a_start_that_was_cut_off_before_the_header_was_whole_is_begun_again(tmp_path: Path) -> None:
-    (tmp_path / "campaign.new").write_text('{"format": 1, "po')
+    (tmp_path / "campaign.new").write_text('{"format": 2, "po')
     filled(tmp_path, 3)
     assert seeds_in(tmp_path) == [3]
 

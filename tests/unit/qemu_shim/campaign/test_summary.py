@@ -29,6 +29,14 @@ def test_counts_are_those_of_the_end_and_gauges_the_most_there_was() -> None:
     assert shared["figures"]["io_faults"] == {"min": 16, "median": 16, "max": 16}
 
 
+def test_runs_on_daemons_with_other_options_are_apart() -> None:
+    other = run_of(0, 9, (0,))
+    other.options["iommufdd"] = "--premap-pages 8"
+    groups = summary([RUNS[1], other])["groups"]
+    assert [group["options"] for group in groups] == [{}, {"iommufdd": "--premap-pages 8"}]
+    assert "w  pages 4 --iommufdd '--premap-pages 8'" in list(as_text(summary([other])))
+
+
 def test_what_failed_is_named_and_not_counted() -> None:
     broken = run_of(7, 1000, (0, 1000))
     broken.problems.append("an invariant")

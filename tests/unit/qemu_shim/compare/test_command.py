@@ -60,6 +60,21 @@ def test_by_default_everything_is_run_and_shown(
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_options_of_daemons_are_in_every_point_and_in_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "check_options", lambda options: None)
+    campaign, path = Campaign(), tmp_path / "f.json"
+    said = ["dmatest", "--kvmd", "--no-pml", "--iommufdd", "--premap-pages 8", "--json", str(path)]
+    assert call(monkeypatch, campaign, *said) == 0
+    assert {point.options for point in campaign.points} == {
+        (("iommufdd", "--premap-pages 8"), ("kvmd", "--no-pml"))
+    }
+    assert Comparison.model_validate_json(path.read_text()).command == (
+        "qemu-shim compare dmatest --seed 1 --kvmd --no-pml --iommufdd '--premap-pages 8'"
+    )
+
+
 def test_only_what_was_asked_for_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = Campaign()
     assert call(monkeypatch, campaign, "dmatest", "--designs", "shared", "--seed", "9", "--jobs", "3") == 0
