@@ -84,15 +84,20 @@ def test_every_workload_has_defaults_within_its_bounds() -> None:
 async def test_the_invariants_are_looked_at_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two of them, a stale access of the first one's device is a problem as well."""
 
-    async def violations() -> list[str]:
+    async def kvmds() -> list[str]:
         return ["I11: a leaf"]
+
+    async def iommufdds() -> list[str]:
+        return ["I22: a pin"]
 
     async def looked(_: object, machine: str) -> SimpleNamespace:
         return SimpleNamespace(device={"stale_notes": [f"I6: {machine}"]}, iommu={"partial_held": 0})
 
     monkeypatch.setattr(recorder, "snapshot", looked)
-    host: Any = SimpleNamespace(kvmd=SimpleNamespace(violations=violations))
+    host: Any = SimpleNamespace(
+        kvmd=SimpleNamespace(violations=kvmds), iommufdd=SimpleNamespace(violations=iommufdds)
+    )
     of_two = recorder.Recorder(host)
     machines: Any = ["first", "second"]
     of_two.machines += machines
-    assert await of_two.problems() == ["I11: a leaf", "I6: first", "I6: second"]
+    assert await of_two.problems() == ["I11: a leaf", "I22: a pin", "I6: first", "I6: second"]
