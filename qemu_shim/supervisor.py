@@ -19,10 +19,11 @@ from pathlib import Path
 
 import trio
 
+from protocol.rpc.socket import START_PATIENCE_S
 from qemu_shim.daemons import DAEMONS, DaemonSpec, socket_of
 
-STOP_PATIENCE_S = 10.0
-READY_PATIENCE_S = 30.0
+STOP_PATIENCE_S = 30.0  # for one daemon
+STOP_ALL_S = STOP_PATIENCE_S * len(DAEMONS) + 10.0  # for who stops a run with daemons of its own
 READY_POLL_S = 0.002
 LOG_TAIL_LINES = 15
 
@@ -74,10 +75,10 @@ class Supervisor:
         """Returns when every socket is there.  Raises DaemonFailed."""
         for running in self._running:
             socket = trio.Path(socket_of(running.spec, self.directory))
-            with trio.move_on_after(READY_PATIENCE_S) as patience:
+            with trio.move_on_after(START_PATIENCE_S) as patience:
                 await self._wait_socket(socket)
             if patience.cancelled_caught:
-                raise DaemonFailed(running.explain(f"is not ready after {READY_PATIENCE_S:.0f} s"))
+                raise DaemonFailed(running.explain(f"is not ready after {START_PATIENCE_S:.0f} s"))
 
     async def _wait_socket(self, socket: trio.Path) -> None:
         while not await socket.exists():

@@ -10,9 +10,12 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+from tests.patience import WHOLE_TEST_S
 from tests.rfc.plugin import pytest_collection_modifyitems
 
 __all__ = ["pytest_collection_modifyitems"]
+
+os.environ.setdefault("PYTEST_TIMEOUT", str(int(WHOLE_TEST_S)))  # pytest-timeout reads it there
 
 settings.register_profile(
     "project",

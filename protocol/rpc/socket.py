@@ -21,7 +21,7 @@ from protocol.rpc.loop import Loop
 MAX_PATH_BYTES = 107  # sun_path
 BACKLOG = 64
 CONNECT_RETRY_S = 0.005
-CONNECT_PATIENCE_S = 10.0
+START_PATIENCE_S = 60.0  # for a daemon to be there: its peers and who starts it wait alike
 
 log = structlog.get_logger("rpc")
 
@@ -108,7 +108,7 @@ def connect_now(path: Path) -> socket.socket:
     return sock
 
 
-async def connect(path: Path, patience_s: float = CONNECT_PATIENCE_S) -> socket.socket:
+async def connect(path: Path, patience_s: float = START_PATIENCE_S) -> socket.socket:
     """Connect, waiting up to `patience_s` for a daemon that is still starting."""
     deadline = trio.current_time() + patience_s
     while True:

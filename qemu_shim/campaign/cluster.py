@@ -20,10 +20,10 @@ from qemu_shim.campaign.code import code_version
 from qemu_shim.campaign.execute import execute
 from qemu_shim.campaign.point import Point
 from qemu_shim.compare.run import Run
+from qemu_shim.supervisor import STOP_ALL_S
 
 CONNECT_S = 10.0
 STOP_POLL_S = 2.0  # it is told at once; this is how long a thread may wait in vain
-STOP_PATIENCE_S = 40.0  # a point that runs gives each of its daemons 10
 
 
 class ClusterFailed(Exception):
@@ -92,7 +92,7 @@ def _stop(distributed: Any, client: Any, stop_name: str, futures: list[Any]) -> 
     with suppress(OSError, TimeoutError):  # the scheduler is gone, and its workers go with it
         if left and client.status == "running":
             distributed.Event(stop_name, client=client).set()
-            distributed.wait(left, timeout=STOP_PATIENCE_S)
+            distributed.wait(left, timeout=STOP_ALL_S)
     client.close(timeout=CONNECT_S)
 
 

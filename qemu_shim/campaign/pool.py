@@ -22,10 +22,10 @@ import trio
 
 from qemu_shim.campaign.point import Point, line_of, point_as_json, run_of
 from qemu_shim.compare.run import Run
+from qemu_shim.supervisor import STOP_ALL_S
 
 WORKER = (sys.executable, "-m", "qemu_shim.campaign.worker")
 TRIES = 3
-STOP_PATIENCE_S = 40.0  # the worker gives each of its daemons 10
 
 Done = Callable[[Run], None]
 
@@ -94,7 +94,7 @@ async def _worker() -> AsyncIterator[trio.Process]:
 async def _stop(process: trio.Process) -> None:
     assert process.stdin is not None
     await process.stdin.aclose()
-    with trio.move_on_after(STOP_PATIENCE_S):
+    with trio.move_on_after(STOP_ALL_S):
         await process.wait()
     process.kill()
     await process.wait()

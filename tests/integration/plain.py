@@ -11,9 +11,10 @@ from typing import Any
 
 import msgpack
 
+from tests.patience import PATIENCE_S
+
 REQUEST, REPLY, ERROR, NOTIFY = range(4)
 HEADER = struct.Struct("<IHH")
-PATIENCE_S = 10.0
 
 
 def frame(kind: int, number: object, body: object, nfds: int = 0) -> bytes:

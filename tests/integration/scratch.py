@@ -12,6 +12,7 @@ from pathlib import Path
 from qemu_shim.daemons import DAEMONS
 from tests.integration.plain import Plain
 from tests.integration.system import BIN, short_directory, until
+from tests.patience import WHOLE_RUN_S
 
 
 class Scratch:
@@ -46,7 +47,7 @@ class Scratch:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=WHOLE_RUN_S)
         return process.returncode, out, err
 
     def processes(self) -> list[int]:

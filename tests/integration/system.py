@@ -18,9 +18,9 @@ from typing import TypeVar
 import trio
 
 from qemu_shim.daemons import DAEMONS, DaemonSpec, socket_of
+from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
-PATIENCE_S = 10.0  # how long a test waits before it says that something never happened
 POLL_S = 0.005
 
 Options = Mapping[str, Sequence[str]]

@@ -21,6 +21,7 @@ from qemu_shim.campaign.store import RUNS, Store
 from qemu_shim.compare.run import Run
 from tests.integration.scratch import Scratch, scratched
 from tests.integration.system import short_directory, until
+from tests.patience import WHOLE_RUN_S
 
 POINTS = 3
 PLAN = ("--workloads", "boot-touch", "--designs", "shared", "--seeds", "0..2", "--set", "pages=24")
@@ -93,7 +94,7 @@ def begin(scratch: Scratch, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WHOLE_RUN_S)
     return process.returncode, out, err
 
 
@@ -191,7 +192,7 @@ class Cluster:
         for process in reversed(self._processes):
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(30)
+                process.wait(WHOLE_RUN_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -18,6 +18,7 @@ from tests.integration.plain import Plain
 from tests.integration.scratch import Scratch, scratched
 from tests.integration.system import BIN, System, short_directory, system, until
 from tests.oracle.dump import Dump
+from tests.patience import WHOLE_RUN_S
 
 COMPARISON = Path(__file__).parents[2] / "docs" / "results" / "comparison.json"
 LONG_RUN = ["run", "unmap", "--rounds", "100000"]
@@ -93,7 +94,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert (process.wait(60), process.stderr.read()) == (141, "")
+    assert (process.wait(WHOLE_RUN_S), process.stderr.read()) == (141, "")
     process.stderr.close()
 
 
@@ -132,7 +133,7 @@ def test_a_daemon_that_dies_fails_the_run(scratch: Scratch, victim: str) -> None
     process = scratch.start(*LONG_RUN)
     scratch.wait_working()
     os.kill(scratch.daemon(victim), signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WHOLE_RUN_S)
     assert process.returncode == 1, (out, err)
     assert f"{victim} ended with status -9" in out
     assert "Traceback" not in out + err
@@ -145,7 +146,7 @@ def test_a_signal_to_the_whole_group_in_the_middle_of_a_run_is_status_130(
     process = scratch.start(*LONG_RUN)
     scratch.wait_working()
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WHOLE_RUN_S)
     assert (process.returncode, out) == (130, "")
     assert err == "interrupted: every daemon was stopped, nothing is left\n"
 
@@ -168,7 +169,7 @@ def test_an_interrupt_while_the_daemons_start_leaves_nothing(scratch: Scratch) -
     process = scratch.start(*LONG_RUN)
     until(lambda: list(scratch.directory.glob("tdp-*")) != [], "the directory is made")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=WHOLE_RUN_S)
     assert process.returncode == 130
 
 
@@ -176,7 +177,7 @@ def test_when_qemu_shim_is_killed_the_daemons_notice(scratch: Scratch) -> None:
     process = scratch.start(*LONG_RUN)
     scratch.wait_working()
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=WHOLE_RUN_S)
     assert process.returncode == -signal.SIGKILL
     until(lambda: scratch.processes() == [], "every daemon has ended")
     (left,) = scratch.directory.glob("tdp-*")
@@ -205,7 +206,7 @@ def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Sc
         peer = Plain.connect(by_hand.socket("device_sim"))
         until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=WHOLE_RUN_S)
         assert process.returncode == 130
         peer.close()
         by_hand.wait_closed(before)
@@ -288,4 +289,4 @@ def test_inspect_looks_at_daemons_that_run_and_at_one_address(scratch: Scratch) 
             assert scratch.run(*attach, "--dump", str(directory))[0] == 0
             assert Dump(directory).mismatches() == []
         running.send_signal(signal.SIGINT)
-        running.communicate(timeout=60)
+        running.communicate(timeout=WHOLE_RUN_S)

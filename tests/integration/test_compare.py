@@ -12,6 +12,7 @@ import pytest
 from qemu_shim.compare.schema import Comparison, DesignFigures
 from tests.integration.scratch import Scratch
 from tests.integration.system import short_directory, until
+from tests.patience import WHOLE_RUN_S
 
 DMATEST = ("compare", "dmatest", "--designs", "mirror,shared")
 
@@ -67,7 +68,7 @@ def test_an_interrupt_is_130_writes_nothing_and_leaves_nothing(
     for sign in ("tdp-worker-*", "tdp-worker-*/tdp-*", "tdp-worker-*/tdp-*/*.sock"):  # each takes its time
         until(lambda sign=sign: list(scratch.directory.glob(sign)) != [], f"{sign} is there")  # type: ignore[misc]
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=WHOLE_RUN_S)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted: every daemon was stopped, nothing is left"
     assert not path.exists()

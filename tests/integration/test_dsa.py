@@ -20,6 +20,7 @@ from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
 from tests.integration.rig import device_stats, unit_stats
 from tests.integration.system import system
+from tests.patience import PATIENCE_S
 
 PATTERN = 0x1122_3344_5566_7788
 
@@ -186,7 +187,7 @@ async def test_whoever_maps_the_registers_next_finds_the_device_as_it_was_made(h
         guest.portal.movdir64b(0, struct.pack("<II56x", 0, 0x7F << 24))
         assert await queue.device.state() is State.ENABLED
         guest.portal.close()
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             while True:
                 try:
                     portal = await guest.device.map_portal()

@@ -23,7 +23,7 @@ from tests.integration.zoo import OPS, REQUESTS, SLOT_BYTES, SLOT_GPA, Zoo, zoo_
 
 SEEDS = (20231202, 42, 107)
 AT_ONCE, STEPS = 4, 100
-PATIENCE_S = 0.05  # what sleeps longer is left asleep
+GIVE_UP_S = 0.05  # what sleeps longer is left asleep
 SHARED = {"kvmd", "iommufdd", "device_sim"}  # front doors: not ours to close
 PAGES = [GUEST_START + n * PAGE_SIZE for n in range(4)]
 
@@ -65,7 +65,7 @@ class Walk:
             if len(fds) < service.methods[op].max_fds and self._chance.random() < 0.3:
                 owner = self._chance.choice((self._zoo, self._others))
                 fds.append(owner.copy(self._chance.choice(list(owner.fds))))
-            with trio.move_on_after(PATIENCE_S), suppress(PeerError):
+            with trio.move_on_after(GIVE_UP_S), suppress(PeerError):
                 if await self._zoo.is_bug(service, op, body, fds):
                     self.bugs.append(f"{service.name} {op} {body}")
 

@@ -21,6 +21,7 @@ from protocol.rpc.socket import Listener, connect
 from protocol.units import LEVEL_1G, Hpa, Level
 from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
 from tests.integration.system import System, system
+from tests.patience import PATIENCE_S
 
 GOOD = ExportedTdpMeta(TYPE_EPT, Level(4), Hpa(1 << 20), LEVEL_1G, promised_masks(ept_rules(46, LEVEL_1G)))
 LOW, HIGH = GOOD.rsvd_bits_mask
@@ -87,7 +88,7 @@ class FakeKvmd:
 
 async def open_when_free(iommufdd: Iommufdd) -> VfioDevice:
     """The case before closed it: until it is unbound opening it is EBUSY."""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while True:
             try:
                 return await iommufdd.open_device(0)

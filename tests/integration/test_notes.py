@@ -10,6 +10,7 @@ import pytest
 
 from qemu_shim.scenarios.memory import TOLD
 from tests.integration.system import BIN
+from tests.patience import WHOLE_RUN_S
 
 Figures = dict[str, Any]
 
@@ -20,7 +21,7 @@ def run(name: str, *options: str) -> tuple[list[str], Figures]:
         [str(BIN / "qemu-shim"), "run", "--json", name, *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=WHOLE_RUN_S,
         check=False,
     )
     assert ended.stderr == ""

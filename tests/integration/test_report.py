@@ -16,6 +16,7 @@ from qemu_shim.compare.figures import compare
 from qemu_shim.compare.report import render
 from qemu_shim.compare.rows import number_text, us_text
 from qemu_shim.compare.schema import Comparison
+from tests.patience import WHOLE_RUN_S
 from tests.tidy.source import ROOT
 from tests.unit.qemu_shim.compare.runs import all_made_up
 
@@ -25,7 +26,6 @@ QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
-BROWSER_S = 100
 
 
 def browser() -> str:
@@ -40,7 +40,7 @@ def browser() -> str:
 def opened(page: Path, profile: Path) -> str:
     """The document as the browser has it once its scripts have run."""
     command = [browser(), *QUIET, *NO_HOST, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WHOLE_RUN_S, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -18,6 +18,7 @@ from qemu_shim.machine import FIRST_FREE_GPA, GuestCpu, Host
 from qemu_shim.measure import Report, difference
 from qemu_shim.scenarios.library import SCENARIOS
 from tests.integration.rig import Rig, attach_device, device_stats, vm_only, vm_stats
+from tests.patience import PATIENCE_S
 
 DEVICES = 4
 STREAMS = 4  # on each device
@@ -226,7 +227,7 @@ async def add_queue_without_vcpu(stack: AsyncExitStack, rig: Rig, number: int) -
 
 async def open_when_free(host: Host, number: int) -> Any:
     """The device closed a moment ago is detached first: until then opening it is EBUSY."""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         while True:
             try:
                 return await host.iommufdd.open_device(number)

@@ -12,8 +12,7 @@ from tests.conformance.kvm import guest_steps, host_steps, ioctl_steps, uffd_ste
 from tests.conformance.kvm.cases import Case, mark_of
 from tests.conformance.kvm.step import CaseFailed, Difference, Step
 from tests.conformance.kvm.world import World, world_of
-
-PATIENCE_S = 10.0  # for one step, before we say that it never ends
+from tests.patience import PATIENCE_S
 
 
 @dataclass(slots=True)

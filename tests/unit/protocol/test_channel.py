@@ -17,6 +17,7 @@ import pytest
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, Fds, PeerGone, Reply
 from protocol.rpc.session import MAX_BODY_BYTES, MAX_FDS
+from tests.patience import PATIENCE_S
 from tests.unit.protocol.wires import (
     ERROR,
     NOTIFY,
@@ -412,7 +413,7 @@ async def test_a_trio_task_asks_and_one_that_gives_up_leaks_no_fd() -> None:
             assert scope.cancelled_caught
             right.answer(asked[0], {}, [os.memfd_create("x")])
             wait = left.call("SECOND")
-            with trio.fail_after(5):
+            with trio.fail_after(PATIENCE_S):
                 while len(asked) < 2:
                     await trio.lowlevel.checkpoint()
             right.answer(asked[1], {"n": 2})

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from protocol.rpc.socket import MAX_PATH_BYTES, Listener, check_path, connect, connect_now
+from tests.patience import PATIENCE_S
 from tests.unit.protocol.wires import Wires, wires
 
 
@@ -107,11 +108,11 @@ async def test_a_peer_waits_for_a_daemon_that_starts_later(wire: Wires, tmp_path
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as late:
             late.bind(str(path))
             late.listen()
-            ready.wait(10)
+            ready.wait(PATIENCE_S)
 
     thread = threading.Thread(target=start_late)
     thread.start()
-    (await connect(path, patience_s=10)).close()
+    (await connect(path, patience_s=PATIENCE_S)).close()
     ready.set()
     thread.join()
 

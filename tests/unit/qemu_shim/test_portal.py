@@ -10,6 +10,7 @@ import trio
 from protocol.errors import PeerError
 from protocol.rpc.loop import Loop
 from qemu_shim.device_client import Portal
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("gone_first", [True, False], ids=["gone before the wait", "goes during the wait"])
@@ -30,7 +31,7 @@ async def test_a_device_that_goes_ends_every_wait_for_its_interrupt(gone_first: 
             await hang_up()
         else:
             nursery.start_soon(hang_up)
-        with trio.fail_after(30), pytest.raises(PeerError, match="the device is gone"):
+        with trio.fail_after(PATIENCE_S), pytest.raises(PeerError, match="the device is gone"):
             await portal.wait_interrupt(1)
         nursery.cancel_scope.cancel()
     loop.close()
