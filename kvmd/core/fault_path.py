@@ -57,6 +57,8 @@ class FaultPath:
             self._remember_mmio(gfn, vcpu, fault.as_id)
             return Result.NO_SLOT
         if slot is vm.slots_change.going:
+            if fault.prefetch:  # who asks in advance can ask again [KVM mmu.c, kvm_mmu_faultin_pfn]
+                return Result.UNSTABLE
             await vm.slots_change.settled
             return None
         if fault.write and slot.readonly:

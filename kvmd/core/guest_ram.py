@@ -64,7 +64,7 @@ class GuestRam:
             try:
                 await mm.fault_in(_hva(slot, gpa), write=write)
             except UapiError:
-                if await self._slot(gpa) is slot:
+                if self._vm.slots.find(gfn_of(gpa), self._as_id) is slot:
                     return None
         return None
 

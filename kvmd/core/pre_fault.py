@@ -2,7 +2,7 @@
 
 Models kvm_vcpu_pre_fault_memory [KVM kvm_main.c]: each page is a read fault of the vCPU that counts as no
 access, so A stays clear; what is done is taken off the range that goes back, and an error is told only if
-nothing was done.
+nothing was done.  A slot that is being deleted or moved is not waited for: EAGAIN.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from kvmd.core.vcpu import RunResult
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.kvm_run import ExitReason
-from protocol.units import Gpa, Hva
+from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.world import RW, SlowImporter, World
 
 PAGE, PAGES, GFN, ELSEWHERE = 4096, 16, 0x100, 0x900
@@ -36,6 +36,11 @@ class Asleep:
         self.vcpu = self.world.vcpu()
         if export:
             self.world.export().register_importer("unit", self.importer)
+
+    @property
+    def gfn(self) -> Gfn:
+        """The first one."""
+        return Gfn(GFN)
 
     def map(self) -> None:
         self.world.map(PAGES, hva=HVA)

@@ -1,0 +1,260 @@
+"""A fault sleeps while its page is looked up, and its slot, its log or its root is another one afterwards.
+
+What it found belongs to a slot that is gone: nothing of it may be mapped, marked or told [KVM mmu.c,
+is_page_fault_stale].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvmd.core.exits import Mmio
+from kvmd.core.invariants import check_vm
+from kvmd.core.page_fault import Result
+from kvmd.core.tdp_fd import FaultType
+from kvmd.core.vcpu import RunResult
+from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.units import Gpa, Hva
+from tests.unit.kvmd.asleep import ELSEWHERE, GFN, GPA, HVA, LOG, PAGE, PAGES, READONLY, Asleep, left_by
+from tests.unit.kvmd.world import READ, WRITE
+
+X = bytes(range(1, 9))
+SMM = 1 << 16  # its slots have the address space in the high half
+KINDS = pytest.mark.parametrize("kind", [READ, WRITE], ids=["read", "write"])
+EXPORTED = pytest.mark.parametrize("export", [False, True])
+
+
+def other_memory(guest: Asleep) -> Hva:
+    made = guest.world.map(PAGES)
+    guest.world.run(guest.world.mm.write(made, b"the new memory" + bytes(PAGES * PAGE - 14)))
+    return made
+
+
+def device(guest: Asleep, kind: FaultType) -> Wait[Result]:
+    asked = guest.world.start(guest.vm.fault_exported(guest.vm.exported[0], 77, guest.gfn, kind))
+    assert not asked.done
+    return asked
+
+
+def vcpu(guest: Asleep, kind: FaultType) -> Wait[RunResult]:
+    return guest.access(GPA, X if kind.write else None, cpl=3)
+
+
+def exit_of(kind: FaultType) -> Mmio:
+    return Mmio(Gpa(GPA), 8, kind.write, X if kind.write else b"")
+
+
+# -- the slot ------------------------------------------------------------------------------------------
+
+
+def delete(guest: Asleep) -> None:
+    guest.delete()
+
+
+def move(guest: Asleep) -> None:
+    guest.slot(ELSEWHERE)
+
+
+def make_anew_elsewhere(guest: Asleep) -> None:
+    guest.delete()
+    guest.slot(ELSEWHERE)
+
+
+def cut(guest: Asleep) -> None:
+    guest.delete()
+    guest.slot(GFN + 1, PAGES - 1, hva=HVA + PAGE)
+
+
+GOES = pytest.mark.parametrize("change", [delete, move, make_anew_elsewhere, cut])
+
+
+@KINDS
+@GOES
+def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind: FaultType) -> None:
+    guest = Asleep(export=True)
+    asked = device(guest, kind)
+    change(guest)
+    guest.page_comes()
+    assert asked.result() is Result.NO_SLOT
+    assert GFN not in guest.world.table()
+    assert check_vm(guest.vm) == []
+
+
+@KINDS
+@GOES
+@EXPORTED
+def test_slot_goes_under_a_vcpu_s_fault(
+    change: Callable[[Asleep], None], kind: FaultType, export: bool
+) -> None:
+    """Not exported, the root it began on is invalid by now, too."""
+    guest = Asleep(export=export)
+    running = vcpu(guest, kind)
+    change(guest)
+    guest.page_comes()
+    assert left_by(running.result()) == exit_of(kind)
+    assert check_vm(guest.vm) == []
+
+
+@KINDS
+@EXPORTED
+def test_slot_is_made_anew_over_other_memory(kind: FaultType, export: bool) -> None:
+    guest = Asleep(export=export)
+    running = vcpu(guest, kind)
+    made = other_memory(guest)
+    guest.delete()
+    guest.slot(hva=made)
+    guest.page_comes()
+    assert running.result().done
+    if kind is READ:
+        assert running.result().reads == [b"the new "]
+    else:
+        assert guest.host(made, 8) == X
+    assert guest.host(HVA, 4) == b"uffd"
+    assert check_vm(guest.vm) == []
+
+
+def test_slot_is_made_anew_over_other_memory_under_a_device_s_fault() -> None:
+    guest = Asleep(export=True)
+    asked = device(guest, WRITE)
+    made = other_memory(guest)
+    guest.delete()
+    guest.slot(hva=made)
+    guest.page_comes()
+    assert asked.result() is Result.FIXED
+    page = guest.world.mm.present_page(made)
+    assert page is not None
+    assert guest.world.table() == {GFN: (page.pfn, True)}
+    assert check_vm(guest.vm) == []
+
+
+def test_slot_is_made_anew_read_only_under_a_store() -> None:
+    guest = Asleep(export=True)
+    running, asked = vcpu(guest, WRITE), device(guest, WRITE)
+    guest.delete()
+    guest.slot(flags=READONLY)
+    guest.page_comes()
+    assert left_by(running.result()) == exit_of(WRITE)
+    assert asked.result() is Result.READONLY
+    assert check_vm(guest.vm) == []
+
+
+@pytest.mark.parametrize("gfn", [0, ELSEWHERE], ids=["delete", "move"])
+def test_slot_is_going_when_the_page_comes(gfn: int) -> None:
+    """Everything is zapped and not every importer has acked: what is mapped now would stay behind."""
+    guest = Asleep(export=True)
+    guest.page_comes(GPA + PAGE)
+    guest.world.io_fault(guest.vm.exported[0], GFN + 1)
+    asked, running = device(guest, WRITE), vcpu(guest, WRITE)
+    region = guest.world.region(0, gfn, PAGES if gfn else 0, HVA if gfn else 0)
+    changed = guest.world.start(guest.vm.set_memory_region(region))
+    guest.page_comes()
+    assert not (changed.done or asked.done or running.done)
+    assert guest.world.table() == {}
+    guest.world.ack(guest.importer)
+    assert changed.done
+    assert asked.result() is Result.NO_SLOT
+    assert left_by(running.result()) == exit_of(WRITE)
+    assert check_vm(guest.vm) == []
+
+
+# -- its log -------------------------------------------------------------------------------------------
+
+
+@EXPORTED
+def test_logging_begins_under_a_store(export: bool) -> None:
+    guest = Asleep(export=export)
+    running = vcpu(guest, WRITE)
+    guest.slot(flags=LOG)
+    assert guest.dirty() == set()
+    guest.page_comes()
+    assert running.result().done
+    assert check_vm(guest.vm) == []
+    assert guest.dirty() == {0}
+
+
+@EXPORTED
+def test_an_equal_slot_is_made_under_a_store(export: bool) -> None:
+    """Equal, yet another: it logs into a bitmap of its own."""
+    guest = Asleep(LOG, export=export)
+    running = vcpu(guest, WRITE)
+    guest.delete()
+    guest.slot(flags=LOG)
+    guest.page_comes()
+    assert running.result().done
+    assert check_vm(guest.vm) == []
+    assert guest.dirty() == {0}
+
+
+def test_an_equal_slot_is_made_under_a_device_s_fault() -> None:
+    guest = Asleep(LOG, export=True)
+    asked = device(guest, WRITE)
+    guest.delete()
+    guest.slot(flags=LOG)
+    guest.page_comes()
+    assert asked.result() is Result.FIXED
+    assert guest.dirty() == {0}
+
+
+def test_tracking_begins_under_a_store() -> None:
+    guest = Asleep(LOG, export=True)
+    running, asked = vcpu(guest, WRITE), device(guest, WRITE)
+    guest.finish(guest.vm.track_page(Gpa(GPA)))
+    guest.page_comes()
+    assert running.result().done
+    assert asked.result() in (Result.FIXED, Result.SPURIOUS), "mapped, and not for write"
+    assert guest.world.table()[GFN][1] is False
+    assert check_vm(guest.vm) == []
+    assert guest.dirty() == {0}
+
+
+# -- its root ------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("smm", [False, True])
+def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
+    kind: FaultType, smm: bool
+) -> None:
+    """A vCPU goes on on a new root: in the old one nobody finds the page, and it is taken apart."""
+    guest = Asleep(export=smm)
+    as_id = int(smm)
+    if smm:
+        guest.world.set_slot(SMM, GFN, PAGES, HVA)
+    guest.world.set_slot(as_id << 16 | 7, ELSEWHERE, 1, guest.world.map(1))
+    code = [("w", GPA, X) if kind is WRITE else ("r", GPA, 8)]
+    running = guest.world.start(guest.vcpu.run(code, smm=smm))
+    old = guest.vcpu.roots[as_id]
+    assert old is not None
+    guest.finish(guest.vm.set_memory_region(guest.world.region(as_id << 16 | 7, 0, 0, 0)))
+    assert old.invalid
+    guest.page_comes()
+    assert running.result().done
+    new = guest.vcpu.roots[as_id]
+    assert new is not None
+    assert new is not old
+    assert not new.invalid
+    assert sum(new.leaves) == 1
+    assert old not in guest.vm.mmu.roots
+    assert check_vm(guest.vm) == []
+
+
+def test_the_export_ends_under_a_device_s_fault() -> None:
+    guest = Asleep(export=True)
+    asked = device(guest, WRITE)
+    guest.finish(guest.vm.close_tdp_fd(guest.vm.exported[0]))
+    guest.page_comes()
+    with pytest.raises(UapiError, match="not exported any more"):
+        asked.result()
+    assert check_vm(guest.vm) == []
+
+
+def test_the_process_exits_under_a_fault() -> None:
+    guest = Asleep(export=True)
+    asked = device(guest, WRITE)
+    guest.finish(guest.world.mm.exit())
+    assert asked.result() is Result.NO_PAGE
+    assert guest.world.table() == {}
+    assert check_vm(guest.vm) == []
