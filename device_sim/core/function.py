@@ -24,7 +24,7 @@ from device_sim.core.pri import PageAccess, PageRequestInterface
 from protocol.errors import UapiError
 from protocol.hw.qi import MAX_PAGES, ResponseCode
 from protocol.pt import bits
-from protocol.units import PAGE_SHIFT, Iova
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Iova
 
 PRI_CAPACITY = 512
 GROUP_PAGES = 8  # as many pages as one group asks for
@@ -177,9 +177,6 @@ class Function:
         """Translation requests for what the device TLB lacks; the accesses that were not granted."""
         refused: dict[int, PageAccess] = {}
         for dma in ranges:
-            if msi.touches(dma.iova, dma.size):
-                self._interrupt_request(dma)
-                continue
             asked = 0
             at = dma.iova
             end = dma.iova + dma.size
@@ -187,15 +184,19 @@ class Function:
                 _, covered = self.devtlb.runs(at, end - at, dma.write)
                 at += covered
                 if covered and at < end:
-                    at &= ~((1 << PAGE_SHIFT) - 1)
+                    at &= ~PAGE_OFFSET_MASK
                 if at >= end:
+                    break
+                if msi.touches(at, 1):
+                    if at == dma.iova:  # what is behind memory is met when that is done
+                        self._interrupt_request(dma)
                     break
                 asked += 1
                 if not self._translate(at >> PAGE_SHIFT, dma.write):
                     known = refused.get(at >> PAGE_SHIFT)
                     if known is None or dma.write:
                         refused[at >> PAGE_SHIFT] = PageAccess(at >> PAGE_SHIFT, dma.write)
-                    at = (at | (1 << PAGE_SHIFT) - 1) + 1
+                    at = (at | PAGE_OFFSET_MASK) + 1
         return list(refused.values())
 
     def _interrupt_request(self, dma: DmaRange) -> None:
@@ -203,13 +204,18 @@ class Function:
         if not self.dma_enabled:
             raise DmaFault(dma.iova, dma.write, requested=False)
         try:
-            self._unit.interrupt_request(self.rid, dma.iova, dma.size, write=dma.write)
+            size = _one_request(dma.iova, dma.size)
+            self._unit.interrupt_request(self.rid, dma.iova, size, write=dma.write)
         except Refused:
             raise DmaFault(dma.iova, dma.write, requested=True) from None
 
+    def _is_message(self, iova: int, size: int) -> bool:
+        """An interrupt message, which needs no translation."""
+        return self.dma_enabled and msi.is_message(iova, size)
+
     def _write_message(self, iova: int, data: bytes) -> bool:
-        """A write the device TLB has nothing for: perhaps an interrupt message, which needs none."""
-        if not (self.dma_enabled and msi.is_message(iova, len(data))):
+        """A write the device TLB has nothing for: perhaps an interrupt message."""
+        if not self._is_message(iova, len(data)):
             return False
         self._unit.interrupt(msi.InterruptMessage(self.rid, iova, int.from_bytes(data, "little")))
         return True
@@ -230,12 +236,11 @@ class Function:
         return entry.rights & need != 0
 
     def accessible(self, dma: DmaRange) -> int:
-        """How many bytes of it, from the front, are translated; all of an interrupt message, which needs no
-        translation.
-        """
+        """How many bytes of it, from the front, are translated; or those of an interrupt message."""
         translated = self.devtlb.runs(dma.iova, dma.size, dma.write)[1]
-        if not translated and dma.write and self.dma_enabled and msi.is_message(dma.iova, dma.size):
-            return dma.size
+        if not translated and dma.write:
+            size = _one_request(dma.iova, dma.size)
+            return size if self._is_message(dma.iova, size) else 0
         return translated
 
     def read(self, iova: int, size: int) -> bytes | None:
@@ -269,7 +274,8 @@ class Function:
         dst_runs, writable = self.devtlb.runs(dst, size, True)
         count = min(readable, writable)
         if not count:
-            message = self.read(src, size) if msi.is_message(dst, size) else None
+            size = _one_request(dst, size)
+            message = self.read(src, size) if self._is_message(dst, size) else None
             return size if message is not None and self._write_message(dst, message) else 0
         self._count_hits(src, count)
         self._count_hits(dst, count)
@@ -343,3 +349,8 @@ class Function:
                     self.stale_notes.append(
                         f"I6: pfn {cached[0]:#x} {what} as page {page:#x} {when} it was given up"
                     )
+
+
+def _one_request(iova: int, size: int) -> int:
+    """Bytes of the first memory request of an access: none crosses a 4 KiB boundary [PCIe 2.2.7]."""
+    return min(size, PAGE_SIZE - (iova & PAGE_OFFSET_MASK))

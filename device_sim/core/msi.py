@@ -2,7 +2,8 @@
 
 Models requests without PASID to 0xFEEx_xxxx [VT-d 3.14]: they are not translated, whatever a table says of
 that address; an aligned write of four bytes is a message, anything else is refused.  No table maps the
-range for a device, and none has to.
+range for a device, and none has to.  An access that runs into the range meets it at its first byte there:
+what lies before is done, because no request crosses 4 KiB [PCIe 2.2.7].
 
 Unconfirmed by a public text, and therefore a choice of the model: the reason SGN.8 of such a refusal.
 """

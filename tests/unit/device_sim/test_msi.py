@@ -10,7 +10,24 @@ from device_sim.core.dmar import Refused
 from device_sim.core.function import DmaFault, DmaRange
 from device_sim.core.msi import END, START, InterruptMessage
 from protocol.flow import Wait
-from tests.unit.device_sim.accelerator import BOF, CRAV, FILL, MEMMOVE, RCR, SRC, SRC_FRAME, Machine, work
+from tests.unit.device_sim.accelerator import (
+    BOF,
+    CFLUSH,
+    COMPARE,
+    CRAV,
+    CRCGEN,
+    DST_FRAME,
+    DUALCAST,
+    FILL,
+    MEMMOVE,
+    RCR,
+    SRC,
+    SRC_FRAME,
+    THIRD,
+    THIRD_FRAME,
+    Machine,
+    work,
+)
 from tests.unit.device_sim.silicon import FRAMES, RID, R, Recorded, Silicon, W
 
 SGN_8 = 0x87
@@ -60,8 +77,7 @@ def test_a_copy_of_four_bytes_is_a_message_once_its_source_is_there(silicon: Sil
         (START, 8, True),
         (START, 2, True),
         (START + 2, 4, True),
-        (START - 2, 4, True),
-        (START - PAGE, 2 * PAGE, True),
+        (START + 0x1FFE, 4, True),
         (END - 2, 4, True),
         (START, PAGE, True),
     ],
@@ -85,6 +101,67 @@ def test_its_neighbours_are_memory(silicon: Silicon) -> None:
         assert silicon.function.write(at, b"here")
     assert (silicon.bytes_of(4, 4, PAGE - 4), silicon.bytes_of(5, 4)) == (b"here", b"here")
     assert silicon.unit.interrupts == 0
+
+
+# -- an access that runs into it -----------------------------------------------------------------------
+
+BEFORE, SIZE = START - PAGE, 2 * PAGE  # half of it is memory
+INTO_IT = {
+    "fill": work(FILL, BOF | CRAV | RCR, src=0x5A, dst=BEFORE, size=SIZE),
+    "move there": work(MEMMOVE, BOF | CRAV | RCR, src=SRC, dst=BEFORE, size=SIZE),
+    "move from there": work(MEMMOVE, BOF | CRAV | RCR, src=BEFORE, dst=SRC, size=SIZE),
+    "dualcast": work(
+        DUALCAST, BOF | CRAV | RCR, src=SRC, dst=THIRD, size=SIZE, specific=struct.pack("<Q", BEFORE)
+    ),
+    "compare": work(COMPARE, BOF | CRAV | RCR, src=SRC, dst=BEFORE, size=SIZE),
+    "CRC": work(CRCGEN, BOF | CRAV | RCR, src=BEFORE, size=SIZE),
+    "flush": work(CFLUSH, BOF | CRAV | RCR, dst=BEFORE, size=SIZE),
+}
+STORES = ("fill", "move there", "dualcast")
+
+
+@pytest.mark.parametrize("state", ["absent", "cold", "warm"])
+@pytest.mark.parametrize("name", INTO_IT)
+def test_an_access_that_runs_into_it_is_done_up_to_it_and_faults_there(name: str, state: str) -> None:
+    """Cold it reported nothing done and its own first byte: requests do not cross 4 KiB."""
+    machine = Machine()
+    machine.map(SRC, SRC_FRAME, 2)
+    machine.map(THIRD, THIRD_FRAME, 2)
+    if state != "absent":
+        machine.map(BEFORE, DST_FRAME)
+    if state == "warm":
+        for write in (False, True):
+            access(machine.silicon, DmaRange(BEFORE, PAGE, write)).result()
+    machine.submit(INTO_IT[name])
+    if state == "absent":
+        assert [asked.page for asked in machine.silicon.requests()] == [BEFORE >> 12]
+        machine.map(BEFORE, DST_FRAME)
+        machine.silicon.respond(0)
+    record = machine.record()
+    assert (record.bytes_completed, record.fault_addr) == (PAGE, START)
+    assert (record.status, record.write) == (4, name in STORES)
+    assert machine.silicon.faults() == [Recorded(SGN_8, RANGE_PAGE, RID, True)]
+    assert (machine.silicon.unit.interrupts, machine.silicon.requests()) == (0, [])
+
+
+def test_what_is_never_reached_is_not_refused() -> None:
+    """A comparison that ends before the range has asked for nothing there."""
+    machine = Machine()
+    machine.map(SRC, SRC_FRAME, 2)
+    machine.map(BEFORE, DST_FRAME)
+    machine.put(SRC_FRAME, b"different")
+    assert machine.run(INTO_IT["compare"]).status == 1
+    assert machine.silicon.faults() == []
+
+
+def test_a_write_whose_last_four_bytes_lie_there_is_memory_and_a_message() -> None:
+    machine = Machine()
+    machine.map(BEFORE, DST_FRAME)
+    assert machine.run(work(FILL, BOF | CRAV | RCR, src=0x4021 << 32, dst=START - 4, size=8)).status == 1
+    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, START, 0x4021)]
+    assert machine.run(work(FILL, BOF | CRAV | RCR, src=0x4022, dst=START + PAGE - 4, size=8)).status == 1
+    assert [message.addr - START for message in machine.silicon.unit.messages] == [0, PAGE - 4, PAGE]
+    assert (machine.silicon.faults(), machine.silicon.requests()) == ([], [])
 
 
 @pytest.mark.parametrize("page", [RANGE_PAGE, RANGE_PAGE + 255])
