@@ -37,6 +37,15 @@ class Frames:
         self._free: dict[Level, dict[Pfn, None]] = {LEVEL_4K: {}, LEVEL_2M: {}, LEVEL_1G: {}}
         self._free_children: dict[tuple[Level, Pfn], int] = {}
 
+    @property
+    def total(self) -> int:
+        """Frames of 4 KiB, handed out or not."""
+        return self._end - self._first
+
+    @property
+    def free(self) -> int:
+        return self.total - self.in_use
+
     def allocate(self, level: Level, owner: int) -> Pfn:
         """A zeroed block of `level`, aligned to its size.  Raises UapiError(ENOMEM)."""
         pfn = self._take(level)

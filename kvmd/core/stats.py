@@ -45,6 +45,7 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         stats[f"{prefix}_fast"] = taken[Result.FAST]
         stats[f"{prefix}_spurious"] = taken[Result.SPURIOUS]
         stats[f"{prefix}_major"] = vm.tallies[source].major
+        stats[f"{prefix}_allocated"] = vm.tallies[source].allocated
         emulated = sum(taken[result] for result in EMULATED) if source is Source.VCPU else 0
         if source is Source.VCPU:  # for a device what only KVM could emulate has failed
             stats["pf_emulate"] = emulated

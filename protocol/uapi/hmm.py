@@ -49,7 +49,8 @@ class HmmUnwatch(HmmWatch):
 
 
 class HmmRangeFault(Message):
-    """The pages of start..start+size: faulted in (`fault`), for a write if `write`; or as they are now.
+    """The pages of start..start+size as they are now; or, if `fault`, the page at `start` faulted in, for a
+    write if `write`, and those behind it as long as the host has plenty of memory: they are a guess.
 
     The range must be in one watched range (EINVAL).  It waits while an invalidation of the range is in
     progress.  Reply: `pages`, at most MAX_PAGES, in order, absent ones left out; `end`: where it stopped, to

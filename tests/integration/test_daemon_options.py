@@ -10,7 +10,12 @@ import pytest
 from qemu_shim.campaign.code import code_version
 from qemu_shim.campaign.store import RUNS, Store
 from qemu_shim.compare.schema import Comparison
+from qemu_shim.designs import DESIGNS
+from qemu_shim.machine import connect_host
+from qemu_shim.workloads.library import WORKLOADS
+from qemu_shim.workloads.runner import run_workload
 from tests.integration.scratch import Scratch, scratched
+from tests.integration.system import system
 
 DMATEST = ("dmatest", "--designs", "mirror")
 EIGHT = ("--iommufdd", "--premap-pages 8")
@@ -64,3 +69,14 @@ def test_options_that_a_daemon_refuses_are_status_2_before_anything_is_run(
     assert "kvmd ended with status 2" in err
     assert "unrecognized arguments: --no-such-thing" in err
     assert not (tmp_path / RUNS).exists() or (tmp_path / RUNS).read_bytes() == b""
+
+
+@pytest.mark.parametrize("design", ["mirror", "notifier"])
+async def test_a_premap_does_not_take_the_last_frames_from_a_vcpu(design: str) -> None:
+    """A host with frames for half of what is swept through; a fault may take 512 pages."""
+    with system({"kvmd": ["--ram", "1G"], "iommufdd": ["--premap-pages", "512"]}) as scarce:
+        async with connect_host(scarce.directory) as host:
+            small = {"pages": 96, "window": 16}
+            run = await run_workload(host, WORKLOADS["streaming"], DESIGNS[design], 1, small)
+    assert run.problems == []
+    assert [sample.step for sample in run.samples][-1] == "cpu reads everything"

@@ -104,6 +104,7 @@ async def test_what_is_read_back_from_swap_is_counted_where_it_happened(host: Ho
             "hmm_invalidations": 1,
             "hmm_faults": 1,
             "hmm_faults_major": 3,
+            "hmm_faults_allocated": 2,
         }
     assert (await host_memory(host))["pinned_pages"] == before["pinned_pages"]
 

@@ -28,7 +28,7 @@ from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.vma import Vma
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import Wait
-from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Level, align_down, size_of_level
+from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Level, align_down, pages_of_level, size_of_level
 
 SIZE_2M = size_of_level(LEVEL_2M)
 
@@ -38,6 +38,7 @@ class Tally:
     """What the faults of one request, or of one kind, cost."""
 
     major: int = 0  # pages read back from swap
+    allocated: int = 0  # of 4 KiB, those too
 
 
 class CopyFirst:
@@ -172,11 +173,11 @@ def _swap_in(space: AddressSpace, vma: Vma, entry: Swapped) -> None:
 # -- copies -------------------------------------------------------------------------------------------------
 
 
-async def copy_on_write(space: AddressSpace, entry: Pte, hva: Hva) -> None:
-    """Give the process its own copy of the page at `hva`, and nobody the old one through its entry any more.
-    A huge page is copied as one only if it is hugetlb's, or zeroes."""
+async def copy_on_write(space: AddressSpace, entry: Pte, hva: Hva) -> int:
+    """Give the process its own copy of the page at `hva`, and nobody the old one through its entry any more;
+    how many pages were allocated for it.  A huge page is copied as one only if it is hugetlb's, or zeroes."""
     end = Hva(entry.hva + size_of_level(entry.level))
-    await space.change(entry.hva, end, lambda: _copy(space, entry, hva))
+    return await space.change(entry.hva, end, lambda: _copy(space, entry, hva))
 
 
 async def unshare(space: AddressSpace, entry: Pte, hva: Hva) -> None:
@@ -189,12 +190,12 @@ async def unshare(space: AddressSpace, entry: Pte, hva: Hva) -> None:
     await space.change(entry.hva, end, lambda: _copy(space, entry, hva, unshare=True))
 
 
-def _copy(space: AddressSpace, entry: Pte, hva: Hva, *, unshare: bool = False) -> None:
-    """ENOMEM."""
+def _copy(space: AddressSpace, entry: Pte, hva: Hva, *, unshare: bool = False) -> int:
+    """How many pages of 4 KiB the copy has.  ENOMEM."""
     table = space.table
     vma = space.vmas.find(hva)
     if table.find(hva) is not entry or vma is None or not (vma.writable or unshare):
-        return  # changed meanwhile: the fault looks again
+        return 0  # changed meanwhile: the fault looks again
     if entry.level > vma.level and entry.page.kind is not Kind.ZERO:
         table.split(entry)
         split = table.find(hva)
@@ -206,5 +207,6 @@ def _copy(space: AddressSpace, entry: Pte, hva: Hva, *, unshare: bool = False) -
         if entry.level == vma.level:
             raise
         table.split(entry)  # no huge page for zeroes: a small one will do
-        return
+        return 0
     table.set(Pte(entry.hva, page.pfn, entry.level, not unshare, page, unshare and entry.uffd_wp))
+    return pages_of_level(page.level)

@@ -146,9 +146,9 @@ class Mirror:
     # -- looking, faulting -----------------------------------------------------------------------------
 
     async def range_fault(self, start: Hva, size: int, *, write: bool, fault: bool = True) -> Found:
-        """What start..start+size is now, faulted in if `fault`, for a write if `write`.  Nothing may await
-        between this and its answer.  EINVAL: not watched; EFAULT, EHWPOISON, ENOMEM: of a fault; EBUSY: it
-        was taken away again and again; EPERM.
+        """What start..start+size is now; if `fault`, its first page faulted in, for a write if `write`, and
+        with it what follows.  Nothing may await between this and its answer.  EINVAL: not watched; EFAULT,
+        EHWPOISON, ENOMEM: of a fault; EBUSY: it was taken away again and again; EPERM.
         """
         end, tally = Hva(start + size), Tally()
         counters = self.mm.memory.counters
@@ -162,6 +162,7 @@ class Mirror:
             pages, stopped = self._serving(start, end, write=write)
             if pages:
                 counters.hmm_faults_major += tally.major
+                counters.hmm_faults_allocated += tally.allocated
                 return Found(pages, stopped, tally.major)
         raise UapiError(errno.EBUSY, f"fault at {start:#x}: its page was taken away {MAX_TRIES} times")
 
@@ -176,10 +177,13 @@ class Mirror:
             raise UapiError(errno.EINVAL, f"fault at {start:#x}..{end:#x}: not in a watched range")
 
     async def _fault_in(self, start: Hva, end: Hva, *, write: bool, tally: Tally) -> None:
+        """The first page somebody waits for; those behind it are a guess, for which the last frames are not
+        taken.
+        """
         for _ in range(MAX_PAGES):
             page = await self.mm.get_user_page(start, write=write, tally=tally)
             start = _end_of(page)
-            if start >= end:
+            if start >= end or self.mm.memory.is_low:
                 return
 
     def _serving(self, start: Hva, end: Hva, *, write: bool) -> tuple[list[HostPage], Hva]:

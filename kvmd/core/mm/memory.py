@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.page import Kind, Page, Pte, Swap
@@ -23,6 +24,8 @@ from protocol.units import LEVEL_4K, PAGE_SIZE, Level, Pfn, pages_of_level, size
 
 SHARED_OWNER = (1 << OWNER_BITS) - 1  # of what no process owns: zero pages and files
 MAX_SWAP_PAGES = 1 << 18
+PAGE_KIB = PAGE_SIZE // 1024
+WATERMARK_SCALE_FACTOR = 10  # in ten-thousandths of all pages
 
 
 @dataclass(slots=True)
@@ -38,6 +41,15 @@ class Counters:
     hmm_invalidations: int = 0  # sent to other MMUs
     hmm_faults: int = 0  # range faults of theirs
     hmm_faults_major: int = 0  # pages that these, or their pins, read back from swap
+    hmm_faults_allocated: int = 0  # pages that these took from the host, not their pins
+
+
+def low_watermark(pages: int) -> int:
+    """Of a host with so many pages, the free ones from which on the allocator has kswapd at work [mm
+    page_alloc.c, calculate_min_free_kbytes, __setup_per_zone_wmarks].
+    """
+    least = min(max(isqrt(16 * pages * PAGE_KIB), 128), 262144) // PAGE_KIB
+    return least + max(least // 4, pages * WATERMARK_SCALE_FACTOR // 10_000)
 
 
 class Memory:
@@ -57,6 +69,7 @@ class Memory:
         self.swapped = 0
         self.counters = Counters()
         self._zero: dict[Level, Page] = {}
+        self._low = low_watermark(frames.total)
 
     # -- taking and giving back ------------------------------------------------------------------------
 
@@ -70,6 +83,11 @@ class Memory:
         pfn = self.frames.allocate(level, owner)
         self.counters.pages_allocated += pages_of_level(level)
         return pfn
+
+    @property
+    def is_low(self) -> bool:
+        """Who only guesses that a page will be wanted takes none."""
+        return self.frames.free < self._low
 
     def zero(self, level: Level) -> Page:
         """The zero page of that size."""

@@ -240,17 +240,19 @@ class Mm(AddressSpace):
     async def fault_in(self, hva: Hva, *, write: bool, user: bool = False, tally: Tally | None = None) -> Pte:
         """Fault until the entry serves; `user`: by the process itself, not by the kernel for it."""
         counters = self.memory.counters
+        tally = Tally() if tally is None else tally
         while True:
             await self.mmap_lock.acquire(write=False)
             try:
-                swap_ins = counters.swap_ins
+                swap_ins, allocated = counters.swap_ins, counters.pages_allocated
                 found = attempt(self, hva, write=write, user=user)
-                if tally is not None:
-                    tally.major += counters.swap_ins - swap_ins
+                tally.major += counters.swap_ins - swap_ins
+                tally.allocated += counters.pages_allocated - allocated
                 if isinstance(found, Pte):
                     return found
                 if isinstance(found, CopyFirst):
-                    await copy_on_write(self, found.entry, hva)
+                    copied = await copy_on_write(self, found.entry, hva)
+                    tally.allocated += copied  # not in one statement: others add to it while this one waits
                     continue
             finally:
                 self.mmap_lock.release()

@@ -53,6 +53,7 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "pf_fast": 0,
         "pf_spurious": 0,
         "pf_major": 0,
+        "pf_allocated": 3,
         "pf_emulate": 1,
         "pf_failed": 0,
         "io_pf_taken": 4,
@@ -60,5 +61,6 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "io_pf_fast": 0,
         "io_pf_spurious": 1,
         "io_pf_major": 0,
+        "io_pf_allocated": 1 + 512,
         "io_pf_failed": 1,
     }

@@ -12,6 +12,7 @@ from kvmd.core.mm import hmm
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import MAX_PAGES, Mirror
+from kvmd.core.mm.memory import low_watermark
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.mm.reclaim import age, migrate, swap_out
@@ -167,6 +168,48 @@ def test_what_was_swapped_out_counts_as_major_and_nothing_else_does(rig: Rig) ->
     counters = rig.memory.counters
     assert (counters.swap_outs, counters.swap_ins) == (3, 3)
     assert (counters.hmm_faults, counters.hmm_faults_major) == (2, 2)
+
+
+def test_pages_are_counted_that_a_fault_took_from_the_host_copies_too(rig: Rig) -> None:
+    rig.write(0)
+    rig.fault(0, 3)
+    assert rig.memory.counters.hmm_faults_allocated == 2
+    rig.pin(5)
+    assert rig.memory.counters.hmm_faults_allocated == 2, "a pin's are its own"
+    rig.fault(8, write=False)  # the zero page, which is one too
+    asked = rig.world.start(rig.faulting(8))
+    rig.world.ack(rig.ops)
+    assert asked.result().pages
+    assert rig.memory.counters.hmm_faults_allocated == 4
+    assert rig.memory.counters.pages_allocated == 1 + 2 + 1 + 2
+
+
+# -- guesses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gib", "pages"),
+    [(1, 1024 + 262), (4, 2048 + 1048), (64, 8192 + 16777), (4096, 65536 + 1073741)],
+)
+def test_the_low_watermark_is_the_kernels(gib: int, pages: int) -> None:
+    """min_free_kbytes is 4 times the square root of the KiB there are, 256 MiB at most; low is that and a
+    thousandth of the memory, or a quarter of min.
+    """
+    assert low_watermark(gib << 18) == pages
+
+
+def test_a_page_that_nobody_waits_for_is_not_taken_of_the_last_frames(rig: Rig) -> None:
+    """Down to the watermark pages come along, from there on only the one that was asked for, and what is
+    there already.
+    """
+    frames = rig.memory.frames
+    frames.in_use = frames.total - low_watermark(frames.total) - 4
+    assert len(rig.fault(0, 8).pages) == 5, "the fifth makes it low"
+    assert rig.memory.is_low
+    assert len(rig.fault(8, 4).pages) == 1
+    rig.write(9)
+    assert len(rig.fault(8, 4).pages) == 2
+    frames.in_use -= frames.total - low_watermark(frames.total) - 4
 
 
 # -- current when answered ---------------------------------------------------------------------------------
