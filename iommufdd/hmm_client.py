@@ -34,9 +34,9 @@ class HmmMirror(KvmdChannel):
         """EOPNOTSUPP: no KVM; EINVAL: no process's fd; EMFILE."""
         await self.present(loop, kvmd, "HMM_MIRROR_GET", mm_fd, "hmm", on_request=MIRROR.bind(self))
 
-    async def register(self) -> tuple[list[Any], Fds]:
+    async def register(self, account: str) -> tuple[list[Any], Fds]:
         """(windows, their fds and the lease)."""
-        reply = await self.call("HMM_REGISTER")
+        reply = await self.call("HMM_REGISTER", {"account": account})
         return reply.body["windows"], reply.fds
 
     async def watch(self, hva: int, size: int) -> None:

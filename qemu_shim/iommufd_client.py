@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from protocol.rpc.channel import Body, Channel
 from protocol.rpc.loop import Loop
@@ -109,6 +111,21 @@ class Iommu(File):
         """(first, last) of what may be mapped."""
         reply = await self.ask("IOMMU_IOAS_IOVA_RANGES", ioas_id=ioas_id)
         return [(start, last) for start, last in reply.body["allowed_iovas"]]
+
+    async def allow_iovas(self, ioas_id: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """These (first, last) stay available, and room is found in them alone; none: everywhere."""
+        memory = b"".join(iova.to_bytes(8, "little") for span in ranges for iova in span)
+        await self.ask("IOMMU_IOAS_ALLOW_IOVAS", ioas_id=ioas_id, num_iovas=len(ranges), allowed_iovas=memory)
+
+    async def set_huge_pages(self, ioas_id: int, *, on: bool) -> None:
+        """Whether its HWPTs have leaves larger than 4 KiB from now on."""
+        await self.ask(
+            "IOMMU_OPTION", option_id=names.IOMMU_OPTION_HUGE_PAGES, object_id=ioas_id, val64=int(on)
+        )
+
+    async def set_rlimit_mode(self, mode: Literal["user", "mm"]) -> None:
+        """Whose locked memory pins count in, chosen before there is any object."""
+        await self.ask("IOMMU_OPTION", option_id=names.IOMMU_OPTION_RLIMIT_MODE, val64=int(mode == "mm"))
 
     async def follow_kvm(self, ioas_id: int, vm: Vm) -> None:
         """Map into an IOAS on demand what the VM's vCPUs fault in."""

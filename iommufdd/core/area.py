@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
 from iommufdd.core.hmm import HostPage
 from protocol.errors import UapiError
-from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, Level, align_down, align_up, size_of_level
+from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, PAGE_SIZE, Level, align_down, align_up, size_of_level
 
 ULONG_MAX = (1 << 64) - 1  # the last byte of an address space
 BEYOND = ULONG_MAX + 1
 MESSAGES_START, MESSAGES_END = 0xFEE0_0000, 0xFEF0_0000
 USER_END = 1 << 57
 Span = tuple[int, int]  # start, end
+ROOM = (PAGE_SIZE, ULONG_MAX - PAGE_SIZE)  # first, last of what is given without being asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +73,7 @@ class Areas:
 
     def __init__(self) -> None:
         self.width = 64  # address bits every HWPT reaches
+        self._allowed: list[Span] = []  # (first, last) each, in order, apart; empty: everything
         self._areas: list[Area] = []
 
     def __iter__(self) -> Iterator[Area]:
@@ -108,10 +110,43 @@ class Areas:
     # -- where --------------------------------------------------------------------------------------------
 
     @property
-    def allowed(self) -> list[Span]:
-        """What may be mapped, (first, last) each."""
-        top = (1 << self.width) - 1
-        return [(0, MESSAGES_START - 1), (MESSAGES_END, top)]
+    def available(self) -> list[Span]:
+        """What may be mapped, (first, last) each: all that is not reserved."""
+        return _available(self.width)
+
+    def allow(self, spans: Sequence[Span]) -> None:
+        """From now on these (first, last), which do not overlap, stay available, and `room` is found in them
+        alone; none: everything.  What lies at a given iova is not asked [iopt_set_allow_iova].  EADDRINUSE:
+        not all of it is available.
+        """
+        for first, last in spans:
+            if not _within(first, last, self.available):
+                raise UapiError(
+                    errno.EADDRINUSE,
+                    f"iovas {first:#x}..{last:#x} cannot be kept: available is {_hex(self.available)}",
+                )
+        self._allowed = []
+        for first, last in sorted(spans):
+            if self._allowed and self._allowed[-1][1] + 1 == first:
+                first, _ = self._allowed.pop()
+            self._allowed.append((first, last))
+
+    def check_reach(self, width: int) -> None:
+        """EADDRINUSE: an area, or what is to stay available, is beyond an HWPT's address bits
+        [iopt_reserve_iova].
+        """
+        for area in self:
+            if area.end - 1 >> width:
+                raise UapiError(
+                    errno.EADDRINUSE,
+                    f"area {area.iova:#x}+{area.size:#x}: the HWPT has {width} address bits",
+                )
+        for first, last in self._allowed:
+            if last >> width:
+                raise UapiError(
+                    errno.EADDRINUSE,
+                    f"iovas {first:#x}..{last:#x} are to stay available: the HWPT has {width} address bits",
+                )
 
     def check(self, iova: int, size: int) -> None:
         """EINVAL, EOVERFLOW, EEXIST: an area cannot lie there [iopt_check_iova]."""
@@ -119,19 +154,19 @@ class Areas:
             raise UapiError(errno.EINVAL, f"iova {iova:#x} is not aligned to a page")
         if iova + size - 1 > ULONG_MAX:
             raise UapiError(errno.EOVERFLOW, f"iova {iova:#x}+{size:#x} is beyond 64 bits")
-        if not any(first <= iova and iova + size - 1 <= last for first, last in self.allowed):
-            raise UapiError(errno.EINVAL, f"iova {iova:#x}+{size:#x}: not in {_hex(self.allowed)}")
+        if not _within(iova, iova + size - 1, self.available):
+            raise UapiError(errno.EINVAL, f"iova {iova:#x}+{size:#x}: not in {_hex(self.available)}")
         for area in self.within(iova, iova + size):
             raise UapiError(
                 errno.EEXIST, f"iova {iova:#x}+{size:#x}: {area.iova:#x}+{area.size:#x} is mapped"
             )
 
     def room(self, hva: int, size: int) -> int:
-        """The first iova where an area fits, aligned as the memory is [iopt_alloc_iova].  ENOSPC."""
+        """The first iova but 0 where an area fits, aligned as the memory is [iopt_alloc_iova].  ENOSPC."""
         alignment = 1 << (size - 1).bit_length()
         if hva:
             alignment = min(alignment, hva & -hva)
-        for first, last in self.allowed:
+        for first, last in _overlaps(self._allowed or [ROOM], [ROOM], self.available):
             at = align_up(first, alignment)
             for area in self.within(first, last + 1):
                 if at + size <= area.iova:
@@ -139,7 +174,27 @@ class Areas:
                 at = align_up(max(at, area.end), alignment)
             if at + size - 1 <= last:
                 return at
-        raise UapiError(errno.ENOSPC, f"no room for {size:#x} bytes aligned to {alignment:#x}")
+        raise UapiError(
+            errno.ENOSPC,
+            f"no room for {size:#x} bytes aligned to {alignment:#x} in {_hex(self._allowed or [ROOM])}",
+        )
+
+
+def _available(width: int) -> list[Span]:
+    return [(0, MESSAGES_START - 1), (MESSAGES_END, (1 << width) - 1)]
+
+
+def _within(first: int, last: int, spans: list[Span]) -> bool:
+    return any(start <= first and last <= end for start, end in spans)
+
+
+def _overlaps(*lists: list[Span]) -> list[Span]:
+    """What all have, (first, last) each."""
+    found = [(0, ULONG_MAX)]
+    for spans in lists:
+        pairs = [(max(a, b), min(c, d)) for a, c in found for b, d in spans]
+        found = [(first, last) for first, last in pairs if first <= last]
+    return found
 
 
 def check_memory(hva: int, size: int) -> None:

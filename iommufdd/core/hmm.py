@@ -38,7 +38,8 @@ class Found(NamedTuple):
 
 
 class HostMemory(Protocol):
-    """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is."""
+    """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
+    pin takes for memory that is not there (EFAULT)."""
 
     async def watch(self, hva: int, size: int) -> None:
         """Invalidations of the range come from now on.  EEXIST: it overlaps another."""

@@ -94,7 +94,7 @@ class HwptMirror(HwptPaging):
         changes = None
         for page in pages:
             writable = page.writable and area.writable
-            largest = LEVEL_4K if self.pins else self.table.max_leaf
+            largest = LEVEL_4K if self.pins else self.largest_leaf
             for iova, hpa, level in area.leaves(page, start, end, largest):
                 hva, size = area.hva_of(iova), size_of_level(level)
                 there = self.table.leaf_at(iova)

@@ -19,7 +19,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.io_pagetable import Change, IoLeaf, IoPageTable
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import Level, size_of_level
+from protocol.units import LEVEL_4K, Level, size_of_level
 
 if TYPE_CHECKING:
     from iommufdd.core.ioas import Ioas
@@ -45,13 +45,17 @@ class HwptPaging(Hwpt):
         self.table.release()
         self.ioas.users -= 1
 
+    @property
+    def largest_leaf(self) -> Level:
+        return self.table.max_leaf if self.ioas.large_pages else LEVEL_4K
+
     # -- entries ---------------------------------------------------------------------------------------
 
     def put(self, area: Area, pages: Sequence[HostPage], start: int, end: int, changes: list[Change]) -> None:
         """Map start..end as far as `pages` have it; what is to be flushed is added to `changes`.  ENOMEM,
         with the first of it mapped.
         """
-        for iova, hpas, level, writable in _runs(area, pages, start, end, self.table.max_leaf):
+        for iova, hpas, level, writable in _runs(area, pages, start, end, self.largest_leaf):
             changes.append(self.put_run(iova, hpas, level, writable=writable))
 
     def put_run(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> Change:

@@ -11,12 +11,12 @@ Order of taking away: entries, units, pages.  Departure: all memory of one IOAS 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, check_memory
+from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory
 from iommufdd.core.counts import Counts
 from iommufdd.core.hardware import Memory
 from iommufdd.core.hmm import HostMemory
@@ -41,6 +41,7 @@ class Ioas(Object):
         self.hwpts: list[HwptPaging] = []
         self.lock = RwLock()
         self.mm = 0
+        self.large_pages = True
         self.host: HostMemory | None = None
         self._bus = memory
         self._memory = 0
@@ -49,6 +50,25 @@ class Ioas(Object):
     def new_number(self) -> int:
         """Whose pins they are, as the host is told."""
         return next(self._numbers)
+
+    # -- options ---------------------------------------------------------------------------------------
+
+    async def set_large_pages(self, *, on: bool) -> None:
+        """Leaves may be larger than 4 KiB from now on, or not.  EINVAL: they may be there already
+        [iopt_disable_large_pages].
+        """
+        async with self.lock:
+            if not on and self.large_pages and self.hwpts and any(self.areas):
+                raise UapiError(
+                    errno.EINVAL,
+                    f"IOAS {self.id} is mapped with large pages: choose before it has HWPT and area",
+                )
+            self.large_pages = on
+
+    async def allow_iovas(self, spans: Sequence[Span]) -> None:
+        """What `Areas.allow` says.  EADDRINUSE."""
+        async with self.lock:
+            self.areas.allow(spans)
 
     # -- areas -----------------------------------------------------------------------------------------
 
@@ -109,12 +129,7 @@ class Ioas(Object):
     async def add_hwpt(self, hwpt: HwptPaging) -> None:
         """Fill a table that nobody walks yet.  EADDRINUSE: an area is out of its reach; ENOMEM, EFAULT."""
         async with self.lock:
-            for area in self.areas:
-                if area.end - 1 >> hwpt.domain.width:
-                    raise UapiError(
-                        errno.EADDRINUSE,
-                        f"area {area.iova:#x}+{area.size:#x}: the HWPT has {hwpt.domain.width} address bits",
-                    )
+            self.areas.check_reach(hwpt.domain.width)
             await self.fill(hwpt)
             self._set_width()
 

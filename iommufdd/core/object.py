@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Self, TypeVar
 
 from protocol.errors import UapiError
 
@@ -22,6 +23,15 @@ class Object:
         self.id = 0
         self.users = 0
 
+    @contextmanager
+    def used(self) -> Iterator[Self]:
+        """Nobody destroys it meanwhile."""
+        self.users += 1
+        try:
+            yield self
+        finally:
+            self.users -= 1
+
 
 T = TypeVar("T", bound=Object)
 
@@ -30,6 +40,9 @@ class Objects:
     def __init__(self) -> None:
         self._objects: dict[int, Object] = {}
         self._next = 1
+
+    def __iter__(self) -> Iterator[Object]:
+        return iter(list(self._objects.values()))
 
     def add(self, obj: Object) -> int:
         """Give it an id.  ENOMEM past MAX_OBJECTS."""
@@ -59,4 +72,4 @@ class Objects:
         del self._objects[object_id]
 
     def all(self, kind: type[T]) -> Iterator[T]:
-        return (obj for obj in list(self._objects.values()) if isinstance(obj, kind))
+        return (obj for obj in self if isinstance(obj, kind))

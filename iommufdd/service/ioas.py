@@ -6,8 +6,7 @@ The checks come in the kernel's order.  `current->mm` is the mm fd that comes wi
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import struct
 from typing import Any
 
 from iommufdd.core.area import ULONG_MAX
@@ -17,7 +16,7 @@ from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import Notes
 from iommufdd.hmm_client import HmmMirror
 from iommufdd.kvm_client import FaultNotes
-from iommufdd.service.objects import App, IommuFile
+from iommufdd.service.objects import IommuFile
 from iommufdd.service.sizes import sized
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -27,6 +26,7 @@ from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
 from protocol.units import PAGE_SIZE
 
+_RANGE = struct.Struct("<QQ")  # struct iommu_iova_range: start, last
 _MAP_FLAGS = names.IOMMU_IOAS_MAP_FIXED_IOVA | names.IOMMU_IOAS_MAP_WRITEABLE | names.IOMMU_IOAS_MAP_READABLE
 
 
@@ -48,22 +48,23 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
             raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: every area here is READABLE")
         raise UapiError(errno.EINVAL, f"flags {message.flags:#x}: neither READABLE nor WRITEABLE")
     iova = message.iova if message.flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
-    async with _in_use(held, message.ioas_id) as ioas:
+    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
 
         async def connect() -> tuple[HostMemory, int]:
-            return await _connect(held.app, ioas, fds.peek(0))
+            return await _connect(held, ioas, fds.peek(0))
 
         mm = inode_of(fds.peek(0))
         mapped = await ioas.map(mm, connect, message.user_va, message.length, iova, writable=writable)
     return {"iova": mapped}
 
 
-async def _connect(app: App, ioas: Ioas, mm_fd: int) -> tuple[HostMemory, int]:
+async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> tuple[HostMemory, int]:
     """The process's memory at kvmd, its frames handed to the units."""
+    app = held.app
     host = HmmMirror(ioas.invalidate, lambda: app.loop.flows.spawn(app.lose_host(ioas)))
     try:
         await host.open(app.loop, app.settings.kvmd, mm_fd)
-        windows, fds = await host.register()
+        windows, fds = await host.register(held.account)
         return host, await app.silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
     except UapiError:
         host.release()
@@ -71,7 +72,7 @@ async def _connect(app: App, ioas: Ioas, mm_fd: int) -> tuple[HostMemory, int]:
 
 
 async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Body:
-    async with _in_use(held, message.ioas_id) as ioas:
+    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
         everything = message.iova == 0 and message.length == ULONG_MAX
         if not everything and ULONG_MAX in (message.iova, message.length):
             raise UapiError(errno.EOVERFLOW, f"iova {message.iova:#x}+{message.length:#x}")
@@ -81,19 +82,42 @@ async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Bod
 def _iova_ranges(held: IommuFile, message: uapi.IommuIoasIovaRanges, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    allowed = held.objects.get(message.ioas_id, Ioas).areas.allowed
+    available = held.objects.get(message.ioas_id, Ioas).areas.available
     return {
-        "num_iovas": len(allowed),
-        "allowed_iovas": allowed[: message.num_iovas],
+        "num_iovas": len(available),
+        "allowed_iovas": available[: message.num_iovas],
         "out_iova_alignment": PAGE_SIZE,
-        "truncated": message.num_iovas < len(allowed),
+        "truncated": message.num_iovas < len(available),
     }
+
+
+async def _allow_iovas(held: IommuFile, message: uapi.IommuIoasAllowIovas, fds: Fds) -> Body:
+    if message.reserved:
+        raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
+    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
+        await ioas.allow_iovas(_ranges(message.allowed_iovas or b"", message.num_iovas))
+    return {}
+
+
+def _ranges(memory: bytes, count: int) -> list[tuple[int, int]]:
+    """struct iommu_iova_range[count], looked at one after the other.  EFAULT, EINVAL."""
+    found: list[tuple[int, int]] = []
+    for n in range(count):
+        if len(memory) < (n + 1) * _RANGE.size:
+            raise UapiError(errno.EFAULT, f"{count} ranges at allowed_iovas: no memory for number {n}")
+        first, last = _RANGE.unpack_from(memory, n * _RANGE.size)
+        if first >= last:
+            raise UapiError(errno.EINVAL, f"iovas {first:#x}..{last:#x}: the last is not behind the first")
+        if any(start <= last and first <= end for start, end in found):
+            raise UapiError(errno.EINVAL, f"iovas {first:#x}..{last:#x}: they overlap a range before")
+        found.append((first, last))
+    return found
 
 
 async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    async with _in_use(held, message.ioas_id) as ioas:
+    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
         if not isinstance(ioas, IoasOnDemand):
             raise UapiError(errno.EINVAL, f"IOAS {ioas.id} is not on demand: its pages are there already")
         if ioas in held.app.following:
@@ -112,21 +136,11 @@ async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fd
     return {}
 
 
-@asynccontextmanager
-async def _in_use(held: IommuFile, ioas_id: int) -> AsyncIterator[Ioas]:
-    """Nobody destroys it meanwhile.  ENOENT."""
-    ioas = held.objects.get(ioas_id, Ioas)
-    ioas.users += 1
-    try:
-        yield ioas
-    finally:
-        ioas.users -= 1
-
-
 IOAS: dict[str, Method[IommuFile, Any]] = {
     "IOMMU_IOAS_ALLOC": Method(uapi.IommuIoasAlloc, sized(_alloc)),
     "IOMMU_IOAS_MAP": Method(uapi.IommuIoasMap, sized(_map), 1),
     "IOMMU_IOAS_UNMAP": Method(uapi.IommuIoasUnmap, sized(_unmap)),
     "IOMMU_IOAS_IOVA_RANGES": Method(uapi.IommuIoasIovaRanges, sized(_iova_ranges)),
+    "IOMMU_IOAS_ALLOW_IOVAS": Method(uapi.IommuIoasAllowIovas, sized(_allow_iovas)),
     "IOMMU_IOAS_FOLLOW_KVM": Method(uapi.IommuIoasFollowKvm, sized(_follow_kvm), 1),
 }

@@ -12,6 +12,7 @@ from iommufdd.core.object import Object
 from iommufdd.service.hwpt import hwpt_alloc
 from iommufdd.service.ioas import IOAS
 from iommufdd.service.objects import IommuFile
+from iommufdd.service.option import option
 from iommufdd.service.sizes import sized
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -36,23 +37,21 @@ async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Bod
     return {}
 
 
-def _option(held: IommuFile, message: uapi.IommuOption, fds: Fds) -> Body:
-    raise UapiError(errno.EOPNOTSUPP, f"option {message.option_id}: there is nothing to choose")
-
-
 def _get_hw_info(held: IommuFile, message: uapi.IommuGetHwInfo, fds: Fds) -> Body:
     if message.flags or message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
     device = held.objects.get(message.dev_id, Device)
     if message.data_len and not message.data_uptr:
         raise UapiError(errno.EFAULT, f"no memory for {message.data_len} bytes at data_uptr")
+    if message.data_len > uapi.MAX_USER_BYTES:
+        raise UapiError(errno.EFAULT, f"{message.data_len} bytes at data_uptr: at most {uapi.MAX_USER_BYTES}")
     cap, ecap = device.unit.cap.value, device.unit.ecap.value
     info = b"".join(word.to_bytes(8, "little") for word in (0, cap, ecap))
     return {
         "out_data_type": VTD_HW_INFO,
         "data_len": len(info),
         "out_capabilities": 0,
-        "data": info[: message.data_len],
+        "data": info[: message.data_len].ljust(message.data_len, b"\0"),
     }
 
 
@@ -83,7 +82,7 @@ IOMMUFD: Service[IommuFile] = Service(
     "iommufd",
     {
         "IOMMU_DESTROY": Method(uapi.IommuDestroy, sized(_destroy)),
-        "IOMMU_OPTION": Method(uapi.IommuOption, sized(_option)),
+        "IOMMU_OPTION": Method(uapi.IommuOption, sized(option)),
         "IOMMU_HWPT_ALLOC": Method(uapi.IommuHwptAlloc, sized(hwpt_alloc), 1),
         "IOMMU_GET_HW_INFO": Method(uapi.IommuGetHwInfo, sized(_get_hw_info)),
         "IOMMU_HWPT_SET_DIRTY_TRACKING": Method(uapi.IommuHwptSetDirtyTracking, sized(_set_dirty_tracking)),

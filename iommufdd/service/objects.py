@@ -37,10 +37,12 @@ log = structlog.get_logger("iommufdd")
 
 @dataclass(slots=True, eq=False)
 class IommuFile:
-    """One open of /dev/iommu; `mm` names the process that opened it."""
+    """One open of /dev/iommu; `mm` names the process that opened it, `account` whose limit pins count
+    against: "user" or "mm" (IOMMU_OPTION_RLIMIT_MODE)."""
 
     app: App
     mm: int
+    account: str = "user"
     objects: Objects = field(default_factory=Objects)
     closed: bool = False
 

@@ -37,7 +37,8 @@ async def _release(held: MirrorFile) -> None:
 async def _register(held: MirrorFile, message: uapi.HmmRegister, fds: Fds) -> Answer:
     assert held.channel is not None
     with lent(held.app.loop, held.app.memory, FRAME_WINDOWS) as loan:
-        await held.mirror.register(RemoteImporter(held.channel, loan.lease, "HMM_INVALIDATE", "seq"))
+        ops = RemoteImporter(held.channel, loan.lease, "HMM_INVALIDATE", "seq")
+        await held.mirror.register(ops, message.account)
     held.lease = loan.lease
     return Answer({"windows": loan.windows}, loan.fds)
 

@@ -3,7 +3,7 @@
 Models get_user_pages with FOLL_LONGTERM [mm gup.c], hmm_range_fault [mm hmm.c] and mmu_interval_notifier
 [mm mmu_notifier.c], which a driver in the kernel has by function call.  A channel stands for one address
 space and one user of it; it is no reference on the process: after its exit nothing can be watched, faulted
-or pinned (EPERM), while what was can be given back.  What comes before HMM_REGISTER is EINVAL.
+(EPERM) or pinned (EFAULT), while what was can be given back.  What comes before HMM_REGISTER is EINVAL.
 
 Addresses are the process's (hva), in bytes.  A page in a reply is `[hva, hpa, size, writable]`: a page of the
 host with its own size, however much of it was asked for, and whether it may be written.
@@ -11,7 +11,7 @@ host with its own size, however much of it was asked for, and whether it may be 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,11 @@ class HmmRegister(Message):
     """Once, before anything else.  Reply: `windows` [[kind, base, size]...] of frames, fds: one each, then
     the lease: whoever walks tables of these frames keeps it open.  EBUSY: registered; EPERM.  Closing the
     channel ends it once the lease has ended: then nothing is told and nothing is pinned any more.
+
+    `account`: what its pins count in, against RLIMIT_MEMLOCK: user->locked_vm or mm->locked_vm.
     """
+
+    account: Literal["user", "mm"] = "user"
 
 
 class HmmWatch(Message):
@@ -66,9 +70,11 @@ class HmmRangeFault(Message):
 
 class HmmPin(Message):
     """Pin the pages of start..start+size for long, for writing if `write`.  Reply as of HmmRangeFault; a
-    failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT, EHWPOISON,
-    EPERM.  `area` is the caller's name for what the pins belong to: the process may map something else at
-    an address that is pinned, and another area pin that; each gets its own back.
+    failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT: no memory
+    there, or no process any more; EHWPOISON.
+
+    `area` is the caller's name for what the pins belong to: the process may map something else at an address
+    that is pinned, and another area pin that; each gets its own back.
     """
 
     start: Address

@@ -3,7 +3,7 @@
 Kernel field names kept.  A pointer to user memory is what that memory holds: None is a null pointer,
 fewer bytes than the length says are memory that cannot be read.  An fd number inside such memory is
 looked up in `fd_table`, which names the fds that travel with the message as the caller numbers them: a
-number that is not there is not open.
+number that is not there is not open.  There are at most MAX_USER_BYTES of user memory at a pointer.
 
 Every iommufd struct begins with its `size` as the caller has it, and `tail` is what lies beyond the
 struct we know: it must be zero [iommufd main.c].
@@ -100,6 +100,18 @@ class IommuIoasIovaRanges(IommuStruct):
     reserved: U32 = 0
 
 
+class IommuIoasAllowIovas(IommuStruct):
+    """struct iommu_ioas_allow_iovas; `allowed_iovas`: `num_iovas` times u64 start, u64 last."""
+
+    SIZE = MIN_SIZE = 24
+
+    size: U32 = SIZE
+    ioas_id: U32
+    num_iovas: U32 = 0
+    reserved: U32 = 0
+    allowed_iovas: UserBytes | None = None
+
+
 class IommuIoasFollowKvm(IommuStruct):
     """The model's: with a VM fd; map into an IOAS on demand what KVM says its vCPUs faulted in.  EINVAL: the
     IOAS is not on demand, or no VM fd; EBUSY: it follows one.
@@ -113,7 +125,7 @@ class IommuIoasFollowKvm(IommuStruct):
 
 
 class IommuOption(IommuStruct):
-    """struct iommu_option."""
+    """struct iommu_option; reply: `val64`, as it is now (OP_GET), or as it was given (OP_SET)."""
 
     SIZE = MIN_SIZE = 24
 
@@ -146,7 +158,7 @@ class IommuGetHwInfo(IommuStruct):
     """struct iommu_hw_info; `data_uptr`: whether user memory for `data_len` bytes is there.
 
     Reply: `out_data_type` 1 (VT-d), `data_len` as the kernel has it, `out_capabilities`, and `data`, the
-    bytes stored: struct iommu_hw_info_vtd or its beginning.
+    bytes stored: struct iommu_hw_info_vtd, cut to `data_len` or followed by as many zeroes.
     """
 
     SIZE = 40

@@ -29,6 +29,11 @@ IOMMU_IOAS_MAP_FIXED_IOVA: Final = 1 << 0
 IOMMU_IOAS_MAP_WRITEABLE: Final = 1 << 1
 IOMMU_IOAS_MAP_READABLE: Final = 1 << 2
 
+IOMMU_OPTION_RLIMIT_MODE: Final = 0  # 0: pins count in user->locked_vm; 1: in mm->locked_vm
+IOMMU_OPTION_HUGE_PAGES: Final = 1  # of an IOAS; 0: 4 KiB leaves alone
+IOMMU_OPTION_OP_SET: Final = 0
+IOMMU_OPTION_OP_GET: Final = 1
+
 IOMMU_HWPT_DATA_NONE: Final = 0
 IOMMU_HWPT_DATA_KVM: Final = 3
 IOMMU_HWPT_ALLOC_NEST_PARENT: Final = 1 << 0

@@ -16,7 +16,7 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats
-from tests.integration.rig import GUEST_START, Rig, bare_vm, device_stats
+from tests.integration.rig import GUEST_START, Rig, bare_vm, bind_device, device_stats
 from tests.integration.system import eventually, system
 
 ON_DEMAND: dict[str, Any] = {"on_demand": True}
@@ -166,3 +166,24 @@ async def test_the_process_exits_first_and_pinned_pages_go_with_the_iommufd(how:
             await eventually(host.kvmd.stats, lambda s: s["frames"] == kept, f"{kept} frames are kept")
             rig.close()
             await all_given_back(host)
+
+
+async def test_an_hwpt_on_an_ioas_whose_process_has_exited_is_efault(host: Host) -> None:
+    """As a driver that asks for pages of a process that is gone [iommufd pages.c, pfn_reader_user_pin]."""
+    rig = await bare_vm(host, ram=RAM)
+    await bind_device(rig)
+    iommu, _ = rig.bound
+    mapper = await host.kvmd.start_process()
+    hva = await mapper.mmap(4 * PAGE_SIZE)
+    ioas = await iommu.ioas_alloc()
+    await iommu.ioas_map(ioas, mapper, hva, 4 * PAGE_SIZE, 0)
+    mapper.close()
+    await eventually(host.kvmd.stats, lambda s: s["processes"] == 1, "the mapping process is gone")
+    with pytest.raises(UapiError, match="exited") as caught:
+        await iommu.hwpt_alloc(rig.device_id, ioas)
+    assert caught.value.errno == errno.EFAULT
+    assert (await host.iommufdd.stats())["hwpts"] == []
+    assert await iommu.ioas_unmap(ioas, 0, (1 << 64) - 1) == 4 * PAGE_SIZE
+    await iommu.hwpt_alloc(rig.device_id, ioas)  # nothing of him is left in it
+    rig.close()
+    await all_given_back(host)

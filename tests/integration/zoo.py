@@ -227,6 +227,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),
     ("iommufd", "IOMMU_IOAS_UNMAP"): object_of("ioas", "ioas_id", iova=0, length=(1 << 64) - 1),
     ("iommufd", "IOMMU_IOAS_IOVA_RANGES"): object_of("ioas", "ioas_id"),
+    ("iommufd", "IOMMU_IOAS_ALLOW_IOVAS"): object_of("ioas", "ioas_id", num_iovas=0, allowed_iovas=None),
     ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): lambda zoo: (
         {"ioas_id": zoo.ids["on_demand"]},
         [zoo.copy("kvm-vm")],

@@ -73,11 +73,11 @@ def answered_from_then(self: Mirror, start: Hva, end: Hva, *, write: bool) -> tu
     return found_then[self], end
 
 
-def uncounted(self: Mm, page: Page, npages: int = 1) -> None:
+def uncounted(self: Mm, page: Page, npages: int = 1, payer: object = None) -> None:
     self.pinned_pages += npages
 
 
-def unpinned(self: Mm, page: Page, npages: int = 1) -> None:
+def unpinned(self: Mm, page: Page, npages: int = 1, payer: object = None) -> None:
     self.pinned_pages -= npages
     self.memory.put(page)
 

@@ -18,9 +18,10 @@ import errno
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Page, Pte
 from protocol.errors import UapiError
@@ -32,6 +33,11 @@ MAX_LOOKS = 16 * MAX_PAGES  # at absent pages too, where nothing is faulted in
 MAX_WATCHED = 1 << 16
 MAX_TRIES = 64  # of a fault whose page is taken away each time before it is looked at
 _TURN = 512  # pages of 4 KiB pinned or unpinned before others get a turn
+
+
+Account = Literal[
+    "user", "mm"
+]  # whose locked_vm pins count in [iommufd io_pagetable.h, IOPT_PAGES_ACCOUNT_*]
 
 
 class MirrorOps(Protocol):
@@ -68,6 +74,7 @@ class Mirror:
         self.mm = mm
         self.seq = 0  # of invalidations told
         self.closed = False
+        self.account: Account = "user"
         self._ops: MirrorOps | None = None
         self._registered = False
         self._watched: list[tuple[Hva, Hva]] = []  # in order, apart
@@ -77,12 +84,14 @@ class Mirror:
 
     # -- the notifier ----------------------------------------------------------------------------------
 
-    async def register(self, ops: MirrorOps) -> None:
-        """No change that is half made is missed: it holds the mmap_lock, or tells us too.  EBUSY; EPERM."""
+    async def register(self, ops: MirrorOps, account: Account = "user") -> None:
+        """`account`: who pays for its pins.  No change that is half made is missed: it holds the mmap_lock,
+        or tells us too.  EBUSY; EPERM.
+        """
         if self._ops is not None:
             raise UapiError(errno.EBUSY, "this mirror is registered already")
         self._check_alive()
-        self._ops = ops
+        self._ops, self.account = ops, account
         async with self.mm.mmap_lock:
             self._check_alive()
             if self.closed:
@@ -210,9 +219,15 @@ class Mirror:
 
     # -- pins ------------------------------------------------------------------------------------------
 
+    @property
+    def payer(self) -> LockedVm:
+        """Where its pins count against RLIMIT_MEMLOCK."""
+        return self.mm.locked if self.account == "mm" else self.mm.memory.locked
+
     async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0) -> Found:
         """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to.  A failure
-        leaves none of this call.  ENOMEM, EFAULT, EHWPOISON, EPERM.
+        leaves none of this call.  ENOMEM, EHWPOISON; EFAULT, as for an address without memory: the process
+        is gone [iommufd pages.c].
         """
         end, at, tally = Hva(start + size), start, Tally()
         done: list[tuple[Hva, PinnedPage]] = []
@@ -220,9 +235,9 @@ class Mirror:
         turn = 0
         try:
             while at < end and len(pages) < MAX_PAGES:
-                self._check()
+                self._check(errno.EFAULT)
                 entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
-                self._check()
+                self._check(errno.EFAULT)
                 done.append((at, self._pin(area, at, entry)))
                 pages.append(entry)
                 turn += done[-1][1].npages
@@ -239,7 +254,7 @@ class Mirror:
 
     def _pin(self, area: int, at: Hva, entry: Pte) -> PinnedPage:
         pinned = PinnedPage(entry.page, entry.pfn, entry.level)
-        self.mm.pin(entry.page, pinned.npages)
+        self.mm.pin(entry.page, pinned.npages, self.payer)
         pins = self._pins.setdefault(area, {})
         pins[at] = (*pins.get(at, ()), pinned)
         return pinned
@@ -282,7 +297,7 @@ class Mirror:
             del pins[at]
             if not pins:
                 del self._pins[area]
-        self.mm.unpin(pinned.page, pinned.npages)
+        self.mm.unpin(pinned.page, pinned.npages, self.payer)
 
     # -- ends ------------------------------------------------------------------------------------------
 
@@ -296,18 +311,18 @@ class Mirror:
             area, pins = next(iter(self._pins.items()))
             await self._unpin(area, min(pins), Hva(max(pins) + 1))
 
-    def _check(self) -> None:
-        """EINVAL: not registered; EPERM: the process is gone."""
+    def _check(self, gone: int = errno.EPERM) -> None:
+        """EINVAL: not registered; `gone`: the process is."""
         self._check_registered()
-        self._check_alive()
+        self._check_alive(gone)
 
     def _check_registered(self) -> None:
         if not self._registered:
             raise UapiError(errno.EINVAL, "a mirror must be registered first: its pins end with its lease")
 
-    def _check_alive(self) -> None:
+    def _check_alive(self, gone: int = errno.EPERM) -> None:
         if not self.mm.alive:
-            raise UapiError(errno.EPERM, f"mm {self.mm.id}: the process has exited")
+            raise UapiError(gone, f"mm {self.mm.id}: the process has exited")
 
     # -- what must hold --------------------------------------------------------------------------------
 
@@ -323,12 +338,14 @@ def check_pins(mirrors: list[Mirror]) -> list[str]:
     found = []
     pins: Counter[Page] = Counter()
     charged: Counter[Mm] = Counter()
+    locked: Counter[LockedVm] = Counter()
     for mirror in mirrors:
         mm = mirror.mm
         for at, pinned in mirror.pinned():
             page = pinned.page
             pins[page] += 1
             charged[mm] += pinned.npages
+            locked[mirror.payer] += pinned.npages
             last = page.pfn + pages_of_level(page.level) - pinned.npages
             if page not in mm.memory.pages or not page.pfn <= pinned.pfn <= last:
                 found.append(
@@ -340,6 +357,11 @@ def check_pins(mirrors: list[Mirror]) -> list[str]:
     for mm, npages in charged.items():
         if mm.pinned_pages < npages:
             found.append(f"I6: mm {mm.id} has {mm.pinned_pages} pages pinned, its mirrors {npages}")
+    for payer, npages in locked.items():
+        if payer.pages < npages:
+            found.append(
+                f"I6: {payer.whose} has {payer.pages} pages locked, the mirrors it pays for {npages}"
+            )
     return found
 
 

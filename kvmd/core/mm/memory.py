@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from kvmd.core.frames import Frames
+from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.page import Kind, Page, Pte, Swap
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
@@ -63,7 +64,8 @@ class Memory:
     ) -> None:
         self.frames = frames
         self.cond_resched = cond_resched  # awaited by long work
-        self.memlock_pages = memlock_pages  # how many a process may have pinned for long; None: any number
+        self.memlock_pages = memlock_pages  # RLIMIT_MEMLOCK of every process; None: none
+        self.locked = LockedVm("the user", memlock_pages)  # of all processes: there is one user
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0

@@ -15,6 +15,7 @@ from functools import partial
 
 from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
 from kvmd.core.mm.file import File
+from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.notifier import Range, announced
@@ -37,7 +38,8 @@ class Mm(AddressSpace):
     def __init__(self, mm_id: int, memory: Memory) -> None:
         super().__init__(mm_id, memory)
         self.token = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
-        self.pinned_pages = 0  # for long, by whoever
+        self.pinned_pages = 0  # for long, by whoever, whoever pays [mm->pinned_vm]
+        self.locked = LockedVm("the process", memory.memlock_pages)
         self.exited = False  # and everything it had is given back
 
     madvise_dontneed = dontneed
@@ -284,21 +286,18 @@ class Mm(AddressSpace):
             finally:
                 self.mmap_lock.release()
 
-    def pin(self, page: Page, npages: int = 1) -> None:
-        """ENOMEM: with `npages` more the process would have too many."""
-        limit = self.memory.memlock_pages
-        if limit is not None and self.pinned_pages + npages > limit:
-            raise UapiError(
-                errno.ENOMEM, f"pin of {npages} pages: the process has {self.pinned_pages} pages pinned"
-            )
+    def pin(self, page: Page, npages: int = 1, payer: LockedVm | None = None) -> None:
+        """`payer`: whom it is charged to, the process itself if nobody is named.  ENOMEM: RLIMIT_MEMLOCK."""
+        (payer or self.locked).charge(npages)
         self.pinned_pages += npages
         self.memory.counters.pinned_pages += npages
         self.memory.counters.pages_pinned += npages
         page.pins += 1
 
-    def unpin(self, page: Page, npages: int = 1) -> None:
+    def unpin(self, page: Page, npages: int = 1, payer: LockedVm | None = None) -> None:
         assert page.pins > 0, "unpinned more often than pinned"
         page.pins -= 1
+        (payer or self.locked).uncharge(npages)
         self.pinned_pages -= npages
         self.memory.counters.pinned_pages -= npages
         self.memory.put(page)

@@ -59,13 +59,13 @@ def test_what_no_hwpt_reaches_is_not_allowed() -> None:
     areas.check((1 << 48) - K4, K4)
     with pytest.raises(UapiError, match="not in"):
         areas.check((1 << 48) - K4, 2 * K4)
-    assert areas.allowed == [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
+    assert areas.available == [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
 
 
 @pytest.mark.parametrize(
     ("taken", "hva", "size", "iova"),
     [
-        ([], 0x7000_0000_0000, K4, 0),
+        ([], 0x7000_0000_0000, K4, K4),  # 0 is given to nobody who did not ask for it
         ([(0, K4)], 0x7000_0000_0000, K4, K4),
         ([(0, K4)], 0x7000_0000_0000, M2, M2),  # aligned as the memory is, up to the size
         ([(0, K4)], 0x7000_0000_1000, M2, K4),
@@ -89,6 +89,50 @@ def test_no_room_is_enospc() -> None:
     with pytest.raises(UapiError) as caught:
         areas.room(0, 0x0110_0000)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_room_is_in_what_is_to_stay_available_and_a_given_iova_anywhere() -> None:
+    areas = areas_of()
+    areas.allow([(8 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1), (6 * K4, 8 * K4 - 2)])
+    assert areas.room(K4, 4 * K4) == 4 * K4 + 4 * K4  # the first two touch, and are a byte too short
+    areas.allow([(6 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1)])
+    assert areas.room(K4, 8 * K4) == 4 * K4
+    areas.add(Area(1, 6 * K4, K4, 0, True))
+    assert areas.room(K4, 4 * K4) == 7 * K4
+    with pytest.raises(UapiError, match="no room") as caught:
+        areas.room(K4, 6 * K4)
+    assert caught.value.errno == errno.ENOSPC
+    areas.check(100 * M2, M2)
+    areas.allow([])
+    assert areas.room(K4, 6 * K4) == 7 * K4
+
+
+def test_what_is_reserved_cannot_be_kept_and_what_was_allowed_before_still_is() -> None:
+    areas = areas_of()
+    areas.allow([(M2, 2 * M2)])
+    for last in (0xFEE0_0000, 0xFEF0_0000, TOP):
+        with pytest.raises(UapiError, match="cannot be kept") as caught:
+            areas.allow([(0, K4 - 1), (G1, last)])
+        assert caught.value.errno == errno.EADDRINUSE
+    assert areas.room(0, K4) == M2
+
+
+def test_the_ends_of_all_iovas_are_given_to_nobody_who_did_not_ask() -> None:
+    areas = areas_of()
+    areas.allow([(0, K4 - 1), (TOP - K4 + 1, TOP)])
+    with pytest.raises(UapiError, match="no room"):
+        areas.room(0, K4)
+
+
+@pytest.mark.parametrize("width", [39, 48])
+def test_an_hwpt_must_reach_all_that_is_to_stay_available(width: int) -> None:
+    areas = areas_of()
+    areas.allow([(1 << 38, (1 << width) - 1)])
+    areas.check_reach(width)
+    areas.allow([(1 << 38, 1 << width)])
+    with pytest.raises(UapiError, match="stay available") as caught:
+        areas.check_reach(width)
+    assert caught.value.errno == errno.EADDRINUSE
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_private_memory_is_not_pinned_and_what_is_pinned_does_not_become_private
 
 def test_a_process_pins_no_more_than_it_may_and_each_page_once() -> None:
     guest = Guest()
-    guest.world.host.memory.memlock_pages = 4
+    guest.world.mm.locked.limit = 4
     guest.pin(BASE, 4)
     guest.pin(BASE, 4)
     assert guest.refused(BASE + 3, 2) == errno.ENOMEM
@@ -140,7 +140,7 @@ def test_pinning_everything_pins_what_slots_have_and_what_comes_and_lets_go_with
 
 def test_a_slot_that_cannot_be_pinned_is_not_added_while_everything_is() -> None:
     guest = Guest()
-    guest.world.host.memory.memlock_pages = PAGES + 8
+    guest.world.mm.locked.limit = PAGES + 8
     guest.do(guest.vm.pinning.open_everything(guest.account))
     with pytest.raises(UapiError) as caught:
         guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
@@ -152,7 +152,7 @@ def test_a_slot_that_cannot_be_pinned_is_not_added_while_everything_is() -> None
 
 def test_pinning_everything_is_all_or_nothing() -> None:
     guest = Guest()
-    guest.world.host.memory.memlock_pages = PAGES - 1
+    guest.world.mm.locked.limit = PAGES - 1
     with pytest.raises(UapiError) as caught:
         guest.do(guest.vm.pinning.open_everything(guest.account))
     assert caught.value.errno == errno.ENOMEM

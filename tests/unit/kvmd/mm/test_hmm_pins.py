@@ -199,7 +199,7 @@ def test_an_area_gets_its_own_page_back_though_another_was_mapped_there(rig: Rig
 
 def test_a_pin_beyond_the_limit_leaves_none_of_its_call_and_all_of_others() -> None:
     rig = Rig()
-    rig.memory.memlock_pages = 6
+    rig.memory.locked.limit = 6
     rig.pin(0, 2)
     assert errno_of(lambda: rig.pin(0, 5)) == errno.ENOMEM
     assert rig.mm.pinned_pages == 2
@@ -294,6 +294,7 @@ def test_the_check_sees_a_pinned_page_that_moved_a_lost_pin_and_a_wrong_account(
     assert first.startswith("I6: mm 1: pinned at")
     assert second.startswith("I6: pfn")
     page.pins, page.pfn = 1, Pfn(pinned.pfn)
-    rig.mm.pinned_pages = 0
+    rig.mm.pinned_pages = rig.memory.locked.pages = 0
     assert any(found.endswith("its mirrors 1") for found in rig.violations())
+    assert any(found.endswith("the mirrors it pays for 1") for found in rig.violations())
     assert page.level == Level(1)
