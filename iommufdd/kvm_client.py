@@ -54,14 +54,15 @@ class KvmTdp(KvmdChannel):
         body = {"mm": self._mm, "gfn": gfn, "read": read, "write": write, "exec": exec}
         await self.call("TDP_FAULT", body)
 
-    async def pin(self, gfn: int, npages: int) -> None:
-        await self.call("TDP_PIN", {"gfn": gfn, "npages": npages})
+    async def pin(self, gfn: int, npages: int) -> int:
+        reply = await self.call("TDP_PIN", {"gfn": gfn, "npages": npages})
+        return int(reply.body["pin"])
 
-    async def unpin(self, gfn: int, npages: int) -> None:
-        await self.call("TDP_UNPIN", {"gfn": gfn, "npages": npages})
+    async def pin_all(self) -> int:
+        return int((await self.call("TDP_PIN_ALL")).body["pin"])
 
-    async def pin_all(self, *, on: bool) -> None:
-        await self.call("TDP_PIN_ALL", {"on": on})
+    async def unpin(self, pin: int) -> None:
+        await self.call("TDP_UNPIN", {"pin": pin})
 
     async def unregister(self) -> None:
         await self.call("TDP_UNREGISTER_IMPORTER")

@@ -56,8 +56,7 @@ class Device(Object):
         self._policy = policy
         self._partial = partial  # of the unit's page request queue
         self._owns_pri = False
-        self._pinned_all = False
-        self._pins: list[tuple[int, int]] = []  # (iova, size), on top of that
+        self._pins: dict[int, tuple[int, int] | None] = {}  # by the HWPT's name: (iova, size), or everything
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
 
@@ -78,8 +77,7 @@ class Device(Object):
         self.hwpt, self.pinned, self.drained = hwpt, pinned, False
         try:
             if pinned and hwpt.needs_iopf:  # before anything could be reached
-                await hwpt.pin_all(on=True)
-                self._pinned_all = True
+                self._pins[await hwpt.pin_all()] = None
             entry = hwpt.domain.pasid_entry(self.unit.ecap).to_bytes()
             await self.unit.write_pasid_entry(self.rid, RID_PASID, entry)
             if TRACE.on:
@@ -143,19 +141,21 @@ class Device(Object):
         driver trapped that [RFC 00/42].  EINVAL: on no HWPT, or no whole pages; KVM's errnos.
         """
         hwpt = self._attached_to()
-        await hwpt.pin(iova, size)
+        pin = await hwpt.pin(iova, size)
         if self.hwpt is not hwpt:
-            await _try(hwpt.unpin(iova, size))
+            await _try(hwpt.unpin(pin))
             raise UapiError(errno.EINVAL, f"{self.info.name} was detached meanwhile")
-        self._pins.append((iova, size))
+        self._pins[pin] = iova, size
 
     async def unpin(self, iova: int, size: int) -> None:
-        """EINVAL: that range, as it stands, is not pinned."""
+        """What is left of this device's first pin of that range: what went with its memslot, or its area, is
+        not taken from who pinned there since.  EINVAL: it has none."""
         hwpt = self._attached_to()
-        if (iova, size) not in self._pins:
+        pin = next((pin for pin, pinned in self._pins.items() if pinned == (iova, size)), None)
+        if pin is None:
             raise UapiError(errno.EINVAL, f"unpin of {iova:#x}+{size:#x}: no such range was pinned")
-        self._pins.remove((iova, size))
-        await hwpt.unpin(iova, size)
+        del self._pins[pin]
+        await hwpt.unpin(pin)
 
     def _attached_to(self) -> Hwpt:
         if self.hwpt is None:
@@ -164,12 +164,9 @@ class Device(Object):
 
     async def _unpin_all(self, hwpt: Hwpt) -> None:
         """The device reaches nothing any more."""
-        pins, self._pins = self._pins, []
-        for iova, size in pins:
-            await _try(hwpt.unpin(iova, size))
-        if self._pinned_all:
-            self._pinned_all = False
-            await _try(hwpt.pin_all(on=False))
+        pins, self._pins = self._pins, {}
+        for pin in reversed(pins):
+            await _try(hwpt.unpin(pin))
 
     # -- page requests in flight -----------------------------------------------------------------------
 

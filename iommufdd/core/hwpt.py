@@ -75,15 +75,17 @@ class Hwpt(Object):
             if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
                 raise
 
-    async def pin(self, iova: int, size: int) -> None:
-        """What a device reaches there must never be absent.  EINVAL: pages do not come and go here."""
+    async def pin(self, iova: int, size: int) -> int:
+        """What a device reaches there must never be absent; the request's name.  EINVAL: pages do not come
+        and go here."""
         raise UapiError(errno.EINVAL, f"HWPT {self.id} has no pages that could be absent: nothing to pin")
 
-    async def unpin(self, iova: int, size: int) -> None:
-        """The same range, once."""
-
-    async def pin_all(self, *, on: bool) -> None:
+    async def pin_all(self) -> int:
         """The same for everything there is, and will be."""
+        return await self.pin(0, 1 << self.domain.width)
+
+    async def unpin(self, pin: int) -> None:
+        """What is left of the request of that name: of another's nothing."""
 
     async def destroy(self) -> None:
         """The units let go of the memory."""

@@ -25,9 +25,9 @@ class Tdp(Protocol):
     """The ops of a TDP FD, as its importer calls them [RFC 01/42].  Each may raise UapiError."""
 
     async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None: ...
-    async def pin(self, gfn: int, npages: int) -> None: ...
-    async def unpin(self, gfn: int, npages: int) -> None: ...
-    async def pin_all(self, *, on: bool) -> None: ...
+    async def pin(self, gfn: int, npages: int) -> int: ...
+    async def pin_all(self) -> int: ...
+    async def unpin(self, pin: int) -> None: ...
     async def unregister(self) -> None: ...
     def release(self) -> None: ...
 
@@ -55,17 +55,17 @@ class HwptKvm(Hwpt):
         await self.forget(start, size)
         self.acked_epoch = max(self.acked_epoch, epoch)
 
-    async def pin(self, iova: int, size: int) -> None:
+    async def pin(self, iova: int, size: int) -> int:
         """On-demand pinning is KVM's to do [RFC 00/42].  EINVAL: not whole pages of it; KVM's errnos."""
         if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or (iova + size - 1) >> self.domain.width:
             raise UapiError(errno.EINVAL, f"pin of {iova:#x}+{size:#x}: not whole pages of the domain")
-        await self._tdp.pin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
+        return await self._tdp.pin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
 
-    async def unpin(self, iova: int, size: int) -> None:
-        await self._tdp.unpin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
+    async def pin_all(self) -> int:
+        return await self._tdp.pin_all()
 
-    async def pin_all(self, *, on: bool) -> None:
-        await self._tdp.pin_all(on=on)
+    async def unpin(self, pin: int) -> None:
+        await self._tdp.unpin(pin)
 
     async def destroy(self) -> None:
         """The units let go of the memory, then unregister, then put: while anything could walk we hear of

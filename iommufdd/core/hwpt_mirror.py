@@ -39,7 +39,7 @@ class HwptMirror(HwptPaging):
         super().__init__(domain, memory, ioas, table)
         self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
         self.pins = MirrorPins(self)
-        self._pinning_all = 0  # how many want everything pinned
+        self._everything: dict[int, dict[Area, int]] = {}  # requests to pin all: the pins of each area
 
     # -- a page request --------------------------------------------------------------------------------
 
@@ -113,41 +113,39 @@ class HwptMirror(HwptPaging):
     async def area_left(self, area: Area) -> None:
         """Nothing of an area is mapped or pinned any more when this returns."""
         gone = self.pins.drop(area)
+        for pinned in self._everything.values():
+            pinned.pop(area, None)
         await self.give_up([self.take(area.iova, area.end)])
         for pin in gone:
             await self.pins.let_go(area, pin)
 
     # -- pinning ---------------------------------------------------------------------------------------
 
-    async def pin(self, iova: int, size: int) -> None:
+    async def pin(self, iova: int, size: int) -> int:
         async with self.ioas.lock:
-            await self.pins.pin(iova, size)
+            return await self.pins.pin(iova, size)
 
-    async def unpin(self, iova: int, size: int) -> None:
+    async def pin_all(self) -> int:
         async with self.ioas.lock:
-            await self.pins.unpin(iova, size)
-
-    async def pin_all(self, *, on: bool) -> None:
-        async with self.ioas.lock:
-            areas = list(self.ioas.areas)
-            if on:
-                await self._pin_areas(areas)
-                self._pinning_all += 1
-            else:
-                self._pinning_all -= 1
-                for area in areas:
-                    await self.pins.unpin(area.iova, area.size)
-
-    async def _pin_areas(self, areas: Sequence[Area]) -> None:
-        for n, area in enumerate(areas):
+            pinned: dict[Area, int] = {}
             try:
-                await self.pins.pin(area.iova, area.size)
+                for area in list(self.ioas.areas):
+                    pinned[area] = await self.pins.pin(area.iova, area.size)
             except UapiError:
-                for done in areas[:n]:
-                    await self.pins.unpin(done.iova, done.size)
+                for number in pinned.values():
+                    await self.pins.unpin(number)
                 raise
+            request = self.ioas.new_number()
+            self._everything[request] = pinned
+            return request
+
+    async def unpin(self, pin: int) -> None:
+        async with self.ioas.lock:
+            everything = self._everything.pop(pin, None)
+            for number in [pin] if everything is None else everything.values():
+                await self.pins.unpin(number)
 
     async def area_entered(self, area: Area) -> None:
         """Whoever pins everything pins what is new, too."""
-        for _ in range(self._pinning_all):
-            await self.pins.pin(area.iova, area.size)
+        for pinned in self._everything.values():
+            pinned[area] = await self.pins.pin(area.iova, area.size)

@@ -37,7 +37,6 @@ class MirrorPins:
         self._hwpt = hwpt
         self._ioas = hwpt.ioas
         self._pins: list[Pin] = []
-        self._asked: dict[int, Span] = {}  # by number, whole
 
     def __bool__(self) -> bool:
         return bool(self._pins)
@@ -49,9 +48,9 @@ class MirrorPins:
     def spans(self) -> list[Span]:
         return [(pin.start, pin.end) for pin in self._pins]
 
-    async def pin(self, iova: int, size: int) -> None:
-        """All of it or none.  EINVAL: not whole pages; EFAULT: not all of it is in areas; ENOMEM, EAGAIN, the
-        host's errnos.
+    async def pin(self, iova: int, size: int) -> int:
+        """All of it or none; the request's number.  EINVAL: not whole pages; EFAULT: not all of it is in
+        areas; ENOMEM, EAGAIN, the host's errnos.
         """
         end = iova + size
         if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or end - 1 >> self._hwpt.domain.width:
@@ -61,24 +60,14 @@ class MirrorPins:
             while at < end:
                 at = await self._pin_some(number, at, end)
         except UapiError:
-            await self._unpin(number)
+            await self.unpin(number)
             raise
-        self._asked[number] = iova, end
-
-    async def unpin(self, iova: int, size: int) -> None:
-        """A range as it was pinned, once."""
-        span = iova, iova + size
-        number = next((number for number, asked in self._asked.items() if asked == span), None)
-        if number is not None:
-            del self._asked[number]
-            await self._unpin(number)
+        return number
 
     def drop(self, area: Area) -> list[Pin]:
         """An area goes: its pins hold nothing from now on; `let_go` of each once nobody reaches it."""
         gone = [pin for pin in self._pins if area.iova <= pin.start < area.end]
         self._pins = [pin for pin in self._pins if pin not in gone]
-        left = {pin.number for pin in self._pins}
-        self._asked = {number: asked for number, asked in self._asked.items() if number in left}
         return gone
 
     async def let_go(self, area: Area, pin: Pin) -> None:
@@ -86,7 +75,8 @@ class MirrorPins:
         with suppress(UapiError):  # the host is gone
             await self._ioas.live_host.unpin(area.hva_of(pin.start), pin.end - pin.start, area=pin.number)
 
-    async def _unpin(self, number: int) -> None:
+    async def unpin(self, number: int) -> None:
+        """What is left of a request."""
         for pin in [pin for pin in self._pins if pin.number == number]:
             self._pins.remove(pin)
             area = self._ioas.areas.at(pin.start)

@@ -6,6 +6,8 @@ whenever no flow is in the middle of a change; what a change in progress excuses
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kvmd.core.pinning import AS_ID
 from kvmd.core.spte import is_young
 from kvmd.core.tdp_table import Root
@@ -22,7 +24,7 @@ _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
-    found = []
+    found = _check_pins(vm)
     for root in vm.mmu.roots:
         found += check_table(vm.mmu.load64, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
@@ -93,6 +95,28 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
         if is_writable(met.entry) and (slot.readonly or not page.writable):
             found.append(f"I11: gfn {met.gfn:#x} is writable, its slot or its host page is not")
     return found
+
+
+def _check_pins(vm: Kvm) -> list[str]:
+    """I22: what is pinned is nothing that must fault or can go, and each pin is that of a request."""
+    found = []
+    held = Counter(gfn for request in vm.pinning.requests() for gfn in request.gfns)
+    for gfn, pin in vm.pinning.pinned.items():
+        slot = vm.slots.find(gfn, AS_ID)
+        if slot is None:
+            found.append(f"I22: gfn {gfn:#x} is pinned and in no memslot")
+            continue
+        wrong = {
+            "its slot read-only": slot.readonly,
+            "private memory": vm.private.serves(slot, gfn),
+            "write-tracked": vm.page_track.is_tracked(slot, gfn),
+            "not exported": AS_ID not in vm.exported,
+        }
+        found += [f"I22: gfn {gfn:#x} is pinned and {what}" for what, is_so in wrong.items() if is_so]
+        if pin.count != held[gfn]:
+            found.append(f"I22: gfn {gfn:#x} has {pin.count} pins, {held[gfn]} requests have one of it")
+    lost = held.keys() - vm.pinning.pinned.keys()
+    return found + [f"I22: gfn {gfn:#x} is not pinned, a request believes it is" for gfn in sorted(lost)]
 
 
 def _check_pinned(vm: Kvm, root: Root) -> list[str]:

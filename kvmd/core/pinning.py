@@ -19,16 +19,17 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvmd.core.memslot import Change, Memslot, Region
+from kvmd.core.memslot import Memslot
 from kvmd.core.mm.page import HostPage, Page
 from kvmd.core.page_fault import MAX_TRIES, first_pfn
 from kvmd.core.tdp_mmu import Mapped, Outcome
 from kvmd.core.tdp_table import Root
 from protocol.errors import UapiError
+from protocol.flow import Flow
 from protocol.pt.geometry import INDEX_BITS, gfn_limit
 from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan, Pfn
 
@@ -43,18 +44,25 @@ _BATCH = 512  # pages pinned before others get a turn
 class Pin:
     page: Page
     pfn: Pfn
-    count: int = 0
+    count: int = 0  # requests that hold it
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one request pinned, of which its unpin takes back what is left; `everything`: each page of each
+    slot.  `over`: unpinned, or its owner is gone; it pins no more."""
+
+    everything: bool = False
+    over: bool = False
+    gfns: set[Gfn] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """Whose pins they are, and how many of each gfn; `everything`: each page of each slot, once.  `whole` are
-    those of the same importer that pin everything."""
+    """Whose pins they are: an importer's.  Its requests have the names they were answered with."""
 
-    everything: bool = False
-    closed: bool = False
-    counts: Counter[Gfn] = field(default_factory=Counter)
-    whole: list[Account] = field(default_factory=list)
+    requests: dict[int, Request] = field(default_factory=dict)
+    asked: int = 0  # requests so far
 
 
 class Pinned(dict[Gfn, Pin]):
@@ -112,108 +120,125 @@ class Pinning:
         self._accounts.append(account)
         return account
 
-    async def open_everything(self, owner: Account) -> None:
-        """Pin what every slot has, and every slot that comes.  Read-only slots and private memory are left
-        out: no device writes the one or reaches the other.  Errors as of `pin`; then nothing is pinned.
-        """
-        account = Account(everything=True)
-        self._accounts.append(account)
-        owner.whole.append(account)
-        try:
-            for slot in self._vm.slots:
-                await self._pin_slot(account, slot)
-        except UapiError:
-            if account in owner.whole:
-                owner.whole.remove(account)
-            await self.close(account)
-            raise
-
-    async def close_everything(self, owner: Account) -> None:
-        """EINVAL: everything is not pinned for `owner`."""
-        if not owner.whole:
-            raise UapiError(errno.EINVAL, "unpin everything: it was not pinned")
-        await self.close(owner.whole.pop())
-
     async def close(self, account: Account) -> None:
-        """Its owner is gone: nothing of it is left when this returns."""
-        while account.whole:
-            await self.close(account.whole.pop())
-        account.closed = True
+        """Its owner is gone: nothing of it is left when this returns, nor comes of requests that sleep."""
         if account in self._accounts:
             self._accounts.remove(account)
-        await self._unpin(account, list(account.counts.elements()))
+        for request in account.requests.values():
+            request.over = True
+        while account.requests:
+            await self._take_back(account.requests.popitem()[1])
 
     async def close_all(self) -> None:
         for account in list(self._accounts):
             await self.close(account)
 
-    # -- ranges ----------------------------------------------------------------------------------------
+    def requests(self) -> Iterator[Request]:
+        return (request for account in self._accounts for request in account.requests.values())
 
-    async def pin(self, account: Account, span: GfnSpan) -> None:
-        """All of `span` or none; pins count.  EINVAL: no slot, private, or no gfn of the table; EFAULT: a
-        read-only slot, no host page; EBUSY: write-tracked; ENOMEM: no page, no table, or the limit;
-        ENODEV: the owner or the export is gone; EAGAIN: the host would not hold still.
+    # -- requests --------------------------------------------------------------------------------------
+
+    async def pin(self, account: Account, span: GfnSpan) -> int:
+        """All of `span` or none; the request's name.  Pins count.  EINVAL: no slot, private, or no gfn of
+        the table; EFAULT: a read-only slot, no host page; EBUSY: write-tracked; ENOMEM: no page, no table,
+        or the limit; ENODEV: the owner or the export is gone; EAGAIN: the host or the VMM would not hold
+        still.
         """
         self._check_span(span)
-        done: list[Gfn] = []
-        try:
-            for gfn in range(span.start, span.end):
-                await self._pin(account, Gfn(gfn))
-                done.append(Gfn(gfn))
-                if len(done) % _BATCH == 0:
-                    await self._vm.host.cond_resched()
-        except UapiError:
-            await self._unpin(account, done)
-            raise
+        request = Request()
+        return await self._ask(account, request, self._pin_span(request, span))
 
-    async def unpin(self, account: Account, span: GfnSpan) -> int:
-        """Take one pin of each page back; how many.  What went with its slot or never was pinned is none."""
-        self._check_span(span)
-        return await self._unpin(account, [gfn for gfn in account.counts if gfn in span])
+    async def pin_all(self, account: Account) -> int:
+        """Pin what every slot has, and every slot that comes; the request's name.  Read-only slots and
+        private memory are left out: no device writes the one or reaches the other.  Errors as of `pin`; then
+        nothing is pinned.
+        """
+        request = Request(everything=True)
+        return await self._ask(account, request, self._pin_slots(request, self._vm.slots))
+
+    async def unpin(self, account: Account, name: int) -> int:
+        """Take back what is left of a request; how many pages that is: what went with its slot is none.
+        EINVAL: no request is called so."""
+        request = account.requests.pop(name, None)
+        if request is None:
+            raise UapiError(errno.EINVAL, f"unpin of request {name}: this importer has none of that name")
+        request.over = True
+        return await self._take_back(request)
+
+    async def _ask(self, account: Account, request: Request, pinned: Flow[None]) -> int:
+        account.asked = name = account.asked + 1
+        account.requests[name] = request
+        try:
+            await pinned
+            self._check_wanted(request)
+        except UapiError:
+            account.requests.pop(name, None)
+            await self._take_back(request)
+            raise
+        return name
+
+    def _check_wanted(self, request: Request) -> None:
+        if request.over:
+            raise UapiError(errno.ENODEV, "pin: the importer is gone, or has unpinned it already")
+
+    async def _pin_span(self, request: Request, span: GfnSpan) -> None:
+        for page, gfn in enumerate(range(span.start, span.end), 1):
+            await self._pin(request, Gfn(gfn))
+            if page % _BATCH == 0:
+                await self._vm.host.cond_resched()
+        if len(request.gfns) < span.npages:
+            raise UapiError(
+                errno.EAGAIN, f"pin of {span}: a slot of it went meanwhile, and what was pinned with it"
+            )
 
     def _check_span(self, span: GfnSpan) -> None:
+        root = self._exported_root()
+        if not span.npages or span.end > gfn_limit(root.role.level):
+            raise UapiError(errno.EINVAL, f"gfns {span.start:#x}..{span.end:#x}: none, or beyond the table")
+
+    def _exported_root(self) -> Root:
         exported = self._vm.exported.get(AS_ID)
         if exported is None:
             raise UapiError(errno.ENODEV, "the TDP is not exported any more")
-        if not span.npages or span.end > gfn_limit(exported.root.role.level):
-            raise UapiError(errno.EINVAL, f"gfns {span.start:#x}..{span.end:#x}: none, or beyond the table")
+        return exported.root
 
     # -- slots -----------------------------------------------------------------------------------------
 
-    async def follow(self, region: Region, change: Change) -> None:
-        """The slots have changed: whoever pins everything pins what is new.  A slot that cannot be pinned is
-        deleted again: a device that does not ask for pages could not use it."""
-        slot = self._vm.slots.numbered(region.slot)
-        if slot is None or change not in (Change.CREATE, Change.MOVE):
-            return
-        try:
-            for account in [account for account in self._accounts if account.everything]:
-                await self._pin_slot(account, slot)
-        except UapiError:
-            await self._vm.slots_change.set_memory_region(replace(region, memory_size=0))
-            raise
-
-    async def _pin_slot(self, account: Account, slot: Memslot) -> None:
-        if slot.as_id != AS_ID or slot.readonly:
-            return
-        for page, number in enumerate(range(slot.span.start, slot.span.end), 1):
-            gfn = Gfn(number)
+    async def follow(self, slot: Memslot) -> None:
+        """A slot came, and no other can while this runs: whoever pins everything pins it.  Errors as of
+        `pin`: the slot must go again, a device that does not ask for pages could not use it."""
+        for request in [request for request in self.requests() if request.everything]:
             try:
-                if gfn not in account.counts and not self._vm.private.serves(slot, gfn):
-                    await self._pin(account, gfn)
+                await self._pin_slots(request, [slot])
             except UapiError:
-                if self._vm.slots.find(gfn) is None:  # deleted meanwhile: no page of it to pin
-                    return
-                raise
-            if page % _BATCH == 0:
-                await self._vm.host.cond_resched()
+                if not request.over:  # else nobody is there to need it
+                    raise
+
+    async def _pin_slots(self, request: Request, slots: Iterable[Memslot]) -> None:
+        for slot in slots:
+            if slot.as_id != AS_ID:
+                continue
+            for page, number in enumerate(range(slot.span.start, slot.span.end), 1):
+                gfn = Gfn(number)
+                try:
+                    if gfn not in request.gfns and not self._is_left_out(gfn):
+                        await self._pin(request, gfn)
+                except UapiError:
+                    if not self._is_left_out(gfn):
+                        raise
+                if page % _BATCH == 0:
+                    await self._vm.host.cond_resched()
+
+    def _is_left_out(self, gfn: Gfn) -> bool:
+        """Of everything."""
+        slot = self._vm.slots.find(gfn)
+        return slot is None or slot.readonly or self._vm.private.serves(slot, gfn)
 
     def forget(self, slot: Memslot) -> list[Page]:
         """The slot goes, and its entries may be zapped now; `put` the pages once that is flushed (rule b)."""
         gone = self.pinned.within(slot.as_id, slot.span)
-        for account in self._accounts:
-            for gfn in gone:
-                account.counts.pop(gfn, None)
+        for request in self.requests():
+            request.gfns.difference_update(gone)
         return [self.pinned.remove(gfn) for gfn in gone]
 
     def put(self, pages: Iterable[Page]) -> None:
@@ -227,12 +252,13 @@ class Pinning:
         pin = self.pinned.get(gfn) if slot.as_id == AS_ID else None
         return None if pin is None else HostPage(slot.hva_of(gfn), pin.pfn, LEVEL_4K, writable=True)
 
-    async def _pin(self, account: Account, gfn: Gfn) -> None:
+    async def _pin(self, request: Request, gfn: Gfn) -> None:
         vm = self._vm
         for _ in range(MAX_TRIES):
-            slot = await self._slot(account, gfn)
-            if self.pinned.holds(AS_ID, gfn):
-                self._count(account, gfn)
+            await vm.settled_slot(gfn, AS_ID)
+            slot = self._pinnable(request, gfn)
+            if gfn in self.pinned:
+                self._hold(request, gfn)
                 return
             hva = slot.hva_of(gfn)
             if (change := vm.host_changes.changing(hva, gfn)) is not None:
@@ -240,36 +266,33 @@ class Pinning:
                 continue
             page = await vm.mm.pin_user_page(hva)
             # It is what the host has there now.  Until it is counted nothing may await.
-            stands = vm.slots.find(gfn) is slot and slot is not vm.slots_change.going
-            mapped = None
-            if (
-                stands
-                and not account.closed
-                and vm.host_changes.changing(hva, gfn) is None
-                and self.pinned.get(gfn) is None
-            ):
-                mapped = self._map(slot, gfn, page)
+            try:
+                mapped = self._map(slot, gfn, page) if self._stands(request, slot, gfn) else None
+            except UapiError:
+                vm.mm.unpin(page)
+                raise
             if mapped is None or mapped.outcome is Outcome.RETRY:
                 vm.mm.unpin(page)
                 await vm.flusher.drain()
                 continue
-            self._count(account, gfn)
+            self._hold(request, gfn)
             if mapped.flush is not None:
                 await vm.flusher.flush(mapped.flush)
             return
         raise UapiError(errno.EAGAIN, f"pin of gfn {gfn:#x}: something was in the way {MAX_TRIES} times")
 
-    def _count(self, account: Account, gfn: Gfn) -> None:
-        pin = self.pinned.get(gfn)
-        assert pin is not None
-        if not (account.everything and account.counts[gfn]):
-            account.counts[gfn] += 1
-            pin.count += 1
+    def _hold(self, request: Request, gfn: Gfn) -> None:
+        if gfn not in request.gfns:
+            request.gfns.add(gfn)
+            self.pinned[gfn].count += 1
 
-    async def _slot(self, account: Account, gfn: Gfn) -> Memslot:
-        """The slot, if a page of it may be pinned."""
+    def _pinnable(self, request: Request, gfn: Gfn) -> Memslot:
+        """The slot, if a page of it may be pinned: all that is asked before a page is waited for, and asked
+        again after."""
         vm = self._vm
-        slot = await vm.settled_slot(gfn, AS_ID)
+        self._check_wanted(request)
+        self._exported_root()
+        slot = vm.slots.find(gfn)
         if slot is None or vm.private.serves(slot, gfn):
             what = "is in no memslot" if slot is None else "is private memory"
             raise UapiError(errno.EINVAL, f"pin of gfn {gfn:#x}: it {what}")
@@ -279,24 +302,28 @@ class Pinning:
             )
         if vm.page_track.is_tracked(slot, gfn):
             raise UapiError(errno.EBUSY, f"pin of gfn {gfn:#x}: its stores are tracked, and must fault")
-        if account.closed:
-            raise UapiError(errno.ENODEV, f"pin of gfn {gfn:#x}: the importer is gone")
         return slot
+
+    def _stands(self, request: Request, slot: Memslot, gfn: Gfn) -> bool:
+        """Was the page that came meanwhile looked up for what is there now?  Errors as of `_pinnable`."""
+        vm = self._vm
+        return (
+            self._pinnable(request, gfn) is slot
+            and slot is not vm.slots_change.going
+            and not vm.host_changes.is_changing(slot.hva_of(gfn), gfn)
+            and gfn not in self.pinned
+        )
 
     def _map(self, slot: Memslot, gfn: Gfn, page: Page) -> Mapped:
         """Map the pinned page, writable; unless somebody else froze the entry it is pinned from here on.
-        ENOMEM: no page for a table; the page is unpinned then."""
+        ENOMEM: no page for a table."""
         vm = self._vm
         host = vm.mm.present_page(slot.hva_of(gfn))
         assert host is not None, "pinned just now"
         pfn = first_pfn(slot, gfn, host, LEVEL_4K)
-        try:
-            for root in vm.mmu.roots_of(AS_ID):
-                self._split(root, gfn)
-            mapped = vm.mmu.map(vm.exported[AS_ID].root, gfn, pfn, LEVEL_4K, writable=True)
-        except UapiError:
-            vm.mm.unpin(page)
-            raise
+        for root in vm.mmu.roots_of(AS_ID):
+            self._split(root, gfn)
+        mapped = vm.mmu.map(self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
         if mapped.outcome is not Outcome.RETRY:
             self.pinned.add(gfn, Pin(page, pfn))
             vm.mark_page_dirty(slot, gfn, None)
@@ -315,18 +342,12 @@ class Pinning:
                 mmu.split(root, GfnSpan.of_pages(gfn, 1), LEVEL_4K)
         raise UapiError(errno.ENOMEM, f"pin of gfn {gfn:#x}: no page for a table of small entries")
 
-    async def _unpin(self, account: Account, gfns: Iterable[Gfn]) -> int:
+    async def _take_back(self, request: Request) -> int:
         """The last pin of a page lets go of it, once nobody reaches what the host gave up meanwhile."""
-        pages, count, zapped = [], 0, False
-        for gfn in gfns:
-            if not account.counts[gfn]:
-                continue
-            account.counts[gfn] -= 1
-            if not account.counts[gfn]:
-                del account.counts[gfn]
-            count += 1
-            pin = self.pinned.get(gfn)
-            assert pin is not None, f"gfn {gfn:#x} is counted and not pinned"
+        gfns, request.gfns = request.gfns, set()
+        pages, zapped = [], False
+        for gfn in sorted(gfns):
+            pin = self.pinned[gfn]
             pin.count -= 1
             if not pin.count:
                 pages.append(self.pinned.remove(gfn))
@@ -336,7 +357,7 @@ class Pinning:
             await self._vm.flusher.flush(None)
         await self._vm.flusher.drain()
         self.put(pages)
-        return count
+        return len(gfns)
 
     def _is_backed(self, gfn: Gfn, pin: Pin) -> bool:
         """Does the host still have the page there, writable, and mean to keep it?"""

@@ -58,30 +58,41 @@ class SlotsChange:
         self._replaced = replaced
         self._pinning = pinning
 
-    async def set_memory_region(self, region: Region) -> Change:
-        """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time."""
+    async def set_memory_region(self, region: Region) -> None:
+        """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time.  Where everything is pinned a
+        slot that cannot be is deleted again."""
         async with self._lock:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not Change.NONE:
                 new = self._bind(region, new)
-            refusal = self._refusal(change, new)
-            try:
-                if change in (Change.DELETE, Change.MOVE) and old is not None:
-                    self.going = old
-                    pages = [] if refusal else self._pinning.forget(old)
-                    await self.zap_all_fast()
-                    self._pinning.put(pages)
-                if refusal is not None:
-                    raise refusal
-                if change is not Change.NONE:
-                    new = self._commit(change, old, new)
-            finally:
-                self.going = None
-                settled, self.settled = self.settled, Wait()
-                settled.set(None)
-            if change is Change.FLAGS_ONLY and new is not None:
+            new = await self._replace(change, old, new)
+            if new is None:
+                return
+            if change is Change.FLAGS_ONLY:
                 await self._dirty_log.apply_flags(new)
-            return change
+            elif change in (Change.CREATE, Change.MOVE):
+                try:
+                    await self._pinning.follow(new)
+                except UapiError:
+                    await self._replace(Change.DELETE, new, None)
+                    raise
+
+    async def _replace(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
+        """The slot that is there now."""
+        refusal = self._refusal(change, new)
+        try:
+            if change in (Change.DELETE, Change.MOVE) and old is not None:
+                self.going = old
+                pages = [] if refusal else self._pinning.forget(old)
+                await self.zap_all_fast()
+                self._pinning.put(pages)
+            if refusal is not None:
+                raise refusal
+            return new if change is Change.NONE else self._commit(change, old, new)
+        finally:
+            self.going = None
+            settled, self.settled = self.settled, Wait()
+            settled.set(None)
 
     def _bind(self, region: Region, new: Memslot) -> Memslot:
         if SlotFlag.GUEST_MEMFD not in new.flags:

@@ -250,7 +250,7 @@ class Kvm:
 
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
-        await self.pinning.follow(region, await self.slots_change.set_memory_region(region))
+        await self.slots_change.set_memory_region(region)
 
     def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
         """KVM made a page writable, or stored to it, for `vcpu` or for a device."""

@@ -101,23 +101,17 @@ def _pins(importer: Importer) -> Account:
 async def _pin(importer: Importer, message: tdp.TdpPin, fds: Fds) -> Body:
     owner, pins = importer.tdp.owner, _pins(importer)
     span = GfnSpan.of_pages(Gfn(message.gfn), message.npages)
-    await holding(owner, owner.vm.pinning.pin(pins, span))
-    return {}
+    return {"pin": await holding(owner, owner.vm.pinning.pin(pins, span))}
 
 
 async def _unpin(importer: Importer, message: tdp.TdpUnpin, fds: Fds) -> Body:
     owner, pins = importer.tdp.owner, _pins(importer)
-    span = GfnSpan.of_pages(Gfn(message.gfn), message.npages)
-    return {"pages": await holding(owner, owner.vm.pinning.unpin(pins, span))}
+    return {"pages": await holding(owner, owner.vm.pinning.unpin(pins, message.pin))}
 
 
 async def _pin_all(importer: Importer, message: tdp.TdpPinAll, fds: Fds) -> Body:
     owner, pins = importer.tdp.owner, _pins(importer)
-    if message.on:
-        await holding(owner, owner.vm.pinning.open_everything(pins))
-    else:
-        await holding(owner, owner.vm.pinning.close_everything(pins))
-    return {}
+    return {"pin": await holding(owner, owner.vm.pinning.pin_all(pins))}
 
 
 IMPORTER: Service[Importer] = Service(

@@ -50,7 +50,8 @@ class TdpFault(Message):
 
 class TdpPin(Message):
     """Pin gfn..gfn+npages for long and map it, writable: the importer's device will reach it without asking.
-    Pins count, and end with the importer [RFC 00/42].  Before registering: EINVAL.
+    Reply: `pin`, the request's name, for TDP_UNPIN.  Pins count, and end with the importer [RFC 00/42] or
+    with their slot.  Before registering: EINVAL.
     """
 
     gfn: U64
@@ -58,17 +59,14 @@ class TdpPin(Message):
 
 
 class TdpUnpin(Message):
-    """Take one pin of each page back; reply: `pages`, how many had one."""
+    """Take back what is left of the request that was answered with `pin`; reply: `pages`, how many pages
+    that is.  EINVAL: this importer has no such request."""
 
-    gfn: U64
-    npages: Annotated[int, Field(ge=1, lt=1 << 52)]
+    pin: U64
 
 
 class TdpPinAll(Message):
-    """Pin every slot and each that is added, until as many calls say `on` false: for a device that cannot
-    fault.  EINVAL: off, and not on."""
-
-    on: bool
+    """Pin every slot and each that is added: for a device that cannot fault.  Reply as of TDP_PIN."""
 
 
 class TdpInvalidate(Message):

@@ -39,7 +39,7 @@ TWICE = {
     "KVM_SET_CPUID2": (errno.EINVAL, errno.EINVAL),  # it has run
     "MMAP_DIRTY_RING": (errno.EINVAL, errno.EINVAL),
     "TDP_REGISTER_IMPORTER": (0, errno.EBUSY),
-    "TDP_PIN_ALL": (errno.EINVAL, errno.EINVAL),  # off, and never on
+    "TDP_UNPIN": (0, errno.EINVAL),
     "HMM_REGISTER": (errno.EBUSY, errno.EBUSY),
     "HMM_WATCH": (0, errno.EEXIST),
     "HMM_UNWATCH": (0, errno.ENOENT),

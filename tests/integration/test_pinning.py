@@ -15,7 +15,7 @@ from qemu_shim.scenarios.library import SCENARIOS
 from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
 from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import refused
-from tests.integration.test_units import alloc, queue_of, with_silicon
+from tests.integration.test_units import alloc, another, queue_of, with_silicon
 
 RAM = 40 * MIB
 PAGES = RAM // PAGE_SIZE
@@ -38,16 +38,17 @@ async def test_an_importer_pins_what_it_registered_for_and_its_pins_end_with_its
     rig = await bare_vm(host, ram=RAM)
     rig.tdp_fd = await rig.vm.create_tdp_fd()
     importer = await TestImporter.of(host, rig.tdp_fd)
-    for op, body in (("TDP_PIN", {"gfn": 1, "npages": 1}), ("TDP_PIN_ALL", {"on": True})):
+    for op, body in (("TDP_PIN", {"gfn": 1, "npages": 1}), ("TDP_PIN_ALL", {})):
         with refused(errno.EINVAL, "registered"):
             await importer.channel.ask(op, body)
     await importer.register()
-    await importer.channel.ask("TDP_PIN", {"gfn": 1, "npages": 4})
+    pinned = (await importer.channel.ask("TDP_PIN", {"gfn": 1, "npages": 4})).body
     await importer.channel.ask("TDP_PIN", {"gfn": 4, "npages": 1})
-    assert (await importer.channel.ask("TDP_UNPIN", {"gfn": 0, "npages": 4})).body == {"pages": 3}
-    with refused(errno.EINVAL, "not pinned"):
-        await importer.channel.ask("TDP_PIN_ALL", {"on": False})
-    await importer.channel.ask("TDP_PIN_ALL", {"on": True})
+    assert (await importer.channel.ask("TDP_UNPIN", pinned)).body == {"pages": 4}
+    assert (await vm_stats(host))["pinned_pages"] == 1
+    with refused(errno.EINVAL, "none of that name"):
+        await importer.channel.ask("TDP_UNPIN", pinned)
+    await importer.channel.ask("TDP_PIN_ALL", {})
     assert (await vm_stats(host))["pinned_pages"] == PAGES
     importer.channel.close()
     await rig.process.move_pages(rig.hva + PAGE_SIZE, PAGE_SIZE)
@@ -118,3 +119,34 @@ async def test_a_partial_device_asks_for_data_and_loses_a_record_it_finds_absent
         await rig.bound[1].pin(queue.record_page, PAGE_SIZE)
         assert (await queue.fill(GUEST_START, 0x66, PAGE_SIZE)).status is Status.SUCCESS
         assert (await device_stats(rig.host))["software_errors"] == 1
+
+
+@pytest.mark.parametrize("design", ["shared", "mirror"])
+async def test_an_unpin_takes_back_what_that_device_pinned_and_nothing_of_another(design: str) -> None:
+    """The first device's pins went with the memslot, or the area; the second pinned there since."""
+    start, size = GUEST_START, 4 * PAGE_SIZE
+    async with with_silicon("--devices", "2", ram=RAM) as rig:
+        iommu, first = rig.bound
+        second, _ = await another(rig, 1)
+        if design == "mirror":
+            ioas = await iommu.ioas_alloc(on_demand=True)
+            await iommu.ioas_map(ioas, rig.process, rig.hva, RAM, 0)
+            hwpt = await iommu.hwpt_alloc(rig.device_id, ioas)
+        else:
+            hwpt = await alloc(rig)
+        await first.attach(hwpt)
+        await second.attach(hwpt)
+        await first.pin(start, size)
+        if design == "mirror":
+            await iommu.ioas_unmap(ioas, 0, RAM)
+            await iommu.ioas_map(ioas, rig.process, rig.hva, RAM, 0)
+        else:
+            await rig.vm.set_user_memory_region(0, 0, 0, 0)
+            await rig.vm.set_user_memory_region(0, 0, RAM, rig.hva)
+        assert await rig.process.move_pages(rig.hva + start, size) == 4  # nothing of them is pinned
+        await second.pin(start, size)
+        await first.unpin(start, size)
+        assert await rig.process.move_pages(rig.hva + start, size) == 0
+        await second.unpin(start, size)
+        assert await rig.process.move_pages(rig.hva + start, size) == 4
+        assert await rig.host.kvmd.violations() == []

@@ -196,10 +196,10 @@ class MirrorMachine:
 
     async def _pin(self, start: int, end: int) -> None:
         try:
-            await self.hwpt.pin(start, end - start)
+            pin = await self.hwpt.pin(start, end - start)
             await self.dawdle()
             await self.dawdle()
-            await self.hwpt.unpin(start, end - start)
+            await self.hwpt.unpin(pin)
         except UapiError:
             pass
 

@@ -46,6 +46,7 @@ class Life:
         self.guest = Managed(own=own, level=level, pages=self.pages, features=features)
         self.mm = self.guest.world.mm
         self.account = self.guest.vm.pinning.open()
+        self.pins: list[int] = []  # names of requests
         self.has: dict[int, bool] = {}  # page -> may the device write it
         self.io_faults = 0
         self.written: set[int] = set()  # since the log was read
@@ -164,10 +165,10 @@ class Life:
         pinning, span = self.guest.vm.pinning, GfnSpan.of_pages(BASE + page, 1)  # type: ignore[arg-type]
         with suppress(UapiError):
             if on:
-                self.guest.do(pinning.pin(self.account, span))
+                self.pins.append(self.guest.do(pinning.pin(self.account, span)))
                 self.has[page] = True
             else:
-                self.guest.do(pinning.unpin(self.account, span))
+                self.guest.do(pinning.unpin(self.account, self.pins.pop(0) if self.pins else 0))
         self._taken(page, 1)
 
     def nx(self, on: bool) -> None:

@@ -118,7 +118,7 @@ def test_replacing_by_the_same_with_everything_pinned_is_not_passed_over(grouped
     grouped.detach(0)
     grouped.attach(0, grouped.kvm, pinned=True)
     grouped.attach(0, grouped.kvm, pinned=True)
-    assert [entry for entry in grouped.world.log if entry[0] == "pin_all"] == [("pin_all", True)] * 2
+    assert [entry for entry in grouped.world.log if entry[0] == "pin_all"] == [("pin_all",)] * 2
 
 
 def test_where_nothing_is_absent_pinned_is_what_it_is_already(grouped: Grouped) -> None:

@@ -345,12 +345,12 @@ def pin(hwpt: HwptMirror, space: Space, iova: int, size: int) -> int:
 
 def test_a_pinned_page_stays_mapped_whatever_the_host_does() -> None:
     space = Mirrored()
-    assert pin(space.hwpt_, space, K4, 2 * K4) == 0
+    pinned = space.world.run(space.hwpt_.pin(K4, 2 * K4))
     before = space.leaves
     assert [leaf[0] for leaf in before] == [K4, 2 * K4]
     space.world.run(space.host.give_up(HVA, HVA + RAM))
     assert (space.leaves, space.counts.pinned_pages) == (before, 2)
-    space.world.run(space.hwpt_.unpin(K4, 2 * K4))
+    space.world.run(space.hwpt_.unpin(pinned))
     assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
 
 
@@ -399,7 +399,7 @@ def test_who_pins_everything_pins_what_is_mapped_later() -> None:
     space = Mirrored()
     space.unmap(0, RAM)
     space.map(0, 2 * K4)
-    space.world.run(space.hwpt_.pin_all(on=True))
+    everything = space.world.run(space.hwpt_.pin_all())
     space.map(8 * K4, 3 * K4, HVA + M2)
     assert (len(space.leaves), space.counts.pinned_pages) == (5, 5)
     space.host.room = 1
@@ -407,7 +407,7 @@ def test_who_pins_everything_pins_what_is_mapped_later() -> None:
     assert (len(space.leaves), len(space.host.watched)) == (5, 2)
     space.unmap(0, 2 * K4)
     assert (len(space.leaves), space.counts.pinned_pages) == (3, 3)
-    space.world.run(space.hwpt_.pin_all(on=False))
+    space.world.run(space.hwpt_.unpin(everything))
     assert (space.leaves, space.counts.pinned_pages, space.host.pins) == ([], 0, {})
 
 

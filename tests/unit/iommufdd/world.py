@@ -89,6 +89,7 @@ class World:
         self.held: list[Wait[None]] | None = None
         self.entries: dict[int, bytes] = {}
         self.functions: dict[int, dict[str, int]] = {}  # what is on
+        self.pins = 0  # asked for so far
         self.pri_on = False  # somebody else switched page requests on
 
     def hwpt(self, level: int = 4, did: int = DID) -> HwptKvm:
@@ -135,14 +136,20 @@ class World:
         if self.fault_errno:
             raise UapiError(self.fault_errno, "KVM says no")
 
-    async def pin(self, gfn: int, npages: int) -> None:
+    async def pin(self, gfn: int, npages: int) -> int:
+        self.pins += 1
+        pin = self.pins
         await self._take("pin", gfn, npages)
+        return pin
 
-    async def unpin(self, gfn: int, npages: int) -> None:
-        await self._take("unpin", gfn, npages)
+    async def pin_all(self) -> int:
+        self.pins += 1
+        pin = self.pins
+        await self._take("pin_all")
+        return pin
 
-    async def pin_all(self, *, on: bool) -> None:
-        await self._take("pin_all", on)
+    async def unpin(self, pin: int) -> None:
+        await self._take("unpin", pin)
 
     async def unregister(self) -> None:
         await self._take("unregister")

@@ -38,6 +38,7 @@ class Guest:
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
         self.account = self.vm.pinning.open()
+        self.asked: list[tuple[Account, GfnSpan, int]] = []  # pins so far: whose, of what, and their names
 
     def settle(self, wait: Wait[T]) -> T:
         while self.importer.pending:
@@ -48,11 +49,15 @@ class Guest:
         return self.settle(self.world.start(flow))
 
     def pin(self, gfn: int, pages: int = 1, account: Account | None = None) -> None:
-        span = GfnSpan.of_pages(Gfn(gfn), pages)
-        self.do(self.vm.pinning.pin(account or self.account, span))
+        span, account = GfnSpan.of_pages(Gfn(gfn), pages), account or self.account
+        self.asked.append((account, span, self.do(self.vm.pinning.pin(account, span))))
 
     def unpin(self, gfn: int, pages: int = 1, account: Account | None = None) -> int:
-        return self.do(self.vm.pinning.unpin(account or self.account, GfnSpan.of_pages(Gfn(gfn), pages)))
+        """The first request of that account for that span."""
+        wanted = account or self.account, GfnSpan.of_pages(Gfn(gfn), pages)
+        found = next(asked for asked in self.asked if asked[:2] == wanted)
+        self.asked.remove(found)
+        return self.do(self.vm.pinning.unpin(found[0], found[2]))
 
     def refused(self, gfn: int, pages: int = 1) -> int:
         with pytest.raises(UapiError) as caught:

@@ -30,7 +30,9 @@ def test_pins_count_and_the_last_one_gives_the_page_back() -> None:
     assert guest.world.mm.pinned_pages == 1
     assert guest.unpin(WORD) == 1
     assert guest.unpin(WORD) == 1
-    assert guest.unpin(WORD) == 0  # the third is not ours
+    with pytest.raises(UapiError) as caught:
+        guest.do(guest.vm.pinning.unpin(guest.account, 2))  # taken back already; and the third is not ours
+    assert caught.value.errno == errno.EINVAL
     assert guest.vm.pinning.pinned[Gfn(WORD)].count == 1
     assert guest.unpin(WORD, account=other) == 1
     assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
@@ -52,7 +54,7 @@ def test_an_unpinned_frame_is_freed_only_after_the_ack() -> None:
     guest.pin(WORD)
     guest.do(guest.world.mm.munmap(guest.hva_of(WORD), PAGE))
     frames = guest.world.host.frames.in_use
-    wait = guest.world.start(guest.vm.pinning.unpin(guest.account, GfnSpan.of_pages(Gfn(WORD), 1)))
+    wait = guest.world.start(guest.vm.pinning.unpin(guest.account, guest.asked[0][2]))
     assert (wait.done, guest.world.host.frames.in_use) == (False, frames)
     assert guest.settle(wait) == 1
     assert guest.world.host.frames.in_use == frames - 1
@@ -67,7 +69,7 @@ def test_what_cannot_be_pinned_is_refused_and_the_pages_before_it_are_given_back
     assert guest.refused(0x900) == errno.EFAULT  # a host that may not write
     assert guest.refused(BASE, 0) == errno.EINVAL
     assert guest.refused(1 << 36) == errno.EINVAL
-    assert (guest.account.counts, guest.world.mm.pinned_pages) == ({}, 0)
+    assert (guest.account.requests, guest.world.mm.pinned_pages) == ({}, 0)
     assert guest.sound()
 
 
@@ -123,7 +125,7 @@ def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None
 def test_pinning_everything_pins_what_slots_have_and_what_comes_and_lets_go_with_them() -> None:
     guest = Guest(level=2)
     guest.set_slot(0x800, 16, guest.world.map(16), 2, slot=1)
-    guest.do(guest.vm.pinning.open_everything(guest.account))
+    everything = guest.do(guest.vm.pinning.pin_all(guest.account))
     assert len(guest.vm.pinning.pinned) == PAGES  # not the read-only slot
     guest.set_slot(0x900, 16, guest.world.map(16), slot=2)
     assert set(range(0x900, 0x910)) <= set(guest.world.table())
@@ -132,7 +134,7 @@ def test_pinning_everything_pins_what_slots_have_and_what_comes_and_lets_go_with
     guest.set_slot(0, 0, 0, slot=2)
     assert len(guest.vm.pinning.pinned) == guest.world.mm.pinned_pages == PAGES
     assert guest.sound()
-    guest.do(guest.vm.pinning.close_everything(guest.account))
+    guest.do(guest.vm.pinning.unpin(guest.account, everything))
     assert guest.world.mm.pinned_pages == 0
     guest.set_slot(0x900, 16, guest.world.map(16), slot=2)
     assert not guest.vm.pinning.pinned
@@ -141,7 +143,7 @@ def test_pinning_everything_pins_what_slots_have_and_what_comes_and_lets_go_with
 def test_a_slot_that_cannot_be_pinned_is_not_added_while_everything_is() -> None:
     guest = Guest()
     guest.world.mm.locked.limit = PAGES + 8
-    guest.do(guest.vm.pinning.open_everything(guest.account))
+    guest.do(guest.vm.pinning.pin_all(guest.account))
     with pytest.raises(UapiError) as caught:
         guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
     assert caught.value.errno == errno.ENOMEM
@@ -154,7 +156,7 @@ def test_pinning_everything_is_all_or_nothing() -> None:
     guest = Guest()
     guest.world.mm.locked.limit = PAGES - 1
     with pytest.raises(UapiError) as caught:
-        guest.do(guest.vm.pinning.open_everything(guest.account))
+        guest.do(guest.vm.pinning.pin_all(guest.account))
     assert caught.value.errno == errno.ENOMEM
     assert guest.world.mm.pinned_pages == 0
     guest.set_slot(0x800, 16, guest.world.map(16), slot=1)

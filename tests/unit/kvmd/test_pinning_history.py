@@ -46,15 +46,15 @@ class History:
         self.guest = Guest(level=1 + seed % 2, own=own)
         self.vm, self.mm = self.guest.vm, self.guest.world.mm
         self.pinned: dict[int, int] = {}  # gfn -> entry, while it must not change
+        self.names: dict[int, int] = {}  # requests that were answered: name -> gfn
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked
         self.running = 0
 
-    def begin(self, flow: Coroutine[Any, None, Any], done: Callable[[], None] = lambda: None) -> None:
+    def begin(self, flow: Coroutine[Any, None, Any], done: Callable[[Any], None] = lambda _: None) -> None:
         async def run() -> None:
             self.running += 1
             with suppress(UapiError):
-                await flow
-                done()
+                done(await flow)
             self.running -= 1
 
         self.guest.world.start(run())
@@ -71,17 +71,21 @@ class History:
         gfn = self.random.choice(GFNS)
         span = GfnSpan.of_pages(Gfn(gfn), 1)
 
-        def answered() -> None:
+        def answered(name: int) -> None:
+            self.names[name] = gfn
             if gfn in self.vm.pinning.pinned:  # its slot may have gone before the answer
                 self.pinned[gfn] = self.guest.entry(gfn) & ~bits.ACCESSED
 
         self.begin(self.vm.pinning.pin(self.guest.account, span), answered)
 
     def unpin(self) -> None:
-        gfn = self.random.choice(GFNS)
-        if self.guest.account.counts[Gfn(gfn)] == 1:
-            self.pinned.pop(gfn, None)
-        self.begin(self.vm.pinning.unpin(self.guest.account, GfnSpan.of_pages(Gfn(gfn), 1)))
+        if self.names:
+            name = self.random.choice(list(self.names))
+            gfn = self.names.pop(name)
+            pin = self.vm.pinning.pinned.get(Gfn(gfn))
+            if pin is not None and pin.count == 1:
+                self.pinned.pop(gfn, None)
+            self.begin(self.vm.pinning.unpin(self.guest.account, name))
 
     def host(self) -> None:
         self.begin(self.random.choice(HOST)(self.mm, self.guest.hva, PAGES * PAGE))
