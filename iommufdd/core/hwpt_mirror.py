@@ -68,8 +68,8 @@ class HwptMirror(HwptPaging):
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
 
     async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> Found:
-        """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what is
-        behind it cannot be had at all.
+        """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what
+        is behind it cannot be had at all.
         """
         host, hva = self.ioas.live_host, area.hva_of(iova)
         try:

@@ -39,7 +39,7 @@ class Result(Enum):
     HWPOISON = auto()  # the page is there, its contents are lost
     NO_MEMORY = auto()
     MEMORY_FAULT = auto()  # private, and its slot has no private page for it: KVM_EXIT_MEMORY_FAULT
-    # MAX_TRIES invalidations in a row got in the way [RFC defect B-14]; or its slot goes, and it is a prefetch
+    # MAX_TRIES invalidations in a row got in the way [RFC defect B-14]; or its slot goes under a prefetch
     UNSTABLE = auto()
 
     __hash__ = object.__hash__

@@ -151,7 +151,7 @@ def test_slot_is_going_when_the_page_comes(gfn: int) -> None:
     region = guest.world.region(0, gfn, PAGES if gfn else 0, HVA if gfn else 0)
     changed = guest.world.start(guest.vm.set_memory_region(region))
     guest.page_comes()
-    assert not (changed.done or asked.done or running.done)
+    assert [wait.done for wait in (changed, asked, running)] == [False] * 3
     assert guest.world.table() == {}
     guest.world.ack(guest.importer)
     assert changed.done
