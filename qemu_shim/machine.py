@@ -2,7 +2,8 @@
 
 Bring-up follows the RFC's five steps: process, VM, memslots, vCPU; TDP FD; KVM HWPT on it; device bound and
 attached; BAR mapped [RFC 00/42].  Another design differs in how it comes by its HWPT, which is all that the
-machine asks its container for.  Tear-down is the same backwards, every fd closed by us.
+machine asks its container for.  Tear-down is the same backwards, every fd closed by us.  The device may come
+later, to a guest that runs (`bare_machine`, then `attached`), as it does when it is plugged in.
 """
 
 from __future__ import annotations
@@ -65,21 +66,27 @@ class Host:
 
 
 @dataclass(slots=True)
-class Machine:
+class BareMachine:
+    """A guest can run, and has no device."""
+
     host: Host
     config: MachineConfig
     process: Process
     vm: Vm
     vcpu: Vcpu
     slots: list[RamSlot]
+    cpu: GuestCpu
+    memory: GuestMemory
+
+
+@dataclass(slots=True)
+class Machine(BareMachine):
     container: Container
     iommu: Iommu
     device: VfioDevice
     device_id: int
     hwpt_id: int
     portal: Portal
-    cpu: GuestCpu
-    memory: GuestMemory
 
     @property
     def tdp_fd(self) -> int:
@@ -169,6 +176,12 @@ async def connect_host(directory: Path) -> AsyncIterator[Host]:
 @asynccontextmanager
 async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
     """A running machine; everything it opened is closed at the end, the device detached first."""
+    async with bare_machine(host, config) as bare, attached(bare) as built:
+        yield built
+
+
+@asynccontextmanager
+async def bare_machine(host: Host, config: MachineConfig) -> AsyncIterator[BareMachine]:
     async with AsyncExitStack() as stack:
         process = await host.kvmd.start_process()
         stack.callback(process.close)
@@ -181,21 +194,29 @@ async def machine(host: Host, config: MachineConfig) -> AsyncIterator[Machine]:
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
         await vcpu.set_cpuid(config.maxphyaddr)
-        container = await config.design.open(vm, process)
+        cpu = GuestCpu(vcpu)
+        memory = GuestMemory(cpu, config.free_from, Gpa(slots[0].gpa + slots[0].size))
+        yield BareMachine(host, config, process, vm, vcpu, slots, cpu, memory)
+
+
+@asynccontextmanager
+async def attached(bare: BareMachine) -> AsyncIterator[Machine]:
+    """The machine with its device, whatever its guest did before."""
+    host, config = bare.host, bare.config
+    async with AsyncExitStack() as stack:
+        container = await config.design.open(bare.vm, bare.process)
         stack.callback(container.close)
-        iommu = await host.iommufdd.open_iommu(process)
+        iommu = await host.iommufdd.open_iommu(bare.process)
         stack.callback(iommu.close)
         device = await host.iommufdd.open_device(config.device)
         stack.callback(device.close)
         device_id = await device.bind(iommu)
-        hwpt_id = await container.hwpt(iommu, device_id, slots)
+        hwpt_id = await container.hwpt(iommu, device_id, bare.slots)
         await _attach(device, hwpt_id, config)
         portal = await device.map_portal()
         stack.callback(portal.close)
-        cpu = GuestCpu(vcpu)
-        memory = GuestMemory(cpu, config.free_from, Gpa(slots[0].gpa + slots[0].size))
-        placed = (slots, container, iommu, device, device_id, hwpt_id, portal, cpu, memory)
-        built = Machine(host, config, process, vm, vcpu, *placed)
+        of_bare = (host, config, bare.process, bare.vm, bare.vcpu, bare.slots, bare.cpu, bare.memory)
+        built = Machine(*of_bare, container, iommu, device, device_id, hwpt_id, portal)
         try:
             yield built
             if host.dumps_to is not None:

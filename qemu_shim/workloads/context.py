@@ -18,7 +18,7 @@ from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.compare.run import Refusal, Run, Sample
 from qemu_shim.designs import Design, Refused
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.machine import BareMachine, Host, Machine, MachineConfig, attached, bare_machine
 from qemu_shim.workloads.recorder import Recorder
 
 T = TypeVar("T")
@@ -98,12 +98,32 @@ class Context:
     async def boot_all(self, *configs: MachineConfig) -> list[Guest]:
         """Machines side by side, each with a device of its own, and the sample `start` of all."""
         await self._recorder.begin()
-        guests = []
-        for config in configs:
-            guests.append(await self._stack.enter_async_context(_guest(self.host, config)))
-            self._recorder.machines.append(guests[-1].machine)
+        guests = [await self._with_device(await self._without_device(config)) for config in configs]
         await self.step("start")
         return guests
+
+    async def boot_without_device(self, **config: Any) -> BareMachine:
+        """A machine of the design whose device comes later, and the sample `start`."""
+        await self._recorder.begin()
+        bare = await self._without_device(MachineConfig(design=self.design, **config))
+        await self.step("start")
+        return bare
+
+    async def attach(self, bare: BareMachine) -> Guest:
+        """Its device has come, as the step `attached`."""
+        guest = await self._with_device(bare)
+        await self.step("attached")
+        return guest
+
+    async def _without_device(self, config: MachineConfig) -> BareMachine:
+        bare = await self._stack.enter_async_context(bare_machine(self.host, config))
+        self._recorder.cpus.append(bare.cpu)
+        return bare
+
+    async def _with_device(self, bare: BareMachine) -> Guest:
+        guest = await self._stack.enter_async_context(_guest(bare))
+        self._recorder.machines.append(guest.machine)
+        return guest
 
     async def quiet(self) -> None:
         """Nothing is under way any more: whoever is told of something has heard of it."""
@@ -155,8 +175,8 @@ class Context:
 
 
 @asynccontextmanager
-async def _guest(host: Host, config: MachineConfig) -> AsyncIterator[Guest]:
-    async with machine(host, config) as running:
+async def _guest(bare: BareMachine) -> AsyncIterator[Guest]:
+    async with attached(bare) as running:
         queue = IdxdWorkQueue(running.portal, running.memory, block_on_fault=True)
         await queue.enable()
         yield Guest(running, queue)

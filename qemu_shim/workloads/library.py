@@ -9,6 +9,7 @@ from qemu_shim.workloads import (
     dmatest,
     hotplug_storm,
     huge_pages,
+    late_attach,
     migration,
     overcommit,
     ring_and_buffers,
@@ -21,6 +22,7 @@ WORKLOADS: dict[str, Workload] = {
     for workload in (
         boot_touch.WORKLOAD,
         device_first.WORKLOAD,
+        late_attach.WORKLOAD,
         ring_and_buffers.WORKLOAD,
         streaming.WORKLOAD,
         balloon.WORKLOAD,

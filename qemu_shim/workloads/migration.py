@@ -40,7 +40,7 @@ async def play(ctx: Context) -> None:
         await _round(ctx, contents, migrator, pages)
         await ctx.step(f"round {number}")
     await _round(ctx, contents, migrator, pages)
-    await ctx.step("guest stopped")
+    await ctx.step("last round")
     await _check(ctx, contents, migrator, pages)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import trio
 
 from qemu_shim.compare.run import Sample
-from qemu_shim.machine import Host, Machine
+from qemu_shim.machine import GuestCpu, Host, Machine
 from qemu_shim.measure import Report, check_system, snapshot
 from qemu_shim.workloads.counters import COUNTS, GAUGES, UNDER_WAY, Raw, added_up, flatten, grown, tables
 
@@ -24,6 +24,7 @@ class Recorder:
     """Counts are those since `begin`, whatever the daemons did before."""
 
     def __init__(self, host: Host) -> None:
+        self.cpus: list[GuestCpu] = []  # of guests that run, be it without a device
         self.machines: list[Machine] = []
         self.own: Counter[str] = Counter()  # what only the workload knows
         self.elsewhere = 0  # pages of the host that no machine has
@@ -74,5 +75,5 @@ class Recorder:
         raw = flatten(kvmd, iommu, await host.device_sim.stats())
         raw["kvmd.frames"] -= self.elsewhere
         raw["kvmd.vm_count"] = len(kvmd["vms"])
-        raw["guest.cpu_bytes"] = sum(machine.cpu.bytes for machine in self.machines)
+        raw["guest.cpu_bytes"] = sum(cpu.bytes for cpu in self.cpus)
         return raw

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import trio
 
-from protocol.units import PAGE_SIZE
+from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.compare.run import Run
 from qemu_shim.designs import DESIGNS
 from qemu_shim.machine import Host, connect_host
@@ -24,6 +24,7 @@ from tests.integration.rig import nothing_left
 from tests.integration.system import System, system
 
 SMALL = {
+    "late-attach": {"pages": 32, "ram_mib": 32},
     "ring-and-buffers": {"descriptors": 64, "rounds": 1},
     "streaming": {"pages": 96, "window": 16},
     "balloon": {"pages": 64, "rounds": 2},
@@ -131,13 +132,30 @@ async def test_who_knows_what_the_cpu_touched_faults_only_on_records_and_fresh_b
     assert reads["driver reads buffers"] == (0 if design in KVMS else 32)
 
 
+@pytest.mark.parametrize(
+    ("design", "faults"),
+    [("pinned", 0), ("mirror", 257), ("notifier", 257), ("managed", 257), ("shared", 1)],
+)
+async def test_a_device_that_comes_late_finds_the_cpus_pages_in_the_shared_table_alone(
+    hosts: Hosts, design: str, faults: int
+) -> None:
+    """256 pages that the CPU wrote before, and the page of completion records."""
+    run = await hosts.play("late-attach", design, pages=256)
+    assert run.problems == []
+    io, cpu = added(run, "io_faults"), added(run, "cpu_faults")
+    assert sum(io.values()) == faults
+    assert (cpu["cpu writes"], io["attached"], cpu["attached"]) == (256, 0, 0)
+    assert run.samples[-1].counts["pages_pinned"] == (0 if design != "pinned" else 32 * MIB // PAGE_SIZE)
+    assert added(run, "cpu_bytes")["cpu writes"] == 256
+
+
 @pytest.mark.rfc("RFC-97")
 async def test_shared_reports_what_was_written_and_each_page_costs_one_fault_a_round(hosts: Hosts) -> None:
     run = await hosts.play("migration", "shared")
     assert run.problems == []
     written, reported = added(run, "pages_written"), added(run, "pages_reported")
     io, cpu = added(run, "io_faults"), added(run, "cpu_faults")
-    for step in ("round 1", "round 2", "guest stopped"):
+    for step in ("round 1", "round 2", "last round"):
         assert 0 < io[step] < written[step] == reported[step] == io[step] + cpu[step]
 
 
@@ -158,7 +176,7 @@ async def test_where_no_log_sees_the_device_everything_is_dirty_and_nothing_faul
     assert run.problems == []
     written, reported = added(run, "pages_written"), added(run, "pages_reported")
     io, cpu = added(run, "io_faults"), added(run, "cpu_faults")
-    for step in ("round 1", "round 2", "guest stopped"):
+    for step in ("round 1", "round 2", "last round"):
         assert (io[step], cpu[step], reported[step]) == (0, 0, SMALL["migration"]["pages"])
         assert written[step] < reported[step]
 

@@ -45,9 +45,8 @@ async def started(design: str, calls: Calls, *, pinned: bool = False) -> Machine
     assert await container.hwpt(held, 1, [SLOT]) == HWPT_ID
     config = MachineConfig(design=DESIGNS[design], pinned=pinned)
     nothing = cast(Any, None)
-    return Machine(
-        nothing, config, held, held, nothing, [SLOT], container, held, nothing, 1, HWPT_ID, *[nothing] * 3
-    )
+    bare = (nothing, config, held, held, nothing, [SLOT], nothing, nothing)
+    return Machine(*bare, container, held, nothing, 1, HWPT_ID, nothing)
 
 
 @pytest.mark.parametrize(
