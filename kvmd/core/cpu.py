@@ -38,6 +38,7 @@ MAX_TLB_ENTRIES = 4096
 MAX_VIOLATIONS = 64  # resolved in a row, with no flush between: what was mapped is not there
 
 Range = tuple[Gpa, int, int]  # gpa, size, the right it takes
+Piece = tuple[Gpa, int, int]  # gpa, hpa, size: within one page
 
 
 class Cpu:
@@ -72,6 +73,7 @@ class Cpu:
         hpa = self._hit(gpa, len(data), bits.WRITE)
         if hpa is not None:
             self._vm.host.write_frame(hpa, data)
+            self._vm.stores.stored(self._as_id, Gfn(gpa >> PAGE_SHIFT))
             return
         pieces = await self._reach((gpa, len(data), bits.WRITE))
         if pieces is None:
@@ -99,10 +101,10 @@ class Cpu:
         pieces = await self._reach((src, count, bits.READ), (dst, count, bits.WRITE))
         if pieces is None:
             return await self._emulator.copy(dst, src, size)
-        source, target = pieces[0][0], pieces[1][0]
+        (_, source, _), (_, target, _) = pieces
         if 0 < target - source < count:
             count = target - source
-        self._vm.host.write_frame(target, self._vm.host.read_frame(source, count))
+        self._write([(dst, target, count)], self._vm.host.read_frame(source, count))
         return count
 
     async def fill(self, gpa: Gpa, byte: int, size: int) -> int:
@@ -113,13 +115,14 @@ class Cpu:
         self._write(pieces, bytes([byte]) * count)
         return count
 
-    def _read(self, pieces: list[tuple[int, int]]) -> bytes:
-        return b"".join([self._vm.host.read_frame(hpa, count) for hpa, count in pieces])
+    def _read(self, pieces: list[Piece]) -> bytes:
+        return b"".join([self._vm.host.read_frame(hpa, count) for _, hpa, count in pieces])
 
-    def _write(self, pieces: list[tuple[int, int]], data: bytes) -> None:
+    def _write(self, pieces: list[Piece], data: bytes) -> None:
         at = 0
-        for hpa, count in pieces:
+        for gpa, hpa, count in pieces:
             self._vm.host.write_frame(hpa, data[at : at + count])
+            self._vm.stores.stored(self._as_id, gfn_of(gpa))
             at += count
 
     def _hit(self, gpa: Gpa, size: int, need: int) -> int | None:
@@ -130,7 +133,7 @@ class Cpu:
 
     # -- translation -----------------------------------------------------------------------------------
 
-    async def _reach(self, *ranges: Range) -> list[tuple[int, int]] | None:
+    async def _reach(self, *ranges: Range) -> list[Piece] | None:
         """Where all the bytes are now, a piece a page; nothing may await before they are used.  None: the
         emulator has to make this access.
         """
@@ -142,7 +145,7 @@ class Cpu:
                 page = self._translate(gfn_of(at), need)
                 if page is None:
                     break
-                pieces.append((page | at & PAGE_OFFSET_MASK, count))
+                pieces.append((at, page | at & PAGE_OFFSET_MASK, count))
             else:
                 if not self._vcpu.must_leave:  # setting D may have filled the dirty ring
                     return pieces

@@ -23,6 +23,7 @@ from kvmd.core.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Memslot, Memslots
 from kvmd.core.mm.mm import Mm
+from kvmd.core.store_record import StoreRecord
 from kvmd.core.tdp_mmu import SPLIT_BUDGET, TdpMmu
 from kvmd.core.tdp_table import Root
 from kvmd.core.uaccess import copy_from_user, copy_to_user
@@ -57,6 +58,7 @@ class DirtyLog:
         flusher: Flusher,
         mm: Mm,
         level_of: Callable[[Memslot, Gfn], Level],
+        stores: StoreRecord,
         *,
         pml: bool,
     ) -> None:
@@ -70,6 +72,7 @@ class DirtyLog:
         self._flusher = flusher
         self._mm = mm
         self._level_of = level_of
+        self._stores = stores
         self.ring_reserve = reserved_entries(pml=pml)
 
     @property
@@ -123,7 +126,8 @@ class DirtyLog:
             for root in self._mmu.cpu_roots(slot.as_id):
                 self._mmu.split(root, slot.span, LEVEL_4K)
                 self._mmu.protect(root, slot.span)
-            await self._flusher.flush(slot.span)
+            with self._stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
+                await self._flusher.flush(slot.span)
 
     async def _recover_huge_pages(self, slot: Memslot) -> None:
         """Tables that only logging asked for: frozen, flushed region by region, cleared; faults map huge
@@ -151,12 +155,13 @@ class DirtyLog:
         async with self._lock:
             slot, dirty = self._logging_slot(number)
             if self.manual_protect:
-                bits = dirty.read()
-            else:
-                bits = dirty.take()
+                await copy_to_user(self._mm, dirty_bitmap, dirty.read())
+                return
+            bits = dirty.take()
+            with self._stores.telling(partial(_tells, slot, 0, bits)):
                 self._mark_unnoticed(slot, dirty)
                 await self._protect_again(slot, 0, bits)
-            await copy_to_user(self._mm, dirty_bitmap, bits)
+                await copy_to_user(self._mm, dirty_bitmap, bits)
 
     async def clear(self, log: ClearDirtyLog) -> None:
         """KVM_CLEAR_DIRTY_LOG: only bits that were set are cleared, and only their pages protected."""
@@ -164,8 +169,9 @@ class DirtyLog:
             slot, dirty = self._check_clear(log)
             wanted = await copy_from_user(self._mm, log.dirty_bitmap, bitmap_bytes(log.num_pages))
             cleared = dirty.clear(log.first_page, wanted)
-            self._mark_unnoticed(slot, dirty)
-            await self._protect_again(slot, log.first_page, cleared)
+            with self._stores.telling(partial(_tells, slot, log.first_page, cleared)):
+                self._mark_unnoticed(slot, dirty)
+                await self._protect_again(slot, log.first_page, cleared)
 
     async def reset_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS: protect what user space has harvested.  How many entries."""
@@ -179,12 +185,22 @@ class DirtyLog:
             for (number, _), offsets in pages.items():
                 self._protect_offsets(number, offsets)
             if taken:
-                await self._flusher.flush(None)
+                told = {(entry.slot, entry.offset) for entry in taken}
+                with self._stores.telling(lambda number, page: (number, page) in told):
+                    await self._flusher.flush(None)
             return len(taken)
 
     def is_dirty(self, slot: Memslot, gfn: Gfn) -> bool:
         """Is a store to this page sure to be in what user space still has to read from the bitmap?"""
         return slot.dirty is not None and gfn - slot.base_gfn in slot.dirty
+
+    def tells(self, slot: Memslot, gfn: Gfn) -> bool:
+        """Will user space read of a store to this page: from the bitmap, or from an entry it has not given
+        back?"""
+        if slot.dirty is None and any(ring.overflowed for ring in self.rings.values()):
+            return True  # it let its rings run over, and was told
+        page = gfn - slot.base_gfn
+        return self.is_dirty(slot, gfn) or any(ring.tells(slot.number, page) for ring in self.rings.values())
 
     def _check_bitmap(self) -> None:
         if not self.uses_bitmap:
@@ -239,3 +255,9 @@ class DirtyLog:
             if self.initially_set:  # nothing was split when logging began
                 self._mmu.split(root, span, LEVEL_4K, SPLIT_BUDGET)
             self._mmu.protect(root, span, wanted)
+
+
+def _tells(slot: Memslot, first_page: int, bits: bytes, number: int, page: int) -> bool:
+    """Is `page` of slot `number` among `bits`, those of `slot` from `first_page` on?"""
+    at = page - first_page
+    return number == slot.number and 0 <= at < 8 * len(bits) and is_set(bits, at)

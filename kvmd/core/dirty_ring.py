@@ -11,6 +11,7 @@ like an ioctl's arguments before they are used.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from protocol.trace import TRACE, KvmDirtyRingPush
@@ -50,6 +51,8 @@ class DirtyRing:
         self._dirty_index = 0
         self._reset_index = 0
         self._index = index
+        self._due = Counter[DirtyGfn]()  # pushed and not taken back, whatever user space made of its entry
+        self.overflowed = False  # for good: a page was told to nobody
         assert self._entries & (self._entries - 1) == 0, "the size of a ring is a power of two"
 
     @property
@@ -63,12 +66,14 @@ class DirtyRing:
     def push(self, slot: int, offset: int) -> bool:
         """False: there is no room, because KVM stored for user space and not for the guest."""
         if self.used >= self._entries:
+            self.overflowed = True
             return False
         at = self._at(self._dirty_index)
         words = self._words
         words[at + 1], words[at + 2], words[at + 3] = slot, offset & 0xFFFF_FFFF, offset >> 32
         words[at] = F_DIRTY
         self._dirty_index += 1
+        self._due[DirtyGfn(slot, offset)] += 1
         if TRACE.on:
             dirty, reset = self._dirty_index, self._reset_index
             TRACE.emit(KvmDirtyRingPush(self._index, dirty, reset, slot, offset, dirty - reset))
@@ -82,10 +87,18 @@ class DirtyRing:
             flags, slot, low, high = self._words[at : at + _WORDS]
             if not flags & F_RESET:
                 break
-            taken.append(DirtyGfn(slot, low | high << 32))
+            entry = DirtyGfn(slot, low | high << 32)
+            taken.append(entry)
+            self._due[entry] -= 1
+            if self._due[entry] <= 0:
+                del self._due[entry]
             self._words[at] = 0
             self._reset_index += 1
         return taken
+
+    def tells(self, slot: int, offset: int) -> bool:
+        """Is an entry of that page still to be given back, or was it written over by user space?"""
+        return DirtyGfn(slot, offset) in self._due
 
     def _at(self, index: int) -> int:
         return (index & (self._entries - 1)) * _WORDS

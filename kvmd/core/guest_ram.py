@@ -50,6 +50,7 @@ class GuestRam:
         slot, there = found
         there[:] = data
         self._vm.mark_page_dirty(slot, gfn_of(gpa), self._vcpu)
+        self._vm.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
     async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:

@@ -37,6 +37,11 @@ def check_vm(vm: Kvm) -> list[str]:
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
             found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
+    found += [
+        f"I25: gfn {gfn:#x} was stored to, its slot {slot.id} logs, nothing tells user space"
+        for slot, gfn in vm.stores.untold()
+        if not vm.dirty_log.tells(slot, gfn)
+    ]
     if vm.flusher.acked == vm.flusher.epoch and vm.host.pool.held(vm.id):
         found.append(f"I7: {vm.host.pool.held(vm.id)} table pages held though every flush is acked")
     return found

@@ -114,6 +114,7 @@ class Memslots:
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
         self.generation = 0
+        self.logging = 0  # how many of them log
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
         """The slot that maps `gfn`."""
@@ -171,12 +172,14 @@ class Memslots:
             del self._by_id[old.as_id, old.id]
             self._by_gfn[old.as_id].remove(old)
             self._bases[old.as_id].remove(old.base_gfn)
+            self.logging -= old.logs
         if new is not None:
             self._by_id[new.as_id, new.id] = new
             bases = self._bases[new.as_id]
             at = bisect_right(bases, new.base_gfn)
             bases.insert(at, new.base_gfn)
             self._by_gfn[new.as_id].insert(at, new)
+            self.logging += new.logs
         self.generation += 1
 
     def _check_overlap(self, new: Memslot) -> None:

@@ -34,6 +34,7 @@ from kvmd.core.pinning import Pinning
 from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.slots_change import SlotsChange
 from kvmd.core.spte import MMIO_GENERATION_MASK
+from kvmd.core.store_record import StoreRecord
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.tdp_table import Role, Root
@@ -102,8 +103,9 @@ class Kvm:
         has_private = self.type is VmType.SW_PROTECTED
         address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
+        self.stores = StoreRecord(self.slots)
         self.dirty_log = DirtyLog(
-            lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, pml=features.pml
+            lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, self.stores, pml=features.pml
         )
         self.slots_change = SlotsChange(
             self.id,
@@ -264,6 +266,8 @@ class Kvm:
     def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
             self.page_track.forget(old)
+        if old is not None:
+            self.stores.replaced(old, moved=change is Change.MOVE)
         if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
             self.mmu.zap_mmio()
 

@@ -20,7 +20,7 @@ from kvmd.core.vcpu import Vcpu
 from protocol.flow import Wait
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason
-from protocol.units import Gpa, Hva
+from protocol.units import Gfn, Gpa, Hva
 from tests.oracle.table import Machine, RawTables, second_stage_walk
 from tests.unit.kvmd.world import World
 
@@ -75,6 +75,7 @@ class LateDevice:
             self._held[gfn] = found.hpa, True, self._clock
         at = self._held[gfn][0] - HIGH_RAM_START
         self._world.bare.frames[at] = byte
+        self._world.vm.stores.stored(0, Gfn(gfn))
         return True
 
 
