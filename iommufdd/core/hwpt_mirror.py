@@ -14,12 +14,12 @@ import errno
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from iommufdd.core.area import Area, Span, without
+from iommufdd.core.area import Area, Span
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import Memory
 from iommufdd.core.hmm import MAX_TRIES, Found, HostPage, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.io_pagetable import Change, IoPageTable
+from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
@@ -39,7 +39,6 @@ class HwptMirror(HwptPaging):
         super().__init__(domain, memory, ioas, table)
         self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
         self.pins = MirrorPins(self)
-        self._everything: dict[int, dict[Area, int]] = {}  # requests to pin all: the pins of each area
 
     # -- a page request --------------------------------------------------------------------------------
 
@@ -58,11 +57,11 @@ class HwptMirror(HwptPaging):
             with self.ioas.lookups.begin() as lookup:
                 found = await self._populated(area, iova, end, write=write)
                 self.ioas.counts.io_faults_major += found.major
-                changes = self.install(lookup, area, found.pages, iova, end)
-            if changes is not None:
-                await self.flush(changes)
+                new = self.install(lookup, area, found.pages, iova, end)
+            if new:
+                await self.flush()
             if self._serves(iova, write=write):
-                self.ioas.counts.io_faults_spurious += changes is None  # somebody else was first
+                self.ioas.counts.io_faults_spurious += not new  # somebody else was first
                 return
             self.ioas.counts.io_fault_retries += 1
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
@@ -83,69 +82,49 @@ class HwptMirror(HwptPaging):
         leaf = self.table.leaf_at(iova)
         return leaf is not None and (leaf.writable or not write)
 
-    def install(
-        self, lookup: Lookup, area: Area, pages: Sequence[HostPage], start: int, end: int
-    ) -> list[Change] | None:
-        """Map start..end as far as `pages`, which `lookup` found, are what the host still has; None: nothing
-        of it was new.  ENOMEM.
+    def install(self, lookup: Lookup, area: Area, pages: Sequence[HostPage], start: int, end: int) -> bool:
+        """Map start..end as far as `pages`, which `lookup` found, are what the host still has; was any of it
+        new?  ENOMEM.
         """
+        new = False
         if area not in self.ioas.areas:
-            return None
-        changes = None
+            return new
         for page in pages:
             writable = page.writable and area.writable
             largest = LEVEL_4K if self.pins else self.largest_leaf
             for iova, hpa, level in area.leaves(page, start, end, largest):
                 hva, size = area.hva_of(iova), size_of_level(level)
-                there = self.table.leaf_at(iova)
                 if lookup.stale(hva, hva + size) or iova in self.pins:
                     continue
-                if there is None or there != (iova, level, hpa, writable):
-                    changes = changes or []
-                    changes.append(self.put_run(iova, [hpa], level, writable=writable))
-        return changes
+                if self.table.leaf_at(iova) != (iova, level, hpa, writable):
+                    self.put_run(iova, [hpa], level, writable=writable)
+                    new = True
+        return new
 
     # -- the host takes away ---------------------------------------------------------------------------
 
-    def take_unpinned(self, spans: Iterable[Span]) -> list[Change]:
-        return [self.take(*part) for span in spans for part in without(span, self.pins.spans)]
-
-    async def area_left(self, area: Area) -> None:
-        """Nothing of an area is mapped or pinned any more when this returns."""
-        gone = self.pins.drop(area)
-        for pinned in self._everything.values():
-            pinned.pop(area, None)
-        await self.give_up([self.take(area.iova, area.end)])
-        for pin in gone:
-            await self.pins.let_go(area, pin)
+    def take_unpinned(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            for part in self.pins.beside(*span):
+                self.take(*part)
 
     # -- pinning ---------------------------------------------------------------------------------------
 
     async def pin(self, iova: int, size: int) -> int:
         async with self.ioas.lock:
+            self._check_there()
             return await self.pins.pin(iova, size)
 
     async def pin_all(self) -> int:
         async with self.ioas.lock:
-            pinned: dict[Area, int] = {}
-            try:
-                for area in list(self.ioas.areas):
-                    pinned[area] = await self.pins.pin(area.iova, area.size)
-            except UapiError:
-                for number in pinned.values():
-                    await self.pins.unpin(number)
-                raise
-            request = self.ioas.new_number()
-            self._everything[request] = pinned
-            return request
+            self._check_there()
+            return await self.pins.pin_everything()
 
     async def unpin(self, pin: int) -> None:
         async with self.ioas.lock:
-            everything = self._everything.pop(pin, None)
-            for number in [pin] if everything is None else everything.values():
-                await self.pins.unpin(number)
+            await self.pins.unpin(pin)
 
-    async def area_entered(self, area: Area) -> None:
-        """Whoever pins everything pins what is new, too."""
-        for pinned in self._everything.values():
-            pinned[area] = await self.pins.pin(area.iova, area.size)
+    def _check_there(self) -> None:
+        """Its pins ended with it, while we waited for the lock."""
+        if self not in self.ioas.hwpts:
+            raise UapiError(errno.EINVAL, f"pin on HWPT {self.id}: it was destroyed meanwhile")

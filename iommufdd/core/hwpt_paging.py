@@ -3,12 +3,13 @@
 Models IOMMUFD_OBJ_HWPT_PAGING [iommufd hw_pagetable.c] and iopt_fill_domain [iommufd pages.c].  Here pages
 are pinned when they are mapped and stay (`ioas.py`), so nothing is absent that an area has.
 
-Whoever takes entries out may not give up what they led to before `give_up` returned (I6).
+Whoever takes entries out may not give up what they led to before `give_up` returned (I6).  What is stale is
+kept here from the turn in which it became so, not by who made it: whoever flushes next flushes all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area
@@ -34,8 +35,8 @@ class HwptPaging(Hwpt):
         self.table = table
         self.invalidations = 0
         self.acked = 0
-        self._flushes: dict[Wait[None], None] = {}
-        self._refused: list[Change] = []  # what a unit did not forget: it is asked again with the next
+        self._stale: list[Change] = []  # no flush of it has begun, or a unit did not forget it
+        self._flushes: dict[Wait[None], None] = {}  # under way
         ioas.users += 1
 
     async def destroy(self) -> None:
@@ -51,54 +52,54 @@ class HwptPaging(Hwpt):
 
     # -- entries ---------------------------------------------------------------------------------------
 
-    def put(self, area: Area, pages: Sequence[HostPage], start: int, end: int, changes: list[Change]) -> None:
-        """Map start..end as far as `pages` have it; what is to be flushed is added to `changes`.  ENOMEM,
-        with the first of it mapped.
-        """
+    def put(self, area: Area, pages: Sequence[HostPage], start: int, end: int) -> None:
+        """Map start..end as far as `pages` have it.  ENOMEM, with the first of it mapped."""
         for iova, hpas, level, writable in _runs(area, pages, start, end, self.largest_leaf):
-            changes.append(self.put_run(iova, hpas, level, writable=writable))
+            self.put_run(iova, hpas, level, writable=writable)
 
-    def put_run(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> Change:
+    def put_run(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> None:
         small = sum(self.table.leaves[:level])
-        change = self.table.map_pages(iova, hpas, level, writable=writable)
+        self._made_stale(self.table.map_pages(iova, hpas, level, writable=writable))
         self.ioas.counts.collapses += sum(self.table.leaves[:level]) < small
-        return change
 
-    def take(self, start: int, end: int) -> Change:
+    def take(self, start: int, end: int) -> None:
         """Unmap start..end; a huge leaf at an edge is split, or goes whole if there is no page for that."""
         edges = {leaf for leaf in (self.table.leaf_at(start), self.table.leaf_at(end - 1)) if leaf}
         try:
-            change = self.table.unmap(start, end - start)
+            self._made_stale(self.table.unmap(start, end - start))
         except UapiError:
-            return self.table.unmap(*self.table.whole_leaves(start, end - start))
+            self._made_stale(self.table.unmap(*self.table.whole_leaves(start, end - start)))
+            return
         self.ioas.counts.splits += sum(leaf.iova < start or end < _end(leaf) for leaf in edges)
-        return change
 
-    def copy(self, other: HwptPaging, area: Area, changes: list[Change]) -> None:
+    def copy(self, other: HwptPaging, area: Area) -> None:
         """Map an area as `other` has it [iopt_fill_domain].  ENOMEM."""
         pages = [
             HostPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), leaf.writable)
             for leaf in other.table.leaves_in(area.iova, area.size)
         ]
-        self.put(area, pages, area.iova, area.end, changes)
+        self.put(area, pages, area.iova, area.end)
+
+    def _made_stale(self, change: Change) -> None:
+        if change.size:
+            self._stale.append(change)
 
     # -- flushing --------------------------------------------------------------------------------------
 
-    async def flush(self, changes: Iterable[Change]) -> None:
-        """Nobody uses what `changes` made stale when this returns.  UapiError: a unit refused to forget it,
-        and so it must not be given up.
+    async def flush(self) -> None:
+        """Nobody uses what was stale, as far as no other flush of it is under way, when this returns.
+        UapiError: a unit refused to forget it, and so it must not be given up.
         """
-        stale = [*self._refused, *(change for change in changes if change.size)]
+        stale, self._stale = self._stale, []
         if not stale:
             return
-        self._refused = []
         over: Wait[None] = Wait()
         self._flushes[over] = None
         try:
             for change in stale:
                 await self.forget(change.start, change.size)
         except UapiError as error:
-            self._refused += stale
+            self._stale += stale
             over.fail(error)
             raise
         else:
@@ -108,11 +109,11 @@ class HwptPaging(Hwpt):
         for change in stale:
             self.table.flushed(change)
 
-    async def give_up(self, changes: Sequence[Change]) -> None:
-        """The same, and of what others took out before: they may have met the entries that we did not."""
+    async def give_up(self) -> None:
+        """Nobody uses anything that was taken out so far, by whomever, when this returns."""
         self.invalidations += 1
         others = list(self._flushes)
-        await self.flush(changes)
+        await self.flush()
         for other in others:
             await other
         self.acked += 1

@@ -21,7 +21,6 @@ from iommufdd.core.counts import Counts
 from iommufdd.core.hardware import Memory
 from iommufdd.core.hmm import HostMemory
 from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.io_pagetable import Change
 from iommufdd.core.object import Object
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -137,7 +136,7 @@ class Ioas(Object):
         """Take an HWPT in, with the lock held."""
         if self.hwpts:
             for area in self.areas:
-                hwpt.copy(self.hwpts[0], area, [])
+                hwpt.copy(self.hwpts[0], area)
             self.hwpts.append(hwpt)
             return
         self.hwpts.append(hwpt)
@@ -187,8 +186,10 @@ class Ioas(Object):
         """The host is gone, and nothing is attached: what its pages were is not to be reached again."""
         async with self.lock:
             for hwpt in self.hwpts:
+                hwpt.take(0, hwpt.table.limit)
+            for hwpt in self.hwpts:
                 with suppress(UapiError):  # a unit refused
-                    await hwpt.give_up([hwpt.take(0, hwpt.table.limit)])
+                    await hwpt.give_up()
             await self._let_go()
 
     async def _let_go(self) -> None:
@@ -209,9 +210,8 @@ class Ioas(Object):
                 start, at = at, min(area.iova_of(found.end), area.end)
                 self.counts.pinned_pages += at - start >> PAGE_SHIFT
                 for hwpt in self.hwpts:
-                    changes: list[Change] = []
-                    hwpt.put(area, found.pages, start, at, changes)
-                    await hwpt.flush(changes)
+                    hwpt.put(area, found.pages, start, at)
+                    await hwpt.flush()
         except UapiError:
             await self._unpin(area, at)
             raise
@@ -219,7 +219,9 @@ class Ioas(Object):
     async def _unpin(self, area: Area, end: int) -> None:
         """Unmap an area and unpin it up to `end`."""
         for hwpt in self.hwpts:
-            await hwpt.give_up([hwpt.take(area.iova, area.end)])
+            hwpt.take(area.iova, area.end)
+        for hwpt in self.hwpts:
+            await hwpt.give_up()
         if end > area.iova:
             with suppress(UapiError):  # the host is gone
                 await self.live_host.unpin(area.hva, end - area.iova, area=area.number)

@@ -34,15 +34,20 @@ class IoasOnDemand(Ioas):
         self.areas.add(area)
         try:
             for hwpt in self.mirrors:
-                await hwpt.area_entered(area)
+                await hwpt.pins.area_entered(area)
         except UapiError:
             await self.leave(area)
             raise
 
     async def leave(self, area: Area) -> None:
-        self.areas.remove(area)  # no fault maps anything of it from now on
-        for hwpt in self.mirrors:
-            await hwpt.area_left(area)
+        """No fault maps anything of it from now on, and no pin holds anything of it, of whichever mirror."""
+        self.areas.remove(area)
+        left = [(hwpt, hwpt.pins.drop(area)) for hwpt in self.mirrors]
+        for hwpt, _ in left:
+            hwpt.take(area.iova, area.end)
+        for hwpt, pins in left:
+            await hwpt.give_up()
+            await hwpt.pins.let_go(pins)
         with suppress(UapiError):  # the host is gone
             await self.live_host.unwatch(area.hva, area.size)
 
@@ -50,7 +55,9 @@ class IoasOnDemand(Ioas):
         self.hwpts.append(hwpt)
 
     async def drop(self, hwpt: HwptPaging) -> None:
-        """Nothing is kept for an HWPT."""
+        """Nobody walks its table: its pins end with it, whoever asks for them or gives them back later."""
+        if isinstance(hwpt, HwptMirror):
+            await hwpt.pins.let_go(hwpt.pins.drop())
 
     async def invalidate(self, start: int, size: int) -> None:
         """The host is about to take hva range start..start+size away: nobody uses it when this returns, which
@@ -60,9 +67,11 @@ class IoasOnDemand(Ioas):
         start, end = align_down(start, PAGE_SIZE), align_up(start + size, PAGE_SIZE)
         self.lookups.invalidate(start, end)
         spans = [span for _, span in self.areas.of_hva(start, end)]
-        taken = [(hwpt, hwpt.take_unpinned(spans)) for hwpt in self.mirrors]
-        for hwpt, changes in taken:
-            await hwpt.give_up(changes)
+        mirrors = self.mirrors
+        for hwpt in mirrors:
+            hwpt.take_unpinned(spans)
+        for hwpt in mirrors:
+            await hwpt.give_up()
 
     async def look(self, iova: int, size: int) -> bool:
         """Map what the host has there now, for every HWPT; was there anything to map?"""
@@ -75,13 +84,10 @@ class IoasOnDemand(Ioas):
                         area.hva_of(at), end - at, write=False, fault=False
                     )
                     stop = min(area.iova_of(found.end), end)
-                    taken = [
-                        (hwpt, changes)
-                        for hwpt in self.mirrors
-                        if (changes := hwpt.install(lookup, area, found.pages, at, stop)) is not None
-                    ]
-                for hwpt, changes in taken:
-                    mapped = True
-                    await hwpt.flush(changes)
+                    mirrors = self.mirrors
+                    for hwpt in mirrors:
+                        mapped |= hwpt.install(lookup, area, found.pages, at, stop)
+                for hwpt in mirrors:
+                    await hwpt.flush()
                 at = stop
         return mapped

@@ -1,20 +1,24 @@
 """What of a mirror is pinned, for a device that must not meet an absent page there.
 
 Models FOLL_LONGTERM pins beside an mmu notifier [mm gup.c]: the page stays in its frame and mapped, whatever
-the process does with its address, and others fault beside it.  Once the last pin of a page goes it is taken
-out, flushed and only then unpinned: by now the process may have something else there.
+the process does with its address, and others fault beside it.  Pins count: a request over what is pinned
+holds the page that is mapped, though the process may have another there by now (I22), and each gives back
+what it holds, by the name it was answered with.  Once nobody holds a page it is taken out, flushed and only
+then unpinned.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area, Span, without
-from iommufdd.core.hmm import MAX_TRIES, HostPage, Lookup
-from iommufdd.core.io_pagetable import Change
+from iommufdd.core.hmm import MAX_TRIES, HostPage
 from protocol.errors import UapiError
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT
 
@@ -22,108 +26,198 @@ if TYPE_CHECKING:
     from iommufdd.core.hwpt_mirror import HwptMirror
 
 
-class Pin(NamedTuple):
-    """start..end of one area; `number` is that of the request, here and at the host."""
+@dataclass(slots=True, eq=False)
+class Pin:
+    """One page of the host, as far as it was asked for: start..end of an area maps it and nothing else.
 
+    `name`: of the request that had the host pin it, there too; `holders`: how many requests hold it.
+    """
+
+    area: Area
+    page: HostPage
     start: int
     end: int
-    number: int
+    name: int
+    holders: int
 
 
 class MirrorPins:
-    """Whoever calls what awaits holds the lock of the IOAS."""
+    """Whoever calls what awaits holds the lock of the IOAS, under which alone pins come and go."""
 
     def __init__(self, hwpt: HwptMirror) -> None:
         self._hwpt = hwpt
         self._ioas = hwpt.ioas
-        self._pins: list[Pin] = []
+        self._pins: list[Pin] = []  # in order, apart
+        self._requests: dict[int, list[Pin]] = {}  # by name, what each holds
+        self._everything: list[int] = []  # those of them that hold what every area has
 
     def __bool__(self) -> bool:
         return bool(self._pins)
 
-    def __contains__(self, iova: int) -> bool:
-        return any(pin.start <= iova < pin.end for pin in self._pins)
+    def __iter__(self) -> Iterator[Pin]:
+        return iter(self._pins)
 
-    @property
-    def spans(self) -> list[Span]:
-        return [(pin.start, pin.end) for pin in self._pins]
+    def __contains__(self, iova: int) -> bool:
+        return self._at(iova) is not None
+
+    def beside(self, start: int, end: int) -> Iterator[Span]:
+        """The parts of start..end that are not pinned."""
+        first = self._first(start)
+        last = bisect_right(self._pins, end - 1, lo=first, key=attrgetter("start"))
+        return without((start, end), ((pin.start, pin.end) for pin in self._pins[first:last]))
+
+    def _at(self, iova: int) -> Pin | None:
+        first = self._first(iova)
+        pin = self._pins[first] if first < len(self._pins) else None
+        return pin if pin is not None and pin.start <= iova else None
+
+    def _first(self, iova: int) -> int:
+        """The first pin that ends behind `iova`."""
+        return bisect_right(self._pins, iova, key=attrgetter("end"))
+
+    # -- requests ----------------------------------------------------------------------------------------
 
     async def pin(self, iova: int, size: int) -> int:
-        """All of it or none; the request's number.  EINVAL: not whole pages; EFAULT: not all of it is in
-        areas; ENOMEM, EAGAIN, the host's errnos.
+        """All of it or none; the request's name.  EINVAL: not whole pages; EFAULT: not all of it is in areas;
+        ENOMEM, EAGAIN, the host's errnos.
         """
         end = iova + size
         if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or end - 1 >> self._hwpt.domain.width:
             raise UapiError(errno.EINVAL, f"pin of {iova:#x}+{size:#x}: not whole pages of the domain")
-        number, at = self._ioas.new_number(), iova
-        try:
-            while at < end:
-                at = await self._pin_some(number, at, end)
-        except UapiError:
-            await self.unpin(number)
-            raise
-        return number
+        return await self._ask([(iova, end)])
 
-    def drop(self, area: Area) -> list[Pin]:
-        """An area goes: its pins hold nothing from now on; `let_go` of each once nobody reaches it."""
-        gone = [pin for pin in self._pins if area.iova <= pin.start < area.end]
-        self._pins = [pin for pin in self._pins if pin not in gone]
+    async def pin_everything(self) -> int:
+        """What every area has, and every area that comes (`area_entered`); the request's name."""
+        name = await self._ask([(area.iova, area.end) for area in self._ioas.areas])
+        self._everything.append(name)
+        return name
+
+    async def area_entered(self, area: Area) -> None:
+        """Errors as of `pin`: then the area must go again."""
+        for name in self._everything:
+            await self._pin_span(name, area.iova, area.end)
+
+    async def unpin(self, name: int) -> None:
+        """What the request still holds: nothing of what went with its area, nor of another request's."""
+        if name in self._everything:
+            self._everything.remove(name)
+        held = self._requests.pop(name, [])
+        for pin in held:
+            pin.holders -= 1
+        gone = [pin for pin in held if not pin.holders]
+        if not gone:
+            return
+        self._forget()
+        for start, end, _ in _runs(gone):
+            self._hwpt.take(start, end)
+        await self._hwpt.give_up()
+        await self.let_go(gone)
+
+    def drop(self, area: Area | None = None) -> list[Pin]:
+        """An area goes, or the mirror: requests hold nothing of it any more; `let_go` of the pins once nobody
+        reaches them.
+        """
+        gone = [pin for pin in self._pins if area is None or pin.area is area]
+        for pin in gone:
+            pin.holders = 0
+        for name, held in self._requests.items():
+            self._requests[name] = [pin for pin in held if pin.holders]
+        self._forget()
         return gone
 
-    async def let_go(self, area: Area, pin: Pin) -> None:
-        self._ioas.counts.pinned_pages -= pin.end - pin.start >> PAGE_SHIFT
-        with suppress(UapiError):  # the host is gone
-            await self._ioas.live_host.unpin(area.hva_of(pin.start), pin.end - pin.start, area=pin.number)
+    def _forget(self) -> None:
+        """What nobody holds."""
+        self._pins = [pin for pin in self._pins if pin.holders]
 
-    async def unpin(self, number: int) -> None:
-        """What is left of a request."""
-        for pin in [pin for pin in self._pins if pin.number == number]:
-            self._pins.remove(pin)
-            area = self._ioas.areas.at(pin.start)
-            assert area is not None, "pins go with their area"
-            await self._hwpt.give_up(self._hwpt.take_unpinned([(pin.start, pin.end)]))
-            await self.let_go(area, pin)
+    async def let_go(self, pins: Iterable[Pin]) -> None:
+        """Nobody reaches them: the host may have the pages back."""
+        for start, end, pin in _runs(pins):
+            self._ioas.counts.pinned_pages -= end - start >> PAGE_SHIFT
+            with suppress(UapiError):  # the host is gone
+                await self._ioas.live_host.unpin(pin.area.hva_of(start), end - start, area=pin.name)
 
-    async def _pin_some(self, number: int, start: int, end: int) -> int:
-        """Pin and map from `start` on; where it stopped."""
+    # -- pinning -----------------------------------------------------------------------------------------
+
+    async def _ask(self, spans: Iterable[Span]) -> int:
+        name = self._ioas.new_number()
+        self._requests[name] = []
+        try:
+            for start, end in spans:
+                await self._pin_span(name, start, end)
+        except UapiError:
+            await self.unpin(name)
+            raise
+        return name
+
+    async def _pin_span(self, name: int, start: int, end: int) -> None:
+        while start < end:
+            pin = self._at(start)
+            if pin is None:
+                first = self._first(start)
+                gap_end = self._pins[first].start if first < len(self._pins) else end
+                start = await self._pin_gap(name, start, min(gap_end, end))
+                continue
+            pin.holders += 1
+            self._requests[name].append(pin)
+            start = pin.end
+
+    async def _pin_gap(self, name: int, start: int, end: int) -> int:
+        """Pin and map from `start` on, as far as one answer of the host goes; where it stopped."""
         area = self._ioas.areas.at(start)
         if area is None:
             raise UapiError(errno.EFAULT, f"pin of iova {start:#x}: it is in no area")
         hva, size = area.hva_of(start), min(end, area.end) - start
         for _ in range(MAX_TRIES):
-            changes: list[Change] = []
             with self._ioas.lookups.begin() as lookup:
-                found = await self._ioas.live_host.pin(hva, size, write=area.writable, area=number)
-                pin = Pin(start, min(area.iova_of(found.end), start + size), number)
-                self._ioas.counts.pinned_pages += pin.end - start >> PAGE_SHIFT
-                try:
-                    held = self._hold(lookup, area, found.pages, pin, changes)
-                except UapiError:
-                    await self._hwpt.flush(changes)
-                    await self.let_go(area, pin)
-                    raise
-            await self._hwpt.flush(changes)
-            if held:
-                return pin.end
-            await self.let_go(area, pin)
+                found = await self._ioas.live_host.pin(hva, size, write=area.writable, area=name)
+                pins = list(_pins_of(area, found.pages, start, start + size, name))
+                self._ioas.counts.pinned_pages += sum(pin.end - pin.start for pin in pins) >> PAGE_SHIFT
+                if not lookup.stale(hva, hva + size):
+                    return await self._map(pins)
+            await self.let_go(pins)
         raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
 
-    def _hold(
-        self, lookup: Lookup, area: Area, pages: Sequence[HostPage], pin: Pin, changes: list[Change]
-    ) -> bool:
-        """Map what was pinned and keep it mapped, unless the process has something else there by now.  A huge
-        leaf that reaches beyond is split first: what is beyond must be able to go alone.  ENOMEM.
+    async def _map(self, pins: list[Pin]) -> int:
+        """Map what was pinned for a request, and keep it mapped; where it ends.  A huge leaf that reaches
+        beyond is split first: what is beyond must be able to go alone.  ENOMEM, with none of it mapped or
+        pinned.
         """
-        if lookup.stale(area.hva_of(pin.start), area.hva_of(pin.end)):
-            return False
-        for part in without((pin.start, pin.end), self.spans):
-            changes.append(self._hwpt.take(*part))
-        self._hwpt.put(area, [_part(area, page, pin) for page in pages], pin.start, pin.end, changes)
-        self._pins.append(pin)
-        return True
+        start, end = pins[0].start, pins[-1].end
+        self._hwpt.take(start, end)
+        try:
+            self._hwpt.put(pins[0].area, [_part(pin) for pin in pins], start, end)
+        except UapiError:
+            self._hwpt.take(start, end)
+            await self._hwpt.give_up()
+            await self.let_go(pins)
+            raise
+        at = self._first(start)
+        self._pins[at:at] = pins
+        self._requests[pins[0].name] += pins
+        await self._hwpt.flush()
+        return end
 
 
-def _part(area: Area, page: HostPage, pin: Pin) -> HostPage:
+def _pins_of(area: Area, pages: Iterable[HostPage], start: int, end: int, name: int) -> Iterator[Pin]:
+    for page in pages:
+        first, last = max(area.iova_of(page.hva), start), min(area.iova_of(page.end), end)
+        if first < last:
+            yield Pin(area, page, first, last, name, holders=1)
+
+
+def _part(pin: Pin) -> HostPage:
     """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
-    first, last = max(page.hva, area.hva_of(pin.start)), min(page.end, area.hva_of(pin.end))
-    return HostPage(first, page.hpa + first - page.hva, last - first, page.writable)
+    hva = pin.area.hva_of(pin.start)
+    return pin.page._replace(hva=hva, hpa=pin.page.hpa + hva - pin.page.hva, size=pin.end - pin.start)
+
+
+def _runs(pins: Iterable[Pin]) -> Iterator[tuple[int, int, Pin]]:
+    """Pins of one area and one request that follow each other, together: start, end and the first."""
+    run: list[Pin] = []
+    for pin in pins:
+        if run and (pin.start, pin.area, pin.name) != (run[-1].end, run[0].area, run[0].name):
+            yield run[0].start, run[-1].end, run[0]
+            run = []
+        run.append(pin)
+    if run:
+        yield run[0].start, run[-1].end, run[0]

@@ -196,10 +196,10 @@ class MirrorMachine:
 
     async def _pin(self, start: int, end: int) -> None:
         try:
-            pin = await self.hwpt.pin(start, end - start)
+            name = await self.hwpt.pin(start, end - start)
             await self.dawdle()
             await self.dawdle()
-            await self.hwpt.unpin(pin)
+            await self.hwpt.unpin(name)
         except UapiError:
             pass
 

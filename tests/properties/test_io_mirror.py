@@ -4,7 +4,7 @@ breaks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 from iommufdd.core.hmm import Lookup
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.io_pagetable import Change
 from protocol.hw.qi import ResponseCode
 from tests.properties.io_mirror_machine import MirrorMachine
 
@@ -65,16 +64,16 @@ def never_stale(*_: Any) -> bool:
     return False
 
 
-async def ack_first(self: HwptPaging, changes: Sequence[Change]) -> None:
+async def ack_first(self: HwptPaging) -> None:
     """Acks without waiting for the units; the flush goes on behind it."""
     machine = next(iter(self.attached.values()))
     assert isinstance(machine, MirrorMachine)
-    machine.flows.spawn(self.flush(changes))
+    machine.flows.spawn(self.flush())
 
 
-async def ack_own_only(self: HwptPaging, changes: Sequence[Change]) -> None:
+async def ack_own_only(self: HwptPaging) -> None:
     """Whoever finds nothing left acks, though another's flush is under way."""
-    await self.flush(changes)
+    await self.flush()
 
 
 async def forget_nothing(self: Hwpt, start: int, size: int) -> None:

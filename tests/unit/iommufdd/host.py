@@ -23,7 +23,7 @@ class FakeHost:
     def __init__(self, log: list[Any] | None = None) -> None:
         self.pages: dict[int, HostPage] = {}  # by the address of their first byte
         self.watched: list[tuple[int, int]] = []
-        self.pins: dict[tuple[int, int], list[HostPage]] = {}  # (area, address asked for)
+        self.pins: dict[tuple[int, int], list[HostPage]] = {}  # (area, first byte of the page asked for)
         self.log = [] if log is None else log
         self.errno = 0
         self.hole = -1  # nothing can be faulted in there
@@ -131,14 +131,17 @@ class FakeHost:
             if wanted > self.room:
                 raise UapiError(errno.ENOMEM, "RLIMIT_MEMLOCK")
             self.room -= wanted
-        self.pins.setdefault((area, hva), []).extend(found.pages)
+        for page in found.pages:
+            self.pins.setdefault((area, max(hva, page.hva)), []).append(page)
         await self.hop()
         return found
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None:
         self.log.append(("unpin", hva, size))
         for key in [key for key in self.pins if key[0] == area and hva <= key[1] < hva + size]:
-            del self.pins[key]
+            self.pins[key].pop()
+            if not self.pins[key]:
+                del self.pins[key]
         if self.room is not None:
             self.room += size >> 12
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from iommufdd.core.hmm import MAX_TRIES, Found, Lookup
-from iommufdd.core.hwpt_mirror import HwptMirror
 from protocol.errors import EHWPOISON
+from protocol.flow import Flows
 from protocol.units import LEVEL_2M, LEVEL_4K
 from tests.unit.iommufdd.host import FRAMES
+from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
 from tests.unit.iommufdd.spaces import (
     FAILURE,
     HVA,
@@ -22,35 +24,7 @@ from tests.unit.iommufdd.spaces import (
     outcome,
     request,
 )
-from tests.unit.iommufdd.world import GONE
-
-K4, M2 = 4 << 10, 2 << 20
-RAM = 16 * M2
-
-
-class Mirrored(Space):
-    """16 pages of 2 MiB at iova 0, one mirror."""
-
-    def __init__(
-        self, *, page_size: int = K4, table_pages: int = 64, writable: bool = True, premap_pages: int = 1
-    ) -> None:
-        super().__init__(on_demand=True, table_pages=table_pages, premap_pages=premap_pages)
-        self.host.page_size = page_size
-        self.map(0, RAM, writable=writable)
-        self.hwpt_ = self.mirror()
-        self.asked()
-
-    def fault(self, iova: int, *, write: bool = False) -> int:
-        return self.world.run(self.hwpt_.fault(request(iova, write=write)))
-
-    def lose_a_part(self) -> None:
-        """A host that tells of no more than the page that goes."""
-        part = HVA + 7 * K4, HVA + 8 * K4
-        self.world.run(self.host.change(*part, lambda: self.host.remove(*part)))
-
-    @property
-    def leaves(self) -> list[tuple[int, int, int, bool]]:
-        return mapped(self.hwpt_)
+from tests.unit.iommufdd.world import GONE, RID, World
 
 
 def test_nothing_is_mapped_or_pinned_before_a_device_asks() -> None:
@@ -267,20 +241,6 @@ def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
 # -- races -------------------------------------------------------------------------------------------
 
 
-class Raced(Mirrored):
-    """The answer to a fault is made, and then on its way while the host takes the page away."""
-
-    def __init__(self, page_size: int = K4) -> None:
-        super().__init__(page_size=page_size)
-        self.hops = 0
-        self.host.hop = self._hop
-
-    async def _hop(self) -> None:
-        self.hops += 1
-        if self.hops == 2:
-            await self.host.give_up(HVA + 3 * K4, HVA + 4 * K4)
-
-
 def test_what_was_found_before_an_invalidation_is_not_mapped_after_it() -> None:
     space = Raced()
     assert space.fault(3 * K4) == SUCCESS
@@ -336,79 +296,7 @@ def test_a_host_that_takes_the_page_away_each_time_ends_in_failure() -> None:
     assert (space.fault(0), space.leaves) == (FAILURE, [])
 
 
-# -- pinning -----------------------------------------------------------------------------------------
-
-
-def pin(hwpt: HwptMirror, space: Space, iova: int, size: int) -> int:
-    return outcome(lambda: space.world.run(hwpt.pin(iova, size)))
-
-
-def test_a_pinned_page_stays_mapped_whatever_the_host_does() -> None:
-    space = Mirrored()
-    pinned = space.world.run(space.hwpt_.pin(K4, 2 * K4))
-    before = space.leaves
-    assert [leaf[0] for leaf in before] == [K4, 2 * K4]
-    space.world.run(space.host.give_up(HVA, HVA + RAM))
-    assert (space.leaves, space.counts.pinned_pages) == (before, 2)
-    space.world.run(space.hwpt_.unpin(pinned))
-    assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
-
-
-def test_a_pinned_page_stays_under_faults_beside_it() -> None:
-    space = Mirrored(page_size=M2)
-    pin(space.hwpt_, space, K4, K4)
-    (held,) = space.leaves
-    space.world.run(space.host.give_up(HVA, HVA + M2))
-    assert space.fault(0) == SUCCESS
-    assert held in space.leaves
-    assert len(space.leaves) == 2
-
-
-@pytest.mark.parametrize(
-    ("iova", "size", "number"),
-    [
-        (1, K4, errno.EINVAL),
-        (0, 0, errno.EINVAL),
-        (0, K4 + 1, errno.EINVAL),
-        (1 << 48, K4, errno.EINVAL),
-        (RAM, K4, errno.EFAULT),
-        (RAM - K4, 2 * K4, errno.EFAULT),
-    ],
-)
-def test_a_pin_that_fails_leaves_nothing(iova: int, size: int, number: int) -> None:
-    space = Mirrored()
-    assert pin(space.hwpt_, space, iova, size) == number
-    assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
-
-
-def test_a_pin_beyond_the_limit_leaves_nothing() -> None:
-    space = Mirrored()
-    space.host.room = 100
-    assert pin(space.hwpt_, space, 0, 200 * K4) == errno.ENOMEM
-    assert (space.leaves, space.host.pins, space.host.room) == ([], {}, 100)
-
-
-def test_a_page_that_goes_while_it_is_pinned_is_pinned_anew() -> None:
-    space = Raced()
-    assert pin(space.hwpt_, space, 3 * K4, K4) == 0
-    assert space.leaves == [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
-    assert [len(pages) for pages in space.host.pins.values()] == [1]
-
-
-def test_who_pins_everything_pins_what_is_mapped_later() -> None:
-    space = Mirrored()
-    space.unmap(0, RAM)
-    space.map(0, 2 * K4)
-    everything = space.world.run(space.hwpt_.pin_all())
-    space.map(8 * K4, 3 * K4, HVA + M2)
-    assert (len(space.leaves), space.counts.pinned_pages) == (5, 5)
-    space.host.room = 1
-    assert outcome(lambda: space.map(32 * K4, 2 * K4, HVA + 2 * M2)) == errno.ENOMEM
-    assert (len(space.leaves), len(space.host.watched)) == (5, 2)
-    space.unmap(0, 2 * K4)
-    assert (len(space.leaves), space.counts.pinned_pages) == (3, 3)
-    space.world.run(space.hwpt_.unpin(everything))
-    assert (space.leaves, space.counts.pinned_pages, space.host.pins) == ([], 0, {})
+# -- areas and mirrors -------------------------------------------------------------------------------
 
 
 def test_memory_is_watched_once_and_until_its_area_goes() -> None:
@@ -427,3 +315,43 @@ def test_every_mirror_of_an_ioas_loses_what_the_host_takes() -> None:
     space.world.run(other.fault(request(0)))
     space.world.run(space.host.give_up(HVA, HVA + K4))
     assert (space.leaves, mapped(other), space.counts.hmm_invalidations) == ([], [], 1)
+
+
+def test_what_one_mirror_s_unit_refuses_to_forget_no_other_mirror_forgets_to_flush() -> None:
+    """Both lost the page in one turn; the ack of the next change speaks for both."""
+    space = Mirrored()
+    far = World()
+    other = space.mirror()
+    other.attached = {RID: far}
+    for hwpt in (space.hwpt_, other):
+        space.world.run(hwpt.fault(request(0)))
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == errno.EIO
+    assert far.log == []
+    space.world.run(space.ioas.invalidate(HVA, K4))
+    assert [what for what, *_ in far.log] == ["submit"]
+
+
+class LastFirst(Flows):
+    def _pick(self) -> Any:
+        return self._ready.pop()
+
+
+def test_who_finds_nothing_left_waits_for_a_flush_that_has_not_begun() -> None:
+    """Who took the page out of the second mirror still waits at the first, and gets its turn later."""
+    space = Mirrored()
+    space.world.flows = LastFirst()
+    other, far = space.mirror(), World()
+    other.attached = {RID: far}
+    space.world.run(space.hwpt_.fault(request(K4)))
+    space.world.run(other.fault(request(0)))
+    space.world.hold()
+    far.hold()
+    waits = [space.world.start(space.ioas.invalidate(hva, K4)) for hva in (HVA + K4, HVA, HVA)]
+    assert (mapped(other), [wait.done for wait in waits]) == ([], [False] * 3)
+    space.world.let_go()
+    assert [what for what, *_ in far.log] == ["submit"]
+    assert [wait.done for wait in waits] == [False] * 3, "I6: acked, the far unit has it still"
+    far.let_go()
+    space.world.flows.run_ready()
+    assert all(wait.done for wait in waits)
