@@ -30,11 +30,11 @@ class FrameTags:
 
     def change(self, pfn: Pfn, npages: int, owner: int) -> None:
         """The frames pfn..pfn + npages - 1 pass to `owner` (0: nobody)."""
-        assert 0 <= owner < 1 << OWNER_BITS
+        assert 0 <= owner < 1 << OWNER_BITS, f"owner {owner:#x}"
         self._count += 1
         tag = self._count << OWNER_BITS | owner
         first = pfn - self._first
-        assert first >= 0
+        assert first >= 0, f"frame {pfn:#x} is outside of the window"
         for i in range(first, first + npages):
             self._words[i] = tag
 

@@ -89,7 +89,7 @@ class TableWriter(TableReader):
 
     def fill_unlinked(self, table: Hpa, entries: Sequence[int]) -> None:
         """Write a whole page that no walker can reach."""
-        assert len(entries) == ENTRIES
+        assert len(entries) == ENTRIES, f"{len(entries)} entries fill a table page"
         first = self._index(table, ENTRIES)
         self.words[first : first + ENTRIES] = memoryview(array("Q", entries))
 

@@ -18,6 +18,7 @@ from qemu_shim.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats
 from tests.integration.rig import GUEST_START, Rig, bare_vm, bind_device, device_stats
 from tests.integration.system import eventually, system
+from tests.refusals import may_refuse
 
 ON_DEMAND: dict[str, Any] = {"on_demand": True}
 NOTED: dict[str, Any] = {"on_demand": True, "follow": True}
@@ -33,7 +34,7 @@ async def running_dma(host: Host, how: dict[str, Any]) -> AsyncIterator[Rig]:
     async with trio.open_nursery() as nursery:
 
         async def fill(worker: int) -> None:
-            with suppress(PeerError, UapiError):
+            with suppress(PeerError), may_refuse(errno.ENODEV, errno.EIO):
                 while await rig.fill(GUEST_START + worker * PAGE_SIZE) is Status.SUCCESS:
                     await trio.lowlevel.checkpoint()
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from collections.abc import Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -35,6 +34,7 @@ from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
+from tests.refusals import may_refuse
 from tests.unit.kvmd.world import RW, World
 
 PAGE = 4096
@@ -106,7 +106,7 @@ class CachingImporter:
             return held
         rig = self.rig
         found = second_stage_walk(rig.raw, UNIT, rig.root, 4, gfn << 12)
-        assert found.kind != "reserved", f"gfn {gfn:#x} level {found.level}: entry {found.entry:#018x}"
+        assert found.kind != "reserved", f"I2: gfn {gfn:#x} level {found.level}: {found.entry:#x}"
         table = rig.root
         for level in (4, 3, 2, 1):
             self.tables.setdefault((table, rig.generation[table]), (gfn & ~511, rig.clock))
@@ -377,7 +377,7 @@ class Rig:
             first = page.hva >> 12
 
             async def run() -> None:
-                with suppress(UapiError):  # unmapped meanwhile
+                with may_refuse(errno.ENOMEM):  # unmapped meanwhile
                     await getattr(self.mm, nap)(page.hva, pages << 12)
                 if nap == "madvise_dontneed":
                     for gone in range(first, first + pages):

@@ -8,9 +8,9 @@ frame there, with no fewer rights (I5).  What is pinned keeps its frame whatever
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -27,6 +27,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, pages_of_level
 from tests.properties.machine import AnyOrder
+from tests.refusals import may_refuse
 from tests.unit.kvmd.world import RW, SlowImporter, Told, World
 
 PAGE = 4096
@@ -241,7 +242,7 @@ class MirroredMemory:
         async def run() -> None:
             child = self.world.host.create_mm()
             await fork(self.mm, child)
-            with suppress(UapiError):
+            with may_refuse(errno.EFAULT):
                 await child.write(hva(self.random.choice(SMALL)), b"child")
             await child.exit()
             self.world.host.forget_mm(child)

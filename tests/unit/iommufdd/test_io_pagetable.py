@@ -61,7 +61,7 @@ def test_the_last_page_of_the_address_space_can_be_mapped(levels: int) -> None:
     assert last + 1 == 1 << 9 * levels
     io.map(last, [PFN])
     io.check([0, last - 1, last])
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=f"{last << 12:#x}"):
         io.table.map_pages(last << 12, [0, PAGE], Level(1), writable=True)
 
 

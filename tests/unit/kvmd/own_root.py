@@ -6,8 +6,6 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.invariants import check_vm
-from kvmd.core.mm.check import check_memory
 from kvmd.core.page_fault import Result
 from kvmd.core.stats import vm_stats
 from kvmd.core.tdp_fd import FaultType
@@ -15,7 +13,7 @@ from kvmd.core.tdp_table import Root
 from protocol.flow import Wait
 from protocol.units import MIB, Gfn, GfnSpan, Hva
 from tests.oracle.table import RawTables, flat
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.unit.kvmd.world import WRITE, SlowImporter, World, is_sound
 
 T = TypeVar("T")
 
@@ -115,4 +113,4 @@ class Managed:
         return vm_stats(self.vm)
 
     def sound(self) -> bool:
-        return check_vm(self.vm) == [] == check_memory(self.world.host.memory, self.world.host.processes)
+        return is_sound(self.vm)

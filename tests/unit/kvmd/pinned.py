@@ -8,13 +8,11 @@ from typing import Any, TypeVar
 import pytest
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.invariants import check_vm
-from kvmd.core.mm.check import check_memory
 from kvmd.core.pinning import Account
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Hva
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.unit.kvmd.world import SlowImporter, World, is_sound
 
 T = TypeVar("T")
 
@@ -75,4 +73,4 @@ class Guest:
         self.do(self.vm.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
 
     def sound(self) -> bool:
-        return check_vm(self.vm) == [] == check_memory(self.world.host.memory, self.world.host.processes)
+        return is_sound(self.vm)

@@ -370,15 +370,15 @@ def test_a_shared_root_loses_what_the_own_one_keeps() -> None:
 def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing == "_store_beside":
         monkeypatch.setattr(FaultPath, "_store_beside", lambda *args: None)
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"Left contains"):
             test_whoever_comes_first_both_have_the_page_after_one_fault(Managed())
     elif missing == "level":
         monkeypatch.setattr(NxHugePages, "level", lambda self, root, fault, level: Level(1))
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"\[0, 1, 0, 0\] != \[0, 0, 1, 0\]"):
             test_no_huge_leaf_of_the_iommus_is_made_small_for_what_cpus_execute()
     else:
         monkeypatch.setattr(TdpMmu, "_aged_roots", lambda self: self.roots)
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=r"I23"):
             test_ageing_is_told_to_no_importer_and_costs_no_io_fault(CpuFeatures())
 
 

@@ -162,7 +162,7 @@ def test_a_tdp_fd_published_half_made_is_noticed(client: Client, monkeypatch: py
         return exported
 
     monkeypatch.setattr(Kvm, "create_tdp_fd", lists_later)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="KVM_CREATE_TDP_FD"):
         whole_when_published(ready, monkeypatch)
 
 

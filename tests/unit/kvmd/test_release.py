@@ -100,7 +100,8 @@ def end_of_a_vm(world: World) -> None:
         assert world.io_fault(exported, gfn) is Result.FIXED
     world.vm.release_tdp_fd(exported)
     world.run(world.vm.destroy())
-    assert (world.host.pool.in_use, world.host.pool.held(world.vm.id)) == (0, 0)
+    held = world.host.pool.in_use, world.host.pool.held(world.vm.id)
+    assert held == (0, 0), f"table pages in use, held for a flush: {held}"
     assert not any(world.bare.tables)
 
 
@@ -119,7 +120,7 @@ def test_a_vm_that_keeps_some_is_noticed(world: World, monkeypatch: pytest.Monke
         return map_page(self, *args, **kwargs)
 
     monkeypatch.setattr(TdpMmu, "map", from_a_cache)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="table pages in use"):
         end_of_a_vm(world)
 
 

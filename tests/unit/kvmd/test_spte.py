@@ -74,5 +74,5 @@ def test_a_child_maps_its_part_of_the_leaf_with_the_same_rights(
     ],
 )
 def test_an_entry_that_breaks_the_promise_is_a_bug(entry: int, level: int, leaf: bool) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"sets reserved bits|illegal combination"):
         check_entry(entry, Level(level), leaf=leaf, rules=RULES)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kvmd.core.host import CpuFeatures, Host
+from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Region
+from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
@@ -162,3 +164,10 @@ class World:
         """The table as the oracle reads it from its raw bytes."""
         at = self.vm.mmu.roots[0].hpa if root is None else root
         return flat(RawTables(LOW_RAM_START, self.bare.tables), at, levels)
+
+
+def is_sound(vm: Kvm) -> bool:
+    """True, or the assertion says which invariant is broken."""
+    found = [*check_vm(vm), *check_memory(vm.host.memory, vm.host.processes)]
+    assert not found, found
+    return True

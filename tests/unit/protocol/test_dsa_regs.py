@@ -99,5 +99,5 @@ def test_a_number_without_meaning_is_a_format_error() -> None:
 def test_a_value_of_ours_that_does_not_fit_is_an_assertion() -> None:
     assert {field.name for field in fields(WqCfg)} == WqCfg.LAYOUT.keys()
     for bad in (replace(WqCfg(), size=1 << 16), replace(WqCfg(), max_batch_shift=16)):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="does not fit"):
             bad.to_bytes()

@@ -55,7 +55,7 @@ def test_shift_and_bias_are_undone() -> None:
     ],
 )
 def test_value_of_ours_that_does_not_fit_is_an_assertion(field: Field, value: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"does not fit|is not aligned"):
         field.put(value)
 
 
@@ -65,7 +65,7 @@ def test_number_without_meaning_is_a_format_error() -> None:
 
 
 def test_overlapping_fields_are_an_assertion() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="overlaps another field"):
         covered({"a": at(7, 4), "b": flag(4)})
 
 

@@ -59,13 +59,13 @@ def test_a_reader_needs_no_right_to_write() -> None:
 @pytest.mark.parametrize("owner", [-1, 1 << 16])
 def test_an_owner_past_the_limit_is_a_bug(owner: int) -> None:
     made, _ = tags()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="owner"):
         made.change(Pfn(FIRST), 1, owner)
 
 
 def test_a_frame_below_the_window_is_a_bug() -> None:
     made, _ = tags()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="outside of the window"):
         made.change(Pfn(FIRST - 1), 1, 1)
 
 

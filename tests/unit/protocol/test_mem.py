@@ -79,13 +79,13 @@ def test_whole_pages_are_filled_and_cleared() -> None:
 
 def test_a_page_of_another_size_is_a_bug() -> None:
     tables, _ = writer()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="entries fill a table page"):
         tables.fill_unlinked(BASE, [0] * 511)
 
 
 @pytest.mark.parametrize(("base", "size"), [(0x10_0800, 4096), (0x10_0000, 4095)])
 def test_a_window_is_whole_pages(base: int, size: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="window 0x"):
         TableReader(Hpa(base), memoryview(bytearray(size)))
 
 

@@ -201,7 +201,7 @@ def test_foreign_bytes_give_a_descriptor_or_a_format_error(junk: bytes) -> None:
     ids=repr,
 )
 def test_descriptor_of_ours_past_a_limit_is_an_assertion(desc: Descriptor) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"does not fit|is not aligned"):
         encode(desc)
 
 
@@ -276,13 +276,13 @@ def test_device_tlb_size_is_the_lowest_zero_bit(case: tuple[int, int]) -> None:
     ("start", "npages"), [(0, 0), (0, 3), (1, 2), (-1, 1), (PAGES_IN_ALL, 1), (0, 2 * PAGES_IN_ALL)]
 )
 def test_block_that_is_none_is_an_assertion(start: int, npages: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"pages from|power of two|is not aligned|page -1"):
         qi.devtlb_addr(start, npages)
 
 
 @pytest.mark.parametrize(("start", "npages"), [(0, 0), (-1, 1), (1, PAGES_IN_ALL), (0, PAGES_IN_ALL + 1)])
 def test_range_outside_the_address_space_is_an_assertion(start: int, npages: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"pages from|page -1"):
         qi.psi_cover(start, npages)
 
 

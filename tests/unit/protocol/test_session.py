@@ -77,7 +77,7 @@ def test_a_header_past_a_limit_ends_the_connection(size: int, nfds: int, kind: i
 
 @pytest.mark.parametrize(("size", "nfds"), [(MAX_BODY_BYTES + 1, 0), (0, MAX_FDS + 1)])
 def test_a_frame_of_ours_past_a_limit_is_a_bug(size: int, nfds: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="at most"):
         header(Kind.REPLY, size, nfds)
 
 

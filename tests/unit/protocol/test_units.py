@@ -45,7 +45,7 @@ def test_a_span_is_half_open() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(2, 1), (-1, 1)])
 def test_a_span_backwards_is_a_bug(start: int, end: int) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="span "):
         GfnSpan(Gfn(start), Gfn(end))
 
 
