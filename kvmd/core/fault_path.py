@@ -80,7 +80,11 @@ class FaultPath:
             if private:
                 page = vm.private.page(slot, gfn)
             else:
-                page = await vm.mm.get_user_page(hva, write=fault.write, tally=vm.tallies[fault.source])
+                tally = vm.tallies[fault.source]
+                if slot.readonly:  # no use to know whether it may be written [hva_to_pfn_slow]
+                    page = await vm.mm.fault_in(hva, write=False, tally=tally)
+                else:
+                    page = await vm.mm.get_user_page(hva, write=fault.write, tally=tally)
         except UapiError as error:
             return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
         stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)

@@ -11,11 +11,11 @@ from typing import Any
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from kvmd.service.memfd import MEMFD
@@ -28,7 +28,7 @@ from protocol.uapi import mm as uapi
 from protocol.units import Hva, Level
 
 _LEVEL_OF_SIZE = {4096: Level(1), 2 << 20: Level(2), 1 << 30: Level(3)}
-_PROT = {"none": Prot.NONE, "r": Prot.READ, "rw": Prot.READ | Prot.WRITE}
+_PROT = {"none": Prot.NONE, "r": Prot.READ, "w": Prot.WRITE, "rw": Prot.READ | Prot.WRITE}
 _HOST_ACTIONS: dict[str, Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = {
     "swap_out": swap_out,
     "migrate": migrate,

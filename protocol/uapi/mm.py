@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.uapi.message import MAX_TRANSFER, U64, Message, Name
+from protocol.uapi.message import MAX_TRANSFER, S64, U64, Message, Name
 
 Data = Annotated[bytes, Field(max_length=MAX_TRANSFER)]
 Count = Annotated[int, Field(ge=0, le=MAX_TRANSFER)]
-Protection = Literal["none", "r", "rw"]
+Protection = Literal["none", "r", "w", "rw"]
 
 
 class Mmap(Message):
@@ -103,14 +103,16 @@ class MemfdCreate(Message):
 
 
 class Ftruncate(Message):
-    size: U64
+    """`size` is a loff_t, as are the offsets below."""
+
+    size: S64
 
 
 class PunchHole(Message):
     """fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
 
-    offset: U64
-    size: U64
+    offset: S64
+    size: S64
 
 
 class Pread(Message):

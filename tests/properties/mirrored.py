@@ -18,10 +18,10 @@ from typing import Any
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import Found, Mirror
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.page import HostPage
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait

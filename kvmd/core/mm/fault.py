@@ -24,7 +24,7 @@ from kvmd.core.mm.page import (
     WpMarker,
     with_rights,
 )
-from kvmd.core.mm.space import AddressSpace
+from kvmd.core.mm.space import AddressSpace, Via
 from kvmd.core.mm.vma import Vma
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import Wait
@@ -50,9 +50,10 @@ class CopyFirst:
         self.entry = entry
 
 
-def attempt(space: AddressSpace, hva: Hva, *, write: bool, user: bool) -> Pte | CopyFirst | Wait[None]:
+def attempt(space: AddressSpace, hva: Hva, *, write: bool, via: Via) -> Pte | CopyFirst | Wait[None]:
     """Make the entry at `hva` serve the access, or say what it must wait for.  EFAULT, EHWPOISON, ENOMEM."""
-    vma = space.accessible(hva, write=write)
+    vma = space.accessible(hva, write=write, via=via)
+    user = via is Via.USER
     while True:
         entry = space.table.find(hva)
         if entry is None:

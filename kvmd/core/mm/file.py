@@ -19,12 +19,12 @@ from kvmd.core.mm.notifier import Range, changing, covers
 from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swap
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
-from protocol.units import LEVEL_4K, TIB, Hva, Level, align_up, size_of_level
+from protocol.units import LEVEL_4K, Hva, Level, align_up, size_of_level
 
 if TYPE_CHECKING:
     from kvmd.core.mm.space import AddressSpace
 
-MAX_FILE_BYTES = 64 * TIB
+MAX_FILE_BYTES = (1 << 63) - 1  # MAX_LFS_FILESIZE, s_maxbytes of shmem and hugetlbfs
 
 
 class File:
@@ -170,10 +170,12 @@ class File:
 
     def _check_size(self, size: int) -> None:
         if size > MAX_FILE_BYTES:
-            raise UapiError(errno.EFBIG, f"{self.name}: {size:#x} bytes, at most 64 TiB")
+            raise UapiError(errno.EFBIG, f"{self.name}: {size:#x} bytes, at most {MAX_FILE_BYTES:#x}")
 
     async def truncate(self, size: int) -> None:
-        """Shrink or grow.  EFBIG; EINVAL: not whole huge pages."""
+        """Shrink or grow.  EFBIG; EINVAL: negative, or not whole huge pages."""
+        if size < 0:
+            raise UapiError(errno.EINVAL, f"{self.name}: ftruncate to {size}")
         self._check_size(size)
         if self.level > LEVEL_4K and size % self._page:
             raise UapiError(
@@ -192,9 +194,8 @@ class File:
             self._end()
 
     async def punch_hole(self, offset: int, size: int) -> None:
-        """The range reads as zeroes from now on.  EINVAL: no range."""
-        if offset < 0 or size <= 0:
-            raise UapiError(errno.EINVAL, f"{self.name}: hole {offset:#x}+{size:#x} is no range")
+        """The range reads as zeroes from now on.  Errors as `check_hole` has them."""
+        check_hole(self.name, offset, size)
         await self._begin()
         try:
             first, last = align_up(offset, self._page) // self._page, (offset + size) // self._page
@@ -241,6 +242,14 @@ class File:
                     if start < end:
                         found.append(Range(space, Hva(start), Hva(end)))
         return found
+
+
+def check_hole(name: str, offset: int, size: int) -> None:
+    """What vfs_fallocate asks of any file.  EINVAL: no range; EFBIG: it ends beyond what a file can have."""
+    if offset < 0 or size <= 0:
+        raise UapiError(errno.EINVAL, f"{name}: hole {offset:#x}+{size:#x} is no range")
+    if offset + size > MAX_FILE_BYTES:
+        raise UapiError(errno.EFBIG, f"{name}: hole {offset:#x}+{size:#x} ends beyond {MAX_FILE_BYTES:#x}")
 
 
 def _entries(mapped: Range, copies_too: bool) -> list[Entry]:

@@ -1,9 +1,10 @@
 """Advice about memory: what madvise does to pages and to mappings.
 
-Models [mm madvise.c]: dropping pages of a private mapping leaves zeroes or the file, of a shared one the
-file's pages where they are; removing takes them from the file; freeing lets the host take them until they
-are used again. The rest is remembered with the mapping, or done at once by who else can do it (`thp`,
-`reclaim`).
+Models [mm madvise.c]: the length is rounded up, and the range gone through mapping by mapping: what one
+mapping refuses ends it there, what is not mapped is passed by and told at the end. Dropping pages of a
+private mapping leaves zeroes or the file, of a shared one the file's pages where they are; removing takes
+them from the file; freeing lets the host take them until they are used again. The rest is remembered with
+the mapping, or done at once by who else can do it (`thp`, `reclaim`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,50 @@ from functools import partial
 from typing import Any
 
 from kvmd.core.mm.page import LazyFree, Pte
-from kvmd.core.mm.reclaim import swap_out
-from kvmd.core.mm.space import AddressSpace
-from kvmd.core.mm.thp import collapse
+from kvmd.core.mm.reclaim import swap_range
+from kvmd.core.mm.space import AddressSpace, page_align
+from kvmd.core.mm.thp import collapse_part
 from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
-from protocol.units import LEVEL_4K, Hva
+from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, align_down, size_of_level
+
+Visit = Callable[[AddressSpace, Vma, Hva, Hva], Coroutine[Any, Any, int]]
+Advice = Callable[[AddressSpace, Hva, int], Coroutine[Any, Any, int]]
 
 
-async def dontneed(space: AddressSpace, start: Hva, size: int) -> int:
-    """Drop the pages; the next touch finds zeroes, or the file's.  ENOMEM: part is not mapped."""
-    return await space.change_pages("madvise", start, size, partial(_zap, space))
+async def _walk(visit: Visit, space: AddressSpace, start: Hva, size: int, *, write: bool = False) -> int:
+    """`visit` each mapping's part of the range, with the mmap_lock held, which it may drop; the sum of what
+    it did [madvise_walk_vmas].  EINVAL: not aligned, or it wraps; ENOMEM: part is not mapped.
+    """
+    end = Hva(start + page_align(size))
+    if start % PAGE_SIZE or size < 0 or end > 1 << 64 or (size and end == start):
+        raise UapiError(errno.EINVAL, f"madvise {start:#x}+{size:#x}: not aligned, or no such size")
+    await space.mmap_lock.acquire(write=write)
+    try:
+        at, hole, done = start, False, 0
+        while at < end:
+            vma = space.vmas.next(at)
+            hole |= vma is None or vma.start > at
+            if vma is None or vma.start >= end:
+                break
+            first, at = Hva(max(at, vma.start)), Hva(min(end, vma.end))
+            done += await visit(space, vma, first, at)
+        if hole:
+            raise UapiError(errno.ENOMEM, f"madvise {start:#x}..{end:#x}: part of it is not mapped")
+        return done
+    finally:
+        if write:
+            space.vmas.merge(start, end)
+        space.mmap_lock.release()
+
+
+async def _dontneed(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    """Of hugetlb only whole pages: the end is rounded down, for whoever knows nothing of its pages' size."""
+    page = size_of_level(vma.level)
+    if start % page:
+        raise UapiError(errno.EINVAL, f"MADV_DONTNEED at {start:#x}: within a page of {page:#x} bytes")
+    end = Hva(align_down(end, page))
+    return await space.change(start, end, partial(_zap, space, start, end)) if start < end else 0
 
 
 def _zap(space: AddressSpace, start: Hva, end: Hva) -> int:
@@ -34,12 +68,10 @@ def _zap(space: AddressSpace, start: Hva, end: Hva) -> int:
     return len(entries)
 
 
-async def free(space: AddressSpace, start: Hva, size: int) -> int:
-    """The host may drop the pages until they are used again.  EINVAL: not private anonymous memory."""
-    for vma in space.vmas.overlapping(start, Hva(start + size)):
-        if vma.file is not None or vma.level > LEVEL_4K:
-            raise UapiError(errno.EINVAL, f"MADV_FREE at {vma.start:#x}: not private anonymous memory")
-    return await space.change_pages("madvise", start, size, partial(_make_lazy, space))
+async def _free(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    if vma.file is not None or vma.level > LEVEL_4K:
+        raise UapiError(errno.EINVAL, f"MADV_FREE at {start:#x}: not private anonymous memory")
+    return await space.change(start, end, partial(_make_lazy, space, start, end))
 
 
 def _make_lazy(space: AddressSpace, start: Hva, end: Hva) -> int:
@@ -51,42 +83,43 @@ def _make_lazy(space: AddressSpace, start: Hva, end: Hva) -> int:
     return lazy
 
 
-async def remove(space: AddressSpace, start: Hva, size: int) -> int:
-    """Punch a hole into the files mapped there.  EINVAL: anonymous; EACCES: not shared and writable."""
-    await space.mmap_lock.acquire(write=False)
+async def _remove(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    """Punch a hole into the file mapped there.  A mapping asks for VM_MAYWRITE, which every shared mapping of
+    memory has, whatever its protection is now; hugetlb has a file even where nobody named one.
+    """
+    file = vma.file
+    if file is None and vma.level == LEVEL_4K:
+        raise UapiError(errno.EINVAL, f"MADV_REMOVE at {start:#x}: no file is mapped there")
+    if file is None or not vma.shared:
+        raise UapiError(errno.EACCES, f"MADV_REMOVE at {start:#x}: not a shared mapping")
+    offset = vma.offset_of(start)
+    space.mmap_lock.release()  # the file's lock comes before it
     try:
-        end = space.check_range("madvise", start, size)
-        space.check_mapped("madvise", start, end)
-        vmas = space.vmas.overlapping(start, end)
-        holes = [_hole(vma, Hva(max(start, vma.start)), Hva(min(end, vma.end))) for vma in vmas]
+        await file.punch_hole(offset, end - start)
     finally:
-        space.mmap_lock.release()  # the file's lock comes before it
-    for punch in holes:
-        await punch()
-    return len(holes)
+        await space.mmap_lock.acquire(write=False)
+    return 1
 
 
-def _hole(vma: Vma, start: Hva, end: Hva) -> Callable[[], Coroutine[Any, None, None]]:
-    if vma.file is None:
-        raise UapiError(errno.EINVAL, f"MADV_REMOVE at {vma.start:#x}: no file is mapped there")
-    if not (vma.shared and vma.writable):
-        raise UapiError(errno.EACCES, f"MADV_REMOVE at {vma.start:#x}: not a shared writable mapping")
-    return partial(vma.file.punch_hole, vma.offset_of(start), end - start)
+async def _collapse(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    return await collapse_part(space, vma, start, end)
 
 
-async def _remember(setting: Callable[[Vma], None], space: AddressSpace, start: Hva, size: int) -> int:
-    """Advice for later: no page changes."""
-    await space.mmap_lock.acquire(write=True)
-    try:
-        end = space.check_range("madvise", start, size)
-        vmas = await space.isolate(start, end)
-        for vma in vmas:
-            setting(vma)
-        space.vmas.merge(start, end)
-        space.check_mapped("madvise", start, end)
-        return len(vmas)
-    finally:
-        space.mmap_lock.release()
+async def _page_out(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    if vma.level > LEVEL_4K:
+        raise UapiError(errno.EINVAL, f"MADV_PAGEOUT at {start:#x}: hugetlb stays")
+    return await swap_range(space, start, end)
+
+
+async def _remember(
+    setting: Callable[[Vma], None], space: AddressSpace, vma: Vma, start: Hva, end: Hva
+) -> int:
+    """Advice for later: no page changes.  EINVAL: it cuts a huge page of hugetlb."""
+    space.check_split("madvise", start, end)
+    parts = await space.isolate(start, end)
+    for part in parts:
+        setting(part)
+    return len(parts)
 
 
 def _set_huge(huge: bool, vma: Vma) -> None:
@@ -94,18 +127,20 @@ def _set_huge(huge: bool, vma: Vma) -> None:
 
 
 def _set_mergeable(vma: Vma) -> None:
-    vma.mergeable = True
+    """What cannot be merged ignores it [vma_ksm_compatible]."""
+    vma.mergeable = not vma.shared and vma.level == LEVEL_4K
 
 
-Advice = Callable[[AddressSpace, Hva, int], Coroutine[Any, None, int]]
+dontneed: Advice = partial(_walk, _dontneed)
+collapse: Advice = partial(_walk, _collapse, write=True)
 
 ADVICE: dict[str, Advice] = {
     "dontneed": dontneed,
-    "remove": remove,
-    "free": free,
-    "hugepage": partial(_remember, partial(_set_huge, True)),
-    "nohugepage": partial(_remember, partial(_set_huge, False)),
-    "mergeable": partial(_remember, _set_mergeable),
+    "remove": partial(_walk, _remove),
+    "free": partial(_walk, _free),
+    "hugepage": partial(_walk, partial(_remember, partial(_set_huge, True)), write=True),
+    "nohugepage": partial(_walk, partial(_remember, partial(_set_huge, False)), write=True),
+    "mergeable": partial(_walk, partial(_remember, _set_mergeable), write=True),
     "collapse": collapse,
-    "pageout": swap_out,
+    "pageout": partial(_walk, _page_out),
 }

@@ -1,8 +1,8 @@
 """What a process does to its address space: map, protect, move, read, write, exit.
 
-Models the system calls of [mm mmap.c], [mm mprotect.c], [mm mremap.c], and get_user_pages as KVM uses it:
-a fault on its behalf, which may sleep. Each call takes the mmap_lock, tells the notifiers what it is
-about to change, changes it, and says so.
+Models the system calls of [mm mmap.c] and [mm mprotect.c], and get_user_pages as KVM uses it: a fault on
+its behalf, which may sleep; what moves is in `mremap`. Each call takes the mmap_lock, tells the notifiers
+what it is about to change, changes it, and says so.
 
 A protection that is there already is a no-op. One that comes back makes the pages nobody else ever had
 writable at once; the others wait for a write.
@@ -14,21 +14,20 @@ import errno
 from functools import partial
 
 from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MAX_FILE_BYTES, File
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.notifier import Range, announced
 from kvmd.core.mm.page import HostPage, LazyFree, Page, ProtNone, Pte, with_rights
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.mm.space import TASK_SIZE, AddressSpace
+from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, Via
 from kvmd.core.mm.vma import Prot, Vma
 from protocol.errors import UapiError
-from protocol.units import LEVEL_4K, TIB, Hva, Level, size_of_level
+from protocol.units import LEVEL_4K, PAGE_SIZE, TIB, Hva, Level, align_up, size_of_level
 
-MMAP_BASE = Hva(0x1000_0000_0000)
 MAX_MAPPING_BYTES = 64 * TIB
-MAX_MAP_COUNT = 65530
 UNMAP_BATCH = 4096  # entries cleared before others get a turn
 
 
@@ -42,8 +41,11 @@ class Mm(AddressSpace):
         self.locked = LockedVm("the process", memory.memlock_pages)
         self.exited = False  # and everything it had is given back
 
-    madvise_dontneed = dontneed
     migrate = migrate  # move_pages(2)
+    mremap = mremap
+
+    async def madvise_dontneed(self, start: Hva, size: int) -> int:
+        return await dontneed(self, start, size)
 
     # -- mappings --------------------------------------------------------------------------------------
 
@@ -59,18 +61,22 @@ class Mm(AddressSpace):
         offset: int = 0,
         fixed: bool = False,
     ) -> Hva:
-        """Map anonymous memory or `file`.  EINVAL: size, address or offset not whole pages of `level`, or not
-        the file's size of page; EEXIST: overlap, unless `fixed`; ENOMEM.
+        """Map anonymous memory or `file`, in whole pages of `level`: a size is rounded up.  EINVAL: no size,
+        address or offset not aligned, or not the file's size of page; EEXIST: overlap, unless `fixed`;
+        EOVERFLOW: beyond what a file can have; ENOMEM.
         """
         page = size_of_level(level)
-        if size <= 0 or size % page or size > MAX_MAPPING_BYTES:
-            raise UapiError(
-                errno.EINVAL, f"mmap of {size:#x} bytes: not a multiple of {page:#x} up to 64 TiB"
-            )
+        if size <= 0:
+            raise UapiError(errno.EINVAL, f"mmap of {size:#x} bytes")
+        size = align_up(size, page)
         if hva is not None and (hva % page or hva < 0):
             raise UapiError(errno.EINVAL, f"mmap at {hva:#x}: not aligned to {page:#x}")
         if file is not None and (file.level != level or offset < 0 or offset % page):
             raise UapiError(errno.EINVAL, f"mmap of {file.name} at {offset:#x}: not whole pages of its size")
+        if file is not None and offset + size > MAX_FILE_BYTES:
+            raise UapiError(errno.EOVERFLOW, f"mmap of {file.name} at {offset:#x}: {size:#x} bytes more")
+        if size > MAX_MAPPING_BYTES:
+            raise UapiError(errno.ENOMEM, f"mmap of {size:#x} bytes: at most 64 TiB")
         if file is None and shared:
             file = File(self.memory, "anonymous", size, level)
             file.put()  # the mapping is its only reference
@@ -92,16 +98,25 @@ class Mm(AddressSpace):
         if self.vmas.overlapping(start, end):
             if not fixed:
                 raise UapiError(errno.EEXIST, f"mmap {start:#x}..{end:#x}: something is mapped there")
-            self.check_range("mmap", start, end - start)
-            await self._unmap(start, end)
+            await self.unmap("mmap", start, end)
 
     async def munmap(self, start: Hva, size: int) -> None:
-        """Unmap a range; mappings it cuts keep the rest.  EINVAL: not whole pages."""
+        """Unmap a range, its size rounded up; mappings it cuts keep the rest.  EINVAL: not aligned, empty."""
+        if start % PAGE_SIZE or size <= 0:
+            raise UapiError(errno.EINVAL, f"munmap {start:#x}+{size:#x}: not aligned, or no size")
         await self.mmap_lock.acquire(write=True)
         try:
-            await self._unmap(start, self.check_range("munmap", start, size))
+            await self.unmap("munmap", start, Hva(start + align_up(size, PAGE_SIZE)))
         finally:
             self.mmap_lock.release()
+
+    async def unmap(self, what: str, start: Hva, end: Hva) -> None:
+        """do_munmap, with the mmap_lock held for writing.  EINVAL, before anything is unmapped: beyond user
+        space, or it cuts a huge page of hugetlb."""
+        if not 0 <= start <= end <= TASK_SIZE:
+            raise UapiError(errno.EINVAL, f"{what} {start:#x}..{end:#x}: not a range of user space")
+        self.check_split(what, start, end)
+        await self._unmap(start, end)
 
     async def _unmap(self, start: Hva, end: Hva) -> None:
         """A large range goes in turns; until all of it is gone, notifiers let nobody map what is left."""
@@ -130,19 +145,27 @@ class Mm(AddressSpace):
                         self.table.clear(found)
 
     async def mprotect(self, start: Hva, size: int, prot: Prot) -> None:
-        """EINVAL: not whole pages; ENOMEM: part of the range is not mapped."""
+        """Mapping by mapping, the size rounded up.  EINVAL: not aligned, or it cuts a huge page of hugetlb;
+        ENOMEM: part of the range is not mapped; what lies before that was done.
+        """
+        if start % PAGE_SIZE or start < 0 or size < 0:
+            raise UapiError(errno.EINVAL, f"mprotect {start:#x}+{size:#x}: not aligned")
+        if not size:
+            return
+        end = Hva(start + align_up(size, PAGE_SIZE))
         await self.mmap_lock.acquire(write=True)
+        at = start
         try:
-            end = self.check_range("mprotect", start, size)
-            hole = self.vmas.first_hole(start, end)
-            end, asked = (end if hole is None else hole), end
             for vma in self.vmas.overlapping(start, end):
+                if vma.start > at:
+                    break
+                first, at = at, Hva(min(end, vma.end))
                 if vma.prot != prot:
-                    first, last = Hva(max(start, vma.start)), Hva(min(end, vma.end))
-                    await self.change(first, last, partial(self._protect, first, last, prot))
-            self.vmas.merge(start, end)
-            self.check_mapped("mprotect", start, asked)  # what lies before the hole was done
+                    self.check_split("mprotect", first, at)
+                    await self.change(first, at, partial(self._protect, first, at, prot))
+            self.check_mapped("mprotect", at, end)
         finally:
+            self.vmas.merge(start, at)
             self.mmap_lock.release()
 
     def _protect(self, start: Hva, end: Hva, prot: Prot) -> None:
@@ -157,97 +180,33 @@ class Mm(AddressSpace):
                     continue
                 writable = vma.writable and (entry.writable or writable_now(vma, entry))
                 made = with_rights(entry, writable=writable)
-                self.table.set(made if vma.readable else made.as_kind(ProtNone))
-
-    async def mremap(self, start: Hva, old_size: int, new_size: int, new: Hva | None = None) -> Hva:
-        """Resize, moving if it must, or to `new`.  EINVAL: not whole pages, overlap; EFAULT: the old
-        range is not in one mapping; ENOMEM.
-        """
-        await self.mmap_lock.acquire(write=True)
-        try:
-            old_end = self.check_range("mremap", start, old_size)
-            self.check_range("mremap", start if new is None else new, new_size)
-            vma = self.vmas.find(start)
-            if vma is None or vma.end < old_end:
-                raise UapiError(errno.EFAULT, f"mremap {start:#x}..{old_end:#x}: not in one mapping")
-            if new_size % size_of_level(vma.level):
-                raise UapiError(errno.EINVAL, f"mremap to {new_size:#x} bytes: not whole pages")
-            if new is None:
-                new = await self._resize_in_place(vma, start, old_end, Hva(start + new_size))
-                if new is not None:
-                    return new
-            return await self._move(vma, start, old_size, new_size, new)
-        finally:
-            self.mmap_lock.release()
-
-    async def _resize_in_place(self, vma: Vma, start: Hva, old_end: Hva, new_end: Hva) -> Hva | None:
-        if new_end < old_end:
-            await self._unmap(new_end, old_end)
-        elif new_end > old_end:
-            if vma.end != old_end or new_end > TASK_SIZE or self.vmas.overlapping(old_end, new_end):
-                return None
-            vma.end = new_end
-            self.vmas.merge(start, new_end)
-        return start
-
-    async def _move(self, vma: Vma, start: Hva, old_size: int, new_size: int, new: Hva | None) -> Hva:
-        page = size_of_level(vma.level)
-        if new is None:
-            new = self.vmas.gap(MMAP_BASE, TASK_SIZE, new_size, page)
-        elif new % page or (new < start + old_size and start < new + new_size):
-            raise UapiError(
-                errno.EINVAL, f"mremap {start:#x} to {new:#x}: overlaps itself or not whole pages"
-            )
-        await self._make_room(new, Hva(new + new_size), fixed=True)
-        if new_size < old_size:
-            await self._unmap(Hva(start + new_size), Hva(start + old_size))
-        end = Hva(start + min(old_size, new_size))
-        to = new
-
-        def edit() -> None:
-            for old in self.vmas.isolate(start, end):
-                moved = old.part(start, end)
-                moved.start, moved.end = to, Hva(to + new_size)
-                moved.forget_uffd()  # no EVENT_REMAP was asked for
-                self.vmas.insert(moved)
-                self._move_entries(start, end, to)
-                if old.uffd is not None:
-                    old.uffd.wake(start, end)
-                self.vmas.remove(old)
-
-        await self.change(start, end, edit)
-        self.vmas.merge(new, Hva(new + new_size))
-        return new
-
-    def _move_entries(self, start: Hva, end: Hva, new: Hva) -> None:
-        by = new - start
-        for entry in self.table.within(start, end):
-            if entry.level > LEVEL_4K and by % size_of_level(entry.level):
-                assert isinstance(entry, Pte)
-                self.table.split(entry)
-        for entry in self.table.within(start, end):
-            self.table.move(entry, Hva(entry.hva + by))
+                self.table.set(made if prot else made.as_kind(ProtNone))
 
     # -- pages -----------------------------------------------------------------------------------------
 
     async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
-        """GUP: the page at `hva`, backed now.  It may sleep, and what its caller knew before need not hold
-        after it.  EFAULT, EHWPOISON, ENOMEM.
+        """GUP as KVM maps a page: backed now, and writable if it is so already, for which the mapping's
+        rights are not asked [KVM kvm_main.c, hva_to_pfn_fast].  It may sleep, and what its caller knew before
+        need not hold after it.  EFAULT, EHWPOISON, ENOMEM.
         """
         entry = self.table.find(hva)
-        if type(entry) is Pte and (entry.writable or not write):
+        if type(entry) is Pte and (entry.writable or not (write or self._may_not_read(hva))):
             return entry
         return await self.fault_in(hva, write=write, tally=tally)
 
-    async def fault_in(self, hva: Hva, *, write: bool, user: bool = False, tally: Tally | None = None) -> Pte:
-        """Fault until the entry serves; `user`: by the process itself, not by the kernel for it."""
+    def _may_not_read(self, hva: Hva) -> bool:
+        vma = self.vmas.find(hva)
+        return vma is None or not vma.readable
+
+    async def fault_in(self, hva: Hva, *, write: bool, via: Via = Via.GUP, tally: Tally | None = None) -> Pte:
+        """Fault until the entry serves."""
         counters = self.memory.counters
         tally = Tally() if tally is None else tally
         while True:
             await self.mmap_lock.acquire(write=False)
             try:
                 swap_ins, allocated = counters.swap_ins, counters.pages_allocated
-                found = attempt(self, hva, write=write, user=user)
+                found = attempt(self, hva, write=write, via=via)
                 tally.major += counters.swap_ins - swap_ins
                 tally.allocated += counters.pages_allocated - allocated
                 if isinstance(found, Pte):
@@ -323,7 +282,7 @@ class Mm(AddressSpace):
     async def _bytes_at(self, hva: Hva, size: int, *, write: bool, user: bool) -> memoryview:
         """Up to `size` bytes, as far as the page goes; nothing may await before they are used."""
         while (found := self.bytes_now(hva, size, write=write)) is None:
-            await self.fault_in(hva, write=write, user=user)
+            await self.fault_in(hva, write=write, via=Via.USER if user else Via.KERNEL)
         return found
 
     def bytes_now(self, hva: Hva, size: int, *, write: bool) -> memoryview | None:

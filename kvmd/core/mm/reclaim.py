@@ -31,8 +31,13 @@ async def migrate(space: AddressSpace, start: Hva, size: int) -> int:
 
 
 async def swap_out(space: AddressSpace, start: Hva, size: int) -> int:
-    """MADV_PAGEOUT: to the swap area; what was freed lazily is just dropped.  How many pages of 4 KiB."""
+    """To the swap area; what was freed lazily is just dropped.  How many pages of 4 KiB."""
     return await _on_pages(space, "swap", start, size, _swap)
+
+
+async def swap_range(space: AddressSpace, start: Hva, end: Hva) -> int:
+    """The same of a range that is mapped, for who holds the mmap_lock."""
+    return await _on_range(space, start, end, _swap)
 
 
 async def merge(space: AddressSpace, start: Hva, size: int) -> int:
@@ -60,19 +65,23 @@ async def _on_pages(space: AddressSpace, what: str, start: Hva, size: int, act: 
     try:
         end = space.check_range(what, start, size)
         space.check_mapped(what, start, end)
-        users = [user for _, page in _pages(space, start, end) for user in users_of(page)]
-        ranges = joined([Range(space, *space.table.whole(start, end)), *users])
-
-        def edit() -> int:
-            return sum(
-                act(vma, page)
-                for vma, page in _pages(space, start, end)
-                if all(covers(ranges, user) for user in users_of(page))
-            )
-
-        return await changing(ranges, edit)
+        return await _on_range(space, start, end, act)
     finally:
         space.mmap_lock.release()
+
+
+async def _on_range(space: AddressSpace, start: Hva, end: Hva, act: Act) -> int:
+    users = [user for _, page in _pages(space, start, end) for user in users_of(page)]
+    ranges = joined([Range(space, *space.table.whole(start, end)), *users])
+
+    def edit() -> int:
+        return sum(
+            act(vma, page)
+            for vma, page in _pages(space, start, end)
+            if all(covers(ranges, user) for user in users_of(page))
+        )
+
+    return await changing(ranges, edit)
 
 
 def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:

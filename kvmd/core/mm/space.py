@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import TypeVar
 
 from kvmd.core.mm.memory import Memory
@@ -22,11 +23,24 @@ from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma, Vmas
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import PAGE_SIZE, Hva, size_of_level
+from protocol.units import PAGE_SIZE, Hva, align_up, size_of_level
 
 T = TypeVar("T")
 
 TASK_SIZE = Hva((1 << 47) - PAGE_SIZE)  # the last page is nobody's [mm mmap.c]
+MMAP_BASE = Hva(0x1000_0000_0000)
+MAX_MAP_COUNT = 65530  # mappings of a process [vm.max_map_count]
+
+
+class Via(Enum):
+    """Who wants a page: the CPU running the process (FAULT_FLAG_USER), the CPU in the kernel on its behalf
+    (copy_from_user), or get_user_pages, which touches nothing and looks at the mapping's rights instead."""
+
+    USER = auto()
+    KERNEL = auto()
+    GUP = auto()
+
+    __hash__ = object.__hash__
 
 
 class AddressSpace:
@@ -77,16 +91,20 @@ class AddressSpace:
             self.mmap_lock.release()
 
     def check_range(self, what: str, start: Hva, size: int) -> Hva:
-        """The end of a range of whole pages.  EINVAL."""
+        """The end of a range of whole pages, of hugetlb too.  EINVAL."""
         end = Hva(start + size)
-        if size <= 0 or start < 0 or end > TASK_SIZE:
-            raise UapiError(errno.EINVAL, f"{what} {start:#x}+{size:#x}: not a range of user space")
-        for vma in (self.vmas.find(start), self.vmas.find(Hva(end - 1))):
-            page = PAGE_SIZE if vma is None else size_of_level(vma.level)
-            cut = vma is not None and (max(start, vma.start) % page or min(end, vma.end) % page)
-            if start % PAGE_SIZE or size % PAGE_SIZE or cut:
-                raise UapiError(errno.EINVAL, f"{what} {start:#x}+{size:#x}: not whole pages of {page:#x}")
+        if size <= 0 or start < 0 or end > TASK_SIZE or start % PAGE_SIZE or size % PAGE_SIZE:
+            raise UapiError(errno.EINVAL, f"{what} {start:#x}+{size:#x}: not whole pages of user space")
+        self.check_split(what, start, end)
         return end
+
+    def check_split(self, what: str, *edges: Hva) -> None:
+        """EINVAL: there a mapping of hugetlb would be cut within a page of it [hugetlb_vm_op_split]."""
+        for edge in edges:
+            vma = self.vmas.find(edge)
+            page = PAGE_SIZE if vma is None else size_of_level(vma.level)
+            if edge % page:
+                raise UapiError(errno.EINVAL, f"{what}: {edge:#x} is within a page of {page:#x} bytes")
 
     def check_mapped(self, what: str, start: Hva, end: Hva) -> None:
         """ENOMEM: nothing is mapped somewhere in start..end."""
@@ -101,12 +119,18 @@ class AddressSpace:
         entry = self.table.find(hva)
         return entry if type(entry) is Pte else None
 
-    def accessible(self, hva: Hva, *, write: bool) -> Vma:
-        """The mapping at `hva`.  EFAULT: none, or not with that right."""
+    def accessible(self, hva: Hva, *, write: bool, via: Via) -> Vma:
+        """The mapping at `hva`.  EFAULT: none, or not with that right: a CPU reads whatever is not PROT_NONE
+        [x86 fault.c, access_error], get_user_pages wants VM_READ."""
         vma = self.vmas.find(hva)
-        if vma is None or not self.alive or not (vma.writable if write else vma.readable):
-            what = "write to" if write else "read of"
-            raise UapiError(
-                errno.EFAULT, f"{what} hva {hva:#x}: " + ("no mapping" if vma is None else "protection")
-            )
-        return vma
+        readable = vma is not None and (vma.readable or (vma.writable and via is not Via.GUP))
+        if vma is not None and self.alive and (vma.writable if write else readable):
+            return vma
+        what = "write to" if write else "read of"
+        why = "no mapping" if vma is None else "protection"
+        raise UapiError(errno.EFAULT, f"{what} hva {hva:#x}: {why}")
+
+
+def page_align(size: int) -> int:
+    """PAGE_ALIGN of an unsigned long, which wraps."""
+    return align_up(size, PAGE_SIZE) & (1 << 64) - 1

@@ -13,7 +13,7 @@ from functools import partial
 
 from kvmd.core.mm.fault import SIZE_2M
 from kvmd.core.mm.notifier import Range, changing, covers, joined
-from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swapped
+from kvmd.core.mm.page import Entry, Kind, Page, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import users_of
 from kvmd.core.mm.vma import Vma
@@ -21,30 +21,43 @@ from protocol.errors import UapiError
 from protocol.units import LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hva, align_down, align_up
 
 
-async def collapse(space: AddressSpace, start: Hva, size: int) -> int:
-    """MADV_COLLAPSE: each whole 2 MiB of the range becomes one page; how many there are now.  EINVAL: memory
-    that cannot be huge, or nothing there; EAGAIN: pinned; ENOMEM.
+async def collapse_part(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
+    """MADV_COLLAPSE of a part of one mapping, the mmap_lock held for writing: each whole 2 MiB becomes one
+    page; how many there are now.  What may be better later is passed by, anything else ends it
+    [madvise_collapse].  EINVAL: memory that cannot be huge, or nothing there; EAGAIN: pinned; ENOMEM.
     """
-    await space.mmap_lock.acquire(write=True)
-    try:
-        end = space.check_range("collapse", start, size)
-        space.check_mapped("collapse", start, end)
-        heads = range(align_up(start, SIZE_2M), align_down(end, SIZE_2M), SIZE_2M)
-        for head in heads:
+    if not _may_be_huge(vma):
+        raise UapiError(errno.EINVAL, f"collapse at {start:#x}: not 2 MiB of private anonymous memory")
+    failed: UapiError | None = None
+    heads = range(align_up(start, SIZE_2M), align_down(end, SIZE_2M), SIZE_2M)
+    for head in heads:
+        try:
             await space.change(Hva(head), Hva(head + SIZE_2M), partial(_collapse, space, Hva(head)))
-        return len(heads)
-    finally:
-        space.mmap_lock.release()
+        except _PassBy as passed:
+            failed = passed
+    if failed is not None:
+        raise failed
+    return len(heads)
+
+
+class _PassBy(UapiError):
+    """One that cannot be huge now; the next may."""
+
+
+def _may_be_huge(vma: Vma) -> bool:
+    """[thp_vma_allowable_order]: whatever part of it is asked for, it must have room for a huge page."""
+    room = align_down(vma.end, SIZE_2M) - SIZE_2M >= vma.start
+    return room and vma.file is None and vma.level == LEVEL_4K and vma.huge is not False
 
 
 def _collapse(space: AddressSpace, head: Hva) -> None:
     end = Hva(head + SIZE_2M)
     vma = space.vmas.find(head)
+    assert vma is not None, "the mmap_lock is held"
     entries = space.table.within(head, end)
+    if len(entries) == 1 and isinstance(entries[0], Pte) and entries[0].level == LEVEL_2M:
+        return  # [SCAN_PMD_MAPPED]: nothing to do, pinned or not
     _check_collapsible(vma, head, entries)
-    assert vma is not None
-    if len(entries) == 1 and entries[0].level == LEVEL_2M:
-        return
     page = space.memory.allocate(LEVEL_2M, space.id)
     view = space.memory.view(page.pfn, SIZE_2M)
     for entry in entries:
@@ -54,22 +67,22 @@ def _collapse(space: AddressSpace, head: Hva) -> None:
         elif isinstance(entry, Swapped):
             view[at : at + PAGE_SIZE] = entry.swap.data
         space.table.clear(entry)
-    space.table.set(Pte(head, page.pfn, LEVEL_2M, vma.writable, page))
+    made = Pte(head, page.pfn, LEVEL_2M, vma.writable, page)
+    space.table.set(made if vma.prot else made.as_kind(ProtNone))
 
 
-def _check_collapsible(vma: Vma | None, head: Hva, entries: list[Entry]) -> None:
+def _check_collapsible(vma: Vma, head: Hva, entries: list[Entry]) -> None:
     """EINVAL, EAGAIN."""
-    fits = vma is not None and vma.start <= head and head + SIZE_2M <= vma.end
-    if vma is None or not fits or vma.file is not None or vma.level > LEVEL_4K or vma.huge is False:
-        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: not 2 MiB of one anonymous mapping")
-    if not entries or not vma.readable or (vma.uffd_missing and len(entries) < SIZE_2M // PAGE_SIZE):
+    if not entries or (vma.uffd is not None and len(entries) < SIZE_2M // PAGE_SIZE):
         raise UapiError(
             errno.EINVAL, f"collapse at {head:#x}: nothing there, or pages that must stay missing"
         )
-    if any(not isinstance(entry, Pte | Swapped) or entry.uffd_wp for entry in entries):
-        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: poisoned or write-protected pages")
+    if any(isinstance(entry, Pte | Swapped) and entry.uffd_wp for entry in entries):
+        raise _PassBy(errno.EINVAL, f"collapse at {head:#x}: write-protected pages")
+    if any(not isinstance(entry, Pte | Swapped) for entry in entries):
+        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: poisoned pages")
     if any(isinstance(entry, Pte) and entry.page.pins for entry in entries):
-        raise UapiError(errno.EAGAIN, f"collapse at {head:#x}: a page is pinned")
+        raise _PassBy(errno.EAGAIN, f"collapse at {head:#x}: a page is pinned")
 
 
 async def split(space: AddressSpace, start: Hva, size: int) -> int:

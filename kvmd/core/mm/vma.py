@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 
 class Prot(Flag):
+    """WRITE without READ is a protection of its own: a CPU that may write a page reads it as well, while
+    get_user_pages asks for VM_READ [mm gup.c]."""
+
     NONE = 0
     READ = auto()
     WRITE = auto()
@@ -117,6 +120,11 @@ class Vmas:
         if vma.file is not None:
             vma.file.attach(self._space)
 
+    def next(self, hva: Hva) -> Vma | None:
+        """The first that ends beyond `hva` [find_vma]."""
+        at = bisect_right(self._list, hva, key=_end)
+        return self._list[at] if at < len(self._list) else None
+
     def remove(self, vma: Vma) -> None:
         del self._list[bisect_right(self._list, vma.start, key=_start) - 1]
         if vma.file is not None:
@@ -162,3 +170,7 @@ class Vmas:
 
 def _start(vma: Vma) -> Hva:
     return vma.start
+
+
+def _end(vma: Vma) -> Hva:
+    return vma.end

@@ -16,9 +16,10 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Memslot
+from kvmd.core.mm.madvise import collapse
 from kvmd.core.mm.page import Page
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.pinning import Pinning
 from protocol.frame_tags import is_free
 from protocol.pt import bits

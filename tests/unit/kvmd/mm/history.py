@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Page, Pte
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Flows
@@ -187,21 +187,43 @@ class History:
                 process.own.pop(page, None)
                 process.lazy.discard(page)
                 process.let_go(page)
-        elif advice == "free" and error in (0, errno.ENOMEM):
-            process.lazy.update(page for page in span if page in process.own)
-        elif advice == "remove" and not error:
-            for page in span:
+        elif advice in ("free", "remove"):
+            done = self._until_refused(process, span, advice)
+            if len(done) == len(span):
+                assert error == (0 if len(span) == pages else errno.ENOMEM)
+            else:
+                assert error in (errno.EINVAL, errno.EACCES)
+            for page in done:
                 where = process.mapped[page]
-                assert where.file is not None
-                self._punched(where.file, where.index, 1)
+                if where.file is not None:
+                    self._punched(where.file, where.index, 1)
+                elif page in process.own:
+                    process.lazy.add(page)
+
+    @staticmethod
+    def _until_refused(process: Process, span: list[int], advice: str) -> list[int]:
+        """The pages before the first whose mapping does not take the advice."""
+        for done, page in enumerate(span):
+            where = process.mapped[page]
+            if where.file is None if advice == "remove" else where.file is not None:
+                return span[:done]
+            if advice == "remove" and not where.shared:
+                return span[:done]
+        return span
 
     def mremap(self, who: int, first: int, pages: int, to: int) -> None:
         process = self.process(who)
         flow = process.mm.mremap(hva(first), pages * PAGE_SIZE, pages * PAGE_SIZE, hva(to))
-        if self.attempt("mremap", flow):
+        error = self.attempt("mremap", flow)
+        if to < first + pages and first < to + pages:
+            assert error == errno.EINVAL
             return
-        process.forget(to, pages)
-        for i in range(pages):
+        if first not in process.mapped:
+            assert error == errno.EFAULT
+            return
+        assert error == 0
+        for i in [i for i in range(pages) if first + i in process.mapped]:  # gaps stay gaps
+            process.forget(to + i, 1)
             process.mapped[to + i] = process.mapped.pop(first + i)
             for held in (process.own, process.pins):
                 if first + i in held:

@@ -12,11 +12,11 @@ from kvmd.core.mm import hmm
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import MAX_PAGES, Mirror
+from kvmd.core.mm.madvise import collapse
 from kvmd.core.mm.memory import low_watermark
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.mm.reclaim import age, migrate, swap_out
-from kvmd.core.mm.thp import collapse
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from protocol.errors import EHWPOISON

@@ -11,9 +11,10 @@ import pytest
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import MAX_PAGES, Mirror
+from kvmd.core.mm.madvise import collapse
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from protocol.flow import Wait

@@ -62,9 +62,8 @@ def errno_of(act: Callable[[], object]) -> int:
     [
         (None, 0, 1, errno.EINVAL),
         (None, -PAGE, 1, errno.EINVAL),
-        (None, PAGE + 1, 1, errno.EINVAL),
-        (None, PAGE, 2, errno.EINVAL),
-        (None, (64 << 40) + PAGE, 1, errno.EINVAL),
+        (None, (64 << 40) + PAGE, 1, errno.ENOMEM),
+        (None, (1 << 64) - 1, 1, errno.ENOMEM),
         (0x1001, PAGE, 1, errno.EINVAL),
         (PAGE, MIB2, 2, errno.EINVAL),
         (TASK_SIZE - PAGE, 2 * PAGE, 1, errno.ENOMEM),
@@ -197,16 +196,16 @@ def test_munmap_of_several_mappings_and_the_holes_between(world: World) -> None:
     assert world.host.frames.in_use == 2
 
 
-@pytest.mark.parametrize("what", ["munmap", "madvise_dontneed", "migrate"])
+@pytest.mark.parametrize("what", ["munmap", "migrate"])
 @pytest.mark.parametrize(
-    ("offset", "size"), [(0, 0), (0, -PAGE), (1, PAGE), (0, PAGE - 1), (-(1 << 50), PAGE), (0, 1 << 48)]
+    ("offset", "size"), [(0, 0), (0, -PAGE), (1, PAGE), (-(1 << 50), PAGE), (0, 1 << 48), (0, (1 << 64) - 1)]
 )
 def test_a_range_that_is_none_is_einval(world: World, what: str, offset: int, size: int) -> None:
     hva = world.map(4)
     assert errno_of(lambda: world.run(getattr(world.mm, what)(Hva(hva + offset), size))) == errno.EINVAL
 
 
-@pytest.mark.parametrize("what", ["munmap", "madvise_dontneed", "migrate"])
+@pytest.mark.parametrize("what", ["munmap", "migrate"])
 def test_a_huge_page_is_changed_whole_or_not_at_all(world: World, what: str) -> None:
     hva = world.map(2, 2)
     act = getattr(world.mm, what)

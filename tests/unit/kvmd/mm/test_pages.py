@@ -15,12 +15,12 @@ import pytest
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.mm.reclaim import migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
-from kvmd.core.mm.thp import collapse, split
+from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -323,8 +323,8 @@ def test_dropping_shared_pages_keeps_the_data_and_removing_them_does_not(world: 
     world.run(ADVICE["remove"](world.mm, hva, PAGE))
     assert world.run(world.mm.read(hva, 4)) == bytes(4)
     assert errno_of(lambda: world.run(ADVICE["remove"](world.mm, world.map(1), PAGE))) == errno.EINVAL
-    readable = file_at(world, 1, shared=True, prot=Prot.READ)[1]
-    assert errno_of(lambda: world.run(ADVICE["remove"](world.mm, readable, PAGE))) == errno.EACCES
+    private = file_at(world, 1, shared=False)[1]
+    assert errno_of(lambda: world.run(ADVICE["remove"](world.mm, private, PAGE))) == errno.EACCES
 
 
 def test_a_file_lives_while_an_fd_or_a_mapping_does(world: World) -> None:
