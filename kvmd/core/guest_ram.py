@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvmd.core.memslot import Memslot
+from kvmd.core.mm.space import Via
 from protocol.errors import UapiError
 from protocol.pt.geometry import gfn_limit
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gpa, Hva, gfn_of
@@ -63,7 +64,7 @@ class GuestRam:
             if there is not None:
                 return slot, there
             try:
-                await mm.fault_in(_hva(slot, gpa), write=write)
+                await mm.fault_in(_hva(slot, gpa), write=write, via=Via.KERNEL)
             except UapiError:
                 if self._vm.slots.find(gfn_of(gpa), self._as_id) is slot:
                     return None
