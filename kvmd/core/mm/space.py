@@ -121,7 +121,7 @@ class AddressSpace:
 
     def accessible(self, hva: Hva, *, write: bool, via: Via) -> Vma:
         """The mapping at `hva`.  EFAULT: none, or not with that right: a CPU reads whatever is not PROT_NONE
-        [x86 fault.c, access_error], get_user_pages wants VM_READ."""
+        (arch/x86, access_error), get_user_pages wants VM_READ [mm gup.c]."""
         vma = self.vmas.find(hva)
         readable = vma is not None and (vma.readable or (vma.writable and via is not Via.GUP))
         if vma is not None and self.alive and (vma.writable if write else readable):
