@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 from device_sim.core.function import Traits
 from protocol.daemon import parser
@@ -55,6 +56,7 @@ class DeviceSettings:
 class Settings:
     units: list[UnitSettings]
     devices: list[DeviceSettings]
+    driver_socket: Path | None = None
 
 
 def capabilities(*, levels: int = 4, max_page: str = "1G", **changed: int) -> tuple[Cap, Ecap]:
@@ -110,6 +112,13 @@ def _placed(options: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options = parser("device-sim", "DSA-like devices and the VT-d remapping units before them.")
+    options.add_argument(
+        "--driver-socket",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="socket for the IOMMU's driver, which has the remapping units: keep it from clients",
+    )
     options.add_argument("--devices", type=int, default=1, choices=range(1, MAX_DEVICES + 1), metavar="1..16")
     options.add_argument("--units", type=int, default=1, choices=range(1, MAX_UNITS + 1), metavar="1..4")
     options.add_argument(
@@ -135,7 +144,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     for device in devices:
         if not 0 <= device.unit < len(units):
             options.error(f"device at {device.rid:#x}: there is no unit {device.unit}")
-    return given, Settings(units, devices)
+    return given, Settings(units, devices, given.driver_socket)
 
 
 def _each(

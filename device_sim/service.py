@@ -1,4 +1,4 @@
-"""device_sim's connections: the driver's link, guests' portals, and the front door.
+"""device_sim's connections: the driver's link, guests' portals, and the doors.
 
 The link is held by one driver at a time.  When it hangs up, in whatever way, the silicon stops: nothing is
 translated any more, caches are empty, memory is unmapped and its leases end, portals are cut.
@@ -7,8 +7,11 @@ translated any more, caches are empty, memory is unmapped and its leases end, po
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter_ns
+from typing import Any
 
 import structlog
 
@@ -64,6 +67,9 @@ class DeviceSim:
         self.link: Channel | None = None
         self._event_due = False
         self.door = Door(loop, FRONT_DOOR, self)
+        self.private_doors: Mapping[Path, Door[Any]] = (
+            {} if settings.driver_socket is None else {settings.driver_socket: Door(loop, DRIVER_DOOR, self)}
+        )
 
     def _unit(self, settings: UnitSettings) -> RemappingUnit:
         return RemappingUnit(
@@ -86,7 +92,8 @@ class DeviceSim:
         """The silicon needs nobody."""
 
     def close(self) -> None:
-        self.door.close()
+        for door in (self.door, *self.private_doors.values()):
+            door.close()
         self.files.close()
 
     def _on_event(self) -> None:
@@ -126,6 +133,10 @@ class DeviceSim:
 # -- front door ----------------------------------------------------------------------------------------
 
 
+def _no_link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Body:
+    raise UapiError(errno.EPERM, "the remapping units are their driver's: it comes by --driver-socket")
+
+
 def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
     if app.link is not None:
         raise UapiError(errno.EBUSY, "a driver has the remapping unit already")
@@ -146,8 +157,9 @@ def _device_stats(app: DeviceSim, device: Device) -> Body:
 
 
 FRONT_DOOR: Service[DeviceSim] = Service(
-    "device_sim", {"LINK": Method(uapi.Link, _link), "STATS": Method(uapi.DeviceStats, _stats)}
+    "device_sim", {"LINK": Method(uapi.Link, _no_link), "STATS": Method(uapi.DeviceStats, _stats)}
 )
+DRIVER_DOOR: Service[DeviceSim] = Service("device_sim-link", {"LINK": Method(uapi.Link, _link)})
 
 # -- link ----------------------------------------------------------------------------------------------
 

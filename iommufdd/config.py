@@ -25,8 +25,10 @@ class Settings:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options = parser("iommufdd", "IOMMUFD and the VT-d driver: importer of exported TDPs.")
-    options.add_argument("--kvmd", type=Path, required=True, metavar="PATH", help="kvmd's socket")
-    options.add_argument("--device", type=Path, required=True, metavar="PATH", help="device_sim's socket")
+    options.add_argument("--kvmd", type=Path, required=True, metavar="PATH", help="kvmd's --importer-socket")
+    options.add_argument(
+        "--device", type=Path, required=True, metavar="PATH", help="device_sim's --driver-socket"
+    )
     options.add_argument(
         "--no-kvm-hwpt", action="store_true", help="as built without IOMMUFD_KVM_HWPT: no KVM HWPTs"
     )

@@ -1,6 +1,6 @@
 """The host's memory management as iommufdd reaches it: one process's memory, by its mm fd.
 
-The fd is presented at kvmd's front door and not kept: it is no reference on the process
+The fd is presented at kvmd's door for importers and not kept: it is no reference on the process
 (`protocol/uapi/hmm.py`).  Registering brings the windows the process's pages lie in, and the lease of
 whoever reaches them.
 """

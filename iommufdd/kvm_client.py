@@ -1,5 +1,5 @@
-"""KVM as iommufdd reaches it: a TDP FD presented at kvmd's front door becomes an importer's channel, a VM fd
-one over which KVM says what its vCPUs faulted in.
+"""KVM as iommufdd reaches it: a TDP FD presented at kvmd's door for importers becomes an importer's
+channel, a VM fd one over which KVM says what its vCPUs faulted in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What kvmd gives for an fd that is presented at its front door: a channel of its own, until kvmd is gone.
+"""What kvmd gives for an fd presented at its door for importers: a channel of its own, until kvmd is gone.
 
 Only kvmd can say whether an fd is a TDP FD, a process's or a VM's, and only the fd opens the door: iommufdd
 never speaks to what a user handed it (docs/decisions/0004).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvmd.core.host import CpuFeatures
 from kvmd.core.tdp_fd import Obstacle
@@ -23,6 +24,24 @@ class Settings:
     frame_tags: bool
     obstacles: frozenset[Obstacle] = frozenset()
     memlock: int | None = None  # bytes; None: no limit
+    importer_socket: Path | None = None
+    admin_socket: Path | None = None
+    trust_importers: bool = False
+
+
+def _add_doors(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--importer-socket",
+        type=Path,
+        metavar="PATH",
+        help="socket for the IOMMU's driver, which is lent the memory of all VMs: keep it from clients",
+    )
+    options.add_argument(
+        "--admin-socket", type=Path, metavar="PATH", help="socket to inspect and dump any VM by its number"
+    )
+    options.add_argument(
+        "--trust-importers", action="store_true", help="whoever connects to --socket may import as well"
+    )
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
@@ -64,6 +83,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         action="store_true",
         help="do not tag frames with their owner (a debug aid: devices check that they touch none given up)",
     )
+    _add_doors(options)
     given = options.parse_args(argv)
     if given.ram % GIB or not GIB <= given.ram <= MAX_RAM:
         options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
@@ -82,4 +102,5 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     )
     obstacles = frozenset(given.cannot_export)
     ram, tags = (given.ram, given.table_ram), not given.no_frame_tags
-    return given, Settings(*ram, features, tags, obstacles, given.memlock)
+    doors = given.importer_socket, given.admin_socket, given.trust_importers
+    return given, Settings(*ram, features, tags, obstacles, given.memlock, *doors)

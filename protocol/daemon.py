@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class App(Protocol):
     """What a daemon is, apart from its main."""
 
     door: Door[Any]
+    private_doors: Mapping[Path, Door[Any]]
+    """For the few: by the socket, which only our own user can connect to."""
 
     async def start(self) -> None:
         """Runs before the socket appears, with the loop serving: reach the peers it needs."""
@@ -140,7 +142,7 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
             loop.kick()
             stop.set()
 
-    listener = None
+    listeners: list[Listener] = []
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signal, stop)
         nursery.start_soon(loop.serve)
@@ -149,11 +151,13 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
         try:
             if not await _start(app, stop):
                 return 0
-            listener = Listener(loop, options.socket, app.door.open)
+            for path, door in app.private_doors.items():
+                listeners.append(Listener(loop, path, door.open, mode=0o600))
+            listeners.append(Listener(loop, options.socket, app.door.open))  # last: it says that we are ready
             log.info("ready", daemon=name, socket=str(options.socket), pid=os.getpid())
             await stop.wait()
         finally:
-            if listener is not None:
+            for listener in listeners:
                 listener.close()
             app.close()
             loop.settle()

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +109,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _add_run_options(looking)
     looking.add_argument("--vm", type=_bounded(1, 1 << 32), metavar="N", help="its number (the newest)")
+    looking.add_argument(
+        "--admin",
+        type=Path,
+        metavar="PATH",
+        help="with --attach: the socket kvmd was given as --admin-socket",
+    )
     looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
     add_compare(commands, _bounded)
     add_campaign_options(
         commands.add_parser("campaign", help="many seeds and parameters, kept and resumable")
     )
     options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+    if options.command == "inspect" and (options.attach is None) != (options.admin is None):
+        looking.error("--attach DIR and --admin PATH go together: only the administrator looks into any VM")
     if options.command == "run":
         _check_design(run, SCENARIOS[options.scenario], options.design)
         if options.attach is not None and given(options):
@@ -235,7 +244,7 @@ def _inspect(options: argparse.Namespace) -> int:
                 await stack.enter_async_context(demo(host))
             seen.update(await inspect(host, options.vm, options.gpa, options.dump))
 
-    if not trio.run(_with_host, options, look, problems):
+    if not trio.run(partial(_with_host, options, look, problems, as_admin=True)):
         return _interrupted()
     for problem in problems:
         print(f"qemu-shim: {problem}", file=sys.stderr)
@@ -254,21 +263,23 @@ async def _with_host(
     work: Callable[[Host], Awaitable[None]],
     problems: list[str],
     daemon_options: Mapping[str, Sequence[str]] | None = None,
+    *,
+    as_admin: bool = False,
 ) -> bool:
-    """Do `work` on the daemons that run, or on some of our own, started with `daemon_options`.  False if a
-    signal ended it.
+    """Do `work` on the daemons that run, or on some of our own, started with `daemon_options`; `as_admin`
+    with kvmd's administrator's socket.  False if a signal ended it.
     """
 
     async def with_host() -> None:
         try:
             async with AsyncExitStack() as stack:
-                directory = options.attach
+                directory, admin = options.attach, options.admin if as_admin else None
                 if directory is None:
                     supervisor = await stack.enter_async_context(
                         supervised(daemon_options or {}, log_level=options.log_level)
                     )
-                    directory = supervisor.directory
-                await work(await stack.enter_async_context(connect_host(directory)))
+                    directory, admin = supervisor.directory, supervisor.admin if as_admin else None
+                await work(await stack.enter_async_context(connect_host(directory, admin)))
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
             problems.extend(str(error) for error in leaves(group))
 

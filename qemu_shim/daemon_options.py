@@ -52,7 +52,7 @@ def canonical(name: str, text: str) -> str:
     if spec is None:
         raise LookupError(f"there is no daemon {name!r}, only {', '.join(spec.name for spec in DAEMONS)}")
     words = shlex.split(text)
-    ours = [word for word in spec.argv("") if word.startswith("--")]
+    ours = [option for option, _ in spec.sockets]
     for word in words:
         option = word.partition("=")[0]
         if any(option.startswith("--") and name.startswith(option) for name in ours):

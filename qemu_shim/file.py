@@ -30,6 +30,10 @@ class File:
         """A copy of the fd, to pass on."""
         return os.dup(self._fd)
 
+    @property
+    def closed(self) -> bool:
+        return self._channel.closed
+
     def close(self) -> None:
         """Drop our reference."""
         if not self._channel.closed:

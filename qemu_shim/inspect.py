@@ -25,8 +25,9 @@ DEMO_PAGES = 8
 
 
 async def inspect(host: Host, number: int | None, gpa: int | None, dump: Path | None) -> Seen:
-    """What `--json` prints.  Raises UapiError(ENOENT) if there is no such VM."""
-    inspector = Inspector(host.kvmd.channel)
+    """What `--json` prints, for a host's administrator.  Raises UapiError(ENOENT) if there is no such VM."""
+    assert host.admin is not None, "the administrator's socket"
+    inspector = Inspector(host.admin)
     vm = await inspector.newest() if number is None else number
     seen: Seen = {"vms": await inspector.vms()}
     if gpa is None:
@@ -35,7 +36,7 @@ async def inspect(host: Host, number: int | None, gpa: int | None, dump: Path | 
     else:
         seen["gpa"] = _decoded(gpa, await inspector.gpa(vm, gpa))
     if dump is not None:
-        await inspector.dump(dump, number=vm)
+        await inspector.dump(dump, vm)
         seen["dump"] = str(dump)
     return seen
 

@@ -1,6 +1,6 @@
 """What can be asked of kvmd about its VMs: thin names over the requests of `protocol/uapi/inspect.py`.
 
-A VM is named by its number, or by an fd of it, which is closed here.  A dump becomes two files,
+A VM is named by its fd or, over the administrator's socket, by its number.  A dump becomes two files,
 TABLES.bin and TABLES.json, whose form is in docs/decisions/0010.
 """
 
@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, Reply
 from protocol.units import PAGE_SIZE
+from qemu_shim.kvm_client import Vm
+
+Named = Vm | int  # an fd of ours, or a number
 
 BINARY, METADATA = "TABLES.bin", "TABLES.json"
 
@@ -35,23 +37,23 @@ class Inspector:
             raise UapiError(errno.ENOENT, "kvmd has no VM")
         return vms[-1]
 
-    async def vm(self, number: int) -> Body:
-        return (await self._ask("INSPECT", number)).body
+    async def vm(self, vm: Named) -> Body:
+        return (await self._ask("INSPECT", vm)).body
 
-    async def gpa(self, number: int, gpa: int) -> Body:
-        return (await self._ask("INSPECT_GPA", number, gpa=gpa)).body
+    async def gpa(self, vm: Named, gpa: int) -> Body:
+        return (await self._ask("INSPECT_GPA", vm, gpa=gpa)).body
 
-    async def dump(self, directory: Path, vm_fd: int | None = None, number: int | None = None) -> None:
+    async def dump(self, directory: Path, vm: Named) -> None:
         """Write the table of the VM into `directory`, which is made if it is not there."""
-        assert (vm_fd is None) != (number is None), "one name of the VM"
-        reply = await self._ask("DUMP_TABLES", number, [] if vm_fd is None else [vm_fd])
+        reply = await self._ask("DUMP_TABLES", vm)
         write_dump(directory, as_document(reply.body), reply.fds.take(0))
 
-    async def tables(self, vm_fd: int) -> bytes:
+    async def tables(self, vm: Named) -> bytes:
         """Every page of the table of the VM, one after the other."""
-        return _read((await self._ask("DUMP_TABLES", None, [vm_fd])).fds.take(0))
+        return _read((await self._ask("DUMP_TABLES", vm)).fds.take(0))
 
-    async def _ask(self, op: str, number: int | None, fds: Sequence[int] = (), **body: Any) -> Reply:
+    async def _ask(self, op: str, vm: Named, **body: Any) -> Reply:
+        number, fds = (vm, []) if isinstance(vm, int) else (None, [vm.dup()])
         return await self._kvmd.ask(op, {"vm": number, **body}, fds)
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import trio
 
 from protocol.errors import PeerError, UapiError
+from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
+from protocol.rpc.socket import connect
 from protocol.uapi import names
 from protocol.units import GIB, MIB, Gpa
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
@@ -48,12 +50,15 @@ class MachineConfig:
 
 @dataclass(slots=True)
 class Host:
-    """The three daemons, by their front doors."""
+    """The three daemons, by their front doors; `admin` is kvmd's for who looks after the host, if we are
+    that.
+    """
 
     loop: Loop
     kvmd: Kvmd
     iommufdd: Iommufdd
     device_sim: DeviceSim
+    admin: Channel | None = None
     design: Design = SHARED  # of the machines of a scenario that can be played on any
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
@@ -120,7 +125,7 @@ class Machine(BareMachine):
 
     async def dump(self, directory: Path) -> None:
         """Write the table as it is now, for other tools."""
-        await Inspector(self.host.kvmd.channel).dump(directory, self.vm.dup())
+        await Inspector(self.host.kvmd.channel).dump(directory, self.vm)
 
     def hva_of(self, gpa: int) -> int:
         for slot in self.slots:
@@ -154,8 +159,10 @@ class GuestCpu:
 
 
 @asynccontextmanager
-async def connect_host(directory: Path) -> AsyncIterator[Host]:
-    """Reach the daemons whose sockets are in `directory`; serves messages for as long as it is open."""
+async def connect_host(directory: Path, admin: Path | None = None) -> AsyncIterator[Host]:
+    """Reach the daemons whose sockets are in `directory`, and kvmd's `admin` socket if it is given; serves
+    messages for as long as it is open.
+    """
     crashes: list[BaseException] = []
     loop = Loop(crashes.append)
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
@@ -167,7 +174,11 @@ async def connect_host(directory: Path) -> AsyncIterator[Host]:
         stack.callback(iommufdd.close)
         device_sim = await DeviceSim.connect(loop, socket_of(DEVICE_SIM, directory))
         stack.callback(device_sim.close)
-        yield Host(loop, kvmd, iommufdd, device_sim)
+        host = Host(loop, kvmd, iommufdd, device_sim)
+        if admin is not None:
+            host.admin = Channel(loop, await connect(admin), "kvmd-admin")
+            stack.callback(host.admin.close)
+        yield host
     loop.close()
     if crashes:
         raise crashes[0]

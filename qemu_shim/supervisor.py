@@ -1,9 +1,11 @@
-"""The embedded default: daemons as child processes in a private directory, gone when we are.
+"""The embedded default: daemons as child processes in private directories, gone when we are.
+
+One directory is for clients; drivers' and administrators' sockets, and the logs, lie in another whose name
+they are not told (docs/decisions/0014).
 
 Each daemon gets its own session, so that a Ctrl-C reaches us alone and they are stopped in order; each
 watches its standard input, a pipe of ours, so that they stop even if we are killed.  Their
-logs go to files in the directory, which only a kill of ours leaves behind; a daemon that fails has the
-end of its log shown.
+logs go to files, which only a kill of ours leaves behind; a daemon that fails has the end of its log shown.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 import trio
 
 from protocol.rpc.socket import START_PATIENCE_S
-from qemu_shim.daemons import DAEMONS, DaemonSpec, socket_of
+from qemu_shim.daemons import ADMIN, DAEMONS, DaemonSpec, Places, socket_of
 
 STOP_PATIENCE_S = 30.0  # for one daemon
 STOP_ALL_S = STOP_PATIENCE_S * len(DAEMONS) + 10.0  # for who stops a run with daemons of its own
@@ -44,26 +46,36 @@ class _Running:
 
 
 class Supervisor:
-    """`extra` are further options for a daemon, by name; `log_level` is every daemon's."""
+    """`directory` is what clients are given, `private` what they are not; `extra` are further options for a
+    daemon, by name; `log_level` is every daemon's.
+    """
 
     def __init__(
         self,
         directory: Path,
+        private: Path,
         extra: Mapping[str, Sequence[str]],
         log_level: str,
         daemons: Sequence[DaemonSpec] = DAEMONS,
     ) -> None:
         self.directory = directory
+        self._private = private
+        self._places = Places(directory, private, private)
         self._daemons = daemons
         self._extra = extra
         self._log_level = log_level
         self._running: list[_Running] = []
 
+    @property
+    def admin(self) -> Path:
+        """kvmd's socket for whoever looks after the host."""
+        return ADMIN.path(self._places)
+
     async def start(self) -> None:
         """Start all of them at once: each waits for the peers it needs."""
         for spec in self._daemons:
-            log = self.directory / f"{spec.name}.log"
-            argv = [sys.executable, "-m", spec.module, *spec.argv(str(self.directory))[1:]]
+            log = self._private / f"{spec.name}.log"
+            argv = [sys.executable, "-m", spec.module, *spec.argv(self._places)[1:]]
             argv += ["--exit-with-stdin", "--log-level", self._log_level, *self._extra.get(spec.name, ())]
             with log.open("wb") as output:
                 process = await trio.lowlevel.open_process(
@@ -119,12 +131,12 @@ async def supervised(
     log_level: str = "info",
     daemons: Sequence[DaemonSpec] = DAEMONS,
 ) -> AsyncIterator[Supervisor]:
-    """The daemons, ready, in a directory of mode 0700 that goes away with them.
+    """The daemons, ready, in directories of mode 0700 that go away with them.
 
     Raises DaemonFailed at the end if one of them did not end cleanly.
     """
-    directory = Path(tempfile.mkdtemp(prefix="tdp-"))
-    supervisor = Supervisor(directory, extra or {}, log_level, daemons)
+    directory, private = (Path(tempfile.mkdtemp(prefix=f"tdp-{whose}")) for whose in ("", "private-"))
+    supervisor = Supervisor(directory, private, extra or {}, log_level, daemons)
     try:
         await supervisor.start()
         await supervisor.wait_ready()
@@ -132,6 +144,7 @@ async def supervised(
     finally:
         with trio.CancelScope(shield=True):
             problems = await supervisor.stop()
-            shutil.rmtree(directory, ignore_errors=True)
+            for made in (directory, private):
+                shutil.rmtree(made, ignore_errors=True)
         if problems:  # they say more than what the scenario met because of them
             raise DaemonFailed("\n".join(problems))

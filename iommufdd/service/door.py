@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from iommufdd.config import Settings
 from iommufdd.core.hwpt import Hwpt
@@ -28,6 +31,7 @@ class Iommufdd:
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.app = App(loop, settings)
         self.door = Door(loop, FRONT_DOOR, self.app)
+        self.private_doors: Mapping[Path, Door[Any]] = {}
 
     async def start(self) -> None:
         await self.app.start()

@@ -1,49 +1,62 @@
-"""kvmd's front door and /dev/kvm: where processes begin and VMs are made.
+"""kvmd's doors and /dev/kvm: where processes begin and VMs are made.
 
-The front door stands for the host itself; whoever connects can start a process, open a device node, and
-present a TDP FD as an importer, or an mm fd as another MMU of that process.
+The front door stands for the host itself: whoever connects can start a process, open a device node, and
+look at the VMs whose fds he has.  What reaches into other VMs has doors of its own: the administrator's, and
+the one for importers (`importer_door.py`).
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import structlog
 
 from kvmd.config import Settings
 from kvmd.core.capability import check_extension
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
-from kvmd.core.vm import VmType, create_vm
-from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
-from kvmd.service.hmm import open_mirror
-from kvmd.service.inspect import INSPECT
+from kvmd.core.vm import Kvm, VmType, create_vm
+from kvmd.service.importer_door import IMPORTER_DOOR, IMPORTS, NOTES, REFUSED
+from kvmd.service.inspect import any_vm, inspecting, own_vm
 from kvmd.service.mm import open_mm
-from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
-from kvmd.service.tdp_fd import IMPORTER, importer_closed
+from kvmd.service.objects import App, MmFile, VmFile
 from kvmd.service.vm import VM
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
-from protocol.uapi import hmm, names
 from protocol.uapi import kvm as uapi
-from protocol.uapi import tdp_fd as tdp
+from protocol.uapi import names
+
+log = structlog.get_logger("kvmd")
 
 
 class Kvmd:
-    """The daemon: what it holds, behind its socket."""
+    """The daemon: what it holds, behind its sockets."""
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.app = App(loop, settings)
-        self.door = Door(loop, FRONT_DOOR, self.app)
+        self.trusting = settings.trust_importers
+        self.door = Door(loop, TRUSTING_DOOR if self.trusting else FRONT_DOOR, self.app)
+        private = {settings.importer_socket: IMPORTER_DOOR, settings.admin_socket: ADMIN_DOOR}
+        self.private_doors: Mapping[Path, Door[Any]] = {
+            path: Door(loop, service, self.app) for path, service in private.items() if path is not None
+        }
 
     async def start(self) -> None:
         """kvmd needs nobody."""
+        if self.trusting:
+            log.warning("importers are trusted: every client may have itself lent the memory of all VMs")
 
     def close(self) -> None:
-        self.door.close()
+        for door in (self.door, *self.private_doors.values()):
+            door.close()
         self.app.close()
 
 
@@ -86,25 +99,18 @@ def _mm_create(app: App, message: uapi.MmCreate, fds: Fds) -> Answer:
     return Answer({}, [open_mm(app, app.host.create_mm())])
 
 
-def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
-    importer = Importer(app.files.find(fds.peek(0), TdpFile))
-    fd, _, importer.channel = app.files.open(IMPORTER, importer, importer_closed)
-    return Answer({}, [fd])
-
-
-def _hmm_mirror_get(app: App, message: hmm.HmmMirrorGet, fds: Fds) -> Answer:
-    return Answer({}, [open_mirror(app, app.files.find(fds.peek(0), MmFile).mm)])
-
-
-def _fault_notes_get(app: App, message: uapi.KvmFaultNotesGet, fds: Fds) -> Answer:
-    notes = NotesFile(app.files.find(fds.peek(0), VmFile).vm.fault_notes)
-    fd, _, notes.channel = app.files.open(FAULT_NOTES, notes, NotesFile.closed)
-    return Answer({}, [fd])
-
-
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
+    return _stats_of(app, [app.files.find(fds.peek(n), VmFile).vm for n in range(len(fds))])
+
+
+def _stats_of_all(app: App, message: uapi.Stats, fds: Fds) -> Body:
+    return _stats_of(app, app.vms)
+
+
+def _stats_of(app: App, vms: list[Kvm]) -> Body:
     return {
-        "vms": [vm_stats(vm) for vm in app.vms],
+        "vms": [vm_stats(vm) for vm in vms],
+        "vm_count": len(app.vms),
         "processes": len(app.mms),
         "frames": app.host.frames.in_use,
         "table_pages": app.host.pool.in_use,
@@ -117,16 +123,18 @@ def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
     return {"violations": found + [violation for vm in app.vms for violation in check_vm(vm)]}
 
 
-FRONT_DOOR: Service[App] = Service(
-    "kvmd",
-    {
-        "OPEN": Method(uapi.Open, _open),
-        "MM_CREATE": Method(uapi.MmCreate, _mm_create),
-        "TDP_FD_GET": Method(tdp.TdpFdGet, _tdp_fd_get, 1),
-        "HMM_MIRROR_GET": Method(hmm.HmmMirrorGet, _hmm_mirror_get, 1),
-        "KVM_FAULT_NOTES_GET": Method(uapi.KvmFaultNotesGet, _fault_notes_get, 1),
-        "STATS": Method(uapi.Stats, _stats),
-        "CHECK": Method(uapi.Check, _check),
-        **INSPECT,
-    },
+_CHECK: dict[str, Method[App, Any]] = {"CHECK": Method(uapi.Check, _check)}
+_CLIENTS: dict[str, Method[App, Any]] = {
+    "OPEN": Method(uapi.Open, _open),
+    "MM_CREATE": Method(uapi.MmCreate, _mm_create),
+    "STATS": Method(uapi.Stats, _stats, uapi.MAX_VMS_TOLD),
+    **_CHECK,
+    **NOTES,
+    **inspecting(own_vm),
+}
+
+FRONT_DOOR: Service[App] = Service("kvmd", {**_CLIENTS, **REFUSED})
+TRUSTING_DOOR: Service[App] = Service("kvmd", {**_CLIENTS, **IMPORTS})
+ADMIN_DOOR: Service[App] = Service(
+    "kvmd-admin", {"STATS": Method(uapi.Stats, _stats_of_all), **_CHECK, **inspecting(any_vm)}
 )

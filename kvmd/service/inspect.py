@@ -1,9 +1,12 @@
-"""Looking at VMs through the front door: requests of `protocol/uapi/inspect.py`."""
+"""Looking at VMs: requests of `protocol/uapi/inspect.py`, by a VM's fd, or by its number for the
+administrator.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 from kvmd.core.inspect import Run, describe, look_up, make_probes, root_of, table_runs
@@ -16,33 +19,53 @@ from protocol.rpc.service import Answer, Method
 from protocol.uapi import inspect as uapi
 from protocol.units import PAGE_SIZE, Gpa
 
+Find = Callable[[App, int | None, Fds], Kvm]
 
-def _find(app: App, number: int | None, fds: Fds) -> Kvm:
+
+def own_vm(app: App, number: int | None, fds: Fds) -> Kvm:
+    """Whoever has its fd.  EPERM: by its number."""
+    if number is not None:
+        raise UapiError(errno.EPERM, f"VM {number} by its number: send its fd, or come by --admin-socket")
+    return app.files.find(fds.peek(0), VmFile).vm
+
+
+def any_vm(app: App, number: int | None, fds: Fds) -> Kvm:
+    """For the administrator.  ENOENT."""
     if number is None:
-        return app.files.find(fds.peek(0), VmFile).vm
+        return own_vm(app, None, fds)
     for vm in app.vms:
         if vm.id == number:
             return vm
     raise UapiError(errno.ENOENT, f"there is no VM {number}")
 
 
-def _inspect(app: App, message: uapi.Inspect, fds: Fds) -> Body:
-    return describe(_find(app, message.vm, fds), uapi.MAX_SLOTS_TOLD)
+def inspecting(find: Find) -> dict[str, Method[App, Any]]:
+    """The requests, of the VMs that `find` finds."""
+
+    def inspect(app: App, message: uapi.Inspect, fds: Fds) -> Body:
+        return describe(find(app, message.vm, fds), uapi.MAX_SLOTS_TOLD)
+
+    def inspect_gpa(app: App, message: uapi.InspectGpa, fds: Fds) -> Body:
+        return look_up(find(app, message.vm, fds), Gpa(message.gpa))
+
+    def dump_tables(app: App, message: uapi.DumpTables, fds: Fds) -> Answer:
+        return _dump(app, find(app, message.vm, fds), message.probes)
+
+    return {
+        "INSPECT": Method(uapi.Inspect, inspect, 1),
+        "INSPECT_GPA": Method(uapi.InspectGpa, inspect_gpa, 1),
+        "DUMP_TABLES": Method(uapi.DumpTables, dump_tables, 1),
+    }
 
 
-def _inspect_gpa(app: App, message: uapi.InspectGpa, fds: Fds) -> Body:
-    return look_up(_find(app, message.vm, fds), Gpa(message.gpa))
-
-
-def _dump_tables(app: App, message: uapi.DumpTables, fds: Fds) -> Answer:
-    vm = _find(app, message.vm, fds)
+def _dump(app: App, vm: Kvm, probes: int) -> Answer:
     root = root_of(vm)
     runs = table_runs(app.host.writer, root)
     body = {
         "root_hpa": root.hpa,
         "levels": root.role.level,
         "runs": [list(run) for run in runs],
-        "probes": [list(probe) for probe in make_probes(vm, root, message.probes)],
+        "probes": [list(probe) for probe in make_probes(vm, root, probes)],
     }
     return Answer(body, [_copy(app.host.writer, runs)])
 
@@ -63,10 +86,3 @@ def _copy(tables: TableReader, runs: list[Run]) -> int:
         size = sum(run.pages for run in runs) * PAGE_SIZE
         raise UapiError(error.errno or errno.ENOMEM, f"no memory for a dump of {size} bytes") from None
     return fd
-
-
-INSPECT: dict[str, Method[App, Any]] = {
-    "INSPECT": Method(uapi.Inspect, _inspect, 1),
-    "INSPECT_GPA": Method(uapi.InspectGpa, _inspect_gpa, 1),
-    "DUMP_TABLES": Method(uapi.DumpTables, _dump_tables, 1),
-}

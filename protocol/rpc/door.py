@@ -1,4 +1,4 @@
-"""A daemon's front door: every connection to its socket is a channel served by one service.
+"""A daemon's door: every connection to its socket is a channel served by one service.
 
 What is asked there needs no fd; what is handed out there is one (`protocol/rpc/files.py`).  Hanging up on
 the door ends nothing that was handed out.

@@ -27,9 +27,13 @@ log = structlog.get_logger("rpc")
 
 
 class Listener:
-    """Accepts connections on `path`; the socket file is removed at `close`."""
+    """Accepts connections on `path`, which gets `mode` (the umask's); the socket file is removed at
+    `close`.
+    """
 
-    def __init__(self, loop: Loop, path: Path, on_connect: Callable[[socket.socket], None]) -> None:
+    def __init__(
+        self, loop: Loop, path: Path, on_connect: Callable[[socket.socket], None], *, mode: int | None = None
+    ) -> None:
         check_path(path)
         self._loop = loop
         self._path = path
@@ -44,6 +48,8 @@ class Listener:
         except OSError as error:
             self._sock.close()
             raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
+        if mode is not None:
+            os.chmod(hidden, mode)  # before anybody can connect
         self._sock.listen(BACKLOG)
         os.rename(hidden, path)
         self._spare = os.open(os.devnull, os.O_RDONLY)  # a place in our fd table to turn peers away with

@@ -25,7 +25,9 @@ Address = Annotated[int, Field(ge=0, lt=1 << 57, multiple_of=PAGE_SIZE)]
 
 
 class HmmMirrorGet(Message):
-    """At kvmd's front door, with an mm fd (EINVAL if it is something else); the reply carries the channel."""
+    """At kvmd's door for importers (EPERM elsewhere), with an mm fd (EINVAL if it is something else); the
+    reply carries the channel.
+    """
 
 
 class HmmRegister(Message):

@@ -1,7 +1,8 @@
-"""What kvmd answers to whoever debugs it, at its front door: debugfs and /proc/vmcore, so to speak.
+"""What kvmd answers to whoever debugs it: debugfs and /proc/vmcore, so to speak.
 
-A request names a VM by its number, or by the VM fd sent along when `vm` is None.  Each is answered in one
-turn of kvmd's, so an answer is a state the VM was in, however busy it is.
+A request names a VM by the VM fd sent along, when `vm` is None, or, at the administrator's door, by its
+number (EPERM elsewhere).  Each is answered in one turn of kvmd's, so an answer is a state the VM was in,
+however busy it is.
 """
 
 from __future__ import annotations

@@ -24,8 +24,13 @@ class MmCreate(Message):
     """A process starts: the reply carries the fd of its address space; closing the last copy is its exit."""
 
 
+MAX_VMS_TOLD = 7  # of one STATS, by their fds
+
+
 class Stats(Message):
-    """Counters of everything the daemon keeps, for people and scenarios."""
+    """Counters of the host, and of the VMs whose fds are sent along; at the administrator's door, of all
+    VMs.
+    """
 
 
 class Check(Message):
@@ -165,7 +170,7 @@ class ZapGfnRange(Ioctl):
 
 
 class KvmFaultNotesGet(Message):
-    """The model's, at kvmd's front door, with a VM fd (EINVAL if it is something else): the reply carries a
+    """The model's, at kvmd's doors, with a VM fd (EINVAL if it is something else): the reply carries a
     channel over which kvmd says what the VM's vCPUs faulted in.  It is no reference on the VM.
     """
 

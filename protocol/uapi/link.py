@@ -23,11 +23,13 @@ MAX_UNITS = 64
 MAX_FUNCTIONS = 1 << 10
 FAULT_CAPABILITIES: Final = ("full", "partial", "none")
 
-# -- front door of device_sim --------------------------------------------------------------------------
+# -- doors of device_sim -------------------------------------------------------------------------------
 
 
 class Link(Message):
-    """The driver takes the unit; the reply carries the link.  EBUSY: another driver has it."""
+    """The driver takes the units; the reply carries the link.  EBUSY: another driver has it; EPERM: not at
+    the driver's door.
+    """
 
 
 class DeviceStats(Message):

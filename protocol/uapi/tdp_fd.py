@@ -1,10 +1,9 @@
 """The in-kernel interface of an exported TDP, between kvmd and an importer [RFC 01/42].
 
-The TDP FD itself answers no ioctl (ENODEV).  An importer presents it at kvmd's front door and is given
-a channel of its own, over which it asks for metadata, registers, forwards faults; kvmd sends it
-invalidations over the same channel, whose reply is the ack.  Registering hands over the memory windows
-and a lease: a socket end that whoever walks the table must keep open, and close only once it walks no
-more.
+The TDP FD itself answers no ioctl (ENODEV).  An importer presents it at kvmd's door for importers and is
+given a channel of its own, over which it asks for metadata, registers, forwards faults; kvmd sends it
+invalidations over the same channel, whose reply is the ack.  Registering hands over the memory windows and a
+lease: a socket end that whoever walks the table must keep open, and close only once it walks no more.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from protocol.uapi.message import U64, Message, Name
 
 
 class TdpFdGet(Message):
-    """With the TDP FD (EINVAL if it is something else); the reply carries the importer's channel."""
+    """At kvmd's door for importers (EPERM elsewhere), with the TDP FD (EINVAL if it is something else); the
+    reply carries the importer's channel.
+    """
 
 
 class TdpGetMetadata(Message):

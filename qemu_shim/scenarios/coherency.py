@@ -108,7 +108,7 @@ async def _entries(stage: Stage) -> int:
     hva = guest.hva_of(pages)
     for at, action in enumerate(("age", "numa_hint", "swap_out")):
         await guest.process.host_action(action, hva + 4 * at * PAGE_SIZE, 2 * PAGE_SIZE)
-    tables = await Inspector(stage.host.kvmd.channel).tables(guest.vm.dup())
+    tables = await Inspector(stage.host.kvmd.channel).tables(guest.vm)
     entries = [entry for (entry,) in struct.iter_unpack("<Q", tables) if entry]
     stage.report.expect(not any(entry & bits.SNOOP for entry in entries), "I2: an entry has bit 11 set")
     return len(entries)

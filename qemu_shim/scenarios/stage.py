@@ -49,14 +49,11 @@ class Stage:
 
     async def inspect(self) -> Body:
         """The machine's VM: slots, roots, counters."""
-        return await Inspector(self.host.kvmd.channel).vm(await self._number())
+        return await Inspector(self.host.kvmd.channel).vm(self.guest.vm)
 
     async def walks(self, gpa: int) -> Body:
         """The entries on the way to `gpa` and where each walker ends."""
-        return await Inspector(self.host.kvmd.channel).gpa(await self._number(), gpa)
-
-    async def _number(self) -> int:
-        return await Inspector(self.host.kvmd.channel).newest()
+        return await Inspector(self.host.kvmd.channel).gpa(self.guest.vm, gpa)
 
 
 def _told(iommu: Stats) -> int:

@@ -8,13 +8,13 @@ import pytest
 
 from qemu_shim.machine import Host, connect_host
 from tests.integration.rig import nothing_left
-from tests.integration.system import System, system
+from tests.integration.system import TRUSTING, System, system
 
 
 @pytest.fixture(scope="session")
 def shared_system() -> Iterator[System]:
     """Every one of these daemons must end with status 0 after all tests."""
-    with system({"device_sim": ["--devices", "4"]}) as running:
+    with system({**TRUSTING, "device_sim": ["--devices", "4"]}) as running:
         yield running
 
 

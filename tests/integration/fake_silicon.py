@@ -148,7 +148,8 @@ async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Rig]]:
             fake = FakeSilicon(loop, functions)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(loop.serve)
-                listener = Listener(loop, running.socket("device_sim"), fake.on_connect)
+                doors = running.link, running.socket("device_sim")
+                listeners = [Listener(loop, path, fake.on_connect) for path in doors]
                 await trio.to_thread.run_sync(running.start, "iommufdd")
                 async with connect_host(directory) as host:
                     rig = await _attached(host)
@@ -158,7 +159,8 @@ async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Rig]]:
                         rig.close()
                     await nothing_left(host)
                 fake.close()
-                listener.close()
+                for listener in listeners:
+                    listener.close()
                 nursery.cancel_scope.cancel()
             loop.close()
             assert crashes == []

@@ -158,7 +158,7 @@ async def nothing_left(host: Host) -> None:
     """Waits until no daemon keeps anything of any VM."""
     await eventually(
         host.kvmd.stats,
-        lambda s: s["vms"] == [] and not (s["processes"] or s["frames"] or s["table_pages"]),
+        lambda s: not (s["vm_count"] or s["processes"] or s["frames"] or s["table_pages"]),
         "kvmd has given everything back",
     )
     await eventually(

@@ -69,7 +69,8 @@ class Scratch:
 
     def wait_working(self) -> None:
         """Returns once DMA runs; remembers the memory it runs on."""
-        sockets = {spec.name: None for spec in DAEMONS}
+        private = {socket.name for spec in DAEMONS for _, socket in spec.listens}
+        sockets = {spec.name for spec in DAEMONS} | private
 
         def descriptors() -> int:
             found = list(self.directory.glob("tdp-*/device_sim.sock"))
@@ -82,8 +83,8 @@ class Scratch:
             return count
 
         until(lambda: descriptors() > 50, "DMA is running")
-        assert {path.stem for path in self.directory.glob("tdp-*/*.sock")} == set(sockets)
-        assert [path.stat().st_mode & 0o777 for path in self.directory.glob("tdp-*")] == [0o700]
+        assert {path.stem for path in self.directory.glob("tdp-*/*.sock")} == sockets
+        assert [path.stat().st_mode & 0o777 for path in self.directory.glob("tdp-*")] == [0o700] * 2
         for pid in self.processes():
             maps = Path(f"/proc/{pid}/maps").read_text()
             assert "/dev/shm/" not in maps

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from qemu_shim.daemons import DAEMONS, DaemonSpec, socket_of
+from qemu_shim.daemons import ADMIN, DAEMONS, IMPORTERS, LINK, DaemonSpec, Places, socket_of
 from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
@@ -26,12 +26,18 @@ POLL_S = 0.005
 Options = Mapping[str, Sequence[str]]
 T = TypeVar("T")
 
+TRUSTING: Options = {"kvmd": ["--trust-importers"]}  # for tests that import themselves
+
 
 class System:
-    """The daemons of one system in a directory of their own.  `kvmd` may be another program's path."""
+    """The daemons of one system, with what clients are given in `directory` and the rest below it.  `kvmd`
+    may be another program's path.
+    """
 
     def __init__(self, directory: Path, options: Options | None = None, kvmd: Path | None = None) -> None:
         self.directory = directory
+        self.places = Places(directory, directory / "private", directory / "private")
+        self.places.drivers.mkdir(exist_ok=True)
         self._options = options or {}
         self._kvmd = kvmd
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -48,7 +54,7 @@ class System:
             until(lambda spec=spec: self._is_ready(spec), f"{spec.name} is ready")  # type: ignore[misc]
 
     def _argv(self, spec: DaemonSpec) -> list[str]:
-        argv = spec.argv(str(self.directory))
+        argv = spec.argv(self.places)
         program = [str(BIN / argv[0])]
         if spec.name == "kvmd" and self._kvmd is not None:
             program = [sys.executable, str(self._kvmd)]
@@ -66,6 +72,20 @@ class System:
 
     def socket(self, name: str) -> Path:
         return self.directory / f"{name}.sock"
+
+    @property
+    def admin(self) -> Path:
+        return ADMIN.path(self.places)
+
+    @property
+    def importers(self) -> Path:
+        """Where kvmd waits for the IOMMU's driver."""
+        return IMPORTERS.path(self.places)
+
+    @property
+    def link(self) -> Path:
+        """Where device_sim waits for its driver."""
+        return LINK.path(self.places)
 
     @property
     def names(self) -> list[str]:

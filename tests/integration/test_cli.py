@@ -108,6 +108,8 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         ["run", "--design", "pinned", "memory"],
         ["run", "dmatest", "--design", "best"],
         ["inspect", "--gpa", "-1"],
+        ["inspect", "--attach", "DIR"],
+        ["inspect", "--admin", "PATH"],
     ],
     ids=" ".join,
 )
@@ -180,9 +182,10 @@ def test_when_qemu_shim_is_killed_the_daemons_notice(scratch: Scratch) -> None:
     process.communicate(timeout=WHOLE_RUN_S)
     assert process.returncode == -signal.SIGKILL
     until(lambda: scratch.processes() == [], "every daemon has ended")
-    (left,) = scratch.directory.glob("tdp-*")
-    assert {path.suffix for path in left.iterdir()} == {".log"}  # nobody was there to remove them
-    shutil.rmtree(left)
+    left = list(scratch.directory.glob("tdp-*"))  # nobody was there to remove them
+    assert {path.suffix for directory in left for path in directory.iterdir()} == {".log"}
+    for directory in left:
+        shutil.rmtree(directory)
 
 
 def test_daemons_started_by_hand_serve_one_run_after_the_other(scratch: Scratch) -> None:
@@ -254,7 +257,7 @@ def test_inspect_starts_a_machine_of_its_own_if_it_is_given_none(scratch: Scratc
 
 def test_inspect_looks_at_daemons_that_run_and_at_one_address(scratch: Scratch) -> None:
     with system() as by_hand:
-        attach = ("inspect", "--attach", str(by_hand.directory))
+        attach = ("inspect", "--attach", str(by_hand.directory), "--admin", str(by_hand.admin))
         status, out, err = scratch.run(*attach)
         assert (status, out) == (1, "")
         assert "kvmd has no VM" in err

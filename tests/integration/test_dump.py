@@ -170,7 +170,7 @@ async def test_a_scenario_can_dump_whenever_it_likes_and_the_vm_goes_on(
 
 
 async def test_hostile_requests_get_an_errno_and_leave_no_fd(shared_system: System, host: Host) -> None:
-    peer = Plain.connect(shared_system.socket("kvmd"))
+    peer = Plain.connect(shared_system.admin)
     peer.ask("STATS")  # it has accepted us
     before = shared_system.all_fds()
     for body, number in (
@@ -191,12 +191,12 @@ async def test_hostile_requests_get_an_errno_and_leave_no_fd(shared_system: Syst
 async def test_a_vm_without_a_table_is_enoent_and_one_with_an_address_too_high_einval(
     shared_system: System, host: Host
 ) -> None:
-    inspector = Inspector(host.kvmd.channel)
     process = await host.kvmd.start_process()
     vm = await host.kvmd.create_vm(process)
-    peer = Plain.connect(shared_system.socket("kvmd"))
-    number = await inspector.newest()
-    assert (await inspector.vm(number))["roots"] == []
+    peer = Plain.connect(shared_system.admin)
+    number = peer.ask("STATS")[0]["vms"][-1]["vm"]
+    inspector = Inspector(host.kvmd.channel)
+    assert (await inspector.vm(vm))["roots"] == []
     assert peer.ask("DUMP_TABLES", {"vm": number}) == 2
     assert peer.ask("INSPECT_GPA", {"vm": number, "gpa": 0}) == 2
     hva = await process.mmap(GIB)
@@ -204,7 +204,7 @@ async def test_a_vm_without_a_table_is_enoent_and_one_with_an_address_too_high_e
     vcpu = await vm.create_vcpu(0)
     await vcpu.set_cpuid(46)
     await vcpu.run([("w", 0x5000, b"x")])
-    found = await inspector.gpa(number, 0x5123)
+    found = await inspector.gpa(vm, 0x5123)
     assert found["cpu"] == found["unit"]
     assert [level for level, _, _ in found["path"]] == [4, 3, 2, 1]
     assert peer.ask("INSPECT_GPA", {"vm": number, "gpa": 1 << 48}) == 22

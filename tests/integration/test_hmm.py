@@ -14,7 +14,7 @@ from qemu_shim.process import Process
 from tests.integration.mirror import TestMirror, host_memory
 from tests.integration.plain import REQUEST, Plain, frame
 from tests.integration.rig import bare_vm, nothing_left, vm_stats
-from tests.integration.system import System, eventually, system, until
+from tests.integration.system import TRUSTING, System, eventually, system, until
 from tests.integration.test_check_can_fail import WITHOUT_ACK
 from tests.integration.test_hostile_races import asked
 from tests.integration.test_iommufd_uapi import refused
@@ -171,7 +171,7 @@ async def test_before_it_is_registered_and_after_the_exit_it_gets_nothing(host: 
 
 
 async def test_a_pin_beyond_the_limit_is_enomem_and_leaves_nothing_of_its_call() -> None:
-    with system({"kvmd": ["--memlock", "16K"]}) as running:
+    with system({"kvmd": [*TRUSTING["kvmd"], "--memlock", "16K"]}) as running:
         async with connect_host(running.directory) as host, mirrored(host) as (_, mirror, hva):
             await mirror.pin(hva, 2 * PAGE_SIZE)
             with refused(errno.ENOMEM, "4 pages pinned"):
@@ -298,7 +298,7 @@ async def moved_without_ack(host: Host, mirror: TestMirror, process: Process, hv
 async def test_frame_tags_show_a_stale_access_if_acks_are_not_awaited_and_else_none(host: Host) -> None:
     async with mirrored(host, ack=False) as (process, mirror, hva):
         assert not await moved_without_ack(host, mirror, process, hva)
-    with system(kvmd=WITHOUT_ACK) as broken:
+    with system(TRUSTING, kvmd=WITHOUT_ACK) as broken:
         async with connect_host(broken.directory) as host, mirrored(host, ack=False) as made:
             process, mirror, hva = made
             assert await moved_without_ack(host, mirror, process, hva)

@@ -7,13 +7,14 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from qemu_shim.daemons import DAEMONS
 from tests.integration.attacks import ATTACKS, BREACHES, SEED, close_all
 from tests.integration.plain import NOTIFY, REQUEST, Plain, frame
-from tests.integration.system import System, system, until
+from tests.integration.system import TRUSTING, System, system, until
 
 NAMES = tuple(spec.name for spec in DAEMONS)
 # Two queues of 16 in a group, dedicated with block on fault and shared, enabled: (register, dword)
@@ -28,7 +29,7 @@ BRING_UP = (
 @pytest.fixture(scope="module")
 def attacked() -> Iterator[System]:
     """Each daemon must end with status 0 after all of it."""
-    with system({"device_sim": ["--devices", "2"]}) as running:
+    with system({**TRUSTING, "device_sim": ["--devices", "2"]}) as running:
         yield running
 
 
@@ -50,8 +51,8 @@ def serves(running: System, name: str) -> bool:
 # -- objects: how to come by an fd of each kind ------------------------------------------------------------
 
 
-def process(stack: ExitStack, running: System) -> tuple[Plain, Plain]:
-    door = keep(stack, Plain.connect(running.socket("kvmd")))
+def process(stack: ExitStack, kvmd: Path) -> tuple[Plain, Plain]:
+    door = keep(stack, Plain.connect(kvmd))
     return door, keep(stack, door.open("MM_CREATE"))
 
 
@@ -60,35 +61,35 @@ def keep(stack: ExitStack, peer: Plain) -> Plain:
     return peer
 
 
-def a_vm(stack: ExitStack, running: System) -> tuple[Plain, Plain, Plain]:
-    door, mm = process(stack, running)
+def a_vm(stack: ExitStack, kvmd: Path) -> tuple[Plain, Plain, Plain]:
+    door, mm = process(stack, kvmd)
     dev = keep(stack, door.open("OPEN", {"path": "/dev/kvm"}))
     vm = keep(stack, dev.open("KVM_CREATE_VM", {}, [mm.sock.fileno()]))
     return door, mm, vm
 
 
 def a_tdp_fd(stack: ExitStack, running: System) -> tuple[Plain, Plain]:
-    door, _, vm = a_vm(stack, running)
+    door, _, vm = a_vm(stack, running.socket("kvmd"))
     vcpu = keep(stack, vm.open("KVM_CREATE_VCPU", {"vcpu_id": 0}))
     vcpu.ask("KVM_SET_CPUID2", {"maxphyaddr": 46})
     return door, keep(stack, vm.open("KVM_CREATE_TDP_FD", {"as_id": 0}))
 
 
 def dev_kvm(stack: ExitStack, running: System) -> Plain:
-    door, _ = process(stack, running)
+    door, _ = process(stack, running.socket("kvmd"))
     return door.open("OPEN", {"path": "/dev/kvm"})
 
 
 def vm(stack: ExitStack, running: System) -> Plain:
-    return a_vm(stack, running)[2]
+    return a_vm(stack, running.socket("kvmd"))[2]
 
 
 def vcpu(stack: ExitStack, running: System) -> Plain:
-    return a_vm(stack, running)[2].open("KVM_CREATE_VCPU", {"vcpu_id": 3})
+    return a_vm(stack, running.socket("kvmd"))[2].open("KVM_CREATE_VCPU", {"vcpu_id": 3})
 
 
 def mm(stack: ExitStack, running: System) -> Plain:
-    return process(stack, running)[1]
+    return process(stack, running.socket("kvmd"))[1]
 
 
 def tdp_fd(stack: ExitStack, running: System) -> Plain:
@@ -108,13 +109,13 @@ def registered_importer(stack: ExitStack, running: System) -> Plain:
 
 
 def mirror(stack: ExitStack, running: System) -> Plain:
-    door, memory = process(stack, running)
+    door, memory = process(stack, running.socket("kvmd"))
     return door.open("HMM_MIRROR_GET", {}, [memory.sock.fileno()])
 
 
 def registered_mirror(stack: ExitStack, running: System) -> Plain:
     """It watches and has pinned, and its lease has ended."""
-    door, memory = process(stack, running)
+    door, memory = process(stack, running.socket("kvmd"))
     hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
     made = door.open("HMM_MIRROR_GET", {}, [memory.sock.fileno()])
     _, fds = made.ask("HMM_REGISTER")
@@ -125,7 +126,7 @@ def registered_mirror(stack: ExitStack, running: System) -> Plain:
 
 
 def fault_notes(stack: ExitStack, running: System) -> Plain:
-    door, _, guest = a_vm(stack, running)
+    door, _, guest = a_vm(stack, running.socket("kvmd"))
     return door.open("KVM_FAULT_NOTES_GET", {}, [guest.sock.fileno()])
 
 
@@ -135,7 +136,7 @@ def iommufd(stack: ExitStack, running: System) -> Plain:
 
 def mapped_iommufd(stack: ExitStack, running: System) -> Plain:
     """An IOAS on demand maps a page of a process."""
-    _, memory = process(stack, running)
+    _, memory = process(stack, running.socket("kvmd"))
     hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
     made = iommufd(stack, running)
     ioas = made.ask("IOMMU_IOAS_ALLOC", {"flags": 1})[0]["out_ioas_id"]
@@ -179,7 +180,7 @@ def portal(stack: ExitStack, running: System) -> Plain:
 
 
 def link(stack: ExitStack, running: System) -> Plain:
-    door = keep(stack, Plain.connect(running.socket("device_sim")))
+    door = keep(stack, Plain.connect(running.link))
     made: list[Plain] = []
 
     def linked() -> bool:
@@ -284,7 +285,7 @@ def test_more_unanswered_requests_than_allowed_end_the_connection(attacked: Syst
     """An importer that does not ack holds up every change of the process's memory."""
     before = attacked.all_fds()
     with ExitStack() as stack:
-        door, memory, guest = a_vm(stack, attacked)
+        door, memory, guest = a_vm(stack, attacked.socket("kvmd"))
         hva = memory.ask("MMAP", {"size": 4096})[0]["addr"]
         region = {"slot": 0, "flags": 0, "guest_phys_addr": 0, "memory_size": 4096, "userspace_addr": hva}
         guest.ask("KVM_SET_USER_MEMORY_REGION", region)
@@ -323,7 +324,7 @@ def test_objects_made_and_dropped_in_a_storm_leave_nothing(attacked: System) -> 
             keep(stack, portal(stack, attacked))
     attacked.wait_closed(before)
     witness = Plain.connect(attacked.socket("kvmd"))
-    assert witness.ask("STATS")[0]["vms"] == []
+    assert witness.ask("STATS")[0]["vm_count"] == 0
     witness.close()
 
 

@@ -53,13 +53,14 @@ TWICE = {
     "VFIO_DEVICE_PIN": (errno.EINVAL, errno.EINVAL),  # it was detached just before
     "VFIO_DEVICE_UNPIN": (errno.EINVAL, errno.EINVAL),
     "VFIO_DEVICE_MMAP": (errno.EBUSY, errno.EBUSY),
-    "LINK": (errno.EBUSY, errno.EBUSY),  # iommufdd has it
+    "LINK": (errno.EPERM, errno.EPERM),  # iommufdd has it, and clients never
 }
 SLEEPERS = {"READ_EVENT", "TDP_UNREGISTER_IMPORTER"}  # answered when something else happens
 
 # Requests that take an fd: fields with which they look at it, the errno without one, the errno with an fd
 # of another kind, and the kind they take.
 TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
+    ("kvmd", "STATS"): ({}, 0, errno.EINVAL, "kvm-vm"),
     ("kvmd", "TDP_FD_GET"): ({}, errno.EBADF, errno.EINVAL, "tdp_fd"),
     ("kvmd", "HMM_MIRROR_GET"): ({}, errno.EBADF, errno.EINVAL, "mm"),
     ("kvmd", "KVM_FAULT_NOTES_GET"): ({}, errno.EBADF, errno.EINVAL, "kvm-vm"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -151,14 +150,13 @@ async def test_the_exported_root_is_the_one_to_inspect_and_to_dump(host: Host, t
         await device_writes(rig, pages)
         await rig.vm.page_track_add(pages[0])
         inspector = Inspector(host.kvmd.channel)
-        number = await inspector.newest()
-        vm = await inspector.vm(number)
+        vm = await inspector.vm(rig.vm)
         (lent,) = vm["exported"]
         assert {root["hpa"]: root["owner"] for root in vm["roots"]}[lent["root_hpa"]] == "iommu"
         assert sorted(root["owner"] for root in vm["roots"]) == ["cpu", "iommu"]
-        found = await inspector.gpa(number, pages[0])
+        found = await inspector.gpa(rig.vm, pages[0])
         assert found["root_hpa"] == lent["root_hpa"]
-        await inspector.dump(tmp_path, vm_fd=os.dup(rig.vm._fd))
+        await inspector.dump(tmp_path, rig.vm)
         dump = Dump(tmp_path)
         assert dump.mismatches() == []
         assert dump.document["root_hpa"] == lent["root_hpa"]
@@ -272,9 +270,8 @@ async def test_a_tdp_fd_that_is_closed_leaves_the_cpus_table_alone(host: Host) -
         await iommu.destroy(rig.hwpt_id)
         rig.close_tdp_fd()
         inspector = Inspector(host.kvmd.channel)
-        number = await inspector.newest()
         await eventually(
-            lambda: inspector.vm(number),
+            lambda: inspector.vm(rig.vm),
             lambda vm: [root["owner"] for root in vm["roots"]] == ["cpu"],
             "the IOMMU's root is taken apart",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -103,16 +102,17 @@ async def alloc_errno(running: System, meta: bytes | UapiError) -> tuple[int, li
     fake = FakeKvmd(loop, meta)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.serve)
-        listener = Listener(loop, running.socket("kvmd"), fake.on_connect)
+        listener = Listener(loop, running.importers, fake.on_connect)
         door = Channel(loop, await connect(running.socket("iommufdd")), "iommufdd")
         iommufdd = Iommufdd(door)
         iommu = Iommu(loop, (await door.ask("OPEN", {"path": "/dev/iommu"})).fds.take(0), "iommufd")
         device: VfioDevice = await open_when_free(iommufdd)
         device_id = await device.bind(iommu)
-        pretended = os.eventfd(0)
+        pretended, other = socket.socketpair()
         with pytest.raises(UapiError) as refused:
-            await iommu.hwpt_alloc_kvm(device_id, pretended)
-        os.close(pretended)
+            await iommu.hwpt_alloc_kvm(device_id, pretended.fileno())
+        pretended.close()
+        other.close()
         for close in (iommu.close, device.close, door.close, *(c.close for c in fake.channels)):
             close()
         listener.close()

@@ -22,10 +22,10 @@ from tests.integration.rig import (
     vm_only,
     vm_stats,
 )
-from tests.integration.system import System, system
+from tests.integration.system import TRUSTING, System, system
 
 WIDE = {
-    "kvmd": ["--ept-levels", "5", "--maxphyaddr", "52"],
+    "kvmd": [*TRUSTING["kvmd"], "--ept-levels", "5", "--maxphyaddr", "52"],
     "device_sim": ["--levels", "5", "--haw", "52"],
 }
 BEYOND_48_BITS = 512 * TIB

@@ -37,7 +37,7 @@ from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device,
 from tests.integration.system import eventually
 
 SERVICES: list[Service[Any]] = [
-    kvmd.FRONT_DOOR,
+    kvmd.TRUSTING_DOOR,
     kvmd.DEV_KVM,
     MM,
     MEMFD,

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from qemu_shim.daemons import ADMIN, DAEMONS, Places
 from tests.tidy.source import ROOT
 
-DIRECTORY = "/run/tdp"
+PLACES = Places(Path("/run/tdp"), Path("/run/tdp-drivers"), Path("/run/tdp-admin"))
 USER = "10001:10001"
 Service = dict[str, Any]
+# Who is given which sockets: all there is to tell a client from a driver, where all have one user.
+_CLIENTS, _DRIVERS, _ADMIN = "clients:/run/tdp", "drivers:/run/tdp-drivers", "admin:/run/tdp-admin"
+VOLUMES = {
+    "kvmd": {_CLIENTS, _DRIVERS, _ADMIN},
+    "device_sim": {_CLIENTS, _DRIVERS},
+    "iommufdd": {_CLIENTS, _DRIVERS},
+    "scenario": {f"{_CLIENTS}:ro"},
+    "inspect": {f"{_CLIENTS}:ro", f"{_ADMIN}:ro"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +54,20 @@ def confinement_complaints(name: str, service: Service) -> list[str]:
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "init": True,
-        "volumes": [f"sockets:{DIRECTORY}"],
     }
     wrong = {key: service.get(key) for key, value in required.items() if service.get(key) != value}
+    given = set(service.get("volumes", []))
     refused = ("privileged", "cap_add", "ports", "devices", "pid", "ipc")
     return [
         *(f"{name}: {key} is {value!r}, not {required[key]!r}" for key, value in wrong.items()),
         *(f"{name}: has {key}" for key in refused if key in service),
+        *(f"{name}: is given {volume}" for volume in sorted(given - VOLUMES[name])),
+        *(f"{name}: is not given {volume}" for volume in sorted(VOLUMES[name] - given)),
     ]
 
 
 def test_compose_starts_what_the_supervisor_starts(compose: dict[str, Any]) -> None:
-    from qemu_shim.daemons import DAEMONS
-
-    supervised = {daemon.name: (daemon.argv(DIRECTORY), set(daemon.needs)) for daemon in DAEMONS}
+    supervised = {daemon.name: (daemon.argv(PLACES), set(daemon.needs)) for daemon in DAEMONS}
     assert started(compose["services"]) == supervised
 
 
@@ -89,27 +100,35 @@ def test_every_service_is_confined(compose: dict[str, Any]) -> None:
 def test_a_loose_service_is_seen(compose: dict[str, Any]) -> None:
     tight = compose["services"]["kvmd"]
     assert confinement_complaints("kvmd", tight) == []
-    for key in ("network_mode", "read_only", "user", "cap_drop", "security_opt", "init", "volumes"):
+    for key in ("network_mode", "read_only", "user", "cap_drop", "security_opt", "init"):
         loose = {name: value for name, value in tight.items() if name != key}
         assert len(confinement_complaints("kvmd", loose)) == 1, key
+    client = compose["services"]["scenario"]
+    more = {**client, "volumes": [*client["volumes"], _DRIVERS]}
+    assert confinement_complaints("scenario", more) == [f"scenario: is given {_DRIVERS}"]
+    assert len(confinement_complaints("scenario", {**client, "volumes": [_CLIENTS]})) == 2, (
+        "it may write there"
+    )
     assert confinement_complaints("kvmd", {**tight, "cap_add": ["SYS_ADMIN"]}) == ["kvmd: has cap_add"]
 
 
 def test_only_the_daemons_user_can_reach_the_sockets(compose: dict[str, Any]) -> None:
-    volume = compose["volumes"]["sockets"]["driver_opts"]
-    assert volume["type"] == "tmpfs"
     uid, gid = USER.split(":")
-    assert {f"uid={uid}", f"gid={gid}", "mode=0700", "nosuid", "nodev", "noexec"} <= set(
-        volume["o"].split(",")
-    )
+    for name, made in compose["volumes"].items():
+        options = set(made["driver_opts"]["o"].split(","))
+        assert made["driver_opts"]["type"] == "tmpfs", name
+        assert {f"uid={uid}", f"gid={gid}", "mode=0700", "nosuid", "nodev", "noexec"} <= options, name
 
 
 def test_the_scenario_attaches_to_running_daemons(compose: dict[str, Any]) -> None:
     scenario = compose["services"]["scenario"]
     assert scenario["profiles"] == ["scenario"]
-    assert scenario["entrypoint"] == ["qemu-shim", "run", "--attach", DIRECTORY]
+    assert scenario["entrypoint"] == ["qemu-shim", "run", "--attach", str(PLACES.clients)]
     assert scenario["command"] == ["dmatest"]
     assert set(scenario["depends_on"]) == {"iommufdd"}
+    inspect = compose["services"]["inspect"]
+    attach = ["--attach", str(PLACES.clients), "--admin", str(ADMIN.path(PLACES))]
+    assert inspect["entrypoint"] == ["qemu-shim", "inspect", *attach]
 
 
 def test_every_service_is_built_from_the_same_settings(compose: dict[str, Any]) -> None:
