@@ -1,17 +1,20 @@
-"""The silicon as the VT-d driver reaches it: units, functions, PASID entries, queues, interrupts."""
+"""The silicon as the VT-d driver reaches it: units, functions, PASID entries, queues, interrupts.
+
+A `Silicon` lives as long as its link.  What was made of it answers ENODEV from then on, for good; units that
+come back are other units, found by another probe (docs/decisions/0015).
+"""
 
 from __future__ import annotations
 
 import errno
 import socket
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from iommufdd.core import qi
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.hardware import FunctionInfo
 from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
@@ -19,7 +22,6 @@ from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Notification, Service
-from protocol.rpc.socket import connect
 from protocol.trace import TRACE, PrqReport
 from protocol.uapi import link as uapi
 from protocol.units import Pasid
@@ -55,8 +57,8 @@ class RemoteUnit:
 
     def _queue(self, descriptors: list[Descriptor]) -> Body:
         """One message, counted."""
-        self._silicon.qi_messages += 1
-        self._silicon.descriptors.update(map(qi.kind_of, descriptors))
+        self._silicon.counts.qi_messages += 1
+        self._silicon.counts.descriptors.update(map(qi.kind_of, descriptors))
         return {"unit": self.number, "descriptors": qi.ring(descriptors)}
 
     def consumed(self, entries: int, *, clear_overflow: bool) -> None:
@@ -74,6 +76,7 @@ class Silicon:
     def __init__(
         self,
         loop: Loop,
+        counts: UnitCounts,
         on_page_requests: Callable[[RemoteUnit, bytes, bool], None],
         on_faults: Callable[[bytes], None],
         on_gone: Callable[[], None],
@@ -81,29 +84,30 @@ class Silicon:
         self.loop = loop
         self.units: list[RemoteUnit] = []
         self.functions: list[tuple[FunctionInfo, RemoteUnit]] = []
-        self.qi_messages = 0  # that carried descriptors
-        self.descriptors: Counter[str] = Counter()  # by kind
+        self.counts = counts
         self.on_page_requests = on_page_requests
         self.on_faults = on_faults
         self._on_gone = on_gone
         self._link: Channel | None = None
 
-    async def probe(self, path: Path) -> None:
-        """Take the units, read what they and the functions can do.  Raises UapiError, OSError, PeerError."""
-        door = Channel(self.loop, await connect(path), "device_sim")
+    async def probe(self, sock: socket.socket) -> None:
+        """Through device_sim's front door: take the units, read what they and the functions can do.  EBUSY:
+        another driver has them, or had a moment ago.  UapiError, OSError, PeerError: and nothing is kept.
+        """
+        link = await self._take(Channel(self.loop, sock, "device_sim"))
+        told = INTERRUPTS.bind_notify(self)
+        self._link = Channel(self.loop, link, "link", on_notify=told, on_close=lambda _: self._on_gone())
         try:
-            reply = await door.ask("LINK")
+            self._enumerate((await self._link.call("CAPS")).body)
+        except BaseException:
+            self._link.close()
+            raise
+
+    async def _take(self, door: Channel) -> socket.socket:
+        try:
+            return socket.socket(fileno=(await door.call("LINK")).fds.take(0))
         finally:
             door.close()
-        sock = socket.socket(fileno=reply.fds.take(0))
-        self._link = Channel(
-            self.loop,
-            sock,
-            "link",
-            on_notify=INTERRUPTS.bind_notify(self),
-            on_close=lambda _: self._on_gone(),
-        )
-        self._enumerate((await self._link.ask("CAPS")).body)
 
     def _enumerate(self, body: Body) -> None:
         try:

@@ -61,7 +61,8 @@ class Device(Object):
         self._quiet: Wait[None] | None = None
 
     def check(self, hwpt: Hwpt, *, pinned: bool) -> None:
-        """EINVAL if this device does not go with that HWPT; nothing was touched."""
+        """EINVAL if this device does not go with that HWPT, ENODEV if nobody does; nothing was touched."""
+        hwpt.check_walkable()
         missing = hwpt.domain.what_is_missing(self.unit.cap, self.unit.ecap)
         if missing is not None:
             raise UapiError(errno.EINVAL, f"the unit before {self.info.name} cannot walk it: {missing}")
@@ -72,6 +73,7 @@ class Device(Object):
     async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
         assert self.hwpt is None, f"{self.info.name} is on HWPT {self.hwpt.id}"
+        hwpt.check_walkable()  # again: a device that is replaced slept since `check`
         hwpt.users += 1
         hwpt.attached[self.rid] = self.unit  # before the entry: an invalidation from now on reaches it
         self.hwpt, self.pinned, self.drained = hwpt, pinned, False

@@ -45,6 +45,10 @@ class ConfigSpace(Protocol):
 class Memory(Protocol):
     """The memory bus: sets of windows handed to whoever walks tables."""
 
+    @property
+    def alive(self) -> bool:
+        """Is anybody there who could walk them?  Once gone they do not come back."""
+
     async def remove_memory(self, memory: int) -> None: ...
 
 

@@ -34,9 +34,17 @@ class Hwpt(Object):
         super().__init__()
         self.domain = domain
         self.attached: dict[int, Unit] = {}
+        self.maintained = True
         self.memory = 0  # the set of windows the units walk it in
         self.faults: Counter[ResponseCode] = Counter()
         self._bus = memory
+
+    def check_walkable(self) -> None:
+        """ENODEV: the units that were given its memory are gone, or whoever keeps its table up to date."""
+        if not self._bus.alive:
+            raise UapiError(errno.ENODEV, f"HWPT {self.id}: its remapping units are gone: make another")
+        if not self.maintained:
+            raise UapiError(errno.ENODEV, f"HWPT {self.id}: KVM is gone, and nobody maintains its table")
 
     @property
     def rids(self) -> list[int]:

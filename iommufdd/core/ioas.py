@@ -42,9 +42,14 @@ class Ioas(Object):
         self.mm = 0
         self.large_pages = True
         self.host: HostMemory | None = None
-        self._bus = memory
+        self.bus = memory  # of the units that have the process's memory, or would get it
         self._memory = 0
         self._numbers = count(1)
+
+    @property
+    def lent(self) -> bool:
+        """Were units given the process's memory?"""
+        return self._memory != 0
 
     def new_number(self) -> int:
         """Whose pins they are, as the host is told."""
@@ -196,7 +201,7 @@ class Ioas(Object):
         memory, self._memory = self._memory, 0
         if memory:
             with suppress(UapiError):  # the silicon is gone, and every lease with it
-                await self._bus.remove_memory(memory)
+                await self.bus.remove_memory(memory)
 
     # -- pages ---------------------------------------------------------------------------------------------
 

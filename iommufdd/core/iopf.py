@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum, auto
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
@@ -52,23 +53,21 @@ class Iopf:
         find: Callable[[int], Device | None],
         respond: Callable[[int, int, ResponseCode], bool],
         spawn: Callable[[Flow[None]], None],
+        counts: UnitCounts,
     ) -> None:
-        self.partial = PartialGroups()
-        self.requests = 0
-        self.malformed = 0
-        self.responses = 0
-        self.responses_lost = 0  # nobody was there any more
+        self.partial = PartialGroups(counts)
+        self.counts = counts
         self._find = find
         self._respond = respond
         self._spawn = spawn
 
     def take(self, raw: bytes) -> None:
         """One entry of the queue."""
-        self.requests += 1
+        self.counts.page_requests += 1
         try:
             request = PageRequest.from_bytes(raw)
         except FormatError:
-            self.malformed += 1
+            self.counts.malformed += 1
             rid, prgi, answered = reply_to(raw)
             if answered:
                 self._answer(rid, prgi, ResponseCode.INVALID)
@@ -100,9 +99,9 @@ class Iopf:
             device.end_group()
 
     def _answer(self, rid: int, prgi: int, code: ResponseCode) -> None:
-        self.responses += 1
+        self.counts.responses += 1
         if not self._respond(rid, prgi, code):
-            self.responses_lost += 1
+            self.counts.responses_lost += 1
 
 
 async def _fault_in(hwpt: Hwpt, group: list[PageRequest]) -> ResponseCode:

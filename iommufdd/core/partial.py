@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.hwpt import Hwpt
 from protocol.hw.prq import PageRequest
 
@@ -27,10 +28,10 @@ class _Group(NamedTuple):
 class PartialGroups:
     """Those of all functions behind one unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: UnitCounts) -> None:
+        self.counts = counts
         self._groups: dict[tuple[int, int], _Group] = {}
         self._held: Counter[int] = Counter()  # by function: one that ends no group takes nobody else's room
-        self.discarded = 0
 
     def gather(self, request: PageRequest, hwpt: Hwpt) -> list[PageRequest] | None:
         """The whole group when `request` is its last, else None: it is held back for `hwpt`."""
@@ -40,7 +41,7 @@ class PartialGroups:
             self._held[request.rid] -= len(held)
             return [*held, request]
         if self._held[request.rid] >= MAX_PARTIAL:
-            self.discarded += 1
+            self.counts.partial_discarded += 1
             return None
         self._groups.setdefault(key, _Group(hwpt, [])).requests.append(request)
         self._held[request.rid] += 1
@@ -51,7 +52,7 @@ class PartialGroups:
         for key in [key for key in self._groups if rids is None or key[0] in rids]:
             held = self._groups.pop(key).requests
             self._held[key[0]] -= len(held)
-            self.discarded += len(held)
+            self.counts.partial_discarded += len(held)
 
     @property
     def held(self) -> int:

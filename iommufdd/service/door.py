@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
 from protocol.rpc.files import inode_of
 from protocol.rpc.loop import Loop
-from protocol.rpc.service import Answer, Method, Service
+from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
 
@@ -41,40 +41,38 @@ class Iommufdd:
         self.app.close()
 
 
-def _open(app: App, message: uapi.Open, fds: Fds) -> Answer:
+def _open(app: App, message: uapi.Open, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
         mm = inode_of(fds.peek(0)) if len(fds) else 0
         fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm), app.iommufd_closed)
         return Answer({}, [fd])
-    functions = app.silicon.functions
+    return _open_device(app, message)
+
+
+async def _open_device(app: App, message: uapi.Open) -> Answer:
     number = message.path.removeprefix(names.VFIO_PATH)
     if not (message.path.startswith(names.VFIO_PATH) and number.isdecimal() and len(number) < 4):
         raise UapiError(
             errno.ENOENT, f"open {message.path!r}: only {names.IOMMU_PATH} and {names.VFIO_PATH}N"
         )
+    silicon = await app.live_silicon()
+    functions = silicon.functions
     if int(number) >= len(functions):
         raise UapiError(errno.ENOENT, f"open {message.path!r}: there are {len(functions)} devices")
     info, unit = functions[int(number)]
-    if info.rid in app.opened:
+    if (unit, info.rid) in app.opened:
         raise UapiError(errno.EBUSY, f"{message.path} is open already")
-    held = app.opened[info.rid] = VfioFile(app, info, unit)
+    held = app.opened[unit, info.rid] = VfioFile(app, silicon, app.groups[info.group], info, unit)
     fd, _, _ = app.files.open(VFIO, held, app.vfio_closed)
     return Answer({}, [fd])
 
 
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
-    iopfs = list(app.iopfs.values())
     return {
-        "page_requests": sum(iopf.requests for iopf in iopfs),
-        "malformed": sum(iopf.malformed for iopf in iopfs),
-        "responses": sum(iopf.responses for iopf in iopfs),
-        "responses_lost": sum(iopf.responses_lost for iopf in iopfs),
-        "partial_held": sum(iopf.partial.held for iopf in iopfs),
-        "partial_discarded": sum(iopf.partial.discarded for iopf in iopfs),
+        **{field.name: getattr(app.unit_counts, field.name) for field in fields(app.unit_counts)},
+        "partial_held": sum(iopf.partial.held for iopf in app.iopfs.values()),
         "faults_recorded": app.faults_recorded,
-        "devices_bound": len(app.bound),
-        "qi_messages": app.silicon.qi_messages,
-        "descriptors": dict(app.silicon.descriptors),
+        "devices_bound": len(app.devices),
         **asdict(app.counts),
         "hwpts": [_hwpt_stats(hwpt) for hwpt in app.hwpts.values()],
     }

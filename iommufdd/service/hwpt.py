@@ -20,6 +20,7 @@ from iommufdd.core.kvm_domain import KvmDomain, check_metadata
 from iommufdd.core.object import Object
 from iommufdd.kvm_client import KvmTdp
 from iommufdd.service.objects import App, IommuFile
+from iommufdd.silicon import Silicon
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.uapi import iommufd as uapi
@@ -87,16 +88,15 @@ def _tdp_fd_of(app: App, message: uapi.IommuHwptAlloc, fds: Fds) -> int:
 async def _import_tdp(app: App, device: Device, tdp: KvmTdp, flags: int) -> HwptKvm:
     await tdp.open(app.loop, app.settings.kvmd)
     meta = await tdp.metadata()
-    if not app.silicon.alive:
-        raise UapiError(errno.ENODEV, "the remapping unit is gone")
+    silicon = app.silicon_of(device)
     check_metadata(meta, flags)
     domain = KvmDomain(meta.root_hpa, meta.level, app.new_did(), meta.max_huge_page_level)
     _check_unit(device, domain)
-    hwpt = app.hwpts[domain.did] = HwptKvm(domain, app.silicon, tdp)
+    hwpt = app.hwpts[domain.did] = HwptKvm(domain, silicon, tdp)
     tdp.on_invalidate = hwpt.invalidate
     try:
         windows, fds = await tdp.register()
-        hwpt.memory = await app.silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
+        hwpt.memory = await silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
     except UapiError:
         del app.hwpts[domain.did]
         raise
@@ -120,6 +120,10 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
             errno.EOPNOTSUPP,
             f"flags {message.flags:#x}, data_type {message.data_type}: no nesting, no dirty tracking",
         )
+    silicon = app.silicon_of(device)
+    if ioas.lent and ioas.bus is not silicon:
+        why = f"IOAS {ioas.id} lent its memory to units that are gone: make another"
+        raise UapiError(errno.ENODEV, why)
     did = app.new_did()
     cap = device.unit.cap
     levels, largest = min(cap.levels, default=LEAST_LEVELS), cap.max_huge_page_level
@@ -130,9 +134,9 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
     except UapiError:
         table.release()
         raise
-    hwpt = app.hwpts[did] = _on(ioas, domain, app, table)
+    hwpt = app.hwpts[did] = _on(ioas, domain, app, silicon, table)
     try:
-        hwpt.memory = await app.silicon.add_memory([app.tables.window], app.tables.fds(2))
+        hwpt.memory = await silicon.add_memory([app.tables.window], app.tables.fds(2))
         await ioas.add_hwpt(hwpt)
         if held.closed:
             raise UapiError(errno.EBADF, "the iommufd was closed meanwhile")
@@ -142,10 +146,10 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
         raise
 
 
-def _on(ioas: Ioas, domain: Domain, app: App, table: IoPageTable) -> HwptPaging:
+def _on(ioas: Ioas, domain: Domain, app: App, silicon: Silicon, table: IoPageTable) -> HwptPaging:
     if isinstance(ioas, IoasOnDemand):
-        return HwptMirror(domain, app.silicon, ioas, table, app.settings.premap_pages)
-    return HwptPaging(domain, app.silicon, ioas, table)
+        return HwptMirror(domain, silicon, ioas, table, app.settings.premap_pages)
+    return HwptPaging(domain, silicon, ioas, table)
 
 
 def _ioas_of(held: IommuFile, pt_id: int) -> Ioas:

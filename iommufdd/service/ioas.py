@@ -59,13 +59,14 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
 
 
 async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> tuple[HostMemory, int]:
-    """The process's memory at kvmd, its frames handed to the units."""
+    """The process's memory at kvmd, its frames handed to the units there are now."""
     app = held.app
+    silicon = ioas.bus = await app.live_silicon()
     host = HmmMirror(ioas.invalidate, lambda: app.loop.flows.spawn(app.lose_host(ioas)))
     try:
         await host.open(app.loop, app.settings.kvmd, mm_fd)
         windows, fds = await host.register(held.account)
-        return host, await app.silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
+        return host, await silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
     except UapiError:
         host.release()
         raise

@@ -1,4 +1,4 @@
-"""What iommufdd holds: the silicon, open files, HWPTs by domain id, devices by requester id.
+"""What iommufdd holds: the silicon, open files, HWPTs by domain id, devices by unit and requester id.
 
 An iommufd is one open of /dev/iommu with its own objects; a VFIO device node is opened by one process,
 bound to an iommufd, attached to one of its HWPTs.  Closing an fd undoes what was done through it, in
@@ -8,12 +8,13 @@ the safe order.
 from __future__ import annotations
 
 import errno
+import socket
 from dataclasses import dataclass, field
 
 import structlog
 
 from iommufdd.config import Settings
-from iommufdd.core.counts import Counts
+from iommufdd.core.counts import Counts, UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.group import Group
 from iommufdd.core.hardware import FunctionInfo, Unit
@@ -24,13 +25,15 @@ from iommufdd.core.object import Objects
 from iommufdd.kvm_client import FaultNotes
 from iommufdd.memory import TableMemory
 from iommufdd.silicon import RemoteUnit, Silicon
-from protocol.errors import UapiError
+from protocol.errors import PeerError, UapiError
+from protocol.flow import RwLock
 from protocol.hw.faults import FAULT_RECORD_SIZE
 from protocol.hw.pasid_entry import FIRST_SS_DID
 from protocol.hw.prq import PAGE_REQUEST_SIZE
 from protocol.hw.qi import ResponseCode
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
+from protocol.rpc.socket import connect, connect_now
 
 log = structlog.get_logger("iommufdd")
 
@@ -49,12 +52,20 @@ class IommuFile:
 
 @dataclass(slots=True, eq=False)
 class VfioFile:
-    """One open of a device node."""
+    """One open of a device node, of the silicon that was there then."""
 
     app: App
+    silicon: Silicon
+    group: Group
     info: FunctionInfo
     unit: RemoteUnit
     bound: tuple[IommuFile, Device] | None = None
+
+    def check(self) -> None:
+        """ENODEV: the device is gone, whatever came in its place."""
+        if not self.silicon.alive:
+            why = f"{self.info.name} went with its remapping unit: close its node and open it again"
+            raise UapiError(errno.ENODEV, why)
 
 
 class App:
@@ -62,34 +73,75 @@ class App:
         self.loop = loop
         self.settings = settings
         self.files = Files(loop)
-        self.silicon = Silicon(loop, self.on_page_requests, self._on_faults, self._on_silicon_gone)
+        self.unit_counts = UnitCounts()
+        self.silicon = self._new_silicon()
         self.tables = TableMemory(settings.table_bytes)
         self.counts = Counts()
         self.following: dict[Ioas, FaultNotes] = {}
         self.iopfs: dict[Unit, Iopf] = {}
         self.groups: dict[int, Group] = {}
-        self.bound: dict[int, Device] = {}  # by requester id
         self.hwpts: dict[int, Hwpt] = {}  # by domain id
-        self.opened: dict[int, VfioFile] = {}
+        self.opened: dict[tuple[Unit, int], VfioFile] = {}  # by unit and requester id
         self.faults_recorded = 0
+        self._probing = RwLock()
         self._closing = False
 
     async def start(self) -> None:
-        await self.silicon.probe(self.settings.device)
-        self.iopfs = {unit: self._iopf(unit) for unit in self.silicon.units}
-        self.groups = {info.group: Group(info.group) for info, _ in self.silicon.functions}
+        """Waits for silicon that is still starting."""
+        sock = await connect(self.settings.device)
+        await self.loop.result(self.loop.flows.start(self._take(sock)))
 
     def close(self) -> None:
         self._closing = True
         self.files.close()
         self.tables.close()
 
+    @property
+    def devices(self) -> list[Device]:
+        """Those that are bound."""
+        return [held.bound[1] for held in self.opened.values() if held.bound is not None]
+
+    # -- silicon ---------------------------------------------------------------------------------------
+
+    def _new_silicon(self) -> Silicon:
+        return Silicon(
+            self.loop, self.unit_counts, self.on_page_requests, self._on_faults, self._on_silicon_gone
+        )
+
+    async def _take(self, sock: socket.socket) -> None:
+        silicon = self._new_silicon()
+        await silicon.probe(sock)
+        self.silicon = silicon
+        self.iopfs = {unit: self._iopf(unit) for unit in silicon.units}
+        self.groups = {info.group: Group(info.group) for info, _ in silicon.functions}
+
+    async def live_silicon(self) -> Silicon:
+        """The silicon, probed again if its link was lost.  ENODEV: none is there; EBUSY: another has it."""
+        async with self._probing:
+            if not self.silicon.alive:
+                await self._probe_again()
+            return self.silicon
+
+    async def _probe_again(self) -> None:
+        path = self.settings.device
+        try:
+            await self._take(connect_now(path))
+        except (OSError, PeerError) as error:
+            raise UapiError(errno.ENODEV, f"no remapping unit: {path}: {error}") from None
+        log.info("the remapping unit is there again", units=len(self.silicon.units))
+
+    def silicon_of(self, device: Device) -> Silicon:
+        """ENODEV: it went with its unit."""
+        if not self.silicon.alive or device.unit not in self.silicon.units:
+            raise UapiError(errno.ENODEV, f"{device.info.name} went with its remapping unit")
+        return self.silicon
+
     # -- interrupts ------------------------------------------------------------------------------------
 
     def _iopf(self, unit: RemoteUnit) -> Iopf:
         def find(rid: int) -> Device | None:
-            device = self.bound.get(rid)
-            return device if device is not None and device.unit is unit else None
+            held = self.opened.get((unit, rid))
+            return None if held is None or held.bound is None else held.bound[1]
 
         def respond(rid: int, prgi: int, code: ResponseCode) -> bool:
             sent = unit.respond(rid, prgi, code)
@@ -97,17 +149,18 @@ class App:
                 log.warning("page group response lost: no silicon", rid=rid, prgi=prgi, code=code.name)
             return sent
 
-        return Iopf(find, respond, self.loop.flows.spawn)
+        return Iopf(find, respond, self.loop.flows.spawn, self.unit_counts)
 
     def on_page_requests(self, unit: RemoteUnit, entries: bytes, overflow: bool) -> None:
         """The page request interrupt of one unit [RFC 23/42]: take every entry, move the head."""
         iopf = self.iopfs[unit]
         count = len(entries) // PAGE_REQUEST_SIZE
-        malformed = iopf.malformed
+        malformed = self.unit_counts.malformed
         for n in range(count):
             iopf.take(entries[n * PAGE_REQUEST_SIZE : (n + 1) * PAGE_REQUEST_SIZE])
-        if iopf.malformed > malformed:
-            log.warning("malformed page requests", count=iopf.malformed - malformed, unit=unit.number)
+        if malformed < self.unit_counts.malformed:
+            new = self.unit_counts.malformed - malformed
+            log.warning("malformed page requests", count=new, unit=unit.number)
         if overflow:
             held = iopf.partial.held
             log.warning("page request queue overflowed: partial groups are discarded", held=held)
@@ -120,14 +173,17 @@ class App:
 
     def _on_silicon_gone(self) -> None:
         if not self._closing:
-            log.error("the remapping unit is gone: devices cannot be used any more")
+            log.error("the remapping unit is gone, and with it every device: open them again")
         for iopf in self.iopfs.values():
             iopf.partial.discard()
 
     def violations(self) -> list[str]:
         """What does not hold, a sentence each."""
-        on = {rid: device.hwpt for rid, device in self.bound.items() if device.hwpt is not None}
-        return [why for iopf in self.iopfs.values() for why in iopf.partial.check(on)]
+        on = {
+            unit: {d.rid: d.hwpt for d in self.devices if d.unit is unit and d.hwpt is not None}
+            for unit in self.iopfs
+        }
+        return [why for unit, iopf in self.iopfs.items() for why in iopf.partial.check(on[unit])]
 
     # -- domains ---------------------------------------------------------------------------------------
 
@@ -157,31 +213,24 @@ class App:
 
     async def lose_kvm(self, hwpt: Hwpt) -> None:
         """kvmd is gone: nobody maintains the table any more, so nobody may walk it (R28)."""
+        hwpt.maintained = False
         log.error("KVM is gone: its devices are detached", hwpt=hwpt.id, functions=len(hwpt.attached))
-        for rid in hwpt.rids:
-            device = self.bound.get(rid)  # unless it was unbound while we waited for another
-            if device is not None:
-                await self.detach(device)
+        for held in list(self.opened.values()):
+            if held.bound is not None and held.bound[1].hwpt is hwpt:
+                await held.group.detach(held.bound[1])
 
     # -- devices ---------------------------------------------------------------------------------------
-
-    def group_of(self, device: Device) -> Group:
-        return self.groups[device.info.group]
-
-    async def detach(self, device: Device) -> None:
-        await self.group_of(device).detach(device)
 
     async def unbind(self, held: VfioFile) -> None:
         """Returns once it is done, by us or by whoever began before."""
         if held.bound is None:
             return
         iommufd, device = held.bound
-        await self.detach(device)
+        await held.group.detach(device)
         if held.bound is not None:
             held.bound = None
-            self.group_of(device).release(device)
+            held.group.release(device)
             iommufd.objects.remove(device.id)
-            del self.bound[device.rid]
 
     # -- the end of files ------------------------------------------------------------------------------
 
@@ -205,4 +254,4 @@ class App:
 
     async def _release_vfio(self, held: VfioFile) -> None:
         await self.unbind(held)
-        del self.opened[held.info.rid]
+        del self.opened[held.unit, held.info.rid]

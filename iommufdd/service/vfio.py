@@ -26,9 +26,10 @@ def _bind(held: VfioFile, message: uapi.VfioDeviceBindIommufd, fds: Fds) -> Body
         iommufd = app.files.find(fds.peek(0), IommuFile)
     except UapiError:
         raise UapiError(errno.EBADFD, "the file descriptor is no iommufd") from None
+    held.check()
     partial = app.iopfs[held.unit].partial
-    device = Device(held.info, held.unit, app.silicon, app.settings.fault_policy, partial)
-    group = app.group_of(device)
+    device = Device(held.info, held.unit, held.silicon, app.settings.fault_policy, partial)
+    group = held.group
     group.claim(iommufd)
     try:
         device_id = iommufd.objects.add(device)
@@ -36,12 +37,12 @@ def _bind(held: VfioFile, message: uapi.VfioDeviceBindIommufd, fds: Fds) -> Body
         group.release(device)
         raise
     held.bound = iommufd, device
-    app.bound[device.rid] = device
     return {"out_devid": device_id}
 
 
 async def _attach(held: VfioFile, message: uapi.VfioDeviceAttachIommufdPt, fds: Fds) -> Body:
     iommufd, device = _bound(held)
+    held.check()
     found = iommufd.objects.get(message.pt_id, Object)
     if isinstance(found, Ioas):
         raise UapiError(
@@ -52,7 +53,7 @@ async def _attach(held: VfioFile, message: uapi.VfioDeviceAttachIommufdPt, fds: 
         raise UapiError(errno.EINVAL, f"object {found.id} is a {type(found).__name__}, no HWPT")
     found.users += 1  # nobody destroys it while we wait for our turn
     try:
-        await held.app.group_of(device).attach(device, found, pinned=message.pinned)
+        await held.group.attach(device, found, pinned=message.pinned)
     finally:
         found.users -= 1
     return {"pt_id": found.id}
@@ -60,12 +61,14 @@ async def _attach(held: VfioFile, message: uapi.VfioDeviceAttachIommufdPt, fds: 
 
 async def _detach(held: VfioFile, message: uapi.VfioDeviceDetachIommufdPt, fds: Fds) -> Body:
     _, device = _bound(held)
-    await held.app.detach(device)
+    await held.group.detach(device)
     return {}
 
 
 async def _pin(held: VfioFile, message: uapi.VfioDevicePin, fds: Fds) -> Body:
-    await _bound(held)[1].pin(message.iova, message.length)
+    _, device = _bound(held)
+    held.check()
+    await device.pin(message.iova, message.length)
     return {}
 
 
@@ -76,7 +79,7 @@ async def _unpin(held: VfioFile, message: uapi.VfioDeviceUnpin, fds: Fds) -> Bod
 
 async def _mmap(held: VfioFile, message: uapi.VfioDeviceMmap, fds: Fds) -> Answer:
     _bound(held)
-    return Answer({}, [await held.app.silicon.portal(held.info.rid)])
+    return Answer({}, [await held.silicon.portal(held.info.rid)])
 
 
 def _bound(held: VfioFile) -> tuple[IommuFile, Device]:

@@ -61,6 +61,8 @@ class Endpoint:
 class MirrorMachine:
     """The unit port, the memory bus, and the world around them."""
 
+    alive = True
+
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
         self.flows = AnyOrder(self.random)

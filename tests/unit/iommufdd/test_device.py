@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy, Policy
 from iommufdd.core.hwpt import Hwpt
@@ -50,7 +51,7 @@ class Bound:
         self.hwpt = self.world.hwpt()
         self.hwpt.id = 5
         self.device = Device(
-            function(**info), self.world, self.world, policy or FaultPolicy(), PartialGroups()
+            function(**info), self.world, self.world, policy or FaultPolicy(), PartialGroups(UnitCounts())
         )
 
     def enter(self, hwpt: Hwpt | None = None, *, pinned: bool = False) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import pytest
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.group import Group
@@ -31,7 +33,9 @@ class Grouped:
 
     def _device(self, number: int) -> Device:
         self.group.claim(OWNER)
-        return Device(function(RID + 8 * number), self.world, self.world, FaultPolicy(), PartialGroups())
+        return Device(
+            function(RID + 8 * number), self.world, self.world, FaultPolicy(), PartialGroups(UnitCounts())
+        )
 
     def start(self, number: int, hwpt: Hwpt, *, pinned: bool = False) -> Wait[None]:
         return self.world.start(self.group.attach(self.devices[number], hwpt, pinned=pinned))
@@ -156,7 +160,7 @@ def test_a_refused_replacement_touches_nothing(grouped: Grouped) -> None:
         grouped.world,
         grouped.world,
         FaultPolicy(),
-        PartialGroups(),
+        PartialGroups(UnitCounts()),
     )
     grouped.attach(0, grouped.paging)
     grouped.attach(1, grouped.paging)
@@ -206,3 +210,65 @@ def test_a_group_belongs_to_one_iommufd_until_all_its_devices_are_unbound(groupe
     for device in grouped.devices:
         grouped.group.release(device)
     grouped.group.claim(OTHER)
+
+
+# -- units or a KVM that go meanwhile ------------------------------------------------------------------
+
+
+def lose_units(grouped: Grouped) -> None:
+    grouped.world.alive = False
+
+
+def lose_kvm(grouped: Grouped) -> None:
+    grouped.kvm.maintained = False
+
+
+LOSSES = [lose_units, lose_kvm]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+@pytest.mark.parametrize("replacing", [False, True])
+def test_nothing_is_attached_to_what_nobody_walks_or_maintains(
+    grouped: Grouped, lose: Callable[[Grouped], None], *, replacing: bool
+) -> None:
+    """The table would be walked as it was left, whatever became of its frames."""
+    if replacing:
+        grouped.attach(0, grouped.paging)
+    lose(grouped)
+    steps = len(grouped.world.log)
+    assert grouped.refused(0, grouped.kvm).errno == errno.ENODEV
+    assert (len(grouped.world.log), grouped.on()) == (steps, [6 * replacing, 0])
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_an_attach_that_waited_its_turn_asks_again_whether_its_hwpt_is_walkable(
+    grouped: Grouped, lose: Callable[[Grouped], None]
+) -> None:
+    grouped.world.hold()
+    first = grouped.start(0, grouped.kvm)
+    second = grouped.start(1, grouped.kvm)
+    lose(grouped)
+    grouped.world.let_go()
+    assert first.done, "its KVM takes it off again"
+    with pytest.raises(UapiError, check=lambda error: error.errno == errno.ENODEV):
+        second.result()
+    assert grouped.on_hwpts() == [5, 0]
+
+
+@pytest.mark.parametrize("let_go", range(1, 6))
+def test_a_replacement_asks_again_once_the_device_has_left(grouped: Grouped, let_go: int) -> None:
+    """KVM goes while it leaves its former HWPT: it goes back, and nobody had to take it off the new one."""
+    grouped.attach(0, grouped.paging)
+    grouped.world.hold()
+    replaced = grouped.start(0, grouped.kvm)
+    for _ in range(let_go):
+        held, grouped.world.held = grouped.world.held, []
+        assert held
+        held[0].set(None)
+        grouped.world.flows.run_ready()
+    lose_kvm(grouped)
+    assert grouped.kvm.users == 0, "it is still leaving"
+    grouped.world.let_go()
+    with pytest.raises(UapiError, check=lambda error: error.errno == errno.ENODEV):
+        replaced.result()
+    assert grouped.on() == [6, 0]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.iopf import Verdict, judge
 from iommufdd.core.partial import MAX_PARTIAL, PartialGroups
 from protocol.hw.prq import PageRequest
@@ -67,7 +68,7 @@ def test_the_verdict_on_a_request(what: str, verdict: Verdict) -> None:
 
 @pytest.mark.rfc("RFC-82")
 def test_a_group_comes_whole_and_in_order_with_its_last_request() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     parts = [request(3, page) for page in (9, 4, 7)]
     assert [groups.gather(part, HWPT) for part in parts] == [None, None, None]
     assert groups.held == 3
@@ -77,7 +78,7 @@ def test_a_group_comes_whole_and_in_order_with_its_last_request() -> None:
 
 
 def test_groups_of_other_indices_and_functions_do_not_mix() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     one, two, other = request(1, 1), request(2, 2), request(1, 3, rid=0x6A10)
     for part in (one, two, other):
         groups.gather(part, HWPT)
@@ -86,7 +87,7 @@ def test_groups_of_other_indices_and_functions_do_not_mix() -> None:
 
 
 def test_an_index_used_again_starts_empty() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     groups.gather(request(1, 1), HWPT)
     groups.gather(request(1, 2, last=True), HWPT)
     last = request(1, 3, last=True)
@@ -95,43 +96,45 @@ def test_an_index_used_again_starts_empty() -> None:
 
 @pytest.mark.rfc("RFC-82")
 def test_an_overflow_discards_every_partial_group() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     for n in range(5):
         groups.gather(request(n, n, rid=RID + n % 2), HWPT)
     groups.discard()
-    assert (groups.held, groups.discarded) == (0, 5)
+    assert (groups.held, groups.counts.partial_discarded) == (0, 5)
     last = request(0, 9, last=True)
     assert groups.gather(last, HWPT) == [last]
 
 
 def test_a_detach_discards_what_its_function_sent_and_nothing_else() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     mine, other = request(1, 1), request(1, 2, rid=0x6A10)
     groups.gather(mine, HWPT)
     groups.gather(request(2, 3), HWPT)
     groups.gather(other, HWPT)
     groups.discard([RID])
-    assert (groups.held, groups.discarded) == (1, 2)
+    assert (groups.held, groups.counts.partial_discarded) == (1, 2)
     last = request(1, 4, last=True, rid=0x6A10)
     assert groups.gather(last, HWPT) == [other, last]
 
 
 def test_as_many_requests_of_a_function_are_held_as_the_ring_has_and_no_more() -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     assert MAX_PARTIAL == 2048
     for n in range(MAX_PARTIAL):
         assert groups.gather(request(n % 512, n), HWPT) is None
-    assert (groups.held, groups.discarded) == (MAX_PARTIAL, 0)
+    assert (groups.held, groups.counts.partial_discarded) == (MAX_PARTIAL, 0)
     assert groups.gather(request(5, 1), HWPT) is None
-    assert (groups.held, groups.discarded) == (MAX_PARTIAL, 1)
+    assert (groups.held, groups.counts.partial_discarded) == (MAX_PARTIAL, 1)
     whole = groups.gather(request(5, 2, last=True), HWPT)
     assert whole is not None
     assert [part.addr >> 12 for part in whole] == [5, 517, 1029, 1541, 2]
     groups.gather(request(5, 3), HWPT)
-    assert (groups.held, groups.discarded) == (MAX_PARTIAL - 3, 1)
+    assert (groups.held, groups.counts.partial_discarded) == (MAX_PARTIAL - 3, 1)
     for n in range(MAX_PARTIAL):
         groups.gather(request(1, n, rid=0x6A10), HWPT)
-    assert (groups.held, groups.discarded) == (2 * MAX_PARTIAL - 3, 1), "a neighbour has room of its own"
+    assert (groups.held, groups.counts.partial_discarded) == (2 * MAX_PARTIAL - 3, 1), (
+        "a neighbour has room of its own"
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -142,7 +145,7 @@ def test_as_many_requests_of_a_function_are_held_as_the_ring_has_and_no_more() -
     )
 )
 def test_no_request_is_lost_or_handled_twice(steps: list[tuple[int, int, bool] | int | None]) -> None:
-    groups = PartialGroups()
+    groups = PartialGroups(UnitCounts())
     oracle: dict[tuple[int, int], list[PageRequest]] = {}
     discarded = 0
     for page, step in enumerate(steps):
@@ -158,4 +161,4 @@ def test_no_request_is_lost_or_handled_twice(steps: list[tuple[int, int, bool] |
             discarded += sum(len(oracle.pop(key)) for key in gone)
             groups.discard(None if step is None else [step])
         assert groups.held == sum(map(len, oracle.values()))
-        assert groups.discarded == discarded
+        assert groups.counts.partial_discarded == discarded

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hwpt_kvm import HwptKvm
@@ -37,7 +38,7 @@ class Queue:
         self.crashes: list[BaseException] = []
         self.world.flows = Flows(self.crashes.append)
         self.hwpt = self.world.hwpt()
-        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn)
+        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn, UnitCounts())
         self.device = Device(function(), self.world, self.world, FaultPolicy(), self.iopf.partial)
         if attached:
             self.world.run(self.device.enter(self.hwpt, pinned=False))
@@ -138,13 +139,13 @@ def test_private_data_and_reserved_bits_are_invalid_if_it_is_the_last() -> None:
         for last, answers in ((False, []), (True, [(RID, 7, INVALID)])):
             raw = int.from_bytes(entry(5, 7, last=last), "little") | 1 << bit
             assert queue.take(raw.to_bytes(32, "little")) == answers
-        assert (queue.iopf.malformed, queue.asked) == (2, [])
+        assert (queue.iopf.counts.malformed, queue.asked) == (2, [])
 
 
 def test_an_entry_of_another_type_is_counted_and_not_answered() -> None:
     queue = Queue()
     assert queue.take(b"\x02" + entry(5)[1:]) == []
-    assert queue.iopf.malformed == 1
+    assert queue.iopf.counts.malformed == 1
 
 
 @pytest.mark.rfc("RFC-84")
@@ -155,7 +156,7 @@ def test_a_stop_marker_is_never_answered_and_ends_no_group(pasid: int | None, ri
     queue.take(entry(1, last=False))
     named: dict[str, Any] = {} if pasid is None else {"pasid_present": True, "pasid": Pasid(pasid)}
     assert queue.take(entry(rid=rid, read=False, **named)) == []
-    assert (queue.iopf.partial.held, queue.iopf.responses, queue.asked) == (1, 0, [])
+    assert (queue.iopf.partial.held, queue.iopf.counts.responses, queue.asked) == (1, 0, [])
     assert queue.take(entry(2)) == [(RID, 0, SUCCESS)]
     assert queue.asked == [1, 2]
 
@@ -224,7 +225,7 @@ def test_an_answer_nobody_got_is_counted() -> None:
     queue = Queue()
     queue.there = False
     queue.take(entry(5))
-    assert (queue.iopf.responses, queue.iopf.responses_lost) == (1, 1)
+    assert (queue.iopf.counts.responses, queue.iopf.counts.responses_lost) == (1, 1)
 
 
 def test_of_any_bytes_every_last_request_is_answered_once() -> None:
@@ -269,7 +270,7 @@ def test_half_a_group_is_forgotten_with_the_domain_it_was_asked_for_on(*, then_b
     queue = Queue()
     assert queue.take(entry(1 << 40, 5, last=False)) == []
     replaced(queue, then_back=then_back)
-    assert (queue.iopf.partial.held, queue.iopf.partial.discarded) == (0, 1)
+    assert (queue.iopf.partial.held, queue.iopf.counts.partial_discarded) == (0, 1)
     assert queue.take(entry(7, 5, last=False), entry(8, 5)) == [(RID, 5, SUCCESS)]
     assert queue.asked == [7, 8]
 

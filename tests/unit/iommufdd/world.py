@@ -87,6 +87,7 @@ class World:
         self.fails = Fails()
         self.fault_errno = 0
         self.held: list[Wait[None]] | None = None
+        self.alive = True
         self.entries: dict[int, bytes] = {}
         self.functions: dict[int, dict[str, int]] = {}  # what is on
         self.pins = 0  # asked for so far
