@@ -4,7 +4,8 @@ Models the one property everything else leans on: an entry changes by a single a
 a reader sees the old value or the new one (invariant I4).  Item access on a `memoryview` cast to "Q" is one
 mov on x86-64, which orders stores and loads; packing into a buffer would write a transient zero.
 The walker's loop loads from `words` itself; only this file stores.
-The range forms are for pages no walker can reach: not linked yet, or cut off and flushed.
+The range forms are for pages no walker can reach: not linked yet, or cut off and flushed.  A page counts as
+linked from the store of an entry that leads to it until it is cleared; no frame lies among tables.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from protocol.pt import bits
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES
 from protocol.units import PAGE_SIZE, Hpa
 
@@ -67,7 +69,11 @@ class TableReader:
 class TableWriter(TableReader):
     """The same, for the one process that may store: whose tables they are."""
 
-    __slots__ = ()
+    __slots__ = ("_linked",)
+
+    def __init__(self, base: Hpa, view: memoryview) -> None:
+        super().__init__(base, view)
+        self._linked: set[int] = set()
 
     def store64(self, hpa: int, entry: int) -> None:
         """One aligned 8-byte store."""
@@ -79,6 +85,9 @@ class TableWriter(TableReader):
             self.words[offset >> 3] = entry
         except IndexError:
             raise TableOutside(f"no table memory at hpa {hpa:#x}") from None
+        table = entry & bits.ADDRESS_MASK
+        if entry & bits.RWX and 0 <= table - self.base < self.words.nbytes:
+            self._linked.add(table)
 
     def cmpxchg64(self, hpa: int, expected: int, entry: int) -> bool:
         """Store `entry` if the one there is still `expected`: what a CPU does when it sets A or D."""
@@ -90,12 +99,14 @@ class TableWriter(TableReader):
     def fill_unlinked(self, table: Hpa, entries: Sequence[int]) -> None:
         """Write a whole page that no walker can reach."""
         assert len(entries) == ENTRIES, f"{len(entries)} entries fill a table page"
+        assert table not in self._linked, f"I4: table {table:#x} is linked: a walker would see it half filled"
         first = self._index(table, ENTRIES)
         self.words[first : first + ENTRIES] = memoryview(array("Q", entries))
 
     def clear_unlinked(self, table: Hpa) -> None:
         first = self._index(table, ENTRIES)
         self.words[first : first + ENTRIES] = _ZERO_TABLE
+        self._linked.discard(table)
 
 
 _ZERO_TABLE = memoryview(array("Q", bytes(PAGE_SIZE)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -178,6 +180,54 @@ def test_a_split_changes_no_translation(level: int, goal: int, tables: int) -> N
     assert tdp.root.leaves[goal] == 1 << 9 * (level - goal)
     assert tdp.root.leaves[level] == 0
     assert tdp.wrong == []
+
+
+CHANGES: dict[str, Callable[[TdpMmu, Root], object]] = {
+    "split": lambda mmu, root: mmu.split(root, root.everything, Level(1)),
+    "write-protected": lambda mmu, root: mmu.write_protect(Gfn(0x203), 0),
+    "mapped in part": lambda mmu, root: mmu.map(root, Gfn(0x203), Pfn(PFN + 3), Level(1), writable=True),
+}
+
+
+@pytest.mark.parametrize("what", list(CHANGES))
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_walker_between_any_two_stores_sees_a_huge_leaf_as_it_was_or_as_it_becomes(
+    what: str, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No walker of the model's ever runs inside a turn, so that nothing else would notice."""
+    tdp = Tdp()
+    tdp.map(0x200, PFN, 2, writable=writable)
+
+    def look() -> dict[int, tuple[int, bool]]:
+        return flat(RawTables(BASE, tdp.memory), tdp.root.hpa, tdp.root.role.level)
+
+    seen = [look()]
+
+    def watched(act: Callable[..., None]) -> Callable[..., None]:
+        def stores(*what: Any) -> None:
+            act(*what)
+            seen.append(look())
+
+        return stores
+
+    for name in ("store64", "fill_unlinked"):
+        monkeypatch.setattr(TableWriter, name, watched(getattr(TableWriter, name)))
+    CHANGES[what](tdp.mmu, tdp.root)
+    assert all(saw in (seen[0], seen[-1]) for saw in seen)
+    assert seen[-1].keys() == seen[0].keys()
+    differ = {gfn for gfn, page in seen[0].items() if page != seen[-1][gfn]}
+    assert differ == ({0x203} if writable == (what == "write-protected") and what != "split" else set())
+
+
+def test_a_table_that_is_linked_before_it_is_filled_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: the two steps of a split the other way round."""
+    tdp = Tdp()
+    tdp.map(0x200, PFN, 2)
+    fill, late = TableWriter.fill_unlinked, []
+    monkeypatch.setattr(TableWriter, "fill_unlinked", lambda *what: late.append(what))
+    tdp.mmu.split(tdp.root, tdp.root.everything, Level(1))
+    with pytest.raises(AssertionError, match=r"I4: table .* is linked"):
+        fill(*late[0])
 
 
 def test_a_write_into_a_read_only_huge_leaf_splits_it_and_changes_one_page() -> None:
