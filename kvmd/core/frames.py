@@ -12,7 +12,7 @@ import errno
 from collections.abc import Callable
 
 from protocol.errors import UapiError
-from protocol.frame_tags import FREE, FrameTags
+from protocol.frame_tags import FREE, FrameTags, is_free
 from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hpa, Level, Pfn, pages_of_level, pfn_of
 
 _CHILDREN = 512
@@ -71,6 +71,12 @@ class Frames:
     def split(self, pfn: Pfn, level: Level) -> None:
         """A block handed out as one may come back in blocks of the next smaller level."""
         self._free_children[Level(level - 1), pfn] = 0
+
+    def is_free(self, pfn: Pfn) -> bool:
+        """Nobody has it: it was never handed out, or was given up, so far as tags are kept."""
+        if not self._first <= pfn < self._next:
+            return True
+        return self._tags is not None and is_free(self._tags.read(pfn))
 
     def offset_of(self, pfn: Pfn) -> int:
         """Where the frame's bytes lie in `view`."""

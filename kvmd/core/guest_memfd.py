@@ -17,6 +17,7 @@ from enum import IntFlag
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.page import Kind, Page
 from protocol.errors import EHWPOISON, UapiError
+from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Level
 
@@ -29,7 +30,11 @@ class MemfdFlag(IntFlag):
 
 
 class GuestMemfd:
-    """One file of `size` bytes; `owner` tags its frames."""
+    """One file of `size` bytes; `owner` tags its frames.
+
+    `invalidate_lock` is the kernel's filemap_invalidate_lock: pages are given back only from slots that were
+    bound when it was taken, so that nobody may be bound meanwhile.
+    """
 
     def __init__(self, vm_id: int, memory: Memory, owner: int, size: int, flags: MemfdFlag) -> None:
         self.vm_id = vm_id
@@ -37,22 +42,25 @@ class GuestMemfd:
         self.flags = flags
         self.bindings: list[Binding] = []
         self.closed = False
+        self.invalidate_lock = RwLock()
         self._memory = memory
         self._owner = owner
         self._pages: dict[int, Page] = {}
 
-    def bind(self, vm_id: int, offset: int, span: GfnSpan) -> Binding:
-        """Give the pages from `offset` on to a slot.  EINVAL: another VM's, too short, or taken."""
+    async def bind(self, vm_id: int, offset: int, span: GfnSpan) -> Binding:
+        """Give the pages from `offset` on to a slot, once no hole is being made [KVM kvm_gmem_bind].  EINVAL:
+        another VM's, too short, or taken."""
         first, end = offset >> PAGE_SHIFT, (offset >> PAGE_SHIFT) + span.npages
         if self.vm_id != vm_id:
             raise UapiError(errno.EINVAL, f"the guest_memfd is VM {self.vm_id}'s, not VM {vm_id}'s")
         if end > self.npages:
             raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} of a guest_memfd of {self.npages:#x}")
-        if any(held.first < end and first < held.first + held.span.npages for held in self.bindings):
-            raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} are bound to another slot")
-        binding = Binding(self, first, span)
-        self.bindings.append(binding)
-        return binding
+        async with self.invalidate_lock:
+            if any(held.first < end and first < held.first + held.span.npages for held in self.bindings):
+                raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} are bound to another slot")
+            binding = Binding(self, first, span)
+            self.bindings.append(binding)
+            return binding
 
     def page(self, index: int) -> Page:
         """The page at `index`, made now if there is none.  EHWPOISON, ENOMEM."""
@@ -66,6 +74,10 @@ class GuestMemfd:
 
     def present(self, index: int) -> Page | None:
         return self._pages.get(index)
+
+    def pages(self) -> Iterator[tuple[int, Page]]:
+        """Those that were touched, and their indices."""
+        return iter(self._pages.items())
 
     def pages_of_hole(self, offset: int, size: int) -> range:
         """Which pages PUNCH_HOLE is about.  EINVAL: not whole pages, or none."""

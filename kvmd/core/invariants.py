@@ -7,6 +7,7 @@ whenever no flow is in the middle of a change; what a change in progress excuses
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from kvmd.core.pinning import AS_ID
 from kvmd.core.spte import is_young
@@ -24,10 +25,12 @@ _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
-    found = _check_pins(vm)
+    found = _check_pins(vm) + _check_private(vm)
     for root in vm.mmu.roots:
         found += check_table(vm.mmu.load64, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
+        if not root.invalid:
+            found += _check_frames(vm, root)
         if not root.invalid and not vm.host_changes.in_progress:
             found += _check_translations(vm, root)
             found += _check_pinned(vm, root)
@@ -67,6 +70,35 @@ def _check_counts(vm: Kvm, root: Root) -> list[str]:
         for what, counted, found in (("leaves", root.leaves, leaves), ("tables", root.tables_at, tables))
         if counted != found
     ]
+
+
+def _check_frames(vm: Kvm, root: Root) -> list[str]:
+    """I6: whatever changes, no leaf leads to a frame that was given up."""
+    return [
+        f"I6: gfn {met.gfn:#x} level {met.level} maps pfn {pfn_of(met.entry):#x}, which is free"
+        for met in vm.mmu.leaves(root)
+        if vm.host.frames.is_free(pfn_of(met.entry))
+    ]
+
+
+def _check_private(vm: Kvm) -> list[str]:
+    """I6: what a guest_memfd has is its own, and a slot's part of it is no other slot's."""
+    found = []
+    bound = [slot.private for slot in vm.slots if slot.private is not None]
+    for memfd in {binding.memfd for binding in bound}:
+        found += [
+            f"I6: guest_memfd page {index:#x} is pfn {page.pfn:#x}, which is free"
+            for index, page in memfd.pages()
+            if vm.host.frames.is_free(page.pfn)
+        ]
+        parts = sorted((held.first, held.span.npages) for held in bound if held.memfd is memfd)
+        for (first, npages), (other, _) in pairwise(parts):
+            if first + npages > other:
+                found.append(f"I6: guest_memfd page {other:#x} is bound to two slots")
+    for binding in bound:
+        if binding not in binding.memfd.bindings:
+            found.append(f"I6: {binding.span} has pages of a guest_memfd that does not know it")
+    return found
 
 
 def _check_translations(vm: Kvm, root: Root) -> list[str]:

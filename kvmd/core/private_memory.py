@@ -63,8 +63,7 @@ class PrivateMemory:
         await self._drop(memfd, memfd.pages_of_hole(offset, size))
 
     async def _drop(self, memfd: GuestMemfd, pages: range) -> None:
-        spans = memfd.spans_of(pages)
-        async with self._host_changes.zapped_gfns(spans):
+        async with memfd.invalidate_lock, self._host_changes.zapped_gfns(memfd.spans_of(pages)):
             memfd.drop(pages)
 
     async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:

@@ -64,7 +64,7 @@ class SlotsChange:
         async with self._lock:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not Change.NONE:
-                new = self._bind(region, new)
+                new = await self._bind(region, new)
             new = await self._replace(change, old, new)
             if new is None:
                 return
@@ -94,10 +94,10 @@ class SlotsChange:
             settled, self.settled = self.settled, Wait()
             settled.set(None)
 
-    def _bind(self, region: Region, new: Memslot) -> Memslot:
+    async def _bind(self, region: Region, new: Memslot) -> Memslot:
         if SlotFlag.GUEST_MEMFD not in new.flags:
             return new
-        binding = region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
+        binding = await region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
         return replace(new, private=binding)
 
     def _refusal(self, change: Change, new: Memslot | None) -> UapiError | None:

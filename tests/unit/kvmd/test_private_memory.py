@@ -117,6 +117,60 @@ def test_a_hole_is_taken_from_every_slot_that_has_it_and_reads_as_zeroes() -> No
     assert world.read(world.cpu, 0x801 << 12, 6).reads == [b"secret"]
 
 
+def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
+    """Its pages lie in the hole: mapped before, they would be given back under the guest."""
+    world = Protected()
+    exported, importer = world.export(), SlowImporter()
+    exported.register_importer("unit", importer)
+    wait = world.start(world.vm.private.set_attributes(0, 0x1000 << 12, PRIVATE, 0))
+    wait = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    while not wait.done:
+        world.ack(importer)
+    world.bind(0, GFN, world.memfd, 0, 2)
+    assert world.io_fault(exported, GFN) is Result.FIXED
+    hole = world.start(world.vm.private.punch_hole(world.memfd, 0, 4 << 12))
+    assert not hole.done
+    region = replace(
+        world.region(1, 0x800, 2, world.hva, 4),
+        version=2,
+        guest_memfd=lambda: world.memfd,
+        guest_memfd_offset=2 << 12,
+    )
+    bound = world.start(world.vm.set_memory_region(region))
+    store = world.start(world.cpu.run([("w", 0x800 << 12, b"mine")]))
+    assert not bound.done
+    assert world.memfd.present(2) is None
+    world.ack(importer)
+    assert (hole.done, bound.done) == (True, True)
+    assert store.result().exit is not None  # it was no RAM yet
+    world.write(world.cpu, 0x800 << 12, b"mine")
+    assert world.read(world.cpu, 0x800 << 12, 4).reads == [b"mine"]
+    assert world.memfd.present(2) is not None
+    assert check_vm(world.vm) + check_memory(world.host.memory, world.host.processes) == []
+
+
+@pytest.mark.parametrize("what", ["free", "bound twice", "unknown", "mapped"])
+def test_the_check_finds_private_memory_that_is_somebody_else_s(what: str) -> None:
+    world = Protected()
+    world.attribute(0, PRIVATE)
+    world.write(world.cpu, GFN << 12, b"x")
+    page = world.memfd.present(0)
+    slot = world.vm.slots.find(Gfn(GFN))
+    assert page is not None
+    assert slot is not None
+    assert slot.private is not None
+    if what == "free":
+        world.host.frames.release(page.pfn, Level(1))
+    elif what == "mapped":  # and the file has let go of it
+        world.memfd.drop(range(1))
+    elif what == "unknown":
+        slot.private.unbind()
+    else:
+        world.vm.slots.replace(None, replace(slot, id=1, base_gfn=Gfn(0x800)))
+    found = check_vm(world.vm)
+    assert [sentence for sentence in found if sentence.startswith("I6")], found
+
+
 def test_a_hole_beyond_the_end_is_no_hole_and_one_of_no_pages_is_einval() -> None:
     world = Protected()
     world.run(world.vm.private.punch_hole(world.memfd, PAGES << 12, (1 << 64) - 4096))
