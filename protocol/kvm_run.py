@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 MMIO_BYTES = 8  # kvm_run.mmio.data
+INTERNAL_ERROR_EMULATION = 1  # kvm_run.internal.suberror: the emulator cannot do it
 
 
 class ExitReason(IntEnum):

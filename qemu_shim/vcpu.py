@@ -37,6 +37,7 @@ class RunResult:
     reads: list[bytes]
     mmio: MmioExit | None
     memory_fault: dict[str, int] | None  # flags, gpa, size
+    internal: dict[str, int] | None  # suberror
     signal: dict[str, int] | None  # siginfo: signo, code, addr
 
 
@@ -59,16 +60,18 @@ class Vcpu(File):
         body = (await self.ask("KVM_PRE_FAULT_MEMORY", gpa=gpa, size=size, flags=flags)).body
         return body["gpa"], body["size"]
 
-    async def run(self, program: Program, cpl: int = 3, smm: bool = False) -> RunResult:
+    async def run(
+        self, program: Program, cpl: int = 3, smm: bool = False, *, immediate_exit: int = 0
+    ) -> RunResult:
         """KVM_RUN with new code for the guest."""
-        return await self._run(program=list(program), cpl=cpl, smm=smm)
+        return await self._run(program=list(program), cpl=cpl, smm=smm, immediate_exit=immediate_exit)
 
-    async def resume(self, mmio_data: bytes | None = None) -> RunResult:
+    async def resume(self, mmio_data: bytes | None = None, *, immediate_exit: int = 0) -> RunResult:
         """KVM_RUN again: the access that failed is tried again, a load gets `mmio_data`."""
-        return await self._run(program=None, mmio_data=mmio_data)
+        return await self._run(program=None, mmio_data=mmio_data, immediate_exit=immediate_exit)
 
     async def _run(self, **fields: Any) -> RunResult:
         body = (await self.ask("KVM_RUN", **fields)).body
         mmio = body.pop("mmio", None)
-        why_else = {name: body.pop(name, None) for name in ("memory_fault", "signal")}
+        why_else = {name: body.pop(name, None) for name in ("memory_fault", "internal", "signal")}
         return RunResult(**body, mmio=None if mmio is None else MmioExit(**mmio), **why_else)

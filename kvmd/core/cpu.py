@@ -81,10 +81,10 @@ class Cpu:
         else:
             self._write(pieces, data)
 
-    async def modify(self, gpa: Gpa, size: int, change: Change) -> None:
+    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
         pieces = await self._reach((gpa, size, bits.WRITE))
         if pieces is None:
-            await self._emulator.modify(gpa, size, change)
+            await self._emulator.modify(gpa, size, change, locked=locked)
         else:
             self._write(pieces, change(self._read(pieces)))
 

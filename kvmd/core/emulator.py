@@ -2,7 +2,8 @@
 
 Models emulator_read_write [KVM x86.c].  An access is cut at page bounds.  What is RAM is read or written
 at once, through the slot's host address; what is not becomes fragments of at most 8 bytes, each an exit
-to user space, in order, after the RAM part is done.  A read-modify-write is a load and a store.
+to user space, in order, after the RAM part is done.  A read-modify-write is a load and a store; with a LOCK
+prefix the store is at once or not at all.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvmd.core.exits import Exit, Mmio
-from kvmd.core.guest_ram import GuestRam, pages_of
+from kvmd.core.guest_ram import Exchange, GuestRam, pages_of
 from kvmd.core.program import Change
 from protocol.errors import UapiError
-from protocol.kvm_run import MMIO_BYTES, ExitReason
-from protocol.units import Gpa
+from protocol.kvm_run import INTERNAL_ERROR_EMULATION, MMIO_BYTES, ExitReason
+from protocol.units import Gpa, gfn_of
 
 if TYPE_CHECKING:
     from kvmd.core.vcpu import Vcpu
@@ -52,13 +53,30 @@ class Emulator:
             piece = data[at - gpa : at - gpa + count]
             await Exit(ExitReason.MMIO, mmio=Mmio(at, count, True, piece))
 
-    async def modify(self, gpa: Gpa, size: int, change: Change) -> None:
-        await self.store(gpa, change(await self.load(gpa, size)))
+    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
+        """A locked one within a page is a compare-and-exchange at the host's address, where there is one.  If
+        that faults it cannot be emulated; if the value is another by now the instruction starts again
+        [emulator_cmpxchg_emulated].
+        """
+        while True:
+            old = await self.load(gpa, size)
+            new = change(old)
+            if not locked or gfn_of(gpa) != gfn_of(Gpa(gpa + size - 1)):
+                return await self.store(gpa, new)
+            match await self._ram.compare_exchange(gpa, old, new):
+                case Exchange.NO_ADDRESS:
+                    return await self.store(gpa, new)
+                case Exchange.STORED:
+                    return None
+                case Exchange.FAULT:
+                    await _failure(f"locked access at gpa {gpa:#x}: no memory there that may be written")
+                case Exchange.OTHER_VALUE:
+                    pass
 
     async def fetch(self, gpa: Gpa) -> None:
         """Code where no memory is cannot be emulated: user space is told, and it is tried again."""
         while await self._ram.load(gpa, 1) is None:
-            await Exit(ExitReason.INTERNAL_ERROR, why=f"fetch from gpa {gpa:#x}: no memory there")
+            await _failure(f"fetch from gpa {gpa:#x}: no memory there")
 
     def prefetch(self, gpa: Gpa) -> None:
         pass
@@ -71,6 +89,10 @@ class Emulator:
     async def fill(self, gpa: Gpa, byte: int, size: int) -> int:
         await self.store(gpa, bytes([byte]))
         return 1
+
+
+def _failure(why: str) -> Exit:
+    return Exit(ExitReason.INTERNAL_ERROR, why=why, suberror=INTERNAL_ERROR_EMULATION)
 
 
 def _fragments(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:

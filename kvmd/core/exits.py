@@ -46,6 +46,7 @@ class Exit:
     why: str = ""
     mmio: Mmio | None = None
     memory_fault: MemoryFault | None = None
+    suberror: int | None = None  # kvm_run.internal
     sigbus: Hva | None = None  # the thread consumed poisoned memory there
 
     def __await__(self) -> Generator[Exit, bytes, bytes]:

@@ -8,13 +8,14 @@ not RAM; the caller says what that means.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from kvmd.core.memslot import Memslot
 from kvmd.core.mm.space import Via
 from protocol.errors import UapiError
 from protocol.pt.geometry import gfn_limit
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gpa, Hva, gfn_of
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gfn, Gpa, Hva, gfn_of
 
 if TYPE_CHECKING:
     from kvmd.core.vcpu import Vcpu
@@ -28,6 +29,15 @@ def pages_of(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
         count = min(end - gpa, PAGE_SIZE - (gpa & PAGE_OFFSET_MASK))
         yield gpa, count
         gpa = Gpa(gpa + count)
+
+
+class Exchange(Enum):
+    """What came of a compare-and-exchange."""
+
+    NO_ADDRESS = auto()  # no slot, or one that is read-only: the host has none to write to
+    FAULT = auto()  # there is one, and no memory that may be written
+    OTHER_VALUE = auto()
+    STORED = auto()
 
 
 class GuestRam:
@@ -54,6 +64,22 @@ class GuestRam:
         self._vm.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
+    async def compare_exchange(self, gpa: Gpa, old: bytes, new: bytes) -> Exchange:
+        """`new` where `old` is, within one page and at once.  The page counts as written either way: a locked
+        access that finds another value writes that back [KVM x86.c]."""
+        found = await self._reach(gpa, len(old), write=True)
+        gfn = gfn_of(gpa)
+        if found is None:
+            slot = self._vm.slots.find(gfn, self._as_id) if self._walkable(gfn) else None
+            return Exchange.NO_ADDRESS if slot is None or slot.readonly else Exchange.FAULT
+        slot, there = found
+        self._vm.mark_page_dirty(slot, gfn, self._vcpu)
+        if there != old:
+            return Exchange.OTHER_VALUE
+        there[:] = new
+        self._vm.stores.stored(self._as_id, gfn)
+        return Exchange.STORED
+
     async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:
         """The slot and the bytes as they are now; nothing may await before they are used.  None: not RAM, or
         not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0014).
@@ -72,9 +98,11 @@ class GuestRam:
 
     async def _slot(self, gpa: Gpa) -> Memslot | None:
         """What the CPU's walk cannot reach, because the root has too few levels, is not RAM here either."""
-        levels = self._vm.host.features.root_level(self._vcpu.maxphyaddr)
         gfn = gfn_of(gpa)
-        return None if gfn >= gfn_limit(levels) else await self._vm.settled_slot(gfn, self._as_id)
+        return await self._vm.settled_slot(gfn, self._as_id) if self._walkable(gfn) else None
+
+    def _walkable(self, gfn: Gfn) -> bool:
+        return gfn < gfn_limit(self._vm.host.features.root_level(self._vcpu.maxphyaddr))
 
 
 def _hva(slot: Memslot, gpa: Gpa) -> Hva:

@@ -5,7 +5,8 @@ operands `protocol/uapi/vcpu.py` gives it.  An access of up to 16 bytes happens 
 all, even across pages; a longer `r` or `w` stands for a loop and proceeds page by page, as string
 instructions and loops do by their own element, so that what is done before a stop stays done.
 
-Between instructions a vCPU enters the guest anew: it leaves first if its dirty ring is full [KVM x86.c].
+Between instructions a vCPU enters the guest anew: it leaves first if its dirty ring is full, or if it was
+told not to run at all [KVM x86.c].
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Memory(Protocol):
 
     async def load(self, gpa: Gpa, size: int) -> bytes: ...
     async def store(self, gpa: Gpa, data: bytes) -> None: ...
-    async def modify(self, gpa: Gpa, size: int, change: Change) -> None:
-        """A read-modify-write: always a write cycle."""
+    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
+        """A read-modify-write: always a write cycle; `locked`: with a LOCK prefix, or one implied."""
 
     async def fetch(self, gpa: Gpa) -> None: ...
     def prefetch(self, gpa: Gpa) -> None: ...
@@ -58,10 +59,12 @@ class Program:
     async def execute(self) -> None:
         vcpu = self._vcpu
         for name, *operands in self._code:
-            if vcpu.must_leave:
+            if vcpu.must_leave or vcpu.immediate_exit:
                 await vcpu.enter()
             await _EXECUTE[name](self, *operands)
             self.finished += 1
+        if vcpu.immediate_exit:  # the OUT that ends the code is an instruction too
+            await vcpu.enter()
 
     async def _r(self, gpa: Gpa, size: int) -> None:
         if size <= WHOLE_BYTES:
@@ -78,28 +81,34 @@ class Program:
 
     async def _cmpxchg(self, gpa: Gpa, size: int, expect: int, new: int) -> None:
         expected, replacement = _bytes(expect, size), _bytes(new, size)
-        await self._memory.modify(gpa, size, lambda old: replacement if old == expected else old)
+        await self._memory.modify(gpa, size, lambda old: replacement if old == expected else old, locked=True)
 
     async def _xchg(self, gpa: Gpa, data: bytes) -> None:
-        await self._memory.modify(gpa, len(data), lambda _: data)
+        await self._memory.modify(gpa, len(data), lambda _: data, locked=True)
 
     async def _add(self, gpa: Gpa, size: int, value: int) -> None:
-        await self._memory.modify(gpa, size, lambda old: _bytes(int.from_bytes(old, "little") + value, size))
+        def add(old: bytes) -> bytes:
+            return _bytes(int.from_bytes(old, "little") + value, size)
+
+        await self._memory.modify(gpa, size, add, locked=True)
 
     async def _or(self, gpa: Gpa, size: int, value: int) -> None:
-        await self._memory.modify(gpa, size, lambda old: _bytes(int.from_bytes(old, "little") | value, size))
+        def or_(old: bytes) -> bytes:
+            return _bytes(int.from_bytes(old, "little") | value, size)
+
+        await self._memory.modify(gpa, size, or_, locked=False)
 
     async def _movs(self, dst: Gpa, src: Gpa, size: int) -> None:
         at = 0
         while at < size:
             at += await self._memory.copy(Gpa(dst + at), Gpa(src + at), size - at)
-            await self._step()
+            await self._step(new_instruction=False)
 
     async def _stos(self, gpa: Gpa, byte: int, size: int) -> None:
         at = 0
         while at < size:
             at += await self._memory.fill(Gpa(gpa + at), byte, size - at)
-            await self._step()
+            await self._step(new_instruction=False)
 
     async def _exec(self, gpa: Gpa) -> None:
         await self._memory.fetch(gpa)
@@ -127,8 +136,8 @@ class Program:
         while await self._memory.load(gpa, WORD_BYTES) == word:
             await self._vcpu.pause()
 
-    async def _step(self) -> None:
-        if self._vcpu.must_leave:
+    async def _step(self, *, new_instruction: bool = True) -> None:
+        if self._vcpu.must_leave or (new_instruction and self._vcpu.immediate_exit):
             await self._vcpu.enter()
         self._steps += 1
         if self._steps % BREATH == 0:

@@ -49,6 +49,9 @@ class Vcpu:
         self.mmio_sptes_made = 0
         self.tlb_flushes = 0
         self.running = False
+        self.immediate_exit = False  # of the KVM_RUN under way
+        self._reason = ExitReason.UNKNOWN  # kvm_run.exit_reason, which not every KVM_RUN writes
+        self._awaits_io = False  # user space was asked for an access [vcpu->mmio_needed]
         self._vm = vm
         self._kicked = False
         self._emulators = [Emulator(vm, self, as_id) for as_id in range(MAX_ADDRESS_SPACES)]
@@ -68,20 +71,30 @@ class Vcpu:
         *,
         smm: bool = False,
         mmio_data: bytes = b"",
+        immediate_exit: bool = False,
     ) -> RunResult:
-        """KVM_RUN: new code, or None to go on with the last, whose load gets `mmio_data` if it awaits it."""
-        data: bytes | None = mmio_data
+        """KVM_RUN: new code, or None to go on with the last, whose load gets `mmio_data` if it awaits it.
+        With `immediate_exit` the guest does not run: an access that user space was asked for is completed
+        first, and may ask for more [KVM x86.c, complete_userspace_io before wants_to_run].
+        """
+        data = mmio_data if self._awaits_io else None
         if program is not None:
             self._start(program, cpl, as_id=int(smm))
             data = None
+        self.immediate_exit = immediate_exit
         self.running = True
         try:
-            left = DONE if self._code is None else await Resume(self._code, data)
+            if immediate_exit and data is None:
+                left = self._interrupted()
+            else:
+                left = DONE if self._code is None else await Resume(self._code, data)
         except BaseException:
-            self._code = None
+            self._code, self._awaits_io = None, False
             raise
         finally:
             self.running = False
+        self._reason = left.reason
+        self._awaits_io = left.mmio is not None
         if left is DONE:
             self._code = None
         ran = self._program
@@ -104,10 +117,16 @@ class Vcpu:
 
     async def enter(self) -> None:
         """Leave for as long as we must, then enter."""
+        while self.immediate_exit:
+            await self._interrupted()
         while self.must_leave:
             if TRACE.on:
                 TRACE.emit(KvmDirtyRingExit(self.id))
             await Exit(ExitReason.DIRTY_RING_FULL)
+
+    def _interrupted(self) -> Exit:
+        """The signal that immediate_exit stands for; why the guest left last stays where it is."""
+        return Exit(self._reason, errno.EINTR, f"vCPU {self.id}: immediate_exit")
 
     async def pause(self) -> None:
         """Let others run; a signal that came meanwhile is seen here."""

@@ -38,7 +38,13 @@ async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
         raise UapiError(errno.EBUSY, f"vCPU {held.vcpu.id} is running")
     if message.program is not None and _bytes(message.program) > uapi.MAX_RUN_BYTES:
         raise UapiError(errno.EINVAL, f"KVM_RUN of more than {uapi.MAX_RUN_BYTES} bytes")
-    flow = held.vcpu.run(message.program, message.cpl, smm=message.smm, mmio_data=message.mmio_data or b"")
+    flow = held.vcpu.run(
+        message.program,
+        message.cpl,
+        smm=message.smm,
+        mmio_data=message.mmio_data or b"",
+        immediate_exit=message.immediate_exit != 0,
+    )
     return _kvm_run(await holding(held.owner, flow))
 
 
@@ -71,6 +77,8 @@ def _kvm_run(ran: RunResult) -> Body:
         body["mmio"] = {"phys_addr": phys_addr, "len": size, "is_write": is_write, "data": data}
     if left.memory_fault is not None:
         body["memory_fault"] = left.memory_fault._asdict()
+    if left.suberror is not None:
+        body["internal"] = {"suberror": left.suberror}
     if left.sigbus is not None:
         body["signal"] = {**SIGBUS_ACTION_REQUIRED, "addr": left.sigbus}
     return body

@@ -96,13 +96,16 @@ Instruction = Annotated[
 
 class KvmRun(Ioctl):
     """Execute a program, in system-management mode if `smm`; None: go on with the last one.  `mmio_data` is
-    what user space puts into kvm_run.mmio.data for the load the guest left for; what is missing is 0.
+    what user space puts into kvm_run.mmio.data for the load the guest left for; what is missing is 0.  With
+    `immediate_exit`, of struct kvm_run, the access user space was asked for is completed and the guest not
+    run: EINTR.
     """
 
     program: Annotated[list[Instruction], Field(max_length=MAX_INSTRUCTIONS)] | None = None
     cpl: Literal[0, 3] = 3
     smm: bool = False
     mmio_data: Annotated[bytes, Field(max_length=MMIO_BYTES)] | None = None
+    immediate_exit: U8 = 0
 
 
 class KvmPreFaultMemory(Ioctl):
