@@ -240,7 +240,7 @@ ROWS: list[tuple[str, int, dict[str, Any]]] = [
 @pytest.mark.rfc(
     "RFC-32", "RFC-33", "RFC-34", "RFC-35", "RFC-36", "RFC-38", "RFC-40", "RFC-43", "RFC-44", "RFC-53"
 )
-@pytest.mark.defect("B-07", "B-08", "B-16")
+@pytest.mark.defect("B-07", "B-16")
 @pytest.mark.parametrize(("number", "changed"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 async def test_a_refused_alloc_leaves_the_tdp_fds_references_as_they_were(
     host: Host, shared_system: System, number: int, changed: dict[str, Any]
@@ -285,7 +285,7 @@ async def test_an_fd_of_another_kind_is_einval(host: Host) -> None:
 
 
 @pytest.mark.rfc("RFC-54")
-@pytest.mark.defect("B-08", "B-09")
+@pytest.mark.defect("B-09")
 async def test_a_second_hwpt_is_ebusy_and_the_first_is_still_told_of_flushes(host: Host) -> None:
     """B-09: its abort unregistered the first; B-08: and put its TDP FD."""
     async with rigged(host) as rig:

@@ -12,6 +12,7 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.inspector import Inspector
 from qemu_shim.iommufd_client import VfioDevice
 from qemu_shim.machine import Host, connect_host
 from tests.integration.rig import (
@@ -86,7 +87,7 @@ UNITS = [
 
 
 @pytest.mark.rfc("RFC-48", "RFC-49", "RFC-51", "RFC-53")
-@pytest.mark.defect("B-08", "B-15", "B-32")
+@pytest.mark.defect("B-15", "B-32")
 @pytest.mark.parametrize(("option", "why"), [row[:2] for row in UNITS], ids=[row[2] for row in UNITS])
 async def test_a_unit_that_cannot_walk_the_table_is_eopnotsupp_with_the_reason(option: str, why: str) -> None:
     """B-15: with a first stage only the root was installed as a first-stage table."""
@@ -239,14 +240,26 @@ async def test_who_may_be_attached_is_policy_and_pinned_memory_is_for_everybody(
 
 
 @pytest.mark.rfc("RFC-64")
-async def test_an_attach_adds_no_entry_and_takes_no_frame(host: Host) -> None:
+@pytest.mark.parametrize("touched", [0, 5])
+async def test_an_attach_changes_no_byte_of_the_table_and_pins_no_page(host: Host, touched: int) -> None:
+    """Neither of an empty table nor of one that has pages: read as bytes, counted by the host."""
+
+    async def seen(rig: Rig) -> tuple[object, ...]:
+        stats = await host.kvmd.stats()
+        tables = await Inspector(host.kvmd.channel).tables(rig.vm.dup())
+        memory = stats["memory"]
+        return tables, stats["frames"], stats["table_pages"], memory["pinned_pages"], memory["pages_pinned"]
+
     async with rigged(host) as rig:
         _, device = rig.bound
+        pages = rig.memory.allocate(8)
+        await rig.memory.touch([pages + n * PAGE_SIZE for n in range(touched)])
         await device.detach()
-        before = await vm_stats(host), (await host.kvmd.stats())["frames"]
+        before = await seen(rig), await vm_stats(host)
         await device.attach(rig.hwpt_id)
-        assert (await vm_stats(host), (await host.kvmd.stats())["frames"]) == before
-        assert before[0]["pages_4k"] == 0
+        assert (await seen(rig), await vm_stats(host)) == before
+        assert before[1]["pages_4k"] == touched
+        assert before[0][3] == 0
 
 
 async def test_an_interrupt_message_needs_no_mapping_and_anything_else_there_is_a_fault(host: Host) -> None:

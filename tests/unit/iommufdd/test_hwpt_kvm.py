@@ -7,11 +7,14 @@ import struct
 
 import pytest
 
+from iommufdd.core import qi
 from protocol.errors import UapiError
+from protocol.flow import Wait
 from protocol.hw.caps import Ecap
 from protocol.hw.prq import PageRequest
+from protocol.hw.qi import Descriptor
 from protocol.units import WHOLE_SIZE, Iova
-from tests.unit.iommufdd.world import ECAP, GONE, RID, World
+from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, World
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 
@@ -201,3 +204,45 @@ def test_destroying_an_hwpt_in_use_is_a_bug() -> None:
     hwpt.attached[RID] = world
     with pytest.raises(AssertionError, match="1 functions attached"):
         world.run(hwpt.destroy())
+
+
+@pytest.mark.rfc("RFC-90")
+def test_everything_is_flushed_unit_by_unit_the_domain_before_every_device_tlb() -> None:
+    """Two units, three functions, a third unit whose devices have no TLB; acked after the last wait."""
+    world = World()
+    no_dt = Ecap(ECAP.value & ~(1 << 2))
+    units = [Slow(world, "a"), Slow(world, "b"), Slow(world, "c", no_dt)]
+    hwpt = world.hwpt()
+    behind = [(RID, units[0]), (RID + 8, units[0]), (RID + 16, units[1]), (RID + 24, units[2])]
+    hwpt.attached.update(behind)  # type: ignore[arg-type]
+    acked = world.start(hwpt.invalidate(0, WHOLE_SIZE, 1))
+    order = []
+    while not acked.done:
+        order += [(name, raw) for name, raw in world.log if name in "abc"]
+        world.log.clear()
+        held = [unit for unit in units if unit.held]
+        assert len(held) == 1, "one unit at a time"
+        held[0].held.pop().set(None)
+        world.flows.run_ready()
+    dsi, wait = 2 | 2 << 4 | 3 << 6 | DID << 16, 5 | 1 << 5 | 1 << 6 | 2 << 32
+    tlb = [3 | rid << 32 for rid, _ in behind]
+    assert [(name, [words[at] for at in range(0, len(words), 4)]) for name, words in order] == [
+        ("a", [dsi, tlb[0], tlb[1], wait]),
+        ("b", [dsi, tlb[2], wait]),
+        ("c", [dsi, wait]),
+    ]
+
+
+class Slow:
+    """A remapping unit whose wait descriptor completes when the test says so."""
+
+    def __init__(self, world: World, name: str, ecap: Ecap = ECAP) -> None:
+        self.cap, self.ecap, self.name, self.held = CAP, ecap, name, list[Wait[None]]()
+        self._log = world.log
+
+    async def submit(self, descriptors: list[Descriptor]) -> None:
+        raw = qi.ring(descriptors)
+        self._log.append((self.name, struct.unpack(f"<{len(raw) // 8}Q", raw)))
+        wait: Wait[None] = Wait()
+        self.held.append(wait)
+        await wait

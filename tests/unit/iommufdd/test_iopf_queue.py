@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import random
+import struct
 from typing import Any
 
 import pytest
 
+from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.fault_policy import FaultPolicy
@@ -90,10 +92,25 @@ def test_the_first_fault_that_fails_decides_and_those_behind_it_are_not_handled(
 
 
 @pytest.mark.rfc("RFC-83")
-def test_a_request_without_pasid_is_served_by_the_domain_of_the_function() -> None:
-    queue = Queue()
-    assert queue.take(entry(5, write=True)) == [(RID, 0, SUCCESS)]
-    assert queue.world.log == [("fault", 5, "w")]
+def test_a_request_without_pasid_is_served_by_its_own_functions_domain_and_answered_without() -> None:
+    """Two functions with a domain each: what one of them asks for the KVM of the other does not hear."""
+    first, second = Queue(), Queue()
+    devices = {RID: first.device, RID + 8: second.device}
+    answers: list[bytes] = []
+
+    def respond(rid: int, prgi: int, code: ResponseCode) -> bool:
+        answers.append(qi.ring([qi.page_group_response(rid, prgi, code)]))
+        return True
+
+    iopf = Iopf(devices.get, respond, first.world.flows.spawn, UnitCounts())
+    iopf.take(entry(5, write=True))
+    iopf.take(entry(6, 1, rid=RID + 8))
+    first.world.flows.run_ready()
+    assert (first.world.log, second.world.log) == ([("fault", 5, "w")], [("fault", 6, "r")])
+    # Type 9, no PASID Present (bit 4), no PASID (51:32), the requester in 31:16; LPIG and the index above.
+    words = [struct.unpack("<4Q", raw) for raw in answers]
+    assert [word[0] & ((1 << 52) - 1) for word in words] == [9 | RID << 16, 9 | (RID + 8) << 16]
+    assert [word[1] >> 3 & 0x1FF for word in words] == [0, 1]
 
 
 @pytest.mark.rfc("RFC-84", "RFC-85")

@@ -40,7 +40,6 @@ def devtlb(addr: int) -> list[Words]:
     return [(3 | rid << 32, addr, 0, 0) for rid in RIDS]
 
 
-@pytest.mark.rfc("RFC-90")
 @pytest.mark.parametrize("start", [0, 0x1000])
 def test_everything_is_the_domain_then_every_function_then_a_wait(start: int) -> None:
     assert words(start, WHOLE_SIZE) == [DSI, *EVERYTHING, WAIT]

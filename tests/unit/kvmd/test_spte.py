@@ -11,7 +11,7 @@ from protocol.units import Hpa, Level, Pfn
 RULES = ept_rules(46, Level(3))
 
 
-@pytest.mark.rfc("RFC-28", "RFC-30")
+@pytest.mark.rfc("RFC-28")
 @pytest.mark.parametrize(
     ("pfn", "level", "writable", "ad", "expected"),
     [

@@ -140,7 +140,7 @@ def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> No
 # -- faults --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rfc("RFC-30", "RFC-67", "RFC-79")
+@pytest.mark.rfc("RFC-67", "RFC-79")
 @pytest.mark.defect("B-13")
 def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     """Bit for bit (defect B-13: the second one is a success too)."""

@@ -1,0 +1,103 @@
+"""The leaf a device's fault makes is the one a vCPU's fault makes, bit for bit [RFC 26/42, 33/42].
+
+Each case is played twice, on two worlds that are alike: once the device faults, once the CPU.  What is
+compared are raw entries, found by reading the table's memory.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from kvmd.core.host import CpuFeatures
+from kvmd.core.page_fault import Result
+from protocol.hostmem import LOW_RAM_START
+from protocol.units import Level
+from tests.oracle.table import RawTables
+from tests.unit.kvmd.world import READ, WRITE, World
+
+GFN, PAGES = 0x200, 1024
+FEATURES = {"A/D": CpuFeatures(), "no A/D": CpuFeatures(ept_ad_bits=False, pml=False)}
+BEFORE = {  # what the process did to the page, so: what the host gives
+    "untouched": None,
+    "written": b"the process's own",
+}
+WRITE_BACK, IGNORE_PAT = 6, 1
+
+
+def leaves(world: World) -> dict[int, int]:
+    """gfn -> the raw leaf that maps it, and on how many levels below the root it was found."""
+    tables = RawTables(LOW_RAM_START, world.bare.tables)
+    found: dict[int, int] = {}
+
+    def look(table: int, level: int, gfn: int) -> None:
+        for index in range(512):
+            entry = tables.entry(table, index)
+            at = gfn + (index << 9 * (level - 1))
+            if entry & 7 and (level == 1 or entry & 1 << 7):
+                found[at] = entry
+            elif entry & 7:
+                look(entry & ((1 << 46) - (1 << 12)), level - 1, at)
+
+    look(world.vm.mmu.roots[0].hpa, 4, 0)
+    return found
+
+
+def made(
+    by_device: bool, features: CpuFeatures, level: int, before: str, write: bool, slot: int
+) -> dict[int, int]:
+    world = World(features)
+    hva = world.map(PAGES, Level(level))
+    world.set_slot(0, GFN, PAGES, hva, slot)
+    if BEFORE[before] is not None:
+        world.run(world.mm.write(hva, BEFORE[before] or b""))
+    exported = world.export()
+    if by_device:
+        assert world.io_fault(exported, GFN, WRITE if write else READ) is Result.FIXED
+    else:
+        vcpu = world.vm.vcpus[0]
+        ran = world.write(vcpu, GFN << 12, b"x") if write else world.read(vcpu, GFN << 12, 1)
+        assert ran.done
+    return leaves(world)
+
+
+CASES = [
+    case
+    for case in product(FEATURES, (1, 2), BEFORE, (False, True), (0, 2))
+    if not (case[3] and case[4])  # a store to a read-only slot makes no leaf
+]
+
+
+@pytest.mark.rfc("RFC-30")
+@pytest.mark.parametrize(("features", "level", "before", "write", "slot"), CASES)
+def test_a_device_and_a_vcpu_make_the_same_leaf(
+    features: str, level: int, before: str, write: bool, slot: int
+) -> None:
+    """Write-back, and the guest's PAT is ignored."""
+    case = FEATURES[features], level, before, write, slot
+    by_device, by_cpu = made(True, *case), made(False, *case)
+    assert list(by_cpu) == [GFN]
+    # The CPU that walks a leaf sets A, and D where it stores, itself; what KVM made is all else.
+    assert {gfn: f"{leaf:#x}" for gfn, leaf in by_device.items()} == {
+        gfn: f"{leaf:#x}" for gfn, leaf in by_cpu.items()
+    }
+    (leaf,) = by_device.values()
+    assert (leaf >> 3 & 7, leaf >> 6 & 1) == (WRITE_BACK, IGNORE_PAT)
+
+
+@pytest.mark.parametrize("bit", [6, 9, 57])
+def test_a_leaf_that_differs_in_one_bit_is_noticed(bit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvmd.core import tdp_mmu
+
+    make_leaf = tdp_mmu.make_leaf
+    calls: list[int] = []
+
+    def of_a_device(*args: object, **kwargs: object) -> int:
+        calls.append(0)
+        entry: int = make_leaf(*args, **kwargs)  # type: ignore[arg-type]
+        return entry ^ (1 << bit if len(calls) == 1 else 0)  # the first world's: the device's
+
+    monkeypatch.setattr(tdp_mmu, "make_leaf", of_a_device)
+    with pytest.raises(AssertionError, match="0x"):
+        test_a_device_and_a_vcpu_make_the_same_leaf("A/D", 1, "written", True, 0)
