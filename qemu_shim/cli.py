@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _do(options: argparse.Namespace) -> int:
     if options.command == "list":
-        return (_list_workloads if options.workloads else _list)(as_json=options.json)
+        return options.listed(as_json=options.json)  # type: ignore[no-any-return]
     if options.command == "campaign":
         from qemu_shim.campaign.main import campaign  # the other commands need none of it
 
@@ -84,7 +84,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the scenarios and what each is about")
-    listing.add_argument("--workloads", action="store_true", help="those of compare and campaign instead")
+    instead = listing.add_mutually_exclusive_group()
+    for what, listed in (("workloads", _list_workloads), ("designs", _list_designs)):
+        instead.add_argument(
+            f"--{what}",
+            dest="listed",
+            action="store_const",
+            const=listed,
+            default=_list,
+            help=f"the {what} instead",
+        )
     listing.add_argument("--json", action="store_true")
     run = commands.add_parser("run", help="run a scenario")
     _add_run_options(run)
@@ -215,6 +224,15 @@ def _list_workloads(*, as_json: bool) -> int:
         print(f"{workload.name:<17} {workload.summary}")
         for name, param in workload.params.items():
             print(f"  {name:<15} {param.help} ({param.default}, {param.low}..{param.high})")
+    return 0
+
+
+def _list_designs(*, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([{"name": it.name, "summary": it.summary} for it in DESIGNS.values()]))
+        return 0
+    for design in DESIGNS.values():
+        print(f"{design.name:<10} {design.summary}")
     return 0
 
 

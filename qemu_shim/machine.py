@@ -20,7 +20,7 @@ from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from protocol.uapi import names
-from protocol.units import GIB, MIB, Gpa
+from protocol.units import GIB, MIB, PAGE_SHIFT, PAGE_SIZE, Gpa, align_down, align_up
 from qemu_shim.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
 from qemu_shim.designs import NO_DISCARD, SHARED, Container, Design, RamSlot, Refused
 from qemu_shim.device_client import DeviceSim, Portal
@@ -142,6 +142,7 @@ class GuestCpu:
 
     def __init__(self, vcpu: Vcpu) -> None:
         self.bytes = 0  # loaded and stored
+        self.pages = 0  # each access those it meets
         self._vcpu = vcpu
         self._busy = trio.Lock()
 
@@ -154,7 +155,10 @@ class GuestCpu:
             raise UapiError(ran.errno, f"KVM_RUN: {ran.why}")
         if ran.mmio is not None:
             raise LookupError(f"the guest touched gpa {ran.mmio.phys_addr:#x}, where no RAM is")
-        self.bytes += sum(what if isinstance(what, int) else len(what) for _, what in accesses)
+        for gpa, what in accesses:
+            size = what if isinstance(what, int) else len(what)
+            self.bytes += size
+            self.pages += (align_up(gpa + size, PAGE_SIZE) - align_down(gpa, PAGE_SIZE)) >> PAGE_SHIFT
         return ran.reads
 
 

@@ -44,6 +44,7 @@ def device_stats(dsa: Dsa) -> dict[str, object]:
     return {
         "descriptors": dsa.counters.descriptors,
         "bytes_moved": dsa.counters.bytes_moved,
+        "pages_moved": dsa.counters.pages_moved,
         "software_errors": dsa.counters.software_errors,
         "statuses": {status.name: count for status, count in dsa.counters.statuses.items()},
         "devtlb_hits": function.devtlb.hits,

@@ -1,7 +1,7 @@
 """`qemu-shim compare`: runs the workloads on the designs, shows the figures, writes them where asked.
 
-Exit status: 0 all is well, a refusal included; 1 an invariant broke, a written page was never reported, or a
-run failed; 2 the command was wrong; 130 interrupted.
+Exit status: 0 all is well, a refusal included; 1 an invariant broke, a written page was never reported, a run
+failed or did other work than the rest without a refusal; 2 the command was wrong; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qemu_shim.campaign.runner import DaemonsRefused, Interrupted, check_options
 from qemu_shim.compare.costs import CostError, read_costs
 from qemu_shim.compare.documents import DocumentError, check_document, write_documents
 from qemu_shim.compare.figures import compare
+from qemu_shim.compare.ranking import undeclared
 from qemu_shim.compare.report import render
 from qemu_shim.compare.schema import Comparison
 from qemu_shim.compare.table import as_text
@@ -112,5 +113,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def failed(comparison: Comparison) -> bool:
-    designs = [it for workload in comparison.workloads for it in workload.designs]
-    return any(it.problems or it.work.pages_missed for it in designs)
+    return any(
+        undeclared(workload.designs, workload.unranked)
+        or any(it.problems or it.work.pages_missed for it in workload.designs)
+        for workload in comparison.workloads
+    )

@@ -1,6 +1,7 @@
 """docs/results/comparison.md, .json and .html of one comparison: figures are generated, sentences are not.
 
-A figure lies between `<!-- figures: NAME -->` and `<!-- end -->`; all else is somebody's text.
+A figure lies between `<!-- figures: NAME -->` and `<!-- end -->`; all else is somebody's text, which a test
+holds to the figures (tests/tidy/test_comparison.py).
 """
 
 from __future__ import annotations
@@ -9,13 +10,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qemu_shim.compare.figures import DESIGNS
+from qemu_shim.compare.ranking import TIE
 from qemu_shim.compare.report import render
-from qemu_shim.compare.rows import bytes_text, change_text, number_text, refusals_of, us_text
+from qemu_shim.compare.rows import (
+    UNRANKED,
+    bytes_text,
+    change_text,
+    is_first,
+    number_text,
+    order_text,
+    refusals_of,
+    us_text,
+)
 from qemu_shim.compare.schema import Comparison, DesignFigures, Work, WorkloadFigures
 from qemu_shim.compare.sensitivity import SWEPT
+from qemu_shim.designs import DESIGNS
 
 NAME = "comparison"
+LATE = "late-attach"
 BLOCK = re.compile(r"(?s)(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)")
 
 
@@ -83,13 +95,15 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _time(workload: WorkloadFigures, it: DesignFigures) -> str:
     text = us_text(it.time.total.us)
-    best = f"**{text}**" if workload.order[:1] == [it.design] else text
+    best = f"**{text}**" if is_first(workload, it.design) else text
+    best += UNRANKED * (it.design in workload.unranked)
     low, high = us_text(it.time.total.low_us), us_text(it.time.total.high_us)
     return best if low == high else f"{best} ({low} to {high})"
 
 
 def _faults(_: WorkloadFigures, it: DesignFigures) -> str:
-    return f"{number_text(it.faults.cpu)} + {number_text(it.faults.io)}"
+    groups = f" in {number_text(it.faults.io_groups)}" if it.faults.io_groups < it.faults.io else ""
+    return f"{number_text(it.faults.cpu)} + {number_text(it.faults.io)}{groups}"
 
 
 def _memory(_: WorkloadFigures, it: DesignFigures) -> str:
@@ -131,14 +145,46 @@ def _unranked(comparison: Comparison) -> str:
     return "\n".join(found) or "- None."
 
 
+def _order(comparison: Comparison) -> str:
+    ranked = [workload for workload in comparison.workloads if workload.order]
+    return "\n".join(f"- `{workload.workload}`: {order_text(workload.order)}" for workload in ranked)
+
+
+def _ties(_: Comparison) -> str:
+    return (
+        f"Times that differ by less than {TIE:.0%} are a tie: bold are all that tie with the cheapest.\n"
+        f"{UNRANKED} is in no ranking, because it refused what the workload is about."
+    )
+
+
+def _swept(comparison: Comparison) -> str:
+    ranges = {it.name: it for it in comparison.costs if it.name in SWEPT}
+    factor, swap_in = (ranges[name] for name in SWEPT)
+    bounds = f"{number_text(factor.low)} to {number_text(factor.high)}"
+    return (
+        f"- an IO page fault, {bounds} times a CPU's [{factor.source}],\n"
+        f"- a page read back from swap, {us_text(swap_in.low)} to {us_text(swap_in.high)} [{swap_in.source}]."
+    )
+
+
+def _late(comparison: Comparison) -> str:
+    """A sentence; empty if the workload is not in it."""
+    told = [
+        f"`{it.design}` {number_text(it.faults.io)}"
+        for workload in comparison.workloads
+        if workload.workload == LATE
+        for it in workload.designs
+    ]
+    return f"IO page faults of `{LATE}`: {', '.join(told)}." if told else "Not played."
+
+
 def _changes(comparison: Comparison) -> str:
     found = [
-        f"- `{workload.workload}`: {change_text(change, comparison.costs)}"
+        f"- `{workload.workload}`: {'; '.join(change_text(it, comparison.costs) for it in workload.changes)}"
         for workload in comparison.workloads
-        for change in workload.changes
-        if change.constant in SWEPT
+        if workload.changes
     ]
-    return "\n".join(found) or "- None: the order is the same over both ranges."
+    return "\n".join(found) or "- None: the order is the same over all ranges."
 
 
 def _refusals(comparison: Comparison) -> str:
@@ -152,10 +198,14 @@ def _refusals(comparison: Comparison) -> str:
 
 FIGURES: Mapping[str, Callable[[Comparison], str]] = {
     "command": _command,
+    "swept": _swept,
+    "ties": _ties,
     "time": _by_design(_time),
+    "order": _order,
     "faults": _by_design(_faults),
     "first-dma": _by_design(_first_dma),
     "memory": _by_design(_memory),
+    "late-attach": _late,
     "told": _by_design(_told),
     "dirty": _dirty,
     "changes": _changes,

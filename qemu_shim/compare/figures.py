@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.compare.costs import Costs, S, Values, events_of, paid
-from qemu_shim.compare.latency import CLASSES, class_of, latencies
+from qemu_shim.compare.latency import CLASSES, class_of, waits
+from qemu_shim.compare.ranking import tiers, unranked
 from qemu_shim.compare.run import Run, Sample
 from qemu_shim.compare.schema import (
     VERSION,
@@ -28,17 +29,10 @@ from qemu_shim.compare.schema import (
     WorkloadFigures,
 )
 from qemu_shim.compare.sensitivity import plane, rank_changes, swept_ends, total_us
+from qemu_shim.designs import DESIGNS
 
-DESIGNS = {  # in the order in which they are shown
-    "pinned": "iommufdd's table, all memory pinned",
-    "mirror": "iommufdd's table, filled by IO page faults",
-    "notifier": "mirror, told by KVM what it faulted in",
-    "managed": "a second root of KVM's, filled with the first",
-    "shared": "KVM's one table",
-}
 LEVELS = range(1, 6)
 SERIES_MAX = 32
-SAME_WORK = 0.98  # how a refusal is noticed costs some bytes more or less
 FIRST_DMA = "first dma"
 SIDES = {"cpu": ("cpu",), "io": ("io",), "both": ("cpu", "io")}
 
@@ -69,7 +63,7 @@ def sum_events(of: Iterable[Step]) -> dict[str, float]:
 
 
 def compare(runs: Iterable[Run], costs: Costs, command: str) -> Comparison:
-    """The runs of each workload side by side, in the order of DESIGNS."""
+    """The runs of each workload side by side, in the order of DESIGNS; on daemons with the same options."""
     by_workload: dict[str, list[Run]] = {}
     for run in runs:
         by_workload.setdefault(run.workload, []).append(run)
@@ -84,33 +78,19 @@ def compare(runs: Iterable[Run], costs: Costs, command: str) -> Comparison:
 def _workload(runs: Sequence[Run], costs: Costs) -> WorkloadFigures:
     runs = sorted(runs, key=lambda run: list(DESIGNS).index(run.design))
     designs = [design_figures(run, costs) for run in runs]
-    unranked = _unranked(designs)
-    total = {it.design: it.time.total.us for it in designs if it.design not in unranked}
+    why_not = unranked(designs)
+    total = {it.design: it.time.total.us for it in designs if it.design not in why_not}
     events = {run.design: sum_events(steps(run)) for run in runs if run.design in total}
     return WorkloadFigures(
         workload=runs[0].workload,
         seed=runs[0].seed,
         params=runs[0].params,
+        options=runs[0].options,
         designs=designs,
-        order=sorted(total, key=lambda design: total[design]),
-        unranked=unranked,
+        order=tiers(total),
+        unranked=why_not,
         changes=rank_changes(events, costs),
     )
-
-
-def _unranked(designs: Sequence[DesignFigures]) -> dict[str, str]:
-    """Who did less of the work was cheap for that reason."""
-    moved = {it.design: it.work.cpu_bytes + it.work.dma_bytes for it in designs}
-    most = max(moved.values(), default=0) or 1
-    why = {}
-    for it in designs:
-        if it.problems:
-            why[it.design] = "it failed"
-        elif not it.series.step:
-            why[it.design] = "it did not start"
-        elif moved[it.design] < SAME_WORK * most:
-            why[it.design] = f"it did {100 * moved[it.design] // most}% of the work"
-    return why
 
 
 def design_figures(run: Run, costs: Costs) -> DesignFigures:
@@ -121,7 +101,7 @@ def design_figures(run: Run, costs: Costs) -> DesignFigures:
     return DesignFigures(
         design=run.design,
         faults=_faults(last.counts),
-        latency={side: _latency(last.counts, values, kinds) for side, kinds in SIDES.items()},
+        latency={side: _latency(done, values, kinds) for side, kinds in SIDES.items()},
         pinned=_pinned(done, ends),
         tables=_tables(run.samples),
         told=Told(**{name: last.counts.get(name, 0) for name in Told.model_fields}),
@@ -149,26 +129,25 @@ def _faults(counts: Mapping[str, int]) -> Faults:
         for of in ("", "_major", "_spurious")
     }
     return Faults(
-        **sides, io_failed=counts.get("io_faults_failed", 0), retries=counts.get("fault_retries", 0)
+        **sides,
+        io_groups=counts.get("io_groups", 0),
+        io_failed=counts.get("io_faults_failed", 0),
+        retries=counts.get("fault_retries", 0),
     )
 
 
-def _latency(counts: Mapping[str, int], values: Values, sides: tuple[str, ...]) -> Latency:
-    there = [
-        (number, us)
-        for kind, (number, us) in latencies(counts, values).items()
-        if number and kind.partition("_")[0] in sides
-    ]
+def _latency(done: Sequence[Step], values: Values, sides: tuple[str, ...]) -> Latency:
+    there = [some for step in done for some in waits(step.events, values) if some.side in sides]
     classes = [0] * len(CLASSES)
-    for number, us in there:
-        classes[class_of(us)] += number
-    count = sum(number for number, _ in there)
+    for some in there:
+        classes[class_of(some.us)] += some.number
+    count = sum(some.number for some in there)
     return Latency(
         count=count,
         classes=classes,
-        min_us=_us(min((us for _, us in there), default=0.0)),
-        max_us=_us(max((us for _, us in there), default=0.0)),
-        avg_us=_us(sum(number * us for number, us in there) / count if count else 0.0),
+        min_us=_us(min((some.us for some in there), default=0.0)),
+        max_us=_us(max((some.us for some in there), default=0.0)),
+        avg_us=_us(sum(some.number * some.us for some in there) / count if count else 0.0),
     )
 
 

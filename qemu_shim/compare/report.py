@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from qemu_shim.compare.figures import DESIGNS
 from qemu_shim.compare.latency import CLASSES
+from qemu_shim.compare.ranking import TIE
 from qemu_shim.compare.rows import (
-    bytes_text,
+    UNRANKED,
     bytes_tick,
+    is_first,
     notes_of,
     number_text,
     refusals_of,
@@ -29,6 +31,8 @@ from qemu_shim.compare.rows import (
 from qemu_shim.compare.schema import Comparison, CostFigure, DesignFigures, Series, Time, WorkloadFigures
 from qemu_shim.compare.sensitivity import SWEPT
 from qemu_shim.compare.svg import Bar, Curve, Line, bars, fan, histogram, lines
+from qemu_shim.daemon_options import as_said
+from qemu_shim.designs import DESIGNS
 
 # name, width, dashes: where lines coincide the thinner ones lie on the wider ones
 STROKES = (
@@ -50,12 +54,12 @@ OVER_TIME: tuple[tuple[str, Value, Callable[[float], str], int], ...] = (
     ("Pinned bytes", lambda series: series.pinned_bytes, bytes_tick, 2),
 )
 FAN_POINTS = 9
-TRADES: tuple[tuple[str, Callable[[DesignFigures], float], Callable[[float], str]], ...] = (
-    ("time", lambda it: it.time.total.us, us_text),
-    ("first DMA", lambda it: it.time.first_dma.us if it.time.first_dma else 0.0, us_text),
-    ("IO faults", lambda it: it.faults.io, number_text),
-    ("tables", lambda it: it.tables.bytes_max, lambda value: bytes_text(int(value))),
-    ("pinned", lambda it: it.pinned.page_seconds, lambda value: f"{number_text(value)} page-s"),
+TRADES: tuple[tuple[str, Callable[[DesignFigures], float]], ...] = (
+    ("time", lambda it: it.time.total.us),
+    ("first DMA", lambda it: it.time.first_dma.us if it.time.first_dma else 0.0),
+    ("IO faults", lambda it: it.faults.io),
+    ("tables", lambda it: it.tables.bytes_max),
+    ("pinned", lambda it: it.pinned.page_seconds),
 )
 
 
@@ -67,8 +71,10 @@ def render(comparison: Comparison) -> str:
         .get_template("report.html")
         .render(
             comparison=comparison,
+            tie=TIE,
+            unranked=UNRANKED,
             strokes=STROKES,
-            designs=[(name, summary, _key(name)) for name, summary in DESIGNS.items() if name in kinds],
+            designs=[(it.name, it.summary, _key(it.name)) for it in DESIGNS.values() if it.name in kinds],
             sliders=[_slider(cost) for cost in comparison.costs if cost.name in SWEPT],
             workloads=[_workload(workload, comparison, kinds) for workload in comparison.workloads],
             tradeoff=_tradeoff(comparison),
@@ -121,7 +127,7 @@ def _workload(workload: WorkloadFigures, comparison: Comparison, kinds: Sequence
     ]
     return {
         "name": workload.workload,
-        "params": ", ".join(params),
+        "params": ", ".join(params) + as_said(workload.options),
         "notes": notes,
         "matrix": _matrix(workload, kinds),
         "figures": _figures(workload, comparison),
@@ -132,14 +138,13 @@ def _workload(workload: WorkloadFigures, comparison: Comparison, kinds: Sequence
 def _matrix(workload: WorkloadFigures, kinds: Sequence[str]) -> list[dict[str, Any]]:
     ran = {it.design: it for it in workload.designs if it.series.step}
     most = max((it.time.total.us for it in ran.values()), default=0) or 1.0
-    best = {us_text(ran[name].time.total.us) for name in workload.order[:1]}
     return [
         {
             "design": name,
             "text": us_text(ran[name].time.total.us) if name in ran else "",
-            "best": name in ran and name in workload.order and us_text(ran[name].time.total.us) in best,
+            "best": is_first(workload, name),
             "percent": f"{100 * ran[name].time.total.us / most:.1f}" if name in ran else "",
-            "notes": len(ran[name].refusals) if name in ran and ran[name].refusals else "",
+            "mark": UNRANKED if name in workload.unranked else "",
         }
         for name in DESIGNS
         if name in kinds
@@ -164,9 +169,9 @@ def _figures(workload: WorkloadFigures, comparison: Comparison) -> list[dict[str
     counts = {it.design: it.latency["both"].classes for it in ran}
     figures.append(
         {
-            "title": "Fault latencies",
-            "plot": histogram(f"{workload.workload}: fault latencies", CLASSES, counts, number_text),
-            "caption": "faults in Linux's classes for VT-d; logarithmic",
+            "title": "Waits for a fault",
+            "plot": histogram(f"{workload.workload}: waits for a fault", CLASSES, counts, number_text),
+            "caption": "vCPUs' faults and page request groups, in Linux's classes for VT-d; logarithmic",
         }
     )
     return figures
@@ -211,7 +216,7 @@ def _values(workload: WorkloadFigures) -> Markup:
     for number, name in enumerate(CLASSES):
         rows.append(
             (
-                f"faults of {name}",
+                f"waits of {name}",
                 [number_text(it.latency["both"].classes[number]) for it in workload.designs],
             )
         )
@@ -227,40 +232,44 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) ->
     return Markup(f'<div class="wide"><table><thead><tr>{head}<tbody>{body}</table></div>')
 
 
-def _sums(comparison: Comparison) -> dict[str, list[float]]:
-    """Design -> each of TRADES, added up over the workloads that every design of theirs completed."""
-    whole = [w for w in comparison.workloads if len(w.order) == len(w.designs)]
-    names = dict.fromkeys(it.design for w in whole for it in w.designs)
-    return {
-        name: [
-            sum(value(it) for w in whole for it in w.designs if it.design == name) for _, value, _ in TRADES
+def _shares(comparison: Comparison) -> dict[str, list[float]]:
+    """Design -> each of TRADES in shares of the dearest design's, the mean over the workloads in which all
+    are ranked: each counts the same, however long it takes.
+    """
+    whole = [w for w in comparison.workloads if not w.unranked]
+    most = [[max(map(value, w.designs)) or 1.0 for _, value in TRADES] for w in whole]
+    found: dict[str, list[float]] = {}
+    for name in dict.fromkeys(it.design for w in whole for it in w.designs):
+        own = [
+            [value(it) / largest for (_, value), largest in zip(TRADES, of_workload, strict=True)]
+            for w, of_workload in zip(whole, most, strict=True)
+            for it in w.designs
+            if it.design == name
         ]
-        for name in names
-    }
+        found[name] = [fmean(shares) for shares in zip(*own, strict=True)]
+    return found
 
 
 def _tradeoff(comparison: Comparison) -> list[dict[str, Any]]:
-    sums = _sums(comparison)
-    most = [max(values) or 1.0 for values in zip(*sums.values(), strict=True)]
     return [
         {
             "design": name,
             "plot": bars(
-                f"{name}: shares of the dearest design's",
+                f"{name}: mean share of the dearest design's",
                 [
-                    Bar(title, {name: value / largest, "rest": 1 - value / largest}, text(value))
-                    for (title, _, text), value, largest in zip(TRADES, values, most, strict=True)
+                    Bar(title, {name: share, "rest": 1 - share}, f"{share:.0%}")
+                    for (title, _), share in zip(TRADES, shares, strict=True)
                 ],
                 width=240,
                 right=98,
             ),
         }
-        for name, values in sums.items()
+        for name, shares in _shares(comparison).items()
     ]
 
 
 def _tradeoff_values(comparison: Comparison) -> Markup:
-    sums = _sums(comparison)
-    rows = [(title, [text(sums[name][n]) for name in sums]) for n, (title, _, text) in enumerate(TRADES)]
-    table = _table(list(sums), rows)
+    shares = _shares(comparison)
+    rows = [(title, [f"{shares[name][n]:.0%}" for name in shares]) for n, (title, _) in enumerate(TRADES)]
+    table = _table(list(shares), rows)
     return Markup(f"<details><summary>The trade-off as numbers</summary>{table}</details>")

@@ -10,6 +10,7 @@ from qemu_shim.compare.schema import CostFigure, DesignFigures, RankChange, Span
 Cell = Callable[[DesignFigures], str]
 PAYERS = {"vcpu": "the vCPU", "device": "the device", "host": "the host", "work": "the work itself"}
 EMPTY = "-"
+UNRANKED = "†"  # behind the time of who is in no ranking
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,11 @@ def _pages(figures: DesignFigures) -> str:
 ROWS = (
     Row("EPT violations", lambda it: number_text(it.faults.cpu)),
     Row("IO page faults", lambda it: number_text(it.faults.io)),
+    Row("  in groups", lambda it: _some(it.faults.io_groups), True),
     Row("  from swap, vCPU/device", lambda it: _some(it.faults.cpu_major, it.faults.io_major), True),
     Row("  spurious, vCPU/device", lambda it: _some(it.faults.cpu_spurious, it.faults.io_spurious), True),
     Row("  retried/failed", lambda it: _some(it.faults.retries, it.faults.io_failed), True),
-    Row("fault latency, average", _average),
+    Row("wait for a fault, average", _average),
     Row("pages pinned at most", lambda it: _some(it.pinned.pages_max), True),
     Row("  page-seconds", lambda it: _some(it.pinned.page_seconds), True),
     Row("table pages, by owner", _pages),
@@ -128,12 +130,22 @@ def notes_of(workload: WorkloadFigures, costs: Sequence[CostFigure]) -> list[str
     return [
         *(f"FAILED, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
         *(f"{design} is in no ranking: {why}" for design, why in workload.unranked.items()),
+        *([f"Order: {order_text(workload.order)}"] if workload.order else []),
         *(change_text(change, costs) for change in workload.changes),
     ]
+
+
+def is_first(workload: WorkloadFigures, design: str) -> bool:
+    return any(design in tier for tier in workload.order[:1])
+
+
+def order_text(order: Sequence[Sequence[str]]) -> str:
+    """Those that tie stand with an equals sign between them."""
+    return " < ".join(" = ".join(tier) for tier in order)
 
 
 def change_text(change: RankChange, costs: Sequence[CostFigure]) -> str:
     (constant,) = (cost for cost in costs if cost.name == change.constant)
     unit = "" if constant.unit in ("ratio", "share") else f" {constant.unit}"
     side = "above" if change.above else "below"
-    return f"{change.constant} {side} {change.at:.3g}{unit}: {change.overtakes} overtakes {change.overtaken}"
+    return f"{change.constant} {side} {change.at:.3g}{unit}: {change.overtakes} leads {change.overtaken}"

@@ -1,6 +1,6 @@
 """What a comparison says, as data: one schema for the table, the report, the documents and `--json`.
 
-`Comparison.version` is 1.  It grows when a field changes its meaning or goes; a new field does not change it.
+`Comparison.version` is 2.  It grows when a field changes its meaning or goes; a new field does not change it.
 Times are modelled, in us, rounded to a nanosecond; bytes are bytes; pages are of 4 KiB.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-VERSION = 1
+VERSION = 2
 
 
 class Model(BaseModel):
@@ -21,12 +21,15 @@ class Refused(Model):
 
 
 class Faults(Model):
-    """All of a side's faults, and of them those that read from swap, found their entry there, failed."""
+    """All of a side's faults, and of them those that read from swap, found their entry there, failed; a
+    device's are pages asked for, `io_groups` the page request groups they came in.
+    """
 
     cpu: int
     cpu_major: int
     cpu_spurious: int
     io: int
+    io_groups: int
     io_major: int
     io_spurious: int
     io_failed: int
@@ -34,7 +37,9 @@ class Faults(Model):
 
 
 class Latency(Model):
-    """`classes`: how many faults fell into each of CLASSES."""
+    """Of what somebody waited for, a vCPU for a fault, a device for a page request group; `classes`: how many
+    fell into each of CLASSES.
+    """
 
     count: int
     classes: list[int]
@@ -74,9 +79,13 @@ class Work(Model):
     """`pages_missed` were written while logged and never reported dirty."""
 
     cpu_bytes: int
+    cpu_pages: int
     dma_bytes: int
+    dma_pages: int
     descriptors: int
     pages_allocated: int
+    pages_allocated_cpu: int
+    pages_allocated_io: int
     pages_pinned: int
     swap_ins: int
     swap_outs: int
@@ -130,7 +139,9 @@ class DesignFigures(Model):
 
 
 class RankChange(Model):
-    """With `constant` past `at`, away from its value, `overtakes` is cheaper than `overtaken`."""
+    """With `constant` past `at`, away from its value, `overtakes` is cheaper than `overtaken`, by more than a
+    tie.
+    """
 
     constant: str
     at: float
@@ -140,15 +151,17 @@ class RankChange(Model):
 
 
 class WorkloadFigures(Model):
-    """`order`: the designs that did the same work, cheapest first; `unranked`: the others, and why they are
-    in no ranking; `changes`: what would change the order.
+    """`options`: of the daemons, beside the workload's own; `order`: the designs that did the same work,
+    cheapest first, those that tie together; `unranked`: the others, and why they are in no ranking;
+    `changes`: what would change the order.
     """
 
     workload: str
     seed: int
     params: dict[str, int]
+    options: dict[str, str]
     designs: list[DesignFigures]
-    order: list[str]
+    order: list[list[str]]
     unranked: dict[str, str]
     changes: list[RankChange]
 

@@ -1,6 +1,6 @@
 """What the modelled time of a run would be with other constants, and which change of one changes the ranking.
 
-The time is linear in each constant, so where two designs cost the same is computed, not searched.
+The time is linear in each constant, so where one design comes to lead another is computed, not searched.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qemu_shim.compare.costs import Costs, Values, paid
+from qemu_shim.compare.ranking import TIE, tie, tiers
 from qemu_shim.compare.schema import RankChange
 
 SWEPT = ("io_fault_factor", "swap_in")  # the two that matter most, and on which the sources differ most
 UNSURE = 10.0  # what has no range is tried at a tenth of its value, and at ten times
-EVEN_US = 1e-6  # closer than that is a tie
 
 Events = Mapping[str, float]
 
@@ -42,10 +42,11 @@ def swept_ends(costs: Costs) -> tuple[dict[str, float], dict[str, float]]:
 def rank_changes(runs: Mapping[str, Events], costs: Costs) -> list[RankChange]:
     """Of the swept constants, every change within their ranges; of the others, those of the first place.
 
-    One change is one constant moved, all others at their values; the nearest of each pair is told.
+    One change is one constant moved, all others at their values, until a design that does not lead another by
+    more than a tie does.
     """
     now = {design: total_us(events, costs.values()) for design, events in runs.items()}
-    order = sorted(now, key=lambda design: now[design])
+    order = tiers(now)
     found = []
     for name, constant in costs.constants.items():
         unsure = (constant.value / UNSURE, constant.value * UNSURE)
@@ -55,20 +56,20 @@ def rank_changes(runs: Mapping[str, Events], costs: Costs) -> list[RankChange]:
         none, one = costs.values(**{name: 0.0}), costs.values(**{name: 1.0})
         base = {design: total_us(events, none) for design, events in runs.items()}
         slope = {design: total_us(events, one) - base[design] for design, events in runs.items()}
-        for place, cheaper in enumerate(order if name in SWEPT else order[:1]):
-            for dearer in order[place + 1 :]:
-                tilt = slope[cheaper] - slope[dearer]
-                if now[dearer] - now[cheaper] < EVEN_US or not tilt:
+        for led in [design for tier in (order if name in SWEPT else order[:1]) for design in tier]:
+            for leads in now:
+                tilt = slope[led] - (1 + TIE) * slope[leads]
+                if leads == led or not tie(now[leads], now[led]) or not tilt:
                     continue
-                at = (base[dearer] - base[cheaper]) / tilt
+                at = ((1 + TIE) * base[leads] - base[led]) / tilt
                 if low <= at <= high:
                     found.append(
                         RankChange(
                             constant=name,
                             at=round(at, 6),
                             above=at > constant.value,
-                            overtakes=dearer,
-                            overtaken=cheaper,
+                            overtakes=leads,
+                            overtaken=led,
                         )
                     )
     return found

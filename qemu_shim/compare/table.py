@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from qemu_shim.compare.rows import notes_of, refusals_of, rows_of
 from qemu_shim.compare.schema import Comparison, WorkloadFigures
+from qemu_shim.daemon_options import as_said
 
 WIDTH = 100
 INDENT = "  "
@@ -24,7 +25,7 @@ def as_text(comparison: Comparison) -> str:
 def _block(workload: WorkloadFigures, comparison: Comparison) -> Iterator[str]:
     refusals = refusals_of(workload)
     params = [f"seed {workload.seed}", *(f"{name} {value}" for name, value in workload.params.items())]
-    yield from _wrapped(f"{workload.workload}: {', '.join(params)}")
+    yield from _wrapped(f"{workload.workload}: {', '.join(params)}{as_said(workload.options)}")
     heads = [
         it.design + " ".join(_raised(number) for number, design, _ in refusals if design == it.design)
         for it in workload.designs

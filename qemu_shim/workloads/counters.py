@@ -2,7 +2,7 @@
 
 A row names what is added up.  `vm.` are counters of the VMs, all together, `kvmd.` of the host; `iommu.` of
 iommufdd, `hwpt.` of its HWPTs; `unit.` of the remapping units, `device.` of the devices.  `guest.` the
-machines count themselves: bytes their CPUs load and store.
+machines count themselves: bytes their CPUs load and store, and the pages these are in.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     "cpu_faults_major": ("vm.pf_major",),
     "cpu_faults_spurious": ("vm.pf_spurious",),
     "io_faults": ("unit.page_requests",),
+    "io_groups": ("device.page_request_groups",),
     "io_faults_major": ("vm.io_pf_major", "iommu.io_faults_major"),
     "io_faults_failed": ("hwpt.faults.INVALID", "hwpt.faults.FAILURE"),
     "io_faults_spurious": ("vm.io_pf_spurious", "iommu.io_faults_spurious"),
@@ -39,12 +40,16 @@ COUNTS: Mapping[str, tuple[str, ...]] = {
     ),
     "pages_pinned": ("kvmd.memory.pages_pinned",),
     "pages_allocated": ("kvmd.memory.pages_allocated",),
+    "pages_allocated_cpu": ("vm.pf_allocated",),
+    "pages_allocated_io": ("vm.io_pf_allocated", "kvmd.memory.hmm_faults_allocated"),
     "swap_ins": ("kvmd.memory.swap_ins",),
     "swap_outs": ("kvmd.memory.swap_outs",),
     "splits": ("vm.splits", "iommu.splits"),
     "collapses": ("vm.collapses", "iommu.collapses"),
     "cpu_bytes": ("guest.cpu_bytes",),
+    "cpu_pages": ("guest.cpu_pages",),
     "dma_bytes": ("device.bytes_moved",),
+    "dma_pages": ("device.pages_moved",),
     "descriptors": ("device.descriptors",),
 }
 GAUGES: Mapping[str, tuple[str, ...]] = {

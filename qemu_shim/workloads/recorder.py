@@ -75,4 +75,5 @@ class Recorder:
         raw = flatten(kvmd, iommu, await host.device_sim.stats())
         raw["kvmd.frames"] -= self.elsewhere
         raw["guest.cpu_bytes"] = sum(cpu.bytes for cpu in self.cpus)
+        raw["guest.cpu_pages"] = sum(cpu.pages for cpu in self.cpus)
         return raw

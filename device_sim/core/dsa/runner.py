@@ -22,7 +22,7 @@ from device_sim.core.function import DmaFault, Function
 from protocol.flow import Flow
 from protocol.hw.dsa import COMPLETION_SIZE, Descriptor, Flag, Opcode, Status
 from protocol.hw.dsa_regs import SoftwareError
-from protocol.units import Iova
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Iova, align_up
 
 _BOF, _CRAV, _RCR, _RCI = int(Flag.BOF), int(Flag.CRAV), int(Flag.RCR), int(Flag.RCI)
 
@@ -31,6 +31,7 @@ _BOF, _CRAV, _RCR, _RCI = int(Flag.BOF), int(Flag.CRAV), int(Flag.RCR), int(Flag
 class Counters:
     descriptors: int = 0
     bytes_moved: int = 0
+    pages_moved: int = 0  # of each descriptor what its bytes fill, begun ones too
     software_errors: int = 0
     aborted: int = 0
     statuses: Counter[Status] = field(default_factory=Counter)
@@ -100,6 +101,7 @@ class Runner:
         except Aborted:
             pass
         self.counters.bytes_moved += out.completed
+        self.counters.pages_moved += align_up(out.completed, PAGE_SIZE) >> PAGE_SHIFT
         return out
 
     async def _finish(self, job: Job, out: Outcome) -> None:

@@ -50,7 +50,7 @@ def test_a_move_copies_the_bytes_and_its_record_is_success_and_zeroes(machine: M
     machine.submit(work(MEMMOVE, CRAV | RCR, src=SRC + 0x80, dst=DST + 0x123, size=2 * PAGE))
     assert machine.bytes_of(20, 3 * PAGE) == bytes(0x123) + data + bytes(PAGE - 0x123)
     assert machine.raw_record() == b"\x01" + bytes(31)
-    assert machine.counters.bytes_moved == 2 * PAGE
+    assert (machine.counters.bytes_moved, machine.counters.pages_moved) == (2 * PAGE, 2)
 
 
 @pytest.mark.parametrize("distance", [1, 64, PAGE, PAGE + 5])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qemu_shim.compare.figures import DESIGNS
 from qemu_shim.compare.run import Refusal, Run, Sample
+from qemu_shim.designs import DESIGNS
 
 OWNERS = {
     "pinned": ("cpu", "iommufd"),
@@ -18,6 +18,7 @@ WORKLOADS = (
     *("boot-touch", "device-first", "ring", "streaming", "balloon"),
     *("migration", "hotplug", "hugepages", "overcommit", "dmatest"),
 )
+RECLAIMED = ("streaming", "balloon", "overcommit")  # what is pinned has no part in it
 
 
 def made_up(
@@ -43,19 +44,23 @@ def made_up(
     sample("start")
     each = pages // steps
     for number in range(steps):
-        counts.update(cpu_faults=each, cpu_bytes=each * 4096, pages_allocated=0 if pinned else each)
+        allocated = 0 if pinned else each
+        counts.update(cpu_faults=each, cpu_bytes=each * 4096, cpu_pages=each)
+        counts.update(pages_allocated=allocated, pages_allocated_cpu=allocated)
         counts.update(notes=each * (design == "notifier"), notes_mapped=each * (design == "notifier") // 2)
         sample(f"touch {number}")
     for number in range(steps):
-        counts.update(dma_bytes=each * 4096, descriptors=each)
-        counts.update(io_faults={"mirror": each, "notifier": each - each // 2}.get(design, 0))
+        counts.update(dma_bytes=each * 4096, dma_pages=each, descriptors=each)
+        faults = {"mirror": each, "notifier": each - each // 2}.get(design, 0)
+        counts.update(io_faults=faults, io_groups=-(-faults // 8))
         sample("first dma" if not number else f"dma {number}")
-    if pinned:
+    if pinned and workload in RECLAIMED:
         run.refusals.append(Refusal("reclaim", "every page is pinned: nothing can be swapped out"))
-    else:
+    elif not pinned:
         counts.update(
             dict.fromkeys(("swap_ins", "swap_outs", "flushes", "invalidations"), 3),
             io_faults=3,
+            io_groups=3,
             io_faults_major=3,
             qi_messages=3,
             iotlb_invalidations=3,

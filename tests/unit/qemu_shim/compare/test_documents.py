@@ -27,8 +27,8 @@ def test_figures_are_filled_in_and_sentences_stay(comparison: Comparison) -> Non
         "# By hand\n\n<!-- figures: command -->\n    qemu-shim compare --seed 1\n<!-- end -->\n"
     )
     assert text.endswith("<!-- end -->\n\nA sentence | with a bar.\n")
-    assert "| `boot-touch` | 512 + 0 | 512 + 515 | 512 + 259 | 512 + 3 | 512 + 3 |" in text
-    assert "- `ring`, pinned: reclaim: every page is pinned: nothing can be swapped out" in text
+    assert "| `boot-touch` | 512 + 0 | 512 + 515 in 67 | 512 + 259 in 35 | 512 + 3 | 512 + 3 |" in text
+    assert "- `balloon`, pinned: reclaim: every page is pinned: nothing can be swapped out" in text
 
 
 def test_filling_twice_changes_nothing(comparison: Comparison) -> None:
@@ -51,7 +51,7 @@ def test_old_figures_go() -> None:
     ],
 )
 def test_a_document_without_a_place_for_each_figure_is_refused(text: str) -> None:
-    with pytest.raises(DocumentError, match=r"comparison\.md has places for command, time"):
+    with pytest.raises(DocumentError, match=r"comparison\.md has places for command, swept, ties"):
         check_places(text)
 
 

@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from qemu_shim.compare.costs import default_costs
-from qemu_shim.compare.figures import DESIGNS, compare
+from qemu_shim.compare.documents import FIGURES
+from qemu_shim.compare.figures import compare
 from qemu_shim.compare.report import render
 from qemu_shim.compare.run import Refusal, Run
 from qemu_shim.compare.schema import Comparison
+from qemu_shim.designs import DESIGNS
 from tests.unit.qemu_shim.compare.runs import all_made_up, made_up
 
 SIZE_MAX = 300_000
@@ -83,7 +85,25 @@ def test_no_part_of_a_plot_lies_outside_its_frame(page: str) -> None:
 def test_what_each_design_did_can_be_read_without_scripts(page: str) -> None:
     rest = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert rest.count("<td>4,099<") == 1  # IO page faults of mirror where 4,096 pages are touched
-    assert rest.count("pinned refused: reclaim") == 10
+    assert rest.count("pinned refused: reclaim") == 3
+
+
+def test_page_and_documents_mark_the_same_designs_as_the_json(page: str, comparison: Comparison) -> None:
+    """Those that tie with the cheapest, and those in no ranking; three typographies of one fact."""
+    times = FIGURES["time"](comparison).splitlines()[2:]
+    assert {len(workload.order[0]) for workload in comparison.workloads} != {1}, "there are ties to be shown"
+    assert any(workload.unranked for workload in comparison.workloads)
+    for workload, line in zip(comparison.workloads, times, strict=True):
+        (row,) = re.findall(rf'<tr data-workload="{workload.workload}">(.*?)</tr>', page)
+        cells = re.findall(r'<td class="(\w+)( best)?" .*?(?:<sup>(.)</sup>)?<i', row)
+        bold = [cell.strip().startswith("**") for cell in line.split("|")[2:-1]]
+        marked = ["†" in cell for cell in line.split("|")[2:-1]]
+        first = [name in workload.order[0] for name in DESIGNS]
+        assert [name for name, _, _ in cells] == list(DESIGNS)
+        assert first == bold == [best == " best" for _, best, _ in cells]
+        assert (
+            marked == [mark == "†" for _, _, mark in cells] == [name in workload.unranked for name in DESIGNS]
+        )
 
 
 def test_the_same_comparison_gives_the_same_file(page: str, comparison: Comparison) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from qemu_shim.compare.costs import default_costs
-from qemu_shim.compare.figures import DESIGNS, compare
+from qemu_shim.compare.figures import compare
 from qemu_shim.compare.rows import bytes_text, us_text
 from qemu_shim.compare.run import Run
 from qemu_shim.compare.schema import Comparison
 from qemu_shim.compare.table import as_text
+from qemu_shim.designs import DESIGNS
 from tests.unit.qemu_shim.compare.runs import all_made_up, made_up
 
 
@@ -30,7 +31,7 @@ def test_no_line_is_longer_than_100_columns(pages: int) -> None:
 def test_a_column_a_design_and_a_block_a_workload() -> None:
     lines = shown(compared(all_made_up()))
     headings = [line.split() for line in lines if "mirror" in line and "shared" in line]
-    assert headings[:1] == [["pinned¹", "mirror", "notifier", "managed", "shared"]]
+    assert headings[:1] == [["pinned", "mirror", "notifier", "managed", "shared"]]
     assert len([line for line in lines if line.strip().startswith("modelled time")]) == 10
 
 
@@ -42,9 +43,11 @@ def test_figures_stand_under_their_design() -> None:
 
 
 def test_a_refusal_is_a_footnote_and_a_failure_is_told() -> None:
-    run = made_up("shared")
+    run = made_up("shared", "balloon")
     run.problems.append("I8: 1 page request waits")
-    lines = [line.strip() for line in shown(compared([made_up("pinned"), run]))]
+    text = shown(compared([made_up("pinned", "balloon"), run]))
+    assert "pinned¹" in text[1]
+    lines = [line.strip() for line in text]
     assert "¹ pinned refused: reclaim: every page is pinned: nothing can be swapped out" in lines
     assert "FAILED, shared: I8: 1 page request waits" in lines
 
@@ -57,7 +60,7 @@ def test_a_design_that_did_nothing_has_an_empty_column() -> None:
 
 def test_what_has_no_source_is_named() -> None:
     text = " ".join(shown(compared([made_up("shared")])))
-    assert "Constants without a source: cpu_fault, fault_retry" in text
+    assert "Constants without a source: cpu_fault, group_page, fault_retry" in text
 
 
 def test_columns_without_room_follow_below() -> None:
