@@ -213,6 +213,10 @@ class RwLock:
     async def __aexit__(self, *_: object) -> None:
         self.release()
 
+    @property
+    def is_held(self) -> bool:
+        return self._writer or self._readers > 0
+
     def _enter(self, write: bool) -> None:
         if write:
             self._writer = True

@@ -94,12 +94,35 @@ class Iommu(File):
         writable: bool = True,
     ) -> int:
         """Map memory of `process` at `iova`, or where there is room; the iova."""
-        flags = readable * names.IOMMU_IOAS_MAP_READABLE | writable * names.IOMMU_IOAS_MAP_WRITEABLE
-        if iova is not None:
-            flags |= names.IOMMU_IOAS_MAP_FIXED_IOVA
+        flags = _map_flags(iova, readable=readable, writable=writable)
         body = {"flags": flags, "ioas_id": ioas_id, "user_va": user_va, "length": length, "iova": iova or 0}
         mapped: int = (await self.ask("IOMMU_IOAS_MAP", [process.dup()], **body)).body["iova"]
         return mapped
+
+    async def ioas_copy(
+        self,
+        src_ioas_id: int,
+        src_iova: int,
+        length: int,
+        dst_ioas_id: int,
+        dst_iova: int | None = None,
+        *,
+        writable: bool = True,
+    ) -> int:
+        """Map what is mapped in `src_ioas_id` in `dst_ioas_id` too, at `dst_iova` or where there is room; the
+        iova.
+        """
+        reply = await self.ask(
+            "IOMMU_IOAS_COPY",
+            flags=_map_flags(dst_iova, readable=True, writable=writable),
+            src_ioas_id=src_ioas_id,
+            src_iova=src_iova,
+            length=length,
+            dst_ioas_id=dst_ioas_id,
+            dst_iova=dst_iova or 0,
+        )
+        copied: int = reply.body["dst_iova"]
+        return copied
 
     async def ioas_unmap(self, ioas_id: int, iova: int, length: int) -> int:
         """The bytes unmapped."""
@@ -133,6 +156,11 @@ class Iommu(File):
 
     async def destroy(self, object_id: int) -> None:
         await self.ask("IOMMU_DESTROY", id=object_id)
+
+
+def _map_flags(iova: int | None, *, readable: bool, writable: bool) -> int:
+    flags = readable * names.IOMMU_IOAS_MAP_READABLE | writable * names.IOMMU_IOAS_MAP_WRITEABLE
+    return flags if iova is None else flags | names.IOMMU_IOAS_MAP_FIXED_IOVA
 
 
 class VfioDevice(File):

@@ -12,10 +12,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from iommufdd.core.hmm import HostPage
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, PAGE_SIZE, Level, align_down, align_up, size_of_level
+
+if TYPE_CHECKING:
+    from iommufdd.core.pages import Pages
 
 ULONG_MAX = (1 << 64) - 1  # the last byte of an address space
 BEYOND = ULONG_MAX + 1
@@ -27,13 +31,15 @@ ROOM = (PAGE_SIZE, ULONG_MAX - PAGE_SIZE)  # first, last of what is given withou
 
 @dataclass(slots=True, eq=False)
 class Area:
-    """`number`: what its pins are known by at the host."""
+    """`hva` is where it begins in the process, or its offset in the file, that `pages` are of; an area on
+    demand has no pages.
+    """
 
-    number: int
     iova: int
     size: int
     hva: int
     writable: bool
+    pages: Pages | None = None
 
     @property
     def end(self) -> int:

@@ -1,59 +1,50 @@
-"""An IO address space: areas of one process's memory, and the HWPTs whose tables they fill.
+"""An IO address space: areas of processes' memory, and the HWPTs whose tables they fill.
 
-Models IOMMUFD_OBJ_IOAS [iommufd ioas.c], its io_pagetable [iommufd io_pagetable.c] and pages
-[iommufd pages.c]: an area's pages are pinned once, when the first HWPT needs them, and go with the last; a
-further HWPT takes them from the table of the first.  What fails leaves nothing mapped and nothing pinned.
-`lock` is held by whoever changes areas or HWPTs, and never waited for by who answers the host.
-
-Order of taking away: entries, units, pages.  Departure: all memory of one IOAS is of one process.
+Models IOMMUFD_OBJ_IOAS [iommufd ioas.c] and its io_pagetable [iommufd io_pagetable.c]: an area's pages
+(`pages.py`) are pinned when the first HWPT needs them, and go with the last; a further HWPT takes them from
+the table of the first.  What fails leaves nothing mapped and nothing pinned.  `lock` is held by whoever
+changes areas or HWPTs, and never waited for by who answers the host.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import count
-from typing import Any
+from typing import NamedTuple
 
 from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory
 from iommufdd.core.counts import Counts
-from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import HostMemory
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.object import Object
+from iommufdd.core.pages import Pages
+from iommufdd.core.source import Connect, Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import PAGE_SHIFT
+from protocol.units import PAGE_OFFSET_MASK
 
-# Become the user of a process's memory: it, and the set of windows the units were given for it.
-Connect = Callable[[], Coroutine[Any, None, tuple[HostMemory, int]]]
+
+class Slice(NamedTuple):
+    """A part of pages, which whoever has it holds [iopt_pages_list]."""
+
+    pages: Pages
+    hva: int
+    size: int
 
 
 class Ioas(Object):
-    """`users` are its HWPTs, and requests under way.  `mm`: whose memory it is; 0: nobody's so far."""
+    """`users` are its HWPTs, and requests under way."""
 
-    def __init__(self, counts: Counts, memory: Memory) -> None:
+    def __init__(self, counts: Counts, sources: Sources) -> None:
         super().__init__()
         self.counts = counts
         self.areas = Areas()
         self.hwpts: list[HwptPaging] = []
         self.lock = RwLock()
-        self.mm = 0
         self.large_pages = True
-        self.host: HostMemory | None = None
-        self.bus = memory  # of the units that have the process's memory, or would get it
-        self._memory = 0
-        self._numbers = count(1)
-
-    @property
-    def lent(self) -> bool:
-        """Were units given the process's memory?"""
-        return self._memory != 0
-
-    def new_number(self) -> int:
-        """Whose pins they are, as the host is told."""
-        return next(self._numbers)
+        self.destroyed = False
+        self._sources = sources
+        self._used: set[Source] = set()
 
     # -- options ---------------------------------------------------------------------------------------
 
@@ -71,6 +62,7 @@ class Ioas(Object):
 
     async def allow_iovas(self, spans: Sequence[Span]) -> None:
         """What `Areas.allow` says.  EADDRINUSE."""
+        # await: spans: cannot change: the caller's own
         async with self.lock:
             self.areas.allow(spans)
 
@@ -79,20 +71,98 @@ class Ioas(Object):
     async def map(
         self, mm: int, connect: Connect, hva: int, size: int, iova: int | None, *, writable: bool
     ) -> int:
-        """The iova, which is `iova` if that is given.  EINVAL: not whole pages, not allowed, another process;
-        EOVERFLOW; EEXIST; ENOSPC; EFAULT and ENOMEM of what is to be pinned; ENODEV: the host is gone.
+        """Map memory of `mm`; the iova, which is `iova` if that is given.  EINVAL: not whole pages, not
+        allowed; EOVERFLOW; EEXIST; ENOSPC; EFAULT, ENOMEM: of what is to be pinned; ENODEV: the host is gone.
         """
+        # await: connect, iova: cannot change: the caller's own
         async with self.lock:
+            self._check_there()
             check_memory(hva, size)
-            if iova is None:
-                iova = self.areas.room(hva, size)
-            self.areas.check(iova, size)
-            if self.mm not in (0, mm):
-                raise UapiError(errno.EINVAL, f"IOAS {self.id} maps another process's memory: one for all")
-            if self.host is None:
-                self.host, self._memory = await connect()
-                self.mm = mm
-            await self.enter(Area(self.new_number(), iova, size, hva, writable))
+            iova = self._place(iova, hva, size)
+            # await: iova: cannot change: the lock keeps it free
+            await self.enter_memory(mm, connect, iova, size, hva, writable=writable)
+        return iova
+
+    async def enter_memory(
+        self, mm: int, connect: Connect, iova: int, size: int, hva: int, *, writable: bool
+    ) -> None:
+        """A new area of memory of `mm`, with the lock held: whole, or this raises."""
+        # await: connect: cannot change: the caller's own
+        async with self._sources.lock:
+            source = await self._source_of(mm, connect)
+            pages = Pages(self.counts, self._sources, source, hva, writable=writable)
+            pages.get()
+        try:
+            # await: pages: cannot change: we hold them
+            await self.enter(Area(iova, size, hva, writable, pages))
+        finally:
+            await pages.put()
+
+    async def _source_of(self, mm: int, connect: Connect) -> Source:
+        """With the lock of the sources held."""
+        source = await self._sources.get(mm, connect, self)
+        self._used.add(source)
+        return source
+
+    async def slices(self, iova: int, size: int) -> list[Slice]:
+        """What is mapped at iova..iova+size, without a gap; each is to be `put`.  EINVAL, EOVERFLOW; ENOENT:
+        there is a gap [iopt_get_pages].
+        """
+        _check_range("copy of", iova, size)
+        async with self.lock:
+            found, at, end = [], iova, iova + size
+            while at < end:
+                area = self.areas.at(at)
+                if area is None or area.pages is None:
+                    raise UapiError(errno.ENOENT, f"copy of {iova:#x}+{size:#x}: nothing to copy at {at:#x}")
+                stop = min(end, area.end)
+                found.append(Slice(area.pages, area.hva_of(at), stop - at))
+                at = stop
+            for piece in found:
+                piece.pages.get()
+            return found
+
+    async def map_slices(self, slices: Sequence[Slice], iova: int | None, *, writable: bool) -> int:
+        """Map them one behind the other, all or none; the iova.  EINVAL, EOVERFLOW, EEXIST, ENOSPC; EPERM:
+        the pages are not to be written; of pinning, as `map`.
+        """
+        first, size = slices[0], sum(piece.size for piece in slices)
+        # await: slices, first, iova, size: cannot change: the caller holds the pages
+        async with self.lock:
+            self._check_there()
+            if size & PAGE_OFFSET_MASK:
+                raise UapiError(errno.EINVAL, f"length {size:#x}: not whole pages")
+            iova = at = self._place(iova, first.pages.alignment_of(first.hva), size)
+            entered: list[Area] = []
+            try:
+                for pages, hva, length in slices:
+                    if writable and not pages.writable:
+                        raise UapiError(errno.EPERM, f"pages at {hva:#x}: they were mapped to be read alone")
+                    if hva & PAGE_OFFSET_MASK or length & PAGE_OFFSET_MASK:
+                        raise UapiError(errno.EINVAL, f"pages at {hva:#x}+{length:#x}: not whole pages")
+                    area = Area(at, length, hva, writable, pages)
+                    # await: each pages, entered, area, iova, at, length, asked: cannot change: the lock, and
+                    # what may be written of pages is said when they are made
+                    await self.enter(area)
+                    entered.append(area)
+                    at += length
+            except UapiError:
+                for area in entered:
+                    # await: each area: cannot change: our own list
+                    await self.leave(area)
+                raise
+        return iova
+
+    def _check_there(self) -> None:
+        """EBADF: the iommufd was closed while we waited for the lock."""
+        if self.destroyed:
+            raise UapiError(errno.EBADF, f"IOAS {self.id}: the iommufd was closed meanwhile")
+
+    def _place(self, iova: int | None, hva: int, size: int) -> int:
+        """`iova`, or where there is room.  EINVAL, EOVERFLOW, EEXIST, ENOSPC."""
+        if iova is None:
+            iova = self.areas.room(hva, size)
+        self.areas.check(iova, size)
         return iova
 
     async def unmap(self, iova: int, size: int) -> int:
@@ -102,7 +172,7 @@ class Ioas(Object):
         async with self.lock:
             everything = (iova, size) == (0, ULONG_MAX)
             if not everything:
-                _check_range(iova, size)
+                _check_range("unmap of", iova, size)
             end = BEYOND if everything else iova + size
             unmapped = 0
             for area in self.areas.within(iova, end):
@@ -110,6 +180,7 @@ class Ioas(Object):
                     raise UapiError(
                         errno.ENOENT, f"unmap {iova:#x}+{size:#x} cuts area {area.iova:#x}+{area.size:#x}"
                     )
+                # await: each area, area, unmapped, asked: cannot change: the lock is held
                 await self.leave(area)
                 unmapped += area.size
             if not unmapped and not everything:
@@ -118,20 +189,27 @@ class Ioas(Object):
 
     async def enter(self, area: Area) -> None:
         """A new area, with the lock held: it is there whole, or not at all and this raises."""
+        pages = _pages_of(area)
         if self.hwpts:
-            await self._pin(area)
+            # await: area, pages: cannot change: the lock is held, and the caller holds the pages
+            await pages.show(area, self.hwpts)
+        pages.get()
         self.areas.add(area)
 
     async def leave(self, area: Area) -> None:
         """An area goes, with the lock held.  UapiError: a unit did not forget it: its pages stay pinned."""
         self.areas.remove(area)
+        pages = _pages_of(area)
         if self.hwpts:
-            await self._unpin(area, area.end)
+            # await: pages: cannot change: the area still holds them
+            await pages.hide(area)
+        await pages.put()
 
     # -- HWPTs -----------------------------------------------------------------------------------------
 
     async def add_hwpt(self, hwpt: HwptPaging) -> None:
         """Fill a table that nobody walks yet.  EADDRINUSE: an area is out of its reach; ENOMEM, EFAULT."""
+        # await: hwpt: cannot change: the caller's own, nobody else has it yet
         async with self.lock:
             self.areas.check_reach(hwpt.domain.width)
             await self.fill(hwpt)
@@ -145,21 +223,25 @@ class Ioas(Object):
             self.hwpts.append(hwpt)
             return
         self.hwpts.append(hwpt)
-        pinned: list[Area] = []
+        shown: list[Area] = []
         try:
             for area in self.areas:
-                await self._pin(area)
-                pinned.append(area)
+                # await: area, shown, hwpt: cannot change: the lock is held
+                await _pages_of(area).show(area, self.hwpts)
+                shown.append(area)
         except UapiError:
-            for area in pinned:
-                await self._unpin(area, area.end)
+            for area in shown:
+                # await: each area, hwpt: cannot change: the lock is held
+                await _pages_of(area).hide(area)
             self.hwpts.remove(hwpt)
             raise
 
     async def remove_hwpt(self, hwpt: HwptPaging) -> None:
         """Nobody walks its table any more."""
+        # await: hwpt: cannot change: the caller's own, nobody else destroys it
         async with self.lock:
             if hwpt in self.hwpts:
+                # await: hwpt: cannot change: the lock is held
                 await self.drop(hwpt)
                 self.hwpts.remove(hwpt)
                 self._set_width()
@@ -168,24 +250,26 @@ class Ioas(Object):
         """Let an HWPT go, with the lock held: the pages of the last are not needed."""
         if len(self.hwpts) == 1:
             for area in self.areas:
-                await self._unpin(area, area.end)
+                await _pages_of(area).hide(area)
 
     def _set_width(self) -> None:
         self.areas.width = min((hwpt.domain.width for hwpt in self.hwpts), default=64)
 
-    async def invalidate(self, start: int, size: int) -> None:
-        """The host takes memory away: pinned pages are not concerned."""
-
     # -- the end -----------------------------------------------------------------------------------------
 
     async def destroy(self) -> None:
-        """Nothing uses it: everything is unmapped, and the process is let go of."""
+        """Nothing uses it: everything is unmapped, and the processes are let go of."""
         async with self.lock:
+            self.destroyed = True
             for area in self.areas:
                 await self.leave(area)
-            await self._let_go()
-            if self.host is not None:
-                self.host.release()
+            for source in self._used:
+                await self._sources.put(source, self)
+
+    @property
+    def sources(self) -> set[Source]:
+        """Whose memory it maps or has mapped."""
+        return self._used | {area.pages.source for area in self.areas if area.pages is not None}
 
     async def lose_host(self) -> None:
         """The host is gone, and nothing is attached: what its pages were is not to be reached again."""
@@ -195,51 +279,26 @@ class Ioas(Object):
             for hwpt in self.hwpts:
                 with suppress(UapiError):  # a unit refused
                     await hwpt.give_up()
-            await self._let_go()
 
-    async def _let_go(self) -> None:
-        memory, self._memory = self._memory, 0
-        if memory:
-            with suppress(UapiError):  # the silicon is gone, and every lease with it
-                await self.bus.remove_memory(memory)
+    async def lose_windows(self) -> None:
+        """After that, of every IOAS: the frames are not to be reached either."""
+        for source in list(self._used):
+            # await: each source: cannot change: our own list
+            await source.lose_windows()
 
-    # -- pages ---------------------------------------------------------------------------------------------
-
-    async def _pin(self, area: Area) -> None:
-        """Pin an area and map it in every HWPT."""
-        host = self.live_host
-        at = area.iova
-        try:
-            while at < area.end:
-                found = await host.pin(area.hva_of(at), area.end - at, write=area.writable, area=area.number)
-                start, at = at, min(area.iova_of(found.end), area.end)
-                self.counts.pinned_pages += at - start >> PAGE_SHIFT
-                for hwpt in self.hwpts:
-                    hwpt.put(area, found.pages, start, at)
-                    await hwpt.flush()
-        except UapiError:
-            await self._unpin(area, at)
-            raise
-
-    async def _unpin(self, area: Area, end: int) -> None:
-        """Unmap an area and unpin it up to `end`."""
-        for hwpt in self.hwpts:
-            hwpt.take(area.iova, area.end)
-        for hwpt in self.hwpts:
-            await hwpt.give_up()
-        if end > area.iova:
-            with suppress(UapiError):  # the host is gone
-                await self.live_host.unpin(area.hva, end - area.iova, area=area.number)
-            self.counts.pinned_pages -= end - area.iova >> PAGE_SHIFT
-
-    @property
-    def live_host(self) -> HostMemory:
-        assert self.host is not None, "an area has memory of some process"
-        return self.host
+    def check(self) -> list[str]:
+        """What does not hold, a sentence each."""
+        seen = dict.fromkeys(area.pages for area in self.areas if area.pages is not None)
+        return [f"{why} (IOAS {self.id})" for pages in seen for why in pages.check()]
 
 
-def _check_range(iova: int, size: int) -> None:
+def _pages_of(area: Area) -> Pages:
+    assert area.pages is not None, "what is not on demand has pages"
+    return area.pages
+
+
+def _check_range(what: str, iova: int, size: int) -> None:
     if not size:
-        raise UapiError(errno.EINVAL, "unmap of no bytes")
+        raise UapiError(errno.EINVAL, f"{what} no bytes")
     if iova + size - 1 > ULONG_MAX:
-        raise UapiError(errno.EOVERFLOW, f"unmap {iova:#x}+{size:#x} is beyond 64 bits")
+        raise UapiError(errno.EOVERFLOW, f"{what} {iova:#x}+{size:#x} is beyond 64 bits")

@@ -2,28 +2,56 @@
 
 Models what the review of the series asked iommufd to have first, native IO page faults [RFC review]: an area
 is a range of the process's memory that is watched (mmu_interval_notifier), every HWPT a mirror of it.
-Departure: memory is watched once, so that it cannot be in two areas.
+Departure: memory is watched once, so that it cannot be in two areas, and is one process's.
 """
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 
 from iommufdd.core.area import Area
 from iommufdd.core.counts import Counts
-from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import Lookups
+from iommufdd.core.hmm import HostMemory, Lookups
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
+from iommufdd.core.source import Connect, Source, Sources
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, align_down, align_up
 
 
 class IoasOnDemand(Ioas):
-    def __init__(self, counts: Counts, memory: Memory) -> None:
-        super().__init__(counts, memory)
+    """`mm`: whose memory it is; 0: nobody's so far."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__(counts, Sources())
         self.lookups = Lookups()
+        self.mm = 0
+        self._source: Source | None = None
+
+    @property
+    def live_host(self) -> HostMemory:
+        assert self._source is not None, "an area has memory of some process"
+        return self._source.host
+
+    def new_number(self) -> int:
+        """Whose pins they are, as the host is told."""
+        assert self._source is not None, "what is pinned is in an area"
+        return self._source.new_number()
+
+    async def enter_memory(
+        self, mm: int, connect: Connect, iova: int, size: int, hva: int, *, writable: bool
+    ) -> None:
+        if self.mm not in (0, mm):
+            raise UapiError(
+                errno.EINVAL, f"IOAS {self.id} is on demand and maps another process's memory: one for all"
+            )
+        if self._source is None:
+            # await: asked: cannot change: the lock is held
+            self._source = await self._source_of(mm, connect)
+            self.mm = mm
+        await self.enter(Area(iova, size, hva, writable))
 
     @property
     def mirrors(self) -> list[HwptMirror]:

@@ -12,6 +12,7 @@ from iommufdd.config import Settings
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.source import Sources
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.objects import App, IommuFile, VfioFile
 from iommufdd.service.vfio import VFIO
@@ -44,7 +45,7 @@ class Iommufdd:
 def _open(app: App, message: uapi.Open, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
         mm = inode_of(fds.peek(0)) if len(fds) else 0
-        fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm), app.iommufd_closed)
+        fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm, Sources()), app.iommufd_closed)
         return Answer({}, [fd])
     return _open_device(app, message)
 

@@ -121,7 +121,7 @@ async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwpt
             f"flags {message.flags:#x}, data_type {message.data_type}: no nesting, no dirty tracking",
         )
     silicon = app.silicon_of(device)
-    if ioas.lent and ioas.bus is not silicon:
+    if any(source.lent and source.bus is not silicon for source in ioas.sources):
         why = f"IOAS {ioas.id} lent its memory to units that are gone: make another"
         raise UapiError(errno.ENODEV, why)
     did = app.new_did()

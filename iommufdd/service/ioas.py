@@ -10,10 +10,10 @@ import struct
 from typing import Any
 
 from iommufdd.core.area import ULONG_MAX
-from iommufdd.core.hmm import HostMemory
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import Notes
+from iommufdd.core.source import Source
 from iommufdd.hmm_client import HmmMirror
 from iommufdd.kvm_client import FaultNotes
 from iommufdd.service.objects import IommuFile
@@ -33,43 +33,85 @@ _MAP_FLAGS = names.IOMMU_IOAS_MAP_FIXED_IOVA | names.IOMMU_IOAS_MAP_WRITEABLE | 
 def _alloc(held: IommuFile, message: uapi.IommuIoasAlloc, fds: Fds) -> Body:
     if message.flags & ~names.IOMMU_IOAS_ON_DEMAND:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: there is ON_DEMAND (1)")
-    kind = IoasOnDemand if message.flags else Ioas
-    return {"out_ioas_id": held.objects.add(kind(held.app.counts, held.app.silicon))}
+    counts = held.app.counts
+    ioas = IoasOnDemand(counts) if message.flags else Ioas(counts, held.sources)
+    return {"out_ioas_id": held.objects.add(ioas)}
 
 
 async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
-    if message.flags & ~_MAP_FLAGS or message.reserved:
-        raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
-    if ULONG_MAX in (message.iova, message.length):
-        raise UapiError(errno.EOVERFLOW, f"iova {message.iova:#x}+{message.length:#x}")
-    writable = bool(message.flags & names.IOMMU_IOAS_MAP_WRITEABLE)
-    if not message.flags & names.IOMMU_IOAS_MAP_READABLE:
-        if writable:
-            raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: every area here is READABLE")
-        raise UapiError(errno.EINVAL, f"flags {message.flags:#x}: neither READABLE nor WRITEABLE")
-    iova = message.iova if message.flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
+    if message.reserved:
+        raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
+    writable = _is_writable(message.flags, message.iova, message.length)
     with held.objects.get(message.ioas_id, Ioas).used() as ioas:
 
-        async def connect() -> tuple[HostMemory, int]:
+        async def connect() -> Source:
             return await _connect(held, ioas, fds.peek(0))
 
         mm = inode_of(fds.peek(0))
+        iova = _fixed(message.flags, message.iova)
         mapped = await ioas.map(mm, connect, message.user_va, message.length, iova, writable=writable)
     return {"iova": mapped}
 
 
-async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> tuple[HostMemory, int]:
+async def _copy(held: IommuFile, message: uapi.IommuIoasCopy, fds: Fds) -> Body:
+    writable = _is_writable(message.flags, message.length, message.src_iova, message.dst_iova)
+    with _not_on_demand(held, message.src_ioas_id).used() as src:
+        slices = await src.slices(message.src_iova, message.length)
+    try:
+        with _not_on_demand(held, message.dst_ioas_id).used() as dst:
+            iova = _fixed(message.flags, message.dst_iova)
+            mapped = await dst.map_slices(slices, iova, writable=writable)
+    finally:
+        for piece in slices:
+            await piece.pages.put()
+    return {"dst_iova": mapped}
+
+
+def _is_writable(flags: int, *numbers: int) -> bool:
+    """Of IOMMU_IOAS_MAP_*.  EOPNOTSUPP; EOVERFLOW: one of `numbers` is all ones; EINVAL."""
+    if flags & ~_MAP_FLAGS:
+        raise UapiError(errno.EOPNOTSUPP, f"flags {flags:#x}: there are {_MAP_FLAGS:#x}")
+    if ULONG_MAX in numbers:
+        raise UapiError(errno.EOVERFLOW, f"{', '.join(map(hex, numbers))}: one is beyond all iovas")
+    writable = bool(flags & names.IOMMU_IOAS_MAP_WRITEABLE)
+    if not flags & names.IOMMU_IOAS_MAP_READABLE:
+        if writable:
+            raise UapiError(errno.EOPNOTSUPP, f"flags {flags:#x}: every area here is READABLE")
+        raise UapiError(errno.EINVAL, f"flags {flags:#x}: neither READABLE nor WRITEABLE")
+    return writable
+
+
+def _fixed(flags: int, iova: int) -> int | None:
+    return iova if flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
+
+
+def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
+    ioas = held.objects.get(ioas_id, Ioas)
+    if isinstance(ioas, IoasOnDemand):
+        raise UapiError(
+            errno.EOPNOTSUPP, f"IOAS {ioas_id} is on demand: it has no pages of its own, use IOMMU_IOAS_MAP"
+        )
+    return ioas
+
+
+async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> Source:
     """The process's memory at kvmd, its frames handed to the units there are now."""
     app = held.app
-    silicon = ioas.bus = await app.live_silicon()
-    host = HmmMirror(ioas.invalidate, lambda: app.loop.flows.spawn(app.lose_host(ioas)))
+    silicon = await app.live_silicon()
+    told = ioas.invalidate if isinstance(ioas, IoasOnDemand) else _unconcerned
+    host = HmmMirror(told, lambda: app.loop.flows.spawn(app.lose_host(held, host)))
     try:
         await host.open(app.loop, app.settings.kvmd, mm_fd)
         windows, fds = await host.register(held.account)
-        return host, await silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
+        lent = await silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
+        return Source(host, silicon, lent)
     except UapiError:
         host.release()
         raise
+
+
+async def _unconcerned(start: int, size: int) -> None:
+    """What is pinned is not watched."""
 
 
 async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Body:
@@ -140,6 +182,7 @@ async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fd
 IOAS: dict[str, Method[IommuFile, Any]] = {
     "IOMMU_IOAS_ALLOC": Method(uapi.IommuIoasAlloc, sized(_alloc)),
     "IOMMU_IOAS_MAP": Method(uapi.IommuIoasMap, sized(_map), 1),
+    "IOMMU_IOAS_COPY": Method(uapi.IommuIoasCopy, sized(_copy)),
     "IOMMU_IOAS_UNMAP": Method(uapi.IommuIoasUnmap, sized(_unmap)),
     "IOMMU_IOAS_IOVA_RANGES": Method(uapi.IommuIoasIovaRanges, sized(_iova_ranges)),
     "IOMMU_IOAS_ALLOW_IOVAS": Method(uapi.IommuIoasAllowIovas, sized(_allow_iovas)),

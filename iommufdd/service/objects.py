@@ -18,10 +18,13 @@ from iommufdd.core.counts import Counts, UnitCounts
 from iommufdd.core.device import Device
 from iommufdd.core.group import Group
 from iommufdd.core.hardware import FunctionInfo, Unit
+from iommufdd.core.hmm import HostMemory
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.object import Objects
+from iommufdd.core.source import Sources
 from iommufdd.kvm_client import FaultNotes
 from iommufdd.memory import TableMemory
 from iommufdd.silicon import RemoteUnit, Silicon
@@ -45,6 +48,7 @@ class IommuFile:
 
     app: App
     mm: int
+    sources: Sources
     account: str = "user"
     objects: Objects = field(default_factory=Objects)
     closed: bool = False
@@ -183,7 +187,9 @@ class App:
             unit: {d.rid: d.hwpt for d in self.devices if d.unit is unit and d.hwpt is not None}
             for unit in self.iopfs
         }
-        return [why for unit, iopf in self.iopfs.items() for why in iopf.partial.check(on[unit])]
+        partial = [why for unit, iopf in self.iopfs.items() for why in iopf.partial.check(on[unit])]
+        spaces = {hwpt.ioas: None for hwpt in self.hwpts.values() if isinstance(hwpt, HwptPaging)}
+        return partial + [why for ioas in spaces for why in ioas.check()]
 
     # -- domains ---------------------------------------------------------------------------------------
 
@@ -205,11 +211,17 @@ class App:
             following.hang_up()
         await ioas.destroy()
 
-    async def lose_host(self, ioas: Ioas) -> None:
+    async def lose_host(self, held: IommuFile, host: HostMemory) -> None:
         """kvmd is gone, and whose memory the tables lead to with it."""
-        for hwpt in list(ioas.hwpts):
-            await self.lose_kvm(hwpt)
-        await ioas.lose_host()
+        using = [
+            ioas for ioas in held.objects.all(Ioas) if any(source.host is host for source in ioas.sources)
+        ]
+        for ioas in using:
+            for hwpt in list(ioas.hwpts):
+                await self.lose_kvm(hwpt)
+            await ioas.lose_host()
+        for ioas in using:
+            await ioas.lose_windows()
 
     async def lose_kvm(self, hwpt: Hwpt) -> None:
         """kvmd is gone: nobody maintains the table any more, so nobody may walk it (R28)."""

@@ -76,6 +76,20 @@ class IommuIoasMap(IommuStruct):
     iova: U64 = 0
 
 
+class IommuIoasCopy(IommuStruct):
+    """struct iommu_ioas_copy; reply: `dst_iova`.  `flags`: IOMMU_IOAS_MAP_*, of the copy."""
+
+    SIZE = MIN_SIZE = 40
+
+    size: U32 = SIZE
+    flags: U32
+    dst_ioas_id: U32
+    src_ioas_id: U32
+    length: U64
+    dst_iova: U64 = 0
+    src_iova: U64
+
+
 class IommuIoasUnmap(IommuStruct):
     """struct iommu_ioas_unmap; reply: `length`, the bytes unmapped.  iova 0 with all ones is everything."""
 

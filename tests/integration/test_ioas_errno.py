@@ -163,15 +163,20 @@ async def test_following_a_vm_needs_an_ioas_on_demand_and_a_vm_and_happens_once(
             await iommu.follow_kvm(ioas, rig.vm)
 
 
-async def test_one_ioas_maps_one_process(host: Host) -> None:
-    async with bound(host) as (rig, ioas):
+@pytest.mark.parametrize("on_demand", [False, True], ids=["pinned", "on demand"])
+async def test_an_ioas_maps_any_process_and_one_on_demand_the_first(host: Host, on_demand: bool) -> None:
+    async with bound(host, on_demand=on_demand) as (rig, ioas):
         iommu, _ = rig.bound
         other = await host.kvmd.start_process()
         rig.extra.append(other)
         hva = await other.mmap(PAGE_SIZE)
         await iommu.ioas_map(ioas, rig.process, rig.hva, PAGE_SIZE, 0)
-        with refused(errno.EINVAL, "another process"):
+        if on_demand:
+            with refused(errno.EINVAL, "another process"):
+                await iommu.ioas_map(ioas, other, hva, PAGE_SIZE, PAGE_SIZE)
+        else:
             await iommu.ioas_map(ioas, other, hva, PAGE_SIZE, PAGE_SIZE)
+            assert (await hwpt_stats(host))["leaves"] == [2, 0, 0]
         with refused(errno.EBADF):
             await iommu.ask("IOMMU_IOAS_MAP", flags=RW, ioas_id=ioas, user_va=rig.hva, length=PAGE_SIZE)
 

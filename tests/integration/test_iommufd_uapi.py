@@ -29,6 +29,8 @@ def refused(number: int, why: str = "") -> Iterator[None]:
 
 # -- sizes ---------------------------------------------------------------------------------------------
 
+COPIED: dict[str, Any] = {"src_iova": 0, "length": 4096}
+
 # op, size of the struct, of its oldest version, and fields with which it does something harmless
 STRUCTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("IOMMU_DESTROY", 8, 8, {"id": GARBAGE}),
@@ -36,6 +38,7 @@ STRUCTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("IOMMU_IOAS_MAP", 40, 40, {"ioas_id": GARBAGE, "flags": 6, "user_va": 0, "length": 4096}),
     ("IOMMU_IOAS_UNMAP", 24, 24, {"ioas_id": GARBAGE, "iova": 0, "length": 4096}),
     ("IOMMU_IOAS_IOVA_RANGES", 32, 32, {"ioas_id": GARBAGE}),
+    ("IOMMU_IOAS_COPY", 40, 40, {"src_ioas_id": GARBAGE, "dst_ioas_id": 1, "flags": 6, **COPIED}),
     ("IOMMU_IOAS_ALLOW_IOVAS", 24, 24, {"ioas_id": GARBAGE, "num_iovas": 0, "allowed_iovas": None}),
     ("IOMMU_IOAS_FOLLOW_KVM", 12, 12, {"ioas_id": GARBAGE}),
     ("IOMMU_OPTION", 24, 24, {"option_id": 2}),

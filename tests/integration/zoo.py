@@ -227,6 +227,10 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),
     ("iommufd", "IOMMU_IOAS_UNMAP"): object_of("ioas", "ioas_id", iova=0, length=(1 << 64) - 1),
     ("iommufd", "IOMMU_IOAS_IOVA_RANGES"): object_of("ioas", "ioas_id"),
+    ("iommufd", "IOMMU_IOAS_COPY"): lambda zoo: (
+        {"flags": 6, "src_iova": PAGE_SIZE, "length": PAGE_SIZE, **_twice(zoo.ids["ioas"])},
+        [],
+    ),
     ("iommufd", "IOMMU_IOAS_ALLOW_IOVAS"): object_of("ioas", "ioas_id", num_iovas=0, allowed_iovas=None),
     ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): lambda zoo: (
         {"ioas_id": zoo.ids["on_demand"]},
@@ -255,6 +259,10 @@ def _ioas_map(zoo: Zoo) -> dict[str, Any]:
     """Where there is room, so that it may be asked for twice."""
     body = {"ioas_id": zoo.ids["ioas"], "flags": 6, "length": PAGE_SIZE}
     return {**body, "user_va": _page(zoo, 98)}
+
+
+def _twice(ioas: int) -> dict[str, Any]:
+    return {"src_ioas_id": ioas, "dst_ioas_id": ioas}
 
 
 def _page(zoo: Zoo, number: int) -> int:

@@ -22,11 +22,12 @@ from device_sim.core.physmem import PhysicalMemory
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import HostMemory, HostPage
+from iommufdd.core.hmm import HostPage
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import Notes
+from iommufdd.core.source import Source
 from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -73,7 +74,7 @@ class MirrorMachine:
         self.endpoint = Endpoint()
         self.host = FakeHost()
         self.counts = Counts()
-        self.ioas = IoasOnDemand(self.counts, self)
+        self.ioas = IoasOnDemand(self.counts)
         self.host.told, self.host.hop = self.ioas.invalidate, self.dawdle
         self.notes = Notes(self.ioas, self.flows.spawn)
         view = memoryview(bytearray(TABLE_BYTES))
@@ -107,8 +108,8 @@ class MirrorMachine:
 
     async def remove_memory(self, memory: int) -> None: ...
 
-    async def _connect(self) -> tuple[HostMemory, int]:
-        return self.host, 1
+    async def _connect(self) -> Source:
+        return Source(self.host, self, 1)
 
     # -- what may happen ---------------------------------------------------------------------------------
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import HostMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.source import Source, Sources
 from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
@@ -33,15 +33,22 @@ class Space:
         self.world = World()
         self.host = FakeHost(self.world.log)
         self.counts = Counts()
-        kind = IoasOnDemand if on_demand else Ioas
-        self.ioas = kind(self.counts, self.world)
-        self.host.told = self.ioas.invalidate
+        self.connected = 0
+        self.sources = Sources()
+        self.ioas = self.space(on_demand=on_demand)
+        if isinstance(self.ioas, IoasOnDemand):
+            self.host.told = self.ioas.invalidate
         writer = TableWriter(Hpa(ROOT), memoryview(bytearray(table_pages * PAGE_SIZE)))
         self.writer = writer
         self.pool = TablePool(writer, table_pages * PAGE_SIZE)
 
-    async def connect(self) -> tuple[HostMemory, int]:
-        return self.host, MEMORY
+    def space(self, *, on_demand: bool = False) -> Ioas:
+        """A further one of the same iommufd."""
+        return IoasOnDemand(self.counts) if on_demand else Ioas(self.counts, self.sources)
+
+    async def connect(self) -> Source:
+        self.connected += 1
+        return Source(self.host, self.world, MEMORY)
 
     def map(self, iova: int | None, size: int, hva: int = HVA, *, writable: bool = True, mm: int = MM) -> int:
         flow = self.ioas.map(mm, self.connect, hva, size, iova, writable=writable)
@@ -50,14 +57,37 @@ class Space:
     def unmap(self, iova: int, size: int) -> int:
         return self.world.run(self.ioas.unmap(iova, size))
 
-    def hwpt(self, *, level: int = 4, max_leaf: Level = LEVEL_1G, attached: bool = True) -> HwptPaging:
+    async def invalidate(self, start: int, size: int) -> None:
+        assert isinstance(self.ioas, IoasOnDemand)
+        await self.ioas.invalidate(start, size)
+
+    def copy(
+        self, src: Ioas, at: int, size: int, dst: Ioas, iova: int | None, *, writable: bool = True
+    ) -> int:
+        """IOMMU_IOAS_COPY."""
+        return self.world.run(self.copying(src, at, size, dst, iova, writable=writable))
+
+    async def copying(
+        self, src: Ioas, at: int, size: int, dst: Ioas, iova: int | None, *, writable: bool = True
+    ) -> int:
+        slices = await src.slices(at, size)
+        try:
+            return await dst.map_slices(slices, iova, writable=writable)
+        finally:
+            for piece in slices:
+                await piece.pages.put()
+
+    def hwpt(
+        self, *, level: int = 4, max_leaf: Level = LEVEL_1G, attached: bool = True, on: Ioas | None = None
+    ) -> HwptPaging:
+        ioas = on or self.ioas
         table = IoPageTable(self.writer, self.pool, Level(level), max_leaf)
-        domain = Domain(table.root, Level(level), 2 + len(self.ioas.hwpts), max_leaf)
-        if isinstance(self.ioas, IoasOnDemand):
-            made: HwptPaging = HwptMirror(domain, self.world, self.ioas, table, self.premap_pages)
+        domain = Domain(table.root, Level(level), 2 + len(ioas.hwpts), max_leaf)
+        if isinstance(ioas, IoasOnDemand):
+            made: HwptPaging = HwptMirror(domain, self.world, ioas, table, self.premap_pages)
         else:
-            made = HwptPaging(domain, self.world, self.ioas, table)
-        self.world.run(self.ioas.add_hwpt(made))
+            made = HwptPaging(domain, self.world, ioas, table)
+        self.world.run(ioas.add_hwpt(made))
         if attached:
             made.attached[RID] = self.world
         return made

@@ -157,7 +157,7 @@ def test_an_invalidation_is_acked_after_the_unit_forgot_and_leaves_nothing_of_it
         space.fault(n * K4)
     space.asked()
     space.world.hold()
-    acked = space.world.start(space.ioas.invalidate(HVA + K4, 2 * K4))
+    acked = space.world.start(space.invalidate(HVA + K4, 2 * K4))
     assert ([leaf[0] for leaf in space.leaves], acked.done, space.asked()) == ([0, 3 * K4], False, ["submit"])
     assert (space.hwpt_.invalidations, space.hwpt_.acked) == (1, 0)
     space.world.let_go()
@@ -166,7 +166,7 @@ def test_an_invalidation_is_acked_after_the_unit_forgot_and_leaves_nothing_of_it
 
 def test_what_nobody_mapped_needs_no_flush() -> None:
     space = Mirrored()
-    space.world.run(space.ioas.invalidate(HVA, RAM))
+    space.world.run(space.invalidate(HVA, RAM))
     assert space.asked() == []
 
 
@@ -175,7 +175,7 @@ def test_who_finds_nothing_left_waits_for_the_flush_of_who_took_it() -> None:
     space = Mirrored()
     space.fault(0)
     space.world.hold()
-    first, second = (space.world.start(space.ioas.invalidate(HVA, K4)) for _ in range(2))
+    first, second = (space.world.start(space.invalidate(HVA, K4)) for _ in range(2))
     assert (first.done, second.done) == (False, False)
     space.world.let_go()
     assert (first.done, second.done) == (True, True)
@@ -185,7 +185,7 @@ def test_a_unit_that_refuses_is_no_ack() -> None:
     space = Mirrored()
     space.fault(0)
     space.world.fails.after(0, errno.EIO)
-    assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == errno.EIO
+    assert outcome(lambda: space.world.run(space.invalidate(HVA, K4))) == errno.EIO
     assert space.hwpt_.acked == 0
 
 
@@ -195,7 +195,7 @@ def test_what_a_unit_refused_to_forget_is_asked_of_it_again_before_anything_is_a
     space.world.fails.after(0, errno.EIO, lasting=False)
     for number, submits in ((errno.EIO, 0), (0, 1), (0, 0)):
         space.asked()
-        assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == number
+        assert outcome(lambda: space.world.run(space.invalidate(HVA, K4))) == number
         assert space.asked() == ["submit"] * submits
     assert space.hwpt_.acked == 2
 
@@ -204,7 +204,7 @@ def test_a_unit_that_is_gone_has_forgotten() -> None:
     space = Mirrored()
     space.fault(0)
     space.world.fails.after(0, GONE)
-    space.world.run(space.ioas.invalidate(HVA, K4))
+    space.world.run(space.invalidate(HVA, K4))
     assert space.hwpt_.acked == 1
 
 
@@ -326,9 +326,9 @@ def test_what_one_mirror_s_unit_refuses_to_forget_no_other_mirror_forgets_to_flu
     for hwpt in (space.hwpt_, other):
         space.world.run(hwpt.fault(request(0)))
     space.world.fails.after(0, errno.EIO, lasting=False)
-    assert outcome(lambda: space.world.run(space.ioas.invalidate(HVA, K4))) == errno.EIO
+    assert outcome(lambda: space.world.run(space.invalidate(HVA, K4))) == errno.EIO
     assert far.log == []
-    space.world.run(space.ioas.invalidate(HVA, K4))
+    space.world.run(space.invalidate(HVA, K4))
     assert [what for what, *_ in far.log] == ["submit"]
 
 
@@ -347,7 +347,7 @@ def test_who_finds_nothing_left_waits_for_a_flush_that_has_not_begun() -> None:
     space.world.run(other.fault(request(0)))
     space.world.hold()
     far.hold()
-    waits = [space.world.start(space.ioas.invalidate(hva, K4)) for hva in (HVA + K4, HVA, HVA)]
+    waits = [space.world.start(space.invalidate(hva, K4)) for hva in (HVA + K4, HVA, HVA)]
     assert (mapped(other), [wait.done for wait in waits]) == ([], [False] * 3)
     space.world.let_go()
     assert [what for what, *_ in far.log] == ["submit"]

@@ -151,12 +151,39 @@ def test_an_area_out_of_an_hwpts_reach_is_eaddrinuse() -> None:
     assert refused(space, 1 << 48, K4) == errno.EINVAL
 
 
-def test_the_second_process_is_refused_until_all_is_over() -> None:
+def test_a_process_is_connected_to_once_and_let_go_of_with_the_last_ioas_that_mapped_it() -> None:
     space = Space()
+    other = space.space()
+    space.map(0, K4)
+    space.world.run(other.map(77, space.connect, HVA, K4, 0, writable=True))
+    space.map(K4, K4, mm=78)
+    assert space.connected == 2
+    space.world.run(space.ioas.destroy())
+    assert (space.host.released, space.world.log) == (True, [("remove_memory", MEMORY)])  # of mm 78
+    space.world.run(other.destroy())
+    assert space.world.log == [("remove_memory", MEMORY)] * 2
+
+
+def test_an_ioas_on_demand_maps_one_process() -> None:
+    space = Space(on_demand=True)
     space.map(0, K4)
     assert refused(space, K4, K4, mm=78) == errno.EINVAL
     space.unmap(0, K4)
     assert refused(space, K4, K4, mm=78) == errno.EINVAL
+
+
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_what_waits_for_an_ioas_that_is_destroyed_maps_nothing(on_demand: bool) -> None:
+    """The iommufd was closed meanwhile: its objects go whoever uses them."""
+    space = Space(on_demand=on_demand)
+    space.world.run(space.ioas.lock.acquire(write=True))
+    ended = space.world.start(space.ioas.destroy())
+    waiting = space.world.start(space.ioas.map(77, space.connect, HVA, K4, 0, writable=True))
+    space.ioas.lock.release()
+    space.world.flows.run_ready()
+    assert ended.done
+    assert outcome(waiting.result) == errno.EBADF
+    assert (space.connected, list(space.ioas.areas)) == (0, [])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.kvm_domain import KvmDomain
+from iommufdd.core.source import Sources
 from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
@@ -99,7 +100,7 @@ class World:
     def paging(self, did: int = DID + 1) -> HwptPaging:
         table = io_pagetable()
         domain = Domain(table.root, Level(4), did, LEVEL_1G)
-        return HwptPaging(domain, self, Ioas(Counts(), self), table)
+        return HwptPaging(domain, self, Ioas(Counts(), Sources()), table)
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:
         wait = self.start(flow)

@@ -1,0 +1,214 @@
+"""Memory that areas show: pinned once, however many areas of however many IOASes show it.
+
+Models struct iopt_pages [iommufd pages.c]: an area shows a part of it, IOMMU_IOAS_COPY makes further areas of
+the same pages.  What an area needs first is pinned; what another shows already is read back from a table of
+its HWPTs [iopt_area_fill_domain]; a pin goes with the last area that shows a byte of it.  Addresses are the
+process's, or offsets in a file.
+
+Order of taking away: entries, units, pages.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from iommufdd.core.area import Area, Span, without
+from iommufdd.core.counts import Counts
+from iommufdd.core.hmm import Found, HostPage
+from iommufdd.core.source import Source, Sources
+from protocol.errors import UapiError
+from protocol.flow import RwLock
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, size_of_level
+
+if TYPE_CHECKING:
+    from iommufdd.core.hwpt_paging import HwptPaging
+
+
+class Pins(NamedTuple):
+    """Of `step` bytes each, one behind the other from `start` to `end`, which is at `hpa`.  Where it is is
+    not kept of pages of 4 KiB (0): no area shows a part of one.
+    """
+
+    start: int
+    end: int
+    step: int
+    hpa: int = 0
+
+    def whole(self, span: Span) -> Span:
+        """The part of these that `span` meets, in whole pins; nothing has its end before its start."""
+        first = max(span[0] - self.start, 0) // self.step
+        last = -(-max(min(span[1], self.end) - self.start, 0) // self.step)
+        return self.start + first * self.step, self.start + last * self.step
+
+
+class Pages:
+    """`start`: the first address of all that was mapped.  `users` hold it: areas, and requests under way."""
+
+    def __init__(
+        self, counts: Counts, sources: Sources, source: Source, start: int, *, writable: bool
+    ) -> None:
+        self.source = source
+        self.start = start
+        self.writable = writable
+        self.pins: list[Pins] = []  # in order, apart
+        self.shown: dict[Area, list[HwptPaging]] = {}  # by which areas, mapped in which HWPTs
+        self.users = 0
+        self._counts = counts
+        self._sources = sources
+        self._number = source.new_number()
+        self._lock = RwLock()
+        source.users.add(self)
+
+    def get(self) -> None:
+        self.users += 1
+
+    async def put(self) -> None:
+        self.users -= 1
+        if not self.users:
+            assert not self.shown, "an area that is mapped holds its pages"
+            await self._sources.put(self.source, self)
+
+    def alignment_of(self, address: int) -> int:
+        """What an iova for `address` is to be aligned to, at most [iopt_alloc_area_pages]; 0: to anything."""
+        return address
+
+    # -- showing -------------------------------------------------------------------------------------------
+
+    async def show(self, area: Area, hwpts: list[HwptPaging]) -> None:
+        """Pin what nobody shows yet and map it all in `hwpts`, the live list of the area's IOAS; or nothing.
+        ENOMEM, EFAULT, the host's errnos; ENODEV: the host is gone.
+        """
+        # await: area, hwpts: cannot change: the lock of its IOAS is held
+        async with self._lock:
+            at, end = area.hva, area.hva + area.size
+            try:
+                while at < end:
+                    # await: area, hwpts, at, end: cannot change: both locks are held
+                    found = await self._find(at, end)
+                    start, at = at, found.end
+                    for hwpt in hwpts:
+                        hwpt.put(area, found.pages, area.iova_of(start), area.iova_of(at))
+                        # await: area, hwpts, each hwpt, found, start, at, end: cannot change: the locks
+                        await hwpt.flush()
+            except UapiError:
+                await self._hide(area, hwpts)
+                raise
+            self.shown[area] = hwpts
+
+    async def hide(self, area: Area) -> None:
+        """Unmap it, and unpin what no other shows.  UapiError: a unit did not forget it, all stays pinned."""
+        # await: area: cannot change: the lock of its IOAS is held
+        async with self._lock:
+            await self._hide(area, self.shown.pop(area))
+
+    async def _hide(self, area: Area, hwpts: Sequence[HwptPaging]) -> None:
+        for hwpt in hwpts:
+            hwpt.take(area.iova, area.end)
+        for hwpt in hwpts:
+            # await: area, each hwpt: cannot change: both locks are held
+            await hwpt.give_up()
+        for start, end in self._release(area):
+            with suppress(UapiError):  # the host is gone
+                # await: each start, start, end: cannot change: our own list, which the books have no more
+                await self.source.host.unpin(start, end - start, area=self._number)
+            self._counts.pinned_pages -= end - start >> PAGE_SHIFT
+
+    async def _find(self, at: int, end: int) -> Found:
+        """From `at` on: what one area shows, one pin has, or one answer of the host, which is pinned."""
+        for area, hwpts in self.shown.items():
+            if area.hva <= at < area.hva + area.size:
+                return self._read_back(area, hwpts[0], at, min(end, area.hva + area.size))
+        for pins in self.pins:
+            if pins.start <= at < pins.end:
+                pinned = HostPage(pins.start, pins.hpa, pins.end - pins.start, self.writable)
+                return Found([pinned], min(end, pins.end))
+        taken = [*(area.hva for area in self.shown), *(pins.start for pins in self.pins)]
+        end = min([end, *(start for start in taken if at < start)])
+        # await: end: cannot change: the lock is held
+        found = await self.source.host.pin(at, end - at, write=self.writable, area=self._number)
+        stop = min(found.end, end)
+        self._counts.pinned_pages += stop - at >> PAGE_SHIFT
+        for page in found.pages:
+            self._pinned(max(at, page.hva), min(page.end, stop), page)
+        return Found(found.pages, stop)
+
+    def _read_back(self, area: Area, hwpt: HwptPaging, at: int, end: int) -> Found:
+        """ENODEV: the host is gone, and with it what was mapped."""
+        leaves = list(hwpt.table.leaves_in(area.iova_of(at), end - at))
+        pages = [
+            HostPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), self.writable)
+            for leaf in leaves
+        ]
+        if sum(min(page.end, end) - max(page.hva, at) for page in pages) != end - at:
+            raise UapiError(errno.ENODEV, f"{at:#x}..{end:#x}: KVM went away, and the pages with it")
+        return Found(pages, end)
+
+    # -- books of what is pinned -----------------------------------------------------------------------------
+
+    def _pinned(self, start: int, end: int, page: HostPage) -> None:
+        """One pin more, of what is asked for of `page`."""
+        step = end - start
+        pins = Pins(start, end, step, page.hpa + start - page.hva if step > PAGE_SIZE else 0)
+        at = bisect_right(self.pins, start, key=attrgetter("start"))
+        if at and _continues(self.pins[at - 1], pins):
+            self.pins[at - 1] = self.pins[at - 1]._replace(end=end)
+        else:
+            self.pins.insert(at, pins)
+
+    def _release(self, area: Area) -> list[Span]:
+        """The pins that meet `area` and no other leave the books; those side by side are one span."""
+        span = area.hva, area.hva + area.size
+        kept, gone = [], []
+        for pins in self.pins:
+            others = [pins.whole((other.hva, other.hva + other.size)) for other in self.shown]
+            released = list(without(pins.whole(span), [other for other in others if other[0] < other[1]]))
+            for start, end in without((pins.start, pins.end), released):
+                kept.append(Pins(start, end, pins.step, pins.hpa and pins.hpa + start - pins.start))
+            gone += released
+        self.pins = kept
+        return list(_joined(gone))
+
+    # -- what must hold ------------------------------------------------------------------------------------
+
+    def check(self) -> list[str]:
+        """I26 for pinned IOASes: each byte shown is pinned, once, and what is pinned some area shows,
+        unless it is being changed.
+        """
+        if self._lock.is_held:
+            return []
+        found, last = [], 0
+        shown = [(area.hva, area.hva + area.size) for area in self.shown]
+        for start, end, step, _ in self.pins:
+            if start < last:
+                found.append(f"I26: {start:#x} is pinned twice")
+            last = end
+            for pin in range(start, end, step):
+                if not any(first < pin + step and pin < stop for first, stop in shown):
+                    found.append(f"I26: {pin:#x} is pinned for no area")
+        for span in shown:
+            found += [
+                f"I26: {left[0]:#x}..{left[1]:#x} is shown and not pinned"
+                for left in without(span, [(pins.start, pins.end) for pins in self.pins])
+            ]
+        return found
+
+
+def _continues(pins: Pins, more: Pins) -> bool:
+    behind = (pins.end, pins.step) == (more.start, more.step)
+    return behind and (not more.hpa or pins.hpa + pins.end - pins.start == more.hpa)
+
+
+def _joined(spans: list[Span]) -> Iterator[Span]:
+    start, end = spans[0] if spans else (0, 0)
+    for first, last in spans[1:]:
+        if first != end:
+            yield start, end
+            start = first
+        end = last
+    if start < end:
+        yield start, end
