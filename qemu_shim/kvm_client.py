@@ -16,7 +16,7 @@ from protocol.rpc.socket import connect
 from protocol.uapi import names
 from protocol.uapi.kvm import MAX_VMS_TOLD
 from qemu_shim.file import File
-from qemu_shim.process import Process
+from qemu_shim.process import MemFd, Process
 from qemu_shim.vcpu import Vcpu
 
 
@@ -72,8 +72,8 @@ class Kvmd:
         self._channel.close()
 
 
-class GuestMemfd(File):
-    """Private memory of a VM: a file nobody maps."""
+class GuestMemfd(MemFd):
+    """Memory of a VM: a file that a process maps only if it was made for that."""
 
 
 class Vm(File):

@@ -7,7 +7,7 @@ from typing import Any
 
 from protocol.errors import UapiError, errno_name
 from qemu_shim.vcpu import MmioExit, RunResult, Vcpu
-from tests.conformance.kvm.step import CaseFailed
+from tests.conformance.kvm.step import CaseFailed, UnknownWord
 
 Access = Sequence[Any]
 Exit = dict[str, Any]
@@ -67,11 +67,11 @@ def instruction(access: Access) -> Access:
         if op in TRANSLATED:
             return TRANSLATED[op](*operands)
     except TypeError:
-        raise CaseFailed(f"access {list(access)}: not its operands") from None
+        raise UnknownWord(f"access {list(access)}: not its operands") from None
     if op not in OPERANDS:
-        raise CaseFailed(f"unknown access {list(access)}")
+        raise UnknownWord(f"unknown access {list(access)}")
     if len(operands) != len(OPERANDS[op]):
-        raise CaseFailed(f"access {list(access)}: not its operands {OPERANDS[op]}")
+        raise UnknownWord(f"access {list(access)}: not its operands {OPERANDS[op]}")
     return access
 
 
@@ -102,7 +102,9 @@ class Cpu:
         """Of the batch, null while it has not ended."""
         return values(self._batch, self._loads) if self.done else None
 
-    async def run(self, batch: Sequence[Access] | None, replies: Sequence[str]) -> list[Exit]:
+    async def run(
+        self, batch: Sequence[Access] | None, replies: Sequence[str], immediate_exit: int = 0
+    ) -> list[Exit]:
         """A batch, or the last one again (None): where it stopped if it did, from its start if it ended.
 
         Loads from MMIO are answered with `replies` in order, then with zeros.  Returns the exits.
@@ -118,9 +120,9 @@ class Cpu:
         while len(exits) <= MMIO_MAX:
             try:
                 if program is not None:
-                    run = await self._vcpu.run(program, cpl=self._cpl)
+                    run = await self._vcpu.run(program, cpl=self._cpl, immediate_exit=immediate_exit)
                 else:
-                    run = await self._vcpu.resume(reply)
+                    run = await self._vcpu.resume(reply, immediate_exit=immediate_exit)
             except UapiError as error:
                 exits.append({"errno": errno_name(error.errno), "why": error.why})
                 self.done = False
@@ -149,6 +151,8 @@ def _as_recorded(run: RunResult) -> Exit:
         made["mmio"] = _mmio(run.mmio)
     if run.memory_fault is not None:
         made["memory_fault"] = dict(run.memory_fault)
+    if run.internal is not None:
+        made["internal"] = dict(run.internal)
     return made
 
 

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
+from kvmd.core.mm.madvise import ADVICE
 from protocol.units import PAGE_SIZE
-from tests.conformance.kvm.step import CaseFailed, Step
+from qemu_shim.process import Kind, MemFd
+from tests.conformance.kvm.step import CaseFailed, Step, UnknownWord
 from tests.conformance.kvm.world import World
 
 Args = dict[str, Any]
+T = TypeVar("T")
+
+PROTECTIONS = {"none": "none", "r": "r", "w": "w", "rw": "rw", "wr": "rw"}
+KINDS: dict[str, Kind] = {
+    "anon": "anon",
+    "anon_shared": "anon_shared",
+    "shared_anon": "anon_shared",
+    "file_shared": "file_shared",
+    "shared_file": "file_shared",
+    "file_private": "file_private",
+    "private_file": "file_private",
+    "gmem": "file_shared",
+}
 
 
 async def mmap(world: World, step: Step, *, fixed: bool = False) -> None:
     args = step.args
+    kind = _one_of("kind", KINDS, args.get("kind", "anon"))
     await world.process.mmap(
         args["size"],
         addr=args["addr"],
         prot=_prot(args.get("prot", "rw")),
-        kind=args.get("kind", "anon"),
+        kind=kind,
         fixed=fixed,
         offset=args.get("offset", 0),
-        file=None if args.get("memfd") is None else world.memfd(args["memfd"]),
+        file=_file(world, step) if kind.startswith("file") else None,
     )
 
 
@@ -34,11 +50,12 @@ async def munmap(world: World, step: Step) -> None:
 
 
 async def mremap(world: World, step: Step) -> None:
-    """No public recording has one: one size may stand for both; without a new address it stays or moves."""
+    """One size may stand for both; without a new address it stays or moves."""
     old = _named(step.args, "addr", "old_addr", "old")
-    old_size = _named(step.args, "old_size", "size")
+    old_size = _named(step.args, "old_size", "old_len", "size")
+    new_size = _named({"new_size": old_size, **step.args}, "new_len", "new_size")
     new = _named({"new_addr": None, **step.args}, "to", "new", "dst", "new_addr")
-    await world.process.mremap(old, old_size, step.args.get("new_size", old_size), new_addr=new)
+    await world.process.mremap(old, old_size, new_size, new_addr=new)
 
 
 def _named(args: Args, *names: str) -> Any:
@@ -51,7 +68,8 @@ async def mprotect(world: World, step: Step) -> None:
 
 
 async def madvise(world: World, step: Step) -> None:
-    await world.process.madvise(step.args["addr"], step.args["size"], step.args["advice"].lower())
+    advice = _one_of("advice", {name: name for name in ADVICE}, step.args["advice"].lower())
+    await world.process.madvise(step.args["addr"], step.args["size"], advice)
 
 
 async def write(world: World, step: Step) -> None:
@@ -92,19 +110,19 @@ async def memfd(world: World, step: Step) -> None:
 
 
 async def ftruncate(world: World, step: Step) -> None:
-    await world.memfd(step.args["memfd"]).truncate(step.args["size"])
+    await _file(world, step).truncate(step.args["size"])
 
 
 async def punch_hole(world: World, step: Step) -> None:
-    await world.memfd(step.args["memfd"]).punch_hole(step.args["offset"], step.args["size"])
+    await _file(world, step).punch_hole(step.args["offset"], step.args["size"])
 
 
 async def file_write(world: World, step: Step) -> None:
-    await world.memfd(step.args["memfd"]).pwrite(step.args["offset"], bytes.fromhex(step.args["hex"]))
+    await _file(world, step).pwrite(step.args["offset"], bytes.fromhex(step.args["hex"]))
 
 
 async def file_read(world: World, step: Step) -> None:
-    came = await world.memfd(step.args["memfd"]).pread(step.args["offset"], step.args["n"])
+    came = await _file(world, step).pread(step.args["offset"], step.args["n"])
     step.expect("got", step.args["got"], came.hex())
 
 
@@ -113,10 +131,22 @@ async def thp_kib(world: World, step: Step) -> None:
     step.expect("kib", step.args["kib"], came)
 
 
+def _file(world: World, step: Step) -> MemFd:
+    """The file a step names: a memfd, or a guest_memfd; `gmem` alone is the one that was saved."""
+    args = step.args
+    named = next((args[word] for word in ("memfd", "gmem") if args.get(word) is not None), "gmem")
+    return world.file(named)
+
+
+def _one_of(what: str, known: Mapping[str, T], said: str) -> T:
+    if said not in known:
+        raise UnknownWord(f"unknown {what} {said!r}")
+    return known[said]
+
+
 def _prot(recorded: str) -> str:
-    """Whether the process may execute the memory is nothing to its guest; what can be written can be read."""
-    letters = set(recorded) if set(recorded) <= set("rwx") else set()
-    return "rw" if "w" in letters else "r" if letters else recorded
+    """Whether the process may execute the memory is nothing to its guest."""
+    return _one_of("prot", PROTECTIONS, recorded if recorded == "x" else recorded.replace("x", "") or "none")
 
 
 def _pages(args: Args) -> Iterator[int]:
@@ -154,5 +184,5 @@ STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {
 async def play(world: World, step: Step) -> None:
     kind = step.body["host"]
     if kind not in STEPS:
-        raise CaseFailed(f"unknown host step {kind!r}")
+        raise UnknownWord(f"unknown host step {kind!r}")
     await step.answer(STEPS[kind](world, step))

@@ -9,8 +9,8 @@ from typing import Any
 from qemu_shim.kvm_client import Vm
 from tests.conformance.kvm import bitmap
 from tests.conformance.kvm.caps import CAPS
-from tests.conformance.kvm.step import CaseFailed, Step
-from tests.conformance.kvm.world import BAD_POINTERS, BUFFER_HVA, World
+from tests.conformance.kvm.step import Step, UnknownWord
+from tests.conformance.kvm.world import World, pointer
 
 GUARD_BYTES = 64  # of a buffer beyond what the kernel is to write
 
@@ -27,7 +27,7 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         """A field of the struct: zero where only a pointer was recorded."""
         if name not in self.step.args and "argp" not in self.how:
-            raise CaseFailed(f"no {name} among {sorted(self.step.args)}")
+            raise UnknownWord(f"no {name} among {sorted(self.step.args)}")
         return self.step.args.get(name, 0)
 
     def get(self, name: str, default: Any) -> Any:
@@ -75,13 +75,12 @@ async def create_vcpu(call: Call) -> None:
 async def get_dirty_log(call: Call) -> None:
     """The buffer is filled before, so that what the kernel wrote can be told from what it left."""
     out = call.step.body.get("out") or {}
-    size = out.get("bytes", bitmap.size_of(out.get("npages", 0))) + GUARD_BYTES
-    pointer = _pointer(call, call.get("dirty_bitmap", "buffer"))
-    if pointer == BUFFER_HVA:
-        await call.world.process.write(BUFFER_HVA, bytes([bitmap.FILL]) * size)
-    await call.vm.get_dirty_log(call["slot"], pointer, **call.how)
-    if pointer == BUFFER_HVA and out:
-        _expect_bitmap(call.step, out, await call.world.process.read(BUFFER_HVA, size))
+    at, room = pointer(call.get("dirty_bitmap", "buffer"))
+    size = min(room, out.get("bytes", bitmap.size_of(out.get("npages", 0))) + GUARD_BYTES)
+    await call.world.process.write(at, bytes([bitmap.FILL]) * size)
+    await call.vm.get_dirty_log(call["slot"], at, **call.how)
+    if size and out:
+        _expect_bitmap(call.step, out, await call.world.process.read(at, size))
 
 
 def _expect_bitmap(step: Step, out: dict[str, Any], buffer: bytes) -> None:
@@ -95,15 +94,17 @@ def _expect_bitmap(step: Step, out: dict[str, Any], buffer: bytes) -> None:
 
 
 async def clear_dirty_log(call: Call) -> None:
+    """`dirty_bitmap` is what lies in a good buffer, or where it is said to lie; then `bits` are what does."""
+    where: str | int = "buffer"
     given = call.get("dirty_bitmap", "")
+    content = _hex(given)
+    if content is None:
+        where, content = given, b""
     if "bits" in call.step.args:
-        given = bitmap.from_runs(call.step.args["bits"], call["num_pages"]).hex()
-    pointer = BUFFER_HVA
-    if isinstance(given, int) or given in BAD_POINTERS:
-        pointer = _pointer(call, given)
-    else:
-        await call.world.process.write(BUFFER_HVA, _hex(given))
-    await call.vm.clear_dirty_log(call["slot"], call["first_page"], call["num_pages"], pointer, **call.how)
+        content = bitmap.from_runs(call.step.args["bits"], call["num_pages"])
+    at, room = pointer(where)
+    await call.world.process.write(at, content[:room])
+    await call.vm.clear_dirty_log(call["slot"], call["first_page"], call["num_pages"], at, **call.how)
 
 
 async def reset_rings(call: Call) -> int:
@@ -119,8 +120,7 @@ async def set_memory_attributes(call: Call) -> None:
 async def create_guest_memfd(call: Call) -> None:
     made = await call.vm.create_guest_memfd(call["size"], call["flags"], call.get("reserved", 0), **call.how)
     call.world.closing(made.close)
-    if "save" in call.step.body:
-        call.world.saved[f"${call.step.body['save']}"] = made
+    call.world.save(call.step.body.get("save", "gmem"), made)
 
 
 async def set_msrs(call: Call) -> int:
@@ -133,23 +133,16 @@ def _cap(call: Call) -> int:
     if isinstance(name, int):
         return name
     if name not in CAPS:
-        raise CaseFailed(f"unknown capability {name}")
+        raise UnknownWord(f"unknown capability {name}")
     return CAPS[name]
 
 
-def _pointer(call: Call, recorded: str | int) -> int:
-    if isinstance(recorded, int):
-        return recorded
-    if recorded != "buffer" and recorded not in BAD_POINTERS:
-        raise CaseFailed(f"unknown dirty_bitmap {recorded!r}")
-    return BAD_POINTERS.get(recorded, BUFFER_HVA)
-
-
-def _hex(text: str) -> bytes:
+def _hex(text: str | int) -> bytes | None:
+    """The bytes, if it says any."""
     try:
-        return bytes.fromhex(text)
+        return bytes.fromhex(text) if isinstance(text, str) else None
     except ValueError:
-        raise CaseFailed(f"unknown dirty_bitmap {text!r}") from None
+        return None
 
 
 STEPS: dict[str, Callable[[Call], Awaitable[int | None]]] = {
@@ -170,10 +163,11 @@ STEPS: dict[str, Callable[[Call], Awaitable[int | None]]] = {
 async def play(world: World, step: Step) -> None:
     name = step.body["ioctl"]
     if name not in STEPS:
-        raise CaseFailed(f"unknown ioctl {name!r}")
+        raise UnknownWord(f"unknown ioctl {name!r}")
     how: dict[str, Any] = {}
-    if "pointer" in step.args:
-        how["argp"] = step.args["pointer"]
+    said = [held[word] for held in (step.args, step.body) for word in ("pointer", "argp") if word in held]
+    if said:
+        how["argp"], _ = pointer(said[0])
     if step.body.get("other_mm"):
         how["caller"] = await world.other_process()
     vm = await world.other_vm() if step.body.get("on_other_vm") else world.vm

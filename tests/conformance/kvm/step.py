@@ -15,7 +15,11 @@ TEXT_MAX = 400  # of one value in a message
 
 
 class CaseFailed(Exception):
-    """The case cannot go on: a step it does not know, or one that does not end."""
+    """The case cannot go on: kvmd gave what cannot be, or it does not end."""
+
+
+class UnknownWord(CaseFailed):
+    """The recording says something that the replayer does not know: no answer of kvmd's is wrong."""
 
 
 @dataclass(frozen=True, slots=True)

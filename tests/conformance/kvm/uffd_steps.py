@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.process import Uffd
-from tests.conformance.kvm.step import CaseFailed, Step
+from tests.conformance.kvm.step import CaseFailed, Step, UnknownWord
 from tests.conformance.kvm.world import World
 
 
@@ -69,5 +69,5 @@ STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {
 async def play(world: World, step: Step) -> None:
     kind = step.body["uffd"]
     if kind not in STEPS:
-        raise CaseFailed(f"unknown uffd step {kind!r}")
+        raise UnknownWord(f"unknown uffd step {kind!r}")
     await step.answer(STEPS[kind](world, step))

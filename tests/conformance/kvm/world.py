@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from qemu_shim.vcpu import Vcpu
 from tests.conformance.kvm.caps import CAPS
 from tests.conformance.kvm.cases import Case
 from tests.conformance.kvm.cpu import Cpu
-from tests.conformance.kvm.step import CaseFailed
+from tests.conformance.kvm.step import UnknownWord
 
 CONTROL_SIZE = 4 * MIB
 CASE_HVA, CASE_SIZE = 0x1000_0000_0000, 64 * MIB
@@ -28,11 +29,29 @@ KERNEL_HVA = 0xFFFF_8880_0000_0000
 
 BAD_POINTERS = {
     "null": 0,
+    "bad": BUFFER_HVA + 4 * BUFFER_SIZE,
     "unmapped": BUFFER_HVA + 4 * BUFFER_SIZE,
     "readonly": READONLY_HVA,
-    "ends_in_hole": BUFFER_HVA + BUFFER_SIZE - 4,
     "kernel": KERNEL_HVA,
 }
+_BEFORE_HOLE = re.compile(r"(\d+)_bytes_then_hole")
+
+
+def pointer(said: str | int) -> tuple[int, int]:
+    """Where something is said to lie, and how much may be written from there on."""
+    if isinstance(said, int):
+        return said, BUFFER_SIZE if said == BUFFER_HVA else 0
+    if said in BAD_POINTERS:
+        return BAD_POINTERS[said], 0
+    near = _BEFORE_HOLE.fullmatch(said.replace("ends_in_hole", "4_bytes_then_hole"))
+    if near:
+        return BUFFER_HVA + BUFFER_SIZE - int(near[1]), int(near[1])
+    match said:
+        case "buffer":
+            return BUFFER_HVA, BUFFER_SIZE
+        case "unaligned":
+            return BUFFER_HVA + 1, BUFFER_SIZE - 1
+    raise UnknownWord(f"unknown pointer {said!r}")
 
 
 class World:
@@ -90,22 +109,34 @@ class World:
             self.closing(self._rings[number].close)
         return self._rings[number]
 
-    def memfd(self, name: str) -> MemFd:
-        """A memfd by the name an earlier step gave it."""
-        if name not in self.files:
-            raise CaseFailed(f"no step made a memfd {name!r}")
-        return self.files[name]
+    def file(self, name: str) -> MemFd:
+        """A memfd by the name an earlier step gave it, or a guest_memfd that one saved."""
+        if name in self.files:
+            return self.files[name]
+        saved = self.saved.get(_saved_as(name))
+        if not isinstance(saved, MemFd):
+            raise UnknownWord(f"no step made a file {name!r}")
+        return saved
+
+    def save(self, name: str, memfd: GuestMemfd) -> None:
+        """Under its name, and as the one that was made last."""
+        self.saved[_saved_as(name)] = self.saved[_saved_as("gmem")] = memfd
 
     def fd(self, recorded: int | str) -> GuestMemfd | int:
         """The fd that a step passes: a number as it is, or one an earlier step saved."""
         if isinstance(recorded, int):
             return recorded
+        recorded = _saved_as(recorded)
         if recorded == "$devnull" and recorded not in self.saved:
             self.saved[recorded] = fd = os.open(os.devnull, os.O_RDWR)
             self.closing(lambda: os.close(fd))
         if recorded not in self.saved:
-            raise CaseFailed(f"no step saved {recorded}")
+            raise UnknownWord(f"no step saved {recorded}")
         return self.saved[recorded]
+
+
+def _saved_as(name: str) -> str:
+    return name if name.startswith("$") else f"${name}"
 
 
 @asynccontextmanager
