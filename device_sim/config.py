@@ -57,6 +57,7 @@ class Settings:
     units: list[UnitSettings]
     devices: list[DeviceSettings]
     driver_socket: Path | None = None
+    started_with: tuple[str, ...] = ()
 
 
 def capabilities(*, levels: int = 4, max_page: str = "1G", **changed: int) -> tuple[Cap, Ecap]:
@@ -144,7 +145,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     for device in devices:
         if not 0 <= device.unit < len(units):
             options.error(f"device at {device.rid:#x}: there is no unit {device.unit}")
-    return given, Settings(units, devices, given.driver_socket)
+    return given, Settings(units, devices, given.driver_socket, options.started_with(argv))
 
 
 def _each(

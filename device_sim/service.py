@@ -31,6 +31,7 @@ from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Notification, Service
 from protocol.uapi import link as uapi
+from protocol.uapi.message import StartedWith
 from protocol.units import Pasid
 
 log = structlog.get_logger("device_sim")
@@ -60,6 +61,7 @@ class Device:
 class DeviceSim:
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
+        self.settings = settings
         self.memory = MappedMemory()
         self.units = [self._unit(unit) for unit in settings.units]
         self.files = Files(loop)
@@ -156,8 +158,17 @@ def _device_stats(app: DeviceSim, device: Device) -> Body:
     return {**device_stats(device.dsa), "pasid_entry": entry}
 
 
+def _started_with(app: DeviceSim, message: StartedWith, fds: Fds) -> Body:
+    return {"options": list(app.settings.started_with)}
+
+
 FRONT_DOOR: Service[DeviceSim] = Service(
-    "device_sim", {"LINK": Method(uapi.Link, _no_link), "STATS": Method(uapi.DeviceStats, _stats)}
+    "device_sim",
+    {
+        "LINK": Method(uapi.Link, _no_link),
+        "STATS": Method(uapi.DeviceStats, _stats),
+        "STARTED_WITH": Method(StartedWith, _started_with),
+    },
 )
 DRIVER_DOOR: Service[DeviceSim] = Service("device_sim-link", {"LINK": Method(uapi.Link, _link)})
 

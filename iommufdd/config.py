@@ -21,6 +21,7 @@ class Settings:
     table_bytes: int = GIB
     premap_pages: int = 1
     fault_policy: FaultPolicy = field(default_factory=FaultPolicy)
+    started_with: tuple[str, ...] = ()
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
@@ -61,6 +62,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     if given.table_bytes % MIB or not MIB <= given.table_bytes <= TIB:
         options.error(f"--table-bytes {given.table_bytes}: whole MiB, 1M to 1T")
     policy = FaultPolicy(given.fault_policy, frozenset(given.may_fault))
-    return given, Settings(
-        given.kvmd, given.device, not given.no_kvm_hwpt, given.table_bytes, given.premap_pages, policy
-    )
+    sizes = given.table_bytes, given.premap_pages
+    started_with = options.started_with(argv)
+    return given, Settings(given.kvmd, given.device, not given.no_kvm_hwpt, *sizes, policy, started_with)

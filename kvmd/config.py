@@ -27,6 +27,7 @@ class Settings:
     importer_socket: Path | None = None
     admin_socket: Path | None = None
     trust_importers: bool = False
+    started_with: tuple[str, ...] = ()
 
 
 def _add_doors(options: argparse.ArgumentParser) -> None:
@@ -103,4 +104,4 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     obstacles = frozenset(given.cannot_export)
     ram, tags = (given.ram, given.table_ram), not given.no_frame_tags
     doors = given.importer_socket, given.admin_socket, given.trust_importers
-    return given, Settings(*ram, features, tags, obstacles, given.memlock, *doors)
+    return given, Settings(*ram, features, tags, obstacles, given.memlock, *doors, options.started_with(argv))

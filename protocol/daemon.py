@@ -24,6 +24,7 @@ from protocol.errors import PeerError, UapiError, leaves
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
+from protocol.started_with import Parser
 from protocol.trace import TRACE
 from protocol.units import GIB, KIB, MIB, TIB
 
@@ -47,9 +48,9 @@ class App(Protocol):
     def close(self) -> None: ...
 
 
-def parser(name: str, what: str) -> argparse.ArgumentParser:
+def parser(name: str, what: str) -> Parser:
     """The options all daemons share."""
-    options = argparse.ArgumentParser(prog=name, description=what)
+    options = Parser(prog=name, description=what)
     options.add_argument(
         "--socket", type=Path, required=True, metavar="PATH", help="Unix socket to listen on"
     )

@@ -23,7 +23,7 @@ from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.campaign.options import add_options as add_campaign_options
 from qemu_shim.compare.options import add_compare
-from qemu_shim.daemon_options import add_daemon_options, given, joined, merged
+from qemu_shim.daemon_options import add_daemon_options, given, joined, lacking, merged
 from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.inspect import as_text, demo, inspect
@@ -73,7 +73,7 @@ def _do(options: argparse.Namespace) -> int:
     report = Report(scenario.name)
     finished = trio.run(_run, scenario, params, report, options)
     if not finished:
-        return _interrupted()
+        return _interrupted(options)
     _show(report, as_json=options.json)
     return EXIT_FAILED if report.problems else 0
 
@@ -247,6 +247,10 @@ async def _run(
 
     async def play(host: Host) -> None:
         host.dumps_to, host.design = options.dump, DESIGNS[options.design]
+        if options.attach is not None and (lacks := lacking(scenario.options, await host.started_with())):
+            why = f"{scenario.name} cannot be shown on the daemons in {options.attach}"
+            report.problems.append(f"{why}: {lacks}")
+            return
         await scenario.play(host, params, report)
 
     return await _with_host(options, play, report.problems, merged(scenario.options, given(options)))
@@ -263,7 +267,7 @@ def _inspect(options: argparse.Namespace) -> int:
             seen.update(await inspect(host, options.vm, options.gpa, options.dump))
 
     if not trio.run(partial(_with_host, options, look, problems, as_admin=True)):
-        return _interrupted()
+        return _interrupted(options)
     for problem in problems:
         print(f"qemu-shim: {problem}", file=sys.stderr)
     if seen:
@@ -271,8 +275,12 @@ def _inspect(options: argparse.Namespace) -> int:
     return EXIT_FAILED if problems else 0
 
 
-def _interrupted() -> int:
-    print("interrupted: every daemon was stopped, nothing is left", file=sys.stderr)
+def _interrupted(options: argparse.Namespace) -> int:
+    if options.attach is None:
+        what = "every daemon was stopped, nothing is left"
+    else:
+        what = f"the daemons in {options.attach} still run, what we had of them is given back"
+    print(f"interrupted: {what}", file=sys.stderr)
     return EXIT_INTERRUPTED
 
 

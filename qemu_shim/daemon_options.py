@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from protocol.started_with import options_in
 from qemu_shim.daemons import DAEMONS, DaemonSpec
 
 Texts = Mapping[str, str]  # by the daemon's name
@@ -65,6 +66,17 @@ def merged(fixed: Mapping[str, Sequence[str]], texts: Texts) -> dict[str, list[s
     return {
         spec.name: [*fixed.get(spec.name, ()), *shlex.split(texts.get(spec.name, ""))] for spec in DAEMONS
     }
+
+
+def lacking(needed: Mapping[str, Sequence[str]], started: Mapping[str, Sequence[str]]) -> str:
+    """What `needed` has and daemons that were `started` with those options have not; empty: nothing."""
+    missing = {
+        spec.command: [
+            option for option in options_in(needed.get(spec.name, ())) if option not in started[spec.name]
+        ]
+        for spec in DAEMONS
+    }
+    return "; ".join(f"start {name} with {' '.join(lost)}" for name, lost in missing.items() if lost)
 
 
 def as_said(texts: Texts) -> str:

@@ -31,6 +31,11 @@ class DeviceSim:
     async def stats(self) -> Body:
         return (await self._channel.ask("STATS")).body
 
+    async def started_with(self) -> list[str]:
+        """Its options, but for where its sockets are: `--devices 4`."""
+        options: list[str] = (await self._channel.ask("STARTED_WITH")).body["options"]
+        return options
+
     def close(self) -> None:
         self._channel.close()
 

@@ -39,6 +39,11 @@ class Iommufdd:
     async def stats(self) -> Body:
         return (await self._channel.ask("STATS")).body
 
+    async def started_with(self) -> list[str]:
+        """Its options, but for where its sockets are: `--devices 4`."""
+        options: list[str] = (await self._channel.ask("STARTED_WITH")).body["options"]
+        return options
+
     async def violations(self) -> list[str]:
         """What iommufdd's own check finds wrong."""
         found: list[str] = (await self._channel.ask("CHECK")).body["violations"]

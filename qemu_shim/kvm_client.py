@@ -53,6 +53,11 @@ class Kvmd:
         """For what is asked of the host but not by a VMM (`qemu_shim/inspector.py`)."""
         return self._channel
 
+    async def started_with(self) -> list[str]:
+        """Its options, but for where its sockets are: `--devices 4`."""
+        options: list[str] = (await self._channel.ask("STARTED_WITH")).body["options"]
+        return options
+
     async def stats(self) -> Body:
         """Of the host, and of the VMs that were made here and whose fds are open, oldest first."""
         self._vms = [vm for vm in self._vms if not vm.closed]

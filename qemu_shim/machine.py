@@ -63,6 +63,14 @@ class Host:
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
 
+    async def started_with(self) -> dict[str, list[str]]:
+        """The options of each daemon, by its name."""
+        return {
+            KVMD.name: await self.kvmd.started_with(),
+            IOMMUFDD.name: await self.iommufdd.started_with(),
+            DEVICE_SIM.name: await self.device_sim.started_with(),
+        }
+
     def dump_directory(self) -> Path:
         """The first machine's is the one that was named, the second's is `2` in it, and so on."""
         assert self.dumps_to is not None

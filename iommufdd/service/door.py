@@ -24,6 +24,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
+from protocol.uapi.message import StartedWith
 
 
 class Iommufdd:
@@ -97,11 +98,16 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
     return {**stats, "faults": {code.name: count for code, count in hwpt.faults.items()}}
 
 
+def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:
+    return {"options": list(app.settings.started_with)}
+
+
 FRONT_DOOR: Service[App] = Service(
     "iommufdd",
     {
         "OPEN": Method(uapi.Open, _open, 1),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
+        "STARTED_WITH": Method(StartedWith, _started_with),
     },
 )

@@ -33,6 +33,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
 from protocol.uapi import names
+from protocol.uapi.message import StartedWith
 
 log = structlog.get_logger("kvmd")
 
@@ -123,11 +124,16 @@ def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
     return {"violations": found + [violation for vm in app.vms for violation in check_vm(vm)]}
 
 
+def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:
+    return {"options": list(app.settings.started_with)}
+
+
 _CHECK: dict[str, Method[App, Any]] = {"CHECK": Method(uapi.Check, _check)}
 _CLIENTS: dict[str, Method[App, Any]] = {
     "OPEN": Method(uapi.Open, _open),
     "MM_CREATE": Method(uapi.MmCreate, _mm_create),
     "STATS": Method(uapi.Stats, _stats, uapi.MAX_VMS_TOLD),
+    "STARTED_WITH": Method(StartedWith, _started_with),
     **_CHECK,
     **NOTES,
     **inspecting(own_vm),

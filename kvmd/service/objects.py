@@ -121,6 +121,7 @@ class App:
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
+        self.settings = settings
         self.memory = HostMemory(settings, LoopClock(loop), loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)

@@ -28,6 +28,10 @@ class Message(BaseModel):
     op: str
 
 
+class StartedWith(Message):
+    """Asked at a daemon's front door; reply: `options`, one string an option (`protocol/started_with.py`)."""
+
+
 class Ioctl(Message):
     """A request of a process to an object of the kernel.
 

@@ -209,10 +209,38 @@ def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Sc
         peer = Plain.connect(by_hand.socket("device_sim"))
         until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=WHOLE_RUN_S)
+        _, err = process.communicate(timeout=WHOLE_RUN_S)
         assert process.returncode == 130
+        still = f"the daemons in {by_hand.directory} still run, what we had of them is given back"
+        assert err == f"interrupted: {still}\n"
         peer.close()
         by_hand.wait_closed(before)
+
+
+NEEDS = {
+    "coherency": ["start device-sim with --devices 4 --units 4", "--unit 3:no-scalable-mode"],
+    "pinned": ["start device-sim with --fault-capability none"],
+    "dsa-ops": ["start device-sim with --devices 2"],
+    "partial-iopf": ["with --fault-capability partial", "start iommufdd with --fault-policy trust"],
+}
+
+
+def test_an_attached_run_of_what_these_daemons_cannot_show_names_the_options(scratch: Scratch) -> None:
+    """Each used to end with ok, having shown nothing."""
+    assert {name for name, scenario in SCENARIOS.items() if scenario.options} == set(NEEDS)
+    with system() as plain:
+        for name, wanted in NEEDS.items():
+            status, out, err = scratch.run("run", "--attach", str(plain.directory), name)
+            assert (status, err) == (1, "")
+            assert all(words in out for words in wanted), out
+            assert out.splitlines()[-1] == f"{name}: failed"
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_attached_run_on_daemons_with_the_options_is_the_whole_run(scratch: Scratch, name: str) -> None:
+    with system(SCENARIOS[name].options) as ready:
+        status, out, err = scratch.run("run", "--attach", str(ready.directory), name)
+        assert (status, err) == (0, ""), out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

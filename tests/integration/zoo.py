@@ -149,6 +149,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("kvmd", "HMM_MIRROR_GET"): with_fd("mm"),
     ("kvmd", "KVM_FAULT_NOTES_GET"): with_fd("kvm-vm"),
     ("kvmd", "STATS"): plain(),
+    ("kvmd", "STARTED_WITH"): plain(),
     ("kvmd", "CHECK"): plain(),
     ("kvmd", "INSPECT"): with_fd("kvm-vm", vm=None),
     ("kvmd", "INSPECT_GPA"): with_fd("kvm-vm", vm=None, gpa=0),
@@ -221,6 +222,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),
+    ("iommufdd", "STARTED_WITH"): plain(),
     ("iommufdd", "CHECK"): plain(),
     ("iommufd", "IOMMU_DESTROY"): object_of("to_destroy", "id"),
     ("iommufd", "IOMMU_IOAS_ALLOC"): plain(),
@@ -250,6 +252,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("vfio-device", "VFIO_DEVICE_MMAP"): plain(region=2),
     ("device_sim", "LINK"): plain(),
     ("device_sim", "STATS"): plain(),
+    ("device_sim", "STARTED_WITH"): plain(),
     ("portal", "MMIO_READ"): plain(offset=0, size=8),
     ("portal", "ENQCMD"): plain(wq=0, descriptor=bytes(64)),
 }

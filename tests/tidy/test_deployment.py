@@ -36,10 +36,17 @@ def socket_of(argv: list[str]) -> str:
     return argv[argv.index("--socket") + 1]
 
 
+def words(name: str, service: Service) -> list[str]:
+    """Of a daemon, whose command ends with the options of whoever starts it."""
+    *argv, last = service["command"].split()
+    assert last == f"${{{name.upper()}_OPTIONS:-}}"
+    return argv
+
+
 def started(services: dict[str, Service]) -> dict[str, tuple[list[str], set[str]]]:
     """What compose starts by default: command line and direct needs, by service."""
     return {
-        name: (service["command"], set(service.get("depends_on", {})))
+        name: (words(name, service), set(service.get("depends_on", {})))
         for name, service in services.items()
         if "profiles" not in service
     }
@@ -74,7 +81,8 @@ def test_compose_starts_what_the_supervisor_starts(compose: dict[str, Any]) -> N
 def test_every_command_is_installed(compose: dict[str, Any]) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     services = compose["services"].values()
-    assert {service.get("entrypoint", service["command"])[0] for service in services} == set(scripts)
+    commands = [service.get("entrypoint") or service["command"].split() for service in services]
+    assert {command[0] for command in commands} == set(scripts)
 
 
 def test_a_daemon_is_healthy_once_its_socket_is_there(compose: dict[str, Any]) -> None:

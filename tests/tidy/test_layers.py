@@ -25,7 +25,7 @@ RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "simulator": 2, "bench": 3, 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
     **dict.fromkeys(("units", "errors", "flow", "kvm_run"), 0),
-    **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags"), 1),
+    **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "started_with"), 1),
     **dict.fromkeys(("uapi", "rpc"), 2),
     "daemon": 3,
 }
@@ -89,7 +89,7 @@ def part_of(name: str) -> str:
 
 
 def check_inside_protocol(module: Module) -> list[str]:
-    """units, errors, flow, kvm_run <- pt, hw, hostmem, trace <- uapi | rpc <- daemon."""
+    """units, errors, flow, kvm_run <- pt, hw, hostmem, trace, started_with <- uapi | rpc <- daemon."""
     own = part_of(module.name)
     if module.path.parts[0] != "protocol" or not own:
         return []

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from qemu_shim.daemon_options import add_daemon_options, as_said, canonical, given, joined, merged
+from qemu_shim.daemon_options import add_daemon_options, as_said, canonical, given, joined, lacking, merged
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,14 @@ def test_they_come_after_the_workloads_own_so_that_they_win() -> None:
 def test_where_sockets_are_is_not_theirs_to_say(text: str) -> None:
     with pytest.raises(LookupError, match="whoever starts iommufdd says where its sockets are"):
         canonical("iommufdd", text)
+
+
+def test_what_running_daemons_lack_is_named_with_the_command_that_wants_it() -> None:
+    started: dict[str, list[str]] = {
+        "kvmd": [],
+        "iommufdd": ["--fault-policy trust"],
+        "device_sim": ["--devices 2"],
+    }
+    needed = {"device_sim": ("--devices", "2", "--no-pri"), "iommufdd": ("--fault-policy", "trust")}
+    assert lacking(needed, started) == "start device-sim with --no-pri"
+    assert lacking({}, started) == ""
