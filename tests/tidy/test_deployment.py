@@ -38,7 +38,8 @@ def socket_of(argv: list[str]) -> str:
 
 def words(name: str, service: Service) -> list[str]:
     """Of a daemon, whose command ends with the options of whoever starts it."""
-    *argv, last = service["command"].split()
+    command: str = service["command"]
+    *argv, last = command.split()
     assert last == f"${{{name.upper()}_OPTIONS:-}}"
     return argv
 
