@@ -132,8 +132,15 @@ class MemoryAttributes:
         self.supported = supported
         self._edges: list[int] = []  # start, end, start, end: an odd count to the left means inside
 
+    def __bool__(self) -> bool:
+        return bool(self._edges)
+
     def is_private(self, gfn: Gfn) -> bool:
         return bisect_right(self._edges, gfn) % 2 == 1
+
+    def any_private(self, span: GfnSpan) -> bool:
+        first = bisect_right(self._edges, span.start)
+        return first % 2 == 1 or first < bisect_left(self._edges, span.end)
 
     def set(self, span: GfnSpan, *, private: bool) -> None:
         left = bisect_left(self._edges, span.start)

@@ -82,7 +82,8 @@ def _check_frames(vm: Kvm, root: Root) -> list[str]:
 
 
 def _check_private(vm: Kvm) -> list[str]:
-    """I6: what a guest_memfd has is its own, and a slot's part of it is no other slot's."""
+    """I6: what a guest_memfd has is its own, and a slot's part of it is no other slot's.  I26: no other MMU
+    maps what it stands for."""
     found = []
     bound = [slot.private for slot in vm.slots if slot.private is not None]
     for memfd in {binding.memfd for binding in bound}:
@@ -95,6 +96,13 @@ def _check_private(vm: Kvm) -> list[str]:
         for (first, npages), (other, _) in pairwise(parts):
             if first + npages > other:
                 found.append(f"I6: guest_memfd page {other:#x} is bound to two slots")
+    for slot in vm.slots:
+        for span in vm.private.attributes:
+            hvas = slot.hvas_of(span)
+            if hvas is not None and any(claim(*hvas) for claim in vm.mm.claims.mapped):
+                found.append(
+                    f"I26: {span} of slot {slot.id} is private, and another MMU maps what it replaced"
+                )
     for binding in bound:
         if binding not in binding.memfd.bindings:
             found.append(f"I6: {binding.span} has pages of a guest_memfd that does not know it")

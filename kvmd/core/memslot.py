@@ -82,6 +82,11 @@ class Memslot:
             Gfn(base + ((last - self.hva + PAGE_SIZE - 1) >> PAGE_SHIFT)),
         )
 
+    def hvas_of(self, span: GfnSpan) -> tuple[Hva, Hva] | None:
+        """The host addresses that back what the slot has of `span`."""
+        first, end = max(span.start, self.base_gfn), min(span.end, self.base_gfn + self.npages)
+        return (self.hva_of(Gfn(first)), self.hva_of(Gfn(end))) if first < end else None
+
 
 def _no_memfd() -> GuestMemfd:
     raise UapiError(errno.EBADF, "no guest_memfd came with the request")
@@ -114,6 +119,7 @@ class Memslots:
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
         self.generation = 0
+        self.coming: Memslot | None = None  # about to be there: its change has been granted
         self.logging = 0  # how many of them log
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:

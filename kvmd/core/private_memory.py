@@ -8,16 +8,18 @@ on it wait; the call returns, and a frame goes back, only when every CPU and imp
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from kvmd.core.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
 from kvmd.core.host_changes import HostChanges
-from kvmd.core.memslot import Memslot
+from kvmd.core.memslot import Memslot, Memslots
 from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
 from kvmd.core.pinning import Pinned
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn
+from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hva
 
 
 class PrivateMemory:
@@ -25,8 +27,9 @@ class PrivateMemory:
         self,
         vm_id: int,
         lock: RwLock,
+        slots: Memslots,
         memory: Memory,
-        owner: int,
+        mm: Mm,
         host_changes: HostChanges,
         pinned: Pinned,
         *,
@@ -35,8 +38,10 @@ class PrivateMemory:
         self.attributes = MemoryAttributes(supported=supported)
         self._vm_id = vm_id
         self._lock = lock
+        self._slots = slots
         self._memory = memory
-        self._owner = owner
+        self._mm = mm
+        self._converting: list[GfnSpan] = []  # to private, and nobody may map them meanwhile
         self._host_changes = host_changes
         self._pinned = pinned
 
@@ -51,7 +56,7 @@ class PrivateMemory:
             raise UapiError(errno.EINVAL, f"guest_memfd flags {flags:#x}: at most {int(self.memfd_flags):#x}")
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"guest_memfd of {size:#x} bytes: not whole pages, or no file size")
-        return GuestMemfd(self._vm_id, self._memory, self._owner, size, MemfdFlag(flags))
+        return GuestMemfd(self._vm_id, self._memory, self._mm.id, size, MemfdFlag(flags))
 
     async def close(self, memfd: GuestMemfd) -> None:
         """Its last fd is closed.  Its slots keep their place and lose their private pages."""
@@ -67,14 +72,42 @@ class PrivateMemory:
             memfd.drop(pages)
 
     async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:
-        """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before."""
+        """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before.  EBUSY: a
+        page of them is pinned, or is to become private and mapped by another MMU."""
         span = self.attributes.check(address, size, attributes, flags)
         async with self._lock:
             pinned = self._pinned.within(0, span)
             if pinned:
                 raise UapiError(errno.EBUSY, f"gfn {pinned[0]:#x} is pinned: what it maps must stay")
-            async with self._host_changes.zapped_gfns([span]):
-                self.attributes.set(span, private=bool(attributes))
+            to_private = [span] if attributes else []
+            for slot in self._slots:
+                self._check_unmapped(slot, to_private)
+            self._converting += to_private
+            try:
+                async with self._host_changes.zapped_gfns([span]):
+                    self.attributes.set(span, private=bool(attributes))
+            finally:
+                self._converting = []
+
+    def check_slot(self, slot: Memslot) -> None:
+        """May it be there?  EBUSY: gfns of it are private, and another MMU maps what it has for them."""
+        self._check_unmapped(slot, self.attributes)
+
+    def _check_unmapped(self, slot: Memslot, spans: Iterable[GfnSpan]) -> None:
+        for span in spans:
+            if (hvas := slot.hvas_of(span)) is not None:
+                self._mm.claims.check_replacing(*hvas)
+
+    def replaces(self, start: Hva, end: Hva) -> bool:
+        """Is private memory in the place of the process's start..end, or soon?"""
+        if not (self.attributes or self._converting):
+            return False
+        coming = [] if self._slots.coming is None else [self._slots.coming]
+        spans = [span for slot in [*self._slots, *coming] if (span := slot.gfns_of(start, end)) is not None]
+        return any(
+            self.attributes.any_private(span) or any(span.overlaps(other) for other in self._converting)
+            for span in spans
+        )
 
     def serves(self, slot: Memslot, gfn: Gfn) -> bool:
         """Does the page of `gfn` come from a guest_memfd, or would it, had the slot one?"""

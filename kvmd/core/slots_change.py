@@ -17,6 +17,7 @@ from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
 from kvmd.core.pinning import Pinning
+from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
 from kvmd.core.tdp_table import Root
@@ -44,6 +45,7 @@ class SlotsChange:
         zapper: Zapper,
         replaced: Callable[[Change, Memslot | None], None],
         pinning: Pinning,
+        private: PrivateMemory,
     ) -> None:
         self.going: Memslot | None = None
         self.settled: Wait[None] = Wait()
@@ -57,6 +59,7 @@ class SlotsChange:
         self._zapper = zapper
         self._replaced = replaced
         self._pinning = pinning
+        self._private = private
 
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time.  Where everything is pinned a
@@ -80,6 +83,7 @@ class SlotsChange:
     async def _replace(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
         """The slot that is there now."""
         refusal = self._refusal(change, new)
+        self._slots.coming = None if refusal else new
         try:
             if change in (Change.DELETE, Change.MOVE) and old is not None:
                 self.going = old
@@ -90,7 +94,7 @@ class SlotsChange:
                 raise refusal
             return new if change is Change.NONE else self._commit(change, old, new)
         finally:
-            self.going = None
+            self.going = self._slots.coming = None
             settled, self.settled = self.settled, Wait()
             settled.set(None)
 
@@ -110,6 +114,7 @@ class SlotsChange:
             self._check_room(new)
             if change is not Change.FLAGS_ONLY:
                 self._slots.check_limit(new)
+                self._private.check_slot(new)
         except UapiError as error:
             if new.private is not None:
                 new.private.unbind()

@@ -107,6 +107,18 @@ class Kvm:
         self.dirty_log = DirtyLog(
             lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, self.stores, pml=features.pml
         )
+        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
+        self.private = PrivateMemory(
+            self.id,
+            lock,
+            self.slots,
+            host.memory,
+            self.mm,
+            self.host_changes,
+            self.pinning.pinned,
+            supported=has_private,
+        )
+        self.mm.claims.replaced.append(self.private.replaces)
         self.slots_change = SlotsChange(
             self.id,
             lock,
@@ -118,18 +130,9 @@ class Kvm:
             self.zapper,
             self._slot_replaced,
             self.pinning,
+            self.private,
         )
-        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
-        self.private = PrivateMemory(
-            self.id,
-            lock,
-            host.memory,
-            self.mm.id,
-            self.host_changes,
-            self.pinning.pinned,
-            supported=has_private,
-        )
 
     # -- vCPUs -----------------------------------------------------------------------------------------
 
@@ -404,6 +407,7 @@ class Kvm:
         assert not self.exported, "an exported TDP keeps its VM"
         self.fault_notes.close()
         self.mm.notifiers.remove(self.host_changes)
+        self.mm.claims.replaced.remove(self.private.replaces)
         await self.flusher.drain()
         for root in self.mmu.roots:
             root.refs = 0  # those of vCPUs, which are gone

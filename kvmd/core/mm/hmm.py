@@ -61,6 +61,7 @@ class PinnedPage(NamedTuple):
     page: Page
     pfn: Pfn
     level: Level
+    size: int  # bytes of it that were asked for
 
     @property
     def npages(self) -> int:
@@ -97,6 +98,7 @@ class Mirror:
             if self.closed:
                 raise UapiError(errno.ENODEV, "the mirror was closed before it was registered")
             self.mm.notifiers.append(self)
+            self.mm.claims.mapped.append(self.maps)
             self._registered = True
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
@@ -126,11 +128,12 @@ class Mirror:
     # -- watched ranges --------------------------------------------------------------------------------
 
     def watch(self, start: Hva, size: int) -> None:
-        """EEXIST: overlaps another; ENOMEM: too many."""
+        """EEXIST: overlaps another; EBUSY: a guest's memory there is private; ENOMEM: too many."""
         self._check()
         end = Hva(start + size)
         if self._watched[self._first(start) : self._first_from(end)]:
             raise UapiError(errno.EEXIST, f"watch of {start:#x}..{end:#x}: it overlaps a watched range")
+        self.mm.claims.check_mapping(start, end)
         if len(self._watched) >= MAX_WATCHED:
             raise UapiError(errno.ENOMEM, f"watch of {start:#x}..{end:#x}: {MAX_WATCHED} ranges are watched")
         insort(self._watched, (start, end))
@@ -151,6 +154,12 @@ class Mirror:
     def _first_from(self, end: Hva) -> int:
         """Of the watched ranges, the first that begins at `end` or behind."""
         return bisect_left(self._watched, (end, end))
+
+    def maps(self, start: Hva, end: Hva) -> bool:
+        """Does it map a page of start..end, or may it at any time?"""
+        return bool(self._watched[self._first(start) : self._first_from(end)]) or any(
+            at < end and start < at + pinned.size for at, pinned in self.pinned()
+        )
 
     # -- looking, faulting -----------------------------------------------------------------------------
 
@@ -226,8 +235,8 @@ class Mirror:
 
     async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0) -> Found:
         """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to.  A failure
-        leaves none of this call.  ENOMEM, EHWPOISON; EFAULT, as for an address without memory: the process
-        is gone [iommufd pages.c].
+        leaves none of this call.  ENOMEM, EHWPOISON; EBUSY: a guest's memory there is private; EFAULT,
+        as for an address without memory: the process is gone [iommufd pages.c].
         """
         end, at, tally = Hva(start + size), start, Tally()
         done: list[tuple[Hva, PinnedPage]] = []
@@ -238,7 +247,8 @@ class Mirror:
                 self._check(errno.EFAULT)
                 entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
                 self._check(errno.EFAULT)
-                done.append((at, self._pin(area, at, entry)))
+                self.mm.claims.check_mapping(at, min(_end_of(entry), end))
+                done.append((at, self._pin(area, at, entry, min(_end_of(entry), end) - at)))
                 pages.append(entry)
                 turn += done[-1][1].npages
                 if turn >= _TURN:
@@ -252,8 +262,8 @@ class Mirror:
         self.mm.memory.counters.hmm_faults_major += tally.major
         return Found(pages, min(at, end), tally.major)
 
-    def _pin(self, area: int, at: Hva, entry: Pte) -> PinnedPage:
-        pinned = PinnedPage(entry.page, entry.pfn, entry.level)
+    def _pin(self, area: int, at: Hva, entry: Pte, size: int) -> PinnedPage:
+        pinned = PinnedPage(entry.page, entry.pfn, entry.level, size)
         self.mm.pin(entry.page, pinned.npages, self.payer)
         pins = self._pins.setdefault(area, {})
         pins[at] = (*pins.get(at, ()), pinned)
@@ -306,6 +316,7 @@ class Mirror:
         self.closed = True
         if self._registered:
             self.mm.notifiers.remove(self)
+            self.mm.claims.mapped.remove(self.maps)
             self._registered = False
         while self._pins:
             area, pins = next(iter(self._pins.items()))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TypeVar
 
+from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.notifier import MmuNotifier, Range, changing
 from kvmd.core.mm.page import HostPage, Pte
@@ -48,6 +49,7 @@ class AddressSpace:
         self.id = mm_id  # owner of its frames
         self.alive = True
         self.notifiers: list[MmuNotifier] = []
+        self.claims = Claims()
         self.memory = memory
         self.vmas = Vmas(self)
         self.table = PageTable(self, memory, mm_id)
