@@ -1,8 +1,9 @@
 """Five ways to give a device the guest's memory, as a VMM carries them out (docs/decisions/0011).
 
 A design is chosen when a machine starts.  Its container, QEMU's word for it, gives the HWPT that the device
-is attached to and is told when the guest's memory changes: before a memslot comes, before one goes [QEMU
-hw/vfio/common.c].  With KVM's table it has nothing to do then; with one of iommufdd's it maps and unmaps.
+is attached to and is told when the guest's memory changes: before a memslot comes, before one goes, and
+around a conversion of private memory [QEMU hw/vfio/listener.c].  With KVM's table it has nothing to do then;
+with one of iommufdd's it maps and unmaps.
 
 What a design cannot do it refuses with a reason, and the refusal is an answer like any other.
 """
@@ -20,6 +21,7 @@ from protocol.errors import UapiError
 from protocol.uapi import names
 from qemu_shim.iommufd_client import Iommu
 from qemu_shim.kvm_client import Vm
+from qemu_shim.private_ram import PrivateRam
 from qemu_shim.process import Process
 
 
@@ -34,10 +36,20 @@ class Refused(UapiError):
 
 @dataclass(frozen=True, slots=True)
 class RamSlot:
+    """`attributes`: parts of it may be private."""
+
     slot: int
     gpa: int
     size: int
     hva: int
+    attributes: PrivateRam | None = None
+
+    def shared(self) -> list[tuple[int, int]]:
+        """What of it is the device's: offsets and sizes of what is mapped at a time."""
+        ram = self.attributes
+        if ram is None:
+            return [(0, self.size)]
+        return [(offset, ram.block) for offset in ram.blocks(0, self.size, private=False)]
 
 
 class Container(Protocol):
@@ -57,6 +69,12 @@ class Container(Protocol):
 
     async def remove(self, slot: RamSlot) -> None:
         """The memslot will be gone when this returns."""
+
+    async def populate(self, slot: RamSlot, offset: int, size: int) -> None:
+        """That part of it was converted to shared."""
+
+    async def discard(self, slot: RamSlot, offset: int, size: int) -> None:
+        """It will be converted to private when this returns."""
 
     def close(self) -> None: ...
 
@@ -84,6 +102,12 @@ class KvmTable:
         """KVM hears of it with the memslot."""
 
     async def remove(self, slot: RamSlot) -> None:
+        """The same."""
+
+    async def populate(self, slot: RamSlot, offset: int, size: int) -> None:
+        """With the attributes: a page request gets whichever page the guest has."""
+
+    async def discard(self, slot: RamSlot, offset: int, size: int) -> None:
         """The same."""
 
     def close(self) -> None:
@@ -121,15 +145,24 @@ class Ioas:
             raise Refused("the guest's memory for the device", error.why, error.errno) from None
 
     async def add(self, slot: RamSlot) -> None:
-        iommu, ioas_id = self._mapped_at
-        try:
-            await iommu.ioas_map(ioas_id, self._process, slot.hva, slot.size, slot.gpa)
-        except UapiError as error:
-            raise Refused(f"memory at gpa {slot.gpa:#x} for the device", error.why, error.errno) from None
+        for offset, size in slot.shared():
+            await self.populate(slot, offset, size)
 
     async def remove(self, slot: RamSlot) -> None:
+        if slot.shared():
+            await self.discard(slot, 0, slot.size)
+
+    async def populate(self, slot: RamSlot, offset: int, size: int) -> None:
         iommu, ioas_id = self._mapped_at
-        await iommu.ioas_unmap(ioas_id, slot.gpa, slot.size)
+        gpa = slot.gpa + offset
+        try:
+            await iommu.ioas_map(ioas_id, self._process, slot.hva + offset, size, gpa)
+        except UapiError as error:
+            raise Refused(f"memory at gpa {gpa:#x} for the device", error.why, error.errno) from None
+
+    async def discard(self, slot: RamSlot, offset: int, size: int) -> None:
+        iommu, ioas_id = self._mapped_at
+        await iommu.ioas_unmap(ioas_id, slot.gpa + offset, size)
 
     @property
     def _mapped_at(self) -> tuple[Iommu, int]:

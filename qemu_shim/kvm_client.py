@@ -37,7 +37,7 @@ class Kvmd:
         return Process(self._channel.loop, reply.fds.take(0), "mm")
 
     async def create_vm(self, process: Process, kind: int = 0) -> Vm:
-        """`kind`: 1 is a VM with private memory."""
+        """`kind`: KVM_X86_SW_PROTECTED_VM has private memory."""
         reply = await self._channel.ask("OPEN", {"path": names.KVM_PATH})
         dev_kvm = File(self._channel.loop, reply.fds.take(0), "/dev/kvm")
         try:
@@ -79,6 +79,10 @@ class Kvmd:
 
 class GuestMemfd(MemFd):
     """Memory of a VM: a file that a process maps only if it was made for that."""
+
+    async def punch_hole(self, offset: int, size: int) -> None:
+        """The next touch finds zeroes."""
+        await self.ask("PUNCH_HOLE", offset=offset, size=size)
 
 
 class Vm(File):

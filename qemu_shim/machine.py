@@ -28,6 +28,7 @@ from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.inspector import Inspector
 from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
 from qemu_shim.kvm_client import Kvmd, Vm
+from qemu_shim.private_ram import PrivateRam
 from qemu_shim.process import Process
 from qemu_shim.vcpu import Vcpu
 
@@ -45,6 +46,7 @@ class MachineConfig:
     pinned: bool = False  # all of it, for a device that cannot ask for pages
     dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
     design: Design = SHARED
+    private_block: int = 0  # RAM may be converted to private in blocks of so many bytes; 0: not at all
     free_from: Gpa = FIRST_FREE_GPA  # the guest kernel's own memory ends here
 
 
@@ -131,14 +133,48 @@ class Machine(BareMachine):
             raise Refused("ballooning", NO_DISCARD)
         await self.process.madvise_dontneed(self.hva_of(gpa), size)
 
+    async def convert(self, gpa: int, size: int, *, private: bool) -> None:
+        """What the guest asks for with KVM_HC_MAP_GPA_RANGE; what the pages held is gone.  The device loses
+        shared pages before the guest has private ones, and gets new ones after: QEMU sets the attribute
+        first, where KVM lets both be; for memory that is converted in place the order is this one
+        [QEMU kvm-all.c].  ValueError: not whole blocks of RAM that may be private.
+        """
+        slot = self.slot_of(gpa)
+        offset, ram = gpa - slot.gpa, slot.attributes
+        if ram is None or offset + size > slot.size:
+            raise ValueError(f"{gpa:#x}+{size:#x} is no RAM that may be private")
+        for at in ram.blocks(offset, size, private=not private):
+            await self._convert(slot, ram, at, private=private)
+
+    async def _convert(self, slot: RamSlot, ram: PrivateRam, at: int, *, private: bool) -> None:
+        gpa, block = slot.gpa + at, ram.block
+        if not private:
+            await self.vm.set_memory_attributes(gpa, block, 0)
+            ram.private.discard(at)
+            await ram.memfd.punch_hole(at, block)
+            await self.container.populate(slot, at, block)
+            return
+        await self.container.discard(slot, at, block)
+        try:
+            await self.vm.set_memory_attributes(gpa, block, names.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        except UapiError:
+            await self.container.populate(slot, at, block)
+            raise
+        ram.private.add(at)
+        await self.process.madvise_dontneed(slot.hva + at, block)
+
     async def dump(self, directory: Path) -> None:
         """Write the table as it is now, for other tools."""
         await Inspector(self.host.kvmd.channel).dump(directory, self.vm)
 
     def hva_of(self, gpa: int) -> int:
+        slot = self.slot_of(gpa)
+        return slot.hva + gpa - slot.gpa
+
+    def slot_of(self, gpa: int) -> RamSlot:
         for slot in self.slots:
             if slot.gpa <= gpa < slot.gpa + slot.size:
-                return slot.hva + gpa - slot.gpa
+                return slot
         raise LookupError(f"gpa {gpa:#x} is no RAM")
 
 
@@ -208,12 +244,15 @@ async def bare_machine(host: Host, config: MachineConfig) -> AsyncIterator[BareM
     async with AsyncExitStack() as stack:
         process = await host.kvmd.start_process()
         stack.callback(process.close)
-        vm = await host.kvmd.create_vm(process)
+        vm = await host.kvmd.create_vm(process, names.KVM_X86_SW_PROTECTED_VM if config.private_block else 0)
         stack.callback(vm.close)
         if config.dirty_ring_bytes:
             await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING, config.dirty_ring_bytes)
             await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)
         slots = await _add_ram(process, vm, config)
+        for slot in slots:
+            if slot.attributes is not None:
+                stack.callback(slot.attributes.memfd.close)
         vcpu = await vm.create_vcpu(0)
         stack.callback(vcpu.close)
         await vcpu.set_cpuid(config.maxphyaddr)
@@ -264,8 +303,14 @@ async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamS
     slots = []
     for slot, (gpa, size) in enumerate(pieces):
         hva = await process.mmap(size, page_size=config.page_size)
-        await vm.set_user_memory_region(slot, gpa, size, hva)
-        slots.append(RamSlot(slot, gpa, size, hva))
+        if config.private_block:
+            ram = PrivateRam(await vm.create_guest_memfd(size), config.private_block)
+            flags = names.KVM_MEM_GUEST_MEMFD
+            await vm.set_user_memory_region2(slot, gpa, size, hva, flags, guest_memfd=ram.memfd)
+        else:
+            ram = None
+            await vm.set_user_memory_region(slot, gpa, size, hva)
+        slots.append(RamSlot(slot, gpa, size, hva, ram))
     return slots
 
 

@@ -82,7 +82,7 @@ def _check_frames(vm: Kvm, root: Root) -> list[str]:
 
 
 def _check_private(vm: Kvm) -> list[str]:
-    """I6: what a guest_memfd has is its own, and a slot's part of it is no other slot's.  I26: no other MMU
+    """I6: what a guest_memfd has is its own, and a slot's part of it is no other slot's.  I27: no other MMU
     maps what it stands for."""
     found = []
     bound = [slot.private for slot in vm.slots if slot.private is not None]
@@ -101,7 +101,7 @@ def _check_private(vm: Kvm) -> list[str]:
             hvas = slot.hvas_of(span)
             if hvas is not None and any(claim(*hvas) for claim in vm.mm.claims.mapped):
                 found.append(
-                    f"I26: {span} of slot {slot.id} is private, and another MMU maps what it replaced"
+                    f"I27: {span} of slot {slot.id} is private, and another MMU maps what it replaced"
                 )
     for binding in bound:
         if binding not in binding.memfd.bindings:

@@ -11,7 +11,10 @@ from typing import Final
 KVM_PATH: Final = "/dev/kvm"
 KVM_API_VERSION: Final = 12
 
+KVM_X86_SW_PROTECTED_VM: Final = 1  # the type of a VM with private memory
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
+KVM_MEM_GUEST_MEMFD: Final = 1 << 2
+KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168
 KVM_CAP_DIRTY_LOG_RING: Final = 192
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: Final = 225

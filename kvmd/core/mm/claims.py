@@ -4,7 +4,7 @@ An MMU that fills a table of its own (`hmm.Mirror`) reaches what is mapped at an
 Where gfns became private a guest's CPUs have pages of a guest_memfd instead, and no notifier tells: device
 and CPU would go on in different memory, and neither know.  So whoever comes second is refused.
 
-Invariant with its home here: I26 no address is both.
+Invariant with its home here: I27 no address is both.
 """
 
 from __future__ import annotations

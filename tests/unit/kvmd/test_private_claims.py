@@ -167,7 +167,7 @@ def test_the_check_finds_an_address_that_both_have(check: str, monkeypatch: pyte
     else:
         world.use("pin", 0)
         world.run(world.convert(0))
-    assert [found[:4] for found in check_vm(world.vm)] == ["I26:"]
+    assert [found[:4] for found in check_vm(world.vm)] == ["I27:"]
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (3, 5), (4, 6), (7, 9), (9, 12), (0, 20)])
