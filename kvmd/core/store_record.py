@@ -52,10 +52,11 @@ class StoreRecord:
         finally:
             self._reports.remove(told)
 
-    def replaced(self, slot: Memslot, *, moved: bool) -> None:
-        """It is deleted or moved, or its logging starts or stops."""
+    def replaced(self, slot: Memslot) -> None:
+        """What `slot` was is another slot now, or none; one that was moved may go on with its log."""
         self._down.clear()
-        if not moved:
+        now = self._slots.numbered(slot.number)
+        if now is None or not now.logs:
             self._untold.pop(slot.number, None)
 
     def untold(self) -> Iterator[tuple[Memslot, Gfn]]:

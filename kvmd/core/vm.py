@@ -270,7 +270,7 @@ class Kvm:
         if change in (Change.DELETE, Change.MOVE) and old is not None:
             self.page_track.forget(old)
         if old is not None:
-            self.stores.replaced(old, moved=change is Change.MOVE)
+            self.stores.replaced(old)
         if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
             self.mmu.zap_mmio()
 

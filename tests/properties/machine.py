@@ -3,7 +3,7 @@
 Two importers cache translations and table pointers as badly as they may: whatever they once walked they go
 on using until they ack the invalidation that covers it, and acks come late and in any order.  What the
 guest should see is kept in dicts and updated in the same atomic step as the operation ends, by flows that
-wrap the core's.
+wrap the core's.  Lookups of pages fall asleep, and wake at whatever other step.
 
 At every step: no cached translation and no entry of the table names a frame that was given up (I6), no
 cached table page was reused (I7), each entry maps the page the host has there now unless it is being
@@ -21,7 +21,6 @@ from typing import Any
 
 from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.invariants import check_vm
-from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Kind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
@@ -34,6 +33,7 @@ from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
+from tests.properties.sleepy import SleepyMm
 from tests.refusals import may_refuse
 from tests.unit.kvmd.world import RW, World
 
@@ -41,6 +41,7 @@ PAGE = 4096
 GFNS = 0x800  # what the guest touches lies below
 SMALL, SMALL_PAGES = 0x4000_0000, 8
 LARGE, LARGE_PAGES = 0x8000_0000, 1024  # two pages of 2 MiB
+BITMAP = Hva(0x3000_0000_0000)
 UNIT = Machine(address_width=46, max_leaf_level=3, snoop_control=True)
 
 
@@ -121,21 +122,6 @@ class CachingImporter:
         return held
 
 
-class SleepyMm:
-    """What the VM sees of its process: a lookup may sleep, and the host may change the page meanwhile."""
-
-    def __init__(self, rig: Rig) -> None:
-        self._rig = rig
-
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
-        page = await self._rig.world.mm.get_user_page(hva, write=write, tally=tally)
-        self._rig.while_asleep(page)
-        return page
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rig.world.mm, name)
-
-
 class Rig:
     """The core, what drives it, and what the guest should see.  `own`: the exported root is the IOMMU's."""
 
@@ -145,7 +131,9 @@ class Rig:
         self.world.flows = self.flows = AnyOrder(self.random)
         self.mm: Mm = self.world.mm
         self.vm = self.world.vm
-        self.vm.mm = SleepyMm(self)  # type: ignore[assignment]
+        self.lookups = SleepyMm(self.mm, self.random, self.while_asleep)
+        self.vm.mm = self.lookups  # type: ignore[assignment]
+        self.world.map(1, hva=BITMAP)
         self.clock = 0
         self.generation: Counter[int] = Counter()
         self._watch_pool()
@@ -227,9 +215,11 @@ class Rig:
 
         self.begin(f"{what} {first:#x}+{pages}", run())
 
-    def set_slot(self, slot: int, gfn: int, pages: int, page: int, readonly: bool) -> None:
+    def set_slot(
+        self, slot: int, gfn: int, pages: int, page: int, readonly: bool, *, log: bool = False
+    ) -> None:
         async def run() -> None:
-            region = self.world.region(slot, gfn, pages, page << 12, 2 if readonly else 0)
+            region = self.world.region(slot, gfn, pages, page << 12, 2 * readonly + log)
             self.slots_changing += 1
             self.slot_changes += 1
             try:
@@ -246,23 +236,36 @@ class Rig:
 
         self.begin(f"slot {slot} {gfn:#x}+{pages}", run())
 
-    def guest(self, index: int, gfn: int, data: bytes | None) -> None:
+    def log(self, slot: int, on: bool) -> None:
+        """The same slot, its logging switched."""
+        if slot in self.slots:
+            self.set_slot(slot, *self.slots[slot], log=on)
+
+    def get_dirty_log(self, slot: int) -> None:
+        async def run() -> None:
+            with may_refuse(errno.ENOENT):  # it does not log
+                await self.vm.dirty_log.get(slot, BITMAP)
+
+        self.begin(f"get {slot}", run())
+
+    def guest(self, index: int, gfn: int, data: bytes | None, cpl: int = 3) -> None:
         """One access of a vCPU, within a page."""
         if self.busy[index]:
             return
 
         async def run() -> None:
             self.busy[index] = True
-            changes = self.slot_changes + self.slots_changing
+            changes = self.quiet_slots()
             access = ("w", gfn << 12, data) if data else ("r", gfn << 12, 8)
-            result = await self.vcpus[index].run([access])
+            result = await self.vcpus[index].run([access], cpl)
             self.busy[index] = False
-            if changes != self.slot_changes or self.slots_changing:
-                if result.done and data:
-                    self._wrote_under_change(gfn, data)
+            if changes is None or changes != self.quiet_slots():
+                if result.done:
+                    self._reached_under_change(gfn, data, result.reads)
                 return
             page, readonly = self.lookup(gfn)
-            if page is None or (readonly and data):
+            emulated_elsewhere = cpl == 0 and page not in self.mapped
+            if page is None or (readonly and data) or emulated_elsewhere:
                 assert result.exit.reason is ExitReason.MMIO, f"gfn {gfn:#x} should leave: {result}"
             elif page not in self.mapped:
                 assert result.exit.errno, f"gfn {gfn:#x} has no host page: {result}"
@@ -275,18 +278,24 @@ class Rig:
 
         self.begin(f"vcpu {index} gfn {gfn:#x}", run())
 
-    def _wrote_under_change(self, gfn: int, data: bytes) -> None:
-        """Slots changed meanwhile; where the bytes went is where the core has the gfn now."""
+    def _reached_under_change(self, gfn: int, data: bytes | None, reads: list[bytes]) -> None:
+        """Slots changed meanwhile; what was reached is what the core has at the gfn now."""
         slot = self.vm.slots.find(Gfn(gfn))
-        assert slot is not None
-        self.store(slot.hva_of(Gfn(gfn)) >> 12, data)
+        assert slot is not None, f"gfn {gfn:#x} was reached and has no slot"
+        page = slot.hva_of(Gfn(gfn)) >> 12
+        assert page in self.mapped, f"gfn {gfn:#x} was reached where nothing is mapped"
+        if data:
+            assert not slot.readonly, f"gfn {gfn:#x} is read-only and was stored to"
+            self.store(page, data)
+        else:
+            assert reads == [self.load(page)], f"gfn {gfn:#x} reads {reads} while its slot changes"
 
     def io_fault(self, gfn: int, write: bool) -> None:
         async def run() -> None:
             kind = FaultType(read=not write, write=write, exec=False)
-            changes = self.slot_changes + self.slots_changing
+            changes = self.quiet_slots()
             result = await self.vm.fault_exported(self.exported, 77, Gfn(gfn), kind)
-            if changes != self.slot_changes or self.slots_changing:
+            if changes is None or changes != self.quiet_slots():
                 return
             page, readonly = self.lookup(gfn)
             if page is None:
@@ -315,6 +324,7 @@ class Rig:
             return
         owner = self.owner_of(held.hpa >> 12)
         self.world.bare.frames[at : at + len(data)] = data
+        self.vm.stores.stored(0, Gfn(gfn))
         self.store(owner, data)
 
     def owner_of(self, pfn: int) -> int:
@@ -369,6 +379,18 @@ class Rig:
             for i in range(len(self.importers)):
                 self.ack(i, self.random.randrange(8))
 
+    def wake(self, which: int) -> None:
+        self.lookups.wake(which)
+        self.settle()
+
+    def finish(self) -> None:
+        """Everybody wakes, everything is acked: every operation ends."""
+        self.lookups.drowsy = 0
+        while self.lookups.sleepers or any(importer.pending for importer in self.importers):
+            self.wake(self.random.randrange(8))
+            self.ack_all()
+        assert self.running == []
+
     def while_asleep(self, page: HostPage) -> None:
         """Called inside a fault, between the lookup and the mapping."""
         nap, self.nap = self.nap, ""
@@ -386,6 +408,10 @@ class Rig:
             self.flows.spawn(run())
 
     # -- what the guest should see ---------------------------------------------------------------------
+
+    def quiet_slots(self) -> int | None:
+        """The same number at two times: no change of the slots was under way at either, or in between."""
+        return None if self.slots_changing else self.slot_changes
 
     def lookup(self, gfn: int) -> tuple[int | None, bool]:
         for start, pages, page, readonly in self.slots.values():
@@ -420,7 +446,7 @@ class Rig:
         found = check_vm(self.vm)
         assert not found, found
         if not any(importer.pending for importer in self.importers):
-            assert self.running == [], f"nothing is out, yet they wait: {self.running}"
+            assert self.lookups.sleepers or not self.running, f"nothing is out, they wait: {self.running}"
             assert self.vm.flusher.acked == self.vm.flusher.epoch
 
     def check_entries(self) -> None:
