@@ -13,6 +13,7 @@ from typing import Any
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Pte
+from kvmd.core.mm.space import Via
 from protocol.flow import Wait
 from protocol.units import Hva
 
@@ -39,9 +40,9 @@ class SleepyMm:
         await self._sleep()
         return page
 
-    async def fault_in(self, hva: Hva, *, write: bool) -> Pte:
+    async def fault_in(self, hva: Hva, *, write: bool, via: Via) -> Pte:
         await self._sleep()
-        entry = await self._mm.fault_in(hva, write=write)
+        entry = await self._mm.fault_in(hva, write=write, via=via)
         await self._sleep()
         return entry
 

@@ -20,6 +20,7 @@ from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
 from kvmd.core.guest_ram import GuestRam
 from kvmd.core.host_changes import HostChanges
+from kvmd.core.mm.space import Via
 from kvmd.core.table_pool import TablePool
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
@@ -288,7 +289,7 @@ async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) ->
     hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % 4096)
     while (there := self._vm.mm.bytes_now(hva, size, write=write)) is None:
         try:
-            await self._vm.mm.fault_in(hva, write=write)
+            await self._vm.mm.fault_in(hva, write=write, via=Via.KERNEL)
         except UapiError:
             return None
     return slot, there
