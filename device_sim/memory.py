@@ -5,7 +5,6 @@ with them.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from device_sim.core.physmem import PhysicalMemory
 from protocol.errors import UapiError
 from protocol.hostmem import Window, WindowKind
 from protocol.rpc.channel import Fds
+from protocol.rpc.memfd import map_peer
 from protocol.units import Hpa
 
 
@@ -28,11 +28,11 @@ class MappedMemory:
     def __init__(self) -> None:
         self.physical = PhysicalMemory()
         self._sets: dict[int, _Set] = {}
-        self._inodes: dict[tuple[WindowKind, int], int] = {}  # of what is mapped where, now or last
+        self._files: dict[tuple[WindowKind, int], tuple[int, int]] = {}  # what is mapped where, now or last
         self._next = 1
 
     def add(self, windows: list[tuple[str, int, int]], fds: Fds) -> int:
-        """Map a set; its number.  EINVAL: a window or the number of fds is not right."""
+        """Map a set; its number.  EINVAL: a window or the number of fds is not right; ENOMEM."""
         if len(fds) != len(windows) + 1:
             raise UapiError(
                 errno.EINVAL, f"{len(windows)} windows need {len(windows) + 1} fds, {len(fds)} came"
@@ -44,7 +44,8 @@ class MappedMemory:
         except (OSError, ValueError) as error:
             for window in mapped:
                 self.physical.drop(window)
-            raise UapiError(errno.EINVAL, f"window {kind} {base:#x}+{size:#x}: {error}") from None
+            number = error.errno if isinstance(error, OSError) else None
+            raise UapiError(number or errno.EINVAL, f"window {kind} {base:#x}+{size:#x}: {error}") from None
         number = self._next
         self._next += 1
         self._sets[number] = _Set(mapped, fds.take(len(windows)))
@@ -56,14 +57,11 @@ class MappedMemory:
         stat = os.fstat(fd)
         existing = self.physical.find(known, base, size)
         if existing is not None:
-            if self._inodes[known, base] != stat.st_ino:
+            if self._files[known, base] != (stat.st_dev, stat.st_ino):
                 raise ValueError("another host's memory lies there")
             self.physical.share(existing)
             return existing
-        if stat.st_size < size:
-            raise ValueError("larger than its file")
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if known is WindowKind.FRAMES else 0)
-        mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, access)
+        mapping = map_peer(fd, size, writable=known is WindowKind.FRAMES)
         window = Window(known, Hpa(base), size, memoryview(mapping))
         try:
             self.physical.add(window, mapping.close)
@@ -71,7 +69,7 @@ class MappedMemory:
             window.view.release()
             mapping.close()
             raise
-        self._inodes[known, base] = stat.st_ino
+        self._files[known, base] = stat.st_dev, stat.st_ino
         return window
 
     def remove(self, number: int) -> None:

@@ -18,6 +18,8 @@ from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect_now
 
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
+
 
 class KvmdChannel:
     """`on_gone` is called if kvmd hangs up, not if we do."""
@@ -27,7 +29,7 @@ class KvmdChannel:
         self._channel: Channel | None = None
 
     async def present(self, loop: Loop, kvmd: Path, op: str, fd: int, name: str, **handlers: Any) -> None:
-        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE."""
+        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
         try:
             copy = os.dup(fd)
         except OSError:
@@ -36,8 +38,8 @@ class KvmdChannel:
             door = Channel(loop, connect_now(kvmd), "kvmd")
         except OSError as error:
             os.close(copy)
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise UapiError(errno.EMFILE, "no room in our fd table") from None
+            if error.errno in _NO_ROOM:
+                raise UapiError(error.errno, f"no room for a connection to {kvmd}") from None
             raise UapiError(errno.EOPNOTSUPP, f"KVM is not loaded: {kvmd}: {error.strerror}") from None
         try:
             reply = await door.call(op, {}, [copy])
@@ -46,7 +48,10 @@ class KvmdChannel:
         finally:
             door.close()
         sock = socket.socket(fileno=reply.fds.take(0))
-        self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
+        try:
+            self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
+        except OSError as error:
+            raise UapiError(error.errno or errno.ENOMEM, f"no room for the {name} channel") from None
 
     async def call(self, op: str, body: Body | None = None) -> Reply:
         """ENODEV once kvmd is gone."""

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import structlog
@@ -36,13 +36,17 @@ class Lease:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.ended: Wait[None] = Wait()
-        try:
-            self._ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise UapiError(error.errno or errno.EMFILE, "no file for a new lease") from None
-        self._ours.setblocking(False)
+        with ExitStack() as undo:
+            try:
+                self._ours, theirs = socket.socketpair()
+                undo.callback(self._ours.close)
+                undo.callback(theirs.close)
+                self._ours.setblocking(False)
+                loop.register(self._ours.fileno(), self._on_event)
+            except OSError as error:
+                raise UapiError(error.errno or errno.EMFILE, "no file for a new lease") from None
+            undo.pop_all()
         self.theirs = theirs.detach()
-        loop.register(self._ours.fileno(), self._on_event)
 
     def _on_event(self, _: int) -> None:
         try:

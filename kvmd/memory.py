@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Container
+from contextlib import ExitStack
 
 from kvmd.config import Settings
 from kvmd.core.host import Clock, Host
@@ -23,18 +24,23 @@ from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, align_up
 
 F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
+_ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
 _FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
 def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
-    """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE."""
-    try:
-        fd = os.memfd_create("kvm-dirty-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:
-        raise UapiError(error.errno or errno.EMFILE, "no fd for a dirty ring") from None
-    os.ftruncate(fd, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
-    return fd, memoryview(mmap.mmap(fd, size))
+    """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE, ENOMEM."""
+    with ExitStack() as undo:
+        try:
+            fd = os.memfd_create("kvm-dirty-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, fd)
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
+            memory = mmap.mmap(fd, size)
+        except OSError as error:
+            raise UapiError(error.errno or errno.EMFILE, "no memory for a dirty ring") from None
+        undo.pop_all()
+    return fd, memoryview(memory)
 
 
 class HostMemory:
@@ -76,7 +82,11 @@ class HostMemory:
         return window
 
     def _discard(self, offset: int, size: int) -> None:
-        self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
+        try:
+            self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
+        except OSError:  # no memory to give memory back with: zeroed it must be in any case
+            for at in range(offset, offset + size, len(_ZEROES)):
+                self._maps[1][at : at + len(_ZEROES)] = _ZEROES
 
     def share(self, kinds: Container[WindowKind]) -> tuple[list[tuple[str, int, int]], list[int]]:
         """([kind, base, size] of every window of these kinds, a copy of its fd each).  EMFILE."""

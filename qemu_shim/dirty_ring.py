@@ -6,10 +6,10 @@ KVM_RESET_DIRTY_RINGS makes KVM take the given ones back.
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 
+from protocol.rpc.memfd import map_peer
 from protocol.uapi import names
 
 _ENTRY = struct.Struct("<IIQ")
@@ -20,7 +20,7 @@ assert _ENTRY.size == names.KVM_DIRTY_GFN_BYTES
 class DirtyRing:
     def __init__(self, fd: int, size: int) -> None:
         """Maps the ring; the fd is ours and no longer needed then."""
-        self._memory = mmap.mmap(fd, size)
+        self._memory = map_peer(fd, size, writable=True)
         os.close(fd)
         self._entries = size // _ENTRY.size
         self._next = 0

@@ -16,6 +16,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, Reply
 from protocol.units import PAGE_SIZE
 from qemu_shim.kvm_client import Vm
+from qemu_shim.stats import ask_all
 
 Named = Vm | int  # an fd of ours, or a number
 
@@ -28,7 +29,8 @@ class Inspector:
 
     async def vms(self) -> list[int]:
         """The numbers of the VMs, oldest first."""
-        return [vm["vm"] for vm in (await self._kvmd.ask("STATS")).body["vms"]]
+        _, vms = await ask_all(self._kvmd, "vms", "vm")
+        return [vm["vm"] for vm in vms]
 
     async def newest(self) -> int:
         """ENOENT: there is no VM."""

@@ -15,6 +15,7 @@ from qemu_shim.device_client import Portal
 from qemu_shim.file import File
 from qemu_shim.kvm_client import Vm
 from qemu_shim.process import Process
+from qemu_shim.stats import ask_all
 
 
 class Iommufdd:
@@ -37,7 +38,9 @@ class Iommufdd:
         return VfioDevice(self._channel.loop, reply.fds.take(0), f"vfio{number}")
 
     async def stats(self) -> Body:
-        return (await self._channel.ask("STATS")).body
+        """Of every HWPT."""
+        body, hwpts = await ask_all(self._channel, "hwpts", "did")
+        return {**body, "hwpts": hwpts}
 
     async def started_with(self) -> list[str]:
         """Its options, but for where its sockets are: `--devices 4`."""

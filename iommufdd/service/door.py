@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
-from protocol.uapi.message import StartedWith
+from protocol.uapi.message import MAX_TOLD, StartedWith
 
 
 class Iommufdd:
@@ -70,13 +71,15 @@ async def _open_device(app: App, message: uapi.Open) -> Answer:
 
 
 def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
+    beyond = (hwpt for did, hwpt in sorted(app.hwpts.items()) if did > message.after)
     return {
         **{field.name: getattr(app.unit_counts, field.name) for field in fields(app.unit_counts)},
         "partial_held": sum(iopf.partial.held for iopf in app.iopfs.values()),
         "faults_recorded": app.faults_recorded,
         "devices_bound": len(app.devices),
         **asdict(app.counts),
-        "hwpts": [_hwpt_stats(hwpt) for hwpt in app.hwpts.values()],
+        "hwpt_count": len(app.hwpts),
+        "hwpts": [_hwpt_stats(hwpt) for hwpt in islice(beyond, MAX_TOLD)],
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
 from protocol.uapi import names
-from protocol.uapi.message import StartedWith
+from protocol.uapi.message import MAX_TOLD, StartedWith
 
 log = structlog.get_logger("kvmd")
 
@@ -104,8 +105,9 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     return _stats_of(app, [app.files.find(fds.peek(n), VmFile).vm for n in range(len(fds))])
 
 
-def _stats_of_all(app: App, message: uapi.Stats, fds: Fds) -> Body:
-    return _stats_of(app, app.vms)
+def _stats_of_all(app: App, message: uapi.StatsOfAll, fds: Fds) -> Body:
+    beyond = (vm for vm in app.vms if vm.id > message.after)  # in the order of their numbers
+    return _stats_of(app, list(islice(beyond, MAX_TOLD)))
 
 
 def _stats_of(app: App, vms: list[Kvm]) -> Body:
@@ -142,5 +144,5 @@ _CLIENTS: dict[str, Method[App, Any]] = {
 FRONT_DOOR: Service[App] = Service("kvmd", {**_CLIENTS, **REFUSED})
 TRUSTING_DOOR: Service[App] = Service("kvmd", {**_CLIENTS, **IMPORTS})
 ADMIN_DOOR: Service[App] = Service(
-    "kvmd-admin", {"STATS": Method(uapi.Stats, _stats_of_all), **_CHECK, **inspecting(any_vm)}
+    "kvmd-admin", {"STATS": Method(uapi.StatsOfAll, _stats_of_all), **_CHECK, **inspecting(any_vm)}
 )

@@ -126,7 +126,11 @@ class Channel:
         self._dirty = False
         self._blocked = False
         self.closed = False
-        loop.register(self._fd, self._on_event)
+        try:
+            loop.register(self._fd, self._on_event)
+        except OSError:
+            sock.close()
+            raise
 
     @property
     def unsent_bytes(self) -> int:
@@ -229,7 +233,10 @@ class Channel:
     def _watch_writable(self, blocked: bool) -> None:
         if blocked != self._blocked and not self.closed:
             self._blocked = blocked
-            self.loop.modify(self._fd, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+            try:
+                self.loop.modify(self._fd, select.EPOLLIN | (select.EPOLLOUT if blocked else 0))
+            except OSError as error:
+                self._lost(f"epoll: {error.strerror}")
 
     # -- receiving -------------------------------------------------------------------------------------
 

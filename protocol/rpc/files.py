@@ -50,14 +50,19 @@ class Files:
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None = None
     ) -> tuple[int, int, Channel]:
         """A new fd for `obj`: (fd to send away, its inode, our channel).  Without room for one `obj` is
-        released, and UapiError(EMFILE) raised.
+        released, and UapiError raised: EMFILE, ENOMEM.
         """
         try:
-            ours, theirs = socket.socketpair()
+            return self._open(service, obj, on_release)
         except OSError as error:
             if on_release is not None:
                 on_release(obj)
             raise UapiError(error.errno or errno.EMFILE, f"no file for a new {service.name}") from None
+
+    def _open(
+        self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None
+    ) -> tuple[int, int, Channel]:
+        ours, theirs = socket.socketpair()
         inode = inode_of(theirs.fileno())
 
         def closed(_: Channel) -> None:
@@ -65,14 +70,18 @@ class Files:
             if on_release is not None:
                 on_release(obj)
 
-        channel = Channel(
-            self._loop,
-            ours,
-            f"{service.name}:{inode}",
-            on_request=service.bind(obj),
-            on_notify=service.bind_notify(obj),
-            on_close=closed,
-        )
+        try:
+            channel = Channel(
+                self._loop,
+                ours,
+                f"{service.name}:{inode}",
+                on_request=service.bind(obj),
+                on_notify=service.bind_notify(obj),
+                on_close=closed,
+            )
+        except OSError:
+            theirs.close()
+            raise
         self._objects[inode] = obj
         self._channels[inode] = channel
         return theirs.detach(), inode, channel

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic, monotonic_ns
 from typing import Protocol, TypeVar
 
@@ -51,7 +52,7 @@ class Loop:
         self._deadlines: dict[Wait[object], tuple[float, Callable[[], None]]] = {}
 
     def register(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
-        """Call `callback(events)` whenever `fd` is ready."""
+        """Call `callback(events)` whenever `fd` is ready.  OSError: no memory for it, and nothing is kept."""
         self._epoll.register(fd, events)
         self._ready[fd] = callback
 
@@ -59,8 +60,10 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def unregister(self, fd: int) -> None:
+        """Before `fd` is closed, which takes it out of the set even if this fails."""
         del self._ready[fd]
-        self._epoll.unregister(fd)
+        with suppress(OSError):
+            self._epoll.unregister(fd)
 
     def mark_dirty(self, writer: Flushable) -> None:
         """`writer.flush()` is called once at the end of the current turn."""

@@ -64,7 +64,10 @@ class Listener:
             log.warning("accept failed", error=error.strerror)
             self._turn_away()
             return
-        self._on_connect(sock)
+        try:
+            self._on_connect(sock)
+        except OSError as error:  # it is hung up on
+            log.warning("no room for a connection", error=error.strerror)
 
     def _turn_away(self) -> None:
         """Our fd table is full: with the spare place, hang up on whoever is first in line."""

@@ -29,7 +29,11 @@ class Open(Message):
 
 
 class Stats(Message):
-    """Counters of the driver and of every HWPT."""
+    """Counters of the driver, and of the first MAX_TOLD HWPTs whose domain ids are above `after`; there are
+    `hwpt_count`.
+    """
+
+    after: U32 = 0
 
 
 class Check(Message):

@@ -28,9 +28,13 @@ MAX_VMS_TOLD = 7  # of one STATS, by their fds
 
 
 class Stats(Message):
-    """Counters of the host, and of the VMs whose fds are sent along; at the administrator's door, of all
-    VMs.
-    """
+    """Counters of the host, and of the VMs whose fds are sent along; `vm_count` VMs there are."""
+
+
+class StatsOfAll(Message):
+    """The same at the administrator's door: of the first MAX_TOLD VMs whose numbers are above `after`."""
+
+    after: U32 = 0
 
 
 class Check(Message):

@@ -16,6 +16,7 @@ U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 S64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 MAX_TRANSFER = 1 << 20  # bytes of memory one message carries
+MAX_TOLD = 1024  # objects of which one STATS tells: whoever has more asks again
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 

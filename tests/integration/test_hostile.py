@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import random
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -343,12 +345,31 @@ def test_objects_made_and_dropped_in_a_storm_leave_nothing(attacked: System) -> 
 def test_windows_that_cannot_be_are_refused(bare_unit: System, op: str, body: dict[str, object]) -> None:
     """What the driver hands over is checked, whoever it is."""
     before = bare_unit.all_fds()
-    with ExitStack() as stack, tempfile.TemporaryFile() as file:
+    with ExitStack() as stack, open(os.memfd_create("window", os.MFD_ALLOW_SEALING), "r+b") as file:
         file.truncate(1 << 20)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         driver = keep(stack, link(stack, bare_unit))
         answer = driver.ask(op, body, [file.fileno(), file.fileno()])
         assert isinstance(answer, int) or body["windows"][0][0] == "frame_tags"  # type: ignore[index]
         assert serves(bare_unit, "device_sim")
+    bare_unit.wait_closed(before)
+
+
+def test_a_window_that_could_shrink_is_refused_and_shrinking_it_ends_nobody(bare_unit: System) -> None:
+    """The unit walked it, and died of SIGBUS."""
+    before = bare_unit.all_fds()
+    window = ["tables", 1 << 20, 1 << 20]
+    with ExitStack() as stack, open(os.memfd_create("window", os.MFD_ALLOW_SEALING), "r+b") as file:
+        file.truncate(1 << 20)
+        driver = keep(stack, link(stack, bare_unit))
+        assert driver.ask("MEMORY_ADD", {"windows": [window]}, [file.fileno()] * 2) == errno.EINVAL
+        file.truncate(0)
+        assert serves(bare_unit, "device_sim")
+        file.truncate(1 << 20)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        assert not isinstance(driver.ask("MEMORY_ADD", {"windows": [window]}, [file.fileno()] * 2), int)
+        with pytest.raises(PermissionError):
+            file.truncate(0)
     bare_unit.wait_closed(before)
 
 

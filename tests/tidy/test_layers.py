@@ -47,7 +47,7 @@ OWNERS = ("kvmd", "iommufdd")
 
 SHELL_OF_PROTOCOL = (
     "uapi",
-    *(f"rpc.{shell}" for shell in ("channel", "door", "files", "loop", "service", "socket")),
+    *(f"rpc.{shell}" for shell in ("channel", "door", "files", "loop", "memfd", "service", "socket")),
     "daemon",
 )
 IMPURE = {

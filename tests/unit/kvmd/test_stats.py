@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
+import msgpack
+import pytest
+
 from kvmd.core.stats import vm_stats
+from kvmd.service import door
+from kvmd.service.objects import App
+from protocol.rpc.channel import Fds
+from protocol.rpc.session import MAX_BODY_BYTES
+from protocol.uapi.kvm import StatsOfAll
+from protocol.uapi.message import MAX_TOLD
 from tests.unit.kvmd.world import SlowImporter, World
 
 
@@ -64,3 +76,20 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
         "io_pf_allocated": 1 + 512,
         "io_pf_failed": 1,
     }
+
+
+def test_as_many_vms_as_one_answer_tells_of_fit_into_it() -> None:
+    """9,600 did not: the administrator's STATS was a bug of ours."""
+    largest = dict.fromkeys(vm_stats(World().vm), (1 << 64) - 1)
+    assert MAX_TOLD * len(msgpack.packb(largest)) < MAX_BODY_BYTES // 2
+
+
+def test_the_administrator_is_told_of_all_vms_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MAX_TOLD", 2)
+    host, vms = World().host, [World().vm for _ in range(5)]
+    for number, vm in enumerate(vms, 3):
+        vm.id = number
+    app = cast(App, SimpleNamespace(vms=vms, mms={}, host=host))
+    pages = [door._stats_of_all(app, StatsOfAll(op="STATS", after=after), Fds()) for after in (0, 4, 6, 7)]
+    assert [[vm["vm"] for vm in page["vms"]] for page in pages] == [[3, 4], [5, 6], [7], []]
+    assert {page["vm_count"] for page in pages} == {5}

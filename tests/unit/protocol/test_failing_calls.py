@@ -1,0 +1,147 @@
+"""System calls that fail: an errno for that request, and nothing left behind of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmd import importers, memory
+from protocol.errors import UapiError
+from protocol.rpc.channel import Channel
+from protocol.rpc.files import Files
+from protocol.rpc.service import Service
+from protocol.rpc.socket import Listener, connect_now
+from tests.unit.protocol.wires import Wires, open_fds, wires
+
+NAMED: Service[str] = Service("named", {})
+
+
+class FailingEpoll:
+    """The loop's epoll set, in which these calls fail."""
+
+    def __init__(self, real: select.epoll, *names: str) -> None:
+        self._real = real
+        self._names = names
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            return getattr(self._real, name)
+
+        def fail(*_: Any) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+        return fail
+
+
+@pytest.fixture
+def wire() -> Iterator[Wires]:
+    with wires() as made:
+        yield made
+
+
+def failing(wire: Wires, *names: str) -> None:
+    wire.loop._epoll = FailingEpoll(wire.loop._epoll, *names)  # type: ignore[assignment]
+
+
+def working(wire: Wires) -> None:
+    assert isinstance(wire.loop._epoll, FailingEpoll)
+    wire.loop._epoll = wire.loop._epoll._real
+
+
+def errno_of(error: pytest.ExceptionInfo[UapiError]) -> int:
+    return error.value.errno
+
+
+def test_an_object_whose_file_cannot_be_watched_is_released_and_leaves_no_fd(wire: Wires) -> None:
+    files, released = Files(wire.loop), list[str]()
+    before = open_fds()
+    failing(wire, "register")
+    with pytest.raises(UapiError) as refused:
+        files.open(NAMED, "vm", released.append)
+    assert (errno_of(refused), released, len(files)) == (errno.ENOMEM, ["vm"], 0)
+    assert open_fds() == before
+    working(wire)
+    fd, _, channel = files.open(NAMED, "vm", released.append)
+    assert files.find(fd, str) == "vm"
+    os.close(fd)
+    wire.pump()
+    assert (released, channel.closed) == (["vm", "vm"], True)
+
+
+def test_a_connection_that_cannot_be_watched_is_hung_up_on_and_the_next_is_served(
+    wire: Wires, tmp_path: Path
+) -> None:
+    came: list[Channel] = []
+    listener = Listener(wire.loop, tmp_path / "door", lambda sock: came.append(wire.channel(sock, "door")))
+    failing(wire, "register")
+    turned_away = connect_now(tmp_path / "door")
+    wire.pump()
+    assert (turned_away.recv(1), came, wire.crashes) == (b"", [], [])
+    working(wire)
+    served = connect_now(tmp_path / "door")
+    wire.pump()
+    assert len(came) == 1
+    for sock in (turned_away, served):
+        sock.close()
+    listener.close()
+
+
+def test_a_channel_that_cannot_wait_for_room_ends_alone(wire: Wires) -> None:
+    channel, raw = wire.raw()
+    other, peer = wire.pair()
+    failing(wire, "modify")
+    waits = channel.call("OP", {"data": bytes(1 << 20)})
+    wire.pump()
+    assert (channel.closed, waits.done, other.closed, peer.closed) == (True, True, False, False)
+    assert wire.crashes == []
+    assert raw.sock.fileno() >= 0
+
+
+def test_a_channel_whose_fd_cannot_be_taken_out_of_the_set_is_closed_all_the_same(wire: Wires) -> None:
+    channel, other = wire.pair()
+    before = len(open_fds())
+    failing(wire, "unregister")
+    channel.close()
+    wire.pump()
+    assert (channel.closed, other.closed, wire.crashes) == (True, True, [])
+    assert len(open_fds()) == before - 2
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate", "fcntl", "mmap"])
+def test_a_dirty_ring_that_cannot_be_made_leaves_no_fd(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = open_fds()
+    where: Any = {"fcntl": fcntl, "mmap": mmap}.get(call, os)
+    with monkeypatch.context() as patched:
+        patched.setattr(where, call, fail)
+        with pytest.raises(UapiError) as refused:
+            memory.dirty_ring_memory(1 << 16)
+    assert errno_of(refused) == errno.ENOMEM
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("call", ["socketpair", "register"])
+def test_a_lease_that_cannot_be_watched_leaves_no_fd(
+    wire: Wires, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = open_fds()
+    with monkeypatch.context() as patched:
+        patched.setattr(*((socket, call, fail) if call == "socketpair" else (wire.loop, call, fail)))
+        with pytest.raises(UapiError) as refused:
+            importers.Lease(wire.loop)
+    assert errno_of(refused) == errno.EMFILE
+    assert open_fds() == before
