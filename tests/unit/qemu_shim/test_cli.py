@@ -7,6 +7,7 @@ import json
 import pytest
 
 from qemu_shim import cli
+from qemu_shim.designs import DESIGNS
 from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.workloads.library import WORKLOADS
@@ -35,6 +36,7 @@ def no_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "sharing", "--pages", "1"], "1 is not in 2..65536"),
         (["run", "--log-level", "loud", "dmatest"], "invalid choice: 'loud'"),
         (["list", "extra"], "unrecognized arguments"),
+        (["list", "--designs", "--workloads"], "not allowed with argument"),
         (["run", "dmatest", "--kvmd", "--socket /tmp/x"], "whoever starts kvmd says where its sockets are"),
         (["run", "dmatest", "--iommufdd", "--kvm=/tmp/x"], "whoever starts iommufdd says"),
         (["run", "dmatest", "--kvmd", "'"], "No closing quotation"),
@@ -82,6 +84,16 @@ def test_list_workloads_says_what_each_parameter_is_and_may_be(capsys: pytest.Ca
             assert f"{param.help} ({param.default}, {param.low}..{param.high})" in text
             assert listed[workload.name]["params"][name] == param.default
             assert param.low <= param.default <= param.high
+
+
+def test_list_designs_says_what_each_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--designs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[it.name, it.summary] for it in DESIGNS.values()]
+    assert cli.main(["list", "--designs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": it.name, "summary": it.summary} for it in DESIGNS.values()
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
