@@ -7,6 +7,7 @@ failed or did other work than the rest without a refusal; 2 the command was wron
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from qemu_shim.compare.documents import DocumentError, check_document, write_doc
 from qemu_shim.compare.figures import compare
 from qemu_shim.compare.ranking import undeclared
 from qemu_shim.compare.report import render
-from qemu_shim.compare.schema import Comparison
+from qemu_shim.compare.schema import VERSION, Comparison
 from qemu_shim.compare.table import as_text
 from qemu_shim.daemon_options import as_said, given
 from qemu_shim.designs import DESIGNS
@@ -64,8 +65,13 @@ def measured(options: argparse.Namespace) -> Comparison:
 
 def read(path: Path) -> Comparison:
     try:
-        return Comparison.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        data = path.read_bytes()
+        document = json.loads(data)
+        found = document.get("version") if isinstance(document, dict) else None
+        if isinstance(found, int) and found != VERSION:
+            raise UsageError(f"{path}: figures of version {found}, this shows {VERSION}: run `compare` again")
+        return Comparison.model_validate_json(data)
+    except (OSError, ValueError, ValidationError) as error:
         raise UsageError(f"{path}: {error}") from error
 
 

@@ -155,6 +155,26 @@ def test_figures_and_report_are_written_and_can_be_shown_again(
     assert page.read_text() == again.read_text()
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"version": 1}', "figures of version 1, this shows 2: run `compare` again"),
+        ('{"version": 2}', "Field required"),
+        ("[]", "Comparison"),
+        ("{", "Expecting property name"),
+        ("\xff", "codec can't decode"),
+    ],
+)
+def test_a_file_that_is_no_comparison_of_today_says_so(
+    text: str, complaint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "f.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert cli.main(["compare", "--from", str(path)]) == 2
+    assert f"qemu-shim compare: {path}: " in (err := capsys.readouterr().err)
+    assert complaint in err
+
+
 def test_other_commands_do_not_wait_for_what_shows_figures() -> None:
     told = "import sys, qemu_shim.cli; print(sorted({'jinja2', 'markupsafe', 'rich'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
