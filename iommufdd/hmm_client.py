@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from iommufdd.core.hmm import Found, HostPage
+from iommufdd.core.hmm import Found, HostPage, HostPin, Pinned
 from iommufdd.kvmd_channel import KvmdChannel
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -55,6 +55,10 @@ class HmmMirror(KvmdChannel):
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None:
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
+
+    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+        body = (await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})).body
+        return Pinned([HostPin(*pin) for pin in body["pins"]], body["end"], body["total"])
 
     def release(self) -> None:
         self.hang_up()

@@ -37,6 +37,22 @@ class Found(NamedTuple):
     major: int = 0
 
 
+class HostPin(NamedTuple):
+    """What the host has pinned: of one page, from the first byte that was asked for on."""
+
+    hva: int
+    hpa: int
+    size: int
+
+
+class Pinned(NamedTuple):
+    """Pins in order; what lies at `end` and beyond was not looked at; `total`: all there are, anywhere."""
+
+    pins: list[HostPin]
+    end: int
+    total: int
+
+
 class HostMemory(Protocol):
     """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
     pin takes for memory that is not there (EFAULT)."""
@@ -55,6 +71,9 @@ class HostMemory(Protocol):
         """
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
+
+    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+        """What is pinned there for what has that number."""
 
     def release(self) -> None:
         """Let go of the process; nothing is asked after that."""

@@ -2,7 +2,7 @@
 
 Models FOLL_LONGTERM pins beside an mmu notifier [mm gup.c]: the page stays in its frame and mapped, whatever
 the process does with its address, and others fault beside it.  Pins count: a request over what is pinned
-holds the page that is mapped, though the process may have another there by now (I22), and each gives back
+holds the page that is mapped, though the process may have another there by now (I28), and each gives back
 what it holds, by the name it was answered with.  Once nobody holds a page it is taken out, flushed and only
 then unpinned.
 """
@@ -40,6 +40,12 @@ class Pin:
     name: int
     holders: int
 
+    @property
+    def part(self) -> HostPage:
+        """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
+        hva = self.area.hva_of(self.start)
+        return HostPage(hva, self.page.hpa + hva - self.page.hva, self.end - self.start, self.page.writable)
+
 
 class MirrorPins:
     """Whoever calls what awaits holds the lock of the IOAS, under which alone pins come and go."""
@@ -59,6 +65,10 @@ class MirrorPins:
 
     def __contains__(self, iova: int) -> bool:
         return self._at(iova) is not None
+
+    def runs(self) -> Iterator[list[Pin]]:
+        """Pins that follow each other in an area and were pinned by one request, together."""
+        return _runs(self._pins)
 
     def beside(self, start: int, end: int) -> Iterator[Span]:
         """The parts of start..end that are not pinned."""
@@ -108,8 +118,8 @@ class MirrorPins:
         if not gone:
             return
         self._forget()
-        for start, end, _ in _runs(gone):
-            self._hwpt.take(start, end)
+        for run in _runs(gone):
+            self._hwpt.take(run[0].start, run[-1].end)
         await self._hwpt.give_up()
         await self.let_go(gone)
 
@@ -131,10 +141,11 @@ class MirrorPins:
 
     async def let_go(self, pins: Iterable[Pin]) -> None:
         """Nobody reaches them: the host may have the pages back."""
-        for start, end, pin in _runs(pins):
-            self._ioas.counts.pinned_pages -= end - start >> PAGE_SHIFT
+        for run in _runs(pins):
+            hva, size = run[0].part.hva, run[-1].end - run[0].start
+            self._ioas.counts.pinned_pages -= size >> PAGE_SHIFT
             with suppress(UapiError):  # the host is gone
-                await self._ioas.live_host.unpin(pin.area.hva_of(start), end - start, area=pin.name)
+                await self._ioas.live_host.unpin(hva, size, area=run[0].name)
 
     # -- pinning -----------------------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class MirrorPins:
         start, end = pins[0].start, pins[-1].end
         self._hwpt.take(start, end)
         try:
-            self._hwpt.put(pins[0].area, [_part(pin) for pin in pins], start, end)
+            self._hwpt.put(pins[0].area, [pin.part for pin in pins], start, end)
         except UapiError:
             self._hwpt.take(start, end)
             await self._hwpt.give_up()
@@ -205,19 +216,12 @@ def _pins_of(area: Area, pages: Iterable[HostPage], start: int, end: int, name: 
             yield Pin(area, page, first, last, name, holders=1)
 
 
-def _part(pin: Pin) -> HostPage:
-    """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
-    hva = pin.area.hva_of(pin.start)
-    return pin.page._replace(hva=hva, hpa=pin.page.hpa + hva - pin.page.hva, size=pin.end - pin.start)
-
-
-def _runs(pins: Iterable[Pin]) -> Iterator[tuple[int, int, Pin]]:
-    """Pins of one area and one request that follow each other, together: start, end and the first."""
+def _runs(pins: Iterable[Pin]) -> Iterator[list[Pin]]:
     run: list[Pin] = []
     for pin in pins:
         if run and (pin.start, pin.area, pin.name) != (run[-1].end, run[0].area, run[0].name):
-            yield run[0].start, run[-1].end, run[0]
+            yield run
             run = []
         run.append(pin)
     if run:
-        yield run[0].start, run[-1].end, run[0]
+        yield run

@@ -60,7 +60,7 @@ class Pages:
         self.users = 0
         self._counts = counts
         self._sources = sources
-        self._number = source.new_number()
+        self.number = source.new_number()
         self._lock = RwLock()
         source.users.add(self)
 
@@ -76,6 +76,11 @@ class Pages:
     def alignment_of(self, address: int) -> int:
         """What an iova for `address` is to be aligned to, at most [iopt_alloc_area_pages]; 0: to anything."""
         return address
+
+    @property
+    def is_changing(self) -> bool:
+        """May the books differ from what the host has pinned?"""
+        return self._lock.is_held
 
     # -- showing -------------------------------------------------------------------------------------------
 
@@ -115,7 +120,7 @@ class Pages:
         for start, end in self._release(area):
             with suppress(UapiError):  # the host is gone
                 # await: each start, start, end: cannot change: our own list, which the books have no more
-                await self.source.host.unpin(start, end - start, area=self._number)
+                await self.source.host.unpin(start, end - start, area=self.number)
             self._counts.pinned_pages -= end - start >> PAGE_SHIFT
 
     async def _find(self, at: int, end: int) -> Found:
@@ -130,7 +135,7 @@ class Pages:
         taken = [*(area.hva for area in self.shown), *(pins.start for pins in self.pins)]
         end = min([end, *(start for start in taken if at < start)])
         # await: end: cannot change: the lock is held
-        found = await self.source.host.pin(at, end - at, write=self.writable, area=self._number)
+        found = await self.source.host.pin(at, end - at, write=self.writable, area=self.number)
         stop = min(found.end, end)
         self._counts.pinned_pages += stop - at >> PAGE_SHIFT
         for page in found.pages:
@@ -179,7 +184,7 @@ class Pages:
         """I26 for pinned IOASes: each byte shown is pinned, once, and what is pinned some area shows,
         unless it is being changed.
         """
-        if self._lock.is_held:
+        if self.is_changing:
             return []
         found, last = [], 0
         shown = [(area.hva, area.hva + area.size) for area in self.shown]

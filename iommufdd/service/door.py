@@ -13,6 +13,7 @@ from iommufdd.config import Settings
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.source import Sources
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.objects import App, IommuFile, VfioFile
@@ -83,8 +84,11 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     }
 
 
-def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
-    return {"violations": app.violations()}
+async def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
+    found = app.violations()
+    for ioas in dict.fromkeys(hwpt.ioas for hwpt in app.hwpts.values() if isinstance(hwpt, HwptPaging)):
+        found += await check_ioas(ioas)
+    return {"violations": found}
 
 
 def _hwpt_stats(hwpt: Hwpt) -> Body:

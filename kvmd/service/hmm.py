@@ -67,6 +67,12 @@ async def _unpin(held: MirrorFile, message: uapi.HmmUnpin, fds: Fds) -> Body:
     return {"pages": await held.mirror.unpin(Hva(message.start), message.size, area=message.area)}
 
 
+def _pinned(held: MirrorFile, message: uapi.HmmPinned, fds: Fds) -> Body:
+    pins, end = held.mirror.pinned_in(Hva(message.start), message.size, area=message.area)
+    runs = [(run.hva, run.pfn << PAGE_SHIFT, run.npages << PAGE_SHIFT) for run in pins]
+    return {"pins": runs, "end": end, "total": held.mirror.pins}
+
+
 def _body(found: Found) -> Body:
     pages = [
         (page.hva, page.pfn << PAGE_SHIFT, size_of_level(page.level), page.writable) for page in found.pages
@@ -83,5 +89,6 @@ MIRROR: Service[MirrorFile] = Service(
         "HMM_RANGE_FAULT": Method(uapi.HmmRangeFault, _range_fault),
         "HMM_PIN": Method(uapi.HmmPin, _pin),
         "HMM_UNPIN": Method(uapi.HmmUnpin, _unpin),
+        "HMM_PINNED": Method(uapi.HmmPinned, _pinned),
     },
 )

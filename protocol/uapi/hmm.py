@@ -95,6 +95,17 @@ class HmmUnpin(Message):
     area: U64 = 0
 
 
+class HmmPinned(Message):
+    """What `area` has pinned in start..start+size, for a check of who believes so.  Reply: `pins`, at most
+    MAX_PAGES, in order: `[hva, hpa, size]` of what was asked for of each page, as far as the page goes;
+    `end`: where it stopped, to go on from; `total`: the pins of this channel, of whichever area.
+    """
+
+    start: Address
+    size: Bytes
+    area: U64 = 0
+
+
 class HmmInvalidate(Message):
     """kvmd to iommufdd: start..start+size is about to change: what of the change lies between the first and
     the last watched byte it meets, in one message, which may span several watched ranges.  The reply, sent

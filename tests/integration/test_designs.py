@@ -82,7 +82,7 @@ async def test_memory_that_was_unplugged_is_out_of_the_devices_reach(host: Host,
         assert await guest.memory.read(again.gpa, PAGE_SIZE) == bytes(PAGE_SIZE)
         assert (await queue.fill(again.gpa, PATTERN, PAGE_SIZE)).status is Status.SUCCESS
         assert await guest.memory.read(again.gpa, PAGE_SIZE) == FILLED
-        assert await host.kvmd.violations() == []
+        assert await host.kvmd.violations() + await host.iommufdd.violations() == []
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -38,7 +38,7 @@ async def test_a_page_pinned_over_a_pinned_one_is_never_the_vmms_next(host: Host
         assert await rig.fill(AT) is Status.SUCCESS
         assert (await rig.seen_by_process(AT, 6)) != bytes(6), "a page of the VMM's again, faulted in"
         assert (await device_stats(host))["stale_accesses"] == 0
-        assert await host.kvmd.violations() == []
+        assert await host.kvmd.violations() + await host.iommufdd.violations() == []
 
 
 async def test_pins_that_went_with_their_area_are_not_taken_from_who_pinned_since(host: Host) -> None:

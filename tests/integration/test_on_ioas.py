@@ -22,7 +22,7 @@ HUGE = 2 * MIB
 
 async def no_stale_access(host: Host) -> None:
     assert (await device_stats(host))["stale_accesses"] == 0
-    assert await host.kvmd.violations() == []
+    assert await host.kvmd.violations() + await host.iommufdd.violations() == []
 
 
 # -- pinned ------------------------------------------------------------------------------------------

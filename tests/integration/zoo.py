@@ -219,6 +219,7 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_UNWATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_RANGE_FAULT"): plain(start=WATCHED, size=PAGE_SIZE, write=True, fault=False),
     ("hmm-mirror", "HMM_PIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE, "write": True}, []),
+    ("hmm-mirror", "HMM_PINNED"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("iommufdd", "OPEN"): with_fd("mm", path=names.IOMMU_PATH),
     ("iommufdd", "STATS"): plain(),

@@ -18,6 +18,7 @@ import errno
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from kvmd.core.mm.fault import Tally
@@ -55,8 +56,19 @@ class Found(NamedTuple):
     major: int
 
 
-class PinnedPage(NamedTuple):
-    """One pin: of the `level` that the process maps there, which may be a part of `page`."""
+class PinnedRun(NamedTuple):
+    """npages from hva on, which is what was asked for of a page, are pinned at pfn and those behind it."""
+
+    hva: Hva
+    pfn: Pfn
+    npages: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PinnedPage:
+    """One pin: of the `level` that the process maps there, which may be a part of `page`.  Two of them are
+    two, though they are alike: who takes its own back takes no other's.
+    """
 
     page: Page
     pfn: Pfn
@@ -82,6 +94,7 @@ class Mirror:
         self._changing: list[tuple[Hva, Hva]] = []
         self._over: Wait[None] = Wait()  # set when the next change is over
         self._pins: dict[int, dict[Hva, tuple[PinnedPage, ...]]] = {}  # area -> first byte asked for -> pins
+        self.pins = 0  # how many those are
 
     # -- the notifier ----------------------------------------------------------------------------------
 
@@ -267,6 +280,7 @@ class Mirror:
         self.mm.pin(entry.page, pinned.npages, self.payer)
         pins = self._pins.setdefault(area, {})
         pins[at] = (*pins.get(at, ()), pinned)
+        self.pins += 1
         return pinned
 
     async def unpin(self, start: Hva, size: int, *, area: int = 0) -> int:
@@ -301,6 +315,7 @@ class Mirror:
         if pinned not in held:
             return
         held.remove(pinned)
+        self.pins -= 1
         if held:
             pins[at] = tuple(held)
         else:
@@ -336,6 +351,25 @@ class Mirror:
             raise UapiError(gone, f"mm {self.mm.id}: the process has exited")
 
     # -- what must hold --------------------------------------------------------------------------------
+
+    def pinned_in(self, start: Hva, size: int, *, area: int) -> tuple[list[PinnedRun], Hva]:
+        """What `area` has pinned there, in order, up to MAX_PAGES, and where that stopped."""
+        self._check_registered()
+        pins = self._pins.get(area, {})
+        end = Hva(start + size)
+        if size >> PAGE_SHIFT > len(pins):
+            found = sorted(at for at in pins if start <= at < end)
+        else:
+            end = Hva(min(end, start + MAX_LOOKS * PAGE_SIZE))
+            found = [Hva(at) for at in range(start, end, PAGE_SIZE) if at in pins]
+        runs: list[PinnedRun] = []
+        for at in found:
+            if len(runs) >= MAX_PAGES:
+                return runs, at
+            for pinned in pins[at]:
+                inside = at % size_of_level(pinned.level) >> PAGE_SHIFT
+                runs.append(PinnedRun(at, Pfn(pinned.pfn + inside), pinned.npages - inside))
+        return runs, end
 
     def pinned(self) -> Iterator[tuple[Hva, PinnedPage]]:
         for pins in self._pins.values():

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from iommufdd.core.hmm import Found, HostPage
+from iommufdd.core.hmm import Found, HostPage, HostPin, Pinned
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import PAGE_SIZE
@@ -144,6 +144,16 @@ class FakeHost:
                 del self.pins[key]
         if self.room is not None:
             self.room += size >> 12
+
+    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+        await self.hop()
+        found = [
+            HostPin(at, page.hpa + at - page.hva, page.end - at)
+            for (name, at), pages in sorted(self.pins.items(), key=lambda item: item[0])
+            if name == area and hva <= at < hva + size
+            for page in pages
+        ]
+        return Pinned(found, hva + size, sum(map(len, self.pins.values())))
 
     def release(self) -> None:
         self.released = True

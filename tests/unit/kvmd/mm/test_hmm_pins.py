@@ -274,6 +274,53 @@ def test_a_pin_that_sleeps_while_its_mirror_closes_leaves_nothing_pinned(rig: Ri
     assert rig.mm.pinned_pages == 0
 
 
+def test_a_pin_that_fails_takes_back_its_own_and_none_that_is_alike(rig: Rig) -> None:
+    """While it slept, one pin of the page that both calls pinned was given back."""
+    uffd = Userfaultfd(rig.mm, user_mode_only=False)
+    rig.world.run(uffd.register(rig.at(1), PAGE, missing=True, wp=False))
+    rig.pin(0, area=5)
+    asked = rig.world.start(rig.mirror.pin(rig.hva, 3 * PAGE, write=True, area=5))
+    assert not asked.done
+    assert rig.unpin(0, 1, area=5) == 1
+    rig.done(rig.mm.munmap(rig.at(2), PAGE))
+    rig.world.run(uffd.copy(rig.at(1), bytes(PAGE), wp=False))
+    rig.world.flows.run_ready()
+    assert errno_of(asked.result) == errno.EFAULT
+    assert (rig.mm.pinned_pages, rig.mirror.pins, rig.violations()) == (1, 1, [])
+
+
+def test_what_is_pinned_is_told_by_area_in_order_as_it_was_asked_for(rig: Rig) -> None:
+    large = rig.world.map(2, 2)
+    rig.world.run(rig.mirror.pin(Hva(large + 3 * PAGE), MIB2, write=True, area=7))
+    rig.pin(2, 2, area=7)
+    rig.pin(2, 1, area=8)
+    rig.pin(0, 1, area=7)
+    pages = {page: rig.mm.present_page(rig.at(page)) for page in (0, 2, 3)}
+    runs, end = rig.mirror.pinned_in(rig.hva, SIZE, area=7)
+    assert [(run.hva, run.npages) for run in runs] == [(rig.at(page), 1) for page in (0, 2, 3)]
+    assert [run.pfn for run in runs] == [page.pfn for page in pages.values() if page is not None]
+    assert (end, rig.mirror.pins) == (rig.at(16), 6)
+    assert [run.hva for run in rig.mirror.pinned_in(rig.at(2), PAGE, area=7)[0]] == [rig.at(2)]
+    huge, _ = rig.mirror.pinned_in(large, 2 * MIB2, area=7)
+    first = rig.mm.present_page(large)
+    assert first is not None
+    assert [(run.hva, run.npages) for run in huge] == [(large + 3 * PAGE, 509), (large + MIB2, 512)]
+    assert huge[0].pfn == first.pfn + 3
+    assert rig.mirror.pinned_in(rig.hva, SIZE, area=9) == ([], rig.at(16))
+
+
+def test_an_answer_of_what_is_pinned_stops_after_so_many_and_goes_on(rig: Rig) -> None:
+    many = rig.world.map(MAX_PAGES + 5)
+    size = (MAX_PAGES + 5) * PAGE
+    done = rig.world.run(rig.mirror.pin(many, size, write=True)).end
+    rig.world.run(rig.mirror.pin(done, many + size - done, write=True))
+    runs, end = rig.mirror.pinned_in(many, size, area=0)
+    rest, last = rig.mirror.pinned_in(end, many + size - end, area=0)
+    assert (len(runs), len(rest), last) == (MAX_PAGES, 5, many + size)
+    far, _ = rig.mirror.pinned_in(rig.hva, 1 << 45, area=0)
+    assert far == runs
+
+
 def test_two_mirrors_pin_apart(rig: Rig) -> None:
     other = Mirror(rig.mm)
     rig.world.run(other.register(SlowImporter()))

@@ -1,0 +1,198 @@
+"""An IOAS's tables against the host: is a leaf what the process has there now, or what is pinned for it?
+
+A frame tag sees a walk that began before the frame was given up; a device that walks a stale leaf after the
+frame was reused sees a tag that fits.  So the host, which is another process, is asked about every leaf, and
+about every pin (I28).  Both are compared in the turn of its answer: pins unless their books are being
+changed, leaves of a mirror but for what was invalidated behind the answer.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+
+from iommufdd.core.area import Area
+from iommufdd.core.hmm import HostMemory, HostPage, HostPin, Lookup
+from iommufdd.core.hwpt_mirror import HwptMirror
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.io_pagetable import IoLeaf
+from iommufdd.core.ioas import Ioas
+from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.pages import Pages
+from iommufdd.core.source import Source
+from protocol.errors import UapiError
+from protocol.units import PAGE_SIZE, size_of_level
+
+_LOOK = 1024 * PAGE_SIZE  # asked about at once
+
+
+async def check_ioas(ioas: Ioas) -> list[str]:
+    """The sentences that do not hold.  Of a host that is gone nothing is asked, its frames are gone too."""
+    found: list[str] = []
+    with _unless_gone():
+        if isinstance(ioas, IoasOnDemand):
+            async with ioas.lock:
+                if ioas.mm:
+                    await _check_mirrors(ioas, found)
+        else:
+            for pages in {area.pages: None for area in ioas.areas if area.pages is not None}:
+                await _check_pages(pages, found)
+            for source in ioas.sources:
+                await _check_total(source, found)
+    return found
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    try:
+        yield
+    except UapiError as error:
+        if error.errno not in (errno.ENODEV, errno.EPERM):  # the host, or the process
+            raise
+
+
+# -- pinned pages ----------------------------------------------------------------------------------------
+
+
+async def _check_pages(pages: Pages, found: list[str]) -> None:
+    """What the books have pinned is, and is what each area shows, in every HWPT."""
+    at = 0
+    while (pins := next((pins for pins in pages.pins if pins.end > at), None)) is not None:
+        at = max(at, pins.start)
+        answer = await pages.source.host.pinned(at, pins.end - at, area=pages.number)
+        if pages.is_changing:
+            return
+        stop = min(answer.end, pins.end)
+        steps = [HostPin(start, 0, pins.step) for start in range(at, stop, pins.step)]
+        if [(pin.hva, min(pin.size, pins.step)) for pin in answer.pins] != [(s.hva, s.size) for s in steps]:
+            found.append(f"I28: {at:#x}..{stop:#x} is pinned, not so at the host")
+        there = [HostPage(*pin, writable=pages.writable) for pin in answer.pins]
+        for area, hwpts in pages.shown.items():
+            first, last = max(at, area.hva), min(stop, area.hva + area.size)
+            if first < last:
+                for hwpt in hwpts:
+                    span = area.iova_of(first), area.iova_of(last)
+                    found += _all_of(hwpt, area, there, *span)
+        at = stop
+
+
+async def _check_total(source: Source, found: list[str]) -> None:
+    total = (await source.host.pinned(0, PAGE_SIZE, area=0)).total
+    users = [pages for pages in source.users if isinstance(pages, Pages)]
+    if any(pages.is_changing for pages in users):
+        return
+    pinned = sum((pins.end - pins.start) // pins.step for pages in users for pins in pages.pins)
+    if total != pinned:
+        found.append(f"I28: the host has {total} pins, the books of whose memory it is {pinned}")
+
+
+async def _pinned(host: HostMemory, hva: int, size: int, number: int) -> list[HostPin]:
+    pins: list[HostPin] = []
+    at, end = hva, hva + size
+    while at < end:
+        answer = await host.pinned(at, end - at, area=number)
+        pins += answer.pins
+        at = answer.end
+    return pins
+
+
+# -- mirrors ---------------------------------------------------------------------------------------------
+
+
+async def _check_mirrors(ioas: IoasOnDemand, found: list[str]) -> None:
+    """With its lock held: pins and areas stay as they are."""
+    pins = 0
+    for mirror in ioas.mirrors:
+        pins += await _check_mirror_pins(mirror, ioas.live_host, found)
+    total = (await ioas.live_host.pinned(0, PAGE_SIZE, area=0)).total
+    if total != pins:
+        found.append(f"I28: the host has {total} pins, mirrors of IOAS {ioas.id} {pins}")
+    for mirror in ioas.mirrors:
+        await _check_mirror(ioas, mirror, ioas.live_host, found)
+
+
+async def _check_mirror_pins(hwpt: HwptMirror, host: HostMemory, found: list[str]) -> int:
+    """What it believes pinned is, and is mapped; how many pins that is."""
+    for run in hwpt.pins.runs():
+        hva, size = run[0].part.hva, run[-1].end - run[0].start
+        theirs = await _pinned(host, hva, size, run[0].name)
+        if [pin[:2] for pin in theirs] != [pin.part[:2] for pin in run]:
+            found.append(
+                f"I28: HWPT {hwpt.id}: iova {run[0].start:#x}+{size:#x} is pinned, not so at the host"
+            )
+    pinned = 0
+    for pin in hwpt.pins:
+        pinned += 1
+        found += _all_of(hwpt, pin.area, [pin.part], pin.start, pin.end)
+    return pinned
+
+
+async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: HostMemory, found: list[str]) -> None:
+    """What is not pinned maps what the process has there now."""
+    at = 0
+    while (first := next(hwpt.table.leaves_in(at, hwpt.table.limit - at), None)) is not None:
+        at = max(at, first.iova)
+        end = first.iova + size_of_level(first.level)
+        area = ioas.areas.at(at)
+        if area is None:
+            found.append(f"I28: HWPT {hwpt.id}: iova {at:#x} -> {first.hpa:#x}, in no area")
+            at = end
+            continue
+        with ioas.lookups.begin() as lookup:
+            size = min(area.end, max(end, at + _LOOK)) - at
+            there = await host.range_fault(area.hva_of(at), size, write=False, fault=False)
+            stop = min(area.iova_of(there.end), area.end)
+            for leaf in hwpt.table.leaves_in(at, stop - at):
+                part = max(leaf.iova, at), min(leaf.iova + size_of_level(leaf.level), stop)
+                for start, last in _fresh(hwpt, area, lookup, *part):
+                    found += _differences(hwpt, area, leaf, there.pages, (start, last), "is the host's")
+        at = stop
+
+
+def _fresh(hwpt: HwptMirror, area: Area, lookup: Lookup, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts that are not pinned and of which nothing went behind the answer."""
+    for first, last in hwpt.pins.beside(start, end):
+        if not lookup.stale(area.hva_of(first), area.hva_of(last)):
+            yield first, last
+            continue
+        for at in range(first, last, PAGE_SIZE):
+            if not lookup.stale(area.hva_of(at), area.hva_of(at) + PAGE_SIZE):
+                yield at, at + PAGE_SIZE
+
+
+# -- leaves ----------------------------------------------------------------------------------------------
+
+
+def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HostPage], start: int, end: int) -> Iterator[str]:
+    """Is start..end mapped to the pinned `pages`, all of it?"""
+    at = start
+    for leaf in hwpt.table.leaves_in(start, end - start):
+        if leaf.iova > at:
+            break
+        at, last = min(leaf.iova + size_of_level(leaf.level), end), at
+        yield from _differences(hwpt, area, leaf, pages, (last, at), "is pinned")
+    if at < end:
+        yield f"I28: HWPT {hwpt.id}: iova {at:#x} is pinned, and absent"
+
+
+def _differences(
+    hwpt: HwptPaging, area: Area, leaf: IoLeaf, pages: Sequence[HostPage], part: tuple[int, int], what: str
+) -> Iterable[str]:
+    """Of a part of a leaf, from `pages`, which are in order: the first, if any."""
+    at, end = part
+    while at < end:
+        hva, hpa = area.hva_of(at), leaf.hpa + at - leaf.iova
+        index = bisect_right(pages, hva, key=attrgetter("hva")) - 1
+        page = pages[index] if index >= 0 and hva < pages[index].end else None
+        maps = f"I28: HWPT {hwpt.id}: iova {at:#x} -> {hpa:#x}"
+        if page is None:
+            return [f"{maps}, nothing there {what}"]
+        if page.hpa + hva - page.hva != hpa:
+            return [f"{maps}, {page.hpa + hva - page.hva:#x} {what}"]
+        if leaf.writable and not (page.writable and area.writable):
+            return [f"{maps} is writable, what {what} is not"]
+        at = area.iova_of(page.end)
+    return []
