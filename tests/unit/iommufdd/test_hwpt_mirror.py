@@ -233,9 +233,11 @@ def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
         del space.host.pages[address]
     space.host.pages[HVA] = space.host.fault_in(HVA + M2)._replace(hva=HVA, hpa=hpa)
     space.asked()
+    tables = space.pool.in_use
     assert space.fault(7 * K4) == SUCCESS
     assert space.leaves == [(0, LEVEL_2M, hpa, True)]
     assert (space.asked(), space.counts.collapses) == (["fault", "submit"], 1)
+    assert space.pool.in_use == tables - 1, "I7: flushed, the table that was cut off is free"
 
 
 # -- races -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iommufdd.core.ioas_on_demand import IoasOnDemand
 from protocol.flow import Wait
 from protocol.units import LEVEL_2M
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
@@ -337,15 +338,66 @@ def test_a_unit_that_refuses_keeps_an_unpinned_page_with_the_host() -> None:
     assert (len(space.host.pins), space.counts.pinned_pages) == (1, 1)
 
 
-def test_a_pin_without_a_page_for_its_tables_leaves_no_entry_of_what_the_host_gets_back() -> None:
-    """Two spans of tables are needed, one page is there: what was mapped of the first is taken out again."""
-    space = Mirrored(table_pages=64)
-    taken = [space.pool.allocate() for _ in range(64 - space.pool.in_use - 4)]
-    reach = 3 * M2
-    assert refused(space, M2 - K4, reach) == errno.ENOMEM
+@pytest.mark.parametrize("room", range(5))
+def test_a_pin_without_pages_for_its_tables_leaves_no_entry_of_what_the_host_gets_back(room: int) -> None:
+    """Small pages, a huge one and small ones again take a table after each other; what was mapped before
+    one could not be had is taken out and flushed before it is unpinned.
+    """
+    space = Mirrored(page_size=M2)
+    space.host.fault_in(HVA + M2)
+    space.host.page_size = K4
+    taken = [space.pool.allocate() for _ in range(64 - space.pool.in_use - room)]
+    space.asked()
+    done = refused(space, M2 - K4, M2 + 2 * K4)
+    asked = space.asked()
+    if room == 4:
+        assert (done, len(space.leaves), "unpin" in asked) == (0, 3, False)
+        return
+    assert done == errno.ENOMEM
     assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
+    assert asked == (["pin", "submit", "unpin"] if room == 3 else ["pin", "unpin"])
     space.pool.free(taken)
-    assert refused(space, M2 - K4, reach) == 0
+    assert refused(space, M2 - K4, M2 + 2 * K4) == 0
+
+
+def test_a_pinned_page_under_a_huge_leaf_gets_one_of_its_own_and_the_rest_goes_alone() -> None:
+    """Else it would go with the rest, when there is no page to split the leaf then."""
+    space = Mirrored(page_size=M2)
+    space.fault(0)
+    space.asked()
+    pin(space, 3 * K4, K4)
+    assert (len(space.leaves), space.asked()) == (512, ["pin", "submit"])
+    while outcome(space.pool.allocate) == 0:
+        pass
+    space.world.run(space.host.change(HVA, HVA + K4, lambda: space.host.remove(HVA, HVA + K4)))
+    drop(space, 0, M2)
+    assert [leaf[0] for leaf in space.leaves] == [3 * K4]
+
+
+def test_a_note_of_what_the_process_has_by_now_leaves_a_pinned_page_mapped() -> None:
+    space = Mirrored()
+    pin(space, 0, K4)
+    before = space.leaves
+    drop(space, 0, K4)
+    for page in (0, 1):
+        space.host.fault_in(HVA + page * K4)
+    assert isinstance(space.ioas, IoasOnDemand)
+    assert space.world.run(space.ioas.look(0, 2 * K4))
+    assert (space.leaves[0], len(space.leaves)) == (before[0], 2)
+
+
+def test_who_pinned_everything_and_gave_it_back_pins_nothing_that_is_mapped_later() -> None:
+    space = Mirrored()
+    space.unmap(0, RAM)
+    name = space.world.run(space.hwpt_.pin_all())
+    for _ in range(3):
+        space.map(0, 2 * K4)
+        assert space.counts.pinned_pages == 2
+        space.unmap(0, 2 * K4)
+    assert space.hwpt_.pins._requests == {name: []}, "nothing is kept of areas that went"
+    unpin(space, name)
+    space.map(0, 2 * K4)
+    assert (space.leaves, space.counts.pinned_pages) == ([], 0)
 
 
 def test_a_fault_over_a_pinned_page_is_served_by_it_and_one_beyond_the_area_is_not() -> None:
