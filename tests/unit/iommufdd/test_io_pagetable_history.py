@@ -225,8 +225,8 @@ SPLIT = [HUGE, take(3, 2)]
 MERGE = [put(0, 6), put(0, level=2)]
 BUGS: list[tuple[type[IoPageTable], list[Call], str]] = [
     (ClearsBeforeStoring, SPLIT, "neither of"),
-    (LinksBeforeFilling, SPLIT, "neither of"),
-    (LinksBeforeFilling, [put(0, level=3), put(5, frames=1)], "neither of"),
+    (LinksBeforeFilling, SPLIT, "I4: table"),
+    (LinksBeforeFilling, [put(0, level=3), put(5, frames=1)], "I4: table"),
     (FreesAtOnce, MERGE, "I7"),
     (FreesAtOnce, [put(0, 6), take(0, 512)], "I7"),
     (ForgetsTheTable, MERGE, "I7"),
