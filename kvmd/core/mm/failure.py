@@ -21,6 +21,7 @@ from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, size_of_level
 
 
+# awaits: mm, end, hva: cannot change: the caller's own, and where we are
 async def poison(mm: Mm, start: Hva, size: int) -> int:
     """MADV_HWPOISON: the memory of every page of the range failed; how many.  EBUSY: zero page; EFAULT."""
     end = mm.check_range("poison", start, size)
@@ -33,6 +34,7 @@ async def poison(mm: Mm, start: Hva, size: int) -> int:
     return lost
 
 
+# awaits: mm: cannot change: the caller's own
 async def _fail(mm: Mm, hva: Hva) -> None:
     while True:
         page = (await mm.fault_in(hva, write=False)).page

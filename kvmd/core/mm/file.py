@@ -181,10 +181,12 @@ class File:
             raise UapiError(
                 errno.EINVAL, f"{self.name}: {size:#x} bytes are not whole pages of {self._page:#x}"
             )
+        # await: asked: cannot change: it was about the size that is asked for
         await self._begin()
         try:
             self.size = size  # from here on a fault beyond it fails
             first = align_up(size, self._page) // self._page
+            # await: first: cannot change: the file's lock is held
             await self._unmap(first, None, copies_too=True)
             self._drop(first)
             tail = size % self._page
@@ -200,6 +202,7 @@ class File:
         try:
             first, last = align_up(offset, self._page) // self._page, (offset + size) // self._page
             if first < last:
+                # await: first, last: cannot change: the file's lock is held
                 await self._unmap(first, last, copies_too=False)
                 self._drop(first, last)
             self._zero_part(offset, min(offset + size, first * self._page))
@@ -226,6 +229,7 @@ class File:
                         if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
                             (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
+            # await: r: cannot change: it belongs to the look that follows
             await changing(ranges, edit)
             ranges = [r for r in self._mapped(first, last) if _entries(r, copies_too)]
 

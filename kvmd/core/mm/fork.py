@@ -17,6 +17,7 @@ from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
 
 
+# awaits: parent, child: cannot change: the caller's own, and nobody else has the child yet
 async def fork(parent: Mm, child: Mm) -> None:
     """Fill the empty `child`.  ENOMEM: it is empty again, and exited."""
     await parent.mmap_lock.acquire(write=True)
@@ -26,6 +27,7 @@ async def fork(parent: Mm, child: Mm) -> None:
             twin.forget_uffd()
             child.vmas.insert(twin)
             if not vma.shared:
+                # await: each vma: cannot change: the mmap_lock is held for writing
                 await parent.change(vma.start, vma.end, partial(_copy_entries, parent, child, vma))
     except UapiError:
         await child.exit()

@@ -26,6 +26,7 @@ Visit = Callable[[AddressSpace, Vma, Hva, Hva], Coroutine[Any, Any, int]]
 Advice = Callable[[AddressSpace, Hva, int], Coroutine[Any, Any, int]]
 
 
+# awaits: space, visit: cannot change: the caller's own
 async def _walk(visit: Visit, space: AddressSpace, start: Hva, size: int, *, write: bool = False) -> int:
     """`visit` each mapping's part of the range, with the mmap_lock held, which it may drop; the sum of what
     it did [madvise_walk_vmas].  EINVAL: not aligned, or it wraps; ENOMEM: part is not mapped.
@@ -42,6 +43,9 @@ async def _walk(visit: Visit, space: AddressSpace, start: Hva, size: int, *, wri
             if vma is None or vma.start >= end:
                 break
             first, at = Hva(max(at, vma.start)), Hva(min(end, vma.end))
+            # await: at, hole, done: the mappings, if it drops the lock; asked again: which mapping comes
+            # next
+            # (tests/unit/kvmd/mm/test_sleeps.py::test_a_mapping_that_went_takes_no_advice)
             done += await visit(space, vma, first, at)
         if hole:
             raise UapiError(errno.ENOMEM, f"madvise {start:#x}..{end:#x}: part of it is not mapped")
@@ -58,6 +62,7 @@ async def _dontneed(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
     if start % page:
         raise UapiError(errno.EINVAL, f"MADV_DONTNEED at {start:#x}: within a page of {page:#x} bytes")
     end = Hva(align_down(end, page))
+    # await: end: cannot change: a value of our own
     return await space.change(start, end, partial(_zap, space, start, end)) if start < end else 0
 
 
@@ -95,8 +100,11 @@ async def _remove(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
     offset = vma.offset_of(start)
     space.mmap_lock.release()  # the file's lock comes before it
     try:
+        # await: space, asked: cannot change: the file's hole is wanted, whoever maps it now, and its change
+        # keeps the file
         await file.punch_hole(offset, end - start)
     finally:
+        # await: asked: cannot change: the hole is made
         await space.mmap_lock.acquire(write=False)
     return 1
 
@@ -116,6 +124,7 @@ async def _remember(
 ) -> int:
     """Advice for later: no page changes.  EINVAL: it cuts a huge page of hugetlb."""
     space.check_split("madvise", start, end)
+    # await: setting: cannot change: the caller's own
     parts = await space.isolate(start, end)
     for part in parts:
         setting(part)

@@ -80,9 +80,12 @@ class Mm(AddressSpace):
         if file is None and shared:
             file = File(self.memory, "anonymous", size, level)
             file.put()  # the mapping is its only reference
+        # await: file, asked: cannot change: the caller keeps the file, whose kind of page is fixed
         await self.mmap_lock.acquire(write=True)
         try:
             start = self.vmas.gap(MMAP_BASE, TASK_SIZE, size, page) if hva is None else hva
+            # await: file, start: cannot change: the mmap_lock is held for writing; the caller keeps the
+            # file
             await self._make_room(start, Hva(start + size), fixed=fixed)
             self.vmas.insert(Vma(start, Hva(start + size), prot, level, file, offset, shared))
             self.vmas.merge(start, Hva(start + size))
@@ -122,6 +125,8 @@ class Mm(AddressSpace):
         """A large range goes in turns; until all of it is gone, notifiers let nobody map what is left."""
         while True:
             low, high = self.table.whole(start, end)
+            # await: low, high: the huge pages at the edges; asked again: `whole`
+            # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_is_split_meanwhile)
             async with announced([Range(self, low, high)]):
                 if self.table.whole(start, end) != (low, high):
                     continue  # as in `change`
@@ -138,6 +143,8 @@ class Mm(AddressSpace):
         while entries := self.table.within(start, end):
             for first in range(0, len(entries), UNMAP_BATCH):
                 if first:
+                    # await: entries, first, each first: an entry goes; asked again: `find`
+                    # (tests/unit/kvmd/mm/test_sleeps.py::test_an_entry_that_went_between_two_turns)
                     await self.memory.cond_resched()
                 for entry in entries[first : first + UNMAP_BATCH]:
                     found = self.table.find(entry.hva)
@@ -162,6 +169,7 @@ class Mm(AddressSpace):
                 first, at = at, Hva(min(end, vma.end))
                 if vma.prot != prot:
                     self.check_split("mprotect", first, at)
+                    # await: at, each vma: cannot change: the mmap_lock is held for writing
                     await self.change(first, at, partial(self._protect, first, at, prot))
             self.check_mapped("mprotect", at, end)
         finally:
@@ -198,11 +206,13 @@ class Mm(AddressSpace):
         vma = self.vmas.find(hva)
         return vma is None or not vma.readable
 
+    # awaits: counters, tally: cannot change: they only count
     async def fault_in(self, hva: Hva, *, write: bool, via: Via = Via.GUP, tally: Tally | None = None) -> Pte:
         """Fault until the entry serves."""
         counters = self.memory.counters
         tally = Tally() if tally is None else tally
         while True:
+            # await: found: cannot change: nothing is known of the page yet
             await self.mmap_lock.acquire(write=False)
             try:
                 swap_ins, allocated = counters.swap_ins, counters.pages_allocated
@@ -212,11 +222,14 @@ class Mm(AddressSpace):
                 if isinstance(found, Pte):
                     return found
                 if isinstance(found, CopyFirst):
+                    # await: found: its entry may go; asked again: `_copy`, then here
+                    # (tests/unit/kvmd/mm/test_sleeps.py::test_a_copy_is_of_the_page_that_is_there_then)
                     copied = await copy_on_write(self, found.entry, hva)
                     tally.allocated += copied  # not in one statement: others add to it while this one waits
                     continue
             finally:
                 self.mmap_lock.release()
+            # await: found: cannot change: it is what is waited for, and what was found is looked for anew
             await found  # a userfaultfd's reader, without the lock
 
     async def pin_user_page(self, hva: Hva) -> Page:
@@ -227,6 +240,7 @@ class Mm(AddressSpace):
         self.pin(entry.page)
         return entry.page
 
+    # awaits: tally: cannot change: it only counts
     async def fault_to_pin(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> Pte:
         """An entry whose page may be pinned for long: to be read, too, it must be the process's own, or
         that of the file it shares [mm gup.c, gup_must_unshare].  EFAULT, EHWPOISON, ENOMEM.
@@ -239,6 +253,8 @@ class Mm(AddressSpace):
             assert vma is not None, "it has an entry"
             if write or vma.shared or entry.page.exclusive:
                 return entry
+            # await: entry, asked: the entry may go, or be another's too; asked again: `unshare`, then here
+            # (tests/unit/kvmd/mm/test_sleeps.py::test_a_copy_for_a_pin_is_of_the_page_that_is_there_then)
             await self.mmap_lock.acquire(write=False)
             try:
                 await unshare(self, entry, hva)
@@ -266,6 +282,7 @@ class Mm(AddressSpace):
         parts = []
         end = hva + size
         while hva < end:
+            # await: end, hva, parts: cannot change: our own, and what was read stays read
             part = await self._bytes_at(hva, end - hva, write=False, user=user)
             parts.append(bytes(part))
             hva = Hva(hva + len(part))
@@ -275,6 +292,7 @@ class Mm(AddressSpace):
         """The same for a write.  EFAULT, after the pages before it were written."""
         at = 0
         while at < len(data):
+            # await: at: cannot change: our own, and what was written stays written
             part = await self._bytes_at(Hva(hva + at), len(data) - at, write=True, user=user)
             part[:] = data[at : at + len(part)]
             at += len(part)

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from kvmd.core.mm.mm import Mm
 
 
+# awaits: mm, old_size, new_size, asked: cannot change: the caller's own; what was asked is about them
+# alone
 async def mremap(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None = None) -> Hva:
     """MREMAP_MAYMOVE, to `new` with MREMAP_FIXED; sizes are rounded up to whole pages, of hugetlb to its own.
     EINVAL: not aligned, no new size, ranges that overlap, a private mapping of size 0, hugetlb that grows;
     EFAULT: nothing mapped there, or not in one mapping where it must be; ENOMEM.
     """
     old_size, new_size = page_align(old_size), page_align(new_size)
-    _check(mm, start, old_size, new_size, new)
+    _check(start, old_size, new_size, new)
     await mm.mmap_lock.acquire(write=True)
     try:
         if new is not None and old_size == new_size:
@@ -40,19 +42,15 @@ async def mremap(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | No
         mm.mmap_lock.release()
 
 
-def _check(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None) -> None:
+def _check(start: Hva, old_size: int, new_size: int, new: Hva | None) -> None:
     """What does not depend on what is mapped [check_mremap_params]."""
     asked = f"mremap {start:#x}+{old_size:#x} to {new_size:#x} bytes"
     if start % PAGE_SIZE or not 0 < new_size <= TASK_SIZE:
         raise UapiError(errno.EINVAL, f"{asked}: not aligned, or no such size")
-    if new is None:
-        return
-    if new % PAGE_SIZE or new > TASK_SIZE - new_size:
+    if new is not None and (new % PAGE_SIZE or new > TASK_SIZE - new_size):
         raise UapiError(errno.EINVAL, f"{asked} at {new:#x}: not aligned, or beyond user space")
-    if new < start + old_size and start < new + new_size:
+    if new is not None and new < start + old_size and start < new + new_size:
         raise UapiError(errno.EINVAL, f"{asked} at {new:#x}: overlaps itself")
-    if len(mm.vmas) + 2 >= MAX_MAP_COUNT - 3:
-        raise UapiError(errno.ENOMEM, f"{asked}: the process has {len(mm.vmas)} mappings")
 
 
 def _prepare(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None) -> tuple[Vma, int, int]:
@@ -74,6 +72,7 @@ def _prepare(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None) 
     return vma, old_size, new_size
 
 
+# awaits: mm, at, last_end, part, vma: cannot change: the mmap_lock is held for writing
 async def _move_all(mm: Mm, start: Hva, size: int, new: Hva) -> Hva:
     """Every mapping of the range, the gaps kept [remap_move].  One that a userfaultfd watches moves alone.
     EFAULT: it does not begin with a mapping.
@@ -97,6 +96,7 @@ async def _move_all(mm: Mm, start: Hva, size: int, new: Hva) -> Hva:
     return new
 
 
+# awaits: mm: cannot change: the caller's own
 async def _move_to(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva) -> Hva:
     """[mremap_to]"""
     await mm.unmap("mremap", new, Hva(new + new_size))
@@ -125,6 +125,8 @@ async def _move(mm: Mm, start: Hva, size: int, new_size: int, new: Hva) -> Hva:
     """`size` bytes of one mapping become a mapping of `new_size` at `new`, where nothing is.  Of size 0 it is
     a second mapping of the same file."""
     end, new_end = Hva(start + size), Hva(new + new_size)
+    if len(mm.vmas) >= MAX_MAP_COUNT - 3:
+        raise UapiError(errno.ENOMEM, f"mremap {start:#x}: the process has {len(mm.vmas)} mappings")
 
     def edit() -> None:
         if size:
@@ -143,6 +145,7 @@ async def _move(mm: Mm, start: Hva, size: int, new_size: int, new: Hva) -> Hva:
         mm.vmas.remove(old)
 
     if size:
+        # await: mm, asked: cannot change: the mmap_lock is held for writing
         await mm.change(start, end, edit)
     else:
         edit()

@@ -69,6 +69,7 @@ class AddressSpace:
                 self.table.split_edges(start, end)
                 return (edit(),)
 
+            # await: edit: cannot change: the caller's own
             changed = await changing([Range(self, low, high)], cut_and_edit)
             if changed is not None:
                 return changed[0]
@@ -83,9 +84,11 @@ class AddressSpace:
 
     async def change_pages(self, what: str, start: Hva, size: int, edit: Callable[[Hva, Hva], int]) -> int:
         """A change of pages but of no mapping: faults and other such changes go on meanwhile."""
+        # await: edit: cannot change: the caller's own
         await self.mmap_lock.acquire(write=False)
         try:
             end = self.check_range(what, start, size)
+            # await: end: cannot change: a value of our own
             changed = await self.change(start, end, lambda: edit(start, end))
             self.check_mapped(what, start, end)  # the rest was done, as madvise does
             return changed

@@ -32,6 +32,7 @@ async def collapse_part(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> 
     heads = range(align_up(start, SIZE_2M), align_down(end, SIZE_2M), SIZE_2M)
     for head in heads:
         try:
+            # await: space, failed, asked: cannot change: our own; the mmap_lock is held for writing
             await space.change(Hva(head), Hva(head + SIZE_2M), partial(_collapse, space, Hva(head)))
         except _PassBy as passed:
             failed = passed
@@ -97,6 +98,9 @@ async def split(space: AddressSpace, start: Hva, size: int) -> int:
     done = 0
     for page in pages:
         ranges = joined(users_of(page))
+        # await: each page: it may go, or be split by another; asked again: `_split_told`
+        # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_went_is_not_split) | done: cannot
+        # change: our own
         done += await changing(ranges, partial(_split_told, page, ranges))
     return done
 

@@ -104,6 +104,7 @@ class Userfaultfd:
                 )
             if any(vma.uffd not in (None, self) for vma in found):
                 raise UapiError(errno.EBUSY, f"UFFDIO_REGISTER {start:#x}..{end:#x}: another userfaultfd's")
+            # await: end, asked: cannot change: the mmap_lock is held for writing
             for vma in await space.isolate(start, end):
                 vma.uffd, vma.uffd_missing, vma.uffd_wp = self, missing, wp
             space.vmas.merge(start, end)
@@ -134,6 +135,8 @@ class Userfaultfd:
         self._closed = True
         for vma in list(self._space.vmas):
             if vma.uffd is self:
+                # await: each vma: cannot change: the mmap_lock is held for writing, and only what has left
+                # is merged
                 await self._leave(vma.start, vma.end)
         self._space.mmap_lock.release()
         self.wake(Hva(0), Hva(1 << 64))
@@ -147,6 +150,7 @@ class Userfaultfd:
             if vma.uffd is self:
                 if vma.uffd_wp:
                     edit = partial(self._protect, vma.start, vma.end, on=False)
+                    # await: vma, each vma: cannot change: the mmap_lock is held for writing
                     await space.change(vma.start, vma.end, edit)
                 vma.forget_uffd()
                 self.wake(vma.start, vma.end)
@@ -224,6 +228,7 @@ class Userfaultfd:
                     errno.ENOENT, f"UFFDIO_WRITEPROTECT {start:#x}..{end:#x}: not registered for it"
                 )
             _check_size("UFFDIO_WRITEPROTECT", start, size if any(vma.file for vma in vmas) else 0)
+            # await: end: cannot change: a value of our own
             await space.change(start, end, partial(self._protect, start, end, on=on))
         finally:
             space.mmap_lock.release()
