@@ -55,6 +55,7 @@ class GuestMemfd:
             raise UapiError(errno.EINVAL, f"the guest_memfd is VM {self.vm_id}'s, not VM {vm_id}'s")
         if end > self.npages:
             raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} of a guest_memfd of {self.npages:#x}")
+        # await: asked, first, end: cannot change: a file has one VM and one size for life
         async with self.invalidate_lock:
             if any(held.first < end and first < held.first + held.span.npages for held in self.bindings):
                 raise UapiError(errno.EINVAL, f"pages {first:#x}..{end:#x} are bound to another slot")

@@ -127,11 +127,12 @@ class Pinning:
         for request in account.requests.values():
             request.over = True
         while account.requests:
+            # await: account: cannot change: its importer asks no more, and each request is taken out before
             await self._take_back(account.requests.popitem()[1])
 
     async def close_all(self) -> None:
-        for account in list(self._accounts):
-            await self.close(account)
+        while self._accounts:
+            await self.close(self._accounts[0])
 
     def requests(self) -> Iterator[Request]:
         return (request for account in self._accounts for request in account.requests.values())
@@ -169,6 +170,9 @@ class Pinning:
         account.asked = name = account.asked + 1
         account.requests[name] = request
         try:
+            # await: request: may be unpinned, or its importer go; asked again: `_check_wanted`
+            # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
+            # | account, name: cannot change: a name is given once
             await pinned
             self._check_wanted(request)
         except UapiError:
@@ -183,8 +187,14 @@ class Pinning:
 
     async def _pin_span(self, request: Request, span: GfnSpan) -> None:
         for page, gfn in enumerate(range(span.start, span.end), 1):
+            # await: request: may lose what it has, with a slot; asked again: below, of all
+            # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_whose_first_pages_went_is_none)
+            # | each page, page: cannot change: numbers
             await self._pin(request, Gfn(gfn))
             if page % _BATCH == 0:
+                # await: request: may be over; asked again: `_pinnable`, of the next page, or `_ask`
+                # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
+                # | each page: cannot change: numbers
                 await self._vm.host.cond_resched()
         if len(request.gfns) < span.npages:
             raise UapiError(
@@ -209,6 +219,9 @@ class Pinning:
         `pin`: the slot must go again, a device that does not ask for pages could not use it."""
         for request in [request for request in self.requests() if request.everything]:
             try:
+                # await: request, each request: may be over; asked again: `_pinnable`, and below
+                # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_slot_comes_though_its_pinner_went)
+                # | slot: cannot change: our caller has the slots_lock
                 await self._pin_slots(request, [slot])
             except UapiError:
                 if not request.over:  # else nobody is there to need it
@@ -221,12 +234,22 @@ class Pinning:
             for page, number in enumerate(range(slot.span.start, slot.span.end), 1):
                 gfn = Gfn(number)
                 try:
-                    if gfn not in request.gfns and not self._is_left_out(gfn):
+                    if gfn not in request.gfns:
+                        # await: each slot, gfn: it may go, or change; asked again: `_is_left_out`
+                        # (tests/unit/kvmd/test_pinning_sleeps.py::test_everything_leaves_out_the_private)
+                        # | request: may be over; asked again: `_pinnable`
+                        # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_is_refused_by_what_came_later)
+                        # | each page, page: cannot change: numbers
                         await self._pin(request, gfn)
                 except UapiError:
                     if not self._is_left_out(gfn):
                         raise
                 if page % _BATCH == 0:
+                    # await: each slot: may go; asked again: `_is_left_out`
+                    # (tests/unit/kvmd/test_pinning_sleeps.py::test_everything_goes_on_past_a_lost_slot)
+                    # | request: may be over; asked again: `_pinnable`, or `_ask`
+                    # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
+                    # | each page: cannot change: numbers
                     await self._vm.host.cond_resched()
 
     def _is_left_out(self, gfn: Gfn) -> bool:
@@ -255,6 +278,8 @@ class Pinning:
     async def _pin(self, request: Request, gfn: Gfn) -> None:
         vm = self._vm
         for _ in range(MAX_TRIES):
+            # await: request: may be over; asked again: `_pinnable`
+            # (tests/unit/kvmd/test_pinning_sleeps.py::test_an_importer_that_goes_with_a_slot_pins_nothing)
             await vm.settled_slot(gfn, AS_ID)
             slot = self._pinnable(request, gfn)
             if gfn in self.pinned:
@@ -262,8 +287,12 @@ class Pinning:
                 return
             hva = slot.hva_of(gfn)
             if (change := vm.host_changes.changing(hva, gfn)) is not None:
+                # await: asked, request: all of it; asked again: from the start
+                # (tests/unit/kvmd/test_pinning_sleeps.py::test_what_is_tracked_meanwhile_is_not_pinned)
                 await change
                 continue
+            # await: asked, request, slot: all of it; asked again: `_stands`
+            # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_is_refused_by_what_came_later)
             page = await vm.mm.pin_user_page(hva)
             # It is what the host has there now.  Until it is counted nothing may await.
             try:
@@ -273,10 +302,13 @@ class Pinning:
                 raise
             if mapped is None or mapped.outcome is Outcome.RETRY:
                 vm.mm.unpin(page)
+                # await: asked, request: all of it; asked again: from the start
+                # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_page_that_comes_as_its_slot_goes)
                 await vm.flusher.drain()
                 continue
             self._hold(request, gfn)
             if mapped.flush is not None:
+                # await: asked: cannot change: it is pinned by now, nothing is asked any more
                 await vm.flusher.flush(mapped.flush)
             return
         raise UapiError(errno.EAGAIN, f"pin of gfn {gfn:#x}: something was in the way {MAX_TRIES} times")
@@ -353,8 +385,11 @@ class Pinning:
                 pages.append(self.pinned.remove(gfn))
                 if not self._is_backed(gfn, pin):
                     zapped |= self._vm.mmu.zap_leafs(GfnSpan.of_pages(gfn, 1))
+        # They are ours alone: in no request, and no gfn's pin.
         if zapped:
+            # await: gfns, pages: cannot change: nobody else has them
             await self._vm.flusher.flush(None)
+        # await: gfns, pages: cannot change: nobody else has them
         await self._vm.flusher.drain()
         self.put(pages)
         return len(gfns)

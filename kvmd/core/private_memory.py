@@ -68,6 +68,7 @@ class PrivateMemory:
         await self._drop(memfd, memfd.pages_of_hole(offset, size))
 
     async def _drop(self, memfd: GuestMemfd, pages: range) -> None:
+        # await: memfd: cannot change: nobody is bound to it under its invalidate_lock
         async with memfd.invalidate_lock, self._host_changes.zapped_gfns(memfd.spans_of(pages)):
             memfd.drop(pages)
 
@@ -75,6 +76,7 @@ class PrivateMemory:
         """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before.  EBUSY: a
         page of them is pinned, or is to become private and mapped by another MMU."""
         span = self.attributes.check(address, size, attributes, flags)
+        # await: span: cannot change: numbers, of the caller's
         async with self._lock:
             pinned = self._pinned.within(0, span)
             if pinned:
@@ -84,6 +86,9 @@ class PrivateMemory:
                 self._check_unmapped(slot, to_private)
             self._converting += to_private
             try:
+                # await: span: somebody may pin it, or map it by himself; asked again: by him, `_pinnable`
+                # after the change and `replaces` in it
+                # (tests/unit/kvmd/test_private_claims.py::test_while_it_is_converted_nobody_maps_it)
                 async with self._host_changes.zapped_gfns([span]):
                     self.attributes.set(span, private=bool(attributes))
             finally:

@@ -367,6 +367,7 @@ class Kvm:
 
     async def close_tdp_fd(self, exported: ExportedTdp) -> None:
         """The last copy of the TDP FD is closed, and nothing walks for an importer any more."""
+        exported.released = True  # nobody registers or faults from now on
         await self.pinning.close_all()
         root = exported.root
         self.release_tdp_fd(exported)

@@ -27,9 +27,10 @@ def tdp_fd_closed(held: TdpFile) -> None:
 
 
 async def _release_tdp_fd(held: TdpFile) -> None:
-    """The last copy is closed; an importer that died may have left a walker behind, so wait for its lease."""
-    for lease in list(held.leases):
-        await lease.ended
+    """The last copy is closed; an importer that died may have left a walker behind, so wait for its lease,
+    and for those of importers that register meanwhile (I13)."""
+    while leases := [lease for lease in held.leases if not lease.ended.done]:
+        await leases[0].ended
     await held.owner.vm.close_tdp_fd(held.exported)
     held.owner.app.put_vm(held.owner)
 

@@ -206,6 +206,25 @@ async def test_an_importer_keeps_no_reference_but_its_lease_keeps_the_table(host
             importer.close()
 
 
+async def test_a_table_waits_for_the_lease_of_an_importer_that_registered_as_it_went(host: Host) -> None:
+    async with vm_only(host) as rig:
+        tdp_fd = await rig.vm.create_tdp_fd()
+        first, second = [await TestImporter.of(host, tdp_fd) for _ in range(2)]
+        try:
+            await first.register("first")
+            os.close(tdp_fd)
+            await second.register("second")
+            first.close()
+            await eventually(host.kvmd.stats, lambda s: s["vms"][0]["importers"] == 1, "the first is gone")
+            with pytest.raises(UapiError) as refused:
+                await rig.vm.create_tdp_fd()
+            assert refused.value.errno == errno.EEXIST
+            second.close()
+            await eventually(host.kvmd.stats, lambda s: s["vms"][0]["exported_tdps"] == 0, "released")
+        finally:
+            second.close()
+
+
 async def test_detach_and_attach_again_walk_the_same_root(host: Host) -> None:
     async with rigged(host) as rig:
         _, device = rig.bound

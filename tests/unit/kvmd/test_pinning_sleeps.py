@@ -91,7 +91,7 @@ CHANGES: dict[str, tuple[Callable[[Sleepy, int], None], int]] = {
 
 @pytest.mark.parametrize("what", list(CHANGES))
 @pytest.mark.parametrize("pages", [1, 3])
-def test_what_stands_against_a_pin_when_its_page_comes_refuses_it(what: str, pages: int) -> None:
+def test_a_pin_is_refused_by_what_came_later(what: str, pages: int) -> None:
     """A pin across which its range changes or its account closes."""
     guest, (change, number) = Sleepy(), CHANGES[what]
     last = WORD + pages - 1
@@ -121,7 +121,7 @@ def test_a_slot_deleted_and_made_again_while_a_pin_sleeps_is_pinned_as_it_is_now
     assert guest.sound()
 
 
-def test_a_pin_whose_first_pages_went_with_their_slot_is_none() -> None:
+def test_a_pin_whose_first_pages_went_is_none() -> None:
     """All of the span or none: the last page would be pinned in the slot that was made again."""
     guest = Sleepy()
     pin = guest.sleep(3)
@@ -177,7 +177,7 @@ def test_a_page_that_is_about_to_go_when_it_comes_is_not_the_one_that_is_pinned(
     assert guest.sound()
 
 
-def test_a_page_that_comes_while_its_slot_goes_is_not_pinned() -> None:
+def test_a_page_that_comes_as_its_slot_goes() -> None:
     guest = Sleepy()
     pin = guest.sleep()
     guest.give(WORD + 1)
@@ -191,6 +191,60 @@ def test_a_page_that_comes_while_its_slot_goes_is_not_pinned() -> None:
         guest.settle(pin)
     assert caught.value.errno == errno.EINVAL
     assert guest.world.mm.pinned_pages == 0
+    assert guest.sound()
+
+
+def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
+    """The slot stays, after all: its move is refused."""
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    beyond = guest.world.region(0, 1 << 40, PAGES, guest.hva)
+    moving = guest.world.start(guest.vm.set_memory_region(beyond))
+    span = GfnSpan.of_pages(Gfn(WORD), 1)
+    pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
+    assert (moving.done, pin.done) == (False, False)
+    closed = guest.world.start(guest.vm.pinning.close(guest.account))
+    with pytest.raises(UapiError):
+        guest.settle(moving)
+    closed.result()
+    with pytest.raises(UapiError) as caught:
+        pin.result()
+    assert caught.value.errno == errno.ENODEV
+    assert guest.world.mm.pinned_pages == 0
+    assert guest.sound()
+
+
+def test_what_is_tracked_meanwhile_is_not_pinned() -> None:
+    guest = Guest()
+    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    going = guest.world.start(guest.world.mm.madvise_dontneed(guest.hva_of(WORD), PAGE))
+    span = GfnSpan.of_pages(Gfn(WORD), 1)
+    pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
+    tracked = guest.world.start(guest.vm.track_page(Gpa(WORD << 12)))
+    assert (going.done, pin.done) == (False, False)
+    guest.settle(going)
+    tracked.result()
+    with pytest.raises(UapiError) as caught:
+        pin.result()
+    assert caught.value.errno == errno.EBUSY
+    assert guest.world.mm.pinned_pages == 0
+    assert guest.sound()
+
+
+def test_an_importer_that_comes_as_the_export_goes_is_refused() -> None:
+    """Its pins would outlive the table they are of."""
+    guest = Guest()
+    guest.pin(WORD)
+    guest.do(guest.world.mm.munmap(guest.hva_of(WORD), PAGE))
+    closing = guest.world.start(guest.vm.close_tdp_fd(guest.exported))
+    assert not closing.done
+    with pytest.raises(UapiError) as caught:
+        guest.exported.register_importer("late", guest.importer)
+    assert caught.value.errno == errno.ENODEV
+    late = guest.vm.pinning.open()  # it had just been let in
+    guest.pin(WORD + 1, account=late)
+    guest.settle(closing)
+    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
@@ -209,7 +263,7 @@ def waiting_slot(guest: Sleepy) -> tuple[Wait[None], Hva]:
     return coming, hva
 
 
-def test_a_slot_comes_although_who_pins_everything_went_while_it_was_pinned() -> None:
+def test_a_slot_comes_though_its_pinner_went() -> None:
     """Nobody is there to need it pinned: that is no reason to delete it again."""
     guest = Sleepy()
     coming, hva = waiting_slot(guest)
@@ -239,7 +293,7 @@ def test_a_slot_that_is_refused_late_takes_no_slot_of_that_number_along() -> Non
     assert guest.sound()
 
 
-def test_everything_leaves_out_what_became_read_only_or_private_while_it_slept() -> None:
+def test_everything_leaves_out_the_private() -> None:
     guest = Sleepy()
     for gfn in range(BASE, BASE + PAGES - 1):
         guest.give(gfn)
@@ -267,6 +321,20 @@ def test_an_unpin_of_what_went_with_its_slot_takes_nothing_from_who_pinned_there
     assert guest.unpin(WORD, 4) == 0  # the first request's
     assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (4, 4)
     assert guest.unpin(WORD, 4) == 4
+    assert guest.sound()
+
+
+def test_everything_goes_on_past_a_lost_slot() -> None:
+    guest = Guest()
+    guest.set_slot(0x800, 4, guest.world.map(4), slot=1)
+    guest.set_slot(0x900, 4, guest.world.map(4), slot=2)
+    turns = Turns(guest)
+    everything = guest.world.start(guest.vm.pinning.pin_all(guest.account))
+    assert not everything.done
+    guest.set_slot(0, 0, 0, slot=1)
+    turns.go_on()
+    guest.settle(everything)
+    assert guest.vm.pinning.pinned.within(0, GfnSpan(Gfn(0x800), Gfn(0xA00))) == list(range(0x900, 0x904))
     assert guest.sound()
 
 
@@ -304,7 +372,7 @@ def test_who_stops_pinning_everything_does_not_stop_another_who_has_only_begun()
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_a_request_unpinned_in_its_last_turn_is_none(everything: bool) -> None:
+def test_a_request_over_at_its_end_is_none(everything: bool) -> None:
     guest = Guest()
     turns, pinning = Turns(guest), guest.vm.pinning
     span = GfnSpan.of_pages(Gfn(BASE), PAGES)
