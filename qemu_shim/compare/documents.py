@@ -15,7 +15,7 @@ from qemu_shim.compare.report import render
 from qemu_shim.compare.rows import (
     UNRANKED,
     bytes_text,
-    change_text,
+    changes_of,
     is_first,
     number_text,
     order_text,
@@ -180,7 +180,7 @@ def _late(comparison: Comparison) -> str:
 
 def _changes(comparison: Comparison) -> str:
     found = [
-        f"- `{workload.workload}`: {'; '.join(change_text(it, comparison.costs) for it in workload.changes)}"
+        f"- `{workload.workload}`: {'; '.join(changes_of(workload, comparison.costs))}"
         for workload in comparison.workloads
         if workload.changes
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qemu_shim.compare.schema import CostFigure, DesignFigures, RankChange, Span, WorkloadFigures
+from qemu_shim.compare.schema import CostFigure, DesignFigures, Span, WorkloadFigures
 
 Cell = Callable[[DesignFigures], str]
 PAYERS = {"vcpu": "the vCPU", "device": "the device", "host": "the host", "work": "the work itself"}
@@ -131,7 +131,7 @@ def notes_of(workload: WorkloadFigures, costs: Sequence[CostFigure]) -> list[str
         *(f"FAILED, {it.design}: {problem}" for it in workload.designs for problem in it.problems),
         *(f"{design} is in no ranking: {why}" for design, why in workload.unranked.items()),
         *([f"Order: {order_text(workload.order)}"] if workload.order else []),
-        *(change_text(change, costs) for change in workload.changes),
+        *changes_of(workload, costs),
     ]
 
 
@@ -144,8 +144,11 @@ def order_text(order: Sequence[Sequence[str]]) -> str:
     return " < ".join(" = ".join(tier) for tier in order)
 
 
-def change_text(change: RankChange, costs: Sequence[CostFigure]) -> str:
-    (constant,) = (cost for cost in costs if cost.name == change.constant)
-    unit = "" if constant.unit in ("ratio", "share") else f" {constant.unit}"
-    side = "above" if change.above else "below"
-    return f"{change.constant} {side} {change.at:.3g}{unit}: {change.overtakes} leads {change.overtaken}"
+def changes_of(workload: WorkloadFigures, costs: Sequence[CostFigure]) -> list[str]:
+    """A text each; what one design comes to lead at the same value of a constant stands together."""
+    units = {cost.name: "" if cost.unit in ("ratio", "share") else f" {cost.unit}" for cost in costs}
+    led: dict[str, list[str]] = {}
+    for it in workload.changes:
+        at = f"{it.constant} {'above' if it.above else 'below'} {it.at:.3g}{units[it.constant]}"
+        led.setdefault(f"{at}: {it.overtakes} leads", []).append(it.overtaken)
+    return [f"{what} {', '.join(names)}" for what, names in led.items()]

@@ -9,6 +9,7 @@ import pytest
 from qemu_shim.compare.costs import default_costs
 from qemu_shim.compare.documents import FIGURES, DocumentError, check_places, filled, write_documents
 from qemu_shim.compare.figures import compare
+from qemu_shim.compare.rows import changes_of
 from qemu_shim.compare.schema import Comparison
 from tests.unit.qemu_shim.compare.runs import all_made_up, made_up
 
@@ -29,6 +30,18 @@ def test_figures_are_filled_in_and_sentences_stay(comparison: Comparison) -> Non
     assert text.endswith("<!-- end -->\n\nA sentence | with a bar.\n")
     assert "| `boot-touch` | 512 + 0 | 512 + 515 in 67 | 512 + 259 in 35 | 512 + 3 | 512 + 3 |" in text
     assert "- `balloon`, pinned: reclaim: every page is pinned: nothing can be swapped out" in text
+
+
+def test_every_change_of_order_is_told_once(comparison: Comparison) -> None:
+    assert any(workload.changes for workload in comparison.workloads)
+    for workload in comparison.workloads:
+        texts = changes_of(workload, comparison.costs)
+        assert sum(text.count(",") + 1 for text in texts) == len(workload.changes)
+        for it in workload.changes:
+            side = f"{it.constant} {'above' if it.above else 'below'} {it.at:.3g}"
+            (text,) = (t for t in texts if t.startswith(side) and f": {it.overtakes} leads " in t)
+            assert it.overtaken in text.partition(" leads ")[2].split(", ")
+            assert text in FIGURES["changes"](comparison)
 
 
 def test_filling_twice_changes_nothing(comparison: Comparison) -> None:
