@@ -167,7 +167,15 @@ class Function:
             first = missing[0]
             if not (block and self.pri.enabled):
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=False)
+            # await: began, first, missing, ranges: pages may be there now, which costs a request; asked
+            # again: the next round translates
+            # (tests/unit/device_sim/test_function_off.py::test_a_page_that_comes_meanwhile_is_found)
+            # | asked: page requests go off; asked again: `_open` of pri.py
+            # (tests/unit/device_sim/test_function_off.py::test_page_requests_gone_meanwhile_end_it)
             await self._unit.prq.wait_accepting()  # asking an overflowed queue again is no use
+            # await: began, first, ranges, asked: an answer is no translation, and may be old; asked again:
+            # the next round
+            # (tests/unit/device_sim/test_function.py::test_a_page_taken_after_the_answer_is_asked_for)
             code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
                 raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)

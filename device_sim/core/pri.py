@@ -74,6 +74,7 @@ class PageRequestInterface:
                 waits.append(out)
         if mine:
             waits.append(self._open(mine))
+        # await: waits: cannot change: each is set once
         codes = [await wait for wait in waits]
         return max(codes)
 

@@ -70,6 +70,8 @@ class Device(Object):
         if objection is not None:
             raise UapiError(errno.EINVAL, f"{objection}: attach it with what it reaches pinned")
 
+    # awaits: hwpt: cannot change: the group's mutex is held, and it has a user; whoever loses it waits to
+    # take us off
     async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
         assert self.hwpt is None, f"{self.info.name} is on HWPT {self.hwpt.id}"
@@ -113,6 +115,7 @@ class Device(Object):
         else:
             self._owns_pri = True
 
+    # awaits: asked, hwpt, did, ecap: cannot change: the group's mutex is held
     async def leave(self) -> None:
         """Off the HWPT, if it is on one."""
         hwpt = self.hwpt
@@ -143,6 +146,8 @@ class Device(Object):
         driver trapped that [RFC 00/42].  EINVAL: on no HWPT, or no whole pages; KVM's errnos.
         """
         hwpt = self._attached_to()
+        # await: hwpt: the device may leave it; asked again: behind it
+        # (tests/unit/iommufdd/test_device.py::test_a_pin_that_outlasts_the_attachment_is_taken_back)
         pin = await hwpt.pin(iova, size)
         if self.hwpt is not hwpt:
             await _try(hwpt.unpin(pin))
@@ -164,6 +169,7 @@ class Device(Object):
             raise UapiError(errno.EINVAL, f"{self.info.name} is attached to no HWPT")
         return self.hwpt
 
+    # awaits: each pin, hwpt: cannot change: taken out of what we have first, so nobody gives them up twice
     async def _unpin_all(self, hwpt: Hwpt) -> None:
         """The device reaches nothing any more."""
         pins, self._pins = self._pins, {}

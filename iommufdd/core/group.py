@@ -43,6 +43,10 @@ class Group:
         device.bound = False
         self._bound -= 1
 
+    # awaits: device: it may be unbound; asked again: `_attach`
+    # (tests/unit/iommufdd/test_group.py::test_an_attach_that_waited_while_its_device_was_unbound_is_einval) |
+    # hwpt: its units or its KVM may go; asked again: `check`
+    # (tests/unit/iommufdd/test_group.py::test_an_attach_that_waited_asks_whether_its_hwpt_is_walkable)
     async def attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
         """Attach, or replace what is attached.
 
@@ -58,6 +62,8 @@ class Group:
         finally:
             self._mutex.release()
 
+    # awaits: device: it may be off already; asked again: with the mutex
+    # (tests/unit/iommufdd/test_group.py::test_two_detaches_at_once_detach_once_and_both_return)
     async def detach(self, device: Device) -> None:
         """Nothing of the device uses an HWPT any more when this returns.  No error if nothing is attached."""
         await self._mutex.acquire(write=True)
@@ -68,6 +74,7 @@ class Group:
         finally:
             self._mutex.release()
 
+    # awaits: asked, device: cannot change: the group's mutex is held
     async def _attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
         if not device.bound:
             raise UapiError(errno.EINVAL, f"{device.info.name} was unbound meanwhile")
@@ -78,6 +85,9 @@ class Group:
         await device.enter(hwpt, pinned=pinned)
         self.attached.append(device)
 
+    # awaits: hwpt: its units or its KVM may go; asked again: `enter`
+    # (tests/unit/iommufdd/test_group.py::test_a_replacement_asks_again_once_the_device_has_left) | each
+    # device, device, old, was_pinned: cannot change: the group's mutex is held, and `old` is kept
     async def _replace(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Every device of the group, or none."""
         old = self.hwpt
@@ -90,14 +100,20 @@ class Group:
         for device in self.attached:
             device.check(hwpt, pinned=pinned)
         was_pinned = {device: device.pinned for device in self.attached}
-        for device in list(self.attached):
-            await device.leave()
-            try:
-                await device.enter(hwpt, pinned=pinned)
-            except UapiError:
-                await self._back_to(old, was_pinned)
-                raise
+        old.users += 1  # nobody destroys what we may have to go back to
+        try:
+            for device in list(self.attached):
+                await device.leave()
+                try:
+                    await device.enter(hwpt, pinned=pinned)
+                except UapiError:
+                    await self._back_to(old, was_pinned)
+                    raise
+        finally:
+            old.users -= 1
 
+    # awaits: each device, device, old, was_pinned: cannot change: the group's mutex is held, and `old` is
+    # kept
     async def _back_to(self, old: Hwpt, was_pinned: dict[Device, bool]) -> None:
         """A replacement failed half way; a device that cannot go back is blocked, and detached."""
         for device in list(self.attached):

@@ -61,6 +61,7 @@ class Hwpt(Object):
             code = ResponseCode.INVALID
         else:
             try:
+                # await: code: cannot change: the answer in the making
                 await self.fault_in(request)
             except UapiError as error:
                 # Failure makes PCIe stop the function's page requests for good: only for what concerns
@@ -78,6 +79,8 @@ class Hwpt(Object):
         try:
             for unit in dict.fromkeys(self.attached.values()):
                 rids = self.behind(unit) if unit.ecap.dt else []
+                # await: each unit: cannot change: who comes meanwhile found nothing of it in the table, who
+                # goes is flushed
                 await unit.submit(qi.invalidate(unit.cap, self.domain.did, rids, start, size))
         except UapiError as error:
             if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached

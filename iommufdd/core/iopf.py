@@ -93,6 +93,7 @@ class Iopf:
         device.begin_group()
         code = ResponseCode.FAILURE  # for a device that waits while we meet a bug of ours
         try:
+            # await: device, group: cannot change: whoever takes the device off waits for `end_group`
             code = await _fault_in(hwpt, group)
         finally:
             self._answer(group[-1].rid, group[-1].prgi, code)
@@ -107,6 +108,7 @@ class Iopf:
 async def _fault_in(hwpt: Hwpt, group: list[PageRequest]) -> ResponseCode:
     """In order, until one fails [RFC 15/42]."""
     for request in group:
+        # await: hwpt, each request: cannot change: whoever takes the device off waits for `end_group`
         code = await hwpt.fault(request)
         if code is not ResponseCode.SUCCESS:
             return code

@@ -51,6 +51,7 @@ class Batch:
             out.status = Status.BATCH_FAIL
         return out
 
+    # awaits: out, child, each offset, fence, fetched: cannot change: this batch's own, fetched once
     async def _fetch(self, out: Outcome) -> None:
         """`out.completed` counts the descriptors handed to the engines."""
         d = self._job.descriptor
@@ -89,6 +90,7 @@ class Batch:
             await self._progress
 
 
+# awaits: job, dma, each earlier, d, each flag: cannot change: who stood before it then, and its descriptor
 async def drain(job: Job, dma: Dma) -> Outcome:
     """Once everything its queue took before it is done; then the read-backs."""
     for earlier in list(job.queue.jobs):

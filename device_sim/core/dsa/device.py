@@ -142,6 +142,7 @@ class Dsa:
 
     async def _command(self, word: CommandWord) -> None:
         run = _COMMANDS.get(word.command)
+        # await: run, word: cannot change: one command at a time, a word written meanwhile is ignored
         error = CommandError.INVAL_CMD if run is None else await run(self, word.operand)
         self.command_status = CommandStatus(error=error)
         if word.interrupt:
@@ -180,6 +181,8 @@ class Dsa:
             return CommandError.GRP_CONFIG2
         return None
 
+    # awaits: asked: cannot change: one command at a time; a reset beside it waits for the same descriptors,
+    # one after the other, and ends after it
     async def _disable_device(self, operand: int) -> CommandError:
         if self.state is not State.ENABLED:
             return CommandError.DIS_DEV_EN
@@ -208,6 +211,7 @@ class Dsa:
             return CommandError.INVAL_WQIDX
         return self.queues[operand].enable(GENCAP.max_xfer_shift, GENCAP.max_batch_shift)
 
+    # awaits: asked: cannot change: as in `_disable_device`
     async def _disable_wq(self, operand: int) -> CommandError:
         queues = self._named(operand)
         if isinstance(queues, CommandError):
@@ -215,6 +219,7 @@ class Dsa:
         await self._close(queues)
         return CommandError.SUCCESS
 
+    # awaits: asked, each queue: cannot change: as in `_disable_device`
     async def _drain_wq(self, operand: int) -> CommandError:
         queues = self._named(operand)
         if isinstance(queues, CommandError):
@@ -231,6 +236,7 @@ class Dsa:
             queue.abort()
         return await self._drain_wq(operand)
 
+    # awaits: asked, queues: cannot change: as in `_disable_device`
     async def _reset_wq(self, operand: int) -> CommandError:
         queues = self._named(operand)
         if isinstance(queues, CommandError):
@@ -254,6 +260,8 @@ class Dsa:
         named = [queue for queue in self.queues if mask >> queue.index & 1]
         return named if all(queue.enabled for queue in named) else CommandError.DEV_NOT_EN
 
+    # awaits: each queue, queue: cannot change: the device has them for good; what is not DISABLED takes
+    # nothing
     async def _close(self, queues: list[WorkQueue]) -> None:
         """Nothing more is taken; returns once what was taken is done."""
         for queue in queues:

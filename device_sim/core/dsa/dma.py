@@ -42,6 +42,7 @@ class Dma:
         ranges = [DmaRange(iova + done, size - done, write) for iova, write in operands]
         return await self.reach_ranges(ranges)
 
+    # awaits: ranges, dma: cannot change: addresses; where they lead is looked up after each sleep
     async def reach_ranges(self, ranges: list[DmaRange]) -> int:
         while not (count := self._accessible(ranges)):
             if self._fault is not None:
@@ -63,6 +64,7 @@ class Dma:
         if self._job.aborted:
             raise Aborted
 
+    # awaits: done, parts: cannot change: bytes as they were when each piece was reached
     async def read(self, iova: int, size: int) -> bytes:
         """All of it, as it was when each piece was reached."""
         parts: list[bytes] = []
@@ -76,6 +78,7 @@ class Dma:
         """What can be read from the front, one byte at least."""
         return self.load(iova, await self.reach(0, size, (iova, False)))
 
+    # awaits: done: cannot change: bytes that are stored
     async def write(self, iova: int, data: bytes) -> None:
         done = 0
         while done < len(data):

@@ -40,6 +40,7 @@ async def _nothing(dma: Dma, d: Descriptor, out: Outcome) -> None:
 # -- move and fill -------------------------------------------------------------------------------------
 
 
+# awaits: copy, dma, src, dst, size, out: cannot change: the descriptor's own operands and what is done of it
 async def _move(dma: Dma, d: Descriptor, out: Outcome) -> None:
     src, dst, size = d.src, d.dst, d.size
     if src < dst < src + size:
@@ -54,6 +55,7 @@ async def _move(dma: Dma, d: Descriptor, out: Outcome) -> None:
         await dma.reach(out.completed, size, (src, False), (dst, True))
 
 
+# awaits: dma, rest, count, out: cannot change: the descriptor's own operands and what is done of it
 async def _move_backward(dma: Dma, d: Descriptor, out: Outcome) -> None:
     """The destination begins inside the source: from the end, a page at a time, unless all of it is there."""
     out.result = BACKWARD
@@ -80,6 +82,7 @@ def _reached_together(dma: Dma, d: Descriptor, rest: int) -> int:
     return rest if both else 0
 
 
+# awaits: dma, data, out: cannot change: the descriptor's own operands and what is done of it
 async def _fill(dma: Dma, d: Descriptor, out: Outcome) -> None:
     data = _repeated(d.src, d.size)
     while out.completed < d.size:
@@ -92,6 +95,7 @@ def _repeated(pattern: int, size: int) -> bytes:
     return (pattern.to_bytes(PATTERN_BYTES, "little") * (size // PATTERN_BYTES + 1))[:size]
 
 
+# awaits: dma, done, second, out: cannot change: the descriptor's own operands and what is done of it
 async def _dualcast(dma: Dma, d: Descriptor, out: Outcome) -> None:
     second = d.op(dsa.DEST2)
     while out.completed < d.size:
@@ -103,6 +107,7 @@ async def _dualcast(dma: Dma, d: Descriptor, out: Outcome) -> None:
         out.completed += count
 
 
+# awaits: dma, out: cannot change: the descriptor's own operands and what is done of it
 async def _flush(dma: Dma, d: Descriptor, out: Outcome) -> None:
     """CFLUSH: memory here has no cache before it; what remains is that every page is reached."""
     while out.completed < d.size:
@@ -112,6 +117,7 @@ async def _flush(dma: Dma, d: Descriptor, out: Outcome) -> None:
 # -- comparisons ---------------------------------------------------------------------------------------
 
 
+# awaits: dma, done, out: cannot change: the descriptor's own operands and what is done of it
 async def _compare(dma: Dma, d: Descriptor, out: Outcome) -> None:
     while out.completed < d.size and out.result == EQUAL:
         done = out.completed
@@ -120,6 +126,7 @@ async def _compare(dma: Dma, d: Descriptor, out: Outcome) -> None:
     _predicate(d, out)
 
 
+# awaits: dma, done, expected, out: cannot change: the descriptor's own operands and what is done of it
 async def _compare_pattern(dma: Dma, d: Descriptor, out: Outcome) -> None:
     expected = _repeated(d.dst, d.size)
     while out.completed < d.size and out.result == EQUAL:
@@ -161,6 +168,8 @@ def _predicate(d: Descriptor, out: Outcome) -> None:
 # -- CRC -----------------------------------------------------------------------------------------------
 
 
+# awaits: dma, done, operands, raw, as_read, register, out: cannot change: the descriptor's own operands and
+# what is done of it
 async def _crc(dma: Dma, d: Descriptor, out: Outcome) -> None:
     """CRCGEN, and COPY_CRC, whose destination gets what was read."""
     seed = d.op(dsa.CRC_SEED)
@@ -185,6 +194,8 @@ async def _crc(dma: Dma, d: Descriptor, out: Outcome) -> None:
 # -- delta records -------------------------------------------------------------------------------------
 
 
+# awaits: dma, at, largest, made, done, count, entries, fits, out: cannot change: the descriptor's own
+# operands and what is done of it
 async def _create_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
     at, largest = d.op(dsa.DELTA_ADDR), d.op(dsa.MAX_DELTA_SIZE)
     made = 0
@@ -209,6 +220,8 @@ async def _create_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
         out.status = Status.SUCCESS_PREDICATE
 
 
+# awaits: dma, size, last, each offset, offset, out: cannot change: the descriptor's own operands and what is
+# done of it
 async def _apply_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
     """`completed` counts bytes of the delta record."""
     size, last = d.op(dsa.DELTA_REC_SIZE), -1

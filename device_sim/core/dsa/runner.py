@@ -83,6 +83,7 @@ class Runner:
 
     async def _coordinate(self, job: Job, flow: Flow[Outcome]) -> None:
         try:
+            # await: job: cannot change: taken from its queue, and nobody else ends it
             outcome = await flow
         except Aborted:
             outcome = Outcome()
@@ -92,6 +93,7 @@ class Runner:
         out = Outcome()
         try:
             dma.check_aborted()
+            # await: out: cannot change: this descriptor's own
             await OPERATIONS[d.opcode](dma, d, out)
         except DmaFault as fault:
             out.fault = fault
@@ -110,6 +112,7 @@ class Runner:
         try:
             dma.check_aborted()
             if job.flags & _RCR or failed:
+                # await: job, out: cannot change: over but for its record
                 await self._write_record(job, dma, out)
             self.counters.statuses[out.status] += 1
             if job.flags & _RCI and valid_handle(job):
@@ -128,6 +131,8 @@ class Runner:
         record = out.record().to_bytes()
         try:
             # The record is 32-byte aligned: one page, so one look-up covers both stores.
+            # await: at, dma, job, out, record: cannot change: made and addressed; `reach` found the page in
+            # this turn
             await dma.reach(0, len(record), (at, True))
             dma.store(at + 1, record[1:])
             dma.store(at, record[:1])

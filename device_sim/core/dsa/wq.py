@@ -74,6 +74,7 @@ class WorkQueue:
     async def drained(self) -> None:
         """Returns once everything that is here now is done."""
         for job in list(self.jobs):
+            # await: each job: cannot change: a copy of what was here then
             await job.done
 
     def abort(self) -> None:

@@ -241,7 +241,7 @@ def test_nothing_is_attached_to_what_nobody_walks_or_maintains(
 
 
 @pytest.mark.parametrize("lose", LOSSES)
-def test_an_attach_that_waited_its_turn_asks_again_whether_its_hwpt_is_walkable(
+def test_an_attach_that_waited_asks_whether_its_hwpt_is_walkable(
     grouped: Grouped, lose: Callable[[Grouped], None]
 ) -> None:
     grouped.world.hold()
@@ -257,7 +257,7 @@ def test_an_attach_that_waited_its_turn_asks_again_whether_its_hwpt_is_walkable(
 
 @pytest.mark.parametrize("let_go", range(1, 6))
 def test_a_replacement_asks_again_once_the_device_has_left(grouped: Grouped, let_go: int) -> None:
-    """KVM goes while it leaves its former HWPT: it goes back, and nobody had to take it off the new one."""
+    """KVM goes while it leaves its former HWPT: back it goes, and nobody had to take it off the new one."""
     grouped.attach(0, grouped.paging)
     grouped.world.hold()
     replaced = grouped.start(0, grouped.kvm)
@@ -272,3 +272,17 @@ def test_a_replacement_asks_again_once_the_device_has_left(grouped: Grouped, let
     with pytest.raises(UapiError, check=lambda error: error.errno == errno.ENODEV):
         replaced.result()
     assert grouped.on() == [6, 0]
+
+
+def test_what_a_failed_replacement_goes_back_to_cannot_be_destroyed_meanwhile(grouped: Grouped) -> None:
+    """With its only device on its way it had no user, and IOMMU_DESTROY took it; then it came back."""
+    grouped.attach(0, grouped.paging)
+    grouped.world.hold()
+    replaced = grouped.start(0, grouped.kvm)
+    while not replaced.done:
+        assert grouped.paging.users > 0, "IOMMU_DESTROY would take it"
+        held, grouped.world.held = grouped.world.held, []
+        assert held
+        held[0].set(None)
+        grouped.world.flows.run_ready()
+    assert (grouped.on(), grouped.paging.users, grouped.kvm.users) == ([5, 0], 0, 1)
