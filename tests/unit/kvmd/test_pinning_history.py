@@ -20,10 +20,11 @@ from kvmd.core.mm.madvise import collapse
 from kvmd.core.mm.page import Page
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
-from kvmd.core.pinning import Pinning
+from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.pinning import Pinning, Request
 from protocol.frame_tags import is_free
 from protocol.pt import bits
-from protocol.units import Gfn, GfnSpan, Hva
+from protocol.units import Gfn, GfnSpan, Gpa, Hva
 from tests.refusals import may_refuse
 from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, Guest
 
@@ -36,7 +37,7 @@ HOST: list[Callable[..., Coroutine[Any, None, Any]]] = [
     collapse,
     split,
 ]
-SEEDS = 6
+SEEDS = 9
 HOT = 12  # gfns all of it is about: at both ends of the slot
 GFNS = [*range(BASE, BASE + HOT // 2), *range(BASE + PAGES - HOT // 2, BASE + PAGES)]
 
@@ -45,12 +46,17 @@ class History:
     def __init__(self, seed: int, *, own: bool) -> None:
         self.random = Random(seed)
         self.level = 1 + seed % 2
+        self.sleepy = seed % 4 == 0  # what is absent is waited for, while others do what they like
         self.guest = Guest(level=self.level, own=own)
         self.vm, self.mm = self.guest.vm, self.guest.world.mm
         self.pinned: dict[int, int] = {}  # gfn -> entry, while it must not change
         self.names: dict[int, int] = {}  # requests that were answered: name -> gfn
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked
         self.running = 0
+        self.tracked: list[int] = []
+        self.asleep = Userfaultfd(self.mm, user_mode_only=False)  # lookups sleep until `give`
+        if self.sleepy:
+            self.guest.world.run(self.asleep.register(self.guest.hva, PAGES * PAGE, missing=True, wp=False))
 
     def begin(self, flow: Coroutine[Any, None, Any], done: Callable[[Any], None] = lambda _: None) -> None:
         async def run() -> None:
@@ -62,9 +68,10 @@ class History:
         self.guest.world.start(run())
 
     def step(self) -> None:
-        self.random.choice(
-            [self.pin, self.pin, self.unpin, self.host, self.host, self.drop, self.store, self.log, self.slot]
-        )()
+        acts = [self.pin, self.pin, self.unpin, *[self.host] * 2, self.drop, self.store, self.log, self.slot]
+        if self.sleepy:
+            acts += [self.pin, self.track, self.track, *[self.give] * 3]
+        self.random.choice(acts)()
         for _ in range(self.random.randrange(3)):
             self.ack()
         self.look()
@@ -101,6 +108,21 @@ class History:
         if not self.running:
             self.begin(self.guest.vcpu.run([("w", self.random.choice(GFNS) << 12, b"x")]))
 
+    def track(self) -> None:
+        """Or no longer."""
+        if self.tracked and self.random.random() < 0.5:
+            gfn = self.tracked.pop()
+            self.begin(self.vm.untrack_page(Gpa(gfn << 12)))
+        else:
+            gfn = self.random.choice(GFNS)
+            self.begin(self.vm.track_page(Gpa(gfn << 12)), lambda _: self.tracked.append(gfn))
+
+    def give(self) -> None:
+        """Somebody's page comes."""
+        asked = self.guest.world.start(self.asleep.next_event())
+        if asked.done:
+            self.begin(self.asleep.copy(asked.result().address, b"y" * PAGE, wp=False))
+
     def log(self) -> None:
         region = self.guest.world.region(0, BASE, PAGES, self.guest.hva, self.random.randrange(2))
         if self.vm.slots.find(Gfn(BASE)) is not None:
@@ -136,6 +158,9 @@ class History:
                     self.cached.setdefault(gfn, (pfn, tags.read(pfn)))
 
     def end(self) -> None:
+        self.guest.do(self.asleep.close())
+        while self.guest.importer.pending:
+            self.ack()
         self.guest.do(self.vm.pinning.close_all())
         assert (self.running, self.mm.pinned_pages, len(self.vm.pinning.pinned)) == (0, 0, 0)
         assert self.guest.sound()
@@ -164,14 +189,20 @@ def _put_at_once(pinning: Pinning, slot: Memslot) -> list[Page]:
     return []
 
 
+def _only_unpinned(pinning: Pinning, request: Request, slot: Memslot, gfn: Gfn) -> bool:
+    return gfn not in pinning.pinned
+
+
 _forget = Pinning.forget
 BUGS = {
     "an unpinned page the host gave up stays mapped": (Pinning, "_is_backed", lambda pinning, gfn, pin: True),
     "a slot's pages are put before the acks": (Pinning, "forget", _put_at_once),
+    "what was asked before a sleep is not asked after it": (Pinning, "_stands", _only_unpinned),
 }
 CAUGHT = {
     "an unpinned page the host gave up stays mapped": "I11",
     "a slot's pages are put before the acks": "I6",
+    "what was asked before a sleep is not asked after it": r"I19|I20|I22",
 }
 
 
