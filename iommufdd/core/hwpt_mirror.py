@@ -55,10 +55,18 @@ class HwptMirror(HwptPaging):
                 return
             end = min(iova + self._premap, area.end)
             with self.ioas.lookups.begin() as lookup:
+                # await: area, end: it may go, and with it what is found there; asked again: `install`
+                # (tests/unit/iommufdd/test_hwpt_mirror.py::test_an_area_gone_under_a_fault_is_not_mapped) |
+                # asked: another fault may map the page; asked again: `install`
+                # (tests/unit/iommufdd/test_hwpt_mirror.py::test_two_faults_on_one_page_map_it_once) | lookup:
+                # the host may take away what it found; asked again: `Lookup.stale`
+                # (tests/unit/iommufdd/test_hwpt_mirror.py::test_what_went_behind_the_answer_is_not_mapped)
                 found = await self._populated(area, iova, end, write=write)
                 self.ioas.counts.io_faults_major += found.major
                 new = self.install(lookup, area, found.pages, iova, end)
             if new:
+                # await: new, asked: the leaf may be taken out again; asked again: `_serves`
+                # (tests/unit/iommufdd/test_hwpt_mirror.py::test_a_page_gone_in_a_flush_is_asked_for_again)
                 await self.flush()
             if self._serves(iova, write=write):
                 self.ioas.counts.io_faults_spurious += not new  # somebody else was first
@@ -72,6 +80,7 @@ class HwptMirror(HwptPaging):
         """
         host, hva = self.ioas.live_host, area.hva_of(iova)
         try:
+            # await: host, hva: cannot change: memory on demand is of one process, an area does not move
             return await host.range_fault(hva, end - iova, write=write, fault=True)
         except UapiError:
             if end - iova == PAGE_SIZE:

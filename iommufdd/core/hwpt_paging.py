@@ -97,6 +97,8 @@ class HwptPaging(Hwpt):
         self._flushes[over] = None
         try:
             for change in stale:
+                # await: stale, each change, over, asked: cannot change: our own list; what becomes stale from
+                # now on is in another
                 await self.forget(change.start, change.size)
         except UapiError as error:
             self._stale += stale
@@ -113,8 +115,10 @@ class HwptPaging(Hwpt):
         """Nobody uses anything that was taken out so far, by whomever, when this returns."""
         self.invalidations += 1
         others = list(self._flushes)
+        # await: others: cannot change: our own list, of what is set once
         await self.flush()
         for other in others:
+            # await: each other: cannot change: the same
             await other
         self.acked += 1
 

@@ -34,13 +34,19 @@ async def check_ioas(ioas: Ioas) -> list[str]:
     found: list[str] = []
     with _unless_gone():
         if isinstance(ioas, IoasOnDemand):
+            # await: found, ioas: cannot change: our own list; one that is destroyed meanwhile has nothing
             async with ioas.lock:
                 if ioas.mm:
+                    # await: found: cannot change: our own list
                     await _check_mirrors(ioas, found)
         else:
             for pages in {area.pages: None for area in ioas.areas if area.pages is not None}:
+                # await: found, ioas, each pages: they may be let go of; asked again: `pages.pins`
+                # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
                 await _check_pages(pages, found)
             for source in ioas.sources:
+                # await: found, each source: it may be let go of; asked again: `source.users`
+                # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
                 await _check_total(source, found)
     return found
 
@@ -62,8 +68,10 @@ async def _check_pages(pages: Pages, found: list[str]) -> None:
     at = 0
     while (pins := next((pins for pins in pages.pins if pins.end > at), None)) is not None:
         at = max(at, pins.start)
+        # await: at, found, pages, pin, pins, s, start: the books may change; asked again: `is_changing`
+        # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
         answer = await pages.source.host.pinned(at, pins.end - at, area=pages.number)
-        if pages.is_changing:
+        if pages.is_changing or pins not in pages.pins:
             return
         stop = min(answer.end, pins.end)
         steps = [HostPin(start, 0, pins.step) for start in range(at, stop, pins.step)]
@@ -80,6 +88,8 @@ async def _check_pages(pages: Pages, found: list[str]) -> None:
 
 
 async def _check_total(source: Source, found: list[str]) -> None:
+    # await: found, source: the books may change; asked again: `is_changing`
+    # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
     total = (await source.host.pinned(0, PAGE_SIZE, area=0)).total
     users = [pages for pages in source.users if isinstance(pages, Pages)]
     if any(pages.is_changing for pages in users):
@@ -93,6 +103,7 @@ async def _pinned(host: HostMemory, hva: int, size: int, number: int) -> list[Ho
     pins: list[HostPin] = []
     at, end = hva, hva + size
     while at < end:
+        # await: host, pins: cannot change: the lock of the IOAS is held
         answer = await host.pinned(at, end - at, area=number)
         pins += answer.pins
         at = answer.end
@@ -106,11 +117,14 @@ async def _check_mirrors(ioas: IoasOnDemand, found: list[str]) -> None:
     """With its lock held: pins and areas stay as they are."""
     pins = 0
     for mirror in ioas.mirrors:
+        # await: found, ioas, each mirror: cannot change: the lock is held
         pins += await _check_mirror_pins(mirror, ioas.live_host, found)
+    # await: found, ioas: cannot change: the lock is held
     total = (await ioas.live_host.pinned(0, PAGE_SIZE, area=0)).total
     if total != pins:
         found.append(f"I28: the host has {total} pins, mirrors of IOAS {ioas.id} {pins}")
     for mirror in ioas.mirrors:
+        # await: found, ioas, each mirror: cannot change: the lock is held
         await _check_mirror(ioas, mirror, ioas.live_host, found)
 
 
@@ -118,6 +132,7 @@ async def _check_mirror_pins(hwpt: HwptMirror, host: HostMemory, found: list[str
     """What it believes pinned is, and is mapped; how many pins that is."""
     for run in hwpt.pins.runs():
         hva, size = run[0].part.hva, run[-1].end - run[0].start
+        # await: found, host, hwpt, pin, run, each run, size: cannot change: the lock of the IOAS is held
         theirs = await _pinned(host, hva, size, run[0].name)
         if [pin[:2] for pin in theirs] != [pin.part[:2] for pin in run]:
             found.append(
@@ -143,6 +158,9 @@ async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: HostMemory, 
             continue
         with ioas.lookups.begin() as lookup:
             size = min(area.end, max(end, at + _LOOK)) - at
+            # await: area, at, found, host, hwpt, ioas: cannot change: the lock is held | lookup: what it
+            # found may go; asked again: `_fresh`
+            # (tests/unit/iommufdd/test_ioas_check.py::test_what_went_behind_the_answer_is_not_wrong)
             there = await host.range_fault(area.hva_of(at), size, write=False, fault=False)
             stop = min(area.iova_of(there.end), area.end)
             for leaf in hwpt.table.leaves_in(at, stop - at):

@@ -58,10 +58,12 @@ class IoasOnDemand(Ioas):
         return [hwpt for hwpt in self.hwpts if isinstance(hwpt, HwptMirror)]
 
     async def enter(self, area: Area) -> None:
+        # await: area: cannot change: the caller's own, nobody else has it yet
         await self.live_host.watch(area.hva, area.size)
         self.areas.add(area)
         try:
             for hwpt in self.mirrors:
+                # await: area, each hwpt: cannot change: the lock is held, mirrors come and go under it
                 await hwpt.pins.area_entered(area)
         except UapiError:
             await self.leave(area)
@@ -74,7 +76,10 @@ class IoasOnDemand(Ioas):
         for hwpt, _ in left:
             hwpt.take(area.iova, area.end)
         for hwpt, pins in left:
+            # await: area, each hwpt, hwpt, pins: cannot change: the lock is held, nobody else has the area or
+            # the pins any more
             await hwpt.give_up()
+            # await: area, each hwpt: cannot change: the same
             await hwpt.pins.let_go(pins)
         with suppress(UapiError):  # the host is gone
             await self.live_host.unwatch(area.hva, area.size)
@@ -99,6 +104,8 @@ class IoasOnDemand(Ioas):
         for hwpt in mirrors:
             hwpt.take_unpinned(spans)
         for hwpt in mirrors:
+            # await: each hwpt: it may be destroyed, its table another's; asked again: `IoPageTable.flushed`
+            # (tests/unit/iommufdd/test_hwpt_mirror.py::test_a_mirror_destroyed_while_it_is_flushed)
             await hwpt.give_up()
 
     async def look(self, iova: int, size: int) -> bool:
@@ -108,6 +115,10 @@ class IoasOnDemand(Ioas):
             at, end = max(iova, area.iova), min(iova + size, area.end)
             while at < end:
                 with self.lookups.begin() as lookup:
+                    # await: area, each area, at, end: it may go; asked again: `install`
+                    # (tests/unit/iommufdd/test_notes.py::test_an_area_gone_under_a_look_is_not_mapped) |
+                    # lookup: the host may take away what it found; asked again: `Lookup.stale`
+                    # (tests/unit/iommufdd/test_notes.py::test_what_the_host_took_meanwhile_is_not_mapped)
                     found = await self.live_host.range_fault(
                         area.hva_of(at), end - at, write=False, fault=False
                     )
@@ -116,6 +127,10 @@ class IoasOnDemand(Ioas):
                     for hwpt in mirrors:
                         mapped |= hwpt.install(lookup, area, found.pages, at, stop)
                 for hwpt in mirrors:
+                    # await: area, each area, end, stop: it may go; asked again: `install`
+                    # (tests/unit/iommufdd/test_notes.py::test_an_area_gone_under_a_look_is_not_mapped) | each
+                    # hwpt: it may be destroyed; asked again: `IoPageTable.flushed`
+                    # (tests/unit/iommufdd/test_hwpt_mirror.py::test_a_mirror_destroyed_while_it_is_flushed)
                     await hwpt.flush()
                 at = stop
         return mapped

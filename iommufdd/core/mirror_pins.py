@@ -105,6 +105,7 @@ class MirrorPins:
     async def area_entered(self, area: Area) -> None:
         """Errors as of `pin`: then the area must go again."""
         for name in self._everything:
+            # await: area: cannot change: the lock of the IOAS is held
             await self._pin_span(name, area.iova, area.end)
 
     async def unpin(self, name: int) -> None:
@@ -120,6 +121,7 @@ class MirrorPins:
         self._forget()
         for run in _runs(gone):
             self._hwpt.take(run[0].start, run[-1].end)
+        # await: gone, asked: cannot change: our own list, nobody holds them any more
         await self._hwpt.give_up()
         await self.let_go(gone)
 
@@ -145,6 +147,7 @@ class MirrorPins:
             hva, size = run[0].part.hva, run[-1].end - run[0].start
             self._ioas.counts.pinned_pages -= size >> PAGE_SHIFT
             with suppress(UapiError):  # the host is gone
+                # await: each run: cannot change: the caller's own pins, in no book any more
                 await self._ioas.live_host.unpin(hva, size, area=run[0].name)
 
     # -- pinning -----------------------------------------------------------------------------------------
@@ -154,6 +157,7 @@ class MirrorPins:
         self._requests[name] = []
         try:
             for start, end in spans:
+                # await: name, each start: cannot change: the lock of the IOAS is held, and the name is ours
                 await self._pin_span(name, start, end)
         except UapiError:
             await self.unpin(name)
@@ -180,11 +184,17 @@ class MirrorPins:
         hva, size = area.hva_of(start), min(end, area.end) - start
         for _ in range(MAX_TRIES):
             with self._ioas.lookups.begin() as lookup:
+                # await: area, asked, hva, size, pin: cannot change: the lock of the IOAS is held | lookup:
+                # the process may have something else there before we hear of it; asked again: `Lookup.stale`
+                # (tests/unit/iommufdd/test_mirror_pins.py::test_a_page_that_goes_meanwhile_is_pinned_anew)
                 found = await self._ioas.live_host.pin(hva, size, write=area.writable, area=name)
                 pins = list(_pins_of(area, found.pages, start, start + size, name))
                 self._ioas.counts.pinned_pages += sum(pin.end - pin.start for pin in pins) >> PAGE_SHIFT
                 if not lookup.stale(hva, hva + size):
+                    # await: asked: cannot change: what is pinned and mapped stays, whatever the process does
+                    # from now on
                     return await self._map(pins)
+            # await: area, asked, hva, size, pin: cannot change: the lock of the IOAS is held
             await self.let_go(pins)
         raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
 
@@ -199,12 +209,14 @@ class MirrorPins:
             self._hwpt.put(pins[0].area, [pin.part for pin in pins], start, end)
         except UapiError:
             self._hwpt.take(start, end)
+            # await: pins: cannot change: our own list, in no book yet
             await self._hwpt.give_up()
             await self.let_go(pins)
             raise
         at = self._first(start)
         self._pins[at:at] = pins
         self._requests[pins[0].name] += pins
+        # await: end: cannot change: a number, and pins go under the lock
         await self._hwpt.flush()
         return end
 

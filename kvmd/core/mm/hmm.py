@@ -106,6 +106,9 @@ class Mirror:
             raise UapiError(errno.EBUSY, "this mirror is registered already")
         self._check_alive()
         self._ops, self.account = ops, account
+        # await: asked: the process may exit, or the mirror close; asked again: with the lock held
+        # (tests/unit/kvmd/mm/test_hmm.py::test_a_process_gone_before_its_turn_is_eperm,
+        # tests/unit/kvmd/mm/test_hmm.py::test_a_mirror_closed_before_its_turn_is_no_notifier)
         async with self.mm.mmap_lock:
             self._check_alive()
             if self.closed:
@@ -185,10 +188,16 @@ class Mirror:
         counters = self.mm.memory.counters
         counters.hmm_faults += fault
         for _ in range(MAX_TRIES):
+            # await: end, counters, tally: cannot change: a number, and counts that are added to afresh
             await self._settled(start, end)
             if not fault:
                 return Found(*self._look(start, end), 0)
+            # await: end, counters, tally: the page that was faulted in may go, what was settled may change;
+            # asked again: `_settled`, `_serving`
+            # (tests/unit/kvmd/mm/test_hmm.py::test_a_page_that_changed_while_another_slept_is_not_answered,
+            # tests/unit/kvmd/mm/test_hmm.py::test_a_range_unwatched_while_its_fault_slept_is_einval)
             await self._fault_in(start, end, write=write, tally=tally)
+            # await: end, counters, tally: cannot change: the same
             await self._settled(start, end)
             pages, stopped = self._serving(start, end, write=write)
             if pages:
@@ -212,6 +221,7 @@ class Mirror:
         taken.
         """
         for _ in range(MAX_PAGES):
+            # await: tally: cannot change: the caller's own
             page = await self.mm.get_user_page(start, write=write, tally=tally)
             start = _end_of(page)
             if start >= end or self.mm.memory.is_low:
@@ -258,6 +268,10 @@ class Mirror:
         try:
             while at < end and len(pages) < MAX_PAGES:
                 self._check(errno.EFAULT)
+                # await: at, end, pages, tally, turn: the mirror may be closed; asked again: `_check`
+                # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_asleep_while_its_mirror_closes) | done: a
+                # pin of it may be given back; asked again: `_take_back`
+                # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own)
                 entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
                 self._check(errno.EFAULT)
                 self.mm.claims.check_mapping(at, min(_end_of(entry), end))
@@ -266,6 +280,10 @@ class Mirror:
                 turn += done[-1][1].npages
                 if turn >= _TURN:
                     turn = 0
+                    # await: done: a pin of it may be given back; asked again: `_take_back`
+                    # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own) | end,
+                    # entry, pages, tally, turn: cannot change: numbers and our own lists, whose pages are
+                    # pinned
                     await self.mm.memory.cond_resched()
                 at = _end_of(entry)
         except UapiError:
@@ -305,6 +323,8 @@ class Mirror:
             turn += held[-1].npages
             if turn >= _TURN:
                 turn = 0
+                # await: each at, turn: its pins may be given back by another; asked again: `held`
+                # (tests/unit/kvmd/mm/test_hmm_pins.py::test_two_unpins_at_once_take_each_pin_once)
                 await self.mm.memory.cond_resched()
         return count
 

@@ -67,6 +67,7 @@ def covers(ranges: Iterable[Range], inner: Range) -> bool:
 
 async def changing(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
     """Have every notifier of `ranges` let go, make the change, say that it is made."""
+    # await: edit: cannot change: the caller's own, who looks at the page table when it is called
     async with announced(ranges):
         return edit()
 
@@ -85,6 +86,9 @@ async def announced(ranges: Sequence[Range]) -> AsyncIterator[None]:
             for space, notifier, start, end in untold:
                 told.append((notifier, start, end))
                 space.memory.counters.notifier_calls += 1
+                # await: each space, ranges, told: a notifier may register, or leave; asked again: `untold`
+                # (tests/unit/kvmd/mm/test_notifier.py::test_who_registers_meanwhile_is_told_before_the_edit,
+                # tests/unit/kvmd/mm/test_notifier.py::test_who_leaves_before_it_acked_is_waited_for)
                 await notifier.invalidate_range_start(start, end)
         yield
     finally:

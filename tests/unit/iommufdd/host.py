@@ -138,6 +138,7 @@ class FakeHost:
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None:
         self.log.append(("unpin", hva, size))
+        await self.hop()
         for key in [key for key in self.pins if key[0] == area and hva <= key[1] < hva + size]:
             self.pins[key].pop()
             if not self.pins[key]:

@@ -243,7 +243,7 @@ def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
 # -- races -------------------------------------------------------------------------------------------
 
 
-def test_what_was_found_before_an_invalidation_is_not_mapped_after_it() -> None:
+def test_what_went_behind_the_answer_is_not_mapped() -> None:
     space = Raced()
     assert space.fault(3 * K4) == SUCCESS
     assert space.leaves == [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
@@ -277,7 +277,7 @@ def test_without_the_check_the_page_given_up_is_mapped() -> None:
     assert space.leaves != [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]
 
 
-def test_an_area_that_goes_under_a_fault_is_not_mapped() -> None:
+def test_an_area_gone_under_a_fault_is_not_mapped() -> None:
     space = Mirrored()
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
@@ -357,3 +357,45 @@ def test_who_finds_nothing_left_waits_for_a_flush_that_has_not_begun() -> None:
     far.let_go()
     space.world.flows.run_ready()
     assert all(wait.done for wait in waits)
+
+
+def test_a_page_gone_in_a_flush_is_asked_for_again() -> None:
+    """A fault makes one leaf of small ones, and waits for the units to forget those; the host takes it."""
+    space = Mirrored(page_size=M2)
+    space.fault(0)
+    space.lose_a_part()
+    for page in range(512):
+        space.host.pages.pop(HVA + page * K4, None)
+    space.host.fault_in(HVA)
+    space.asked()
+    space.world.hold()
+    fault = space.world.start(space.hwpt_.fault(request(7 * K4)))
+    assert ([leaf[:2] for leaf in space.leaves], fault.done) == ([(0, LEVEL_2M)], False)
+    gone = space.world.start(space.host.give_up(HVA, HVA + M2))
+    while not (fault.done and gone.done):
+        space.world.let_go()
+    assert fault.result() == SUCCESS
+    assert [leaf[2] for leaf in space.leaves] == [space.host.frame_of(HVA)]
+    assert space.counts.io_fault_retries == 1
+
+
+def test_a_mirror_destroyed_while_it_is_flushed() -> None:
+    """The table that was cut off went back with the rest of its table, and not a second time; of the second
+    mirror, which is destroyed before its flush has begun, neither.
+    """
+    space = Mirrored(page_size=M2)
+    mirrors = [space.hwpt_, space.mirror()]
+    for hwpt in mirrors:
+        space.world.run(hwpt.fault(request(0)))
+    space.lose_a_part()
+    space.world.hold()
+    acked = space.world.start(space.invalidate(HVA, M2))
+    held, space.world.held = space.world.held, None
+    for hwpt in mirrors:
+        space.destroy(hwpt)
+    assert (space.pool.in_use, acked.done) == (0, False)
+    for wait in held or []:
+        wait.set(None)
+    space.world.flows.run_ready()
+    acked.result()
+    assert space.pool.in_use == 0

@@ -13,7 +13,7 @@ from iommufdd.core.ioas_check import check_ioas
 from protocol.units import LEVEL_4K, Hpa
 from tests.unit.iommufdd.host import FRAMES
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored
-from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space
+from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, request
 
 ELSEWHERE = Hpa(FRAMES - M2)
 
@@ -136,15 +136,16 @@ def test_each_clause_is_broken_on_purpose(what: str) -> None:
     assert any(re.search(sentence, each) for each in found), found
 
 
-def test_what_is_invalidated_behind_the_answer_is_not_found_wrong_and_what_is_beside_it_is() -> None:
+def test_what_went_behind_the_answer_is_not_wrong() -> None:
     space = a_mirror()
     hops = 0
 
     async def hop() -> None:
         nonlocal hops
         hops += space.host.log[-1:] == [("look", HVA + 4 * K4, 1024 * K4)]
-        if hops == 2:  # it has looked
+        if hops == 2:  # it has looked; a fault maps what is there by now
             await space.host.give_up(HVA + 4 * K4, HVA + 5 * K4)
+            assert await space.hwpt_.fault(request(4 * K4)) == SUCCESS
 
     moved(space, 5 * K4, hpa=ELSEWHERE)
     space.asked()
@@ -169,3 +170,23 @@ def test_a_host_that_is_gone_is_asked_nothing(number: int) -> None:
     space = a_mirror()
     space.host.errno = number
     assert check(space) == []
+
+
+@pytest.mark.parametrize("asks", range(1, 8))
+def test_pages_let_go_of_meanwhile_are_not_wrong(asks: int) -> None:
+    """Of an IOAS of pinned areas: unmapped while the host is asked for the first, the second or the total."""
+    space = Space()
+    space.hwpt()
+    for n in range(2):
+        space.map(n * M2, 2 * K4, HVA + n * M2)
+    space.host.hop = lambda: space.world._take("hop")
+    space.world.hold()
+    unmapped = space.world.start(space.ioas.unmap(0, (1 << 64) - 1))
+    for _ in range(asks - 1):
+        space.world.let_go()
+        space.world.hold()
+    checked = space.world.start(check_ioas(space.ioas))
+    while not (checked.done and unmapped.done):
+        space.world.let_go()
+        space.world.hold()
+    assert checked.result() == []

@@ -79,7 +79,7 @@ def test_a_pin_beyond_the_limit_leaves_nothing() -> None:
     assert (space.leaves, space.host.pins, space.host.room) == ([], {}, 100)
 
 
-def test_a_page_that_goes_while_it_is_pinned_is_pinned_anew() -> None:
+def test_a_page_that_goes_meanwhile_is_pinned_anew() -> None:
     space = Raced()
     pin(space, 3 * K4, K4)
     assert space.leaves == [(3 * K4, 1, space.host.frame_of(HVA + 3 * K4), True)]

@@ -100,7 +100,7 @@ def test_notes_beyond_the_room_are_lost_and_nothing_else_is() -> None:
     assert space.counted == (MAX_WAITING + 5, 0, 0, 5)
 
 
-def test_what_the_host_took_while_it_looked_is_not_mapped() -> None:
+def test_what_the_host_took_meanwhile_is_not_mapped() -> None:
     space = Noted()
     space.host.fault_in(HVA)
     hops = 0
@@ -114,6 +114,18 @@ def test_what_the_host_took_while_it_looked_is_not_mapped() -> None:
     space.host.hop = hop
     space.notes.told(0, 1)
     assert (mapped(space.hwpt_), space.counted) == ([], (1, 0, 0, 0))
+
+
+def test_an_area_gone_under_a_look_is_not_mapped() -> None:
+    space = Noted()
+    space.host.fault_in(HVA)
+    space.host.hop = lambda: space.world._take("hop")
+    space.world.hold()
+    space.notes.told(0, 1)
+    gone = space.world.start(space.ioas.unmap(0, 16 * M2))
+    while space.counts.notes_pending or not gone.done:
+        space.world.let_go()
+    assert (mapped(space.hwpt_), space.counts.notes_mapped) == ([], 0)
 
 
 def test_notes_of_two_ioases_that_are_looked_at_at_once_are_both_counted() -> None:

@@ -379,7 +379,18 @@ def test_a_process_that_exits_under_a_waiting_fault_is_eperm(rig: Rig) -> None:
     assert errno_of(asked.result) == errno.EPERM
 
 
-def test_a_mirror_closed_before_its_registration_got_its_turn_is_no_notifier(rig: Rig) -> None:
+def test_a_process_gone_before_its_turn_is_eperm(rig: Rig) -> None:
+    forking = rig.world.start(fork(rig.mm, rig.world.host.create_mm()))  # has the lock, awaits the ack
+    registered = rig.world.start(Mirror(rig.mm).register(SlowImporter()))
+    over = rig.world.start(rig.mm.exit())
+    while rig.ops.pending:
+        rig.world.ack(rig.ops)
+    assert (forking.done, over.done) == (True, True)
+    assert errno_of(registered.result) == errno.EPERM
+    assert rig.mm.notifiers == [rig.world.vm.host_changes, rig.mirror]
+
+
+def test_a_mirror_closed_before_its_turn_is_no_notifier(rig: Rig) -> None:
     forking = rig.world.start(fork(rig.mm, rig.world.host.create_mm()))  # has the lock, awaits the ack
     mirror = Mirror(rig.mm)
     registered = rig.world.start(mirror.register(SlowImporter()))

@@ -249,6 +249,19 @@ def test_long_pins_and_unpins_let_others_have_turns(rig: Rig) -> None:
     assert closed.done
 
 
+def test_two_unpins_at_once_take_each_pin_once(rig: Rig) -> None:
+    turn: Wait[None] = Wait()
+    large = rig.world.map(2, 2)
+    rig.world.run(rig.mirror.pin(large, 2 * MIB2, write=True))
+    rig.world.host.cond_resched = lambda: turn
+    waits = [rig.world.start(rig.mirror.unpin(large, 2 * MIB2)) for _ in range(3)]
+    assert (rig.mirror.pins, [wait.done for wait in waits]) == (0, [False, False, True])
+    turn.set(None)
+    rig.world.flows.run_ready()
+    assert [wait.result() for wait in waits] == [1, 1, 0]
+    assert (rig.mm.pinned_pages, rig.violations()) == (0, [])
+
+
 # -- ends --------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +274,7 @@ def test_close_unpins_everything_and_nothing_is_told_any_more(rig: Rig) -> None:
     assert (rig.told, rig.world.host.frames.in_use) == ([], 0)
 
 
-def test_a_pin_that_sleeps_while_its_mirror_closes_leaves_nothing_pinned(rig: Rig) -> None:
+def test_a_pin_asleep_while_its_mirror_closes(rig: Rig) -> None:
     uffd = Userfaultfd(rig.mm, user_mode_only=False)
     rig.world.run(uffd.register(rig.at(1), PAGE, missing=True, wp=False))
     asked = rig.world.start(rig.mirror.pin(rig.hva, 2 * PAGE, write=True))
@@ -274,7 +287,7 @@ def test_a_pin_that_sleeps_while_its_mirror_closes_leaves_nothing_pinned(rig: Ri
     assert rig.mm.pinned_pages == 0
 
 
-def test_a_pin_that_fails_takes_back_its_own_and_none_that_is_alike(rig: Rig) -> None:
+def test_a_pin_that_fails_takes_back_its_own(rig: Rig) -> None:
     """While it slept, one pin of the page that both calls pinned was given back."""
     uffd = Userfaultfd(rig.mm, user_mode_only=False)
     rig.world.run(uffd.register(rig.at(1), PAGE, missing=True, wp=False))

@@ -80,7 +80,7 @@ def test_the_edit_comes_when_all_have_acked_and_each_is_told_of_its_end_once() -
     assert [slow.heard for slow in told.slow] == [["start", "end"]] * 3
 
 
-def test_who_registers_while_a_change_is_announced_is_told_before_the_edit() -> None:
+def test_who_registers_meanwhile_is_told_before_the_edit() -> None:
     told = Told()
     late = told.registers()
     told.ack(told.slow[0])
@@ -99,7 +99,7 @@ def test_who_registers_after_the_edit_is_told_nothing_of_it() -> None:
     assert (told.over.done, told.registers().heard) == (True, [])
 
 
-def test_who_leaves_before_it_acked_is_told_of_the_end_and_waited_for() -> None:
+def test_who_leaves_before_it_acked_is_waited_for() -> None:
     told = Told()
     told.mm.notifiers.clear()
     assert not told.over.done
