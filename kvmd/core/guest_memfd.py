@@ -1,25 +1,28 @@
 """A guest_memfd file, and the set of gfns that are private.
 
-Models struct kvm_gmem and the memory attributes of a VM [KVM guest_memfd.c]: a file that no process maps,
-bound to slots of one VM; a page is made, zeroed, when the guest first touches it.  A gfn that is private is
-served from the file of its slot, a shared one by the process.  Nothing here is mapped or flushed: that is
-`private_memory`.
+Models struct kvm_gmem and the memory attributes of a VM [KVM guest_memfd.c]: a file that no process maps
+unless it was made for that, bound to slots of one VM; a page is made, zeroed, when it is first touched.  A
+gfn that is private is served from the file of its slot, a shared one by the process.  No gfn is mapped or
+flushed here: that is `private_memory`.
 """
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Any
 
+from kvmd.core.mm.file import check_hole
+from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.page import Kind, Page
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
-from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Hva, Level
 
 ATTRIBUTE_PRIVATE = 1 << 3
 
@@ -29,15 +32,19 @@ class MemfdFlag(IntFlag):
     INIT_SHARED = 2
 
 
-class GuestMemfd:
-    """One file of `size` bytes; `owner` tags its frames.
+class GuestMemfd(Mappable):
+    """One file of `size` bytes; `owner` tags its frames.  `punch` and `release` are its VM's to do, which
+    knows what gfns have of it.
 
     `invalidate_lock` is the kernel's filemap_invalidate_lock: pages are given back only from slots that were
     bound when it was taken, so that nobody may be bound meanwhile.
     """
 
     def __init__(self, vm_id: int, memory: Memory, owner: int, size: int, flags: MemfdFlag) -> None:
+        super().__init__("guest_memfd", LEVEL_4K)
         self.vm_id = vm_id
+        self.punch: Callable[[int, int], Coroutine[Any, Any, None]] | None = None
+        self.release: Callable[[], None] | None = None
         self.npages = size >> PAGE_SHIFT
         self.flags = flags
         self.bindings: list[Binding] = []
@@ -73,6 +80,35 @@ class GuestMemfd:
             raise UapiError(EHWPOISON, f"guest_memfd page {index:#x}: its memory failed")
         return page
 
+    # -- as a process maps it --------------------------------------------------------------------------
+
+    def check_mmap(self, *, shared: bool) -> None:
+        """[KVM guest_memfd.c, kvm_gmem_mmap]"""
+        if MemfdFlag.MMAP not in self.flags:
+            raise UapiError(errno.ENODEV, "the guest_memfd was made without the MMAP flag")
+        if not shared:
+            raise UapiError(errno.EINVAL, "a guest_memfd is mapped shared")
+
+    def has(self, offset: int) -> bool:
+        index = offset >> PAGE_SHIFT
+        return index >= self.npages or index in self._pages
+
+    def page_at(self, offset: int, hva: Hva) -> Page:
+        index = offset >> PAGE_SHIFT
+        if index >= self.npages or MemfdFlag.INIT_SHARED not in self.flags:
+            raise UapiError(errno.EFAULT, f"hva {hva:#x}: beyond the guest_memfd's end, or private")
+        return self.page(index)
+
+    async def punch_hole(self, offset: int, size: int) -> None:
+        assert self.punch is not None, "its VM made it"
+        await self.punch(offset, size)
+
+    def _free(self) -> None:
+        if self.release is not None:
+            self.release()
+
+    # -- pages -----------------------------------------------------------------------------------------
+
     def present(self, index: int) -> Page | None:
         return self._pages.get(index)
 
@@ -82,7 +118,8 @@ class GuestMemfd:
 
     def pages_of_hole(self, offset: int, size: int) -> range:
         """Which pages PUNCH_HOLE is about.  EINVAL: not whole pages, or none."""
-        if size == 0 or offset % PAGE_SIZE or size % PAGE_SIZE:
+        check_hole(self.name, offset, size)
+        if offset % PAGE_SIZE or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"guest_memfd hole {offset:#x}+{size:#x}: not whole pages")
         first, end = offset >> PAGE_SHIFT, (offset + size) >> PAGE_SHIFT
         return range(min(first, self.npages), min(end, self.npages))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from functools import partial
 
 from kvmd.core.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
 from kvmd.core.host_changes import HostChanges
@@ -56,10 +57,12 @@ class PrivateMemory:
             raise UapiError(errno.EINVAL, f"guest_memfd flags {flags:#x}: at most {int(self.memfd_flags):#x}")
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"guest_memfd of {size:#x} bytes: not whole pages, or no file size")
-        return GuestMemfd(self._vm_id, self._memory, self._mm.id, size, MemfdFlag(flags))
+        memfd = GuestMemfd(self._vm_id, self._memory, self._mm.id, size, MemfdFlag(flags))
+        memfd.punch = partial(self.punch_hole, memfd)
+        return memfd
 
     async def close(self, memfd: GuestMemfd) -> None:
-        """Its last fd is closed.  Its slots keep their place and lose their private pages."""
+        """Its last fd is closed, its last mapping gone.  Its slots keep their place and lose its pages."""
         memfd.closed = True
         await self._drop(memfd, range(memfd.npages))
 
@@ -70,6 +73,7 @@ class PrivateMemory:
     async def _drop(self, memfd: GuestMemfd, pages: range) -> None:
         # await: memfd: cannot change: nobody is bound to it under its invalidate_lock
         async with memfd.invalidate_lock, self._host_changes.zapped_gfns(memfd.spans_of(pages)):
+            await memfd.unmap(pages.start, pages.stop, copies_too=False)
             memfd.drop(pages)
 
     async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:

@@ -12,6 +12,7 @@ from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
+from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
@@ -19,7 +20,7 @@ from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from kvmd.service.memfd import MEMFD
-from kvmd.service.objects import App, MemfdFile, MmFile, UffdFile
+from kvmd.service.objects import App, GuestMemfdFile, MemfdFile, MmFile, UffdFile
 from kvmd.service.userfaultfd import UFFD, uffd_closed
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -43,7 +44,7 @@ _HOST_ACTIONS: dict[str, Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = 
 
 async def _mmap(held: MmFile, message: uapi.Mmap, fds: Fds) -> Body:
     hva = None if message.addr is None else Hva(message.addr)
-    file = held.app.files.find(fds.peek(0), MemfdFile).file if message.kind.startswith("file") else None
+    file = _mappable(held.app, fds.peek(0)) if message.kind.startswith("file") else None
     addr = await held.mm.mmap(
         hva,
         message.size,
@@ -55,6 +56,14 @@ async def _mmap(held: MmFile, message: uapi.Mmap, fds: Fds) -> Body:
         fixed=message.fixed,
     )
     return {"addr": addr}
+
+
+def _mappable(app: App, fd: int) -> Mappable:
+    """What an fd lets one map.  EINVAL: nothing."""
+    found = app.files.find(fd, object)
+    if isinstance(found, GuestMemfdFile):
+        return found.memfd
+    return app.files.find(fd, MemfdFile).file
 
 
 async def _munmap(held: MmFile, message: uapi.Munmap, fds: Fds) -> Body:

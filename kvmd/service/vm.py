@@ -5,6 +5,7 @@ What a request changes may have to wait for acks; until then the VM is kept, who
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 
 from kvmd.core.capability import check_extension, enable_cap
@@ -21,7 +22,8 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
-from protocol.uapi.mm import PunchHole
+from protocol.uapi.message import Message
+from protocol.uapi.mm import Ftruncate, Pread, PunchHole, Pwrite
 from protocol.units import Gpa, Hva
 
 
@@ -30,7 +32,20 @@ async def _punch_hole(held: GuestMemfdFile, message: PunchHole, fds: Fds) -> Bod
     return {}
 
 
-GUEST_MEMFD: Service[GuestMemfdFile] = Service("guest_memfd", {"PUNCH_HOLE": Method(PunchHole, _punch_hole)})
+def _refuse(held: GuestMemfdFile, message: Message, fds: Fds) -> Body:
+    """Its size is fixed [kvm_gmem_setattr], and there is no read or write."""
+    raise UapiError(errno.EINVAL, "a guest_memfd is not resized, read or written by its fd")
+
+
+GUEST_MEMFD: Service[GuestMemfdFile] = Service(
+    "guest_memfd",
+    {
+        "PUNCH_HOLE": Method(PunchHole, _punch_hole),
+        "FTRUNCATE": Method(Ftruncate, _refuse),
+        "PREAD": Method(Pread, _refuse),
+        "PWRITE": Method(Pwrite, _refuse),
+    },
+)
 
 
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
@@ -114,12 +129,10 @@ async def _reset_dirty_rings(owner: VmFile, message: uapi.KvmResetDirtyRings, fd
 def _create_guest_memfd(owner: VmFile, message: uapi.KvmCreateGuestMemfd, fds: Fds) -> Answer:
     memfd = owner.vm.private.create(message.size, message.flags)
     owner.refs += 1
-    fd, _, _ = owner.app.files.open(GUEST_MEMFD, GuestMemfdFile(owner, memfd), _guest_memfd_closed)
+    held = GuestMemfdFile(owner, memfd)
+    memfd.release = lambda: owner.app.loop.flows.spawn(_release_guest_memfd(held))
+    fd, _, _ = owner.app.files.open(GUEST_MEMFD, held, lambda closed: closed.memfd.put())
     return Answer({}, [fd])
-
-
-def _guest_memfd_closed(held: GuestMemfdFile) -> None:
-    held.owner.app.loop.flows.spawn(_release_guest_memfd(held))
 
 
 async def _release_guest_memfd(held: GuestMemfdFile) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 from functools import partial
 
+from kvmd.core.mm.file import File
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.notifier import Range, changing, covers, joined
 from kvmd.core.mm.page import Kind, Page, Poisoned, Pte
@@ -38,6 +39,9 @@ async def poison(mm: Mm, start: Hva, size: int) -> int:
 async def _fail(mm: Mm, hva: Hva) -> None:
     while True:
         page = (await mm.fault_in(hva, write=False)).page
+        vma = mm.vmas.find(hva)
+        if vma is not None and not isinstance(vma.file, File | None):
+            raise UapiError(errno.EOPNOTSUPP, f"hva {hva:#x}: {vma.file.name} does not lose memory")
         if page.kind is Kind.ZERO:
             raise UapiError(errno.EBUSY, f"hva {hva:#x}: the zero page is not given up")
         ranges = joined(users_of(page))

@@ -1,66 +1,39 @@
 """A file in memory: its pages, who maps it, and what shrinking it takes from them.
 
 Models shmem as memfd, shared anonymous memory and hugetlbfs use it [mm shmem.c]: the page cache is the
-file; a shared mapping shows its pages, a private one shows them until it has copies. A file lives while
-an fd or a mapping names it.
+file; a shared mapping shows its pages, a private one shows them until it has copies.
 
 Truncating takes what lies beyond the new end from every mapping, private copies too; a hole takes only
-the file's own pages. Both first tell the notifiers of every process that maps the range, and look again
-for mappings made meanwhile, until none is left; then the pages leave the cache (I6).
+the file's own pages. Both first take them from every mapping (`mappable`); then the pages leave the cache
+(I6).
 """
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
+from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import SHARED_OWNER, Memory
-from kvmd.core.mm.notifier import Range, changing, covers
-from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swap
+from kvmd.core.mm.page import Kind, Page, Swap
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
-from protocol.units import LEVEL_4K, Hva, Level, align_up, size_of_level
-
-if TYPE_CHECKING:
-    from kvmd.core.mm.space import AddressSpace
+from protocol.units import LEVEL_4K, Hva, Level, align_up
 
 MAX_FILE_BYTES = (1 << 63) - 1  # MAX_LFS_FILESIZE, s_maxbytes of shmem and hugetlbfs
 
 
-class File:
+class File(Mappable):
     """`size` bytes, in pages of `level`; whoever makes it has its first reference."""
 
     def __init__(self, memory: Memory, name: str, size: int, level: Level = LEVEL_4K) -> None:
-        self.name = name
-        self.level = level
+        super().__init__(name, level)
         self.size = size
         self._memory = memory
-        self._page = size_of_level(level)
         self._cache: dict[int, Page | Swap] = {}
-        self._refs = 1
-        self._spaces: dict[AddressSpace, int] = {}  # who maps it, how many mappings each
         self._lock = RwLock()  # of the inode: one change of the file at a time
 
-    # -- references ------------------------------------------------------------------------------------
-
-    def put(self) -> None:
-        """The fd is closed."""
-        self._refs -= 1
-        self._free_if_unused()
-
-    def attach(self, space: AddressSpace) -> None:
-        """A mapping of the file was made in `space`."""
-        self._spaces[space] = self._spaces.get(space, 0) + 1
-
-    def detach(self, space: AddressSpace) -> None:
-        self._spaces[space] -= 1
-        if not self._spaces[space]:
-            del self._spaces[space]
-        self._free_if_unused()
-
-    def _free_if_unused(self) -> None:
-        if not self._refs and not self._spaces:
-            self._drop(0)
+    def _free(self) -> None:
+        self._drop(0)
 
     # -- pages -----------------------------------------------------------------------------------------
 
@@ -187,7 +160,7 @@ class File:
             self.size = size  # from here on a fault beyond it fails
             first = align_up(size, self._page) // self._page
             # await: first: cannot change: the file's lock is held
-            await self._unmap(first, None, copies_too=True)
+            await self.unmap(first, None, copies_too=True)
             self._drop(first)
             tail = size % self._page
             if tail and size // self._page in self._cache:
@@ -203,7 +176,7 @@ class File:
             first, last = align_up(offset, self._page) // self._page, (offset + size) // self._page
             if first < last:
                 # await: first, last: cannot change: the file's lock is held
-                await self._unmap(first, last, copies_too=False)
+                await self.unmap(first, last, copies_too=False)
                 self._drop(first, last)
             self._zero_part(offset, min(offset + size, first * self._page))
             self._zero_part(max(offset, last * self._page), offset + size)
@@ -215,38 +188,6 @@ class File:
         if start < end and index in self._cache:
             self._bytes(index)[at : at + end - start] = bytes(end - start)
 
-    # -- taking pages from those who map them ----------------------------------------------------------
-
-    async def _unmap(self, first: int, last: int | None, *, copies_too: bool) -> None:
-        """Take pages first..last from every mapping; returns with none left.  Who maps the range is told
-        once even if what it has there stays [unmap_mapping_range]."""
-        ranges = self._mapped(first, last)
-        while ranges:
-
-            def edit(told: list[Range] = ranges) -> None:
-                for mapped in self._mapped(first, last):
-                    for entry in _entries(mapped, copies_too):
-                        if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
-                            (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
-
-            # await: r: cannot change: it belongs to the look that follows
-            await changing(ranges, edit)
-            ranges = [r for r in self._mapped(first, last) if _entries(r, copies_too)]
-
-    def _mapped(self, first: int, last: int | None) -> list[Range]:
-        """Where pages first..last of the file are mapped now."""
-        found = []
-        for space in self._spaces:
-            for vma in space.vmas:
-                if vma.file is self:
-                    start = max(vma.start, vma.start + first * self._page - vma.offset)
-                    end = (
-                        vma.end if last is None else min(vma.end, vma.start + last * self._page - vma.offset)
-                    )
-                    if start < end:
-                        found.append(Range(space, Hva(start), Hva(end)))
-        return found
-
 
 def check_hole(name: str, offset: int, size: int) -> None:
     """What vfs_fallocate asks of any file.  EINVAL: no range; EFBIG: it ends beyond what a file can have."""
@@ -254,12 +195,3 @@ def check_hole(name: str, offset: int, size: int) -> None:
         raise UapiError(errno.EINVAL, f"{name}: hole {offset:#x}+{size:#x} is no range")
     if offset + size > MAX_FILE_BYTES:
         raise UapiError(errno.EFBIG, f"{name}: hole {offset:#x}+{size:#x} ends beyond {MAX_FILE_BYTES:#x}")
-
-
-def _entries(mapped: Range, copies_too: bool) -> list[Entry]:
-    """What is mapped there: of the file alone, or also what a private mapping made of it."""
-    return [
-        entry
-        for entry in mapped.space.table.within(mapped.start, mapped.end)
-        if copies_too or (isinstance(entry, Pte) and entry.page.kind is Kind.FILE)
-    ]

@@ -17,6 +17,7 @@ from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare
 from kvmd.core.mm.file import MAX_FILE_BYTES, File
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.madvise import dontneed
+from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.notifier import Range, announced
@@ -57,13 +58,13 @@ class Mm(AddressSpace):
         level: Level = LEVEL_4K,
         *,
         shared: bool = False,
-        file: File | None = None,
+        file: Mappable | None = None,
         offset: int = 0,
         fixed: bool = False,
     ) -> Hva:
         """Map anonymous memory or `file`, in whole pages of `level`: a size is rounded up.  EINVAL: no size,
         address or offset not aligned, or not the file's size of page; EEXIST: overlap, unless `fixed`;
-        EOVERFLOW: beyond what a file can have; ENOMEM.
+        EOVERFLOW: beyond what a file can have; ENODEV: a file that is not mapped; ENOMEM.
         """
         page = size_of_level(level)
         if size <= 0:
@@ -77,6 +78,8 @@ class Mm(AddressSpace):
             raise UapiError(errno.EOVERFLOW, f"mmap of {file.name} at {offset:#x}: {size:#x} bytes more")
         if size > MAX_MAPPING_BYTES:
             raise UapiError(errno.ENOMEM, f"mmap of {size:#x} bytes: at most 64 TiB")
+        if file is not None:
+            file.check_mmap(shared=shared)
         if file is None and shared:
             file = File(self.memory, "anonymous", size, level)
             file.put()  # the mapping is its only reference

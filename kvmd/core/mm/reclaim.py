@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from kvmd.core.mm.file import File
 from kvmd.core.mm.memory import SHARED_OWNER
 from kvmd.core.mm.notifier import Range, changing, covers, joined
 from kvmd.core.mm.page import Kind, LazyFree, Page, ProtNone, Pte, Swapped
@@ -93,6 +94,8 @@ def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
     """The pages mapped in start..end that may be moved, each once."""
     found: dict[Page, Vma] = {}
     for vma in space.vmas.overlapping(start, end):
+        if vma.file is not None and not isinstance(vma.file, File):
+            continue  # guest_memfd: unevictable, and nothing migrates it
         for entry in space.table.within(Hva(max(start, vma.start)), Hva(min(end, vma.end))):
             if isinstance(entry, Pte) and not entry.page.pins and entry.page.kind is not Kind.ZERO:
                 found.setdefault(entry.page, vma)
@@ -132,7 +135,7 @@ def _swap_small(vma: Vma, page: Page) -> int:
     if not entries:
         return 0  # a part of a huge page nobody mapped
     if page.kind is Kind.FILE:
-        assert vma.file is not None
+        assert isinstance(vma.file, File)
         vma.file.swap_out(page)
         for table, entry in entries:
             table.zap(entry)

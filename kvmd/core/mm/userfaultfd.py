@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from kvmd.core.mm.file import File
 from kvmd.core.mm.page import Kind, Pte, Swapped, WpMarker
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.vma import Vma
@@ -98,7 +99,7 @@ class Userfaultfd:
             end = space.check_range("UFFDIO_REGISTER", start, size)
             self._check_alive("UFFDIO_REGISTER", errno.ENOMEM)
             found = space.vmas.overlapping(start, end)
-            if not found or not (missing or wp) or any(vma.level > LEVEL_4K for vma in found):
+            if not found or not (missing or wp) or not all(_can_userfault(vma) for vma in found):
                 raise UapiError(
                     errno.EINVAL, f"UFFDIO_REGISTER {start:#x}..{end:#x}: no small pages mapped, or no mode"
                 )
@@ -205,7 +206,7 @@ class Userfaultfd:
         if there is not None and not isinstance(there, WpMarker):
             raise UapiError(errno.EEXIST, f"hva {hva:#x} has a page")
         if vma.shared:
-            assert vma.file is not None
+            assert isinstance(vma.file, File), "nothing else is registered"
             page = vma.file.insert(vma.offset_of(hva), data)
         elif data:
             page = memory.allocate(LEVEL_4K, space.id)
@@ -255,6 +256,11 @@ class Userfaultfd:
         for hva in range(first, last, PAGE_SIZE):
             if self._space.table.find(Hva(hva)) is None:
                 self._space.table.set(WpMarker(Hva(hva), vma.level))
+
+
+def _can_userfault(vma: Vma) -> bool:
+    """Anonymous memory and shmem [vma_can_userfault]."""
+    return vma.level == LEVEL_4K and (vma.file is None or isinstance(vma.file, File))
 
 
 def _check_size(what: str, start: Hva, size: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from protocol.units import Hva, Level, align_up
 
 if TYPE_CHECKING:
-    from kvmd.core.mm.file import File
+    from kvmd.core.mm.mappable import Mappable
     from kvmd.core.mm.space import AddressSpace
     from kvmd.core.mm.userfaultfd import Userfaultfd
 
@@ -38,7 +38,7 @@ class Vma:
     end: Hva
     prot: Prot
     level: Level
-    file: File | None = None
+    file: Mappable | None = None
     offset: int = 0
     shared: bool = False
     huge: bool | None = None  # MADV_HUGEPAGE, MADV_NOHUGEPAGE, neither

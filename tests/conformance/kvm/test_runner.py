@@ -296,6 +296,25 @@ NEWER: dict[str, list[Body]] = {
         {"host": "punch_hole", "args": {"memfd": "m", "offset": 1, "size": (1 << 63) - 1}, "errno": "EFBIG"},
         {"host": "ftruncate", "args": {"memfd": "m", "size": -1}, "errno": "EINVAL"},
     ],
+    "gmem": [
+        {"ioctl": "KVM_CREATE_GUEST_MEMFD", "args": {"size": SIZE, "flags": 3}, "errno": 0, "save": "g"},
+        {"host": "mmap", "args": {"addr": HVA, "size": SIZE, "prot": "rw", "kind": "gmem", "memfd": "$g"}},
+        {
+            "ioctl": "KVM_SET_USER_MEMORY_REGION2",
+            "args": {**region(1, flags=4)["args"], "guest_memfd": "gmem", "guest_memfd_offset": 0},
+            "errno": 0,
+        },
+        {"host": "write", "args": {"addr": HVA, "hex": "07"}},
+        {"guest": [["r", GPA, 1]], "reads": [7]},
+        {"host": "ftruncate", "args": {"gmem": "g", "size": SIZE}, "errno": "EINVAL"},
+        {"host": "punch_hole", "args": {"memfd": "gmem", "offset": 0, "size": SIZE}},
+        {"guest": [["r", GPA, 1]], "reads": [0]},
+        {"host": "file_read", "args": {"memfd": "g", "offset": 0, "n": 1, "got": ""}, "errno": "EINVAL"},
+    ],
+    "gmem that is not mapped": [
+        {"ioctl": "KVM_CREATE_GUEST_MEMFD", "args": {"size": SIZE, "flags": 0}, "errno": 0, "save": "g"},
+        {"host": "mmap", "args": {**STORY[0]["args"], "kind": "gmem"}, "errno": "ENODEV"},
+    ],
     "a capability without a name": [
         {"ioctl": "KVM_CHECK_EXTENSION", "args": {"cap": 136}, "errno": 0, "ret": 1},
         {"ioctl": "KVM_CHECK_EXTENSION", "args": {"cap": 9999}, "errno": 0, "ret": 0},

@@ -311,7 +311,9 @@ def test_a_hole_is_punched_into_a_guest_memfd_over_its_fd(client: Client) -> Non
     memfd = client.open("memfd", made["vm"], "KVM_CREATE_GUEST_MEMFD", size=4 * 4096)
     assert client.call(memfd, "PUNCH_HOLE", offset=4096, size=8192).body == {}
     assert errno_of(client, memfd, "PUNCH_HOLE", offset=1, size=4096) == errno.EINVAL
-    assert errno_of(client, memfd, "FTRUNCATE", size=0) == errno.ENOTTY
+    for op, fields in (("FTRUNCATE", {"size": 0}), ("PREAD", {"offset": 0, "size": 1})):
+        assert errno_of(client, memfd, op, **fields) == errno.EINVAL
+    assert errno_of(client, memfd, "PWRITE", offset=0, data=b"x") == errno.EINVAL
 
 
 def test_the_kernels_own_sources_of_invalidation_are_requests_of_a_vm(client: Client) -> None:

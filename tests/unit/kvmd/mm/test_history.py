@@ -228,13 +228,13 @@ def pages_with_pins(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma
     return [(vma, page) for page in pages] if vma is not None else []
 
 
-UNMAP = File._unmap
+UNMAP = File.unmap
 PLANTED: dict[str, tuple[object, str, object]] = {
     "changes are not told": (space, "changing", change_untold),
     "a page of several processes is written in place": (fault, "_may_reuse", lambda *_: True),
     "fork and merging leave pages writable": (PageTable, "replace", replace_keeping_rights),
     "mprotect makes shared pages writable": (mm, "writable_now", lambda vma, entry: vma.writable),
-    "truncate spares private copies": (File, "_unmap", unmap_sparing_copies),
+    "truncate spares private copies": (File, "unmap", unmap_sparing_copies),
     "a split huge page is not told as a whole": (PageTable, "whole", lambda self, start, end: (start, end)),
     "pinned pages are moved": (reclaim, "_pages", pages_with_pins),
     "only one process of several is told": (reclaim, "users_of", lambda page: []),
