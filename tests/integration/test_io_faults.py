@@ -152,3 +152,18 @@ def inode_of(file: File) -> int:
         return os.fstat(fd).st_ino
     finally:
         os.close(fd)
+
+
+async def test_a_poisoned_page_is_refused_alone_and_its_frame_goes_back_in_the_end(host: Host) -> None:
+    """It was Failure, which stops the function's page requests for good; the frame was lost to the host."""
+    async with rigged(host) as rig:
+        bad, good = rig.memory.allocate(2), rig.memory.allocate(2)
+        assert await rig.fill(bad) is Status.SUCCESS
+        await rig.process.host_action("poison", rig.hva + bad, PAGE_SIZE)
+        assert await rig.fill(bad) is Status.PAGE_FAULT_IR
+        (hwpt,) = (await host.iommufdd.stats())["hwpts"]
+        assert hwpt["faults"]["INVALID"] >= 1
+        assert "FAILURE" not in hwpt["faults"]
+        for n in range(2):
+            assert await rig.fill(good + n * PAGE_SIZE) is Status.SUCCESS, "page requests are on"
+        assert await host.kvmd.violations() == []

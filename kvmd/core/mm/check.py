@@ -7,11 +7,12 @@ nothing is freed twice. What another MMU pinned is where it was (`hmm`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvmd.core.mm.hmm import Mirror, check_pins
 from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.page import Kind, Page, Pte
+from kvmd.core.mm.page import Kind, Page, Poisoned, Pte
 from kvmd.core.mm.space import AddressSpace
 from protocol.units import pages_of_level, size_of_level
 
@@ -20,6 +21,7 @@ def check_memory(memory: Memory, spaces: Sequence[AddressSpace]) -> list[str]:
     """Every violation as a sentence with its invariant number; empty when all hold."""
     mapped = 0
     found = []
+    failed = Counter[Page]()
     for space in spaces:
         end = 0
         for entry in sorted(space.table.entries(), key=lambda entry: entry.hva):
@@ -29,9 +31,15 @@ def check_memory(memory: Memory, spaces: Sequence[AddressSpace]) -> list[str]:
             if isinstance(entry, Pte):
                 mapped += 1
                 found += [f"I21: mm {space.id} hva {entry.hva:#x}: {why}" for why in _check(space, entry)]
+            elif isinstance(entry, Poisoned):
+                failed[entry.page] += 1
     for page in memory.pages:
         mapped -= len(page.entries)
-        if not page.in_use and not page.poisoned:
+        if page.marks != failed[page]:
+            found.append(
+                f"I21: pfn {page.pfn:#x}: {failed[page]} entries say it failed, it knows of {page.marks}"
+            )
+        if not page.in_use:
             found.append(f"I6: pfn {page.pfn:#x} is kept though nobody counts on it")
     if mapped:
         found.append(f"I21: {mapped} more entries map pages than the pages know of")

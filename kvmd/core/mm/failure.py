@@ -1,9 +1,9 @@
-"""Memory that fails: the page is taken from everybody and its frame never used again.
+"""Memory that fails: the page is taken from everybody, and its frame used by nobody who could tell.
 
 Models memory_failure [mm memory-failure.c]: a transparent huge page is split first, so that only 4 KiB
 are lost, hugetlb's is lost whole; every process that mapped it finds a poisoned entry, a file keeps the
 bad page so that its contents are not silently replaced by zeroes. Whoever touches it gets EHWPOISON, who
-has it pinned keeps it.
+has it pinned keeps it. Departure: with the last entry, file and pin that names it the frame goes back.
 """
 
 from __future__ import annotations
@@ -63,5 +63,5 @@ def _poison(mm: Mm, hva: Hva, page: Page, told: list[Range]) -> bool:
         page = entry.page  # itself, if it is pinned: then all of it is lost
     mm.memory.poison(page)
     for table, lost in entries_of(page):
-        table.set(Poisoned(lost.hva, lost.level))
+        table.set(Poisoned(lost.hva, lost.level, page))
     return True

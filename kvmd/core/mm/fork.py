@@ -49,7 +49,7 @@ def _share(parent: Mm, child: Mm, vma: Vma, entry: Entry) -> Entry | None:
         entry.swap.count += 1
         return Swapped(entry.hva, entry.swap)
     if isinstance(entry, Poisoned):
-        return Poisoned(entry.hva, entry.level)
+        return Poisoned(entry.hva, entry.level, entry.page)
     if not isinstance(entry, Pte):
         return None
     page = entry.page

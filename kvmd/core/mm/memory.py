@@ -5,7 +5,7 @@ nothing counts on that page any more. The zero pages, the tree of merged pages [
 area are the host's. A frame's tag says whom it was taken for and does not change while it is shared: a
 fork gives the page to more processes but nobody's translation of it goes stale.
 
-A frame that failed is never released. Departure: a zero page goes back with its last mapping.
+Departures: a zero page goes back with its last mapping, a frame that failed with the last that knew of it.
 """
 
 from __future__ import annotations
@@ -100,17 +100,17 @@ class Memory:
 
     def put(self, page: Page) -> None:
         """Release the frame if nothing counts on it.  The caller has seen every flush of it acked (I6)."""
-        if page.in_use or page.poisoned:
+        if page.in_use:
             return
         if page.kind is Kind.ZERO:
             del self._zero[page.level]
-        elif page.kind is Kind.KSM:
+        elif page.kind is Kind.KSM and not page.poisoned:
             del self.merged[self.contents(page)]
         del self.pages[page]
         self.frames.release(page.pfn, page.level)
 
     def poison(self, page: Page) -> None:
-        """The frame is never used again."""
+        """Nobody uses the frame again as long as somebody knows that it failed."""
         if page.kind is Kind.KSM:
             del self.merged[self.contents(page)]
         page.poisoned = True

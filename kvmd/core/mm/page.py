@@ -44,11 +44,12 @@ class Page:
     poisoned: bool = False
     cached: bool = False  # a file holds it
     pins: int = 0  # long-term pins: it must stay where it is
+    marks: int = 0  # entries that say it failed
     entries: dict[tuple[PageTable, Hva], None] = field(default_factory=dict)  # what maps it, or part of it
 
     @property
     def in_use(self) -> bool:
-        return bool(self.entries) or self.cached or self.pins > 0
+        return bool(self.entries) or self.cached or self.pins > 0 or self.marks > 0
 
 
 @dataclass(slots=True, eq=False)
@@ -101,10 +102,11 @@ class Swapped:
 
 @dataclass(slots=True, eq=False)
 class Poisoned:
-    """The memory failed; whoever touches it gets EHWPOISON."""
+    """The memory failed; whoever touches it gets EHWPOISON.  `page` is what was there."""
 
     hva: Hva
     level: Level
+    page: Page
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvmd.core.mm.memory import Memory
 from kvmd.core.mm.notifier import Range
-from kvmd.core.mm.page import Entry, Kind, Page, Pte, Swapped, WpMarker
+from kvmd.core.mm.page import Entry, Kind, Page, Poisoned, Pte, Swapped, WpMarker
 from protocol.units import LEVEL_2M, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class PageTable:
         old = self._entries.get(entry.hva)
         self._entries[entry.hva] = entry
         page = entry.page if isinstance(entry, Pte) else None
+        if isinstance(entry, Poisoned):
+            entry.page.marks += 1
         if page is not None:
             page.entries[self, entry.hva] = None
         if old is not None:
@@ -91,6 +93,9 @@ class PageTable:
             if old.page is not kept:
                 del old.page.entries[self, old.hva]
                 self.memory.put(old.page)
+        elif isinstance(old, Poisoned):
+            old.page.marks -= 1
+            self.memory.put(old.page)
         elif isinstance(old, Swapped):
             self.memory.put_swap(old.swap)
 

@@ -132,7 +132,7 @@ def test_ageing_asks_every_notifier(world: World) -> None:
 # -- poison --------------------------------------------------------------------------------------------
 
 
-def test_poisoned_memory_is_told_apart_and_never_used_again(world: World) -> None:
+def test_poisoned_memory_is_told_apart_and_not_used_again_while_somebody_has_it(world: World) -> None:
     hva = touched(world, 2)
     child = child_of(world)
     pfn = gup(world, hva).pfn
@@ -140,9 +140,37 @@ def test_poisoned_memory_is_told_apart_and_never_used_again(world: World) -> Non
     for mm in (world.mm, child):
         for write in (False, True):
             assert errno_of(lambda mm=mm, write=write: gup(world, hva, write=write, mm=mm)) == EHWPOISON  # type: ignore[misc]
-        world.run(mm.exit())
-    assert world.host.frames.in_use == 1
-    assert pfn not in {world.host.frames.allocate(Level(1), 1) for _ in range(600)}
+    world.run(world.mm.exit())
+    books_are_right(world, child)
+    taken = [world.host.frames.allocate(Level(1), 1) for _ in range(600)]
+    assert pfn not in taken
+    for frame in taken:
+        world.host.frames.release(frame, Level(1))
+    world.run(child.exit())
+    assert world.host.frames.in_use == 0, "given back in the end"
+    assert world.host.memory.pages == {}
+
+
+@pytest.mark.parametrize("end", ["munmap", "madvise_dontneed", "exit"])
+def test_a_poisoned_frame_goes_with_the_last_entry_that_names_it(world: World, end: str) -> None:
+    hva = touched(world, 1)
+    child = child_of(world)
+    world.run(poison(world.mm, hva, PAGE))
+    for left, mm in ((1, world.mm), (0, child)):
+        world.run(mm.exit() if end == "exit" else getattr(mm, end)(hva, PAGE))
+        assert world.host.frames.in_use == left
+
+
+def test_the_check_of_who_names_a_failed_frame_can_fail(world: World) -> None:
+    hva = touched(world, 1)
+    page = world.mm.table.find(hva)
+    assert isinstance(page, Pte)
+    world.run(poison(world.mm, hva, PAGE))
+    assert check_memory(world.host.memory, [world.mm]) == []
+    page.page.marks += 1
+    (found,) = check_memory(world.host.memory, [world.mm])
+    assert found.startswith("I21")
+    assert "1 entries say it failed, it knows of 2" in found
 
 
 def test_of_a_huge_page_only_the_bad_part_is_lost(world: World) -> None:
@@ -152,7 +180,7 @@ def test_of_a_huge_page_only_the_bad_part_is_lost(world: World) -> None:
     assert errno_of(lambda: gup(world, hva + 7 * PAGE)) == EHWPOISON
     assert world.run(world.mm.read(hva, 7 * PAGE)) == b"h" * 7 * PAGE
     world.run(world.mm.exit())
-    assert world.host.frames.in_use == 1
+    assert world.host.frames.in_use == 0
 
 
 def test_a_file_keeps_its_bad_page(world: World) -> None:
