@@ -358,7 +358,7 @@ class Rig:
             if data:
                 self.store(page, data)
             else:
-                assert seen == self.load(page)
+                assert seen == self.load(page), f"the process reads {seen!r} at {hva:#x}"
 
         self.begin(f"process {hva:#x}", run())
 

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage, Pte
-from kvmd.core.mm.space import Via
 from protocol.flow import Wait
 from protocol.units import Hva
 
@@ -33,21 +31,21 @@ class SleepyMm:
     def sleepers(self) -> int:
         return len(self._sleepers)
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+    async def get_user_page(self, hva: Hva, **how: Any) -> HostPage:
         await self._sleep()
-        page = await self._mm.get_user_page(hva, write=write, tally=tally)
+        page = await self._mm.get_user_page(hva, **how)
         self._found(page)
         await self._sleep()
         return page
 
-    async def fault_in(self, hva: Hva, *, write: bool, via: Via) -> Pte:
+    async def fault_in(self, hva: Hva, **how: Any) -> Pte:
         await self._sleep()
-        entry = await self._mm.fault_in(hva, write=write, via=via)
+        entry = await self._mm.fault_in(hva, **how)
         await self._sleep()
         return entry
 
     async def _sleep(self) -> None:
-        if self._random.random() < self.drowsy:
+        if self.drowsy and self._random.random() < self.drowsy:
             self.slept += 1
             self._sleepers.append(Wait())
             await self._sleepers[-1]

@@ -16,18 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvmd.core import tdp_table
-from kvmd.core.fault_path import FaultPath
 from kvmd.core.flush import Flusher
-from kvmd.core.guest_ram import GuestRam
 from kvmd.core.host_changes import HostChanges
-from kvmd.core.mm.space import Via
 from kvmd.core.table_pool import TablePool
 from kvmd.core.vm import Kvm
-from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import Gfn, Gpa, Hpa, Hva
+from protocol.units import Gfn, Hpa, Hva
 from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
-from tests.properties.planted import rewritten
 
 S, L = SMALL >> 12, LARGE >> 12
 GFN = st.one_of(
@@ -194,16 +189,13 @@ def random_step(rig: Rig, random: Random) -> None:
     steps: tuple[tuple[float, Callable[[], None]], ...] = (
         (6, lambda: rig.io_fault(gfn, data is not None)),
         (8, lambda: rig.dma(random.randrange(2), gfn, data)),
-        (9, lambda: rig.guest(random.randrange(2), gfn, data, random.choice((0, 3)))),
+        (9, lambda: rig.guest(random.randrange(2), gfn, data)),
         (5, lambda: rig.change("madvise_dontneed", *((L, 512) if large else (first, random.randint(1, 3))))),
         (3, lambda: rig.change("migrate", *((L, 512) if large else (first, random.randint(1, 3))))),
         (0.5, lambda: rig.change("munmap", first, random.randint(1, 3))),
         (2, lambda: rig.mmap(large)),
-        (2, lambda: rig.set_slot(*random.choice(SLOTS_OF_NOTE), random.random() < 0.2)),
-        (1, lambda: rig.log(random.randrange(3), random.random() < 0.7)),
-        (1, lambda: rig.get_dirty_log(random.randrange(3))),
-        (6, lambda: rig.wake(random.randrange(8))),
-        (0.8, lambda: realign(rig, random.randrange(2))),
+        (0.5, lambda: rig.set_slot(*random.choice(SLOTS_OF_NOTE), random.random() < 0.2)),
+        (0.5, lambda: realign(rig, random.randrange(2))),
         (3, lambda: rig.process(first, data)),
         (4, lambda: rig.ack(random.randrange(2), random.randrange(8))),
         (0.3, rig.ack_all),
@@ -213,15 +205,13 @@ def random_step(rig: Rig, random: Random) -> None:
     random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
 
-def soak(seed: int, steps: int, *, own: bool = False, drowsy: float = 0.3) -> Rig:
-    """`drowsy`: how likely a lookup falls asleep."""
+def soak(seed: int, steps: int, *, own: bool = False) -> Rig:
     rig, random = ready(seed, own=own), Random(seed)
     rig.set_slot(1, 0x200, 512, L, False)
     for _ in range(steps):
-        rig.lookups.drowsy = drowsy
         random_step(rig, random)
         rig.check()
-    rig.finish()
+    rig.ack_all()
     rig.check()
     return rig
 
@@ -234,8 +224,7 @@ def soak_all(*, own: bool = False) -> None:
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_long_run_keeps_the_core_in_step_with_the_dicts(seed: int, own: bool) -> None:
-    rig = soak(seed, 400, own=own)
-    assert rig.lookups.slept > 5, "hardly anybody slept"
+    rig = soak(seed, 200, own=own)
     assert rig.compared > 5, "the run read too little to mean anything"
     assert rig.overlapped > 0, "no two invalidations were ever out at once"
 
@@ -281,20 +270,6 @@ def forgets_importers(self: Kvm, span: Any, epoch: int) -> list[Any]:
     return []
 
 
-async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) -> Any:
-    """What the slot was that was found before the sleep counts."""
-    slot = await self._slot(gpa)
-    if slot is None or (write and slot.readonly):
-        return None
-    hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % 4096)
-    while (there := self._vm.mm.bytes_now(hva, size, write=write)) is None:
-        try:
-            await self._vm.mm.fault_in(hva, write=write, via=Via.KERNEL)
-        except UapiError:
-            return None
-    return slot, there
-
-
 PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "drain is skipped": (Flusher, "drain", no_drain),
     "acks are not waited for": (Flusher, "flush", no_acks),
@@ -303,27 +278,6 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
     "bit 11 marks table entries": (tdp_table, "make_table_entry", marker_at_bit_11),
     "importers are not told": (Kvm, "_tell_walkers", forgets_importers),
-    "an emulated access keeps its slot": (GuestRam, "_reach", keeps_its_slot),
-    "a fault keeps its slot": (
-        FaultPath,
-        "_try",
-        rewritten(FaultPath, "_try", "vm.slots.find(gfn, fault.as_id) is not slot", "False"),
-    ),
-    "a fault takes a slot that goes": (
-        FaultPath,
-        "_try",
-        rewritten(FaultPath, "_try", "is not slot or slot is vm.slots_change.going", "is not slot"),
-    ),
-    "a fault takes an equal slot for its own": (
-        FaultPath,
-        "_try",
-        rewritten(
-            FaultPath,
-            "_try",
-            "vm.slots.find(gfn, fault.as_id) is not slot",
-            "vm.slots.find(gfn, fault.as_id) != slot",
-        ),
-    ),
 }
 
 
@@ -379,51 +333,6 @@ def huge_over_small(rig: Rig) -> None:
     rig.check()
 
 
-def slot_goes_under(rig: Rig, access: Callable[[], None], anew: Callable[[], None]) -> None:
-    """Slot 0 is deleted while the lookup of `access` sleeps; then comes what is made `anew`."""
-    rig.lookups.drowsy = 1
-    access()
-    rig.lookups.drowsy = 0
-    rig.set_slot(0, 0, 0, 0, False)
-    rig.ack_all()
-    anew()
-    rig.finish()
-    rig.check()
-
-
-def elsewhere(rig: Rig) -> None:
-    """The gfns are of another slot now, over other pages."""
-    rig.set_slot(2, 0x100, SMALL_PAGES - 1, S + 1, False)
-
-
-def emulated_store(rig: Rig) -> None:
-    slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!", 0), lambda: elsewhere(rig))
-    rig.process(S + 3, None)
-    rig.process(S + 4, None)
-
-
-def store_of_cpu(rig: Rig) -> None:
-    slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!"), lambda: elsewhere(rig))
-
-
-def store_while_it_goes(rig: Rig) -> None:
-    rig.lookups.drowsy = 1
-    rig.io_fault(0x103, True)
-    rig.lookups.drowsy = 0
-    rig.set_slot(0, 0, 0, 0, False)
-    while rig.lookups.sleepers:
-        rig.wake(0)
-    rig.finish()
-    rig.check()
-
-
-def store_under_an_equal_slot(rig: Rig) -> None:
-    rig.log(0, True)
-    rig.ack_all()
-    anew = rig.slots[0]
-    slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!"), lambda: rig.set_slot(0, *anew, log=True))
-
-
 SCHEDULES: dict[str, Callable[[Rig], None]] = {
     "drain is skipped": overlapping,
     "acks are not waited for": drop,
@@ -432,10 +341,6 @@ SCHEDULES: dict[str, Callable[[Rig], None]] = {
     "table pages skip the quarantine": huge_over_small,
     "bit 11 marks table entries": drop,
     "importers are not told": drop,
-    "an emulated access keeps its slot": emulated_store,
-    "a fault keeps its slot": store_of_cpu,
-    "a fault takes a slot that goes": store_while_it_goes,
-    "a fault takes an equal slot for its own": store_under_an_equal_slot,
 }
 CAUGHT = {
     "drain is skipped": "I6",
@@ -463,12 +368,8 @@ def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch
         SCHEDULES[bug](ready())
 
 
-# Of these a long run meets the moment too seldom; the schedules written out are for them.
-RARE = {"a fault takes a slot that goes", "a fault takes an equal slot for its own"}
-
-
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("bug", sorted(PLANTED.keys() - RARE))
+@pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught_by_a_long_run(bug: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*PLANTED[bug])
     with pytest.raises(AssertionError, match=CAUGHT[bug]):
@@ -477,5 +378,5 @@ def test_a_planted_bug_is_caught_by_a_long_run(bug: str, own: bool, monkeypatch:
 
 def test_a_planted_bug_is_caught_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*PLANTED["acks are not waited for"])
-    with pytest.raises(AssertionError, match="I6"):
+    with pytest.raises(AssertionError, match=r"I6|I7"):
         run_machine(300, (Phase.generate,))
