@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 import pytest
 
+from tests.awaits.graph import awaits_in
 from tests.awaits.page import DOCUMENT, complaints, document
-from tests.awaits.sites import Clause, Site, idle_comments, sites
+from tests.awaits.sites import Clause, Site, cores, idle_comments, sites
 from tests.awaits.values import Values
-from tests.tidy.source import Module, snippet
+from tests.tidy.source import Module, hold, snippet
 
 ALL_ARE_SAID = False
 
@@ -117,6 +119,28 @@ def test_what_holds_for_a_whole_function_is_said_above_it() -> None:
     assert [site.complaints for site in found(module)] == [[], []]
     assert found(module)[0].clauses == (Clause(("slot",), "ours"),)
     assert idle_comments(module, found(module)) == []
+
+
+def sums_across_a_sleep(module: Module) -> list[str]:
+    """`x.done += await copy()` reads before it sleeps and loses what others added meanwhile."""
+    return [
+        module.at(node, f"{ast.unparse(node.target)} is read before the sleep and stored after it")
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.AugAssign)
+        and not isinstance(node.target, ast.Name)
+        and any(awaits_in(node.value))
+    ]
+
+
+def test_nothing_is_added_to_across_a_sleep() -> None:
+    hold(sums_across_a_sleep, cores())
+    for text, breaches in (
+        ("self.n += await w", 1),
+        ("n[0] |= 1 + await w", 1),
+        ("n += await w", 0),
+        ("self.n += w", 0),
+    ):
+        assert len(sums_across_a_sleep(function("self", text))) == breaches
 
 
 def test_two_clauses_may_stand_in_one_comment() -> None:

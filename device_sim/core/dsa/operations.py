@@ -111,7 +111,8 @@ async def _dualcast(dma: Dma, d: Descriptor, out: Outcome) -> None:
 async def _flush(dma: Dma, d: Descriptor, out: Outcome) -> None:
     """CFLUSH: memory here has no cache before it; what remains is that every page is reached."""
     while out.completed < d.size:
-        out.completed += await dma.reach(out.completed, d.size, (d.dst, False))
+        done = await dma.reach(out.completed, d.size, (d.dst, False))
+        out.completed += done
 
 
 # -- comparisons ---------------------------------------------------------------------------------------
