@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from random import Random
@@ -16,8 +17,9 @@ BYTES = 4096
 
 def pair(reserved: int = 64) -> tuple[DirtyRing, Harvester, memoryview]:
     """KVM's side, user space's side, and the bytes between them."""
-    fd = os.memfd_create("ring")
+    fd = os.memfd_create("ring", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     harvester = Harvester(fd, BYTES)
     memory = memoryview(harvester._memory)
     return DirtyRing(memory, reserved), harvester, memory
