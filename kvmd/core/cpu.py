@@ -62,6 +62,8 @@ class Cpu:
 
     # -- accesses --------------------------------------------------------------------------------------
 
+    # awaits: asked, pieces: cannot change: `_reach` walks anew after each sleep, and the emulator asks for
+    # itself
     async def load(self, gpa: Gpa, size: int) -> bytes:
         hpa = self._hit(gpa, size, bits.READ)
         if hpa is not None:
@@ -69,6 +71,7 @@ class Cpu:
         pieces = await self._reach((gpa, size, bits.READ))
         return await self._emulator.load(gpa, size) if pieces is None else self._read(pieces)
 
+    # awaits: asked: cannot change: a TLB that missed; `_reach` walks anew after each sleep
     async def store(self, gpa: Gpa, data: bytes) -> None:
         hpa = self._hit(gpa, len(data), bits.WRITE)
         if hpa is not None:
@@ -81,6 +84,7 @@ class Cpu:
         else:
             self._write(pieces, data)
 
+    # awaits: change: cannot change: what the instruction does
     async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
         pieces = await self._reach((gpa, size, bits.WRITE))
         if pieces is None:
@@ -95,6 +99,7 @@ class Cpu:
     def prefetch(self, gpa: Gpa) -> None:
         self._translate(gfn_of(gpa), bits.READ)
 
+    # awaits: count: cannot change: worked out of the operands
     async def copy(self, dst: Gpa, src: Gpa, size: int) -> int:
         """Up to the next page bound of either side; not past where the copy would meet its own result."""
         count = min(size, _to_page_end(src), _to_page_end(dst))
@@ -133,6 +138,8 @@ class Cpu:
 
     # -- translation -----------------------------------------------------------------------------------
 
+    # awaits: at, tries, wanted: cannot change: operands, and a count | asked, epoch: cannot change: after
+    # each sleep all is translated anew, and the epoch is only compared
     async def _reach(self, *ranges: Range) -> list[Piece] | None:
         """Where all the bytes are now, a piece a page; nothing may await before they are used.  None: the
         emulator has to make this access.
@@ -203,6 +210,8 @@ class Cpu:
         if slot is not None:
             self._vm.mark_page_dirty(slot, gfn, self._vcpu)
 
+    # awaits: fault: cannot change: frozen | asked: cannot change: the levels of a vCPU's roots are fixed once
+    # it has run
     async def _violation(self, gfn: Gfn, need: int) -> bool:
         """Have the page mapped, however often user space has to help.  False: nothing can be mapped."""
         vcpu = self._vcpu

@@ -129,6 +129,9 @@ class DirtyLog:
             with self._stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
                 await self._flusher.flush(slot.span)
 
+    # awaits: slot, each root, root: cannot change: under the slots_lock, which removing a slot or its roots
+    # takes | met, region: cannot change: frozen entries are passed by until `thaw`, which looks at the entry
+    # again
     async def _recover_huge_pages(self, slot: Memslot) -> None:
         """Tables that only logging asked for: frozen, flushed region by region, cleared; faults map huge
         leaves then (RFC-98)."""
@@ -150,6 +153,7 @@ class DirtyLog:
 
     # -- what user space asks --------------------------------------------------------------------------
 
+    # awaits: bits: cannot change: taken out of the bitmap, nobody else has them
     async def get(self, number: int, dirty_bitmap: Hva) -> None:
         """KVM_GET_DIRTY_LOG.  The copy comes last: if it fails, bits taken are lost, as in the kernel."""
         async with self._lock:
@@ -163,6 +167,7 @@ class DirtyLog:
                 await self._protect_again(slot, 0, bits)
                 await copy_to_user(self._mm, dirty_bitmap, bits)
 
+    # awaits: dirty, slot: cannot change: under the slots_lock, which replacing a slot takes
     async def clear(self, log: ClearDirtyLog) -> None:
         """KVM_CLEAR_DIRTY_LOG: only bits that were set are cleared, and only their pages protected."""
         async with self._lock:
@@ -173,6 +178,8 @@ class DirtyLog:
                 self._mark_unnoticed(slot, dirty)
                 await self._protect_again(slot, log.first_page, cleared)
 
+    # awaits: asked: cannot change: rings are made before vCPUs and stay | taken: cannot change: a list of its
+    # own
     async def reset_rings(self) -> int:
         """KVM_RESET_DIRTY_RINGS: protect what user space has harvested.  How many entries."""
         if not self.ring_bytes:

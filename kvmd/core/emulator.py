@@ -30,6 +30,8 @@ class Emulator:
     def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int) -> None:
         self._ram = GuestRam(vm, as_id, vcpu)
 
+    # awaits: at, count, missing, each at: cannot change: worked out of the operands; each page is looked for
+    # by itself
     async def load(self, gpa: Gpa, size: int) -> bytes:
         value = bytearray(size)
         missing: list[tuple[Gpa, int]] = []
@@ -44,6 +46,8 @@ class Emulator:
             value[at - gpa : at - gpa + count] = data[:count].ljust(count, b"\0")
         return bytes(value)
 
+    # awaits: at, count, missing, each at: cannot change: worked out of the operands; each page is looked for
+    # by itself
     async def store(self, gpa: Gpa, data: bytes) -> None:
         missing: list[tuple[Gpa, int]] = []
         for at, count in pages_of(gpa, len(data)):
@@ -53,6 +57,8 @@ class Emulator:
             piece = data[at - gpa : at - gpa + count]
             await Exit(ExitReason.MMIO, mmio=Mmio(at, count, True, piece))
 
+    # awaits: change: cannot change: what the instruction does | new: cannot change: made of `old`; a locked
+    # one is stored only where `old` still is
     async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
         """A locked one within a page is a compare-and-exchange at the host's address, where there is one.  If
         that faults it cannot be emulated; if the value is another by now the instruction starts again

@@ -34,12 +34,14 @@ class FaultPath:
     def __init__(self, vm: Kvm) -> None:
         self._vm = vm
 
+    # awaits: fault: cannot change: frozen
     async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> Result:
         """Populate `fault.gfn` in the root of `vcpu`, or in the exported one when a device asks."""
         result = await self._resolve(fault, vcpu)
         self._vm.faults[fault.source, result] += 1
         return result
 
+    # awaits: fault, vcpu: cannot change: the request, and a vCPU lives as long as its VM
     async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
         for _ in range(MAX_TRIES):
             result = await self._try(fault, vcpu)
@@ -48,6 +50,11 @@ class FaultPath:
             self._vm.retries += 1
         return Result.UNSTABLE
 
+    # awaits: fault, gfn, hva, vcpu: cannot change: the request, and numbers | slot, asked: the slot may go,
+    # move, or be another one; asked again: after the lookup, or by the next try
+    # (tests/unit/kvmd/test_fault_asleep.py::test_slot_goes_under_a_vcpu_s_fault) | private, seq, page: the
+    # host may take the page, or its kind may change; asked again: `stale`
+    # (tests/properties/test_kvmd.py::test_a_planted_bug_is_caught_by_a_schedule_written_out)
     async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
         """None: something was in the way; it may be gone now."""
         vm = self._vm
@@ -93,6 +100,7 @@ class FaultPath:
             return None
         return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
 
+    # awaits: mapped: cannot change: an answer of its own
     async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
         vm = self._vm
         root = self._fault_root(vcpu, fault.as_id)

@@ -34,6 +34,8 @@ class Flusher:
     def acked(self) -> int:
         return min(self._outstanding, default=self.epoch + 1) - 1
 
+    # awaits: epoch, over, each wait: cannot change: of this flush; who registers later has cached nothing
+    # older
     async def flush(self, span: GfnSpan | None) -> None:
         """Returns when no vCPU and no importer uses a translation of `span` older than this call."""
         self.epoch += 1
@@ -50,6 +52,7 @@ class Flusher:
         """Reuse what was held for flushes that are over."""
         self._pool.reclaim(self._vm_id, self.acked)
 
+    # awaits: each wait: cannot change: a copy; flushes issued later are not waited for
     async def drain(self) -> None:
         """Returns when every flush issued before this call is acked.
 

@@ -80,6 +80,9 @@ class GuestRam:
         self._vm.stores.stored(self._as_id, gfn)
         return Exchange.STORED
 
+    # awaits: mm: cannot change: the VM's for good | slot: it may go, move, or be another one; asked again:
+    # the loop, before the bytes are used
+    # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_goes_while_it_sleeps)
     async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:
         """The slot and the bytes as they are now; nothing may await before they are used.  None: not RAM, or
         not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0014).

@@ -52,6 +52,7 @@ class HostChanges:
         over, self.over = self.over, Wait()
         over.set(None)
 
+    # awaits: spans: cannot change: the caller's list
     @asynccontextmanager
     async def zapped_gfns(self, spans: Sequence[GfnSpan], told: GfnSpan | None = None) -> AsyncIterator[None]:
         """Around a change of what guest frames translate to [KVM kvm_zap_gfn_range, guest_memfd.c]: inside

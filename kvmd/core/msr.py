@@ -33,6 +33,7 @@ async def set_msr(vm: Kvm, vcpu: Vcpu, index: int, value: int) -> bool:
     return True
 
 
+# awaits: ram, each data: cannot change: names a VM and bytes; each access looks its slot up
 async def _write_wall_clock(ram: GuestRam, gpa: Gpa, epoch_ns: int) -> None:
     old = await _read(ram, gpa, _VERSION.size)
     if old is None:
@@ -53,6 +54,7 @@ async def _read(ram: GuestRam, gpa: Gpa, size: int) -> bytes | None:
     return None if None in parts else b"".join(part for part in parts if part is not None)
 
 
+# awaits: ram: cannot change: names a VM; each access looks its slot up
 async def _write(ram: GuestRam, gpa: Gpa, data: bytes) -> bool:
     for at, count in pages_of(gpa, len(data)):
         if not await ram.store(at, data[at - gpa : at - gpa + count]):

@@ -60,6 +60,8 @@ class NxHugePages:
                 if table is not None:
                     root.nx_split[level, entry_start(fault.gfn, level)] = table
 
+    # awaits: each first, regions: cannot change: a list of its own; `_zap` looks at each table again | each
+    # root, root: cannot change: a copy of the list; a root goes under the slots_lock
     async def recover(self) -> int:
         """Give small leaves up that only a fetch asked for.  How many tables."""
         zapped = 0

@@ -20,6 +20,7 @@ BREATH = 64  # faults after which others get a turn
 _ERRNO = {Result.NO_SLOT: errno.ENOENT, Result.NO_MEMORY: errno.ENOMEM, Result.UNSTABLE: errno.EAGAIN}
 
 
+# awaits: vcpu: cannot change: it lives as long as its VM
 async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int) -> tuple[Gpa, int]:
     """What is left of the range: its start and size."""
     if flags or gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa + size >= 1 << 64:
@@ -32,6 +33,7 @@ async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int)
     return at, gpa + size - at
 
 
+# awaits: gpa, vcpu, vm: cannot change: how far this request is; a vCPU lives as long as its VM
 async def _pre_fault_until(vm: Kvm, vcpu: Vcpu, start: Gpa, end: Gpa) -> Gpa:
     """How far it came."""
     gpa, faults = start, 0
@@ -48,6 +50,8 @@ async def _pre_fault_until(vm: Kvm, vcpu: Vcpu, start: Gpa, end: Gpa) -> Gpa:
     return gpa
 
 
+# awaits: vcpu, vm: cannot change: a vCPU lives as long as its VM | asked: cannot change: the levels of a
+# vCPU's roots are fixed once it has run
 async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     """Map the page; the first gfn that is not mapped with it."""
     if vm.dirty_ring_full(vcpu):

@@ -56,6 +56,7 @@ class Program:
         self._code = code
         self._steps = 0
 
+    # awaits: each name, name, operands: cannot change: the code, given once
     async def execute(self) -> None:
         vcpu = self._vcpu
         for name, *operands in self._code:
@@ -98,6 +99,7 @@ class Program:
 
         await self._memory.modify(gpa, size, or_, locked=False)
 
+    # awaits: at: cannot change: how far this instruction is
     async def _movs(self, dst: Gpa, src: Gpa, size: int) -> None:
         at = 0
         while at < size:

@@ -61,6 +61,8 @@ class SlotsChange:
         self._pinning = pinning
         self._private = private
 
+    # awaits: region: cannot change: the request | change, new, old: cannot change: under the slots_lock,
+    # which every change of the slots takes
     async def set_memory_region(self, region: Region) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time.  Where everything is pinned a
         slot that cannot be is deleted again."""
@@ -80,6 +82,8 @@ class SlotsChange:
                     await self._replace(Change.DELETE, new, None)
                     raise
 
+    # awaits: change, new, old, pages, refusal: cannot change: under the slots_lock, which every change of the
+    # slots takes
     async def _replace(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
         """The slot that is there now."""
         refusal = self._refusal(change, new)
@@ -98,6 +102,7 @@ class SlotsChange:
             settled, self.settled = self.settled, Wait()
             settled.set(None)
 
+    # awaits: asked, new: cannot change: not a slot yet, nobody else has it
     async def _bind(self, region: Region, new: Memslot) -> Memslot:
         if SlotFlag.GUEST_MEMFD not in new.flags:
             return new
@@ -138,6 +143,8 @@ class SlotsChange:
         if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
+    # awaits: each exported, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
+    # pass by a root that went
     async def zap_all_fast(self) -> None:
         """Other roots become obsolete, exported ones lose their leaves [RFC 36/42]; of the IOMMU's own only
         those of the slot that goes.  Under the slots_lock."""

@@ -58,6 +58,7 @@ class VmType(IntEnum):
     SW_PROTECTED = 1
 
 
+# awaits: host, mm: cannot change: the caller's
 async def create_vm(host: Host, mm: Mm, kind: VmType) -> Kvm:
     """A VM of `mm`, whose memory is in the middle of no change when the VM begins to be told of changes
     [mm mmu_notifier.c].
@@ -208,6 +209,8 @@ class Kvm:
         exported = self.exported.get(role.as_id)
         return [] if exported is None else [exported.root]
 
+    # awaits: slot: it may go; asked again: the loop
+    # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_is_going_when_the_page_comes)
     async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
         """The slot of `gfn`, once it is not being deleted or moved."""
         while (slot := self.slots.find(gfn, as_id)) is not None and slot is self.slots_change.going:
@@ -216,6 +219,7 @@ class Kvm:
 
     # -- write tracking --------------------------------------------------------------------------------
 
+    # awaits: asked: cannot change: tracked in the turn it was asked, and from then on a pin is refused
     async def track_page(self, gpa: Gpa) -> None:
         """Every store to the page of `gpa` is emulated from now on.  EINVAL: no slot; tracked too often."""
         await self._slots_lock.acquire(write=True)
@@ -295,6 +299,7 @@ class Kvm:
     def _has_pinned(self, slot: Memslot, span: GfnSpan) -> bool:
         return self.pinning.pinned.any_in(slot.as_id, span)
 
+    # awaits: asked: cannot change: the width of the guest's addresses is the VM's for good
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
         """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
         if not size or (gpa | size) % PAGE_SIZE or gpa + size > self.slots.gfn_limit << PAGE_SHIFT:
@@ -305,6 +310,7 @@ class Kvm:
 
     # -- the exported TDP ------------------------------------------------------------------------------
 
+    # awaits: exported: cannot change: nobody else has it before this returns
     async def create_tdp_fd(self, request: CreateTdpFd) -> ExportedTdp:
         """KVM_CREATE_TDP_FD: lend the root of an address space out [RFC 04/42].
 
@@ -365,6 +371,7 @@ class Kvm:
             raise UapiError(errno.EINVAL, "non-coherent DMA is not registered")
         self.noncoherent_dma -= 1
 
+    # awaits: exported, root: cannot change: its last fd is closed, nobody else closes it
     async def close_tdp_fd(self, exported: ExportedTdp) -> None:
         """The last copy of the TDP FD is closed, and nothing walks for an importer any more."""
         exported.released = True  # nobody registers or faults from now on

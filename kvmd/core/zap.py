@@ -27,6 +27,7 @@ class Zapper:
         self._flusher = flusher
         self._cond_resched = cond_resched
 
+    # awaits: each root, root, left: cannot change: copies; a root that was dropped meanwhile is passed by
     async def zap(
         self,
         spans: Iterable[GfnSpan],
@@ -55,6 +56,8 @@ class Zapper:
             await self._flusher.flush(told)
         await self._flusher.drain()
 
+    # awaits: each number, each root: cannot change: a copy; nobody walks these roots, and who drops one
+    # meanwhile finds it dismantled
     async def dismantle(self, roots: Iterable[Root]) -> None:
         """Take apart roots that nobody walks since the last flush."""
         for root in list(roots):
