@@ -63,3 +63,13 @@ def test_runs_hold_every_page_and_no_clean_word(npages: int, data: st.DataObject
     assert {page // 64 for page in inside} == {page // 64 for page in dirty}
     assert all(one[1] < other[0] for one, other in pairwise(found)), "runs that touch"
     assert all(is_set(bitmap, page) == (page in dirty) for page in inside)
+
+
+@pytest.mark.parametrize("page", range(18))
+@pytest.mark.parametrize("count", [1, 2, 6, 7, 8, 9, 15, 16, 17, 64])
+def test_a_range_is_marked_across_bytes_beside_what_is_marked_already(page: int, count: int) -> None:
+    bitmap, marked = DirtyBitmap(128), {0, 17, 90}
+    for one in marked:
+        bitmap.mark(one)
+    bitmap.mark(page, count)
+    assert pages_of(bitmap.read()) == marked | set(range(page, page + count))

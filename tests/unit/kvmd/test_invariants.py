@@ -141,6 +141,7 @@ def test_an_exported_root_that_is_not_what_was_lent_is_found(world: World, what:
     root = world.vm.exported[0].root
     if what == "moved":
         world.vm.exported[0].root = world.vm.mmu.get_root(type(root.role)(Level(5), 0, True))
+        world.vm.exported[0].root.exported = True
     elif what == "invalid":
         root.invalid = True
     else:

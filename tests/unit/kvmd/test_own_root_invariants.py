@@ -132,3 +132,18 @@ def test_a_pinned_frame_that_the_own_root_lost_is_found(guest: Managed) -> None:
     guest.do(guest.vm.pinning.pin(account, guest.span(0)))
     change(guest, guest.exported.root.hpa, 0, lambda entry: entry + 7 * PAGE)
     assert numbers(guest) == {"I6", "I22"}
+
+
+@pytest.mark.parametrize("page", [0, 1, 7, 63, 64, 300, 511])
+def test_a_clear_bit_anywhere_under_a_huge_leaf_that_devices_write_is_found(page: int) -> None:
+    guest = Managed(level=2, pages=512)
+    guest.touch(0)
+    assert guest.fault(0) is Result.FIXED
+    assert guest.exported.root.leaves[2] == 1
+    guest.log()
+    assert numbers(guest) == set()
+    slot = guest.vm.slots.find(Gfn(BASE))
+    assert slot is not None
+    assert slot.dirty is not None
+    slot.dirty.clear(0, (1 << page).to_bytes(64, "little"))
+    assert numbers(guest) == {"I20"}

@@ -120,3 +120,18 @@ def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pyt
             rig.next_turn()
     assert waits.result() is Result.NO_SLOT
     assert check_vm(rig.world.vm) == []
+
+
+def test_no_turn_clears_more_than_4096_leaves() -> None:
+    """With the real size of a batch, not one that a test chose."""
+    world, importer, pages = World(), SlowImporter(), 2 * 4096 + 3
+    world.set_slot(0, 0, pages, world.map(pages))
+    exported = world.export()
+    for gfn in range(pages):
+        assert world.io_fault(exported, gfn) is Result.FIXED
+    exported.register_importer("unit", importer)
+    over, left = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0))), []
+    while not over.done:
+        left.append(exported.root.leaves[1])
+        world.ack(importer)
+    assert left == [4096 + 3, 3, 0]
