@@ -178,7 +178,7 @@ def test_page_requests_that_are_on_are_ebusy_and_are_on_again_after_a_reset() ->
 
 
 def settings(*argv: str) -> Settings:
-    return parse(["--socket", "s", *argv])[1]
+    return parse(["--socket", "s", "--driver-socket", "d", *argv])[1]
 
 
 def test_one_unit_and_one_device_are_changed_and_the_others_are_as_for_all() -> None:
