@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Coroutine
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -25,7 +26,9 @@ from iommufdd.core.domain import Domain
 from iommufdd.core.hmm import HostPage
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.io_pagetable import IoPageTable
+from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.mirror_pins import Pin
 from iommufdd.core.notes import Notes
 from iommufdd.core.source import Source
 from iommufdd.core.table_pool import TablePool
@@ -70,6 +73,7 @@ class MirrorMachine:
         self.dawdling: list[Wait[None]] = []
         self.running: list[Wait[Any]] = []
         self.codes: Counter[ResponseCode] = Counter()
+        self.pinned: list[int] = []  # names of requests
         self.cap, self.ecap = capabilities()
         self.endpoint = Endpoint()
         self.host = FakeHost()
@@ -195,16 +199,29 @@ class MirrorMachine:
             assert len(list(self.ioas.areas)) == 1, "another remap was first"
 
     def pin(self) -> None:
-        self.start(self._pin(*self.any_span()))
+        """A few pages, where others are pinned too."""
+        start = M2 - 8 * PAGE_SIZE + self.random.randrange(12) * PAGE_SIZE
+        self.start(self._pin(start, start + self.random.randrange(1, 8) * PAGE_SIZE))
 
     async def _pin(self, start: int, end: int) -> None:
-        try:
-            name = await self.hwpt.pin(start, end - start)
-            await self.dawdle()
-            await self.dawdle()
-            await self.hwpt.unpin(name)
-        except UapiError:
-            pass
+        with suppress(UapiError):
+            self.pinned.append(await self.hwpt.pin(start, end - start))
+
+    def unpin(self) -> None:
+        """Of one request, in whatever order they came."""
+        if self.pinned:
+            name = self.pinned.pop(self.random.randrange(len(self.pinned)))
+            self.start(self.hwpt.unpin(name))
+
+    def end(self) -> None:
+        """Everything arrives; leaves and pins are compared as iommufdd's CHECK does; nothing stays pinned."""
+        self.let_all_arrive()
+        checked = self.flows.start(check_ioas(self.ioas))
+        self.let_all_arrive()
+        assert checked.result() == []
+        while self.pinned:
+            self.unpin()
+        self.let_all_arrive()
 
     # -- what must hold ------------------------------------------------------------------------------------
 
@@ -219,6 +236,8 @@ class MirrorMachine:
 
     def check(self) -> None:
         live = self.live()
+        for pin in self.hwpt.pins:
+            self._check_pin(pin)
         for page, cached in self.unit.iotlb.entries(2):
             self._check_frames(f"IOTLB {page:#x}", cached.hpa, size_of_level(cached.level), live)
         for page, hpa in self.endpoint.tlb.items():
@@ -228,6 +247,14 @@ class MirrorMachine:
             self._check_frames(f"leaf {leaf.iova:#x}", leaf.hpa, size, live)
             for at in range(0, size, PAGE_SIZE):
                 self._check_now(leaf.iova + at, leaf.hpa + at, writable=leaf.writable)
+
+    def _check_pin(self, pin: Pin) -> None:
+        hva, hpa, *_ = pin.part
+        held = self.host.pins.get((pin.name, hva), [])
+        assert hpa in [page.hpa + hva - page.hva for page in held], f"I28: {pin.start:#x}: not so at the host"
+        for leaf in self.hwpt.table.leaves_in(pin.start, pin.end - pin.start):
+            assert leaf.hpa - leaf.iova == hpa - pin.start, f"I28: {leaf.iova:#x} is pinned, and elsewhere"
+        assert self.hwpt.table.leaf_at(pin.start) is not None, f"I28: {pin.start:#x} is pinned, and absent"
 
     def _check_frames(self, what: str, hpa: int, size: int, live: set[int]) -> None:
         gone = [frame for frame in range(hpa, hpa + size, PAGE_SIZE) if frame not in live]

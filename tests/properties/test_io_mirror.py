@@ -13,6 +13,7 @@ import pytest
 from iommufdd.core.hmm import Lookup
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.mirror_pins import MirrorPins
 from protocol.hw.qi import ResponseCode
 from tests.properties.io_mirror_machine import MirrorMachine
 
@@ -24,7 +25,8 @@ WEIGHTS: dict[Callable[[MirrorMachine], None], int] = {
     MirrorMachine.cpu_touches: 8,
     MirrorMachine.host_gives_up: 8,
     MirrorMachine.host_collapses: 4,
-    MirrorMachine.pin: 2,
+    MirrorMachine.pin: 4,
+    MirrorMachine.unpin: 3,
     MirrorMachine.remap: 1,
 }
 
@@ -34,7 +36,7 @@ def play(seed: int) -> MirrorMachine:
     for step in random.choices(list(WEIGHTS), list(WEIGHTS.values()), k=STEPS):
         step(machine)
         machine.check()
-    machine.let_all_arrive()
+    machine.end()
     return machine
 
 
@@ -80,11 +82,37 @@ async def forget_nothing(self: Hwpt, start: int, size: int) -> None:
     """Tables that were cut off are free at once, and the units know nothing of it."""
 
 
+async def pin_anew(self: MirrorPins, name: int, start: int, end: int) -> None:
+    """A pin over a pinned page maps what the process has there by now."""
+    while start < end:
+        start = await self._pin_gap(name, start, end)
+
+
+async def keep_entries(self: MirrorPins, name: int) -> None:
+    """What is unpinned stays mapped."""
+    leaves = [leaf for pin in self for leaf in self._hwpt.table.leaves_in(pin.start, pin.end - pin.start)]
+    await unpin(self, name)
+    for leaf in leaves:
+        self._hwpt.put_run(leaf.iova, [leaf.hpa], leaf.level, writable=leaf.writable)
+
+
+async def unpin_first(self: MirrorPins, name: int) -> None:
+    """The host is told before entries and units are without it."""
+    for pin in self._requests.get(name, []):
+        if pin.holders == 1:
+            await self._ioas.live_host.unpin(pin.part.hva, pin.end - pin.start, area=pin.name)
+    await unpin(self, name)
+
+
+unpin = MirrorPins.unpin
 BUGS: dict[str, tuple[type, str, Any]] = {
     "no sequence check": (Lookup, "stale", never_stale),
     "ack before flush": (HwptPaging, "give_up", ack_first),
     "ack before the flush of another": (HwptPaging, "give_up", ack_own_only),
     "no flush": (Hwpt, "forget", forget_nothing),
+    "a pin over a pin": (MirrorPins, "_pin_span", pin_anew),
+    "an unpin that leaves entries": (MirrorPins, "unpin", keep_entries),
+    "an unpin that tells the host first": (MirrorPins, "unpin", unpin_first),
 }
 
 
@@ -92,5 +120,5 @@ BUGS: dict[str, tuple[type, str, Any]] = {
 def test_a_planted_bug_is_noticed(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
     owner, name, planted = BUGS[bug]
     monkeypatch.setattr(owner, name, planted)
-    with pytest.raises(AssertionError, match=r"I6|R1"):
+    with pytest.raises(AssertionError, match=r"I6|R1|I28"):
         play_all(60)
