@@ -11,9 +11,9 @@ changed or pinned (I5, I11; messages say R1).
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Coroutine
-from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -40,6 +40,7 @@ from protocol.pt import bits
 from protocol.pt.mem import TableWriter
 from protocol.units import LEVEL_1G, PAGE_SIZE, Level, size_of_level
 from tests.properties.machine import AnyOrder
+from tests.refusals import may_refuse
 from tests.unit.iommufdd.host import FakeHost
 from tests.unit.iommufdd.spaces import request
 from tests.unit.iommufdd.world import RID
@@ -204,7 +205,7 @@ class MirrorMachine:
         self.start(self._pin(start, start + self.random.randrange(1, 8) * PAGE_SIZE))
 
     async def _pin(self, start: int, end: int) -> None:
-        with suppress(UapiError):
+        with may_refuse(errno.EFAULT, errno.EAGAIN, errno.ENOMEM):
             self.pinned.append(await self.hwpt.pin(start, end - start))
 
     def unpin(self) -> None:

@@ -36,6 +36,14 @@ SMALL = [*range(6), 510, 511, 512, 513]
 WATCHES = [(0, 4), (4, 8), (12, 500), (512, 512)]  # as ranges are watched: they touch
 SPANS = [(0, 1), (1, 2), (3, 3), (0, 12), (508, 8), (0, 512), (512, 512), (0, PAGES)]
 READ = Prot.READ
+HOST = {
+    "migrate": migrate,
+    "swap_out": swap_out,
+    "merge": merge,
+    "numa_hint": numa_hint,
+    "collapse": collapse,
+    "split": split,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +221,9 @@ class MirroredMemory:
         self.check()
 
     def host(self) -> None:
-        act = self.random.choice([migrate, swap_out, merge, numa_hint, collapse, split])
+        name, act = self.random.choice(list(HOST.items()))
         first, pages = (512, 512) if act is collapse else self.random.choice(SPANS)
-        self.begin(act(self.mm, hva(first), pages * PAGE), act.__name__)
+        self.begin(act(self.mm, hva(first), pages * PAGE), name)
 
     def process(self) -> None:
         first, pages = self.random.choice(SPANS)
