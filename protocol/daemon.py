@@ -21,6 +21,7 @@ import structlog
 import trio
 
 from protocol.errors import PeerError, UapiError, leaves
+from protocol.log import LogFile, RateLimit
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
@@ -31,6 +32,7 @@ from protocol.units import GIB, KIB, MIB, TIB
 log = structlog.get_logger("daemon")
 
 EXIT_CANNOT_START = 2
+LOG_PATIENCE_S = 0.5  # at the end, for a reader of the log
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
@@ -72,19 +74,23 @@ def bytes_of(text: str) -> int:
     return int(number) * _SUFFIX.get(suffix, 1)
 
 
-def configure_log(level: str) -> None:
-    """One line an event, to standard error."""
+def configure_log(level: str) -> LogFile:
+    """One line an event, to standard error, if we were given one."""
+    file = LogFile(None if sys.__stderr__ is None else sys.__stderr__.fileno())
+    atexit.register(file.drain, LOG_PATIENCE_S)
     structlog.configure(
         processors=[
+            RateLimit(),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", key="at"),
             structlog.processors.format_exc_info,
             structlog.processors.KeyValueRenderer(key_order=["at", "level", "event"]),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file),  # type: ignore[arg-type]
         cache_logger_on_first_use=True,
     )
+    return file
 
 
 def refuse_optimised() -> None:
@@ -95,7 +101,8 @@ def refuse_optimised() -> None:
 def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:
     """Run a daemon until it is told to stop; its exit status."""
     refuse_optimised()
-    configure_log(options.log_level)
+    # Tracebacks too, and whatever else speaks there.
+    sys.stderr = configure_log(options.log_level)
     for number in (signal.SIGTERM, signal.SIGINT):
         # While `_run` is not listening, before and after, a signal ends us just as cleanly.
         signal.signal(number, lambda *_: sys.exit(0))
