@@ -12,6 +12,7 @@ from device_sim.core.physmem import PhysicalMemory
 from protocol.errors import UapiError
 from protocol.hostmem import Window, WindowKind
 from protocol.rpc.channel import Fds
+from protocol.rpc.closer import CLOSER
 from protocol.rpc.memfd import map_peer
 from protocol.units import Hpa
 
@@ -79,7 +80,7 @@ class MappedMemory:
             raise UapiError(errno.ENOENT, f"memory set {number}: there is none")
         for window in held.windows:
             self.physical.drop(window)
-        os.close(held.lease)
+        CLOSER.close(held.lease)
 
     def clear(self) -> None:
         for number in list(self._sets):

@@ -5,7 +5,6 @@ channel, a VM fd one over which KVM says what its vCPUs faulted in.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from iommufdd.kvmd_channel import KvmdChannel
 from protocol.errors import UapiError
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.rpc.channel import Body, Fds
+from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Method, Notification, Service
 from protocol.uapi import kvm
@@ -71,7 +71,7 @@ class KvmTdp(KvmdChannel):
         """Drop the reference on the TDP FD."""
         self.hang_up()
         if self._tdp_fd >= 0:
-            os.close(self._tdp_fd)
+            CLOSER.close(self._tdp_fd)  # a user's, whatever it is
             self._tdp_fd = -1
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
+from protocol.rpc.files import cookie_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect_now
 
@@ -29,7 +30,12 @@ class KvmdChannel:
         self._channel: Channel | None = None
 
     async def present(self, loop: Loop, kvmd: Path, op: str, fd: int, name: str, **handlers: Any) -> None:
-        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
+        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM.
+
+        What is no socket is not even copied: each close of a file may sleep, of a socket only the last.
+        """
+        if not cookie_of(fd):
+            raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
         try:
             copy = os.dup(fd)
         except OSError:

@@ -30,6 +30,18 @@ class ModelBug(Exception):
     """An invariant of ours does not hold; the message names it."""
 
 
+MAX_SHOWN_CHARS = 80
+
+
+def shown(value: object) -> str:
+    """What a peer sent, for a message: whatever it is, a line with a bound that costs no more than that."""
+    if isinstance(value, str | bytes):
+        return repr(value[:MAX_SHOWN_CHARS])
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)[:MAX_SHOWN_CHARS]
+
+
 def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     """The errors themselves, out of however many groups they came wrapped in."""
     found: list[BaseException] = []

@@ -15,7 +15,7 @@ Promises:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -49,8 +49,16 @@ class Wait(Generic[T]):
     def _finish(self) -> None:
         self._done = True
         callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback(self)
+        self._call(iter(callbacks))
+
+    def _call(self, callbacks: Iterator[Callable[[Wait[T]], None]]) -> None:
+        """All of them, even if one has a bug: who waits behind it must not wait for ever."""
+        try:
+            for callback in callbacks:
+                callback(self)
+        except Exception:
+            self._call(callbacks)
+            raise
 
     def on_done(self, callback: Callable[[Wait[T]], None]) -> None:
         """Call `callback(self)` once set; at once if it already is.  It must not run a flow."""

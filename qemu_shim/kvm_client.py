@@ -128,12 +128,15 @@ class Vm(File):
         pad2: int = 0,
         **how: Any,
     ) -> None:
-        """`guest_memfd`: an object of ours, or any fd number, open or not."""
+        """`guest_memfd`: an object of ours, or any fd number, open or not; looked at only with its flag."""
         fd = guest_memfd.dup() if isinstance(guest_memfd, GuestMemfd) else _dup(guest_memfd)
+        if fd is not None and not flags & names.KVM_MEM_GUEST_MEMFD:
+            os.close(fd)
+            fd = None
         await self.ioctl(
             "KVM_SET_USER_MEMORY_REGION2",
             **_region(slot, gpa, size, hva, flags),
-            guest_memfd=guest_memfd if isinstance(guest_memfd, int) else fd,
+            guest_memfd=guest_memfd if isinstance(guest_memfd, int) else fd or 0,
             guest_memfd_offset=guest_memfd_offset,
             pad1=pad1,
             pad2=pad2,

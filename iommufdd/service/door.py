@@ -21,7 +21,7 @@ from iommufdd.service.vfio import VFIO
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
-from protocol.rpc.files import inode_of
+from protocol.rpc.files import cookie_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
@@ -47,7 +47,7 @@ class Iommufdd:
 
 def _open(app: App, message: uapi.Open, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
-        mm = inode_of(fds.peek(0)) if len(fds) else 0
+        mm = cookie_of(fds.peek(0)) if len(fds) else 0
         fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm, Sources()), app.iommufd_closed)
         return Answer({}, [fd])
     return _open_device(app, message)
@@ -112,7 +112,7 @@ def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:
 FRONT_DOOR: Service[App] = Service(
     "iommufdd",
     {
-        "OPEN": Method(uapi.Open, _open, 1),
+        "OPEN": Method(uapi.Open, _open, 1, lambda message: int(message.path == names.IOMMU_PATH)),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
         "STARTED_WITH": Method(StartedWith, _started_with),

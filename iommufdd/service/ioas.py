@@ -20,7 +20,7 @@ from iommufdd.service.objects import IommuFile
 from iommufdd.service.sizes import sized
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.files import inode_of
+from protocol.rpc.files import cookie_of
 from protocol.rpc.service import Method
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
@@ -47,7 +47,7 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
         async def connect() -> Source:
             return await _connect(held, ioas, fds.peek(0))
 
-        mm = inode_of(fds.peek(0))
+        mm = cookie_of(fds.peek(0))
         iova = _fixed(message.flags, message.iova)
         mapped = await ioas.map(mm, connect, message.user_va, message.length, iova, writable=writable)
     return {"iova": mapped}

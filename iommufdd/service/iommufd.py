@@ -18,6 +18,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Method, Service
 from protocol.uapi import iommufd as uapi
+from protocol.uapi import names
 
 VTD_HW_INFO = 1
 NO_CLEAR = 1  # IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
@@ -83,7 +84,12 @@ IOMMUFD: Service[IommuFile] = Service(
     {
         "IOMMU_DESTROY": Method(uapi.IommuDestroy, sized(_destroy)),
         "IOMMU_OPTION": Method(uapi.IommuOption, sized(option)),
-        "IOMMU_HWPT_ALLOC": Method(uapi.IommuHwptAlloc, sized(hwpt_alloc), 1),
+        "IOMMU_HWPT_ALLOC": Method(
+            uapi.IommuHwptAlloc,
+            sized(hwpt_alloc),
+            1,
+            lambda asked: int(asked.data_type == names.IOMMU_HWPT_DATA_KVM),
+        ),
         "IOMMU_GET_HW_INFO": Method(uapi.IommuGetHwInfo, sized(_get_hw_info)),
         "IOMMU_HWPT_SET_DIRTY_TRACKING": Method(uapi.IommuHwptSetDirtyTracking, sized(_set_dirty_tracking)),
         "IOMMU_HWPT_GET_DIRTY_BITMAP": Method(uapi.IommuHwptGetDirtyBitmap, sized(_get_dirty_bitmap)),

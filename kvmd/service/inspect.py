@@ -39,6 +39,10 @@ def any_vm(app: App, number: int | None, fds: Fds) -> Kvm:
     raise UapiError(errno.ENOENT, f"there is no VM {number}")
 
 
+def _by_fd(message: uapi.Inspect | uapi.InspectGpa | uapi.DumpTables) -> int:
+    return int(message.vm is None)
+
+
 def inspecting(find: Find) -> dict[str, Method[App, Any]]:
     """The requests, of the VMs that `find` finds."""
 
@@ -52,9 +56,9 @@ def inspecting(find: Find) -> dict[str, Method[App, Any]]:
         return _dump(app, find(app, message.vm, fds), message.probes)
 
     return {
-        "INSPECT": Method(uapi.Inspect, inspect, 1),
-        "INSPECT_GPA": Method(uapi.InspectGpa, inspect_gpa, 1),
-        "DUMP_TABLES": Method(uapi.DumpTables, dump_tables, 1),
+        "INSPECT": Method(uapi.Inspect, inspect, 1, _by_fd),
+        "INSPECT_GPA": Method(uapi.InspectGpa, inspect_gpa, 1, _by_fd),
+        "DUMP_TABLES": Method(uapi.DumpTables, dump_tables, 1, _by_fd),
     }
 
 

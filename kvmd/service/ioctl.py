@@ -38,11 +38,11 @@ def ioctl(
     struct_bytes: int = 0,
     *,
     returns: bool = False,
-    fds: int = 0,
+    fds: Callable[[M], bool] | None = None,
     exists: Callable[[Obj], bool] = lambda obj: True,
 ) -> Method[Obj, M]:
     """`run` behind the gate.  `struct_bytes`: what the argument points to, 0 if it is a value; `returns`: the
-    kernel stores a result there, so it must be writable too; `fds`: how many the request itself may carry;
+    kernel stores a result there, so it must be writable too; `fds`: whether the request itself brings one;
     `exists`: whether this object has the request at all.  ENOTTY if not, whatever the argument is.
     """
 
@@ -63,7 +63,10 @@ def ioctl(
         result = run(obj, message, sent)
         return await _flow(result) if isinstance(result, CoroutineType) else result  # type: ignore[return-value]
 
-    return Method(model, gated, fds + 1)
+    def takes(message: M) -> int:
+        return (fds is not None and fds(message)) + message.other_mm
+
+    return Method(model, gated, 1 if fds is None else 2, takes)
 
 
 async def _flow(result: Coroutine[Any, None, Body | Answer]) -> Body | Answer:

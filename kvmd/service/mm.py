@@ -149,7 +149,7 @@ def _userfaultfd(held: MmFile, message: uapi.CreateUserfaultfd, fds: Fds) -> Ans
 MM: Service[MmFile] = Service(
     "mm",
     {
-        "MMAP": Method(uapi.Mmap, _mmap, 1),
+        "MMAP": Method(uapi.Mmap, _mmap, 1, lambda asked: int(asked.kind.startswith("file"))),
         "MUNMAP": Method(uapi.Munmap, _munmap),
         "MPROTECT": Method(uapi.Mprotect, _mprotect),
         "MREMAP": Method(uapi.Mremap, _mremap),

@@ -6,12 +6,13 @@ What a request changes may have to wait for acks; until then the VM is kept, who
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 
 from kvmd.core.capability import check_extension, enable_cap
 from kvmd.core.dirty_log import ClearDirtyLog
 from kvmd.core.guest_memfd import GuestMemfd
-from kvmd.core.memslot import Region
+from kvmd.core.memslot import Region, SlotFlag
 from kvmd.core.tdp_fd import CreateTdpFd
 from kvmd.memory import dirty_ring_memory
 from kvmd.service.ioctl import ioctl
@@ -86,12 +87,7 @@ async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryR
 
 
 async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemoryRegion2, fds: Fds) -> Body:
-    count = len(fds) - message.other_mm
-
-    def guest_memfd() -> GuestMemfd:
-        fd = fds.peek(0 if count else len(fds))  # EBADF when the number was no open file of the caller
-        return owner.app.files.find(fd, GuestMemfdFile).memfd
-
+    guest_memfd = _guest_memfd(owner, fds, len(fds) - message.other_mm)
     region = replace(
         _region(message),
         version=2,
@@ -100,6 +96,29 @@ async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemory
     )
     await holding(owner, owner.vm.set_memory_region(region))
     return {}
+
+
+def _names_guest_memfd(message: uapi.KvmSetUserMemoryRegion2) -> bool:
+    return bool(message.flags & SlotFlag.GUEST_MEMFD)
+
+
+def _guest_memfd(owner: VmFile, fds: Fds, count: int) -> Callable[[], GuestMemfd]:
+    """What finds it when its turn has come: not every region with the flag looks at it.  The fd is looked at
+    before anything sleeps, and is not kept if it is something else: it may be what the request waits for.
+    """
+    try:
+        fd = fds.peek(0 if count else len(fds))  # EBADF when the number was no open file of the caller
+        memfd = owner.app.files.find(fd, GuestMemfdFile).memfd
+    except UapiError as error:
+        refused = error
+        fds.close()
+    else:
+        return lambda: memfd
+
+    def refuse() -> GuestMemfd:
+        raise refused
+
+    return refuse
 
 
 def _check_extension(owner: VmFile, message: uapi.KvmCheckExtension, fds: Fds) -> Body:
@@ -204,7 +223,7 @@ VM: Service[VmFile] = Service(
         "KVM_CREATE_VCPU": ioctl(uapi.KvmCreateVcpu, _create_vcpu),
         "KVM_SET_USER_MEMORY_REGION": ioctl(uapi.KvmSetUserMemoryRegion, _set_user_memory_region, 32),
         "KVM_SET_USER_MEMORY_REGION2": ioctl(
-            uapi.KvmSetUserMemoryRegion2, _set_user_memory_region2, 160, fds=1
+            uapi.KvmSetUserMemoryRegion2, _set_user_memory_region2, 160, fds=_names_guest_memfd
         ),
         "KVM_CHECK_EXTENSION": ioctl(uapi.KvmCheckExtension, _check_extension),
         "KVM_ENABLE_CAP": ioctl(uapi.KvmEnableCap, _enable_cap, 104),

@@ -1,9 +1,11 @@
 """One Unix stream socket: frames in, frames out, and the file descriptors that travel with them.
 
 Rules of ownership (invariant I14): an fd handed to `send` is the channel's and closed once sent; an fd
-received belongs to the message it came with and is closed with it unless somebody takes it.  The kernel
-delivers fds no later than the first byte of the frame that carried them and never joins two batches, so a
-first-in-first-out queue matches them to frames.  A plain `recv` would drop them: this file uses recvmsg only.
+received belongs to the message it came with and is closed with it unless somebody takes it.  Fds travel with
+the last bytes of their frame, which the kernel delivers at once: half a frame holds none, or a peer could
+leave an object's own fd in it, which would keep the object for ever.  The kernel never joins two batches, so
+a first-in-first-out queue matches them to frames.  A plain `recv` would drop them: this file uses recvmsg
+only.
 
 What a peer can do wrong ends its own connection with a log line and nothing else.
 """
@@ -18,15 +20,17 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 import structlog
 
-from protocol.errors import PeerError, UapiError
+from protocol.errors import PeerError, UapiError, shown
 from protocol.flow import Wait
+from protocol.rpc.body import decode
+from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
-from protocol.rpc.session import HEADER_BYTES, MAX_FDS, MAX_IN_FLIGHT, Framer, Kind, Session, header
+from protocol.rpc.session import HEADER_BYTES, MAX_IN_FLIGHT, Framer, Kind, Session, header
 
 RECV_BYTES = 1 << 16
 MAX_ERRNO = 4096
@@ -34,9 +38,10 @@ MAX_WHY_CHARS = 4096
 MAX_UNSENT_BYTES = 16 << 20  # a peer that does not read is cut off beyond this
 # As plain numbers: arithmetic on the enum members costs more than the system call.
 _NOSIGNAL, _CLOEXEC, _CTRUNC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
-_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+FD_TAIL_BYTES = 4096  # a piece so small is one buffer of the kernel's: it arrives whole [af_unix.c]
+SCM_MAX_FD = 253  # what the kernel has no room for it closes itself, and may sleep over it
+_ANCILLARY_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 _PACK = msgpack.Packer(autoreset=True).pack
-_UNPACK = msgpack.unpackb
 
 log = structlog.get_logger("rpc")
 
@@ -44,6 +49,7 @@ log = structlog.get_logger("rpc")
 _BUFFER = memoryview(bytearray(RECV_BYTES))
 _BUFFERS = (_BUFFER,)
 
+T = TypeVar("T")
 Body = dict[str, Any]
 
 
@@ -76,9 +82,7 @@ class Fds:
         return fd
 
     def close(self) -> None:
-        for fd in self._fds:
-            if fd is not None:
-                os.close(fd)
+        _close_received(self._fds)
         self._fds.clear()
 
 
@@ -98,7 +102,10 @@ def _refuse(channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
 
 
 class Channel:
-    """`on_request(channel, id, body, fds)` must lead to one `answer` or `answer_error`, now or later."""
+    """`on_request(channel, id, body, fds)` must lead to one `answer` or `answer_error`, now or later.
+
+    `is_ours`: nobody else has a copy of the socket, whose peer may be anybody.
+    """
 
     def __init__(
         self,
@@ -109,6 +116,7 @@ class Channel:
         on_request: Serve = _refuse,
         on_notify: Callable[[Channel, Body, Fds], None] | None = None,
         on_close: Callable[[Channel], None] | None = None,
+        is_ours: bool = False,
     ) -> None:
         sock.setblocking(False)
         self.name = name
@@ -118,6 +126,7 @@ class Channel:
         self._on_request = on_request
         self._on_notify = on_notify
         self._on_close = on_close
+        self._is_ours = is_ours
         self._session: Session[Wait[Reply]] = Session()
         self._framer = Framer()
         self._received: deque[int | None] = deque()  # None: the fds of one batch, lost on the way in
@@ -178,7 +187,7 @@ class Channel:
     def answer_error(self, request_id: int, error: UapiError) -> None:
         if not self.closed:
             self._session.answer(request_id)
-            self._send(Kind.ERROR, request_id, {"errno": error.errno, "why": error.why}, ())
+            self._send(Kind.ERROR, request_id, {"errno": error.errno, "why": error.why[:MAX_WHY_CHARS]}, ())
 
     def _send(self, kind: Kind, request_id: int, body: Body, fds: Sequence[int]) -> None:
         self._queue(_encode(kind, request_id, body, len(fds)), fds)
@@ -197,11 +206,13 @@ class Channel:
         try:
             while out and not self.closed:
                 data, fds = out[0]
-                if fds:
+                if fds and len(data) > FD_TAIL_BYTES:
+                    sent = self._sock.send(memoryview(data)[:-FD_TAIL_BYTES], _NOSIGNAL)
+                elif fds:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                     sent = self._sock.sendmsg([data], rights, _NOSIGNAL)
                     _close_all(fds)
-                    out[0] = (data, ())
+                    fds = ()
                 else:
                     if len(out) > 1:
                         data = self._join_plain()
@@ -210,7 +221,7 @@ class Channel:
                 if sent == len(data):
                     out.popleft()
                 else:
-                    out[0] = (memoryview(data)[sent:], ())
+                    out[0] = (memoryview(data)[sent:], fds)
         except BlockingIOError:
             pass
         except OSError as error:
@@ -245,23 +256,27 @@ class Channel:
             self.flush()
         if events & ~select.EPOLLOUT and not self.closed:
             try:
-                self._receive()
+                while self._receive() == RECV_BYTES and self._received:
+                    pass  # the end of their frame is there, behind what our buffer held
+                if self._received:
+                    raise PeerError(f"{len(self._received)} fds came without the end of their frame")
             except PeerError as error:
                 self._lost(str(error), blame=True)
 
-    def _receive(self) -> None:
+    def _receive(self) -> int:
+        """Take what is there, up to RECV_BYTES, and handle the frames it completes; how much it was."""
         try:
             count, ancillary, flags, _ = self._sock.recvmsg_into(_BUFFERS, _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
-            return
+            return 0
         except OSError as error:
             self._lost(f"receive: {error.strerror}")
-            return
+            return 0
         if ancillary or flags & _CTRUNC:
             self._collect_fds(ancillary, truncated=bool(flags & _CTRUNC))
         if not count:
             self._lost("hung up")
-            return
+            return 0
         for kind, nfds, body in self._framer.feed(_BUFFER[:count]):
             try:
                 self._handle(kind, nfds, body)
@@ -270,17 +285,16 @@ class Channel:
             except Exception as error:  # ours: the frames behind it are served all the same
                 self.loop.report(error)
             if self.closed:
-                return
-        if self._received and len(self._received) > (MAX_FDS if self._framer.partial_bytes else 0):
-            raise PeerError(f"{len(self._received)} fds no frame announced")
+                break
+        return int(count)
 
     def _collect_fds(self, ancillary: list[tuple[int, int, bytes]], truncated: bool) -> None:
         fds = array.array("i")
         for level, kind, raw in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-        if truncated:  # our fd table is full, or more fds than any message may carry
-            _close_all(fds)
+        if truncated:  # our fd table is full
+            _close_received(fds)
             self._received.append(None)
         else:
             self._received.extend(fds)
@@ -290,22 +304,17 @@ class Channel:
         taken: list[int] = []
         while len(taken) < nfds:
             if not self._received:
-                _close_all(taken)
+                _close_received(taken)
                 raise PeerError(f"frame announces {nfds} fds, {len(taken)} came")
             fd = self._received.popleft()
             if fd is None:
-                _close_all(taken)
+                _close_received(taken)
                 return None
             taken.append(fd)
         return Fds(taken)
 
     def _handle(self, kind: Kind, nfds: int, raw: memoryview) -> None:
-        try:
-            request_id, body = _UNPACK(raw)
-        except (ValueError, TypeError) as error:
-            raise PeerError(f"body of {len(raw)} bytes is no message: {error}") from None
-        if type(request_id) is not int or type(body) is not dict:
-            raise PeerError("body is not (id, map)")
+        request_id, body = decode(raw)
         fds = self._take_fds(nfds) if nfds else NO_FDS
         try:
             self._dispatch(kind, request_id, body, fds)
@@ -320,7 +329,14 @@ class Channel:
             if fds is None:
                 self.answer_error(request_id, UapiError(errno.EMFILE, "no room for the fds sent along"))
             else:
-                self._on_request(self, request_id, body, fds)
+                try:
+                    self._on_request(self, request_id, body, fds)
+                except PeerError:
+                    raise
+                except Exception:  # ours: whoever asked must not wait for ever
+                    if self._session.owes(request_id):
+                        self.answer_error(request_id, UapiError(errno.EIO, "internal error; see the log"))
+                    raise
         elif kind is Kind.NOTIFY:
             if self._on_notify is None:
                 raise PeerError(f"{self.name} takes no notifications")
@@ -334,6 +350,14 @@ class Channel:
 
     def _handle_answer(self, kind: Kind, request_id: int, body: Body, fds: Fds | None) -> None:
         wait = self._session.answered(request_id)
+        try:
+            self._settle(wait, kind, body, fds)
+        except Exception:
+            if not wait.done:  # ours: whoever waits must not do so for ever
+                wait.fail(PeerGone(f"{self.name}: its answer was not understood"))
+            raise
+
+    def _settle(self, wait: Wait[Reply], kind: Kind, body: Body, fds: Fds | None) -> None:
         if kind is Kind.REPLY and fds is not None:
             wait.set(Reply(body, fds))
         elif kind is Kind.REPLY:
@@ -343,10 +367,10 @@ class Channel:
                 fds.close()
             number, why = body.get("errno"), body.get("why")
             if type(number) is not int or not 0 < number < MAX_ERRNO:
-                problem = PeerGone(f"{self.name}: error reply with errno {number!r:.40}")
+                problem = PeerGone(f"{self.name}: error reply with errno {shown(number)}")
                 wait.fail(problem)
                 raise problem
-            wait.fail(UapiError(number, str(why)[:MAX_WHY_CHARS]))
+            wait.fail(UapiError(number, why[:MAX_WHY_CHARS] if type(why) is str else shown(why)))
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -360,19 +384,32 @@ class Channel:
         self.closed = True
         (log.warning if blame else log.debug)("connection ends", channel=self.name, reason=reason)
         self.loop.unregister(self._fd)
-        self._sock.close()
-        self._close_received()
+        self._close_socket()
+        _close_received(self._received)
+        self._received.clear()
         for _, fds in self._out:
             _close_all(fds)
         self._out.clear()
         for wait in self._session.abandon():
-            wait.fail(PeerGone(f"{self.name}: {reason}"))
+            self._guarded(wait.fail, PeerGone(f"{self.name}: {reason}"))
         if self._on_close is not None:
-            self._on_close(self)
+            self._guarded(self._on_close, self)
 
-    def _close_received(self) -> None:
-        _close_all(fd for fd in self._received if fd is not None)
-        self._received.clear()
+    def _close_socket(self) -> None:
+        """What a peer left in the queue of our end is closed with it: not here, if that may be anything."""
+        if self._is_ours:
+            with contextlib.suppress(OSError):  # the peer is gone already
+                self._sock.shutdown(socket.SHUT_RDWR)  # at once, for whoever is at the other end
+            CLOSER.close(self._sock.detach())
+        else:
+            self._sock.close()
+
+    def _guarded(self, told: Callable[[T], object], what: T) -> None:
+        """One who does not take it well must not keep it from the others."""
+        try:
+            told(what)
+        except Exception as error:
+            self.loop.report(error)
 
 
 def _encode(kind: Kind, request_id: int, body: Body, nfds: int) -> bytes:
@@ -383,6 +420,12 @@ def _encode(kind: Kind, request_id: int, body: Body, nfds: int) -> bytes:
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _close_received(fds: Iterable[int | None]) -> None:
+    for fd in fds:
+        if fd is not None:
+            CLOSER.close(fd)
 
 
 def _close_unwanted(wait: Wait[Reply]) -> None:

@@ -25,7 +25,9 @@ class Door(Generic[Obj]):
 
     def open(self, sock: socket.socket) -> None:
         """Somebody connected."""
-        channel = Channel(self._loop, sock, self._name, on_request=self._serve, on_close=self._channels.pop)
+        channel = Channel(
+            self._loop, sock, self._name, on_request=self._serve, on_close=self._channels.pop, is_ours=True
+        )
         self._channels[channel] = None
 
     def close(self) -> None:

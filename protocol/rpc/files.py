@@ -2,15 +2,15 @@
 
 What the kernel calls a file reference is here a real one: every copy of the fd, in whatever process,
 keeps the object; when the last is closed or its holder dies, our end sees the hang-up and `on_release`
-runs.  A copy that comes back with a message is recognised by its inode, as fget() knows a file by its
-operations, so nobody can forge one (docs/decisions/0004).
+runs.  A copy that comes back with a message is recognised by its socket's cookie, as fget() knows a file by
+its operations, so nobody can forge one (docs/decisions/0004).
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
+import struct
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,24 +22,30 @@ from protocol.rpc.service import Service
 Obj = TypeVar("Obj")
 
 
-def _socket_device() -> int:
-    with socket.socket(socket.AF_UNIX) as made:
-        return os.fstat(made.fileno()).st_dev
+SO_COOKIE = 57  # not in the socket module
+_COOKIE = struct.Struct("=Q")
 
 
-SOCKET_DEVICE = _socket_device()
-
-
-def inode_of(fd: int) -> int:
-    """The number that names the open file behind a socket fd, in every process; 0 for any other file: anybody
-    can make one somewhere whose inode has a number they like.
+def cookie_of(fd: int) -> int:
+    """The number that names the socket behind an fd, in every process and network namespace; 0 for any
+    other file.  64 bits, counted up from boot and never given twice, where an inode of sockfs has 32 and
+    comes again [Linux sock_diag.c __sock_gen_cookie, since 5.11].
     """
-    stat = os.fstat(fd)
-    return stat.st_ino if stat.st_dev == SOCKET_DEVICE else 0
+    try:
+        asked = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+    except OSError:
+        return 0
+    try:
+        cookie: int = _COOKIE.unpack(asked.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
+    except OSError:
+        return 0
+    finally:
+        asked.detach()  # it stays the caller's
+    return cookie
 
 
 class Files:
-    """The open files of one daemon, by inode."""
+    """The open files of one daemon, by cookie."""
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
@@ -49,7 +55,7 @@ class Files:
     def open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None = None
     ) -> tuple[int, int, Channel]:
-        """A new fd for `obj`: (fd to send away, its inode, our channel).  Without room for one `obj` is
+        """A new fd for `obj`: (fd to send away, its cookie, our channel).  Without room for one `obj` is
         released, and UapiError raised: EMFILE, ENOMEM.
         """
         try:
@@ -63,10 +69,10 @@ class Files:
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None
     ) -> tuple[int, int, Channel]:
         ours, theirs = socket.socketpair()
-        inode = inode_of(theirs.fileno())
+        cookie = cookie_of(theirs.fileno())
 
         def closed(_: Channel) -> None:
-            del self._objects[inode], self._channels[inode]
+            del self._objects[cookie], self._channels[cookie]
             if on_release is not None:
                 on_release(obj)
 
@@ -74,23 +80,24 @@ class Files:
             channel = Channel(
                 self._loop,
                 ours,
-                f"{service.name}:{inode}",
+                f"{service.name}:{cookie}",
                 on_request=service.bind(obj),
                 on_notify=service.bind_notify(obj),
                 on_close=closed,
+                is_ours=True,
             )
         except OSError:
             theirs.close()
             raise
-        self._objects[inode] = obj
-        self._channels[inode] = channel
-        return theirs.detach(), inode, channel
+        self._objects[cookie] = obj
+        self._channels[cookie] = channel
+        return theirs.detach(), cookie, channel
 
     def find(self, fd: int, kind: type[Obj]) -> Obj:
         """The object behind `fd`, which somebody sent.  Raises UapiError(EINVAL) if it is no `kind` of
         ours.
         """
-        obj = self._objects.get(inode_of(fd))
+        obj = self._objects.get(cookie_of(fd))
         if not isinstance(obj, kind):
             raise UapiError(errno.EINVAL, f"the file descriptor is not a {kind.__name__}")
         return obj

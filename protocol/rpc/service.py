@@ -1,8 +1,8 @@
 """Requests of one kind of object: checked at the border, run inline, answered once.
 
-A `Service` is a table op -> (pydantic model, function, how many fds).  Models are strict and refuse
-extra fields; an unknown op is ENOTTY (or what the object's file operations say); a bad field is EINVAL
-with pydantic's sentence. A function returns its reply, or a flow (an `async def`) whose end is the
+A `Service` is a table op -> (pydantic model, function, how many fds: one more is EINVAL).  Models are strict
+and refuse extra fields; an unknown op is ENOTTY (or what the object's file operations say); a bad field is
+EINVAL with pydantic's sentence. A function returns its reply, or a flow (an `async def`) whose end is the
 reply.  What it raises as UapiError goes back as errno and sentence; anything else is our bug: logged,
 answered EIO, remembered.
 """
@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from protocol.errors import PeerError, UapiError
+from protocol.errors import MAX_SHOWN_CHARS, PeerError, UapiError, shown
 from protocol.flow import Wait
 from protocol.rpc.channel import Body, Channel, Fds, PeerGone, Serve
 
@@ -40,6 +40,11 @@ class Method(NamedTuple, Generic[Obj, M]):
     model: type[M]
     run: Callable[[Obj, M, Fds], Result]
     max_fds: int = 0
+    takes: Callable[[M], int] | None = None  # of max_fds, if that depends on the message
+
+    def most(self, message: M) -> int:
+        """How many fds the message may bring: one that nobody looks at would live as long as the request."""
+        return self.max_fds if self.takes is None else self.takes(message)
 
 
 class Notification(NamedTuple, Generic[Obj, M]):
@@ -68,7 +73,8 @@ class Service(Generic[Obj]):
         self.unknown_errno = unknown_errno
         # One cached validator an op: the table does what a discriminated union would do again.
         self._methods = {
-            op: (_validator(method.model), method.run, method.max_fds) for op, method in methods.items()
+            op: (_validator(method.model), method.run, method.max_fds, method.takes)
+            for op, method in methods.items()
         }
         self._notifications = {
             op: (_validator(told.model), told.run) for op, told in (notifications or {}).items()
@@ -121,7 +127,7 @@ class Service(Generic[Obj]):
             op = body.get("op")
             notification = self._notifications.get(op) if type(op) is str else None
             if notification is None:
-                raise PeerError(f"{self.name}: unknown notification {op!r:.100}")
+                raise PeerError(f"{self.name}: unknown notification {shown(op)}")
             validate, run = notification
             try:
                 message = validate(body)
@@ -135,14 +141,18 @@ class Service(Generic[Obj]):
         op = body.get("op")
         method = self._methods.get(op) if type(op) is str else None
         if method is None:
-            raise UapiError(self.unknown_errno, f"{self.name}: unknown request {op!r:.100}")
-        validate, run, max_fds = method
+            raise UapiError(self.unknown_errno, f"{self.name}: unknown request {shown(op)}")
+        validate, run, max_fds, takes = method
         if len(fds) > max_fds:
             raise UapiError(errno.EINVAL, f"{op}: {len(fds)} file descriptors sent, it takes {max_fds}")
         try:
             message = validate(body)
         except ValidationError as error:
             raise UapiError(errno.EINVAL, f"{op}: {_explain(error)}") from None
+        if takes is not None and len(fds) > takes(message):
+            raise UapiError(
+                errno.EINVAL, f"{op}: {len(fds)} file descriptors sent, it takes {takes(message)}"
+            )
         return run(obj, message, fds)
 
 
@@ -151,7 +161,7 @@ class _Crash(Exception):
 
 
 def _crash(name: str, body: Body, cause: Exception) -> _Crash:
-    crash = _Crash(f"{name}: {body.get('op')!r:.100}")
+    crash = _Crash(f"{name}: {shown(body.get('op'))}")
     crash.__cause__ = cause
     return crash
 
@@ -164,11 +174,11 @@ def _answer(channel: Channel, request_id: int, result: Body | Answer) -> None:
 
 
 def _internal(name: str, body: Body) -> UapiError:
-    return UapiError(errno.EIO, f"{name}: internal error in {body.get('op')!r:.100}; see the daemon's log")
+    return UapiError(errno.EIO, f"{name}: internal error in {shown(body.get('op'))}; see the daemon's log")
 
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "message"
+    where = ".".join(str(part)[:MAX_SHOWN_CHARS] for part in first["loc"]) or "message"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {first['msg']}, got {first['input']!r:.80}{more}"[:MAX_WHY_CHARS]
+    return f"{where}: {first['msg']}, got {shown(first['input'])}{more}"[:MAX_WHY_CHARS]

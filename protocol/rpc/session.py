@@ -120,6 +120,10 @@ class Session(Generic[T]):
         assert request_id in self._unanswered, f"request {request_id} answered twice"
         self._unanswered.discard(request_id)
 
+    def owes(self, request_id: int) -> bool:
+        """Whether the peer still waits for our answer."""
+        return request_id in self._unanswered
+
     def abandon(self) -> list[T]:
         """The connection is gone: what we still waited for."""
         sent, self._sent = list(self._sent.values()), {}

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 import trio
 
+from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
 
 MAX_PATH_BYTES = 107  # sun_path
@@ -52,7 +53,7 @@ class Listener:
             os.chmod(hidden, mode)  # before anybody can connect
         self._sock.listen(BACKLOG)
         os.rename(hidden, path)
-        self._spare = os.open(os.devnull, os.O_RDONLY)  # a place in our fd table to turn peers away with
+        self._spare = _spare_place()  # to turn peers away with when our fd table is full
         loop.register(self._sock.fileno(), self._accept)
 
     def _accept(self, _: int) -> None:
@@ -70,17 +71,29 @@ class Listener:
             log.warning("no room for a connection", error=error.strerror)
 
     def _turn_away(self) -> None:
-        """Our fd table is full: with the spare place, hang up on whoever is first in line."""
-        os.close(self._spare)
-        with suppress(OSError):
-            self._sock.accept()[0].close()
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        """Our fd table is full: with the spare place, hang up on whoever is first in line.  The place is free
+        again when that is closed, which is not for us to wait for.
+        """
+        if self._spare is not None:
+            os.close(self._spare)
+            with suppress(OSError):
+                CLOSER.close(self._sock.accept()[0].detach())
+        self._spare = _spare_place()
 
     def close(self) -> None:
         self._loop.unregister(self._sock.fileno())
         self._sock.close()
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
         self._path.unlink(missing_ok=True)
+
+
+def _spare_place() -> int | None:
+    """An fd for nothing; None if there is no room now."""
+    try:
+        return os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        return None
 
 
 def check_path(path: Path) -> None:

@@ -40,7 +40,7 @@ class TdpUnregisterImporter(Message):
 
 
 class TdpFault(Message):
-    """Populate one gfn.  `mm` is the inode of the mm fd of whoever made the HWPT."""
+    """Populate one gfn.  `mm` is the cookie of the mm fd of whoever made the HWPT."""
 
     mm: U64
     gfn: U64

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
+import socket
+import struct
 import tempfile
 from collections.abc import Callable
 
 from tests.integration.plain import ERROR, HEADER, NOTIFY, REPLY, REQUEST, Plain, frame
+from tests.integration.system import state_of, until
 
 SEED = 20231202
 MAX_BODY = 4 << 20
@@ -94,6 +99,96 @@ def fds_with_a_notification(peer: Plain) -> None:
     close_all(fds)
 
 
+def own_fd_in_half_a_frame(peer: Plain) -> None:
+    """Its own connection's: who hangs up then leaves a copy behind, that keeps it."""
+    own = peer.copy()
+    peer.send(frame(REQUEST, 1, {"op": "STATS"}, 1)[:9], [own])
+    os.close(own)
+
+
+def fds_that_sleep_in_close(peer: Plain) -> None:
+    for number in range(4):
+        _give(peer, frame(REQUEST, number, {"op": ("STATS", "NO_SUCH")[number % 2]}, 1), [lingering(peer)])
+
+
+def fds_that_sleep_in_close_with_half_a_frame(peer: Plain) -> None:
+    fds = [lingering(peer) for _ in range(9)]  # one more than a frame may have
+    _give(peer, frame(REQUEST, 1, {"op": "STATS"}, 8)[:9], fds)
+
+
+def fds_that_sleep_in_close_in_the_queue_of_a_socket(peer: Plain) -> None:
+    """Nobody receives them: they are closed with the socket they are in."""
+    one, other = socket.socketpair()
+    fd = lingering(peer)
+    socket.send_fds(one, [b"x"], [fd])
+    one.close()
+    os.close(fd)
+    _give(peer, frame(REQUEST, 1, {"op": "NO_SUCH"}, 1), [other.detach()])
+
+
+def fds_that_sleep_in_close_in_its_own_queue(peer: Plain) -> None:
+    """It hangs up before it has read the second frame."""
+    fds = [lingering(peer), lingering(peer)]
+    first = HEADER.pack((1 << 32) - 1, 0, REQUEST)
+    _give(peer, first, fds[:1], frame(REQUEST, 2, {"op": "STATS"}, 1), fds[1:])
+
+
+def _give(
+    peer: Plain, data: bytes, fds: list[int], more: bytes = b"", more_fds: list[int] | None = None
+) -> None:
+    """Send them so that theirs is the last copy, whoever is quick."""
+    daemon = struct.unpack("3i", peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        until(lambda: state_of(daemon) == "T", "the daemon has stopped")
+        peer.send(data, fds)
+        if more:
+            peer.send(more, more_fds)
+        close_all([*fds, *(more_fds or [])])
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+
+
+def lingering(peer: Plain) -> int:
+    """A TCP socket whose last close sleeps for an hour, or until `peer` is closed: unsent data, SO_LINGER."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        peer.held.append(server.accept()[0])
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.send(bytes(1 << 20))
+    client.setblocking(True)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+    return client.detach()
+
+
+def nesting_at_every_depth(peer: Plain) -> None:
+    for depth in (10, 15, 16, 17, 100):
+        peer.send(frame(REQUEST, depth, {"op": "STATS", "x": nested(depth)}))
+
+
+def nesting_as_deep_as_msgpack_goes(peer: Plain) -> None:
+    inner = b"\x91" * 1000 + b"\x01"
+    body = b"\x92\x01\x82\xa2op\xa5STATS\xa1x" + inner
+    peer.send(HEADER.pack(len(body), 0, REQUEST) + body)
+
+
+def lists_and_maps_without_end(peer: Plain) -> None:
+    peer.send(frame(REQUEST, 1, {"op": "STATS", "x": [0] * (1 << 20)}))
+
+
+def more_keys_than_any_message_has(peer: Plain) -> None:
+    peer.send(frame(REQUEST, 1, {"op": "STATS", **{str(n): n for n in range(1000)}}))
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def bad_msgpack(peer: Plain) -> None:
     peer.send(HEADER.pack(3, 0, REQUEST) + b"\xc1\xff\xff")
 
@@ -178,6 +273,15 @@ ATTACKS: list[Callable[[Plain], None]] = [
     fds_with_half_a_frame,
     fds_a_request_does_not_take,
     fds_with_a_notification,
+    own_fd_in_half_a_frame,
+    fds_that_sleep_in_close,
+    fds_that_sleep_in_close_with_half_a_frame,
+    fds_that_sleep_in_close_in_the_queue_of_a_socket,
+    fds_that_sleep_in_close_in_its_own_queue,
+    nesting_at_every_depth,
+    nesting_as_deep_as_msgpack_goes,
+    lists_and_maps_without_end,
+    more_keys_than_any_message_has,
     bad_msgpack,
     deep_msgpack,
     msgpack_that_promises_too_much,

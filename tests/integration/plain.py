@@ -25,6 +25,7 @@ def frame(kind: int, number: object, body: object, nfds: int = 0) -> bytes:
 class Plain:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        self.held: list[socket.socket] = []  # closed with it
         sock.settimeout(PATIENCE_S)
         self._next = 1
 
@@ -95,3 +96,5 @@ class Plain:
 
     def close(self) -> None:
         self.sock.close()
+        while self.held:
+            self.held.pop().close()

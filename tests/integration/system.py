@@ -48,12 +48,12 @@ class System:
         for spec in specs:
             with self.log_path(spec.name).open("wb") as log:
                 self._running[spec.name] = subprocess.Popen(
-                    self._argv(spec), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+                    self.argv(spec), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
                 )
         for spec in specs:
             until(lambda spec=spec: self._is_ready(spec), f"{spec.name} is ready")  # type: ignore[misc]
 
-    def _argv(self, spec: DaemonSpec) -> list[str]:
+    def argv(self, spec: DaemonSpec) -> list[str]:
         argv = spec.argv(self.places)
         program = [str(BIN / argv[0])]
         if spec.name == "kvmd" and self._kvmd is not None:
@@ -116,7 +116,7 @@ class System:
     def signal(self, name: str, number: signal.Signals) -> None:
         self._running[name].send_signal(number)
         if number == signal.SIGSTOP:
-            until(lambda: _state(self.pid(name)) == "T", f"{name} has stopped")
+            until(lambda: state_of(self.pid(name)) == "T", f"{name} has stopped")
 
     def exited(self, name: str) -> bool:
         return self._running[name].poll() is not None
@@ -179,7 +179,7 @@ def _close_stdin(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
 
 
-def _state(pid: int) -> str:
+def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 

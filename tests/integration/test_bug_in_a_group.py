@@ -17,8 +17,8 @@ from tests.integration.system import System, short_directory
 class Planted(System):
     """iommufdd is the program with the bug."""
 
-    def _argv(self, spec: DaemonSpec) -> list[str]:
-        usual = super()._argv(spec)
+    def argv(self, spec: DaemonSpec) -> list[str]:
+        usual = super().argv(spec)
         program = [sys.executable, str(Path(iommufdd_with_bug.__file__))]
         return [*program, *usual[1:]] if spec.name == "iommufdd" else usual
 

@@ -133,7 +133,7 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         rig.extra.append(other)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         importer = await TestImporter.of(host, rig.tdp_fd)
-        gfn, own, foreign = GUEST_START // PAGE_SIZE, inode_of(rig.process), inode_of(other)
+        gfn, own, foreign = GUEST_START // PAGE_SIZE, cookie_of(rig.process), cookie_of(other)
         cases = [(own, {}), (foreign, {"read": True}), (foreign, {"write": True}), (0, {"read": True})]
         for mm, rights in cases:
             access = {"read": False, "write": False, "exec": False} | rights
@@ -146,7 +146,7 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         importer.close()
 
 
-def inode_of(file: File) -> int:
+def cookie_of(file: File) -> int:
     fd = file.dup()
     try:
         return os.fstat(fd).st_ino

@@ -26,8 +26,8 @@ SECRET = b"somebody else's" + bytes(PAGE_SIZE - 15)
 
 
 class Keeps(System):
-    def _argv(self, spec: DaemonSpec) -> list[str]:
-        usual = super()._argv(spec)
+    def argv(self, spec: DaemonSpec) -> list[str]:
+        usual = super().argv(spec)
         return [sys.executable, str(KEEPS), *usual[1:]] if spec.name == "iommufdd" else usual
 
 

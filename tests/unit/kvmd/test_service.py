@@ -22,7 +22,7 @@ from protocol.kvm_run import ExitReason
 from protocol.rpc.channel import Channel, Fds, Reply
 from protocol.uapi import names
 from protocol.units import GIB, MIB
-from tests.unit.protocol.wires import Wires, failed
+from tests.unit.protocol.wires import Wires, failed, open_fds
 
 
 class Client:
@@ -249,13 +249,13 @@ def test_fds_on_an_ack_do_not_stay(client: Client) -> None:
     importer._on_request = ack
     held = client.call(importer, "TDP_REGISTER_IMPORTER", name="unit").fds
     gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_fds())
     for _ in range(5):
         client.call(made["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
         hva = next(iter(client.app.vms[0].slots)).hva
         client.call(made["mm"], "MADVISE", addr=hva, size=4096, advice="dontneed")
     assert acked == [1, 2, 3, 4, 5]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_fds()) == before
     held.close()
     client.wire.pump()
 

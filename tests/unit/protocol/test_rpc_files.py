@@ -14,7 +14,7 @@ import pytest
 
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.files import Files, inode_of
+from protocol.rpc.files import Files, cookie_of
 from protocol.rpc.service import Method, Service
 from protocol.uapi.message import Message
 from tests.unit.protocol.wires import Raw, Wires, frame, wires
@@ -48,7 +48,7 @@ class Held:
 
     def open(self, obj: str = "vm0") -> int:
         fd, inode, _ = self.files.open(NAMED, Vm(obj), self.released.append)
-        assert inode == inode_of(fd)
+        assert inode == cookie_of(fd)
         return fd
 
 
@@ -173,7 +173,7 @@ def test_a_file_whose_inode_happens_to_be_an_objects_is_none(
         forged, device = file.fileno(), os.fstat(file.fileno()).st_dev
         same = os.stat_result((real.st_mode, real.st_ino, device, *real[3:]))
         patched.setattr(os, "fstat", lambda number: same if number == forged else real)
-        assert inode_of(forged) == 0
+        assert cookie_of(forged) == 0
         with pytest.raises(UapiError) as caught:
             held.files.find(forged, Vm)
         assert caught.value.errno == errno.EINVAL
