@@ -73,6 +73,7 @@ class PrivateMemory:
     async def _drop(self, memfd: GuestMemfd, pages: range) -> None:
         # await: memfd: cannot change: nobody is bound to it under its invalidate_lock
         async with memfd.invalidate_lock, self._host_changes.zapped_gfns(memfd.spans_of(pages)):
+            # await: memfd: cannot change: the lock is held, and none is mapped when this returns
             await memfd.unmap(pages.start, pages.stop, copies_too=False)
             memfd.drop(pages)
 
