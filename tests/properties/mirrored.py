@@ -19,12 +19,12 @@ from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import Found, Mirror
 from kvmd.core.mm.madvise import ADVICE, collapse
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import HostPage, Pte
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
-from protocol.flow import Wait
+from protocol.flow import Wait, done
 from protocol.units import Hva, pages_of_level
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse
@@ -63,7 +63,19 @@ class Mmu:
         self.watched: set[tuple[int, int]] = set()
         self.used: dict[int, InUse] = {}  # by page
         self.pinned: Counter[tuple[int, int, InUse]] = Counter()  # (area, page, frame)
-        rig.world.run(self.mirror.register(self.ops))
+
+    async def come(self) -> None:
+        """While anything is changing; from then on it is told."""
+        await self.mirror.register(self.ops)
+        self.rig.mmus.append(self)
+
+    def go(self) -> None:
+        """Nobody walks for it any more: what it was told and has not acked, it has forgotten."""
+        self.rig.mmus.remove(self)
+        self.ops.invalidate = lambda *_: done(None)  # type: ignore[method-assign]
+        while self.ops.pending:
+            self.ops.ack()
+        self.rig.begin(self.mirror.close(), "close")
 
     def watch(self) -> None:
         first, pages = at = self.rig.random.choice(WATCHES)
@@ -156,8 +168,11 @@ class Mmu:
 
 
 class MirroredMemory:
-    def __init__(self, seed: int) -> None:
+    """`coming`: mirrors register and close while anything changes, and sleep before they pin."""
+
+    def __init__(self, seed: int, *, coming: bool = False) -> None:
         self.random = Random(seed)
+        self.coming = coming
         self.world = World()
         self.world.flows = AnyOrder(self.random)
         self.mm = self.world.mm
@@ -170,20 +185,31 @@ class MirroredMemory:
         self.world.run(self.mm.mmap(START, PAGES * PAGE, RW))
         self.world.run(ADVICE["hugepage"](self.mm, hva(512), 512 * PAGE))
         self.world.run(ADVICE["mergeable"](self.mm, START, 512 * PAGE))
-        self.mmus = [Mmu(self) for _ in range(2)]
+        for _ in range(2):
+            self.world.run(Mmu(self).come())
 
     def _sleep_in_lookups(self) -> None:
-        looked_up = self.mm.get_user_page
+        looked_up, to_pin = self.mm.get_user_page, self.mm.fault_to_pin
 
         async def sleepy(hva: Hva, **how: Any) -> HostPage:
             page = await looked_up(hva, **how)
-            if self.mmus and self.random.random() < 0.1:
-                gate: Wait[None] = Wait()
-                self.gates.append(gate)
-                await gate
+            await self._doze()
             return page
 
+        async def sleepy_to_pin(hva: Hva, **how: Any) -> Pte:
+            """What it returns is there then: it sleeps before."""
+            if self.coming:
+                await self._doze()
+            return await to_pin(hva, **how)
+
         self.mm.get_user_page = sleepy  # type: ignore[method-assign]
+        self.mm.fault_to_pin = sleepy_to_pin  # type: ignore[method-assign]
+
+    async def _doze(self) -> None:
+        if self.mmus and self.random.random() < 0.1:
+            gate: Wait[None] = Wait()
+            self.gates.append(gate)
+            await gate
 
     def begin(self, flow: Coroutine[Any, None, Any], name: str) -> None:
         async def run() -> None:
@@ -210,6 +236,7 @@ class MirroredMemory:
             (8, self.process),
             (1, self.child),
             (1, self.remap),
+            *([(2.0, self.come_or_go)] if self.coming else []),
         ]
         self.random.choices([act for _, act in acts], [weight for weight, _ in acts])[0]()
         for _ in range(self.random.randrange(4)):
@@ -219,6 +246,12 @@ class MirroredMemory:
             self.gates.pop(self.random.randrange(len(self.gates))).set(None)
             self.world.flows.run_ready()
         self.check()
+
+    def come_or_go(self) -> None:
+        if len(self.mmus) > 1 and self.random.random() < 0.5:
+            self.random.choice(self.mmus).go()
+        elif len(self.mmus) < 4:
+            self.begin(Mmu(self).come(), "register")
 
     def host(self) -> None:
         name, act = self.random.choice(list(HOST.items()))
@@ -299,9 +332,9 @@ def size_of(page: HostPage) -> int:
     return pages_of_level(page.level)
 
 
-def play(seed: int, steps: int = 250) -> Counter[str]:
+def play(seed: int, steps: int = 250, *, coming: bool = False) -> Counter[str]:
     """What was done."""
-    rig = MirroredMemory(seed)
+    rig = MirroredMemory(seed, coming=coming)
     for _ in range(steps):
         rig.step()
     rig.end()

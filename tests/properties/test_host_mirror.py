@@ -19,8 +19,15 @@ def test_what_a_mirror_was_answered_is_what_the_process_has_until_it_acks(seed: 
     play(seed)
 
 
-def plays(count: int) -> Counter[str]:
-    return sum((play(seed) for seed in range(count)), Counter[str]())
+@pytest.mark.parametrize("seed", range(8))
+def test_mirrors_that_register_and_close_while_anything_changes_are_right_too(seed: int) -> None:
+    done = play(seed, coming=True)
+    assert done["register"] > 2
+    assert done["close"] > 2
+
+
+def plays(count: int, *, coming: bool = False) -> Counter[str]:
+    return sum((play(seed, coming=coming) for seed in range(count)), Counter[str]())
 
 
 def test_the_schedules_do_everything_often() -> None:
@@ -106,3 +113,10 @@ def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(owner, name, what)
     with pytest.raises(AssertionError, match=r"I[56]"):
         plays(12)
+
+
+def test_a_pin_that_outlives_its_mirror_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: it asks before it sleeps, and not again."""
+    monkeypatch.setattr(Mirror, "_check", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"I6|pinned, frames"):
+        plays(40, coming=True)
