@@ -50,8 +50,22 @@ class HmmMirror(KvmdChannel):
             "HMM_RANGE_FAULT", {"start": hva, "size": size, "write": write, "fault": fault}
         )
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
-        return await self._find("HMM_PIN", {"start": hva, "size": size, "write": write, "area": area})
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
+        asked = {"start": hva, "size": size, "write": write, "area": area, "file": file}
+        return await self._find("HMM_PIN", asked)
+
+    async def open_file(self, fd: int) -> int:
+        number: int = (await self.call("HMM_FILE_GET", {}, fd)).body["file"]
+        return number
+
+    async def close_file(self, file: int) -> None:
+        await self.call("HMM_FILE_PUT", {"file": file})
+
+    async def change_process(self, mm_fd: int) -> None:
+        await self.call("HMM_CHANGE_PROCESS", {}, mm_fd)
+
+    async def undo_change_process(self) -> None:
+        await self.call("HMM_CHANGE_PROCESS", {"undo": True})
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None:
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})

@@ -30,16 +30,8 @@ class KvmdChannel:
         self._channel: Channel | None = None
 
     async def present(self, loop: Loop, kvmd: Path, op: str, fd: int, name: str, **handlers: Any) -> None:
-        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM.
-
-        What is no socket is not even copied: each close of a file may sleep, of a socket only the last.
-        """
-        if not cookie_of(fd):
-            raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
-        try:
-            copy = os.dup(fd)
-        except OSError:
-            raise UapiError(errno.EMFILE, "no room in our fd table") from None
+        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
+        copy = _dup(op, fd)
         try:
             door = Channel(loop, connect_now(kvmd), "kvmd")
         except OSError as error:
@@ -59,11 +51,11 @@ class KvmdChannel:
         except OSError as error:
             raise UapiError(error.errno or errno.ENOMEM, f"no room for the {name} channel") from None
 
-    async def call(self, op: str, body: Body | None = None) -> Reply:
-        """ENODEV once kvmd is gone."""
+    async def call(self, op: str, body: Body | None = None, fd: int | None = None) -> Reply:
+        """With a copy of `fd`, if one is given.  ENODEV once kvmd is gone; EMFILE."""
         assert self._channel is not None
         try:
-            return await self._channel.call(op, body)
+            return await self._channel.call(op, body, [] if fd is None else [_dup(op, fd)])
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
 
@@ -74,6 +66,16 @@ class KvmdChannel:
         if self._channel is not None:
             self._on_gone = _nothing
             self._channel.close()
+
+
+def _dup(op: str, fd: int) -> int:
+    """What is no socket is not even copied: each close of a file may sleep, of a socket only the last."""
+    if not cookie_of(fd):
+        raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
+    try:
+        return os.dup(fd)
+    except OSError:
+        raise UapiError(errno.EMFILE, "no room in our fd table") from None
 
 
 def _nothing() -> None: ...

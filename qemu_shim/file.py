@@ -26,6 +26,11 @@ class File:
         """One request; raises UapiError, or PeerGone when the daemon hung up."""
         return await self._channel.ask(op, body, fds)
 
+    @property
+    def number(self) -> int:
+        """The fd, as this process numbers it."""
+        return self._fd
+
     def dup(self) -> int:
         """A copy of the fd, to pass on."""
         return os.dup(self._fd)

@@ -14,7 +14,7 @@ from protocol.uapi import names
 from qemu_shim.device_client import Portal
 from qemu_shim.file import File
 from qemu_shim.kvm_client import Vm
-from qemu_shim.process import Process
+from qemu_shim.process import MemFd, Process
 from qemu_shim.stats import ask_all
 
 
@@ -106,6 +106,36 @@ class Iommu(File):
         body = {"flags": flags, "ioas_id": ioas_id, "user_va": user_va, "length": length, "iova": iova or 0}
         mapped: int = (await self.ask("IOMMU_IOAS_MAP", [process.dup()], **body)).body["iova"]
         return mapped
+
+    async def ioas_map_file(
+        self,
+        ioas_id: int,
+        process: Process,
+        file: MemFd,
+        start: int,
+        length: int,
+        iova: int | None = None,
+        *,
+        writable: bool = True,
+    ) -> int:
+        """Map `length` bytes of a memfd, charged to `process`, at `iova` or where there is room; the iova."""
+        reply = await self.ask(
+            "IOMMU_IOAS_MAP_FILE",
+            [process.dup(), file.dup()],
+            flags=_map_flags(iova, readable=True, writable=writable),
+            ioas_id=ioas_id,
+            fd=file.number,
+            start=start,
+            length=length,
+            iova=iova or 0,
+            fd_table=[file.number],
+        )
+        mapped: int = reply.body["iova"]
+        return mapped
+
+    async def change_process(self, process: Process) -> None:
+        """`process` pays for what the IOASes have pinned, all of it of files, from now on."""
+        await self.ask("IOMMU_IOAS_CHANGE_PROCESS", [process.dup()])
 
     async def ioas_copy(
         self,

@@ -168,7 +168,11 @@ class Areas:
             )
 
     def room(self, hva: int, size: int) -> int:
-        """The first iova but 0 where an area fits, aligned as the memory is [iopt_alloc_iova].  ENOSPC."""
+        """The first iova but 0 where an area fits, aligned as the memory is [iopt_alloc_iova].  ENOSPC;
+        EOVERFLOW: half of all iovas, or more.
+        """
+        if size >= ULONG_MAX // 2:
+            raise UapiError(errno.EOVERFLOW, f"room for {size:#x} bytes: that is half of all iovas")
         alignment = 1 << (size - 1).bit_length()
         if hva:
             alignment = min(alignment, hva & -hva)
@@ -204,11 +208,15 @@ def _overlaps(*lists: list[Span]) -> list[Span]:
 
 
 def check_memory(hva: int, size: int) -> None:
-    """EINVAL, EOVERFLOW, EFAULT: no memory of a process is that."""
+    """EINVAL, EOVERFLOW: no memory of a process is that, nor part of a file."""
     if not size or (hva | size) & PAGE_OFFSET_MASK:
-        raise UapiError(errno.EINVAL, f"user_va {hva:#x}+{size:#x}: not whole pages")
+        raise UapiError(errno.EINVAL, f"{hva:#x}+{size:#x}: not whole pages")
     if hva + size > ULONG_MAX:
-        raise UapiError(errno.EOVERFLOW, f"user_va {hva:#x}+{size:#x} is beyond 64 bits")
+        raise UapiError(errno.EOVERFLOW, f"{hva:#x}+{size:#x} is beyond 64 bits")
+
+
+def check_user(hva: int, size: int) -> None:
+    """EFAULT: no memory of a process is that."""
     if hva + size > USER_END:
         raise UapiError(errno.EFAULT, f"user_va {hva:#x}+{size:#x}: no user address")
 

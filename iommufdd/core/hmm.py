@@ -65,15 +65,25 @@ class HostMemory(Protocol):
     async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
         """Have the pages of a watched range faulted in, or look.  EFAULT, EHWPOISON, ENOMEM."""
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
-        """For what has that number, as many from the start as fit one answer.  ENOMEM: RLIMIT_MEMLOCK, or
-        no memory; EFAULT.
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
+        """For what has that number, as many from the start as fit one answer; of a file, `hva` is an offset.
+        ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT; EINVAL: beyond the end of the file.
         """
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
 
     async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
         """What is pinned there for what has that number."""
+
+    async def open_file(self, fd: int) -> int:
+        """The number of a memfd, to pin pages of.  EINVAL: no memfd."""
+
+    async def close_file(self, file: int) -> None: ...
+
+    async def change_process(self, mm_fd: int) -> None:
+        """That process pays for all pins from now on.  ENOMEM: RLIMIT_MEMLOCK, and nothing has changed."""
+
+    async def undo_change_process(self) -> None: ...
 
     def release(self) -> None:
         """Let go of the process; nothing is asked after that."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory
+from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory, check_user
 from iommufdd.core.counts import Counts
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.object import Object
@@ -69,28 +69,41 @@ class Ioas(Object):
     # -- areas -----------------------------------------------------------------------------------------
 
     async def map(
-        self, mm: int, connect: Connect, hva: int, size: int, iova: int | None, *, writable: bool
+        self,
+        mm: int,
+        connect: Connect,
+        hva: int,
+        size: int,
+        iova: int | None,
+        *,
+        writable: bool,
+        file: int | None = None,
     ) -> int:
-        """Map memory of `mm`; the iova, which is `iova` if that is given.  EINVAL: not whole pages, not
-        allowed; EOVERFLOW; EEXIST; ENOSPC; EFAULT, ENOMEM: of what is to be pinned; ENODEV: the host is gone.
+        """Map memory of `mm`; or, paid for by it, of the memfd `file`, where `hva` is an offset; the iova,
+        which is `iova` if that is given.  EINVAL: not whole pages, not allowed, no memfd; EOVERFLOW; EEXIST;
+        ENOSPC; EFAULT, ENOMEM, EINVAL: of what is to be pinned; ENODEV: the host is gone.
         """
         # await: connect, iova: cannot change: the caller's own
         async with self.lock:
             self._check_there()
             check_memory(hva, size)
-            iova = self._place(iova, hva, size)
+            iova = self._place(iova, hva if file is None else 0, size)
             # await: iova: cannot change: the lock keeps it free
-            await self.enter_memory(mm, connect, iova, size, hva, writable=writable)
+            await self.enter_memory(mm, connect, iova, size, hva, file, writable=writable)
         return iova
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: int, size: int, hva: int, *, writable: bool
+        self, mm: int, connect: Connect, iova: int, size: int, hva: int, fd: int | None, *, writable: bool
     ) -> None:
-        """A new area of memory of `mm`, with the lock held: whole, or this raises."""
+        """A new area of memory of `mm` or of the memfd `fd`, with the lock held: whole, or this raises."""
+        if fd is None:
+            check_user(hva, size)
         # await: connect: cannot change: the caller's own
         async with self._sources.lock:
             source = await self._source_of(mm, connect)
-            pages = Pages(self.counts, self._sources, source, hva, writable=writable)
+            # await: source: cannot change: the lock of the sources, and it has a user now
+            file = 0 if fd is None else await source.host.open_file(fd)
+            pages = Pages(self.counts, self._sources, source, hva, file, writable=writable)
             pages.get()
         try:
             # await: pages: cannot change: we hold them

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 
-from iommufdd.core.area import Area
+from iommufdd.core.area import Area, check_user
 from iommufdd.core.counts import Counts
 from iommufdd.core.hmm import HostMemory, Lookups
 from iommufdd.core.hwpt_mirror import HwptMirror
@@ -41,8 +41,10 @@ class IoasOnDemand(Ioas):
         return self._source.new_number()
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: int, size: int, hva: int, *, writable: bool
+        self, mm: int, connect: Connect, iova: int, size: int, hva: int, fd: int | None, *, writable: bool
     ) -> None:
+        assert fd is None, "pages of a file are pinned"
+        check_user(hva, size)
         if self.mm not in (0, mm):
             raise UapiError(
                 errno.EINVAL, f"IOAS {self.id} is on demand and maps another process's memory: one for all"

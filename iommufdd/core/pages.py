@@ -47,13 +47,16 @@ class Pins(NamedTuple):
 
 
 class Pages:
-    """`start`: the first address of all that was mapped.  `users` hold it: areas, and requests under way."""
+    """`start`: the first address of all that was mapped; `file`: at the host, 0: memory of the process.
+    `users` hold it: areas, and requests under way.
+    """
 
     def __init__(
-        self, counts: Counts, sources: Sources, source: Source, start: int, *, writable: bool
+        self, counts: Counts, sources: Sources, source: Source, start: int, file: int, *, writable: bool
     ) -> None:
         self.source = source
         self.start = start
+        self.file = file
         self.writable = writable
         self.pins: list[Pins] = []  # in order, apart
         self.shown: dict[Area, list[HwptPaging]] = {}  # by which areas, mapped in which HWPTs
@@ -62,7 +65,7 @@ class Pages:
         self._sources = sources
         self.number = source.new_number()
         self._lock = RwLock()
-        source.users.add(self)
+        source.users[self] = not file
 
     def get(self) -> None:
         self.users += 1
@@ -71,11 +74,14 @@ class Pages:
         self.users -= 1
         if not self.users:
             assert not self.shown, "an area that is mapped holds its pages"
+            if self.file:
+                with suppress(UapiError):  # the host is gone
+                    await self.source.host.close_file(self.file)
             await self._sources.put(self.source, self)
 
     def alignment_of(self, address: int) -> int:
         """What an iova for `address` is to be aligned to, at most [iopt_alloc_area_pages]; 0: to anything."""
-        return address
+        return address - self.start if self.file else address
 
     @property
     def is_changing(self) -> bool:
@@ -135,7 +141,9 @@ class Pages:
         taken = [*(area.hva for area in self.shown), *(pins.start for pins in self.pins)]
         end = min([end, *(start for start in taken if at < start)])
         # await: end: cannot change: the lock is held
-        found = await self.source.host.pin(at, end - at, write=self.writable, area=self.number)
+        found = await self.source.host.pin(
+            at, end - at, write=self.writable, area=self.number, file=self.file
+        )
         stop = min(found.end, end)
         self._counts.pinned_pages += stop - at >> PAGE_SHIFT
         for page in found.pages:

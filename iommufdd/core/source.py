@@ -6,6 +6,7 @@ it, whoever asks.  It is let go of when no IOAS that mapped something of it is l
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from itertools import count
@@ -18,12 +19,14 @@ from protocol.flow import RwLock
 
 
 class Source:
-    """`bus`: of the units that were given the windows its frames lie in; `users`: IOASes and pages."""
+    """`bus`: of the units that were given the windows its frames lie in.  `users`: IOASes and pages, and
+    whether each is memory of the process itself, which nobody else can take over.
+    """
 
     def __init__(self, host: HostMemory, bus: Memory, windows: int) -> None:
         self.host = host
         self.bus = bus
-        self.users: set[object] = set()
+        self.users: dict[object, bool] = {}
         self._windows = windows
         self._numbers = count(1)
 
@@ -57,21 +60,45 @@ class Sources:
 
     def __init__(self) -> None:
         self.lock = RwLock()
-        self._by_mm: dict[int, Source] = {}
+        self._mms: dict[Source, int] = {}
 
     async def get(self, mm: int, connect: Connect, user: object) -> Source:
         """That of `mm`, for `user`; a new one if the units of the last are gone.  With the lock held; errors
         as of `connect`.
         """
-        source = self._by_mm.get(mm)
-        if source is None or not source.bus.alive:
+        found = (source for source, name in self._mms.items() if name == mm and source.bus.alive)
+        source = next(found, None)
+        if source is None:
             # await: user: cannot change: the caller's own
-            source = self._by_mm[mm] = await connect()
-        source.users.add(user)
+            source = await connect()
+            self._mms[source] = mm
+        source.users.setdefault(user, False)
         return source
 
     async def put(self, source: Source, user: object) -> None:
-        source.users.discard(user)
-        if not source.users:
-            self._by_mm = {mm: other for mm, other in self._by_mm.items() if other is not source}
-            await source.let_go()
+        # await: source, user: cannot change: the caller's own, which is a user of it until now
+        async with self.lock:
+            del source.users[user]
+            if not source.users:
+                del self._mms[source]
+                await source.let_go()
+
+    async def change_process(self, mm: int, mm_fd: int) -> None:
+        """All is paid for by process `mm` from now on [iommufd_ioas_change_process].  EINVAL: some of it is
+        memory of a process itself; ENOMEM: RLIMIT_MEMLOCK, and nothing has changed.
+        """
+        async with self.lock:
+            if any(any(source.users.values()) for source in self._mms):
+                raise UapiError(errno.EINVAL, "memory of a process is mapped: files alone can be taken over")
+            changed: list[Source] = []
+            try:
+                for source in [source for source, name in self._mms.items() if name != mm]:
+                    # await: each source, source, changed, asked: cannot change: the lock is held
+                    await source.host.change_process(mm_fd)
+                    changed.append(source)
+            except UapiError:
+                for source in changed:
+                    # await: each source, asked: cannot change: our own list, and the lock
+                    await source.host.undo_change_process()
+                raise
+            self._mms.update(dict.fromkeys(changed, mm))

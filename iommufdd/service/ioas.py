@@ -53,6 +53,34 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
     return {"iova": mapped}
 
 
+async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -> Body:
+    writable = _is_writable(message.flags, message.iova, message.length)
+    with _not_on_demand(held, message.ioas_id).used() as ioas:
+        if message.fd not in message.fd_table:
+            raise UapiError(errno.EBADF, f"fd {message.fd} is not open")
+        file = fds.peek(1 + message.fd_table.index(message.fd))
+
+        async def connect() -> Source:
+            return await _connect(held, ioas, fds.peek(0))
+
+        mm, iova = cookie_of(fds.peek(0)), _fixed(message.flags, message.iova)
+        mapped = await ioas.map(
+            mm, connect, message.start, message.length, iova, writable=writable, file=file
+        )
+    return {"iova": mapped}
+
+
+async def _change_process(held: IommuFile, message: uapi.IommuIoasChangeProcess, fds: Fds) -> Body:
+    if message.reserved:
+        raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
+    mm_fd = fds.peek(0)
+    for ioas in held.objects.all(IoasOnDemand):
+        if any(ioas.areas):
+            raise UapiError(errno.EINVAL, f"IOAS {ioas.id} maps memory of a process: it cannot be taken over")
+    await held.sources.change_process(cookie_of(mm_fd), mm_fd)
+    return {}
+
+
 async def _copy(held: IommuFile, message: uapi.IommuIoasCopy, fds: Fds) -> Body:
     writable = _is_writable(message.flags, message.length, message.src_iova, message.dst_iova)
     with _not_on_demand(held, message.src_ioas_id).used() as src:
@@ -182,6 +210,8 @@ async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fd
 IOAS: dict[str, Method[IommuFile, Any]] = {
     "IOMMU_IOAS_ALLOC": Method(uapi.IommuIoasAlloc, sized(_alloc)),
     "IOMMU_IOAS_MAP": Method(uapi.IommuIoasMap, sized(_map), 1),
+    "IOMMU_IOAS_MAP_FILE": Method(uapi.IommuIoasMapFile, sized(_map_file), 2),
+    "IOMMU_IOAS_CHANGE_PROCESS": Method(uapi.IommuIoasChangeProcess, sized(_change_process), 1),
     "IOMMU_IOAS_COPY": Method(uapi.IommuIoasCopy, sized(_copy)),
     "IOMMU_IOAS_UNMAP": Method(uapi.IommuIoasUnmap, sized(_unmap)),
     "IOMMU_IOAS_IOVA_RANGES": Method(uapi.IommuIoasIovaRanges, sized(_iova_ranges)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvmd.core.mm.hmm import Found, Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.importers import FRAME_WINDOWS, RemoteImporter, lent
-from kvmd.service.objects import App, MirrorFile
+from kvmd.service.objects import App, MemfdFile, MirrorFile, MmFile
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import hmm as uapi
@@ -60,7 +60,9 @@ async def _range_fault(held: MirrorFile, message: uapi.HmmRangeFault, fds: Fds) 
 
 async def _pin(held: MirrorFile, message: uapi.HmmPin, fds: Fds) -> Body:
     start, write = Hva(message.start), message.write
-    return _body(await held.mirror.pin(start, message.size, write=write, area=message.area))
+    return _body(
+        await held.mirror.pin(start, message.size, write=write, area=message.area, file=message.file)
+    )
 
 
 async def _unpin(held: MirrorFile, message: uapi.HmmUnpin, fds: Fds) -> Body:
@@ -71,6 +73,25 @@ def _pinned(held: MirrorFile, message: uapi.HmmPinned, fds: Fds) -> Body:
     pins, end = held.mirror.pinned_in(Hva(message.start), message.size, area=message.area)
     runs = [(run.hva, run.pfn << PAGE_SHIFT, run.npages << PAGE_SHIFT) for run in pins]
     return {"pins": runs, "end": end, "total": held.mirror.pins}
+
+
+def _file_get(held: MirrorFile, message: uapi.HmmFileGet, fds: Fds) -> Body:
+    return {"file": held.mirror.open_file(held.app.files.find(fds.peek(0), MemfdFile).file)}
+
+
+def _file_put(held: MirrorFile, message: uapi.HmmFilePut, fds: Fds) -> Body:
+    held.mirror.files.close(message.file)
+    return {}
+
+
+async def _change_process(held: MirrorFile, message: uapi.HmmChangeProcess, fds: Fds) -> Body:
+    mirror, before = held.mirror, held.mirror.mm
+    if message.undo:
+        mirror.undo_change_process()
+    else:
+        await mirror.change_process(held.app.files.find(fds.peek(0), MmFile).mm)
+    held.app.forget(before)
+    return {}
 
 
 def _body(found: Found) -> Body:
@@ -87,6 +108,9 @@ MIRROR: Service[MirrorFile] = Service(
         "HMM_WATCH": Method(uapi.HmmWatch, _watch),
         "HMM_UNWATCH": Method(uapi.HmmUnwatch, _unwatch),
         "HMM_RANGE_FAULT": Method(uapi.HmmRangeFault, _range_fault),
+        "HMM_FILE_GET": Method(uapi.HmmFileGet, _file_get, 1),
+        "HMM_FILE_PUT": Method(uapi.HmmFilePut, _file_put),
+        "HMM_CHANGE_PROCESS": Method(uapi.HmmChangeProcess, _change_process, 1),
         "HMM_PIN": Method(uapi.HmmPin, _pin),
         "HMM_UNPIN": Method(uapi.HmmUnpin, _unpin),
         "HMM_PINNED": Method(uapi.HmmPinned, _pinned),

@@ -70,19 +70,31 @@ class HmmRangeFault(Message):
     fault: bool = True
 
 
+class HmmFileGet(Message):
+    """With a memfd, to pin pages of; reply: `file`, its number, until HMM_FILE_PUT.  EINVAL: no memfd."""
+
+
+class HmmFilePut(Message):
+    """What is pinned stays pinned.  EINVAL: no such file."""
+
+    file: U64
+
+
 class HmmPin(Message):
     """Pin the pages of start..start+size for long, for writing if `write`.  Reply as of HmmRangeFault; a
     failure leaves nothing pinned by this call.  ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT: no memory
     there, or no process any more; EHWPOISON.
 
     `area` is the caller's name for what the pins belong to: the process may map something else at an address
-    that is pinned, and another area pin that; each gets its own back.
+    that is pinned, and another area pin that; each gets its own back.  With a `file` of HMM_FILE_GET, start
+    is an offset in it (EINVAL: beyond its end) and it takes no process any more.
     """
 
     start: Address
     size: Bytes
     write: bool
     area: U64 = 0
+    file: U64 = 0
 
 
 class HmmUnpin(Message):
@@ -104,6 +116,14 @@ class HmmPinned(Message):
     start: Address
     size: Bytes
     area: U64 = 0
+
+
+class HmmChangeProcess(Message):
+    """With an mm fd: that process pays for what is pinned and what will be.  ENOMEM: RLIMIT_MEMLOCK, and
+    nothing has changed; EINVAL: ranges are watched; EPERM.  `undo`, without a fd: as it was before.
+    """
+
+    undo: bool = False
 
 
 class HmmInvalidate(Message):

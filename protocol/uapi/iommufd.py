@@ -80,6 +80,32 @@ class IommuIoasMap(IommuStruct):
     iova: U64 = 0
 
 
+class IommuIoasMapFile(IommuStruct):
+    """struct iommu_ioas_map_file, with the caller's mm fd, and then the fds that `fd_table` names; reply:
+    `iova`.  `flags`: IOMMU_IOAS_MAP_*.
+    """
+
+    SIZE = MIN_SIZE = 40
+
+    size: U32 = SIZE
+    flags: U32
+    ioas_id: U32
+    fd: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+    start: U64
+    length: U64
+    iova: U64 = 0
+    fd_table: Annotated[tuple[int, ...], Field(max_length=1, strict=False)] = ()
+
+
+class IommuIoasChangeProcess(IommuStruct):
+    """struct iommu_ioas_change_process, with the mm fd of who is to pay for what the IOASes have pinned."""
+
+    SIZE = MIN_SIZE = 8
+
+    size: U32 = SIZE
+    reserved: U32 = 0
+
+
 class IommuIoasCopy(IommuStruct):
     """struct iommu_ioas_copy; reply: `dst_iova`.  `flags`: IOMMU_IOAS_MAP_*, of the copy."""
 

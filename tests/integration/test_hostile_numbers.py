@@ -25,7 +25,7 @@ EDGES = (
 FINE = frozenset(
     {0, errno.EINVAL, errno.EFAULT, errno.ENOENT, errno.ENOMEM, errno.EEXIST, errno.EBUSY, errno.ENODEV}
     | {errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.E2BIG, errno.EFBIG, errno.ENXIO, errno.EAGAIN}
-    | {errno.EOVERFLOW}
+    | {errno.EOVERFLOW, errno.EBADF, errno.ENOSPC}
 )
 BUFFER = b"\xff" * 8
 

@@ -43,8 +43,11 @@ TWICE = {
     "HMM_REGISTER": (errno.EBUSY, errno.EBUSY),
     "HMM_WATCH": (0, errno.EEXIST),
     "HMM_UNWATCH": (0, errno.ENOENT),
+    "HMM_FILE_PUT": (0, errno.EINVAL),
+    "HMM_CHANGE_PROCESS": (errno.EINVAL, errno.EINVAL),  # it watches a range
     "IOMMU_DESTROY": (0, errno.ENOENT),
     "IOMMU_IOAS_FOLLOW_KVM": (0, errno.EBUSY),
+    "IOMMU_IOAS_CHANGE_PROCESS": (errno.EINVAL, errno.EINVAL),  # memory of a process is mapped
     "IOMMU_OPTION": (errno.EBUSY, errno.EBUSY),
     "IOMMU_HWPT_SET_DIRTY_TRACKING": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
     "IOMMU_HWPT_GET_DIRTY_BITMAP": (errno.EOPNOTSUPP, errno.EOPNOTSUPP),
@@ -71,6 +74,8 @@ TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
     ("kvmd", "INSPECT"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "INSPECT_GPA"): ({"vm": None, "gpa": 0}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("kvmd", "DUMP_TABLES"): ({"vm": None}, errno.EBADF, errno.EINVAL, "kvm-vm"),
+    ("hmm-mirror", "HMM_FILE_GET"): ({}, errno.EBADF, errno.EINVAL, "memfd"),
+    ("hmm-mirror", "HMM_CHANGE_PROCESS"): ({}, errno.EBADF, errno.EINVAL, "mm"),
     ("/dev/kvm", "KVM_CREATE_VM"): ({}, errno.EBADF, errno.EINVAL, "mm"),
     ("mm", "MMAP"): ({"size": 4096, "kind": "file_shared"}, errno.EBADF, errno.EINVAL, "memfd guest_memfd"),
     ("kvm-vm", "KVM_SET_USER_MEMORY_REGION2"): ({"flags": 4}, errno.EBADF, errno.EINVAL, "guest_memfd"),
@@ -88,6 +93,9 @@ TAKES: dict[tuple[str, str], tuple[dict[str, Any], int, int, str]] = {
         errno.EINVAL,
         "mm",
     ),
+    # Two, of which the second is named in `fd_table`; and with nothing mapped there is nobody to ask for one.
+    ("iommufd", "IOMMU_IOAS_MAP_FILE"): ({"ioas_id": 3}, errno.EBADF, errno.EBADF, "mm"),
+    ("iommufd", "IOMMU_IOAS_CHANGE_PROCESS"): ({}, errno.EBADF, 0, "mm"),
     ("iommufd", "IOMMU_IOAS_FOLLOW_KVM"): ({"ioas_id": 6}, errno.EBADF, errno.EINVAL, "kvm-vm"),
     ("vfio-device", "VFIO_DEVICE_BIND_IOMMUFD"): ({}, errno.EINVAL, errno.EINVAL, "iommufd"),  # it is bound
 }

@@ -39,6 +39,8 @@ STRUCTS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("IOMMU_IOAS_UNMAP", 24, 24, {"ioas_id": GARBAGE, "iova": 0, "length": 4096}),
     ("IOMMU_IOAS_IOVA_RANGES", 32, 32, {"ioas_id": GARBAGE}),
     ("IOMMU_IOAS_COPY", 40, 40, {"src_ioas_id": GARBAGE, "dst_ioas_id": 1, "flags": 6, **COPIED}),
+    ("IOMMU_IOAS_MAP_FILE", 40, 40, {"ioas_id": GARBAGE, "flags": 6, "fd": 0, "start": 0, "length": 4096}),
+    ("IOMMU_IOAS_CHANGE_PROCESS", 8, 8, {"reserved": 1}),
     ("IOMMU_IOAS_ALLOW_IOVAS", 24, 24, {"ioas_id": GARBAGE, "num_iovas": 0, "allowed_iovas": None}),
     ("IOMMU_IOAS_FOLLOW_KVM", 12, 12, {"ioas_id": GARBAGE}),
     ("IOMMU_OPTION", 24, 24, {"option_id": 2}),

@@ -222,6 +222,9 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("hmm-mirror", "HMM_WATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_UNWATCH"): spare(start=..., size=PAGE_SIZE),
     ("hmm-mirror", "HMM_RANGE_FAULT"): plain(start=WATCHED, size=PAGE_SIZE, write=True, fault=False),
+    ("hmm-mirror", "HMM_FILE_GET"): with_fd("memfd"),
+    ("hmm-mirror", "HMM_FILE_PUT"): plain(file=1),
+    ("hmm-mirror", "HMM_CHANGE_PROCESS"): with_fd("mm"),
     ("hmm-mirror", "HMM_PIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE, "write": True}, []),
     ("hmm-mirror", "HMM_PINNED"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
     ("hmm-mirror", "HMM_UNPIN"): lambda zoo: ({"start": _page(zoo, 99), "size": PAGE_SIZE}, []),
@@ -234,6 +237,11 @@ REQUESTS: dict[tuple[str, str], Make] = {
     ("iommufd", "IOMMU_IOAS_MAP"): lambda zoo: (_ioas_map(zoo), [zoo.copy("mm")]),
     ("iommufd", "IOMMU_IOAS_UNMAP"): object_of("ioas", "ioas_id", iova=0, length=(1 << 64) - 1),
     ("iommufd", "IOMMU_IOAS_IOVA_RANGES"): object_of("ioas", "ioas_id"),
+    ("iommufd", "IOMMU_IOAS_MAP_FILE"): lambda zoo: (
+        {"ioas_id": zoo.ids["ioas"], "flags": 6, "fd": 7, "fd_table": [7], "start": 0, "length": PAGE_SIZE},
+        [zoo.copy("mm"), zoo.copy("memfd")],
+    ),
+    ("iommufd", "IOMMU_IOAS_CHANGE_PROCESS"): with_fd("mm"),
     ("iommufd", "IOMMU_IOAS_COPY"): lambda zoo: (
         {"flags": 6, "src_iova": PAGE_SIZE, "length": PAGE_SIZE, **_twice(zoo.ids["ioas"])},
         [],

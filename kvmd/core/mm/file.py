@@ -14,7 +14,7 @@ import errno
 
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import SHARED_OWNER, Memory
-from kvmd.core.mm.page import Kind, Page, Swap
+from kvmd.core.mm.page import Kind, Page, Pte, Swap
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, Hva, Level, align_up
@@ -66,6 +66,13 @@ class File(Mappable):
         page.cached = True
         self._cache[index] = page
         return page
+
+    def page_to_pin(self, offset: int, hva: Hva) -> Pte:
+        """The page at `offset` as an entry that begins at `hva` - what lies before it of a huge page.
+        EHWPOISON; ENOMEM.
+        """
+        page = self.page_at(offset, hva)
+        return Pte(Hva(hva - offset % self._page), page.pfn, page.level, True, page)
 
     def insert(self, offset: int, data: bytes) -> Page:
         """A new page with `data`, as UFFDIO_COPY makes it.  EEXIST: there is one; EFAULT; ENOMEM."""

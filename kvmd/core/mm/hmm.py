@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.file import File
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.open_files import OpenFiles
 from kvmd.core.mm.page import HostPage, Page, Pte
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -93,6 +95,8 @@ class Mirror:
         self._watched: list[tuple[Hva, Hva]] = []  # in order, apart
         self._changing: list[tuple[Hva, Hva]] = []
         self._over: Wait[None] = Wait()  # set when the next change is over
+        self.files = OpenFiles()
+        self._paid_before: Mm | None = None  # whom `change_process` took the pins from
         self._pins: dict[int, dict[Hva, tuple[PinnedPage, ...]]] = {}  # area -> first byte asked for -> pins
         self.pins = 0  # how many those are
 
@@ -254,12 +258,16 @@ class Mirror:
     @property
     def payer(self) -> LockedVm:
         """Where its pins count against RLIMIT_MEMLOCK."""
-        return self.mm.locked if self.account == "mm" else self.mm.memory.locked
+        return self._payer_of(self.mm)
 
-    async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0) -> Found:
-        """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to.  A failure
-        leaves none of this call.  ENOMEM, EHWPOISON; EBUSY: a guest's memory there is private; EFAULT,
-        as for an address without memory: the process is gone [iommufd pages.c].
+    def _payer_of(self, mm: Mm) -> LockedVm:
+        return mm.locked if self.account == "mm" else mm.memory.locked
+
+    async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0, file: int = 0) -> Found:
+        """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to; `file`:
+        where `start` is an offset.  A failure leaves none of this call.  ENOMEM, EHWPOISON; EBUSY: a guest's
+        memory there is private; EFAULT, as for an address without memory: the process is gone [iommufd
+        pages.c]; EINVAL: beyond the end of the file.
         """
         end, at, tally = Hva(start + size), start, Tally()
         done: list[tuple[Hva, PinnedPage]] = []
@@ -267,14 +275,15 @@ class Mirror:
         turn = 0
         try:
             while at < end and len(pages) < MAX_PAGES:
-                self._check(errno.EFAULT)
-                # await: at, end, pages, tally, turn: the mirror may be closed; asked again: `_check`
-                # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_asleep_while_its_mirror_closes) | done: a
-                # pin of it may be given back; asked again: `_take_back`
-                # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own)
-                entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
-                self._check(errno.EFAULT)
-                self.mm.claims.check_mapping(at, min(_end_of(entry), end))
+                if file:
+                    self._check_registered()  # it takes no process
+                    entry = self.files.page(file, at, end)
+                else:
+                    # await: at, end, pages, tally, turn: the mirror may be closed; asked again: `_check`
+                    # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_asleep_while_its_mirror_closes) | done:
+                    # a pin of it may be given back; asked again: `_take_back`
+                    # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own)
+                    entry = await self._page_to_pin(at, end, write=write, tally=tally)
                 done.append((at, self._pin(area, at, entry, min(_end_of(entry), end) - at)))
                 pages.append(entry)
                 turn += done[-1][1].npages
@@ -292,6 +301,13 @@ class Mirror:
             raise
         self.mm.memory.counters.hmm_faults_major += tally.major
         return Found(pages, min(at, end), tally.major)
+
+    async def _page_to_pin(self, at: Hva, end: Hva, *, write: bool, tally: Tally) -> Pte:
+        self._check(errno.EFAULT)
+        entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
+        self._check(errno.EFAULT)
+        self.mm.claims.check_mapping(at, min(_end_of(entry), end))
+        return entry
 
     def _pin(self, area: int, at: Hva, entry: Pte, size: int) -> PinnedPage:
         pinned = PinnedPage(entry.page, entry.pfn, entry.level, size)
@@ -344,6 +360,51 @@ class Mirror:
                 del self._pins[area]
         self.mm.unpin(pinned.page, pinned.npages, self.payer)
 
+    # -- files, and who pays ---------------------------------------------------------------------------
+
+    def open_file(self, file: File) -> int:
+        """To pin pages of; its number in `files`."""
+        self._check_registered()
+        return self.files.open(file)
+
+    async def change_process(self, mm: Mm) -> None:
+        """`mm` pays for all that is pinned, from now on, and is whose mirror this is; the old one pays no
+        more [iommufd ioas.c, iommufd_ioas_change_process].  The new is charged first: where both are one user
+        there must be room for both.  ENOMEM: RLIMIT_MEMLOCK; EPERM: it has exited; EINVAL: ranges are
+        watched.
+        """
+        self._check_registered()
+        # await: mm: it may exit, this be closed; asked again: below
+        # (tests/unit/kvmd/mm/test_hmm_files.py::test_a_process_that_exits_before_it_can_pay_does_not)
+        async with mm.mmap_lock:
+            self._check_registered()
+            if self._watched:
+                raise UapiError(errno.EINVAL, "watched ranges are of one process: its mirror stays its own")
+            if not mm.alive:
+                raise UapiError(errno.EPERM, f"mm {mm.id}: the process has exited")
+            npages = sum(pinned.npages for _, pinned in self.pinned())
+            self._payer_of(mm).charge(npages)
+            self._pay_with(mm, npages)
+
+    def undo_change_process(self) -> None:
+        """As it was before, whatever the limit is by now.  EINVAL: nothing to undo."""
+        if self._paid_before is None:
+            raise UapiError(errno.EINVAL, "this mirror was always of the process it is of")
+        npages = sum(pinned.npages for _, pinned in self.pinned())
+        self._payer_of(self._paid_before).pages += npages
+        self._pay_with(self._paid_before, npages)
+
+    def _pay_with(self, mm: Mm, npages: int) -> None:
+        """`mm` is charged already."""
+        self.payer.uncharge(npages)
+        self.mm.pinned_pages -= npages
+        mm.pinned_pages += npages
+        self.mm.notifiers.remove(self)
+        mm.notifiers.append(self)
+        self.mm.claims.mapped.remove(self.maps)
+        mm.claims.mapped.append(self.maps)
+        self.mm, self._paid_before = mm, self.mm
+
     # -- ends ------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
@@ -356,6 +417,7 @@ class Mirror:
         while self._pins:
             area, pins = next(iter(self._pins.items()))
             await self._unpin(area, min(pins), Hva(max(pins) + 1))
+        self.files.close_all()
 
     def _check(self, gone: int = errno.EPERM) -> None:
         """EINVAL: not registered; `gone`: the process is."""
@@ -416,9 +478,9 @@ def check_pins(mirrors: list[Mirror]) -> list[str]:
                 found.append(
                     f"I6: mm {mm.id}: pinned at {at:#x}, pfn {pinned.pfn:#x} is not the page's any more"
                 )
-    for page, count in pins.items():
-        if page.pins < count:
-            found.append(f"I6: pfn {page.pfn:#x} has {page.pins} pins, mirrors have {count} of it")
+    for page, held in pins.items():
+        if page.pins < held:
+            found.append(f"I6: pfn {page.pfn:#x} has {page.pins} pins, mirrors have {held} of it")
     for mm, npages in charged.items():
         if mm.pinned_pages < npages:
             found.append(f"I6: mm {mm.id} has {mm.pinned_pages} pages pinned, its mirrors {npages}")

@@ -52,6 +52,10 @@ class Mappable:
 
     # -- references ------------------------------------------------------------------------------------
 
+    def get(self) -> None:
+        """One more has it open."""
+        self._refs += 1
+
     def put(self) -> None:
         """The fd is closed."""
         self._refs -= 1

@@ -123,7 +123,7 @@ class FakeHost:
         await self.hop()
         return found
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int) -> Found:
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
         await self._asked("pin", hva, size)
         found = self._find(hva, size, fault=True)
         if self.room is not None:
@@ -155,6 +155,19 @@ class FakeHost:
             for page in pages
         ]
         return Pinned(found, hva + size, sum(map(len, self.pins.values())))
+
+    async def open_file(self, fd: int) -> int:
+        await self._asked("open_file", fd)
+        return fd
+
+    async def close_file(self, file: int) -> None:
+        self.log.append(("close_file", file))
+
+    async def change_process(self, mm_fd: int) -> None:
+        await self._asked("change_process", mm_fd)
+
+    async def undo_change_process(self) -> None:
+        self.log.append(("undo_change_process",))
 
     def release(self) -> None:
         self.released = True

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iommufdd.core.area import Area, Areas, check_memory, without
+from iommufdd.core.area import Area, Areas, check_memory, check_user, without
 from iommufdd.core.hmm import HostPage
 from protocol.errors import UapiError
 from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level, size_of_level
@@ -117,6 +117,16 @@ def test_what_is_reserved_cannot_be_kept_and_what_was_allowed_before_still_is() 
     assert areas.room(0, K4) == M2
 
 
+@pytest.mark.parametrize(("size", "number"), [(TOP // 2, errno.EOVERFLOW), (1 << 62, 0)])
+def test_no_room_is_looked_for_half_of_all_iovas(size: int, number: int) -> None:
+    found = 0
+    try:
+        areas_of().room(0, size)
+    except UapiError as error:
+        found = error.errno
+    assert found == number
+
+
 def test_the_ends_of_all_iovas_are_given_to_nobody_who_did_not_ask() -> None:
     areas = areas_of()
     areas.allow([(0, K4 - 1), (TOP - K4 + 1, TOP)])
@@ -147,9 +157,13 @@ def test_an_hwpt_must_reach_all_that_is_to_stay_available(width: int) -> None:
     ],
 )
 def test_what_no_process_has_is_refused(hva: int, size: int, number: int) -> None:
-    with pytest.raises(UapiError) as caught:
-        check_memory(hva, size)
-    assert caught.value.errno == number
+    found = []
+    for check in (check_memory, check_user):
+        try:
+            check(hva, size)
+        except UapiError as error:
+            found.append(error.errno)
+    assert found[0] == number
 
 
 PAGES = st.sampled_from([K4, M2, G1])
