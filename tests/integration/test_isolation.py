@@ -136,7 +136,8 @@ def composed() -> Iterator[Mapping[str, Path]]:
         try:
             for service in services.values():
                 if "profiles" not in service:
-                    argv = [_inside(part, service["volumes"], volumes) for part in service["command"]]
+                    *command, _ = service["command"].split()  # the last are the options of who starts it
+                    argv = [_inside(part, service["volumes"], volumes) for part in command]
                     log = (directory / f"{argv[0]}.log").open("wb")
                     with log:
                         running.append(subprocess.Popen([BIN / argv[0], *argv[1:]], stderr=log))
