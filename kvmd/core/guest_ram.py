@@ -85,7 +85,7 @@ class GuestRam:
     # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_goes_while_it_sleeps)
     async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:
         """The slot and the bytes as they are now; nothing may await before they are used.  None: not RAM, or
-        not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0014).
+        not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0017).
         """
         mm = self._vm.mm
         while (slot := await self._slot(gpa)) is not None and not (write and slot.readonly):

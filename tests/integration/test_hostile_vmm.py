@@ -137,7 +137,8 @@ def others(zoo: Zoo, kinds: str) -> Iterator[str]:
 def test_every_request_has_a_row() -> None:
     assert set(REQUESTS) == {(service.name, op) for service, op in OPS}
     assert set(TAKES) == {(service.name, op) for service, op in OPS if own_fds(service, op)}
-    assert (set(TWICE) | set(AFTER_EXIT) | SLEEPERS) <= {op for _, op in OPS}
+    ops = {op for _, op in OPS} | {f"{service.name} {op}" for service, op in OPS}
+    assert (set(TWICE) | set(AFTER_EXIT) | SLEEPERS) <= ops
 
 
 async def test_each_request_on_each_fd_of_another_kind_is_unknown(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Iterator
@@ -69,8 +70,9 @@ def test_a_unit_walks_the_window_beside_kvmd_s(tables: TableMemory) -> None:
     """Several sets name it, as several HWPTs do: it is one window, and goes with the last of them."""
     table = IoPageTable(tables.writer, tables.pool, Level(4), Level(3))
     table.map(5 << 12, Hpa(0x10_0000 << 12), Level(1), writable=True)
-    host = os.memfd_create("host")
+    host = os.memfd_create("host", os.MFD_ALLOW_SEALING)
     os.ftruncate(host, MIB)
+    fcntl.fcntl(host, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     unit = MappedMemory()
     kvmd_s = add(unit, (WindowKind.TABLES, MIB, MIB), [host, os.dup(host)])
     sets = [add(unit, tables.window, tables.fds(2)) for _ in range(100)]

@@ -1,7 +1,7 @@
 """An access that KVM makes for the guest sleeps in a page fault, and its slot changes meanwhile.
 
 The kernel makes it under kvm->srcu, which a change of the memslots waits for; here the change returns at
-once and the access looks its slot up again (docs/decisions/0014).
+once and the access looks its slot up again (docs/decisions/0017).
 """
 
 from __future__ import annotations
