@@ -41,6 +41,11 @@ class File(Mappable):
         """Whether there is a page at `offset`, or no file any more."""
         return offset >= self.size or offset // self._page in self._cache
 
+    def pinned(self, offset: int, end: int) -> bool:
+        first, last = offset // self._page, align_up(end, self._page) // self._page
+        pages = (held for index, held in self._cache.items() if first <= index < last)
+        return any(isinstance(held, Page) and held.pins for held in pages)
+
     def page_at(self, offset: int, hva: Hva) -> Page:
         """The page a mapping shows at `hva`, made if need be.  EFAULT: beyond the end, a SIGBUS for the
         process; EHWPOISON; ENOMEM.

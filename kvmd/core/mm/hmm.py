@@ -76,6 +76,7 @@ class PinnedPage:
     pfn: Pfn
     level: Level
     size: int  # bytes of it that were asked for
+    by_offset: bool  # in a file, and not by an address of the process
 
     @property
     def npages(self) -> int:
@@ -176,9 +177,11 @@ class Mirror:
         return bisect_left(self._watched, (end, end))
 
     def maps(self, start: Hva, end: Hva) -> bool:
-        """Does it map a page of start..end, or may it at any time?"""
+        """Does it map a page of start..end, or may it at any time?  What it pins in a file by offset its
+        pages tell (`AddressSpace.shows_pinned`).
+        """
         return bool(self._watched[self._first(start) : self._first_from(end)]) or any(
-            at < end and start < at + pinned.size for at, pinned in self.pinned()
+            at < end and start < at + pinned.size and not pinned.by_offset for at, pinned in self.pinned()
         )
 
     # -- looking, faulting -----------------------------------------------------------------------------
@@ -284,7 +287,7 @@ class Mirror:
                     # a pin of it may be given back; asked again: `_take_back`
                     # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own)
                     entry = await self._page_to_pin(at, end, write=write, tally=tally)
-                done.append((at, self._pin(area, at, entry, min(_end_of(entry), end) - at)))
+                done.append((at, self._pin(area, at, entry, min(_end_of(entry), end) - at, bool(file))))
                 pages.append(entry)
                 turn += done[-1][1].npages
                 if turn >= _TURN:
@@ -309,8 +312,8 @@ class Mirror:
         self.mm.claims.check_mapping(at, min(_end_of(entry), end))
         return entry
 
-    def _pin(self, area: int, at: Hva, entry: Pte, size: int) -> PinnedPage:
-        pinned = PinnedPage(entry.page, entry.pfn, entry.level, size)
+    def _pin(self, area: int, at: Hva, entry: Pte, size: int, by_offset: bool) -> PinnedPage:
+        pinned = PinnedPage(entry.page, entry.pfn, entry.level, size, by_offset)
         self.mm.pin(entry.page, pinned.npages, self.payer)
         pins = self._pins.setdefault(area, {})
         pins[at] = (*pins.get(at, ()), pinned)

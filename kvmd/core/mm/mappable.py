@@ -36,6 +36,10 @@ class Mappable:
         """Whether there is a page at `offset`, or nothing to be had any more."""
         raise NotImplementedError
 
+    def pinned(self, offset: int, end: int) -> bool:
+        """Is a page of offset..end pinned for long?"""
+        return False
+
     def page_at(self, offset: int, hva: Hva) -> Page:
         """The page a mapping shows at `hva`, made if need be.  EFAULT: a SIGBUS for the process; EHWPOISON;
         ENOMEM.
@@ -80,20 +84,20 @@ class Mappable:
     async def unmap(self, first: int, last: int | None, *, copies_too: bool) -> None:
         """Take pages first..last from every mapping; returns with none left.  Who maps the range is told
         once even if what it has there stays [unmap_mapping_range]."""
-        ranges = self._mapped(first, last)
+        ranges = self.mapped(first, last)
         while ranges:
 
             def edit(told: list[Range] = ranges) -> None:
-                for mapped in self._mapped(first, last):
+                for mapped in self.mapped(first, last):
                     for entry in _entries(mapped, copies_too):
                         if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
                             (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
             # await: r: cannot change: it belongs to the look that follows
             await changing(ranges, edit)
-            ranges = [r for r in self._mapped(first, last) if _entries(r, copies_too)]
+            ranges = [r for r in self.mapped(first, last) if _entries(r, copies_too)]
 
-    def _mapped(self, first: int, last: int | None) -> list[Range]:
+    def mapped(self, first: int, last: int | None) -> list[Range]:
         """Where pages first..last are mapped now."""
         found = []
         for space in self._spaces:

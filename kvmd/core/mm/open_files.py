@@ -12,7 +12,7 @@ from itertools import count
 from kvmd.core.mm.file import File
 from kvmd.core.mm.page import Pte
 from protocol.errors import UapiError
-from protocol.units import Hva
+from protocol.units import Hva, size_of_level
 
 
 class OpenFiles:
@@ -38,13 +38,16 @@ class OpenFiles:
 
     def page(self, number: int, at: int, end: int) -> Pte:
         """The page at `at`, made if need be; EINVAL if at..end is not all in the file: a pin is refused as a
-        whole.  EHWPOISON; ENOMEM.
+        whole.  EBUSY: a guest's memory where the page is mapped is private; EHWPOISON; ENOMEM.
         """
         file = self._get(number)
         if end > file.size:
             raise UapiError(
                 errno.EINVAL, f"pin of {file.name} up to {end:#x}: beyond its end, {file.size:#x} bytes"
             )
+        index = at // size_of_level(file.level)
+        for shown in file.mapped(index, index + 1):  # in whatever process
+            shown.space.claims.check_mapping(shown.start, shown.end)
         return file.page_to_pin(at, Hva(at))
 
     def _get(self, number: int) -> File:

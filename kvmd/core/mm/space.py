@@ -50,10 +50,16 @@ class AddressSpace:
         self.alive = True
         self.notifiers: list[MmuNotifier] = []
         self.claims = Claims()
+        self.claims.mapped.append(self.shows_pinned)
         self.memory = memory
         self.vmas = Vmas(self)
         self.table = PageTable(self, memory, mm_id)
         self.mmap_lock = RwLock()
+
+    def shows_pinned(self, start: Hva, end: Hva) -> bool:
+        """Is a page of a file that is mapped in start..end pinned: by whoever has the file, at its offset?"""
+        parts = (vma.part(start, end) for vma in self.vmas.overlapping(start, end))
+        return any(part.file.pinned(part.offset, part.offset_of(part.end)) for part in parts if part.file)
 
     # -- changes ---------------------------------------------------------------------------------------
 

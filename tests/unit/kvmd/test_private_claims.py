@@ -10,12 +10,13 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.claims import Claims
+from kvmd.core.mm.file import File
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Hva
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
-from tests.unit.kvmd.world import SlowImporter
+from tests.unit.kvmd.world import RW, SlowImporter
 
 PAGE = 4096
 USES = ["watch", "pin"]
@@ -178,3 +179,52 @@ def test_any_private_is_what_a_look_at_each_gfn_says(start: int, end: int) -> No
         attributes.set(GfnSpan(Gfn(first), Gfn(last)), private=True)
     each = any(attributes.is_private(Gfn(gfn)) for gfn in range(start, end))
     assert attributes.any_private(GfnSpan(Gfn(start), Gfn(end))) == each
+
+
+class Filed(Beside):
+    """The slot shows a file, from its page `offset` on, which the mirror has open."""
+
+    def __init__(self, offset: int = 3) -> None:
+        super().__init__()
+        self.file = File(self.host.memory, "file", (PAGES + offset) * PAGE)
+        self.offset = offset
+        at = offset * PAGE
+        self.run(self.mm.mmap(self.hva, PAGES * PAGE, RW, shared=True, file=self.file, offset=at, fixed=True))
+        self.number = self.mirror.open_file(self.file)
+
+    def pin_file(self, page: int, pages: int = 1) -> None:
+        """By offset, of what the slot shows as its `page`."""
+        at = Hva((self.offset + page) * PAGE)
+        self.run(self.mirror.pin(at, pages * PAGE, write=True, area=7, file=self.number))
+
+
+def test_what_a_device_has_by_its_offset_in_a_file_is_mapped_like_what_it_has_by_address() -> None:
+    """IOMMU_IOAS_MAP_FILE: no address of the process is named, and the page is the guest's all the same."""
+    world = Filed()
+    world.pin_file(2, 3)
+    world.refused(lambda: world.run(world.convert(0, 3)))
+    world.refused(lambda: world.run(world.convert(4)))
+    world.run(world.convert(5))
+    world.run(world.convert(0, 2))
+    world.refused(lambda: world.pin_file(1))
+    world.refused(lambda: world.pin_file(3, 3))
+    world.run(world.mirror.unpin(Hva((world.offset + 2) * PAGE), 3 * PAGE, area=7))
+    world.run(world.convert(2, 3))
+    assert check_vm(world.vm) == []
+
+
+def test_an_offset_is_no_address() -> None:
+    """A file's byte 0x3000 says nothing of what the process has at 0x3000."""
+    world = Beside()
+    file = File(world.host.memory, "file", 8 * PAGE)
+    number = world.mirror.open_file(file)
+    world.run(world.mirror.pin(Hva(0), 8 * PAGE, write=True, area=7, file=number))
+    assert not world.mirror.maps(Hva(0), Hva(8 * PAGE))
+
+
+def test_the_check_of_what_is_pinned_by_offset_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Filed()
+    world.run(world.convert(2))
+    monkeypatch.setattr(Claims, "check_mapping", lambda *_: None)
+    world.pin_file(2)
+    assert [found[:3] for found in check_vm(world.vm)] == ["I27"]
