@@ -26,7 +26,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
-from protocol.uapi.message import MAX_TOLD, StartedWith
+from protocol.uapi.message import MAX_TOLD, StartedWith, as_told
 
 
 class Iommufdd:
@@ -88,7 +88,7 @@ async def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
     found = app.violations()
     for ioas in dict.fromkeys(hwpt.ioas for hwpt in app.hwpts.values() if isinstance(hwpt, HwptPaging)):
         found += await check_ioas(ioas)
-    return {"violations": found}
+    return {"violations": as_told(found)}
 
 
 def _hwpt_stats(hwpt: Hwpt) -> Body:

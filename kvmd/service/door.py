@@ -34,7 +34,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import kvm as uapi
 from protocol.uapi import names
-from protocol.uapi.message import MAX_TOLD, StartedWith
+from protocol.uapi.message import MAX_TOLD, StartedWith, as_told
 
 log = structlog.get_logger("kvmd")
 
@@ -123,7 +123,7 @@ def _stats_of(app: App, vms: list[Kvm]) -> Body:
 
 def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
     found = check_memory(app.host.memory, app.host.processes)
-    return {"violations": found + [violation for vm in app.vms for violation in check_vm(vm)]}
+    return {"violations": as_told(found + [violation for vm in app.vms for violation in check_vm(vm)])}
 
 
 def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:

@@ -16,7 +16,7 @@ U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 S64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 MAX_TRANSFER = 1 << 20  # bytes of memory one message carries
-MAX_TOLD = 1024  # objects of which one STATS tells: whoever has more asks again
+MAX_TOLD = 1024  # objects of which one STATS tells: whoever has more asks again; sentences of one CHECK
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -27,6 +27,12 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     op: str
+
+
+def as_told(violations: list[str]) -> list[str]:
+    """What CHECK answers: an answer has a size, and one broken table breaks every entry of it."""
+    more = len(violations) - MAX_TOLD
+    return violations if more <= 0 else [*violations[:MAX_TOLD], f"and {more} more"]
 
 
 class StartedWith(Message):
