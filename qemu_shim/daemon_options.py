@@ -72,11 +72,20 @@ def lacking(needed: Mapping[str, Sequence[str]], started: Mapping[str, Sequence[
     """What `needed` has and daemons that were `started` with those options have not; empty: nothing."""
     missing = {
         spec.command: [
-            option for option in options_in(needed.get(spec.name, ())) if option not in started[spec.name]
+            option
+            for option in options_in(needed.get(spec.name, ()))
+            if not any(_serves(has, option) for has in started[spec.name])
         ]
         for spec in DAEMONS
     }
     return "; ".join(f"start {name} with {' '.join(lost)}" for name, lost in missing.items() if lost)
+
+
+def _serves(has: str, option: str) -> bool:
+    """The same; of a count of something, more."""
+    (name, _, count), (wanted, _, least) = has.partition(" "), option.partition(" ")
+    more = count.isdecimal() and least.isdecimal() and int(count) >= int(least)
+    return has == option or (name == wanted and more)
 
 
 def as_said(texts: Texts) -> str:

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from protocol.units import PAGE_SIZE
+from qemu_shim.daemons import DEVICE_SIM, KVMD, DaemonSpec, Places
 from qemu_shim.machine import Host, connect_host
 from tests.integration.plain import Plain
 from tests.integration.rig import rigged, vm_stats
@@ -55,10 +56,13 @@ async def test_a_line_an_event_as_many_as_the_counters_say(tmp_path: Path) -> No
     assert "inv_wait" not in iommufdd
 
 
-@pytest.mark.parametrize("daemon", ["kvmd", "device-sim"])
-def test_a_trace_file_that_cannot_be_made_keeps_the_daemon_from_starting(daemon: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("daemon", [KVMD, DEVICE_SIM], ids=lambda daemon: daemon.command)
+def test_a_trace_file_that_cannot_be_made_keeps_the_daemon_from_starting(
+    daemon: DaemonSpec, tmp_path: Path
+) -> None:
+    command, *options = daemon.argv(Places(tmp_path, tmp_path, tmp_path))
     ended = subprocess.run(
-        [str(BIN / daemon), "--socket", str(tmp_path / "s"), "--trace", str(tmp_path / "no" / "where")],
+        [str(BIN / command), *options, "--trace", str(tmp_path / "no" / "where")],
         capture_output=True,
         text=True,
         check=False,

@@ -246,7 +246,7 @@ async def test_an_attach_changes_no_byte_of_the_table_and_pins_no_page(host: Hos
 
     async def seen(rig: Rig) -> tuple[object, ...]:
         stats = await host.kvmd.stats()
-        tables = await Inspector(host.kvmd.channel).tables(rig.vm.dup())
+        tables = await Inspector(host.kvmd.channel).tables(rig.vm)
         memory = stats["memory"]
         return tables, stats["frames"], stats["table_pages"], memory["pinned_pages"], memory["pages_pinned"]
 

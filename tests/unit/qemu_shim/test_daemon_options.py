@@ -58,3 +58,5 @@ def test_what_running_daemons_lack_is_named_with_the_command_that_wants_it() -> 
     needed = {"device_sim": ("--devices", "2", "--no-pri"), "iommufdd": ("--fault-policy", "trust")}
     assert lacking(needed, started) == "start device-sim with --no-pri"
     assert lacking({}, started) == ""
+    for devices, lost in ((1, ""), (2, ""), (3, "start device-sim with --devices 3")):
+        assert lacking({"device_sim": ("--devices", str(devices))}, started) == lost
