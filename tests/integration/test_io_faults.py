@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 
 import pytest
 
 from protocol.hw.dsa import Status
+from protocol.rpc.files import cookie_of
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.file import File
 from qemu_shim.machine import Host
 from tests.integration.rig import (
     FILLED,
@@ -133,7 +132,7 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         rig.extra.append(other)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         importer = await TestImporter.of(host, rig.tdp_fd)
-        gfn, own, foreign = GUEST_START // PAGE_SIZE, cookie_of(rig.process), cookie_of(other)
+        gfn, own, foreign = GUEST_START // PAGE_SIZE, cookie_of(rig.process._fd), cookie_of(other._fd)
         cases = [(own, {}), (foreign, {"read": True}), (foreign, {"write": True}), (0, {"read": True})]
         for mm, rights in cases:
             access = {"read": False, "write": False, "exec": False} | rights
@@ -144,14 +143,6 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         await importer.channel.ask("TDP_FAULT", {"mm": own, "gfn": gfn, **access})
         assert (await vm_stats(host))["pages_4k"] == 1
         importer.close()
-
-
-def cookie_of(file: File) -> int:
-    fd = file.dup()
-    try:
-        return os.fstat(fd).st_ino
-    finally:
-        os.close(fd)
 
 
 async def test_a_poisoned_page_is_refused_alone_and_its_frame_goes_back_in_the_end(host: Host) -> None:
