@@ -66,9 +66,20 @@ def running(scratch: Scratch, what: bytes) -> list[int]:
 
 
 def kill_a_busy_worker(scratch: Scratch) -> None:
-    """The process whose children a point's daemons are."""
-    stat = Path(f"/proc/{running(scratch, b'kvmd')[0]}/stat").read_text()
-    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    """The process whose children a point's daemons are; the point may be over before it is found."""
+
+    def killed() -> bool:
+        workers = set(scratch.processes())
+        for daemon in running(scratch, b"kvmd"):
+            with suppress(OSError):
+                stat = Path(f"/proc/{daemon}/stat").read_text()
+                parent = int(stat.rpartition(")")[2].split()[1])
+                if parent in workers:
+                    os.kill(parent, signal.SIGKILL)
+                    return True
+        return False
+
+    until(killed, "a worker is busy")
 
 
 @contextmanager
@@ -89,7 +100,11 @@ def frozen(scratch: Scratch) -> Iterator[None]:
 def begin(scratch: Scratch, out: Path, *more: str) -> subprocess.Popen[str]:
     """A campaign that has finished one point and runs others."""
     process = scratch.start("campaign", *PLAN, "--out", str(out), "--jobs", "2", *more)
-    until(lambda: finished(out) >= 1 and running(scratch, b"kvmd") != [], "a point is done, others run", 60)
+    until(
+        lambda: finished(out) >= 1 and running(scratch, b"kvmd") != [],
+        "a point is done, others run",
+        WHOLE_RUN_S,
+    )
     return process
 
 

@@ -161,7 +161,7 @@ def test_interrupts_that_go_on_until_it_has_ended_change_nothing(scratch: Scratc
         os.killpg(process.pid, signal.SIGINT)
         return process.poll() is not None
 
-    until(ended, "the run has ended", 60)
+    until(ended, "the run has ended", WHOLE_RUN_S)
     out, err = process.communicate()
     assert (process.returncode, out) == (130, "")
     assert err == "interrupted: every daemon was stopped, nothing is left\n"

@@ -54,10 +54,11 @@ class Wires:
         return made
 
     def pump(self) -> None:
-        """Serve until nothing is ready."""
+        """Serve until nothing is ready, and nothing comes of what was closed any more."""
+        assert CLOSER.drain(PATIENCE_S)
         self.loop.settle()
         while self.loop.turn(0):
-            pass
+            assert CLOSER.drain(PATIENCE_S)
 
     def close(self) -> None:
         for close in self._close:
