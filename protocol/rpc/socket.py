@@ -57,6 +57,8 @@ class Listener:
         loop.register(self._sock.fileno(), self._accept)
 
     def _accept(self, _: int) -> None:
+        if self._spare is None:  # the first place that is free again: nobody is served without one
+            self._spare = _spare_place()
         try:
             sock, _address = self._sock.accept()
         except BlockingIOError:

@@ -16,7 +16,7 @@ import pytest
 
 from protocol.rpc.socket import MAX_PATH_BYTES, Listener, check_path, connect, connect_now
 from tests.patience import PATIENCE_S
-from tests.unit.protocol.wires import Wires, wires
+from tests.unit.protocol.wires import Wires, open_fds, wires
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
     listener = Listener(wire.loop, path, came.append)
     peers = [connect_now(path) for _ in range(2)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 1
+    used = max(open_fds()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
     filler = []
     try:
