@@ -23,6 +23,7 @@ from device_sim.core.function import Function
 from device_sim.core.msi import InterruptMessage
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
+from protocol.daemon import tell_options
 from protocol.errors import UapiError
 from protocol.hw.fields import FormatError
 from protocol.rpc.channel import Body, Channel, Fds
@@ -158,16 +159,12 @@ def _device_stats(app: DeviceSim, device: Device) -> Body:
     return {**device_stats(device.dsa), "pasid_entry": entry}
 
 
-def _started_with(app: DeviceSim, message: StartedWith, fds: Fds) -> Body:
-    return {"options": list(app.settings.started_with)}
-
-
 FRONT_DOOR: Service[DeviceSim] = Service(
     "device_sim",
     {
         "LINK": Method(uapi.Link, _no_link),
         "STATS": Method(uapi.DeviceStats, _stats),
-        "STARTED_WITH": Method(StartedWith, _started_with),
+        "STARTED_WITH": Method(StartedWith, tell_options),
     },
 )
 DRIVER_DOOR: Service[DeviceSim] = Service("device_sim-link", {"LINK": Method(uapi.Link, _link)})

@@ -22,11 +22,13 @@ import trio
 
 from protocol.errors import PeerError, UapiError, leaves
 from protocol.log import LogFile, RateLimit
+from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 from protocol.started_with import Parser
 from protocol.trace import TRACE
+from protocol.uapi.message import StartedWith
 from protocol.units import GIB, KIB, MIB, TIB
 
 log = structlog.get_logger("daemon")
@@ -64,6 +66,23 @@ def parser(name: str, what: str) -> Parser:
         "--exit-with-stdin", action="store_true", help="stop when standard input ends (set by a supervisor)"
     )
     return options
+
+
+class HasOptions(Protocol):
+    """Of `Settings`, what every daemon's has."""
+
+    @property
+    def started_with(self) -> tuple[str, ...]: ...
+
+
+class Configured(Protocol):
+    @property
+    def settings(self) -> HasOptions: ...
+
+
+def tell_options(app: Configured, message: StartedWith, fds: Fds) -> Body:
+    """What answers STARTED_WITH at every front door."""
+    return {"options": list(app.settings.started_with)}
 
 
 def bytes_of(text: str) -> int:

@@ -18,6 +18,7 @@ from iommufdd.core.source import Sources
 from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.objects import App, IommuFile, VfioFile
 from iommufdd.service.vfio import VFIO
+from protocol.daemon import tell_options
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
@@ -105,16 +106,12 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
     return {**stats, "faults": {code.name: count for code, count in hwpt.faults.items()}}
 
 
-def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:
-    return {"options": list(app.settings.started_with)}
-
-
 FRONT_DOOR: Service[App] = Service(
     "iommufdd",
     {
         "OPEN": Method(uapi.Open, _open, 1, lambda message: int(message.path == names.IOMMU_PATH)),
         "STATS": Method(uapi.Stats, _stats),
         "CHECK": Method(uapi.Check, _check),
-        "STARTED_WITH": Method(StartedWith, _started_with),
+        "STARTED_WITH": Method(StartedWith, tell_options),
     },
 )

@@ -27,6 +27,7 @@ from kvmd.service.inspect import any_vm, inspecting, own_vm
 from kvmd.service.mm import open_mm
 from kvmd.service.objects import App, MmFile, VmFile
 from kvmd.service.vm import VM
+from protocol.daemon import tell_options
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
@@ -126,16 +127,12 @@ def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
     return {"violations": as_told(found + [violation for vm in app.vms for violation in check_vm(vm)])}
 
 
-def _started_with(app: App, message: StartedWith, fds: Fds) -> Body:
-    return {"options": list(app.settings.started_with)}
-
-
 _CHECK: dict[str, Method[App, Any]] = {"CHECK": Method(uapi.Check, _check)}
 _CLIENTS: dict[str, Method[App, Any]] = {
     "OPEN": Method(uapi.Open, _open),
     "MM_CREATE": Method(uapi.MmCreate, _mm_create),
     "STATS": Method(uapi.Stats, _stats, uapi.MAX_VMS_TOLD),
-    "STARTED_WITH": Method(StartedWith, _started_with),
+    "STARTED_WITH": Method(StartedWith, tell_options),
     **_CHECK,
     **NOTES,
     **inspecting(own_vm),

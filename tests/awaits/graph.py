@@ -76,14 +76,10 @@ class Graph:
         """A node that evaluates `parts`."""
         node = self._node(line, ends)
         for part in filter(None, parts):
-            loads, inside = names(part, ast.Load), set[str]()
             for sleep in awaits_in(part):
                 node.asleep = node.asleep or sleep
-                inside |= names(sleep.value, ast.Load)
-            outside = loads - inside if inside else loads
-            outside |= read_outside(part)
-            node.before |= inside
-            node.reads |= outside
+                node.before |= names(sleep.value, ast.Load)
+            node.reads |= read_outside(part)
             node.binds |= names(part, ast.Store)
             if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name):
                 node.reads.add(part.target.id)

@@ -52,12 +52,16 @@ class Site:
     line: int
     source: str
     carried: frozenset[str]
-    clauses: tuple[Clause, ...]
-    misread: tuple[str, ...]
+    said: tuple[tuple[int, Clause], ...]  # and in which line
+    misread: tuple[tuple[int, str], ...]
+
+    @property
+    def clauses(self) -> tuple[Clause, ...]:
+        return tuple(clause for _, clause in self.said)
 
     @property
     def complaints(self) -> list[str]:
-        found = [f"not of the form {FORM}: {text!r}" for text in self.misread]
+        found = [f"not of the form {FORM}: {text!r}" for _, text in self.misread]
         said = {name for clause in self.clauses for name in clause.names}
         if missing := self.carried - said:
             found.append(f"sleeps, and nothing is said of: {', '.join(sorted(missing))}")
@@ -85,11 +89,10 @@ def idle_comments(module: Module, found: Iterable[Site]) -> list[str]:
     complaints, spoken = [], set[int]()
     said: dict[tuple[int, str], bool] = {}  # (line of the comment, name) -> is it carried anywhere
     for site in found:
-        for line, clause in _placed(module, site):
-            spoken.add(line)
+        spoken |= {line for line, _ in (*site.said, *site.misread)}
+        for line, clause in site.said:
             for name in clause.names:
                 said[line, name] = said.get((line, name), False) or name in site.carried
-        spoken |= {line for line, _ in comments_above(module, site.line)}
     complaints += [
         module.at(line, f"{name} is not carried across the await")
         for (line, name), used in said.items()
@@ -135,14 +138,14 @@ def _sites_of(module: Module, function: ast.AsyncFunctionDef, values: Values) ->
         beside = list(comments_above(module, node.line))
         if not carried and not beside:
             continue
-        clauses, misread = _read([*everywhere, *beside])
+        said, misread = _read([*everywhere, *beside])
         yield Site(
             module,
             function.name,
             node.line,
             _source(node, module),
             frozenset(name for name in carried if name is not None),
-            tuple(clauses),
+            tuple(said),
             tuple(misread),
         )
 
@@ -211,30 +214,17 @@ def comments_above(module: Module, line: int) -> Iterator[tuple[int, str]]:
         at -= 1
 
 
-def _read(comments: Iterable[tuple[int, str]]) -> tuple[list[Clause], list[str]]:
-    clauses, misread = [], []
-    for _, text in comments:
+def _read(
+    comments: Iterable[tuple[int, str]],
+) -> tuple[list[tuple[int, Clause]], list[tuple[int, str]]]:
+    said, misread = [], []
+    for line, text in comments:
         for part in text.split(" | "):
             match = CLAUSE.fullmatch(part)
             if match is None:
-                misread.append(part)
+                misread.append((line, part))
             else:
-                tests = tuple((match["tests"] or "").split(", ")) if match["tests"] else ()
+                tests = tuple(match["tests"].split(", ")) if match["tests"] else ()
                 names = tuple(match["names"].split(", "))
-                clauses.append(Clause(names, match["why"] or match["loss"], match["where"] or "", tests))
-    return clauses, misread
-
-
-def _placed(module: Module, site: Site) -> Iterator[tuple[int, Clause]]:
-    """The clauses beside `site`, with the line of the comment each is from."""
-    function = next(
-        node
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.AsyncFunctionDef)
-        and node.name == site.function
-        and node.lineno <= site.line <= (node.end_lineno or node.lineno)
-    )
-    for line in (site.line, first_line(function)):
-        for number, text in comments_above(module, line):
-            for clause in _read([(number, text)])[0]:
-                yield number, clause
+                said.append((line, Clause(names, match["why"] or match["loss"], match["where"] or "", tests)))
+    return said, misread

@@ -136,8 +136,6 @@ def bound_by(node: ast.AST) -> list[tuple[ast.expr, ast.expr | None]]:
             return [(node.target, node.iter)]
         case ast.With() | ast.AsyncWith():
             return [(item.optional_vars, None) for item in node.items if item.optional_vars is not None]
-        case ast.Match():
-            return []
         case _:
             return []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
+
 from kvmd.core.exits import Mmio
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -94,3 +96,27 @@ def left_by(ran: RunResult) -> Mmio | None:
 
 def mmio(gpa: int, data: bytes | None) -> Mmio:
     return Mmio(Gpa(gpa), 8, data is not None, data or b"")
+
+
+# -- how the slot goes from under GFN ------------------------------------------------------------------------
+
+
+def delete(guest: Asleep) -> None:
+    guest.delete()
+
+
+def move(guest: Asleep) -> None:
+    guest.slot(ELSEWHERE)
+
+
+def make_anew_elsewhere(guest: Asleep) -> None:
+    guest.delete()
+    guest.slot(ELSEWHERE)
+
+
+def cut(guest: Asleep) -> None:
+    guest.delete()
+    guest.slot(GFN + 1, PAGES - 1, hva=HVA + PAGE)
+
+
+SLOT_GOES = pytest.mark.parametrize("change", [delete, move, make_anew_elsewhere, cut])

@@ -14,7 +14,6 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
 from protocol.units import Gpa
 from tests.unit.kvmd.asleep import (
-    ELSEWHERE,
     GFN,
     GPA,
     HVA,
@@ -23,6 +22,7 @@ from tests.unit.kvmd.asleep import (
     PAGE,
     PAGES,
     READONLY,
+    SLOT_GOES,
     Asleep,
     left_by,
     mmio,
@@ -33,27 +33,9 @@ ACCESS = pytest.mark.parametrize("data", [X, None], ids=["store", "load"])
 EXPORTED = pytest.mark.parametrize("export", [False, True])
 
 
-def delete(guest: Asleep) -> None:
-    guest.delete()
-
-
-def move(guest: Asleep) -> None:
-    guest.slot(ELSEWHERE)
-
-
-def make_anew_elsewhere(guest: Asleep) -> None:
-    guest.delete()
-    guest.slot(ELSEWHERE)
-
-
-def shrink(guest: Asleep) -> None:
-    guest.delete()
-    guest.slot(GFN + 1, PAGES - 1, hva=HVA + PAGE)
-
-
 @ACCESS
 @EXPORTED
-@pytest.mark.parametrize("change", [delete, move, make_anew_elsewhere, shrink])
+@SLOT_GOES
 def test_slot_goes_while_it_sleeps(
     change: Callable[[Asleep], None], data: bytes | None, export: bool
 ) -> None:

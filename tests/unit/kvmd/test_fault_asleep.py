@@ -18,7 +18,19 @@ from kvmd.core.vcpu import RunResult
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gpa, Hva
-from tests.unit.kvmd.asleep import ELSEWHERE, GFN, GPA, HVA, LOG, PAGE, PAGES, READONLY, Asleep, left_by
+from tests.unit.kvmd.asleep import (
+    ELSEWHERE,
+    GFN,
+    GPA,
+    HVA,
+    LOG,
+    PAGE,
+    PAGES,
+    READONLY,
+    SLOT_GOES,
+    Asleep,
+    left_by,
+)
 from tests.unit.kvmd.world import READ, WRITE
 
 X = bytes(range(1, 9))
@@ -50,29 +62,8 @@ def exit_of(kind: FaultType) -> Mmio:
 # -- the slot ------------------------------------------------------------------------------------------
 
 
-def delete(guest: Asleep) -> None:
-    guest.delete()
-
-
-def move(guest: Asleep) -> None:
-    guest.slot(ELSEWHERE)
-
-
-def make_anew_elsewhere(guest: Asleep) -> None:
-    guest.delete()
-    guest.slot(ELSEWHERE)
-
-
-def cut(guest: Asleep) -> None:
-    guest.delete()
-    guest.slot(GFN + 1, PAGES - 1, hva=HVA + PAGE)
-
-
-GOES = pytest.mark.parametrize("change", [delete, move, make_anew_elsewhere, cut])
-
-
 @KINDS
-@GOES
+@SLOT_GOES
 def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind: FaultType) -> None:
     guest = Asleep(export=True)
     asked = device(guest, kind)
@@ -84,7 +75,7 @@ def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind
 
 
 @KINDS
-@GOES
+@SLOT_GOES
 @EXPORTED
 def test_slot_goes_under_a_vcpu_s_fault(
     change: Callable[[Asleep], None], kind: FaultType, export: bool

@@ -40,13 +40,13 @@ def test_a_pipe_nobody_reads_costs_lines_and_says_how_many() -> None:
     for _ in range(3 * MAX_LINES):
         log.write(line)
     assert not log.drain(0.01)
-    seen = b""
-    while not seen.endswith(b"took them\n"):
+    seen, shown, lost = b"", 0, 0
+    while shown + lost < 3 * MAX_LINES:  # it says so behind those it took then, and others may follow
         seen += os.read(reader, 1 << 16)
-    shown, lost = seen.count(line.encode()), sum(map(int, re.findall(rb"(\d+) lines", seen)))
-    assert log.drain(PATIENCE_S)
+        shown, lost = seen.count(line.encode()), sum(map(int, re.findall(rb"(\d+) lines", seen)))
     assert shown + lost == 3 * MAX_LINES
-    assert lost > MAX_LINES
+    assert log.drain(PATIENCE_S)
+    assert lost >= MAX_LINES - 66  # all but a full queue, what it held by then, and a pipe of 64 KiB
     os.close(reader)
     os.close(writer)
 
