@@ -1,0 +1,185 @@
+"""A place in a table, moved through it in the order of its addresses: what every change of a range stands on.
+
+Models the kernel's tdp_iter [KVM tdp_iter.c], with its verbs: on to what is next, a step down, a step up, and
+going on after something else ran.  Where the kernel's iterator stands on one entry, this one hands out runs:
+entries side by side in one table page, loaded at once.  A run is one table entry (when they are asked for),
+handed out before what it leads to, or entries of which none leads to a table.
+
+What the cursor relies on, and what it does not:
+ 1. it goes down by what is stored when it goes on, not by what it handed out: who handles a table entry and
+    puts something else there is not led into the table that was cut off;
+ 2. an entry that was handed out is not handed out again, not even if it has become a table meanwhile (who
+    splits a leaf and wants to see its parts asks to `resume` there);
+ 3. while it stands, only its user changes tables on its path.  Whoever lets others run must `resume`: tables
+    may have been cut off, and their pages may be other tables by then.  It goes down again from the root.
+
+Frames are page numbers of the address space that the table translates: gfns, or pages of an iova.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from protocol.pt.format import TableFormat
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, MAX_LEVEL
+from protocol.pt.mem import TableReader
+from protocol.units import LEVEL_4K, Hpa, Level
+
+_INDEX_MASK = ENTRIES - 1
+
+
+class Run(NamedTuple):
+    """Entries side by side: the first frame that the first one translates, and where it lies."""
+
+    frame: int
+    level: Level
+    at: Hpa
+    entries: list[int]
+
+
+class Place(NamedTuple):
+    """One entry, and where it lies."""
+
+    level: Level
+    at: Hpa
+    entry: int
+
+
+def seek(
+    tables: TableReader, fmt: TableFormat, root: Hpa, levels: Level, frame: int, lowest: Level = LEVEL_4K
+) -> Place:
+    """The entry over `frame` where a way down from the root ends: no table entry, or that of `lowest`."""
+    table: int = root
+    is_table, address = fmt.table, fmt.address
+    for level, shift in _STEPS[levels]:
+        at = table + (frame >> shift & _INDEX_MASK) * ENTRY_BYTES
+        entry = tables.load64(at)
+        mask, value = is_table[level]
+        if level == lowest or entry & mask != value:
+            return _new(Place, (level, at, entry))
+        table = entry & address
+    raise AssertionError("an entry of level 1 is no table")
+
+
+class Cursor:
+    """Over frames start..end (cut to the table's width) of the table at `root`, no lower than `lowest`."""
+
+    __slots__ = (
+        "_end",
+        "_entered",
+        "_format",
+        "_in_table_entry",
+        "_levels",
+        "_lowest",
+        "_path",
+        "_tables",
+        "_with_tables",
+        "frame",
+        "level",
+    )
+
+    def __init__(
+        self,
+        tables: TableReader,
+        fmt: TableFormat,
+        root: Hpa,
+        levels: Level,
+        start: int,
+        end: int,
+        lowest: Level = LEVEL_4K,
+        *,
+        with_tables: bool = False,
+    ) -> None:
+        self.frame = start  # the first that no run covered yet
+        self._end = min(end, 1 << INDEX_BITS * levels)
+        self._tables = tables
+        self._format = fmt
+        self._levels = levels
+        self._lowest = lowest
+        self._with_tables = with_tables
+        self._path: list[int] = [root] * (levels + 1)  # the table page of each level
+        self.level = levels
+        self._entered = 0  # which table of `level` this is, counted in the order of their addresses
+        self._in_table_entry = False  # the entry over `frame` was handed out, and led to a table
+
+    def resume(self, frame: int | None = None) -> None:
+        """After something else ran: go on at the first frame no run covered yet, or at `frame`.  The table
+        entries over it are met once more."""
+        if frame is not None:
+            self.frame = frame
+        self.level = self._levels
+        self._entered = 0
+        self._in_table_entry = False
+
+    def step_down(self, entry: int) -> None:
+        """Into the table that `entry`, the one over `frame`, leads to."""
+        self.level = level = _BELOW[self.level]
+        self._path[level] = entry & self._format.address
+        self._entered = self.frame >> INDEX_BITS * level
+
+    def step_up(self) -> None:
+        """To the entry of the next level: that of the table we are in."""
+        self.level = _ABOVE[self.level]
+        self._entered >>= INDEX_BITS
+
+    def next(self) -> Run | None:
+        """The entries that follow, as far as they make one run.  None: there are no more."""
+        if self._in_table_entry:
+            self._go_below()
+        frame, end, lowest = self.frame, self._end, self._lowest
+        while frame < end:
+            while frame >> INDEX_BITS * self.level != self._entered:
+                self.step_up()
+            level = self.level
+            shift = INDEX_BITS * (level - 1)
+            first = frame >> shift
+            at = self._path[level] + (first & _INDEX_MASK) * ENTRY_BYTES
+            if level > lowest:
+                entry = self._tables.load64(at)
+                mask, value = self._format.table[level]
+                if entry & mask == value:
+                    if not self._with_tables:
+                        self.step_down(entry)
+                        continue
+                    self._in_table_entry = True
+                    return _new(Run, (first << shift, level, at, [entry]))
+            count = min(ENTRIES - (first & _INDEX_MASK), (end - 1 >> shift) - first + 1)
+            entries = self._tables.load_run(at, count)
+            if level > lowest:
+                _cut_at_table(entries, mask, value)
+            self.frame = first + len(entries) << shift
+            return _new(Run, (first << shift, level, at, entries))
+        return None
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.next, None)
+
+    def _go_below(self) -> None:
+        """Into what the table entry handed out last leads to now, or past it."""
+        self._in_table_entry = False
+        shift = INDEX_BITS * (self.level - 1)
+        entry = self._tables.load64(
+            self._path[self.level] + (self.frame >> shift & _INDEX_MASK) * ENTRY_BYTES
+        )
+        if self._format.is_table(entry, self.level):
+            self.step_down(entry)
+        else:
+            self.frame = (self.frame >> shift) + 1 << shift
+
+
+def _cut_at_table(entries: list[int], mask: int, value: int) -> None:
+    """Drop the first entry that leads to a table, and all after it."""
+    for index, entry in enumerate(entries):
+        if entry & mask == value:
+            del entries[index:]
+            return
+
+
+_new = tuple.__new__  # a NamedTuple's own constructor costs twice as much
+_BELOW = tuple(Level(level - 1) for level in range(MAX_LEVEL + 1))
+_ABOVE = tuple(Level(level + 1) for level in range(MAX_LEVEL + 1))
+_STEPS = tuple(
+    tuple((Level(level), INDEX_BITS * (level - 1)) for level in range(levels, 0, -1))
+    for levels in range(MAX_LEVEL + 1)
+)
