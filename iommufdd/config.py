@@ -14,7 +14,7 @@ MAX_PREMAP = 512  # [IOPF 0/8]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class IommufddSettings:
     kvmd: Path
     device: Path
     kvm_hwpt: bool = True
@@ -24,7 +24,7 @@ class Settings:
     started_with: tuple[str, ...] = ()
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, IommufddSettings]:
     options = parser("iommufdd", "IOMMUFD and the VT-d driver: importer of exported TDPs.")
     options.add_argument("--kvmd", type=Path, required=True, metavar="PATH", help="kvmd's --importer-socket")
     options.add_argument(
@@ -64,4 +64,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     policy = FaultPolicy(given.fault_policy, frozenset(given.may_fault))
     sizes = given.table_bytes, given.premap_pages
     started_with = options.started_with(argv)
-    return given, Settings(given.kvmd, given.device, not given.no_kvm_hwpt, *sizes, policy, started_with)
+    return given, IommufddSettings(
+        given.kvmd, given.device, not given.no_kvm_hwpt, *sizes, policy, started_with
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from iommufdd.core.hmm import Found, HostPage, HostPin, Pinned
+from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, PinnedRange
 from iommufdd.kvmd_channel import KvmdChannel
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -24,7 +24,7 @@ Invalidate = Callable[[int, int], Coroutine[Any, None, None]]
 
 
 class HmmMirror(KvmdChannel):
-    """The port `HostMemory`.  `on_invalidate` returns when nobody uses what was taken away."""
+    """The port `ProcessMemory`.  `on_invalidate` returns when nobody uses what was taken away."""
 
     def __init__(self, on_invalidate: Invalidate, on_gone: Callable[[], object]) -> None:
         super().__init__(on_gone)
@@ -45,12 +45,12 @@ class HmmMirror(KvmdChannel):
     async def unwatch(self, hva: int, size: int) -> None:
         await self.call("HMM_UNWATCH", {"start": hva, "size": size})
 
-    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
+    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         return await self._find(
             "HMM_RANGE_FAULT", {"start": hva, "size": size, "write": write, "fault": fault}
         )
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         asked = {"start": hva, "size": size, "write": write, "area": area, "file": file}
         return await self._find("HMM_PIN", asked)
 
@@ -70,18 +70,18 @@ class HmmMirror(KvmdChannel):
     async def unpin(self, hva: int, size: int, *, area: int) -> None:
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
 
-    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+    async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
         body = (await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})).body
-        return Pinned([HostPin(*pin) for pin in body["pins"]], body["end"], body["total"])
+        return PinnedRange([HmmPin(*pin) for pin in body["pins"]], body["end"], body["total"])
 
     def release(self) -> None:
         self.hang_up()
 
-    async def _find(self, op: str, asked: Body) -> Found:
+    async def _find(self, op: str, asked: Body) -> HmmRange:
         body = (await self.call(op, asked)).body
         if body["end"] <= asked["start"]:
             raise UapiError(errno.EIO, f"{op} of {asked['start']:#x} stopped at {body['end']:#x}")
-        return Found([HostPage(*page) for page in body["pages"]], body["end"], body.get("major", 0))
+        return HmmRange([HmmPage(*page) for page in body["pages"]], body["end"], body.get("major", 0))
 
 
 async def _invalidated(mirror: HmmMirror, message: uapi.HmmInvalidate, fds: Fds) -> Body:

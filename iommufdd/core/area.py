@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hmm import HmmPage
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_OFFSET_MASK, PAGE_SIZE, Level, align_down, align_up, size_of_level
 
@@ -52,7 +52,7 @@ class Area:
         return hva - self.hva + self.iova
 
     def leaves(
-        self, page: HostPage, start: int, end: int, max_leaf: Level
+        self, page: HmmPage, start: int, end: int, max_leaf: Level
     ) -> Iterator[tuple[int, int, Level]]:
         """(iova, hpa, level) of what maps start..end as far as `page` has it: each leaf as large as the page,
         the area and both alignments allow, so that the first and the last may reach beyond.

@@ -33,7 +33,7 @@ RID_PASID = Pasid(0)
 NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
 
 
-class Device(Object):
+class IommufdDevice(Object):
     """Whoever calls `enter` and `leave` holds the mutex of the device's group."""
 
     def __init__(

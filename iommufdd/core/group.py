@@ -13,16 +13,16 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 
 
-class Group:
+class IommufdGroup:
     def __init__(self, number: int) -> None:
         self.number = number
-        self.attached: list[Device] = []
+        self.attached: list[IommufdDevice] = []
         self._owner: object = None  # the iommufd all its bound devices belong to
         self._bound = 0
         self._mutex = RwLock()
@@ -38,7 +38,7 @@ class Group:
         self._owner = owner
         self._bound += 1
 
-    def release(self, device: Device) -> None:
+    def release(self, device: IommufdDevice) -> None:
         """Unbound: whoever waits to attach it comes too late."""
         device.bound = False
         self._bound -= 1
@@ -47,7 +47,7 @@ class Group:
     # (tests/unit/iommufdd/test_group.py::test_an_attach_that_waited_while_its_device_was_unbound_is_einval) |
     # hwpt: its units or its KVM may go; asked again: `check`
     # (tests/unit/iommufdd/test_group.py::test_an_attach_that_waited_asks_whether_its_hwpt_is_walkable)
-    async def attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
+    async def attach(self, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool) -> None:
         """Attach, or replace what is attached.
 
         EINVAL: the device does not fit, its group is on another HWPT, or on this one and not pinned as asked;
@@ -64,7 +64,7 @@ class Group:
 
     # awaits: device: it may be off already; asked again: with the mutex
     # (tests/unit/iommufdd/test_group.py::test_two_detaches_at_once_detach_once_and_both_return)
-    async def detach(self, device: Device) -> None:
+    async def detach(self, device: IommufdDevice) -> None:
         """Nothing of the device uses an HWPT any more when this returns.  No error if nothing is attached."""
         await self._mutex.acquire(write=True)
         try:
@@ -75,7 +75,7 @@ class Group:
             self._mutex.release()
 
     # awaits: asked, device: cannot change: the group's mutex is held
-    async def _attach(self, device: Device, hwpt: Hwpt, *, pinned: bool) -> None:
+    async def _attach(self, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool) -> None:
         if not device.bound:
             raise UapiError(errno.EINVAL, f"{device.info.name} was unbound meanwhile")
         held = self.hwpt
@@ -114,7 +114,7 @@ class Group:
 
     # awaits: each device, device, old, was_pinned: cannot change: the group's mutex is held, and `old` is
     # kept
-    async def _back_to(self, old: Hwpt, was_pinned: dict[Device, bool]) -> None:
+    async def _back_to(self, old: Hwpt, was_pinned: dict[IommufdDevice, bool]) -> None:
         """A replacement failed half way; a device that cannot go back is blocked, and detached."""
         for device in list(self.attached):
             if device.hwpt is old:

@@ -42,7 +42,7 @@ class ConfigSpace(Protocol):
     ) -> None: ...
 
 
-class Memory(Protocol):
+class MemoryBus(Protocol):
     """The memory bus: sets of windows handed to whoever walks tables."""
 
     @property

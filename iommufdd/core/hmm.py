@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 MAX_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
 
 
-class HostPage(NamedTuple):
+class HmmPage(NamedTuple):
     """One page of the host, with its own size."""
 
     hva: int
@@ -27,17 +27,17 @@ class HostPage(NamedTuple):
         return self.hva + self.size
 
 
-class Found(NamedTuple):
+class HmmRange(NamedTuple):
     """Pages in order, absent ones left out; what lies at `end` and beyond was not looked at.  `major`: how
     many were read back from swap.
     """
 
-    pages: list[HostPage]
+    pages: list[HmmPage]
     end: int
     major: int = 0
 
 
-class HostPin(NamedTuple):
+class HmmPin(NamedTuple):
     """What the host has pinned: of one page, from the first byte that was asked for on."""
 
     hva: int
@@ -45,15 +45,15 @@ class HostPin(NamedTuple):
     size: int
 
 
-class Pinned(NamedTuple):
+class PinnedRange(NamedTuple):
     """Pins in order; what lies at `end` and beyond was not looked at; `total`: all there are, anywhere."""
 
-    pins: list[HostPin]
+    pins: list[HmmPin]
     end: int
     total: int
 
 
-class HostMemory(Protocol):
+class ProcessMemory(Protocol):
     """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
     pin takes for memory that is not there (EFAULT)."""
 
@@ -62,17 +62,17 @@ class HostMemory(Protocol):
 
     async def unwatch(self, hva: int, size: int) -> None: ...
 
-    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
+    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         """Have the pages of a watched range faulted in, or look.  EFAULT, EHWPOISON, ENOMEM."""
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         """For what has that number, as many from the start as fit one answer; of a file, `hva` is an offset.
         ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT; EINVAL: beyond the end of the file.
         """
 
     async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
 
-    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+    async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
         """What is pinned there for what has that number."""
 
     async def open_file(self, fd: int) -> int:

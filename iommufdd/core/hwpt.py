@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from iommufdd.core import qi
 from iommufdd.core.domain import Domain
-from iommufdd.core.hardware import Memory, Unit
+from iommufdd.core.hardware import MemoryBus, Unit
 from iommufdd.core.object import Object
 from protocol.errors import EHWPOISON, UapiError
 from protocol.hw.prq import PageRequest
@@ -30,7 +30,7 @@ class Hwpt(Object):
 
     needs_iopf = False  # do pages come only when a device asks for them?
 
-    def __init__(self, domain: Domain, memory: Memory) -> None:
+    def __init__(self, domain: Domain, memory: MemoryBus) -> None:
         super().__init__()
         self.domain = domain
         self.attached: dict[int, Unit] = {}

@@ -13,7 +13,7 @@ import errno
 from contextlib import suppress
 from typing import Protocol
 
-from iommufdd.core.hardware import Memory
+from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
@@ -35,7 +35,7 @@ class Tdp(Protocol):
 class HwptKvm(Hwpt):
     needs_iopf = True
 
-    def __init__(self, domain: KvmDomain, memory: Memory, tdp: Tdp) -> None:
+    def __init__(self, domain: KvmDomain, memory: MemoryBus, tdp: Tdp) -> None:
         super().__init__(domain, memory)
         self.invalidations = 0
         self.acked_epoch = 0

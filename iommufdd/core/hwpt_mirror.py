@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area, Span
 from iommufdd.core.domain import Domain
-from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import MAX_TRIES, Found, HostPage, Lookup
+from iommufdd.core.hardware import MemoryBus
+from iommufdd.core.hmm import MAX_TRIES, HmmPage, HmmRange, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
@@ -34,7 +34,7 @@ class HwptMirror(HwptPaging):
     ioas: IoasOnDemand
 
     def __init__(
-        self, domain: Domain, memory: Memory, ioas: IoasOnDemand, table: IoPageTable, premap_pages: int = 1
+        self, domain: Domain, memory: MemoryBus, ioas: IoasOnDemand, table: IoPageTable, premap_pages: int = 1
     ) -> None:
         super().__init__(domain, memory, ioas, table)
         self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
@@ -74,7 +74,7 @@ class HwptMirror(HwptPaging):
             self.ioas.counts.io_fault_retries += 1
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
 
-    async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> Found:
+    async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> HmmRange:
         """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what
         is behind it cannot be had at all.
         """
@@ -91,7 +91,7 @@ class HwptMirror(HwptPaging):
         leaf = self.table.leaf_at(iova)
         return leaf is not None and (leaf.writable or not write)
 
-    def install(self, lookup: Lookup, area: Area, pages: Sequence[HostPage], start: int, end: int) -> bool:
+    def install(self, lookup: Lookup, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> bool:
         """Map start..end as far as `pages`, which `lookup` found, are what the host still has; was any of it
         new?  ENOMEM.
         """

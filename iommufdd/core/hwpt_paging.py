@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area
 from iommufdd.core.domain import Domain
-from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hardware import MemoryBus
+from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.io_pagetable import Change, IoLeaf, IoPageTable
 from protocol.errors import UapiError
@@ -29,7 +29,7 @@ Run = tuple[int, list[int], Level, bool]  # first iova, hpas of leaves of that l
 
 
 class HwptPaging(Hwpt):
-    def __init__(self, domain: Domain, memory: Memory, ioas: Ioas, table: IoPageTable) -> None:
+    def __init__(self, domain: Domain, memory: MemoryBus, ioas: Ioas, table: IoPageTable) -> None:
         super().__init__(domain, memory)
         self.ioas = ioas
         self.table = table
@@ -52,7 +52,7 @@ class HwptPaging(Hwpt):
 
     # -- entries ---------------------------------------------------------------------------------------
 
-    def put(self, area: Area, pages: Sequence[HostPage], start: int, end: int) -> None:
+    def put(self, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> None:
         """Map start..end as far as `pages` have it.  ENOMEM, with the first of it mapped."""
         for iova, hpas, level, writable in _runs(area, pages, start, end, self.largest_leaf):
             self.put_run(iova, hpas, level, writable=writable)
@@ -75,7 +75,7 @@ class HwptPaging(Hwpt):
     def copy(self, other: HwptPaging, area: Area) -> None:
         """Map an area as `other` has it [iopt_fill_domain].  ENOMEM."""
         pages = [
-            HostPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), leaf.writable)
+            HmmPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), leaf.writable)
             for leaf in other.table.leaves_in(area.iova, area.size)
         ]
         self.put(area, pages, area.iova, area.end)
@@ -131,7 +131,7 @@ def _run_end(run: Run) -> int:
     return run[0] + len(run[1]) * size_of_level(run[2])
 
 
-def _runs(area: Area, pages: Sequence[HostPage], start: int, end: int, max_leaf: Level) -> Iterator[Run]:
+def _runs(area: Area, pages: Sequence[HmmPage], start: int, end: int, max_leaf: Level) -> Iterator[Run]:
     """Leaves that follow each other and are alike, together."""
     run: Run | None = None
     for page in pages:

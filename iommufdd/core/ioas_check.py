@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 from iommufdd.core.area import Area
-from iommufdd.core.hmm import HostMemory, HostPage, HostPin, Lookup
+from iommufdd.core.hmm import HmmPage, HmmPin, Lookup, ProcessMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoLeaf
@@ -74,10 +74,10 @@ async def _check_pages(pages: Pages, found: list[str]) -> None:
         if pages.is_changing or pins not in pages.pins:
             return
         stop = min(answer.end, pins.end)
-        steps = [HostPin(start, 0, pins.step) for start in range(at, stop, pins.step)]
+        steps = [HmmPin(start, 0, pins.step) for start in range(at, stop, pins.step)]
         if [(pin.hva, min(pin.size, pins.step)) for pin in answer.pins] != [(s.hva, s.size) for s in steps]:
             found.append(f"I28: {at:#x}..{stop:#x} is pinned, not so at the host")
-        there = [HostPage(*pin, writable=pages.writable) for pin in answer.pins]
+        there = [HmmPage(*pin, writable=pages.writable) for pin in answer.pins]
         for area, hwpts in pages.shown.items():
             first, last = max(at, area.hva), min(stop, area.hva + area.size)
             if first < last:
@@ -99,8 +99,8 @@ async def _check_total(source: Source, found: list[str]) -> None:
         found.append(f"I28: the host has {total} pins, the books of whose memory it is {pinned}")
 
 
-async def _pinned(host: HostMemory, hva: int, size: int, number: int) -> list[HostPin]:
-    pins: list[HostPin] = []
+async def _pinned(host: ProcessMemory, hva: int, size: int, number: int) -> list[HmmPin]:
+    pins: list[HmmPin] = []
     at, end = hva, hva + size
     while at < end:
         # await: host, pins: cannot change: the lock of the IOAS is held
@@ -128,7 +128,7 @@ async def _check_mirrors(ioas: IoasOnDemand, found: list[str]) -> None:
         await _check_mirror(ioas, mirror, ioas.live_host, found)
 
 
-async def _check_mirror_pins(hwpt: HwptMirror, host: HostMemory, found: list[str]) -> int:
+async def _check_mirror_pins(hwpt: HwptMirror, host: ProcessMemory, found: list[str]) -> int:
     """What it believes pinned is, and is mapped; how many pins that is."""
     for run in hwpt.pins.runs():
         hva, size = run[0].part.hva, run[-1].end - run[0].start
@@ -145,7 +145,7 @@ async def _check_mirror_pins(hwpt: HwptMirror, host: HostMemory, found: list[str
     return pinned
 
 
-async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: HostMemory, found: list[str]) -> None:
+async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: ProcessMemory, found: list[str]) -> None:
     """What is not pinned maps what the process has there now."""
     at = 0
     while (first := next(hwpt.table.leaves_in(at, hwpt.table.limit - at), None)) is not None:
@@ -184,7 +184,7 @@ def _fresh(hwpt: HwptMirror, area: Area, lookup: Lookup, start: int, end: int) -
 # -- leaves ----------------------------------------------------------------------------------------------
 
 
-def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HostPage], start: int, end: int) -> Iterator[str]:
+def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> Iterator[str]:
     """Is start..end mapped to the pinned `pages`, all of it?"""
     at = start
     for leaf in hwpt.table.leaves_in(start, end - start):
@@ -197,7 +197,7 @@ def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HostPage], start: int,
 
 
 def _differences(
-    hwpt: HwptPaging, area: Area, leaf: IoLeaf, pages: Sequence[HostPage], part: tuple[int, int], what: str
+    hwpt: HwptPaging, area: Area, leaf: IoLeaf, pages: Sequence[HmmPage], part: tuple[int, int], what: str
 ) -> Iterable[str]:
     """Of a part of a leaf, from `pages`, which are in order: the first, if any."""
     at, end = part

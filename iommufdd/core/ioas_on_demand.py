@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from iommufdd.core.area import Area, check_user
 from iommufdd.core.counts import Counts
-from iommufdd.core.hmm import HostMemory, Lookups
+from iommufdd.core.hmm import Lookups, ProcessMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
@@ -31,7 +31,7 @@ class IoasOnDemand(Ioas):
         self._source: Source | None = None
 
     @property
-    def live_host(self) -> HostMemory:
+    def live_host(self) -> ProcessMemory:
         assert self._source is not None, "an area has memory of some process"
         return self._source.host
 

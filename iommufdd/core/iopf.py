@@ -16,7 +16,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.flow import Flow
@@ -50,7 +50,7 @@ class Iopf:
 
     def __init__(
         self,
-        find: Callable[[int], Device | None],
+        find: Callable[[int], IommufdDevice | None],
         respond: Callable[[int, int, ResponseCode], bool],
         spawn: Callable[[Flow[None]], None],
         counts: UnitCounts,
@@ -89,7 +89,7 @@ class Iopf:
         else:
             self._spawn(self._handle(device, hwpt, group))
 
-    async def _handle(self, device: Device, hwpt: Hwpt, group: list[PageRequest]) -> None:
+    async def _handle(self, device: IommufdDevice, hwpt: Hwpt, group: list[PageRequest]) -> None:
         device.begin_group()
         code = ResponseCode.FAILURE  # for a device that waits while we meet a bug of ours
         try:

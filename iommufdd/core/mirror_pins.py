@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area, Span, without
-from iommufdd.core.hmm import MAX_TRIES, HostPage
+from iommufdd.core.hmm import MAX_TRIES, HmmPage
 from protocol.errors import UapiError
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Pin:
+class MirrorPin:
     """One page of the host, as far as it was asked for: start..end of an area maps it and nothing else.
 
     `name`: of the request that had the host pin it, there too; `holders`: how many requests hold it.
     """
 
     area: Area
-    page: HostPage
+    page: HmmPage
     start: int
     end: int
     name: int
     holders: int
 
     @property
-    def part(self) -> HostPage:
+    def part(self) -> HmmPage:
         """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
         hva = self.area.hva_of(self.start)
-        return HostPage(hva, self.page.hpa + hva - self.page.hva, self.end - self.start, self.page.writable)
+        return HmmPage(hva, self.page.hpa + hva - self.page.hva, self.end - self.start, self.page.writable)
 
 
 class MirrorPins:
@@ -53,20 +53,20 @@ class MirrorPins:
     def __init__(self, hwpt: HwptMirror) -> None:
         self._hwpt = hwpt
         self._ioas = hwpt.ioas
-        self._pins: list[Pin] = []  # in order, apart
-        self._requests: dict[int, list[Pin]] = {}  # by name, what each holds
+        self._pins: list[MirrorPin] = []  # in order, apart
+        self._requests: dict[int, list[MirrorPin]] = {}  # by name, what each holds
         self._everything: list[int] = []  # those of them that hold what every area has
 
     def __bool__(self) -> bool:
         return bool(self._pins)
 
-    def __iter__(self) -> Iterator[Pin]:
+    def __iter__(self) -> Iterator[MirrorPin]:
         return iter(self._pins)
 
     def __contains__(self, iova: int) -> bool:
         return self._at(iova) is not None
 
-    def runs(self) -> Iterator[list[Pin]]:
+    def runs(self) -> Iterator[list[MirrorPin]]:
         """Pins that follow each other in an area and were pinned by one request, together."""
         return _runs(self._pins)
 
@@ -76,7 +76,7 @@ class MirrorPins:
         last = bisect_right(self._pins, end - 1, lo=first, key=attrgetter("start"))
         return without((start, end), ((pin.start, pin.end) for pin in self._pins[first:last]))
 
-    def _at(self, iova: int) -> Pin | None:
+    def _at(self, iova: int) -> MirrorPin | None:
         first = self._first(iova)
         pin = self._pins[first] if first < len(self._pins) else None
         return pin if pin is not None and pin.start <= iova else None
@@ -125,7 +125,7 @@ class MirrorPins:
         await self._hwpt.give_up()
         await self.let_go(gone)
 
-    def drop(self, area: Area | None = None) -> list[Pin]:
+    def drop(self, area: Area | None = None) -> list[MirrorPin]:
         """An area goes, or the mirror: requests hold nothing of it any more; `let_go` of the pins once nobody
         reaches them.
         """
@@ -141,7 +141,7 @@ class MirrorPins:
         """What nobody holds."""
         self._pins = [pin for pin in self._pins if pin.holders]
 
-    async def let_go(self, pins: Iterable[Pin]) -> None:
+    async def let_go(self, pins: Iterable[MirrorPin]) -> None:
         """Nobody reaches them: the host may have the pages back."""
         for run in _runs(pins):
             hva, size = run[0].part.hva, run[-1].end - run[0].start
@@ -198,7 +198,7 @@ class MirrorPins:
             await self.let_go(pins)
         raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
 
-    async def _map(self, pins: list[Pin]) -> int:
+    async def _map(self, pins: list[MirrorPin]) -> int:
         """Map what was pinned for a request, and keep it mapped; where it ends.  A huge leaf that reaches
         beyond is split first: what is beyond must be able to go alone.  ENOMEM, with none of it mapped or
         pinned.
@@ -221,15 +221,15 @@ class MirrorPins:
         return end
 
 
-def _pins_of(area: Area, pages: Iterable[HostPage], start: int, end: int, name: int) -> Iterator[Pin]:
+def _pins_of(area: Area, pages: Iterable[HmmPage], start: int, end: int, name: int) -> Iterator[MirrorPin]:
     for page in pages:
         first, last = max(area.iova_of(page.hva), start), min(area.iova_of(page.end), end)
         if first < last:
-            yield Pin(area, page, first, last, name, holders=1)
+            yield MirrorPin(area, page, first, last, name, holders=1)
 
 
-def _runs(pins: Iterable[Pin]) -> Iterator[list[Pin]]:
-    run: list[Pin] = []
+def _runs(pins: Iterable[MirrorPin]) -> Iterator[list[MirrorPin]]:
+    run: list[MirrorPin] = []
     for pin in pins:
         if run and (pin.start, pin.area, pin.name) != (run[-1].end, run[0].area, run[0].name):
             yield run

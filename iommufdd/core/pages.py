@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.counts import Counts
-from iommufdd.core.hmm import Found, HostPage
+from iommufdd.core.hmm import HmmPage, HmmRange
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -129,15 +129,15 @@ class Pages:
                 await self.source.host.unpin(start, end - start, area=self.number)
             self._counts.pinned_pages -= end - start >> PAGE_SHIFT
 
-    async def _find(self, at: int, end: int) -> Found:
+    async def _find(self, at: int, end: int) -> HmmRange:
         """From `at` on: what one area shows, one pin has, or one answer of the host, which is pinned."""
         for area, hwpts in self.shown.items():
             if area.hva <= at < area.hva + area.size:
                 return self._read_back(area, hwpts[0], at, min(end, area.hva + area.size))
         for pins in self.pins:
             if pins.start <= at < pins.end:
-                pinned = HostPage(pins.start, pins.hpa, pins.end - pins.start, self.writable)
-                return Found([pinned], min(end, pins.end))
+                pinned = HmmPage(pins.start, pins.hpa, pins.end - pins.start, self.writable)
+                return HmmRange([pinned], min(end, pins.end))
         taken = [*(area.hva for area in self.shown), *(pins.start for pins in self.pins)]
         end = min([end, *(start for start in taken if at < start)])
         # await: end: cannot change: the lock is held
@@ -148,22 +148,22 @@ class Pages:
         self._counts.pinned_pages += stop - at >> PAGE_SHIFT
         for page in found.pages:
             self._pinned(max(at, page.hva), min(page.end, stop), page)
-        return Found(found.pages, stop)
+        return HmmRange(found.pages, stop)
 
-    def _read_back(self, area: Area, hwpt: HwptPaging, at: int, end: int) -> Found:
+    def _read_back(self, area: Area, hwpt: HwptPaging, at: int, end: int) -> HmmRange:
         """ENODEV: the host is gone, and with it what was mapped."""
         leaves = list(hwpt.table.leaves_in(area.iova_of(at), end - at))
         pages = [
-            HostPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), self.writable)
+            HmmPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), self.writable)
             for leaf in leaves
         ]
         if sum(min(page.end, end) - max(page.hva, at) for page in pages) != end - at:
             raise UapiError(errno.ENODEV, f"{at:#x}..{end:#x}: KVM went away, and the pages with it")
-        return Found(pages, end)
+        return HmmRange(pages, end)
 
     # -- books of what is pinned -----------------------------------------------------------------------------
 
-    def _pinned(self, start: int, end: int, page: HostPage) -> None:
+    def _pinned(self, start: int, end: int, page: HmmPage) -> None:
         """One pin more, of what is asked for of `page`."""
         step = end - start
         pins = Pins(start, end, step, page.hpa + start - page.hva if step > PAGE_SIZE else 0)

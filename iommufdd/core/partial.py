@@ -20,7 +20,7 @@ from protocol.hw.prq import PageRequest
 MAX_PARTIAL = 2048  # of one function, as many as the ring has
 
 
-class _Group(NamedTuple):
+class _PartialGroup(NamedTuple):
     hwpt: Hwpt
     requests: list[PageRequest]
 
@@ -30,20 +30,20 @@ class PartialGroups:
 
     def __init__(self, counts: UnitCounts) -> None:
         self.counts = counts
-        self._groups: dict[tuple[int, int], _Group] = {}
+        self._groups: dict[tuple[int, int], _PartialGroup] = {}
         self._held: Counter[int] = Counter()  # by function: one that ends no group takes nobody else's room
 
     def gather(self, request: PageRequest, hwpt: Hwpt) -> list[PageRequest] | None:
         """The whole group when `request` is its last, else None: it is held back for `hwpt`."""
         key = request.rid, request.prgi
         if request.last:
-            held = self._groups.pop(key, _Group(hwpt, [])).requests
+            held = self._groups.pop(key, _PartialGroup(hwpt, [])).requests
             self._held[request.rid] -= len(held)
             return [*held, request]
         if self._held[request.rid] >= MAX_PARTIAL:
             self.counts.partial_discarded += 1
             return None
-        self._groups.setdefault(key, _Group(hwpt, [])).requests.append(request)
+        self._groups.setdefault(key, _PartialGroup(hwpt, [])).requests.append(request)
         self._held[request.rid] += 1
         return None
 

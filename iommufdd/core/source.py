@@ -12,8 +12,8 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-from iommufdd.core.hardware import Memory
-from iommufdd.core.hmm import HostMemory
+from iommufdd.core.hardware import MemoryBus
+from iommufdd.core.hmm import ProcessMemory
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 
@@ -23,7 +23,7 @@ class Source:
     whether each is memory of the process itself, which nobody else can take over.
     """
 
-    def __init__(self, host: HostMemory, bus: Memory, windows: int) -> None:
+    def __init__(self, host: ProcessMemory, bus: MemoryBus, windows: int) -> None:
         self.host = host
         self.bus = bus
         self.users: dict[object, bool] = {}

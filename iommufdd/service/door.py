@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from iommufdd.config import Settings
+from iommufdd.config import IommufddSettings
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
@@ -33,7 +33,7 @@ from protocol.uapi.message import MAX_TOLD, StartedWith, as_told
 class Iommufdd:
     """The daemon: what it holds, behind its socket."""
 
-    def __init__(self, loop: Loop, settings: Settings) -> None:
+    def __init__(self, loop: Loop, settings: IommufddSettings) -> None:
         self.app = App(loop, settings)
         self.door = Door(loop, FRONT_DOOR, self.app)
         self.private_doors: Mapping[Path, Door[Any]] = {}
@@ -46,7 +46,7 @@ class Iommufdd:
         self.app.close()
 
 
-def _open(app: App, message: uapi.Open, fds: Fds) -> Result:
+def _open(app: App, message: uapi.OpenIommuNode, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
         mm = cookie_of(fds.peek(0)) if len(fds) else 0
         fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm, Sources()), app.iommufd_closed)
@@ -54,7 +54,7 @@ def _open(app: App, message: uapi.Open, fds: Fds) -> Result:
     return _open_device(app, message)
 
 
-async def _open_device(app: App, message: uapi.Open) -> Answer:
+async def _open_device(app: App, message: uapi.OpenIommuNode) -> Answer:
     number = message.path.removeprefix(names.VFIO_PATH)
     if not (message.path.startswith(names.VFIO_PATH) and number.isdecimal() and len(number) < 4):
         raise UapiError(
@@ -72,7 +72,7 @@ async def _open_device(app: App, message: uapi.Open) -> Answer:
     return Answer({}, [fd])
 
 
-def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
+def _stats(app: App, message: uapi.IommufddStats, fds: Fds) -> Body:
     beyond = (hwpt for did, hwpt in sorted(app.hwpts.items()) if did > message.after)
     return {
         **{field.name: getattr(app.unit_counts, field.name) for field in fields(app.unit_counts)},
@@ -85,7 +85,7 @@ def _stats(app: App, message: uapi.Stats, fds: Fds) -> Body:
     }
 
 
-async def _check(app: App, message: uapi.Check, fds: Fds) -> Body:
+async def _check(app: App, message: uapi.IommufddCheck, fds: Fds) -> Body:
     found = app.violations()
     for ioas in dict.fromkeys(hwpt.ioas for hwpt in app.hwpts.values() if isinstance(hwpt, HwptPaging)):
         found += await check_ioas(ioas)
@@ -109,9 +109,9 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
 FRONT_DOOR: Service[App] = Service(
     "iommufdd",
     {
-        "OPEN": Method(uapi.Open, _open, 1, lambda message: int(message.path == names.IOMMU_PATH)),
-        "STATS": Method(uapi.Stats, _stats),
-        "CHECK": Method(uapi.Check, _check),
+        "OPEN": Method(uapi.OpenIommuNode, _open, 1, lambda message: int(message.path == names.IOMMU_PATH)),
+        "STATS": Method(uapi.IommufddStats, _stats),
+        "CHECK": Method(uapi.IommufddCheck, _check),
         "STARTED_WITH": Method(StartedWith, tell_options),
     },
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.domain import Domain
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_mirror import HwptMirror
@@ -36,7 +36,7 @@ async def hwpt_alloc(held: IommuFile, message: uapi.IommuHwptAlloc, fds: Fds) ->
         raise UapiError(errno.EOPNOTSUPP, "__reserved is not zero")
     if message.data_type == names.IOMMU_HWPT_DATA_NONE and message.data_len:
         raise UapiError(errno.EINVAL, f"data_type NONE with {message.data_len} bytes of data")
-    device = held.objects.get(message.dev_id, Device)
+    device = held.objects.get(message.dev_id, IommufdDevice)
     if message.data_type == names.IOMMU_HWPT_DATA_KVM:
         return {"out_hwpt_id": await _alloc_kvm(held, device, message, fds)}
     return {"out_hwpt_id": await _alloc_paging(held, device, message)}
@@ -45,7 +45,7 @@ async def hwpt_alloc(held: IommuFile, message: uapi.IommuHwptAlloc, fds: Fds) ->
 # -- KVM -----------------------------------------------------------------------------------------------
 
 
-async def _alloc_kvm(held: IommuFile, device: Device, message: uapi.IommuHwptAlloc, fds: Fds) -> int:
+async def _alloc_kvm(held: IommuFile, device: IommufdDevice, message: uapi.IommuHwptAlloc, fds: Fds) -> int:
     app = held.app
     hwpt: HwptKvm | None = None
 
@@ -85,7 +85,7 @@ def _tdp_fd_of(app: App, message: uapi.IommuHwptAlloc, fds: Fds) -> int:
     return fds.take(message.fd_table.index(number))
 
 
-async def _import_tdp(app: App, device: Device, tdp: KvmTdp, flags: int) -> HwptKvm:
+async def _import_tdp(app: App, device: IommufdDevice, tdp: KvmTdp, flags: int) -> HwptKvm:
     await tdp.open(app.loop, app.settings.kvmd)
     meta = await tdp.metadata()
     silicon = app.silicon_of(device)
@@ -103,7 +103,7 @@ async def _import_tdp(app: App, device: Device, tdp: KvmTdp, flags: int) -> Hwpt
     return hwpt
 
 
-def _check_unit(device: Device, domain: Domain) -> None:
+def _check_unit(device: IommufdDevice, domain: Domain) -> None:
     missing = domain.what_is_missing(device.unit.cap, device.unit.ecap)
     if missing is not None:
         raise UapiError(errno.EOPNOTSUPP, f"the remapping unit cannot walk this table: {missing}")
@@ -112,7 +112,7 @@ def _check_unit(device: Device, domain: Domain) -> None:
 # -- paging --------------------------------------------------------------------------------------------
 
 
-async def _alloc_paging(held: IommuFile, device: Device, message: uapi.IommuHwptAlloc) -> int:
+async def _alloc_paging(held: IommuFile, device: IommufdDevice, message: uapi.IommuHwptAlloc) -> int:
     app = held.app
     ioas = _ioas_of(held, message.pt_id)
     if message.flags or message.data_type != names.IOMMU_HWPT_DATA_NONE:

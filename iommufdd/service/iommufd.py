@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
@@ -28,7 +28,7 @@ MAX_ENTRIES = 1 << 19
 
 async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Body:
     found = held.objects.get(message.id, Object)
-    if isinstance(found, Device):
+    if isinstance(found, IommufdDevice):
         raise UapiError(errno.EBUSY, f"device {found.id} is bound: close its VFIO device instead")
     held.objects.remove(message.id)
     if isinstance(found, Hwpt):
@@ -41,7 +41,7 @@ async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Bod
 def _get_hw_info(held: IommuFile, message: uapi.IommuGetHwInfo, fds: Fds) -> Body:
     if message.flags or message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
-    device = held.objects.get(message.dev_id, Device)
+    device = held.objects.get(message.dev_id, IommufdDevice)
     if message.data_len and not message.data_uptr:
         raise UapiError(errno.EFAULT, f"no memory for {message.data_len} bytes at data_uptr")
     if message.data_len > uapi.MAX_USER_BYTES:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from iommufdd.config import Settings
+from iommufdd.config import IommufddSettings
 from iommufdd.core.counts import Counts, UnitCounts
-from iommufdd.core.device import Device
-from iommufdd.core.group import Group
+from iommufdd.core.device import IommufdDevice
+from iommufdd.core.group import IommufdGroup
 from iommufdd.core.hardware import FunctionInfo, Unit
-from iommufdd.core.hmm import HostMemory
+from iommufdd.core.hmm import ProcessMemory
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
@@ -60,10 +60,10 @@ class VfioFile:
 
     app: App
     silicon: Silicon
-    group: Group
+    group: IommufdGroup
     info: FunctionInfo
     unit: RemoteUnit
-    bound: tuple[IommuFile, Device] | None = None
+    bound: tuple[IommuFile, IommufdDevice] | None = None
 
     def check(self) -> None:
         """ENODEV: the device is gone, whatever came in its place."""
@@ -73,7 +73,7 @@ class VfioFile:
 
 
 class App:
-    def __init__(self, loop: Loop, settings: Settings) -> None:
+    def __init__(self, loop: Loop, settings: IommufddSettings) -> None:
         self.loop = loop
         self.settings = settings
         self.files = Files(loop)
@@ -83,7 +83,7 @@ class App:
         self.counts = Counts()
         self.following: dict[Ioas, FaultNotes] = {}
         self.iopfs: dict[Unit, Iopf] = {}
-        self.groups: dict[int, Group] = {}
+        self.groups: dict[int, IommufdGroup] = {}
         self.hwpts: dict[int, Hwpt] = {}  # by domain id
         self.opened: dict[tuple[Unit, int], VfioFile] = {}  # by unit and requester id
         self.faults_recorded = 0
@@ -101,7 +101,7 @@ class App:
         self.tables.close()
 
     @property
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[IommufdDevice]:
         """Those that are bound."""
         return [held.bound[1] for held in self.opened.values() if held.bound is not None]
 
@@ -117,7 +117,7 @@ class App:
         await silicon.probe(sock)
         self.silicon = silicon
         self.iopfs = {unit: self._iopf(unit) for unit in silicon.units}
-        self.groups = {info.group: Group(info.group) for info, _ in silicon.functions}
+        self.groups = {info.group: IommufdGroup(info.group) for info, _ in silicon.functions}
 
     async def live_silicon(self) -> Silicon:
         """The silicon, probed again if its link was lost.  ENODEV: none is there; EBUSY: another has it."""
@@ -134,7 +134,7 @@ class App:
             raise UapiError(errno.ENODEV, f"no remapping unit: {path}: {error}") from None
         log.info("the remapping unit is there again", units=len(self.silicon.units))
 
-    def silicon_of(self, device: Device) -> Silicon:
+    def silicon_of(self, device: IommufdDevice) -> Silicon:
         """ENODEV: it went with its unit."""
         if not self.silicon.alive or device.unit not in self.silicon.units:
             raise UapiError(errno.ENODEV, f"{device.info.name} went with its remapping unit")
@@ -143,7 +143,7 @@ class App:
     # -- interrupts ------------------------------------------------------------------------------------
 
     def _iopf(self, unit: RemoteUnit) -> Iopf:
-        def find(rid: int) -> Device | None:
+        def find(rid: int) -> IommufdDevice | None:
             held = self.opened.get((unit, rid))
             return None if held is None or held.bound is None else held.bound[1]
 
@@ -211,7 +211,7 @@ class App:
             following.hang_up()
         await ioas.destroy()
 
-    async def lose_host(self, held: IommuFile, host: HostMemory) -> None:
+    async def lose_host(self, held: IommuFile, host: ProcessMemory) -> None:
         """kvmd is gone, and whose memory the tables lead to with it."""
         using = [
             ioas for ioas in held.objects.all(Ioas) if any(source.host is host for source in ioas.sources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.object import Object
@@ -28,7 +28,7 @@ def _bind(held: VfioFile, message: uapi.VfioDeviceBindIommufd, fds: Fds) -> Body
         raise UapiError(errno.EBADFD, "the file descriptor is no iommufd") from None
     held.check()
     partial = app.iopfs[held.unit].partial
-    device = Device(held.info, held.unit, held.silicon, app.settings.fault_policy, partial)
+    device = IommufdDevice(held.info, held.unit, held.silicon, app.settings.fault_policy, partial)
     group = held.group
     group.claim(iommufd)
     try:
@@ -82,7 +82,7 @@ async def _mmap(held: VfioFile, message: uapi.VfioDeviceMmap, fds: Fds) -> Answe
     return Answer({}, [await held.silicon.portal(held.info.rid)])
 
 
-def _bound(held: VfioFile) -> tuple[IommuFile, Device]:
+def _bound(held: VfioFile) -> tuple[IommuFile, IommufdDevice]:
     if held.bound is None:
         raise UapiError(errno.EINVAL, f"{held.info.name} is not bound to an iommufd")
     return held.bound

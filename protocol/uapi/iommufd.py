@@ -22,13 +22,13 @@ MAX_USER_BYTES = 4096
 UserBytes = Annotated[bytes, Field(max_length=MAX_USER_BYTES)]
 
 
-class Open(Message):
+class OpenIommuNode(Message):
     """Open a node; the reply carries its fd.  /dev/iommu takes the mm fd of the opening process along."""
 
     path: Annotated[str, Field(max_length=256)]
 
 
-class Stats(Message):
+class IommufddStats(Message):
     """Counters of the driver, and of the first MAX_TOLD HWPTs whose domain ids are above `after`; there are
     `hwpt_count`.
     """
@@ -36,7 +36,7 @@ class Stats(Message):
     after: U32 = 0
 
 
-class Check(Message):
+class IommufddCheck(Message):
     """Check the invariants of what iommufdd holds; reply: `violations`, a sentence each."""
 
 

@@ -23,12 +23,12 @@ from device_sim.core.physmem import PhysicalMemory
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
-from iommufdd.core.mirror_pins import Pin
+from iommufdd.core.mirror_pins import MirrorPin
 from iommufdd.core.notes import Notes
 from iommufdd.core.source import Source
 from iommufdd.core.table_pool import TablePool
@@ -249,7 +249,7 @@ class MirrorMachine:
             for at in range(0, size, PAGE_SIZE):
                 self._check_now(leaf.iova + at, leaf.hpa + at, writable=leaf.writable)
 
-    def _check_pin(self, pin: Pin) -> None:
+    def _check_pin(self, pin: MirrorPin) -> None:
         hva, hpa, *_ = pin.part
         held = self.host.pins.get((pin.name, hva), [])
         assert hpa in [page.hpa + hva - page.hva for page in held], f"I28: {pin.start:#x}: not so at the host"
@@ -267,7 +267,7 @@ class MirrorMachine:
             return  # being taken out, or kept
         hva = area.hva_of(iova)
         if not self.host.is_changing(hva, hva + PAGE_SIZE):
-            page: HostPage | None = self.host.page_at(hva)
+            page: HmmPage | None = self.host.page_at(hva)
             assert page is not None, f"R1: iova {iova:#x} is mapped, the host has nothing there"
             assert page.hpa + hva - page.hva == hpa, f"R1: iova {iova:#x} -> {hpa:#x}, not the host's page"
             assert page.writable or not writable

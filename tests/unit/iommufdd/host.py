@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from iommufdd.core.hmm import Found, HostPage, HostPin, Pinned
+from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, PinnedRange
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import PAGE_SIZE
@@ -21,9 +21,9 @@ MAX_PAGES = 64  # of one answer
 
 class FakeHost:
     def __init__(self, log: list[Any] | None = None) -> None:
-        self.pages: dict[int, HostPage] = {}  # by the address of their first byte
+        self.pages: dict[int, HmmPage] = {}  # by the address of their first byte
         self.watched: list[tuple[int, int]] = []
-        self.pins: dict[tuple[int, int], list[HostPage]] = {}  # (area, first byte of the page asked for)
+        self.pins: dict[tuple[int, int], list[HmmPage]] = {}  # (area, first byte of the page asked for)
         self.log = [] if log is None else log
         self.errno = 0
         self.hole = -1  # nothing can be faulted in there
@@ -40,19 +40,19 @@ class FakeHost:
 
     # -- what the process and the host do ---------------------------------------------------------------
 
-    def page_at(self, hva: int) -> HostPage | None:
+    def page_at(self, hva: int) -> HmmPage | None:
         for size in (PAGE_SIZE, 2 << 20, 1 << 30):
             page = self.pages.get(hva & -size)
             if page is not None and hva < page.end:
                 return page
         return None
 
-    def fault_in(self, hva: int) -> HostPage:
+    def fault_in(self, hva: int) -> HmmPage:
         page = self.page_at(hva)
         if page is None:
             first = hva & -self.page_size
             self._next_frame += -self._next_frame % self.page_size
-            page = HostPage(first, self._next_frame, self.page_size, self.writable)
+            page = HmmPage(first, self._next_frame, self.page_size, self.writable)
             self._next_frame += self.page_size
             self.pages[first] = page
         return page
@@ -83,7 +83,7 @@ class FakeHost:
 
             await self.change(low, high, edit)
 
-    def pages_in(self, start: int, end: int) -> list[HostPage]:
+    def pages_in(self, start: int, end: int) -> list[HmmPage]:
         return [page for page in self.pages.values() if page.hva < end and start < page.end]
 
     def _whole(self, start: int, end: int) -> tuple[int, int]:
@@ -95,7 +95,7 @@ class FakeHost:
             del self.pages[page.hva]
             for hva in range(page.hva, page.end, PAGE_SIZE):
                 if not start <= hva < end:
-                    part = HostPage(hva, page.hpa + hva - page.hva, PAGE_SIZE, page.writable)
+                    part = HmmPage(hva, page.hpa + hva - page.hva, PAGE_SIZE, page.writable)
                     self.pages[hva] = part
 
     def is_changing(self, start: int, end: int) -> bool:
@@ -113,7 +113,7 @@ class FakeHost:
         await self._asked("unwatch", hva, size)
         self.watched.remove((hva, hva + size))
 
-    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> Found:
+    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         await self._asked("fault" if fault else "look", hva, size)
         while self.is_changing(hva, hva + size):
             await self._over
@@ -123,7 +123,7 @@ class FakeHost:
         await self.hop()
         return found
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> Found:
+    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         await self._asked("pin", hva, size)
         found = self._find(hva, size, fault=True)
         if self.room is not None:
@@ -146,15 +146,15 @@ class FakeHost:
         if self.room is not None:
             self.room += size >> 12
 
-    async def pinned(self, hva: int, size: int, *, area: int) -> Pinned:
+    async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
         await self.hop()
         found = [
-            HostPin(at, page.hpa + at - page.hva, page.end - at)
+            HmmPin(at, page.hpa + at - page.hva, page.end - at)
             for (name, at), pages in sorted(self.pins.items(), key=lambda item: item[0])
             if name == area and hva <= at < hva + size
             for page in pages
         ]
-        return Pinned(found, hva + size, sum(map(len, self.pins.values())))
+        return PinnedRange(found, hva + size, sum(map(len, self.pins.values())))
 
     async def open_file(self, fd: int) -> int:
         await self._asked("open_file", fd)
@@ -172,15 +172,15 @@ class FakeHost:
     def release(self) -> None:
         self.released = True
 
-    def _find(self, hva: int, size: int, *, fault: bool) -> Found:
-        pages: list[HostPage] = []
+    def _find(self, hva: int, size: int, *, fault: bool) -> HmmRange:
+        pages: list[HmmPage] = []
         end = hva + size
         while hva < end and len(pages) < MAX_PAGES:
             page = self.fault_in(hva) if fault else self.page_at(hva)
             if page is not None:
                 pages.append(page)
             hva = hva + PAGE_SIZE if page is None else page.end
-        return Found(pages, min(hva, end), self.major)
+        return HmmRange(pages, min(hva, end), self.major)
 
     async def _asked(self, *what: Any) -> None:
         self.log.append(what)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iommufdd.core.area import Area, Areas, check_memory, check_user, without
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hmm import HmmPage
 from protocol.errors import UapiError
 from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level, size_of_level
 
@@ -174,7 +174,7 @@ PAGES = st.sampled_from([K4, M2, G1])
 def test_leaves_map_each_address_to_the_byte_the_page_has_there(data: st.DataObject) -> None:
     """Against the sum done byte by byte; and no leaf could have been larger."""
     page_size = data.draw(PAGES)
-    page = HostPage(4 * G1, 8 * G1, page_size, True)
+    page = HmmPage(4 * G1, 8 * G1, page_size, True)
     first = data.draw(st.integers(-600, page_size // K4 - 1)) * K4
     area = Area(
         data.draw(st.integers(0, 2048)) * K4, data.draw(st.integers(1, 2048)) * K4, 4 * G1 + first, True
@@ -206,7 +206,7 @@ def test_leaves_map_each_address_to_the_byte_the_page_has_there(data: st.DataObj
 
 def test_a_unit_with_small_leaves_alone_gets_no_other() -> None:
     area = Area(0, M2, 4 * G1, True)
-    page = HostPage(4 * G1, 8 * G1, M2, True)
+    page = HmmPage(4 * G1, 8 * G1, M2, True)
     assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_4K)] == [LEVEL_4K] * 3
     assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_2M)] == [LEVEL_2M]
 

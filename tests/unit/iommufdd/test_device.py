@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy, Policy
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
@@ -50,7 +50,7 @@ class Bound:
         self.world = world or World()
         self.hwpt = self.world.hwpt()
         self.hwpt.id = 5
-        self.device = Device(
+        self.device = IommufdDevice(
             function(**info), self.world, self.world, policy or FaultPolicy(), PartialGroups(UnitCounts())
         )
 

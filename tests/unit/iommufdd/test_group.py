@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
-from iommufdd.core.group import Group
+from iommufdd.core.group import IommufdGroup
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
@@ -25,15 +25,15 @@ class Grouped:
 
     def __init__(self) -> None:
         self.world = World()
-        self.group = Group(3)
+        self.group = IommufdGroup(3)
         self.devices = [self._device(0), self._device(1)]
         self.kvm: Hwpt = self.world.hwpt()
         self.paging = self.world.paging()
         self.kvm.id, self.paging.id = 5, 6
 
-    def _device(self, number: int) -> Device:
+    def _device(self, number: int) -> IommufdDevice:
         self.group.claim(OWNER)
-        return Device(
+        return IommufdDevice(
             function(RID + 8 * number), self.world, self.world, FaultPolicy(), PartialGroups(UnitCounts())
         )
 
@@ -155,7 +155,7 @@ def test_a_device_that_can_go_nowhere_is_blocked_and_detached(grouped: Grouped) 
 
 
 def test_a_refused_replacement_touches_nothing(grouped: Grouped) -> None:
-    grouped.devices[1] = Device(
+    grouped.devices[1] = IommufdDevice(
         function(RID + 8, fault_capability="partial"),
         grouped.world,
         grouped.world,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iommufdd.core.hmm import MAX_TRIES, Found, Lookup
+from iommufdd.core.hmm import MAX_TRIES, HmmRange, Lookup
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.units import LEVEL_2M, LEVEL_4K
@@ -54,7 +54,7 @@ def test_a_fault_that_the_host_overtakes_every_time_ends(
     look = space.host.range_fault
     times = iter(range(overtaken))
 
-    async def overtook(hva: int, size: int, *, write: bool, fault: bool) -> Found:
+    async def overtook(hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         found = await look(hva, size, write=write, fault=fault)
         if next(times, None) is not None:
             space.hwpt_.ioas.lookups.invalidate(hva, hva + size)

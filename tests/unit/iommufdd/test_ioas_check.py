@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hmm import HmmPage
 from iommufdd.core.ioas_check import check_ioas
 from protocol.units import LEVEL_4K, Hpa
 from tests.unit.iommufdd.host import FRAMES
@@ -80,7 +80,7 @@ def forget_pin(space: Space) -> None:
 
 
 def another_pin(space: Space) -> None:
-    space.host.pins[99, HVA + M2] = [HostPage(HVA + M2, ELSEWHERE, K4, True)]
+    space.host.pins[99, HVA + M2] = [HmmPage(HVA + M2, ELSEWHERE, K4, True)]
 
 
 def moved(space: Space, iova: int, *, writable: bool = True, hpa: int | None = None) -> None:
@@ -103,7 +103,7 @@ BREAKS: dict[str, tuple[Callable[[], Space], Callable[[Space], object], str]] = 
     "the host lost a pin of a mirror": (a_mirror, forget_pin, "is pinned, not so at the host"),
     "a mirror's pin is of another page at the host": (
         a_mirror,
-        lambda s: s.host.pins.update({next(iter(s.host.pins)): [HostPage(HVA, ELSEWHERE, K4, True)]}),
+        lambda s: s.host.pins.update({next(iter(s.host.pins)): [HmmPage(HVA, ELSEWHERE, K4, True)]}),
         "0x0.* is pinned, not so at the host",
     ),
     "an entry stayed when its page was unpinned and given away": (

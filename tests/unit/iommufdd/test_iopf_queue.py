@@ -11,7 +11,7 @@ import pytest
 
 from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.device import Device
+from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.iopf import Iopf
@@ -41,14 +41,14 @@ class Queue:
         self.world.flows = Flows(self.crashes.append)
         self.hwpt = self.world.hwpt()
         self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn, UnitCounts())
-        self.device = Device(function(), self.world, self.world, FaultPolicy(), self.iopf.partial)
+        self.device = IommufdDevice(function(), self.world, self.world, FaultPolicy(), self.iopf.partial)
         if attached:
             self.world.run(self.device.enter(self.hwpt, pinned=False))
         self.world.log.clear()
         self.answers: list[tuple[int, int, ResponseCode]] = []
         self.there = True
 
-    def _find(self, rid: int) -> Device | None:
+    def _find(self, rid: int) -> IommufdDevice | None:
         return self.device if rid == RID else None
 
     def _respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from iommufdd.core.area import Area, Span
-from iommufdd.core.hmm import HostPage
+from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.pages import Pages, Pins
@@ -164,7 +164,7 @@ UNIT = M2 // 4
 
 
 class HalfHuge(FakeHost):
-    def fault_in(self, hva: int) -> HostPage:
+    def fault_in(self, hva: int) -> HmmPage:
         self.page_size = K4 if hva // M2 % 2 else M2
         return super().fault_in(hva)
 
@@ -282,12 +282,12 @@ def released_for_all(self: Pages, area: Area) -> list[Span]:
         self.shown = shown
 
 
-def pinned_as_small(self: Pages, start: int, end: int, page: HostPage) -> None:
+def pinned_as_small(self: Pages, start: int, end: int, page: HmmPage) -> None:
     self.pins.append(Pins(start, end, K4))
     self.pins.sort()
 
 
-def pinned_elsewhere(self: Pages, start: int, end: int, page: HostPage) -> None:
+def pinned_elsewhere(self: Pages, start: int, end: int, page: HmmPage) -> None:
     pinned(self, start, end, page._replace(hpa=page.hpa + M2))
 
 
