@@ -1,7 +1,7 @@
 """The host-physical map: windows of memory, each backed by one memfd, laid out like a PC's.
 
 Models host-physical addresses: RAM lies from 1 MiB to 2 GiB and from 4 GiB up, nothing between, so that
-a dump of it loads into other tools.  A window holds page tables or frames; one that somebody else's fd
+a dump of it loads into other tools.  A window holds tables, queues or frames; one that somebody else's fd
 backs is one more window.  Addresses outside every window are not memory: looking one up says so.
 """
 
@@ -22,6 +22,7 @@ MAX_WINDOWS = 64
 class WindowKind(StrEnum):
     TABLES = "tables"  # their owner stores, everybody else reads
     FRAMES = "frames"  # data pages: guests', read and written by CPUs and devices
+    QUEUES = "queues"  # of a remapping unit: it stores what it has to say, its driver reads
     FRAME_TAGS = "frame_tags"  # debug builds: who owns each frame (protocol/frame_tags.py); has no hpa
 
 
