@@ -76,9 +76,6 @@ class HostChanges:
             await self._flusher.flush(None)
         return young
 
-    def test_young(self, start: Hva, end: Hva) -> bool:
-        return any(self._mmu.has_young(span) for span in self._spans(start, end))
-
     def _spans(self, start: Hva, end: Hva) -> list[GfnSpan]:
         """What start..end backs now.  A slot made while it is zapped maps nothing of it: faults wait."""
         return [span for slot in self._slots if (span := slot.gfns_of(start, end)) is not None]

@@ -238,9 +238,6 @@ class TdpMmu(TdpLog):
                     young = True
         return young
 
-    def has_young(self, span: GfnSpan) -> bool:
-        return any(is_young(met.entry) for root in self._aged_roots() for met in self._leaves(root, span))
-
     def _aged_roots(self) -> list[Root]:
         return [root for root in self.roots if not root.role.iommu]
 

@@ -14,6 +14,7 @@ from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
 from kvmd.core.mm.thp import split
@@ -78,7 +79,7 @@ async def _mprotect(held: MmFile, message: uapi.Mprotect, fds: Fds) -> Body:
 
 async def _mremap(held: MmFile, message: uapi.Mremap, fds: Fds) -> Body:
     new = None if message.new_addr is None else Hva(message.new_addr)
-    return {"addr": await held.mm.mremap(Hva(message.addr), message.old_size, message.new_size, new)}
+    return {"addr": await mremap(held.mm, Hva(message.addr), message.old_size, message.new_size, new)}
 
 
 async def _madvise(held: MmFile, message: uapi.Madvise, fds: Fds) -> Body:
@@ -87,7 +88,7 @@ async def _madvise(held: MmFile, message: uapi.Madvise, fds: Fds) -> Body:
 
 
 async def _move_pages(held: MmFile, message: uapi.MovePages, fds: Fds) -> Body:
-    return {"moved": await held.mm.migrate(Hva(message.addr), message.size)}
+    return {"moved": await migrate(held.mm, Hva(message.addr), message.size)}
 
 
 async def _host_action(held: MmFile, message: uapi.HostAction, fds: Fds) -> Body:

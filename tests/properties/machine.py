@@ -35,7 +35,7 @@ from protocol.units import Gfn, Hpa, Hva, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 from tests.properties.sleepy import SleepyMm
 from tests.refusals import may_refuse
-from tests.unit.kvmd.world import RW, World
+from tests.unit.kvmd.world import MM_CHANGES, RW, World
 
 PAGE = 4096
 GFNS = 0x800  # what the guest touches lies below
@@ -203,7 +203,7 @@ class Rig:
 
         async def run() -> None:
             try:
-                await getattr(self.mm, what)(Hva(first << 12), pages << 12)
+                await MM_CHANGES[what](self.mm, Hva(first << 12), pages << 12)
             except UapiError as error:
                 if error.errno != errno.ENOMEM:  # of a hole: the rest was done
                     return
@@ -400,7 +400,7 @@ class Rig:
 
             async def run() -> None:
                 with may_refuse(errno.ENOMEM):  # unmapped meanwhile
-                    await getattr(self.mm, nap)(page.hva, pages << 12)
+                    await MM_CHANGES[nap](self.mm, page.hva, pages << 12)
                 if nap == "madvise_dontneed":
                     for gone in range(first, first + pages):
                         self.bytes.pop(gone, None)

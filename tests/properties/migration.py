@@ -16,6 +16,7 @@ from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.dirty_log import ClearDirtyLog
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.vcpu import Vcpu
 from protocol.flow import Wait
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
@@ -197,7 +198,7 @@ class Migration:
     def move_page(self, page: int) -> None:
         """The host migrates the frame, with whatever is in it."""
         hva = HVA + ((page & ~511) << 12)
-        self.world.start(self.world.mm.migrate(Hva(hva), 512 << 12))
+        self.world.start(migrate(self.world.mm, Hva(hva), 512 << 12))
 
     def ack(self, which: int) -> None:
         if self.device is not None and self.device.pending:

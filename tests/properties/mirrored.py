@@ -18,7 +18,7 @@ from typing import Any
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import Found, Mirror
-from kvmd.core.mm.madvise import ADVICE, collapse
+from kvmd.core.mm.madvise import ADVICE, collapse, dontneed
 from kvmd.core.mm.page import HostPage, Pte
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
@@ -265,7 +265,7 @@ class MirroredMemory:
             lambda: (self.mm.write(page, b"x"), "write"),
             lambda: (self.mm.write(page, b"y"), "write"),
             lambda: (self.mm.read(page, 1), "read"),
-            lambda: (self.mm.madvise_dontneed(hva(first), pages * PAGE), "dontneed"),
+            lambda: (dontneed(self.mm, hva(first), pages * PAGE), "dontneed"),
             lambda: (ADVICE["free"](self.mm, hva(first), pages * PAGE), "free"),
             lambda: (self.mm.mprotect(hva(first), pages * PAGE, prot), "mprotect"),
         ]

@@ -18,6 +18,7 @@ import pytest
 from kvmd.core.dirty_log import DirtyLog
 from kvmd.core.fault_path import FaultPath
 from kvmd.core.host import CpuFeatures
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.page_fault import RESOLVED
 from kvmd.core.slots_change import SlotsChange
@@ -114,7 +115,7 @@ class Life:
 
     def drop(self, first: int, pages: int) -> None:
         first, pages = self._whole(first, pages)
-        self.guest.do(self.mm.madvise_dontneed(self.hva(first), pages * PAGE))
+        self.guest.do(dontneed(self.mm, self.hva(first), pages * PAGE))
         self._taken(first, pages)
 
     def _whole(self, first: int, pages: int) -> tuple[int, int]:

@@ -15,8 +15,7 @@ from kvmd.core.mm.file import File
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.notifier import Range, changing, covers, joined
 from kvmd.core.mm.page import Kind, Page, Poisoned, Pte
-from kvmd.core.mm.reclaim import entries_of
-from kvmd.core.mm.table import users_of
+from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, size_of_level

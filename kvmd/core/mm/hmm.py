@@ -140,9 +140,6 @@ class Mirror:
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         return False
 
-    def test_young(self, start: Hva, end: Hva) -> bool:
-        return False
-
     def _is_changing(self, start: Hva, end: Hva) -> bool:
         return any(first < end and start < last for first, last in self._changing)
 

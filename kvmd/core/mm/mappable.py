@@ -7,14 +7,45 @@ range, and looks again for mappings made meanwhile, until none is left (I6).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
-from kvmd.core.mm.notifier import Range, changing, covers
+from kvmd.core.mm.claims import Claims
+from kvmd.core.mm.notifier import Notified, Range, changing, covers
 from kvmd.core.mm.page import Entry, Kind, Page, Pte
+from kvmd.core.mm.table import PageTable
 from protocol.units import Hva, Level, size_of_level
 
-if TYPE_CHECKING:
-    from kvmd.core.mm.space import AddressSpace
+
+class FileMapping(Protocol):
+    """A mapping, as what it shows needs it: start..end, from byte `offset` of `file` on."""
+
+    @property
+    def start(self) -> Hva: ...
+    @property
+    def end(self) -> Hva: ...
+    @property
+    def file(self) -> Mappable | None: ...
+    @property
+    def offset(self) -> int: ...
+
+
+class MappingSpace(Notified, Protocol):
+    """An address space that maps something."""
+
+    table: PageTable
+    claims: Claims
+
+    @property
+    def vmas(self) -> Iterable[FileMapping]: ...
+
+
+class Mapped(NamedTuple):
+    """Where pages are mapped: start..end of `space`."""
+
+    space: MappingSpace
+    start: Hva
+    end: Hva
 
 
 class Mappable:
@@ -25,7 +56,7 @@ class Mappable:
         self.level = level
         self._page = size_of_level(level)
         self._refs = 1
-        self._spaces: dict[AddressSpace, int] = {}  # who maps it, how many mappings each
+        self._spaces: dict[MappingSpace, int] = {}  # who maps it, how many mappings each
 
     # -- what each has of its own ----------------------------------------------------------------------
 
@@ -65,11 +96,11 @@ class Mappable:
         self._refs -= 1
         self._free_if_unused()
 
-    def attach(self, space: AddressSpace) -> None:
+    def attach(self, space: MappingSpace) -> None:
         """A mapping was made in `space`."""
         self._spaces[space] = self._spaces.get(space, 0) + 1
 
-    def detach(self, space: AddressSpace) -> None:
+    def detach(self, space: MappingSpace) -> None:
         self._spaces[space] -= 1
         if not self._spaces[space]:
             del self._spaces[space]
@@ -84,7 +115,7 @@ class Mappable:
     async def unmap(self, first: int, last: int | None, *, copies_too: bool) -> None:
         """Take pages first..last from every mapping; returns with none left.  Who maps the range is told
         once even if what it has there stays [unmap_mapping_range]."""
-        ranges = self.mapped(first, last)
+        ranges = [Range(*mapped) for mapped in self.mapped(first, last)]
         while ranges:
 
             def edit(told: list[Range] = ranges) -> None:
@@ -93,11 +124,11 @@ class Mappable:
                         if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
                             (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
-            # await: r: cannot change: it belongs to the look that follows
+            # await: mapped: cannot change: it belongs to the looks before and after
             await changing(ranges, edit)
-            ranges = [r for r in self.mapped(first, last) if _entries(r, copies_too)]
+            ranges = [Range(*mapped) for mapped in self.mapped(first, last) if _entries(mapped, copies_too)]
 
-    def mapped(self, first: int, last: int | None) -> list[Range]:
+    def mapped(self, first: int, last: int | None) -> list[Mapped]:
         """Where pages first..last are mapped now."""
         found = []
         for space in self._spaces:
@@ -108,11 +139,11 @@ class Mappable:
                         vma.end if last is None else min(vma.end, vma.start + last * self._page - vma.offset)
                     )
                     if start < end:
-                        found.append(Range(space, Hva(start), Hva(end)))
+                        found.append(Mapped(space, Hva(start), Hva(end)))
         return found
 
 
-def _entries(mapped: Range, copies_too: bool) -> list[Entry]:
+def _entries(mapped: Mapped, copies_too: bool) -> list[Entry]:
     """What is mapped there: of the file alone, or also what a private mapping made of it."""
     return [
         entry

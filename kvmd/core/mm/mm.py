@@ -1,8 +1,8 @@
-"""What a process does to its address space: map, protect, move, read, write, exit.
+"""What a process does to its address space: map, protect, read, write, exit.
 
 Models the system calls of [mm mmap.c] and [mm mprotect.c], and get_user_pages as KVM uses it: a fault on
-its behalf, which may sleep; what moves is in `mremap`. Each call takes the mmap_lock, tells the notifiers
-what it is about to change, changes it, and says so.
+its behalf, which may sleep; the others are functions of an address space: `mremap`, `madvise`, `fork`. Each
+call takes the mmap_lock, tells the notifiers what it is about to change, changes it, and says so.
 
 A protection that is there already is a no-op. One that comes back makes the pages nobody else ever had
 writable at once; the others wait for a write.
@@ -16,20 +16,15 @@ from functools import partial
 from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
 from kvmd.core.mm.file import MAX_FILE_BYTES, File
 from kvmd.core.mm.locked import LockedVm
-from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.mremap import mremap
-from kvmd.core.mm.notifier import Range, announced
 from kvmd.core.mm.page import HostPage, LazyFree, Page, ProtNone, Pte, with_rights
-from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, Via
 from kvmd.core.mm.vma import Prot, Vma
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, TIB, Hva, Level, align_up, size_of_level
 
 MAX_MAPPING_BYTES = 64 * TIB
-UNMAP_BATCH = 4096  # entries cleared before others get a turn
 
 
 class Mm(AddressSpace):
@@ -41,12 +36,6 @@ class Mm(AddressSpace):
         self.pinned_pages = 0  # for long, by whoever, whoever pays [mm->pinned_vm]
         self.locked = LockedVm("the process", memory.memlock_pages)
         self.exited = False  # and everything it had is given back
-
-    migrate = migrate  # move_pages(2)
-    mremap = mremap
-
-    async def madvise_dontneed(self, start: Hva, size: int) -> int:
-        return await dontneed(self, start, size)
 
     # -- mappings --------------------------------------------------------------------------------------
 
@@ -115,44 +104,6 @@ class Mm(AddressSpace):
             await self.unmap("munmap", start, Hva(start + align_up(size, PAGE_SIZE)))
         finally:
             self.mmap_lock.release()
-
-    async def unmap(self, what: str, start: Hva, end: Hva) -> None:
-        """do_munmap, with the mmap_lock held for writing.  EINVAL, before anything is unmapped: beyond user
-        space, or it cuts a huge page of hugetlb."""
-        if not 0 <= start <= end <= TASK_SIZE:
-            raise UapiError(errno.EINVAL, f"{what} {start:#x}..{end:#x}: not a range of user space")
-        self.check_split(what, start, end)
-        await self._unmap(start, end)
-
-    async def _unmap(self, start: Hva, end: Hva) -> None:
-        """A large range goes in turns; until all of it is gone, notifiers let nobody map what is left."""
-        while True:
-            low, high = self.table.whole(start, end)
-            # await: low, high: the huge pages at the edges; asked again: `whole`
-            # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_is_split_meanwhile)
-            async with announced([Range(self, low, high)]):
-                if self.table.whole(start, end) != (low, high):
-                    continue  # as in `change`
-                self.table.split_edges(start, end)
-                await self._clear_in_turns(start, end)
-                for vma in self.vmas.isolate(start, end):
-                    if vma.uffd is not None:
-                        vma.uffd.wake(vma.start, vma.end)
-                    self.vmas.remove(vma)
-                return
-
-    async def _clear_in_turns(self, start: Hva, end: Hva) -> None:
-        """Others may change an entry meanwhile, or split one: it is looked for again."""
-        while entries := self.table.within(start, end):
-            for first in range(0, len(entries), UNMAP_BATCH):
-                if first:
-                    # await: entries, first, each first: an entry goes; asked again: `find`
-                    # (tests/unit/kvmd/mm/test_sleeps.py::test_an_entry_that_went_between_two_turns)
-                    await self.memory.cond_resched()
-                for entry in entries[first : first + UNMAP_BATCH]:
-                    found = self.table.find(entry.hva)
-                    if found is not None and found.hva == entry.hva:
-                        self.table.clear(found)
 
     async def mprotect(self, start: Hva, size: int, prot: Prot) -> None:
         """Mapping by mapping, the size rounded up.  EINVAL: not aligned, or it cuts a huge page of hugetlb;

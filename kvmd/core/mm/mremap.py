@@ -9,37 +9,35 @@ the way keeps what was done.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from kvmd.core.mm.page import Pte
-from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, page_align
+from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, page_align
 from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, align_up, size_of_level
 
-if TYPE_CHECKING:
-    from kvmd.core.mm.mm import Mm
 
-
-# awaits: mm, old_size, new_size, asked: cannot change: the caller's own; what was asked is about them
+# awaits: space, old_size, new_size, asked: cannot change: the caller's own; what was asked is about them
 # alone
-async def mremap(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None = None) -> Hva:
+async def mremap(
+    space: AddressSpace, start: Hva, old_size: int, new_size: int, new: Hva | None = None
+) -> Hva:
     """MREMAP_MAYMOVE, to `new` with MREMAP_FIXED; sizes are rounded up to whole pages, of hugetlb to its own.
     EINVAL: not aligned, no new size, ranges that overlap, a private mapping of size 0, hugetlb that grows;
     EFAULT: nothing mapped there, or not in one mapping where it must be; ENOMEM.
     """
     old_size, new_size = page_align(old_size), page_align(new_size)
     _check(start, old_size, new_size, new)
-    await mm.mmap_lock.acquire(write=True)
+    await space.mmap_lock.acquire(write=True)
     try:
         if new is not None and old_size == new_size:
-            return await _move_all(mm, start, old_size, new)
-        vma, old_size, new_size = _prepare(mm, start, old_size, new_size, new)
+            return await _move_all(space, start, old_size, new)
+        vma, old_size, new_size = _prepare(space, start, old_size, new_size, new)
         if new is not None:
-            return await _move_to(mm, start, old_size, new_size, new)
-        return await _resize(mm, vma, start, old_size, new_size)
+            return await _move_to(space, start, old_size, new_size, new)
+        return await _resize(space, vma, start, old_size, new_size)
     finally:
-        mm.mmap_lock.release()
+        space.mmap_lock.release()
 
 
 def _check(start: Hva, old_size: int, new_size: int, new: Hva | None) -> None:
@@ -53,9 +51,11 @@ def _check(start: Hva, old_size: int, new_size: int, new: Hva | None) -> None:
         raise UapiError(errno.EINVAL, f"{asked} at {new:#x}: overlaps itself")
 
 
-def _prepare(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None) -> tuple[Vma, int, int]:
+def _prepare(
+    space: AddressSpace, start: Hva, old_size: int, new_size: int, new: Hva | None
+) -> tuple[Vma, int, int]:
     """The mapping at `start`, and the sizes in its pages [check_prep_vma].  EFAULT, EINVAL."""
-    vma = mm.vmas.find(start)
+    vma = space.vmas.find(start)
     if vma is None:
         raise UapiError(errno.EFAULT, f"mremap {start:#x}: nothing is mapped there")
     if vma.level > LEVEL_4K:
@@ -72,14 +72,14 @@ def _prepare(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva | None) 
     return vma, old_size, new_size
 
 
-# awaits: mm, at, last_end, part, vma: cannot change: the mmap_lock is held for writing
-async def _move_all(mm: Mm, start: Hva, size: int, new: Hva) -> Hva:
+# awaits: space, at, last_end, part, vma: cannot change: the mmap_lock is held for writing
+async def _move_all(space: AddressSpace, start: Hva, size: int, new: Hva) -> Hva:
     """Every mapping of the range, the gaps kept [remap_move].  One that a userfaultfd watches moves alone.
     EFAULT: it does not begin with a mapping.
     """
     end, at, target = start + size, start, new
     last_end: Hva | None = None
-    while (vma := mm.vmas.next(at)) is not None and vma.start < end:
+    while (vma := space.vmas.next(at)) is not None and vma.start < end:
         if last_end is None and start < vma.start:
             break
         alone = vma.uffd is not None
@@ -89,75 +89,75 @@ async def _move_all(mm: Mm, start: Hva, size: int, new: Hva) -> Hva:
         part = min(end, vma.end) - first
         to = Hva(target + (0 if last_end is None else vma.start - last_end))
         last_end, at = vma.end, Hva(first + part)
-        _, part, _ = _prepare(mm, first, part, part, to)
-        target = Hva(await _move_to(mm, first, part, part, to) + part)
+        _, part, _ = _prepare(space, first, part, part, to)
+        target = Hva(await _move_to(space, first, part, part, to) + part)
     if last_end is None:
         raise UapiError(errno.EFAULT, f"mremap {start:#x}: nothing is mapped there")
     return new
 
 
-# awaits: mm: cannot change: the caller's own
-async def _move_to(mm: Mm, start: Hva, old_size: int, new_size: int, new: Hva) -> Hva:
+# awaits: space: cannot change: the caller's own
+async def _move_to(space: AddressSpace, start: Hva, old_size: int, new_size: int, new: Hva) -> Hva:
     """[mremap_to]"""
-    await mm.unmap("mremap", new, Hva(new + new_size))
+    await space.unmap("mremap", new, Hva(new + new_size))
     if new_size < old_size:
-        await mm.unmap("mremap", Hva(start + new_size), Hva(start + old_size))
-    return await _move(mm, start, min(old_size, new_size), new_size, new)
+        await space.unmap("mremap", Hva(start + new_size), Hva(start + old_size))
+    return await _move(space, start, min(old_size, new_size), new_size, new)
 
 
-async def _resize(mm: Mm, vma: Vma, start: Hva, old_size: int, new_size: int) -> Hva:
+async def _resize(space: AddressSpace, vma: Vma, start: Hva, old_size: int, new_size: int) -> Hva:
     """In place if it can be [mremap_at]."""
     old_end, new_end = Hva(start + old_size), Hva(start + new_size)
     if new_end <= old_end:
-        await mm.unmap("mremap", new_end, old_end)
+        await space.unmap("mremap", new_end, old_end)
         return start
-    if vma.end == old_end and new_end <= TASK_SIZE and not mm.vmas.overlapping(old_end, new_end):
+    if vma.end == old_end and new_end <= TASK_SIZE and not space.vmas.overlapping(old_end, new_end):
         vma.end = new_end
-        mm.vmas.merge(start, new_end)
+        space.vmas.merge(start, new_end)
         return start
-    new = mm.vmas.gap(MMAP_BASE, TASK_SIZE, new_size, size_of_level(vma.level))
+    new = space.vmas.gap(MMAP_BASE, TASK_SIZE, new_size, size_of_level(vma.level))
     if new + new_size > TASK_SIZE:
         raise UapiError(errno.ENOMEM, f"mremap {start:#x}: no room for {new_size:#x} bytes")
-    return await _move(mm, start, old_size, new_size, new)
+    return await _move(space, start, old_size, new_size, new)
 
 
-async def _move(mm: Mm, start: Hva, size: int, new_size: int, new: Hva) -> Hva:
+async def _move(space: AddressSpace, start: Hva, size: int, new_size: int, new: Hva) -> Hva:
     """`size` bytes of one mapping become a mapping of `new_size` at `new`, where nothing is.  Of size 0 it is
     a second mapping of the same file."""
     end, new_end = Hva(start + size), Hva(new + new_size)
-    if len(mm.vmas) >= MAX_MAP_COUNT - 3:
-        raise UapiError(errno.ENOMEM, f"mremap {start:#x}: the process has {len(mm.vmas)} mappings")
+    if len(space.vmas) >= MAX_MAP_COUNT - 3:
+        raise UapiError(errno.ENOMEM, f"mremap {start:#x}: the process has {len(space.vmas)} mappings")
 
     def edit() -> None:
         if size:
-            mm.vmas.isolate(start, end)
-        old = mm.vmas.find(start)
+            space.vmas.isolate(start, end)
+        old = space.vmas.find(start)
         assert old is not None
         moved = old.part(start, old.end)
         moved.start, moved.end = new, new_end
         moved.forget_uffd()  # no EVENT_REMAP was asked for
-        mm.vmas.insert(moved)
+        space.vmas.insert(moved)
         if not size:
             return
-        _move_entries(mm, start, end, new)
+        _move_entries(space, start, end, new)
         if old.uffd is not None:
             old.uffd.wake(start, end)
-        mm.vmas.remove(old)
+        space.vmas.remove(old)
 
     if size:
-        # await: mm, asked: cannot change: the mmap_lock is held for writing
-        await mm.change(start, end, edit)
+        # await: space, asked: cannot change: the mmap_lock is held for writing
+        await space.change(start, end, edit)
     else:
         edit()
-    mm.vmas.merge(new, new_end)
+    space.vmas.merge(new, new_end)
     return new
 
 
-def _move_entries(mm: Mm, start: Hva, end: Hva, new: Hva) -> None:
+def _move_entries(space: AddressSpace, start: Hva, end: Hva, new: Hva) -> None:
     by = new - start
-    for entry in mm.table.within(start, end):
+    for entry in space.table.within(start, end):
         if entry.level > LEVEL_4K and by % size_of_level(entry.level):
             assert isinstance(entry, Pte)
-            mm.table.split(entry)
-    for entry in mm.table.within(start, end):
-        mm.table.move(entry, Hva(entry.hva + by))
+            space.table.split(entry)
+    for entry in space.table.within(start, end):
+        space.table.move(entry, Hva(entry.hva + by))

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
+from kvmd.core.mm.memory import Memory
 from protocol.units import Hva
-
-if TYPE_CHECKING:
-    from kvmd.core.mm.space import AddressSpace
 
 T = TypeVar("T")
 
@@ -35,14 +33,19 @@ class MmuNotifier(Protocol):
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         """Whether a page of the range was used since it was last asked, which it is not from now on."""
 
-    def test_young(self, start: Hva, end: Hva) -> bool:
-        """The same, changing nothing."""
+
+class Notified(Protocol):
+    """An address space, as whoever changes it tells of it."""
+
+    id: int
+    notifiers: list[MmuNotifier]
+    memory: Memory
 
 
 class Range(NamedTuple):
     """start..end of one address space."""
 
-    space: AddressSpace
+    space: Notified
     start: Hva
     end: Hva
 

@@ -15,12 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from protocol.units import LEVEL_4K, Hva, Level, Pfn
-
-if TYPE_CHECKING:
-    from kvmd.core.mm.table import PageTable
 
 
 class Kind(Enum):
@@ -30,6 +26,10 @@ class Kind(Enum):
     ZERO = auto()  # zeroes for everybody
 
     __hash__ = object.__hash__
+
+
+class Mapper:
+    """What maps pages, as a page knows it: a page table, whose entries `table.entries_of` finds again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Page:
     cached: bool = False  # a file holds it
     pins: int = 0  # long-term pins: it must stay where it is
     marks: int = 0  # entries that say it failed
-    entries: dict[tuple[PageTable, Hva], None] = field(default_factory=dict)  # what maps it, or part of it
+    entries: dict[tuple[Mapper, Hva], None] = field(default_factory=dict)  # what maps it, or part of it
 
     @property
     def in_use(self) -> bool:

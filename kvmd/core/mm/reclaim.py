@@ -18,7 +18,7 @@ from kvmd.core.mm.memory import SHARED_OWNER
 from kvmd.core.mm.notifier import Range, changing, covers, joined
 from kvmd.core.mm.page import Kind, LazyFree, Page, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
-from kvmd.core.mm.table import PageTable, users_of
+from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
 from kvmd.core.mm.vma import Vma
 from protocol.units import LEVEL_4K, Hva, Pfn
@@ -102,24 +102,15 @@ def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
     return [(vma, page) for page, vma in found.items()]
 
 
-def entries_of(page: Page) -> list[tuple[PageTable, Pte]]:
-    """What maps the page, to be replaced one by one."""
-    found = []
-    for table, hva in page.entries:
-        entry = table.find_exact(hva)
-        assert isinstance(entry, Pte)
-        found.append((table, entry))
-    return found
-
-
 # -- one page each ------------------------------------------------------------------------------------------
 
 
 def _move(vma: Vma, page: Page) -> int:
-    table = next(iter(page.entries))[0]
+    entries = entries_of(page)
+    table = entries[0][0]
     old = page.pfn
     table.memory.move(page, SHARED_OWNER if page.kind is Kind.FILE else table.owner)
-    for table, entry in entries_of(page):
+    for table, entry in entries:
         table.replace(entry, page, Pfn(page.pfn + entry.pfn - old), writable=entry.writable)
     return 1
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.notifier import MmuNotifier, Range, changing
+from kvmd.core.mm.notifier import MmuNotifier, Range, announced, changing
 from kvmd.core.mm.page import HostPage, Pte
 from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma, Vmas
@@ -31,6 +31,7 @@ T = TypeVar("T")
 TASK_SIZE = Hva((1 << 47) - PAGE_SIZE)  # the last page is nobody's [mm mmap.c]
 MMAP_BASE = Hva(0x1000_0000_0000)
 MAX_MAP_COUNT = 65530  # mappings of a process [vm.max_map_count]
+UNMAP_BATCH = 4096  # entries cleared before others get a turn
 
 
 class Via(Enum):
@@ -100,6 +101,44 @@ class AddressSpace:
             return changed
         finally:
             self.mmap_lock.release()
+
+    async def unmap(self, what: str, start: Hva, end: Hva) -> None:
+        """do_munmap, with the mmap_lock held for writing.  EINVAL, before anything is unmapped: beyond user
+        space, or it cuts a huge page of hugetlb."""
+        if not 0 <= start <= end <= TASK_SIZE:
+            raise UapiError(errno.EINVAL, f"{what} {start:#x}..{end:#x}: not a range of user space")
+        self.check_split(what, start, end)
+        await self._unmap(start, end)
+
+    async def _unmap(self, start: Hva, end: Hva) -> None:
+        """A large range goes in turns; until all of it is gone, notifiers let nobody map what is left."""
+        while True:
+            low, high = self.table.whole(start, end)
+            # await: low, high: the huge pages at the edges; asked again: `whole`
+            # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_is_split_meanwhile)
+            async with announced([Range(self, low, high)]):
+                if self.table.whole(start, end) != (low, high):
+                    continue  # as in `change`
+                self.table.split_edges(start, end)
+                await self._clear_in_turns(start, end)
+                for vma in self.vmas.isolate(start, end):
+                    if vma.uffd is not None:
+                        vma.uffd.wake(vma.start, vma.end)
+                    self.vmas.remove(vma)
+                return
+
+    async def _clear_in_turns(self, start: Hva, end: Hva) -> None:
+        """Others may change an entry meanwhile, or split one: it is looked for again."""
+        while entries := self.table.within(start, end):
+            for first in range(0, len(entries), UNMAP_BATCH):
+                if first:
+                    # await: entries, first, each first: an entry goes; asked again: `find`
+                    # (tests/unit/kvmd/mm/test_sleeps.py::test_an_entry_that_went_between_two_turns)
+                    await self.memory.cond_resched()
+                for entry in entries[first : first + UNMAP_BATCH]:
+                    found = self.table.find(entry.hva)
+                    if found is not None and found.hva == entry.hva:
+                        self.table.clear(found)
 
     def check_range(self, what: str, start: Hva, size: int) -> Hva:
         """The end of a range of whole pages, of hugetlb too.  EINVAL."""

@@ -12,24 +12,20 @@ to tell, `split` cuts the entry when the change is made.
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING
 
 from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.notifier import Range
-from kvmd.core.mm.page import Entry, Kind, Page, Poisoned, Pte, Swapped, WpMarker
+from kvmd.core.mm.notifier import Notified, Range
+from kvmd.core.mm.page import Entry, Kind, Mapper, Page, Poisoned, Pte, Swapped, WpMarker
 from protocol.units import LEVEL_2M, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
-
-if TYPE_CHECKING:
-    from kvmd.core.mm.space import AddressSpace
 
 _MASK = {Level(level): -size_of_level(Level(level)) for level in (1, 2, 3)}
 _PAGE_MASK, _2M_MASK, _1G_MASK = _MASK.values()
 
 
-class PageTable:
+class PageTable(Mapper):
     """The entries of `space`; frames taken for it are tagged with `owner`."""
 
-    def __init__(self, space: AddressSpace, memory: Memory, owner: int) -> None:
+    def __init__(self, space: Notified, memory: Memory, owner: int) -> None:
         self.space = space
         self.memory = memory
         self.owner = owner
@@ -149,9 +145,20 @@ class PageTable:
             page.entries[self, hva] = None
 
 
+def entries_of(page: Page) -> list[tuple[PageTable, Pte]]:
+    """What maps the page or a part of it, to be replaced one by one."""
+    found = []
+    for table, hva in page.entries:
+        assert isinstance(table, PageTable)
+        entry = table.find_exact(hva)
+        assert isinstance(entry, Pte)
+        found.append((table, entry))
+    return found
+
+
 def users_of(page: Page) -> list[Range]:
     """Every range of an address space that maps `page` or a part of it."""
     return [
-        Range(table.space, hva, Hva(hva + size_of_level(table.find_exact(hva).level)))
-        for table, hva in page.entries
+        Range(table.space, entry.hva, Hva(entry.hva + size_of_level(entry.level)))
+        for table, entry in entries_of(page)
     ]

@@ -15,7 +15,7 @@ from kvmd.core.mm.fault import SIZE_2M
 from kvmd.core.mm.notifier import Range, changing, covers, joined
 from kvmd.core.mm.page import Entry, Kind, Page, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
-from kvmd.core.mm.table import users_of
+from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
 from protocol.units import LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hva, align_down, align_up
@@ -127,20 +127,16 @@ def _split_told(page: Page, told: list[Range]) -> bool:
 def split_page(page: Page) -> list[Page]:
     """The pages a transparent huge page becomes: 512, or itself if it is pinned; no entry is huge any more.
     The notifiers of its users were told."""
-    for table, hva in list(page.entries):
-        entry = table.find_exact(hva)
-        assert isinstance(entry, Pte)
+    for table, entry in entries_of(page):
         if entry.level == LEVEL_2M:
             table.split(entry)
     if page.pins or page.kind is Kind.ZERO:
         return [page]
-    memory = next(iter(page.entries))[0].memory
-    first = page.pfn
+    entries = entries_of(page)
+    memory, first = entries[0][0].memory, page.pfn
     page.pins += 1  # until every entry names its own page
     pages = memory.split(page)
-    for table, hva in list(page.entries):
-        entry = table.find_exact(hva)
-        assert isinstance(entry, Pte)
+    for table, entry in entries:
         table.replace(entry, pages[entry.pfn - first], entry.pfn, writable=entry.writable)
     page.pins -= 1
     for part in pages:

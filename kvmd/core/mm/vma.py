@@ -11,14 +11,21 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from kvmd.core.mm.mappable import Mappable, MappingSpace
+from protocol.flow import Wait
 from protocol.units import Hva, Level, align_up
 
-if TYPE_CHECKING:
-    from kvmd.core.mm.mappable import Mappable
-    from kvmd.core.mm.space import AddressSpace
-    from kvmd.core.mm.userfaultfd import Userfaultfd
+
+class FaultHandler(Protocol):
+    """Who answers a mapping's faults in user space (`userfaultfd.Userfaultfd`)."""
+
+    def ask(self, hva: Hva, *, write: bool, wp: bool, user: bool) -> Wait[None]:
+        """A fault at `hva`: what it sleeps on.  EFAULT: such faults are not answered."""
+
+    def wake(self, start: Hva, end: Hva) -> None:
+        """Every fault of the range is tried again."""
 
 
 class Prot(Flag):
@@ -43,7 +50,7 @@ class Vma:
     shared: bool = False
     huge: bool | None = None  # MADV_HUGEPAGE, MADV_NOHUGEPAGE, neither
     mergeable: bool = False  # MADV_MERGEABLE
-    uffd: Userfaultfd | None = None
+    uffd: FaultHandler | None = None
     uffd_missing: bool = False
     uffd_wp: bool = False
     readable: bool = field(init=False)  # what `prot` says, for every fault to see at once
@@ -91,7 +98,7 @@ class Vma:
 class Vmas:
     """The VMAs of `space`, in order."""
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: MappingSpace) -> None:
         self._space = space
         self._list: list[Vma] = []
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.page import HostPage
 from kvmd.core.page_fault import IO_ERRNO, RESOLVED, Result
 from kvmd.core.tdp_fd import CreateTdpFd
@@ -138,7 +139,7 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
     assert caught.value.errno == errno.EINVAL
 
     heard = len(guest.importer.heard)
-    guest.finish(world.mm.madvise_dontneed(smram, PAGE))
+    guest.finish(dontneed(world.mm, smram, PAGE))
     assert len(guest.importer.heard) == heard + 1, "importers hear of flushes other roots caused"
     assert guest.smm(RAM, 3).reads == [bytes(3)]
 

@@ -10,6 +10,7 @@ import pytest
 from kvmd.core import inspect
 from kvmd.core.host import CpuFeatures
 from kvmd.core.inspect import Probe, describe, look_up, make_probes, root_of, table_runs
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.hostmem import LOW_RAM_START
@@ -72,7 +73,7 @@ def test_there_are_at_most_as_many_probes_as_asked_in_order_each_once(world: Wor
 
 def test_what_the_host_dropped_is_probed_and_expected_absent(world: World) -> None:
     slot = next(iter(world.vm.slots))
-    world.run(world.mm.madvise_dontneed(slot.hva, 2 * PAGE_SIZE))
+    world.run(dontneed(world.mm, slot.hva, 2 * PAGE_SIZE))
     probes = make_probes(world.vm, root_of(world.vm), 4096)
     assert wrong(world, probes) == []
     assert not {0x100, 0x101} & mapped(probes)
@@ -95,7 +96,7 @@ def test_a_planted_bug_a_zap_that_leaves_a_leaf_behind_shows(
 ) -> None:
     slot = next(iter(world.vm.slots))
     monkeypatch.setattr(world.vm.mmu, "_leaves", lambda *_: iter(()))
-    world.run(world.mm.madvise_dontneed(slot.hva, PAGE_SIZE))
+    world.run(dontneed(world.mm, slot.hva, PAGE_SIZE))
     stale = wrong(world, make_probes(world.vm, root_of(world.vm), 4096))
     assert [probe.gpa >> 12 for probe in stale] == [0x100]
 

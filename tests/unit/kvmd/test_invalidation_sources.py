@@ -19,7 +19,8 @@ from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.reclaim import age, merge, numa_hint
+from kvmd.core.mm.mremap import mremap
+from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
@@ -126,16 +127,10 @@ def advice(name: str, size: int = PAGE_SIZE) -> Callable[[Rig], Flow]:
     return lambda rig: rig.advise(name, None, size)
 
 
-def test_young(rig: Rig) -> Flow:
-    return now(lambda: rig.vm.host_changes.test_young(rig.hva, Hva(rig.hva + PAGE_SIZE)))
-
-
-test_young.__test__ = False  # type: ignore[attr-defined]
-
 SOURCES: dict[str, Source] = {
     # -- the host's memory: the mmu notifier --
     "munmap": Source(of_page(Mm.munmap), [WHOLE], frees=True),
-    "migrate": Source(of_page(Mm.migrate), [WHOLE], frees=True),
+    "migrate": Source(of_page(migrate), [WHOLE], frees=True),
     "swap": Source(advice("pageout"), [WHOLE], frees=True),
     "ksm": Source(lambda rig: merge(rig.mm, rig.hva, ALL), [WHOLE], before=mergeable),
     "punch hole": Source(lambda rig: rig.file.punch_hole(0, PAGE_SIZE), [WHOLE], frees=True, memory="file"),
@@ -143,7 +138,7 @@ SOURCES: dict[str, Source] = {
     "balloon": Source(advice("dontneed"), [WHOLE], frees=True),
     "madvise free": Source(advice("free"), [WHOLE]),
     "mremap": Source(
-        lambda rig: rig.mm.mremap(rig.hva, PAGE_SIZE, PAGE_SIZE, Hva(0x2100_0000_0000)), [WHOLE]
+        lambda rig: mremap(rig.mm, rig.hva, PAGE_SIZE, PAGE_SIZE, Hva(0x2100_0000_0000)), [WHOLE]
     ),
     "mprotect": Source(lambda rig: rig.mm.mprotect(rig.hva, PAGE_SIZE, Prot.READ), [WHOLE]),
     "fork": Source(lambda rig: fork(rig.mm, rig.world.host.create_mm()), [WHOLE]),
@@ -157,7 +152,6 @@ SOURCES: dict[str, Source] = {
     "clear-flush-young without A/D": Source(
         of_page(age), [WHOLE], leaf.absent_but_remembered, rig={"features": NO_AD}
     ),
-    "test-young": Source(test_young, [], leaf.same),
     # -- memslots and what a gfn is --
     "memslot delete": Source(region(pages=0), [WHOLE]),
     "memslot move": Source(region(gfn=0x1000), [WHOLE]),

@@ -9,7 +9,7 @@ import pytest
 
 from kvmd.core import zap
 from kvmd.core.invariants import check_vm
-from kvmd.core.mm import mm
+from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_mmu import TdpMmu
@@ -30,7 +30,7 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(zap, "ZAP_BATCH", BATCH)
         monkeypatch.setattr(zap, "DISMANTLE_BATCH", 1)
-        monkeypatch.setattr(mm, "UNMAP_BATCH", BATCH)
+        monkeypatch.setattr(space, "UNMAP_BATCH", BATCH)
         self.world = World()
         self.hva = self.world.map(PAGES)
         self.world.set_slot(0, 0x100, PAGES, self.hva)

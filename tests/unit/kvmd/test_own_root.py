@@ -11,6 +11,7 @@ import pytest
 from kvmd.core.capability import Cap, check_extension, enable_cap
 from kvmd.core.fault_path import FaultPath
 from kvmd.core.host import CpuFeatures
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
 from kvmd.core.mm.vma import Prot
 from kvmd.core.nx_huge import NxHugePages
@@ -170,7 +171,7 @@ def test_a_gfn_beyond_the_iommus_table_is_the_cpus_alone() -> None:
 
 def test_what_the_host_takes_both_lose_and_the_importer_is_told_once(guest: Managed) -> None:
     guest.write(*range(4))
-    wait = guest.world.start(guest.world.mm.madvise_dontneed(Hva(guest.hva), 2 * PAGE))
+    wait = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), 2 * PAGE))
     assert guest.cpu == guest.iommu == {2: True, 3: True}
     assert (guest.heard, wait.done) == (1, False)
     guest.settle(wait)
@@ -181,7 +182,7 @@ def test_the_frame_is_held_until_the_importer_acks(guest: Managed) -> None:
     """I6, also where another flush in between had nothing to tell it."""
     guest.write(0, 1)
     frames = guest.world.host.frames.in_use
-    gone = guest.world.start(guest.world.mm.madvise_dontneed(Hva(guest.hva), PAGE))
+    gone = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
     other = guest.world.start(guest.vm.flusher.flush(None))
     assert (guest.heard, gone.done, other.done) == (1, False, False)
     assert guest.world.host.frames.in_use == frames
@@ -287,7 +288,7 @@ def test_tracking_protects_a_gfn_from_cpus_alone(guest: Managed) -> None:
     assert (guest.cpu, guest.iommu) == ({0: False, 1: True}, {0: True, 1: True})
     assert guest.heard == 0
     assert guest.fault(0) is Result.SPURIOUS
-    guest.do(guest.world.mm.madvise_dontneed(Hva(guest.hva), PAGE))
+    guest.do(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
     assert guest.fault(0) is Result.FIXED
     assert (guest.cpu[0], guest.iommu[0]) == (False, True)
     stores = guest.stats()["pf_emulate"]
@@ -389,7 +390,7 @@ def test_an_importer_that_comes_later_hears_of_what_changes_from_then_on(guest: 
     guest.exported.register_importer("late", late)
     guest.do(age(guest.world.mm, Hva(guest.hva), PAGE))
     assert late.heard == []
-    wait = guest.world.start(guest.world.mm.madvise_dontneed(Hva(guest.hva), PAGE))
+    wait = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
     assert len(late.heard) == guest.heard == 1
     guest.world.ack(late)
     guest.settle(wait)

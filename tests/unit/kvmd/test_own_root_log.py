@@ -11,6 +11,7 @@ from kvmd.core.dirty_log import ClearDirtyLog, DirtyLog
 from kvmd.core.flush import Flusher
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import CreateTdpFd
 from protocol.errors import UapiError
@@ -61,7 +62,7 @@ def test_a_page_that_is_taken_away_is_told_once_more(guest: Managed) -> None:
     guest.fault(3)
     guest.log()
     guest.dirty()
-    guest.do(guest.world.mm.migrate(Hva(guest.hva + 3 * PAGE), PAGE))
+    guest.do(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
     assert guest.dirty() == {3}
     assert guest.dirty() == set()
     assert guest.sound()
@@ -72,7 +73,7 @@ def test_bits_go_to_user_space_only_after_what_went_before_is_acked(guest: Manag
     so it must not be told before."""
     guest.fault(3)
     guest.log()
-    gone = guest.world.start(guest.world.mm.migrate(Hva(guest.hva + 3 * PAGE), PAGE))
+    gone = guest.world.start(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
     got = guest.world.start(guest.vm.dirty_log.get(0, Hva(BITMAP)))
     assert (gone.done, got.done) == (False, False)
     guest.settle(gone)
@@ -85,7 +86,7 @@ def test_a_get_that_does_not_wait_is_noticed(guest: Managed, monkeypatch: pytest
 
     guest.fault(3)
     guest.log()
-    guest.world.start(guest.world.mm.migrate(Hva(guest.hva + 3 * PAGE), PAGE))
+    guest.world.start(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
     monkeypatch.setattr(Flusher, "flush", waits_for_nobody)
     assert guest.world.start(guest.vm.dirty_log.get(0, Hva(BITMAP))).done
 

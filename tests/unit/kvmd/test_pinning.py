@@ -14,7 +14,9 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
@@ -130,16 +132,16 @@ def test_rule_a_the_one_place_that_stores_entries_asserts_it(what: str) -> None:
 # -- b. only the slot's removal zaps ----------------------------------------------------------------------
 
 
-def dontneed(mm: Mm, hva: Hva) -> Flow:
-    return mm.madvise_dontneed(hva, PAGE)
+def drop(mm: Mm, hva: Hva) -> Flow:
+    return dontneed(mm, hva, PAGE)
 
 
 HOST: dict[str, Callable[[Mm, Hva], Flow]] = {
-    "DONTNEED": dontneed,
+    "DONTNEED": drop,
     "munmap": lambda mm, hva: mm.munmap(hva, PAGE),
     "mprotect none": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.NONE),
     "mprotect read": lambda mm, hva: mm.mprotect(hva, PAGE, Prot.READ),
-    "mremap": lambda mm, hva: mm.mremap(hva, PAGE, PAGE, Hva(0x7000_0000_0000)),
+    "mremap": lambda mm, hva: mremap(mm, hva, PAGE, PAGE, Hva(0x7000_0000_0000)),
     "poison": lambda mm, hva: poison(mm, hva, PAGE),
     "exit": lambda mm, hva: mm.exit(),
 }
@@ -179,7 +181,7 @@ def test_rule_b_a_pin_outlives_the_truncation_of_its_file() -> None:
 def test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned(how: str) -> None:
     guest = Guest()
     guest.pin(WORD)
-    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
     frames = guest.world.host.frames.in_use
     pages = 0 if how == "delete" else PAGES
     region = guest.world.region(0, 0x800, pages, guest.hva)
@@ -224,7 +226,7 @@ def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_
     guest = Guest()
     guest.pin(WORD)
     guest.world.write(guest.vcpu, WORD << 12, b"device")
-    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
     guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
     result = guest.do(guest.vm.fault_exported(guest.exported, 77, Gfn(WORD), WRITE))
     assert result is Result.SPURIOUS
@@ -235,7 +237,7 @@ def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pi
     """Or the pin would hold the page that goes, and the process have another."""
     guest = Guest()
     guest.world.write(guest.vcpu, WORD << 12, b"old")
-    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD)))
+    going = guest.world.start(drop(guest.world.mm, guest.hva_of(WORD)))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pinning = guest.world.start(guest.vm.pinning.pin(guest.account, span))
     assert not pinning.done

@@ -8,6 +8,7 @@ import pytest
 
 from kvmd.core.guest_memfd import MemfdFlag
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.vma import Prot
 from kvmd.core.pinning import Pinned
 from kvmd.core.vm import VmType
@@ -44,7 +45,7 @@ def test_an_unpinned_page_the_host_still_has_stays_mapped_and_can_be_taken_again
     guest.unpin(WORD)
     assert guest.entry(WORD) & bits.WRITE
     assert guest.importer.heard == []
-    guest.do(guest.world.mm.madvise_dontneed(guest.hva_of(WORD), PAGE))
+    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     assert guest.entry(WORD) == 0
     assert guest.sound()
 
@@ -103,9 +104,9 @@ def test_a_process_pins_no_more_than_it_may_and_each_page_once() -> None:
 def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None:
     guest = Guest()
     guest.pin(WORD, 4)
-    going = guest.world.start(guest.world.mm.madvise_dontneed(guest.hva_of(WORD + 8), PAGE))
+    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 8), PAGE))
     guest.world.write(guest.vcpu, (WORD + 9) << 12, b"x")
-    going = guest.world.start(guest.world.mm.madvise_dontneed(guest.hva_of(WORD + 9), PAGE))
+    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 9), PAGE))
     sleeping = guest.world.start(
         guest.vm.pinning.pin(guest.account, GfnSpan.of_pages(Gfn(WORD + 9), 1)),
     )
@@ -185,7 +186,7 @@ def test_a_zap_that_does_not_ask_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     guest = Guest()
     guest.pin(WORD)
     monkeypatch.setattr(guest.vm.mmu, "_is_kept", lambda root, gfn: False)
-    guest.do(guest.world.mm.madvise_dontneed(guest.hva_of(WORD), PAGE))
+    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     assert "I22" in broken(guest)
 
 

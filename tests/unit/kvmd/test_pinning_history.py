@@ -16,7 +16,7 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Memslot
-from kvmd.core.mm.madvise import collapse
+from kvmd.core.mm.madvise import collapse, dontneed
 from kvmd.core.mm.page import Page
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
@@ -102,7 +102,7 @@ class History:
     def drop(self) -> None:
         pages = PAGES if self.level > 1 else 1
         hva = self.guest.hva if pages > 1 else self.guest.hva_of(self.random.choice(GFNS))
-        self.begin(self.mm.madvise_dontneed(hva, pages * PAGE))
+        self.begin(dontneed(self.mm, hva, pages * PAGE))
 
     def store(self) -> None:
         if not self.running:

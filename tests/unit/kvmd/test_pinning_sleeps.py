@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.pinning import Pinning
 from kvmd.core.vm import VmType
@@ -164,7 +165,7 @@ def test_a_page_that_is_about_to_go_when_it_comes_is_not_the_one_that_is_pinned(
     pin = guest.sleep()
     guest.give(WORD + 1)
     guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")  # so that there is an ack to wait for
-    going = guest.world.start(guest.world.mm.madvise_dontneed(guest.hva_of(WORD), 2 * PAGE))
+    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), 2 * PAGE))
     assert not going.done
     guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"n" * PAGE, wp=False))
     guest.settle(going)
@@ -217,7 +218,7 @@ def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
 def test_what_is_tracked_meanwhile_is_not_pinned() -> None:
     guest = Guest()
     guest.world.write(guest.vcpu, WORD << 12, b"x")
-    going = guest.world.start(guest.world.mm.madvise_dontneed(guest.hva_of(WORD), PAGE))
+    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
     tracked = guest.world.start(guest.vm.track_page(Gpa(WORD << 12)))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.mm.madvise import dontneed
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.program import Instruction
 from kvmd.core.vcpu import RunResult
 from kvmd.core.vm import Kvm
@@ -180,7 +182,7 @@ def test_a_guest_that_polls_sees_what_the_host_does_meanwhile(guest: Guest) -> N
     run = guest.world.start(guest.vcpu.run([("spin_until_zero", RAM), ("spin_until_ne", RAM + PAGE, 7)]))
     guest.tick()
     assert not run.done
-    guest.world.run(guest.world.mm.madvise_dontneed(guest.hva, PAGE))
+    guest.world.run(dontneed(guest.world.mm, guest.hva, PAGE))
     guest.tick()
     assert not run.done, "it polls the second word, which is 7"
     guest.byte(PAGE, 8)
@@ -191,7 +193,7 @@ def test_a_guest_that_polls_sees_what_the_host_does_meanwhile(guest: Guest) -> N
 def test_what_a_polling_guest_loses_is_efault_and_what_it_keeps_is_not(guest: Guest) -> None:
     guest.clock.stock = 0
     run = guest.world.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
-    guest.world.run(guest.world.mm.migrate(guest.hva, PAGE))
+    guest.world.run(migrate(guest.world.mm, guest.hva, PAGE))
     guest.tick()
     assert not run.done
     guest.world.run(guest.world.mm.munmap(guest.hva, PAGE))

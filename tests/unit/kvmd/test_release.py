@@ -9,6 +9,7 @@ import pytest
 from kvmd.core.host_changes import HostChanges
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import Mapped, TdpMmu
@@ -39,7 +40,7 @@ def use_after_release(world: World) -> None:
     world.vm.release_tdp_fd(exported)
     assert (exported.root.exported, exported.root.invalid) == (False, False)
     assert vcpu.roots[0] is exported.root
-    world.run(world.mm.migrate(slot.hva, PAGE))
+    world.run(migrate(world.mm, slot.hva, PAGE))
     world.write(vcpu, 0x10_0000, b"after!")
     assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"
 

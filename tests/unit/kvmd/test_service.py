@@ -179,9 +179,6 @@ def test_a_run_in_progress_keeps_its_vm(client: Client) -> None:
         async def clear_flush_young(self, start: int, end: int) -> bool:
             return False
 
-        def test_young(self, start: int, end: int) -> bool:
-            return False
-
     vm.mm.notifiers.append(Slow())
     hva = next(iter(vm.slots)).hva
     made["mm"].call("MADVISE", {"addr": hva, "size": 4096, "advice": "dontneed"})

@@ -8,6 +8,7 @@ from typing import cast
 import msgpack
 import pytest
 
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.stats import vm_stats
 from kvmd.service import door
 from kvmd.service.objects import App
@@ -31,7 +32,7 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
     world.io_fault(exported, 0x200)  # fixed, 2 MiB
     world.io_fault(exported, 0x900)  # fails
     exported.register_importer("unit", importer)
-    world.start(world.mm.madvise_dontneed(hva, 4096))
+    world.start(dontneed(world.mm, hva, 4096))
     world.ack(importer)
     assert vm_stats(world.vm) == {
         "vm": 1,

@@ -12,13 +12,15 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.unit.kvmd.world import MM_CHANGES, WRITE, SlowImporter, World
 
 PAGE = 4096
 
@@ -71,7 +73,7 @@ def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_
     rig.fault(0x100)
     rig.fault(0x101)
     tag = rig.tag(0x100)
-    over = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    over = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
     assert set(rig.world.table()) == {0x101}
     assert rig.importer.heard == [(0, (1 << 64) - 1, 1)]
     assert not over.done
@@ -86,7 +88,7 @@ def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_
 def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Rig) -> None:
     """Two ranges overlap; the second has no entry left to clear, and the first is not acked."""
     rig.fault(0x100)
-    first = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, 2 * PAGE))
+    first = rig.world.start(dontneed(rig.world.mm, rig.hva, 2 * PAGE))
     second = rig.world.start(rig.world.mm.munmap(rig.hva, PAGE))
     assert len(rig.importer.pending) == 1
     assert not second.done
@@ -100,8 +102,8 @@ def test_acks_in_the_wrong_order_free_nothing_early(rig: Rig) -> None:
     rig.fault(0x100)
     rig.fault(0x105)
     tags = rig.tag(0x100), rig.tag(0x105)
-    first = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
-    second = rig.world.start(rig.world.mm.madvise_dontneed(Hva(rig.hva + 5 * PAGE), PAGE))
+    first = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
+    second = rig.world.start(dontneed(rig.world.mm, Hva(rig.hva + 5 * PAGE), PAGE))
     rig.world.ack(rig.importer, 1)
     assert not first.done
     assert (rig.tag(0x100), rig.tag(0x105)) == tags, "the second waits for the first flush too"
@@ -114,7 +116,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
     rig.world.run(rig.world.mm.write(rig.hva, b"moved"))
     rig.fault()
     old = rig.world.table()[0x100]
-    move = rig.world.start(rig.world.mm.migrate(rig.hva, PAGE))
+    move = rig.world.start(migrate(rig.world.mm, rig.hva, PAGE))
     read = rig.world.start(rig.vcpu.run([("r", 0x10_0000, 5)]))
     assert not read.done
     assert 0x100 not in rig.world.table()
@@ -127,7 +129,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
 @pytest.mark.defect("B-26")
 def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
     rig.fault()
-    rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
     assert rig.world.write(rig.vcpu, 0x10_1000, b"x").done == 1
     rig.world.ack(rig.importer)
 
@@ -143,7 +145,7 @@ def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: 
     def invalidate_once() -> None:
         if left:
             left.pop()
-            world.run(getattr(world.mm, change)(rig.hva, PAGE))
+            world.run(MM_CHANGES[change](world.mm, rig.hva, PAGE))
 
     world.vm.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
     result = rig.fault()
@@ -157,7 +159,7 @@ def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq
     rig = Rig(seq_start=seq_start)
     for i in range(6):
         assert rig.fault(0x100 + i) is Result.FIXED
-        over = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+        over = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
         if rig.importer.pending:
             rig.world.ack(rig.importer)
         assert over.done
@@ -168,7 +170,7 @@ def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq
 def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> None:
     """Defect B-14: the series retried for ever."""
     world = rig.world
-    world.vm.mm = SleepyMm(world.mm, lambda: world.run(world.mm.migrate(rig.hva, PAGE)))  # type: ignore[assignment]
+    world.vm.mm = SleepyMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))  # type: ignore[assignment]
     assert rig.fault() is Result.UNSTABLE
     assert world.vm.retries == 64
     assert check_vm(world.vm) == []
@@ -341,7 +343,7 @@ def test_two_vms_of_one_process_each_lose_their_entries(rig: Rig) -> None:
     rig.world.run(other.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
     rig.world.run(vcpu.run([("w", 0x90_0000, b"x")]))
     rig.fault()
-    rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
     assert rig.exported.root.leaves == [0, 0, 0, 0]
     rig.world.ack(rig.importer)
     assert other.mmu.roots[0].leaves == [0, 0, 0, 0]

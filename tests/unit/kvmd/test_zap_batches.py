@@ -8,6 +8,7 @@ import pytest
 
 from kvmd.core import zap
 from kvmd.core.invariants import check_vm
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.page_fault import Result
 from kvmd.core.slots_change import SlotsChange
 from protocol.flow import Wait
@@ -80,7 +81,7 @@ def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.Monkey
 def host_takes_a_page_meanwhile(rig: Rig) -> None:
     """It finds the entry cleared already, nothing to flush, and must not free the frame under the unit."""
     rig.delete()
-    gone = rig.world.start(rig.world.mm.madvise_dontneed(rig.hva, PAGE))
+    gone = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
     assert not gone.done, "the frame is free and the importer was not even told"
     while rig.importer.pending:
         rig.world.ack(rig.importer)

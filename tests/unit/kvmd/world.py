@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ from kvmd.core.host import CpuFeatures, Host
 from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Region
 from kvmd.core.mm.check import check_memory
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.vma import Prot
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
@@ -27,6 +29,12 @@ T = TypeVar("T")
 RW = Prot.READ | Prot.WRITE
 READ = FaultType(read=True, write=False, exec=False)
 WRITE = FaultType(read=False, write=True, exec=False)
+
+MM_CHANGES: dict[str, Callable[[Mm, Hva, int], Coroutine[Any, None, object]]] = {
+    "munmap": Mm.munmap,
+    "madvise_dontneed": dontneed,
+    "migrate": migrate,
+}
 
 
 class HandClock:

@@ -19,6 +19,7 @@ from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.page import Page, Pte
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
@@ -78,9 +79,6 @@ class Mmu:
     def invalidate_range_end(self, start: Hva, end: Hva) -> None: ...
 
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
-        return False
-
-    def test_young(self, start: Hva, end: Hva) -> bool:
         return False
 
 
@@ -213,7 +211,7 @@ class History:
 
     def mremap(self, who: int, first: int, pages: int, to: int) -> None:
         process = self.process(who)
-        flow = process.mm.mremap(hva(first), pages * PAGE_SIZE, pages * PAGE_SIZE, hva(to))
+        flow = mremap(process.mm, hva(first), pages * PAGE_SIZE, pages * PAGE_SIZE, hva(to))
         error = self.attempt("mremap", flow)
         if to < first + pages and first < to + pages:
             assert error == errno.EINVAL

@@ -9,6 +9,7 @@ import pytest
 
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.hmm import Found, Mirror
+from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Pfn
@@ -62,11 +63,11 @@ class Rig:
         return wait.result()
 
     def drop(self, page: int = 0, pages: int = 1) -> None:
-        self.done(self.mm.madvise_dontneed(self.at(page), pages * PAGE))
+        self.done(dontneed(self.mm, self.at(page), pages * PAGE))
 
     def dropping(self, page: int = 0, pages: int = 1) -> Wait[int]:
         """Told, and not acked."""
-        return self.world.start(self.mm.madvise_dontneed(self.at(page), pages * PAGE))
+        return self.world.start(dontneed(self.mm, self.at(page), pages * PAGE))
 
     def frame(self, pfn: Pfn, size: int = PAGE) -> bytes:
         """What a device reads there."""

@@ -15,6 +15,7 @@ import pytest
 from kvmd.core.mm.file import File
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.mm.stats import pagemap
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -157,9 +158,9 @@ def test_dontneed_on_hugetlb_rounds_its_end_down(world: World, size: int, kept: 
         (lambda mm, at: ADVICE["remove"](mm, at, MIB2), errno.EACCES),
         (lambda mm, at: ADVICE["collapse"](mm, at, MIB2), errno.EINVAL),
         (lambda mm, at: ADVICE["mergeable"](mm, at, MIB2), 0),
-        (lambda mm, at: mm.mremap(at, MIB2, 2 * MIB2), errno.EINVAL),
-        (lambda mm, at: mm.mremap(at, 2 * MIB2, PAGE), 0),
-        (lambda mm, at: mm.mremap(at, MIB2, MIB2, Hva(NEW + PAGE)), errno.EINVAL),
+        (lambda mm, at: mremap(mm, at, MIB2, 2 * MIB2), errno.EINVAL),
+        (lambda mm, at: mremap(mm, at, 2 * MIB2, PAGE), 0),
+        (lambda mm, at: mremap(mm, at, MIB2, MIB2, Hva(NEW + PAGE)), errno.EINVAL),
     ],
 )
 def test_hugetlb_is_cut_at_its_own_pages_only(
@@ -336,7 +337,7 @@ def test_mremap_answers(
 ) -> None:
     world.map(8, hva=AT)
     to = None if new is None else Hva(new)
-    assert answer(world, world.mm.mremap(Hva(start), old, new_size, to)) == expected
+    assert answer(world, mremap(world.mm, Hva(start), old, new_size, to)) == expected
 
 
 def test_mremap_moves_several_mappings_and_keeps_the_gaps_between(world: World) -> None:
@@ -348,7 +349,7 @@ def test_mremap_moves_several_mappings_and_keeps_the_gaps_between(world: World) 
     world.run(file.pwrite(0, b"file"))
     world.run(world.mm.mmap(Hva(NEW), 8 * PAGE, Prot.READ | Prot.WRITE))
     world.run(world.mm.write(Hva(NEW + 2 * PAGE), b"stays"))
-    assert world.run(world.mm.mremap(Hva(AT + PAGE), 5 * PAGE, 5 * PAGE, Hva(NEW + PAGE))) == NEW + PAGE
+    assert world.run(mremap(world.mm, Hva(AT + PAGE), 5 * PAGE, 5 * PAGE, Hva(NEW + PAGE))) == NEW + PAGE
     read = [world.run(world.mm.read(Hva(NEW + page * PAGE), 5)) for page in (1, 2, 5)]
     assert read == [b"anon\0", b"stays", b"file\0"]
     assert [vma.prot for vma in world.mm.vmas if vma.start == NEW + 3 * PAGE] == [Prot.READ]
@@ -359,7 +360,7 @@ def test_mremap_moves_several_mappings_and_keeps_the_gaps_between(world: World) 
 def test_mremap_that_resizes_is_about_one_mapping(world: World, old: int, new_size: int) -> None:
     world.map(2, hva=AT)
     world.map(3, hva=AT + 2 * PAGE, prot=Prot.READ)
-    flow = world.mm.mremap(Hva(AT), old * PAGE, new_size * PAGE, Hva(NEW))
+    flow = mremap(world.mm, Hva(AT), old * PAGE, new_size * PAGE, Hva(NEW))
     assert answer(world, flow) == errno.EFAULT
 
 
@@ -368,14 +369,14 @@ def test_mremap_moves_a_watched_mapping_alone_or_not_at_all(world: World) -> Non
     world.map(2, hva=AT + 2 * PAGE, prot=Prot.READ)
     uffd = Userfaultfd(world.mm, user_mode_only=False)
     world.run(uffd.register(Hva(AT + 2 * PAGE), 2 * PAGE, missing=True, wp=False))
-    assert answer(world, world.mm.mremap(Hva(AT + 2 * PAGE), 4 * PAGE, 4 * PAGE, Hva(NEW))) == errno.EFAULT
-    assert answer(world, world.mm.mremap(Hva(AT), 4 * PAGE, 4 * PAGE, Hva(NEW))) == errno.EFAULT
+    assert answer(world, mremap(world.mm, Hva(AT + 2 * PAGE), 4 * PAGE, 4 * PAGE, Hva(NEW))) == errno.EFAULT
+    assert answer(world, mremap(world.mm, Hva(AT), 4 * PAGE, 4 * PAGE, Hva(NEW))) == errno.EFAULT
     assert [vma.start for vma in world.mm.vmas] == [AT + 2 * PAGE, NEW], "the first had moved"
-    assert answer(world, world.mm.mremap(Hva(AT + 2 * PAGE), 2 * PAGE, 2 * PAGE, Hva(NEW + MIB2))) == 0
+    assert answer(world, mremap(world.mm, Hva(AT + 2 * PAGE), 2 * PAGE, 2 * PAGE, Hva(NEW + MIB2))) == 0
 
 
 def test_mremap_of_size_0_maps_a_shared_file_a_second_time(world: World) -> None:
     world.run(file_at(world, AT, 4, shared=True).pwrite(PAGE, b"here"))
-    new = world.run(world.mm.mremap(Hva(AT + PAGE), 0, 2 * PAGE))
+    new = world.run(mremap(world.mm, Hva(AT + PAGE), 0, 2 * PAGE))
     assert world.run(world.mm.read(new, 4)) == world.run(world.mm.read(Hva(AT + PAGE), 4)) == b"here"
     assert [vma.offset for vma in world.mm.vmas if vma.start == new] == [PAGE]

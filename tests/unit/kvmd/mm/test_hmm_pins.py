@@ -20,7 +20,7 @@ from kvmd.core.mm.vma import Prot
 from protocol.flow import Wait
 from protocol.units import Hva, Level, Pfn
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig, errno_of
-from tests.unit.kvmd.world import RW, SlowImporter
+from tests.unit.kvmd.world import MM_CHANGES, RW, SlowImporter
 
 HOST: list[Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = [migrate, swap_out, merge, numa_hint]
 
@@ -51,7 +51,7 @@ def test_a_process_that_drops_a_pinned_page_leaves_the_frame_to_the_device(rig: 
     rig.write(0)
     (page,) = rig.pin(0).pages
     tag = rig.tag(page.pfn)
-    rig.done(getattr(rig.mm, what)(rig.hva, PAGE))
+    rig.done(MM_CHANGES[what](rig.mm, rig.hva, PAGE))
     assert rig.mm.present_page(rig.hva) is None
     assert (rig.tag(page.pfn), rig.frame(page.pfn, 7)) == (tag, b"written")
     assert rig.violations() == []

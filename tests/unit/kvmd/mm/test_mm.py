@@ -8,13 +8,15 @@ from itertools import pairwise
 
 import pytest
 
+from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
-from tests.unit.kvmd.world import RW, World
+from tests.unit.kvmd.world import MM_CHANGES, RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20
@@ -37,9 +39,6 @@ class Notifier:
 
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         self.log.append(("age", start, end))
-        return True
-
-    def test_young(self, start: Hva, end: Hva) -> bool:
         return True
 
 
@@ -147,7 +146,7 @@ def test_beyond_a_mapping_is_efault(world: World) -> None:
 def test_madvise_drops_exactly_the_pages_named(world: World) -> None:
     hva = world.map(4)
     world.run(world.mm.write(hva, b"x" * 4 * PAGE))
-    world.run(world.mm.madvise_dontneed(Hva(hva + PAGE), 2 * PAGE))
+    world.run(dontneed(world.mm, Hva(hva + PAGE), 2 * PAGE))
     assert world.run(world.mm.read(hva, 4 * PAGE)) == b"x" * PAGE + bytes(2 * PAGE) + b"x" * PAGE
 
 
@@ -156,7 +155,7 @@ def test_migrate_keeps_the_contents_and_changes_the_frames(world: World) -> None
     data = bytes(i % 251 for i in range(2 * PAGE))
     world.run(world.mm.write(hva, data))
     before = [world.run(world.mm.fault_in(Hva(hva + i * PAGE), write=False)).pfn for i in range(2)]
-    assert world.run(world.mm.migrate(hva, 3 * PAGE)) == 2
+    assert world.run(migrate(world.mm, hva, 3 * PAGE)) == 2
     after = [world.run(world.mm.fault_in(Hva(hva + i * PAGE), write=False)).pfn for i in range(2)]
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert world.run(world.mm.read(hva, 2 * PAGE)) == data
@@ -166,7 +165,7 @@ def test_migrate_keeps_the_contents_and_changes_the_frames(world: World) -> None
 def test_migrating_a_huge_page_keeps_its_last_byte(world: World) -> None:
     hva = world.map(1, 2)
     world.run(world.mm.write(Hva(hva + MIB2 - 3), b"end"))
-    assert world.run(world.mm.migrate(hva, MIB2)) == 1
+    assert world.run(migrate(world.mm, hva, MIB2)) == 1
     assert world.run(world.mm.read(Hva(hva + MIB2 - 3), 3)) == b"end"
     assert world.host.frames.in_use == 512
 
@@ -202,23 +201,22 @@ def test_munmap_of_several_mappings_and_the_holes_between(world: World) -> None:
 )
 def test_a_range_that_is_none_is_einval(world: World, what: str, offset: int, size: int) -> None:
     hva = world.map(4)
-    assert errno_of(lambda: world.run(getattr(world.mm, what)(Hva(hva + offset), size))) == errno.EINVAL
+    assert errno_of(lambda: world.run(MM_CHANGES[what](world.mm, Hva(hva + offset), size))) == errno.EINVAL
 
 
 @pytest.mark.parametrize("what", ["munmap", "migrate"])
 def test_a_huge_page_is_changed_whole_or_not_at_all(world: World, what: str) -> None:
     hva = world.map(2, 2)
-    act = getattr(world.mm, what)
     for offset, size in ((0, PAGE), (PAGE, MIB2), (MIB2, MIB2 - PAGE)):
         with pytest.raises(UapiError) as caught:
-            world.run(act(Hva(hva + offset), size))
+            world.run(MM_CHANGES[what](world.mm, Hva(hva + offset), size))
         assert caught.value.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize("what", ["madvise_dontneed", "migrate"])
 def test_a_hole_in_the_range_is_enomem(world: World, what: str) -> None:
     hva = world.map(2)
-    assert errno_of(lambda: world.run(getattr(world.mm, what)(hva, 3 * PAGE))) == errno.ENOMEM
+    assert errno_of(lambda: world.run(MM_CHANGES[what](world.mm, hva, 3 * PAGE))) == errno.ENOMEM
 
 
 def test_migration_without_a_free_frame_is_enomem_and_loses_nothing(world: World) -> None:
@@ -229,7 +227,7 @@ def test_migration_without_a_free_frame_is_enomem_and_loses_nothing(world: World
     world.run(world.mm.write(Hva(hva + 511 * MIB2), b"last"))
     notifier = Notifier()
     world.mm.notifiers.append(notifier)
-    assert errno_of(lambda: world.run(world.mm.migrate(hva, 512 * MIB2))) == errno.ENOMEM
+    assert errno_of(lambda: world.run(migrate(world.mm, hva, 512 * MIB2))) == errno.ENOMEM
     assert world.run(world.mm.read(hva, 5)) == b"first"
     assert world.run(world.mm.read(Hva(hva + 511 * MIB2), 4)) == b"last"
     assert [what for what, *_ in notifier.log] == ["start", "end"]
@@ -247,7 +245,7 @@ def test_nothing_changes_before_every_notifier_has_let_go(world: World, what: st
     gates = [Wait[None](), Wait[None]()]
     notifiers = [Notifier(gate) for gate in gates]
     world.mm.notifiers += notifiers
-    over = world.start(world.mm.exit() if what == "exit" else getattr(world.mm, what)(hva, PAGE))
+    over = world.start(world.mm.exit() if what == "exit" else MM_CHANGES[what](world.mm, hva, PAGE))
     for gate in gates:
         assert not over.done
         assert world.bare.tags.read(frame) == tag, "the frame was given up too early"

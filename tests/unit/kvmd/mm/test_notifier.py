@@ -39,9 +39,6 @@ class Slow:
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         return False
 
-    def test_young(self, start: Hva, end: Hva) -> bool:
-        return False
-
 
 class Told:
     """A change of one page, of which `edits` says how often it was made."""

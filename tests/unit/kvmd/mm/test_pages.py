@@ -15,8 +15,9 @@ import pytest
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE, collapse
+from kvmd.core.mm.madvise import ADVICE, collapse, dontneed
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.page import HostPage
 from kvmd.core.mm.reclaim import migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
@@ -133,7 +134,7 @@ def test_a_private_files_page_is_the_caches_until_written(world: World) -> None:
     assert world.run(world.mm.read(hva, 4)) == b"FILE"
     world.run(world.mm.write(hva, b"mine"))
     assert (file.pread(0, 4), world.run(world.mm.read(hva, 4))) == (b"FILE", b"mine")
-    world.run(world.mm.madvise_dontneed(hva, PAGE))
+    world.run(dontneed(world.mm, hva, PAGE))
     assert world.run(world.mm.read(hva, 4)) == b"FILE"
 
 
@@ -318,7 +319,7 @@ def test_a_hole_is_zero_to_the_byte(world: World, offset: int, size: int) -> Non
 def test_dropping_shared_pages_keeps_the_data_and_removing_them_does_not(world: World) -> None:
     _, hva = file_at(world, 2, shared=True)
     world.run(world.mm.write(hva, b"data"))
-    world.run(world.mm.madvise_dontneed(hva, PAGE))
+    world.run(dontneed(world.mm, hva, PAGE))
     assert world.run(world.mm.read(hva, 4)) == b"data"
     world.run(ADVICE["remove"](world.mm, hva, PAGE))
     assert world.run(world.mm.read(hva, 4)) == bytes(4)
@@ -363,10 +364,10 @@ def test_a_change_of_a_part_splits_the_entry_and_tells_of_all_of_it(world: World
     middle = Hva(hva + 100 * PAGE)
     notifier = watch(world.mm)
     flows: dict[str, Callable[[], Any]] = {
-        "dontneed": lambda: world.mm.madvise_dontneed(middle, PAGE),
+        "dontneed": lambda: dontneed(world.mm, middle, PAGE),
         "munmap": lambda: world.mm.munmap(middle, PAGE),
         "mprotect": lambda: world.mm.mprotect(middle, PAGE, Prot.READ),
-        "mremap": lambda: world.mm.mremap(middle, PAGE, PAGE, Hva(0x7000_0000)),
+        "mremap": lambda: mremap(world.mm, middle, PAGE, PAGE, Hva(0x7000_0000)),
         "nohugepage": lambda: ADVICE["nohugepage"](world.mm, middle, PAGE),
     }
     world.run(flows[what]())
@@ -382,7 +383,7 @@ def test_a_whole_one_stays_whole_when_protected_or_moved(world: World) -> None:
     world.run(world.mm.write(hva, b"h" * MIB2))
     world.run(world.mm.mprotect(hva, MIB2, Prot.READ))
     assert gup(world, hva).level == 2
-    moved = world.run(world.mm.mremap(hva, MIB2, MIB2, Hva(0x8000_0000)))
+    moved = world.run(mremap(world.mm, hva, MIB2, MIB2, Hva(0x8000_0000)))
     assert gup(world, moved).level == 2
 
 
@@ -406,7 +407,7 @@ def test_collapse_and_split_keep_the_contents(world: World) -> None:
     assert world.host.frames.in_use == 512
     assert world.run(split(world.mm, hva, MIB2)) == 1
     assert world.run(world.mm.read(hva, MIB2)) == before
-    world.run(world.mm.madvise_dontneed(Hva(hva + PAGE), 511 * PAGE))
+    world.run(dontneed(world.mm, Hva(hva + PAGE), 511 * PAGE))
     assert world.host.frames.in_use == 1, "the parts of a split page go back one by one"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.page import Kind, Page, Pte
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from protocol.errors import EHWPOISON
@@ -31,7 +31,7 @@ from tests.unit.kvmd.mm.test_pages import (
     touched,
     watch,
 )
-from tests.unit.kvmd.world import RW, World
+from tests.unit.kvmd.world import MM_CHANGES, RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20
@@ -157,7 +157,7 @@ def test_a_poisoned_frame_goes_with_the_last_entry_that_names_it(world: World, e
     child = child_of(world)
     world.run(poison(world.mm, hva, PAGE))
     for left, mm in ((1, world.mm), (0, child)):
-        world.run(mm.exit() if end == "exit" else getattr(mm, end)(hva, PAGE))
+        world.run(mm.exit() if end == "exit" else MM_CHANGES[end](mm, hva, PAGE))
         assert world.host.frames.in_use == left
 
 
@@ -187,7 +187,7 @@ def test_a_file_keeps_its_bad_page(world: World) -> None:
     file, hva = file_at(world, 1, shared=True)
     world.run(world.mm.write(hva, b"lost"))
     world.run(poison(world.mm, hva, PAGE))
-    world.run(world.mm.madvise_dontneed(hva, PAGE))
+    world.run(dontneed(world.mm, hva, PAGE))
     assert errno_of(lambda: gup(world, hva)) == EHWPOISON
     assert errno_of(lambda: file.pread(0, 1)) == errno.EIO
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.mm import mm as mm_module
+from kvmd.core.mm import space as space_module
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.notifier import MmuNotifier
 from kvmd.core.mm.page import Pte
@@ -47,9 +47,6 @@ class Sleeper:
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         self.told.append((start, end))
         await self.gate
-        return True
-
-    def test_young(self, start: Hva, end: Hva) -> bool:
         return True
 
 
@@ -151,7 +148,7 @@ def test_a_copy_for_a_pin_is_of_the_page_that_is_there_then(world: World) -> Non
 
 def test_a_huge_page_that_comes_up_at_an_edge_is_told_of_as_a_whole(world: World) -> None:
     hva = huge(world)
-    flow = world.mm.madvise_dontneed(hva, MIB2 // 2)
+    flow = dontneed(world.mm, hva, MIB2 // 2)
     _, sleeper = during(world, world.mm, flow, lambda: world.run(world.mm.write(Hva(hva + MIB2 - 1), b"x")))
     assert sleeper.told == [(hva, hva + MIB2 // 2), (hva, hva + MIB2)]
     assert world.run(world.mm.read(Hva(hva + MIB2 - 1), 1)) == b"x"
@@ -176,7 +173,7 @@ def test_an_entry_that_went_between_two_turns(world: World, monkeypatch: pytest.
     world.run(world.mm.write(Hva(hva + PAGE), b"x"))
     world.run(world.mm.read(hva, 1))
     turn: Wait[None] = Wait()
-    monkeypatch.setattr(mm_module, "UNMAP_BATCH", 1)
+    monkeypatch.setattr(space_module, "UNMAP_BATCH", 1)
     monkeypatch.setattr(world.host.memory, "cond_resched", lambda: turn)
     slept = world.start(world.mm.munmap(hva, 2 * PAGE))
     assert not slept.done

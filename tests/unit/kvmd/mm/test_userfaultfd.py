@@ -12,7 +12,8 @@ import pytest
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.file import File
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.madvise import ADVICE
+from kvmd.core.mm.madvise import ADVICE, dontneed
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import swap_out
 from kvmd.core.mm.userfaultfd import Event, Userfaultfd
 from protocol.errors import UapiError
@@ -114,7 +115,7 @@ def test_present_pages_raise_no_event_until_they_are_dropped() -> None:
     rig.world.run(rig.mm.write(rig.hva, b"here"))
     rig.register(missing=True, wp=False)
     assert rig.gup(0).done
-    rig.world.run(rig.mm.madvise_dontneed(rig.hva, PAGE))
+    rig.world.run(dontneed(rig.mm, rig.hva, PAGE))
     assert not rig.gup(0).done
 
 
@@ -226,7 +227,7 @@ def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
     if what == "swap":
         world.run(swap_out(rig.mm, hva, PAGE))
     elif what == "dontneed":
-        world.run(rig.mm.madvise_dontneed(hva, PAGE))
+        world.run(dontneed(rig.mm, hva, PAGE))
     assert world.run(rig.mm.read(hva, 4)) == (bytes(4) if what == "fault" else b"kept")
     fault = world.start(rig.mm.get_user_page(hva, write=True))
     assert rig.event() == Event(hva, True, True)
@@ -259,7 +260,7 @@ def test_a_child_and_a_moved_range_are_not_registered(how: str) -> None:
         rig.world.run(fork(rig.mm, child))
         assert rig.world.run(child.get_user_page(rig.hva, write=True)).writable
     else:
-        moved = rig.world.run(rig.mm.mremap(rig.hva, 8 * PAGE, 8 * PAGE, Hva(0x7000_0000)))
+        moved = rig.world.run(mremap(rig.mm, rig.hva, 8 * PAGE, 8 * PAGE, Hva(0x7000_0000)))
         assert rig.world.run(rig.mm.get_user_page(moved, write=True)).writable
 
 
