@@ -21,21 +21,21 @@ import trio
 
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
-from qemu_shim.campaign.options import add_options as add_campaign_options
-from qemu_shim.compare.options import add_compare
-from qemu_shim.daemon_options import add_daemon_options, given, joined, lacking, merged
-from qemu_shim.designs import DESIGNS, SHARED
 from qemu_shim.guest.memory import OutOfGuestMemory
-from qemu_shim.inspect import as_text, demo, inspect
-from qemu_shim.interrupt import interruptible
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.measure import Report, render
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report, render
 from qemu_shim.scenarios.scenario import Scenario
-from qemu_shim.supervisor import DaemonFailed, supervised
+from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
+from qemu_shim.study.command.compare_options import add_compare
+from qemu_shim.vmm.daemon_options import add_daemon_options, given, joined, lacking, merged
+from qemu_shim.vmm.designs import DESIGNS, SHARED
+from qemu_shim.vmm.inspect import as_text, demo, inspect
+from qemu_shim.vmm.interrupt import interruptible
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 
 if TYPE_CHECKING:
-    from qemu_shim.workloads.workload import Workload
+    from qemu_shim.study.workloads.workload import Workload
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -58,14 +58,16 @@ def _do(options: argparse.Namespace) -> int:
     if options.command == "list":
         return options.listed(as_json=options.json)  # type: ignore[no-any-return]
     if options.command == "campaign":
-        from qemu_shim.campaign.main import campaign  # the other commands need none of it
+        from qemu_shim.study.command.campaign import campaign  # the other commands need none of it
 
         return campaign(options)
     configure_log("warning")
     if options.command == "inspect":
         return _inspect(options)
     if options.command == "compare":
-        from qemu_shim.compare.command import main as compare  # what shows figures no other command waits for
+        from qemu_shim.study.command.compare import (
+            main as compare,  # what shows figures no other command waits for
+        )
 
         return compare(options)
     scenario = SCENARIOS[options.scenario]
@@ -214,7 +216,7 @@ def _list(*, as_json: bool) -> int:
 
 
 def _list_workloads(*, as_json: bool) -> int:
-    from qemu_shim.workloads.library import WORKLOADS  # no other command needs them before it runs
+    from qemu_shim.study.workloads.library import WORKLOADS  # no other command needs them before it runs
 
     if as_json:
         listed = [{"name": w.name, "summary": w.summary, "params": _defaults(w)} for w in WORKLOADS.values()]

@@ -26,10 +26,10 @@ from device_sim.core.function import MAX_LATENCIES
 from protocol.daemon import configure_log
 from protocol.hw.dsa import Descriptor, Flag, Opcode
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.daemons import DAEMONS, DaemonSpec
 from qemu_shim.guest.idxd import WQ, IdxdWorkQueue
-from qemu_shim.machine import MachineConfig, connect_host, machine
-from qemu_shim.supervisor import supervised
+from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec
+from qemu_shim.vmm.machine import MachineConfig, connect_host, machine
+from qemu_shim.vmm.supervisor import supervised
 
 PATTERN = 0x5AA5_F00D_CAFE_BEEF
 HANDLE = 1

@@ -17,9 +17,9 @@ import trio
 
 from protocol.daemon import configure_log
 from protocol.units import GIB, KIB, PAGE_SIZE
-from qemu_shim.daemons import DAEMONS, KVMD
-from qemu_shim.machine import MachineConfig, connect_host, machine
-from qemu_shim.supervisor import supervised
+from qemu_shim.vmm.daemons import DAEMONS, KVMD
+from qemu_shim.vmm.machine import MachineConfig, connect_host, machine
+from qemu_shim.vmm.supervisor import supervised
 
 BLOCK = 512  # what stat counts in
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
-from qemu_shim.daemons import DAEMONS, DaemonSpec
+from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec
 
 OPTION = "--stamps"
 

@@ -36,8 +36,8 @@ def up() -> None:
     import trio
 
     from protocol.daemon import configure_log
-    from qemu_shim.machine import MachineConfig, connect_host, machine
-    from qemu_shim.supervisor import supervised
+    from qemu_shim.vmm.machine import MachineConfig, connect_host, machine
+    from qemu_shim.vmm.supervisor import supervised
 
     reached = [perf_counter_ns()]
 

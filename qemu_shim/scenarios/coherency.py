@@ -17,12 +17,12 @@ from protocol.hw.dsa import Status
 from protocol.hw.pasid_entry import PasidEntry
 from protocol.pt import bits
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.inspector import Inspector
-from qemu_shim.iommufd_client import VfioDevice
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Params, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.vmm.inspector import Inspector
+from qemu_shim.vmm.iommufd_client import VfioDevice
+from qemu_shim.vmm.machine import Host, MachineConfig
 
 HOLE = 3 * GIB
 HW_INFO_BYTES = 24

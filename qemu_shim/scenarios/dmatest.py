@@ -15,12 +15,12 @@ import trio
 
 from protocol.hw.dsa import CompletionRecord
 from protocol.units import MIB
-from qemu_shim.designs import DESIGNS
 from qemu_shim.guest.dmatest import Channel, DmatestParams, Result, Thread
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, check_system, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 SEED = 108
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from protocol.hw.dsa import CompletionRecord, Status
 from protocol.units import GIB, PAGE_SIZE, align_up
 from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
+from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Params, Scenario
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 
 @dataclass(slots=True)

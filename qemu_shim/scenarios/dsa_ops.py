@@ -18,12 +18,12 @@ import trio
 from protocol.hw import dsa
 from protocol.hw.dsa import CompletionRecord, Descriptor, Flag, Opcode, Status
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.designs import DESIGNS
-from qemu_shim.device_client import Portal
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, check_system, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.device_client import Portal
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 PAGES = 3
 SIZE = PAGES * PAGE_SIZE - 24  # of each operand, beginning 8 bytes into its first page

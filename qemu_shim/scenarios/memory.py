@@ -16,12 +16,12 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.designs import RamSlot
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
-from qemu_shim.process import MemFd
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.vmm.designs import RamSlot
+from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.process import MemFd
 
 ANON_SLOT, FILE_SLOT = 7, 8
 ANON_GPA, FILE_GPA = 0x1_8000_0000, 0x2_0000_0000

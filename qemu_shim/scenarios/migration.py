@@ -17,12 +17,12 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE, align_up
-from qemu_shim.designs import RamSlot
-from qemu_shim.machine import GuestCpu, Host, MachineConfig
-from qemu_shim.measure import Report
-from qemu_shim.migrator import Migrator
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.vmm.designs import RamSlot
+from qemu_shim.vmm.machine import GuestCpu, Host, MachineConfig
+from qemu_shim.vmm.migrator import Migrator
 
 SLOT, SLOT_GPA = 7, 0x1_8000_0000
 RING_BYTES = 1 << 16

@@ -13,10 +13,10 @@ from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Outcome
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 from qemu_shim.scenarios.stage import FILLED, PATTERN, Stage, staged
+from qemu_shim.vmm.machine import Host, MachineConfig
 
 SLOT = 7
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.vmm.machine import Host, MachineConfig
 
 START, BYTES = 0xFEE0_0000, MIB
 SLOT = 7

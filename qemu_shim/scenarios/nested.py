@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from protocol.hw.dsa import Status
 from protocol.uapi import names
 from protocol.units import GIB
-from qemu_shim.machine import Host, Machine, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Params, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig
 
 FIRST_STAGE_DATA = 1  # IOMMU_HWPT_DATA_VTD_S1
 ONLY_PARENT = "no nest parent, faults of a nested domain are not handled"

@@ -18,10 +18,10 @@ from protocol.uapi import names
 from protocol.units import MIB, PAGE_SHIFT, PAGE_SIZE
 from qemu_shim.guest.dmatest import Result
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
+from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 NOTE = "RFC 00/42: About device which partially supports IOPF"
 HOTPLUGGED, HOTPLUGGED_GPA = 7, 0x1_8000_0000

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qemu_shim.designs import SHARED
-from qemu_shim.machine import Host
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import Host
 
 Params = Mapping[str, Any]
 Play = Callable[[Host, Params, Report], Awaitable[None]]

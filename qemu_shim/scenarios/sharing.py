@@ -9,9 +9,9 @@ from __future__ import annotations
 from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, Snapshot, check_system, difference, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, Snapshot, check_system, difference, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 PATTERN = 0x5AA5_F00D_CAFE_BEEF
 

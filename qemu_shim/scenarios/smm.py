@@ -13,10 +13,10 @@ import errno
 from protocol.hw.dsa import Status
 from protocol.kvm_run import ExitReason
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Params, Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.vmm.machine import Host, MachineConfig
 
 ADDRESS_SPACE_1 = 1 << 16  # in the number of a slot
 OVER_RAM, ALONE = 0xA_0000, 0xC000_0000

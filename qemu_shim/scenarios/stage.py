@@ -13,9 +13,9 @@ from protocol.hw.dsa import Status
 from protocol.rpc.channel import Body
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.inspector import Inspector
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, Stats, check_system, difference, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, Stats, check_system, difference, fill_table, snapshot
+from qemu_shim.vmm.inspector import Inspector
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 PATTERN = 0x1122_3344_5566_7788
 FILLED = PATTERN.to_bytes(8, "little") * (PAGE_SIZE // 8)

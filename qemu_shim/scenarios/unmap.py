@@ -14,12 +14,12 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.designs import RamSlot
 from qemu_shim.guest.dmatest import source_pattern
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
-from qemu_shim.measure import Report, check_system, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.vmm.designs import RamSlot
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
 SLOT = 7
 SLOT_GPA = 0x1_8000_0000

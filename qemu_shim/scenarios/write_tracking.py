@@ -10,10 +10,10 @@ from __future__ import annotations
 from protocol.hw.dsa import Status
 from protocol.pt import bits
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host, MachineConfig
-from qemu_shim.measure import Report
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Params, Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.vmm.machine import Host, MachineConfig
 
 
 async def play(host: Host, params: Params, report: Report) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import nothing_left
 from tests.integration.system import TRUSTING, System, system
 

@@ -14,7 +14,7 @@ from device_sim.config import FIRST_RID, capabilities
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, bare_vm, bind_device, nothing_left
 from tests.integration.system import System, eventually, short_directory
 

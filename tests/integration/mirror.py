@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from protocol.rpc.channel import Body
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
-from qemu_shim.process import Process
+from qemu_shim.vmm.machine import Host
+from qemu_shim.vmm.process import Process
 from tests.integration.rig import TestImporter
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from protocol.rpc.channel import Body
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import GUEST_START, QUEUE_START, ProcessCpu, Rig, bind_device, vm_only, vm_stats
 from tests.integration.system import eventually
 

@@ -14,15 +14,15 @@ from protocol.hw.dsa import CompletionRecord, Status
 from protocol.rpc.channel import Body, Channel, Fds, Reply
 from protocol.rpc.loop import Loop
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
-from qemu_shim.device_client import Portal
-from qemu_shim.file import File
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.iommufd_client import Iommu, VfioDevice
-from qemu_shim.kvm_client import Vm
-from qemu_shim.machine import GuestCpu, Host
-from qemu_shim.process import Process
-from qemu_shim.vcpu import Vcpu
+from qemu_shim.vmm.device_client import Portal
+from qemu_shim.vmm.file import File
+from qemu_shim.vmm.iommufd_client import Iommu, VfioDevice
+from qemu_shim.vmm.kvm_client import Vm
+from qemu_shim.vmm.machine import GuestCpu, Host
+from qemu_shim.vmm.process import Process
+from qemu_shim.vmm.vcpu import Vcpu
 from tests.integration.system import eventually
 
 PATTERN = 0x1122_3344_5566_7788

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qemu_shim.daemons import DAEMONS
+from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.plain import Plain
 from tests.integration.system import BIN, short_directory, until
 from tests.patience import WHOLE_RUN_S

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from qemu_shim.daemons import ADMIN, DAEMONS, IMPORTERS, LINK, DaemonSpec, Places, socket_of
+from qemu_shim.vmm.daemons import ADMIN, DAEMONS, IMPORTERS, LINK, DaemonSpec, Places, socket_of
 from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent

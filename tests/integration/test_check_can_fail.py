@@ -15,7 +15,7 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import connect_host
+from qemu_shim.vmm.machine import connect_host
 from tests.integration.rig import FILLED, device_stats, rigged
 from tests.integration.system import System, eventually, system
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.daemons import DAEMONS
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.plain import Plain
 from tests.integration.scratch import Scratch, scratched
 from tests.integration.system import BIN, System, short_directory, system, until

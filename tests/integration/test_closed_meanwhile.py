@@ -14,7 +14,7 @@ import trio
 
 from protocol.errors import PeerError
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, bind_device, nothing_left, vm_only
 from tests.integration.system import System, eventually, system
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.compare.schema import Comparison, DesignFigures
+from qemu_shim.study.compare.schema import Comparison, DesignFigures
 from tests.integration.scratch import Scratch
 from tests.integration.system import short_directory, until
 from tests.patience import WHOLE_RUN_S

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.campaign.code import code_version
-from qemu_shim.campaign.store import RUNS, Store
-from qemu_shim.compare.schema import Comparison
-from qemu_shim.designs import DESIGNS
-from qemu_shim.machine import connect_host
-from qemu_shim.workloads.library import WORKLOADS
-from qemu_shim.workloads.runner import run_workload
+from qemu_shim.study.campaign.code import code_version
+from qemu_shim.study.campaign.store import RUNS, Store
+from qemu_shim.study.compare.schema import Comparison
+from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.runner import run_workload
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.machine import connect_host
 from tests.integration.scratch import Scratch, scratched
 from tests.integration.system import system
 

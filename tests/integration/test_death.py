@@ -14,9 +14,9 @@ import trio
 from protocol.errors import PeerError, UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import (
     Rig,
     attach_device,

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import rigged, vm_stats
 from tests.integration.system import eventually
 from tests.integration.test_errno import alloc, refused

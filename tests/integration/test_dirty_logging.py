@@ -11,9 +11,9 @@ import pytest
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.kvm_client import Vm
-from qemu_shim.machine import Host
-from qemu_shim.process import Process
+from qemu_shim.vmm.kvm_client import Vm
+from qemu_shim.vmm.machine import Host
+from qemu_shim.vmm.process import Process
 from tests.integration.rig import FILLED, Rig, rigged
 from tests.integration.system import eventually
 from tests.integration.test_errno import refused

@@ -9,9 +9,9 @@ import pytest
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
-from qemu_shim.machine import Host, MachineConfig, machine
-from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.machine import Host, MachineConfig, machine
 from tests.integration.rig import nothing_left, unit_stats
 from tests.integration.system import eventually
 from tests.integration.test_errno import refused

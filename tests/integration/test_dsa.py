@@ -13,11 +13,11 @@ from protocol.errors import UapiError
 from protocol.hw.dsa import Descriptor, Opcode, Status
 from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, PortalError, Reg, State, WqCfg
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.device_client import Portal
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, connect_host, machine
-from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.device_client import Portal
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.rig import device_stats, unit_stats
 from tests.integration.system import system
 from tests.patience import PATIENCE_S

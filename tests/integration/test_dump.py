@@ -13,10 +13,10 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.inspector import Inspector
-from qemu_shim.machine import Host, Machine, MachineConfig, connect_host, machine
-from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.inspector import Inspector
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.plain import Plain
 from tests.integration.rig import nothing_left
 from tests.integration.system import System

@@ -14,8 +14,8 @@ import pytest
 from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.file import File
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.file import File
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only, vm_stats
 from tests.integration.system import System, eventually, system
 

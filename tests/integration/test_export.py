@@ -13,7 +13,7 @@ import trio
 from protocol.errors import UapiError
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import (
     QUEUE_START,
     Rig,

@@ -10,7 +10,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body
 from protocol.uapi.kvm import KvmFaultedIn
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import GUEST_START, fault_notes, rigged, vm_only, vm_stats
 from tests.integration.system import eventually
 

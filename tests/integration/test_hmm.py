@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 from protocol.frame_tags import TAG_BYTES
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.process import Process
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.process import Process
 from tests.integration.mirror import TestMirror, host_memory
 from tests.integration.plain import REQUEST, Plain, frame
 from tests.integration.rig import bare_vm, nothing_left, vm_stats

@@ -14,8 +14,8 @@ import trio
 from protocol.errors import EHWPOISON, UapiError
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.process import Process
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.process import Process
 from tests.integration.rig import FILLED, rigged
 from tests.integration.system import eventually, system
 

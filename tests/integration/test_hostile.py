@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.daemons import DAEMONS
+from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.attacks import ATTACKS, BREACHES, SEED, close_all
 from tests.integration.plain import NOTIFY, REQUEST, Plain, frame
 from tests.integration.system import TRUSTING, System, system, until

@@ -13,7 +13,7 @@ from kvmd.service.vcpu import VCPU
 from protocol.rpc.service import Service
 from protocol.uapi import vcpu as uapi
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import GUEST_START
 from tests.integration.zoo import REQUESTS, SERVICES, SLOT_BYTES, SLOT_GPA, Zoo, zoo_of
 

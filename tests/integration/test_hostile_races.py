@@ -17,8 +17,8 @@ from protocol.errors import PeerError, UapiError
 from protocol.rpc.channel import Channel
 from protocol.rpc.files import cookie_of
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.process import Uffd
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.process import Uffd
 from tests.integration.rig import Rig, TestImporter, bare_vm, bind_device, nothing_left, vm_only
 from tests.integration.system import System, eventually, system
 

@@ -19,7 +19,7 @@ from kvmd.service.vcpu import VCPU
 from kvmd.service.vm import VM
 from protocol.rpc.service import Service
 from protocol.uapi.message import Ioctl
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.attacks import close_all
 from tests.integration.system import eventually
 from tests.integration.zoo import OPS, REQUESTS, SERVICES, Zoo, zoo_of

@@ -16,7 +16,7 @@ from protocol.errors import PeerError
 from protocol.hw.dsa import Status
 from protocol.rpc.service import Service
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import FILLED, GUEST_START, Rig, attach_device, vm_only
 from tests.integration.system import System
 from tests.integration.zoo import OPS, REQUESTS, SLOT_BYTES, SLOT_GPA, Zoo, zoo_of

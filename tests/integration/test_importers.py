@@ -10,7 +10,7 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE, WHOLE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import TestImporter, bind_device, nothing_left, rigged, vm_only, vm_stats
 from tests.integration.system import eventually
 from tests.integration.test_iommufd_uapi import refused

@@ -11,7 +11,7 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE, WHOLE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import FILLED, PATTERN, Rig, TestImporter, device_stats, rigged
 
 WHOLE = (0, WHOLE_SIZE)

@@ -9,7 +9,7 @@ import pytest
 from protocol.hw.dsa import Status
 from protocol.rpc.files import cookie_of
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import (
     FILLED,
     GUEST_START,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import bind_device, vm_only
 from tests.integration.test_iommufd_uapi import GARBAGE, refused
 

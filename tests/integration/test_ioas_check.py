@@ -14,8 +14,8 @@ import pytest
 
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.daemons import DaemonSpec
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.daemons import DaemonSpec
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import on_ioas
 from tests.integration.rig import GUEST_START, Rig, device_stats
 from tests.integration.system import System, short_directory

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, hwpt_stats, on_ioas
 from tests.integration.rig import FILLED, GUEST_START, bind_device, device_stats, vm_only
 from tests.integration.system import system

@@ -11,7 +11,7 @@ import pytest
 
 from protocol.errors import UapiError
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.on_ioas import hwpt_stats
 from tests.integration.rig import Rig, bind_device, vm_only
 from tests.integration.test_iommufd_uapi import GARBAGE, refused

@@ -13,9 +13,9 @@ import pytest
 
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.iommufd_client import Iommu
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.process import MemFd, Process
+from qemu_shim.vmm.iommufd_client import Iommu
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.process import MemFd, Process
 from tests.integration.on_ioas import RAM, hwpt_stats, on_ioas
 from tests.integration.rig import FILLED, Rig, bind_device, device_stats, vm_only
 from tests.integration.system import eventually, system

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import pytest
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.iommufd_client import Iommu
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.iommufd_client import Iommu
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import hwpt_stats
 from tests.integration.rig import bind_device, nothing_left, vm_only
 from tests.integration.system import system

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from protocol.errors import UapiError
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only
 from tests.integration.system import system
 

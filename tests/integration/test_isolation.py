@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from qemu_shim.supervisor import supervised
+from qemu_shim.vmm.supervisor import supervised
 from tests.integration.attacks import close_all
 from tests.integration.plain import Plain
 from tests.integration.system import BIN, TRUSTING, short_directory, system, until

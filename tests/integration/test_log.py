@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from protocol.log import BURST
-from qemu_shim.daemons import DAEMONS, DaemonSpec
+from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec
 from tests.integration.attacks import huge_length
 from tests.integration.plain import Plain
 from tests.integration.system import System, short_directory, system, until

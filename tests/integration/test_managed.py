@@ -14,8 +14,8 @@ from protocol.hw.dsa import Status
 from protocol.rpc.channel import Body
 from protocol.uapi import names
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
-from qemu_shim.inspector import Inspector
-from qemu_shim.machine import Host
+from qemu_shim.vmm.inspector import Inspector
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import FILLED, Rig, attach_device, unit_stats, vm_only, vm_stats
 from tests.integration.system import eventually
 from tests.integration.test_errno import refused

@@ -18,7 +18,7 @@ from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener, connect
 from protocol.units import LEVEL_1G, Hpa, Level
-from qemu_shim.iommufd_client import Iommu, Iommufdd, VfioDevice
+from qemu_shim.vmm.iommufd_client import Iommu, Iommufdd, VfioDevice
 from tests.integration.system import System, system
 from tests.patience import PATIENCE_S
 

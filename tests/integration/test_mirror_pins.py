@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.on_ioas import iommu_stats, on_ioas
 from tests.integration.rig import GUEST_START, device_stats
 

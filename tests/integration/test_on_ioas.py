@@ -10,7 +10,7 @@ import trio
 from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats, iommu_stats, noted, on_ioas
 from tests.integration.rig import FILLED, GUEST_START, Rig, device_stats, nothing_left, vm_only
 from tests.integration.system import system

@@ -14,7 +14,7 @@ import trio
 from protocol.errors import PeerError, UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats
 from tests.integration.rig import GUEST_START, Rig, bare_vm, bind_device, device_stats
 from tests.integration.system import eventually, system

@@ -9,9 +9,9 @@ import pytest
 from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.measure import Report
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
 from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import refused

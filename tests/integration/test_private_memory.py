@@ -12,9 +12,9 @@ from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.designs import DESIGNS
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 from tests.integration.rig import FILLED, PATTERN
 
 RAM = 32 * MIB

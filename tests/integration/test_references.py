@@ -11,7 +11,7 @@ import trio
 from protocol.errors import PeerError, UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.plain import Plain
 from tests.integration.rig import (
     FILLED,

@@ -11,7 +11,7 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.fake_silicon import RID, hostile, page_request
 from tests.integration.on_ioas import RAM, attach_on_ioas
 from tests.integration.rig import (

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.compare.costs import default_costs
-from qemu_shim.compare.figures import compare
-from qemu_shim.compare.report import render
-from qemu_shim.compare.rows import number_text, us_text
-from qemu_shim.compare.schema import Comparison
+from qemu_shim.study.compare.costs import default_costs
+from qemu_shim.study.compare.figures import compare
+from qemu_shim.study.compare.report import render
+from qemu_shim.study.compare.rows import number_text, us_text
+from qemu_shim.study.compare.schema import Comparison
 from tests.patience import WHOLE_RUN_S
 from tests.tidy.source import ROOT
-from tests.unit.qemu_shim.compare.runs import all_made_up
+from tests.unit.qemu_shim.study.compare.runs import all_made_up
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NO_HOST = ("--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9")

@@ -20,7 +20,7 @@ from protocol.pt.mem import TableReader
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.walk import Outcome, second_stage_rules, walk
 from protocol.units import LEVEL_1G, PAGE_SIZE, WHOLE_SIZE, Hpa
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.rig import Rig, TestImporter, bare_vm, nothing_left, rigged
 
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -10,7 +10,7 @@ from protocol.hw.dsa import Status
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import GIB, MIB, PAGE_SIZE, TIB
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.machine import Host, MachineConfig, connect_host, machine
+from qemu_shim.vmm.machine import Host, MachineConfig, connect_host, machine
 from tests.integration.rig import (
     FILLED,
     PATTERN,

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from protocol.units import PAGE_SIZE
-from qemu_shim.daemons import DEVICE_SIM, KVMD, DaemonSpec, Places
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.daemons import DEVICE_SIM, KVMD, DaemonSpec, Places
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.plain import Plain
 from tests.integration.rig import rigged, vm_stats
 from tests.integration.system import BIN, System, system

@@ -14,9 +14,9 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.machine import FIRST_FREE_GPA, GuestCpu, Host
-from qemu_shim.measure import Report, difference
 from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.measure import Report, difference
+from qemu_shim.vmm.machine import FIRST_FREE_GPA, GuestCpu, Host
 from tests.integration.rig import Rig, attach_device, device_stats, vm_only, vm_stats
 from tests.patience import PATIENCE_S
 

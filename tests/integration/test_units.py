@@ -12,9 +12,9 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.inspector import Inspector
-from qemu_shim.iommufd_client import VfioDevice
-from qemu_shim.machine import Host, connect_host
+from qemu_shim.vmm.inspector import Inspector
+from qemu_shim.vmm.iommufd_client import VfioDevice
+from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import (
     GUEST_START,
     QUEUE_START,

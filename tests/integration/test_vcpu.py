@@ -11,8 +11,8 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.kvm_run import ExitReason
 from protocol.rpc.channel import PeerGone
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.vcpu import RunResult
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.vcpu import RunResult
 from tests.integration.rig import bare_vm, rigged, vm_only, vm_stats
 from tests.integration.system import system, until
 

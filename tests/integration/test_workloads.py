@@ -9,19 +9,19 @@ import pytest
 import trio
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.compare.costs import default_costs
-from qemu_shim.compare.figures import compare
-from qemu_shim.compare.run import Run
-from qemu_shim.designs import DESIGNS
-from qemu_shim.machine import Host, connect_host
-from qemu_shim.migrator import Migrator
-from qemu_shim.process import Process
-from qemu_shim.workloads.context import Context, Guest
-from qemu_shim.workloads.host_memory import Reclaim
-from qemu_shim.workloads.library import WORKLOADS
-from qemu_shim.workloads.runner import run_workload
-from qemu_shim.workloads.storm import under_dma
-from qemu_shim.workloads.workload import Workload
+from qemu_shim.study.compare.costs import default_costs
+from qemu_shim.study.compare.figures import compare
+from qemu_shim.study.run import Run
+from qemu_shim.study.workloads.context import Context, Guest
+from qemu_shim.study.workloads.host_memory import Reclaim
+from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.runner import run_workload
+from qemu_shim.study.workloads.storm import under_dma
+from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.machine import Host, connect_host
+from qemu_shim.vmm.migrator import Migrator
+from qemu_shim.vmm.process import Process
 from tests.integration.rig import nothing_left
 from tests.integration.system import System, system
 

@@ -32,7 +32,7 @@ from protocol.rpc.files import cookie_of
 from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.machine import Host
+from qemu_shim.vmm.machine import Host
 from tests.integration.mirror import TestMirror
 from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm, fault_notes
 from tests.integration.system import eventually

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qemu_shim.compare.schema import Comparison, DesignFigures
+from qemu_shim.study.compare.schema import Comparison, DesignFigures
 from tests.tidy.source import ROOT
 
 PAGE = ROOT / "docs" / "results" / "comparison.md"

@@ -10,11 +10,11 @@ from dataclasses import asdict
 
 import pytest
 
-from qemu_shim.compare.costs import default_costs
-from qemu_shim.compare.documents import BLOCK, filled
-from qemu_shim.compare.report import render
-from qemu_shim.compare.schema import VERSION, Comparison
-from qemu_shim.designs import DESIGNS
+from qemu_shim.study.compare.costs import default_costs
+from qemu_shim.study.compare.documents import BLOCK, filled
+from qemu_shim.study.compare.report import render
+from qemu_shim.study.compare.schema import VERSION, Comparison
+from qemu_shim.vmm.designs import DESIGNS
 from tests.integration.test_designs_counts import PUBLISHED
 from tests.tidy.claims import CLAIMS, PAGE, README, Claim, Read
 

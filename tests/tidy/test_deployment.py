@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qemu_shim.daemons import ADMIN, DAEMONS, Places
+from qemu_shim.vmm.daemons import ADMIN, DAEMONS, Places
 from tests.tidy.source import ROOT
 
 PLACES = Places(Path("/run/tdp"), Path("/run/tdp-drivers"), Path("/run/tdp-admin"))

@@ -31,6 +31,13 @@ TIER = {
 }
 APART = ({"uapi", "rpc"},)
 
+# Inside qemu_shim: a wing may import what stands before it, the study's rooms each other only downwards.
+WINGS = (
+    *("guest", "vmm", "scenarios"),
+    *("study.run", "study.workloads", "study.compare", "study.campaign", "study.command"),
+    *("cli", "__main__"),
+)
+
 # What a core may take from protocol. A name covers everything below it.
 ANY_CORE = ("units", "errors", "flow", "trace")
 VTD_RECORDS = ("hw.caps", "hw.fields", "hw.pasid_entry", "hw.prq", "hw.qi")
@@ -106,6 +113,27 @@ def check_inside_protocol(module: Module) -> list[str]:
     return found
 
 
+def wing_of(name: str) -> int:
+    """Its place in WINGS; -1: it is none of qemu_shim's, or the package itself."""
+    rest = name.removeprefix("qemu_shim.")
+    return next((place for place, wing in enumerate(WINGS) if rest != name and under(rest, (wing,))), -1)
+
+
+def check_inside_qemu_shim(module: Module) -> list[str]:
+    """guest <- vmm <- scenarios <- study (run <- workloads <- compare <- campaign <- command) <- cli."""
+    own = wing_of(module.name)
+    if module.path.parts[0] != "qemu_shim" or module.path.name == "__init__.py":
+        return []
+    if own < 0:
+        return [module.at(1, f"{module.name} has no wing: give it one in {__name__}")]
+    reached = [(imported, max(map(wing_of, named(imported)))) for imported in imports(module)]
+    return [
+        module.at(imported.line, f"{WINGS[own]} may not import {WINGS[other]}")
+        for imported, other in reached
+        if other > own
+    ]
+
+
 def check_pure(module: Module) -> list[str]:
     """A pure module reaches neither the outside world nor a module that does."""
     if not is_pure(module.name):
@@ -144,7 +172,7 @@ def check_core_imports(module: Module) -> list[str]:
     return found
 
 
-CHECKERS = (check_packages, check_inside_protocol, check_pure, check_core_imports)
+CHECKERS = (check_packages, check_inside_protocol, check_inside_qemu_shim, check_pure, check_core_imports)
 
 
 @pytest.mark.parametrize("checker", CHECKERS, ids=lambda checker: checker.__name__)
@@ -166,6 +194,11 @@ def test_every_import_goes_down(checker: Checker) -> None:
         (check_inside_protocol, "protocol/rpc/service.py", "from protocol.uapi.kvm import Fault"),
         (check_inside_protocol, "protocol/uapi/kvm.py", "from ..rpc import session"),
         (check_inside_protocol, "protocol/surprise.py", ""),
+        (check_inside_qemu_shim, "qemu_shim/guest/idxd.py", "from qemu_shim.vmm import machine"),
+        (check_inside_qemu_shim, "qemu_shim/vmm/machine.py", "import qemu_shim.scenarios.library"),
+        (check_inside_qemu_shim, "qemu_shim/scenarios/stage.py", "from qemu_shim.study.run import Run"),
+        (check_inside_qemu_shim, "qemu_shim/study/compare/x.py", "from qemu_shim.study import campaign"),
+        (check_inside_qemu_shim, "qemu_shim/surprise.py", ""),
         (check_pure, "kvmd/core/vm.py", "import trio"),
         (check_pure, "kvmd/core/deep/vm.py", "from os import path"),
         (check_pure, "protocol/trace.py", "import time"),

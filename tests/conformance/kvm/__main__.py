@@ -16,7 +16,7 @@ from typing import Any
 import trio
 
 from protocol.daemon import configure_log
-from qemu_shim.supervisor import DaemonFailed
+from qemu_shim.vmm.supervisor import DaemonFailed
 from tests.conformance.kvm.cases import BadFile, load
 from tests.conformance.kvm.replay import Outcome
 from tests.conformance.kvm.runner import replay_all

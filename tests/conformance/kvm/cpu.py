@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from protocol.errors import UapiError, errno_name
-from qemu_shim.vcpu import MmioExit, RunResult, Vcpu
+from qemu_shim.vmm.vcpu import MmioExit, RunResult, Vcpu
 from tests.conformance.kvm.step import CaseFailed, UnknownWord
 
 Access = Sequence[Any]

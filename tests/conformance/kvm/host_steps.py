@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from kvmd.core.mm.madvise import ADVICE
 from protocol.units import PAGE_SIZE
-from qemu_shim.process import Kind, MemFd
+from qemu_shim.vmm.process import Kind, MemFd
 from tests.conformance.kvm.step import CaseFailed, Step, UnknownWord
 from tests.conformance.kvm.world import World
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qemu_shim.kvm_client import Vm
+from qemu_shim.vmm.kvm_client import Vm
 from tests.conformance.kvm import bitmap
 from tests.conformance.kvm.caps import CAPS
 from tests.conformance.kvm.step import Step, UnknownWord

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import trio
 
 from protocol.errors import UapiError, leaves
-from qemu_shim.kvm_client import Kvmd
+from qemu_shim.vmm.kvm_client import Kvmd
 from tests.conformance.kvm import guest_steps, host_steps, ioctl_steps, uffd_steps, words
 from tests.conformance.kvm.cases import Case, mark_of
 from tests.conformance.kvm.step import CaseFailed, Difference, Step, UnknownWord

@@ -8,9 +8,9 @@ from contextlib import AsyncExitStack
 import trio
 
 from protocol.rpc.loop import Loop
-from qemu_shim.daemons import KVMD, socket_of
-from qemu_shim.kvm_client import Kvmd
-from qemu_shim.supervisor import supervised
+from qemu_shim.vmm.daemons import KVMD, socket_of
+from qemu_shim.vmm.kvm_client import Kvmd
+from qemu_shim.vmm.supervisor import supervised
 from tests.conformance.kvm.cases import Case
 from tests.conformance.kvm.replay import Outcome, replay
 

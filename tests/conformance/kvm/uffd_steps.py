@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from protocol.units import PAGE_SIZE
-from qemu_shim.process import Uffd
+from qemu_shim.vmm.process import Uffd
 from tests.conformance.kvm.step import CaseFailed, Step, UnknownWord
 from tests.conformance.kvm.world import World
 

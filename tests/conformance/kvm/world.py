@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from protocol.units import MIB
-from qemu_shim.dirty_ring import DirtyRing
-from qemu_shim.kvm_client import GuestMemfd, Kvmd, Vm
-from qemu_shim.process import MemFd, Process, Uffd
-from qemu_shim.vcpu import Vcpu
+from qemu_shim.vmm.dirty_ring import DirtyRing
+from qemu_shim.vmm.kvm_client import GuestMemfd, Kvmd, Vm
+from qemu_shim.vmm.process import MemFd, Process, Uffd
+from qemu_shim.vmm.vcpu import Vcpu
 from tests.conformance.kvm.caps import CAPS
 from tests.conformance.kvm.cases import Case
 from tests.conformance.kvm.cpu import Cpu

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from kvmd.core.dirty_ring import ENTRY_BYTES, DirtyGfn, DirtyRing, reserved_entries
-from qemu_shim.dirty_ring import DirtyRing as Harvester
+from qemu_shim.vmm.dirty_ring import DirtyRing as Harvester
 
 BYTES = 4096
 

@@ -1,0 +1,26 @@
+"""Which code runs: a number over the sources that a run's figures depend on.
+
+Runs of different code do not belong into one table, so a store is for one of them, and a cluster's workers
+must have the one that sent the points.  What only reads runs (campaign, command, compare) is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+PACKAGES = ("protocol", "kvmd", "iommufdd", "device_sim", "qemu_shim")
+READERS = tuple(f"qemu_shim/study/{room}/" for room in ("campaign", "command", "compare"))
+
+
+@cache
+def code_version() -> str:
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith(READERS):
+                digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

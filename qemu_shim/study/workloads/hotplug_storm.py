@@ -1,0 +1,92 @@
+"""hotplug-storm: memslots come and go while the device uses another one.
+
+The removal of any slot takes every leaf out of KVM's roots: a vCPU's root is given up and built anew, an
+exported one keeps its tables and is filled again by faults.  Who comes first pays, so device and CPU take
+turns at it; where the device has a table of its own that no removal touches it pays nothing.  What was
+removed must be out of the device's reach, and the other slot's bytes stay what they are.
+
+The rounds are played in order, so that they can be counted; after the last sample slots come and go under DMA
+(`storm`).  Counts grow with `rounds` x (`kept` + `plugged`).
+"""
+
+from __future__ import annotations
+
+from protocol.hw.dsa import Status
+from protocol.units import PAGE_SIZE
+from qemu_shim.scenarios.scenario import Param
+from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.context import Context, Guest
+from qemu_shim.study.workloads.storm import under_dma
+from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.vmm.designs import RamSlot
+
+KEPT, KEPT_GPA = 7, 0x1_8000_0000
+PLUGGED, PLUGGED_GPA = 8, 0x2_0000_0000
+
+
+def _pages(slot: RamSlot) -> list[int]:
+    return list(range(slot.gpa, slot.gpa + slot.size, PAGE_SIZE))
+
+
+async def play(ctx: Context) -> None:
+    guest = await ctx.boot_for(0)
+    kept = _pages(await guest.machine.add_slot(KEPT, KEPT_GPA, ctx.params["kept"] * PAGE_SIZE))
+    contents = Contents(ctx, guest)
+    await contents.device_writes(kept[:1])
+    await ctx.step("first dma")
+    await contents.cpu_writes(kept[: len(kept) // 2])
+    await contents.device_writes(kept[len(kept) // 2 :])
+    await _both_read(contents, kept, device_first=True)
+    await ctx.step("both use the slot that stays")
+    for number in range(1, ctx.params["rounds"] + 1):
+        await _round(ctx, guest, contents, kept, number)
+    await _storm(ctx, guest, kept)
+
+
+async def _round(ctx: Context, guest: Guest, contents: Contents, kept: list[int], number: int) -> None:
+    plugged = await _plug(ctx, guest)
+    pages = _pages(plugged)
+    await contents.cpu_writes(pages[: len(pages) // 2])
+    await contents.device_writes(pages[len(pages) // 2 :])
+    await _both_read(contents, pages, device_first=True)
+    await ctx.step(f"plugged and used {number}")
+    await guest.machine.remove_slot(plugged)
+    await ctx.step(f"removed {number}")
+    await _both_read(contents, kept, device_first=number % 2 == 1)
+    await ctx.step(f"the other slot {number}")
+    status = (await guest.queue.fill(pages[0], 0, PAGE_SIZE)).status
+    ctx.expect(status is not Status.SUCCESS, f"round {number}: the device writes to memory that was removed")
+    await ctx.step(f"dma to what was removed {number}")
+
+
+async def _both_read(contents: Contents, pages: list[int], *, device_first: bool) -> None:
+    readers = [contents.device_reads, contents.cpu_reads]
+    for read in readers if device_first else reversed(readers):
+        await read(pages)
+
+
+async def _plug(ctx: Context, guest: Guest) -> RamSlot:
+    return await guest.machine.add_slot(PLUGGED, PLUGGED_GPA, ctx.params["plugged"] * PAGE_SIZE)
+
+
+async def _storm(ctx: Context, guest: Guest, kept: list[int]) -> None:
+    async def come_and_go() -> None:
+        for _ in range(ctx.params["storm"]):
+            plugged = await _plug(ctx, guest)
+            await guest.touch(_pages(plugged))
+            await guest.machine.remove_slot(plugged)
+
+    await under_dma(ctx, guest, kept, come_and_go)
+
+
+WORKLOAD = Workload(
+    name="hotplug-storm",
+    summary="memslots come and go while the device uses another one",
+    play=play,
+    params={
+        "kept": Param(64, 4, 1 << 16, "pages of the slot that stays"),
+        "plugged": Param(32, 4, 1 << 16, "pages of the slot that comes and goes"),
+        "rounds": Param(6, 1, 10_000, "times it does so in order, counted"),
+        "storm": Param(8, 0, 10_000, "times it does so under DMA, checked and not counted"),
+    },
+)

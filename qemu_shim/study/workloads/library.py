@@ -1,0 +1,35 @@
+"""All workloads, by name."""
+
+from __future__ import annotations
+
+from qemu_shim.study.workloads import (
+    balloon,
+    boot_touch,
+    device_first,
+    dmatest,
+    hotplug_storm,
+    huge_pages,
+    late_attach,
+    migration,
+    overcommit,
+    ring_and_buffers,
+    streaming,
+)
+from qemu_shim.study.workloads.workload import Workload
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        boot_touch.WORKLOAD,
+        device_first.WORKLOAD,
+        late_attach.WORKLOAD,
+        ring_and_buffers.WORKLOAD,
+        streaming.WORKLOAD,
+        balloon.WORKLOAD,
+        migration.WORKLOAD,
+        hotplug_storm.WORKLOAD,
+        huge_pages.WORKLOAD,
+        overcommit.WORKLOAD,
+        dmatest.WORKLOAD,
+    )
+}

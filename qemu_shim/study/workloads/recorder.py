@@ -1,0 +1,88 @@
+"""Samples: the daemons' counters when nothing is under way, under the names of `compare/run.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import trio
+
+from qemu_shim.scenarios.measure import Report, check_system, snapshot
+from qemu_shim.study.run import Sample
+from qemu_shim.study.workloads.counters import (
+    COUNTS,
+    GAUGES,
+    UNDER_WAY,
+    Raw,
+    added_up,
+    flatten,
+    grown,
+    tables,
+)
+from qemu_shim.vmm.machine import GuestCpu, Host, Machine
+
+PATIENCE_S = 30.0
+POLL_S = 0.001
+
+
+class NeverQuiet(Exception):
+    """The system did not come to rest: somebody waits for what does not come."""
+
+
+class Recorder:
+    """Counts are those since `begin`, whatever the daemons did before."""
+
+    def __init__(self, host: Host) -> None:
+        self.cpus: list[GuestCpu] = []  # of guests that run, be it without a device
+        self.machines: list[Machine] = []
+        self.own: Counter[str] = Counter()  # what only the workload knows
+        self.elsewhere = 0  # pages of the host that no machine has
+        self._host = host
+        self._before: Raw | None = None
+
+    async def begin(self) -> None:
+        """Nothing of an earlier run may be left, or it would be counted."""
+        if self._before is None:
+            self._before = await self._settled({"VMs of before": ("kvmd.vm_count",)}, Counter())
+
+    async def quiet(self) -> Raw:
+        """The counters once nothing is under way."""
+        for machine in self.machines:
+            await machine.portal.drain()
+        assert self._before is not None, "begin() comes first"
+        return await self._settled(UNDER_WAY, self._before)
+
+    async def sample(self, step: str) -> Sample:
+        raw = await self.quiet()
+        counts = added_up(COUNTS, grown(raw, self._before))
+        return Sample(step, {**counts, **self.own}, added_up(GAUGES, raw) | tables(raw))
+
+    async def problems(self) -> list[str]:
+        """The invariants that do not hold, of any machine."""
+        report = Report("")
+        for machine in self.machines:
+            await check_system(self._host, report, await snapshot(self._host, machine))
+        return list(dict.fromkeys(report.problems))
+
+    async def _settled(self, under_way: Mapping[str, tuple[str, ...]], before: Raw) -> Raw:
+        left: dict[str, int] = {}
+        with trio.move_on_after(PATIENCE_S):
+            while True:
+                raw = await self.look()
+                left = {
+                    what: count for what, count in added_up(under_way, grown(raw, before)).items() if count
+                }
+                if not left:
+                    return raw
+                await trio.sleep(POLL_S)
+        raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {left}")
+
+    async def look(self) -> Raw:
+        """The counters as they are."""
+        host = self._host
+        kvmd, iommu = await host.kvmd.stats(), await host.iommufdd.stats()
+        raw = flatten(kvmd, iommu, await host.device_sim.stats())
+        raw["kvmd.frames"] -= self.elsewhere
+        raw["guest.cpu_bytes"] = sum(cpu.bytes for cpu in self.cpus)
+        raw["guest.cpu_pages"] = sum(cpu.pages for cpu in self.cpus)
+        return raw
