@@ -56,7 +56,7 @@ class MappedMemory:
         """Only frames are mapped writable.  Raises OSError or ValueError."""
         known = WindowKind(kind)
         stat = os.fstat(fd)
-        existing = self.physical.find(known, base, size)
+        existing = self.physical.find(known, Hpa(base), size)
         if existing is not None:
             if self._files[known, base] != (stat.st_dev, stat.st_ino):
                 raise ValueError("another host's memory lies there")

@@ -75,13 +75,13 @@ class HostMap:
     def __iter__(self) -> Iterator[Window]:
         return iter(self._windows)
 
-    def find(self, hpa: int, kind: WindowKind) -> Window | None:
+    def find(self, hpa: Hpa, kind: WindowKind) -> Window | None:
         for window in self._windows:
             if window.base <= hpa < window.base + window.size and window.kind is kind:
                 return window
         return None
 
-    def frame(self, hpa: int) -> tuple[memoryview, int] | None:
+    def frame(self, hpa: Hpa) -> tuple[memoryview, int] | None:
         """The bytes that hold the frame at `hpa`: (view, offset), or None where no frame is."""
         for window in self._windows:
             offset = hpa - window.base

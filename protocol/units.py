@@ -19,6 +19,7 @@ Hva = NewType("Hva", int)
 Hpa = NewType("Hpa", int)
 Pfn = NewType("Pfn", int)
 Iova = NewType("Iova", int)
+IovaPfn = NewType("IovaPfn", int)  # the number of its page, the kernel's IOVA_PFN
 Pasid = NewType("Pasid", int)
 Level = NewType("Level", int)
 
@@ -51,6 +52,10 @@ def gfn_of(gpa: Gpa) -> Gfn:
 
 def pfn_of(hpa: Hpa) -> Pfn:
     return Pfn(hpa >> PAGE_SHIFT)
+
+
+def iova_pfn_of(iova: Iova) -> IovaPfn:
+    return IovaPfn(iova >> PAGE_SHIFT)
 
 
 def gpa_of_iova(iova: Iova) -> Gpa:

@@ -82,7 +82,7 @@ class Engine:
         while self.function.copy(SOURCE, TARGET, size) < size:
             done = self.function.copy(SOURCE, TARGET, size)
             rest = size - done
-            ranges = [DmaRange(SOURCE + done, rest, False), DmaRange(TARGET + done, rest, True)]
+            ranges = [DmaRange(Iova(SOURCE + done), rest, False), DmaRange(Iova(TARGET + done), rest, True)]
             with suppress(StopIteration):
                 self.function.make_accessible(ranges, block=False).send(None)
 

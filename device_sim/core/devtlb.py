@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from protocol.pt import bits
 from protocol.pt.geometry import ENTRIES, INDEX_BITS
-from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SHIFT, Level
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SHIFT, Hpa, Iova, IovaPfn, Level, Pfn
 
 MAX_BLOCKS = 64  # of 512 neighbouring 4 KiB pages, for each right; the oldest goes first
 MAX_HUGE = 4096  # leaves of one size, for each right; likewise
@@ -22,8 +22,8 @@ HUGE_LEVELS = (LEVEL_2M, LEVEL_1G)
 _BLOCK_SHIFT = PAGE_SHIFT + INDEX_BITS
 _BLOCK_MASK = (1 << _BLOCK_SHIFT) - 1
 
-Run = tuple[int, int]  # (hpa, bytes)
-Block = list[int | None]
+HpaRun = tuple[Hpa, int]  # (first byte, bytes)
+_Block = list[int | None]
 
 
 class DevTlb:
@@ -31,13 +31,13 @@ class DevTlb:
         self.hits = 0  # pages of DMA that went out translated
         self.misses = 0  # translation requests
         # [write]: distances of the 4 KiB pages of each block, and of each huge leaf by level
-        self._blocks: tuple[dict[int, Block], ...] = ({}, {})
+        self._blocks: tuple[dict[int, _Block], ...] = ({}, {})
         self._huge: tuple[dict[Level, dict[int, int]], ...] = tuple(
             {level: {} for level in HUGE_LEVELS} for _ in (False, True)
         )
         self._tags: dict[tuple[Level, int], int] = {}
 
-    def fill(self, page: int, hpa: int, level: Level, rights: int, tag: int | None) -> None:
+    def fill(self, page: IovaPfn, hpa: Hpa, level: Level, rights: int, tag: int | None) -> None:
         """Cache what a completion granted: the whole leaf of `level` that covers 4 KiB page `page`."""
         shift = INDEX_BITS * (level - 1)
         key = page >> shift
@@ -55,7 +55,7 @@ class DevTlb:
         if tag is not None:
             self._tags[level, key] = tag
 
-    def _block(self, write: bool, page: int) -> Block:
+    def _block(self, write: bool, page: IovaPfn) -> _Block:
         blocks = self._blocks[write]
         block = blocks.get(page >> INDEX_BITS)
         if block is None:
@@ -64,11 +64,11 @@ class DevTlb:
             block = blocks[page >> INDEX_BITS] = [None] * ENTRIES
         return block
 
-    def runs(self, iova: int, size: int, write: bool) -> tuple[list[Run], int]:
+    def runs(self, iova: Iova, size: int, write: bool) -> tuple[list[HpaRun], int]:
         """Where the first bytes of iova..iova+size lie, as far as all pages are cached; how many bytes."""
-        found: list[Run] = []
+        found: list[HpaRun] = []
         blocks = self._blocks[write]
-        at, end = iova, iova + size
+        at, end = int(iova), iova + size
         while at < end:
             stop = (at | _BLOCK_MASK) + 1
             if stop > end:
@@ -81,23 +81,23 @@ class DevTlb:
                     at = _mixed_runs(found, pages, at, stop)
                     continue
             else:
-                leaf = self._huge_leaf(write, at >> PAGE_SHIFT)
+                leaf = self._huge_leaf(write, IovaPfn(at >> PAGE_SHIFT))
                 if leaf is None:
                     return found, at - iova
                 distance, level = leaf
                 stop = min(end, (at | (1 << PAGE_SHIFT + INDEX_BITS * (level - 1)) - 1) + 1)
-            _append(found, at + distance, stop - at)
+            _append(found, Hpa(at + distance), stop - at)
             at = stop
         return found, size
 
-    def _huge_leaf(self, write: bool, page: int) -> tuple[int, Level] | None:
+    def _huge_leaf(self, write: bool, page: IovaPfn) -> tuple[int, Level] | None:
         for level, leaves in self._huge[write].items():
             distance = leaves.get(page >> INDEX_BITS * (level - 1))
             if distance is not None:
                 return distance, level
         return None
 
-    def tag_of(self, page: int, write: bool) -> tuple[int, int] | None:
+    def tag_of(self, page: IovaPfn, write: bool) -> tuple[Pfn, int] | None:
         """(debug) the frame that 4 KiB page `page` is cached as, and its tag when it was walked."""
         block = self._blocks[write].get(page >> INDEX_BITS)
         distance = None if block is None else block[page & ENTRIES - 1]
@@ -108,9 +108,9 @@ class DevTlb:
                 return None
             distance, level = leaf
         tag = self._tags.get((level, page >> INDEX_BITS * (level - 1)))
-        return None if tag is None else (page + (distance >> PAGE_SHIFT), tag)
+        return None if tag is None else (Pfn(page + (distance >> PAGE_SHIFT)), tag)
 
-    def invalidate(self, start: int, npages: int) -> None:
+    def invalidate(self, start: IovaPfn, npages: int) -> None:
         """Drop what translates pages start..start+npages."""
         last = start + npages - 1
         for blocks in self._blocks:
@@ -133,31 +133,31 @@ class DevTlb:
                 if not start >> INDEX_BITS * (level - 1) <= key <= last >> INDEX_BITS * (level - 1)
             }
 
-    def entries(self) -> Iterator[tuple[int, int, Level, bool]]:
+    def entries(self) -> Iterator[tuple[IovaPfn, Hpa, Level, bool]]:
         """(first page, hpa, level, write) of everything cached: for checks."""
         for write in (False, True):
             for key, block in self._blocks[write].items():
                 for page, distance in enumerate(block, key << INDEX_BITS):
                     if distance is not None:
-                        yield page, (page << PAGE_SHIFT) + distance, LEVEL_4K, write
+                        yield IovaPfn(page), Hpa((page << PAGE_SHIFT) + distance), LEVEL_4K, write
             for level, leaves in self._huge[write].items():
                 for key, distance in leaves.items():
                     page = key << INDEX_BITS * (level - 1)
-                    yield page, (page << PAGE_SHIFT) + distance, level, write
+                    yield IovaPfn(page), Hpa((page << PAGE_SHIFT) + distance), level, write
 
 
-def _mixed_runs(found: list[Run], distances: Block, at: int, stop: int) -> int:
+def _mixed_runs(found: list[HpaRun], distances: _Block, at: int, stop: int) -> int:
     """Append a run for each page from `at` on, up to `stop` or the first page without a distance."""
     for page, distance in enumerate(distances, at >> PAGE_SHIFT):
         if distance is None:
             break
         end = min(page + 1 << PAGE_SHIFT, stop)
-        _append(found, at + distance, end - at)
+        _append(found, Hpa(at + distance), end - at)
         at = end
     return at
 
 
-def _append(found: list[Run], hpa: int, size: int) -> None:
+def _append(found: list[HpaRun], hpa: Hpa, size: int) -> None:
     """One more run, or the last one longer."""
     if found and found[-1][0] + found[-1][1] == hpa:
         hpa, before = found.pop()
@@ -165,7 +165,7 @@ def _append(found: list[Run], hpa: int, size: int) -> None:
     found.append((hpa, size))
 
 
-def _touched(cache: dict[int, Block] | dict[int, int], first: int, last: int) -> list[int]:
+def _touched(cache: dict[int, _Block] | dict[int, int], first: int, last: int) -> list[int]:
     """The keys of `cache` in first..last."""
     if last - first >= len(cache):
         return [key for key in cache if first <= key <= last]

@@ -39,9 +39,12 @@ from protocol.units import (
     PAGE_SIZE,
     Hpa,
     Iova,
+    IovaPfn,
     Level,
     Pasid,
+    iova_pfn_of,
     pages_of_level,
+    pfn_of,
     size_of_level,
 )
 
@@ -52,7 +55,7 @@ _TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 t
 STABLE_TRIES = 16
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The unit aborts the request; it has recorded why."""
 
     def __init__(self, reason: FaultReason) -> None:
@@ -63,7 +66,7 @@ class Refused(Exception):
 class Endpoint(Protocol):
     """What the unit needs of a function behind it."""
 
-    def invalidate_translations(self, start: int, npages: int) -> None: ...
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> None: ...
     def page_response(self, prgi: int, code: ResponseCode) -> None: ...
 
 
@@ -208,18 +211,18 @@ class RemappingUnit:
         self.prq.reset()
         self._faults.clear()
         for endpoint in self._endpoints.values():
-            endpoint.invalidate_translations(0, qi.MAX_PAGES)
+            endpoint.invalidate_translations(IovaPfn(0), qi.MAX_PAGES)
 
     # -- translation -----------------------------------------------------------------------------------
 
-    def translation_request(self, rid: int, page: int, need: int) -> IotlbEntry:
+    def translation_request(self, rid: int, page: IovaPfn, need: int) -> IotlbEntry:
         """ATS: the leaf that covers iova page `page`, with the rights the table gives; rights 0: not present.
 
         A cached entry without the right `need` is walked again: rights are raised without an invalidation.
-        Raises Refused on configuration errors, reserved bits, an address too wide: those are recorded.
+        Raises RequestRefused on configuration errors, reserved bits, an address too wide: those are recorded.
         """
         attached = self._attached(rid, page)
-        if msi.touches(page << PAGE_SHIFT, PAGE_SIZE):
+        if msi.touches(Iova(page << PAGE_SHIFT), PAGE_SIZE):
             raise self._refuse(rid, page, FaultReason.SGN_8, fpd=attached.fpd)
         if page >= attached.npages:
             raise self._refuse(rid, page, FaultReason.SGN_5, fpd=attached.fpd)
@@ -228,7 +231,7 @@ class RemappingUnit:
             entry = self._fill(rid, attached, page)
         return entry if entry.level == LEVEL_4K else _beside_interrupts(entry, page)
 
-    def _fill(self, rid: int, attached: _Attached, page: int) -> IotlbEntry:
+    def _fill(self, rid: int, attached: _Attached, page: IovaPfn) -> IotlbEntry:
         """Walk, and cache what was found; absent entries never are (CM = 0)."""
         tables = self._memory.tables_at(attached.root)
         if tables is None:
@@ -249,12 +252,12 @@ class RemappingUnit:
             self.iotlb.fill_table(attached.did, page, PscEntry(found.table, found.rights_above))
         return entry
 
-    def interrupt_request(self, rid: int, iova: int, size: int, *, write: bool) -> None:
-        """May an untranslated request that touches the interrupt range go on?  Raises Refused if not."""
+    def interrupt_request(self, rid: int, iova: Iova, size: int, *, write: bool) -> None:
+        """May an untranslated request that touches the interrupt range go on?  RequestRefused if not."""
         if not (write and msi.is_message(iova, size)):
             kind = FaultType.WRITE if write else FaultType.READ
             raise self._refuse(
-                rid, iova >> PAGE_SHIFT, FaultReason.SGN_8, type=kind, at=AddressType.UNTRANSLATED
+                rid, iova_pfn_of(iova), FaultReason.SGN_8, type=kind, at=AddressType.UNTRANSLATED
             )
 
     def interrupt(self, message: msi.InterruptMessage) -> None:
@@ -263,7 +266,7 @@ class RemappingUnit:
         self.messages.append(message)
         self.deliver(message)
 
-    def _walk(self, tables: TableReader, attached: _Attached, page: int) -> Walk:
+    def _walk(self, tables: TableReader, attached: _Attached, page: IovaPfn) -> Walk:
         self.walks += 1
         address = page << PAGE_SHIFT
         pointer = self.iotlb.lookup_table(attached.did, page)
@@ -273,21 +276,21 @@ class RemappingUnit:
         rights = found.rights & pointer.rights
         return Walk(found.outcome, found.level, found.entry, rights, pointer.rights, found.table)
 
-    def _walk_stable(self, tables: TableReader, attached: _Attached, page: int) -> tuple[Walk, int]:
+    def _walk_stable(self, tables: TableReader, attached: _Attached, page: IovaPfn) -> tuple[Walk, int]:
         """A walk, and in debug builds the frame's tag as of that walk: it must not change in between."""
         found = self._walk(tables, attached, page)
         tags = self._memory.tags
         if tags is None or found.outcome is not Outcome.MAPPED:
             return found, 0
         for _ in range(STABLE_TRIES):
-            tag = tags.read(found.hpa(0) >> PAGE_SHIFT)
+            tag = tags.read(pfn_of(found.hpa(0)))
             again = self._walk(tables, attached, page)
             if again == found or again.outcome is not Outcome.MAPPED:
                 return again, tag
             found = again
         return found._replace(outcome=Outcome.ABSENT), 0
 
-    def _attached(self, rid: int, page: int) -> _Attached:
+    def _attached(self, rid: int, page: IovaPfn) -> _Attached:
         """The PASID entry of a request without PASID, checked in the unit's order."""
         key = rid, RID_PASID
         cached = self._pasid_cache.get(key)
@@ -317,16 +320,16 @@ class RemappingUnit:
     def _refuse(
         self,
         rid: int,
-        page: int,
+        page: IovaPfn,
         reason: FaultReason,
         *,
         fpd: bool = False,
         type: FaultType = FaultType.READ,
         at: AddressType = AddressType.TRANSLATION_REQUEST,
-    ) -> Refused:
+    ) -> RequestRefused:
         """Record a fault unless it is a qualified one and FPD hides it; the caller raises the result."""
         if fpd and reason in QUALIFIED:
-            return Refused(reason)
+            return RequestRefused(reason)
         record = FaultRecord(
             sid=rid,
             addr=Iova((page << PAGE_SHIFT) & (1 << 64) - 1),
@@ -340,7 +343,7 @@ class RemappingUnit:
             self._faults.append(record.to_bytes())
             self.faults_recorded += 1
             self._on_event()
-        return Refused(reason)
+        return RequestRefused(reason)
 
     def take_faults(self) -> Iterator[bytes]:
         """Fault records not read yet."""
@@ -353,9 +356,9 @@ class RemappingUnit:
             endpoint.page_response(prgi, code)
 
 
-def _beside_interrupts(entry: IotlbEntry, page: int) -> IotlbEntry:
+def _beside_interrupts(entry: IotlbEntry, page: IovaPfn) -> IotlbEntry:
     """No answer covers the interrupt range: of a huge leaf over it the page that was asked for is given."""
     inside = page % pages_of_level(entry.level)
-    if not msi.touches((page - inside) << PAGE_SHIFT, size_of_level(entry.level)):
+    if not msi.touches(Iova((page - inside) << PAGE_SHIFT), size_of_level(entry.level)):
         return entry
     return entry._replace(hpa=Hpa(entry.hpa + (inside << PAGE_SHIFT)), level=LEVEL_4K)

@@ -17,14 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from device_sim.core import msi
-from device_sim.core.devtlb import DevTlb, Run
-from device_sim.core.dmar import NOT_PRESENT, Refused, RemappingUnit
+from device_sim.core.devtlb import DevTlb, HpaRun
+from device_sim.core.dmar import NOT_PRESENT, RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
 from protocol.errors import UapiError
 from protocol.hw.qi import MAX_PAGES, ResponseCode
 from protocol.pt import bits
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Iova
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Hpa, Iova, IovaPfn, iova_pfn_of
 
 PRI_CAPACITY = 512
 GROUP_PAGES = 8  # as many pages as one group asks for
@@ -35,7 +35,7 @@ MAX_LATENCIES = 4096
 
 @dataclass(frozen=True, slots=True)
 class DmaRange:
-    iova: int
+    iova: Iova
     size: int
     write: bool
 
@@ -54,9 +54,9 @@ class Traits:
 class DmaFault(Exception):
     """The access cannot be made.  `requested`: the page was asked for and refused."""
 
-    def __init__(self, iova: int, write: bool, *, requested: bool) -> None:
+    def __init__(self, iova: Iova, write: bool, *, requested: bool) -> None:
         super().__init__(f"{'write' if write else 'read'} of iova {iova:#x}")
-        self.iova = Iova(iova)
+        self.iova = iova
         self.write = write
         self.requested = requested
 
@@ -92,7 +92,7 @@ class Function:
 
     # -- what the remapping unit sends -----------------------------------------------------------------
 
-    def invalidate_translations(self, start: int, npages: int) -> None:
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> None:
         """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once."""
         self.devtlb.invalidate(start, npages)
 
@@ -124,7 +124,7 @@ class Function:
         elif pri_allocation is not None and self.pri.enabled:
             self.pri.disable()
         if not (self.ats_enabled and self.dma_enabled):
-            self.devtlb.invalidate(0, MAX_PAGES)
+            self.devtlb.invalidate(IovaPfn(0), MAX_PAGES)
 
     def _check(self, pasid: bool | None, ats: bool | None, pri_allocation: int | None) -> None:
         absent = (
@@ -166,7 +166,7 @@ class Function:
                 began = self._clock()
             first = missing[0]
             if not (block and self.pri.enabled):
-                raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=False)
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=False)
             # await: began, first, missing, ranges: pages may be there now, which costs a request; asked
             # again: the next round translates
             # (tests/unit/device_sim/test_function_off.py::test_a_page_that_comes_meanwhile_is_found)
@@ -178,21 +178,21 @@ class Function:
             # (tests/unit/device_sim/test_function.py::test_a_page_taken_after_the_answer_is_asked_for)
             code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
-                raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
-        raise DmaFault(first.page << PAGE_SHIFT, first.write, requested=True)
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
+        raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
 
     def _translate_missing(self, ranges: list[DmaRange]) -> list[PageAccess]:
         """Translation requests for what the device TLB lacks; the accesses that were not granted."""
-        refused: dict[int, PageAccess] = {}
+        refused: dict[IovaPfn, PageAccess] = {}
         for dma in ranges:
             asked = 0
             at = dma.iova
             end = dma.iova + dma.size
             while at < end and asked < GROUP_PAGES:
                 _, covered = self.devtlb.runs(at, end - at, dma.write)
-                at += covered
+                at = Iova(at + covered)
                 if covered and at < end:
-                    at &= ~PAGE_OFFSET_MASK
+                    at = Iova(at & ~PAGE_OFFSET_MASK)
                 if at >= end:
                     break
                 if msi.touches(at, 1):
@@ -200,11 +200,11 @@ class Function:
                         self._interrupt_request(dma)
                     break
                 asked += 1
-                if not self._translate(at >> PAGE_SHIFT, dma.write):
-                    known = refused.get(at >> PAGE_SHIFT)
-                    if known is None or dma.write:
-                        refused[at >> PAGE_SHIFT] = PageAccess(at >> PAGE_SHIFT, dma.write)
-                    at = (at | PAGE_OFFSET_MASK) + 1
+                page = iova_pfn_of(at)
+                if not self._translate(page, dma.write):
+                    if page not in refused or dma.write:
+                        refused[page] = PageAccess(page, dma.write)
+                    at = Iova((at | PAGE_OFFSET_MASK) + 1)
         return list(refused.values())
 
     def _interrupt_request(self, dma: DmaRange) -> None:
@@ -214,30 +214,30 @@ class Function:
         try:
             size = _one_request(dma.iova, dma.size)
             self._unit.interrupt_request(self.rid, dma.iova, size, write=dma.write)
-        except Refused:
+        except RequestRefused:
             raise DmaFault(dma.iova, dma.write, requested=True) from None
 
-    def _is_message(self, iova: int, size: int) -> bool:
+    def _is_message(self, iova: Iova, size: int) -> bool:
         """An interrupt message, which needs no translation."""
         return self.dma_enabled and msi.is_message(iova, size)
 
-    def _write_message(self, iova: int, data: bytes) -> bool:
+    def _write_message(self, iova: Iova, data: bytes) -> bool:
         """A write the device TLB has nothing for: perhaps an interrupt message."""
         if not self._is_message(iova, len(data)):
             return False
         self._unit.interrupt(msi.InterruptMessage(self.rid, iova, int.from_bytes(data, "little")))
         return True
 
-    def _translate(self, page: int, write: bool) -> bool:
+    def _translate(self, page: IovaPfn, write: bool) -> bool:
         """One ATS translation request; whether the device TLB now allows the access."""
         need = bits.WRITE if write else bits.READ
         self.devtlb.misses += 1
         if not (self.ats_enabled and self.dma_enabled):
-            raise DmaFault(page << PAGE_SHIFT, write, requested=False)
+            raise DmaFault(Iova(page << PAGE_SHIFT), write, requested=False)
         try:
             entry = self._unit.translation_request(self.rid, page, need)
-        except Refused:
-            raise DmaFault(page << PAGE_SHIFT, write, requested=True) from None
+        except RequestRefused:
+            raise DmaFault(Iova(page << PAGE_SHIFT), write, requested=True) from None
         if entry is not NOT_PRESENT:
             tag = entry.tag if self._memory.tags is not None else None
             self.devtlb.fill(page, entry.hpa, entry.level, entry.rights, tag)
@@ -251,7 +251,7 @@ class Function:
             return size if self._is_message(dma.iova, size) else 0
         return translated
 
-    def read(self, iova: int, size: int) -> bytes | None:
+    def read(self, iova: Iova, size: int) -> bytes | None:
         """The bytes, or None if part of them is not translated."""
         runs, covered = self.devtlb.runs(iova, size, write=False)
         if covered < size:
@@ -262,7 +262,7 @@ class Function:
         self._note_stale("while", iova, size, write=False)
         return data
 
-    def write(self, iova: int, data: bytes) -> bool:
+    def write(self, iova: Iova, data: bytes) -> bool:
         """Store; False, and nothing stored, if part of the range is not translated."""
         runs, covered = self.devtlb.runs(iova, len(data), write=True)
         if covered < len(data):
@@ -276,7 +276,7 @@ class Function:
         self._note_stale("while", iova, len(data), write=True)
         return True
 
-    def copy(self, src: int, dst: int, size: int) -> int:
+    def copy(self, src: Iova, dst: Iova, size: int) -> int:
         """Copy as much from the front as both sides are translated for; how many bytes."""
         src_runs, readable = self.devtlb.runs(src, size, False)
         dst_runs, writable = self.devtlb.runs(dst, size, True)
@@ -298,10 +298,10 @@ class Function:
             self._note_stale("while", dst, count, write=True)
         return count
 
-    def _count_hits(self, iova: int, size: int) -> None:
+    def _count_hits(self, iova: Iova, size: int) -> None:
         self.devtlb.hits += (iova + size - 1 >> PAGE_SHIFT) - (iova >> PAGE_SHIFT) + 1
 
-    def _copy_run(self, src_run: Run, dst_run: Run, count: int) -> bool:
+    def _copy_run(self, src_run: HpaRun, dst_run: HpaRun, count: int) -> bool:
         """The usual copy: one piece of host memory to another.  False if either leaves its window."""
         source, target = self._memory.frame(src_run[0]), self._memory.frame(dst_run[0])
         if source is None or target is None:
@@ -323,7 +323,7 @@ class Function:
                 source = source[step:] if step < len(source) else next(src)
                 target = target[step:] if step < len(target) else next(dst)
 
-    def _pieces(self, runs: list[Run], iova: int, write: bool) -> list[memoryview]:
+    def _pieces(self, runs: list[HpaRun], iova: Iova, write: bool) -> list[memoryview]:
         """Each run as memory, in two where a window ends and the next begins.
 
         Raises DmaFault where the table points outside memory.
@@ -333,23 +333,23 @@ class Function:
             while size:
                 place = self._memory.frame(hpa)
                 if place is None:
-                    raise DmaFault(iova >> PAGE_SHIFT << PAGE_SHIFT, write, requested=True)
+                    raise DmaFault(Iova(iova >> PAGE_SHIFT << PAGE_SHIFT), write, requested=True)
                 view, offset = place
                 piece = view[offset : offset + size]
                 pieces.append(piece)
                 got = len(piece)
-                hpa, iova, size = hpa + got, iova + got, size - got
+                hpa, iova, size = Hpa(hpa + got), Iova(iova + got), size - got
         return pieces
 
     # -- the debug check -------------------------------------------------------------------------------
 
-    def _note_stale(self, when: str, iova: int, size: int, *, write: bool) -> None:
+    def _note_stale(self, when: str, iova: Iova, size: int, *, write: bool) -> None:
         """Compare every frame's tag with the one it was walked under; asked on both sides of an access."""
         tags = self._memory.tags
         if tags is None:
             return
         for page in range(iova >> PAGE_SHIFT, (iova + size - 1 >> PAGE_SHIFT) + 1):
-            cached = self.devtlb.tag_of(page, write)
+            cached = self.devtlb.tag_of(IovaPfn(page), write)
             if cached is not None and tags.read(cached[0]) != cached[1]:
                 self.stale += 1
                 if len(self.stale_notes) < MAX_STALE_NOTES:
@@ -359,6 +359,6 @@ class Function:
                     )
 
 
-def _one_request(iova: int, size: int) -> int:
+def _one_request(iova: Iova, size: int) -> int:
     """Bytes of the first memory request of an access: none crosses a 4 KiB boundary [PCIe 2.2.7]."""
     return min(size, PAGE_SIZE - (iova & PAGE_OFFSET_MASK))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from protocol.pt.geometry import INDEX_BITS
-from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Hpa, Level
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Hpa, IovaPfn, Level
 
 MAX_ENTRIES = 4096  # of one domain and page size; the oldest goes first
 LEAF_LEVELS = (LEVEL_4K, LEVEL_2M, LEVEL_1G)
@@ -50,7 +50,7 @@ class Iotlb:
         self.psc_hits = 0
         self._domains: dict[int, _Domain] = {}
 
-    def lookup(self, did: int, page: int, need: int) -> IotlbEntry | None:
+    def lookup(self, did: int, page: IovaPfn, need: int) -> IotlbEntry | None:
         """The entry that gives iova page `page` the right `need`; counts a hit or a miss."""
         domain = self._domains.get(did)
         if domain is not None:
@@ -62,19 +62,19 @@ class Iotlb:
         self.misses += 1
         return None
 
-    def fill(self, did: int, page: int, entry: IotlbEntry) -> None:
+    def fill(self, did: int, page: IovaPfn, entry: IotlbEntry) -> None:
         leaves = self._domain(did).leaves[entry.level]
         _make_room(leaves)
         leaves[page >> INDEX_BITS * (entry.level - 1)] = entry
 
-    def lookup_table(self, did: int, page: int) -> PscEntry | None:
+    def lookup_table(self, did: int, page: IovaPfn) -> PscEntry | None:
         """The level-1 table that translates `page`, if its pointer is cached."""
         domain = self._domains.get(did)
         entry = None if domain is None else domain.tables.get(page >> INDEX_BITS)
         self.psc_hits += entry is not None
         return entry
 
-    def fill_table(self, did: int, page: int, entry: PscEntry) -> None:
+    def fill_table(self, did: int, page: IovaPfn, entry: PscEntry) -> None:
         tables = self._domain(did).tables
         _make_room(tables)
         tables[page >> INDEX_BITS] = entry
@@ -85,7 +85,7 @@ class Iotlb:
     def invalidate_domain(self, did: int) -> None:
         self._domains.pop(did, None)
 
-    def invalidate_pages(self, did: int, start: int, npages: int, *, leaves_only: bool) -> None:
+    def invalidate_pages(self, did: int, start: IovaPfn, npages: int, *, leaves_only: bool) -> None:
         """Drop what translates pages start..start+npages; table pointers too unless `leaves_only` (IH)."""
         domain = self._domains.get(did)
         if domain is None:
@@ -95,13 +95,13 @@ class Iotlb:
         if not leaves_only:
             _drop(domain.tables, start, npages, INDEX_BITS)
 
-    def entries(self, did: int) -> list[tuple[int, IotlbEntry]]:
+    def entries(self, did: int) -> list[tuple[IovaPfn, IotlbEntry]]:
         """(first page, entry) of everything cached for a domain: for checks."""
         domain = self._domains.get(did)
         if domain is None:
             return []
         return [
-            (key << INDEX_BITS * (level - 1), entry)
+            (IovaPfn(key << INDEX_BITS * (level - 1)), entry)
             for level in LEAF_LEVELS
             for key, entry in domain.leaves[level].items()
         ]
@@ -115,7 +115,9 @@ def _make_room(cache: dict[int, IotlbEntry] | dict[int, PscEntry]) -> None:
         del cache[next(iter(cache))]
 
 
-def _drop(cache: dict[int, IotlbEntry] | dict[int, PscEntry], start: int, npages: int, shift: int) -> None:
+def _drop(
+    cache: dict[int, IotlbEntry] | dict[int, PscEntry], start: IovaPfn, npages: int, shift: int
+) -> None:
     """Remove every key whose pages overlap start..start+npages."""
     first, last = start >> shift, (start + npages - 1) >> shift
     if last - first >= len(cache):

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-START: Final = 0xFEE0_0000
-END: Final = 0xFEF0_0000
+from protocol.units import Hpa, Iova
+
+START: Final = Iova(0xFEE0_0000)
+END: Final = Iova(0xFEF0_0000)
 MESSAGE_BYTES: Final = 4
 
 
 class InterruptMessage(NamedTuple):
     rid: int
-    addr: int
+    addr: Iova
     data: int
 
 
-def touches(start: int, size: int) -> bool:
+def touches(start: Iova | Hpa, size: int) -> bool:
     """Does any byte of start..start+size lie in the range?"""
     return start < END and start + size > START
 
 
-def is_message(start: int, size: int) -> bool:
+def is_message(start: Iova, size: int) -> bool:
     """Is a write of that shape an interrupt message?"""
     return size == MESSAGE_BYTES and touches(start, size) and start % MESSAGE_BYTES == 0

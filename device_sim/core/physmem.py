@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from protocol.frame_tags import TAG_BYTES, FrameTags
 from protocol.hostmem import HostMap, Window, WindowKind
 from protocol.pt.mem import TableReader
+from protocol.units import Hpa
 
 
 @dataclass(slots=True)
@@ -29,10 +30,10 @@ class PhysicalMemory:
     def __init__(self) -> None:
         self._map = HostMap()
         self.frame = self._map.frame  # (view, offset) of the frame byte at an hpa, or None
-        self._mapped: dict[tuple[WindowKind, int, int], _Mapped] = {}
+        self._mapped: dict[tuple[WindowKind, Hpa, int], _Mapped] = {}
         self.tags: FrameTags | None = None
 
-    def find(self, kind: WindowKind, base: int, size: int) -> Window | None:
+    def find(self, kind: WindowKind, base: Hpa, size: int) -> Window | None:
         """The window if it is mapped already."""
         mapped = self._mapped.get((kind, base, size))
         return None if mapped is None else mapped.window
@@ -74,7 +75,7 @@ class PhysicalMemory:
         window.view.release()
         mapped.release()
 
-    def tables_at(self, hpa: int) -> TableReader | None:
+    def tables_at(self, hpa: Hpa) -> TableReader | None:
         """What reads the tables of the window that holds `hpa`; None where no table memory is."""
         for mapped in self._mapped.values():
             if mapped.reader is not None and mapped.window.base <= hpa < mapped.window.end:

@@ -15,17 +15,17 @@ from device_sim.core.prq import PageRequestQueue
 from protocol.flow import Wait
 from protocol.hw.prq import PRGI_MAX, PageRequest
 from protocol.hw.qi import ResponseCode
-from protocol.units import PAGE_SHIFT, Iova
+from protocol.units import PAGE_SHIFT, Iova, IovaPfn
 
 
 class PageAccess(NamedTuple):
     """A page that is wanted, and for what."""
 
-    page: int
+    page: IovaPfn
     write: bool
 
 
-class _Group(NamedTuple):
+class _RequestGroup(NamedTuple):
     accesses: Sequence[PageAccess]
     answered: Wait[ResponseCode]
 
@@ -41,9 +41,9 @@ class PageRequestInterface:
         self._queue = queue
         self._credits = 0
         self._next_index = 0
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, _RequestGroup] = {}
         self._outstanding: dict[PageAccess, Wait[ResponseCode]] = {}
-        self._waiting: deque[_Group] = deque()  # for credits or an index
+        self._waiting: deque[_RequestGroup] = deque()  # for credits or an index
 
     def enable(self, allocation: int) -> None:
         """Up to `allocation` requests may be outstanding."""
@@ -79,7 +79,7 @@ class PageRequestInterface:
         return max(codes)
 
     def _open(self, accesses: Sequence[PageAccess]) -> Wait[ResponseCode]:
-        group = _Group(accesses, Wait())
+        group = _RequestGroup(accesses, Wait())
         if not self.enabled:
             group.answered.set(ResponseCode.FAILURE)
             return group.answered

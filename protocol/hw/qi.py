@@ -34,7 +34,7 @@ from protocol.hw.fields import (
     store,
     unpack,
 )
-from protocol.units import PAGE_SHIFT, Iova, Pasid, bits
+from protocol.units import PAGE_SHIFT, Iova, IovaPfn, Pasid, bits
 
 DESCRIPTOR_SIZE: Final = 32
 MAX_PAGES: Final = 1 << (64 - PAGE_SHIFT)
@@ -137,7 +137,7 @@ class IotlbInv:
     dr: bool = False
 
     @property
-    def pages(self) -> tuple[int, int]:
+    def pages(self) -> tuple[IovaPfn, int]:
         """(start_page, npages) of a PAGE invalidation; address bits below the mask are ignored."""
         return _block(self.addr, self.am)
 
@@ -159,7 +159,7 @@ class DevTlbInv:
     addr: Iova = NO_IOVA
 
     @property
-    def pages(self) -> tuple[int, int]:
+    def pages(self) -> tuple[IovaPfn, int]:
         return devtlb_pages(self.addr, self.size)
 
 
@@ -216,7 +216,7 @@ class PasidIotlbInv:
     addr: Iova = NO_IOVA
 
     @property
-    def pages(self) -> tuple[int, int]:
+    def pages(self) -> tuple[IovaPfn, int]:
         return _block(self.addr, self.am)
 
 
@@ -254,7 +254,7 @@ class PasidDevTlbInv:
     addr: Iova = NO_IOVA
 
     @property
-    def pages(self) -> tuple[int, int]:
+    def pages(self) -> tuple[IovaPfn, int]:
         return devtlb_pages(self.addr, self.size)
 
 
@@ -358,18 +358,18 @@ def devtlb_addr(start_page: int, npages: int) -> tuple[Iova, bool]:
     return Iova((start_page | (npages // 2 - 1)) << PAGE_SHIFT), True
 
 
-def devtlb_pages(addr: Iova, size: bool) -> tuple[int, int]:
+def devtlb_pages(addr: Iova, size: bool) -> tuple[IovaPfn, int]:
     """(start_page, npages) of a device-TLB descriptor: the inverse of devtlb_addr()."""
     page = addr >> PAGE_SHIFT
     if not size:
-        return page, 1
+        return IovaPfn(page), 1
     assert addr != _NO_ZERO_BIT, "decode() refuses a size without a zero bit"
     npages = (~page & (page + 1)) << 1
-    return page & ~(npages - 1), npages
+    return IovaPfn(page & ~(npages - 1)), npages
 
 
-def _block(addr: Iova, am: int) -> tuple[int, int]:
-    return addr >> PAGE_SHIFT >> am << am, 1 << am
+def _block(addr: Iova, am: int) -> tuple[IovaPfn, int]:
+    return IovaPfn(addr >> PAGE_SHIFT >> am << am), 1 << am
 
 
 def _check_range(start_page: int, npages: int) -> None:

@@ -38,7 +38,7 @@ from protocol.hostmem import LOW_RAM_START, Window, WindowKind
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt import bits
 from protocol.pt.mem import TableWriter
-from protocol.units import LEVEL_1G, PAGE_SIZE, Level, size_of_level
+from protocol.units import LEVEL_1G, PAGE_SIZE, IovaPfn, Level, size_of_level
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse
 from tests.unit.iommufdd.host import FakeHost
@@ -55,9 +55,9 @@ class Endpoint:
     """A function's device TLB: page -> frame."""
 
     def __init__(self) -> None:
-        self.tlb: dict[int, int] = {}
+        self.tlb: dict[IovaPfn, int] = {}
 
-    def invalidate_translations(self, start: int, npages: int) -> None:
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> None:
         self.tlb = {page: hpa for page, hpa in self.tlb.items() if not start <= page < start + npages}
 
     def page_response(self, prgi: int, code: ResponseCode) -> None: ...
@@ -176,7 +176,7 @@ class MirrorMachine:
 
     def device_reads(self) -> None:
         """Through its TLB, the IOTLB, the table: what it is given must be the process's."""
-        page = self.any_span()[0] >> 12
+        page = IovaPfn(self.any_span()[0] >> 12)
         if page not in self.endpoint.tlb:
             entry = self.unit.translation_request(RID, page, bits.READ)
             if not entry.rights:

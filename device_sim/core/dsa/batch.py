@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from device_sim.core.dsa.dma import Dma
-from device_sim.core.dsa.job import Job, Outcome
+from device_sim.core.dsa.result import JobResult
+from device_sim.core.dsa.wq import Job
 from device_sim.core.function import DmaFault
 from protocol.flow import Wait
 from protocol.hw.dsa import DESCRIPTOR_SIZE, Descriptor, DrainFlag, Flag, Status
-from protocol.units import PAGE_SIZE
+from protocol.units import PAGE_SIZE, Iova
 
 WINDOW = 16
 READBACK_BYTES = 1
@@ -36,9 +37,9 @@ class Batch:
         self._failed = False
         self._progress: Wait[None] | None = None
 
-    async def run(self) -> Outcome:
+    async def run(self) -> JobResult:
         """The batch's record, once every descriptor that was fetched is done."""
-        out = Outcome(tell_completed=True)
+        out = JobResult(tell_completed=True)
         try:
             await self._fetch(out)
         except DmaFault as fault:
@@ -52,11 +53,11 @@ class Batch:
         return out
 
     # awaits: out, child, each offset, fence, fetched: cannot change: this batch's own, fetched once
-    async def _fetch(self, out: Outcome) -> None:
+    async def _fetch(self, out: JobResult) -> None:
         """`out.completed` counts the descriptors handed to the engines."""
         d = self._job.descriptor
         while out.completed < d.size:
-            at = d.src + out.completed * DESCRIPTOR_SIZE
+            at = Iova(d.src + out.completed * DESCRIPTOR_SIZE)
             # A page at a time: what is fetched runs while the next page is waited for.
             wanted = min((d.size - out.completed) * DESCRIPTOR_SIZE, PAGE_SIZE - at % PAGE_SIZE)
             fetched = await self._dma.read_some(at, wanted)
@@ -76,7 +77,7 @@ class Batch:
         child.done.on_done(lambda done: self._ended(child, done.result()))
         self._stage(child)
 
-    def _ended(self, child: Job, outcome: Outcome) -> None:
+    def _ended(self, child: Job, outcome: JobResult) -> None:
         del self._children[child]
         self._failed |= outcome.status is not Status.SUCCESS
         if self._progress is not None:
@@ -91,18 +92,18 @@ class Batch:
 
 
 # awaits: job, dma, each earlier, d, each flag: cannot change: who stood before it then, and its descriptor
-async def drain(job: Job, dma: Dma) -> Outcome:
+async def drain(job: Job, dma: Dma) -> JobResult:
     """Once everything its queue took before it is done; then the read-backs."""
     for earlier in list(job.queue.jobs):
         if earlier is job:
             break
         await earlier.done
     d = job.descriptor
-    for flag, iova in ((DrainFlag.READBACK1, d.src), (DrainFlag.READBACK2, d.dst)):
+    for flag, iova in ((DrainFlag.READBACK1, Iova(d.src)), (DrainFlag.READBACK2, Iova(d.dst))):
         if d.flags & flag:
             try:
                 await dma.read(iova, READBACK_BYTES)
             except DmaFault as fault:
-                return Outcome(Status.READBACK_FAULT, fault=fault)
+                return JobResult(Status.READBACK_FAULT, fault=fault)
     dma.check_aborted()
-    return Outcome()
+    return JobResult()

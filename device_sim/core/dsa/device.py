@@ -14,11 +14,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from device_sim.core.dsa.engine import Group
-from device_sim.core.dsa.job import Job
+from device_sim.core.dsa.engine import EngineGroup
 from device_sim.core.dsa.rules import RULES
 from device_sim.core.dsa.runner import Runner
-from device_sim.core.dsa.wq import WorkQueue
+from device_sim.core.dsa.wq import Job, WorkQueue
 from device_sim.core.function import Function
 from protocol.flow import Flow
 from protocol.hw.dsa import Descriptor
@@ -160,7 +159,7 @@ class Dsa:
             return problem
         for queues, engines in zip(self.group_queues, self.group_engines, strict=True):
             members = [queue for queue in self.queues if queues >> queue.index & 1]
-            group = Group(members, engines.bit_count(), self.runner.run, self._spawn)
+            group = EngineGroup(members, engines.bit_count(), self.runner.run, self._spawn)
             for queue in members:
                 queue.group = group
         self.state = State.ENABLED

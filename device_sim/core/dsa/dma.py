@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from device_sim.core.dsa.job import Job
+from device_sim.core.dsa.wq import Job
 from device_sim.core.function import DmaFault, DmaRange, Function
-from protocol.units import PAGE_SHIFT, PAGE_SIZE
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Iova
 
 
 class Aborted(Exception):
@@ -34,12 +34,12 @@ class Dma:
         self._job = job
         self._fault: DmaFault | None = None  # somewhere ahead
 
-    async def reach(self, done: int, size: int, *operands: tuple[int, bool]) -> int:
+    async def reach(self, done: int, size: int, *operands: tuple[Iova, bool]) -> int:
         """How many bytes from `done` on all operands, (iova, write) each, are accessible: one at least.
 
         Raises DmaFault for the first byte that is not.
         """
-        ranges = [DmaRange(iova + done, size - done, write) for iova, write in operands]
+        ranges = [DmaRange(Iova(iova + done), size - done, write) for iova, write in operands]
         return await self.reach_ranges(ranges)
 
     # awaits: ranges, dma: cannot change: addresses; where they lead is looked up after each sleep
@@ -65,33 +65,33 @@ class Dma:
             raise Aborted
 
     # awaits: done, parts: cannot change: bytes as they were when each piece was reached
-    async def read(self, iova: int, size: int) -> bytes:
+    async def read(self, iova: Iova, size: int) -> bytes:
         """All of it, as it was when each piece was reached."""
         parts: list[bytes] = []
         done = 0
         while done < size:
-            parts.append(await self.read_some(iova + done, size - done))
+            parts.append(await self.read_some(Iova(iova + done), size - done))
             done += len(parts[-1])
         return b"".join(parts)
 
-    async def read_some(self, iova: int, size: int) -> bytes:
+    async def read_some(self, iova: Iova, size: int) -> bytes:
         """What can be read from the front, one byte at least."""
         return self.load(iova, await self.reach(0, size, (iova, False)))
 
     # awaits: done: cannot change: bytes that are stored
-    async def write(self, iova: int, data: bytes) -> None:
+    async def write(self, iova: Iova, data: bytes) -> None:
         done = 0
         while done < len(data):
             count = await self.reach(done, len(data), (iova, True))
-            self.store(iova + done, data[done : done + count])
+            self.store(Iova(iova + done), data[done : done + count])
             done += count
 
-    def load(self, iova: int, size: int) -> bytes:
+    def load(self, iova: Iova, size: int) -> bytes:
         """What was reached."""
         data = self.function.read(iova, size)
         assert data is not None, f"iova {iova:#x} was reached and is not translated"
         return data
 
-    def store(self, iova: int, data: bytes) -> None:
+    def store(self, iova: Iova, data: bytes) -> None:
         stored = self.function.write(iova, data)
         assert stored, f"iova {iova:#x} was reached and is not translated"

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from device_sim.core.dsa.job import Job
-from device_sim.core.dsa.wq import WorkQueue
+from device_sim.core.dsa.wq import Job, WorkQueue
 from protocol.flow import Flow
 
 
-class Group:
+class EngineGroup:
     """`run(job)` is a flow that lasts as long as the engine is busy with it."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """What each operation does to memory: a flow an opcode, in one table.
 
 Models the operations of [DSA 8.1] that an engine runs.  An operation moves forward as far as its operands are
-reached and keeps `Outcome.completed` true at every wait, so that a fault in the middle leaves a record from
+reached and keeps `JobResult.completed` true at every wait, so that a fault in the middle leaves a record from
 which software can resume.  Only a move onto its own tail goes backwards, and says so (result 1).
 
 Departures: DIF, DIX and translation fetch are no operations of this device, nor is the 16-byte fill pattern.
@@ -15,12 +15,12 @@ from typing import Final
 
 from device_sim.core.dsa import crc32c, delta
 from device_sim.core.dsa.dma import Dma
-from device_sim.core.dsa.job import Outcome
+from device_sim.core.dsa.result import JobResult
 from device_sim.core.function import DmaRange
 from protocol.flow import Flow
 from protocol.hw import dsa
 from protocol.hw.dsa import CrcFlag, Descriptor, Flag, Opcode, Status
-from protocol.units import PAGE_OFFSET_MASK
+from protocol.units import PAGE_OFFSET_MASK, Iova
 
 PATTERN_BYTES: Final = 8
 SEED_BYTES: Final = 4
@@ -30,10 +30,10 @@ BACKWARD = 1  # result of a move that did not end
 _CRC = struct.Struct("<Q8x")
 _DELTA_SIZE = struct.Struct("<I12x")
 
-Operation = Callable[[Dma, Descriptor, Outcome], Flow[None]]
+Operation = Callable[[Dma, Descriptor, JobResult], Flow[None]]
 
 
-async def _nothing(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _nothing(dma: Dma, d: Descriptor, out: JobResult) -> None:
     """NOOP."""
 
 
@@ -41,22 +41,22 @@ async def _nothing(dma: Dma, d: Descriptor, out: Outcome) -> None:
 
 
 # awaits: copy, dma, src, dst, size, out: cannot change: the descriptor's own operands and what is done of it
-async def _move(dma: Dma, d: Descriptor, out: Outcome) -> None:
-    src, dst, size = d.src, d.dst, d.size
+async def _move(dma: Dma, d: Descriptor, out: JobResult) -> None:
+    src, dst, size = Iova(d.src), Iova(d.dst), d.size
     if src < dst < src + size:
         await _move_backward(dma, d, out)
         return
     copy = dma.function.copy
     while True:
         done = out.completed
-        out.completed += copy(src + done, dst + done, size - done)
+        out.completed += copy(Iova(src + done), Iova(dst + done), size - done)
         if out.completed == size:
             return
         await dma.reach(out.completed, size, (src, False), (dst, True))
 
 
 # awaits: dma, rest, count, out: cannot change: the descriptor's own operands and what is done of it
-async def _move_backward(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _move_backward(dma: Dma, d: Descriptor, out: JobResult) -> None:
     """The destination begins inside the source: from the end, a page at a time, unless all of it is there."""
     out.result = BACKWARD
     while out.completed < d.size:
@@ -67,27 +67,27 @@ async def _move_backward(dma: Dma, d: Descriptor, out: Outcome) -> None:
             count = 1 + min((d.src + last) & PAGE_OFFSET_MASK, (d.dst + last) & PAGE_OFFSET_MASK, last)
             start = rest - count
             await dma.reach_ranges(
-                [DmaRange(d.src + start, count, False), DmaRange(d.dst + start, count, True)]
+                [DmaRange(Iova(d.src + start), count, False), DmaRange(Iova(d.dst + start), count, True)]
             )
         start = rest - count
-        dma.store(d.dst + start, dma.load(d.src + start, count))
+        dma.store(Iova(d.dst + start), dma.load(Iova(d.src + start), count))
         out.completed += count
     out.result = 0
 
 
 def _reached_together(dma: Dma, d: Descriptor, rest: int) -> int:
     """`rest`, if that much of both operands is accessible; or 0."""
+    source, target = DmaRange(Iova(d.src), rest, False), DmaRange(Iova(d.dst), rest, True)
     reached = dma.function.accessible
-    both = reached(DmaRange(d.src, rest, False)) == reached(DmaRange(d.dst, rest, True)) == rest
-    return rest if both else 0
+    return rest if reached(source) == reached(target) == rest else 0
 
 
 # awaits: dma, data, out: cannot change: the descriptor's own operands and what is done of it
-async def _fill(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _fill(dma: Dma, d: Descriptor, out: JobResult) -> None:
     data = _repeated(d.src, d.size)
     while out.completed < d.size:
-        count = await dma.reach(out.completed, d.size, (d.dst, True))
-        dma.store(d.dst + out.completed, data[out.completed : out.completed + count])
+        count = await dma.reach(out.completed, d.size, (Iova(d.dst), True))
+        dma.store(Iova(d.dst + out.completed), data[out.completed : out.completed + count])
         out.completed += count
 
 
@@ -96,22 +96,22 @@ def _repeated(pattern: int, size: int) -> bytes:
 
 
 # awaits: dma, done, second, out: cannot change: the descriptor's own operands and what is done of it
-async def _dualcast(dma: Dma, d: Descriptor, out: Outcome) -> None:
-    second = d.op(dsa.DEST2)
+async def _dualcast(dma: Dma, d: Descriptor, out: JobResult) -> None:
+    second = Iova(d.op(dsa.DEST2))
     while out.completed < d.size:
         done = out.completed
-        count = await dma.reach(done, d.size, (d.src, False), (d.dst, True), (second, True))
-        data = dma.load(d.src + done, count)
-        dma.store(d.dst + done, data)
-        dma.store(second + done, data)
+        count = await dma.reach(done, d.size, (Iova(d.src), False), (Iova(d.dst), True), (second, True))
+        data = dma.load(Iova(d.src + done), count)
+        dma.store(Iova(d.dst + done), data)
+        dma.store(Iova(second + done), data)
         out.completed += count
 
 
 # awaits: dma, out: cannot change: the descriptor's own operands and what is done of it
-async def _flush(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _flush(dma: Dma, d: Descriptor, out: JobResult) -> None:
     """CFLUSH: memory here has no cache before it; what remains is that every page is reached."""
     while out.completed < d.size:
-        done = await dma.reach(out.completed, d.size, (d.dst, False))
+        done = await dma.reach(out.completed, d.size, (Iova(d.dst), False))
         out.completed += done
 
 
@@ -119,27 +119,27 @@ async def _flush(dma: Dma, d: Descriptor, out: Outcome) -> None:
 
 
 # awaits: dma, done, out: cannot change: the descriptor's own operands and what is done of it
-async def _compare(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _compare(dma: Dma, d: Descriptor, out: JobResult) -> None:
     while out.completed < d.size and out.result == EQUAL:
         done = out.completed
-        count = await dma.reach(done, d.size, (d.src, False), (d.dst, False))
-        _compare_piece(out, dma.load(d.src + done, count), dma.load(d.dst + done, count))
+        count = await dma.reach(done, d.size, (Iova(d.src), False), (Iova(d.dst), False))
+        _compare_piece(out, dma.load(Iova(d.src + done), count), dma.load(Iova(d.dst + done), count))
     _predicate(d, out)
 
 
 # awaits: dma, done, expected, out: cannot change: the descriptor's own operands and what is done of it
-async def _compare_pattern(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _compare_pattern(dma: Dma, d: Descriptor, out: JobResult) -> None:
     expected = _repeated(d.dst, d.size)
     while out.completed < d.size and out.result == EQUAL:
         done = out.completed
-        count = await dma.reach(done, d.size, (d.src, False))
-        _compare_piece(out, dma.load(d.src + done, count), expected[done : done + count])
+        count = await dma.reach(done, d.size, (Iova(d.src), False))
+        _compare_piece(out, dma.load(Iova(d.src + done), count), expected[done : done + count])
     if out.result == DIFFERENT:
         out.completed -= out.completed % PATTERN_BYTES
     _predicate(d, out)
 
 
-def _compare_piece(out: Outcome, first: bytes, second: bytes) -> None:
+def _compare_piece(out: JobResult, first: bytes, second: bytes) -> None:
     if first == second:
         out.completed += len(first)
     else:
@@ -160,7 +160,7 @@ def first_difference(first: bytes, second: bytes) -> int:
     return low
 
 
-def _predicate(d: Descriptor, out: Outcome) -> None:
+def _predicate(d: Descriptor, out: JobResult) -> None:
     """Check result: the status tells whether the result is the expected one."""
     if Flag.CR in d.flags and out.result != d.op(dsa.EXPECTED_RESULT):
         out.status = Status.SUCCESS_PREDICATE
@@ -171,22 +171,22 @@ def _predicate(d: Descriptor, out: Outcome) -> None:
 
 # awaits: dma, done, operands, raw, as_read, register, out: cannot change: the descriptor's own operands and
 # what is done of it
-async def _crc(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _crc(dma: Dma, d: Descriptor, out: JobResult) -> None:
     """CRCGEN, and COPY_CRC, whose destination gets what was read."""
     seed = d.op(dsa.CRC_SEED)
     if d.flags & CrcFlag.READ_SEED:
-        seed = int.from_bytes(await dma.read(d.op(dsa.CRC_SEED_ADDR), SEED_BYTES), "little")
+        seed = int.from_bytes(await dma.read(Iova(d.op(dsa.CRC_SEED_ADDR)), SEED_BYTES), "little")
     raw = bool(d.flags & CrcFlag.BYPASS_INVERT)
     as_read = bool(d.flags & CrcFlag.BYPASS_REFLECT)
-    operands = [(d.src, False)] + ([(d.dst, True)] if d.opcode == Opcode.COPY_CRC else [])
+    operands = [(Iova(d.src), False)] + ([(Iova(d.dst), True)] if d.opcode == Opcode.COPY_CRC else [])
     register = crc32c.reflect32(seed) if raw else seed ^ crc32c.INVERT
     out.specific = _CRC.pack(seed)
     while out.completed < d.size:
         done = out.completed
         count = await dma.reach(done, d.size, *operands)
-        data = dma.load(d.src + done, count)
+        data = dma.load(Iova(d.src + done), count)
         if d.opcode == Opcode.COPY_CRC:
-            dma.store(d.dst + done, data)
+            dma.store(Iova(d.dst + done), data)
         register = crc32c.update(register, data.translate(crc32c.REVERSED_BYTES) if as_read else data)
         out.completed += count
         out.specific = _CRC.pack(crc32c.reflect32(register) if raw else register ^ crc32c.INVERT)
@@ -195,19 +195,20 @@ async def _crc(dma: Dma, d: Descriptor, out: Outcome) -> None:
 # -- delta records -------------------------------------------------------------------------------------
 
 
-# awaits: dma, at, largest, made, done, count, entries, fits, out: cannot change: the descriptor's own
+# awaits: dma, at, largest, made, done, count, first, entries, fits, out: cannot change: the descriptor's own
 # operands and what is done of it
-async def _create_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _create_delta(dma: Dma, d: Descriptor, out: JobResult) -> None:
     at, largest = d.op(dsa.DELTA_ADDR), d.op(dsa.MAX_DELTA_SIZE)
     made = 0
     while out.completed < d.size and out.result != DELTA_TOO_LARGE:
         done = out.completed
-        reached = await dma.reach(done, d.size, (d.src, False), (d.dst, False))
+        reached = await dma.reach(done, d.size, (Iova(d.src), False), (Iova(d.dst), False))
         count = max(reached - reached % delta.WORD, delta.WORD)  # a word may lie across two pages
-        first, second = await dma.read(d.src + done, count), await dma.read(d.dst + done, count)
+        first = await dma.read(Iova(d.src + done), count)
+        second = await dma.read(Iova(d.dst + done), count)
         entries = delta.differences(first, second, done)
         fits = min(len(entries), largest - made)
-        await dma.write(at + made, entries[:fits])
+        await dma.write(Iova(at + made), entries[:fits])
         made += fits
         out.specific = _DELTA_SIZE.pack(made)
         if fits < len(entries):
@@ -223,15 +224,15 @@ async def _create_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
 
 # awaits: dma, size, last, each offset, offset, out: cannot change: the descriptor's own operands and what is
 # done of it
-async def _apply_delta(dma: Dma, d: Descriptor, out: Outcome) -> None:
+async def _apply_delta(dma: Dma, d: Descriptor, out: JobResult) -> None:
     """`completed` counts bytes of the delta record."""
     size, last = d.op(dsa.DELTA_REC_SIZE), -1
     while out.completed < size:
-        reached = await dma.reach(out.completed, size, (d.src, False))
+        reached = await dma.reach(out.completed, size, (Iova(d.src), False))
         count = max(reached - reached % delta.ENTRY.size, delta.ENTRY.size)
-        record = await dma.read(d.src + out.completed, count)
+        record = await dma.read(Iova(d.src + out.completed), count)
         for offset, word in delta.entries(record, last, d.size):
-            await dma.write(d.dst + offset, word)
+            await dma.write(Iova(d.dst + offset), word)
             last = offset // delta.WORD
             out.completed += delta.ENTRY.size
 

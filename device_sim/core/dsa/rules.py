@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from device_sim.core.dsa import delta
-from device_sim.core.dsa.job import Job, Outcome
+from device_sim.core.dsa.result import JobResult
+from device_sim.core.dsa.wq import Job
 from protocol.hw import dsa
 from protocol.hw.dsa import CrcFlag, Descriptor, DrainFlag, Flag, Opcode, Status
 from protocol.hw.dsa_regs import WqCfg
@@ -165,28 +166,28 @@ _FENCE, _CRAV, _RCR, _RCI, _BOF = (
 )
 
 
-def refusal(job: Job) -> Outcome | None:
+def refusal(job: Job) -> JobResult | None:
     """What is wrong with it, or None."""
     d = job.descriptor
     rule = RULES.get(d.opcode)
     if rule is None or (job.batch is not None and d.opcode in NOT_IN_A_BATCH):
-        return Outcome(Status.BAD_OPCODE)
+        return JobResult(Status.BAD_OPCODE)
     if int.from_bytes(job.raw, "little") & rule.reserved:
-        return Outcome(Status.NOZERO_RESERVED)
+        return JobResult(Status.NOZERO_RESERVED)
     invalid = _invalid_flags(job, rule)
     if invalid:
-        return Outcome(Status.INVALID_FLAGS, specific=store(invalid, dsa.CR_SPECIFIC_SIZE))
+        return JobResult(Status.INVALID_FLAGS, specific=store(invalid, dsa.CR_SPECIFIC_SIZE))
     limits = job.queue.config
     if d.priv and not limits.dedicated and not limits.priv:
-        return Outcome(Status.PRIVILEGE)
+        return JobResult(Status.PRIVILEGE)
     if not valid_handle(job):
-        return Outcome(Status.INT_HANDLE)
+        return JobResult(Status.INT_HANDLE)
     if job.flags & _CRAV and d.completion_addr % dsa.COMPLETION_SIZE:
-        return Outcome(Status.CR_ALIGN)
+        return JobResult(Status.CR_ALIGN)
     for check in rule.checks:
         status = check(d, limits)
         if status is not None:
-            return Outcome(status)
+            return JobResult(status)
     return None
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from device_sim.core.dsa.batch import Batch, drain
 from device_sim.core.dsa.delta import DeltaError
 from device_sim.core.dsa.dma import Aborted, Dma
-from device_sim.core.dsa.job import ADDRESS_MASK, Job, Outcome
 from device_sim.core.dsa.operations import OPERATIONS
+from device_sim.core.dsa.result import ADDRESS_MASK, JobResult
 from device_sim.core.dsa.rules import refusal, valid_handle
+from device_sim.core.dsa.wq import Job
 from device_sim.core.function import DmaFault, Function
 from protocol.flow import Flow
 from protocol.hw.dsa import COMPLETION_SIZE, Descriptor, Flag, Opcode, Status
@@ -28,7 +29,7 @@ _BOF, _CRAV, _RCR, _RCI = int(Flag.BOF), int(Flag.CRAV), int(Flag.RCR), int(Flag
 
 
 @dataclass(slots=True)
-class Counters:
+class DsaCounters:
     descriptors: int = 0
     bytes_moved: int = 0
     pages_moved: int = 0  # of each descriptor what its bytes fill, begun ones too
@@ -47,7 +48,7 @@ class Runner:
         interrupt: Callable[[int], None],
         report: Callable[[SoftwareError], None],
     ) -> None:
-        self.counters = Counters()
+        self.counters = DsaCounters()
         self._function = function
         self._spawn = spawn
         self._interrupt = interrupt
@@ -81,16 +82,16 @@ class Runner:
         dma.block &= self._function.traits.control_faults
         return dma
 
-    async def _coordinate(self, job: Job, flow: Flow[Outcome]) -> None:
+    async def _coordinate(self, job: Job, flow: Flow[JobResult]) -> None:
         try:
             # await: job: cannot change: taken from its queue, and nobody else ends it
             outcome = await flow
         except Aborted:
-            outcome = Outcome()
+            outcome = JobResult()
         await self._finish(job, outcome)
 
-    async def _execute(self, dma: Dma, d: Descriptor) -> Outcome:
-        out = Outcome()
+    async def _execute(self, dma: Dma, d: Descriptor) -> JobResult:
+        out = JobResult()
         try:
             dma.check_aborted()
             # await: out: cannot change: this descriptor's own
@@ -106,7 +107,7 @@ class Runner:
         self.counters.pages_moved += align_up(out.completed, PAGE_SIZE) >> PAGE_SHIFT
         return out
 
-    async def _finish(self, job: Job, out: Outcome) -> None:
+    async def _finish(self, job: Job, out: JobResult) -> None:
         failed = out.status is not Status.SUCCESS
         dma = self._control(job)  # what faulted in the operation is nothing to the record
         try:
@@ -123,7 +124,7 @@ class Runner:
             del job.queue.jobs[job]
         job.done.set(out)
 
-    async def _write_record(self, job: Job, dma: Dma, out: Outcome) -> None:
+    async def _write_record(self, job: Job, dma: Dma, out: JobResult) -> None:
         at = job.descriptor.completion_addr
         if not job.flags & _CRAV or at % COMPLETION_SIZE:
             self._lose(job, out.status, out, out.fault)
@@ -134,12 +135,12 @@ class Runner:
             # await: at, dma, job, out, record: cannot change: made and addressed; `reach` found the page in
             # this turn
             await dma.reach(0, len(record), (at, True))
-            dma.store(at + 1, record[1:])
+            dma.store(Iova(at + 1), record[1:])
             dma.store(at, record[:1])
         except DmaFault as fault:
             self._lose(job, Status.CR_TRANSLATION_FAULT, out, fault)
 
-    def _lose(self, job: Job, error: Status, out: Outcome, fault: DmaFault | None) -> None:
+    def _lose(self, job: Job, error: Status, out: JobResult, fault: DmaFault | None) -> None:
         """Its completion record cannot be written."""
         d = job.descriptor
         self._report(

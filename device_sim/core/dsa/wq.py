@@ -1,22 +1,50 @@
-"""A work queue: its configuration registers, what it holds, and whom it lets in.
+"""A work queue: its configuration registers, the descriptors it holds, and whom it lets in.
 
 Models a WQCFG [DSA 9] and the queue behind it.  A dedicated queue takes posted writes and drops what does
 not fit; a shared one takes ENQCMD and says "retry", through its limited portal already when `threshold`
 descriptors are there.  `jobs` are all that were taken and are not done, oldest first: their number is the
-occupancy; `waiting` are those that no engine has taken up.
+occupancy; `waiting` are those that no engine has taken up.  A descriptor counts against its queue from
+submission until its completion record is written; its `done` is set once, when nothing of it is left in the
+device.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+from device_sim.core.dsa.result import JobResult
+from protocol.flow import Wait
+from protocol.hw.dsa import Descriptor
 from protocol.hw.dsa_regs import CommandError, WqCfg, WqState
 
-if TYPE_CHECKING:
-    from device_sim.core.dsa.engine import Group
-    from device_sim.core.dsa.job import Job
+
+class Engines(Protocol):
+    """What a queue needs of the group it is in."""
+
+    def kick(self) -> None: ...
+    def stage(self, job: Job) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    queue: WorkQueue
+    raw: bytes
+    descriptor: Descriptor
+    batch: Job | None = None
+    batch_index: int = 0
+    dropped: bool = False
+    done: Wait[JobResult] = field(default_factory=Wait)
+    flags: int = field(init=False)  # the descriptor's: to ask an IntFlag costs twenty times as much
+
+    def __post_init__(self) -> None:
+        self.flags = int(self.descriptor.flags)
+
+    @property
+    def aborted(self) -> bool:
+        """It ends without a record, an interrupt or an error; a batch's end is that of its descriptors."""
+        return self.dropped or (self.batch is not None and self.batch.dropped)
 
 
 class WorkQueue:
@@ -24,7 +52,7 @@ class WorkQueue:
         self.index = index
         self.config = WqCfg()
         self.state = WqState.DISABLED
-        self.group: Group | None = None  # while the device is enabled
+        self.group: Engines | None = None  # while the device is enabled
         self.jobs: dict[Job, None] = {}
         self.waiting: deque[Job] = deque()
 

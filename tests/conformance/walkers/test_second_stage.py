@@ -16,14 +16,14 @@ from dataclasses import replace
 import pytest
 
 from device_sim.config import capabilities
-from device_sim.core.dmar import Refused, RemappingUnit
+from device_sim.core.dmar import RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
 from protocol.hostmem import WindowKind
 from protocol.hw.faults import RECOVERABLE
 from protocol.hw.second_stage import second_stage_fault
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import WalkRules, second_stage_rules
-from protocol.units import Level, Pasid
+from protocol.units import IovaPfn, Level, Pasid
 from tests.conformance.walkers.path import BASE, FRAME, OFFSET, SHAPES, Path, address, table_at
 from tests.unit.device_sim.silicon import RID, pasid_entry, window
 
@@ -81,8 +81,8 @@ def unit_answers(unit: RemappingUnit, page: int) -> tuple[int, int]:
     unit.iotlb.invalidate_all()
     rights, refused = 0, 0
     try:
-        rights = unit.translation_request(RID, page, 1).rights
-    except Refused as refusal:
+        rights = unit.translation_request(RID, IovaPfn(page), 1).rights
+    except RequestRefused as refusal:
         refused = int(refusal.reason)
     assert [record[12] for record in unit.take_faults()] == ([refused] if refused else [])
     return refused, rights

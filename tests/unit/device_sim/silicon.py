@@ -17,7 +17,7 @@ from device_sim.core.physmem import PhysicalMemory
 from protocol.flow import Flows, Wait
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.caps import Cap, Ecap
-from protocol.units import MIB, Hpa, Pasid
+from protocol.units import MIB, Hpa, IovaPfn, Pasid
 
 T = TypeVar("T")
 
@@ -209,7 +209,7 @@ class Silicon:
 
     def translate(self, page: int, need: int = R) -> tuple[int, int, int]:
         """(hpa of the leaf, level, rights) of an ATS translation request."""
-        entry = self.unit.translation_request(RID, page, need)
+        entry = self.unit.translation_request(RID, IovaPfn(page), need)
         return entry.hpa, entry.level, entry.rights
 
     def faults(self) -> list[Recorded]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_sim.core.devtlb import MAX_BLOCKS, MAX_HUGE, DevTlb
-from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level
+from device_sim.core.devtlb import MAX_BLOCKS, MAX_HUGE, DevTlb, HpaRun
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Hpa, Iova, IovaPfn, Level
 
 R, W = 1, 2
 HOST = 0x1_0000_0000
@@ -17,29 +17,29 @@ PAGE = 4096
 
 
 def fill(devtlb: DevTlb, page: int, hpa: int, level: int = 1, rights: int = R | W) -> None:
-    devtlb.fill(page, hpa, Level(level), rights, None)
+    devtlb.fill(IovaPfn(page), Hpa(hpa), Level(level), rights, None)
 
 
 def test_a_range_inside_one_page_is_one_run_with_its_offset() -> None:
     devtlb = DevTlb()
     fill(devtlb, 3, HOST)
-    assert devtlb.runs(0x3123, 0x45, False) == ([(HOST + 0x123, 0x45)], 0x45)
-    assert devtlb.runs(0x3000, PAGE, True) == ([(HOST, PAGE)], PAGE)
-    assert devtlb.runs(0x3FFF, 1, False) == ([(HOST + 0xFFF, 1)], 1)
+    assert devtlb.runs(Iova(0x3123), 0x45, False) == ([(HOST + 0x123, 0x45)], 0x45)
+    assert devtlb.runs(Iova(0x3000), PAGE, True) == ([(HOST, PAGE)], PAGE)
+    assert devtlb.runs(Iova(0x3FFF), 1, False) == ([(HOST + 0xFFF, 1)], 1)
 
 
 def test_neighbours_in_the_host_are_joined_with_partial_pages_at_both_ends() -> None:
     devtlb = DevTlb()
     for n in range(3):
         fill(devtlb, 8 + n, HOST + n * PAGE)
-    assert devtlb.runs(0x8F00, 0x1200, False) == ([(HOST + 0xF00, 0x1200)], 0x1200)
+    assert devtlb.runs(Iova(0x8F00), 0x1200, False) == ([(HOST + 0xF00, 0x1200)], 0x1200)
 
 
 def test_scattered_pages_are_pieces_with_partial_pages_at_both_ends() -> None:
     devtlb = DevTlb()
     for n, frame in enumerate([9, 4, 5, 2]):
         fill(devtlb, 8 + n, HOST + frame * PAGE)
-    runs, covered = devtlb.runs(0x8F00, 0x100 + 2 * PAGE + 0x10, False)
+    runs, covered = devtlb.runs(Iova(0x8F00), 0x100 + 2 * PAGE + 0x10, False)
     assert runs == [(HOST + 0x9F00, 0x100), (HOST + 0x4000, 2 * PAGE), (HOST + 0x2000, 0x10)]
     assert covered == 0x100 + 2 * PAGE + 0x10
 
@@ -49,17 +49,17 @@ def test_a_range_is_covered_up_to_the_first_page_that_misses() -> None:
     fill(devtlb, 8, HOST)
     fill(devtlb, 9, HOST + PAGE)
     fill(devtlb, 11, HOST + 3 * PAGE)
-    assert devtlb.runs(0x8800, 4 * PAGE, False) == ([(HOST + 0x800, 0x1800)], 0x1800)
-    assert devtlb.runs(0xA000, PAGE, False) == ([], 0)
+    assert devtlb.runs(Iova(0x8800), 4 * PAGE, False) == ([(HOST + 0x800, 0x1800)], 0x1800)
+    assert devtlb.runs(Iova(0xA000), PAGE, False) == ([], 0)
 
 
 def test_an_entry_for_reading_is_none_for_writing() -> None:
     devtlb = DevTlb()
     fill(devtlb, 8, HOST, rights=R)
     fill(devtlb, 9, HOST + PAGE, rights=W)
-    assert devtlb.runs(0x8000, 2 * PAGE, False) == ([(HOST, PAGE)], PAGE)
-    assert devtlb.runs(0x8000, 2 * PAGE, True) == ([], 0)
-    assert devtlb.runs(0x9000, PAGE, True) == ([(HOST + PAGE, PAGE)], PAGE)
+    assert devtlb.runs(Iova(0x8000), 2 * PAGE, False) == ([(HOST, PAGE)], PAGE)
+    assert devtlb.runs(Iova(0x8000), 2 * PAGE, True) == ([], 0)
+    assert devtlb.runs(Iova(0x9000), PAGE, True) == ([(HOST + PAGE, PAGE)], PAGE)
 
 
 def test_an_answer_without_rights_is_not_cached() -> None:
@@ -73,10 +73,10 @@ def test_a_huge_leaf_serves_its_whole_span_and_ends_there() -> None:
     fill(devtlb, 512 + 77, HOST, 2)
     fill(devtlb, 511, HOST + 0x80_0000)
     fill(devtlb, 1024, HOST + 0x90_0000)
-    runs, covered = devtlb.runs((511 << 12) + 0xF00, 0x100 + 0x20_0000 + 0x10, True)
+    runs, covered = devtlb.runs((Iova(Iova(511 << 12) + 0xF00)), 0x100 + 0x20_0000 + 0x10, True)
     assert runs == [(HOST + 0x80_0F00, 0x100), (HOST, 0x20_0000), (HOST + 0x90_0000, 0x10)]
     assert covered == 0x100 + 0x20_0000 + 0x10
-    assert devtlb.runs(600 << 12, 8, False) == ([(HOST + (88 << 12), 8)], 8)
+    assert devtlb.runs(Iova(600 << 12), 8, False) == ([(HOST + (88 << 12), 8)], 8)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_huge_leaf_goes_when_any_of_its_pages_is_invalidated(
 ) -> None:
     devtlb = DevTlb()
     fill(devtlb, {2: 700, 3: 5}[level], HOST, level)
-    devtlb.invalidate(start, npages)
+    devtlb.invalidate(IovaPfn(start), npages)
     assert (list(devtlb.entries()) == []) is dropped
 
 
@@ -107,7 +107,7 @@ def test_an_invalidation_takes_both_rights() -> None:
     devtlb = DevTlb()
     fill(devtlb, 8, HOST)
     assert sorted(write for *_, write in devtlb.entries()) == [False, True]
-    devtlb.invalidate(8, 1)
+    devtlb.invalidate(IovaPfn(8), 1)
     assert list(devtlb.entries()) == []
 
 
@@ -117,24 +117,24 @@ def test_beyond_its_capacity_the_oldest_2_mib_of_that_right_go(level: int, capac
     fill(devtlb, 1 << 30, HOST, rights=W)
     for n in range(capacity):
         fill(devtlb, n * 512, HOST, level, rights=R)
-    assert devtlb.runs(0, 8, False)[1] == 8
+    assert devtlb.runs(Iova(0), 8, False)[1] == 8
     fill(devtlb, capacity * 512, HOST, level, rights=R)
-    assert devtlb.runs(0, 8, False)[1] == 0
-    assert devtlb.runs(512 * PAGE, 8, False)[1] == 8
-    assert devtlb.runs(1 << 42, 8, True)[1] == 8
+    assert devtlb.runs(Iova(0), 8, False)[1] == 0
+    assert devtlb.runs(Iova(512 * PAGE), 8, False)[1] == 8
+    assert devtlb.runs(Iova(1 << 42), 8, True)[1] == 8
     assert sum(1 for _ in devtlb.entries()) == capacity + 1
 
 
 def test_the_tag_of_a_page_is_that_of_the_walk_that_filled_it() -> None:
     devtlb = DevTlb()
-    devtlb.fill(8, HOST, LEVEL_4K, R, 0x10001)
-    devtlb.fill(600, HOST + 0x20_0000, LEVEL_2M, R | W, 0x20001)
-    devtlb.fill(1 << 18, HOST, LEVEL_1G, R, 0x30001)
+    devtlb.fill(IovaPfn(8), Hpa(HOST), LEVEL_4K, R, 0x10001)
+    devtlb.fill(IovaPfn(600), Hpa(HOST + 0x20_0000), LEVEL_2M, R | W, 0x20001)
+    devtlb.fill(IovaPfn(1 << 18), Hpa(HOST), LEVEL_1G, R, 0x30001)
     pfn = HOST >> 12
-    assert devtlb.tag_of(8, False) == (pfn, 0x10001)
-    assert devtlb.tag_of(8, True) is None
-    assert devtlb.tag_of(1000, True) == (pfn + 512 + 488, 0x20001)
-    assert devtlb.tag_of((1 << 18) + 513, False) == (pfn + 513, 0x30001)
+    assert devtlb.tag_of(IovaPfn(8), False) == (pfn, 0x10001)
+    assert devtlb.tag_of(IovaPfn(8), True) is None
+    assert devtlb.tag_of(IovaPfn(1000), True) == (pfn + 512 + 488, 0x20001)
+    assert devtlb.tag_of((IovaPfn(IovaPfn(1 << 18) + 513)), False) == (pfn + 513, 0x30001)
 
 
 # -- against the dict ----------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class Oracle:
 def take(devtlb: DevTlb, oracle: Oracle, step: Fill | Drop) -> None:
     if isinstance(step, Drop):
         end = step.page + step.npages
-        devtlb.invalidate(step.page, step.npages)
+        devtlb.invalidate(IovaPfn(step.page), step.npages)
         oracle.leaves = {
             (first, n, r) for first, n, r in oracle.leaves if first + n <= step.page or end <= first
         }
@@ -201,7 +201,7 @@ def take(devtlb: DevTlb, oracle: Oracle, step: Fill | Drop) -> None:
     oracle.leaves |= {(first, n, r) for r in (R, W) if step.rights & r}
 
 
-def pages_of(runs: list[tuple[int, int]]) -> list[int]:
+def pages_of(runs: list[HpaRun]) -> list[int]:
     """The frames that runs touch, in order, one for each page of the iova."""
     return [frame for hpa, size in runs for frame in range(hpa // PAGE, (hpa + size - 1) // PAGE + 1)]
 
@@ -216,7 +216,7 @@ def test_a_range_is_what_its_pages_are_one_by_one(
         take(devtlb, oracle, step)
     iova = page * PAGE + offset
     for write, right in ((False, R), (True, W)):
-        runs, covered = devtlb.runs(iova, size, write)
+        runs, covered = devtlb.runs(Iova(iova), size, write)
         expected = oracle.bytes_from(iova, size, right)
         assert pages_of(runs) == expected
         assert covered == sum(n for _, n in runs)

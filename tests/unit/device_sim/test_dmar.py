@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_sim.core.dmar import MAX_FAULT_RECORDS, Refused, RemappingUnit
+from device_sim.core.dmar import MAX_FAULT_RECORDS, RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
 from protocol.hostmem import WindowKind
 from protocol.hw.caps import make_cap, make_ecap
 from protocol.hw.faults import FaultReason
 from protocol.hw.fields import FormatError
-from protocol.units import Pasid
+from protocol.units import IovaPfn, Pasid
 from tests.oracle.table import Machine, Outside, RawTables, second_stage_walk
 from tests.unit.device_sim.silicon import (
     DID,
@@ -48,7 +48,7 @@ def silicon() -> Silicon:
 def refused(silicon: Silicon, page: int, need: int = R) -> list[Recorded]:
     """The faults recorded by a request that must be refused."""
     before = silicon.unit.faults_recorded
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RequestRefused) as caught:
         silicon.translate(page, need)
     found = silicon.faults()
     assert silicon.unit.faults_recorded == before + 1
@@ -277,8 +277,8 @@ def test_two_domains_with_different_tables_do_not_mix() -> None:
     silicon.map(7, 1)
     other.map(7, PFN + 2)
     for _ in range(2):
-        assert silicon.unit.translation_request(RID, 7, R).hpa == FRAMES + 0x1000
-        assert silicon.unit.translation_request(0x6A10, 7, R).hpa == FRAMES + 0x2000
+        assert silicon.unit.translation_request(RID, IovaPfn(7), R).hpa == FRAMES + 0x1000
+        assert silicon.unit.translation_request(0x6A10, IovaPfn(7), R).hpa == FRAMES + 0x2000
 
 
 def test_functions_of_one_domain_share_its_iotlb(silicon: Silicon) -> None:
@@ -286,13 +286,13 @@ def test_functions_of_one_domain_share_its_iotlb(silicon: Silicon) -> None:
     silicon.map(7, 1)
     silicon.translate(7)
     silicon.tables.unmap(7)
-    assert silicon.unit.translation_request(0x6A10, 7, R).hpa == FRAMES + 0x1000
+    assert silicon.unit.translation_request(0x6A10, IovaPfn(7), R).hpa == FRAMES + 0x1000
 
 
 def test_faults_beyond_the_records_are_lost_and_counted_apart() -> None:
     silicon = Silicon()
     for page in range(MAX_FAULT_RECORDS + 3):
-        with pytest.raises(Refused):
+        with pytest.raises(RequestRefused):
             silicon.translate(page)
     assert [record.page for record in silicon.faults()] == list(range(MAX_FAULT_RECORDS))
     assert (silicon.unit.faults_recorded, silicon.unit.faults_lost) == (MAX_FAULT_RECORDS, 3)
@@ -301,8 +301,8 @@ def test_faults_beyond_the_records_are_lost_and_counted_apart() -> None:
 
 def test_a_refused_request_says_which_reason() -> None:
     unit = RemappingUnit(make_cap(), make_ecap(dt=1), 46, PhysicalMemory(), lambda: None, lambda: None)
-    with pytest.raises(Refused, match="SPT_2") as caught:
-        unit.translation_request(RID, 0, R)
+    with pytest.raises(RequestRefused, match="SPT_2") as caught:
+        unit.translation_request(RID, IovaPfn(0), R)
     assert caught.value.reason is FaultReason.SPT_2
 
 

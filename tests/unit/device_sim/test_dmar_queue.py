@@ -8,6 +8,7 @@ from device_sim.core.dmar import RemappingUnit
 from device_sim.core.pri import PageAccess
 from protocol.hw.caps import make_ecap
 from protocol.hw.qi import IQEI, DescriptorError, ResponseCode
+from protocol.units import IovaPfn
 from tests.unit.device_sim.silicon import (
     DID,
     FRAMES,
@@ -202,7 +203,7 @@ def test_a_device_tlb_descriptor_reaches_the_function_it_names_only(silicon: Sil
 def test_a_reset_unit_translates_nothing_and_remembers_nothing(silicon: Silicon) -> None:
     endpoint = Endpoint(silicon.unit)
     silicon.unit.add_endpoint(0x6A10, endpoint)
-    silicon.start(silicon.function.pri.request([PageAccess(9, False)]))
+    silicon.start(silicon.function.pri.request([PageAccess(IovaPfn(9), False)]))
     with pytest.raises(Exception, match="SGN_5"):
         silicon.translate(1 << 36)
     silicon.unit.reset()

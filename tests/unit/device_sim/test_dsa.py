@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from protocol.flow import Wait
+from protocol.units import Iova
 from tests.unit.device_sim.accelerator import (
     ABORT_ALL,
     BOF,
@@ -102,7 +103,7 @@ def test_the_status_byte_is_written_after_the_rest_of_the_record(
     real = function.write
 
     def write(iova: int, data: bytes) -> bool:
-        stored = real(iova, data)
+        stored = real(Iova(iova), data)
         if stored:
             stores.append((iova, len(data)))
             if iova != RECORD:

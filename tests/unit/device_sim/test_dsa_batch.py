@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from device_sim.core.dsa.engine import EngineGroup
 from tests.unit.device_sim.accelerator import (
     ABORT_WQ,
     BATCH,
@@ -205,7 +206,7 @@ def test_a_batch_has_only_so_many_descriptors_in_flight(machine: Machine) -> Non
     machine.put(LIST_FRAME, b"".join(children))
     machine.submit(work(BATCH, ASKED, src=LIST, size=100))
     group = machine.dsa.queues[0].group
-    assert group is not None
+    assert isinstance(group, EngineGroup)
     assert machine.counters.descriptors - 1 + len(group._staged) == 16
 
 

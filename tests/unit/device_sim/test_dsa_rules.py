@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.units import Iova
 from tests.unit.device_sim.accelerator import (
     AP_DELTA,
     BATCH,
@@ -295,7 +296,7 @@ class RecordsWritten:
     def _write(self, iova: int, data: bytes) -> bool:
         self.count += (self._last, len(data)) == ((iova + 1, 31), 1)
         self._last = iova, len(data)
-        return self._store(iova, data)
+        return self._store(Iova(iova), data)
 
 
 @settings(max_examples=400)

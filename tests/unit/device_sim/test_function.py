@@ -7,6 +7,7 @@ import pytest
 from device_sim.core.function import GROUP_PAGES, MAX_REQUESTS, DmaFault, DmaRange
 from protocol.flow import Wait
 from protocol.hostmem import WindowKind
+from protocol.units import Iova, IovaPfn, Pfn
 from tests.unit.device_sim.silicon import (
     DID,
     FRAMES,
@@ -46,29 +47,29 @@ def fault_of(done: Wait[None]) -> tuple[int, bool, bool]:
 def test_present_pages_need_no_page_request(silicon: Silicon) -> None:
     silicon.map(7, 1)
     silicon.map(8, 2)
-    access(silicon, DmaRange(0x7F00, 0x200, True)).result()
+    access(silicon, DmaRange(Iova(0x7F00), 0x200, True)).result()
     assert silicon.requests() == []
     assert silicon.function.io_faults == 0
-    assert silicon.function.write(0x7F00, bytes(range(256)) * 2)
+    assert silicon.function.write(Iova(0x7F00), bytes(range(256)) * 2)
     assert silicon.bytes_of(1, 0x100, 0xF00) == bytes(range(256))
     assert silicon.bytes_of(2, 0x100) == bytes(range(256))
 
 
 def test_nothing_is_stored_unless_all_of_it_is_translated(silicon: Silicon) -> None:
     silicon.map(7, 1)
-    access(silicon, DmaRange(0x7000, 8, True)).result()
-    assert not silicon.function.write(0x7FF8, b"x" * 16)
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
+    assert not silicon.function.write(Iova(0x7FF8), b"x" * 16)
     assert silicon.bytes_of(1) == bytes(PAGE)
-    assert silicon.function.read(0x7FF8, 16) is None
+    assert silicon.function.read(Iova(0x7FF8), 16) is None
 
 
 def test_a_read_only_page_is_read_and_not_written(silicon: Silicon) -> None:
     silicon.map(7, 1, rights=R)
     silicon.fill_frame(1, b"guest data")
-    access(silicon, DmaRange(0x7000, 10, False)).result()
-    assert silicon.function.read(0x7000, 10) == b"guest data"
-    assert not silicon.function.write(0x7000, b"!")
-    done = access(silicon, DmaRange(0x7000, 1, True), block=False)
+    access(silicon, DmaRange(Iova(0x7000), 10, False)).result()
+    assert silicon.function.read(Iova(0x7000), 10) == b"guest data"
+    assert not silicon.function.write(Iova(0x7000), b"!")
+    done = access(silicon, DmaRange(Iova(0x7000), 1, True), block=False)
     assert fault_of(done) == (0x7000, True, False)
 
 
@@ -77,10 +78,10 @@ def test_a_copy_goes_as_far_as_both_sides_are_translated(silicon: Silicon) -> No
         silicon.map(page, frame)
     silicon.fill_frame(1, b"a" * PAGE)
     silicon.fill_frame(2, b"b" * PAGE)
-    access(silicon, DmaRange(0x7000, 2 * PAGE, False), DmaRange(100 * PAGE, PAGE, True)).result()
-    assert silicon.function.copy(0x7800, 100 * PAGE + 0x100, 2 * PAGE - 0x800) == PAGE - 0x100
+    access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, False), DmaRange(Iova(100 * PAGE), PAGE, True)).result()
+    assert silicon.function.copy(Iova(0x7800), Iova(100 * PAGE + 0x100), 2 * PAGE - 0x800) == PAGE - 0x100
     assert silicon.bytes_of(11) == bytes(0x100) + b"a" * 0x800 + b"b" * 0x700
-    assert silicon.function.copy(0x7000, 200 * PAGE, 8) == 0
+    assert silicon.function.copy(Iova(0x7000), Iova(200 * PAGE), 8) == 0
 
 
 def test_a_copy_between_pages_that_lie_differently_moves_every_byte(silicon: Silicon) -> None:
@@ -91,8 +92,8 @@ def test_a_copy_between_pages_that_lie_differently_moves_every_byte(silicon: Sil
         silicon.map(32 + n, frame)
     source = b"".join(silicon.bytes_of(frame) for frame in (5, 6, 3, 9))
     src, dst, size = 16 * PAGE + 0x123, 32 * PAGE + 0x456, 3 * PAGE
-    access(silicon, DmaRange(src, size, False), DmaRange(dst, size, True)).result()
-    assert silicon.function.copy(src, dst, size) == size
+    access(silicon, DmaRange(Iova(src), size, False), DmaRange(Iova(dst), size, True)).result()
+    assert silicon.function.copy(Iova(src), Iova(dst), size) == size
     written = b"".join(silicon.bytes_of(frame) for frame in (20, 40, 41, 30))
     assert written == bytes(0x456) + source[0x123 : 0x123 + size] + bytes(PAGE - 0x456)
 
@@ -100,11 +101,11 @@ def test_a_copy_between_pages_that_lie_differently_moves_every_byte(silicon: Sil
 def test_every_page_of_an_access_counts_as_a_hit(silicon: Silicon) -> None:
     for page in (7, 8, 9):
         silicon.map(page, page)
-    access(silicon, DmaRange(0x7000, 3 * PAGE, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 3 * PAGE, True)).result()
     misses = silicon.function.devtlb.misses
-    silicon.function.write(0x7FFF, b"xy")
-    silicon.function.read(0x8000, 1)
-    silicon.function.copy(0x7000, 0x9000, PAGE)
+    silicon.function.write(Iova(0x7FFF), b"xy")
+    silicon.function.read(Iova(0x8000), 1)
+    silicon.function.copy(Iova(0x7000), Iova(0x9000), PAGE)
     assert (silicon.function.devtlb.hits, silicon.function.devtlb.misses) == (2 + 1 + 2, misses)
     assert misses == 3
 
@@ -114,7 +115,7 @@ def test_every_page_of_an_access_counts_as_a_hit(silicon: Silicon) -> None:
 
 def test_a_blocked_access_waits_for_the_answer_and_then_asks_the_unit_again(silicon: Silicon) -> None:
     silicon.now = 1000
-    done = access(silicon, DmaRange(0x7000, 8, True))
+    done = access(silicon, DmaRange(Iova(0x7000), 8, True))
     (asked,) = silicon.requests()
     assert (asked.rid, asked.page, asked.read, asked.write, asked.last) == (RID, 7, True, True, True)
     silicon.now = 51_000
@@ -123,14 +124,14 @@ def test_a_blocked_access_waits_for_the_answer_and_then_asks_the_unit_again(sili
     assert not done.done, "a mapped page alone wakes nobody"
     silicon.respond(asked.prgi)
     done.result()
-    assert silicon.function.write(0x7000, b"8 bytes.")
+    assert silicon.function.write(Iova(0x7000), b"8 bytes.")
     assert silicon.bytes_of(3, 8) == b"8 bytes."
     assert silicon.function.io_faults == 1
     assert list(silicon.function.fault_latencies_ns) == [50_000]
 
 
 def test_the_response_itself_carries_no_translation(silicon: Silicon) -> None:
-    done = access(silicon, DmaRange(0x7000, 8, True))
+    done = access(silicon, DmaRange(Iova(0x7000), 8, True))
     assert [asked.page for asked in silicon.serve()] == [7]
     assert not done.done
     assert list(silicon.function.devtlb.entries()) == []
@@ -138,7 +139,7 @@ def test_the_response_itself_carries_no_translation(silicon: Silicon) -> None:
 
 
 def test_all_missing_pages_of_an_access_go_out_as_one_group_of_at_most_eight(silicon: Silicon) -> None:
-    done = access(silicon, DmaRange(PAGE, 12 * PAGE, True))
+    done = access(silicon, DmaRange(Iova(PAGE), 12 * PAGE, True))
     asked = silicon.requests()
     assert [request.page for request in asked] == list(range(1, 1 + GROUP_PAGES))
     assert {request.prgi for request in asked} == {0}
@@ -147,7 +148,7 @@ def test_all_missing_pages_of_an_access_go_out_as_one_group_of_at_most_eight(sil
         silicon.map(request.page, request.page)
     silicon.respond(0)
     done.result()
-    again = access(silicon, DmaRange(PAGE, 12 * PAGE, True))
+    again = access(silicon, DmaRange(Iova(PAGE), 12 * PAGE, True))
     assert [request.page for request in silicon.requests()] == [9, 10, 11, 12]
     assert not again.done
 
@@ -155,12 +156,12 @@ def test_all_missing_pages_of_an_access_go_out_as_one_group_of_at_most_eight(sil
 def test_pages_that_are_there_are_not_asked_for(silicon: Silicon) -> None:
     silicon.map(2, 2)
     silicon.map(3, 3, rights=R)
-    access(silicon, DmaRange(PAGE, 4 * PAGE, True))
+    access(silicon, DmaRange(Iova(PAGE), 4 * PAGE, True))
     assert [request.page for request in silicon.requests()] == [1, 3, 4]
 
 
 def test_source_and_destination_are_asked_for_in_one_group_with_their_rights(silicon: Silicon) -> None:
-    access(silicon, DmaRange(0x7000, 8, False), DmaRange(0x9000, 8, True))
+    access(silicon, DmaRange(Iova(0x7000), 8, False), DmaRange(Iova(0x9000), 8, True))
     assert [(a.page, a.write, a.prgi, a.last) for a in silicon.requests()] == [
         (7, False, 0, False),
         (9, True, 0, True),
@@ -168,14 +169,14 @@ def test_source_and_destination_are_asked_for_in_one_group_with_their_rights(sil
 
 
 def test_a_page_read_and_written_is_asked_for_once_for_writing(silicon: Silicon) -> None:
-    access(silicon, DmaRange(0x7000, 8, False), DmaRange(0x7800, 8, True))
+    access(silicon, DmaRange(Iova(0x7000), 8, False), DmaRange(Iova(0x7800), 8, True))
     assert [(a.page, a.write) for a in silicon.requests()] == [(7, True)]
 
 
 @pytest.mark.parametrize("allocation", [1, 3])
 def test_a_group_is_no_larger_than_the_allocation(silicon: Silicon, allocation: int) -> None:
     silicon.function.pri.enable(allocation)
-    done = access(silicon, DmaRange(PAGE, 4 * PAGE, True))
+    done = access(silicon, DmaRange(Iova(PAGE), 4 * PAGE, True))
     seen = []
     while asked := silicon.requests():
         assert len(asked) <= allocation
@@ -189,21 +190,21 @@ def test_a_group_is_no_larger_than_the_allocation(silicon: Silicon, allocation: 
 
 @pytest.mark.parametrize("code", [1, 2, 0xF])
 def test_a_refused_request_is_a_fault_that_was_asked_for(silicon: Silicon, code: int) -> None:
-    done = access(silicon, DmaRange(0x7123, 8, True))
+    done = access(silicon, DmaRange(Iova(0x7123), 8, True))
     silicon.serve(code)
     assert fault_of(done) == (0x7000, True, True)
     assert silicon.function.pri.enabled is (code == 1), "failure disables page requests, invalid does not"
 
 
 def test_without_blocking_a_miss_is_a_fault_at_once(silicon: Silicon) -> None:
-    done = access(silicon, DmaRange(0x7123, 8, False), block=False)
+    done = access(silicon, DmaRange(Iova(0x7123), 8, False), block=False)
     assert fault_of(done) == (0x7000, False, False)
     assert silicon.requests() == []
 
 
 def test_without_page_requests_enabled_a_miss_is_a_fault_at_once(silicon: Silicon) -> None:
     silicon.function.pri.disable()
-    assert fault_of(access(silicon, DmaRange(0x7123, 8, False))) == (0x7000, False, False)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7123), 8, False))) == (0x7000, False, False)
 
 
 @pytest.mark.parametrize(("ats", "bus_master"), [(False, True), (True, False), (False, False)])
@@ -212,19 +213,19 @@ def test_a_function_that_may_not_translate_faults_and_asks_the_unit_nothing(
 ) -> None:
     silicon.map(7, 1)
     silicon.function.ats_enabled, silicon.function.dma_enabled = ats, bus_master
-    assert fault_of(access(silicon, DmaRange(0x7000, 8, True))) == (0x7000, True, False)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, False)
     assert (silicon.unit.walks, silicon.requests(), silicon.faults()) == (0, [], [])
 
 
 def test_what_the_unit_aborts_is_a_fault_and_never_a_page_request(silicon: Silicon) -> None:
     silicon.tables.store(silicon.tables.entry_at(7), FRAMES | R | 1 << 62)
-    assert fault_of(access(silicon, DmaRange(0x7000, 8, False))) == (0x7000, False, True)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, False))) == (0x7000, False, True)
     assert silicon.requests() == []
     assert len(silicon.faults()) == 1
 
 
 def test_an_access_is_given_up_after_its_requests_succeeded_in_vain(silicon: Silicon) -> None:
-    done = access(silicon, DmaRange(0x7000, 8, True))
+    done = access(silicon, DmaRange(Iova(0x7000), 8, True))
     rounds = 0
     while not done.done:
         assert [asked.page for asked in silicon.serve()] == [7]
@@ -234,7 +235,7 @@ def test_an_access_is_given_up_after_its_requests_succeeded_in_vain(silicon: Sil
 
 
 def test_a_page_taken_after_the_answer_is_asked_for(silicon: Silicon) -> None:
-    done = access(silicon, DmaRange(0x7000, 2 * PAGE, True))
+    done = access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, True))
     first = silicon.requests()
     silicon.map(7, 7)
     silicon.map(8, 8)
@@ -245,42 +246,42 @@ def test_a_page_taken_after_the_answer_is_asked_for(silicon: Silicon) -> None:
     silicon.map(7, 3)
     silicon.respond(again.prgi)
     done.result()
-    assert silicon.function.write(0x7000, b"x" * 2 * PAGE)
+    assert silicon.function.write(Iova(0x7000), b"x" * 2 * PAGE)
     assert silicon.bytes_of(3) == silicon.bytes_of(8) == b"x" * PAGE
 
 
 def test_an_invalidation_makes_the_device_ask_the_unit_again(silicon: Silicon) -> None:
     silicon.map(7, 1)
-    access(silicon, DmaRange(0x7000, 8, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.map(7, 2)
     silicon.unit.execute(iotlb_domain(DID) + devtlb_page(RID, 7))
-    assert not silicon.function.write(0x7000, b"x")
-    access(silicon, DmaRange(0x7000, 8, True)).result()
-    assert silicon.function.write(0x7000, b"x")
+    assert not silicon.function.write(Iova(0x7000), b"x")
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
+    assert silicon.function.write(Iova(0x7000), b"x")
     assert (silicon.bytes_of(1, 1), silicon.bytes_of(2, 1)) == (b"\0", b"x")
 
 
 def test_a_device_tlb_dropped_before_the_iotlb_is_filled_with_the_old_leaf_again(silicon: Silicon) -> None:
     """Why the order matters: the planted bug of flushing the device first leaves a stale entry."""
     silicon.map(7, 1)
-    access(silicon, DmaRange(0x7000, 8, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.map(7, 2)
     silicon.unit.execute(devtlb_page(RID, 7))
-    access(silicon, DmaRange(0x7000, 8, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.unit.execute(iotlb_domain(DID))
-    silicon.function.write(0x7000, b"x")
+    silicon.function.write(Iova(0x7000), b"x")
     assert (silicon.bytes_of(1, 1), silicon.bytes_of(2, 1)) == (b"x", b"\0")
 
 
 def test_stopping_fails_what_waits_and_forgets_every_translation(silicon: Silicon) -> None:
     silicon.map(7, 1)
-    access(silicon, DmaRange(0x7000, 8, True)).result()
-    done = access(silicon, DmaRange(0x8000, 8, True))
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
+    done = access(silicon, DmaRange(Iova(0x8000), 8, True))
     silicon.function.stop()
     silicon.flows.run_ready()
     assert fault_of(done) == (0x8000, True, True)
-    assert silicon.function.read(0x7000, 1) is None
-    assert fault_of(access(silicon, DmaRange(0x7000, 8, True))) == (0x7000, True, False)
+    assert silicon.function.read(Iova(0x7000), 1) is None
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, False)
 
 
 # -- where the table points outside memory -------------------------------------------------------------
@@ -290,10 +291,10 @@ def test_stopping_fails_what_waits_and_forgets_every_translation(silicon: Silico
 def test_a_leaf_that_points_where_no_frame_is_faults_with_the_iova(silicon: Silicon, write: bool) -> None:
     silicon.map(7, 1)
     silicon.tables.map(8, 0x30_0000)
-    access(silicon, DmaRange(0x7000, 2 * PAGE, write)).result()
+    access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, write)).result()
     function = silicon.function
     with pytest.raises(DmaFault) as caught:
-        function.write(0x7FF8, bytes(16)) if write else function.read(0x7FF8, 16)
+        function.write(Iova(0x7FF8), bytes(16)) if write else function.read(Iova(0x7FF8), 16)
     assert (caught.value.iova, caught.value.write) == (0x8000, write), "a host address is none of the guest's"
 
 
@@ -307,13 +308,13 @@ def test_neighbours_in_two_windows_are_copied_whole() -> None:
     for n in range(2):
         silicon.map(7 + n, last + n)
         silicon.map(16 + n, n)
-    access(silicon, DmaRange(0x7000, 2 * PAGE, True), DmaRange(0x10000, 2 * PAGE, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, True), DmaRange(Iova(0x10000), 2 * PAGE, True)).result()
     data = bytes(i % 253 for i in range(2 * PAGE))
-    assert silicon.function.write(0x7000, data)
+    assert silicon.function.write(Iova(0x7000), data)
     assert silicon.bytes_of(last) + second[:PAGE] == data
-    access(silicon, DmaRange(0x7000, 2 * PAGE, False)).result()
-    assert silicon.function.read(0x7000, 2 * PAGE) == data
-    assert silicon.function.copy(0x7010, 0x10000, PAGE) == PAGE
+    access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, False)).result()
+    assert silicon.function.read(Iova(0x7000), 2 * PAGE) == data
+    assert silicon.function.copy(Iova(0x7010), Iova(0x10000), PAGE) == PAGE
     assert silicon.bytes_of(0) == data[0x10 : 0x10 + PAGE]
 
 
@@ -329,27 +330,27 @@ def tagged() -> Silicon:
         silicon.set_tag(frame, 1 << 16 | 9)
     silicon.map(7, 1)
     silicon.map(8, 2)
-    access(silicon, DmaRange(0x7000, 2 * PAGE, True), DmaRange(0x7000, 2 * PAGE, False)).result()
+    access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, True), DmaRange(Iova(0x7000), 2 * PAGE, False)).result()
     return silicon
 
 
 def test_frames_that_keep_their_owner_are_never_stale(tagged: Silicon) -> None:
     tagged.set_tag(3, 2 << 16)
-    tagged.function.write(0x7800, bytes(PAGE))
-    tagged.function.read(0x7000, 2 * PAGE)
-    tagged.function.copy(0x7000, 0x8000, PAGE)
+    tagged.function.write(Iova(0x7800), bytes(PAGE))
+    tagged.function.read(Iova(0x7000), 2 * PAGE)
+    tagged.function.copy(Iova(0x7000), Iova(0x8000), PAGE)
     assert (tagged.function.stale, tagged.function.stale_notes) == (0, [])
 
 
 @pytest.mark.parametrize("tag", [2 << 16, 2 << 16 | 9, 0])
 def test_a_frame_that_changed_hands_since_its_walk_is_counted(tagged: Silicon, tag: int) -> None:
     tagged.set_tag(2, tag)
-    tagged.function.write(0x7000, bytes(PAGE))
+    tagged.function.write(Iova(0x7000), bytes(PAGE))
     assert tagged.function.stale == 0, "the other frame was not touched"
-    tagged.function.write(0x8000, b"x")
+    tagged.function.write(Iova(0x8000), b"x")
     assert tagged.function.stale == 2, "once before the access and once after"
     assert "pfn 0x100002 written as page 0x8" in tagged.function.stale_notes[0]
-    tagged.function.read(0x8000, 1)
+    tagged.function.read(Iova(0x8000), 1)
     assert "read" in tagged.function.stale_notes[2]
 
 
@@ -357,7 +358,7 @@ def test_every_stale_frame_of_an_access_is_counted_and_the_notes_are_bounded(tag
     for frame in (1, 2):
         tagged.set_tag(frame, 5 << 16)
     for _ in range(20):
-        tagged.function.read(0x7000, 2 * PAGE)
+        tagged.function.read(Iova(0x7000), 2 * PAGE)
     assert tagged.function.stale == 20 * 2 * 2
     assert len(tagged.function.stale_notes) == 16
 
@@ -365,16 +366,16 @@ def test_every_stale_frame_of_an_access_is_counted_and_the_notes_are_bounded(tag
 def test_a_frame_invalidated_and_walked_again_under_its_new_owner_is_not_stale(tagged: Silicon) -> None:
     tagged.set_tag(1, 7 << 16 | 4)
     tagged.unit.execute(iotlb_domain(DID) + devtlb_all(RID))
-    access(tagged, DmaRange(0x7000, 8, True)).result()
-    assert tagged.function.write(0x7000, b"12345678")
+    access(tagged, DmaRange(Iova(0x7000), 8, True)).result()
+    assert tagged.function.write(Iova(0x7000), b"12345678")
     assert tagged.function.stale == 0
 
 
 def test_a_stale_frame_refilled_from_the_iotlb_keeps_the_tag_of_the_walk(tagged: Silicon) -> None:
     tagged.set_tag(1, 7 << 16 | 4)
     tagged.unit.execute(devtlb_all(RID))
-    access(tagged, DmaRange(0x7000, 8, True)).result()
-    tagged.function.write(0x7000, b"x")
+    access(tagged, DmaRange(Iova(0x7000), 8, True)).result()
+    tagged.function.write(Iova(0x7000), b"x")
     assert tagged.function.stale > 0, "an IOTLB that was not flushed does not launder the frame"
 
 
@@ -382,19 +383,19 @@ def test_each_page_of_a_huge_leaf_is_checked(tagged: Silicon) -> None:
     for frame in range(512, 1024):
         tagged.set_tag(frame, 3 << 16 | 9)
     tagged.map(1024, 512, level=2)
-    access(tagged, DmaRange(1024 * PAGE, 8, True)).result()
-    tagged.function.write(1500 * PAGE, bytes(PAGE))
+    access(tagged, DmaRange(Iova(1024 * PAGE), 8, True)).result()
+    tagged.function.write(Iova(1500 * PAGE), bytes(PAGE))
     assert tagged.function.stale == 0
     tagged.set_tag(512 + 1500 - 1024, 4 << 16)
-    tagged.function.write(1500 * PAGE, b"x")
+    tagged.function.write(Iova(1500 * PAGE), b"x")
     assert tagged.function.stale == 2
 
 
 def test_without_tags_nothing_is_checked(silicon: Silicon) -> None:
     silicon.map(7, 1)
-    access(silicon, DmaRange(0x7000, 8, True)).result()
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.map(7, 2)
-    assert silicon.function.write(0x7000, b"x")
+    assert silicon.function.write(Iova(0x7000), b"x")
     assert silicon.function.stale == 0
 
 
@@ -408,10 +409,10 @@ def test_a_frame_given_up_during_the_walk_is_walked_again(tagged: Silicon) -> No
             walked.append(pfn)
             if len(walked) == 1:  # between the walk and the reading of the tag the page moves
                 tagged.map(9, 5)
-            return real(pfn)
+            return real(Pfn(pfn))
 
     tagged.map(9, 4)
     tagged.memory.tags = Racing()  # type: ignore[assignment]
-    entry = tagged.unit.translation_request(RID, 9, W)
+    entry = tagged.unit.translation_request(RID, IovaPfn(9), W)
     assert entry.hpa == FRAMES + 5 * PAGE
     assert walked == [(FRAMES >> 12) + 4, (FRAMES >> 12) + 5]

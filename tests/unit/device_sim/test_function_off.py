@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from device_sim.core.function import DmaRange
+from protocol.units import Iova
 from tests.unit.device_sim.silicon import DID, Silicon, iotlb_domain
 from tests.unit.device_sim.test_function import PAGE, access, fault_of
 
@@ -29,7 +30,7 @@ def warm(silicon: Silicon) -> Silicon:
     silicon.map(HUGE, 512, level=2)
     for page in (7, HUGE):
         for write in (False, True):
-            access(silicon, DmaRange(page * PAGE, PAGE, write)).result()
+            access(silicon, DmaRange(Iova(page * PAGE), PAGE, write)).result()
     return silicon
 
 
@@ -38,16 +39,16 @@ def test_with_bus_mastering_or_ats_off_nothing_goes_through_what_is_cached(
     warm: Silicon, off: dict[str, bool]
 ) -> None:
     function, before = warm.function, bytes(warm.frames)
-    assert function.write(7 * PAGE, bytes(8))
+    assert function.write(Iova(7 * PAGE), bytes(8))
     function.configure(**off)
     for page, other in ((7, HUGE), (HUGE, 7), (HUGE + 511, 7)):
         at = page * PAGE
-        assert function.read(at, 8) is None
-        assert not function.write(at, b"too late")
-        assert function.copy(at, other * PAGE, 8) == 0
+        assert function.read(Iova(at), 8) is None
+        assert not function.write(Iova(at), b"too late")
+        assert function.copy(Iova(at), Iova(other * PAGE), 8) == 0
         for write in (False, True):
-            assert function.accessible(DmaRange(at, 8, write)) == 0
-            assert fault_of(access(warm, DmaRange(at, 8, write))) == (at, write, False)
+            assert function.accessible(DmaRange(Iova(at), 8, write)) == 0
+            assert fault_of(access(warm, DmaRange(Iova(at), 8, write))) == (at, write, False)
     assert list(function.devtlb.entries()) == []
     assert (bytes(warm.frames), warm.requests(), warm.faults()) == (before, [], [])
 
@@ -61,8 +62,8 @@ def test_what_was_cached_before_does_not_come_back_with_bus_mastering(
     warm.tables.unmap(7)
     warm.unit.execute(iotlb_domain(DID))
     warm.function.configure(**dict.fromkeys(off, True))
-    assert warm.function.read(7 * PAGE, 8) is None
-    assert not access(warm, DmaRange(7 * PAGE, 8, True)).done
+    assert warm.function.read(Iova(7 * PAGE), 8) is None
+    assert not access(warm, DmaRange(Iova(7 * PAGE), 8, True)).done
     assert [asked.page for asked in warm.serve(1)] == [7]
 
 
@@ -71,12 +72,12 @@ def test_what_stays_on_keeps_what_is_cached(warm: Silicon, set_again: dict[str, 
     walks = warm.unit.walks
     warm.function.configure(**set_again)
     for page in (7, HUGE, HUGE + 511):
-        assert warm.function.write(page * PAGE, b"cached")
+        assert warm.function.write(Iova(page * PAGE), b"cached")
     assert warm.unit.walks == walks
 
 
 def test_bus_mastering_off_while_an_access_waits_for_its_page_stops_it(warm: Silicon) -> None:
-    done = access(warm, DmaRange(8 * PAGE, PAGE, True))
+    done = access(warm, DmaRange(Iova(8 * PAGE), PAGE, True))
     warm.function.configure(bus_master=False)
     warm.map(8, 2)
     assert [asked.page for asked in warm.serve()] == [8]
@@ -95,18 +96,18 @@ def overflowed(silicon: Silicon) -> Silicon:
 
 
 def test_a_page_that_comes_meanwhile_is_found(overflowed: Silicon) -> None:
-    done = access(overflowed, DmaRange(7 * PAGE, 8, True))
+    done = access(overflowed, DmaRange(Iova(7 * PAGE), 8, True))
     overflowed.map(7, 1)
     overflowed.unit.prq.clear_overflow()
     overflowed.flows.run_ready()
     assert [asked.page for asked in overflowed.serve()] == [7]
     done.result()
-    assert overflowed.function.write(7 * PAGE, b"here")
+    assert overflowed.function.write(Iova(7 * PAGE), b"here")
     assert overflowed.bytes_of(1, 4) == b"here"
 
 
 def test_page_requests_gone_meanwhile_end_it(overflowed: Silicon) -> None:
-    done = access(overflowed, DmaRange(7 * PAGE, 8, True))
+    done = access(overflowed, DmaRange(Iova(7 * PAGE), 8, True))
     overflowed.function.pri.disable()
     overflowed.unit.prq.clear_overflow()
     overflowed.flows.run_ready()

@@ -6,10 +6,11 @@ import struct
 
 import pytest
 
-from device_sim.core.dmar import Refused
+from device_sim.core.dmar import RequestRefused
 from device_sim.core.function import DmaFault, DmaRange
 from device_sim.core.msi import END, START, InterruptMessage
 from protocol.flow import Wait
+from protocol.units import Iova
 from tests.unit.device_sim.accelerator import (
     BOF,
     CFLUSH,
@@ -54,9 +55,9 @@ def access(silicon: Silicon, *ranges: DmaRange) -> Wait[None]:
 def test_an_aligned_write_of_four_bytes_is_a_message_and_reaches_no_memory(
     silicon: Silicon, addr: int
 ) -> None:
-    access(silicon, DmaRange(addr, 4, True)).result()
-    assert silicon.function.write(addr, struct.pack("<I", 0x4021))
-    assert list(silicon.unit.messages) == [InterruptMessage(RID, addr, 0x4021)]
+    access(silicon, DmaRange(Iova(addr), 4, True)).result()
+    assert silicon.function.write(Iova(addr), struct.pack("<I", 0x4021))
+    assert list(silicon.unit.messages) == [InterruptMessage(RID, Iova(addr), 0x4021)]
     assert silicon.unit.interrupts == 1
     assert bytes(silicon.frames) == bytes(len(silicon.frames))
     assert (silicon.requests(), silicon.faults(), silicon.unit.walks) == ([], [], 0)
@@ -64,9 +65,9 @@ def test_an_aligned_write_of_four_bytes_is_a_message_and_reaches_no_memory(
 
 def test_a_copy_of_four_bytes_is_a_message_once_its_source_is_there(silicon: Silicon) -> None:
     silicon.fill_frame(3, struct.pack("<I", 0xABCD))
-    assert silicon.function.copy(0x7000, START, 4) == 0
-    access(silicon, DmaRange(0x7000, 4, False), DmaRange(START, 4, True)).result()
-    assert silicon.function.copy(0x7000, START, 4) == 4
+    assert silicon.function.copy(Iova(0x7000), START, 4) == 0
+    access(silicon, DmaRange(Iova(0x7000), 4, False), DmaRange(START, 4, True)).result()
+    assert silicon.function.copy(Iova(0x7000), START, 4) == 4
     assert list(silicon.unit.messages) == [InterruptMessage(RID, START, 0xABCD)]
 
 
@@ -83,13 +84,13 @@ def test_a_copy_of_four_bytes_is_a_message_once_its_source_is_there(silicon: Sil
     ],
 )
 def test_anything_else_is_refused_and_recorded(silicon: Silicon, start: int, size: int, write: bool) -> None:
-    done = access(silicon, DmaRange(start, size, write))
+    done = access(silicon, DmaRange(Iova(start), size, write))
     with pytest.raises(DmaFault):
         done.result()
     assert silicon.faults() == [Recorded(SGN_8, start >> 12, RID, True)]
     if write:
-        assert not silicon.function.write(start, bytes(size))
-    assert silicon.function.read(start, size) is None
+        assert not silicon.function.write(Iova(start), bytes(size))
+    assert silicon.function.read(Iova(start), size) is None
     assert (silicon.unit.interrupts, silicon.requests()) == (0, [])
 
 
@@ -97,8 +98,8 @@ def test_its_neighbours_are_memory(silicon: Silicon) -> None:
     silicon.map(RANGE_PAGE - 1, 4)
     silicon.map(END >> 12, 5)
     for at in (START - 4, END):
-        access(silicon, DmaRange(at, 4, True)).result()
-        assert silicon.function.write(at, b"here")
+        access(silicon, DmaRange(Iova(at), 4, True)).result()
+        assert silicon.function.write(Iova(at), b"here")
     assert (silicon.bytes_of(4, 4, PAGE - 4), silicon.bytes_of(5, 4)) == (b"here", b"here")
     assert silicon.unit.interrupts == 0
 
@@ -131,7 +132,7 @@ def test_an_access_that_runs_into_it_is_done_up_to_it_and_faults_there(name: str
         machine.map(BEFORE, DST_FRAME)
     if state == "warm":
         for write in (False, True):
-            access(machine.silicon, DmaRange(BEFORE, PAGE, write)).result()
+            access(machine.silicon, DmaRange(Iova(BEFORE), PAGE, write)).result()
     machine.submit(INTO_IT[name])
     if state == "absent":
         assert [asked.page for asked in machine.silicon.requests()] == [BEFORE >> 12]
@@ -166,7 +167,7 @@ def test_a_write_whose_last_four_bytes_lie_there_is_memory_and_a_message() -> No
 
 @pytest.mark.parametrize("page", [RANGE_PAGE, RANGE_PAGE + 255])
 def test_a_translation_of_it_is_never_given_out(silicon: Silicon, page: int) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         silicon.translate(page, W)
     assert [record.reason for record in silicon.faults()] == [SGN_8]
 
@@ -183,7 +184,7 @@ def test_a_huge_leaf_over_it_is_given_out_page_by_page_cached_or_not(silicon: Si
     assert silicon.unit.interrupts == 1
     assert silicon.bytes_of(512, 4) == bytes(4)
     assert silicon.bytes_of(768, 4) == b"here"
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         silicon.translate(RANGE_PAGE, W)
 
 
@@ -191,7 +192,7 @@ def test_a_huge_leaf_over_it_is_given_out_page_by_page_cached_or_not(silicon: Si
 def test_a_leaf_that_leads_into_it_is_refused(silicon: Silicon, level: int) -> None:
     at = silicon.tables.entry_at(1024, level)
     silicon.tables.store(at, START | 7 | (0x80 if level == 2 else 0))
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         silicon.translate(1024)
     assert [record.reason for record in silicon.faults()] == [SGN_8]
 
@@ -217,7 +218,7 @@ def test_a_descriptor_may_send_a_message_and_one_that_sends_none_ends(absent_sou
         machine.map(SRC, SRC_FRAME)
         assert [asked.page for asked in machine.silicon.serve()] == [SRC >> 12]
     assert machine.record().status == 1
-    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, START + 0x40, 0x4021)]
+    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, Iova(START + 0x40), 0x4021)]
     for raw in (
         work(MEMMOVE, BOF | CRAV | RCR, src=SRC, dst=START, size=8),
         work(MEMMOVE, BOF | CRAV | RCR, src=START, dst=SRC, size=4),

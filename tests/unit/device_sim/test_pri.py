@@ -12,6 +12,7 @@ from device_sim.core.pri import PageAccess, PageRequestInterface
 from device_sim.core.prq import PageRequestQueue
 from protocol.flow import Flows, Wait
 from protocol.hw.qi import ResponseCode
+from protocol.units import IovaPfn
 from tests.unit.device_sim.silicon import Asked, page_request
 
 RID = 0x6A08
@@ -19,11 +20,11 @@ SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, Response
 
 
 def read(page: int) -> PageAccess:
-    return PageAccess(page, False)
+    return PageAccess(IovaPfn(page), False)
 
 
 def write(page: int) -> PageAccess:
-    return PageAccess(page, True)
+    return PageAccess(IovaPfn(page), True)
 
 
 class Pri:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from device_sim.config import FIRST_RID, Settings, capabilities, parse
-from device_sim.core.dmar import Refused
+from device_sim.core.dmar import RequestRefused
 from device_sim.core.function import DmaRange, Function, Traits
 from protocol.errors import UapiError
 from protocol.hw.qi import DescriptorError
-from protocol.units import Pasid
+from protocol.units import Iova, Pasid
 from tests.unit.device_sim.silicon import (
     DID,
     RID,
@@ -69,7 +69,7 @@ def test_a_qualified_fault_is_recorded_unless_fpd_is_set(reason: int) -> None:
         silicon.unit.write_pasid_entry(RID, Pasid(0), entry)
         if hidden:
             hide_faults(silicon, entry)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RequestRefused) as refused:
             silicon.translate(page)
         assert int(refused.value.reason) == reason
         recorded = [] if hidden else [reason]
@@ -79,7 +79,7 @@ def test_a_qualified_fault_is_recorded_unless_fpd_is_set(reason: int) -> None:
 
 def test_a_fault_before_any_entry_is_found_cannot_be_hidden() -> None:
     silicon = Silicon()
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         silicon.translate(7)
     assert [record.reason for record in silicon.faults()] == [SPT_2]
 
@@ -108,14 +108,14 @@ def test_a_unit_without_device_tlbs_refuses_their_descriptors_and_translation_re
     silicon = lacking(dt=0)
     with pytest.raises(DescriptorError, match=r"ECAP\.DT"):
         silicon.unit.execute(devtlb_all(RID))
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         silicon.translate(7)
     assert [record.reason for record in silicon.faults()] == [SCT_5]
 
 
 def test_a_wait_with_pd_tells_software_of_every_request_before_it_completes() -> None:
     silicon = lacking()
-    silicon.start(silicon.function.make_accessible([DmaRange(0x7000, 8, True)], block=True))
+    silicon.start(silicon.function.make_accessible([DmaRange(Iova(0x7000), 8, True)], block=True))
     drain = descriptor(5 | 1 << 5 | 1 << 7 | 9 << 32)
     fence = descriptor(5 | 1 << 6)
     assert silicon.unit.execute(fence) == [], "no status is written that was not asked for"

@@ -72,13 +72,13 @@ def test_an_address_is_found_in_the_window_of_its_kind_only() -> None:
     tables, frames = window(0x10_0000, kind=WindowKind.TABLES), window(0x1_0000_0000)
     host.add(tables)
     host.add(frames)
-    assert host.find(0x10_1FFF, WindowKind.TABLES) is tables
-    assert host.find(0x10_1FFF, WindowKind.FRAMES) is None
-    assert host.find(0x10_2000, WindowKind.TABLES) is None
-    assert host.find(0xF_FFFF, WindowKind.TABLES) is None
-    found = host.frame(0x1_0000_1234)
+    assert host.find(Hpa(0x10_1FFF), WindowKind.TABLES) is tables
+    assert host.find(Hpa(0x10_1FFF), WindowKind.FRAMES) is None
+    assert host.find(Hpa(0x10_2000), WindowKind.TABLES) is None
+    assert host.find(Hpa(0xF_FFFF), WindowKind.TABLES) is None
+    found = host.frame(Hpa(0x1_0000_1234))
     assert found is not None
     assert found[1] == 0x1234
     found[0][found[1]] = 7
     assert frames.view[0x1234] == 7
-    assert host.frame(0x10_0000) is None
+    assert host.frame(Hpa(0x10_0000)) is None
