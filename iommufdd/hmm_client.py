@@ -19,8 +19,9 @@ from protocol.rpc.channel import Body, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Method, Service
 from protocol.uapi import hmm as uapi
+from protocol.units import Hva
 
-Invalidate = Callable[[int, int], Coroutine[Any, None, None]]
+Invalidate = Callable[[Hva, int], Coroutine[Any, None, None]]
 
 
 class HmmMirror(KvmdChannel):
@@ -39,18 +40,18 @@ class HmmMirror(KvmdChannel):
         reply = await self.call("HMM_REGISTER", {"account": account})
         return reply.body["windows"], reply.fds
 
-    async def watch(self, hva: int, size: int) -> None:
+    async def watch(self, hva: Hva, size: int) -> None:
         await self.call("HMM_WATCH", {"start": hva, "size": size})
 
-    async def unwatch(self, hva: int, size: int) -> None:
+    async def unwatch(self, hva: Hva, size: int) -> None:
         await self.call("HMM_UNWATCH", {"start": hva, "size": size})
 
-    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
+    async def range_fault(self, hva: Hva, size: int, *, write: bool, fault: bool) -> HmmRange:
         return await self._find(
             "HMM_RANGE_FAULT", {"start": hva, "size": size, "write": write, "fault": fault}
         )
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
+    async def pin(self, hva: Hva, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         asked = {"start": hva, "size": size, "write": write, "area": area, "file": file}
         return await self._find("HMM_PIN", asked)
 
@@ -67,10 +68,10 @@ class HmmMirror(KvmdChannel):
     async def undo_change_process(self) -> None:
         await self.call("HMM_CHANGE_PROCESS", {"undo": True})
 
-    async def unpin(self, hva: int, size: int, *, area: int) -> None:
+    async def unpin(self, hva: Hva, size: int, *, area: int) -> None:
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
 
-    async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
+    async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
         body = (await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})).body
         return PinnedRange([HmmPin(*pin) for pin in body["pins"]], body["end"], body["total"])
 
@@ -85,7 +86,7 @@ class HmmMirror(KvmdChannel):
 
 
 async def _invalidated(mirror: HmmMirror, message: uapi.HmmInvalidate, fds: Fds) -> Body:
-    await mirror.on_invalidate(message.start, message.size)
+    await mirror.on_invalidate(Hva(message.start), message.size)
     return {}
 
 

@@ -18,10 +18,11 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Method, Notification, Service
 from protocol.uapi import kvm
 from protocol.uapi import tdp_fd as uapi
+from protocol.units import Gfn, Gpa
 
 IMPORTER_NAME = "iommufd"
 
-Invalidate = Callable[[int, int, int], Coroutine[Any, None, None]]
+Invalidate = Callable[[Gpa, int, int], Coroutine[Any, None, None]]
 
 
 class KvmTdp(KvmdChannel):
@@ -50,11 +51,11 @@ class KvmTdp(KvmdChannel):
         reply = await self.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME, "mm": self._mm})
         return reply.body["windows"], reply.fds
 
-    async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None:
+    async def fault(self, gfn: Gfn, *, read: bool, write: bool, exec: bool) -> None:
         body = {"mm": self._mm, "gfn": gfn, "read": read, "write": write, "exec": exec}
         await self.call("TDP_FAULT", body)
 
-    async def pin(self, gfn: int, npages: int) -> int:
+    async def pin(self, gfn: Gfn, npages: int) -> int:
         reply = await self.call("TDP_PIN", {"gfn": gfn, "npages": npages})
         return int(reply.body["pin"])
 
@@ -77,7 +78,7 @@ class KvmTdp(KvmdChannel):
 
 async def _invalidated(tdp: KvmTdp, message: uapi.TdpInvalidate, fds: Fds) -> Body:
     if tdp.on_invalidate is not None:
-        await tdp.on_invalidate(message.start, message.size, message.epoch)
+        await tdp.on_invalidate(Gpa(message.start), message.size, message.epoch)
     return {}
 
 
@@ -89,7 +90,7 @@ IMPORTER: Service[KvmTdp] = Service(
 class FaultNotes(KvmdChannel):
     """What the vCPUs of one VM fault in; `on_note(gfn, npages)`.  Gone: the VM, or KVM."""
 
-    def __init__(self, on_note: Callable[[int, int], None], on_gone: Callable[[], object]) -> None:
+    def __init__(self, on_note: Callable[[Gfn, int], None], on_gone: Callable[[], object]) -> None:
         super().__init__(on_gone)
         self.on_note = on_note
 
@@ -100,7 +101,7 @@ class FaultNotes(KvmdChannel):
 
 
 def _faulted_in(notes: FaultNotes, message: kvm.KvmFaultedIn) -> None:
-    notes.on_note(message.gfn, message.npages)
+    notes.on_note(Gfn(message.gfn), message.npages)
 
 
 NOTES: Service[FaultNotes] = Service(

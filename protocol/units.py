@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, TypeVar
 
 assert (sys.byteorder, sys.maxsize) == ("little", 2**63 - 1), "the model needs a 64-bit little-endian host"
 
@@ -22,6 +22,8 @@ Iova = NewType("Iova", int)
 IovaPfn = NewType("IovaPfn", int)  # the number of its page, the kernel's IOVA_PFN
 Pasid = NewType("Pasid", int)
 Level = NewType("Level", int)
+
+N = TypeVar("N", bound=int)
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -50,6 +52,10 @@ def gfn_of(gpa: Gpa) -> Gfn:
     return Gfn(gpa >> PAGE_SHIFT)
 
 
+def gpa_of(gfn: Gfn) -> Gpa:
+    return Gpa(gfn << PAGE_SHIFT)
+
+
 def pfn_of(hpa: Hpa) -> Pfn:
     return Pfn(hpa >> PAGE_SHIFT)
 
@@ -63,6 +69,10 @@ def gpa_of_iova(iova: Iova) -> Gpa:
     return Gpa(iova)
 
 
+def iova_of_gpa(gpa: Gpa) -> Iova:
+    return Iova(gpa)
+
+
 def pages_of_level(level: Level) -> int:
     """How many 4 KiB pages one entry of `level` maps."""
     return 1 << (9 * (level - 1))
@@ -73,12 +83,13 @@ def size_of_level(level: Level) -> int:
     return PAGE_SIZE << (9 * (level - 1))
 
 
-def align_down(value: int, alignment: int) -> int:
-    return value & ~(alignment - 1)
+def align_down(value: N, alignment: int) -> N:
+    """An aligned address is of the kind it was."""
+    return value & ~(alignment - 1)  # type: ignore[return-value]
 
 
-def align_up(value: int, alignment: int) -> int:
-    return (value + alignment - 1) & ~(alignment - 1)
+def align_up(value: N, alignment: int) -> N:
+    return (value + alignment - 1) & ~(alignment - 1)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -26,7 +26,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
 from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
-from protocol.units import Pasid
+from protocol.units import Iova, Pasid
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
 RID_PASID = Pasid(0)
@@ -56,7 +56,7 @@ class IommufdDevice(Object):
         self._policy = policy
         self._partial = partial  # of the unit's page request queue
         self._owns_pri = False
-        self._pins: dict[int, tuple[int, int] | None] = {}  # by the HWPT's name: (iova, size), or everything
+        self._pins: dict[int, tuple[Iova, int] | None] = {}  # by the HWPT's name: (iova, size), or everything
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
 
@@ -141,7 +141,7 @@ class IommufdDevice(Object):
 
     # -- pinning ---------------------------------------------------------------------------------------
 
-    async def pin(self, iova: int, size: int) -> None:
+    async def pin(self, iova: Iova, size: int) -> None:
         """The guest registered memory with the device that it does not tolerate faults on, and the variant
         driver trapped that [RFC 00/42].  EINVAL: on no HWPT, or no whole pages; KVM's errnos.
         """
@@ -154,7 +154,7 @@ class IommufdDevice(Object):
             raise UapiError(errno.EINVAL, f"{self.info.name} was detached meanwhile")
         self._pins[pin] = iova, size
 
-    async def unpin(self, iova: int, size: int) -> None:
+    async def unpin(self, iova: Iova, size: int) -> None:
         """What is left of this device's first pin of that range: what went with its memslot, or its area, is
         not taken from who pinned there since.  EINVAL: it has none."""
         hwpt = self._attached_to()

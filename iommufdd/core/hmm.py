@@ -11,20 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+from protocol.units import Hpa, Hva
+
 MAX_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
 
 
 class HmmPage(NamedTuple):
     """One page of the host, with its own size."""
 
-    hva: int
-    hpa: int
+    hva: Hva
+    hpa: Hpa
     size: int
     writable: bool
 
     @property
-    def end(self) -> int:
-        return self.hva + self.size
+    def end(self) -> Hva:
+        return Hva(self.hva + self.size)
 
 
 class HmmRange(NamedTuple):
@@ -33,15 +35,15 @@ class HmmRange(NamedTuple):
     """
 
     pages: list[HmmPage]
-    end: int
+    end: Hva
     major: int = 0
 
 
 class HmmPin(NamedTuple):
     """What the host has pinned: of one page, from the first byte that was asked for on."""
 
-    hva: int
-    hpa: int
+    hva: Hva
+    hpa: Hpa
     size: int
 
 
@@ -49,7 +51,7 @@ class PinnedRange(NamedTuple):
     """Pins in order; what lies at `end` and beyond was not looked at; `total`: all there are, anywhere."""
 
     pins: list[HmmPin]
-    end: int
+    end: Hva
     total: int
 
 
@@ -57,22 +59,22 @@ class ProcessMemory(Protocol):
     """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
     pin takes for memory that is not there (EFAULT)."""
 
-    async def watch(self, hva: int, size: int) -> None:
+    async def watch(self, hva: Hva, size: int) -> None:
         """Invalidations of the range come from now on.  EEXIST: it overlaps another."""
 
-    async def unwatch(self, hva: int, size: int) -> None: ...
+    async def unwatch(self, hva: Hva, size: int) -> None: ...
 
-    async def range_fault(self, hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
+    async def range_fault(self, hva: Hva, size: int, *, write: bool, fault: bool) -> HmmRange:
         """Have the pages of a watched range faulted in, or look.  EFAULT, EHWPOISON, ENOMEM."""
 
-    async def pin(self, hva: int, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
+    async def pin(self, hva: Hva, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         """For what has that number, as many from the start as fit one answer; of a file, `hva` is an offset.
         ENOMEM: RLIMIT_MEMLOCK, or no memory; EFAULT; EINVAL: beyond the end of the file.
         """
 
-    async def unpin(self, hva: int, size: int, *, area: int) -> None: ...
+    async def unpin(self, hva: Hva, size: int, *, area: int) -> None: ...
 
-    async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
+    async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
         """What is pinned there for what has that number."""
 
     async def open_file(self, fd: int) -> int:
@@ -95,12 +97,12 @@ class Lookup:
     __slots__ = ("_gone",)
 
     def __init__(self) -> None:
-        self._gone: list[tuple[int, int]] = []
+        self._gone: list[tuple[Hva, Hva]] = []
 
-    def invalidate(self, start: int, end: int) -> None:
+    def invalidate(self, start: Hva, end: Hva) -> None:
         self._gone.append((start, end))
 
-    def stale(self, start: int, end: int) -> bool:
+    def stale(self, start: Hva, end: Hva) -> bool:
         """Is something of hva range start..end not what was found any more?"""
         return any(first < end and start < last for first, last in self._gone)
 
@@ -120,6 +122,6 @@ class Lookups:
         finally:
             del self._going_on[lookup]
 
-    def invalidate(self, start: int, end: int) -> None:
+    def invalidate(self, start: Hva, end: Hva) -> None:
         for lookup in self._going_on:
             lookup.invalidate(start, end)

@@ -21,6 +21,7 @@ from iommufdd.core.object import Object
 from protocol.errors import EHWPOISON, UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
+from protocol.units import Iova
 
 _OF_ONE_PAGE = (errno.EFAULT, errno.EINVAL, EHWPOISON)
 
@@ -74,7 +75,7 @@ class Hwpt(Object):
         """The page that was asked for is there when this returns.  EINVAL: none comes when asked for."""
         raise UapiError(errno.EINVAL, f"HWPT {self.id} maps nothing at a page request")
 
-    async def forget(self, start: int, size: int) -> None:
+    async def forget(self, start: Iova, size: int) -> None:
         """Every cached translation of the range is dropped when this returns; UapiError: a unit refused."""
         try:
             for unit in dict.fromkeys(self.attached.values()):
@@ -86,14 +87,14 @@ class Hwpt(Object):
             if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
                 raise
 
-    async def pin(self, iova: int, size: int) -> int:
+    async def pin(self, iova: Iova, size: int) -> int:
         """What a device reaches there must never be absent; the request's name.  EINVAL: pages do not come
         and go here."""
         raise UapiError(errno.EINVAL, f"HWPT {self.id} has no pages that could be absent: nothing to pin")
 
     async def pin_all(self) -> int:
         """The same for everything there is, and will be."""
-        return await self.pin(0, 1 << self.domain.width)
+        return await self.pin(Iova(0), 1 << self.domain.width)
 
     async def unpin(self, pin: int) -> None:
         """What is left of the request of that name: of another's nothing."""

@@ -18,14 +18,14 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, gfn_of, gpa_of_iova
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, Gfn, Gpa, Iova, gfn_of, gpa_of_iova, iova_of_gpa
 
 
 class Tdp(Protocol):
     """The ops of a TDP FD, as its importer calls them [RFC 01/42].  Each may raise UapiError."""
 
-    async def fault(self, gfn: int, *, read: bool, write: bool, exec: bool) -> None: ...
-    async def pin(self, gfn: int, npages: int) -> int: ...
+    async def fault(self, gfn: Gfn, *, read: bool, write: bool, exec: bool) -> None: ...
+    async def pin(self, gfn: Gfn, npages: int) -> int: ...
     async def pin_all(self) -> int: ...
     async def unpin(self, pin: int) -> None: ...
     async def unregister(self) -> None: ...
@@ -46,20 +46,20 @@ class HwptKvm(Hwpt):
         gfn = gfn_of(gpa_of_iova(request.addr))
         await self._tdp.fault(gfn, read=request.read, write=request.write, exec=request.exec)
 
-    async def invalidate(self, start: int, size: int, epoch: int) -> None:
+    async def invalidate(self, start: Gpa, size: int, epoch: int) -> None:
         """KVM flushed: drop every cached translation of the range, then return (the ack).
 
         Raises UapiError, which is no ack, if a unit refused.
         """
         self.invalidations += 1
-        await self.forget(start, size)
+        await self.forget(iova_of_gpa(start), size)
         self.acked_epoch = max(self.acked_epoch, epoch)
 
-    async def pin(self, iova: int, size: int) -> int:
+    async def pin(self, iova: Iova, size: int) -> int:
         """On-demand pinning is KVM's to do [RFC 00/42].  EINVAL: not whole pages of it; KVM's errnos."""
         if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or (iova + size - 1) >> self.domain.width:
             raise UapiError(errno.EINVAL, f"pin of {iova:#x}+{size:#x}: not whole pages of the domain")
-        return await self._tdp.pin(iova >> PAGE_SHIFT, size >> PAGE_SHIFT)
+        return await self._tdp.pin(gfn_of(gpa_of_iova(iova)), size >> PAGE_SHIFT)
 
     async def pin_all(self) -> int:
         return await self._tdp.pin_all()

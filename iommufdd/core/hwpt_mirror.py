@@ -23,7 +23,7 @@ from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
-from protocol.units import LEVEL_4K, PAGE_SIZE, align_down, size_of_level
+from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, Iova, align_down, size_of_level
 
 if TYPE_CHECKING:
     from iommufdd.core.ioas_on_demand import IoasOnDemand
@@ -53,7 +53,7 @@ class HwptMirror(HwptPaging):
             if self._serves(iova, write=write):
                 self.ioas.counts.io_faults_spurious += 1
                 return
-            end = min(iova + self._premap, area.end)
+            end = min(Iova(iova + self._premap), area.end)
             with self.ioas.lookups.begin() as lookup:
                 # await: area, end: it may go, and with it what is found there; asked again: `install`
                 # (tests/unit/iommufdd/test_hwpt_mirror.py::test_an_area_gone_under_a_fault_is_not_mapped) |
@@ -74,7 +74,7 @@ class HwptMirror(HwptPaging):
             self.ioas.counts.io_fault_retries += 1
         raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
 
-    async def _populated(self, area: Area, iova: int, end: int, *, write: bool) -> HmmRange:
+    async def _populated(self, area: Area, iova: Iova, end: Iova, *, write: bool) -> HmmRange:
         """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what
         is behind it cannot be had at all.
         """
@@ -87,11 +87,11 @@ class HwptMirror(HwptPaging):
                 raise
         return await host.range_fault(hva, PAGE_SIZE, write=write, fault=True)
 
-    def _serves(self, iova: int, *, write: bool) -> bool:
+    def _serves(self, iova: Iova, *, write: bool) -> bool:
         leaf = self.table.leaf_at(iova)
         return leaf is not None and (leaf.writable or not write)
 
-    def install(self, lookup: Lookup, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> bool:
+    def install(self, lookup: Lookup, area: Area, pages: Sequence[HmmPage], start: Iova, end: Iova) -> bool:
         """Map start..end as far as `pages`, which `lookup` found, are what the host still has; was any of it
         new?  ENOMEM.
         """
@@ -100,10 +100,10 @@ class HwptMirror(HwptPaging):
             return new
         for page in pages:
             writable = page.writable and area.writable
-            largest = LEVEL_4K if self.pins else self.largest_leaf
-            for iova, hpa, level in area.leaves(page, start, end, largest):
+            max_huge_page_level = LEVEL_4K if self.pins else self.max_huge_page_level
+            for iova, hpa, level in area.leaves(page, start, end, max_huge_page_level):
                 hva, size = area.hva_of(iova), size_of_level(level)
-                if lookup.stale(hva, hva + size) or iova in self.pins:
+                if lookup.stale(hva, Hva(hva + size)) or iova in self.pins:
                     continue
                 if self.table.leaf_at(iova) != (iova, level, hpa, writable):
                     self.put_run(iova, [hpa], level, writable=writable)
@@ -112,14 +112,14 @@ class HwptMirror(HwptPaging):
 
     # -- the host takes away ---------------------------------------------------------------------------
 
-    def take_unpinned(self, spans: Iterable[Span]) -> None:
+    def take_unpinned(self, spans: Iterable[Span[Iova]]) -> None:
         for span in spans:
             for part in self.pins.beside(*span):
                 self.take(*part)
 
     # -- pinning ---------------------------------------------------------------------------------------
 
-    async def pin(self, iova: int, size: int) -> int:
+    async def pin(self, iova: Iova, size: int) -> int:
         async with self.ioas.lock:
             self._check_there()
             return await self.pins.pin(iova, size)

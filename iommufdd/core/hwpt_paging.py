@@ -17,15 +17,15 @@ from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.io_pagetable import Change, IoLeaf, IoPageTable
+from iommufdd.core.io_pagetable import Change, IoPageTable
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import LEVEL_4K, Level, size_of_level
+from protocol.units import LEVEL_4K, Hpa, Iova, Level, size_of_level
 
 if TYPE_CHECKING:
     from iommufdd.core.ioas import Ioas
 
-Run = tuple[int, list[int], Level, bool]  # first iova, hpas of leaves of that level, writable
+Run = tuple[Iova, list[Hpa], Level, bool]  # first iova, hpas of leaves of that level, writable
 
 
 class HwptPaging(Hwpt):
@@ -47,30 +47,30 @@ class HwptPaging(Hwpt):
         self.ioas.users -= 1
 
     @property
-    def largest_leaf(self) -> Level:
-        return self.table.max_leaf if self.ioas.large_pages else LEVEL_4K
+    def max_huge_page_level(self) -> Level:
+        return self.table.max_huge_page_level if self.ioas.large_pages else LEVEL_4K
 
     # -- entries ---------------------------------------------------------------------------------------
 
-    def put(self, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> None:
+    def put(self, area: Area, pages: Sequence[HmmPage], start: Iova, end: Iova) -> None:
         """Map start..end as far as `pages` have it.  ENOMEM, with the first of it mapped."""
-        for iova, hpas, level, writable in _runs(area, pages, start, end, self.largest_leaf):
+        for iova, hpas, level, writable in _runs(area, pages, start, end, self.max_huge_page_level):
             self.put_run(iova, hpas, level, writable=writable)
 
-    def put_run(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> None:
+    def put_run(self, iova: Iova, hpas: Sequence[Hpa], level: Level, *, writable: bool) -> None:
         small = sum(self.table.leaves[:level])
         self._made_stale(self.table.map_pages(iova, hpas, level, writable=writable))
         self.ioas.counts.collapses += sum(self.table.leaves[:level]) < small
 
-    def take(self, start: int, end: int) -> None:
+    def take(self, start: Iova, end: Iova) -> None:
         """Unmap start..end; a huge leaf at an edge is split, or goes whole if there is no page for that."""
-        edges = {leaf for leaf in (self.table.leaf_at(start), self.table.leaf_at(end - 1)) if leaf}
+        edges = {leaf for leaf in (self.table.leaf_at(start), self.table.leaf_at(Iova(end - 1))) if leaf}
         try:
             self._made_stale(self.table.unmap(start, end - start))
         except UapiError:
             self._made_stale(self.table.unmap(*self.table.whole_leaves(start, end - start)))
             return
-        self.ioas.counts.splits += sum(leaf.iova < start or end < _end(leaf) for leaf in edges)
+        self.ioas.counts.splits += sum(leaf.iova < start or end < leaf.end for leaf in edges)
 
     def copy(self, other: HwptPaging, area: Area) -> None:
         """Map an area as `other` has it [iopt_fill_domain].  ENOMEM."""
@@ -123,20 +123,18 @@ class HwptPaging(Hwpt):
         self.acked += 1
 
 
-def _end(leaf: IoLeaf) -> int:
-    return leaf.iova + size_of_level(leaf.level)
-
-
 def _run_end(run: Run) -> int:
     return run[0] + len(run[1]) * size_of_level(run[2])
 
 
-def _runs(area: Area, pages: Sequence[HmmPage], start: int, end: int, max_leaf: Level) -> Iterator[Run]:
+def _runs(
+    area: Area, pages: Sequence[HmmPage], start: Iova, end: Iova, max_huge_page_level: Level
+) -> Iterator[Run]:
     """Leaves that follow each other and are alike, together."""
     run: Run | None = None
     for page in pages:
         writable = page.writable and area.writable
-        for iova, hpa, level in area.leaves(page, start, end, max_leaf):
+        for iova, hpa, level in area.leaves(page, start, end, max_huge_page_level):
             if run is not None and (_run_end(run), *run[2:]) == (iova, level, writable):
                 run[1].append(hpa)
                 continue

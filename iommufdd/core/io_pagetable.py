@@ -38,7 +38,7 @@ class Change(NamedTuple):
     the pool by `IoPageTable.flushed`.
     """
 
-    start: int
+    start: Iova
     size: int
     cut: tuple[Hpa, ...]
 
@@ -48,6 +48,10 @@ class IoLeaf(NamedTuple):
     level: Level
     hpa: Hpa
     writable: bool
+
+    @property
+    def end(self) -> Iova:
+        return Iova(self.iova + size_of_level(self.level))
 
 
 def leaf_entry(hpa: Hpa, level: Level, *, writable: bool) -> int:
@@ -69,24 +73,24 @@ class _Edit:
     Built by looking at the live table, in the order of its addresses; `IoPageTable` then does it.
     """
 
-    def __init__(self, start: int, end: int, level: Level | None = None, puts: Sequence[int] = ()) -> None:
+    def __init__(self, start: Iova, end: Iova, level: Level | None = None, puts: Sequence[int] = ()) -> None:
         self.start = start
         self.end = end
         self.level = level  # None: take away, whatever its level
         self.puts = puts
-        self.stores: list[tuple[int, int]] = []
+        self.stores: list[tuple[Hpa, int]] = []
         self.made: list[tuple[Hpa, Level]] = []
         self.cut: list[tuple[Hpa, Level]] = []
         self.leaves = [0, 0, 0, 0]  # how many more, by level
         self.stale_from = self.stale_to = start
 
-    def stale(self, start: int, end: int) -> None:
+    def stale(self, start: Iova, end: Iova) -> None:
         """A walker may have cached what translates start..end."""
         if self.stale_to == self.start:
             self.stale_from = start
         self.stale_to = end
 
-    def replaces(self, level: Level, iova: int) -> bool:
+    def replaces(self, level: Level, iova: Iova) -> bool:
         """Does the whole entry of `level` at `iova` change?"""
         if self.level is not None:
             return level == self.level
@@ -99,12 +103,14 @@ class _Edit:
 
 
 class IoPageTable:
-    def __init__(self, writer: TableWriter, pool: TablePool, level: Level, max_leaf: Level) -> None:
-        """An empty table of `level` levels; leaves go up to `max_leaf` (CAP.SSLPS).  ENOMEM."""
+    def __init__(
+        self, writer: TableWriter, pool: TablePool, level: Level, max_huge_page_level: Level
+    ) -> None:
+        """An empty table of `level` levels; leaves go up to `max_huge_page_level` (CAP.SSLPS).  ENOMEM."""
         self.level = level
-        self.max_leaf = max_leaf
+        self.max_huge_page_level = max_huge_page_level
         self.root = pool.allocate()
-        self.limit = 1 << address_bits(level)  # first iova beyond
+        self.limit = Iova(1 << address_bits(level))  # first iova beyond
         self.leaves = [0, 0, 0, 0]  # by level
         self.tables = [0] * (level + 1)  # by level
         self.tables[level] = 1
@@ -114,24 +120,24 @@ class IoPageTable:
 
     # -- changing --------------------------------------------------------------------------------------
 
-    def map(self, iova: int, hpa: Hpa, level: Level, *, writable: bool) -> Change:
+    def map(self, iova: Iova, hpa: Hpa, level: Level, *, writable: bool) -> Change:
         """One leaf of `level`, in place of whatever was there.  ENOMEM."""
         return self.map_pages(iova, (hpa,), level, writable=writable)
 
-    def map_pages(self, iova: int, hpas: Sequence[int], level: Level, *, writable: bool) -> Change:
+    def map_pages(self, iova: Iova, hpas: Sequence[Hpa], level: Level, *, writable: bool) -> Change:
         """Leaves of `level` at `iova` and what follows it, one for each of `hpas`.  ENOMEM."""
-        assert LEVEL_4K <= level <= self.max_leaf, f"leaf of level {level}"
+        assert LEVEL_4K <= level <= self.max_huge_page_level, f"leaf of level {level}"
         size = size_of_level(level)
         flags = leaf_entry(Hpa(0), level, writable=writable)
         assert reduce(or_, hpas, iova) % size == 0, f"iova {iova:#x} or an hpa: misaligned for level {level}"
         puts = [hpa | flags for hpa in hpas]
-        return self._apply(_Edit(iova, iova + len(puts) * size, level, puts))
+        return self._apply(_Edit(iova, Iova(iova + len(puts) * size), level, puts))
 
-    def unmap(self, iova: int, size: int) -> Change:
+    def unmap(self, iova: Iova, size: int) -> Change:
         """Whatever lies in iova..iova+size; of a huge leaf at an edge only that part.  ENOMEM, which
         `whole_leaves` avoids.
         """
-        return self._apply(_Edit(iova, iova + size))
+        return self._apply(_Edit(iova, Iova(iova + size)))
 
     def flushed(self, change: Change) -> None:
         """The units hold nothing of what `change` made stale: the tables it cut off are free."""
@@ -143,7 +149,7 @@ class IoPageTable:
 
     def release(self) -> None:
         """Nobody walks it any more: every page of it is free."""
-        edit = _Edit(0, self.limit)
+        edit = _Edit(Iova(0), self.limit)
         self._cut(edit, self.root, self.level)
         self._count(edit)
         self._pool.free(table for table, _ in edit.cut)
@@ -154,34 +160,34 @@ class IoPageTable:
     def released(self) -> bool:
         return not self.tables[self.level]
 
-    def whole_leaves(self, iova: int, size: int) -> tuple[int, int]:
+    def whole_leaves(self, iova: Iova, size: int) -> tuple[Iova, int]:
         """(start, size) of the range rounded out to whole leaves: unmapping that needs no new table."""
-        first, last = self.leaf_at(iova), self.leaf_at(iova + size - 1)
+        first, last = self.leaf_at(iova), self.leaf_at(Iova(iova + size - 1))
         start = iova if first is None else min(iova, first.iova)
-        end = iova + size if last is None else max(iova + size, last.iova + size_of_level(last.level))
+        end = iova + size if last is None else max(iova + size, last.end)
         return start, end - start
 
     # -- looking ---------------------------------------------------------------------------------------
 
-    def leaf_at(self, iova: int) -> IoLeaf | None:
+    def leaf_at(self, iova: Iova) -> IoLeaf | None:
         table, level = self._lowest_table(iova, iova)
         entry = self._writer.load64(table + (iova >> level_shift(level)) % ENTRIES * ENTRY_BYTES)
         return _leaf(align_down(iova, size_of_level(level)), level, entry) if entry else None
 
-    def leaves_in(self, iova: int, size: int) -> Iterator[IoLeaf]:
+    def leaves_in(self, iova: Iova, size: int) -> Iterator[IoLeaf]:
         """Every leaf that overlaps iova..iova+size, in order; nothing may change meanwhile."""
-        return self._leaves_of(self.root, self.level, 0, iova, iova + size)
+        return self._leaves_of(self.root, self.level, Iova(0), iova, Iova(iova + size))
 
-    def _leaves_of(self, table: Hpa, level: Level, base: int, start: int, end: int) -> Iterator[IoLeaf]:
+    def _leaves_of(self, table: Hpa, level: Level, base: Iova, start: Iova, end: Iova) -> Iterator[IoLeaf]:
         touched = _indices(level, base, start, end)
         for index, entry in zip(touched, self._entries(table, touched), strict=True):
-            iova = base + (index << level_shift(level))
+            iova = Iova(base + (index << level_shift(level)))
             if entry and is_leaf(entry, level):
                 yield _leaf(iova, level, entry)
             elif entry:
                 yield from self._leaves_of(table_of(entry), Level(level - 1), iova, start, end)
 
-    def _lowest_table(self, start: int, last: int, stop: Level = LEVEL_4K) -> tuple[Hpa, Level]:
+    def _lowest_table(self, start: Iova, last: Iova, stop: Level = LEVEL_4K) -> tuple[Hpa, Level]:
         """The lowest table, of `stop` at least, whose entries start..last changes or is translated by."""
         table, level = self.root, self.level
         while level > stop:
@@ -201,7 +207,7 @@ class IoPageTable:
 
     def _apply(self, edit: _Edit) -> Change:
         assert 0 <= edit.start < edit.end <= self.limit, f"{edit.start:#x}..{edit.end:#x}"
-        table, level = self._lowest_table(edit.start, edit.end - 1, edit.level or LEVEL_4K)
+        table, level = self._lowest_table(edit.start, Iova(edit.end - 1), edit.level or LEVEL_4K)
         try:
             self._edit_table(edit, table, level, align_down(edit.start, size_of_level(level) * ENTRIES))
         except UapiError:
@@ -221,25 +227,25 @@ class IoPageTable:
         for _, cut in edit.cut:
             self.tables[cut] -= 1
 
-    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
+    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: Iova) -> None:
         """A live table, whose first entry translates `base`."""
         touched = _indices(level, base, edit.start, edit.end)
         old = self._entries(table, touched)
-        new = self._edited_run(edit, old, level, base + (touched.start << level_shift(level)))
+        new = self._edited_run(edit, old, level, Iova(base + (touched.start << level_shift(level))))
         for index, was, now in zip(touched, old, new, strict=True):
             if now != was:
-                edit.stores.append((table + index * ENTRY_BYTES, now))
+                edit.stores.append((Hpa(table + index * ENTRY_BYTES), now))
 
-    def _edited_run(self, edit: _Edit, entries: list[int], level: Level, iova: int) -> list[int]:
+    def _edited_run(self, edit: _Edit, entries: list[int], level: Level, iova: Iova) -> list[int]:
         """What becomes of entries side by side, the first of which translates `iova` on."""
         if level == edit.level and not any(entries):  # nothing to look at: what pinning spends its time on
             edit.leaves[level] += len(entries)
             first = (iova - edit.start) >> level_shift(level)
             return list(edit.puts[first : first + len(entries)])
         size = size_of_level(level)
-        return [self._edited(edit, entry, level, iova + n * size) for n, entry in enumerate(entries)]
+        return [self._edited(edit, entry, level, Iova(iova + n * size)) for n, entry in enumerate(entries)]
 
-    def _edited(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
+    def _edited(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
         """What becomes of `entry`, which translates `iova` on; what it points to is edited in place."""
         if edit.replaces(level, iova):
             return self._replaced(edit, entry, level, iova)
@@ -250,7 +256,7 @@ class IoPageTable:
             return entry
         return self._grown(edit, entry, level, iova)
 
-    def _replaced(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
+    def _replaced(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
         new = edit.puts[(iova - edit.start) >> level_shift(level)] if edit.puts else 0
         if new == entry:
             return entry
@@ -263,16 +269,16 @@ class IoPageTable:
         else:
             self._cut(edit, table_of(entry), Level(level - 1))
         if new != entry | bits.WRITE:
-            edit.stale(iova, iova + size_of_level(level))
+            edit.stale(iova, Iova(iova + size_of_level(level)))
         return new
 
-    def _grown(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
+    def _grown(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
         """A new table in place of an absent entry or a huge leaf, unless it would translate as that does."""
         child = Level(level - 1)
         before = split(entry, level) if entry else _ABSENT
         touched = _indices(child, iova, edit.start, edit.end)
         first, end = touched.start, touched.stop
-        at = iova + (first << level_shift(child))
+        at = Iova(iova + (first << level_shift(child)))
         entries = [*before[:first], *self._edited_run(edit, before[first:end], child, at), *before[end:]]
         if entries == before:
             return entry
@@ -294,11 +300,11 @@ class IoPageTable:
                 self._cut(edit, table_of(entry), Level(level - 1))
 
 
-def _indices(level: Level, base: int, start: int, end: int) -> range:
+def _indices(level: Level, base: Iova, start: Iova, end: Iova) -> range:
     """Which entries of a table of `level`, whose first translates `base`, start..end touches."""
     shift = level_shift(level)
     return range(max(start - base, 0) >> shift, min((end - 1 - base >> shift) + 1, ENTRIES))
 
 
-def _leaf(iova: int, level: Level, entry: int) -> IoLeaf:
-    return IoLeaf(Iova(iova), level, Hpa(entry & bits.ADDRESS_MASK), is_writable(entry))
+def _leaf(iova: Iova, level: Level, entry: int) -> IoLeaf:
+    return IoLeaf(iova, level, Hpa(entry & bits.ADDRESS_MASK), is_writable(entry))

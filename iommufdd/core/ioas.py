@@ -21,14 +21,14 @@ from iommufdd.core.pages import Pages
 from iommufdd.core.source import Connect, Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import PAGE_OFFSET_MASK
+from protocol.units import PAGE_OFFSET_MASK, Hva, Iova
 
 
 class Slice(NamedTuple):
     """A part of pages, which whoever has it holds [iopt_pages_list]."""
 
     pages: Pages
-    hva: int
+    hva: Hva
     size: int
 
 
@@ -60,7 +60,7 @@ class Ioas(Object):
                 )
             self.large_pages = on
 
-    async def allow_iovas(self, spans: Sequence[Span]) -> None:
+    async def allow_iovas(self, spans: Sequence[Span[Iova]]) -> None:
         """What `Areas.allow` says.  EADDRINUSE."""
         # await: spans: cannot change: the caller's own
         async with self.lock:
@@ -72,13 +72,13 @@ class Ioas(Object):
         self,
         mm: int,
         connect: Connect,
-        hva: int,
+        hva: Hva,
         size: int,
-        iova: int | None,
+        iova: Iova | None,
         *,
         writable: bool,
         file: int | None = None,
-    ) -> int:
+    ) -> Iova:
         """Map memory of `mm`; or, paid for by it, of the memfd `file`, where `hva` is an offset; the iova,
         which is `iova` if that is given.  EINVAL: not whole pages, not allowed, no memfd; EOVERFLOW; EEXIST;
         ENOSPC; EFAULT, ENOMEM, EINVAL: of what is to be pinned; ENODEV: the host is gone.
@@ -93,7 +93,7 @@ class Ioas(Object):
         return iova
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: int, size: int, hva: int, fd: int | None, *, writable: bool
+        self, mm: int, connect: Connect, iova: Iova, size: int, hva: Hva, fd: int | None, *, writable: bool
     ) -> None:
         """A new area of memory of `mm` or of the memfd `fd`, with the lock held: whole, or this raises."""
         if fd is None:
@@ -117,13 +117,13 @@ class Ioas(Object):
         self._used.add(source)
         return source
 
-    async def slices(self, iova: int, size: int) -> list[Slice]:
+    async def slices(self, iova: Iova, size: int) -> list[Slice]:
         """What is mapped at iova..iova+size, without a gap; each is to be `put`.  EINVAL, EOVERFLOW; ENOENT:
         there is a gap [iopt_get_pages].
         """
         _check_range("copy of", iova, size)
         async with self.lock:
-            found, at, end = [], iova, iova + size
+            found, at, end = [], iova, Iova(iova + size)
             while at < end:
                 area = self.areas.at(at)
                 if area is None or area.pages is None:
@@ -135,7 +135,7 @@ class Ioas(Object):
                 piece.pages.get()
             return found
 
-    async def map_slices(self, slices: Sequence[Slice], iova: int | None, *, writable: bool) -> int:
+    async def map_slices(self, slices: Sequence[Slice], iova: Iova | None, *, writable: bool) -> Iova:
         """Map them one behind the other, all or none; the iova.  EINVAL, EOVERFLOW, EEXIST, ENOSPC; EPERM:
         the pages are not to be written; of pinning, as `map`.
         """
@@ -158,7 +158,7 @@ class Ioas(Object):
                     # what may be written of pages is said when they are made
                     await self.enter(area)
                     entered.append(area)
-                    at += length
+                    at = Iova(at + length)
             except UapiError:
                 for area in entered:
                     # await: each area: cannot change: our own list
@@ -171,14 +171,14 @@ class Ioas(Object):
         if self.destroyed:
             raise UapiError(errno.EBADF, f"IOAS {self.id}: the iommufd was closed meanwhile")
 
-    def _place(self, iova: int | None, hva: int, size: int) -> int:
+    def _place(self, iova: Iova | None, alignment_of: int, size: int) -> Iova:
         """`iova`, or where there is room.  EINVAL, EOVERFLOW, EEXIST, ENOSPC."""
         if iova is None:
-            iova = self.areas.room(hva, size)
+            iova = self.areas.room(alignment_of, size)
         self.areas.check(iova, size)
         return iova
 
-    async def unmap(self, iova: int, size: int) -> int:
+    async def unmap(self, iova: Iova, size: int) -> int:
         """Whole areas; the bytes.  0 and all ones is everything, the last byte too [iommufd ioas.c].  EINVAL,
         EOVERFLOW; ENOENT: nothing is there, or an area sticks out, with those before it unmapped.
         """
@@ -186,7 +186,7 @@ class Ioas(Object):
             everything = (iova, size) == (0, ULONG_MAX)
             if not everything:
                 _check_range("unmap of", iova, size)
-            end = BEYOND if everything else iova + size
+            end = BEYOND if everything else Iova(iova + size)
             unmapped = 0
             for area in self.areas.within(iova, end):
                 if area.iova < iova or end < area.end:
@@ -288,7 +288,7 @@ class Ioas(Object):
         """The host is gone, and nothing is attached: what its pages were is not to be reached again."""
         async with self.lock:
             for hwpt in self.hwpts:
-                hwpt.take(0, hwpt.table.limit)
+                hwpt.take(Iova(0), hwpt.table.limit)
             for hwpt in self.hwpts:
                 with suppress(UapiError):  # a unit refused
                     await hwpt.give_up()
@@ -310,7 +310,7 @@ def _pages_of(area: Area) -> Pages:
     return area.pages
 
 
-def _check_range(what: str, iova: int, size: int) -> None:
+def _check_range(what: str, iova: Iova, size: int) -> None:
     if not size:
         raise UapiError(errno.EINVAL, f"{what} no bytes")
     if iova + size - 1 > ULONG_MAX:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
-from iommufdd.core.area import Area
+from iommufdd.core.area import Area, Span
 from iommufdd.core.hmm import HmmPage, HmmPin, Lookup, ProcessMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
@@ -24,7 +24,7 @@ from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.pages import Pages
 from iommufdd.core.source import Source
 from protocol.errors import UapiError
-from protocol.units import PAGE_SIZE, size_of_level
+from protocol.units import PAGE_SIZE, Hva, Iova
 
 _LOOK = 1024 * PAGE_SIZE  # asked about at once
 
@@ -65,21 +65,21 @@ def _unless_gone() -> Iterator[None]:
 
 async def _check_pages(pages: Pages, found: list[str]) -> None:
     """What the books have pinned is, and is what each area shows, in every HWPT."""
-    at = 0
+    at = Hva(0)
     while (pins := next((pins for pins in pages.pins if pins.end > at), None)) is not None:
         at = max(at, pins.start)
-        # await: at, found, pages, pin, pins, s, start: the books may change; asked again: `is_changing`
+        # await: at, found, pages, pin, pins, start: the books may change; asked again: `is_changing`
         # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
         answer = await pages.source.host.pinned(at, pins.end - at, area=pages.number)
         if pages.is_changing or pins not in pages.pins:
             return
         stop = min(answer.end, pins.end)
-        steps = [HmmPin(start, 0, pins.step) for start in range(at, stop, pins.step)]
-        if [(pin.hva, min(pin.size, pins.step)) for pin in answer.pins] != [(s.hva, s.size) for s in steps]:
+        steps = [(start, pins.step) for start in range(at, stop, pins.step)]
+        if [(pin.hva, min(pin.size, pins.step)) for pin in answer.pins] != steps:
             found.append(f"I28: {at:#x}..{stop:#x} is pinned, not so at the host")
         there = [HmmPage(*pin, writable=pages.writable) for pin in answer.pins]
         for area, hwpts in pages.shown.items():
-            first, last = max(at, area.hva), min(stop, area.hva + area.size)
+            first, last = max(at, area.hva), min(stop, area.hva_end)
             if first < last:
                 for hwpt in hwpts:
                     span = area.iova_of(first), area.iova_of(last)
@@ -90,7 +90,7 @@ async def _check_pages(pages: Pages, found: list[str]) -> None:
 async def _check_total(source: Source, found: list[str]) -> None:
     # await: found, source: the books may change; asked again: `is_changing`
     # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
-    total = (await source.host.pinned(0, PAGE_SIZE, area=0)).total
+    total = (await source.host.pinned(Hva(0), PAGE_SIZE, area=0)).total
     users = [pages for pages in source.users if isinstance(pages, Pages)]
     if any(pages.is_changing for pages in users):
         return
@@ -99,9 +99,9 @@ async def _check_total(source: Source, found: list[str]) -> None:
         found.append(f"I28: the host has {total} pins, the books of whose memory it is {pinned}")
 
 
-async def _pinned(host: ProcessMemory, hva: int, size: int, number: int) -> list[HmmPin]:
+async def _pinned(host: ProcessMemory, hva: Hva, size: int, number: int) -> list[HmmPin]:
     pins: list[HmmPin] = []
-    at, end = hva, hva + size
+    at, end = hva, Hva(hva + size)
     while at < end:
         # await: host, pins: cannot change: the lock of the IOAS is held
         answer = await host.pinned(at, end - at, area=number)
@@ -120,7 +120,7 @@ async def _check_mirrors(ioas: IoasOnDemand, found: list[str]) -> None:
         # await: found, ioas, each mirror: cannot change: the lock is held
         pins += await _check_mirror_pins(mirror, ioas.live_host, found)
     # await: found, ioas: cannot change: the lock is held
-    total = (await ioas.live_host.pinned(0, PAGE_SIZE, area=0)).total
+    total = (await ioas.live_host.pinned(Hva(0), PAGE_SIZE, area=0)).total
     if total != pins:
         found.append(f"I28: the host has {total} pins, mirrors of IOAS {ioas.id} {pins}")
     for mirror in ioas.mirrors:
@@ -147,57 +147,58 @@ async def _check_mirror_pins(hwpt: HwptMirror, host: ProcessMemory, found: list[
 
 async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: ProcessMemory, found: list[str]) -> None:
     """What is not pinned maps what the process has there now."""
-    at = 0
+    at = Iova(0)
     while (first := next(hwpt.table.leaves_in(at, hwpt.table.limit - at), None)) is not None:
         at = max(at, first.iova)
-        end = first.iova + size_of_level(first.level)
+        end = first.end
         area = ioas.areas.at(at)
         if area is None:
             found.append(f"I28: HWPT {hwpt.id}: iova {at:#x} -> {first.hpa:#x}, in no area")
             at = end
             continue
         with ioas.lookups.begin() as lookup:
-            size = min(area.end, max(end, at + _LOOK)) - at
+            size = min(area.end, max(end, Iova(at + _LOOK))) - at
             # await: area, at, found, host, hwpt, ioas: cannot change: the lock is held | lookup: what it
             # found may go; asked again: `_fresh`
             # (tests/unit/iommufdd/test_ioas_check.py::test_what_went_behind_the_answer_is_not_wrong)
             there = await host.range_fault(area.hva_of(at), size, write=False, fault=False)
             stop = min(area.iova_of(there.end), area.end)
             for leaf in hwpt.table.leaves_in(at, stop - at):
-                part = max(leaf.iova, at), min(leaf.iova + size_of_level(leaf.level), stop)
+                part = max(leaf.iova, at), min(leaf.end, stop)
                 for start, last in _fresh(hwpt, area, lookup, *part):
                     found += _differences(hwpt, area, leaf, there.pages, (start, last), "is the host's")
         at = stop
 
 
-def _fresh(hwpt: HwptMirror, area: Area, lookup: Lookup, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _fresh(hwpt: HwptMirror, area: Area, lookup: Lookup, start: Iova, end: Iova) -> Iterator[Span[Iova]]:
     """The parts that are not pinned and of which nothing went behind the answer."""
     for first, last in hwpt.pins.beside(start, end):
         if not lookup.stale(area.hva_of(first), area.hva_of(last)):
             yield first, last
             continue
-        for at in range(first, last, PAGE_SIZE):
-            if not lookup.stale(area.hva_of(at), area.hva_of(at) + PAGE_SIZE):
-                yield at, at + PAGE_SIZE
+        for at in map(Iova, range(first, last, PAGE_SIZE)):
+            end = Iova(at + PAGE_SIZE)
+            if not lookup.stale(area.hva_of(at), area.hva_of(end)):
+                yield at, end
 
 
 # -- leaves ----------------------------------------------------------------------------------------------
 
 
-def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HmmPage], start: int, end: int) -> Iterator[str]:
+def _all_of(hwpt: HwptPaging, area: Area, pages: Sequence[HmmPage], start: Iova, end: Iova) -> Iterator[str]:
     """Is start..end mapped to the pinned `pages`, all of it?"""
     at = start
     for leaf in hwpt.table.leaves_in(start, end - start):
         if leaf.iova > at:
             break
-        at, last = min(leaf.iova + size_of_level(leaf.level), end), at
+        at, last = min(leaf.end, end), at
         yield from _differences(hwpt, area, leaf, pages, (last, at), "is pinned")
     if at < end:
         yield f"I28: HWPT {hwpt.id}: iova {at:#x} is pinned, and absent"
 
 
 def _differences(
-    hwpt: HwptPaging, area: Area, leaf: IoLeaf, pages: Sequence[HmmPage], part: tuple[int, int], what: str
+    hwpt: HwptPaging, area: Area, leaf: IoLeaf, pages: Sequence[HmmPage], part: Span[Iova], what: str
 ) -> Iterable[str]:
     """Of a part of a leaf, from `pages`, which are in order: the first, if any."""
     at, end = part

@@ -18,7 +18,7 @@ from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.source import Connect, Source, Sources
 from protocol.errors import UapiError
-from protocol.units import PAGE_SIZE, align_down, align_up
+from protocol.units import PAGE_SIZE, Hva, Iova, align_down, align_up
 
 
 class IoasOnDemand(Ioas):
@@ -41,7 +41,7 @@ class IoasOnDemand(Ioas):
         return self._source.new_number()
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: int, size: int, hva: int, fd: int | None, *, writable: bool
+        self, mm: int, connect: Connect, iova: Iova, size: int, hva: Hva, fd: int | None, *, writable: bool
     ) -> None:
         assert fd is None, "pages of a file are pinned"
         check_user(hva, size)
@@ -94,12 +94,12 @@ class IoasOnDemand(Ioas):
         if isinstance(hwpt, HwptMirror):
             await hwpt.pins.let_go(hwpt.pins.drop())
 
-    async def invalidate(self, start: int, size: int) -> None:
+    async def invalidate(self, start: Hva, size: int) -> None:
         """The host is about to take hva range start..start+size away: nobody uses it when this returns, which
         is the ack.  UapiError, which is none: a unit refused.
         """
         self.counts.hmm_invalidations += 1
-        start, end = align_down(start, PAGE_SIZE), align_up(start + size, PAGE_SIZE)
+        start, end = align_down(start, PAGE_SIZE), align_up(Hva(start + size), PAGE_SIZE)
         self.lookups.invalidate(start, end)
         spans = [span for _, span in self.areas.of_hva(start, end)]
         mirrors = self.mirrors
@@ -110,11 +110,12 @@ class IoasOnDemand(Ioas):
             # (tests/unit/iommufdd/test_hwpt_mirror.py::test_a_mirror_destroyed_while_it_is_flushed)
             await hwpt.give_up()
 
-    async def look(self, iova: int, size: int) -> bool:
+    async def look(self, iova: Iova, size: int) -> bool:
         """Map what the host has there now, for every HWPT; was there anything to map?"""
         mapped = False
-        for area in self.areas.within(iova, iova + size):
-            at, end = max(iova, area.iova), min(iova + size, area.end)
+        last = Iova(iova + size)
+        for area in self.areas.within(iova, last):
+            at, end = max(iova, area.iova), min(last, area.end)
             while at < end:
                 with self.lookups.begin() as lookup:
                     # await: area, each area, at, end: it may go; asked again: `install`

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.hmm import MAX_TRIES, HmmPage
 from protocol.errors import UapiError
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, Hpa, Hva, Iova
 
 if TYPE_CHECKING:
     from iommufdd.core.hwpt_mirror import HwptMirror
@@ -35,8 +35,8 @@ class MirrorPin:
 
     area: Area
     page: HmmPage
-    start: int
-    end: int
+    start: Iova
+    end: Iova
     name: int
     holders: int
 
@@ -44,7 +44,9 @@ class MirrorPin:
     def part(self) -> HmmPage:
         """Only what is pinned is mapped as pinned: a leaf must not reach beyond it."""
         hva = self.area.hva_of(self.start)
-        return HmmPage(hva, self.page.hpa + hva - self.page.hva, self.end - self.start, self.page.writable)
+        return HmmPage(
+            hva, Hpa(self.page.hpa + hva - self.page.hva), self.end - self.start, self.page.writable
+        )
 
 
 class MirrorPins:
@@ -63,35 +65,35 @@ class MirrorPins:
     def __iter__(self) -> Iterator[MirrorPin]:
         return iter(self._pins)
 
-    def __contains__(self, iova: int) -> bool:
+    def __contains__(self, iova: Iova) -> bool:
         return self._at(iova) is not None
 
     def runs(self) -> Iterator[list[MirrorPin]]:
         """Pins that follow each other in an area and were pinned by one request, together."""
         return _runs(self._pins)
 
-    def beside(self, start: int, end: int) -> Iterator[Span]:
+    def beside(self, start: Iova, end: Iova) -> Iterator[Span[Iova]]:
         """The parts of start..end that are not pinned."""
         first = self._first(start)
         last = bisect_right(self._pins, end - 1, lo=first, key=attrgetter("start"))
         return without((start, end), ((pin.start, pin.end) for pin in self._pins[first:last]))
 
-    def _at(self, iova: int) -> MirrorPin | None:
+    def _at(self, iova: Iova) -> MirrorPin | None:
         first = self._first(iova)
         pin = self._pins[first] if first < len(self._pins) else None
         return pin if pin is not None and pin.start <= iova else None
 
-    def _first(self, iova: int) -> int:
+    def _first(self, iova: Iova) -> int:
         """The first pin that ends behind `iova`."""
         return bisect_right(self._pins, iova, key=attrgetter("end"))
 
     # -- requests ----------------------------------------------------------------------------------------
 
-    async def pin(self, iova: int, size: int) -> int:
+    async def pin(self, iova: Iova, size: int) -> int:
         """All of it or none; the request's name.  EINVAL: not whole pages; EFAULT: not all of it is in areas;
         ENOMEM, EAGAIN, the host's errnos.
         """
-        end = iova + size
+        end = Iova(iova + size)
         if size <= 0 or (iova | size) & PAGE_OFFSET_MASK or end - 1 >> self._hwpt.domain.width:
             raise UapiError(errno.EINVAL, f"pin of {iova:#x}+{size:#x}: not whole pages of the domain")
         return await self._ask([(iova, end)])
@@ -152,7 +154,7 @@ class MirrorPins:
 
     # -- pinning -----------------------------------------------------------------------------------------
 
-    async def _ask(self, spans: Iterable[Span]) -> int:
+    async def _ask(self, spans: Iterable[Span[Iova]]) -> int:
         name = self._ioas.new_number()
         self._requests[name] = []
         try:
@@ -164,7 +166,7 @@ class MirrorPins:
             raise
         return name
 
-    async def _pin_span(self, name: int, start: int, end: int) -> None:
+    async def _pin_span(self, name: int, start: Iova, end: Iova) -> None:
         while start < end:
             pin = self._at(start)
             if pin is None:
@@ -176,7 +178,7 @@ class MirrorPins:
             self._requests[name].append(pin)
             start = pin.end
 
-    async def _pin_gap(self, name: int, start: int, end: int) -> int:
+    async def _pin_gap(self, name: int, start: Iova, end: Iova) -> Iova:
         """Pin and map from `start` on, as far as one answer of the host goes; where it stopped."""
         area = self._ioas.areas.at(start)
         if area is None:
@@ -188,9 +190,9 @@ class MirrorPins:
                 # the process may have something else there before we hear of it; asked again: `Lookup.stale`
                 # (tests/unit/iommufdd/test_mirror_pins.py::test_a_page_that_goes_meanwhile_is_pinned_anew)
                 found = await self._ioas.live_host.pin(hva, size, write=area.writable, area=name)
-                pins = list(_pins_of(area, found.pages, start, start + size, name))
+                pins = list(_pins_of(area, found.pages, start, Iova(start + size), name))
                 self._ioas.counts.pinned_pages += sum(pin.end - pin.start for pin in pins) >> PAGE_SHIFT
-                if not lookup.stale(hva, hva + size):
+                if not lookup.stale(hva, Hva(hva + size)):
                     # await: asked: cannot change: what is pinned and mapped stays, whatever the process does
                     # from now on
                     return await self._map(pins)
@@ -198,7 +200,7 @@ class MirrorPins:
             await self.let_go(pins)
         raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
 
-    async def _map(self, pins: list[MirrorPin]) -> int:
+    async def _map(self, pins: list[MirrorPin]) -> Iova:
         """Map what was pinned for a request, and keep it mapped; where it ends.  A huge leaf that reaches
         beyond is split first: what is beyond must be able to go alone.  ENOMEM, with none of it mapped or
         pinned.
@@ -221,7 +223,7 @@ class MirrorPins:
         return end
 
 
-def _pins_of(area: Area, pages: Iterable[HmmPage], start: int, end: int, name: int) -> Iterator[MirrorPin]:
+def _pins_of(area: Area, pages: Iterable[HmmPage], start: Iova, end: Iova, name: int) -> Iterator[MirrorPin]:
     for page in pages:
         first, last = max(area.iova_of(page.hva), start), min(area.iova_of(page.end), end)
         if first < last:

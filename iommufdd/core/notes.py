@@ -13,7 +13,7 @@ from collections.abc import Callable
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from protocol.errors import UapiError
 from protocol.flow import Flow
-from protocol.units import PAGE_SHIFT
+from protocol.units import PAGE_SHIFT, Gfn, Iova, gpa_of, iova_of_gpa
 
 MAX_WAITING = 4096
 
@@ -23,15 +23,15 @@ class Notes:
         self._ioas = ioas
         self._counts = ioas.counts
         self._spawn = spawn
-        self._waiting: deque[tuple[int, int]] = deque()  # the first is being worked on
+        self._waiting: deque[tuple[Iova, int]] = deque()  # the first is being worked on
 
-    def told(self, gfn: int, npages: int) -> None:
+    def told(self, gfn: Gfn, npages: int) -> None:
         self._counts.notes += 1
         if len(self._waiting) >= MAX_WAITING:
             self._counts.notes_lost += 1
             return
         self._counts.notes_pending += 1
-        self._waiting.append((gfn << PAGE_SHIFT, npages << PAGE_SHIFT))
+        self._waiting.append((iova_of_gpa(gpa_of(gfn)), npages << PAGE_SHIFT))
         if len(self._waiting) == 1:
             self._spawn(self._work())
 

@@ -23,7 +23,7 @@ from iommufdd.core.hmm import HmmPage, HmmRange
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import PAGE_SHIFT, PAGE_SIZE, size_of_level
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, Hva, size_of_level
 
 if TYPE_CHECKING:
     from iommufdd.core.hwpt_paging import HwptPaging
@@ -34,16 +34,19 @@ class Pins(NamedTuple):
     not kept of pages of 4 KiB (0): no area shows a part of one.
     """
 
-    start: int
-    end: int
+    start: Hva
+    end: Hva
     step: int
-    hpa: int = 0
+    hpa: Hpa = Hpa(0)
 
-    def whole(self, span: Span) -> Span:
+    def part(self, start: Hva, end: Hva) -> Pins:
+        return Pins(start, end, self.step, Hpa(self.hpa and self.hpa + start - self.start))
+
+    def whole(self, span: Span[Hva]) -> Span[Hva]:
         """The part of these that `span` meets, in whole pins; nothing has its end before its start."""
         first = max(span[0] - self.start, 0) // self.step
         last = -(-max(min(span[1], self.end) - self.start, 0) // self.step)
-        return self.start + first * self.step, self.start + last * self.step
+        return Hva(self.start + first * self.step), Hva(self.start + last * self.step)
 
 
 class Pages:
@@ -52,7 +55,7 @@ class Pages:
     """
 
     def __init__(
-        self, counts: Counts, sources: Sources, source: Source, start: int, file: int, *, writable: bool
+        self, counts: Counts, sources: Sources, source: Source, start: Hva, file: int, *, writable: bool
     ) -> None:
         self.source = source
         self.start = start
@@ -79,7 +82,7 @@ class Pages:
                     await self.source.host.close_file(self.file)
             await self._sources.put(self.source, self)
 
-    def alignment_of(self, address: int) -> int:
+    def alignment_of(self, address: Hva) -> int:
         """What an iova for `address` is to be aligned to, at most [iopt_alloc_area_pages]; 0: to anything."""
         return address - self.start if self.file else address
 
@@ -96,7 +99,7 @@ class Pages:
         """
         # await: area, hwpts: cannot change: the lock of its IOAS is held
         async with self._lock:
-            at, end = area.hva, area.hva + area.size
+            at, end = area.hva, area.hva_end
             try:
                 while at < end:
                     # await: area, hwpts, at, end: cannot change: both locks are held
@@ -129,11 +132,11 @@ class Pages:
                 await self.source.host.unpin(start, end - start, area=self.number)
             self._counts.pinned_pages -= end - start >> PAGE_SHIFT
 
-    async def _find(self, at: int, end: int) -> HmmRange:
+    async def _find(self, at: Hva, end: Hva) -> HmmRange:
         """From `at` on: what one area shows, one pin has, or one answer of the host, which is pinned."""
         for area, hwpts in self.shown.items():
-            if area.hva <= at < area.hva + area.size:
-                return self._read_back(area, hwpts[0], at, min(end, area.hva + area.size))
+            if area.hva <= at < area.hva_end:
+                return self._read_back(area, hwpts[0], at, min(end, area.hva_end))
         for pins in self.pins:
             if pins.start <= at < pins.end:
                 pinned = HmmPage(pins.start, pins.hpa, pins.end - pins.start, self.writable)
@@ -150,7 +153,7 @@ class Pages:
             self._pinned(max(at, page.hva), min(page.end, stop), page)
         return HmmRange(found.pages, stop)
 
-    def _read_back(self, area: Area, hwpt: HwptPaging, at: int, end: int) -> HmmRange:
+    def _read_back(self, area: Area, hwpt: HwptPaging, at: Hva, end: Hva) -> HmmRange:
         """ENODEV: the host is gone, and with it what was mapped."""
         leaves = list(hwpt.table.leaves_in(area.iova_of(at), end - at))
         pages = [
@@ -163,25 +166,25 @@ class Pages:
 
     # -- books of what is pinned -----------------------------------------------------------------------------
 
-    def _pinned(self, start: int, end: int, page: HmmPage) -> None:
+    def _pinned(self, start: Hva, end: Hva, page: HmmPage) -> None:
         """One pin more, of what is asked for of `page`."""
         step = end - start
-        pins = Pins(start, end, step, page.hpa + start - page.hva if step > PAGE_SIZE else 0)
+        pins = Pins(start, end, step, Hpa(page.hpa + start - page.hva) if step > PAGE_SIZE else Hpa(0))
         at = bisect_right(self.pins, start, key=attrgetter("start"))
         if at and _continues(self.pins[at - 1], pins):
             self.pins[at - 1] = self.pins[at - 1]._replace(end=end)
         else:
             self.pins.insert(at, pins)
 
-    def _release(self, area: Area) -> list[Span]:
+    def _release(self, area: Area) -> list[Span[Hva]]:
         """The pins that meet `area` and no other leave the books; those side by side are one span."""
-        span = area.hva, area.hva + area.size
+        span = area.hva, area.hva_end
         kept, gone = [], []
         for pins in self.pins:
-            others = [pins.whole((other.hva, other.hva + other.size)) for other in self.shown]
+            others = [pins.whole((other.hva, other.hva_end)) for other in self.shown]
             released = list(without(pins.whole(span), [other for other in others if other[0] < other[1]]))
             for start, end in without((pins.start, pins.end), released):
-                kept.append(Pins(start, end, pins.step, pins.hpa and pins.hpa + start - pins.start))
+                kept.append(pins.part(start, end))
             gone += released
         self.pins = kept
         return list(_joined(gone))
@@ -195,7 +198,7 @@ class Pages:
         if self.is_changing:
             return []
         found, last = [], 0
-        shown = [(area.hva, area.hva + area.size) for area in self.shown]
+        shown = [(area.hva, area.hva_end) for area in self.shown]
         for start, end, step, _ in self.pins:
             if start < last:
                 found.append(f"I26: {start:#x} is pinned twice")
@@ -216,8 +219,8 @@ def _continues(pins: Pins, more: Pins) -> bool:
     return behind and (not more.hpa or pins.hpa + pins.end - pins.start == more.hpa)
 
 
-def _joined(spans: list[Span]) -> Iterator[Span]:
-    start, end = spans[0] if spans else (0, 0)
+def _joined(spans: list[Span[Hva]]) -> Iterator[Span[Hva]]:
+    start, end = spans[0] if spans else (Hva(0), Hva(0))
     for first, last in spans[1:]:
         if first != end:
             yield start, end

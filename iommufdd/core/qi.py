@@ -31,13 +31,13 @@ from protocol.hw.qi import (
     psi_cover,
 )
 from protocol.trace import TRACE, QiSubmit
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, WHOLE_SIZE, Pasid
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, WHOLE_SIZE, Iova, Pasid
 
 DONE = 2  # status data of a completed wait, as Linux writes it
 
 
-def invalidate(cap: Cap, did: int, rids: Iterable[int], start: int, size: int) -> list[Descriptor]:
-    """Drop gpa range start..start+size of domain `did`; start 0 and all ones is everything."""
+def invalidate(cap: Cap, did: int, rids: Iterable[int], start: Iova, size: int) -> list[Descriptor]:
+    """Drop iova range start..start+size of domain `did`; start 0 and all ones is everything."""
     first = start >> PAGE_SHIFT
     npages = (size + (start & PAGE_OFFSET_MASK) + PAGE_OFFSET_MASK) >> PAGE_SHIFT
     whole = size == WHOLE_SIZE or first + npages > 1 << (64 - PAGE_SHIFT)

@@ -9,7 +9,7 @@ import errno
 import struct
 from typing import Any
 
-from iommufdd.core.area import ULONG_MAX
+from iommufdd.core.area import ULONG_MAX, Span
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import Notes
@@ -24,7 +24,7 @@ from protocol.rpc.files import cookie_of
 from protocol.rpc.service import Method
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
-from protocol.units import PAGE_SIZE
+from protocol.units import PAGE_SIZE, Hva, Iova
 
 _RANGE = struct.Struct("<QQ")  # struct iommu_iova_range: start, last
 _MAP_FLAGS = names.IOMMU_IOAS_MAP_FIXED_IOVA | names.IOMMU_IOAS_MAP_WRITEABLE | names.IOMMU_IOAS_MAP_READABLE
@@ -49,7 +49,7 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
 
         mm = cookie_of(fds.peek(0))
         iova = _fixed(message.flags, message.iova)
-        mapped = await ioas.map(mm, connect, message.user_va, message.length, iova, writable=writable)
+        mapped = await ioas.map(mm, connect, Hva(message.user_va), message.length, iova, writable=writable)
     return {"iova": mapped}
 
 
@@ -65,7 +65,7 @@ async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -
 
         mm, iova = cookie_of(fds.peek(0)), _fixed(message.flags, message.iova)
         mapped = await ioas.map(
-            mm, connect, message.start, message.length, iova, writable=writable, file=file
+            mm, connect, Hva(message.start), message.length, iova, writable=writable, file=file
         )
     return {"iova": mapped}
 
@@ -84,7 +84,7 @@ async def _change_process(held: IommuFile, message: uapi.IommuIoasChangeProcess,
 async def _copy(held: IommuFile, message: uapi.IommuIoasCopy, fds: Fds) -> Body:
     writable = _is_writable(message.flags, message.length, message.src_iova, message.dst_iova)
     with _not_on_demand(held, message.src_ioas_id).used() as src:
-        slices = await src.slices(message.src_iova, message.length)
+        slices = await src.slices(Iova(message.src_iova), message.length)
     try:
         with _not_on_demand(held, message.dst_ioas_id).used() as dst:
             iova = _fixed(message.flags, message.dst_iova)
@@ -109,8 +109,8 @@ def _is_writable(flags: int, *numbers: int) -> bool:
     return writable
 
 
-def _fixed(flags: int, iova: int) -> int | None:
-    return iova if flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
+def _fixed(flags: int, iova: int) -> Iova | None:
+    return Iova(iova) if flags & names.IOMMU_IOAS_MAP_FIXED_IOVA else None
 
 
 def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
@@ -138,7 +138,7 @@ async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> Source:
         raise
 
 
-async def _unconcerned(start: int, size: int) -> None:
+async def _unconcerned(start: Hva, size: int) -> None:
     """What is pinned is not watched."""
 
 
@@ -147,7 +147,7 @@ async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Bod
         everything = message.iova == 0 and message.length == ULONG_MAX
         if not everything and ULONG_MAX in (message.iova, message.length):
             raise UapiError(errno.EOVERFLOW, f"iova {message.iova:#x}+{message.length:#x}")
-        return {"length": await ioas.unmap(message.iova, message.length)}
+        return {"length": await ioas.unmap(Iova(message.iova), message.length)}
 
 
 def _iova_ranges(held: IommuFile, message: uapi.IommuIoasIovaRanges, fds: Fds) -> Body:
@@ -170,9 +170,9 @@ async def _allow_iovas(held: IommuFile, message: uapi.IommuIoasAllowIovas, fds: 
     return {}
 
 
-def _ranges(memory: bytes, count: int) -> list[tuple[int, int]]:
+def _ranges(memory: bytes, count: int) -> list[Span[Iova]]:
     """struct iommu_iova_range[count], looked at one after the other.  EFAULT, EINVAL."""
-    found: list[tuple[int, int]] = []
+    found: list[Span[Iova]] = []
     for n in range(count):
         if len(memory) < (n + 1) * _RANGE.size:
             raise UapiError(errno.EFAULT, f"{count} ranges at allowed_iovas: no memory for number {n}")
@@ -181,7 +181,7 @@ def _ranges(memory: bytes, count: int) -> list[tuple[int, int]]:
             raise UapiError(errno.EINVAL, f"iovas {first:#x}..{last:#x}: the last is not behind the first")
         if any(start <= last and first <= end for start, end in found):
             raise UapiError(errno.EINVAL, f"iovas {first:#x}..{last:#x}: they overlap a range before")
-        found.append((first, last))
+        found.append((Iova(first), Iova(last)))
     return found
 
 

@@ -14,6 +14,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import iommufd as uapi
+from protocol.units import Iova
 
 
 def _bind(held: VfioFile, message: uapi.VfioDeviceBindIommufd, fds: Fds) -> Body:
@@ -68,12 +69,12 @@ async def _detach(held: VfioFile, message: uapi.VfioDeviceDetachIommufdPt, fds: 
 async def _pin(held: VfioFile, message: uapi.VfioDevicePin, fds: Fds) -> Body:
     _, device = _bound(held)
     held.check()
-    await device.pin(message.iova, message.length)
+    await device.pin(Iova(message.iova), message.length)
     return {}
 
 
 async def _unpin(held: VfioFile, message: uapi.VfioDeviceUnpin, fds: Fds) -> Body:
-    await _bound(held)[1].unpin(message.iova, message.length)
+    await _bound(held)[1].unpin(Iova(message.iova), message.length)
     return {}
 
 

@@ -9,11 +9,12 @@ from iommufdd.__main__ import main
 from iommufdd.core.area import Span
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.mirror_pins import MirrorPins
+from protocol.units import Iova
 
 _take_unpinned, _unpin = HwptMirror.take_unpinned, MirrorPins.unpin
 
 
-def take_unpinned(self: HwptMirror, spans: Iterable[Span]) -> None:
+def take_unpinned(self: HwptMirror, spans: Iterable[Span[Iova]]) -> None:
     """Taken out, to be flushed, and put back."""
     spans = list(spans)
     leaves = [leaf for start, end in spans for leaf in self.table.leaves_in(start, end - start)]

@@ -38,7 +38,7 @@ from protocol.hostmem import LOW_RAM_START, Window, WindowKind
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt import bits
 from protocol.pt.mem import TableWriter
-from protocol.units import LEVEL_1G, PAGE_SIZE, IovaPfn, Level, size_of_level
+from protocol.units import LEVEL_1G, PAGE_SIZE, Gfn, Hva, Iova, IovaPfn, Level, size_of_level
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse
 from tests.unit.iommufdd.host import FakeHost
@@ -156,7 +156,7 @@ class MirrorMachine:
         if self.host.page_size == M2 and not empty:
             self.host.page_size = PAGE_SIZE
         page = self.host.fault_in(hva)
-        self.notes.told((page.hva - HVA) >> 12, page.size >> 12)
+        self.notes.told(Gfn(page.hva - HVA >> 12), page.size >> 12)
         self.host.page_size = PAGE_SIZE
 
     def host_gives_up(self) -> None:
@@ -190,12 +190,12 @@ class MirrorMachine:
         self.start(self._remap(self.random.choice([0, PAGE_SIZE])))
 
     async def _remap(self, shift: int) -> None:
-        await self.ioas.unmap(0, (1 << 64) - 1)
+        await self.ioas.unmap(Iova(0), (1 << 64) - 1)
         await self._map(shift, RAM - PAGE_SIZE, HVA)
 
     async def _map(self, iova: int, size: int, hva: int) -> None:
         try:
-            await self.ioas.map(MM, self._connect, hva, size, iova, writable=True)
+            await self.ioas.map(MM, self._connect, Hva(hva), size, Iova(iova), writable=True)
         except UapiError:
             assert len(list(self.ioas.areas)) == 1, "another remap was first"
 
@@ -206,7 +206,7 @@ class MirrorMachine:
 
     async def _pin(self, start: int, end: int) -> None:
         with may_refuse(errno.EFAULT, errno.EAGAIN, errno.ENOMEM):
-            self.pinned.append(await self.hwpt.pin(start, end - start))
+            self.pinned.append(await self.hwpt.pin(Iova(start), end - start))
 
     def unpin(self) -> None:
         """Of one request, in whatever order they came."""
@@ -243,11 +243,11 @@ class MirrorMachine:
             self._check_frames(f"IOTLB {page:#x}", cached.hpa, size_of_level(cached.level), live)
         for page, hpa in self.endpoint.tlb.items():
             assert hpa in live, f"I6: device TLB {page:#x} -> {hpa:#x}"
-        for leaf in self.hwpt.table.leaves_in(0, self.hwpt.table.limit):
+        for leaf in self.hwpt.table.leaves_in(Iova(0), self.hwpt.table.limit):
             size = size_of_level(leaf.level)
             self._check_frames(f"leaf {leaf.iova:#x}", leaf.hpa, size, live)
             for at in range(0, size, PAGE_SIZE):
-                self._check_now(leaf.iova + at, leaf.hpa + at, writable=leaf.writable)
+                self._check_now(Iova(leaf.iova + at), leaf.hpa + at, writable=leaf.writable)
 
     def _check_pin(self, pin: MirrorPin) -> None:
         hva, hpa, *_ = pin.part
@@ -261,7 +261,7 @@ class MirrorMachine:
         gone = [frame for frame in range(hpa, hpa + size, PAGE_SIZE) if frame not in live]
         assert not gone, f"I6: {what} -> {gone[0]:#x}, given up"
 
-    def _check_now(self, iova: int, hpa: int, *, writable: bool) -> None:
+    def _check_now(self, iova: Iova, hpa: int, *, writable: bool) -> None:
         area = self.ioas.areas.at(iova)
         if area is None or iova in self.hwpt.pins:
             return  # being taken out, or kept

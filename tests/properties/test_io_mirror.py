@@ -15,6 +15,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.mirror_pins import MirrorPins
 from protocol.hw.qi import ResponseCode
+from protocol.units import Iova
 from tests.properties.io_mirror_machine import MirrorMachine
 
 STEPS = 200
@@ -85,7 +86,7 @@ async def forget_nothing(self: Hwpt, start: int, size: int) -> None:
 async def pin_anew(self: MirrorPins, name: int, start: int, end: int) -> None:
     """A pin over a pinned page maps what the process has there by now."""
     while start < end:
-        start = await self._pin_gap(name, start, end)
+        start = await self._pin_gap(name, Iova(start), Iova(end))
 
 
 async def keep_entries(self: MirrorPins, name: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, PinnedRange
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import PAGE_SIZE
+from protocol.units import PAGE_SIZE, Hpa, Hva
 
 FRAMES = 0x1_0000_0000
 MAX_PAGES = 64  # of one answer
@@ -32,7 +32,7 @@ class FakeHost:
         self.major = 0
         self.writable = True
         self.hop: Callable[[], Coroutine[Any, None, None]] = _nothing  # what a message takes
-        self.told: Callable[[int, int], Coroutine[Any, None, None]] | None = None
+        self.told: Callable[[Hva, int], Coroutine[Any, None, None]] | None = None
         self.released = False
         self._changing: list[tuple[int, int]] = []
         self._over: Wait[None] = Wait()
@@ -52,7 +52,7 @@ class FakeHost:
         if page is None:
             first = hva & -self.page_size
             self._next_frame += -self._next_frame % self.page_size
-            page = HmmPage(first, self._next_frame, self.page_size, self.writable)
+            page = HmmPage(Hva(first), Hpa(self._next_frame), self.page_size, self.writable)
             self._next_frame += self.page_size
             self.pages[first] = page
         return page
@@ -64,7 +64,7 @@ class FakeHost:
     async def change(self, start: int, end: int, edit: Callable[[], None]) -> None:
         self._changing.append((start, end))
         if self.told is not None and any(first < end and start < last for first, last in self.watched):
-            await self.told(start, end - start)
+            await self.told(Hva(start), end - start)
         edit()
         self._changing.remove((start, end))
         over, self._over = self._over, Wait()
@@ -95,7 +95,7 @@ class FakeHost:
             del self.pages[page.hva]
             for hva in range(page.hva, page.end, PAGE_SIZE):
                 if not start <= hva < end:
-                    part = HmmPage(hva, page.hpa + hva - page.hva, PAGE_SIZE, page.writable)
+                    part = HmmPage(Hva(hva), Hpa(page.hpa + hva - page.hva), PAGE_SIZE, page.writable)
                     self.pages[hva] = part
 
     def is_changing(self, start: int, end: int) -> bool:
@@ -149,12 +149,12 @@ class FakeHost:
     async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
         await self.hop()
         found = [
-            HmmPin(at, page.hpa + at - page.hva, page.end - at)
+            HmmPin(Hva(at), Hpa(page.hpa + at - page.hva), page.end - at)
             for (name, at), pages in sorted(self.pins.items(), key=lambda item: item[0])
             if name == area and hva <= at < hva + size
             for page in pages
         ]
-        return PinnedRange(found, hva + size, sum(map(len, self.pins.values())))
+        return PinnedRange(found, Hva(hva + size), sum(map(len, self.pins.values())))
 
     async def open_file(self, fd: int) -> int:
         await self._asked("open_file", fd)
@@ -180,7 +180,7 @@ class FakeHost:
             if page is not None:
                 pages.append(page)
             hva = hva + PAGE_SIZE if page is None else page.end
-        return HmmRange(pages, min(hva, end), self.major)
+        return HmmRange(pages, Hva(min(hva, end)), self.major)
 
     async def _asked(self, *what: Any) -> None:
         self.log.append(what)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from iommufdd.core.io_pagetable import Change, IoPageTable
 from iommufdd.core.table_pool import TablePool
 from protocol.pt.mem import TableWriter
-from protocol.units import Hpa, Level
+from protocol.units import Hpa, Iova, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 
 BASE = 0x2000_0000_0000
@@ -161,15 +161,17 @@ class Io:
         size = 1 << 9 * (level - 1)
 
         def call() -> Change:
-            hpas = [pfn << 12 for pfn in pfns]
+            hpas = [Hpa(pfn << 12) for pfn in pfns]
             if len(hpas) == 1:
-                return self.table.map(page << 12, Hpa(hpas[0]), Level(level), writable=writable)
-            return self.table.map_pages(page << 12, hpas, Level(level), writable=writable)
+                return self.table.map(Iova(page << 12), hpas[0], Level(level), writable=writable)
+            return self.table.map_pages(Iova(page << 12), hpas, Level(level), writable=writable)
 
         return self._watched(call, Said(page, page + len(pfns) * size, pfns, size, writable))
 
     def unmap(self, page: int, npages: int) -> Change:
-        return self._watched(lambda: self.table.unmap(page << 12, npages << 12), Said(page, page + npages))
+        return self._watched(
+            lambda: self.table.unmap(Iova(page << 12), npages << 12), Said(page, page + npages)
+        )
 
     def flush(self, change: Change) -> None:
         """What the units do, then what iommufdd does."""

@@ -16,7 +16,7 @@ from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.pt.mem import TableWriter
-from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Iova, Level
+from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Hva, Iova, Level
 from tests.unit.iommufdd.host import FakeHost
 from tests.unit.iommufdd.world import RID, ROOT, World
 
@@ -50,16 +50,16 @@ class Space:
         self.connected += 1
         return Source(self.host, self.world, MEMORY)
 
-    def map(self, iova: int | None, size: int, hva: int = HVA, *, writable: bool = True, mm: int = MM) -> int:
-        flow = self.ioas.map(mm, self.connect, hva, size, iova, writable=writable)
+    def map(self, at: int | None, size: int, hva: int = HVA, *, writable: bool = True, mm: int = MM) -> int:
+        flow = self.ioas.map(mm, self.connect, Hva(hva), size, iova_or_none(at), writable=writable)
         return self.world.run(flow)
 
     def unmap(self, iova: int, size: int) -> int:
-        return self.world.run(self.ioas.unmap(iova, size))
+        return self.world.run(self.ioas.unmap(Iova(iova), size))
 
     async def invalidate(self, start: int, size: int) -> None:
         assert isinstance(self.ioas, IoasOnDemand)
-        await self.ioas.invalidate(start, size)
+        await self.ioas.invalidate(Hva(start), size)
 
     def copy(
         self, src: Ioas, at: int, size: int, dst: Ioas, iova: int | None, *, writable: bool = True
@@ -70,9 +70,9 @@ class Space:
     async def copying(
         self, src: Ioas, at: int, size: int, dst: Ioas, iova: int | None, *, writable: bool = True
     ) -> int:
-        slices = await src.slices(at, size)
+        slices = await src.slices(Iova(at), size)
         try:
-            return await dst.map_slices(slices, iova, writable=writable)
+            return await dst.map_slices(slices, iova_or_none(iova), writable=writable)
         finally:
             for piece in slices:
                 await piece.pages.put()
@@ -108,6 +108,10 @@ class Space:
         return found
 
 
+def iova_or_none(iova: int | None) -> Iova | None:
+    return None if iova is None else Iova(iova)
+
+
 def outcome(call: Callable[[], object]) -> int:
     """0, or the errno it ends with."""
     try:
@@ -119,7 +123,7 @@ def outcome(call: Callable[[], object]) -> int:
 
 def mapped(hwpt: HwptPaging) -> list[tuple[int, int, int, bool]]:
     """(iova, level, hpa, writable) of every leaf."""
-    return [tuple(leaf) for leaf in hwpt.table.leaves_in(0, hwpt.table.limit)]  # type: ignore[misc]
+    return [tuple(leaf) for leaf in hwpt.table.leaves_in(Iova(0), hwpt.table.limit)]  # type: ignore[misc]
 
 
 def request(iova: int, *, write: bool = False) -> PageRequest:

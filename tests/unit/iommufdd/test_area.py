@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from iommufdd.core.area import Area, Areas, check_memory, check_user, without
 from iommufdd.core.hmm import HmmPage
 from protocol.errors import UapiError
-from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Level, size_of_level
+from protocol.units import LEVEL_1G, LEVEL_2M, LEVEL_4K, Hpa, Hva, Iova, Level, size_of_level
 
 K4, M2, G1 = 4 << 10, 2 << 20, 1 << 30
 TOP = (1 << 64) - 1
@@ -20,8 +20,12 @@ TOP = (1 << 64) - 1
 def areas_of(*spans: tuple[int, int]) -> Areas:
     areas = Areas()
     for iova, size in spans:
-        areas.add(Area(iova, size, 0x7000_0000_0000 + iova, True))
+        areas.add(Area(Iova(iova), size, Hva(0x7000_0000_0000 + iova), True))
     return areas
+
+
+def allow(areas: Areas, *spans: tuple[int, int]) -> None:
+    areas.allow([(Iova(first), Iova(last)) for first, last in spans])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def areas_of(*spans: tuple[int, int]) -> Areas:
 def test_where_an_area_may_lie(iova: int, size: int, number: int) -> None:
     areas = areas_of((M2, M2))
     try:
-        areas.check(iova, size)
+        areas.check(Iova(iova), size)
         found = 0
     except UapiError as error:
         found = error.errno
@@ -56,9 +60,9 @@ def test_where_an_area_may_lie(iova: int, size: int, number: int) -> None:
 def test_what_no_hwpt_reaches_is_not_allowed() -> None:
     areas = areas_of()
     areas.width = 48
-    areas.check((1 << 48) - K4, K4)
+    areas.check(Iova((1 << 48) - K4), K4)
     with pytest.raises(UapiError, match="not in"):
-        areas.check((1 << 48) - K4, 2 * K4)
+        areas.check(Iova((1 << 48) - K4), 2 * K4)
     assert areas.available == [(0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1)]
 
 
@@ -80,7 +84,7 @@ def test_the_first_room_that_fits_is_taken(
 ) -> None:
     areas = areas_of(*taken)
     assert areas.room(hva, size) == iova
-    areas.check(iova, size)
+    areas.check(Iova(iova), size)
 
 
 def test_no_room_is_enospc() -> None:
@@ -93,26 +97,26 @@ def test_no_room_is_enospc() -> None:
 
 def test_room_is_in_what_is_to_stay_available_and_a_given_iova_anywhere() -> None:
     areas = areas_of()
-    areas.allow([(8 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1), (6 * K4, 8 * K4 - 2)])
+    allow(areas, (8 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1), (6 * K4, 8 * K4 - 2))
     assert areas.room(K4, 4 * K4) == 4 * K4 + 4 * K4  # the first two touch, and are a byte too short
-    areas.allow([(6 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1)])
+    allow(areas, (6 * K4, 12 * K4 - 1), (4 * K4, 6 * K4 - 1))
     assert areas.room(K4, 8 * K4) == 4 * K4
-    areas.add(Area(6 * K4, K4, 0, True))
+    areas.add(Area(Iova(6 * K4), K4, Hva(0), True))
     assert areas.room(K4, 4 * K4) == 7 * K4
     with pytest.raises(UapiError, match="no room") as caught:
         areas.room(K4, 6 * K4)
     assert caught.value.errno == errno.ENOSPC
-    areas.check(100 * M2, M2)
+    areas.check(Iova(100 * M2), M2)
     areas.allow([])
     assert areas.room(K4, 6 * K4) == 7 * K4
 
 
 def test_what_is_reserved_cannot_be_kept_and_what_was_allowed_before_still_is() -> None:
     areas = areas_of()
-    areas.allow([(M2, 2 * M2)])
+    allow(areas, (M2, 2 * M2))
     for last in (0xFEE0_0000, 0xFEF0_0000, TOP):
         with pytest.raises(UapiError, match="cannot be kept") as caught:
-            areas.allow([(0, K4 - 1), (G1, last)])
+            allow(areas, (0, K4 - 1), (G1, last))
         assert caught.value.errno == errno.EADDRINUSE
     assert areas.room(0, K4) == M2
 
@@ -129,7 +133,7 @@ def test_no_room_is_looked_for_half_of_all_iovas(size: int, number: int) -> None
 
 def test_the_ends_of_all_iovas_are_given_to_nobody_who_did_not_ask() -> None:
     areas = areas_of()
-    areas.allow([(0, K4 - 1), (TOP - K4 + 1, TOP)])
+    allow(areas, (0, K4 - 1), (TOP - K4 + 1, TOP))
     with pytest.raises(UapiError, match="no room"):
         areas.room(0, K4)
 
@@ -137,9 +141,9 @@ def test_the_ends_of_all_iovas_are_given_to_nobody_who_did_not_ask() -> None:
 @pytest.mark.parametrize("width", [39, 48])
 def test_an_hwpt_must_reach_all_that_is_to_stay_available(width: int) -> None:
     areas = areas_of()
-    areas.allow([(1 << 38, (1 << width) - 1)])
+    allow(areas, (1 << 38, (1 << width) - 1))
     areas.check_reach(width)
-    areas.allow([(1 << 38, 1 << width)])
+    allow(areas, (1 << 38, 1 << width))
     with pytest.raises(UapiError, match="stay available") as caught:
         areas.check_reach(width)
     assert caught.value.errno == errno.EADDRINUSE
@@ -160,7 +164,7 @@ def test_what_no_process_has_is_refused(hva: int, size: int, number: int) -> Non
     found = []
     for check in (check_memory, check_user):
         try:
-            check(hva, size)
+            check(Hva(hva), size)
         except UapiError as error:
             found.append(error.errno)
     assert found[0] == number
@@ -174,15 +178,18 @@ PAGES = st.sampled_from([K4, M2, G1])
 def test_leaves_map_each_address_to_the_byte_the_page_has_there(data: st.DataObject) -> None:
     """Against the sum done byte by byte; and no leaf could have been larger."""
     page_size = data.draw(PAGES)
-    page = HmmPage(4 * G1, 8 * G1, page_size, True)
+    page = HmmPage(Hva(4 * G1), Hpa(8 * G1), page_size, True)
     first = data.draw(st.integers(-600, page_size // K4 - 1)) * K4
     area = Area(
-        data.draw(st.integers(0, 2048)) * K4, data.draw(st.integers(1, 2048)) * K4, 4 * G1 + first, True
+        Iova(data.draw(st.integers(0, 2048)) * K4),
+        data.draw(st.integers(1, 2048)) * K4,
+        Hva(4 * G1 + first),
+        True,
     )
     start = area.iova + data.draw(st.integers(0, area.size // K4 - 1)) * K4
     end = start + data.draw(st.integers(1, 600)) * K4
     covered: dict[int, int] = {}
-    for iova, hpa, level in area.leaves(page, start, end, LEVEL_1G):
+    for iova, hpa, level in area.leaves(page, Iova(start), Iova(end), LEVEL_1G):
         size = size_of_level(level)
         assert iova % size == hpa % size == 0
         assert area.iova <= iova
@@ -193,22 +200,22 @@ def test_leaves_map_each_address_to_the_byte_the_page_has_there(data: st.DataObj
             level < LEVEL_1G
             and area.iova <= base
             and base + larger <= area.end
-            and page.hva <= area.hva_of(base)
-            and area.hva_of(base) + larger <= page.end
+            and page.hva <= area.hva_of(Iova(base))
+            and area.hva_of(Iova(base)) + larger <= page.end
             and (hpa - iova) % larger == 0
         )
         assert not could, f"a leaf of level {level} at {iova:#x}"
         covered.update((at, hpa + at - iova) for at in range(iova, iova + size, K4))
     for at in range(start, min(end, area.end), K4):
-        inside = page.hva <= area.hva_of(at) < page.end
-        assert covered.get(at) == (page.hpa + area.hva_of(at) - page.hva if inside else None)
+        inside = page.hva <= area.hva_of(Iova(at)) < page.end
+        assert covered.get(at) == (page.hpa + area.hva_of(Iova(at)) - page.hva if inside else None)
 
 
 def test_a_unit_with_small_leaves_alone_gets_no_other() -> None:
-    area = Area(0, M2, 4 * G1, True)
-    page = HmmPage(4 * G1, 8 * G1, M2, True)
-    assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_4K)] == [LEVEL_4K] * 3
-    assert [level for *_, level in area.leaves(page, 0, 3 * K4, LEVEL_2M)] == [LEVEL_2M]
+    area = Area(Iova(0), M2, Hva(4 * G1), True)
+    page = HmmPage(Hva(4 * G1), Hpa(8 * G1), M2, True)
+    assert [level for *_, level in area.leaves(page, Iova(0), Iova(3 * K4), LEVEL_4K)] == [LEVEL_4K] * 3
+    assert [level for *_, level in area.leaves(page, Iova(0), Iova(3 * K4), LEVEL_2M)] == [LEVEL_2M]
 
 
 @given(

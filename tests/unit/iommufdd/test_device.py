@@ -15,6 +15,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
+from protocol.units import Gpa, Iova
 from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, ROOT, World, function
 
 DT, PRS, SC = 1 << 2, 1 << 29, 1 << 7
@@ -99,7 +100,7 @@ def test_an_invalidation_reaches_the_function_from_before_its_entry_is_written(b
     bound.world.hold()
     bound.world.start(bound.device.enter(bound.hwpt, pinned=False))
     assert bound.hwpt.rids == [RID]
-    bound.world.start(bound.hwpt.invalidate(0x5000, 0x1000, 1))
+    bound.world.start(bound.hwpt.invalidate(Gpa(0x5000), 0x1000, 1))
     _, raw = bound.world.log[-1]
     assert struct.unpack("<12Q", raw)[4] == 3 | RID << 32
 
@@ -324,7 +325,7 @@ def test_everything_is_pinned_before_the_entry_is_written_and_until_nothing_uses
     bound = Bound(fault_capability="none", ats=True, pri=False)
     bound.enter(pinned=True)
     assert bound.world.log[:2] == [("pin_all",), ("pasid_entry", RID, 0, True)]
-    bound.world.run(bound.device.pin(0x5000, 0x2000))
+    bound.world.run(bound.device.pin(Iova(0x5000), 0x2000))
     bound.world.log.clear()
     bound.leave()
     assert bound.world.log[-2:] == [("unpin", 2), ("unpin", 1)]
@@ -345,7 +346,7 @@ def test_a_device_that_needs_no_page_requests_where_it_goes_pins_nothing() -> No
     bound.enter(bound.world.paging(), pinned=True)
     assert ("pin_all",) not in bound.world.log
     with pytest.raises(UapiError) as caught:
-        bound.world.run(bound.device.pin(0, 0x1000))
+        bound.world.run(bound.device.pin(Iova(0), 0x1000))
     assert caught.value.errno == errno.EINVAL
 
 
@@ -353,7 +354,7 @@ def test_a_pin_that_outlasts_the_attachment_is_taken_back() -> None:
     bound = Bound()
     bound.enter()
     bound.world.hold()
-    pin = bound.world.start(bound.device.pin(0x5000, 0x1000))
+    pin = bound.world.start(bound.device.pin(Iova(0x5000), 0x1000))
     held, bound.world.held = bound.world.held, None
     bound.leave()
     assert held is not None

@@ -13,7 +13,7 @@ from protocol.flow import Wait
 from protocol.hw.caps import Ecap
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import Descriptor
-from protocol.units import WHOLE_SIZE, Iova
+from protocol.units import WHOLE_SIZE, Gpa, Iova
 from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, World
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
@@ -92,7 +92,7 @@ def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
     world = World()
     hwpt = world.hwpt(did=7)
     hwpt.attached = {RID: world, RID + 8: world}
-    world.run(hwpt.invalidate(0x5000, 0x1000, 1))
+    world.run(hwpt.invalidate(Gpa(0x5000), 0x1000, 1))
     ((_, raw),) = world.log
     assert struct.unpack("<16Q", raw) == (
         *(2 | 3 << 4 | 3 << 6 | 7 << 16, 0x5000, 0, 0),
@@ -106,7 +106,7 @@ def test_each_unit_is_told_of_its_own_functions_and_one_without_any_of_nothing()
     near, far, idle = World(), World(), World()
     hwpt = near.hwpt(did=7)
     hwpt.attached = {RID: near, RID + 8: far, RID + 16: near}
-    near.run(hwpt.invalidate(0, WHOLE_SIZE, 1))
+    near.run(hwpt.invalidate(Gpa(0), WHOLE_SIZE, 1))
     told = [
         [qw0 & 0xF for qw0 in struct.unpack("<" + "Q24x" * (len(raw) // 32), raw)]
         for raw in (near.log[0][1], far.log[0][1])
@@ -119,7 +119,7 @@ def test_a_unit_without_device_tlbs_is_sent_no_descriptor_for_them() -> None:
     world = World(ecap=Ecap(ECAP.value & ~(1 << 2)))
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
-    world.run(hwpt.invalidate(0x5000, 0x1000, 1))
+    world.run(hwpt.invalidate(Gpa(0x5000), 0x1000, 1))
     assert len(world.log[0][1]) == 2 * 32
 
 
@@ -129,7 +129,7 @@ def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.hold()
-    acked = world.start(hwpt.invalidate(0, WHOLE_SIZE, 4))
+    acked = world.start(hwpt.invalidate(Gpa(0), WHOLE_SIZE, 4))
     assert (acked.done, hwpt.acked_epoch, len(world.log)) == (False, 0, 1)
     world.let_go()
     assert (acked.done, hwpt.acked_epoch) == (True, 4)
@@ -140,8 +140,8 @@ def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.hold()
-    first = world.start(hwpt.invalidate(0, 0x1000, 4))
-    second = world.start(hwpt.invalidate(0x1000, 0x1000, 5))
+    first = world.start(hwpt.invalidate(Gpa(0), 0x1000, 4))
+    second = world.start(hwpt.invalidate(Gpa(0x1000), 0x1000, 5))
     assert world.held is not None
     world.held.reverse()
     world.let_go()
@@ -155,7 +155,7 @@ def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.fails.after(0, GONE)
-    world.run(hwpt.invalidate(0, 0x1000, 3))
+    world.run(hwpt.invalidate(Gpa(0), 0x1000, 3))
     assert hwpt.acked_epoch == 3
 
 
@@ -165,7 +165,7 @@ def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.fails.after(0, number)
-    refused = world.start(hwpt.invalidate(0, 0x1000, 3))
+    refused = world.start(hwpt.invalidate(Gpa(0), 0x1000, 3))
     with pytest.raises(UapiError):
         refused.result()
     assert hwpt.acked_epoch == 0
@@ -215,7 +215,7 @@ def test_everything_is_flushed_unit_by_unit_the_domain_before_every_device_tlb()
     hwpt = world.hwpt()
     behind = [(RID, units[0]), (RID + 8, units[0]), (RID + 16, units[1]), (RID + 24, units[2])]
     hwpt.attached.update(behind)  # type: ignore[arg-type]
-    acked = world.start(hwpt.invalidate(0, WHOLE_SIZE, 1))
+    acked = world.start(hwpt.invalidate(Gpa(0), WHOLE_SIZE, 1))
     order = []
     while not acked.done:
         order += [(name, raw) for name, raw in world.log if name in "abc"]

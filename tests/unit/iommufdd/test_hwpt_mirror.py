@@ -11,7 +11,7 @@ import pytest
 from iommufdd.core.hmm import MAX_TRIES, HmmRange, Lookup
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
-from protocol.units import LEVEL_2M, LEVEL_4K
+from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
 from tests.unit.iommufdd.host import FRAMES
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
 from tests.unit.iommufdd.spaces import (
@@ -57,7 +57,7 @@ def test_a_fault_that_the_host_overtakes_every_time_ends(
     async def overtook(hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         found = await look(hva, size, write=write, fault=fault)
         if next(times, None) is not None:
-            space.hwpt_.ioas.lookups.invalidate(hva, hva + size)
+            space.hwpt_.ioas.lookups.invalidate(Hva(hva), Hva(hva + size))
         return found
 
     monkeypatch.setattr(space.host, "range_fault", overtook)
@@ -231,7 +231,7 @@ def test_small_leaves_of_a_page_that_is_whole_again_become_one() -> None:
     hpa = space.host.pages[HVA].hpa
     for address in [address for address in space.host.pages if address < HVA + M2]:
         del space.host.pages[address]
-    space.host.pages[HVA] = space.host.fault_in(HVA + M2)._replace(hva=HVA, hpa=hpa)
+    space.host.pages[HVA] = space.host.fault_in(HVA + M2)._replace(hva=Hva(HVA), hpa=hpa)
     space.asked()
     tables = space.pool.in_use
     assert space.fault(7 * K4) == SUCCESS
@@ -282,7 +282,7 @@ def test_an_area_gone_under_a_fault_is_not_mapped() -> None:
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
     fault = space.world.start(space.hwpt_.fault(request(0)))
-    gone = space.world.start(space.ioas.unmap(0, RAM))
+    gone = space.world.start(space.ioas.unmap(Iova(0), RAM))
     while not (fault.done and gone.done):
         space.world.let_go()
     assert (fault.result(), gone.result(), space.leaves) == (INVALID, RAM, [])

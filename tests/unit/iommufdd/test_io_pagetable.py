@@ -62,7 +62,7 @@ def test_the_last_page_of_the_address_space_can_be_mapped(levels: int) -> None:
     io.map(last, [PFN])
     io.check([0, last - 1, last])
     with pytest.raises(AssertionError, match=f"{last << 12:#x}"):
-        io.table.map_pages(last << 12, [0, PAGE], Level(1), writable=True)
+        io.table.map_pages(Iova(last << 12), [Hpa(0), Hpa(PAGE)], Level(1), writable=True)
 
 
 def test_a_leaf_is_found_with_its_start_and_size() -> None:
@@ -73,12 +73,12 @@ def test_a_leaf_is_found_with_its_start_and_size() -> None:
         IoLeaf(Iova(5 * PAGE), Level(1), Hpa(PFN << 12), False),
         IoLeaf(Iova(0x400 * PAGE), Level(2), Hpa(0x10_0400 << 12), True),
     ]
-    assert io.table.leaf_at(5 * PAGE + 0xABC) == leaves[0]
-    assert io.table.leaf_at(0x5FF * PAGE) == leaves[1]
-    assert io.table.leaf_at(6 * PAGE) is io.table.leaf_at(7 * GIB) is None
-    assert list(io.table.leaves_in(0, io.table.limit)) == leaves
-    assert list(io.table.leaves_in(0x5FF * PAGE, PAGE)) == leaves[1:]
-    assert list(io.table.leaves_in(6 * PAGE, 0x3FA * PAGE)) == []
+    assert io.table.leaf_at(Iova(5 * PAGE + 0xABC)) == leaves[0]
+    assert io.table.leaf_at(Iova(0x5FF * PAGE)) == leaves[1]
+    assert io.table.leaf_at(Iova(6 * PAGE)) is io.table.leaf_at(Iova(7 * GIB)) is None
+    assert list(io.table.leaves_in(Iova(0), io.table.limit)) == leaves
+    assert list(io.table.leaves_in(Iova(0x5FF * PAGE), PAGE)) == leaves[1:]
+    assert list(io.table.leaves_in(Iova(6 * PAGE), 0x3FA * PAGE)) == []
 
 
 # -- sizes ---------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_leaf_is_found_with_its_start_and_size() -> None:
 def test_a_gib_in_small_leaves_takes_2_01_mib_of_tables() -> None:
     """512 tables of leaves, the table of those, and what every table has: one a level above, and the root."""
     io = Io(pages=600)
-    io.table.map_pages(0, range(GIB, 2 * GIB, PAGE), Level(1), writable=True)
+    io.table.map_pages(Iova(0), [*map(Hpa, range(GIB, 2 * GIB, PAGE))], Level(1), writable=True)
     assert (io.table.tables, io.table.leaves) == ([0, 512, 1, 1, 1], [0, 512 * 512, 0, 0])
     assert sum(io.table.tables[1:3]) * PAGE == 513 * PAGE
     assert round(sum(io.table.tables) * PAGE / (1 << 20), 2) == 2.01
@@ -96,7 +96,7 @@ def test_a_gib_in_small_leaves_takes_2_01_mib_of_tables() -> None:
 @pytest.mark.parametrize("gibs", [1, 4])
 def test_a_gib_in_leaves_of_2_mib_takes_one_page_of_tables(gibs: int) -> None:
     io = Io()
-    io.table.map_pages(0, range(0, gibs * GIB, MIB2), Level(2), writable=True)
+    io.table.map_pages(Iova(0), [*map(Hpa, range(0, gibs * GIB, MIB2))], Level(2), writable=True)
     assert (io.table.tables, io.table.leaves) == ([0, 0, gibs, 1, 1], [0, 0, 512 * gibs, 0])
 
 
@@ -140,7 +140,7 @@ def test_rights_are_raised_without_a_flush_and_lowered_with_one(level: int) -> N
     io.map(0, [0x14_0000], level, writable=False)
     assert need(io.map(0, [0x14_0000], level)) == NOTHING
     lowered = io.map(0, [0x14_0000], level, writable=False)
-    assert lowered == Change(0, PAGE << 9 * (level - 1), ())
+    assert lowered == Change(Iova(0), PAGE << 9 * (level - 1), ())
     io.flush(lowered)
     io.check([0])
 
@@ -158,7 +158,7 @@ def test_a_table_is_replaced_by_a_huge_leaf_in_one_store_and_cut_off() -> None:
     table = Hpa(BASE + PAGE)
     seen = stores(io)
     change = io.map(0x200, [PFN + 0x200], level=2)
-    assert change == Change(MIB2, MIB2, (table,))
+    assert change == Change(Iova(MIB2), MIB2, (table,))
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == ([0, 0, 1, 1, 1], [0, 0, 1, 0])
     io.flush(change)
@@ -182,7 +182,7 @@ def test_a_leaf_of_another_frame_splits_the_huge_one_in_one_store() -> None:
     io.map(0, [0x14_0000], level=3)
     seen = stores(io)
     change = io.map(0x12345, [PFN])
-    assert change == Change(0x12345 * PAGE, PAGE, ())
+    assert change == Change(Iova(0x12345 * PAGE), PAGE, ())
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == ([0, 1, 1, 1, 1], [0, 512, 511, 0])
     io.flush(change)
@@ -209,7 +209,7 @@ def test_of_a_huge_leaf_only_the_part_asked_for_goes(
     io.map(0, [0x14_0000], level=3)
     seen = stores(io)
     change = io.unmap(start, npages)
-    assert change == Change(start * PAGE, npages * PAGE, ())
+    assert change == Change(Iova(start * PAGE), npages * PAGE, ())
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == (tables, leaves)
     io.flush(change)
@@ -279,7 +279,7 @@ def test_no_page_for_a_split_leaves_the_huge_leaf_which_can_go_whole() -> None:
     with pytest.raises(UapiError) as refused:
         io.unmap(0x3FF, 2)
     assert (refused.value.errno, bytes(io.memory), io.pool.in_use) == (errno.ENOMEM, before, 3)
-    start, size = io.table.whole_leaves(0x3FF * PAGE, 2 * PAGE)
+    start, size = io.table.whole_leaves(Iova(0x3FF * PAGE), 2 * PAGE)
     assert (start, size) == (MIB2, 2 * MIB2)
     io.flush(io.unmap(start // PAGE, size // PAGE))
     assert io.table.leaves == [0, 0, 0, 0]
@@ -289,7 +289,7 @@ def test_whole_leaves_of_a_range_between_leaves_is_that_range() -> None:
     io = Io()
     io.map(5, [PFN])
     for start, npages in ((5, 1), (4, 3), (6, 1)):
-        assert io.table.whole_leaves(start * PAGE, npages * PAGE) == (start * PAGE, npages * PAGE)
+        assert io.table.whole_leaves(Iova(start * PAGE), npages * PAGE) == (start * PAGE, npages * PAGE)
 
 
 def test_no_page_for_a_root_is_enomem() -> None:
@@ -324,10 +324,12 @@ def test_two_tables_of_one_pool_do_not_meet() -> None:
     io = Io()
     other = IoPageTable(io.writer, io.pool, Level(4), Level(3))
     io.map(5, [PFN])
-    other.map(5 * PAGE, Hpa(0x20_0000 << 12), Level(1), writable=False)
+    other.map(Iova(5 * PAGE), Hpa(0x20_0000 << 12), Level(1), writable=False)
     io.check([5])
     io.release()
-    assert list(other.leaves_in(0, GIB)) == [IoLeaf(Iova(5 * PAGE), Level(1), Hpa(0x20_0000 << 12), False)]
+    assert list(other.leaves_in(Iova(0), GIB)) == [
+        IoLeaf(Iova(5 * PAGE), Level(1), Hpa(0x20_0000 << 12), False)
+    ]
     assert io.pool.in_use == sum(other.tables) == 4
 
 
@@ -341,5 +343,5 @@ def test_two_tables_of_one_pool_do_not_meet() -> None:
 def test_a_leaf_that_is_misaligned_or_too_large_is_a_bug(iova: int, hpa: int, level: int) -> None:
     io = Io(max_leaf=2)
     with pytest.raises(AssertionError, match=r"leaf of|misaligned"):
-        io.table.map(iova, Hpa(hpa), Level(level), writable=True)
+        io.table.map(Iova(iova), Hpa(hpa), Level(level), writable=True)
     assert not any(io.memory)

@@ -16,7 +16,7 @@ from iommufdd.core.io_pagetable import Change, IoPageTable, _Edit
 from protocol.errors import UapiError
 from protocol.pt.bits import WRITE
 from protocol.pt.entry import table_of
-from protocol.units import Hpa, Level
+from protocol.units import Hpa, Iova, Level
 from tests.unit.iommufdd.io_world import Io
 
 LIMIT = {3: 1 << 27, 4: 1 << 36, 5: 1 << 45}
@@ -123,13 +123,13 @@ class ClearsBeforeStoring(IoPageTable):
     """Break before make: between the two stores a device faults on what is mapped."""
 
     def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, base)
+        super()._edit_table(edit, table, level, Iova(base))
         edit.stores = [store for at, entry in edit.stores for store in ((at, 0), (at, entry))]
 
 
 class LinksBeforeFilling(IoPageTable):
     def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, base)
+        super()._edit_table(edit, table, level, Iova(base))
         made = {page for page, _ in edit.made}
         for at, entry in edit.stores:
             if (page := table_of(entry)) in made:
@@ -143,8 +143,8 @@ class UnmapsInTwo(IoPageTable):
     """The first half is gone when no page is left for the second."""
 
     def unmap(self, iova: int, size: int) -> Change:
-        first = super().unmap(iova, size // 2)
-        second = super().unmap(iova + size // 2, size - size // 2)
+        first = super().unmap(Iova(iova), size // 2)
+        second = super().unmap(Iova(iova + size // 2), size - size // 2)
         return Change(first.start, second.start + second.size - first.start, first.cut + second.cut)
 
 
@@ -152,7 +152,7 @@ class KeepsWhatItMade(IoPageTable):
     """A call that fails keeps the pages it got."""
 
     def _grown(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
-        new = super()._grown(edit, entry, level, iova)
+        new = super()._grown(edit, entry, level, Iova(iova))
         edit.made.clear()
         return new
 
@@ -168,7 +168,7 @@ class ForgetsTheTable(IoPageTable):
     """Merging where every page stays what it was: but the table is still in paging-structure caches."""
 
     def map(self, iova: int, hpa: Hpa, level: Level, *, writable: bool) -> Change:
-        return super().map(iova, hpa, level, writable=writable)._replace(size=0)
+        return super().map(Iova(iova), hpa, level, writable=writable)._replace(size=0)
 
 
 class LeaksTheTable(IoPageTable):
@@ -179,7 +179,7 @@ class LeaksTheTable(IoPageTable):
 class LosesRightsUnflushed(IoPageTable):
     def _replaced(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
         stale = edit.stale_from, edit.stale_to
-        new = super()._replaced(edit, entry, level, iova)
+        new = super()._replaced(edit, entry, level, Iova(iova))
         if new and (entry ^ new) == WRITE:
             edit.stale_from, edit.stale_to = stale
         return new
@@ -193,22 +193,22 @@ class FlushesTheFirstPage(IoPageTable):
 
 class UnmapsWholeLeaves(IoPageTable):
     def unmap(self, iova: int, size: int) -> Change:
-        return super().unmap(*self.whole_leaves(iova, size))
+        return super().unmap(*self.whole_leaves(Iova(iova), size))
 
 
 class SplitsWritable(IoPageTable):
     def _grown(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
-        return super()._grown(edit, entry | WRITE if entry else 0, level, iova)
+        return super()._grown(edit, entry | WRITE if entry else 0, level, Iova(iova))
 
 
 class SplitsOneFrameShort(IoPageTable):
     def _grown(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
-        return super()._grown(edit, entry + 4096 if entry and level == 2 else entry, level, iova)
+        return super()._grown(edit, entry + 4096 if entry and level == 2 else entry, level, Iova(iova))
 
 
 class StoresOnlyTheLast(IoPageTable):
     def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, base)
+        super()._edit_table(edit, table, level, Iova(base))
         del edit.stores[:-1]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.ioas_check import check_ioas
-from protocol.units import LEVEL_4K, Hpa
+from protocol.units import LEVEL_4K, Hpa, Hva, Iova
 from tests.unit.iommufdd.host import FRAMES
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored
 from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, request
@@ -26,7 +26,7 @@ def a_mirror(page_size: int = K4) -> Mirrored:
     """Pages 0..3 pinned by two requests, 4 and 5 faulted in, the rest of them not."""
     space = Mirrored(page_size=page_size)
     for first, pages in ((0, 3), (2, 2)):
-        space.world.run(space.hwpt_.pin(first * K4, pages * K4))
+        space.world.run(space.hwpt_.pin(Iova(first * K4), pages * K4))
     for page in (4, 5):
         assert space.fault(page * K4, write=True) == SUCCESS
     return space
@@ -68,11 +68,11 @@ def test_nothing_is_found_in_a_pinned_area(page_size: int) -> None:
 
 
 def remap(space: Space, iova: int, hpa: Hpa = ELSEWHERE) -> None:
-    space.ioas.hwpts[-1].table.map(iova, hpa, LEVEL_4K, writable=True)
+    space.ioas.hwpts[-1].table.map(Iova(iova), hpa, LEVEL_4K, writable=True)
 
 
 def take(space: Space, iova: int) -> None:
-    space.ioas.hwpts[-1].table.unmap(iova, K4)
+    space.ioas.hwpts[-1].table.unmap(Iova(iova), K4)
 
 
 def forget_pin(space: Space) -> None:
@@ -80,13 +80,13 @@ def forget_pin(space: Space) -> None:
 
 
 def another_pin(space: Space) -> None:
-    space.host.pins[99, HVA + M2] = [HmmPage(HVA + M2, ELSEWHERE, K4, True)]
+    space.host.pins[99, HVA + M2] = [HmmPage(Hva(HVA + M2), ELSEWHERE, K4, True)]
 
 
 def moved(space: Space, iova: int, *, writable: bool = True, hpa: int | None = None) -> None:
     """The host changes a page and tells nobody."""
     page = space.host.pages[HVA + iova]
-    space.host.pages[HVA + iova] = page._replace(writable=writable, hpa=page.hpa if hpa is None else hpa)
+    space.host.pages[HVA + iova] = page._replace(writable=writable, hpa=Hpa(page.hpa if hpa is None else hpa))
 
 
 BREAKS: dict[str, tuple[Callable[[], Space], Callable[[Space], object], str]] = {
@@ -103,7 +103,7 @@ BREAKS: dict[str, tuple[Callable[[], Space], Callable[[Space], object], str]] = 
     "the host lost a pin of a mirror": (a_mirror, forget_pin, "is pinned, not so at the host"),
     "a mirror's pin is of another page at the host": (
         a_mirror,
-        lambda s: s.host.pins.update({next(iter(s.host.pins)): [HmmPage(HVA, ELSEWHERE, K4, True)]}),
+        lambda s: s.host.pins.update({next(iter(s.host.pins)): [HmmPage(Hva(HVA), ELSEWHERE, K4, True)]}),
         "0x0.* is pinned, not so at the host",
     ),
     "an entry stayed when its page was unpinned and given away": (
@@ -159,7 +159,7 @@ def test_pins_do_not_come_or_go_while_they_are_compared() -> None:
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
     checked = space.world.start(check_ioas(space.ioas))
-    unpinned = space.world.start(space.ioas.unmap(0, RAM))
+    unpinned = space.world.start(space.ioas.unmap(Iova(0), RAM))
     while not (checked.done and unpinned.done):
         space.world.let_go()
     assert checked.result() == []
@@ -181,7 +181,7 @@ def test_pages_let_go_of_meanwhile_are_not_wrong(asks: int) -> None:
         space.map(n * M2, 2 * K4, HVA + n * M2)
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
-    unmapped = space.world.start(space.ioas.unmap(0, (1 << 64) - 1))
+    unmapped = space.world.start(space.ioas.unmap(Iova(0), (1 << 64) - 1))
     for _ in range(asks - 1):
         space.world.let_go()
         space.world.hold()

@@ -16,7 +16,7 @@ from iommufdd.memory import TABLES_START, TableMemory
 from kvmd.config import MAX_RAM
 from protocol.hostmem import HIGH_RAM_START, WindowKind, check_layout
 from protocol.rpc.channel import Fds
-from protocol.units import GIB, MIB, TIB, Hpa, Level
+from protocol.units import GIB, MIB, TIB, Hpa, Iova, Level
 from tests.oracle.table import Machine, RawTables, second_stage_walk
 
 PATHS = ["--socket", "s", "--kvmd", "k", "--device", "d"]
@@ -69,7 +69,7 @@ def test_nobody_maps_or_writes_the_window_but_its_owner(tables: TableMemory) -> 
 def test_a_unit_walks_the_window_beside_kvmd_s(tables: TableMemory) -> None:
     """Several sets name it, as several HWPTs do: it is one window, and goes with the last of them."""
     table = IoPageTable(tables.writer, tables.pool, Level(4), Level(3))
-    table.map(5 << 12, Hpa(0x10_0000 << 12), Level(1), writable=True)
+    table.map(Iova(5 << 12), Hpa(0x10_0000 << 12), Level(1), writable=True)
     host = os.memfd_create("host", os.MFD_ALLOW_SEALING)
     os.ftruncate(host, MIB)
     fcntl.fcntl(host, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
@@ -100,7 +100,9 @@ def test_the_window_costs_what_is_touched_of_it() -> None:
     memory = TableMemory(TIB)
     (fd,) = memory.fds(1)
     try:
-        IoPageTable(memory.writer, memory.pool, Level(4), Level(3)).map(0, Hpa(0), Level(1), writable=True)
+        IoPageTable(memory.writer, memory.pool, Level(4), Level(3)).map(
+            Iova(0), Hpa(0), Level(1), writable=True
+        )
         assert os.fstat(fd).st_size == TIB
         assert os.fstat(fd).st_blocks * 512 <= 2 * MIB
     finally:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from protocol.flow import Wait
-from protocol.units import LEVEL_2M
+from protocol.units import LEVEL_2M, Iova
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
 from tests.unit.iommufdd.spaces import HVA, INVALID, SUCCESS, outcome, request
 
 
 def pin(space: Mirrored, iova: int, size: int) -> int:
-    return space.world.run(space.hwpt_.pin(iova, size))
+    return space.world.run(space.hwpt_.pin(Iova(iova), size))
 
 
 def unpin(space: Mirrored, name: int) -> None:
@@ -259,10 +259,10 @@ def test_pins_end_with_their_mirror_and_who_waited_for_its_turn_has_none() -> No
         await hops[-1]
 
     at_once, space.host.hop = space.host.hop, hop
-    first = space.world.start(space.hwpt_.pin(0, K4))
+    first = space.world.start(space.hwpt_.pin(Iova(0), K4))
     space.hwpt_.attached.clear()
     gone = space.world.start(space.hwpt_.destroy())
-    late = space.world.start(space.hwpt_.pin(K4, K4))
+    late = space.world.start(space.hwpt_.pin(Iova(K4), K4))
     all_late = space.world.start(space.hwpt_.pin_all())
     while hops:
         hops.pop().set(None)
@@ -272,7 +272,7 @@ def test_pins_end_with_their_mirror_and_who_waited_for_its_turn_has_none() -> No
     assert (space.host.pins, space.counts.pinned_pages) == ({}, 0)
     space.host.hop = at_once
     other = space.mirror()
-    space.world.run(other.pin(0, K4))
+    space.world.run(other.pin(Iova(0), K4))
     space.unmap(0, RAM)
     unpin(space, first.result())
     assert (space.host.pins, space.counts.pinned_pages) == ({}, 0)
@@ -282,7 +282,7 @@ def test_a_unit_that_refuses_to_forget_an_area_leaves_no_mirror_with_pins_of_it(
     """It is an assertion no more: what the other mirrors held of the area ended with it."""
     space = Mirrored()
     other = space.mirror()
-    name = space.world.run(other.pin(0, K4))
+    name = space.world.run(other.pin(Iova(0), K4))
     pin(space, 0, K4)
     space.world.fails.after(0, errno.EIO, lasting=False)
     assert outcome(lambda: space.unmap(0, RAM)) == errno.EIO
@@ -301,11 +301,11 @@ def test_the_host_hears_of_an_unpin_once_entries_and_units_are_without_it(how: s
     mirrors = [space.hwpt_]
     if how == "unmap of two mirrors":
         mirrors.append(space.mirror())
-        space.world.run(mirrors[1].pin(0, K4))
+        space.world.run(mirrors[1].pin(Iova(0), K4))
     drop(space, 0, RAM)
     space.asked()
     space.world.hold()
-    flow = space.hwpt_.unpin(name) if how == "unpin" else space.ioas.unmap(0, RAM)
+    flow = space.hwpt_.unpin(name) if how == "unpin" else space.ioas.unmap(Iova(0), RAM)
     gone = space.world.start(flow)
     assert (space.leaves, gone.done) == ([], False)
     assert len(space.host.pins) == 3 + (len(mirrors) - 1)
@@ -382,7 +382,7 @@ def test_a_note_of_what_the_process_has_by_now_leaves_a_pinned_page_mapped() -> 
     for page in (0, 1):
         space.host.fault_in(HVA + page * K4)
     assert isinstance(space.ioas, IoasOnDemand)
-    assert space.world.run(space.ioas.look(0, 2 * K4))
+    assert space.world.run(space.ioas.look(Iova(0), 2 * K4))
     assert (space.leaves[0], len(space.leaves)) == (before[0], 2)
 
 

@@ -7,7 +7,7 @@ import errno
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import MAX_WAITING, Notes
-from protocol.units import LEVEL_2M
+from protocol.units import LEVEL_2M, Gfn, Iova
 from tests.unit.iommufdd.host import FRAMES
 from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, mapped, request
 
@@ -36,7 +36,7 @@ class Noted(Space):
 def test_a_note_maps_what_the_host_has_there_and_a_device_need_not_fault() -> None:
     space = Noted()
     space.host.fault_in(HVA + K4)
-    space.notes.told(1, 1)
+    space.notes.told(Gfn(1), 1)
     assert mapped(space.hwpt_) == [(K4, 1, FRAMES, True)]
     assert (space.asked(), space.counted) == (["look"], (1, 1, 0, 0))
     assert space.world.run(space.hwpt_.fault(request(K4))) == SUCCESS
@@ -45,7 +45,7 @@ def test_a_note_maps_what_the_host_has_there_and_a_device_need_not_fault() -> No
 
 def test_a_note_of_a_page_that_is_gone_faults_nothing_in() -> None:
     space = Noted()
-    space.notes.told(1, 1)
+    space.notes.told(Gfn(1), 1)
     assert (mapped(space.hwpt_), space.host.pages, space.counted) == ([], {}, (1, 0, 0, 0))
 
 
@@ -53,7 +53,7 @@ def test_a_note_of_what_is_mapped_changes_nothing() -> None:
     space = Noted()
     space.world.run(space.hwpt_.fault(request(0)))
     space.asked()
-    space.notes.told(0, 1)
+    space.notes.told(Gfn(0), 1)
     assert (space.asked(), space.counted) == (["look"], (1, 0, 0, 0))
 
 
@@ -61,14 +61,14 @@ def test_a_note_of_a_huge_page_maps_one_leaf() -> None:
     space = Noted()
     space.host.page_size = M2
     space.host.fault_in(HVA + M2)
-    space.notes.told(512, 512)
+    space.notes.told(Gfn(512), 512)
     assert [leaf[:2] for leaf in mapped(space.hwpt_)] == [(M2, LEVEL_2M)]
 
 
 def test_notes_outside_every_area_are_looked_at_by_nobody() -> None:
     space = Noted()
-    space.notes.told(1 << 40, 1)
-    space.notes.told((1 << 64) - 1, 1 << 18)
+    space.notes.told(Gfn(1 << 40), 1)
+    space.notes.told(Gfn((1 << 64) - 1), 1 << 18)
     assert (space.asked(), space.counted) == ([], (2, 0, 0, 0))
 
 
@@ -79,7 +79,7 @@ def test_notes_are_worked_off_in_order_and_are_pending_till_then() -> None:
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
     for gfn in range(3):
-        space.notes.told(gfn, 1)
+        space.notes.told(Gfn(gfn), 1)
     assert (space.asked(), space.counted) == (["look", "hop"], (3, 0, 3, 0))
     seen = []
     while space.counts.notes_pending:
@@ -94,7 +94,7 @@ def test_notes_beyond_the_room_are_lost_and_nothing_else_is() -> None:
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
     for gfn in range(MAX_WAITING + 5):
-        space.notes.told(gfn, 1)
+        space.notes.told(Gfn(gfn), 1)
     assert space.counted == (MAX_WAITING + 5, 0, MAX_WAITING, 5)
     space.world.let_go()
     assert space.counted == (MAX_WAITING + 5, 0, 0, 5)
@@ -112,7 +112,7 @@ def test_what_the_host_took_meanwhile_is_not_mapped() -> None:
             await space.host.give_up(HVA, HVA + K4)
 
     space.host.hop = hop
-    space.notes.told(0, 1)
+    space.notes.told(Gfn(0), 1)
     assert (mapped(space.hwpt_), space.counted) == ([], (1, 0, 0, 0))
 
 
@@ -121,8 +121,8 @@ def test_an_area_gone_under_a_look_is_not_mapped() -> None:
     space.host.fault_in(HVA)
     space.host.hop = lambda: space.world._take("hop")
     space.world.hold()
-    space.notes.told(0, 1)
-    gone = space.world.start(space.ioas.unmap(0, 16 * M2))
+    space.notes.told(Gfn(0), 1)
+    gone = space.world.start(space.ioas.unmap(Iova(0), 16 * M2))
     while space.counts.notes_pending or not gone.done:
         space.world.let_go()
     assert (mapped(space.hwpt_), space.counts.notes_mapped) == ([], 0)
@@ -136,8 +136,8 @@ def test_notes_of_two_ioases_that_are_looked_at_at_once_are_both_counted() -> No
         space.host.fault_in(HVA)
         space.host.hop = lambda: one.world._take("hop")
     one.world.hold()
-    one.notes.told(0, 1)
-    two.notes.told(0, 1)
+    one.notes.told(Gfn(0), 1)
+    two.notes.told(Gfn(0), 1)
     while one.counts.notes_pending:
         one.world.let_go()
     assert one.counts.notes_mapped == 2
@@ -146,8 +146,8 @@ def test_notes_of_two_ioases_that_are_looked_at_at_once_are_both_counted() -> No
 def test_a_host_that_is_gone_loses_the_note_and_the_next_is_looked_at() -> None:
     space = Noted()
     space.host.errno = errno.ENODEV
-    space.notes.told(0, 1)
+    space.notes.told(Gfn(0), 1)
     space.host.errno = 0
     space.host.fault_in(HVA)
-    space.notes.told(0, 1)
+    space.notes.told(Gfn(0), 1)
     assert (len(mapped(space.hwpt_)), space.counted) == (1, (2, 1, 0, 1))

@@ -12,7 +12,7 @@ from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.pages import Pages, Pins
-from protocol.units import LEVEL_4K
+from protocol.units import LEVEL_4K, Hpa, Hva, Iova
 from tests.unit.iommufdd.host import FRAMES, FakeHost
 from tests.unit.iommufdd.spaces import HVA, MM, Space, mapped, outcome
 
@@ -45,7 +45,7 @@ def test_a_copy_shows_the_same_frames_and_pins_nothing_more() -> None:
     space.unmap(0, 4 * K4)
     assert (mapped(first), len(mapped(second)), space.counts.pinned_pages, pins_of(space)) == ([], 2, 2, 2)
     assert violations(space, other) == []
-    space.world.run(other.unmap(M2, 2 * K4))
+    space.world.run(other.unmap(Iova(M2), 2 * K4))
     assert (space.counts.pinned_pages, space.host.pins) == (0, {})
 
 
@@ -145,7 +145,7 @@ def test_a_huge_page_is_held_until_the_last_byte_that_is_shown_of_it_goes() -> N
     assert [leaf[1:3] for leaf in mapped(second)] == [(LEVEL_4K, frame)]
     space.unmap(0, 2 * M2)
     assert (pins_of(space), space.counts.pinned_pages, violations(space, other)) == (1, 512, [])
-    space.world.run(other.unmap(0, K4))
+    space.world.run(other.unmap(Iova(0), K4))
     assert (space.host.pins, space.counts.pinned_pages) == ({}, 0)
 
 
@@ -195,7 +195,7 @@ class History:
         at, pages = self.span()
         source = self.random.randrange(PAGES) * UNIT
         call = self.ioases[which].map(
-            MM, self.space.connect, HVA + source, pages * UNIT, at * UNIT, writable=True
+            MM, self.space.connect, Hva(HVA + source), pages * UNIT, Iova(at * UNIT), writable=True
         )
         if outcome(lambda: self.space.world.run(call)) == 0:
             for n in range(pages):
@@ -274,7 +274,7 @@ def test_whatever_is_mapped_copied_and_unmapped_leads_to_what_is_pinned(seed: in
     run(seed)
 
 
-def released_for_all(self: Pages, area: Area) -> list[Span]:
+def released_for_all(self: Pages, area: Area) -> list[Span[Hva]]:
     shown, self.shown = self.shown, {}
     try:
         return released(self, area)
@@ -282,13 +282,13 @@ def released_for_all(self: Pages, area: Area) -> list[Span]:
         self.shown = shown
 
 
-def pinned_as_small(self: Pages, start: int, end: int, page: HmmPage) -> None:
+def pinned_as_small(self: Pages, start: Hva, end: Hva, page: HmmPage) -> None:
     self.pins.append(Pins(start, end, K4))
     self.pins.sort()
 
 
-def pinned_elsewhere(self: Pages, start: int, end: int, page: HmmPage) -> None:
-    pinned(self, start, end, page._replace(hpa=page.hpa + M2))
+def pinned_elsewhere(self: Pages, start: Hva, end: Hva, page: HmmPage) -> None:
+    pinned(self, start, end, page._replace(hpa=Hpa(page.hpa + M2)))
 
 
 released, pinned = Pages._release, Pages._pinned
@@ -316,16 +316,16 @@ def test_the_histories_find_what_is_planted(bug: str, monkeypatch: pytest.Monkey
     ("pins", "why"),
     [
         ([], "shown and not pinned"),
-        ([Pins(HVA, HVA + K4, K4)], "shown and not pinned"),
-        ([Pins(HVA, HVA + 2 * K4, K4), Pins(HVA, HVA + K4, K4)], "pinned twice"),
-        ([Pins(HVA, HVA + 2 * K4, K4), Pins(HVA + M2, HVA + M2 + K4, K4)], "pinned for no area"),
+        ([(0, K4)], "shown and not pinned"),
+        ([(0, 2 * K4), (0, K4)], "pinned twice"),
+        ([(0, 2 * K4), (M2, M2 + K4)], "pinned for no area"),
     ],
 )
-def test_the_check_sees_wrong_books(pins: list[Pins], why: str) -> None:
+def test_the_check_sees_wrong_books(pins: list[tuple[int, int]], why: str) -> None:
     space, _, _, _ = two()
     space.map(0, 2 * K4)
     (area,) = space.ioas.areas
     assert area.pages is not None
     assert space.ioas.check() == []
-    area.pages.pins = pins
+    area.pages.pins = [Pins(Hva(HVA + start), Hva(HVA + end), K4) for start, end in pins]
     assert any(why in said for said in space.ioas.check())

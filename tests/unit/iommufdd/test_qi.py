@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from iommufdd.core import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import ResponseCode
-from protocol.units import WHOLE_SIZE
+from protocol.units import WHOLE_SIZE, Iova
 
 PSI = 1 << 39
 MAMV = 18
@@ -27,7 +27,7 @@ Words = tuple[int, ...]
 
 
 def words(start: int, size: int, *, cap: Cap = CAP, rids: tuple[int, ...] = RIDS) -> list[Words]:
-    raw = qi.ring(qi.invalidate(cap, DID, rids, start, size))
+    raw = qi.ring(qi.invalidate(cap, DID, rids, Iova(start), size))
     assert len(raw) % 32 == 0
     return [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)]
 
