@@ -9,33 +9,25 @@ host that kvmd can be told to have, so that it is in nobody's way.
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 
 from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
 from protocol.pt.mem import TableWriter
+from protocol.rpc.memfd import make_shared
 from protocol.units import TIB, Hpa
 
 TABLES_START = Hpa(HIGH_RAM_START + 32 * TIB)
-
-F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 
 
 class TableMemory:
     """The window, and the pool of its pages."""
 
     def __init__(self, size: int) -> None:
-        self._fd = os.memfd_create("iommu-tables", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, size)
-        view = memoryview(mmap.mmap(self._fd, size))
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-        os.fchmod(self._fd, 0o400)  # a re-open for writing fails as well, but for root
+        self._fd, mapping = make_shared("iommu-tables", size, peer_writes=False)
         self.window = (str(WindowKind.TABLES), TABLES_START, size)
-        self.writer = TableWriter(TABLES_START, view)
+        self.writer = TableWriter(TABLES_START, memoryview(mapping))
         self.pool = TablePool(self.writer, size)
 
     def fds(self, count: int) -> list[int]:

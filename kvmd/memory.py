@@ -9,11 +9,9 @@ them.
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable, Container
-from contextlib import ExitStack
 
 from kvmd.config import Settings
 from kvmd.core.host import Clock, Host
@@ -21,25 +19,18 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.rpc.memfd import make_shared
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, align_up
 
-F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module before Python 3.13
 _ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
-_FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
 def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
     """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE, ENOMEM."""
-    with ExitStack() as undo:
-        try:
-            fd = os.memfd_create("kvm-dirty-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            undo.callback(os.close, fd)
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE | fcntl.F_SEAL_SEAL)
-            memory = mmap.mmap(fd, size)
-        except OSError as error:
-            raise UapiError(error.errno or errno.EMFILE, "no memory for a dirty ring") from None
-        undo.pop_all()
+    try:
+        fd, memory = make_shared("kvm-dirty-ring", size, peer_writes=True)
+    except OSError as error:
+        raise UapiError(error.errno or errno.EMFILE, "no memory for a dirty ring") from None
     return fd, memoryview(memory)
 
 
@@ -49,12 +40,12 @@ class HostMemory:
     def __init__(self, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]) -> None:
         self._fds: list[tuple[Window, int]] = []
         self._maps: list[mmap.mmap] = []
-        tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes, F_SEAL_FUTURE_WRITE)
-        frames = self._make(WindowKind.FRAMES, HIGH_RAM_START, settings.ram_bytes, 0)
+        tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes)
+        frames = self._make(WindowKind.FRAMES, HIGH_RAM_START, settings.ram_bytes, peer_writes=True)
         tags = None
         if settings.frame_tags:
             size = align_up(tags_size(settings.ram_bytes), PAGE_SIZE)
-            window = self._make(WindowKind.FRAME_TAGS, HIGH_RAM_START, size, F_SEAL_FUTURE_WRITE)
+            window = self._make(WindowKind.FRAME_TAGS, HIGH_RAM_START, size)
             tags = FrameTags(HIGH_RAM_START, window.view)
         self.host = Host(
             settings.features,
@@ -68,14 +59,8 @@ class HostMemory:
             cond_resched=cond_resched,
         )
 
-    def _make(self, kind: WindowKind, base: Hpa, size: int, extra_seal: int) -> Window:
-        fd = os.memfd_create(f"tdp-{kind}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size)
-        mapped = mmap.mmap(fd, size)
-        seals = _FIXED_SIZE | extra_seal | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        if extra_seal:
-            os.fchmod(fd, 0o400)  # a re-open for writing fails as well, but for root
+    def _make(self, kind: WindowKind, base: Hpa, size: int, *, peer_writes: bool = False) -> Window:
+        fd, mapped = make_shared(f"tdp-{kind}", size, peer_writes=peer_writes)
         window = Window(kind, base, size, memoryview(mapped))
         self._fds.append((window, fd))
         self._maps.append(mapped)

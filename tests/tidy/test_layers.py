@@ -52,7 +52,19 @@ CORE_MAY_USE = {
 WRITERS = {"TableWriter"}
 OWNERS = ("kvmd", "iommufdd")
 
-RPC_SHELL = ("body", "channel", "closer", "door", "fence", "files", "loop", "memfd", "service", "socket")
+RPC_SHELL = (
+    "body",
+    "channel",
+    "closer",
+    "door",
+    "eventfd",
+    "fence",
+    "files",
+    "loop",
+    "memfd",
+    "service",
+    "socket",
+)
 SHELL_OF_PROTOCOL = ("uapi", *(f"rpc.{shell}" for shell in RPC_SHELL), "daemon", "log")
 IMPURE = {
     *("trio", "msgpack", "pydantic", "structlog"),

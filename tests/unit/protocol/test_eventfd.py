@@ -1,0 +1,58 @@
+"""An eventfd of two processes: signals add up, nobody waits, and who fills it is found out."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from protocol.rpc.eventfd import BrokenEvent, EventFd
+from protocol.rpc.fence import full_fence
+
+
+@pytest.fixture
+def event() -> Iterator[EventFd]:
+    made = EventFd.make()
+    yield made
+    made.close()
+
+
+def make_it_block(event: EventFd) -> None:
+    """What the other end can do at any time: flags are not a descriptor's, but the file's."""
+    fcntl.fcntl(event.fd, fcntl.F_SETFL, fcntl.fcntl(event.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+
+
+def test_several_signals_are_drained_at_once(event: EventFd) -> None:
+    event.signal()
+    event.signal()
+    full_fence()
+    assert os.eventfd_read(event.fd) == 2
+    event.signal()
+    event.drain()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(event.fd)
+
+
+def test_draining_what_nobody_signalled_does_not_wait_even_if_the_peer_made_it_block(event: EventFd) -> None:
+    make_it_block(event)
+    event.drain()
+
+
+def test_a_full_counter_is_found_out_before_anybody_waits(event: EventFd) -> None:
+    make_it_block(event)
+    os.eventfd_write(event.fd, 2**64 - 2)
+    with pytest.raises(BrokenEvent, match="no room"):
+        event.signal()
+
+
+def test_what_is_no_eventfd_is_found_out() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    for misused in (EventFd(write),):
+        with pytest.raises(BrokenEvent):
+            misused.drain()
+        with pytest.raises(BrokenEvent):
+            misused.signal()
+        misused.close()
