@@ -1,4 +1,4 @@
-"""Five ways to give a device the guest's memory, as a VMM carries them out (docs/decisions/0011).
+"""The ways to give a device the guest's memory, as a VMM carries them out (docs/decisions/0011).
 
 A design is chosen when a machine starts.  Its container, QEMU's word for it, gives the HWPT that the device
 is attached to and is told when the guest's memory changes: before a memslot comes, before one goes, and
@@ -174,16 +174,33 @@ class Ioas:
 
 
 @dataclass(frozen=True, slots=True)
+class Stroke:
+    """How a design is drawn: its colour on a light and on a dark page, the width and dashes of its line.
+
+    Where lines coincide the thinner ones are drawn over the wider ones.
+    """
+
+    light: str
+    dark: str
+    width: float
+    dashes: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Design:
-    """`pins`: every page is there for good, so that a device that cannot ask for pages will do, and the VMM
-    may take none out of the guest's memory; `whole_dirty`: no log tells what the device wrote, so all it may
-    write counts in every round [QEMU hw/vfio/common.c]; `touch_serves`: a page the guest's CPU has touched is
-    there for the device as well.
+    """All that is said of a design: its name, a summary, what it does, how it is drawn.
+
+    `owners`: whose tables there are, by the names of the gauges of table pages; `pins`: every page is there
+    for good, so that a device that cannot ask for pages will do, and the VMM may take none out of the guest's
+    memory; `whole_dirty`: no log tells what the device wrote, so all it may write counts in every round
+    [QEMU hw/vfio/common.c]; `touch_serves`: what the CPU has touched is there for the device too.
     """
 
     name: str
     summary: str
     open: Callable[[Vm, Process], Awaitable[Container]]
+    stroke: Stroke
+    owners: tuple[str, ...]
     pins: bool = False
     whole_dirty: bool = False
     touch_serves: bool = True
@@ -200,15 +217,26 @@ NO_DISCARD = (
 )
 NO_TOUCH = "the guest's touch of the page does not put it into the device's table, only a page request does"
 
-SHARED = Design("shared", "KVM's one table, walked by the unit as well", KvmTable.open)
-MANAGED = Design(
-    "managed", "a second root of KVM's, filled with the first", partial(KvmTable.open, own_root=True)
+SHARED = Design(
+    "shared",
+    "KVM's one table, walked by the unit as well",
+    KvmTable.open,
+    Stroke("#a8498a", "#e09bc7", 6),
+    owners=("shared",),
 )
-
+MANAGED = Design(
+    "managed",
+    "a second root of KVM's, filled with the first",
+    partial(KvmTable.open, own_root=True),
+    Stroke("#0072b2", "#56b4e9", 4.6),
+    owners=("cpu", "iommu"),
+)
 PINNED = Design(
     "pinned",
     "a table of iommufdd's, all memory in it pinned from the start",
     Ioas.open,
+    Stroke("#d55e00", "#ff8a3d", 1.6, "3 2"),
+    owners=("cpu", "iommufd"),
     pins=True,
     whole_dirty=True,
 )
@@ -216,6 +244,8 @@ MIRROR = Design(
     "mirror",
     "a table of iommufdd's, filled by IO page faults",
     partial(Ioas.open, on_demand=True),
+    Stroke("#6e6e6e", "#b9b9b9", 2.2),
+    owners=("cpu", "iommufd"),
     whole_dirty=True,
     touch_serves=False,
 )
@@ -223,6 +253,8 @@ NOTIFIER = Design(
     "notifier",
     "the same, and filled with what KVM says it faulted in",
     partial(Ioas.open, on_demand=True, follow_kvm=True),
+    Stroke("#008a66", "#2fc79b", 3.4, "7 3"),
+    owners=("cpu", "iommufd"),
     whole_dirty=True,
     touch_serves=False,  # a note comes later, or not at all
 )

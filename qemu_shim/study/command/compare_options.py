@@ -15,7 +15,7 @@ JOBS_MAX = 256
 def add_compare(commands: Any, bounded: Any) -> None:
     """`bounded(low, high)` is argparse's type of a number in low..high."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "compare", help="five ways to give a device the guest's memory, side by side"
+        "compare", help="the ways to give a device the guest's memory, side by side"
     )
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="default: all of them")
     parser.add_argument("--designs", metavar="A,B", help="default: all of them")

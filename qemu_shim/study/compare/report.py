@@ -41,14 +41,6 @@ from qemu_shim.study.compare.svg import Bar, Curve, Line, bars, fan, histogram, 
 from qemu_shim.vmm.daemon_options import as_said
 from qemu_shim.vmm.designs import DESIGNS
 
-# name, width, dashes: where lines coincide the thinner ones lie on the wider ones
-STROKES = (
-    ("shared", 6, "none"),
-    ("managed", 4.6, "none"),
-    ("notifier", 3.4, "7 3"),
-    ("mirror", 2.2, "none"),
-    ("pinned", 1.6, "3 2"),
-)
 PALE_TO_FULL = ("work", "host", "vcpu", "device")
 SLIDER_STEPS = 1000
 SLIDERS = {"io_fault_factor": "IO fault / CPU fault", "swap_in": "swap-in of a page"}
@@ -80,8 +72,7 @@ def render(comparison: Comparison) -> str:
             comparison=comparison,
             tie=TIE,
             unranked=UNRANKED,
-            strokes=STROKES,
-            designs=[(it.name, it.summary, _key(it.name)) for it in DESIGNS.values() if it.name in kinds],
+            designs=[(it, _key(it.name)) for it in DESIGNS.values() if it.name in kinds],
             sliders=[_slider(cost) for cost in comparison.costs if cost.name in SWEPT],
             workloads=[_workload(workload, comparison, kinds) for workload in comparison.workloads],
             tradeoff=_tradeoff(comparison),
@@ -160,7 +151,7 @@ def _matrix(workload: WorkloadFigures, kinds: Sequence[str]) -> list[dict[str, A
 
 def _figures(workload: WorkloadFigures, comparison: Comparison) -> list[dict[str, Any]]:
     ran = [it for it in workload.designs if it.series.step]
-    under = sorted(ran, key=lambda it: [name for name, _, _ in STROKES].index(it.design))
+    under = sorted(ran, key=lambda it: -DESIGNS[it.design].stroke.width)  # the widest first
     figures = [
         {
             "title": "Modelled time",

@@ -1,4 +1,4 @@
-"""Runs made up from the rules of the five designs, for what works on runs: no daemon counted them."""
+"""Runs made up from the rules of the designs, for what works on runs: no daemon counted them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from collections import Counter
 from qemu_shim.study.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import DESIGNS
 
-OWNERS = {
-    "pinned": ("cpu", "iommufd"),
-    "mirror": ("cpu", "iommufd"),
-    "notifier": ("cpu", "iommufd"),
-    "managed": ("cpu", "iommu"),
-    "shared": ("shared",),
-}
 WORKLOADS = (
     *("boot-touch", "device-first", "ring", "streaming", "balloon"),
     *("migration", "hotplug", "hugepages", "overcommit", "dmatest"),
@@ -30,7 +23,7 @@ def made_up(
     pinned = design == "pinned"
 
     def sample(step: str) -> None:
-        for owner in OWNERS[design]:
+        for owner in DESIGNS[design].owners:
             filled = pages if pinned else counts["cpu_faults"] + counts["io_faults"]
             gauges.update(dict.fromkeys((f"table_pages.{owner}.{n}" for n in (1, 2, 3, 4)), 0))
             gauges[f"table_pages.{owner}.1"] = -(-filled // 512)
@@ -65,7 +58,7 @@ def made_up(
             qi_messages=3,
             iotlb_invalidations=3,
             devtlb_invalidations=3,
-            notifier_calls=3 * len(OWNERS[design]),
+            notifier_calls=3 * len(DESIGNS[design].owners),
         )
     sample("reclaim")
     return run
