@@ -20,7 +20,7 @@ from kvmd.core.pinning import Pinning
 from kvmd.core.private_memory import PrivateMemory
 from kvmd.core.tdp_fd import ExportedTdp
 from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Root
+from kvmd.core.tdp_table import Root, RootState
 from kvmd.core.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
@@ -149,7 +149,7 @@ class SlotsChange:
         """Other roots become obsolete, exported ones lose their leaves [RFC 36/42]; of the IOMMU's own only
         those of the slot that goes.  Under the slots_lock."""
         unflushed = self._mmu.invalidate_roots()
-        obsolete = [root for root in self._mmu.roots if root.invalid and not root.dismantled]
+        obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
         for exported in list(self._exported.values()):
             root = exported.root
             lost = self._gone_from(root) if root.role.iommu else [root.everything]

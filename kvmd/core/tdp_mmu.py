@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
 from kvmd.core.tdp_log import TdpLog
-from kvmd.core.tdp_table import Role, Root
+from kvmd.core.tdp_table import Role, Root, RootEvent, RootState
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.pt.entry import (
@@ -70,28 +70,29 @@ class TdpMmu(TdpLog):
         """Drop a reference.  A valid root stays, as KVM's does; an invalid one goes with its last user."""
         assert root.refs > 0, "root put more often than it was got"
         root.refs -= 1
-        if root.dismantled and root.refs == 0:
+        if root.state is RootState.DISMANTLED and root.refs == 0:
             self._drop_root(root)
 
     def invalidate_roots(self) -> bool:
         """Every root but exported ones is obsolete [RFC 36/42]: nobody walks them after the flush that must
         follow.  Whether to flush."""
-        obsolete = [root for root in self.roots if not root.exported and not root.invalid]
+        obsolete = [root for root in self.roots if root.state is RootState.VALID]
         for root in obsolete:
-            root.invalid = True
+            root.happens(RootEvent.INVALIDATE)
         return bool(obsolete)
 
     def dismantle(self, root: Root) -> Iterator[None]:
         """Take a root apart that nobody walks since the last flush, from the smallest tables up; others may
         run after each.  The root's own page goes with its last user.
         """
-        root.invalid = True
+        if root.state is RootState.VALID:
+            root.happens(RootEvent.INVALIDATE)
         for level in range(LEVEL_4K + 1, root.role.level + 1):
             for at, table in self._tables_at(root, Level(level)):
                 self._writer.store64(at, bits.EMPTY)
                 self._unlink_subtree(root, table, Level(level - 1), self._next_epoch() - 1)
                 yield
-        root.dismantled = True
+        root.happens(RootEvent.DISMANTLE)
         if root.refs == 0 and root in self.roots:
             self._drop_root(root)
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Protocol
 
 from kvmd.core.map_record import MapRecord
 from kvmd.core.spte import make_table_entry, split_child
 from kvmd.core.table_pool import TablePool
+from protocol.lifecycle import LifeCycle
 from protocol.pt import bits
 from protocol.pt.entry import is_leaf, is_present, is_table, table_of
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, entry_start, gfn_limit, index_of
@@ -39,14 +41,38 @@ class Role:
     iommu: bool = False
 
 
+class RootState(Enum):
+    VALID = auto()
+    EXPORTED = auto()  # lent out: no memslot change makes it obsolete [RFC 36/42]
+    INVALID = auto()  # obsolete: nobody maps into it, nor walks it after the next flush
+    DISMANTLED = auto()  # nothing is below it any more; its own page goes with its last user
+
+
+class RootEvent(Enum):
+    EXPORT = auto()
+    RELEASE = auto()  # its TDP FD is closed
+    INVALIDATE = auto()
+    DISMANTLE = auto()
+
+
+ROOT_LIFE = LifeCycle(
+    "root of a TDP",
+    RootState.VALID,
+    {
+        (RootState.VALID, RootEvent.EXPORT): RootState.EXPORTED,
+        (RootState.EXPORTED, RootEvent.RELEASE): RootState.VALID,
+        (RootState.VALID, RootEvent.INVALIDATE): RootState.INVALID,
+        (RootState.INVALID, RootEvent.DISMANTLE): RootState.DISMANTLED,
+    },
+)
+
+
 @dataclass(slots=True, eq=False)
 class Root:
     hpa: Hpa
     role: Role
     refs: int = 0  # besides the MMU's own
-    exported: bool = False
-    invalid: bool = False
-    dismantled: bool = False  # nothing is below it any more
+    state: RootState = ROOT_LIFE.born
     stale: bool = False  # what was cached of it is not right any more, and nobody was told so far
     leaves: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # by level
     tables_at: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0, 0])  # by the level of their entries
@@ -55,6 +81,18 @@ class Root:
 
     def __post_init__(self) -> None:
         self.tables_at[self.role.level] = 1
+
+    def happens(self, event: RootEvent) -> None:
+        self.state = ROOT_LIFE.after(self.state, event)
+
+    @property
+    def exported(self) -> bool:
+        return self.state is RootState.EXPORTED
+
+    @property
+    def invalid(self) -> bool:
+        """Obsolete, whether or not it was taken apart yet."""
+        return self.state is RootState.INVALID or self.state is RootState.DISMANTLED
 
     @property
     def tables(self) -> int:

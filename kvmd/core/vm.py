@@ -37,7 +37,7 @@ from kvmd.core.spte import MMIO_GENERATION_MASK
 from kvmd.core.store_record import StoreRecord
 from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
 from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Role, Root
+from kvmd.core.tdp_table import Role, Root, RootEvent, RootState
 from kvmd.core.uaccess import copy_from_user, copy_to_user
 from kvmd.core.vcpu import Vcpu
 from kvmd.core.zap import Zapper
@@ -340,7 +340,7 @@ class Kvm:
         if not self.dirty_log.uses_bitmap:
             raise UapiError(errno.EINVAL, "dirty rings without bitmaps cannot log a device's stores")
         root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id, iommu=self.tdp_own_root))
-        root.exported = True
+        root.happens(RootEvent.EXPORT)
         if self.dirty_log.lend(root):
             for vcpu in self.vcpus:
                 vcpu.flush_tlb(None)
@@ -380,7 +380,7 @@ class Kvm:
         self.release_tdp_fd(exported)
         if root.role.iommu:
             async with self._slots_lock:
-                if not root.dismantled:
+                if root.state is not RootState.DISMANTLED:
                     await self.zapper.dismantle([root])
 
     def release_tdp_fd(self, exported: ExportedTdp) -> None:
@@ -389,8 +389,9 @@ class Kvm:
         assert self.exported[exported.as_id] is exported
         del self.exported[exported.as_id]
         exported.released = True
-        exported.root.exported = False
-        exported.root.invalid = exported.root.role.iommu
+        exported.root.happens(RootEvent.RELEASE)
+        if exported.root.role.iommu:
+            exported.root.happens(RootEvent.INVALIDATE)
         self.mmu.put_root(exported.root)
 
     async def fault_exported(self, exported: ExportedTdp, mm_token: int, gfn: Gfn, kind: FaultType) -> Result:
@@ -417,8 +418,8 @@ class Kvm:
         self.mm.notifiers.remove(self.host_changes)
         self.mm.claims.replaced.remove(self.private.replaces)
         await self.flusher.drain()
-        for root in self.mmu.roots:
-            root.refs = 0  # those of vCPUs, which are gone
+        for root in [root for vcpu in self.vcpus for root in vcpu.roots if root is not None]:
+            self.mmu.put_root(root)
         await self.zapper.dismantle(self.mmu.roots)
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)

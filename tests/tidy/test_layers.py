@@ -24,7 +24,7 @@ RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "simulator": 2, "bench": 3, 
 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
-    **dict.fromkeys(("units", "errors", "flow", "kvm_run"), 0),
+    **dict.fromkeys(("units", "errors", "flow", "lifecycle", "kvm_run"), 0),
     **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "log", "started_with"), 1),
     **dict.fromkeys(("uapi", "rpc"), 2),
     "daemon": 3,
@@ -39,7 +39,7 @@ WINGS = (
 )
 
 # What a core may take from protocol. A name covers everything below it.
-ANY_CORE = ("units", "errors", "flow", "trace")
+ANY_CORE = ("units", "errors", "flow", "lifecycle", "trace")
 VTD_RECORDS = ("hw.caps", "hw.fields", "hw.pasid_entry", "hw.prq", "hw.qi")
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "kvm_run", "pt", "hostmem", "frame_tags"),
@@ -105,7 +105,7 @@ def part_of(name: str) -> str:
 
 
 def check_inside_protocol(module: Module) -> list[str]:
-    """units, errors, flow, kvm_run <- pt, hw, hostmem, trace, started_with <- uapi | rpc <- daemon."""
+    """units, errors, flow, lifecycle, kvm_run <- pt, hw, hostmem, trace, ... <- uapi | rpc <- daemon."""
     own = part_of(module.name)
     if module.path.parts[0] != "protocol" or not own:
         return []

@@ -119,7 +119,7 @@ def test_looking_in_one_section_and_listing_in_another_is_noticed(
         check_create(request, spaces, lambda _: False, vm)
 
     monkeypatch.setattr(vm_module, "check_create", looked_before_either_was_listed)
-    with pytest.raises(AssertionError, match="both have"):
+    with pytest.raises(AssertionError, match="EXPORT happened to one that is EXPORTED"):
         race(world)
 
 

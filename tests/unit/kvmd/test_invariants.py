@@ -9,6 +9,7 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import Memslot, SlotFlag
+from kvmd.core.tdp_table import RootEvent, RootState
 from protocol.units import Gfn, Hva, Level, Pfn
 from tests.unit.kvmd.world import SlowImporter, World
 
@@ -141,11 +142,11 @@ def test_an_exported_root_that_is_not_what_was_lent_is_found(world: World, what:
     root = world.vm.exported[0].root
     if what == "moved":
         world.vm.exported[0].root = world.vm.mmu.get_root(type(root.role)(Level(5), 0, True))
-        world.vm.exported[0].root.exported = True
+        world.vm.exported[0].root.happens(RootEvent.EXPORT)
     elif what == "invalid":
-        root.invalid = True
+        root.state = RootState.INVALID
     else:
-        root.exported = False
+        root.state = RootState.VALID
     assert "I10" in numbers(world)
 
 

@@ -13,6 +13,7 @@ from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tdp_table import RootState
 from kvmd.core.vm import Kvm, VmType, create_vm
 from kvmd.core.zap import Zapper
 from protocol.flow import Wait
@@ -193,7 +194,7 @@ def test_obsolete_roots_go_in_turns_and_their_pages_only_after_the_flush(
     assert world.run(cpu.run([("w", 0x10_0000, b"x")], smm=True)).done
     old = world.vm.load_root(cpu, as_id=1)
     over = world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
-    while rig.importer.pending or not old.dismantled:
+    while rig.importer.pending or old.state is not RootState.DISMANTLED:
         if rig.importer.pending:
             assert old.tables == 4, "taken apart while an importer may still walk"
         rig.go_on()

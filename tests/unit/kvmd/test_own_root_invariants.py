@@ -11,6 +11,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.memslot import SlotFlag
 from kvmd.core.page_fault import Result
 from kvmd.core.spte import make_mmio_entry
+from kvmd.core.tdp_table import RootState
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
@@ -93,7 +94,7 @@ def test_a_page_a_device_can_write_whose_bit_is_clear_is_found_with_rings_too(gu
 
 
 def test_an_own_root_that_became_invalid_while_it_is_lent_is_found(guest: Managed) -> None:
-    guest.exported.root.invalid = True
+    guest.exported.root.state = RootState.INVALID
     assert numbers(guest) == {"I10"}
 
 

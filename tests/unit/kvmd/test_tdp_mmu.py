@@ -12,7 +12,7 @@ import pytest
 
 from kvmd.core.table_pool import TablePool
 from kvmd.core.tdp_mmu import Outcome, TdpMmu
-from kvmd.core.tdp_table import Role, Root
+from kvmd.core.tdp_table import Role, Root, RootEvent
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import ept_rules
@@ -316,7 +316,7 @@ def test_a_valid_root_outlives_its_last_reference() -> None:
 def test_an_exported_root_survives_a_memslot_change_and_others_do_not() -> None:
     tdp = Tdp()
     other = tdp.mmu.get_root(Role(Level(5), 0, True))
-    tdp.root.exported = True
+    tdp.root.happens(RootEvent.EXPORT)
     assert tdp.mmu.invalidate_roots()
     assert (tdp.root.invalid, other.invalid) == (False, True)
     assert tdp.mmu.get_root(NORMAL) is tdp.root
