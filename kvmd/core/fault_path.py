@@ -14,7 +14,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmd.core.memslot import Memslot
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, Source, first_pfn
 from kvmd.core.tdp_mmu import Mapped, Outcome
 from kvmd.core.tdp_table import Root
@@ -101,7 +101,9 @@ class FaultPath:
         return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
 
     # awaits: mapped: cannot change: an answer of its own
-    async def _map(self, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None) -> Result | None:
+    async def _map(
+        self, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: Vcpu | None
+    ) -> Result | None:
         vm = self._vm
         root = self._fault_root(vcpu, fault.as_id)
         try:
@@ -119,7 +121,7 @@ class FaultPath:
         return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
 
     def _store(
-        self, root: Root, fault: PageFault, slot: Memslot, page: HostPage, vcpu: Vcpu | None
+        self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: Vcpu | None
     ) -> Mapped:
         """Map `page` into one root, with what that root may have of it.  ENOMEM: no page left for a table."""
         vm, gfn, iommu = self._vm, fault.gfn, root.role.iommu
@@ -150,7 +152,7 @@ class FaultPath:
                 vm.fault_notes.post(gfn, level, writable=writable)
         return mapped
 
-    def _store_beside(self, root: Root, fault: PageFault, slot: Memslot, page: HostPage) -> GfnSpan | None:
+    def _store_beside(self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage) -> GfnSpan | None:
         """CPUs and IOMMU both get the page; without room, who needs it there faults.  What to flush."""
         flush = None
         try:

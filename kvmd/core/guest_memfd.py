@@ -17,8 +17,8 @@ from typing import Any
 
 from kvmd.core.mm.file import check_hole
 from kvmd.core.mm.mappable import Mappable
-from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.page import Kind, Page
+from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.page import Page, PageKind
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
@@ -40,7 +40,7 @@ class GuestMemfd(Mappable):
     bound when it was taken, so that nobody may be bound meanwhile.
     """
 
-    def __init__(self, vm_id: int, memory: Memory, owner: int, size: int, flags: MemfdFlag) -> None:
+    def __init__(self, vm_id: int, memory: PageAllocator, owner: int, size: int, flags: MemfdFlag) -> None:
         super().__init__("guest_memfd", LEVEL_4K)
         self.vm_id = vm_id
         self.punch: Callable[[int, int], Coroutine[Any, Any, None]] | None = None
@@ -74,7 +74,7 @@ class GuestMemfd(Mappable):
         """The page at `index`, made now if there is none.  EHWPOISON, ENOMEM."""
         page = self._pages.get(index)
         if page is None:
-            page = self._pages[index] = self._memory.allocate(LEVEL_4K, self._owner, Kind.FILE)
+            page = self._pages[index] = self._memory.allocate(LEVEL_4K, self._owner, PageKind.FILE)
             page.cached = True
         if page.poisoned:
             raise UapiError(EHWPOISON, f"guest_memfd page {index:#x}: its memory failed")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvmd.core.frames import Frames
-from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.table_pool import TablePool
 from kvmd.core.tdp_fd import Obstacle
@@ -77,7 +77,7 @@ class Host:
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.base, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
-        self.memory = Memory(self.frames, lambda: self.cond_resched(), memlock_pages)
+        self.memory = PageAllocator(self.frames, lambda: self.cond_resched(), memlock_pages)
         self._frames_base = frames.base
         self._frames_view = frames.view
         self._mms: dict[int, Mm] = {}

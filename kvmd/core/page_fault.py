@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvmd.core.memslot import Memslot
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from protocol.errors import EHWPOISON
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
@@ -77,7 +77,7 @@ class PageFault:
 
 
 def mapping_level(
-    slot: Memslot, gfn: Gfn, page: HostPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
+    slot: Memslot, gfn: Gfn, page: MappedPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
 ) -> Level:
     """The largest level whose entry lies in the slot and in the host page, with nothing of it that has to be
     `small` [KVM kvm_mmu_hugepage_adjust].
@@ -92,7 +92,7 @@ def mapping_level(
     return LEVEL_4K
 
 
-def first_pfn(slot: Memslot, gfn: Gfn, page: HostPage, level: Level) -> Pfn:
+def first_pfn(slot: Memslot, gfn: Gfn, page: MappedPage, level: Level) -> Pfn:
     """The frame that backs the first gfn of the entry of `level` that covers `gfn`."""
     if page.level == LEVEL_4K:
         return page.pfn

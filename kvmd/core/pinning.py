@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmd.core.memslot import Memslot
-from kvmd.core.mm.page import HostPage, Page
+from kvmd.core.mm.page import MappedPage, Page
 from kvmd.core.page_fault import MAX_TRIES, first_pfn
 from kvmd.core.tdp_mmu import Mapped, Outcome
 from kvmd.core.tdp_table import Root
@@ -270,10 +270,10 @@ class Pinning:
 
     # -- one page --------------------------------------------------------------------------------------
 
-    def page_of(self, slot: Memslot, gfn: Gfn) -> HostPage | None:
+    def page_of(self, slot: Memslot, gfn: Gfn) -> MappedPage | None:
         """What a fault maps at a pinned gfn: the pinned frame, whatever the host has there by now."""
         pin = self.pinned.get(gfn) if slot.as_id == AS_ID else None
-        return None if pin is None else HostPage(slot.hva_of(gfn), pin.pfn, LEVEL_4K, writable=True)
+        return None if pin is None else MappedPage(slot.hva_of(gfn), pin.pfn, LEVEL_4K, writable=True)
 
     async def _pin(self, request: Request, gfn: Gfn) -> None:
         vm = self._vm

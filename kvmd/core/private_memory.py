@@ -14,9 +14,9 @@ from functools import partial
 from kvmd.core.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
 from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Memslot, Memslots
-from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.pinning import Pinned
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -29,7 +29,7 @@ class PrivateMemory:
         vm_id: int,
         lock: RwLock,
         slots: Memslots,
-        memory: Memory,
+        memory: PageAllocator,
         mm: Mm,
         host_changes: HostChanges,
         pinned: Pinned,
@@ -125,10 +125,10 @@ class PrivateMemory:
             return True
         return slot.private is not None and slot.private.serves_shared
 
-    def page(self, slot: Memslot, gfn: Gfn) -> HostPage | None:
+    def page(self, slot: Memslot, gfn: Gfn) -> MappedPage | None:
         """The private page of `gfn`, made now if it never was.  None: there is none to have."""
         binding = slot.private
         if binding is None or binding.memfd.closed:
             return None
         page = binding.memfd.page(binding.index_of(gfn))
-        return HostPage(slot.hva_of(gfn), page.pfn, LEVEL_4K, writable=True)
+        return MappedPage(slot.hva_of(gfn), page.pfn, LEVEL_4K, writable=True)

@@ -21,7 +21,7 @@ from kvmd.core.host_changes import HostChanges
 from kvmd.core.memslot import Change, Memslot, Memslots, Region
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.nx_huge import NxHugePages
 from kvmd.core.page_fault import (
     PageFault,
@@ -285,7 +285,7 @@ class Kvm:
         page = self.mm.present_page(slot.hva_of(gfn))
         return LEVEL_4K if page is None else self.level_of(slot, gfn, page)
 
-    def level_of(self, slot: Memslot, gfn: Gfn, page: HostPage, *, iommu: bool = False) -> Level:
+    def level_of(self, slot: Memslot, gfn: Gfn, page: MappedPage, *, iommu: bool = False) -> Level:
         """The size of leaf that a fault at `gfn` gets for `page`, in the CPUs' root or in the IOMMU's own."""
         if page.level == LEVEL_4K:
             return LEVEL_4K

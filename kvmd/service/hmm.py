@@ -5,7 +5,7 @@ A look or a fault is answered in the turn in which the core looked, so that an i
 
 from __future__ import annotations
 
-from kvmd.core.mm.hmm import Found, Mirror
+from kvmd.core.mm.hmm import FoundPages, Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.importers import FRAME_WINDOWS, RemoteImporter, lent
 from kvmd.service.objects import App, MemfdFile, MirrorFile, MmFile
@@ -94,7 +94,7 @@ async def _change_process(held: MirrorFile, message: uapi.HmmChangeProcess, fds:
     return {}
 
 
-def _body(found: Found) -> Body:
+def _body(found: FoundPages) -> Body:
     pages = [
         (page.hva, page.pfn << PAGE_SHIFT, size_of_level(page.level), page.writable) for page in found.pages
     ]

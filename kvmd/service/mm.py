@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from kvmd.core.mm.failure import poison
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mappable import Mappable
@@ -136,7 +136,7 @@ async def _fork(held: MmFile, message: uapi.Fork, fds: Fds) -> Answer:
 
 
 def _memfd_create(held: MmFile, message: uapi.MemfdCreate, fds: Fds) -> Answer:
-    file = File(held.app.host.memory, message.name, message.size)
+    file = MemoryFile(held.app.host.memory, message.name, message.size)
     fd, _, _ = held.app.files.open(MEMFD, MemfdFile(file), lambda closed: closed.file.put())
     return Answer({}, [fd])
 

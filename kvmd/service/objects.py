@@ -14,7 +14,7 @@ import structlog
 
 from kvmd.config import Settings
 from kvmd.core.guest_memfd import GuestMemfd
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -80,7 +80,7 @@ class MirrorFile:
 
 @dataclass(slots=True, eq=False)
 class MemfdFile:
-    file: File
+    file: MemoryFile
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from typing import Any
 from kvmd.core.capability import Cap, enable_cap
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage, Kind, Pte
+from kvmd.core.mm.page import MappedPage, PageKind, Pte
 from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.tdp_fd import FaultType
 from kvmd.core.vcpu import Vcpu
@@ -332,7 +332,7 @@ class Rig:
         for entry in self.mm.table.entries():
             assert isinstance(entry, Pte)
             if entry.pfn <= pfn < entry.pfn + (1 << 9 * (entry.level - 1)):
-                assert entry.page.kind is not Kind.ZERO, "I11: DMA wrote to the zero page"
+                assert entry.page.kind is not PageKind.ZERO, "I11: DMA wrote to the zero page"
                 return int(entry.hva >> 12) + pfn - entry.pfn
         raise AssertionError(f"I6: DMA to pfn {pfn:#x}, which nothing backs")
 
@@ -391,7 +391,7 @@ class Rig:
             self.ack_all()
         assert self.running == []
 
-    def while_asleep(self, page: HostPage) -> None:
+    def while_asleep(self, page: MappedPage) -> None:
         """Called inside a fault, between the lookup and the mapping."""
         nap, self.nap = self.nap, ""
         if nap:

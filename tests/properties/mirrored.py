@@ -17,9 +17,9 @@ from typing import Any
 
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.hmm import Found, Mirror
+from kvmd.core.mm.hmm import FoundPages, Mirror
 from kvmd.core.mm.madvise import ADVICE, collapse, dontneed
-from kvmd.core.mm.page import HostPage, Pte
+from kvmd.core.mm.page import MappedPage, Pte
 from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
@@ -104,7 +104,7 @@ class Mmu:
 
         self.rig.begin(run(), "fault" if fault else "look")
 
-    def _answered(self, asked: int, found: Found) -> None:
+    def _answered(self, asked: int, found: FoundPages) -> None:
         """In the turn of the answer: it was sent after all that is told."""
         end = page_of(found.end)
         for page in found.pages:
@@ -112,7 +112,7 @@ class Mmu:
                 assert not self._told(number), f"I5: page {number:#x} is answered while it changes"
                 self.used[number] = self._in_use(page, number)
 
-    def _in_use(self, page: HostPage, number: int) -> InUse:
+    def _in_use(self, page: MappedPage, number: int) -> InUse:
         pfn = page.pfn + number - page_of(page.hva)
         return InUse(pfn, self.rig.world.bare.tags.read(pfn), page.writable)
 
@@ -191,7 +191,7 @@ class MirroredMemory:
     def _sleep_in_lookups(self) -> None:
         looked_up, to_pin = self.mm.get_user_page, self.mm.fault_to_pin
 
-        async def sleepy(hva: Hva, **how: Any) -> HostPage:
+        async def sleepy(hva: Hva, **how: Any) -> MappedPage:
             page = await looked_up(hva, **how)
             await self._doze()
             return page
@@ -328,7 +328,7 @@ def page_of(at: Hva) -> int:
     return (at - START) // PAGE
 
 
-def size_of(page: HostPage) -> int:
+def size_of(page: MappedPage) -> int:
     return pages_of_level(page.level)
 
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage, Pte
+from kvmd.core.mm.page import MappedPage, Pte
 from protocol.flow import Wait
 from protocol.units import Hva
 
@@ -19,7 +19,7 @@ from protocol.units import Hva
 class SleepyMm:
     """`drowsy` is how likely a lookup falls asleep; `found` is called with what it found, between both."""
 
-    def __init__(self, mm: Mm, random: Random, found: Callable[[HostPage], None]) -> None:
+    def __init__(self, mm: Mm, random: Random, found: Callable[[MappedPage], None]) -> None:
         self.drowsy = 0.0
         self.slept = 0
         self._mm = mm
@@ -31,7 +31,7 @@ class SleepyMm:
     def sleepers(self) -> int:
         return len(self._sleepers)
 
-    async def get_user_page(self, hva: Hva, **how: Any) -> HostPage:
+    async def get_user_page(self, hva: Hva, **how: Any) -> MappedPage:
         await self._sleep()
         page = await self._mm.get_user_page(hva, **how)
         self._found(page)

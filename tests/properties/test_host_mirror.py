@@ -9,7 +9,7 @@ import pytest
 
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage, Page
+from kvmd.core.mm.page import MappedPage, Page
 from protocol.units import Hva, size_of_level
 from tests.properties.mirrored import play
 
@@ -66,7 +66,7 @@ def last_range_forgotten(self: Mirror, end: Hva) -> int:
     return max(bisect_left(self._watched, (end, end)) - 1, 0)
 
 
-found_then: dict[Mirror, list[HostPage]] = {}
+found_then: dict[Mirror, list[MappedPage]] = {}
 
 
 async def faulted_and_kept(self: Mirror, start: Hva, end: Hva, *, write: bool, tally: object) -> None:
@@ -76,7 +76,7 @@ async def faulted_and_kept(self: Mirror, start: Hva, end: Hva, *, write: bool, t
         start = Hva(pages[-1].hva + size_of_level(pages[-1].level))
 
 
-def answered_from_then(self: Mirror, start: Hva, end: Hva, *, write: bool) -> tuple[list[HostPage], Hva]:
+def answered_from_then(self: Mirror, start: Hva, end: Hva, *, write: bool) -> tuple[list[MappedPage], Hva]:
     return found_then[self], end
 
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvmd.core.mm.hmm import Mirror, check_pins
-from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.page import Kind, Page, Poisoned, Pte
+from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.page import Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.space import AddressSpace
 from protocol.units import pages_of_level, size_of_level
 
 
-def check_memory(memory: Memory, spaces: Sequence[AddressSpace]) -> list[str]:
+def check_memory(memory: PageAllocator, spaces: Sequence[AddressSpace]) -> list[str]:
     """Every violation as a sentence with its invariant number; empty when all hold."""
     mapped = 0
     found = []
@@ -65,6 +65,6 @@ def _check(space: AddressSpace, entry: Pte) -> Iterable[str]:
 
 
 def _may_write(page: Page, *, shared: bool) -> bool:
-    if page.kind is Kind.ANON:
+    if page.kind is PageKind.ANON:
         return page.exclusive and len({table for table, _ in page.entries}) == 1
-    return page.kind is Kind.FILE and shared
+    return page.kind is PageKind.FILE and shared

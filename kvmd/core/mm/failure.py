@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 from functools import partial
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.notifier import Range, changing, covers, joined
-from kvmd.core.mm.page import Kind, Page, Poisoned, Pte
+from kvmd.core.mm.page import Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
 from protocol.errors import UapiError
@@ -39,9 +39,9 @@ async def _fail(mm: Mm, hva: Hva) -> None:
     while True:
         page = (await mm.fault_in(hva, write=False)).page
         vma = mm.vmas.find(hva)
-        if vma is not None and not isinstance(vma.file, File | None):
+        if vma is not None and not isinstance(vma.file, MemoryFile | None):
             raise UapiError(errno.EOPNOTSUPP, f"hva {hva:#x}: {vma.file.name} does not lose memory")
-        if page.kind is Kind.ZERO:
+        if page.kind is PageKind.ZERO:
             raise UapiError(errno.EBUSY, f"hva {hva:#x}: the zero page is not given up")
         ranges = joined(users_of(page))
         if await changing(ranges, partial(_poison, mm, hva, page, ranges)):

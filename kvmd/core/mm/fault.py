@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmd.core.mm.page import (
-    Kind,
     LazyFree,
     Page,
+    PageKind,
     ProtNone,
     Pte,
     Swapped,
@@ -91,7 +91,7 @@ def _write(
         return vma.uffd.ask(hva, write=True, wp=True, user=user)
     if not vma.shared and not _may_reuse(space, entry.page):
         return CopyFirst(entry)
-    if entry.page.kind is Kind.ANON:
+    if entry.page.kind is PageKind.ANON:
         entry.page.exclusive = True
     entry = with_rights(entry, writable=True, uffd_wp=False)
     space.table.set(entry)
@@ -100,7 +100,7 @@ def _write(
 
 def _may_reuse(space: AddressSpace, page: Page) -> bool:
     """Nobody else has the page any more [wp_can_reuse_anon_folio]."""
-    if page.kind is not Kind.ANON:
+    if page.kind is not PageKind.ANON:
         return False
     return page.exclusive or (not page.pins and all(table is space.table for table, _ in page.entries))
 
@@ -197,7 +197,7 @@ def _copy(space: AddressSpace, entry: Pte, hva: Hva, *, unshare: bool = False) -
     vma = space.vmas.find(hva)
     if table.find(hva) is not entry or vma is None or not (vma.writable or unshare):
         return 0  # changed meanwhile: the fault looks again
-    if entry.level > vma.level and entry.page.kind is not Kind.ZERO:
+    if entry.level > vma.level and entry.page.kind is not PageKind.ZERO:
         table.split(entry)
         split = table.find(hva)
         assert isinstance(split, Pte)

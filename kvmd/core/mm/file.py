@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 
 from kvmd.core.mm.mappable import Mappable
-from kvmd.core.mm.memory import SHARED_OWNER, Memory
-from kvmd.core.mm.page import Kind, Page, Pte, Swap
+from kvmd.core.mm.memory import SHARED_OWNER, PageAllocator
+from kvmd.core.mm.page import Page, PageKind, Pte, Swap
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, Hva, Level, align_up
@@ -22,10 +22,10 @@ from protocol.units import LEVEL_4K, Hva, Level, align_up
 MAX_FILE_BYTES = (1 << 63) - 1  # MAX_LFS_FILESIZE, s_maxbytes of shmem and hugetlbfs
 
 
-class File(Mappable):
+class MemoryFile(Mappable):
     """`size` bytes, in pages of `level`; whoever makes it has its first reference."""
 
-    def __init__(self, memory: Memory, name: str, size: int, level: Level = LEVEL_4K) -> None:
+    def __init__(self, memory: PageAllocator, name: str, size: int, level: Level = LEVEL_4K) -> None:
         super().__init__(name, level)
         self.size = size
         self._memory = memory
@@ -64,9 +64,9 @@ class File(Mappable):
         if isinstance(held, Page):
             return held
         if held is None:
-            page = self._memory.allocate(self.level, SHARED_OWNER, Kind.FILE)
+            page = self._memory.allocate(self.level, SHARED_OWNER, PageKind.FILE)
         else:
-            page = self._memory.swap_in(held, SHARED_OWNER, Kind.FILE)
+            page = self._memory.swap_in(held, SHARED_OWNER, PageKind.FILE)
             self._memory.put_swap(held)
         page.cached = True
         self._cache[index] = page

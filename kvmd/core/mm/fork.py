@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import Entry, Kind, LazyFree, Poisoned, Pte, Swapped, with_rights
+from kvmd.core.mm.page import Entry, LazyFree, PageKind, Poisoned, Pte, Swapped, with_rights
 from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
 
@@ -53,7 +53,7 @@ def _share(parent: Mm, child: Mm, vma: Vma, entry: Entry) -> Entry | None:
     if not isinstance(entry, Pte):
         return None
     page = entry.page
-    if page.pins and page.kind is Kind.ANON:
+    if page.pins and page.kind is PageKind.ANON:
         page = child.memory.copy(entry, child.id)
         return type(entry)(entry.hva, page.pfn, entry.level, vma.writable, page)
     page.exclusive = False

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 from kvmd.core.mm.fault import Tally
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.open_files import OpenFiles
-from kvmd.core.mm.page import HostPage, Page, Pte
+from kvmd.core.mm.page import MappedPage, Page, Pte
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
@@ -50,10 +50,10 @@ class MirrorOps(Protocol):
         """start..start+size is about to change; the Wait is set once no translation of it is used."""
 
 
-class Found(NamedTuple):
+class FoundPages(NamedTuple):
     """Pages in order, absent ones left out; `end`: how far the answer goes; `major`: read back from swap."""
 
-    pages: list[HostPage]
+    pages: list[MappedPage]
     end: Hva
     major: int
 
@@ -183,7 +183,7 @@ class Mirror:
 
     # -- looking, faulting -----------------------------------------------------------------------------
 
-    async def range_fault(self, start: Hva, size: int, *, write: bool, fault: bool = True) -> Found:
+    async def range_fault(self, start: Hva, size: int, *, write: bool, fault: bool = True) -> FoundPages:
         """What start..start+size is now; if `fault`, its first page faulted in, for a write if `write`, and
         with it what follows.  Nothing may await between this and its answer.  EINVAL: not watched; EFAULT,
         EHWPOISON, ENOMEM: of a fault; EBUSY: it was taken away again and again; EPERM.
@@ -195,7 +195,7 @@ class Mirror:
             # await: end, counters, tally: cannot change: a number, and counts that are added to afresh
             await self._settled(start, end)
             if not fault:
-                return Found(*self._look(start, end), 0)
+                return FoundPages(*self._look(start, end), 0)
             # await: end, counters, tally: the page that was faulted in may go, what was settled may change;
             # asked again: `_settled`, `_serving`
             # (tests/unit/kvmd/mm/test_hmm.py::test_a_page_that_changed_while_another_slept_is_not_answered,
@@ -207,7 +207,7 @@ class Mirror:
             if pages:
                 counters.hmm_faults_major += tally.major
                 counters.hmm_faults_allocated += tally.allocated
-                return Found(pages, stopped, tally.major)
+                return FoundPages(pages, stopped, tally.major)
         raise UapiError(errno.EBUSY, f"fault at {start:#x}: its page was taken away {MAX_TRIES} times")
 
     async def _settled(self, start: Hva, end: Hva) -> None:
@@ -231,9 +231,9 @@ class Mirror:
             if start >= end or self.mm.memory.is_low:
                 return
 
-    def _serving(self, start: Hva, end: Hva, *, write: bool) -> tuple[list[HostPage], Hva]:
+    def _serving(self, start: Hva, end: Hva, *, write: bool) -> tuple[list[MappedPage], Hva]:
         """Pages from `start` on without a gap, as far as they serve."""
-        pages: list[HostPage] = []
+        pages: list[MappedPage] = []
         while start < end and len(pages) < MAX_PAGES:
             page = self.mm.present_page(start)
             if page is None or (write and not page.writable):
@@ -242,8 +242,8 @@ class Mirror:
             start = _end_of(page)
         return pages, min(start, end)
 
-    def _look(self, start: Hva, end: Hva) -> tuple[list[HostPage], Hva]:
-        pages: list[HostPage] = []
+    def _look(self, start: Hva, end: Hva) -> tuple[list[MappedPage], Hva]:
+        pages: list[MappedPage] = []
         looks = 0
         while start < end and len(pages) < MAX_PAGES and looks < MAX_LOOKS:
             looks += 1
@@ -263,7 +263,7 @@ class Mirror:
     def _payer_of(self, mm: Mm) -> LockedVm:
         return mm.locked if self.account == "mm" else mm.memory.locked
 
-    async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0, file: int = 0) -> Found:
+    async def pin(self, start: Hva, size: int, *, write: bool, area: int = 0, file: int = 0) -> FoundPages:
         """Pin for long, up to MAX_PAGES; `area`: the caller's name for what these pins belong to; `file`:
         where `start` is an offset.  A failure leaves none of this call.  ENOMEM, EHWPOISON; EBUSY: a guest's
         memory there is private; EFAULT, as for an address without memory: the process is gone [iommufd
@@ -271,7 +271,7 @@ class Mirror:
         """
         end, at, tally = Hva(start + size), start, Tally()
         done: list[tuple[Hva, PinnedPage]] = []
-        pages: list[HostPage] = []
+        pages: list[MappedPage] = []
         turn = 0
         try:
             while at < end and len(pages) < MAX_PAGES:
@@ -300,7 +300,7 @@ class Mirror:
                 self._take_back(area, first, pinned)
             raise
         self.mm.memory.counters.hmm_faults_major += tally.major
-        return Found(pages, min(at, end), tally.major)
+        return FoundPages(pages, min(at, end), tally.major)
 
     async def _page_to_pin(self, at: Hva, end: Hva, *, write: bool, tally: Tally) -> Pte:
         self._check(errno.EFAULT)
@@ -362,7 +362,7 @@ class Mirror:
 
     # -- files, and who pays ---------------------------------------------------------------------------
 
-    def open_file(self, file: File) -> int:
+    def open_file(self, file: MemoryFile) -> int:
         """To pin pages of; its number in `files`."""
         self._check_registered()
         return self.files.open(file)
@@ -492,5 +492,5 @@ def check_pins(mirrors: list[Mirror]) -> list[str]:
     return found
 
 
-def _end_of(page: HostPage) -> Hva:
+def _end_of(page: MappedPage) -> Hva:
     return Hva(page.hva + size_of_level(page.level))

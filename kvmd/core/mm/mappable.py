@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.notifier import Notified, Range, changing, covers
-from kvmd.core.mm.page import Entry, Kind, Page, Pte
+from kvmd.core.mm.page import Entry, Page, PageKind, Pte
 from kvmd.core.mm.table import PageTable
 from protocol.units import Hva, Level, size_of_level
 
@@ -148,5 +148,5 @@ def _entries(mapped: Mapped, copies_too: bool) -> list[Entry]:
     return [
         entry
         for entry in mapped.space.table.within(mapped.start, mapped.end)
-        if copies_too or (isinstance(entry, Pte) and entry.page.kind is Kind.FILE)
+        if copies_too or (isinstance(entry, Pte) and entry.page.kind is PageKind.FILE)
     ]

@@ -17,7 +17,7 @@ from math import isqrt
 
 from kvmd.core.frames import Frames
 from kvmd.core.mm.locked import LockedVm
-from kvmd.core.mm.page import Kind, Page, Pte, Swap
+from kvmd.core.mm.page import Page, PageKind, Pte, Swap
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS
@@ -30,7 +30,7 @@ WATERMARK_SCALE_FACTOR = 10  # in ten-thousandths of all pages
 
 
 @dataclass(slots=True)
-class Counters:
+class MemoryCounters:
     """What happened to the host's memory so far, in pages of 4 KiB where it is pages."""
 
     pinned_pages: int = 0  # for long, by whomever; what is pinned now
@@ -53,7 +53,7 @@ def low_watermark(pages: int) -> int:
     return least + max(least // 4, pages * WATERMARK_SCALE_FACTOR // 10_000)
 
 
-class Memory:
+class PageAllocator:
     """What all address spaces and files of the host share."""
 
     def __init__(
@@ -69,15 +69,15 @@ class Memory:
         self.merged: dict[bytes, Page] = {}  # contents -> the one page that has them
         self.pages: dict[Page, None] = {}  # every page there is
         self.swapped = 0
-        self.counters = Counters()
+        self.counters = MemoryCounters()
         self._zero: dict[Level, Page] = {}
         self._low = low_watermark(frames.total)
 
     # -- taking and giving back ------------------------------------------------------------------------
 
-    def allocate(self, level: Level, owner: int, kind: Kind = Kind.ANON) -> Page:
+    def allocate(self, level: Level, owner: int, kind: PageKind = PageKind.ANON) -> Page:
         """A zeroed page.  ENOMEM."""
-        page = Page(self._take(level, owner), level, kind, kind is Kind.ANON)
+        page = Page(self._take(level, owner), level, kind, kind is PageKind.ANON)
         self.pages[page] = None
         return page
 
@@ -95,23 +95,23 @@ class Memory:
         """The zero page of that size."""
         page = self._zero.get(level)
         if page is None:
-            page = self._zero[level] = self.allocate(level, SHARED_OWNER, Kind.ZERO)
+            page = self._zero[level] = self.allocate(level, SHARED_OWNER, PageKind.ZERO)
         return page
 
     def put(self, page: Page) -> None:
         """Release the frame if nothing counts on it.  The caller has seen every flush of it acked (I6)."""
         if page.in_use:
             return
-        if page.kind is Kind.ZERO:
+        if page.kind is PageKind.ZERO:
             del self._zero[page.level]
-        elif page.kind is Kind.KSM and not page.poisoned:
+        elif page.kind is PageKind.KSM and not page.poisoned:
             del self.merged[self.contents(page)]
         del self.pages[page]
         self.frames.release(page.pfn, page.level)
 
     def poison(self, page: Page) -> None:
         """Nobody uses the frame again as long as somebody knows that it failed."""
-        if page.kind is Kind.KSM:
+        if page.kind is PageKind.KSM:
             del self.merged[self.contents(page)]
         page.poisoned = True
 
@@ -127,7 +127,7 @@ class Memory:
     def copy(self, entry: Pte, owner: int) -> Page:
         """A page of its own with what `entry` shows.  ENOMEM."""
         page = self.allocate(entry.level, owner)
-        if entry.page.kind is not Kind.ZERO:
+        if entry.page.kind is not PageKind.ZERO:
             size = size_of_level(entry.level)
             self.view(page.pfn, size)[:] = self.view(entry.pfn, size)
         return page
@@ -164,7 +164,7 @@ class Memory:
         self.counters.swap_outs += 1
         return Swap(self.contents(page), count)
 
-    def swap_in(self, swap: Swap, owner: int, kind: Kind = Kind.ANON) -> Page:
+    def swap_in(self, swap: Swap, owner: int, kind: PageKind = PageKind.ANON) -> Page:
         """A page with those contents; the caller drops its entry's count.  ENOMEM."""
         page = self.allocate(LEVEL_4K, owner, kind)
         self.counters.swap_ins += 1

@@ -14,11 +14,11 @@ import errno
 from functools import partial
 
 from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
-from kvmd.core.mm.file import MAX_FILE_BYTES, File
+from kvmd.core.mm.file import MAX_FILE_BYTES, MemoryFile
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mappable import Mappable
-from kvmd.core.mm.memory import Memory
-from kvmd.core.mm.page import HostPage, LazyFree, Page, ProtNone, Pte, with_rights
+from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.page import LazyFree, MappedPage, Page, ProtNone, Pte, with_rights
 from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, Via
 from kvmd.core.mm.vma import Prot, Vma
 from protocol.errors import UapiError
@@ -30,7 +30,7 @@ MAX_MAPPING_BYTES = 64 * TIB
 class Mm(AddressSpace):
     """The address space of one process."""
 
-    def __init__(self, mm_id: int, memory: Memory) -> None:
+    def __init__(self, mm_id: int, memory: PageAllocator) -> None:
         super().__init__(mm_id, memory)
         self.token = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
         self.pinned_pages = 0  # for long, by whoever, whoever pays [mm->pinned_vm]
@@ -70,7 +70,7 @@ class Mm(AddressSpace):
         if file is not None:
             file.check_mmap(shared=shared)
         if file is None and shared:
-            file = File(self.memory, "anonymous", size, level)
+            file = MemoryFile(self.memory, "anonymous", size, level)
             file.put()  # the mapping is its only reference
         # await: file, asked: cannot change: the caller keeps the file, whose kind of page is fixed
         await self.mmap_lock.acquire(write=True)
@@ -146,7 +146,7 @@ class Mm(AddressSpace):
 
     # -- pages -----------------------------------------------------------------------------------------
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
         """GUP as KVM maps a page: backed now, and writable if it is so already, for which the mapping's
         rights are not asked [KVM kvm_main.c, hva_to_pfn_fast].  It may sleep, and what its caller knew before
         need not hold after it.  EFAULT, EHWPOISON, ENOMEM.

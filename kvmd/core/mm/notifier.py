@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
-from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.memory import PageAllocator
 from protocol.units import Hva
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Notified(Protocol):
 
     id: int
     notifiers: list[MmuNotifier]
-    memory: Memory
+    memory: PageAllocator
 
 
 class Range(NamedTuple):

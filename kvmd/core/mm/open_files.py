@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from itertools import count
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.page import Pte
 from protocol.errors import UapiError
 from protocol.units import Hva, size_of_level
@@ -17,10 +17,10 @@ from protocol.units import Hva, size_of_level
 
 class OpenFiles:
     def __init__(self) -> None:
-        self._files: dict[int, File] = {}
+        self._files: dict[int, MemoryFile] = {}
         self._numbers = count(1)
 
-    def open(self, file: File) -> int:
+    def open(self, file: MemoryFile) -> int:
         """Its number; it is kept until `close`."""
         file.get()
         number = next(self._numbers)
@@ -50,7 +50,7 @@ class OpenFiles:
             shown.space.claims.check_mapping(shown.start, shown.end)
         return file.page_to_pin(at, Hva(at))
 
-    def _get(self, number: int) -> File:
+    def _get(self, number: int) -> MemoryFile:
         file = self._files.get(number)
         if file is None:
             raise UapiError(errno.EINVAL, f"there is no file {number} to pin pages of")

@@ -19,7 +19,7 @@ from enum import Enum, auto
 from protocol.units import LEVEL_4K, Hva, Level, Pfn
 
 
-class Kind(Enum):
+class PageKind(Enum):
     ANON = auto()  # of one process, or of several since a fork
     KSM = auto()  # merged: never written, not even by its last owner
     FILE = auto()  # in a file's page cache
@@ -39,7 +39,7 @@ class Page:
 
     pfn: Pfn
     level: Level
-    kind: Kind
+    kind: PageKind
     exclusive: bool = False
     poisoned: bool = False
     cached: bool = False  # a file holds it
@@ -53,7 +53,7 @@ class Page:
 
 
 @dataclass(slots=True, eq=False)
-class HostPage:
+class MappedPage:
     """What KVM learns of a present page: `level` says its size, `hva` its first byte."""
 
     hva: Hva
@@ -63,7 +63,7 @@ class HostPage:
 
 
 @dataclass(slots=True, eq=False)
-class Pte(HostPage):
+class Pte(MappedPage):
     """A present entry: `pfn` is in `page`, which may be larger than what the entry maps."""
 
     page: Page

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.memory import SHARED_OWNER
 from kvmd.core.mm.notifier import Range, changing, covers, joined
-from kvmd.core.mm.page import Kind, LazyFree, Page, ProtNone, Pte, Swapped
+from kvmd.core.mm.page import LazyFree, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
@@ -94,10 +94,10 @@ def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
     """The pages mapped in start..end that may be moved, each once."""
     found: dict[Page, Vma] = {}
     for vma in space.vmas.overlapping(start, end):
-        if vma.file is not None and not isinstance(vma.file, File):
+        if vma.file is not None and not isinstance(vma.file, MemoryFile):
             continue  # guest_memfd: unevictable, and nothing migrates it
         for entry in space.table.within(Hva(max(start, vma.start)), Hva(min(end, vma.end))):
-            if isinstance(entry, Pte) and not entry.page.pins and entry.page.kind is not Kind.ZERO:
+            if isinstance(entry, Pte) and not entry.page.pins and entry.page.kind is not PageKind.ZERO:
                 found.setdefault(entry.page, vma)
     return [(vma, page) for page, vma in found.items()]
 
@@ -109,7 +109,7 @@ def _move(vma: Vma, page: Page) -> int:
     entries = entries_of(page)
     table = entries[0][0]
     old = page.pfn
-    table.memory.move(page, SHARED_OWNER if page.kind is Kind.FILE else table.owner)
+    table.memory.move(page, SHARED_OWNER if page.kind is PageKind.FILE else table.owner)
     for table, entry in entries:
         table.replace(entry, page, Pfn(page.pfn + entry.pfn - old), writable=entry.writable)
     return 1
@@ -125,8 +125,8 @@ def _swap_small(vma: Vma, page: Page) -> int:
     entries = entries_of(page)
     if not entries:
         return 0  # a part of a huge page nobody mapped
-    if page.kind is Kind.FILE:
-        assert isinstance(vma.file, File)
+    if page.kind is PageKind.FILE:
+        assert isinstance(vma.file, MemoryFile)
         vma.file.swap_out(page)
         for table, entry in entries:
             table.zap(entry)
@@ -142,7 +142,7 @@ def _swap_small(vma: Vma, page: Page) -> int:
 
 def _merge(unstable: dict[bytes, Page], vma: Vma, page: Page) -> int:
     entries = entries_of(page)
-    if not vma.mergeable or page.kind is not Kind.ANON or page.level > LEVEL_4K:
+    if not vma.mergeable or page.kind is not PageKind.ANON or page.level > LEVEL_4K:
         return 0
     if not all(type(entry) is Pte and not entry.uffd_wp for _, entry in entries):
         return 0
@@ -161,7 +161,7 @@ def _merge(unstable: dict[bytes, Page], vma: Vma, page: Page) -> int:
 
 
 def _make_stable(page: Page, contents: bytes) -> None:
-    page.kind, page.exclusive = Kind.KSM, False
+    page.kind, page.exclusive = PageKind.KSM, False
     for table, entry in entries_of(page):
         table.memory.merged[contents] = page
         table.replace(entry, page, entry.pfn, writable=False)
@@ -170,7 +170,7 @@ def _make_stable(page: Page, contents: bytes) -> None:
 def _hint(space: AddressSpace, start: Hva, end: Hva) -> int:
     hinted = 0
     for entry in space.table.within(start, end):
-        if type(entry) is not Pte or entry.page.pins or entry.page.kind in (Kind.ZERO, Kind.KSM):
+        if type(entry) is not Pte or entry.page.pins or entry.page.kind in (PageKind.ZERO, PageKind.KSM):
             continue
         space.table.set(entry.as_kind(ProtNone))
         hinted += 1

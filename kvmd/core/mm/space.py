@@ -17,9 +17,9 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from kvmd.core.mm.claims import Claims
-from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.notifier import MmuNotifier, Range, announced, changing
-from kvmd.core.mm.page import HostPage, Pte
+from kvmd.core.mm.page import MappedPage, Pte
 from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma, Vmas
 from protocol.errors import UapiError
@@ -46,7 +46,7 @@ class Via(Enum):
 
 
 class AddressSpace:
-    def __init__(self, mm_id: int, memory: Memory) -> None:
+    def __init__(self, mm_id: int, memory: PageAllocator) -> None:
         self.id = mm_id  # owner of its frames
         self.alive = True
         self.notifiers: list[MmuNotifier] = []
@@ -164,7 +164,7 @@ class AddressSpace:
 
     # -- lookups ---------------------------------------------------------------------------------------
 
-    def present_page(self, hva: Hva) -> HostPage | None:
+    def present_page(self, hva: Hva) -> MappedPage | None:
         """The page at `hva` as the process's entry has it now; touches nothing."""
         entry = self.table.find(hva)
         return entry if type(entry) is Pte else None

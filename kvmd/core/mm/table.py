@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from copy import copy
 
-from kvmd.core.mm.memory import Memory
+from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.notifier import Notified, Range
-from kvmd.core.mm.page import Entry, Kind, Mapper, Page, Poisoned, Pte, Swapped, WpMarker
+from kvmd.core.mm.page import Entry, Mapper, Page, PageKind, Poisoned, Pte, Swapped, WpMarker
 from protocol.units import LEVEL_2M, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
 
 _MASK = {Level(level): -size_of_level(Level(level)) for level in (1, 2, 3)}
@@ -25,7 +25,7 @@ _PAGE_MASK, _2M_MASK, _1G_MASK = _MASK.values()
 class PageTable(Mapper):
     """The entries of `space`; frames taken for it are tagged with `owner`."""
 
-    def __init__(self, space: Notified, memory: Memory, owner: int) -> None:
+    def __init__(self, space: Notified, memory: PageAllocator, owner: int) -> None:
         self.space = space
         self.memory = memory
         self.owner = owner
@@ -65,7 +65,7 @@ class PageTable(Mapper):
 
     def zap(self, entry: Entry) -> None:
         """Clear, but a file's page that a userfaultfd write-protects is protected when it comes back."""
-        if isinstance(entry, Pte) and entry.uffd_wp and entry.page.kind is Kind.FILE:
+        if isinstance(entry, Pte) and entry.uffd_wp and entry.page.kind is PageKind.FILE:
             self.set(WpMarker(entry.hva, entry.level))
         else:
             self.clear(entry)

@@ -13,7 +13,7 @@ from functools import partial
 
 from kvmd.core.mm.fault import SIZE_2M
 from kvmd.core.mm.notifier import Range, changing, covers, joined
-from kvmd.core.mm.page import Entry, Kind, Page, ProtNone, Pte, Swapped
+from kvmd.core.mm.page import Entry, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.vma import Vma
@@ -110,7 +110,7 @@ def is_transparent(space: AddressSpace, entry: Pte) -> bool:
     vma = space.vmas.find(entry.hva)
     return (
         entry.page.level == LEVEL_2M
-        and entry.page.kind is Kind.ANON
+        and entry.page.kind is PageKind.ANON
         and vma is not None
         and vma.level == LEVEL_4K
     )
@@ -130,7 +130,7 @@ def split_page(page: Page) -> list[Page]:
     for table, entry in entries_of(page):
         if entry.level == LEVEL_2M:
             table.split(entry)
-    if page.pins or page.kind is Kind.ZERO:
+    if page.pins or page.kind is PageKind.ZERO:
         return [page]
     entries = entries_of(page)
     memory, first = entries[0][0].memory, page.pfn

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from kvmd.core.mm.file import File
-from kvmd.core.mm.page import Kind, Pte, Swapped, WpMarker
+from kvmd.core.mm.file import MemoryFile
+from kvmd.core.mm.page import PageKind, Pte, Swapped, WpMarker
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.vma import Vma
 from protocol.errors import UapiError
@@ -27,7 +27,7 @@ from protocol.units import GIB, LEVEL_4K, PAGE_SIZE, Hva, align_down
 MAX_FILLED_BYTES = GIB  # by one request: each page of it takes an entry
 
 
-class Event(NamedTuple):
+class UffdFault(NamedTuple):
     """UFFD_EVENT_PAGEFAULT."""
 
     address: Hva
@@ -37,7 +37,7 @@ class Event(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Sleeper:
-    event: Event
+    event: UffdFault
     woken: Wait[None]
 
 
@@ -60,7 +60,7 @@ class Userfaultfd:
             raise UapiError(
                 errno.EFAULT, f"hva {hva:#x}: a kernel fault, and the userfaultfd takes user mode only"
             )
-        event = Event(Hva(align_down(hva, PAGE_SIZE)), write, wp)
+        event = UffdFault(Hva(align_down(hva, PAGE_SIZE)), write, wp)
         sleeper = _Sleeper(event, Wait())
         self._pending.append(sleeper)
         if self._readers:
@@ -75,7 +75,7 @@ class Userfaultfd:
         for sleeper in woken:
             sleeper.woken.set(None)
 
-    async def next_event(self) -> Event:
+    async def next_event(self) -> UffdFault:
         """What a read of the fd gives: sleeps until there is a fault.  EBADF: closed meanwhile."""
         while not self._pending:
             if self._closed:
@@ -206,14 +206,14 @@ class Userfaultfd:
         if there is not None and not isinstance(there, WpMarker):
             raise UapiError(errno.EEXIST, f"hva {hva:#x} has a page")
         if vma.shared:
-            assert isinstance(vma.file, File), "nothing else is registered"
+            assert isinstance(vma.file, MemoryFile), "nothing else is registered"
             page = vma.file.insert(vma.offset_of(hva), data)
         elif data:
             page = memory.allocate(LEVEL_4K, space.id)
             memory.view(page.pfn, PAGE_SIZE)[:] = data
         else:
             page = memory.zero(LEVEL_4K)
-        writable = vma.writable and not wp and page.kind is not Kind.ZERO
+        writable = vma.writable and not wp and page.kind is not PageKind.ZERO
         space.table.set(Pte(hva, page.pfn, LEVEL_4K, writable, page, wp))
 
     async def writeprotect(self, start: Hva, size: int, *, on: bool) -> None:
@@ -260,7 +260,7 @@ class Userfaultfd:
 
 def _can_userfault(vma: Vma) -> bool:
     """Anonymous memory and shmem [vma_can_userfault]."""
-    return vma.level == LEVEL_4K and (vma.file is None or isinstance(vma.file, File))
+    return vma.level == LEVEL_4K and (vma.file is None or isinstance(vma.file, MemoryFile))
 
 
 def _check_size(what: str, start: Hva, size: int) -> None:

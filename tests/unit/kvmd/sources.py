@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE, GuestMemfd, MemfdFlag
 from kvmd.core.host import CpuFeatures
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.madvise import ADVICE
 from kvmd.core.page_fault import Result
 from kvmd.core.vm import Kvm, VmType
@@ -60,7 +60,7 @@ class Rig:
             self.mm.notifiers.clear()
             world.vm = Kvm(world.host, self.mm, kind=kind)
         self.vm = world.vm
-        self.file = File(world.host.memory, "ram", PAGES * PAGE_SIZE)
+        self.file = MemoryFile(world.host.memory, "ram", PAGES * PAGE_SIZE)
         self.hva = self._map(memory)
         self.memfd = GuestMemfd(self.vm.id, world.host.memory, self.mm.id, PAGES * PAGE_SIZE, MemfdFlag(0))
         region = world.region(0, GFN, PAGES, self.hva, flags)

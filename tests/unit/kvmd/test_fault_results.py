@@ -10,7 +10,7 @@ import pytest
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.page_fault import IO_ERRNO, RESOLVED, Result
 from kvmd.core.tdp_fd import CreateTdpFd
 from protocol.errors import EHWPOISON, UapiError
@@ -54,7 +54,7 @@ class PoisonedMm:
         self._hva = hva
         self.lookups = 0
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
         self.lookups += 1
         if hva == self._hva:
             raise UapiError(EHWPOISON, f"hva {hva:#x}: its memory has failed")

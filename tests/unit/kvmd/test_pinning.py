@@ -12,7 +12,7 @@ from kvmd.core.dirty_log import ClearDirtyLog
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.failure import poison
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
@@ -164,7 +164,7 @@ def test_rule_b_the_host_s_mapping_goes_and_entry_frame_and_bytes_stay(what: str
 
 def test_rule_b_a_pin_outlives_the_truncation_of_its_file() -> None:
     guest = Guest()
-    file = File(guest.world.host.memory, "f", PAGE)
+    file = MemoryFile(guest.world.host.memory, "f", PAGE)
     hva = guest.world.run(guest.world.mm.mmap(None, PAGE, Prot.READ | Prot.WRITE, shared=True, file=file))
     guest.set_slot(0x800, 1, hva, slot=1)
     guest.pin(0x800)

@@ -10,7 +10,7 @@ import pytest
 
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.claims import Claims
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
@@ -186,7 +186,7 @@ class Filed(Beside):
 
     def __init__(self, offset: int = 3) -> None:
         super().__init__()
-        self.file = File(self.host.memory, "file", (PAGES + offset) * PAGE)
+        self.file = MemoryFile(self.host.memory, "file", (PAGES + offset) * PAGE)
         self.offset = offset
         at = offset * PAGE
         self.run(self.mm.mmap(self.hva, PAGES * PAGE, RW, shared=True, file=self.file, offset=at, fixed=True))
@@ -216,7 +216,7 @@ def test_what_a_device_has_by_its_offset_in_a_file_is_mapped_like_what_it_has_by
 def test_an_offset_is_no_address() -> None:
     """A file's byte 0x3000 says nothing of what the process has at 0x3000."""
     world = Beside()
-    file = File(world.host.memory, "file", 8 * PAGE)
+    file = MemoryFile(world.host.memory, "file", 8 * PAGE)
     number = world.mirror.open_file(file)
     world.run(world.mirror.pin(Hva(0), 8 * PAGE, write=True, area=7, file=number))
     assert not world.mirror.maps(Hva(0), Hva(8 * PAGE))

@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core.host_changes import HostChanges
 from kvmd.core.mm.fault import Tally
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.page_fault import Result
 from kvmd.core.tdp_fd import ExportedTdp
@@ -134,7 +134,7 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
     gate: Wait[None] = Wait()
     looked_up = world.mm.get_user_page
 
-    async def sleepy(hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+    async def sleepy(hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
         await gate
         return await looked_up(hva, write=write, tally=tally)
 

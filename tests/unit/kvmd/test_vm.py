@@ -14,7 +14,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.vm import Kvm
@@ -59,7 +59,7 @@ class SleepyMm:
         self._mm = mm
         self._while_asleep = while_asleep
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> HostPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
         snapshot = await self._mm.get_user_page(hva, write=write, tally=tally)
         self._while_asleep()
         return snapshot

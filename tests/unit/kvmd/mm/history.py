@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from kvmd.core.mm.check import check_memory
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
@@ -44,7 +44,7 @@ MAX_PROCESSES = 3
 
 
 class FileModel:
-    def __init__(self, file: File | None, pages: int) -> None:
+    def __init__(self, file: MemoryFile | None, pages: int) -> None:
         self.file = file
         self.pages = pages
         self.data: dict[int, bytes] = {}
@@ -112,7 +112,7 @@ class History:
         self.host = self.bare.host
         self.flows = Flows()
         self.processes = [Process(self.host.create_mm())]
-        self.file = File(self.host.memory, "f", 8 * PAGE_SIZE)
+        self.file = MemoryFile(self.host.memory, "f", 8 * PAGE_SIZE)
         self.model = FileModel(self.file, 8)
         self.done: Counter[str] = Counter()
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from kvmd.core.mm.check import check_memory
-from kvmd.core.mm.hmm import Found, Mirror
+from kvmd.core.mm.hmm import FoundPages, Mirror
 from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -40,16 +40,18 @@ class Rig:
     def write(self, page: int, data: bytes = b"written") -> None:
         self.world.run(self.mm.write(self.at(page), data))
 
-    def fault(self, page: int = 0, pages: int = 1, *, write: bool = True) -> Found:
+    def fault(self, page: int = 0, pages: int = 1, *, write: bool = True) -> FoundPages:
         return self.world.run(self.faulting(page, pages, write=write))
 
-    def faulting(self, page: int = 0, pages: int = 1, *, write: bool = True) -> Coroutine[Any, None, Found]:
+    def faulting(
+        self, page: int = 0, pages: int = 1, *, write: bool = True
+    ) -> Coroutine[Any, None, FoundPages]:
         return self.mirror.range_fault(self.at(page), pages * PAGE, write=write)
 
-    def look(self, page: int = 0, pages: int = PAGES) -> Found:
+    def look(self, page: int = 0, pages: int = PAGES) -> FoundPages:
         return self.world.run(self.mirror.range_fault(self.at(page), pages * PAGE, write=True, fault=False))
 
-    def pin(self, page: int = 0, pages: int = 1, *, write: bool = True, area: int = 0) -> Found:
+    def pin(self, page: int = 0, pages: int = 1, *, write: bool = True, area: int = 0) -> FoundPages:
         return self.world.run(self.mirror.pin(self.at(page), pages * PAGE, write=write, area=area))
 
     def unpin(self, page: int = 0, pages: int = PAGES, *, area: int = 0) -> int:

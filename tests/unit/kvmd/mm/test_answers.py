@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.mremap import mremap
@@ -54,8 +54,8 @@ def spans(*pages: tuple[int, int]) -> list[tuple[int, int]]:
     return [(AT // PAGE + first, AT // PAGE + end) for first, end in pages]
 
 
-def file_at(world: World, hva: int, pages: int, *, shared: bool, prot: Prot = RW) -> File:
-    file = File(world.host.memory, "m", pages * PAGE)
+def file_at(world: World, hva: int, pages: int, *, shared: bool, prot: Prot = RW) -> MemoryFile:
+    file = MemoryFile(world.host.memory, "m", pages * PAGE)
     world.run(world.mm.mmap(Hva(hva), pages * PAGE, prot, shared=shared, file=file))
     return file
 
@@ -75,7 +75,7 @@ def test_mmap_rounds_its_length_up_to_the_mappings_pages(
 
 
 def test_mmap_of_a_file_beyond_what_a_file_can_have_is_eoverflow(world: World) -> None:
-    file = File(world.host.memory, "m", PAGE)
+    file = MemoryFile(world.host.memory, "m", PAGE)
     top = (1 << 63) - PAGE
     assert answer(world, world.mm.mmap(None, PAGE, RW, file=file, offset=top)) == errno.EOVERFLOW
     assert answer(world, world.mm.mmap(None, PAGE, RW, file=file, offset=top - PAGE)) == 0
@@ -186,14 +186,14 @@ def test_hugetlb_is_cut_at_its_own_pages_only(
 def test_punch_hole_asks_for_a_range_a_file_can_have(
     world: World, offset: int, size: int, expected: int
 ) -> None:
-    assert answer(world, File(world.host.memory, "m", PAGE).punch_hole(offset, size)) == expected
+    assert answer(world, MemoryFile(world.host.memory, "m", PAGE).punch_hole(offset, size)) == expected
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(-1, errno.EINVAL), ((1 << 63) - 1, 0), (1 << 63, errno.EFBIG)]
 )
 def test_truncate_asks_for_a_size_a_file_can_have(world: World, size: int, expected: int) -> None:
-    assert answer(world, File(world.host.memory, "m", PAGE).truncate(size)) == expected
+    assert answer(world, MemoryFile(world.host.memory, "m", PAGE).truncate(size)) == expected
 
 
 # -- protections ---------------------------------------------------------------------------------------

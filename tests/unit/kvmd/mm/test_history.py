@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvmd.core.mm import fault, mm, reclaim, space
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.notifier import Range
-from kvmd.core.mm.page import Kind, Page, Pte
+from kvmd.core.mm.page import Page, PageKind, Pte
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma
@@ -217,24 +217,26 @@ def replace_keeping_rights(self: PageTable, entry: Pte, page: Page, pfn: Pfn, *,
     self.set(type(entry)(entry.hva, pfn, entry.level, entry.writable, page, entry.uffd_wp))
 
 
-async def unmap_sparing_copies(self: File, first: int, last: int | None, *, copies_too: bool) -> None:
+async def unmap_sparing_copies(self: MemoryFile, first: int, last: int | None, *, copies_too: bool) -> None:
     await UNMAP(self, first, last, copies_too=False)
 
 
 def pages_with_pins(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
     entries = space.table.within(start, end)
-    pages = {entry.page: None for entry in entries if isinstance(entry, Pte) and entry.page.kind is Kind.ANON}
+    pages = {
+        entry.page: None for entry in entries if isinstance(entry, Pte) and entry.page.kind is PageKind.ANON
+    }
     vma = space.vmas.find(start)
     return [(vma, page) for page in pages] if vma is not None else []
 
 
-UNMAP = File.unmap
+UNMAP = MemoryFile.unmap
 PLANTED: dict[str, tuple[object, str, object]] = {
     "changes are not told": (space, "changing", change_untold),
     "a page of several processes is written in place": (fault, "_may_reuse", lambda *_: True),
     "fork and merging leave pages writable": (PageTable, "replace", replace_keeping_rights),
     "mprotect makes shared pages writable": (mm, "writable_now", lambda vma, entry: vma.writable),
-    "truncate spares private copies": (File, "unmap", unmap_sparing_copies),
+    "truncate spares private copies": (MemoryFile, "unmap", unmap_sparing_copies),
     "a split huge page is not told as a whole": (PageTable, "whole", lambda self, start, end: (start, end)),
     "pinned pages are moved": (reclaim, "_pages", pages_with_pins),
     "only one process of several is told": (reclaim, "users_of", lambda page: []),

@@ -15,7 +15,7 @@ from kvmd.core.mm.hmm import MAX_PAGES, Mirror
 from kvmd.core.mm.madvise import collapse, dontneed
 from kvmd.core.mm.memory import low_watermark
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import age, migrate, swap_out
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
@@ -282,7 +282,7 @@ def test_a_page_taken_away_each_time_is_ebusy_in_the_end_not_a_livelock(rig: Rig
     rig.mirror.watch(rig.hva, PAGE)
     rig.ops.invalidate = lambda *_: done(None)  # type: ignore[method-assign]
 
-    async def fleeting(hva: Hva, **how: Any) -> HostPage:
+    async def fleeting(hva: Hva, **how: Any) -> MappedPage:
         page = await looked_up(hva, **how)
         await dontneed(rig.mm, hva, PAGE)
         return page

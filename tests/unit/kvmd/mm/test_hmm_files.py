@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from protocol.units import Hva, Pfn
@@ -20,7 +20,7 @@ class Filed(Rig):
     def __init__(self, account: str = "mm", level: int = 1) -> None:
         super().__init__()
         self.page = PAGE << 9 * (level - 1)
-        self.file = File(self.memory, "file", 8 * self.page, level)  # type: ignore[arg-type]
+        self.file = MemoryFile(self.memory, "file", 8 * self.page, level)  # type: ignore[arg-type]
         self.mirror = Mirror(self.mm)
         self.world.run(self.mirror.register(SlowImporter(), account))  # type: ignore[arg-type]
         self.number = self.mirror.open_file(self.file)

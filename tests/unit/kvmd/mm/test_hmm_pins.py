@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import MAX_PAGES, Mirror
 from kvmd.core.mm.madvise import collapse
@@ -111,7 +111,7 @@ def test_a_pin_to_read_the_zero_page_shows_what_the_process_writes_later(rig: Ri
 
 
 def test_a_pin_to_read_a_private_file_page_or_a_readonly_mapping_makes_it_the_process_s_own(rig: Rig) -> None:
-    file = File(rig.memory, "data", PAGE)
+    file = MemoryFile(rig.memory, "data", PAGE)
     rig.world.run(file.pwrite(0, b"in the file"))
     hva = rig.world.run(rig.mm.mmap(None, PAGE, Prot.READ, file=file))
     assert shown(rig, hva) == b"later"
@@ -146,7 +146,7 @@ def test_a_pin_to_read_what_only_this_process_still_has_copies_nothing(rig: Rig)
 
 
 def test_a_shared_file_page_is_pinned_as_it_is(rig: Rig) -> None:
-    file = File(rig.memory, "data", PAGE)
+    file = MemoryFile(rig.memory, "data", PAGE)
     rig.world.run(file.pwrite(0, b"in the file"))
     hva = rig.world.run(rig.mm.mmap(None, PAGE, Prot.READ, file=file, shared=True))
     (page,) = rig.world.run(rig.mirror.pin(hva, PAGE, write=False)).pages

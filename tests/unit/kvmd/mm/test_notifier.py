@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
@@ -140,7 +140,7 @@ class Registering:
         self.over = self.world.start(migrate(self.rig.mm, self.hva, PAGE))
 
     def shared_by_file(self) -> None:
-        rig, file = self.rig, File(self.rig.memory, "both", SIZE)
+        rig, file = self.rig, MemoryFile(self.rig.memory, "both", SIZE)
         self.hva = Hva(1 << 40)
         for mm in (rig.mm, self.other):
             self.world.run(mm.mmap(self.hva, SIZE, RW, shared=True, file=file))

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from kvmd.core.mm.check import check_memory
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse, dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.mremap import mremap
-from kvmd.core.mm.page import HostPage
+from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate, numa_hint, swap_out
 from kvmd.core.mm.stats import pagemap
 from kvmd.core.mm.thp import split
@@ -39,7 +39,7 @@ def world() -> World:
     return World()
 
 
-def gup(world: World, hva: int, *, write: bool = False, mm: Mm | None = None) -> HostPage:
+def gup(world: World, hva: int, *, write: bool = False, mm: Mm | None = None) -> MappedPage:
     return world.run((mm or world.mm).get_user_page(Hva(hva), write=write))
 
 
@@ -55,8 +55,8 @@ def touched(world: World, pages: int = 4) -> Hva:
     return hva
 
 
-def file_at(world: World, pages: int, *, shared: bool, prot: Prot = RW) -> tuple[File, Hva]:
-    file = File(world.host.memory, "m", pages * PAGE)
+def file_at(world: World, pages: int, *, shared: bool, prot: Prot = RW) -> tuple[MemoryFile, Hva]:
+    file = MemoryFile(world.host.memory, "m", pages * PAGE)
     return file, world.run(world.mm.mmap(None, pages * PAGE, prot, shared=shared, file=file))
 
 

@@ -15,7 +15,7 @@ import pytest
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.madvise import ADVICE, dontneed
-from kvmd.core.mm.page import Kind, Page, Pte
+from kvmd.core.mm.page import Page, PageKind, Pte
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from protocol.errors import EHWPOISON
 from protocol.flow import Wait
@@ -232,7 +232,7 @@ def test_the_books_show_what_is_wrong(world: World) -> None:
     entries, page.page.entries = page.page.entries, {}
     assert "does not know of the entry" in found()
     page.page.entries = entries
-    lost = Page(page.pfn, Level(1), Kind.ANON)
+    lost = Page(page.pfn, Level(1), PageKind.ANON)
     memory.pages[lost] = None
     assert "I6: pfn" in found()
     assert "I6: 2 frames are in use, the pages have 3" in found()

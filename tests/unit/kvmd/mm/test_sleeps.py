@@ -12,7 +12,7 @@ import pytest
 from kvmd.core.mm import space as space_module
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.mm import Mm
@@ -76,9 +76,9 @@ def other(world: World) -> Mm:
     return world.host.create_mm()
 
 
-def shared_file(world: World, *mms: Mm, pages: int = 2) -> tuple[File, Hva]:
+def shared_file(world: World, *mms: Mm, pages: int = 2) -> tuple[MemoryFile, Hva]:
     """A file whose first byte is F, mapped at one address by all of `mms`."""
-    file = File(world.host.memory, "f", pages * PAGE)
+    file = MemoryFile(world.host.memory, "f", pages * PAGE)
     world.run(file.pwrite(0, b"F"))
     at = Hva(0x5000_0000)
     for mm in mms:
@@ -213,7 +213,7 @@ def test_a_mapping_made_while_a_file_loses_a_page_loses_it_too(world: World, how
 def test_a_mapping_that_went_takes_no_advice(world: World) -> None:
     """The mmap_lock is dropped for the file's: the next mapping is looked up when it is back."""
     file, hva = shared_file(world, world.mm)
-    second = File(world.host.memory, "g", PAGE)
+    second = MemoryFile(world.host.memory, "g", PAGE)
     behind = Hva(hva + 2 * PAGE)
     world.run(second.pwrite(0, b"G"))
     world.run(world.mm.mmap(behind, PAGE, RW, shared=True, file=second))

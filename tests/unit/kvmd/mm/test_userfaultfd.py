@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from kvmd.core.mm.check import check_memory
-from kvmd.core.mm.file import File
+from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import swap_out
-from kvmd.core.mm.userfaultfd import Event, Userfaultfd
+from kvmd.core.mm.userfaultfd import UffdFault, Userfaultfd
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
@@ -41,7 +41,7 @@ class Rig:
     def at(self, page: int) -> Hva:
         return Hva(self.hva + page * PAGE)
 
-    def event(self) -> Event:
+    def event(self) -> UffdFault:
         return self.world.run(self.uffd.next_event())
 
     def copy(self, page: int, data: bytes = b"from uffd", *, wp: bool = False) -> None:
@@ -65,7 +65,7 @@ def test_a_missing_page_waits_for_a_copy_which_maps_it_writable(write: bool) -> 
     rig = Rig()
     fault = rig.gup(3, write=write)
     assert not fault.done
-    assert rig.event() == Event(rig.at(3), write, False)
+    assert rig.event() == UffdFault(rig.at(3), write, False)
     rig.copy(3)
     assert fault.result().writable, "so even a guest's read is logged dirty"
     assert rig.world.run(rig.mm.read(rig.at(3), 9)) == b"from uffd"
@@ -159,7 +159,7 @@ def test_close_ends_a_read() -> None:
 
 def test_a_files_page_is_missing_only_if_the_file_has_none() -> None:
     rig = Rig()
-    file = File(rig.world.host.memory, "f", 4 * PAGE)
+    file = MemoryFile(rig.world.host.memory, "f", 4 * PAGE)
     rig.world.run(file.pwrite(PAGE, b"there"))
     hva = rig.world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
     rig.world.run(rig.uffd.register(hva, 4 * PAGE, missing=True, wp=False))
@@ -179,7 +179,7 @@ def test_a_protected_page_can_be_read_and_a_write_waits() -> None:
     rig.protect(0, 8)
     assert not rig.gup(1).result().writable
     fault = rig.gup(1, write=True)
-    assert rig.event() == Event(rig.at(1), True, True)
+    assert rig.event() == UffdFault(rig.at(1), True, True)
     rig.protect(1, on=False)
     assert fault.result().writable
     assert not rig.gup(2).result().writable, "still protected"
@@ -197,7 +197,7 @@ def test_a_copy_may_come_protected() -> None:
     rig.event()
     rig.copy(3, wp=True)
     assert not fault.done
-    assert rig.event() == Event(rig.at(3), True, True)
+    assert rig.event() == UffdFault(rig.at(3), True, True)
     rig.protect(3, on=False)
     assert fault.result().writable
 
@@ -205,7 +205,7 @@ def test_a_copy_may_come_protected() -> None:
 def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None:
     rig = Rig()
     world = rig.world
-    file = File(world.host.memory, "f", 4 * PAGE)
+    file = MemoryFile(world.host.memory, "f", 4 * PAGE)
     hva = world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
     assert world.run(rig.mm.get_user_page(hva, write=False)).writable
     world.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
@@ -218,7 +218,7 @@ def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None
 def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
     rig = Rig()
     world = rig.world
-    file = File(world.host.memory, "f", 4 * PAGE)
+    file = MemoryFile(world.host.memory, "f", 4 * PAGE)
     hva = world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
     world.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
     if what != "fault":
@@ -230,7 +230,7 @@ def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
         world.run(dontneed(rig.mm, hva, PAGE))
     assert world.run(rig.mm.read(hva, 4)) == (bytes(4) if what == "fault" else b"kept")
     fault = world.start(rig.mm.get_user_page(hva, write=True))
-    assert rig.event() == Event(hva, True, True)
+    assert rig.event() == UffdFault(hva, True, True)
     world.run(rig.uffd.writeprotect(hva, 4 * PAGE, on=False))
     assert fault.result().writable
 
