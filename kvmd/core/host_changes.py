@@ -85,7 +85,7 @@ class HostChanges:
         """An invalidation is in progress: the table is ahead of the host's page map."""
         return bool(self._in_progress or self._gfns_in_progress)
 
-    def changing(self, hva: Hva, gfn: Gfn) -> Wait[None] | None:
+    def change_over(self, hva: Hva, gfn: Gfn) -> Wait[None] | None:
         """What to wait for while the host changes what it has at `hva`."""
         return self.over if self.is_changing(hva, gfn) else None
 

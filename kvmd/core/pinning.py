@@ -286,7 +286,7 @@ class Pinning:
                 self._hold(request, gfn)
                 return
             hva = slot.hva_of(gfn)
-            if (change := vm.host_changes.changing(hva, gfn)) is not None:
+            if (change := vm.host_changes.change_over(hva, gfn)) is not None:
                 # await: asked, request: all of it; asked again: from the start
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_what_is_tracked_meanwhile_is_not_pinned)
                 await change
@@ -400,6 +400,6 @@ class Pinning:
         assert slot is not None, "a pin goes with its slot"
         hva = slot.hva_of(gfn)
         page = self._vm.mm.present_page(hva)
-        if page is None or not page.writable or self._vm.host_changes.changing(hva, gfn) is not None:
+        if page is None or not page.writable or self._vm.host_changes.change_over(hva, gfn) is not None:
             return False
         return first_pfn(slot, gfn, page, LEVEL_4K) == pin.pfn

@@ -394,14 +394,16 @@ class Kvm:
             exported.root.happens(RootEvent.INVALIDATE)
         self.mmu.put_root(exported.root)
 
-    async def fault_exported(self, exported: ExportedTdp, mm_token: int, gfn: Gfn, kind: FaultType) -> Result:
+    async def fault_exported(
+        self, exported: ExportedTdp, mm_cookie: int, gfn: Gfn, kind: FaultType
+    ) -> Result:
         """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it exited;
         ENODEV: released.
         """
         exported.check_alive()
         if not (kind.read or kind.write or kind.exec):
             raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x} asks for no access")
-        if mm_token != self.mm.token:
+        if mm_cookie != self.mm.cookie:
             raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x}: the HWPT belongs to another process")
         if not self.mm.alive:
             raise UapiError(errno.EPERM, f"fault at gfn {gfn:#x}: the VM's process has exited")

@@ -114,13 +114,13 @@ async def _mm_write(held: MmFile, message: uapi.MmWrite, fds: Fds) -> Body:
 def open_mm(app: App, mm: Mm) -> int:
     """The fd of an address space; its last close is the process's exit."""
     held = MmFile(app, mm)
-    fd, mm.token, _ = app.files.open(MM, held, _mm_closed)
-    app.mms[mm.token] = held
+    fd, mm.cookie, _ = app.files.open(MM, held, _mm_closed)
+    app.mms[mm.cookie] = held
     return fd
 
 
 def _mm_closed(held: MmFile) -> None:
-    held.app.mms.pop(held.mm.token, None)  # not there yet if its fd found no room
+    held.app.mms.pop(held.mm.cookie, None)  # not there yet if its fd found no room
     held.app.loop.flows.spawn(held.app.exit_mm(held.mm))
 
 

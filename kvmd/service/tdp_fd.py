@@ -44,7 +44,7 @@ def _register(importer: Importer, message: tdp.TdpRegisterImporter, fds: Fds) ->
     if importer.ops is not None:
         raise UapiError(errno.EBUSY, f"this channel is registered as {importer.name!r}")
     vm = importer.tdp.owner.vm
-    if message.mm not in (None, vm.mm.token):
+    if message.mm not in (None, vm.mm.cookie):
         raise UapiError(
             errno.EINVAL, f"the importer's process is not that of VM {vm.id}: it could fault nothing in"
         )

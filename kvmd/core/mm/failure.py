@@ -13,7 +13,7 @@ from functools import partial
 
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.notifier import Range, changing, covers, joined
+from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
 from kvmd.core.mm.page import Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
@@ -44,7 +44,7 @@ async def _fail(mm: Mm, hva: Hva) -> None:
         if page.kind is PageKind.ZERO:
             raise UapiError(errno.EBUSY, f"hva {hva:#x}: the zero page is not given up")
         ranges = joined(users_of(page))
-        if await changing(ranges, partial(_poison, mm, hva, page, ranges)):
+        if await edit_notified(ranges, partial(_poison, mm, hva, page, ranges)):
             return
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from kvmd.core.mm.claims import Claims
-from kvmd.core.mm.notifier import Notified, Range, changing, covers
+from kvmd.core.mm.notifier import Notified, Range, covers, edit_notified
 from kvmd.core.mm.page import Entry, Page, PageKind, Pte
 from kvmd.core.mm.table import PageTable
 from protocol.units import Hva, Level, size_of_level
@@ -125,7 +125,7 @@ class Mappable:
                             (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
             # await: mapped: cannot change: it belongs to the looks before and after
-            await changing(ranges, edit)
+            await edit_notified(ranges, edit)
             ranges = [Range(*mapped) for mapped in self.mapped(first, last) if _entries(mapped, copies_too)]
 
     def mapped(self, first: int, last: int | None) -> list[Mapped]:

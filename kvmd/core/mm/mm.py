@@ -32,7 +32,7 @@ class Mm(AddressSpace):
 
     def __init__(self, mm_id: int, memory: PageAllocator) -> None:
         super().__init__(mm_id, memory)
-        self.token = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
+        self.cookie = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
         self.pinned_pages = 0  # for long, by whoever, whoever pays [mm->pinned_vm]
         self.locked = LockedVm("the process", memory.memlock_pages)
         self.exited = False  # and everything it had is given back

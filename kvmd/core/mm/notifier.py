@@ -5,8 +5,8 @@ change first, lets go of the range, and answers when nobody can use the old tran
 change is made and the end is told. A change may concern several address spaces: a page that a fork or a
 file gave to more than one is taken from all of them at once.
 
-Invariant I6 has its home in `changing`: notify and wait, then edit, which releases what nobody counts on,
-then the end. Whoever registers while a change is under way is told as well, before the edit.
+Invariant I6 has its home in `edit_notified`: notify and wait, then edit, which releases what nobody counts
+on, then the end. Whoever registers while a change is under way is told as well, before the edit.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def covers(ranges: Iterable[Range], inner: Range) -> bool:
     )
 
 
-async def changing(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
+async def edit_notified(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
     """Have every notifier of `ranges` let go, make the change, say that it is made."""
     # await: edit: cannot change: the caller's own, who looks at the page table when it is called
     async with announced(ranges):

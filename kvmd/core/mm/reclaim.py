@@ -15,7 +15,7 @@ from functools import partial
 
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.memory import SHARED_OWNER
-from kvmd.core.mm.notifier import Range, changing, covers, joined
+from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
 from kvmd.core.mm.page import LazyFree, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
@@ -87,7 +87,7 @@ async def _on_range(space: AddressSpace, start: Hva, end: Hva, act: Act) -> int:
             if all(covers(ranges, user) for user in users_of(page))
         )
 
-    return await changing(ranges, edit)
+    return await edit_notified(ranges, edit)
 
 
 def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:

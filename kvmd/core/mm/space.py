@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.memory import PageAllocator
-from kvmd.core.mm.notifier import MmuNotifier, Range, announced, changing
+from kvmd.core.mm.notifier import MmuNotifier, Range, announced, edit_notified
 from kvmd.core.mm.page import MappedPage, Pte
 from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma, Vmas
@@ -77,7 +77,7 @@ class AddressSpace:
                 return (edit(),)
 
             # await: edit: cannot change: the caller's own
-            changed = await changing([Range(self, low, high)], cut_and_edit)
+            changed = await edit_notified([Range(self, low, high)], cut_and_edit)
             if changed is not None:
                 return changed[0]
 

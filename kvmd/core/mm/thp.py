@@ -12,7 +12,7 @@ import errno
 from functools import partial
 
 from kvmd.core.mm.fault import SIZE_2M
-from kvmd.core.mm.notifier import Range, changing, covers, joined
+from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
 from kvmd.core.mm.page import Entry, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
@@ -101,7 +101,7 @@ async def split(space: AddressSpace, start: Hva, size: int) -> int:
         # await: each page: it may go, or be split by another; asked again: `_split_told`
         # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_went_is_not_split) | done: cannot
         # change: our own
-        done += await changing(ranges, partial(_split_told, page, ranges))
+        done += await edit_notified(ranges, partial(_split_told, page, ranges))
     return done
 
 

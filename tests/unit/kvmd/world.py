@@ -113,7 +113,7 @@ class World:
         self.host = self.bare.host
         self.flows = Flows()
         self.mm: Mm = self.host.create_mm()
-        self.mm.token = 77
+        self.mm.cookie = 77
         self.vm = Kvm(self.host, self.mm, seq_start)
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:

@@ -232,7 +232,7 @@ def pages_with_pins(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma
 
 UNMAP = MemoryFile.unmap
 PLANTED: dict[str, tuple[object, str, object]] = {
-    "changes are not told": (space, "changing", change_untold),
+    "changes are not told": (space, "edit_notified", change_untold),
     "a page of several processes is written in place": (fault, "_may_reuse", lambda *_: True),
     "fork and merging leave pages writable": (PageTable, "replace", replace_keeping_rights),
     "mprotect makes shared pages writable": (mm, "writable_now", lambda vma, entry: vma.writable),

@@ -13,7 +13,7 @@ from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.notifier import Range, changing
+from kvmd.core.mm.notifier import Range, edit_notified
 from kvmd.core.mm.reclaim import migrate
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -50,7 +50,9 @@ class Told:
         self.edits = 0
         self.slow = [Slow() for _ in range(notifiers)]
         self.mm.notifiers += self.slow
-        self.over = self.rig.world.start(changing([Range(self.mm, self.rig.hva, self.rig.at(1))], self.edit))
+        self.over = self.rig.world.start(
+            edit_notified([Range(self.mm, self.rig.hva, self.rig.at(1))], self.edit)
+        )
 
     def edit(self) -> int:
         self.edits += 1
@@ -112,7 +114,7 @@ def test_an_edit_that_fails_is_over_for_everybody() -> None:
 
     told.ack(told.slow[0])
     assert errno_of(
-        lambda: told.rig.world.run(changing([Range(told.mm, told.rig.hva, told.rig.at(1))], fails))
+        lambda: told.rig.world.run(edit_notified([Range(told.mm, told.rig.hva, told.rig.at(1))], fails))
     )
     assert told.slow[0].heard == ["start", "end"] * 2
 
