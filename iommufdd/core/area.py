@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from iommufdd.core.hmm import HmmPage
 from protocol.errors import UapiError
@@ -29,9 +29,6 @@ from protocol.units import (
     size_of_level,
 )
 
-if TYPE_CHECKING:
-    from iommufdd.core.pages import Pages
-
 ULONG_MAX = (1 << 64) - 1  # the last byte of an address space
 BEYOND = Iova(ULONG_MAX + 1)
 MESSAGES_START, MESSAGES_END = 0xFEE0_0000, 0xFEF0_0000
@@ -43,15 +40,12 @@ ROOM = (Iova(PAGE_SIZE), Iova(ULONG_MAX - PAGE_SIZE))  # first, last of what is 
 
 @dataclass(slots=True, eq=False)
 class Area:
-    """`hva` is where it begins in the process, or its offset in the file, that `pages` are of; an area on
-    demand has no pages.
-    """
+    """`hva` is where it begins in the process, or its offset in the file whose pages it shows."""
 
     iova: Iova
     size: int
     hva: Hva
     writable: bool
-    pages: Pages | None = None
 
     @property
     def end(self) -> Iova:

@@ -12,33 +12,36 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area, Span
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hmm import MAX_TRIES, HmmPage, HmmRange, Lookup
-from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.hwpt_paging import AddressSpace, HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
+from iommufdd.core.watched import WatchedMemory
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.units import LEVEL_4K, PAGE_SIZE, Hva, Iova, align_down, size_of_level
 
-if TYPE_CHECKING:
-    from iommufdd.core.ioas_on_demand import IoasOnDemand
-
 
 class HwptMirror(HwptPaging):
     needs_iopf = True
-    ioas: IoasOnDemand
 
     def __init__(
-        self, domain: Domain, memory: MemoryBus, ioas: IoasOnDemand, table: IoPageTable, premap_pages: int = 1
+        self,
+        domain: Domain,
+        memory: MemoryBus,
+        ioas: AddressSpace,
+        watched: WatchedMemory,
+        table: IoPageTable,
+        premap_pages: int = 1,
     ) -> None:
         super().__init__(domain, memory, ioas, table)
         self._premap = premap_pages * PAGE_SIZE  # from the page that faulted on, as far as the area goes
-        self.pins = MirrorPins(self)
+        self.pins = MirrorPins(self, watched)
+        self._watched = watched
 
     # -- a page request --------------------------------------------------------------------------------
 
@@ -46,7 +49,7 @@ class HwptMirror(HwptPaging):
         """EFAULT: in no area, or not to be written; the host's errnos; EAGAIN: it would not hold still."""
         iova, write = align_down(request.addr, PAGE_SIZE), request.write
         for _ in range(MAX_TRIES):
-            area = self.ioas.areas.at(iova)
+            area = self._watched.areas.at(iova)
             if area is None or (write and not area.writable):
                 what = "is in no area" if area is None else "is not to be written"
                 raise UapiError(errno.EFAULT, f"iova {iova:#x} {what}")
@@ -54,7 +57,7 @@ class HwptMirror(HwptPaging):
                 self.ioas.counts.io_faults_spurious += 1
                 return
             end = min(Iova(iova + self._premap), area.end)
-            with self.ioas.lookups.begin() as lookup:
+            with self._watched.lookups.begin() as lookup:
                 # await: area, end: it may go, and with it what is found there; asked again: `install`
                 # (tests/unit/iommufdd/test_hwpt_mirror.py::test_an_area_gone_under_a_fault_is_not_mapped) |
                 # asked: another fault may map the page; asked again: `install`
@@ -78,7 +81,7 @@ class HwptMirror(HwptPaging):
         """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what
         is behind it cannot be had at all.
         """
-        host, hva = self.ioas.live_host, area.hva_of(iova)
+        host, hva = self._watched.host, area.hva_of(iova)
         try:
             # await: host, hva: cannot change: memory on demand is of one process, an area does not move
             return await host.range_fault(hva, end - iova, write=write, fault=True)
@@ -96,7 +99,7 @@ class HwptMirror(HwptPaging):
         new?  ENOMEM.
         """
         new = False
-        if area not in self.ioas.areas:
+        if area not in self._watched.areas:
             return new
         for page in pages:
             writable = page.writable and area.writable

@@ -10,26 +10,36 @@ kept here from the turn in which it became so, not by who made it: whoever flush
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from iommufdd.core.area import Area
+from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.io_pagetable import Change, IoPageTable
 from protocol.errors import UapiError
-from protocol.flow import Wait
+from protocol.flow import RwLock, Wait
 from protocol.units import LEVEL_4K, Hpa, Iova, Level, size_of_level
-
-if TYPE_CHECKING:
-    from iommufdd.core.ioas import Ioas
 
 Run = tuple[Iova, list[Hpa], Level, bool]  # first iova, hpas of leaves of that level, writable
 
 
+class AddressSpace(Protocol):
+    """What an HWPT asks of the IOAS it is on."""
+
+    counts: Counts
+    hwpts: list[HwptPaging]
+    large_pages: bool
+    lock: RwLock
+    users: int
+
+    async def remove_hwpt(self, hwpt: HwptPaging) -> None: ...
+
+
 class HwptPaging(Hwpt):
-    def __init__(self, domain: Domain, memory: MemoryBus, ioas: Ioas, table: IoPageTable) -> None:
+    def __init__(self, domain: Domain, memory: MemoryBus, ioas: AddressSpace, table: IoPageTable) -> None:
         super().__init__(domain, memory)
         self.ioas = ioas
         self.table = table

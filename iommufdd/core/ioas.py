@@ -45,6 +45,7 @@ class Ioas(Object):
         self.destroyed = False
         self._sources = sources
         self._used: set[Source] = set()
+        self._pages: dict[Area, Pages] = {}
 
     # -- options ---------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ class Ioas(Object):
             pages.get()
         try:
             # await: pages: cannot change: we hold them
-            await self.enter(Area(iova, size, hva, writable, pages))
+            await self.show(Area(iova, size, hva, writable), pages)
         finally:
             await pages.put()
 
@@ -126,10 +127,10 @@ class Ioas(Object):
             found, at, end = [], iova, Iova(iova + size)
             while at < end:
                 area = self.areas.at(at)
-                if area is None or area.pages is None:
+                if area is None:
                     raise UapiError(errno.ENOENT, f"copy of {iova:#x}+{size:#x}: nothing to copy at {at:#x}")
                 stop = min(end, area.end)
-                found.append(Slice(area.pages, area.hva_of(at), stop - at))
+                found.append(Slice(self._pages[area], area.hva_of(at), stop - at))
                 at = stop
             for piece in found:
                 piece.pages.get()
@@ -153,10 +154,10 @@ class Ioas(Object):
                         raise UapiError(errno.EPERM, f"pages at {hva:#x}: they were mapped to be read alone")
                     if hva & PAGE_OFFSET_MASK or length & PAGE_OFFSET_MASK:
                         raise UapiError(errno.EINVAL, f"pages at {hva:#x}+{length:#x}: not whole pages")
-                    area = Area(at, length, hva, writable, pages)
+                    area = Area(at, length, hva, writable)
                     # await: each pages, entered, area, iova, at, length, asked: cannot change: the lock, and
                     # what may be written of pages is said when they are made
-                    await self.enter(area)
+                    await self.show(area, pages)
                     entered.append(area)
                     at = Iova(at + length)
             except UapiError:
@@ -200,19 +201,19 @@ class Ioas(Object):
                 raise UapiError(errno.ENOENT, f"unmap {iova:#x}+{size:#x}: nothing is mapped there")
             return unmapped
 
-    async def enter(self, area: Area) -> None:
+    async def show(self, area: Area, pages: Pages) -> None:
         """A new area, with the lock held: it is there whole, or not at all and this raises."""
-        pages = _pages_of(area)
         if self.hwpts:
             # await: area, pages: cannot change: the lock is held, and the caller holds the pages
             await pages.show(area, self.hwpts)
         pages.get()
         self.areas.add(area)
+        self._pages[area] = pages
 
     async def leave(self, area: Area) -> None:
         """An area goes, with the lock held.  UapiError: a unit did not forget it: its pages stay pinned."""
         self.areas.remove(area)
-        pages = _pages_of(area)
+        pages = self._pages.pop(area)
         if self.hwpts:
             # await: pages: cannot change: the area still holds them
             await pages.hide(area)
@@ -240,12 +241,12 @@ class Ioas(Object):
         try:
             for area in self.areas:
                 # await: area, shown, hwpt: cannot change: the lock is held
-                await _pages_of(area).show(area, self.hwpts)
+                await self._pages[area].show(area, self.hwpts)
                 shown.append(area)
         except UapiError:
             for area in shown:
                 # await: each area, hwpt: cannot change: the lock is held
-                await _pages_of(area).hide(area)
+                await self._pages[area].hide(area)
             self.hwpts.remove(hwpt)
             raise
 
@@ -263,7 +264,7 @@ class Ioas(Object):
         """Let an HWPT go, with the lock held: the pages of the last are not needed."""
         if len(self.hwpts) == 1:
             for area in self.areas:
-                await _pages_of(area).hide(area)
+                await self._pages[area].hide(area)
 
     def _set_width(self) -> None:
         self.areas.width = min((hwpt.domain.width for hwpt in self.hwpts), default=64)
@@ -280,9 +281,14 @@ class Ioas(Object):
                 await self._sources.put(source, self)
 
     @property
+    def pages(self) -> list[Pages]:
+        """What its areas show; what is on demand has none."""
+        return list(dict.fromkeys(self._pages.values()))
+
+    @property
     def sources(self) -> set[Source]:
         """Whose memory it maps or has mapped."""
-        return self._used | {area.pages.source for area in self.areas if area.pages is not None}
+        return self._used | {pages.source for pages in self.pages}
 
     async def lose_host(self) -> None:
         """The host is gone, and nothing is attached: what its pages were is not to be reached again."""
@@ -301,13 +307,7 @@ class Ioas(Object):
 
     def check(self) -> list[str]:
         """What does not hold, a sentence each."""
-        seen = dict.fromkeys(area.pages for area in self.areas if area.pages is not None)
-        return [f"{why} (IOAS {self.id})" for pages in seen for why in pages.check()]
-
-
-def _pages_of(area: Area) -> Pages:
-    assert area.pages is not None, "what is not on demand has pages"
-    return area.pages
+        return [f"{why} (IOAS {self.id})" for pages in self.pages for why in pages.check()]
 
 
 def _check_range(what: str, iova: Iova, size: int) -> None:

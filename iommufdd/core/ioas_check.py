@@ -40,7 +40,7 @@ async def check_ioas(ioas: Ioas) -> list[str]:
                     # await: found: cannot change: our own list
                     await _check_mirrors(ioas, found)
         else:
-            for pages in {area.pages: None for area in ioas.areas if area.pages is not None}:
+            for pages in ioas.pages:
                 # await: found, ioas, each pages: they may be let go of; asked again: `pages.pins`
                 # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
                 await _check_pages(pages, found)
@@ -118,14 +118,14 @@ async def _check_mirrors(ioas: IoasOnDemand, found: list[str]) -> None:
     pins = 0
     for mirror in ioas.mirrors:
         # await: found, ioas, each mirror: cannot change: the lock is held
-        pins += await _check_mirror_pins(mirror, ioas.live_host, found)
+        pins += await _check_mirror_pins(mirror, ioas.watched.host, found)
     # await: found, ioas: cannot change: the lock is held
-    total = (await ioas.live_host.pinned(Hva(0), PAGE_SIZE, area=0)).total
+    total = (await ioas.watched.host.pinned(Hva(0), PAGE_SIZE, area=0)).total
     if total != pins:
         found.append(f"I28: the host has {total} pins, mirrors of IOAS {ioas.id} {pins}")
     for mirror in ioas.mirrors:
         # await: found, ioas, each mirror: cannot change: the lock is held
-        await _check_mirror(ioas, mirror, ioas.live_host, found)
+        await _check_mirror(ioas, mirror, ioas.watched.host, found)
 
 
 async def _check_mirror_pins(hwpt: HwptMirror, host: ProcessMemory, found: list[str]) -> int:
@@ -156,7 +156,7 @@ async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: ProcessMemor
             found.append(f"I28: HWPT {hwpt.id}: iova {at:#x} -> {first.hpa:#x}, in no area")
             at = end
             continue
-        with ioas.lookups.begin() as lookup:
+        with ioas.watched.lookups.begin() as lookup:
             size = min(area.end, max(end, Iova(at + _LOOK))) - at
             # await: area, at, found, host, hwpt, ioas: cannot change: the lock is held | lookup: what it
             # found may go; asked again: `_fresh`

@@ -12,11 +12,11 @@ from contextlib import suppress
 
 from iommufdd.core.area import Area, check_user
 from iommufdd.core.counts import Counts
-from iommufdd.core.hmm import Lookups, ProcessMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
-from iommufdd.core.source import Connect, Source, Sources
+from iommufdd.core.source import Connect, Sources
+from iommufdd.core.watched import WatchedMemory
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Hva, Iova, align_down, align_up
 
@@ -26,19 +26,8 @@ class IoasOnDemand(Ioas):
 
     def __init__(self, counts: Counts) -> None:
         super().__init__(counts, Sources())
-        self.lookups = Lookups()
+        self.watched = WatchedMemory(self.areas, counts)
         self.mm = 0
-        self._source: Source | None = None
-
-    @property
-    def live_host(self) -> ProcessMemory:
-        assert self._source is not None, "an area has memory of some process"
-        return self._source.host
-
-    def new_number(self) -> int:
-        """Whose pins they are, as the host is told."""
-        assert self._source is not None, "what is pinned is in an area"
-        return self._source.new_number()
 
     async def enter_memory(
         self, mm: int, connect: Connect, iova: Iova, size: int, hva: Hva, fd: int | None, *, writable: bool
@@ -49,9 +38,9 @@ class IoasOnDemand(Ioas):
             raise UapiError(
                 errno.EINVAL, f"IOAS {self.id} is on demand and maps another process's memory: one for all"
             )
-        if self._source is None:
+        if self.watched.source is None:
             # await: asked: cannot change: the lock is held
-            self._source = await self._source_of(mm, connect)
+            self.watched.source = await self._source_of(mm, connect)
             self.mm = mm
         await self.enter(Area(iova, size, hva, writable))
 
@@ -61,7 +50,7 @@ class IoasOnDemand(Ioas):
 
     async def enter(self, area: Area) -> None:
         # await: area: cannot change: the caller's own, nobody else has it yet
-        await self.live_host.watch(area.hva, area.size)
+        await self.watched.host.watch(area.hva, area.size)
         self.areas.add(area)
         try:
             for hwpt in self.mirrors:
@@ -84,7 +73,7 @@ class IoasOnDemand(Ioas):
             # await: area, each hwpt: cannot change: the same
             await hwpt.pins.let_go(pins)
         with suppress(UapiError):  # the host is gone
-            await self.live_host.unwatch(area.hva, area.size)
+            await self.watched.host.unwatch(area.hva, area.size)
 
     async def fill(self, hwpt: HwptPaging) -> None:
         self.hwpts.append(hwpt)
@@ -100,7 +89,7 @@ class IoasOnDemand(Ioas):
         """
         self.counts.hmm_invalidations += 1
         start, end = align_down(start, PAGE_SIZE), align_up(Hva(start + size), PAGE_SIZE)
-        self.lookups.invalidate(start, end)
+        self.watched.lookups.invalidate(start, end)
         spans = [span for _, span in self.areas.of_hva(start, end)]
         mirrors = self.mirrors
         for hwpt in mirrors:
@@ -117,12 +106,12 @@ class IoasOnDemand(Ioas):
         for area in self.areas.within(iova, last):
             at, end = max(iova, area.iova), min(last, area.end)
             while at < end:
-                with self.lookups.begin() as lookup:
+                with self.watched.lookups.begin() as lookup:
                     # await: area, each area, at, end: it may go; asked again: `install`
                     # (tests/unit/iommufdd/test_notes.py::test_an_area_gone_under_a_look_is_not_mapped) |
                     # lookup: the host may take away what it found; asked again: `Lookup.stale`
                     # (tests/unit/iommufdd/test_notes.py::test_what_the_host_took_meanwhile_is_not_mapped)
-                    found = await self.live_host.range_fault(
+                    found = await self.watched.host.range_fault(
                         area.hva_of(at), end - at, write=False, fault=False
                     )
                     stop = min(area.iova_of(found.end), end)

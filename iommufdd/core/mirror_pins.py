@@ -15,15 +15,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.hmm import MAX_TRIES, HmmPage
+from iommufdd.core.hwpt_paging import HwptPaging
+from iommufdd.core.watched import WatchedMemory
 from protocol.errors import UapiError
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, Hpa, Hva, Iova
-
-if TYPE_CHECKING:
-    from iommufdd.core.hwpt_mirror import HwptMirror
 
 
 @dataclass(slots=True, eq=False)
@@ -52,9 +50,9 @@ class MirrorPin:
 class MirrorPins:
     """Whoever calls what awaits holds the lock of the IOAS, under which alone pins come and go."""
 
-    def __init__(self, hwpt: HwptMirror) -> None:
+    def __init__(self, hwpt: HwptPaging, watched: WatchedMemory) -> None:
         self._hwpt = hwpt
-        self._ioas = hwpt.ioas
+        self._watched = watched
         self._pins: list[MirrorPin] = []  # in order, apart
         self._requests: dict[int, list[MirrorPin]] = {}  # by name, what each holds
         self._everything: list[int] = []  # those of them that hold what every area has
@@ -100,7 +98,7 @@ class MirrorPins:
 
     async def pin_everything(self) -> int:
         """What every area has, and every area that comes (`area_entered`); the request's name."""
-        name = await self._ask([(area.iova, area.end) for area in self._ioas.areas])
+        name = await self._ask([(area.iova, area.end) for area in self._watched.areas])
         self._everything.append(name)
         return name
 
@@ -147,15 +145,15 @@ class MirrorPins:
         """Nobody reaches them: the host may have the pages back."""
         for run in _runs(pins):
             hva, size = run[0].part.hva, run[-1].end - run[0].start
-            self._ioas.counts.pinned_pages -= size >> PAGE_SHIFT
+            self._watched.counts.pinned_pages -= size >> PAGE_SHIFT
             with suppress(UapiError):  # the host is gone
                 # await: each run: cannot change: the caller's own pins, in no book any more
-                await self._ioas.live_host.unpin(hva, size, area=run[0].name)
+                await self._watched.host.unpin(hva, size, area=run[0].name)
 
     # -- pinning -----------------------------------------------------------------------------------------
 
     async def _ask(self, spans: Iterable[Span[Iova]]) -> int:
-        name = self._ioas.new_number()
+        name = self._watched.new_number()
         self._requests[name] = []
         try:
             for start, end in spans:
@@ -180,18 +178,18 @@ class MirrorPins:
 
     async def _pin_gap(self, name: int, start: Iova, end: Iova) -> Iova:
         """Pin and map from `start` on, as far as one answer of the host goes; where it stopped."""
-        area = self._ioas.areas.at(start)
+        area = self._watched.areas.at(start)
         if area is None:
             raise UapiError(errno.EFAULT, f"pin of iova {start:#x}: it is in no area")
         hva, size = area.hva_of(start), min(end, area.end) - start
         for _ in range(MAX_TRIES):
-            with self._ioas.lookups.begin() as lookup:
+            with self._watched.lookups.begin() as lookup:
                 # await: area, asked, hva, size, pin: cannot change: the lock of the IOAS is held | lookup:
                 # the process may have something else there before we hear of it; asked again: `Lookup.stale`
                 # (tests/unit/iommufdd/test_mirror_pins.py::test_a_page_that_goes_meanwhile_is_pinned_anew)
-                found = await self._ioas.live_host.pin(hva, size, write=area.writable, area=name)
+                found = await self._watched.host.pin(hva, size, write=area.writable, area=name)
                 pins = list(_pins_of(area, found.pages, start, Iova(start + size), name))
-                self._ioas.counts.pinned_pages += sum(pin.end - pin.start for pin in pins) >> PAGE_SHIFT
+                self._watched.counts.pinned_pages += sum(pin.end - pin.start for pin in pins) >> PAGE_SHIFT
                 if not lookup.stale(hva, Hva(hva + size)):
                     # await: asked: cannot change: what is pinned and mapped stays, whatever the process does
                     # from now on

@@ -15,18 +15,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from iommufdd.core.area import Area, Span, without
 from iommufdd.core.counts import Counts
 from iommufdd.core.hmm import HmmPage, HmmRange
+from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, Hva, size_of_level
-
-if TYPE_CHECKING:
-    from iommufdd.core.hwpt_paging import HwptPaging
 
 
 class Pins(NamedTuple):

@@ -49,7 +49,9 @@ class Iommufdd:
 def _open(app: App, message: uapi.OpenIommuNode, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
         mm = cookie_of(fds.peek(0)) if len(fds) else 0
-        fd, _, _ = app.files.open(IOMMUFD, IommuFile(app, mm, Sources()), app.iommufd_closed)
+        held = IommuFile(app, mm, Sources())
+        fd, _, _ = app.files.open(IOMMUFD, held, app.iommufd_closed)
+        app.iommufds[held] = None
         return Answer({}, [fd])
     return _open_device(app, message)
 
@@ -87,7 +89,7 @@ def _stats(app: App, message: uapi.IommufddStats, fds: Fds) -> Body:
 
 async def _check(app: App, message: uapi.IommufddCheck, fds: Fds) -> Body:
     found = app.violations()
-    for ioas in dict.fromkeys(hwpt.ioas for hwpt in app.hwpts.values() if isinstance(hwpt, HwptPaging)):
+    for ioas in app.spaces:
         found += await check_ioas(ioas)
     return {"violations": as_told(found)}
 

@@ -148,7 +148,7 @@ async def _alloc_paging(held: IommuFile, device: IommufdDevice, message: uapi.Io
 
 def _on(ioas: Ioas, domain: Domain, app: App, silicon: Silicon, table: IoPageTable) -> HwptPaging:
     if isinstance(ioas, IoasOnDemand):
-        return HwptMirror(domain, silicon, ioas, table, app.settings.premap_pages)
+        return HwptMirror(domain, silicon, ioas, ioas.watched, table, app.settings.premap_pages)
     return HwptPaging(domain, silicon, ioas, table)
 
 

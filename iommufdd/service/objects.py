@@ -20,7 +20,6 @@ from iommufdd.core.group import IommufdGroup
 from iommufdd.core.hardware import FunctionInfo, Unit
 from iommufdd.core.hmm import ProcessMemory
 from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.object import Objects
@@ -85,6 +84,7 @@ class App:
         self.iopfs: dict[Unit, Iopf] = {}
         self.groups: dict[int, IommufdGroup] = {}
         self.hwpts: dict[int, Hwpt] = {}  # by domain id
+        self.iommufds: dict[IommuFile, None] = {}  # open, or being released
         self.opened: dict[tuple[Unit, int], VfioFile] = {}  # by unit and requester id
         self.faults_recorded = 0
         self._probing = RwLock()
@@ -188,8 +188,12 @@ class App:
             for unit in self.iopfs
         }
         partial = [why for unit, iopf in self.iopfs.items() for why in iopf.partial.check(on[unit])]
-        spaces = {hwpt.ioas: None for hwpt in self.hwpts.values() if isinstance(hwpt, HwptPaging)}
-        return partial + [why for ioas in spaces for why in ioas.check()]
+        return partial + [why for ioas in self.spaces for why in ioas.check()]
+
+    @property
+    def spaces(self) -> list[Ioas]:
+        """The IOASes that have an HWPT."""
+        return [ioas for held in self.iommufds for ioas in held.objects.all(Ioas) if ioas.hwpts]
 
     # -- domains ---------------------------------------------------------------------------------------
 
@@ -260,6 +264,7 @@ class App:
         for ioas in held.objects.all(Ioas):
             held.objects.drop(ioas.id)
             await self.destroy_ioas(ioas)
+        del self.iommufds[held]
 
     def vfio_closed(self, held: VfioFile) -> None:
         self.loop.flows.spawn(self._release_vfio(held))

@@ -91,7 +91,7 @@ class MirrorMachine:
         self.unit = RemappingUnit(self.cap, self.ecap, 46, memory, lambda: None, lambda: None)
         self.unit.add_endpoint(RID, self.endpoint)
         self.unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(self.ecap).to_bytes())
-        self.hwpt = HwptMirror(domain, self, self.ioas, table)
+        self.hwpt = HwptMirror(domain, self, self.ioas, self.ioas.watched, table)
         self.hwpt.attached[RID] = self
         self.start(self.ioas.add_hwpt(self.hwpt))
         self.start(self._map(0, RAM, HVA))

@@ -101,7 +101,7 @@ async def unpin_first(self: MirrorPins, name: int) -> None:
     """The host is told before entries and units are without it."""
     for pin in self._requests.get(name, []):
         if pin.holders == 1:
-            await self._ioas.live_host.unpin(pin.part.hva, pin.end - pin.start, area=pin.name)
+            await self._watched.host.unpin(pin.part.hva, pin.end - pin.start, area=pin.name)
     await unpin(self, name)
 
 

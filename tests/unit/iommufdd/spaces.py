@@ -57,9 +57,13 @@ class Space:
     def unmap(self, iova: int, size: int) -> int:
         return self.world.run(self.ioas.unmap(Iova(iova), size))
 
-    async def invalidate(self, start: int, size: int) -> None:
+    @property
+    def demand(self) -> IoasOnDemand:
         assert isinstance(self.ioas, IoasOnDemand)
-        await self.ioas.invalidate(Hva(start), size)
+        return self.ioas
+
+    async def invalidate(self, start: int, size: int) -> None:
+        await self.demand.invalidate(Hva(start), size)
 
     def copy(
         self, src: Ioas, at: int, size: int, dst: Ioas, iova: int | None, *, writable: bool = True
@@ -84,7 +88,7 @@ class Space:
         table = IoPageTable(self.writer, self.pool, Level(level), max_leaf)
         domain = Domain(table.root, Level(level), 2 + len(ioas.hwpts), max_leaf)
         if isinstance(ioas, IoasOnDemand):
-            made: HwptPaging = HwptMirror(domain, self.world, ioas, table, self.premap_pages)
+            made: HwptPaging = HwptMirror(domain, self.world, ioas, ioas.watched, table, self.premap_pages)
         else:
             made = HwptPaging(domain, self.world, ioas, table)
         self.world.run(ioas.add_hwpt(made))

@@ -57,7 +57,7 @@ def test_a_fault_that_the_host_overtakes_every_time_ends(
     async def overtook(hva: int, size: int, *, write: bool, fault: bool) -> HmmRange:
         found = await look(hva, size, write=write, fault=fault)
         if next(times, None) is not None:
-            space.hwpt_.ioas.lookups.invalidate(Hva(hva), Hva(hva + size))
+            space.demand.watched.lookups.invalidate(Hva(hva), Hva(hva + size))
         return found
 
     monkeypatch.setattr(space.host, "range_fault", overtook)

@@ -324,8 +324,7 @@ def test_the_histories_find_what_is_planted(bug: str, monkeypatch: pytest.Monkey
 def test_the_check_sees_wrong_books(pins: list[tuple[int, int]], why: str) -> None:
     space, _, _, _ = two()
     space.map(0, 2 * K4)
-    (area,) = space.ioas.areas
-    assert area.pages is not None
+    (pages,) = space.ioas.pages
     assert space.ioas.check() == []
-    area.pages.pins = [Pins(Hva(HVA + start), Hva(HVA + end), K4) for start, end in pins]
+    pages.pins = [Pins(Hva(HVA + start), Hva(HVA + end), K4) for start, end in pins]
     assert any(why in said for said in space.ioas.check())
