@@ -12,9 +12,8 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_sim.core.function import Traits
+from device_sim.core.traits import DeviceTraits, Traits, UnitTraits, capabilities
 from protocol.daemon import parser
-from protocol.hw.caps import Cap, Ecap, make_cap, make_ecap
 from protocol.uapi.link import FAULT_CAPABILITIES
 
 MAX_DEVICES = 16
@@ -36,46 +35,11 @@ LACKS = {
 
 
 @dataclass(frozen=True, slots=True)
-class UnitSettings:
-    cap: Cap
-    ecap: Ecap
-    haw: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSettings:
-    rid: int
-    unit: int
-    group: int  # devices of one group cannot be told apart by the unit's translations
-    traits: Traits
-    pasid_required: bool  # in page group responses, if the request had one
-    fault_capability: str
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    units: list[UnitSettings]
-    devices: list[DeviceSettings]
+class DeviceSimSettings:
+    units: list[UnitTraits]
+    devices: list[DeviceTraits]
     driver_socket: Path | None = None
     started_with: tuple[str, ...] = ()
-
-
-def capabilities(*, levels: int = 4, max_page: str = "1G", **changed: int) -> tuple[Cap, Ecap]:
-    """A unit in scalable mode that a KVM domain can use, but for the register fields that are `changed`."""
-    cap = {
-        "nd": 6,
-        "sagaw": 0b0100 if levels == 4 else 0b1100,
-        "mgaw": 48 if levels == 4 else 57,
-        "sslps": {"4K": 0, "2M": 1, "1G": 3}[max_page],
-        "mamv": 18,
-        "nfr": 1,
-        **dict.fromkeys(("psi", "dwd", "drd"), 1),
-    }
-    names = ("c", "qi", "dt", "sc", "prs", "pasid", "pds", "smts", "ssts", "fsts", "smpwc")
-    ecap = {"pss": 20, **dict.fromkeys(names, 1)}
-    of_cap = {name: value for name, value in changed.items() if name in (*cap, "cm")}
-    of_ecap = {name: value for name, value in changed.items() if name not in of_cap}
-    return make_cap(**{**cap, **of_cap}), make_ecap(**{**ecap, **of_ecap})
 
 
 def _add_unit_options(options: argparse.ArgumentParser) -> None:
@@ -111,7 +75,7 @@ def _placed(options: argparse.ArgumentParser) -> None:
     options.add_argument("--group", type=int, default=None)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, DeviceSimSettings]:
     options = parser("device-sim", "DSA-like devices and the VT-d remapping units before them.")
     options.add_argument(
         "--driver-socket",
@@ -145,7 +109,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     for device in devices:
         if not 0 <= device.unit < len(units):
             options.error(f"device at {device.rid:#x}: there is no unit {device.unit}")
-    return given, Settings(units, devices, given.driver_socket, options.started_with(argv))
+    return given, DeviceSimSettings(units, devices, given.driver_socket, options.started_with(argv))
 
 
 def _each(
@@ -163,7 +127,7 @@ def _each(
     return each
 
 
-def _unit(given: argparse.Namespace) -> UnitSettings:
+def _unit(given: argparse.Namespace) -> UnitTraits:
     lacking = {field: 0 for option, field in LACKS.items() if getattr(given, option)}
     cap, ecap = capabilities(
         levels=given.levels,
@@ -172,10 +136,10 @@ def _unit(given: argparse.Namespace) -> UnitSettings:
         cm=int(given.caching_mode),
         **lacking,
     )
-    return UnitSettings(cap, ecap, given.haw)
+    return UnitTraits(cap, ecap, given.haw)
 
 
-def _device(number: int, given: argparse.Namespace) -> DeviceSettings:
+def _device(number: int, given: argparse.Namespace) -> DeviceTraits:
     capability = given.fault_capability
     traits = Traits(
         pasid=not given.no_pasid,
@@ -184,11 +148,11 @@ def _device(number: int, given: argparse.Namespace) -> DeviceSettings:
         pri_on=given.pri_on and capability != "none",
         control_faults=capability == "full",
     )
-    return DeviceSettings(
+    return DeviceTraits(
         rid=FIRST_RID + RID_STEP * number,
         unit=given.unit,
         group=number if given.group is None else given.group,
-        traits=traits,
+        function=traits,
         pasid_required=not given.pasid_optional,
         fault_capability=capability,
     )

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
 import structlog
 
-from device_sim.config import DeviceSettings, Settings, UnitSettings
-from device_sim.core.dmar import RemappingUnit
+from device_sim.config import DeviceSimSettings
 from device_sim.core.dsa import registers
-from device_sim.core.dsa.device import Dsa
-from device_sim.core.function import Function
 from device_sim.core.msi import InterruptMessage
+from device_sim.core.silicon import Device, Silicon
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
 from protocol.daemon import tell_options
@@ -38,58 +35,53 @@ from protocol.units import Pasid
 log = structlog.get_logger("device_sim")
 
 
-@dataclass(slots=True, eq=False)
-class Device:
-    """A DSA behind the unit, and the guest that has its BARs mapped."""
+class LinkedDriver:
+    """The driver at the other end of a link."""
 
-    app: DeviceSim
-    name: str
-    settings: DeviceSettings
-    function: Function
-    dsa: Dsa
-    portal: Channel | None = None
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def page_requests(self, unit: int, entries: bytes, *, overflow: bool) -> None:
+        self._channel.notify("PAGE_REQUESTS", {"unit": unit, "entries": entries, "overflow": overflow})
+
+    def faults(self, unit: int, records: bytes) -> None:
+        self._channel.notify("FAULTS", {"unit": unit, "records": records})
+
+
+class PortalGuest:
+    """The guest at the other end of a portal."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
 
     def interrupt(self, handle: int) -> None:
-        if self.portal is not None:
-            self.portal.notify("MSIX", {"handle": handle})
+        self._channel.notify("MSIX", {"handle": handle})
 
-    def deliver(self, message: InterruptMessage) -> None:
-        """A message that the device wrote itself: to whoever serves the guest's interrupts."""
-        if self.portal is not None:
-            self.portal.notify("MSI", {"addr": message.addr, "data": message.data})
+    def message(self, message: InterruptMessage) -> None:
+        self._channel.notify("MSI", {"addr": message.addr, "data": message.data})
+
+    def cut(self) -> None:
+        self._channel.close()
 
 
 class DeviceSim:
-    def __init__(self, loop: Loop, settings: Settings) -> None:
+    def __init__(self, loop: Loop, settings: DeviceSimSettings) -> None:
         self.loop = loop
         self.settings = settings
         self.memory = MappedMemory()
-        self.units = [self._unit(unit) for unit in settings.units]
+        self.silicon = Silicon(
+            settings.units,
+            settings.devices,
+            self.memory.physical,
+            loop.flows.spawn,
+            perf_counter_ns,
+            lambda: loop.mark_dirty(self),
+        )
         self.files = Files(loop)
-        self.devices = {device.rid: self._device(n, device) for n, device in enumerate(settings.devices)}
-        self.link: Channel | None = None
-        self._event_due = False
         self.door = Door(loop, FRONT_DOOR, self)
         self.private_doors: Mapping[Path, Door[Any]] = (
             {} if settings.driver_socket is None else {settings.driver_socket: Door(loop, DRIVER_DOOR, self)}
         )
-
-    def _unit(self, settings: UnitSettings) -> RemappingUnit:
-        return RemappingUnit(
-            settings.cap,
-            settings.ecap,
-            settings.haw,
-            self.memory.physical,
-            self._on_event,
-            self.flush,
-            lambda message: self.devices[message.rid].deliver(message),
-        )
-
-    def _device(self, number: int, settings: DeviceSettings) -> Device:
-        rid, unit = settings.rid, self.units[settings.unit]
-        function = Function(rid, unit, self.memory.physical, perf_counter_ns, settings.traits)
-        dsa = Dsa(function, self.loop.flows.spawn, lambda handle: self.devices[rid].interrupt(handle))
-        return Device(self, f"dsa{number}", settings, function, dsa)
 
     async def start(self) -> None:
         """The silicon needs nobody."""
@@ -99,37 +91,14 @@ class DeviceSim:
             door.close()
         self.files.close()
 
-    def _on_event(self) -> None:
-        """A unit has page requests or faults to report: one interrupt a turn, for all of them."""
-        if not self._event_due:
-            self._event_due = True
-            self.loop.mark_dirty(self)
-
     def flush(self) -> None:
-        """Raise the interrupts that are due."""
-        self._event_due = False
-        if self.link is None:
-            return
-        for number, unit in enumerate(self.units):
-            if unit.prq.has_new:
-                entries = unit.prq.take_new()
-                body = {"unit": number, "entries": entries, "overflow": unit.prq.overflow}
-                self.link.notify("PAGE_REQUESTS", body)
-            records = b"".join(unit.take_faults())
-            if records:
-                self.link.notify("FAULTS", {"unit": number, "records": records})
+        """The end of a turn."""
+        self.silicon.raise_interrupts()
 
     def unplug(self) -> None:
         """The link is gone."""
-        self.link = None
         log.info("driver gone: translation is off")
-        for device in self.devices.values():
-            device.dsa.abandon()
-            device.function.stop()
-            if device.portal is not None:
-                device.portal.close()
-        for unit in self.units:
-            unit.reset()
+        self.silicon.unplug()
         self.memory.clear()
 
 
@@ -141,22 +110,17 @@ def _no_link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Body:
 
 
 def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
-    if app.link is not None:
-        raise UapiError(errno.EBUSY, "a driver has the remapping unit already")
-    fd, _, app.link = app.files.open(LINK, app, DeviceSim.unplug)
+    app.silicon.check_free()
+    fd, _, channel = app.files.open(LINK, app, DeviceSim.unplug)
+    app.silicon.plug(LinkedDriver(channel))
     return Answer({}, [fd])
 
 
 def _stats(app: DeviceSim, message: uapi.DeviceStats, fds: Fds) -> Body:
     return {
-        "unit": unit_stats(app.units),
-        "devices": {device.name: _device_stats(app, device) for device in app.devices.values()},
+        "unit": unit_stats(app.silicon.units),
+        "devices": {device.name: device_stats(device) for device in app.silicon.devices.values()},
     }
-
-
-def _device_stats(app: DeviceSim, device: Device) -> Body:
-    entry = app.units[device.settings.unit].pasid_entry(device.settings.rid)
-    return {**device_stats(device.dsa), "pasid_entry": entry}
 
 
 FRONT_DOOR: Service[DeviceSim] = Service(
@@ -177,17 +141,18 @@ def _caps(app: DeviceSim, message: uapi.LinkCaps, fds: Fds) -> Body:
         {
             "rid": rid,
             "name": device.name,
-            "unit": device.settings.unit,
-            "group": device.settings.group,
-            "pasid": device.settings.traits.pasid,
-            "ats": device.settings.traits.ats,
-            "pri": device.settings.traits.pri,
-            "pasid_required": device.settings.pasid_required,
-            "fault_capability": device.settings.fault_capability,
+            "unit": device.traits.unit,
+            "group": device.traits.group,
+            "pasid": device.traits.function.pasid,
+            "ats": device.traits.function.ats,
+            "pri": device.traits.function.pri,
+            "pasid_required": device.traits.pasid_required,
+            "fault_capability": device.traits.fault_capability,
         }
-        for rid, device in app.devices.items()
+        for rid, device in app.silicon.devices.items()
     ]
-    return {"units": [(unit.cap.value, unit.ecap.value) for unit in app.units], "functions": functions}
+    units = [(unit.cap.value, unit.ecap.value) for unit in app.silicon.units]
+    return {"units": units, "functions": functions}
 
 
 def _memory_add(app: DeviceSim, message: uapi.LinkMemoryAdd, fds: Fds) -> Body:
@@ -200,16 +165,17 @@ def _memory_remove(app: DeviceSim, message: uapi.LinkMemoryRemove, fds: Fds) -> 
 
 
 def _pasid_entry(app: DeviceSim, message: uapi.LinkPasidEntry, fds: Fds) -> Body:
-    unit = app.units[_find(app, message.rid).settings.unit]
     try:
-        unit.write_pasid_entry(message.rid, Pasid(message.pasid), message.entry)
+        app.silicon.device(message.rid).unit.write_pasid_entry(
+            message.rid, Pasid(message.pasid), message.entry
+        )
     except FormatError as error:
         raise UapiError(errno.EINVAL, str(error)) from None
     return {}
 
 
 def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
-    _find(app, message.rid).function.configure(
+    app.silicon.device(message.rid).function.configure(
         pasid=message.pasid,
         ats=message.ats,
         pri_allocation=message.pri_allocation,
@@ -230,9 +196,7 @@ def _qi_posted(app: DeviceSim, message: uapi.LinkQi) -> None:
 
 
 def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
-    if message.unit >= len(app.units):
-        raise UapiError(errno.EINVAL, f"there is no remapping unit {message.unit}")
-    unit = app.units[message.unit]
+    unit = app.silicon.unit(message.unit)
     if not unit.prq.consume(message.prq_consumed):
         raise UapiError(errno.EINVAL, f"page request queue: {message.prq_consumed} entries are not there")
     if message.prq_clear:
@@ -244,23 +208,10 @@ def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
 
 
 async def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
-    """Whoever maps the BARs finds the device as it was made: a function-level reset comes first."""
-    device, link = _find(app, message.rid), app.link
-    if device.portal is None:
-        await device.dsa.reset()
-    if device.portal is not None:
-        raise UapiError(errno.EBUSY, f"the BARs of {device.name} are mapped already")
-    if app.link is not link:
-        raise UapiError(errno.ENODEV, f"the driver that wanted the BARs of {device.name} is gone")
-    fd, _, device.portal = app.files.open(PORTAL, device, _portal_closed)
+    device = await app.silicon.map_bars(message.rid)
+    fd, _, channel = app.files.open(PORTAL, device, Device.unmap_bars)
+    device.guest = PortalGuest(channel)
     return Answer({}, [fd])
-
-
-def _find(app: DeviceSim, rid: int) -> Device:
-    device = app.devices.get(rid)
-    if device is None:
-        raise UapiError(errno.ENODEV, f"no function {rid:#x} behind this unit")
-    return device
 
 
 LINK: Service[DeviceSim] = Service(
@@ -294,12 +245,6 @@ def _enqcmd(device: Device, message: uapi.Enqcmd, fds: Fds) -> Body:
 
 def _movdir64b(device: Device, message: uapi.Movdir64b) -> None:
     device.dsa.movdir64b(message.wq, message.descriptor)
-
-
-def _portal_closed(device: Device) -> None:
-    """The guest is gone: its queues take nothing more, and nobody is told how what runs ends."""
-    device.portal = None
-    device.dsa.abandon()
 
 
 PORTAL: Service[Device] = Service(

@@ -13,10 +13,10 @@ from time import perf_counter_ns
 
 from bench.harness import SEED
 from bench.memory import shared_buffer
-from device_sim.config import capabilities
 from device_sim.core.dmar import RID_PASID, RemappingUnit
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.traits import capabilities
 from iommufdd.core.domain import Domain
 from kvmd.core.spte import make_leaf, make_table_entry
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind

@@ -21,6 +21,7 @@ from device_sim.core.devtlb import DevTlb, HpaRun
 from device_sim.core.dmar import NOT_PRESENT, RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
+from device_sim.core.traits import Traits
 from protocol.errors import UapiError
 from protocol.hw.qi import MAX_PAGES, ResponseCode
 from protocol.pt import bits
@@ -38,17 +39,6 @@ class DmaRange:
     iova: Iova
     size: int
     write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What a function has in config space, and how it came out of reset."""
-
-    pasid: bool = True
-    ats: bool = True
-    pri: bool = True
-    pri_on: bool = False  # page requests are on already, by whoever had the function before
-    control_faults: bool = True  # an absent completion record or batch list is asked for, not an error
 
 
 class DmaFault(Exception):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from device_sim.core.dmar import RemappingUnit
-from device_sim.core.dsa.device import Dsa
+from device_sim.core.silicon import Device
 
 
 def unit_stats(units: Sequence[RemappingUnit]) -> dict[str, object]:
@@ -39,8 +39,8 @@ def _counters(unit: RemappingUnit) -> dict[str, int]:
     }
 
 
-def device_stats(dsa: Dsa) -> dict[str, object]:
-    function = dsa.function
+def device_stats(device: Device) -> dict[str, object]:
+    dsa, function = device.dsa, device.function
     return {
         "descriptors": dsa.counters.descriptors,
         "bytes_moved": dsa.counters.bytes_moved,
@@ -55,4 +55,5 @@ def device_stats(dsa: Dsa) -> dict[str, object]:
         "fault_latencies_ns": list(function.fault_latencies_ns),
         "stale_accesses": function.stale,
         "stale_notes": function.stale_notes,
+        "pasid_entry": device.unit.pasid_entry(device.traits.rid),
     }

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from device_sim.config import FIRST_RID, capabilities
+from device_sim.config import FIRST_RID
+from device_sim.core.traits import capabilities
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener

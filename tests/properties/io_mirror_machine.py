@@ -17,9 +17,9 @@ from collections.abc import Coroutine
 from random import Random
 from typing import Any
 
-from device_sim.config import capabilities
 from device_sim.core.dmar import RID_PASID, RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.traits import capabilities
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain

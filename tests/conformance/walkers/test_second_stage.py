@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import pytest
 
-from device_sim.config import capabilities
 from device_sim.core.dmar import RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.traits import capabilities
 from protocol.hostmem import WindowKind
 from protocol.hw.faults import RECOVERABLE
 from protocol.hw.second_stage import second_stage_fault

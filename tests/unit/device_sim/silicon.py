@@ -10,10 +10,10 @@ import struct
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, TypeVar
 
-from device_sim.config import capabilities
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import Function
 from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.traits import capabilities
 from protocol.flow import Flows, Wait
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.caps import Cap, Ecap

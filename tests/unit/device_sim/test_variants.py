@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from device_sim.config import FIRST_RID, Settings, capabilities, parse
+from device_sim.config import FIRST_RID, DeviceSimSettings, parse
 from device_sim.core.dmar import RequestRefused
-from device_sim.core.function import DmaRange, Function, Traits
+from device_sim.core.function import DmaRange, Function
+from device_sim.core.traits import Traits, capabilities
 from protocol.errors import UapiError
 from protocol.hw.qi import DescriptorError
 from protocol.units import Iova, Pasid
@@ -177,7 +178,7 @@ def test_page_requests_that_are_on_are_ebusy_and_are_on_again_after_a_reset() ->
 # -- the command line ----------------------------------------------------------------------------------
 
 
-def settings(*argv: str) -> Settings:
+def settings(*argv: str) -> DeviceSimSettings:
     return parse(["--socket", "s", "--driver-socket", "d", *argv])[1]
 
 
@@ -192,7 +193,7 @@ def test_one_unit_and_one_device_are_changed_and_the_others_are_as_for_all() -> 
     assert [unit.cap.mamv for unit in made.units] == [18, 3]
     assert {(unit.cap.max_huge_page_level, unit.cap.psi) for unit in made.units} == {(2, False)}
     assert [device.rid for device in made.devices] == [FIRST_RID, FIRST_RID + 8, FIRST_RID + 16]
-    assert [(device.unit, device.group, device.traits.pri) for device in made.devices] == [
+    assert [(device.unit, device.group, device.function.pri) for device in made.devices] == [
         (0, 0, True),
         (0, 1, True),
         (1, 0, False),
@@ -205,7 +206,7 @@ def test_a_partial_device_asks_for_data_alone_and_one_that_cannot_fault_has_no_p
         *("--devices", "3", "--device", "1:fault-capability=partial"),
         *("--device", "2:fault-capability=none"),
     )
-    found = [(device.traits.pri, device.traits.control_faults) for device in made.devices]
+    found = [(device.function.pri, device.function.control_faults) for device in made.devices]
     assert found == [(True, True), (True, False), (False, False)]
 
 
