@@ -57,9 +57,9 @@ class RemoteUnit:
 
     def _queue(self, descriptors: list[Descriptor]) -> Body:
         """One message, counted."""
-        self._silicon.counts.qi_messages += 1
+        self._silicon.counts.kicks += 1
         self._silicon.counts.descriptors.update(map(qi.kind_of, descriptors))
-        return {"unit": self.number, "descriptors": qi.ring(descriptors)}
+        return {"unit": self.number, "descriptors": b"".join(qi.raw(descriptors))}
 
     def consumed(self, entries: int, *, clear_overflow: bool) -> None:
         """Move the page request queue's head: along with the next response, unless that could matter."""

@@ -38,5 +38,5 @@ class UnitCounts:
     responses: int = 0
     responses_lost: int = 0  # nobody was there any more
     partial_discarded: int = 0
-    qi_messages: int = 0  # that carried descriptors
+    kicks: int = 0  # of a unit, for descriptors in its queue
     descriptors: Counter[str] = field(default_factory=Counter)  # by kind

@@ -12,11 +12,13 @@ large for a descriptor becomes the whole domain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import (
     DEVTLB_ALL,
+    ContextGranularity,
+    ContextInv,
     Descriptor,
     DevTlbInv,
     IotlbGranularity,
@@ -72,6 +74,16 @@ def drain(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
     ]
 
 
+def forget_all() -> list[Descriptor]:
+    """After a root table was set, by a unit that keeps what it had cached until it is told [VT-d 6.5.2]."""
+    return [
+        ContextInv(granularity=ContextGranularity.GLOBAL),
+        PasidCacheInv(granularity=PasidCacheGranularity.GLOBAL),
+        IotlbInv(granularity=IotlbGranularity.GLOBAL, dw=True, dr=True),
+        wait(),
+    ]
+
+
 def _device(rid: int, ecap: Ecap) -> list[Descriptor]:
     return [everything(rid)] if ecap.dt else []
 
@@ -81,7 +93,7 @@ def everything(rid: int) -> DevTlbInv:
 
 
 def wait() -> Wait:
-    """Completes when all before it has; the reply carries its status data."""
+    """Completes when all before it has; the queue says where and what it stores, `inval_queue.py`."""
     return Wait(sw=True, fn=True, status_data=DONE)
 
 
@@ -92,11 +104,12 @@ def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupRes
 def kind_of(descriptor: Descriptor) -> str:
     """What STATS counts it as."""
     if isinstance(descriptor, IotlbInv):
-        return "iotlb_page" if descriptor.granularity is IotlbGranularity.PAGE else "iotlb_domain"
+        return f"iotlb_{descriptor.granularity.name.lower()}"
     return _KINDS[type(descriptor)]
 
 
 _KINDS: dict[type[Descriptor], str] = {
+    ContextInv: "context",
     DevTlbInv: "devtlb",
     PasidCacheInv: "pasid_cache",
     Wait: "wait",
@@ -104,10 +117,11 @@ _KINDS: dict[type[Descriptor], str] = {
 }
 
 
-def ring(descriptors: list[Descriptor]) -> bytes:
-    raw = [encode(descriptor) for descriptor in descriptors]
+def raw(descriptors: Sequence[Descriptor]) -> list[bytes]:
+    """As they lie in the ring, traced."""
+    encoded = [encode(descriptor) for descriptor in descriptors]
     if TRACE.on:
-        for descriptor, words in zip(descriptors, raw, strict=True):
+        for descriptor, words in zip(descriptors, encoded, strict=True):
             if not isinstance(descriptor, Wait):
                 TRACE.emit(QiSubmit.of(words))
-    return b"".join(raw)
+    return encoded

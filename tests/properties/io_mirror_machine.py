@@ -106,7 +106,7 @@ class MirrorMachine:
 
     async def submit(self, descriptors: list[Descriptor]) -> None:
         await self.dawdle()
-        self.unit.execute(qi.ring(descriptors))
+        self.unit.execute(b"".join(qi.raw(descriptors)))
         await self.dawdle()
 
     async def write_pasid_entry(self, rid: int, pasid: int, entry: bytes) -> None: ...

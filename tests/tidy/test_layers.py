@@ -40,7 +40,10 @@ WINGS = (
 
 # What a core may take from protocol. A name covers everything below it.
 ANY_CORE = ("units", "errors", "flow", "lifecycle", "trace")
-VTD_RECORDS = ("hw.caps", "hw.fields", "hw.pasid_entry", "hw.prq", "hw.qi")
+VTD_RECORDS = (
+    *("hw.caps", "hw.fields", "hw.context_entry", "hw.pasid_entry", "hw.prq", "hw.qi", "hw.faults"),
+    *("hw.vtd_regs", "hw.register_page"),
+)
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "kvm_run", "pt", "hostmem", "frame_tags"),
     # It fills second-stage tables of its own (pt.mem, pt.entry), and leaves walking to the unit.

@@ -241,7 +241,7 @@ class Slow:
         self._log = world.log
 
     async def submit(self, descriptors: list[Descriptor]) -> None:
-        raw = qi.ring(descriptors)
+        raw = b"".join(qi.raw(descriptors))
         self._log.append((self.name, struct.unpack(f"<{len(raw) // 8}Q", raw)))
         wait: Wait[None] = Wait()
         self.held.append(wait)

@@ -99,7 +99,7 @@ def test_a_request_without_pasid_is_served_by_its_own_functions_domain_and_answe
     answers: list[bytes] = []
 
     def respond(rid: int, prgi: int, code: ResponseCode) -> bool:
-        answers.append(qi.ring([qi.page_group_response(rid, prgi, code)]))
+        answers.extend(qi.raw([qi.page_group_response(rid, prgi, code)]))
         return True
 
     iopf = Iopf(devices.get, respond, first.world.flows.spawn, UnitCounts())

@@ -27,7 +27,7 @@ Words = tuple[int, ...]
 
 
 def words(start: int, size: int, *, cap: Cap = CAP, rids: tuple[int, ...] = RIDS) -> list[Words]:
-    raw = qi.ring(qi.invalidate(cap, DID, rids, Iova(start), size))
+    raw = b"".join(qi.raw(qi.invalidate(cap, DID, rids, Iova(start), size)))
     assert len(raw) % 32 == 0
     return [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)]
 
@@ -107,7 +107,7 @@ def test_a_unit_without_page_selective_invalidation_flushes_the_domain() -> None
 
 @pytest.mark.rfc("RFC-100")
 def test_a_detach_flushes_pasid_cache_then_iotlb_then_that_device() -> None:
-    raw = qi.ring(qi.detach(DID, RIDS[1], Ecap(1 << 2)))
+    raw = b"".join(qi.raw(qi.detach(DID, RIDS[1], Ecap(1 << 2))))
     assert [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)] == [
         (7 | 1 << 4 | DID << 16, 0, 0, 0),
         DSI,
@@ -118,7 +118,7 @@ def test_a_detach_flushes_pasid_cache_then_iotlb_then_that_device() -> None:
 
 @pytest.mark.parametrize("pds", [True, False])
 def test_a_drain_fences_flushes_and_waits_for_page_requests_if_the_unit_can(pds: bool) -> None:
-    raw = qi.ring(qi.drain(DID, RIDS[0], Ecap(1 << 2 | pds << 42)))
+    raw = b"".join(qi.raw(qi.drain(DID, RIDS[0], Ecap(1 << 2 | pds << 42))))
     assert [struct.unpack_from("<4Q", raw, at) for at in range(0, len(raw), 32)] == [
         (5 | 1 << 6, 0, 0, 0),
         DSI,
@@ -132,7 +132,7 @@ def test_a_drain_fences_flushes_and_waits_for_page_requests_if_the_unit_can(pds:
 @pytest.mark.parametrize(("code", "bits"), [("SUCCESS", 0), ("INVALID", 1), ("FAILURE", 0xF)])
 def test_a_page_group_response_names_function_group_and_code(code: str, bits: int) -> None:
     """B-37: the kernel's FAILURE went onto the wire as 2."""
-    raw = qi.ring([qi.page_group_response(0x6A08, 511, ResponseCode[code])])
+    raw = b"".join(qi.raw([qi.page_group_response(0x6A08, 511, ResponseCode[code])]))
     assert struct.unpack("<4Q", raw) == (9 | bits << 12 | 0x6A08 << 16, 511 << 3 | 1 << 2, 0, 0)
 
 

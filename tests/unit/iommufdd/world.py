@@ -162,7 +162,7 @@ class World:
     # -- Hardware --------------------------------------------------------------------------------------
 
     async def submit(self, descriptors: list[Descriptor]) -> None:
-        await self._take("submit", qi.ring(descriptors))
+        await self._take("submit", b"".join(qi.raw(descriptors)))
 
     async def remove_memory(self, memory: int) -> None:
         await self._take("remove_memory", memory)
