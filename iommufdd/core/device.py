@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
 from iommufdd.core import qi
 from iommufdd.core.fault_policy import FaultPolicy
@@ -25,12 +26,46 @@ from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
+from protocol.lifecycle import LifeCycle
 from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
 from protocol.units import Iova, Pasid
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
 RID_PASID = Pasid(0)
 NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
+
+
+class DeviceState(Enum):
+    BLOCKED = auto()  # bound, and reaches nothing
+    ATTACHED = auto()  # on an HWPT; an entry that is half made counts
+    DRAINED = auto()  # still on it, but what it asks for from now on came too late
+    UNBOUND = auto()
+
+
+class DeviceEvent(Enum):
+    ENTER = auto()
+    DRAIN = auto()
+    LEAVE = auto()
+    UNBIND = auto()
+
+
+DEVICE_LIFE = LifeCycle(
+    "device of an iommufd",
+    DeviceState.BLOCKED,
+    {
+        (DeviceState.BLOCKED, DeviceEvent.ENTER): DeviceState.ATTACHED,
+        (DeviceState.ATTACHED, DeviceEvent.DRAIN): DeviceState.DRAINED,
+        (DeviceState.DRAINED, DeviceEvent.LEAVE): DeviceState.BLOCKED,
+        (DeviceState.BLOCKED, DeviceEvent.UNBIND): DeviceState.UNBOUND,
+    },
+)
+
+
+class Attachment(NamedTuple):
+    """`pinned`: so that no page the device reaches can be absent."""
+
+    hwpt: Hwpt
+    pinned: bool
 
 
 class IommufdDevice(Object):
@@ -48,10 +83,8 @@ class IommufdDevice(Object):
         self.info = info
         self.rid = info.rid
         self.unit = unit
-        self.bound = True
-        self.hwpt: Hwpt | None = None
-        self.pinned = False  # attached so that no page it reaches can be absent
-        self.drained = False  # what it asks for now came too late
+        self.state = DEVICE_LIFE.born
+        self.attachment: Attachment | None = None  # while it is on an HWPT
         self._config = config
         self._policy = policy
         self._partial = partial  # of the unit's page request queue
@@ -59,6 +92,22 @@ class IommufdDevice(Object):
         self._pins: dict[int, tuple[Iova, int] | None] = {}  # by the HWPT's name: (iova, size), or everything
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
+
+    def happens(self, event: DeviceEvent) -> None:
+        self.state = DEVICE_LIFE.after(self.state, event)
+
+    @property
+    def hwpt(self) -> Hwpt | None:
+        return None if self.attachment is None else self.attachment.hwpt
+
+    @property
+    def pinned(self) -> bool:
+        return self.attachment is not None and self.attachment.pinned
+
+    @property
+    def asks_on(self) -> Hwpt | None:
+        """The HWPT its page requests are for, if they do not come too late."""
+        return self.hwpt if self.state is DeviceState.ATTACHED else None
 
     def check(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """EINVAL if this device does not go with that HWPT, ENODEV if nobody does; nothing was touched."""
@@ -74,11 +123,11 @@ class IommufdDevice(Object):
     # take us off
     async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
-        assert self.hwpt is None, f"{self.info.name} is on HWPT {self.hwpt.id}"
         hwpt.check_walkable()  # again: a device that is replaced slept since `check`
+        self.happens(DeviceEvent.ENTER)
+        self.attachment = Attachment(hwpt, pinned)
         hwpt.users += 1
         hwpt.attached[self.rid] = self.unit  # before the entry: an invalidation from now on reaches it
-        self.hwpt, self.pinned, self.drained = hwpt, pinned, False
         try:
             if pinned and hwpt.needs_iopf:  # before anything could be reached
                 self._pins[await hwpt.pin_all()] = None
@@ -91,17 +140,17 @@ class IommufdDevice(Object):
             if self.info.ats and self.unit.ecap.dt:
                 await self._config.set_function(self.rid, ats=True)
             if hwpt.needs_iopf:
-                await self._enable_iopf()
+                await self._enable_iopf(pinned=pinned)
             await self._config.set_function(self.rid, bus_master=True)
         except UapiError:
             await self.leave()
             raise
 
-    async def _enable_iopf(self) -> None:
+    async def _enable_iopf(self, *, pinned: bool) -> None:
         """IOMMU_DEV_FEAT_IOPF [RFC 16/42]: must come after ATS."""
         info, ecap = self.info, self.unit.ecap
         if not (info.ats and info.pri and ecap.dt and ecap.prs):
-            if self.pinned:
+            if pinned:
                 return
             has = f"ATS {info.ats}, PRI {info.pri}, ECAP.DT {ecap.dt}, ECAP.PRS {ecap.prs}"
             raise UapiError(errno.ENODEV, f"{info.name} cannot ask for pages: {has}")
@@ -126,7 +175,7 @@ class IommufdDevice(Object):
         if self._owns_pri:
             await _try(self._config.set_function(self.rid, pri_allocation=0))
         await _try(self.unit.submit(qi.drain(did, self.rid, ecap)))
-        self.drained = True
+        self.happens(DeviceEvent.DRAIN)
         self._partial.discard([self.rid])
         await self._wait_quiet()
         await _try(self.unit.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT))
@@ -134,7 +183,8 @@ class IommufdDevice(Object):
         await _try(self._config.set_function(self.rid, ats=False))
         await _try(self._config.set_function(self.rid, pasid=False))
         self._owns_pri = False
-        self.hwpt = None
+        self.attachment = None
+        self.happens(DeviceEvent.LEAVE)
         del hwpt.attached[self.rid]
         await self._unpin_all(hwpt)
         hwpt.users -= 1

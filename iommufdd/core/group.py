@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 
-from iommufdd.core.device import IommufdDevice
+from iommufdd.core.device import DeviceEvent, DeviceState, IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -39,8 +39,8 @@ class IommufdGroup:
         self._bound += 1
 
     def release(self, device: IommufdDevice) -> None:
-        """Unbound: whoever waits to attach it comes too late."""
-        device.bound = False
+        """Blocked, and nobody's from now on."""
+        device.happens(DeviceEvent.UNBIND)
         self._bound -= 1
 
     # awaits: device: it may be unbound; asked again: `_attach`
@@ -68,15 +68,31 @@ class IommufdGroup:
         """Nothing of the device uses an HWPT any more when this returns.  No error if nothing is attached."""
         await self._mutex.acquire(write=True)
         try:
-            if device in self.attached:
-                await device.leave()
-                self.attached.remove(device)
+            await self._detach(device)
         finally:
             self._mutex.release()
 
+    # awaits: device: another may have unbound it; asked again: its state, with the mutex
+    # (tests/unit/iommufdd/test_group.py::test_two_unbinds_at_once_unbind_once_and_both_return)
+    async def unbind(self, device: IommufdDevice) -> None:
+        """Detached and released when this returns: whoever waits to attach it comes too late."""
+        await self._mutex.acquire(write=True)
+        try:
+            await self._detach(device)
+            if device.state is not DeviceState.UNBOUND:
+                self.release(device)
+        finally:
+            self._mutex.release()
+
+    # awaits: device: cannot change: the group's mutex is held
+    async def _detach(self, device: IommufdDevice) -> None:
+        if device in self.attached:
+            await device.leave()
+            self.attached.remove(device)
+
     # awaits: asked, device: cannot change: the group's mutex is held
     async def _attach(self, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool) -> None:
-        if not device.bound:
+        if device.state is DeviceState.UNBOUND:
             raise UapiError(errno.EINVAL, f"{device.info.name} was unbound meanwhile")
         held = self.hwpt
         if held is not None and held is not hwpt:

@@ -76,7 +76,7 @@ class Iopf:
         if verdict is Verdict.SKIP or (verdict is Verdict.REFUSE and not request.last):
             return  # dropped; its group goes on without it
         device = self._find(request.rid)
-        hwpt = None if device is None or device.drained else device.hwpt
+        hwpt = None if device is None else device.asks_on
         if device is None or hwpt is None or not hwpt.needs_iopf:
             if request.last:  # the others have nothing their group could be handled with
                 self._answer(request.rid, request.prgi, ResponseCode.INVALID)

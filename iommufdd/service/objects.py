@@ -242,10 +242,9 @@ class App:
         if held.bound is None:
             return
         iommufd, device = held.bound
-        await held.group.detach(device)
+        await held.group.unbind(device)
         if held.bound is not None:
             held.bound = None
-            held.group.release(device)
             iommufd.objects.remove(device.id)
 
     # -- the end of files ------------------------------------------------------------------------------

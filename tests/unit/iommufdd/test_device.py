@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.device import IommufdDevice
+from iommufdd.core.device import DeviceState, IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy, Policy
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
@@ -144,7 +144,7 @@ def test_leaving_waits_for_every_group_in_flight_with_the_entry_still_there(boun
     bound.world.log.clear()
     left = bound.world.start(bound.device.leave())
     assert bound.world.log == LEAVE[:3], "page requests are off, the entry stays"
-    assert bound.device.drained, "what comes now came too late"
+    assert bound.device.state is DeviceState.DRAINED, "what comes now came too late"
     bound.device.end_group()
     bound.world.flows.run_ready()
     assert len(bound.world.log) == 3

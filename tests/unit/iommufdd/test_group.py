@@ -194,14 +194,24 @@ def test_two_detaches_at_once_detach_once_and_both_return(grouped: Grouped) -> N
 def test_an_attach_that_waited_while_its_device_was_unbound_is_einval(grouped: Grouped) -> None:
     grouped.attach(0, grouped.kvm)
     grouped.world.hold()
-    detached = grouped.world.start(grouped.group.detach(grouped.devices[0]))
+    unbound = grouped.world.start(grouped.group.unbind(grouped.devices[0]))
     late = grouped.start(0, grouped.kvm)
-    grouped.group.release(grouped.devices[0])
     grouped.world.let_go()
-    assert detached.done
+    assert unbound.done
     with pytest.raises(UapiError, check=lambda error: error.errno == errno.EINVAL):
         late.result()
     assert grouped.kvm.users == 0
+
+
+def test_two_unbinds_at_once_unbind_once_and_both_return(grouped: Grouped) -> None:
+    grouped.attach(0, grouped.kvm)
+    grouped.world.hold()
+    both = [grouped.world.start(grouped.group.unbind(grouped.devices[0])) for _ in range(2)]
+    assert not any(wait.done for wait in both)
+    grouped.world.let_go()
+    assert [wait.result() for wait in both] == [None, None]
+    with pytest.raises(UapiError, check=lambda error: error.errno == errno.EBUSY):
+        grouped.group.claim(OTHER)  # the rest of the group is bound still, each device counted once
 
 
 def test_a_group_belongs_to_one_iommufd_until_all_its_devices_are_unbound(grouped: Grouped) -> None:
