@@ -18,7 +18,7 @@ from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
 from iommufdd.core.domain import Domain
-from kvmd.core.spte import make_leaf, make_table_entry
+from kvmd.core.tables.spte import make_leaf, make_table_entry
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
 from protocol.pt.mem import TableWriter

@@ -39,9 +39,9 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "kvmd": (
         ("kvmd.core.vm:Kvm.fault_exported", "fault", "fixed"),
-        ("kvmd.core.memslot:Memslots.find", "slot", "slot found"),
+        ("kvmd.core.slots.memslot:Memslots.find", "slot", "slot found"),
         ("kvmd.core.mm.mm:Mm.get_user_page", "host page", "host page there"),
-        ("kvmd.core.tdp_mmu:TdpMmu.map", "map", "mapped"),
+        ("kvmd.core.tables.tdp_mmu:TdpMmu.map", "map", "mapped"),
     ),
 }
 

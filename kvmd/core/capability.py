@@ -10,11 +10,11 @@ import errno
 from collections.abc import Sequence
 from enum import IntEnum
 
-from kvmd.core.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
-from kvmd.core.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
-from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
 from kvmd.core.host import CpuFeatures
-from kvmd.core.memslot import MAX_SLOTS
+from kvmd.core.slots.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
+from kvmd.core.slots.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
+from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
+from kvmd.core.slots.memslot import MAX_SLOTS
 from kvmd.core.vm import MAX_VCPU_IDS, MAX_VCPUS, Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvmd.core.frames import Frames
+from kvmd.core.export.tdp_fd import Obstacle
+from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
-from kvmd.core.table_pool import TablePool
-from kvmd.core.tdp_fd import Obstacle
+from kvmd.core.tables.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags

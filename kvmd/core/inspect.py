@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from kvmd.core.invariants import walker_rules
-from kvmd.core.map_record import MAPPED, WRITABLE, ZAPPED
-from kvmd.core.memslot import Memslot
+from kvmd.core.slots.memslot import Memslot
 from kvmd.core.stats import vm_stats
-from kvmd.core.tdp_table import Root
+from kvmd.core.tables.map_record import MAPPED, WRITABLE, ZAPPED
+from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.pt.entry import is_table, table_of

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-from kvmd.core.pinning import AS_ID
-from kvmd.core.spte import is_young
-from kvmd.core.tdp_table import Root
+from kvmd.core.export.pinning import AS_ID
+from kvmd.core.tables.spte import is_young
+from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.pt.check import check_table

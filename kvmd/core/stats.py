@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvmd.core.page_fault import EMULATED, RESOLVED, Result, Source
+from kvmd.core.faults.page_fault import EMULATED, RESOLVED, Result, Source
 from kvmd.core.vm import Kvm
 
 

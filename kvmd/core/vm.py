@@ -12,35 +12,42 @@ from collections import Counter
 from dataclasses import replace
 from enum import IntEnum
 
-from kvmd.core.dirty_log import DirtyLog
-from kvmd.core.fault_notes import FaultNotes
-from kvmd.core.fault_path import FaultPath
-from kvmd.core.flush import Flusher
-from kvmd.core.host import Host
-from kvmd.core.host_changes import HostChanges
-from kvmd.core.memslot import Change, Memslot, Memslots, Region
-from kvmd.core.mm.fault import Tally
-from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import MappedPage
-from kvmd.core.nx_huge import NxHugePages
-from kvmd.core.page_fault import (
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.export.pinning import Pinning
+from kvmd.core.export.tdp_fd import (
+    CREATE_TDP_FD_BYTES,
+    CreateTdpFd,
+    ExportedTdp,
+    Exporter,
+    FaultType,
+    check_create,
+)
+from kvmd.core.faults.fault_notes import FaultNotes
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.nx_huge import NxHugePages
+from kvmd.core.faults.page_fault import (
     PageFault,
     Result,
     Source,
     mapping_level,
 )
-from kvmd.core.page_track import PageTrack
-from kvmd.core.pinning import Pinning
-from kvmd.core.private_memory import PrivateMemory
-from kvmd.core.slots_change import SlotsChange
-from kvmd.core.spte import MMIO_GENERATION_MASK
-from kvmd.core.store_record import StoreRecord
-from kvmd.core.tdp_fd import CREATE_TDP_FD_BYTES, CreateTdpFd, ExportedTdp, Exporter, FaultType, check_create
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Role, Root, RootEvent, RootState
-from kvmd.core.uaccess import copy_from_user, copy_to_user
-from kvmd.core.vcpu import Vcpu
-from kvmd.core.zap import Zapper
+from kvmd.core.host import Host
+from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import MappedPage
+from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.slots.memslot import Change, Memslot, Memslots, Region
+from kvmd.core.slots.page_track import PageTrack
+from kvmd.core.slots.private_memory import PrivateMemory
+from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.slots.store_record import StoreRecord
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.spte import MMIO_GENERATION_MASK
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState
+from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit

@@ -6,7 +6,7 @@ channel: it asked for hints, and one that is missing only costs it a fault.
 
 from __future__ import annotations
 
-from kvmd.core.fault_notes import FaultNotes
+from kvmd.core.faults.fault_notes import FaultNotes
 from protocol.rpc.channel import Channel
 from protocol.rpc.service import Service
 from protocol.units import Gfn

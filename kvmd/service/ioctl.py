@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from types import CoroutineType
 from typing import Any, Protocol, TypeVar
 
-from kvmd.core.uaccess import copy_from_user, copy_to_user
+from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.service.objects import MmFile, VmFile, holding
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds

@@ -13,14 +13,14 @@ from typing import TypeVar
 import structlog
 
 from kvmd.config import Settings
-from kvmd.core.guest_memfd import GuestMemfd
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.export.pinning import Account
+from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
-from kvmd.core.pinning import Account
-from kvmd.core.tdp_fd import ExportedTdp
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.slots.guest_memfd import GuestMemfd
 from kvmd.core.vm import Kvm
 from kvmd.importers import Lease, RemoteImporter
 from kvmd.memory import HostMemory

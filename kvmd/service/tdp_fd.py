@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 
-from kvmd.core.page_fault import IO_ERRNO, RESOLVED
-from kvmd.core.pinning import Account
-from kvmd.core.tdp_fd import FaultType
+from kvmd.core.export.pinning import Account
+from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED
 from kvmd.importers import TDP_WINDOWS, RemoteImporter, lent
 from kvmd.service.objects import Importer, TdpFile, holding
 from protocol.errors import UapiError

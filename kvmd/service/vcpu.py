@@ -9,11 +9,11 @@ import errno
 import os
 from collections.abc import Iterable
 
-from kvmd.core.exits import SIGBUS_ACTION_REQUIRED
-from kvmd.core.msr import set_msr
-from kvmd.core.pre_fault import pre_fault_memory
-from kvmd.core.program import Instruction
-from kvmd.core.vcpu import RunResult
+from kvmd.core.cpu.exits import SIGBUS_ACTION_REQUIRED
+from kvmd.core.cpu.msr import set_msr
+from kvmd.core.cpu.program import Instruction
+from kvmd.core.cpu.vcpu import RunResult
+from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import VcpuFile, holding
 from protocol.errors import UapiError

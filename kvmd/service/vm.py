@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvmd.core.capability import check_extension, enable_cap
-from kvmd.core.dirty_log import ClearDirtyLog
-from kvmd.core.guest_memfd import GuestMemfd
-from kvmd.core.memslot import Region, SlotFlag
-from kvmd.core.tdp_fd import CreateTdpFd
+from kvmd.core.export.tdp_fd import CreateTdpFd
+from kvmd.core.slots.dirty_log import ClearDirtyLog
+from kvmd.core.slots.guest_memfd import GuestMemfd
+from kvmd.core.slots.memslot import Region, SlotFlag
 from kvmd.memory import dirty_ring_memory
 from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import GuestMemfdFile, TdpFile, VcpuFile, VmFile, holding

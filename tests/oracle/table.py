@@ -1,8 +1,8 @@
 """A second-dimension table as a dict, and a slow walker written straight from the tables of the manuals.
 
-Models what `protocol/pt/walk.py` and `kvmd/core/tdp_mmu.py` must agree with, in the plainest form: no masks
-built by code, no fast path, one `if` per row of the format tables [SDM 29.3.2], [VT-d 9.8].  Nothing here
-imports the code under test.
+Models what `protocol/pt/walk.py` and `kvmd/core/tables/tdp_mmu.py` must agree with, in the plainest form:
+no masks built by code, no fast path, one `if` per row of the format tables [SDM 29.3.2], [VT-d 9.8].
+Nothing here imports the code under test.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ from random import Random
 from typing import Any
 
 from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.faults.page_fault import RESOLVED, Result
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage, PageKind, Pte
-from kvmd.core.page_fault import RESOLVED, Result
-from kvmd.core.tdp_fd import FaultType
-from kvmd.core.vcpu import Vcpu
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import is_free

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from random import Random
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.flow import Wait
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvmd.core import tdp_table
-from kvmd.core.flush import Flusher
-from kvmd.core.host_changes import HostChanges
-from kvmd.core.table_pool import TablePool
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.tables import tdp_table
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.table_pool import TablePool
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.units import Gfn, Hpa, Hva

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.fault_path import FaultPath
-from kvmd.core.guest_ram import GuestRam
+from kvmd.core.cpu.guest_ram import GuestRam
+from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.mm.space import Via
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva

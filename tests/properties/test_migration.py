@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmd.core.dirty_log import DirtyLog
-from kvmd.core.fault_path import FaultPath
-from kvmd.core.flush import Flusher
-from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
 from tests.properties.migration import PAGES, Migration
 
 PAGE = st.one_of(st.sampled_from([0, 1, 5, 63, 64, 511, 512, 600, PAGES - 1]), st.integers(0, PAGES - 1))

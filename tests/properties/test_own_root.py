@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.dirty_log import DirtyLog
-from kvmd.core.fault_path import FaultPath
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.page_fault import RESOLVED
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
-from kvmd.core.page_fault import RESOLVED
-from kvmd.core.slots_change import SlotsChange
-from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.tables.tdp_mmu import TdpMmu
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.units import GfnSpan, Gpa, Hva
 from tests.oracle.table import Machine, RawTables, second_stage_walk

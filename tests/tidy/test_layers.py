@@ -238,7 +238,7 @@ def test_an_import_going_up_is_seen(checker: Checker, path: str, text: str) -> N
     [
         (
             "kvmd/core/vm.py",
-            "from random import Random\nfrom protocol.pt import bits\nimport kvmd.core.spte",
+            "from random import Random\nfrom protocol.pt import bits\nimport kvmd.core.tables.spte",
         ),
         (
             "kvmd/service/vm.py",

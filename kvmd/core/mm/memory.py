@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
-from kvmd.core.frames import Frames
+from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.page import Page, PageKind, Pte, Swap
 from protocol.errors import UapiError

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.exits import Mmio
+from kvmd.core.cpu.exits import Mmio
+from kvmd.core.cpu.vcpu import RunResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.userfaultfd import Userfaultfd
-from kvmd.core.vcpu import RunResult
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.kvm_run import ExitReason

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
-from kvmd.core.tdp_fd import ExportedTdp
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.errors import UapiError
 from protocol.pt.walk import RangeEntry, walk_range
 from protocol.units import MIB, Gfn, Hva

@@ -6,10 +6,10 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.page_fault import Result
+from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.stats import vm_stats
-from kvmd.core.tdp_fd import FaultType
-from kvmd.core.tdp_table import Root
+from kvmd.core.tables.tdp_table import Root
 from protocol.flow import Wait
 from protocol.units import MIB, Gfn, GfnSpan, Hva
 from tests.oracle.table import RawTables, flat

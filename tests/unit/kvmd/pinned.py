@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.pinning import Account
+from kvmd.core.export.pinning import Account
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Hva

@@ -6,11 +6,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE, GuestMemfd, MemfdFlag
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.madvise import ADVICE
-from kvmd.core.page_fault import Result
+from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE, GuestMemfd, MemfdFlag
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.cpu import Cpu
+from kvmd.core.cpu.cpu import Cpu
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from protocol.kvm_run import ExitReason

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from kvmd.core import vm as vm_module
+from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, Obstacle, check_create
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
 from kvmd.core.stats import vm_stats
-from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, Obstacle, check_create
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Role, Root
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Role, Root
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Hpa, Hva

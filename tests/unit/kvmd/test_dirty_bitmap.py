@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.dirty_bitmap import DirtyBitmap, bitmap_bytes, is_set, runs
+from kvmd.core.slots.dirty_bitmap import DirtyBitmap, bitmap_bytes, is_set, runs
 
 PAGES = st.integers(1, 20_000)
 

@@ -6,10 +6,10 @@ import errno
 
 import pytest
 
-from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
-from kvmd.core.page_fault import Result
+from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import MIB, Hva

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from kvmd.core.dirty_ring import ENTRY_BYTES, DirtyGfn, DirtyRing, reserved_entries
+from kvmd.core.slots.dirty_ring import ENTRY_BYTES, DirtyGfn, DirtyRing, reserved_entries
 from qemu_shim.vmm.dirty_ring import DirtyRing as Harvester
 
 BYTES = 4096

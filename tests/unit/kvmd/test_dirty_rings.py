@@ -7,8 +7,8 @@ import errno
 import pytest
 
 from kvmd.core.capability import Cap, check_extension, enable_cap
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
-from kvmd.core.page_fault import Result
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmd.core.cpu.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
 from kvmd.core.invariants import check_vm
-from kvmd.core.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
 from protocol.units import Gpa
 from tests.unit.kvmd.asleep import (
     GFN,

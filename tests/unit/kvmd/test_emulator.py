@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvmd.core.exits import Mmio
+from kvmd.core.cpu.exits import Mmio
+from kvmd.core.cpu.program import Instruction
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
-from kvmd.core.program import Instruction
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.world import RW, World

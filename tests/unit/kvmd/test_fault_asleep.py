@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmd.core.exits import Mmio
+from kvmd.core.cpu.exits import Mmio
+from kvmd.core.cpu.vcpu import RunResult
+from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.invariants import check_vm
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import FaultType
-from kvmd.core.vcpu import RunResult
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gpa, Hva

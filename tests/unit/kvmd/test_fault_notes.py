@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvmd.core.fault_notes import MAX_SUBSCRIBERS
-from kvmd.core.pre_fault import pre_fault_memory
+from kvmd.core.faults.fault_notes import MAX_SUBSCRIBERS
+from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Gfn, Gpa

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.export.tdp_fd import CreateTdpFd
+from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED, Result
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.page import MappedPage
-from kvmd.core.page_fault import IO_ERRNO, RESOLVED, Result
-from kvmd.core.tdp_fd import CreateTdpFd
 from protocol.errors import EHWPOISON, UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.fault_path import FaultPath
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.page_fault import PageFault, Result
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage
-from kvmd.core.page_fault import PageFault, Result
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
 from tests.unit.kvmd.world import WRITE, World

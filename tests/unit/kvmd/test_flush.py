@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.flush import Flusher
-from kvmd.core.table_pool import TablePool
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.table_pool import TablePool
 from protocol.flow import Flows, Wait
 from protocol.pt.mem import TableWriter
 from protocol.units import Gfn, GfnSpan, Hpa

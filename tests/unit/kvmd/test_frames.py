@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.frames import Frames
+from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
 from protocol.frame_tags import FrameTags, is_free, tags_size
 from protocol.units import GIB, Hpa, Level, Pfn

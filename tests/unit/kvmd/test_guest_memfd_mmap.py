@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.guest_memfd import GuestMemfd
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import Region
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.madvise import ADVICE
 from kvmd.core.mm.reclaim import migrate, swap_out
 from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.slots.guest_memfd import GuestMemfd
+from kvmd.core.slots.memslot import Region
 from protocol.errors import UapiError
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.mm.test_sleeps import during

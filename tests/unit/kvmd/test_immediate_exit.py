@@ -11,9 +11,9 @@ import errno
 import pytest
 
 from kvmd.core.capability import check_extension
-from kvmd.core.exits import Mmio
-from kvmd.core.program import Instruction
-from kvmd.core.vcpu import RunResult, Vcpu
+from kvmd.core.cpu.exits import Mmio
+from kvmd.core.cpu.program import Instruction
+from kvmd.core.cpu.vcpu import RunResult, Vcpu
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.world import World

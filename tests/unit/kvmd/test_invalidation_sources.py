@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.dirty_log import ClearDirtyLog
-from kvmd.core.flush import Flusher
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
@@ -24,8 +23,9 @@ from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
-from kvmd.core.page_fault import Result
-from kvmd.core.spte import MMIO_GENERATION_MASK
+from kvmd.core.slots.dirty_log import ClearDirtyLog
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.spte import MMIO_GENERATION_MASK
 from kvmd.core.vm import Kvm, VmType
 from protocol.units import PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, Level
 from tests.unit.kvmd import sources as leaf

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import Memslot, SlotFlag
-from kvmd.core.tdp_table import RootEvent, RootState
+from kvmd.core.slots.memslot import Memslot, SlotFlag
+from kvmd.core.tables.tdp_table import RootEvent, RootState
 from protocol.units import Gfn, Hva, Level, Pfn
 from tests.unit.kvmd.world import SlowImporter, World
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from kvmd.core.exits import MemoryFault, Mmio
-from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE as PRIVATE
-from kvmd.core.guest_memfd import MemfdFlag
+from kvmd.core.cpu.exits import MemoryFault, Mmio
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.userfaultfd import Userfaultfd
+from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE as PRIVATE
+from kvmd.core.slots.guest_memfd import MemfdFlag
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason

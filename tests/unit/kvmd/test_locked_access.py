@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.exits import Exit, Mmio
+from kvmd.core.cpu.exits import Exit, Mmio
+from kvmd.core.cpu.program import Instruction
+from kvmd.core.cpu.vcpu import RunResult, Vcpu
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
-from kvmd.core.program import Instruction
-from kvmd.core.vcpu import RunResult, Vcpu
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.world import RW, World

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import zap
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import RootState
+from kvmd.core.tables import zap
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import RootState
+from kvmd.core.tables.zap import Zapper
 from kvmd.core.vm import Kvm, VmType, create_vm
-from kvmd.core.zap import Zapper
 from protocol.flow import Wait
 from tests.unit.kvmd.world import SlowImporter, World
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.map_record import MAPPED, NEVER, READ_ONLY, WRITABLE, ZAPPED, MapRecord
+from kvmd.core.tables.map_record import MAPPED, NEVER, READ_ONLY, WRITABLE, ZAPPED, MapRecord
 from protocol.units import Gfn, Level
 
 LIMIT = 3000

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.memslot import MAX_SLOT_PAGES, MAX_SLOTS, Change, Memslots, Region
+from kvmd.core.slots.memslot import MAX_SLOT_PAGES, MAX_SLOTS, Change, Memslots, Region
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
 

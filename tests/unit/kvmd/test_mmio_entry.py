@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.invariants import check_vm
-from kvmd.core.page_fault import Result
-from kvmd.core.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.tables.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.check import check_table
@@ -95,7 +95,9 @@ def test_the_posted_encoding_would_be_a_translation_for_a_device_and_is_caught(
 ) -> None:
     """Planted bug: W and X without R, as the series has it: the unit reads W, and maps hpa = gpa."""
     guest = Guest()
-    monkeypatch.setattr("kvmd.core.tdp_mmu.make_mmio_entry", lambda gfn, gen: 0b110 | gen << 3 | gfn << 12)
+    monkeypatch.setattr(
+        "kvmd.core.tables.tdp_mmu.make_mmio_entry", lambda gfn, gen: 0b110 | gen << 3 | gfn << 12
+    )
     guest.touch()
     writer, root = guest.world.host.writer, guest.exported.root
     found = walk(writer, RULES[1], root.hpa, root.role.level, MMIO)

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from kvmd.core.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
+from kvmd.core.cpu.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
 from protocol.units import Hva
 from tests.unit.kvmd.world import World
 

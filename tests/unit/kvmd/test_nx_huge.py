@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
-from kvmd.core.page_fault import Result
 from protocol.pt import bits
 from tests.oracle.table import second_stage_walk
 from tests.unit.kvmd.sources import GFN, MACHINE, Rig

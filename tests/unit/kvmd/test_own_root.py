@@ -9,16 +9,16 @@ import errno
 import pytest
 
 from kvmd.core.capability import Cap, check_extension, enable_cap
-from kvmd.core.fault_path import FaultPath
+from kvmd.core.export.tdp_fd import CreateTdpFd
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.nx_huge import NxHugePages
+from kvmd.core.faults.page_fault import PageFault, Result, Source
+from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
 from kvmd.core.mm.vma import Prot
-from kvmd.core.nx_huge import NxHugePages
-from kvmd.core.page_fault import PageFault, Result, Source
-from kvmd.core.pre_fault import pre_fault_memory
-from kvmd.core.tdp_fd import CreateTdpFd
-from kvmd.core.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_mmu import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva, Level

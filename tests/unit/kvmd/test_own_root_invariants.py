@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import SlotFlag
-from kvmd.core.page_fault import Result
-from kvmd.core.spte import make_mmio_entry
-from kvmd.core.tdp_table import RootState
+from kvmd.core.slots.memslot import SlotFlag
+from kvmd.core.tables.spte import make_mmio_entry
+from kvmd.core.tables.tdp_table import RootState
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed

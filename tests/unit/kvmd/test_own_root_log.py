@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 
 from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.dirty_log import ClearDirtyLog, DirtyLog
-from kvmd.core.flush import Flusher
+from kvmd.core.export.tdp_fd import CreateTdpFd
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import CreateTdpFd
+from kvmd.core.slots.dirty_log import ClearDirtyLog, DirtyLog
+from kvmd.core.tables.flush import Flusher
 from protocol.errors import UapiError
 from protocol.units import MIB, Hva
 from tests.unit.kvmd.logged import NO_PML

@@ -6,11 +6,11 @@ import errno
 
 import pytest
 
+from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.faults.page_fault import IO_ERRNO, Result
 from kvmd.core.invariants import check_vm
-from kvmd.core.page_fault import IO_ERRNO, Result
-from kvmd.core.page_track import MAX_COUNT, PageTrack
+from kvmd.core.slots.page_track import MAX_COUNT, PageTrack
 from kvmd.core.stats import vm_stats
-from kvmd.core.tdp_fd import FaultType
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.dirty_log import ClearDirtyLog
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.failure import poison
@@ -20,7 +20,7 @@ from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
-from kvmd.core.page_fault import Result
+from kvmd.core.slots.dirty_log import ClearDirtyLog
 from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.export.pinning import Pinning, Request
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import Memslot
 from kvmd.core.mm.madvise import collapse, dontneed
 from kvmd.core.mm.page import Page
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
-from kvmd.core.pinning import Pinning, Request
+from kvmd.core.slots.memslot import Memslot
 from protocol.frame_tags import is_free
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva

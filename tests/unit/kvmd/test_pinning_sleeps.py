@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmd.core.export.pinning import Pinning
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.userfaultfd import Userfaultfd
-from kvmd.core.pinning import Pinning
 from kvmd.core.vm import VmType
 from protocol.errors import UapiError
 from protocol.flow import Wait

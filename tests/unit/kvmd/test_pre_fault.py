@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
+from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.invariants import check_vm
-from kvmd.core.pre_fault import pre_fault_memory
 from protocol.errors import UapiError
 from protocol.units import Gpa
 from tests.unit.kvmd.asleep import ELSEWHERE, GFN, GPA, HVA, PAGE, PAGES, Asleep

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import guest_memfd
-from kvmd.core.guest_memfd import GuestMemfd
-from kvmd.core.host_changes import HostChanges
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
-from kvmd.core.private_memory import PrivateMemory
+from kvmd.core.slots import guest_memfd
+from kvmd.core.slots.guest_memfd import GuestMemfd
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import RwLock
 from protocol.units import Gfn

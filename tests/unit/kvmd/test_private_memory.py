@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.guest_memfd import GuestMemfd, MemoryAttributes
+from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
-from kvmd.core.page_fault import Result
-from kvmd.core.pre_fault import pre_fault_memory
+from kvmd.core.slots.guest_memfd import GuestMemfd, MemoryAttributes
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.cpu.program import Instruction
+from kvmd.core.cpu.vcpu import RunResult
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.program import Instruction
-from kvmd.core.vcpu import RunResult
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Hva

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.host_changes import HostChanges
+from kvmd.core.export.tdp_fd import ExportedTdp
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import ExportedTdp
-from kvmd.core.tdp_mmu import Mapped, TdpMmu
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.tables.tdp_mmu import Mapped, TdpMmu
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.flow import Wait

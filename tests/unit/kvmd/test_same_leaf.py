@@ -10,9 +10,9 @@ from itertools import product
 
 import pytest
 
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
-from kvmd.core.page_fault import Result
-from kvmd.core.spte import make_leaf
+from kvmd.core.tables.spte import make_leaf
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import Level
 from tests.oracle.table import RawTables
@@ -96,6 +96,6 @@ def test_a_leaf_that_differs_in_one_bit_is_noticed(bit: int, monkeypatch: pytest
         entry: int = make_leaf(*args, **kwargs)  # type: ignore[arg-type]
         return entry ^ (1 << bit if len(calls) == 1 else 0)  # the first world's: the device's
 
-    monkeypatch.setattr("kvmd.core.tdp_mmu.make_leaf", of_a_device)
+    monkeypatch.setattr("kvmd.core.tables.tdp_mmu.make_leaf", of_a_device)
     with pytest.raises(AssertionError, match="0x"):
         test_a_device_and_a_vcpu_make_the_same_leaf("A/D", 1, "written", True, 0)

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from kvmd.core import slots_change
 from kvmd.core.capability import Cap, check_extension
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import Memslots, Region
-from kvmd.core.page_fault import Result
+from kvmd.core.slots import slots_change
+from kvmd.core.slots.memslot import Memslots, Region
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva

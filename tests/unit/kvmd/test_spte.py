@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.spte import check_entry, make_leaf, make_table_entry, split_child
+from kvmd.core.tables.spte import check_entry, make_leaf, make_table_entry, split_child
 from protocol.pt.walk import ept_rules
 from protocol.units import Hpa, Level, Pfn
 

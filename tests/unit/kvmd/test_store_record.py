@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.cpu import Cpu
-from kvmd.core.dirty_log import DirtyLog
-from kvmd.core.dirty_ring import DirtyRing
-from kvmd.core.fault_path import FaultPath
-from kvmd.core.guest_ram import GuestRam
+from kvmd.core.cpu.cpu import Cpu
+from kvmd.core.cpu.guest_ram import GuestRam
+from kvmd.core.cpu.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
+from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
-from kvmd.core.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.dirty_ring import DirtyRing
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.table_pool import TablePool
+from kvmd.core.tables.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.units import Hpa

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from kvmd.core.export.tdp_fd import CreateTdpFd, Exporter, FaultType, check_create
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import CreateTdpFd, Exporter, FaultType, check_create
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Level

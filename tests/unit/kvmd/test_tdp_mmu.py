@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.table_pool import TablePool
-from kvmd.core.tdp_mmu import Outcome, TdpMmu
-from kvmd.core.tdp_table import Role, Root, RootEvent
+from kvmd.core.tables.table_pool import TablePool
+from kvmd.core.tables.tdp_mmu import Outcome, TdpMmu
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import ept_rules

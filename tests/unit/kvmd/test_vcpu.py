@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core import cpu as cpu_module
+from kvmd.core.cpu import cpu as cpu_module
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.faults.page_fault import RESOLVED, Result
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.page_fault import RESOLVED, Result
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import zap
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
-from kvmd.core.page_fault import Result
-from kvmd.core.slots_change import SlotsChange
+from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.tables import zap
 from protocol.flow import Wait
 from protocol.units import Gfn
 from tests.unit.kvmd.world import WRITE, SlowImporter, World

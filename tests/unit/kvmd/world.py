@@ -7,17 +7,17 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from kvmd.core.cpu.vcpu import RunResult, Vcpu
+from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures, Host
 from kvmd.core.invariants import check_vm
-from kvmd.core.memslot import Region
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.vma import Prot
-from kvmd.core.page_fault import Result
-from kvmd.core.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
-from kvmd.core.vcpu import RunResult, Vcpu
+from kvmd.core.slots.memslot import Region
 from kvmd.core.vm import Kvm
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import FrameTags, tags_size

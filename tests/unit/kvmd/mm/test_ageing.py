@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from kvmd.core.faults.page_fault import Result
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
-from kvmd.core.map_record import WRITABLE, ZAPPED
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
-from kvmd.core.page_fault import Result
+from kvmd.core.tables.map_record import WRITABLE, ZAPPED
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import WHOLE_SIZE, Gfn, GfnSpan, Hva

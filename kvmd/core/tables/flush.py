@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmd.core.table_pool import TablePool
+from kvmd.core.tables.table_pool import TablePool
 from protocol.flow import Wait
 from protocol.units import GfnSpan
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from kvmd.core.memslot import Memslot
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.faults.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, Source, first_pfn
 from kvmd.core.mm.page import MappedPage
-from kvmd.core.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, Source, first_pfn
-from kvmd.core.tdp_mmu import Mapped, Outcome
-from kvmd.core.tdp_table import Root
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.slots.memslot import Memslot
+from kvmd.core.tables.tdp_mmu import Mapped, Outcome
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_start, gfn_limit
 from protocol.trace import TRACE, KvmMmuSpteRequested

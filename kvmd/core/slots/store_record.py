@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvmd.core.memslot import Memslot, Memslots
+from kvmd.core.slots.memslot import Memslot, Memslots
 from protocol.units import Gfn
 
 Told = Callable[[int, int], bool]  # does a report tell of (number of a slot, page of it)?

@@ -12,16 +12,16 @@ import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from kvmd.core.dirty_bitmap import bitmap_bytes
-from kvmd.core.dirty_log import DirtyLog
-from kvmd.core.flush import Flusher
-from kvmd.core.memslot import Change, Memslot, Memslots, Region, SlotFlag
-from kvmd.core.pinning import Pinning
-from kvmd.core.private_memory import PrivateMemory
-from kvmd.core.tdp_fd import ExportedTdp
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Root, RootState
-from kvmd.core.zap import Zapper
+from kvmd.core.export.pinning import Pinning
+from kvmd.core.export.tdp_fd import ExportedTdp
+from kvmd.core.slots.dirty_bitmap import bitmap_bytes
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.memslot import Change, Memslot, Memslots, Region, SlotFlag
+from kvmd.core.slots.private_memory import PrivateMemory
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Root, RootState
+from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.units import GfnSpan

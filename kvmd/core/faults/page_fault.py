@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvmd.core.memslot import Memslot
 from kvmd.core.mm.page import MappedPage
+from kvmd.core.slots.memslot import Memslot
 from protocol.errors import EHWPOISON
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level

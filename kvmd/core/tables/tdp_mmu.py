@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
-from kvmd.core.tdp_log import TdpLog
-from kvmd.core.tdp_table import Role, Root, RootEvent, RootState
+from kvmd.core.tables.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
+from kvmd.core.tables.tdp_log import TdpLog
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.pt.entry import (

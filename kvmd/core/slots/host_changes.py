@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from kvmd.core.flush import Flusher
-from kvmd.core.memslot import Memslots
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.zap import Zapper
+from kvmd.core.slots.memslot import Memslots
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.zap import Zapper
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
 from protocol.units import Gfn, GfnSpan, Hva

@@ -18,15 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvmd.core.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, is_set, runs
-from kvmd.core.dirty_ring import DirtyRing, reserved_entries
-from kvmd.core.flush import Flusher
-from kvmd.core.memslot import Memslot, Memslots
 from kvmd.core.mm.mm import Mm
-from kvmd.core.store_record import StoreRecord
-from kvmd.core.tdp_mmu import SPLIT_BUDGET, TdpMmu
-from kvmd.core.tdp_table import Root
-from kvmd.core.uaccess import copy_from_user, copy_to_user
+from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
+from kvmd.core.slots.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, is_set, runs
+from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
+from kvmd.core.slots.memslot import Memslot, Memslots
+from kvmd.core.slots.store_record import StoreRecord
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import SPLIT_BUDGET, TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span

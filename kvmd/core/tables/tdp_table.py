@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from kvmd.core.map_record import MapRecord
-from kvmd.core.spte import make_table_entry, split_child
-from kvmd.core.table_pool import TablePool
+from kvmd.core.tables.map_record import MapRecord
+from kvmd.core.tables.spte import make_table_entry, split_child
+from kvmd.core.tables.table_pool import TablePool
 from protocol.lifecycle import LifeCycle
 from protocol.pt import bits
 from protocol.pt.entry import is_leaf, is_present, is_table, table_of

@@ -10,11 +10,11 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from kvmd.core.guest_ram import GuestRam, pages_of
+from kvmd.core.cpu.guest_ram import GuestRam, pages_of
 from protocol.units import Gpa
 
 if TYPE_CHECKING:
-    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.cpu.vcpu import Vcpu
     from kvmd.core.vm import Kvm
 
 MSR_KVM_WALL_CLOCK_NEW = 0x4B56_4D00

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvmd.core.guest_ram import pages_of
+from kvmd.core.cpu.guest_ram import pages_of
 from protocol.units import Gpa
 
 if TYPE_CHECKING:
-    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.cpu.vcpu import Vcpu
 
 Instruction = tuple[Any, ...]
 Change = Callable[[bytes], bytes]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from kvmd.core.flush import Flusher
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Root
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.flow import Wait
 from protocol.units import GfnSpan
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from kvmd.core.memslot import Memslot
 from kvmd.core.mm.space import Via
+from kvmd.core.slots.memslot import Memslot
 from protocol.errors import UapiError
 from protocol.pt.geometry import gfn_limit
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gfn, Gpa, Hva, gfn_of
 
 if TYPE_CHECKING:
-    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.cpu.vcpu import Vcpu
     from kvmd.core.vm import Kvm
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 
-from kvmd.core.memslot import Memslot
+from kvmd.core.slots.memslot import Memslot
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan
 

@@ -11,13 +11,13 @@ import errno
 from collections.abc import Iterable
 from functools import partial
 
-from kvmd.core.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
-from kvmd.core.host_changes import HostChanges
-from kvmd.core.memslot import Memslot, Memslots
+from kvmd.core.export.pinning import Pinned
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
-from kvmd.core.pinning import Pinned
+from kvmd.core.slots.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.slots.memslot import Memslot, Memslots
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hva

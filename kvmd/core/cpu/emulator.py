@@ -12,15 +12,15 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kvmd.core.exits import Exit, Mmio
-from kvmd.core.guest_ram import Exchange, GuestRam, pages_of
-from kvmd.core.program import Change
+from kvmd.core.cpu.exits import Exit, Mmio
+from kvmd.core.cpu.guest_ram import Exchange, GuestRam, pages_of
+from kvmd.core.cpu.program import Change
 from protocol.errors import UapiError
 from protocol.kvm_run import INTERNAL_ERROR_EMULATION, MMIO_BYTES, ExitReason
 from protocol.units import Gpa, gfn_of
 
 if TYPE_CHECKING:
-    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.cpu.vcpu import Vcpu
     from kvmd.core.vm import Kvm
 
 

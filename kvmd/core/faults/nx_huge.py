@@ -10,12 +10,12 @@ A device never executes: none of this changes what it may do, only what it must 
 
 from __future__ import annotations
 
-from kvmd.core.flush import Flusher
-from kvmd.core.memslot import Memslots
-from kvmd.core.page_fault import PageFault
-from kvmd.core.slots_change import SlotsChange
-from kvmd.core.tdp_mmu import TdpMmu
-from kvmd.core.tdp_table import Root
+from kvmd.core.faults.page_fault import PageFault
+from kvmd.core.slots.memslot import Memslots
+from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_start
 from protocol.units import LEVEL_4K, Gfn, Level

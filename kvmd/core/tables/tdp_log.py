@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvmd.core.spte import restored
-from kvmd.core.tdp_table import Root, TdpTable
+from kvmd.core.tables.spte import restored
+from kvmd.core.tables.tdp_table import Root, TdpTable
 from protocol.pt import bits
 from protocol.pt.entry import is_frozen, is_table, is_writable, table_of
 from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span, gfn_limit

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
 
-from kvmd.core.dirty_bitmap import DirtyBitmap
-from kvmd.core.guest_memfd import Binding, GuestMemfd
 from kvmd.core.mm.space import TASK_SIZE
+from kvmd.core.slots.dirty_bitmap import DirtyBitmap
+from kvmd.core.slots.guest_memfd import Binding, GuestMemfd
 from protocol.errors import UapiError
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 

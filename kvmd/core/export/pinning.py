@@ -23,11 +23,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvmd.core.memslot import Memslot
+from kvmd.core.faults.page_fault import MAX_TRIES, first_pfn
 from kvmd.core.mm.page import MappedPage, Page
-from kvmd.core.page_fault import MAX_TRIES, first_pfn
-from kvmd.core.tdp_mmu import Mapped, Outcome
-from kvmd.core.tdp_table import Root
+from kvmd.core.slots.memslot import Memslot
+from kvmd.core.tables.tdp_mmu import Mapped, Outcome
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import Flow
 from protocol.pt.geometry import INDEX_BITS, gfn_limit

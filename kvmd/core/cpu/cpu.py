@@ -14,13 +14,13 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from kvmd.core.emulator import Emulator
-from kvmd.core.exits import Exit, MemoryFault
-from kvmd.core.guest_memfd import ATTRIBUTE_PRIVATE
-from kvmd.core.guest_ram import pages_of
-from kvmd.core.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
-from kvmd.core.program import Change
-from kvmd.core.spte import mmio_is_fresh
+from kvmd.core.cpu.emulator import Emulator
+from kvmd.core.cpu.exits import Exit, MemoryFault
+from kvmd.core.cpu.guest_ram import pages_of
+from kvmd.core.cpu.program import Change
+from kvmd.core.faults.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
+from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE
+from kvmd.core.tables.spte import mmio_is_fresh
 from protocol.errors import ModelBug
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
@@ -31,7 +31,7 @@ from protocol.trace import TRACE, HandleMmioPageFault, KvmPageFault
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
 
 if TYPE_CHECKING:
-    from kvmd.core.vcpu import Vcpu
+    from kvmd.core.cpu.vcpu import Vcpu
     from kvmd.core.vm import Kvm
 
 MAX_TLB_ENTRIES = 4096

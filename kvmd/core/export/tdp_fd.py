@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from kvmd.core.tdp_table import Root
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.pt.meta import ExportedTdpMeta

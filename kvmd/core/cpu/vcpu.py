@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmd.core.cpu import Cpu
-from kvmd.core.emulator import Emulator
-from kvmd.core.exits import DONE, Exit, GuestCode, Resume
-from kvmd.core.memslot import MAX_ADDRESS_SPACES
-from kvmd.core.program import Instruction, Program
-from kvmd.core.tdp_table import Root
+from kvmd.core.cpu.cpu import Cpu
+from kvmd.core.cpu.emulator import Emulator
+from kvmd.core.cpu.exits import DONE, Exit, GuestCode, Resume
+from kvmd.core.cpu.program import Instruction, Program
+from kvmd.core.slots.memslot import MAX_ADDRESS_SPACES
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.trace import TRACE, KvmDirtyRingExit

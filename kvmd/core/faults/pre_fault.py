@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 
-from kvmd.core.page_fault import RESOLVED, PageFault, Result, Source
-from kvmd.core.vcpu import Vcpu
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.faults.page_fault import RESOLVED, PageFault, Result, Source
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_span, gfn_limit
