@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import os
 
-from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.rpc.memfd import make_shared
 from protocol.units import TIB, Hpa
 

@@ -1,8 +1,7 @@
 """A second-stage table of iommufdd's own: what an HWPT on an IOAS translates by.
 
-Models the kernel's radix tables in the VT-d second-stage format [VT-d 9.8]: R always, W as asked, the
-page-size bit, nothing else.  Bit 11 stays 0 (the PASID entry's PGSNP enforces snooping), and so do A and D
-(no SSADS).
+Models the kernel's radix tables [iommupt iommu_pt.h]; what their entries are `protocol/pt/second_stage.py`
+says.
 
 What a call changes is worked out first: new tables are filled where no walker can reach them, every store
 into the live table is put off to the end.  So a call that fails (ENOMEM) changed nothing, and each live
@@ -21,15 +20,15 @@ from functools import reduce
 from operator import or_
 from typing import NamedTuple
 
-from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
-from protocol.pt import bits
-from protocol.pt.entry import is_leaf, is_writable, table_of
+from protocol.pt.cursor import Cursor, seek
+from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, address_bits, level_shift
 from protocol.pt.mem import TableWriter
-from protocol.units import LEVEL_4K, Hpa, Iova, Level, align_down, size_of_level
+from protocol.pt.second_stage import SECOND_STAGE
+from protocol.pt.table_pool import TablePool
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Iova, Level, Pfn, align_down, size_of_level
 
-_TABLE = bits.READ | bits.WRITE  # in an entry that points to a table: the leaf alone decides
 _ABSENT = [0] * ENTRIES
 
 
@@ -54,24 +53,13 @@ class IoLeaf(NamedTuple):
         return Iova(self.iova + size_of_level(self.level))
 
 
-def leaf_entry(hpa: Hpa, level: Level, *, writable: bool) -> int:
-    huge = bits.PAGE_SIZE_BIT if level > LEVEL_4K else 0
-    return hpa | bits.READ | (bits.WRITE if writable else 0) | huge
-
-
-def split(leaf: int, level: Level) -> list[int]:
-    """The entries of the table that translates as the huge `leaf` of `level` does."""
-    if level - 1 == LEVEL_4K:
-        leaf &= ~bits.PAGE_SIZE_BIT
-    step = size_of_level(Level(level - 1))
-    return list(range(leaf, leaf + ENTRIES * step, step))
-
-
 class _Edit:
     """One call in the making: leaves of `level` put at start..end, or what is there taken away.
 
     Built by looking at the live table, in the order of its addresses; `IoPageTable` then does it.
     """
+
+    __slots__ = ("cut", "end", "leaves", "level", "made", "puts", "stale_from", "stale_to", "start", "stores")
 
     def __init__(self, start: Iova, end: Iova, level: Level | None = None, puts: Sequence[int] = ()) -> None:
         self.start = start
@@ -90,11 +78,11 @@ class _Edit:
             self.stale_from = start
         self.stale_to = end
 
-    def replaces(self, level: Level, iova: Iova) -> bool:
-        """Does the whole entry of `level` at `iova` change?"""
+    def replaces(self, level: Level, iova: Iova, size: int) -> bool:
+        """Does each whole entry of `level` in iova..iova+size change?"""
         if self.level is not None:
             return level == self.level
-        return self.start <= iova and iova + size_of_level(level) <= self.end
+        return self.start <= iova and iova + size <= self.end
 
     @property
     def change(self) -> Change:
@@ -104,7 +92,12 @@ class _Edit:
 
 class IoPageTable:
     def __init__(
-        self, writer: TableWriter, pool: TablePool, level: Level, max_huge_page_level: Level
+        self,
+        writer: TableWriter,
+        pool: TablePool,
+        level: Level,
+        max_huge_page_level: Level,
+        fmt: TableFormat = SECOND_STAGE,
     ) -> None:
         """An empty table of `level` levels; leaves go up to `max_huge_page_level` (CAP.SSLPS).  ENOMEM."""
         self.level = level
@@ -116,6 +109,13 @@ class IoPageTable:
         self.tables[level] = 1
         self._writer = writer
         self._pool = pool
+        self._format = fmt
+        self._makes_writable = fmt.write.given
+        self._flags = {
+            (Level(n), writable): fmt.make_leaf(Pfn(0), Level(n), writable=writable)
+            for n in range(LEVEL_4K, max_huge_page_level + 1)
+            for writable in (False, True)
+        }
         self._held: set[Hpa] = set()  # cut off, the flush not told of yet
 
     # -- changing --------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class IoPageTable:
         """Leaves of `level` at `iova` and what follows it, one for each of `hpas`.  ENOMEM."""
         assert LEVEL_4K <= level <= self.max_huge_page_level, f"leaf of level {level}"
         size = size_of_level(level)
-        flags = leaf_entry(Hpa(0), level, writable=writable)
+        flags = self._flags[level, writable]
         assert reduce(or_, hpas, iova) % size == 0, f"iova {iova:#x} or an hpa: misaligned for level {level}"
         puts = [hpa | flags for hpa in hpas]
         return self._apply(_Edit(iova, Iova(iova + len(puts) * size), level, puts))
@@ -170,46 +170,29 @@ class IoPageTable:
     # -- looking ---------------------------------------------------------------------------------------
 
     def leaf_at(self, iova: Iova) -> IoLeaf | None:
-        table, level = self._lowest_table(iova, iova)
-        entry = self._writer.load64(table + (iova >> level_shift(level)) % ENTRIES * ENTRY_BYTES)
-        return _leaf(align_down(iova, size_of_level(level)), level, entry) if entry else None
+        level, _, entry = seek(self._writer, self._format, self.root, self.level, iova >> PAGE_SHIFT)
+        return self._leaf(align_down(iova, size_of_level(level)), level, entry) if entry else None
 
     def leaves_in(self, iova: Iova, size: int) -> Iterator[IoLeaf]:
         """Every leaf that overlaps iova..iova+size, in order; nothing may change meanwhile."""
-        return self._leaves_of(self.root, self.level, Iova(0), iova, Iova(iova + size))
+        start, end = iova >> PAGE_SHIFT, (iova + size - 1 >> PAGE_SHIFT) + 1
+        cursor = Cursor(self._writer, self._format, self.root, self.level, start, end)
+        for frame, level, _, entries in cursor:
+            first, step = frame << PAGE_SHIFT, size_of_level(level)
+            for index, entry in enumerate(entries):
+                if entry:
+                    yield self._leaf(Iova(first + index * step), level, entry)
 
-    def _leaves_of(self, table: Hpa, level: Level, base: Iova, start: Iova, end: Iova) -> Iterator[IoLeaf]:
-        touched = _indices(level, base, start, end)
-        for index, entry in zip(touched, self._entries(table, touched), strict=True):
-            iova = Iova(base + (index << level_shift(level)))
-            if entry and is_leaf(entry, level):
-                yield _leaf(iova, level, entry)
-            elif entry:
-                yield from self._leaves_of(table_of(entry), Level(level - 1), iova, start, end)
-
-    def _lowest_table(self, start: Iova, last: Iova, stop: Level = LEVEL_4K) -> tuple[Hpa, Level]:
-        """The lowest table, of `stop` at least, whose entries start..last changes or is translated by."""
-        table, level = self.root, self.level
-        while level > stop:
-            shift = level_shift(level)
-            if (start ^ last) >> shift or last - start == (1 << shift) - 1:
-                break
-            entry = self._writer.load64(table + (start >> shift) % ENTRIES * ENTRY_BYTES)
-            if not entry or is_leaf(entry, level):
-                break
-            table, level = table_of(entry), Level(level - 1)
-        return table, level
-
-    def _entries(self, table: Hpa, which: range) -> list[int]:
-        return self._writer.load_run(table + which.start * ENTRY_BYTES, len(which))
+    def _leaf(self, iova: Iova, level: Level, entry: int) -> IoLeaf:
+        fmt = self._format
+        return IoLeaf(iova, level, Hpa(entry & fmt.address), fmt.write(entry))
 
     # -- working a change out --------------------------------------------------------------------------
 
     def _apply(self, edit: _Edit) -> Change:
         assert 0 <= edit.start < edit.end <= self.limit, f"{edit.start:#x}..{edit.end:#x}"
-        table, level = self._lowest_table(edit.start, Iova(edit.end - 1), edit.level or LEVEL_4K)
         try:
-            self._edit_table(edit, table, level, align_down(edit.start, size_of_level(level) * ENTRIES))
+            self._plan(edit)
         except UapiError:
             self._pool.free(made for made, _ in edit.made)
             raise
@@ -227,55 +210,69 @@ class IoPageTable:
         for _, cut in edit.cut:
             self.tables[cut] -= 1
 
-    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: Iova) -> None:
-        """A live table, whose first entry translates `base`."""
-        touched = _indices(level, base, edit.start, edit.end)
-        old = self._entries(table, touched)
-        new = self._edited_run(edit, old, level, Iova(base + (touched.start << level_shift(level))))
-        for index, was, now in zip(touched, old, new, strict=True):
-            if now != was:
-                edit.stores.append((Hpa(table + index * ENTRY_BYTES), now))
+    def _plan(self, edit: _Edit) -> None:
+        """What becomes of the live entries.  Tables above leaves to be put stay; one that translates nothing
+        but what is to be cleared is cut off."""
+        start, end = edit.start >> PAGE_SHIFT, edit.end >> PAGE_SHIFT
+        lowest, with_tables = edit.level or LEVEL_4K, edit.level is None
+        cursor = Cursor(
+            self._writer, self._format, self.root, self.level, start, end, lowest, with_tables=with_tables
+        )
+        for frame, level, at, old in cursor:
+            new = self._edited_run(edit, old, level, Iova(frame << PAGE_SHIFT))
+            if new == old:
+                continue
+            cursor.step_over()
+            for index, (was, now) in enumerate(zip(old, new, strict=True)):
+                if now != was:
+                    edit.stores.append((Hpa(at + index * ENTRY_BYTES), now))
 
     def _edited_run(self, edit: _Edit, entries: list[int], level: Level, iova: Iova) -> list[int]:
         """What becomes of entries side by side, the first of which translates `iova` on."""
-        if level == edit.level and not any(entries):  # nothing to look at: what pinning spends its time on
-            edit.leaves[level] += len(entries)
-            first = (iova - edit.start) >> level_shift(level)
-            return list(edit.puts[first : first + len(entries)])
         size = size_of_level(level)
-        return [self._edited(edit, entry, level, Iova(iova + n * size)) for n, entry in enumerate(entries)]
+        if edit.replaces(level, iova, len(entries) * size):
+            return self._replaced(edit, entries, level, iova)
+        return [
+            self._edited(edit, entry, level, Iova(iova + n * size)) if entry or edit.puts else entry
+            for n, entry in enumerate(entries)
+        ]
 
     def _edited(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
-        """What becomes of `entry`, which translates `iova` on; what it points to is edited in place."""
-        if edit.replaces(level, iova):
-            return self._replaced(edit, entry, level, iova)
-        if not entry and edit.level is None:
-            return entry
-        if entry and not is_leaf(entry, level):
-            self._edit_table(edit, table_of(entry), Level(level - 1), iova)
-            return entry
+        """What becomes of `entry`, which translates `iova` on."""
+        if edit.replaces(level, iova, size_of_level(level)):
+            return self._replaced(edit, [entry], level, iova)[0]
         return self._grown(edit, entry, level, iova)
 
-    def _replaced(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
-        new = edit.puts[(iova - edit.start) >> level_shift(level)] if edit.puts else 0
-        if new == entry:
-            return entry
-        if new:
-            edit.leaves[level] += 1
-        if not entry:
-            return new
-        if is_leaf(entry, level):
-            edit.leaves[level] -= 1
+    def _replaced(self, edit: _Edit, entries: list[int], level: Level, iova: Iova) -> list[int]:
+        """What is put in place of whole entries side by side; tables they lead to are cut off."""
+        if edit.puts:
+            first = (iova - edit.start) >> level_shift(level)
+            new = list(edit.puts[first : first + len(entries)])
+            edit.leaves[level] += len(new)
         else:
-            self._cut(edit, table_of(entry), Level(level - 1))
-        if new != entry | bits.WRITE:
-            edit.stale(iova, Iova(iova + size_of_level(level)))
+            new = [0] * len(entries)
+        if not any(entries):  # nothing to look at: what pinning spends its time on
+            return new
+        mask, value = self._format.leaf[level]
+        stale = []
+        for index, (was, now) in enumerate(zip(entries, new, strict=True)):
+            if not was:
+                continue
+            if was & mask == value:
+                edit.leaves[level] -= 1
+            else:
+                self._cut(edit, self._format.table_of(was), Level(level - 1))
+            if now != was and now != was | self._makes_writable:
+                stale.append(index)
+        if stale:
+            size = size_of_level(level)
+            edit.stale(Iova(iova + stale[0] * size), Iova(iova + (stale[-1] + 1) * size))
         return new
 
     def _grown(self, edit: _Edit, entry: int, level: Level, iova: Iova) -> int:
         """A new table in place of an absent entry or a huge leaf, unless it would translate as that does."""
         child = Level(level - 1)
-        before = split(entry, level) if entry else _ABSENT
+        before = self._format.split(entry, level) if entry else _ABSENT
         touched = _indices(child, iova, edit.start, edit.end)
         first, end = touched.start, touched.stop
         at = Iova(iova + (first << level_shift(child)))
@@ -288,23 +285,20 @@ class IoPageTable:
         table = self._pool.allocate()
         edit.made.append((table, child))
         self._writer.fill_unlinked(table, entries)
-        return table | _TABLE
+        return self._format.make_table(table, level)
 
     def _cut(self, edit: _Edit, table: Hpa, level: Level) -> None:
         """`table` and all below it will be reached no more."""
         edit.cut.append((table, level))
-        for entry in filter(None, self._writer.load_table(table)):
-            if is_leaf(entry, level):
-                edit.leaves[level] -= 1
-            else:
-                self._cut(edit, table_of(entry), Level(level - 1))
+        fmt = self._format
+        for _, at_level, _, entries in Cursor(self._writer, fmt, table, level, with_tables=True):
+            if fmt.is_table(entries[0], at_level):
+                edit.cut.append((fmt.table_of(entries[0]), Level(at_level - 1)))
+            elif any(entries):
+                edit.leaves[at_level] -= len(entries) - entries.count(0)
 
 
-def _indices(level: Level, base: Iova, start: Iova, end: Iova) -> range:
+def _indices(level: Level, base: int, start: Iova, end: Iova) -> range:
     """Which entries of a table of `level`, whose first translates `base`, start..end touches."""
     shift = level_shift(level)
     return range(max(start - base, 0) >> shift, min((end - 1 - base >> shift) + 1, ENTRIES))
-
-
-def _leaf(iova: Iova, level: Level, entry: int) -> IoLeaf:
-    return IoLeaf(iova, level, Hpa(entry & bits.ADDRESS_MASK), is_writable(entry))

@@ -1,9 +1,9 @@
 """A place in a table, moved through it in the order of its addresses: what every change of a range stands on.
 
-Models the kernel's tdp_iter [KVM tdp_iter.c], with its verbs: on to what is next, a step down, a step up, and
-going on after something else ran.  Where the kernel's iterator stands on one entry, this one hands out runs:
-entries side by side in one table page, loaded at once.  A run is one table entry (when they are asked for),
-handed out before what it leads to, or entries of which none leads to a table.
+Models the kernel's tdp_iter [KVM tdp_iter.c], with its verbs: next, a step down, a step up, a step over, and
+resume after something else ran.  Where the kernel's iterator stands on one entry, this one hands out runs:
+entries side by side in one table page, loaded at once.  A run has no entry that leads to a table; or, for who
+asks `with_tables`, it is one such entry, of a table that lies in the span whole, before what that translates.
 
 What the cursor relies on, and what it does not:
  1. it goes down by what is stored when it goes on, not by what it handed out: who handles a table entry and
@@ -29,7 +29,7 @@ from protocol.units import LEVEL_4K, Hpa, Level
 _INDEX_MASK = ENTRIES - 1
 
 
-class Run(NamedTuple):
+class EntryRun(NamedTuple):
     """Entries side by side: the first frame that the first one translates, and where it lies."""
 
     frame: int
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     entries: list[int]
 
 
-class Place(NamedTuple):
+class EntryAt(NamedTuple):
     """One entry, and where it lies."""
 
     level: Level
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 def seek(
     tables: TableReader, fmt: TableFormat, root: Hpa, levels: Level, frame: int, lowest: Level = LEVEL_4K
-) -> Place:
+) -> EntryAt:
     """The entry over `frame` where a way down from the root ends: no table entry, or that of `lowest`."""
     table: int = root
     is_table, address = fmt.table, fmt.address
@@ -57,7 +57,7 @@ def seek(
         entry = tables.load64(at)
         mask, value = is_table[level]
         if level == lowest or entry & mask != value:
-            return _new(Place, (level, at, entry))
+            return _new(EntryAt, (level, at, entry))
         table = entry & address
     raise AssertionError("an entry of level 1 is no table")
 
@@ -73,6 +73,7 @@ class Cursor:
         "_levels",
         "_lowest",
         "_path",
+        "_start",
         "_tables",
         "_with_tables",
         "frame",
@@ -85,22 +86,23 @@ class Cursor:
         fmt: TableFormat,
         root: Hpa,
         levels: Level,
-        start: int,
-        end: int,
+        start: int = 0,
+        end: int | None = None,
         lowest: Level = LEVEL_4K,
-        *,
         with_tables: bool = False,
     ) -> None:
-        self.frame = start  # the first that no run covered yet
-        self._end = min(end, 1 << INDEX_BITS * levels)
+        limit = 1 << INDEX_BITS * levels
         self._tables = tables
         self._format = fmt
         self._levels = levels
         self._lowest = lowest
         self._with_tables = with_tables
+        self._start = start
+        self._end = limit if end is None or end > limit else end
         self._path: list[int] = [root] * (levels + 1)  # the table page of each level
-        self.level = levels
-        self._entered = 0  # which table of `level` this is, counted in the order of their addresses
+        self.frame = start  # the first that no run covered yet
+        self.level: int = levels
+        self._entered = 0  # which table of `level` we are in, counted in the order of their addresses
         self._in_table_entry = False  # the entry over `frame` was handed out, and led to a table
 
     def resume(self, frame: int | None = None) -> None:
@@ -112,60 +114,51 @@ class Cursor:
         self._entered = 0
         self._in_table_entry = False
 
-    def step_down(self, entry: int) -> None:
-        """Into the table that `entry`, the one over `frame`, leads to."""
-        self.level = level = _BELOW[self.level]
-        self._path[level] = entry & self._format.address
-        self._entered = self.frame >> INDEX_BITS * level
-
-    def step_up(self) -> None:
-        """To the entry of the next level: that of the table we are in."""
-        self.level = _ABOVE[self.level]
-        self._entered >>= INDEX_BITS
-
-    def next(self) -> Run | None:
-        """The entries that follow, as far as they make one run.  None: there are no more."""
+    def step_over(self) -> None:
+        """Past the table entry that was handed out last, if it was one, and all that it leads to."""
         if self._in_table_entry:
-            self._go_below()
-        frame, end, lowest = self.frame, self._end, self._lowest
+            self._in_table_entry = False
+            shift = INDEX_BITS * (self.level - 1)
+            self.frame = (self.frame >> shift) + 1 << shift
+
+    def next(self) -> EntryRun | None:
+        """The entries that follow, as far as they make one run.  None: there are no more."""
+        frame, end, level = self.frame, self._end, self.level
+        tables, path, lowest = self._tables, self._path, self._lowest
         while frame < end:
-            while frame >> INDEX_BITS * self.level != self._entered:
-                self.step_up()
-            level = self.level
+            while frame >> INDEX_BITS * level != self._entered:  # step up
+                level += 1
+                self._entered >>= INDEX_BITS
             shift = INDEX_BITS * (level - 1)
             first = frame >> shift
-            at = self._path[level] + (first & _INDEX_MASK) * ENTRY_BYTES
+            at = path[level] + (first & _INDEX_MASK) * ENTRY_BYTES
             if level > lowest:
-                entry = self._tables.load64(at)
+                entry = tables.load64(at)
                 mask, value = self._format.table[level]
                 if entry & mask == value:
-                    if not self._with_tables:
-                        self.step_down(entry)
-                        continue
-                    self._in_table_entry = True
-                    return _new(Run, (first << shift, level, at, [entry]))
+                    covered = first + 1 << shift <= end and first << shift >= self._start
+                    if covered and self._with_tables and not self._in_table_entry:
+                        self._in_table_entry, self.level = True, level
+                        return _new(EntryRun, (first << shift, level, at, [entry]))
+                    level -= 1  # step down
+                    path[level] = entry & self._format.address
+                    self._entered = frame >> INDEX_BITS * level
+                    self._in_table_entry = False
+                    continue
+                if self._in_table_entry:  # it leads to no table any more
+                    self.step_over()
+                    frame = self.frame
+                    continue
             count = min(ENTRIES - (first & _INDEX_MASK), (end - 1 >> shift) - first + 1)
-            entries = self._tables.load_run(at, count)
+            entries = tables.load_run(at, count)
             if level > lowest:
                 _cut_at_table(entries, mask, value)
-            self.frame = first + len(entries) << shift
-            return _new(Run, (first << shift, level, at, entries))
+            self.frame, self.level = first + len(entries) << shift, level
+            return _new(EntryRun, (first << shift, level, at, entries))
         return None
 
-    def __iter__(self) -> Iterator[Run]:
+    def __iter__(self) -> Iterator[EntryRun]:
         return iter(self.next, None)
-
-    def _go_below(self) -> None:
-        """Into what the table entry handed out last leads to now, or past it."""
-        self._in_table_entry = False
-        shift = INDEX_BITS * (self.level - 1)
-        entry = self._tables.load64(
-            self._path[self.level] + (self.frame >> shift & _INDEX_MASK) * ENTRY_BYTES
-        )
-        if self._format.is_table(entry, self.level):
-            self.step_down(entry)
-        else:
-            self.frame = (self.frame >> shift) + 1 << shift
 
 
 def _cut_at_table(entries: list[int], mask: int, value: int) -> None:
@@ -177,8 +170,6 @@ def _cut_at_table(entries: list[int], mask: int, value: int) -> None:
 
 
 _new = tuple.__new__  # a NamedTuple's own constructor costs twice as much
-_BELOW = tuple(Level(level - 1) for level in range(MAX_LEVEL + 1))
-_ABOVE = tuple(Level(level + 1) for level in range(MAX_LEVEL + 1))
 _STEPS = tuple(
     tuple((Level(level), INDEX_BITS * (level - 1)) for level in range(levels, 0, -1))
     for levels in range(MAX_LEVEL + 1)

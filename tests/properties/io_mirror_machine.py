@@ -31,13 +31,13 @@ from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.mirror_pins import MirrorPin
 from iommufdd.core.notes import Notes
 from iommufdd.core.source import Source
-from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START, Window, WindowKind
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt import bits
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Gfn, Hva, Iova, IovaPfn, Level, size_of_level
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse

@@ -44,15 +44,16 @@ VTD_RECORDS = (
     *("hw.caps", "hw.fields", "hw.context_entry", "hw.pasid_entry", "hw.prq", "hw.qi", "hw.faults"),
     *("hw.vtd_regs", "hw.register_page"),
 )
+OWN_TABLES = ("meta", "bits", "geometry", "mem", "format", "second_stage", "cursor", "table_pool")
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "kvm_run", "pt", "hostmem", "frame_tags"),
-    # It fills second-stage tables of its own (pt.mem, pt.entry), and leaves walking to the unit.
-    "iommufdd": (*ANY_CORE, *VTD_RECORDS, "pt.meta", "pt.bits", "pt.geometry", "pt.mem", "pt.entry"),
+    # It fills second-stage tables of its own, and leaves walking to the unit.
+    "iommufdd": (*ANY_CORE, *VTD_RECORDS, *(f"pt.{name}" for name in OWN_TABLES)),
     "device_sim": (*ANY_CORE, "hw", "hostmem", "pt", "frame_tags"),
     "qemu_shim": (*ANY_CORE, "hw.dsa", "hw.dsa_regs", "hw.fields"),
 }
-# The one thing in pt that only the owner of a table may hold: kvmd of the shared one, iommufdd of its own.
-WRITERS = {"TableWriter"}
+# What in pt only the owner of a table may hold: kvmd of the shared one, iommufdd of its own.
+WRITERS = {"TableWriter", "TablePool"}
 OWNERS = ("kvmd", "iommufdd")
 
 RPC_SHELL = (

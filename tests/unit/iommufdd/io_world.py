@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from iommufdd.core.io_pagetable import Change, IoPageTable
-from iommufdd.core.table_pool import TablePool
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import Hpa, Iova, Level
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 

@@ -12,10 +12,10 @@ from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.source import Source, Sources
-from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Hva, Iova, Level
 from tests.unit.iommufdd.host import FakeHost
 from tests.unit.iommufdd.world import RID, ROOT, World

@@ -122,14 +122,14 @@ def test_a_call_that_finds_no_page_for_a_table_changes_nothing(pages: int, histo
 class ClearsBeforeStoring(IoPageTable):
     """Break before make: between the two stores a device faults on what is mapped."""
 
-    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, Iova(base))
+    def _plan(self, edit: _Edit) -> None:
+        super()._plan(edit)
         edit.stores = [store for at, entry in edit.stores for store in ((at, 0), (at, entry))]
 
 
 class LinksBeforeFilling(IoPageTable):
-    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, Iova(base))
+    def _plan(self, edit: _Edit) -> None:
+        super()._plan(edit)
         made = {page for page, _ in edit.made}
         for at, entry in edit.stores:
             if (page := table_of(entry)) in made:
@@ -177,10 +177,10 @@ class LeaksTheTable(IoPageTable):
 
 
 class LosesRightsUnflushed(IoPageTable):
-    def _replaced(self, edit: _Edit, entry: int, level: Level, iova: int) -> int:
+    def _replaced(self, edit: _Edit, entries: list[int], level: Level, iova: Iova) -> list[int]:
         stale = edit.stale_from, edit.stale_to
-        new = super()._replaced(edit, entry, level, Iova(iova))
-        if new and (entry ^ new) == WRITE:
+        new = super()._replaced(edit, entries, level, iova)
+        if any(now and was ^ now == WRITE for was, now in zip(entries, new, strict=True)):
             edit.stale_from, edit.stale_to = stale
         return new
 
@@ -207,8 +207,8 @@ class SplitsOneFrameShort(IoPageTable):
 
 
 class StoresOnlyTheLast(IoPageTable):
-    def _edit_table(self, edit: _Edit, table: Hpa, level: Level, base: int) -> None:
-        super()._edit_table(edit, table, level, Iova(base))
+    def _plan(self, edit: _Edit) -> None:
+        super()._plan(edit)
         del edit.stores[:-1]
 
 

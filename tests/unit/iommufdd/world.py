@@ -19,12 +19,12 @@ from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.kvm_domain import KvmDomain
 from iommufdd.core.source import Sources
-from iommufdd.core.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import Descriptor
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Level, Pasid
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.pt.cursor import Cursor, Place, Run, seek
+from protocol.pt.cursor import Cursor, EntryAt, EntryRun, seek
 from protocol.pt.mem import TableOutside, TableWriter
 from protocol.pt.second_stage import SECOND_STAGE
 from protocol.units import Hpa, Level, Pfn
@@ -27,16 +27,16 @@ class Tables:
         self.writer = TableWriter(Hpa(BASE), memoryview(self.memory))
         self.free = [Hpa(BASE + 4096 * n) for n in range(pages - 1, 0, -1)]
 
-    def place(self, frame: int, level: int) -> Place:
+    def place(self, frame: int, level: int) -> EntryAt:
         """The entry of `level` over `frame`, with the tables it takes."""
         while (met := self.seek(frame, level)).level > level:
             self.writer.store64(met.at, self.free.pop() | TABLE)
         return met
 
-    def seek(self, frame: int, level: int = 1) -> Place:
+    def seek(self, frame: int, level: int = 1) -> EntryAt:
         return seek(self.writer, SECOND_STAGE, Hpa(BASE), Level(4), frame, Level(level))
 
-    def put(self, frame: int, level: int = 1, entry: int | None = None) -> Place:
+    def put(self, frame: int, level: int = 1, entry: int | None = None) -> EntryAt:
         made = frame << 12 | (HUGE if level > 1 else LEAF) if entry is None else entry
         met = self.place(frame, level)
         self.writer.store64(met.at, made)
@@ -46,7 +46,7 @@ class Tables:
         return Cursor(self.writer, SECOND_STAGE, Hpa(BASE), Level(4), start, end, Level(lowest), **how)
 
 
-def met(run: Run | None) -> list[tuple[int, int]]:
+def met(run: EntryRun | None) -> list[tuple[int, int]]:
     """(frame, level) of each entry of a run that is not empty."""
     if run is None:
         return []
