@@ -20,7 +20,7 @@ from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
 
 
-class Cap(IntEnum):
+class KvmCap(IntEnum):
     """KVM_CAP_* [KVM kvm.h]."""
 
     USER_MEMORY = 3
@@ -53,10 +53,10 @@ class Cap(IntEnum):
 
 
 _PRESENT = (
-    *(Cap.USER_MEMORY, Cap.USER_MEMORY2, Cap.EXT_CPUID, Cap.SYNC_MMU, Cap.READONLY_MEM),
-    *(Cap.DESTROY_MEMORY_REGION_WORKS, Cap.JOIN_MEMORY_REGIONS_WORKS),
-    *(Cap.ENABLE_CAP_VM, Cap.CHECK_EXTENSION_VM, Cap.IMMEDIATE_EXIT, Cap.INTERNAL_ERROR_DATA),
-    *(Cap.MEMORY_FAULT_INFO, Cap.GUEST_MEMFD, Cap.PRE_FAULT_MEMORY, Cap.TDP_FD_OWN_ROOT),
+    *(KvmCap.USER_MEMORY, KvmCap.USER_MEMORY2, KvmCap.EXT_CPUID, KvmCap.SYNC_MMU, KvmCap.READONLY_MEM),
+    *(KvmCap.DESTROY_MEMORY_REGION_WORKS, KvmCap.JOIN_MEMORY_REGIONS_WORKS),
+    *(KvmCap.ENABLE_CAP_VM, KvmCap.CHECK_EXTENSION_VM, KvmCap.IMMEDIATE_EXIT, KvmCap.INTERNAL_ERROR_DATA),
+    *(KvmCap.MEMORY_FAULT_INFO, KvmCap.GUEST_MEMFD, KvmCap.PRE_FAULT_MEMORY, KvmCap.TDP_FD_OWN_ROOT),
 )
 
 
@@ -64,18 +64,18 @@ def check_extension(features: CpuFeatures, vm: Kvm | None, cap: int) -> int:
     """KVM_CHECK_EXTENSION on `vm`, or on /dev/kvm."""
     values: dict[int, int] = {
         **dict.fromkeys(_PRESENT, 1),
-        Cap.NR_MEMSLOTS: MAX_SLOTS,
-        Cap.NR_VCPUS: min(features.cpus, MAX_VCPUS),  # no more than that are recommended
-        Cap.MAX_VCPUS: MAX_VCPUS,
-        Cap.MAX_VCPU_ID: MAX_VCPU_IDS,
-        Cap.MULTI_ADDRESS_SPACE: _address_spaces(features, vm),
-        Cap.MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT_ENABLE | MANUAL_INITIALLY_SET,
-        Cap.DIRTY_LOG_RING: MAX_RING_BYTES,
-        Cap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
-        Cap.DIRTY_LOG_RING_WITH_BITMAP: int(features.dirty_ring_with_bitmap),
-        Cap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm is None or vm.private.attributes.supported else 0,
-        Cap.VM_TYPES: sum(1 << kind for kind in VmType),
-        Cap.GUEST_MEMFD_FLAGS: MemfdFlag.MMAP | MemfdFlag.INIT_SHARED
+        KvmCap.NR_MEMSLOTS: MAX_SLOTS,
+        KvmCap.NR_VCPUS: min(features.cpus, MAX_VCPUS),  # no more than that are recommended
+        KvmCap.MAX_VCPUS: MAX_VCPUS,
+        KvmCap.MAX_VCPU_ID: MAX_VCPU_IDS,
+        KvmCap.MULTI_ADDRESS_SPACE: _address_spaces(features, vm),
+        KvmCap.MANUAL_DIRTY_LOG_PROTECT2: MANUAL_PROTECT_ENABLE | MANUAL_INITIALLY_SET,
+        KvmCap.DIRTY_LOG_RING: MAX_RING_BYTES,
+        KvmCap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
+        KvmCap.DIRTY_LOG_RING_WITH_BITMAP: int(features.dirty_ring_with_bitmap),
+        KvmCap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm is None or vm.private.attributes.supported else 0,
+        KvmCap.VM_TYPES: sum(1 << kind for kind in VmType),
+        KvmCap.GUEST_MEMFD_FLAGS: MemfdFlag.MMAP | MemfdFlag.INIT_SHARED
         if vm is None
         else vm.private.memfd_flags,
     }
@@ -91,13 +91,13 @@ def _address_spaces(features: CpuFeatures, vm: Kvm | None) -> int:
 
 def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:
     """KVM_ENABLE_CAP on a VM; only arg 0 means anything to what is known here."""
-    if cap == Cap.MANUAL_DIRTY_LOG_PROTECT2:
+    if cap == KvmCap.MANUAL_DIRTY_LOG_PROTECT2:
         _set_manual_protect(vm, flags, args[0])
-    elif cap in (Cap.DIRTY_LOG_RING, Cap.DIRTY_LOG_RING_ACQ_REL):
+    elif cap in (KvmCap.DIRTY_LOG_RING, KvmCap.DIRTY_LOG_RING_ACQ_REL):
         _set_ring_size(vm, args[0] & 0xFFFF_FFFF)  # the kernel takes a u32
-    elif cap == Cap.DIRTY_LOG_RING_WITH_BITMAP:
+    elif cap == KvmCap.DIRTY_LOG_RING_WITH_BITMAP:
         _set_ring_with_bitmap(vm, flags)
-    elif cap == Cap.TDP_FD_OWN_ROOT:
+    elif cap == KvmCap.TDP_FD_OWN_ROOT:
         _set_tdp_own_root(vm, flags, args)
     else:
         raise UapiError(errno.EINVAL, f"capability {cap}: there is nothing to enable")

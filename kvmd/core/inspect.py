@@ -29,7 +29,7 @@ from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa, Hpa, Level, size_of_
 MAX_DUMP_TABLES = 1 << 16  # copying that many, 256 MiB, takes about a second, and nothing else goes on
 
 
-class Run(NamedTuple):
+class TableRun(NamedTuple):
     """Table pages that lie side by side."""
 
     base: Hpa
@@ -135,7 +135,7 @@ def _path(tables: TableReader, root: Root, gfn: Gfn) -> Iterator[tuple[int, int,
 # -- a dump --------------------------------------------------------------------------------------------
 
 
-def table_runs(tables: TableReader, root: Root) -> list[Run]:
+def table_runs(tables: TableReader, root: Root) -> list[TableRun]:
     """Every page of the root's table, in address order.  EFBIG."""
     if root.tables > MAX_DUMP_TABLES:
         raise UapiError(errno.EFBIG, f"the table has {root.tables} pages, a dump at most {MAX_DUMP_TABLES}")
@@ -145,12 +145,12 @@ def table_runs(tables: TableReader, root: Root) -> list[Run]:
         entries = (entry for table in row for entry in tables.load_table(table))
         row = [table_of(entry) for entry in entries if is_table(entry, Level(level))]
         found += row
-    runs: list[Run] = []
+    runs: list[TableRun] = []
     for table in sorted(found):
         if runs and table == runs[-1].base + runs[-1].pages * PAGE_SIZE:
-            runs[-1] = Run(runs[-1].base, runs[-1].pages + 1)
+            runs[-1] = TableRun(runs[-1].base, runs[-1].pages + 1)
         else:
-            runs.append(Run(table, 1))
+            runs.append(TableRun(table, 1))
     return runs
 
 

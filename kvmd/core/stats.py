@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kvmd.core.faults.page_fault import EMULATED, RESOLVED, Result, Source
+from kvmd.core.faults.page_fault import EMULATED, RESOLVED, FaultResult, FaultSource
 from kvmd.core.vm import Kvm
 
 
@@ -38,16 +38,16 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "collapses": vm.mmu.collapses,
         **_tables_by_owner(vm),
     }
-    for source, prefix in ((Source.VCPU, "pf"), (Source.IO, "io_pf")):
-        taken = {result: vm.faults[source, result] for result in Result}
+    for source, prefix in ((FaultSource.VCPU, "pf"), (FaultSource.IO, "io_pf")):
+        taken = {result: vm.faults[source, result] for result in FaultResult}
         stats[f"{prefix}_taken"] = sum(taken.values())
-        stats[f"{prefix}_fixed"] = taken[Result.FIXED] + taken[Result.FAST]
-        stats[f"{prefix}_fast"] = taken[Result.FAST]
-        stats[f"{prefix}_spurious"] = taken[Result.SPURIOUS]
+        stats[f"{prefix}_fixed"] = taken[FaultResult.FIXED] + taken[FaultResult.FAST]
+        stats[f"{prefix}_fast"] = taken[FaultResult.FAST]
+        stats[f"{prefix}_spurious"] = taken[FaultResult.SPURIOUS]
         stats[f"{prefix}_major"] = vm.tallies[source].major
         stats[f"{prefix}_allocated"] = vm.tallies[source].allocated
-        emulated = sum(taken[result] for result in EMULATED) if source is Source.VCPU else 0
-        if source is Source.VCPU:  # for a device what only KVM could emulate has failed
+        emulated = sum(taken[result] for result in EMULATED) if source is FaultSource.VCPU else 0
+        if source is FaultSource.VCPU:  # for a device what only KVM could emulate has failed
             stats["pf_emulate"] = emulated
         unresolved = sum(count for result, count in taken.items() if result not in RESOLVED)
         stats[f"{prefix}_failed"] = unresolved - emulated

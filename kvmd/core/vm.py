@@ -19,16 +19,16 @@ from kvmd.core.export.tdp_fd import (
     CreateTdpFd,
     ExportedTdp,
     Exporter,
-    FaultType,
+    TdpFaultType,
     check_create,
 )
 from kvmd.core.faults.fault_notes import FaultNotes
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.nx_huge import NxHugePages
 from kvmd.core.faults.page_fault import (
+    FaultResult,
+    FaultSource,
     PageFault,
-    Result,
-    Source,
     mapping_level,
 )
 from kvmd.core.host import Host
@@ -38,7 +38,7 @@ from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.slots.memslot import Change, Memslot, Memslots, Region
+from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange
 from kvmd.core.slots.page_track import PageTrack
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.slots.slots_change import SlotsChange
@@ -95,8 +95,8 @@ class Kvm:
         self.pinning = Pinning(self)
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
-        self.faults: Counter[tuple[Source, Result]] = Counter()
-        self.tallies = {source: Tally() for source in Source}
+        self.faults: Counter[tuple[FaultSource, FaultResult]] = Counter()
+        self.tallies = {source: Tally() for source in FaultSource}
         self.retries = 0
         self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered
@@ -264,7 +264,7 @@ class Kvm:
 
     # -- memslots and their logging --------------------------------------------------------------------
 
-    async def set_memory_region(self, region: Region) -> None:
+    async def set_memory_region(self, region: MemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
         await self.slots_change.set_memory_region(region)
 
@@ -277,8 +277,8 @@ class Kvm:
         ring = self.dirty_log.rings.get(vcpu.id)
         return ring is not None and ring.soft_full
 
-    def _slot_replaced(self, change: Change, old: Memslot | None) -> None:
-        if change in (Change.DELETE, Change.MOVE) and old is not None:
+    def _slot_replaced(self, change: SlotChange, old: Memslot | None) -> None:
+        if change in (SlotChange.DELETE, SlotChange.MOVE) and old is not None:
             self.page_track.forget(old)
         if old is not None:
             self.stores.replaced(old)
@@ -402,8 +402,8 @@ class Kvm:
         self.mmu.put_root(exported.root)
 
     async def fault_exported(
-        self, exported: ExportedTdp, mm_cookie: int, gfn: Gfn, kind: FaultType
-    ) -> Result:
+        self, exported: ExportedTdp, mm_cookie: int, gfn: Gfn, kind: TdpFaultType
+    ) -> FaultResult:
         """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it exited;
         ENODEV: released.
         """
@@ -415,8 +415,8 @@ class Kvm:
         if not self.mm.alive:
             raise UapiError(errno.EPERM, f"fault at gfn {gfn:#x}: the VM's process has exited")
         if gfn >= gfn_limit(exported.root.role.level):
-            return Result.NO_SLOT
-        return await self.fault_path.handle_fault(PageFault(gfn, kind.write, Source.IO))
+            return FaultResult.NO_SLOT
+        return await self.fault_path.handle_fault(PageFault(gfn, kind.write, FaultSource.IO))
 
     # -- the end ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from kvmd.core.inspect import Run, describe, look_up, make_probes, root_of, table_runs
+from kvmd.core.inspect import TableRun, describe, look_up, make_probes, root_of, table_runs
 from kvmd.core.vm import Kvm
 from kvmd.service.objects import App, VmFile
 from protocol.errors import UapiError
@@ -74,7 +74,7 @@ def _dump(app: App, vm: Kvm, probes: int) -> Answer:
     return Answer(body, [_copy(app.host.writer, runs)])
 
 
-def _copy(tables: TableReader, runs: list[Run]) -> int:
+def _copy(tables: TableReader, runs: list[TableRun]) -> int:
     """The runs' pages, one run after the other, in a file of their own.  ENOMEM, EMFILE."""
     try:
         fd = os.memfd_create("tdp-dump", os.MFD_CLOEXEC)

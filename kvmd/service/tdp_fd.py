@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 
 from kvmd.core.export.pinning import Account
-from kvmd.core.export.tdp_fd import FaultType
+from kvmd.core.export.tdp_fd import TdpFaultType
 from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED
 from kvmd.importers import TDP_WINDOWS, RemoteImporter, lent
 from kvmd.service.objects import Importer, TdpFile, holding
@@ -82,7 +82,7 @@ def importer_closed(importer: Importer) -> None:
 
 async def _fault(importer: Importer, message: tdp.TdpFault, fds: Fds) -> Body:
     exported, vm = importer.tdp.exported, importer.tdp.owner.vm
-    kind = FaultType(message.read, message.write, message.exec)
+    kind = TdpFaultType(message.read, message.write, message.exec)
     flow = vm.fault_exported(exported, message.mm, Gfn(message.gfn), kind)
     result = await holding(importer.tdp.owner, flow)
     if result not in RESOLVED:

@@ -13,7 +13,7 @@ from kvmd.core.capability import check_extension, enable_cap
 from kvmd.core.export.tdp_fd import CreateTdpFd
 from kvmd.core.slots.dirty_log import ClearDirtyLog
 from kvmd.core.slots.guest_memfd import GuestMemfd
-from kvmd.core.slots.memslot import Region, SlotFlag
+from kvmd.core.slots.memslot import MemoryRegion, SlotFlag
 from kvmd.memory import dirty_ring_memory
 from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import GuestMemfdFile, TdpFile, VcpuFile, VmFile, holding
@@ -71,8 +71,8 @@ def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer
     return Answer({}, [fd])
 
 
-def _region(message: uapi.KvmSetUserMemoryRegion) -> Region:
-    return Region(
+def _region(message: uapi.KvmSetUserMemoryRegion) -> MemoryRegion:
+    return MemoryRegion(
         message.slot,
         message.flags,
         Gpa(message.guest_phys_addr),

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.cpu.vcpu import Vcpu
-from kvmd.core.export.tdp_fd import FaultType
-from kvmd.core.faults.page_fault import RESOLVED, Result
+from kvmd.core.export.tdp_fd import TdpFaultType
+from kvmd.core.faults.page_fault import RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage, PageKind, Pte
@@ -139,7 +139,7 @@ class Rig:
         self._watch_pool()
         self.vcpus: list[Vcpu] = [self.world.vcpu(i) for i in range(2)]
         if own:
-            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+            enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.root = int(self.exported.meta.root_hpa)
         self.raw = RawTables(LOW_RAM_START, self.world.bare.tables)
@@ -292,16 +292,16 @@ class Rig:
 
     def io_fault(self, gfn: int, write: bool) -> None:
         async def run() -> None:
-            kind = FaultType(read=not write, write=write, exec=False)
+            kind = TdpFaultType(read=not write, write=write, exec=False)
             changes = self.quiet_slots()
             result = await self.vm.fault_exported(self.exported, 77, Gfn(gfn), kind)
             if changes is None or changes != self.quiet_slots():
                 return
             page, readonly = self.lookup(gfn)
             if page is None:
-                assert result is Result.NO_SLOT
+                assert result is FaultResult.NO_SLOT
             elif readonly and write:
-                assert result is Result.READONLY
+                assert result is FaultResult.READONLY
             else:
                 assert (result in RESOLVED) == (page in self.mapped), f"gfn {gfn:#x}: {result}"
 

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from random import Random
 
-from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
@@ -91,10 +91,10 @@ class Migration:
         self.world = world = World(CpuFeatures(pml=pml))
         self.vm = world.vm
         if manual:
-            enable_cap(self.vm, Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
+            enable_cap(self.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
         if ring:
-            enable_cap(self.vm, Cap.DIRTY_LOG_RING, 0, [RING_BYTES])
-            enable_cap(self.vm, Cap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
+            enable_cap(self.vm, KvmCap.DIRTY_LOG_RING, 0, [RING_BYTES])
+            enable_cap(self.vm, KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
         world.map(PAGES // 512 if huge else PAGES, 2 if huge else 1, hva=HVA)
         world.map(1, hva=BITMAP)
         self.vcpus: list[Vcpu] = [world.vcpu(i) for i in range(2)]

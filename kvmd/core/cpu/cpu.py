@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from kvmd.core.cpu.emulator import Emulator
 from kvmd.core.cpu.exits import Exit, MemoryFault
 from kvmd.core.cpu.guest_ram import pages_of
-from kvmd.core.cpu.program import Change
-from kvmd.core.faults.page_fault import EMULATED, RESOLVED, PageFault, Result, Source
+from kvmd.core.cpu.program import Modification
+from kvmd.core.faults.page_fault import EMULATED, RESOLVED, FaultResult, FaultSource, PageFault
 from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE
 from kvmd.core.tables.spte import mmio_is_fresh
 from protocol.errors import ModelBug
@@ -85,7 +85,7 @@ class Cpu:
             self._write(pieces, data)
 
     # awaits: change: cannot change: what the instruction does
-    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
+    async def modify(self, gpa: Gpa, size: int, change: Modification, *, locked: bool) -> None:
         pieces = await self._reach((gpa, size, bits.WRITE))
         if pieces is None:
             await self._emulator.modify(gpa, size, change, locked=locked)
@@ -222,7 +222,7 @@ class Cpu:
             if TRACE.on:
                 TRACE.emit(HandleMmioPageFault(0, gfn, 0))  # KVM prints no address for a direct MMU
             return False
-        fault = PageFault(gfn, need == bits.WRITE, Source.VCPU, self._as_id, fetch=need == bits.EXEC)
+        fault = PageFault(gfn, need == bits.WRITE, FaultSource.VCPU, self._as_id, fetch=need == bits.EXEC)
         while True:
             result = await self._vm.fault_path.handle_fault(fault, vcpu)
             if result in EMULATED:
@@ -231,23 +231,23 @@ class Cpu:
                 if vcpu.must_leave:
                     await vcpu.enter()
                 return True
-            if result is Result.UNSTABLE:
+            if result is FaultResult.UNSTABLE:
                 await vcpu.pause()
             else:
                 await self._leave(gfn, result)
 
-    async def _leave(self, gfn: Gfn, result: Result) -> None:
+    async def _leave(self, gfn: Gfn, result: FaultResult) -> None:
         why = f"gfn {gfn:#x}: {result.name.lower()}"
-        if result is Result.HWPOISON:
+        if result is FaultResult.HWPOISON:
             slot = self._vm.slots.find(gfn, self._as_id)
             hva = None if slot is None else slot.hva_of(gfn)
             await Exit(ExitReason.INTR, errno.EINTR, why, sigbus=hva)
-        elif result is Result.MEMORY_FAULT:
+        elif result is FaultResult.MEMORY_FAULT:
             flags = ATTRIBUTE_PRIVATE if self._vm.private.attributes.is_private(gfn) else 0
             what = MemoryFault(flags, Gpa(gfn << PAGE_SHIFT), PAGE_SIZE)
             await Exit(ExitReason.MEMORY_FAULT, errno.EFAULT, why, memory_fault=what)
         else:
-            number = errno.ENOMEM if result is Result.NO_MEMORY else errno.EFAULT
+            number = errno.ENOMEM if result is FaultResult.NO_MEMORY else errno.EFAULT
             await Exit(ExitReason.UNKNOWN, number, why)
 
 

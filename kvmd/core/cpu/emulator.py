@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmd.core.cpu.exits import Exit, Mmio
 from kvmd.core.cpu.guest_ram import Exchange, GuestRam, pages_of
-from kvmd.core.cpu.program import Change
+from kvmd.core.cpu.program import Modification
 from protocol.errors import UapiError
 from protocol.kvm_run import INTERNAL_ERROR_EMULATION, MMIO_BYTES, ExitReason
 from protocol.units import Gpa, gfn_of
@@ -59,7 +59,7 @@ class Emulator:
 
     # awaits: change: cannot change: what the instruction does | new: cannot change: made of `old`; a locked
     # one is stored only where `old` still is
-    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
+    async def modify(self, gpa: Gpa, size: int, change: Modification, *, locked: bool) -> None:
         """A locked one within a page is a compare-and-exchange at the host's address, where there is one.  If
         that faults it cannot be emulated; if the value is another by now the instruction starts again
         [emulator_cmpxchg_emulated].

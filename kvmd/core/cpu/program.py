@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from kvmd.core.cpu.vcpu import Vcpu
 
 Instruction = tuple[Any, ...]
-Change = Callable[[bytes], bytes]
+Modification = Callable[[bytes], bytes]
 
 WHOLE_BYTES = 16  # the largest access of one instruction
 WORD_BYTES = 8  # what loops and polls access
 BREATH = 512  # steps of a loop before others get a turn
 
 
-class Memory(Protocol):
+class GuestAccess(Protocol):
     """Guest memory; whatever stands in the way of an access is waited for, or left to user space, inside."""
 
     async def load(self, gpa: Gpa, size: int) -> bytes: ...
     async def store(self, gpa: Gpa, data: bytes) -> None: ...
-    async def modify(self, gpa: Gpa, size: int, change: Change, *, locked: bool) -> None:
+    async def modify(self, gpa: Gpa, size: int, change: Modification, *, locked: bool) -> None:
         """A read-modify-write: always a write cycle; `locked`: with a LOCK prefix, or one implied."""
 
     async def fetch(self, gpa: Gpa) -> None: ...
@@ -48,7 +48,7 @@ class Memory(Protocol):
 class Program:
     """Guest code in execution: how far it is, and what it read."""
 
-    def __init__(self, vcpu: Vcpu, memory: Memory, code: Sequence[Instruction]) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestAccess, code: Sequence[Instruction]) -> None:
         self.finished = 0
         self.reads: list[bytes] = []
         self._vcpu = vcpu

@@ -2,7 +2,7 @@
 
 Models the option the RFC leaves open for devices that tolerate IO page faults only in part [RFC 00/42]: an
 importer names gfns, KVM pins their host pages for long (FOLL_LONGTERM, for write) and maps them at once.
-What a pin must not suffer is asked of one place, `Pinned`, by every writer of entries:
+What a pin must not suffer is asked of one place, `PinnedGfns`, by every writer of entries:
 
  a. entries change atomically: a pinned one never is absent, nor maps another frame, nor loses W or D;
  b. only the removal of its slot zaps one: zap, flush, ack, unpin.  A host that unmaps the page has unmapped
@@ -65,7 +65,7 @@ class Account:
     asked: int = 0  # requests so far
 
 
-class Pinned(dict[Gfn, Pin]):
+class PinnedGfns(dict[Gfn, Pin]):
     """The pinned gfns of a VM; changed by `add` and `remove` alone."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Pinning:
     """Pins and unpins in one VM."""
 
     def __init__(self, vm: Kvm) -> None:
-        self.pinned = Pinned()
+        self.pinned = PinnedGfns()
         vm.mmu.keep = self.pinned
         self._vm = vm
         self._accounts: list[Account] = []

@@ -26,7 +26,7 @@ from protocol.units import PAGE_SHIFT, WHOLE_SIZE, GfnSpan, Hva
 
 
 @dataclass(frozen=True, slots=True)
-class FaultType:
+class TdpFaultType:
     """struct kvm_tdp_fault_type: what the device wanted [RFC 07/42]."""
 
     read: bool

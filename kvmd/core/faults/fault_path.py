@@ -14,7 +14,14 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmd.core.cpu.vcpu import Vcpu
-from kvmd.core.faults.page_fault import LOOKUP_RESULT, MAX_TRIES, PageFault, Result, Source, first_pfn
+from kvmd.core.faults.page_fault import (
+    LOOKUP_RESULT,
+    MAX_TRIES,
+    FaultResult,
+    FaultSource,
+    PageFault,
+    first_pfn,
+)
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables.tdp_mmu import Mapped, Outcome
@@ -34,46 +41,45 @@ class FaultPath:
     def __init__(self, vm: Kvm) -> None:
         self._vm = vm
 
-    # awaits: fault: cannot change: frozen
-    async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> Result:
+    async def handle_fault(self, fault: PageFault, vcpu: Vcpu | None = None) -> FaultResult:
         """Populate `fault.gfn` in the root of `vcpu`, or in the exported one when a device asks."""
         result = await self._resolve(fault, vcpu)
         self._vm.faults[fault.source, result] += 1
         return result
 
-    # awaits: fault, vcpu: cannot change: the request, and a vCPU lives as long as its VM
-    async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> Result:
+    # awaits: vcpu: cannot change: it lives as long as its VM
+    async def _resolve(self, fault: PageFault, vcpu: Vcpu | None) -> FaultResult:
         for _ in range(MAX_TRIES):
             result = await self._try(fault, vcpu)
             if result is not None:
                 return result
             self._vm.retries += 1
-        return Result.UNSTABLE
+        return FaultResult.UNSTABLE
 
-    # awaits: fault, gfn, hva, vcpu: cannot change: the request, and numbers | slot, asked: the slot may go,
-    # move, or be another one; asked again: after the lookup, or by the next try
+    # awaits: hva, vcpu: cannot change: a number, and a vCPU lives as long as its VM | slot, asked: the slot
+    # may go, move, or be another one; asked again: after the lookup, or by the next try
     # (tests/unit/kvmd/test_fault_asleep.py::test_slot_goes_under_a_vcpu_s_fault) | private, seq, page: the
     # host may take the page, or its kind may change; asked again: `stale`
     # (tests/properties/test_kvmd.py::test_a_planted_bug_is_caught_by_a_schedule_written_out)
-    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> Result | None:
+    async def _try(self, fault: PageFault, vcpu: Vcpu | None) -> FaultResult | None:
         """None: something was in the way; it may be gone now."""
         vm = self._vm
         gfn = fault.gfn
         slot = vm.slots.find(gfn, fault.as_id)
         if slot is None:
             self._remember_mmio(gfn, vcpu, fault.as_id)
-            return Result.NO_SLOT
+            return FaultResult.NO_SLOT
         if slot is vm.slots_change.going:
             if fault.prefetch:  # who asks in advance can ask again [KVM mmu.c, kvm_mmu_faultin_pfn]
-                return Result.UNSTABLE
+                return FaultResult.UNSTABLE
             await vm.slots_change.settled
             return None
         if fault.write and slot.readonly:
-            return Result.READONLY
+            return FaultResult.READONLY
         if fault.write and vm.page_track.is_tracked(slot, gfn) and (vcpu or not vm.tdp_own_root):
-            return Result.TRACKED
+            return FaultResult.TRACKED
         if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
-            return Result.FAST
+            return FaultResult.FAST
         pinned = vm.pinning.page_of(slot, gfn)
         if pinned is not None:
             return await self._map(fault, slot, pinned, vcpu)
@@ -93,23 +99,23 @@ class FaultPath:
                 else:
                     page = await vm.mm.get_user_page(hva, write=fault.write, tally=tally)
         except UapiError as error:
-            return LOOKUP_RESULT.get(error.errno, Result.NO_PAGE)
+            return LOOKUP_RESULT.get(error.errno, FaultResult.NO_PAGE)
         stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)
         stale |= vm.private.serves(slot, gfn) != private
         if stale or vm.slots.find(gfn, fault.as_id) is not slot or slot is vm.slots_change.going:
             return None
-        return Result.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
+        return FaultResult.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
 
     # awaits: mapped: cannot change: an answer of its own
     async def _map(
         self, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: Vcpu | None
-    ) -> Result | None:
+    ) -> FaultResult | None:
         vm = self._vm
         root = self._fault_root(vcpu, fault.as_id)
         try:
             mapped = self._store(root, fault, slot, page, vcpu)
         except UapiError:  # no page left for a table
-            return Result.NO_MEMORY
+            return FaultResult.NO_MEMORY
         flush = mapped.flush
         if vm.tdp_own_root:
             flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
@@ -118,7 +124,7 @@ class FaultPath:
         if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
             await vm.flusher.drain()
             return None
-        return Result.FIXED if mapped.outcome is Outcome.FIXED else Result.SPURIOUS
+        return FaultResult.FIXED if mapped.outcome is Outcome.FIXED else FaultResult.SPURIOUS
 
     def _store(
         self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: Vcpu | None
@@ -158,7 +164,7 @@ class FaultPath:
         try:
             for other in self._vm.roots_beside(root):
                 if fault.gfn < gfn_limit(other.role.level):
-                    as_a_devices = PageFault(fault.gfn, fault.write, Source.IO, fault.as_id)
+                    as_a_devices = PageFault(fault.gfn, fault.write, FaultSource.IO, fault.as_id)
                     also = self._store(other, as_a_devices, slot, page, None).flush
                     flush = max(flush, also, key=_pages)
         except UapiError:

@@ -19,7 +19,7 @@ from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
 
 
-class Source(Enum):
+class FaultSource(Enum):
     """Who faulted: the counters tell them apart, the handling does not."""
 
     VCPU = "vcpu"
@@ -28,7 +28,7 @@ class Source(Enum):
     __hash__ = object.__hash__  # members are one of a kind; Enum's own is slow, and every fault is counted
 
 
-class Result(Enum):
+class FaultResult(Enum):
     FIXED = auto()
     FAST = auto()  # only W was missing, and was put back
     SPURIOUS = auto()
@@ -45,22 +45,23 @@ class Result(Enum):
     __hash__ = object.__hash__
 
 
-RESOLVED = frozenset({Result.FIXED, Result.FAST, Result.SPURIOUS})
-EMULATED = frozenset({Result.NO_SLOT, Result.READONLY, Result.TRACKED})  # RET_PF_EMULATE, for a vCPU
+RESOLVED = frozenset({FaultResult.FIXED, FaultResult.FAST, FaultResult.SPURIOUS})
+# RET_PF_EMULATE, for a vCPU
+EMULATED = frozenset({FaultResult.NO_SLOT, FaultResult.READONLY, FaultResult.TRACKED})
 
 # What a device's fault that was not resolved is to the importer: the first two are about this page only.
 IO_ERRNO = {
-    Result.NO_SLOT: errno.EFAULT,
-    Result.READONLY: errno.EFAULT,
-    Result.NO_PAGE: errno.EFAULT,
-    Result.TRACKED: errno.EINVAL,
-    Result.MEMORY_FAULT: errno.EFAULT,
-    Result.HWPOISON: EHWPOISON,
-    Result.NO_MEMORY: errno.ENOMEM,
-    Result.UNSTABLE: errno.EAGAIN,
+    FaultResult.NO_SLOT: errno.EFAULT,
+    FaultResult.READONLY: errno.EFAULT,
+    FaultResult.NO_PAGE: errno.EFAULT,
+    FaultResult.TRACKED: errno.EINVAL,
+    FaultResult.MEMORY_FAULT: errno.EFAULT,
+    FaultResult.HWPOISON: EHWPOISON,
+    FaultResult.NO_MEMORY: errno.ENOMEM,
+    FaultResult.UNSTABLE: errno.EAGAIN,
 }
 # What the host's answer to a lookup means; anything else: it has no page there.
-LOOKUP_RESULT = {errno.ENOMEM: Result.NO_MEMORY, EHWPOISON: Result.HWPOISON}
+LOOKUP_RESULT = {errno.ENOMEM: FaultResult.NO_MEMORY, EHWPOISON: FaultResult.HWPOISON}
 
 # With no invalidation in its way a fault takes one try; each further one: a page was taken away meanwhile.
 MAX_TRIES = 64
@@ -70,7 +71,7 @@ MAX_TRIES = 64
 class PageFault:
     gfn: Gfn
     write: bool
-    source: Source
+    source: FaultSource
     as_id: int = 0
     fetch: bool = False  # of an instruction: a device never does
     prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed

@@ -10,14 +10,18 @@ from __future__ import annotations
 import errno
 
 from kvmd.core.cpu.vcpu import Vcpu
-from kvmd.core.faults.page_fault import RESOLVED, PageFault, Result, Source
+from kvmd.core.faults.page_fault import RESOLVED, FaultResult, FaultSource, PageFault
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_span, gfn_limit
 from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa
 
 BREATH = 64  # faults after which others get a turn
-_ERRNO = {Result.NO_SLOT: errno.ENOENT, Result.NO_MEMORY: errno.ENOMEM, Result.UNSTABLE: errno.EAGAIN}
+_ERRNO = {
+    FaultResult.NO_SLOT: errno.ENOENT,
+    FaultResult.NO_MEMORY: errno.ENOMEM,
+    FaultResult.UNSTABLE: errno.EAGAIN,
+}
 
 
 # awaits: vcpu: cannot change: it lives as long as its VM
@@ -59,7 +63,7 @@ async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     root = vm.load_root(vcpu)
     if gfn >= gfn_limit(root.role.level):
         raise UapiError(errno.ENOENT, f"gfn {gfn:#x} is beyond the vCPU's table")
-    result = await vm.fault_path.handle_fault(PageFault(gfn, False, Source.VCPU, prefetch=True), vcpu)
+    result = await vm.fault_path.handle_fault(PageFault(gfn, False, FaultSource.VCPU, prefetch=True), vcpu)
     if result not in RESOLVED:
         raise UapiError(_ERRNO.get(result, errno.EFAULT), f"gfn {gfn:#x}: {result.name.lower()}")
     met = vm.mmu.leaf_at(vm.load_root(vcpu), gfn)

@@ -31,7 +31,7 @@ class SlotFlag(IntFlag):
     GUEST_MEMFD = 4
 
 
-class Change(Enum):
+class SlotChange(Enum):
     CREATE = auto()
     DELETE = auto()
     MOVE = auto()
@@ -93,7 +93,7 @@ def _no_memfd() -> GuestMemfd:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class MemoryRegion:
     """struct kvm_userspace_memory_region2, as the caller sent it; `version` 1 is the shorter struct.
 
     `guest_memfd()` is fget() of the fd in it, called only when its turn in the checks has come.
@@ -147,14 +147,14 @@ class Memslots:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def plan(self, region: Region) -> tuple[Change, Memslot | None, Memslot | None]:
+    def plan(self, region: MemoryRegion) -> tuple[SlotChange, Memslot | None, Memslot | None]:
         """What setting `region` means: (change, old slot, new slot).  Raises UapiError, changes nothing."""
         _check_region(region, self.address_spaces)
         old = self.numbered(region.slot)
         if region.memory_size == 0:
             if old is None:
                 raise UapiError(errno.EINVAL, f"delete slot {region.slot:#x}: there is no such slot")
-            return Change.DELETE, old, None
+            return SlotChange.DELETE, old, None
         new = Memslot(
             region.slot & 0xFFFF,
             region.slot >> 16,
@@ -164,7 +164,7 @@ class Memslots:
             SlotFlag(region.flags),
         )
         change = _kind_of_change(old, new)
-        if change in (Change.CREATE, Change.MOVE):
+        if change in (SlotChange.CREATE, SlotChange.MOVE):
             self._check_overlap(new)
         return change, old, new
 
@@ -196,7 +196,7 @@ class Memslots:
                 )
 
 
-def _valid_flags(region: Region) -> SlotFlag:
+def _valid_flags(region: MemoryRegion) -> SlotFlag:
     """Private memory is neither logged nor read-only, and only the second struct can name it."""
     if region.version == 1:
         return SlotFlag.LOG_DIRTY_PAGES | SlotFlag.READONLY
@@ -205,7 +205,7 @@ def _valid_flags(region: Region) -> SlotFlag:
     return SlotFlag.LOG_DIRTY_PAGES | SlotFlag.READONLY
 
 
-def _check_region(region: Region, address_spaces: int) -> None:
+def _check_region(region: MemoryRegion, address_spaces: int) -> None:
     """The checks that look at the argument alone, in the kernel's order [KVM kvm_main.c]."""
     gpa, size, hva = region.guest_phys_addr, region.memory_size, region.userspace_addr
     as_id, slot_id = region.slot >> 16, region.slot & 0xFFFF
@@ -232,14 +232,14 @@ def _check_region(region: Region, address_spaces: int) -> None:
             raise UapiError(errno.EINVAL, why)
 
 
-def _kind_of_change(old: Memslot | None, new: Memslot) -> Change:
+def _kind_of_change(old: Memslot | None, new: Memslot) -> SlotChange:
     if old is None:
-        return Change.CREATE
+        return SlotChange.CREATE
     if (SlotFlag.GUEST_MEMFD in new.flags) or old.private is not None:
         raise UapiError(errno.EINVAL, f"slot {new.id}: one with a guest_memfd can only be deleted")
     fixed = (old.hva, old.npages, old.readonly)
     if fixed != (new.hva, new.npages, new.readonly):
         raise UapiError(errno.EINVAL, f"slot {new.id}: hva, size and READONLY cannot change; delete it first")
     if old.base_gfn != new.base_gfn:
-        return Change.MOVE
-    return Change.FLAGS_ONLY if old.flags != new.flags else Change.NONE
+        return SlotChange.MOVE
+    return SlotChange.FLAGS_ONLY if old.flags != new.flags else SlotChange.NONE

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Iterable
 from functools import partial
 
-from kvmd.core.export.pinning import Pinned
+from kvmd.core.export.pinning import PinnedGfns
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
@@ -32,7 +32,7 @@ class PrivateMemory:
         memory: PageAllocator,
         mm: Mm,
         host_changes: HostChanges,
-        pinned: Pinned,
+        pinned: PinnedGfns,
         *,
         supported: bool,
     ) -> None:

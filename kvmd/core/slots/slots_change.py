@@ -16,7 +16,7 @@ from kvmd.core.export.pinning import Pinning
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.slots.dirty_bitmap import bitmap_bytes
 from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.memslot import Change, Memslot, Memslots, Region, SlotFlag
+from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange, SlotFlag
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_mmu import TdpMmu
@@ -43,7 +43,7 @@ class SlotsChange:
         dirty_log: DirtyLog,
         exported: Mapping[int, ExportedTdp],
         zapper: Zapper,
-        replaced: Callable[[Change, Memslot | None], None],
+        replaced: Callable[[SlotChange, Memslot | None], None],
         pinning: Pinning,
         private: PrivateMemory,
     ) -> None:
@@ -63,61 +63,61 @@ class SlotsChange:
 
     # awaits: region: cannot change: the request | change, new, old: cannot change: under the slots_lock,
     # which every change of the slots takes
-    async def set_memory_region(self, region: Region) -> None:
+    async def set_memory_region(self, region: MemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time.  Where everything is pinned a
         slot that cannot be is deleted again."""
         async with self._lock:
             change, old, new = self._slots.plan(region)
-            if new is not None and change is not Change.NONE:
+            if new is not None and change is not SlotChange.NONE:
                 new = await self._bind(region, new)
             new = await self._replace(change, old, new)
             if new is None:
                 return
-            if change is Change.FLAGS_ONLY:
+            if change is SlotChange.FLAGS_ONLY:
                 await self._dirty_log.apply_flags(new)
-            elif change in (Change.CREATE, Change.MOVE):
+            elif change in (SlotChange.CREATE, SlotChange.MOVE):
                 try:
                     await self._pinning.follow(new)
                 except UapiError:
-                    await self._replace(Change.DELETE, new, None)
+                    await self._replace(SlotChange.DELETE, new, None)
                     raise
 
-    # awaits: change, new, old, pages, refusal: cannot change: under the slots_lock, which every change of the
+    # awaits: new, old, pages, refusal: cannot change: under the slots_lock, which every change of the
     # slots takes
-    async def _replace(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
+    async def _replace(self, change: SlotChange, old: Memslot | None, new: Memslot | None) -> Memslot | None:
         """The slot that is there now."""
         refusal = self._refusal(change, new)
         self._slots.coming = None if refusal else new
         try:
-            if change in (Change.DELETE, Change.MOVE) and old is not None:
+            if change in (SlotChange.DELETE, SlotChange.MOVE) and old is not None:
                 self.going = old
                 pages = [] if refusal else self._pinning.forget(old)
                 await self.zap_all_fast()
                 self._pinning.put(pages)
             if refusal is not None:
                 raise refusal
-            return new if change is Change.NONE else self._commit(change, old, new)
+            return new if change is SlotChange.NONE else self._commit(change, old, new)
         finally:
             self.going = self._slots.coming = None
             settled, self.settled = self.settled, Wait()
             settled.set(None)
 
     # awaits: asked, new: cannot change: not a slot yet, nobody else has it
-    async def _bind(self, region: Region, new: Memslot) -> Memslot:
+    async def _bind(self, region: MemoryRegion, new: Memslot) -> Memslot:
         if SlotFlag.GUEST_MEMFD not in new.flags:
             return new
         binding = await region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
         return replace(new, private=binding)
 
-    def _refusal(self, change: Change, new: Memslot | None) -> UapiError | None:
+    def _refusal(self, change: SlotChange, new: Memslot | None) -> UapiError | None:
         """The last checks.  A move that fails them zaps everything all the same, as the kernel's does, but
         for what is pinned: its slot stays, and so do its pins (pinning rule b).
         """
-        if new is None or change is Change.NONE:
+        if new is None or change is SlotChange.NONE:
             return None
         try:
             self._check_room(new)
-            if change is not Change.FLAGS_ONLY:
+            if change is not SlotChange.FLAGS_ONLY:
                 self._slots.check_limit(new)
                 self._private.check_slot(new)
         except UapiError as error:
@@ -126,7 +126,7 @@ class SlotsChange:
             return error
         return None
 
-    def _commit(self, change: Change, old: Memslot | None, new: Memslot | None) -> Memslot | None:
+    def _commit(self, change: SlotChange, old: Memslot | None, new: Memslot | None) -> Memslot | None:
         """The new slots, in one step."""
         if new is not None:
             new = replace(new, dirty=self._dirty_log.bitmap_for(old, new))

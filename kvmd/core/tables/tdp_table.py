@@ -109,7 +109,7 @@ class Root:
 
 
 class Keep(Protocol):
-    """What entries must stay as they are: those of pinned gfns (`pinning.Pinned`)."""
+    """What entries must stay as they are: those of pinned gfns (`pinning.PinnedGfns`)."""
 
     def __len__(self) -> int: ...
     def holds(self, as_id: int, gfn: Gfn) -> bool: ...

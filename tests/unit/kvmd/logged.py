@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.host import CpuFeatures
@@ -43,11 +43,11 @@ class Logged:
         self.world = world = World(features, tables=8 * MIB)
         self.vm = world.vm
         if manual:
-            enable_cap(self.vm, Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
+            enable_cap(self.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
         if ring:
-            enable_cap(self.vm, Cap.DIRTY_LOG_RING, 0, [ring])
+            enable_cap(self.vm, KvmCap.DIRTY_LOG_RING, 0, [ring])
             if bitmap:
-                enable_cap(self.vm, Cap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
+                enable_cap(self.vm, KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
         self.pages = pages or (128 if level == 1 else 2048)
         world.map(self.pages >> 9 * (level - 1), level, hva=HVA)
         world.map(1, hva=BITMAP)

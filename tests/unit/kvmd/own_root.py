@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.export.tdp_fd import FaultType
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.capability import KvmCap, enable_cap
+from kvmd.core.export.tdp_fd import TdpFaultType
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.stats import vm_stats
 from kvmd.core.tables.tdp_table import Root
 from protocol.flow import Wait
@@ -34,7 +34,7 @@ class Managed:
         self.world.set_slot(0, BASE, pages, self.hva)
         self.vcpu = self.world.vcpu()
         if own:
-            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+            enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
@@ -57,7 +57,7 @@ class Managed:
         for page in pages:
             assert self.do(self.vcpu.run([("r", BASE + page << 12, 1)])).done
 
-    def fault(self, page: int, kind: FaultType = WRITE) -> Result:
+    def fault(self, page: int, kind: TdpFaultType = WRITE) -> FaultResult:
         return self.do(self.vm.fault_exported(self.exported, 77, Gfn(BASE + page), kind))
 
     def touch(self, page: int) -> None:

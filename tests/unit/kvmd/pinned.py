@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.export.pinning import Account
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -31,7 +31,7 @@ class Guest:
         self.world.set_slot(0, BASE, PAGES, self.hva)
         self.vcpu = self.world.vcpu()
         if own:
-            enable_cap(self.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+            enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)

@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.madvise import ADVICE
@@ -76,7 +76,7 @@ class Rig:
         self.raw = RawTables(LOW_RAM_START, world.bare.tables)
         assert world.write(self.cpu, GFN << 12, b"guest").done
         assert world.write(self.cpu, GFN + PAGES - 1 << 12, b"guest").done
-        assert world.io_fault(self.exported, GFN) in (Result.SPURIOUS, Result.FIXED)
+        assert world.io_fault(self.exported, GFN) in (FaultResult.SPURIOUS, FaultResult.FIXED)
         self.importer.heard.clear()
 
     def _map(self, memory: str) -> Hva:

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.dirty_log import ClearDirtyLog
@@ -63,13 +63,13 @@ def test_under_an_exported_root_only_write_protection_logs_a_device() -> None:
     """B-35: the remapping unit sets no D, so D alone would miss its stores."""
     logged = Logged(CpuFeatures(), export=True)
     assert logged.exported is not None
-    assert logged.world.io_fault(logged.exported, GFN + 9) is Result.FIXED
+    assert logged.world.io_fault(logged.exported, GFN + 9) is FaultResult.FIXED
     wait = logged.world.start(logged.get())
     assert not logged.entry(9) & bits.WRITE, "the device's next store must fault"
     logged.world.ack(logged.importer)
     assert wait.done
     assert logged.bits() == {9}
-    assert logged.world.io_fault(logged.exported, GFN + 9) is Result.FAST
+    assert logged.world.io_fault(logged.exported, GFN + 9) is FaultResult.FAST
     assert logged.entry(9) & bits.WRITE
     logged.world.start(logged.get())
     logged.world.ack(logged.importer)
@@ -86,7 +86,7 @@ def test_export_in_the_middle_protects_what_d_told_until_then() -> None:
     logged.exported = logged.world.export()
     assert not logged.entry(3) & bits.WRITE, "clean by D: a device's store would leave no trace"
     assert check_vm(logged.vm) == []
-    assert logged.world.io_fault(logged.exported, GFN + 3) is Result.FAST
+    assert logged.world.io_fault(logged.exported, GFN + 3) is FaultResult.FAST
     logged.write(3)
     assert logged.dirty() == {3, 4}
 
@@ -96,7 +96,7 @@ def test_a_device_read_of_an_unmapped_page_marks_it_as_a_cpus_would() -> None:
     logged = Logged(export=True)
     assert logged.exported is not None
     logged.touch(1)
-    assert logged.world.io_fault(logged.exported, GFN + 1, READ) is Result.FIXED
+    assert logged.world.io_fault(logged.exported, GFN + 1, READ) is FaultResult.FIXED
     logged.world.start(logged.get())
     logged.world.ack(logged.importer)
     assert logged.bits() == {1}
@@ -201,7 +201,7 @@ def test_get_of_what_is_no_logging_slot_is_refused(slot: int, number: int) -> No
 def test_logging_splits_and_protects_what_a_device_wrote_through_a_huge_leaf() -> None:
     logged = Logged(level=2, flags=0, export=True)
     assert logged.exported is not None
-    assert logged.world.io_fault(logged.exported, GFN + 7) is Result.FIXED
+    assert logged.world.io_fault(logged.exported, GFN + 7) is FaultResult.FIXED
     assert logged.level(7) == 2
     region = logged.world.region(0, GFN, logged.pages, HVA, 1)
     wait = logged.world.start(logged.vm.set_memory_region(region))
@@ -209,8 +209,8 @@ def test_logging_splits_and_protects_what_a_device_wrote_through_a_huge_leaf() -
     assert (logged.level(7), logged.entry(7) & bits.WRITE) == (1, 0)
     logged.world.ack(logged.importer)
     assert wait.done
-    assert logged.world.io_fault(logged.exported, GFN + 7) is Result.FAST
-    assert logged.world.io_fault(logged.exported, GFN + 900) is Result.FIXED
+    assert logged.world.io_fault(logged.exported, GFN + 7) is FaultResult.FAST
+    assert logged.world.io_fault(logged.exported, GFN + 900) is FaultResult.FIXED
     assert logged.level(900) == 1, "4 KiB under dirty tracking"
     logged.world.start(logged.get())
     logged.world.ack(logged.importer)

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from kvmd.core.capability import Cap, check_extension, enable_cap
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.capability import KvmCap, check_extension, enable_cap
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
@@ -22,7 +22,7 @@ def test_with_rings_a_devices_mark_is_in_the_bitmap() -> None:
     logged = Logged(ring=4096)
     exported = logged.world.export()
     logged.write(4)
-    assert logged.world.io_fault(exported, GFN + 8) is Result.FIXED
+    assert logged.world.io_fault(exported, GFN + 8) is FaultResult.FIXED
     assert logged.dirty() == {8}
     assert logged.ring.cast("I")[:4].tolist() == [1, 0, 4, 0]
     assert logged.ring.cast("I")[4] == 0
@@ -91,17 +91,17 @@ def test_rings_need_their_capability() -> None:
 @pytest.mark.parametrize(
     ("cap", "flags", "arg", "number"),
     [
-        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, 3, 0),
-        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, 2, errno.EINVAL),
-        (Cap.MANUAL_DIRTY_LOG_PROTECT2, 1, 1, errno.EINVAL),
-        (Cap.DIRTY_LOG_RING, 0, 0, errno.EINVAL),
-        (Cap.DIRTY_LOG_RING, 0, 2048, errno.EINVAL),
-        (Cap.DIRTY_LOG_RING, 0, 6144, errno.EINVAL),
-        (Cap.DIRTY_LOG_RING, 0, 4096, 0),
-        (Cap.DIRTY_LOG_RING_ACQ_REL, 0, (1 << 32) + 4096, 0),
-        (Cap.DIRTY_LOG_RING, 0, 1 << 21, errno.E2BIG),
-        (Cap.DIRTY_LOG_RING_WITH_BITMAP, 0, 0, errno.EINVAL),  # no ring yet
-        (Cap.NR_MEMSLOTS, 0, 0, errno.EINVAL),
+        (KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, 3, 0),
+        (KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, 2, errno.EINVAL),
+        (KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 1, 1, errno.EINVAL),
+        (KvmCap.DIRTY_LOG_RING, 0, 0, errno.EINVAL),
+        (KvmCap.DIRTY_LOG_RING, 0, 2048, errno.EINVAL),
+        (KvmCap.DIRTY_LOG_RING, 0, 6144, errno.EINVAL),
+        (KvmCap.DIRTY_LOG_RING, 0, 4096, 0),
+        (KvmCap.DIRTY_LOG_RING_ACQ_REL, 0, (1 << 32) + 4096, 0),
+        (KvmCap.DIRTY_LOG_RING, 0, 1 << 21, errno.E2BIG),
+        (KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0, 0, errno.EINVAL),  # no ring yet
+        (KvmCap.NR_MEMSLOTS, 0, 0, errno.EINVAL),
         (9999, 0, 0, errno.EINVAL),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_capability_is_enabled_or_refused(cap: int, flags: int, arg: int, numb
 
 def test_a_ring_must_hold_what_pml_may_log_at_once() -> None:
     with pytest.raises(UapiError, match=r"at least 0x2400"):
-        enable_cap(World().vm, Cap.DIRTY_LOG_RING, 0, [8192])
+        enable_cap(World().vm, KvmCap.DIRTY_LOG_RING, 0, [8192])
 
 
 def test_an_unknown_capability_is_absent() -> None:

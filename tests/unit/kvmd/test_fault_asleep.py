@@ -12,8 +12,8 @@ import pytest
 
 from kvmd.core.cpu.exits import Mmio
 from kvmd.core.cpu.vcpu import RunResult
-from kvmd.core.export.tdp_fd import FaultType
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.export.tdp_fd import TdpFaultType
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -45,17 +45,17 @@ def other_memory(guest: Asleep) -> Hva:
     return made
 
 
-def device(guest: Asleep, kind: FaultType) -> Wait[Result]:
+def device(guest: Asleep, kind: TdpFaultType) -> Wait[FaultResult]:
     asked = guest.world.start(guest.vm.fault_exported(guest.vm.exported[0], 77, guest.gfn, kind))
     assert not asked.done
     return asked
 
 
-def vcpu(guest: Asleep, kind: FaultType) -> Wait[RunResult]:
+def vcpu(guest: Asleep, kind: TdpFaultType) -> Wait[RunResult]:
     return guest.access(GPA, X if kind.write else None, cpl=3)
 
 
-def exit_of(kind: FaultType) -> Mmio:
+def exit_of(kind: TdpFaultType) -> Mmio:
     return Mmio(Gpa(GPA), 8, kind.write, X if kind.write else b"")
 
 
@@ -64,12 +64,12 @@ def exit_of(kind: FaultType) -> Mmio:
 
 @KINDS
 @SLOT_GOES
-def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind: FaultType) -> None:
+def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind: TdpFaultType) -> None:
     guest = Asleep(export=True)
     asked = device(guest, kind)
     change(guest)
     guest.page_comes()
-    assert asked.result() is Result.NO_SLOT
+    assert asked.result() is FaultResult.NO_SLOT
     assert GFN not in guest.world.table()
     assert check_vm(guest.vm) == []
 
@@ -78,7 +78,7 @@ def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind
 @SLOT_GOES
 @EXPORTED
 def test_slot_goes_under_a_vcpu_s_fault(
-    change: Callable[[Asleep], None], kind: FaultType, export: bool
+    change: Callable[[Asleep], None], kind: TdpFaultType, export: bool
 ) -> None:
     """Not exported, the root it began on is invalid by now, too."""
     guest = Asleep(export=export)
@@ -91,7 +91,7 @@ def test_slot_goes_under_a_vcpu_s_fault(
 
 @KINDS
 @EXPORTED
-def test_slot_is_made_anew_over_other_memory(kind: FaultType, export: bool) -> None:
+def test_slot_is_made_anew_over_other_memory(kind: TdpFaultType, export: bool) -> None:
     guest = Asleep(export=export)
     running = vcpu(guest, kind)
     made = other_memory(guest)
@@ -114,7 +114,7 @@ def test_slot_is_made_anew_over_other_memory_under_a_device_s_fault() -> None:
     guest.delete()
     guest.slot(hva=made)
     guest.page_comes()
-    assert asked.result() is Result.FIXED
+    assert asked.result() is FaultResult.FIXED
     page = guest.world.mm.present_page(made)
     assert page is not None
     assert guest.world.table() == {GFN: (page.pfn, True)}
@@ -128,7 +128,7 @@ def test_slot_is_made_anew_read_only_under_a_store() -> None:
     guest.slot(flags=READONLY)
     guest.page_comes()
     assert left_by(running.result()) == exit_of(WRITE)
-    assert asked.result() is Result.READONLY
+    assert asked.result() is FaultResult.READONLY
     assert check_vm(guest.vm) == []
 
 
@@ -146,7 +146,7 @@ def test_slot_is_going_when_the_page_comes(gfn: int) -> None:
     assert guest.world.table() == {}
     guest.world.ack(guest.importer)
     assert changed.done
-    assert asked.result() is Result.NO_SLOT
+    assert asked.result() is FaultResult.NO_SLOT
     assert left_by(running.result()) == exit_of(WRITE)
     assert check_vm(guest.vm) == []
 
@@ -185,7 +185,7 @@ def test_an_equal_slot_is_made_under_a_device_s_fault() -> None:
     guest.delete()
     guest.slot(flags=LOG)
     guest.page_comes()
-    assert asked.result() is Result.FIXED
+    assert asked.result() is FaultResult.FIXED
     assert guest.dirty() == {0}
 
 
@@ -195,7 +195,7 @@ def test_tracking_begins_under_a_store() -> None:
     guest.finish(guest.vm.track_page(Gpa(GPA)))
     guest.page_comes()
     assert running.result().done
-    assert asked.result() in (Result.FIXED, Result.SPURIOUS), "mapped, and not for write"
+    assert asked.result() in (FaultResult.FIXED, FaultResult.SPURIOUS), "mapped, and not for write"
     assert guest.world.table()[GFN][1] is False
     assert check_vm(guest.vm) == []
     assert guest.dirty() == {0}
@@ -207,7 +207,7 @@ def test_tracking_begins_under_a_store() -> None:
 @KINDS
 @pytest.mark.parametrize("smm", [False, True])
 def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
-    kind: FaultType, smm: bool
+    kind: TdpFaultType, smm: bool
 ) -> None:
     """A vCPU goes on on a new root: in the old one nobody finds the page, and it is taken apart."""
     guest = Asleep(export=smm)
@@ -246,6 +246,6 @@ def test_the_process_exits_under_a_fault() -> None:
     guest = Asleep(export=True)
     asked = device(guest, WRITE)
     guest.finish(guest.world.mm.exit())
-    assert asked.result() is Result.NO_PAGE
+    assert asked.result() is FaultResult.NO_PAGE
     assert guest.world.table() == {}
     assert check_vm(guest.vm) == []

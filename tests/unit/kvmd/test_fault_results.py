@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.export.tdp_fd import CreateTdpFd
-from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED, Result
+from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
@@ -71,9 +71,9 @@ def test_poison_fails_a_device_after_one_look_and_signals_a_cpu() -> None:
     guest = Guest()
     poisoned = PoisonedMm(guest.world, Hva(guest.hva + PAGE))
     guest.world.vm.mm = poisoned  # type: ignore[assignment]
-    assert guest.world.io_fault(guest.exported, 0x101) is Result.HWPOISON
+    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.HWPOISON
     assert poisoned.lookups == 1
-    assert IO_ERRNO[Result.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
+    assert IO_ERRNO[FaultResult.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
     for _ in range(2):
         ran = guest.world.read(guest.vcpu, RAM + PAGE, 1)
         assert (ran.exit.reason, ran.exit.errno) == (ExitReason.INTR, errno.EINTR)
@@ -90,7 +90,7 @@ def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
     found = walk(writer, guest.world.host.ept_rules, root.hpa, root.role.level, RAM)
     at = found.table + index_of(Gfn(0x101), found.level) * ENTRY_BYTES
     writer.store64(at, bits.FROZEN)
-    assert guest.world.io_fault(guest.exported, 0x101) is Result.UNSTABLE
+    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.UNSTABLE
     assert guest.world.vm.retries == 64
     assert writer.load64(at) == bits.FROZEN
     guest.world.bare.clock.stock = 3
@@ -100,7 +100,7 @@ def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
     guest.world.bare.clock.waiting.pop().set(None)
     guest.world.flows.run_ready()
     assert store.result().done
-    assert guest.world.io_fault(guest.exported, 0x101) is Result.SPURIOUS
+    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.SPURIOUS
 
 
 @pytest.mark.rfc("RFC-79")
@@ -109,13 +109,19 @@ def test_a_page_somebody_else_mapped_first_is_success() -> None:
     guest = Guest()
     guest.world.write(guest.vcpu, RAM, b"x")
     for kind in (READ, WRITE):
-        assert guest.world.io_fault(guest.exported, 0x100, kind) is Result.SPURIOUS
-    assert Result.SPURIOUS in RESOLVED
+        assert guest.world.io_fault(guest.exported, 0x100, kind) is FaultResult.SPURIOUS
+    assert FaultResult.SPURIOUS in RESOLVED
 
 
-@pytest.mark.parametrize("result", [result for result in Result if result not in RESOLVED])
-def test_every_failure_of_a_device_s_fault_has_an_errno(result: Result) -> None:
-    about_page = {Result.NO_SLOT, Result.READONLY, Result.NO_PAGE, Result.TRACKED, Result.MEMORY_FAULT}
+@pytest.mark.parametrize("result", [result for result in FaultResult if result not in RESOLVED])
+def test_every_failure_of_a_device_s_fault_has_an_errno(result: FaultResult) -> None:
+    about_page = {
+        FaultResult.NO_SLOT,
+        FaultResult.READONLY,
+        FaultResult.NO_PAGE,
+        FaultResult.TRACKED,
+        FaultResult.MEMORY_FAULT,
+    }
     assert (IO_ERRNO[result] in (errno.EFAULT, errno.EINVAL)) == (result in about_page)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.faults.fault_path import FaultPath
-from kvmd.core.faults.page_fault import PageFault, Result
+from kvmd.core.faults.page_fault import FaultResult, PageFault
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage
 from protocol.flow import Wait
@@ -36,7 +36,7 @@ def nobody_waits_for_a_sleeper(world: World) -> None:
     assert not sleeper.done
     gate.set(None)
     world.flows.run_ready()
-    assert sleeper.result() is Result.FIXED
+    assert sleeper.result() is FaultResult.FIXED
 
 
 @pytest.mark.defect("B-25")
@@ -48,7 +48,7 @@ def test_a_fault_that_sleeps_holds_up_neither_faults_nor_memslots() -> None:
 def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve = FaultPath._resolve
 
-    async def locked(self: FaultPath, fault: PageFault, *rest: Any) -> Result:
+    async def locked(self: FaultPath, fault: PageFault, *rest: Any) -> FaultResult:
         await self._vm.slots_change._lock.acquire(write=True)
         try:
             return await resolve(self, fault, *rest)

@@ -15,7 +15,7 @@ from kvmd.core.mm.madvise import ADVICE
 from kvmd.core.mm.reclaim import migrate, swap_out
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.slots.guest_memfd import GuestMemfd
-from kvmd.core.slots.memslot import Region
+from kvmd.core.slots.memslot import MemoryRegion
 from protocol.errors import UapiError
 from protocol.units import Gpa, Hva
 from tests.unit.kvmd.mm.test_sleeps import during
@@ -42,7 +42,7 @@ def mapped(world: World, memfd: GuestMemfd) -> Hva:
 
 def bound(world: World, memfd: GuestMemfd) -> None:
     """A slot whose pages are the file's, and whose hva its mapping."""
-    region = Region(
+    region = MemoryRegion(
         *(1, WITH_MEMFD, Gpa(GPA), PAGES * PAGE, HVA),
         version=2,
         guest_memfd_offset=0,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.capability import Cap, enable_cap
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.capability import KvmCap, enable_cap
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
@@ -83,7 +83,7 @@ def maps_a_bitmap(rig: Rig) -> None:
 
 def clears_by_hand(rig: Rig) -> None:
     maps_a_bitmap(rig)
-    enable_cap(rig.vm, Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, [1])
+    enable_cap(rig.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [1])
 
 
 def is_protected(rig: Rig) -> None:
@@ -104,7 +104,7 @@ def fetches(rig: Rig) -> None:
     rig.world.start(rig.vm.nx_huge.switch(on=True))
     settle(rig)
     assert rig.world.run(rig.cpu.run([("exec", GFN << 12)])).done
-    assert rig.world.io_fault(rig.exported, GFN) in (Result.FIXED, Result.SPURIOUS)
+    assert rig.world.io_fault(rig.exported, GFN) in (FaultResult.FIXED, FaultResult.SPURIOUS)
     assert rig.entry() & 0x84 == 4, "small and executable"
 
 

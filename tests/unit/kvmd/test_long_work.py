@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
@@ -40,7 +40,7 @@ class Rig:
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
         for gfn in (*range(0x100, 0x100 + PAGES), OTHER):
-            assert self.world.io_fault(self.exported, gfn) is Result.FIXED
+            assert self.world.io_fault(self.exported, gfn) is FaultResult.FIXED
         self.turns: list[Wait[None]] = []
         self.world.host.cond_resched = self.cond_resched
 
@@ -135,12 +135,12 @@ def test_others_are_served_between_the_turns_and_those_of_the_range_wait(
     waits = rig.world.start(rig.world.fault(0x100))
     served = 0
     while not over.done:
-        assert rig.world.io_fault(rig.exported, OTHER) is Result.SPURIOUS
+        assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.SPURIOUS
         assert not waits.done, "mapped while the host is taking it away"
         served += 1
         rig.go_on()
     assert served == 11
-    assert waits.result() is Result.NO_PAGE
+    assert waits.result() is FaultResult.NO_PAGE
     assert rig.wrong() == []
 
 
@@ -152,7 +152,7 @@ def a_vm_ends_in_turns(rig: Rig) -> None:
     world = rig.world
     for slot in range(2, 6):
         world.set_slot(slot, 0x10_0000 * slot, 1, rig.hva)
-        assert world.io_fault(rig.exported, 0x10_0000 * slot) is Result.FIXED
+        assert world.io_fault(rig.exported, 0x10_0000 * slot) is FaultResult.FIXED
     rig.exported.unregister_importer("unit", rig.importer)
     world.vm.release_tdp_fd(rig.exported)
     over = world.start(world.vm.destroy())

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.slots.memslot import MAX_SLOT_PAGES, MAX_SLOTS, Change, Memslots, Region
+from kvmd.core.slots.memslot import MAX_SLOT_PAGES, MAX_SLOTS, MemoryRegion, Memslots, SlotChange
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
 
@@ -16,11 +16,11 @@ LIMIT = Gfn(1 << 34)
 
 def region(
     slot: int = 0, flags: int = 0, gpa: int = 0x10_0000, size: int = 0x1_0000, hva: int = HVA
-) -> Region:
-    return Region(slot, flags, Gpa(gpa), size, Hva(hva))
+) -> MemoryRegion:
+    return MemoryRegion(slot, flags, Gpa(gpa), size, Hva(hva))
 
 
-def slots(*regions: Region) -> Memslots:
+def slots(*regions: MemoryRegion) -> Memslots:
     made = Memslots(LIMIT)
     for wanted in regions:
         _, old, new = made.plan(wanted)
@@ -28,13 +28,13 @@ def slots(*regions: Region) -> Memslots:
     return made
 
 
-def checked(made: Memslots, wanted: Region) -> None:
+def checked(made: Memslots, wanted: MemoryRegion) -> None:
     _, _, new = made.plan(wanted)
     assert new is not None
     made.check_limit(new)
 
 
-def refused(made: Memslots, wanted: Region) -> tuple[int, str]:
+def refused(made: Memslots, wanted: MemoryRegion) -> tuple[int, str]:
     before, generation = list(made), made.generation
     with pytest.raises(UapiError) as caught:
         checked(made, wanted)
@@ -58,7 +58,7 @@ ORDER = [
 @pytest.mark.parametrize(
     ("wanted", "number", "word"), [row[1:] for row in ORDER], ids=[row[0] for row in ORDER]
 )
-def test_the_first_failing_check_speaks(wanted: Region, number: int, word: str) -> None:
+def test_the_first_failing_check_speaks(wanted: MemoryRegion, number: int, word: str) -> None:
     got, why = refused(slots(), wanted)
     assert got == number
     assert word in why
@@ -84,7 +84,7 @@ def test_the_first_failing_check_speaks(wanted: Region, number: int, word: str) 
         (region(slot=2, gpa=0x10_F000), errno.EEXIST),  # a move onto another slot
     ],
 )
-def test_what_the_kernel_refuses_is_refused(wanted: Region, number: int) -> None:
+def test_what_the_kernel_refuses_is_refused(wanted: MemoryRegion, number: int) -> None:
     made = slots(region(), region(slot=2, gpa=0x100_0000))
     assert refused(made, wanted)[0] == number
 
@@ -92,26 +92,26 @@ def test_what_the_kernel_refuses_is_refused(wanted: Region, number: int) -> None
 @pytest.mark.parametrize(
     ("wanted", "change"),
     [
-        (region(slot=1, gpa=0x11_0000), Change.CREATE),
-        (region(slot=1, gpa=0xF_0000), Change.CREATE),
-        (region(slot=MAX_SLOTS - 1, gpa=0), Change.CREATE),
-        (region(slot=0x1_0000), Change.CREATE),  # the same place in the other address space
-        (region(slot=1, gpa=(1 << 46) - 0x1_0000), Change.CREATE),
-        (region(slot=1, gpa=0x11_0000, hva=(1 << 47) - 0x1_1000), Change.CREATE),
-        (region(), Change.NONE),
-        (region(flags=1), Change.FLAGS_ONLY),
-        (region(gpa=0x10_8000), Change.MOVE),  # onto a part of itself
-        (region(gpa=0x1000_0000, flags=1), Change.MOVE),
-        (region(size=0), Change.DELETE),
-        (region(size=0, gpa=0xFFFF_F000, hva=0), Change.DELETE),
+        (region(slot=1, gpa=0x11_0000), SlotChange.CREATE),
+        (region(slot=1, gpa=0xF_0000), SlotChange.CREATE),
+        (region(slot=MAX_SLOTS - 1, gpa=0), SlotChange.CREATE),
+        (region(slot=0x1_0000), SlotChange.CREATE),  # the same place in the other address space
+        (region(slot=1, gpa=(1 << 46) - 0x1_0000), SlotChange.CREATE),
+        (region(slot=1, gpa=0x11_0000, hva=(1 << 47) - 0x1_1000), SlotChange.CREATE),
+        (region(), SlotChange.NONE),
+        (region(flags=1), SlotChange.FLAGS_ONLY),
+        (region(gpa=0x10_8000), SlotChange.MOVE),  # onto a part of itself
+        (region(gpa=0x1000_0000, flags=1), SlotChange.MOVE),
+        (region(size=0), SlotChange.DELETE),
+        (region(size=0, gpa=0xFFFF_F000, hva=0), SlotChange.DELETE),
     ],
 )
-def test_a_change_is_what_the_kernel_calls_it(wanted: Region, change: Change) -> None:
+def test_a_change_is_what_the_kernel_calls_it(wanted: MemoryRegion, change: SlotChange) -> None:
     made = slots(region())
     planned, old, new = made.plan(wanted)
     assert planned is change
-    assert (old is None) == (change is Change.CREATE)
-    assert (new is None) == (change is Change.DELETE)
+    assert (old is None) == (change is SlotChange.CREATE)
+    assert (new is None) == (change is SlotChange.DELETE)
 
 
 def test_a_gfn_is_in_the_slot_that_covers_it() -> None:

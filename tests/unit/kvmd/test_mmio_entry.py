@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.core.cpu.vcpu import Vcpu
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.tables.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
 from protocol.kvm_run import ExitReason
@@ -114,9 +114,9 @@ def test_a_device_s_access_beside_an_mmio_entry_is_refused_and_leaves_none() -> 
     guest.touch()
     entry = guest.entry()
     assert is_mmio(entry)
-    assert guest.world.io_fault(guest.exported, MMIO >> 12, WRITE) is Result.NO_SLOT
+    assert guest.world.io_fault(guest.exported, MMIO >> 12, WRITE) is FaultResult.NO_SLOT
     assert guest.entry() == entry
-    assert guest.world.io_fault(guest.exported, 0x777, WRITE) is Result.NO_SLOT
+    assert guest.world.io_fault(guest.exported, 0x777, WRITE) is FaultResult.NO_SLOT
     assert guest.entry(0x77_7000) == bits.EMPTY
     assert guest.world.table() == {}
     assert check_vm(guest.world.vm) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from protocol.pt import bits
@@ -29,7 +29,7 @@ def execute(rig: Rig, gfn: int = GFN) -> bool:
 
 def test_a_device_gets_a_huge_leaf_that_no_cpu_may_execute() -> None:
     rig = switched()
-    assert rig.world.io_fault(rig.exported, GFN) is Result.FIXED
+    assert rig.world.io_fault(rig.exported, GFN) is FaultResult.FIXED
     assert rig.entry() & (bits.PAGE_SIZE_BIT | bits.RWX) == bits.PAGE_SIZE_BIT | bits.READ | bits.WRITE
     found = second_stage_walk(rig.raw, MACHINE, int(rig.exported.meta.root_hpa), 4, GFN << 12)
     assert found.kind == "mapped"
@@ -44,7 +44,7 @@ def test_a_fetch_splits_and_no_other_fault_makes_the_leaf_huge_again(ad_bits: bo
     assert rig.entry() & (bits.PAGE_SIZE_BIT | bits.EXEC) == bits.EXEC
     assert rig.entry(OTHER) & (bits.PAGE_SIZE_BIT | bits.RWX) == bits.RWX, "split with it"
     heard = len(rig.importer.heard)
-    assert rig.world.io_fault(rig.exported, OTHER) is Result.SPURIOUS
+    assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.SPURIOUS
     assert execute(rig, OTHER)
     assert len(rig.importer.heard) == heard, "only rights were added: nobody has to be told"
     assert check_vm(rig.vm) == []
@@ -63,7 +63,7 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
     over = rig.world.start(rig.vm.nx_huge.recover())
     settle(rig)
     assert over.result() == 1
-    assert rig.world.io_fault(rig.exported, OTHER) is Result.FIXED
+    assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.FIXED
     assert rig.entry(OTHER) & bits.PAGE_SIZE_BIT
     assert check_vm(rig.vm) == []
 

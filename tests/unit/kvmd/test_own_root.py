@@ -8,11 +8,11 @@ import errno
 
 import pytest
 
-from kvmd.core.capability import Cap, check_extension, enable_cap
+from kvmd.core.capability import KvmCap, check_extension, enable_cap
 from kvmd.core.export.tdp_fd import CreateTdpFd
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.nx_huge import NxHugePages
-from kvmd.core.faults.page_fault import PageFault, Result, Source
+from kvmd.core.faults.page_fault import FaultResult, FaultSource, PageFault
 from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
@@ -37,8 +37,8 @@ def guest() -> Managed:
 
 def test_the_capability_is_there_and_settles_which_root_a_tdp_fd_lends() -> None:
     shared, own = Managed(own=False), Managed()
-    assert check_extension(own.world.host.features, own.vm, Cap.TDP_FD_OWN_ROOT) == 1
-    assert check_extension(own.world.host.features, None, Cap.TDP_FD_OWN_ROOT) == 1
+    assert check_extension(own.world.host.features, own.vm, KvmCap.TDP_FD_OWN_ROOT) == 1
+    assert check_extension(own.world.host.features, None, KvmCap.TDP_FD_OWN_ROOT) == 1
     assert (shared.exported.root.role.iommu, own.exported.root.role.iommu) == (False, True)
     for guest in (shared, own):
         guest.write(0)
@@ -51,7 +51,7 @@ def test_the_capability_takes_neither_flags_nor_arguments(bad: tuple[int, list[i
     world = World()
     flags, args = bad
     with pytest.raises(UapiError) as caught:
-        enable_cap(world.vm, Cap.TDP_FD_OWN_ROOT, flags, args)
+        enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, flags, args)
     assert caught.value.errno == errno.EINVAL
     assert not world.vm.tdp_own_root
 
@@ -60,7 +60,7 @@ def test_once_a_tdp_fd_was_made_it_is_too_late(guest: Managed) -> None:
     for made in (guest, Managed(own=False)):
         for _ in ("while it is there", "afterwards"):
             with pytest.raises(UapiError) as caught:
-                enable_cap(made.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+                enable_cap(made.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
             assert caught.value.errno == errno.EINVAL
             if made.vm.exported:
                 made.do(made.vm.close_tdp_fd(made.exported))
@@ -71,12 +71,12 @@ def test_a_tdp_fd_that_was_never_handed_out_settles_nothing() -> None:
     world.set_slot(0, BASE, 16, world.map(16))
     world.vcpu()
     nowhere = world.map(1, prot=Prot.READ)
-    enable_cap(world.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+    enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
     with pytest.raises(UapiError) as caught:
         world.run(world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0, Hva(nowhere))))
     assert caught.value.errno == errno.EFAULT
     assert world.vm.mmu.roots == []
-    enable_cap(world.vm, Cap.TDP_FD_OWN_ROOT, 0, [0])
+    enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
 
 
 # -- what is faulted in --------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def test_whoever_comes_first_both_have_the_page_after_one_fault(guest: Managed) 
     for page in range(0, 40, 2):
         guest.write(page)
     for page in range(1, 40, 2):
-        assert guest.fault(page) is Result.FIXED
+        assert guest.fault(page) is FaultResult.FIXED
     assert guest.cpu == guest.iommu == dict.fromkeys(range(40), True)
     for page in range(40):
         guest.write(page)
-        assert guest.fault(page) is Result.SPURIOUS
+        assert guest.fault(page) is FaultResult.SPURIOUS
     stats = guest.stats()
     assert (stats["pf_taken"], stats["pf_fixed"], stats["io_pf_fixed"]) == (20, 20, 20)
     assert guest.heard == 0
@@ -119,8 +119,8 @@ def test_a_vcpu_that_finds_its_entry_there_fills_the_iommus_all_the_same(guest: 
     guest.write(5)
     lost = guest.vm.mmu.zap_some(guest.exported.root, guest.span(5), 1)
     assert (lost[0], guest.iommu) == (1, {})
-    flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, Source.VCPU), guest.vcpu)
-    assert guest.do(flow) is Result.SPURIOUS
+    flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, FaultSource.VCPU), guest.vcpu)
+    assert guest.do(flow) is FaultResult.SPURIOUS
     assert guest.iommu == {5: True}
 
 
@@ -132,7 +132,7 @@ def test_without_room_in_the_other_root_a_fault_is_resolved_in_its_own() -> None
     far = BASE + 512
     guest.set_slot(1, far, 1, guest.world.map(1))
     assert guest.do(guest.vcpu.run([("w", far << 12, b"x")])).done
-    assert guest.fault(512) is Result.NO_MEMORY
+    assert guest.fault(512) is FaultResult.NO_MEMORY
     assert (set(guest.cpu), set(guest.iommu)) == ({0, 512}, {0})
     assert guest.sound()
 
@@ -232,8 +232,8 @@ def test_a_slot_that_moves_leaves_nothing_behind(guest: Managed) -> None:
     guest.write(*range(8))
     guest.set_slot(0, BASE + 0x1000, PAGES, guest.hva)
     assert guest.iommu == {}
-    assert guest.fault(0x1000) is Result.FIXED
-    assert guest.fault(0) is Result.NO_SLOT
+    assert guest.fault(0x1000) is FaultResult.FIXED
+    assert guest.fault(0) is FaultResult.NO_SLOT
     assert guest.sound()
 
 
@@ -287,9 +287,9 @@ def test_tracking_protects_a_gfn_from_cpus_alone(guest: Managed) -> None:
     guest.do(guest.vm.track_page(Gpa(BASE << 12)))
     assert (guest.cpu, guest.iommu) == ({0: False, 1: True}, {0: True, 1: True})
     assert guest.heard == 0
-    assert guest.fault(0) is Result.SPURIOUS
+    assert guest.fault(0) is FaultResult.SPURIOUS
     guest.do(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
-    assert guest.fault(0) is Result.FIXED
+    assert guest.fault(0) is FaultResult.FIXED
     assert (guest.cpu[0], guest.iommu[0]) == (False, True)
     stores = guest.stats()["pf_emulate"]
     guest.write(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.memslot import SlotFlag
 from kvmd.core.tables.spte import make_mmio_entry
@@ -124,7 +124,7 @@ def test_a_pin_splits_the_huge_leaf_of_both_roots() -> None:
     assert guest.exported.root.leaves == guest.cpu_root.leaves == [0, 512, 0, 0]
     guest.log()
     assert guest.dirty() == set(range(PAGES)), "all of the leaf was writable when logging began"
-    assert guest.fault(8) is Result.SPURIOUS
+    assert guest.fault(8) is FaultResult.SPURIOUS
     assert guest.sound()
 
 
@@ -139,7 +139,7 @@ def test_a_pinned_frame_that_the_own_root_lost_is_found(guest: Managed) -> None:
 def test_a_clear_bit_anywhere_under_a_huge_leaf_that_devices_write_is_found(page: int) -> None:
     guest = Managed(level=2, pages=512)
     guest.touch(0)
-    assert guest.fault(0) is Result.FIXED
+    assert guest.fault(0) is FaultResult.FIXED
     assert guest.exported.root.leaves[2] == 1
     guest.log()
     assert numbers(guest) == set()

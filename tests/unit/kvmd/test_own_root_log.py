@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.capability import Cap, enable_cap
+from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.export.tdp_fd import CreateTdpFd
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.reclaim import migrate
@@ -35,7 +35,7 @@ def test_what_a_device_can_write_is_dirty_in_every_round_and_nobody_is_told(gues
         assert guest.dirty() == {0, 1, 2}
         assert guest.sound()
     assert [guest.entry(page) for page in range(3)] == before
-    assert [guest.fault(page) for page in range(3)] == [Result.SPURIOUS] * 3, "no write right was taken"
+    assert [guest.fault(page) for page in range(3)] == [FaultResult.SPURIOUS] * 3, "no write right was taken"
     assert guest.heard == 0
 
 
@@ -94,7 +94,7 @@ def test_a_get_that_does_not_wait_is_noticed(guest: Managed, monkeypatch: pytest
 @pytest.mark.parametrize("manual", [1, 3])
 def test_a_cleared_page_that_a_device_can_write_is_dirty_again_at_once(manual: int) -> None:
     guest = Managed(features=NO_PML)
-    enable_cap(guest.vm, Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
+    enable_cap(guest.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
     guest.write(0)
     guest.fault(1)
     guest.log()
@@ -126,9 +126,9 @@ def test_logging_splits_what_cpus_have_and_leaves_a_device_its_huge_leaf() -> No
 def test_a_vcpu_logs_into_its_ring_and_a_devices_pages_are_told_by_the_bitmap() -> None:
     world = World(NO_PML, tables=8 * MIB)
     for cap, arg in (
-        (Cap.DIRTY_LOG_RING, 1 << 16),
-        (Cap.DIRTY_LOG_RING_WITH_BITMAP, 0),
-        (Cap.TDP_FD_OWN_ROOT, 0),
+        (KvmCap.DIRTY_LOG_RING, 1 << 16),
+        (KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0),
+        (KvmCap.TDP_FD_OWN_ROOT, 0),
     ):
         enable_cap(world.vm, cap, 0, [arg])
     world.map(1, hva=BITMAP)
@@ -148,7 +148,7 @@ def test_a_vcpu_logs_into_its_ring_and_a_devices_pages_are_told_by_the_bitmap() 
 
 def test_rings_without_bitmaps_cannot_log_a_devices_stores_here_either() -> None:
     world = World(NO_PML)
-    for cap, arg in ((Cap.DIRTY_LOG_RING, 1 << 16), (Cap.TDP_FD_OWN_ROOT, 0)):
+    for cap, arg in ((KvmCap.DIRTY_LOG_RING, 1 << 16), (KvmCap.TDP_FD_OWN_ROOT, 0)):
         enable_cap(world.vm, cap, 0, [arg])
     world.vcpu()
     with pytest.raises(UapiError, match="without bitmaps"):

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from kvmd.core.export.tdp_fd import FaultType
-from kvmd.core.faults.page_fault import IO_ERRNO, Result
+from kvmd.core.export.tdp_fd import TdpFaultType
+from kvmd.core.faults.page_fault import IO_ERRNO, FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.page_track import MAX_COUNT, PageTrack
 from kvmd.core.stats import vm_stats
@@ -17,7 +17,7 @@ from protocol.units import Gfn, Gpa, Hva
 from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
 
 RAM, PAGE = 0x10_0000, 4096
-READ_WRITE = FaultType(read=True, write=True, exec=False)
+READ_WRITE = TdpFaultType(read=True, write=True, exec=False)
 
 
 class Guest:
@@ -124,23 +124,23 @@ def test_what_is_faulted_in_around_a_tracked_page_is_small_and_the_page_read_onl
 @pytest.mark.defect("B-24")
 @pytest.mark.parametrize("kind", [WRITE, READ_WRITE])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_a_device_s_write_is_refused_at_once_whatever_else_it_asks(kind: FaultType, mapped: bool) -> None:
+def test_a_device_s_write_is_refused_at_once_whatever_else_it_asks(kind: TdpFaultType, mapped: bool) -> None:
     """The series looked at W only when the request had R, too, and mapped the page before it said no."""
     guest = Guest()
     guest.track(0x205)
     if mapped:
-        assert guest.world.io_fault(guest.exported, 0x205, READ) is Result.FIXED
+        assert guest.world.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
     for _ in range(3):
-        assert guest.world.io_fault(guest.exported, 0x205, kind) is Result.TRACKED
+        assert guest.world.io_fault(guest.exported, 0x205, kind) is FaultResult.TRACKED
     assert guest.rights(0x205) is (False if mapped else None)
-    assert IO_ERRNO[Result.TRACKED] == errno.EINVAL
+    assert IO_ERRNO[FaultResult.TRACKED] == errno.EINVAL
     assert guest.world.vm.retries == 0
 
 
 def test_a_device_s_read_gets_the_page_without_w() -> None:
     guest = Guest()
     guest.track(0x205)
-    assert guest.world.io_fault(guest.exported, 0x205, READ) is Result.FIXED
+    assert guest.world.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
     assert guest.rights(0x205) is False
 
 

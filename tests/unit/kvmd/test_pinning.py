@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.failure import poison
@@ -219,7 +219,7 @@ def test_rule_b_a_move_that_is_refused_takes_no_pin() -> None:
     assert vm_stats(guest.vm)["pinned_pages"] == 1
     assert guest.sound()
     assert guest.unpin(WORD) == 1, "the importer's account still has it"
-    assert guest.world.io_fault(guest.exported, WORD + 1) is Result.FIXED
+    assert guest.world.io_fault(guest.exported, WORD + 1) is FaultResult.FIXED
 
 
 def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_new_one() -> None:
@@ -229,7 +229,7 @@ def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_
     guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
     guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
     result = guest.do(guest.vm.fault_exported(guest.exported, 77, Gfn(WORD), WRITE))
-    assert result is Result.SPURIOUS
+    assert result is FaultResult.SPURIOUS
     assert guest.world.read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
 
 

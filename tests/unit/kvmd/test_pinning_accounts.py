@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmd.core.export.pinning import Pinned
+from kvmd.core.export.pinning import PinnedGfns
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.vma import Prot
@@ -202,7 +202,7 @@ def test_a_huge_leaf_over_a_pin_is_stopped_at_the_store(monkeypatch: pytest.Monk
 def test_the_book_of_regions_says_what_a_look_at_every_gfn_would() -> None:
     guest = Guest()
     guest.pin(BASE + 511)
-    pinned: Pinned = guest.vm.pinning.pinned
+    pinned: PinnedGfns = guest.vm.pinning.pinned
     assert pinned.any_in(0, GfnSpan(Gfn(BASE), Gfn(BASE + 512)))
     assert pinned.any_in(0, GfnSpan(Gfn(0), Gfn(1 << 18)))
     assert not pinned.any_in(0, GfnSpan(Gfn(BASE + 512), Gfn(BASE + 1024)))

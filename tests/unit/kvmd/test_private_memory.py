@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
@@ -75,7 +75,7 @@ def test_conversion_returns_when_no_importer_has_the_shared_alias() -> None:
     world = Protected()
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
-    assert world.io_fault(exported, GFN) is Result.FIXED
+    assert world.io_fault(exported, GFN) is FaultResult.FIXED
     wait = world.start(world.vm.private.set_attributes(GFN << 12, 4096, PRIVATE, 0))
     assert not wait.done
     assert world.table(exported.root.hpa) == {}
@@ -88,7 +88,7 @@ def test_a_closed_files_frames_go_after_the_acks() -> None:
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
     world.attribute(0, PRIVATE)
-    assert world.io_fault(exported, GFN) is Result.FIXED
+    assert world.io_fault(exported, GFN) is FaultResult.FIXED
     frames = world.host.frames.in_use
     wait = world.start(world.vm.private.close(world.memfd))
     assert world.host.frames.in_use == frames
@@ -96,7 +96,7 @@ def test_a_closed_files_frames_go_after_the_acks() -> None:
     assert not fault.done
     world.ack(importer)
     assert wait.done
-    assert fault.result() is Result.MEMORY_FAULT
+    assert fault.result() is FaultResult.MEMORY_FAULT
     assert world.host.frames.in_use == frames - 1
 
 
@@ -127,7 +127,7 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
     while not wait.done:
         world.ack(importer)
     world.bind(0, GFN, world.memfd, 0, 2)
-    assert world.io_fault(exported, GFN) is Result.FIXED
+    assert world.io_fault(exported, GFN) is FaultResult.FIXED
     hole = world.start(world.vm.private.punch_hole(world.memfd, 0, 4 << 12))
     assert not hole.done
     region = replace(
@@ -186,7 +186,7 @@ def test_poisoned_private_memory_fails_a_device_and_signals_a_cpu() -> None:
     world.attribute(0, PRIVATE)
     page = world.memfd.page(0)
     world.host.memory.poison(page)
-    assert world.io_fault(exported, GFN) is Result.HWPOISON
+    assert world.io_fault(exported, GFN) is FaultResult.HWPOISON
     assert world.read(world.cpu, GFN << 12, 1).exit.sigbus is not None
 
 

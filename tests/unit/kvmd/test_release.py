@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.export.tdp_fd import ExportedTdp
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
@@ -98,7 +98,7 @@ def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pyte
 def end_of_a_vm(world: World) -> None:
     exported = world.export()
     for gfn in (0x100, 0x105):
-        assert world.io_fault(exported, gfn) is Result.FIXED
+        assert world.io_fault(exported, gfn) is FaultResult.FIXED
     world.vm.release_tdp_fd(exported)
     world.run(world.vm.destroy())
     held = world.host.pool.in_use, world.host.pool.held(world.vm.id)

@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.tables.spte import make_leaf
 from protocol.hostmem import LOW_RAM_START
@@ -55,7 +55,7 @@ def made(
         world.run(world.mm.write(hva, BEFORE[before] or b""))
     exported = world.export()
     if by_device:
-        assert world.io_fault(exported, GFN, WRITE if write else READ) is Result.FIXED
+        assert world.io_fault(exported, GFN, WRITE if write else READ) is FaultResult.FIXED
     else:
         vcpu = world.vm.vcpus[0]
         ran = world.write(vcpu, GFN << 12, b"x") if write else world.read(vcpu, GFN << 12, 1)

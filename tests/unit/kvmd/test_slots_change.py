@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from kvmd.core.capability import Cap, check_extension
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.capability import KvmCap, check_extension
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots import slots_change
-from kvmd.core.slots.memslot import Memslots, Region
+from kvmd.core.slots.memslot import MemoryRegion, Memslots
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
@@ -30,7 +30,7 @@ def lent(features: CpuFeatures | None = None) -> tuple[World, SlowImporter]:
     exported = world.export()
     exported.register_importer("unit", importer)
     for gfn in (0x100, 0x200):
-        assert world.io_fault(exported, gfn) is Result.FIXED
+        assert world.io_fault(exported, gfn) is FaultResult.FIXED
     return world, importer
 
 
@@ -110,7 +110,7 @@ def test_private_memory_is_named_by_the_second_struct_and_excludes_the_rest(
     version: int, flags: int, allowed: bool
 ) -> None:
     slots = Memslots(Gfn(1 << 34))
-    region = Region(0, flags, Gpa(0), 4096, HVA, version=version)
+    region = MemoryRegion(0, flags, Gpa(0), 4096, HVA, version=version)
     if allowed:
         slots.plan(region)
     else:
@@ -121,7 +121,7 @@ def test_private_memory_is_named_by_the_second_struct_and_excludes_the_rest(
 @pytest.mark.parametrize("offset", [1, (1 << 64) - 4096])
 def test_the_offset_is_looked_at_only_with_the_flag(offset: int) -> None:
     slots = Memslots(Gfn(1 << 34))
-    region = Region(0, 4, Gpa(0), 4096, HVA, version=2, guest_memfd_offset=offset)
+    region = MemoryRegion(0, 4, Gpa(0), 4096, HVA, version=2, guest_memfd_offset=offset)
     with pytest.raises(UapiError, match="guest_memfd_offset"):
         slots.plan(region)
     slots.plan(replace(region, flags=0))
@@ -138,8 +138,8 @@ def test_without_smm_there_is_one_address_space() -> None:
 def test_a_kernel_without_smm_does_not_know_the_capability() -> None:
     without, with_smm = CpuFeatures(address_spaces=1), CpuFeatures()
     vm = World(without).vm
-    assert [check_extension(without, asked, Cap.MULTI_ADDRESS_SPACE) for asked in (None, vm)] == [0, 0]
-    assert check_extension(with_smm, World(with_smm).vm, Cap.MULTI_ADDRESS_SPACE) == 2
+    assert [check_extension(without, asked, KvmCap.MULTI_ADDRESS_SPACE) for asked in (None, vm)] == [0, 0]
+    assert check_extension(with_smm, World(with_smm).vm, KvmCap.MULTI_ADDRESS_SPACE) == 2
 
 
 def test_a_vm_with_private_memory_has_no_smm() -> None:
@@ -148,4 +148,4 @@ def test_a_vm_with_private_memory_has_no_smm() -> None:
     with pytest.raises(UapiError) as caught:
         world.run(vm.set_memory_region(world.region(0x1_0000, 0, 1, HVA)))
     assert caught.value.errno == errno.EINVAL
-    assert check_extension(CpuFeatures(), vm, Cap.MULTI_ADDRESS_SPACE) == 1
+    assert check_extension(CpuFeatures(), vm, KvmCap.MULTI_ADDRESS_SPACE) == 1

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvmd.core.export.tdp_fd import CreateTdpFd, Exporter, FaultType, check_create
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.export.tdp_fd import CreateTdpFd, Exporter, TdpFaultType, check_create
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
@@ -145,9 +145,9 @@ def test_a_flush_is_told_in_bytes_and_everything_as_all_ones(world: World) -> No
 def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     """Bit for bit (defect B-13: the second one is a success too)."""
     exported = world.export()
-    assert world.io_fault(exported, 0x100) is Result.FIXED
-    assert world.io_fault(exported, 0x100) is Result.SPURIOUS
-    assert world.io_fault(exported, 0x100, READ) is Result.SPURIOUS
+    assert world.io_fault(exported, 0x100) is FaultResult.FIXED
+    assert world.io_fault(exported, 0x100) is FaultResult.SPURIOUS
+    assert world.io_fault(exported, 0x100, READ) is FaultResult.SPURIOUS
     by_device = bytes(world.bare.tables)
     twin = World()
     twin.set_slot(0, 0x100, 16, twin.map(16))
@@ -158,26 +158,26 @@ def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
 def test_a_read_fault_maps_a_writable_page_writable(world: World) -> None:
     exported = world.export()
     world.run(world.mm.write(next(iter(world.vm.slots)).hva, b"the process's own by now"))
-    assert world.io_fault(exported, 0x100, READ) is Result.FIXED
-    assert world.io_fault(exported, 0x100, WRITE) is Result.SPURIOUS
+    assert world.io_fault(exported, 0x100, READ) is FaultResult.FIXED
+    assert world.io_fault(exported, 0x100, WRITE) is FaultResult.SPURIOUS
 
 
 @pytest.mark.rfc("RFC-71", "RFC-72")
 @pytest.mark.parametrize(
     ("gfn", "kind", "result"),
     [
-        (0xFF, READ, Result.NO_SLOT),
-        (0x110, WRITE, Result.NO_SLOT),
-        (1 << 36, READ, Result.NO_SLOT),
-        ((1 << 36) + 0x100, READ, Result.NO_SLOT),
-        ((1 << 64) - 1, READ, Result.NO_SLOT),
-        (0x200, WRITE, Result.READONLY),
-        (0x200, READ, Result.FIXED),
-        (0x300, READ, Result.NO_PAGE),
+        (0xFF, READ, FaultResult.NO_SLOT),
+        (0x110, WRITE, FaultResult.NO_SLOT),
+        (1 << 36, READ, FaultResult.NO_SLOT),
+        ((1 << 36) + 0x100, READ, FaultResult.NO_SLOT),
+        ((1 << 64) - 1, READ, FaultResult.NO_SLOT),
+        (0x200, WRITE, FaultResult.READONLY),
+        (0x200, READ, FaultResult.FIXED),
+        (0x300, READ, FaultResult.NO_PAGE),
     ],
 )
 def test_a_fault_that_cannot_be_resolved_says_why(
-    world: World, gfn: int, kind: FaultType, result: Result
+    world: World, gfn: int, kind: TdpFaultType, result: FaultResult
 ) -> None:
     world.set_slot(1, 0x200, 1, world.map(1), flags=2)
     world.set_slot(2, 0x300, 1, 0x7000_0000)
@@ -187,7 +187,7 @@ def test_a_fault_that_cannot_be_resolved_says_why(
 @pytest.mark.rfc("RFC-74", "RFC-75", "RFC-76")
 def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World) -> None:
     exported = world.export()
-    nothing = FaultType(read=False, write=False, exec=False)
+    nothing = TdpFaultType(read=False, write=False, exec=False)
     for token, kind, number in ((77, nothing, errno.EINVAL), (78, READ, errno.EINVAL)):
         with pytest.raises(UapiError) as caught:
             world.run(world.vm.fault_exported(exported, token, Gfn(0x100), kind))

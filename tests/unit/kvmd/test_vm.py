@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.page_fault import RESOLVED, Result
+from kvmd.core.faults.page_fault import RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.madvise import dontneed
@@ -37,7 +37,7 @@ class Rig:
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
 
-    def fault(self, gfn: int = 0x100) -> Result:
+    def fault(self, gfn: int = 0x100) -> FaultResult:
         return self.world.io_fault(self.exported, gfn)
 
     def tag(self, gfn: int) -> int:
@@ -149,7 +149,7 @@ def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: 
 
     world.vm.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
     result = rig.fault()
-    assert result is (Result.NO_PAGE if change == "munmap" else Result.FIXED)
+    assert result is (FaultResult.NO_PAGE if change == "munmap" else FaultResult.FIXED)
     assert check_vm(world.vm) == []
     assert world.vm.retries == 1
 
@@ -158,7 +158,7 @@ def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: 
 def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq_start: int) -> None:
     rig = Rig(seq_start=seq_start)
     for i in range(6):
-        assert rig.fault(0x100 + i) is Result.FIXED
+        assert rig.fault(0x100 + i) is FaultResult.FIXED
         over = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
         if rig.importer.pending:
             rig.world.ack(rig.importer)
@@ -171,7 +171,7 @@ def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> Non
     """Defect B-14: the series retried for ever."""
     world = rig.world
     world.vm.mm = SleepyMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))  # type: ignore[assignment]
-    assert rig.fault() is Result.UNSTABLE
+    assert rig.fault() is FaultResult.UNSTABLE
     assert world.vm.retries == 64
     assert check_vm(world.vm) == []
 
@@ -207,10 +207,10 @@ def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None
         tables,
         False,
     )
-    assert rig.fault(0x200) is Result.FIXED, "the other slot works on while the flush is out"
+    assert rig.fault(0x200) is FaultResult.FIXED, "the other slot works on while the flush is out"
     world.ack(rig.importer)
     assert over.done
-    assert rig.fault(0x100) is Result.NO_SLOT
+    assert rig.fault(0x100) is FaultResult.NO_SLOT
     assert world.read(rig.vcpu, 0x10_0000, 1).exit.reason is ExitReason.MMIO
 
 
@@ -332,7 +332,7 @@ def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() 
     assert not fault.done
     assert world.host.pool.held(world.vm.id) == 1
     world.ack(importer)
-    assert fault.result() is Result.FIXED
+    assert fault.result() is FaultResult.FIXED
     assert world.host.pool.held(world.vm.id) == 0
     assert check_vm(world.vm) == []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.slots.slots_change import SlotsChange
@@ -34,7 +34,7 @@ class Rig:
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
         for gfn in (*range(0x100, 0x110), 0x200):
-            assert self.world.io_fault(self.exported, gfn) is Result.FIXED
+            assert self.world.io_fault(self.exported, gfn) is FaultResult.FIXED
 
     def cond_resched(self) -> Wait[None]:
         self.turns.append(Wait())
@@ -119,7 +119,7 @@ def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pyt
             rig.world.ack(rig.importer)
         else:
             rig.next_turn()
-    assert waits.result() is Result.NO_SLOT
+    assert waits.result() is FaultResult.NO_SLOT
     assert check_vm(rig.world.vm) == []
 
 
@@ -129,7 +129,7 @@ def test_no_turn_clears_more_than_4096_leaves() -> None:
     world.set_slot(0, 0, pages, world.map(pages))
     exported = world.export()
     for gfn in range(pages):
-        assert world.io_fault(exported, gfn) is Result.FIXED
+        assert world.io_fault(exported, gfn) is FaultResult.FIXED
     exported.register_importer("unit", importer)
     over, left = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0))), []
     while not over.done:

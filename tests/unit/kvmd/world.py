@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kvmd.core.cpu.vcpu import RunResult, Vcpu
-from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, FaultType
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, TdpFaultType
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures, Host
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
@@ -17,7 +17,7 @@ from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.vma import Prot
-from kvmd.core.slots.memslot import Region
+from kvmd.core.slots.memslot import MemoryRegion
 from kvmd.core.vm import Kvm
 from protocol.flow import Flows, Wait
 from protocol.frame_tags import FrameTags, tags_size
@@ -27,8 +27,8 @@ from tests.oracle.table import RawTables, flat
 
 T = TypeVar("T")
 RW = Prot.READ | Prot.WRITE
-READ = FaultType(read=True, write=False, exec=False)
-WRITE = FaultType(read=False, write=True, exec=False)
+READ = TdpFaultType(read=True, write=False, exec=False)
+WRITE = TdpFaultType(read=False, write=True, exec=False)
 
 MM_CHANGES: dict[str, Callable[[Mm, Hva, int], Coroutine[Any, None, object]]] = {
     "munmap": Mm.munmap,
@@ -139,8 +139,8 @@ class World:
         size = pages * (PAGE_SIZE << 9 * (level - 1))
         return self.run(self.mm.mmap(None if hva is None else Hva(hva), size, prot, Level(level)))
 
-    def region(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> Region:
-        return Region(slot, flags, Gpa(gfn << 12), pages << 12, Hva(hva))
+    def region(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> MemoryRegion:
+        return MemoryRegion(slot, flags, Gpa(gfn << 12), pages << 12, Hva(hva))
 
     def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
         self.run(self.vm.set_memory_region(self.region(slot, gfn, pages, hva, flags)))
@@ -161,11 +161,11 @@ class World:
     def write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
         return self.run(vcpu.run([("w", gpa, data)]))
 
-    def fault(self, gfn: int) -> Coroutine[Any, None, Result]:
+    def fault(self, gfn: int) -> Coroutine[Any, None, FaultResult]:
         """A device's store faults: a flow that may have to wait."""
         return self.vm.fault_exported(self.vm.exported[0], 77, Gfn(gfn), WRITE)
 
-    def io_fault(self, exported: ExportedTdp, gfn: int, kind: FaultType = WRITE) -> Result:
+    def io_fault(self, exported: ExportedTdp, gfn: int, kind: TdpFaultType = WRITE) -> FaultResult:
         return self.run(self.vm.fault_exported(exported, 77, Gfn(gfn), kind))
 
     def table(self, root: int | None = None, levels: int = 4) -> dict[int, tuple[int, bool]]:

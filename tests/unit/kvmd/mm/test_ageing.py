@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.faults.page_fault import Result
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
@@ -66,7 +66,7 @@ def test_without_ad_bits_an_aged_leaf_is_absent_for_both_walkers_and_recovers_at
     rig.world.ack(rig.importer)
     assert over.result() == 1
     assert check_vm(rig.world.vm) == []
-    assert rig.world.io_fault(rig.exported, 0x200) is Result.FIXED
+    assert rig.world.io_fault(rig.exported, 0x200) is FaultResult.FIXED
     assert rig.leaf() == before
     assert check_vm(rig.world.vm) == []
 
@@ -102,7 +102,7 @@ def test_a_leaf_nobody_used_since_is_old_and_nobody_is_told(ad_bits: bool) -> No
     assert not any(rig.young())
     assert rig.age().result() == 0
     assert len(rig.importer.heard) == 1
-    assert rig.world.io_fault(rig.exported, 0x201, READ) is Result.FIXED
+    assert rig.world.io_fault(rig.exported, 0x201, READ) is FaultResult.FIXED
     assert any(rig.young())
 
 
@@ -125,7 +125,7 @@ def test_a_store_to_an_aged_page_that_was_protected_once_makes_a_legal_entry() -
     rig.age()
     rig.world.ack(rig.importer)
     assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
-    assert rig.world.io_fault(rig.exported, 0x200) is Result.FAST
+    assert rig.world.io_fault(rig.exported, 0x200) is FaultResult.FAST
     assert rig.leaf() == before
     assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == WRITABLE
     assert rig.walks() == ["mapped", "mapped"]
