@@ -96,6 +96,17 @@ class Host:
     def processes(self) -> list[Mm]:
         return list(self._mms.values())
 
+    # awaits: mm: cannot change: its fd is closed, and whoever else has it does not bring it back
+    async def exit_mm(self, mm: Mm) -> None:
+        """The process ends; who has to do with its memory besides may be a while."""
+        await mm.exit()
+        self.put_mm(mm)
+
+    def put_mm(self, mm: Mm) -> None:
+        """Somebody has nothing to do with `mm` any more: the last one forgets it [mmdrop]."""
+        if mm.exited and not mm.notifiers:
+            self.forget_mm(mm)
+
     def forget_mm(self, mm: Mm) -> None:
         if self._mms.get(mm.id) is mm:  # its exit and its last VM's end may both find nothing left of it
             del self._mms[mm.id]

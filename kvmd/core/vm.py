@@ -19,6 +19,7 @@ from kvmd.core.export.tdp_fd import (
     CreateTdpFd,
     ExportedTdp,
     Exporter,
+    ExportEvent,
     TdpFaultType,
     check_create,
 )
@@ -381,7 +382,7 @@ class Kvm:
     # awaits: exported, root: cannot change: its last fd is closed, nobody else closes it
     async def close_tdp_fd(self, exported: ExportedTdp) -> None:
         """The last copy of the TDP FD is closed, and nothing walks for an importer any more."""
-        exported.released = True  # nobody registers or faults from now on
+        exported.happens(ExportEvent.CLOSE)  # nobody registers or faults from now on
         await self.pinning.close_all()
         root = exported.root
         self.release_tdp_fd(exported)
@@ -395,7 +396,7 @@ class Kvm:
         (defect B-18 zapped here without a flush)."""
         assert self.exported[exported.as_id] is exported
         del self.exported[exported.as_id]
-        exported.released = True
+        exported.happens(ExportEvent.RELEASE)
         exported.root.happens(RootEvent.RELEASE)
         if exported.root.role.iommu:
             exported.root.happens(RootEvent.INVALIDATE)

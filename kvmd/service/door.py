@@ -21,7 +21,7 @@ from kvmd.core.capability import check_extension
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.stats import vm_stats
-from kvmd.core.vm import Kvm, VmType, create_vm
+from kvmd.core.vm import Kvm, VmType
 from kvmd.service.importer_door import IMPORTER_DOOR, IMPORTS, NOTES, REFUSED
 from kvmd.service.inspect import any_vm, inspecting, own_vm
 from kvmd.service.mm import open_mm
@@ -71,9 +71,8 @@ async def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
     if message.type not in set(VmType):
         raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: {[int(kind) for kind in VmType]}")
     held = app.files.find(fds.peek(0), MmFile)
-    owner = VmFile(app, await create_vm(app.host, held.mm, VmType(message.type)))
-    app.vms.append(owner.vm)
-    fd, _, _ = app.files.open(VM, owner, app.put_vm)
+    owner = VmFile(app, await app.vms.create(held.mm, VmType(message.type)))
+    fd, _, _ = app.files.open(VM, owner, lambda closed: closed.users.put())
     return Answer({}, [fd])
 
 

@@ -31,7 +31,7 @@ async def _release(held: MirrorFile) -> None:
     if held.lease is not None:
         await held.lease.ended
     await held.mirror.close()
-    held.app.forget(held.mirror.mm)
+    held.app.host.put_mm(held.mirror.mm)
 
 
 async def _register(held: MirrorFile, message: uapi.HmmRegister, fds: Fds) -> Answer:
@@ -90,7 +90,7 @@ async def _change_process(held: MirrorFile, message: uapi.HmmChangeProcess, fds:
         mirror.undo_change_process()
     else:
         await mirror.change_process(held.app.files.find(fds.peek(0), MmFile).mm)
-    held.app.forget(before)
+    held.app.host.put_mm(before)
     return {}
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from kvmd.core.export.importer import Importer
 from kvmd.service.fault_notes import FAULT_NOTES, NotesFile
 from kvmd.service.hmm import open_mirror
-from kvmd.service.objects import App, Importer, MmFile, TdpFile, VmFile
+from kvmd.service.objects import App, ImporterFile, MmFile, TdpFile, VmFile
 from kvmd.service.tdp_fd import IMPORTER, importer_closed
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
@@ -22,8 +23,8 @@ from protocol.uapi import tdp_fd as tdp
 
 
 def _tdp_fd_get(app: App, message: tdp.TdpFdGet, fds: Fds) -> Answer:
-    importer = Importer(app.files.find(fds.peek(0), TdpFile))
-    fd, _, importer.channel = app.files.open(IMPORTER, importer, importer_closed)
+    held = ImporterFile(app, Importer(app.files.find(fds.peek(0), TdpFile).tdp))
+    fd, _, held.channel = app.files.open(IMPORTER, held, importer_closed)
     return Answer({}, [fd])
 
 

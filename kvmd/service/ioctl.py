@@ -13,7 +13,7 @@ from types import CoroutineType
 from typing import Any, Protocol, TypeVar
 
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
-from kvmd.service.objects import MmFile, VmFile, holding
+from kvmd.service.objects import MmFile, VmFile
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Result
@@ -53,7 +53,7 @@ def ioctl(
             raise UapiError(errno.ENOTTY, f"VM {obj.vm_file.vm.id} does not know {message.op}")
         if message.argp is None or not struct_bytes:
             return run(obj, message, sent)
-        return holding(obj.vm_file, checked(obj, message, sent, Hva(message.argp)))
+        return obj.vm_file.users.holding(checked(obj, message, sent, Hva(message.argp)))
 
     async def checked(obj: Obj, message: M, sent: Fds, argp: Hva) -> Body | Answer:
         mm = obj.vm_file.vm.mm

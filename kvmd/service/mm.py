@@ -121,7 +121,7 @@ def open_mm(app: App, mm: Mm) -> int:
 
 def _mm_closed(held: MmFile) -> None:
     held.app.mms.pop(held.mm.cookie, None)  # not there yet if its fd found no room
-    held.app.loop.flows.spawn(held.app.exit_mm(held.mm))
+    held.app.loop.flows.spawn(held.app.host.exit_mm(held.mm))
 
 
 async def _fork(held: MmFile, message: uapi.Fork, fds: Fds) -> Answer:

@@ -15,7 +15,7 @@ from kvmd.core.cpu.program import Instruction
 from kvmd.core.cpu.vcpu import RunResult
 from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.service.ioctl import ioctl
-from kvmd.service.objects import VcpuFile, holding
+from kvmd.service.objects import VcpuFile
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Service
@@ -30,12 +30,10 @@ def _set_cpuid2(held: VcpuFile, message: uapi.KvmSetCpuid2, fds: Fds) -> Body:
 
 async def _set_msrs(held: VcpuFile, message: uapi.KvmSetMsrs, fds: Fds) -> Body:
     flow = set_msr(held.owner.vm, held.vcpu, message.index, message.value)
-    return {"ret": int(await holding(held.owner, flow))}
+    return {"ret": int(await held.owner.users.holding(flow))}
 
 
 async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
-    if held.vcpu.running:
-        raise UapiError(errno.EBUSY, f"vCPU {held.vcpu.id} is running")
     if message.program is not None and _bytes(message.program) > uapi.MAX_RUN_BYTES:
         raise UapiError(errno.EINVAL, f"KVM_RUN of more than {uapi.MAX_RUN_BYTES} bytes")
     flow = held.vcpu.run(
@@ -45,7 +43,7 @@ async def _run(held: VcpuFile, message: uapi.KvmRun, fds: Fds) -> Body:
         mmio_data=message.mmio_data or b"",
         immediate_exit=message.immediate_exit != 0,
     )
-    return _kvm_run(await holding(held.owner, flow))
+    return _kvm_run(await held.owner.users.holding(flow))
 
 
 def _bytes(program: Iterable[Instruction]) -> int:
@@ -85,10 +83,8 @@ def _kvm_run(ran: RunResult) -> Body:
 
 
 async def _pre_fault_memory(held: VcpuFile, message: uapi.KvmPreFaultMemory, fds: Fds) -> Body:
-    if held.vcpu.running:
-        raise UapiError(errno.EBUSY, f"vCPU {held.vcpu.id} is running")
     flow = pre_fault_memory(held.owner.vm, held.vcpu, Gpa(message.gpa), message.size, message.flags)
-    gpa, size = await holding(held.owner, flow)
+    gpa, size = await held.owner.users.holding(flow)
     return {"gpa": gpa, "size": size}
 
 
@@ -106,7 +102,7 @@ def vcpu_closed(held: VcpuFile) -> None:
     held.vcpu.kick()
     if held.ring_fd is not None:
         os.close(held.ring_fd)
-    held.owner.app.put_vm(held.owner)
+    held.owner.users.put()
 
 
 VCPU: Service[VcpuFile] = Service(

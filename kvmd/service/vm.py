@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvmd.core.capability import check_extension, enable_cap
+from kvmd.core.export.importer import TdpFd
 from kvmd.core.export.tdp_fd import CreateTdpFd
 from kvmd.core.slots.dirty_log import ClearDirtyLog
 from kvmd.core.slots.guest_memfd import GuestMemfd
 from kvmd.core.slots.memslot import MemoryRegion, SlotFlag
 from kvmd.memory import dirty_ring_memory
 from kvmd.service.ioctl import ioctl
-from kvmd.service.objects import GuestMemfdFile, TdpFile, VcpuFile, VmFile, holding
+from kvmd.service.objects import GuestMemfdFile, TdpFile, VcpuFile, VmFile
 from kvmd.service.tdp_fd import TDP_FD, tdp_fd_closed
 from kvmd.service.vcpu import VCPU, vcpu_closed
 from protocol.errors import UapiError
@@ -29,7 +30,7 @@ from protocol.units import Gpa, Hva
 
 
 async def _punch_hole(held: GuestMemfdFile, message: PunchHole, fds: Fds) -> Body:
-    await holding(held.owner, held.owner.vm.private.punch_hole(held.memfd, message.offset, message.size))
+    await held.owner.users.holding(held.owner.vm.private.punch_hole(held.memfd, message.offset, message.size))
     return {}
 
 
@@ -52,7 +53,7 @@ GUEST_MEMFD: Service[GuestMemfdFile] = Service(
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
     vm = owner.vm
     vcpu = vm.create_vcpu(message.vcpu_id)
-    owner.refs += 1
+    owner.users.get()
     held = VcpuFile(owner, vcpu)
     try:
         if vm.dirty_log.ring_bytes:
@@ -60,7 +61,7 @@ def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer
             vm.dirty_log.add_ring(vcpu.id, memory)
     except UapiError:
         vm.vcpus.remove(vcpu)
-        owner.app.put_vm(owner)
+        owner.users.put()
         raise
     try:
         fd, _, _ = owner.app.files.open(VCPU, held, vcpu_closed)
@@ -82,7 +83,7 @@ def _region(message: uapi.KvmSetUserMemoryRegion) -> MemoryRegion:
 
 
 async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryRegion, fds: Fds) -> Body:
-    await holding(owner, owner.vm.set_memory_region(_region(message)))
+    await owner.users.holding(owner.vm.set_memory_region(_region(message)))
     return {}
 
 
@@ -94,7 +95,7 @@ async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemory
         guest_memfd_offset=message.guest_memfd_offset,
         guest_memfd=guest_memfd,
     )
-    await holding(owner, owner.vm.set_memory_region(region))
+    await owner.users.holding(owner.vm.set_memory_region(region))
     return {}
 
 
@@ -131,32 +132,27 @@ def _enable_cap(owner: VmFile, message: uapi.KvmEnableCap, fds: Fds) -> Body:
 
 
 async def _get_dirty_log(owner: VmFile, message: uapi.KvmGetDirtyLog, fds: Fds) -> Body:
-    await holding(owner, owner.vm.dirty_log.get(message.slot, Hva(message.dirty_bitmap)))
+    await owner.users.holding(owner.vm.dirty_log.get(message.slot, Hva(message.dirty_bitmap)))
     return {}
 
 
 async def _clear_dirty_log(owner: VmFile, message: uapi.KvmClearDirtyLog, fds: Fds) -> Body:
     log = ClearDirtyLog(message.slot, message.num_pages, message.first_page, Hva(message.dirty_bitmap))
-    await holding(owner, owner.vm.dirty_log.clear(log))
+    await owner.users.holding(owner.vm.dirty_log.clear(log))
     return {}
 
 
 async def _reset_dirty_rings(owner: VmFile, message: uapi.KvmResetDirtyRings, fds: Fds) -> Body:
-    return {"ret": await holding(owner, owner.vm.dirty_log.reset_rings())}
+    return {"ret": await owner.users.holding(owner.vm.dirty_log.reset_rings())}
 
 
 def _create_guest_memfd(owner: VmFile, message: uapi.KvmCreateGuestMemfd, fds: Fds) -> Answer:
     memfd = owner.vm.private.create(message.size, message.flags)
-    owner.refs += 1
+    owner.users.get()
     held = GuestMemfdFile(owner, memfd)
-    memfd.release = lambda: owner.app.loop.flows.spawn(_release_guest_memfd(held))
+    memfd.release = lambda: owner.app.loop.flows.spawn(owner.users.put_after(owner.vm.private.close(memfd)))
     fd, _, _ = owner.app.files.open(GUEST_MEMFD, held, lambda closed: closed.memfd.put())
     return Answer({}, [fd])
-
-
-async def _release_guest_memfd(held: GuestMemfdFile) -> None:
-    await held.owner.vm.private.close(held.memfd)
-    held.owner.app.put_vm(held.owner)
 
 
 def _has_attributes(owner: VmFile) -> bool:
@@ -165,21 +161,15 @@ def _has_attributes(owner: VmFile) -> bool:
 
 async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttributes, fds: Fds) -> Body:
     flow = owner.vm.private.set_attributes(message.address, message.size, message.attributes, message.flags)
-    await holding(owner, flow)
+    await owner.users.holding(flow)
     return {}
 
 
 async def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
-    return await holding(owner, _export(owner, message))
-
-
-async def _export(owner: VmFile, message: uapi.KvmCreateTdpFd) -> Answer:
-    """The TDP FD takes its reference before the request drops its own."""
     argp = None if message.argp is None else Hva(message.argp)
     request = CreateTdpFd(message.as_id, message.mode, message.pad, argp)
-    exported = await owner.vm.create_tdp_fd(request)
-    owner.refs += 1
-    fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner, exported), tdp_fd_closed)
+    tdp = await owner.users.holding(TdpFd.create(owner.users, request))
+    fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner.app, tdp), tdp_fd_closed)
     return Answer({}, [fd])
 
 
@@ -194,26 +184,26 @@ def _unregister_noncoherent_dma(owner: VmFile, message: uapi.KvmUnregisterNoncoh
 
 
 async def _page_track_add(owner: VmFile, message: uapi.PageTrackAdd, fds: Fds) -> Body:
-    await holding(owner, owner.vm.track_page(Gpa(message.gpa)))
+    await owner.users.holding(owner.vm.track_page(Gpa(message.gpa)))
     return {}
 
 
 async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: Fds) -> Body:
-    await holding(owner, owner.vm.untrack_page(Gpa(message.gpa)))
+    await owner.users.holding(owner.vm.untrack_page(Gpa(message.gpa)))
     return {}
 
 
 async def _nx_huge_pages(owner: VmFile, message: uapi.NxHugePages, fds: Fds) -> Body:
-    await holding(owner, owner.vm.nx_huge.switch(on=message.on))
+    await owner.users.holding(owner.vm.nx_huge.switch(on=message.on))
     return {}
 
 
 async def _recover_nx_huge_pages(owner: VmFile, message: uapi.RecoverNxHugePages, fds: Fds) -> Body:
-    return {"ret": await holding(owner, owner.vm.nx_huge.recover())}
+    return {"ret": await owner.users.holding(owner.vm.nx_huge.recover())}
 
 
 async def _zap_gfn_range(owner: VmFile, message: uapi.ZapGfnRange, fds: Fds) -> Body:
-    await holding(owner, owner.vm.zap_gfn_range(Gpa(message.gpa), message.size))
+    await owner.users.holding(owner.vm.zap_gfn_range(Gpa(message.gpa), message.size))
     return {}
 
 

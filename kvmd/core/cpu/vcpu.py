@@ -9,7 +9,8 @@ root of its own, for address space 1, which is never lent out.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,17 @@ class Vcpu:
         for cpu in self._cpus:
             cpu.flush_tlb(span)
 
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """For one ioctl at a time.  EBUSY, where the kernel's would wait for vcpu->mutex [KVM kvm_main.c]."""
+        if self.running:
+            raise UapiError(errno.EBUSY, f"vCPU {self.id} is running")
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+
     async def run(
         self,
         program: Sequence[Instruction] | None,
@@ -77,28 +89,29 @@ class Vcpu:
         With `immediate_exit` the guest does not run: an access that user space was asked for is completed
         first, and may ask for more [KVM x86.c, complete_userspace_io before wants_to_run].
         """
-        data = mmio_data if self._awaits_io else None
-        if program is not None:
-            self._start(program, cpl, as_id=int(smm))
-            data = None
-        self.immediate_exit = immediate_exit
-        self.running = True
-        try:
-            if immediate_exit and data is None:
-                left = self._interrupted()
-            else:
-                left = DONE if self._code is None else await Resume(self._code, data)
-        except BaseException:
-            self._code, self._awaits_io = None, False
-            raise
-        finally:
-            self.running = False
+        with self.loaded():
+            data = mmio_data if self._awaits_io else None
+            if program is not None:
+                self._start(program, cpl, as_id=int(smm))
+                data = None
+            self.immediate_exit = immediate_exit
+            left = await self._go_on(data)
         self._reason = left.reason
         self._awaits_io = left.mmio is not None
         if left is DONE:
             self._code = None
         ran = self._program
         return RunResult(left, left is DONE, ran.finished if ran else 0, list(ran.reads) if ran else [])
+
+    async def _go_on(self, data: bytes | None) -> Exit:
+        """Until the guest leaves; code that ends in an error is not gone on with."""
+        try:
+            if self.immediate_exit and data is None:
+                return self._interrupted()
+            return DONE if self._code is None else await Resume(self._code, data)
+        except BaseException:
+            self._code, self._awaits_io = None, False
+            raise
 
     def _start(self, program: Sequence[Instruction], cpl: int, as_id: int) -> None:
         """EINVAL: this KVM was built without that address space."""

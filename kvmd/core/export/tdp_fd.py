@@ -15,12 +15,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, auto
 from typing import Protocol
 
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import Wait
+from protocol.lifecycle import LifeCycle
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import PAGE_SHIFT, WHOLE_SIZE, GfnSpan, Hva
 
@@ -41,6 +42,27 @@ class ImporterOps(Protocol):
         """Drop cached translations; the Wait is set once no walker of the importer's uses one."""
 
 
+class ExportState(Enum):
+    LENT = auto()
+    CLOSING = auto()  # the last copy of the fd is closed; pins go
+    RELEASED = auto()
+
+
+class ExportEvent(Enum):
+    CLOSE = auto()
+    RELEASE = auto()
+
+
+EXPORT_LIFE = LifeCycle(
+    "exported TDP",
+    ExportState.LENT,
+    {
+        (ExportState.LENT, ExportEvent.CLOSE): ExportState.CLOSING,
+        (ExportState.CLOSING, ExportEvent.RELEASE): ExportState.RELEASED,
+    },
+)
+
+
 class ExportedTdp:
     """What a TDP FD stands for."""
 
@@ -49,16 +71,19 @@ class ExportedTdp:
         self.as_id = as_id
         self.root = root
         self.meta = meta
-        self.released = False
+        self._state = EXPORT_LIFE.born
         self._importers: dict[str, ImporterOps] = {}
         self._told: list[Wait[None]] = []  # and perhaps not acked
+
+    def happens(self, event: ExportEvent) -> None:
+        self._state = EXPORT_LIFE.after(self._state, event)
 
     def check_alive(self) -> None:
         """ENODEV: the last copy of the TDP FD is closed, so nothing is behind this any more (defect B-36).
 
         An importer's channel holds no reference, so whoever drops its TDP FD can still ask.
         """
-        if self.released:
+        if self._state is not ExportState.LENT:
             raise UapiError(errno.ENODEV, f"the TDP FD of address space {self.as_id} was released")
 
     def register_importer(self, name: str, ops: ImporterOps) -> None:

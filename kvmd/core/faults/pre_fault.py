@@ -24,16 +24,14 @@ _ERRNO = {
 }
 
 
-# awaits: vcpu: cannot change: it lives as long as its VM
 async def pre_fault_memory(vm: Kvm, vcpu: Vcpu, gpa: Gpa, size: int, flags: int) -> tuple[Gpa, int]:
-    """What is left of the range: its start and size."""
-    if flags or gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa + size >= 1 << 64:
-        raise UapiError(errno.EINVAL, f"pre-fault {gpa:#x}+{size:#x} flags {flags:#x}: whole pages, no flags")
-    vcpu.running = True
-    try:
+    """What is left of the range: its start and size.  EBUSY: the vCPU runs."""
+    with vcpu.loaded():
+        if flags or gpa % PAGE_SIZE or size % PAGE_SIZE or not size or gpa + size >= 1 << 64:
+            raise UapiError(
+                errno.EINVAL, f"pre-fault {gpa:#x}+{size:#x} flags {flags:#x}: whole pages, no flags"
+            )
         at = await _pre_fault_until(vm, vcpu, gpa, Gpa(gpa + size))
-    finally:
-        vcpu.running = False
     return at, gpa + size - at
 
 

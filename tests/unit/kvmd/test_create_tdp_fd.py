@@ -214,7 +214,7 @@ def test_non_coherent_dma_and_an_export_exclude_each_other(world: World) -> None
     with refused(errno.EBUSY, "write-back"):
         world.vm.register_noncoherent_dma()
     assert vm_stats(world.vm)["noncoherent_dma"] == 0
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     world.vm.register_noncoherent_dma()
 
 

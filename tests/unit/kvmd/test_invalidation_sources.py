@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -115,7 +114,7 @@ def split_ahead(rig: Rig) -> Flow:
 
 async def released_and_destroyed(rig: Rig) -> None:
     rig.exported.unregister_importer("unit", rig.importer)
-    rig.vm.release_tdp_fd(rig.exported)
+    await rig.vm.close_tdp_fd(rig.exported)
     await rig.vm.destroy()
 
 
@@ -202,7 +201,7 @@ SOURCES: dict[str, Source] = {
     ),
     # -- the end, and what is none --
     "vm destroy": Source(released_and_destroyed, []),
-    "tdp fd release": Source(lambda rig: now(partial(rig.vm.release_tdp_fd, rig.exported)), [], leaf.same),
+    "tdp fd release": Source(lambda rig: rig.vm.close_tdp_fd(rig.exported), [], leaf.same),
     "not present to present": Source(lambda rig: rig.world.fault(GFN + 1), [], leaf.same),
     "permission raised": Source(
         lambda rig: rig.world.fault(GFN), [], leaf.writable_again, rig={"flags": 1}, before=is_protected

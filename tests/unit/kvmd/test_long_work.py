@@ -154,7 +154,7 @@ def a_vm_ends_in_turns(rig: Rig) -> None:
         world.set_slot(slot, 0x10_0000 * slot, 1, rig.hva)
         assert world.io_fault(rig.exported, 0x10_0000 * slot) is FaultResult.FIXED
     rig.exported.unregister_importer("unit", rig.importer)
-    world.vm.release_tdp_fd(rig.exported)
+    world.run(world.vm.close_tdp_fd(rig.exported))
     over = world.start(world.vm.destroy())
     world.vm = Kvm(world.host, world.mm)
     world.set_slot(0, 0x100, PAGES, rig.hva)

@@ -40,14 +40,14 @@ class Ready:
         self.client = client
         self.files = machine(client)
         client.call(self.files["vcpu"], "KVM_RUN", program=[("w", 0x10_0000, b"x")])
-        self.vm: Kvm = client.app.vms[0]
+        self.vm: Kvm = next(iter(client.app.vms))
         self.owner = client.app.files.find(client.fds["vm"], VmFile)
 
     def counts(self) -> tuple[object, ...]:
         self.client.wire.pump()
         gc.collect()  # fds of earlier tests are not ours to count
         roots = [(root.hpa, root.refs, root.exported) for root in self.vm.mmu.roots]
-        return self.owner.refs, len(self.client.app.files), open_fds(), roots, dict(self.vm.exported)
+        return self.owner.users.count, len(self.client.app.files), open_fds(), roots, dict(self.vm.exported)
 
     def create(self, **body: object) -> Wait[Reply]:
         return self.files["vm"].call("KVM_CREATE_TDP_FD", GOOD | body)
@@ -123,15 +123,15 @@ def test_a_failure_that_is_not_passed_on_or_undone_twice_is_noticed(
 def whole_when_published(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the moment its fd exists, another thread may use the TDP, or close it."""
     published: list[TdpFile] = []
-    refs = ready.owner.refs
+    refs = ready.owner.users.count
     opened = Files.open
 
     def watched(self: Files, service: Any, obj: Any, on_release: Any = None) -> tuple[int, int, Channel]:
         if isinstance(obj, TdpFile):
             published.append(obj)
-            assert ready.vm.exported == {0: obj.exported}, "published before it is listed"
-            assert obj.exported.root.exported
-            assert ready.owner.refs > refs, "published before it holds its VM"
+            assert ready.vm.exported == {0: obj.tdp.exported}, "published before it is listed"
+            assert obj.tdp.exported.root.exported
+            assert ready.owner.users.count > refs, "published before it holds its VM"
         return opened(self, service, obj, on_release)
 
     monkeypatch.setattr(Files, "open", watched)

@@ -37,7 +37,7 @@ def use_after_release(world: World) -> None:
     exported.register_importer("unit", importer)
     world.write(vcpu, 0x10_0000, b"before")
     exported.unregister_importer("unit", importer)
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     assert (exported.root.exported, exported.root.invalid) == (False, False)
     assert vcpu.roots[0] is exported.root
     world.run(migrate(world.mm, slot.hva, PAGE))
@@ -99,7 +99,7 @@ def end_of_a_vm(world: World) -> None:
     exported = world.export()
     for gfn in (0x100, 0x105):
         assert world.io_fault(exported, gfn) is FaultResult.FIXED
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     world.run(world.vm.destroy())
     held = world.host.pool.in_use, world.host.pool.held(world.vm.id)
     assert held == (0, 0), f"table pages in use, held for a flush: {held}"
@@ -140,7 +140,7 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
 
     world.mm.get_user_page = sleepy  # type: ignore[method-assign]
     fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     gate.set(None)
     world.flows.run_ready()
     with pytest.raises(UapiError, match="ENODEV"):
@@ -151,7 +151,7 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
 @pytest.mark.defect("B-36")
 def test_a_released_tdp_takes_no_importer_and_no_fault(world: World) -> None:
     exported = world.export()
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     world.export()
     with pytest.raises(UapiError, match="ENODEV"):
         exported.register_importer("unit", SlowImporter())

@@ -51,7 +51,7 @@ def test_an_address_space_is_exported_once(world: World) -> None:
     with pytest.raises(UapiError) as caught:
         world.export()
     assert caught.value.errno == errno.EEXIST
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     world.export()
 
 
@@ -206,7 +206,7 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
 def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     assert world.table(exported.meta.root_hpa).keys() == {0x100}
     assert world.read(world.vm.vcpus[0], 0x10_0000, 4).reads == [b"kept"]
     world.set_slot(0, 0, 0, 0)
@@ -224,7 +224,7 @@ def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> Non
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     other = Kvm(world.host, world.mm)
-    world.vm.release_tdp_fd(exported)
+    world.run(world.vm.close_tdp_fd(exported))
     world.run(world.vm.destroy())
     assert (world.host.pool.in_use, world.mm.notifiers) == (0, [other.host_changes])
     assert not any(world.bare.tables)

@@ -1,0 +1,277 @@
+"""TDP FDs, their importers and what keeps a VM: each order as it is, and with a step of it left out."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvmd.core.export.importer import Importer, Registration, TdpFd
+from kvmd.core.export.tdp_fd import CreateTdpFd, ExportEvent
+from kvmd.core.faults.pre_fault import pre_fault_memory
+from kvmd.core.mm.madvise import dontneed
+from kvmd.core.vm import Kvm, VmType
+from kvmd.core.vm_list import VmList, VmUsers
+from protocol.errors import UapiError
+from protocol.flow import Wait, done
+from protocol.units import Gfn, GfnSpan, Gpa
+from tests.unit.kvmd.world import WRITE, SlowImporter, World
+
+PAGE = 4096
+BASE = 0x100
+
+
+def errno_of(act: Callable[[], object]) -> int:
+    with pytest.raises(UapiError) as caught:
+        act()
+    return caught.value.errno
+
+
+@dataclass(eq=False)
+class TestLease:
+    """Ended by hand, as if the last copy of it were closed."""
+
+    __test__ = False
+    ended: Wait[None] = field(default_factory=Wait)
+
+
+class Rig:
+    """A VM in a list, its fd the first user, and a TDP FD; its importers' acks and leases are by hand."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.gone: list[Kvm] = []
+        self.vms = VmList(self.world.host, self.world.flows.spawn, self.gone.append)
+        self.users = self.world.run(self.vms.create(self.world.mm, VmType.DEFAULT))
+        self.vm = self.world.vm = self.users.vm
+        self.hva = self.world.map(16)
+        self.world.set_slot(0, BASE, 16, self.hva)
+        self.vcpu = self.world.vcpu()
+        self.tdp = self.world.run(TdpFd.create(self.users, CreateTdpFd(0, 0, 0)))
+        self.ops: dict[str, SlowImporter] = {}
+        self.leases: dict[str, TestLease] = {}
+
+    def importer(self, name: str) -> Importer:
+        made = Importer(self.tdp)
+        self.register(made, name)
+        return made
+
+    def register(self, importer: Importer, name: str) -> None:
+        ops, lease = SlowImporter(), TestLease()
+        importer.register(name, 77, ops, lease)
+        self.ops[name], self.leases[name] = ops, lease
+
+    def end_lease(self, name: str) -> None:
+        self.leases[name].ended.set(None)
+        self.world.flows.run_ready()
+
+    def fault(self, importer: Importer, gfn: int = BASE) -> None:
+        self.world.run(importer.fault(77, Gfn(gfn), WRITE))
+
+    def give_up(self) -> Wait[int]:
+        """The host takes the first page."""
+        return self.world.start(dontneed(self.world.mm, self.hva, PAGE))
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+# -- register and leave ----------------------------------------------------------------------------------
+
+
+def test_a_channel_registers_once_a_name_is_one_importers_and_the_process_must_be_the_vms(rig: Rig) -> None:
+    first, second = rig.importer("unit"), Importer(rig.tdp)
+    assert errno_of(lambda: rig.register(first, "other")) == errno.EBUSY
+    assert errno_of(lambda: rig.register(second, "unit")) == errno.EBUSY
+    assert errno_of(lambda: second.register("other", 78, SlowImporter(), TestLease())) == errno.EINVAL
+    assert rig.tdp.exported.importer_names == ["unit"]
+    assert len(rig.tdp.leases) == 1, "a register that is refused leaves nothing"
+    rig.register(second, "other")
+    assert rig.tdp.exported.importer_names == ["other", "unit"]
+
+
+def hears_until_its_lease_ends(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    rig.fault(importer)
+    left = rig.world.start(importer.unregister())
+    taken = rig.give_up()
+    assert len(rig.ops["unit"].pending) == 1, "something may still walk for it, and was not told"
+    rig.world.ack(rig.ops["unit"])
+    assert taken.done
+    assert not left.done
+    rig.end_lease("unit")
+    assert left.done
+    other = rig.importer("other")
+    rig.fault(other)
+    rig.give_up()
+    assert len(rig.ops["unit"].heard) == 1, "I15: nothing once it is gone"
+    assert len(rig.ops["other"].heard) == 1
+
+
+def test_who_leaves_hears_of_every_flush_until_its_lease_ends_and_of_none_after(rig: Rig) -> None:
+    hears_until_its_lease_ends(rig)
+
+
+def test_an_importer_that_leaves_at_once_is_noticed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I13 broken: what it was lent is still walked."""
+    leave = Registration.leave
+
+    async def without_its_lease(self: Registration) -> None:
+        self._lease = TestLease(done(None))
+        self._tdp.leases.append(self._lease)
+        await leave(self)
+
+    monkeypatch.setattr(Registration, "leave", without_its_lease)
+    with pytest.raises(AssertionError, match="was not told"):
+        hears_until_its_lease_ends(rig)
+
+
+def test_a_name_is_taken_until_the_lease_ends_and_another_may_be_had_meanwhile(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    rig.world.start(importer.unregister())
+    assert errno_of(lambda: rig.register(importer, "unit")) == errno.EBUSY
+    rig.register(importer, "again")
+    rig.end_lease("unit")
+    assert rig.tdp.exported.importer_names == ["again"]
+
+
+def test_its_pins_go_when_its_lease_has_ended_and_it_pins_no_more(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    span = GfnSpan.of_pages(Gfn(BASE), 2)
+    assert rig.world.run(importer.pin(span)) == 1
+    assert rig.world.mm.pinned_pages == 2
+    rig.world.start(importer.unregister())
+    assert errno_of(lambda: rig.world.run(importer.pin(span))) == errno.EINVAL
+    assert rig.world.mm.pinned_pages == 2, "its unit may be reading them"
+    rig.end_lease("unit")
+    assert rig.world.mm.pinned_pages == 0
+
+
+def test_a_channel_that_closes_while_it_unregisters_leaves_once(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    asked, closed = (rig.world.start(importer.unregister()) for _ in range(2))
+    assert (asked.done, closed.done) == (False, True)
+    rig.end_lease("unit")
+    assert asked.done
+    assert rig.tdp.leases == []
+
+
+# -- the last close of a TDP FD --------------------------------------------------------------------------
+
+
+def closes_last(rig: Rig) -> None:
+    rig.importer("unit")
+    released = rig.world.start(rig.tdp.release())
+    rig.importer("late")
+    rig.end_lease("unit")
+    assert rig.vm.exported, "a walker that came meanwhile still has its lease"
+    rig.end_lease("late")
+    assert released.done
+    assert rig.vm.exported == {}
+
+
+def test_a_close_waits_for_who_registered_while_it_waited(rig: Rig) -> None:
+    closes_last(rig)
+
+
+def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def once(self: TdpFd) -> None:
+        for lease in list(self.leases):
+            await lease.ended
+        await self.users.vm.close_tdp_fd(self.exported)
+        self.users.put()
+
+    monkeypatch.setattr(TdpFd, "release", once)
+    with pytest.raises(AssertionError, match="still has its lease"):
+        closes_last(rig)
+
+
+def test_nothing_is_asked_of_a_tdp_fd_that_is_gone(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    released = rig.world.start(rig.tdp.release())
+    rig.end_lease("unit")
+    assert released.done
+    assert errno_of(importer.metadata) == errno.ENODEV
+    assert errno_of(lambda: rig.fault(importer)) == errno.ENODEV
+    assert errno_of(lambda: rig.importer("late")) == errno.ENODEV
+    assert rig.tdp.leases == [rig.leases["unit"]], "it has not unregistered, and has nothing to walk"
+
+
+def test_an_export_ends_once(rig: Rig) -> None:
+    rig.world.run(rig.tdp.release())
+    with pytest.raises(AssertionError, match="CLOSE happened to one that is RELEASED"):
+        rig.tdp.exported.happens(ExportEvent.CLOSE)
+
+
+# -- what keeps a VM -------------------------------------------------------------------------------------
+
+
+def test_a_tdp_fd_keeps_its_vm_and_the_last_user_ends_it_and_its_process(rig: Rig) -> None:
+    assert rig.users.count == 2
+    rig.users.put()
+    rig.world.run(rig.world.host.exit_mm(rig.world.mm))
+    assert (list(rig.vms), rig.gone) == ([rig.vm], [])
+    assert rig.world.host.processes == [rig.world.mm], "its VM is told of its memory"
+    rig.world.run(rig.tdp.release())
+    assert (list(rig.vms), rig.gone) == ([], [rig.vm])
+    assert rig.world.host.pool.in_use == 0
+
+
+def test_a_request_in_progress_keeps_the_vm_it_was_asked_of(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    rig.fault(importer)
+    taken = rig.give_up()
+    fault = rig.world.start(importer.fault(77, Gfn(BASE), WRITE))
+    assert not fault.done, "the page is being taken"
+    rig.users.put()
+    rig.leases["unit"].ended.set(None)
+    rig.world.start(rig.tdp.release())
+    assert list(rig.vms) == [rig.vm]
+    rig.world.ack(rig.ops["unit"])
+    assert (taken.done, fault.done) == (True, True)
+    assert rig.gone == [rig.vm]
+
+
+def test_a_vm_put_more_often_than_it_was_got_is_an_error() -> None:
+    world = World()
+    users = VmUsers(world.vm, lambda vm: None)
+    users.put()
+    with pytest.raises(AssertionError, match="more often than it was got"):
+        users.put()
+    with pytest.raises(AssertionError, match="nobody keeps this VM"):
+        users.get()
+
+
+# -- a vCPU is used by one at a time ---------------------------------------------------------------------
+
+
+def test_a_vcpu_that_runs_is_busy_and_runs_on_undisturbed(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    rig.fault(importer)
+    rig.give_up()
+    run = rig.world.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
+    assert not run.done, "its page is being taken"
+    assert errno_of(lambda: rig.world.run(rig.vcpu.run([("w", BASE * PAGE, b"x")]))) == errno.EBUSY
+    assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
+    ahead = pre_fault_memory(rig.vm, rig.vcpu, Gpa(BASE * PAGE), PAGE, 0)
+    assert errno_of(lambda: rig.world.run(ahead)) == errno.EBUSY
+    rig.world.ack(rig.ops["unit"])
+    assert run.result().reads == [bytes(4)]
+    assert rig.world.read(rig.vcpu, BASE * PAGE, 2).reads == [bytes(2)]
+
+
+def test_a_vcpu_that_faults_ahead_does_not_run(rig: Rig) -> None:
+    importer = rig.importer("unit")
+    rig.fault(importer)
+    rig.give_up()
+    ahead = rig.world.start(pre_fault_memory(rig.vm, rig.vcpu, Gpa(BASE * PAGE), PAGE, 0))
+    assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
+    rig.world.ack(rig.ops["unit"])
+    assert ahead.result() == (BASE * PAGE + PAGE, 0)
+    assert not rig.vcpu.running
