@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.store import RUNS, Store
 from qemu_shim.study.compare.schema import Comparison
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.runner import run_workload
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import connect_host
 from tests.integration.scratch import Scratch, scratched

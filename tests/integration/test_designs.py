@@ -14,12 +14,12 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.counters import COUNTS, GAUGES, UNDER_WAY
 from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report
-from qemu_shim.study.workloads.context import Context
-from qemu_shim.study.workloads.counters import COUNTS, GAUGES, UNDER_WAY
-from qemu_shim.study.workloads.recorder import Recorder
-from qemu_shim.study.workloads.runner import run_workload
+from qemu_shim.scenarios.recorder import Recorder
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.workloads.workload import Play, Workload
 from qemu_shim.vmm.designs import DESIGNS, SHARED, Refused
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine

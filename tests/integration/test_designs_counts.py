@@ -11,11 +11,11 @@ import pytest
 from protocol.hw.dsa import COMPLETION_SIZE, DESCRIPTOR_SIZE, Descriptor, Flag, Opcode, Status
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa, Iova
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.study.run import Run, Sample
-from qemu_shim.study.workloads.counters import tables
+from qemu_shim.scenarios.counters import tables
+from qemu_shim.scenarios.recorder import Recorder
+from qemu_shim.scenarios.run import Run, Sample
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.recorder import Recorder
-from qemu_shim.study.workloads.runner import run_workload
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.system import system

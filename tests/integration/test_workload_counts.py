@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import pytest
 
 from qemu_shim.guest.memory import GuestMemory
+from qemu_shim.scenarios.run import Run
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.compare.ranking import undeclared
 from qemu_shim.study.compare.schema import WorkloadFigures
-from qemu_shim.study.run import Run
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.runner import run_workload
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.system import System, system

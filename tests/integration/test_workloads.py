@@ -9,13 +9,13 @@ import pytest
 import trio
 
 from protocol.units import MIB, PAGE_SIZE
+from qemu_shim.scenarios.context import Context, Guest
+from qemu_shim.scenarios.run import Run
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
-from qemu_shim.study.run import Run
-from qemu_shim.study.workloads.context import Context, Guest
 from qemu_shim.study.workloads.host_memory import Reclaim
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.runner import run_workload
 from qemu_shim.study.workloads.storm import under_dma
 from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import DESIGNS

@@ -34,7 +34,7 @@ APART = ({"uapi", "rpc"},)
 # Inside qemu_shim: a wing may import what stands before it, the study's rooms each other only downwards.
 WINGS = (
     *("guest", "vmm", "scenarios"),
-    *("study.run", "study.workloads", "study.compare", "study.campaign", "study.command"),
+    *("study.workloads", "study.compare", "study.campaign", "study.command"),
     *("cli", "__main__"),
 )
 
@@ -136,7 +136,7 @@ def wing_of(name: str) -> int:
 
 
 def check_inside_qemu_shim(module: Module) -> list[str]:
-    """guest <- vmm <- scenarios <- study (run <- workloads <- compare <- campaign <- command) <- cli."""
+    """guest <- vmm <- scenarios <- study (workloads <- compare <- campaign <- command) <- cli."""
     own = wing_of(module.name)
     if module.path.parts[0] != "qemu_shim" or module.path.name == "__init__.py":
         return []
@@ -212,7 +212,7 @@ def test_every_import_goes_down(checker: Checker) -> None:
         (check_inside_protocol, "protocol/surprise.py", ""),
         (check_inside_qemu_shim, "qemu_shim/guest/idxd.py", "from qemu_shim.vmm import machine"),
         (check_inside_qemu_shim, "qemu_shim/vmm/machine.py", "import qemu_shim.scenarios.library"),
-        (check_inside_qemu_shim, "qemu_shim/scenarios/stage.py", "from qemu_shim.study.run import Run"),
+        (check_inside_qemu_shim, "qemu_shim/scenarios/stage.py", "from qemu_shim.study import campaign"),
         (check_inside_qemu_shim, "qemu_shim/study/compare/x.py", "from qemu_shim.study import campaign"),
         (check_inside_qemu_shim, "qemu_shim/surprise.py", ""),
         (check_pure, "kvmd/core/vm.py", "import trio"),

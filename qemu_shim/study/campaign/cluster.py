@@ -16,10 +16,10 @@ from typing import Any
 import trio
 
 from protocol.daemon import configure_log
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.execute import execute
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.supervisor import STOP_ALL_S
 
 CONNECT_S = 10.0

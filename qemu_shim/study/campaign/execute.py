@@ -12,10 +12,10 @@ from pathlib import Path
 import trio
 
 from protocol.errors import leaves
+from qemu_shim.scenarios.run import Run
+from qemu_shim.scenarios.runner import run_workload
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.run import Run
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.runner import run_workload
 from qemu_shim.vmm.daemon_options import merged
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import connect_host

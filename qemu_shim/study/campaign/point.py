@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from qemu_shim.study.run import SEED_MAX, Refusal, Run, Sample
+from qemu_shim.scenarios.run import SEED_MAX, Refusal, Run, Sample
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.daemon_options import as_said, canonical
 from qemu_shim.vmm.designs import DESIGNS

@@ -20,8 +20,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.point import Point, line_of, point_as_json, run_of
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.supervisor import STOP_ALL_S
 
 WORKER = (sys.executable, "-m", "qemu_shim.study.campaign.worker")

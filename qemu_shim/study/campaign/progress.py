@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.point import point_of
-from qemu_shim.study.run import Run
 
 LENGTH = 30
 NAME_MAX = 60

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 import trio
 
 from protocol.errors import leaves
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.point import Point, point_of
 from qemu_shim.study.campaign.pool import all_cores, run_in_processes
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.daemon_options import merged
 from qemu_shim.vmm.interrupt import interruptible
 from qemu_shim.vmm.supervisor import DaemonFailed, supervised

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.point import (
     Point,
     line_of,
@@ -25,7 +26,6 @@ from qemu_shim.study.campaign.point import (
     run_as_json,
     run_of,
 )
-from qemu_shim.study.run import Run
 
 FORMAT = 2  # of both files
 HEADER, RUNS = "campaign.json", "runs.jsonl"

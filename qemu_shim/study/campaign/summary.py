@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.point import point_of
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import design_figures
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.daemon_options import as_said
 
 Group = tuple[str, tuple[tuple[str, int], ...], tuple[tuple[str, str], ...], str]  # as in a Point

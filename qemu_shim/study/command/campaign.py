@@ -12,6 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.cluster import ClusterFailed, run_on_cluster
 from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.plan import BadPlan, Plan, numbers, read_plan
@@ -21,7 +22,6 @@ from qemu_shim.study.campaign.progress import Shown
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, until_interrupted
 from qemu_shim.study.campaign.store import HEADER, Store, StoreRefused
 from qemu_shim.study.campaign.summary import as_text, summary
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.daemon_options import given
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130

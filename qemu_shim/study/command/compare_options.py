@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qemu_shim.study.run import SEED_MAX
+from qemu_shim.scenarios.run import SEED_MAX
 from qemu_shim.vmm.daemon_options import add_daemon_options
 
 JOBS_MAX = 256

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from protocol.units import PAGE_SIZE
+from qemu_shim.scenarios.run import Run, Sample
 from qemu_shim.study.compare.costs import Costs, S, Values, events_of, paid
 from qemu_shim.study.compare.latency import CLASSES, class_of, waits
 from qemu_shim.study.compare.ranking import tiers, unranked
@@ -28,7 +29,6 @@ from qemu_shim.study.compare.schema import (
     WorkloadFigures,
 )
 from qemu_shim.study.compare.sensitivity import plane, rank_changes, swept_ends, total_us
-from qemu_shim.study.run import Run, Sample
 from qemu_shim.vmm.designs import DESIGNS
 
 LEVELS = range(1, 6)

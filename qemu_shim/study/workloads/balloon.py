@@ -9,9 +9,9 @@ use goes on.  Counts grow with `pages` and `rounds`.
 from __future__ import annotations
 
 from protocol.units import PAGE_SIZE
+from qemu_shim.scenarios.context import Context, Guest
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.context import Context, Guest
 from qemu_shim.study.workloads.workload import Workload
 
 

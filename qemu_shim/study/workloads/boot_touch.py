@@ -7,8 +7,8 @@ The case the series is made for: "natural CPU touches will usually make the page
 from __future__ import annotations
 
 from protocol.units import MIB
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.context import Context
 from qemu_shim.study.workloads.workload import Workload
 
 

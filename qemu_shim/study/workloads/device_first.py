@@ -7,8 +7,8 @@ in which knowing what the CPU touched is worth nothing to the one in which it is
 from __future__ import annotations
 
 from protocol.units import MIB
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.context import Context
 from qemu_shim.study.workloads.workload import Workload
 
 

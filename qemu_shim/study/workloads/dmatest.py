@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from protocol.units import KIB, MIB, PAGE_SIZE
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.context import Context
 from qemu_shim.study.workloads.workload import Workload
 
 

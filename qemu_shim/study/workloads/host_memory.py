@@ -17,8 +17,8 @@ import trio
 
 from protocol.errors import UapiError
 from protocol.units import MIB, PAGE_SIZE, TIB, align_up
-from qemu_shim.study.workloads.context import Context
-from qemu_shim.study.workloads.recorder import PATIENCE_S, POLL_S, NeverQuiet
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.recorder import PATIENCE_S, POLL_S, NeverQuiet
 from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process
 

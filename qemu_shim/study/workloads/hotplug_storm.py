@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
+from qemu_shim.scenarios.context import Context, Guest
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.context import Context, Guest
 from qemu_shim.study.workloads.storm import under_dma
 from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import RamSlot

@@ -12,9 +12,9 @@ Counts grow with `rounds` x `pages` x (`cpu_writes` + `device_writes`).
 from __future__ import annotations
 
 from protocol.units import MIB, PAGE_SIZE, align_up
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.context import Context
 from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.migrator import Migrator
 

@@ -26,9 +26,9 @@ from protocol.hw.dsa import (
     Status,
 )
 from protocol.units import PAGE_SIZE, Iova, align_up
+from qemu_shim.scenarios.context import Context, DmaFailed, Guest
 from qemu_shim.scenarios.scenario import Param
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.context import Context, DmaFailed, Guest
 from qemu_shim.study.workloads.workload import Workload
 
 BATCH = 32  # the driver's limit

@@ -13,7 +13,7 @@ import trio
 
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
-from qemu_shim.study.workloads.context import Context, DmaFailed, Guest
+from qemu_shim.scenarios.context import Context, DmaFailed, Guest
 
 WORKERS = 4
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.context import Context
 
 Play = Callable[[Context], Awaitable[None]]
 

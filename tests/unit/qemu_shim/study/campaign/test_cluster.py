@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import trio
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign import cluster
 from qemu_shim.study.campaign.cluster import ClusterFailed, OtherCode, run_on_cluster
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.run import Run
 
 POINTS = [Point("w", "shared", seed, (("pages", 4),)) for seed in range(3)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign import code, execute
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.supervisor import DaemonFailed
 
 POINT = Point("w", "shared", 5, (("pages", 4),))

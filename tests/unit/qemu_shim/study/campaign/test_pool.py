@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign import pool
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.runner import Interrupted, run_points
-from qemu_shim.study.run import Run
 
 POINTS = [Point("w", "shared", seed, (("pages", 4),)) for seed in range(8)]
 STUB = Path(__file__).with_name("stub_worker.py")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.progress import ERASE, LENGTH, Shown
-from qemu_shim.study.run import Run
 
 
 class Terminal(io.StringIO):

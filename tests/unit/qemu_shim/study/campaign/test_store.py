@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.store import HEADER, RUNS, Store, StoreRefused
-from qemu_shim.study.run import Refusal, Run, Sample
 
 POINTS = [Point("w", "shared", seed, (("pages", 4),)) for seed in range(4)]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.study.campaign.summary import as_text, summary
-from qemu_shim.study.run import Refusal, Run, Sample
 
 
 def run_of(seed: int, faults: int, pinned: tuple[int, ...], design: str = "mirror") -> Run:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from qemu_shim import cli
+from qemu_shim.scenarios.run import Run, Sample
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.runner import Interrupted
 from qemu_shim.study.command import compare as command
 from qemu_shim.study.compare.schema import Comparison
-from qemu_shim.study.run import Run, Sample
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from tests.unit.qemu_shim.study.compare.runs import made_up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qemu_shim.study.run import Refusal, Run, Sample
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import DESIGNS
 
 WORKLOADS = (

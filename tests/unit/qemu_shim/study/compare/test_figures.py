@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import SERIES_MAX, compare, design_figures
 from qemu_shim.study.compare.latency import BOUNDS_US, CLASSES, class_of
 from qemu_shim.study.compare.schema import Comparison
-from qemu_shim.study.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import DESIGNS
 from tests.unit.qemu_shim.study.compare.runs import all_made_up, made_up
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.compare.ranking import SAME, TIE, tie, tiers, undeclared
 from qemu_shim.study.compare.schema import WorkloadFigures
-from qemu_shim.study.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import DESIGNS
 from tests.unit.qemu_shim.study.compare.runs import made_up
 

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from qemu_shim.scenarios.run import Refusal, Run
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.documents import FIGURES
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.compare.report import render
 from qemu_shim.study.compare.schema import Comparison
-from qemu_shim.study.run import Refusal, Run
 from qemu_shim.vmm.designs import DESIGNS
 from tests.unit.qemu_shim.study.compare.runs import all_made_up, made_up
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.compare.rows import bytes_text, us_text
 from qemu_shim.study.compare.schema import Comparison
 from qemu_shim.study.compare.table import as_text
-from qemu_shim.study.run import Run
 from qemu_shim.vmm.designs import DESIGNS
 from tests.unit.qemu_shim.study.compare.runs import all_made_up, made_up
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.units import PAGE_SIZE
+from qemu_shim.scenarios.context import Context
 from qemu_shim.study.workloads.contents import RUN, runs
-from qemu_shim.study.workloads.context import Context
 from qemu_shim.study.workloads.host_memory import Reclaim, chunks
 from qemu_shim.vmm.process import Process
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from qemu_shim.scenarios import recorder
+from qemu_shim.scenarios import run as contract
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
 from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study import run as contract
-from qemu_shim.study.workloads import recorder
-from qemu_shim.study.workloads.context import Context
-from qemu_shim.study.workloads.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.study.workloads.workload import Workload
 

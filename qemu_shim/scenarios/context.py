@@ -16,8 +16,8 @@ from protocol.errors import UapiError
 from protocol.hw.dsa import CompletionRecord, Opcode, Status
 from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.study.run import Refusal, Run, Sample
-from qemu_shim.study.workloads.recorder import Recorder
+from qemu_shim.scenarios.recorder import Recorder
+from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import Design, Refused
 from qemu_shim.vmm.machine import BareMachine, Host, Machine, MachineConfig, attached, bare_machine
 

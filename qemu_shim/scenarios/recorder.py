@@ -1,4 +1,4 @@
-"""Samples: the daemons' counters when nothing is under way, under the names of `compare/run.py`."""
+"""Samples: the daemons' counters when nothing is under way, under the names of `scenarios/run.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 import trio
 
-from qemu_shim.scenarios.measure import Report, check_system, snapshot
-from qemu_shim.study.run import Sample
-from qemu_shim.study.workloads.counters import (
+from qemu_shim.scenarios.counters import (
     COUNTS,
     GAUGES,
     UNDER_WAY,
@@ -19,6 +17,8 @@ from qemu_shim.study.workloads.counters import (
     grown,
     tables,
 )
+from qemu_shim.scenarios.measure import Report, check_system, snapshot
+from qemu_shim.scenarios.run import Sample
 from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
 PATIENCE_S = 30.0

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 from protocol.errors import UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
-from qemu_shim.study.run import Run
-from qemu_shim.study.workloads.context import Context, DmaFailed
-from qemu_shim.study.workloads.recorder import NeverQuiet
+from qemu_shim.scenarios.context import Context, DmaFailed
+from qemu_shim.scenarios.recorder import NeverQuiet
+from qemu_shim.scenarios.run import Run
 from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import Design, Refused
 from qemu_shim.vmm.machine import Host
