@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -24,6 +24,7 @@ from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report, render
+from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
 from qemu_shim.study.command.compare_options import add_compare
@@ -33,9 +34,6 @@ from qemu_shim.vmm.inspect import as_text, demo, inspect
 from qemu_shim.vmm.interrupt import interruptible
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.supervisor import DaemonFailed, supervised
-
-if TYPE_CHECKING:
-    from qemu_shim.study.workloads.workload import Workload
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -151,8 +149,8 @@ def _add_design(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _check_design(parser: argparse.ArgumentParser, scenario: Scenario, design: str) -> None:
-    if design not in scenario.designs:
-        played = ", ".join(scenario.designs)
+    if design not in scenario.playable:
+        played = ", ".join(scenario.playable)
         parser.error(f"{scenario.name} cannot be played on design {design}; it can on: {played}")
 
 
@@ -201,7 +199,7 @@ def _list(*, as_json: bool) -> int:
                 "summary": s.summary,
                 "tags": s.tags,
                 "params": _defaults(s),
-                "designs": s.designs,
+                "designs": s.playable,
             }
             for s in SCENARIOS.values()
         ]
@@ -210,8 +208,8 @@ def _list(*, as_json: bool) -> int:
     for scenario in SCENARIOS.values():
         print(f"{scenario.name:<10} {scenario.summary}")
         print(f"{'':<10} plays {', '.join(scenario.tags)}; options: {', '.join(scenario.params)}")
-        if len(scenario.designs) > 1:
-            print(f"{'':<10} designs: {', '.join(scenario.designs)}")
+        if len(scenario.playable) > 1:
+            print(f"{'':<10} designs: {', '.join(scenario.playable)}")
     return 0
 
 
@@ -238,7 +236,7 @@ def _list_designs(*, as_json: bool) -> int:
     return 0
 
 
-def _defaults(played: Scenario | Workload) -> dict[str, int]:
+def _defaults(played: Scenario) -> dict[str, int]:
     return {name: param.default for name, param in played.params.items()}
 
 
@@ -248,12 +246,13 @@ async def _run(
     """False if a signal ended it.  Problems of any kind end up in the report."""
 
     async def play(host: Host) -> None:
-        host.dumps_to, host.design = options.dump, DESIGNS[options.design]
+        host.dumps_to = options.dump
         if options.attach is not None and (lacks := lacking(scenario.options, await host.started_with())):
             why = f"{scenario.name} cannot be shown on the daemons in {options.attach}"
             report.problems.append(f"{why}: {lacks}")
             return
-        await scenario.play(host, params, report)
+        await run_scenario(host, scenario, DESIGNS[options.design], params=params, report=report)
+        report.problems += report.ended
 
     return await _with_host(options, play, report.problems, merged(scenario.options, given(options)))
 

@@ -17,9 +17,11 @@ from protocol.hw.dsa import Status
 from protocol.hw.pasid_entry import PasidEntry
 from protocol.pt import bits
 from protocol.units import GIB, MIB, PAGE_SIZE
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Params, Scenario
+from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.iommufd_client import VfioDevice
 from qemu_shim.vmm.machine import Host, MachineConfig
@@ -29,8 +31,9 @@ HW_INFO_BYTES = 24
 NEEDED = ("smpwc", "sc", "smts")  # coherent walks, snoop control, scalable mode
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+async def play(ctx: Context) -> None:
+    host, report = ctx.host, ctx.report
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         found = await _devices(stage)
         found["pgsnp"] = await _forced(stage)
         await stage.report.expect_refused(
@@ -143,4 +146,5 @@ SCENARIO = Scenario(
             *("--unit", "3:no-scalable-mode", "--device", "3:unit=3"),
         )
     },
+    designs=(SHARED.name,),
 )

@@ -1,4 +1,4 @@
-"""What a workload is given: machines of the design, operations of guest and device, and the steps.
+"""What a scenario is given: machines of the design, operations of guest and device, steps, and a report.
 
 `step` waits until nothing is under way any more and takes a sample, so that what a step cost is in it and in
 no other, and the same each time.
@@ -16,6 +16,7 @@ from protocol.errors import UapiError
 from protocol.hw.dsa import CompletionRecord, Opcode, Status
 from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import Design, Refused
@@ -64,18 +65,20 @@ def _check(record: CompletionRecord, what: str) -> None:
 
 
 class DmaFailed(Exception):
-    """A descriptor did not end well; a workload that does not expect it has a problem."""
+    """A descriptor did not end well; a scenario that does not expect it has a problem."""
 
 
 class Context:
-    """`chance` is the only source of chance; `params` are the workload's, with defaults."""
+    """`chance` is the only source of chance; `params` are the scenario's, with defaults; `report` is what
+    people are shown, and knows the same problems as `run`.
+    """
 
-    def __init__(
-        self, host: Host, design: Design, params: Mapping[str, int], run: Run, stack: AsyncExitStack
-    ) -> None:
+    def __init__(self, host: Host, design: Design, run: Run, stack: AsyncExitStack, report: Report) -> None:
+        assert report.problems is run.problems
         self.host = host
         self.design = design
-        self.params = params
+        self.params: Mapping[str, int] = run.params
+        self.report = report
         self.chance = Random(run.seed)
         self._run = run
         self._stack = stack
@@ -87,7 +90,7 @@ class Context:
         return guest
 
     async def boot_for(self, pages: int) -> Guest:
-        """A machine of which all is in use but for the guest's kernel: `pages` pages for the workload."""
+        """A machine of which all is in use but for the guest's kernel: `pages` pages for the scenario."""
         (guest,) = await self.boot_all(self.sized(pages))
         return guest
 
@@ -136,7 +139,7 @@ class Context:
         return sample
 
     def count(self, name: str, more: int) -> None:
-        """What only the workload knows: pages_written, pages_reported."""
+        """What only the scenario knows: pages_written, pages_reported."""
         self._recorder.own[name] += more
 
     def refuse(self, what: str, why: str) -> None:
@@ -166,8 +169,7 @@ class Context:
         self._recorder.elsewhere += pages
 
     def expect(self, holds: bool, problem: str) -> None:
-        if not holds:
-            self._run.problems.append(problem)
+        self.report.expect(holds, problem)
 
     async def finish(self) -> None:
         """What every run ends with: the invariants, while the machines still run."""

@@ -6,7 +6,7 @@ faults is what the CPU never touched: the page of completion records.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from math import inf
 from random import Random
 from time import perf_counter_ns
@@ -17,16 +17,18 @@ from protocol.hw.dsa import CompletionRecord
 from protocol.units import MIB
 from qemu_shim.guest.dmatest import Channel, DmatestParams, Result, Thread
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.vmm.designs import DESIGNS
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 SEED = 108
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
-    design = host.design
+async def play(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
+    design = ctx.design
     if not params["block_on_fault"]:
         design.check_no_block()
     config = MachineConfig(ram_bytes=params["ram_mib"] * MIB, design=design)
@@ -51,7 +53,7 @@ async def play(host: Host, params: Params, report: Report) -> None:
         report.expect(design.pins == (requests == 0), f"RFC-108: {requests} page requests")
 
 
-def dmatest_params(params: Params) -> DmatestParams:
+def dmatest_params(params: Mapping[str, int]) -> DmatestParams:
     return DmatestParams(
         iterations=params["iterations"],
         test_buf_size=params["buf_size"],

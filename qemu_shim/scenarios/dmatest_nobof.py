@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from protocol.hw.dsa import CompletionRecord, Status
 from protocol.units import GIB, PAGE_SIZE, align_up
 from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
-from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Params, Scenario
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.scenarios.measure import Snapshot, check_system, fill_table, snapshot
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 
 @dataclass(slots=True)
@@ -40,7 +42,8 @@ class _EvictedFirst:
         await self.guest.process.move_pages(self.guest.hva_of(first), pages)
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=False)
         await queue.enable()
@@ -73,4 +76,5 @@ SCENARIO = Scenario(
     tags=("RFC-109",),
     play=play,
     params=TEST_PARAMS,
+    designs=(SHARED.name,),
 )

@@ -19,11 +19,12 @@ from protocol.hw import dsa
 from protocol.hw.dsa import CompletionRecord, Descriptor, Flag, Opcode, Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.device_client import Portal
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 PAGES = 3
 SIZE = PAGES * PAGE_SIZE - 24  # of each operand, beginning 8 bytes into its first page
@@ -181,11 +182,12 @@ class _Operations:
         await self._complete(Opcode.DRAIN)
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     available = len((await host.device_sim.stats())["devices"])
     devices = min(params["devices"], available)
     async with (
-        machine(host, MachineConfig(ram_bytes=GIB, design=host.design)) as guest,
+        machine(host, MachineConfig(ram_bytes=GIB, design=ctx.design)) as guest,
         AsyncExitStack() as stack,
     ):
         portals = [guest.portal, *[await _attach(stack, guest, n) for n in range(1, devices)]]
@@ -213,7 +215,7 @@ async def play(host: Host, params: Params, report: Report) -> None:
     ]
     fill_table(report, before, after)
     report.figures |= {"operations": done, "resumed": resumed, "devices": devices}
-    faults, requests = not host.design.pins, report.figures["page_requests"]
+    faults, requests = not ctx.design.pins, report.figures["page_requests"]
     report.expect(faults == (resumed > 0), f"RFC-109: {resumed} descriptors ended in a page fault")
     report.expect(faults == (requests > 0), f"RFC-108: {requests} page requests")
 

@@ -25,13 +25,16 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Report:
-    """What `qemu-shim run` shows: lines as they came, a table, and what is wrong (empty: all is well)."""
+    """What `qemu-shim run` shows: lines as they came, a table, and what is wrong (empty: all is well);
+    `ended`: the refusals that the scenario did not take up.
+    """
 
     scenario: str
     lines: list[str] = field(default_factory=list)
     rows: list[tuple[str, str]] = field(default_factory=list)
     figures: Stats = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
 
     def expect(self, holds: bool, problem: str) -> None:
         if not holds:

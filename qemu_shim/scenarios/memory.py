@@ -16,11 +16,11 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
-from qemu_shim.vmm.designs import RamSlot
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED, RamSlot
+from qemu_shim.vmm.machine import MachineConfig
 from qemu_shim.vmm.process import MemFd
 
 ANON_SLOT, FILE_SLOT = 7, 8
@@ -103,9 +103,10 @@ def _actions(memory: _Memory) -> dict[str, Callable[[], Awaitable[int]]]:
     }
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    params, report = ctx.params, ctx.report
     costs: dict[str, Counter[str]] = {}
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         memory = await _prepared(stage, params["pages"])
         async with trio.open_nursery() as nursery:
             for worker in range(params["workers"]):
@@ -157,4 +158,5 @@ SCENARIO = Scenario(
         "workers": Param(4, 1, 16, "copies in flight"),
         "rounds": Param(2, 1, 10_000, "times the host does everything"),
     },
+    designs=(SHARED.name,),
 )

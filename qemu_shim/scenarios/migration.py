@@ -10,6 +10,7 @@ go to the bitmap because no vCPU makes them.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
@@ -17,11 +18,12 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE, align_up
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.stage import Stage, staged
-from qemu_shim.vmm.designs import RamSlot
-from qemu_shim.vmm.machine import GuestCpu, Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED, RamSlot
+from qemu_shim.vmm.machine import GuestCpu, MachineConfig
 from qemu_shim.vmm.migrator import Migrator
 
 SLOT, SLOT_GPA = 7, 0x1_8000_0000
@@ -53,12 +55,13 @@ class _Guest:
         return self.slot.gpa + chance.randrange(self.slot.size // PAGE_SIZE) * PAGE_SIZE
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    params, report = ctx.params, ctx.report
     for kind, ring_bytes in (("bitmap", 0), ("ring", RING_BYTES)):
         part = Report(report.scenario)
         page_size = 2 * MIB if params["huge"] else PAGE_SIZE
         config = MachineConfig(ram_bytes=GIB, page_size=page_size, dirty_ring_bytes=ring_bytes)
-        async with staged(host, part, config) as stage:
+        async with staged(ctx, config, part) as stage:
             figures = await _migrate(stage, params)
         report.problems += [f"{kind}: {problem}" for problem in part.problems]
         report.figures |= part.figures | {f"{kind}_{name}": count for name, count in figures.items()}
@@ -72,7 +75,7 @@ async def play(host: Host, params: Params, report: Report) -> None:
         ]
 
 
-async def _migrate(stage: Stage, params: Params) -> dict[str, int]:
+async def _migrate(stage: Stage, params: Mapping[str, int]) -> dict[str, int]:
     guest, report = stage.guest, stage.report
     size = align_up(params["pages"] * PAGE_SIZE, guest.config.page_size)
     slot = await guest.add_slot(SLOT, SLOT_GPA, size)
@@ -122,4 +125,5 @@ SCENARIO = Scenario(
         "rounds": Param(6, 1, 100, "rounds between the first and the last"),
         "huge": Param(0, 0, 1, "1: on host pages of 2 MiB, which logging takes apart"),
     },
+    designs=(SHARED.name,),
 )

@@ -13,17 +13,19 @@ from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Outcome
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.stage import FILLED, PATTERN, Stage, staged
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import MachineConfig
 
 SLOT = 7
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    params, report = ctx.params, ctx.report
     rounds = params["rounds"]
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         guest = stage.guest
         victim, target = guest.memory.allocate(1), guest.memory.allocate(1)
         await guest.memory.write(victim, FILLED)
@@ -101,4 +103,5 @@ SCENARIO = Scenario(
     tags=("KVM: reserve bit 11, MMIO entries", "RFC-104", "RFC-71", "RFC-29"),
     play=play,
     params={"rounds": Param(3, 1, 1000, "times a memslot comes and goes there")},
+    designs=(SHARED.name,),
 )

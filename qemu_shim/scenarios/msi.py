@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import MachineConfig
 
 START, BYTES = 0xFEE0_0000, MIB
 SLOT = 7
 VECTOR = 0x4021
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    params, report = ctx.params, ctx.report
     count = params["messages"]
     found: dict[str, int] = {}
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         source = stage.guest.memory.allocate(1)
         await stage.guest.memory.write(source, FILLED)
         for where in ("nothing", "a memslot"):
@@ -89,4 +91,5 @@ SCENARIO = Scenario(
     tags=("How to map MSI pages",),
     play=play,
     params={"messages": Param(64, 1, 1024, "interrupt messages, spread over the window, each way")},
+    designs=(SHARED.name,),
 )

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from protocol.hw.dsa import Status
 from protocol.uapi import names
 from protocol.units import GIB
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.stage import Stage, staged
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import Machine, MachineConfig
 
 FIRST_STAGE_DATA = 1  # IOMMU_HWPT_DATA_VTD_S1
 ONLY_PARENT = "no nest parent, faults of a nested domain are not handled"
@@ -85,8 +86,9 @@ def _attempts(guest: Machine, dev_id: int) -> list[_Attempt]:
     ]
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+async def play(ctx: Context) -> None:
+    report = ctx.report
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         before = await _objects(stage)
         attempts = _attempts(stage.guest, stage.guest.device_id)
         for each in attempts:
@@ -110,4 +112,5 @@ SCENARIO = Scenario(
     summary="a KVM HWPT is no nest parent: refused with the RFC's reason, nothing is left of the attempts",
     tags=("Nested translation is not supported", "RFC-43", "RFC-44", "RFC-55", "RFC-56"),
     play=play,
+    designs=(SHARED.name,),
 )

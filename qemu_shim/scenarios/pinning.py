@@ -10,7 +10,7 @@ Before each transfer the host does one thing to all of it: migrate, swap, drop, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.hw.dsa import CompletionRecord
@@ -18,10 +18,12 @@ from protocol.uapi import names
 from protocol.units import MIB, PAGE_SHIFT, PAGE_SIZE
 from qemu_shim.guest.dmatest import Result
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 NOTE = "RFC 00/42: About device which partially supports IOPF"
 HOTPLUGGED, HOTPLUGGED_GPA = 7, 0x1_8000_0000
@@ -79,7 +81,9 @@ _ACTS: dict[str, Callable[[_Churned, int], Awaitable[object]]] = {
 }
 
 
-async def _leg(guest: Machine, queue: IdxdWorkQueue, params: Params) -> tuple[list[Result], _Churned]:
+async def _leg(
+    guest: Machine, queue: IdxdWorkQueue, params: Mapping[str, int]
+) -> tuple[list[Result], _Churned]:
     """dmatest with the host busy and the dirty log on."""
     ram = guest.slots[0]
     bitmap = await guest.process.mmap(max(ram.size >> PAGE_SHIFT + 3, PAGE_SIZE))
@@ -99,7 +103,8 @@ def _lost(after: Snapshot, before: Snapshot) -> int:
     return count
 
 
-async def play_partial(host: Host, params: Params, report: Report) -> None:
+async def play_partial(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     async with machine(host, MachineConfig(ram_bytes=params["ram_mib"] * MIB)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
         start = await snapshot(host, guest)
@@ -133,7 +138,8 @@ async def play_partial(host: Host, params: Params, report: Report) -> None:
     report.expect(report.figures["page_requests"] > 0, "the device's data was never absent")
 
 
-async def play_pinned(host: Host, params: Params, report: Report) -> None:
+async def play_pinned(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     size = params["ram_mib"] * MIB
     async with machine(host, MachineConfig(ram_bytes=size, pinned=True)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
@@ -192,6 +198,7 @@ PARTIAL_IOPF = Scenario(
         "device_sim": ("--fault-capability", "partial"),
         "iommufdd": ("--fault-policy", "trust"),  # the driver that pins on demand vouches for it
     },
+    designs=(SHARED.name,),
 )
 PINNED = Scenario(
     name="pinned",
@@ -200,4 +207,5 @@ PINNED = Scenario(
     play=play_pinned,
     params=_PARAMS,
     options={"device_sim": ("--fault-capability", "none")},
+    designs=(SHARED.name,),
 )

@@ -9,14 +9,17 @@ from __future__ import annotations
 from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, Snapshot, check_system, difference, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 PATTERN = 0x5AA5_F00D_CAFE_BEEF
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     half = params["pages"] // 2
     async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
@@ -86,4 +89,5 @@ SCENARIO = Scenario(
     tags=("RFC-69", "RFC-70"),
     play=play,
     params={"pages": Param(64, 2, 65536, "distinct pages, half for each")},
+    designs=(SHARED.name,),
 )

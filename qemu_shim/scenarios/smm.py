@@ -13,10 +13,11 @@ import errno
 from protocol.hw.dsa import Status
 from protocol.kvm_run import ExitReason
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import MachineConfig
 
 ADDRESS_SPACE_1 = 1 << 16  # in the number of a slot
 OVER_RAM, ALONE = 0xA_0000, 0xC000_0000
@@ -24,8 +25,9 @@ PAGES = 8
 SECRET = b"for firmware's eyes only".ljust(PAGE_SIZE, b".")
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+async def play(ctx: Context) -> None:
+    report = ctx.report
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         hva = await _add_smram(stage)
         leaks = await _search(stage)
         roots = await _roots(stage)
@@ -116,4 +118,5 @@ SCENARIO = Scenario(
     summary="SMM's RAM has a table of its own that no device reaches; its flushes reach importers",
     tags=("Address space of a TDP FD", "RFC-05", "RFC-89", "RFC-96"),
     play=play,
+    designs=(SHARED.name,),
 )

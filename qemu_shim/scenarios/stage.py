@@ -13,6 +13,7 @@ from protocol.hw.dsa import Status
 from protocol.rpc.channel import Body
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, Stats, check_system, difference, fill_table, snapshot
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
@@ -62,8 +63,11 @@ def _told(iommu: Stats) -> int:
 
 
 @asynccontextmanager
-async def staged(host: Host, report: Report, config: MachineConfig) -> AsyncIterator[Stage]:
-    """Completion records lie in a page that is present, so that counts are of the story alone."""
+async def staged(ctx: Context, config: MachineConfig, report: Report | None = None) -> AsyncIterator[Stage]:
+    """Completion records lie in a page that is present, so that counts are of the story alone.  `report`: of
+    a part of the scenario.
+    """
+    host, report = ctx.host, report or ctx.report
     async with machine(host, config) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
         await queue.enable()

@@ -16,10 +16,11 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.dmatest import source_pattern
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
-from qemu_shim.vmm.designs import RamSlot
-from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
+from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.vmm.designs import SHARED, RamSlot
+from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 SLOT = 7
 SLOT_GPA = 0x1_8000_0000
@@ -49,7 +50,8 @@ class _Story:
         return self.slot.gpa + (self.pages + page) * PAGE_SIZE
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    host, params, report = ctx.host, ctx.params, ctx.report
     pages, rounds = params["pages"], params["rounds"]
     async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
         slot = await guest.add_slot(SLOT, SLOT_GPA, max(2 * pages * PAGE_SIZE, MIB))
@@ -141,4 +143,5 @@ SCENARIO = Scenario(
         "rounds": Param(20, 1, 100_000, "rounds of taking away"),
         "workers": Param(4, 1, 16, "copies in flight"),
     },
+    designs=(SHARED.name,),
 )

@@ -10,15 +10,17 @@ from __future__ import annotations
 from protocol.hw.dsa import Status
 from protocol.pt import bits
 from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Params, Scenario
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.stage import FILLED, Stage, staged
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.machine import MachineConfig
 
 
-async def play(host: Host, params: Params, report: Report) -> None:
+async def play(ctx: Context) -> None:
+    params, report = ctx.params, ctx.report
     tries = params["tries"]
-    async with staged(host, report, MachineConfig(ram_bytes=GIB)) as stage:
+    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         guest = stage.guest
         tracked, target = guest.memory.allocate(2), guest.memory.allocate(1)
         await guest.memory.write(tracked, bytes(2 * PAGE_SIZE))
@@ -115,4 +117,5 @@ SCENARIO = Scenario(
     tags=("KVM page write-tracking", "RFC-73"),
     play=play,
     params={"tries": Param(8, 1, 256, "stores of the vCPU, and DMA writes of two kinds")},
+    designs=(SHARED.name,),
 )

@@ -61,7 +61,6 @@ class Host:
     iommufdd: Iommufdd
     device_sim: DeviceSim
     admin: Channel | None = None
-    design: Design = SHARED  # of the machines of a scenario that can be played on any
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
 

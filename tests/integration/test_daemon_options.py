@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.scenarios.runner import run_workload
+from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.store import RUNS, Store
 from qemu_shim.study.compare.schema import Comparison
@@ -77,6 +77,6 @@ async def test_a_premap_does_not_take_the_last_frames_from_a_vcpu(design: str) -
     with system({"kvmd": ["--ram", "1G"], "iommufdd": ["--premap-pages", "512"]}) as scarce:
         async with connect_host(scarce.directory) as host:
             small = {"pages": 96, "window": 16}
-            run = await run_workload(host, WORKLOADS["streaming"], DESIGNS[design], 1, small)
+            run = await run_scenario(host, WORKLOADS["streaming"], DESIGNS[design], 1, small)
     assert run.problems == []
     assert [sample.step for sample in run.samples][-1] == "cpu reads everything"

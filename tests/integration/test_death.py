@@ -14,9 +14,8 @@ import trio
 from protocol.errors import PeerError, UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.machine import Host, connect_host
+from tests.integration.played import played
 from tests.integration.rig import (
     Rig,
     attach_device,
@@ -115,10 +114,7 @@ async def test_a_new_iommufdd_takes_over_the_unit_of_a_dead_one() -> None:
         victims.socket("iommufdd").unlink()
         victims.start("iommufdd")
         async with connect_host(victims.directory) as host:
-            report = Report("dmatest")
-            params = {name: param.default for name, param in SCENARIOS["dmatest"].params.items()}
-            await SCENARIOS["dmatest"].play(host, params, report)
-            assert report.problems == []
+            assert (await played(host, "dmatest")).problems == []
             await nothing_left(host)
 
 
@@ -240,7 +236,4 @@ async def test_kill_the_vmm_and_the_daemons_forget_it(host: Host, shared_system:
     after = await device_stats(host)
     assert after["stale_accesses"] == before["stale_accesses"]
     assert after["page_requests_outstanding"] == 0
-    report = Report("sharing")
-    params = {name: param.default for name, param in SCENARIOS["sharing"].params.items()}
-    await SCENARIOS["sharing"].play(host, params, report)
-    assert report.problems == []
+    assert (await played(host, "sharing")).problems == []

@@ -14,7 +14,7 @@ from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.counters import tables
 from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.run import Run, Sample
-from qemu_shim.scenarios.runner import run_workload
+from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
@@ -33,7 +33,7 @@ OWNERS = {
 
 async def played(host: Host, workload: str, design: str, seed: int = 1, **params: int) -> Run:
     small = {"ram_mib": 32} if "ram_mib" in WORKLOADS[workload].params else {}
-    run = await run_workload(host, WORKLOADS[workload], DESIGNS[design], seed, small | params)
+    run = await run_scenario(host, WORKLOADS[workload], DESIGNS[design], seed, small | params)
     assert (run.problems, run.refusals) == ([], [])
     return run
 

@@ -9,27 +9,18 @@ import pytest
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
-from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.machine import Host, MachineConfig, machine
+from tests.integration.played import played
 from tests.integration.rig import nothing_left, unit_stats
 from tests.integration.system import eventually
 from tests.integration.test_errno import refused
-
-
-async def play(host: Host, **changed: int) -> Report:
-    report = Report("dmatest")
-    params = {name: param.default for name, param in SCENARIOS["dmatest"].params.items()}
-    assert set(changed) <= set(params)
-    await SCENARIOS["dmatest"].play(host, params | changed, report)
-    return report
 
 
 @pytest.mark.rfc("RFC-108")
 async def test_five_rounds_over_pages_pass_with_at_least_one_page_request(host: Host) -> None:
     assert WQ_SIZE == 16
     before = await unit_stats(host)
-    report = await play(host, iterations=5, buf_size=PAGE_SIZE, block_on_fault=1)
+    report = await played(host, "dmatest", iterations=5, buf_size=PAGE_SIZE, block_on_fault=1)
     assert report.problems == []
     assert (report.figures["tests"], report.figures["failures"]) == (5, 0)
     assert report.figures["bytes_verified"] == 2 * 5 * PAGE_SIZE

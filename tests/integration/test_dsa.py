@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import struct
-from typing import Any
 
 import pytest
 import trio
@@ -14,10 +13,10 @@ from protocol.hw.dsa import Descriptor, Opcode, Status
 from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, PortalError, Reg, State, WqCfg
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.device_client import Portal
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
+from tests.integration.played import played
 from tests.integration.rig import device_stats, unit_stats
 from tests.integration.system import system
 from tests.patience import PATIENCE_S
@@ -26,9 +25,7 @@ PATTERN = 0x1122_3344_5566_7788
 
 
 async def play(host: Host, name: str, **params: int) -> Report:
-    scenario, report = SCENARIOS[name], Report(name)
-    defaults: dict[str, Any] = {key: param.default for key, param in scenario.params.items()}
-    await scenario.play(host, {**defaults, **params}, report)
+    report = await played(host, name, **params)
     assert report.problems == []
     return report
 

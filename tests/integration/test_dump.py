@@ -14,10 +14,10 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.plain import Plain
+from tests.integration.played import played
 from tests.integration.rig import nothing_left
 from tests.integration.system import System
 from tests.oracle.dump import Dump
@@ -42,11 +42,9 @@ def all_dumps(directory: Path) -> list[Path]:
 async def test_every_probe_of_a_scenarios_dump_is_what_an_independent_walk_finds(
     shared_system: System, tmp_path: Path, name: str
 ) -> None:
-    scenario = SCENARIOS[name]
-    report = Report(name)  # whether the scenario held is for its own tests to say
     async with connect_host(shared_system.directory) as host:
         host.dumps_to = tmp_path
-        await scenario.play(host, {n: p.default for n, p in scenario.params.items()}, report)
+        await played(host, name)  # whether the scenario held is for its own tests to say
         await nothing_left(host)
     assert tmp_path in all_dumps(tmp_path)
     for directory in all_dumps(tmp_path):

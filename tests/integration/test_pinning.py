@@ -10,8 +10,8 @@ from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.machine import Host, connect_host
+from tests.integration.played import played
 from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
 from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import refused
@@ -24,11 +24,9 @@ NONE = ("--fault-capability", "none")
 
 @pytest.mark.parametrize("name", ["partial-iopf", "pinned"])
 async def test_the_note_s_two_devices_work_while_the_host_does_what_it_likes(name: str) -> None:
-    scenario, report = SCENARIOS[name], Report(name)
-    params = {key: param.default for key, param in scenario.params.items()}
-    with system(scenario.options) as made:
+    with system(SCENARIOS[name].options) as made:
         async with connect_host(made.directory) as host:
-            await scenario.play(host, params, report)
+            report = await played(host, name)
     assert report.problems == []
     assert report.figures["failures"] == 0
     assert report.figures["records_lost_pinned"] == 0

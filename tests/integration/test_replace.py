@@ -10,9 +10,8 @@ import trio
 from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.machine import Host, connect_host
+from tests.integration.played import played
 from tests.integration.rig import Rig, attach_device, bare_vm, device_stats, rigged, unit_stats, vm_stats
 from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import ioas_of, paging, refused
@@ -136,7 +135,4 @@ async def test_the_usual_job_runs_after_a_replacement_and_every_object_is_given_
         before = await vm_stats(host)
         assert before["importers"] == 1, "the KVM HWPT still hears of flushes"
     await eventually(host.iommufdd.stats, lambda s: s["hwpts"] == [], "all HWPTs are gone")
-    report = Report("dmatest")
-    params = {name: param.default for name, param in SCENARIOS["dmatest"].params.items()}
-    await SCENARIOS["dmatest"].play(host, params, report)
-    assert report.problems == []
+    assert (await played(host, "dmatest")).problems == []

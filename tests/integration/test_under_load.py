@@ -14,9 +14,9 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
-from qemu_shim.scenarios.library import SCENARIOS
-from qemu_shim.scenarios.measure import Report, difference
+from qemu_shim.scenarios.measure import difference
 from qemu_shim.vmm.machine import FIRST_FREE_GPA, GuestCpu, Host
+from tests.integration.played import played
 from tests.integration.rig import Rig, attach_device, device_stats, vm_only, vm_stats
 from tests.patience import PATIENCE_S
 
@@ -40,10 +40,7 @@ ROUNDS = 40
     ids=str,
 )
 async def test_a_heavier_scenario_holds(host: Host, name: str, params: dict[str, int]) -> None:
-    scenario = SCENARIOS[name]
-    report = Report(name)
-    defaults = {key: param.default for key, param in scenario.params.items()}
-    await scenario.play(host, {**defaults, **params}, report)
+    report = await played(host, name, **params)
     assert report.problems == []
     assert report.figures["page_requests"] > 0
 

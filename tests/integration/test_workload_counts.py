@@ -8,7 +8,7 @@ import pytest
 
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.scenarios.run import Run
-from qemu_shim.scenarios.runner import run_workload
+from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.compare.ranking import undeclared
@@ -24,7 +24,7 @@ ON_DEMAND = ("mirror", "notifier")  # tables of iommufdd's, which KVM tells of n
 
 async def counted(host: Host, workload: str, design: str, **params: int) -> dict[str, int]:
     """The counts at the end."""
-    run = await run_workload(host, WORKLOADS[workload], DESIGNS[design], 1, params)
+    run = await run_scenario(host, WORKLOADS[workload], DESIGNS[design], 1, params)
     assert run.problems == []
     return run.samples[-1].counts
 
@@ -179,7 +179,7 @@ async def test_a_design_that_does_less_is_found_out_though_it_is_a_byte(
 
         monkeypatch.setattr(GuestMemory, "touch", too_few)
         small = {"pages": 8, "untouched": 2, "ram_mib": 32}
-        runs.append(await run_workload(host, WORKLOADS["boot-touch"], DESIGNS[design], 1, small))
+        runs.append(await run_scenario(host, WORKLOADS["boot-touch"], DESIGNS[design], 1, small))
     workload = compared(runs)
     assert undeclared(workload.designs, workload.unranked) == ["managed"]
     assert workload.unranked["managed"].startswith("it did other work and refused nothing: cpu_bytes ")

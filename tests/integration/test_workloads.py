@@ -11,13 +11,13 @@ import trio
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context, Guest
 from qemu_shim.scenarios.run import Run
-from qemu_shim.scenarios.runner import run_workload
+from qemu_shim.scenarios.runner import run_scenario
+from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.workloads.host_memory import Reclaim
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.migrator import Migrator
@@ -65,7 +65,7 @@ class Hosts:
 
     async def play(self, workload: str, design: str, seed: int = 1, **params: int) -> Run:
         host = self.scarce if workload in SCARCE else self.plenty
-        return await run_workload(host, WORKLOADS[workload], DESIGNS[design], seed, SMALL[workload] | params)
+        return await run_scenario(host, WORKLOADS[workload], DESIGNS[design], seed, SMALL[workload] | params)
 
 
 @pytest.fixture
@@ -264,5 +264,5 @@ async def test_a_write_lost_under_dma_is_noticed(hosts: Hosts) -> None:
 
         await under_dma(ctx, guest, pages, act)
 
-    run = await run_workload(hosts.plenty, Workload("loses", "", play), DESIGNS["shared"], 1)
+    run = await run_scenario(hosts.plenty, Scenario("loses", "", play), DESIGNS["shared"], 1)
     assert any("is lost" in problem for problem in run.problems)

@@ -13,7 +13,7 @@ import trio
 
 from protocol.errors import leaves
 from qemu_shim.scenarios.run import Run
-from qemu_shim.scenarios.runner import run_workload
+from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.daemon_options import merged
@@ -69,7 +69,7 @@ async def _play(point: Point) -> Run:
         supervised(merged(workload.options, options), log_level="warning") as daemons,
         connect_host(daemons.directory) as host,
     ):
-        run = await run_workload(host, workload, DESIGNS[point.design], point.seed, dict(point.params))
+        run = await run_scenario(host, workload, DESIGNS[point.design], point.seed, dict(point.params))
     run.options = options
     return run
 

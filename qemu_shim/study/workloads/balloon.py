@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.context import Context, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.workload import Workload
 
 
 async def play(ctx: Context) -> None:
@@ -62,7 +61,7 @@ def _ballooned(ctx: Context) -> int:
     return max(ctx.params["pages"] * ctx.params["share"] // 100, 2)
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="balloon",
     summary="the guest gives pages back and takes them again, for device and CPU",
     play=play,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from protocol.units import MIB
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.scenarios.scenario import Param, Scenario
 
 
 async def play(ctx: Context) -> None:
@@ -32,7 +31,7 @@ async def play(ctx: Context) -> None:
     await ctx.step("cpu again")
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="boot-touch",
     summary="the CPU touches its memory first, then the device uses it",
     play=play,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from protocol.units import MIB
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.scenarios.scenario import Param, Scenario
 
 
 async def play(ctx: Context) -> None:
@@ -28,7 +27,7 @@ async def play(ctx: Context) -> None:
     await ctx.step("cpu touches every page")
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="device-first",
     summary="the device writes first, to all pages but the CPU's share, and the CPU comes after it",
     play=play,

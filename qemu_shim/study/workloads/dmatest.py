@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from protocol.units import KIB, MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.scenarios.scenario import Param, Scenario
 
 
 async def play(ctx: Context) -> None:
@@ -26,7 +25,7 @@ async def play(ctx: Context) -> None:
     await ctx.step("cpu compares")
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="dmatest",
     summary="the CPU fills two buffers, the device copies one to the other, the CPU compares",
     play=play,

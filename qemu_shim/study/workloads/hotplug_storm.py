@@ -14,10 +14,9 @@ from __future__ import annotations
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.context import Context, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import RamSlot
 
 KEPT, KEPT_GPA = 7, 0x1_8000_0000
@@ -79,7 +78,7 @@ async def _storm(ctx: Context, guest: Guest, kept: list[int]) -> None:
     await under_dma(ctx, guest, kept, come_and_go)
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="hotplug-storm",
     summary="memslots come and go while the device uses another one",
     play=play,

@@ -14,10 +14,9 @@ import errno
 
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.designs import RamSlot
 
 HUGE = 2 * MIB
@@ -99,7 +98,7 @@ async def _storm(ctx: Context, guest: Guest, slot: RamSlot) -> None:
     await under_dma(ctx, guest, spread, put_together_and_take_apart)
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="huge-pages",
     summary="guest memory in pages of 4K, 2M and 1G; collapse and split under the device",
     play=play,

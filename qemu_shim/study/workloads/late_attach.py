@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param
-from qemu_shim.study.workloads.workload import Workload
+from qemu_shim.scenarios.scenario import Param, Scenario
 
 WORD_BYTES = 8
 
@@ -37,7 +36,7 @@ async def play(ctx: Context) -> None:
     await ctx.step("cpu reads")
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="late-attach",
     summary="the device comes after the CPU has used its memory",
     play=play,

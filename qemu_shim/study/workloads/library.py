@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.workloads import (
     balloon,
     boot_touch,
@@ -15,9 +16,8 @@ from qemu_shim.study.workloads import (
     ring_and_buffers,
     streaming,
 )
-from qemu_shim.study.workloads.workload import Workload
 
-WORKLOADS: dict[str, Workload] = {
+WORKLOADS: dict[str, Scenario] = {
     workload.name: workload
     for workload in (
         boot_touch.WORKLOAD,

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from protocol.units import MIB, PAGE_SIZE, align_up
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.workload import Workload
 from qemu_shim.vmm.migrator import Migrator
 
 SLOT, SLOT_GPA = 7, 0x1_8000_0000
@@ -70,7 +69,7 @@ async def _check(ctx: Context, contents: Contents, migrator: Migrator, pages: li
     ctx.expect(not differ, f"{len(differ)} pages of the copy differ: {differ[:8]}")
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="migration",
     summary="pre-copy while CPU and device write: what is reported dirty, what it costs, an equal copy",
     play=play,

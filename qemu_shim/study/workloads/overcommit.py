@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES, Context, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded
-from qemu_shim.study.workloads.workload import Workload
 
 VMS = 2
 
@@ -63,7 +62,7 @@ def _windows(ctx: Context, pages: list[int]) -> list[list[int]]:
     return [pages[at : at + window] for at in range(0, len(pages), window)]
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="overcommit",
     summary="two VMs, two devices, and frames for little more than one of them",
     play=play,

@@ -27,9 +27,8 @@ from protocol.hw.dsa import (
 )
 from protocol.units import PAGE_SIZE, Iova, align_up
 from qemu_shim.scenarios.context import Context, DmaFailed, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.study.workloads.workload import Workload
 
 BATCH = 32  # the driver's limit
 RECORDED = Flag.CRAV | Flag.RCR
@@ -150,7 +149,7 @@ async def _buffers(ctx: Context, ring: _Ring, suffix: str) -> None:
     await ctx.step("driver reads buffers" + suffix)
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="ring-and-buffers",
     summary="a driver's ring: IO page faults of descriptors, completion records and buffers, apart",
     play=play,

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.scenarios.context import DRIVER_PAGES, Context, Guest
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded
-from qemu_shim.study.workloads.workload import Workload
 
 
 async def play(ctx: Context) -> None:
@@ -57,7 +56,7 @@ async def _use(contents: Contents, some: list[int], *, device_writes: bool, old:
         await contents.device_reads(some)
 
 
-WORKLOAD = Workload(
+WORKLOAD = Scenario(
     name="streaming",
     summary="CPU and device sweep through more memory than the host has frames for",
     play=play,

@@ -13,9 +13,8 @@ from qemu_shim.scenarios import recorder
 from qemu_shim.scenarios import run as contract
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
-from qemu_shim.scenarios.scenario import Param
+from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.library import WORKLOADS
-from qemu_shim.study.workloads.workload import Workload
 
 KVMD = {
     "vms": [
@@ -69,7 +68,7 @@ def test_every_count_and_gauge_has_a_name_of_the_contract() -> None:
 def test_a_parameter_out_of_bounds_or_of_no_name_is_refused(
     given: dict[str, int], error: type[Exception]
 ) -> None:
-    workload = Workload("w", "", nothing, {"pages": Param(5, 1, 10, "pages"), "share": Param(0, 0, 9, "")})
+    workload = Scenario("w", "", nothing, {"pages": Param(5, 1, 10, "pages"), "share": Param(0, 0, 9, "")})
     assert workload.with_defaults({"share": 3}) == {"pages": 5, "share": 3}
     with pytest.raises(error):
         workload.with_defaults(given)
