@@ -33,7 +33,7 @@ async def play(ctx: Context) -> None:
         design.check_no_block()
     config = MachineConfig(ram_bytes=params["ram_mib"] * MIB, design=design)
     async with machine(host, config) as guest:
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         queues = [
             IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=bool(params["block_on_fault"]), wq=n)
             for n in range(params["channels"])
@@ -44,12 +44,12 @@ async def play(ctx: Context) -> None:
         results = await run_threads(guest, queues, dmatest_params(params))
         for queue in queues:
             await queue.disable()
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
     tell(report, results)
     fill_table(report, before, after)
     if params["block_on_fault"]:
-        requests = report.figures["page_requests"]
+        requests = report.figures["io_faults"]
         report.expect(design.pins == (requests == 0), f"RFC-108: {requests} page requests")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.hw.dsa import CompletionRecord, Status
+from protocol.hw.dsa import CompletionRecord
 from protocol.units import GIB, PAGE_SIZE, align_up
 from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
-from qemu_shim.scenarios.measure import Snapshot, check_system, fill_table, snapshot
+from qemu_shim.scenarios.measure import check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig, machine
@@ -47,27 +47,22 @@ async def play(ctx: Context) -> None:
     async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=False)
         await queue.enable()
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         results = await run_threads(
             guest, [_EvictedFirst(guest, ResumingQueue(queue))], dmatest_params(params)
         )
         await queue.disable()
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
     tell(report, results)
-    faults = _faulted(after) - _faulted(before)
+    faults = after.since(before).dma_faults
     report.rows.append(("descriptors ended by a fault / resumed", f"{faults} / {queue.faults}"))
     fill_table(report, before, after)
     report.figures |= {"faulted_descriptors": faults}
     report.expect(faults > 0, "RFC-109: no descriptor ended in a page fault")
     report.expect(faults == queue.faults, f"{faults} descriptors faulted, {queue.faults} were resumed")
-    requests = report.figures["page_requests"]
+    requests = report.figures["io_faults"]
     report.expect(requests == 0, f"RFC-109: {requests} page requests without block on fault")
-
-
-def _faulted(seen: Snapshot) -> int:
-    count: int = seen.device["statuses"].get(Status.PAGE_FAULT_NOBOF.name, 0)
-    return count
 
 
 SCENARIO = Scenario(

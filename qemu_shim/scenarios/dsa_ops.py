@@ -196,15 +196,15 @@ async def play(ctx: Context) -> None:
             for n, portal in enumerate(portals)
             for name, queue in (await _queues(portal, guest)).items()
         ]
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         for _ in range(params["rounds"]):
             async with trio.open_nursery() as nursery:
                 for operations in running:
                     nursery.start_soon(operations.run)
         for portal in portals:
             await portal.drain()
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
     done = sum(operations.done for operations in running)
     resumed = sum(operations.queue.faults for operations in running)
     report.lines += [f"{operations.name}: {operations.done} operations" for operations in running]
@@ -215,7 +215,7 @@ async def play(ctx: Context) -> None:
     ]
     fill_table(report, before, after)
     report.figures |= {"operations": done, "resumed": resumed, "devices": devices}
-    faults, requests = not ctx.design.pins, report.figures["page_requests"]
+    faults, requests = not ctx.design.pins, report.figures["io_faults"]
     report.expect(faults == (resumed > 0), f"RFC-109: {resumed} descriptors ended in a page fault")
     report.expect(faults == (requests > 0), f"RFC-108: {requests} page requests")
 

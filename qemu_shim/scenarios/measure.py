@@ -1,4 +1,4 @@
-"""What a scenario cost: counters of all daemons before and after, and the difference as a table."""
+"""What a scenario cost: counters of all daemons before and after, and what they grew by as a table."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.errors import UapiError
-from qemu_shim.vmm.machine import Host, Machine
+from qemu_shim.scenarios.counters import Counters, Raw, flatten, grown
+from qemu_shim.vmm.machine import Host
 
-Stats = dict[str, Any]
+# The rows that every scenario's table ends with.
+ROWS = (
+    ("page requests / groups", ("io_faults", "io_groups")),
+    ("EPT violations", ("cpu_faults",)),
+    ("pages mapped by vCPU / device", ("pages_mapped_cpu", "pages_mapped_io")),
+    ("flushes / invalidation descriptors", ("flushes", "qi_descriptors")),
+    ("IOTLB hits / misses", ("iotlb_hits", "iotlb_misses")),
+    ("device-TLB hits / misses", ("devtlb_hits", "devtlb_misses")),
+)
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """Counters at one moment; the VM's are those of the machine's own VM."""
+    """The daemons' counters at one moment, and of each device how many IO page faults it has waited for and
+    how long it waited for the last of them, in ns.
+    """
 
-    vm: Stats
-    unit: Stats
-    device: Stats
-    iommu: Stats
-    kvmd: Stats
+    raw: Raw
+    waits: dict[str, tuple[int, list[int]]]
+
+    def since(self, before: Snapshot) -> Counters:
+        return Counters.of(grown(self.raw, before.raw))
 
 
 @dataclass(slots=True)
@@ -32,7 +43,7 @@ class Report:
     scenario: str
     lines: list[str] = field(default_factory=list)
     rows: list[tuple[str, str]] = field(default_factory=list)
-    figures: Stats = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
 
@@ -53,7 +64,7 @@ class Report:
         else:
             self.expect(False, f"{what}: was not refused")
 
-    def as_json(self) -> Stats:
+    def as_json(self) -> dict[str, Any]:
         return {
             "scenario": self.scenario,
             "ok": not self.problems,
@@ -63,74 +74,34 @@ class Report:
         }
 
 
-async def snapshot(host: Host, machine: Machine) -> Snapshot:
-    kvmd = await host.kvmd.stats()
-    silicon = await host.device_sim.stats()
-    devices = list(silicon["devices"].values())
-    return Snapshot(
-        vm=kvmd["vms"][-1],
-        unit=silicon["unit"],
-        device=devices[machine.config.device],
-        iommu=await host.iommufdd.stats(),
-        kvmd=kvmd,
-    )
+async def snapshot(host: Host) -> Snapshot:
+    kvmd, iommu, silicon = await host.kvmd.stats(), await host.iommufdd.stats(), await host.device_sim.stats()
+    waits = {name: (of["io_faults"], of["fault_latencies_ns"]) for name, of in silicon["devices"].items()}
+    return Snapshot(flatten(kvmd, iommu, silicon), waits)
 
 
-async def check_system(host: Host, report: Report, after: Snapshot) -> None:
+async def check_system(host: Host, report: Report) -> None:
     """Invariants that every scenario ends with."""
     report.problems += await host.kvmd.violations() + await host.iommufdd.violations()
-    report.problems += after.device["stale_notes"]
-    report.expect(
-        after.iommu["partial_held"] == 0,
-        f"I8: {after.iommu['partial_held']} page requests wait for their group",
-    )
-
-
-def difference(after: Stats, before: Stats) -> Stats:
-    """Counters that grew, perhaps from nothing; what is no number is left out."""
-    return {key: after[key] - before.get(key, 0) for key in after if isinstance(after[key], int)}
+    for device in (await host.device_sim.stats())["devices"].values():
+        report.problems += device["stale_notes"]
+    held = (await host.iommufdd.stats())["partial_held"]
+    report.expect(held == 0, f"I8: {held} page requests wait for their group")
 
 
 def fill_table(report: Report, before: Snapshot, after: Snapshot) -> None:
     """The figures every scenario shows."""
-    vm = difference(after.vm, before.vm)
-    unit = difference(after.unit, before.unit)
-    device = difference(after.device, before.device)
+    cost, tables = after.since(before), after.raw["vm.table_pages"]
     latencies = new_latencies(before, after)
+    report.figures |= {name: getattr(cost, name) for _, names in ROWS for name in names}
     report.figures |= {
-        "page_requests": unit["page_requests"],
-        "page_request_groups": device["page_request_groups"],
-        "ept_violations": vm["ept_violations"],
-        "pages_mapped_by_vcpu": vm["pf_fixed"],
-        "pages_mapped_by_device": vm["io_pf_fixed"],
-        "invalidations": vm["remote_tlb_flush"],
-        "invalidation_descriptors": unit["invalidations"],
-        "iotlb_hits": unit["iotlb_hits"],
-        "iotlb_misses": unit["iotlb_misses"],
-        "devtlb_hits": device["devtlb_hits"],
-        "devtlb_misses": device["devtlb_misses"],
-        "table_pages": after.vm["table_pages"],
+        "table_pages": tables,
         "io_faults_timed": len(latencies),
         "io_fault_p50_us": percentile(latencies, 50) / 1000,
         "io_fault_p99_us": percentile(latencies, 99) / 1000,
     }
-    figures = report.figures
-    report.rows += [
-        ("page requests / groups", f"{figures['page_requests']} / {figures['page_request_groups']}"),
-        ("EPT violations", f"{figures['ept_violations']}"),
-        (
-            "pages mapped by vCPU / device",
-            f"{figures['pages_mapped_by_vcpu']} / {figures['pages_mapped_by_device']}",
-        ),
-        (
-            "flushes / invalidation descriptors",
-            f"{figures['invalidations']} / {figures['invalidation_descriptors']}",
-        ),
-        ("IOTLB hits / misses", f"{figures['iotlb_hits']} / {figures['iotlb_misses']}"),
-        ("device-TLB hits / misses", f"{figures['devtlb_hits']} / {figures['devtlb_misses']}"),
-        ("table pages", f"{figures['table_pages']}"),
-        ("IO page fault latency", _latency_text(latencies)),
-    ]
+    report.rows += [(label, " / ".join(str(getattr(cost, name)) for name in names)) for label, names in ROWS]
+    report.rows += [("table pages", f"{tables}"), ("IO page fault latency", _latency_text(latencies))]
 
 
 def _latency_text(latencies: list[int]) -> str:
@@ -141,9 +112,12 @@ def _latency_text(latencies: list[int]) -> str:
 
 
 def new_latencies(before: Snapshot, after: Snapshot) -> list[int]:
-    count = after.device["io_faults"] - before.device["io_faults"]
-    latencies: list[int] = after.device["fault_latencies_ns"]
-    return latencies[len(latencies) - min(count, len(latencies)) :]
+    """In ns; a device keeps the last of them only."""
+    found: list[int] = []
+    for name, (count, latencies) in after.waits.items():
+        new = count - before.waits.get(name, (0, []))[0]
+        found += latencies[len(latencies) - min(new, len(latencies)) :]
+    return found
 
 
 def percentile(values: list[int], percent: int) -> float:

@@ -27,7 +27,7 @@ ANON_SLOT, FILE_SLOT = 7, 8
 ANON_GPA, FILE_GPA = 0x1_8000_0000, 0x2_0000_0000
 HUGE = 2 * MIB
 UNTOLD = ("split",)  # may find no entry of KVM's to take away
-TOLD = ("affected", "invalidations", "page_requests", "retries")
+TOLD = ("affected", "flushes", "io_faults", "retries")
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ async def play(ctx: Context) -> None:
     for name, cost in costs.items():
         report.rows.append((f"{name}: pages, flushes, requests, retries", ", ".join(map(str, cost.values()))))
         report.expect(cost["affected"] > 0, f"{name}: did nothing")
-        report.expect(cost["invalidations"] > 0 or name in UNTOLD, f"{name}: nobody was told")
+        report.expect(cost["flushes"] > 0 or name in UNTOLD, f"{name}: nobody was told")
     report.rows.append(("copies verified / of holes", f"{memory.copies} / {memory.holes}"))
     report.figures |= {"copies": memory.copies, "copies_of_holes": memory.holes, "actions": costs}
 
@@ -144,7 +144,7 @@ async def _cost(memory: _Memory, action: Callable[[], Awaitable[int]]) -> dict[s
     async with memory.stage.counted() as cost:
         affected = await action()
         await memory.everybody_copied()
-    counts = (cost["remote_tlb_flush"], cost["page_requests"], cost["fault_retries"])
+    counts = (cost.flushes, cost.io_faults, cost.fault_retries)
     return dict(zip(TOLD, (affected, *counts), strict=True))
 
 

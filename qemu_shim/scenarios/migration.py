@@ -95,7 +95,7 @@ async def _migrate(stage: Stage, params: Mapping[str, int]) -> dict[str, int]:
         if ring is not None:
             ring.close()
         vcpu.close()
-    faults = int(cost["io_pf_fixed"])
+    faults = cost.pages_mapped_io
     report.expect(0 < faults <= running.stores["device"], f"{faults} IO page faults by write protection")
     counts = {"rounds": params["rounds"] + 2, "sent": migrator.sent, "last": last, "pages": migrator.pages}
     return counts | running.stores | {"protection_faults": faults}

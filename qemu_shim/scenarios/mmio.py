@@ -38,17 +38,17 @@ async def play(ctx: Context) -> None:
                 await _memory(stage, mmio, target, number)
             await _emulated(stage, mmio, target)
             report.expect_equal(await guest.memory.read(victim, PAGE_SIZE), FILLED, "the page at hpa = gpa")
-    report.expect_equal(cost["pf_mmio_spte_created"], rounds + 1, "MMIO entries made, one a generation")
-    report.expect_equal(cost["io_pf_failed"], 2 * (rounds + 1), "IO page faults refused")
+    report.expect_equal(cost.mmio_entries, rounds + 1, "MMIO entries made, one a generation")
+    report.expect_equal(cost.io_faults_refused, 2 * (rounds + 1), "IO page faults refused")
     report.figures |= {
         "rounds": rounds,
-        "mmio_entries_made": cost["pf_mmio_spte_created"],
-        "dma_refused": cost["io_pf_failed"],
-        "generations": cost["memslot_generation"],
+        "mmio_entries_made": cost.mmio_entries,
+        "dma_refused": cost.io_faults_refused,
+        "generations": cost.memslot_generations,
     }
     report.rows += [
-        ("MMIO entries made", f"{cost['pf_mmio_spte_created']} in {rounds + 1} generations of use"),
-        ("DMA to MMIO refused", f"{cost['io_pf_failed']}"),
+        ("MMIO entries made", f"{cost.mmio_entries} in {rounds + 1} generations of use"),
+        ("DMA to MMIO refused", f"{cost.io_faults_refused}"),
     ]
 
 
@@ -66,7 +66,7 @@ async def _emulated(stage: Stage, mmio: int, target: int) -> None:
         for program in ([("w", mmio, b"bell")], [("r", mmio, 4)], [("w", mmio + 8, b"x")]):
             ran = await run(program)
             report.expect_equal(ran.exit_reason, ExitReason.MMIO, "the vCPU's access")
-    report.expect_equal(cost["pf_mmio_spte_created"], 1, "MMIO entries for three accesses")
+    report.expect_equal(cost.mmio_entries, 1, "MMIO entries for three accesses")
     walks = await stage.walks(mmio)
     level, _, entry = walks["path"][-1]
     report.expect(

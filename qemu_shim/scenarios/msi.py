@@ -35,9 +35,9 @@ async def play(ctx: Context) -> None:
             async with stage.counted() as cost:
                 delivered = await _messages(stage, count)
                 refused = await _others(stage, source)
-            report.expect_equal(cost["interrupts"], count, "interrupt messages")
-            report.expect_equal(cost["faults_recorded"], refused, "faults recorded")
-            report.expect_equal(cost["page_requests"], 0, "page requests for the window")
+            report.expect_equal(cost.interrupts, count, "interrupt messages")
+            report.expect_equal(cost.faults_recorded, refused, "faults recorded")
+            report.expect_equal(cost.io_faults, 0, "page requests for the window")
             report.lines.append(f"{where} behind the window: {delivered} messages, {refused} faults")
             found |= {"messages": delivered, "faults": refused}
         await _untouched(stage)

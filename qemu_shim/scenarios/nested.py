@@ -96,7 +96,7 @@ async def play(ctx: Context) -> None:
         report.expect_equal(await _objects(stage), before, "HWPTs, importers and TDPs after all that")
         async with stage.counted() as cost:
             status = await stage.fill(stage.guest.memory.allocate(1))
-        report.expect_equal((status, cost["page_requests"]), (Status.SUCCESS, 1), "DMA afterwards")
+        report.expect_equal((status, cost.io_faults), (Status.SUCCESS, 1), "DMA afterwards")
     report.figures |= {"refused": len(attempts)}
     report.rows += [("attempts / refused", f"{len(attempts)} / {len(report.lines)}")]
 

@@ -20,7 +20,7 @@ from qemu_shim.guest.dmatest import Result
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
-from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig, machine
@@ -97,27 +97,21 @@ async def _leg(
     return results, churned
 
 
-def _lost(after: Snapshot, before: Snapshot) -> int:
-    """Completion records that could not be written."""
-    count: int = after.device["software_errors"] - before.device["software_errors"]
-    return count
-
-
 async def play_partial(ctx: Context) -> None:
     host, params, report = ctx.host, ctx.params, ctx.report
     async with machine(host, MachineConfig(ram_bytes=params["ram_mib"] * MIB)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
-        start = await snapshot(host, guest)
+        start = await snapshot(host)
         unpinned, _ = await _leg(guest, queue, params)
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         await guest.device.pin(queue.record_page, PAGE_SIZE)
-        pinned = (await snapshot(host, guest)).vm["pinned_pages"]
+        pinned = (await snapshot(host)).raw["vm.pinned_pages"]
         results, churned = await _leg(guest, queue, params)
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
         await guest.device.unpin(queue.record_page, PAGE_SIZE)
     _tell_churn(report, results, churned)
-    lost = _lost(before, start), _lost(after, before)
+    lost = before.since(start).records_lost, after.since(before).records_lost
     failed = sum(result.failures for result in unpinned)
     report.lines.append(f"without a pin {lost[0]} completion records are lost, with one {lost[1]}")
     report.rows += [
@@ -135,7 +129,7 @@ async def play_partial(ctx: Context) -> None:
     )
     report.expect(lost[1] == 0, f"{lost[1]} completion records were lost though their page is pinned")
     report.expect(pinned == 1, f"{pinned} pages pinned for one page of records")
-    report.expect(report.figures["page_requests"] > 0, "the device's data was never absent")
+    report.expect(report.figures["io_faults"] > 0, "the device's data was never absent")
 
 
 async def play_pinned(ctx: Context) -> None:
@@ -143,34 +137,34 @@ async def play_pinned(ctx: Context) -> None:
     size = params["ram_mib"] * MIB
     async with machine(host, MachineConfig(ram_bytes=size, pinned=True)) as guest:
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         results, churned = await _leg(guest, queue, params)
         plugged = await guest.add_slot(HOTPLUGGED, HOTPLUGGED_GPA, MIB)
-        with_more = await snapshot(host, guest)
+        with_more = await snapshot(host)
         await queue.enable()
         filled = await queue.fill(plugged.gpa, 0, PAGE_SIZE)
         await queue.disable()
         await guest.vm.set_user_memory_region(HOTPLUGGED, 0, 0, 0)
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
         await guest.device.detach()
-        detached = await snapshot(host, guest)
+        detached = await snapshot(host)
     _tell_churn(report, results, churned)
-    pinned = [seen.vm["pinned_pages"] for seen in (before, with_more, after, detached)]
+    pinned = [seen.raw["vm.pinned_pages"] for seen in (before, with_more, after, detached)]
     report.lines.append(f"pinned: {pinned[0]} pages, {pinned[1]} with a slot more, {pinned[3]} when detached")
     report.rows += [
-        ("pages pinned / mapped on demand", f"{pinned[0]} / {after.vm['io_pf_fixed']}"),
-        ("records lost", f"{_lost(after, before)}"),
+        ("pages pinned / mapped on demand", f"{pinned[0]} / {after.since(before).pages_mapped_io}"),
+        ("records lost", f"{after.since(before).records_lost}"),
     ]
     fill_table(report, before, after)
-    report.figures |= {"pinned_pages": pinned[0], "records_lost_pinned": _lost(after, before)}
+    report.figures |= {"pinned_pages": pinned[0], "records_lost_pinned": after.since(before).records_lost}
     pages = size >> PAGE_SHIFT
     report.expect(
         pinned == [pages, pages + (MIB >> PAGE_SHIFT), pages, 0],
         f"pages pinned one after the other: {pinned}",
     )
     report.expect(filled.status.name == "SUCCESS", f"a page plugged later: {filled.status.name}")
-    report.expect(report.figures["page_requests"] == 0, "a device without page requests asked for a page")
+    report.expect(report.figures["io_faults"] == 0, "a device without page requests asked for a page")
 
 
 def _tell_churn(report: Report, results: list[Result], churned: _Churned) -> None:

@@ -3,20 +3,9 @@
 Counts are what the daemons count (STATS), never a time: the same workload, design and seed give the same
 run on any machine.  What it would have cost is `costs`' to say.
 
-`counts` grow from the machine's start; `gauges` are what is there at the end of a step.  Their names:
-
-counts  cpu_faults, cpu_faults_major (read back from swap), io_faults (pages asked for), io_groups (the page
-        request groups they came in), io_faults_major, io_faults_failed, cpu_faults_spurious,
-        io_faults_spurious, fault_retries; notes, notes_mapped; notifier_calls; flushes (KVM's),
-        invalidations (of iommufdd, by KVM or the host), qi_messages, iotlb_invalidations,
-        devtlb_invalidations; messages (those of faults, notes and invalidations together); pages_pinned,
-        pages_allocated (by whoever), pages_allocated_cpu (by a vCPU's fault), pages_allocated_io (by an IO
-        page fault), swap_ins, swap_outs; splits, collapses; cpu_bytes, cpu_pages, dma_bytes, dma_pages,
-        descriptors; pages_written (while logged, as the workload knows), pages_reported (dirty),
-        pages_missed (written and never reported: a count of pages_reported alone would not show it).
-        _major, _spurious and _failed are some of the faults, not others beside them; pages are of 4 KiB
-gauges  pinned_pages, resident_pages, table_pages.<owner>.<level>: owner `cpu`, `iommu` (KVM's second root),
-        `shared` or `iommufd`, level 1 (the tables of 4K leaves) to 5
+`counts` grow from the machine's start: `Counters` (`counters.py`) has their names, units and meanings.
+`gauges` are what is there at the end of a step: pinned_pages, resident_pages, table_pages.<owner>.<level>,
+owner `cpu`, `iommu` (KVM's second root), `shared` or `iommufd`, level 1 (the tables of 4K leaves) to 5.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, Snapshot, check_system, difference, fill_table, snapshot
+from qemu_shim.scenarios.measure import Report, Snapshot, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig, machine
@@ -28,17 +28,17 @@ async def play(ctx: Context) -> None:
         base = guest.memory.allocate(2 * half)
         by_cpu = [base + n * PAGE_SIZE for n in range(half)]
         by_device = [base + n * PAGE_SIZE for n in range(half, 2 * half)]
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
 
         await guest.memory.touch(by_cpu)
-        first = await snapshot(host, guest)
+        first = await snapshot(host)
         await _write_by_device(queue, by_cpu, report)
-        second = await snapshot(host, guest)
+        second = await snapshot(host)
         await _write_by_device(queue, by_device, report)
-        third = await snapshot(host, guest)
+        third = await snapshot(host)
         await _check_by_cpu(guest, by_device, report)
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
+        after = await snapshot(host)
+        await check_system(host, report)
 
     steps = [
         ("vCPU touches its half", before, first, half, 0),
@@ -48,7 +48,8 @@ async def play(ctx: Context) -> None:
     ]
     for what, start, end, violations, requests in steps:
         _step(report, what, start, end, violations, requests)
-    faults = _faults(before, after)
+    whole = after.since(before)
+    faults = whole.cpu_faults + whole.io_faults
     report.rows += [("distinct pages", f"{2 * half}"), ("faults, vCPU + device", f"{faults}")]
     report.figures |= {"pages": 2 * half, "faults": faults}
     report.expect(faults == 2 * half, f"{faults} faults for {2 * half} pages")
@@ -68,19 +69,12 @@ async def _check_by_cpu(guest: Machine, gpas: list[int], report: Report) -> None
 
 
 def _step(report: Report, what: str, start: Snapshot, end: Snapshot, violations: int, requests: int) -> None:
-    seen_violations = difference(end.vm, start.vm)["ept_violations"]
-    seen_requests = difference(end.unit, start.unit)["page_requests"]
-    report.lines.append(f"{what}: {seen_violations} EPT violations, {seen_requests} page requests")
+    cost = end.since(start)
+    report.lines.append(f"{what}: {cost.cpu_faults} EPT violations, {cost.io_faults} page requests")
     report.expect(
-        (seen_violations, seen_requests) == (violations, requests),
+        (cost.cpu_faults, cost.io_faults) == (violations, requests),
         f"{what}: expected {violations} EPT violations and {requests} page requests",
     )
-
-
-def _faults(before: Snapshot, after: Snapshot) -> int:
-    violations: int = difference(after.vm, before.vm)["ept_violations"]
-    requests: int = difference(after.unit, before.unit)["page_requests"]
-    return violations + requests
 
 
 SCENARIO = Scenario(

@@ -100,8 +100,8 @@ async def _flushes(stage: Stage, hva: int) -> dict[str, int]:
         await guest.vcpu.run([("r", ALONE, 8)], smm=True)
         await guest.vm.set_user_memory_region(ADDRESS_SPACE_1 | 1, 0, 0, 0)
     told = {
-        "told_of_migration": migration["importer_invalidations"],
-        "told_of_deletion": deletion["importer_invalidations"],
+        "told_of_migration": migration.invalidations,
+        "told_of_deletion": deletion.invalidations,
     }
     for name, count in told.items():
         report.expect(count > 0, f"RFC-89: {name}: the importer was told nothing")
@@ -109,7 +109,7 @@ async def _flushes(stage: Stage, hva: int) -> dict[str, int]:
     report.expect_equal(ran.reads, [SECRET], "what is left of the secret, in SMM")
     async with stage.counted() as cost:
         report.expect_equal(await stage.fill(OVER_RAM), Status.SUCCESS, "DMA write afterwards")
-    report.expect_equal(cost["page_requests"], 2, "page requests, of the page and of the records'")
+    report.expect_equal(cost.io_faults, 2, "page requests, of the page and of the records'")
     return told
 
 

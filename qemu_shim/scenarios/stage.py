@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from protocol.hw.dsa import Status
 from protocol.rpc.channel import Body
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, Stats, check_system, difference, fill_table, snapshot
+from qemu_shim.scenarios.counters import Counters
+from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 
@@ -38,15 +39,13 @@ class Stage:
         return (await self.queue.memmove(dst, src, size)).status
 
     @asynccontextmanager
-    async def counted(self) -> AsyncIterator[Stats]:
-        """What the counters of VM, units and device grow by."""
-        cost: Stats = {}
-        before = await snapshot(self.host, self.guest)
+    async def counted(self) -> AsyncIterator[Counters]:
+        """What the counters grow by; known when it is over."""
+        cost, before = Counters(), await snapshot(self.host)
         yield cost
-        after = await snapshot(self.host, self.guest)
-        cost |= difference(after.vm, before.vm)
-        cost |= difference(after.unit, before.unit) | difference(after.device, before.device)
-        cost["importer_invalidations"] = _told(after.iommu) - _told(before.iommu)
+        after = await snapshot(self.host)
+        for name, count in asdict(after.since(before)).items():
+            setattr(cost, name, count)
 
     async def inspect(self) -> Body:
         """The machine's VM: slots, roots, counters."""
@@ -55,11 +54,6 @@ class Stage:
     async def walks(self, gpa: int) -> Body:
         """The entries on the way to `gpa` and where each walker ends."""
         return await Inspector(self.host.kvmd.channel).gpa(self.guest.vm, gpa)
-
-
-def _told(iommu: Stats) -> int:
-    """Invalidations that KVM sent to its importers."""
-    return sum(hwpt.get("invalidations", 0) for hwpt in iommu["hwpts"])
 
 
 @asynccontextmanager
@@ -72,10 +66,10 @@ async def staged(ctx: Context, config: MachineConfig, report: Report | None = No
         queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
         await queue.enable()
         await guest.memory.touch([queue.record_page])
-        before = await snapshot(host, guest)
+        before = await snapshot(host)
         yield Stage(host, guest, queue, report)
         await guest.portal.drain()
-        after = await snapshot(host, guest)
-        await check_system(host, report, after)
-    report.expect(after.device["stale_accesses"] == before.device["stale_accesses"], "I6: a stale access")
+        after = await snapshot(host)
+        await check_system(host, report)
+    report.expect(after.since(before).stale_accesses == 0, "I6: a stale access")
     fill_table(report, before, after)

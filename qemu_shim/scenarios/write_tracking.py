@@ -48,11 +48,11 @@ async def _store(stage: Stage, gpa: int, tries: int) -> int:
         for n in range(tries):
             await stage.guest.memory.write(gpa + 8 * n, n.to_bytes(8, "little"))
             await _read_only(stage, gpa)
-    stage.report.expect_equal(cost["pf_emulate"], tries, "stores emulated")
+    stage.report.expect_equal(cost.stores_emulated, tries, "stores emulated")
     for n in range(tries):
         word = await stage.guest.memory.read(gpa + 8 * n, 8)
         stage.report.expect_equal(int.from_bytes(word, "little"), n, f"the store at {8 * n}")
-    return int(cost["pf_emulate"])
+    return cost.stores_emulated
 
 
 async def _read(stage: Stage, gpa: int, target: int) -> int:
@@ -63,7 +63,7 @@ async def _read(stage: Stage, gpa: int, target: int) -> int:
     stage.report.expect_equal(
         await stage.guest.memory.read(target, PAGE_SIZE), wanted, "what the device read"
     )
-    return int(cost["page_requests"]) - 1
+    return cost.io_faults - 1
 
 
 async def _write(stage: Stage, gpa: int, tries: int) -> dict[str, int]:
@@ -80,12 +80,12 @@ async def _write(stage: Stage, gpa: int, tries: int) -> dict[str, int]:
     )
     found = {
         "dma_refused": statuses.count(Status.PAGE_FAULT_IR),
-        "requests": int(cost["page_requests"]),
-        "io_faults": int(cost["io_pf_failed"]),
+        "requests": cost.io_faults,
+        "io_faults": cost.io_faults_refused,
     }
     for name, count in found.items():
         stage.report.expect_equal(count, 2 * tries, f"{name} for {2 * tries} DMA writes")
-    stage.report.expect_equal((cost["io_pf_fixed"], cost["fault_retries"]), (0, 0), "pages mapped, retries")
+    stage.report.expect_equal((cost.pages_mapped_io, cost.fault_retries), (0, 0), "pages mapped, retries")
     return found
 
 
@@ -105,9 +105,7 @@ async def _untracked(stage: Stage, gpa: int) -> None:
             await stage.guest.memory.read(gpa, PAGE_SIZE), FILLED, "what the device wrote"
         )
         await stage.guest.memory.write(gpa, b"cpu")
-    stage.report.expect_equal(
-        (cost["page_requests"], cost["pf_emulate"]), (1, 0), "requests, emulated stores"
-    )
+    stage.report.expect_equal((cost.io_faults, cost.stores_emulated), (1, 0), "requests, emulated stores")
     stage.report.expect_equal(await stage.guest.memory.read(gpa, 3), b"cpu", "what the CPU wrote")
 
 

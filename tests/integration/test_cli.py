@@ -57,7 +57,7 @@ def test_json_is_one_document(scratch: Scratch, shared_system: System, scenario:
     assert (status, err) == (0, "")
     report = json.loads(out)
     assert (report["scenario"], report["ok"], report["problems"]) == (scenario, True, [])
-    assert (report["figures"]["page_requests"] > 0) is (scenario != "dmatest-nobof")
+    assert (report["figures"]["io_faults"] > 0) is (scenario != "dmatest-nobof")
 
 
 def test_options_reach_the_scenario_and_the_daemons(scratch: Scratch) -> None:
@@ -68,7 +68,7 @@ def test_options_reach_the_scenario_and_the_daemons(scratch: Scratch) -> None:
 
 def test_the_design_is_chosen_with_the_scenario_or_refused(scratch: Scratch) -> None:
     status, out, _ = scratch.run("run", "--json", "--design", "mirror", "dmatest", "--ram-mib", "32")
-    assert (status, json.loads(out)["figures"]["page_requests"]) == (0, 3)
+    assert (status, json.loads(out)["figures"]["io_faults"]) == (0, 3)
     status, out, err = scratch.run("run", "unmap", "--design", "mirror")
     assert (status, out) == (2, "")
     assert "unmap cannot be played on design mirror; it can on: shared" in err

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import pytest
 
 from qemu_shim.scenarios.measure import (
     Report,
     Snapshot,
-    difference,
     fill_table,
     new_latencies,
     percentile,
@@ -39,29 +41,24 @@ def test_a_percentile_is_the_value_of_nearest_rank(values: list[int], percent: i
     assert values == before
 
 
-def snapshot(**device: object) -> Snapshot:
-    vm = {
-        "ept_violations": 4,
-        "pf_fixed": 4,
-        "io_pf_fixed": 1,
-        "remote_tlb_flush": 2,
-        "table_pages": 9,
-        "name": "vm0",
+def snapshot(io_faults: int = 0, latencies: Sequence[int] = (), **counts: int) -> Snapshot:
+    """`unit_page_requests=3` is the source `unit.page_requests`."""
+    raw = {
+        "vm.ept_violations": 4,
+        "vm.remote_tlb_flush": 2,
+        "vm.table_pages": 9,
+        "unit.page_requests": 3,
+        "device.page_request_groups": 2,
+        "device.devtlb_hits": 70,
+        **{name.replace("_", ".", 1): count for name, count in counts.items()},
     }
-    unit = {"page_requests": 3, "invalidations": 2, "iotlb_hits": 5, "iotlb_misses": 6}
-    counters = {
-        "page_request_groups": 2,
-        "devtlb_hits": 70,
-        "devtlb_misses": 8,
-        "io_faults": 0,
-        "fault_latencies_ns": [],
-    }
-    return Snapshot(vm, unit, counters | device, {}, {})
+    return Snapshot(Counter(raw), {"dsa0": (io_faults, list(latencies))})
 
 
-def test_a_difference_has_the_numbers_and_nothing_else() -> None:
-    after = {"grew": 9, "same": 4, "name": "x", "list": [1]}
-    assert difference(after, {"grew": 2, "same": 4, "name": "x", "list": []}) == {"grew": 7, "same": 0}
+def test_what_grew_is_counted_by_name_and_what_did_not_is_0() -> None:
+    cost = snapshot(vm_ept_violations=6, vm_remote_tlb_flush=3).since(snapshot())
+    grew = {name: count for name, count in asdict(cost).items() if count}
+    assert grew == {"cpu_faults": 2, "flushes": 1}
 
 
 @pytest.mark.parametrize(
@@ -76,16 +73,14 @@ def test_a_difference_has_the_numbers_and_nothing_else() -> None:
 def test_latencies_are_those_of_the_faults_since(
     before: int, after: int, latencies: list[int], expected: list[int]
 ) -> None:
-    found = new_latencies(snapshot(io_faults=before), snapshot(io_faults=after, fault_latencies_ns=latencies))
+    found = new_latencies(snapshot(io_faults=before), snapshot(io_faults=after, latencies=latencies))
     assert found == expected
 
 
 def test_the_table_shows_what_changed_and_json_the_same_figures() -> None:
     report = Report("demo")
     before = snapshot()
-    after = snapshot(devtlb_hits=75, io_faults=2, fault_latencies_ns=[40_000, 60_000])
-    after.vm["ept_violations"] = 10
-    after.unit["page_requests"] = 5
+    after = snapshot(2, [40_000, 60_000], device_devtlb_hits=75, vm_ept_violations=10, unit_page_requests=5)
     fill_table(report, before, after)
     rows = dict(report.rows)
     assert rows["page requests / groups"] == "2 / 0"
@@ -95,7 +90,7 @@ def test_the_table_shows_what_changed_and_json_the_same_figures() -> None:
     assert rows["IO page fault latency"] == "p50 40 us, p99 60 us of 2"
     figures = json.loads(json.dumps(report.as_json()))["figures"]
     assert (figures["io_fault_p50_us"], figures["io_fault_p99_us"]) == (40.0, 60.0)
-    assert (figures["page_requests"], figures["ept_violations"], figures["devtlb_hits"]) == (2, 6, 5)
+    assert (figures["io_faults"], figures["cpu_faults"], figures["devtlb_hits"]) == (2, 6, 5)
 
 
 def test_without_a_fault_the_table_says_so() -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qemu_shim.scenarios import recorder
-from qemu_shim.scenarios import run as contract
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.counters import COUNTS, GAUGES, added_up, flatten, grown, tables
+from qemu_shim.scenarios.counters import (
+    COUNTS,
+    GAUGES,
+    SOURCES,
+    Counters,
+    added_up,
+    flatten,
+    grown,
+    tables,
+)
+from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.study.compare.schema import Told, Work
 from qemu_shim.study.workloads.library import WORKLOADS
 
+OWN = {"pages_written", "pages_reported", "pages_missed"}  # the scenario's to count
 KVMD = {
     "vms": [
         {"ept_violations": 3, "table_pages.cpu.1": 2},
@@ -52,13 +62,14 @@ def test_a_minus_takes_away_and_what_was_before_does_not_count() -> None:
     assert added_up({"left": ("a", "-b")}, grown(raw, Counter({"a": 4, "b": 1}))) == {"left": 4}
 
 
-def test_every_count_and_gauge_has_a_name_of_the_contract() -> None:
-    """The contract's docstring is what `compare` is written against."""
-    document = re.sub(r"\([^)]*\)", "", contract.__doc__ or "")
-    counts, _, gauges = document.partition("\ncounts  ")[2].partition("\ngauges  ")
-    named = {name.strip() for name in re.split("[,;]", counts.partition(".")[0])}
-    assert named == {*COUNTS, "pages_written", "pages_reported", "pages_missed"}  # the workload's to count
-    assert {name.strip() for name in gauges.split(",")[:2]} == {*GAUGES}
+def test_every_counter_has_a_unit_and_a_meaning_and_every_figure_of_compare_is_one() -> None:
+    """What only a scenario knows has no source."""
+    for each in fields(Counters):
+        assert each.metadata["unit"]
+        assert each.metadata["meaning"]
+    assert {name for name, sources in SOURCES.items() if not sources} == OWN
+    assert {*Told.model_fields, *Work.model_fields} <= {*COUNTS, *OWN}
+    assert {*GAUGES} == {"pinned_pages", "resident_pages"}
 
 
 @pytest.mark.parametrize(
@@ -80,8 +91,8 @@ def test_every_workload_has_defaults_within_its_bounds() -> None:
         assert list(workload.with_defaults({})) == list(workload.params)
 
 
-async def test_the_invariants_are_looked_at_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two of them, a stale access of the first one's device is a problem as well."""
+async def test_the_invariants_are_looked_at_on_every_device() -> None:
+    """With two of them, a stale access of the first one is a problem as well."""
 
     async def kvmds() -> list[str]:
         return ["I11: a leaf"]
@@ -89,14 +100,18 @@ async def test_the_invariants_are_looked_at_on_every_machine(monkeypatch: pytest
     async def iommufdds() -> list[str]:
         return ["I22: a pin"]
 
-    async def looked(_: object, machine: str) -> SimpleNamespace:
-        return SimpleNamespace(device={"stale_notes": [f"I6: {machine}"]}, iommu={"partial_held": 0})
+    async def held() -> dict[str, int]:
+        return {"partial_held": 0}
 
-    monkeypatch.setattr(recorder, "snapshot", looked)
+    async def devices() -> dict[str, object]:
+        return {"devices": {name: {"stale_notes": [f"I6: {name}"]} for name in ("first", "second")}}
+
     host: Any = SimpleNamespace(
-        kvmd=SimpleNamespace(violations=kvmds), iommufdd=SimpleNamespace(violations=iommufdds)
+        kvmd=SimpleNamespace(violations=kvmds),
+        iommufdd=SimpleNamespace(violations=iommufdds, stats=held),
+        device_sim=SimpleNamespace(stats=devices),
     )
-    of_two = recorder.Recorder(host)
-    machines: Any = ["first", "second"]
-    of_two.machines += machines
-    assert await of_two.problems() == ["I11: a leaf", "I22: a pin", "I6: first", "I6: second"]
+    recorder = Recorder(host)
+    machine: Any = None
+    recorder.machines.append(machine)
+    assert await recorder.problems() == ["I11: a leaf", "I22: a pin", "I6: first", "I6: second"]
