@@ -120,7 +120,7 @@ class Context:
 
     async def _without_device(self, config: MachineConfig) -> BareMachine:
         bare = await self._stack.enter_async_context(bare_machine(self.host, config))
-        self._recorder.cpus.append(bare.cpu)
+        self._recorder.cpus += bare.cpus
         return bare
 
     async def _with_device(self, bare: BareMachine) -> Guest:

@@ -9,7 +9,6 @@ shortest code that can.
 from __future__ import annotations
 
 import struct
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from random import Random
 
@@ -186,11 +185,9 @@ async def play(ctx: Context) -> None:
     host, params, report = ctx.host, ctx.params, ctx.report
     available = len((await host.device_sim.stats())["devices"])
     devices = min(params["devices"], available)
-    async with (
-        machine(host, MachineConfig(ram_bytes=GIB, design=ctx.design)) as guest,
-        AsyncExitStack() as stack,
-    ):
-        portals = [guest.portal, *[await _attach(stack, guest, n) for n in range(1, devices)]]
+    config = MachineConfig(ram_bytes=GIB, design=ctx.design, devices=tuple(range(devices)))
+    async with machine(host, config) as guest:
+        portals = [device.portal for device in guest.devices]
         running = [
             _Operations(f"dsa{n} {name}", guest, queue, Random(f"{n} {name}"), report)
             for n, portal in enumerate(portals)
@@ -218,18 +215,6 @@ async def play(ctx: Context) -> None:
     faults, requests = not ctx.design.pins, report.figures["io_faults"]
     report.expect(faults == (resumed > 0), f"RFC-109: {resumed} descriptors ended in a page fault")
     report.expect(faults == (requests > 0), f"RFC-108: {requests} page requests")
-
-
-async def _attach(stack: AsyncExitStack, guest: Machine, number: int) -> Portal:
-    """Another device on the machine's HWPT."""
-    device = await guest.host.iommufdd.open_device(number)
-    stack.callback(device.close)
-    await device.bind(guest.iommu)
-    await device.attach(guest.hwpt_id)
-    stack.push_async_callback(device.detach)
-    portal = await device.map_portal()
-    stack.callback(portal.close)
-    return portal
 
 
 async def _queues(portal: Portal, guest: Machine) -> dict[str, IdxdWorkQueue]:

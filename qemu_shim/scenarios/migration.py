@@ -60,7 +60,7 @@ async def play(ctx: Context) -> None:
     for kind, ring_bytes in (("bitmap", 0), ("ring", RING_BYTES)):
         part = Report(report.scenario)
         page_size = 2 * MIB if params["huge"] else PAGE_SIZE
-        config = MachineConfig(ram_bytes=GIB, page_size=page_size, dirty_ring_bytes=ring_bytes)
+        config = MachineConfig(ram_bytes=GIB, page_size=page_size, dirty_ring_bytes=ring_bytes, vcpus=2)
         async with staged(ctx, config, part) as stage:
             figures = await _migrate(stage, params)
         report.problems += [f"{kind}: {problem}" for problem in part.problems]
@@ -79,22 +79,19 @@ async def _migrate(stage: Stage, params: Mapping[str, int]) -> dict[str, int]:
     guest, report = stage.guest, stage.report
     size = align_up(params["pages"] * PAGE_SIZE, guest.config.page_size)
     slot = await guest.add_slot(SLOT, SLOT_GPA, size)
-    vcpu = await guest.vm.create_vcpu(1)
-    await vcpu.set_cpuid(guest.config.maxphyaddr)
-    ring = await vcpu.dirty_ring() if guest.config.dirty_ring_bytes else None
+    ring = await guest.vcpus[1].dirty_ring() if guest.config.dirty_ring_bytes else None
     running = _Guest(stage, slot)
     try:
         for at in range(0, size, PAGE_SIZE):  # so that what faults from here on is protection alone
             report.expect_equal(await stage.fill(slot.gpa + at, at), Status.SUCCESS, "DMA write")
         async with stage.counted() as cost:
             migrator = await Migrator.start(guest, slot, ring)
-            last = await _precopy(migrator, running, GuestCpu(vcpu), params["rounds"])
+            last = await _precopy(migrator, running, guest.cpus[1], params["rounds"])
         wrong = await migrator.differences()
         report.expect(not wrong, f"{len(wrong)} of {migrator.pages} pages differ: {wrong[:8]}")
     finally:
         if ring is not None:
             ring.close()
-        vcpu.close()
     faults = cost.pages_mapped_io
     report.expect(0 < faults <= running.stores["device"], f"{faults} IO page faults by write protection")
     counts = {"rounds": params["rounds"] + 2, "sent": migrator.sent, "last": last, "pages": migrator.pages}

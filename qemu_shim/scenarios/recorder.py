@@ -48,7 +48,8 @@ class Recorder:
     async def quiet(self) -> Raw:
         """The counters once nothing is under way."""
         for machine in self.machines:
-            await machine.portal.drain()
+            for device in machine.devices:
+                await device.portal.drain()
         assert self._before is not None, "begin() comes first"
         return await self._settled(UNDER_WAY, self._before)
 

@@ -1,4 +1,4 @@
-"""A virtual machine with a DSA passed through: bring-up, tear-down, and what a scenario may do with it.
+"""A virtual machine with DSAs passed through: bring-up, tear-down, and what a scenario may do with it.
 
 Bring-up follows the RFC's five steps: process, VM, memslots, vCPU; TDP FD; KVM HWPT on it; device bound and
 attached; BAR mapped [RFC 00/42].  Another design differs in how it comes by its HWPT, which is all that the
@@ -42,7 +42,8 @@ class MachineConfig:
     ram_bytes: int = 1 * GIB
     page_size: int = 4096  # of the host memory behind it
     maxphyaddr: int = 46
-    device: int = 0
+    devices: tuple[int, ...] = (0,)  # by their numbers: those it starts with
+    vcpus: int = 1
     pinned: bool = False  # all of it, for a device that cannot ask for pages
     dirty_ring_bytes: int = 0  # of each vCPU; none: bitmaps log alone
     design: Design = SHARED
@@ -87,20 +88,73 @@ class BareMachine:
     config: MachineConfig
     process: Process
     vm: Vm
-    vcpu: Vcpu
+    vcpus: list[Vcpu]
     slots: list[RamSlot]
-    cpu: GuestCpu
-    memory: GuestMemory
+    cpus: list[GuestCpu]
+    memory: GuestMemory  # as the first of them sees it
+
+    @property
+    def vcpu(self) -> Vcpu:
+        return self.vcpus[0]
+
+    @property
+    def cpu(self) -> GuestCpu:
+        return self.cpus[0]
+
+
+@dataclass(slots=True)
+class PassedThrough:
+    """A device of the machine: `dev_id` is iommufd's number of it."""
+
+    number: int
+    vfio: VfioDevice
+    dev_id: int
+    portal: Portal
+
+    def close(self) -> None:
+        self.portal.close()
+        self.vfio.close()
 
 
 @dataclass(slots=True)
 class Machine(BareMachine):
+    """All its devices are attached to one HWPT; the first gave it."""
+
     container: Container
     iommu: Iommu
-    device: VfioDevice
-    device_id: int
     hwpt_id: int
-    portal: Portal
+    devices: list[PassedThrough]
+
+    @property
+    def device(self) -> VfioDevice:
+        return self.devices[0].vfio
+
+    @property
+    def device_id(self) -> int:
+        return self.devices[0].dev_id
+
+    @property
+    def portal(self) -> Portal:
+        return self.devices[0].portal
+
+    async def plug(self, number: int) -> PassedThrough:
+        """One more device, by its number.  Refused: it cannot be attached to the machine's table."""
+        vfio = await self.host.iommufdd.open_device(number)
+        try:
+            dev_id = await vfio.bind(self.iommu)
+            await _attach(vfio, self.hwpt_id, self.config)
+            plugged = PassedThrough(number, vfio, dev_id, await vfio.map_portal())
+        except BaseException:
+            vfio.close()
+            raise
+        self.devices.append(plugged)
+        return plugged
+
+    async def unplug(self, device: PassedThrough) -> None:
+        """Detached by request, then its fds are closed."""
+        self.devices.remove(device)
+        await device.vfio.detach()
+        device.close()
 
     @property
     def tdp_fd(self) -> int:
@@ -252,39 +306,46 @@ async def bare_machine(host: Host, config: MachineConfig) -> AsyncIterator[BareM
         for slot in slots:
             if slot.attributes is not None:
                 stack.callback(slot.attributes.memfd.close)
-        vcpu = await vm.create_vcpu(0)
-        stack.callback(vcpu.close)
-        await vcpu.set_cpuid(config.maxphyaddr)
-        cpu = GuestCpu(vcpu)
-        memory = GuestMemory(cpu, config.free_from, Gpa(slots[0].gpa + slots[0].size))
-        yield BareMachine(host, config, process, vm, vcpu, slots, cpu, memory)
+        vcpus = []
+        for number in range(config.vcpus):
+            vcpus.append(await vm.create_vcpu(number))
+            stack.callback(vcpus[-1].close)
+            await vcpus[-1].set_cpuid(config.maxphyaddr)
+        cpus = [GuestCpu(vcpu) for vcpu in vcpus]
+        memory = GuestMemory(cpus[0], config.free_from, Gpa(slots[0].gpa + slots[0].size))
+        yield BareMachine(host, config, process, vm, vcpus, slots, cpus, memory)
 
 
 @asynccontextmanager
 async def attached(bare: BareMachine) -> AsyncIterator[Machine]:
-    """The machine with its device, whatever its guest did before."""
+    """The machine with its devices, whatever its guest did before."""
     host, config = bare.host, bare.config
     async with AsyncExitStack() as stack:
         container = await config.design.open(bare.vm, bare.process)
         stack.callback(container.close)
         iommu = await host.iommufdd.open_iommu(bare.process)
         stack.callback(iommu.close)
-        device = await host.iommufdd.open_device(config.device)
-        stack.callback(device.close)
-        device_id = await device.bind(iommu)
-        hwpt_id = await container.hwpt(iommu, device_id, bare.slots)
-        await _attach(device, hwpt_id, config)
-        portal = await device.map_portal()
+        first = await host.iommufdd.open_device(config.devices[0])
+        stack.callback(first.close)
+        dev_id = await first.bind(iommu)
+        hwpt_id = await container.hwpt(iommu, dev_id, bare.slots)
+        await _attach(first, hwpt_id, config)
+        portal = await first.map_portal()
         stack.callback(portal.close)
-        of_bare = (host, config, bare.process, bare.vm, bare.vcpu, bare.slots, bare.cpu, bare.memory)
-        built = Machine(*of_bare, container, iommu, device, device_id, hwpt_id, portal)
+        of_bare = (host, config, bare.process, bare.vm, bare.vcpus, bare.slots, bare.cpus, bare.memory)
+        devices = [PassedThrough(config.devices[0], first, dev_id, portal)]
+        built = Machine(*of_bare, container, iommu, hwpt_id, devices)
         try:
+            for number in config.devices[1:]:
+                await built.plug(number)
             yield built
             if host.dumps_to is not None:
                 await built.dump(host.dump_directory())
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await _quiesce(built)
+            for device in built.devices[1:]:
+                device.close()
 
 
 async def _attach(device: VfioDevice, hwpt_id: int, config: MachineConfig) -> None:
@@ -316,6 +377,8 @@ async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamS
 async def _quiesce(built: Machine) -> None:
     """Detach and destroy by request, so that nothing depends on the order in which fds close."""
     # A daemon may be gone, or the scenario did it already: closing the fds does the rest.
+    for device in reversed(built.devices):
+        with suppress(UapiError, PeerError):
+            await device.vfio.detach()
     with suppress(UapiError, PeerError):
-        await built.device.detach()
         await built.iommu.destroy(built.hwpt_id)

@@ -50,7 +50,7 @@ async def test_without_block_on_fault_a_page_nobody_touched_ends_the_descriptor(
 async def test_a_vmm_closes_its_tdp_fd_whether_it_ends_well_or_half_way(host: Host) -> None:
     """Its process lives on in the series' QEMU, so the next container met EEXIST; here nothing is left."""
     async with machine(host, MachineConfig()) as guest:
-        taken = MachineConfig(device=guest.config.device)
+        taken = MachineConfig(devices=guest.config.devices)
         with refused(errno.EBUSY):
             async with machine(host, taken):
                 pytest.fail("the device is in use")

@@ -17,7 +17,7 @@ VMS = 2
 
 
 async def play(ctx: Context) -> None:
-    configs = [ctx.sized(ctx.params["pages"], device=n) for n in range(VMS)]
+    configs = [ctx.sized(ctx.params["pages"], devices=(n,)) for n in range(VMS)]
     limit = configs[0].ram_bytes // PAGE_SIZE * ctx.params["room"] // 100
     async with crowded(ctx, limit + ctx.params["window"] + VMS * DRIVER_PAGES):
         await _take_turns(ctx, await ctx.boot_all(*configs), limit)
