@@ -13,6 +13,7 @@ from typing import Protocol
 
 from kvmd.core.export.tdp_fd import Obstacle
 from kvmd.core.mm.frames import Frames
+from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.tables.table_pool import TablePool
@@ -101,6 +102,23 @@ class Host:
         """The process ends; who has to do with its memory besides may be a while."""
         await mm.exit()
         self.put_mm(mm)
+
+    async def release_mirror(self, mirror: Mirror) -> None:
+        """Its channel is closed."""
+        # await: mirror: cannot change: nobody asks anything of it any more
+        await mirror.release()
+        self.put_mm(mirror.mm)
+
+    async def change_process(self, mirror: Mirror, payer: Mm | None) -> None:
+        """Another process pays, or the one that paid before.  Errors as of `Mirror.change_process`."""
+        before = mirror.mm
+        if payer is None:
+            mirror.undo_change_process()
+        else:
+            # await: before: cannot change: one that somebody else changes meanwhile is put twice, which is
+            # nothing
+            await mirror.change_process(payer)
+        self.put_mm(before)
 
     def put_mm(self, mm: Mm) -> None:
         """Somebody has nothing to do with `mm` any more: the last one forgets it [mmdrop]."""

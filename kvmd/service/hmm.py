@@ -23,23 +23,14 @@ def open_mirror(app: App, mm: Mm) -> int:
 
 
 def _mirror_closed(held: MirrorFile) -> None:
-    held.app.loop.flows.spawn(_release(held))
-
-
-async def _release(held: MirrorFile) -> None:
-    """Until the lease ends something may walk on its behalf: it is told of changes and has its pins (I13)."""
-    if held.lease is not None:
-        await held.lease.ended
-    await held.mirror.close()
-    held.app.host.put_mm(held.mirror.mm)
+    held.app.loop.flows.spawn(held.app.host.release_mirror(held.mirror))
 
 
 async def _register(held: MirrorFile, message: uapi.HmmRegister, fds: Fds) -> Answer:
     assert held.channel is not None
     with lent(held.app.loop, held.app.memory, FRAME_WINDOWS) as loan:
         ops = RemoteImporter(held.channel, loan.lease, "HMM_INVALIDATE", "seq")
-        await held.mirror.register(ops, message.account)
-    held.lease = loan.lease
+        await held.mirror.register(ops, loan.lease, message.account)
     return Answer({"windows": loan.windows}, loan.fds)
 
 
@@ -72,7 +63,7 @@ async def _unpin(held: MirrorFile, message: uapi.HmmUnpin, fds: Fds) -> Body:
 def _pinned(held: MirrorFile, message: uapi.HmmPinned, fds: Fds) -> Body:
     pins, end = held.mirror.pinned_in(Hva(message.start), message.size, area=message.area)
     runs = [(run.hva, run.pfn << PAGE_SHIFT, run.npages << PAGE_SHIFT) for run in pins]
-    return {"pins": runs, "end": end, "total": held.mirror.pins}
+    return {"pins": runs, "end": end, "total": len(held.mirror.pins)}
 
 
 def _file_get(held: MirrorFile, message: uapi.HmmFileGet, fds: Fds) -> Body:
@@ -85,12 +76,8 @@ def _file_put(held: MirrorFile, message: uapi.HmmFilePut, fds: Fds) -> Body:
 
 
 async def _change_process(held: MirrorFile, message: uapi.HmmChangeProcess, fds: Fds) -> Body:
-    mirror, before = held.mirror, held.mirror.mm
-    if message.undo:
-        mirror.undo_change_process()
-    else:
-        await mirror.change_process(held.app.files.find(fds.peek(0), MmFile).mm)
-    held.app.host.put_mm(before)
+    payer = None if message.undo else held.app.files.find(fds.peek(0), MmFile).mm
+    await held.app.host.change_process(held.mirror, payer)
     return {}
 
 

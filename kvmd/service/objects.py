@@ -21,7 +21,6 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.slots.guest_memfd import GuestMemfd
 from kvmd.core.vm import Kvm
 from kvmd.core.vm_list import VmList, VmUsers
-from kvmd.importers import Lease
 from kvmd.memory import HostMemory
 from protocol.rpc.channel import Channel
 from protocol.rpc.files import Files
@@ -74,7 +73,6 @@ class MirrorFile:
     app: App
     mirror: Mirror
     channel: Channel | None = None
-    lease: Lease | None = None
 
 
 @dataclass(slots=True, eq=False)

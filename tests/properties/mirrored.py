@@ -28,7 +28,7 @@ from protocol.flow import Wait, done
 from protocol.units import Hva, pages_of_level
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse
-from tests.unit.kvmd.world import RW, SlowImporter, Told, World
+from tests.unit.kvmd.world import RW, HandLease, SlowImporter, Told, World
 
 PAGE = 4096
 START, PAGES = Hva(1 << 40), 1024  # two regions of 2 MiB
@@ -66,7 +66,7 @@ class Mmu:
 
     async def come(self) -> None:
         """While anything is changing; from then on it is told."""
-        await self.mirror.register(self.ops)
+        await self.mirror.register(self.ops, HandLease())
         self.rig.mmus.append(self)
 
     def go(self) -> None:

@@ -19,23 +19,15 @@ from __future__ import annotations
 
 import errno
 from enum import Enum, auto
-from typing import Protocol
 
 from kvmd.core.export.pinning import Account
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, ImporterOps, TdpFaultType
 from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED
+from kvmd.core.lease import Lease
 from kvmd.core.vm_list import VmUsers
 from protocol.errors import UapiError
-from protocol.flow import Wait
 from protocol.lifecycle import LifeCycle
 from protocol.units import Gfn, GfnSpan
-
-
-class Lease(Protocol):
-    """What an importer was lent ends with it, in whatever process a copy of it is."""
-
-    @property
-    def ended(self) -> Wait[None]: ...
 
 
 class TdpFd:

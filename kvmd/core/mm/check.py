@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvmd.core.mm.hmm import Mirror, check_pins
+from kvmd.core.mm.hmm import Mirror
+from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.space import AddressSpace
 from protocol.units import pages_of_level, size_of_level
@@ -44,7 +46,7 @@ def check_memory(memory: PageAllocator, spaces: Sequence[AddressSpace]) -> list[
     if mapped:
         found.append(f"I21: {mapped} more entries map pages than the pages know of")
     mirrors = [user for space in spaces for user in space.notifiers if isinstance(user, Mirror)]
-    found += check_pins(mirrors)
+    found += _check_pins(mirrors)
     frames = sum(pages_of_level(page.level) for page in memory.pages)
     if frames != memory.frames.in_use:
         found.append(f"I6: {memory.frames.in_use} frames are in use, the pages have {frames}")
@@ -68,3 +70,35 @@ def _may_write(page: Page, *, shared: bool) -> bool:
     if page.kind is PageKind.ANON:
         return page.exclusive and len({table for table, _ in page.entries}) == 1
     return page.kind is PageKind.FILE and shared
+
+
+def _check_pins(mirrors: list[Mirror]) -> list[str]:
+    """I6: what a mirror pinned is in its frame, counted by the page and by its process."""
+    found = []
+    pins: Counter[Page] = Counter()
+    charged: Counter[Mm] = Counter()
+    locked: Counter[LockedVm] = Counter()
+    for mirror in mirrors:
+        mm = mirror.mm
+        for at, pinned in mirror.pins:
+            page = pinned.page
+            pins[page] += 1
+            charged[mm] += pinned.npages
+            locked[mirror.payer] += pinned.npages
+            last = page.pfn + pages_of_level(page.level) - pinned.npages
+            if page not in mm.memory.pages or not page.pfn <= pinned.pfn <= last:
+                found.append(
+                    f"I6: mm {mm.id}: pinned at {at:#x}, pfn {pinned.pfn:#x} is not the page's any more"
+                )
+    for page, held in pins.items():
+        if page.pins < held:
+            found.append(f"I6: pfn {page.pfn:#x} has {page.pins} pins, mirrors have {held} of it")
+    for mm, npages in charged.items():
+        if mm.pinned_pages < npages:
+            found.append(f"I6: mm {mm.id} has {mm.pinned_pages} pages pinned, its mirrors {npages}")
+    for payer, npages in locked.items():
+        if payer.pages < npages:
+            found.append(
+                f"I6: {payer.whose} has {payer.pages} pages locked, the mirrors it pays for {npages}"
+            )
+    return found

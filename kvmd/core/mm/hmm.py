@@ -16,20 +16,21 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Literal, NamedTuple, Protocol
 
+from kvmd.core.lease import Lease
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.open_files import OpenFiles
-from kvmd.core.mm.page import MappedPage, Page, Pte
+from kvmd.core.mm.page import MappedPage, Pte
+from kvmd.core.mm.pins import PinnedPage, PinnedRun, PinsByArea
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
+from protocol.lifecycle import LifeCycle
+from protocol.units import PAGE_SIZE, Hva, size_of_level
 
 MAX_PAGES = 1024  # of one answer
 MAX_LOOKS = 16 * MAX_PAGES  # at absent pages too, where nothing is faulted in
@@ -58,29 +59,30 @@ class FoundPages(NamedTuple):
     major: int
 
 
-class PinnedRun(NamedTuple):
-    """npages from hva on, which is what was asked for of a page, are pinned at pfn and those behind it."""
+class MirrorState(Enum):
+    NEW = auto()
+    REGISTERING = auto()  # waits for changes under way to end
+    REGISTERED = auto()
+    CLOSED = auto()
 
-    hva: Hva
-    pfn: Pfn
-    npages: int
+
+class MirrorEvent(Enum):
+    REGISTER = auto()
+    LISTED = auto()  # among the notifiers: from now on every change is told
+    CLOSE = auto()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PinnedPage:
-    """One pin: of the `level` that the process maps there, which may be a part of `page`.  Two of them are
-    two, though they are alike: who takes its own back takes no other's.
-    """
-
-    page: Page
-    pfn: Pfn
-    level: Level
-    size: int  # bytes of it that were asked for
-    by_offset: bool  # in a file, and not by an address of the process
-
-    @property
-    def npages(self) -> int:
-        return pages_of_level(self.level)
+MIRROR_LIFE = LifeCycle(
+    "mirror of a process",
+    MirrorState.NEW,
+    {
+        (MirrorState.NEW, MirrorEvent.REGISTER): MirrorState.REGISTERING,
+        (MirrorState.REGISTERING, MirrorEvent.LISTED): MirrorState.REGISTERED,
+        (MirrorState.NEW, MirrorEvent.CLOSE): MirrorState.CLOSED,
+        (MirrorState.REGISTERING, MirrorEvent.CLOSE): MirrorState.CLOSED,
+        (MirrorState.REGISTERED, MirrorEvent.CLOSE): MirrorState.CLOSED,
+    },
+)
 
 
 class Mirror:
@@ -89,38 +91,42 @@ class Mirror:
     def __init__(self, mm: Mm) -> None:
         self.mm = mm
         self.seq = 0  # of invalidations told
-        self.closed = False
         self.account: Account = "user"
+        self._state = MIRROR_LIFE.born
         self._ops: MirrorOps | None = None
-        self._registered = False
+        self._lease: Lease | None = None
         self._watched: list[tuple[Hva, Hva]] = []  # in order, apart
         self._changing: list[tuple[Hva, Hva]] = []
         self._over: Wait[None] = Wait()  # set when the next change is over
         self.files = OpenFiles()
         self._paid_before: Mm | None = None  # whom `change_process` took the pins from
-        self._pins: dict[int, dict[Hva, tuple[PinnedPage, ...]]] = {}  # area -> first byte asked for -> pins
-        self.pins = 0  # how many those are
+        self.pins = PinsByArea()
 
     # -- the notifier ----------------------------------------------------------------------------------
 
-    async def register(self, ops: MirrorOps, account: Account = "user") -> None:
-        """`account`: who pays for its pins.  No change that is half made is missed: it holds the mmap_lock,
-        or tells us too.  EBUSY; EPERM.
+    async def register(self, ops: MirrorOps, lease: Lease, account: Account = "user") -> None:
+        """`lease`: it is told of changes, and has its pins, until that ends; `account`: who pays for them.
+        No change that is half made is missed: it holds the mmap_lock, or tells us too.  EBUSY; EPERM.
         """
-        if self._ops is not None:
+        if self._state is not MirrorState.NEW:
             raise UapiError(errno.EBUSY, "this mirror is registered already")
         self._check_alive()
-        self._ops, self.account = ops, account
+        self._happens(MirrorEvent.REGISTER)
         # await: asked: the process may exit, or the mirror close; asked again: with the lock held
         # (tests/unit/kvmd/mm/test_hmm.py::test_a_process_gone_before_its_turn_is_eperm,
         # tests/unit/kvmd/mm/test_hmm.py::test_a_mirror_closed_before_its_turn_is_no_notifier)
+        # | account, lease, ops: cannot change: the caller's own
         async with self.mm.mmap_lock:
             self._check_alive()
-            if self.closed:
+            if not MIRROR_LIFE.permits(self._state, MirrorEvent.LISTED):
                 raise UapiError(errno.ENODEV, "the mirror was closed before it was registered")
             self.mm.notifiers.append(self)
             self.mm.claims.mapped.append(self.maps)
-            self._registered = True
+            self._ops, self._lease, self.account = ops, lease, account
+            self._happens(MirrorEvent.LISTED)
+
+    def _happens(self, event: MirrorEvent) -> None:
+        self._state = MIRROR_LIFE.after(self._state, event)
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
         """Told at once, however many of the watched ranges the change meets."""
@@ -178,7 +184,7 @@ class Mirror:
         pages tell (`AddressSpace.shows_pinned`).
         """
         return bool(self._watched[self._first(start) : self._first_from(end)]) or any(
-            at < end and start < at + pinned.size and not pinned.by_offset for at, pinned in self.pinned()
+            at < end and start < at + pinned.size and not pinned.by_offset for at, pinned in self.pins
         )
 
     # -- looking, faulting -----------------------------------------------------------------------------
@@ -312,9 +318,7 @@ class Mirror:
     def _pin(self, area: int, at: Hva, entry: Pte, size: int, by_offset: bool) -> PinnedPage:
         pinned = PinnedPage(entry.page, entry.pfn, entry.level, size, by_offset)
         self.mm.pin(entry.page, pinned.npages, self.payer)
-        pins = self._pins.setdefault(area, {})
-        pins[at] = (*pins.get(at, ()), pinned)
-        self.pins += 1
+        self.pins.add(area, at, pinned)
         return pinned
 
     async def unpin(self, start: Hva, size: int, *, area: int = 0) -> int:
@@ -324,19 +328,14 @@ class Mirror:
         return await self._unpin(area, start, Hva(start + size))
 
     async def _unpin(self, area: int, start: Hva, end: Hva) -> int:
-        pins = self._pins.get(area, {})
-        if (end - start) >> PAGE_SHIFT < len(pins):
-            found = [Hva(at) for at in range(start, end, PAGE_SIZE) if at in pins]
-        else:
-            found = [at for at in pins if start <= at < end]
         count = turn = 0
-        for at in found:
-            held = self._pins.get(area, {}).get(at)
+        for at in self.pins.within(area, start, end):
+            held = self.pins.last(area, at)
             if held is None:
                 continue  # gone while others had a turn
-            self._take_back(area, at, held[-1])
+            self._take_back(area, at, held)
             count += 1
-            turn += held[-1].npages
+            turn += held.npages
             if turn >= _TURN:
                 turn = 0
                 # await: each at, turn: its pins may be given back by another; asked again: `held`
@@ -346,19 +345,8 @@ class Mirror:
 
     def _take_back(self, area: int, at: Hva, pinned: PinnedPage) -> None:
         """The pin goes, unless it is gone."""
-        pins = self._pins.get(area, {})
-        held = list(pins.get(at, ()))
-        if pinned not in held:
-            return
-        held.remove(pinned)
-        self.pins -= 1
-        if held:
-            pins[at] = tuple(held)
-        else:
-            del pins[at]
-            if not pins:
-                del self._pins[area]
-        self.mm.unpin(pinned.page, pinned.npages, self.payer)
+        if self.pins.remove(area, at, pinned):
+            self.mm.unpin(pinned.page, pinned.npages, self.payer)
 
     # -- files, and who pays ---------------------------------------------------------------------------
 
@@ -382,7 +370,7 @@ class Mirror:
                 raise UapiError(errno.EINVAL, "watched ranges are of one process: its mirror stays its own")
             if not mm.alive:
                 raise UapiError(errno.EPERM, f"mm {mm.id}: the process has exited")
-            npages = sum(pinned.npages for _, pinned in self.pinned())
+            npages = sum(pinned.npages for _, pinned in self.pins)
             self._payer_of(mm).charge(npages)
             self._pay_with(mm, npages)
 
@@ -390,7 +378,7 @@ class Mirror:
         """As it was before, whatever the limit is by now.  EINVAL: nothing to undo."""
         if self._paid_before is None:
             raise UapiError(errno.EINVAL, "this mirror was always of the process it is of")
-        npages = sum(pinned.npages for _, pinned in self.pinned())
+        npages = sum(pinned.npages for _, pinned in self.pins)
         self._payer_of(self._paid_before).pages += npages
         self._pay_with(self._paid_before, npages)
 
@@ -407,16 +395,22 @@ class Mirror:
 
     # -- ends ------------------------------------------------------------------------------------------
 
+    async def release(self) -> None:
+        """Its channel is closed.  Until its lease ends something may walk on its behalf: it is told of
+        changes, and has its pins (I13)."""
+        if self._lease is not None:
+            await self._lease.ended
+        await self.close()
+
     async def close(self) -> None:
         """Nobody walks for it any more: told of nothing, and nothing is pinned, when this returns."""
-        self.closed = True
-        if self._registered:
+        was_listed = self._state is MirrorState.REGISTERED
+        self._happens(MirrorEvent.CLOSE)
+        if was_listed:
             self.mm.notifiers.remove(self)
             self.mm.claims.mapped.remove(self.maps)
-            self._registered = False
-        while self._pins:
-            area, pins = next(iter(self._pins.items()))
-            await self._unpin(area, min(pins), Hva(max(pins) + 1))
+        while self.pins:
+            await self._unpin(*self.pins.some_area())
         self.files.close_all()
 
     def _check(self, gone: int = errno.EPERM) -> None:
@@ -425,7 +419,7 @@ class Mirror:
         self._check_alive(gone)
 
     def _check_registered(self) -> None:
-        if not self._registered:
+        if self._state is not MirrorState.REGISTERED:
             raise UapiError(errno.EINVAL, "a mirror must be registered first: its pins end with its lease")
 
     def _check_alive(self, gone: int = errno.EPERM) -> None:
@@ -437,59 +431,7 @@ class Mirror:
     def pinned_in(self, start: Hva, size: int, *, area: int) -> tuple[list[PinnedRun], Hva]:
         """What `area` has pinned there, in order, up to MAX_PAGES, and where that stopped."""
         self._check_registered()
-        pins = self._pins.get(area, {})
-        end = Hva(start + size)
-        if size >> PAGE_SHIFT > len(pins):
-            found = sorted(at for at in pins if start <= at < end)
-        else:
-            end = Hva(min(end, start + MAX_LOOKS * PAGE_SIZE))
-            found = [Hva(at) for at in range(start, end, PAGE_SIZE) if at in pins]
-        runs: list[PinnedRun] = []
-        for at in found:
-            if len(runs) >= MAX_PAGES:
-                return runs, at
-            for pinned in pins[at]:
-                inside = at % size_of_level(pinned.level) >> PAGE_SHIFT
-                runs.append(PinnedRun(at, Pfn(pinned.pfn + inside), pinned.npages - inside))
-        return runs, end
-
-    def pinned(self) -> Iterator[tuple[Hva, PinnedPage]]:
-        for pins in self._pins.values():
-            for at, held in pins.items():
-                for pinned in held:
-                    yield at, pinned
-
-
-def check_pins(mirrors: list[Mirror]) -> list[str]:
-    """I6: what a mirror pinned is in its frame, counted by the page and by its process."""
-    found = []
-    pins: Counter[Page] = Counter()
-    charged: Counter[Mm] = Counter()
-    locked: Counter[LockedVm] = Counter()
-    for mirror in mirrors:
-        mm = mirror.mm
-        for at, pinned in mirror.pinned():
-            page = pinned.page
-            pins[page] += 1
-            charged[mm] += pinned.npages
-            locked[mirror.payer] += pinned.npages
-            last = page.pfn + pages_of_level(page.level) - pinned.npages
-            if page not in mm.memory.pages or not page.pfn <= pinned.pfn <= last:
-                found.append(
-                    f"I6: mm {mm.id}: pinned at {at:#x}, pfn {pinned.pfn:#x} is not the page's any more"
-                )
-    for page, held in pins.items():
-        if page.pins < held:
-            found.append(f"I6: pfn {page.pfn:#x} has {page.pins} pins, mirrors have {held} of it")
-    for mm, npages in charged.items():
-        if mm.pinned_pages < npages:
-            found.append(f"I6: mm {mm.id} has {mm.pinned_pages} pages pinned, its mirrors {npages}")
-    for payer, npages in locked.items():
-        if payer.pages < npages:
-            found.append(
-                f"I6: {payer.whose} has {payer.pages} pages locked, the mirrors it pays for {npages}"
-            )
-    return found
+        return self.pins.runs(area, start, Hva(start + size), MAX_PAGES, MAX_LOOKS)
 
 
 def _end_of(page: MappedPage) -> Hva:

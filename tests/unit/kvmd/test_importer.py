@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -17,7 +16,7 @@ from kvmd.core.vm_list import VmList, VmUsers
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Gfn, GfnSpan, Gpa
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.unit.kvmd.world import WRITE, HandLease, SlowImporter, World
 
 PAGE = 4096
 BASE = 0x100
@@ -27,14 +26,6 @@ def errno_of(act: Callable[[], object]) -> int:
     with pytest.raises(UapiError) as caught:
         act()
     return caught.value.errno
-
-
-@dataclass(eq=False)
-class TestLease:
-    """Ended by hand, as if the last copy of it were closed."""
-
-    __test__ = False
-    ended: Wait[None] = field(default_factory=Wait)
 
 
 class Rig:
@@ -51,7 +42,7 @@ class Rig:
         self.vcpu = self.world.vcpu()
         self.tdp = self.world.run(TdpFd.create(self.users, CreateTdpFd(0, 0, 0)))
         self.ops: dict[str, SlowImporter] = {}
-        self.leases: dict[str, TestLease] = {}
+        self.leases: dict[str, HandLease] = {}
 
     def importer(self, name: str) -> Importer:
         made = Importer(self.tdp)
@@ -59,7 +50,7 @@ class Rig:
         return made
 
     def register(self, importer: Importer, name: str) -> None:
-        ops, lease = SlowImporter(), TestLease()
+        ops, lease = SlowImporter(), HandLease()
         importer.register(name, 77, ops, lease)
         self.ops[name], self.leases[name] = ops, lease
 
@@ -87,7 +78,7 @@ def test_a_channel_registers_once_a_name_is_one_importers_and_the_process_must_b
     first, second = rig.importer("unit"), Importer(rig.tdp)
     assert errno_of(lambda: rig.register(first, "other")) == errno.EBUSY
     assert errno_of(lambda: rig.register(second, "unit")) == errno.EBUSY
-    assert errno_of(lambda: second.register("other", 78, SlowImporter(), TestLease())) == errno.EINVAL
+    assert errno_of(lambda: second.register("other", 78, SlowImporter(), HandLease())) == errno.EINVAL
     assert rig.tdp.exported.importer_names == ["unit"]
     assert len(rig.tdp.leases) == 1, "a register that is refused leaves nothing"
     rig.register(second, "other")
@@ -121,7 +112,7 @@ def test_an_importer_that_leaves_at_once_is_noticed(rig: Rig, monkeypatch: pytes
     leave = Registration.leave
 
     async def without_its_lease(self: Registration) -> None:
-        self._lease = TestLease(done(None))
+        self._lease = HandLease(done(None))
         self._tdp.leases.append(self._lease)
         await leave(self)
 

@@ -16,7 +16,7 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Hva
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
-from tests.unit.kvmd.world import RW, SlowImporter
+from tests.unit.kvmd.world import RW, HandLease, SlowImporter
 
 PAGE = 4096
 USES = ["watch", "pin"]
@@ -28,7 +28,7 @@ class Beside(Protected):
     def __init__(self) -> None:
         super().__init__()
         self.mirror = Mirror(self.mm)
-        self.run(self.mirror.register(SlowImporter()))
+        self.run(self.mirror.register(SlowImporter(), HandLease()))
 
     def at(self, page: int) -> Hva:
         return Hva(self.hva + page * PAGE)
@@ -150,7 +150,7 @@ def test_claims_end_with_who_has_them() -> None:
     world.run(world.mirror.close())
     world.run(world.convert(0))
     other = Mirror(world.mm)
-    world.run(other.register(SlowImporter()))
+    world.run(other.register(SlowImporter(), HandLease()))
     with pytest.raises(UapiError):
         other.watch(world.hva, PAGE)
     world.run(world.vm.destroy())

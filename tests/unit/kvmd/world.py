@@ -105,6 +105,13 @@ class SlowImporter:
         self.pending.pop(index).acked.set(None)
 
 
+@dataclass(eq=False)
+class HandLease:
+    """Ended by hand, as if the last copy of it were closed."""
+
+    ended: Wait[None] = field(default_factory=Wait)
+
+
 class World:
     """One process with one VM."""
 

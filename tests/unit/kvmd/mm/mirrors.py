@@ -13,7 +13,7 @@ from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Pfn
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.unit.kvmd.world import HandLease, SlowImporter, World
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class Rig:
         self.hva = self.world.map(PAGES, level)
         self.ops = SlowImporter()
         self.mirror = Mirror(self.mm)
-        self.world.run(self.mirror.register(self.ops))
+        self.world.run(self.mirror.register(self.ops, HandLease()))
         self.mirror.watch(self.hva, PAGES * (PAGE << 9 * (level - 1)))
 
     def at(self, page: int) -> Hva:

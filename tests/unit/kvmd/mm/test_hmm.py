@@ -24,7 +24,7 @@ from protocol.flow import Wait, done
 from protocol.uapi import hmm as uapi
 from protocol.units import Hva
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, PAGES, SIZE, Rig, errno_of
-from tests.unit.kvmd.world import SlowImporter
+from tests.unit.kvmd.world import HandLease, SlowImporter
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_mirror_that_registers_while_a_large_range_goes_sees_none_of_it(rig: R
     assert not gone.done
     assert rig.mm.present_page(Hva(large + (pages - 1) * PAGE)) is not None, "some of it is still there"
     late = Mirror(rig.mm)
-    registered = rig.world.start(late.register(SlowImporter()))
+    registered = rig.world.start(late.register(SlowImporter(), HandLease()))
     assert not registered.done
     turn.set(None)
     rig.world.flows.run_ready()
@@ -237,7 +237,7 @@ def test_a_range_watched_while_it_changes_is_looked_at_after_the_change(rig: Rig
     rig.write(0)
     first = SlowImporter()
     other = Mirror(rig.mm)
-    rig.world.run(other.register(first))
+    rig.world.run(other.register(first, HandLease()))
     other.watch(rig.hva, SIZE)
     rig.mirror.unwatch(rig.hva, SIZE)
     rig.dropping()
@@ -348,7 +348,7 @@ def test_before_it_is_registered_a_mirror_gives_nothing_and_it_registers_once(ri
         lambda: rig.world.run(mirror.unpin(rig.hva, PAGE)),
     ]
     assert [errno_of(ask) for ask in asks] == [errno.EINVAL] * 5
-    assert errno_of(lambda: rig.world.run(rig.mirror.register(rig.ops))) == errno.EBUSY
+    assert errno_of(lambda: rig.world.run(rig.mirror.register(rig.ops, HandLease()))) == errno.EBUSY
 
 
 def test_after_the_exit_what_is_held_goes_back_and_nothing_more_is_had(rig: Rig) -> None:
@@ -358,7 +358,7 @@ def test_after_the_exit_what_is_held_goes_back_and_nothing_more_is_had(rig: Rig)
         lambda: rig.mirror.watch(rig.at(PAGES), PAGE),
         lambda: rig.fault(),
         lambda: rig.look(),
-        lambda: rig.world.run(Mirror(rig.mm).register(rig.ops)),
+        lambda: rig.world.run(Mirror(rig.mm).register(rig.ops, HandLease())),
     ]
     assert [errno_of(ask) for ask in asks] == [errno.EPERM] * 4
     assert errno_of(lambda: rig.pin()) == errno.EFAULT
@@ -380,7 +380,7 @@ def test_a_process_that_exits_under_a_waiting_fault_is_eperm(rig: Rig) -> None:
 
 def test_a_process_gone_before_its_turn_is_eperm(rig: Rig) -> None:
     forking = rig.world.start(fork(rig.mm, rig.world.host.create_mm()))  # has the lock, awaits the ack
-    registered = rig.world.start(Mirror(rig.mm).register(SlowImporter()))
+    registered = rig.world.start(Mirror(rig.mm).register(SlowImporter(), HandLease()))
     over = rig.world.start(rig.mm.exit())
     while rig.ops.pending:
         rig.world.ack(rig.ops)
@@ -392,9 +392,61 @@ def test_a_process_gone_before_its_turn_is_eperm(rig: Rig) -> None:
 def test_a_mirror_closed_before_its_turn_is_no_notifier(rig: Rig) -> None:
     forking = rig.world.start(fork(rig.mm, rig.world.host.create_mm()))  # has the lock, awaits the ack
     mirror = Mirror(rig.mm)
-    registered = rig.world.start(mirror.register(SlowImporter()))
+    registered = rig.world.start(mirror.register(SlowImporter(), HandLease()))
     rig.world.run(mirror.close())
     rig.world.ack(rig.ops)
     assert forking.done
     assert errno_of(registered.result) == errno.ENODEV
     assert rig.mm.notifiers == [rig.world.vm.host_changes, rig.mirror]
+
+
+# -- the end of its channel ------------------------------------------------------------------------------
+
+
+def keeps_all_until_its_lease_ends(rig: Rig) -> None:
+    mirror, ops, lease = Mirror(rig.mm), SlowImporter(), HandLease()
+    rig.world.run(mirror.register(ops, lease))
+    mirror.watch(rig.hva, SIZE)
+    rig.world.run(mirror.pin(rig.at(3), PAGE, write=True))
+    rig.mirror.unwatch(rig.hva, SIZE)
+    released = rig.world.start(rig.world.host.release_mirror(mirror))
+    over = rig.world.start(migrate(rig.mm, rig.hva, SIZE))
+    assert (len(ops.pending), rig.mm.pinned_pages) == (1, 1), "something may still walk for it"
+    rig.world.ack(ops)
+    assert over.done
+    assert not released.done
+    lease.ended.set(None)
+    rig.world.flows.run_ready()
+    assert released.done
+    assert (rig.mm.pinned_pages, mirror in rig.mm.notifiers) == (0, False)
+
+
+def test_a_mirror_is_told_and_has_its_pins_until_its_lease_ends(rig: Rig) -> None:
+    keeps_all_until_its_lease_ends(rig)
+
+
+def test_a_mirror_that_is_closed_before_its_lease_ends_is_noticed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I13 broken."""
+    monkeypatch.setattr(Mirror, "release", Mirror.close)
+    with pytest.raises(AssertionError, match="may still walk for it"):
+        keeps_all_until_its_lease_ends(rig)
+
+
+def test_a_process_that_exited_is_forgotten_with_its_last_mirror(rig: Rig) -> None:
+    mirror, lease = Mirror(rig.mm), HandLease()
+    rig.world.run(mirror.register(SlowImporter(), lease))
+    rig.world.run(rig.mirror.close())
+    rig.mm.notifiers.remove(rig.world.vm.host_changes)
+    rig.world.run(rig.world.host.exit_mm(rig.mm))
+    assert rig.world.host.processes == [rig.mm]
+    lease.ended.set(None)
+    rig.world.run(rig.world.host.release_mirror(mirror))
+    assert rig.world.host.processes == []
+
+
+def test_a_mirror_closes_once(rig: Rig) -> None:
+    rig.world.run(rig.mirror.close())
+    with pytest.raises(AssertionError, match="CLOSE happened to one that is CLOSED"):
+        rig.world.run(rig.mirror.close())

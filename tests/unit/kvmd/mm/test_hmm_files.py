@@ -11,7 +11,7 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from protocol.units import Hva, Pfn
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig, errno_of
-from tests.unit.kvmd.world import SlowImporter
+from tests.unit.kvmd.world import HandLease, SlowImporter
 
 
 class Filed(Rig):
@@ -22,7 +22,7 @@ class Filed(Rig):
         self.page = PAGE << 9 * (level - 1)
         self.file = MemoryFile(self.memory, "file", 8 * self.page, level)  # type: ignore[arg-type]
         self.mirror = Mirror(self.mm)
-        self.world.run(self.mirror.register(SlowImporter(), account))  # type: ignore[arg-type]
+        self.world.run(self.mirror.register(SlowImporter(), HandLease(), account))  # type: ignore[arg-type]
         self.number = self.mirror.open_file(self.file)
         self.heir: Mm = self.world.host.create_mm()
 

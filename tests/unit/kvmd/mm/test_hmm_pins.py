@@ -20,7 +20,7 @@ from kvmd.core.mm.vma import Prot
 from protocol.flow import Wait
 from protocol.units import Hva, Level, Pfn
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig, errno_of
-from tests.unit.kvmd.world import MM_CHANGES, RW, SlowImporter
+from tests.unit.kvmd.world import MM_CHANGES, RW, HandLease, SlowImporter
 
 HOST: list[Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = [migrate, swap_out, merge, numa_hint]
 
@@ -255,7 +255,7 @@ def test_two_unpins_at_once_take_each_pin_once(rig: Rig) -> None:
     rig.world.run(rig.mirror.pin(large, 2 * MIB2, write=True))
     rig.world.host.cond_resched = lambda: turn
     waits = [rig.world.start(rig.mirror.unpin(large, 2 * MIB2)) for _ in range(3)]
-    assert (rig.mirror.pins, [wait.done for wait in waits]) == (0, [False, False, True])
+    assert (len(rig.mirror.pins), [wait.done for wait in waits]) == (0, [False, False, True])
     turn.set(None)
     rig.world.flows.run_ready()
     assert [wait.result() for wait in waits] == [1, 1, 0]
@@ -299,7 +299,7 @@ def test_a_pin_that_fails_takes_back_its_own(rig: Rig) -> None:
     rig.world.run(uffd.copy(rig.at(1), bytes(PAGE), wp=False))
     rig.world.flows.run_ready()
     assert errno_of(asked.result) == errno.EFAULT
-    assert (rig.mm.pinned_pages, rig.mirror.pins, rig.violations()) == (1, 1, [])
+    assert (rig.mm.pinned_pages, len(rig.mirror.pins), rig.violations()) == (1, 1, [])
 
 
 def test_what_is_pinned_is_told_by_area_in_order_as_it_was_asked_for(rig: Rig) -> None:
@@ -312,7 +312,7 @@ def test_what_is_pinned_is_told_by_area_in_order_as_it_was_asked_for(rig: Rig) -
     runs, end = rig.mirror.pinned_in(rig.hva, SIZE, area=7)
     assert [(run.hva, run.npages) for run in runs] == [(rig.at(page), 1) for page in (0, 2, 3)]
     assert [run.pfn for run in runs] == [page.pfn for page in pages.values() if page is not None]
-    assert (end, rig.mirror.pins) == (rig.at(16), 6)
+    assert (end, len(rig.mirror.pins)) == (rig.at(16), 6)
     assert [run.hva for run in rig.mirror.pinned_in(rig.at(2), PAGE, area=7)[0]] == [rig.at(2)]
     huge, _ = rig.mirror.pinned_in(large, 2 * MIB2, area=7)
     first = rig.mm.present_page(large)
@@ -336,7 +336,7 @@ def test_an_answer_of_what_is_pinned_stops_after_so_many_and_goes_on(rig: Rig) -
 
 def test_two_mirrors_pin_apart(rig: Rig) -> None:
     other = Mirror(rig.mm)
-    rig.world.run(other.register(SlowImporter()))
+    rig.world.run(other.register(SlowImporter(), HandLease()))
     (page,) = rig.pin(0).pages
     assert rig.world.run(other.pin(rig.hva, PAGE, write=True)).pages[0].pfn == page.pfn
     rig.world.run(other.close())
@@ -346,7 +346,7 @@ def test_two_mirrors_pin_apart(rig: Rig) -> None:
 
 def test_the_check_sees_a_pinned_page_that_moved_a_lost_pin_and_a_wrong_account(rig: Rig) -> None:
     rig.pin(0)
-    ((_, pinned),) = rig.mirror.pinned()
+    ((_, pinned),) = rig.mirror.pins
     page = pinned.page
     assert rig.violations() == []
     page.pins = 0  # a planted bug: the host moves it after all

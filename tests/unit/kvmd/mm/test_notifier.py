@@ -19,7 +19,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva
 from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, Rig, errno_of
-from tests.unit.kvmd.world import RW, SlowImporter
+from tests.unit.kvmd.world import RW, HandLease, SlowImporter
 
 
 @dataclass(eq=False)
@@ -151,7 +151,7 @@ class Registering:
         self.over = self.world.start(file.punch_hole(0, PAGE))
 
     def registers(self) -> None:
-        registered = self.world.start(self.mirror.register(self.ops))
+        registered = self.world.start(self.mirror.register(self.ops, HandLease()))
         assert registered.done, "no lock of this process is held"
         self.mirror.watch(self.hva, PAGE)
 
@@ -181,7 +181,7 @@ def test_a_mirror_that_registers_between_two_acks_is_waited_for() -> None:
     late = Registering()
     late.shared_by_fork()
     first, first_ops = Mirror(late.other), SlowImporter()
-    late.world.run(first.register(first_ops))
+    late.world.run(first.register(first_ops, HandLease()))
     first.watch(late.hva, PAGE)
     late.world.ack(late.rig.ops)
     late.registers()
