@@ -1,8 +1,7 @@
 """Importers of a table or of a process's memory: invalidate over their channel, and what their death means.
 
-The reply to an invalidate is the ack.  An importer that dies with one outstanding has not acked, and
-what walks on its behalf may walk on: its ack counts only once the lease it was given is closed too,
-everywhere (invariant I13: nothing is freed behind a walker nobody answers for).
+The reply to an invalidate is the ack.  An importer that dies with one outstanding has not acked: then its
+lease is what is waited for (`kvmd/core/lease.py`, I13).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import structlog
 
+from kvmd.core.lease import Lease, ack_with_lease
 from kvmd.memory import HostMemory
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -30,7 +30,7 @@ FRAME_WINDOWS = frozenset({WindowKind.FRAMES, WindowKind.FRAME_TAGS})
 log = structlog.get_logger("kvmd")
 
 
-class Lease:
+class LeaseSocket:
     """One end is ours; `ended` is set when every copy of the other is closed."""
 
     def __init__(self, loop: Loop) -> None:
@@ -64,7 +64,7 @@ class Lease:
 
 
 class Loan(NamedTuple):
-    lease: Lease
+    lease: LeaseSocket
     windows: list[tuple[str, int, int]]
     fds: list[int]  # of the windows, then the lease
 
@@ -72,7 +72,7 @@ class Loan(NamedTuple):
 @contextmanager
 def lent(loop: Loop, memory: HostMemory, kinds: Container[WindowKind]) -> Iterator[Loan]:
     """Windows and a lease for an importer; taken back if it does not become one.  EMFILE."""
-    lease = Lease(loop)
+    lease = LeaseSocket(loop)
     fds: list[int] = []
     try:
         windows, fds = memory.share(kinds)
@@ -108,7 +108,7 @@ class RemoteImporter:
             reply.result().fds.close()  # an ack carries none
         except (PeerGone, UapiError) as error:
             log.warning("importer did not ack: its pages are held until its lease ends", why=str(error))
-            self._lease.ended.on_done(lambda _: acked.set(None))
+            ack_with_lease(self._lease, acked)
         else:
             acked.set(None)
 

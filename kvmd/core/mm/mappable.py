@@ -40,7 +40,7 @@ class MappingSpace(Notified, Protocol):
     def vmas(self) -> Iterable[FileMapping]: ...
 
 
-class Mapped(NamedTuple):
+class MappedRange(NamedTuple):
     """Where pages are mapped: start..end of `space`."""
 
     space: MappingSpace
@@ -128,7 +128,7 @@ class Mappable:
             await edit_notified(ranges, edit)
             ranges = [Range(*mapped) for mapped in self.mapped(first, last) if _entries(mapped, copies_too)]
 
-    def mapped(self, first: int, last: int | None) -> list[Mapped]:
+    def mapped(self, first: int, last: int | None) -> list[MappedRange]:
         """Where pages first..last are mapped now."""
         found = []
         for space in self._spaces:
@@ -139,11 +139,11 @@ class Mappable:
                         vma.end if last is None else min(vma.end, vma.start + last * self._page - vma.offset)
                     )
                     if start < end:
-                        found.append(Mapped(space, Hva(start), Hva(end)))
+                        found.append(MappedRange(space, Hva(start), Hva(end)))
         return found
 
 
-def _entries(mapped: Mapped, copies_too: bool) -> list[Entry]:
+def _entries(mapped: MappedRange, copies_too: bool) -> list[Entry]:
     """What is mapped there: of the file alone, or also what a private mapping made of it."""
     return [
         entry

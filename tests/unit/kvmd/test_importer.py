@@ -10,6 +10,7 @@ import pytest
 from kvmd.core.export.importer import Importer, Registration, TdpFd
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportEvent
 from kvmd.core.faults.pre_fault import pre_fault_memory
+from kvmd.core.lease import ack_with_lease
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.vm import Kvm, VmType
 from kvmd.core.vm_list import VmList, VmUsers
@@ -149,6 +150,35 @@ def test_a_channel_that_closes_while_it_unregisters_leaves_once(rig: Rig) -> Non
     rig.end_lease("unit")
     assert asked.done
     assert rig.tdp.leases == []
+
+
+class Dying(SlowImporter):
+    """It hangs up on what it is told."""
+
+    def __init__(self, lease: HandLease) -> None:
+        super().__init__()
+        self.lease = lease
+
+    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
+        acked = super().invalidate(start, size, epoch)
+        ack_with_lease(self.lease, acked)
+        return acked
+
+
+def test_the_ack_of_an_importer_that_died_is_the_end_of_its_lease(rig: Rig) -> None:
+    """I13: its unit may still walk the entry, and its device write to the frame."""
+    importer, lease = Importer(rig.tdp), HandLease()
+    importer.register("dying", 77, Dying(lease), lease)
+    rig.fault(importer)
+    pfn = rig.world.run(rig.world.mm.fault_in(rig.hva, write=True)).pfn
+    tag = rig.world.bare.tags.read(pfn)
+    left, taken = rig.world.start(importer.unregister()), rig.give_up()
+    assert not taken.done
+    assert rig.world.bare.tags.read(pfn) == tag, "given up behind a walker"
+    lease.ended.set(None)
+    rig.world.flows.run_ready()
+    assert (left.done, taken.done) == (True, True)
+    assert rig.world.bare.tags.read(pfn) != tag
 
 
 # -- the last close of a TDP FD --------------------------------------------------------------------------

@@ -142,6 +142,6 @@ def test_a_lease_that_cannot_be_watched_leaves_no_fd(
     with monkeypatch.context() as patched:
         patched.setattr(*((socket, call, fail) if call == "socketpair" else (wire.loop, call, fail)))
         with pytest.raises(UapiError) as refused:
-            importers.Lease(wire.loop)
+            importers.LeaseSocket(wire.loop)
     assert errno_of(refused) == errno.EMFILE
     assert open_fds() == before
