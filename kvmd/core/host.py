@@ -16,6 +16,7 @@ from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.space import MmState
 from kvmd.core.tables.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
@@ -122,7 +123,7 @@ class Host:
 
     def put_mm(self, mm: Mm) -> None:
         """Somebody has nothing to do with `mm` any more: the last one forgets it [mmdrop]."""
-        if mm.exited and not mm.notifiers:
+        if mm.state is MmState.EXITED and not mm.notifiers:
             self.forget_mm(mm)
 
     def forget_mm(self, mm: Mm) -> None:

@@ -157,6 +157,11 @@ class Kvm:
         self.vcpus.append(vcpu)
         return vcpu
 
+    def remove_vcpu(self, vcpu: Vcpu) -> None:
+        """One that never got its fd, and so never ran."""
+        self.vcpus.remove(vcpu)
+        self.dirty_log.rings.pop(vcpu.id, None)
+
     def set_maxphyaddr(self, vcpu: Vcpu, maxphyaddr: int) -> None:
         """KVM_SET_CPUID2, as far as the TDP is concerned."""
         if not 32 <= maxphyaddr <= self.host.features.maxphyaddr:

@@ -53,21 +53,15 @@ GUEST_MEMFD: Service[GuestMemfdFile] = Service(
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
     vm = owner.vm
     vcpu = vm.create_vcpu(message.vcpu_id)
-    owner.users.get()
     held = VcpuFile(owner, vcpu)
     try:
         if vm.dirty_log.ring_bytes:
             held.ring_fd, memory = dirty_ring_memory(vm.dirty_log.ring_bytes)
             vm.dirty_log.add_ring(vcpu.id, memory)
-    except UapiError:
-        vm.vcpus.remove(vcpu)
-        owner.users.put()
-        raise
-    try:
+        owner.users.get()
         fd, _, _ = owner.app.files.open(VCPU, held, vcpu_closed)
     except UapiError:
-        vm.vcpus.remove(vcpu)
-        vm.dirty_log.rings.pop(vcpu.id, None)
+        vm.remove_vcpu(vcpu)
         raise
     return Answer({}, [fd])
 

@@ -19,7 +19,7 @@ from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.page import LazyFree, MappedPage, Page, ProtNone, Pte, with_rights
-from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, Via
+from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, MmEvent, Via
 from kvmd.core.mm.vma import Prot, Vma
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, TIB, Hva, Level, align_up, size_of_level
@@ -35,7 +35,6 @@ class Mm(AddressSpace):
         self.cookie = 0  # how other processes name it: a bare number, no reference, as domain->mm [RFC 15/42]
         self.pinned_pages = 0  # for long, by whoever, whoever pays [mm->pinned_vm]
         self.locked = LockedVm("the process", memory.memlock_pages)
-        self.exited = False  # and everything it had is given back
 
     # -- mappings --------------------------------------------------------------------------------------
 
@@ -272,8 +271,8 @@ class Mm(AddressSpace):
     async def exit(self) -> None:
         """The process is gone: unmap everything, and only then free it [RFC defect B-19]."""
         if self.alive:
-            self.alive = False
+            self.happens(MmEvent.EXIT)
             await self.mmap_lock.acquire(write=True)
             await self._unmap(Hva(0), TASK_SIZE)
             self.mmap_lock.release()
-            self.exited = True
+            self.happens(MmEvent.ALL_UNMAPPED)

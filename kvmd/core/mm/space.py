@@ -24,6 +24,7 @@ from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma, Vmas
 from protocol.errors import UapiError
 from protocol.flow import RwLock
+from protocol.lifecycle import LifeCycle
 from protocol.units import PAGE_SIZE, Hva, align_up, size_of_level
 
 T = TypeVar("T")
@@ -45,10 +46,31 @@ class Via(Enum):
     __hash__ = object.__hash__
 
 
+class MmState(Enum):
+    LIVE = auto()
+    EXITING = auto()  # no fault is served, nothing is mapped any more; what there is goes
+    EXITED = auto()  # everything it had is given back
+
+
+class MmEvent(Enum):
+    EXIT = auto()
+    ALL_UNMAPPED = auto()
+
+
+MM_LIFE = LifeCycle(
+    "address space of a process",
+    MmState.LIVE,
+    {
+        (MmState.LIVE, MmEvent.EXIT): MmState.EXITING,
+        (MmState.EXITING, MmEvent.ALL_UNMAPPED): MmState.EXITED,
+    },
+)
+
+
 class AddressSpace:
     def __init__(self, mm_id: int, memory: PageAllocator) -> None:
         self.id = mm_id  # owner of its frames
-        self.alive = True
+        self.state = MM_LIFE.born
         self.notifiers: list[MmuNotifier] = []
         self.claims = Claims()
         self.claims.mapped.append(self.shows_pinned)
@@ -56,6 +78,13 @@ class AddressSpace:
         self.vmas = Vmas(self)
         self.table = PageTable(self, memory, mm_id)
         self.mmap_lock = RwLock()
+
+    def happens(self, event: MmEvent) -> None:
+        self.state = MM_LIFE.after(self.state, event)
+
+    @property
+    def alive(self) -> bool:
+        return self.state is MmState.LIVE
 
     def shows_pinned(self, start: Hva, end: Hva) -> bool:
         """Is a page of a file that is mapped in start..end pinned: by whoever has the file, at its offset?"""

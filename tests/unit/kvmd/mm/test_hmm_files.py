@@ -9,6 +9,7 @@ import pytest
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.space import MmEvent
 from protocol.units import Hva, Pfn
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig, errno_of
 from tests.unit.kvmd.world import HandLease, SlowImporter
@@ -148,7 +149,7 @@ def test_a_process_that_exits_before_it_can_pay_does_not(end: str) -> None:
     rig.world.run(rig.heir.mmap_lock.acquire(write=True))
     changed = rig.world.start(rig.mirror.change_process(rig.heir))
     if end == "exit":
-        rig.heir.alive = False
+        rig.heir.happens(MmEvent.EXIT)
     else:
         rig.world.run(rig.mirror.close())
     rig.heir.mmap_lock.release()

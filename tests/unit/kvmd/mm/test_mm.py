@@ -11,7 +11,7 @@ import pytest
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.mm.space import TASK_SIZE
+from kvmd.core.mm.space import TASK_SIZE, MmState
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -263,7 +263,7 @@ def test_exit_gives_everything_back_and_faults_no_more(world: World) -> None:
     world.run(world.mm.write(large, b"x"))
     world.run(world.mm.exit())
     assert world.host.frames.in_use == 0
-    assert (world.mm.alive, world.mm.exited) == (False, True)
+    assert world.mm.state is MmState.EXITED
     assert errno_of(lambda: world.run(world.mm.fault_in(small, write=False))) == errno.EFAULT
     world.run(world.mm.exit())
 

@@ -20,6 +20,7 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate, numa_hint, swap_out
+from kvmd.core.mm.space import MmState
 from kvmd.core.mm.stats import pagemap
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
@@ -238,7 +239,7 @@ def test_a_fork_without_memory_leaves_no_child(world: World) -> None:
     second = world.run(world.mm.pin_user_page(Hva(hva + MIB2)))
     child = world.host.create_mm()
     assert errno_of(lambda: world.run(fork(world.mm, child))) == errno.ENOMEM
-    assert child.exited
+    assert child.state is MmState.EXITED
     books_are_right(world, child)
     for page in (pinned, second):
         world.mm.unpin(page)
