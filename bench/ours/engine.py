@@ -18,8 +18,8 @@ from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
 from iommufdd.core.domain import Domain
-from kvmd.core.tables.spte import make_leaf, make_table_entry
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.pt.ept import EPT_AD
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
 from protocol.pt.mem import TableWriter
 from protocol.units import (
@@ -117,8 +117,8 @@ def read_4k(size: int) -> Callable[[], object]:
 def _map(writer: TableWriter, gfn: Gfn, hpa: Hpa, goal: Level) -> None:
     for level in range(ROOT_LEVELS, goal, -1):
         at = _table(level, gfn) + index_of(gfn, Level(level)) * ENTRY_BYTES
-        writer.store64(at, make_table_entry(_table(level - 1, gfn), ad_enabled=True))
-    leaf = make_leaf(pfn_of(hpa), goal, writable=True, ad_enabled=True)
+        writer.store64(at, EPT_AD.make_table(_table(level - 1, gfn), Level(level)))
+    leaf = EPT_AD.make_leaf(pfn_of(hpa), goal, writable=True)
     writer.store64(_table(goal, gfn) + index_of(gfn, goal) * ENTRY_BYTES, leaf)
 
 

@@ -17,12 +17,12 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmState
-from kvmd.core.tables.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
 from protocol.hostmem import Window
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import ept_rules
 from protocol.units import LEVEL_1G, Level
 
@@ -77,7 +77,7 @@ class Host:
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
-        self.pool = TablePool(self.writer, tables.base, tables.size)
+        self.pool = TablePool(self.writer, tables.size)
         self.frames = Frames(frames.base, frames.view, discard, tags)
         self.memory = PageAllocator(self.frames, lambda: self.cond_resched(), memlock_pages)
         self._frames_base = frames.base

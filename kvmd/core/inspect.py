@@ -20,11 +20,11 @@ from kvmd.core.tables.map_record import MAPPED, WRITABLE, ZAPPED
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
-from protocol.pt.entry import is_table, table_of
-from protocol.pt.geometry import ENTRY_BYTES, address_bits, gfn_limit, index_of
+from protocol.pt.cursor import Cursor, seek
+from protocol.pt.geometry import address_bits, gfn_limit
 from protocol.pt.mem import TableReader
 from protocol.pt.walk import walk
-from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa, Hpa, Level, size_of_level
+from protocol.units import LEVEL_2M, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa, Hpa, Level, size_of_level
 
 MAX_DUMP_TABLES = 1 << 16  # copying that many, 256 MiB, takes about a second, and nothing else goes on
 
@@ -122,14 +122,11 @@ def look_up(vm: Kvm, gpa: Gpa) -> dict[str, Any]:
 
 def _path(tables: TableReader, root: Root, gfn: Gfn) -> Iterator[tuple[int, int, int]]:
     """(level, where the entry lies, entry)."""
-    table = root.hpa
-    for level in range(root.role.level, 0, -1):
-        at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
-        entry = tables.load64(at)
-        yield level, at, entry
-        if not is_table(entry, Level(level)):
+    for lowest in range(root.role.level, 0, -1):
+        level, at, entry = seek(tables, root.format, root.hpa, root.role.level, gfn, Level(lowest))
+        if level > lowest:
             return
-        table = table_of(entry)
+        yield level, at, entry
 
 
 # -- a dump --------------------------------------------------------------------------------------------
@@ -140,11 +137,12 @@ def table_runs(tables: TableReader, root: Root) -> list[TableRun]:
     if root.tables > MAX_DUMP_TABLES:
         raise UapiError(errno.EFBIG, f"the table has {root.tables} pages, a dump at most {MAX_DUMP_TABLES}")
     found = [root.hpa]
-    row = [root.hpa]
-    for level in range(root.role.level, 1, -1):
-        entries = (entry for table in row for entry in tables.load_table(table))
-        row = [table_of(entry) for entry in entries if is_table(entry, Level(level))]
-        found += row
+    cursor = Cursor(tables, root.format, root.hpa, root.role.level, with_tables=True)
+    for run in cursor:
+        if root.format.is_table(run.entries[0], run.level):
+            found.append(root.format.table_of(run.entries[0]))
+        if run.level == LEVEL_2M:
+            cursor.step_over()
     runs: list[TableRun] = []
     for table in sorted(found):
         if runs and table == runs[-1].base + runs[-1].pages * PAGE_SIZE:

@@ -15,9 +15,10 @@ from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.pt.check import check_table
+from protocol.pt.cursor import walk_range
 from protocol.pt.entry import is_frozen, is_mmio, is_present, is_present_leaf, is_table, is_writable, pfn_of
 from protocol.pt.geometry import entry_span
-from protocol.pt.walk import WalkRules, second_stage_rules, walk_range
+from protocol.pt.walk import WalkRules, second_stage_rules
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, pages_of_level
 
 _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
@@ -27,7 +28,7 @@ def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
     found = _check_pins(vm) + _check_private(vm)
     for root in vm.mmu.roots:
-        found += check_table(vm.mmu.load64, root.hpa, root.role.level, walker_rules(vm))
+        found += check_table(vm.mmu.memory, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
         if not root.invalid:
             found += _check_frames(vm, root)
@@ -60,7 +61,7 @@ def walker_rules(vm: Kvm) -> tuple[WalkRules, ...]:
 def _check_counts(vm: Kvm, root: Root) -> list[str]:
     leaves, tables = [0] * len(root.leaves), [0] * len(root.tables_at)
     tables[root.role.level] = 1
-    for met in walk_range(vm.mmu.load64, root.hpa, root.role.level, root.everything):
+    for met in walk_range(vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything):
         if is_table(met.entry, met.level):
             tables[met.level - 1] += 1
         elif is_present(met.entry):
@@ -205,7 +206,7 @@ def _check_untouched(vm: Kvm, root: Root) -> list[str]:
     """I23: nothing in a root of the IOMMU's own is there to make a device fault: a leaf has each right it was
     made with and counts as used, and no entry is MMIO or frozen."""
     found = []
-    for met in walk_range(vm.mmu.load64, root.hpa, root.role.level, root.everything):
+    for met in walk_range(vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything):
         if is_mmio(met.entry) or is_frozen(met.entry):
             found.append(f"I23: gfn {met.gfn:#x} level {met.level} of the IOMMU's root is {met.entry:#x}")
         elif is_present_leaf(met.entry, met.level):

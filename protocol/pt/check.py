@@ -10,19 +10,21 @@ I18 a table page is linked once, and lies in table memory.
 from __future__ import annotations
 
 from protocol.pt import bits
+from protocol.pt.cursor import RangeEntry, walk_range
 from protocol.pt.entry import is_access_tracked, is_leaf, is_mmio, is_present, mmio_gfn, table_of
+from protocol.pt.ept import EPT_AD
 from protocol.pt.geometry import gfn_limit
-from protocol.pt.mem import TableOutside
-from protocol.pt.walk import Load64, RangeEntry, WalkRules, walk_range
+from protocol.pt.mem import TableOutside, TableReader
+from protocol.pt.walk import WalkRules
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 
-def check_table(load64: Load64, root: Hpa, levels: Level, rules: tuple[WalkRules, ...]) -> list[str]:
+def check_table(tables: TableReader, root: Hpa, levels: Level, rules: tuple[WalkRules, ...]) -> list[str]:
     """Every violation as a sentence with its invariant number; empty when all hold."""
     found: list[str] = []
     linked: set[Hpa] = {root}
     try:
-        for met in walk_range(load64, root, levels, GfnSpan(Gfn(0), gfn_limit(levels))):
+        for met in walk_range(tables, EPT_AD, root, levels, GfnSpan(Gfn(0), gfn_limit(levels))):
             found += _check_entry(met, rules)
             if is_present(met.entry) and not is_leaf(met.entry, met.level):
                 child = table_of(met.entry)

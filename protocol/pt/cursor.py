@@ -24,9 +24,18 @@ from typing import NamedTuple
 from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, MAX_LEVEL
 from protocol.pt.mem import TableReader
-from protocol.units import LEVEL_4K, Hpa, Level
+from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 _INDEX_MASK = ENTRIES - 1
+
+
+class RangeEntry(NamedTuple):
+    """One entry of a range: the first gfn it translates, and where it lies."""
+
+    gfn: Gfn
+    level: Level
+    at: Hpa
+    entry: int
 
 
 class EntryRun(NamedTuple):
@@ -159,6 +168,29 @@ class Cursor:
 
     def __iter__(self) -> Iterator[EntryRun]:
         return iter(self.next, None)
+
+
+def leaves_of(fmt: TableFormat, cursor: Cursor) -> Iterator[RangeEntry]:
+    """The leaves that a cursor meets, one by one."""
+    for frame, level, at, entries in cursor:
+        mask, value = fmt.leaf[level]
+        shift = INDEX_BITS * (level - 1)
+        for index, entry in enumerate(entries):
+            if entry & mask == value:
+                yield _new(RangeEntry, (frame + (index << shift), level, at + index * ENTRY_BYTES, entry))
+
+
+def walk_range(
+    tables: TableReader, fmt: TableFormat, root: Hpa, levels: Level, span: GfnSpan
+) -> Iterator[RangeEntry]:
+    """Every non-zero entry in `span`, one by one, absent ones (frozen, say) too, and a table entry before
+    those of its table: for who looks."""
+    cursor = Cursor(tables, fmt, root, levels, span.start, span.end, with_tables=True)
+    for frame, level, at, entries in cursor:
+        shift = INDEX_BITS * (level - 1)
+        for index, entry in enumerate(entries):
+            if entry:
+                yield _new(RangeEntry, (frame + (index << shift), level, at + index * ENTRY_BYTES, entry))
 
 
 def _cut_at_table(entries: list[int], mask: int, value: int) -> None:

@@ -13,6 +13,7 @@ Its instances: `protocol/pt/ept.py`, `protocol/pt/second_stage.py`; one suite ru
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from protocol.pt.geometry import ENTRIES, MAX_LEVEL
@@ -50,7 +51,7 @@ class Right(NamedTuple):
         return entry & self.mask == self.value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TableFormat:
     """`table` and `leaf` say of each level which entries are one; every other entry is absent.
 
@@ -119,10 +120,7 @@ class TableFormat:
     ) -> int:
         """The entry of `level` that maps `pfn`, the first frame of its size."""
         assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
-        entry = pfn << PAGE_SHIFT | self.leaf[level].value | self.leaf_bits | self.read.given
-        entry |= self.write.given if writable else self.write.denied
-        entry |= self.execute.given if executable else self.execute.denied
-        return entry | self.accessed if accessed else entry
+        return pfn << PAGE_SHIFT | _leaf_bits(self, level, writable, executable, accessed)
 
     def split(self, leaf: int, level: Level) -> list[int]:
         """The entries of the table that translates as the huge `leaf` of `level` does."""
@@ -133,8 +131,20 @@ class TableFormat:
 
     def check(self, entry: int, level: Level) -> None:
         """Assert that a present entry has nothing that a walker of the table reserves (I2, I17)."""
-        leaf = self.is_leaf(entry, level)
-        assert leaf or self.is_table(entry, level), f"{self.name}: {entry:#018x} of level {level} is neither"
-        reserved = self.reserved_leaf[level] if leaf else self.reserved_table[level]
+        mask, value = self.leaf[level]
+        if entry & mask == value:
+            reserved = self.reserved_leaf[level]
+        else:
+            assert self.is_table(entry, level), f"{self.name}: {entry:#018x} of level {level} is neither"
+            reserved = self.reserved_table[level]
         assert not entry & reserved, f"entry {entry:#018x} at level {level} sets reserved bits"
         assert entry & 63 not in self.illegal, f"entry {entry:#018x}: illegal combination"
+
+
+@lru_cache(maxsize=1024)
+def _leaf_bits(fmt: TableFormat, level: Level, writable: bool, executable: bool, accessed: bool) -> int:
+    """All of a leaf but its address: what making one would work out again and again."""
+    entry = fmt.leaf[level].value | fmt.leaf_bits | fmt.read.given
+    entry |= fmt.write.given if writable else fmt.write.denied
+    entry |= fmt.execute.given if executable else fmt.execute.denied
+    return entry | fmt.accessed if accessed else entry

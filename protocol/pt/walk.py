@@ -10,18 +10,15 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
 from protocol.pt import bits
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, MAX_LEAF_LEVEL, MAX_LEVEL, level_shift
+from protocol.pt.geometry import ENTRY_BYTES, MAX_LEAF_LEVEL, MAX_LEVEL, level_shift
 from protocol.pt.mem import TableOutside, TableReader
-from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hpa, Level
+from protocol.units import LEVEL_4K, PAGE_SIZE, Hpa, Level
 from protocol.units import bits as bit_range
-
-Load64 = Callable[[int], int]
 
 
 class Outcome(IntEnum):
@@ -126,42 +123,6 @@ _TABLE_SHIFTS = tuple(
 )
 _MAPPED = Outcome.MAPPED
 _new = tuple.__new__  # a NamedTuple's own constructor costs twice as much
-
-
-class RangeEntry(NamedTuple):
-    """One entry met by a range walk: the first gfn it translates, and where it lies."""
-
-    gfn: Gfn
-    level: Level
-    at: Hpa
-    entry: int
-
-
-def walk_range(load64: Load64, root: Hpa, levels: Level, span: GfnSpan) -> Iterator[RangeEntry]:
-    """Every non-zero entry that overlaps `span`, a table entry before those of its table, in gfn order.
-
-    Presence is the writer's (bit 59): absent but non-zero entries (frozen ones) are met too, not descended.
-    """
-    return _walk_table(load64, root, levels, 0, span.start, span.end)
-
-
-def _walk_table(
-    load64: Load64, table: int, level: int, base: int, start: int, end: int
-) -> Iterator[RangeEntry]:
-    """The table whose first entry translates gfn `base`."""
-    shift = INDEX_BITS * (level - 1)
-    first = max(start - base, 0) >> shift
-    last = min((end - 1 - base) >> shift, ENTRIES - 1)
-    for at in range(table + first * ENTRY_BYTES, table + last * ENTRY_BYTES + 1, ENTRY_BYTES):
-        entry = load64(at)
-        if not entry:
-            continue
-        gfn = base + ((at - table) // ENTRY_BYTES << shift)
-        yield _new(RangeEntry, (gfn, level, at, entry))
-        if level == LEVEL_4K or not entry & bits.MMU_PRESENT:
-            continue
-        if not entry & bits.PAGE_SIZE_BIT or level > MAX_LEAF_LEVEL:
-            yield from _walk_table(load64, entry & bits.ADDRESS_MASK, level - 1, gfn, start, end)
 
 
 def _by_level(masks: dict[int, int], common: int) -> tuple[int, ...]:

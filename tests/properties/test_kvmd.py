@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.tables import tdp_table
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.table_pool import TablePool
 from kvmd.core.vm import Kvm
 from protocol.flow import Wait
-from protocol.units import Gfn, Hpa, Hva
+from protocol.pt.format import TableFormat
+from protocol.pt.table_pool import TablePool
+from protocol.units import Gfn, Hpa, Hva, Level
 from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
 
 S, L = SMALL >> 12, LARGE >> 12
@@ -260,7 +260,7 @@ def no_quarantine(self: TablePool, vm_id: int, table: Hpa, epoch: int) -> None:
     self.in_use -= 1
 
 
-def marker_at_bit_11(table: Hpa, *, ad_enabled: bool) -> int:
+def marker_at_bit_11(self: TableFormat, table: Hpa, level: Level) -> int:
     return table | 0x0800_0000_0000_0907
 
 
@@ -276,7 +276,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence),
     "ranges in change are not looked at": (HostChanges, "is_changing", never_changing),
     "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
-    "bit 11 marks table entries": (tdp_table, "make_table_entry", marker_at_bit_11),
+    "bit 11 marks table entries": (TableFormat, "make_table", marker_at_bit_11),
     "importers are not told": (Kvm, "_tell_walkers", forgets_importers),
 }
 

@@ -76,10 +76,10 @@ class PinnedGfns(dict[Gfn, Pin]):
         return as_id == AS_ID and gfn in self
 
     def any_in(self, as_id: int, span: GfnSpan) -> bool:
-        """Of a span of whole 2 MiB."""
+        """In one of the 2 MiB regions that a span touches."""
         if as_id != AS_ID or not self:
             return False
-        regions = range(span.start >> INDEX_BITS, span.end >> INDEX_BITS)
+        regions = range(span.start >> INDEX_BITS, (span.end - 1 >> INDEX_BITS) + 1)
         if len(regions) > len(self._regions):
             return any(region in regions for region in self._regions)
         return any(region in self._regions for region in regions)

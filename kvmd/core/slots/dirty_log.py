@@ -25,7 +25,7 @@ from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.slots.memslot import Memslot, Memslots
 from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import SPLIT_BUDGET, TdpMmu
+from kvmd.core.tables.tdp_mmu import SPLIT_BATCH, TdpMmu
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import RwLock
@@ -140,7 +140,7 @@ class DirtyLog:
             while met := self._mmu.freeze_collapsible(root, rest, partial(self._level_of, slot)):
                 region = entry_span(met.gfn, met.level)
                 await self._flusher.flush(region)
-                self._mmu.thaw(met)
+                self._mmu.thaw(root, met)
                 rest = GfnSpan(region.end, slot.span.end)
 
     def lend(self, root: Root) -> bool:
@@ -260,7 +260,7 @@ class DirtyLog:
     def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
         for root in self._mmu.cpu_roots(slot.as_id):
             if self.initially_set:  # nothing was split when logging began
-                self._mmu.split(root, span, LEVEL_4K, SPLIT_BUDGET)
+                self._mmu.split(root, span, LEVEL_4K, SPLIT_BATCH)
             self._mmu.protect(root, span, wanted)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmd.core.tables.table_pool import TablePool
 from protocol.flow import Wait
+from protocol.pt.table_pool import TablePool
 from protocol.units import GfnSpan
 
 # Tell all walkers to drop `span` (None: everything); one Wait for each that has not done so yet.

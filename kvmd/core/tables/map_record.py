@@ -50,6 +50,20 @@ class MapRecord:
             whole = _WHOLE[WRITABLE if entry & bits.WRITE else READ_ONLY]
             self._regions.update(dict.fromkeys(_regions_of(gfn, level), whole))
 
+    def store_run(self, gfn: Gfn, level: Level, old: list[int], new: list[int]) -> None:
+        """`new` are the entries of `level` from `gfn` on, `old` were; none of them leads to a table."""
+        if level > LEVEL_4K:
+            for index, (was, now) in enumerate(zip(old, new, strict=True)):
+                if was != now:
+                    self.store(Gfn(gfn + (index << INDEX_BITS * (level - 1))), level, now)
+            return
+        states, first = self._own(gfn >> INDEX_BITS), gfn & REGION - 1
+        mapped = states[first : first + len(new)].translate(_ZAP)
+        for index, entry in enumerate(new):
+            if entry & bits.READ:
+                mapped[index] = WRITABLE if entry & bits.WRITE else READ_ONLY
+        states[first : first + len(new)] = mapped
+
     def state(self, gfn: Gfn) -> int:
         region = self._regions.get(gfn >> INDEX_BITS)
         return NEVER if region is None else region[gfn & REGION - 1]
@@ -69,11 +83,15 @@ class MapRecord:
 
     def _own(self, region: int) -> bytearray:
         """The region's states, from now on to be changed one by one."""
-        states = self._regions[region] = bytearray(self._regions.get(region) or REGION)
+        states = self._regions.get(region)
+        if type(states) is not bytearray:
+            states = self._regions[region] = bytearray(states or REGION)
         return states
 
     def _zap(self, gfn: Gfn, level: Level) -> None:
-        for region in _regions_of(gfn, level):
+        regions = _regions_of(gfn, level)
+        few = len(self._regions) < len(regions)
+        for region in [region for region in self._regions if region in regions] if few else regions:
             if region in self._regions:
                 self._regions[region] = self._regions[region].translate(_ZAP)
 

@@ -1,61 +1,26 @@
-"""Making entries: what kvmd stores for a page, for a table, and for a gfn without a slot.
+"""KVM's own states of an entry: aged without A/D bits, and MMIO; what its format does not know.
 
-Models make_spte and make_nonleaf_spte with the RFC's bit layout [RFC 24/42], [RFC 33/42]: write-back
-memory with guest PAT ignored, accessed set at once, dirty set at once when writable.  Nothing depends
-on who asked, so an entry a device's fault made equals, bit for bit, the one a vCPU's would have been
-(RFC-30).
+Models the parts of spte.c that are about software bits, with the RFC's layout [RFC 24/42], [RFC 33/42].  What
+leaves and table entries are made of, `protocol/pt/ept.py` says.  Nothing depends on who asked, so an entry a
+device's fault made equals, bit for bit, the one a vCPU's would have been (RFC-30).
 """
 
 from __future__ import annotations
 
 from protocol.pt import bits
 from protocol.pt.entry import is_access_tracked, is_mmio
-from protocol.pt.walk import WalkRules
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Hpa, Level, Pfn, pages_of_level
+from protocol.pt.format import TableFormat
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Level
 
 MMIO_GENERATION_MASK = (1 << bits.MMIO_GENERATION_BITS) - 1
 
-_LEAF = bits.READ | bits.EXEC | bits.MEMTYPE_WB | bits.IGNORE_PAT | bits.MMU_PRESENT
-_WRITABLE = bits.WRITE | bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
-
-def make_leaf(
-    pfn: Pfn,
-    level: Level,
-    *,
-    writable: bool,
-    ad_enabled: bool,
-    accessed: bool = True,
-    executable: bool = True,
-) -> int:
-    """An entry that maps `pfn` (the first frame of its size); a prefetch does not count as an access."""
-    assert pfn % pages_of_level(level) == 0, f"pfn {pfn:#x} is not aligned for level {level}"
-    entry = (_LEAF if executable else _LEAF & ~bits.EXEC) | pfn << PAGE_SHIFT
-    if level > LEVEL_4K:
-        entry |= bits.PAGE_SIZE_BIT
-    if writable:
-        entry |= _WRITABLE
-    if ad_enabled:
-        entry |= (bits.ACCESSED if accessed else 0) | (bits.DIRTY if writable else 0)
-    else:
-        entry |= bits.AD_DISABLED
-    return entry
-
-
-def make_table_entry(table: Hpa, *, ad_enabled: bool) -> int:
-    """An entry that points to the table page at `table`."""
-    return table | bits.RWX | bits.MMU_PRESENT | (bits.ACCESSED if ad_enabled else bits.AD_DISABLED)
-
-
-def split_child(leaf: int, level: Level, index: int) -> int:
-    """Entry `index` of the table that replaces a huge `leaf` of `level`: same rights, same memory.  Only a
-    huge leaf may lack X [KVM make_small_spte]."""
-    child_level = Level(level - 1)
-    child = leaf + (index * pages_of_level(child_level) << PAGE_SHIFT)
-    if child_level > LEVEL_4K:
-        return child
-    saved = bits.SAVED_SHIFT if is_access_tracked(leaf) else 0
-    return child & ~bits.PAGE_SIZE_BIT | bits.EXEC << saved
+def split_children(fmt: TableFormat, leaf: int, level: Level) -> list[int]:
+    """The table that replaces a huge `leaf` of `level`: same rights, same memory.  Only a huge leaf may lack
+    X [KVM make_small_spte]."""
+    if level - 1 == LEVEL_4K:
+        leaf |= bits.EXEC << (bits.SAVED_SHIFT if is_access_tracked(leaf) else 0)
+    return fmt.split(leaf, level)
 
 
 def is_young(entry: int) -> bool:
@@ -97,10 +62,3 @@ def mmio_generation(entry: int) -> int:
 def mmio_is_fresh(entry: int, generation: int) -> bool:
     """Whether `entry` is MMIO and no memslot changed since it was made."""
     return is_mmio(entry) and mmio_generation(entry) == generation & MMIO_GENERATION_MASK
-
-
-def check_entry(entry: int, level: Level, *, leaf: bool, rules: WalkRules) -> None:
-    """Assert what the metadata promises importers: no reserved bit, never bit 11 (I2, I17)."""
-    reserved = rules.reserved_leaf[level] if leaf else rules.reserved_table[level]
-    assert entry & (reserved | bits.SNOOP) == 0, f"entry {entry:#018x} at level {level} sets reserved bits"
-    assert entry & 63 not in rules.illegal, f"entry {entry:#018x}: illegal combination"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from kvmd.core.tables.spte import restored
 from kvmd.core.tables.tdp_table import Root, TdpTable
 from protocol.pt import bits
-from protocol.pt.entry import is_frozen, is_table, is_writable, table_of
-from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span, gfn_limit
-from protocol.pt.walk import RangeEntry, walk_range
+from protocol.pt.cursor import EntryRun, RangeEntry
+from protocol.pt.entry import is_frozen, is_writable
+from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
 
 _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
@@ -37,17 +37,14 @@ class TdpLog(TdpTable):
         """
         self.may_lack_write = True
         small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
-        cleared = False
-        for met in self._leaves(root, span):
-            if met.level == LEVEL_4K and wanted is not None and not wanted(met.gfn):
-                continue
-            if self._is_kept(root, met.gfn):  # always dirty
-                continue
-            bit = small if met.level == LEVEL_4K else bits.WRITE
-            if met.entry & bit:
-                self._set(root, met.gfn, met.level, met.at, met.entry, met.entry & ~bit)
-                cleared = True
-        return cleared
+        cleared = 0
+        for run in self.cursor(root, span):
+            bit = small if run.level == LEVEL_4K else bits.WRITE
+            new = [entry & ~bit if entry & bits.MMU_PRESENT else entry for entry in run.entries]
+            if run.level == LEVEL_4K and wanted is not None:
+                _keep_unwanted(run, new, wanted)
+            cleared += self._change_run(root, run, self._keeping(root, run, new))  # pinned is always dirty
+        return cleared > 0
 
     def unnoticed(self, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
         """Where a store is told to no log: pinned gfns, and what the IOMMU's own root lets devices write."""
@@ -69,7 +66,8 @@ class TdpLog(TdpTable):
             return False
         if logs and met.level > LEVEL_4K:
             return False
-        self._set(root, met.gfn, met.level, met.at, met.entry, restored(met.entry) | bits.WRITE)
+        new = restored(met.entry) | bits.WRITE
+        self._change(root, met.gfn, met.level, met.at, met.entry, new)
         return True
 
     def freeze_collapsible(
@@ -77,20 +75,21 @@ class TdpLog(TdpTable):
     ) -> RangeEntry | None:
         """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
         the flush of what it mapped is over, and then thawed [RFC 36/42]."""
-        limit = gfn_limit(root.role.level)
-        within = GfnSpan(min(span.start, limit), min(span.end, limit))
-        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
-            if met.level > MAX_LEAF_LEVEL or not is_table(met.entry, met.level):
+        for frame, level, at, entries in self.cursor(root, span, with_tables=True):
+            gfn, entry = Gfn(frame), entries[0]
+            if level > MAX_LEAF_LEVEL or not root.format.is_table(entry, level) or level_of(gfn) < level:
                 continue
-            region = entry_span(met.gfn, met.level)
-            if span.start <= region.start and region.end <= span.end and level_of(met.gfn) >= met.level:
-                self._set(root, met.gfn, met.level, met.at, met.entry, bits.FROZEN)
-                below = Level(met.level - 1)
-                self._unlink_subtree(root, table_of(met.entry), below, self._next_epoch())
-                return met
+            self._change(root, gfn, level, at, entry, bits.FROZEN)
+            return RangeEntry(gfn, level, at, entry)
         return None
 
-    def thaw(self, met: RangeEntry) -> None:
+    def thaw(self, root: Root, met: RangeEntry) -> None:
         """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
         if is_frozen(self._writer.load64(met.at)):
-            self._writer.store64(met.at, bits.EMPTY)
+            self._change(root, met.gfn, met.level, met.at, bits.FROZEN, bits.EMPTY)
+
+
+def _keep_unwanted(run: EntryRun, new: list[int], wanted: Callable[[Gfn], bool]) -> None:
+    for index, was in enumerate(run.entries):
+        if was != new[index] and not wanted(Gfn(run.frame + index)):
+            new[index] = was

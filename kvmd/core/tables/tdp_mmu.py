@@ -13,29 +13,21 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvmd.core.tables.spte import aged, check_entry, is_young, make_leaf, make_mmio_entry, mmio_generation
+from kvmd.core.tables.spte import aged, is_young, make_mmio_entry, mmio_generation
 from kvmd.core.tables.tdp_log import TdpLog
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState
 from protocol.errors import UapiError
 from protocol.pt import bits
-from protocol.pt.entry import (
-    is_access_tracked,
-    is_frozen,
-    is_mmio,
-    is_present,
-    is_present_leaf,
-    is_table,
-    is_writable,
-    table_of,
-)
-from protocol.pt.geometry import ENTRY_BYTES, entry_span, index_of
-from protocol.pt.walk import RangeEntry, walk_range
+from protocol.pt.cursor import Cursor, EntryAt, EntryRun
+from protocol.pt.entry import is_access_tracked, is_frozen, is_mmio, is_present, is_writable
+from protocol.pt.geometry import ENTRY_BYTES, INDEX_BITS, entry_span
 from protocol.trace import TRACE, KvmMmuSetSpte, MarkMmioSpte
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level, Pfn
 
 # Tables one split may make: what is left huge is split by the first write to it, as where memory is short.
-SPLIT_BUDGET = 4096
+SPLIT_BATCH = 4096
 _AD = bits.ACCESSED | bits.DIRTY
+_MAY_WRITE = bits.WRITE | bits.MMU_WRITABLE
 
 
 class Outcome(Enum):
@@ -61,7 +53,7 @@ class TdpMmu(TdpLog):
         """A reference to the valid root of `role`, found or made."""
         root = next((r for r in self.roots if r.role == role and not r.invalid), None)
         if root is None:
-            root = Root(self._pool.allocate(), role)
+            root = Root(self._pool.allocate(), role, self._formats[role.ad_enabled])
             self.roots.append(root)
         root.refs += 1
         return root
@@ -87,11 +79,16 @@ class TdpMmu(TdpLog):
         """
         if root.state is RootState.VALID:
             root.happens(RootEvent.INVALIDATE)
-        for level in range(LEVEL_4K + 1, root.role.level + 1):
-            for at, table in self._tables_at(root, Level(level)):
-                self._writer.store64(at, bits.EMPTY)
-                self._unlink_subtree(root, table, Level(level - 1), self._next_epoch() - 1)
-                yield
+        for number in range(LEVEL_4K + 1, root.role.level + 1):
+            cursor = self.cursor(root, root.everything, Level(number))
+            for frame, level, at, entries in cursor:
+                for index, entry in enumerate(entries):
+                    if root.format.is_table(entry, level):
+                        gfn = Gfn(frame + (index << INDEX_BITS * (level - 1)))
+                        where = Hpa(at + index * ENTRY_BYTES)
+                        self._change(root, gfn, level, where, entry, bits.EMPTY, self._next_epoch() - 1)
+                        yield
+                cursor.resume()
         root.happens(RootEvent.DISMANTLE)
         if root.refs == 0 and root in self.roots:
             self._drop_root(root)
@@ -118,54 +115,37 @@ class TdpMmu(TdpLog):
         Raises UapiError(ENOMEM) when no table page is left; tables linked so far stay, they are valid.
         """
         assert not root.invalid, "mapping into an obsolete root (R3)"
-        table, at = root.hpa, 0
-        for level in range(root.role.level, goal, -1):
-            at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
-            entry = self._writer.load64(at)
-            if is_table(entry, Level(level)):
-                table = table_of(entry)
-                continue
+        while (met := self.seek(root, gfn, goal)).level > goal:
+            level, at, entry = met
             if is_frozen(entry):
                 return Mapped(Outcome.RETRY)
             if is_present(entry):
                 enough = (is_writable(entry) or not writable) and (entry & bits.EXEC or not fetch)
                 if not is_access_tracked(entry) and enough:
                     return Mapped(Outcome.SPURIOUS)
-                entry = self._split(root, at, gfn, entry, Level(level))
+                self._split(root, gfn, level, at, entry)
             else:
-                entry = self._link(root, at, self._pool.allocate(), Level(level))
-            table = table_of(entry)
-        at = table + index_of(gfn, goal) * ENTRY_BYTES
-        ad_enabled = root.role.ad_enabled
-        leaf = make_leaf(
-            pfn,
-            goal,
-            writable=writable,
-            ad_enabled=ad_enabled,
-            accessed=accessed,
-            executable=goal == LEVEL_4K or root.role.iommu or not self.nx_huge_pages,
-        )
-        return self._store_leaf(root, at, gfn, goal, leaf)
+                self._link(root, gfn, level, at, entry, self._pool.allocate())
+        executable = goal == LEVEL_4K or root.role.iommu or not self.nx_huge_pages
+        leaf = root.format.make_leaf(pfn, goal, writable=writable, executable=executable, accessed=accessed)
+        root.format.check(leaf, goal)
+        return self._store_leaf(root, gfn, met, leaf)
 
-    def _store_leaf(self, root: Root, at: int, gfn: Gfn, level: Level, leaf: int) -> Mapped:
-        check_entry(leaf, level, leaf=True, rules=self._rules)
-        old = self._writer.load64(at)
+    def _store_leaf(self, root: Root, gfn: Gfn, met: EntryAt, leaf: int) -> Mapped:
+        level, at, old = met
         if not (old ^ leaf) & ~_AD:  # what the CPU has set, or logging has cleared, is not ours to redo
             return Mapped(Outcome.SPURIOUS)
         if is_frozen(old):
             return Mapped(Outcome.RETRY)
-        self._set(root, gfn, level, at, old, leaf)
+        self._change(root, gfn, level, at, old, leaf)
         if TRACE.on:
             TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
-        root.leaves[level] += 1
         if not is_present(old):
             return _MAPPED
-        if is_table(old, level):
+        if root.format.is_table(old, level):
             # The translations of the table are still right; its pages wait for the flush.
             self.collapses += 1
-            self._unlink_subtree(root, table_of(old), Level(level - 1), self._next_epoch())
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
-        root.leaves[level] -= 1
         if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
             # Another frame, or fewer rights: cached copies of the old entry must go first.
             return Mapped(Outcome.FIXED, entry_span(gfn, level))
@@ -173,22 +153,18 @@ class TdpMmu(TdpLog):
 
     def map_mmio(self, root: Root, gfn: Gfn, generation: int) -> bool:
         """Remember in the table that `gfn` has no slot.  False: something else is there, or no room."""
-        table, at = root.hpa, 0
-        for level in range(root.role.level, 0, -1):
-            at = table + index_of(gfn, Level(level)) * ENTRY_BYTES
-            entry = self._writer.load64(at)
-            if level == LEVEL_4K or is_frozen(entry) or is_present_leaf(entry, Level(level)):
+        while True:
+            level, at, entry = self.seek(root, gfn)
+            if level == LEVEL_4K or is_frozen(entry) or is_present(entry):
                 break
-            if not is_present(entry):
-                try:
-                    entry = self._link(root, at, self._pool.allocate(), Level(level))
-                except UapiError:  # a vCPU gets on without
-                    return False
-            table = table_of(entry)
+            try:
+                self._link(root, gfn, level, at, entry, self._pool.allocate())
+            except UapiError:  # a vCPU gets on without
+                return False
         if entry and not is_mmio(entry):
             return False
         made = make_mmio_entry(gfn, generation)
-        self._writer.store64(at, made)  # absent before and after: nothing to flush
+        self._change(root, gfn, level, at, entry, made)
         if TRACE.on:
             TRACE.emit(MarkMmioSpte(at, gfn, 0, mmio_generation(made)))  # with EPT no access is kept
         return True
@@ -198,97 +174,98 @@ class TdpMmu(TdpLog):
     def zap_leafs(self, span: GfnSpan) -> bool:
         """Clear every leaf that overlaps `span`, in all roots, but what is pinned; tables stay.  Whether to
         flush."""
-        zapped = False
+        zapped = 0
         for root in self.roots:
-            for met in self._leaves(root, span):
-                if not (self.keep and self._is_kept(root, met.gfn)):
-                    self._clear(root, met)
-                    zapped = True
-        return zapped
+            for run in self.cursor(root, span):
+                zapped += self._change_run(root, run, self._zapped(root, run))
+        return zapped > 0
 
-    def zap_some(self, root: Root, span: GfnSpan, limit: int) -> tuple[int, GfnSpan | None]:
-        """Clear at most `limit` leaves of one root: how many, and what of `span` is left to do."""
+    def zap_some(self, root: Root, cursor: Cursor, limit: int) -> int:
+        """Clear at most `limit` leaves of one root, on from where `cursor` is.  How many."""
         count = 0
-        for met in self._leaves(root, span):
-            if self.keep and self._is_kept(root, met.gfn):
-                continue
-            if count == limit:
-                return count, GfnSpan(met.gfn, span.end)
-            self._clear(root, met)
-            count += 1
-        return count, None
+        while count < limit and (run := cursor.next()) is not None:
+            new = self._zapped(root, run)
+            if len(new) > limit - count:
+                going = [n for n, (was, now) in enumerate(zip(run.entries, new, strict=True)) if was != now]
+                if len(going) > limit - count:
+                    left = going[limit - count]
+                    new[left:] = run.entries[left:]
+                    cursor.resume(run.frame + (left << INDEX_BITS * (run.level - 1)))
+            count += self._change_run(root, run, new)
+        return count
+
+    def _zapped(self, root: Root, run: EntryRun) -> list[int]:
+        """A run without its leaves, but for those of pinned gfns."""
+        new = [0 if entry & bits.MMU_PRESENT else entry for entry in run.entries]
+        return self._keeping(root, run, new)
 
     def zap_table(self, root: Root, gfn: Gfn, level: Level) -> None:
         """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
-        at, table = self._entry_at(root, gfn, level), self.table_at(root, gfn, level)
-        if at is not None and table is not None and not self._keeps_any(root, entry_span(gfn, level)):
-            self._set(root, gfn, level, at, self._writer.load64(at), bits.EMPTY)
-            self._unlink_subtree(root, table, Level(level - 1), self._next_epoch())
-
-    def _clear(self, root: Root, met: RangeEntry) -> None:
-        self._set(root, met.gfn, met.level, met.at, met.entry, bits.EMPTY)
-        root.leaves[met.level] -= 1
+        met = self.seek(root, gfn, level)
+        is_table = met.level == level and root.format.is_table(met.entry, level)
+        if is_table and not self._keeps_any(root, entry_span(gfn, level)):
+            self._change(root, gfn, level, met.at, met.entry, bits.EMPTY)
 
     def age_leafs(self, span: GfnSpan) -> bool:
         """Mark leaves of CPUs that overlap `span` as not used.  Whether one was, and so whether to flush."""
-        young = False
+        young = 0
         for root in self._aged_roots():
-            for met in self._leaves(root, span):
-                if is_young(met.entry) and not self._is_kept(root, met.gfn):
-                    self._set(root, met.gfn, met.level, met.at, met.entry, aged(met.entry))
-                    young = True
-        return young
+            for run in self.cursor(root, span):
+                new = [
+                    aged(entry) if entry & bits.MMU_PRESENT and is_young(entry) else entry
+                    for entry in run.entries
+                ]
+                young += self._change_run(root, run, self._keeping(root, run, new))
+        return young > 0
 
     def _aged_roots(self) -> list[Root]:
         return [root for root in self.roots if not root.role.iommu]
 
-    def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BUDGET) -> int:
+    def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BATCH) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many; it stops at
         `budget` or where no table page is left."""
         count = 0
-        for met in self._leaves(root, span):
-            if met.level <= goal:
-                continue
-            if count == budget:
-                break
-            try:
-                self._split(root, met.at, met.gfn, met.entry, met.level)
-            except UapiError:  # ENOMEM
-                break
-            count += 1
-            if met.level - 1 > goal:  # the range walk read this entry as a leaf and does not descend
-                inside = entry_span(met.gfn, met.level)
-                inside = GfnSpan(max(span.start, inside.start), min(span.end, inside.end))
-                count += self.split(root, inside, goal, budget - count)
+        cursor = self.cursor(root, span, Level(goal + 1))
+        for frame, level, at, entries in cursor:
+            for index, entry in enumerate(entries):
+                if not root.format.is_leaf(entry, level):
+                    continue
+                if count == budget:
+                    return count
+                gfn = Gfn(frame + (index << INDEX_BITS * (level - 1)))
+                try:
+                    self._split(root, gfn, level, Hpa(at + index * ENTRY_BYTES), entry)
+                except UapiError:  # ENOMEM
+                    return count
+                count += 1
+                if level - 1 > goal:  # its parts are to be split, too
+                    cursor.resume(max(gfn, span.start))
+                    break
         return count
 
     def zap_mmio(self) -> None:
         """Forget every gfn without a slot: the generation starts over.  Nobody caches what is absent."""
         for root in self.roots:
-            for met in walk_range(self._writer.load64, root.hpa, root.role.level, root.everything):
-                if is_mmio(met.entry):
-                    self._writer.store64(met.at, bits.EMPTY)
+            for frame, level, at, entries in self.cursor(root, root.everything):
+                for index, entry in enumerate(entries):
+                    if entry and is_mmio(entry):
+                        gfn = Gfn(frame + (index << INDEX_BITS * (level - 1)))
+                        self._change(root, gfn, level, Hpa(at + index * ENTRY_BYTES), entry, bits.EMPTY)
 
     def write_protect(self, gfn: Gfn, as_id: int) -> bool:
         """No CPU writes `gfn`, and no short way gives the right back.  Whether to flush."""
         changed = False
         for root in self.roots:
             if root.role.as_id == as_id and not root.role.iommu:
-                for met in self._leaves(root, GfnSpan.of_pages(gfn, 1)):
-                    changed |= self._protect_leaf(root, met, gfn)
+                changed |= self._protect_leaf(root, gfn)
         return changed
 
-    def _protect_leaf(self, root: Root, met: RangeEntry, gfn: Gfn) -> bool:
-        _, level, at, entry = met
-        if not entry & (bits.WRITE | bits.MMU_WRITABLE):
+    def _protect_leaf(self, root: Root, gfn: Gfn) -> bool:
+        met = self.leaf_at(root, gfn)
+        if met is None or not met.entry & _MAY_WRITE:
             return False
-        try:
-            while level > LEVEL_4K:
-                table = table_of(self._split(root, at, gfn, entry, level))
-                level = Level(level - 1)
-                at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
-                entry = self._writer.load64(at)
-        except UapiError:  # no page left for a table: the whole leaf is protected
-            pass
-        self._set(root, gfn, level, at, entry, entry & ~(bits.WRITE | bits.MMU_WRITABLE))
+        if met.level > LEVEL_4K:  # where no page is left for a table the whole leaf is protected
+            self.split(root, GfnSpan.of_pages(gfn, 1), LEVEL_4K)
+            met = self.leaf_at(root, gfn) or met
+        self._change(root, met.gfn, met.level, met.at, met.entry, met.entry & ~_MAY_WRITE)
         return True

@@ -2,6 +2,8 @@
 
 What everybody who changes a TDP shares [RFC 35/42]: `tdp_log` and `tdp_mmu` are built on it.  All of it is
 plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare-and-exchange.
+Every store into a live table is made by `_change`, or for leaves of one table page by `_change_run`: they see
+to what follows from it [KVM tdp_mmu.c, handle_changed_spte].
 
 Invariants with their home here: I16 a root's counters equal its table; I18 a table page is linked once.
 I23 no entry of an IOMMU's root asks for a fault.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
@@ -15,14 +17,16 @@ from enum import Enum, auto
 from typing import Protocol
 
 from kvmd.core.tables.map_record import MapRecord
-from kvmd.core.tables.spte import make_table_entry, split_child
-from kvmd.core.tables.table_pool import TablePool
+from kvmd.core.tables.spte import split_children
 from protocol.lifecycle import LifeCycle
 from protocol.pt import bits
-from protocol.pt.entry import is_leaf, is_present, is_table, table_of
-from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, entry_span, entry_start, gfn_limit, index_of
-from protocol.pt.mem import TableWriter
-from protocol.pt.walk import RangeEntry, WalkRules, walk_range
+from protocol.pt.cursor import Cursor, EntryAt, EntryRun, RangeEntry, leaves_of, seek
+from protocol.pt.ept import ept_format
+from protocol.pt.format import TableFormat
+from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, entry_span, entry_start, gfn_limit
+from protocol.pt.mem import TableReader, TableWriter
+from protocol.pt.table_pool import TablePool
+from protocol.pt.walk import WalkRules
 from protocol.trace import TRACE, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
@@ -71,6 +75,7 @@ ROOT_LIFE = LifeCycle(
 class Root:
     hpa: Hpa
     role: Role
+    format: TableFormat
     refs: int = 0  # besides the MMU's own
     state: RootState = ROOT_LIFE.born
     stale: bool = False  # what was cached of it is not right any more, and nobody was told so far
@@ -138,14 +143,15 @@ class TdpTable:
         self._vm_id = vm_id
         self._writer = writer
         self._pool = pool
-        self._rules = rules
+        self._formats = [ept_format(rules, ad_enabled=enabled) for enabled in (False, True)]
         self._next_epoch = next_epoch
         self._pml = pml
         self.nx_huge_pages = False  # no huge leaf is executable
 
     @property
-    def load64(self) -> Callable[[int], int]:
-        return self._writer.load64
+    def memory(self) -> TableReader:
+        """Where all of them lie, to look at."""
+        return self._writer
 
     def roots_of(self, as_id: int) -> list[Root]:
         """Roots of an address space that somebody may still walk into new faults."""
@@ -157,22 +163,68 @@ class TdpTable:
 
     # -- storing ---------------------------------------------------------------------------------------
 
-    def _set(self, root: Root, gfn: Gfn, level: Level, at: int, old: int, new: int) -> None:
-        """Store an entry of `root`'s: whatever changes what a gfn translates to goes through here."""
-        if self.keep:
+    def _change(
+        self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, new: int, epoch: int | None = None
+    ) -> None:
+        """Store `new` where `old` is.  A table that this cuts off is held, with all below it, until the flush
+        of `epoch`, the next one unless said, is acked (I7)."""
+        fmt = root.format
+        mask, value = fmt.table[level]
+        links = new & mask == value
+        if self.keep and not links:
             self._check_kept(root, gfn, level, old, new)
         self._writer.store64(at, new)
-        if old & ~new & bits.RWX or (old and (old ^ new) & bits.ADDRESS_MASK):
-            root.stale = True
-        root.record.store(gfn, level, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
+        if not (old | new) & bits.MMU_PRESENT:
+            return  # MMIO and frozen entries: absent for every walker, before and after
+        if links:  # it translates as what was there
+            root.tables_at[level - 1] += 1
+        else:
+            if old & bits.MMU_PRESENT and (old & ~new & bits.RWX or (old ^ new) & bits.ADDRESS_MASK):
+                root.stale = True
+            root.record.store(gfn, level, new)
+            if new & bits.MMU_PRESENT:
+                root.leaves[level] += 1
+        if not old & bits.MMU_PRESENT:
+            return
+        if old & mask != value:
+            root.leaves[level] -= 1
+        else:
+            until = self._next_epoch() if epoch is None else epoch
+            self._unlink_subtree(root, fmt.table_of(old), Level(level - 1), until)
+
+    def _change_run(self, root: Root, run: EntryRun, new: list[int]) -> int:
+        """Store what becomes of a run's leaves: each keeps its frame, or goes.  How many changed."""
+        frame, level, at, old = run
+        if new == old:
+            return 0
+        size = 1 << INDEX_BITS * (level - 1)
+        kept = self._keeps_any(root, GfnSpan.of_pages(Gfn(frame), size * len(new)))
+        store, lost, changed, gone = self._writer.store64, 0, 0, 0
+        for index, (was, now) in enumerate(zip(old, new, strict=True)):
+            if was == now:
+                continue
+            if kept:
+                self._check_kept(root, Gfn(frame + index * size), level, was, now)
+            store(at + index * ENTRY_BYTES, now)
+            changed += 1
+            lost |= was & ~now
+            gone += not now
+            if TRACE.on:
+                gfn = Gfn(frame + index * size)
+                TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, was, now))
+        if lost & (bits.RWX | bits.ADDRESS_MASK):
+            root.stale = True
+        root.leaves[level] -= gone
+        root.record.store_run(Gfn(frame), level, old, new)
+        return changed
 
     def _check_kept(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
         """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""
         if level > LEVEL_4K:
             assert root.invalid or not self._keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
-        elif self._is_kept(root, gfn) and is_present(old):
+        elif self._is_kept(root, gfn) and old & bits.MMU_PRESENT:
             lost = (old ^ new) & bits.ADDRESS_MASK | old & ~new & (bits.RWX | bits.DIRTY)
             assert not lost, f"I22: pinned gfn {gfn:#x}: {old:#x} became {new:#x}"
 
@@ -180,37 +232,44 @@ class TdpTable:
         """Must the entry stay?  An obsolete root's is nobody's any more."""
         return bool(self.keep and not root.invalid and self.keep.holds(root.role.as_id, gfn))
 
+    def _keeping(self, root: Root, run: EntryRun, new: list[int]) -> list[int]:
+        """`new`, with what a run has of pinned gfns as it is."""
+        if self.keep and new != run.entries:
+            size = 1 << INDEX_BITS * (run.level - 1)
+            if self._keeps_any(root, GfnSpan.of_pages(Gfn(run.frame), size * len(new))):
+                for index, was in enumerate(run.entries):
+                    if was != new[index] and self._is_kept(root, Gfn(run.frame + index * size)):
+                        new[index] = was
+        return new
+
     def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
         return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
-    def _link(self, root: Root, at: int, table: Hpa, level: Level) -> int:
-        """The entry at `at`, of `level`, points to `table` from now on."""
-        entry = make_table_entry(table, ad_enabled=root.role.ad_enabled)
-        self._writer.store64(at, entry)
-        root.tables_at[level - 1] += 1
-        return entry
+    def _link(self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, table: Hpa) -> None:
+        """The entry over `gfn` points to `table` from now on, which translates as `old` does."""
+        self._change(root, entry_start(gfn, level), level, at, old, root.format.make_table(table, level))
 
-    def _split(self, root: Root, at: int, gfn: Gfn, leaf: int, level: Level) -> int:
-        """No walker sees a change: the new table translates as the leaf did before it is linked."""
+    def _split(self, root: Root, gfn: Gfn, level: Level, at: Hpa, leaf: int) -> None:
+        """No walker sees a change: the new table translates as the leaf did before it is linked.  ENOMEM."""
         table = self._pool.allocate()
         if TRACE.on:
             TRACE.emit(KvmMmuSplitHugePage(gfn, leaf, level, 0))
-        self._writer.fill_unlinked(table, [split_child(leaf, level, i) for i in range(ENTRIES)])
-        root.leaves[level] -= 1
+        self._writer.fill_unlinked(table, split_children(root.format, leaf, level))
         root.leaves[level - 1] += ENTRIES
         self.splits += 1
-        return self._link(root, at, table, level)
+        self._link(root, gfn, level, at, leaf, table)
 
     def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
         acked.
         """
-        relative = GfnSpan(Gfn(0), gfn_limit(level))
-        for met in walk_range(self._writer.load64, table, level, relative):
-            if is_table(met.entry, met.level):
-                self._quarantine(root, table_of(met.entry), Level(met.level - 1), epoch)
-            elif is_present(met.entry):
-                root.leaves[met.level] -= 1
+        fmt = root.format
+        for _, met_level, _, entries in Cursor(self._writer, fmt, table, level, with_tables=True):
+            if fmt.is_table(entries[0], met_level):
+                self._quarantine(root, fmt.table_of(entries[0]), Level(met_level - 1), epoch)
+            elif any(entries):
+                mask, value = fmt.leaf[met_level]
+                root.leaves[met_level] -= sum([entry & mask == value for entry in entries])
         self._quarantine(root, table, level, epoch)
 
     def _quarantine(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
@@ -219,55 +278,34 @@ class TdpTable:
 
     # -- looking ---------------------------------------------------------------------------------------
 
+    def cursor(
+        self, root: Root, span: GfnSpan, lowest: Level = LEVEL_4K, *, with_tables: bool = False
+    ) -> Cursor:
+        """Over what translates `span` in a root."""
+        levels = root.role.level
+        return Cursor(self._writer, root.format, root.hpa, levels, span.start, span.end, lowest, with_tables)
+
+    def seek(self, root: Root, gfn: Gfn, lowest: Level = LEVEL_4K) -> EntryAt:
+        """Where a way down towards `gfn` ends."""
+        return seek(self._writer, root.format, root.hpa, root.role.level, gfn, lowest)
+
     def _leaves(self, root: Root, span: GfnSpan) -> Iterator[RangeEntry]:
-        limit = gfn_limit(root.role.level)
-        within = GfnSpan(min(span.start, limit), min(span.end, limit))
-        for met in walk_range(self._writer.load64, root.hpa, root.role.level, within):
-            if is_present(met.entry) and is_leaf(met.entry, met.level):
-                yield met
-
-    def _tables_at(self, root: Root, level: Level) -> Iterator[tuple[int, Hpa]]:
-        """Every entry of `level` that points to a table: where it lies, and the table."""
-        row = [root.hpa]
-        for above in range(root.role.level, level, -1):
-            entries = (entry for table in row for entry in self._writer.load_table(table))
-            row = [table_of(entry) for entry in entries if is_table(entry, Level(above))]
-        for table in row:
-            for index, entry in enumerate(self._writer.load_table(table)):
-                if is_table(entry, level):
-                    yield table + index * ENTRY_BYTES, table_of(entry)
-
-    def _entry_at(self, root: Root, gfn: Gfn, level: Level) -> int | None:
-        """Where the entry of `level` lies that covers `gfn`, if its table is there."""
-        table = root.hpa
-        for number in range(root.role.level, level, -1):
-            entry = self._writer.load64(table + index_of(gfn, Level(number)) * ENTRY_BYTES)
-            if not is_table(entry, Level(number)):
-                return None
-            table = table_of(entry)
-        return table + index_of(gfn, level) * ENTRY_BYTES
+        return leaves_of(root.format, self.cursor(root, span))
 
     def table_at(self, root: Root, gfn: Gfn, level: Level) -> Hpa | None:
         """The table that the entry of `level` over `gfn` points to, if it does."""
-        at = self._entry_at(root, gfn, level)
-        entry = 0 if at is None else self._writer.load64(at)
-        return table_of(entry) if is_table(entry, level) else None
+        met = self.seek(root, gfn, level)
+        is_table = met.level == level and root.format.is_table(met.entry, level)
+        return root.format.table_of(met.entry) if is_table else None
 
     def leaf_at(self, root: Root, gfn: Gfn) -> RangeEntry | None:
         """The leaf that maps `gfn`, if one does."""
         if gfn >= gfn_limit(root.role.level):
             return None
-        table = root.hpa
-        for number in range(root.role.level, 0, -1):
-            level = Level(number)
-            at = Hpa(table + index_of(gfn, level) * ENTRY_BYTES)
-            entry = self._writer.load64(at)
-            if not is_present(entry):
-                return None
-            if is_leaf(entry, level):
-                return RangeEntry(entry_start(gfn, level), level, at, entry)
-            table = table_of(entry)
-        raise AssertionError("an entry of level 1 is a leaf")
+        level, at, entry = self.seek(root, gfn)
+        if not entry & bits.MMU_PRESENT:
+            return None
+        return RangeEntry(entry_start(gfn, level), level, at, entry)
 
     def leaves(self, root: Root) -> Iterator[RangeEntry]:
         """Every leaf of a root, in gfn order."""

@@ -14,7 +14,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.errors import UapiError
-from protocol.pt.walk import RangeEntry, walk_range
+from protocol.pt.cursor import RangeEntry, walk_range
 from protocol.units import MIB, Gfn, Hva
 from tests.unit.kvmd.world import SlowImporter, World
 
@@ -106,7 +106,7 @@ class Logged:
     def entries(self) -> list[RangeEntry]:
         """All that is in the table and not empty."""
         root = self.vm.mmu.roots[0]
-        return list(walk_range(self.vm.mmu.load64, root.hpa, root.role.level, root.everything))
+        return list(walk_range(self.vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything))
 
 
 def errno_of(flow: Coroutine[Any, None, Any], world: World) -> int:

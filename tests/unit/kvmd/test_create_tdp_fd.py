@@ -18,6 +18,7 @@ from kvmd.core.tables.tdp_mmu import TdpMmu
 from kvmd.core.tables.tdp_table import Role, Root
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
+from protocol.pt.ept import EPT_AD
 from protocol.units import Hpa, Hva
 from tests.unit.kvmd.world import World
 
@@ -278,7 +279,7 @@ def test_a_step_that_fails_undoes_the_ones_before(
 
 
 def goes_on_without_a_page(self: TdpMmu, role: Role) -> Root:
-    return Root(Hpa(0), role, refs=1)
+    return Root(Hpa(0), role, EPT_AD, refs=1)
 
 
 def does_nothing(*_: object) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.table_pool import TablePool
 from protocol.flow import Flows, Wait
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import Gfn, GfnSpan, Hpa
 
 BASE = Hpa(0x10_0000)
@@ -17,7 +17,7 @@ class Vm:
     """A flusher with `walkers` that ack when told to."""
 
     def __init__(self, walkers: int = 1) -> None:
-        self.pool = TablePool(TableWriter(BASE, memoryview(bytearray(8 * 4096))), BASE, 8 * 4096)
+        self.pool = TablePool(TableWriter(BASE, memoryview(bytearray(8 * 4096))), 8 * 4096)
         self.flows = Flows()
         self.told: list[tuple[GfnSpan | None, int]] = []
         self.waits: dict[int, list[Wait[None]]] = {}

@@ -115,9 +115,8 @@ def test_what_an_exit_cleared_is_flushed_before_others_run(monkeypatch: pytest.M
 def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flush_at_the_end(self: Zapper, spans: Any, roots: Any = None, **rest: Any) -> None:
         for span in spans:
-            left: Any = span
-            while left is not None:
-                _, left = self._mmu.zap_some(self._mmu.roots[0], left, BATCH)
+            cursor = self._mmu.cursor(self._mmu.roots[0], span)
+            while self._mmu.zap_some(self._mmu.roots[0], cursor, BATCH):
                 await self._cond_resched()
         await self._flusher.flush(None)
 

@@ -104,7 +104,7 @@ def test_the_posted_encoding_would_be_a_translation_for_a_device_and_is_caught(
     assert found.outcome is Outcome.MAPPED
     assert found.hpa(MMIO) == MMIO
     assert walk(writer, RULES[0], root.hpa, root.role.level, MMIO).outcome is Outcome.RESERVED
-    complaints = check_table(writer.load64, root.hpa, root.role.level, RULES)
+    complaints = check_table(writer, root.hpa, root.role.level, RULES)
     assert any("present by second stage rules" in complaint for complaint in complaints)
 
 

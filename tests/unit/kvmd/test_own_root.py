@@ -117,8 +117,9 @@ def test_what_a_vcpu_prefetches_a_device_finds(guest: Managed) -> None:
 def test_a_vcpu_that_finds_its_entry_there_fills_the_iommus_all_the_same(guest: Managed) -> None:
     """Another vCPU of the same root was first, and the IOMMU's root lost the page meanwhile: no room, say."""
     guest.write(5)
-    lost = guest.vm.mmu.zap_some(guest.exported.root, guest.span(5), 1)
-    assert (lost[0], guest.iommu) == (1, {})
+    own = guest.exported.root
+    lost = guest.vm.mmu.zap_some(own, guest.vm.mmu.cursor(own, guest.span(5)), 1)
+    assert (lost, guest.iommu) == (1, {})
     flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, FaultSource.VCPU), guest.vcpu)
     assert guest.do(flow) is FaultResult.SPURIOUS
     assert guest.iommu == {5: True}

@@ -7,13 +7,14 @@ compared are raw entries, found by reading the table's memory.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
-from kvmd.core.tables.spte import make_leaf
 from protocol.hostmem import LOW_RAM_START
+from protocol.pt.format import TableFormat
 from protocol.units import Level
 from tests.oracle.table import RawTables
 from tests.unit.kvmd.world import READ, WRITE, World
@@ -90,12 +91,13 @@ def test_a_device_and_a_vcpu_make_the_same_leaf(
 @pytest.mark.parametrize("bit", [6, 9, 57])
 def test_a_leaf_that_differs_in_one_bit_is_noticed(bit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
+    make_leaf = TableFormat.make_leaf
 
-    def of_a_device(*args: object, **kwargs: object) -> int:
+    def of_a_device(fmt: TableFormat, *args: Any, **kwargs: Any) -> int:
         calls.append(0)
-        entry: int = make_leaf(*args, **kwargs)  # type: ignore[arg-type]
+        entry = make_leaf(fmt, *args, **kwargs)
         return entry ^ (1 << bit if len(calls) == 1 else 0)  # the first world's: the device's
 
-    monkeypatch.setattr("kvmd.core.tables.tdp_mmu.make_leaf", of_a_device)
+    monkeypatch.setattr(TableFormat, "make_leaf", of_a_device)
     with pytest.raises(AssertionError, match="0x"):
         test_a_device_and_a_vcpu_make_the_same_leaf("A/D", 1, "written", True, 0)

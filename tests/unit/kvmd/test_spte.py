@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kvmd.core.tables.spte import check_entry, make_leaf, make_table_entry, split_child
+from kvmd.core.tables.spte import split_children
+from protocol.pt.ept import ept_format
 from protocol.pt.walk import ept_rules
 from protocol.units import Hpa, Level, Pfn
 
 RULES = ept_rules(46, Level(3))
+FORMATS = [ept_format(RULES, ad_enabled=enabled) for enabled in (False, True)]
 
 
 @pytest.mark.rfc("RFC-28")
@@ -28,21 +30,21 @@ RULES = ept_rules(46, Level(3))
 def test_a_leaf_has_the_bits_of_the_table(
     pfn: int, level: int, writable: bool, ad: bool, expected: int
 ) -> None:
-    leaf = make_leaf(Pfn(pfn), Level(level), writable=writable, ad_enabled=ad)
+    leaf = FORMATS[ad].make_leaf(Pfn(pfn), Level(level), writable=writable)
     assert f"{leaf:#x}" == f"{expected:#x}"
-    check_entry(leaf, Level(level), leaf=True, rules=RULES)
+    FORMATS[ad].check(leaf, Level(level))
 
 
 @pytest.mark.rfc("RFC-28")
 def test_a_table_entry_has_the_bits_of_the_table() -> None:
-    assert make_table_entry(Hpa(0x10_2000), ad_enabled=True) == 0x0800_0000_0010_2107
-    assert make_table_entry(Hpa(0x10_2000), ad_enabled=False) == 0x0810_0000_0010_2007
+    assert FORMATS[True].make_table(Hpa(0x10_2000), Level(2)) == 0x0800_0000_0010_2107
+    assert FORMATS[False].make_table(Hpa(0x10_2000), Level(5)) == 0x0810_0000_0010_2007
 
 
 @pytest.mark.parametrize(("pfn", "level"), [(0x12201, 2), (0x40001, 3), (0x200, 3)])
 def test_a_huge_leaf_of_an_unaligned_frame_is_a_bug(pfn: int, level: int) -> None:
     with pytest.raises(AssertionError, match="aligned"):
-        make_leaf(Pfn(pfn), Level(level), writable=True, ad_enabled=True)
+        FORMATS[True].make_leaf(Pfn(pfn), Level(level), writable=True)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_a_huge_leaf_of_an_unaligned_frame_is_a_bug(pfn: int, level: int) -> Non
 def test_a_child_maps_its_part_of_the_leaf_with_the_same_rights(
     leaf: int, level: int, index: int, expected: int
 ) -> None:
-    assert f"{split_child(leaf, Level(level), index):#x}" == f"{expected:#x}"
+    assert f"{split_children(FORMATS[True], leaf, Level(level))[index]:#x}" == f"{expected:#x}"
 
 
 @pytest.mark.rfc("RFC-27")
@@ -75,4 +77,5 @@ def test_a_child_maps_its_part_of_the_leaf_with_the_same_rights(
 )
 def test_an_entry_that_breaks_the_promise_is_a_bug(entry: int, level: int, leaf: bool) -> None:
     with pytest.raises(AssertionError, match=r"sets reserved bits|illegal combination"):
-        check_entry(entry, Level(level), leaf=leaf, rules=RULES)
+        FORMATS[True].check(entry, Level(level))
+    assert FORMATS[True].is_leaf(entry, Level(level)) == leaf

@@ -6,9 +6,9 @@ import errno
 
 import pytest
 
-from kvmd.core.tables.table_pool import TablePool
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import Hpa
 
 BASE = Hpa(0x10_0000)
@@ -17,7 +17,7 @@ BASE = Hpa(0x10_0000)
 class Pages:
     def __init__(self, count: int = 4) -> None:
         self.memory = bytearray(count * 4096)
-        self.pool = TablePool(TableWriter(BASE, memoryview(self.memory)), BASE, count * 4096)
+        self.pool = TablePool(TableWriter(BASE, memoryview(self.memory)), count * 4096)
 
     def dirty(self, table: int) -> None:
         at = table - BASE

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.tables.table_pool import TablePool
 from kvmd.core.tables.tdp_mmu import Outcome, TdpMmu
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import ept_rules
 from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 from tests.oracle.table import RawTables, TdpOracle, flat
@@ -31,7 +31,7 @@ class Tdp:
     def __init__(self, pages: int = 64, role: Role = NORMAL) -> None:
         self.memory = bytearray(pages * 4096)
         self.writer = TableWriter(Hpa(BASE), memoryview(self.memory))
-        self.pool = TablePool(self.writer, Hpa(BASE), pages * 4096)
+        self.pool = TablePool(self.writer, pages * 4096)
         self.epoch = 0
         self.mmu = TdpMmu(1, self.writer, self.pool, RULES, lambda: self.epoch + 1)
         self.root = self.mmu.get_root(role)

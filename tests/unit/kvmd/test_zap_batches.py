@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from kvmd.core.faults.page_fault import FaultResult
@@ -11,8 +9,16 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.tables import zap
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import Role
+from kvmd.core.tables.zap import Zapper
 from protocol.flow import Wait
-from protocol.units import Gfn
+from protocol.pt.cursor import Cursor
+from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
+from protocol.pt.walk import ept_rules
+from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 from tests.unit.kvmd.world import WRITE, SlowImporter, World
 
 PAGE = 4096
@@ -95,9 +101,9 @@ def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.Monke
 @pytest.mark.defect("B-33")
 def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flush_at_the_end(self: SlotsChange) -> None:
-        left: Any = self._exported[0].root.everything
-        while left is not None:
-            _, left = self._mmu.zap_some(self._exported[0].root, left, BATCH)
+        root = self._exported[0].root
+        cursor = self._mmu.cursor(root, root.everything)
+        while self._mmu.zap_some(root, cursor, BATCH):
             await self._zapper._cond_resched()
         await self._flusher.flush(None)
 
@@ -136,3 +142,53 @@ def test_no_turn_clears_more_than_4096_leaves() -> None:
         left.append(exported.root.leaves[1])
         world.ack(importer)
     assert left == [4096 + 3, 3, 0]
+
+
+def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two tables' worth of leaves, a batch of one table and a half.  While others have their turn a huge leaf
+    takes the place of the second table, and its page is used again; then the rest is zapped."""
+    monkeypatch.setattr("kvmd.core.tables.zap.ZAP_BATCH", 768)
+    memory = bytearray(64 * 4096)
+    writer = TableWriter(Hpa(0x10_0000), memoryview(memory))
+    pool = TablePool(writer, len(memory))
+    flusher = Flusher(1, pool, lambda span, epoch: [])
+    mmu = TdpMmu(1, writer, pool, ept_rules(46, Level(3)), flusher.next_epoch)
+    root = mmu.get_root(Role(Level(4), 0, True))
+
+    def map_pages(first: int, count: int) -> None:
+        for gfn in range(first, first + count):
+            mmu.map(root, Gfn(gfn), Pfn(0x10_0000 + gfn), Level(1), writable=True)
+
+    map_pages(0, 1024)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        turns += 1
+        if turns == 1:
+            mmu.map(root, Gfn(0x200), Pfn(0x10_0200), Level(2), writable=True)
+            await flusher.flush(None)  # the page of the table is free
+            map_pages(0x800, 512)  # and taken for another one, outside of the span
+
+    zapper = Zapper(mmu, flusher, lambda: others())  # type: ignore[arg-type,return-value]
+    flow = zapper.zap([GfnSpan(Gfn(0), Gfn(0x400))])
+    with pytest.raises(StopIteration):
+        flow.send(None)
+    assert turns == 1
+    left = [met.gfn for met in mmu.leaves(root)]
+    found = [f"gfn {gfn:#x} was not zapped" for gfn in left if gfn < 0x400]
+    missing = set(range(0x800, 0xA00)) - set(left)
+    return found + [f"gfn {gfn:#x} was zapped" for gfn in sorted(missing)]
+
+
+def test_a_table_that_goes_between_two_batches_is_not_walked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert a_table_goes_between_two_batches(monkeypatch) == []
+
+
+def test_a_zap_that_goes_on_where_it_was_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Cursor, "resume", lambda self, frame=None: setattr(self, "frame", frame or self.frame)
+    )
+    found = a_table_goes_between_two_batches(monkeypatch)
+    assert "gfn 0x200 was not zapped" in found
+    assert any("0x900" in complaint and "was zapped" in complaint for complaint in found)

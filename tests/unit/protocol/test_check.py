@@ -32,7 +32,7 @@ class Tables:
 
     def complaints(self) -> list[str]:
         tables = TableReader(Hpa(BASE), memoryview(self.memory))
-        return check_table(tables.load64, Hpa(BASE), Level(4), RULES)
+        return check_table(tables, Hpa(BASE), Level(4), RULES)
 
 
 def test_a_sound_table_has_no_complaint() -> None:

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.pt import walk as walk_module
+from protocol.pt.cursor import walk_range
+from protocol.pt.ept import EPT_AD
 from protocol.pt.mem import TableOutside, TableReader
-from protocol.pt.walk import Outcome, Walk, WalkRules, ept_rules, second_stage_rules, walk, walk_range
+from protocol.pt.walk import Outcome, Walk, WalkRules, ept_rules, second_stage_rules, walk
 from protocol.units import Gfn, GfnSpan, Hpa, Level
 from tests.oracle.table import Found, Machine, Outside, RawTables, ept_walk, second_stage_walk
 
@@ -411,7 +413,7 @@ def met(chain: Chain, start: int, end: int) -> list[tuple[int, int, int]]:
     span = GfnSpan(Gfn(start), Gfn(end))
     return [
         (entry.gfn, entry.level, entry.entry)
-        for entry in walk_range(tables.load64, Hpa(BASE), Level(chain.levels), span)
+        for entry in walk_range(tables, EPT_AD, Hpa(BASE), Level(chain.levels), span)
     ]
 
 
@@ -420,10 +422,12 @@ def test_a_range_walk_meets_every_entry_of_the_path_parents_first() -> None:
     gfn = (ADDRESS & (1 << 48) - 1) >> 12
     path = [(gfn >> 9 * n << 9 * n, n + 1, chain.get(n + 1)) for n in (3, 2, 1, 0)]
     assert met(chain, 0, 1 << 36) == path
-    assert met(chain, gfn, gfn + 1) == path
-    assert met(chain, gfn + 1, gfn + 2) == path[:3]
+    assert met(chain, gfn, gfn + 1) == path[3:], "of tables those that lie in the span whole"
+    assert met(chain, gfn + 1, gfn + 2) == []
     assert met(chain, 0, 0) == []
-    assert met(chain, gfn & ~0x1FF, gfn) == path[:3]
+    assert met(chain, gfn & ~0x1FF, gfn) == []
+    assert met(chain, gfn & ~0x1FF, gfn | 0x1FF) == path[3:]
+    assert met(chain, gfn & ~0x1FF, (gfn | 0x1FF) + 1) == path[2:]
 
 
 def test_a_range_walk_meets_a_frozen_entry_and_goes_no_further() -> None:
@@ -462,6 +466,6 @@ def test_a_range_walk_meets_exactly_the_leaves_that_overlap(
         put(3 + gfn // 512, gfn % 512, pfn << 12 | 0x0E00_0000_0000_0377)
     tables = TableReader(Hpa(BASE), memoryview(memory))
     span = GfnSpan(Gfn(start), Gfn(end))
-    found = walk_range(tables.load64, Hpa(BASE), Level(4), span)
+    found = walk_range(tables, EPT_AD, Hpa(BASE), Level(4), span)
     seen = {entry.gfn: entry.entry >> 12 & 0xFFFFF_FFFFF for entry in found if entry.level == 1}
     assert seen == {gfn: pfn for gfn, pfn in leaves.items() if start <= gfn < end}
