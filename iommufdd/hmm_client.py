@@ -8,12 +8,12 @@ whoever reaches them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, PinnedRange
+from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, Invalidate, PinnedRange, UserFd
 from iommufdd.kvmd_channel import KvmdChannel
+from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.loop import Loop
@@ -21,24 +21,23 @@ from protocol.rpc.service import Method, Service
 from protocol.uapi import hmm as uapi
 from protocol.units import Hva
 
-Invalidate = Callable[[Hva, int], Coroutine[Any, None, None]]
-
 
 class HmmMirror(KvmdChannel):
     """The port `ProcessMemory`.  `on_invalidate` returns when nobody uses what was taken away."""
 
-    def __init__(self, on_invalidate: Invalidate, on_gone: Callable[[], object]) -> None:
-        super().__init__(on_gone)
+    def __init__(
+        self, loop: Loop, kvmd: Path, mm_fd: UserFd, on_invalidate: Invalidate, on_gone: Callable[[], None]
+    ) -> None:
+        super().__init__(loop, kvmd, on_gone)
         self.on_invalidate = on_invalidate
+        self._mm_fd = mm_fd  # presented while it is lent to us, and not used after
 
-    async def open(self, loop: Loop, kvmd: Path, mm_fd: int) -> None:
-        """EOPNOTSUPP: no KVM; EINVAL: no process's fd; EMFILE."""
-        await self.present(loop, kvmd, "HMM_MIRROR_GET", mm_fd, "hmm", on_request=MIRROR.bind(self))
+    async def open(self) -> None:
+        await self.present("HMM_MIRROR_GET", self._mm_fd, "hmm", on_request=MIRROR.bind(self))
 
-    async def register(self, account: str) -> tuple[list[Any], Fds]:
-        """(windows, their fds and the lease)."""
+    async def register(self, account: str) -> LentWindows:
         reply = await self.call("HMM_REGISTER", {"account": account})
-        return reply.body["windows"], reply.fds
+        return LentWindows(reply.body["windows"], reply.fds)
 
     async def watch(self, hva: Hva, size: int) -> None:
         await self.call("HMM_WATCH", {"start": hva, "size": size})
@@ -55,14 +54,14 @@ class HmmMirror(KvmdChannel):
         asked = {"start": hva, "size": size, "write": write, "area": area, "file": file}
         return await self._find("HMM_PIN", asked)
 
-    async def open_file(self, fd: int) -> int:
+    async def open_file(self, fd: UserFd) -> int:
         number: int = (await self.call("HMM_FILE_GET", {}, fd)).body["file"]
         return number
 
     async def close_file(self, file: int) -> None:
         await self.call("HMM_FILE_PUT", {"file": file})
 
-    async def change_process(self, mm_fd: int) -> None:
+    async def change_process(self, mm_fd: UserFd) -> None:
         await self.call("HMM_CHANGE_PROCESS", {}, mm_fd)
 
     async def undo_change_process(self) -> None:

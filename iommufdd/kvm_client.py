@@ -5,11 +5,12 @@ channel, a VM fd one over which KVM says what its vCPUs faulted in.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from iommufdd.kvmd_channel import KvmdChannel
+from iommufdd.core.hwpt_kvm import Invalidate
+from iommufdd.kvmd_channel import KvmdChannel, nothing
+from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.rpc.channel import Body, Fds
@@ -22,21 +23,18 @@ from protocol.units import Gfn, Gpa
 
 IMPORTER_NAME = "iommufd"
 
-Invalidate = Callable[[Gpa, int, int], Coroutine[Any, None, None]]
-
 
 class KvmTdp(KvmdChannel):
-    """One TDP FD, held and imported.  `on_invalidate` is called for every flush."""
+    """One TDP FD, which is ours, held and imported: the port `ExportedTdp`."""
 
-    def __init__(self, mm: int, tdp_fd: int, on_gone: Callable[[], object]) -> None:
-        super().__init__(on_gone)
-        self.on_invalidate: Invalidate | None = None
-        self._mm = mm  # a bare number: no reference on the process [RFC 15/42]
+    def __init__(self, loop: Loop, kvmd: Path, mm_cookie: int, tdp_fd: int) -> None:
+        super().__init__(loop, kvmd, nothing)
+        self.on_invalidate: Invalidate = _unconcerned
+        self._mm_cookie = mm_cookie  # a bare number: no reference on the process [RFC 15/42]
         self._tdp_fd = tdp_fd
 
-    async def open(self, loop: Loop, kvmd: Path) -> None:
-        """EOPNOTSUPP: no KVM; EINVAL: not a TDP FD; EMFILE."""
-        await self.present(loop, kvmd, "TDP_FD_GET", self._tdp_fd, "tdp", on_request=IMPORTER.bind(self))
+    async def open(self) -> None:
+        await self.present("TDP_FD_GET", self._tdp_fd, "tdp", on_request=IMPORTER.bind(self))
 
     async def metadata(self) -> ExportedTdpMeta:
         """EFAULT if what KVM says is no metadata; if it says none, its own errno (defect B-36)."""
@@ -46,13 +44,12 @@ class KvmTdp(KvmdChannel):
         except (ValueError, KeyError, TypeError) as error:
             raise UapiError(errno.EFAULT, f"no metadata of the exported TDP: {error}") from None
 
-    async def register(self) -> tuple[list[Any], Fds]:
-        """Be told of flushes from now on; (windows, their fds and the lease).  EBUSY; EINVAL: wrong mm."""
-        reply = await self.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME, "mm": self._mm})
-        return reply.body["windows"], reply.fds
+    async def register(self) -> LentWindows:
+        reply = await self.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME, "mm": self._mm_cookie})
+        return LentWindows(reply.body["windows"], reply.fds)
 
     async def fault(self, gfn: Gfn, *, read: bool, write: bool, exec: bool) -> None:
-        body = {"mm": self._mm, "gfn": gfn, "read": read, "write": write, "exec": exec}
+        body = {"mm": self._mm_cookie, "gfn": gfn, "read": read, "write": write, "exec": exec}
         await self.call("TDP_FAULT", body)
 
     async def pin(self, gfn: Gfn, npages: int) -> int:
@@ -77,9 +74,12 @@ class KvmTdp(KvmdChannel):
 
 
 async def _invalidated(tdp: KvmTdp, message: uapi.TdpInvalidate, fds: Fds) -> Body:
-    if tdp.on_invalidate is not None:
-        await tdp.on_invalidate(Gpa(message.start), message.size, message.epoch)
+    await tdp.on_invalidate(Gpa(message.start), message.size, message.epoch)
     return {}
+
+
+async def _unconcerned(start: Gpa, size: int, epoch: int) -> None:
+    """Nothing was made of it yet."""
 
 
 IMPORTER: Service[KvmTdp] = Service(
@@ -90,14 +90,21 @@ IMPORTER: Service[KvmTdp] = Service(
 class FaultNotes(KvmdChannel):
     """What the vCPUs of one VM fault in; `on_note(gfn, npages)`.  Gone: the VM, or KVM."""
 
-    def __init__(self, on_note: Callable[[Gfn, int], None], on_gone: Callable[[], object]) -> None:
-        super().__init__(on_gone)
+    def __init__(
+        self,
+        loop: Loop,
+        kvmd: Path,
+        vm_fd: int,
+        on_note: Callable[[Gfn, int], None],
+        on_gone: Callable[[], None],
+    ) -> None:
+        super().__init__(loop, kvmd, on_gone)
         self.on_note = on_note
+        self._vm_fd = vm_fd  # presented while it is lent to us, and not used after
 
-    async def open(self, loop: Loop, kvmd: Path, vm_fd: int) -> None:
-        """EOPNOTSUPP: no KVM; EINVAL: not a VM; EMFILE."""
+    async def open(self) -> None:
         told = NOTES.bind_notify(self)
-        await self.present(loop, kvmd, "KVM_FAULT_NOTES_GET", vm_fd, "fault-notes", on_notify=told)
+        await self.present("KVM_FAULT_NOTES_GET", self._vm_fd, "fault-notes", on_notify=told)
 
 
 def _faulted_in(notes: FaultNotes, message: kvm.KvmFaultedIn) -> None:

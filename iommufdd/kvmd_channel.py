@@ -25,13 +25,15 @@ _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSP
 class KvmdChannel:
     """`on_gone` is called if kvmd hangs up, not if we do."""
 
-    def __init__(self, on_gone: Callable[[], object]) -> None:
-        self._on_gone = on_gone
+    def __init__(self, loop: Loop, kvmd: Path, on_gone: Callable[[], None]) -> None:
+        self.on_gone = on_gone
+        self._loop = loop
+        self._kvmd = kvmd
         self._channel: Channel | None = None
 
-    async def present(self, loop: Loop, kvmd: Path, op: str, fd: int, name: str, **handlers: Any) -> None:
+    async def present(self, op: str, fd: int, name: str, **handlers: Any) -> None:
         """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
-        copy = _dup(op, fd)
+        loop, kvmd, copy = self._loop, self._kvmd, _dup(op, fd)
         try:
             door = Channel(loop, connect_now(kvmd), "kvmd")
         except OSError as error:
@@ -60,11 +62,11 @@ class KvmdChannel:
             raise UapiError(errno.ENODEV, "KVM went away") from None
 
     def _closed(self, _: Channel) -> None:
-        self._on_gone()
+        self.on_gone()
 
     def hang_up(self) -> None:
         if self._channel is not None:
-            self._on_gone = _nothing
+            self.on_gone = nothing
             self._channel.close()
 
 
@@ -78,4 +80,4 @@ def _dup(op: str, fd: int) -> int:
         raise UapiError(errno.EMFILE, "no room in our fd table") from None
 
 
-def _nothing() -> None: ...
+def nothing() -> None: ...

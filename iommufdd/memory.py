@@ -11,10 +11,12 @@ from __future__ import annotations
 import errno
 import os
 
+from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
+from protocol.rpc.channel import Fds
 from protocol.rpc.memfd import make_shared
 from protocol.units import TIB, Hpa
 
@@ -43,6 +45,10 @@ class TableMemory:
                 os.close(fd)
             raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
         return copies
+
+    def lend(self) -> LentWindows:
+        """The window, and a lease.  EMFILE."""
+        return LentWindows([self.window], Fds(self.fds(2)))
 
     def close(self) -> None:
         os.close(self._fd)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable
-from typing import Any
 
 from pydantic import ValidationError
 
 from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
-from iommufdd.core.hardware import FunctionInfo
+from iommufdd.core.hardware import FunctionInfo, LentMemory
+from iommufdd.lent import LentWindows
 from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
+from protocol.hw.prq import PAGE_REQUEST_SIZE
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
@@ -144,9 +145,10 @@ class Silicon:
         body = {"pasid": pasid, "ats": ats, "pri_allocation": pri_allocation, "bus_master": bus_master}
         await self.ask("FUNCTION", {"rid": rid, **body})
 
-    async def add_memory(self, windows: list[Any], fds: list[int]) -> int:
+    async def add_memory(self, lent: LentMemory) -> int:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""
-        reply = await self.ask("MEMORY_ADD", {"windows": windows}, fds)
+        assert isinstance(lent, LentWindows), "what is lent was made by our own clients"
+        reply = await self.ask("MEMORY_ADD", {"windows": lent.windows}, lent.take_fds())
         memory: int = reply.body["memory"]
         return memory
 
@@ -178,7 +180,9 @@ def _page_requests(silicon: Silicon, message: uapi.PageRequests) -> None:
     if TRACE.on:
         for event in PrqReport.of_queue(message.entries):
             TRACE.emit(event)
-    silicon.on_page_requests(silicon.units[message.unit], message.entries, message.overflow)
+    unit = silicon.units[message.unit]
+    silicon.on_page_requests(unit, message.entries, message.overflow)
+    unit.consumed(len(message.entries) // PAGE_REQUEST_SIZE, clear_overflow=message.overflow)
 
 
 def _faults(silicon: Silicon, message: uapi.Faults) -> None:

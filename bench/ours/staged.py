@@ -33,7 +33,7 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("device_sim.core.function:Function.page_response", "response", ""),
     ),
     "iommufdd": (
-        ("iommufdd.service.objects:App.on_page_requests", "requests", ""),
+        ("iommufdd.core.iopf:Iopf.prq_event", "requests", ""),
         ("iommufdd.kvm_client:KvmTdp.fault", "ask", "answered"),
         ("iommufdd.silicon:RemoteUnit.respond", "", "responded"),
     ),

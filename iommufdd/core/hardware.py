@@ -6,11 +6,12 @@ silicon is gone, and what the hardware itself refuses (EINVAL, EBUSY).  A refuse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.hw.caps import Cap, Ecap
-from protocol.hw.qi import Descriptor
+from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.units import Pasid
 
 
@@ -27,6 +28,9 @@ class Unit(Protocol):
 
     async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None: ...
 
+    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+        """A page group response; nobody waits for it.  False: there is nobody any more."""
+
 
 class ConfigSpace(Protocol):
     """Config space of the functions; what is not named stays as it is."""
@@ -40,6 +44,15 @@ class ConfigSpace(Protocol):
         pri_allocation: int | None = None,
         bus_master: bool | None = None,
     ) -> None: ...
+
+
+class LentMemory(Protocol):
+    """Windows with their lease, on the way from who lends them to who walks tables in them: a core hands it
+    on and does not look inside.
+    """
+
+    def close(self) -> None:
+        """Nobody took it."""
 
 
 class MemoryBus(Protocol):
@@ -67,3 +80,19 @@ class FunctionInfo:
     def address(self) -> str:
         """Bus, device and function, as lspci writes them."""
         return f"{self.rid >> 8:02x}:{self.rid >> 3 & 31:02x}.{self.rid & 7}"
+
+
+class Hardware(MemoryBus, ConfigSpace, Protocol):
+    """What one probe found: it is there until it goes, as a whole and for good."""
+
+    async def add_memory(self, lent: LentMemory) -> int:
+        """The number of the set, for who walks tables in it."""
+
+    @property
+    def units(self) -> Sequence[Unit]: ...
+    @property
+    def functions(self) -> Sequence[tuple[FunctionInfo, Unit]]: ...
+
+    @property
+    def domain_ids(self) -> int:
+        """How many every unit has."""

@@ -7,11 +7,14 @@ may turn out larger than what was asked for.  Whoever looked asks `stale` and st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, NewType, Protocol
 
 from protocol.units import Hpa, Hva
+
+UserFd = NewType("UserFd", int)  # of a caller, lent for the call: handed on, neither kept nor closed
+Invalidate = Callable[[Hva, int], Coroutine[Any, Any, None]]  # start, size; its end is the ack
 
 MAX_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
 
@@ -55,6 +58,13 @@ class PinnedRange(NamedTuple):
     total: int
 
 
+class Mm(NamedTuple):
+    """current->mm of who asks: `cookie` names the process, `fd` gets at it."""
+
+    cookie: int
+    fd: UserFd
+
+
 class ProcessMemory(Protocol):
     """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
     pin takes for memory that is not there (EFAULT)."""
@@ -77,12 +87,12 @@ class ProcessMemory(Protocol):
     async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
         """What is pinned there for what has that number."""
 
-    async def open_file(self, fd: int) -> int:
+    async def open_file(self, fd: UserFd) -> int:
         """The number of a memfd, to pin pages of.  EINVAL: no memfd."""
 
     async def close_file(self, file: int) -> None: ...
 
-    async def change_process(self, mm_fd: int) -> None:
+    async def change_process(self, mm_fd: UserFd) -> None:
         """That process pays for all pins from now on.  ENOMEM: RLIMIT_MEMLOCK, and nothing has changed."""
 
     async def undo_change_process(self) -> None: ...

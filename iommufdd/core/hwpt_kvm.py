@@ -10,8 +10,9 @@ I9: an invalidation is acked to KVM only after the wait descriptor behind it com
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hwpt import Hwpt
@@ -19,6 +20,8 @@ from iommufdd.core.kvm_domain import KvmDomain
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, Gfn, Gpa, Iova, gfn_of, gpa_of_iova, iova_of_gpa
+
+Invalidate = Callable[[Gpa, int, int], Coroutine[Any, Any, None]]  # start, size, epoch; its end is the ack
 
 
 class Tdp(Protocol):

@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory, check_user
 from iommufdd.core.counts import Counts
+from iommufdd.core.hmm import Mm, ProcessMemory, UserFd
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.object import Object
 from iommufdd.core.pages import Pages
-from iommufdd.core.source import Connect, Source, Sources
+from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import PAGE_OFFSET_MASK, Hva, Iova
@@ -71,37 +72,36 @@ class Ioas(Object):
 
     async def map(
         self,
-        mm: int,
-        connect: Connect,
+        mm: Mm,
         hva: Hva,
         size: int,
         iova: Iova | None,
         *,
         writable: bool,
-        file: int | None = None,
+        file: UserFd | None = None,
     ) -> Iova:
         """Map memory of `mm`; or, paid for by it, of the memfd `file`, where `hva` is an offset; the iova,
         which is `iova` if that is given.  EINVAL: not whole pages, not allowed, no memfd; EOVERFLOW; EEXIST;
         ENOSPC; EFAULT, ENOMEM, EINVAL: of what is to be pinned; ENODEV: the host is gone.
         """
-        # await: connect, iova: cannot change: the caller's own
+        # await: mm, iova: cannot change: the caller's own
         async with self.lock:
             self._check_there()
             check_memory(hva, size)
             iova = self._place(iova, hva if file is None else 0, size)
             # await: iova: cannot change: the lock keeps it free
-            await self.enter_memory(mm, connect, iova, size, hva, file, writable=writable)
+            await self.enter_memory(mm, iova, size, hva, file, writable=writable)
         return iova
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: Iova, size: int, hva: Hva, fd: int | None, *, writable: bool
+        self, mm: Mm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
     ) -> None:
         """A new area of memory of `mm` or of the memfd `fd`, with the lock held: whole, or this raises."""
         if fd is None:
             check_user(hva, size)
-        # await: connect: cannot change: the caller's own
+        # await: mm: cannot change: the caller's own
         async with self._sources.lock:
-            source = await self._source_of(mm, connect)
+            source = await self._source_of(mm)
             # await: source: cannot change: the lock of the sources, and it has a user now
             file = 0 if fd is None else await source.host.open_file(fd)
             pages = Pages(self.counts, self._sources, source, hva, file, writable=writable)
@@ -112,11 +112,14 @@ class Ioas(Object):
         finally:
             await pages.put()
 
-    async def _source_of(self, mm: int, connect: Connect) -> Source:
+    async def _source_of(self, mm: Mm) -> Source:
         """With the lock of the sources held."""
-        source = await self._sources.get(mm, connect, self)
+        source = await self._sources.get(mm, self.invalidate, self)
         self._used.add(source)
         return source
+
+    async def invalidate(self, start: Hva, size: int) -> None:
+        """The host takes pages away: not those that are pinned."""
 
     async def slices(self, iova: Iova, size: int) -> list[Slice]:
         """What is mapped at iova..iova+size, without a gap; each is to be `put`.  EINVAL, EOVERFLOW; ENOENT:
@@ -289,6 +292,9 @@ class Ioas(Object):
     def sources(self) -> set[Source]:
         """Whose memory it maps or has mapped."""
         return self._used | {pages.source for pages in self.pages}
+
+    def maps(self, host: ProcessMemory) -> bool:
+        return any(source.host is host for source in self.sources)
 
     async def lose_host(self) -> None:
         """The host is gone, and nothing is attached: what its pages were is not to be reached again."""

@@ -36,7 +36,7 @@ async def check_ioas(ioas: Ioas) -> list[str]:
         if isinstance(ioas, IoasOnDemand):
             # await: found, ioas: cannot change: our own list; one that is destroyed meanwhile has nothing
             async with ioas.lock:
-                if ioas.mm:
+                if ioas.mm_cookie:
                     # await: found: cannot change: our own list
                     await _check_mirrors(ioas, found)
         else:

@@ -9,39 +9,48 @@ from __future__ import annotations
 
 import errno
 from contextlib import suppress
+from typing import Protocol
 
 from iommufdd.core.area import Area, check_user
 from iommufdd.core.counts import Counts
+from iommufdd.core.hmm import Mm, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
-from iommufdd.core.source import Connect, Sources
+from iommufdd.core.source import Sources
 from iommufdd.core.watched import WatchedMemory
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Hva, Iova, align_down, align_up
 
 
-class IoasOnDemand(Ioas):
-    """`mm`: whose memory it is; 0: nobody's so far."""
+class Following(Protocol):
+    """Hears what the vCPUs of a VM fault in."""
 
-    def __init__(self, counts: Counts) -> None:
-        super().__init__(counts, Sources())
+    def hang_up(self) -> None: ...
+
+
+class IoasOnDemand(Ioas):
+    """`mm_cookie`: whose memory it is; 0: nobody's so far.  `following`: whose faults it hears of, if any."""
+
+    def __init__(self, counts: Counts, sources: Sources) -> None:
+        super().__init__(counts, sources)
         self.watched = WatchedMemory(self.areas, counts)
-        self.mm = 0
+        self.mm_cookie = 0
+        self.following: Following | None = None
 
     async def enter_memory(
-        self, mm: int, connect: Connect, iova: Iova, size: int, hva: Hva, fd: int | None, *, writable: bool
+        self, mm: Mm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
     ) -> None:
         assert fd is None, "pages of a file are pinned"
         check_user(hva, size)
-        if self.mm not in (0, mm):
+        if self.mm_cookie not in (0, mm.cookie):
             raise UapiError(
                 errno.EINVAL, f"IOAS {self.id} is on demand and maps another process's memory: one for all"
             )
         if self.watched.source is None:
-            # await: asked: cannot change: the lock is held
-            self.watched.source = await self._source_of(mm, connect)
-            self.mm = mm
+            # await: mm, asked: cannot change: the caller's own, and the lock is held
+            self.watched.source = await self._source_of(mm)
+            self.mm_cookie = mm.cookie
         await self.enter(Area(iova, size, hva, writable))
 
     @property
@@ -98,6 +107,12 @@ class IoasOnDemand(Ioas):
             # await: each hwpt: it may be destroyed, its table another's; asked again: `IoPageTable.flushed`
             # (tests/unit/iommufdd/test_hwpt_mirror.py::test_a_mirror_destroyed_while_it_is_flushed)
             await hwpt.give_up()
+
+    async def destroy(self) -> None:
+        following, self.following = self.following, None
+        if following is not None:
+            following.hang_up()
+        await super().destroy()
 
     async def look(self, iova: Iova, size: int) -> bool:
         """Map what the host has there now, for every HWPT; was there anything to map?"""

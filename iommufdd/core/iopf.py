@@ -18,10 +18,11 @@ from enum import Enum, auto
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import IommufdDevice
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.log import Log
 from iommufdd.core.partial import PartialGroups
 from protocol.flow import Flow
 from protocol.hw.fields import FormatError
-from protocol.hw.prq import PageRequest, reply_to
+from protocol.hw.prq import PAGE_REQUEST_SIZE, PageRequest, reply_to
 from protocol.hw.qi import ResponseCode
 
 
@@ -54,12 +55,28 @@ class Iopf:
         respond: Callable[[int, int, ResponseCode], bool],
         spawn: Callable[[Flow[None]], None],
         counts: UnitCounts,
+        log: Log,
     ) -> None:
         self.partial = PartialGroups(counts)
         self.counts = counts
         self._find = find
         self._respond = respond
         self._spawn = spawn
+        self._log = log
+
+    def prq_event(self, entries: bytes, *, overflow: bool) -> None:
+        """The page request interrupt of the unit: every entry is taken [RFC 23/42].  After an overflow what
+        waits for the last of its group is forgotten: that may have been dropped.
+        """
+        malformed = self.counts.malformed
+        for at in range(0, len(entries), PAGE_REQUEST_SIZE):
+            self.take(entries[at : at + PAGE_REQUEST_SIZE])
+        if malformed < self.counts.malformed:
+            self._log.warning("malformed page requests", count=self.counts.malformed - malformed)
+        if overflow:
+            held = self.partial.held
+            self._log.warning("page request queue overflowed: partial groups are discarded", held=held)
+            self.partial.discard()
 
     def take(self, raw: bytes) -> None:
         """One entry of the queue."""
@@ -103,6 +120,7 @@ class Iopf:
         self.counts.responses += 1
         if not self._respond(rid, prgi, code):
             self.counts.responses_lost += 1
+            self._log.warning("page group response lost: no silicon", rid=rid, prgi=prgi, code=code.name)
 
 
 async def _fault_in(hwpt: Hwpt, group: list[PageRequest]) -> ResponseCode:

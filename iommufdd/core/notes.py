@@ -7,10 +7,12 @@ host took the page away meanwhile, costs an IO page fault and nothing else.  The
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
-from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.ioas_on_demand import Following, IoasOnDemand
 from protocol.errors import UapiError
 from protocol.flow import Flow
 from protocol.units import PAGE_SHIFT, Gfn, Iova, gpa_of, iova_of_gpa
@@ -45,3 +47,38 @@ class Notes:
             finally:
                 self._waiting.popleft()
                 self._counts.notes_pending -= 1
+
+
+class NotesChannel(Following, Protocol):
+    """To the VM whose fd was given; `on_note(gfn, npages)` and `on_gone()` are called from then on."""
+
+    async def open(self) -> None:
+        """EOPNOTSUPP: no KVM; EINVAL: no VM's fd; EMFILE."""
+
+
+async def follow(
+    ioas: IoasOnDemand,
+    channel_of: Callable[[Callable[[Gfn, int], None], Callable[[], None]], NotesChannel],
+    spawn: Callable[[Flow[None]], None],
+) -> None:
+    """Notes of a VM are looked at from now on, until it or the IOAS goes.  EBUSY: those of another are;
+    EBADF: one of them went meanwhile; errors as of `NotesChannel.open`.
+    """
+    if ioas.following is not None:
+        raise UapiError(errno.EBUSY, f"IOAS {ioas.id} follows a VM")
+
+    def gone() -> None:
+        if ioas.following is channel:
+            ioas.following = None
+
+    channel = ioas.following = channel_of(Notes(ioas, spawn).told, gone)
+    try:
+        # await: channel, gone, ioas: the VM may go, or the IOAS; asked again: behind it
+        # (tests/unit/iommufdd/test_notes.py::test_an_ioas_destroyed_while_it_begins_to_follow_is_ebadf)
+        await channel.open()
+        if ioas.following is not channel:
+            raise UapiError(errno.EBADF, "the iommufd was closed meanwhile, or the VM is gone")
+    except UapiError:
+        gone()
+        channel.hang_up()
+        raise

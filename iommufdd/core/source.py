@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from iommufdd.core.hardware import MemoryBus
-from iommufdd.core.hmm import ProcessMemory
+from iommufdd.core.hmm import Invalidate, Mm, ProcessMemory
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 
@@ -52,26 +52,27 @@ class Source:
         self.host.release()
 
 
-Connect = Callable[[], Coroutine[Any, None, Source]]  # to the caller's process
+Connect = Callable[[Mm, Invalidate], Coroutine[Any, Any, Source]]
 
 
 class Sources:
     """By the name of the process.  `lock` is held by whoever adds pages or changes who pays for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Connect) -> None:
         self.lock = RwLock()
+        self._connect = connect
         self._mms: dict[Source, int] = {}
 
-    async def get(self, mm: int, connect: Connect, user: object) -> Source:
+    async def get(self, mm: Mm, on_invalidate: Invalidate, user: object) -> Source:
         """That of `mm`, for `user`; a new one if the units of the last are gone.  With the lock held; errors
-        as of `connect`.
+        as of `Connect`.
         """
-        found = (source for source, name in self._mms.items() if name == mm and source.bus.alive)
+        found = (source for source, name in self._mms.items() if name == mm.cookie and source.bus.alive)
         source = next(found, None)
         if source is None:
-            # await: user: cannot change: the caller's own
-            source = await connect()
-            self._mms[source] = mm
+            # await: mm, user: cannot change: the caller's own
+            source = await self._connect(mm, on_invalidate)
+            self._mms[source] = mm.cookie
         source.users.setdefault(user, False)
         return source
 
@@ -83,22 +84,23 @@ class Sources:
                 del self._mms[source]
                 await source.let_go()
 
-    async def change_process(self, mm: int, mm_fd: int) -> None:
-        """All is paid for by process `mm` from now on [iommufd_ioas_change_process].  EINVAL: some of it is
+    async def change_process(self, mm: Mm) -> None:
+        """All is paid for by that process from now on [iommufd_ioas_change_process].  EINVAL: some of it is
         memory of a process itself; ENOMEM: RLIMIT_MEMLOCK, and nothing has changed.
         """
+        # await: mm: cannot change: the caller's own
         async with self.lock:
             if any(any(source.users.values()) for source in self._mms):
                 raise UapiError(errno.EINVAL, "memory of a process is mapped: files alone can be taken over")
             changed: list[Source] = []
             try:
-                for source in [source for source, name in self._mms.items() if name != mm]:
-                    # await: each source, source, changed, asked: cannot change: the lock is held
-                    await source.host.change_process(mm_fd)
+                for source in [source for source, name in self._mms.items() if name != mm.cookie]:
+                    # await: each source, source, changed, mm, asked: cannot change: the lock is held
+                    await source.host.change_process(mm.fd)
                     changed.append(source)
             except UapiError:
                 for source in changed:
                     # await: each source, asked: cannot change: our own list, and the lock
                     await source.host.undo_change_process()
                 raise
-            self._mms.update(dict.fromkeys(changed, mm))
+            self._mms.update(dict.fromkeys(changed, mm.cookie))

@@ -14,9 +14,8 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas_check import check_ioas
-from iommufdd.core.source import Sources
 from iommufdd.service.iommufd import IOMMUFD
-from iommufdd.service.objects import App, IommuFile, VfioFile
+from iommufdd.service.objects import IommufddApp, VfioFile
 from iommufdd.service.vfio import VFIO
 from protocol.daemon import tell_options
 from protocol.errors import UapiError
@@ -34,7 +33,7 @@ class Iommufdd:
     """The daemon: what it holds, behind its socket."""
 
     def __init__(self, loop: Loop, settings: IommufddSettings) -> None:
-        self.app = App(loop, settings)
+        self.app = IommufddApp(loop, settings)
         self.door = Door(loop, FRONT_DOOR, self.app)
         self.private_doors: Mapping[Path, Door[Any]] = {}
 
@@ -46,48 +45,39 @@ class Iommufdd:
         self.app.close()
 
 
-def _open(app: App, message: uapi.OpenIommuNode, fds: Fds) -> Result:
+def _open(app: IommufddApp, message: uapi.OpenIommuNode, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
         mm = cookie_of(fds.peek(0)) if len(fds) else 0
-        held = IommuFile(app, mm, Sources())
-        fd, _, _ = app.files.open(IOMMUFD, held, app.iommufd_closed)
-        app.iommufds[held] = None
+        fd, _, _ = app.files.open(IOMMUFD, app.open_iommufd(mm), app.iommufd_closed)
         return Answer({}, [fd])
     return _open_device(app, message)
 
 
-async def _open_device(app: App, message: uapi.OpenIommuNode) -> Answer:
+async def _open_device(app: IommufddApp, message: uapi.OpenIommuNode) -> Answer:
     number = message.path.removeprefix(names.VFIO_PATH)
     if not (message.path.startswith(names.VFIO_PATH) and number.isdecimal() and len(number) < 4):
         raise UapiError(
             errno.ENOENT, f"open {message.path!r}: only {names.IOMMU_PATH} and {names.VFIO_PATH}N"
         )
-    silicon = await app.live_silicon()
-    functions = silicon.functions
-    if int(number) >= len(functions):
-        raise UapiError(errno.ENOENT, f"open {message.path!r}: there are {len(functions)} devices")
-    info, unit = functions[int(number)]
-    if (unit, info.rid) in app.opened:
-        raise UapiError(errno.EBUSY, f"{message.path} is open already")
-    held = app.opened[unit, info.rid] = VfioFile(app, silicon, app.groups[info.group], info, unit)
-    fd, _, _ = app.files.open(VFIO, held, app.vfio_closed)
+    node = await app.platform.open(int(number), message.path)
+    fd, _, _ = app.files.open(VFIO, VfioFile(app, app.silicon, node), app.vfio_closed)
     return Answer({}, [fd])
 
 
-def _stats(app: App, message: uapi.IommufddStats, fds: Fds) -> Body:
-    beyond = (hwpt for did, hwpt in sorted(app.hwpts.items()) if did > message.after)
+def _stats(app: IommufddApp, message: uapi.IommufddStats, fds: Fds) -> Body:
+    beyond = (hwpt for did, hwpt in sorted(app.platform.hwpts.items()) if did > message.after)
     return {
         **{field.name: getattr(app.unit_counts, field.name) for field in fields(app.unit_counts)},
-        "partial_held": sum(iopf.partial.held for iopf in app.iopfs.values()),
+        "partial_held": sum(iopf.partial.held for iopf in app.platform.iopfs.values()),
         "faults_recorded": app.faults_recorded,
-        "devices_bound": len(app.devices),
+        "devices_bound": len(app.platform.devices),
         **asdict(app.counts),
-        "hwpt_count": len(app.hwpts),
+        "hwpt_count": len(app.platform.hwpts),
         "hwpts": [_hwpt_stats(hwpt) for hwpt in islice(beyond, MAX_TOLD)],
     }
 
 
-async def _check(app: App, message: uapi.IommufddCheck, fds: Fds) -> Body:
+async def _check(app: IommufddApp, message: uapi.IommufddCheck, fds: Fds) -> Body:
     found = app.violations()
     for ioas in app.spaces:
         found += await check_ioas(ioas)
@@ -108,7 +98,7 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
     return {**stats, "faults": {code.name: count for code, count in hwpt.faults.items()}}
 
 
-FRONT_DOOR: Service[App] = Service(
+FRONT_DOOR: Service[IommufddApp] = Service(
     "iommufdd",
     {
         "OPEN": Method(uapi.OpenIommuNode, _open, 1, lambda message: int(message.path == names.IOMMU_PATH)),

@@ -10,11 +10,10 @@ import struct
 from typing import Any
 
 from iommufdd.core.area import ULONG_MAX, Span
+from iommufdd.core.hmm import Mm, UserFd
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
-from iommufdd.core.notes import Notes
-from iommufdd.core.source import Source
-from iommufdd.hmm_client import HmmMirror
+from iommufdd.core.notes import follow
 from iommufdd.kvm_client import FaultNotes
 from iommufdd.service.objects import IommuFile
 from iommufdd.service.sizes import sized
@@ -33,23 +32,16 @@ _MAP_FLAGS = names.IOMMU_IOAS_MAP_FIXED_IOVA | names.IOMMU_IOAS_MAP_WRITEABLE | 
 def _alloc(held: IommuFile, message: uapi.IommuIoasAlloc, fds: Fds) -> Body:
     if message.flags & ~names.IOMMU_IOAS_ON_DEMAND:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}: there is ON_DEMAND (1)")
-    counts = held.app.counts
-    ioas = IoasOnDemand(counts) if message.flags else Ioas(counts, held.sources)
-    return {"out_ioas_id": held.objects.add(ioas)}
+    return {"out_ioas_id": held.ctx.ioas_alloc(on_demand=bool(message.flags))}
 
 
 async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
     writable = _is_writable(message.flags, message.iova, message.length)
-    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
-
-        async def connect() -> Source:
-            return await _connect(held, ioas, fds.peek(0))
-
-        mm = cookie_of(fds.peek(0))
+    with held.ctx.objects.get(message.ioas_id, Ioas).used() as ioas:
         iova = _fixed(message.flags, message.iova)
-        mapped = await ioas.map(mm, connect, Hva(message.user_va), message.length, iova, writable=writable)
+        mapped = await ioas.map(_mm_of(fds), Hva(message.user_va), message.length, iova, writable=writable)
     return {"iova": mapped}
 
 
@@ -58,14 +50,10 @@ async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -
     with _not_on_demand(held, message.ioas_id).used() as ioas:
         if message.fd not in message.fd_table:
             raise UapiError(errno.EBADF, f"fd {message.fd} is not open")
-        file = fds.peek(1 + message.fd_table.index(message.fd))
-
-        async def connect() -> Source:
-            return await _connect(held, ioas, fds.peek(0))
-
-        mm, iova = cookie_of(fds.peek(0)), _fixed(message.flags, message.iova)
+        file = UserFd(fds.peek(1 + message.fd_table.index(message.fd)))
+        iova = _fixed(message.flags, message.iova)
         mapped = await ioas.map(
-            mm, connect, Hva(message.start), message.length, iova, writable=writable, file=file
+            _mm_of(fds), Hva(message.start), message.length, iova, writable=writable, file=file
         )
     return {"iova": mapped}
 
@@ -73,11 +61,7 @@ async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -
 async def _change_process(held: IommuFile, message: uapi.IommuIoasChangeProcess, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    mm_fd = fds.peek(0)
-    for ioas in held.objects.all(IoasOnDemand):
-        if any(ioas.areas):
-            raise UapiError(errno.EINVAL, f"IOAS {ioas.id} maps memory of a process: it cannot be taken over")
-    await held.sources.change_process(cookie_of(mm_fd), mm_fd)
+    await held.ctx.change_process(_mm_of(fds))
     return {}
 
 
@@ -114,7 +98,7 @@ def _fixed(flags: int, iova: int) -> Iova | None:
 
 
 def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
-    ioas = held.objects.get(ioas_id, Ioas)
+    ioas = held.ctx.objects.get(ioas_id, Ioas)
     if isinstance(ioas, IoasOnDemand):
         raise UapiError(
             errno.EOPNOTSUPP, f"IOAS {ioas_id} is on demand: it has no pages of its own, use IOMMU_IOAS_MAP"
@@ -122,28 +106,13 @@ def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
     return ioas
 
 
-async def _connect(held: IommuFile, ioas: Ioas, mm_fd: int) -> Source:
-    """The process's memory at kvmd, its frames handed to the units there are now."""
-    app = held.app
-    silicon = await app.live_silicon()
-    told = ioas.invalidate if isinstance(ioas, IoasOnDemand) else _unconcerned
-    host = HmmMirror(told, lambda: app.loop.flows.spawn(app.lose_host(held, host)))
-    try:
-        await host.open(app.loop, app.settings.kvmd, mm_fd)
-        windows, fds = await host.register(held.account)
-        lent = await silicon.add_memory(windows, [fds.take(n) for n in range(len(fds))])
-        return Source(host, silicon, lent)
-    except UapiError:
-        host.release()
-        raise
-
-
-async def _unconcerned(start: Hva, size: int) -> None:
-    """What is pinned is not watched."""
+def _mm_of(fds: Fds) -> Mm:
+    """current->mm."""
+    return Mm(cookie_of(fds.peek(0)), UserFd(fds.peek(0)))
 
 
 async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Body:
-    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
+    with held.ctx.objects.get(message.ioas_id, Ioas).used() as ioas:
         everything = message.iova == 0 and message.length == ULONG_MAX
         if not everything and ULONG_MAX in (message.iova, message.length):
             raise UapiError(errno.EOVERFLOW, f"iova {message.iova:#x}+{message.length:#x}")
@@ -153,7 +122,7 @@ async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Bod
 def _iova_ranges(held: IommuFile, message: uapi.IommuIoasIovaRanges, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    available = held.objects.get(message.ioas_id, Ioas).areas.available
+    available = held.ctx.objects.get(message.ioas_id, Ioas).areas.available
     return {
         "num_iovas": len(available),
         "allowed_iovas": available[: message.num_iovas],
@@ -165,7 +134,7 @@ def _iova_ranges(held: IommuFile, message: uapi.IommuIoasIovaRanges, fds: Fds) -
 async def _allow_iovas(held: IommuFile, message: uapi.IommuIoasAllowIovas, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
+    with held.ctx.objects.get(message.ioas_id, Ioas).used() as ioas:
         await ioas.allow_iovas(_ranges(message.allowed_iovas or b"", message.num_iovas))
     return {}
 
@@ -188,22 +157,15 @@ def _ranges(memory: bytes, count: int) -> list[Span[Iova]]:
 async def _follow_kvm(held: IommuFile, message: uapi.IommuIoasFollowKvm, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    with held.objects.get(message.ioas_id, Ioas).used() as ioas:
+    with held.ctx.objects.get(message.ioas_id, Ioas).used() as ioas:
         if not isinstance(ioas, IoasOnDemand):
             raise UapiError(errno.EINVAL, f"IOAS {ioas.id} is not on demand: its pages are there already")
-        if ioas in held.app.following:
-            raise UapiError(errno.EBUSY, f"IOAS {ioas.id} follows a VM")
-        notes = Notes(ioas, held.app.loop.flows.spawn)
-        following = held.app.following
-        channel = following[ioas] = FaultNotes(notes.told, lambda: following.pop(ioas, None))
-        try:
-            await channel.open(held.app.loop, held.app.settings.kvmd, fds.peek(0))
-            if ioas not in following:
-                raise UapiError(errno.EBADF, "the iommufd was closed meanwhile, or the VM is gone")
-        except UapiError:
-            following.pop(ioas, None)
-            channel.hang_up()
-            raise
+        app, vm_fd = held.app, fds.peek(0)
+        await follow(
+            ioas,
+            lambda on_note, on_gone: FaultNotes(app.loop, app.settings.kvmd, vm_fd, on_note, on_gone),
+            app.loop.flows.spawn,
+        )
     return {}
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 
 from iommufdd.core.device import IommufdDevice
-from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.ioas import Ioas
-from iommufdd.core.object import Object
 from iommufdd.service.hwpt import hwpt_alloc
 from iommufdd.service.ioas import IOAS
 from iommufdd.service.objects import IommuFile
@@ -27,21 +24,14 @@ MAX_ENTRIES = 1 << 19
 
 
 async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Body:
-    found = held.objects.get(message.id, Object)
-    if isinstance(found, IommufdDevice):
-        raise UapiError(errno.EBUSY, f"device {found.id} is bound: close its VFIO device instead")
-    held.objects.remove(message.id)
-    if isinstance(found, Hwpt):
-        await held.app.destroy_hwpt(found)
-    elif isinstance(found, Ioas):
-        await held.app.destroy_ioas(found)
+    await held.ctx.destroy(message.id)
     return {}
 
 
 def _get_hw_info(held: IommuFile, message: uapi.IommuGetHwInfo, fds: Fds) -> Body:
     if message.flags or message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
-    device = held.objects.get(message.dev_id, IommufdDevice)
+    device = held.ctx.objects.get(message.dev_id, IommufdDevice)
     if message.data_len and not message.data_uptr:
         raise UapiError(errno.EFAULT, f"no memory for {message.data_len} bytes at data_uptr")
     if message.data_len > uapi.MAX_USER_BYTES:
@@ -59,14 +49,14 @@ def _get_hw_info(held: IommuFile, message: uapi.IommuGetHwInfo, fds: Fds) -> Bod
 def _set_dirty_tracking(held: IommuFile, message: uapi.IommuHwptSetDirtyTracking, fds: Fds) -> Body:
     if message.reserved or message.flags & ~1:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
-    held.objects.get(message.hwpt_id, HwptPaging)
+    held.ctx.objects.get(message.hwpt_id, HwptPaging)
     raise UapiError(errno.EOPNOTSUPP, "the unit keeps no dirty bits (ECAP.SSADS)")
 
 
 def _get_dirty_bitmap(held: IommuFile, message: uapi.IommuHwptGetDirtyBitmap, fds: Fds) -> Body:
     if message.reserved or message.flags & ~NO_CLEAR:
         raise UapiError(errno.EOPNOTSUPP, f"flags {message.flags:#x}, __reserved {message.reserved:#x}")
-    held.objects.get(message.hwpt_id, HwptPaging)
+    held.ctx.objects.get(message.hwpt_id, HwptPaging)
     raise UapiError(errno.EOPNOTSUPP, "the unit keeps no dirty bits (ECAP.SSADS)")
 
 

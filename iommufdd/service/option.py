@@ -34,17 +34,17 @@ async def _rlimit_mode(held: IommuFile, message: uapi.IommuOption) -> int:
             f"RLIMIT_MODE of object {message.object_id}: it is the iommufd's, object_id is 0",
         )
     if message.option_op == names.IOMMU_OPTION_OP_GET:
-        return RLIMIT_MODES.index(held.account)
+        return RLIMIT_MODES.index(held.ctx.connector.account)
     _check_set(message)
-    if any(held.objects):
+    if any(held.ctx.objects):
         raise UapiError(errno.EBUSY, "RLIMIT_MODE is chosen before the iommufd has any object")
     _check_flag(message)
-    held.account = RLIMIT_MODES[message.val64]
+    held.ctx.connector.account = RLIMIT_MODES[message.val64]
     return message.val64
 
 
 async def _huge_pages(held: IommuFile, message: uapi.IommuOption) -> int:
-    ioas = held.objects.get(message.object_id, Ioas)
+    ioas = held.ctx.objects.get(message.object_id, Ioas)
     if message.option_op == names.IOMMU_OPTION_OP_GET:
         return int(ioas.large_pages)
     _check_set(message)

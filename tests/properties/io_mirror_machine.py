@@ -23,14 +23,14 @@ from device_sim.core.traits import capabilities
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import HmmPage
+from iommufdd.core.hmm import HmmPage, Invalidate, Mm, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.mirror_pins import MirrorPin
 from iommufdd.core.notes import Notes
-from iommufdd.core.source import Source
+from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START, Window, WindowKind
@@ -79,7 +79,7 @@ class MirrorMachine:
         self.endpoint = Endpoint()
         self.host = FakeHost()
         self.counts = Counts()
-        self.ioas = IoasOnDemand(self.counts)
+        self.ioas = IoasOnDemand(self.counts, Sources(self._connect))
         self.host.told, self.host.hop = self.ioas.invalidate, self.dawdle
         self.notes = Notes(self.ioas, self.flows.spawn)
         view = memoryview(bytearray(TABLE_BYTES))
@@ -111,9 +111,12 @@ class MirrorMachine:
 
     async def write_pasid_entry(self, rid: int, pasid: int, entry: bytes) -> None: ...
 
+    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+        return True
+
     async def remove_memory(self, memory: int) -> None: ...
 
-    async def _connect(self) -> Source:
+    async def _connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
         return Source(self.host, self, 1)
 
     # -- what may happen ---------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ class MirrorMachine:
 
     async def _map(self, iova: int, size: int, hva: int) -> None:
         try:
-            await self.ioas.map(MM, self._connect, Hva(hva), size, Iova(iova), writable=True)
+            await self.ioas.map(Mm(MM, UserFd(0)), Hva(hva), size, Iova(iova), writable=True)
         except UapiError:
             assert len(list(self.ioas.areas)) == 1, "another remap was first"
 

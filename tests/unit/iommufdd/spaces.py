@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
+from iommufdd.core.hmm import Invalidate, Mm, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
@@ -34,7 +35,7 @@ class Space:
         self.host = FakeHost(self.world.log)
         self.counts = Counts()
         self.connected = 0
-        self.sources = Sources()
+        self.sources = Sources(self.connect)
         self.ioas = self.space(on_demand=on_demand)
         if isinstance(self.ioas, IoasOnDemand):
             self.host.told = self.ioas.invalidate
@@ -44,14 +45,16 @@ class Space:
 
     def space(self, *, on_demand: bool = False) -> Ioas:
         """A further one of the same iommufd."""
-        return IoasOnDemand(self.counts) if on_demand else Ioas(self.counts, self.sources)
+        if on_demand:
+            return IoasOnDemand(self.counts, Sources(self.connect))
+        return Ioas(self.counts, self.sources)
 
-    async def connect(self) -> Source:
+    async def connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
         self.connected += 1
         return Source(self.host, self.world, MEMORY)
 
     def map(self, at: int | None, size: int, hva: int = HVA, *, writable: bool = True, mm: int = MM) -> int:
-        flow = self.ioas.map(mm, self.connect, Hva(hva), size, iova_or_none(at), writable=writable)
+        flow = self.ioas.map(mm_of(mm), Hva(hva), size, iova_or_none(at), writable=writable)
         return self.world.run(flow)
 
     def unmap(self, iova: int, size: int) -> int:
@@ -114,6 +117,11 @@ class Space:
 
 def iova_or_none(iova: int | None) -> Iova | None:
     return None if iova is None else Iova(iova)
+
+
+def mm_of(cookie: int = MM) -> Mm:
+    """A process, with an fd that nobody looks at."""
+    return Mm(cookie, UserFd(cookie))
 
 
 def outcome(call: Callable[[], object]) -> int:

@@ -116,7 +116,7 @@ def test_out_go_dma_and_page_requests_then_the_queue_is_drained_then_the_entry_a
     bound.leave()
     assert bound.world.log == LEAVE
     assert bound.world.entries == {RID: bytes(64)}
-    assert bound.world.functions == {RID: {**OFF, "pri": 0}}
+    assert bound.world.switched == {RID: {**OFF, "pri": 0}}
     assert bound.free
 
 
@@ -171,8 +171,8 @@ def test_a_failed_attach_leaves_nothing(bound: Bound, calls: int, number: int) -
     assert bound.refused().errno == number
     if number != GONE:
         assert bound.world.entries[RID] == bytes(64), "the unit could walk the root still"
-        assert bound.world.functions[RID].items() >= OFF.items()
-        assert not bound.world.functions[RID].get("pri")
+        assert bound.world.switched[RID].items() >= OFF.items()
+        assert not bound.world.switched[RID].get("pri")
         assert ("submit", FLUSH) in bound.world.log
         bound.world.log.clear()
         bound.enter()
@@ -225,7 +225,7 @@ def test_without_ats_or_page_requests_on_either_side_it_is_enodev_and_detached_a
     bound = Bound(world=World(ecap=Ecap(ecap)), **info)
     assert bound.refused().errno == errno.ENODEV
     assert bound.world.entries[RID] == bytes(64)
-    assert not bound.world.functions[RID]["master"]
+    assert not bound.world.switched[RID]["master"]
 
 
 @pytest.mark.rfc("RFC-62", "RFC-107")
@@ -282,9 +282,9 @@ def test_page_requests_are_on_exactly_while_the_hwpt_needs_them(bound: Bound) ->
     paging = bound.world.paging()
     for hwpt, on in ((paging, 0), (bound.hwpt, 2048), (paging, 0), (bound.hwpt, 2048)):
         bound.enter(hwpt)
-        assert bound.world.functions[RID].get("pri", 0) == on
+        assert bound.world.switched[RID].get("pri", 0) == on
         bound.leave()
-        assert bound.world.functions[RID].get("pri", 0) == 0
+        assert bound.world.switched[RID].get("pri", 0) == 0
 
 
 # -- devices that fault only in part -------------------------------------------------------------------
@@ -369,6 +369,6 @@ def test_a_pin_that_outlasts_the_attachment_is_taken_back() -> None:
 def test_a_pinned_device_without_page_requests_is_attached_without_them() -> None:
     bound = Bound(ats=False, pri=False, fault_capability="none")
     bound.enter(pinned=True)
-    assert "pri" not in bound.world.functions[RID]
+    assert "pri" not in bound.world.switched[RID]
     bound.leave()
     assert bound.free

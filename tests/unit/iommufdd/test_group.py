@@ -55,7 +55,7 @@ class Grouped:
         """Which HWPT each device is on, and the page requests that go with it."""
         for device in self.devices:
             needs = device.hwpt is self.kvm
-            functions = self.world.functions.get(device.rid, {})
+            functions = self.world.switched.get(device.rid, {})
             assert bool(functions.get("pri")) is needs, f"{device.info.name}: {functions}"
             assert bool(functions.get("master")) is (device.hwpt is not None)
         return self.on_hwpts()

@@ -10,7 +10,7 @@ from iommufdd.core.area import ULONG_MAX
 from protocol.errors import UapiError
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
 from tests.unit.iommufdd.host import FRAMES
-from tests.unit.iommufdd.spaces import HVA, MEMORY, Space, mapped, outcome
+from tests.unit.iommufdd.spaces import HVA, MEMORY, Space, mapped, mm_of, outcome
 from tests.unit.iommufdd.world import GONE, RID, World
 
 K4, M2 = 4 << 10, 2 << 20
@@ -155,7 +155,7 @@ def test_a_process_is_connected_to_once_and_let_go_of_with_the_last_ioas_that_ma
     space = Space()
     other = space.space()
     space.map(0, K4)
-    space.world.run(other.map(77, space.connect, Hva(HVA), K4, Iova(0), writable=True))
+    space.world.run(other.map(mm_of(), Hva(HVA), K4, Iova(0), writable=True))
     space.map(K4, K4, mm=78)
     assert space.connected == 2
     space.world.run(space.ioas.destroy())
@@ -178,7 +178,7 @@ def test_what_waits_for_an_ioas_that_is_destroyed_maps_nothing(on_demand: bool) 
     space = Space(on_demand=on_demand)
     space.world.run(space.ioas.lock.acquire(write=True))
     ended = space.world.start(space.ioas.destroy())
-    waiting = space.world.start(space.ioas.map(77, space.connect, Hva(HVA), K4, Iova(0), writable=True))
+    waiting = space.world.start(space.ioas.map(mm_of(), Hva(HVA), K4, Iova(0), writable=True))
     space.ioas.lock.release()
     space.world.flows.run_ready()
     assert ended.done
@@ -250,7 +250,7 @@ def test_unmapping_waits_for_a_map_that_is_under_way() -> None:
     hwpt = space.hwpt()
     space.world.hold()
     space.host.hop = lambda: space.world._take("hop")
-    made = space.world.start(space.ioas.map(77, space.connect, Hva(HVA), K4, Iova(0), writable=True))
+    made = space.world.start(space.ioas.map(mm_of(), Hva(HVA), K4, Iova(0), writable=True))
     gone = space.world.start(space.ioas.unmap(Iova(0), ULONG_MAX))
     assert (made.done, gone.done) == (False, False)
     while not gone.done:

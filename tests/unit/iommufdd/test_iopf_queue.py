@@ -15,6 +15,7 @@ from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.iopf import Iopf
+from iommufdd.core.log import NoLog
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
@@ -40,7 +41,7 @@ class Queue:
         self.crashes: list[BaseException] = []
         self.world.flows = Flows(self.crashes.append)
         self.hwpt = self.world.hwpt()
-        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn, UnitCounts())
+        self.iopf = Iopf(self._find, self._respond, self.world.flows.spawn, UnitCounts(), NoLog())
         self.device = IommufdDevice(function(), self.world, self.world, FaultPolicy(), self.iopf.partial)
         if attached:
             self.world.run(self.device.enter(self.hwpt, pinned=False))
@@ -102,7 +103,7 @@ def test_a_request_without_pasid_is_served_by_its_own_functions_domain_and_answe
         answers.extend(qi.raw([qi.page_group_response(rid, prgi, code)]))
         return True
 
-    iopf = Iopf(devices.get, respond, first.world.flows.spawn, UnitCounts())
+    iopf = Iopf(devices.get, respond, first.world.flows.spawn, UnitCounts(), NoLog())
     iopf.take(entry(5, write=True))
     iopf.take(entry(6, 1, rid=RID + 8))
     first.world.flows.run_ready()

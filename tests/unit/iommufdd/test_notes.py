@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.ioas_on_demand import IoasOnDemand
-from iommufdd.core.notes import MAX_WAITING, Notes
+from iommufdd.core.notes import MAX_WAITING, Notes, follow
+from protocol.flow import Wait
 from protocol.units import LEVEL_2M, Gfn, Iova
 from tests.unit.iommufdd.host import FRAMES
-from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, mapped, request
+from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, mapped, outcome, request
 
 K4, M2 = 4 << 10, 2 << 20
 
@@ -151,3 +153,51 @@ def test_a_host_that_is_gone_loses_the_note_and_the_next_is_looked_at() -> None:
     space.host.fault_in(HVA)
     space.notes.told(Gfn(0), 1)
     assert (len(mapped(space.hwpt_)), space.counted) == (1, (2, 1, 0, 1))
+
+
+class Channel:
+    """To a VM: opened when told to."""
+
+    def __init__(self) -> None:
+        self.opened: Wait[None] = Wait()
+        self.hung_up = 0
+
+    async def open(self) -> None:
+        await self.opened
+
+    def hang_up(self) -> None:
+        self.hung_up += 1
+
+
+def following(space: Noted) -> tuple[Channel, list[Callable[[], None]], Wait[None]]:
+    channel, gone = Channel(), []
+
+    def channel_of(on_note: object, on_gone: Callable[[], None]) -> Channel:
+        gone.append(on_gone)
+        return channel
+
+    return channel, gone, space.world.start(follow(space.demand, channel_of, space.world.flows.spawn))
+
+
+def test_an_ioas_destroyed_while_it_begins_to_follow_is_ebadf() -> None:
+    space = Noted()
+    space.destroy(space.hwpt_)
+    channel, _, begun = following(space)
+    space.world.run(space.ioas.destroy())
+    channel.opened.set(None)
+    space.world.flows.run_ready()
+    assert outcome(begun.result) == errno.EBADF
+    assert channel.hung_up
+
+
+def test_one_vm_is_followed_until_it_goes_and_its_end_does_not_end_another() -> None:
+    space = Noted()
+    first, gone, begun = following(space)
+    assert outcome(following(space)[2].result) == errno.EBUSY
+    gone[0]()
+    second, _, after = following(space)
+    for channel in (first, second):
+        channel.opened.set(None)
+    space.world.flows.run_ready()
+    assert (outcome(begun.result), outcome(after.result)) == (errno.EBADF, 0)
+    assert space.demand.following is second

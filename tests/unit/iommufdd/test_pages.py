@@ -14,7 +14,7 @@ from iommufdd.core.ioas import Ioas
 from iommufdd.core.pages import Pages, Pins
 from protocol.units import LEVEL_4K, Hpa, Hva, Iova
 from tests.unit.iommufdd.host import FRAMES, FakeHost
-from tests.unit.iommufdd.spaces import HVA, MM, Space, mapped, outcome
+from tests.unit.iommufdd.spaces import HVA, Space, mapped, mm_of, outcome
 
 K4, M2 = 4 << 10, 2 << 20
 
@@ -195,7 +195,7 @@ class History:
         at, pages = self.span()
         source = self.random.randrange(PAGES) * UNIT
         call = self.ioases[which].map(
-            MM, self.space.connect, Hva(HVA + source), pages * UNIT, Iova(at * UNIT), writable=True
+            mm_of(), Hva(HVA + source), pages * UNIT, Iova(at * UNIT), writable=True
         )
         if outcome(lambda: self.space.world.run(call)) == 0:
             for n in range(pages):

@@ -6,13 +6,15 @@ import errno
 
 import pytest
 
+from iommufdd.core.hmm import Invalidate, Mm, UserFd
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
+from protocol.units import Hva
 from tests.unit.iommufdd.host import FakeHost
-from tests.unit.iommufdd.spaces import MEMORY, outcome
+from tests.unit.iommufdd.spaces import MEMORY, mm_of, outcome
 from tests.unit.iommufdd.world import World
 
-FD = 9
+FD = UserFd(9)
 
 
 class Processes:
@@ -20,18 +22,24 @@ class Processes:
 
     def __init__(self) -> None:
         self.world = World()
-        self.sources = Sources()
+        self.sources = Sources(self.connect)
         self.hosts: dict[int, FakeHost] = {}
+        self.refuses = 0
+
+    async def connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
+        if self.refuses:
+            raise UapiError(self.refuses, "no KVM")
+        host = self.hosts[mm.cookie] = FakeHost()
+        return Source(host, self.world, MEMORY)
 
     def get(self, mm: int, user: object) -> Source:
-        async def connect() -> Source:
-            host = self.hosts[mm] = FakeHost()
-            return Source(host, self.world, MEMORY)
-
-        return self.world.run(self.sources.get(mm, connect, user))
+        return self.world.run(self.sources.get(mm_of(mm), unwatched, user))
 
     def take_over(self, mm: int) -> int:
-        return outcome(lambda: self.world.run(self.sources.change_process(mm, FD)))
+        return outcome(lambda: self.world.run(self.sources.change_process(Mm(mm, FD))))
+
+
+async def unwatched(start: Hva, size: int) -> None: ...
 
 
 def test_one_process_is_one_source_until_its_last_user_or_its_units_go() -> None:
@@ -88,7 +96,7 @@ def test_nobody_lets_go_of_a_source_that_is_being_taken_over() -> None:
     source = rig.get(1, "a")
     rig.world.hold()
     rig.hosts[1].hop = lambda: rig.world._take("hop")
-    taken = rig.world.start(rig.sources.change_process(2, FD))
+    taken = rig.world.start(rig.sources.change_process(Mm(2, FD)))
     put = rig.world.start(rig.sources.put(source, "a"))
     assert (taken.done, put.done, rig.hosts[1].released) == (False, False, False)
     while not put.done:
@@ -99,10 +107,8 @@ def test_nobody_lets_go_of_a_source_that_is_being_taken_over() -> None:
 
 def test_a_process_that_cannot_be_connected_to_leaves_nothing() -> None:
     rig = Processes()
-
-    async def refused() -> Source:
-        raise UapiError(errno.EOPNOTSUPP, "no KVM")
-
-    assert outcome(lambda: rig.world.run(rig.sources.get(1, refused, "a"))) == errno.EOPNOTSUPP
+    rig.refuses = errno.EOPNOTSUPP
+    assert outcome(lambda: rig.get(1, "a")) == errno.EOPNOTSUPP
+    rig.refuses = 0
     rig.get(1, "a")
     assert rig.take_over(2) == 0

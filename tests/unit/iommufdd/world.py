@@ -13,16 +13,17 @@ from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import FunctionInfo
+from iommufdd.core.hmm import Invalidate, Mm
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.kvm_domain import KvmDomain
-from iommufdd.core.source import Sources
+from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
 from protocol.hw.caps import Cap, Ecap
-from protocol.hw.qi import Descriptor
+from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Level, Pasid
@@ -77,6 +78,10 @@ def io_pagetable(pages: int = 64) -> IoPageTable:
     return IoPageTable(writer, TablePool(writer, pages * PAGE_SIZE), Level(4), LEVEL_1G)
 
 
+async def nobody(mm: Mm, on_invalidate: Invalidate) -> Source:
+    raise AssertionError("nothing is mapped here")
+
+
 class World:
     """Tdp, Unit, Memory and ConfigSpace in one; `hold` makes the next calls wait until `let_go`."""
 
@@ -90,7 +95,7 @@ class World:
         self.held: list[Wait[None]] | None = None
         self.alive = True
         self.entries: dict[int, bytes] = {}
-        self.functions: dict[int, dict[str, int]] = {}  # what is on
+        self.switched: dict[int, dict[str, int]] = {}  # what is on
         self.pins = 0  # asked for so far
         self.pri_on = False  # somebody else switched page requests on
 
@@ -100,7 +105,7 @@ class World:
     def paging(self, did: int = DID + 1) -> HwptPaging:
         table = io_pagetable()
         domain = Domain(table.root, Level(4), did, LEVEL_1G)
-        return HwptPaging(domain, self, Ioas(Counts(), Sources()), table)
+        return HwptPaging(domain, self, Ioas(Counts(), Sources(nobody)), table)
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:
         wait = self.start(flow)
@@ -164,6 +169,10 @@ class World:
     async def submit(self, descriptors: list[Descriptor]) -> None:
         await self._take("submit", b"".join(qi.raw(descriptors)))
 
+    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+        self.log.append(("respond", rid, prgi, code))
+        return self.alive
+
     async def remove_memory(self, memory: int) -> None:
         await self._take("remove_memory", memory)
 
@@ -185,4 +194,4 @@ class World:
         await self._take(what, rid, value)
         if what == "pri" and value and self.pri_on:
             raise UapiError(errno.EBUSY, "page requests are on")
-        self.functions.setdefault(rid, {})[what] = value
+        self.switched.setdefault(rid, {})[what] = value

@@ -1,0 +1,64 @@
+"""The way to a process's memory: its order, whose limit is charged, and that what fails leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from iommufdd.core.hmm import Mm, UserFd
+from protocol.units import PAGE_SIZE, Hva, Iova
+from tests.unit.iommufdd.rig import MM, Rig
+from tests.unit.iommufdd.spaces import HVA, outcome
+
+HERE = Mm(MM, UserFd(9))
+
+
+def test_units_first_then_the_process_then_its_windows_and_only_then_its_pages() -> None:
+    rig = Rig()
+    rig.ctx.connector.account = "mm"
+    ioas = rig.ioas(on_demand=True)
+    rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    assert rig.asked() == ["open", "register", "add_memory", "watch"]
+    assert rig.mirrors[0].account == "mm"
+
+
+@pytest.mark.parametrize("errno_", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_host_that_refuses_leaves_no_mirror(errno_: int) -> None:
+    rig = Rig()
+    mirror_of = rig._mirror_of
+
+    def refusing(*args: object) -> object:
+        mirror = mirror_of(*args)  # type: ignore[arg-type]
+        mirror.errno = errno_
+        return mirror
+
+    rig.ctx.connector._mirror_of = refusing  # type: ignore[assignment]
+    call = rig.ioas().map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True)
+    assert outcome(lambda: rig.run(call)) == errno_
+    assert rig.mirrors[0].released
+
+
+def test_units_that_go_meanwhile_leave_no_mirror() -> None:
+    rig = Rig()
+    rig.hardware.fails.after(0, errno.ENODEV)
+    call = rig.ioas().map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True)
+    assert outcome(lambda: rig.run(call)) == errno.ENODEV
+    assert rig.mirrors[0].released
+
+
+def test_a_host_that_goes_empties_every_table_before_any_window_is_given_back() -> None:
+    rig = Rig()
+    device = rig.bind()
+    ioases = [rig.ioas() for _ in range(2)]
+    hwpts = [rig.run(rig.paging(device, ioas)) for ioas in ioases]
+    for ioas in ioases:
+        rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.run(rig.nodes[0].attach(hwpts[0], pinned=False))
+    rig.asked()
+    rig.gone[0]()
+    rig.hardware.flows.run_ready()
+    assert [ioas.hwpts[0].table.leaves for ioas in ioases] == [[0, 0, 0, 0]] * 2
+    assert device.hwpt is None
+    assert rig.asked()[-1] == "remove_memory"
+    assert outcome(lambda: rig.run(rig.nodes[0].attach(hwpts[1], pinned=False))) == errno.ENODEV
