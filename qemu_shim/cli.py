@@ -22,12 +22,14 @@ import trio
 from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
+from qemu_shim.scenarios.files import BadFile, is_file, scenario_of, told
 from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report, render
+from qemu_shim.scenarios.run import SEED_MAX
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
-from qemu_shim.study.command.compare_options import add_compare
+from qemu_shim.study.command.compare_options import add_compare, add_params, param_dest
 from qemu_shim.vmm.daemon_options import add_daemon_options, given, joined, lacking, merged
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.inspect import as_text, demo, inspect
@@ -35,6 +37,10 @@ from qemu_shim.vmm.interrupt import interruptible
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 
+SEE_MORE = (
+    "to see more: --dump DIR writes the tables, --kvmd '--trace FILE' what led to them (--iommufdd and"
+    " --device-sim take it too), --log-level debug says what the daemons did"
+)
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 EXIT_NO_READER = 141  # as the shell calls SIGPIPE
@@ -68,8 +74,9 @@ def _do(options: argparse.Namespace) -> int:
         )
 
         return compare(options)
-    scenario = SCENARIOS[options.scenario]
-    params = {name: getattr(options, name) for name in scenario.params}
+    scenario = _scenario(options.scenario)
+    given_params = {name: getattr(options, param_dest(name)) for name in scenario.params}
+    params = scenario.with_defaults({name: n for name, n in given_params.items() if n is not None})
     report = Report(scenario.name)
     finished = trio.run(_run, scenario, params, report, options)
     if not finished:
@@ -79,9 +86,21 @@ def _do(options: argparse.Namespace) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+    words = joined(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="qemu-shim", description="The VMM, the guest and the scenarios of the shared-TDP model."
     )
+    try:
+        files = {word: scenario_of(word) for word in words[1:] if is_file(word) and not word.startswith("-")}
+        return _parsed(parser, words, files)
+    except BadFile as error:
+        parser.error(str(error))
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, words: list[str], files: Mapping[str, Scenario]
+) -> argparse.Namespace:
+    """`files`: the scenarios of files that the command names.  BadFile."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="the scenarios and what each is about")
     instead = listing.add_mutually_exclusive_group()
@@ -99,20 +118,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     _add_run_options(run)
     _add_design(run, default=SHARED.name)
     add_daemon_options(run)
-    scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
-    for scenario in SCENARIOS.values():
-        sub = scenarios.add_parser(scenario.name, help=scenario.summary, description=scenario.summary)
+    scenarios = run.add_subparsers(dest="scenario", required=True, metavar="SCENARIO | FILE.py")
+    for name, scenario in {**SCENARIOS, **files}.items():
+        sub = scenarios.add_parser(
+            name,
+            help=scenario.summary,
+            description=scenario.help or scenario.summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         _add_run_options(sub, default=argparse.SUPPRESS)  # what was said before its name stays
         _add_design(sub, default=argparse.SUPPRESS)
         add_daemon_options(sub, default=argparse.SUPPRESS)
-        for name, param in scenario.params.items():
-            sub.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=_bounded(param.low, param.high),
-                default=param.default,
-                metavar="N",
-                help=f"{param.help} (default {param.default}, {param.low}..{param.high})",
-            )
+        if name in files:
+            sub.add_argument("--seed", type=_bounded(0, SEED_MAX), default=1, metavar="N", help="of chance")
+        add_params(sub, {name: scenario}, _bounded)
     looking = commands.add_parser(
         "inspect", help="a VM's slots, roots and counters; one address; its table as files for other tools"
     )
@@ -125,15 +144,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="with --attach: the socket kvmd was given as --admin-socket",
     )
     looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
-    add_compare(commands, _bounded)
+    add_compare(commands, _bounded, files)
     add_campaign_options(
-        commands.add_parser("campaign", help="many seeds and parameters, kept and resumable")
+        commands.add_parser("campaign", help="many seeds and parameters, kept and resumable"), files
     )
-    options = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+    options = parser.parse_args(words)
     if options.command == "inspect" and (options.attach is None) != (options.admin is None):
         looking.error("--attach DIR and --admin PATH go together: only the administrator looks into any VM")
     if options.command == "run":
-        _check_design(run, SCENARIOS[options.scenario], options.design)
+        _check_design(run, _scenario(options.scenario), options.design)
         if options.attach is not None and given(options):
             run.error("the daemons of --attach run already: give them options where they are started")
     return options
@@ -146,6 +165,10 @@ def _add_design(parser: argparse.ArgumentParser, default: str) -> None:
         default=default,
         help=f"how the device is given the guest's memory ({SHARED.name})",
     )
+
+
+def _scenario(name: str) -> Scenario:
+    return scenario_of(name) if is_file(name) else SCENARIOS[name]
 
 
 def _check_design(parser: argparse.ArgumentParser, scenario: Scenario, design: str) -> None:
@@ -251,7 +274,13 @@ async def _run(
             why = f"{scenario.name} cannot be shown on the daemons in {options.attach}"
             report.problems.append(f"{why}: {lacks}")
             return
-        await run_scenario(host, scenario, DESIGNS[options.design], params=params, report=report)
+        seed = getattr(options, "seed", 1)
+        try:
+            await run_scenario(host, scenario, DESIGNS[options.design], seed, params, report)
+        except* Exception as group:
+            if not is_file(options.scenario):
+                raise
+            report.problems += [told(error, options.scenario) for error in leaves(group)]
         report.problems += report.ended
 
     return await _with_host(options, play, report.problems, merged(scenario.options, given(options)))
@@ -301,12 +330,15 @@ async def _with_host(
         try:
             async with AsyncExitStack() as stack:
                 directory, admin = options.attach, options.admin if as_admin else None
+                supervisor = None
                 if directory is None:
                     supervisor = await stack.enter_async_context(
                         supervised(daemon_options or {}, log_level=options.log_level)
                     )
                     directory, admin = supervisor.directory, supervisor.admin if as_admin else None
-                await work(await stack.enter_async_context(connect_host(directory, admin)))
+                host = await stack.enter_async_context(connect_host(directory, admin))
+                host.killer = supervisor.kill if supervisor is not None else None
+                await work(host)
         except* (DaemonFailed, UapiError, PeerError, OSError, OutOfGuestMemory, LookupError) as group:
             problems.extend(str(error) for error in leaves(group))
 
@@ -323,4 +355,6 @@ def _show(report: Report, *, as_json: bool) -> None:
         print(render(report))
     for problem in report.problems:
         print(f"FAILED: {problem}")
+    if report.problems:
+        print(SEE_MORE)
     print(f"{report.scenario}: {'failed' if report.problems else 'ok'}")

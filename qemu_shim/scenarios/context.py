@@ -6,66 +6,39 @@ no other, and the same each time.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from protocol.errors import UapiError
-from protocol.hw.dsa import CompletionRecord, Opcode, Status
 from protocol.units import KIB, PAGE_SIZE, Gpa
-from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.measure import Report
+from qemu_shim.scenarios.counters import Counters, grown
+from qemu_shim.scenarios.guest import DmaFailed, Guest, running_guest
+from qemu_shim.scenarios.measure import Report, Snapshot, fill_table, snapshot
 from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.vmm.designs import Design, Refused
-from qemu_shim.vmm.machine import BareMachine, Host, Machine, MachineConfig, attached, bare_machine
+from qemu_shim.vmm.machine import FIRST_FREE_GPA, BareMachine, Host, MachineConfig, bare_machine
 
 T = TypeVar("T")
 KERNEL_BYTES = 256 * KIB  # the guest's
 DRIVER_PAGES = 16  # and its driver's, at most
-EQUAL = 0  # the result of a comparison
 
 
-@dataclass(slots=True)
-class Guest:
-    """A running machine and one queue of its device, which blocks on faults."""
+class Wishes(TypedDict, total=False):
+    """What a machine is to be like: bytes of RAM (1 GiB), how many devices and vCPUs (1 of each), bytes of
+    the host pages behind its RAM (4096), bytes of the blocks that may be converted to private (0: none),
+    bytes of each vCPU's dirty ring (0: none), where its kernel's own memory ends (16 MiB).
+    """
 
-    machine: Machine
-    queue: IdxdWorkQueue
-
-    def pages(self, count: int, alignment: int = PAGE_SIZE) -> list[int]:
-        """Addresses of so many pages in a row that nobody has touched."""
-        start = self.machine.memory.allocate(count, alignment)
-        return [start + n * PAGE_SIZE for n in range(count)]
-
-    async def touch(self, gpas: Sequence[int]) -> None:
-        """The CPU stores a byte at each."""
-        await self.machine.memory.touch(gpas)
-
-    async def fill(self, gpa: int, size: int = PAGE_SIZE, pattern: int = 0) -> None:
-        """The device writes."""
-        _check(await self.queue.fill(gpa, pattern, size), f"fill of gpa {gpa:#x}")
-
-    async def copy(self, dst: int, src: int, size: int = PAGE_SIZE) -> None:
-        """The device reads and writes."""
-        _check(await self.queue.memmove(dst, src, size), f"copy to gpa {dst:#x}")
-
-    async def holds(self, gpa: int, size: int, pattern: int) -> bool:
-        """The device reads, and compares."""
-        record = await self.queue.run(Opcode.COMPVAL, src=gpa, dst=pattern, size=size)
-        _check(record, f"read of gpa {gpa:#x}")
-        return record.result == EQUAL
-
-
-def _check(record: CompletionRecord, what: str) -> None:
-    if record.status is not Status.SUCCESS:
-        raise DmaFailed(f"{what}: {record.status.name} at {record.fault_addr:#x}")
-
-
-class DmaFailed(Exception):
-    """A descriptor did not end well; a scenario that does not expect it has a problem."""
+    ram_bytes: int
+    devices: int
+    vcpus: int
+    page_size: int
+    private_block: int
+    dirty_ring_bytes: int
+    free_from: int
 
 
 class Context:
@@ -73,20 +46,31 @@ class Context:
     people are shown, and knows the same problems as `run`.
     """
 
+    host: Host
+    design: Design
+    params: Mapping[str, int]
+    chance: Random
+    report: Report
+
     def __init__(self, host: Host, design: Design, run: Run, stack: AsyncExitStack, report: Report) -> None:
         assert report.problems is run.problems
         self.host = host
         self.design = design
-        self.params: Mapping[str, int] = run.params
-        self.report = report
+        self.params = run.params
         self.chance = Random(run.seed)
+        self.report = report
         self._run = run
         self._stack = stack
         self._recorder = Recorder(host)
+        self._first: Snapshot | None = None  # before the first machine
+        self._starts = 0
+        self._devices = 0  # that have a machine
 
-    async def boot(self, **config: Any) -> Guest:
-        """A machine of the design, and the sample `start`."""
-        (guest,) = await self.boot_all(MachineConfig(design=self.design, **config))
+    # -- machines ------------------------------------------------------------------------------------------
+
+    async def boot(self, **wished: Unpack[Wishes]) -> Guest:
+        """A machine of the design with devices of its own, and the sample `start`.  Refused."""
+        (guest,) = await self.boot_all(self._config(**wished))
         return guest
 
     async def boot_for(self, pages: int) -> Guest:
@@ -95,28 +79,50 @@ class Context:
         return guest
 
     def sized(self, pages: int, **config: Any) -> MachineConfig:
+        """RAM for a kernel, a driver and `pages` pages."""
         ram = KERNEL_BYTES + (pages + DRIVER_PAGES) * PAGE_SIZE
         return MachineConfig(design=self.design, ram_bytes=ram, free_from=Gpa(KERNEL_BYTES), **config)
 
     async def boot_all(self, *configs: MachineConfig) -> list[Guest]:
-        """Machines side by side, each with a device of its own, and the sample `start` of all."""
-        await self._recorder.begin()
+        """Machines side by side, each with devices of its own, and the sample `start` of all."""
+        await self._begin()
         guests = [await self._with_device(await self._without_device(config)) for config in configs]
-        await self.step("start")
+        await self.step(self._start())
         return guests
 
-    async def boot_without_device(self, **config: Any) -> BareMachine:
-        """A machine of the design whose device comes later, and the sample `start`."""
-        await self._recorder.begin()
-        bare = await self._without_device(MachineConfig(design=self.design, **config))
-        await self.step("start")
+    async def boot_without_device(self, **wished: Unpack[Wishes]) -> BareMachine:
+        """A machine of the design whose devices come later, and the sample `start`."""
+        await self._begin()
+        bare = await self._without_device(self._config(**wished))
+        await self.step(self._start())
         return bare
 
     async def attach(self, bare: BareMachine) -> Guest:
-        """Its device has come, as the step `attached`."""
+        """Its devices have come, as the step `attached`.  Refused."""
         guest = await self._with_device(bare)
         await self.step("attached")
         return guest
+
+    async def kill(self, daemon: str) -> None:
+        """kvmd, iommufdd or device_sim dies as of `kill -9`.  Nothing is counted any more, and of the
+        invariants those are checked whose daemons live.  LookupError: it is not ours to kill.
+        """
+        await self.host.kill(daemon)
+
+    async def _begin(self) -> None:
+        if self._first is None:
+            await self._recorder.begin()
+            self._first = await snapshot(self.host)
+
+    def _start(self) -> str:
+        """The machines that came first are the sample `start`, the next `start 2`."""
+        self._starts += 1
+        return "start" if self._starts == 1 else f"start {self._starts}"
+
+    def _config(self, *, devices: int = 1, free_from: int = FIRST_FREE_GPA, **wished: Any) -> MachineConfig:
+        numbers = tuple(range(self._devices, self._devices + devices))
+        self._devices += devices
+        return MachineConfig(design=self.design, devices=numbers, free_from=Gpa(free_from), **wished)
 
     async def _without_device(self, config: MachineConfig) -> BareMachine:
         bare = await self._stack.enter_async_context(bare_machine(self.host, config))
@@ -124,28 +130,46 @@ class Context:
         return bare
 
     async def _with_device(self, bare: BareMachine) -> Guest:
-        guest = await self._stack.enter_async_context(_guest(bare))
+        guest = await self._stack.enter_async_context(running_guest(bare))
         self._recorder.machines.append(guest.machine)
         return guest
+
+    # -- counting ------------------------------------------------------------------------------------------
 
     async def quiet(self) -> None:
         """Nothing is under way any more: whoever is told of something has heard of it."""
         await self._recorder.quiet()
 
     async def step(self, name: str) -> Sample:
-        """What happened since the last step is called `name`."""
+        """What happened since the last step is called `name`: what is compared.  The step that ends with the
+        first DMA is called `first dma`.
+        """
         sample = await self._recorder.sample(name)
         self._run.samples.append(sample)
         return sample
 
+    @asynccontextmanager
+    async def counted(self) -> AsyncIterator[Counters]:
+        """What the counters of all daemons grow by, from rest to rest; known when it is over."""
+        before, cost = await self._recorder.quiet(), Counters()
+        yield cost
+        cost.take(Counters.of(grown(await self._recorder.quiet(), before)))
+
     def count(self, name: str, more: int) -> None:
-        """What only the scenario knows: pages_written, pages_reported."""
+        """What only the scenario knows: pages_written, pages_reported, pages_missed."""
         self._recorder.own[name] += more
 
+    def elsewhere(self, pages: int) -> None:
+        """So many pages of the host are not the machines'."""
+        self._recorder.elsewhere += pages
+
+    # -- refusals ------------------------------------------------------------------------------------------
+
     def refuse(self, what: str, why: str) -> None:
+        """The design cannot do it: no failure, but said with the figures."""
         self._run.refusals.append(Refusal(what, why))
 
-    async def offered(self, call: Any) -> bool:
+    async def offered(self, call: Awaitable[object]) -> bool:
         """Await it; False, and noted, if the design refuses."""
         try:
             await call
@@ -164,21 +188,38 @@ class Context:
             self.refuse(what, str(error))
             return None
 
-    def elsewhere(self, pages: int) -> None:
-        """So many pages of the host are not the machines'."""
-        self._recorder.elsewhere += pages
+    # -- expectations: what fails is said, and the scenario goes on ---------------------------------------
 
     def expect(self, holds: bool, problem: str) -> None:
+        """`problem` says what was asked for and what was seen instead."""
         self.report.expect(holds, problem)
 
+    def expect_equal(self, seen: object, expected: object, what: str) -> None:
+        """`what` names the thing that was looked at."""
+        self.report.expect_equal(seen, expected, what)
+
+    async def expect_refused(self, what: str, number: int, why: str, call: Awaitable[object]) -> None:
+        """The call fails with that errno, and says `why`."""
+        await self.report.expect_refused(what, number, why, call)
+
+    async def expect_dma_fault(self, what: str, call: Awaitable[object]) -> None:
+        """The device cannot do it: its work descriptor ends in a page fault."""
+        try:
+            await call
+        except DmaFailed as failed:
+            self.report.lines.append(f"{what}: {failed}")
+            self.expect("PAGE_FAULT" in str(failed), f"{what}: {failed}, expected a page fault")
+        else:
+            self.expect(False, f"{what}: the device did it, expected a page fault")
+
+    def say(self, line: str) -> None:
+        """A line of the report."""
+        self.report.lines.append(line)
+
     async def finish(self) -> None:
-        """What every run ends with: the invariants, while the machines still run."""
+        """What every run ends with: the invariants, while the machines still run, and the figures."""
+        if self._first is not None and not self.host.killed:
+            if len(self._run.samples) == self._starts:
+                await self.step("end")
+            fill_table(self.report, self._first, await snapshot(self.host))
         self._run.problems += await self._recorder.problems()
-
-
-@asynccontextmanager
-async def _guest(bare: BareMachine) -> AsyncIterator[Guest]:
-    async with attached(bare) as running:
-        queue = IdxdWorkQueue(running.portal, running.memory, block_on_fault=True)
-        await queue.enable()
-        yield Guest(running, queue)

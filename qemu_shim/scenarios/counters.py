@@ -117,8 +117,14 @@ class Counters:
         "accesses", "of devices to frames given up (I6: none)", "device.stale_accesses", exact=False
     )
 
+    def take(self, other: Counters) -> None:
+        """Be equal to it: for who was handed out before it was known."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
+
     @classmethod
     def of(cls, raw: Raw) -> Counters:
+        """Added up of the daemons' own counters."""
         return cls(**added_up(SOURCES, raw))
 
 

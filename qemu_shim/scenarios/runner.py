@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 
 from protocol.errors import UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
-from qemu_shim.scenarios.context import Context, DmaFailed
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import DmaFailed
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.recorder import NeverQuiet
 from qemu_shim.scenarios.run import Run

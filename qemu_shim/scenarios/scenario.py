@@ -29,7 +29,8 @@ class Param:
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """`params` are numbers by name; `options` start its daemons, by the daemon's name; `designs` are those it
-    can be played on, none named: any; `tags` name the steps of the RFC, or the notes, it plays out.
+    can be played on, none named: any; `tags` name the steps of the RFC, or the notes, it plays out; `help` is
+    the whole story.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Scenario:
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     designs: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    help: str = ""
 
     @property
     def playable(self) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from protocol.hw.dsa import Status
 from protocol.rpc.channel import Body
@@ -43,9 +43,7 @@ class Stage:
         """What the counters grow by; known when it is over."""
         cost, before = Counters(), await snapshot(self.host)
         yield cost
-        after = await snapshot(self.host)
-        for name, count in asdict(after.since(before)).items():
-            setattr(cost, name, count)
+        cost.take((await snapshot(self.host)).since(before))
 
     async def inspect(self) -> Body:
         """The machine's VM: slots, roots, counters."""

@@ -8,9 +8,9 @@ later, to a guest that runs (`bare_machine`, then `attached`), as it does when i
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
@@ -64,6 +64,15 @@ class Host:
     admin: Channel | None = None
     dumps_to: Path | None = None  # each machine's table is dumped there at its end
     dumps: int = 0
+    killer: Callable[[str], Awaitable[None]] | None = None  # of whoever started the daemons
+    killed: set[str] = field(default_factory=set)
+
+    async def kill(self, daemon: str) -> None:
+        """As of `kill -9`, by its name.  LookupError: there is none, or it is not ours."""
+        if self.killer is None:
+            raise LookupError(f"{daemon} was not started for this run: it is not ours to kill")
+        await self.killer(daemon)
+        self.killed.add(daemon)
 
     async def started_with(self) -> dict[str, list[str]]:
         """The options of each daemon, by its name."""
@@ -244,6 +253,7 @@ class GuestCpu:
         self._busy = trio.Lock()
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
+        """(gpa, size) loads, (gpa, bytes) stores, in order; what was loaded.  LookupError: no RAM there."""
         async with self._busy:
             ran = await self._vcpu.run(
                 [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]

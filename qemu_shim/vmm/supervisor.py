@@ -104,6 +104,16 @@ class Supervisor:
             if status is not None:
                 raise DaemonFailed(running.explain(f"ended with status {status}"))
 
+    async def kill(self, name: str) -> None:
+        """As of `kill -9`; returns when it is dead.  LookupError: none of that name runs."""
+        for running in self._running:
+            if running.spec.name == name:
+                running.process.kill()
+                await running.process.wait()
+                self._running.remove(running)
+                return
+        raise LookupError(f"no {name} runs; there are {', '.join(it.spec.name for it in self._running)}")
+
     async def stop(self) -> list[str]:
         """Stop all, those that need others first; what went wrong, one text each."""
         problems = [problem for running in reversed(self._running) if (problem := await _stop(running))]

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import Guest
 from qemu_shim.scenarios.run import Run
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.scenario import Scenario

@@ -15,7 +15,7 @@ from protocol.errors import leaves
 from qemu_shim.scenarios.run import Run
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.library import workload_of
 from qemu_shim.vmm.daemon_options import merged
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import connect_host
@@ -63,14 +63,17 @@ async def _guarded(point: Point) -> Run:
 
 
 async def _play(point: Point) -> Run:
-    workload = WORKLOADS[point.workload]
+    workload = workload_of(point.workload)
     options = dict(point.options)
     async with (
         supervised(merged(workload.options, options), log_level="warning") as daemons,
         connect_host(daemons.directory) as host,
     ):
+        host.killer = daemons.kill
         run = await run_scenario(host, workload, DESIGNS[point.design], point.seed, dict(point.params))
-    run.options = options
+    run.workload, run.options = point.workload, options
+    if not (run.samples or run.refusals or run.problems):
+        run.problems.append("it booted no machine by its Context, so that nothing was counted")
     return run
 
 

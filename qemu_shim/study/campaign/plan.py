@@ -1,7 +1,7 @@
 """What a campaign runs: workloads by designs by seeds by every combination of parameter values, on daemons
 that all have the same options.
 
-    workloads = ["boot-touch", "dmatest"]     all of them
+    workloads = ["boot-touch", "my.py"]       all of them
     designs = ["mirror", "shared"]            all of them
     seeds = "0..9"                            "0"; also "1,3,10..12"
     [params]
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.library import WORKLOADS, workload_of
 from qemu_shim.vmm.daemon_options import canonical
 from qemu_shim.vmm.designs import DESIGNS
 
@@ -58,16 +58,24 @@ class Plan:
                 Point.of(workload, design, seed, dict(zip(grid, values, strict=True)), self.options)
                 for workload, grid in grids
                 for values in product(*grid.values())
-                for design in self.designs
+                for design in self._designs(workload)
                 for seed in self.seeds
             ]
         except (LookupError, ValueError) as error:
             raise BadPlan(str(error)) from None
         return list(dict.fromkeys(made))
 
+    def _designs(self, workload: str) -> list[str]:
+        """Those it can be played on, and those that do not exist, for Point to say so."""
+        playable = workload_of(workload).playable
+        return [design for design in self.designs if design in playable or design not in DESIGNS]
+
     def _grid(self, workload: str) -> dict[str, Sequence[int]]:
         """The parameters of one workload, those said of it alone before those said of all."""
-        has = WORKLOADS[workload].params if workload in WORKLOADS else {}
+        try:
+            has = workload_of(workload).params
+        except LookupError as error:
+            raise BadPlan(str(error)) from None
         of_all = {name: values for name, values in self.params.items() if name in has}
         own = f"{workload}."
         of_it = {name.removeprefix(own): v for name, v in self.params.items() if name.startswith(own)}

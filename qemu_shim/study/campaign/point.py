@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from qemu_shim.scenarios.run import SEED_MAX, Refusal, Run, Sample
-from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.library import workload_of
 from qemu_shim.vmm.daemon_options import as_said, canonical
 from qemu_shim.vmm.designs import DESIGNS
 
@@ -42,12 +42,14 @@ class Point:
         """LookupError: no such workload, design, parameter or daemon; ValueError: a parameter out of its
         bounds, options that are no words.
         """
-        for what, name, known in (("workload", workload, WORKLOADS), ("design", design, DESIGNS)):
-            if name not in known:
-                raise LookupError(f"there is no {what} {name!r}, only {', '.join(known)}")
+        of = workload_of(workload)
+        if design not in DESIGNS:
+            raise LookupError(f"there is no design {design!r}, only {', '.join(DESIGNS)}")
+        if design not in of.playable:
+            raise LookupError(f"{workload} cannot be played on {design}, only on {', '.join(of.playable)}")
         if not 0 <= seed <= SEED_MAX:
             raise ValueError(f"seed {seed} is not in 0..{SEED_MAX}")
-        complete = WORKLOADS[workload].with_defaults(params or {})
+        complete = of.with_defaults(params or {})
         said = {name: text for name, given in (options or {}).items() if (text := canonical(name, given))}
         return cls(workload, design, seed, _sorted(complete), _sorted(said))
 

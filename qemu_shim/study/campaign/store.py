@@ -85,6 +85,14 @@ class Store:
         ]
 
 
+def planned(directory: Path) -> list[Point]:
+    """The points that the store was made for; none, if it cannot be read: opening it says why."""
+    try:
+        return [point_from(point) for point in json.loads((directory / HEADER).read_bytes())["points"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
 def _locked(directory: Path) -> int:
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -11,7 +11,10 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from qemu_shim.scenarios.files import is_file, path_of, scenario_of
 from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.cluster import ClusterFailed, run_on_cluster
 from qemu_shim.study.campaign.code import code_version
@@ -20,8 +23,9 @@ from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.pool import all_cores, run_in_processes
 from qemu_shim.study.campaign.progress import Shown
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, until_interrupted
-from qemu_shim.study.campaign.store import HEADER, Store, StoreRefused
+from qemu_shim.study.campaign.store import HEADER, Store, StoreRefused, planned
 from qemu_shim.study.campaign.summary import as_text, summary
+from qemu_shim.study.command.compare_options import param_dest
 from qemu_shim.vmm.daemon_options import given
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -32,7 +36,7 @@ def campaign(options: argparse.Namespace) -> int:
         points = _asked(options)
         if options.dry_run:
             return _say(options, points)
-        with Store(options.out, points, code_version()) as store:
+        with Store(options.out, points, _code(options, points)) as store:
             return _campaign(options, store)
     except (BadPlan, StoreRefused, DaemonsRefused) as error:
         return _complain(WRONG, str(error))
@@ -47,17 +51,36 @@ def _complain(status: int, why: str) -> int:
 
 def _asked(options: argparse.Namespace) -> list[Point] | None:
     """None: nothing was said, so what the store was made for."""
-    plan = Plan() if options.plan is None else read_plan(options.plan)
-    said = {name: names for name in ("workloads", "designs") if (names := getattr(options, name))}
+    file = options.plan if options.plan is not None and is_file(options.plan) else None
+    plan = Plan() if options.plan is None or file else read_plan(Path(options.plan))
+    said: dict[str, Any] = {
+        name: names for name in ("workloads", "designs") if (names := getattr(options, name))
+    }
     if options.seeds is not None:
         said["seeds"] = numbers(options.seeds)
-    if options.params:
-        said["params"] = {**plan.params, **dict(map(_param, options.params))}
+    params = dict(map(_param, options.params))
+    if file:
+        said["workloads"] = [file, *said.get("workloads", ())]
+        texts = {name: getattr(options, param_dest(name)) for name in scenario_of(file).params}
+        params |= {f"{file}.{name}": numbers(text) for name, text in texts.items() if text is not None}
+    if params:
+        said["params"] = {**plan.params, **params}
     if daemons := given(options):
         said["options"] = {**plan.options, **daemons}
     if options.plan is None and not said and (options.out / HEADER).exists():
         return None
     return replace(plan, **said).points()
+
+
+def _code(options: argparse.Namespace, points: list[Point] | None) -> str:
+    """The files of scenarios are code as well.  BadPlan: it is not on the workers of a cluster."""
+    asked = planned(options.out) if points is None else points
+    files = sorted({path_of(point.workload) for point in asked if is_file(point.workload)})
+    if files and options.scheduler is not None:
+        raise BadPlan(
+            f"--scheduler: {files[0]} is not on the cluster's workers: run it here, or add it to the library"
+        )
+    return code_version(files)
 
 
 def _param(text: str) -> tuple[str, list[int]]:
@@ -68,7 +91,7 @@ def _param(text: str) -> tuple[str, list[int]]:
 def _say(options: argparse.Namespace, points: list[Point] | None) -> int:
     """What would be run now; nothing is made for it."""
     if (options.out / HEADER).exists():
-        with Store(options.out, points, code_version()) as store:
+        with Store(options.out, points, _code(options, points)) as store:
             points, total = store.missing(retry_failed=options.retry_failed), len(store.points)
     else:
         points = points or []

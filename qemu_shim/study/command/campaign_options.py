@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.study.command.compare_options import add_params
 from qemu_shim.vmm.daemon_options import add_daemon_options
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("plan", type=Path, nargs="?", metavar="FILE.toml", help="what to run, as a file")
+def add_options(parser: argparse.ArgumentParser, files: Mapping[str, Scenario]) -> None:
+    """`files` are the scenarios of files that the command names."""
+    parser.add_argument(
+        "plan", nargs="?", metavar="FILE", help="what to run: a plan in TOML, or a scenario in FILE.py"
+    )
+    add_params(parser, files, lambda low, high: str)
     parser.add_argument("--workloads", type=_names, metavar="A,B", help="these (all)")
     parser.add_argument("--designs", type=_names, metavar="A,B", help="these (all)")
     parser.add_argument("--seeds", metavar="0..9", help="numbers and ranges, with commas between (0)")

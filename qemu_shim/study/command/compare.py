@@ -14,9 +14,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qemu_shim.scenarios.files import is_file
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.progress import Shown
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, run_points
+from qemu_shim.study.command.compare_options import option_of, param_dest
 from qemu_shim.study.compare.costs import CostError, read_costs
 from qemu_shim.study.compare.documents import DocumentError, check_document, write_documents
 from qemu_shim.study.compare.figures import compare
@@ -24,7 +26,7 @@ from qemu_shim.study.compare.ranking import undeclared
 from qemu_shim.study.compare.report import render
 from qemu_shim.study.compare.schema import VERSION, Comparison
 from qemu_shim.study.compare.table import as_text
-from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.study.workloads.library import WORKLOADS, workload_of
 from qemu_shim.vmm.daemon_options import as_said, given
 from qemu_shim.vmm.designs import DESIGNS
 
@@ -52,15 +54,33 @@ def main(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> Comparison:
     costs = read_costs(options.costs)
+    designs = chosen((options.designs or "").split(","), DESIGNS, "design")
     points = [
-        Point.of(workload, design, options.seed, options=given(options))
-        for workload in chosen(options.workloads, WORKLOADS, "workload")
-        for design in chosen((options.designs or "").split(","), DESIGNS, "design")
+        Point.of(workload, design, options.seed, params_of(options, workload), given(options))
+        for workload in wanted(options.workloads)
+        for design in designs
+        if design in workload_of(workload).playable
     ]
     check_options(given(options))
     with Shown(0, len(points)) as shown:
         runs = run_points(points, options.jobs, shown)
     return compare(runs, costs, command_of(options))
+
+
+def wanted(names: Sequence[str]) -> list[str]:
+    """The workloads that are named, then the files; all workloads, if none is named."""
+    files = list(dict.fromkeys(name for name in names if is_file(name)))
+    if files and len(files) == len(names):
+        return files
+    return chosen([name for name in names if not is_file(name)], WORKLOADS, "workload") + files
+
+
+def params_of(options: argparse.Namespace, workload: str) -> dict[str, int]:
+    """What was given of the parameters of a file's scenario."""
+    if not is_file(workload):
+        return {}
+    said = {name: getattr(options, param_dest(name)) for name in workload_of(workload).params}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def read(path: Path) -> Comparison:
@@ -98,6 +118,8 @@ def check_writable(options: argparse.Namespace) -> None:
 def command_of(options: argparse.Namespace) -> str:
     """What reproduces the figures; where they were written is left out."""
     parts = ["qemu-shim", "compare", *options.workloads]
+    for name in options.workloads:
+        parts += [f"{option_of(param)} {value}" for param, value in params_of(options, name).items()]
     if options.designs:
         parts += ["--designs", options.designs]
     if options.costs:

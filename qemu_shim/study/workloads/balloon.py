@@ -9,7 +9,8 @@ use goes on.  Counts grow with `pages` and `rounds`.
 from __future__ import annotations
 
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import Guest
 from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import Guest
 
 RUN = 8
 WORD_BYTES = 8

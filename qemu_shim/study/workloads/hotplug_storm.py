@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import Guest
 from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma

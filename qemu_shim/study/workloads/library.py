@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qemu_shim.scenarios.files import is_file, scenario_of
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.workloads import (
     balloon,
@@ -33,3 +34,12 @@ WORKLOADS: dict[str, Scenario] = {
         dmatest.WORKLOAD,
     )
 }
+
+
+def workload_of(name: str) -> Scenario:
+    """One of them, or a file's.  LookupError: there is none."""
+    if is_file(name):
+        return scenario_of(name)
+    if name not in WORKLOADS:
+        raise LookupError(f"there is no workload {name!r}, only {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]

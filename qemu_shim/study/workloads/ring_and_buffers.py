@@ -26,7 +26,8 @@ from protocol.hw.dsa import (
     Status,
 )
 from protocol.units import PAGE_SIZE, Iova, align_up
-from qemu_shim.scenarios.context import Context, DmaFailed, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import DmaFailed, Guest
 from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 

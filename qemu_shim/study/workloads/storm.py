@@ -13,7 +13,8 @@ import trio
 
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context, DmaFailed, Guest
+from qemu_shim.scenarios.context import Context
+from qemu_shim.scenarios.guest import DmaFailed, Guest
 
 WORKERS = 4
 

@@ -101,8 +101,8 @@ def test_the_codes_number_changes_with_any_source_that_a_run_depends_on(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         for text in ("a", "b"):
             (tmp_path / name).write_text(text)
-            code.code_version.cache_clear()
+            code.product_version.cache_clear()
             seen.add((number, code.code_version()))
-    code.code_version.cache_clear()
+    code.product_version.cache_clear()
     assert [sum(number == n for n, _ in seen) for number in range(4)] == [2, 2, 2, 1]
     assert len({version for _, version in seen}) == 6, "and each is another"

@@ -107,6 +107,7 @@ async def test_the_invariants_are_looked_at_on_every_device() -> None:
         return {"devices": {name: {"stale_notes": [f"I6: {name}"]} for name in ("first", "second")}}
 
     host: Any = SimpleNamespace(
+        killed=set(),
         kvmd=SimpleNamespace(violations=kvmds),
         iommufdd=SimpleNamespace(violations=iommufdds, stats=held),
         device_sim=SimpleNamespace(stats=devices),
