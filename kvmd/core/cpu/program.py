@@ -25,7 +25,7 @@ Modification = Callable[[bytes], bytes]
 
 WHOLE_BYTES = 16  # the largest access of one instruction
 WORD_BYTES = 8  # what loops and polls access
-BREATH = 512  # steps of a loop before others get a turn
+STEP_BATCH = 512  # steps of a loop before others get a turn
 
 
 class GuestAccess(Protocol):
@@ -142,7 +142,7 @@ class Program:
         if self._vcpu.must_leave or (new_instruction and self._vcpu.immediate_exit):
             await self._vcpu.enter()
         self._steps += 1
-        if self._steps % BREATH == 0:
+        if self._steps % STEP_BATCH == 0:
             await self._vcpu.pause()
 
 

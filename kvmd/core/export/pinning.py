@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvmd.core.vm import Kvm
 
 AS_ID = 0  # what can be exported, and so what can be pinned
-_BATCH = 512  # pages pinned before others get a turn
+PIN_BATCH = 512  # pages pinned before others get a turn
 
 
 @dataclass(slots=True, eq=False)
@@ -191,7 +191,7 @@ class Pinning:
             # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_whose_first_pages_went_is_none)
             # | each page, page: cannot change: numbers
             await self._pin(request, Gfn(gfn))
-            if page % _BATCH == 0:
+            if page % PIN_BATCH == 0:
                 # await: request: may be over; asked again: `_pinnable`, of the next page, or `_ask`
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
                 # | each page: cannot change: numbers
@@ -244,7 +244,7 @@ class Pinning:
                 except UapiError:
                     if not self._is_left_out(gfn):
                         raise
-                if page % _BATCH == 0:
+                if page % PIN_BATCH == 0:
                     # await: each slot: may go; asked again: `_is_left_out`
                     # (tests/unit/kvmd/test_pinning_sleeps.py::test_everything_goes_on_past_a_lost_slot)
                     # | request: may be over; asked again: `_pinnable`, or `_ask`

@@ -16,7 +16,7 @@ from protocol.errors import UapiError
 from protocol.pt.geometry import entry_span, gfn_limit
 from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa
 
-BREATH = 64  # faults after which others get a turn
+FAULT_BATCH = 64  # faults after which others get a turn
 _ERRNO = {
     FaultResult.NO_SLOT: errno.ENOENT,
     FaultResult.NO_MEMORY: errno.ENOMEM,
@@ -47,7 +47,7 @@ async def _pre_fault_until(vm: Kvm, vcpu: Vcpu, start: Gpa, end: Gpa) -> Gpa:
                 raise
             break
         faults += 1
-        if faults % BREATH == 0:
+        if faults % FAULT_BATCH == 0:
             await vm.host.cond_resched()
     return gpa
 

@@ -36,12 +36,10 @@ MAX_PAGES = 1024  # of one answer
 MAX_LOOKS = 16 * MAX_PAGES  # at absent pages too, where nothing is faulted in
 MAX_WATCHED = 1 << 16
 MAX_TRIES = 64  # of a fault whose page is taken away each time before it is looked at
-_TURN = 512  # pages of 4 KiB pinned or unpinned before others get a turn
+PIN_BATCH = 512  # pages of 4 KiB pinned or unpinned before others get a turn
 
-
-Account = Literal[
-    "user", "mm"
-]  # whose locked_vm pins count in [iommufd io_pagetable.h, IOPT_PAGES_ACCOUNT_*]
+# Whose locked_vm pins count in [iommufd io_pagetable.h, IOPT_PAGES_ACCOUNT_*].
+AccountMode = Literal["user", "mm"]
 
 
 class MirrorOps(Protocol):
@@ -91,7 +89,7 @@ class Mirror:
     def __init__(self, mm: Mm) -> None:
         self.mm = mm
         self.seq = 0  # of invalidations told
-        self.account: Account = "user"
+        self.account: AccountMode = "user"
         self._state = MIRROR_LIFE.born
         self._ops: MirrorOps | None = None
         self._lease: Lease | None = None
@@ -104,7 +102,7 @@ class Mirror:
 
     # -- the notifier ----------------------------------------------------------------------------------
 
-    async def register(self, ops: MirrorOps, lease: Lease, account: Account = "user") -> None:
+    async def register(self, ops: MirrorOps, lease: Lease, account: AccountMode = "user") -> None:
         """`lease`: it is told of changes, and has its pins, until that ends; `account`: who pays for them.
         No change that is half made is missed: it holds the mmap_lock, or tells us too.  EBUSY; EPERM.
         """
@@ -293,7 +291,7 @@ class Mirror:
                 done.append((at, self._pin(area, at, entry, min(_end_of(entry), end) - at, bool(file))))
                 pages.append(entry)
                 turn += done[-1][1].npages
-                if turn >= _TURN:
+                if turn >= PIN_BATCH:
                     turn = 0
                     # await: done: a pin of it may be given back; asked again: `_take_back`
                     # (tests/unit/kvmd/mm/test_hmm_pins.py::test_a_pin_that_fails_takes_back_its_own) | end,
@@ -336,7 +334,7 @@ class Mirror:
             self._take_back(area, at, held)
             count += 1
             turn += held.npages
-            if turn >= _TURN:
+            if turn >= PIN_BATCH:
                 turn = 0
                 # await: each at, turn: its pins may be given back by another; asked again: `held`
                 # (tests/unit/kvmd/mm/test_hmm_pins.py::test_two_unpins_at_once_take_each_pin_once)
