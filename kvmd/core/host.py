@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvmd.core.export.tdp_fd import Obstacle
+from kvmd.core.mm.fork import fork
 from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
@@ -93,6 +94,18 @@ class Host:
         mm = Mm(mm_id, self.memory)
         self._mms[mm_id] = mm
         return mm
+
+    # awaits: child: cannot change: nobody else has it before this returns
+    async def fork_mm(self, mm: Mm) -> Mm:
+        """The address space of a child of `mm`'s process.  EAGAIN; errors as of `fork`, and then there is
+        none."""
+        child = self.create_mm()
+        try:
+            await fork(mm, child)
+        except UapiError:
+            self.forget_mm(child)
+            raise
+        return child
 
     @property
     def processes(self) -> list[Mm]:

@@ -429,6 +429,7 @@ class Kvm:
     async def destroy(self) -> None:
         """The last fd of the VM is closed: no vCPU runs and nothing is exported any more."""
         assert not self.exported, "an exported TDP keeps its VM"
+        assert not any(vcpu.running for vcpu in self.vcpus), "a vCPU that runs keeps its VM"
         self.fault_notes.close()
         self.mm.notifiers.remove(self.host_changes)
         self.mm.claims.replaced.remove(self.private.replaces)

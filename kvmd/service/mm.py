@@ -10,7 +10,6 @@ from typing import Any
 
 from kvmd.core.mm.failure import poison
 from kvmd.core.mm.file import MemoryFile
-from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, collapse
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.mm import Mm
@@ -23,7 +22,6 @@ from kvmd.core.mm.vma import Prot
 from kvmd.service.memfd import MEMFD
 from kvmd.service.objects import App, GuestMemfdFile, MemfdFile, MmFile, UffdFile
 from kvmd.service.userfaultfd import UFFD, uffd_closed
-from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method, Service
 from protocol.uapi import mm as uapi
@@ -125,14 +123,7 @@ def _mm_closed(held: MmFile) -> None:
 
 
 async def _fork(held: MmFile, message: uapi.Fork, fds: Fds) -> Answer:
-    host = held.app.host
-    child = host.create_mm()
-    try:
-        await fork(held.mm, child)
-    except UapiError:
-        host.forget_mm(child)
-        raise
-    return Answer({}, [open_mm(held.app, child)])
+    return Answer({}, [open_mm(held.app, await held.app.host.fork_mm(held.mm))])
 
 
 def _memfd_create(held: MmFile, message: uapi.MemfdCreate, fds: Fds) -> Answer:

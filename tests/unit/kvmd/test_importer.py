@@ -296,3 +296,16 @@ def test_a_vcpu_that_faults_ahead_does_not_run(rig: Rig) -> None:
     rig.world.ack(rig.ops["unit"])
     assert ahead.result() == (BASE * PAGE + PAGE, 0)
     assert not rig.vcpu.running
+
+
+def test_a_vm_is_not_destroyed_under_a_vcpu_that_runs(rig: Rig) -> None:
+    """What `VmUsers.holding` is for: without it the last close would take the tables it walks."""
+    importer = rig.importer("unit")
+    rig.fault(importer)
+    rig.give_up()
+    run = rig.world.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
+    rig.world.start(rig.tdp.release())
+    rig.end_lease("unit")
+    assert not run.done
+    with pytest.raises(AssertionError, match="a vCPU that runs keeps its VM"):
+        rig.world.run(rig.vm.destroy())

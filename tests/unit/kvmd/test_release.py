@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
 
+from kvmd.core import host as host_module
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.slots.host_changes import HostChanges
@@ -157,3 +160,16 @@ def test_a_released_tdp_takes_no_importer_and_no_fault(world: World) -> None:
         exported.register_importer("unit", SlowImporter())
     with pytest.raises(UapiError, match="ENODEV"):
         world.io_fault(exported, 0x100)
+
+
+def test_a_fork_that_fails_leaves_no_child(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(parent: Mm, child: Mm) -> None:
+        raise UapiError(errno.ENOMEM, "no page for a copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_module, "fork", fails)
+        with pytest.raises(UapiError, match="no page for a copy"):
+            world.run(world.host.fork_mm(world.mm))
+    assert world.host.processes == [world.mm]
+    child = world.run(world.host.fork_mm(world.mm))
+    assert world.host.processes == [world.mm, child]
