@@ -25,7 +25,7 @@ from protocol.hostmem import Window
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import ept_rules
-from protocol.units import LEVEL_1G, Level
+from protocol.units import LEVEL_1G, Hpa, Level
 
 MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
 
@@ -148,11 +148,11 @@ class Host:
         self._next_vm += 1
         return vm_id
 
-    def read_frame(self, hpa: int, size: int) -> bytes:
+    def read_frame(self, hpa: Hpa, size: int) -> bytes:
         """Bytes of a frame, as a CPU reads them."""
         at = hpa - self._frames_base
         return bytes(self._frames_view[at : at + size])
 
-    def write_frame(self, hpa: int, data: bytes) -> None:
+    def write_frame(self, hpa: Hpa, data: bytes) -> None:
         at = hpa - self._frames_base
         self._frames_view[at : at + len(data)] = data

@@ -154,7 +154,9 @@ def _has_attributes(owner: VmFile) -> bool:
 
 
 async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttributes, fds: Fds) -> Body:
-    flow = owner.vm.private.set_attributes(message.address, message.size, message.attributes, message.flags)
+    flow = owner.vm.private.set_attributes(
+        Gpa(message.address), message.size, message.attributes, message.flags
+    )
     await owner.users.holding(flow)
     return {}
 

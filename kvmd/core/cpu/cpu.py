@@ -28,7 +28,7 @@ from protocol.pt.ept_exit import EptAccess, ept_exit
 from protocol.pt.geometry import ENTRY_BYTES, gfn_limit, index_of
 from protocol.pt.walk import Outcome, Walk, walk
 from protocol.trace import TRACE, HandleMmioPageFault, KvmPageFault
-from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
+from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hpa, gfn_of
 
 if TYPE_CHECKING:
     from kvmd.core.cpu.vcpu import Vcpu
@@ -38,14 +38,14 @@ MAX_TLB_ENTRIES = 4096
 MAX_VIOLATIONS = 64  # resolved in a row, with no flush between: what was mapped is not there
 
 Range = tuple[Gpa, int, int]  # gpa, size, the right it takes
-Piece = tuple[Gpa, int, int]  # gpa, hpa, size: within one page
+Piece = tuple[Gpa, Hpa, int]  # gpa, hpa, size: within one page
 
 
 class Cpu:
     """Guest memory at privilege 3."""
 
     def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int, emulator: Emulator) -> None:
-        self.tlb: dict[Gfn, tuple[int, int]] = {}  # gfn -> (hpa of its page, rights)
+        self.tlb: dict[Gfn, tuple[Hpa, int]] = {}  # gfn -> (hpa of its page, rights)
         self._vm = vm
         self._vcpu = vcpu
         self._as_id = as_id
@@ -130,11 +130,13 @@ class Cpu:
             self._vm.stores.stored(self._as_id, gfn_of(gpa))
             at += count
 
-    def _hit(self, gpa: Gpa, size: int, need: int) -> int | None:
+    def _hit(self, gpa: Gpa, size: int, need: int) -> Hpa | None:
         """The short way for what lies in one page that the TLB knows."""
         cached = self.tlb.get(gpa >> PAGE_SHIFT)  # type: ignore[call-overload]
         offset = gpa & PAGE_OFFSET_MASK
-        return cached[0] | offset if cached and cached[1] & need and offset + size <= PAGE_SIZE else None
+        if cached and cached[1] & need and offset + size <= PAGE_SIZE:
+            return Hpa(cached[0] | offset)
+        return None
 
     # -- translation -----------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class Cpu:
                 page = self._translate(gfn_of(at), need)
                 if page is None:
                     break
-                pieces.append((at, page | at & PAGE_OFFSET_MASK, count))
+                pieces.append((at, Hpa(page | at & PAGE_OFFSET_MASK), count))
             else:
                 if not self._vcpu.must_leave:  # setting D may have filled the dirty ring
                     return pieces
@@ -164,7 +166,7 @@ class Cpu:
             tries = tries + 1 if before == epoch else 0  # or it may have been taken away again
         raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")
 
-    def _translate(self, gfn: Gfn, need: int) -> int | None:
+    def _translate(self, gfn: Gfn, need: int) -> Hpa | None:
         """The page of `gfn` by the TLB or a walk.  None: EPT violation."""
         cached = self.tlb.get(gfn)
         if cached is not None and cached[1] & need:
@@ -189,7 +191,7 @@ class Cpu:
             rights = self._set_accessed_dirty(gfn, found, need)
         if len(self.tlb) >= MAX_TLB_ENTRIES:
             self.tlb.clear()
-        page = found.hpa(gfn << PAGE_SHIFT)
+        page = Hpa(found.hpa(gfn << PAGE_SHIFT))
         self.tlb[gfn] = page, rights
         return page
 

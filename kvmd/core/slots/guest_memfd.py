@@ -22,7 +22,7 @@ from kvmd.core.mm.page import Page, PageKind
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
-from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Hva, Level
+from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, Level, gfn_of
 
 ATTRIBUTE_PRIVATE = 1 << 3
 
@@ -202,7 +202,7 @@ class MemoryAttributes:
         edges = self._edges
         return (GfnSpan(Gfn(edges[i]), Gfn(edges[i + 1])) for i in range(0, len(edges), 2))
 
-    def check(self, address: int, size: int, attributes: int, flags: int) -> GfnSpan:
+    def check(self, address: Gpa, size: int, attributes: int, flags: int) -> GfnSpan:
         """What KVM_SET_MEMORY_ATTRIBUTES is asked for.  ENOTTY: the VM has no private memory; EINVAL."""
         if not self.supported:
             raise UapiError(errno.ENOTTY, "KVM_SET_MEMORY_ATTRIBUTES: a VM of type 0 has no attributes")
@@ -212,4 +212,4 @@ class MemoryAttributes:
             raise UapiError(errno.EINVAL, f"attributes of {address:#x}+{size:#x}: empty or wraps")
         if address % PAGE_SIZE or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"attributes of {address:#x}+{size:#x}: not whole pages")
-        return GfnSpan.of_pages(Gfn(address >> PAGE_SHIFT), size >> PAGE_SHIFT)
+        return GfnSpan.of_pages(gfn_of(address), size >> PAGE_SHIFT)

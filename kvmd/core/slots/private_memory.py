@@ -20,7 +20,7 @@ from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.memslot import Memslot, Memslots
 from protocol.errors import UapiError
 from protocol.flow import RwLock
-from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Hva
+from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 
 class PrivateMemory:
@@ -77,7 +77,7 @@ class PrivateMemory:
             await memfd.unmap(pages.start, pages.stop, copies_too=False)
             memfd.drop(pages)
 
-    async def set_attributes(self, address: int, size: int, attributes: int, flags: int) -> None:
+    async def set_attributes(self, address: Gpa, size: int, attributes: int, flags: int) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES: once it returns nobody reaches the pages the gfns had before.  EBUSY: a
         page of them is pinned, or is to become private and mapped by another MMU."""
         span = self.attributes.check(address, size, attributes, flags)

@@ -15,7 +15,7 @@ from kvmd.core.vm import Kvm, VmType
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt.entry import pfn_of
-from protocol.units import MIB, PAGE_SIZE, WHOLE_SIZE, Gfn, Hva, Pfn
+from protocol.units import MIB, PAGE_SIZE, WHOLE_SIZE, Gfn, Gpa, Hva, Pfn
 from tests.oracle.table import Machine, RawTables, ept_walk
 from tests.unit.kvmd.world import RW, SlowImporter, World
 
@@ -68,7 +68,7 @@ class Rig:
             region = replace(region, flags=4, version=2, guest_memfd=lambda: self.memfd)
         world.run(self.vm.set_memory_region(region))
         if kind is not VmType.DEFAULT:
-            world.run(self.vm.private.set_attributes(GFN << 12, PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
+            world.run(self.vm.private.set_attributes(Gpa(GFN << 12), PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
         self.exported = world.export()
         self.cpu = self.vm.vcpus[0]
         self.importer = Witness(rig=self)

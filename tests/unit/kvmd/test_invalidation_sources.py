@@ -167,7 +167,7 @@ SOURCES: dict[str, Source] = {
     "nx recovery": Source(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
     "zap gfn range": Source(lambda rig: rig.vm.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
     "memory attributes": Source(
-        lambda rig: rig.vm.private.set_attributes(GFN << 12, PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
+        lambda rig: rig.vm.private.set_attributes(Gpa(GFN << 12), PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
     ),
     "guest_memfd hole": Source(
         lambda rig: rig.vm.private.punch_hole(rig.memfd, 0, PAGE_SIZE), [WHOLE], frees=True, rig=PROTECTED

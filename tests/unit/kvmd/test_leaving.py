@@ -26,12 +26,12 @@ def test_private_memory_without_a_page_leaves_as_memory_fault_that_says_so() -> 
     world.vm = Kvm(world.host, world.mm, kind=VmType.SW_PROTECTED)
     world.set_slot(0, 0x100, 16, world.map(16))
     vcpu = world.vcpu()
-    world.run(world.vm.private.set_attributes(RAM + PAGE, PAGE, PRIVATE, 0))
+    world.run(world.vm.private.set_attributes(Gpa(RAM + PAGE), PAGE, PRIVATE, 0))
     ran = world.read(vcpu, RAM + PAGE + 8, 8)
     assert (ran.exit.reason, ran.exit.errno) == (ExitReason.MEMORY_FAULT, errno.EFAULT)
     assert ran.exit.memory_fault == MemoryFault(PRIVATE, Gpa(RAM + PAGE), PAGE)
     assert world.read(vcpu, RAM, 8).done, "the page beside it is shared"
-    world.run(world.vm.private.set_attributes(RAM + PAGE, PAGE, 0, 0))
+    world.run(world.vm.private.set_attributes(Gpa(RAM + PAGE), PAGE, 0, 0))
     assert world.run(vcpu.run(None)).done, "made shared, the access is tried again"
 
 

@@ -14,7 +14,7 @@ from kvmd.core.slots.guest_memfd import MemfdFlag
 from kvmd.core.vm import VmType
 from protocol.errors import UapiError
 from protocol.pt import bits
-from protocol.units import Gfn, GfnSpan
+from protocol.units import Gfn, GfnSpan, Gpa
 from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
 
 
@@ -80,10 +80,10 @@ def test_private_memory_is_not_pinned_and_what_is_pinned_does_not_become_private
     guest.vm.private.attributes.supported = True
     guest.pin(WORD)
     with pytest.raises(UapiError) as caught:
-        guest.do(guest.vm.private.set_attributes(BASE << 12, PAGES << 12, 8, 0))
+        guest.do(guest.vm.private.set_attributes(Gpa(BASE << 12), PAGES << 12, 8, 0))
     assert caught.value.errno == errno.EBUSY
     guest.unpin(WORD)
-    guest.do(guest.vm.private.set_attributes(BASE << 12, PAGES << 12, 8, 0))
+    guest.do(guest.vm.private.set_attributes(Gpa(BASE << 12), PAGES << 12, 8, 0))
     assert guest.refused(WORD) == errno.EINVAL
     assert MemfdFlag.MMAP in guest.vm.private.memfd_flags
 

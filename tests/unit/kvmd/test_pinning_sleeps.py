@@ -49,7 +49,7 @@ def track(guest: Sleepy, gfn: int) -> None:
 
 
 def convert(guest: Sleepy, gfn: int) -> None:
-    guest.do(guest.vm.private.set_attributes(gfn << 12, PAGE, 8, 0))
+    guest.do(guest.vm.private.set_attributes(Gpa(gfn << 12), PAGE, 8, 0))
 
 
 def delete(guest: Sleepy, gfn: int = 0) -> None:
@@ -301,7 +301,7 @@ def test_everything_leaves_out_the_private() -> None:
     last = BASE + PAGES - 1
     everything = guest.world.start(guest.vm.pinning.pin_all(guest.account))
     assert not everything.done
-    guest.do(guest.vm.private.set_attributes(last << 12, PAGE, 8, 0))
+    guest.do(guest.vm.private.set_attributes(Gpa(last << 12), PAGE, 8, 0))
     guest.give(last)
     guest.settle(everything)
     assert guest.world.mm.pinned_pages == PAGES - 1

@@ -14,7 +14,7 @@ from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
-from protocol.units import Gfn, GfnSpan, Hva
+from protocol.units import Gfn, GfnSpan, Gpa, Hva
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
 from tests.unit.kvmd.world import RW, HandLease, SlowImporter
 
@@ -46,7 +46,7 @@ class Beside(Protected):
             self.run(self.mirror.unpin(self.at(page), pages * PAGE))
 
     def convert(self, page: int, pages: int = 1) -> Coroutine[Any, None, None]:
-        return self.vm.private.set_attributes(GFN + page << 12, pages << 12, PRIVATE, 0)
+        return self.vm.private.set_attributes(Gpa(GFN + page << 12), pages << 12, PRIVATE, 0)
 
     def refused(self, act: Callable[[], object]) -> None:
         with pytest.raises(UapiError) as caught:
@@ -115,9 +115,9 @@ def test_half_a_huge_page_is_a_device_s_and_the_other_half_private() -> None:
     hva = world.map(1, 2)
     world.set_slot(1, 0x800, 512, hva)
     world.run(world.mirror.pin(hva, 256 * PAGE, write=True))
-    world.run(world.vm.private.set_attributes(0x900 << 12, PAGE, PRIVATE, 0))
+    world.run(world.vm.private.set_attributes(Gpa(0x900 << 12), PAGE, PRIVATE, 0))
     for gfn in (0x800, 0x8FF):
-        flow = world.vm.private.set_attributes(gfn << 12, PAGE, PRIVATE, 0)
+        flow = world.vm.private.set_attributes(Gpa(gfn << 12), PAGE, PRIVATE, 0)
         world.refused(lambda flow=flow: world.run(flow))  # type: ignore[misc]
 
 

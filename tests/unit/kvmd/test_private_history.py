@@ -23,7 +23,7 @@ from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import RwLock
-from protocol.units import Gfn
+from protocol.units import Gfn, Gpa
 from tests.refusals import may_refuse
 from tests.unit.kvmd.world import WRITE, SlowImporter, World
 
@@ -49,7 +49,7 @@ class History:
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked
         self.running = 0
         self.stores = 0
-        self.begin(self.vm.private.set_attributes(0, BASES[-1] + SLOT_PAGES << 12, PRIVATE, 0))
+        self.begin(self.vm.private.set_attributes(Gpa(0), BASES[-1] + SLOT_PAGES << 12, PRIVATE, 0))
 
     def begin(self, flow: Coroutine[Any, None, Any]) -> None:
         async def run() -> None:
@@ -89,7 +89,7 @@ class History:
 
     def convert(self) -> None:
         start, value = self.random.choice(BASES), self.random.choice((0, PRIVATE, PRIVATE, PRIVATE))
-        self.begin(self.vm.private.set_attributes(start << 12, SLOT_PAGES << 12, value, 0))
+        self.begin(self.vm.private.set_attributes(Gpa(start << 12), SLOT_PAGES << 12, value, 0))
 
     def store(self) -> None:
         if not self.stores:

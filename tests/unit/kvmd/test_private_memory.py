@@ -48,7 +48,7 @@ class Protected(World):
         self.run(self.vm.set_memory_region(region))
 
     def attribute(self, page: int, value: int, pages: int = 1) -> None:
-        self.run(self.vm.private.set_attributes(GFN + page << 12, pages << 12, value, 0))
+        self.run(self.vm.private.set_attributes(Gpa(GFN + page << 12), pages << 12, value, 0))
 
 
 def test_a_private_page_and_a_shared_one_are_two_pages() -> None:
@@ -66,7 +66,7 @@ def test_a_private_page_and_a_shared_one_are_two_pages() -> None:
 def test_private_without_a_page_leaves_with_a_memory_fault() -> None:
     world = Protected()
     world.set_slot(1, 0x800, 1, world.hva)
-    world.run(world.vm.private.set_attributes(0x800 << 12, 4096, PRIVATE, 0))
+    world.run(world.vm.private.set_attributes(Gpa(0x800 << 12), 4096, PRIVATE, 0))
     result = world.write(world.cpu, 0x800 << 12, b"x")
     assert (result.exit.reason, result.exit.errno) == (ExitReason.MEMORY_FAULT, errno.EFAULT)
 
@@ -76,7 +76,7 @@ def test_conversion_returns_when_no_importer_has_the_shared_alias() -> None:
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
     assert world.io_fault(exported, GFN) is FaultResult.FIXED
-    wait = world.start(world.vm.private.set_attributes(GFN << 12, 4096, PRIVATE, 0))
+    wait = world.start(world.vm.private.set_attributes(Gpa(GFN << 12), 4096, PRIVATE, 0))
     assert not wait.done
     assert world.table(exported.root.hpa) == {}
     world.ack(importer)
@@ -105,7 +105,7 @@ def test_a_hole_is_taken_from_every_slot_that_has_it_and_reads_as_zeroes() -> No
     world.set_slot(0, 0, 0, 0)
     world.bind(0, GFN, world.memfd, 0, 4)
     world.bind(1, 0x800, world.memfd, 4 << 12, 12)
-    world.run(world.vm.private.set_attributes(0, 0x1000 << 12, PRIVATE, 0))
+    world.run(world.vm.private.set_attributes(Gpa(0), 0x1000 << 12, PRIVATE, 0))
     for gfn in (*range(GFN, GFN + 4), *range(0x800, 0x80C)):
         world.write(world.cpu, gfn << 12, b"secret")
     world.run(world.vm.private.punch_hole(world.memfd, 3 << 12, 2 << 12))
@@ -122,7 +122,7 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
     world = Protected()
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
-    wait = world.start(world.vm.private.set_attributes(0, 0x1000 << 12, PRIVATE, 0))
+    wait = world.start(world.vm.private.set_attributes(Gpa(0), 0x1000 << 12, PRIVATE, 0))
     wait = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
     while not wait.done:
         world.ack(importer)
@@ -194,7 +194,7 @@ def test_a_huge_page_stops_where_the_attribute_changes() -> None:
     world = Protected()
     hva = world.map(2, 2)
     world.set_slot(1, 0x800, 1024, hva)
-    world.run(world.vm.private.set_attributes(0x805 << 12, 4096, PRIVATE, 0))
+    world.run(world.vm.private.set_attributes(Gpa(0x805 << 12), 4096, PRIVATE, 0))
     world.write(world.cpu, 0x801 << 12, b"x")
     world.write(world.cpu, 0xA01 << 12, b"x")
     levels = [world.vm.mmu.leaf_at(world.vm.mmu.roots[0], Gfn(gfn)) for gfn in (0x801, 0xA01)]
@@ -231,7 +231,7 @@ def test_a_plain_vm_has_no_attributes() -> None:
 def test_attributes_are_checked(address: int, size: int, attributes: int, flags: int) -> None:
     world = Protected()
     with pytest.raises(UapiError) as caught:
-        world.run(world.vm.private.set_attributes(address, size, attributes, flags))
+        world.run(world.vm.private.set_attributes(Gpa(address), size, attributes, flags))
     assert caught.value.errno == errno.EINVAL
 
 

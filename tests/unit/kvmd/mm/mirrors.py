@@ -12,7 +12,7 @@ from kvmd.core.mm.hmm import FoundPages, Mirror
 from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.units import Hva, Pfn
+from protocol.units import Hpa, Hva, Pfn
 from tests.unit.kvmd.world import HandLease, SlowImporter, World
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Rig:
 
     def frame(self, pfn: Pfn, size: int = PAGE) -> bytes:
         """What a device reads there."""
-        return self.world.host.read_frame(pfn << 12, size)
+        return self.world.host.read_frame(Hpa(pfn << 12), size)
 
     def tag(self, pfn: Pfn) -> int:
         return self.world.bare.tags.read(pfn)
