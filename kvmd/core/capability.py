@@ -15,9 +15,12 @@ from kvmd.core.slots.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABL
 from kvmd.core.slots.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
 from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
 from kvmd.core.slots.memslot import MAX_SLOTS
+from kvmd.core.tables.root_policy import ALL_BEHAVIOURS, IOMMU_OWN, RootPolicy
 from kvmd.core.vm import MAX_VCPU_IDS, MAX_VCPUS, Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
+
+ENABLE_CAP_ARGS = 4  # struct kvm_enable_cap
 
 
 class KvmCap(IntEnum):
@@ -50,6 +53,7 @@ class KvmCap(IntEnum):
     PRE_FAULT_MEMORY = 236
     GUEST_MEMFD_FLAGS = 244
     TDP_FD_OWN_ROOT = 1 << 16  # the model's
+    TDP_FD_ROOT_POLICY = (1 << 16) + 1  # the model's
 
 
 _PRESENT = (
@@ -73,6 +77,7 @@ def check_extension(features: CpuFeatures, vm: Kvm | None, cap: int) -> int:
         KvmCap.DIRTY_LOG_RING: MAX_RING_BYTES,
         KvmCap.DIRTY_LOG_RING_ACQ_REL: MAX_RING_BYTES,
         KvmCap.DIRTY_LOG_RING_WITH_BITMAP: int(features.dirty_ring_with_bitmap),
+        KvmCap.TDP_FD_ROOT_POLICY: ALL_BEHAVIOURS,
         KvmCap.MEMORY_ATTRIBUTES: ATTRIBUTE_PRIVATE if vm is None or vm.private.attributes.supported else 0,
         KvmCap.VM_TYPES: sum(1 << kind for kind in VmType),
         KvmCap.GUEST_MEMFD_FLAGS: MemfdFlag.MMAP | MemfdFlag.INIT_SHARED
@@ -90,7 +95,8 @@ def _address_spaces(features: CpuFeatures, vm: Kvm | None) -> int:
 
 
 def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:
-    """KVM_ENABLE_CAP on a VM; only arg 0 means anything to what is known here."""
+    """KVM_ENABLE_CAP on a VM; `args` that are left out are 0."""
+    args = [*args, *[0] * (ENABLE_CAP_ARGS - len(args))]
     if cap == KvmCap.MANUAL_DIRTY_LOG_PROTECT2:
         _set_manual_protect(vm, flags, args[0])
     elif cap in (KvmCap.DIRTY_LOG_RING, KvmCap.DIRTY_LOG_RING_ACQ_REL):
@@ -98,7 +104,9 @@ def enable_cap(vm: Kvm, cap: int, flags: int, args: Sequence[int]) -> None:
     elif cap == KvmCap.DIRTY_LOG_RING_WITH_BITMAP:
         _set_ring_with_bitmap(vm, flags)
     elif cap == KvmCap.TDP_FD_OWN_ROOT:
-        _set_tdp_own_root(vm, flags, args)
+        _set_lent_policy(vm, flags, args, IOMMU_OWN)
+    elif cap == KvmCap.TDP_FD_ROOT_POLICY:
+        _set_lent_policy(vm, flags, args[2:], RootPolicy.of(args[0], args[1]))
     else:
         raise UapiError(errno.EINVAL, f"capability {cap}: there is nothing to enable")
 
@@ -134,11 +142,11 @@ def _set_ring_with_bitmap(vm: Kvm, flags: int) -> None:
     vm.dirty_log.ring_with_bitmap = True
 
 
-def _set_tdp_own_root(vm: Kvm, flags: int, args: Sequence[int]) -> None:
-    """Which root is lent is settled with the first TDP FD."""
-    if flags or any(args) or vm.exported or vm.tdp_fds_made:
-        what = f"flags {flags:#x}, args {[hex(arg) for arg in args]} (all 0)"
+def _set_lent_policy(vm: Kvm, flags: int, rest: Sequence[int], policy: RootPolicy) -> None:
+    """Which root is lent is settled with the first TDP FD; `rest`: arguments that say nothing."""
+    if flags or any(rest) or vm.exported or vm.tdp_fds_made:
+        what = f"flags {flags:#x}, further args {[hex(arg) for arg in rest]} (all 0)"
         raise UapiError(
             errno.EINVAL, f"a root of the IOMMU's own: {what}, {vm.tdp_fds_made} TDP FDs were made"
         )
-    vm.tdp_own_root = True
+    vm.lent_policy = policy

@@ -36,7 +36,7 @@ def check_vm(vm: Kvm) -> list[str]:
             found += _check_translations(vm, root)
             found += _check_pinned(vm, root)
             found += _check_dirty_log(vm, root)
-        if root.role.iommu and not root.invalid:
+        if not root.role.policy.cpus and not root.invalid:
             found += _check_untouched(vm, root)
     for exported in vm.exported.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
@@ -135,7 +135,7 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
             found.append(f"I11: gfn {met.gfn:#x} maps pfn {pfn_of(met.entry):#x}, the host has {pfn:#x}")
         if met.level > page.level or met.gfn + pages_of_level(met.level) > slot.span.end:
             found.append(f"I11: gfn {met.gfn:#x} level {met.level} maps beyond its host page or its slot")
-        tracked = not root.role.iommu and vm.page_track.any_in(slot, entry_span(met.gfn, met.level))
+        tracked = root.role.policy.tracks and vm.page_track.any_in(slot, entry_span(met.gfn, met.level))
         if is_writable(met.entry) and tracked:
             found.append(f"I19: gfn {met.gfn:#x} level {met.level} is writable and tracked")
         if is_writable(met.entry) and (slot.readonly or not page.writable):
@@ -189,7 +189,7 @@ def _check_dirty_log(vm: Kvm, root: Root) -> list[str]:
     """I20: no store to a page that user space believes clean goes unnoticed.  Rings are user space's own, but
     what devices alone reach is in none."""
     found = []
-    in_rings = vm.dirty_log.rings and not root.role.iommu
+    in_rings = vm.dirty_log.rings and root.role.policy.cpus
     for met in vm.mmu.leaves(root):
         slot = vm.slots.find(met.gfn, root.role.as_id)
         if slot is None or slot.dirty is None or in_rings or not is_writable(met.entry):
@@ -203,16 +203,18 @@ def _check_dirty_log(vm: Kvm, root: Root) -> list[str]:
 
 
 def _check_untouched(vm: Kvm, root: Root) -> list[str]:
-    """I23: nothing in a root of the IOMMU's own is there to make a device fault: a leaf has each right it was
-    made with and counts as used, and no entry is MMIO or frozen."""
+    """I23: nothing in a root of the IOMMU's own is there to make a device fault that its policy has no use
+    for: a leaf has each right it was made with and counts as used, and no entry is MMIO or frozen."""
     found = []
+    policy = root.role.policy
+    keeps_write = not (policy.logs or policy.tracks)
     for met in walk_range(vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything):
-        if is_mmio(met.entry) or is_frozen(met.entry):
+        if is_mmio(met.entry) or (is_frozen(met.entry) and keeps_write):
             found.append(f"I23: gfn {met.gfn:#x} level {met.level} of the IOMMU's root is {met.entry:#x}")
         elif is_present_leaf(met.entry, met.level):
             given = met.entry & _MAY_WRITE
-            if given and (given != _MAY_WRITE or not is_writable(met.entry)):
+            if keeps_write and given and (given != _MAY_WRITE or not is_writable(met.entry)):
                 found.append(f"I23: gfn {met.gfn:#x} level {met.level} lost its right to write")
-            if not is_young(met.entry):
+            if not policy.ages and not is_young(met.entry):
                 found.append(f"I23: gfn {met.gfn:#x} level {met.level} was aged")
     return found

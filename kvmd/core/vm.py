@@ -11,6 +11,7 @@ import errno
 from collections import Counter
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.pinning import Pinning
@@ -45,6 +46,7 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.spte import MMIO_GENERATION_MASK
 from kvmd.core.tables.tdp_mmu import TdpMmu
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState
@@ -86,7 +88,7 @@ class Kvm:
         features = host.features
         self.vcpus: list[Vcpu] = []
         self.exported: dict[int, ExportedTdp] = {}
-        self.tdp_own_root = False  # KVM_CAP_TDP_FD_OWN_ROOT: what is exported is the IOMMU's alone
+        self.lent_policy = CPUS  # of the roots that TDP FDs lend
         self.tdp_fds_made = 0
         self.flusher = Flusher(self.id, host.pool, self._tell_walkers)
         self.mmu = TdpMmu(
@@ -207,17 +209,17 @@ class Kvm:
             root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
         return root
 
-    def _role(self, maxphyaddr: int, as_id: int, *, iommu: bool = False) -> Role:
+    def _role(self, maxphyaddr: int, as_id: int, policy: RootPolicy = CPUS) -> Role:
         features = self.host.features
-        return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits, iommu)
+        return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits, policy)
 
     def roots_beside(self, own: Root) -> list[Root]:
         """Where what is faulted into `own` goes as well, when CPUs and IOMMU share none: to the others'.  A
         root of CPUs is made if no vCPU has run since a slot went.  ENOMEM.
         """
         role = own.role
-        if role.iommu:
-            self.mmu.put_root(self.mmu.get_root(replace(role, iommu=False)))
+        if not role.policy.cpus:
+            self.mmu.put_root(self.mmu.get_root(replace(role, policy=CPUS)))
             return self.mmu.cpu_roots(role.as_id)
         exported = self.exported.get(role.as_id)
         return [] if exported is None else [exported.root]
@@ -291,26 +293,28 @@ class Kvm:
         if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
             self.mmu.zap_mmio()
 
-    def _level_now(self, slot: Memslot, gfn: Gfn) -> Level:
+    def _level_now(self, slot: Memslot, policy: RootPolicy, gfn: Gfn) -> Level:
         """The largest leaf a fault at `gfn` would make now."""
         if self.private.serves(slot, gfn):
             return LEVEL_4K
         page = self.mm.present_page(slot.hva_of(gfn))
-        return LEVEL_4K if page is None else self.level_of(slot, gfn, page)
+        return LEVEL_4K if page is None else self.level_of(slot, gfn, page, policy)
 
-    def level_of(self, slot: Memslot, gfn: Gfn, page: MappedPage, *, iommu: bool = False) -> Level:
-        """The size of leaf that a fault at `gfn` gets for `page`, in the CPUs' root or in the IOMMU's own."""
+    def level_of(self, slot: Memslot, gfn: Gfn, page: MappedPage, policy: RootPolicy) -> Level:
+        """The size of leaf that a fault at `gfn` gets for `page` in a root of `policy`."""
         if page.level == LEVEL_4K:
             return LEVEL_4K
-        limit = self.private.attributes.max_level(gfn, self.host.features.max_page_level)
-        return mapping_level(slot, gfn, page, limit, self._has_pinned if iommu else self._needs_small)
+        most = min(policy.max_huge_page_level, self.host.features.max_page_level)
+        limit = self.private.attributes.max_level(gfn, most)
+        return mapping_level(slot, gfn, page, limit, partial(self._needs_small, policy))
 
-    def _needs_small(self, slot: Memslot, span: GfnSpan) -> bool:
+    def _needs_small(self, policy: RootPolicy, slot: Memslot, span: GfnSpan) -> bool:
         """A slot that logs does so page by page."""
-        return slot.logs or self.page_track.any_in(slot, span) or self._has_pinned(slot, span)
-
-    def _has_pinned(self, slot: Memslot, span: GfnSpan) -> bool:
-        return self.pinning.pinned.any_in(slot.as_id, span)
+        return (
+            (policy.logs and slot.logs)
+            or (policy.tracks and self.page_track.any_in(slot, span))
+            or self.pinning.pinned.any_in(slot.as_id, span)
+        )
 
     # awaits: asked: cannot change: the width of the guest's addresses is the VM's for good
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
@@ -352,7 +356,7 @@ class Kvm:
         check_create(request, self.slots.address_spaces, self.exported.__contains__, check)
         if not self.dirty_log.uses_bitmap:
             raise UapiError(errno.EINVAL, "dirty rings without bitmaps cannot log a device's stores")
-        root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id, iommu=self.tdp_own_root))
+        root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id, self.lent_policy))
         root.happens(RootEvent.EXPORT)
         if self.dirty_log.lend(root):
             for vcpu in self.vcpus:
@@ -361,7 +365,7 @@ class Kvm:
             TYPE_EPT,
             root.role.level,
             root.hpa,
-            self.host.features.max_page_level,
+            min(root.role.policy.max_huge_page_level, self.host.features.max_page_level),
             promised_masks(self.host.ept_rules),
         )
         exported = ExportedTdp(request.as_id, root, meta)
@@ -391,7 +395,7 @@ class Kvm:
         await self.pinning.close_all()
         root = exported.root
         self.release_tdp_fd(exported)
-        if root.role.iommu:
+        if not root.role.policy.cpus:
             async with self._slots_lock:
                 if root.state is not RootState.DISMANTLED:
                     await self.zapper.dismantle([root])
@@ -403,7 +407,7 @@ class Kvm:
         del self.exported[exported.as_id]
         exported.happens(ExportEvent.RELEASE)
         exported.root.happens(RootEvent.RELEASE)
-        if exported.root.role.iommu:
+        if not exported.root.role.policy.cpus:
             exported.root.happens(RootEvent.INVALIDATE)
         self.mmu.put_root(exported.root)
 

@@ -121,7 +121,7 @@ def _check_extension(owner: VmFile, message: uapi.KvmCheckExtension, fds: Fds) -
 
 
 def _enable_cap(owner: VmFile, message: uapi.KvmEnableCap, fds: Fds) -> Body:
-    enable_cap(owner.vm, message.cap, message.flags, [*message.args, 0])
+    enable_cap(owner.vm, message.cap, message.flags, message.args)
     return {}
 
 

@@ -19,6 +19,15 @@ KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168
 KVM_CAP_DIRTY_LOG_RING: Final = 192
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: Final = 225
 KVM_CAP_TDP_FD_OWN_ROOT: Final = 1 << 16  # the model's: what a TDP FD exports is a root of its own
+# The model's: and does what arg 0 says, KVM_TDP_FD_ROOT_*; arg 1 is the level of its largest leaf, or 0.
+KVM_CAP_TDP_FD_ROOT_POLICY: Final = (1 << 16) + 1
+KVM_TDP_FD_ROOT_AGES: Final = 1
+KVM_TDP_FD_ROOT_LOGS: Final = 2
+KVM_TDP_FD_ROOT_TRACKS: Final = 4
+KVM_TDP_FD_ROOT_NX_HUGE: Final = 8
+KVM_TDP_FD_ROOT_TOLD_ALL: Final = 16
+KVM_TDP_FD_ROOT_ZAPPED_WHOLE: Final = 32
+KVM_TDP_FD_ROOT_FILLED_BESIDE: Final = 64
 KVM_DIRTY_GFN_BYTES: Final = 16  # struct kvm_dirty_gfn {u32 flags, u32 slot, u64 offset}
 KVM_DIRTY_GFN_F_DIRTY: Final = 1
 KVM_DIRTY_GFN_F_RESET: Final = 2

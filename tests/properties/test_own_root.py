@@ -235,7 +235,7 @@ def test_two_lives_end_with_the_same_memory_and_every_write_was_told(seed: int) 
 PLANTED: dict[str, tuple[Any, str, Any]] = {
     "the IOMMU's root is not filled": (FaultPath, "_store_beside", lambda *args: None),
     "what devices can write is not dirty": (DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty),
-    "logging protects every root": (TdpMmu, "cpu_roots", TdpMmu.roots_of),
+    "logging protects every root": (TdpMmu, "logged_roots", TdpMmu.roots_of),
     "ageing takes every root": (TdpMmu, "_aged_roots", lambda self: self.roots),
     "every slot's leaves go": (
         SlotsChange,

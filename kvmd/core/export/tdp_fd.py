@@ -99,11 +99,11 @@ class ExportedTdp:
             del self._importers[name]
 
     def flush_notify(self, span: GfnSpan | None, epoch: int) -> list[Wait[None]]:
-        """Tell every importer [RFC 08/42]; one Wait each.  Of a root of the IOMMU's own that did not change
-        there is nothing to tell: then only what was told before is to be waited for.
+        """Tell every importer [RFC 08/42]; one Wait each.  Of a root that is not told all and did not
+        change there is nothing to tell: then only what was told before is to be waited for.
         """
         self._told = [wait for wait in self._told if not wait.done]
-        if self.root.role.iommu and not self.root.stale:
+        if not (self.root.role.policy.told_all or self.root.stale):
             return self._told
         self.root.stale = False
         if span is None:

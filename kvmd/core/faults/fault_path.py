@@ -76,7 +76,7 @@ class FaultPath:
             return None
         if fault.write and slot.readonly:
             return FaultResult.READONLY
-        if fault.write and vm.page_track.is_tracked(slot, gfn) and (vcpu or not vm.tdp_own_root):
+        if fault.write and vm.page_track.is_tracked(slot, gfn) and (vcpu or vm.lent_policy.tracks):
             return FaultResult.TRACKED
         if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
             return FaultResult.FAST
@@ -117,7 +117,7 @@ class FaultPath:
         except UapiError:  # no page left for a table
             return FaultResult.NO_MEMORY
         flush = mapped.flush
-        if vm.tdp_own_root:
+        if vm.lent_policy.filled_beside:
             flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
         if flush is not None:
             await vm.flusher.flush(flush)
@@ -130,13 +130,13 @@ class FaultPath:
         self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: Vcpu | None
     ) -> Mapped:
         """Map `page` into one root, with what that root may have of it.  ENOMEM: no page left for a table."""
-        vm, gfn, iommu = self._vm, fault.gfn, root.role.iommu
-        wanted = vm.level_of(slot, gfn, page, iommu=iommu)
+        vm, gfn, policy = self._vm, fault.gfn, root.role.policy
+        wanted = vm.level_of(slot, gfn, page, policy)
         level = vm.nx_huge.level(root, fault, wanted)
         pfn = first_pfn(slot, gfn, page, level)
         if TRACE.on:
             TRACE.emit(KvmMmuSpteRequested(gfn, pfn | gfn & pages_of_level(level) - 1, level))
-        tracked = not iommu and vm.page_track.is_tracked(slot, gfn)
+        tracked = policy.tracks and vm.page_track.is_tracked(slot, gfn)
         writable = page.writable and not slot.readonly and not tracked
         mapped = vm.mmu.map(
             root,
@@ -150,10 +150,10 @@ class FaultPath:
         vm.nx_huge.mapped(root, fault, wanted)
         if mapped.outcome is Outcome.FIXED:
             if writable and slot.logs:
-                if iommu:
-                    vm.dirty_log.mark(slot, entry_start(gfn, level), None, pages_of_level(level))
-                else:  # a small leaf, because the slot logs
+                if policy.logs:  # a small leaf
                     vm.mark_page_dirty(slot, gfn, vcpu)
+                else:
+                    vm.dirty_log.mark(slot, entry_start(gfn, level), None, pages_of_level(level))
             if vm.fault_notes.subscribers and vcpu and not fault.as_id:
                 vm.fault_notes.post(gfn, level, writable=writable)
         return mapped

@@ -25,6 +25,7 @@ from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.slots.memslot import Memslot, Memslots
 from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.root_policy import RootPolicy
 from kvmd.core.tables.tdp_mmu import SPLIT_BATCH, TdpMmu
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
@@ -48,7 +49,7 @@ class ClearDirtyLog:
 
 
 class DirtyLog:
-    """The logging of one VM; `level_of(slot, gfn)` is the largest leaf its host page allows there now."""
+    """The logging of one VM; `level_of(slot, policy, gfn)` is the largest leaf a fault makes there now."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class DirtyLog:
         mmu: TdpMmu,
         flusher: Flusher,
         mm: Mm,
-        level_of: Callable[[Memslot, Gfn], Level],
+        level_of: Callable[[Memslot, RootPolicy, Gfn], Level],
         stores: StoreRecord,
         *,
         pml: bool,
@@ -123,21 +124,22 @@ class DirtyLog:
         if not slot.logs:
             await self._recover_huge_pages(slot)
         elif not self.initially_set:  # or all is dirty as it is, and only CLEAR protects
-            for root in self._mmu.cpu_roots(slot.as_id):
+            for root in self._mmu.logged_roots(slot.as_id):
                 self._mmu.split(root, slot.span, LEVEL_4K)
                 self._mmu.protect(root, slot.span)
             with self._stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
                 await self._flusher.flush(slot.span)
 
-    # awaits: slot, each root, root: cannot change: under the slots_lock, which removing a slot or its roots
-    # takes | met, region: cannot change: frozen entries are passed by until `thaw`, which looks at the entry
-    # again
+    # awaits: slot, each root, root, level_of: cannot change: under the slots_lock, which removing a slot or
+    # its roots takes | met, region: cannot change: frozen entries are passed by until `thaw`, which looks at
+    # the entry again
     async def _recover_huge_pages(self, slot: Memslot) -> None:
         """Tables that only logging asked for: frozen, flushed region by region, cleared; faults map huge
         leaves then (RFC-98)."""
-        for root in self._mmu.cpu_roots(slot.as_id):
+        for root in self._mmu.logged_roots(slot.as_id):
             rest = slot.span
-            while met := self._mmu.freeze_collapsible(root, rest, partial(self._level_of, slot)):
+            level_of = partial(self._level_of, slot, root.role.policy)
+            while met := self._mmu.freeze_collapsible(root, rest, level_of):
                 region = entry_span(met.gfn, met.level)
                 await self._flusher.flush(region)
                 self._mmu.thaw(root, met)
@@ -258,7 +260,7 @@ class DirtyLog:
         self._protect(slot, span, lambda gfn: gfn - base in offsets)
 
     def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
-        for root in self._mmu.cpu_roots(slot.as_id):
+        for root in self._mmu.logged_roots(slot.as_id):
             if self.initially_set:  # nothing was split when logging began
                 self._mmu.split(root, span, LEVEL_4K, SPLIT_BATCH)
             self._mmu.protect(root, span, wanted)

@@ -146,13 +146,13 @@ class SlotsChange:
     # awaits: each exported, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
     # pass by a root that went
     async def zap_all_fast(self) -> None:
-        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42]; of the IOMMU's own only
-        those of the slot that goes.  Under the slots_lock."""
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42], or as their policy
+        has it only those of the slot that goes.  Under the slots_lock."""
         unflushed = self._mmu.invalidate_roots()
         obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
         for exported in list(self._exported.values()):
             root = exported.root
-            lost = self._gone_from(root) if root.role.iommu else [root.everything]
+            lost = [root.everything] if root.role.policy.zapped_whole else self._gone_from(root)
             if lost:
                 await self._zapper.zap(lost, [root], unflushed=unflushed)
                 unflushed = False

@@ -47,11 +47,11 @@ class TdpLog(TdpTable):
         return cleared > 0
 
     def unnoticed(self, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
-        """Where a store is told to no log: pinned gfns, and what the IOMMU's own root lets devices write."""
+        """Where a store is told to no log: pinned gfns, and what devices write in a root without."""
         for gfn in self.keep.within(as_id, span) if self.keep else ():
             yield GfnSpan.of_pages(gfn, 1)
         for root in self.roots_of(as_id):
-            if root.role.iommu:
+            if not root.role.policy.logs:
                 for met in self._leaves(root, span):
                     if is_writable(met.entry):
                         yield entry_span(met.gfn, met.level)

@@ -126,7 +126,7 @@ class TdpMmu(TdpLog):
                 self._split(root, gfn, level, at, entry)
             else:
                 self._link(root, gfn, level, at, entry, self._pool.allocate())
-        executable = goal == LEVEL_4K or root.role.iommu or not self.nx_huge_pages
+        executable = goal == LEVEL_4K or not (self.nx_huge_pages and root.role.policy.nx_huge)
         leaf = root.format.make_leaf(pfn, goal, writable=writable, executable=executable, accessed=accessed)
         root.format.check(leaf, goal)
         return self._store_leaf(root, gfn, met, leaf)
@@ -207,7 +207,7 @@ class TdpMmu(TdpLog):
             self._change(root, gfn, level, met.at, met.entry, bits.EMPTY)
 
     def age_leafs(self, span: GfnSpan) -> bool:
-        """Mark leaves of CPUs that overlap `span` as not used.  Whether one was, and so whether to flush."""
+        """Mark leaves that overlap `span` as not used.  Whether one was, and so whether to flush."""
         young = 0
         for root in self._aged_roots():
             for run in self.cursor(root, span):
@@ -219,7 +219,7 @@ class TdpMmu(TdpLog):
         return young > 0
 
     def _aged_roots(self) -> list[Root]:
-        return [root for root in self.roots if not root.role.iommu]
+        return [root for root in self.roots if root.role.policy.ages]
 
     def split(self, root: Root, span: GfnSpan, goal: Level, budget: int = SPLIT_BATCH) -> int:
         """Replace huge leaves in `span` by tables of smaller ones, down to `goal`.  How many; it stops at
@@ -256,7 +256,7 @@ class TdpMmu(TdpLog):
         """No CPU writes `gfn`, and no short way gives the right back.  Whether to flush."""
         changed = False
         for root in self.roots:
-            if root.role.as_id == as_id and not root.role.iommu:
+            if root.role.as_id == as_id and root.role.policy.tracks:
                 changed |= self._protect_leaf(root, gfn)
         return changed
 

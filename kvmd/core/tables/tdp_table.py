@@ -17,6 +17,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from kvmd.core.tables.map_record import MapRecord
+from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.spte import split_children
 from protocol.lifecycle import LifeCycle
 from protocol.pt import bits
@@ -33,16 +34,12 @@ from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hpa, Level
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root.
-
-    `iommu`, the model's [RFC review]: devices alone walk it, so what KVM does to an entry to hear of the next
-    access is not done to it (I23): the access would be an IO page fault, dearer than what it tells.
-    """
+    """What a root is for [KVM kvm_mmu_page_role]; two users with equal roles share a root."""
 
     level: Level
     as_id: int
     ad_enabled: bool
-    iommu: bool = False
+    policy: RootPolicy = CPUS
 
 
 class RootState(Enum):
@@ -106,7 +103,9 @@ class Root:
     @property
     def owner(self) -> str:
         """Whose tables they are, for those who count."""
-        return "iommu" if self.role.iommu else "shared" if self.exported else "cpu"
+        if not self.role.policy.cpus:
+            return "iommu"
+        return "shared" if self.exported else "cpu"
 
     @property
     def everything(self) -> GfnSpan:
@@ -158,8 +157,15 @@ class TdpTable:
         return [root for root in self.roots if root.role.as_id == as_id and not root.invalid]
 
     def cpu_roots(self, as_id: int) -> list[Root]:
-        """Those that CPUs walk, alone or with devices: what logging and tracking protect."""
-        return [root for root in self.roots_of(as_id) if not root.role.iommu]
+        """Those that CPUs walk, alone or with devices."""
+        return [root for root in self.roots_of(as_id) if root.role.policy.cpus]
+
+    def logged_roots(self, as_id: int) -> list[Root]:
+        return [root for root in self.roots_of(as_id) if root.role.policy.logs]
+
+    def exported_root(self, as_id: int) -> Root | None:
+        """The one that is lent out, if one is."""
+        return next((root for root in self.roots_of(as_id) if root.exported), None)
 
     # -- storing ---------------------------------------------------------------------------------------
 

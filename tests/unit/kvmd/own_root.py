@@ -23,9 +23,17 @@ BITMAP = 0x3000_0000_0000
 
 
 class Managed:
-    """`own`: or the RFC's design, for comparison."""
+    """`own`: or the RFC's design, for comparison.  `policy`: another root's behaviours and largest leaf."""
 
-    def __init__(self, *, level: int = 1, own: bool = True, pages: int = PAGES, **host: Any) -> None:
+    def __init__(
+        self,
+        *,
+        level: int = 1,
+        own: bool = True,
+        pages: int = PAGES,
+        policy: tuple[int, int] | None = None,
+        **host: Any,
+    ) -> None:
         self.world = World(**{"tables": 8 * MIB, **host})
         self.vm = self.world.vm
         self.hva = self.world.map(pages >> 9 * (level - 1), level)
@@ -33,7 +41,9 @@ class Managed:
         self.pages = pages
         self.world.set_slot(0, BASE, pages, self.hva)
         self.vcpu = self.world.vcpu()
-        if own:
+        if policy is not None:
+            enable_cap(self.vm, KvmCap.TDP_FD_ROOT_POLICY, 0, list(policy))
+        elif own:
             enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()
         self.importer = SlowImporter()

@@ -18,6 +18,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
 from kvmd.core.mm.vma import Prot
+from kvmd.core.tables.root_policy import CPUS, IOMMU_OWN
 from kvmd.core.tables.tdp_mmu import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
@@ -39,7 +40,7 @@ def test_the_capability_is_there_and_settles_which_root_a_tdp_fd_lends() -> None
     shared, own = Managed(own=False), Managed()
     assert check_extension(own.world.host.features, own.vm, KvmCap.TDP_FD_OWN_ROOT) == 1
     assert check_extension(own.world.host.features, None, KvmCap.TDP_FD_OWN_ROOT) == 1
-    assert (shared.exported.root.role.iommu, own.exported.root.role.iommu) == (False, True)
+    assert (shared.exported.root.role.policy, own.exported.root.role.policy) == (CPUS, IOMMU_OWN)
     for guest in (shared, own):
         guest.write(0)
     assert shared.vcpu.roots[0] is shared.exported.root
@@ -53,7 +54,7 @@ def test_the_capability_takes_neither_flags_nor_arguments(bad: tuple[int, list[i
     with pytest.raises(UapiError) as caught:
         enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, flags, args)
     assert caught.value.errno == errno.EINVAL
-    assert not world.vm.tdp_own_root
+    assert world.vm.lent_policy is CPUS
 
 
 def test_once_a_tdp_fd_was_made_it_is_too_late(guest: Managed) -> None:
@@ -251,7 +252,7 @@ def test_a_released_root_of_the_iommus_own_is_taken_apart() -> None:
     assert guest.dirty() == set(range(8)), "what a device may have written"
     assert guest.dirty() == set()
     again = guest.world.export()
-    assert again.root.role.iommu
+    assert again.root.role.policy is IOMMU_OWN
     assert guest.sound()
 
 
