@@ -35,7 +35,7 @@ _NS_PER_US = 1000
 Limit = Callable[[Awaitable[CompletionRecord], int], Awaitable[CompletionRecord | None]]
 
 
-class Channel(Protocol):
+class DmaChannel(Protocol):
     async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord: ...
     async def fill(self, dst: int, pattern: int, size: int) -> CompletionRecord: ...
 
@@ -133,7 +133,7 @@ class Thread:
     def __init__(
         self,
         name: str,
-        channel: Channel,
+        channel: DmaChannel,
         memory: GuestMemory,
         clock_ns: Callable[[], int],
         params: DmatestParams,

@@ -16,7 +16,7 @@ MAX_ACCESS_BYTES = 1 << 16
 MAX_BATCH_BYTES = 1 << 20
 
 
-class Cpu(Protocol):
+class CpuAccess(Protocol):
     """A vCPU that executes accesses: (gpa, size) reads, (gpa, bytes) writes."""
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]: ...
@@ -27,7 +27,7 @@ class OutOfGuestMemory(Exception):
 
 
 class GuestMemory:
-    def __init__(self, cpu: Cpu, start: Gpa, end: Gpa) -> None:
+    def __init__(self, cpu: CpuAccess, start: Gpa, end: Gpa) -> None:
         self._cpu = cpu
         self._next = start
         self._end = end

@@ -85,7 +85,7 @@ class Counters:
     cpu_pages: int = counted("pages", "that these accesses met", "guest.cpu_pages")
     dma_bytes: int = counted("bytes", "moved by devices", "device.bytes_moved")
     dma_pages: int = counted("pages", "that this DMA met", "device.pages_moved")
-    descriptors: int = counted("work descriptors", "devices executed", "device.descriptors")
+    work_descriptors: int = counted("descriptors", "devices executed", "device.descriptors")
     pages_written: int = counted("pages", "written while logged, as the scenario knows")
     pages_reported: int = counted("pages", "reported dirty")
     pages_missed: int = counted("pages", "written and never reported")

@@ -15,7 +15,7 @@ import trio
 
 from protocol.hw.dsa import CompletionRecord
 from protocol.units import MIB
-from qemu_shim.guest.dmatest import Channel, DmatestParams, Result, Thread
+from qemu_shim.guest.dmatest import DmaChannel, DmatestParams, Result, Thread
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
@@ -68,7 +68,7 @@ def dmatest_params(params: Mapping[str, int]) -> DmatestParams:
     )
 
 
-async def run_threads(guest: Machine, channels: Sequence[Channel], params: DmatestParams) -> list[Result]:
+async def run_threads(guest: Machine, channels: Sequence[DmaChannel], params: DmatestParams) -> list[Result]:
     """All threads of all channels at once; their results in the order of their names."""
     threads = [
         Thread(

@@ -79,7 +79,7 @@ class Container(Protocol):
     def close(self) -> None: ...
 
 
-class KvmTable:
+class KvmContainer:
     """KVM's table, exported: memslots are all there is to say of it."""
 
     def __init__(self, tdp_fd: int) -> None:
@@ -90,7 +90,7 @@ class KvmTable:
         return self._tdp_fd
 
     @classmethod
-    async def open(cls, vm: Vm, process: Process, *, own_root: bool = False) -> KvmTable:
+    async def open(cls, vm: Vm, process: Process, *, own_root: bool = False) -> KvmContainer:
         if own_root:
             await vm.enable_cap(names.KVM_CAP_TDP_FD_OWN_ROOT)
         return cls(await vm.create_tdp_fd())
@@ -114,7 +114,7 @@ class KvmTable:
         os.close(self._tdp_fd)
 
 
-class Ioas:
+class IoasContainer:
     """A table of iommufdd's, filled from an IOAS that has every memslot mapped."""
 
     tdp_fd = None
@@ -129,7 +129,7 @@ class Ioas:
     @classmethod
     async def open(
         cls, vm: Vm, process: Process, *, on_demand: bool = False, follow_kvm: bool = False
-    ) -> Ioas:
+    ) -> IoasContainer:
         return cls(vm, process, on_demand=on_demand, follow_kvm=follow_kvm)
 
     async def hwpt(self, iommu: Iommu, dev_id: int, slots: list[RamSlot]) -> int:
@@ -220,21 +220,21 @@ NO_TOUCH = "the guest's touch of the page does not put it into the device's tabl
 SHARED = Design(
     "shared",
     "KVM's one table, walked by the unit as well",
-    KvmTable.open,
+    KvmContainer.open,
     Stroke("#a8498a", "#e09bc7", 6),
     owners=("shared",),
 )
 MANAGED = Design(
     "managed",
     "a second root of KVM's, filled with the first",
-    partial(KvmTable.open, own_root=True),
+    partial(KvmContainer.open, own_root=True),
     Stroke("#0072b2", "#56b4e9", 4.6),
     owners=("cpu", "iommu"),
 )
 PINNED = Design(
     "pinned",
     "a table of iommufdd's, all memory in it pinned from the start",
-    Ioas.open,
+    IoasContainer.open,
     Stroke("#d55e00", "#ff8a3d", 1.6, "3 2"),
     owners=("cpu", "iommufd"),
     pins=True,
@@ -243,7 +243,7 @@ PINNED = Design(
 MIRROR = Design(
     "mirror",
     "a table of iommufdd's, filled by IO page faults",
-    partial(Ioas.open, on_demand=True),
+    partial(IoasContainer.open, on_demand=True),
     Stroke("#6e6e6e", "#b9b9b9", 2.2),
     owners=("cpu", "iommufd"),
     whole_dirty=True,
@@ -252,7 +252,7 @@ MIRROR = Design(
 NOTIFIER = Design(
     "notifier",
     "the same, and filled with what KVM says it faulted in",
-    partial(Ioas.open, on_demand=True, follow_kvm=True),
+    partial(IoasContainer.open, on_demand=True, follow_kvm=True),
     Stroke("#008a66", "#2fc79b", 3.4, "7 3"),
     owners=("cpu", "iommufd"),
     whole_dirty=True,

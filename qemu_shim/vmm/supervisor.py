@@ -35,7 +35,7 @@ class DaemonFailed(Exception):
 
 
 @dataclass(slots=True)
-class _Running:
+class _RunningDaemon:
     spec: DaemonSpec
     process: trio.Process
     log: Path
@@ -64,7 +64,7 @@ class Supervisor:
         self._daemons = daemons
         self._extra = extra
         self._log_level = log_level
-        self._running: list[_Running] = []
+        self._running: list[_RunningDaemon] = []
 
     @property
     def admin(self) -> Path:
@@ -81,7 +81,7 @@ class Supervisor:
                 process = await trio.lowlevel.open_process(
                     argv, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
                 )
-            self._running.append(_Running(spec, process, log))
+            self._running.append(_RunningDaemon(spec, process, log))
 
     async def wait_ready(self) -> None:
         """Returns when every socket is there.  Raises DaemonFailed."""
@@ -121,7 +121,7 @@ class Supervisor:
         return problems
 
 
-async def _stop(running: _Running) -> str | None:
+async def _stop(running: _RunningDaemon) -> str | None:
     process = running.process
     process.terminate()
     with trio.move_on_after(STOP_PATIENCE_S) as patience:

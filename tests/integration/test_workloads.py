@@ -31,7 +31,7 @@ SMALL = {
     "device-first": {"pages": 32, "ram_mib": 32},
     "dmatest": {"buf_kib": 64},
     "late-attach": {"pages": 32, "ram_mib": 32},
-    "ring-and-buffers": {"descriptors": 64, "rounds": 1},
+    "ring-and-buffers": {"work_descriptors": 64, "rounds": 1},
     "streaming": {"pages": 96, "window": 16},
     "balloon": {"pages": 64, "rounds": 2},
     "migration": {"pages": 64, "rounds": 2, "cpu_writes": 25, "device_writes": 25},
@@ -130,7 +130,7 @@ async def test_who_knows_what_the_cpu_touched_faults_only_on_records_and_fresh_b
     run = await hosts.play("ring-and-buffers", design)
     faults = added(run, "io_faults")
     classes = (
-        *("descriptors", "completion records", "transmit buffers"),
+        *("work descriptors", "completion records", "transmit buffers"),
         *("recycled receive buffers", "fresh receive buffers"),
     )
     assert tuple(faults[name] for name in classes) == RING[design]

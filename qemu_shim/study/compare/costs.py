@@ -112,7 +112,7 @@ TERMS = (
     Term(Payer.HOST, "pages_reported", _of("migrated_page")),
     Term(Payer.WORK, "cpu_bytes", _of("cpu_gib")),
     Term(Payer.WORK, "dma_bytes", _of("dma_gib")),
-    Term(Payer.WORK, "descriptors", _of("descriptor")),
+    Term(Payer.WORK, "work_descriptors", _of("work_descriptor")),
 )
 
 

@@ -16,10 +16,10 @@ from qemu_shim.study.compare.schema import (
     Comparison,
     CostFigure,
     DesignFigures,
-    Faults,
+    FaultFigures,
     Latency,
-    Pinned,
-    Refused,
+    PinnedFigures,
+    RefusalFigure,
     Series,
     Span,
     Tables,
@@ -108,7 +108,7 @@ def design_figures(run: Run, costs: Costs) -> DesignFigures:
         work=_work(last.counts),
         time=_time(done, costs),
         series=_series(run.samples, ends),
-        refusals=[Refused(what=refusal.what, why=refusal.why) for refusal in run.refusals],
+        refusals=[RefusalFigure(what=refusal.what, why=refusal.why) for refusal in run.refusals],
         problems=list(run.problems),
     )
 
@@ -122,13 +122,13 @@ def _ends(done: Sequence[Step], values: Values) -> list[float]:
     return ends
 
 
-def _faults(counts: Mapping[str, int]) -> Faults:
+def _faults(counts: Mapping[str, int]) -> FaultFigures:
     sides = {
         f"{side}{of}": counts.get(f"{side}_faults{of}", 0)
         for side in ("cpu", "io")
         for of in ("", "_major", "_spurious")
     }
-    return Faults(
+    return FaultFigures(
         **sides,
         io_groups=counts.get("io_groups", 0),
         io_failed=counts.get("io_faults_failed", 0),
@@ -151,14 +151,14 @@ def _latency(done: Sequence[Step], values: Values, sides: tuple[str, ...]) -> La
     )
 
 
-def _pinned(done: Sequence[Step], ends: Sequence[float]) -> Pinned:
+def _pinned(done: Sequence[Step], ends: Sequence[float]) -> PinnedFigures:
     """Page-time: within a step the number of pinned pages goes straight from what it was to what it is."""
     pages = [step.after.gauges.get("pinned_pages", 0) for step in done]
     page_us, then, was = 0.0, 0.0, 0
     for now, is_now in zip(ends, pages, strict=True):
         page_us += (was + is_now) / 2 * (now - then)
         then, was = now, is_now
-    return Pinned(
+    return PinnedFigures(
         pages_max=max(pages, default=0),
         pages_end=pages[-1] if pages else 0,
         page_seconds=round(page_us / S, 9),

@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from qemu_shim.study.compare.schema import DesignFigures, Work
 
 TIE = 0.05  # of the cheaper one
-SAME = ("cpu_bytes", "cpu_pages", "dma_bytes", "dma_pages", "descriptors")  # what every design does alike
+# What every design does alike.
+SAME = (
+    "cpu_bytes",
+    "cpu_pages",
+    "dma_bytes",
+    "dma_pages",
+    "work_descriptors",
+)
 
 
 def tie(cheaper_us: float, dearer_us: float) -> bool:

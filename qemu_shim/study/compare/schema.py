@@ -1,6 +1,6 @@
 """What a comparison says, as data: one schema for the table, the report, the documents and `--json`.
 
-`Comparison.version` is 2.  It grows when a field changes its meaning or goes; a new field does not change it.
+`Comparison.version` is 3.  It grows when a field changes its meaning or goes; a new field does not change it.
 Times are modelled, in us, rounded to a nanosecond; bytes are bytes; pages are of 4 KiB.
 """
 
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-VERSION = 2
+VERSION = 3
 
 
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Refused(Model):
+class RefusalFigure(Model):
     what: str
     why: str
 
 
-class Faults(Model):
+class FaultFigures(Model):
     """All of a side's faults, and of them those that read from swap, found their entry there, failed; a
     device's are pages asked for, `io_groups` the page request groups they came in.
     """
@@ -48,7 +48,7 @@ class Latency(Model):
     avg_us: float
 
 
-class Pinned(Model):
+class PinnedFigures(Model):
     pages_max: int
     pages_end: int
     page_seconds: float
@@ -82,7 +82,7 @@ class Work(Model):
     cpu_pages: int
     dma_bytes: int
     dma_pages: int
-    descriptors: int
+    work_descriptors: int
     pages_allocated: int
     pages_allocated_cpu: int
     pages_allocated_io: int
@@ -126,15 +126,15 @@ class Series(Model):
 
 class DesignFigures(Model):
     design: str
-    faults: Faults
+    faults: FaultFigures
     latency: dict[str, Latency]  # of `cpu`'s faults, `io`'s, `both`
-    pinned: Pinned
+    pinned: PinnedFigures
     tables: Tables
     told: Told
     work: Work
     time: Time
     series: Series
-    refusals: list[Refused]
+    refusals: list[RefusalFigure]
     problems: list[str]
 
 

@@ -6,8 +6,8 @@ where only the device writes.  The device is led to one class of pages after the
 step's IO page faults are those of its class; then the ring is played again, and nothing faults.
 
 Descriptors run one after the other (each is fenced): of two whose records share a page both would ask for it,
-or only one, as the engines happen to run.  Counts grow with `descriptors`: a buffer page to send and one to
-receive for each, a page of records for 128 and one of the ring for 64.
+or only one, as the engines happen to run.  Counts grow with `work_descriptors`: a buffer page to send and one
+to receive for each, a page of records for 128 and one of the ring for 64.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Ring:
             record = CompletionRecord.from_bytes(raw[at : at + COMPLETION_SIZE])
             good = record.status is Status.SUCCESS and not record.result
             ctx.expect(
-                good, f"descriptor {at // COMPLETION_SIZE}: {record.status.name}, result {record.result}"
+                good, f"work descriptor {at // COMPLETION_SIZE}: {record.status.name}, result {record.result}"
             )
         await memory.write(self.completions[0], bytes(len(raw)))
 
@@ -102,7 +102,7 @@ class _Ring:
 
 
 def _allocate(ctx: Context, guest: Guest) -> _Ring:
-    count = ctx.params["descriptors"]
+    count = ctx.params["work_descriptors"]
     fresh = count * ctx.params["fresh"] // 100
     return _Ring(
         guest,
@@ -117,7 +117,7 @@ def _allocate(ctx: Context, guest: Guest) -> _Ring:
 
 
 async def play(ctx: Context) -> None:
-    ring = _allocate(ctx, await ctx.boot_for(3 * ctx.params["descriptors"]))
+    ring = _allocate(ctx, await ctx.boot_for(3 * ctx.params["work_descriptors"]))
     guest = ring.guest
     nothing = [Descriptor(opcode=Opcode.NOOP)] * ring.descriptors
     await guest.touch(ring.ring)
@@ -126,7 +126,7 @@ async def play(ctx: Context) -> None:
     await guest.queue.run(Opcode.NOOP)
     await ctx.step("first dma")
     await ring.play(nothing, recorded=False)
-    await ctx.step("descriptors")
+    await ctx.step("work descriptors")
     await ring.play(nothing, recorded=True)
     await ctx.step("completion records")
     await ring.check(ctx, ring.descriptors)
@@ -155,7 +155,9 @@ WORKLOAD = Scenario(
     summary="a driver's ring: IO page faults of descriptors, completion records and buffers, apart",
     play=play,
     params={
-        "descriptors": Param(256, 8, 1 << 16, "descriptors of the ring; each sends a page and receives one"),
+        "work_descriptors": Param(
+            256, 8, 1 << 16, "descriptors of the ring; each sends a page and receives one"
+        ),
         "fresh": Param(50, 1, 99, "per cent of the receive buffers that nobody has touched"),
         "rounds": Param(1, 0, 1000, "times all of it is done again"),
     },

@@ -43,7 +43,7 @@ def made_up(
         counts.update(notes=each * (design == "notifier"), notes_mapped=each * (design == "notifier") // 2)
         sample(f"touch {number}")
     for number in range(steps):
-        counts.update(dma_bytes=each * 4096, dma_pages=each, descriptors=each)
+        counts.update(dma_bytes=each * 4096, dma_pages=each, work_descriptors=each)
         faults = {"mirror": each, "notifier": each - each // 2}.get(design, 0)
         counts.update(io_faults=faults, io_groups=-(-faults // 8))
         sample("first dma" if not number else f"dma {number}")

@@ -55,7 +55,7 @@ BILL: dict[str, tuple[Payer, float]] = {
     "pages_reported": (Payer.HOST, 1.3),
     "cpu_bytes": (Payer.WORK, 0.1e6 / (1 << 30)),
     "dma_bytes": (Payer.WORK, 0.033e6 / (1 << 30)),
-    "descriptors": (Payer.WORK, 1.0),
+    "work_descriptors": (Payer.WORK, 1.0),
 }
 CLEARED = {"cleared_for_cpu", "cleared_for_io", "cleared_for_host", "table_pages_new"}
 # Which events a constant prices; of several constants a price is the product.
@@ -81,7 +81,7 @@ PRICES = {
     "migrated_page": {"pages_reported"},
     "cpu_gib": {"cpu_bytes"},
     "dma_gib": {"dma_bytes"},
-    "descriptor": {"descriptors"},
+    "work_descriptor": {"work_descriptors"},
 }
 
 
@@ -96,7 +96,7 @@ def test_a_step_costs_what_a_hand_works_out() -> None:
         {"cpu_faults": 10, "cpu_faults_major": 1, "io_faults": 4, "io_groups": 2}
         | {"io_faults_major": 1, "swap_ins": 3}
         | dict.fromkeys(("flushes", "qi_messages", "iotlb_invalidations", "devtlb_invalidations"), 2)
-        | {"invalidations": 2, "dma_bytes": 1 << 20, "descriptors": 5},
+        | {"invalidations": 2, "dma_bytes": 1 << 20, "work_descriptors": 5},
         {},
         {"pinned_pages": 0},
     )

@@ -68,7 +68,7 @@ def test_other_work_that_was_not_refused_is_seen_however_little(count: str, by: 
 
 
 def test_who_refuses_does_not_say_what_is_usual() -> None:
-    refused = with_counts(made_up("pinned", "balloon"), descriptors=1)
+    refused = with_counts(made_up("pinned", "balloon"), work_descriptors=1)
     workload = compared(refused, made_up("shared", "balloon"))
     assert list(workload.unranked) == ["pinned"]
     assert undeclared(workload.designs, workload.unranked) == []
