@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
@@ -41,7 +41,7 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("kvmd.core.vm:Kvm.fault_exported", "fault", "fixed"),
         ("kvmd.core.slots.memslot:Memslots.find", "slot", "slot found"),
         ("kvmd.core.mm.mm:Mm.get_user_page", "host page", "host page there"),
-        ("kvmd.core.tables.tdp_mmu:TdpMmu.map", "map", "mapped"),
+        ("kvmd.core.tables.tdp_mmu:map_page", "map", "mapped"),
     ),
 }
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _wrap(where: str, on_entry: Callable[[int], None], on_exit: Callable[[int], None]) -> None:
     module, _, qualified = where.partition(":")
-    name, _, method = qualified.partition(".")
-    owner = getattr(importlib.import_module(module), name)
+    *owners, method = qualified.split(".")  # a method of a class, or a function
+    owner = reduce(getattr, owners, importlib.import_module(module))
     inner: Callable[..., Any] = getattr(owner, method)
 
     @wraps(inner)

@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import pairwise
 
 from kvmd.core.export.pinning import AS_ID
+from kvmd.core.tables import tdp_log
 from kvmd.core.tables.spte import is_young
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
@@ -28,7 +29,7 @@ def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
     found = _check_pins(vm) + _check_private(vm)
     for root in vm.mmu.roots:
-        found += check_table(vm.mmu.memory, root.hpa, root.role.level, walker_rules(vm))
+        found += check_table(vm.mmu.writer, root.hpa, root.role.level, walker_rules(vm))
         found += _check_counts(vm, root)
         if not root.invalid:
             found += _check_frames(vm, root)
@@ -61,7 +62,7 @@ def walker_rules(vm: Kvm) -> tuple[WalkRules, ...]:
 def _check_counts(vm: Kvm, root: Root) -> list[str]:
     leaves, tables = [0] * len(root.leaves), [0] * len(root.tables_at)
     tables[root.role.level] = 1
-    for met in walk_range(vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything):
+    for met in walk_range(vm.mmu.writer, root.format, root.hpa, root.role.level, root.everything):
         if is_table(met.entry, met.level):
             tables[met.level - 1] += 1
         elif is_present(met.entry):
@@ -195,7 +196,7 @@ def _check_dirty_log(vm: Kvm, root: Root) -> list[str]:
         if slot is None or slot.dirty is None or in_rings or not is_writable(met.entry):
             continue
         span = entry_span(met.gfn, met.level)
-        noticed = vm.mmu.logs_by_dirty_bit(root) and not met.entry & bits.DIRTY
+        noticed = tdp_log.logs_by_dirty_bit(vm.mmu, root) and not met.entry & bits.DIRTY
         clean = [gfn for gfn in range(span.start, span.end) if not vm.dirty_log.is_dirty(slot, Gfn(gfn))]
         if clean and not noticed:
             found.append(f"I20: gfn {clean[0]:#x} is writable, its slot {slot.id} logs, its bit is clear")
@@ -208,7 +209,7 @@ def _check_untouched(vm: Kvm, root: Root) -> list[str]:
     found = []
     policy = root.role.policy
     keeps_write = not (policy.logs or policy.tracks)
-    for met in walk_range(vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything):
+    for met in walk_range(vm.mmu.writer, root.format, root.hpa, root.role.level, root.everything):
         if is_mmio(met.entry) or (is_frozen(met.entry) and keeps_write):
             found.append(f"I23: gfn {met.gfn:#x} level {met.level} of the IOMMU's root is {met.entry:#x}")
         elif is_present_leaf(met.entry, met.level):

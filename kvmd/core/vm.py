@@ -45,11 +45,11 @@ from kvmd.core.slots.page_track import PageTrack
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.slots.store_record import StoreRecord
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.spte import MMIO_GENERATION_MASK
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
@@ -243,7 +243,7 @@ class Kvm:
             if gfn in self.pinning.pinned:
                 raise UapiError(errno.EBUSY, f"gfn {gfn:#x} is pinned: no store of a device faults there")
             self.page_track.add(self._slot_to_track(gfn), gfn)
-            if self.mmu.write_protect(gfn, as_id=0):
+            if tdp_mmu.write_protect(self.mmu, gfn, as_id=0):
                 await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
             await self.flusher.drain()
         finally:
@@ -291,7 +291,7 @@ class Kvm:
         if old is not None:
             self.stores.replaced(old)
         if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
-            self.mmu.zap_mmio()
+            tdp_mmu.zap_mmio(self.mmu)
 
     def _level_now(self, slot: Memslot, policy: RootPolicy, gfn: Gfn) -> Level:
         """The largest leaf a fault at `gfn` would make now."""

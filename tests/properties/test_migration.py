@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.tables import tdp_log, tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import TdpMmu
 from tests.properties.migration import PAGES, Migration
 
 PAGE = st.one_of(st.sampled_from([0, 1, 5, 63, 64, 511, 512, 600, PAGES - 1]), st.integers(0, PAGES - 1))
@@ -92,14 +93,14 @@ async def no_flush(self: Flusher, span: Any) -> None:
     """Bits are taken and told while old translations still store."""
 
 
-def always_dirty_bit(self: TdpMmu, root: Any) -> bool:
+def always_dirty_bit(mmu: TdpMmu, root: Any) -> bool:
     """D is cleared under an exported root, too (defect B-35)."""
     return bool(root.role.ad_enabled)
 
 
 def silent_fast_fault(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
     """W comes back and nobody marks."""
-    return self._vm.mmu.fast_page_fault(self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
+    return tdp_log.fast_page_fault(self._vm.mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
 
 
 def no_mark_of_devices(self: DirtyLog, slot: Any, gfn: Any, vcpu_id: int | None) -> None:
@@ -109,17 +110,17 @@ def no_mark_of_devices(self: DirtyLog, slot: Any, gfn: Any, vcpu_id: int | None)
         ring.push(slot.number, gfn - slot.base_gfn)
 
 
-def no_huge_protection(self: TdpMmu, root: Any, span: Any, wanted: Any = None) -> bool:
+def no_huge_protection(mmu: TdpMmu, root: Any, span: Any, wanted: Any = None) -> bool:
     """Huge leaves keep W."""
     cleared = False
-    for met in self._leaves(root, span):
+    for met in mmu.leaves_in(root, span):
         if met.level == 1 and met.entry & 2 and (wanted is None or wanted(met.gfn)):
-            self._writer.store64(met.at, met.entry & ~2)
+            mmu.writer.store64(met.at, met.entry & ~2)
             cleared = True
     return cleared
 
 
-def no_split(self: TdpMmu, root: Any, span: Any, goal: Any, budget: int = 0) -> int:
+def no_split(mmu: TdpMmu, root: Any, span: Any, goal: Any, budget: int = 0) -> int:
     return 0
 
 
@@ -142,7 +143,7 @@ def loses(kind: dict[str, Any]) -> bool:
     [
         (Flusher, "flush", no_flush, DEVICE),
         pytest.param(
-            TdpMmu,
+            tdp_log,
             "logs_by_dirty_bit",
             always_dirty_bit,
             DEVICE,
@@ -156,7 +157,7 @@ def loses(kind: dict[str, Any]) -> bool:
     ids=["no flush", "B-35", "silent fast fault", "B-34"],
 )
 def test_a_planted_bug_loses_a_byte(
-    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, bug: Any, kind: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, bug: Any, kind: dict[str, Any]
 ) -> None:
     assert all(soak(seed, kind) == [] for seed in range(2))
     monkeypatch.setattr(owner, name, bug)
@@ -167,6 +168,6 @@ def test_a_huge_page_left_writable_loses_a_byte(monkeypatch: pytest.MonkeyPatch)
     """With pages of 2 MiB neither split nor protected."""
     kind = DEVICE | {"huge": True}
     assert soak(0, kind) == []
-    monkeypatch.setattr(TdpMmu, "split", no_split)
-    monkeypatch.setattr(TdpMmu, "protect", no_huge_protection)
+    monkeypatch.setattr(tdp_mmu, "split", no_split)
+    monkeypatch.setattr(tdp_log, "protect", no_huge_protection)
     assert loses(kind)

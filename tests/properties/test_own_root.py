@@ -22,7 +22,7 @@ from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.slots_change import SlotsChange
-from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.units import GfnSpan, Gpa, Hva
 from tests.oracle.table import Machine, RawTables, second_stage_walk
@@ -236,7 +236,7 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     "the IOMMU's root is not filled": (FaultPath, "_store_beside", lambda *args: None),
     "what devices can write is not dirty": (DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty),
     "logging protects every root": (TdpMmu, "logged_roots", TdpMmu.roots_of),
-    "ageing takes every root": (TdpMmu, "_aged_roots", lambda self: self.roots),
+    "ageing takes every root": (TdpMmu, "aged_roots", lambda self: self.roots),
     "every slot's leaves go": (
         SlotsChange,
         "_gone_from",

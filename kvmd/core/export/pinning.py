@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from kvmd.core.faults.page_fault import MAX_TRIES, first_pfn
 from kvmd.core.mm.page import MappedPage, Page
 from kvmd.core.slots.memslot import Memslot
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.tdp_mmu import Mapped, Outcome
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
@@ -355,7 +356,7 @@ class Pinning:
         pfn = first_pfn(slot, gfn, host, LEVEL_4K)
         for root in vm.mmu.roots_of(AS_ID):
             self._split(root, gfn)
-        mapped = vm.mmu.map(self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
+        mapped = tdp_mmu.map_page(vm.mmu, self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
         if mapped.outcome is not Outcome.RETRY:
             self.pinned.add(gfn, Pin(page, pfn))
             vm.mark_page_dirty(slot, gfn, None)
@@ -371,7 +372,7 @@ class Pinning:
             if met is None or met.level == LEVEL_4K:
                 return
             if wanted:
-                mmu.split(root, GfnSpan.of_pages(gfn, 1), LEVEL_4K)
+                tdp_mmu.split(mmu, root, GfnSpan.of_pages(gfn, 1), LEVEL_4K)
         raise UapiError(errno.ENOMEM, f"pin of gfn {gfn:#x}: no page for a table of small entries")
 
     async def _take_back(self, request: Request) -> int:
@@ -384,7 +385,7 @@ class Pinning:
             if not pin.count:
                 pages.append(self.pinned.remove(gfn))
                 if not self._is_backed(gfn, pin):
-                    zapped |= self._vm.mmu.zap_leafs(GfnSpan.of_pages(gfn, 1))
+                    zapped |= tdp_mmu.zap_leafs(self._vm.mmu, GfnSpan.of_pages(gfn, 1))
         # They are ours alone: in no request, and no gfn's pin.
         if zapped:
             # await: gfns, pages: cannot change: nobody else has them

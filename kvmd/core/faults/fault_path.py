@@ -24,6 +24,7 @@ from kvmd.core.faults.page_fault import (
 )
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.memslot import Memslot
+from kvmd.core.tables import tdp_log, tdp_mmu
 from kvmd.core.tables.tdp_mmu import Mapped, Outcome
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
@@ -138,7 +139,8 @@ class FaultPath:
             TRACE.emit(KvmMmuSpteRequested(gfn, pfn | gfn & pages_of_level(level) - 1, level))
         tracked = policy.tracks and vm.page_track.is_tracked(slot, gfn)
         writable = page.writable and not slot.readonly and not tracked
-        mapped = vm.mmu.map(
+        mapped = tdp_mmu.map_page(
+            vm.mmu,
             root,
             gfn,
             pfn,
@@ -186,13 +188,14 @@ class FaultPath:
         """An MMIO entry for a vCPU to find; a device's fault leaves nothing, nor what no entry can say."""
         vm = self._vm
         if vcpu is not None and gfn < 1 << (vm.host.features.maxphyaddr - PAGE_SHIFT):
-            made = vm.mmu.map_mmio(vm.load_root(vcpu, as_id), gfn, vm.slots.generation)
+            made = tdp_mmu.map_mmio(vm.mmu, vm.load_root(vcpu, as_id), gfn, vm.slots.generation)
             vcpu.mmio_sptes_made += made
 
     def _fast_page_fault(self, fault: PageFault, slot: Memslot, vcpu: Vcpu | None) -> bool:
         """The page is mapped and only logging took W: no look at the host page is needed [KVM mmu.c]."""
         vm = self._vm
-        if not vm.mmu.fast_page_fault(self._fault_root(vcpu, fault.as_id), fault.gfn, logs=slot.logs):
+        root = self._fault_root(vcpu, fault.as_id)
+        if not tdp_log.fast_page_fault(vm.mmu, root, fault.gfn, logs=slot.logs):
             return False
         vm.mark_page_dirty(slot, fault.gfn, vcpu)
         return True

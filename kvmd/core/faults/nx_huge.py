@@ -13,9 +13,9 @@ from __future__ import annotations
 from kvmd.core.faults.page_fault import PageFault
 from kvmd.core.slots.memslot import Memslots
 from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Root
+from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_start
 from protocol.units import LEVEL_4K, Gfn, Level
@@ -86,7 +86,7 @@ class NxHugePages:
         stays = not self._is_split(root, gfn, level)
         del root.nx_split[level, entry_start(gfn, level)]
         if not stays:
-            self._mmu.zap_table(root, gfn, level)
+            tdp_mmu.zap_table(self._mmu, root, gfn, level)
         return not stays
 
     def _is_split(self, root: Root, gfn: Gfn, level: Level) -> bool:

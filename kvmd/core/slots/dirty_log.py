@@ -24,10 +24,11 @@ from kvmd.core.slots.dirty_bitmap import WORD_PAGES, DirtyBitmap, bitmap_bytes, 
 from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.slots.memslot import Memslot, Memslots
 from kvmd.core.slots.store_record import StoreRecord
+from kvmd.core.tables import tdp_log, tdp_mmu
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.root_policy import RootPolicy
-from kvmd.core.tables.tdp_mmu import SPLIT_BATCH, TdpMmu
-from kvmd.core.tables.tdp_table import Root
+from kvmd.core.tables.tdp_mmu import SPLIT_BATCH
+from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
@@ -113,7 +114,7 @@ class DirtyLog:
     def _mark_unnoticed(self, slot: Memslot, dirty: DirtyBitmap) -> DirtyBitmap:
         """Where nobody notices a device's store, to a pinned page (I22, rule c) or in a root that nothing
         write-protects (I23), a page is dirty at all times."""
-        for span in self._mmu.unnoticed(slot.as_id, slot.span):
+        for span in tdp_log.unnoticed(self._mmu, slot.as_id, slot.span):
             dirty.mark(span.start - slot.base_gfn, span.npages)
         return dirty
 
@@ -125,8 +126,8 @@ class DirtyLog:
             await self._recover_huge_pages(slot)
         elif not self.initially_set:  # or all is dirty as it is, and only CLEAR protects
             for root in self._mmu.logged_roots(slot.as_id):
-                self._mmu.split(root, slot.span, LEVEL_4K)
-                self._mmu.protect(root, slot.span)
+                tdp_mmu.split(self._mmu, root, slot.span, LEVEL_4K)
+                tdp_log.protect(self._mmu, root, slot.span)
             with self._stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
                 await self._flusher.flush(slot.span)
 
@@ -139,10 +140,10 @@ class DirtyLog:
         for root in self._mmu.logged_roots(slot.as_id):
             rest = slot.span
             level_of = partial(self._level_of, slot, root.role.policy)
-            while met := self._mmu.freeze_collapsible(root, rest, level_of):
+            while met := tdp_log.freeze_collapsible(self._mmu, root, rest, level_of):
                 region = entry_span(met.gfn, met.level)
                 await self._flusher.flush(region)
-                self._mmu.thaw(root, met)
+                tdp_log.thaw(self._mmu, root, met)
                 rest = GfnSpan(region.end, slot.span.end)
 
     def lend(self, root: Root) -> bool:
@@ -150,7 +151,7 @@ class DirtyLog:
         protected = False
         for slot in self._slots:
             if slot.logs and slot.as_id == root.role.as_id:
-                protected |= self._mmu.protect(root, slot.span)
+                protected |= tdp_log.protect(self._mmu, root, slot.span)
         return protected
 
     # -- what user space asks --------------------------------------------------------------------------
@@ -262,8 +263,8 @@ class DirtyLog:
     def _protect(self, slot: Memslot, span: GfnSpan, wanted: Callable[[Gfn], bool]) -> None:
         for root in self._mmu.logged_roots(slot.as_id):
             if self.initially_set:  # nothing was split when logging began
-                self._mmu.split(root, span, LEVEL_4K, SPLIT_BATCH)
-            self._mmu.protect(root, span, wanted)
+                tdp_mmu.split(self._mmu, root, span, LEVEL_4K, SPLIT_BATCH)
+            tdp_log.protect(self._mmu, root, span, wanted)
 
 
 def _tells(slot: Memslot, first_page: int, bits: bytes, number: int, page: int) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from kvmd.core.slots.memslot import Memslots
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
@@ -71,7 +72,7 @@ class HostChanges:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
         young = False
         for span in self._spans(start, end):
-            young |= self._mmu.age_leafs(span)
+            young |= tdp_mmu.age_leafs(self._mmu, span)
         if young:
             await self._flusher.flush(None)
         return young

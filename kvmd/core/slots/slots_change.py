@@ -19,8 +19,7 @@ from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange, SlotFlag
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Root, RootState
+from kvmd.core.tables.tdp_table import Root, RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvmd.core.tables.spte import restored
-from kvmd.core.tables.tdp_table import Root, TdpTable
+from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.pt import bits
 from protocol.pt.cursor import EntryRun, RangeEntry
 from protocol.pt.entry import is_frozen, is_writable
@@ -20,73 +20,73 @@ from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
 _MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
-class TdpLog(TdpTable):
-    """The logging of the tables of one VM."""
+def logs_by_dirty_bit(mmu: TdpMmu, root: Root) -> bool:
+    """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
+    that is lent only write protection notices a device's store (defect B-35)."""
+    return mmu.pml and root.role.ad_enabled and not root.exported
 
-    may_lack_write = False  # nothing was ever protected: no store can find W taken
 
-    def logs_by_dirty_bit(self, root: Root) -> bool:
-        """Clear D, and let the CPU's log tell the next store?  The remapping unit sets no D, so under a root
-        that is lent only write protection notices a device's store (defect B-35)."""
-        return self._pml and root.role.ad_enabled and not root.exported
+def protect(mmu: TdpMmu, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
+    """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
 
-    def protect(self, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool] | None = None) -> bool:
-        """Make the next store to pages of `span` (that are `wanted`) one that is noticed.  Whether to flush.
+    A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
+    """
+    mmu.may_lack_write = True
+    small = bits.DIRTY if logs_by_dirty_bit(mmu, root) else bits.WRITE
+    cleared = 0
+    for run in mmu.cursor(root, span):
+        bit = small if run.level == LEVEL_4K else bits.WRITE
+        new = [entry & ~bit if entry & bits.MMU_PRESENT else entry for entry in run.entries]
+        if run.level == LEVEL_4K and wanted is not None:
+            _keep_unwanted(run, new, wanted)
+        cleared += mmu.change_run(root, run, mmu.keeping(root, run, new))  # pinned is always dirty
+    return cleared > 0
 
-        A huge leaf is write-protected whatever part of it is wanted: a store to it must fault, to be split.
-        """
-        self.may_lack_write = True
-        small = bits.DIRTY if self.logs_by_dirty_bit(root) else bits.WRITE
-        cleared = 0
-        for run in self.cursor(root, span):
-            bit = small if run.level == LEVEL_4K else bits.WRITE
-            new = [entry & ~bit if entry & bits.MMU_PRESENT else entry for entry in run.entries]
-            if run.level == LEVEL_4K and wanted is not None:
-                _keep_unwanted(run, new, wanted)
-            cleared += self._change_run(root, run, self._keeping(root, run, new))  # pinned is always dirty
-        return cleared > 0
 
-    def unnoticed(self, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
-        """Where a store is told to no log: pinned gfns, and what devices write in a root without."""
-        for gfn in self.keep.within(as_id, span) if self.keep else ():
-            yield GfnSpan.of_pages(gfn, 1)
-        for root in self.roots_of(as_id):
-            if not root.role.policy.logs:
-                for met in self._leaves(root, span):
-                    if is_writable(met.entry):
-                        yield entry_span(met.gfn, met.level)
+def unnoticed(mmu: TdpMmu, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
+    """Where a store is told to no log: pinned gfns, and what devices write in a root without."""
+    for gfn in mmu.keep.within(as_id, span) if mmu.keep else ():
+        yield GfnSpan.of_pages(gfn, 1)
+    for root in mmu.roots_of(as_id):
+        if not root.role.policy.logs:
+            for met in mmu.leaves_in(root, span):
+                if is_writable(met.entry):
+                    yield entry_span(met.gfn, met.level)
 
-    def fast_page_fault(self, root: Root, gfn: Gfn, *, logs: bool) -> bool:
-        """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.
 
-        Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
-        """
-        met = self.leaf_at(root, gfn)
-        if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
-            return False
-        if logs and met.level > LEVEL_4K:
-            return False
-        new = restored(met.entry) | bits.WRITE
-        self._change(root, met.gfn, met.level, met.at, met.entry, new)
-        return True
+def fast_page_fault(mmu: TdpMmu, root: Root, gfn: Gfn, *, logs: bool) -> bool:
+    """A store to a page that only logging made read-only: put W back [KVM mmu.c].  Whether that was it.
 
-    def freeze_collapsible(
-        self, root: Root, span: GfnSpan, level_of: Callable[[Gfn], Level]
-    ) -> RangeEntry | None:
-        """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
-        the flush of what it mapped is over, and then thawed [RFC 36/42]."""
-        for frame, level, at, entries in self.cursor(root, span, with_tables=True):
-            gfn, entry = Gfn(frame), entries[0]
-            if level > MAX_LEAF_LEVEL or not root.format.is_table(entry, level) or level_of(gfn) < level:
-                continue
-            self._change(root, gfn, level, at, entry, bits.FROZEN)
-            return RangeEntry(gfn, level, at, entry)
-        return None
+    Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
+    """
+    met = mmu.leaf_at(root, gfn)
+    if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
+        return False
+    if logs and met.level > LEVEL_4K:
+        return False
+    new = restored(met.entry) | bits.WRITE
+    mmu.change(root, met.gfn, met.level, met.at, met.entry, new)
+    return True
 
-    def thaw(self, root: Root, met: RangeEntry) -> None:
-        """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
-        if is_frozen(self._writer.load64(met.at)):
-            self._change(root, met.gfn, met.level, met.at, bits.FROZEN, bits.EMPTY)
+
+def freeze_collapsible(
+    mmu: TdpMmu, root: Root, span: GfnSpan, level_of: Callable[[Gfn], Level]
+) -> RangeEntry | None:
+    """Cut off the first table within `span` that one huge leaf could replace: its entry is frozen until
+    the flush of what it mapped is over, and then thawed [RFC 36/42]."""
+    for frame, level, at, entries in mmu.cursor(root, span, with_tables=True):
+        gfn, entry = Gfn(frame), entries[0]
+        if level > MAX_LEAF_LEVEL or not root.format.is_table(entry, level) or level_of(gfn) < level:
+            continue
+        mmu.change(root, gfn, level, at, entry, bits.FROZEN)
+        return RangeEntry(gfn, level, at, entry)
+    return None
+
+
+def thaw(mmu: TdpMmu, root: Root, met: RangeEntry) -> None:
+    """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
+    if is_frozen(mmu.writer.load64(met.at)):
+        mmu.change(root, met.gfn, met.level, met.at, bits.FROZEN, bits.EMPTY)
 
 
 def _keep_unwanted(run: EntryRun, new: list[int], wanted: Callable[[Gfn], bool]) -> None:

@@ -1,12 +1,13 @@
 """The table pages of one VM: its roots, how an entry is stored, how a table is linked and cut off.
 
-What everybody who changes a TDP shares [RFC 35/42]: `tdp_log` and `tdp_mmu` are built on it.  All of it is
-plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare-and-exchange.
-Every store into a live table is made by `_change`, or for leaves of one table page by `_change_run`: they see
-to what follows from it [KVM tdp_mmu.c, handle_changed_spte].
+What everybody who changes a TDP shares [RFC 35/42]: `tdp_mmu` and `tdp_log` are operations on it.  All of it
+is plain `def`: nothing awaits between reading an entry and storing it, so that pair is our compare and
+exchange.  Every store into a live table is made by `change`, or for leaves of one table page by `change_run`:
+they see to what follows from it [KVM tdp_mmu.c, handle_changed_spte].
 
-Invariants with their home here: I16 a root's counters equal its table; I18 a table page is linked once.
-I23 no entry of an IOMMU's root asks for a fault.  I2, I3, I7 and I17 are kept with `spte` and `table_pool`.
+Invariants with their home here: I10 the root of an exported TDP never moves; I16 a root's counters equal its
+table; I18 a table page is linked once; I23 no entry of an IOMMU's root asks for a fault.  I2 and I17 are kept
+with `protocol/pt/ept.py`, I3 with `spte`, I7 with `protocol/pt/table_pool.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from protocol.pt.cursor import Cursor, EntryAt, EntryRun, RangeEntry, leaves_of,
 from protocol.pt.ept import ept_format
 from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, INDEX_BITS, entry_span, entry_start, gfn_limit
-from protocol.pt.mem import TableReader, TableWriter
+from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import WalkRules
 from protocol.trace import TRACE, KvmMmuSplitHugePage, KvmTdpMmuSpteChanged
@@ -121,7 +122,7 @@ class Keep(Protocol):
     def within(self, as_id: int, span: GfnSpan) -> list[Gfn]: ...
 
 
-class TdpTable:
+class TdpMmu:
     """The tables of one VM.  `next_epoch()` is the number the next flush will have; with `pml` the CPUs log
     each page whose D they set."""
 
@@ -139,18 +140,14 @@ class TdpTable:
         self.splits = 0  # huge leaves that became tables
         self.collapses = 0  # tables that became a huge leaf
         self.keep: Keep | None = None
+        self.may_lack_write = False  # nothing was ever protected: no store can find W taken
         self._vm_id = vm_id
-        self._writer = writer
-        self._pool = pool
+        self.writer = writer
+        self.pool = pool
         self._formats = [ept_format(rules, ad_enabled=enabled) for enabled in (False, True)]
-        self._next_epoch = next_epoch
-        self._pml = pml
+        self.next_epoch = next_epoch
+        self.pml = pml
         self.nx_huge_pages = False  # no huge leaf is executable
-
-    @property
-    def memory(self) -> TableReader:
-        """Where all of them lie, to look at."""
-        return self._writer
 
     def roots_of(self, as_id: int) -> list[Root]:
         """Roots of an address space that somebody may still walk into new faults."""
@@ -167,9 +164,42 @@ class TdpTable:
         """The one that is lent out, if one is."""
         return next((root for root in self.roots_of(as_id) if root.exported), None)
 
+    # -- roots -----------------------------------------------------------------------------------------
+
+    def get_root(self, role: Role) -> Root:
+        """A reference to the valid root of `role`, found or made."""
+        root = next((r for r in self.roots if r.role == role and not r.invalid), None)
+        if root is None:
+            root = Root(self.pool.allocate(), role, self._formats[role.ad_enabled])
+            self.roots.append(root)
+        root.refs += 1
+        return root
+
+    def put_root(self, root: Root) -> None:
+        """Drop a reference.  A valid root stays, as KVM's does; an invalid one goes with its last user."""
+        assert root.refs > 0, "root put more often than it was got"
+        root.refs -= 1
+        if root.state is RootState.DISMANTLED and root.refs == 0:
+            self.drop_root(root)
+
+    def invalidate_roots(self) -> bool:
+        """Every root but exported ones is obsolete [RFC 36/42]: nobody walks them after the flush that must
+        follow.  Whether to flush."""
+        obsolete = [root for root in self.roots if root.state is RootState.VALID]
+        for root in obsolete:
+            root.happens(RootEvent.INVALIDATE)
+        return bool(obsolete)
+
+    def drop_root(self, root: Root) -> None:
+        self._quarantine(root, root.hpa, root.role.level, self.next_epoch() - 1)
+        self.roots.remove(root)
+
+    def aged_roots(self) -> list[Root]:
+        return [root for root in self.roots if root.role.policy.ages]
+
     # -- storing ---------------------------------------------------------------------------------------
 
-    def _change(
+    def change(
         self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, new: int, epoch: int | None = None
     ) -> None:
         """Store `new` where `old` is.  A table that this cuts off is held, with all below it, until the flush
@@ -179,7 +209,7 @@ class TdpTable:
         links = new & mask == value
         if self.keep and not links:
             self._check_kept(root, gfn, level, old, new)
-        self._writer.store64(at, new)
+        self.writer.store64(at, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
         if not (old | new) & bits.MMU_PRESENT:
@@ -197,17 +227,17 @@ class TdpTable:
         if old & mask != value:
             root.leaves[level] -= 1
         else:
-            until = self._next_epoch() if epoch is None else epoch
-            self._unlink_subtree(root, fmt.table_of(old), Level(level - 1), until)
+            until = self.next_epoch() if epoch is None else epoch
+            self.unlink_subtree(root, fmt.table_of(old), Level(level - 1), until)
 
-    def _change_run(self, root: Root, run: EntryRun, new: list[int]) -> int:
+    def change_run(self, root: Root, run: EntryRun, new: list[int]) -> int:
         """Store what becomes of a run's leaves: each keeps its frame, or goes.  How many changed."""
         frame, level, at, old = run
         if new == old:
             return 0
         size = 1 << INDEX_BITS * (level - 1)
-        kept = self._keeps_any(root, GfnSpan.of_pages(Gfn(frame), size * len(new)))
-        store, lost, changed, gone = self._writer.store64, 0, 0, 0
+        kept = self.keeps_any(root, GfnSpan.of_pages(Gfn(frame), size * len(new)))
+        store, lost, changed, gone = self.writer.store64, 0, 0, 0
         for index, (was, now) in enumerate(zip(old, new, strict=True)):
             if was == now:
                 continue
@@ -229,48 +259,48 @@ class TdpTable:
     def _check_kept(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
         """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""
         if level > LEVEL_4K:
-            assert root.invalid or not self._keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
-        elif self._is_kept(root, gfn) and old & bits.MMU_PRESENT:
+            assert root.invalid or not self.keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
+        elif self.is_kept(root, gfn) and old & bits.MMU_PRESENT:
             lost = (old ^ new) & bits.ADDRESS_MASK | old & ~new & (bits.RWX | bits.DIRTY)
             assert not lost, f"I22: pinned gfn {gfn:#x}: {old:#x} became {new:#x}"
 
-    def _is_kept(self, root: Root, gfn: Gfn) -> bool:
+    def is_kept(self, root: Root, gfn: Gfn) -> bool:
         """Must the entry stay?  An obsolete root's is nobody's any more."""
         return bool(self.keep and not root.invalid and self.keep.holds(root.role.as_id, gfn))
 
-    def _keeping(self, root: Root, run: EntryRun, new: list[int]) -> list[int]:
+    def keeping(self, root: Root, run: EntryRun, new: list[int]) -> list[int]:
         """`new`, with what a run has of pinned gfns as it is."""
         if self.keep and new != run.entries:
             size = 1 << INDEX_BITS * (run.level - 1)
-            if self._keeps_any(root, GfnSpan.of_pages(Gfn(run.frame), size * len(new))):
+            if self.keeps_any(root, GfnSpan.of_pages(Gfn(run.frame), size * len(new))):
                 for index, was in enumerate(run.entries):
-                    if was != new[index] and self._is_kept(root, Gfn(run.frame + index * size)):
+                    if was != new[index] and self.is_kept(root, Gfn(run.frame + index * size)):
                         new[index] = was
         return new
 
-    def _keeps_any(self, root: Root, span: GfnSpan) -> bool:
+    def keeps_any(self, root: Root, span: GfnSpan) -> bool:
         return bool(self.keep and self.keep.any_in(root.role.as_id, span))
 
-    def _link(self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, table: Hpa) -> None:
+    def link(self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, table: Hpa) -> None:
         """The entry over `gfn` points to `table` from now on, which translates as `old` does."""
-        self._change(root, entry_start(gfn, level), level, at, old, root.format.make_table(table, level))
+        self.change(root, entry_start(gfn, level), level, at, old, root.format.make_table(table, level))
 
-    def _split(self, root: Root, gfn: Gfn, level: Level, at: Hpa, leaf: int) -> None:
+    def split_leaf(self, root: Root, gfn: Gfn, level: Level, at: Hpa, leaf: int) -> None:
         """No walker sees a change: the new table translates as the leaf did before it is linked.  ENOMEM."""
-        table = self._pool.allocate()
+        table = self.pool.allocate()
         if TRACE.on:
             TRACE.emit(KvmMmuSplitHugePage(gfn, leaf, level, 0))
-        self._writer.fill_unlinked(table, split_children(root.format, leaf, level))
+        self.writer.fill_unlinked(table, split_children(root.format, leaf, level))
         root.leaves[level - 1] += ENTRIES
         self.splits += 1
-        self._link(root, gfn, level, at, leaf, table)
+        self.link(root, gfn, level, at, leaf, table)
 
-    def _unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
+    def unlink_subtree(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
         """`table` is cut off (or its root dropped): hold it and all below it until the flush of `epoch` is
         acked.
         """
         fmt = root.format
-        for _, met_level, _, entries in Cursor(self._writer, fmt, table, level, with_tables=True):
+        for _, met_level, _, entries in Cursor(self.writer, fmt, table, level, with_tables=True):
             if fmt.is_table(entries[0], met_level):
                 self._quarantine(root, fmt.table_of(entries[0]), Level(met_level - 1), epoch)
             elif any(entries):
@@ -279,7 +309,7 @@ class TdpTable:
         self._quarantine(root, table, level, epoch)
 
     def _quarantine(self, root: Root, table: Hpa, level: Level, epoch: int) -> None:
-        self._pool.quarantine(self._vm_id, table, epoch)
+        self.pool.quarantine(self._vm_id, table, epoch)
         root.tables_at[level] -= 1
 
     # -- looking ---------------------------------------------------------------------------------------
@@ -289,13 +319,13 @@ class TdpTable:
     ) -> Cursor:
         """Over what translates `span` in a root."""
         levels = root.role.level
-        return Cursor(self._writer, root.format, root.hpa, levels, span.start, span.end, lowest, with_tables)
+        return Cursor(self.writer, root.format, root.hpa, levels, span.start, span.end, lowest, with_tables)
 
     def seek(self, root: Root, gfn: Gfn, lowest: Level = LEVEL_4K) -> EntryAt:
         """Where a way down towards `gfn` ends."""
-        return seek(self._writer, root.format, root.hpa, root.role.level, gfn, lowest)
+        return seek(self.writer, root.format, root.hpa, root.role.level, gfn, lowest)
 
-    def _leaves(self, root: Root, span: GfnSpan) -> Iterator[RangeEntry]:
+    def leaves_in(self, root: Root, span: GfnSpan) -> Iterator[RangeEntry]:
         return leaves_of(root.format, self.cursor(root, span))
 
     def table_at(self, root: Root, gfn: Gfn, level: Level) -> Hpa | None:
@@ -315,4 +345,4 @@ class TdpTable:
 
     def leaves(self, root: Root) -> Iterator[RangeEntry]:
         """Every leaf of a root, in gfn order."""
-        return self._leaves(root, root.everything)
+        return self.leaves_in(root, root.everything)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Root
+from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.flow import Wait
 from protocol.units import GfnSpan
 
@@ -47,7 +47,7 @@ class Zapper:
         for root, span in [(root, span) for span in spans for root in roots]:
             cursor = self._mmu.cursor(root, span)
             while root in self._mmu.roots:  # it may go while others run
-                count = self._mmu.zap_some(root, cursor, budget)
+                count = tdp_mmu.zap_some(self._mmu, root, cursor, budget)
                 budget -= count
                 unflushed |= count > 0
                 if budget:
@@ -65,7 +65,7 @@ class Zapper:
     async def dismantle(self, roots: Iterable[Root]) -> None:
         """Take apart roots that nobody walks since the last flush."""
         for root in list(roots):
-            for number, _ in enumerate(self._mmu.dismantle(root), 1):
+            for number, _ in enumerate(tdp_mmu.dismantle(self._mmu, root), 1):
                 if number % DISMANTLE_BATCH == 0:
                     self._flusher.reclaim()
                     await self._cond_resched()

@@ -106,7 +106,7 @@ class Logged:
     def entries(self) -> list[RangeEntry]:
         """All that is in the table and not empty."""
         root = self.vm.mmu.roots[0]
-        return list(walk_range(self.vm.mmu.memory, root.format, root.hpa, root.role.level, root.everything))
+        return list(walk_range(self.vm.mmu.writer, root.format, root.hpa, root.role.level, root.everything))
 
 
 def errno_of(flow: Coroutine[Any, None, Any], world: World) -> int:

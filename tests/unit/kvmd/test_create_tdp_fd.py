@@ -14,8 +14,7 @@ from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, Obstacle
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
 from kvmd.core.stats import vm_stats
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Role, Root
+from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.pt.ept import EPT_AD

@@ -10,6 +10,7 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.dirty_log import ClearDirtyLog
+from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import MIB, Hva
@@ -288,7 +289,7 @@ def test_one_split_makes_at_most_its_budget_of_tables() -> None:
     logged = Logged(level=2, flags=0)
     logged.write(0, 512, 1024, 1536)
     root = logged.vm.mmu.roots[0]
-    assert logged.vm.mmu.split(root, root.everything, 1, budget=3) == 3  # type: ignore[arg-type]
+    assert tdp_mmu.split(logged.vm.mmu, root, root.everything, 1, budget=3) == 3  # type: ignore[arg-type]
     assert root.leaves == [0, 3 * 512, 1, 0]
 
 

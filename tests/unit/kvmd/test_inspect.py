@@ -12,6 +12,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.inspect import Probe, describe, look_up, make_probes, root_of, table_runs
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.vma import Prot
+from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt import bits
@@ -95,7 +96,7 @@ def test_a_planted_bug_a_zap_that_leaves_a_leaf_behind_shows(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slot = next(iter(world.vm.slots))
-    monkeypatch.setattr(world.vm.mmu, "zap_some", lambda *_: 0)
+    monkeypatch.setattr(tdp_mmu, "zap_some", lambda *_: 0)
     world.run(dontneed(world.mm, slot.hva, PAGE_SIZE))
     stale = wrong(world, make_probes(world.vm, root_of(world.vm), 4096))
     assert [probe.gpa >> 12 for probe in stale] == [0x100]
@@ -106,7 +107,7 @@ def test_a_planted_bug_a_zap_that_leaves_a_leaf_behind_shows(
 )
 def test_a_leaf_stored_wrongly_shows(world: World, spoil: object) -> None:
     root = root_of(world.vm)
-    (met,) = world.vm.mmu._leaves(root, GfnSpan(Gfn(0x101), Gfn(0x102)))
+    (met,) = world.vm.mmu.leaves_in(root, GfnSpan(Gfn(0x101), Gfn(0x102)))
     world.host.writer.store64(met.at, spoil(met.entry))  # type: ignore[operator]
     assert [p.gpa >> 12 for p in wrong(world, make_probes(world.vm, root, 4096))] == [0x101]
 

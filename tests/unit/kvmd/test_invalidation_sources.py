@@ -23,6 +23,7 @@ from kvmd.core.mm.thp import split
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from kvmd.core.slots.dirty_log import ClearDirtyLog
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.spte import MMIO_GENERATION_MASK
 from kvmd.core.vm import Kvm, VmType
@@ -109,7 +110,7 @@ def fetches(rig: Rig) -> None:
 
 def split_ahead(rig: Rig) -> Flow:
     span = GfnSpan.of_pages(Gfn(GFN), PAGES)
-    return now(lambda: rig.vm.mmu.split(rig.exported.root, span, Level(1)))
+    return now(lambda: tdp_mmu.split(rig.vm.mmu, rig.exported.root, span, Level(1)))
 
 
 async def released_and_destroyed(rig: Rig) -> None:

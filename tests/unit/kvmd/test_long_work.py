@@ -11,9 +11,8 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
-from kvmd.core.tables import zap
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import RootState
+from kvmd.core.tables import tdp_mmu, zap
+from kvmd.core.tables.tdp_table import RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from kvmd.core.vm import Kvm, VmType, create_vm
 from protocol.flow import Wait
@@ -116,7 +115,7 @@ def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatc
     async def flush_at_the_end(self: Zapper, spans: Any, roots: Any = None, **rest: Any) -> None:
         for span in spans:
             cursor = self._mmu.cursor(self._mmu.roots[0], span)
-            while self._mmu.zap_some(self._mmu.roots[0], cursor, BATCH):
+            while tdp_mmu.zap_some(self._mmu, self._mmu.roots[0], cursor, BATCH):
                 await self._cond_resched()
         await self._flusher.flush(None)
 
@@ -172,12 +171,12 @@ def test_a_vm_ends_in_turns_and_its_neighbour_runs_meanwhile(monkeypatch: pytest
 
 
 def test_a_vm_that_ends_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    dismantle = TdpMmu.dismantle
+    dismantle = tdp_mmu.dismantle
 
-    def at_once(self: TdpMmu, root: Any) -> Any:
-        return iter(list(dismantle(self, root))[:1])
+    def at_once(mmu: TdpMmu, root: Any) -> Any:
+        return iter(list(dismantle(mmu, root))[:1])
 
-    monkeypatch.setattr(TdpMmu, "dismantle", at_once)
+    monkeypatch.setattr(tdp_mmu, "dismantle", at_once)
     with pytest.raises(AssertionError, match="turns"):
         a_vm_ends_in_turns(Rig(monkeypatch))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
@@ -184,7 +185,7 @@ def test_without_the_zap_an_entry_of_the_last_round_would_hide_a_slot(
     guest = Guest()
     guest.world.vm.slots.generation = GENERATIONS + 1
     guest.touch()
-    monkeypatch.setattr(guest.world.vm.mmu, "zap_mmio", lambda: None)
+    monkeypatch.setattr(tdp_mmu, "zap_mmio", lambda mmu: None)
     turn_generation_round(guest)
     guest.world.set_slot(1, MMIO >> 12, 1, guest.world.map(1))
     assert guest.world.vm.slots.generation % GENERATIONS == 1

@@ -18,8 +18,9 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
 from kvmd.core.mm.vma import Prot
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.root_policy import CPUS, IOMMU_OWN
-from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva, Level
@@ -119,7 +120,7 @@ def test_a_vcpu_that_finds_its_entry_there_fills_the_iommus_all_the_same(guest: 
     """Another vCPU of the same root was first, and the IOMMU's root lost the page meanwhile: no room, say."""
     guest.write(5)
     own = guest.exported.root
-    lost = guest.vm.mmu.zap_some(own, guest.vm.mmu.cursor(own, guest.span(5)), 1)
+    lost = tdp_mmu.zap_some(guest.vm.mmu, own, guest.vm.mmu.cursor(own, guest.span(5)), 1)
     assert (lost, guest.iommu) == (1, {})
     flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, FaultSource.VCPU), guest.vcpu)
     assert guest.do(flow) is FaultResult.SPURIOUS
@@ -380,7 +381,7 @@ def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(AssertionError, match=r"\[0, 1, 0, 0\] != \[0, 0, 1, 0\]"):
             test_no_huge_leaf_of_the_iommus_is_made_small_for_what_cpus_execute()
     else:
-        monkeypatch.setattr(TdpMmu, "_aged_roots", lambda self: self.roots)
+        monkeypatch.setattr(TdpMmu, "aged_roots", lambda self: self.roots)
         with pytest.raises(AssertionError, match=r"I23"):
             test_ageing_is_told_to_no_importer_and_costs_no_io_fault(CpuFeatures())
 

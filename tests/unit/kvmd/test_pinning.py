@@ -126,7 +126,7 @@ def test_rule_a_the_one_place_that_stores_entries_asserts_it(what: str) -> None:
     }[what]
     level = Level(2 if what == "huge" else 1)
     with pytest.raises(AssertionError, match="I22"):
-        guest.vm.mmu._change(guest.exported.root, Gfn(WORD), level, met.at, met.entry, new)
+        guest.vm.mmu.change(guest.exported.root, Gfn(WORD), level, met.at, met.entry, new)
 
 
 # -- b. only the slot's removal zaps ----------------------------------------------------------------------

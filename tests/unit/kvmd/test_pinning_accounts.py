@@ -177,7 +177,7 @@ def test_the_check_finds_a_pin_that_does_not_hold(what: str) -> None:
     if what == "page not pinned":
         guest.vm.pinning.put([guest.vm.pinning.pinned[Gfn(WORD)].page])
     new = {"absent": 0, "another frame": met.entry + PAGE, "no W": met.entry & ~bits.WRITE}
-    guest.vm.mmu._writer.store64(met.at, new.get(what, met.entry))
+    guest.vm.mmu.writer.store64(met.at, new.get(what, met.entry))
     assert "I22" in broken(guest)
 
 
@@ -185,7 +185,7 @@ def test_a_zap_that_does_not_ask_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     """Planted bug: the notifier's zap passes by no pin."""
     guest = Guest()
     guest.pin(WORD)
-    monkeypatch.setattr(guest.vm.mmu, "_is_kept", lambda root, gfn: False)
+    monkeypatch.setattr(guest.vm.mmu, "is_kept", lambda root, gfn: False)
     guest.do(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     assert "I22" in broken(guest)
 

@@ -15,7 +15,9 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.tables.tdp_mmu import Mapped, TdpMmu
+from kvmd.core.tables import tdp_mmu
+from kvmd.core.tables.tdp_mmu import Mapped
+from kvmd.core.tables.tdp_table import TdpMmu
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.flow import Wait
@@ -62,7 +64,7 @@ def test_a_release_that_zaps_without_a_flush_is_noticed(
     release = Kvm.release_tdp_fd
 
     def zap_too(self: Kvm, exported: ExportedTdp) -> None:
-        self.mmu.zap_leafs(exported.root.everything)
+        tdp_mmu.zap_leafs(self.mmu, exported.root.everything)
         release(self, exported)
 
     monkeypatch.setattr(Kvm, "release_tdp_fd", zap_too)
@@ -91,7 +93,7 @@ def test_a_process_that_exits_keeps_its_frames_until_importers_acked(world: Worl
 def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def only_zap(self: HostChanges, start: Hva, end: Hva) -> None:
         self._in_progress.append((start, end))
-        self._mmu.zap_leafs(self._mmu.roots[0].everything)
+        tdp_mmu.zap_leafs(self._mmu, self._mmu.roots[0].everything)
 
     monkeypatch.setattr(HostChanges, "invalidate_range_start", only_zap)
     with pytest.raises(AssertionError, match="no importer was told"):
@@ -117,13 +119,13 @@ def test_a_vm_gives_back_the_pages_its_devices_faults_took(world: World) -> None
 @pytest.mark.defect("B-23")
 def test_a_vm_that_keeps_some_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the series did: pages are taken for exported faults five at a time, and the rest is forgotten."""
-    map_page = TdpMmu.map
+    map_page = tdp_mmu.map_page
 
-    def from_a_cache(self: TdpMmu, *args: Any, **kwargs: Any) -> Mapped:
-        self._pool.allocate()
-        return map_page(self, *args, **kwargs)
+    def from_a_cache(mmu: TdpMmu, *args: Any, **kwargs: Any) -> Mapped:
+        mmu.pool.allocate()
+        return map_page(mmu, *args, **kwargs)
 
-    monkeypatch.setattr(TdpMmu, "map", from_a_cache)
+    monkeypatch.setattr(tdp_mmu, "map_page", from_a_cache)
     with pytest.raises(AssertionError, match="table pages in use"):
         end_of_a_vm(world)
 

@@ -12,7 +12,7 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.tables.root_policy import ALL_BEHAVIOURS, CPUS, IOMMU_OWN, RootBehaviour, RootPolicy
 from kvmd.core.tables.spte import is_young
-from kvmd.core.tables.tdp_mmu import TdpMmu
+from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.uapi import names
@@ -172,7 +172,7 @@ def test_each_alone_and_all_but_each_are_sound_through_a_history(behaviours: int
 @pytest.mark.parametrize(
     ("name", "wrong", "behaviour", "number"),
     [
-        ("_aged_roots", lambda self: self.roots, 0, "I23"),
+        ("aged_roots", lambda self: self.roots, 0, "I23"),
         ("logged_roots", TdpMmu.cpu_roots, RootBehaviour.LOGS, "I20"),
     ],
 )

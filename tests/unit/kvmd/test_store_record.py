@@ -17,6 +17,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.dirty_ring import DirtyRing
+from kvmd.core.tables import tdp_log
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
@@ -203,7 +204,7 @@ def no_tlb_flush(patch: pytest.MonkeyPatch) -> None:
 
 def silent_fast_fault(patch: pytest.MonkeyPatch) -> None:
     def fast(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
-        return self._vm.mmu.fast_page_fault(self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
+        return tdp_log.fast_page_fault(self._vm.mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
 
     patch.setattr(FaultPath, "_fast_page_fault", fast)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.tables.tdp_mmu import Outcome, TdpMmu
-from kvmd.core.tables.tdp_table import Role, Root, RootEvent
+from kvmd.core.tables import tdp_mmu
+from kvmd.core.tables.tdp_mmu import Outcome
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
@@ -40,14 +41,15 @@ class Tdp:
     def map(
         self, gfn: int, pfn: int, level: int = 1, *, writable: bool = True
     ) -> tuple[Outcome, GfnSpan | None]:
-        outcome, flush = self.mmu.map(self.root, Gfn(gfn), Pfn(pfn), Level(level), writable=writable)
+        where = self.root, Gfn(gfn), Pfn(pfn), Level(level)
+        outcome, flush = tdp_mmu.map_page(self.mmu, *where, writable=writable)
         if outcome is Outcome.FIXED:
             pages = 1 << 9 * (level - 1)
             self.oracle.map(gfn // pages * pages, pfn, pages, writable=writable)
         return outcome, flush
 
     def zap(self, start: int, end: int) -> bool:
-        return self.mmu.zap_leafs(GfnSpan(Gfn(start), Gfn(end)))
+        return tdp_mmu.zap_leafs(self.mmu, GfnSpan(Gfn(start), Gfn(end)))
 
     def flushed(self) -> int:
         self.epoch += 1
@@ -173,8 +175,11 @@ def test_a_split_changes_no_translation(level: int, goal: int, tables: int) -> N
     pages = 1 << 9 * (level - 1)
     tdp.map(pages, PFN, level, writable=False)
     before = tdp.root.tables
-    tdp.mmu.split(
-        tdp.root, GfnSpan(Gfn(pages), Gfn(pages + 1)) if goal == 2 else tdp.root.everything, Level(goal)
+    tdp_mmu.split(
+        tdp.mmu,
+        tdp.root,
+        GfnSpan(Gfn(pages), Gfn(pages + 1)) if goal == 2 else tdp.root.everything,
+        Level(goal),
     )
     assert tdp.root.tables == before + tables
     assert tdp.root.leaves[goal] == 1 << 9 * (level - goal)
@@ -183,9 +188,11 @@ def test_a_split_changes_no_translation(level: int, goal: int, tables: int) -> N
 
 
 CHANGES: dict[str, Callable[[TdpMmu, Root], object]] = {
-    "split": lambda mmu, root: mmu.split(root, root.everything, Level(1)),
-    "write-protected": lambda mmu, root: mmu.write_protect(Gfn(0x203), 0),
-    "mapped in part": lambda mmu, root: mmu.map(root, Gfn(0x203), Pfn(PFN + 3), Level(1), writable=True),
+    "split": lambda mmu, root: tdp_mmu.split(mmu, root, root.everything, Level(1)),
+    "write-protected": lambda mmu, root: tdp_mmu.write_protect(mmu, Gfn(0x203), 0),
+    "mapped in part": lambda mmu, root: tdp_mmu.map_page(
+        mmu, root, Gfn(0x203), Pfn(PFN + 3), Level(1), writable=True
+    ),
 }
 
 
@@ -225,7 +232,7 @@ def test_a_table_that_is_linked_before_it_is_filled_is_found(monkeypatch: pytest
     tdp.map(0x200, PFN, 2)
     fill, late = TableWriter.fill_unlinked, []
     monkeypatch.setattr(TableWriter, "fill_unlinked", lambda *what: late.append(what))
-    tdp.mmu.split(tdp.root, tdp.root.everything, Level(1))
+    tdp_mmu.split(tdp.mmu, tdp.root, tdp.root.everything, Level(1))
     with pytest.raises(AssertionError, match=r"I4: table .* is linked"):
         fill(*late[0])
 
@@ -251,14 +258,14 @@ def test_a_zap_clears_what_overlaps_keeps_tables_and_says_whether_to_flush() -> 
     tdp.oracle.zap(0x200, 0x400)
     assert tdp.wrong == []
     assert (tdp.root.leaves, tdp.root.tables) == ([0, 2, 0, 0], 4)
-    assert not tdp.mmu.zap_leafs(GfnSpan(Gfn(1 << 36), Gfn(1 << 40)))
+    assert not tdp_mmu.zap_leafs(tdp.mmu, GfnSpan(Gfn(1 << 36), Gfn(1 << 40)))
 
 
 def test_a_zap_reaches_every_root() -> None:
     tdp = Tdp()
     other = tdp.mmu.get_root(Role(Level(5), 0, True))
     tdp.map(5, PFN)
-    tdp.mmu.map(other, Gfn(5), Pfn(PFN), Level(1), writable=True)
+    tdp_mmu.map_page(tdp.mmu, other, Gfn(5), Pfn(PFN), Level(1), writable=True)
     assert tdp.zap(5, 6)
     assert flat(RawTables(BASE, tdp.memory), other.hpa, 5) == {}
 
@@ -323,7 +330,7 @@ def test_an_exported_root_survives_a_memslot_change_and_others_do_not() -> None:
     assert tdp.mmu.get_root(Role(Level(5), 0, True)) is not other
     assert tdp.mmu.invalidate_roots(), "the new one"
     assert not tdp.mmu.invalidate_roots(), "nothing is left to flush for"
-    for _ in tdp.mmu.dismantle(other):
+    for _ in tdp_mmu.dismantle(tdp.mmu, other):
         pass
     assert other in tdp.mmu.roots, "somebody still has it loaded"
     tdp.mmu.put_root(other)
@@ -335,7 +342,7 @@ def test_an_obsolete_root_that_nobody_uses_is_held_with_everything_below() -> No
     tdp.map(5, PFN)
     tdp.mmu.put_root(tdp.root)
     tdp.mmu.invalidate_roots()
-    held = [tdp.pool.held(1) for _ in tdp.mmu.dismantle(tdp.root)]
+    held = [tdp.pool.held(1) for _ in tdp_mmu.dismantle(tdp.mmu, tdp.root)]
     assert held == [1, 2, 3], "a turn for others after each table"
     assert (tdp.mmu.roots, tdp.pool.held(1), tdp.pool.in_use) == ([], 4, 0)
 
@@ -358,10 +365,10 @@ def test_roots_taken_apart_give_every_page_back() -> None:
     tdp = Tdp()
     other: Root = tdp.mmu.get_root(Role(Level(5), 0, True))
     tdp.map(5, PFN)
-    tdp.mmu.map(other, Gfn(9), Pfn(PFN), Level(1), writable=True)
+    tdp_mmu.map_page(tdp.mmu, other, Gfn(9), Pfn(PFN), Level(1), writable=True)
     for root in (tdp.root, other):
         tdp.mmu.put_root(root)
-        list(tdp.mmu.dismantle(root))
+        list(tdp_mmu.dismantle(tdp.mmu, root))
     assert tdp.flushed() == 4 + 5
     assert (tdp.mmu.roots, tdp.pool.in_use) == ([], 0)
     assert not any(tdp.memory)

@@ -47,7 +47,7 @@ def test_mmio_is_marked_once_and_then_found(lines: list[str]) -> None:
     marked = of(lines, "mark_mmio_spte")
     assert [line.partition(" ")[2] for line in marked] == ["gfn 666 access 0 gen 1"]
     at = int(marked[0].partition(" ")[0].removeprefix("sptep:"), 16)
-    assert world.vm.mmu.memory.load64(at) >> 63, "the mark of an MMIO entry is where it says"
+    assert world.vm.mmu.writer.load64(at) >> 63, "the mark of an MMIO entry is where it says"
     assert of(lines, "handle_mmio_page_fault") == ["addr:0 gfn 666 access 0"] * 2
 
 

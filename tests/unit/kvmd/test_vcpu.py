@@ -9,6 +9,7 @@ import pytest
 from kvmd.core.cpu import cpu as cpu_module
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.vma import Prot
+from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, GfnSpan, Hva, Level
@@ -125,7 +126,7 @@ def test_a_host_without_table_pages_is_enomem_and_counted() -> None:
 def test_a_flush_forgets_its_span_and_nothing_else(world: World) -> None:
     vcpu = world.vm.vcpus[0]
     world.read(vcpu, 0x10_0000, 16 * PAGE)
-    world.vm.mmu.zap_leafs(GfnSpan(Gfn(0), Gfn(1 << 36)))
+    tdp_mmu.zap_leafs(world.vm.mmu, GfnSpan(Gfn(0), Gfn(1 << 36)))
     vcpu.flush_tlb(GfnSpan(Gfn(0x103), Gfn(0x105)))
     before = vcpu.ept_violations
     world.read(vcpu, 0x10_0000, 3 * PAGE)

@@ -8,10 +8,9 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.slots.slots_change import SlotsChange
-from kvmd.core.tables import zap
+from kvmd.core.tables import tdp_mmu, zap
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import TdpMmu
-from kvmd.core.tables.tdp_table import Role
+from kvmd.core.tables.tdp_table import Role, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.flow import Wait
 from protocol.pt.cursor import Cursor
@@ -76,7 +75,7 @@ def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.defect("B-33")
 def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(self: SlotsChange) -> None:
-        self._mmu.zap_leafs(self._exported[0].root.everything)
+        tdp_mmu.zap_leafs(self._mmu, self._exported[0].root.everything)
         await self._flusher.flush(None)
 
     monkeypatch.setattr(SlotsChange, "zap_all_fast", at_once)
@@ -103,7 +102,7 @@ def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatc
     async def flush_at_the_end(self: SlotsChange) -> None:
         root = self._exported[0].root
         cursor = self._mmu.cursor(root, root.everything)
-        while self._mmu.zap_some(root, cursor, BATCH):
+        while tdp_mmu.zap_some(self._mmu, root, cursor, BATCH):
             await self._zapper._cond_resched()
         await self._flusher.flush(None)
 
@@ -157,7 +156,7 @@ def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[st
 
     def map_pages(first: int, count: int) -> None:
         for gfn in range(first, first + count):
-            mmu.map(root, Gfn(gfn), Pfn(0x10_0000 + gfn), Level(1), writable=True)
+            tdp_mmu.map_page(mmu, root, Gfn(gfn), Pfn(0x10_0000 + gfn), Level(1), writable=True)
 
     map_pages(0, 1024)
     turns = 0
@@ -166,7 +165,7 @@ def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[st
         nonlocal turns
         turns += 1
         if turns == 1:
-            mmu.map(root, Gfn(0x200), Pfn(0x10_0200), Level(2), writable=True)
+            tdp_mmu.map_page(mmu, root, Gfn(0x200), Pfn(0x10_0200), Level(2), writable=True)
             await flusher.flush(None)  # the page of the table is free
             map_pages(0x800, 512)  # and taken for another one, outside of the span
 

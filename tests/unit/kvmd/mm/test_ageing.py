@@ -9,6 +9,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
+from kvmd.core.tables import tdp_log
 from kvmd.core.tables.map_record import WRITABLE, ZAPPED
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
@@ -120,7 +121,7 @@ def test_an_aged_leaf_is_zapped_like_any_other() -> None:
 def test_a_store_to_an_aged_page_that_was_protected_once_makes_a_legal_entry() -> None:
     """Logging took W from something, so a store may only put it back: R and X must come back with it."""
     rig = Rig(ad_bits=False)
-    rig.world.vm.mmu.protect(rig.exported.root, GfnSpan.of_pages(Gfn(0x203), 1))
+    tdp_log.protect(rig.world.vm.mmu, rig.exported.root, GfnSpan.of_pages(Gfn(0x203), 1))
     before = rig.leaf()
     rig.age()
     rig.world.ack(rig.importer)
