@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
-from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, Invalidate, PinnedRange, UserFd
+from iommufdd.core.hmm import HmmPage, HmmRange, HostPin, Invalidate, PinnedRange, UserFd
 from iommufdd.kvmd_channel import KvmdChannel
 from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
@@ -72,7 +72,7 @@ class HmmMirror(KvmdChannel):
 
     async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
         body = (await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})).body
-        return PinnedRange([HmmPin(*pin) for pin in body["pins"]], body["end"], body["total"])
+        return PinnedRange([HostPin(*pin) for pin in body["pins"]], body["end"], body["total"])
 
     def release(self) -> None:
         self.hang_up()

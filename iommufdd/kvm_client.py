@@ -25,7 +25,7 @@ IMPORTER_NAME = "iommufd"
 
 
 class KvmTdp(KvmdChannel):
-    """One TDP FD, which is ours, held and imported: the port `ExportedTdp`."""
+    """One TDP FD, which is ours, held and imported: the port `HeldTdpFd`."""
 
     def __init__(self, loop: Loop, kvmd: Path, mm_cookie: int, tdp_fd: int) -> None:
         super().__init__(loop, kvmd, nothing)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from iommufdd.core.hardware import Hardware, LentMemory
-from iommufdd.core.hmm import Invalidate, Mm, ProcessMemory
+from iommufdd.core.hmm import CallerMm, Invalidate, ProcessMemory
 from iommufdd.core.source import Source
 from protocol.errors import UapiError
 
 
-class Mirror(ProcessMemory, Protocol):
+class ProcessMirror(ProcessMemory, Protocol):
     """One that is not there yet."""
 
     async def open(self) -> None:
@@ -27,7 +27,7 @@ class Mirror(ProcessMemory, Protocol):
         """Pins count against the limit of `account`; the windows that its pages lie in."""
 
 
-MirrorOf = Callable[[Mm, Invalidate, Callable[[], None]], Mirror]
+MirrorOf = Callable[[CallerMm, Invalidate, Callable[[], None]], ProcessMirror]
 
 
 class Connector:
@@ -49,9 +49,9 @@ class Connector:
         self._mirror_of = mirror_of
         self._lost = lost
 
-    # awaits: mm, on_invalidate, host: cannot change: the caller's own, and ours | hardware: it may go; asked
+    # awaits: on_invalidate, host: cannot change: the caller's own, and ours | hardware: it may go; asked
     # again: `add_memory` (tests/unit/iommufdd/test_connect.py::test_units_that_go_meanwhile_leave_no_mirror)
-    async def __call__(self, mm: Mm, on_invalidate: Invalidate) -> Source:
+    async def __call__(self, mm: CallerMm, on_invalidate: Invalidate) -> Source:
         """Raises UapiError: EOPNOTSUPP: no KVM; ENODEV: no units; EINVAL: no process's fd; EMFILE, ENOMEM."""
         hardware = await self._live()
         host = self._mirror_of(mm, on_invalidate, lambda: self._lost(host))

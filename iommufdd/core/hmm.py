@@ -42,7 +42,7 @@ class HmmRange(NamedTuple):
     major: int = 0
 
 
-class HmmPin(NamedTuple):
+class HostPin(NamedTuple):
     """What the host has pinned: of one page, from the first byte that was asked for on."""
 
     hva: Hva
@@ -53,12 +53,12 @@ class HmmPin(NamedTuple):
 class PinnedRange(NamedTuple):
     """Pins in order; what lies at `end` and beyond was not looked at; `total`: all there are, anywhere."""
 
-    pins: list[HmmPin]
+    pins: list[HostPin]
     end: Hva
     total: int
 
 
-class Mm(NamedTuple):
+class CallerMm(NamedTuple):
     """current->mm of who asks: `cookie` names the process, `fd` gets at it."""
 
     cookie: int

@@ -35,7 +35,7 @@ from protocol.units import Level
 LEAST_LEVELS = Level(4)
 
 
-class ExportedTdp(Tdp, Protocol):
+class HeldTdpFd(Tdp, Protocol):
     """A TDP FD that is held: `release` lets go of it, and of whatever was made through it.
 
     `on_invalidate` is called for every flush, `on_gone` if KVM goes first.  Each call may raise UapiError.
@@ -53,7 +53,7 @@ class ExportedTdp(Tdp, Protocol):
         """Be told of flushes from now on.  EBUSY; EINVAL: another process's."""
 
 
-class TableMemory(Protocol):
+class LentTables(Protocol):
     """The window that tables of iommufd's own lie in."""
 
     @property
@@ -68,7 +68,7 @@ class TableMemory(Protocol):
 # -- on a TDP FD -----------------------------------------------------------------------------------------
 
 
-async def alloc_kvm(ctx: IommufdCtx, device: IommufdDevice, tdp: ExportedTdp, flags: int) -> int:
+async def alloc_kvm(ctx: IommufdCtx, device: IommufdDevice, tdp: HeldTdpFd, flags: int) -> int:
     """The HWPT's id.  `tdp` is ours from now on.  EBADF: the iommufd was closed meanwhile; ENODEV: the unit,
     or KVM, went; EINVAL, EOPNOTSUPP: the TDP is not one the unit can walk; EBUSY, ENOSPC, ENOMEM, EFAULT.
     """
@@ -95,7 +95,7 @@ async def alloc_kvm(ctx: IommufdCtx, device: IommufdDevice, tdp: ExportedTdp, fl
 # asked again: `alloc_kvm`
 # (tests/unit/iommufdd/test_hwpt_alloc.py::test_kvm_that_goes_before_there_is_an_hwpt) | domain, platform,
 # tdp: cannot change: ours, and frozen
-async def _import_tdp(platform: Platform, device: IommufdDevice, tdp: ExportedTdp, flags: int) -> HwptKvm:
+async def _import_tdp(platform: Platform, device: IommufdDevice, tdp: HeldTdpFd, flags: int) -> HwptKvm:
     await tdp.open()
     meta = await tdp.metadata()
     hardware = platform.hardware_of(device)
@@ -126,7 +126,7 @@ def _check_unit(device: IommufdDevice, domain: Domain) -> None:
 # (tests/unit/iommufdd/test_hwpt_alloc.py::test_an_iommufd_closed_meanwhile_is_ebadf) | ioas, hwpt, platform:
 # cannot change: the caller uses the IOAS, nobody else has the HWPT
 async def alloc_paging(
-    ctx: IommufdCtx, device: IommufdDevice, ioas: Ioas, memory: TableMemory, premap_pages: int
+    ctx: IommufdCtx, device: IommufdDevice, ioas: Ioas, memory: LentTables, premap_pages: int
 ) -> int:
     """The HWPT's id.  EBADF: the iommufd was closed meanwhile; ENODEV: the unit, or those that have the
     memory of the IOAS, went; EOPNOTSUPP: the unit cannot walk what we make; ENOSPC, ENOMEM, EADDRINUSE,
@@ -153,7 +153,7 @@ def _paging(
     hardware: Hardware,
     device: IommufdDevice,
     ioas: Ioas,
-    memory: TableMemory,
+    memory: LentTables,
     premap_pages: int,
 ) -> HwptPaging:
     """With an empty table, of as few levels as the unit has, and its domain id taken."""

@@ -17,7 +17,7 @@ from iommufdd.core.area import Area, Span
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hmm import MAX_TRIES, HmmPage, HmmRange, Lookup
-from iommufdd.core.hwpt_paging import AddressSpace, HwptPaging
+from iommufdd.core.hwpt_paging import HwptPaging, MappedIoas
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
 from iommufdd.core.watched import WatchedMemory
@@ -33,7 +33,7 @@ class HwptMirror(HwptPaging):
         self,
         domain: Domain,
         memory: MemoryBus,
-        ioas: AddressSpace,
+        ioas: MappedIoas,
         watched: WatchedMemory,
         table: IoPageTable,
         premap_pages: int = 1,

@@ -18,7 +18,7 @@ from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.io_pagetable import Change, IoPageTable
+from iommufdd.core.io_pagetable import IoPageTable, TableChange
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.units import LEVEL_4K, Hpa, Iova, Level, size_of_level
@@ -26,7 +26,7 @@ from protocol.units import LEVEL_4K, Hpa, Iova, Level, size_of_level
 Run = tuple[Iova, list[Hpa], Level, bool]  # first iova, hpas of leaves of that level, writable
 
 
-class AddressSpace(Protocol):
+class MappedIoas(Protocol):
     """What an HWPT asks of the IOAS it is on."""
 
     counts: Counts
@@ -39,13 +39,13 @@ class AddressSpace(Protocol):
 
 
 class HwptPaging(Hwpt):
-    def __init__(self, domain: Domain, memory: MemoryBus, ioas: AddressSpace, table: IoPageTable) -> None:
+    def __init__(self, domain: Domain, memory: MemoryBus, ioas: MappedIoas, table: IoPageTable) -> None:
         super().__init__(domain, memory)
         self.ioas = ioas
         self.table = table
         self.invalidations = 0
         self.acked = 0
-        self._stale: list[Change] = []  # no flush of it has begun, or a unit did not forget it
+        self._stale: list[TableChange] = []  # no flush of it has begun, or a unit did not forget it
         self._flushes: dict[Wait[None], None] = {}  # under way
         ioas.users += 1
 
@@ -90,7 +90,7 @@ class HwptPaging(Hwpt):
         ]
         self.put(area, pages, area.iova, area.end)
 
-    def _made_stale(self, change: Change) -> None:
+    def _made_stale(self, change: TableChange) -> None:
         if change.size:
             self._stale.append(change)
 

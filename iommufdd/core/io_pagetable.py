@@ -32,7 +32,7 @@ from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Iova, Level, Pfn, align_do
 _ABSENT = [0] * ENTRIES
 
 
-class Change(NamedTuple):
+class TableChange(NamedTuple):
     """What the units must flush: start..start+size (0: nothing).  `cut`: table pages cut off; they go back to
     the pool by `IoPageTable.flushed`.
     """
@@ -85,9 +85,9 @@ class _Edit:
         return self.start <= iova and iova + size <= self.end
 
     @property
-    def change(self) -> Change:
+    def change(self) -> TableChange:
         cut = tuple(table for table, _ in self.cut)
-        return Change(self.stale_from, self.stale_to - self.stale_from, cut)
+        return TableChange(self.stale_from, self.stale_to - self.stale_from, cut)
 
 
 class IoPageTable:
@@ -120,11 +120,11 @@ class IoPageTable:
 
     # -- changing --------------------------------------------------------------------------------------
 
-    def map(self, iova: Iova, hpa: Hpa, level: Level, *, writable: bool) -> Change:
+    def map(self, iova: Iova, hpa: Hpa, level: Level, *, writable: bool) -> TableChange:
         """One leaf of `level`, in place of whatever was there.  ENOMEM."""
         return self.map_pages(iova, (hpa,), level, writable=writable)
 
-    def map_pages(self, iova: Iova, hpas: Sequence[Hpa], level: Level, *, writable: bool) -> Change:
+    def map_pages(self, iova: Iova, hpas: Sequence[Hpa], level: Level, *, writable: bool) -> TableChange:
         """Leaves of `level` at `iova` and what follows it, one for each of `hpas`.  ENOMEM."""
         assert LEVEL_4K <= level <= self.max_huge_page_level, f"leaf of level {level}"
         size = size_of_level(level)
@@ -133,13 +133,13 @@ class IoPageTable:
         puts = [hpa | flags for hpa in hpas]
         return self._apply(_Edit(iova, Iova(iova + len(puts) * size), level, puts))
 
-    def unmap(self, iova: Iova, size: int) -> Change:
+    def unmap(self, iova: Iova, size: int) -> TableChange:
         """Whatever lies in iova..iova+size; of a huge leaf at an edge only that part.  ENOMEM, which
         `whole_leaves` avoids.
         """
         return self._apply(_Edit(iova, Iova(iova + size)))
 
-    def flushed(self, change: Change) -> None:
+    def flushed(self, change: TableChange) -> None:
         """The units hold nothing of what `change` made stale: the tables it cut off are free."""
         if self.released:
             return  # and all its pages went back then
@@ -189,7 +189,7 @@ class IoPageTable:
 
     # -- working a change out --------------------------------------------------------------------------
 
-    def _apply(self, edit: _Edit) -> Change:
+    def _apply(self, edit: _Edit) -> TableChange:
         assert 0 <= edit.start < edit.end <= self.limit, f"{edit.start:#x}..{edit.end:#x}"
         try:
             self._plan(edit)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from iommufdd.core.area import BEYOND, ULONG_MAX, Area, Areas, Span, check_memory, check_user
 from iommufdd.core.counts import Counts
-from iommufdd.core.hmm import Mm, ProcessMemory, UserFd
+from iommufdd.core.hmm import CallerMm, ProcessMemory, UserFd
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.object import Object
 from iommufdd.core.pages import Pages
@@ -72,7 +72,7 @@ class Ioas(Object):
 
     async def map(
         self,
-        mm: Mm,
+        mm: CallerMm,
         hva: Hva,
         size: int,
         iova: Iova | None,
@@ -84,7 +84,7 @@ class Ioas(Object):
         which is `iova` if that is given.  EINVAL: not whole pages, not allowed, no memfd; EOVERFLOW; EEXIST;
         ENOSPC; EFAULT, ENOMEM, EINVAL: of what is to be pinned; ENODEV: the host is gone.
         """
-        # await: mm, iova: cannot change: the caller's own
+        # await: iova: cannot change: the caller's own
         async with self.lock:
             self._check_there()
             check_memory(hva, size)
@@ -94,12 +94,11 @@ class Ioas(Object):
         return iova
 
     async def enter_memory(
-        self, mm: Mm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
+        self, mm: CallerMm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
     ) -> None:
         """A new area of memory of `mm` or of the memfd `fd`, with the lock held: whole, or this raises."""
         if fd is None:
             check_user(hva, size)
-        # await: mm: cannot change: the caller's own
         async with self._sources.lock:
             source = await self._source_of(mm)
             # await: source: cannot change: the lock of the sources, and it has a user now
@@ -112,7 +111,7 @@ class Ioas(Object):
         finally:
             await pages.put()
 
-    async def _source_of(self, mm: Mm) -> Source:
+    async def _source_of(self, mm: CallerMm) -> Source:
         """With the lock of the sources held."""
         source = await self._sources.get(mm, self.invalidate, self)
         self._used.add(source)

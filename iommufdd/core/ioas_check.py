@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 from iommufdd.core.area import Area, Span
-from iommufdd.core.hmm import HmmPage, HmmPin, Lookup, ProcessMemory
+from iommufdd.core.hmm import HmmPage, HostPin, Lookup, ProcessMemory
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoLeaf
@@ -99,8 +99,8 @@ async def _check_total(source: Source, found: list[str]) -> None:
         found.append(f"I28: the host has {total} pins, the books of whose memory it is {pinned}")
 
 
-async def _pinned(host: ProcessMemory, hva: Hva, size: int, number: int) -> list[HmmPin]:
-    pins: list[HmmPin] = []
+async def _pinned(host: ProcessMemory, hva: Hva, size: int, number: int) -> list[HostPin]:
+    pins: list[HostPin] = []
     at, end = hva, Hva(hva + size)
     while at < end:
         # await: host, pins: cannot change: the lock of the IOAS is held

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from iommufdd.core.area import Area, check_user
 from iommufdd.core.counts import Counts
-from iommufdd.core.hmm import Mm, UserFd
+from iommufdd.core.hmm import CallerMm, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
@@ -39,7 +39,7 @@ class IoasOnDemand(Ioas):
         self.following: Following | None = None
 
     async def enter_memory(
-        self, mm: Mm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
+        self, mm: CallerMm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool
     ) -> None:
         assert fd is None, "pages of a file are pinned"
         check_user(hva, size)
@@ -48,7 +48,7 @@ class IoasOnDemand(Ioas):
                 errno.EINVAL, f"IOAS {self.id} is on demand and maps another process's memory: one for all"
             )
         if self.watched.source is None:
-            # await: mm, asked: cannot change: the caller's own, and the lock is held
+            # await: asked: cannot change: the lock is held
             self.watched.source = await self._source_of(mm)
             self.mm_cookie = mm.cookie
         await self.enter(Area(iova, size, hva, writable))

@@ -13,7 +13,7 @@ import errno
 from iommufdd.core.connect import Connector, MirrorOf
 from iommufdd.core.counts import Counts
 from iommufdd.core.device import IommufdDevice
-from iommufdd.core.hmm import Mm, ProcessMemory
+from iommufdd.core.hmm import CallerMm, ProcessMemory
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
@@ -59,7 +59,7 @@ class IommufdCtx:
         elif isinstance(found, Ioas):
             await found.destroy()
 
-    async def change_process(self, mm: Mm) -> None:
+    async def change_process(self, mm: CallerMm) -> None:
         """That process pays for all pins from now on.  EINVAL: memory of a process is mapped; ENOMEM."""
         for ioas in self.objects.all(IoasOnDemand):
             if any(ioas.areas):

@@ -20,7 +20,7 @@ from iommufdd.core.hardware import FunctionInfo, Hardware, Unit
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.log import Log
-from iommufdd.core.vfio import VfioDevice
+from iommufdd.core.vfio import VfioDeviceFile
 from protocol.errors import UapiError
 from protocol.flow import Flow, RwLock
 from protocol.hw.pasid_entry import FIRST_SS_DID
@@ -44,7 +44,7 @@ class Platform:
         self.hardware = hardware
         self.iopfs: dict[Unit, Iopf] = {}
         self.groups: dict[int, IommufdGroup] = {}
-        self.opened: dict[tuple[Unit, int], VfioDevice] = {}  # by unit and requester id
+        self.opened: dict[tuple[Unit, int], VfioDeviceFile] = {}  # by unit and requester id
         self.hwpts: dict[int, Hwpt] = {}  # by domain id
         self._probe = probe
         self._policy = policy
@@ -89,7 +89,7 @@ class Platform:
 
     # -- device nodes ----------------------------------------------------------------------------------
 
-    async def open(self, number: int, path: str) -> VfioDevice:
+    async def open(self, number: int, path: str) -> VfioDeviceFile:
         """The node of that number.  ENOENT: there is none; EBUSY: it is open; errors as of `live`."""
         hardware = await self.live()
         functions = hardware.functions
@@ -100,12 +100,14 @@ class Platform:
             raise UapiError(errno.EBUSY, f"{path} is open already")
         return self._opened(hardware, info, unit)
 
-    def _opened(self, hardware: Hardware, info: FunctionInfo, unit: Unit) -> VfioDevice:
+    def _opened(self, hardware: Hardware, info: FunctionInfo, unit: Unit) -> VfioDeviceFile:
         group, partial = self.groups[info.group], self.iopfs[unit].partial
-        node = self.opened[unit, info.rid] = VfioDevice(hardware, info, unit, group, self._policy, partial)
+        node = self.opened[unit, info.rid] = VfioDeviceFile(
+            hardware, info, unit, group, self._policy, partial
+        )
         return node
 
-    async def close(self, node: VfioDevice) -> None:
+    async def close(self, node: VfioDeviceFile) -> None:
         """Unbound, and may be opened again when this returns."""
         # await: node: cannot change: the caller's own, whose fd is closed
         await node.unbind()

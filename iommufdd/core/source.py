@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from iommufdd.core.hardware import MemoryBus
-from iommufdd.core.hmm import Invalidate, Mm, ProcessMemory
+from iommufdd.core.hmm import CallerMm, Invalidate, ProcessMemory
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 
@@ -52,7 +52,7 @@ class Source:
         self.host.release()
 
 
-Connect = Callable[[Mm, Invalidate], Coroutine[Any, Any, Source]]
+Connect = Callable[[CallerMm, Invalidate], Coroutine[Any, Any, Source]]
 
 
 class Sources:
@@ -63,14 +63,14 @@ class Sources:
         self._connect = connect
         self._mms: dict[Source, int] = {}
 
-    async def get(self, mm: Mm, on_invalidate: Invalidate, user: object) -> Source:
+    async def get(self, mm: CallerMm, on_invalidate: Invalidate, user: object) -> Source:
         """That of `mm`, for `user`; a new one if the units of the last are gone.  With the lock held; errors
         as of `Connect`.
         """
         found = (source for source, name in self._mms.items() if name == mm.cookie and source.bus.alive)
         source = next(found, None)
         if source is None:
-            # await: mm, user: cannot change: the caller's own
+            # await: user: cannot change: the caller's own
             source = await self._connect(mm, on_invalidate)
             self._mms[source] = mm.cookie
         source.users.setdefault(user, False)
@@ -84,18 +84,17 @@ class Sources:
                 del self._mms[source]
                 await source.let_go()
 
-    async def change_process(self, mm: Mm) -> None:
+    async def change_process(self, mm: CallerMm) -> None:
         """All is paid for by that process from now on [iommufd_ioas_change_process].  EINVAL: some of it is
         memory of a process itself; ENOMEM: RLIMIT_MEMLOCK, and nothing has changed.
         """
-        # await: mm: cannot change: the caller's own
         async with self.lock:
             if any(any(source.users.values()) for source in self._mms):
                 raise UapiError(errno.EINVAL, "memory of a process is mapped: files alone can be taken over")
             changed: list[Source] = []
             try:
                 for source in [source for source, name in self._mms.items() if name != mm.cookie]:
-                    # await: each source, source, changed, mm, asked: cannot change: the lock is held
+                    # await: each source, source, changed, asked: cannot change: the lock is held
                     await source.host.change_process(mm.fd)
                     changed.append(source)
             except UapiError:

@@ -23,14 +23,14 @@ from protocol.errors import UapiError
 from protocol.units import Iova
 
 
-class Binding(NamedTuple):
+class VfioBinding(NamedTuple):
     """`objects`: of the iommufd, which they stand for."""
 
     objects: Objects
     device: IommufdDevice
 
 
-class VfioDevice:
+class VfioDeviceFile:
     """`partial`: of the page request queue of the unit before it."""
 
     def __init__(
@@ -44,7 +44,7 @@ class VfioDevice:
     ) -> None:
         self.info = info
         self.unit = unit
-        self.binding: Binding | None = None
+        self.binding: VfioBinding | None = None
         self._hardware = hardware
         self._group = group
         self._policy = policy
@@ -65,7 +65,7 @@ class VfioDevice:
         if self.binding is not None:
             raise UapiError(errno.EINVAL, f"{self.info.name} is bound already")
 
-    def check_bound(self) -> Binding:
+    def check_bound(self) -> VfioBinding:
         if self.binding is None:
             raise UapiError(errno.EINVAL, f"{self.info.name} is not bound to an iommufd")
         return self.binding
@@ -85,7 +85,7 @@ class VfioDevice:
         except UapiError:
             self._group.release(device)
             raise
-        self.binding = Binding(objects, device)
+        self.binding = VfioBinding(objects, device)
         return number
 
     async def unbind(self) -> None:

@@ -10,7 +10,7 @@ import struct
 from typing import Any
 
 from iommufdd.core.area import ULONG_MAX, Span
-from iommufdd.core.hmm import Mm, UserFd
+from iommufdd.core.hmm import CallerMm, UserFd
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import follow
@@ -106,9 +106,9 @@ def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
     return ioas
 
 
-def _mm_of(fds: Fds) -> Mm:
+def _mm_of(fds: Fds) -> CallerMm:
     """current->mm."""
-    return Mm(cookie_of(fds.peek(0)), UserFd(fds.peek(0)))
+    return CallerMm(cookie_of(fds.peek(0)), UserFd(fds.peek(0)))
 
 
 async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Body:

@@ -15,11 +15,11 @@ import structlog
 
 from iommufdd.config import IommufddSettings
 from iommufdd.core.counts import Counts, UnitCounts
-from iommufdd.core.hmm import Invalidate, Mm
+from iommufdd.core.hmm import CallerMm, Invalidate
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iommufd import IommufdCtx
 from iommufdd.core.platform import Platform
-from iommufdd.core.vfio import VfioDevice
+from iommufdd.core.vfio import VfioDeviceFile
 from iommufdd.hmm_client import HmmMirror
 from iommufdd.memory import TableMemory
 from iommufdd.silicon import RemoteUnit, Silicon
@@ -46,7 +46,7 @@ class VfioFile:
 
     app: IommufddApp
     silicon: Silicon
-    node: VfioDevice
+    node: VfioDeviceFile
 
 
 class IommufddApp:
@@ -117,7 +117,7 @@ class IommufddApp:
         self.iommufds[ctx] = None
         return IommuFile(self, ctx)
 
-    def _mirror_of(self, mm: Mm, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> HmmMirror:
+    def _mirror_of(self, mm: CallerMm, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> HmmMirror:
         return HmmMirror(self.loop, self.settings.kvmd, mm.fd, on_invalidate, on_gone)
 
     def iommufd_closed(self, held: IommuFile) -> None:

@@ -23,7 +23,7 @@ from device_sim.core.traits import capabilities
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import HmmPage, Invalidate, Mm, UserFd
+from iommufdd.core.hmm import CallerMm, HmmPage, Invalidate, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas_check import check_ioas
@@ -116,7 +116,7 @@ class MirrorMachine:
 
     async def remove_memory(self, memory: int) -> None: ...
 
-    async def _connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
+    async def _connect(self, mm: CallerMm, on_invalidate: Invalidate) -> Source:
         return Source(self.host, self, 1)
 
     # -- what may happen ---------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class MirrorMachine:
 
     async def _map(self, iova: int, size: int, hva: int) -> None:
         try:
-            await self.ioas.map(Mm(MM, UserFd(0)), Hva(hva), size, Iova(iova), writable=True)
+            await self.ioas.map(CallerMm(MM, UserFd(0)), Hva(hva), size, Iova(iova), writable=True)
         except UapiError:
             assert len(list(self.ioas.areas)) == 1, "another remap was first"
 

@@ -18,7 +18,6 @@ TWO_ENDS = {
     "FaultNotes": "the channel of KVM_FAULTED_IN",
     "FunctionInfo": "CAPS",
     "GuestMemfd": "KVM_CREATE_GUEST_MEMFD",
-    "HmmPin": "HMM_PIN",
     "Iommufdd": "iommufdd's front door",
     "Kvmd": "kvmd's front door",
     "NxHugePages": "NX_HUGE_PAGES",
@@ -26,12 +25,10 @@ TWO_ENDS = {
     "RunResult": "KVM_RUN",
     "Silicon": "the link",
     "Vcpu": "KVM_CREATE_VCPU",
-    "VfioDevice": "/dev/vfio/devices",
 }
 # Still to be told apart.
 TO_GO = {
-    *("AddressSpace", "App", "Channel", "Cpu", "ExitReason", "Faults", "Guest", "Host", "Ioas", "Outcome"),
-    *("Binding", "ExportedTdp", "Mirror", "Mm", "TableMemory"),
+    *("App", "Channel", "Cpu", "ExitReason", "Faults", "Guest", "Host", "Ioas", "Outcome"),
     *("Refused", "Reg", "TablePool", "Wait", "_Held", "_Running"),
 }
 

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from iommufdd.core.hmm import HmmPage, HmmPin, HmmRange, PinnedRange
+from iommufdd.core.hmm import HmmPage, HmmRange, HostPin, PinnedRange
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import PAGE_SIZE, Hpa, Hva
@@ -149,7 +149,7 @@ class FakeHost:
     async def pinned(self, hva: int, size: int, *, area: int) -> PinnedRange:
         await self.hop()
         found = [
-            HmmPin(Hva(at), Hpa(page.hpa + at - page.hva), page.end - at)
+            HostPin(Hva(at), Hpa(page.hpa + at - page.hva), page.end - at)
             for (name, at), pages in sorted(self.pins.items(), key=lambda item: item[0])
             if name == area and hva <= at < hva + size
             for page in pages

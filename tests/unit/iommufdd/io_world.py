@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from iommufdd.core.io_pagetable import Change, IoPageTable
+from iommufdd.core.io_pagetable import IoPageTable, TableChange
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import Hpa, Iova, Level
@@ -157,10 +157,10 @@ class Io:
 
     # -- changing --------------------------------------------------------------------------------------
 
-    def map(self, page: int, pfns: Sequence[int], level: int = 1, *, writable: bool = True) -> Change:
+    def map(self, page: int, pfns: Sequence[int], level: int = 1, *, writable: bool = True) -> TableChange:
         size = 1 << 9 * (level - 1)
 
-        def call() -> Change:
+        def call() -> TableChange:
             hpas = [Hpa(pfn << 12) for pfn in pfns]
             if len(hpas) == 1:
                 return self.table.map(Iova(page << 12), hpas[0], Level(level), writable=writable)
@@ -168,12 +168,12 @@ class Io:
 
         return self._watched(call, Said(page, page + len(pfns) * size, pfns, size, writable))
 
-    def unmap(self, page: int, npages: int) -> Change:
+    def unmap(self, page: int, npages: int) -> TableChange:
         return self._watched(
             lambda: self.table.unmap(Iova(page << 12), npages << 12), Said(page, page + npages)
         )
 
-    def flush(self, change: Change) -> None:
+    def flush(self, change: TableChange) -> None:
         """What the units do, then what iommufdd does."""
         self.walker.flush(change.start, change.size)
         self.table.flushed(change)
@@ -183,7 +183,7 @@ class Io:
         self.writer.after = lambda: None
         self.table.release()
 
-    def _watched(self, call: Callable[[], Change], said: Said) -> Change:
+    def _watched(self, call: Callable[[], TableChange], said: Said) -> TableChange:
         """Do it while a walker without a cache looks between any two stores."""
         probes = {page: {self.oracle.at(page)} for page in self.probes(said.start, said.end)}
         for page, allowed in probes.items():

@@ -9,14 +9,14 @@ from iommufdd.core.counts import Counts, UnitCounts
 from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hardware import FunctionInfo, Hardware, LentMemory, Unit
-from iommufdd.core.hmm import Invalidate, Mm
+from iommufdd.core.hmm import CallerMm, Invalidate
 from iommufdd.core.hwpt_alloc import alloc_kvm, alloc_paging
 from iommufdd.core.hwpt_kvm import Invalidate as TdpInvalidate
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iommufd import IommufdCtx
 from iommufdd.core.log import NoLog
 from iommufdd.core.platform import Platform
-from iommufdd.core.vfio import VfioDevice
+from iommufdd.core.vfio import VfioDeviceFile
 from protocol.pt.mem import TableWriter
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.table_pool import TablePool
@@ -114,7 +114,7 @@ class Rig:
         self.hardware = FakeHardware()
         return self.hardware
 
-    def _mirror_of(self, mm: Mm, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> FakeMirror:
+    def _mirror_of(self, mm: CallerMm, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> FakeMirror:
         self.mirrors.append(FakeMirror(self.hardware.log))
         self.gone.append(on_gone)
         return self.mirrors[-1]
@@ -122,7 +122,7 @@ class Rig:
     def iommufd(self) -> IommufdCtx:
         return IommufdCtx(self.platform, Counts(), self._mirror_of, MM)
 
-    def open(self, number: int) -> VfioDevice:
+    def open(self, number: int) -> VfioDeviceFile:
         return self.run(self.platform.open(number, f"/dev/vfio/devices/vfio{number}"))
 
     def bind(self, number: int = 0, ctx: IommufdCtx | None = None) -> IommufdDevice:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
-from iommufdd.core.hmm import Invalidate, Mm, UserFd
+from iommufdd.core.hmm import CallerMm, Invalidate, UserFd
 from iommufdd.core.hwpt_mirror import HwptMirror
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
@@ -49,7 +49,7 @@ class Space:
             return IoasOnDemand(self.counts, Sources(self.connect))
         return Ioas(self.counts, self.sources)
 
-    async def connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
+    async def connect(self, mm: CallerMm, on_invalidate: Invalidate) -> Source:
         self.connected += 1
         return Source(self.host, self.world, MEMORY)
 
@@ -119,9 +119,9 @@ def iova_or_none(iova: int | None) -> Iova | None:
     return None if iova is None else Iova(iova)
 
 
-def mm_of(cookie: int = MM) -> Mm:
+def mm_of(cookie: int = MM) -> CallerMm:
     """A process, with an fd that nobody looks at."""
-    return Mm(cookie, UserFd(cookie))
+    return CallerMm(cookie, UserFd(cookie))
 
 
 def outcome(call: Callable[[], object]) -> int:

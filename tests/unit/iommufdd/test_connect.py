@@ -6,12 +6,12 @@ import errno
 
 import pytest
 
-from iommufdd.core.hmm import Mm, UserFd
+from iommufdd.core.hmm import CallerMm, UserFd
 from protocol.units import PAGE_SIZE, Hva, Iova
 from tests.unit.iommufdd.rig import MM, Rig
 from tests.unit.iommufdd.spaces import HVA, outcome
 
-HERE = Mm(MM, UserFd(9))
+HERE = CallerMm(MM, UserFd(9))
 
 
 def test_units_first_then_the_process_then_its_windows_and_only_then_its_pages() -> None:

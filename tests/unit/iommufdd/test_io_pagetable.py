@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from iommufdd.core.io_pagetable import Change, IoLeaf, IoPageTable
+from iommufdd.core.io_pagetable import IoLeaf, IoPageTable, TableChange
 from protocol.errors import UapiError
 from protocol.units import Hpa, Iova, Level
 from tests.unit.iommufdd.io_world import BASE, Io
@@ -19,7 +19,7 @@ GIB = 1 << 30
 NOTHING = (0, ())
 
 
-def need(change: Change) -> tuple[int, tuple[int, ...]]:
+def need(change: TableChange) -> tuple[int, tuple[int, ...]]:
     """How much a change wants flushed, and what it cut off."""
     return change.size, change.cut
 
@@ -140,7 +140,7 @@ def test_rights_are_raised_without_a_flush_and_lowered_with_one(level: int) -> N
     io.map(0, [0x14_0000], level, writable=False)
     assert need(io.map(0, [0x14_0000], level)) == NOTHING
     lowered = io.map(0, [0x14_0000], level, writable=False)
-    assert lowered == Change(Iova(0), PAGE << 9 * (level - 1), ())
+    assert lowered == TableChange(Iova(0), PAGE << 9 * (level - 1), ())
     io.flush(lowered)
     io.check([0])
 
@@ -158,7 +158,7 @@ def test_a_table_is_replaced_by_a_huge_leaf_in_one_store_and_cut_off() -> None:
     table = Hpa(BASE + PAGE)
     seen = stores(io)
     change = io.map(0x200, [PFN + 0x200], level=2)
-    assert change == Change(Iova(MIB2), MIB2, (table,))
+    assert change == TableChange(Iova(MIB2), MIB2, (table,))
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == ([0, 0, 1, 1, 1], [0, 0, 1, 0])
     io.flush(change)
@@ -182,7 +182,7 @@ def test_a_leaf_of_another_frame_splits_the_huge_one_in_one_store() -> None:
     io.map(0, [0x14_0000], level=3)
     seen = stores(io)
     change = io.map(0x12345, [PFN])
-    assert change == Change(Iova(0x12345 * PAGE), PAGE, ())
+    assert change == TableChange(Iova(0x12345 * PAGE), PAGE, ())
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == ([0, 1, 1, 1, 1], [0, 512, 511, 0])
     io.flush(change)
@@ -209,7 +209,7 @@ def test_of_a_huge_leaf_only_the_part_asked_for_goes(
     io.map(0, [0x14_0000], level=3)
     seen = stores(io)
     change = io.unmap(start, npages)
-    assert change == Change(Iova(start * PAGE), npages * PAGE, ())
+    assert change == TableChange(Iova(start * PAGE), npages * PAGE, ())
     assert len(seen) == 1
     assert (io.table.tables, io.table.leaves) == (tables, leaves)
     io.flush(change)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iommufdd.core.io_pagetable import Change, IoPageTable, _Edit
+from iommufdd.core.io_pagetable import IoPageTable, TableChange, _Edit
 from protocol.errors import UapiError
 from protocol.pt.bits import WRITE
 from protocol.pt.entry import table_of
@@ -50,7 +50,7 @@ class History:
     def __init__(self, levels: int = 4, pages: int = 64, table: type[IoPageTable] = IoPageTable) -> None:
         self.io = Io(levels, pages, table=table)
         self.limit = LIMIT[levels]
-        self.unflushed: list[Change] = []
+        self.unflushed: list[TableChange] = []
         self.refused = 0
 
     def play(self, call: Call) -> None:
@@ -142,10 +142,10 @@ class LinksBeforeFilling(IoPageTable):
 class UnmapsInTwo(IoPageTable):
     """The first half is gone when no page is left for the second."""
 
-    def unmap(self, iova: int, size: int) -> Change:
+    def unmap(self, iova: int, size: int) -> TableChange:
         first = super().unmap(Iova(iova), size // 2)
         second = super().unmap(Iova(iova + size // 2), size - size // 2)
-        return Change(first.start, second.start + second.size - first.start, first.cut + second.cut)
+        return TableChange(first.start, second.start + second.size - first.start, first.cut + second.cut)
 
 
 class KeepsWhatItMade(IoPageTable):
@@ -158,7 +158,7 @@ class KeepsWhatItMade(IoPageTable):
 
 
 class FreesAtOnce(IoPageTable):
-    def _apply(self, edit: _Edit) -> Change:
+    def _apply(self, edit: _Edit) -> TableChange:
         change = super()._apply(edit)
         self.flushed(change)
         return change._replace(cut=())
@@ -167,12 +167,12 @@ class FreesAtOnce(IoPageTable):
 class ForgetsTheTable(IoPageTable):
     """Merging where every page stays what it was: but the table is still in paging-structure caches."""
 
-    def map(self, iova: int, hpa: Hpa, level: Level, *, writable: bool) -> Change:
+    def map(self, iova: int, hpa: Hpa, level: Level, *, writable: bool) -> TableChange:
         return super().map(Iova(iova), hpa, level, writable=writable)._replace(size=0)
 
 
 class LeaksTheTable(IoPageTable):
-    def _apply(self, edit: _Edit) -> Change:
+    def _apply(self, edit: _Edit) -> TableChange:
         return super()._apply(edit)._replace(cut=())
 
 
@@ -186,13 +186,13 @@ class LosesRightsUnflushed(IoPageTable):
 
 
 class FlushesTheFirstPage(IoPageTable):
-    def _apply(self, edit: _Edit) -> Change:
+    def _apply(self, edit: _Edit) -> TableChange:
         change = super()._apply(edit)
         return change._replace(size=min(change.size, 4096))
 
 
 class UnmapsWholeLeaves(IoPageTable):
-    def unmap(self, iova: int, size: int) -> Change:
+    def unmap(self, iova: int, size: int) -> TableChange:
         return super().unmap(*self.whole_leaves(Iova(iova), size))
 
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from iommufdd.core.hmm import Invalidate, Mm, UserFd
+from iommufdd.core.hmm import CallerMm, Invalidate, UserFd
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.units import Hva
@@ -26,7 +26,7 @@ class Processes:
         self.hosts: dict[int, FakeHost] = {}
         self.refuses = 0
 
-    async def connect(self, mm: Mm, on_invalidate: Invalidate) -> Source:
+    async def connect(self, mm: CallerMm, on_invalidate: Invalidate) -> Source:
         if self.refuses:
             raise UapiError(self.refuses, "no KVM")
         host = self.hosts[mm.cookie] = FakeHost()
@@ -36,7 +36,7 @@ class Processes:
         return self.world.run(self.sources.get(mm_of(mm), unwatched, user))
 
     def take_over(self, mm: int) -> int:
-        return outcome(lambda: self.world.run(self.sources.change_process(Mm(mm, FD))))
+        return outcome(lambda: self.world.run(self.sources.change_process(CallerMm(mm, FD))))
 
 
 async def unwatched(start: Hva, size: int) -> None: ...
@@ -96,7 +96,7 @@ def test_nobody_lets_go_of_a_source_that_is_being_taken_over() -> None:
     source = rig.get(1, "a")
     rig.world.hold()
     rig.hosts[1].hop = lambda: rig.world._take("hop")
-    taken = rig.world.start(rig.sources.change_process(Mm(2, FD)))
+    taken = rig.world.start(rig.sources.change_process(CallerMm(2, FD)))
     put = rig.world.start(rig.sources.put(source, "a"))
     assert (taken.done, put.done, rig.hosts[1].released) == (False, False, False)
     while not put.done:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from iommufdd.core.device import DeviceState
-from iommufdd.core.hmm import Mm, UserFd
+from iommufdd.core.hmm import CallerMm, UserFd
 from protocol.units import PAGE_SIZE, Hva, Iova
 from tests.unit.iommufdd.rig import MM, Rig
 from tests.unit.iommufdd.spaces import HVA, outcome
@@ -97,7 +97,7 @@ def test_the_end_of_an_iommufd_is_devices_then_hwpts_then_ioases() -> None:
     rig = Rig()
     device, ioas = rig.bind(), rig.ioas()
     rig.run(rig.nodes[0].attach(rig.run(rig.paging(device, ioas)), pinned=False))
-    rig.run(ioas.map(Mm(MM, UserFd(9)), Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.run(ioas.map(CallerMm(MM, UserFd(9)), Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
     rig.asked()
     rig.ctx.close()
     rig.run(rig.ctx.release())

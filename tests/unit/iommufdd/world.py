@@ -13,7 +13,7 @@ from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import FunctionInfo
-from iommufdd.core.hmm import Invalidate, Mm
+from iommufdd.core.hmm import CallerMm, Invalidate
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.io_pagetable import IoPageTable
@@ -78,7 +78,7 @@ def io_pagetable(pages: int = 64) -> IoPageTable:
     return IoPageTable(writer, TablePool(writer, pages * PAGE_SIZE), Level(4), LEVEL_1G)
 
 
-async def nobody(mm: Mm, on_invalidate: Invalidate) -> Source:
+async def nobody(mm: CallerMm, on_invalidate: Invalidate) -> Source:
     raise AssertionError("nothing is mapped here")
 
 
