@@ -10,6 +10,17 @@ Promises:
 * Flows made ready run in the order they were made ready, unless a subclass picks otherwise.
 * A flow that ends in an exception hands it to its `Wait`; that of a spawned one, which nobody awaits, goes
   to `on_crash`.
+
+Why a core needs no lock for what it does between two awaits, and what that rests on:
+* `Wait.set` in the middle of a change must not run who waits for it: that flow would see half of the change.
+  `_suspend`'s callback only makes it ready; `run_ready` runs it when the setter has come to its own await
+  (tests/unit/protocol/test_flow.py::test_a_flow_that_sets_its_neighbours_wait_is_not_interrupted_by_it).
+* A reader that came after a writer must not overtake it for ever: `RwLock` lets in who waits in the order
+  they came, and a reader behind a writer waits
+  (::test_a_lock_lets_readers_in_together_and_everybody_in_the_order_they_came).
+* A callback with a bug must not leave the others asleep: `Wait._call` goes on with the rest, then raises.
+What it does not give: anything read before an await may have changed after it.  That is said, and held, at
+each await (docs/awaits.md).
 """
 
 from __future__ import annotations

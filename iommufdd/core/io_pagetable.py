@@ -11,6 +11,15 @@ entry changes once, by one store (I4), from all of the old to all of the new:
 A table that was cut off may still sit in a paging-structure cache: it keeps its contents, and is not used
 again, until the units flushed the range it translated (I7).  Absent entries are not cached (CM = 0), and
 an entry that lacks a right is walked again, so becoming present, or writable, takes no flush.
+
+What would break it, and what stands against it, each planted
+(tests/unit/iommufdd/test_io_pagetable_history.py::test_a_planted_bug_is_seen):
+  - the unit walks while a huge leaf is split, and finds a hole or another frame: the new table is filled
+    whole, in `_plan`, and one store of `_apply` links it (`SplitsOneFrameShort`, `SplitsWritable`);
+  - a table that was cut off is filled anew while a paging-structure cache still leads into it: `_apply` holds
+    the page, only `flushed` gives it back (`FreesAtOnce`, `ForgetsTheTable`);
+  - a leaf changes and its old translation stays in an IOTLB: `_Edit.stale` widens the range to flush with
+    every store that takes something away, and with no other (`FlushesTheFirstPage`, `LosesRightsUnflushed`).
 """
 
 from __future__ import annotations

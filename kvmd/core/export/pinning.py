@@ -13,6 +13,16 @@ What a pin must not suffer is asked of one place, `PinnedGfns`, by every writer 
 
 A pinned gfn is mapped by a 4 KiB entry, so that no huge one is part pinned.  Invariant I22 has its home here:
 a pinned gfn is writable in the exported root, and maps the pinned frame wherever it is mapped.
+
+A pin sleeps to find its page, and again to break sharing; while it does, its slot may go, its importer may
+go, the request may be unpinned, the host may take the page.  So it decides nothing before a sleep that it
+does not ask again after it: `_pinnable` (slot, request) and the sequence of `HostChanges` before the page is
+taken, `_check_wanted` when all are.  What breaks without: a pin held by nobody, its frame lost for good
+(tests/unit/kvmd/test_pinning_sleeps.py::test_an_importer_that_goes_with_a_slot_pins_nothing), or a frame that
+the host has given away
+(test_pinning.py::test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pinned). Going,
+the order is `forget`, zap, flush, ack, `put`: a `put` before the ack would give the frame away under a device
+(::test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned).
 """
 
 from __future__ import annotations

@@ -3,6 +3,20 @@
 Models KVM's mmu notifier [KVM kvm_main.c], [RFC 41/42]: what a range of the process backs is zapped in
 every root, every CPU and importer has acked, and only then the host goes on.  Faults on the range wait
 until it is done, and one that looked its page up before looks again: `is_changing` and `seq` tell (I5).
+
+A fault looks a page up, sleeps, and maps what it found.  Between the two the host may
+
+ 1. begin to take the page and be still at it: the fault would map what is about to be freed.  The range is in
+    `_in_progress` from before the zap until after the host is done, and `is_changing` is asked after the
+    lookup;
+ 2. have begun *and* ended: nothing is in progress any more, and the page is another's.  `seq` moved
+    (`invalidate_range_end`), and the fault compares it with what it read before the lookup.
+
+Either question alone misses the other case; the fault asks both in the turn in which it stores
+(`FaultPath._try`, `stale`).  The range is noted before the first leaf is cleared and taken off after `seq`
+moved, both without a sleep in between, so that there is no moment at which both answers are "no".
+tests/properties/test_kvmd.py plants the loss of each: "the sequence is not advanced", "ranges in change are
+not looked at".
 """
 
 from __future__ import annotations

@@ -4,6 +4,19 @@ Models kvm_flush_remote_tlbs with the RFC's notification [RFC 41/42], [RFC 42/42
 translations first, then every importer of every exported TDP is told, and the flush is over when all
 have acked.  Each flush is an epoch; `acked` is the epoch up to which nobody uses old translations any
 more, and the only permission there is to reuse a table page or a frame (I6, I7).
+
+Why nobody uses what is given away.  Three interleavings would break it:
+
+ 1. Two flushes under way, the younger acked first.  Its caller goes on, and with it would go the table pages
+    that wait for the older one.  `acked` is therefore the youngest epoch before the *oldest* outstanding one,
+    not the youngest acked (tests/unit/kvmd/test_flush.py::test_acks_out_of_order_free_no_page_too_early).
+ 2. A clears an entry, tells, and sleeps for the ack; B wants the frame gone, finds the entry clear, has
+    nothing to flush, and frees the frame under the walker that A waits for.  Whoever found nothing to clear
+    sleeps in `drain` until every flush before its own call is over (tests/properties/test_kvmd.py, planted:
+    "drain is skipped").
+ 3. A walker registers, or caches again, while a flush is under way.  All are told in one turn, by `_tell`,
+    before the first ack is waited for; who comes later finds the entries cleared already, and has nothing old
+    (tests/unit/kvmd/test_flush.py::test_all_walkers_are_told_before_anyone_is_waited_for).
 """
 
 from __future__ import annotations

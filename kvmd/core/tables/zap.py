@@ -3,6 +3,18 @@
 Models the yielding of the TDP MMU's iterator [KVM tdp_mmu.c]: after so many entries everybody else gets a
 turn, but what was cleared so far is flushed first.  Whoever runs in between finds the entries gone and
 nothing to flush, and would give their frames away under a walker (I6, defect B-33).
+
+Three things stand between two batches, and their order is the argument:
+
+ - `flush` before `cond_resched`.  The other way round, whoever runs in between drains an epoch that was never
+   told (tests/unit/kvmd/test_zap_batches.py::test_a_turn_given_before_the_flush_is_noticed).
+ - `root in roots` at each turn, `cursor.resume()` after it: a table on the cursor's way may have been cut
+   off, and its page be another's by now (::test_a_table_that_goes_between_two_batches_is_not_walked_on).
+ - `drain` at the end, also when nothing was cleared: somebody else's batch may be waiting for its acks
+   (tests/properties/test_kvmd.py, planted: "drain is skipped").
+
+Nothing refills what was cleared while others run: a fault on the range waits for whoever called
+(`HostChanges.is_changing`, `SlotsChange.going`).
 """
 
 from __future__ import annotations
