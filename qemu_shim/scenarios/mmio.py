@@ -92,9 +92,7 @@ async def _memory(stage: Stage, mmio: int, target: int, number: int) -> None:
     await guest.memory.write(mmio, b"by the guest")
     report.expect_equal(await stage.copy(target, mmio), Status.SUCCESS, "DMA read of the new slot")
     report.expect_equal(await guest.memory.read(target, 12), b"by the guest", "what the device read in it")
-    guest.slots.remove(slot)
-    await guest.vm.set_user_memory_region(SLOT, 0, 0, 0)
-    await guest.process.munmap(slot.hva, slot.size)
+    await guest.remove_slot(slot)
 
 
 SCENARIO = Scenario(

@@ -8,10 +8,7 @@ use goes on.  Counts grow with `pages` and `rounds`.
 
 from __future__ import annotations
 
-from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 
 

@@ -6,9 +6,7 @@ The case the series is made for: "natural CPU touches will usually make the page
 
 from __future__ import annotations
 
-from protocol.units import MIB
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import MIB, Context, Param, Scenario
 
 
 async def play(ctx: Context) -> None:

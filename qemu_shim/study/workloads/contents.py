@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import Guest
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest
 
 RUN = 8
 WORD_BYTES = 8

@@ -6,9 +6,7 @@ in which knowing what the CPU touched is worth nothing to the one in which it is
 
 from __future__ import annotations
 
-from protocol.units import MIB
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import MIB, Context, Param, Scenario
 
 
 async def play(ctx: Context) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.units import KIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import KIB, MIB, PAGE_SIZE, Context, Param, Scenario
 
 
 async def play(ctx: Context) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import trio
 
 from protocol.errors import UapiError
-from protocol.units import MIB, PAGE_SIZE, TIB, align_up
-from qemu_shim.scenarios.context import Context
+from protocol.units import TIB, align_up
+from qemu_shim.api import MIB, PAGE_SIZE, Context
 from qemu_shim.scenarios.recorder import PATIENCE_S, POLL_S, NeverQuiet
 from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process

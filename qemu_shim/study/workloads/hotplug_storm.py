@@ -12,13 +12,9 @@ The rounds are played in order, so that they can be counted; after the last samp
 from __future__ import annotations
 
 from protocol.hw.dsa import Status
-from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.vmm.designs import RamSlot
 
 KEPT, KEPT_GPA = 7, 0x1_8000_0000
 PLUGGED, PLUGGED_GPA = 8, 0x2_0000_0000

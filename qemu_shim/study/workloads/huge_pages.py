@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import errno
 
-from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import GIB, MIB, PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.vmm.designs import RamSlot
 
 HUGE = 2 * MIB
 SLOT_GPAS = {PAGE_SIZE: 0x1_0000_0000, HUGE: 0x1_8000_0000, GIB: 0x2_0000_0000}

@@ -8,9 +8,7 @@ memory is pinned the attach itself maps all of it.  The CPU reads last what the 
 
 from __future__ import annotations
 
-from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Param, Scenario
 
 WORD_BYTES = 8
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qemu_shim.api import Scenario
 from qemu_shim.scenarios.files import is_file, scenario_of
-from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.workloads import (
     balloon,
     boot_touch,

@@ -11,11 +11,9 @@ Counts grow with `rounds` x `pages` x (`cpu_writes` + `device_writes`).
 
 from __future__ import annotations
 
-from protocol.units import MIB, PAGE_SIZE, align_up
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
+from protocol.units import align_up
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Migrator, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
-from qemu_shim.vmm.migrator import Migrator
 
 SLOT, SLOT_GPA = 7, 0x1_8000_0000
 

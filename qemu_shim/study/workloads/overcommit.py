@@ -7,10 +7,8 @@ design that pins, one VM comes up and the second does not.  Counts grow with `pa
 
 from __future__ import annotations
 
-from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES, Context
-from qemu_shim.scenarios.guest import Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
+from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded
 

@@ -25,10 +25,8 @@ from protocol.hw.dsa import (
     Opcode,
     Status,
 )
-from protocol.units import PAGE_SIZE, Iova, align_up
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import DmaFailed, Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from protocol.units import Iova, align_up
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 
 BATCH = 32  # the driver's limit

@@ -12,9 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from protocol.errors import UapiError
-from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import DmaFailed, Guest
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest
 
 WORKERS = 4
 

@@ -8,10 +8,8 @@ start: the host has not got it.  Counts grow with `pages` and `sweeps`, ageing w
 
 from __future__ import annotations
 
-from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import DRIVER_PAGES, Context
-from qemu_shim.scenarios.guest import Guest
-from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
+from qemu_shim.scenarios.context import DRIVER_PAGES
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded
 
