@@ -13,12 +13,13 @@ from time import perf_counter_ns
 
 from bench.harness import SEED
 from bench.memory import shared_buffer
-from device_sim.core.dmar import RID_PASID, RemappingUnit
+from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
 from iommufdd.core.domain import Domain
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.hw.pasid_entry import RID_PASID
 from protocol.pt.ept import EPT_AD
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
 from protocol.pt.mem import TableWriter

@@ -27,7 +27,7 @@ from device_sim.core.prq import PageRequestQueue
 from protocol.hw import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.faults import QUALIFIED, AddressType, FaultReason, FaultRecord, FaultType
-from protocol.hw.pasid_entry import PasidEntry, Pgtt
+from protocol.hw.pasid_entry import RID_PASID, PasidEntry, Pgtt
 from protocol.hw.qi import DescriptorError, ResponseCode
 from protocol.pt import bits
 from protocol.pt.geometry import INDEX_BITS, address_bits
@@ -48,7 +48,6 @@ from protocol.units import (
     size_of_level,
 )
 
-RID_PASID = Pasid(0)
 MAX_FAULT_RECORDS = 256
 MAX_MESSAGE_NOTES = 64
 _TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 table translates

@@ -25,13 +25,12 @@ from iommufdd.core.object import Object
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
+from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID
 from protocol.lifecycle import LifeCycle
 from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
-from protocol.units import Iova, Pasid
+from protocol.units import Iova
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
-RID_PASID = Pasid(0)
 NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
 
 

@@ -31,12 +31,13 @@ from protocol.hw.fields import (
     store,
     unpack,
 )
-from protocol.units import Hpa, Level, bit, bits
+from protocol.units import Hpa, Level, Pasid, bit, bits
 
 PASID_ENTRY_SIZE: Final = 64
 
 # DID 0 is reserved in caching mode and 1 is shared by first-stage and pass-through entries.
 FIRST_SS_DID: Final = 2
+RID_PASID = Pasid(0)  # of requests without a PASID, as Linux has it in every context entry
 
 
 class Pgtt(IntEnum):

@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from random import Random
 from typing import Any
 
-from device_sim.core.dmar import RID_PASID, RemappingUnit
+from device_sim.core.dmar import RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
 from iommufdd.core import qi
@@ -34,6 +34,7 @@ from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START, Window, WindowKind
+from protocol.hw.pasid_entry import RID_PASID
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt import bits
 from protocol.pt.mem import TableWriter

@@ -14,7 +14,6 @@ from iommufdd.core.hwpt_alloc import alloc_kvm, alloc_paging
 from iommufdd.core.hwpt_kvm import Invalidate as TdpInvalidate
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iommufd import IommufdCtx
-from iommufdd.core.log import NoLog
 from iommufdd.core.platform import Platform
 from iommufdd.core.vfio import VfioDeviceFile
 from protocol.pt.mem import TableWriter
@@ -22,7 +21,7 @@ from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.table_pool import TablePool
 from protocol.units import PAGE_SIZE, Hpa, Level
 from tests.unit.iommufdd.host import FakeHost
-from tests.unit.iommufdd.world import RID, ROOT, World, function
+from tests.unit.iommufdd.world import RID, ROOT, NoLog, World, function
 
 MM = 77
 META = ExportedTdpMeta(1, Level(4), Hpa(ROOT), Level(3), ((0x800,) * 5, (0x800,) * 5))

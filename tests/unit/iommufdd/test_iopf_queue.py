@@ -15,13 +15,12 @@ from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.iopf import Iopf
-from iommufdd.core.log import NoLog
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, Pasid
-from tests.unit.iommufdd.world import RID, World, function
+from tests.unit.iommufdd.world import RID, NoLog, World, function
 
 SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, ResponseCode.FAILURE
 STRANGER = 0x6B00

@@ -78,6 +78,12 @@ def io_pagetable(pages: int = 64) -> IoPageTable:
     return IoPageTable(writer, TablePool(writer, pages * PAGE_SIZE), Level(4), LEVEL_1G)
 
 
+class NoLog:
+    def info(self, event: str, **values: Any) -> None: ...
+    def warning(self, event: str, **values: Any) -> None: ...
+    def error(self, event: str, **values: Any) -> None: ...
+
+
 async def nobody(mm: CallerMm, on_invalidate: Invalidate) -> Source:
     raise AssertionError("nothing is mapped here")
 
