@@ -181,7 +181,7 @@ def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
     slot = vm.slots.find(gfn, root.role.as_id)
     page = None
     if slot is not None:
-        page = vm.pinning.page_of(slot, gfn) or vm.mm.present_page(slot.hva_of(gfn))
+        page = vm.pinning.pinned.page_of(slot, gfn) or vm.mm.present_page(slot.hva_of(gfn))
     granted = root.record.state(gfn)
     if slot is None or page is None or granted not in MAPPED:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-from kvmd.core.export.pinning import AS_ID
+from kvmd.core.slots.pinned import AS_ID
 from kvmd.core.tables import tdp_log
 from kvmd.core.tables.spte import is_young
 from kvmd.core.tables.tdp_table import Root
@@ -119,7 +119,7 @@ def _check_translations(vm: Kvm, root: Root) -> list[str]:
         if slot is None:
             found.append(f"I11: gfn {met.gfn:#x} is mapped but in no memslot")
             continue
-        if vm.pinning.page_of(slot, met.gfn) is not None:
+        if vm.pinning.pinned.page_of(slot, met.gfn) is not None:
             continue  # what the host has there now does not matter: I22
         binding = slot.private
         if binding is not None and (vm.private.serves(slot, met.gfn)):

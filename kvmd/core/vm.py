@@ -39,9 +39,11 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange
 from kvmd.core.slots.page_track import PageTrack
+from kvmd.core.slots.pinned import PinnedGfns
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.slots.store_record import StoreRecord
@@ -95,7 +97,6 @@ class Kvm:
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
         self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
-        self.pinning = Pinning(self)
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.faults: Counter[tuple[FaultSource, FaultResult]] = Counter()
@@ -113,6 +114,7 @@ class Kvm:
         self._slots_lock = lock = RwLock()
         has_private = self.type is VmType.SW_PROTECTED
         address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
+        self.mmu.keep = pinned = PinnedGfns()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.stores = StoreRecord(self.slots)
         self.dirty_log = DirtyLog(
@@ -126,9 +128,11 @@ class Kvm:
             host.memory,
             self.mm,
             self.host_changes,
-            self.pinning.pinned,
+            pinned,
             supported=has_private,
         )
+        frames = GuestFrames(self.slots, self.mm, self.host_changes, self.private, self.page_track, pinned)
+        self.pinning = Pinning(frames, self.mmu, self.flusher, self.dirty_log, lambda: host.cond_resched())
         self.mm.claims.replaced.append(self.private.replaces)
         self.slots_change = SlotsChange(
             self.id,
@@ -137,7 +141,6 @@ class Kvm:
             self.mmu,
             self.flusher,
             self.dirty_log,
-            self.exported,
             self.zapper,
             self._slot_replaced,
             self.pinning,
@@ -223,14 +226,6 @@ class Kvm:
             return self.mmu.cpu_roots(role.as_id)
         exported = self.exported.get(role.as_id)
         return [] if exported is None else [exported.root]
-
-    # awaits: slot: it may go; asked again: the loop
-    # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_is_going_when_the_page_comes)
-    async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
-        """The slot of `gfn`, once it is not being deleted or moved."""
-        while (slot := self.slots.find(gfn, as_id)) is not None and slot is self.slots_change.going:
-            await self.slots_change.settled
-        return slot
 
     # -- write tracking --------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a fault takes a slot that goes": (
         FaultPath,
         "_try",
-        rewritten(FaultPath, "_try", "is not slot or slot is vm.slots_change.going", "is not slot"),
+        rewritten(FaultPath, "_try", "is not slot or slot is vm.slots.going", "is not slot"),
     ),
     "a fault takes an equal slot for its own": (
         FaultPath,

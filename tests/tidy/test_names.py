@@ -80,8 +80,7 @@ def test_a_name_that_stands_twice_is_found() -> None:
 
 CYCLES_TO_GO: set[str] = {
     *(f"kvmd.core.cpu.{name}" for name in ("cpu", "emulator", "guest_ram", "program", "vcpu")),
-    *("kvmd.core.export.pinning", "kvmd.core.faults.fault_path", "kvmd.core.faults.nx_huge"),
-    *("kvmd.core.slots.private_memory", "kvmd.core.slots.slots_change", "kvmd.core.vm"),
+    *("kvmd.core.faults.fault_path", "kvmd.core.vm"),
 }
 
 

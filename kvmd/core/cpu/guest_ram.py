@@ -102,7 +102,7 @@ class GuestRam:
     async def _slot(self, gpa: Gpa) -> Memslot | None:
         """What the CPU's walk cannot reach, because the root has too few levels, is not RAM here either."""
         gfn = gfn_of(gpa)
-        return await self._vm.settled_slot(gfn, self._as_id) if self._walkable(gfn) else None
+        return await self._vm.slots.settled_slot(gfn, self._as_id) if self._walkable(gfn) else None
 
     def _walkable(self, gfn: Gfn) -> bool:
         return gfn < gfn_limit(self._vm.host.features.root_level(self._vcpu.maxphyaddr))

@@ -28,34 +28,25 @@ the order is `forget`, zap, flush, ack, `put`: a `put` before the ack would give
 from __future__ import annotations
 
 import errno
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from kvmd.core.faults.page_fault import MAX_TRIES, first_pfn
-from kvmd.core.mm.page import MappedPage, Page
+from kvmd.core.mm.page import Page
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
+from kvmd.core.slots.pinned import AS_ID, Pin
 from kvmd.core.tables import tdp_mmu
+from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_mmu import Mapped, Outcome
-from kvmd.core.tables.tdp_table import Root
+from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.errors import UapiError
-from protocol.flow import Flow
-from protocol.pt.geometry import INDEX_BITS, gfn_limit
-from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan, Pfn
+from protocol.flow import Flow, Wait
+from protocol.pt.geometry import gfn_limit
+from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan
 
-if TYPE_CHECKING:
-    from kvmd.core.vm import Kvm
-
-AS_ID = 0  # what can be exported, and so what can be pinned
 PIN_BATCH = 512  # pages pinned before others get a turn
-
-
-@dataclass(slots=True, eq=False)
-class Pin:
-    page: Page
-    pfn: Pfn
-    count: int = 0  # requests that hold it
 
 
 @dataclass(slots=True, eq=False)
@@ -76,51 +67,23 @@ class Account:
     asked: int = 0  # requests so far
 
 
-class PinnedGfns(dict[Gfn, Pin]):
-    """The pinned gfns of a VM; changed by `add` and `remove` alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._regions: Counter[int] = Counter()  # how many lie in each 2 MiB
-
-    def holds(self, as_id: int, gfn: Gfn) -> bool:
-        return as_id == AS_ID and gfn in self
-
-    def any_in(self, as_id: int, span: GfnSpan) -> bool:
-        """In one of the 2 MiB regions that a span touches."""
-        if as_id != AS_ID or not self:
-            return False
-        regions = range(span.start >> INDEX_BITS, (span.end - 1 >> INDEX_BITS) + 1)
-        if len(regions) > len(self._regions):
-            return any(region in regions for region in self._regions)
-        return any(region in self._regions for region in regions)
-
-    def within(self, as_id: int, span: GfnSpan) -> list[Gfn]:
-        if as_id != AS_ID:
-            return []
-        if span.npages < len(self):
-            return [Gfn(gfn) for gfn in range(span.start, span.end) if gfn in self]
-        return sorted(gfn for gfn in self if gfn in span)
-
-    def add(self, gfn: Gfn, pin: Pin) -> None:
-        self[gfn] = pin
-        self._regions[gfn >> INDEX_BITS] += 1
-
-    def remove(self, gfn: Gfn) -> Page:
-        region = gfn >> INDEX_BITS
-        self._regions[region] -= 1
-        if not self._regions[region]:
-            del self._regions[region]
-        return self.pop(gfn).page
-
-
 class Pinning:
     """Pins and unpins in one VM."""
 
-    def __init__(self, vm: Kvm) -> None:
-        self.pinned = PinnedGfns()
-        vm.mmu.keep = self.pinned
-        self._vm = vm
+    def __init__(
+        self,
+        frames: GuestFrames,
+        mmu: TdpMmu,
+        flusher: Flusher,
+        dirty_log: DirtyLog,
+        cond_resched: Callable[[], Wait[None]],
+    ) -> None:
+        self.pinned = frames.pinned
+        self._frames = frames
+        self._mmu = mmu
+        self._flusher = flusher
+        self._dirty_log = dirty_log
+        self._cond_resched = cond_resched
         self._accounts: list[Account] = []
 
     # -- whose pins ------------------------------------------------------------------------------------
@@ -166,7 +129,7 @@ class Pinning:
         nothing is pinned.
         """
         request = Request(everything=True)
-        return await self._ask(account, request, self._pin_slots(request, self._vm.slots))
+        return await self._ask(account, request, self._pin_slots(request, self._frames.slots))
 
     async def unpin(self, account: Account, name: int) -> int:
         """Take back what is left of a request; how many pages that is: what went with its slot is none.
@@ -206,7 +169,7 @@ class Pinning:
                 # await: request: may be over; asked again: `_pinnable`, of the next page, or `_ask`
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
                 # | each page: cannot change: numbers
-                await self._vm.host.cond_resched()
+                await self._cond_resched()
         if len(request.gfns) < span.npages:
             raise UapiError(
                 errno.EAGAIN, f"pin of {span}: a slot of it went meanwhile, and what was pinned with it"
@@ -218,10 +181,10 @@ class Pinning:
             raise UapiError(errno.EINVAL, f"gfns {span.start:#x}..{span.end:#x}: none, or beyond the table")
 
     def _exported_root(self) -> Root:
-        exported = self._vm.exported.get(AS_ID)
-        if exported is None:
+        root = self._mmu.exported_root(AS_ID)
+        if root is None:
             raise UapiError(errno.ENODEV, "the TDP is not exported any more")
-        return exported.root
+        return root
 
     # -- slots -----------------------------------------------------------------------------------------
 
@@ -261,12 +224,12 @@ class Pinning:
                     # | request: may be over; asked again: `_pinnable`, or `_ask`
                     # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
                     # | each page: cannot change: numbers
-                    await self._vm.host.cond_resched()
+                    await self._cond_resched()
 
     def _is_left_out(self, gfn: Gfn) -> bool:
         """Of everything."""
-        slot = self._vm.slots.find(gfn)
-        return slot is None or slot.readonly or self._vm.private.serves(slot, gfn)
+        slot = self._frames.slots.find(gfn)
+        return slot is None or slot.readonly or self._frames.private.serves(slot, gfn)
 
     def forget(self, slot: Memslot) -> list[Page]:
         """The slot goes, and its entries may be zapped now; `put` the pages once that is flushed (rule b)."""
@@ -277,50 +240,44 @@ class Pinning:
 
     def put(self, pages: Iterable[Page]) -> None:
         for page in pages:
-            self._vm.mm.unpin(page)
+            self._frames.mm.unpin(page)
 
     # -- one page --------------------------------------------------------------------------------------
 
-    def page_of(self, slot: Memslot, gfn: Gfn) -> MappedPage | None:
-        """What a fault maps at a pinned gfn: the pinned frame, whatever the host has there by now."""
-        pin = self.pinned.get(gfn) if slot.as_id == AS_ID else None
-        return None if pin is None else MappedPage(slot.hva_of(gfn), pin.pfn, LEVEL_4K, writable=True)
-
     async def _pin(self, request: Request, gfn: Gfn) -> None:
-        vm = self._vm
         for _ in range(MAX_TRIES):
             # await: request: may be over; asked again: `_pinnable`
             # (tests/unit/kvmd/test_pinning_sleeps.py::test_an_importer_that_goes_with_a_slot_pins_nothing)
-            await vm.settled_slot(gfn, AS_ID)
+            await self._frames.slots.settled_slot(gfn, AS_ID)
             slot = self._pinnable(request, gfn)
             if gfn in self.pinned:
                 self._hold(request, gfn)
                 return
             hva = slot.hva_of(gfn)
-            if (change := vm.host_changes.change_over(hva, gfn)) is not None:
+            if (change := self._frames.host_changes.change_over(hva, gfn)) is not None:
                 # await: asked, request: all of it; asked again: from the start
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_what_is_tracked_meanwhile_is_not_pinned)
                 await change
                 continue
             # await: asked, request, slot: all of it; asked again: `_stands`
             # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_is_refused_by_what_came_later)
-            page = await vm.mm.pin_user_page(hva)
+            page = await self._frames.mm.pin_user_page(hva)
             # It is what the host has there now.  Until it is counted nothing may await.
             try:
                 mapped = self._map(slot, gfn, page) if self._stands(request, slot, gfn) else None
             except UapiError:
-                vm.mm.unpin(page)
+                self._frames.mm.unpin(page)
                 raise
             if mapped is None or mapped.outcome is Outcome.RETRY:
-                vm.mm.unpin(page)
+                self._frames.mm.unpin(page)
                 # await: asked, request: all of it; asked again: from the start
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_page_that_comes_as_its_slot_goes)
-                await vm.flusher.drain()
+                await self._flusher.drain()
                 continue
             self._hold(request, gfn)
             if mapped.flush is not None:
                 # await: asked: cannot change: it is pinned by now, nothing is asked any more
-                await vm.flusher.flush(mapped.flush)
+                await self._flusher.flush(mapped.flush)
             return
         raise UapiError(errno.EAGAIN, f"pin of gfn {gfn:#x}: something was in the way {MAX_TRIES} times")
 
@@ -332,51 +289,48 @@ class Pinning:
     def _pinnable(self, request: Request, gfn: Gfn) -> Memslot:
         """The slot, if a page of it may be pinned: all that is asked before a page is waited for, and asked
         again after."""
-        vm = self._vm
         self._check_wanted(request)
         self._exported_root()
-        slot = vm.slots.find(gfn)
-        if slot is None or vm.private.serves(slot, gfn):
+        slot = self._frames.slots.find(gfn)
+        if slot is None or self._frames.private.serves(slot, gfn):
             what = "is in no memslot" if slot is None else "is private memory"
             raise UapiError(errno.EINVAL, f"pin of gfn {gfn:#x}: it {what}")
         if slot.readonly:
             raise UapiError(
                 errno.EFAULT, f"pin of gfn {gfn:#x}: slot {slot.id} is read-only, pins are for write"
             )
-        if vm.page_track.is_tracked(slot, gfn):
+        if self._frames.page_track.is_tracked(slot, gfn):
             raise UapiError(errno.EBUSY, f"pin of gfn {gfn:#x}: its stores are tracked, and must fault")
         return slot
 
     def _stands(self, request: Request, slot: Memslot, gfn: Gfn) -> bool:
         """Was the page that came meanwhile looked up for what is there now?  Errors as of `_pinnable`."""
-        vm = self._vm
         return (
             self._pinnable(request, gfn) is slot
-            and slot is not vm.slots_change.going
-            and not vm.host_changes.is_changing(slot.hva_of(gfn), gfn)
+            and slot is not self._frames.slots.going
+            and not self._frames.host_changes.is_changing(slot.hva_of(gfn), gfn)
             and gfn not in self.pinned
         )
 
     def _map(self, slot: Memslot, gfn: Gfn, page: Page) -> Mapped:
         """Map the pinned page, writable; unless somebody else froze the entry it is pinned from here on.
         ENOMEM: no page for a table."""
-        vm = self._vm
-        host = vm.mm.present_page(slot.hva_of(gfn))
+        host = self._frames.mm.present_page(slot.hva_of(gfn))
         assert host is not None, "pinned just now"
         pfn = first_pfn(slot, gfn, host, LEVEL_4K)
-        for root in vm.mmu.roots_of(AS_ID):
+        for root in self._mmu.roots_of(AS_ID):
             self._split(root, gfn)
-        mapped = tdp_mmu.map_page(vm.mmu, self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
+        mapped = tdp_mmu.map_page(self._mmu, self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
         if mapped.outcome is not Outcome.RETRY:
             self.pinned.add(gfn, Pin(page, pfn))
-            vm.mark_page_dirty(slot, gfn, None)
+            self._dirty_log.mark(slot, gfn, None)
         return mapped
 
     def _split(self, root: Root, gfn: Gfn) -> None:
         """No huge leaf maps a pinned gfn.  ENOMEM."""
         if not any(root.leaves[LEVEL_2M:]):
             return
-        mmu = self._vm.mmu
+        mmu = self._mmu
         for wanted in (True, False):
             met = mmu.leaf_at(root, gfn)
             if met is None or met.level == LEVEL_4K:
@@ -395,22 +349,22 @@ class Pinning:
             if not pin.count:
                 pages.append(self.pinned.remove(gfn))
                 if not self._is_backed(gfn, pin):
-                    zapped |= tdp_mmu.zap_leafs(self._vm.mmu, GfnSpan.of_pages(gfn, 1))
+                    zapped |= tdp_mmu.zap_leafs(self._mmu, GfnSpan.of_pages(gfn, 1))
         # They are ours alone: in no request, and no gfn's pin.
         if zapped:
             # await: gfns, pages: cannot change: nobody else has them
-            await self._vm.flusher.flush(None)
+            await self._flusher.flush(None)
         # await: gfns, pages: cannot change: nobody else has them
-        await self._vm.flusher.drain()
+        await self._flusher.drain()
         self.put(pages)
         return len(gfns)
 
     def _is_backed(self, gfn: Gfn, pin: Pin) -> bool:
         """Does the host still have the page there, writable, and mean to keep it?"""
-        slot = self._vm.slots.find(gfn)
+        slot = self._frames.slots.find(gfn)
         assert slot is not None, "a pin goes with its slot"
         hva = slot.hva_of(gfn)
-        page = self._vm.mm.present_page(hva)
-        if page is None or not page.writable or self._vm.host_changes.change_over(hva, gfn) is not None:
+        page = self._frames.mm.present_page(hva)
+        if page is None or not page.writable or self._frames.host_changes.change_over(hva, gfn) is not None:
             return False
         return first_pfn(slot, gfn, page, LEVEL_4K) == pin.pfn

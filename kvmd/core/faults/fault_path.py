@@ -70,10 +70,10 @@ class FaultPath:
         if slot is None:
             self._remember_mmio(gfn, vcpu, fault.as_id)
             return FaultResult.NO_SLOT
-        if slot is vm.slots_change.going:
+        if slot is vm.slots.going:
             if fault.prefetch:  # who asks in advance can ask again [KVM mmu.c, kvm_mmu_faultin_pfn]
                 return FaultResult.UNSTABLE
-            await vm.slots_change.settled
+            await vm.slots.settled
             return None
         if fault.write and slot.readonly:
             return FaultResult.READONLY
@@ -81,7 +81,7 @@ class FaultPath:
             return FaultResult.TRACKED
         if fault.write and vm.mmu.may_lack_write and self._fast_page_fault(fault, slot, vcpu):
             return FaultResult.FAST
-        pinned = vm.pinning.page_of(slot, gfn)
+        pinned = vm.pinning.pinned.page_of(slot, gfn)
         if pinned is not None:
             return await self._map(fault, slot, pinned, vcpu)
         private = vm.private.serves(slot, gfn)
@@ -103,7 +103,7 @@ class FaultPath:
             return LOOKUP_RESULT.get(error.errno, FaultResult.NO_PAGE)
         stale = seq != vm.host_changes.seq or vm.host_changes.is_changing(hva, gfn)
         stale |= vm.private.serves(slot, gfn) != private
-        if stale or vm.slots.find(gfn, fault.as_id) is not slot or slot is vm.slots_change.going:
+        if stale or vm.slots.find(gfn, fault.as_id) is not slot or slot is vm.slots.going:
             return None
         return FaultResult.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)
 

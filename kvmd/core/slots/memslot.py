@@ -18,6 +18,7 @@ from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.slots.dirty_bitmap import DirtyBitmap
 from kvmd.core.slots.guest_memfd import Binding, GuestMemfd
 from protocol.errors import UapiError
+from protocol.flow import Wait
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
@@ -120,6 +121,8 @@ class Memslots:
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
         self.generation = 0
         self.coming: Memslot | None = None  # about to be there: its change has been granted
+        self.going: Memslot | None = None  # being deleted or moved
+        self.settled: Wait[None] = Wait()  # set when it no longer is
         self.logging = 0  # how many of them log
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
@@ -130,6 +133,20 @@ class Memslots:
             if gfn < slot.base_gfn + slot.npages:
                 return slot
         return None
+
+    # awaits: slot: it may go; asked again: the loop
+    # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_is_going_when_the_page_comes)
+    async def settled_slot(self, gfn: Gfn, as_id: int) -> Memslot | None:
+        """The slot of `gfn`, once it is not being deleted or moved."""
+        while (slot := self.find(gfn, as_id)) is not None and slot is self.going:
+            await self.settled
+        return slot
+
+    def settle(self) -> None:
+        """No slot comes or goes any more: who waited for that looks again."""
+        self.going = self.coming = None
+        settled, self.settled = self.settled, Wait()
+        settled.set(None)
 
     def numbered(self, number: int) -> Memslot | None:
         """The slot user space calls `number`.  EINVAL: no slot can be called so."""

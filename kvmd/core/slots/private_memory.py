@@ -11,13 +11,13 @@ import errno
 from collections.abc import Iterable
 from functools import partial
 
-from kvmd.core.export.pinning import PinnedGfns
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
 from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.memslot import Memslot, Memslots
+from kvmd.core.slots.pinned import PinnedGfns
 from protocol.errors import UapiError
 from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva

@@ -9,11 +9,11 @@ roots become obsolete.  Creating a slot and switching its logging zap nothing.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
-from kvmd.core.export.pinning import Pinning
-from kvmd.core.export.tdp_fd import ExportedTdp
+from kvmd.core.mm.page import Page
 from kvmd.core.slots.dirty_bitmap import bitmap_bytes
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange, SlotFlag
@@ -22,15 +22,26 @@ from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Root, RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
-from protocol.flow import RwLock, Wait
+from protocol.flow import RwLock
 from protocol.units import GfnSpan
 
 # Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
 MAX_BITMAP_BYTES = 1 << 30
 
 
+class SlotPins(Protocol):
+    """Pages that importers pinned, as a change of the slots has to do with them (`export/pinning.py`)."""
+
+    def forget(self, slot: Memslot, /) -> list[Page]:
+        """`slot` goes: what was pinned of it, for `put` once nobody uses it."""
+
+    def put(self, pages: Iterable[Page], /) -> None: ...
+    async def follow(self, slot: Memslot, /) -> None:
+        """`slot` came.  UapiError: it must go again."""
+
+
 class SlotsChange:
-    """Of one VM; `going` is the slot being deleted or moved, `settled` is set when it no longer is."""
+    """Of one VM."""
 
     def __init__(
         self,
@@ -40,21 +51,17 @@ class SlotsChange:
         mmu: TdpMmu,
         flusher: Flusher,
         dirty_log: DirtyLog,
-        exported: Mapping[int, ExportedTdp],
         zapper: Zapper,
         replaced: Callable[[SlotChange, Memslot | None], None],
-        pinning: Pinning,
+        pinning: SlotPins,
         private: PrivateMemory,
     ) -> None:
-        self.going: Memslot | None = None
-        self.settled: Wait[None] = Wait()
         self._vm_id = vm_id
         self._lock = lock
         self._slots = slots
         self._mmu = mmu
         self._flusher = flusher
         self._dirty_log = dirty_log
-        self._exported = exported
         self._zapper = zapper
         self._replaced = replaced
         self._pinning = pinning
@@ -89,7 +96,7 @@ class SlotsChange:
         self._slots.coming = None if refusal else new
         try:
             if change in (SlotChange.DELETE, SlotChange.MOVE) and old is not None:
-                self.going = old
+                self._slots.going = old
                 pages = [] if refusal else self._pinning.forget(old)
                 await self.zap_all_fast()
                 self._pinning.put(pages)
@@ -97,9 +104,7 @@ class SlotsChange:
                 raise refusal
             return new if change is SlotChange.NONE else self._commit(change, old, new)
         finally:
-            self.going = self._slots.coming = None
-            settled, self.settled = self.settled, Wait()
-            settled.set(None)
+            self._slots.settle()
 
     # awaits: asked, new: cannot change: not a slot yet, nobody else has it
     async def _bind(self, region: MemoryRegion, new: Memslot) -> Memslot:
@@ -142,15 +147,14 @@ class SlotsChange:
         if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
 
-    # awaits: each exported, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
+    # awaits: each root, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
     # pass by a root that went
     async def zap_all_fast(self) -> None:
         """Other roots become obsolete, exported ones lose their leaves [RFC 36/42], or as their policy
         has it only those of the slot that goes.  Under the slots_lock."""
         unflushed = self._mmu.invalidate_roots()
         obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
-        for exported in list(self._exported.values()):
-            root = exported.root
+        for root in [root for root in self._mmu.roots if root.exported]:
             lost = [root.everything] if root.role.policy.zapped_whole else self._gone_from(root)
             if lost:
                 await self._zapper.zap(lost, [root], unflushed=unflushed)
@@ -161,5 +165,5 @@ class SlotsChange:
         await self._zapper.dismantle(obsolete)
 
     def _gone_from(self, root: Root) -> list[GfnSpan]:
-        going = self.going
+        going = self._slots.going
         return [going.span] if going is not None and going.as_id == root.role.as_id else []

@@ -114,7 +114,7 @@ class Root:
 
 
 class Keep(Protocol):
-    """What entries must stay as they are: those of pinned gfns (`pinning.PinnedGfns`)."""
+    """What entries must stay as they are: those of pinned gfns (`slots/pinned.py`)."""
 
     def __len__(self) -> int: ...
     def holds(self, as_id: int, gfn: Gfn) -> bool: ...

@@ -6,11 +6,11 @@ import errno
 
 import pytest
 
-from kvmd.core.export.pinning import PinnedGfns
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.vma import Prot
 from kvmd.core.slots.guest_memfd import MemfdFlag
+from kvmd.core.slots.pinned import PinnedGfns
 from kvmd.core.vm import VmType
 from protocol.errors import UapiError
 from protocol.pt import bits

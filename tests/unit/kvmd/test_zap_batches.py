@@ -10,7 +10,7 @@ from kvmd.core.mm.madvise import dontneed
 from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.tables import tdp_mmu, zap
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import Role, TdpMmu
+from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.flow import Wait
 from protocol.pt.cursor import Cursor
@@ -53,6 +53,12 @@ class Rig:
         self.world.flows.run_ready()
 
 
+def lent(mmu: TdpMmu) -> Root:
+    root = mmu.exported_root(0)
+    assert root is not None
+    return root
+
+
 def work_is_bounded(rig: Rig) -> None:
     over, left = rig.delete(), []
     while not over.done:
@@ -75,7 +81,7 @@ def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.defect("B-33")
 def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(self: SlotsChange) -> None:
-        tdp_mmu.zap_leafs(self._mmu, self._exported[0].root.everything)
+        tdp_mmu.zap_leafs(self._mmu, lent(self._mmu).everything)
         await self._flusher.flush(None)
 
     monkeypatch.setattr(SlotsChange, "zap_all_fast", at_once)
@@ -100,7 +106,7 @@ def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.Monke
 @pytest.mark.defect("B-33")
 def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flush_at_the_end(self: SlotsChange) -> None:
-        root = self._exported[0].root
+        root = lent(self._mmu)
         cursor = self._mmu.cursor(root, root.everything)
         while tdp_mmu.zap_some(self._mmu, root, cursor, BATCH):
             await self._zapper._cond_resched()
