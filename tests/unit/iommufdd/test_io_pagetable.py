@@ -9,8 +9,11 @@ import pytest
 
 from iommufdd.core.io_pagetable import IoLeaf, IoPageTable, TableChange
 from protocol.errors import UapiError
+from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
 from protocol.units import Hpa, Iova, Level
 from tests.unit.iommufdd.io_world import BASE, Io
+from tests.unit.protocol.formats import KINDS, Kind
 
 PFN = 0x10_0000
 PAGE = 4096
@@ -345,3 +348,29 @@ def test_a_leaf_that_is_misaligned_or_too_large_is_a_bug(iova: int, hpa: int, le
     with pytest.raises(AssertionError, match=r"leaf of|misaligned"):
         io.table.map(Iova(iova), Hpa(hpa), Level(level), writable=True)
     assert not any(io.memory)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_table_can_be_of_any_format(kind: Kind) -> None:
+    """Put, split, merged and cut off; read by a plain walk of the format, not by what wrote it."""
+    memory = bytearray(64 * PAGE)
+    writer = TableWriter(Hpa(BASE), memoryview(memory))
+    table = IoPageTable(writer, TablePool(writer, len(memory)), kind.levels, Level(3), kind.fmt)
+
+    def entry(page: int, index: int) -> int:
+        at = page - BASE + 8 * index
+        return int.from_bytes(memory[at : at + 8], "little")
+
+    def seen(page: int) -> tuple[int, int, bool] | None:
+        found = kind.walk(entry, table.root, kind.levels, page)
+        return found and found[:3]
+
+    table.map(Iova(0x200 * PAGE), Hpa(0x600 * PAGE), Level(2), writable=True)
+    table.map_pages(Iova(5 * PAGE), [Hpa(9 * PAGE), Hpa(7 * PAGE)], Level(1), writable=False)
+    assert (seen(5), seen(6), seen(7), seen(0x2AB)) == ((9, 1, False), (7, 1, False), None, (0x6AB, 2, True))
+    table.flushed(table.unmap(Iova(0x203 * PAGE), PAGE))
+    assert (seen(0x202), seen(0x203), seen(0x3FF)) == ((0x602, 1, True), None, (0x7FF, 1, True))
+    table.flushed(table.map(Iova(0x200 * PAGE), Hpa(0x800 * PAGE), Level(2), writable=True))
+    assert (seen(0x203), table.leaves) == ((0x803, 2, True), [0, 2, 1, 0])
+    table.flushed(table.unmap(Iova(0), table.limit))
+    assert (seen(5), seen(0x203), table.leaves) == (None, None, [0, 0, 0, 0])
