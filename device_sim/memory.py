@@ -16,6 +16,8 @@ from protocol.rpc.closer import CLOSER
 from protocol.rpc.memfd import map_peer
 from protocol.units import Hpa
 
+_WRITABLE = (WindowKind.FRAMES, WindowKind.QUEUES)
+
 
 @dataclass(slots=True)
 class _Set:
@@ -53,7 +55,7 @@ class MappedMemory:
         return number
 
     def _map(self, kind: str, base: int, size: int, fd: int) -> Window:
-        """Only frames are mapped writable.  Raises OSError or ValueError."""
+        """Only frames and queues are mapped writable.  Raises OSError or ValueError."""
         known = WindowKind(kind)
         stat = os.fstat(fd)
         existing = self.physical.find(known, Hpa(base), size)
@@ -62,7 +64,7 @@ class MappedMemory:
                 raise ValueError("another host's memory lies there")
             self.physical.share(existing)
             return existing
-        mapping = map_peer(fd, size, writable=known is WindowKind.FRAMES)
+        mapping = map_peer(fd, size, writable=known in _WRITABLE)
         window = Window(known, Hpa(base), size, memoryview(mapping))
         try:
             self.physical.add(window, mapping.close)

@@ -20,32 +20,19 @@ from device_sim.core.msi import InterruptMessage
 from device_sim.core.silicon import Device, Silicon
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
+from device_sim.unit_port import UnitPort
 from protocol.daemon import tell_options
 from protocol.errors import UapiError
-from protocol.hw.fields import FormatError
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.door import Door
+from protocol.rpc.fence import full_fence
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Notification, Service
 from protocol.uapi import link as uapi
 from protocol.uapi.message import StartedWith
-from protocol.units import Pasid
 
 log = structlog.get_logger("device_sim")
-
-
-class LinkedDriver:
-    """The driver at the other end of a link."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-
-    def page_requests(self, unit: int, entries: bytes, *, overflow: bool) -> None:
-        self._channel.notify("PAGE_REQUESTS", {"unit": unit, "entries": entries, "overflow": overflow})
-
-    def faults(self, unit: int, records: bytes) -> None:
-        self._channel.notify("FAULTS", {"unit": unit, "records": records})
 
 
 class PortalGuest:
@@ -75,9 +62,11 @@ class DeviceSim:
             self.memory.physical,
             loop.flows.spawn,
             perf_counter_ns,
-            lambda: loop.mark_dirty(self),
+            full_fence,
         )
         self.files = Files(loop)
+        self.link: Channel | None = None
+        self.ports: list[UnitPort] = []
         self.door = Door(loop, FRONT_DOOR, self)
         self.private_doors: Mapping[Path, Door[Any]] = (
             {} if settings.driver_socket is None else {settings.driver_socket: Door(loop, DRIVER_DOOR, self)}
@@ -91,15 +80,19 @@ class DeviceSim:
             door.close()
         self.files.close()
 
-    def flush(self) -> None:
-        """The end of a turn."""
-        self.silicon.raise_interrupts()
-
     def unplug(self) -> None:
         """The link is gone."""
         log.info("driver gone: translation is off")
+        self.link = None
         self.silicon.unplug()
+        while self.ports:
+            self.ports.pop().close()
         self.memory.clear()
+
+    def hang_up(self) -> None:
+        """On a driver that breaks what it shares with us."""
+        if self.link is not None:
+            self.link.close()
 
 
 # -- front door ----------------------------------------------------------------------------------------
@@ -111,8 +104,8 @@ def _no_link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Body:
 
 def _link(app: DeviceSim, message: uapi.Link, fds: Fds) -> Answer:
     app.silicon.check_free()
-    fd, _, channel = app.files.open(LINK, app, DeviceSim.unplug)
-    app.silicon.plug(LinkedDriver(channel))
+    fd, _, app.link = app.files.open(LINK, app, DeviceSim.unplug)
+    app.silicon.plug(app.link)
     return Answer({}, [fd])
 
 
@@ -164,16 +157,6 @@ def _memory_remove(app: DeviceSim, message: uapi.LinkMemoryRemove, fds: Fds) -> 
     return {}
 
 
-def _pasid_entry(app: DeviceSim, message: uapi.LinkPasidEntry, fds: Fds) -> Body:
-    try:
-        app.silicon.device(message.rid).unit.write_pasid_entry(
-            message.rid, Pasid(message.pasid), message.entry
-        )
-    except FormatError as error:
-        raise UapiError(errno.EINVAL, str(error)) from None
-    return {}
-
-
 def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
     app.silicon.device(message.rid).function.configure(
         pasid=message.pasid,
@@ -184,27 +167,12 @@ def _function(app: DeviceSim, message: uapi.LinkFunction, fds: Fds) -> Body:
     return {}
 
 
-def _qi(app: DeviceSim, message: uapi.LinkQi, fds: Fds) -> Body:
-    return {"status": _run_queue(app, message)}
-
-
-def _qi_posted(app: DeviceSim, message: uapi.LinkQi) -> None:
-    try:
-        _run_queue(app, message)
-    except UapiError as error:
-        log.warning("bad descriptors posted", why=str(error))
-
-
-def _run_queue(app: DeviceSim, message: uapi.LinkQi) -> list[int]:
-    unit = app.silicon.unit(message.unit)
-    if not unit.prq.consume(message.prq_consumed):
-        raise UapiError(errno.EINVAL, f"page request queue: {message.prq_consumed} entries are not there")
-    if message.prq_clear:
-        unit.prq.clear_overflow()
-    try:
-        return unit.execute(message.descriptors)
-    except FormatError as error:
-        raise UapiError(errno.EINVAL, f"invalidation queue: {error}") from None
+def _unit(app: DeviceSim, message: uapi.LinkUnit, fds: Fds) -> Answer:
+    app.silicon.check_connectable(message.unit)
+    if len(fds) != 1:
+        raise UapiError(errno.EINVAL, f"a unit's registers want one store page, {len(fds)} fds came")
+    app.ports.append(UnitPort(app.loop, app.silicon, message.unit, fds.peek(0), app.hang_up))
+    return Answer({}, app.ports[-1].copies())
 
 
 async def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
@@ -220,12 +188,10 @@ LINK: Service[DeviceSim] = Service(
         "CAPS": Method(uapi.LinkCaps, _caps),
         "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, uapi.MAX_WINDOWS + 1),
         "MEMORY_REMOVE": Method(uapi.LinkMemoryRemove, _memory_remove),
-        "PASID_ENTRY": Method(uapi.LinkPasidEntry, _pasid_entry),
         "FUNCTION": Method(uapi.LinkFunction, _function),
-        "QI": Method(uapi.LinkQi, _qi),
+        "UNIT": Method(uapi.LinkUnit, _unit, 1),
         "PORTAL": Method(uapi.LinkPortal, _portal),
     },
-    notifications={"QI": Notification(uapi.LinkQi, _qi_posted)},
 )
 
 # -- portal --------------------------------------------------------------------------------------------

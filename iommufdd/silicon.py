@@ -1,4 +1,4 @@
-"""The silicon as the VT-d driver reaches it: units, functions, PASID entries, queues, interrupts.
+"""The silicon as the VT-d driver finds it: units, what they share with us in memory, functions.
 
 A `Silicon` lives as long as its link.  What was made of it answers ENODEV from then on, for good; units that
 come back are other units, found by another probe (docs/decisions/0015).
@@ -12,94 +12,49 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.hardware import FunctionInfo, LentMemory
+from iommufdd.core.intel_iommu import IntelIommu, UnitMemory
 from iommufdd.lent import LentWindows
+from iommufdd.unit_memory import LinkMemory
+from iommufdd.unit_port import UnitPort
 from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
-from protocol.hw.prq import PAGE_REQUEST_SIZE
-from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
-from protocol.rpc.service import Notification, Service
 from protocol.trace import TRACE, PrqReport
 from protocol.uapi import link as uapi
-from protocol.units import Pasid
-
-# Of a queue of thousands; a message of its own for the head would wake the silicon in the middle of a fault.
-HEAD_LAG_MAX = 64
-
-
-class RemoteUnit:
-    """One remapping unit."""
-
-    def __init__(self, silicon: Silicon, number: int, cap: Cap, ecap: Ecap) -> None:
-        self.number = number
-        self.cap = cap
-        self.ecap = ecap
-        self._silicon = silicon
-        self._consumed = 0  # entries of the page request queue, its head not moved past them yet
-
-    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None:
-        await self._silicon.ask("PASID_ENTRY", {"rid": rid, "pasid": pasid, "entry": entry})
-
-    async def submit(self, descriptors: list[Descriptor]) -> None:
-        reply = await self._silicon.ask("QI", self._queue(descriptors))
-        if reply.body["status"] != [qi.DONE]:
-            raise UapiError(errno.EIO, f"invalidation queue: wait completed with {reply.body['status']}")
-
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
-        """A page group response; nobody waits for it.  False: there is nobody any more."""
-        body = self._queue([qi.page_group_response(rid, prgi, code)])
-        body["prq_consumed"] = self._consumed
-        self._consumed = 0
-        return self._silicon.post("QI", body)
-
-    def _queue(self, descriptors: list[Descriptor]) -> Body:
-        """One message, counted."""
-        self._silicon.counts.kicks += 1
-        self._silicon.counts.descriptors.update(map(qi.kind_of, descriptors))
-        return {"unit": self.number, "descriptors": b"".join(qi.raw(descriptors))}
-
-    def consumed(self, entries: int, *, clear_overflow: bool) -> None:
-        """Move the page request queue's head: along with the next response, unless that could matter."""
-        self._consumed += entries
-        if clear_overflow or self._consumed >= HEAD_LAG_MAX:
-            body = {"unit": self.number, "prq_consumed": self._consumed, "prq_clear": clear_overflow}
-            self._consumed = 0
-            self._silicon.post("QI", body)
 
 
 class Silicon:
-    """The interrupts: `on_page_requests(unit, entries, overflow)`, `on_faults(records)`, `on_gone()`."""
+    """`on_page_requests(unit, entries, overflow)` and `on_faults(records)` are interrupts."""
 
     def __init__(
         self,
         loop: Loop,
         counts: UnitCounts,
-        on_page_requests: Callable[[RemoteUnit, bytes, bool], None],
-        on_faults: Callable[[bytes], None],
+        on_page_requests: Callable[[IntelIommu, bytes, bool], None],
+        on_faults: Callable[[list[bytes]], None],
         on_gone: Callable[[], None],
     ) -> None:
         self.loop = loop
-        self.units: list[RemoteUnit] = []
-        self.functions: list[tuple[FunctionInfo, RemoteUnit]] = []
+        self.units: list[IntelIommu] = []
+        self.functions: list[tuple[FunctionInfo, IntelIommu]] = []
         self.counts = counts
         self.on_page_requests = on_page_requests
         self.on_faults = on_faults
         self._on_gone = on_gone
         self._link: Channel | None = None
+        self._ports: list[UnitPort] = []
 
     async def probe(self, sock: socket.socket) -> None:
         """Through device_sim's front door: take the units, read what they and the functions can do.  EBUSY:
         another driver has them, or had a moment ago.  UapiError, OSError, PeerError: and nothing is kept.
         """
         link = await self._take(Channel(self.loop, sock, "device_sim"))
-        told = INTERRUPTS.bind_notify(self)
-        self._link = Channel(self.loop, link, "link", on_notify=told, on_close=lambda _: self._on_gone())
+        self._link = Channel(self.loop, link, "link", on_close=lambda _: self._gone())
         try:
-            self._enumerate((await self._link.call("CAPS")).body)
+            await self._bring_up(await self._capabilities())
         except BaseException:
             self._link.close()
             raise
@@ -110,19 +65,55 @@ class Silicon:
         finally:
             door.close()
 
-    def _enumerate(self, body: Body) -> None:
+    async def _capabilities(self) -> uapi.CapsReply:
         try:
-            caps = uapi.CapsReply.model_validate(body)
+            caps = uapi.CapsReply.model_validate((await self.ask("CAPS", {})).body)
         except ValidationError as error:
             raise PeerError(f"device_sim: {error.error_count()} mistakes in what it says it is") from None
-        self.units = [
-            RemoteUnit(self, number, Cap(cap), Ecap(ecap)) for number, (cap, ecap) in enumerate(caps.units)
-        ]
         for found in caps.functions:
-            if found.unit >= len(self.units):
+            if found.unit >= len(caps.units):
                 raise PeerError(f"device_sim: {found.name} is behind unit {found.unit}, which is not there")
+        return caps
+
+    async def _bring_up(self, caps: uapi.CapsReply) -> None:
+        """The units translate, nothing as yet, when this returns [Linux intel/iommu.c init_dmars]."""
+        memory = LinkMemory(len(caps.units), len(caps.functions))
+        await self.add_memory(memory.lend())
+        for number, ((cap, ecap), lies) in enumerate(zip(caps.units, memory.of_units(), strict=True)):
+            self.units.append(await self._unit(number, Cap(cap), Ecap(ecap), lies))
+        for found in caps.functions:
             info = FunctionInfo(**found.model_dump(exclude={"unit"}))
-            self.functions.append((info, self.units[found.unit]))
+            unit = self.units[found.unit]
+            unit.tables.add_function(info.rid, ats=info.ats, pasid=info.pasid, pri=info.pri)
+            self.functions.append((info, unit))
+        for unit in self.units:
+            await unit.bring_up()
+
+    async def _unit(self, number: int, cap: Cap, ecap: Ecap, memory: UnitMemory) -> IntelIommu:
+        """Its registers and events are ours."""
+        assert self._link is not None
+        port = UnitPort(self.loop, f"unit {number}", self._link.close)
+        self._ports.append(port)
+        registers = port.take((await self.ask("UNIT", {"unit": number}, [port.give_store_page()])).fds)
+        unit = IntelIommu(
+            number, cap, ecap, registers, memory, self.counts, self._page_requests, self.on_faults
+        )
+        port.serve(unit)
+        return unit
+
+    def _page_requests(self, unit: IntelIommu, entries: bytes, overflow: bool) -> None:
+        if TRACE.on:
+            for event in PrqReport.of_queue(entries):
+                TRACE.emit(event)
+        self.on_page_requests(unit, entries, overflow)
+
+    def _gone(self) -> None:
+        """The link is; whoever waits for a unit does not any more."""
+        for unit in self.units:
+            unit.gone()
+        for port in self._ports:
+            port.close()
+        self._on_gone()
 
     @property
     def alive(self) -> bool:
@@ -166,34 +157,3 @@ class Silicon:
             return await self._link.call(op, body, fds or [])
         except PeerGone:
             raise UapiError(errno.ENODEV, "the remapping unit is gone") from None
-
-    def post(self, op: str, body: Body) -> bool:
-        """False once the silicon is gone."""
-        assert self._link is not None
-        self._link.notify(op, body)
-        return self.alive
-
-
-def _page_requests(silicon: Silicon, message: uapi.PageRequests) -> None:
-    if message.unit >= len(silicon.units):
-        raise PeerError(f"page requests of unit {message.unit}, which is not there")
-    if TRACE.on:
-        for event in PrqReport.of_queue(message.entries):
-            TRACE.emit(event)
-    unit = silicon.units[message.unit]
-    silicon.on_page_requests(unit, message.entries, message.overflow)
-    unit.consumed(len(message.entries) // PAGE_REQUEST_SIZE, clear_overflow=message.overflow)
-
-
-def _faults(silicon: Silicon, message: uapi.Faults) -> None:
-    silicon.on_faults(message.records)
-
-
-INTERRUPTS: Service[Silicon] = Service(
-    "interrupts",
-    {},
-    notifications={
-        "PAGE_REQUESTS": Notification(uapi.PageRequests, _page_requests),
-        "FAULTS": Notification(uapi.Faults, _faults),
-    },
-)

@@ -1,8 +1,8 @@
-"""Ours: the messages of an IO page fault, and none of the work between them.
+"""Ours: the messages and events of an IO page fault, and none of the work between them.
 
-Three processes in a line: the device tells iommufdd of a page request, iommufdd asks kvmd for the page
-and awaits the reply in a flow, then tells the device the page group's response.  Messages, models,
-loop, channels and services are the daemons' own; the hardware records in them are made once.
+Three processes in a line: the device raises its page request event, iommufdd asks kvmd for the page and
+awaits the reply in a flow, then kicks the device for the page group's response.  Messages, models, loop,
+channels, services and events are the daemons' own; what lies in memory between the first two costs nothing.
 
     python -m bench.ours.chain COUNT
 """
@@ -19,57 +19,59 @@ import trio
 from bench.ours import processes
 from bench.ours.round_trip import FAULTS, REQUEST
 from protocol.flow import Wait
-from protocol.hw.prq import PageRequest
-from protocol.hw.qi import PageGroupResponse, ResponseCode, encode
 from protocol.rpc.channel import Channel
+from protocol.rpc.eventfd import EventFd
 from protocol.rpc.loop import Loop
-from protocol.rpc.service import Notification, Service
-from protocol.uapi.link import LinkQi, PageRequests
-from protocol.units import Iova
-
-RID = 0x6A08
-ENTRY = PageRequest(rid=RID, prgi=1, addr=Iova(0x1234_5000), last=True, read=True, write=True).to_bytes()
-RESPONSE = encode(PageGroupResponse(rid=RID, prgi=1, code=ResponseCode.SUCCESS))
-
-
-class Device:
-    """Waits for the response to its one request."""
-
-    def __init__(self) -> None:
-        self.answered: Wait[None] = Wait()
 
 
 class Driver:
-    def __init__(self, kvm: Channel) -> None:
-        self.kvm = kvm
-        self.link: Channel | None = None
+    def __init__(self, loop: Loop, kvm: Channel, request: EventFd, kick: EventFd) -> None:
+        self._loop = loop
+        self._kvm = kvm
+        self._request = request
+        self._kick = kick
+        loop.register(request.fd, self._interrupted)
 
-    async def handle(self) -> None:
-        await self.kvm.call("TDP_FAULT", REQUEST)
-        assert self.link is not None, "requests come over the link"
-        self.link.notify("QI", {"descriptors": RESPONSE, "prq_consumed": 1})
+    def _interrupted(self, _: int) -> None:
+        self._request.drain()
+        self._loop.flows.spawn(self._handle())
+
+    async def _handle(self) -> None:
+        await self._kvm.call("TDP_FAULT", REQUEST)
+        self._loop.mark_dirty(self)
+
+    def flush(self) -> None:
+        self._kick.signal()
 
 
 def main(count: int) -> None:
+    request, kick = EventFd.make(), EventFd.make()
+
     async def ask(loop: Loop, sock: socket.socket) -> list[float]:
         """Nanoseconds of each of `count` page requests; a tenth more goes first, untimed."""
         took: list[float] = []
-        device = Device()
-        link = Channel(loop, sock, "link", on_notify=QUEUE.bind_notify(device))
+        answered: Wait[None] = Wait()
+
+        def kicked(_: int) -> None:
+            kick.drain()
+            answered.set(None)
+
+        loop.register(kick.fd, kicked)
+        link = Channel(loop, sock, "link")
         for n in range(-(count // 10), count):
-            device.answered = Wait()
+            answered = Wait()
             start = perf_counter_ns()
-            link.notify("PAGE_REQUESTS", {"entries": ENTRY, "overflow": False})
-            await loop.result(device.answered)
+            request.signal()
+            await loop.result(answered)
             if n >= 0:
                 took.append(perf_counter_ns() - start)
         link.close()
         return took
 
-    processes.main(ask, drive)
+    processes.main(ask, lambda up: drive(up, request, kick))
 
 
-def drive(up: socket.socket) -> int:
+def drive(up: socket.socket, request: EventFd, kick: EventFd) -> int:
     """The middle process; the exit status of the one behind it."""
     ours, theirs = socket.socketpair()
     child = processes.fork(lambda: serve(theirs), close=(up, ours))
@@ -77,15 +79,13 @@ def drive(up: socket.socket) -> int:
 
     def attach(loop: Loop, sock: socket.socket, on_close: Callable[[Channel], None]) -> None:
         kvm = Channel(loop, ours, "kvmd")
-        driver = Driver(kvm)
+        Driver(loop, kvm, request, kick)
 
         def closed(link: Channel) -> None:
             kvm.close()  # the hang-up is how the process behind us learns that it may go
             on_close(link)
 
-        driver.link = Channel(
-            loop, sock, "link", on_notify=INTERRUPTS.bind_notify((loop, driver)), on_close=closed
-        )
+        Channel(loop, sock, "link", on_close=closed)
 
     trio.run(processes.serve, up, attach)
     return processes.wait(child)
@@ -97,21 +97,6 @@ def serve(sock: socket.socket) -> int:
 
     trio.run(processes.serve, sock, attach)
     return 0
-
-
-def page_requests(at: tuple[Loop, Driver], message: PageRequests) -> None:
-    loop, driver = at
-    loop.flows.spawn(driver.handle())
-
-
-def queue(device: Device, message: LinkQi) -> None:
-    device.answered.set(None)
-
-
-INTERRUPTS: Service[tuple[Loop, Driver]] = Service(
-    "interrupts", {}, notifications={"PAGE_REQUESTS": Notification(PageRequests, page_requests)}
-)
-QUEUE: Service[Device] = Service("queue", {}, notifications={"QI": Notification(LinkQi, queue)})
 
 
 if __name__ == "__main__":

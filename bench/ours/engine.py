@@ -17,13 +17,17 @@ from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
+from device_sim.core.unit_registers import Events, Pages
 from iommufdd.core.domain import Domain
+from iommufdd.core.translation_tables import TranslationTables
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
-from protocol.hw.pasid_entry import RID_PASID
+from protocol.hw.pasid_entry import RID_PASID, PasidEntry
+from protocol.hw.vtd_regs import Gcmd, Reg
 from protocol.pt.ept import EPT_AD
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, index_of
 from protocol.pt.mem import TableWriter
 from protocol.units import (
+    GIB,
     LEVEL_2M,
     LEVEL_4K,
     MIB,
@@ -39,6 +43,7 @@ from protocol.units import (
 )
 
 RID = 8
+STRUCTURES = Hpa(LOW_RAM_START + GIB)
 SOURCE, TARGET = Iova(64 * MIB), Iova(66 * MIB)
 ROOT_LEVELS = Level(4)
 
@@ -59,9 +64,9 @@ class Engine:
         memory.add(Window(WindowKind.TABLES, LOW_RAM_START, MIB, tables_view), _keep)
         memory.add(Window(WindowKind.FRAMES, HIGH_RAM_START, 4 * MIB, frames_view), _keep)
         cap, ecap = capabilities(levels=ROOT_LEVELS, max_page="1G")
-        unit = RemappingUnit(cap, ecap, 46, memory, _keep, _keep)
+        unit = RemappingUnit(cap, ecap, 46, memory)
         domain = Domain(LOW_RAM_START, ROOT_LEVELS, 1, level)
-        unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(ecap).to_bytes())
+        _attach(unit, memory, domain.pasid_entry(ecap))
         self.function = Function(RID, unit, memory, perf_counter_ns)
         self.function.ats_enabled = self.function.dma_enabled = True
 
@@ -127,6 +132,22 @@ def _table(level: int, gfn: Gfn) -> Hpa:
     """The root first; leaf tables, one for each 2 MiB, last."""
     page = ROOT_LEVELS - level if level > LEVEL_4K else ROOT_LEVELS - 1 + index_of(gfn, LEVEL_2M)
     return Hpa(LOW_RAM_START + page * PAGE_SIZE)
+
+
+def _attach(unit: RemappingUnit, memory: PhysicalMemory, entry: PasidEntry) -> None:
+    """What the driver stores: tables that lead to the entry, and the command to use them."""
+    view = shared_buffer(MIB)
+    view[:] = bytes(MIB)
+    memory.add(Window(WindowKind.TABLES, STRUCTURES, MIB, view), _keep)
+    pages = iter(range(STRUCTURES, STRUCTURES + MIB, PAGE_SIZE))
+    tables = TranslationTables(TableWriter(STRUCTURES, view), lambda: Hpa(next(pages)))
+    tables.add_function(RID, ats=True, pasid=True, pri=True)
+    tables.put_pasid_entry(RID, RID_PASID, entry)
+    private = Pages.private()
+    unit.connect(private, Events())
+    private.stored.store(Reg.RTADDR, tables.rtaddr)
+    private.stored.store(Reg.GCMD, Gcmd.SRTP | Gcmd.TE)
+    unit.kick()
 
 
 def _keep() -> None: ...

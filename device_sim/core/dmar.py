@@ -1,36 +1,41 @@
-"""The remapping unit: PASID entries, translation, invalidation descriptors, faults.
+"""The remapping unit: what a kick has it look at, what descriptors do, and translation.
 
-Models a VT-d unit in scalable mode, second stage only [VT-d 3], [VT-d 6], [VT-d 7].  A request without
-PASID uses entry 0 (RID_PASID).  Translation looks in the IOTLB, then walks, from a cached table pointer
-if there is one.  A missing page or right is no fault of the unit's when a function with ATS asks: it
-answers with fewer rights, and the function may ask for the page (a page request).
+Models a VT-d unit in scalable mode, second stage only [VT-d 3], [VT-d 6], [VT-d 7], whose structures lie in
+memory: which table translates a function `context_tables.py` reads.  Translation looks in the IOTLB, then
+walks, from a cached table pointer if there is one.  A missing page or right is no fault of the unit's when a
+function with ATS asks: it answers with fewer rights, and the function may ask for the page (a page request).
 
 A fault that its PASID entry qualifies is recorded unless FPD is set there.  Requests to the interrupt
 range are not translated (`msi.py`), and no answer covers that range.
 
-I9: descriptors take effect in the order they come, a wait completes after those before it; one with PD after
-every page request before it has been told to software.
-Departure: PASID entries are written by message, 64 bytes at once, and not read from a table in memory.
+A store that hardware would trap is a store and a kick [docs/decisions/0018]: GCMD, IQT and what is latched
+with them are looked at there, in the order of `kick`.
+
+I9: descriptors take effect in the order they come, a wait completes after those before it; every page request
+before it lies in its queue then, so one with PD has nothing left to drain.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 from device_sim.core import msi
+from device_sim.core.context_tables import ContextTables, NoTable, SecondStage
+from device_sim.core.fault_recording import FaultRecording
+from device_sim.core.inval_queue import InvalidationQueue
 from device_sim.core.iotlb import Iotlb, IotlbEntry, PscEntry
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.prq import PageRequestQueue
+from device_sim.core.unit_registers import Events, Pages, UnitRegisters
 from protocol.hw import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.faults import QUALIFIED, AddressType, FaultReason, FaultRecord, FaultType
-from protocol.hw.pasid_entry import RID_PASID, PasidEntry, Pgtt
 from protocol.hw.qi import DescriptorError, ResponseCode
+from protocol.hw.vtd_regs import Gcmd, Reg
 from protocol.pt import bits
-from protocol.pt.geometry import INDEX_BITS, address_bits
+from protocol.pt.geometry import INDEX_BITS
 from protocol.pt.mem import TableOutside, TableReader
 from protocol.pt.walk import Outcome, Walk, second_stage_rules, walk
 from protocol.units import (
@@ -40,18 +45,16 @@ from protocol.units import (
     Hpa,
     Iova,
     IovaPfn,
-    Level,
-    Pasid,
     iova_pfn_of,
     pages_of_level,
     pfn_of,
     size_of_level,
 )
 
-MAX_FAULT_RECORDS = 256
 MAX_MESSAGE_NOTES = 64
 _TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 table translates
 STABLE_TRIES = 16
+_COMMANDS = int(Gcmd.QIE | Gcmd.TE)  # what GSTS shows of GCMD for as long as it is stored there
 
 
 class RequestRefused(Exception):
@@ -65,28 +68,18 @@ class RequestRefused(Exception):
 class Endpoint(Protocol):
     """What the unit needs of a function behind it."""
 
-    def invalidate_translations(self, start: IovaPfn, npages: int) -> None: ...
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
+        """False: the function does not complete it in time."""
+        ...
+
     def page_response(self, prgi: int, code: ResponseCode) -> None: ...
-
-
-@dataclass(slots=True)
-class _Attached:
-    """A valid second-stage PASID entry, decoded."""
-
-    did: int
-    root: Hpa
-    levels: Level
-    npages: int  # what the root and the unit's own width can address
-    fpd: bool
 
 
 NOT_PRESENT = IotlbEntry(Hpa(0), LEVEL_4K, 0, 0)
 
 
 class RemappingUnit:
-    """`on_event` is called whenever a page request or a fault record waits to be read; `drain` must tell
-    software of all that wait before it returns; `deliver` takes interrupt messages on their way.
-    """
+    """`deliver` takes interrupt messages on their way; `fence` is a full fence between two processes."""
 
     def __init__(
         self,
@@ -94,30 +87,27 @@ class RemappingUnit:
         ecap: Ecap,
         haw: int,
         memory: PhysicalMemory,
-        on_event: Callable[[], None],
-        drain: Callable[[], None],
         deliver: Callable[[msi.InterruptMessage], None] = lambda message: None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.cap = cap
         self.ecap = ecap
         self.iotlb = Iotlb()
-        self.prq = PageRequestQueue(self._auto_respond, on_event)
+        self.registers = UnitRegisters(cap, ecap, fence)
+        self.tables = ContextTables(cap, ecap, haw, memory)
+        self.queue = InvalidationQueue(self.registers, memory, self._execute, self._check_wait)
+        self.prq = PageRequestQueue(self.registers, memory, self._auto_respond)
+        self.faults = FaultRecording(cap, self.registers)
         self.iotlb_invalidations = 0  # descriptors executed
         self.devtlb_invalidations = 0
-        self.invalidation_messages = 0  # that carried any of them
+        self.invalidation_messages = 0  # kicks at which any of them was
         self.walks = 0
         self._rules = second_stage_rules(haw, cap.max_huge_page_level, snoop_control=bool(ecap.sc))
-        self._haw = haw
-        self._on_event = on_event
-        self._drain = drain
         self.deliver = deliver
         self._memory = memory
-        self._entries: dict[tuple[int, Pasid], bytes] = {}
-        self._pasid_cache: dict[tuple[int, Pasid], _Attached] = {}
+        self._rtaddr: int | None = None  # as SRTP took it
+        self._gcmd = 0
         self._endpoints: dict[int, Endpoint] = {}
-        self._faults: deque[bytes] = deque()
-        self.faults_recorded = 0
-        self.faults_lost = 0
         self.interrupts = 0
         self.messages: deque[msi.InterruptMessage] = deque(maxlen=MAX_MESSAGE_NOTES)
 
@@ -130,43 +120,55 @@ class RemappingUnit:
 
     # -- what the driver does --------------------------------------------------------------------------
 
-    def write_pasid_entry(self, rid: int, pasid: Pasid, raw: bytes) -> None:
-        """Store an entry; cached copies stay until the PASID cache is invalidated.  Raises FormatError."""
-        PasidEntry.from_bytes(raw)
-        self._entries[rid, pasid] = raw
+    def connect(self, pages: Pages, events: Events) -> None:
+        """A driver has the registers from now on, as after a reset."""
+        self.registers.connect(pages, events)
+
+    def kick(self) -> None:
+        """Software stored something: controls and commands, what was cleared, then the queues."""
+        self.registers.latch_controls()
+        self.prq.latch()
+        self._command()
+        self.faults.take_clears()
+        self.registers.take_clears(Reg.FSTS)
+        self.registers.take_clears(Reg.ICS)
+        before = self.invalidations
+        self.queue.run()
+        self.invalidation_messages += self.invalidations > before
+        self.prq.take_clears()
+
+    def _command(self) -> None:
+        """GCMD is a level, but for SRTP, which acts where it comes to be set."""
+        now = self.registers.stored(Reg.GCMD)
+        changed, self._gcmd = now ^ self._gcmd, now
+        shown = before = self.registers.shown(Reg.GSTS)
+        if changed & Gcmd.QIE:
+            if now & Gcmd.QIE:
+                self.queue.enable()
+            else:
+                self.queue.disable()
+        if changed & now & Gcmd.SRTP:
+            self._rtaddr = self.registers.stored(Reg.RTADDR)
+            self.registers.show(Reg.RTADDR, self._rtaddr)
+            shown |= Gcmd.SRTP
+        if changed & (Gcmd.TE | Gcmd.SRTP):
+            self.tables.use(self._rtaddr if now & Gcmd.TE else None)
+            self.iotlb.invalidate_all()
+        shown = shown & ~_COMMANDS | now & _COMMANDS
+        if shown != before or changed & now & Gcmd.SRTP:
+            self.registers.show(Reg.GSTS, shown)
+            self.registers.send_event(Reg.ICS)  # hardware has no event for it, its driver spins
 
     def pasid_entry(self, rid: int) -> bytes:
-        """What requests without PASID of that function are translated by; empty if nothing was written."""
-        return self._entries.get((rid, RID_PASID), b"")
+        """What requests without PASID of that function are translated by; empty if nothing is there."""
+        return self.tables.entry_in_memory(rid)
 
-    def execute(self, ring: bytes) -> list[int]:
-        """Run descriptors in order; the status data of each completed wait.
-
-        Raises DescriptorError at the first bad one: the queue stops there, those before it have taken effect.
-        """
-        if len(ring) % qi.DESCRIPTOR_SIZE:
-            raise DescriptorError(qi.IQEI.TAIL_MISALIGNED, f"{len(ring)} bytes of descriptors")
-        completed = []
-        before = self.invalidations
-        for at in range(0, len(ring), qi.DESCRIPTOR_SIZE):
-            descriptor = qi.decode(ring[at : at + qi.DESCRIPTOR_SIZE])
-            if isinstance(descriptor, qi.Wait):
-                self._wait(descriptor)
-                if descriptor.sw:
-                    completed.append(descriptor.status_data)
-            else:
-                self._execute_one(descriptor)
-        self.invalidation_messages += self.invalidations > before
-        return completed
-
-    def _wait(self, descriptor: qi.Wait) -> None:
-        if not descriptor.pd:
-            return
-        if not self.ecap.pds:
+    def _check_wait(self, descriptor: qi.Wait) -> None:
+        if descriptor.pd and not self.ecap.pds:
             raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
-        self._drain()
 
-    def _execute_one(self, descriptor: qi.Descriptor) -> None:
+    def _execute(self, descriptor: qi.Descriptor) -> int | None:
+        """The function that does not complete it in time, if one does not."""
         match descriptor:
             case qi.IotlbInv():
                 self.iotlb_invalidations += 1
@@ -176,16 +178,19 @@ class RemappingUnit:
                     raise DescriptorError(qi.IQEI.BAD_TYPE, "this unit knows no device TLBs (ECAP.DT)")
                 self.devtlb_invalidations += 1
                 endpoint = self._endpoints.get(descriptor.sid)
-                if endpoint is not None:
-                    endpoint.invalidate_translations(*descriptor.pages)
+                if endpoint is not None and not endpoint.invalidate_translations(*descriptor.pages):
+                    return descriptor.sid
+            case qi.ContextInv():
+                self.tables.invalidate_contexts(descriptor)
             case qi.PasidCacheInv():
-                self._pasid_cache.clear()
+                self.tables.invalidate_pasids(descriptor)
             case qi.PageGroupResponse():
                 endpoint = self._endpoints.get(descriptor.rid)
                 if endpoint is not None:
                     endpoint.page_response(descriptor.prgi, ResponseCode.from_wire(descriptor.code))
             case _:
                 raise DescriptorError(qi.IQEI.BAD_TYPE, f"{type(descriptor).__name__} is not implemented")
+        return None
 
     def _invalidate_iotlb(self, descriptor: qi.IotlbInv) -> None:
         if descriptor.granularity is qi.IotlbGranularity.GLOBAL:
@@ -204,11 +209,13 @@ class RemappingUnit:
 
     def reset(self) -> None:
         """The driver is gone: nothing is translated any more, and nothing is cached."""
-        self._entries.clear()
-        self._pasid_cache.clear()
+        self.registers.connect(Pages.private(), Events())
+        self._gcmd, self._rtaddr = 0, None
+        self.tables.use(None)
         self.iotlb.invalidate_all()
+        self.queue.reset()
         self.prq.reset()
-        self._faults.clear()
+        self.faults.reset()
         for endpoint in self._endpoints.values():
             endpoint.invalidate_translations(IovaPfn(0), qi.MAX_PAGES)
 
@@ -230,7 +237,7 @@ class RemappingUnit:
             entry = self._fill(rid, attached, page)
         return entry if entry.level == LEVEL_4K else _beside_interrupts(entry, page)
 
-    def _fill(self, rid: int, attached: _Attached, page: IovaPfn) -> IotlbEntry:
+    def _fill(self, rid: int, attached: SecondStage, page: IovaPfn) -> IotlbEntry:
         """Walk, and cache what was found; absent entries never are (CM = 0)."""
         tables = self._memory.tables_at(attached.root)
         if tables is None:
@@ -265,7 +272,7 @@ class RemappingUnit:
         self.messages.append(message)
         self.deliver(message)
 
-    def _walk(self, tables: TableReader, attached: _Attached, page: IovaPfn) -> Walk:
+    def _walk(self, tables: TableReader, attached: SecondStage, page: IovaPfn) -> Walk:
         self.walks += 1
         address = page << PAGE_SHIFT
         pointer = self.iotlb.lookup_table(attached.did, page)
@@ -275,7 +282,7 @@ class RemappingUnit:
         rights = found.rights & pointer.rights
         return Walk(found.outcome, found.level, found.entry, rights, pointer.rights, found.table)
 
-    def _walk_stable(self, tables: TableReader, attached: _Attached, page: IovaPfn) -> tuple[Walk, int]:
+    def _walk_stable(self, tables: TableReader, attached: SecondStage, page: IovaPfn) -> tuple[Walk, int]:
         """A walk, and in debug builds the frame's tag as of that walk: it must not change in between."""
         found = self._walk(tables, attached, page)
         tags = self._memory.tags
@@ -289,30 +296,11 @@ class RemappingUnit:
             found = again
         return found._replace(outcome=Outcome.ABSENT), 0
 
-    def _attached(self, rid: int, page: IovaPfn) -> _Attached:
-        """The PASID entry of a request without PASID, checked in the unit's order."""
-        key = rid, RID_PASID
-        cached = self._pasid_cache.get(key)
-        if cached is not None:
-            return cached
-        if not self.ecap.dt:
-            raise self._refuse(rid, page, FaultReason.SCT_5)
-        raw = self._entries.get(key)
-        if raw is None:
-            raise self._refuse(rid, page, FaultReason.SPT_2)
-        entry = PasidEntry.from_bytes(raw)
-        if not entry.present:
-            raise self._refuse(rid, page, FaultReason.SPT_2, fpd=entry.fpd)
-        level = entry.level
-        usable = entry.pgtt == Pgtt.SECOND_STAGE and bool(self.ecap.ssts) and level in self.cap.levels
-        if not usable or level is None or (entry.pgsnp and not self.ecap.sc):
-            raise self._refuse(rid, page, FaultReason.SPT_4, fpd=entry.fpd)
-        if entry.ss_ptr >> self._haw:
-            raise self._refuse(rid, page, FaultReason.SSS_4, fpd=entry.fpd)
-        npages = 1 << min(address_bits(level), self.cap.mgaw) - PAGE_SHIFT
-        attached = _Attached(entry.did, entry.ss_ptr, level, npages, entry.fpd)
-        self._pasid_cache[key] = attached
-        return attached
+    def _attached(self, rid: int, page: IovaPfn) -> SecondStage:
+        try:
+            return self.tables.second_stage(rid)
+        except NoTable as found:
+            raise self._refuse(rid, page, found.reason, fpd=found.fpd) from None
 
     # -- faults and page requests ----------------------------------------------------------------------
 
@@ -336,18 +324,8 @@ class RemappingUnit:
             type=type,
             at=at,
         )
-        if len(self._faults) >= MAX_FAULT_RECORDS:
-            self.faults_lost += 1  # PFO
-        else:
-            self._faults.append(record.to_bytes())
-            self.faults_recorded += 1
-            self._on_event()
+        self.faults.record(record)
         return RequestRefused(reason)
-
-    def take_faults(self) -> Iterator[bytes]:
-        """Fault records not read yet."""
-        while self._faults:
-            yield self._faults.popleft()
 
     def _auto_respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
         endpoint = self._endpoints.get(rid)

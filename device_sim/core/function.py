@@ -82,9 +82,14 @@ class Function:
 
     # -- what the remapping unit sends -----------------------------------------------------------------
 
-    def invalidate_translations(self, start: IovaPfn, npages: int) -> None:
-        """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once."""
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
+        """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once, or never
+        if that is what the function is like.
+        """
+        if not self.traits.completes_invalidations:
+            return False
         self.devtlb.invalidate(start, npages)
+        return True
 
     def page_response(self, prgi: int, code: ResponseCode) -> None:
         self.pri.respond(prgi, code)

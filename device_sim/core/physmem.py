@@ -1,4 +1,5 @@
-"""Host-physical memory as the device and the remapping unit see it: tables to read, frames to read and write.
+"""Host-physical memory as the device and the remapping unit see it: tables to read, frames to read
+and write, queues to write.
 
 Models the memory bus.  Windows come in sets, one set for each importer that shares its host's memory
 with us, and several sets may name the same window: it stays as long as one of them does.  In debug
@@ -8,11 +9,12 @@ it was given up (I6).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.frame_tags import TAG_BYTES, FrameTags
 from protocol.hostmem import HostMap, Window, WindowKind
+from protocol.hw.queue_window import QueueWriter
 from protocol.pt.mem import TableReader
 from protocol.units import Hpa
 
@@ -23,6 +25,7 @@ class _Mapped:
     users: int
     release: Callable[[], None]
     reader: TableReader | None = None
+    queue: QueueWriter | None = None
     tags: FrameTags | None = None
 
 
@@ -55,6 +58,8 @@ class PhysicalMemory:
             self._map.add(window)
         if window.kind is WindowKind.TABLES:
             mapped.reader = TableReader(window.base, window.view)
+        if window.kind is WindowKind.QUEUES:
+            mapped.queue = QueueWriter(window.base, window.view)
         self._mapped[window.kind, window.base, window.size] = mapped
 
     def drop(self, window: Window) -> None:
@@ -67,6 +72,8 @@ class PhysicalMemory:
         del self._mapped[key]
         if mapped.reader is not None:
             mapped.reader.release()
+        if mapped.queue is not None:
+            mapped.queue.release()
         if mapped.tags is not None:
             mapped.tags.release()
             self.tags = None
@@ -80,4 +87,28 @@ class PhysicalMemory:
         for mapped in self._mapped.values():
             if mapped.reader is not None and mapped.window.base <= hpa < mapped.window.end:
                 return mapped.reader
+        return None
+
+    def store32(self, hpa: Hpa, value: int) -> bool:
+        """One aligned store of 4 bytes; False, and nothing stored, outside the queue windows."""
+        queue = self._queue_at(hpa, 4)
+        if queue is None:
+            return False
+        queue.words32[hpa - queue.base >> 2] = value
+        return True
+
+    def store64s(self, hpa: Hpa, words: Sequence[int]) -> bool:
+        """Aligned stores of 8 bytes each, in order; False, and nothing stored, likewise."""
+        queue = self._queue_at(hpa, 8 * len(words))
+        if queue is None:
+            return False
+        first = hpa - queue.base >> 3
+        for n, word in enumerate(words, first):
+            queue.words64[n] = word
+        return True
+
+    def _queue_at(self, hpa: Hpa, size: int) -> QueueWriter | None:
+        for mapped in self._mapped.values():
+            if mapped.queue is not None and mapped.window.base <= hpa <= mapped.window.end - size:
+                return mapped.queue
         return None

@@ -1,39 +1,50 @@
-"""The page request queue of the remapping unit: a ring the hardware fills and the driver empties.
+"""The page request queue of the remapping unit: a ring in memory that the unit fills and the driver empties.
 
-Models [VT-d 7.4]: 2^(PQS+7) entries of 32 bytes; full when one is left.  A request that finds no room sets
-the overflow flag, and until software clears it all further ones are dropped; a dropped request that is
-the last of its group is answered Success by the unit itself, so that the device asks again (R9).
+Models [VT-d 7.4]: 2^(PQS+7) entries of 32 bytes; full when one is left.  An entry lies in memory before the
+tail shows it, the tail before PPR.  A request that finds no room sets PRO, and until software clears it all
+further ones are dropped; a dropped request that is the last of its group is answered Success by the unit
+itself, so that the device asks again (R9).
+
+Must hold: the head is software's word: it is read once when there must be room, and one that names no entry
+leaves none; of a ring outside the queues' memory nothing is stored.  Software that cleared PPR and read the
+tail too early is told again at its next kick.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
+from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.unit_registers import UnitRegisters
 from protocol.flow import Wait
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
+from protocol.hw.vtd_regs import Prs, Reg, page_request_ring
+from protocol.units import Hpa
 
-PQS = 4
-RING_ENTRIES = 1 << (PQS + 7)  # 2048: 64 KiB
+_ENTRY = struct.Struct("<4Q")
+_PPR, _PRO = int(Prs.PPR), int(Prs.PRO)
 
 # (requester id, page request group index, code): how the unit answers on its own.
 Respond = Callable[[int, int, ResponseCode], None]
 
 
 class PageRequestQueue:
-    """`interrupt` is called for every entry written, and when the overflow flag goes up."""
-
-    def __init__(self, respond: Respond, interrupt: Callable[[], None], entries: int = RING_ENTRIES) -> None:
+    def __init__(self, registers: UnitRegisters, memory: PhysicalMemory, respond: Respond) -> None:
         self.requests = 0
         self.dropped = 0
-        self.overflow = False
+        self._registers = registers
+        self._memory = memory
         self._respond = respond
-        self._interrupt = interrupt
-        self._room = entries - 1  # tail + 1 == head means full
-        self._occupied = 0
-        self._undelivered: list[bytes] = []
-        self._overflow_untold = False
+        self._pqa = 0
+        self._ring = page_request_ring(0)
+        self._tail = 0  # the index
         self._accepting: Wait[None] = Wait()
+
+    @property
+    def overflow(self) -> bool:
+        return bool(self._registers.shown(Reg.PRS) & _PRO)
 
     async def wait_accepting(self) -> None:
         """Returns when requests are not dropped any more: software cleared the overflow."""
@@ -41,45 +52,56 @@ class PageRequestQueue:
             await self._accepting
 
     def submit(self, request: PageRequest) -> None:
-        """The hardware's side: queue a request, or drop it."""
-        if self.overflow or self._occupied == self._room:
+        """Queue a request, or drop it."""
+        self._take_pro()
+        if self.overflow or not self._store(request):
             self.dropped += 1
-            if not self.overflow:
-                self.overflow = self._overflow_untold = True
-                self._interrupt()
+            self._registers.raise_status(Reg.PRS, _PRO)
             if request.last and not request.is_stop_marker:
                 self._respond(request.rid, request.prgi, ResponseCode.SUCCESS)
             return
         self.requests += 1
-        self._occupied += 1
-        self._undelivered.append(request.to_bytes())
-        self._interrupt()
+        self._registers.raise_status(Reg.PRS, _PPR)
 
-    def take_new(self) -> bytes:
-        """Entries written since the last call: what the next interrupt is about, with the overflow flag."""
-        new = b"".join(self._undelivered)
-        self._undelivered.clear()
-        self._overflow_untold = False
-        return new
-
-    @property
-    def has_new(self) -> bool:
-        """Entries, or an overflow that left none: software would never clear what it is not told."""
-        return bool(self._undelivered) or self._overflow_untold
-
-    def consume(self, entries: int) -> bool:
-        """Software moved the head.  False if it claims more than there are."""
-        if not 0 <= entries <= self._occupied - len(self._undelivered):
+    def _store(self, request: PageRequest) -> bool:
+        """Into the ring, behind it the tail; False if there is no room."""
+        ring = self._ring
+        head = ring.index(self._registers.stored(Reg.PQH))
+        after = (self._tail + 1) % ring.entries
+        if head is None or head == after:
             return False
-        self._occupied -= entries
+        words = _ENTRY.unpack(request.to_bytes())
+        if not self._memory.store64s(Hpa(ring.base + ring.offset(self._tail)), words):
+            return False
+        self._tail = after
+        self._registers.show(Reg.PQT, ring.offset(after))
         return True
 
-    def clear_overflow(self) -> None:
-        self.overflow = self._overflow_untold = False
+    # -- what software stored --------------------------------------------------------------------------
+
+    def latch(self) -> None:
+        """A ring that lies elsewhere is a new one: its tail is at its start."""
+        pqa = self._registers.stored(Reg.PQA)
+        if pqa != self._pqa:
+            self._pqa, self._ring, self._tail = pqa, page_request_ring(pqa), 0
+            self._registers.show(Reg.PQA, pqa)
+            self._registers.show(Reg.PQT, 0)
+
+    def take_clears(self) -> None:
+        """PRO cleared lets requests in again; PPR clear over a queue that is not empty is set again."""
+        self._take_pro()
+        if self._registers.stored(Reg.PQH) != self._ring.offset(self._tail):
+            self._registers.raise_status(Reg.PRS, _PPR)
+
+    def _take_pro(self) -> None:
+        if self._registers.take_clears(Reg.PRS) & _PRO:
+            self._accept()
+
+    def _accept(self) -> None:
         accepting, self._accepting = self._accepting, Wait()
         accepting.set(None)
 
     def reset(self) -> None:
-        self._occupied = 0
-        self._undelivered.clear()
-        self.clear_overflow()
+        """There is no ring, and nobody waits for room in one."""
+        self._pqa, self._ring, self._tail = 0, page_request_ring(0), 0
+        self._accept()

@@ -3,6 +3,7 @@
 Models what is there before any driver: units and devices stay, while a driver comes and goes with its link,
 and a guest with the BARs that are mapped for it.  In the order of a life:
   plug       one driver takes the units;
+  connect    it has the registers of one;
   map_bars   a device is reset and its BARs go to one guest;
   unmap_bars the guest is gone: its queues take nothing more, nobody is told how what runs ends;
   unplug     the driver is gone: DMA ends, then guests lose their BARs, then translation ends.
@@ -23,15 +24,9 @@ from device_sim.core.function import Function
 from device_sim.core.msi import InterruptMessage
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import DeviceTraits, UnitTraits
+from device_sim.core.unit_registers import Events, Pages
 from protocol.errors import UapiError
 from protocol.flow import Flow
-
-
-class Driver(Protocol):
-    """Who holds the units: what they tell it, and the link it has them by."""
-
-    def page_requests(self, unit: int, entries: bytes, *, overflow: bool) -> None: ...
-    def faults(self, unit: int, records: bytes) -> None: ...
 
 
 class Guest(Protocol):
@@ -78,9 +73,7 @@ class Device:
 
 
 class Silicon:
-    """`spawn` starts a flow, `clock` gives nanoseconds; `due` is called when the driver is to be interrupted
-    at the end of this turn, by `raise_interrupts`.
-    """
+    """`spawn` starts a flow, `clock` gives nanoseconds, `fence` is a full fence between two processes."""
 
     def __init__(
         self,
@@ -89,11 +82,11 @@ class Silicon:
         memory: PhysicalMemory,
         spawn: Callable[[Flow[None]], None],
         clock: Callable[[], int],
-        due: Callable[[], None],
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
-        self._due = due
-        self._event_due = False
-        self.driver: Driver | None = None
+        self.driver: object | None = None
+        self._connected: set[int] = set()
+        self._fence = fence
         self.units = [self._unit(traits, memory) for traits in units]
         self.devices = {
             traits.rid: Device(f"dsa{n}", traits, self.units[traits.unit], memory, spawn, clock)
@@ -106,30 +99,9 @@ class Silicon:
             traits.ecap,
             traits.haw,
             memory,
-            self._on_event,
-            self.raise_interrupts,
             lambda message: self.devices[message.rid].deliver(message),
+            self._fence,
         )
-
-    # -- interrupts ------------------------------------------------------------------------------------
-
-    def _on_event(self) -> None:
-        """A unit has page requests or faults to report: one interrupt a turn, for all of them."""
-        if not self._event_due:
-            self._event_due = True
-            self._due()
-
-    def raise_interrupts(self) -> None:
-        """Tell the driver of all that waits to be read."""
-        self._event_due = False
-        if self.driver is None:
-            return
-        for number, unit in enumerate(self.units):
-            if unit.prq.has_new:
-                self.driver.page_requests(number, unit.prq.take_new(), overflow=unit.prq.overflow)
-            records = b"".join(unit.take_faults())
-            if records:
-                self.driver.faults(number, records)
 
     # -- lookups ---------------------------------------------------------------------------------------
 
@@ -151,9 +123,23 @@ class Silicon:
         if self.driver is not None:
             raise UapiError(errno.EBUSY, "a driver has the remapping unit already")
 
-    def plug(self, driver: Driver) -> None:
+    def plug(self, driver: object) -> None:
         assert self.driver is None, "two drivers for one set of units"
         self.driver = driver
+
+    def check_connectable(self, number: int) -> None:
+        """EINVAL: there is no such unit; EBUSY: its registers are mapped already."""
+        self.unit(number)
+        if number in self._connected:
+            raise UapiError(errno.EBUSY, f"the registers of unit {number} are mapped already")
+
+    def connect(self, number: int, pages: Pages, events: Events) -> RemappingUnit:
+        """The driver has the registers of a unit."""
+        unit = self.unit(number)
+        assert number not in self._connected, f"unit {number} has one register page"
+        self._connected.add(number)
+        unit.connect(pages, events)
+        return unit
 
     async def map_bars(self, rid: int) -> Device:
         """The device, as it was made: whoever maps the BARs finds it after a function-level reset.
@@ -184,3 +170,4 @@ class Silicon:
                 device.guest.cut()
         for unit in self.units:
             unit.reset()
+        self._connected.clear()

@@ -33,8 +33,8 @@ def _counters(unit: RemappingUnit) -> dict[str, int]:
         "invalidation_messages": unit.invalidation_messages,
         "page_requests": unit.prq.requests,
         "page_requests_dropped": unit.prq.dropped,
-        "faults_recorded": unit.faults_recorded,
-        "faults_lost": unit.faults_lost,
+        "faults_recorded": unit.faults.recorded,
+        "faults_lost": unit.faults.lost,
         "interrupts": unit.interrupts,
     }
 

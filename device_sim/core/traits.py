@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from protocol.hw.caps import Cap, Ecap, make_cap, make_ecap
 
+FAULT_RECORDS_AT = 0x400  # in the register page
+FAULT_RECORDS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Traits:
@@ -19,6 +22,7 @@ class Traits:
     ats: bool = True
     pri: bool = True
     pri_on: bool = False  # page requests are on already, by whoever had the function before
+    completes_invalidations: bool = True  # of its device TLB
     control_faults: bool = True  # an absent completion record or batch list is asked for, not an error
 
 
@@ -47,8 +51,9 @@ def capabilities(*, levels: int = 4, max_page: str = "1G", **changed: int) -> tu
         "mgaw": 48 if levels == 4 else 57,
         "sslps": {"4K": 0, "2M": 1, "1G": 3}[max_page],
         "mamv": 18,
-        "nfr": 1,
-        **dict.fromkeys(("psi", "dwd", "drd"), 1),
+        "fro": FAULT_RECORDS_AT,
+        "nfr": FAULT_RECORDS,
+        **dict.fromkeys(("psi", "dwd", "drd", "esrtps"), 1),
     }
     names = ("c", "qi", "dt", "sc", "prs", "pasid", "pds", "smts", "ssts", "fsts", "smpwc")
     ecap = {"pss": 20, **dict.fromkeys(names, 1)}

@@ -2,8 +2,8 @@
 
 Models iommufd_device attach, replace and detach with VT-d's part of it [RFC 16/42], [RFC 19/42].  In: the
 PASID entry, PASID, ATS, page requests, and DMA last.  Out: DMA and page requests stop, the queue is drained
-and what came of it answered, and only then is the entry cleared and every cache that may remember it flushed
-(defect B-20).
+and what came of it answered, only then is the entry not present any more and every cache that may remember it
+flushed (defect B-20), and only then is the rest of it cleared.
 
 Page requests are on exactly while the device is on an HWPT that needs them, however it got there (defect
 B-12); those that were on before stay on.
@@ -25,13 +25,12 @@ from iommufdd.core.object import Object
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID
+from protocol.hw.pasid_entry import RID_PASID
 from protocol.lifecycle import LifeCycle
 from protocol.trace import TRACE, AttachDeviceToDomain, pci_name
 from protocol.units import Iova
 
 PRI_DEPTH = 2048  # page requests a function may have outstanding, as the driver asks
-NOT_PRESENT = bytes(PASID_ENTRY_SIZE)
 
 
 class DeviceState(Enum):
@@ -130,8 +129,7 @@ class IommufdDevice(Object):
         try:
             if pinned and hwpt.needs_iopf:  # before anything could be reached
                 self._pins[await hwpt.pin_all()] = None
-            entry = hwpt.domain.pasid_entry(self.unit.ecap).to_bytes()
-            await self.unit.write_pasid_entry(self.rid, RID_PASID, entry)
+            self.unit.put_pasid_entry(self.rid, RID_PASID, hwpt.domain.pasid_entry(self.unit.ecap))
             if TRACE.on:
                 TRACE.emit(AttachDeviceToDomain(pci_name(self.rid)))
             if self.info.pasid:
@@ -177,8 +175,9 @@ class IommufdDevice(Object):
         self.happens(DeviceEvent.DRAIN)
         self._partial.discard([self.rid])
         await self._wait_quiet()
-        await _try(self.unit.write_pasid_entry(self.rid, RID_PASID, NOT_PRESENT))
+        self.unit.retire_pasid_entry(self.rid, RID_PASID)
         await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))
+        self.unit.clear_pasid_entry(self.rid, RID_PASID)
         await _try(self._config.set_function(self.rid, ats=False))
         await _try(self._config.set_function(self.rid, pasid=False))
         self._owns_pri = False

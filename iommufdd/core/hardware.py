@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.hw.caps import Cap, Ecap
+from protocol.hw.pasid_entry import PasidEntry
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.units import Pasid
 
@@ -23,10 +24,17 @@ class Unit(Protocol):
     @property
     def ecap(self) -> Ecap: ...
 
-    async def submit(self, descriptors: list[Descriptor]) -> None:
+    async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         """Queue descriptors; returns when the wait that ends them completed."""
 
-    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None: ...
+    def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
+        """Where none is present."""
+
+    def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:
+        """Not present from now on; the unit remembers it until what `qi.detach` says was submitted."""
+
+    def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None:
+        """Nobody remembers it."""
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
         """A page group response; nobody waits for it.  False: there is nobody any more."""

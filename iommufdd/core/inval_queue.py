@@ -11,7 +11,7 @@ What keeps it safe:
     the descriptor at which the queue stopped;
   - an entry is used again only when what was submitted with it is done: a wait by its status, a response by
     the head;
-  - the head is the unit's word: read once, and beyond what was queued it ends the link.
+  - the head is the unit's word: read once, and beyond what was queued it ends the link (I30).
 
 A descriptor that the unit refuses (IQE) becomes a wait that does nothing, and its submitter is told.  What a
 device did not complete in time (ITE) is submitted once more, then its submitter is told ETIMEDOUT.
@@ -197,7 +197,7 @@ class InvalidationQueue:
         index = self._ring.index(offset)
         ahead = 0 if index is None else self._ring.distance(self._head % self._ring.entries, index)
         if index is None or self._head + ahead > self._tail:
-            raise PeerError(f"invalidation queue: the head is at {offset:#x}, where nothing was queued")
+            raise PeerError(f"I30: invalidation queue: the head is at {offset:#x}, where nothing was queued")
         self._head += ahead
         return self._head
 

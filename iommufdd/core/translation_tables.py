@@ -3,7 +3,7 @@
 Models the tables that the VT-d driver keeps for a unit in scalable mode [VT-d 9], [Linux intel/pasid.c]: one
 root table; half a bus to a context table; for each function a directory of its own, since functions share no
 PASID entry, with a table of 64 PASIDs, which is all that is ever used.
-Must hold:
+Must hold (I29):
   - an entry goes in by stores of 8 bytes, word 0 with P last: nobody sees P over the rest of another entry;
   - it goes out by P first, and the rest is cleared when the unit was told to forget it and said it did.
 The unit keeps no entry that was not present (CAP.CM is 0): one that goes in needs no invalidation.
@@ -65,7 +65,7 @@ class TranslationTables:
 
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
         at = self._pasid_entry_at(rid, pasid)
-        assert not self._memory.load64(at) & 1, f"function {rid:#x}, PASID {pasid}: an entry is present"
+        assert not self._memory.load64(at) & 1, f"I29: function {rid:#x}, PASID {pasid}: an entry is present"
         raw = entry.to_bytes()
         self._put(at, [int.from_bytes(raw[n : n + _WORD], "little") for n in range(0, len(raw), _WORD)])
 
@@ -77,7 +77,7 @@ class TranslationTables:
     def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """Nobody remembers it."""
         at = self._pasid_entry_at(rid, pasid)
-        assert not self._memory.load64(at) & 1, f"function {rid:#x}, PASID {pasid}: the entry is present"
+        assert not self._memory.load64(at) & 1, f"I29: function {rid:#x}, PASID {pasid}: the entry is present"
         self._put(at, [0] * (PASID_ENTRY_SIZE // _WORD))
 
     def _pasid_entry_at(self, rid: int, pasid: Pasid) -> Hpa:

@@ -16,15 +16,15 @@ import structlog
 from iommufdd.config import IommufddSettings
 from iommufdd.core.counts import Counts, UnitCounts
 from iommufdd.core.hmm import CallerMm, Invalidate
+from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.iommufd import IommufdCtx
 from iommufdd.core.platform import Platform
 from iommufdd.core.vfio import VfioDeviceFile
 from iommufdd.hmm_client import HmmMirror
 from iommufdd.memory import TableMemory
-from iommufdd.silicon import RemoteUnit, Silicon
+from iommufdd.silicon import Silicon
 from protocol.errors import PeerError, UapiError
-from protocol.hw.faults import FAULT_RECORD_SIZE
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect, connect_now
@@ -97,12 +97,12 @@ class IommufddApp:
         except (OSError, PeerError) as error:
             raise UapiError(errno.ENODEV, f"no remapping unit: {path}: {error}") from None
 
-    def _on_page_requests(self, unit: RemoteUnit, entries: bytes, overflow: bool) -> None:
+    def _on_page_requests(self, unit: IntelIommu, entries: bytes, overflow: bool) -> None:
         self.platform.iopfs[unit].prq_event(entries, overflow=overflow)
 
-    def _on_faults(self, records: bytes) -> None:
-        self.faults_recorded += (count := len(records) // FAULT_RECORD_SIZE)
-        log.warning("DMA remapping faults", count=count)
+    def _on_faults(self, records: list[bytes]) -> None:
+        self.faults_recorded += len(records)
+        log.warning("DMA remapping faults", count=len(records))
 
     def _on_silicon_gone(self) -> None:
         if not self._closing:

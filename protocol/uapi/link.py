@@ -1,8 +1,8 @@
 """Between the VT-d driver (iommufdd) and the silicon (device_sim), and between a guest and its device.
 
-The link stands for what a driver does with registers and rings in memory: it reads capabilities, writes PASID
-entries, submits invalidation descriptors, and is interrupted for page requests and faults.  Hardware records
-travel as their bytes.  A portal stands for the BARs of one device, mapped into a guest.
+The link is for what has no hardware equivalent here: enumeration and config space, handing over windows of
+memory, a unit's registers and events; all else between the two is memory (docs/decisions/0018).  A portal
+stands for the BARs of one device, mapped into a guest.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.uapi.message import U8, U16, U32, U64, Message, Name
 
-MAX_RING_BYTES = 1 << 19  # a whole invalidation queue
-PASID_ENTRY_BYTES = 64
 DSA_DESCRIPTOR_BYTES = 64
 MAX_MMIO_READ = 256
 MAX_MMIO_WRITE = 8
@@ -87,14 +85,6 @@ class LinkMemoryRemove(Message):
     memory: U32
 
 
-class LinkPasidEntry(Message):
-    """Store a PASID-table entry; cached copies stay until invalidated."""
-
-    rid: U16
-    pasid: Annotated[int, Field(ge=0, lt=1 << 20)]
-    entry: Annotated[bytes, Field(min_length=PASID_ENTRY_BYTES, max_length=PASID_ENTRY_BYTES)]
-
-
 class LinkFunction(Message):
     """Config space of a function: PASID, then ATS, then PRI with an allocation (0: off); bus mastering.
 
@@ -108,40 +98,19 @@ class LinkFunction(Message):
     bus_master: bool | None = None
 
 
-class LinkQi(Message):
-    """Invalidation descriptors, executed in order; reply: `status`, the data of each completed wait.
-
-    `prq_consumed` moves the page request queue's head first; `prq_clear` clears its overflow flag.
+class LinkUnit(Message):
+    """A unit's pages and events: the request carries the driver's store page, the reply the registers with
+    the acknowledge page behind them, the kick, and the fault, page request and completion events.  EBUSY: the
+    driver has them; EINVAL: no such unit, or no such page.
     """
 
-    unit: U8 = 0
-    descriptors: Annotated[bytes, Field(max_length=MAX_RING_BYTES)] = b""
-    prq_consumed: U32 = 0
-    prq_clear: bool = False
+    unit: U8
 
 
 class LinkPortal(Message):
     """Map a function's BARs: the reply carries a portal.  Only the driver hands them out."""
 
     rid: U16
-
-
-# -- silicon -> driver (notifications) -----------------------------------------------------------------
-
-
-class PageRequests(Message):
-    """The page request interrupt: new entries, 32 bytes each, and whether the queue overflowed."""
-
-    unit: U8 = 0
-    entries: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
-    overflow: bool
-
-
-class Faults(Message):
-    """The fault event: records, 16 bytes each."""
-
-    unit: U8 = 0
-    records: Annotated[bytes, Field(max_length=MAX_RING_BYTES)]
 
 
 # -- guest -> device, through its portal ---------------------------------------------------------------

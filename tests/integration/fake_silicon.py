@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
@@ -16,11 +17,11 @@ from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 from qemu_shim.vmm.machine import Host, connect_host
+from tests.integration.fake_unit import FakeUnit
 from tests.integration.rig import Rig, bare_vm, bind_device, nothing_left
 from tests.integration.system import System, eventually, short_directory
 
 RID = FIRST_RID
-ENTRY = 32
 
 
 def page_request(
@@ -46,11 +47,11 @@ class FakeSilicon:
         self.loop = loop
         self.functions = functions
         self.answers: list[tuple[int, int, int]] = []  # requester, group, code
-        self.consumed = 0
-        self.overflows_cleared = 0
         self.asked: list[str] = []
         self.link: Channel | None = None
+        self.unit: FakeUnit | None = None
         self._held: list[int] = []  # leases and windows
+        self._windows: list[tuple[int, memoryview]] = []  # of the driver's: where, and the bytes
         self._doors: list[Channel] = []
 
     def on_connect(self, sock: socket.socket) -> None:
@@ -61,13 +62,16 @@ class FakeSilicon:
         self.asked.append(op)
         if op == "LINK":
             ours, theirs = socket.socketpair()
-            self.link = Channel(self.loop, ours, "fake link", on_request=self._serve, on_notify=self._posted)
+            self._windows.clear()
+            self.link = Channel(self.loop, ours, "fake link", on_request=self._serve, on_close=self._gone)
             channel.answer(request_id, {}, [theirs.detach()])
         elif op == "CAPS":
             channel.answer(request_id, self._caps())
-        elif op == "QI":
-            channel.answer(request_id, {"status": self._queue(body)})
+        elif op == "UNIT":
+            self.unit = FakeUnit(self.loop, self._at, self._answered, fds.peek(0))
+            channel.answer(request_id, {}, self.unit.give_fds())
         elif op == "MEMORY_ADD":
+            self._map(body["windows"], fds)
             self._held += [fds.take(n) for n in range(len(fds))]
             channel.answer(request_id, {"memory": 1})
         elif op == "MEMORY_REMOVE":
@@ -92,26 +96,27 @@ class FakeSilicon:
         ]
         return {"units": [(cap.value, ecap.value)], "functions": functions}
 
-    def _posted(self, channel: Channel, body: Body, fds: Fds) -> None:
-        self._queue(body)
+    def _map(self, windows: list[tuple[str, int, int]], fds: Fds) -> None:
+        """Those the units' structures lie in come first, before any unit is asked for."""
+        for n, (kind, base, size) in enumerate(windows if self.unit is None else []):
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if kind == "queues" else 0)
+            view = memoryview(mmap.mmap(fds.peek(n), size, mmap.MAP_SHARED, protection))
+            self._windows.append((base, view))
 
-    def _queue(self, body: Body) -> list[int]:
-        """Note page group responses; the status data of waits that ask for it."""
-        ring = body.get("descriptors", b"")
-        self.consumed += body.get("prq_consumed", 0)
-        self.overflows_cleared += bool(body.get("prq_clear"))
-        status = []
-        for at in range(0, len(ring), 32):
-            qw0, qw1 = struct.unpack_from("<2Q", ring, at)
-            if qw0 & 0xF == 9:
-                self.answers.append((qw0 >> 16 & 0xFFFF, qw1 >> 3 & 0x1FF, qw0 >> 12 & 0xF))
-            elif qw0 & 0x2F == 0x25:
-                status.append(qw0 >> 32)
-        return status
+    def _at(self, hpa: int) -> memoryview:
+        return next(view[hpa - base :] for base, view in self._windows if 0 <= hpa - base < len(view))
+
+    def _answered(self, rid: int, prgi: int, code: int) -> None:
+        self.answers.append((rid, prgi, code))
 
     def send(self, *entries: bytes, overflow: bool = False) -> None:
-        assert self.link is not None
-        self.link.notify("PAGE_REQUESTS", {"entries": b"".join(entries), "overflow": overflow})
+        assert self.unit is not None
+        self.unit.send(*entries, overflow=overflow)
+
+    def _gone(self, _: Channel) -> None:
+        unit, self.unit = self.unit, None
+        if unit is not None:
+            unit.close()
 
     async def wait_answers(self, count: int) -> list[tuple[int, int, int]]:
         """Exactly that many, and no more while iommufdd answers something else."""

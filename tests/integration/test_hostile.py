@@ -373,18 +373,6 @@ def test_a_window_that_could_shrink_is_refused_and_shrinking_it_ends_nobody(bare
     bare_unit.wait_closed(before)
 
 
-def test_descriptors_of_random_bytes_are_refused_or_run(bare_unit: System) -> None:
-    chance = random.Random(SEED)
-    with ExitStack() as stack:
-        driver = keep(stack, link(stack, bare_unit))
-        for _ in range(300):
-            ring = chance.randbytes(chance.choice((16, 32, 64, 33)))
-            driver.ask("QI", {"descriptors": ring, "prq_consumed": chance.randrange(3)})
-            driver.send(frame(NOTIFY, 0, {"op": "QI", "descriptors": ring}))
-            driver.ask("PASID_ENTRY", {"rid": 0x6A08, "pasid": 0, "entry": chance.randbytes(64)})
-        assert serves(bare_unit, "device_sim")
-
-
 def test_dsa_descriptors_of_random_bytes_are_answered(attacked: System) -> None:
     chance = random.Random(SEED)
     with ExitStack() as stack:

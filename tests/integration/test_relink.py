@@ -197,7 +197,7 @@ async def test_a_link_that_fails_while_both_live_is_made_again() -> None:
             iommu, device = rig.bound
             rig.hwpt_id = await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)
             await device.attach(rig.hwpt_id)
-            assert fake.asked == ["LINK", "CAPS", "MEMORY_ADD", "PASID_ENTRY", *["FUNCTION"] * 4]
+            assert fake.asked == ["LINK", "CAPS", "MEMORY_ADD", "UNIT", "MEMORY_ADD", *["FUNCTION"] * 4]
             fake.send(page_request(n * PAGE_SIZE, 7))
             assert (await fake.wait_answers(n + 1))[n:] == [(RID, 7, 0)]
 

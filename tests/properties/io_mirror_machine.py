@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from random import Random
 from typing import Any
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
-from iommufdd.core import qi
 from iommufdd.core.counts import Counts
 from iommufdd.core.domain import Domain
 from iommufdd.core.hmm import CallerMm, HmmPage, Invalidate, UserFd
@@ -34,12 +33,13 @@ from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START, Window, WindowKind
-from protocol.hw.pasid_entry import RID_PASID
+from protocol.hw.pasid_entry import RID_PASID, PasidEntry
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt import bits
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
-from protocol.units import LEVEL_1G, PAGE_SIZE, Gfn, Hva, Iova, IovaPfn, Level, size_of_level
+from protocol.units import LEVEL_1G, PAGE_SIZE, Gfn, Hva, Iova, IovaPfn, Level, Pasid, size_of_level
+from tests.linked_unit import LinkedUnit
 from tests.properties.machine import AnyOrder
 from tests.refusals import may_refuse
 from tests.unit.iommufdd.host import FakeHost
@@ -58,8 +58,9 @@ class Endpoint:
     def __init__(self) -> None:
         self.tlb: dict[IovaPfn, int] = {}
 
-    def invalidate_translations(self, start: IovaPfn, npages: int) -> None:
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
         self.tlb = {page: hpa for page, hpa in self.tlb.items() if not start <= page < start + npages}
+        return True
 
     def page_response(self, prgi: int, code: ResponseCode) -> None: ...
 
@@ -89,9 +90,11 @@ class MirrorMachine:
         memory.add(Window(WindowKind.TABLES, LOW_RAM_START, TABLE_BYTES, view), lambda: None)
         table = IoPageTable(writer, TablePool(writer, TABLE_BYTES), Level(4), LEVEL_1G)
         domain = Domain(table.root, Level(4), 2, LEVEL_1G)
-        self.unit = RemappingUnit(self.cap, self.ecap, 46, memory, lambda: None, lambda: None)
+        self.unit = RemappingUnit(self.cap, self.ecap, 46, memory)
         self.unit.add_endpoint(RID, self.endpoint)
-        self.unit.write_pasid_entry(RID, RID_PASID, domain.pasid_entry(self.ecap).to_bytes())
+        self.link = LinkedUnit(self.flows, self.unit, memory)
+        self.link.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
+        self.link.driver.put_pasid_entry(RID, RID_PASID, domain.pasid_entry(self.ecap))
         self.hwpt = HwptMirror(domain, self, self.ioas, self.ioas.watched, table)
         self.hwpt.attached[RID] = self
         self.start(self.ioas.add_hwpt(self.hwpt))
@@ -105,12 +108,18 @@ class MirrorMachine:
         self.dawdling.append(arrived)
         await arrived
 
-    async def submit(self, descriptors: list[Descriptor]) -> None:
+    async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         await self.dawdle()
-        self.unit.execute(b"".join(qi.raw(descriptors)))
+        done = self.flows.start(self.link.driver.submit(descriptors))
+        self.link.deliver()
+        await done
         await self.dawdle()
 
-    async def write_pasid_entry(self, rid: int, pasid: int, entry: bytes) -> None: ...
+    def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None: ...
+
+    def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None: ...
+
+    def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None: ...
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
         return True

@@ -23,8 +23,9 @@ from protocol.hw.faults import RECOVERABLE
 from protocol.hw.second_stage import second_stage_fault
 from protocol.pt.mem import TableOutside
 from protocol.pt.walk import WalkRules, second_stage_rules
-from protocol.units import IovaPfn, Level, Pasid
+from protocol.units import IovaPfn, Level
 from tests.conformance.walkers.path import BASE, FRAME, OFFSET, SHAPES, Path, address, table_at
+from tests.unit.device_sim.raw_driver import RawDriver
 from tests.unit.device_sim.silicon import RID, pasid_entry, window
 
 HAW = 46
@@ -66,25 +67,32 @@ def reason(path: Path, request: str, *, haw: int = HAW, huge: int = 3, snoop_con
     return second_stage_fault(path.walk(rules), OFFSET, read=read, write=write) or 0
 
 
-def unit_over(path: Path, *, haw: int = HAW, max_page: str = "1G", root: int | None = None) -> RemappingUnit:
-    memory = PhysicalMemory()
-    memory.add(window(WindowKind.TABLES, BASE, path.memory), lambda: None)
-    cap, ecap = capabilities(levels=path.levels, max_page=max_page)
-    unit = RemappingUnit(cap, ecap, haw, memory, lambda: None, lambda: None)
-    at = table_at(path.levels) if root is None else root
-    unit.write_pasid_entry(RID, Pasid(0), pasid_entry(at, path.levels))
-    return unit
+class Unit:
+    """A remapping unit with that path for its table, and its driver."""
+
+    def __init__(self, path: Path, haw: int, max_page: str, root: int) -> None:
+        memory = PhysicalMemory()
+        memory.add(window(WindowKind.TABLES, BASE, path.memory), lambda: None)
+        cap, ecap = capabilities(levels=path.levels, max_page=max_page)
+        self.unit = RemappingUnit(cap, ecap, haw, memory)
+        self.driver = RawDriver(self.unit, memory)
+        self.driver.write_pasid_entry(RID, pasid_entry(root, path.levels))
 
 
-def unit_answers(unit: RemappingUnit, page: int) -> tuple[int, int]:
+def unit_over(path: Path, *, haw: int = HAW, max_page: str = "1G", root: int | None = None) -> Unit:
+    return Unit(path, haw, max_page, table_at(path.levels) if root is None else root)
+
+
+def unit_answers(over: Unit, page: int) -> tuple[int, int]:
     """(fault reason recorded or 0, rights granted)."""
+    unit = over.unit
     unit.iotlb.invalidate_all()
     rights, refused = 0, 0
     try:
         rights = unit.translation_request(RID, IovaPfn(page), 1).rights
     except RequestRefused as refusal:
         refused = int(refusal.reason)
-    assert [record[12] for record in unit.take_faults()] == ([refused] if refused else [])
+    assert [record[12] for record in over.driver.take_faults()] == ([refused] if refused else [])
     return refused, rights
 
 

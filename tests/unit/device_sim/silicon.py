@@ -17,7 +17,8 @@ from device_sim.core.traits import capabilities
 from protocol.flow import Flows, Wait
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.caps import Cap, Ecap
-from protocol.units import MIB, Hpa, IovaPfn, Pasid
+from protocol.units import MIB, Hpa, IovaPfn
+from tests.unit.device_sim.raw_driver import FAULTS, FAULTS_AT, RawDriver
 
 T = TypeVar("T")
 
@@ -170,27 +171,32 @@ class Silicon:
         if tags:
             self.memory.add(window(WindowKind.FRAME_TAGS, FRAMES, self.tags), lambda: None)
         usual_cap, usual_ecap = capabilities(levels=levels, max_page=max_page)
-        self.events = 0
         self.now = 0
         self.flows = Flows()
-        self.drained: list[bytes] = []  # what was told because a wait asked for it
-        self.unit = RemappingUnit(
-            cap or usual_cap, ecap or usual_ecap, haw, self.memory, self._on_event, self._drain
-        )
+        cap = Cap((cap or usual_cap).value | FAULTS_AT // 16 << 24 | FAULTS - 1 << 40)
+        self.unit = RemappingUnit(cap, ecap or usual_ecap, haw, self.memory)
+        self.driver = RawDriver(self.unit, self.memory)
+        self.driver.add_function(RID)
         self.function = Function(RID, self.unit, self.memory, lambda: self.now)
 
-    def _on_event(self) -> None:
-        self.events += 1
-
-    def _drain(self) -> None:
-        self.drained.append(self.unit.prq.take_new())
+    @property
+    def events(self) -> int:
+        """Of faults and page requests."""
+        return self.driver.fault_events + self.driver.request_events
 
     def attach(self, allocation: int = 2048) -> None:
         """What the driver does, in one go."""
-        self.unit.write_pasid_entry(RID, Pasid(0), pasid_entry(self.tables.root, self.tables.levels))
+        self.write_pasid_entry(RID, pasid_entry(self.tables.root, self.tables.levels))
         self.function.ats_enabled = self.function.dma_enabled = True
         if allocation:
             self.function.pri.enable(allocation)
+
+    def write_pasid_entry(self, rid: int, raw: bytes) -> None:
+        self.driver.write_pasid_entry(rid, raw)
+
+    def execute(self, raw: bytes) -> list[int]:
+        """Descriptors; the status data of each completed wait."""
+        return self.driver.execute(raw)
 
     def map(self, page: int, frame: int, *, level: int = 1, rights: int = RWX) -> None:
         """Frame number `frame` of the window behind `page`."""
@@ -213,18 +219,16 @@ class Silicon:
         return entry.hpa, entry.level, entry.rights
 
     def faults(self) -> list[Recorded]:
-        return [fault_record(raw) for raw in self.unit.take_faults()]
+        return [fault_record(raw) for raw in self.driver.take_faults()]
 
     # -- the driver ------------------------------------------------------------------------------------
 
     def requests(self) -> list[Asked]:
         """The entries written since the last call; the head moves past them."""
-        new = self.unit.prq.take_new()
-        assert self.unit.prq.consume(len(new) // 32)
-        return [page_request(new[at : at + 32]) for at in range(0, len(new), 32)]
+        return [page_request(raw) for raw in self.driver.take_requests()]
 
     def respond(self, prgi: int, code: int = 0) -> None:
-        self.unit.execute(response(RID, prgi, code))
+        self.execute(response(RID, prgi, code))
         self.flows.run_ready()
 
     def serve(self, code: int = 0) -> list[Asked]:

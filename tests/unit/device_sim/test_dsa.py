@@ -414,7 +414,7 @@ def test_pages_moved_under_a_running_copy_get_every_byte(machine: Machine) -> No
         asked = machine.silicon.requests()
         assert asked
         machine.silicon.tables.unmap(DST >> 12)
-        machine.silicon.unit.execute(iotlb_domain(DID) + devtlb_all(RID))
+        machine.silicon.execute(iotlb_domain(DID) + devtlb_all(RID))
         machine.silicon.fill_frame(new, machine.bytes_of(old))
         machine.silicon.fill_frame(old, b"\xee" * PAGE)
         machine.silicon.map(DST >> 12, new)

@@ -254,7 +254,7 @@ def test_an_invalidation_makes_the_device_ask_the_unit_again(silicon: Silicon) -
     silicon.map(7, 1)
     access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.map(7, 2)
-    silicon.unit.execute(iotlb_domain(DID) + devtlb_page(RID, 7))
+    silicon.execute(iotlb_domain(DID) + devtlb_page(RID, 7))
     assert not silicon.function.write(Iova(0x7000), b"x")
     access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     assert silicon.function.write(Iova(0x7000), b"x")
@@ -266,9 +266,9 @@ def test_a_device_tlb_dropped_before_the_iotlb_is_filled_with_the_old_leaf_again
     silicon.map(7, 1)
     access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
     silicon.map(7, 2)
-    silicon.unit.execute(devtlb_page(RID, 7))
+    silicon.execute(devtlb_page(RID, 7))
     access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
-    silicon.unit.execute(iotlb_domain(DID))
+    silicon.execute(iotlb_domain(DID))
     silicon.function.write(Iova(0x7000), b"x")
     assert (silicon.bytes_of(1, 1), silicon.bytes_of(2, 1)) == (b"x", b"\0")
 
@@ -365,7 +365,7 @@ def test_every_stale_frame_of_an_access_is_counted_and_the_notes_are_bounded(tag
 
 def test_a_frame_invalidated_and_walked_again_under_its_new_owner_is_not_stale(tagged: Silicon) -> None:
     tagged.set_tag(1, 7 << 16 | 4)
-    tagged.unit.execute(iotlb_domain(DID) + devtlb_all(RID))
+    tagged.execute(iotlb_domain(DID) + devtlb_all(RID))
     access(tagged, DmaRange(Iova(0x7000), 8, True)).result()
     assert tagged.function.write(Iova(0x7000), b"12345678")
     assert tagged.function.stale == 0
@@ -373,7 +373,7 @@ def test_a_frame_invalidated_and_walked_again_under_its_new_owner_is_not_stale(t
 
 def test_a_stale_frame_refilled_from_the_iotlb_keeps_the_tag_of_the_walk(tagged: Silicon) -> None:
     tagged.set_tag(1, 7 << 16 | 4)
-    tagged.unit.execute(devtlb_all(RID))
+    tagged.execute(devtlb_all(RID))
     access(tagged, DmaRange(Iova(0x7000), 8, True)).result()
     tagged.function.write(Iova(0x7000), b"x")
     assert tagged.function.stale > 0, "an IOTLB that was not flushed does not launder the frame"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from device_sim.core.function import DmaRange
+from protocol.hw.prq import PageRequest
 from protocol.units import Iova
 from tests.unit.device_sim.silicon import DID, Silicon, iotlb_domain
 from tests.unit.device_sim.test_function import PAGE, access, fault_of
@@ -60,7 +61,7 @@ def test_what_was_cached_before_does_not_come_back_with_bus_mastering(
     """The page was taken away meanwhile, and nobody invalidates a function that does no DMA."""
     warm.function.configure(**off)
     warm.tables.unmap(7)
-    warm.unit.execute(iotlb_domain(DID))
+    warm.execute(iotlb_domain(DID))
     warm.function.configure(**dict.fromkeys(off, True))
     assert warm.function.read(Iova(7 * PAGE), 8) is None
     assert not access(warm, DmaRange(Iova(7 * PAGE), 8, True)).done
@@ -91,14 +92,17 @@ def test_bus_mastering_off_while_an_access_waits_for_its_page_stops_it(warm: Sil
 @pytest.fixture
 def overflowed(silicon: Silicon) -> Silicon:
     """The queue takes nothing, and page 7 is asked for."""
-    silicon.unit.prq.overflow = True
+    for prgi in range(2048):
+        silicon.unit.prq.submit(PageRequest(rid=1, prgi=prgi % 512, addr=Iova(0), last=False))
+    assert silicon.unit.prq.overflow
+    silicon.requests()
     return silicon
 
 
 def test_a_page_that_comes_meanwhile_is_found(overflowed: Silicon) -> None:
     done = access(overflowed, DmaRange(Iova(7 * PAGE), 8, True))
     overflowed.map(7, 1)
-    overflowed.unit.prq.clear_overflow()
+    overflowed.driver.clear_overflow()
     overflowed.flows.run_ready()
     assert [asked.page for asked in overflowed.serve()] == [7]
     done.result()
@@ -109,7 +113,7 @@ def test_a_page_that_comes_meanwhile_is_found(overflowed: Silicon) -> None:
 def test_page_requests_gone_meanwhile_end_it(overflowed: Silicon) -> None:
     done = access(overflowed, DmaRange(Iova(7 * PAGE), 8, True))
     overflowed.function.pri.disable()
-    overflowed.unit.prq.clear_overflow()
+    overflowed.driver.clear_overflow()
     overflowed.flows.run_ready()
     assert fault_of(done) == (7 * PAGE, True, True)
     assert overflowed.requests() == []

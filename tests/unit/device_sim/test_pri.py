@@ -8,11 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device_sim.core.dmar import RemappingUnit
+from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
-from device_sim.core.prq import PageRequestQueue
+from device_sim.core.traits import capabilities
 from protocol.flow import Flows, Wait
+from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
-from protocol.units import IovaPfn
+from protocol.units import Iova, IovaPfn
+from tests.unit.device_sim.raw_driver import RawDriver
 from tests.unit.device_sim.silicon import Asked, page_request
 
 RID = 0x6A08
@@ -30,23 +34,29 @@ def write(page: int) -> PageAccess:
 class Pri:
     """The interface before a ring, and the driver behind it."""
 
-    def __init__(self, allocation: int = 8, capacity: int = 512, ring: int = 2048) -> None:
+    def __init__(self, allocation: int = 8, capacity: int = 512, room: int = 2047) -> None:
         self.flows = Flows()
-        self.queue = PageRequestQueue(self._auto, lambda: None, ring)
-        self.pri = PageRequestInterface(RID, self.queue, capacity)
+        memory = PhysicalMemory()
+        self.unit = RemappingUnit(*capabilities(), 46, memory)
+        self.driver = RawDriver(self.unit, memory)
+        self.unit.add_endpoint(RID, self)
+        for _ in range(2047 - room):
+            self.unit.prq.submit(PageRequest(rid=1, prgi=0, addr=Iova(0), last=False))
+        self.pri = PageRequestInterface(RID, self.unit.prq, capacity)
         if allocation:
             self.pri.enable(allocation)
 
-    def _auto(self, rid: int, prgi: int, code: ResponseCode) -> None:
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
+        return True
+
+    def page_response(self, prgi: int, code: ResponseCode) -> None:
         self.pri.respond(prgi, code)
 
     def ask(self, *accesses: PageAccess) -> Wait[ResponseCode]:
         return self.flows.start(self.pri.request(accesses))
 
     def asked(self) -> list[Asked]:
-        raw = self.queue.take_new()
-        assert self.queue.consume(len(raw) // 32)
-        return [page_request(raw[at : at + 32]) for at in range(0, len(raw), 32)]
+        return [page_request(raw) for raw in self.driver.take_requests()]
 
     def groups(self) -> list[list[Asked]]:
         """What came since the last call, cut after each last request."""
@@ -216,7 +226,7 @@ def test_a_second_answer_to_a_group_is_unexpected() -> None:
 
 
 def test_a_group_whose_last_request_was_dropped_is_answered_by_the_unit() -> None:
-    pri = Pri(ring=2)
+    pri = Pri(room=1)
     pri.ask(read(1))
     dropped = [pri.ask(read(2)), pri.ask(read(3), read(4))]
     assert [answer.result() for answer in dropped] == [SUCCESS, SUCCESS]

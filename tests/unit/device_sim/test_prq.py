@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import pytest
 
-from device_sim.core.prq import RING_ENTRIES, PageRequestQueue
+from device_sim.core.dmar import RemappingUnit
+from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.traits import capabilities
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
-from protocol.units import Iova, Pasid
+from protocol.units import Iova, IovaPfn, Pasid
+from tests.unit.device_sim.raw_driver import (
+    IM,
+    IP,
+    PECTL,
+    PPR,
+    PQA,
+    PQH,
+    PQT,
+    PRO,
+    PRS,
+    QUEUES,
+    RawDriver,
+)
 from tests.unit.device_sim.silicon import Asked, page_request
 
 RID = 0x6A08
+ROOM = 127  # of the smallest ring: 128 entries, one is left
+
+
+class Endpoint:
+    def __init__(self) -> None:
+        self.responses: list[tuple[int, int]] = []
+
+    def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
+        return True
+
+    def page_response(self, prgi: int, code: ResponseCode) -> None:
+        self.responses.append((prgi, int(code)))
 
 
 class Ring:
-    """A ring of few entries, and what it did."""
+    """A unit's queue, its driver, and the function that asks."""
 
-    def __init__(self, entries: int = 4) -> None:
-        self.responses: list[tuple[int, int, int]] = []
-        self.interrupts = 0
-        self.queue = PageRequestQueue(self._respond, self._interrupt, entries)
-
-    def _respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
-        self.responses.append((rid, prgi, int(code)))
-
-    def _interrupt(self) -> None:
-        self.interrupts += 1
+    def __init__(self, *, pqs: int = 0) -> None:
+        cap, ecap = capabilities()
+        memory = PhysicalMemory()
+        self.endpoint = Endpoint()
+        self.unit = RemappingUnit(cap, ecap, 46, memory)
+        self.unit.add_endpoint(RID, self.endpoint)
+        self.driver = RawDriver(self.unit, memory, pqs=pqs)
+        self.queue = self.unit.prq
 
     def submit(self, prgi: int, *, last: bool = True) -> None:
         self.queue.submit(
@@ -39,123 +64,199 @@ class Ring:
             self.submit(prgi)
 
     def taken(self) -> list[Asked]:
-        raw = self.queue.take_new()
-        return [page_request(raw[at : at + 32]) for at in range(0, len(raw), 32)]
+        return [page_request(raw) for raw in self.driver.take_requests()]
+
+    @property
+    def shows(self) -> int:
+        return self.driver.load(PRS)
 
 
-def test_requests_are_delivered_once_in_order_with_an_interrupt() -> None:
+def test_requests_lie_in_memory_in_order_and_one_event_tells_of_them() -> None:
     ring = Ring()
     ring.submit(1, last=False)
     ring.submit(2)
-    assert ring.queue.has_new
-    assert ring.interrupts == 2
+    assert (ring.driver.load(PQT), ring.shows, ring.driver.request_events) == (64, PPR, 1)
     assert ring.taken() == [
         Asked(RID, 1, 1, read=True, write=True, last=False),
         Asked(RID, 2, 2, read=True, write=False, last=True),
     ]
-    assert (ring.taken(), ring.queue.has_new) == ([], False)
+    assert ring.taken() == []
 
 
-def test_the_ring_of_the_model_has_64_kib() -> None:
-    assert RING_ENTRIES * 32 == 64 << 10
-    ring = Ring(RING_ENTRIES)
-    ring.fill(RING_ENTRIES - 1)
+def test_after_ppr_is_cleared_the_next_request_raises_the_event_again_without_a_kick() -> None:
+    ring = Ring()
+    ring.submit(1)
+    ring.driver.clear(PRS, PPR)
+    ring.submit(2)
+    assert ring.driver.request_events == 2
+
+
+def test_who_cleared_ppr_and_read_the_tail_too_early_is_told_at_the_next_kick() -> None:
+    ring = Ring()
+    ring.submit(1)
+    ring.driver.clear(PRS, PPR)  # and does not take what is there
+    ring.unit.kick()
+    assert (ring.shows, ring.driver.request_events) == (PPR, 2)
+    ring.taken()
+    ring.unit.kick()
+    assert (ring.shows, ring.driver.request_events) == (0, 2), "an empty queue has nothing to tell"
+
+
+def test_a_masked_event_goes_out_when_it_is_unmasked() -> None:
+    ring = Ring()
+    ring.driver.store(PECTL, IM)
+    ring.unit.kick()
+    ring.submit(1)
+    assert (ring.driver.request_events, ring.driver.load(PECTL)) == (0, IM | IP)
+    ring.driver.store(PECTL, 0)
+    ring.unit.kick()
+    assert (ring.driver.request_events, ring.driver.load(PECTL)) == (1, 0)
+
+
+def test_a_masked_event_whose_cause_was_cleared_goes_out_never() -> None:
+    ring = Ring()
+    ring.driver.store(PECTL, IM)
+    ring.unit.kick()
+    ring.submit(1)
+    ring.taken()
+    ring.driver.store(PECTL, 0)
+    ring.unit.kick()
+    # The driver took the requests before it let events in: IP was there at the kick, so one event more.
+    assert ring.driver.request_events <= 1
+    assert ring.shows == 0
+
+
+def test_a_ring_of_pqs_4_has_64_kib() -> None:
+    ring = Ring(pqs=4)
+    ring.fill(2047)
     assert not ring.queue.overflow
     ring.submit(0)
     assert (ring.queue.overflow, ring.queue.requests, ring.queue.dropped) == (True, 2047, 1)
 
 
 def test_a_ring_is_full_when_one_entry_is_left() -> None:
-    ring = Ring(4)
-    ring.fill(3)
-    assert (ring.queue.overflow, ring.responses) == (False, [])
-    ring.submit(3)
+    ring = Ring()
+    ring.fill(ROOM)
+    assert (ring.queue.overflow, ring.endpoint.responses) == (False, [])
+    ring.submit(300)
     assert (ring.queue.overflow, ring.queue.dropped) == (True, 1)
-    assert [asked.prgi for asked in ring.taken()] == [0, 1, 2]
+    assert [asked.prgi for asked in ring.taken()] == list(range(ROOM))
 
 
 def test_a_dropped_request_is_answered_success_only_if_it_is_the_last_of_its_group() -> None:
-    ring = Ring(2)
-    ring.submit(1)
+    ring = Ring()
+    ring.fill(ROOM)
     ring.submit(7, last=False)
-    assert ring.responses == []
+    assert ring.endpoint.responses == []
     ring.submit(7)
-    assert ring.responses == [(RID, 7, 0)]
+    assert ring.endpoint.responses == [(7, 0)]
 
 
 def test_a_dropped_stop_marker_is_not_answered() -> None:
-    ring = Ring(2)
-    ring.submit(1)
+    ring = Ring()
+    ring.fill(ROOM)
     marker = PageRequest(rid=RID, prgi=2, addr=Iova(0), last=True, pasid_present=True, pasid=Pasid(1))
     ring.queue.submit(marker)
     assert ring.queue.overflow
-    assert ring.responses == []
+    assert ring.endpoint.responses == []
 
 
 def test_after_an_overflow_everything_is_dropped_until_software_clears_it() -> None:
-    ring = Ring(3)
-    ring.fill(3)
+    ring = Ring()
+    ring.fill(ROOM + 1)
     ring.taken()
-    assert ring.queue.consume(2)
+    ring.unit.kick()
     ring.submit(9)
     assert ring.queue.overflow, "room alone does not end it"
     assert ring.taken() == []
-    ring.queue.clear_overflow()
+    ring.driver.clear_overflow()
     ring.submit(10)
     assert [asked.prgi for asked in ring.taken()] == [10]
-    assert (ring.queue.overflow, ring.queue.dropped, ring.queue.requests) == (False, 2, 3)
+    assert (ring.queue.overflow, ring.queue.dropped, ring.queue.requests) == (False, 2, ROOM + 1)
 
 
-def test_an_overflow_is_worth_an_interrupt_even_if_no_entry_is_new() -> None:
-    ring = Ring(3)
-    ring.fill(2)
-    ring.taken()
-    before = ring.interrupts
+def test_an_overflow_is_worth_an_event_even_if_no_entry_is_new() -> None:
+    ring = Ring()
+    ring.fill(ROOM)
+    ring.driver.clear(PRS, PPR)
+    before = ring.driver.request_events
     ring.submit(2)
-    assert ring.interrupts == before + 1, "else software never learns of it, and nothing is ever queued again"
-    assert ring.queue.has_new
-    assert ring.taken() == []
-    assert not ring.queue.has_new
+    assert ring.shows == PRO
+    assert ring.driver.request_events == before + 1, "else software never learns of it"
     ring.submit(3)
-    assert (ring.interrupts, ring.queue.has_new) == (before + 1, False), "it is told once"
+    assert ring.driver.request_events == before + 1, "it is told once"
 
 
 def test_clearing_an_overflow_without_making_room_overflows_again() -> None:
-    ring = Ring(3)
-    ring.fill(3)
-    ring.queue.clear_overflow()
+    ring = Ring()
+    ring.fill(ROOM + 1)
+    ring.driver.clear_overflow()
     ring.submit(5)
     assert ring.queue.overflow
-    assert ring.responses[-1] == (RID, 5, 0)
+    assert ring.endpoint.responses[-1] == (5, 0)
+
+
+def test_the_ring_wraps_at_its_end_and_is_empty_where_head_is_tail() -> None:
+    ring = Ring()
+    for turn in range(10):
+        for n in range(50):
+            ring.submit(n)
+        assert [asked.prgi for asked in ring.taken()] == list(range(50)), turn
+        assert ring.driver.load(PQT) == 50 * (turn + 1) * 32 % 4096
+    assert (ring.queue.requests, ring.queue.dropped) == (500, 0)
+
+
+# -- a driver that is not to be trusted ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [4096, 4097, 1, 31, 33, 1 << 18, (1 << 64) - 1, 1 << 63])
+def test_a_head_that_names_no_entry_leaves_no_room(head: int) -> None:
+    ring = Ring()
+    before = bytes(ring.driver.queues)
+    ring.driver.store(PQH, head)
+    ring.unit.kick()
+    ring.submit(1)
+    assert ring.queue.overflow
+    assert bytes(ring.driver.queues) == before
 
 
 @pytest.mark.parametrize(
-    ("claim", "right"), [(-1, False), (0, True), (2, True), (3, False), (1 << 31, False)]
+    "base", [0, 0x4000_0000, QUEUES - 4096, QUEUES + (1 << 20), 1 << 51, (1 << 64) - 4096]
 )
-def test_the_head_moves_over_delivered_entries_only(claim: int, right: bool) -> None:
-    ring = Ring(8)
-    ring.fill(2)
-    ring.taken()
-    ring.submit(2)
-    assert ring.queue.consume(claim) is right
+def test_a_ring_outside_the_queues_is_stored_to_nowhere(base: int) -> None:
+    ring = Ring()
+    before = bytes(ring.driver.queues), bytes(ring.driver.structures)
+    ring.driver.store(PQA, base)
+    ring.unit.kick()
+    ring.submit(1)
+    assert ring.queue.overflow
+    assert (bytes(ring.driver.queues), bytes(ring.driver.structures)) == before
 
 
-def test_the_head_makes_room_for_as_many_as_it_passed() -> None:
-    ring = Ring(4)
-    for turn in range(10):
-        for n in range(3):
-            ring.submit(n)
-        assert len(ring.taken()) == 3
-        assert ring.queue.consume(3), turn
-        assert not ring.queue.consume(1)
-    assert (ring.queue.requests, ring.queue.dropped) == (30, 0)
+def test_a_ring_whose_end_lies_outside_the_queues_is_filled_as_far_as_they_go() -> None:
+    ring = Ring()
+    ring.driver.store(PQA, QUEUES | 7)
+    ring.unit.kick()
+    ring.fill(300)
+    assert ring.queue.requests == len(ring.driver.queues) // 32
+    assert ring.queue.overflow
 
 
-def test_a_reset_ring_is_empty_and_takes_requests() -> None:
-    ring = Ring(3)
+def test_another_ring_starts_at_its_start() -> None:
+    ring = Ring()
     ring.fill(3)
-    ring.queue.reset()
-    assert (ring.queue.overflow, ring.queue.has_new, ring.taken()) == (False, False, [])
-    assert not ring.queue.consume(1)
-    ring.fill(2)
+    ring.driver.store(PQA, QUEUES + 4096)
+    ring.driver.store(PQH, 0)
+    ring.unit.kick()
+    assert ring.driver.load(PQT) == 0
+    ring.submit(9)
+    assert page_request(bytes(ring.driver.queues[4096 : 4096 + 32])).prgi == 9
+
+
+def test_a_reset_queue_takes_nothing_and_keeps_nobody_waiting() -> None:
+    ring = Ring()
+    ring.fill(ROOM + 1)
+    ring.unit.reset()
     assert not ring.queue.overflow
+    ring.submit(1)
+    assert ring.endpoint.responses[-1] == (1, 0), "there is no ring: the unit answers itself"

@@ -11,25 +11,16 @@ from device_sim.core.msi import START, InterruptMessage
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.silicon import Device, Silicon
 from device_sim.core.traits import DeviceTraits, Traits, UnitTraits, capabilities
+from device_sim.core.unit_registers import Events, Pages
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.hostmem import WindowKind
-from protocol.units import Pasid
+from protocol.units import Hpa
 from tests.unit.device_sim.accelerator import BOF, CMD, ENABLE_DEVICE, ENABLE_WQ, FILL, GRPCFG, WQCFG, work
-from tests.unit.device_sim.silicon import TABLES, pasid_entry, response, window
+from tests.unit.device_sim.raw_driver import RawDriver
+from tests.unit.device_sim.silicon import TABLES, page_request, pasid_entry, response, window
 
 ONE, OTHER, ELSEWHERE = 0x6A08, 0x6A10, 0x6A18
-
-
-class Driver:
-    def __init__(self) -> None:
-        self.told: list[tuple[str, int, int]] = []
-
-    def page_requests(self, unit: int, entries: bytes, *, overflow: bool) -> None:
-        self.told.append(("requests", unit, len(entries) // 32))
-
-    def faults(self, unit: int, records: bytes) -> None:
-        self.told.append(("faults", unit, len(records) // 16))
 
 
 class Guest:
@@ -55,25 +46,33 @@ class World:
 
     def __init__(self) -> None:
         self.flows = Flows()
-        self.due = 0
         cap, ecap = capabilities()
         devices = [
             DeviceTraits(rid, unit, n, Traits(), pasid_required=True, fault_capability="full")
             for n, (rid, unit) in enumerate(((ONE, 0), (OTHER, 0), (ELSEWHERE, 1)))
         ]
         units = [UnitTraits(cap, ecap, 46)] * 2
-        memory = PhysicalMemory()
+        memory = self.memory = PhysicalMemory()
+        self.drivers: list[RawDriver] = []
         memory.add(window(WindowKind.TABLES, TABLES, bytearray(4096)), lambda: None)
-        self.silicon = Silicon(units, devices, memory, self.flows.spawn, lambda: 0, self._due)
+        self.silicon = Silicon(units, devices, memory, self.flows.spawn, lambda: 0)
 
-    def _due(self) -> None:
-        self.due += 1
-
-    def plug(self) -> Driver:
-        driver = Driver()
+    def plug(self) -> None:
         self.silicon.check_free()
-        self.silicon.plug(driver)
-        return driver
+        self.silicon.plug(object())
+        self.drivers = [RawDriver(unit, self.memory, number=n) for n, unit in enumerate(self.silicon.units)]
+
+    def unplug(self) -> None:
+        """As the shell does: the memory goes after it."""
+        self.silicon.unplug()
+        for driver in self.drivers:
+            for kind, base, backing in (
+                (WindowKind.TABLES, driver.structures_at, driver.structures),
+                (WindowKind.QUEUES, driver.queues_at, driver.queues),
+            ):
+                found = self.memory.find(kind, Hpa(base), len(backing))
+                assert found is not None
+                self.memory.drop(found)
 
     def map_bars(self, rid: int) -> Wait[Device]:
         """As the shell does: whoever gets the device gives it its guest at once."""
@@ -91,7 +90,7 @@ class World:
 
     def attach(self, rid: int) -> Device:
         device = self.silicon.device(rid)
-        device.unit.write_pasid_entry(rid, Pasid(0), pasid_entry(TABLES))
+        self.drivers[device.traits.unit].write_pasid_entry(rid, pasid_entry(TABLES))
         device.function.configure(ats=True, bus_master=True, pri_allocation=32)
         return device
 
@@ -130,20 +129,33 @@ def test_the_units_are_one_drivers(world: World) -> None:
     with pytest.raises(UapiError) as caught:
         world.silicon.check_free()
     assert caught.value.errno == errno.EBUSY
-    world.silicon.unplug()
+    world.unplug()
     world.plug()
 
 
-def test_events_of_a_turn_are_told_together_and_each_units_on_their_own(world: World) -> None:
-    driver = world.plug()
+def test_a_units_registers_are_mapped_once_by_each_driver(world: World) -> None:
+    world.plug()
+    for again in (False, True):
+        world.silicon.check_connectable(1)
+        world.silicon.connect(1, Pages.private(), Events())
+        with pytest.raises(UapiError) as caught:
+            world.silicon.check_connectable(1)
+        assert caught.value.errno == errno.EBUSY
+        world.silicon.check_connectable(0)
+        with pytest.raises(UapiError) as caught:
+            world.silicon.check_connectable(2)
+        assert caught.value.errno == errno.EINVAL
+        if not again:
+            world.unplug()
+
+
+def test_each_units_requests_lie_in_its_own_queue(world: World) -> None:
+    world.plug()
     for rid in (ONE, ELSEWHERE):
         world.wait_for_a_page(rid)
-    assert world.due == 1
-    assert driver.told == []
-    world.silicon.raise_interrupts()
-    assert driver.told == [("requests", 0, 1), ("requests", 1, 1)]
-    world.silicon.raise_interrupts()
-    assert len(driver.told) == 2, "nothing is told twice"
+    for driver, rid in zip(world.drivers, (ONE, ELSEWHERE), strict=True):
+        assert [page_request(raw).rid for raw in driver.take_requests()] == [rid]
+        assert driver.request_events == 1
 
 
 def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: World) -> None:
@@ -161,7 +173,7 @@ def test_bars_that_two_map_during_a_reset_go_to_the_first(world: World) -> None:
     device = world.wait_for_a_page(ONE)
     first, second = world.map_bars(ONE), world.map_bars(ONE)
     assert (first.done, second.done) == (False, False)
-    device.unit.execute(response(ONE, 0, 1))
+    world.drivers[0].execute(response(ONE, 0, 1))
     world.flows.run_ready()
     assert first.result() is device
     assert errno_of(second) == errno.EBUSY
@@ -172,7 +184,7 @@ def test_a_driver_gone_during_a_reset_maps_nothing(world: World, again: bool) ->
     world.plug()
     device = world.wait_for_a_page(ONE)
     done = world.map_bars(ONE)
-    world.silicon.unplug()
+    world.unplug()
     if again:
         world.plug()
     world.flows.run_ready()
@@ -186,7 +198,7 @@ def test_without_a_driver_no_device_has_a_guest_and_nothing_is_translated(world:
     other = world.map_bars(OTHER).result()
     guest = other.guest
     assert isinstance(guest, Guest)
-    world.silicon.unplug()
+    world.unplug()
     world.flows.run_ready()
     assert guest.heard == ["cut"]
     assert (device.guest, other.guest) == (None, None)
@@ -194,9 +206,8 @@ def test_without_a_driver_no_device_has_a_guest_and_nothing_is_translated(world:
     function = device.function
     assert (function.ats_enabled, function.dma_enabled, function.pri.enabled) == (False, False, False)
     assert device.function.pri.outstanding == 0
-    driver = world.plug()
-    world.silicon.raise_interrupts()
-    assert driver.told == [], "the next driver is told nothing of the last one's"
+    world.plug()
+    assert world.drivers[0].take_requests() == [], "the next driver is told nothing of the last one's"
 
 
 def test_interrupts_go_to_the_guest_of_the_time_or_to_nobody(world: World) -> None:

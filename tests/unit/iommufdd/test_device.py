@@ -38,9 +38,18 @@ LEAVE = [
     ("submit", DRAIN),
     ("pasid_entry", RID, 0, False),
     ("submit", FLUSH),
+    ("pasid_entry", RID, 0, None),
     ("ats", RID, False),
     ("pasid", RID, False),
 ]
+
+
+def can_fail(step: tuple[Any, ...]) -> bool:
+    """Who stores into memory asks nobody."""
+    return bool(step[0] != "pasid_entry")
+
+
+FALLIBLE = [step for step in LEAVE if can_fail(step)]
 OFF = {"pasid": False, "ats": False, "master": False}
 
 
@@ -110,7 +119,8 @@ def test_an_invalidation_reaches_the_function_from_before_its_entry_is_written(b
 def test_out_go_dma_and_page_requests_then_the_queue_is_drained_then_the_entry_and_every_cache(
     bound: Bound,
 ) -> None:
-    """B-20: the entry went first, and nothing was drained."""
+    """B-20: the entry went first, and nothing was drained.  It goes out with P first and the rest when it is
+    forgotten: None."""
     bound.enter()
     bound.world.log.clear()
     bound.leave()
@@ -124,7 +134,7 @@ def test_an_invalidation_reaches_the_function_until_it_was_flushed(bound: Bound)
     bound.enter()
     bound.world.hold()
     bound.world.start(bound.device.leave())
-    for _ in LEAVE:
+    for _ in FALLIBLE:
         assert bound.hwpt.rids == [RID]
         held, bound.world.held = bound.world.held, []
         assert held is not None
@@ -164,7 +174,7 @@ def test_groups_that_ended_before_hold_up_nothing(bound: Bound) -> None:
     assert bound.free
 
 
-@pytest.mark.parametrize("calls", range(len(ENTER)))
+@pytest.mark.parametrize("calls", range(sum(map(can_fail, ENTER))))
 @pytest.mark.parametrize("number", [errno.EINVAL, GONE])
 def test_a_failed_attach_leaves_nothing(bound: Bound, calls: int, number: int) -> None:
     bound.world.fails.after(calls, number, lasting=number == GONE)
@@ -179,15 +189,15 @@ def test_a_failed_attach_leaves_nothing(bound: Bound, calls: int, number: int) -
         assert bound.world.log == ENTER
 
 
-@pytest.mark.parametrize("calls", range(len(LEAVE)))
+@pytest.mark.parametrize("calls", range(len(FALLIBLE)))
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, GONE])
 def test_a_step_that_fails_keeps_no_other_from_being_taken(bound: Bound, calls: int, number: int) -> None:
     bound.enter()
     bound.world.log.clear()
     bound.world.fails.after(calls, number, lasting=number == GONE)
     bound.leave()
-    taken = LEAVE[:calls] if number == GONE else LEAVE[:calls] + LEAVE[calls + 1 :]
-    assert bound.world.log == taken
+    failed = FALLIBLE[calls:] if number == GONE else FALLIBLE[calls : calls + 1]
+    assert bound.world.log == [step for step in LEAVE if step not in failed]
     assert bound.free
 
 

@@ -6,7 +6,7 @@ Everything they are asked is written to one log, in order; the unit also keeps t
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from iommufdd.core import qi
@@ -23,6 +23,7 @@ from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait, done
 from protocol.hw.caps import Cap, Ecap
+from protocol.hw.pasid_entry import PasidEntry
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
@@ -172,7 +173,7 @@ class World:
 
     # -- Hardware --------------------------------------------------------------------------------------
 
-    async def submit(self, descriptors: list[Descriptor]) -> None:
+    async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         await self._take("submit", b"".join(qi.raw(descriptors)))
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
@@ -182,9 +183,16 @@ class World:
     async def remove_memory(self, memory: int) -> None:
         await self._take("remove_memory", memory)
 
-    async def write_pasid_entry(self, rid: int, pasid: Pasid, entry: bytes) -> None:
-        await self._take("pasid_entry", rid, pasid, entry != bytes(64))
-        self.entries[rid] = entry
+    def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
+        self.log.append(("pasid_entry", rid, pasid, True))
+        self.entries[rid] = entry.to_bytes()
+
+    def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:
+        self.log.append(("pasid_entry", rid, pasid, False))
+
+    def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None:
+        self.log.append(("pasid_entry", rid, pasid, None))
+        self.entries[rid] = bytes(64)
 
     async def set_function(
         self,

@@ -1,0 +1,127 @@
+"""A unit's registers and events as a driver maps them: the pages two processes share, and the eventfds.
+
+The register page and the acknowledge page behind it are ours, and nobody else can store there; the driver's
+store page is mapped read-only, and must not be able to shrink.  A kick has the unit look at it.  Events go
+out once at the end of a turn, however many were raised in it.  A driver that does with an eventfd what makes
+it useless loses its link.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from device_sim.core.silicon import Silicon
+from device_sim.core.unit_registers import Events, Pages
+from protocol.errors import UapiError
+from protocol.hw.register_page import RegisterPage
+from protocol.hw.vtd_regs import REGISTER_PAGE
+from protocol.rpc.eventfd import BrokenEvent, EventFd
+from protocol.rpc.loop import Loop
+from protocol.rpc.memfd import make_shared, map_peer
+
+
+class Event:
+    """One that goes out at the end of the turn."""
+
+    def __init__(self, loop: Loop, on_broken: Callable[[], None]) -> None:
+        """OSError: no room for an eventfd."""
+        self.eventfd = EventFd.make()
+        self._loop = loop
+        self._on_broken = on_broken
+        self._due = False
+        self._closed = False
+
+    def __call__(self) -> None:
+        if not self._due and not self._closed:
+            self._due = True
+            self._loop.mark_dirty(self)
+
+    def flush(self) -> None:
+        self._due = False
+        if self._closed:
+            return
+        try:
+            self.eventfd.signal()
+        except BrokenEvent:
+            self._on_broken()
+
+    def close(self) -> None:
+        self._closed = True
+        self.eventfd.close()
+
+
+class UnitPort:
+    """Unit `number`'s; `on_broken` ends the link.  Of the store page it keeps a mapping only."""
+
+    def __init__(
+        self, loop: Loop, silicon: Silicon, number: int, store_page: int, on_broken: Callable[[], None]
+    ) -> None:
+        """EINVAL: what the driver gave is no store page; otherwise what the system says."""
+        self._loop = loop
+        self._on_broken = on_broken
+        with ExitStack() as undo:
+            try:
+                stored = self._view(undo, map_peer(store_page, REGISTER_PAGE, writable=False))
+                self._registers, mapping = make_shared(f"unit {number}", 2 * REGISTER_PAGE, peer_writes=False)
+                undo.callback(os.close, self._registers)
+                ours = self._view(undo, mapping)
+                events = []
+                for _ in range(3):
+                    event = Event(loop, on_broken)
+                    undo.callback(event.close)
+                    events.append(event)
+                self._kick = EventFd.make()
+                undo.callback(self._kick.close)
+                loop.register(self._kick.fd, self._kicked)
+                undo.callback(loop.unregister, self._kick.fd)
+            except (OSError, ValueError) as error:
+                wrong = error.errno if isinstance(error, OSError) else errno.EINVAL
+                raise UapiError(wrong or errno.EINVAL, f"registers of unit {number}: {error}") from None
+            pages = Pages(
+                self._page(undo, ours[:REGISTER_PAGE]),
+                self._page(undo, ours[REGISTER_PAGE:]),
+                self._page(undo, stored[:REGISTER_PAGE]),
+            )
+            self._events = events
+            self._unit = silicon.connect(number, pages, Events(*events))
+            self._undo = undo.pop_all()
+
+    @staticmethod
+    def _view(undo: ExitStack, mapping: mmap.mmap) -> memoryview:
+        undo.callback(mapping.close)
+        return undo.enter_context(memoryview(mapping))
+
+    @staticmethod
+    def _page(undo: ExitStack, view: memoryview) -> RegisterPage:
+        page = RegisterPage(undo.enter_context(view))
+        undo.callback(page.release)
+        return page
+
+    def copies(self) -> list[int]:
+        """Of the fds that go to the driver, in the order of LinkUnit's reply.  EMFILE."""
+        given: list[int] = []
+        with ExitStack() as undo:
+            try:
+                for fd in (self._registers, self._kick.fd, *(event.eventfd.fd for event in self._events)):
+                    given.append(os.dup(fd))
+                    undo.callback(os.close, given[-1])
+            except OSError as error:
+                raise UapiError(error.errno or errno.EMFILE, f"registers of a unit: {error}") from None
+            undo.pop_all()
+        return given
+
+    def _kicked(self, _: int) -> None:
+        try:
+            self._kick.drain()
+        except BrokenEvent:
+            self._on_broken()
+            return
+        self._unit.kick()
+
+    def close(self) -> None:
+        """When the unit has other registers."""
+        self._undo.close()
