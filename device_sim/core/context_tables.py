@@ -7,7 +7,7 @@ as a tag, each until it is invalidated; what is not present never is (CAP.CM = 0
 
 Must hold: every pointer is software's word: what lies outside table memory is the access error of its level
 and ends nothing; an index is within its table because of how it is made, or refused (PDTS).
-Departure: of a context entry that qualifies faults (FPD) the same is said of all entries below it.
+FPD of any entry on the way hides what it qualifies in all below it.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ class ContextTables:
         return context
 
     def _read_second_stage(self, context: ContextEntry) -> SecondStage:
-        raw = _PASID_ENTRY.pack(*self._read_pasid_words(context))
+        words, fpd = self._read_pasid_words(context)
         try:
-            entry = PasidEntry.from_bytes(raw)
+            entry = PasidEntry.from_bytes(_PASID_ENTRY.pack(*words))
         except FormatError:
-            raise NoTable(FaultReason.SPT_3, fpd=context.fpd) from None
-        fpd = context.fpd or entry.fpd
+            raise NoTable(FaultReason.SPT_3, fpd=fpd) from None
+        fpd = fpd or entry.fpd
         if not entry.present:
             raise NoTable(FaultReason.SPT_2, fpd=fpd)
         level = entry.level
@@ -153,16 +153,18 @@ class ContextTables:
         npages = 1 << min(address_bits(level), self._cap.mgaw) - PAGE_SHIFT
         return SecondStage(entry.did, entry.ss_ptr, level, npages, fpd)
 
-    def _read_pasid_words(self, context: ContextEntry) -> list[int]:
+    def _read_pasid_words(self, context: ContextEntry) -> tuple[list[int], bool]:
+        """The PASID entry, and whether what leads to it hides qualified faults."""
         directory, index = pasid_index(context.rid_pasid)
         if directory >= context.directory_entries:
             raise NoTable(FaultReason.SCT_9, fpd=context.fpd)
         at = Hpa(context.pasid_dir + directory * PasidDirEntry.SIZE)
         entry = self._read(PasidDirEntry, at, _DIRECTORY_REASONS, fpd=context.fpd)
+        fpd = context.fpd or entry.fpd
         if not entry.present:
-            raise NoTable(FaultReason.SPD_2, fpd=context.fpd or entry.fpd)
+            raise NoTable(FaultReason.SPD_2, fpd=fpd)
         at = Hpa(entry.pasid_table + index * PASID_ENTRY_SIZE)
-        return self._load(at, PASID_ENTRY_SIZE, FaultReason.SPT_1)
+        return self._load(at, PASID_ENTRY_SIZE, FaultReason.SPT_1), fpd
 
     def _read(
         self, kind: type[_Read], at: Hpa, reasons: tuple[FaultReason, FaultReason], *, fpd: bool = False
@@ -189,6 +191,7 @@ class ContextTables:
     def entry_in_memory(self, rid: int) -> bytes:
         """The PASID entry of requests without PASID as it lies in memory now; empty if none is reached."""
         try:
-            return _PASID_ENTRY.pack(*self._read_pasid_words(self._read_context(rid)))
+            words, _ = self._read_pasid_words(self._read_context(rid))
         except NoTable:
             return b""
+        return _PASID_ENTRY.pack(*words)

@@ -1,0 +1,154 @@
+"""A unit's pages and eventfds over real files, with a driver that hands over what it should not."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+from collections.abc import Iterator
+
+import pytest
+
+from device_sim.core.physmem import PhysicalMemory
+from device_sim.core.silicon import Silicon
+from device_sim.core.traits import UnitTraits, capabilities
+from device_sim.unit_port import UnitPort
+from protocol.errors import UapiError
+from protocol.rpc.loop import Loop
+from protocol.rpc.memfd import make_shared
+from tests.unit.device_sim.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
+
+PAGE = 4096
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.crashes: list[BaseException] = []
+        self.loop = Loop(self.crashes.append)
+        self.broken = 0
+        cap, ecap = capabilities()
+        self.silicon = Silicon(
+            [UnitTraits(cap, ecap, 46)], [], PhysicalMemory(), self.loop.flows.spawn, lambda: 0
+        )
+        self.store_fd, self.stored = make_shared("store page", PAGE, peer_writes=False)
+
+    def port(self, fd: int | None = None) -> UnitPort:
+        return UnitPort(self.loop, self.silicon, 0, self.store_fd if fd is None else fd, self._on_broken)
+
+    def _on_broken(self) -> None:
+        self.broken += 1
+
+    def store(self, offset: int, value: int) -> None:
+        self.stored[offset : offset + 4] = value.to_bytes(4, "little")
+
+    def close(self) -> None:
+        self.stored.close()
+        os.close(self.store_fd)
+        self.loop.close()
+        assert self.crashes == []
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+def fds_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_kick_is_looked_at_and_an_event_goes_out_once_a_turn(rig: Rig) -> None:
+    port = rig.port()
+    registers, kick, fault, request, completion = port.copies()
+    shown = mmap.mmap(registers, 2 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+    rig.store(IECTL, 0)
+    rig.store(IQA, 1 << 11)
+    rig.store(GCMD, QIE)
+    os.eventfd_write(kick, 1)
+    os.eventfd_write(kick, 1)
+    assert rig.loop.turn(1)
+    assert int.from_bytes(shown[GSTS : GSTS + 4], "little") == QIE
+    assert os.eventfd_read(completion) == 1
+    assert [select.select([fd], [], [], 0)[0] for fd in (fault, request, completion)] == [[], [], []]
+    shown.close()
+    port.close()
+    for fd in (registers, kick, fault, request, completion):
+        os.close(fd)
+    assert rig.broken == 0
+
+
+def test_nobody_but_the_unit_stores_into_its_pages(rig: Rig) -> None:
+    port = rig.port()
+    registers, *others = port.copies()
+    with pytest.raises(OSError, match="ermi"):
+        mmap.mmap(registers, 2 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    with pytest.raises(OSError, match="ermi"):
+        os.pwrite(registers, b"x", 0)
+    for size in (0, PAGE, 4 * PAGE):
+        with pytest.raises(OSError, match="ermi"):
+            os.ftruncate(registers, size)
+    port.close()
+    for fd in (registers, *others):
+        os.close(fd)
+
+
+def test_a_store_page_that_could_vanish_is_refused_and_nothing_is_kept(rig: Rig) -> None:
+    before = fds_open()
+    unsealed = os.memfd_create("store page", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, PAGE)
+    short = os.memfd_create("store page", os.MFD_ALLOW_SEALING)
+    os.ftruncate(short, PAGE - 1)
+    fcntl.fcntl(short, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    pipe = os.pipe()
+    for fd in (unsealed, short, pipe[0]):
+        with pytest.raises(UapiError) as caught:
+            rig.port(fd)
+        assert caught.value.errno == errno.EINVAL
+    for fd in (unsealed, short, *pipe):
+        os.close(fd)
+    assert fds_open() == before
+    rig.silicon.check_connectable(0)
+
+
+def test_a_port_that_is_closed_keeps_no_file_and_the_unit_stores_elsewhere(rig: Rig) -> None:
+    before = fds_open()
+    port = rig.port()
+    given = port.copies()
+    rig.silicon.unplug()
+    port.close()
+    for fd in given:
+        os.close(fd)
+    assert fds_open() == before
+    rig.silicon.units[0].kick()
+
+
+def test_a_driver_that_fills_an_event_loses_its_link(rig: Rig) -> None:
+    port = rig.port()
+    given = port.copies()
+    os.set_blocking(given[4], False)
+    os.eventfd_write(given[4], (1 << 64) - 2)
+    rig.store(IECTL, 0)
+    rig.store(GCMD, QIE)
+    os.eventfd_write(given[1], 1)
+    rig.loop.turn(1)
+    assert rig.broken == 1
+    port.close()
+    for fd in given:
+        os.close(fd)
+
+
+def test_a_kick_that_was_made_blocking_and_drained_by_its_other_end_stops_nobody(rig: Rig) -> None:
+    port = rig.port()
+    given = port.copies()
+    os.eventfd_write(given[1], 1)
+    os.set_blocking(given[1], True)
+    os.eventfd_read(given[1])
+    port._kicked(select.EPOLLIN)
+    assert rig.broken == 0
+    port.close()
+    for fd in given:
+        os.close(fd)
