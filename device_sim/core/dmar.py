@@ -213,7 +213,7 @@ class RemappingUnit:
         self._gcmd, self._rtaddr = 0, None
         self.tables.use(None)
         self.iotlb.invalidate_all()
-        self.queue.reset()
+        self.queue.disable()
         self.prq.reset()
         self.faults.reset()
         for endpoint in self._endpoints.values():

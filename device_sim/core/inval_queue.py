@@ -133,7 +133,3 @@ class InvalidationQueue:
             self._memory.store32(Hpa(wait.status_addr), wait.status_data)
         if wait.if_:
             self._registers.raise_status(Reg.ICS, Ics.IWC)
-
-    def reset(self) -> None:
-        self.enabled = False
-        self._iqa, self._head, self._late = 0, 0, None

@@ -152,6 +152,17 @@ def test_a_status_is_stored_in_a_queue_window_or_nowhere(silicon: Silicon, at: i
     assert bytes(silicon.driver.structures) == ring
 
 
+def test_a_status_is_stored_up_to_the_last_word_of_a_queue_window_and_only_where_it_is_asked_for(
+    silicon: Silicon,
+) -> None:
+    driver = silicon.driver
+    last = QUEUES + len(driver.queues) - 4
+    driver.put(driver.ring_at, 5 | 1 << 5 | 7 << 32, last, 0, 0)
+    driver.put(driver.ring_at + 32, 5 | 9 << 32, last - 4, 0, 0)
+    kick(silicon, 64)
+    assert (driver.status(last - QUEUES), driver.status(last - QUEUES - 4)) == (7, 0)
+
+
 # -- IQE -----------------------------------------------------------------------------------------------
 
 
