@@ -35,7 +35,7 @@ from protocol.units import Hpa
 
 _DESCRIPTOR = struct.Struct("<4Q")
 _WORDS = qi.DESCRIPTOR_SIZE // 8
-_STOPPED = int(Fsts.IQE | Fsts.ITE)
+_IQE, _ITE, _IWC = int(Fsts.IQE), int(Fsts.ITE), int(Ics.IWC)
 
 # Executes one that is no wait; the function that does not complete it, if there is one.
 Execute = Callable[[qi.Descriptor], int | None]
@@ -57,6 +57,7 @@ class InvalidationQueue:
         self._execute = execute
         self._check_wait = check_wait
         self._iqa = 0
+        self._ring = invalidation_ring(0)
         self._head = 0  # the index
         self._late: int | None = None  # a function that completes nothing, until the wait behind it
         self.enabled = False
@@ -64,6 +65,7 @@ class InvalidationQueue:
     def enable(self) -> None:
         """QIE was set: from the start of the ring that IQA names."""
         self._iqa = self._registers.stored(Reg.IQA)
+        self._ring = invalidation_ring(self._iqa)
         self._registers.show(Reg.IQA, self._iqa)
         self._head, self._late = 0, None
         self._registers.show(Reg.IQH, 0)
@@ -74,16 +76,16 @@ class InvalidationQueue:
 
     def run(self) -> None:
         """Everything up to the tail, as long as nothing stops it."""
-        if not self.enabled or self._registers.shown(Reg.FSTS) & _STOPPED:
+        if not self.enabled or self._registers.shown(Reg.FSTS) & (_IQE | _ITE):
             return
         try:
             self._run()
         except DescriptorError as error:
             self._registers.show(Reg.IQERCD, IQERCD_IQEI.put(error.iqei))
-            self._registers.raise_status(Reg.FSTS, Fsts.IQE)
+            self._registers.raise_status(Reg.FSTS, _IQE)
 
     def _run(self) -> None:
-        ring = invalidation_ring(self._iqa)
+        ring = self._ring
         tail = self._bounded_tail(ring)
         self.runs += self._head != tail
         while self._head != tail:
@@ -101,7 +103,7 @@ class InvalidationQueue:
         if self._late is not None:
             self._registers.show(Reg.IQERCD, IQERCD_ITESID.put(self._late))
             self._late = None
-            self._registers.raise_status(Reg.FSTS, Fsts.ITE)
+            self._registers.raise_status(Reg.FSTS, _ITE)
 
     def _bounded_tail(self, ring: Ring) -> int:
         if not IQA_DW.get(self._iqa):
@@ -132,4 +134,4 @@ class InvalidationQueue:
         if wait.sw:
             self._memory.store32(Hpa(wait.status_addr), wait.status_data)
         if wait.if_:
-            self._registers.raise_status(Reg.ICS, Ics.IWC)
+            self._registers.raise_status(Reg.ICS, _IWC)

@@ -22,6 +22,8 @@ REGISTER_PAGE: Final = PAGE_SIZE
 class Reg(IntEnum):
     """Offsets in the register page."""
 
+    __hash__ = int.__hash__  # an enum's own is a Python call, and a register is looked up at every access
+
     VER = 0x00
     CAP = 0x08
     ECAP = 0x10
