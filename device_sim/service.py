@@ -17,10 +17,10 @@ import structlog
 from device_sim.config import DeviceSimSettings
 from device_sim.core.dsa import registers
 from device_sim.core.msi import InterruptMessage
-from device_sim.core.silicon import Device, Silicon
+from device_sim.core.root_complex import Device, RootComplex
 from device_sim.core.stats import device_stats, unit_stats
 from device_sim.memory import MappedMemory
-from device_sim.unit_port import UnitPort
+from device_sim.unit_port import ConnectedUnit
 from protocol.daemon import tell_options
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, Fds
@@ -56,7 +56,7 @@ class DeviceSim:
         self.loop = loop
         self.settings = settings
         self.memory = MappedMemory()
-        self.silicon = Silicon(
+        self.silicon = RootComplex(
             settings.units,
             settings.devices,
             self.memory.physical,
@@ -66,7 +66,7 @@ class DeviceSim:
         )
         self.files = Files(loop)
         self.link: Channel | None = None
-        self.ports: list[UnitPort] = []
+        self.ports: list[ConnectedUnit] = []
         self.door = Door(loop, FRONT_DOOR, self)
         self.private_doors: Mapping[Path, Door[Any]] = (
             {} if settings.driver_socket is None else {settings.driver_socket: Door(loop, DRIVER_DOOR, self)}
@@ -171,7 +171,7 @@ def _unit(app: DeviceSim, message: uapi.LinkUnit, fds: Fds) -> Answer:
     app.silicon.check_connectable(message.unit)
     if len(fds) != 1:
         raise UapiError(errno.EINVAL, f"a unit's registers want one store page, {len(fds)} fds came")
-    app.ports.append(UnitPort(app.loop, app.silicon, message.unit, fds.peek(0), app.hang_up))
+    app.ports.append(ConnectedUnit(app.loop, app.silicon, message.unit, fds.peek(0), app.hang_up))
     return Answer({}, app.ports[-1].copies())
 
 

@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from device_sim.core.silicon import Silicon
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.root_complex import RootComplex
+from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import REGISTER_PAGE
@@ -24,7 +24,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.memfd import make_shared, map_peer
 
 
-class Event:
+class TurnEvent:
     """One that goes out at the end of the turn."""
 
     def __init__(self, loop: Loop, on_broken: Callable[[], None]) -> None:
@@ -54,11 +54,11 @@ class Event:
         self.eventfd.close()
 
 
-class UnitPort:
+class ConnectedUnit:
     """Unit `number`'s; `on_broken` ends the link.  Of the store page it keeps a mapping only."""
 
     def __init__(
-        self, loop: Loop, silicon: Silicon, number: int, store_page: int, on_broken: Callable[[], None]
+        self, loop: Loop, silicon: RootComplex, number: int, store_page: int, on_broken: Callable[[], None]
     ) -> None:
         """EINVAL: what the driver gave is no store page; otherwise what the system says."""
         self._loop = loop
@@ -71,7 +71,7 @@ class UnitPort:
                 ours = self._view(undo, mapping)
                 events = []
                 for _ in range(3):
-                    event = Event(loop, on_broken)
+                    event = TurnEvent(loop, on_broken)
                     undo.callback(event.close)
                     events.append(event)
                 self._kick = EventFd.make()
@@ -81,7 +81,7 @@ class UnitPort:
             except (OSError, ValueError) as error:
                 wrong = error.errno if isinstance(error, OSError) else errno.EINVAL
                 raise UapiError(wrong or errno.EINVAL, f"registers of unit {number}: {error}") from None
-            pages = Pages(
+            pages = RegisterPages(
                 self._page(undo, ours[:REGISTER_PAGE]),
                 self._page(undo, ours[REGISTER_PAGE:]),
                 self._page(undo, stored[:REGISTER_PAGE]),

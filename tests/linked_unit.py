@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.unit_registers import Events, RegisterPages
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.intel_iommu import QUEUE_BYTES, IntelIommu, UnitMemory
 from iommufdd.core.translation_tables import TranslationTables
@@ -65,7 +65,7 @@ class LinkedUnit:
             self.faults.extend,
         )
         unit.connect(
-            Pages(shown, taken, stored),
+            RegisterPages(shown, taken, stored),
             Events(self._raise("fault"), self._raise("page_request"), self._raise("completion")),
         )
         self._arrive = {

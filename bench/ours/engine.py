@@ -17,7 +17,7 @@ from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.unit_registers import Events, RegisterPages
 from iommufdd.core.domain import Domain
 from iommufdd.core.translation_tables import TranslationTables
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
@@ -143,7 +143,7 @@ def _attach(unit: RemappingUnit, memory: PhysicalMemory, entry: PasidEntry) -> N
     tables = TranslationTables(TableWriter(STRUCTURES, view), lambda: Hpa(next(pages)))
     tables.add_function(RID, ats=True, pasid=True, pri=True)
     tables.put_pasid_entry(RID, RID_PASID, entry)
-    private = Pages.private()
+    private = RegisterPages.private()
     unit.connect(private, Events())
     private.stored.store(Reg.RTADDR, tables.rtaddr)
     private.stored.store(Reg.GCMD, Gcmd.SRTP | Gcmd.TE)

@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "device_sim": (
         ("device_sim.core.function:Function._translate_missing", "look", "looked"),
         ("device_sim.core.pri:PageRequestInterface.request", "miss", ""),
-        ("device_sim.core.silicon:Silicon.raise_interrupts", "", "interrupt"),
+        ("device_sim.unit_port:TurnEvent.flush", "", "interrupt"),
         ("device_sim.core.function:Function.page_response", "response", ""),
     ),
     "iommufdd": (

@@ -24,11 +24,11 @@ from typing import Protocol
 from device_sim.core import msi
 from device_sim.core.context_tables import ContextTables, NoTable, SecondStage
 from device_sim.core.fault_recording import FaultRecording
-from device_sim.core.inval_queue import InvalidationQueue
+from device_sim.core.inval_queue import QueuedInvalidation
 from device_sim.core.iotlb import Iotlb, IotlbEntry, PscEntry
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.prq import PageRequestQueue
-from device_sim.core.unit_registers import Events, Pages, UnitRegisters
+from device_sim.core.prq import PrqWriter
+from device_sim.core.unit_registers import Events, RegisterPages, RegisterSet
 from protocol.hw import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.faults import QUALIFIED, AddressType, FaultReason, FaultRecord, FaultType
@@ -94,10 +94,10 @@ class RemappingUnit:
         self.cap = cap
         self.ecap = ecap
         self.iotlb = Iotlb()
-        self.registers = UnitRegisters(cap, ecap, fence)
+        self.registers = RegisterSet(cap, ecap, fence)
         self.tables = ContextTables(cap, ecap, haw, memory)
-        self.queue = InvalidationQueue(self.registers, memory, self._execute, self._check_wait)
-        self.prq = PageRequestQueue(self.registers, memory, self._auto_respond)
+        self.queue = QueuedInvalidation(self.registers, memory, self._execute, self._check_wait)
+        self.prq = PrqWriter(self.registers, memory, self._auto_respond)
         self.faults = FaultRecording(cap, self.registers)
         self.iotlb_invalidations = 0  # descriptors executed
         self.devtlb_invalidations = 0
@@ -121,7 +121,7 @@ class RemappingUnit:
 
     # -- what the driver does --------------------------------------------------------------------------
 
-    def connect(self, pages: Pages, events: Events) -> None:
+    def connect(self, pages: RegisterPages, events: Events) -> None:
         """A driver has the registers from now on, as after a reset."""
         self.registers.connect(pages, events)
 
@@ -212,7 +212,7 @@ class RemappingUnit:
 
     def reset(self) -> None:
         """The driver is gone: nothing is translated any more, and nothing is cached."""
-        self.registers.connect(Pages.private(), Events())
+        self.registers.connect(RegisterPages.private(), Events())
         self._gcmd, self._rtaddr = 0, None
         self.tables.use(None)
         self.iotlb.invalidate_all()

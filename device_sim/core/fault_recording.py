@@ -7,7 +7,7 @@ Must hold: a record is whole before its F shows, and F shows before PPF.
 
 from __future__ import annotations
 
-from device_sim.core.unit_registers import UnitRegisters
+from device_sim.core.unit_registers import RegisterSet
 from protocol.hw.caps import Cap
 from protocol.hw.faults import FAULT_RECORD_SIZE, FaultRecord
 from protocol.hw.vtd_regs import FSTS_FRI, Fsts, Reg
@@ -16,7 +16,7 @@ _PPF, _PFO = int(Fsts.PPF), int(Fsts.PFO)
 
 
 class FaultRecording:
-    def __init__(self, cap: Cap, registers: UnitRegisters) -> None:
+    def __init__(self, cap: Cap, registers: RegisterSet) -> None:
         self.recorded = 0
         self.lost = 0
         self._registers = registers

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.unit_registers import UnitRegisters
+from device_sim.core.unit_registers import RegisterSet
 from protocol.hw import qi
 from protocol.hw.qi import IQEI, DescriptorError
 from protocol.hw.vtd_regs import (
@@ -41,12 +41,12 @@ _IQE, _ITE, _IWC = int(Fsts.IQE), int(Fsts.ITE), int(Ics.IWC)
 Execute = Callable[[qi.Descriptor], int | None]
 
 
-class InvalidationQueue:
+class QueuedInvalidation:
     """`execute` raises DescriptorError for what the unit lacks, and so does `check_wait`."""
 
     def __init__(
         self,
-        registers: UnitRegisters,
+        registers: RegisterSet,
         memory: PhysicalMemory,
         execute: Execute,
         check_wait: Callable[[qi.Wait], None],

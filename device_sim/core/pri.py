@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from device_sim.core.prq import PageRequestQueue
+from device_sim.core.prq import PrqWriter
 from protocol.flow import Wait
 from protocol.hw.prq import PRGI_MAX, PageRequest
 from protocol.hw.qi import ResponseCode
@@ -31,7 +31,7 @@ class _RequestGroup(NamedTuple):
 
 
 class PageRequestInterface:
-    def __init__(self, rid: int, queue: PageRequestQueue, capacity: int) -> None:
+    def __init__(self, rid: int, queue: PrqWriter, capacity: int) -> None:
         self.enabled = False
         self.capacity = capacity
         self.allocation = 0  # requests that may be outstanding: no group is larger

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable
 
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.unit_registers import UnitRegisters
+from device_sim.core.unit_registers import RegisterSet
 from protocol.flow import Wait
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
@@ -30,8 +30,8 @@ _PPR, _PRO = int(Prs.PPR), int(Prs.PRO)
 Respond = Callable[[int, int, ResponseCode], None]
 
 
-class PageRequestQueue:
-    def __init__(self, registers: UnitRegisters, memory: PhysicalMemory, respond: Respond) -> None:
+class PrqWriter:
+    def __init__(self, registers: RegisterSet, memory: PhysicalMemory, respond: Respond) -> None:
         self.requests = 0
         self.dropped = 0
         self._registers = registers

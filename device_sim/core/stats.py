@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from device_sim.core.dmar import RemappingUnit
-from device_sim.core.silicon import Device
+from device_sim.core.root_complex import Device
 
 
 def unit_stats(units: Sequence[RemappingUnit]) -> dict[str, object]:

@@ -37,7 +37,7 @@ class Events(NamedTuple):
     completion: Callable[[], None] = _nothing
 
 
-class Pages(NamedTuple):
+class RegisterPages(NamedTuple):
     """Ours to store into: what is `shown`, what was `taken`; and what software `stored`."""
 
     shown: RegisterPage
@@ -45,7 +45,7 @@ class Pages(NamedTuple):
     stored: RegisterPage
 
     @classmethod
-    def private(cls) -> Pages:
+    def private(cls) -> RegisterPages:
         """Of a unit that has no driver."""
         return cls(*(RegisterPage(memoryview(bytearray(REGISTER_PAGE))) for _ in range(3)))
 
@@ -55,15 +55,15 @@ _CONTROL: Final = {Reg.FSTS: Reg.FECTL, Reg.PRS: Reg.PECTL, Reg.ICS: Reg.IECTL}
 _REPORTED: Final = {**RW1C, Reg.FSTS: RW1C[Reg.FSTS] | Fsts.PPF}
 
 
-class UnitRegisters:
+class RegisterSet:
     """`fence` keeps a load behind it from being made before a store ahead of it."""
 
     def __init__(self, cap: Cap, ecap: Ecap, fence: Callable[[], None] = _nothing) -> None:
         self._capabilities = {Reg.VER: ARCHITECTURE_VERSION, Reg.CAP: cap.value, Reg.ECAP: ecap.value}
         self._fence = fence
-        self.connect(Pages.private(), Events())
+        self.connect(RegisterPages.private(), Events())
 
-    def connect(self, pages: Pages, events: Events) -> None:
+    def connect(self, pages: RegisterPages, events: Events) -> None:
         """As after a reset, in these pages."""
         self._shown, self._taken, self._stored = pages
         self._events = {Reg.FSTS: events.fault, Reg.PRS: events.page_request, Reg.ICS: events.completion}

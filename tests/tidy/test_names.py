@@ -21,9 +21,7 @@ TWO_ENDS = {
     "Iommufdd": "iommufdd's front door",
     "Kvmd": "kvmd's front door",
     "NxHugePages": "NX_HUGE_PAGES",
-    "PageRequestQueue": "the ring of page requests",
     "RunResult": "KVM_RUN",
-    "Silicon": "the link",
     "Vcpu": "KVM_CREATE_VCPU",
 }
 # Still to be told apart.

@@ -10,7 +10,7 @@ import struct
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.qi import IQEI
 from protocol.hw.register_page import RegisterPage
@@ -68,7 +68,9 @@ class RawDriver:
             self.bring_up()
 
     def connect(self) -> None:
-        pages = Pages(*(RegisterPage(memoryview(page)) for page in (self.shown, self.taken, self.stored)))
+        pages = RegisterPages(
+            *(RegisterPage(memoryview(page)) for page in (self.shown, self.taken, self.stored))
+        )
         self.unit.connect(pages, Events(self._on_fault, self._on_request, self._on_completion))
 
     def come_back(self) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.silicon import Silicon
+from device_sim.core.root_complex import RootComplex
 from device_sim.core.traits import UnitTraits, capabilities
-from device_sim.unit_port import UnitPort
+from device_sim.unit_port import ConnectedUnit
 from protocol.errors import UapiError
 from protocol.rpc.loop import Loop
 from protocol.rpc.memfd import make_shared
@@ -29,13 +29,13 @@ class Rig:
         self.loop = Loop(self.crashes.append)
         self.broken = 0
         cap, ecap = capabilities()
-        self.silicon = Silicon(
+        self.silicon = RootComplex(
             [UnitTraits(cap, ecap, 46)], [], PhysicalMemory(), self.loop.flows.spawn, lambda: 0
         )
         self.store_fd, self.stored = make_shared("store page", PAGE, peer_writes=False)
 
-    def port(self, fd: int | None = None) -> UnitPort:
-        return UnitPort(self.loop, self.silicon, 0, self.store_fd if fd is None else fd, self._on_broken)
+    def port(self, fd: int | None = None) -> ConnectedUnit:
+        return ConnectedUnit(self.loop, self.silicon, 0, self.store_fd if fd is None else fd, self._on_broken)
 
     def _on_broken(self) -> None:
         self.broken += 1

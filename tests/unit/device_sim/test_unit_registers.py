@@ -12,7 +12,7 @@ import pytest
 from device_sim.core.dmar import RequestRefused
 from device_sim.core.pri import PageAccess
 from device_sim.core.traits import capabilities
-from device_sim.core.unit_registers import Events, Pages, UnitRegisters
+from device_sim.core.unit_registers import Events, RegisterPages, RegisterSet
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import Reg
 from protocol.units import IovaPfn
@@ -49,8 +49,10 @@ class Shared:
         self.shown, self.taken, self.stored = (bytearray(4096) for _ in range(3))
         self.log: list[str] = []
         self.on_fence: Callable[[], None] = lambda: None
-        self.registers = UnitRegisters(*capabilities(), self._fence)
-        pages = Pages(*(RegisterPage(memoryview(page)) for page in (self.shown, self.taken, self.stored)))
+        self.registers = RegisterSet(*capabilities(), self._fence)
+        pages = RegisterPages(
+            *(RegisterPage(memoryview(page)) for page in (self.shown, self.taken, self.stored))
+        )
         self.registers.connect(pages, Events(*(self._says(what) for what in ("fault", "request", "done"))))
         self.store(PECTL, 0)
         self.registers.latch_controls()

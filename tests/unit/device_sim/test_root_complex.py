@@ -9,9 +9,9 @@ import pytest
 from device_sim.core.dsa import registers
 from device_sim.core.msi import START, InterruptMessage
 from device_sim.core.physmem import PhysicalMemory
-from device_sim.core.silicon import Device, Silicon
+from device_sim.core.root_complex import Device, RootComplex
 from device_sim.core.traits import DeviceTraits, Traits, UnitTraits, capabilities
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.hostmem import WindowKind
@@ -55,7 +55,7 @@ class World:
         memory = self.memory = PhysicalMemory()
         self.drivers: list[RawDriver] = []
         memory.add(window(WindowKind.TABLES, TABLES, bytearray(4096)), lambda: None)
-        self.silicon = Silicon(units, devices, memory, self.flows.spawn, lambda: 0)
+        self.silicon = RootComplex(units, devices, memory, self.flows.spawn, lambda: 0)
 
     def plug(self) -> None:
         self.silicon.check_free()
@@ -137,7 +137,7 @@ def test_a_units_registers_are_mapped_once_by_each_driver(world: World) -> None:
     world.plug()
     for again in (False, True):
         world.silicon.check_connectable(1)
-        world.silicon.connect(1, Pages.private(), Events())
+        world.silicon.connect(1, RegisterPages.private(), Events())
         with pytest.raises(UapiError) as caught:
             world.silicon.check_connectable(1)
         assert caught.value.errno == errno.EBUSY
@@ -168,7 +168,7 @@ def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: World) ->
     assert errno_of(world.map_bars(0x1234)) == errno.ENODEV
 
 
-def test_bars_that_two_map_during_a_reset_go_to_the_first(world: World) -> None:
+def test_bars_two_map_during_a_reset_go_to_the_first(world: World) -> None:
     world.plug()
     device = world.wait_for_a_page(ONE)
     first, second = world.map_bars(ONE), world.map_bars(ONE)

@@ -1,4 +1,4 @@
-"""The silicon: remapping units, the devices behind them, and who holds which of it.
+"""The root complex: remapping units, the devices behind them, and who holds which of it.
 
 Models what is there before any driver: units and devices stay, while a driver comes and goes with its link,
 and a guest with the BARs that are mapped for it.  In the order of a life:
@@ -24,12 +24,12 @@ from device_sim.core.function import Function
 from device_sim.core.msi import InterruptMessage
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import DeviceTraits, UnitTraits
-from device_sim.core.unit_registers import Events, Pages
+from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
 from protocol.flow import Flow
 
 
-class Guest(Protocol):
+class BarOwner(Protocol):
     """Who has a device's BARs mapped: where its interrupts go."""
 
     def interrupt(self, handle: int) -> None: ...
@@ -55,7 +55,7 @@ class Device:
         self.unit = unit
         self.function = Function(traits.rid, unit, memory, clock, traits.function)
         self.dsa = Dsa(self.function, spawn, self._interrupt)
-        self.guest: Guest | None = None
+        self.guest: BarOwner | None = None
 
     def _interrupt(self, handle: int) -> None:
         if self.guest is not None:
@@ -72,7 +72,7 @@ class Device:
         self.dsa.abandon()
 
 
-class Silicon:
+class RootComplex:
     """`spawn` starts a flow, `clock` gives nanoseconds, `fence` is a full fence between two processes."""
 
     def __init__(
@@ -133,7 +133,7 @@ class Silicon:
         if number in self._connected:
             raise UapiError(errno.EBUSY, f"the registers of unit {number} are mapped already")
 
-    def connect(self, number: int, pages: Pages, events: Events) -> RemappingUnit:
+    def connect(self, number: int, pages: RegisterPages, events: Events) -> RemappingUnit:
         """The driver has the registers of a unit."""
         unit = self.unit(number)
         assert number not in self._connected, f"unit {number} has one register page"
@@ -150,9 +150,9 @@ class Silicon:
         device, driver = self.device(rid), self.driver
         if device.guest is None:
             # await: device: another may map it meanwhile; asked again: its guest, below
-            # (tests/unit/device_sim/test_silicon.py::test_bars_that_two_map_during_a_reset_go_to_the_first)
+            # (tests/unit/device_sim/test_root_complex.py::test_bars_two_map_during_a_reset_go_to_the_first)
             # | driver: may be gone; asked again: below
-            # (tests/unit/device_sim/test_silicon.py::test_a_driver_gone_during_a_reset_maps_nothing)
+            # (tests/unit/device_sim/test_root_complex.py::test_a_driver_gone_during_a_reset_maps_nothing)
             await device.dsa.reset()
         if device.guest is not None:
             raise UapiError(errno.EBUSY, f"the BARs of {device.name} are mapped already")
