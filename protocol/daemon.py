@@ -39,7 +39,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 _SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
-class App(Protocol):
+class DaemonApp(Protocol):
     """What a daemon is, apart from its main."""
 
     door: Door[Any]
@@ -117,7 +117,7 @@ def refuse_optimised() -> None:
         raise SystemExit("python -O removes the asserts this model is made of: run without it")
 
 
-def run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:
+def run(name: str, options: argparse.Namespace, build: Callable[[Loop], DaemonApp]) -> int:
     """Run a daemon until it is told to stop; its exit status."""
     refuse_optimised()
     # Tracebacks too, and whatever else speaks there.
@@ -151,7 +151,7 @@ def _trace_to(path: Path) -> None:
     TRACE.start(write)
 
 
-async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], App]) -> int:
+async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], DaemonApp]) -> int:
     crashes = 0
 
     def on_crash(error: BaseException) -> None:
@@ -194,7 +194,7 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], A
     return 1 if crashes else 0
 
 
-async def _start(app: App, stop: trio.Event) -> bool:
+async def _start(app: DaemonApp, stop: trio.Event) -> bool:
     """False if we are told to stop while peers we need are not there yet."""
     async with trio.open_nursery() as starting:
 

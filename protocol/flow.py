@@ -100,7 +100,7 @@ def done(value: T) -> Wait[T]:
 Flow = Coroutine[Any, None, T]
 
 
-class _Running(Generic[T]):
+class _Started(Generic[T]):
     __slots__ = ("coro", "done")
 
     def __init__(self, coro: Flow[T], done: Wait[T]) -> None:
@@ -112,14 +112,14 @@ class Flows:
     """Runs flows up to their next wait.  Not re-entrant: `run_ready` is called from the top level only."""
 
     def __init__(self, on_crash: Callable[[BaseException], None] | None = None) -> None:
-        self._ready: deque[_Running[Any]] = deque()
-        self._waiting: dict[_Running[Any], None] = {}
+        self._ready: deque[_Started[Any]] = deque()
+        self._waiting: dict[_Started[Any], None] = {}
         self._on_crash = on_crash
 
     def start(self, coro: Flow[T]) -> Wait[T]:
         """Run `coro` until it first waits.  Its result, or its error, is for whoever looks at the Wait."""
         done: Wait[T] = Wait()  # not Wait[T](), which costs twenty times as much
-        running = _Running(coro, done)
+        running = _Started(coro, done)
         self._step(running)
         return running.done
 
@@ -133,7 +133,7 @@ class Flows:
             result: T = stop.value
             return result
         done: Wait[T] = Wait()
-        self._suspend(_Running(coro, done), wait)
+        self._suspend(_Started(coro, done), wait)
         return done
 
     def spawn(self, coro: Flow[None]) -> None:
@@ -161,10 +161,10 @@ class Flows:
         self._waiting.clear()
         self._ready.clear()
 
-    def _pick(self) -> _Running[Any]:
+    def _pick(self) -> _Started[Any]:
         return self._ready.popleft()
 
-    def _step(self, running: _Running[Any]) -> None:
+    def _step(self, running: _Started[Any]) -> None:
         try:
             wait = running.coro.send(None)
         except StopIteration as stop:
@@ -174,7 +174,7 @@ class Flows:
         else:
             self._suspend(running, wait)
 
-    def _suspend(self, running: _Running[Any], wait: object) -> None:
+    def _suspend(self, running: _Started[Any], wait: object) -> None:
         assert isinstance(wait, Wait), f"a flow may await only a Wait, not {wait!r}"
         self._waiting[running] = None
 

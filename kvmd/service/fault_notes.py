@@ -11,7 +11,7 @@ from protocol.rpc.channel import Channel
 from protocol.rpc.service import Service
 from protocol.units import Gfn
 
-MAX_UNSENT_BYTES = 4 << 20  # some 80,000 notes
+MAX_UNREAD_BYTES = 4 << 20  # some 80,000 notes
 
 
 class NotesFile:
@@ -23,7 +23,7 @@ class NotesFile:
         notes.subscribe(self)
 
     def post(self, gfn: Gfn, npages: int, *, writable: bool) -> bool:
-        if self.channel is None or self.channel.unsent_bytes >= MAX_UNSENT_BYTES:
+        if self.channel is None or self.channel.unsent_bytes >= MAX_UNREAD_BYTES:
             return False
         self.channel.notify("KVM_FAULTED_IN", {"gfn": gfn, "npages": npages, "writable": writable})
         return True

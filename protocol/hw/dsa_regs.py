@@ -32,7 +32,7 @@ from protocol.hw.fields import (
 from protocol.units import Iova, Pasid, bit
 
 
-class Reg(IntEnum):
+class DsaReg(IntEnum):
     """Offsets in BAR 0; OFFSETS says where the tables lie."""
 
     VERSION = 0x00

@@ -25,7 +25,7 @@ class EptAccess(IntFlag):
     FETCH = bits.EXEC
 
 
-class ExitReason(IntEnum):
+class BasicExitReason(IntEnum):
     EPT_VIOLATION = 48
     EPT_MISCONFIG = 49
 
@@ -36,15 +36,15 @@ FINAL_TRANSLATION = bit(8)  # clear: the access was to a guest paging structure
 
 
 class EptExit(NamedTuple):
-    reason: ExitReason
+    reason: BasicExitReason
     qualification: int
 
 
 def ept_exit(found: Walk, access: EptAccess, *, final: bool = True) -> EptExit | None:
     """The exit that `access` causes after the walk `found` by EPT rules; None: it goes through."""
     if found.outcome is Outcome.RESERVED:
-        return EptExit(ExitReason.EPT_MISCONFIG, 0)
+        return EptExit(BasicExitReason.EPT_MISCONFIG, 0)
     if found.outcome is Outcome.MAPPED and not access & ~found.rights:
         return None
     qualification = access | found.rights << RIGHTS_SHIFT | LINEAR_ADDRESS_VALID
-    return EptExit(ExitReason.EPT_VIOLATION, qualification | (FINAL_TRANSLATION if final else 0))
+    return EptExit(BasicExitReason.EPT_VIOLATION, qualification | (FINAL_TRANSLATION if final else 0))

@@ -25,8 +25,8 @@ from protocol.hw.dsa_regs import (
     CommandError,
     CommandStatus,
     CommandWord,
+    DsaReg,
     GenCap,
-    Reg,
     SoftwareError,
     State,
     WqCap,
@@ -55,19 +55,19 @@ class IdxdDevice:
 
     async def capabilities(self) -> tuple[GenCap, WqCap]:
         read = self._portal.mmio_read
-        return GenCap.from_bytes(await read(Reg.GENCAP, GenCap.SIZE)), WqCap.from_bytes(
-            await read(Reg.WQCAP, WqCap.SIZE)
+        return GenCap.from_bytes(await read(DsaReg.GENCAP, GenCap.SIZE)), WqCap.from_bytes(
+            await read(DsaReg.WQCAP, WqCap.SIZE)
         )
 
     async def state(self) -> State:
-        return State(int.from_bytes(await self._portal.mmio_read(Reg.GENSTS, _DWORD), "little"))
+        return State(int.from_bytes(await self._portal.mmio_read(DsaReg.GENSTS, _DWORD), "little"))
 
     async def set_up(self, groups: Sequence[Sequence[WqCfg | None]]) -> None:
         """Enable the device with these groups; the queues are numbered through, None leaves a number out.
 
         The engines are dealt out in turn.
         """
-        engines = int.from_bytes(await self._portal.mmio_read(Reg.ENGCAP, 8), "little")
+        engines = int.from_bytes(await self._portal.mmio_read(DsaReg.ENGCAP, 8), "little")
         at, number = await self._table(GRPCFG_TABLE), 0
         for index, queues in enumerate(groups):
             mask = 0
@@ -79,7 +79,7 @@ class IdxdDevice:
             own = sum(1 << engine for engine in range(index, engines, len(groups)))
             self._portal.mmio_write(at + index * GRPCFG_BYTES, mask.to_bytes(8, "little"))
             self._portal.mmio_write(at + index * GRPCFG_BYTES + GRPCFG_WQS_BYTES, own.to_bytes(8, "little"))
-        self._portal.mmio_write(Reg.GENCTRL, GENCTRL_SWERR_INT.to_bytes(_DWORD, "little"))
+        self._portal.mmio_write(DsaReg.GENCTRL, GENCTRL_SWERR_INT.to_bytes(_DWORD, "little"))
         await self.command(Command.ENABLE_DEVICE)
 
     async def write_queue(self, number: int, config: WqCfg) -> None:
@@ -90,11 +90,11 @@ class IdxdDevice:
     async def command(self, command: Command, operand: int = 0) -> None:
         """Sleep until it is done; ENXIO with the error if it failed."""
         word = CommandWord(command=command, operand=operand, interrupt=True)
-        self._portal.mmio_write(Reg.CMD, word.to_bytes())
+        self._portal.mmio_write(DsaReg.CMD, word.to_bytes())
         while True:
             # The vector is also that of software errors.
             await self._portal.wait_interrupt(MISC_VECTOR)
-            status = CommandStatus.from_bytes(await self._portal.mmio_read(Reg.CMDSTS, CommandStatus.SIZE))
+            status = CommandStatus.from_bytes(await self._portal.mmio_read(DsaReg.CMDSTS, CommandStatus.SIZE))
             if not status.active:
                 break
         if status.error is not CommandError.SUCCESS:
@@ -102,12 +102,12 @@ class IdxdDevice:
 
     async def take_software_error(self) -> SoftwareError:
         """Read the register and make room for the next error."""
-        error = SoftwareError.from_bytes(await self._portal.mmio_read(Reg.SWERR, SoftwareError.SIZE))
+        error = SoftwareError.from_bytes(await self._portal.mmio_read(DsaReg.SWERR, SoftwareError.SIZE))
         if error.valid:
             ack = SoftwareError(valid=True, overflow=True).to_bytes()
-            self._portal.mmio_write(Reg.SWERR, ack[:8])
+            self._portal.mmio_write(DsaReg.SWERR, ack[:8])
         return error
 
     async def _table(self, which: Field) -> int:
-        offsets = int.from_bytes(await self._portal.mmio_read(Reg.OFFSETS, 16), "little")
+        offsets = int.from_bytes(await self._portal.mmio_read(DsaReg.OFFSETS, 16), "little")
         return which.get(offsets) * TABLE_UNIT

@@ -10,7 +10,7 @@ import trio
 
 from protocol.errors import UapiError
 from protocol.hw.dsa import Descriptor, Opcode, Status
-from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, PortalError, Reg, State, WqCfg
+from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, DsaReg, PortalError, State, WqCfg
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.measure import Report
@@ -173,7 +173,7 @@ async def test_a_dedicated_queue_that_overflows_tells_it_in_the_software_error_r
 
 async def size_of_queue_0(portal: Portal) -> int:
     """As a driver would read it back: the table of queues is where OFFSETS says."""
-    offsets = int.from_bytes(await portal.mmio_read(Reg.OFFSETS, 16), "little")
+    offsets = int.from_bytes(await portal.mmio_read(DsaReg.OFFSETS, 16), "little")
     config = await portal.mmio_read(WQCFG_TABLE.get(offsets) * TABLE_UNIT, WQCFG_BYTES)
     return WqCfg.from_bytes(config).size
 

@@ -25,10 +25,7 @@ TWO_ENDS = {
     "Vcpu": "KVM_CREATE_VCPU",
 }
 # Still to be told apart.
-TO_GO = {
-    *("App", "Channel", "Cpu", "ExitReason", "Faults", "Guest", "Host", "Ioas", "Outcome"),
-    *("Refused", "Reg", "TablePool", "Wait", "_Held", "_Running"),
-}
+TO_GO = {"Guest", "Host", "Outcome", "Wait"}
 
 # Parameters that hold an address or the number of a page, wherever they stand in a core.
 ADDRESS = re.compile(

@@ -22,7 +22,7 @@ from protocol.hw.dsa_regs import (
     WQCFG_TABLE,
     Cause,
     CommandWord,
-    Reg,
+    DsaReg,
     SoftwareError,
     State,
 )
@@ -34,16 +34,16 @@ BAR_BYTES: Final = 0x1000
 _GRPCFG_END: Final = GRPCFG_AT + GROUPS * GRPCFG_BYTES
 _WQCFG_END: Final = WQCFG_AT + WORK_QUEUES * WQCFG_BYTES
 _CAPABILITIES: Final[dict[int, bytes]] = {
-    Reg.VERSION: store(VERSION_1, 4),
-    Reg.GENCAP: GENCAP.to_bytes(),
-    Reg.WQCAP: WQCAP.to_bytes(),
-    Reg.GRPCAP: store(GROUPS, 8),
-    Reg.ENGCAP: store(ENGINES, 8),
-    Reg.OPCAP: store(OPCAP, OPCAP_BYTES),
-    Reg.OFFSETS: store(
+    DsaReg.VERSION: store(VERSION_1, 4),
+    DsaReg.GENCAP: GENCAP.to_bytes(),
+    DsaReg.WQCAP: WQCAP.to_bytes(),
+    DsaReg.GRPCAP: store(GROUPS, 8),
+    DsaReg.ENGCAP: store(ENGINES, 8),
+    DsaReg.OPCAP: store(OPCAP, OPCAP_BYTES),
+    DsaReg.OFFSETS: store(
         GRPCFG_TABLE.put(GRPCFG_AT // TABLE_UNIT) | WQCFG_TABLE.put(WQCFG_AT // TABLE_UNIT), 16
     ),
-    Reg.CMDCAP: store(CMDCAP, 4),
+    DsaReg.CMDCAP: store(CMDCAP, 4),
 }
 
 
@@ -52,11 +52,11 @@ def read(dsa: Dsa, offset: int, size: int) -> bytes:
     bar = bytearray(BAR_BYTES)
     placed: dict[int, bytes] = {
         **_CAPABILITIES,
-        Reg.GENCTRL: store(dsa.genctrl, 4),
-        Reg.GENSTS: store(dsa.state, 4),
-        Reg.INTCAUSE: store(dsa.intcause, 4),
-        Reg.CMDSTS: dsa.command_status.to_bytes(),
-        Reg.SWERR: dsa.software_error.to_bytes(),
+        DsaReg.GENCTRL: store(dsa.genctrl, 4),
+        DsaReg.GENSTS: store(dsa.state, 4),
+        DsaReg.INTCAUSE: store(dsa.intcause, 4),
+        DsaReg.CMDSTS: dsa.command_status.to_bytes(),
+        DsaReg.SWERR: dsa.software_error.to_bytes(),
     }
     for n, (queues, engines) in enumerate(zip(dsa.group_queues, dsa.group_engines, strict=True)):
         placed[GRPCFG_AT + n * GRPCFG_BYTES] = store(queues, GRPCFG_WQS_BYTES) + store(engines, 8)
@@ -76,18 +76,18 @@ def write(dsa: Dsa, offset: int, data: bytes) -> None:
         _write_group(dsa, offset - GRPCFG_AT, data)
     elif WQCFG_AT <= offset < _WQCFG_END:
         _write_queue(dsa, offset - WQCFG_AT, data)
-    elif offset == Reg.SWERR and value & 1:
+    elif offset == DsaReg.SWERR and value & 1:
         dsa.software_error = SoftwareError()  # valid and overflow, written as ones
     elif len(data) == 4:
         _write_dword(dsa, offset, value)
 
 
 def _write_dword(dsa: Dsa, offset: int, value: int) -> None:
-    if offset == Reg.GENCTRL:
+    if offset == DsaReg.GENCTRL:
         dsa.genctrl = value & 1
-    elif offset == Reg.INTCAUSE:
+    elif offset == DsaReg.INTCAUSE:
         dsa.intcause &= ~Cause(value & (Cause.SWERR | Cause.CMD))
-    elif offset == Reg.CMD:
+    elif offset == DsaReg.CMD:
         dsa.write_command(CommandWord.from_bytes(store(value, 4)))
 
 

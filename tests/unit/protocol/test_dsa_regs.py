@@ -14,8 +14,8 @@ from protocol.hw.dsa_regs import (
     CommandError,
     CommandStatus,
     CommandWord,
+    DsaReg,
     GenCap,
-    Reg,
     Register,
     SoftwareError,
     WqCap,
@@ -73,7 +73,7 @@ def test_a_register_has_the_bits_of_its_table(register: Register, word: int) -> 
 def test_sizes_and_offsets() -> None:
     sizes = {kind: kind.SIZE for kind in (GenCap, WqCap, WqCfg, CommandWord, CommandStatus, SoftwareError)}
     assert list(sizes.values()) == [8, 8, 32, 4, 4, 32]
-    assert [int(reg) for reg in Reg] == [
+    assert [int(reg) for reg in DsaReg] == [
         *(0, 0x10, 0x20, 0x30, 0x38, 0x40, 0x60, 0x80, 0x88, 0x90, 0x98, 0xA0, 0xA8, 0xB0, 0xC0),
     ]
     assert [int(command) for command in Command] == list(range(1, 15))
