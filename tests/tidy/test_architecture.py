@@ -1,11 +1,13 @@
-"""ARCHITECTURE.md against the tree: the files it names exist, and so do the invariants the code names."""
+"""ARCHITECTURE.md and the code against the tree: the files, invariants and tests they name exist."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from tests.tidy.source import ROOT, product
+import pytest
+
+from tests.tidy.source import ROOT, Module, hold, product, snippet
 
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,3 +57,37 @@ def test_every_file_a_document_names_exists() -> None:
         for name in NAMED_FILE.findall(document.read_text()):
             planned = "0001" in document.name  # tells what was not built, too
             assert planned or Path(ROOT / name).exists(), f"{document.name} names {name}"
+
+
+TEST = re.compile(r"((?:tests/[\w/]*)?\w*(?:\.py)?)::(test_\w+)")
+
+
+def missing_tests(module: Module) -> list[str]:
+    """Tests that a module names as the proof of what it says, and that are not there.  `::test_x` and
+    `test_y.py::test_x` are of the file, or beside the file, that was named last."""
+    found, last = [], ROOT / "tests" / "none.py"
+    for match in TEST.finditer(module.text):
+        path, name = match[1], match[2]
+        last = ROOT / path if "/" in path else last.with_name(path) if path else last
+        if not last.exists() or f"def {name}(" not in last.read_text(encoding="utf-8"):
+            found.append(module.at(module.text.count("\n", 0, match.start()) + 1, f"no test {match[0]}"))
+    return found
+
+
+def test_every_test_the_code_names_exists() -> None:
+    hold(missing_tests, product())
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ("(tests/tidy/test_architecture.py::test_every_file_a_document_names_exists)", 0),
+        ("(tests/tidy/test_width.py::test_prose_fits), (test_architecture.py::test_a_wrong_name_is_seen)", 0),
+        ("(tests/tidy/test_width.py::test_prose_fits), (::test_a_wide_line_is_seen)", 0),
+        ("(tests/tidy/test_width.py::test_no_such)", 1),
+        ("(tests/tidy/test_nowhere.py::test_prose_fits)", 1),
+        ("(::test_prose_fits)", 1),
+    ],
+)
+def test_a_wrong_name_is_seen(said: str, count: int) -> None:
+    assert len(missing_tests(snippet("kvmd/core/vm.py", f'"""Safe, see {said}."""'))) == count
