@@ -166,7 +166,7 @@ class RemappingUnit:
         """What requests without PASID of that function are translated by; empty if nothing is there."""
         return self.tables.entry_in_memory(rid)
 
-    def _check_wait(self, descriptor: qi.Wait) -> None:
+    def _check_wait(self, descriptor: qi.WaitDescriptor) -> None:
         if descriptor.pd and not self.ecap.pds:
             raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
 

@@ -49,7 +49,7 @@ class QueuedInvalidation:
         registers: RegisterSet,
         memory: PhysicalMemory,
         execute: Execute,
-        check_wait: Callable[[qi.Wait], None],
+        check_wait: Callable[[qi.WaitDescriptor], None],
     ) -> None:
         self.runs = 0  # that executed anything
         self._registers = registers
@@ -90,7 +90,7 @@ class QueuedInvalidation:
         self.runs += self._head != tail
         while self._head != tail:
             descriptor = qi.decode(self._fetch(ring))
-            if isinstance(descriptor, qi.Wait):
+            if isinstance(descriptor, qi.WaitDescriptor):
                 self._check_wait(descriptor)
                 self._advance(ring)
                 if self._late is not None:
@@ -129,7 +129,7 @@ class QueuedInvalidation:
         self._head = (self._head + 1) % ring.entries
         self._registers.show(Reg.IQH, ring.offset(self._head))
 
-    def _complete(self, wait: qi.Wait) -> None:
+    def _complete(self, wait: qi.WaitDescriptor) -> None:
         """Status first, then the event that tells of it."""
         if wait.sw:
             self._memory.store32(Hpa(wait.status_addr), wait.status_data)

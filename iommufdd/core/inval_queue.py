@@ -29,8 +29,7 @@ from iommufdd.core.counts import UnitCounts
 from iommufdd.core.unit_registers import UnitRegisters
 from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
-from protocol.hw.qi import IQEI, Descriptor, encode
-from protocol.hw.qi import Wait as WaitDescriptor
+from protocol.hw.qi import IQEI, Descriptor, WaitDescriptor, encode
 from protocol.hw.vtd_regs import IQERCD_IQEI, IQERCD_ITESID, Fsts, Reg, Ring
 from protocol.units import Hpa
 

@@ -27,7 +27,7 @@ from protocol.hw.qi import (
     PasidCacheGranularity,
     PasidCacheInv,
     ResponseCode,
-    Wait,
+    WaitDescriptor,
     devtlb_addr,
     encode,
     psi_cover,
@@ -67,10 +67,10 @@ def detach(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
 def drain(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
     """After a function's page requests were switched off: software has seen all it sent [VT-d 7.10]."""
     return [
-        Wait(fn=True),
+        WaitDescriptor(fn=True),
         IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
         *_device(rid, ecap),
-        Wait(sw=True, fn=True, pd=bool(ecap.pds), status_data=DONE),
+        WaitDescriptor(sw=True, fn=True, pd=bool(ecap.pds), status_data=DONE),
     ]
 
 
@@ -92,9 +92,9 @@ def everything(rid: int) -> DevTlbInv:
     return DevTlbInv(sid=rid, size=True, addr=DEVTLB_ALL)
 
 
-def wait() -> Wait:
+def wait() -> WaitDescriptor:
     """Completes when all before it has; the queue says where and what it stores, `inval_queue.py`."""
-    return Wait(sw=True, fn=True, status_data=DONE)
+    return WaitDescriptor(sw=True, fn=True, status_data=DONE)
 
 
 def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupResponse:
@@ -112,7 +112,7 @@ _KINDS: dict[type[Descriptor], str] = {
     ContextInv: "context",
     DevTlbInv: "devtlb",
     PasidCacheInv: "pasid_cache",
-    Wait: "wait",
+    WaitDescriptor: "wait",
     PageGroupResponse: "page_group_response",
 }
 
@@ -122,6 +122,6 @@ def raw(descriptors: Sequence[Descriptor]) -> list[bytes]:
     encoded = [encode(descriptor) for descriptor in descriptors]
     if TRACE.on:
         for descriptor, words in zip(descriptors, encoded, strict=True):
-            if not isinstance(descriptor, Wait):
+            if not isinstance(descriptor, WaitDescriptor):
                 TRACE.emit(QiSubmit.of(words))
     return encoded

@@ -175,7 +175,7 @@ class IecInv:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
+class WaitDescriptor:
     """Completes when everything queued before it has, including the devices' own completions."""
 
     TYPE: ClassVar = 5
@@ -282,7 +282,7 @@ Descriptor = (
     | IotlbInv
     | DevTlbInv
     | IecInv
-    | Wait
+    | WaitDescriptor
     | PasidIotlbInv
     | PasidCacheInv
     | PasidDevTlbInv
@@ -294,7 +294,7 @@ _CLASSES: Final[tuple[type[Descriptor], ...]] = (
     IotlbInv,
     DevTlbInv,
     IecInv,
-    Wait,
+    WaitDescriptor,
     PasidIotlbInv,
     PasidCacheInv,
     PasidDevTlbInv,

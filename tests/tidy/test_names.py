@@ -25,7 +25,7 @@ TWO_ENDS = {
     "Vcpu": "KVM_CREATE_VCPU",
 }
 # Still to be told apart.
-TO_GO = {"Guest", "Host", "Outcome", "Wait"}
+TO_GO = {"Guest", "Host", "Outcome"}
 
 # Parameters that hold an address or the number of a page, wherever they stand in a core.
 ADDRESS = re.compile(

@@ -96,7 +96,7 @@ def test_put_and_get_are_inverse_whatever_lies_around(value: int, noise: int) ->
         (qi.IotlbInv, qi.IotlbInv.LAYOUT, set()),
         (qi.DevTlbInv, qi.DevTlbInv.LAYOUT, set()),
         (qi.IecInv, qi.IecInv.LAYOUT, set()),
-        (qi.Wait, qi.Wait.LAYOUT, set()),
+        (qi.WaitDescriptor, qi.WaitDescriptor.LAYOUT, set()),
         (qi.PasidIotlbInv, qi.PasidIotlbInv.LAYOUT, set()),
         (qi.PasidCacheInv, qi.PasidCacheInv.LAYOUT, set()),
         (qi.PasidDevTlbInv, qi.PasidDevTlbInv.LAYOUT, set()),
