@@ -18,7 +18,7 @@ from tests.integration.scratch import Scratch, scratched
 SIXTH = '''"""Pages that the CPU has written are copied by the device."""
 from protocol.uapi import names
 from qemu_shim.api import Context, Design, Stroke, scenario
-from qemu_shim.vmm.designs import KvmTable
+from qemu_shim.vmm.designs import KvmContainer
 
 BEHAVIOURS = (
     names.KVM_TDP_FD_ROOT_AGES | names.KVM_TDP_FD_ROOT_LOGS | names.KVM_TDP_FD_ROOT_TRACKS
@@ -27,7 +27,7 @@ BEHAVIOURS = (
 
 async def open_lazy(vm, process):
     await vm.enable_cap(names.KVM_CAP_TDP_FD_ROOT_POLICY, BEHAVIOURS, 1)
-    return await KvmTable.open(vm, process)
+    return await KvmContainer.open(vm, process)
 
 
 LAZY = Design(

@@ -325,7 +325,7 @@ def test_the_kernels_own_sources_of_invalidation_are_requests_of_a_vm(client: Cl
 def test_a_reader_of_notes_that_does_not_read_loses_notes_and_holds_nobody_up(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fault_notes, "MAX_UNSENT_BYTES", 512)
+    monkeypatch.setattr(fault_notes, "MAX_UNREAD_BYTES", 512)
     made = machine(client)
     client.fds["notes"] = client.call(client.door, "KVM_FAULT_NOTES_GET", ["vm"]).fds.take(0)  # never read
     hva = next(iter(next(iter(client.app.vms)).slots)).hva
