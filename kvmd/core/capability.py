@@ -149,4 +149,4 @@ def _set_lent_policy(vm: Kvm, flags: int, rest: Sequence[int], policy: RootPolic
         raise UapiError(
             errno.EINVAL, f"a root of the IOMMU's own: {what}, {vm.tdp_fds_made} TDP FDs were made"
         )
-    vm.lent_policy = policy
+    vm.mmu.lent_policy = policy

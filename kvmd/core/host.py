@@ -18,6 +18,8 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmState
+from kvmd.core.tables.root_policy import CPUS, RootPolicy
+from kvmd.core.tables.tdp_table import Role
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
@@ -46,6 +48,10 @@ class CpuFeatures:
     def root_level(self, guest_maxphyaddr: int) -> Level:
         """5 only with 5-level EPT and a guest wider than 48 bits [RFC 29/42]."""
         return Level(5) if self.ept_levels == 5 and guest_maxphyaddr > 48 else Level(4)
+
+    def role_of(self, guest_maxphyaddr: int, as_id: int, policy: RootPolicy = CPUS) -> Role:
+        """Of the root for a guest of that width."""
+        return Role(self.root_level(guest_maxphyaddr), as_id, self.ept_ad_bits, policy)
 
 
 class Clock(Protocol):

@@ -185,7 +185,7 @@ def _probe(vm: Kvm, root: Root, gfn: Gfn) -> Probe:
     granted = root.record.state(gfn)
     if slot is None or page is None or granted not in MAPPED:
         return Probe(gpa, None, readable=False, writable=False, page_size=PAGE_SIZE)
-    level = vm.level_of(slot, gfn, page, root.role.policy)
+    level = vm.levels.level_of(slot, gfn, page, root.role.policy)
     writable = granted == WRITABLE and page.writable and not slot.readonly
     hpa = Hpa((page.pfn << PAGE_SHIFT) + slot.hva_of(gfn) - page.hva)
     return Probe(gpa, hpa, True, writable, size_of_level(level))

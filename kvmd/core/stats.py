@@ -24,7 +24,7 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         "pf_mmio_spte_created": sum(vcpu.mmio_sptes_made for vcpu in vm.vcpus),
         "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
         "memslot_generation": vm.slots.generation,
-        "fault_retries": vm.retries,
+        "fault_retries": vm.fault_path.retries,
         "notes": vm.fault_notes.posted,
         "notes_dropped": vm.fault_notes.dropped,
         "remote_tlb_flush": vm.flusher.epoch,
@@ -39,13 +39,13 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         **_tables_by_owner(vm),
     }
     for source, prefix in ((FaultSource.VCPU, "pf"), (FaultSource.IO, "io_pf")):
-        taken = {result: vm.faults[source, result] for result in FaultResult}
+        taken = {result: vm.fault_path.faults[source, result] for result in FaultResult}
         stats[f"{prefix}_taken"] = sum(taken.values())
         stats[f"{prefix}_fixed"] = taken[FaultResult.FIXED] + taken[FaultResult.FAST]
         stats[f"{prefix}_fast"] = taken[FaultResult.FAST]
         stats[f"{prefix}_spurious"] = taken[FaultResult.SPURIOUS]
-        stats[f"{prefix}_major"] = vm.tallies[source].major
-        stats[f"{prefix}_allocated"] = vm.tallies[source].allocated
+        stats[f"{prefix}_major"] = vm.fault_path.tallies[source].major
+        stats[f"{prefix}_allocated"] = vm.fault_path.tallies[source].allocated
         emulated = sum(taken[result] for result in EMULATED) if source is FaultSource.VCPU else 0
         if source is FaultSource.VCPU:  # for a device what only KVM could emulate has failed
             stats["pf_emulate"] = emulated

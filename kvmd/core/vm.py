@@ -8,10 +8,7 @@ from a vCPU or from a device (`fault_path`); an invalidation by the host (`host_
 from __future__ import annotations
 
 import errno
-from collections import Counter
-from dataclasses import replace
 from enum import IntEnum
-from functools import partial
 
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.pinning import Pinning
@@ -26,17 +23,15 @@ from kvmd.core.export.tdp_fd import (
 )
 from kvmd.core.faults.fault_notes import FaultNotes
 from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.leaf_levels import LeafLevels
 from kvmd.core.faults.nx_huge import NxHugePages
 from kvmd.core.faults.page_fault import (
     FaultResult,
     FaultSource,
     PageFault,
-    mapping_level,
 )
 from kvmd.core.host import Host
-from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
@@ -49,15 +44,14 @@ from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.spte import MMIO_GENERATION_MASK
-from kvmd.core.tables.tdp_table import Role, Root, RootEvent, RootState, TdpMmu
+from kvmd.core.tables.tdp_table import RootEvent, RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
-from protocol.units import LEVEL_4K, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level, gfn_of
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4 * MAX_VCPUS
@@ -90,7 +84,6 @@ class Kvm:
         features = host.features
         self.vcpus: list[Vcpu] = []
         self.exported: dict[int, ExportedTdp] = {}
-        self.lent_policy = CPUS  # of the roots that TDP FDs lend
         self.tdp_fds_made = 0
         self.flusher = Flusher(self.id, host.pool, self._tell_walkers)
         self.mmu = TdpMmu(
@@ -99,13 +92,9 @@ class Kvm:
         self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
-        self.faults: Counter[tuple[FaultSource, FaultResult]] = Counter()
-        self.tallies = {source: Tally() for source in FaultSource}
-        self.retries = 0
         self.fault_notes = FaultNotes()
         self.noncoherent_dma = 0  # how often it is registered
         self._make_memory(seq_start)
-        self.fault_path = FaultPath(self)
         mm.notifiers.append(self.host_changes)
 
     def _make_memory(self, seq_start: int) -> None:
@@ -117,9 +106,6 @@ class Kvm:
         self.mmu.keep = pinned = PinnedGfns()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.stores = StoreRecord(self.slots)
-        self.dirty_log = DirtyLog(
-            lock, self.slots, self.mmu, self.flusher, self.mm, self._level_now, self.stores, pml=features.pml
-        )
         self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
         self.private = PrivateMemory(
             self.id,
@@ -131,7 +117,20 @@ class Kvm:
             pinned,
             supported=has_private,
         )
-        frames = GuestFrames(self.slots, self.mm, self.host_changes, self.private, self.page_track, pinned)
+        self.frames = frames = GuestFrames(
+            self.slots, self.mm, self.host_changes, self.private, self.page_track, pinned
+        )
+        self.levels = LeafLevels(frames, features.max_page_level)
+        self.dirty_log = DirtyLog(
+            lock,
+            self.slots,
+            self.mmu,
+            self.flusher,
+            self.mm,
+            self.levels.level_now,
+            self.stores,
+            pml=features.pml,
+        )
         self.pinning = Pinning(frames, self.mmu, self.flusher, self.dirty_log, lambda: host.cond_resched())
         self.mm.claims.replaced.append(self.private.replaces)
         self.slots_change = SlotsChange(
@@ -147,6 +146,9 @@ class Kvm:
             self.private,
         )
         self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
+        self.fault_path = FaultPath(
+            frames, self.levels, self.mmu, self.flusher, self.nx_huge, self.dirty_log, self.fault_notes
+        )
 
     # -- vCPUs -----------------------------------------------------------------------------------------
 
@@ -175,7 +177,7 @@ class Kvm:
         if any(vcpu.roots):
             raise UapiError(errno.EINVAL, f"vCPU {vcpu.id} has run: its CPUID is fixed")
         for exported in self.exported.values():
-            lent, own = exported.root.role, self._role(maxphyaddr, exported.as_id)
+            lent, own = exported.root.role, self.host.features.role_of(maxphyaddr, exported.as_id)
             if (
                 lent.level != own.level
             ):  # it would leave the shared table without anybody noticing (defect B-28)
@@ -196,36 +198,10 @@ class Kvm:
         exported one.
         """
         return sum(
-            self._role(vcpu.maxphyaddr, exported.as_id).level != exported.root.role.level
+            self.host.features.role_of(vcpu.maxphyaddr, exported.as_id).level != exported.root.role.level
             for exported in self.exported.values()
             for vcpu in self.vcpus
         )
-
-    def load_root(self, vcpu: Vcpu, as_id: int = 0) -> Root:
-        """The root a vCPU runs on in an address space; a new one after its old became obsolete."""
-        root = vcpu.roots[as_id]
-        if root is not None and root.invalid:
-            self.mmu.put_root(root)
-            root = None
-            self.flusher.reclaim()
-        if root is None:
-            root = vcpu.roots[as_id] = self.mmu.get_root(self._role(vcpu.maxphyaddr, as_id))
-        return root
-
-    def _role(self, maxphyaddr: int, as_id: int, policy: RootPolicy = CPUS) -> Role:
-        features = self.host.features
-        return Role(features.root_level(maxphyaddr), as_id, features.ept_ad_bits, policy)
-
-    def roots_beside(self, own: Root) -> list[Root]:
-        """Where what is faulted into `own` goes as well, when CPUs and IOMMU share none: to the others'.  A
-        root of CPUs is made if no vCPU has run since a slot went.  ENOMEM.
-        """
-        role = own.role
-        if not role.policy.cpus:
-            self.mmu.put_root(self.mmu.get_root(replace(role, policy=CPUS)))
-            return self.mmu.cpu_roots(role.as_id)
-        exported = self.exported.get(role.as_id)
-        return [] if exported is None else [exported.root]
 
     # -- write tracking --------------------------------------------------------------------------------
 
@@ -271,10 +247,6 @@ class Kvm:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
         await self.slots_change.set_memory_region(region)
 
-    def mark_page_dirty(self, slot: Memslot, gfn: Gfn, vcpu: Vcpu | None) -> None:
-        """KVM made a page writable, or stored to it, for `vcpu` or for a device."""
-        self.dirty_log.mark(slot, gfn, None if vcpu is None else vcpu.id)
-
     def dirty_ring_full(self, vcpu: Vcpu) -> bool:
         """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
         ring = self.dirty_log.rings.get(vcpu.id)
@@ -287,29 +259,6 @@ class Kvm:
             self.stores.replaced(old)
         if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
             tdp_mmu.zap_mmio(self.mmu)
-
-    def _level_now(self, slot: Memslot, policy: RootPolicy, gfn: Gfn) -> Level:
-        """The largest leaf a fault at `gfn` would make now."""
-        if self.private.serves(slot, gfn):
-            return LEVEL_4K
-        page = self.mm.present_page(slot.hva_of(gfn))
-        return LEVEL_4K if page is None else self.level_of(slot, gfn, page, policy)
-
-    def level_of(self, slot: Memslot, gfn: Gfn, page: MappedPage, policy: RootPolicy) -> Level:
-        """The size of leaf that a fault at `gfn` gets for `page` in a root of `policy`."""
-        if page.level == LEVEL_4K:
-            return LEVEL_4K
-        most = min(policy.max_huge_page_level, self.host.features.max_page_level)
-        limit = self.private.attributes.max_level(gfn, most)
-        return mapping_level(slot, gfn, page, limit, partial(self._needs_small, policy))
-
-    def _needs_small(self, policy: RootPolicy, slot: Memslot, span: GfnSpan) -> bool:
-        """A slot that logs does so page by page."""
-        return (
-            (policy.logs and slot.logs)
-            or (policy.tracks and self.page_track.any_in(slot, span))
-            or self.pinning.pinned.any_in(slot.as_id, span)
-        )
 
     # awaits: asked: cannot change: the width of the guest's addresses is the VM's for good
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
@@ -351,7 +300,9 @@ class Kvm:
         check_create(request, self.slots.address_spaces, self.exported.__contains__, check)
         if not self.dirty_log.uses_bitmap:
             raise UapiError(errno.EINVAL, "dirty rings without bitmaps cannot log a device's stores")
-        root = self.mmu.get_root(self._role(self.maxphyaddr, request.as_id, self.lent_policy))
+        root = self.mmu.get_root(
+            self.host.features.role_of(self.maxphyaddr, request.as_id, self.mmu.lent_policy)
+        )
         root.happens(RootEvent.EXPORT)
         if self.dirty_log.lend(root):
             for vcpu in self.vcpus:

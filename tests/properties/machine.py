@@ -132,7 +132,7 @@ class Rig:
         self.mm: Mm = self.world.mm
         self.vm = self.world.vm
         self.lookups = SleepyMm(self.mm, self.random, self.while_asleep)
-        self.vm.mm = self.lookups  # type: ignore[assignment]
+        self.vm.mm = self.vm.frames.mm = self.lookups  # type: ignore[assignment]
         self.world.map(1, hva=BITMAP)
         self.clock = 0
         self.generation: Counter[int] = Counter()

@@ -100,14 +100,14 @@ async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) ->
     return slot, there
 
 
-LOOKED_AGAIN = "vm.slots.find(gfn, fault.as_id) is not slot"
+LOOKED_AGAIN = "frames.slots.find(gfn, fault.as_id) is not slot"
 PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "an emulated access keeps its slot": (GuestRam, "_reach", keeps_its_slot),
     "a fault keeps its slot": (FaultPath, "_try", rewritten(FaultPath, "_try", LOOKED_AGAIN, "False")),
     "a fault takes a slot that goes": (
         FaultPath,
         "_try",
-        rewritten(FaultPath, "_try", "is not slot or slot is vm.slots.going", "is not slot"),
+        rewritten(FaultPath, "_try", "is not slot or slot is frames.slots.going", "is not slot"),
     ),
     "a fault takes an equal slot for its own": (
         FaultPath,

@@ -100,7 +100,7 @@ def always_dirty_bit(mmu: TdpMmu, root: Any) -> bool:
 
 def silent_fast_fault(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
     """W comes back and nobody marks."""
-    return tdp_log.fast_page_fault(self._vm.mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
+    return tdp_log.fast_page_fault(self._mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
 
 
 def no_mark_of_devices(self: DirtyLog, slot: Any, gfn: Any, vcpu_id: int | None) -> None:

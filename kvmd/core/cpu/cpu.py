@@ -171,7 +171,7 @@ class Cpu:
         cached = self.tlb.get(gfn)
         if cached is not None and cached[1] & need:
             return cached[0]
-        root = self._vm.load_root(self._vcpu, self._as_id)
+        root = self._vcpu.load_root(self._as_id)
         self._missed = bits.EMPTY
         if gfn >= gfn_limit(root.role.level):  # the walk would not see those bits
             return None
@@ -210,7 +210,7 @@ class Cpu:
         """Page-modification logging."""
         slot = self._vm.slots.find(gfn, self._as_id)
         if slot is not None:
-            self._vm.mark_page_dirty(slot, gfn, self._vcpu)
+            self._vm.dirty_log.mark(slot, gfn, self._vcpu.id)
 
     # awaits: fault: cannot change: frozen | asked: cannot change: the levels of a vCPU's roots are fixed once
     # it has run
@@ -218,7 +218,7 @@ class Cpu:
         """Have the page mapped, however often user space has to help.  False: nothing can be mapped."""
         vcpu = self._vcpu
         vcpu.ept_violations += 1
-        if gfn >= gfn_limit(self._vm.load_root(vcpu, self._as_id).role.level):
+        if gfn >= gfn_limit(vcpu.load_root(self._as_id).role.level):
             return False
         if mmio_is_fresh(self._missed, self._vm.slots.generation):
             if TRACE.on:

@@ -60,7 +60,7 @@ class GuestRam:
             return False
         slot, there = found
         there[:] = data
-        self._vm.mark_page_dirty(slot, gfn_of(gpa), self._vcpu)
+        self._vm.dirty_log.mark(slot, gfn_of(gpa), self._vcpu.id)
         self._vm.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
@@ -73,7 +73,7 @@ class GuestRam:
             slot = self._vm.slots.find(gfn, self._as_id) if self._walkable(gfn) else None
             return Exchange.NO_ADDRESS if slot is None or slot.readonly else Exchange.FAULT
         slot, there = found
-        self._vm.mark_page_dirty(slot, gfn, self._vcpu)
+        self._vm.dirty_log.mark(slot, gfn, self._vcpu.id)
         if there != old:
             return Exchange.OTHER_VALUE
         there[:] = new

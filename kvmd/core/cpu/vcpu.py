@@ -60,6 +60,18 @@ class Vcpu:
         self._program: Program | None = None
         self._code: GuestCode | None = None
 
+    def load_root(self, as_id: int = 0) -> Root:
+        """The root it runs on in an address space; a new one after its old became obsolete."""
+        mmu, root = self._vm.mmu, self.roots[as_id]
+        if root is not None and root.invalid:
+            mmu.put_root(root)
+            root = None
+            self._vm.flusher.reclaim()
+        if root is None:
+            role = self._vm.host.features.role_of(self.maxphyaddr, as_id)
+            root = self.roots[as_id] = mmu.get_root(role)
+        return root
+
     def flush_tlb(self, span: GfnSpan | None) -> None:
         self.tlb_flushes += 1
         for cpu in self._cpus:

@@ -1,8 +1,7 @@
-"""A page fault on the TDP, whoever raised it: slot, host page, retry check, map.
+"""A page fault on the TDP, whoever raised it: what is asked, what it may come to, which frame that is.
 
-Models kvm_tdp_page_fault and kvm_mmu_fault_exported_tdp [RFC 37/42] as one path: the RFC copied it for faults
-without a vCPU, and nothing in it needs one.  The host page is looked up outside any lock, so an
-invalidation may take it away before it is mapped: the sequence sampled first and compared last says so (I5).
+Models struct kvm_page_fault and the RET_PF codes [KVM mmu_internal.h], for faults of vCPUs and for those that
+come through a TDP FD [RFC 37/42].  The way a fault takes is `fault_path`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Protocol
 
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.memslot import Memslot
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import EHWPOISON
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
@@ -75,6 +76,16 @@ class PageFault:
     as_id: int = 0
     fetch: bool = False  # of an instruction: a device never does
     prefetch: bool = False  # KVM_PRE_FAULT_MEMORY: mapped, not accessed
+
+
+class FaultingVcpu(Protocol):
+    """What a fault asks of the vCPU that raised it; a device has none."""
+
+    id: int
+    mmio_sptes_made: int
+
+    def load_root(self, as_id: int = 0) -> Root:
+        """The root it runs on in an address space."""
 
 
 def mapping_level(

@@ -58,11 +58,11 @@ async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     """Map the page; the first gfn that is not mapped with it."""
     if vm.dirty_ring_full(vcpu):
         raise UapiError(errno.EINTR, f"gfn {gfn:#x}: the dirty ring is full, harvest it first")
-    root = vm.load_root(vcpu)
+    root = vcpu.load_root()
     if gfn >= gfn_limit(root.role.level):
         raise UapiError(errno.ENOENT, f"gfn {gfn:#x} is beyond the vCPU's table")
     result = await vm.fault_path.handle_fault(PageFault(gfn, False, FaultSource.VCPU, prefetch=True), vcpu)
     if result not in RESOLVED:
         raise UapiError(_ERRNO.get(result, errno.EFAULT), f"gfn {gfn:#x}: {result.name.lower()}")
-    met = vm.mmu.leaf_at(vm.load_root(vcpu), gfn)
+    met = vm.mmu.leaf_at(vcpu.load_root(), gfn)
     return entry_span(gfn, LEVEL_4K if met is None else met.level).end

@@ -17,7 +17,7 @@ from kvmd.core.slots.pinned import PinnedGfns
 from kvmd.core.slots.private_memory import PrivateMemory
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class GuestFrames:
     slots: Memslots
     mm: Mm

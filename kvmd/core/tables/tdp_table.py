@@ -140,6 +140,7 @@ class TdpMmu:
         self.splits = 0  # huge leaves that became tables
         self.collapses = 0  # tables that became a huge leaf
         self.keep: Keep | None = None
+        self.lent_policy = CPUS  # of the roots that TDP FDs lend
         self.may_lack_write = False  # nothing was ever protected: no store can find W taken
         self._vm_id = vm_id
         self.writer = writer

@@ -25,8 +25,8 @@ class Guest:
         self.world.set_slot(0, self.gpa >> 12, 512, self.world.map(1 if level == 2 else 512, level))
         self.vcpu = self.world.vcpu()
         self.logged: list[int] = []
-        self.world.vm.mark_page_dirty = (  # type: ignore[method-assign]
-            lambda slot, gfn, vcpu: self.logged.append(gfn)
+        self.world.vm.dirty_log.mark = (  # type: ignore[method-assign]
+            lambda slot, gfn, *who: self.logged.append(gfn)
         )
         self.store()
         self.logged.clear()  # the fault that made the entry is logged too

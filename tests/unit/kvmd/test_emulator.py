@@ -96,7 +96,7 @@ def test_sixteen_bytes_are_two_exits_of_eight(cpl: int) -> None:
 @PRIVILEGES
 def test_a_store_across_slot_and_hole_writes_and_logs_the_ram_and_exits_once(cpl: int) -> None:
     guest, logged = Guest(), []
-    guest.world.vm.mark_page_dirty = lambda slot, gfn, vcpu: logged.append(gfn)  # type: ignore[method-assign]
+    guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
     guest.world.run(guest.world.mm.write(guest.hva, bytes.fromhex("d4d3d2d1")))
     seen = guest.play(cpl, [("r", RAM - 4, 8)], "a5a6a7a8")
     assert (seen.exits, seen.reads) == ([read(RAM - 4, 4)], [bytes.fromhex("a5a6a7a8d4d3d2d1")])

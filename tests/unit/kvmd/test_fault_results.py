@@ -70,7 +70,7 @@ def test_poison_fails_a_device_after_one_look_and_signals_a_cpu() -> None:
     """The series retried for ever, and sent the signal to a kernel thread."""
     guest = Guest()
     poisoned = PoisonedMm(guest.world, Hva(guest.hva + PAGE))
-    guest.world.vm.mm = poisoned  # type: ignore[assignment]
+    guest.world.vm.mm = guest.world.vm.frames.mm = poisoned  # type: ignore[assignment]
     assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.HWPOISON
     assert poisoned.lookups == 1
     assert IO_ERRNO[FaultResult.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
@@ -91,7 +91,7 @@ def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
     at = found.table + index_of(Gfn(0x101), found.level) * ENTRY_BYTES
     writer.store64(at, bits.FROZEN)
     assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.UNSTABLE
-    assert guest.world.vm.retries == 64
+    assert guest.world.vm.fault_path.retries == 64
     assert writer.load64(at) == bits.FROZEN
     guest.world.bare.clock.stock = 3
     store = guest.world.start(guest.vcpu.run([("w", RAM + PAGE, b"x")]))

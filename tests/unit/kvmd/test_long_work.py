@@ -190,7 +190,7 @@ def test_obsolete_roots_go_in_turns_and_their_pages_only_after_the_flush(
     world.set_slot(1 << 16, 0x100, PAGES, rig.hva)
     cpu = world.vm.vcpus[0]
     assert world.run(cpu.run([("w", 0x10_0000, b"x")], smm=True)).done
-    old = world.vm.load_root(cpu, as_id=1)
+    old = cpu.load_root(1)
     over = world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
     while rig.importer.pending or old.state is not RootState.DISMANTLED:
         if rig.importer.pending:

@@ -42,7 +42,9 @@ class Guest:
 
     @property
     def taken(self) -> int:
-        return sum(count for (source, _), count in self.world.vm.faults.items() if source.value == "vcpu")
+        return sum(
+            count for (source, _), count in self.world.vm.fault_path.faults.items() if source.value == "vcpu"
+        )
 
 
 @pytest.mark.rfc("RFC-29")

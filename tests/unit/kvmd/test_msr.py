@@ -20,8 +20,8 @@ class Guest:
         self.world.set_slot(0, RAM >> 12, 4, self.hva)
         self.vcpu = self.world.vcpu()
         self.logged: list[int] = []
-        self.world.vm.mark_page_dirty = (  # type: ignore[method-assign]
-            lambda slot, gfn, vcpu: self.logged.append(gfn)
+        self.world.vm.dirty_log.mark = (  # type: ignore[method-assign]
+            lambda slot, gfn, *who: self.logged.append(gfn)
         )
 
     def write_wall_clock(self, gpa: int) -> bool:

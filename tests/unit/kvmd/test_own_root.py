@@ -55,7 +55,7 @@ def test_the_capability_takes_neither_flags_nor_arguments(bad: tuple[int, list[i
     with pytest.raises(UapiError) as caught:
         enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, flags, args)
     assert caught.value.errno == errno.EINVAL
-    assert world.vm.lent_policy is CPUS
+    assert world.vm.mmu.lent_policy is CPUS
 
 
 def test_once_a_tdp_fd_was_made_it_is_too_late(guest: Managed) -> None:

@@ -97,7 +97,7 @@ def test_without_room_to_split_the_whole_leaf_is_protected() -> None:
 
 def test_a_tracked_store_is_emulated_logged_and_counted_and_the_entry_stays_read_only() -> None:
     guest, logged = Guest(), []
-    guest.world.vm.mark_page_dirty = lambda slot, gfn, vcpu: logged.append(gfn)  # type: ignore[method-assign]
+    guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
     guest.world.read(guest.vcpu, 0x205 << 12, 1)
     guest.track(0x205)
     before = vm_stats(guest.world.vm)["pf_emulate"]
@@ -134,7 +134,7 @@ def test_a_device_s_write_is_refused_at_once_whatever_else_it_asks(kind: TdpFaul
         assert guest.world.io_fault(guest.exported, 0x205, kind) is FaultResult.TRACKED
     assert guest.rights(0x205) is (False if mapped else None)
     assert IO_ERRNO[FaultResult.TRACKED] == errno.EINVAL
-    assert guest.world.vm.retries == 0
+    assert guest.world.vm.fault_path.retries == 0
 
 
 def test_a_device_s_read_gets_the_page_without_w() -> None:

@@ -194,7 +194,7 @@ def test_a_huge_leaf_over_a_pin_is_stopped_at_the_store(monkeypatch: pytest.Monk
     """Planted bug: a fault does not ask what is pinned around it."""
     guest = Guest(level=2)
     guest.pin(WORD)
-    monkeypatch.setattr(guest.vm, "_needs_small", lambda policy, slot, span: False)
+    monkeypatch.setattr(guest.vm.levels, "_needs_small", lambda policy, slot, span: False)
     with pytest.raises(AssertionError, match="I22"):
         guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
 

@@ -71,7 +71,7 @@ def test_a_read_modify_write_stores_the_result(
 def test_a_failed_compare_is_a_write_cycle(guest: Guest) -> None:
     """Its page is mapped as for a store, so it is logged as one."""
     logged = []
-    guest.world.vm.mark_page_dirty = lambda slot, gfn, vcpu: logged.append(gfn)  # type: ignore[method-assign]
+    guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
     guest.play([("cmpxchg", RAM, 4, 6, 9)], 0)
     assert logged == [RAM >> 12]
     violations = guest.vcpu.ept_violations

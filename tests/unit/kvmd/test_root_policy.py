@@ -44,7 +44,7 @@ def test_what_nobody_knows_is_refused(bad: tuple[int, list[int]]) -> None:
     with pytest.raises(UapiError) as caught:
         enable_cap(world.vm, KvmCap.TDP_FD_ROOT_POLICY, flags, args)
     assert caught.value.errno == errno.EINVAL
-    assert world.vm.lent_policy is CPUS
+    assert world.vm.mmu.lent_policy is CPUS
 
 
 # -- one behaviour each: what is seen without it, and what with it -----------------------------------------

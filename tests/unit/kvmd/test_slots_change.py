@@ -56,14 +56,14 @@ def test_other_roots_become_invalid_and_are_built_anew() -> None:
     """System-management mode has a root of its own, which nobody lends."""
     world, importer = lent()
     vcpu = world.vm.vcpus[0]
-    old = world.vm.load_root(vcpu, as_id=1)
+    old = vcpu.load_root(1)
     assert old is not world.vm.exported[0].root
     wait = world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
     world.ack(importer)
     assert wait.done
     assert old.invalid
-    assert world.vm.load_root(vcpu, as_id=1) is not old
-    assert world.vm.load_root(vcpu) is world.vm.exported[0].root
+    assert vcpu.load_root(1) is not old
+    assert vcpu.load_root() is world.vm.exported[0].root
     assert check_vm(world.vm) == []
 
 

@@ -204,7 +204,7 @@ def no_tlb_flush(patch: pytest.MonkeyPatch) -> None:
 
 def silent_fast_fault(patch: pytest.MonkeyPatch) -> None:
     def fast(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
-        return tdp_log.fast_page_fault(self._vm.mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
+        return tdp_log.fast_page_fault(self._mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
 
     patch.setattr(FaultPath, "_fast_page_fault", fast)
 
@@ -267,7 +267,7 @@ def test_the_check_finds_a_store_that_is_marked_in_a_bitmap_nobody_reads(
         assert slot is not None
         hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % PAGE_BYTES)
         await self._vm.mm.write(hva, data, user=False)
-        self._vm.mark_page_dirty(slot, Gfn(gpa >> 12), self._vcpu)
+        self._vm.dirty_log.mark(slot, Gfn(gpa >> 12), self._vcpu.id)
         self._vm.stores.stored(self._as_id, Gfn(gpa >> 12))
         return True
 

@@ -117,7 +117,7 @@ def test_a_host_without_table_pages_is_enomem_and_counted() -> None:
     world = World(tables=3 * PAGE)
     world.set_slot(0, 0, 1, world.map(1))
     assert world.read(world.vcpu(), 0, 1).exit.errno == errno.ENOMEM
-    assert sum(world.vm.faults.values()) == 1
+    assert sum(world.vm.fault_path.faults.values()) == 1
 
 
 # -- the TLB -------------------------------------------------------------------------------------------

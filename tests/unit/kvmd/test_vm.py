@@ -147,11 +147,11 @@ def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: 
             left.pop()
             world.run(MM_CHANGES[change](world.mm, rig.hva, PAGE))
 
-    world.vm.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
+    world.vm.mm = world.vm.frames.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
     result = rig.fault()
     assert result is (FaultResult.NO_PAGE if change == "munmap" else FaultResult.FIXED)
     assert check_vm(world.vm) == []
-    assert world.vm.retries == 1
+    assert world.vm.fault_path.retries == 1
 
 
 @pytest.mark.parametrize("seq_start", [0, 2**31 - 2, 2**32 - 2, 2**63 - 2, 2**64 - 2])
@@ -163,16 +163,17 @@ def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq
         if rig.importer.pending:
             rig.world.ack(rig.importer)
         assert over.done
-    assert rig.world.vm.retries == 0
+    assert rig.world.vm.fault_path.retries == 0
 
 
 @pytest.mark.defect("B-14")
 def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> None:
     """Defect B-14: the series retried for ever."""
     world = rig.world
-    world.vm.mm = SleepyMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))  # type: ignore[assignment]
+    asleep = SleepyMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))
+    world.vm.mm = world.vm.frames.mm = asleep  # type: ignore[assignment]
     assert rig.fault() is FaultResult.UNSTABLE
-    assert world.vm.retries == 64
+    assert world.vm.fault_path.retries == 64
     assert check_vm(world.vm) == []
 
 
