@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Container
 
 from kvmd.config import Settings
-from kvmd.core.host import Clock, Host
+from kvmd.core.host import Clock, HostKernel
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
@@ -35,7 +35,7 @@ def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
 
 
 class HostMemory:
-    """The windows, their fds, and the `Host` that lives in them."""
+    """The windows, their fds, and the `HostKernel` that lives in them."""
 
     def __init__(self, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]) -> None:
         self._fds: list[tuple[Window, int]] = []
@@ -47,7 +47,7 @@ class HostMemory:
             size = align_up(tags_size(settings.ram_bytes), PAGE_SIZE)
             window = self._make(WindowKind.FRAME_TAGS, HIGH_RAM_START, size)
             tags = FrameTags(HIGH_RAM_START, window.view)
-        self.host = Host(
+        self.host = HostKernel(
             settings.features,
             tables,
             frames,

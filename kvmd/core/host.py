@@ -64,7 +64,7 @@ class Clock(Protocol):
         """Nanoseconds since 1970."""
 
 
-class Host:
+class HostKernel:
     def __init__(
         self,
         features: CpuFeatures,

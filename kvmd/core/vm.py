@@ -30,7 +30,7 @@ from kvmd.core.faults.page_fault import (
     FaultSource,
     PageFault,
 )
-from kvmd.core.host import Host
+from kvmd.core.host import HostKernel
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.core.slots.dirty_log import DirtyLog
@@ -65,7 +65,7 @@ class VmType(IntEnum):
 
 
 # awaits: host, mm: cannot change: the caller's
-async def create_vm(host: Host, mm: Mm, kind: VmType) -> Kvm:
+async def create_vm(host: HostKernel, mm: Mm, kind: VmType) -> Kvm:
     """A VM of `mm`, whose memory is in the middle of no change when the VM begins to be told of changes
     [mm mmu_notifier.c].
     """
@@ -76,7 +76,7 @@ async def create_vm(host: Host, mm: Mm, kind: VmType) -> Kvm:
 class Kvm:
     """`seq_start`: see `HostChanges`."""
 
-    def __init__(self, host: Host, mm: Mm, seq_start: int = 0, kind: VmType = VmType.DEFAULT) -> None:
+    def __init__(self, host: HostKernel, mm: Mm, seq_start: int = 0, kind: VmType = VmType.DEFAULT) -> None:
         self.id = host.new_vm_id()
         self.type = kind
         self.host = host

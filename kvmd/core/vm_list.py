@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from kvmd.core.host import Host
+from kvmd.core.host import HostKernel
 from kvmd.core.mm.mm import Mm
 from kvmd.core.vm import Kvm, VmType, create_vm
 from protocol.flow import Flow
@@ -55,7 +55,7 @@ class VmList:
     """`spawn` runs a flow nobody waits for; `destroyed` hears of each VM that is gone."""
 
     def __init__(
-        self, host: Host, spawn: Callable[[Flow[None]], None], destroyed: Callable[[Kvm], None]
+        self, host: HostKernel, spawn: Callable[[Flow[None]], None], destroyed: Callable[[Kvm], None]
     ) -> None:
         self._host = host
         self._spawn = spawn

@@ -39,7 +39,7 @@ from kvmd.core.slots.memslot import Memslot
 from kvmd.core.slots.pinned import AS_ID, Pin
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_mmu import Mapped, Outcome
+from kvmd.core.tables.tdp_mmu import MapOutcome, Mapped
 from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import Flow, Wait
@@ -268,7 +268,7 @@ class Pinning:
             except UapiError:
                 self._frames.mm.unpin(page)
                 raise
-            if mapped is None or mapped.outcome is Outcome.RETRY:
+            if mapped is None or mapped.outcome is MapOutcome.RETRY:
                 self._frames.mm.unpin(page)
                 # await: asked, request: all of it; asked again: from the start
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_page_that_comes_as_its_slot_goes)
@@ -321,7 +321,7 @@ class Pinning:
         for root in self._mmu.roots_of(AS_ID):
             self._split(root, gfn)
         mapped = tdp_mmu.map_page(self._mmu, self._exported_root(), gfn, pfn, LEVEL_4K, writable=True)
-        if mapped.outcome is not Outcome.RETRY:
+        if mapped.outcome is not MapOutcome.RETRY:
             self.pinned.add(gfn, Pin(page, pfn))
             self._dirty_log.mark(slot, gfn, None)
         return mapped

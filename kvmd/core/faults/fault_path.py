@@ -34,7 +34,7 @@ from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables import tdp_log, tdp_mmu
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.root_policy import CPUS
-from kvmd.core.tables.tdp_mmu import Mapped, Outcome
+from kvmd.core.tables.tdp_mmu import MapOutcome, Mapped
 from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_start, gfn_limit
@@ -144,10 +144,10 @@ class FaultPath:
             flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
         if flush is not None:
             await self._flusher.flush(flush)
-        if mapped.outcome is Outcome.RETRY:  # who froze the entry waits for a flush
+        if mapped.outcome is MapOutcome.RETRY:  # who froze the entry waits for a flush
             await self._flusher.drain()
             return None
-        return FaultResult.FIXED if mapped.outcome is Outcome.FIXED else FaultResult.SPURIOUS
+        return FaultResult.FIXED if mapped.outcome is MapOutcome.FIXED else FaultResult.SPURIOUS
 
     def _store(
         self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage, vcpu: FaultingVcpu | None
@@ -172,7 +172,7 @@ class FaultPath:
             fetch=fault.fetch,
         )
         self._nx_huge.mapped(root, fault, wanted)
-        if mapped.outcome is Outcome.FIXED:
+        if mapped.outcome is MapOutcome.FIXED:
             if writable and slot.logs:
                 if policy.logs:  # a small leaf
                     self._dirty_log.mark(slot, gfn, None if vcpu is None else vcpu.id)

@@ -27,18 +27,18 @@ _AD = bits.ACCESSED | bits.DIRTY
 _MAY_WRITE = bits.WRITE | bits.MMU_WRITABLE
 
 
-class Outcome(Enum):
+class MapOutcome(Enum):
     FIXED = auto()  # stored
     SPURIOUS = auto()  # the same entry was there already: success too [RFC defect B-13]
     RETRY = auto()  # a frozen entry: somebody is changing it
 
 
 class Mapped(NamedTuple):
-    outcome: Outcome
+    outcome: MapOutcome
     flush: GfnSpan | None = None  # a table was replaced by a leaf: flush this before its pages are reused
 
 
-_MAPPED = Mapped(Outcome.FIXED)  # and what may be cached of the old entry is still right
+_MAPPED = Mapped(MapOutcome.FIXED)  # and what may be cached of the old entry is still right
 
 
 def dismantle(mmu: TdpMmu, root: Root) -> Iterator[None]:
@@ -84,11 +84,11 @@ def map_page(
     while (met := mmu.seek(root, gfn, goal)).level > goal:
         level, at, entry = met
         if is_frozen(entry):
-            return Mapped(Outcome.RETRY)
+            return Mapped(MapOutcome.RETRY)
         if is_present(entry):
             enough = (is_writable(entry) or not writable) and (entry & bits.EXEC or not fetch)
             if not is_access_tracked(entry) and enough:
-                return Mapped(Outcome.SPURIOUS)
+                return Mapped(MapOutcome.SPURIOUS)
             mmu.split_leaf(root, gfn, level, at, entry)
         else:
             mmu.link(root, gfn, level, at, entry, mmu.pool.allocate())
@@ -101,9 +101,9 @@ def map_page(
 def _store_leaf(mmu: TdpMmu, root: Root, gfn: Gfn, met: EntryAt, leaf: int) -> Mapped:
     level, at, old = met
     if not (old ^ leaf) & ~_AD:  # what the CPU has set, or logging has cleared, is not ours to redo
-        return Mapped(Outcome.SPURIOUS)
+        return Mapped(MapOutcome.SPURIOUS)
     if is_frozen(old):
-        return Mapped(Outcome.RETRY)
+        return Mapped(MapOutcome.RETRY)
     mmu.change(root, gfn, level, at, old, leaf)
     if TRACE.on:
         TRACE.emit(KvmMmuSetSpte(gfn, leaf, level, at))
@@ -112,10 +112,10 @@ def _store_leaf(mmu: TdpMmu, root: Root, gfn: Gfn, met: EntryAt, leaf: int) -> M
     if root.format.is_table(old, level):
         # The translations of the table are still right; its pages wait for the flush.
         mmu.collapses += 1
-        return Mapped(Outcome.FIXED, entry_span(gfn, level))
+        return Mapped(MapOutcome.FIXED, entry_span(gfn, level))
     if (old ^ leaf) & bits.ADDRESS_MASK or old & bits.RWX & ~leaf:
         # Another frame, or fewer rights: cached copies of the old entry must go first.
-        return Mapped(Outcome.FIXED, entry_span(gfn, level))
+        return Mapped(MapOutcome.FIXED, entry_span(gfn, level))
     return _MAPPED
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvmd.core.tables import tdp_mmu
-from kvmd.core.tables.tdp_mmu import Outcome
+from kvmd.core.tables.tdp_mmu import MapOutcome
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt.mem import TableWriter
@@ -40,10 +40,10 @@ class Tdp:
 
     def map(
         self, gfn: int, pfn: int, level: int = 1, *, writable: bool = True
-    ) -> tuple[Outcome, GfnSpan | None]:
+    ) -> tuple[MapOutcome, GfnSpan | None]:
         where = self.root, Gfn(gfn), Pfn(pfn), Level(level)
         outcome, flush = tdp_mmu.map_page(self.mmu, *where, writable=writable)
-        if outcome is Outcome.FIXED:
+        if outcome is MapOutcome.FIXED:
             pages = 1 << 9 * (level - 1)
             self.oracle.map(gfn // pages * pages, pfn, pages, writable=writable)
         return outcome, flush
@@ -73,7 +73,7 @@ class Tdp:
 @pytest.mark.parametrize(("level", "pfn"), [(1, 0x10_1234), (2, 0x10_1200), (3, 0x14_0000)])
 def test_a_mapped_leaf_translates(levels: int, level: int, pfn: int) -> None:
     tdp = Tdp(role=Role(Level(levels), 0, True))
-    assert tdp.map(0x8_0000 + 0x155, pfn, level) == (Outcome.FIXED, None)
+    assert tdp.map(0x8_0000 + 0x155, pfn, level) == (MapOutcome.FIXED, None)
     assert tdp.wrong == []
     assert tdp.root.tables == levels - level + 1
     assert tdp.root.leaves[level] == 1
@@ -96,7 +96,7 @@ def test_mapping_what_is_mapped_is_spurious_and_changes_nothing() -> None:
     tdp = Tdp()
     tdp.map(5, PFN)
     before = bytes(tdp.memory)
-    assert tdp.map(5, PFN) == (Outcome.SPURIOUS, None)
+    assert tdp.map(5, PFN) == (MapOutcome.SPURIOUS, None)
     assert tdp.memory == before
     assert tdp.root.leaves[1] == 1
 
@@ -106,7 +106,7 @@ def test_a_page_under_a_huge_leaf_that_allows_it_is_spurious(writable: bool) -> 
     tdp = Tdp()
     tdp.map(0x200, PFN, 2)
     before = bytes(tdp.memory)
-    assert tdp.map(0x2FF, PFN + 0xFF, writable=writable) == (Outcome.SPURIOUS, None)
+    assert tdp.map(0x2FF, PFN + 0xFF, writable=writable) == (MapOutcome.SPURIOUS, None)
     assert tdp.memory == before
 
 
@@ -116,15 +116,15 @@ def test_a_frozen_entry_is_left_to_who_froze_it() -> None:
         tdp.map(5, PFN)
         struct.pack_into("<Q", tdp.memory, tdp.entry_at(5, level), 0x5A0)
         before = bytes(tdp.memory)
-        assert tdp.map(5, PFN) == (Outcome.RETRY, None)
+        assert tdp.map(5, PFN) == (MapOutcome.RETRY, None)
         assert tdp.memory == before
 
 
 def test_another_frame_at_the_same_gfn_must_be_flushed() -> None:
     tdp = Tdp()
     tdp.map(5, PFN)
-    assert tdp.map(5, PFN + 1) == (Outcome.FIXED, GfnSpan(Gfn(5), Gfn(6)))
-    assert tdp.map(5, PFN + 1, writable=False) == (Outcome.FIXED, GfnSpan(Gfn(5), Gfn(6)))
+    assert tdp.map(5, PFN + 1) == (MapOutcome.FIXED, GfnSpan(Gfn(5), Gfn(6)))
+    assert tdp.map(5, PFN + 1, writable=False) == (MapOutcome.FIXED, GfnSpan(Gfn(5), Gfn(6)))
     assert tdp.wrong == []
     assert tdp.root.leaves[1] == 1
 
@@ -132,7 +132,7 @@ def test_another_frame_at_the_same_gfn_must_be_flushed() -> None:
 def test_more_rights_for_the_same_frame_need_no_flush() -> None:
     tdp = Tdp()
     tdp.map(5, PFN, writable=False)
-    assert tdp.map(5, PFN) == (Outcome.FIXED, None)
+    assert tdp.map(5, PFN) == (MapOutcome.FIXED, None)
     assert tdp.wrong == []
 
 
@@ -142,7 +142,7 @@ def test_a_table_replaced_by_a_huge_leaf_is_flushed_whole_and_held() -> None:
         tdp.map(0x200 + i, PFN + i)
     assert tdp.root.tables == 4
     outcome, flush = tdp.map(0x207, PFN, 2)
-    assert (outcome, flush) == (Outcome.FIXED, GfnSpan(Gfn(0x200), Gfn(0x400)))
+    assert (outcome, flush) == (MapOutcome.FIXED, GfnSpan(Gfn(0x200), Gfn(0x400)))
     assert tdp.wrong == []
     assert (tdp.root.leaves, tdp.root.tables, tdp.pool.held(1)) == ([0, 0, 1, 0], 3, 1)
     assert tdp.flushed() == 1
@@ -240,7 +240,7 @@ def test_a_table_that_is_linked_before_it_is_filled_is_found(monkeypatch: pytest
 def test_a_write_into_a_read_only_huge_leaf_splits_it_and_changes_one_page() -> None:
     tdp = Tdp()
     tdp.map(0x200, PFN, 2, writable=False)
-    assert tdp.map(0x203, PFN + 3)[0] is Outcome.FIXED
+    assert tdp.map(0x203, PFN + 3)[0] is MapOutcome.FIXED
     assert tdp.wrong == []
     assert tdp.root.leaves == [0, 512, 0, 0]
 
@@ -285,7 +285,7 @@ def test_any_mix_of_changes_leaves_what_the_dict_says(seed: int) -> None:
         else:
             pages = 1 << 9 * (level - 1)
             outcome, _ = tdp.map(gfn, PFN + gfn // pages * pages, level)
-            if outcome is Outcome.FIXED and level == 2:
+            if outcome is MapOutcome.FIXED and level == 2:
                 huge.add(gfn & ~511)
         tdp.flushed()
     assert tdp.wrong == []

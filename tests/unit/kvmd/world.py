@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from kvmd.core.cpu.vcpu import RunResult, Vcpu
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, TdpFaultType
 from kvmd.core.faults.page_fault import FaultResult
-from kvmd.core.host import CpuFeatures, Host
+from kvmd.core.host import CpuFeatures, HostKernel
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.madvise import dontneed
@@ -68,7 +68,7 @@ class BareHost:
         self.frames = mmap.mmap(-1, frames_gib * GIB)
         self.tags = FrameTags(HIGH_RAM_START, memoryview(bytearray(tags_size(frames_gib * GIB))))
         self.clock = HandClock()
-        self.host = Host(
+        self.host = HostKernel(
             features or CpuFeatures(),
             Window(WindowKind.TABLES, LOW_RAM_START, tables, memoryview(self.tables)),
             Window(WindowKind.FRAMES, HIGH_RAM_START, frames_gib * GIB, memoryview(self.frames)),
