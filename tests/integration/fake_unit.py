@@ -42,6 +42,7 @@ class FakeUnit:
         self.overflows_cleared = 0
         self.obeys = True
         self.descriptors: list[bytes] = []
+        self._head = 0  # its own: what the register shows may be anything a test put there
         self._windows = windows
         self._on_response = on_response
         self._stored = mmap.mmap(store_page, PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -88,9 +89,9 @@ class FakeUnit:
 
     def execute(self) -> None:
         ring = self._windows(self.stored(IQA, 8) & ~0xFFF)
-        head, told = self.shows(IQH, 8), False
-        while head != self.stored(IQT, 8):
-            raw = bytes(ring[head : head + 32])
+        told = False
+        while self._head != self.stored(IQT, 8):
+            raw = bytes(ring[self._head : self._head + 32])
             self.descriptors.append(raw)
             word = int.from_bytes(raw[:8], "little")
             if word & 0xF == 9:
@@ -98,8 +99,8 @@ class FakeUnit:
             elif word & 0x2F == 0x25:
                 self._windows(int.from_bytes(raw[8:16], "little"))[:4] = raw[4:8]
                 told = told or bool(word & 0x10)
-            head = (head + 32) % PAGE
-        self.show(IQH, head, 8)
+            self._head = (self._head + 32) % PAGE
+        self.show(IQH, self._head, 8)
         if told:
             self.show(ICS, 1)
             self.completion.signal()
@@ -107,7 +108,7 @@ class FakeUnit:
     @property
     def queued(self) -> int:
         """Descriptors not fetched yet."""
-        return (self.stored(IQT, 8) - self.shows(IQH, 8)) % PAGE // 32
+        return (self.stored(IQT, 8) - self._head) % PAGE // 32
 
     # -- page requests ---------------------------------------------------------------------------------
 
