@@ -96,12 +96,13 @@ class RemappingUnit:
         self.iotlb = Iotlb()
         self.registers = RegisterSet(cap, ecap, fence)
         self.tables = ContextTables(cap, ecap, haw, memory)
-        self.queue = QueuedInvalidation(self.registers, memory, self._execute, self._check_wait)
+        self.queue = QueuedInvalidation(self.registers, memory, self._execute, self._on_wait)
         self.prq = PrqWriter(self.registers, memory, self._auto_respond)
         self.faults = FaultRecording(cap, self.registers)
         self.iotlb_invalidations = 0  # descriptors executed
         self.devtlb_invalidations = 0
-        self.invalidation_messages = 0  # kicks at which any of them was
+        self.invalidation_waits = 0  # with any of them before it: how often the driver submitted some
+        self._waited_for = 0  # descriptors executed before the last such wait
         self.walks = 0
         self._rules = second_stage_rules(haw, cap.max_huge_page_level, snoop_control=bool(ecap.sc))
         self.deliver = deliver
@@ -133,9 +134,7 @@ class RemappingUnit:
         self.faults.take_clears()
         self.registers.take_clears(Reg.FSTS)
         self.registers.take_clears(Reg.ICS)
-        before = self.invalidations
         self.queue.run()
-        self.invalidation_messages += self.invalidations > before
         self.prq.take_clears()
 
     def _command(self) -> None:
@@ -166,9 +165,12 @@ class RemappingUnit:
         """What requests without PASID of that function are translated by; empty if nothing is there."""
         return self.tables.entry_in_memory(rid)
 
-    def _check_wait(self, descriptor: qi.WaitDescriptor) -> None:
+    def _on_wait(self, descriptor: qi.WaitDescriptor) -> None:
         if descriptor.pd and not self.ecap.pds:
             raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
+        if descriptor.sw and self._waited_for < self.invalidations:
+            self._waited_for = self.invalidations
+            self.invalidation_waits += 1
 
     def _execute(self, descriptor: qi.Descriptor) -> int | None:
         """The function that does not complete it in time, if one does not."""

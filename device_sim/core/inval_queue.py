@@ -42,20 +42,19 @@ Execute = Callable[[qi.Descriptor], int | None]
 
 
 class QueuedInvalidation:
-    """`execute` raises DescriptorError for what the unit lacks, and so does `check_wait`."""
+    """`execute` and `on_wait`, told of a wait at its turn, raise DescriptorError for what the unit lacks."""
 
     def __init__(
         self,
         registers: RegisterSet,
         memory: PhysicalMemory,
         execute: Execute,
-        check_wait: Callable[[qi.WaitDescriptor], None],
+        on_wait: Callable[[qi.WaitDescriptor], None],
     ) -> None:
-        self.runs = 0  # that executed anything
         self._registers = registers
         self._memory = memory
         self._execute = execute
-        self._check_wait = check_wait
+        self._on_wait = on_wait
         self._iqa = 0
         self._ring = invalidation_ring(0)
         self._head = 0  # the index
@@ -87,11 +86,10 @@ class QueuedInvalidation:
     def _run(self) -> None:
         ring = self._ring
         tail = self._bounded_tail(ring)
-        self.runs += self._head != tail
         while self._head != tail:
             descriptor = qi.decode(self._fetch(ring))
             if isinstance(descriptor, qi.WaitDescriptor):
-                self._check_wait(descriptor)
+                self._on_wait(descriptor)
                 self._advance(ring)
                 if self._late is not None:
                     break  # aborted

@@ -30,7 +30,7 @@ def _counters(unit: RemappingUnit) -> dict[str, int]:
         "invalidations": unit.invalidations,
         "iotlb_invalidations": unit.iotlb_invalidations,
         "devtlb_invalidations": unit.devtlb_invalidations,
-        "invalidation_messages": unit.invalidation_messages,
+        "invalidation_waits": unit.invalidation_waits,
         "page_requests": unit.prq.requests,
         "page_requests_dropped": unit.prq.dropped,
         "faults_recorded": unit.faults.recorded,

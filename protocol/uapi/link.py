@@ -18,7 +18,7 @@ MAX_MMIO_READ = 256
 MAX_MMIO_WRITE = 8
 MAX_WINDOWS = 7  # and the lease: what one message may carry
 MAX_UNITS = 64
-MAX_FUNCTIONS = 1 << 10
+MAX_FUNCTIONS = 64  # a descriptor each when a domain is invalidated: all of them fit into a unit's ring
 FAULT_CAPABILITIES: Final = ("full", "partial", "none")
 
 # -- doors of device_sim -------------------------------------------------------------------------------

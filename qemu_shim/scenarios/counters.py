@@ -56,7 +56,9 @@ class Counters:
         "iommu.hmm_invalidations",
     )
     qi_messages: int = counted(
-        "messages", "of invalidation descriptors to remapping units", "unit.invalidation_messages"
+        "submissions",
+        "of invalidation descriptors to remapping units, each with its wait",
+        "unit.invalidation_waits",
     )
     iotlb_invalidations: int = counted("descriptors", "IOTLB invalidations", "unit.iotlb_invalidations")
     devtlb_invalidations: int = counted(
@@ -66,10 +68,10 @@ class Counters:
         "messages",
         "of faults, notes and invalidations together: a group of page requests and its response, a fault to"
         " who resolves it, a note and the look it is worth, an invalidation to who keeps the table walked,"
-        " and what that one tells the unit, one each",
+        " and what that one submits to the unit, one each (between driver and unit: queues in memory)",
         *("device.page_request_groups", "iommu.responses", "vm.io_pf_taken", "kvmd.memory.hmm_faults"),
         *("vm.notes", "iommu.notes", "-iommu.notes_lost"),
-        *("hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_messages"),
+        *("hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_waits"),
     )
     pages_pinned: int = counted("pages", "pinned for long", "kvmd.memory.pages_pinned")
     pages_allocated: int = counted("pages", "the host allocated, for whomever", "kvmd.memory.pages_allocated")

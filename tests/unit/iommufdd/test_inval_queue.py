@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 
 import pytest
+from pydantic import ValidationError
 
 from iommufdd.core import qi
 from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
 from protocol.hw.qi import ResponseCode
+from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
+from protocol.units import WHOLE_SIZE, Iova
 from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, Unit
-from tests.unit.iommufdd.world import ECAP, RID
+from tests.unit.iommufdd.world import CAP, ECAP, RID
 
 DSI = 2 | 2 << 4 | 3 << 6
 EVERYTHING = (3 | RID << 32, 0x7FFF_FFFF_FFFF_F001, 0, 0)
@@ -324,3 +327,39 @@ def test_a_unit_that_dies_before_its_wait_leaves_nobody_waiting() -> None:
     assert {refused(wait) for wait in waits} == {errno.ENODEV}
     assert refused(detach(unit)) == errno.ENODEV
     assert not unit.driver.respond(RID, 0, ResponseCode.SUCCESS)
+
+
+def test_an_invalidation_of_all_functions_a_link_may_have_fits_into_an_empty_ring() -> None:
+    unit = Unit()
+    rids = [RID + n for n in range(MAX_FUNCTIONS)]
+    wait = unit.start(unit.driver.submit(qi.invalidate(CAP, 7, rids, Iova(0), WHOLE_SIZE)))
+    assert unit.tail == MAX_FUNCTIONS + 2 < 128
+    unit.execute(unit.tail)
+    unit.completion()
+    assert wait.done
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_submission_is_at_most_what_an_empty_ring_has_room_for(room: int) -> None:
+    """One entry stays free: 127 descriptors are taken, 128 are a mistake of ours."""
+    unit = Unit()
+    wait = unit.start(unit.driver.submit([qi.wait()] * (128 - room)))
+    if room:
+        assert unit.tail == 127
+    else:
+        with pytest.raises(AssertionError, match="more than the ring"):
+            wait.result()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_link_has_no_more_functions_than_one_invalidation_can_name(more: int) -> None:
+    usual = dict.fromkeys(("pasid", "ats", "pri", "pasid_required"), True) | {"fault_capability": "full"}
+    functions = [
+        {"rid": n, "name": f"dsa{n}", "unit": 0, "group": n} | usual for n in range(MAX_FUNCTIONS + more)
+    ]
+    body = {"units": [(0, 0)], "functions": functions}
+    if more:
+        with pytest.raises(ValidationError, match="at most 64"):
+            CapsReply.model_validate(body)
+    else:
+        assert len(CapsReply.model_validate(body).functions) == MAX_FUNCTIONS
