@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bench.figures.chain import CHAIN
 from bench.figures.dma import DMA
+from bench.figures.invalidation import INVALIDATION
 from bench.figures.io_fault import IO_FAULT
 from bench.figures.limits import LIMITS
 from bench.figures.memory import MEMORY
@@ -17,4 +18,4 @@ from bench.figures.startup import STARTUP
 from bench.figures.walk import WALK
 from bench.harness import Figure
 
-FIGURES: tuple[Figure, ...] = (LIMITS, RPC, CHAIN, IO_FAULT, DMA, WALK, STARTUP, MEMORY)
+FIGURES: tuple[Figure, ...] = (LIMITS, RPC, CHAIN, IO_FAULT, INVALIDATION, DMA, WALK, STARTUP, MEMORY)

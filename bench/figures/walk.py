@@ -30,13 +30,13 @@ def table_of_1g() -> TableWriter:
     tables = TableWriter(TABLES_BASE, memoryview(bytearray((3 + ENTRIES) * PAGE_SIZE)))
     root, level3, level2, leaves = (TABLES_BASE + page * PAGE_SIZE for page in range(4))
     link = bits.RWX | bits.MMU_PRESENT
-    tables.store64(root, level3 | link)
-    tables.store64(level3, level2 | link)
-    tables.fill_unlinked(Hpa(level2), [leaves + index * PAGE_SIZE | link for index in range(ENTRIES)])
     for index in range(ENTRIES):
         frames = FRAMES_BASE + index * ENTRIES * PAGE_SIZE
         entries = [frames + page * PAGE_SIZE | link | bits.MEMTYPE_WB for page in range(ENTRIES)]
         tables.fill_unlinked(Hpa(leaves + index * PAGE_SIZE), entries)
+    tables.fill_unlinked(Hpa(level2), [leaves + index * PAGE_SIZE | link for index in range(ENTRIES)])
+    tables.store64(level3, level2 | link)
+    tables.store64(root, level3 | link)
     return tables
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from bisect import bisect_left
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import trio
@@ -39,7 +40,7 @@ UNTAGGED = {"kvmd": ["--no-frame-tags"]}
 WAY = (
     ("device_sim", "miss", ""),
     ("device_sim", "interrupt", "device: page request"),
-    ("iommufdd", "requests", "message to iommufdd"),
+    ("iommufdd", "requests", "interrupt to iommufdd"),
     ("iommufdd", "ask", "iommufdd: gather the group"),
     ("kvmd", "fault", "message to kvmd"),
     ("kvmd", "slot", "kvmd: checks"),
@@ -51,7 +52,7 @@ WAY = (
     ("kvmd", "fixed", "kvmd: checks"),
     ("iommufdd", "answered", "reply to iommufdd"),
     ("iommufdd", "responded", "iommufdd: group response"),
-    ("device_sim", "response", "message to the device"),
+    ("device_sim", "response", "kick to the device"),
     ("device_sim", "looked", "device: walk again"),
 )
 
@@ -108,12 +109,15 @@ def stamped_run(count: int, directory: Path) -> dict[str, Stamps]:
 def shares(p50: float, stamps: dict[str, Stamps]) -> dict[str, float]:
     """Each stage's part of `p50`: its share of the stamped faults, whose stamps cost a little themselves."""
     spent: Counter[str] = Counter()
-    for began in stamps["device_sim"]["miss"]:
+    misses = stamps["device_sim"]["miss"]
+    for began, next_began in pairwise([*misses, 1 << 64]):
         at = began
         for daemon, stamp, what in WAY:
             # One fault at a time, and one clock: the next stamp of that name is this fault's.
             found = stamps[daemon][stamp]
-            reached = found[bisect_left(found, at)]
+            place = bisect_left(found, at)
+            reached = found[place] if place < len(found) else 1 << 64
+            assert reached < next_began, f"{daemon}: {stamp!r} came after the next fault began, or never"
             spent[what] += reached - at
             at = reached
     del spent[""]

@@ -29,13 +29,13 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "device_sim": (
         ("device_sim.core.function:Function._translate_missing", "look", "looked"),
         ("device_sim.core.pri:PageRequestInterface.request", "miss", ""),
-        ("device_sim.unit_port:TurnEvent.flush", "", "interrupt"),
+        ("device_sim.unit_port:TurnEvent.flush", "interrupt", ""),
         ("device_sim.core.function:Function.page_response", "response", ""),
     ),
     "iommufdd": (
         ("iommufdd.core.iopf:Iopf.prq_event", "requests", ""),
         ("iommufdd.kvm_client:KvmTdp.fault", "ask", "answered"),
-        ("iommufdd.silicon:RemoteUnit.respond", "", "responded"),
+        ("iommufdd.unit_port:UnitPort.flush", "responded", ""),
     ),
     "kvmd": (
         ("kvmd.core.vm:Kvm.fault_exported", "fault", "fixed"),
