@@ -138,12 +138,13 @@ class Ecap:
     rprivs = _flag(53)
 
 
-def _layout(register: type) -> dict[str, Field]:
-    return {name: item.field for name, item in vars(register).items() if isinstance(item, _Bits | _Flag)}
+def _layout(register: type) -> Layout:
+    fields = vars(register).items()
+    return Layout({name: item.field for name, item in fields if isinstance(item, _Bits | _Flag)})
 
 
-CAP_LAYOUT: Final[Layout] = _layout(Cap)
-ECAP_LAYOUT: Final[Layout] = _layout(Ecap)
+CAP_LAYOUT: Final = _layout(Cap)
+ECAP_LAYOUT: Final = _layout(Ecap)
 
 assert bits(63, 0) & covered(CAP_LAYOUT) == covered(CAP_LAYOUT)
 assert bits(63, 0) & covered(ECAP_LAYOUT) == covered(ECAP_LAYOUT)

@@ -24,9 +24,7 @@ from protocol.hw.fields import (
     at,
     covered,
     flag,
-    pack,
     page_at,
-    unpack,
 )
 from protocol.units import Hpa, Pasid, bits
 
@@ -46,7 +44,7 @@ class Entry:
 
     def words(self) -> list[int]:
         """As they lie in memory, word 0 first."""
-        word = pack(self, self.LAYOUT)
+        word = self.LAYOUT.pack(self)
         return [word >> 64 * n & bits(63, 0) for n in range(self.SIZE // WORD_BYTES)]
 
     @classmethod
@@ -57,7 +55,7 @@ class Entry:
         reserved = word & ~covered(cls.LAYOUT)
         if word & cls.P and reserved:
             raise FormatError(f"{cls.__name__}: reserved bits {reserved:#x} are set")
-        return cls(**unpack(word, cls.LAYOUT))
+        return cls(**cls.LAYOUT.unpack(word))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +69,14 @@ class RootEntry(Entry):
 
     SIZE: ClassVar[int] = 16
     P: ClassVar[int] = 1 | 1 << 64
-    LAYOUT: ClassVar[Layout] = {
-        "lower_present": flag(0),
-        "lower": page_at(63, 12, Hpa),
-        "upper_present": flag(64),
-        "upper": page_at(127, 76, Hpa),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "lower_present": flag(0),
+            "lower": page_at(63, 12, Hpa),
+            "upper_present": flag(64),
+            "upper": page_at(127, 76, Hpa),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,17 +94,19 @@ class ContextEntry(Entry):
     rid_priv: bool = False
 
     SIZE: ClassVar[int] = 32
-    LAYOUT: ClassVar[Layout] = {
-        "present": flag(0),
-        "fpd": flag(1),
-        "dte": flag(2),
-        "paside": flag(3),
-        "pre": flag(4),
-        "pdts": at(11, 9),
-        "pasid_dir": page_at(63, 12, Hpa),
-        "rid_pasid": at(83, 64, Pasid),
-        "rid_priv": flag(84),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "present": flag(0),
+            "fpd": flag(1),
+            "dte": flag(2),
+            "paside": flag(3),
+            "pre": flag(4),
+            "pdts": at(11, 9),
+            "pasid_dir": page_at(63, 12, Hpa),
+            "rid_pasid": at(83, 64, Pasid),
+            "rid_priv": flag(84),
+        }
+    )
 
     @property
     def directory_entries(self) -> int:
@@ -120,7 +122,7 @@ class PasidDirEntry(Entry):
     pasid_table: Hpa = NO_HPA
 
     SIZE: ClassVar[int] = 8
-    LAYOUT: ClassVar[Layout] = {"present": flag(0), "fpd": flag(1), "pasid_table": page_at(63, 12, Hpa)}
+    LAYOUT: ClassVar = Layout({"present": flag(0), "fpd": flag(1), "pasid_table": page_at(63, 12, Hpa)})
 
 
 for _entry in (RootEntry, ContextEntry, PasidDirEntry):

@@ -26,10 +26,8 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     require_zero,
     store,
-    unpack,
 )
 from protocol.units import Iova, Pasid, bit, bits
 
@@ -150,26 +148,28 @@ class Descriptor:
 
     def to_bytes(self) -> bytes:
         assert len(self.op_specific) == OP_SPECIFIC_SIZE, f"{len(self.op_specific)} operation-specific bytes"
-        return store(pack(self, LAYOUT), DESCRIPTOR_SIZE - OP_SPECIFIC_SIZE) + self.op_specific
+        return store(LAYOUT.pack(self), DESCRIPTOR_SIZE - OP_SPECIFIC_SIZE) + self.op_specific
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Descriptor:
         """FormatError for a wrong length only; see the head of this file."""
         word = load(raw, DESCRIPTOR_SIZE, "DSA descriptor")
-        return cls(**unpack(word, LAYOUT), op_specific=raw[-OP_SPECIFIC_SIZE:])
+        return cls(**LAYOUT.unpack(word), op_specific=raw[-OP_SPECIFIC_SIZE:])
 
 
-LAYOUT: Final[Layout] = {
-    "pasid": at(19, 0, Pasid),
-    "priv": flag(31),
-    "flags": at(55, 32, Flag),
-    "opcode": at(63, 56),
-    "completion_addr": byte_at(8, 8, Iova),
-    "src": byte_at(16, 8),
-    "dst": byte_at(24, 8),
-    "size": byte_at(32, 4),
-    "int_handle": byte_at(36, 2),
-}
+LAYOUT: Final = Layout(
+    {
+        "pasid": at(19, 0, Pasid),
+        "priv": flag(31),
+        "flags": at(55, 32, Flag),
+        "opcode": at(63, 56),
+        "completion_addr": byte_at(8, 8, Iova),
+        "src": byte_at(16, 8),
+        "dst": byte_at(24, 8),
+        "size": byte_at(32, 4),
+        "int_handle": byte_at(36, 2),
+    }
+)
 RESERVED: Final = bits(319, 0) & ~covered(LAYOUT)
 
 assert bits(30, 20) | bits(319, 304) == RESERVED
@@ -214,24 +214,26 @@ class CompletionRecord:
 
     def to_bytes(self) -> bytes:
         assert len(self.op_specific) == CR_SPECIFIC_SIZE, f"{len(self.op_specific)} operation-specific bytes"
-        return store(pack(self, CR_LAYOUT), COMPLETION_SIZE - CR_SPECIFIC_SIZE) + self.op_specific
+        return store(CR_LAYOUT.pack(self), COMPLETION_SIZE - CR_SPECIFIC_SIZE) + self.op_specific
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> CompletionRecord:
         """FormatError for a wrong length, a reserved bit, or a status without meaning."""
         word = load(raw, COMPLETION_SIZE, "completion record")
         require_zero(word, CR_RESERVED, "completion record")
-        return cls(**unpack(word, CR_LAYOUT), op_specific=raw[-CR_SPECIFIC_SIZE:])
+        return cls(**CR_LAYOUT.unpack(word), op_specific=raw[-CR_SPECIFIC_SIZE:])
 
 
-CR_LAYOUT: Final[Layout] = {
-    "status": at(6, 0, Status),
-    "write_fault": flag(7),
-    "result": byte_at(1, 1),
-    "fault_info": byte_at(2, 1),
-    "bytes_completed": byte_at(4, 4),
-    "fault_addr": byte_at(8, 8, Iova),
-}
+CR_LAYOUT: Final = Layout(
+    {
+        "status": at(6, 0, Status),
+        "write_fault": flag(7),
+        "result": byte_at(1, 1),
+        "fault_info": byte_at(2, 1),
+        "bytes_completed": byte_at(4, 4),
+        "fault_addr": byte_at(8, 8, Iova),
+    }
+)
 CR_RESERVED: Final = bits(127, 0) & ~covered(CR_LAYOUT)
 
 assert bits(31, 24) == CR_RESERVED

@@ -25,9 +25,7 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     store,
-    unpack,
 )
 from protocol.units import Iova, Pasid, bit
 
@@ -152,12 +150,12 @@ class Register:
     SIZE: ClassVar[int]
 
     def to_bytes(self) -> bytes:
-        return store(pack(self, self.LAYOUT), self.SIZE)
+        return store(self.LAYOUT.pack(self), self.SIZE)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """FormatError for a wrong length, or a number without meaning."""
-        return cls(**unpack(load(raw, cls.SIZE, cls.__name__), cls.LAYOUT))
+        return cls(**cls.LAYOUT.unpack(load(raw, cls.SIZE, cls.__name__)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,21 +175,23 @@ class GenCap(Register):
     config_en: bool = False
 
     SIZE: ClassVar[int] = 8
-    LAYOUT: ClassVar[Layout] = {
-        "block_on_fault": flag(0),
-        "overlap_copy": flag(1),
-        "cache_control_mem": flag(2),
-        "cache_control_cache": flag(3),
-        "cmd_cap": flag(4),
-        "dest_readback": flag(8),
-        "drain_readback": flag(9),
-        "evl_support": at(14, 13),
-        "batch_continuation": flag(15),
-        "max_xfer_shift": at(20, 16),
-        "max_batch_shift": at(24, 21),
-        "max_ims_mult": at(30, 25),
-        "config_en": flag(31),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "block_on_fault": flag(0),
+            "overlap_copy": flag(1),
+            "cache_control_mem": flag(2),
+            "cache_control_cache": flag(3),
+            "cmd_cap": flag(4),
+            "dest_readback": flag(8),
+            "drain_readback": flag(9),
+            "evl_support": at(14, 13),
+            "batch_continuation": flag(15),
+            "max_xfer_shift": at(20, 16),
+            "max_batch_shift": at(24, 21),
+            "max_ims_mult": at(30, 25),
+            "config_en": flag(31),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,18 +208,20 @@ class WqCap(Register):
     wq_prs_support: bool = False
 
     SIZE: ClassVar[int] = 8
-    LAYOUT: ClassVar[Layout] = {
-        "total_wq_size": at(15, 0),
-        "num_wqs": at(23, 16),
-        "wqcfg_size": at(27, 24),
-        "shared_mode": flag(48),
-        "dedicated_mode": flag(49),
-        "wq_ats_support": flag(50),
-        "priority": flag(51),
-        "occupancy": flag(52),
-        "op_config": flag(54),
-        "wq_prs_support": flag(55),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "total_wq_size": at(15, 0),
+            "num_wqs": at(23, 16),
+            "wqcfg_size": at(27, 24),
+            "shared_mode": flag(48),
+            "dedicated_mode": flag(49),
+            "wq_ats_support": flag(50),
+            "priority": flag(51),
+            "occupancy": flag(52),
+            "op_config": flag(54),
+            "wq_prs_support": flag(55),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,22 +244,24 @@ class WqCfg(Register):
     state: WqState = WqState.DISABLED
 
     SIZE: ClassVar[int] = WQCFG_BYTES
-    LAYOUT: ClassVar[Layout] = {
-        "size": at(15, 0),
-        "threshold": at(47, 32),
-        "dedicated": flag(64),
-        "block_on_fault": flag(65),
-        "ats_disable": flag(66),
-        "prs_disable": flag(67),
-        "priority": at(71, 68),
-        "pasid": at(91, 72, Pasid),
-        "pasid_enable": flag(92),
-        "priv": flag(93),
-        "max_xfer_shift": at(100, 96),
-        "max_batch_shift": at(104, 101),
-        "occupancy": at(207, 192),
-        "state": at(223, 222, WqState),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "size": at(15, 0),
+            "threshold": at(47, 32),
+            "dedicated": flag(64),
+            "block_on_fault": flag(65),
+            "ats_disable": flag(66),
+            "prs_disable": flag(67),
+            "priority": at(71, 68),
+            "pasid": at(91, 72, Pasid),
+            "pasid_enable": flag(92),
+            "priv": flag(93),
+            "max_xfer_shift": at(100, 96),
+            "max_batch_shift": at(104, 101),
+            "occupancy": at(207, 192),
+            "state": at(223, 222, WqState),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +271,7 @@ class CommandWord(Register):
     interrupt: bool = False
 
     SIZE: ClassVar[int] = 4
-    LAYOUT: ClassVar[Layout] = {"operand": at(19, 0), "command": at(24, 20), "interrupt": flag(31)}
+    LAYOUT: ClassVar = Layout({"operand": at(19, 0), "command": at(24, 20), "interrupt": flag(31)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,7 +281,7 @@ class CommandStatus(Register):
     active: bool = False
 
     SIZE: ClassVar[int] = 4
-    LAYOUT: ClassVar[Layout] = {"error": at(7, 0, CommandError), "result": at(23, 8), "active": flag(31)}
+    LAYOUT: ClassVar = Layout({"error": at(7, 0, CommandError), "result": at(23, 8), "active": flag(31)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,22 +304,24 @@ class SoftwareError(Register):
     fault_addr: Iova = NO_IOVA
 
     SIZE: ClassVar[int] = 32
-    LAYOUT: ClassVar[Layout] = {
-        "valid": flag(0),
-        "overflow": flag(1),
-        "desc_valid": flag(2),
-        "wq_idx_valid": flag(3),
-        "batch": flag(4),
-        "fault_rw": flag(5),
-        "priv": flag(6),
-        "error": at(15, 8),
-        "wq_idx": at(23, 16),
-        "operation": at(39, 32),
-        "pasid": at(59, 40, Pasid),
-        "batch_idx": byte_at(8, 2),
-        "invalid_flags": byte_at(12, 4),
-        "fault_addr": byte_at(16, 8, Iova),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "valid": flag(0),
+            "overflow": flag(1),
+            "desc_valid": flag(2),
+            "wq_idx_valid": flag(3),
+            "batch": flag(4),
+            "fault_rw": flag(5),
+            "priv": flag(6),
+            "error": at(15, 8),
+            "wq_idx": at(23, 16),
+            "operation": at(39, 32),
+            "pasid": at(59, 40, Pasid),
+            "batch_idx": byte_at(8, 2),
+            "invalid_flags": byte_at(12, 4),
+            "fault_addr": byte_at(16, 8, Iova),
+        }
+    )
 
 
 for _register in (GenCap, WqCap, WqCfg, CommandWord, CommandStatus, SoftwareError):

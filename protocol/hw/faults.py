@@ -23,11 +23,9 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     page_at,
     require_zero,
     store,
-    unpack,
 )
 from protocol.units import Iova, Pasid, bits
 
@@ -143,28 +141,30 @@ class FaultRecord:
     f: bool = True  # a fault is recorded here
 
     def to_bytes(self) -> bytes:
-        return store(pack(self, LAYOUT), FAULT_RECORD_SIZE)
+        return store(LAYOUT.pack(self), FAULT_RECORD_SIZE)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> FaultRecord:
         """FormatError for a wrong length, a reserved bit, or the reserved address type."""
         word = load(raw, FAULT_RECORD_SIZE, "fault record")
         require_zero(word, RESERVED, "fault record")
-        return cls(**unpack(word, LAYOUT))
+        return cls(**LAYOUT.unpack(word))
 
 
-LAYOUT: Final[Layout] = {
-    "addr": page_at(63, 12, Iova),
-    "sid": at(79, 64),
-    "type": Field(((92, 92), (126, 126)), FaultType),
-    "priv": flag(93),
-    "exec": flag(94),
-    "pasid_present": flag(95),
-    "reason": at(103, 96),
-    "pasid": at(123, 104, Pasid),
-    "at": at(125, 124, AddressType),
-    "f": flag(127),
-}
+LAYOUT: Final = Layout(
+    {
+        "addr": page_at(63, 12, Iova),
+        "sid": at(79, 64),
+        "type": Field(((92, 92), (126, 126)), FaultType),
+        "priv": flag(93),
+        "exec": flag(94),
+        "pasid_present": flag(95),
+        "reason": at(103, 96),
+        "pasid": at(123, 104, Pasid),
+        "at": at(125, 124, AddressType),
+        "f": flag(127),
+    }
+)
 
 RESERVED: Final = bits(127, 0) & ~covered(LAYOUT)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as member
+from enum import Flag
 from typing import Any, Final, NewType
 
 from protocol.units import PAGE_SHIFT, Hpa, Iova, Pasid, bits
@@ -112,7 +113,65 @@ def _pieces(field: Field) -> list[tuple[int, int, int]]:
     return pieces
 
 
-Layout = Mapping[str, Field]
+class Layout(dict[str, Field]):
+    """The fields of one record by the names of its dataclass.
+
+    `pack(record)` is the word of a record of ours, `unpack(word)` the arguments of its constructor;
+    FormatError where a value has no meaning.  Both are made for the layout once, field by field: a record
+    is packed by whoever sends it and unpacked by whoever gets it, many times in every fault.
+    """
+
+    __slots__ = ("pack", "unpack")
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        super().__init__(fields)
+        self.pack: Callable[[object], int] = _made("pack", "record", _packed(self), self)
+        self.unpack: Callable[[int], dict[str, Any]] = _made("unpack", "word", _unpacked(self), self)
+
+
+def _packed(layout: Layout) -> str:
+    """What is in order is shifted into place right there; all else is the field's `put`."""
+    terms = []
+    for name, field in layout.items():
+        low, value = field.parts[0][1], f"record.{name}"
+        if len(field.parts) > 1 or field.bias or not _is_plain(field.kind):
+            terms.append(f"put_{name}({value})")
+            continue
+        outside = ~(field.mask >> low << field.shift)
+        terms.append(
+            f"({_shift(value, low - field.shift)} if not {value} & {outside} else put_{name}({value}))"
+        )
+    return " | ".join(terms) or "0"
+
+
+def _unpacked(layout: Layout) -> str:
+    pairs = []
+    for name, field in layout.items():
+        value = f"get_{name}(word)"
+        if len(field.parts) == 1 and not field.bias:
+            if field.kind is bool:
+                value = f"word & {field.mask} != 0"
+            elif field.kind is int or isinstance(field.kind, NewType):
+                value = _shift(f"(word & {field.mask})", field.shift - field.parts[0][1])
+        pairs.append(f"{name!r}: {value}")
+    return "{" + ", ".join(pairs) + "}"
+
+
+def _is_plain(kind: Callable[[int], int]) -> bool:
+    """Of these `&` and `<<` give an int at once; those of an IntFlag are Python."""
+    return isinstance(kind, NewType) or (isinstance(kind, type) and not issubclass(kind, Flag))
+
+
+def _shift(value: str, left: int) -> str:
+    return f"{value} << {left}" if left >= 0 else f"{value} >> {-left}"
+
+
+def _made(name: str, argument: str, result: str, layout: Layout) -> Any:
+    """The function of that name, as `dataclasses` makes its methods: from source."""
+    known: dict[str, Any] = {f"put_{field}": of.put for field, of in layout.items()}
+    known |= {f"get_{field}": of.get for field, of in layout.items()}
+    exec(f"def {name}({argument}):\n    return {result}", known)
+    return known[name]
 
 
 def at(high: int, low: int, kind: Callable[[int], int] = int, *, shift: int = 0, bias: int = 0) -> Field:
@@ -133,25 +192,13 @@ def page_at(high: int, low: int, kind: Callable[[int], int] = int) -> Field:
     return at(high, low, kind, shift=PAGE_SHIFT)
 
 
-def covered(layout: Layout) -> int:
+def covered(layout: Mapping[str, Field]) -> int:
     """The bits a layout gives a meaning to; the rest of the record is reserved."""
     mask = 0
     for name, field in layout.items():
         assert mask & field.mask == 0, f"{name} at {field} overlaps another field"
         mask |= field.mask
     return mask
-
-
-def pack(record: object, layout: Layout) -> int:
-    word = 0
-    for name, field in layout.items():
-        word |= field.put(getattr(record, name))
-    return word
-
-
-def unpack(word: int, layout: Layout) -> dict[str, Any]:
-    """The arguments of the record's constructor; FormatError where a value has no meaning."""
-    return {name: field.get(word) for name, field in layout.items()}
 
 
 def load(raw: bytes, size: int, what: str) -> int:

@@ -26,10 +26,8 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     page_at,
     store,
-    unpack,
 )
 from protocol.units import Hpa, Level, Pasid, bit, bits
 
@@ -74,32 +72,34 @@ class PasidEntry:
         return AW_LEVELS.get(self.aw)
 
     def to_bytes(self) -> bytes:
-        return store(pack(self, LAYOUT), PASID_ENTRY_SIZE)
+        return store(LAYOUT.pack(self), PASID_ENTRY_SIZE)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> PasidEntry:
         """FormatError for a wrong length, or P = 1 with reserved bits set; with P = 0 anything goes."""
         word = load(raw, PASID_ENTRY_SIZE, "PASID entry")
-        entry = cls(**unpack(word, LAYOUT))
+        entry = cls(**LAYOUT.unpack(word))
         if entry.present and reserved_violation(raw):
             raise FormatError(f"PASID entry: reserved bits {word & _must_be_zero(word):#x} are set")
         return entry
 
 
-LAYOUT: Final[Layout] = {
-    "present": flag(0),
-    "fpd": flag(1),
-    "aw": at(4, 2),
-    "ssee": flag(5),
-    "pgtt": at(8, 6),
-    "ssade": flag(9),
-    "ss_ptr": page_at(63, 12, Hpa),
-    "did": at(79, 64),
-    "pwsnp": flag(87),
-    "pgsnp": flag(88),
-    "sre": flag(128),
-    "ere": flag(129),
-}
+LAYOUT: Final = Layout(
+    {
+        "present": flag(0),
+        "fpd": flag(1),
+        "aw": at(4, 2),
+        "ssee": flag(5),
+        "pgtt": at(8, 6),
+        "ssade": flag(9),
+        "ss_ptr": page_at(63, 12, Hpa),
+        "did": at(79, 64),
+        "pwsnp": flag(87),
+        "pgsnp": flag(88),
+        "sre": flag(128),
+        "ere": flag(129),
+    }
+)
 
 # In the table, but of no use to a second-stage entry of this model: CD, EMTE, EMT, PWT, PCD and PAT;
 # FSPM, WPE, NXE, SMEP, EAFE and FSPTPTR.

@@ -22,11 +22,9 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     page_at,
     require_zero,
     store,
-    unpack,
 )
 from protocol.units import Iova, Pasid, bits
 
@@ -56,7 +54,7 @@ class PageRequest:
         return self.last and not (self.read or self.write)
 
     def to_bytes(self) -> bytes:
-        return store(_TYPE_BITS | pack(self, LAYOUT), PAGE_REQUEST_SIZE)
+        return store(_TYPE_BITS | LAYOUT.pack(self), PAGE_REQUEST_SIZE)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> PageRequest:
@@ -65,7 +63,7 @@ class PageRequest:
         if _TYPE.get(word) != PAGE_REQUEST_TYPE:
             raise FormatError(f"page request: type {_TYPE.get(word):#x}, not {PAGE_REQUEST_TYPE:#x}")
         require_zero(word, RESERVED, "page request")
-        return cls(**unpack(word, LAYOUT))
+        return cls(**LAYOUT.unpack(word))
 
 
 def reply_to(raw: bytes) -> tuple[int, int, bool]:
@@ -77,18 +75,20 @@ def reply_to(raw: bytes) -> tuple[int, int, bool]:
 
 _TYPE: Final = at(7, 0)
 _TYPE_BITS: Final = _TYPE.put(PAGE_REQUEST_TYPE)
-LAYOUT: Final[Layout] = {
-    "pasid_present": flag(8),
-    "rid": at(31, 16),
-    "pasid": at(51, 32, Pasid),
-    "exec": flag(52),
-    "priv": flag(53),
-    "read": flag(64),
-    "write": flag(65),
-    "last": flag(66),
-    "prgi": at(75, 67),
-    "addr": page_at(127, 76, Iova),
-}
+LAYOUT: Final = Layout(
+    {
+        "pasid_present": flag(8),
+        "rid": at(31, 16),
+        "pasid": at(51, 32, Pasid),
+        "exec": flag(52),
+        "priv": flag(53),
+        "read": flag(64),
+        "write": flag(65),
+        "last": flag(66),
+        "prgi": at(75, 67),
+        "addr": page_at(127, 76, Iova),
+    }
+)
 RESERVED: Final = bits(255, 0) & ~covered({**LAYOUT, "type": _TYPE})
 
 assert bits(15, 9) | bits(63, 54) | bits(255, 128) == RESERVED

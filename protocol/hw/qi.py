@@ -29,10 +29,8 @@ from protocol.hw.fields import (
     covered,
     flag,
     load,
-    pack,
     page_at,
     store,
-    unpack,
 )
 from protocol.units import PAGE_SHIFT, Iova, IovaPfn, Pasid, bits
 
@@ -102,12 +100,14 @@ class ResponseCode(IntEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextInv:
     TYPE: ClassVar = 1
-    LAYOUT: ClassVar[Layout] = {
-        "granularity": at(5, 4, ContextGranularity),
-        "did": at(31, 16),
-        "sid": at(47, 32),
-        "fm": at(49, 48),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "granularity": at(5, 4, ContextGranularity),
+            "did": at(31, 16),
+            "sid": at(47, 32),
+            "fm": at(49, 48),
+        }
+    )
     granularity: ContextGranularity
     did: int = 0
     sid: int = 0
@@ -119,15 +119,17 @@ class IotlbInv:
     """Tagged by domain id: the one for second-stage translations."""
 
     TYPE: ClassVar = 2
-    LAYOUT: ClassVar[Layout] = {
-        "granularity": at(5, 4, IotlbGranularity),
-        "dw": flag(6),
-        "dr": flag(7),
-        "did": at(31, 16),
-        "am": at(69, 64),
-        "ih": flag(70),
-        "addr": page_at(127, 76, Iova),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "granularity": at(5, 4, IotlbGranularity),
+            "dw": flag(6),
+            "dr": flag(7),
+            "did": at(31, 16),
+            "am": at(69, 64),
+            "ih": flag(70),
+            "addr": page_at(127, 76, Iova),
+        }
+    )
     granularity: IotlbGranularity
     did: int = 0
     am: int = 0
@@ -145,13 +147,15 @@ class IotlbInv:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevTlbInv:
     TYPE: ClassVar = 3
-    LAYOUT: ClassVar[Layout] = {
-        "pfsid": Field(((15, 12), (63, 52))),
-        "mip": at(20, 16),
-        "sid": at(47, 32),
-        "size": flag(64),
-        "addr": page_at(127, 76, Iova),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "pfsid": Field(((15, 12), (63, 52))),
+            "mip": at(20, 16),
+            "sid": at(47, 32),
+            "size": flag(64),
+            "addr": page_at(127, 76, Iova),
+        }
+    )
     sid: int
     pfsid: int = 0
     mip: int = 0  # how many invalidations the device can queue
@@ -168,7 +172,7 @@ class IecInv:
     """Interrupt entry cache."""
 
     TYPE: ClassVar = 4
-    LAYOUT: ClassVar[Layout] = {"index_selective": flag(4), "im": at(31, 27), "iidx": at(47, 32)}
+    LAYOUT: ClassVar = Layout({"index_selective": flag(4), "im": at(31, 27), "iidx": at(47, 32)})
     index_selective: bool
     im: int = 0
     iidx: int = 0
@@ -179,14 +183,16 @@ class WaitDescriptor:
     """Completes when everything queued before it has, including the devices' own completions."""
 
     TYPE: ClassVar = 5
-    LAYOUT: ClassVar[Layout] = {
-        "if_": flag(4),
-        "sw": flag(5),
-        "fn": flag(6),
-        "pd": flag(7),
-        "status_data": at(63, 32),
-        "status_addr": at(127, 66, shift=2),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "if_": flag(4),
+            "sw": flag(5),
+            "fn": flag(6),
+            "pd": flag(7),
+            "status_data": at(63, 32),
+            "status_addr": at(127, 66, shift=2),
+        }
+    )
     if_: bool = False  # raise the invalidation event
     sw: bool = False  # write status_data, 32 bits, to status_addr
     fn: bool = False  # nothing queued later starts before
@@ -200,14 +206,16 @@ class PasidIotlbInv:
     """Tagged by PASID as well: for first-stage and pass-through translations."""
 
     TYPE: ClassVar = 6
-    LAYOUT: ClassVar[Layout] = {
-        "granularity": at(5, 4, PasidIotlbGranularity),
-        "did": at(31, 16),
-        "pasid": at(51, 32, Pasid),
-        "am": at(69, 64),
-        "ih": flag(70),
-        "addr": page_at(127, 76, Iova),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "granularity": at(5, 4, PasidIotlbGranularity),
+            "did": at(31, 16),
+            "pasid": at(51, 32, Pasid),
+            "am": at(69, 64),
+            "ih": flag(70),
+            "addr": page_at(127, 76, Iova),
+        }
+    )
     granularity: PasidIotlbGranularity
     did: int
     pasid: Pasid
@@ -223,11 +231,13 @@ class PasidIotlbInv:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PasidCacheInv:
     TYPE: ClassVar = 7
-    LAYOUT: ClassVar[Layout] = {
-        "granularity": at(5, 4, PasidCacheGranularity),
-        "did": at(31, 16),
-        "pasid": at(51, 32, Pasid),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "granularity": at(5, 4, PasidCacheGranularity),
+            "did": at(31, 16),
+            "pasid": at(51, 32, Pasid),
+        }
+    )
     granularity: PasidCacheGranularity
     did: int = 0
     pasid: Pasid = NO_PASID
@@ -236,15 +246,17 @@ class PasidCacheInv:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PasidDevTlbInv:
     TYPE: ClassVar = 8
-    LAYOUT: ClassVar[Layout] = {
-        "mip": at(8, 4),
-        "pfsid": Field(((15, 12), (63, 52))),
-        "sid": at(31, 16),
-        "pasid": at(51, 32, Pasid),
-        "all_pasids": flag(64),
-        "size": flag(75),
-        "addr": page_at(127, 76, Iova),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "mip": at(8, 4),
+            "pfsid": Field(((15, 12), (63, 52))),
+            "sid": at(31, 16),
+            "pasid": at(51, 32, Pasid),
+            "all_pasids": flag(64),
+            "size": flag(75),
+            "addr": page_at(127, 76, Iova),
+        }
+    )
     sid: int
     pasid: Pasid
     pfsid: int = 0
@@ -261,14 +273,16 @@ class PasidDevTlbInv:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageGroupResponse:
     TYPE: ClassVar = 9
-    LAYOUT: ClassVar[Layout] = {
-        "pasid_present": flag(4),
-        "code": at(15, 12),
-        "rid": at(31, 16),
-        "pasid": at(51, 32, Pasid),
-        "lpig": flag(66),
-        "prgi": at(75, 67),
-    }
+    LAYOUT: ClassVar = Layout(
+        {
+            "pasid_present": flag(4),
+            "code": at(15, 12),
+            "rid": at(31, 16),
+            "pasid": at(51, 32, Pasid),
+            "lpig": flag(66),
+            "prgi": at(75, 67),
+        }
+    )
     rid: int
     prgi: int
     code: int  # 4 bits as sent; ResponseCode.from_wire says what the device makes of them
@@ -317,7 +331,7 @@ DEVTLB_ALL: Final = Iova(bits(62, PAGE_SHIFT))  # with S set: everything
 
 
 def encode(desc: Descriptor) -> bytes:
-    return store(_TYPE_BITS[type(desc)] | pack(desc, desc.LAYOUT), DESCRIPTOR_SIZE)
+    return store(_TYPE_BITS[type(desc)] | desc.LAYOUT.pack(desc), DESCRIPTOR_SIZE)
 
 
 def decode(raw: bytes) -> Descriptor:
@@ -329,7 +343,7 @@ def decode(raw: bytes) -> Descriptor:
     if word & _RESERVED[cls]:
         raise DescriptorError(IQEI.RESERVED_FIELD, f"{cls.__name__}: bits {word & _RESERVED[cls]:#x} are set")
     try:
-        desc = cls(**unpack(word, cls.LAYOUT))
+        desc = cls(**cls.LAYOUT.unpack(word))
     except FormatError as e:
         raise DescriptorError(IQEI.RESERVED_FIELD, f"{cls.__name__}: {e}") from e
     if isinstance(desc, DevTlbInv | PasidDevTlbInv) and desc.size and desc.addr == _NO_ZERO_BIT:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -84,24 +86,50 @@ def test_put_and_get_are_inverse_whatever_lies_around(value: int, noise: int) ->
     assert field.get(field.put(value) | (noise & ~field.mask)) == value
 
 
-@pytest.mark.parametrize(
-    ("record", "layout", "apart"),
-    [
-        (pasid_entry.PasidEntry, pasid_entry.LAYOUT, set()),
-        (faults.FaultRecord, faults.LAYOUT, set()),
-        (prq.PageRequest, prq.LAYOUT, set()),
-        (dsa.Descriptor, dsa.LAYOUT, {"op_specific"}),
-        (dsa.CompletionRecord, dsa.CR_LAYOUT, {"op_specific"}),
-        (qi.ContextInv, qi.ContextInv.LAYOUT, set()),
-        (qi.IotlbInv, qi.IotlbInv.LAYOUT, set()),
-        (qi.DevTlbInv, qi.DevTlbInv.LAYOUT, set()),
-        (qi.IecInv, qi.IecInv.LAYOUT, set()),
-        (qi.WaitDescriptor, qi.WaitDescriptor.LAYOUT, set()),
-        (qi.PasidIotlbInv, qi.PasidIotlbInv.LAYOUT, set()),
-        (qi.PasidCacheInv, qi.PasidCacheInv.LAYOUT, set()),
-        (qi.PasidDevTlbInv, qi.PasidDevTlbInv.LAYOUT, set()),
-        (qi.PageGroupResponse, qi.PageGroupResponse.LAYOUT, set()),
-    ],
-)
+RECORDS: list[tuple[type, Layout, set[str]]] = [
+    (pasid_entry.PasidEntry, pasid_entry.LAYOUT, set()),
+    (faults.FaultRecord, faults.LAYOUT, set()),
+    (prq.PageRequest, prq.LAYOUT, set()),
+    (dsa.Descriptor, dsa.LAYOUT, {"op_specific"}),
+    (dsa.CompletionRecord, dsa.CR_LAYOUT, {"op_specific"}),
+    (qi.ContextInv, qi.ContextInv.LAYOUT, set()),
+    (qi.IotlbInv, qi.IotlbInv.LAYOUT, set()),
+    (qi.DevTlbInv, qi.DevTlbInv.LAYOUT, set()),
+    (qi.IecInv, qi.IecInv.LAYOUT, set()),
+    (qi.WaitDescriptor, qi.WaitDescriptor.LAYOUT, set()),
+    (qi.PasidIotlbInv, qi.PasidIotlbInv.LAYOUT, set()),
+    (qi.PasidCacheInv, qi.PasidCacheInv.LAYOUT, set()),
+    (qi.PasidDevTlbInv, qi.PasidDevTlbInv.LAYOUT, set()),
+    (qi.PageGroupResponse, qi.PageGroupResponse.LAYOUT, set()),
+]
+
+
+@pytest.mark.parametrize(("record", "layout", "apart"), RECORDS)
 def test_every_member_of_a_record_has_a_place(record: type, layout: Layout, apart: set[str]) -> None:
     assert {f.name for f in fields(record)} == set(layout) | apart
+
+
+@pytest.mark.parametrize("layout", [layout for _, layout, _ in RECORDS])
+@given(data=st.data())
+def test_what_is_made_for_a_layout_is_its_fields_one_by_one(layout: Layout, data: st.DataObject) -> None:
+    word = data.draw(st.integers(0, covered(layout))) & covered(layout)
+    try:
+        expected = {name: field.get(word) for name, field in layout.items()}
+    except FormatError:
+        with pytest.raises(FormatError):
+            layout.unpack(word)
+        return
+    assert layout.unpack(word) == expected
+    record = SimpleNamespace(**expected)
+    assert layout.pack(record) == sum(field.put(expected[name]) for name, field in layout.items()) == word
+
+
+@pytest.mark.parametrize("layout", [layout for _, layout, _ in RECORDS])
+def test_a_value_of_ours_that_does_not_fit_is_an_assertion_in_every_field(layout: Layout) -> None:
+    for name, field in layout.items():
+        for wrong in (-1, (1 << field.width) << field.shift) + ((1,) if field.shift else ()):
+            record = SimpleNamespace(
+                **{other: of.bias for other, of in layout.items()} | {name: wrong + field.bias}
+            )
+            with pytest.raises(AssertionError, match=re.escape(f"bits {field}:")):
+                layout.pack(SimpleNamespace(**values))
