@@ -54,8 +54,7 @@ from protocol.units import (
 MAX_MESSAGE_NOTES = 64
 _TABLE_MASK = (1 << INDEX_BITS + PAGE_SHIFT) - 1  # the address bits a level-1 table translates
 STABLE_TRIES = 16
-_QIE, _SRTP, _TE = int(Gcmd.QIE), int(Gcmd.SRTP), int(Gcmd.TE)  # an IntFlag's operators are Python
-_LEVELS = _QIE | _TE  # what GSTS shows of GCMD for as long as it is stored there
+_LEVELS = Gcmd.QIE | Gcmd.TE  # what GSTS shows of GCMD for as long as it is stored there
 
 
 class RequestRefused(Exception):
@@ -144,20 +143,20 @@ class RemappingUnit:
             return
         changed, self._gcmd = now ^ self._gcmd, now
         shown = before = self.registers.shown(Reg.GSTS)
-        if changed & _QIE:
-            if now & _QIE:
+        if changed & Gcmd.QIE:
+            if now & Gcmd.QIE:
                 self.queue.enable()
             else:
                 self.queue.disable()
-        if changed & now & _SRTP:
+        if changed & now & Gcmd.SRTP:
             self._rtaddr = self.registers.stored(Reg.RTADDR)
             self.registers.show(Reg.RTADDR, self._rtaddr)
-            shown |= _SRTP
-        if changed & (_TE | _SRTP):
-            self.tables.use(self._rtaddr if now & _TE else None)
+            shown |= Gcmd.SRTP
+        if changed & (Gcmd.TE | Gcmd.SRTP):
+            self.tables.use(self._rtaddr if now & Gcmd.TE else None)
             self.iotlb.invalidate_all()
         shown = shown & ~_LEVELS | now & _LEVELS
-        if shown != before or changed & now & _SRTP:
+        if shown != before or changed & now & Gcmd.SRTP:
             self.registers.show(Reg.GSTS, shown)
             self.registers.send_event(Reg.ICS)  # hardware has no event for it, its driver spins
 

@@ -12,8 +12,6 @@ from protocol.hw.caps import Cap
 from protocol.hw.faults import FAULT_RECORD_SIZE, FaultRecord
 from protocol.hw.vtd_regs import FSTS_FRI, Fsts, Reg
 
-_PPF, _PFO = int(Fsts.PPF), int(Fsts.PFO)
-
 
 class FaultRecording:
     def __init__(self, cap: Cap, registers: RegisterSet) -> None:
@@ -27,27 +25,27 @@ class FaultRecording:
         registers = self._registers
         registers.take_clears(Reg.FSTS)
         place = self._places[self._next]
-        if registers.shown(Reg.FSTS) & _PFO or registers.has_fault(place):
+        if registers.shown(Reg.FSTS) & Fsts.PFO or registers.has_fault(place):
             self.lost += 1
-            registers.raise_status(Reg.FSTS, _PFO)
+            registers.raise_status(Reg.FSTS, Fsts.PFO)
             return
         self.recorded += 1
         raw = record.to_bytes()
         registers.show_fault(place, int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
-        if not registers.shown(Reg.FSTS) & _PPF:
+        if not registers.shown(Reg.FSTS) & Fsts.PPF:
             self._show_first(self._next)
         self._next = (self._next + 1) % len(self._places)
-        registers.raise_status(Reg.FSTS, _PPF)
+        registers.raise_status(Reg.FSTS, Fsts.PPF)
 
     def take_clears(self) -> None:
         """Software has cleared F of some records: what is left is reported once more."""
         registers = self._registers
-        if not registers.shown(Reg.FSTS) & _PPF:
+        if not registers.shown(Reg.FSTS) & Fsts.PPF:
             return
         left = [n for n in self._in_turn() if registers.has_fault(self._places[n])]
         fsts = registers.shown(Reg.FSTS)
         if not left:
-            registers.show(Reg.FSTS, fsts & ~_PPF)
+            registers.show(Reg.FSTS, fsts & ~Fsts.PPF)
         elif left[0] != FSTS_FRI.get(fsts):
             self._show_first(left[0])
             registers.send_event(Reg.FSTS)

@@ -35,7 +35,6 @@ from protocol.units import Hpa
 
 _DESCRIPTOR = struct.Struct("<4Q")
 _WORDS = qi.DESCRIPTOR_SIZE // 8
-_IQE, _ITE, _IWC = int(Fsts.IQE), int(Fsts.ITE), int(Ics.IWC)
 
 # Executes one that is no wait; the function that does not complete it, if there is one.
 Execute = Callable[[qi.Descriptor], int | None]
@@ -75,13 +74,13 @@ class QueuedInvalidation:
 
     def run(self) -> None:
         """Everything up to the tail, as long as nothing stops it."""
-        if not self.enabled or self._registers.shown(Reg.FSTS) & (_IQE | _ITE):
+        if not self.enabled or self._registers.shown(Reg.FSTS) & (Fsts.IQE | Fsts.ITE):
             return
         try:
             self._run()
         except DescriptorError as error:
             self._registers.show(Reg.IQERCD, IQERCD_IQEI.put(error.iqei))
-            self._registers.raise_status(Reg.FSTS, _IQE)
+            self._registers.raise_status(Reg.FSTS, Fsts.IQE)
 
     def _run(self) -> None:
         ring = self._ring
@@ -101,7 +100,7 @@ class QueuedInvalidation:
         if self._late is not None:
             self._registers.show(Reg.IQERCD, IQERCD_ITESID.put(self._late))
             self._late = None
-            self._registers.raise_status(Reg.FSTS, _ITE)
+            self._registers.raise_status(Reg.FSTS, Fsts.ITE)
 
     def _bounded_tail(self, ring: Ring) -> int:
         if not IQA_DW.get(self._iqa):
@@ -132,4 +131,4 @@ class QueuedInvalidation:
         if wait.sw:
             self._memory.store32(Hpa(wait.status_addr), wait.status_data)
         if wait.if_:
-            self._registers.raise_status(Reg.ICS, _IWC)
+            self._registers.raise_status(Reg.ICS, Ics.IWC)

@@ -24,7 +24,6 @@ from protocol.hw.vtd_regs import Prs, Reg, page_request_ring
 from protocol.units import Hpa
 
 _ENTRY = struct.Struct("<4Q")
-_PPR, _PRO = int(Prs.PPR), int(Prs.PRO)
 
 # (requester id, page request group index, code): how the unit answers on its own.
 Respond = Callable[[int, int, ResponseCode], None]
@@ -44,7 +43,7 @@ class PrqWriter:
 
     @property
     def overflow(self) -> bool:
-        return bool(self._registers.shown(Reg.PRS) & _PRO)
+        return bool(self._registers.shown(Reg.PRS) & Prs.PRO)
 
     async def wait_accepting(self) -> None:
         """Returns when requests are not dropped any more: software cleared the overflow."""
@@ -56,12 +55,12 @@ class PrqWriter:
         self._take_pro()
         if self.overflow or not self._store(request):
             self.dropped += 1
-            self._registers.raise_status(Reg.PRS, _PRO)
+            self._registers.raise_status(Reg.PRS, Prs.PRO)
             if request.last and not request.is_stop_marker:
                 self._respond(request.rid, request.prgi, ResponseCode.SUCCESS)
             return
         self.requests += 1
-        self._registers.raise_status(Reg.PRS, _PPR)
+        self._registers.raise_status(Reg.PRS, Prs.PPR)
 
     def _store(self, request: PageRequest) -> bool:
         """Into the ring, behind it the tail; False if there is no room."""
@@ -91,10 +90,10 @@ class PrqWriter:
         """PRO cleared lets requests in again; PPR clear over a queue that is not empty is set again."""
         self._take_pro()
         if self._registers.stored(Reg.PQH) != self._ring.offset(self._tail):
-            self._registers.raise_status(Reg.PRS, _PPR)
+            self._registers.raise_status(Reg.PRS, Prs.PPR)
 
     def _take_pro(self) -> None:
-        if self._registers.take_clears(Reg.PRS) & _PRO:
+        if self._registers.take_clears(Reg.PRS) & Prs.PRO:
             self._accept()
 
     def _accept(self) -> None:

@@ -19,10 +19,9 @@ from typing import Final, NamedTuple
 
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.register_page import RegisterPage
-from protocol.hw.vtd_regs import FAULT_RECORD_F, REGISTER_PAGE, RW1C, EventControl, Fsts, Reg
+from protocol.hw.vtd_regs import FAULT_RECORD_F, REGISTER_PAGE, RW1C, EventControl, Fsts, Reg, Register
 
 ARCHITECTURE_VERSION: Final = 0x10  # 1.0
-_IM, _IP = int(EventControl.IM), int(EventControl.IP)
 
 
 def _nothing() -> None:
@@ -70,23 +69,23 @@ class RegisterSet:
         for register, value in self._capabilities.items():
             self._shown.store(register, value)
         for control in _CONTROL.values():
-            self._shown.store(control, _IM)
+            self._shown.store(control, EventControl.IM)
 
     # -- loads and stores ------------------------------------------------------------------------------
 
-    def stored(self, register: Reg) -> int:
+    def stored(self, register: Register) -> int:
         """What software stored there last: its word, so read it once."""
         return self._stored.load(register)
 
-    def shown(self, register: Reg) -> int:
+    def shown(self, register: Register) -> int:
         return self._shown.load(register)
 
-    def show(self, register: Reg, value: int) -> None:
+    def show(self, register: Register, value: int) -> None:
         self._shown.store(register, value)
 
     # -- status bits and their events ------------------------------------------------------------------
 
-    def take_clears(self, status: Reg) -> int:
+    def take_clears(self, status: Register) -> int:
         """What software cleared since the last time, of its RW1C bits; they do not show any more."""
         now = self._stored.load(status)
         cleared = (now ^ self._taken.load(status)) & RW1C[status]
@@ -96,13 +95,13 @@ class RegisterSet:
             self._service(status)
         return cleared
 
-    def _service(self, status: Reg) -> None:
+    def _service(self, status: Register) -> None:
         """With nothing left to report an event that is held back is no more [VT-d 11.4]."""
         control = _CONTROL[status]
         if not self._shown.load(status) & _REPORTED[status]:
-            self._shown.store(control, self._shown.load(control) & ~_IP)
+            self._shown.store(control, self._shown.load(control) & ~EventControl.IP)
 
-    def raise_status(self, status: Reg, bits: int) -> None:
+    def raise_status(self, status: Register, bits: int) -> None:
         """What the bits stand for is stored: they show, and the event goes out if they did not."""
         self._fence()
         self.take_clears(status)
@@ -111,20 +110,22 @@ class RegisterSet:
             self._shown.store(status, before | bits)
             self.send_event(status)
 
-    def send_event(self, status: Reg) -> None:
+    def send_event(self, status: Register) -> None:
         control = _CONTROL[status]
-        if self._shown.load(control) & _IM:
-            self._shown.store(control, self._shown.load(control) | _IP)
+        if self._shown.load(control) & EventControl.IM:
+            self._shown.store(control, self._shown.load(control) | EventControl.IP)
         else:
             self._events[status]()
 
     def latch_controls(self) -> None:
         """IM as software stored it; what it held back goes out when it is clear."""
         for status, control in _CONTROL.items():
-            masked = self._stored.load(control) & _IM
-            pending = self._shown.load(control) & _IP
-            self._shown.store(control, masked | (pending if masked else 0))
-            if pending and not masked:
+            masked = self._stored.load(control) & EventControl.IM
+            shown = self._shown.load(control)
+            if masked == shown & EventControl.IM:
+                continue
+            self._shown.store(control, masked)
+            if shown & EventControl.IP:
                 self._events[status]()
 
     # -- fault recording registers ---------------------------------------------------------------------

@@ -110,7 +110,7 @@ class IntelIommu:
             await self.queue.submit(qi.forget_all())
         await self._command(Gcmd.QIE | Gcmd.TE)
 
-    async def _command(self, command: Gcmd) -> None:
+    async def _command(self, command: int) -> None:
         """Store GCMD, and wait until all of it shows in GSTS."""
         self._registers.store(Reg.GCMD, command)
         self._registers.kick()

@@ -162,7 +162,9 @@ class InvalidationQueue:
         wait = submission.descriptors[-1]
         assert isinstance(wait, WaitDescriptor)
         at = self._status_at + (submission.end - 1) % self._ring.entries * STATUS_BYTES
-        return replace(wait, if_=True, status_data=submission.status, status_addr=at)
+        return WaitDescriptor(
+            if_=True, sw=wait.sw, fn=wait.fn, pd=wait.pd, status_data=submission.status, status_addr=at
+        )
 
     def _store(self, position: int, raw: bytes) -> None:
         at = self._ring.offset(position)

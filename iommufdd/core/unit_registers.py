@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from protocol.hw.register_page import RegisterPage
-from protocol.hw.vtd_regs import FAULT_RECORD_F, RW1C, Reg
+from protocol.hw.vtd_regs import FAULT_RECORD_F, RW1C, Register
 
 
 class UnitRegisters:
@@ -33,18 +33,18 @@ class UnitRegisters:
         self._taken = taken
         self._stored = stored
 
-    def load(self, register: Reg) -> int:
+    def load(self, register: Register) -> int:
         return self._shown.load(register)
 
-    def store(self, register: Reg, value: int) -> None:
+    def store(self, register: Register, value: int) -> None:
         self._stored.store(register, value)
 
-    def status(self, register: Reg) -> int:
+    def status(self, register: Register) -> int:
         """The RW1C bits that show and were not cleared by us already."""
         flipped = self._taken.load(register) ^ self._stored.load(register)  # first: see docs/decisions/0018
         return self._shown.load(register) & ~flipped & RW1C[register]
 
-    def clear(self, register: Reg, bits: int) -> None:
+    def clear(self, register: Register, bits: int) -> None:
         """Those of `bits`, of `status`, that show; what they stand for is looked at behind this."""
         self._stored.store(register, self._stored.load(register) ^ (self.status(register) & bits))
         self.fence()

@@ -8,7 +8,7 @@ Must hold: a mapping is stored to by one process only; the others have it read-o
 
 from __future__ import annotations
 
-from protocol.hw.vtd_regs import REGISTER_PAGE, WIDE, Reg
+from protocol.hw.vtd_regs import REGISTER_PAGE, WIDE, Register
 
 
 class RegisterPage:
@@ -21,10 +21,10 @@ class RegisterPage:
         self._words32 = view.cast("I")
         self._words64 = view.cast("Q")
 
-    def load(self, register: Reg) -> int:
+    def load(self, register: Register) -> int:
         return self.load64(register) if register in WIDE else self._words32[register >> 2]
 
-    def store(self, register: Reg, value: int) -> None:
+    def store(self, register: Register, value: int) -> None:
         if register in WIDE:
             self.store64(register, value)
         else:

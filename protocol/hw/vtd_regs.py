@@ -10,8 +10,8 @@ Fault recording registers lie at CAP.FRO, CAP.NFR of them, 16 bytes each (`fault
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
-from typing import Final
+from enum import IntEnum
+from typing import Final, NewType
 
 from protocol.hw.fields import Field, at, flag, page_at
 from protocol.units import PAGE_SIZE, Hpa, bit
@@ -19,41 +19,44 @@ from protocol.units import PAGE_SIZE, Hpa, bit
 REGISTER_PAGE: Final = PAGE_SIZE
 
 
-class Reg(IntEnum):
-    """Offsets in the register page."""
+Register = NewType("Register", int)  # its offset in the register page
 
-    __hash__ = int.__hash__  # an enum's own is a Python call, and a register is looked up at every access
 
-    VER = 0x00
-    CAP = 0x08
-    ECAP = 0x10
-    GCMD = 0x18
-    GSTS = 0x1C
-    RTADDR = 0x20
-    FSTS = 0x34
-    FECTL = 0x38
-    FEDATA = 0x3C
-    FEADDR = 0x40
-    FEUADDR = 0x44
-    PMEN = 0x64
-    IQH = 0x80
-    IQT = 0x88
-    IQA = 0x90
-    ICS = 0x9C
-    IECTL = 0xA0
-    IEDATA = 0xA4
-    IEADDR = 0xA8
-    IEUADDR = 0xAC
-    IQERCD = 0xB0
-    IRTA = 0xB8
-    PQH = 0xC0
-    PQT = 0xC8
-    PQA = 0xD0
-    PRS = 0xDC
-    PECTL = 0xE0
-    PEDATA = 0xE4
-    PEADDR = 0xE8
-    PEUADDR = 0xEC
+class Reg:
+    """The registers.  They and the bits below are no enums: those are looked up and combined in Python, and
+    a register is at every access.
+    """
+
+    VER: Final = Register(0x00)
+    CAP: Final = Register(0x08)
+    ECAP: Final = Register(0x10)
+    GCMD: Final = Register(0x18)
+    GSTS: Final = Register(0x1C)
+    RTADDR: Final = Register(0x20)
+    FSTS: Final = Register(0x34)
+    FECTL: Final = Register(0x38)
+    FEDATA: Final = Register(0x3C)
+    FEADDR: Final = Register(0x40)
+    FEUADDR: Final = Register(0x44)
+    PMEN: Final = Register(0x64)
+    IQH: Final = Register(0x80)
+    IQT: Final = Register(0x88)
+    IQA: Final = Register(0x90)
+    ICS: Final = Register(0x9C)
+    IECTL: Final = Register(0xA0)
+    IEDATA: Final = Register(0xA4)
+    IEADDR: Final = Register(0xA8)
+    IEUADDR: Final = Register(0xAC)
+    IQERCD: Final = Register(0xB0)
+    IRTA: Final = Register(0xB8)
+    PQH: Final = Register(0xC0)
+    PQT: Final = Register(0xC8)
+    PQA: Final = Register(0xD0)
+    PRS: Final = Register(0xDC)
+    PECTL: Final = Register(0xE0)
+    PEDATA: Final = Register(0xE4)
+    PEADDR: Final = Register(0xE8)
+    PEUADDR: Final = Register(0xEC)
 
 
 # The others have 4 bytes.
@@ -66,57 +69,57 @@ WIDE: Final = frozenset(
 )
 
 
-def width(register: Reg) -> int:
+def width(register: Register) -> int:
     """In bytes."""
     return 8 if register in WIDE else 4
 
 
-class Gcmd(IntFlag):
+class Gcmd:
     """A command; in GSTS the same bit says that it took effect."""
 
-    CFI = bit(23)
-    SIRTP = bit(24)
-    IRE = bit(25)
-    QIE = bit(26)  # queued invalidation
-    WBF = bit(27)
-    EAFL = bit(28)
-    SFL = bit(29)
-    SRTP = bit(30)  # RTADDR is taken
-    TE = bit(31)  # translation
+    CFI: Final = bit(23)
+    SIRTP: Final = bit(24)
+    IRE: Final = bit(25)
+    QIE: Final = bit(26)  # queued invalidation
+    WBF: Final = bit(27)
+    EAFL: Final = bit(28)
+    SFL: Final = bit(29)
+    SRTP: Final = bit(30)  # RTADDR is taken
+    TE: Final = bit(31)  # translation
 
 
-class Fsts(IntFlag):
-    PFO = bit(0)  # a fault found no free recording register
-    PPF = bit(1)  # some recording register has F: not stored, the unit's own sum
-    IQE = bit(4)  # the queue stopped at a descriptor: IQERCD says why
-    ICE = bit(5)  # a device completed what nobody asked it
-    ITE = bit(6)  # a device did not complete in time
+class Fsts:
+    PFO: Final = bit(0)  # a fault found no free recording register
+    PPF: Final = bit(1)  # some recording register has F: not stored, the unit's own sum
+    IQE: Final = bit(4)  # the queue stopped at a descriptor: IQERCD says why
+    ICE: Final = bit(5)  # a device completed what nobody asked it
+    ITE: Final = bit(6)  # a device did not complete in time
 
 
 FSTS_FRI: Final = at(15, 8)  # the recording register of the first fault
 
 
-class Ics(IntFlag):
-    IWC = bit(0)  # a wait descriptor with IF completed
+class Ics:
+    IWC: Final = bit(0)  # a wait descriptor with IF completed
 
 
-class Prs(IntFlag):
-    PPR = bit(0)  # page requests wait
-    PRO = bit(1)  # one found no room
+class Prs:
+    PPR: Final = bit(0)  # page requests wait
+    PRO: Final = bit(1)  # one found no room
 
 
-class EventControl(IntFlag):
+class EventControl:
     """FECTL, IECTL and PECTL."""
 
-    IP = bit(30)  # held back by IM
-    IM = bit(31)
+    IP: Final = bit(30)  # held back by IM
+    IM: Final = bit(31)
 
 
 # Cleared by storing 1; the others of these registers are the unit's own.
 RW1C: Final = {
-    Reg.FSTS: int(Fsts.PFO | Fsts.IQE | Fsts.ICE | Fsts.ITE),
-    Reg.ICS: int(Ics.IWC),
-    Reg.PRS: int(Prs.PPR | Prs.PRO),
+    Reg.FSTS: Fsts.PFO | Fsts.IQE | Fsts.ICE | Fsts.ITE,
+    Reg.ICS: Ics.IWC,
+    Reg.PRS: Prs.PPR | Prs.PRO,
 }
 FAULT_RECORD_F: Final = bit(63)  # in the upper 8 bytes of a fault recording register
 

@@ -14,7 +14,7 @@ from device_sim.core.pri import PageAccess
 from device_sim.core.traits import capabilities
 from device_sim.core.unit_registers import Events, RegisterPages, RegisterSet
 from protocol.hw.register_page import RegisterPage
-from protocol.hw.vtd_regs import Reg
+from protocol.hw.vtd_regs import Reg, Register
 from protocol.units import IovaPfn
 from tests.unit.device_sim.raw_driver import (
     FAULTS,
@@ -140,7 +140,7 @@ def test_what_was_taken_is_shown_as_taken_after_the_bit_is_gone() -> None:
             super().__init__(memoryview(page))
             self.name = name
 
-        def store(self, register: Reg, value: int) -> None:
+        def store(self, register: Register, value: int) -> None:
             order.append(self.name)
             super().store(register, value)
 

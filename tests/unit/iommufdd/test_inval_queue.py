@@ -11,6 +11,7 @@ from iommufdd.core import qi
 from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
 from protocol.hw.qi import ResponseCode
+from protocol.hw.vtd_regs import Register
 from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
 from protocol.units import WHOLE_SIZE, Iova
 from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, Unit
@@ -60,9 +61,9 @@ def test_the_tail_shows_descriptors_only_when_all_of_them_are_there() -> None:
     seen = []
     stored = unit.driver.queue._registers.store  # the one store that shows anything
 
-    def store(register: int, value: int) -> None:
+    def store(register: Register, value: int) -> None:
         seen.append((register, value, [unit.descriptor(n)[0] & 0xF for n in range(5)]))
-        stored(register, value)  # type: ignore[arg-type]
+        stored(register, value)
 
     unit.driver.queue._registers.store = store  # type: ignore[method-assign]
     detach(unit)

@@ -128,8 +128,6 @@ def test_what_is_made_for_a_layout_is_its_fields_one_by_one(layout: Layout, data
 def test_a_value_of_ours_that_does_not_fit_is_an_assertion_in_every_field(layout: Layout) -> None:
     for name, field in layout.items():
         for wrong in (-1, (1 << field.width) << field.shift) + ((1,) if field.shift else ()):
-            record = SimpleNamespace(
-                **{other: of.bias for other, of in layout.items()} | {name: wrong + field.bias}
-            )
+            values = {other: of.bias for other, of in layout.items()} | {name: wrong + field.bias}
             with pytest.raises(AssertionError, match=re.escape(f"bits {field}:")):
                 layout.pack(SimpleNamespace(**values))
