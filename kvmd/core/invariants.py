@@ -44,7 +44,7 @@ def check_vm(vm: Kvm) -> list[str]:
             found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
     found += [
         f"I25: gfn {gfn:#x} was stored to, its slot {slot.id} logs, nothing tells user space"
-        for slot, gfn in vm.stores.untold()
+        for slot, gfn in vm.dirty_log.stores.untold()
         if not vm.dirty_log.tells(slot, gfn)
     ]
     if vm.flusher.acked == vm.flusher.epoch and vm.host.pool.held(vm.id):

@@ -36,19 +36,18 @@ from kvmd.core.mm.uaccess import copy_from_user, copy_to_user
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange
+from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots
 from kvmd.core.slots.page_track import PageTrack
 from kvmd.core.slots.pinned import PinnedGfns
 from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.slots.slots_change import SlotsChange
-from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.spte import MMIO_GENERATION_MASK
+from kvmd.core.tables.tdp import VmTdp
 from kvmd.core.tables.tdp_table import RootEvent, RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from protocol.errors import UapiError
-from protocol.flow import RwLock, Wait
+from protocol.flow import Wait
 from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import TYPE_EPT, ExportedTdpMeta, promised_masks
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, gfn_of
@@ -89,7 +88,7 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=features.pml
         )
-        self.zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched())
+        self.tdp = VmTdp(self.mmu, self.flusher, Zapper(self.mmu, self.flusher, lambda: host.cond_resched()))
         self.page_track = PageTrack()
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self.fault_notes = FaultNotes()
@@ -99,56 +98,25 @@ class Kvm:
 
     def _make_memory(self, seq_start: int) -> None:
         """Slots, their logging, private memory: all change under one lock, the slots_lock."""
-        host, features = self.host, self.host.features
-        self._slots_lock = lock = RwLock()
+        features, tdp = self.host.features, self.tdp
         has_private = self.type is VmType.SW_PROTECTED
         address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
         self.mmu.keep = pinned = PinnedGfns()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
-        self.stores = StoreRecord(self.slots)
-        self.host_changes = HostChanges(self.slots, self.mmu, self.flusher, self.zapper, seq_start)
+        self.host_changes = HostChanges(self.slots, tdp, seq_start)
         self.private = PrivateMemory(
-            self.id,
-            lock,
-            self.slots,
-            host.memory,
-            self.mm,
-            self.host_changes,
-            pinned,
-            supported=has_private,
+            self.id, self.slots, self.mm, self.host_changes, pinned, supported=has_private
         )
         self.frames = frames = GuestFrames(
             self.slots, self.mm, self.host_changes, self.private, self.page_track, pinned
         )
         self.levels = LeafLevels(frames, features.max_page_level)
-        self.dirty_log = DirtyLog(
-            lock,
-            self.slots,
-            self.mmu,
-            self.flusher,
-            self.mm,
-            self.levels.level_now,
-            self.stores,
-            pml=features.pml,
-        )
-        self.pinning = Pinning(frames, self.mmu, self.flusher, self.dirty_log, lambda: host.cond_resched())
+        self.dirty_log = DirtyLog(self.slots, self.mm, tdp, self.levels.level_now, pml=features.pml)
+        self.pinning = Pinning(frames, tdp, self.dirty_log)
         self.mm.claims.replaced.append(self.private.replaces)
-        self.slots_change = SlotsChange(
-            self.id,
-            lock,
-            self.slots,
-            self.mmu,
-            self.flusher,
-            self.dirty_log,
-            self.zapper,
-            self._slot_replaced,
-            self.pinning,
-            self.private,
-        )
-        self.nx_huge = NxHugePages(lock, self.slots, self.mmu, self.flusher, self.slots_change)
-        self.fault_path = FaultPath(
-            frames, self.levels, self.mmu, self.flusher, self.nx_huge, self.dirty_log, self.fault_notes
-        )
+        self.slots_change = SlotsChange(frames, tdp, self.dirty_log, self.pinning)
+        self.nx_huge = NxHugePages(self.slots, tdp)
+        self.fault_path = FaultPath(frames, self.levels, tdp, self.nx_huge, self.dirty_log, self.fault_notes)
 
     # -- vCPUs -----------------------------------------------------------------------------------------
 
@@ -208,7 +176,7 @@ class Kvm:
     # awaits: asked: cannot change: tracked in the turn it was asked, and from then on a pin is refused
     async def track_page(self, gpa: Gpa) -> None:
         """Every store to the page of `gpa` is emulated from now on.  EINVAL: no slot; tracked too often."""
-        await self._slots_lock.acquire(write=True)
+        await self.slots.lock.acquire(write=True)
         try:
             gfn = gfn_of(gpa)
             if gfn in self.pinning.pinned:
@@ -218,16 +186,16 @@ class Kvm:
                 await self.flusher.flush(GfnSpan.of_pages(gfn, 1))
             await self.flusher.drain()
         finally:
-            self._slots_lock.release()
+            self.slots.lock.release()
 
     async def untrack_page(self, gpa: Gpa) -> None:
         """EINVAL: no slot, or not tracked."""
-        await self._slots_lock.acquire(write=True)
+        await self.slots.lock.acquire(write=True)
         try:
             gfn = gfn_of(gpa)
             self.page_track.remove(self._slot_to_track(gfn), gfn)
         finally:
-            self._slots_lock.release()
+            self.slots.lock.release()
 
     def _slot_to_track(self, gfn: Gfn) -> Memslot:
         slot = self.slots.find(gfn)
@@ -246,19 +214,6 @@ class Kvm:
     async def set_memory_region(self, region: MemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form."""
         await self.slots_change.set_memory_region(region)
-
-    def dirty_ring_full(self, vcpu: Vcpu) -> bool:
-        """Whether `vcpu` must not enter the guest before user space has harvested its ring."""
-        ring = self.dirty_log.rings.get(vcpu.id)
-        return ring is not None and ring.soft_full
-
-    def _slot_replaced(self, change: SlotChange, old: Memslot | None) -> None:
-        if change in (SlotChange.DELETE, SlotChange.MOVE) and old is not None:
-            self.page_track.forget(old)
-        if old is not None:
-            self.stores.replaced(old)
-        if self.slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
-            tdp_mmu.zap_mmio(self.mmu)
 
     # awaits: asked: cannot change: the width of the guest's addresses is the VM's for good
     async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
@@ -342,9 +297,9 @@ class Kvm:
         root = exported.root
         self.release_tdp_fd(exported)
         if not root.role.policy.cpus:
-            async with self._slots_lock:
+            async with self.slots.lock:
                 if root.state is not RootState.DISMANTLED:
-                    await self.zapper.dismantle([root])
+                    await self.tdp.zapper.dismantle([root])
 
     def release_tdp_fd(self, exported: ExportedTdp) -> None:
         """The root stays valid and mapped if vCPUs run on it: no importer is left whose caches could be stale
@@ -386,6 +341,6 @@ class Kvm:
         await self.flusher.drain()
         for root in [root for vcpu in self.vcpus for root in vcpu.roots if root is not None]:
             self.mmu.put_root(root)
-        await self.zapper.dismantle(self.mmu.roots)
+        await self.tdp.zapper.dismantle(self.mmu.roots)
         await self.flusher.flush(None)
         self.host.pool.forget(self.id)

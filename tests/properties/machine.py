@@ -324,7 +324,7 @@ class Rig:
             return
         owner = self.owner_of(held.hpa >> 12)
         self.world.bare.frames[at : at + len(data)] = data
-        self.vm.stores.stored(0, Gfn(gfn))
+        self.vm.dirty_log.stores.stored(0, Gfn(gfn))
         self.store(owner, data)
 
     def owner_of(self, pfn: int) -> int:

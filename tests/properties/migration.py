@@ -76,7 +76,7 @@ class LateDevice:
             self._held[gfn] = found.hpa, True, self._clock
         at = self._held[gfn][0] - HIGH_RAM_START
         self._world.bare.frames[at] = byte
-        self._world.vm.stores.stored(0, Gfn(gfn))
+        self._world.vm.dirty_log.stores.stored(0, Gfn(gfn))
         return True
 
 

@@ -76,7 +76,7 @@ class Cpu:
         hpa = self._hit(gpa, len(data), bits.WRITE)
         if hpa is not None:
             self._vm.host.write_frame(hpa, data)
-            self._vm.stores.stored(self._as_id, Gfn(gpa >> PAGE_SHIFT))
+            self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> PAGE_SHIFT))
             return
         pieces = await self._reach((gpa, len(data), bits.WRITE))
         if pieces is None:
@@ -127,7 +127,7 @@ class Cpu:
         at = 0
         for gpa, hpa, count in pieces:
             self._vm.host.write_frame(hpa, data[at : at + count])
-            self._vm.stores.stored(self._as_id, gfn_of(gpa))
+            self._vm.dirty_log.stores.stored(self._as_id, gfn_of(gpa))
             at += count
 
     def _hit(self, gpa: Gpa, size: int, need: int) -> Hpa | None:

@@ -61,7 +61,7 @@ class GuestRam:
         slot, there = found
         there[:] = data
         self._vm.dirty_log.mark(slot, gfn_of(gpa), self._vcpu.id)
-        self._vm.stores.stored(self._as_id, gfn_of(gpa))
+        self._vm.dirty_log.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
     async def compare_exchange(self, gpa: Gpa, old: bytes, new: bytes) -> Exchange:
@@ -77,7 +77,7 @@ class GuestRam:
         if there != old:
             return Exchange.OTHER_VALUE
         there[:] = new
-        self._vm.stores.stored(self._as_id, gfn)
+        self._vm.dirty_log.stores.stored(self._as_id, gfn)
         return Exchange.STORED
 
     # awaits: mm: cannot change: the VM's for good | slot: it may go, move, or be another one; asked again:

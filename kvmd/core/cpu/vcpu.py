@@ -138,7 +138,7 @@ class Vcpu:
     @property
     def must_leave(self) -> bool:
         """No entering the guest with a dirty ring that is full."""
-        return self._vm.dirty_ring_full(self)
+        return self._vm.dirty_log.ring_full(self.id)
 
     async def enter(self) -> None:
         """Leave for as long as we must, then enter."""

@@ -28,7 +28,7 @@ the order is `forget`, zap, flush, ack, `put`: a `put` before the ack would give
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvmd.core.faults.page_fault import MAX_TRIES, first_pfn
@@ -38,11 +38,11 @@ from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
 from kvmd.core.slots.pinned import AS_ID, Pin
 from kvmd.core.tables import tdp_mmu
-from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp import VmTdp
 from kvmd.core.tables.tdp_mmu import MapOutcome, Mapped
-from kvmd.core.tables.tdp_table import Root, TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
-from protocol.flow import Flow, Wait
+from protocol.flow import Flow
 from protocol.pt.geometry import gfn_limit
 from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan
 
@@ -73,17 +73,14 @@ class Pinning:
     def __init__(
         self,
         frames: GuestFrames,
-        mmu: TdpMmu,
-        flusher: Flusher,
+        tdp: VmTdp,
         dirty_log: DirtyLog,
-        cond_resched: Callable[[], Wait[None]],
     ) -> None:
         self.pinned = frames.pinned
         self._frames = frames
-        self._mmu = mmu
-        self._flusher = flusher
+        self._mmu = tdp.mmu
+        self._flusher = tdp.flusher
         self._dirty_log = dirty_log
-        self._cond_resched = cond_resched
         self._accounts: list[Account] = []
 
     # -- whose pins ------------------------------------------------------------------------------------
@@ -169,7 +166,7 @@ class Pinning:
                 # await: request: may be over; asked again: `_pinnable`, of the next page, or `_ask`
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
                 # | each page: cannot change: numbers
-                await self._cond_resched()
+                await self._frames.mm.memory.cond_resched()
         if len(request.gfns) < span.npages:
             raise UapiError(
                 errno.EAGAIN, f"pin of {span}: a slot of it went meanwhile, and what was pinned with it"
@@ -224,7 +221,7 @@ class Pinning:
                     # | request: may be over; asked again: `_pinnable`, or `_ask`
                     # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_request_over_at_its_end_is_none)
                     # | each page: cannot change: numbers
-                    await self._cond_resched()
+                    await self._frames.mm.memory.cond_resched()
 
     def _is_left_out(self, gfn: Gfn) -> bool:
         """Of everything."""

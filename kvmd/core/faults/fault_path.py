@@ -32,10 +32,10 @@ from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables import tdp_log, tdp_mmu
-from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.root_policy import CPUS
+from kvmd.core.tables.tdp import VmTdp
 from kvmd.core.tables.tdp_mmu import MapOutcome, Mapped
-from kvmd.core.tables.tdp_table import Root, TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.pt.geometry import entry_start, gfn_limit
 from protocol.trace import TRACE, KvmMmuSpteRequested
@@ -49,8 +49,7 @@ class FaultPath:
         self,
         frames: GuestFrames,
         levels: LeafLevels,
-        mmu: TdpMmu,
-        flusher: Flusher,
+        tdp: VmTdp,
         nx_huge: NxHugePages,
         dirty_log: DirtyLog,
         notes: FaultNotes,
@@ -60,8 +59,8 @@ class FaultPath:
         self.retries = 0
         self._frames = frames
         self._levels = levels
-        self._mmu = mmu
-        self._flusher = flusher
+        self._mmu = tdp.mmu
+        self._flusher = tdp.flusher
         self._nx_huge = nx_huge
         self._dirty_log = dirty_log
         self._notes = notes

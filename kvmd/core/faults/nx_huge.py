@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from kvmd.core.faults.page_fault import PageFault
 from kvmd.core.slots.memslot import Memslots
-from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.tables import tdp_mmu
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import Root, TdpMmu
-from protocol.flow import RwLock
+from kvmd.core.tables.tdp import VmTdp
+from kvmd.core.tables.tdp_table import Root
 from protocol.pt.geometry import entry_start
 from protocol.units import LEVEL_4K, Gfn, Level
 
@@ -26,20 +24,16 @@ RECOVERY_BATCH = 64  # tables zapped before the flush that gives others a turn
 class NxHugePages:
     """Of one VM."""
 
-    def __init__(
-        self, lock: RwLock, slots: Memslots, mmu: TdpMmu, flusher: Flusher, slots_change: SlotsChange
-    ) -> None:
-        self._lock = lock
+    def __init__(self, slots: Memslots, tdp: VmTdp) -> None:
         self._slots = slots
-        self._mmu = mmu
-        self._flusher = flusher
-        self._slots_change = slots_change
+        self._tdp = tdp
+        self._mmu = tdp.mmu
 
     async def switch(self, *, on: bool) -> None:
         """Whatever was set before, all that is mapped goes [KVM set_nx_huge_pages]."""
-        async with self._lock:
+        async with self._slots.lock:
             self._mmu.nx_huge_pages = on
-            await self._slots_change.zap_all_fast()
+            await self._tdp.zapper.zap_all_fast()
 
     def level(self, root: Root, fault: PageFault, level: Level) -> Level:
         """The size of leaf a fault gets that could have one of `level`."""
@@ -65,13 +59,13 @@ class NxHugePages:
     async def recover(self) -> int:
         """Give small leaves up that only a fetch asked for.  How many tables."""
         zapped = 0
-        async with self._lock:
+        async with self._slots.lock:
             for root in list(self._mmu.roots):
                 regions = self._recoverable(root)
                 for first in range(0, len(regions), RECOVERY_BATCH):
                     for level, gfn in regions[first : first + RECOVERY_BATCH]:
                         zapped += self._zap(root, gfn, level)
-                    await self._flusher.flush(None)
+                    await self._tdp.flusher.flush(None)
         return zapped
 
     def _recoverable(self, root: Root) -> list[tuple[Level, Gfn]]:

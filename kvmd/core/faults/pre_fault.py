@@ -56,7 +56,7 @@ async def _pre_fault_until(vm: Kvm, vcpu: Vcpu, start: Gpa, end: Gpa) -> Gpa:
 # vCPU's roots are fixed once it has run
 async def _pre_fault(vm: Kvm, vcpu: Vcpu, gfn: Gfn) -> Gfn:
     """Map the page; the first gfn that is not mapped with it."""
-    if vm.dirty_ring_full(vcpu):
+    if vm.dirty_log.ring_full(vcpu.id):
         raise UapiError(errno.EINTR, f"gfn {gfn:#x}: the dirty ring is full, harvest it first")
     root = vcpu.load_root()
     if gfn >= gfn_limit(root.role.level):

@@ -25,12 +25,11 @@ from kvmd.core.slots.dirty_ring import DirtyRing, reserved_entries
 from kvmd.core.slots.memslot import Memslot, Memslots
 from kvmd.core.slots.store_record import StoreRecord
 from kvmd.core.tables import tdp_log, tdp_mmu
-from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.root_policy import RootPolicy
+from kvmd.core.tables.tdp import VmTdp
 from kvmd.core.tables.tdp_mmu import SPLIT_BATCH
-from kvmd.core.tables.tdp_table import Root, TdpMmu
+from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
-from protocol.flow import RwLock
 from protocol.pt.geometry import entry_span
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Hva, Level
 
@@ -50,17 +49,16 @@ class ClearDirtyLog:
 
 
 class DirtyLog:
-    """The logging of one VM; `level_of(slot, policy, gfn)` is the largest leaf a fault makes there now."""
+    """The logging of one VM; `level_of(slot, policy, gfn)` is the largest leaf a fault makes there now.
+    `stores` is what it is judged by: told of each store where it is made.
+    """
 
     def __init__(
         self,
-        lock: RwLock,
         slots: Memslots,
-        mmu: TdpMmu,
-        flusher: Flusher,
         mm: Mm,
+        tdp: VmTdp,
         level_of: Callable[[Memslot, RootPolicy, Gfn], Level],
-        stores: StoreRecord,
         *,
         pml: bool,
     ) -> None:
@@ -68,13 +66,12 @@ class DirtyLog:
         self.ring_bytes = 0  # of each vCPU; 0: no rings
         self.ring_with_bitmap = False
         self.rings: dict[int, DirtyRing] = {}  # by vCPU id
-        self._lock = lock
+        self.stores = StoreRecord(slots)
         self._slots = slots
-        self._mmu = mmu
-        self._flusher = flusher
         self._mm = mm
+        self._mmu = tdp.mmu
+        self._flusher = tdp.flusher
         self._level_of = level_of
-        self._stores = stores
         self.ring_reserve = reserved_entries(pml=pml)
 
     @property
@@ -96,6 +93,11 @@ class DirtyLog:
         ring = None if vcpu_id is None else self.rings.get(vcpu_id)
         if (ring is None or not ring.push(slot.number, page)) and slot.dirty is not None:
             slot.dirty.mark(page, npages)
+
+    def ring_full(self, vcpu_id: int) -> bool:
+        """Whether that vCPU must not enter the guest before user space has harvested its ring."""
+        ring = self.rings.get(vcpu_id)
+        return ring is not None and ring.soft_full
 
     def add_ring(self, vcpu_id: int, memory: memoryview) -> None:
         """A vCPU is made: its ring begins empty."""
@@ -128,7 +130,7 @@ class DirtyLog:
             for root in self._mmu.logged_roots(slot.as_id):
                 tdp_mmu.split(self._mmu, root, slot.span, LEVEL_4K)
                 tdp_log.protect(self._mmu, root, slot.span)
-            with self._stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
+            with self.stores.telling(lambda number, _: number == slot.number):  # who asks copies all first
                 await self._flusher.flush(slot.span)
 
     # awaits: slot, each root, root, level_of: cannot change: under the slots_lock, which removing a slot or
@@ -159,13 +161,13 @@ class DirtyLog:
     # awaits: bits: cannot change: taken out of the bitmap, nobody else has them
     async def get(self, number: int, dirty_bitmap: Hva) -> None:
         """KVM_GET_DIRTY_LOG.  The copy comes last: if it fails, bits taken are lost, as in the kernel."""
-        async with self._lock:
+        async with self._slots.lock:
             slot, dirty = self._logging_slot(number)
             if self.manual_protect:
                 await copy_to_user(self._mm, dirty_bitmap, dirty.read())
                 return
             bits = dirty.take()
-            with self._stores.telling(partial(_tells, slot, 0, bits)):
+            with self.stores.telling(partial(_tells, slot, 0, bits)):
                 self._mark_unnoticed(slot, dirty)
                 await self._protect_again(slot, 0, bits)
                 await copy_to_user(self._mm, dirty_bitmap, bits)
@@ -173,11 +175,11 @@ class DirtyLog:
     # awaits: dirty, slot: cannot change: under the slots_lock, which replacing a slot takes
     async def clear(self, log: ClearDirtyLog) -> None:
         """KVM_CLEAR_DIRTY_LOG: only bits that were set are cleared, and only their pages protected."""
-        async with self._lock:
+        async with self._slots.lock:
             slot, dirty = self._check_clear(log)
             wanted = await copy_from_user(self._mm, log.dirty_bitmap, bitmap_bytes(log.num_pages))
             cleared = dirty.clear(log.first_page, wanted)
-            with self._stores.telling(partial(_tells, slot, log.first_page, cleared)):
+            with self.stores.telling(partial(_tells, slot, log.first_page, cleared)):
                 self._mark_unnoticed(slot, dirty)
                 await self._protect_again(slot, log.first_page, cleared)
 
@@ -187,7 +189,7 @@ class DirtyLog:
         """KVM_RESET_DIRTY_RINGS: protect what user space has harvested.  How many entries."""
         if not self.ring_bytes:
             raise UapiError(errno.EINVAL, "the VM has no dirty rings")
-        async with self._lock:
+        async with self._slots.lock:
             taken = [entry for ring in self.rings.values() for entry in ring.take_back()]
             pages: dict[tuple[int, int], set[int]] = defaultdict(set)
             for entry in taken:
@@ -196,7 +198,7 @@ class DirtyLog:
                 self._protect_offsets(number, offsets)
             if taken:
                 told = {(entry.slot, entry.offset) for entry in taken}
-                with self._stores.telling(lambda number, page: (number, page) in told):
+                with self.stores.telling(lambda number, page: (number, page) in told):
                     await self._flusher.flush(None)
             return len(taken)
 

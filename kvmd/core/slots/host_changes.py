@@ -26,9 +26,7 @@ from contextlib import asynccontextmanager
 
 from kvmd.core.slots.memslot import Memslots
 from kvmd.core.tables import tdp_mmu
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import TdpMmu
-from kvmd.core.tables.zap import Zapper
+from kvmd.core.tables.tdp import VmTdp
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
 from protocol.units import Gfn, GfnSpan, Hva
@@ -39,24 +37,20 @@ SEQ_MASK = (1 << 64) - 1
 class HostChanges:
     """The MmuNotifier of one VM.  `seq_start`: tests start the sequence near a wrap (R2)."""
 
-    def __init__(
-        self, slots: Memslots, mmu: TdpMmu, flusher: Flusher, zapper: Zapper, seq_start: int = 0
-    ) -> None:
+    def __init__(self, slots: Memslots, tdp: VmTdp, seq_start: int = 0) -> None:
         self.seq = seq_start & SEQ_MASK  # of invalidations that are over
         self.over: Wait[None] = Wait()  # set when the next one is over
         self._in_progress: list[tuple[Hva, Hva]] = []
         self._gfns_in_progress: list[GfnSpan] = []
         self._slots = slots
-        self._mmu = mmu
-        self._flusher = flusher
-        self._zapper = zapper
+        self._tdp = tdp
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
         """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
         self._in_progress.append((start, end))
         if TRACE.on:
             TRACE.emit(KvmUnmapHvaRange(start, end))
-        await self._zapper.zap(self._spans(start, end))  # KVM flushes everything for a notifier event
+        await self._tdp.zapper.zap(self._spans(start, end))  # KVM flushes everything for a notifier event
 
     def invalidate_range_end(self, start: Hva, end: Hva) -> None:
         self.seq = (self.seq + 1) & SEQ_MASK
@@ -74,7 +68,7 @@ class HostChanges:
         nobody can use them, and faults on them wait.  Walkers were told `told`, or everything."""
         self._gfns_in_progress += spans
         try:
-            await self._zapper.zap(spans, told=told)
+            await self._tdp.zapper.zap(spans, told=told)
             yield
         finally:
             self.seq = (self.seq + 1) & SEQ_MASK
@@ -86,9 +80,9 @@ class HostChanges:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
         young = False
         for span in self._spans(start, end):
-            young |= tdp_mmu.age_leafs(self._mmu, span)
+            young |= tdp_mmu.age_leafs(self._tdp.mmu, span)
         if young:
-            await self._flusher.flush(None)
+            await self._tdp.flusher.flush(None)
         return young
 
     def _spans(self, start: Hva, end: Hva) -> list[GfnSpan]:

@@ -18,7 +18,7 @@ from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.slots.dirty_bitmap import DirtyBitmap
 from kvmd.core.slots.guest_memfd import Binding, GuestMemfd
 from protocol.errors import UapiError
-from protocol.flow import Wait
+from protocol.flow import RwLock, Wait
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
@@ -111,11 +111,16 @@ class MemoryRegion:
 
 
 class Memslots:
-    """The slots of one VM, all address spaces.  `gfn_limit` is the first gfn the TDP cannot map."""
+    """The slots of one VM, all address spaces.  `gfn_limit` is the first gfn the TDP cannot map.
+
+    `lock` is the slots_lock: whoever changes a slot, or what must be one thing with the slots that are there
+    (their logs, their attributes, what is tracked in them), changes it alone.
+    """
 
     def __init__(self, gfn_limit: Gfn, address_spaces: int = MAX_ADDRESS_SPACES) -> None:
         self.address_spaces = address_spaces
         self.gfn_limit = gfn_limit
+        self.lock = RwLock()
         self._by_id: dict[tuple[int, int], Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
-from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.guest_memfd import GuestMemfd, MemfdFlag, MemoryAttributes
 from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.slots.memslot import Memslot, Memslots
+from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotFlag
 from kvmd.core.slots.pinned import PinnedGfns
 from protocol.errors import UapiError
-from protocol.flow import RwLock
 from protocol.units import LEVEL_4K, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 
@@ -27,9 +26,7 @@ class PrivateMemory:
     def __init__(
         self,
         vm_id: int,
-        lock: RwLock,
         slots: Memslots,
-        memory: PageAllocator,
         mm: Mm,
         host_changes: HostChanges,
         pinned: PinnedGfns,
@@ -38,9 +35,7 @@ class PrivateMemory:
     ) -> None:
         self.attributes = MemoryAttributes(supported=supported)
         self._vm_id = vm_id
-        self._lock = lock
         self._slots = slots
-        self._memory = memory
         self._mm = mm
         self._converting: list[GfnSpan] = []  # to private, and nobody may map them meanwhile
         self._host_changes = host_changes
@@ -57,7 +52,7 @@ class PrivateMemory:
             raise UapiError(errno.EINVAL, f"guest_memfd flags {flags:#x}: at most {int(self.memfd_flags):#x}")
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise UapiError(errno.EINVAL, f"guest_memfd of {size:#x} bytes: not whole pages, or no file size")
-        memfd = GuestMemfd(self._vm_id, self._memory, self._mm.id, size, MemfdFlag(flags))
+        memfd = GuestMemfd(self._vm_id, self._mm.memory, self._mm.id, size, MemfdFlag(flags))
         memfd.punch = partial(self.punch_hole, memfd)
         return memfd
 
@@ -82,7 +77,7 @@ class PrivateMemory:
         page of them is pinned, or is to become private and mapped by another MMU."""
         span = self.attributes.check(address, size, attributes, flags)
         # await: span: cannot change: numbers, of the caller's
-        async with self._lock:
+        async with self._slots.lock:
             pinned = self._pinned.within(0, span)
             if pinned:
                 raise UapiError(errno.EBUSY, f"gfn {pinned[0]:#x} is pinned: what it maps must stay")
@@ -98,6 +93,14 @@ class PrivateMemory:
                     self.attributes.set(span, private=bool(attributes))
             finally:
                 self._converting = []
+
+    # awaits: asked, new: cannot change: not a slot yet, nobody else has it
+    async def bind(self, region: MemoryRegion, new: Memslot) -> Memslot:
+        """`new` with its part of the guest_memfd that `region` names, if it names one [KVM kvm_gmem_bind]."""
+        if SlotFlag.GUEST_MEMFD not in new.flags:
+            return new
+        binding = await region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
+        return replace(new, private=binding)
 
     def check_slot(self, slot: Memslot) -> None:
         """May it be there?  EBUSY: gfns of it are private, and another MMU maps what it has for them."""

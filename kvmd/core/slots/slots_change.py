@@ -9,21 +9,19 @@ roots become obsolete.  Creating a slot and switching its logging zap nothing.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
 from kvmd.core.mm.page import Page
 from kvmd.core.slots.dirty_bitmap import bitmap_bytes
 from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotChange, SlotFlag
-from kvmd.core.slots.private_memory import PrivateMemory
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import Root, RootState, TdpMmu
-from kvmd.core.tables.zap import Zapper
+from kvmd.core.slots.guest_frames import GuestFrames
+from kvmd.core.slots.memslot import MemoryRegion, Memslot, SlotChange
+from kvmd.core.tables import tdp_mmu
+from kvmd.core.tables.spte import MMIO_GENERATION_MASK
+from kvmd.core.tables.tdp import VmTdp
 from protocol.errors import UapiError
-from protocol.flow import RwLock
-from protocol.units import GfnSpan
 
 # Of all slots of a VM: what the kernel would have to find for them, and cannot promise either.
 MAX_BITMAP_BYTES = 1 << 30
@@ -43,39 +41,23 @@ class SlotPins(Protocol):
 class SlotsChange:
     """Of one VM."""
 
-    def __init__(
-        self,
-        vm_id: int,
-        lock: RwLock,
-        slots: Memslots,
-        mmu: TdpMmu,
-        flusher: Flusher,
-        dirty_log: DirtyLog,
-        zapper: Zapper,
-        replaced: Callable[[SlotChange, Memslot | None], None],
-        pinning: SlotPins,
-        private: PrivateMemory,
-    ) -> None:
-        self._vm_id = vm_id
-        self._lock = lock
-        self._slots = slots
-        self._mmu = mmu
-        self._flusher = flusher
+    def __init__(self, frames: GuestFrames, tdp: VmTdp, dirty_log: DirtyLog, pinning: SlotPins) -> None:
+        self._slots = frames.slots
+        self._private = frames.private
+        self._page_track = frames.page_track
+        self._tdp = tdp
         self._dirty_log = dirty_log
-        self._zapper = zapper
-        self._replaced = replaced
         self._pinning = pinning
-        self._private = private
 
     # awaits: region: cannot change: the request | change, new, old: cannot change: under the slots_lock,
     # which every change of the slots takes
     async def set_memory_region(self, region: MemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION and its second form; one change at a time.  Where everything is pinned a
         slot that cannot be is deleted again."""
-        async with self._lock:
+        async with self._slots.lock:
             change, old, new = self._slots.plan(region)
             if new is not None and change is not SlotChange.NONE:
-                new = await self._bind(region, new)
+                new = await self._private.bind(region, new)
             new = await self._replace(change, old, new)
             if new is None:
                 return
@@ -98,20 +80,13 @@ class SlotsChange:
             if change in (SlotChange.DELETE, SlotChange.MOVE) and old is not None:
                 self._slots.going = old
                 pages = [] if refusal else self._pinning.forget(old)
-                await self.zap_all_fast()
+                await self._tdp.zapper.zap_all_fast(old.as_id, old.span)
                 self._pinning.put(pages)
             if refusal is not None:
                 raise refusal
             return new if change is SlotChange.NONE else self._commit(change, old, new)
         finally:
             self._slots.settle()
-
-    # awaits: asked, new: cannot change: not a slot yet, nobody else has it
-    async def _bind(self, region: MemoryRegion, new: Memslot) -> Memslot:
-        if SlotFlag.GUEST_MEMFD not in new.flags:
-            return new
-        binding = await region.guest_memfd().bind(self._vm_id, region.guest_memfd_offset, new.span)
-        return replace(new, private=binding)
 
     def _refusal(self, change: SlotChange, new: Memslot | None) -> UapiError | None:
         """The last checks.  A move that fails them zaps everything all the same, as the kernel's does, but
@@ -140,30 +115,18 @@ class SlotsChange:
             old.private.unbind()
         return new
 
+    def _replaced(self, change: SlotChange, old: Memslot | None) -> None:
+        """What was kept of `old` and of the generation before goes with them."""
+        if old is not None:
+            if change in (SlotChange.DELETE, SlotChange.MOVE):
+                self._page_track.forget(old)
+            self._dirty_log.stores.replaced(old)
+        if self._slots.generation & MMIO_GENERATION_MASK == 0:  # entries of the last time round look fresh
+            tdp_mmu.zap_mmio(self._tdp.mmu)
+
     def _check_room(self, new: Memslot) -> None:
         """ENOMEM before the slot that logs gets a bitmap the host has no room for."""
         others = (slot for slot in self._slots if slot.logs and slot.number != new.number)
         held = sum(bitmap_bytes(slot.npages) for slot in others)
         if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
-
-    # awaits: each root, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
-    # pass by a root that went
-    async def zap_all_fast(self) -> None:
-        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42], or as their policy
-        has it only those of the slot that goes.  Under the slots_lock."""
-        unflushed = self._mmu.invalidate_roots()
-        obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
-        for root in [root for root in self._mmu.roots if root.exported]:
-            lost = [root.everything] if root.role.policy.zapped_whole else self._gone_from(root)
-            if lost:
-                await self._zapper.zap(lost, [root], unflushed=unflushed)
-                unflushed = False
-        if unflushed:
-            await self._flusher.flush(None)
-        await self._flusher.drain()
-        await self._zapper.dismantle(obsolete)
-
-    def _gone_from(self, root: Root) -> list[GfnSpan]:
-        going = self._slots.going
-        return [going.span] if going is not None and going.as_id == root.role.as_id else []

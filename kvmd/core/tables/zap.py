@@ -14,7 +14,7 @@ Three things stand between two batches, and their order is the argument:
    (tests/properties/test_kvmd.py, planted: "drain is skipped").
 
 Nothing refills what was cleared while others run: a fault on the range waits for whoever called
-(`HostChanges.is_changing`, `SlotsChange.going`).
+(`HostChanges.is_changing`, `Memslots.going`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import Root, TdpMmu
+from kvmd.core.tables.tdp_table import Root, RootState, TdpMmu
 from protocol.flow import Wait
 from protocol.units import GfnSpan
 
@@ -71,6 +71,24 @@ class Zapper:
         if unflushed:
             await self._flusher.flush(told)
         await self._flusher.drain()
+
+    # awaits: each root, obsolete: cannot change: copies; under the slots_lock, and `zap` and `dismantle`
+    # pass by a root that went
+    async def zap_all_fast(self, as_id: int = 0, going: GfnSpan | None = None) -> None:
+        """Other roots become obsolete, exported ones lose their leaves [RFC 36/42], or as their policy
+        has it only those of what is `going`, a slot of address space `as_id`.  Under the slots_lock."""
+        unflushed = self._mmu.invalidate_roots()
+        obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
+        for root in [root for root in self._mmu.roots if root.exported]:
+            gone = [going] if going is not None and as_id == root.role.as_id else []
+            lost = [root.everything] if root.role.policy.zapped_whole else gone
+            if lost:
+                await self.zap(lost, [root], unflushed=unflushed)
+                unflushed = False
+        if unflushed:
+            await self._flusher.flush(None)
+        await self._flusher.drain()
+        await self.dismantle(obsolete)
 
     # awaits: each number, each root: cannot change: a copy; nobody walks these roots, and who drops one
     # meanwhile finds it dismantled

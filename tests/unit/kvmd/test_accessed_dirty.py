@@ -78,7 +78,7 @@ def test_a_store_after_d_was_cleared_and_flushed_walks_again() -> None:
 def test_a_ring_that_setting_d_filled_is_left_for_before_the_store() -> None:
     guest = Guest()
     guest.clear(bits.DIRTY)
-    guest.world.vm.dirty_ring_full = lambda vcpu: bool(guest.logged)  # type: ignore[method-assign]
+    guest.world.vm.dirty_log.ring_full = lambda vcpu_id: bool(guest.logged)  # type: ignore[method-assign]
     stopped = guest.world.write(guest.vcpu, guest.gpa, b"y")
     assert (stopped.exit.reason, stopped.done) == (ExitReason.DIRTY_RING_FULL, False)
     guest.logged.clear()

@@ -49,11 +49,11 @@ def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.Monkey
     resolve = FaultPath._resolve
 
     async def locked(self: FaultPath, fault: PageFault, *rest: Any) -> FaultResult:
-        await self._dirty_log._lock.acquire(write=True)
+        await self._frames.slots.lock.acquire(write=True)
         try:
             return await resolve(self, fault, *rest)
         finally:
-            self._dirty_log._lock.release()
+            self._frames.slots.lock.release()
 
     monkeypatch.setattr(FaultPath, "_resolve", locked)
     with pytest.raises(AssertionError, match="waits"):

@@ -166,7 +166,7 @@ async def _drop_at_once(private: PrivateMemory, memfd: GuestMemfd, pages: range)
 
 @asynccontextmanager
 async def _no_wait(changes: HostChanges, spans: Any, told: Any = None) -> Any:
-    await changes._zapper.zap(spans, told=told)
+    await changes._tdp.zapper.zap(spans, told=told)
     yield
 
 

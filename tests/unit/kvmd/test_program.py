@@ -11,7 +11,7 @@ from kvmd.core.cpu.program import Instruction
 from kvmd.core.cpu.vcpu import RunResult
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.vm import Kvm
+from kvmd.core.slots.dirty_log import DirtyLog
 from protocol.kvm_run import ExitReason
 from protocol.units import Hva
 from tests.unit.kvmd.world import World
@@ -160,14 +160,14 @@ def test_a_full_dirty_ring_is_seen_before_the_store_that_filled_it(
 ) -> None:
     """As recorded: the page is logged, the store is not made, and is tried again after the harvest."""
     monkeypatch.setattr(
-        Kvm, "dirty_ring_full", lambda vm, vcpu: bool(vm.mmu.roots) and 0x105 in guest.world.table()
+        DirtyLog, "ring_full", lambda *_: bool(guest.world.vm.mmu.roots) and 0x105 in guest.world.table()
     )
     ran = guest.play([("wloop", RAM, 16, PAGE, 1)])
     assert (ran.exit.reason, ran.done) == (ExitReason.DIRTY_RING_FULL, False)
     assert guest.ram(4 * PAGE, 1) == b"\1"
     assert guest.ram(5 * PAGE, 1) == b"\0"
     assert guest.play(None).exit.reason is ExitReason.DIRTY_RING_FULL, "nobody harvested it"
-    monkeypatch.setattr(Kvm, "dirty_ring_full", lambda vm, vcpu: False)
+    monkeypatch.setattr(DirtyLog, "ring_full", lambda log, vcpu_id: False)
     assert guest.play(None).done
     assert guest.ram(15 * PAGE, 1) == b"\1"
 

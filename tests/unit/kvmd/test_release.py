@@ -93,7 +93,7 @@ def test_a_process_that_exits_keeps_its_frames_until_importers_acked(world: Worl
 def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def only_zap(self: HostChanges, start: Hva, end: Hva) -> None:
         self._in_progress.append((start, end))
-        tdp_mmu.zap_leafs(self._mmu, self._mmu.roots[0].everything)
+        tdp_mmu.zap_leafs(self._tdp.mmu, self._tdp.mmu.roots[0].everything)
 
     monkeypatch.setattr(HostChanges, "invalidate_range_start", only_zap)
     with pytest.raises(AssertionError, match="no importer was told"):

@@ -75,12 +75,12 @@ def test_a_store_while_a_report_is_on_its_way_is_told_by_it() -> None:
     guest = Logged(export=True)
     guest.write(3)
     asked = guest.world.start(guest.get())
-    guest.vm.stores.stored(0, Gfn(GFN + 3))
+    guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 3))
     assert lost(guest.vm) == []
     guest.world.ack(guest.importer)
     assert asked.done
     assert lost(guest.vm) == []
-    guest.vm.stores.stored(0, Gfn(GFN + 3))
+    guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 3))
     assert lost(guest.vm) == [gfn(3)], "its translation is gone: this store must not be possible"
 
 
@@ -88,7 +88,7 @@ def test_a_report_of_another_page_tells_nothing() -> None:
     guest = Logged(export=True)
     guest.write(3)
     guest.world.start(guest.get())
-    guest.vm.stores.stored(0, Gfn(GFN + 4))
+    guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 4))
     assert lost(guest.vm) == [gfn(4)]
 
 
@@ -182,7 +182,7 @@ def unmarked_by_kvm(patch: pytest.MonkeyPatch) -> None:
         if found is None:
             return False
         found[1][:] = data
-        self._vm.stores.stored(self._as_id, Gfn(gpa >> 12))
+        self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
         return True
 
     patch.setattr(GuestRam, "store", store)
@@ -268,7 +268,7 @@ def test_the_check_finds_a_store_that_is_marked_in_a_bitmap_nobody_reads(
         hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % PAGE_BYTES)
         await self._vm.mm.write(hva, data, user=False)
         self._vm.dirty_log.mark(slot, Gfn(gpa >> 12), self._vcpu.id)
-        self._vm.stores.stored(self._as_id, Gfn(gpa >> 12))
+        self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
         return True
 
     monkeypatch.setattr(GuestRam, "store", store)
@@ -283,8 +283,8 @@ def test_pages_that_were_never_stored_to_are_not_asked_for() -> None:
     guest = Logged()
     guest.read(3)
     guest.world.run(guest.world.mm.write(Hva(HVA), b"the VMM's own store"))
-    assert list(guest.vm.stores.untold()) == []
+    assert list(guest.vm.dirty_log.stores.untold()) == []
     guest.log(0)
     guest.write(3)
-    assert list(guest.vm.stores.untold()) == []
+    assert list(guest.vm.dirty_log.stores.untold()) == []
     guest.world.run(guest.world.mm.mprotect(Hva(BITMAP), 4096, Prot.READ))

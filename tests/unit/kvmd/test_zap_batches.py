@@ -7,7 +7,6 @@ import pytest
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
-from kvmd.core.slots.slots_change import SlotsChange
 from kvmd.core.tables import tdp_mmu, zap
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
@@ -80,11 +79,11 @@ def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.defect("B-33")
 def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def at_once(self: SlotsChange) -> None:
+    async def at_once(self: Zapper, *slot: object) -> None:
         tdp_mmu.zap_leafs(self._mmu, lent(self._mmu).everything)
         await self._flusher.flush(None)
 
-    monkeypatch.setattr(SlotsChange, "zap_all_fast", at_once)
+    monkeypatch.setattr(Zapper, "zap_all_fast", at_once)
     with pytest.raises(AssertionError, match="each batch"):
         work_is_bounded(Rig(monkeypatch))
 
@@ -105,14 +104,14 @@ def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.Monke
 
 @pytest.mark.defect("B-33")
 def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def flush_at_the_end(self: SlotsChange) -> None:
+    async def flush_at_the_end(self: Zapper, *slot: object) -> None:
         root = lent(self._mmu)
         cursor = self._mmu.cursor(root, root.everything)
         while tdp_mmu.zap_some(self._mmu, root, cursor, BATCH):
-            await self._zapper._cond_resched()
+            await self._cond_resched()
         await self._flusher.flush(None)
 
-    monkeypatch.setattr(SlotsChange, "zap_all_fast", flush_at_the_end)
+    monkeypatch.setattr(Zapper, "zap_all_fast", flush_at_the_end)
     with pytest.raises(AssertionError, match="not even told"):
         host_takes_a_page_meanwhile(Rig(monkeypatch))
 
