@@ -3,7 +3,8 @@
 Models the host's page allocator as far as the shared table needs it: a frame has one owner; one that is
 given up is zeroed, and may be handed out again because whoever gives it up has waited for every
 importer and vCPU to ack its flush first (invariant I6; the frame's tag lets a device check that from
-outside). Blocks of 512 free children join again.  Nothing is allocated for frames never asked for.
+outside). Blocks of 512 free children join again.  What was given up last is handed out first; else the
+lowest child of the block that was split last, so a block that is split costs its children one by one.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ class Frames:
         self._first = pfn_of(base)
         self._end = pfn_of(Hpa(base + len(view)))
         self._next = self._first  # frames from here on were never handed out
-        self._free: dict[Level, dict[Pfn, None]] = {LEVEL_4K: {}, LEVEL_2M: {}, LEVEL_1G: {}}
-        self._free_children: dict[tuple[Level, Pfn], int] = {}
+        self._free: dict[Level, dict[Pfn, None]] = {LEVEL_4K: {}, LEVEL_2M: {}, LEVEL_1G: {}}  # given up
+        self._fresh: dict[
+            Level, tuple[Pfn, int]
+        ] = {}  # the block split last: its children from n on are free
+        self._free_children: dict[tuple[Level, Pfn], int] = {}  # of a block in pieces, by the pieces' level
 
     @property
     def total(self) -> int:
@@ -90,13 +94,16 @@ class Frames:
             return pfn
         if level == LEVEL_1G:
             return self._take_new()
-        parent = self._take(Level(level + 1))
-        pages = pages_of_level(level)
-        # Lowest last: the block is handed out from its start.
-        for i in range(_CHILDREN - 1, 0, -1):
-            free[Pfn(parent + i * pages)] = None
-        self._free_children[level, parent] = _CHILDREN - 1
-        return parent
+        if level not in self._fresh:
+            parent = self._take(Level(level + 1))
+            self._fresh[level] = parent, 0
+            self._free_children[level, parent] = _CHILDREN
+        parent, n = self._fresh.pop(level)
+        if n + 1 < _CHILDREN:
+            self._fresh[level] = parent, n + 1
+        pfn = Pfn(parent + n * pages_of_level(level))
+        self._count_child(pfn, level, -1)
+        return pfn
 
     def _take_new(self) -> Pfn:
         pfn = self._next
@@ -109,11 +116,17 @@ class Frames:
         assert pfn not in self._free[level], f"pfn {pfn:#x} released twice"
         self._free[level][pfn] = None
         if level != LEVEL_1G and self._count_child(pfn, level, +1) == _CHILDREN:
-            parent, pages = self._parent(pfn, level), pages_of_level(level)
-            for i in range(_CHILDREN):
-                del self._free[level][Pfn(parent + i * pages)]
-            del self._free_children[level, parent]
-            self._put(parent, Level(level + 1))
+            self._join(self._parent(pfn, level), level)
+
+    def _join(self, parent: Pfn, level: Level) -> None:
+        """All its children are free: it is one block again."""
+        given_up, pages = _CHILDREN, pages_of_level(level)
+        if level in self._fresh and self._fresh[level][0] == parent:
+            _, given_up = self._fresh.pop(level)
+        for i in range(given_up):
+            del self._free[level][Pfn(parent + i * pages)]
+        del self._free_children[level, parent]
+        self._put(parent, Level(level + 1))
 
     def _count_child(self, pfn: Pfn, level: Level, change: int) -> int:
         if level == LEVEL_1G:
