@@ -30,6 +30,7 @@ from operator import or_
 from typing import NamedTuple
 
 from protocol.errors import UapiError
+from protocol.pt.check import check_second_stage
 from protocol.pt.cursor import Cursor, seek
 from protocol.pt.format import TableFormat
 from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, address_bits, level_shift
@@ -191,6 +192,10 @@ class IoPageTable:
             for index, entry in enumerate(entries):
                 if entry:
                     yield self._leaf(Iova(first + index * step), level, entry)
+
+    def check(self) -> list[str]:
+        """What of the whole table does not hold, a sentence each."""
+        return check_second_stage(self._writer, self.root, self.level, self.max_huge_page_level)
 
     def _leaf(self, iova: Iova, level: Level, entry: int) -> IoLeaf:
         fmt = self._format

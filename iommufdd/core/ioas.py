@@ -312,7 +312,9 @@ class Ioas(Object):
 
     def check(self) -> list[str]:
         """What does not hold, a sentence each."""
-        return [f"{why} (IOAS {self.id})" for pages in self.pages for why in pages.check()]
+        found = [why for pages in self.pages for why in pages.check()]
+        found += [why for hwpt in self.hwpts for why in hwpt.table.check()]
+        return [f"{why} (IOAS {self.id})" for why in found]
 
 
 def _check_range(what: str, iova: Iova, size: int) -> None:

@@ -15,7 +15,7 @@ from kvmd.core.tables.spte import is_young
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
-from protocol.pt.check import check_table
+from protocol.pt.check import check_table, frozen_or_mmio
 from protocol.pt.cursor import walk_range
 from protocol.pt.entry import is_frozen, is_mmio, is_present, is_present_leaf, is_table, is_writable, pfn_of
 from protocol.pt.geometry import entry_span
@@ -29,7 +29,9 @@ def check_vm(vm: Kvm) -> list[str]:
     """Everything that must hold whenever no flow is in the middle of a change."""
     found = _check_pins(vm) + _check_private(vm)
     for root in vm.mmu.roots:
-        found += check_table(vm.mmu.writer, root.hpa, root.role.level, walker_rules(vm))
+        found += check_table(
+            vm.mmu.writer, root.format, root.hpa, root.role.level, walker_rules(vm), frozen_or_mmio
+        )
         found += _check_counts(vm, root)
         if not root.invalid:
             found += _check_frames(vm, root)

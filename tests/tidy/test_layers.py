@@ -44,7 +44,7 @@ VTD_RECORDS = (
     *("hw.caps", "hw.fields", "hw.context_entry", "hw.pasid_entry", "hw.prq", "hw.qi", "hw.faults"),
     *("hw.vtd_regs", "hw.register_page"),
 )
-OWN_TABLES = ("meta", "bits", "geometry", "mem", "format", "second_stage", "cursor", "table_pool")
+OWN_TABLES = ("meta", "bits", "geometry", "mem", "format", "second_stage", "cursor", "table_pool", "check")
 CORE_MAY_USE = {
     "kvmd": (*ANY_CORE, "kvm_run", "pt", "hostmem", "frame_tags"),
     # It fills second-stage tables of its own, and leaves walking to the unit.

@@ -10,7 +10,9 @@ import pytest
 
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.ioas_check import check_ioas
-from protocol.units import LEVEL_4K, Hpa, Hva, Iova
+from protocol.pt.cursor import seek
+from protocol.pt.second_stage import SECOND_STAGE
+from protocol.units import LEVEL_4K, Hpa, Hva, Iova, Level
 from tests.unit.iommufdd.host import FRAMES
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored
 from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, request
@@ -51,6 +53,32 @@ def test_nothing_is_found_where_leaves_and_pins_are_the_hosts(page_size: int) ->
     assert check(space) == []
     space.unmap(0, RAM)
     assert check(space) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "number"),
+    [
+        (FRAMES | 3 | 1 << 11, "I2"),  # bit 11
+        (FRAMES | 2, "I3"),  # write-only
+        (FRAMES | 3 | 1 << 62, "I17"),
+        (0x5A0, "I3"),  # KVM's frozen entry
+    ],
+)
+def test_an_entry_that_no_unit_may_meet_is_said(entry: int, number: str) -> None:
+    space = an_area()
+    assert space.ioas.check() == []
+    hwpt = space.ioas.hwpts[0]
+    _, at, _ = seek(space.writer, SECOND_STAGE, hwpt.table.root, Level(4), 300)
+    space.writer.store64(at, entry)
+    assert {why.split(":")[0] for why in space.ioas.check()} >= {number}
+
+
+def test_a_table_of_an_hwpt_that_is_linked_twice_is_said() -> None:
+    space = an_area()
+    hwpt = space.ioas.hwpts[0]
+    _, at, entry = seek(space.writer, SECOND_STAGE, hwpt.table.root, Level(4), 0, Level(2))
+    space.writer.store64(at + 8, entry)
+    assert [why.split(":")[0] for why in space.ioas.check()] == ["I18"]
 
 
 @pytest.mark.parametrize("page_size", [K4, M2])

@@ -13,7 +13,7 @@ from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.spte import make_mmio_entry, mmio_generation, mmio_is_fresh
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
-from protocol.pt.check import check_table
+from protocol.pt.check import check_table, frozen_or_mmio
 from protocol.pt.entry import is_frozen, is_mmio, is_present, mmio_gfn
 from protocol.pt.walk import Outcome, ept_rules, second_stage_rules, walk
 from protocol.units import LEVEL_1G, Gfn
@@ -107,7 +107,7 @@ def test_the_posted_encoding_would_be_a_translation_for_a_device_and_is_caught(
     assert found.outcome is Outcome.MAPPED
     assert found.hpa(MMIO) == MMIO
     assert walk(writer, RULES[0], root.hpa, root.role.level, MMIO).outcome is Outcome.RESERVED
-    complaints = check_table(writer, root.hpa, root.role.level, RULES)
+    complaints = check_table(writer, root.format, root.hpa, root.role.level, RULES, frozen_or_mmio)
     assert any("present by second stage rules" in complaint for complaint in complaints)
 
 
