@@ -6,8 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmd.core.export.tdp_fd import Obstacle
-from kvmd.core.host import CpuFeatures
+from kvmd.core.host import CpuFeatures, Obstacle
 from protocol.daemon import bytes_of, parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
 from protocol.units import GIB, MIB, Level

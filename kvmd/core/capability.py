@@ -10,13 +10,14 @@ import errno
 from collections.abc import Sequence
 from enum import IntEnum
 
+from kvmd.core.cpu.vcpus import MAX_VCPU_IDS, MAX_VCPUS
 from kvmd.core.host import CpuFeatures
 from kvmd.core.slots.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
 from kvmd.core.slots.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
 from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
 from kvmd.core.slots.memslot import MAX_SLOTS
 from kvmd.core.tables.root_policy import ALL_BEHAVIOURS, IOMMU_OWN, RootPolicy
-from kvmd.core.vm import MAX_VCPU_IDS, MAX_VCPUS, Kvm, VmType
+from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
 
@@ -144,9 +145,9 @@ def _set_ring_with_bitmap(vm: Kvm, flags: int) -> None:
 
 def _set_lent_policy(vm: Kvm, flags: int, rest: Sequence[int], policy: RootPolicy) -> None:
     """Which root is lent is settled with the first TDP FD; `rest`: arguments that say nothing."""
-    if flags or any(rest) or vm.exported or vm.tdp_fds_made:
+    if flags or any(rest) or vm.exports.tdps or vm.exports.made:
         what = f"flags {flags:#x}, further args {[hex(arg) for arg in rest]} (all 0)"
         raise UapiError(
-            errno.EINVAL, f"a root of the IOMMU's own: {what}, {vm.tdp_fds_made} TDP FDs were made"
+            errno.EINVAL, f"a root of the IOMMU's own: {what}, {vm.exports.made} TDP FDs were made"
         )
     vm.mmu.lent_policy = policy

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
-from kvmd.core.export.tdp_fd import Obstacle
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.hmm import Mirror
@@ -30,6 +30,16 @@ from protocol.pt.walk import ept_rules
 from protocol.units import LEVEL_1G, Hpa, Level
 
 MAX_MMS = (1 << OWNER_BITS) - 2  # the last number is nobody's: SHARED_OWNER
+
+
+class Obstacle(Enum):
+    """Why a KVM refuses every export, whatever the VM [RFC 03/42], [RFC 35/42], [RFC 38/42]."""
+
+    COMPILED_OUT = "compiled-out"
+    AMD = "amd"
+    NO_TDP_MMU = "no-tdp-mmu"
+    HYPERV = "hyperv"
+    PRESENT_BIT_11 = "present-bit-11"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class Probe(NamedTuple):
 
 def root_of(vm: Kvm) -> Root:
     """The root to look at: the one lent out if there is one, else the VM's newest.  ENOENT: there is none."""
-    exported = next(iter(vm.exported.values()), None)
+    exported = next(iter(vm.exports.tdps.values()), None)
     if exported is not None:
         return exported.root
     valid = [root for root in vm.mmu.roots if not root.invalid]
@@ -69,7 +69,7 @@ def describe(vm: Kvm, max_slots: int) -> dict[str, Any]:
         "roots": [_describe_root(root) for root in vm.mmu.roots],
         "exported": [
             {"as_id": tdp.as_id, "root_hpa": tdp.root.hpa, "importers": tdp.importer_names}
-            for tdp in vm.exported.values()
+            for tdp in vm.exports.tdps.values()
         ],
         "stats": vm_stats(vm),
     }

@@ -41,7 +41,7 @@ def check_vm(vm: Kvm) -> list[str]:
             found += _check_dirty_log(vm, root)
         if not root.role.policy.cpus and not root.invalid:
             found += _check_untouched(vm, root)
-    for exported in vm.exported.values():
+    for exported in vm.exports.tdps.values():
         if exported.root.hpa != exported.meta.root_hpa or exported.root.invalid or not exported.root.exported:
             found.append(f"I10: exported root {exported.meta.root_hpa:#x} moved or became invalid")
     found += [
@@ -159,7 +159,7 @@ def _check_pins(vm: Kvm) -> list[str]:
             "its slot read-only": slot.readonly,
             "private memory": vm.private.serves(slot, gfn),
             "write-tracked": vm.page_track.is_tracked(slot, gfn),
-            "not exported": AS_ID not in vm.exported,
+            "not exported": AS_ID not in vm.exports.tdps,
         }
         found += [f"I22: gfn {gfn:#x} is pinned and {what}" for what, is_so in wrong.items() if is_so]
         if pin.count != held[gfn]:

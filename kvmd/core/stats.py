@@ -16,13 +16,13 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
     stats = {
         "vm": vm.id,
         "vcpus": len(vm.vcpus),
-        "exported_tdps": len(vm.exported),
-        "vcpus_apart": vm.vcpus_apart,
-        "noncoherent_dma": vm.noncoherent_dma,
-        "importers": sum(exported.importers for exported in vm.exported.values()),
-        "ept_violations": sum(vcpu.ept_violations for vcpu in vm.vcpus),
-        "pf_mmio_spte_created": sum(vcpu.mmio_sptes_made for vcpu in vm.vcpus),
-        "tlb_flush": sum(vcpu.tlb_flushes for vcpu in vm.vcpus),
+        "exported_tdps": len(vm.exports.tdps),
+        "vcpus_apart": _vcpus_apart(vm),
+        "noncoherent_dma": vm.exports.noncoherent_dma,
+        "importers": sum(exported.importers for exported in vm.exports.tdps.values()),
+        "ept_violations": sum(vcpu.arch.ept_violations for vcpu in vm.vcpus),
+        "pf_mmio_spte_created": sum(vcpu.arch.mmio_sptes_made for vcpu in vm.vcpus),
+        "tlb_flush": sum(vcpu.arch.tlb_flushes for vcpu in vm.vcpus),
         "memslot_generation": vm.slots.generation,
         "fault_retries": vm.fault_path.retries,
         "notes": vm.fault_notes.posted,
@@ -52,6 +52,18 @@ def vm_stats(vm: Kvm) -> dict[str, int]:
         unresolved = sum(count for result, count in taken.items() if result not in RESOLVED)
         stats[f"{prefix}_failed"] = unresolved - emulated
     return stats
+
+
+def _vcpus_apart(vm: Kvm) -> int:
+    """How many vCPUs were given a width, before the export, for which they need another root than the
+    exported one.
+    """
+    exports = vm.exports
+    return sum(
+        exports.is_apart(exported, vcpu.arch.maxphyaddr)
+        for exported in exports.tdps.values()
+        for vcpu in vm.vcpus
+    )
 
 
 def _tables_by_owner(vm: Kvm) -> dict[str, int]:

@@ -1,54 +1,18 @@
-"""The VMs of a host, and what keeps each of them.
+"""The VMs of a host.
 
-Models vm_list and users_count [KVM kvm_main.c, kvm_get_kvm, kvm_put_kvm]: a VM lives while any fd that
-belongs to it does, its own, a vCPU's, a guest_memfd's, a TDP FD's, wherever the last copy is held [RFC
-04/42]; and a request in progress keeps it, as an ioctl keeps its file.  With its last user it leaves the
-list, and is destroyed; its process is forgotten with whatever was the last to have to do with it.
+Models vm_list [KVM kvm_main.c].  With its last user (`users`) a VM leaves the list, and is destroyed; its
+process is forgotten with whatever was the last to have to do with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from kvmd.core.host import HostKernel
 from kvmd.core.mm.mm import Mm
+from kvmd.core.users import VmUsers
 from kvmd.core.vm import Kvm, VmType, create_vm
 from protocol.flow import Flow
-
-T = TypeVar("T")
-
-
-class VmUsers:
-    """Who keeps one VM; whoever makes it is the first.  `last` is called when the last has gone."""
-
-    def __init__(self, vm: Kvm, last: Callable[[Kvm], None]) -> None:
-        self.vm = vm
-        self.count = 1
-        self._last = last
-
-    def get(self) -> None:
-        assert self.count, "nobody keeps this VM any more"
-        self.count += 1
-
-    def put(self) -> None:
-        assert self.count, "a VM put more often than it was got"
-        self.count -= 1
-        if not self.count:
-            self._last(self.vm)
-
-    async def holding(self, flow: Flow[T]) -> T:
-        """A request in progress may outlive the fd it came over."""
-        self.get()
-        try:
-            return await flow
-        finally:
-            self.put()
-
-    async def put_after(self, closing: Flow[None]) -> None:
-        """The last close of a file that keeps the VM: what that takes, then its reference."""
-        await closing
-        self.put()
 
 
 class VmList:
@@ -68,11 +32,11 @@ class VmList:
     def __len__(self) -> int:
         return len(self._vms)
 
-    async def create(self, mm: Mm, kind: VmType) -> VmUsers:
+    async def create(self, mm: Mm, kind: VmType) -> tuple[Kvm, VmUsers]:
         """KVM_CREATE_VM; its fd is the first user."""
         vm = await create_vm(self._host, mm, kind)
         self._vms.append(vm)
-        return VmUsers(vm, self._remove)
+        return vm, VmUsers(lambda: self._remove(vm))
 
     def _remove(self, vm: Kvm) -> None:
         self._vms.remove(vm)

@@ -71,7 +71,7 @@ async def _create_vm(app: App, message: uapi.KvmCreateVm, fds: Fds) -> Answer:
     if message.type not in set(VmType):
         raise UapiError(errno.EINVAL, f"KVM_CREATE_VM type {message.type}: {[int(kind) for kind in VmType]}")
     held = app.files.find(fds.peek(0), MmFile)
-    owner = VmFile(app, await app.vms.create(held.mm, VmType(message.type)))
+    owner = VmFile(app, *await app.vms.create(held.mm, VmType(message.type)))
     fd, _, _ = app.files.open(VM, owner, lambda closed: closed.users.put())
     return Answer({}, [fd])
 

@@ -19,8 +19,9 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.slots.guest_memfd import GuestMemfd
+from kvmd.core.users import VmUsers
 from kvmd.core.vm import Kvm
-from kvmd.core.vm_list import VmList, VmUsers
+from kvmd.core.vm_list import VmList
 from kvmd.memory import HostMemory
 from protocol.rpc.channel import Channel
 from protocol.rpc.files import Files
@@ -32,11 +33,8 @@ log = structlog.get_logger("kvmd")
 @dataclass(slots=True, eq=False)
 class VmFile:
     app: App
+    vm: Kvm
     users: VmUsers  # each fd of the VM, its vCPUs, its TDP FDs and its guest_memfds is one
-
-    @property
-    def vm(self) -> Kvm:
-        return self.users.vm
 
     @property
     def vm_file(self) -> VmFile:

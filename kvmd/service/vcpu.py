@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from kvmd.core.cpu.exits import SIGBUS_ACTION_REQUIRED
 from kvmd.core.cpu.msr import set_msr
+from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.cpu.program import Instruction
 from kvmd.core.cpu.vcpu import RunResult
-from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import VcpuFile
 from protocol.errors import UapiError
@@ -29,7 +29,7 @@ def _set_cpuid2(held: VcpuFile, message: uapi.KvmSetCpuid2, fds: Fds) -> Body:
 
 
 async def _set_msrs(held: VcpuFile, message: uapi.KvmSetMsrs, fds: Fds) -> Body:
-    flow = set_msr(held.owner.vm, held.vcpu, message.index, message.value)
+    flow = set_msr(held.vcpu.ram, held.owner.vm.wall_clock_epoch_ns, message.index, message.value)
     return {"ret": int(await held.owner.users.holding(flow))}
 
 
@@ -83,14 +83,16 @@ def _kvm_run(ran: RunResult) -> Body:
 
 
 async def _pre_fault_memory(held: VcpuFile, message: uapi.KvmPreFaultMemory, fds: Fds) -> Body:
-    flow = pre_fault_memory(held.owner.vm, held.vcpu, Gpa(message.gpa), message.size, message.flags)
+    flow = pre_fault_memory(
+        held.vcpu, held.owner.vm.fault_path, Gpa(message.gpa), message.size, message.flags
+    )
     gpa, size = await held.owner.users.holding(flow)
     return {"gpa": gpa, "size": size}
 
 
 def _mmap_dirty_ring(held: VcpuFile, message: uapi.MmapDirtyRing, fds: Fds) -> Answer:
     if held.ring_fd is None:
-        raise UapiError(errno.EINVAL, f"vCPU {held.vcpu.id} has no dirty ring")
+        raise UapiError(errno.EINVAL, f"vCPU {held.vcpu.arch.id} has no dirty ring")
     try:
         return Answer({"size": held.owner.vm.dirty_log.ring_bytes}, [os.dup(held.ring_fd)])
     except OSError as error:
@@ -99,7 +101,7 @@ def _mmap_dirty_ring(held: VcpuFile, message: uapi.MmapDirtyRing, fds: Fds) -> A
 
 def vcpu_closed(held: VcpuFile) -> None:
     """The vCPU itself stays, as long as its VM does; a guest that polls would keep that for ever."""
-    held.vcpu.kick()
+    held.vcpu.arch.kick()
     if held.ring_fd is not None:
         os.close(held.ring_fd)
     held.owner.users.put()

@@ -52,16 +52,16 @@ GUEST_MEMFD: Service[GuestMemfdFile] = Service(
 
 def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer:
     vm = owner.vm
-    vcpu = vm.create_vcpu(message.vcpu_id)
+    vcpu = vm.vcpus.create(message.vcpu_id)
     held = VcpuFile(owner, vcpu)
     try:
         if vm.dirty_log.ring_bytes:
             held.ring_fd, memory = dirty_ring_memory(vm.dirty_log.ring_bytes)
-            vm.dirty_log.add_ring(vcpu.id, memory)
+            vm.dirty_log.add_ring(vcpu.arch.id, memory)
         owner.users.get()
         fd, _, _ = owner.app.files.open(VCPU, held, vcpu_closed)
     except UapiError:
-        vm.remove_vcpu(vcpu)
+        vm.vcpus.remove(vcpu)
         raise
     return Answer({}, [fd])
 
@@ -77,7 +77,7 @@ def _region(message: uapi.KvmSetUserMemoryRegion) -> MemoryRegion:
 
 
 async def _set_user_memory_region(owner: VmFile, message: uapi.KvmSetUserMemoryRegion, fds: Fds) -> Body:
-    await owner.users.holding(owner.vm.set_memory_region(_region(message)))
+    await owner.users.holding(owner.vm.slots_change.set_memory_region(_region(message)))
     return {}
 
 
@@ -89,7 +89,7 @@ async def _set_user_memory_region2(owner: VmFile, message: uapi.KvmSetUserMemory
         guest_memfd_offset=message.guest_memfd_offset,
         guest_memfd=guest_memfd,
     )
-    await owner.users.holding(owner.vm.set_memory_region(region))
+    await owner.users.holding(owner.vm.slots_change.set_memory_region(region))
     return {}
 
 
@@ -164,28 +164,28 @@ async def _set_memory_attributes(owner: VmFile, message: uapi.KvmSetMemoryAttrib
 async def _create_tdp_fd(owner: VmFile, message: uapi.KvmCreateTdpFd, fds: Fds) -> Answer:
     argp = None if message.argp is None else Hva(message.argp)
     request = CreateTdpFd(message.as_id, message.mode, message.pad, argp)
-    tdp = await owner.users.holding(TdpFd.create(owner.users, request))
+    tdp = await owner.users.holding(TdpFd.create(owner.users, owner.vm.exports, owner.vm.fault_path, request))
     fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner.app, tdp), tdp_fd_closed)
     return Answer({}, [fd])
 
 
 def _register_noncoherent_dma(owner: VmFile, message: uapi.KvmRegisterNoncoherentDma, fds: Fds) -> Body:
-    owner.vm.register_noncoherent_dma()
+    owner.vm.exports.register_noncoherent_dma()
     return {}
 
 
 def _unregister_noncoherent_dma(owner: VmFile, message: uapi.KvmUnregisterNoncoherentDma, fds: Fds) -> Body:
-    owner.vm.unregister_noncoherent_dma()
+    owner.vm.exports.unregister_noncoherent_dma()
     return {}
 
 
 async def _page_track_add(owner: VmFile, message: uapi.PageTrackAdd, fds: Fds) -> Body:
-    await owner.users.holding(owner.vm.track_page(Gpa(message.gpa)))
+    await owner.users.holding(owner.vm.write_track.add(Gpa(message.gpa)))
     return {}
 
 
 async def _page_track_remove(owner: VmFile, message: uapi.PageTrackRemove, fds: Fds) -> Body:
-    await owner.users.holding(owner.vm.untrack_page(Gpa(message.gpa)))
+    await owner.users.holding(owner.vm.write_track.remove(Gpa(message.gpa)))
     return {}
 
 
@@ -199,7 +199,7 @@ async def _recover_nx_huge_pages(owner: VmFile, message: uapi.RecoverNxHugePages
 
 
 async def _zap_gfn_range(owner: VmFile, message: uapi.ZapGfnRange, fds: Fds) -> Body:
-    await owner.users.holding(owner.vm.zap_gfn_range(Gpa(message.gpa), message.size))
+    await owner.users.holding(owner.vm.host_changes.zap_gfn_range(Gpa(message.gpa), message.size))
     return {}
 
 

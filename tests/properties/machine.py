@@ -223,7 +223,7 @@ class Rig:
             self.slots_changing += 1
             self.slot_changes += 1
             try:
-                await self.vm.set_memory_region(region)
+                await self.vm.slots_change.set_memory_region(region)
             except UapiError:
                 return
             finally:
@@ -294,7 +294,7 @@ class Rig:
         async def run() -> None:
             kind = TdpFaultType(read=not write, write=write, exec=False)
             changes = self.quiet_slots()
-            result = await self.vm.fault_exported(self.exported, 77, Gfn(gfn), kind)
+            result = await self.exported.fault(self.vm.fault_path, 77, Gfn(gfn), kind)
             if changes is None or changes != self.quiet_slots():
                 return
             page, readonly = self.lookup(gfn)

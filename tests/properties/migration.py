@@ -101,7 +101,7 @@ class Migration:
         self.rings = [memoryview(bytearray(RING_BYTES)) for _ in self.vcpus] if ring else []
         self.harvested = [0 for _ in self.vcpus]
         for vcpu, memory in zip(self.vcpus, self.rings, strict=False):
-            self.vm.dirty_log.add_ring(vcpu.id, memory)
+            self.vm.dirty_log.add_ring(vcpu.arch.id, memory)
         self.device: LateDevice | None = None
         self.log(False)
         for page in (0, 5, 600):
@@ -114,7 +114,9 @@ class Migration:
         self.restart()
 
     def log(self, on: bool) -> None:
-        self.world.start(self.vm.set_memory_region(self.world.region(0, GFN, PAGES, HVA, int(on))))
+        self.world.start(
+            self.vm.slots_change.set_memory_region(self.world.region(0, GFN, PAGES, HVA, int(on)))
+        )
 
     def restart(self) -> None:
         """Logging off, then on, and everything copied once."""

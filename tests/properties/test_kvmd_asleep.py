@@ -92,9 +92,9 @@ async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) ->
     if slot is None or (write and slot.readonly):
         return None
     hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % 4096)
-    while (there := self._vm.mm.bytes_now(hva, size, write=write)) is None:
+    while (there := self._mm.bytes_now(hva, size, write=write)) is None:
         try:
-            await self._vm.mm.fault_in(hva, write=write, via=Via.KERNEL)
+            await self._mm.fault_in(hva, write=write, via=Via.KERNEL)
         except UapiError:
             return None
     return slot, there

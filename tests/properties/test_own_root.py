@@ -21,7 +21,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.slots_change import SlotsChange
+from kvmd.core.tables import zap
 from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.units import GfnSpan, Gpa, Hva
@@ -160,10 +160,10 @@ class Life:
     def track(self, page: int) -> None:
         with may_refuse(errno.EINVAL, errno.EBUSY):  # no slot; pinned
             if page in self.tracked:
-                self.guest.do(self.guest.vm.untrack_page(Gpa(BASE + page << 12)))
+                self.guest.do(self.guest.vm.write_track.remove(Gpa(BASE + page << 12)))
                 self.tracked.discard(page)
             else:
-                self.guest.do(self.guest.vm.track_page(Gpa(BASE + page << 12)))
+                self.guest.do(self.guest.vm.write_track.add(Gpa(BASE + page << 12)))
                 self.tracked.add(page)
 
     def pin(self, page: int, on: bool) -> None:
@@ -238,9 +238,9 @@ PLANTED: dict[str, tuple[Any, str, Any]] = {
     "logging protects every root": (TdpMmu, "logged_roots", TdpMmu.roots_of),
     "ageing takes every root": (TdpMmu, "aged_roots", lambda self: self.roots),
     "every slot's leaves go": (
-        SlotsChange,
-        "_gone_from",
-        lambda self, root: [root.everything],
+        zap,
+        "_lost_by",
+        lambda root, *_: [root.everything],
     ),
 }
 CAUGHT = {

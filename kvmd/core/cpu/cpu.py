@@ -12,13 +12,16 @@ are looked up again.  A vCPU that waits is out of guest mode, so a flush always 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from kvmd.core.cpu.emulator import Emulator
 from kvmd.core.cpu.exits import Exit, MemoryFault
 from kvmd.core.cpu.guest_ram import pages_of
 from kvmd.core.cpu.program import Modification
+from kvmd.core.cpu.vcpu_arch import VcpuArch
+from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import EMULATED, RESOLVED, FaultResult, FaultSource, PageFault
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE
 from kvmd.core.tables.spte import mmio_is_fresh
 from protocol.errors import ModelBug
@@ -30,10 +33,6 @@ from protocol.pt.walk import Outcome, Walk, walk
 from protocol.trace import TRACE, HandleMmioPageFault, KvmPageFault
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hpa, gfn_of
 
-if TYPE_CHECKING:
-    from kvmd.core.cpu.vcpu import Vcpu
-    from kvmd.core.vm import Kvm
-
 MAX_TLB_ENTRIES = 4096
 MAX_VIOLATIONS = 64  # resolved in a row, with no flush between: what was mapped is not there
 
@@ -44,11 +43,23 @@ Piece = tuple[Gpa, Hpa, int]  # gpa, hpa, size: within one page
 class Cpu:
     """Guest memory at privilege 3."""
 
-    def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int, emulator: Emulator) -> None:
+    def __init__(
+        self,
+        vcpu: VcpuArch,
+        as_id: int,
+        frames: GuestFrames,
+        dirty_log: DirtyLog,
+        fault_path: FaultPath,
+        emulator: Emulator,
+    ) -> None:
         self.tlb: dict[Gfn, tuple[Hpa, int]] = {}  # gfn -> (hpa of its page, rights)
-        self._vm = vm
         self._vcpu = vcpu
         self._as_id = as_id
+        self._host = vcpu.host
+        self._slots = frames.slots
+        self._private = frames.private
+        self._dirty_log = dirty_log
+        self._fault_path = fault_path
         self._emulator = emulator
         self._missed = bits.EMPTY  # the entry that the last walk in vain ended at
 
@@ -67,7 +78,7 @@ class Cpu:
     async def load(self, gpa: Gpa, size: int) -> bytes:
         hpa = self._hit(gpa, size, bits.READ)
         if hpa is not None:
-            return self._vm.host.read_frame(hpa, size)
+            return self._host.read_frame(hpa, size)
         pieces = await self._reach((gpa, size, bits.READ))
         return await self._emulator.load(gpa, size) if pieces is None else self._read(pieces)
 
@@ -75,8 +86,8 @@ class Cpu:
     async def store(self, gpa: Gpa, data: bytes) -> None:
         hpa = self._hit(gpa, len(data), bits.WRITE)
         if hpa is not None:
-            self._vm.host.write_frame(hpa, data)
-            self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> PAGE_SHIFT))
+            self._host.write_frame(hpa, data)
+            self._dirty_log.stores.stored(self._as_id, Gfn(gpa >> PAGE_SHIFT))
             return
         pieces = await self._reach((gpa, len(data), bits.WRITE))
         if pieces is None:
@@ -109,7 +120,7 @@ class Cpu:
         (_, source, _), (_, target, _) = pieces
         if 0 < target - source < count:
             count = target - source
-        self._write([(dst, target, count)], self._vm.host.read_frame(source, count))
+        self._write([(dst, target, count)], self._host.read_frame(source, count))
         return count
 
     async def fill(self, gpa: Gpa, byte: int, size: int) -> int:
@@ -121,13 +132,13 @@ class Cpu:
         return count
 
     def _read(self, pieces: list[Piece]) -> bytes:
-        return b"".join([self._vm.host.read_frame(hpa, count) for _, hpa, count in pieces])
+        return b"".join([self._host.read_frame(hpa, count) for _, hpa, count in pieces])
 
     def _write(self, pieces: list[Piece], data: bytes) -> None:
         at = 0
         for gpa, hpa, count in pieces:
-            self._vm.host.write_frame(hpa, data[at : at + count])
-            self._vm.dirty_log.stores.stored(self._as_id, gfn_of(gpa))
+            self._host.write_frame(hpa, data[at : at + count])
+            self._dirty_log.stores.stored(self._as_id, gfn_of(gpa))
             at += count
 
     def _hit(self, gpa: Gpa, size: int, need: int) -> Hpa | None:
@@ -140,14 +151,14 @@ class Cpu:
 
     # -- translation -----------------------------------------------------------------------------------
 
-    # awaits: at, tries, wanted: cannot change: operands, and a count | asked, epoch: cannot change: after
-    # each sleep all is translated anew, and the epoch is only compared
+    # awaits: at, tries, wanted: cannot change: operands, and a count | asked, flushes: cannot change:
+    # after each sleep all is translated anew, and the count is only compared
     async def _reach(self, *ranges: Range) -> list[Piece] | None:
         """Where all the bytes are now, a piece a page; nothing may await before they are used.  None: the
         emulator has to make this access.
         """
         wanted = [(at, count, need) for gpa, size, need in ranges for at, count in pages_of(gpa, size)]
-        tries, epoch = 0, self._vm.flusher.epoch
+        tries, flushes = 0, self._vcpu.tlb_flushes
         while tries < MAX_VIOLATIONS:
             pieces = []
             for at, count, need in wanted:
@@ -162,8 +173,8 @@ class Cpu:
                 continue
             if not await self._violation(gfn_of(at), need):
                 return None
-            before, epoch = epoch, self._vm.flusher.epoch
-            tries = tries + 1 if before == epoch else 0  # or it may have been taken away again
+            before, flushes = flushes, self._vcpu.tlb_flushes
+            tries = tries + 1 if before == flushes else 0  # or it may have been taken away again
         raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")
 
     def _translate(self, gfn: Gfn, need: int) -> Hpa | None:
@@ -175,7 +186,7 @@ class Cpu:
         self._missed = bits.EMPTY
         if gfn >= gfn_limit(root.role.level):  # the walk would not see those bits
             return None
-        host = self._vm.host
+        host = self._host
         found = walk(host.writer, host.ept_rules, root.hpa, root.role.level, gfn << PAGE_SHIFT)
         if found.outcome is Outcome.RESERVED:
             raise ModelBug(
@@ -200,7 +211,7 @@ class Cpu:
         entry = found.entry | bits.ACCESSED | (bits.DIRTY if need == bits.WRITE else 0)
         if entry != found.entry:
             at = found.table + index_of(gfn, found.level) * ENTRY_BYTES
-            stored = self._vm.host.writer.cmpxchg64(at, found.entry, entry)
+            stored = self._host.writer.cmpxchg64(at, found.entry, entry)
             assert stored, "nothing ran since the walk"
             if (entry ^ found.entry) & bits.DIRTY:
                 self._log(gfn)
@@ -208,9 +219,9 @@ class Cpu:
 
     def _log(self, gfn: Gfn) -> None:
         """Page-modification logging."""
-        slot = self._vm.slots.find(gfn, self._as_id)
+        slot = self._slots.find(gfn, self._as_id)
         if slot is not None:
-            self._vm.dirty_log.mark(slot, gfn, self._vcpu.id)
+            self._dirty_log.mark(slot, gfn, self._vcpu.id)
 
     # awaits: fault: cannot change: frozen | asked: cannot change: the levels of a vCPU's roots are fixed once
     # it has run
@@ -220,13 +231,13 @@ class Cpu:
         vcpu.ept_violations += 1
         if gfn >= gfn_limit(vcpu.load_root(self._as_id).role.level):
             return False
-        if mmio_is_fresh(self._missed, self._vm.slots.generation):
+        if mmio_is_fresh(self._missed, self._slots.generation):
             if TRACE.on:
                 TRACE.emit(HandleMmioPageFault(0, gfn, 0))  # KVM prints no address for a direct MMU
             return False
         fault = PageFault(gfn, need == bits.WRITE, FaultSource.VCPU, self._as_id, fetch=need == bits.EXEC)
         while True:
-            result = await self._vm.fault_path.handle_fault(fault, vcpu)
+            result = await self._fault_path.handle_fault(fault, vcpu)
             if result in EMULATED:
                 return False
             if result in RESOLVED:
@@ -241,11 +252,11 @@ class Cpu:
     async def _leave(self, gfn: Gfn, result: FaultResult) -> None:
         why = f"gfn {gfn:#x}: {result.name.lower()}"
         if result is FaultResult.HWPOISON:
-            slot = self._vm.slots.find(gfn, self._as_id)
+            slot = self._slots.find(gfn, self._as_id)
             hva = None if slot is None else slot.hva_of(gfn)
             await Exit(ExitReason.INTR, errno.EINTR, why, sigbus=hva)
         elif result is FaultResult.MEMORY_FAULT:
-            flags = ATTRIBUTE_PRIVATE if self._vm.private.attributes.is_private(gfn) else 0
+            flags = ATTRIBUTE_PRIVATE if self._private.attributes.is_private(gfn) else 0
             what = MemoryFault(flags, Gpa(gfn << PAGE_SHIFT), PAGE_SIZE)
             await Exit(ExitReason.MEMORY_FAULT, errno.EFAULT, why, memory_fault=what)
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from kvmd.core.cpu.exits import Exit, Mmio
 from kvmd.core.cpu.guest_ram import Exchange, GuestRam, pages_of
@@ -19,16 +18,12 @@ from protocol.errors import UapiError
 from protocol.kvm_run import INTERNAL_ERROR_EMULATION, MMIO_BYTES, ExitReason
 from protocol.units import Gpa, gfn_of
 
-if TYPE_CHECKING:
-    from kvmd.core.cpu.vcpu import Vcpu
-    from kvmd.core.vm import Kvm
-
 
 class Emulator:
     """Guest memory at privilege 0, and wherever the CPU needs help."""
 
-    def __init__(self, vm: Kvm, vcpu: Vcpu, as_id: int) -> None:
-        self._ram = GuestRam(vm, as_id, vcpu)
+    def __init__(self, ram: GuestRam) -> None:
+        self._ram = ram
 
     # awaits: at, count, missing, each at: cannot change: worked out of the operands; each page is looked for
     # by itself

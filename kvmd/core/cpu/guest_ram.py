@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
+from kvmd.core.cpu.vcpu_arch import VcpuArch
 from kvmd.core.mm.space import Via
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
 from protocol.errors import UapiError
 from protocol.pt.geometry import gfn_limit
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SIZE, Gfn, Gpa, Hva, gfn_of
-
-if TYPE_CHECKING:
-    from kvmd.core.cpu.vcpu import Vcpu
-    from kvmd.core.vm import Kvm
 
 
 def pages_of(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
@@ -43,10 +41,12 @@ class Exchange(Enum):
 class GuestRam:
     """Address space `as_id` of a VM.  `vcpu` is on whose behalf stores are logged."""
 
-    def __init__(self, vm: Kvm, as_id: int, vcpu: Vcpu) -> None:
-        self._vm = vm
-        self._as_id = as_id
+    def __init__(self, vcpu: VcpuArch, as_id: int, frames: GuestFrames, dirty_log: DirtyLog) -> None:
         self._vcpu = vcpu
+        self._as_id = as_id
+        self._slots = frames.slots
+        self._mm = frames.mm
+        self._dirty_log = dirty_log
 
     async def load(self, gpa: Gpa, size: int) -> bytes | None:
         """Bytes within one page.  None: not RAM."""
@@ -60,8 +60,8 @@ class GuestRam:
             return False
         slot, there = found
         there[:] = data
-        self._vm.dirty_log.mark(slot, gfn_of(gpa), self._vcpu.id)
-        self._vm.dirty_log.stores.stored(self._as_id, gfn_of(gpa))
+        self._dirty_log.mark(slot, gfn_of(gpa), self._vcpu.id)
+        self._dirty_log.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
     async def compare_exchange(self, gpa: Gpa, old: bytes, new: bytes) -> Exchange:
@@ -70,24 +70,23 @@ class GuestRam:
         found = await self._reach(gpa, len(old), write=True)
         gfn = gfn_of(gpa)
         if found is None:
-            slot = self._vm.slots.find(gfn, self._as_id) if self._walkable(gfn) else None
+            slot = self._slots.find(gfn, self._as_id) if self._walkable(gfn) else None
             return Exchange.NO_ADDRESS if slot is None or slot.readonly else Exchange.FAULT
         slot, there = found
-        self._vm.dirty_log.mark(slot, gfn, self._vcpu.id)
+        self._dirty_log.mark(slot, gfn, self._vcpu.id)
         if there != old:
             return Exchange.OTHER_VALUE
         there[:] = new
-        self._vm.dirty_log.stores.stored(self._as_id, gfn)
+        self._dirty_log.stores.stored(self._as_id, gfn)
         return Exchange.STORED
 
-    # awaits: mm: cannot change: the VM's for good | slot: it may go, move, or be another one; asked again:
-    # the loop, before the bytes are used
+    # awaits: slot: it may go, move, or be another one; asked again: the loop, before the bytes are used
     # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_goes_while_it_sleeps)
     async def _reach(self, gpa: Gpa, size: int, *, write: bool) -> tuple[Memslot, memoryview] | None:
         """The slot and the bytes as they are now; nothing may await before they are used.  None: not RAM, or
         not to be written.  Whoever waited for a page looks its slot up again (docs/decisions/0017).
         """
-        mm = self._vm.mm
+        mm = self._mm
         while (slot := await self._slot(gpa)) is not None and not (write and slot.readonly):
             there = mm.bytes_now(_hva(slot, gpa), size, write=write)
             if there is not None:
@@ -95,17 +94,17 @@ class GuestRam:
             try:
                 await mm.fault_in(_hva(slot, gpa), write=write, via=Via.KERNEL)
             except UapiError:
-                if self._vm.slots.find(gfn_of(gpa), self._as_id) is slot:
+                if self._slots.find(gfn_of(gpa), self._as_id) is slot:
                     return None
         return None
 
     async def _slot(self, gpa: Gpa) -> Memslot | None:
         """What the CPU's walk cannot reach, because the root has too few levels, is not RAM here either."""
         gfn = gfn_of(gpa)
-        return await self._vm.slots.settled_slot(gfn, self._as_id) if self._walkable(gfn) else None
+        return await self._slots.settled_slot(gfn, self._as_id) if self._walkable(gfn) else None
 
     def _walkable(self, gfn: Gfn) -> bool:
-        return gfn < gfn_limit(self._vm.host.features.root_level(self._vcpu.maxphyaddr))
+        return gfn < gfn_limit(self._vcpu.host.features.root_level(self._vcpu.maxphyaddr))
 
 
 def _hva(slot: Memslot, gpa: Gpa) -> Hva:

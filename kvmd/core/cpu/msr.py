@@ -8,14 +8,9 @@ RAM is.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from kvmd.core.cpu.guest_ram import GuestRam, pages_of
 from protocol.units import Gpa
-
-if TYPE_CHECKING:
-    from kvmd.core.cpu.vcpu import Vcpu
-    from kvmd.core.vm import Kvm
 
 MSR_KVM_WALL_CLOCK_NEW = 0x4B56_4D00
 _VERSION = struct.Struct("<I")
@@ -24,12 +19,13 @@ NS = 1_000_000_000
 U32_MASK = (1 << 32) - 1
 
 
-async def set_msr(vm: Kvm, vcpu: Vcpu, index: int, value: int) -> bool:
-    """KVM_SET_MSRS, one of them.  False: there is no such register."""
+async def set_msr(ram: GuestRam, epoch_ns: int, index: int, value: int) -> bool:
+    """KVM_SET_MSRS, one of them, in a guest whose clock read zero at `epoch_ns` since 1970.  False: there is
+    no such register."""
     if index != MSR_KVM_WALL_CLOCK_NEW:
         return False
     if value:
-        await _write_wall_clock(GuestRam(vm, 0, vcpu), Gpa(value), vm.wall_clock_epoch_ns)
+        await _write_wall_clock(ram, Gpa(value), epoch_ns)
     return True
 
 

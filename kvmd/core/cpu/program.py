@@ -12,13 +12,11 @@ told not to run at all [KVM x86.c].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from kvmd.core.cpu.guest_ram import pages_of
+from kvmd.core.cpu.vcpu_arch import VcpuArch
 from protocol.units import Gpa
-
-if TYPE_CHECKING:
-    from kvmd.core.cpu.vcpu import Vcpu
 
 Instruction = tuple[Any, ...]
 Modification = Callable[[bytes], bytes]
@@ -48,7 +46,7 @@ class GuestAccess(Protocol):
 class Program:
     """Guest code in execution: how far it is, and what it read."""
 
-    def __init__(self, vcpu: Vcpu, memory: GuestAccess, code: Sequence[Instruction]) -> None:
+    def __init__(self, vcpu: VcpuArch, memory: GuestAccess, code: Sequence[Instruction]) -> None:
         self.finished = 0
         self.reads: list[bytes] = []
         self._vcpu = vcpu

@@ -20,36 +20,45 @@ from __future__ import annotations
 import errno
 from enum import Enum, auto
 
+from kvmd.core.export.exports import Exports
 from kvmd.core.export.pinning import Account
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, ImporterOps, TdpFaultType
+from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED
 from kvmd.core.lease import Lease
-from kvmd.core.vm_list import VmUsers
+from kvmd.core.users import VmUsers
 from protocol.errors import UapiError
 from protocol.lifecycle import LifeCycle
 from protocol.units import Gfn, GfnSpan
 
 
 class TdpFd:
-    """What the fd holds: an exported TDP, and its VM."""
+    """What the fd holds: an exported TDP, and its VM, whose faults take `fault_path`."""
 
-    def __init__(self, users: VmUsers, exported: ExportedTdp) -> None:
+    def __init__(
+        self, users: VmUsers, exports: Exports, fault_path: FaultPath, exported: ExportedTdp
+    ) -> None:
         self.users = users
+        self.exports = exports
+        self.fault_path = fault_path
         self.exported = exported
         self.leases: list[Lease] = []  # of importers that have not left
         users.get()
 
-    # awaits: users: cannot change: the caller's own, and counted while the request runs
+    # awaits: users, exports, fault_path: cannot change: the VM's for good, and it is kept while the request
+    # runs
     @classmethod
-    async def create(cls, users: VmUsers, request: CreateTdpFd) -> TdpFd:
-        """KVM_CREATE_TDP_FD.  Errors as of `Kvm.create_tdp_fd`."""
-        return cls(users, await users.vm.create_tdp_fd(request))
+    async def create(
+        cls, users: VmUsers, exports: Exports, fault_path: FaultPath, request: CreateTdpFd
+    ) -> TdpFd:
+        """KVM_CREATE_TDP_FD.  Errors as of `Exports.create`."""
+        return cls(users, exports, fault_path, await exports.create(request))
 
     async def release(self) -> None:
         """The last copy of the fd is closed."""
         while leases := [lease for lease in self.leases if not lease.ended.done]:
             await leases[0].ended  # and then for who registered meanwhile
-        await self.users.vm.close_tdp_fd(self.exported)
+        await self.exports.close(self.exported)
         self.users.put()
 
 
@@ -82,7 +91,7 @@ class Registration:
         tdp.exported.register_importer(name, ops)
         tdp.leases.append(lease)
         self.name = name
-        self.pins: Account = tdp.users.vm.pinning.open()
+        self.pins: Account = tdp.exports.pinning.open()
         self._tdp = tdp
         self._ops = ops
         self._lease = lease
@@ -91,7 +100,7 @@ class Registration:
     async def leave(self) -> None:
         self._happens(RegistrationEvent.LEAVE)
         await self._lease.ended
-        await self._tdp.users.vm.pinning.close(self.pins)
+        await self._tdp.exports.pinning.close(self.pins)
         self._tdp.leases.remove(self._lease)
         self._tdp.exported.unregister_importer(self.name, self._ops)
         self._happens(RegistrationEvent.LEASE_ENDED)
@@ -114,13 +123,10 @@ class Importer:
 
     def check_register(self, mm_cookie: int | None) -> None:
         """Before anything is lent.  EBUSY: registered; EINVAL: another process's."""
-        vm = self._tdp.users.vm
         if self._registration is not None:
             raise UapiError(errno.EBUSY, f"this channel is registered as {self._registration.name!r}")
-        if mm_cookie not in (None, vm.mm.cookie):
-            raise UapiError(
-                errno.EINVAL, f"the importer's process is not that of VM {vm.id}: it could fault nothing in"
-            )
+        if mm_cookie not in (None, self._tdp.exported.mm.cookie):
+            raise UapiError(errno.EINVAL, "the importer's process is not the VM's: it could fault nothing in")
 
     def register(self, name: str, mm_cookie: int | None, ops: ImporterOps, lease: Lease) -> None:
         """Errors as of `check_register` and `Registration`."""
@@ -134,10 +140,10 @@ class Importer:
             await registration.leave()
 
     async def fault(self, mm_cookie: int, gfn: Gfn, kind: TdpFaultType) -> None:
-        """Map the page, or say why a device gets an error.  Errors as of `Kvm.fault_exported`, and of
+        """Map the page, or say why a device gets an error.  Errors as of `ExportedTdp.fault`, and of
         IO_ERRNO: what the fault came to."""
-        vm = self._tdp.users.vm
-        result = await self._tdp.users.holding(vm.fault_exported(self._tdp.exported, mm_cookie, gfn, kind))
+        tdp = self._tdp
+        result = await tdp.users.holding(tdp.exported.fault(tdp.fault_path, mm_cookie, gfn, kind))
         if result not in RESOLVED:
             raise UapiError(IO_ERRNO[result], f"gfn {gfn:#x}: {result.name.lower()}")
 
@@ -145,14 +151,14 @@ class Importer:
 
     async def pin(self, span: GfnSpan) -> int:
         """The request's name.  Errors as of `Pinning.pin`."""
-        return await self._tdp.users.holding(self._tdp.users.vm.pinning.pin(self._pins, span))
+        return await self._tdp.users.holding(self._tdp.exports.pinning.pin(self._pins, span))
 
     async def pin_all(self) -> int:
-        return await self._tdp.users.holding(self._tdp.users.vm.pinning.pin_all(self._pins))
+        return await self._tdp.users.holding(self._tdp.exports.pinning.pin_all(self._pins))
 
     async def unpin(self, name: int) -> int:
         """How many pages that was."""
-        return await self._tdp.users.holding(self._tdp.users.vm.pinning.unpin(self._pins, name))
+        return await self._tdp.users.holding(self._tdp.exports.pinning.unpin(self._pins, name))
 
     @property
     def _pins(self) -> Account:

@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.page_fault import FaultResult, FaultSource, PageFault
+from kvmd.core.host import Obstacle
+from kvmd.core.mm.mm import Mm
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.lifecycle import LifeCycle
+from protocol.pt.geometry import gfn_limit
 from protocol.pt.meta import ExportedTdpMeta
-from protocol.units import PAGE_SHIFT, WHOLE_SIZE, GfnSpan, Hva
+from protocol.units import PAGE_SHIFT, WHOLE_SIZE, Gfn, GfnSpan, Hva
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,11 @@ EXPORT_LIFE = LifeCycle(
 
 
 class ExportedTdp:
-    """What a TDP FD stands for."""
+    """What a TDP FD stands for: a root that maps memory of `mm`."""
 
-    def __init__(self, as_id: int, root: Root, meta: ExportedTdpMeta) -> None:
+    def __init__(self, mm: Mm, as_id: int, root: Root, meta: ExportedTdpMeta) -> None:
         assert root.hpa == meta.root_hpa
+        self.mm = mm
         self.as_id = as_id
         self.root = root
         self.meta = meta
@@ -85,6 +91,21 @@ class ExportedTdp:
         """
         if self._state is not ExportState.LENT:
             raise UapiError(errno.ENODEV, f"the TDP FD of address space {self.as_id} was released")
+
+    async def fault(self, fault_path: FaultPath, mm_cookie: int, gfn: Gfn, kind: TdpFaultType) -> FaultResult:
+        """The TDP FD's fault op [RFC 07/42].  EINVAL: no right asked, or another process's; EPERM: it exited;
+        ENODEV: released.
+        """
+        self.check_alive()
+        if not (kind.read or kind.write or kind.exec):
+            raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x} asks for no access")
+        if mm_cookie != self.mm.cookie:
+            raise UapiError(errno.EINVAL, f"fault at gfn {gfn:#x}: the HWPT belongs to another process")
+        if not self.mm.alive:
+            raise UapiError(errno.EPERM, f"fault at gfn {gfn:#x}: the VM's process has exited")
+        if gfn >= gfn_limit(self.root.role.level):
+            return FaultResult.NO_SLOT
+        return await fault_path.handle_fault(PageFault(gfn, kind.write, FaultSource.IO))
 
     def register_importer(self, name: str, ops: ImporterOps) -> None:
         """EBUSY: an importer of that name is registered already; ENODEV: released."""
@@ -134,16 +155,6 @@ class CreateTdpFd:
     mode: int
     pad: int
     argp: Hva | None = None
-
-
-class Obstacle(Enum):
-    """Why a KVM refuses every export, whatever the VM [RFC 03/42], [RFC 35/42], [RFC 38/42]."""
-
-    COMPILED_OUT = "compiled-out"
-    AMD = "amd"
-    NO_TDP_MMU = "no-tdp-mmu"
-    HYPERV = "hyperv"
-    PRESENT_BIT_11 = "present-bit-11"
 
 
 Check = tuple[bool, int, str]  # does it fail, with which errno, why

@@ -21,15 +21,17 @@ not looked at".
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from kvmd.core.slots.memslot import Memslots
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.tdp import VmTdp
+from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.trace import TRACE, KvmUnmapHvaRange
-from protocol.units import Gfn, GfnSpan, Hva
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, gfn_of
 
 SEQ_MASK = (1 << 64) - 1
 
@@ -75,6 +77,15 @@ class HostChanges:
             for span in spans:
                 self._gfns_in_progress.remove(span)
             self._end()
+
+    # awaits: asked: cannot change: the width of the guest's addresses is the VM's for good
+    async def zap_gfn_range(self, gpa: Gpa, size: int) -> None:
+        """What changes of MTRRs and of APICv have zapped.  EINVAL: not whole pages, or beyond the guest."""
+        if not size or (gpa | size) % PAGE_SIZE or gpa + size > self._slots.gfn_limit << PAGE_SHIFT:
+            raise UapiError(errno.EINVAL, f"zap of {gpa:#x}+{size:#x}: not whole pages the guest can have")
+        span = GfnSpan.of_pages(gfn_of(gpa), size >> PAGE_SHIFT)
+        async with self.zapped_gfns([span], told=span):
+            pass  # the change itself is the CPU's
 
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""

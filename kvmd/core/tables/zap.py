@@ -80,8 +80,7 @@ class Zapper:
         unflushed = self._mmu.invalidate_roots()
         obsolete = [root for root in self._mmu.roots if root.state is RootState.INVALID]
         for root in [root for root in self._mmu.roots if root.exported]:
-            gone = [going] if going is not None and as_id == root.role.as_id else []
-            lost = [root.everything] if root.role.policy.zapped_whole else gone
+            lost = _lost_by(root, as_id, going)
             if lost:
                 await self.zap(lost, [root], unflushed=unflushed)
                 unflushed = False
@@ -100,3 +99,10 @@ class Zapper:
                     self._flusher.reclaim()
                     await self._cond_resched()
         self._flusher.reclaim()
+
+
+def _lost_by(root: Root, as_id: int, going: GfnSpan | None) -> list[GfnSpan]:
+    """What a lent root has no leaf of after a slot change."""
+    if root.role.policy.zapped_whole:
+        return [root.everything]
+    return [going] if going is not None and as_id == root.role.as_id else []

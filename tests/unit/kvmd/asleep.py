@@ -50,7 +50,7 @@ class Asleep:
 
     def slot(self, gfn: int = GFN, pages: int = PAGES, flags: int = 0, hva: int = HVA) -> None:
         """Set slot 0, whatever has to be acked for it."""
-        self.finish(self.vm.set_memory_region(self.world.region(0, gfn, pages, hva, flags)))
+        self.finish(self.vm.slots_change.set_memory_region(self.world.region(0, gfn, pages, hva, flags)))
 
     def delete(self) -> None:
         self.slot(0, 0, 0, 0)

@@ -55,7 +55,7 @@ class Logged:
         self.vcpu: Vcpu = world.vcpu()
         self.ring = memoryview(bytearray(ring))
         if ring:
-            self.vm.dirty_log.add_ring(self.vcpu.id, self.ring)
+            self.vm.dirty_log.add_ring(self.vcpu.arch.id, self.ring)
         self.importer = SlowImporter()
         self.exported: ExportedTdp | None = None
         if export:

@@ -68,14 +68,14 @@ class Managed:
             assert self.do(self.vcpu.run([("r", BASE + page << 12, 1)])).done
 
     def fault(self, page: int, kind: TdpFaultType = WRITE) -> FaultResult:
-        return self.do(self.vm.fault_exported(self.exported, 77, Gfn(BASE + page), kind))
+        return self.do(self.exported.fault(self.vm.fault_path, 77, Gfn(BASE + page), kind))
 
     def touch(self, page: int) -> None:
         """The process stores to it: there is a page of its own, writable."""
         self.do(self.world.mm.write(Hva(self.hva + page * PAGE), b"host"))
 
     def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
-        self.do(self.vm.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
+        self.do(self.vm.slots_change.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
 
     def log(self, on: int = 1) -> None:
         self.set_slot(0, BASE, self.pages, self.hva, on)

@@ -70,7 +70,7 @@ class Guest:
         return 0 if met is None else met.entry
 
     def set_slot(self, gfn: int, pages: int, hva: int, flags: int = 0, slot: int = 0) -> None:
-        self.do(self.vm.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
+        self.do(self.vm.slots_change.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
 
     def sound(self) -> bool:
         return is_sound(self.vm)

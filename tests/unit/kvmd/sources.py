@@ -66,7 +66,7 @@ class Rig:
         region = world.region(0, GFN, PAGES, self.hva, flags)
         if kind is not VmType.DEFAULT:
             region = replace(region, flags=4, version=2, guest_memfd=lambda: self.memfd)
-        world.run(self.vm.set_memory_region(region))
+        world.run(self.vm.slots_change.set_memory_region(region))
         if kind is not VmType.DEFAULT:
             world.run(self.vm.private.set_attributes(Gpa(GFN << 12), PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
         self.exported = world.export()

@@ -51,7 +51,7 @@ class Guest:
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_store_through_a_clean_entry_sets_d_and_is_logged_and_a_load_is_not(level: int) -> None:
     guest = Guest(level=level)
-    violations = guest.vcpu.ept_violations
+    violations = guest.vcpu.arch.ept_violations
     guest.clear(bits.DIRTY | bits.ACCESSED)
     guest.load()
     assert guest.entry & (bits.ACCESSED | bits.DIRTY) == bits.ACCESSED
@@ -61,7 +61,7 @@ def test_a_store_through_a_clean_entry_sets_d_and_is_logged_and_a_load_is_not(le
     assert guest.logged == [guest.gpa >> 12]
     guest.store()
     assert guest.logged == [guest.gpa >> 12], "once, until D is cleared again"
-    assert guest.vcpu.ept_violations == violations, "no violation: the walk did it all"
+    assert guest.vcpu.arch.ept_violations == violations, "no violation: the walk did it all"
     assert check_vm(guest.world.vm) == []
 
 

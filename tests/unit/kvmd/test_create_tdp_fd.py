@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from kvmd.core import vm as vm_module
-from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, Obstacle, check_create
-from kvmd.core.host import CpuFeatures
+from kvmd.core.export import exports as exports_module
+from kvmd.core.export.exports import Exports
+from kvmd.core.export.tdp_fd import CreateTdpFd, ExportedTdp, Exporter, check_create
+from kvmd.core.host import CpuFeatures, Obstacle
 from kvmd.core.mm.vma import Prot
 from kvmd.core.stats import vm_stats
 from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
-from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.pt.ept import EPT_AD
 from protocol.units import Hpa, Hva
@@ -102,7 +102,7 @@ def race(world: World) -> None:
         except UapiError as error:
             refusals.append(error.errno)
     assert refusals == [errno.EEXIST], "both have a TDP FD of one address space"
-    assert world.vm.exported == {0: made[0]}
+    assert world.vm.exports.tdps == {0: made[0]}
 
 
 @pytest.mark.rfc("RFC-16")
@@ -118,7 +118,7 @@ def test_looking_in_one_section_and_listing_in_another_is_noticed(
     def looked_before_either_was_listed(request: CreateTdpFd, spaces: int, _: object, vm: Exporter) -> None:
         check_create(request, spaces, lambda _: False, vm)
 
-    monkeypatch.setattr(vm_module, "check_create", looked_before_either_was_listed)
+    monkeypatch.setattr(exports_module, "check_create", looked_before_either_was_listed)
     with pytest.raises(AssertionError, match="EXPORT happened to one that is EXPORTED"):
         race(world)
 
@@ -131,20 +131,20 @@ def test_the_root_of_a_running_vcpu_is_lent(world: World) -> None:
     vcpu = world.vm.vcpus[0]
     world.write(vcpu, 0x10_0000, b"x")
     exported = world.export()
-    assert vcpu.roots[0] is not None
-    assert exported.meta.root_hpa == vcpu.roots[0].hpa
+    assert vcpu.arch.roots[0] is not None
+    assert exported.meta.root_hpa == vcpu.arch.roots[0].hpa
     assert len(world.vm.mmu.roots) == 1
 
 
 @pytest.mark.rfc("RFC-22")
 def test_a_vcpu_that_runs_after_the_export_runs_on_the_exported_root(world: World) -> None:
     exported = world.export()
-    assert world.vm.vcpus[0].roots[0] is None
+    assert world.vm.vcpus[0].arch.roots[0] is None
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     later = world.vcpu(1)
     world.read(later, 0x10_0000, 1)
-    assert {vcpu.roots[0] for vcpu in world.vm.vcpus} == {exported.root}
-    assert later.ept_violations == 0
+    assert {vcpu.arch.roots[0] for vcpu in world.vm.vcpus} == {exported.root}
+    assert later.arch.ept_violations == 0
 
 
 @pytest.mark.rfc("RFC-23", "RFC-24")
@@ -155,8 +155,8 @@ def test_the_width_of_a_vm_is_its_narrowest_vcpus(widths: tuple[int, ...], least
     world = World(WIDE)
     for number, width in enumerate(widths):
         world.vcpu(number, width)
-    world.vm.create_vcpu(9)  # it has no CPUID, so it does not count
-    assert world.vm.maxphyaddr == least
+    world.vm.vcpus.create(9)  # it has no CPUID, so it does not count
+    assert world.vm.vcpus.maxphyaddr == least
     assert world.export().meta.level == level
 
 
@@ -171,10 +171,10 @@ def test_a_later_vcpu_that_would_run_apart_is_refused(exported: int, later: int)
     world = World(WIDE)
     world.vcpu(0, exported)
     world.export()
-    vcpu = world.vm.create_vcpu(1)
+    vcpu = world.vm.vcpus.create(1)
     with refused(errno.EINVAL, "-level root"):
         world.vm.set_maxphyaddr(vcpu, later)
-    assert vcpu.maxphyaddr == 0
+    assert vcpu.arch.maxphyaddr == 0
     world.vm.set_maxphyaddr(vcpu, exported)
     assert vm_stats(world.vm)["vcpus_apart"] == 0
 
@@ -202,20 +202,20 @@ def test_a_vcpu_apart_from_before_is_reported() -> None:
 @pytest.mark.defect("B-27")
 def test_non_coherent_dma_and_an_export_exclude_each_other(world: World) -> None:
     """Registered later, it would only warn at each fault, and entries of two memory types would mix."""
-    world.vm.register_noncoherent_dma()
-    world.vm.register_noncoherent_dma()
-    world.vm.unregister_noncoherent_dma()
+    world.vm.exports.register_noncoherent_dma()
+    world.vm.exports.register_noncoherent_dma()
+    world.vm.exports.unregister_noncoherent_dma()
     with refused(errno.EINVAL, "1 times"):
         world.export()
-    world.vm.unregister_noncoherent_dma()
+    world.vm.exports.unregister_noncoherent_dma()
     with refused(errno.EINVAL, "not registered"):
-        world.vm.unregister_noncoherent_dma()
+        world.vm.exports.unregister_noncoherent_dma()
     exported = world.export()
     with refused(errno.EBUSY, "write-back"):
-        world.vm.register_noncoherent_dma()
+        world.vm.exports.register_noncoherent_dma()
     assert vm_stats(world.vm)["noncoherent_dma"] == 0
-    world.run(world.vm.close_tdp_fd(exported))
-    world.vm.register_noncoherent_dma()
+    world.run(world.vm.exports.close(exported))
+    world.vm.exports.register_noncoherent_dma()
 
 
 # -- failing on the way ----------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_non_coherent_dma_and_an_export_exclude_each_other(world: World) -> None
 
 def counts(world: World) -> tuple[object, ...]:
     roots = [(root.hpa, root.refs, root.exported, root.invalid) for root in world.vm.mmu.roots]
-    return roots, dict(world.vm.exported), world.host.pool.in_use, world.host.pool.held(world.vm.id)
+    return roots, dict(world.vm.exports.tdps), world.host.pool.in_use, world.host.pool.held(world.vm.id)
 
 
 def unreadable(world: World, _: pytest.MonkeyPatch) -> CreateTdpFd:
@@ -263,9 +263,9 @@ def check_undone(world: World, step: str, monkeypatch: pytest.MonkeyPatch) -> No
     with monkeypatch.context() as patch:
         request, before = failing(world, patch), counts(world)
         with refused(number):
-            world.run(world.vm.create_tdp_fd(request))
+            world.run(world.vm.exports.create(request))
     assert counts(world) == before
-    world.run(world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0, world.map(1))))
+    world.run(world.vm.exports.create(CreateTdpFd(0, 0, 0, world.map(1))))
 
 
 @pytest.mark.rfc("RFC-18", "RFC-20")
@@ -291,11 +291,11 @@ async def asks_nobody(*_: object) -> None:
 
 PLANTED: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "B-01: the new object is not tested": ("root", TdpMmu, "get_root", goes_on_without_a_page),
-    "B-06: the address space stays taken": ("copy out", Kvm, "release_tdp_fd", does_nothing),
+    "B-06: the address space stays taken": ("copy out", Exports, "release", does_nothing),
     "B-06: nobody asks before publishing": (
         "copy out",
-        Kvm,
-        "_copy_to_user",
+        exports_module,
+        "copy_to_user",
         asks_nobody,
     ),
 }

@@ -47,14 +47,14 @@ def test_write_protection_takes_w_and_the_next_store_only_puts_it_back() -> None
 def test_pml_takes_d_and_the_next_store_sets_it_without_a_fault() -> None:
     logged = Logged(CpuFeatures())
     logged.write(3)
-    before, violations = logged.entry(3), logged.vcpu.ept_violations
+    before, violations = logged.entry(3), logged.vcpu.arch.ept_violations
     logged.dirty()
     assert logged.entry(3) == before & ~bits.DIRTY
     logged.read(3)
     assert logged.entry(3) == before & ~bits.DIRTY, "a read sets no D"
     logged.write(3)
     assert logged.entry(3) == before
-    assert logged.vcpu.ept_violations == violations
+    assert logged.vcpu.arch.ept_violations == violations
     assert logged.dirty() == {3}
 
 
@@ -205,7 +205,7 @@ def test_logging_splits_and_protects_what_a_device_wrote_through_a_huge_leaf() -
     assert logged.world.io_fault(logged.exported, GFN + 7) is FaultResult.FIXED
     assert logged.level(7) == 2
     region = logged.world.region(0, GFN, logged.pages, HVA, 1)
-    wait = logged.world.start(logged.vm.set_memory_region(region))
+    wait = logged.world.start(logged.vm.slots_change.set_memory_region(region))
     assert not wait.done, "the device may store through the huge leaf until it acks"
     assert (logged.level(7), logged.entry(7) & bits.WRITE) == (1, 0)
     logged.world.ack(logged.importer)
@@ -224,7 +224,7 @@ def test_huge_leaves_come_back_by_way_of_a_frozen_entry_and_a_flush_of_its_regio
     logged.write(5, 600, 2047)
     logged.importer.heard.clear()
     region = logged.world.region(0, GFN, logged.pages, HVA, 0)
-    wait = logged.world.start(logged.vm.set_memory_region(region))
+    wait = logged.world.start(logged.vm.slots_change.set_memory_region(region))
     root, held = logged.vm.mmu.roots[0], logged.world.host.pool.held(logged.vm.id)
     frozen = [met.gfn for met in logged.entries() if met.entry == bits.FROZEN]
     assert frozen == [GFN], "one region at a time"
@@ -299,9 +299,9 @@ def test_a_move_keeps_the_bits_and_a_refused_one_zaps_all_the_same() -> None:
     logged.world.set_slot(0, 0x800, 128, HVA, 1)
     assert logged.dirty() == {3, 9}
     logged.world.write(logged.vcpu, 0x805 << 12, b"x")
-    root = logged.vcpu.roots[0]
+    root = logged.vcpu.arch.roots[0]
     beyond = logged.world.region(0, 1 << 34, 128, HVA, 1)
-    assert errno_of(logged.vm.set_memory_region(beyond), logged.world) == errno.EINVAL
+    assert errno_of(logged.vm.slots_change.set_memory_region(beyond), logged.world) == errno.EINVAL
     assert root is not None
     assert root.invalid, "everything was zapped before the last check"
     assert logged.dirty() == {5}
@@ -315,6 +315,6 @@ def test_a_refused_change_keeps_the_bits() -> None:
     logged.write(3)
     for flags, pages, hva in ((9, 128, HVA), (3, 128, HVA), (1, 64, HVA), (1, 128, HVA + 4096)):
         region = logged.world.region(0, GFN, pages, hva, flags)
-        assert errno_of(logged.vm.set_memory_region(region), logged.world) == errno.EINVAL
+        assert errno_of(logged.vm.slots_change.set_memory_region(region), logged.world) == errno.EINVAL
     logged.log(1)  # the same again is no change
     assert logged.dirty() == {3}

@@ -34,7 +34,7 @@ def test_a_vm_that_logs_into_rings_alone_cannot_be_exported() -> None:
     with pytest.raises(UapiError) as caught:
         logged.world.export()
     assert caught.value.errno == errno.EINVAL
-    assert logged.vm.exported == {}
+    assert logged.vm.exports.tdps == {}
     assert errno_of(logged.get(), logged.world) == errno.ENXIO
 
 

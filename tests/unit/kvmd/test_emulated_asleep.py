@@ -80,9 +80,9 @@ def test_slot_is_going_when_the_page_comes() -> None:
     """It is deleted, and not every importer has acked: the access waits, then finds none."""
     guest = Asleep(export=True)
     guest.page_comes(GPA + PAGE)
-    guest.world.io_fault(guest.vm.exported[0], GFN + 1)
+    guest.world.io_fault(guest.vm.exports.tdps[0], GFN + 1)
     running = guest.access(GPA, X, cpl=0)
-    deleted = guest.world.start(guest.vm.set_memory_region(guest.world.region(0, 0, 0, 0)))
+    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
     guest.page_comes()
     assert not deleted.done
     assert not running.done
@@ -133,7 +133,7 @@ def by_the_emulator(guest: Asleep) -> None:
 
 
 def to_a_tracked_gfn(guest: Asleep) -> None:
-    guest.finish(guest.vm.track_page(Gpa(GPA + 2 * PAGE)))
+    guest.finish(guest.vm.write_track.add(Gpa(GPA + 2 * PAGE)))
     guest.access(GPA + 2 * PAGE, X, cpl=3)
 
 
@@ -142,7 +142,9 @@ def read_modify_write(guest: Asleep) -> None:
 
 
 def of_a_register(guest: Asleep) -> None:
-    guest.world.start(set_msr(guest.vm, guest.vcpu, MSR_KVM_WALL_CLOCK_NEW, GPA + 2 * PAGE))
+    guest.world.start(
+        set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GPA + 2 * PAGE)
+    )
 
 
 STORES = pytest.mark.parametrize(

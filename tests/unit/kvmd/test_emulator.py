@@ -161,7 +161,7 @@ def test_what_the_process_has_not_mapped_is_mmio_to_the_emulator_and_no_entry_is
     assert seen.exits == [read(RAM + 0x1000, 8)]
     assert seen.reads == [b"\1" + bytes(7)], "what user space left out is zero"
     assert guest.world.vm.mmu.roots == []
-    assert guest.vcpu.ept_violations == 0
+    assert guest.vcpu.arch.ept_violations == 0
 
 
 def test_code_where_no_memory_is_is_an_internal_error_and_tried_again() -> None:

@@ -46,7 +46,7 @@ def other_memory(guest: Asleep) -> Hva:
 
 
 def device(guest: Asleep, kind: TdpFaultType) -> Wait[FaultResult]:
-    asked = guest.world.start(guest.vm.fault_exported(guest.vm.exported[0], 77, guest.gfn, kind))
+    asked = guest.world.start(guest.vm.exports.tdps[0].fault(guest.vm.fault_path, 77, guest.gfn, kind))
     assert not asked.done
     return asked
 
@@ -137,10 +137,10 @@ def test_slot_is_going_when_the_page_comes(gfn: int) -> None:
     """Everything is zapped and not every importer has acked: what is mapped now would stay behind."""
     guest = Asleep(export=True)
     guest.page_comes(GPA + PAGE)
-    guest.world.io_fault(guest.vm.exported[0], GFN + 1)
+    guest.world.io_fault(guest.vm.exports.tdps[0], GFN + 1)
     asked, running = device(guest, WRITE), vcpu(guest, WRITE)
     region = guest.world.region(0, gfn, PAGES if gfn else 0, HVA if gfn else 0)
-    changed = guest.world.start(guest.vm.set_memory_region(region))
+    changed = guest.world.start(guest.vm.slots_change.set_memory_region(region))
     guest.page_comes()
     assert [wait.done for wait in (changed, asked, running)] == [False] * 3
     assert guest.world.table() == {}
@@ -192,7 +192,7 @@ def test_an_equal_slot_is_made_under_a_device_s_fault() -> None:
 def test_tracking_begins_under_a_store() -> None:
     guest = Asleep(LOG, export=True)
     running, asked = vcpu(guest, WRITE), device(guest, WRITE)
-    guest.finish(guest.vm.track_page(Gpa(GPA)))
+    guest.finish(guest.vm.write_track.add(Gpa(GPA)))
     guest.page_comes()
     assert running.result().done
     assert asked.result() in (FaultResult.FIXED, FaultResult.SPURIOUS), "mapped, and not for write"
@@ -217,13 +217,13 @@ def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
     guest.world.set_slot(as_id << 16 | 7, ELSEWHERE, 1, guest.world.map(1))
     code = [("w", GPA, X) if kind is WRITE else ("r", GPA, 8)]
     running = guest.world.start(guest.vcpu.run(code, smm=smm))
-    old = guest.vcpu.roots[as_id]
+    old = guest.vcpu.arch.roots[as_id]
     assert old is not None
-    guest.finish(guest.vm.set_memory_region(guest.world.region(as_id << 16 | 7, 0, 0, 0)))
+    guest.finish(guest.vm.slots_change.set_memory_region(guest.world.region(as_id << 16 | 7, 0, 0, 0)))
     assert old.invalid
     guest.page_comes()
     assert running.result().done
-    new = guest.vcpu.roots[as_id]
+    new = guest.vcpu.arch.roots[as_id]
     assert new is not None
     assert new is not old
     assert not new.invalid
@@ -235,7 +235,7 @@ def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
 def test_the_export_ends_under_a_device_s_fault() -> None:
     guest = Asleep(export=True)
     asked = device(guest, WRITE)
-    guest.finish(guest.vm.close_tdp_fd(guest.vm.exported[0]))
+    guest.finish(guest.vm.exports.close(guest.vm.exports.tdps[0]))
     guest.page_comes()
     with pytest.raises(UapiError, match="not exported any more"):
         asked.result()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.faults.fault_notes import MAX_SUBSCRIBERS
-from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Gfn, Gpa
@@ -65,7 +65,7 @@ def test_what_was_prefetched_is_noted_and_what_was_there_already_is_no_news() ->
     vcpu = world.vm.vcpus[0]
     gpa = Gpa(BASE << 12)
     for _ in range(2):
-        world.run(pre_fault_memory(world.vm, vcpu, gpa, 2 * PAGE_SIZE, 0))
+        world.run(pre_fault_memory(vcpu, world.vm.fault_path, gpa, 2 * PAGE_SIZE, 0))
     assert [gfn for gfn, *_ in reader.heard] == [BASE, BASE + 1]
 
 

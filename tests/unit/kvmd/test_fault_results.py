@@ -137,11 +137,11 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
     root = guest.exported.root.hpa
     assert guest.smm(RAM, 3).reads == [b"smm"]
     assert world.table(root) == {}, "nothing of it in the table that a device walks"
-    smm = guest.vcpu.roots[1]
+    smm = guest.vcpu.arch.roots[1]
     assert smm is not None
     assert smm.hpa != root
     with pytest.raises(UapiError) as caught:
-        world.run(world.vm.create_tdp_fd(CreateTdpFd(1, 0, 0)))
+        world.run(world.vm.exports.create(CreateTdpFd(1, 0, 0)))
     assert caught.value.errno == errno.EINVAL
 
     heard = len(guest.importer.heard)
@@ -150,10 +150,10 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
     assert guest.smm(RAM, 3).reads == [bytes(3)]
 
     world.write(guest.vcpu, RAM, b"x")
-    guest.finish(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    guest.finish(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     assert (smm.invalid, guest.exported.root.invalid) == (True, False)
     assert guest.smm(RAM, 3).reads == [bytes(3)]
-    assert guest.vcpu.roots[1] is not smm
+    assert guest.vcpu.arch.roots[1] is not smm
     assert guest.exported.root.hpa == root
     assert check_vm(world.vm) == []
 
@@ -166,4 +166,4 @@ def test_leaving_smm_does_not_take_its_translations_along() -> None:
         assert guest.world.write(guest.vcpu, RAM, b"n").done
     assert guest.smm(RAM).reads == [b"s"]
     assert guest.world.read(guest.vcpu, RAM, 1).reads == [b"n"]
-    assert guest.vcpu.ept_violations == 2
+    assert guest.vcpu.arch.ept_violations == 2

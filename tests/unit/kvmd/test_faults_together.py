@@ -28,10 +28,10 @@ def nobody_waits_for_a_sleeper(world: World) -> None:
         return await looked_up(hva, write=write, tally=tally)
 
     world.mm.get_user_page = first_page_sleeps  # type: ignore[method-assign]
-    sleeper = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))
-    beside = world.start(world.vm.fault_exported(exported, 77, Gfn(0x101), WRITE))
+    sleeper = world.start(exported.fault(world.vm.fault_path, 77, Gfn(0x100), WRITE))
+    beside = world.start(exported.fault(world.vm.fault_path, 77, Gfn(0x101), WRITE))
     assert beside.done, "a fault waits for another's lookup"
-    change = world.start(world.vm.set_memory_region(world.region(1, 0x200, 1, first)))
+    change = world.start(world.vm.slots_change.set_memory_region(world.region(1, 0x200, 1, first)))
     assert change.done, "the VMM cannot resolve the lookup: its memslot change waits for it"
     assert not sleeper.done
     gate.set(None)

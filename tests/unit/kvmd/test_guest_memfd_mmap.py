@@ -48,7 +48,7 @@ def bound(world: World, memfd: GuestMemfd) -> None:
         guest_memfd_offset=0,
         guest_memfd=lambda: memfd,
     )
-    world.run(world.vm.set_memory_region(region))
+    world.run(world.vm.slots_change.set_memory_region(region))
 
 
 def answer(world: World, flow: Coroutine[Any, None, Any]) -> int:

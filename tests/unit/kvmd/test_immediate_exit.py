@@ -53,7 +53,7 @@ def test_the_guest_does_not_run_until_it_may(cpl: int) -> None:
     guest = Guest()
     assert interrupted(guest.run([("w", RAM, b"x")], cpl, stay=True), ExitReason.UNKNOWN)
     assert interrupted(guest.run(None, stay=True), ExitReason.UNKNOWN)
-    assert (guest.ram(), guest.vcpu.ept_violations) == (b"\0", 0)
+    assert (guest.ram(), guest.vcpu.arch.ept_violations) == (b"\0", 0)
     assert guest.run(None).done
     assert guest.ram() == b"x"
     assert interrupted(guest.run(None, stay=True), ExitReason.IO), "code that ended is not run again either"
@@ -122,8 +122,8 @@ def test_a_loop_is_left_between_its_accesses() -> None:
 def test_what_failed_is_not_tried_again(cpl: int, code: Instruction, reason: ExitReason) -> None:
     guest = Guest()
     assert guest.run([code], cpl).exit.reason is reason
-    violations = guest.vcpu.ept_violations
+    violations = guest.vcpu.arch.ept_violations
     assert interrupted(guest.run(None, stay=True), reason)
-    assert guest.vcpu.ept_violations == violations
+    assert guest.vcpu.arch.ept_violations == violations
     guest.world.map(16, hva=0x7000_0000)
     assert guest.run(None).done

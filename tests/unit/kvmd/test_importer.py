@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.export.importer import Importer, Registration, TdpFd
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportEvent
-from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.lease import ack_with_lease
 from kvmd.core.mm.madvise import dontneed
+from kvmd.core.users import VmUsers
 from kvmd.core.vm import Kvm, VmType
-from kvmd.core.vm_list import VmList, VmUsers
+from kvmd.core.vm_list import VmList
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Gfn, GfnSpan, Gpa
@@ -36,12 +37,13 @@ class Rig:
         self.world = World()
         self.gone: list[Kvm] = []
         self.vms = VmList(self.world.host, self.world.flows.spawn, self.gone.append)
-        self.users = self.world.run(self.vms.create(self.world.mm, VmType.DEFAULT))
-        self.vm = self.world.vm = self.users.vm
+        self.vm, self.users = self.world.run(self.vms.create(self.world.mm, VmType.DEFAULT))
+        self.world.vm = self.vm
         self.hva = self.world.map(16)
         self.world.set_slot(0, BASE, 16, self.hva)
         self.vcpu = self.world.vcpu()
-        self.tdp = self.world.run(TdpFd.create(self.users, CreateTdpFd(0, 0, 0)))
+        create = TdpFd.create(self.users, self.vm.exports, self.vm.fault_path, CreateTdpFd(0, 0, 0))
+        self.tdp = self.world.run(create)
         self.ops: dict[str, SlowImporter] = {}
         self.leases: dict[str, HandLease] = {}
 
@@ -189,10 +191,10 @@ def closes_last(rig: Rig) -> None:
     released = rig.world.start(rig.tdp.release())
     rig.importer("late")
     rig.end_lease("unit")
-    assert rig.vm.exported, "a walker that came meanwhile still has its lease"
+    assert rig.vm.exports.tdps, "a walker that came meanwhile still has its lease"
     rig.end_lease("late")
     assert released.done
-    assert rig.vm.exported == {}
+    assert rig.vm.exports.tdps == {}
 
 
 def test_a_close_waits_for_who_registered_while_it_waited(rig: Rig) -> None:
@@ -205,7 +207,7 @@ def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(
     async def once(self: TdpFd) -> None:
         for lease in list(self.leases):
             await lease.ended
-        await self.users.vm.close_tdp_fd(self.exported)
+        await self.exports.close(self.exported)
         self.users.put()
 
     monkeypatch.setattr(TdpFd, "release", once)
@@ -260,8 +262,7 @@ def test_a_request_in_progress_keeps_the_vm_it_was_asked_of(rig: Rig) -> None:
 
 
 def test_a_vm_put_more_often_than_it_was_got_is_an_error() -> None:
-    world = World()
-    users = VmUsers(world.vm, lambda vm: None)
+    users = VmUsers(lambda: None)
     users.put()
     with pytest.raises(AssertionError, match="more often than it was got"):
         users.put()
@@ -280,7 +281,7 @@ def test_a_vcpu_that_runs_is_busy_and_runs_on_undisturbed(rig: Rig) -> None:
     assert not run.done, "its page is being taken"
     assert errno_of(lambda: rig.world.run(rig.vcpu.run([("w", BASE * PAGE, b"x")]))) == errno.EBUSY
     assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
-    ahead = pre_fault_memory(rig.vm, rig.vcpu, Gpa(BASE * PAGE), PAGE, 0)
+    ahead = pre_fault_memory(rig.vcpu, rig.vm.fault_path, Gpa(BASE * PAGE), PAGE, 0)
     assert errno_of(lambda: rig.world.run(ahead)) == errno.EBUSY
     rig.world.ack(rig.ops["unit"])
     assert run.result().reads == [bytes(4)]
@@ -291,7 +292,7 @@ def test_a_vcpu_that_faults_ahead_does_not_run(rig: Rig) -> None:
     importer = rig.importer("unit")
     rig.fault(importer)
     rig.give_up()
-    ahead = rig.world.start(pre_fault_memory(rig.vm, rig.vcpu, Gpa(BASE * PAGE), PAGE, 0))
+    ahead = rig.world.start(pre_fault_memory(rig.vcpu, rig.vm.fault_path, Gpa(BASE * PAGE), PAGE, 0))
     assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
     rig.world.ack(rig.ops["unit"])
     assert ahead.result() == (BASE * PAGE + PAGE, 0)

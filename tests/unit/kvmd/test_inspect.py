@@ -86,7 +86,7 @@ def test_after_a_slot_was_deleted_nothing_is_mapped_until_it_faults_again(world:
     world.set_slot(2, 0, 0, 0)
     for again in (set[int](), {0x101}):
         for gfn in again:
-            world.io_fault(world.vm.exported[0], gfn)
+            world.io_fault(world.vm.exports.tdps[0], gfn)
         probes = make_probes(world.vm, root_of(world.vm), 4096)
         assert wrong(world, probes) == []
         assert mapped(probes) == again

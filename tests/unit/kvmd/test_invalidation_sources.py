@@ -67,7 +67,9 @@ def write_protects(rig: Rig) -> Flow:
 
 def region(flags: int = 0, gfn: int = GFN, pages: int = PAGES) -> Callable[[Rig], Flow]:
     def act(rig: Rig) -> Flow:
-        return rig.vm.set_memory_region(rig.world.region(0, gfn, pages, rig.hva if pages else 0, flags))
+        return rig.vm.slots_change.set_memory_region(
+            rig.world.region(0, gfn, pages, rig.hva if pages else 0, flags)
+        )
 
     return act
 
@@ -95,7 +97,7 @@ def is_protected(rig: Rig) -> None:
 
 def has_small_leaves(rig: Rig) -> None:
     """Write tracking split the huge leaf, and is over."""
-    for change in (rig.vm.track_page, rig.vm.untrack_page):
+    for change in (rig.vm.write_track.add, rig.vm.write_track.remove):
         rig.world.start(change(Gpa(GFN << 12)))
         settle(rig)
 
@@ -115,7 +117,7 @@ def split_ahead(rig: Rig) -> Flow:
 
 async def released_and_destroyed(rig: Rig) -> None:
     rig.exported.unregister_importer("unit", rig.importer)
-    await rig.vm.close_tdp_fd(rig.exported)
+    await rig.vm.exports.close(rig.exported)
     await rig.vm.destroy()
 
 
@@ -156,17 +158,19 @@ SOURCES: dict[str, Source] = {
     "memslot delete": Source(region(pages=0), [WHOLE]),
     "memslot move": Source(region(gfn=0x1000), [WHOLE]),
     "memslot create": Source(
-        lambda rig: rig.vm.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)), [], leaf.same
+        lambda rig: rig.vm.slots_change.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
+        [],
+        leaf.same,
     ),
     "mmio generation wrap": Source(
-        lambda rig: rig.vm.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
+        lambda rig: rig.vm.slots_change.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
         [],
         leaf.same,
         before=near_the_wrap,
     ),
     "nx huge pages": Source(lambda rig: rig.vm.nx_huge.switch(on=True), [WHOLE], memory="huge"),
     "nx recovery": Source(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
-    "zap gfn range": Source(lambda rig: rig.vm.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
+    "zap gfn range": Source(lambda rig: rig.vm.host_changes.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
     "memory attributes": Source(
         lambda rig: rig.vm.private.set_attributes(Gpa(GFN << 12), PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
     ),
@@ -198,11 +202,11 @@ SOURCES: dict[str, Source] = {
         lambda rig: rig.world.fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
     ),
     "write-protect one gfn": Source(
-        lambda rig: rig.vm.track_page(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
+        lambda rig: rig.vm.write_track.add(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
     ),
     # -- the end, and what is none --
     "vm destroy": Source(released_and_destroyed, []),
-    "tdp fd release": Source(lambda rig: rig.vm.close_tdp_fd(rig.exported), [], leaf.same),
+    "tdp fd release": Source(lambda rig: rig.vm.exports.close(rig.exported), [], leaf.same),
     "not present to present": Source(lambda rig: rig.world.fault(GFN + 1), [], leaf.same),
     "permission raised": Source(
         lambda rig: rig.world.fault(GFN), [], leaf.writable_again, rig={"flags": 1}, before=is_protected
@@ -254,9 +258,8 @@ async def no_flush(self: Flusher, span: Any) -> None: ...
 
 
 def importers_first(self: Kvm, span: Any, epoch: int) -> list[Any]:
-    waits = [wait for exported in self.exported.values() for wait in exported.flush_notify(span, epoch)]
-    for vcpu in self.vcpus:
-        vcpu.flush_tlb(span)
+    waits = self.exports.flush_notify(span, epoch)
+    self.vcpus.flush_tlb(span)
     return waits
 
 

@@ -139,10 +139,10 @@ def test_a_slot_that_went_without_a_zap_is_found(world: World) -> None:
 
 @pytest.mark.parametrize("what", ["moved", "invalid", "unmarked"])
 def test_an_exported_root_that_is_not_what_was_lent_is_found(world: World, what: str) -> None:
-    root = world.vm.exported[0].root
+    root = world.vm.exports.tdps[0].root
     if what == "moved":
-        world.vm.exported[0].root = world.vm.mmu.get_root(type(root.role)(Level(5), 0, True))
-        world.vm.exported[0].root.happens(RootEvent.EXPORT)
+        world.vm.exports.tdps[0].root = world.vm.mmu.get_root(type(root.role)(Level(5), 0, True))
+        world.vm.exports.tdps[0].root.happens(RootEvent.EXPORT)
     elif what == "invalid":
         root.state = RootState.INVALID
     else:
@@ -157,7 +157,7 @@ def test_table_pages_held_for_no_flush_are_found(world: World) -> None:
 
 def test_pages_held_while_a_flush_is_out_are_no_violation(world: World) -> None:
     importer = SlowImporter()
-    world.vm.exported[0].register_importer("slow", importer)
+    world.vm.exports.tdps[0].register_importer("slow", importer)
     world.host.pool.quarantine(world.vm.id, world.host.pool.allocate(), world.vm.flusher.epoch + 1)
     world.start(world.vm.flusher.flush(None))
     assert numbers(world) == set()
@@ -168,7 +168,7 @@ def test_pages_held_while_a_flush_is_out_are_no_violation(world: World) -> None:
 
 def test_translations_are_not_judged_while_the_host_is_changing_them(world: World) -> None:
     importer = SlowImporter()
-    world.vm.exported[0].register_importer("slow", importer)
+    world.vm.exports.tdps[0].register_importer("slow", importer)
     slot = world.vm.slots.find(Gfn(0x100))
     assert slot is not None
     over = world.start(world.mm.munmap(Hva(slot.hva), 16 * PAGE))

@@ -39,7 +39,7 @@ def test_a_guest_memfd_that_is_gone_leaves_as_memory_fault_of_shared_memory() ->
     world = World()
     memfd = world.vm.private.create(16 * PAGE, MemfdFlag.MMAP | MemfdFlag.INIT_SHARED)
     region = world.region(0, 0x100, 16, world.map(16), flags=4)
-    world.run(world.vm.set_memory_region(replace(region, version=2, guest_memfd=lambda: memfd)))
+    world.run(world.vm.slots_change.set_memory_region(replace(region, version=2, guest_memfd=lambda: memfd)))
     vcpu = world.vcpu()
     assert world.write(vcpu, RAM, b"in the file").done
     world.run(world.vm.private.close(memfd))

@@ -152,7 +152,7 @@ def a_vm_ends_in_turns(rig: Rig) -> None:
         world.set_slot(slot, 0x10_0000 * slot, 1, rig.hva)
         assert world.io_fault(rig.exported, 0x10_0000 * slot) is FaultResult.FIXED
     rig.exported.unregister_importer("unit", rig.importer)
-    world.run(world.vm.close_tdp_fd(rig.exported))
+    world.run(world.vm.exports.close(rig.exported))
     over = world.start(world.vm.destroy())
     world.vm = Kvm(world.host, world.mm)
     world.set_slot(0, 0x100, PAGES, rig.hva)
@@ -190,8 +190,8 @@ def test_obsolete_roots_go_in_turns_and_their_pages_only_after_the_flush(
     world.set_slot(1 << 16, 0x100, PAGES, rig.hva)
     cpu = world.vm.vcpus[0]
     assert world.run(cpu.run([("w", 0x10_0000, b"x")], smm=True)).done
-    old = cpu.load_root(1)
-    over = world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
+    old = cpu.arch.load_root(1)
+    over = world.start(world.vm.slots_change.set_memory_region(world.region(1, 0, 0, 0)))
     while rig.importer.pending or old.state is not RootState.DISMANTLED:
         if rig.importer.pending:
             assert old.tables == 4, "taken apart while an importer may still walk"

@@ -130,11 +130,11 @@ def test_a_fresh_entry_saves_the_fault_and_a_stale_one_does_not() -> None:
     guest.touch()
     guest.touch()
     guest.touch(MMIO + 0xFF8)
-    assert (guest.taken, guest.vcpu.mmio_sptes_made) == (1, 1)
+    assert (guest.taken, guest.vcpu.arch.mmio_sptes_made) == (1, 1)
     guest.world.set_slot(1, 0x900, 1, guest.world.map(1))  # the generation moves on
     stale = guest.entry()
     guest.touch()
-    assert (guest.taken, guest.vcpu.mmio_sptes_made) == (2, 2)
+    assert (guest.taken, guest.vcpu.arch.mmio_sptes_made) == (2, 2)
     assert guest.entry() != stale
     assert check_vm(guest.world.vm) == []
 
@@ -201,11 +201,11 @@ def test_beyond_what_an_entry_can_say_nothing_is_remembered() -> None:
     for gpa in (1 << 46, 1 << 47, 1 << 51, (1 << 64) - 8):
         guest.touch(gpa)
     assert guest.exported.root.tables == tables
-    assert guest.vcpu.mmio_sptes_made == 0
+    assert guest.vcpu.arch.mmio_sptes_made == 0
 
 
 def test_with_no_page_left_for_a_table_the_guest_still_gets_its_exit() -> None:
     world = World(tables=2 * 4096)
     vcpu = world.vcpu()
     assert world.write(vcpu, MMIO, b"x").exit.reason is ExitReason.MMIO
-    assert vcpu.mmio_sptes_made == 0
+    assert vcpu.arch.mmio_sptes_made == 0

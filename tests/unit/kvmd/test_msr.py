@@ -25,7 +25,9 @@ class Guest:
         )
 
     def write_wall_clock(self, gpa: int) -> bool:
-        return self.world.run(set_msr(self.world.vm, self.vcpu, MSR_KVM_WALL_CLOCK_NEW, gpa))
+        return self.world.run(
+            set_msr(self.vcpu.ram, self.world.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, gpa)
+        )
 
     def struct_at(self, offset: int) -> tuple[int, ...]:
         return struct.unpack("<III", self.world.run(self.world.mm.read(Hva(self.hva + offset), 12)))
@@ -59,4 +61,4 @@ def test_where_no_ram_is_nothing_is_said_and_nothing_breaks(gpa: int) -> None:
 
 def test_other_registers_are_not_set() -> None:
     guest = Guest()
-    assert not guest.world.run(set_msr(guest.world.vm, guest.vcpu, 0x10, RAM))
+    assert not guest.world.run(set_msr(guest.vcpu.ram, guest.world.vm.wall_clock_epoch_ns, 0x10, RAM))

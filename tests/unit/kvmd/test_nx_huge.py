@@ -54,7 +54,7 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
     rig = switched()
     assert execute(rig)
     for flags, zapped in ((1, 0), (0, 0)):
-        rig.world.start(rig.vm.set_memory_region(rig.world.region(0, GFN, 512, rig.hva, flags)))
+        rig.world.start(rig.vm.slots_change.set_memory_region(rig.world.region(0, GFN, 512, rig.hva, flags)))
         settle(rig)
         over = rig.world.start(rig.vm.nx_huge.recover())
         settle(rig)

@@ -9,11 +9,11 @@ import errno
 import pytest
 
 from kvmd.core.capability import KvmCap, check_extension, enable_cap
+from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.export.tdp_fd import CreateTdpFd
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.nx_huge import NxHugePages
 from kvmd.core.faults.page_fault import FaultResult, FaultSource, PageFault
-from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age
@@ -44,8 +44,8 @@ def test_the_capability_is_there_and_settles_which_root_a_tdp_fd_lends() -> None
     assert (shared.exported.root.role.policy, own.exported.root.role.policy) == (CPUS, IOMMU_OWN)
     for guest in (shared, own):
         guest.write(0)
-    assert shared.vcpu.roots[0] is shared.exported.root
-    assert own.vcpu.roots[0] is own.cpu_root is not own.exported.root
+    assert shared.vcpu.arch.roots[0] is shared.exported.root
+    assert own.vcpu.arch.roots[0] is own.cpu_root is not own.exported.root
 
 
 @pytest.mark.parametrize("bad", [(1, [0]), (0, [1]), (0, [0, 0, 1, 0, 0]), (0, [0, 0, 0, 1 << 63])])
@@ -64,8 +64,8 @@ def test_once_a_tdp_fd_was_made_it_is_too_late(guest: Managed) -> None:
             with pytest.raises(UapiError) as caught:
                 enable_cap(made.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
             assert caught.value.errno == errno.EINVAL
-            if made.vm.exported:
-                made.do(made.vm.close_tdp_fd(made.exported))
+            if made.vm.exports.tdps:
+                made.do(made.vm.exports.close(made.exported))
 
 
 def test_a_tdp_fd_that_was_never_handed_out_settles_nothing() -> None:
@@ -75,7 +75,7 @@ def test_a_tdp_fd_that_was_never_handed_out_settles_nothing() -> None:
     nowhere = world.map(1, prot=Prot.READ)
     enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
     with pytest.raises(UapiError) as caught:
-        world.run(world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0, Hva(nowhere))))
+        world.run(world.vm.exports.create(CreateTdpFd(0, 0, 0, Hva(nowhere))))
     assert caught.value.errno == errno.EFAULT
     assert world.vm.mmu.roots == []
     enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
@@ -101,7 +101,7 @@ def test_whoever_comes_first_both_have_the_page_after_one_fault(guest: Managed) 
 
 def test_a_device_that_comes_before_any_vcpu_faults_for_both(guest: Managed) -> None:
     """As with a shared root: the CPU finds the page."""
-    assert guest.vcpu.roots[0] is None
+    assert guest.vcpu.arch.roots[0] is None
     guest.fault(3)
     guest.write(3)
     assert guest.stats()["pf_taken"] == 0
@@ -110,7 +110,7 @@ def test_a_device_that_comes_before_any_vcpu_faults_for_both(guest: Managed) -> 
 
 def test_what_a_vcpu_prefetches_a_device_finds(guest: Managed) -> None:
     guest.touch(0)
-    guest.do(pre_fault_memory(guest.vm, guest.vcpu, Gpa(BASE << 12), PAGE, 0))
+    guest.do(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(BASE << 12), PAGE, 0))
     assert guest.iommu == {0: True}
     assert guest.entry(0) & bits.ACCESSED, "a device's leaf is never young by use: it counts as used"
     assert guest.sound()
@@ -122,7 +122,7 @@ def test_a_vcpu_that_finds_its_entry_there_fills_the_iommus_all_the_same(guest: 
     own = guest.exported.root
     lost = tdp_mmu.zap_some(guest.vm.mmu, own, guest.vm.mmu.cursor(own, guest.span(5)), 1)
     assert (lost, guest.iommu) == (1, {})
-    flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, FaultSource.VCPU), guest.vcpu)
+    flow = guest.vm.fault_path.handle_fault(PageFault(Gfn(BASE + 5), True, FaultSource.VCPU), guest.vcpu.arch)
     assert guest.do(flow) is FaultResult.SPURIOUS
     assert guest.iommu == {5: True}
 
@@ -157,11 +157,11 @@ def test_a_gfn_without_a_slot_is_remembered_for_cpus_alone(guest: Managed) -> No
 def test_a_gfn_beyond_the_iommus_table_is_the_cpus_alone() -> None:
     wide = CpuFeatures(maxphyaddr=52, ept_levels=5)
     guest = Managed(features=wide)
-    tall = guest.world.vm.create_vcpu(1)
+    tall = guest.world.vm.vcpus.create(1)
     assert guest.exported.root.role.level == 4
     with pytest.raises(UapiError):
         guest.vm.set_maxphyaddr(tall, 52)
-    tall.maxphyaddr = 52  # as if from before the export
+    tall.arch.maxphyaddr = 52  # as if from before the export
     guest.set_slot(1, 1 << 36, 1, guest.world.map(1))
     assert guest.do(tall.run([("w", 1 << 48, b"x"), ("w", BASE << 12, b"x")])).done
     assert guest.iommu == {0: True}
@@ -246,7 +246,7 @@ def test_a_released_root_of_the_iommus_own_is_taken_apart() -> None:
     guest.log()
     root, tables = guest.exported.root, guest.cpu_root.tables
     guest.exported.unregister_importer("unit", guest.importer)
-    guest.do(guest.vm.close_tdp_fd(guest.exported))
+    guest.do(guest.vm.exports.close(guest.exported))
     assert root not in guest.vm.mmu.roots
     assert guest.world.host.pool.in_use == tables
     assert guest.cpu == dict.fromkeys(range(8), False)
@@ -260,11 +260,11 @@ def test_a_released_root_of_the_iommus_own_is_taken_apart() -> None:
 def test_a_slot_change_and_a_release_at_once_take_the_root_apart_once(guest: Managed) -> None:
     guest.write(*range(8))
     guest.exported.unregister_importer("unit", guest.importer)
-    deleted = guest.world.start(guest.vm.set_memory_region(guest.world.region(0, 0, 0, 0)))
-    released = guest.world.start(guest.vm.close_tdp_fd(guest.exported))
+    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
+    released = guest.world.start(guest.vm.exports.close(guest.exported))
     assert deleted.done
     assert released.done
-    assert guest.vm.mmu.roots == [guest.vcpu.roots[0]]
+    assert guest.vm.mmu.roots == [guest.vcpu.arch.roots[0]]
     assert guest.sound()
 
 
@@ -287,7 +287,7 @@ def test_ageing_is_told_to_no_importer_and_costs_no_io_fault(features: CpuFeatur
 
 def test_tracking_protects_a_gfn_from_cpus_alone(guest: Managed) -> None:
     guest.write(0, 1)
-    guest.do(guest.vm.track_page(Gpa(BASE << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(BASE << 12)))
     assert (guest.cpu, guest.iommu) == ({0: False, 1: True}, {0: True, 1: True})
     assert guest.heard == 0
     assert guest.fault(0) is FaultResult.SPURIOUS
@@ -319,7 +319,7 @@ def test_no_huge_leaf_of_the_iommus_is_made_small_for_what_cpus_execute() -> Non
 
 def test_a_tracked_gfn_makes_the_cpus_leaf_small_alone() -> None:
     guest = Managed(level=2)
-    guest.do(guest.vm.track_page(Gpa(BASE << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(BASE << 12)))
     guest.fault(9)
     assert (guest.cpu_root.leaves[1:3], guest.exported.root.leaves[1:3]) == ([1, 0], [0, 1])
     assert guest.sound()

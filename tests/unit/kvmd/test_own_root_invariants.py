@@ -73,7 +73,7 @@ def test_the_same_in_a_cpus_root_is_nothing(guest: Managed, what: str) -> None:
 
 
 def test_a_tracked_gfn_that_a_cpu_can_write_is_found_and_one_a_device_can_is_none(guest: Managed) -> None:
-    guest.do(guest.vm.track_page(Gpa(BASE << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(BASE << 12)))
     assert guest.iommu[0]
     assert numbers(guest) == set()
     change(guest, guest.cpu_root.hpa, 0, lambda entry: entry | 2)

@@ -152,7 +152,7 @@ def test_rings_without_bitmaps_cannot_log_a_devices_stores_here_either() -> None
         enable_cap(world.vm, cap, 0, [arg])
     world.vcpu()
     with pytest.raises(UapiError, match="without bitmaps"):
-        world.run(world.vm.create_tdp_fd(CreateTdpFd(0, 0, 0)))
+        world.run(world.vm.exports.create(CreateTdpFd(0, 0, 0)))
 
 
 def test_a_log_that_forgets_what_devices_can_write_is_noticed(

@@ -33,13 +33,13 @@ class Guest:
         self.exported.register_importer("unit", self.importer)
 
     def track(self, gfn: int) -> None:
-        wait = self.world.start(self.world.vm.track_page(Gpa(gfn << 12)))
+        wait = self.world.start(self.world.vm.write_track.add(Gpa(gfn << 12)))
         while self.importer.pending:
             self.world.ack(self.importer)
         wait.result()
 
     def untrack(self, gfn: int) -> None:
-        self.world.run(self.world.vm.untrack_page(Gpa(gfn << 12)))
+        self.world.run(self.world.vm.write_track.remove(Gpa(gfn << 12)))
 
     def store(self, gfn: int, data: bytes = b"x") -> None:
         assert self.world.write(self.vcpu, gfn << 12, data).done
@@ -54,7 +54,7 @@ def test_tracking_splits_what_is_huge_protects_one_page_and_waits_for_the_acks()
     guest = Guest()
     guest.store(0x205)
     assert guest.exported.root.leaves == [0, 0, 1, 0]
-    wait = guest.world.start(guest.world.vm.track_page(Gpa(0x205 << 12)))
+    wait = guest.world.start(guest.world.vm.write_track.add(Gpa(0x205 << 12)))
     assert guest.importer.heard == [(0x205 << 12, PAGE, 1)]
     assert not wait.done
     guest.world.ack(guest.importer)
@@ -79,7 +79,7 @@ def test_a_page_of_1_gib_is_split_along_the_way_only() -> None:
     world.set_slot(0, 1 << 18, 1 << 18, world.map(1, 3))
     vcpu = world.vcpu()
     world.write(vcpu, 1 << 30, b"x")
-    world.run(world.vm.track_page(Gpa((1 << 30) + 5 * PAGE)))
+    world.run(world.vm.write_track.add(Gpa((1 << 30) + 5 * PAGE)))
     assert world.vm.mmu.roots[0].leaves == [0, 512, 511, 0]
     assert check_vm(world.vm) == []
 
@@ -177,7 +177,7 @@ def test_counts_go_with_the_slot_when_it_is_deleted_or_moved() -> None:
     guest.track(0x606)
     for gfn, pages in ((0, 0), (0x600, 512)):
         change = guest.world.start(
-            guest.world.vm.set_memory_region(guest.world.region(0, gfn, pages, guest.hva))
+            guest.world.vm.slots_change.set_memory_region(guest.world.region(0, gfn, pages, guest.hva))
         )
         while guest.importer.pending:
             guest.world.ack(guest.importer)
@@ -190,7 +190,7 @@ def test_a_flags_change_keeps_the_counts() -> None:
     guest = Guest(level=1)
     guest.track(0x205)
     change = guest.world.start(
-        guest.world.vm.set_memory_region(guest.world.region(0, 0x200, 512, guest.hva, flags=1))
+        guest.world.vm.slots_change.set_memory_region(guest.world.region(0, 0x200, 512, guest.hva, flags=1))
     )
     guest.world.ack(guest.importer)
     change.result()
@@ -200,7 +200,7 @@ def test_a_flags_change_keeps_the_counts() -> None:
 
 def test_what_cannot_be_tracked_is_einval() -> None:
     guest = Guest()
-    for wrong in (guest.world.vm.track_page, guest.world.vm.untrack_page):
+    for wrong in (guest.world.vm.write_track.add, guest.world.vm.write_track.remove):
         with pytest.raises(UapiError) as caught:
             guest.world.run(wrong(Gpa(0x999_9000)))
         assert caught.value.errno == errno.EINVAL

@@ -185,7 +185,7 @@ def test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned(
     frames = guest.world.host.frames.in_use
     pages = 0 if how == "delete" else PAGES
     region = guest.world.region(0, 0x800, pages, guest.hva)
-    wait = guest.world.start(guest.vm.set_memory_region(region))
+    wait = guest.world.start(guest.vm.slots_change.set_memory_region(region))
     assert guest.entry(WORD) == 0
     assert guest.world.host.frames.in_use == frames  # not acked: the device may still be writing
     guest.settle(wait)
@@ -228,7 +228,7 @@ def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_
     guest.world.write(guest.vcpu, WORD << 12, b"device")
     guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
     guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
-    result = guest.do(guest.vm.fault_exported(guest.exported, 77, Gfn(WORD), WRITE))
+    result = guest.do(guest.exported.fault(guest.vm.fault_path, 77, Gfn(WORD), WRITE))
     assert result is FaultResult.SPURIOUS
     assert guest.world.read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
 
@@ -286,12 +286,12 @@ def test_rule_c_a_pin_in_a_slot_that_logs_is_dirty_from_then_on() -> None:
 def test_rule_c_tracking_and_pinning_refuse_each_other() -> None:
     guest = Guest()
     guest.pin(WORD)
-    assert refusal(lambda: guest.do(guest.vm.track_page(Gpa(WORD << 12)))) == errno.EBUSY
-    guest.do(guest.vm.track_page(Gpa((WORD + 1) << 12)))
+    assert refusal(lambda: guest.do(guest.vm.write_track.add(Gpa(WORD << 12)))) == errno.EBUSY
+    guest.do(guest.vm.write_track.add(Gpa((WORD + 1) << 12)))
     assert guest.refused(WORD, 2) == errno.EBUSY
     assert guest.vm.pinning.pinned[Gfn(WORD)].count == 1
     guest.unpin(WORD)
-    guest.do(guest.vm.track_page(Gpa(WORD << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(WORD << 12)))
     assert guest.sound()
 
 

@@ -112,10 +112,10 @@ class History:
         """Or no longer."""
         if self.tracked and self.random.random() < 0.5:
             gfn = self.tracked.pop()
-            self.begin(self.vm.untrack_page(Gpa(gfn << 12)))
+            self.begin(self.vm.write_track.remove(Gpa(gfn << 12)))
         else:
             gfn = self.random.choice(GFNS)
-            self.begin(self.vm.track_page(Gpa(gfn << 12)), lambda _: self.tracked.append(gfn))
+            self.begin(self.vm.write_track.add(Gpa(gfn << 12)), lambda _: self.tracked.append(gfn))
 
     def give(self) -> None:
         """Somebody's page comes."""
@@ -126,15 +126,17 @@ class History:
     def log(self) -> None:
         region = self.guest.world.region(0, BASE, PAGES, self.guest.hva, self.random.randrange(2))
         if self.vm.slots.find(Gfn(BASE)) is not None:
-            self.begin(self.vm.set_memory_region(region))
+            self.begin(self.vm.slots_change.set_memory_region(region))
         else:
             self.begin(self.vm.dirty_log.get(0, Hva(0x7000)))
 
     def slot(self) -> None:
         if self.random.random() < 0.3:
             self.pinned.clear()
-            self.begin(self.vm.set_memory_region(self.guest.world.region(0, BASE, 0, 0)))
-        self.begin(self.vm.set_memory_region(self.guest.world.region(0, BASE, PAGES, self.guest.hva)))
+            self.begin(self.vm.slots_change.set_memory_region(self.guest.world.region(0, BASE, 0, 0)))
+        self.begin(
+            self.vm.slots_change.set_memory_region(self.guest.world.region(0, BASE, PAGES, self.guest.hva))
+        )
 
     def ack(self) -> None:
         pending = self.guest.importer.pending

@@ -45,7 +45,7 @@ class Sleepy(Guest):
 
 
 def track(guest: Sleepy, gfn: int) -> None:
-    guest.do(guest.vm.track_page(Gpa(gfn << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(gfn << 12)))
 
 
 def convert(guest: Sleepy, gfn: int) -> None:
@@ -70,7 +70,7 @@ def close(guest: Sleepy, gfn: int = 0) -> None:
 
 
 def release(guest: Sleepy, gfn: int) -> None:
-    guest.do(guest.vm.close_tdp_fd(guest.exported))
+    guest.do(guest.vm.exports.close(guest.exported))
 
 
 def unpin(guest: Sleepy, gfn: int) -> None:
@@ -183,7 +183,7 @@ def test_a_page_that_comes_as_its_slot_goes() -> None:
     pin = guest.sleep()
     guest.give(WORD + 1)
     guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
-    going = guest.world.start(guest.vm.set_memory_region(guest.world.region(0, 0, 0, 0)))
+    going = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
     assert not going.done
     guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"y" * PAGE, wp=False))
     assert not guest.vm.pinning.pinned
@@ -200,7 +200,7 @@ def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
     guest = Guest()
     guest.world.write(guest.vcpu, WORD << 12, b"x")
     beyond = guest.world.region(0, 1 << 40, PAGES, guest.hva)
-    moving = guest.world.start(guest.vm.set_memory_region(beyond))
+    moving = guest.world.start(guest.vm.slots_change.set_memory_region(beyond))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
     assert (moving.done, pin.done) == (False, False)
@@ -221,7 +221,7 @@ def test_what_is_tracked_meanwhile_is_not_pinned() -> None:
     going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
-    tracked = guest.world.start(guest.vm.track_page(Gpa(WORD << 12)))
+    tracked = guest.world.start(guest.vm.write_track.add(Gpa(WORD << 12)))
     assert (going.done, pin.done) == (False, False)
     guest.settle(going)
     tracked.result()
@@ -237,7 +237,7 @@ def test_an_importer_that_comes_as_the_export_goes_is_refused() -> None:
     guest = Guest()
     guest.pin(WORD)
     guest.do(guest.world.mm.munmap(guest.hva_of(WORD), PAGE))
-    closing = guest.world.start(guest.vm.close_tdp_fd(guest.exported))
+    closing = guest.world.start(guest.vm.exports.close(guest.exported))
     assert not closing.done
     with pytest.raises(UapiError) as caught:
         guest.exported.register_importer("late", guest.importer)
@@ -259,7 +259,7 @@ def waiting_slot(guest: Sleepy) -> tuple[Wait[None], Hva]:
     guest.do(guest.vm.pinning.pin_all(guest.account))
     hva = guest.world.map(1)
     guest.world.run(guest.uffd.register(hva, PAGE, missing=True, wp=False))
-    coming = guest.world.start(guest.vm.set_memory_region(guest.world.region(1, 0x800, 1, hva)))
+    coming = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(1, 0x800, 1, hva)))
     assert not coming.done
     return coming, hva
 
@@ -281,8 +281,10 @@ def test_a_slot_that_is_refused_late_takes_no_slot_of_that_number_along() -> Non
     guest = Sleepy()
     coming, hva = waiting_slot(guest)
     guest.world.mm.locked.limit = PAGES
-    deleted = guest.world.start(guest.vm.set_memory_region(guest.world.region(1, 0, 0, 0)))
-    again = guest.world.start(guest.vm.set_memory_region(guest.world.region(1, 0x900, 1, guest.hva, 2)))
+    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(1, 0, 0, 0)))
+    again = guest.world.start(
+        guest.vm.slots_change.set_memory_region(guest.world.region(1, 0x900, 1, guest.hva, 2))
+    )
     guest.do(guest.uffd.copy(hva, b"y" * PAGE, wp=False))
     with pytest.raises(UapiError) as caught:
         guest.settle(coming)

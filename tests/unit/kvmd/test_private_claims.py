@@ -135,7 +135,7 @@ def test_a_slot_that_comes_with_private_gfns_wants_its_memory_to_be_no_device_s(
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
     world.io_fault(exported, GFN + 1)
-    moved = world.start(world.vm.set_memory_region(world.region(0, GFN, 1, world.hva)))
+    moved = world.start(world.vm.slots_change.set_memory_region(world.region(0, GFN, 1, world.hva)))
     assert not moved.done
     world.refused(lambda: world.use("watch", 0))
     while importer.pending:

@@ -76,11 +76,11 @@ class History:
             guest_memfd=lambda: self.memfd,
             guest_memfd_offset=self.random.randrange(0, FILE_PAGES, SLOT_PAGES) << 12,
         )
-        self.begin(self.vm.set_memory_region(region))
+        self.begin(self.vm.slots_change.set_memory_region(region))
 
     def delete(self) -> None:
         slot = self.random.randrange(len(BASES))
-        self.begin(self.vm.set_memory_region(self.world.region(slot, 0, 0, 0)))
+        self.begin(self.vm.slots_change.set_memory_region(self.world.region(slot, 0, 0, 0)))
 
     def hole(self) -> None:
         first = self.random.randrange(FILE_PAGES)
@@ -102,7 +102,7 @@ class History:
 
     def fault(self) -> None:
         gfn = Gfn(self.random.choice(GFNS))
-        self.begin(self.vm.fault_exported(self.exported, 77, gfn, WRITE))
+        self.begin(self.exported.fault(self.vm.fault_path, 77, gfn, WRITE))
 
     def ack(self) -> None:
         pending = self.importer.pending

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.faults.page_fault import FaultResult
-from kvmd.core.faults.pre_fault import pre_fault_memory
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
 from kvmd.core.slots.guest_memfd import GuestMemfd, MemoryAttributes
@@ -45,7 +45,7 @@ class Protected(World):
             guest_memfd=lambda: memfd,
             guest_memfd_offset=offset,
         )
-        self.run(self.vm.set_memory_region(region))
+        self.run(self.vm.slots_change.set_memory_region(region))
 
     def attribute(self, page: int, value: int, pages: int = 1) -> None:
         self.run(self.vm.private.set_attributes(Gpa(GFN + page << 12), pages << 12, value, 0))
@@ -123,7 +123,7 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
     wait = world.start(world.vm.private.set_attributes(Gpa(0), 0x1000 << 12, PRIVATE, 0))
-    wait = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    wait = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     while not wait.done:
         world.ack(importer)
     world.bind(0, GFN, world.memfd, 0, 2)
@@ -136,7 +136,7 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
         guest_memfd=lambda: world.memfd,
         guest_memfd_offset=2 << 12,
     )
-    bound = world.start(world.vm.set_memory_region(region))
+    bound = world.start(world.vm.slots_change.set_memory_region(region))
     store = world.start(world.cpu.run([("w", 0x800 << 12, b"mine")]))
     assert not bound.done
     assert world.memfd.present(2) is None
@@ -249,7 +249,7 @@ def test_a_slot_with_a_file_can_only_be_deleted_and_lets_go_of_it_then() -> None
     for gfn, flags in ((GFN + 1, 4), (GFN, 4), (GFN, 1), (GFN + 1, 0)):
         region = replace(world.region(0, gfn, PAGES, world.hva, flags), version=2)
         with pytest.raises(UapiError) as caught:
-            world.run(world.vm.set_memory_region(region))
+            world.run(world.vm.slots_change.set_memory_region(region))
         assert caught.value.errno == errno.EINVAL
     world.set_slot(0, 0, 0, 0)
     world.bind(1, GFN, world.memfd)
@@ -289,21 +289,21 @@ def test_a_prefault_maps_and_counts_as_no_access() -> None:
     world.set_slot(0, GFN, 16, hva)
     world.run(world.mm.write(hva, b"a page of its own, to be mapped writable"))
     vcpu = world.vcpu()
-    left = world.run(pre_fault_memory(world.vm, vcpu, Gpa(GFN << 12), 4 << 12, 0))
+    left = world.run(pre_fault_memory(vcpu, world.vm.fault_path, Gpa(GFN << 12), 4 << 12, 0))
     assert left == ((GFN + 4) << 12, 0)
     entries = [met.entry for met in world.vm.mmu.leaves(world.vm.mmu.roots[0])]
     assert len(entries) == 4
     assert not any(entry & bits.ACCESSED for entry in entries)
-    assert vcpu.ept_violations == 0
+    assert vcpu.arch.ept_violations == 0
     world.write(vcpu, GFN << 12, b"x")
-    assert vcpu.ept_violations == 0
+    assert vcpu.arch.ept_violations == 0
 
 
 def test_a_prefault_tells_what_is_left_and_an_error_only_if_nothing_was_done() -> None:
     world = World()
     world.set_slot(0, GFN, 2, world.map(2))
     vcpu = world.vcpu()
-    assert world.run(pre_fault_memory(world.vm, vcpu, Gpa(GFN << 12), 4 << 12, 0)) == (
+    assert world.run(pre_fault_memory(vcpu, world.vm.fault_path, Gpa(GFN << 12), 4 << 12, 0)) == (
         (GFN + 2) << 12,
         2 << 12,
     )
@@ -316,13 +316,13 @@ def test_a_prefault_tells_what_is_left_and_an_error_only_if_nothing_was_done() -
         ((1 << 64) - 4096, 4096, 0, errno.EINVAL),
     ):
         with pytest.raises(UapiError) as caught:
-            world.run(pre_fault_memory(world.vm, vcpu, Gpa(gpa), size, flags))
+            world.run(pre_fault_memory(vcpu, world.vm.fault_path, Gpa(gpa), size, flags))
         assert caught.value.errno == number
 
 
 def test_a_prefault_of_huge_pages_goes_leaf_by_leaf() -> None:
     world = World()
     world.set_slot(0, GFN, 1024, world.map(2, 2))
-    left = world.run(pre_fault_memory(world.vm, world.vcpu(), Gpa(GFN << 12), 4 * MIB, 0))
+    left = world.run(pre_fault_memory(world.vcpu(), world.vm.fault_path, Gpa(GFN << 12), 4 * MIB, 0))
     assert left[1] == 0
     assert world.vm.mmu.roots[0].leaves == [0, 0, 2, 0]

@@ -74,9 +74,9 @@ def test_a_failed_compare_is_a_write_cycle(guest: Guest) -> None:
     guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
     guest.play([("cmpxchg", RAM, 4, 6, 9)], 0)
     assert logged == [RAM >> 12]
-    violations = guest.vcpu.ept_violations
+    violations = guest.vcpu.arch.ept_violations
     guest.play([("cmpxchg", RAM, 4, 6, 9), ("w", RAM, b"x")])
-    assert guest.vcpu.ept_violations == violations + 1
+    assert guest.vcpu.arch.ept_violations == violations + 1
 
 
 @PRIVILEGES
@@ -109,14 +109,14 @@ def test_loops_touch_each_word_and_leave_no_reads(guest: Guest, cpl: int) -> Non
 
 def test_a_prefetch_never_faults(guest: Guest) -> None:
     assert guest.play([("prefetch", RAM), ("prefetch", 0x666_0000), ("prefetch", (1 << 64) - 1)]).done
-    assert guest.vcpu.ept_violations == 0
+    assert guest.vcpu.arch.ept_violations == 0
     assert guest.world.table() == {}
 
 
 def test_a_fetch_is_a_read_fault_like_any_other(guest: Guest) -> None:
     guest.byte(0, 0xC3)
     assert guest.play([("exec", RAM)]).done
-    assert guest.vcpu.ept_violations == 1
+    assert guest.vcpu.arch.ept_violations == 1
     assert guest.world.table()[RAM >> 12][1], "writable, because the host's page is"
 
 
@@ -207,7 +207,7 @@ def test_what_a_polling_guest_loses_is_efault_and_what_it_keeps_is_not(guest: Gu
 def test_a_signal_ends_a_poll_and_the_next_run_goes_on_with_it(guest: Guest) -> None:
     guest.clock.stock = 0
     run = guest.world.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
-    guest.vcpu.kick()
+    guest.vcpu.arch.kick()
     guest.tick()
     assert (run.result().exit.reason, run.result().exit.errno) == (ExitReason.INTR, errno.EINTR)
     guest.byte(0, 1)
@@ -238,7 +238,7 @@ def test_smm_has_slots_and_a_root_of_its_own(guest: Guest) -> None:
     assert (guest.ram(0, 6), world.run(world.mm.read(smram, 6))) == (b"normal", b"secret")
     assert guest.play([("r", RAM, 6)]).reads == [b"normal"]
     assert guest.play([("r", RAM, 6)], 0, smm=True).reads == [b"secret"], "the emulator's too"
-    normal, smm = guest.vcpu.roots
+    normal, smm = guest.vcpu.arch.roots
     assert normal is not None
     assert smm is not None
     assert (normal.role.as_id, smm.role.as_id) == (0, 1)

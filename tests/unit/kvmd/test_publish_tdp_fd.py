@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.export.exports import Exports
 from kvmd.core.vm import Kvm
 from kvmd.service.objects import TdpFile, VmFile
 from protocol.errors import UapiError
@@ -47,7 +48,13 @@ class Ready:
         self.client.wire.pump()
         gc.collect()  # fds of earlier tests are not ours to count
         roots = [(root.hpa, root.refs, root.exported) for root in self.vm.mmu.roots]
-        return self.owner.users.count, len(self.client.app.files), open_fds(), roots, dict(self.vm.exported)
+        return (
+            self.owner.users.count,
+            len(self.client.app.files),
+            open_fds(),
+            roots,
+            dict(self.vm.exports.tdps),
+        )
 
     def create(self, **body: object) -> Wait[Reply]:
         return self.files["vm"].call("KVM_CREATE_TDP_FD", GOOD | body)
@@ -129,7 +136,7 @@ def whole_when_published(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     def watched(self: Files, service: Any, obj: Any, on_release: Any = None) -> tuple[int, int, Channel]:
         if isinstance(obj, TdpFile):
             published.append(obj)
-            assert ready.vm.exported == {0: obj.tdp.exported}, "published before it is listed"
+            assert ready.vm.exports.tdps == {0: obj.tdp.exported}, "published before it is listed"
             assert obj.tdp.exported.root.exported
             assert ready.owner.users.count > refs, "published before it holds its VM"
         return opened(self, service, obj, on_release)
@@ -141,7 +148,7 @@ def whole_when_published(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     made.result().fds.close()
     assert len(published) == 1
     ready.client.wire.pump()
-    assert ready.vm.exported == {}
+    assert ready.vm.exports.tdps == {}
 
 
 @pytest.mark.rfc("RFC-01")
@@ -154,14 +161,14 @@ def test_a_tdp_fd_is_whole_when_it_is_published(ready: Ready, monkeypatch: pytes
 def test_a_tdp_fd_published_half_made_is_noticed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the series: the fd is installed first, the list is written after it."""
     ready = Ready(client)
-    create = Kvm.create_tdp_fd
+    create = Exports.create
 
-    async def lists_later(self: Kvm, request: Any) -> Any:
+    async def lists_later(self: Exports, request: Any) -> Any:
         exported = await create(self, request)
-        del self.exported[0]
+        del self.tdps[0]
         return exported
 
-    monkeypatch.setattr(Kvm, "create_tdp_fd", lists_later)
+    monkeypatch.setattr(Exports, "create", lists_later)
     with pytest.raises(AssertionError, match="KVM_CREATE_TDP_FD"):
         whole_when_published(ready, monkeypatch)
 

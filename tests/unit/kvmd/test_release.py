@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvmd.core import host as host_module
+from kvmd.core.export.exports import Exports
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.mm.fault import Tally
@@ -18,7 +19,6 @@ from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.tdp_mmu import Mapped
 from kvmd.core.tables.tdp_table import TdpMmu
-from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
@@ -42,9 +42,9 @@ def use_after_release(world: World) -> None:
     exported.register_importer("unit", importer)
     world.write(vcpu, 0x10_0000, b"before")
     exported.unregister_importer("unit", importer)
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     assert (exported.root.exported, exported.root.invalid) == (False, False)
-    assert vcpu.roots[0] is exported.root
+    assert vcpu.arch.roots[0] is exported.root
     world.run(migrate(world.mm, slot.hva, PAGE))
     world.write(vcpu, 0x10_0000, b"after!")
     assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"
@@ -61,13 +61,13 @@ def test_a_release_that_zaps_without_a_flush_is_noticed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host then finds nothing to clear, flushes nothing, and the vCPU's TLB still has the old frame."""
-    release = Kvm.release_tdp_fd
+    release = Exports.release
 
-    def zap_too(self: Kvm, exported: ExportedTdp) -> None:
-        tdp_mmu.zap_leafs(self.mmu, exported.root.everything)
+    def zap_too(self: Exports, exported: ExportedTdp) -> None:
+        tdp_mmu.zap_leafs(self._tdp.mmu, exported.root.everything)
         release(self, exported)
 
-    monkeypatch.setattr(Kvm, "release_tdp_fd", zap_too)
+    monkeypatch.setattr(Exports, "release", zap_too)
     with pytest.raises(AssertionError, match="old frame"):
         use_after_release(world)
 
@@ -104,7 +104,7 @@ def end_of_a_vm(world: World) -> None:
     exported = world.export()
     for gfn in (0x100, 0x105):
         assert world.io_fault(exported, gfn) is FaultResult.FIXED
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     world.run(world.vm.destroy())
     held = world.host.pool.in_use, world.host.pool.held(world.vm.id)
     assert held == (0, 0), f"table pages in use, held for a flush: {held}"
@@ -144,8 +144,8 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
         return await looked_up(hva, write=write, tally=tally)
 
     world.mm.get_user_page = sleepy  # type: ignore[method-assign]
-    fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x100), WRITE))
-    world.run(world.vm.close_tdp_fd(exported))
+    fault = world.start(exported.fault(world.vm.fault_path, 77, Gfn(0x100), WRITE))
+    world.run(world.vm.exports.close(exported))
     gate.set(None)
     world.flows.run_ready()
     with pytest.raises(UapiError, match="ENODEV"):
@@ -156,7 +156,7 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
 @pytest.mark.defect("B-36")
 def test_a_released_tdp_takes_no_importer_and_no_fault(world: World) -> None:
     exported = world.export()
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     world.export()
     with pytest.raises(UapiError, match="ENODEV"):
         exported.register_importer("unit", SlowImporter())

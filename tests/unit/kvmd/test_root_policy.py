@@ -64,7 +64,7 @@ def _protected_by_the_log(guest: Managed) -> bool:
 
 def _protected_by_tracking(guest: Managed) -> bool:
     guest.fault(0)
-    guest.do(guest.vm.track_page(Gpa(BASE << 12)))
+    guest.do(guest.vm.write_track.add(Gpa(BASE << 12)))
     protected = not guest.entry(0) & bits.WRITE
     assert (guest.fault(0) is FaultResult.TRACKED) == protected
     return protected
@@ -149,7 +149,7 @@ def _history(guest: Managed) -> None:
     touch(1)
     guest.dirty()
     touch(0, 2)
-    guest.do(vm.track_page(Gpa(BASE << 12)))
+    guest.do(vm.write_track.add(Gpa(BASE << 12)))
     guest.fault(0, READ)
     guest.write(0)
     assert check_vm(vm) == []

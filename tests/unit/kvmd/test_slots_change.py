@@ -38,10 +38,10 @@ def lent(features: CpuFeatures | None = None) -> tuple[World, SlowImporter]:
 @pytest.mark.parametrize("gfn", [0, 0x300], ids=["delete", "move"])
 def test_an_exported_root_loses_all_leaves_in_one_flush_and_stays(gfn: int) -> None:
     world, importer = lent()
-    root = world.vm.exported[0].root
+    root = world.vm.exports.tdps[0].root
     before = (root.hpa, root.role, root.tables)
     region = world.region(0, gfn, 16 if gfn else 0, HVA if gfn else 0)
-    wait = world.start(world.vm.set_memory_region(region))
+    wait = world.start(world.vm.slots_change.set_memory_region(region))
     assert world.table(root.hpa) == {}, "of the other slot too"
     assert importer.heard == [(0, (1 << 64) - 1, world.vm.flusher.epoch)]
     assert not wait.done
@@ -56,32 +56,32 @@ def test_other_roots_become_invalid_and_are_built_anew() -> None:
     """System-management mode has a root of its own, which nobody lends."""
     world, importer = lent()
     vcpu = world.vm.vcpus[0]
-    old = vcpu.load_root(1)
-    assert old is not world.vm.exported[0].root
-    wait = world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
+    old = vcpu.arch.load_root(1)
+    assert old is not world.vm.exports.tdps[0].root
+    wait = world.start(world.vm.slots_change.set_memory_region(world.region(1, 0, 0, 0)))
     world.ack(importer)
     assert wait.done
     assert old.invalid
-    assert vcpu.load_root(1) is not old
-    assert vcpu.load_root() is world.vm.exported[0].root
+    assert vcpu.arch.load_root(1) is not old
+    assert vcpu.arch.load_root() is world.vm.exports.tdps[0].root
     assert check_vm(world.vm) == []
 
 
 def test_creating_a_slot_zaps_nothing_and_tells_nobody() -> None:
     world, importer = lent()
-    before = world.table(world.vm.exported[0].root.hpa)
+    before = world.table(world.vm.exports.tdps[0].root.hpa)
     world.set_slot(2, 0x900, 16, HVA)
     world.set_slot(0, 0x100, 16, HVA)  # no change at all
-    assert world.table(world.vm.exported[0].root.hpa) == before
+    assert world.table(world.vm.exports.tdps[0].root.hpa) == before
     assert importer.heard == []
 
 
 def test_switching_logging_zaps_nothing() -> None:
     world, importer = lent()
-    root = world.vm.exported[0].root.hpa
+    root = world.vm.exports.tdps[0].root.hpa
     before = world.table(root)
     for flags in (1, 0):
-        wait = world.start(world.vm.set_memory_region(world.region(0, 0x100, 16, HVA, flags)))
+        wait = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0x100, 16, HVA, flags)))
         while importer.pending:
             world.ack(importer)
         assert wait.done
@@ -146,6 +146,6 @@ def test_a_vm_with_private_memory_has_no_smm() -> None:
     world = World()
     vm = Kvm(world.host, world.mm, kind=VmType.SW_PROTECTED)
     with pytest.raises(UapiError) as caught:
-        world.run(vm.set_memory_region(world.region(0x1_0000, 0, 1, HVA)))
+        world.run(vm.slots_change.set_memory_region(world.region(0x1_0000, 0, 1, HVA)))
     assert caught.value.errno == errno.EINVAL
     assert check_extension(CpuFeatures(), vm, KvmCap.MULTI_ADDRESS_SPACE) == 1

@@ -135,7 +135,9 @@ def test_a_ring_that_ran_over_lost_what_user_space_would_not_take() -> None:
     guest = Logged(ring=16384, bitmap=False)
     for page in range(1026):
         at = GFN + page % guest.pages << 12
-        assert guest.world.run(set_msr(guest.vm, guest.vcpu, MSR_KVM_WALL_CLOCK_NEW, at))
+        assert guest.world.run(
+            set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, at)
+        )
     assert lost(guest.vm) == []
 
 
@@ -158,12 +160,14 @@ def store_at_privilege_0(guest: Logged) -> None:
 
 
 def store_to_tracked(guest: Logged) -> None:
-    guest.world.run(guest.vm.track_page(Gpa(GFN + 3 << 12)))
+    guest.world.run(guest.vm.write_track.add(Gpa(GFN + 3 << 12)))
     guest.write(3)
 
 
 def store_of_register(guest: Logged) -> None:
-    guest.world.run(set_msr(guest.vm, guest.vcpu, MSR_KVM_WALL_CLOCK_NEW, GFN + 3 << 12))
+    guest.world.run(
+        set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GFN + 3 << 12)
+    )
 
 
 def copy(guest: Logged) -> None:
@@ -182,7 +186,7 @@ def unmarked_by_kvm(patch: pytest.MonkeyPatch) -> None:
         if found is None:
             return False
         found[1][:] = data
-        self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
+        self._dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
         return True
 
     patch.setattr(GuestRam, "store", store)
@@ -266,9 +270,9 @@ def test_the_check_finds_a_store_that_is_marked_in_a_bitmap_nobody_reads(
         slot = await self._slot(gpa)
         assert slot is not None
         hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % PAGE_BYTES)
-        await self._vm.mm.write(hva, data, user=False)
-        self._vm.dirty_log.mark(slot, Gfn(gpa >> 12), self._vcpu.id)
-        self._vm.dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
+        await self._mm.write(hva, data, user=False)
+        self._dirty_log.mark(slot, Gfn(gpa >> 12), self._vcpu.id)
+        self._dirty_log.stores.stored(self._as_id, Gfn(gpa >> 12))
         return True
 
     monkeypatch.setattr(GuestRam, "store", store)

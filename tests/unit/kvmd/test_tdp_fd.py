@@ -51,7 +51,7 @@ def test_an_address_space_is_exported_once(world: World) -> None:
     with pytest.raises(UapiError) as caught:
         world.export()
     assert caught.value.errno == errno.EEXIST
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     world.export()
 
 
@@ -61,7 +61,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     world = World(CpuFeatures(maxphyaddr=52, ept_levels=5, max_page_level=Level(2)))
     world.vcpu(maxphyaddr=width)
     raw = world.export().meta.to_bytes()
-    root = world.vm.exported[0].root
+    root = world.vm.exports.tdps[0].root
     assert raw[:24] == bytes(
         [1, 0, 0, 0, level, 0, 0, 0, *root.hpa.to_bytes(8, "little"), 2, 0, 0, 0, 0, 0, 0, 0]
     )
@@ -74,7 +74,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
-    assert exported.root is world.vm.vcpus[0].roots[0]
+    assert exported.root is world.vm.vcpus[0].arch.roots[0]
     assert set(world.table(exported.meta.root_hpa)) == {0x100}
 
 
@@ -122,7 +122,7 @@ def test_a_flush_that_another_root_caused_is_told_as_well(
     world.set_slot(1, 0x200, 1, world.map(1))
     if another_root:
         world.vm.mmu.get_root(replace(exported.root.role, level=Level(5)))
-    world.start(world.vm.set_memory_region(world.region(1, 0, 0, 0)))
+    world.start(world.vm.slots_change.set_memory_region(world.region(1, 0, 0, 0)))
     assert len(importer.heard) == told, "the exported root had nothing to lose"
 
 
@@ -190,7 +190,7 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
     nothing = TdpFaultType(read=False, write=False, exec=False)
     for token, kind, number in ((77, nothing, errno.EINVAL), (78, READ, errno.EINVAL)):
         with pytest.raises(UapiError) as caught:
-            world.run(world.vm.fault_exported(exported, token, Gfn(0x100), kind))
+            world.run(exported.fault(world.vm.fault_path, token, Gfn(0x100), kind))
         assert caught.value.errno == number
     world.run(world.mm.exit())
     with pytest.raises(UapiError) as caught:
@@ -206,7 +206,7 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
 def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     assert world.table(exported.meta.root_hpa).keys() == {0x100}
     assert world.read(world.vm.vcpus[0], 0x10_0000, 4).reads == [b"kept"]
     world.set_slot(0, 0, 0, 0)
@@ -224,7 +224,7 @@ def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> Non
     exported = world.export()
     world.write(world.vm.vcpus[0], 0x10_0000, b"x")
     other = Kvm(world.host, world.mm)
-    world.run(world.vm.close_tdp_fd(exported))
+    world.run(world.vm.exports.close(exported))
     world.run(world.vm.destroy())
     assert (world.host.pool.in_use, world.mm.notifiers) == (0, [other.host_changes])
     assert not any(world.bare.tables)

@@ -40,11 +40,11 @@ def test_one_violation_a_page_and_none_once_mapped(world: World) -> None:
     hva = next(iter(world.vm.slots)).hva
     world.run(world.mm.write(hva, b"the process's own by now" + bytes(3 * PAGE - 24)))
     world.read(vcpu, 0x10_0000, 3 * PAGE)
-    assert vcpu.ept_violations == 3
+    assert vcpu.arch.ept_violations == 3
     world.write(vcpu, 0x10_0000, b"x" * 3 * PAGE)
-    assert vcpu.ept_violations == 3, "a writable page is mapped writable at once"
+    assert vcpu.arch.ept_violations == 3, "a writable page is mapped writable at once"
     world.read(world.vcpu(1), 0x10_0000, 3 * PAGE)
-    assert world.vm.vcpus[1].ept_violations == 0, "the other vCPU runs on the same root"
+    assert world.vm.vcpus[1].arch.ept_violations == 0, "the other vCPU runs on the same root"
 
 
 @pytest.mark.parametrize("gpa", [0, 0xF_F000, 0x11_0000, (1 << 46) - 8, 1 << 46, 1 << 52, (1 << 64) - 8])
@@ -128,15 +128,15 @@ def test_a_flush_forgets_its_span_and_nothing_else(world: World) -> None:
     world.read(vcpu, 0x10_0000, 16 * PAGE)
     tdp_mmu.zap_leafs(world.vm.mmu, GfnSpan(Gfn(0), Gfn(1 << 36)))
     vcpu.flush_tlb(GfnSpan(Gfn(0x103), Gfn(0x105)))
-    before = vcpu.ept_violations
+    before = vcpu.arch.ept_violations
     world.read(vcpu, 0x10_0000, 3 * PAGE)
     world.read(vcpu, 0x10_5000, PAGE)
-    assert vcpu.ept_violations == before, "those are still in the TLB"
+    assert vcpu.arch.ept_violations == before, "those are still in the TLB"
     world.read(vcpu, 0x10_3000, 2 * PAGE)
-    assert vcpu.ept_violations == before + 2
+    assert vcpu.arch.ept_violations == before + 2
     vcpu.flush_tlb(None)
     world.read(vcpu, 0x10_0000, PAGE)
-    assert vcpu.ept_violations == before + 3
+    assert vcpu.arch.ept_violations == before + 3
 
 
 def test_a_tlb_that_is_full_starts_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,11 @@ def test_vcpus_of_different_width_run_on_their_own_roots() -> None:
     narrow, wide = world.vcpu(0, 46), world.vcpu(1, 52)
     world.write(wide, 0x10_0000, b"wide")
     assert world.read(narrow, 0x10_0000, 4).reads == [b"wide"]
-    assert narrow.roots[0] is not None
-    assert wide.roots[0] is not None
-    assert (narrow.roots[0].role.level, wide.roots[0].role.level) == (4, 5)
+    assert narrow.arch.roots[0] is not None
+    assert wide.arch.roots[0] is not None
+    assert (narrow.arch.roots[0].role.level, wide.arch.roots[0].role.level) == (4, 5)
     exported = world.export()
-    assert exported.root is narrow.roots[0]
+    assert exported.root is narrow.arch.roots[0]
     world.write(wide, 0x10_1000, b"more")
     assert world.read(narrow, 0x10_1000, 4).reads == [b"more"]
 
@@ -172,9 +172,9 @@ def test_vcpus_of_different_width_run_on_their_own_roots() -> None:
 def test_vcpu_ids_are_checked(world: World) -> None:
     for vcpu_id, number in ((0, errno.EEXIST), (-1, errno.EINVAL), (4096, errno.EINVAL)):
         with pytest.raises(UapiError) as caught:
-            world.vm.create_vcpu(vcpu_id)
+            world.vm.vcpus.create(vcpu_id)
         assert caught.value.errno == number
-    world.vm.create_vcpu(1023)
+    world.vm.vcpus.create(1023)
 
 
 @pytest.mark.parametrize("width", [0, 31, 47, 53])

@@ -200,7 +200,7 @@ def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None
     rig.fault(0x100)
     rig.fault(0x200)
     root, tables = rig.exported.meta.root_hpa, rig.exported.root.tables
-    over = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    over = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     assert world.table(root) == {}
     assert not over.done
     assert (rig.exported.root.hpa, rig.exported.root.tables, rig.exported.root.invalid) == (
@@ -219,7 +219,7 @@ def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Ri
     """The host finds no slot and nothing to zap, yet importers may still use the frame."""
     rig.fault()
     tag = rig.tag(0x100)
-    slot = rig.world.start(rig.world.vm.set_memory_region(rig.world.region(0, 0, 0, 0)))
+    slot = rig.world.start(rig.world.vm.slots_change.set_memory_region(rig.world.region(0, 0, 0, 0)))
     drop = rig.world.start(rig.world.mm.munmap(rig.hva, 16 * PAGE))
     assert not drop.done
     assert rig.tag(0x100) == tag
@@ -234,7 +234,7 @@ def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
     done: list[str] = []
 
     async def change(name: str, *args: int) -> None:
-        await world.vm.set_memory_region(world.region(*args))
+        await world.vm.slots_change.set_memory_region(world.region(*args))
         done.append(name)
 
     world.start(change("delete", 0, 0, 0, 0))
@@ -251,7 +251,7 @@ def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
 def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
     world = rig.world
     world.write(rig.vcpu, 0x10_0000, b"moved")
-    over = world.start(world.vm.set_memory_region(world.region(0, 0x300, 16, rig.hva)))
+    over = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0x300, 16, rig.hva)))
     world.ack(rig.importer)
     assert over.done
     assert world.read(rig.vcpu, 0x30_0000, 5).reads == [b"moved"]
@@ -260,7 +260,9 @@ def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
 
 
 def test_a_refused_change_does_not_block_the_next_one(rig: Rig) -> None:
-    wait = rig.world.start(rig.world.vm.set_memory_region(rig.world.region(3, 0x100, 1, rig.hva)))
+    wait = rig.world.start(
+        rig.world.vm.slots_change.set_memory_region(rig.world.region(3, 0x100, 1, rig.hva))
+    )
     with pytest.raises(Exception, match="overlaps"):
         wait.result()
     rig.world.set_slot(3, 0x400, 1, rig.hva)
@@ -274,13 +276,13 @@ def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None
     one, other = world.vcpu(0), world.vcpu(1)
     world.write(one, 0x10_0000, b"before")
     world.read(other, 0x10_0000, 1)
-    old = one.roots[0]
+    old = one.arch.roots[0]
     world.set_slot(1, 0x200, 1, world.map(1))
     world.set_slot(1, 0, 0, 0)
     assert old is not None
     assert old.invalid
     assert world.read(one, 0x10_0000, 6).reads == [b"before"]
-    assert one.roots[0] is not old
+    assert one.arch.roots[0] is not old
     assert world.host.pool.held(world.vm.id) == 0
     assert world.read(other, 0x10_0000, 6).reads == [b"before"]
     assert old not in world.vm.mmu.roots
@@ -325,10 +327,10 @@ def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() 
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
     world.io_fault(exported, 0x205)
-    world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0)))
+    world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     world.ack(importer)
     world.set_slot(0, 0x200, 512, hva)
-    fault = world.start(world.vm.fault_exported(exported, 77, Gfn(0x205), WRITE))
+    fault = world.start(exported.fault(world.vm.fault_path, 77, Gfn(0x205), WRITE))
     assert importer.heard[-1] == (0x20_0000, 0x20_0000, 2)
     assert not fault.done
     assert world.host.pool.held(world.vm.id) == 1
@@ -340,8 +342,8 @@ def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() 
 
 def test_two_vms_of_one_process_each_lose_their_entries(rig: Rig) -> None:
     other = Kvm(rig.world.host, rig.world.mm)
-    vcpu = other.create_vcpu(0)
-    rig.world.run(other.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
+    vcpu = other.vcpus.create(0)
+    rig.world.run(other.slots_change.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
     rig.world.run(vcpu.run([("w", 0x90_0000, b"x")]))
     rig.fault()
     rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))

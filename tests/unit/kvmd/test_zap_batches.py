@@ -45,7 +45,7 @@ class Rig:
         return self.turns[-1]
 
     def delete(self) -> Wait[None]:
-        return self.world.start(self.world.vm.set_memory_region(self.world.region(0, 0, 0, 0)))
+        return self.world.start(self.world.vm.slots_change.set_memory_region(self.world.region(0, 0, 0, 0)))
 
     def next_turn(self) -> None:
         self.turns[-1].set(None)
@@ -122,7 +122,7 @@ def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pyt
     rig.world.ack(rig.importer)
     vcpu = rig.world.vm.vcpus[0]
     assert rig.world.write(vcpu, 0x20_0000, b"x").done == 1
-    waits = rig.world.start(rig.world.vm.fault_exported(rig.exported, 77, Gfn(0x100), WRITE))
+    waits = rig.world.start(rig.exported.fault(rig.world.vm.fault_path, 77, Gfn(0x100), WRITE))
     assert not waits.done
     while not over.done:
         if rig.importer.pending:
@@ -141,7 +141,7 @@ def test_no_turn_clears_more_than_4096_leaves() -> None:
     for gfn in range(pages):
         assert world.io_fault(exported, gfn) is FaultResult.FIXED
     exported.register_importer("unit", importer)
-    over, left = world.start(world.vm.set_memory_region(world.region(0, 0, 0, 0))), []
+    over, left = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0))), []
     while not over.done:
         left.append(exported.root.leaves[1])
         world.ack(importer)

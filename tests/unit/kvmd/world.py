@@ -150,17 +150,17 @@ class World:
         return MemoryRegion(slot, flags, Gpa(gfn << 12), pages << 12, Hva(hva))
 
     def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
-        self.run(self.vm.set_memory_region(self.region(slot, gfn, pages, hva, flags)))
+        self.run(self.vm.slots_change.set_memory_region(self.region(slot, gfn, pages, hva, flags)))
 
     def vcpu(self, vcpu_id: int = 0, maxphyaddr: int = 46) -> Vcpu:
-        vcpu = self.vm.create_vcpu(vcpu_id)
+        vcpu = self.vm.vcpus.create(vcpu_id)
         self.vm.set_maxphyaddr(vcpu, maxphyaddr)
         return vcpu
 
     def export(self) -> ExportedTdp:
         if not self.vm.vcpus:
             self.vcpu()
-        return self.run(self.vm.create_tdp_fd(CreateTdpFd(0, 0, 0)))
+        return self.run(self.vm.exports.create(CreateTdpFd(0, 0, 0)))
 
     def read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
         return self.run(vcpu.run([("r", gpa, size)]))
@@ -170,10 +170,10 @@ class World:
 
     def fault(self, gfn: int) -> Coroutine[Any, None, FaultResult]:
         """A device's store faults: a flow that may have to wait."""
-        return self.vm.fault_exported(self.vm.exported[0], 77, Gfn(gfn), WRITE)
+        return self.vm.exports.tdps[0].fault(self.vm.fault_path, 77, Gfn(gfn), WRITE)
 
     def io_fault(self, exported: ExportedTdp, gfn: int, kind: TdpFaultType = WRITE) -> FaultResult:
-        return self.run(self.vm.fault_exported(exported, 77, Gfn(gfn), kind))
+        return self.run(exported.fault(self.vm.fault_path, 77, Gfn(gfn), kind))
 
     def table(self, root: int | None = None, levels: int = 4) -> dict[int, tuple[int, bool]]:
         """The table as the oracle reads it from its raw bytes."""

@@ -80,7 +80,7 @@ def test_a_part_of_an_aged_huge_leaf_recovers_when_the_slot_asks_for_small_ones(
     rig.world.run(rig.world.mm.write(rig.hva, b"kept"))
     vcpu = rig.world.vm.vcpus[0]
     assert rig.world.read(vcpu, 0x20_0000, 4).reads == [b"kept"]
-    assert vcpu.ept_violations == 1
+    assert vcpu.arch.ept_violations == 1
 
 
 def test_with_ad_bits_the_accessed_bit_goes_and_the_translation_stays() -> None:
@@ -125,9 +125,9 @@ def test_a_store_to_an_aged_page_that_was_protected_once_makes_a_legal_entry() -
     before = rig.leaf()
     rig.age()
     rig.world.ack(rig.importer)
-    assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
+    assert rig.world.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
     assert rig.world.io_fault(rig.exported, 0x200) is FaultResult.FAST
     assert rig.leaf() == before
-    assert rig.world.vm.exported[0].root.record.state(Gfn(0x200)) == WRITABLE
+    assert rig.world.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == WRITABLE
     assert rig.walks() == ["mapped", "mapped"]
     assert check_vm(rig.world.vm) == []
