@@ -68,7 +68,8 @@ class DevTlb:
         """Where the first bytes of iova..iova+size lie, as far as all pages are cached; how many bytes."""
         found: list[HpaRun] = []
         blocks = self._blocks[write]
-        at, end = int(iova), iova + size
+        at: int = iova
+        end = at + size
         while at < end:
             stop = (at | _BLOCK_MASK) + 1
             if stop > end:
@@ -86,7 +87,7 @@ class DevTlb:
                     return found, at - iova
                 distance, level = leaf
                 stop = min(end, (at | (1 << PAGE_SHIFT + INDEX_BITS * (level - 1)) - 1) + 1)
-            _append(found, Hpa(at + distance), stop - at)
+            _append(found, at, distance, stop - at)
             at = stop
         return found, size
 
@@ -152,17 +153,18 @@ def _mixed_runs(found: list[HpaRun], distances: _Block, at: int, stop: int) -> i
         if distance is None:
             break
         end = min(page + 1 << PAGE_SHIFT, stop)
-        _append(found, Hpa(at + distance), end - at)
+        _append(found, at, distance, end - at)
         at = end
     return at
 
 
-def _append(found: list[HpaRun], hpa: Hpa, size: int) -> None:
+def _append(found: list[HpaRun], at: int, distance: int, size: int) -> None:
     """One more run, or the last one longer."""
+    hpa = at + distance
     if found and found[-1][0] + found[-1][1] == hpa:
         hpa, before = found.pop()
         size += before
-    found.append((hpa, size))
+    found.append((hpa, size))  # type: ignore[arg-type]  # Hpa() is a call, and this is each page of each DMA
 
 
 def _touched(cache: dict[int, _Block] | dict[int, int], first: int, last: int) -> list[int]:

@@ -324,16 +324,19 @@ class Function:
         Raises DmaFault where the table points outside memory.
         """
         pieces = []
+        at = behind = 0  # bytes of the access
         for hpa, size in runs:
-            while size:
+            behind += size
+            while at < behind:
                 place = self._memory.frame(hpa)
                 if place is None:
-                    raise DmaFault(Iova(iova >> PAGE_SHIFT << PAGE_SHIFT), write, requested=True)
+                    raise DmaFault(Iova(iova + at >> PAGE_SHIFT << PAGE_SHIFT), write, requested=True)
                 view, offset = place
-                piece = view[offset : offset + size]
+                piece = view[offset : offset + behind - at]
                 pieces.append(piece)
-                got = len(piece)
-                hpa, iova, size = Hpa(hpa + got), Iova(iova + got), size - got
+                at += len(piece)
+                if at < behind:
+                    hpa = Hpa(hpa + len(piece))
         return pieces
 
     # -- the debug check -------------------------------------------------------------------------------
