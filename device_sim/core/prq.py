@@ -52,7 +52,8 @@ class PrqWriter:
 
     def submit(self, request: PageRequest) -> None:
         """Queue a request, or drop it."""
-        self._take_pro()
+        if self.overflow:
+            self._take_pro()
         if self.overflow or not self._store(request):
             self.dropped += 1
             self._registers.raise_status(Reg.PRS, Prs.PRO)

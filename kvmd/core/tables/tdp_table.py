@@ -163,7 +163,10 @@ class TdpMmu:
 
     def exported_root(self, as_id: int) -> Root | None:
         """The one that is lent out, if one is."""
-        return next((root for root in self.roots_of(as_id) if root.exported), None)
+        for root in self.roots:  # at each fault of a device
+            if root.exported and root.role.as_id == as_id and not root.invalid:
+                return root
+        return None
 
     # -- roots -----------------------------------------------------------------------------------------
 
