@@ -31,7 +31,8 @@ import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from kvmd.core.faults.page_fault import MAX_TRIES, first_pfn
+from kvmd.core.faults.leaf_levels import first_pfn
+from kvmd.core.faults.page_fault import MAX_TRIES
 from kvmd.core.mm.page import Page
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames

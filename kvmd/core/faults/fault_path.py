@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import replace
 
 from kvmd.core.faults.fault_notes import FaultNotes
-from kvmd.core.faults.leaf_levels import LeafLevels
+from kvmd.core.faults.leaf_levels import LeafLevels, first_pfn
 from kvmd.core.faults.nx_huge import NxHugePages
 from kvmd.core.faults.page_fault import (
     LOOKUP_RESULT,
@@ -24,7 +24,6 @@ from kvmd.core.faults.page_fault import (
     FaultResult,
     FaultSource,
     PageFault,
-    first_pfn,
 )
 from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage

@@ -1,4 +1,4 @@
-"""How large a leaf may be, at a gfn, for a page, in a root.
+"""How large a leaf may be, at a gfn, for a page, in a root, and which frame such a leaf begins with.
 
 Models kvm_mmu_max_mapping_level and kvm_mmu_hugepage_adjust [KVM mmu.c]: the host page, the slot, the memory
 attributes and the root's policy each have a limit, and what is logged, tracked or pinned there is mapped page
@@ -7,14 +7,15 @@ by page.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from kvmd.core.faults.page_fault import mapping_level
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables.root_policy import RootPolicy
-from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
+from protocol.pt.geometry import entry_span
+from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
 
 
 class LeafLevels:
@@ -46,3 +47,27 @@ class LeafLevels:
             or (policy.tracks and self._frames.page_track.any_in(slot, span))
             or self._frames.pinned.any_in(slot.as_id, span)
         )
+
+
+def mapping_level(
+    slot: Memslot, gfn: Gfn, page: MappedPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
+) -> Level:
+    """The largest level whose entry lies in the slot and in the host page, with nothing of it that has to be
+    `small` [KVM kvm_mmu_hugepage_adjust].
+    """
+    for level in range(min(page.level, limit), LEVEL_4K, -1):
+        pages = pages_of_level(Level(level))
+        span = entry_span(gfn, Level(level))
+        inside = slot.base_gfn <= span.start and span.end <= slot.span.end
+        aligned = (slot.base_gfn ^ (slot.hva >> PAGE_SHIFT)) % pages == 0
+        if inside and aligned and not small(slot, span):
+            return Level(level)
+    return LEVEL_4K
+
+
+def first_pfn(slot: Memslot, gfn: Gfn, page: MappedPage, level: Level) -> Pfn:
+    """The frame that backs the first gfn of the entry of `level` that covers `gfn`."""
+    if page.level == LEVEL_4K:
+        return page.pfn
+    hva = slot.hva_of(entry_span(gfn, level).start) if level > LEVEL_4K else slot.hva_of(gfn)
+    return Pfn(page.pfn + ((hva - page.hva) >> PAGE_SHIFT))

@@ -1,4 +1,4 @@
-"""A page fault on the TDP, whoever raised it: what is asked, what it may come to, which frame that is.
+"""A page fault on the TDP, whoever raised it: what is asked, and what it may come to.
 
 Models struct kvm_page_fault and the RET_PF codes [KVM mmu_internal.h], for faults of vCPUs and for those that
 come through a TDP FD [RFC 37/42].  The way a fault takes is `fault_path`.
@@ -7,17 +7,13 @@ come through a TDP FD [RFC 37/42].  The way a fault takes is `fault_path`.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-from kvmd.core.mm.page import MappedPage
-from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables.tdp_table import Root
 from protocol.errors import EHWPOISON
-from protocol.pt.geometry import entry_span
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, GfnSpan, Level, Pfn, pages_of_level
+from protocol.units import Gfn
 
 
 class FaultSource(Enum):
@@ -86,27 +82,3 @@ class FaultingVcpu(Protocol):
 
     def load_root(self, as_id: int = 0) -> Root:
         """The root it runs on in an address space."""
-
-
-def mapping_level(
-    slot: Memslot, gfn: Gfn, page: MappedPage, limit: Level, small: Callable[[Memslot, GfnSpan], bool]
-) -> Level:
-    """The largest level whose entry lies in the slot and in the host page, with nothing of it that has to be
-    `small` [KVM kvm_mmu_hugepage_adjust].
-    """
-    for level in range(min(page.level, limit), LEVEL_4K, -1):
-        pages = pages_of_level(Level(level))
-        span = entry_span(gfn, Level(level))
-        inside = slot.base_gfn <= span.start and span.end <= slot.span.end
-        aligned = (slot.base_gfn ^ (slot.hva >> PAGE_SHIFT)) % pages == 0
-        if inside and aligned and not small(slot, span):
-            return Level(level)
-    return LEVEL_4K
-
-
-def first_pfn(slot: Memslot, gfn: Gfn, page: MappedPage, level: Level) -> Pfn:
-    """The frame that backs the first gfn of the entry of `level` that covers `gfn`."""
-    if page.level == LEVEL_4K:
-        return page.pfn
-    hva = slot.hva_of(entry_span(gfn, level).start) if level > LEVEL_4K else slot.hva_of(gfn)
-    return Pfn(page.pfn + ((hva - page.hva) >> PAGE_SHIFT))
