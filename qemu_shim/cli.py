@@ -23,11 +23,11 @@ from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.scenarios.files import BadFile, is_file, scenario_of, told
-from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report, render
 from qemu_shim.scenarios.run import SEED_MAX
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
 from qemu_shim.study.command.compare_options import add_compare, add_params, param_dest
 from qemu_shim.vmm.daemon_options import add_daemon_options, given, joined, lacking, merged

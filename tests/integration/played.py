@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.runner import run_scenario
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.machine import Host
 

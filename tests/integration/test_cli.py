@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.plain import Plain
 from tests.integration.scratch import Scratch, scratched

@@ -13,7 +13,7 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.plain import Plain

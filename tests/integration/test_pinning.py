@@ -9,7 +9,7 @@ import pytest
 from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.library import SCENARIOS
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
 from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats

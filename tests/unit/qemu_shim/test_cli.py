@@ -7,8 +7,8 @@ import json
 import pytest
 
 from qemu_shim import cli
-from qemu_shim.scenarios.library import SCENARIOS
 from qemu_shim.scenarios.measure import Report
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from tests.tidy.source import ROOT

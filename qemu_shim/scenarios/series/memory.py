@@ -18,7 +18,7 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.scenarios.series.stage import Stage, staged
 from qemu_shim.vmm.designs import SHARED, RamSlot
 from qemu_shim.vmm.machine import MachineConfig
 from qemu_shim.vmm.process import MemFd

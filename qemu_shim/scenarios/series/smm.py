@@ -15,7 +15,7 @@ from protocol.kvm_run import ExitReason
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Scenario
-from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.scenarios.series.stage import FILLED, Stage, staged
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import MachineConfig
 

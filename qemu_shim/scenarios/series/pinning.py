@@ -19,9 +19,9 @@ from protocol.units import MIB, PAGE_SHIFT, PAGE_SIZE
 from qemu_shim.guest.dmatest import Result
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Param, Scenario
+from qemu_shim.scenarios.series.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios import (
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.scenarios.series import (
     coherency,
     dmatest,
     dmatest_nobof,
@@ -18,7 +19,6 @@ from qemu_shim.scenarios import (
     unmap,
     write_tracking,
 )
-from qemu_shim.scenarios.scenario import Scenario
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario

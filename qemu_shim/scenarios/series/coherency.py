@@ -20,7 +20,7 @@ from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Scenario
-from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.scenarios.series.stage import Stage, staged
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.iommufd_client import VfioDevice

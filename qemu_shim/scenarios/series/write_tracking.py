@@ -12,7 +12,7 @@ from protocol.pt import bits
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.scenarios.series.stage import FILLED, Stage, staged
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import MachineConfig
 

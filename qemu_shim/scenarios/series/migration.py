@@ -21,7 +21,7 @@ from protocol.units import GIB, MIB, PAGE_SIZE, align_up
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.scenarios.series.stage import Stage, staged
 from qemu_shim.vmm.designs import SHARED, RamSlot
 from qemu_shim.vmm.machine import GuestCpu, MachineConfig
 from qemu_shim.vmm.migrator import Migrator

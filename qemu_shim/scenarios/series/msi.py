@@ -11,7 +11,7 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.stage import FILLED, Stage, staged
+from qemu_shim.scenarios.series.stage import FILLED, Stage, staged
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import MachineConfig
 

@@ -13,9 +13,9 @@ from protocol.hw.dsa import CompletionRecord
 from protocol.units import GIB, PAGE_SIZE, align_up
 from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.scenarios.measure import check_system, fill_table, snapshot
 from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.scenarios.series.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 

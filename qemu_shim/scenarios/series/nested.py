@@ -16,7 +16,7 @@ from protocol.uapi import names
 from protocol.units import GIB
 from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.scenario import Scenario
-from qemu_shim.scenarios.stage import Stage, staged
+from qemu_shim.scenarios.series.stage import Stage, staged
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Machine, MachineConfig
 
