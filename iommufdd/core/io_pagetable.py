@@ -37,7 +37,17 @@ from protocol.pt.geometry import ENTRIES, ENTRY_BYTES, address_bits, level_shift
 from protocol.pt.mem import TableWriter
 from protocol.pt.second_stage import SECOND_STAGE
 from protocol.pt.table_pool import TablePool
-from protocol.units import LEVEL_4K, PAGE_SHIFT, Hpa, Iova, Level, Pfn, align_down, size_of_level
+from protocol.units import (
+    LEVEL_4K,
+    PAGE_SHIFT,
+    Hpa,
+    Iova,
+    Level,
+    Pfn,
+    align_down,
+    pages_of_level,
+    size_of_level,
+)
 
 _ABSENT = [0] * ENTRIES
 
@@ -229,17 +239,26 @@ class IoPageTable:
         but what is to be cleared is cut off."""
         start, end = edit.start >> PAGE_SHIFT, edit.end >> PAGE_SHIFT
         lowest, with_tables = edit.level or LEVEL_4K, edit.level is None
+        if end - start == pages_of_level(lowest):  # one entry of that level, or of one above it
+            level, at, entry = seek(self._writer, self._format, self.root, self.level, start, lowest)
+            self._plan_run(edit, at, [entry], level, align_down(edit.start, size_of_level(level)))
+            return
         cursor = Cursor(
             self._writer, self._format, self.root, self.level, start, end, lowest, with_tables=with_tables
         )
         for frame, level, at, old in cursor:
-            new = self._edited_run(edit, old, level, Iova(frame << PAGE_SHIFT))
-            if new == old:
-                continue
-            cursor.step_over()
-            for index, (was, now) in enumerate(zip(old, new, strict=True)):
-                if now != was:
-                    edit.stores.append((Hpa(at + index * ENTRY_BYTES), now))
+            if self._plan_run(edit, at, old, level, Iova(frame << PAGE_SHIFT)):
+                cursor.step_over()
+
+    def _plan_run(self, edit: _Edit, at: Hpa, old: list[int], level: Level, iova: Iova) -> bool:
+        """Of entries side by side at `at`, the first of which translates `iova` on.  Does one change?"""
+        new = self._edited_run(edit, old, level, iova)
+        if new == old:
+            return False
+        for index, (was, now) in enumerate(zip(old, new, strict=True)):
+            if now != was:
+                edit.stores.append((Hpa(at + index * ENTRY_BYTES), now))
+        return True
 
     def _edited_run(self, edit: _Edit, entries: list[int], level: Level, iova: Iova) -> list[int]:
         """What becomes of entries side by side, the first of which translates `iova` on."""
