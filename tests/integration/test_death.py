@@ -26,7 +26,7 @@ from tests.integration.rig import (
     unit_stats,
 )
 from tests.integration.system import BIN, System, eventually, system
-from tests.refusals import may_refuse
+from tests.kit.refusals import may_refuse
 
 TWO_DEVICES = {"device_sim": ["--devices", "2"]}
 

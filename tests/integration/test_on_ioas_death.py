@@ -18,7 +18,7 @@ from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats
 from tests.integration.rig import GUEST_START, Rig, bare_vm, bind_device, device_stats
 from tests.integration.system import eventually, system
-from tests.refusals import may_refuse
+from tests.kit.refusals import may_refuse
 
 ON_DEMAND: dict[str, Any] = {"on_demand": True}
 NOTED: dict[str, Any] = {"on_demand": True, "follow": True}

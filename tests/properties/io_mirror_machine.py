@@ -39,12 +39,12 @@ from protocol.pt import bits
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Gfn, Hva, Iova, IovaPfn, Level, Pasid, size_of_level
-from tests.linked_unit import LinkedUnit
+from tests.kit.host_memory import FakeHost
+from tests.kit.iommufdd import RID
+from tests.kit.linked_unit import LinkedUnit
+from tests.kit.refusals import may_refuse
 from tests.properties.machine import AnyOrder
-from tests.refusals import may_refuse
-from tests.unit.iommufdd.host import FakeHost
 from tests.unit.iommufdd.spaces import request
-from tests.unit.iommufdd.world import RID
 
 HVA, M2 = 0x7000_0000_0000, 2 << 20
 RAM = 3 * M2

@@ -32,10 +32,10 @@ from protocol.frame_tags import is_free
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hpa, Hva, Level
+from tests.kit.kvmd import MM_CHANGES, RW, World
+from tests.kit.refusals import may_refuse
 from tests.oracle.table import Machine, RawTables, leaves, second_stage_walk
 from tests.properties.sleepy import SleepyMm
-from tests.refusals import may_refuse
-from tests.unit.kvmd.world import MM_CHANGES, RW, World
 
 PAGE = 4096
 GFNS = 0x800  # what the guest touches lies below

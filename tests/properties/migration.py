@@ -22,8 +22,8 @@ from protocol.flow import Wait
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Gpa, Hva
+from tests.kit.kvmd import World
 from tests.oracle.table import Machine, RawTables, second_stage_walk
-from tests.unit.kvmd.world import World
 
 PAGES = 1024  # two host pages of 2 MiB
 GFN = 0x400

@@ -26,9 +26,9 @@ from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Hva, pages_of_level
+from tests.kit.kvmd import RW, HandLease, SlowImporter, Told, World
+from tests.kit.refusals import may_refuse
 from tests.properties.machine import AnyOrder
-from tests.refusals import may_refuse
-from tests.unit.kvmd.world import RW, HandLease, SlowImporter, Told, World
 
 PAGE = 4096
 START, PAGES = Hva(1 << 40), 1024  # two regions of 2 MiB

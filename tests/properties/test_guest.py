@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvmd.core.invariants import check_vm
 from protocol.kvm_run import ExitReason
 from protocol.units import Hva
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 PAGE, BASE = 4096, 0x10_0000
 RAM, ROM, HOLE = "ram", "rom", "hole"

@@ -24,7 +24,7 @@ from protocol.hw.prq import PageRequest
 from protocol.hw.qi import Descriptor, IotlbGranularity, IotlbInv, ResponseCode
 from protocol.pt.mem import TableWriter
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Iova, IovaPfn, Level
-from tests.linked_unit import LinkedUnit
+from tests.kit.linked_unit import LinkedUnit
 
 RID = 0x6A08
 DID = 7

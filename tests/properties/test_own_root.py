@@ -25,10 +25,10 @@ from kvmd.core.tables import zap
 from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.units import GfnSpan, Gpa, Hva
+from tests.kit.kvmd import READ, WRITE
+from tests.kit.refusals import may_refuse
 from tests.oracle.table import Machine, RawTables, second_stage_walk
-from tests.refusals import may_refuse
 from tests.unit.kvmd.own_root import BASE, PAGE, Managed
-from tests.unit.kvmd.world import READ, WRITE
 
 UNIT = Machine(address_width=46, max_leaf_level=3, snoop_control=True)
 FEATURES = (CpuFeatures(), CpuFeatures(pml=False), CpuFeatures(ept_ad_bits=False, pml=False))

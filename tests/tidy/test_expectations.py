@@ -20,7 +20,7 @@ def check_expectations(module: Module) -> list[str]:
         if name == "raises" and "AssertionError" in given and not matched:
             found.append(module.at(node, "raises(AssertionError) without a match: any assertion would do"))
         if name == "suppress" and "UapiError" in given:
-            found.append(module.at(node, "suppress(UapiError): say which errnos (tests/refusals.py)"))
+            found.append(module.at(node, "suppress(UapiError): say which errnos (tests/kit/refusals.py)"))
     return found
 
 

@@ -25,8 +25,8 @@ from protocol.pt.mem import TableOutside
 from protocol.pt.walk import WalkRules, second_stage_rules
 from protocol.units import IovaPfn, Level
 from tests.conformance.walkers.path import BASE, FRAME, OFFSET, SHAPES, Path, address, table_at
-from tests.unit.device_sim.raw_driver import RawDriver
-from tests.unit.device_sim.silicon import RID, pasid_entry, window
+from tests.kit.raw_driver import RawDriver
+from tests.kit.silicon import RID, pasid_entry, window
 
 HAW = 46
 RULES = functools.cache(second_stage_rules)  # made once: each is some thousand numbers

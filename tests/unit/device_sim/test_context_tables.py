@@ -6,8 +6,8 @@ import pytest
 
 from device_sim.core.dmar import RequestRefused
 from protocol.units import IovaPfn
-from tests.unit.device_sim.raw_driver import GCMD, QIE, RTADDR, SRTP, TE
-from tests.unit.device_sim.silicon import (
+from tests.kit.raw_driver import GCMD, QIE, RTADDR, SRTP, TE
+from tests.kit.silicon import (
     DID,
     FRAMES,
     RID,

@@ -13,9 +13,8 @@ from protocol.hostmem import WindowKind
 from protocol.hw.caps import make_cap, make_ecap
 from protocol.hw.faults import FaultReason
 from protocol.units import IovaPfn
-from tests.oracle.table import Machine, Outside, RawTables, second_stage_walk
-from tests.unit.device_sim.raw_driver import FAULTS
-from tests.unit.device_sim.silicon import (
+from tests.kit.raw_driver import FAULTS
+from tests.kit.silicon import (
     DID,
     FRAMES,
     LEAF,
@@ -35,6 +34,7 @@ from tests.unit.device_sim.silicon import (
     pasid_entry,
     window,
 )
+from tests.oracle.table import Machine, Outside, RawTables, second_stage_walk
 
 SPT_2, SPT_3, SPT_4, SSS_1, SSS_3, SSS_4, SGN_5 = 0x59, 0x5A, 0x5B, 0x78, 0x7A, 0x7B, 0x84
 

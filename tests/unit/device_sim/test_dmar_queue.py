@@ -9,8 +9,8 @@ from device_sim.core.pri import PageAccess
 from protocol.hw.caps import make_ecap
 from protocol.hw.qi import IQEI, ResponseCode
 from protocol.units import IovaPfn
-from tests.unit.device_sim.raw_driver import Stopped
-from tests.unit.device_sim.silicon import (
+from tests.kit.raw_driver import Stopped
+from tests.kit.silicon import (
     DID,
     FRAMES,
     RID,

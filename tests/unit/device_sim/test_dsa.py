@@ -6,7 +6,7 @@ import pytest
 
 from protocol.flow import Wait
 from protocol.units import Iova
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     ABORT_ALL,
     BOF,
     CRAV,
@@ -29,7 +29,7 @@ from tests.unit.device_sim.accelerator import (
     pattern,
     work,
 )
-from tests.unit.device_sim.silicon import DID, RID, R, devtlb_all, iotlb_domain
+from tests.kit.silicon import DID, RID, R, devtlb_all, iotlb_domain
 
 MAX_TRANSFER = 2 << 20
 ENGINES = 4

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from device_sim.core.dsa.engine import EngineGroup
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     ABORT_WQ,
     BATCH,
     BOF,

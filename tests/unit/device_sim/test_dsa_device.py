@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_sim.core.dsa import registers
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     ABORT_WQ,
     BOF,
     CMD,
@@ -31,7 +31,7 @@ from tests.unit.device_sim.accelerator import (
     Machine,
     work,
 )
-from tests.unit.device_sim.silicon import Silicon
+from tests.kit.silicon import Silicon
 
 
 @pytest.fixture

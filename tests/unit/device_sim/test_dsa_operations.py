@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     AP_DELTA,
     BOF,
     CFLUSH,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.units import Iova
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     AP_DELTA,
     BATCH,
     BOF,

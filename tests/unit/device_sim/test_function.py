@@ -8,7 +8,7 @@ from device_sim.core.function import GROUP_PAGES, MAX_REQUESTS, DmaFault, DmaRan
 from protocol.flow import Wait
 from protocol.hostmem import WindowKind
 from protocol.units import Iova, IovaPfn, Pfn
-from tests.unit.device_sim.silicon import (
+from tests.kit.silicon import (
     DID,
     FRAMES,
     RID,

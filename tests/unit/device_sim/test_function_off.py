@@ -9,7 +9,7 @@ import pytest
 from device_sim.core.function import DmaRange
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova
-from tests.unit.device_sim.silicon import DID, Silicon, iotlb_domain
+from tests.kit.silicon import DID, Silicon, iotlb_domain
 from tests.unit.device_sim.test_function import PAGE, access, fault_of
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from device_sim.core.traits import Traits
 from protocol.hw.qi import IQEI
-from tests.unit.device_sim.raw_driver import (
+from tests.kit.raw_driver import (
     ENTRIES,
     FSTS,
     GCMD,
@@ -28,7 +28,7 @@ from tests.unit.device_sim.raw_driver import (
     TE,
     Stopped,
 )
-from tests.unit.device_sim.silicon import (
+from tests.kit.silicon import (
     DID,
     FRAMES,
     RID,

@@ -11,7 +11,7 @@ from device_sim.core.function import DmaFault, DmaRange
 from device_sim.core.msi import END, START, InterruptMessage
 from protocol.flow import Wait
 from protocol.units import Iova
-from tests.unit.device_sim.accelerator import (
+from tests.kit.accelerator import (
     BOF,
     CFLUSH,
     COMPARE,
@@ -29,7 +29,7 @@ from tests.unit.device_sim.accelerator import (
     Machine,
     work,
 )
-from tests.unit.device_sim.silicon import FRAMES, RID, R, Recorded, Silicon, W
+from tests.kit.silicon import FRAMES, RID, R, Recorded, Silicon, W
 
 SGN_8 = 0x87
 PAGE = 4096

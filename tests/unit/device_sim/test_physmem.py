@@ -7,7 +7,7 @@ import pytest
 from device_sim.core.physmem import PhysicalMemory
 from protocol.hostmem import MAX_WINDOWS, WindowKind
 from protocol.units import Hpa
-from tests.unit.device_sim.silicon import FRAMES, TABLES, window
+from tests.kit.silicon import FRAMES, TABLES, window
 
 SIZE = 0x4000
 

@@ -16,8 +16,8 @@ from protocol.flow import Flows, Wait
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, IovaPfn
-from tests.unit.device_sim.raw_driver import RawDriver
-from tests.unit.device_sim.silicon import Asked, page_request
+from tests.kit.raw_driver import RawDriver
+from tests.kit.silicon import Asked, page_request
 
 RID = 0x6A08
 SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, ResponseCode.FAILURE

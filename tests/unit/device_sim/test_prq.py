@@ -10,7 +10,7 @@ from device_sim.core.traits import capabilities
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, IovaPfn, Pasid
-from tests.unit.device_sim.raw_driver import (
+from tests.kit.raw_driver import (
     IM,
     IP,
     PECTL,
@@ -23,7 +23,7 @@ from tests.unit.device_sim.raw_driver import (
     QUEUES,
     RawDriver,
 )
-from tests.unit.device_sim.silicon import Asked, page_request
+from tests.kit.silicon import Asked, page_request
 
 RID = 0x6A08
 ROOM = 127  # of the smallest ring: 128 entries, one is left

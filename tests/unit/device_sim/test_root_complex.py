@@ -16,9 +16,9 @@ from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.hostmem import WindowKind
 from protocol.units import Hpa
-from tests.unit.device_sim.accelerator import BOF, CMD, ENABLE_DEVICE, ENABLE_WQ, FILL, GRPCFG, WQCFG, work
-from tests.unit.device_sim.raw_driver import RawDriver
-from tests.unit.device_sim.silicon import TABLES, page_request, pasid_entry, response, window
+from tests.kit.accelerator import BOF, CMD, ENABLE_DEVICE, ENABLE_WQ, FILL, GRPCFG, WQCFG, work
+from tests.kit.raw_driver import RawDriver
+from tests.kit.silicon import TABLES, page_request, pasid_entry, response, window
 
 ONE, OTHER, ELSEWHERE = 0x6A08, 0x6A10, 0x6A18
 

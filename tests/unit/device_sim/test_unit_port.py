@@ -18,7 +18,7 @@ from device_sim.unit_port import ConnectedUnit
 from protocol.errors import UapiError
 from protocol.rpc.loop import Loop
 from protocol.rpc.memfd import make_shared
-from tests.unit.device_sim.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
+from tests.kit.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
 
 PAGE = 4096
 

@@ -16,7 +16,7 @@ from device_sim.core.unit_registers import Events, RegisterPages, RegisterSet
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import Reg, Register
 from protocol.units import IovaPfn
-from tests.unit.device_sim.raw_driver import (
+from tests.kit.raw_driver import (
     FAULTS,
     FAULTS_AT,
     FECTL,
@@ -37,7 +37,7 @@ from tests.unit.device_sim.raw_driver import (
     TE,
     RawDriver,
 )
-from tests.unit.device_sim.silicon import FRAMES, RID, Silicon, fault_record
+from tests.kit.silicon import FRAMES, RID, Silicon, fault_record
 
 SPT_2 = 0x59
 

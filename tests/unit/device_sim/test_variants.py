@@ -13,8 +13,8 @@ from device_sim.core.function import DmaRange, Function
 from device_sim.core.traits import Traits, capabilities
 from protocol.errors import UapiError
 from protocol.units import Iova
-from tests.unit.device_sim.raw_driver import Stopped
-from tests.unit.device_sim.silicon import (
+from tests.kit.raw_driver import Stopped
+from tests.kit.silicon import (
     DID,
     RID,
     Silicon,

@@ -18,8 +18,8 @@ from protocol.hw.prq import PageRequest
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Hva, Iova, Level
-from tests.unit.iommufdd.host import FakeHost
-from tests.unit.iommufdd.world import RID, ROOT, World
+from tests.kit.host_memory import FakeHost
+from tests.kit.iommufdd import RID, ROOT, World
 
 HVA = 0x7000_0000_0000
 MM, MEMORY = 77, 9

@@ -16,7 +16,7 @@ from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
 from protocol.units import Gpa, Iova
-from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, ROOT, World, function
+from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, ROOT, World, function
 
 DT, PRS, SC = 1 << 2, 1 << 29, 1 << 7
 ENTRY = struct.pack("<8Q", ROOT | 2 << 6 | 2 << 2 | 1, 3 << 23 | DID, 0, 0, 0, 0, 0, 0)

@@ -15,7 +15,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from tests.unit.iommufdd.world import RID, World, function
+from tests.kit.iommufdd import RID, World, function
 
 OWNER, OTHER = object(), object()
 

@@ -11,7 +11,7 @@ import pytest
 from iommufdd.core.hwpt_kvm import HwptKvm
 from protocol.hw.caps import Cap
 from protocol.units import Gpa, Level
-from tests.unit.iommufdd.rig import META, Rig
+from tests.kit.platform import META, Rig
 from tests.unit.iommufdd.spaces import outcome
 
 TAKEN = ["open", "metadata", "register", "add_memory"]

@@ -14,7 +14,7 @@ from protocol.hw.caps import Ecap
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import Descriptor
 from protocol.units import WHOLE_SIZE, Gpa, Iova
-from tests.unit.iommufdd.world import CAP, DID, ECAP, GONE, RID, World
+from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, World
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 

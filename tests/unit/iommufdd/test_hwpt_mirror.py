@@ -12,7 +12,8 @@ from iommufdd.core.hmm import MAX_TRIES, HmmRange, Lookup
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
-from tests.unit.iommufdd.host import FRAMES
+from tests.kit.host_memory import FRAMES
+from tests.kit.iommufdd import GONE, RID, World
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
 from tests.unit.iommufdd.spaces import (
     FAILURE,
@@ -24,7 +25,6 @@ from tests.unit.iommufdd.spaces import (
     outcome,
     request,
 )
-from tests.unit.iommufdd.world import GONE, RID, World
 
 
 def test_nothing_is_mapped_or_pinned_before_a_device_asks() -> None:

@@ -14,8 +14,8 @@ from protocol.hw.qi import ResponseCode
 from protocol.hw.vtd_regs import Register
 from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
 from protocol.units import WHOLE_SIZE, Iova
+from tests.kit.iommufdd import CAP, ECAP, RID
 from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, Unit
-from tests.unit.iommufdd.world import CAP, ECAP, RID
 
 DSI = 2 | 2 << 4 | 3 << 6
 EVERYTHING = (3 | RID << 32, 0x7FFF_FFFF_FFFF_F001, 0, 0)

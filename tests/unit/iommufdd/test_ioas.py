@@ -9,9 +9,9 @@ import pytest
 from iommufdd.core.area import ULONG_MAX
 from protocol.errors import UapiError
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
-from tests.unit.iommufdd.host import FRAMES
+from tests.kit.host_memory import FRAMES
+from tests.kit.iommufdd import GONE, RID, World
 from tests.unit.iommufdd.spaces import HVA, MEMORY, Space, mapped, mm_of, outcome
-from tests.unit.iommufdd.world import GONE, RID, World
 
 K4, M2 = 4 << 10, 2 << 20
 

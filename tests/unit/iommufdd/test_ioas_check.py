@@ -13,7 +13,7 @@ from iommufdd.core.ioas_check import check_ioas
 from protocol.pt.cursor import seek
 from protocol.pt.second_stage import SECOND_STAGE
 from protocol.units import LEVEL_4K, Hpa, Hva, Iova, Level
-from tests.unit.iommufdd.host import FRAMES
+from tests.kit.host_memory import FRAMES
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored
 from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, request
 

@@ -11,7 +11,7 @@ from iommufdd.core.iopf import Verdict, judge
 from iommufdd.core.partial import MAX_PARTIAL, PartialGroups
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova, Pasid
-from tests.unit.iommufdd.world import World
+from tests.kit.iommufdd import World
 
 RID = 0x6A08
 HWPT = World().hwpt()

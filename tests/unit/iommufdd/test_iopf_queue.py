@@ -20,7 +20,7 @@ from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, Pasid
-from tests.unit.iommufdd.world import RID, NoLog, World, function
+from tests.kit.iommufdd import RID, NoLog, World, function
 
 SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, ResponseCode.FAILURE
 STRANGER = 0x6B00

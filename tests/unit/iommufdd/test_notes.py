@@ -10,7 +10,7 @@ from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.notes import MAX_WAITING, Notes, follow
 from protocol.flow import Wait
 from protocol.units import LEVEL_2M, Gfn, Iova
-from tests.unit.iommufdd.host import FRAMES
+from tests.kit.host_memory import FRAMES
 from tests.unit.iommufdd.spaces import HVA, SUCCESS, Space, mapped, outcome, request
 
 K4, M2 = 4 << 10, 2 << 20

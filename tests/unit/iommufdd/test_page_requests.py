@@ -8,8 +8,8 @@ from iommufdd.core import qi
 from protocol.errors import PeerError
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova
+from tests.kit.iommufdd import ECAP, RID
 from tests.unit.iommufdd.hardware import PQH, PQT, PRS, RECORDS, Unit
-from tests.unit.iommufdd.world import ECAP, RID
 
 PPR, PRO = 1, 2
 

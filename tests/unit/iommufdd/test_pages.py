@@ -13,7 +13,7 @@ from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.pages import Pages, Pins
 from protocol.units import LEVEL_4K, Hpa, Hva, Iova
-from tests.unit.iommufdd.host import FRAMES, FakeHost
+from tests.kit.host_memory import FRAMES, FakeHost
 from tests.unit.iommufdd.spaces import HVA, Space, mapped, mm_of, outcome
 
 K4, M2 = 4 << 10, 2 << 20

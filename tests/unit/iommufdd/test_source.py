@@ -10,9 +10,9 @@ from iommufdd.core.hmm import CallerMm, Invalidate, UserFd
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.units import Hva
-from tests.unit.iommufdd.host import FakeHost
+from tests.kit.host_memory import FakeHost
+from tests.kit.iommufdd import World
 from tests.unit.iommufdd.spaces import MEMORY, mm_of, outcome
-from tests.unit.iommufdd.world import World
 
 FD = UserFd(9)
 

@@ -12,7 +12,7 @@ from iommufdd.core.translation_tables import TranslationTables
 from protocol.hw.pasid_entry import PasidEntry
 from protocol.pt.mem import TableWriter
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Level, Pasid
-from tests.unit.iommufdd.world import ECAP, RID
+from tests.kit.iommufdd import ECAP, RID
 
 BASE = 0x2000_0000_0000
 PASID = Pasid(3)

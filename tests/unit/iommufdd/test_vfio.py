@@ -9,7 +9,7 @@ import pytest
 from iommufdd.core.device import DeviceState
 from iommufdd.core.hmm import CallerMm, UserFd
 from protocol.units import PAGE_SIZE, Hva, Iova
-from tests.unit.iommufdd.rig import MM, Rig
+from tests.kit.platform import MM, Rig
 from tests.unit.iommufdd.spaces import HVA, outcome
 
 

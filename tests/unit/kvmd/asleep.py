@@ -15,7 +15,7 @@ from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Gpa, Hva
-from tests.unit.kvmd.world import RW, SlowImporter, World
+from tests.kit.kvmd import RW, SlowImporter, World
 
 PAGE, PAGES, GFN, ELSEWHERE = 4096, 16, 0x100, 0x900
 GPA = GFN << 12

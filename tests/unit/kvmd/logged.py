@@ -16,7 +16,7 @@ from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.errors import UapiError
 from protocol.pt.cursor import RangeEntry, walk_range
 from protocol.units import MIB, Gfn, Hva
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.kit.kvmd import SlowImporter, World
 
 GFN, HVA, BITMAP = 0x400, 0x2000_0000_0000, 0x3000_0000_0000
 NO_PML = CpuFeatures(pml=False)

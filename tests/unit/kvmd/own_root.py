@@ -12,8 +12,8 @@ from kvmd.core.stats import vm_stats
 from kvmd.core.tables.tdp_table import Root
 from protocol.flow import Wait
 from protocol.units import MIB, Gfn, GfnSpan, Hva
+from tests.kit.kvmd import WRITE, SlowImporter, World, is_sound
 from tests.oracle.table import RawTables, flat
-from tests.unit.kvmd.world import WRITE, SlowImporter, World, is_sound
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from kvmd.core.export.pinning import Account
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Hva
-from tests.unit.kvmd.world import SlowImporter, World, is_sound
+from tests.kit.kvmd import SlowImporter, World, is_sound
 
 T = TypeVar("T")
 

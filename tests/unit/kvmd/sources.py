@@ -16,8 +16,8 @@ from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt.entry import pfn_of
 from protocol.units import MIB, PAGE_SIZE, WHOLE_SIZE, Gfn, Gpa, Hva, Pfn
+from tests.kit.kvmd import RW, SlowImporter, World
 from tests.oracle.table import Machine, RawTables, ept_walk
-from tests.unit.kvmd.world import RW, SlowImporter, World
 
 GFN, PAGES = 0x400, 512
 PAGE = (GFN << 12, PAGE_SIZE)  # what a flush of the page is told as

@@ -11,7 +11,7 @@ from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Walk
 from protocol.units import Gfn, Level
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 RAM, PAGE = 0x10_0000, 4096
 

@@ -19,7 +19,7 @@ from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt.ept import EPT_AD
 from protocol.units import Hpa, Hva
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 GOOD = CreateTdpFd(0, 0, 0)
 WIDE = CpuFeatures(maxphyaddr=52, ept_levels=5)

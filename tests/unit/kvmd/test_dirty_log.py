@@ -14,8 +14,8 @@ from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import MIB, Hva
+from tests.kit.kvmd import READ
 from tests.unit.kvmd.logged import BITMAP, GFN, HVA, NO_PML, Logged, errno_of
-from tests.unit.kvmd.world import READ
 
 # -- marks and protection ------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from kvmd.core.host import CpuFeatures
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
+from tests.kit.kvmd import World
 from tests.unit.kvmd.logged import GFN, NO_PML, Logged, errno_of
-from tests.unit.kvmd.world import World
 
 
 @pytest.mark.defect("B-34")

@@ -12,7 +12,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
-from tests.unit.kvmd.world import RW, World
+from tests.kit.kvmd import RW, World
 
 RAM = 0x1000_0000  # slot 1, 64 pages
 HOLE = 0x103E_8000

@@ -18,6 +18,7 @@ from kvmd.core.invariants import check_vm
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gpa, Hva
+from tests.kit.kvmd import READ, WRITE
 from tests.unit.kvmd.asleep import (
     ELSEWHERE,
     GFN,
@@ -31,7 +32,6 @@ from tests.unit.kvmd.asleep import (
     Asleep,
     left_by,
 )
-from tests.unit.kvmd.world import READ, WRITE
 
 X = bytes(range(1, 9))
 SMM = 1 << 16  # its slots have the address space in the high half

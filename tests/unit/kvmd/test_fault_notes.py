@@ -12,7 +12,7 @@ from kvmd.core.faults.fault_notes import MAX_SUBSCRIBERS
 from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Gfn, Gpa
-from tests.unit.kvmd.world import READ, World
+from tests.kit.kvmd import READ, World
 
 BASE = 0x200
 

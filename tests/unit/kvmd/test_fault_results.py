@@ -19,7 +19,7 @@ from protocol.pt import bits
 from protocol.pt.geometry import ENTRY_BYTES, index_of
 from protocol.pt.walk import walk
 from protocol.units import Gfn, Hva
-from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
+from tests.kit.kvmd import READ, WRITE, SlowImporter, World
 
 RAM, PAGE = 0x10_0000, 4096
 SMRAM = 1 << 16 | 3  # slot 3 of address space 1

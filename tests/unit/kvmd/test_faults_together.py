@@ -12,7 +12,7 @@ from kvmd.core.mm.fault import Tally
 from kvmd.core.mm.page import MappedPage
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
-from tests.unit.kvmd.world import WRITE, World
+from tests.kit.kvmd import WRITE, World
 
 
 def nobody_waits_for_a_sleeper(world: World) -> None:

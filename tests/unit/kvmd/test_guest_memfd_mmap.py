@@ -18,8 +18,8 @@ from kvmd.core.slots.guest_memfd import GuestMemfd
 from kvmd.core.slots.memslot import MemoryRegion
 from protocol.errors import UapiError
 from protocol.units import Gpa, Hva
+from tests.kit.kvmd import RW, World
 from tests.unit.kvmd.mm.test_sleeps import during
-from tests.unit.kvmd.world import RW, World
 
 PAGE, PAGES = 4096, 4
 MMAP, INIT_SHARED = 1, 2

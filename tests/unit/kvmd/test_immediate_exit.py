@@ -16,7 +16,7 @@ from kvmd.core.cpu.program import Instruction
 from kvmd.core.cpu.vcpu import RunResult, Vcpu
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 RAM, HOLE, UNBACKED = 0x1000_0000, 0x2000_0000, 0x3000_0000
 PRIVILEGES = pytest.mark.parametrize("cpl", [0, 3])

@@ -18,7 +18,7 @@ from kvmd.core.vm_list import VmList
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Gfn, GfnSpan, Gpa
-from tests.unit.kvmd.world import WRITE, HandLease, SlowImporter, World
+from tests.kit.kvmd import WRITE, HandLease, SlowImporter, World
 
 PAGE = 4096
 BASE = 0x100

@@ -18,8 +18,8 @@ from protocol.hostmem import LOW_RAM_START
 from protocol.pt import bits
 from protocol.pt.walk import Outcome, Walk
 from protocol.units import GIB, MIB, PAGE_SIZE, Gfn, GfnSpan, Gpa, Level
+from tests.kit.kvmd import READ, World
 from tests.oracle.table import Machine, RawTables, second_stage_walk
-from tests.unit.kvmd.world import READ, World
 
 
 def wrong(world: World, probes: list[Probe]) -> list[Probe]:

@@ -11,7 +11,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.slots.memslot import Memslot, SlotFlag
 from kvmd.core.tables.tdp_table import RootEvent, RootState
 from protocol.units import Gfn, Hva, Level, Pfn
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.kit.kvmd import SlowImporter, World
 
 PAGE = 4096
 

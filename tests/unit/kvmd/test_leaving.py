@@ -16,7 +16,7 @@ from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 RAM, PAGE = 0x10_0000, 4096
 

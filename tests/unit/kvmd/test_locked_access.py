@@ -15,7 +15,7 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.mm.vma import Prot
 from protocol.kvm_run import ExitReason
 from protocol.units import Gpa, Hva
-from tests.unit.kvmd.world import RW, World
+from tests.kit.kvmd import RW, World
 
 GPA, HVA, PAGES = 0x1000_0000, 0x5000_0000, 8
 AT = GPA + 0x1000

@@ -16,7 +16,7 @@ from kvmd.core.tables.tdp_table import RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from kvmd.core.vm import Kvm, VmType, create_vm
 from protocol.flow import Wait
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.kit.kvmd import SlowImporter, World
 
 PAGE = 4096
 BATCH = 4

@@ -17,8 +17,8 @@ from protocol.pt.check import check_table, frozen_or_mmio
 from protocol.pt.entry import is_frozen, is_mmio, is_present, mmio_gfn
 from protocol.pt.walk import Outcome, ept_rules, second_stage_rules, walk
 from protocol.units import LEVEL_1G, Gfn
+from tests.kit.kvmd import WRITE, World
 from tests.oracle.table import Machine, RawTables, second_stage_walk
-from tests.unit.kvmd.world import WRITE, World
 
 GENERATIONS = 1 << 19
 RULES = (ept_rules(46, LEVEL_1G), second_stage_rules(46, LEVEL_1G, snoop_control=True))

@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core.cpu.msr import MSR_KVM_WALL_CLOCK_NEW, set_msr
 from protocol.units import Hva
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 RAM, PAGE = 0x10_0000, 4096
 

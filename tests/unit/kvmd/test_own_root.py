@@ -24,9 +24,9 @@ from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva, Level
+from tests.kit.kvmd import SlowImporter, World
 from tests.unit.kvmd.logged import NO_PML
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
-from tests.unit.kvmd.world import SlowImporter, World
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from kvmd.core.tables.spte import make_mmio_entry
 from kvmd.core.tables.tdp_table import RootState
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
+from tests.kit.kvmd import READ
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
-from tests.unit.kvmd.world import READ
 
 TABLES = 0x10_0000
 

@@ -16,9 +16,9 @@ from kvmd.core.slots.dirty_log import ClearDirtyLog, DirtyLog
 from kvmd.core.tables.flush import Flusher
 from protocol.errors import UapiError
 from protocol.units import MIB, Hva
+from tests.kit.kvmd import READ, World
 from tests.unit.kvmd.logged import NO_PML
 from tests.unit.kvmd.own_root import BASE, BITMAP, PAGE, PAGES, Managed
-from tests.unit.kvmd.world import READ, World
 
 
 @pytest.fixture(params=[CpuFeatures(), NO_PML], ids=["pml", "wp"])

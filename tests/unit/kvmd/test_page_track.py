@@ -14,7 +14,7 @@ from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
-from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
+from tests.kit.kvmd import READ, WRITE, SlowImporter, World
 
 RAM, PAGE = 0x10_0000, 4096
 READ_WRITE = TdpFaultType(read=True, write=True, exec=False)

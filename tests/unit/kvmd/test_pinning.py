@@ -25,9 +25,9 @@ from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
+from tests.kit.kvmd import WRITE
 from tests.unit.kvmd.logged import Logged
 from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
-from tests.unit.kvmd.world import WRITE
 
 Flow = Coroutine[Any, None, Any]
 

@@ -25,7 +25,7 @@ from kvmd.core.slots.memslot import Memslot
 from protocol.frame_tags import is_free
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
-from tests.refusals import may_refuse
+from tests.kit.refusals import may_refuse
 from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, Guest
 
 HOST: list[Callable[..., Coroutine[Any, None, Any]]] = [

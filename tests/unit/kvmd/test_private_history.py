@@ -24,8 +24,8 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import RwLock
 from protocol.units import Gfn, Gpa
-from tests.refusals import may_refuse
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.kit.kvmd import WRITE, SlowImporter, World
+from tests.kit.refusals import may_refuse
 
 SEEDS = 12
 FILE_PAGES = 8

@@ -20,7 +20,7 @@ from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.units import MIB, Gfn, GfnSpan, Gpa, Level
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.kit.kvmd import SlowImporter, World
 
 GFN, PAGES = 0x400, 16
 PRIVATE = 8

@@ -14,7 +14,7 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.slots.dirty_log import DirtyLog
 from protocol.kvm_run import ExitReason
 from protocol.units import Hva
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 RAM, PAGE = 0x10_0000, 4096
 PRIVILEGES = pytest.mark.parametrize("cpl", [3, 0])

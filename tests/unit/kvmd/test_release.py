@@ -22,7 +22,7 @@ from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.kit.kvmd import WRITE, SlowImporter, World
 
 PAGE = 4096
 

@@ -17,8 +17,8 @@ from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.uapi import names
 from protocol.units import Gpa, Hva
+from tests.kit.kvmd import READ, World
 from tests.unit.kvmd.own_root import BASE, PAGE, Managed
-from tests.unit.kvmd.world import READ, World
 
 
 def test_both_ends_spell_a_behaviour_by_the_same_bit() -> None:

@@ -16,8 +16,8 @@ from kvmd.core.host import CpuFeatures
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt.format import TableFormat
 from protocol.units import Level
+from tests.kit.kvmd import READ, WRITE, World
 from tests.oracle.table import RawTables
-from tests.unit.kvmd.world import READ, WRITE, World
 
 GFN, PAGES = 0x200, 1024
 FEATURES = {"A/D": CpuFeatures(), "no A/D": CpuFeatures(ept_ad_bits=False, pml=False)}

@@ -16,7 +16,7 @@ from protocol.rpc.channel import Fds
 from protocol.rpc.session import MAX_BODY_BYTES
 from protocol.uapi.kvm import StatsOfAll
 from protocol.uapi.message import MAX_TOLD
-from tests.unit.kvmd.world import SlowImporter, World
+from tests.kit.kvmd import SlowImporter, World
 
 
 def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:

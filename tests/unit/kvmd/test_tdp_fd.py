@@ -13,7 +13,7 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Level
-from tests.unit.kvmd.world import READ, WRITE, SlowImporter, World
+from tests.kit.kvmd import READ, WRITE, SlowImporter, World
 
 
 @pytest.fixture

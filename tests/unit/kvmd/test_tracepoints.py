@@ -9,8 +9,8 @@ import pytest
 from protocol.kvm_run import ExitReason
 from protocol.trace import TRACE
 from protocol.units import Gfn
+from tests.kit.kvmd import World
 from tests.unit.kvmd.logged import GFN, Logged
-from tests.unit.kvmd.world import World
 
 MMIO = 0x66_6000
 

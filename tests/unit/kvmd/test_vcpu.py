@@ -13,7 +13,7 @@ from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, GfnSpan, Hva, Level
-from tests.unit.kvmd.world import World
+from tests.kit.kvmd import World
 
 PAGE = 4096
 

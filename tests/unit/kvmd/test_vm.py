@@ -20,7 +20,7 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
-from tests.unit.kvmd.world import MM_CHANGES, WRITE, SlowImporter, World
+from tests.kit.kvmd import MM_CHANGES, WRITE, SlowImporter, World
 
 PAGE = 4096
 

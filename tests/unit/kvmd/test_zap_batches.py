@@ -17,7 +17,7 @@ from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import ept_rules
 from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
-from tests.unit.kvmd.world import WRITE, SlowImporter, World
+from tests.kit.kvmd import WRITE, SlowImporter, World
 
 PAGE = 4096
 BATCH = 4

@@ -27,7 +27,7 @@ from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Flows
 from protocol.units import PAGE_SIZE, Hva, Pfn
-from tests.unit.kvmd.world import BareHost
+from tests.kit.kvmd import BareHost
 
 BASE = 0x4000_0000
 PROT = {"none": Prot.NONE, "r": Prot.READ, "rw": Prot.READ | Prot.WRITE}

@@ -13,7 +13,7 @@ from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hpa, Hva, Pfn
-from tests.unit.kvmd.world import HandLease, SlowImporter, World
+from tests.kit.kvmd import HandLease, SlowImporter, World
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from kvmd.core.tables.map_record import WRITABLE, ZAPPED
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import WHOLE_SIZE, Gfn, GfnSpan, Hva
+from tests.kit.kvmd import READ, SlowImporter, World
 from tests.oracle.table import Machine, RawTables, ept_walk, leaves, second_stage_walk
-from tests.unit.kvmd.world import READ, SlowImporter, World
 
 PAGE = 4096
 MACHINE = Machine(address_width=46, snoop_control=True)

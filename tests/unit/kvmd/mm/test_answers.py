@@ -22,7 +22,7 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.units import Hva, Level
-from tests.unit.kvmd.world import RW, World
+from tests.kit.kvmd import RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20

@@ -11,8 +11,8 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmEvent
 from protocol.units import Hva, Pfn
+from tests.kit.kvmd import HandLease, SlowImporter
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig, errno_of
-from tests.unit.kvmd.world import HandLease, SlowImporter
 
 
 class Filed(Rig):

@@ -19,8 +19,8 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from protocol.flow import Wait
 from protocol.units import Hva, Level, Pfn
+from tests.kit.kvmd import MM_CHANGES, RW, HandLease, SlowImporter
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig, errno_of
-from tests.unit.kvmd.world import MM_CHANGES, RW, HandLease, SlowImporter
 
 HOST: list[Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = [migrate, swap_out, merge, numa_hint]
 

@@ -9,8 +9,8 @@ import pytest
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
+from tests.kit.kvmd import HandLease
 from tests.unit.kvmd.mm.mirrors import Rig
-from tests.unit.kvmd.world import HandLease
 
 
 def test_the_limit_is_reached_and_not_passed_and_what_is_refused_is_not_charged() -> None:

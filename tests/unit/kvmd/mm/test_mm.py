@@ -16,7 +16,7 @@ from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
-from tests.unit.kvmd.world import MM_CHANGES, RW, World
+from tests.kit.kvmd import MM_CHANGES, RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20

@@ -27,8 +27,8 @@ from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
+from tests.kit.kvmd import RW, World
 from tests.unit.kvmd.mm.test_mm import Notifier
-from tests.unit.kvmd.world import RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20

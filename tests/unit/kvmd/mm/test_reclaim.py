@@ -20,6 +20,7 @@ from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from protocol.errors import EHWPOISON
 from protocol.flow import Wait
 from protocol.units import Hva, Level
+from tests.kit.kvmd import MM_CHANGES, RW, World
 from tests.unit.kvmd.mm.test_mm import Notifier
 from tests.unit.kvmd.mm.test_pages import (
     books_are_right,
@@ -31,7 +32,6 @@ from tests.unit.kvmd.mm.test_pages import (
     touched,
     watch,
 )
-from tests.unit.kvmd.world import MM_CHANGES, RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20

@@ -23,7 +23,7 @@ from kvmd.core.mm.thp import split
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import Wait
 from protocol.units import Hva
-from tests.unit.kvmd.world import RW, World
+from tests.kit.kvmd import RW, World
 
 PAGE = 4096
 MIB2 = 2 << 20

@@ -19,7 +19,7 @@ from kvmd.core.mm.userfaultfd import UffdFault, Userfaultfd
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
-from tests.unit.kvmd.world import RW, World
+from tests.kit.kvmd import RW, World
 
 PAGE = 4096
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from device_sim.core.dsa import registers
 from device_sim.core.dsa.device import Dsa
-from tests.unit.device_sim.silicon import Silicon
+from tests.kit.silicon import Silicon
 
 PAGE = 4096
 NOOP, BATCH, DRAIN, MEMMOVE, FILL, COMPARE, COMPVAL = 0, 1, 2, 3, 4, 5, 6

@@ -20,8 +20,8 @@ from protocol.pt.mem import TableWriter
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.table_pool import TablePool
 from protocol.units import PAGE_SIZE, Hpa, Level
-from tests.unit.iommufdd.host import FakeHost
-from tests.unit.iommufdd.world import RID, ROOT, NoLog, World, function
+from tests.kit.host_memory import FakeHost
+from tests.kit.iommufdd import RID, ROOT, NoLog, World, function
 
 MM = 77
 META = ExportedTdpMeta(1, Level(4), Hpa(ROOT), Level(3), ((0x800,) * 5, (0x800,) * 5))

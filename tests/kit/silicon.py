@@ -18,7 +18,7 @@ from protocol.flow import Flows, Wait
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.caps import Cap, Ecap
 from protocol.units import MIB, Hpa, IovaPfn
-from tests.unit.device_sim.raw_driver import FAULTS, FAULTS_AT, RawDriver
+from tests.kit.raw_driver import FAULTS, FAULTS_AT, RawDriver
 
 T = TypeVar("T")
 
