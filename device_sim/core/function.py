@@ -12,7 +12,7 @@ one it had when it was walked; `stale` counts frames touched after they were giv
 from __future__ import annotations
 
 import errno
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Hpa, Iova, I
 
 PRI_CAPACITY = 512
 GROUP_PAGES = 8  # as many pages as one group asks for
-MAX_REQUESTS = 64  # page requests for one access, answered Success, before the device gives up on it
+MAX_REQUESTS = 64  # page requests for one page, answered Success, before the device gives up on it
 MAX_STALE_NOTES = 16
 MAX_LATENCIES = 4096
 
@@ -147,10 +147,12 @@ class Function:
     async def make_accessible(self, ranges: list[DmaRange], *, block: bool) -> None:
         """Have the first page that misses of each range, and those that miss after it, translated.
 
-        Returns once at least the first missing page of each range is in the device TLB.  Raises DmaFault.
+        Returns once at least the first missing page of each range is in the device TLB.  Raises DmaFault: one
+        page was asked for again and again in vain; an access that gets on takes as many requests as it takes.
         """
         began = None
-        for _ in range(MAX_REQUESTS):
+        tries: Counter[IovaPfn] = Counter()  # by the page that was first in the request
+        while True:
             missing = self._translate_missing(ranges)
             if not missing:
                 if began is not None:
@@ -162,19 +164,23 @@ class Function:
             first = missing[0]
             if not (block and self.pri.enabled):
                 raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=False)
+            if tries[first.page] == MAX_REQUESTS:
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
+            tries[first.page] += 1
             # await: began, first, missing, ranges: pages may be there now, which costs a request; asked
             # again: the next round translates
             # (tests/unit/device_sim/test_function_off.py::test_a_page_that_comes_meanwhile_is_found)
             # | asked: page requests go off; asked again: `_open` of pri.py
             # (tests/unit/device_sim/test_function_off.py::test_page_requests_gone_meanwhile_end_it)
+            # | tries: cannot change: our own count
             await self._unit.prq.wait_accepting()  # asking an overflowed queue again is no use
             # await: began, first, ranges, asked: an answer is no translation, and may be old; asked again:
             # the next round
             # (tests/unit/device_sim/test_function.py::test_a_page_taken_after_the_answer_is_asked_for)
+            # | tries: cannot change: our own count
             code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
                 raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
-        raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
 
     def _translate_missing(self, ranges: list[DmaRange]) -> list[PageAccess]:
         """Translation requests for what the device TLB lacks; the accesses that were not granted."""

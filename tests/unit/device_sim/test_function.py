@@ -234,6 +234,20 @@ def test_an_access_is_given_up_after_its_requests_succeeded_in_vain(silicon: Sil
     assert fault_of(done) == (0x7000, True, True)
 
 
+def test_an_access_that_gets_on_is_not_given_up_however_many_requests_it_takes(silicon: Silicon) -> None:
+    """The host takes away again all of a group but its first page."""
+    pages = MAX_REQUESTS + GROUP_PAGES
+    done = access(silicon, DmaRange(Iova(PAGE), pages * PAGE, True))
+    for page in range(1, 1 + pages):
+        if done.done:
+            break
+        asked = silicon.requests()
+        assert asked[0].page == page
+        silicon.map(page, page % 16)
+        silicon.respond(asked[-1].prgi)
+    done.result()
+
+
 def test_a_page_taken_after_the_answer_is_asked_for(silicon: Silicon) -> None:
     done = access(silicon, DmaRange(Iova(0x7000), 2 * PAGE, True))
     first = silicon.requests()
