@@ -7,7 +7,7 @@ Nothing here imports the code under test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,56 +55,116 @@ class RawTables:
 
 def ept_walk(tables: RawTables, machine: Machine, root: int, levels: int, gpa: int) -> Found:
     """The CPU's walk."""
-    table, rights = root, 0b111
-    for level in range(levels, 0, -1):
-        entry = tables.entry(table, index_of(Gfn(gpa >> 12), Level(level)))
-        r, w, x = entry & 1, entry >> 1 & 1, entry >> 2 & 1
-        if not (r or w or x):
-            return Found("absent", level, entry)
-        leaf = level == 1 or (level in (2, 3) and entry >> 7 & 1 == 1)
-        wrong = w == 1 and r == 0
-        wrong |= (r, w, x) == (0, 0, 1) and not machine.execute_only
-        wrong |= any(entry >> n & 1 for n in range(machine.address_width, 52))
-        if leaf:
-            wrong |= entry >> 3 & 7 in (2, 3, 7)
-            wrong |= level == 2 and (entry >> 12 & 0x1FF != 0 or machine.max_leaf_level < 2)
-            wrong |= level == 3 and (entry >> 12 & 0x3FFFF != 0 or machine.max_leaf_level < 3)
-        elif level in (2, 3):
-            wrong |= entry >> 3 & 0xF != 0
-        else:
-            wrong |= entry >> 3 & 0x1F != 0
-        if wrong:
-            return Found("reserved", level, entry)
-        rights &= entry & 7
-        if leaf:
-            return Found("mapped", level, entry, _leaf_hpa(entry, level, gpa), rights)
-        table = entry & 0x000F_FFFF_FFFF_F000
-    raise AssertionError("unreachable")
+    return _walk(tables, EPT, machine, root, levels, gpa)
 
 
 def second_stage_walk(tables: RawTables, machine: Machine, root: int, levels: int, address: int) -> Found:
     """The remapping unit's walk."""
+    return _walk(tables, SECOND_STAGE, machine, root, levels, address)
+
+
+def _walk(tables: RawTables, rows: Rows, machine: Machine, root: int, levels: int, address: int) -> Found:
     table, rights = root, 0b111
     for level in range(levels, 0, -1):
         entry = tables.entry(table, index_of(Gfn(address >> 12), Level(level)))
-        if entry & 1 == 0 and entry & 2 == 0:
+        if not rows.present(entry):
             return Found("absent", level, entry)
-        leaf = level == 1 or (level in (2, 3) and entry >> 7 & 1 == 1)
-        wrong = any(entry >> n & 1 for n in range(machine.address_width, 52)) or entry >> 62 & 1 == 1
-        if leaf:
-            wrong |= entry >> 11 & 1 == 1 and not machine.snoop_control
-            wrong |= level == 2 and (entry >> 12 & 0x1FF != 0 or machine.max_leaf_level < 2)
-            wrong |= level == 3 and (entry >> 12 & 0x3FFFF != 0 or machine.max_leaf_level < 3)
-        else:
-            wrong |= entry >> 11 & 1 == 1
-            wrong |= level in (4, 5) and entry >> 7 & 1 == 1
-        if wrong:
+        if rows.reserved(machine, entry, level):
             return Found("reserved", level, entry)
         rights &= entry & 7
-        if leaf:
+        if _is_leaf(entry, level):
             return Found("mapped", level, entry, _leaf_hpa(entry, level, address), rights)
         table = entry & 0x000F_FFFF_FFFF_F000
     raise AssertionError("unreachable")
+
+
+def _ept_present(entry: int) -> bool:
+    r, w, x = entry & 1, entry >> 1 & 1, entry >> 2 & 1
+    return bool(r or w or x)
+
+
+def _ept_reserved(machine: Machine, entry: int, level: int) -> bool:
+    r, w, x = entry & 1, entry >> 1 & 1, entry >> 2 & 1
+    wrong = w == 1 and r == 0
+    wrong |= (r, w, x) == (0, 0, 1) and not machine.execute_only
+    wrong |= any(entry >> n & 1 for n in range(machine.address_width, 52))
+    if _is_leaf(entry, level):
+        wrong |= entry >> 3 & 7 in (2, 3, 7)
+        wrong |= level == 2 and (entry >> 12 & 0x1FF != 0 or machine.max_leaf_level < 2)
+        wrong |= level == 3 and (entry >> 12 & 0x3FFFF != 0 or machine.max_leaf_level < 3)
+    elif level in (2, 3):
+        wrong |= entry >> 3 & 0xF != 0
+    else:
+        wrong |= entry >> 3 & 0x1F != 0
+    return wrong
+
+
+def _second_stage_present(entry: int) -> bool:
+    return not (entry & 1 == 0 and entry & 2 == 0)
+
+
+def _second_stage_reserved(machine: Machine, entry: int, level: int) -> bool:
+    wrong = any(entry >> n & 1 for n in range(machine.address_width, 52)) or entry >> 62 & 1 == 1
+    if _is_leaf(entry, level):
+        wrong |= entry >> 11 & 1 == 1 and not machine.snoop_control
+        wrong |= level == 2 and (entry >> 12 & 0x1FF != 0 or machine.max_leaf_level < 2)
+        wrong |= level == 3 and (entry >> 12 & 0x3FFFF != 0 or machine.max_leaf_level < 3)
+    else:
+        wrong |= entry >> 11 & 1 == 1
+        wrong |= level in (4, 5) and entry >> 7 & 1 == 1
+    return wrong
+
+
+def _is_leaf(entry: int, level: int) -> bool:
+    return level == 1 or (level in (2, 3) and entry >> 7 & 1 == 1)
+
+
+class Rows(NamedTuple):
+    """One kind of walker: which entries it takes for present, and which of those it does not accept."""
+
+    present: Callable[[int], bool]
+    reserved: Callable[[Machine, int, int], bool]
+
+
+EPT = Rows(_ept_present, _ept_reserved)
+SECOND_STAGE = Rows(_second_stage_present, _second_stage_reserved)
+
+
+class Audit(NamedTuple):
+    """`leaves`: the first gfn -> (level, entry); `wrong`: what the walker must not meet, a sentence each."""
+
+    leaves: dict[int, tuple[int, int]]
+    wrong: list[str]
+
+
+def audit(tables: RawTables, rows: Rows, machine: Machine, root: int, levels: int) -> Audit:
+    """All that a walker can reach, every entry of every table looked at."""
+    found = Audit({}, [])
+    seen = {root}
+    pending = [(root, levels, 0)]
+    while pending:
+        table, level, start = pending.pop()
+        at = table - tables.base
+        if at < 0 or at + 4096 > len(tables.memory):
+            found.wrong.append(f"no table at {table:#x}")
+            continue
+        page = memoryview(tables.memory)[at : at + 4096]
+        for index, entry in enumerate(page.cast("Q")):
+            if not rows.present(entry):
+                continue
+            gfn = start + (index << 9 * (level - 1))
+            if rows.reserved(machine, entry, level):
+                found.wrong.append(f"gfn {gfn:#x} level {level}: {entry:#x}")
+                continue
+            target = entry & 0x000F_FFFF_FFFF_F000
+            if _is_leaf(entry, level):
+                found.leaves[gfn] = level, entry
+            elif target in seen:
+                found.wrong.append(f"gfn {gfn:#x} level {level}: table {target:#x} is linked twice")
+            else:
+                seen.add(target)
+                pending.append((target, level - 1, gfn))
+    return found
 
 
 def _leaf_hpa(entry: int, level: int, address: int) -> int:
