@@ -38,7 +38,7 @@ POINTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("iommufdd.unit_port:UnitPort.flush", "responded", ""),
     ),
     "kvmd": (
-        ("kvmd.core.vm:Kvm.fault_exported", "fault", "fixed"),
+        ("kvmd.core.export.importer:Importer.fault", "fault", "fixed"),
         ("kvmd.core.slots.memslot:Memslots.find", "slot", "slot found"),
         ("kvmd.core.mm.mm:Mm.get_user_page", "host page", "host page there"),
         ("kvmd.core.tables.tdp_mmu:map_page", "map", "mapped"),

@@ -1,10 +1,12 @@
 """The rooms of kvmd's core: each stands on those below it, as ARCHITECTURE draws them.
 
-A room is a folder, or a file beside the folders.  What stands on one floor does not know of one another.
+A room is a folder, or a file beside the folders.  What stands on one floor does not know of one another.  A
+class of a room takes a few things by name: more of them belong together, or the class does not.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import PurePosixPath
 
@@ -24,6 +26,8 @@ FLOORS = (
     ("vm_list", "capability", "invariants", "stats"),
     ("inspect",),
 )
+TAKES_MAX = 6
+TAKES_MORE = {"HostKernel": "the machine: memory, clock and limits come from outside, each by itself"}
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -47,6 +51,22 @@ def check_rooms(module: Module) -> list[str]:
     return found
 
 
+def check_takes(module: Module) -> list[str]:
+    """What a class that behaves takes to be made; records are as long as what they stand for."""
+    if room_of(module.name) is None:
+        return []
+    found = []
+    for owner in ast.walk(module.tree):
+        if not isinstance(owner, ast.ClassDef) or owner.name in TAKES_MORE:
+            continue
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                takes = len(node.args.args) + len(node.args.kwonlyargs) - 1
+                if takes > TAKES_MAX:
+                    found.append(module.at(node, f"{owner.name} takes {takes} things, at most {TAKES_MAX}"))
+    return found
+
+
 def picture(text: str) -> list[tuple[str, ...]]:
     """The floors as ARCHITECTURE draws them, from the ground up: names in the left column of the block that
     begins with `inspect`."""
@@ -58,6 +78,17 @@ def picture(text: str) -> list[tuple[str, ...]]:
 
 def test_each_room_stands_on_those_below() -> None:
     hold(check_rooms, modules())
+
+
+def test_each_class_takes_a_few_things() -> None:
+    hold(check_takes, modules())
+
+
+def test_a_class_that_takes_everything_is_seen() -> None:
+    text = "class {}:\n    def __init__(self, a, b, c, d, *, e, f{}): ..."
+    assert check_takes(snippet("kvmd/core/slots/a.py", text.format("A", ""))) == []
+    assert len(check_takes(snippet("kvmd/core/slots/a.py", text.format("A", ", g")))) == 1
+    assert check_takes(snippet("kvmd/core/slots/a.py", text.format("HostKernel", ", g"))) == []
 
 
 def test_every_room_of_the_table_is_there() -> None:
