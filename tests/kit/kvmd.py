@@ -1,10 +1,9 @@
-"""A kvmd core in this process: a host on anonymous memory, flows driven by hand, importers that ack late."""
+"""A kvmd core in this process: a host on anonymous memory, one process with a VM, flows driven by hand."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from kvmd.core.cpu.vcpu import RunResult, Vcpu
@@ -23,6 +22,7 @@ from protocol.flow import Flows, Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.units import GIB, MIB, PAGE_SIZE, Gfn, Gpa, Hva, Level
+from tests.kit.importer import SlowImporter
 from tests.oracle.table import RawTables, flat
 
 T = TypeVar("T")
@@ -78,40 +78,6 @@ class BareHost:
         )
 
 
-@dataclass
-class Told:
-    """One invalidation an importer was told and has not acked."""
-
-    start: int
-    size: int
-    epoch: int
-    acked: Wait[None]
-
-
-@dataclass
-class SlowImporter:
-    """Acks when the test says so, in whatever order."""
-
-    pending: list[Told] = field(default_factory=list)
-    heard: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
-        told = Told(start, size, epoch, Wait())
-        self.pending.append(told)
-        self.heard.append((start, size, epoch))
-        return told.acked
-
-    def ack(self, index: int = 0) -> None:
-        self.pending.pop(index).acked.set(None)
-
-
-@dataclass(eq=False)
-class HandLease:
-    """Ended by hand, as if the last copy of it were closed."""
-
-    ended: Wait[None] = field(default_factory=Wait)
-
-
 class World:
     """One process with one VM."""
 
@@ -152,23 +118,23 @@ class World:
     def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
         self.run(self.vm.slots_change.set_memory_region(self.region(slot, gfn, pages, hva, flags)))
 
-    def vcpu(self, vcpu_id: int = 0, maxphyaddr: int = 46) -> Vcpu:
+    def create_vcpu(self, vcpu_id: int = 0, maxphyaddr: int = 46) -> Vcpu:
         vcpu = self.vm.vcpus.create(vcpu_id)
         self.vm.set_maxphyaddr(vcpu, maxphyaddr)
         return vcpu
 
     def export(self) -> ExportedTdp:
         if not self.vm.vcpus:
-            self.vcpu()
+            self.create_vcpu()
         return self.run(self.vm.exports.create(CreateTdpFd(0, 0, 0)))
 
-    def read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
+    def guest_read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
         return self.run(vcpu.run([("r", gpa, size)]))
 
-    def write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
+    def guest_write(self, vcpu: Vcpu, gpa: int, data: bytes) -> RunResult:
         return self.run(vcpu.run([("w", gpa, data)]))
 
-    def fault(self, gfn: int) -> Coroutine[Any, None, FaultResult]:
+    def device_fault(self, gfn: int) -> Coroutine[Any, None, FaultResult]:
         """A device's store faults: a flow that may have to wait."""
         return self.vm.exports.tdps[0].fault(self.vm.fault_path, 77, Gfn(gfn), WRITE)
 

@@ -137,7 +137,7 @@ class Rig:
         self.clock = 0
         self.generation: Counter[int] = Counter()
         self._watch_pool()
-        self.vcpus: list[Vcpu] = [self.world.vcpu(i) for i in range(2)]
+        self.vcpus: list[Vcpu] = [self.world.create_vcpu(i) for i in range(2)]
         if own:
             enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()

@@ -97,7 +97,7 @@ class Migration:
             enable_cap(self.vm, KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
         world.map(PAGES // 512 if huge else PAGES, 2 if huge else 1, hva=HVA)
         world.map(1, hva=BITMAP)
-        self.vcpus: list[Vcpu] = [world.vcpu(i) for i in range(2)]
+        self.vcpus: list[Vcpu] = [world.create_vcpu(i) for i in range(2)]
         self.rings = [memoryview(bytearray(RING_BYTES)) for _ in self.vcpus] if ring else []
         self.harvested = [0 for _ in self.vcpus]
         for vcpu, memory in zip(self.vcpus, self.rings, strict=False):
@@ -152,7 +152,7 @@ class Migration:
 
     def dma(self, page: int, byte: int) -> None:
         if self.device is not None and not self.device.store(GFN + page, byte):
-            self.world.start(self.world.fault(GFN + page))
+            self.world.start(self.world.device_fault(GFN + page))
             self.device.store(GFN + page, byte)
 
     # -- the migrator ----------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Hva, pages_of_level
-from tests.kit.kvmd import RW, HandLease, SlowImporter, Told, World
+from tests.kit.importer import HandLease, SlowImporter, Told
+from tests.kit.kvmd import RW, World
 from tests.kit.refusals import may_refuse
 from tests.properties.machine import AnyOrder
 

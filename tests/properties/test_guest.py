@@ -122,7 +122,7 @@ class Real:
     exits: list[Exit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         for slot, kind in enumerate(LAYOUT):
             hva = None if kind == HOLE else int(self.world.map(1, hva=0x4000_0000 - slot * 2 * PAGE))
             self.hvas.append(hva)

@@ -15,7 +15,8 @@ from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Gpa, Hva
-from tests.kit.kvmd import RW, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import RW, World
 
 PAGE, PAGES, GFN, ELSEWHERE = 4096, 16, 0x100, 0x900
 GPA = GFN << 12
@@ -35,7 +36,7 @@ class Asleep:
         self.world.map(1, hva=BITMAP)
         self.map()
         self.slot(flags=flags)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         if export:
             self.world.export().register_importer("unit", self.importer)
 

@@ -16,7 +16,8 @@ from kvmd.core.slots.dirty_log import ClearDirtyLog
 from protocol.errors import UapiError
 from protocol.pt.cursor import RangeEntry, walk_range
 from protocol.units import MIB, Gfn, Hva
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 GFN, HVA, BITMAP = 0x400, 0x2000_0000_0000, 0x3000_0000_0000
 NO_PML = CpuFeatures(pml=False)
@@ -52,7 +53,7 @@ class Logged:
         world.map(self.pages >> 9 * (level - 1), level, hva=HVA)
         world.map(1, hva=BITMAP)
         self.log(flags)
-        self.vcpu: Vcpu = world.vcpu()
+        self.vcpu: Vcpu = world.create_vcpu()
         self.ring = memoryview(bytearray(ring))
         if ring:
             self.vm.dirty_log.add_ring(self.vcpu.arch.id, self.ring)
@@ -67,7 +68,7 @@ class Logged:
 
     def write(self, *pages: int) -> None:
         for page in pages:
-            result = self.world.write(self.vcpu, GFN + page << 12, b"x")
+            result = self.world.guest_write(self.vcpu, GFN + page << 12, b"x")
             assert result.done, result
 
     def touch(self, page: int) -> None:
@@ -76,7 +77,7 @@ class Logged:
 
     def read(self, *pages: int) -> None:
         for page in pages:
-            self.world.read(self.vcpu, GFN + page << 12, 1)
+            self.world.guest_read(self.vcpu, GFN + page << 12, 1)
 
     def bits(self) -> set[int]:
         data = self.world.run(self.world.mm.read(Hva(BITMAP), (self.pages + 63) // 64 * 8))

@@ -12,7 +12,8 @@ from kvmd.core.stats import vm_stats
 from kvmd.core.tables.tdp_table import Root
 from protocol.flow import Wait
 from protocol.units import MIB, Gfn, GfnSpan, Hva
-from tests.kit.kvmd import WRITE, SlowImporter, World, is_sound
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import WRITE, World, is_sound
 from tests.oracle.table import RawTables, flat
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ class Managed:
         self.world.map(4, hva=BITMAP)
         self.pages = pages
         self.world.set_slot(0, BASE, pages, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         if policy is not None:
             enable_cap(self.vm, KvmCap.TDP_FD_ROOT_POLICY, 0, list(policy))
         elif own:

@@ -12,7 +12,8 @@ from kvmd.core.export.pinning import Account
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Hva
-from tests.kit.kvmd import SlowImporter, World, is_sound
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World, is_sound
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Guest:
         self.vm = self.world.vm
         self.hva = self.world.map(PAGES >> 9 * (level - 1), level)
         self.world.set_slot(0, BASE, PAGES, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         if own:
             enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
         self.exported = self.world.export()

@@ -16,7 +16,8 @@ from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.pt.entry import pfn_of
 from protocol.units import MIB, PAGE_SIZE, WHOLE_SIZE, Gfn, Gpa, Hva, Pfn
-from tests.kit.kvmd import RW, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import RW, World
 from tests.oracle.table import Machine, RawTables, ept_walk
 
 GFN, PAGES = 0x400, 512
@@ -74,8 +75,8 @@ class Rig:
         self.importer = Witness(rig=self)
         self.exported.register_importer("unit", self.importer)
         self.raw = RawTables(LOW_RAM_START, world.bare.tables)
-        assert world.write(self.cpu, GFN << 12, b"guest").done
-        assert world.write(self.cpu, GFN + PAGES - 1 << 12, b"guest").done
+        assert world.guest_write(self.cpu, GFN << 12, b"guest").done
+        assert world.guest_write(self.cpu, GFN + PAGES - 1 << 12, b"guest").done
         assert world.io_fault(self.exported, GFN) in (FaultResult.SPURIOUS, FaultResult.FIXED)
         self.importer.heard.clear()
 

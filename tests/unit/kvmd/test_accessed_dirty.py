@@ -23,7 +23,7 @@ class Guest:
         self.world = World(CpuFeatures(ept_ad_bits=ad_bits))
         self.gpa = 0x20_0000 if level == 2 else RAM
         self.world.set_slot(0, self.gpa >> 12, 512, self.world.map(1 if level == 2 else 512, level))
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.logged: list[int] = []
         self.world.vm.dirty_log.mark = (  # type: ignore[method-assign]
             lambda slot, gfn, *who: self.logged.append(gfn)
@@ -32,10 +32,10 @@ class Guest:
         self.logged.clear()  # the fault that made the entry is logged too
 
     def store(self) -> None:
-        assert self.world.write(self.vcpu, self.gpa, b"x").done
+        assert self.world.guest_write(self.vcpu, self.gpa, b"x").done
 
     def load(self) -> None:
-        assert self.world.read(self.vcpu, self.gpa, 1).done
+        assert self.world.guest_read(self.vcpu, self.gpa, 1).done
 
     @property
     def entry(self) -> int:
@@ -79,11 +79,11 @@ def test_a_ring_that_setting_d_filled_is_left_for_before_the_store() -> None:
     guest = Guest()
     guest.clear(bits.DIRTY)
     guest.world.vm.dirty_log.ring_full = lambda vcpu_id: bool(guest.logged)  # type: ignore[method-assign]
-    stopped = guest.world.write(guest.vcpu, guest.gpa, b"y")
+    stopped = guest.world.guest_write(guest.vcpu, guest.gpa, b"y")
     assert (stopped.exit.reason, stopped.done) == (ExitReason.DIRTY_RING_FULL, False)
     guest.logged.clear()
     assert guest.world.run(guest.vcpu.run(None)).done
-    assert guest.world.read(guest.vcpu, guest.gpa, 1).reads == [b"y"]
+    assert guest.world.guest_read(guest.vcpu, guest.gpa, 1).reads == [b"y"]
 
 
 def test_without_the_flush_a_store_is_lost() -> None:
@@ -131,9 +131,9 @@ def test_an_entry_that_changed_since_is_not_stored_over() -> None:
 def test_a_read_only_entry_is_never_made_dirty_by_a_walk() -> None:
     world = World()
     world.set_slot(1, 0x300, 1, world.map(1), flags=2)
-    vcpu = world.vcpu()
-    world.read(vcpu, 0x30_0000, 1)
-    world.write(vcpu, 0x30_0000, b"x")
+    vcpu = world.create_vcpu()
+    world.guest_read(vcpu, 0x30_0000, 1)
+    world.guest_write(vcpu, 0x30_0000, b"x")
     (met,) = world.vm.mmu.leaves(world.vm.mmu.roots[0])
     assert met.entry & (bits.DIRTY | bits.WRITE) == 0
     assert (met.gfn, met.level) == (Gfn(0x300), Level(1))

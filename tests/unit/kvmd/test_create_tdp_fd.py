@@ -29,7 +29,7 @@ WIDE = CpuFeatures(maxphyaddr=52, ept_levels=5)
 def world() -> World:
     made = World()
     made.set_slot(0, 0x100, 16, made.map(16))
-    made.vcpu()
+    made.create_vcpu()
     return made
 
 
@@ -129,7 +129,7 @@ def test_looking_in_one_section_and_listing_in_another_is_noticed(
 @pytest.mark.rfc("RFC-21")
 def test_the_root_of_a_running_vcpu_is_lent(world: World) -> None:
     vcpu = world.vm.vcpus[0]
-    world.write(vcpu, 0x10_0000, b"x")
+    world.guest_write(vcpu, 0x10_0000, b"x")
     exported = world.export()
     assert vcpu.arch.roots[0] is not None
     assert exported.meta.root_hpa == vcpu.arch.roots[0].hpa
@@ -140,9 +140,9 @@ def test_the_root_of_a_running_vcpu_is_lent(world: World) -> None:
 def test_a_vcpu_that_runs_after_the_export_runs_on_the_exported_root(world: World) -> None:
     exported = world.export()
     assert world.vm.vcpus[0].arch.roots[0] is None
-    world.write(world.vm.vcpus[0], 0x10_0000, b"x")
-    later = world.vcpu(1)
-    world.read(later, 0x10_0000, 1)
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"x")
+    later = world.create_vcpu(1)
+    world.guest_read(later, 0x10_0000, 1)
     assert {vcpu.arch.roots[0] for vcpu in world.vm.vcpus} == {exported.root}
     assert later.arch.ept_violations == 0
 
@@ -154,7 +154,7 @@ def test_a_vcpu_that_runs_after_the_export_runs_on_the_exported_root(world: Worl
 def test_the_width_of_a_vm_is_its_narrowest_vcpus(widths: tuple[int, ...], least: int, level: int) -> None:
     world = World(WIDE)
     for number, width in enumerate(widths):
-        world.vcpu(number, width)
+        world.create_vcpu(number, width)
     world.vm.vcpus.create(9)  # it has no CPUID, so it does not count
     assert world.vm.vcpus.maxphyaddr == least
     assert world.export().meta.level == level
@@ -169,7 +169,7 @@ def test_the_width_of_a_vm_is_its_narrowest_vcpus(widths: tuple[int, ...], least
 def test_a_later_vcpu_that_would_run_apart_is_refused(exported: int, later: int) -> None:
     """In the series it silently gets another root, and each page is faulted in twice from then on."""
     world = World(WIDE)
-    world.vcpu(0, exported)
+    world.create_vcpu(0, exported)
     world.export()
     vcpu = world.vm.vcpus.create(1)
     with refused(errno.EINVAL, "-level root"):
@@ -182,18 +182,18 @@ def test_a_later_vcpu_that_would_run_apart_is_refused(exported: int, later: int)
 @pytest.mark.defect("B-28")
 def test_another_width_that_takes_the_same_root_is_let_in() -> None:
     world = World(WIDE)
-    world.vcpu(0, 46)
+    world.create_vcpu(0, 46)
     world.export()
-    world.vcpu(1, 40)
-    world.vcpu(2, 48)
+    world.create_vcpu(1, 40)
+    world.create_vcpu(2, 48)
     assert vm_stats(world.vm)["vcpus_apart"] == 0
 
 
 @pytest.mark.defect("B-28")
 def test_a_vcpu_apart_from_before_is_reported() -> None:
     world = World(WIDE)
-    world.vcpu(0, 46)
-    world.vcpu(1, 52)
+    world.create_vcpu(0, 46)
+    world.create_vcpu(1, 52)
     world.export()
     assert vm_stats(world.vm)["vcpus_apart"] == 1
 
@@ -237,13 +237,13 @@ def without_table_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> Create
 
 
 def unwritable(world: World, _: pytest.MonkeyPatch) -> CreateTdpFd:
-    world.write(world.vm.vcpus[0], 0x10_0000, b"its root is there, to be lent")
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"its root is there, to be lent")
     return CreateTdpFd(0, 0, 0, world.map(1, prot=Prot.READ))
 
 
 def half_unwritable(world: World, _: pytest.MonkeyPatch) -> CreateTdpFd:
     """The struct reaches from a page that can be written into one that cannot."""
-    world.write(world.vm.vcpus[0], 0x10_0000, b"its root is there, to be lent")
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"its root is there, to be lent")
     world.map(1, hva=0x7000_0000)
     world.map(1, hva=0x7000_1000, prot=Prot.READ)
     return CreateTdpFd(0, 0, 0, Hva(0x7000_0FF8))

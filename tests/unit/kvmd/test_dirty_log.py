@@ -230,7 +230,7 @@ def test_huge_leaves_come_back_by_way_of_a_frozen_entry_and_a_flush_of_its_regio
     assert frozen == [GFN], "one region at a time"
     assert logged.importer.heard == [(GFN << 12, 2 * MIB, logged.vm.flusher.epoch)]
     assert held == 1, "the table stays as it was until the ack (I7)"
-    fault = logged.world.start(logged.world.fault(GFN + 5))
+    fault = logged.world.start(logged.world.device_fault(GFN + 5))
     assert not fault.done, "what is frozen is somebody else's"
     logged.world.ack(logged.importer)
     assert fault.done
@@ -298,7 +298,7 @@ def test_a_move_keeps_the_bits_and_a_refused_one_zaps_all_the_same() -> None:
     logged.write(3, 9)
     logged.world.set_slot(0, 0x800, 128, HVA, 1)
     assert logged.dirty() == {3, 9}
-    logged.world.write(logged.vcpu, 0x805 << 12, b"x")
+    logged.world.guest_write(logged.vcpu, 0x805 << 12, b"x")
     root = logged.vcpu.arch.roots[0]
     beyond = logged.world.region(0, 1 << 34, 128, HVA, 1)
     assert errno_of(logged.vm.slots_change.set_memory_region(beyond), logged.world) == errno.EINVAL
@@ -306,7 +306,7 @@ def test_a_move_keeps_the_bits_and_a_refused_one_zaps_all_the_same() -> None:
     assert root.invalid, "everything was zapped before the last check"
     assert logged.dirty() == {5}
     logged.touch(6)
-    logged.world.read(logged.vcpu, 0x806 << 12, 1)
+    logged.world.guest_read(logged.vcpu, 0x806 << 12, 1)
     assert logged.dirty() == {6}
 
 

@@ -43,9 +43,9 @@ def test_a_full_ring_stops_the_vcpu_until_it_is_reset(features: CpuFeatures) -> 
     logged = Logged(features, ring=16384 if features.pml else 4096, pages=1024)
     limit = len(logged.ring) // 16 - (576 if features.pml else 64)
     logged.write(*range(limit - 1))
-    result = logged.world.write(logged.vcpu, GFN + limit << 12, b"x")
+    result = logged.world.guest_write(logged.vcpu, GFN + limit << 12, b"x")
     assert (result.exit.reason, result.finished) == (ExitReason.DIRTY_RING_FULL, 0)
-    assert logged.world.read(logged.vcpu, GFN << 12, 1).exit.reason is ExitReason.DIRTY_RING_FULL
+    assert logged.world.guest_read(logged.vcpu, GFN << 12, 1).exit.reason is ExitReason.DIRTY_RING_FULL
     words = logged.ring.cast("I")
     for index in range(limit):
         words[index * 4] = 2

@@ -45,7 +45,7 @@ class Guest:
         self.world.run(self.world.mm.write(self.rom, b"rom!" * 4))
         self.world.set_slot(1, RAM >> 12, 64, self.hva)
         self.world.set_slot(2, RO >> 12, 64, self.rom, flags=2)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
 
     def play(self, cpl: int, code: list[Instruction], *replies: str) -> Seen:
         seen, answers = Seen(), list(replies)

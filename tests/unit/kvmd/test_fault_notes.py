@@ -39,7 +39,7 @@ def told(level: int = 1, **fields: int) -> tuple[World, Reader]:
     world = World()
     pages = 16 if level == 1 else 1
     world.set_slot(0, BASE, pages << 9 * (level - 1), world.map(pages, level), **fields)
-    world.vcpu()
+    world.create_vcpu()
     reader = Reader()
     world.vm.fault_notes.subscribe(reader)
     return world, reader
@@ -48,15 +48,15 @@ def told(level: int = 1, **fields: int) -> tuple[World, Reader]:
 def test_a_vcpus_fault_is_noted_once_with_what_its_leaf_maps() -> None:
     world, reader = told()
     vcpu = world.vm.vcpus[0]
-    world.write(vcpu, (BASE + 3) << 12, b"x")
-    world.write(vcpu, (BASE + 3) << 12, b"y")
-    world.read(vcpu, (BASE + 5) << 12, 1)  # the zero page, which nobody may write
+    world.guest_write(vcpu, (BASE + 3) << 12, b"x")
+    world.guest_write(vcpu, (BASE + 3) << 12, b"y")
+    world.guest_read(vcpu, (BASE + 5) << 12, 1)  # the zero page, which nobody may write
     assert reader.heard == [(BASE + 3, 1, True), (BASE + 5, 1, False)]
 
 
 def test_the_note_of_a_huge_leaf_begins_at_its_first_gfn() -> None:
     world, reader = told(level=2)
-    world.write(world.vm.vcpus[0], (BASE + 77) << 12, b"x")
+    world.guest_write(world.vm.vcpus[0], (BASE + 77) << 12, b"x")
     assert reader.heard == [(BASE, 512, True)]
 
 
@@ -73,10 +73,10 @@ def test_a_write_that_only_logging_held_up_is_no_news() -> None:
     world, reader = told()
     vcpu = world.vm.vcpus[0]
     exported = world.export()
-    world.write(vcpu, BASE << 12, b"x")
+    world.guest_write(vcpu, BASE << 12, b"x")
     slot = next(iter(world.vm.slots))
     world.set_slot(0, BASE, 16, slot.hva, flags=1)
-    world.write(vcpu, BASE << 12, b"y")
+    world.guest_write(vcpu, BASE << 12, b"y")
     assert vm_stats(world.vm)["pf_fast"] == 1
     assert len(reader.heard) == 1
     assert exported.root.leaves[1] == 1
@@ -105,7 +105,7 @@ def test_a_full_reader_loses_notes_and_nobody_else_does() -> None:
     full = Reader(room=1)
     world.vm.fault_notes.subscribe(full)
     for page in range(3):
-        world.write(world.vm.vcpus[0], (BASE + page) << 12, b"x")
+        world.guest_write(world.vm.vcpus[0], (BASE + page) << 12, b"x")
     stats = vm_stats(world.vm)
     assert (len(reader.heard), len(full.heard)) == (3, 1)
     assert (stats["notes"], stats["notes_dropped"]) == (4, 2)

@@ -19,7 +19,8 @@ from protocol.pt import bits
 from protocol.pt.geometry import ENTRY_BYTES, index_of
 from protocol.pt.walk import walk
 from protocol.units import Gfn, Hva
-from tests.kit.kvmd import READ, WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import READ, WRITE, World
 
 RAM, PAGE = 0x10_0000, 4096
 SMRAM = 1 << 16 | 3  # slot 3 of address space 1
@@ -30,7 +31,7 @@ class Guest:
         self.world = World()
         self.hva = self.world.map(16)
         self.world.set_slot(0, 0x100, 16, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
@@ -75,10 +76,10 @@ def test_poison_fails_a_device_after_one_look_and_signals_a_cpu() -> None:
     assert poisoned.lookups == 1
     assert IO_ERRNO[FaultResult.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
     for _ in range(2):
-        ran = guest.world.read(guest.vcpu, RAM + PAGE, 1)
+        ran = guest.world.guest_read(guest.vcpu, RAM + PAGE, 1)
         assert (ran.exit.reason, ran.exit.errno) == (ExitReason.INTR, errno.EINTR)
         assert ran.exit.sigbus == guest.hva + PAGE
-    assert guest.world.write(guest.vcpu, RAM, b"x").done, "the page beside it is well"
+    assert guest.world.guest_write(guest.vcpu, RAM, b"x").done, "the page beside it is well"
     assert set(guest.world.table()) == {0x100}
 
 
@@ -107,7 +108,7 @@ def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
 @pytest.mark.defect("B-13")
 def test_a_page_somebody_else_mapped_first_is_success() -> None:
     guest = Guest()
-    guest.world.write(guest.vcpu, RAM, b"x")
+    guest.world.guest_write(guest.vcpu, RAM, b"x")
     for kind in (READ, WRITE):
         assert guest.world.io_fault(guest.exported, 0x100, kind) is FaultResult.SPURIOUS
     assert FaultResult.SPURIOUS in RESOLVED
@@ -149,7 +150,7 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
     assert len(guest.importer.heard) == heard + 1, "importers hear of flushes other roots caused"
     assert guest.smm(RAM, 3).reads == [bytes(3)]
 
-    world.write(guest.vcpu, RAM, b"x")
+    world.guest_write(guest.vcpu, RAM, b"x")
     guest.finish(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     assert (smm.invalid, guest.exported.root.invalid) == (True, False)
     assert guest.smm(RAM, 3).reads == [bytes(3)]
@@ -163,7 +164,7 @@ def test_leaving_smm_does_not_take_its_translations_along() -> None:
     guest.world.set_slot(SMRAM, 0x100, 4, guest.world.map(4))
     for _ in range(2):
         assert guest.world.run(guest.vcpu.run([("w", RAM, b"s")], smm=True)).done
-        assert guest.world.write(guest.vcpu, RAM, b"n").done
+        assert guest.world.guest_write(guest.vcpu, RAM, b"n").done
     assert guest.smm(RAM).reads == [b"s"]
-    assert guest.world.read(guest.vcpu, RAM, 1).reads == [b"n"]
+    assert guest.world.guest_read(guest.vcpu, RAM, 1).reads == [b"n"]
     assert guest.vcpu.arch.ept_violations == 2

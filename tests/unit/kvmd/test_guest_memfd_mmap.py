@@ -90,13 +90,13 @@ def test_guest_and_process_have_the_same_page(world: World) -> None:
     memfd = made(world)
     mapped(world, memfd)
     bound(world, memfd)
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     world.run(world.mm.write(HVA, b"host"))
-    assert world.read(vcpu, GPA, 4).reads == [b"host"]
-    world.write(vcpu, GPA + PAGE, b"guest")
+    assert world.guest_read(vcpu, GPA, 4).reads == [b"host"]
+    world.guest_write(vcpu, GPA + PAGE, b"guest")
     assert world.run(world.mm.read(Hva(HVA + PAGE), 5)) == b"guest"
     assert world.run(vcpu.run([("add", GPA, 1, 1)], 0)).done, "and so has the emulator"
-    assert world.read(vcpu, GPA, 4).reads == [b"iost"]
+    assert world.guest_read(vcpu, GPA, 4).reads == [b"iost"]
     assert world.host.frames.in_use == 2
     books_are_right(world)
 
@@ -106,13 +106,13 @@ def test_a_hole_takes_the_page_from_both(world: World, how: str) -> None:
     memfd = made(world)
     mapped(world, memfd)
     bound(world, memfd)
-    vcpu = world.vcpu()
-    world.write(vcpu, GPA, b"guest")
+    vcpu = world.create_vcpu()
+    world.guest_write(vcpu, GPA, b"guest")
     assert world.run(world.mm.read(HVA, 5)) == b"guest"
     punch = memfd.punch_hole(0, PAGE) if how == "the fd" else ADVICE["remove"](world.mm, HVA, 1)
     world.run(punch)
     assert world.host.frames.in_use == 0
-    assert world.read(vcpu, GPA, 5).reads == [bytes(5)]
+    assert world.guest_read(vcpu, GPA, 5).reads == [bytes(5)]
     assert world.run(world.mm.read(HVA, 5)) == bytes(5)
     books_are_right(world)
 

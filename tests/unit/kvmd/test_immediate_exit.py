@@ -28,7 +28,7 @@ class Guest:
         self.hva = self.world.map(16)
         self.world.set_slot(1, RAM >> 12, 16, self.hva)
         self.world.set_slot(2, UNBACKED >> 12, 16, 0x7000_0000)
-        self.vcpu: Vcpu = self.world.vcpu()
+        self.vcpu: Vcpu = self.world.create_vcpu()
 
     def run(
         self, code: list[Instruction] | None, cpl: int = 3, *, stay: bool = False, reply: bytes = b""

@@ -18,7 +18,8 @@ from kvmd.core.vm_list import VmList
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Gfn, GfnSpan, Gpa
-from tests.kit.kvmd import WRITE, HandLease, SlowImporter, World
+from tests.kit.importer import HandLease, SlowImporter
+from tests.kit.kvmd import WRITE, World
 
 PAGE = 4096
 BASE = 0x100
@@ -41,7 +42,7 @@ class Rig:
         self.world.vm = self.vm
         self.hva = self.world.map(16)
         self.world.set_slot(0, BASE, 16, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         create = TdpFd.create(self.users, self.vm.exports, self.vm.fault_path, CreateTdpFd(0, 0, 0))
         self.tdp = self.world.run(create)
         self.ops: dict[str, SlowImporter] = {}
@@ -285,7 +286,7 @@ def test_a_vcpu_that_runs_is_busy_and_runs_on_undisturbed(rig: Rig) -> None:
     assert errno_of(lambda: rig.world.run(ahead)) == errno.EBUSY
     rig.world.ack(rig.ops["unit"])
     assert run.result().reads == [bytes(4)]
-    assert rig.world.read(rig.vcpu, BASE * PAGE, 2).reads == [bytes(2)]
+    assert rig.world.guest_read(rig.vcpu, BASE * PAGE, 2).reads == [bytes(2)]
 
 
 def test_a_vcpu_that_faults_ahead_does_not_run(rig: Rig) -> None:

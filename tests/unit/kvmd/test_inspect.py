@@ -119,7 +119,7 @@ def test_the_runs_are_the_tables_pages_and_no_others(world: World) -> None:
     assert all(a.base + a.pages * PAGE_SIZE < b.base for a, b in pairwise(runs))
     other = World()
     other.set_slot(0, 0, 16, other.map())
-    other.read(other.vcpu(), 0, 1)
+    other.guest_read(other.create_vcpu(), 0, 1)
     (run,) = table_runs(other.host.writer, root_of(other.vm))
     assert (run.base, run.pages) == (LOW_RAM_START, 4)
 
@@ -134,8 +134,8 @@ def test_a_table_too_big_to_copy_in_one_turn_is_efbig(world: World, monkeypatch:
 def test_five_levels_and_a_vcpus_own_root() -> None:
     world = World(CpuFeatures(maxphyaddr=52, ept_levels=5))
     world.set_slot(0, 1 << 37, 16, world.map())
-    vcpu = world.vcpu(maxphyaddr=52)
-    world.write(vcpu, 1 << 49, b"x")
+    vcpu = world.create_vcpu(maxphyaddr=52)
+    world.guest_write(vcpu, 1 << 49, b"x")
     root = root_of(world.vm)
     assert root.role.level == Level(5)
     probes = make_probes(world.vm, root, 100)

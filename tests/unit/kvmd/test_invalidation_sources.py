@@ -199,7 +199,7 @@ SOURCES: dict[str, Source] = {
     "eager split": Source(split_ahead, [], leaf.small, memory="huge"),
     "logging off": Source(region(0), [REGION], leaf.frozen, memory="huge", rig={"flags": 1}),
     "huge leaf over a table": Source(
-        lambda rig: rig.world.fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
+        lambda rig: rig.world.device_fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
     ),
     "write-protect one gfn": Source(
         lambda rig: rig.vm.write_track.add(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
@@ -207,9 +207,13 @@ SOURCES: dict[str, Source] = {
     # -- the end, and what is none --
     "vm destroy": Source(released_and_destroyed, []),
     "tdp fd release": Source(lambda rig: rig.vm.exports.close(rig.exported), [], leaf.same),
-    "not present to present": Source(lambda rig: rig.world.fault(GFN + 1), [], leaf.same),
+    "not present to present": Source(lambda rig: rig.world.device_fault(GFN + 1), [], leaf.same),
     "permission raised": Source(
-        lambda rig: rig.world.fault(GFN), [], leaf.writable_again, rig={"flags": 1}, before=is_protected
+        lambda rig: rig.world.device_fault(GFN),
+        [],
+        leaf.writable_again,
+        rig={"flags": 1},
+        before=is_protected,
     ),
 }
 
@@ -225,7 +229,7 @@ def behaves(source: Source) -> None:
     rig.importer.heard.clear()
     rig.importer.cpu_had_it.clear()
     if source.told:
-        assert rig.world.read(rig.cpu, GFN << 12, 5).done, "the CPU has it in its TLB"
+        assert rig.world.guest_read(rig.cpu, GFN << 12, 5).done, "the CPU has it in its TLB"
     entry, frame = rig.entry(), rig.frame
     tag = rig.tag(frame)
     over = rig.world.start(source.act(rig))

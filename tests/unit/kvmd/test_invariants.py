@@ -11,7 +11,8 @@ from kvmd.core.invariants import check_vm
 from kvmd.core.slots.memslot import Memslot, SlotFlag
 from kvmd.core.tables.tdp_table import RootEvent, RootState
 from protocol.units import Gfn, Hva, Level, Pfn
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 PAGE = 4096
 
@@ -23,7 +24,7 @@ def world() -> World:
     made.set_slot(1, 0x200, 512, made.map(1, 2))
     made.export()
     for gpa in (0x10_0000, 0x10_1000, 0x20_0000):
-        made.write(made.vm.vcpus[0], gpa, b"x")
+        made.guest_write(made.vm.vcpus[0], gpa, b"x")
     assert check_vm(made.vm) == []
     return made
 
@@ -40,7 +41,7 @@ def test_a_page_that_is_writable_with_its_bit_clear_is_found(world: World) -> No
     assert numbers(world) == set()
     change(world, 0x100, 1, lambda entry: entry | 2)
     assert numbers(world) == {"I20"}
-    world.write(world.vm.vcpus[0], 0x10_2000, b"x")
+    world.guest_write(world.vm.vcpus[0], 0x10_2000, b"x")
     logging = world.vm.slots.find(Gfn(0x100))
     assert logging is not None
     assert logging.dirty is not None
@@ -103,7 +104,7 @@ def test_a_table_counted_at_another_level_is_found(world: World, level: int) -> 
 
 def test_more_rights_than_the_slot_has_are_found(world: World) -> None:
     world.set_slot(2, 0x500, 1, world.map(1), flags=2)
-    world.read(world.vm.vcpus[0], 0x50_0000, 1)
+    world.guest_read(world.vm.vcpus[0], 0x50_0000, 1)
     assert check_vm(world.vm) == []
     change(world, 0x500, 1, lambda entry: entry | 2)
     assert numbers(world) == {"I11"}

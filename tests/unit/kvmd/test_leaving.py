@@ -25,12 +25,12 @@ def test_private_memory_without_a_page_leaves_as_memory_fault_that_says_so() -> 
     world = World()
     world.vm = Kvm(world.host, world.mm, kind=VmType.SW_PROTECTED)
     world.set_slot(0, 0x100, 16, world.map(16))
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     world.run(world.vm.private.set_attributes(Gpa(RAM + PAGE), PAGE, PRIVATE, 0))
-    ran = world.read(vcpu, RAM + PAGE + 8, 8)
+    ran = world.guest_read(vcpu, RAM + PAGE + 8, 8)
     assert (ran.exit.reason, ran.exit.errno) == (ExitReason.MEMORY_FAULT, errno.EFAULT)
     assert ran.exit.memory_fault == MemoryFault(PRIVATE, Gpa(RAM + PAGE), PAGE)
-    assert world.read(vcpu, RAM, 8).done, "the page beside it is shared"
+    assert world.guest_read(vcpu, RAM, 8).done, "the page beside it is shared"
     world.run(world.vm.private.set_attributes(Gpa(RAM + PAGE), PAGE, 0, 0))
     assert world.run(vcpu.run(None)).done, "made shared, the access is tried again"
 
@@ -40,10 +40,10 @@ def test_a_guest_memfd_that_is_gone_leaves_as_memory_fault_of_shared_memory() ->
     memfd = world.vm.private.create(16 * PAGE, MemfdFlag.MMAP | MemfdFlag.INIT_SHARED)
     region = world.region(0, 0x100, 16, world.map(16), flags=4)
     world.run(world.vm.slots_change.set_memory_region(replace(region, version=2, guest_memfd=lambda: memfd)))
-    vcpu = world.vcpu()
-    assert world.write(vcpu, RAM, b"in the file").done
+    vcpu = world.create_vcpu()
+    assert world.guest_write(vcpu, RAM, b"in the file").done
     world.run(world.vm.private.close(memfd))
-    ran = world.read(vcpu, RAM, 8)
+    ran = world.guest_read(vcpu, RAM, 8)
     assert ran.exit.memory_fault == MemoryFault(0, Gpa(RAM), PAGE)
 
 
@@ -59,7 +59,7 @@ def test_a_userfaultfd_for_user_mode_only_is_asked_neither_for_cpu_nor_emulator(
     world.set_slot(0, 0x100, 16, hva)
     uffd = Userfaultfd(world.mm, user_mode_only=True)
     world.run(uffd.register(hva, 16 * PAGE, missing=True, wp=False))
-    ran = world.run(world.vcpu().run([("r", RAM, 8)], cpl))
+    ran = world.run(world.create_vcpu().run([("r", RAM, 8)], cpl))
     assert (ran.exit.reason, ran.exit.errno) == (reason, number)
     if cpl == 0:
         assert ran.exit.mmio == Mmio(Gpa(RAM), 8, False, b"")
@@ -67,7 +67,7 @@ def test_a_userfaultfd_for_user_mode_only_is_asked_neither_for_cpu_nor_emulator(
 
 def test_there_is_no_system_management_mode_without_its_address_space() -> None:
     world = World(CpuFeatures(address_spaces=1))
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     with pytest.raises(UapiError) as refused:
         world.run(vcpu.run([("r", RAM, 8)], smm=True))
     assert refused.value.errno == errno.EINVAL

@@ -37,7 +37,7 @@ def machine(prot: Prot | None, flags: int = 0) -> tuple[World, Vcpu]:
     if prot is not None:
         world.map(PAGES, prot=prot, hva=HVA)
     world.set_slot(1, GPA >> 12, PAGES, HVA, flags=flags)
-    return world, world.vcpu()
+    return world, world.create_vcpu()
 
 
 def run(world: World, vcpu: Vcpu, *code: Instruction) -> RunResult:

@@ -16,7 +16,8 @@ from kvmd.core.tables.tdp_table import RootState, TdpMmu
 from kvmd.core.tables.zap import Zapper
 from kvmd.core.vm import Kvm, VmType, create_vm
 from protocol.flow import Wait
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 PAGE = 4096
 BATCH = 4
@@ -130,7 +131,7 @@ def test_others_are_served_between_the_turns_and_those_of_the_range_wait(
 ) -> None:
     rig = Rig(monkeypatch)
     over = rig.world.start(rig.munmap())
-    waits = rig.world.start(rig.world.fault(0x100))
+    waits = rig.world.start(rig.world.device_fault(0x100))
     served = 0
     while not over.done:
         assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.SPURIOUS
@@ -156,9 +157,9 @@ def a_vm_ends_in_turns(rig: Rig) -> None:
     over = world.start(world.vm.destroy())
     world.vm = Kvm(world.host, world.mm)
     world.set_slot(0, 0x100, PAGES, rig.hva)
-    cpu, served = world.vcpu(), 0
+    cpu, served = world.create_vcpu(), 0
     while not over.done:
-        assert world.write(cpu, 0x10_0000 + served % PAGES * PAGE, b"x").done == 1
+        assert world.guest_write(cpu, 0x10_0000 + served % PAGES * PAGE, b"x").done == 1
         assert check_vm(world.vm) == []
         served += 1
         rig.go_on()

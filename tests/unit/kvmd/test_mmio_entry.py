@@ -29,11 +29,11 @@ class Guest:
     def __init__(self) -> None:
         self.world = World()
         self.world.set_slot(0, 0x100, 16, self.world.map(16))
-        self.vcpu: Vcpu = self.world.vcpu()
+        self.vcpu: Vcpu = self.world.create_vcpu()
         self.exported = self.world.export()
 
     def touch(self, gpa: int = MMIO) -> None:
-        assert self.world.write(self.vcpu, gpa, b"x").exit.reason is ExitReason.MMIO
+        assert self.world.guest_write(self.vcpu, gpa, b"x").exit.reason is ExitReason.MMIO
 
     def entry(self, gpa: int = MMIO) -> int:
         """As a walk of the raw bytes finds it."""
@@ -143,8 +143,8 @@ def test_a_slot_that_comes_takes_the_place_of_the_entry() -> None:
     guest = Guest()
     guest.touch()
     guest.world.set_slot(1, MMIO >> 12, 1, guest.world.map(1))
-    assert guest.world.write(guest.vcpu, MMIO, b"ram").done
-    assert guest.world.read(guest.vcpu, MMIO, 3).reads == [b"ram"]
+    assert guest.world.guest_write(guest.vcpu, MMIO, b"ram").done
+    assert guest.world.guest_read(guest.vcpu, MMIO, 3).reads == [b"ram"]
     assert set(guest.world.table()) == {MMIO >> 12}
     guest.world.set_slot(1, 0, 0, 0)
     guest.touch()
@@ -155,7 +155,7 @@ def test_a_huge_leaf_over_a_table_of_mmio_entries_counts_right() -> None:
     guest = Guest()
     guest.touch(0x60_1000)
     guest.world.set_slot(1, 0x600, 512, guest.world.map(1, 2))
-    assert guest.world.write(guest.vcpu, 0x60_1000, b"x").done
+    assert guest.world.guest_write(guest.vcpu, 0x60_1000, b"x").done
     assert guest.exported.root.leaves == [0, 0, 1, 0]
     assert check_vm(guest.world.vm) == []
 
@@ -191,7 +191,7 @@ def test_without_the_zap_an_entry_of_the_last_round_would_hide_a_slot(
     turn_generation_round(guest)
     guest.world.set_slot(1, MMIO >> 12, 1, guest.world.map(1))
     assert guest.world.vm.slots.generation % GENERATIONS == 1
-    assert guest.world.write(guest.vcpu, MMIO, b"ram").done, "the emulator knows the slot"
+    assert guest.world.guest_write(guest.vcpu, MMIO, b"ram").done, "the emulator knows the slot"
     assert guest.world.table() == {}, "the CPU will not get the page, ever"
 
 
@@ -206,6 +206,6 @@ def test_beyond_what_an_entry_can_say_nothing_is_remembered() -> None:
 
 def test_with_no_page_left_for_a_table_the_guest_still_gets_its_exit() -> None:
     world = World(tables=2 * 4096)
-    vcpu = world.vcpu()
-    assert world.write(vcpu, MMIO, b"x").exit.reason is ExitReason.MMIO
+    vcpu = world.create_vcpu()
+    assert world.guest_write(vcpu, MMIO, b"x").exit.reason is ExitReason.MMIO
     assert vcpu.arch.mmio_sptes_made == 0

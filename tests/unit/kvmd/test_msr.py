@@ -18,7 +18,7 @@ class Guest:
         self.world = World()
         self.hva = self.world.map(4)
         self.world.set_slot(0, RAM >> 12, 4, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.logged: list[int] = []
         self.world.vm.dirty_log.mark = (  # type: ignore[method-assign]
             lambda slot, gfn, *who: self.logged.append(gfn)

@@ -24,7 +24,8 @@ from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva, Level
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 from tests.unit.kvmd.logged import NO_PML
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
 
@@ -71,7 +72,7 @@ def test_once_a_tdp_fd_was_made_it_is_too_late(guest: Managed) -> None:
 def test_a_tdp_fd_that_was_never_handed_out_settles_nothing() -> None:
     world = World()
     world.set_slot(0, BASE, 16, world.map(16))
-    world.vcpu()
+    world.create_vcpu()
     nowhere = world.map(1, prot=Prot.READ)
     enable_cap(world.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
     with pytest.raises(UapiError) as caught:

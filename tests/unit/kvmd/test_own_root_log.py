@@ -133,11 +133,11 @@ def test_a_vcpu_logs_into_its_ring_and_a_devices_pages_are_told_by_the_bitmap() 
         enable_cap(world.vm, cap, 0, [arg])
     world.map(1, hva=BITMAP)
     world.set_slot(0, BASE, 64, world.map(64), 1)
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     ring = memoryview(bytearray(1 << 16))
     world.vm.dirty_log.add_ring(0, ring)
     exported = world.export()
-    world.write(vcpu, BASE << 12, b"x")
+    world.guest_write(vcpu, BASE << 12, b"x")
     world.io_fault(exported, BASE + 1)
     for _ in range(2):
         world.run(world.vm.dirty_log.get(0, Hva(BITMAP)))
@@ -150,7 +150,7 @@ def test_rings_without_bitmaps_cannot_log_a_devices_stores_here_either() -> None
     world = World(NO_PML)
     for cap, arg in ((KvmCap.DIRTY_LOG_RING, 1 << 16), (KvmCap.TDP_FD_OWN_ROOT, 0)):
         enable_cap(world.vm, cap, 0, [arg])
-    world.vcpu()
+    world.create_vcpu()
     with pytest.raises(UapiError, match="without bitmaps"):
         world.run(world.vm.exports.create(CreateTdpFd(0, 0, 0)))
 

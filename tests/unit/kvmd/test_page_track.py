@@ -14,7 +14,8 @@ from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
-from tests.kit.kvmd import READ, WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import READ, WRITE, World
 
 RAM, PAGE = 0x10_0000, 4096
 READ_WRITE = TdpFaultType(read=True, write=True, exec=False)
@@ -27,7 +28,7 @@ class Guest:
         self.world = World(tables=tables)
         self.hva = self.world.map(1 if level == 2 else 512, level)
         self.world.set_slot(0, 0x200, 512, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
@@ -42,7 +43,7 @@ class Guest:
         self.world.run(self.world.vm.write_track.remove(Gpa(gfn << 12)))
 
     def store(self, gfn: int, data: bytes = b"x") -> None:
-        assert self.world.write(self.vcpu, gfn << 12, data).done
+        assert self.world.guest_write(self.vcpu, gfn << 12, data).done
 
     def rights(self, gfn: int) -> bool | None:
         found = self.world.table().get(gfn)
@@ -77,8 +78,8 @@ def test_the_short_way_to_w_is_shut_for_a_tracked_page() -> None:
 def test_a_page_of_1_gib_is_split_along_the_way_only() -> None:
     world = World(frames_gib=2)
     world.set_slot(0, 1 << 18, 1 << 18, world.map(1, 3))
-    vcpu = world.vcpu()
-    world.write(vcpu, 1 << 30, b"x")
+    vcpu = world.create_vcpu()
+    world.guest_write(vcpu, 1 << 30, b"x")
     world.run(world.vm.write_track.add(Gpa((1 << 30) + 5 * PAGE)))
     assert world.vm.mmu.roots[0].leaves == [0, 512, 511, 0]
     assert check_vm(world.vm) == []
@@ -98,12 +99,12 @@ def test_without_room_to_split_the_whole_leaf_is_protected() -> None:
 def test_a_tracked_store_is_emulated_logged_and_counted_and_the_entry_stays_read_only() -> None:
     guest, logged = Guest(), []
     guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
-    guest.world.read(guest.vcpu, 0x205 << 12, 1)
+    guest.world.guest_read(guest.vcpu, 0x205 << 12, 1)
     guest.track(0x205)
     before = vm_stats(guest.world.vm)["pf_emulate"]
     guest.store(0x205, b"tracked")
     assert guest.world.run(guest.world.mm.read(Hva(guest.hva + 5 * PAGE), 7)) == b"tracked"
-    assert guest.world.read(guest.vcpu, 0x205 << 12, 7).reads == [b"tracked"]
+    assert guest.world.guest_read(guest.vcpu, 0x205 << 12, 7).reads == [b"tracked"]
     assert guest.rights(0x205) is False
     assert logged == [0x205]
     assert vm_stats(guest.world.vm)["pf_emulate"] == before + 1
@@ -114,7 +115,7 @@ def test_what_is_faulted_in_around_a_tracked_page_is_small_and_the_page_read_onl
     guest.world.run(guest.world.mm.write(guest.hva, b"the page is its own, not zeroes shared"))
     guest.track(0x205)
     for gfn in (0x204, 0x205):
-        assert guest.world.read(guest.vcpu, gfn << 12, 1).done
+        assert guest.world.guest_read(guest.vcpu, gfn << 12, 1).done
     assert guest.exported.root.leaves == [0, 2, 0, 0]
     assert (guest.rights(0x204), guest.rights(0x205)) == (True, False)
     assert check_vm(guest.world.vm) == []

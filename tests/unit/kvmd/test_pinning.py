@@ -68,7 +68,7 @@ def test_a_pin_of_what_was_only_read_breaks_copy_on_write_first() -> None:
 
 def test_rule_a_a_pin_in_a_huge_leaf_splits_it_without_a_flush_and_keeps_every_translation() -> None:
     guest = Guest(level=2)
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     before = guest.world.table()
     guest.pin(WORD)
     assert guest.exported.root.leaves == [0, 512, 0, 0]
@@ -80,14 +80,14 @@ def test_rule_a_a_pin_in_a_huge_leaf_splits_it_without_a_flush_and_keeps_every_t
 def test_rule_a_a_fault_beside_a_pin_in_a_huge_host_page_maps_a_small_page() -> None:
     guest = Guest(level=2)
     guest.pin(WORD)
-    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     assert guest.exported.root.leaves == [0, 2, 0, 0]
     assert guest.sound()
 
 
 def test_rule_a_logging_that_ends_collapses_no_table_that_maps_a_pinned_gfn() -> None:
     guest = Guest(level=2)
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     guest.pin(WORD)
     kept = guest.entry(WORD)
     guest.set_slot(BASE, PAGES, guest.hva, 1)
@@ -103,7 +103,7 @@ def test_rule_a_logging_that_ends_collapses_no_table_that_maps_a_pinned_gfn() ->
 
 def test_rule_a_without_a_table_page_to_split_into_the_pin_is_refused_and_leaves_nothing() -> None:
     guest = Guest(level=2, tables=3 * PAGE)
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     assert guest.refused(WORD) == errno.ENOMEM
     assert guest.exported.root.leaves == [0, 0, 1, 0]
     assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
@@ -150,12 +150,12 @@ HOST: dict[str, Callable[[Mm, Hva], Flow]] = {
 @pytest.mark.parametrize("what", list(HOST))
 def test_rule_b_the_host_s_mapping_goes_and_entry_frame_and_bytes_stay(what: str) -> None:
     guest = Guest()
-    guest.world.write(guest.vcpu, WORD << 12, b"kept")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"kept")
     guest.pin(WORD)
     kept = guest.entry(WORD)
     guest.do(HOST[what](guest.world.mm, guest.hva_of(WORD)))
     assert guest.entry(WORD) == kept
-    assert guest.world.read(guest.vcpu, WORD << 12, 4).reads == [b"kept"]
+    assert guest.world.guest_read(guest.vcpu, WORD << 12, 4).reads == [b"kept"]
     assert guest.sound()
     assert guest.unpin(WORD) == 1
     assert guest.entry(WORD) == 0  # the host has it no more, or not to write
@@ -197,8 +197,8 @@ def test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned(
 def test_rule_b_the_removal_of_another_slot_zaps_all_but_what_is_pinned() -> None:
     guest = Guest()
     guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
-    guest.world.write(guest.vcpu, 0x800 << 12, b"x")
-    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.world.guest_write(guest.vcpu, 0x800 << 12, b"x")
+    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     guest.pin(WORD)
     kept = guest.entry(WORD)
     guest.set_slot(0, 0, 0, slot=1)
@@ -225,18 +225,18 @@ def test_rule_b_a_move_that_is_refused_takes_no_pin() -> None:
 def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_new_one() -> None:
     guest = Guest()
     guest.pin(WORD)
-    guest.world.write(guest.vcpu, WORD << 12, b"device")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"device")
     guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
     guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
     result = guest.do(guest.exported.fault(guest.vm.fault_path, 77, Gfn(WORD), WRITE))
     assert result is FaultResult.SPURIOUS
-    assert guest.world.read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
+    assert guest.world.guest_read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
 
 
 def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pinned() -> None:
     """Or the pin would hold the page that goes, and the process have another."""
     guest = Guest()
-    guest.world.write(guest.vcpu, WORD << 12, b"old")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"old")
     going = guest.world.start(drop(guest.world.mm, guest.hva_of(WORD)))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pinning = guest.world.start(guest.vm.pinning.pin(guest.account, span))
@@ -244,7 +244,7 @@ def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pi
     guest.settle(going)
     guest.settle(pinning)
     assert guest.sound()
-    guest.world.write(guest.vcpu, WORD << 12, b"new")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"new")
     assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 3)) == b"new"
 
 
@@ -256,7 +256,7 @@ def test_rule_c_dirty_logging_reports_a_pinned_page_in_every_get_and_never_prote
     guest = Guest()
     guest.vm.dirty_log.manual_protect = manual
     guest.pin(WORD)
-    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     kept = guest.entry(WORD)
     bitmap = guest.world.map(1)
     guest.set_slot(BASE, PAGES, guest.hva, 1)
@@ -304,7 +304,7 @@ HOST_ACTIONS = {"migrate": migrate, "swap": swap_out, "merge": merge, "hint": nu
 @pytest.mark.parametrize("level", [1, 2])
 def test_rule_d_the_host_passes_a_pinned_page_by_and_takes_its_neighbour(what: str, level: int) -> None:
     guest = Guest(level=level)
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     guest.pin(WORD)
     kept = guest.entry(WORD)
     guest.do(HOST_ACTIONS[what](guest.world.mm, guest.hva, PAGES * PAGE))
@@ -323,13 +323,13 @@ def test_rules_c_and_d_ageing_takes_nothing_from_a_pinned_page(ad: bool) -> None
 
 def test_rule_d_a_fork_leaves_the_pinned_frame_to_the_parent_and_copies_it_for_the_child() -> None:
     guest = Guest()
-    guest.world.write(guest.vcpu, WORD << 12, b"before")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"before")
     guest.pin(WORD)
     kept = guest.entry(WORD)
     child = guest.world.host.create_mm()
     guest.do(fork(guest.world.mm, child))
     assert guest.entry(WORD) == kept
-    guest.world.write(guest.vcpu, WORD << 12, b"after!")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"after!")
     assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 6)) == b"after!"
     assert guest.world.run(child.read(guest.hva_of(WORD), 6)) == b"before"
     assert guest.sound()
@@ -339,7 +339,7 @@ def test_rule_c_with_rings_a_store_to_a_pinned_page_is_told_by_the_bitmap() -> N
     logged = Logged(ring=4096, export=True)
     pinning, gfn = logged.vm.pinning, next(iter(logged.vm.slots)).base_gfn
     logged.world.run(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
-    logged.world.write(logged.vm.vcpus[0], gfn << 12, b"x")
+    logged.world.guest_write(logged.vm.vcpus[0], gfn << 12, b"x")
     assert not any(logged.ring)
     slot = logged.vm.slots.find(gfn)
     assert slot is not None

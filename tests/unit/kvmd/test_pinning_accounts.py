@@ -105,7 +105,7 @@ def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None
     guest = Guest()
     guest.pin(WORD, 4)
     going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 8), PAGE))
-    guest.world.write(guest.vcpu, (WORD + 9) << 12, b"x")
+    guest.world.guest_write(guest.vcpu, (WORD + 9) << 12, b"x")
     going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 9), PAGE))
     sleeping = guest.world.start(
         guest.vm.pinning.pin(guest.account, GfnSpan.of_pages(Gfn(WORD + 9), 1)),
@@ -196,7 +196,7 @@ def test_a_huge_leaf_over_a_pin_is_stopped_at_the_store(monkeypatch: pytest.Monk
     guest.pin(WORD)
     monkeypatch.setattr(guest.vm.levels, "_needs_small", lambda policy, slot, span: False)
     with pytest.raises(AssertionError, match="I22"):
-        guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+        guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
 
 
 def test_the_book_of_regions_says_what_a_look_at_every_gfn_would() -> None:

@@ -164,7 +164,7 @@ def test_a_page_that_is_about_to_go_when_it_comes_is_not_the_one_that_is_pinned(
     guest = Sleepy()
     pin = guest.sleep()
     guest.give(WORD + 1)
-    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")  # so that there is an ack to wait for
+    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")  # so that there is an ack to wait for
     going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), 2 * PAGE))
     assert not going.done
     guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"n" * PAGE, wp=False))
@@ -182,7 +182,7 @@ def test_a_page_that_comes_as_its_slot_goes() -> None:
     guest = Sleepy()
     pin = guest.sleep()
     guest.give(WORD + 1)
-    guest.world.write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     going = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
     assert not going.done
     guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"y" * PAGE, wp=False))
@@ -198,7 +198,7 @@ def test_a_page_that_comes_as_its_slot_goes() -> None:
 def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
     """The slot stays, after all: its move is refused."""
     guest = Guest()
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     beyond = guest.world.region(0, 1 << 40, PAGES, guest.hva)
     moving = guest.world.start(guest.vm.slots_change.set_memory_region(beyond))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
@@ -217,7 +217,7 @@ def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
 
 def test_what_is_tracked_meanwhile_is_not_pinned() -> None:
     guest = Guest()
-    guest.world.write(guest.vcpu, WORD << 12, b"x")
+    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
     going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
     pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))

@@ -15,7 +15,8 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
-from tests.kit.kvmd import RW, HandLease, SlowImporter
+from tests.kit.importer import HandLease, SlowImporter
+from tests.kit.kvmd import RW
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
 
 PAGE = 4096

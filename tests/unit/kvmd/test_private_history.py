@@ -24,7 +24,8 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import RwLock
 from protocol.units import Gfn, Gpa
-from tests.kit.kvmd import WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import WRITE, World
 from tests.kit.refusals import may_refuse
 
 SEEDS = 12
@@ -43,7 +44,7 @@ class History:
         self.vm = self.world.vm = Kvm(self.world.host, self.world.mm, kind=VmType.SW_PROTECTED)
         self.memfd = self.vm.private.create(FILE_PAGES << 12, 0)
         self.hva = self.world.map(SLOT_PAGES)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.exported, self.importer = self.world.export(), SlowImporter()
         self.exported.register_importer("unit", self.importer)
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked

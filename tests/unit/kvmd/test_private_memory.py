@@ -20,7 +20,8 @@ from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.units import MIB, Gfn, GfnSpan, Gpa, Level
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 GFN, PAGES = 0x400, 16
 PRIVATE = 8
@@ -36,7 +37,7 @@ class Protected(World):
         self.memfd = self.vm.private.create(PAGES << 12, flags)
         self.hva = self.map(PAGES)
         self.bind(0, GFN, self.memfd)
-        self.cpu = self.vcpu()
+        self.cpu = self.create_vcpu()
 
     def bind(self, slot: int, gfn: int, memfd: GuestMemfd, offset: int = 0, pages: int = PAGES) -> None:
         region = replace(
@@ -53,21 +54,21 @@ class Protected(World):
 
 def test_a_private_page_and_a_shared_one_are_two_pages() -> None:
     world = Protected()
-    world.write(world.cpu, GFN << 12, b"shared")
+    world.guest_write(world.cpu, GFN << 12, b"shared")
     world.attribute(0, PRIVATE)
-    assert world.read(world.cpu, GFN << 12, 6).reads == [bytes(6)]
-    world.write(world.cpu, GFN << 12, b"secret")
+    assert world.guest_read(world.cpu, GFN << 12, 6).reads == [bytes(6)]
+    world.guest_write(world.cpu, GFN << 12, b"secret")
     assert world.run(world.mm.read(world.hva, 6)) == b"shared", "the process cannot see it"
     assert check_vm(world.vm) == []
     world.attribute(0, 0)
-    assert world.read(world.cpu, GFN << 12, 6).reads == [b"shared"]
+    assert world.guest_read(world.cpu, GFN << 12, 6).reads == [b"shared"]
 
 
 def test_private_without_a_page_leaves_with_a_memory_fault() -> None:
     world = Protected()
     world.set_slot(1, 0x800, 1, world.hva)
     world.run(world.vm.private.set_attributes(Gpa(0x800 << 12), 4096, PRIVATE, 0))
-    result = world.write(world.cpu, 0x800 << 12, b"x")
+    result = world.guest_write(world.cpu, 0x800 << 12, b"x")
     assert (result.exit.reason, result.exit.errno) == (ExitReason.MEMORY_FAULT, errno.EFAULT)
 
 
@@ -92,7 +93,7 @@ def test_a_closed_files_frames_go_after_the_acks() -> None:
     frames = world.host.frames.in_use
     wait = world.start(world.vm.private.close(world.memfd))
     assert world.host.frames.in_use == frames
-    fault = world.start(world.fault(GFN))
+    fault = world.start(world.device_fault(GFN))
     assert not fault.done
     world.ack(importer)
     assert wait.done
@@ -107,14 +108,14 @@ def test_a_hole_is_taken_from_every_slot_that_has_it_and_reads_as_zeroes() -> No
     world.bind(1, 0x800, world.memfd, 4 << 12, 12)
     world.run(world.vm.private.set_attributes(Gpa(0), 0x1000 << 12, PRIVATE, 0))
     for gfn in (*range(GFN, GFN + 4), *range(0x800, 0x80C)):
-        world.write(world.cpu, gfn << 12, b"secret")
+        world.guest_write(world.cpu, gfn << 12, b"secret")
     world.run(world.vm.private.punch_hole(world.memfd, 3 << 12, 2 << 12))
     assert world.host.frames.in_use == 14
     assert [index for index in range(PAGES) if world.memfd.present(index) is None] == [3, 4]
     assert {GFN + 3, 0x800} & set(world.table()) == set()
     assert check_vm(world.vm) + check_memory(world.host.memory, world.host.processes) == []
-    assert world.read(world.cpu, 0x800 << 12, 6).reads == [bytes(6)]
-    assert world.read(world.cpu, 0x801 << 12, 6).reads == [b"secret"]
+    assert world.guest_read(world.cpu, 0x800 << 12, 6).reads == [bytes(6)]
+    assert world.guest_read(world.cpu, 0x801 << 12, 6).reads == [b"secret"]
 
 
 def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
@@ -143,8 +144,8 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
     world.ack(importer)
     assert (hole.done, bound.done) == (True, True)
     assert store.result().exit is not None  # it was no RAM yet
-    world.write(world.cpu, 0x800 << 12, b"mine")
-    assert world.read(world.cpu, 0x800 << 12, 4).reads == [b"mine"]
+    world.guest_write(world.cpu, 0x800 << 12, b"mine")
+    assert world.guest_read(world.cpu, 0x800 << 12, 4).reads == [b"mine"]
     assert world.memfd.present(2) is not None
     assert check_vm(world.vm) + check_memory(world.host.memory, world.host.processes) == []
 
@@ -153,7 +154,7 @@ def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
 def test_the_check_finds_private_memory_that_is_somebody_else_s(what: str) -> None:
     world = Protected()
     world.attribute(0, PRIVATE)
-    world.write(world.cpu, GFN << 12, b"x")
+    world.guest_write(world.cpu, GFN << 12, b"x")
     page = world.memfd.present(0)
     slot = world.vm.slots.find(Gfn(GFN))
     assert page is not None
@@ -187,7 +188,7 @@ def test_poisoned_private_memory_fails_a_device_and_signals_a_cpu() -> None:
     page = world.memfd.page(0)
     world.host.memory.poison(page)
     assert world.io_fault(exported, GFN) is FaultResult.HWPOISON
-    assert world.read(world.cpu, GFN << 12, 1).exit.sigbus is not None
+    assert world.guest_read(world.cpu, GFN << 12, 1).exit.sigbus is not None
 
 
 def test_a_huge_page_stops_where_the_attribute_changes() -> None:
@@ -195,8 +196,8 @@ def test_a_huge_page_stops_where_the_attribute_changes() -> None:
     hva = world.map(2, 2)
     world.set_slot(1, 0x800, 1024, hva)
     world.run(world.vm.private.set_attributes(Gpa(0x805 << 12), 4096, PRIVATE, 0))
-    world.write(world.cpu, 0x801 << 12, b"x")
-    world.write(world.cpu, 0xA01 << 12, b"x")
+    world.guest_write(world.cpu, 0x801 << 12, b"x")
+    world.guest_write(world.cpu, 0xA01 << 12, b"x")
     levels = [world.vm.mmu.leaf_at(world.vm.mmu.roots[0], Gfn(gfn)) for gfn in (0x801, 0xA01)]
     assert [met.level if met else 0 for met in levels] == [1, 2]
     assert check_vm(world.vm) == []
@@ -204,7 +205,7 @@ def test_a_huge_page_stops_where_the_attribute_changes() -> None:
 
 def test_a_plain_vm_takes_shared_pages_from_a_file_that_can_be_mapped() -> None:
     world = Protected(VmType.DEFAULT, flags=1)
-    world.write(world.cpu, GFN << 12, b"inside")
+    world.guest_write(world.cpu, GFN << 12, b"inside")
     assert world.mm.present_page(world.hva) is None
     assert world.memfd.present(0) is not None
     assert check_vm(world.vm) == []
@@ -288,21 +289,21 @@ def test_a_prefault_maps_and_counts_as_no_access() -> None:
     hva = world.map(16)
     world.set_slot(0, GFN, 16, hva)
     world.run(world.mm.write(hva, b"a page of its own, to be mapped writable"))
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     left = world.run(pre_fault_memory(vcpu, world.vm.fault_path, Gpa(GFN << 12), 4 << 12, 0))
     assert left == ((GFN + 4) << 12, 0)
     entries = [met.entry for met in world.vm.mmu.leaves(world.vm.mmu.roots[0])]
     assert len(entries) == 4
     assert not any(entry & bits.ACCESSED for entry in entries)
     assert vcpu.arch.ept_violations == 0
-    world.write(vcpu, GFN << 12, b"x")
+    world.guest_write(vcpu, GFN << 12, b"x")
     assert vcpu.arch.ept_violations == 0
 
 
 def test_a_prefault_tells_what_is_left_and_an_error_only_if_nothing_was_done() -> None:
     world = World()
     world.set_slot(0, GFN, 2, world.map(2))
-    vcpu = world.vcpu()
+    vcpu = world.create_vcpu()
     assert world.run(pre_fault_memory(vcpu, world.vm.fault_path, Gpa(GFN << 12), 4 << 12, 0)) == (
         (GFN + 2) << 12,
         2 << 12,
@@ -323,6 +324,6 @@ def test_a_prefault_tells_what_is_left_and_an_error_only_if_nothing_was_done() -
 def test_a_prefault_of_huge_pages_goes_leaf_by_leaf() -> None:
     world = World()
     world.set_slot(0, GFN, 1024, world.map(2, 2))
-    left = world.run(pre_fault_memory(world.vcpu(), world.vm.fault_path, Gpa(GFN << 12), 4 * MIB, 0))
+    left = world.run(pre_fault_memory(world.create_vcpu(), world.vm.fault_path, Gpa(GFN << 12), 4 * MIB, 0))
     assert left[1] == 0
     assert world.vm.mmu.roots[0].leaves == [0, 0, 2, 0]

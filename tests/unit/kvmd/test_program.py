@@ -25,7 +25,7 @@ class Guest:
         self.world = World()
         self.hva = self.world.map(pages)
         self.world.set_slot(0, RAM >> 12, pages, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.clock = self.world.bare.clock
 
     def play(self, code: list[Instruction] | None, cpl: int = 3, **more: Any) -> RunResult:

@@ -22,7 +22,8 @@ from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
-from tests.kit.kvmd import WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import WRITE, World
 
 PAGE = 4096
 
@@ -31,7 +32,7 @@ PAGE = 4096
 def world() -> World:
     made = World()
     made.set_slot(0, 0x100, 16, made.map(16))
-    made.vcpu()
+    made.create_vcpu()
     return made
 
 
@@ -40,13 +41,13 @@ def use_after_release(world: World) -> None:
     vcpu, slot = world.vm.vcpus[0], next(iter(world.vm.slots))
     exported, importer = world.export(), SlowImporter()
     exported.register_importer("unit", importer)
-    world.write(vcpu, 0x10_0000, b"before")
+    world.guest_write(vcpu, 0x10_0000, b"before")
     exported.unregister_importer("unit", importer)
     world.run(world.vm.exports.close(exported))
     assert (exported.root.exported, exported.root.invalid) == (False, False)
     assert vcpu.arch.roots[0] is exported.root
     world.run(migrate(world.mm, slot.hva, PAGE))
-    world.write(vcpu, 0x10_0000, b"after!")
+    world.guest_write(vcpu, 0x10_0000, b"after!")
     assert world.run(world.mm.read(slot.hva, 6)) == b"after!", "the vCPU wrote to the page's old frame"
 
 

@@ -59,7 +59,7 @@ def made(
         assert world.io_fault(exported, GFN, WRITE if write else READ) is FaultResult.FIXED
     else:
         vcpu = world.vm.vcpus[0]
-        ran = world.write(vcpu, GFN << 12, b"x") if write else world.read(vcpu, GFN << 12, 1)
+        ran = world.guest_write(vcpu, GFN << 12, b"x") if write else world.guest_read(vcpu, GFN << 12, 1)
         assert ran.done
     return leaves(world)
 

@@ -16,7 +16,8 @@ from kvmd.core.slots.memslot import MemoryRegion, Memslots
 from kvmd.core.vm import Kvm, VmType
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 HVA = Hva(0x2000_0000_0000)
 

@@ -16,7 +16,8 @@ from protocol.rpc.channel import Fds
 from protocol.rpc.session import MAX_BODY_BYTES
 from protocol.uapi.kvm import StatsOfAll
 from protocol.uapi.message import MAX_TOLD
-from tests.kit.kvmd import SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import World
 
 
 def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
@@ -24,9 +25,9 @@ def test_the_counters_tell_who_faulted_and_how_it_ended() -> None:
     hva = world.map(16)
     world.set_slot(0, 0x100, 16, hva)
     world.set_slot(1, 0x200, 512, world.map(1, 2))
-    vcpu, exported, importer = world.vcpu(), world.export(), SlowImporter()
-    world.write(vcpu, 0x10_0000, b"x" * 3 * 4096)  # three faults, fixed
-    world.read(vcpu, 0x50_0000, 1)  # emulated: no slot
+    vcpu, exported, importer = world.create_vcpu(), world.export(), SlowImporter()
+    world.guest_write(vcpu, 0x10_0000, b"x" * 3 * 4096)  # three faults, fixed
+    world.guest_read(vcpu, 0x50_0000, 1)  # emulated: no slot
     world.io_fault(exported, 0x100)  # spurious
     world.io_fault(exported, 0x103)  # fixed
     world.io_fault(exported, 0x200)  # fixed, 2 MiB

@@ -114,7 +114,7 @@ def test_a_moved_slot_keeps_what_is_untold_and_a_deleted_one_does_not() -> None:
     assert lost(guest.vm) == [], "moved, and logs no more"
     guest.world.set_slot(0, 0x1000, guest.pages, HVA, 1)
     assert lost(guest.vm) == []
-    guest.world.write(guest.vcpu, 0x1003 << 12, b"x")
+    guest.world.guest_write(guest.vcpu, 0x1003 << 12, b"x")
     guest.world.set_slot(0, 0, 0, 0)
     guest.log(1)
     assert lost(guest.vm) == []

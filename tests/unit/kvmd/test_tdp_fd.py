@@ -13,14 +13,15 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Level
-from tests.kit.kvmd import READ, WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import READ, WRITE, World
 
 
 @pytest.fixture
 def world() -> World:
     made = World()
     made.set_slot(0, 0x100, 16, made.map(16))
-    made.vcpu()
+    made.create_vcpu()
     return made
 
 
@@ -59,7 +60,7 @@ def test_an_address_space_is_exported_once(world: World) -> None:
 @pytest.mark.parametrize(("width", "level"), [(46, 4), (52, 5)])
 def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
     world = World(CpuFeatures(maxphyaddr=52, ept_levels=5, max_page_level=Level(2)))
-    world.vcpu(maxphyaddr=width)
+    world.create_vcpu(maxphyaddr=width)
     raw = world.export().meta.to_bytes()
     root = world.vm.exports.tdps[0].root
     assert raw[:24] == bytes(
@@ -72,7 +73,7 @@ def test_the_metadata_say_what_the_root_is(width: int, level: int) -> None:
 
 @pytest.mark.rfc("RFC-21")
 def test_the_root_of_a_running_vcpu_is_the_one_lent_out(world: World) -> None:
-    world.write(world.vm.vcpus[0], 0x10_0000, b"x")
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"x")
     exported = world.export()
     assert exported.root is world.vm.vcpus[0].arch.roots[0]
     assert set(world.table(exported.meta.root_hpa)) == {0x100}
@@ -151,7 +152,7 @@ def test_a_fault_maps_the_page_as_a_vcpus_would_have(world: World) -> None:
     by_device = bytes(world.bare.tables)
     twin = World()
     twin.set_slot(0, 0x100, 16, twin.map(16))
-    twin.write(twin.vcpu(), 0x10_0000, b"x")
+    twin.guest_write(twin.create_vcpu(), 0x10_0000, b"x")
     assert by_device == twin.bare.tables
 
 
@@ -205,10 +206,10 @@ def test_a_fault_by_nobody_for_nothing_or_after_the_end_is_refused(world: World)
 @pytest.mark.defect("B-18")
 def test_release_keeps_the_root_for_the_vcpus(world: World) -> None:
     exported = world.export()
-    world.write(world.vm.vcpus[0], 0x10_0000, b"kept")
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"kept")
     world.run(world.vm.exports.close(exported))
     assert world.table(exported.meta.root_hpa).keys() == {0x100}
-    assert world.read(world.vm.vcpus[0], 0x10_0000, 4).reads == [b"kept"]
+    assert world.guest_read(world.vm.vcpus[0], 0x10_0000, 4).reads == [b"kept"]
     world.set_slot(0, 0, 0, 0)
     assert exported.root.invalid, "no longer exported, so a memslot change may drop it"
 
@@ -222,7 +223,7 @@ def test_a_vm_whose_tdp_is_exported_is_not_destroyed(world: World) -> None:
 @pytest.mark.defect("B-23")
 def test_a_vm_that_is_destroyed_gives_every_table_page_back(world: World) -> None:
     exported = world.export()
-    world.write(world.vm.vcpus[0], 0x10_0000, b"x")
+    world.guest_write(world.vm.vcpus[0], 0x10_0000, b"x")
     other = Kvm(world.host, world.mm)
     world.run(world.vm.exports.close(exported))
     world.run(world.vm.destroy())

@@ -20,7 +20,8 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
-from tests.kit.kvmd import MM_CHANGES, WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import MM_CHANGES, WRITE, World
 
 PAGE = 4096
 
@@ -32,7 +33,7 @@ class Rig:
         self.world = World(**kwargs)
         self.hva = self.world.map(16)
         self.world.set_slot(0, 0x100, 16, self.hva)
-        self.vcpu = self.world.vcpu()
+        self.vcpu = self.world.create_vcpu()
         self.exported = self.world.export()
         self.importer = SlowImporter()
         self.exported.register_importer("unit", self.importer)
@@ -130,7 +131,7 @@ def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) 
 def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
     rig.fault()
     rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
-    assert rig.world.write(rig.vcpu, 0x10_1000, b"x").done == 1
+    assert rig.world.guest_write(rig.vcpu, 0x10_1000, b"x").done == 1
     rig.world.ack(rig.importer)
 
 
@@ -212,7 +213,7 @@ def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None
     world.ack(rig.importer)
     assert over.done
     assert rig.fault(0x100) is FaultResult.NO_SLOT
-    assert world.read(rig.vcpu, 0x10_0000, 1).exit.reason is ExitReason.MMIO
+    assert world.guest_read(rig.vcpu, 0x10_0000, 1).exit.reason is ExitReason.MMIO
 
 
 def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Rig) -> None:
@@ -250,12 +251,12 @@ def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
 
 def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
     world = rig.world
-    world.write(rig.vcpu, 0x10_0000, b"moved")
+    world.guest_write(rig.vcpu, 0x10_0000, b"moved")
     over = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0x300, 16, rig.hva)))
     world.ack(rig.importer)
     assert over.done
-    assert world.read(rig.vcpu, 0x30_0000, 5).reads == [b"moved"]
-    assert world.read(rig.vcpu, 0x10_0000, 5).exit.reason is ExitReason.MMIO
+    assert world.guest_read(rig.vcpu, 0x30_0000, 5).reads == [b"moved"]
+    assert world.guest_read(rig.vcpu, 0x10_0000, 5).exit.reason is ExitReason.MMIO
     assert check_vm(world.vm) == []
 
 
@@ -273,18 +274,18 @@ def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None
     world = World()
     hva = world.map(16)
     world.set_slot(0, 0x100, 16, hva)
-    one, other = world.vcpu(0), world.vcpu(1)
-    world.write(one, 0x10_0000, b"before")
-    world.read(other, 0x10_0000, 1)
+    one, other = world.create_vcpu(0), world.create_vcpu(1)
+    world.guest_write(one, 0x10_0000, b"before")
+    world.guest_read(other, 0x10_0000, 1)
     old = one.arch.roots[0]
     world.set_slot(1, 0x200, 1, world.map(1))
     world.set_slot(1, 0, 0, 0)
     assert old is not None
     assert old.invalid
-    assert world.read(one, 0x10_0000, 6).reads == [b"before"]
+    assert world.guest_read(one, 0x10_0000, 6).reads == [b"before"]
     assert one.arch.roots[0] is not old
     assert world.host.pool.held(world.vm.id) == 0
-    assert world.read(other, 0x10_0000, 6).reads == [b"before"]
+    assert world.guest_read(other, 0x10_0000, 6).reads == [b"before"]
     assert old not in world.vm.mmu.roots
     assert check_vm(world.vm) == []
     assert world.host.pool.in_use == 4

@@ -17,7 +17,8 @@ from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.pt.walk import ept_rules
 from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
-from tests.kit.kvmd import WRITE, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import WRITE, World
 
 PAGE = 4096
 BATCH = 4
@@ -121,7 +122,7 @@ def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pyt
     over = rig.delete()
     rig.world.ack(rig.importer)
     vcpu = rig.world.vm.vcpus[0]
-    assert rig.world.write(vcpu, 0x20_0000, b"x").done == 1
+    assert rig.world.guest_write(vcpu, 0x20_0000, b"x").done == 1
     waits = rig.world.start(rig.exported.fault(rig.world.vm.fault_path, 77, Gfn(0x100), WRITE))
     assert not waits.done
     while not over.done:

@@ -13,7 +13,8 @@ from kvmd.core.mm.madvise import dontneed
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hpa, Hva, Pfn
-from tests.kit.kvmd import HandLease, SlowImporter, World
+from tests.kit.importer import HandLease, SlowImporter
+from tests.kit.kvmd import World
 
 T = TypeVar("T")
 

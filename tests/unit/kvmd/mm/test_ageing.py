@@ -14,7 +14,8 @@ from kvmd.core.tables.map_record import WRITABLE, ZAPPED
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import WHOLE_SIZE, Gfn, GfnSpan, Hva
-from tests.kit.kvmd import READ, SlowImporter, World
+from tests.kit.importer import SlowImporter
+from tests.kit.kvmd import READ, World
 from tests.oracle.table import Machine, RawTables, ept_walk, leaves, second_stage_walk
 
 PAGE = 4096
@@ -79,7 +80,7 @@ def test_a_part_of_an_aged_huge_leaf_recovers_when_the_slot_asks_for_small_ones(
     rig.world.ack(rig.importer)
     rig.world.run(rig.world.mm.write(rig.hva, b"kept"))
     vcpu = rig.world.vm.vcpus[0]
-    assert rig.world.read(vcpu, 0x20_0000, 4).reads == [b"kept"]
+    assert rig.world.guest_read(vcpu, 0x20_0000, 4).reads == [b"kept"]
     assert vcpu.arch.ept_violations == 1
 
 

@@ -23,7 +23,7 @@ from protocol.errors import EHWPOISON
 from protocol.flow import Wait, done
 from protocol.uapi import hmm as uapi
 from protocol.units import Hva
-from tests.kit.kvmd import HandLease, SlowImporter
+from tests.kit.importer import HandLease, SlowImporter
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, PAGES, SIZE, Rig, errno_of
 
 

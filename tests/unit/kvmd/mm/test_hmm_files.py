@@ -11,7 +11,7 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmEvent
 from protocol.units import Hva, Pfn
-from tests.kit.kvmd import HandLease, SlowImporter
+from tests.kit.importer import HandLease, SlowImporter
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig, errno_of
 
 

@@ -19,7 +19,8 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from kvmd.core.mm.vma import Prot
 from protocol.flow import Wait
 from protocol.units import Hva, Level, Pfn
-from tests.kit.kvmd import MM_CHANGES, RW, HandLease, SlowImporter
+from tests.kit.importer import HandLease, SlowImporter
+from tests.kit.kvmd import MM_CHANGES, RW
 from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig, errno_of
 
 HOST: list[Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = [migrate, swap_out, merge, numa_hint]

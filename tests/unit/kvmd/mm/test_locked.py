@@ -9,7 +9,7 @@ import pytest
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
-from tests.kit.kvmd import HandLease
+from tests.kit.importer import HandLease
 from tests.unit.kvmd.mm.mirrors import Rig
 
 

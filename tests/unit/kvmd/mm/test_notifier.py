@@ -18,7 +18,8 @@ from kvmd.core.mm.reclaim import migrate
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva
-from tests.kit.kvmd import RW, HandLease, SlowImporter
+from tests.kit.importer import HandLease, SlowImporter
+from tests.kit.kvmd import RW
 from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, Rig, errno_of
 
 
