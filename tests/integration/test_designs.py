@@ -24,7 +24,7 @@ from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, ma
 from tests.integration.played import played
 from tests.integration.rig import FILLED, PATTERN
 from tests.integration.system import system
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 
 RAM = 32 * MIB
 PLUGGED = 0x1_8000_0000

@@ -16,7 +16,7 @@ from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process
 from tests.integration.rig import FILLED, Rig, rigged
 from tests.integration.system import eventually
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 
 LOG = 1
 MANUAL_DIRTY_LOG_PROTECT2, DIRTY_LOG_RING, RING_WITH_BITMAP = 168, 192, 225

@@ -13,7 +13,7 @@ from qemu_shim.vmm.machine import Host, MachineConfig, machine
 from tests.integration.played import played
 from tests.integration.rig import nothing_left, unit_stats
 from tests.integration.system import eventually
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 
 
 @pytest.mark.rfc("RFC-108")

@@ -11,23 +11,15 @@ from typing import Any
 
 import pytest
 
-from protocol.errors import UapiError
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.file import File
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only, vm_stats
 from tests.integration.system import System, eventually, system
+from tests.kit.refusals import refused
 
 GARBAGE = 0xDEAD
-
-
-@contextmanager
-def refused(number: int) -> Iterator[None]:
-    """The block must end in that errno."""
-    with pytest.raises(UapiError) as caught:
-        yield
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value
 
 
 # -- KVM_CREATE_TDP_FD ---------------------------------------------------------------------------------

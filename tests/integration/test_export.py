@@ -21,7 +21,7 @@ from tests.integration.rig import (
     vm_stats,
 )
 from tests.integration.system import eventually, system
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 
 
 @pytest.mark.rfc("RFC-12", "RFC-13", "RFC-14")

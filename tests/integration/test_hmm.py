@@ -17,7 +17,7 @@ from tests.integration.rig import bare_vm, nothing_left, vm_stats
 from tests.integration.system import TRUSTING, System, eventually, system, until
 from tests.integration.test_check_can_fail import WITHOUT_ACK
 from tests.integration.test_hostile_races import asked
-from tests.integration.test_iommufd_uapi import refused
+from tests.kit.refusals import refused
 
 SIZE = 16 * PAGE_SIZE
 

@@ -13,7 +13,7 @@ from protocol.units import PAGE_SIZE, WHOLE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.integration.rig import TestImporter, bind_device, nothing_left, rigged, vm_only, vm_stats
 from tests.integration.system import eventually
-from tests.integration.test_iommufd_uapi import refused
+from tests.kit.refusals import refused
 
 
 @pytest.mark.rfc("RFC-75")

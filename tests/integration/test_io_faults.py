@@ -20,7 +20,7 @@ from tests.integration.rig import (
     vm_only,
     vm_stats,
 )
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 
 READ_ONLY = 2  # KVM_MEM_READONLY
 NOWHERE = 3 << 30

@@ -14,7 +14,8 @@ from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.integration.on_ioas import hwpt_stats
 from tests.integration.rig import Rig, bind_device, vm_only
-from tests.integration.test_iommufd_uapi import GARBAGE, refused
+from tests.integration.test_iommufd_uapi import GARBAGE
+from tests.kit.refusals import refused
 
 TOP = (1 << 64) - 1
 RW = 2 | 4

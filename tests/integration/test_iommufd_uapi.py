@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,17 +12,9 @@ from protocol.errors import UapiError
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only
 from tests.integration.system import system
+from tests.kit.refusals import refused
 
 GARBAGE = 0xDEAD
-
-
-@contextmanager
-def refused(number: int, why: str = "") -> Iterator[None]:
-    """The block must end in that errno, and say that."""
-    with pytest.raises(UapiError) as caught:
-        yield
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value
-    assert why in caught.value.why
 
 
 # -- sizes ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host
 from tests.integration.rig import FILLED, Rig, attach_device, unit_stats, vm_only, vm_stats
 from tests.integration.system import eventually
-from tests.integration.test_errno import refused
+from tests.kit.refusals import refused
 from tests.oracle.dump import Dump
 
 LOG = names.KVM_MEM_LOG_DIRTY_PAGES

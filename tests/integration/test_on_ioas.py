@@ -14,7 +14,7 @@ from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats, iommu_stats, noted, on_ioas
 from tests.integration.rig import FILLED, GUEST_START, Rig, device_stats, nothing_left, vm_only
 from tests.integration.system import system
-from tests.integration.test_iommufd_uapi import refused
+from tests.kit.refusals import refused
 
 PAGES = RAM // PAGE_SIZE
 HUGE = 2 * MIB

@@ -14,8 +14,8 @@ from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
 from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
 from tests.integration.system import eventually, system
-from tests.integration.test_iommufd_uapi import refused
 from tests.integration.test_units import alloc, another, queue_of, with_silicon
+from tests.kit.refusals import refused
 
 RAM = 40 * MIB
 PAGES = RAM // PAGE_SIZE

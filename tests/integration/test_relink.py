@@ -29,7 +29,8 @@ from tests.integration.rig import (
 )
 from tests.integration.system import System, eventually, system
 from tests.integration.test_death import running_dma
-from tests.integration.test_iommufd_uapi import ioas_of, paging, refused
+from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.refusals import refused
 
 ROUNDS = 4
 

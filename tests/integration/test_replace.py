@@ -14,7 +14,8 @@ from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
 from tests.integration.rig import Rig, attach_device, bare_vm, device_stats, rigged, unit_stats, vm_stats
 from tests.integration.system import eventually, system
-from tests.integration.test_iommufd_uapi import ioas_of, paging, refused
+from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.refusals import refused
 
 
 async def fill_reaches_nothing(host: Host, rig: Rig, gpa: int) -> None:

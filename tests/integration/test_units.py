@@ -29,7 +29,8 @@ from tests.integration.rig import (
     vm_stats,
 )
 from tests.integration.system import Options, eventually, system
-from tests.integration.test_iommufd_uapi import ioas_of, paging, refused
+from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.refusals import refused
 
 MSI = 0xFEE0_0000
 

@@ -27,6 +27,7 @@ from tests.oracle.table import RawTables, flat
 
 T = TypeVar("T")
 RW = Prot.READ | Prot.WRITE
+BITMAP = Hva(0x3000_0000_0000)  # where tests have their dirty bitmaps
 READ = TdpFaultType(read=True, write=False, exec=False)
 WRITE = TdpFaultType(read=False, write=True, exec=False)
 
@@ -88,6 +89,7 @@ class World:
         self.mm: Mm = self.host.create_mm()
         self.mm.cookie = 77
         self.vm = Kvm(self.host, self.mm, seq_start)
+        self.importer = SlowImporter()  # of `lend`
 
     def run(self, flow: Coroutine[Any, None, T]) -> T:
         """A flow that nothing holds up."""
@@ -101,6 +103,16 @@ class World:
         wait = self.flows.start(flow)
         self.flows.run_ready()
         return wait
+
+    def settle(self, wait: Wait[T]) -> T:
+        """What it gives when all that `importer` is told of is acked, at once and in order."""
+        while self.importer.pending:
+            self.ack(self.importer)
+        return wait.result()
+
+    def do(self, flow: Coroutine[Any, None, T]) -> T:
+        """A flow that acks alone may hold up."""
+        return self.settle(self.start(flow))
 
     def ack(self, importer: SlowImporter, index: int = 0) -> None:
         importer.ack(index)
@@ -127,6 +139,22 @@ class World:
         if not self.vm.vcpus:
             self.create_vcpu()
         return self.run(self.vm.exports.create(CreateTdpFd(0, 0, 0)))
+
+    def lend(self) -> ExportedTdp:
+        """Exported, to `importer`."""
+        exported = self.export()
+        exported.register_importer("unit", self.importer)
+        return exported
+
+    def dirty_pages(self, npages: int, slot: int = 0, at: Hva = BITMAP) -> set[int]:
+        """KVM_GET_DIRTY_LOG, into a bitmap that is mapped there; its pages."""
+        self.do(self.vm.dirty_log.get(slot, at))
+        return self.bits(npages, at)
+
+    def bits(self, count: int, at: Hva = BITMAP) -> set[int]:
+        """That are set in the process's bitmap there."""
+        data = self.do(self.mm.read(at, (count + 63) // 64 * 8))
+        return {bit for bit in range(len(data) * 8) if data[bit // 8] >> bit % 8 & 1}
 
     def guest_read(self, vcpu: Vcpu, gpa: int, size: int) -> RunResult:
         return self.run(vcpu.run([("r", gpa, size)]))

@@ -15,7 +15,6 @@ from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
 from iommufdd.core import qi
 from iommufdd.core.domain import Domain
-from protocol.errors import UapiError
 from protocol.flow import Flows, Wait
 from protocol.hostmem import LOW_RAM_START, Window, WindowKind
 from protocol.hw.faults import FaultReason
@@ -25,6 +24,7 @@ from protocol.hw.qi import Descriptor, IotlbGranularity, IotlbInv, ResponseCode
 from protocol.pt.mem import TableWriter
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Iova, IovaPfn, Level
 from tests.kit.linked_unit import LinkedUnit
+from tests.kit.refusals import errno_of
 
 RID = 0x6A08
 DID = 7
@@ -85,12 +85,6 @@ class Linked(LinkedUnit):
         wait = self.flows.start(self.driver.submit(descriptors))
         self.flows.run_ready()
         return wait
-
-
-def refused(wait: Wait[None]) -> int:
-    with pytest.raises(UapiError) as error:
-        wait.result()
-    return error.value.errno
 
 
 def test_a_function_reaches_what_its_entry_leads_to_and_nothing_once_that_is_forgotten() -> None:
@@ -191,7 +185,7 @@ def test_a_device_that_is_always_late_is_told_of_and_the_queue_goes_on() -> None
     wait = linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096))
     other = linked.submit(qi.invalidate(CAP, DID, [], Iova(0), 4096))
     linked.settle()
-    assert refused(wait) == errno.ETIMEDOUT
+    assert errno_of(wait.result) == errno.ETIMEDOUT
     assert other.result() is None
 
 
@@ -201,7 +195,7 @@ def test_a_descriptor_the_unit_cannot_execute_is_told_of_and_the_queue_goes_on()
     bad = linked.submit([beyond, qi.wait()])
     good = linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096))
     linked.settle()
-    assert refused(bad) == errno.EINVAL
+    assert errno_of(bad.result) == errno.EINVAL
     assert good.result() is None
 
 

@@ -18,6 +18,7 @@ from protocol.hostmem import WindowKind
 from protocol.units import Hpa
 from tests.kit.accelerator import BOF, CMD, ENABLE_DEVICE, ENABLE_WQ, FILL, GRPCFG, WQCFG, work
 from tests.kit.raw_driver import RawDriver
+from tests.kit.refusals import errno_of
 from tests.kit.silicon import TABLES, page_request, pasid_entry, response, window
 
 ONE, OTHER, ELSEWHERE = 0x6A08, 0x6A10, 0x6A18
@@ -118,12 +119,6 @@ def world() -> World:
     return World()
 
 
-def errno_of(done: Wait[Device]) -> int:
-    with pytest.raises(UapiError) as caught:
-        done.result()
-    return caught.value.errno
-
-
 def test_the_units_are_one_drivers(world: World) -> None:
     world.plug()
     with pytest.raises(UapiError) as caught:
@@ -161,11 +156,11 @@ def test_each_units_requests_lie_in_its_own_queue(world: World) -> None:
 def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: World) -> None:
     world.plug()
     device = world.map_bars(ONE).result()
-    assert errno_of(world.map_bars(ONE)) == errno.EBUSY
+    assert errno_of(world.map_bars(ONE).result) == errno.EBUSY
     device.unmap_bars()
     assert world.map_bars(ONE).result() is device
     assert world.map_bars(OTHER).result() is not device
-    assert errno_of(world.map_bars(0x1234)) == errno.ENODEV
+    assert errno_of(world.map_bars(0x1234).result) == errno.ENODEV
 
 
 def test_bars_two_map_during_a_reset_go_to_the_first(world: World) -> None:
@@ -176,7 +171,7 @@ def test_bars_two_map_during_a_reset_go_to_the_first(world: World) -> None:
     world.drivers[0].execute(response(ONE, 0, 1))
     world.flows.run_ready()
     assert first.result() is device
-    assert errno_of(second) == errno.EBUSY
+    assert errno_of(second.result) == errno.EBUSY
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -188,7 +183,7 @@ def test_a_driver_gone_during_a_reset_maps_nothing(world: World, again: bool) ->
     if again:
         world.plug()
     world.flows.run_ready()
-    assert errno_of(done) == errno.ENODEV
+    assert errno_of(done.result) == errno.ENODEV
     assert device.guest is None
 
 

@@ -8,13 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from iommufdd.core import qi
-from protocol.errors import PeerError, UapiError
+from protocol.errors import PeerError
 from protocol.flow import Wait
 from protocol.hw.qi import ResponseCode
 from protocol.hw.vtd_regs import Register
 from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
 from protocol.units import WHOLE_SIZE, Iova
 from tests.kit.iommufdd import CAP, ECAP, RID
+from tests.kit.refusals import errno_of
 from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, Unit
 
 DSI = 2 | 2 << 4 | 3 << 6
@@ -28,12 +29,6 @@ BAD_TYPE, RESERVED_FIELD = 3, 4
 def detach(unit: Unit, did: int = 7) -> Wait[None]:
     """Four descriptors."""
     return unit.start(unit.driver.submit(qi.detach(did, RID, ECAP)))
-
-
-def refused(wait: Wait[None]) -> int:
-    with pytest.raises(UapiError) as error:
-        wait.result()
-    return error.value.errno
 
 
 def stop(unit: Unit, fsts: int, error: int) -> None:
@@ -227,7 +222,7 @@ def test_a_refused_descriptor_becomes_a_wait_that_does_nothing_and_its_submitter
     assert unit.kicks == 3
     unit.execute()
     unit.completion()
-    assert refused(bad) == errno.EINVAL
+    assert errno_of(bad.result) == errno.EINVAL
     assert good.result() is None
 
 
@@ -241,7 +236,7 @@ def test_a_refused_wait_still_ends_what_was_submitted() -> None:
     assert unit.descriptor(3)[0] & 0xFF == 5 | 0x70
     unit.execute()
     unit.completion()
-    assert refused(bad) == errno.EINVAL
+    assert errno_of(bad.result) == errno.EINVAL
 
 
 def test_a_refused_response_is_left_out_and_the_queue_goes_on() -> None:
@@ -287,7 +282,7 @@ def test_a_second_time_out_is_told() -> None:
     unit.execute(4)
     unit.execute(4, waits=False)
     stop(unit, ITE, RID << 32)
-    assert refused(wait) == errno.ETIMEDOUT
+    assert errno_of(wait.result) == errno.ETIMEDOUT
     unit.completion()
     assert other.result() is None
 
@@ -325,8 +320,8 @@ def test_a_unit_that_dies_before_its_wait_leaves_nobody_waiting() -> None:
     waits = [detach(unit) for _ in range(40)]
     unit.driver.gone()
     unit.flows.run_ready()
-    assert {refused(wait) for wait in waits} == {errno.ENODEV}
-    assert refused(detach(unit)) == errno.ENODEV
+    assert {errno_of(wait.result) for wait in waits} == {errno.ENODEV}
+    assert errno_of(detach(unit).result) == errno.ENODEV
     assert not unit.driver.respond(RID, 0, ResponseCode.SUCCESS)
 
 

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from iommufdd.core.object import MAX_OBJECTS, Object, Objects
-from protocol.errors import UapiError
+from tests.kit.refusals import refused
 
 
 class Apple(Object):
@@ -16,10 +16,6 @@ class Apple(Object):
 
 class Pear(Object):
     pass
-
-
-def refused(number: int) -> pytest.RaisesExc[UapiError]:
-    return pytest.raises(UapiError, check=lambda error: error.errno == number)
 
 
 def test_an_object_is_found_by_its_id_and_type() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from protocol.errors import UapiError
 from protocol.pt.ept import EPT_AD
 from protocol.units import Hpa, Hva
 from tests.kit.kvmd import World
+from tests.kit.refusals import refused
 
 GOOD = CreateTdpFd(0, 0, 0)
 WIDE = CpuFeatures(maxphyaddr=52, ept_levels=5)
@@ -31,13 +31,6 @@ def world() -> World:
     made.set_slot(0, 0x100, 16, made.map(16))
     made.create_vcpu()
     return made
-
-
-@contextmanager
-def refused(number: int, word: str | None = None) -> Iterator[None]:
-    with pytest.raises(UapiError, match=word) as caught:
-        yield
-    assert errno.errorcode[caught.value.errno] == errno.errorcode[number], caught.value
 
 
 # -- what refuses ----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 import pytest
 
@@ -15,20 +14,14 @@ from kvmd.core.mm.madvise import dontneed
 from kvmd.core.users import VmUsers
 from kvmd.core.vm import Kvm, VmType
 from kvmd.core.vm_list import VmList
-from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.units import Gfn, GfnSpan, Gpa
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import WRITE, World
+from tests.kit.refusals import errno_of
 
 PAGE = 4096
 BASE = 0x100
-
-
-def errno_of(act: Callable[[], object]) -> int:
-    with pytest.raises(UapiError) as caught:
-        act()
-    return caught.value.errno
 
 
 class Rig:

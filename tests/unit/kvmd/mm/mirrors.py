@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
-
-import pytest
 
 from kvmd.core.mm.check import check_memory
 from kvmd.core.mm.hmm import FoundPages, Mirror
 from kvmd.core.mm.madvise import dontneed
-from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hpa, Hva, Pfn
 from tests.kit.importer import HandLease, SlowImporter
@@ -86,9 +83,3 @@ class Rig:
 
     def violations(self) -> list[str]:
         return check_memory(self.memory, self.world.host.processes)
-
-
-def errno_of(act: Callable[[], object]) -> int:
-    with pytest.raises(UapiError) as caught:
-        act()
-    return caught.value.errno

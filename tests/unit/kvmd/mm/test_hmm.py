@@ -24,7 +24,8 @@ from protocol.flow import Wait, done
 from protocol.uapi import hmm as uapi
 from protocol.units import Hva
 from tests.kit.importer import HandLease, SlowImporter
-from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, PAGES, SIZE, Rig, errno_of
+from tests.kit.refusals import errno_of
+from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, PAGES, SIZE, Rig
 
 
 @pytest.fixture

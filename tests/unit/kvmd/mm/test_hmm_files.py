@@ -12,7 +12,8 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmEvent
 from protocol.units import Hva, Pfn
 from tests.kit.importer import HandLease, SlowImporter
-from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig, errno_of
+from tests.kit.refusals import errno_of
+from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig
 
 
 class Filed(Rig):

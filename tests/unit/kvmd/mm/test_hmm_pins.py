@@ -21,7 +21,8 @@ from protocol.flow import Wait
 from protocol.units import Hva, Level, Pfn
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import MM_CHANGES, RW
-from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig, errno_of
+from tests.kit.refusals import errno_of
+from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, SIZE, Rig
 
 HOST: list[Callable[[Mm, Hva, int], Coroutine[Any, None, int]]] = [migrate, swap_out, merge, numa_hint]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -17,6 +16,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
 from tests.kit.kvmd import MM_CHANGES, RW, World
+from tests.kit.refusals import errno_of
 
 PAGE = 4096
 MIB2 = 2 << 20
@@ -45,12 +45,6 @@ class Notifier:
 @pytest.fixture
 def world() -> World:
     return World()
-
-
-def errno_of(act: Callable[[], object]) -> int:
-    with pytest.raises(UapiError) as caught:
-        act()
-    return caught.value.errno
 
 
 # -- mmap ----------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from protocol.flow import Wait
 from protocol.units import Hva
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import RW
-from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, Rig, errno_of
+from tests.kit.refusals import errno_of
+from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, Rig
 
 
 @dataclass(eq=False)

@@ -24,10 +24,10 @@ from kvmd.core.mm.space import MmState
 from kvmd.core.mm.stats import pagemap
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
-from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
 from tests.kit.kvmd import RW, World
+from tests.kit.refusals import errno_of
 from tests.unit.kvmd.mm.test_mm import Notifier
 
 PAGE = 4096
@@ -71,12 +71,6 @@ def watch(mm: Mm) -> Notifier:
     notifier = Notifier()
     mm.notifiers.append(notifier)
     return notifier
-
-
-def errno_of(act: Callable[[], object]) -> int:
-    with pytest.raises(UapiError) as caught:
-        act()
-    return caught.value.errno
 
 
 def books_are_right(world: World, *others: Mm) -> None:

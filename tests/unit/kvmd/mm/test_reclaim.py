@@ -21,11 +21,11 @@ from protocol.errors import EHWPOISON
 from protocol.flow import Wait
 from protocol.units import Hva, Level
 from tests.kit.kvmd import MM_CHANGES, RW, World
+from tests.kit.refusals import errno_of
 from tests.unit.kvmd.mm.test_mm import Notifier
 from tests.unit.kvmd.mm.test_pages import (
     books_are_right,
     child_of,
-    errno_of,
     file_at,
     gup,
     huge,

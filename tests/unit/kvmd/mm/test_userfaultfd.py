@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.reclaim import swap_out
 from kvmd.core.mm.userfaultfd import UffdFault, Userfaultfd
-from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Hva, Level
 from tests.kit.kvmd import RW, World
+from tests.kit.refusals import errno_of
 
 PAGE = 4096
 
@@ -49,12 +48,6 @@ class Rig:
 
     def protect(self, page: int, pages: int = 1, *, on: bool = True) -> None:
         self.world.run(self.uffd.writeprotect(self.at(page), pages * PAGE, on=on))
-
-
-def errno_of(act: Callable[[], object]) -> int:
-    with pytest.raises(UapiError) as caught:
-        act()
-    return caught.value.errno
 
 
 # -- missing pages ----------------------------------------------------------------------------------------
