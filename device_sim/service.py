@@ -186,7 +186,7 @@ LINK: Service[DeviceSim] = Service(
     "link",
     {
         "CAPS": Method(uapi.LinkCaps, _caps),
-        "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, uapi.MAX_WINDOWS + 1),
+        "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, uapi.MAX_WINDOWS_LENT + 1),
         "MEMORY_REMOVE": Method(uapi.LinkMemoryRemove, _memory_remove),
         "FUNCTION": Method(uapi.LinkFunction, _function),
         "UNIT": Method(uapi.LinkUnit, _unit, 1),

@@ -33,7 +33,7 @@ class HmmMirror(KvmdChannel):
         self._mm_fd = mm_fd  # presented while it is lent to us, and not used after
 
     async def open(self) -> None:
-        await self.present("HMM_MIRROR_GET", self._mm_fd, "hmm", on_request=MIRROR.bind(self))
+        await self.present("HMM_MIRROR_GET", self._mm_fd, "hmm", on_request=HMM_MIRROR.bind(self))
 
     async def register(self, account: str) -> LentWindows:
         reply = await self.call("HMM_REGISTER", {"account": account})
@@ -89,6 +89,6 @@ async def _invalidated(mirror: HmmMirror, message: uapi.HmmInvalidate, fds: Fds)
     return {}
 
 
-MIRROR: Service[HmmMirror] = Service(
+HMM_MIRROR: Service[HmmMirror] = Service(
     "hmm-mirror", {"HMM_INVALIDATE": Method(uapi.HmmInvalidate, _invalidated)}
 )

@@ -33,7 +33,7 @@ from qemu_shim.study.command.compare_options import add_compare, add_params, par
 from qemu_shim.vmm.daemon_options import add_daemon_options, given, joined, lacking, merged
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.inspect import as_text, demo, inspect
-from qemu_shim.vmm.interrupt import interruptible
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READER, interruptible
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 
@@ -41,9 +41,6 @@ SEE_MORE = (
     "to see more: --dump DIR writes the tables, --kvmd '--trace FILE' what led to them (--iommufdd and"
     " --device-sim take it too), --log-level debug says what the daemons did"
 )
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-EXIT_NO_READER = 141  # as the shell calls SIGPIPE
 
 
 def main(argv: list[str] | None = None) -> int:

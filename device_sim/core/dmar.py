@@ -221,7 +221,7 @@ class RemappingUnit:
         self.prq.reset()
         self.faults.reset()
         for endpoint in self._endpoints.values():
-            endpoint.invalidate_translations(IovaPfn(0), qi.MAX_PAGES)
+            endpoint.invalidate_translations(IovaPfn(0), qi.ALL_PAGES)
 
     # -- translation -----------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
 from device_sim.core.traits import Traits
 from protocol.errors import UapiError
-from protocol.hw.qi import MAX_PAGES, ResponseCode
+from protocol.hw.qi import ALL_PAGES, ResponseCode
 from protocol.pt import bits
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Hpa, Iova, IovaPfn, iova_pfn_of
 
@@ -119,7 +119,7 @@ class Function:
         elif pri_allocation is not None and self.pri.enabled:
             self.pri.disable()
         if not (self.ats_enabled and self.dma_enabled):
-            self.devtlb.invalidate(IovaPfn(0), MAX_PAGES)
+            self.devtlb.invalidate(IovaPfn(0), ALL_PAGES)
 
     def _check(self, pasid: bool | None, ats: bool | None, pri_allocation: int | None) -> None:
         absent = (

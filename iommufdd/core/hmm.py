@@ -16,7 +16,7 @@ from protocol.units import Hpa, Hva
 UserFd = NewType("UserFd", int)  # of a caller, lent for the call: handed on, neither kept nor closed
 Invalidate = Callable[[Hva, int], Coroutine[Any, Any, None]]  # start, size; its end is the ack
 
-MAX_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
+MIRROR_TRIES = 64  # to map what was found; each further one: the host took the page away meanwhile
 
 
 class HmmPage(NamedTuple):

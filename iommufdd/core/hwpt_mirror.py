@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from iommufdd.core.area import Area, Span
 from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus
-from iommufdd.core.hmm import MAX_TRIES, HmmPage, HmmRange, Lookup
+from iommufdd.core.hmm import MIRROR_TRIES, HmmPage, HmmRange, Lookup
 from iommufdd.core.hwpt_paging import HwptPaging, MappedIoas
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.mirror_pins import MirrorPins
@@ -48,7 +48,7 @@ class HwptMirror(HwptPaging):
     async def fault_in(self, request: PageRequest) -> None:
         """EFAULT: in no area, or not to be written; the host's errnos; EAGAIN: it would not hold still."""
         iova, write = align_down(request.addr, PAGE_SIZE), request.write
-        for _ in range(MAX_TRIES):
+        for _ in range(MIRROR_TRIES):
             area = self._watched.areas.at(iova)
             if area is None or (write and not area.writable):
                 what = "is in no area" if area is None else "is not to be written"
@@ -75,7 +75,7 @@ class HwptMirror(HwptPaging):
                 self.ioas.counts.io_faults_spurious += not new  # somebody else was first
                 return
             self.ioas.counts.io_fault_retries += 1
-        raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MAX_TRIES} times")
+        raise UapiError(errno.EAGAIN, f"iova {iova:#x}: the host took the page away {MIRROR_TRIES} times")
 
     async def _populated(self, area: Area, iova: Iova, end: Iova, *, write: bool) -> HmmRange:
         """iova..end as far as the host has it then, or has memory for it; the page at `iova` alone, if what

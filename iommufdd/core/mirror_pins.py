@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from iommufdd.core.area import Area, Span, without
-from iommufdd.core.hmm import MAX_TRIES, HmmPage
+from iommufdd.core.hmm import MIRROR_TRIES, HmmPage
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.watched import WatchedMemory
 from protocol.errors import UapiError
@@ -182,7 +182,7 @@ class MirrorPins:
         if area is None:
             raise UapiError(errno.EFAULT, f"pin of iova {start:#x}: it is in no area")
         hva, size = area.hva_of(start), min(end, area.end) - start
-        for _ in range(MAX_TRIES):
+        for _ in range(MIRROR_TRIES):
             with self._watched.lookups.begin() as lookup:
                 # await: area, asked, hva, size, pin: cannot change: the lock of the IOAS is held | lookup:
                 # the process may have something else there before we hear of it; asked again: `Lookup.stale`
@@ -196,7 +196,7 @@ class MirrorPins:
                     return await self._map(pins)
             # await: area, asked, hva, size, pin: cannot change: the lock of the IOAS is held
             await self.let_go(pins)
-        raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MAX_TRIES} times")
+        raise UapiError(errno.EAGAIN, f"pin of iova {start:#x}: the host took it away {MIRROR_TRIES} times")
 
     async def _map(self, pins: list[MirrorPin]) -> Iova:
         """Map what was pinned for a request, and keep it mapped; where it ends.  A huge leaf that reaches

@@ -35,7 +35,7 @@ from protocol.hw.qi import (
 from protocol.trace import TRACE, QiSubmit
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, WHOLE_SIZE, Iova, Pasid
 
-DONE = 2  # status data of a completed wait, as Linux writes it
+QI_DONE = 2  # status data of a completed wait, as Linux writes it
 
 
 def invalidate(cap: Cap, did: int, rids: Iterable[int], start: Iova, size: int) -> list[Descriptor]:
@@ -70,7 +70,7 @@ def drain(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
         WaitDescriptor(fn=True),
         IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
         *_device(rid, ecap),
-        WaitDescriptor(sw=True, fn=True, pd=bool(ecap.pds), status_data=DONE),
+        WaitDescriptor(sw=True, fn=True, pd=bool(ecap.pds), status_data=QI_DONE),
     ]
 
 
@@ -94,7 +94,7 @@ def everything(rid: int) -> DevTlbInv:
 
 def wait() -> WaitDescriptor:
     """Completes when all before it has; the queue says where and what it stores, `inval_queue.py`."""
-    return WaitDescriptor(sw=True, fn=True, status_data=DONE)
+    return WaitDescriptor(sw=True, fn=True, status_data=QI_DONE)
 
 
 def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupResponse:

@@ -20,7 +20,7 @@ from protocol.uapi import names
 VTD_HW_INFO = 1
 NO_CLEAR = 1  # IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
 MAX_ENTRY_LEN = 4096
-MAX_ENTRIES = 1 << 19
+MAX_INV_ENTRIES = 1 << 19
 
 
 async def _destroy(held: IommuFile, message: uapi.IommuDestroy, fds: Fds) -> Body:
@@ -64,7 +64,7 @@ def _invalidate(held: IommuFile, message: uapi.IommuHwptInvalidate, fds: Fds) ->
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
     length, count = message.entry_len, message.entry_num
-    if count and (message.data_uptr is None or not 0 < length <= MAX_ENTRY_LEN or count > MAX_ENTRIES):
+    if count and (message.data_uptr is None or not 0 < length <= MAX_ENTRY_LEN or count > MAX_INV_ENTRIES):
         raise UapiError(errno.EINVAL, f"{count} entries of {length} bytes, or no memory for them")
     raise UapiError(errno.ENOENT, f"object {message.hwpt_id}: no such nested HWPT, there are none")
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 from kvmd.core.cpu.vcpus import MAX_VCPU_IDS, MAX_VCPUS
 from kvmd.core.host import CpuFeatures
 from kvmd.core.slots.dirty_log import MANUAL_INITIALLY_SET, MANUAL_PROTECT_ENABLE
-from kvmd.core.slots.dirty_ring import ENTRY_BYTES, MAX_RING_BYTES
+from kvmd.core.slots.dirty_ring import DIRTY_GFN_BYTES, MAX_RING_BYTES
 from kvmd.core.slots.guest_memfd import ATTRIBUTE_PRIVATE, MemfdFlag
 from kvmd.core.slots.memslot import MAX_SLOTS
 from kvmd.core.tables.root_policy import ALL_BEHAVIOURS, IOMMU_OWN, RootPolicy
@@ -123,7 +123,7 @@ def _set_manual_protect(vm: Kvm, flags: int, options: int) -> None:
 
 def _set_ring_size(vm: Kvm, size: int) -> None:
     log = vm.dirty_log
-    least = max(log.ring_reserve * ENTRY_BYTES, PAGE_SIZE)
+    least = max(log.ring_reserve * DIRTY_GFN_BYTES, PAGE_SIZE)
     if size < least or size & (size - 1):
         raise UapiError(errno.EINVAL, f"dirty ring of {size:#x} bytes: a power of two, at least {least:#x}")
     if size > MAX_RING_BYTES:

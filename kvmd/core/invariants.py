@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from kvmd.core.slots.pinned import AS_ID
 from kvmd.core.tables import tdp_log
-from kvmd.core.tables.spte import is_young
+from kvmd.core.tables.spte import MAY_WRITE, is_young
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
@@ -21,8 +21,6 @@ from protocol.pt.entry import is_frozen, is_mmio, is_present, is_present_leaf, i
 from protocol.pt.geometry import entry_span
 from protocol.pt.walk import WalkRules, second_stage_rules
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, pages_of_level
-
-_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
 def check_vm(vm: Kvm) -> list[str]:
@@ -215,8 +213,8 @@ def _check_untouched(vm: Kvm, root: Root) -> list[str]:
         if is_mmio(met.entry) or (is_frozen(met.entry) and keeps_write):
             found.append(f"I23: gfn {met.gfn:#x} level {met.level} of the IOMMU's root is {met.entry:#x}")
         elif is_present_leaf(met.entry, met.level):
-            given = met.entry & _MAY_WRITE
-            if keeps_write and given and (given != _MAY_WRITE or not is_writable(met.entry)):
+            given = met.entry & MAY_WRITE
+            if keeps_write and given and (given != MAY_WRITE or not is_writable(met.entry)):
                 found.append(f"I23: gfn {met.gfn:#x} level {met.level} lost its right to write")
             if not policy.ages and not is_young(met.entry):
                 found.append(f"I23: gfn {met.gfn:#x} level {met.level} was aged")

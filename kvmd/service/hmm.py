@@ -18,7 +18,7 @@ from protocol.units import PAGE_SHIFT, Hva, size_of_level
 def open_mirror(app: App, mm: Mm) -> int:
     """The fd of a channel; what it holds ends with it, once its lease has ended."""
     held = MirrorFile(app, Mirror(mm))
-    fd, _, held.channel = app.files.open(MIRROR, held, _mirror_closed)
+    fd, _, held.channel = app.files.open(HMM_MIRROR, held, _mirror_closed)
     return fd
 
 
@@ -88,7 +88,7 @@ def _body(found: FoundPages) -> Body:
     return {"pages": pages, "end": found.end, "major": found.major}
 
 
-MIRROR: Service[MirrorFile] = Service(
+HMM_MIRROR: Service[MirrorFile] = Service(
     "hmm-mirror",
     {
         "HMM_REGISTER": Method(uapi.HmmRegister, _register),

@@ -31,7 +31,9 @@ from protocol.hw.fields import (
 )
 from protocol.units import Iova, Pasid, bit, bits
 
-DESCRIPTOR_SIZE: Final = 64
+WORK_DESCRIPTOR_SIZE: Final = 64
+PATTERN_BYTES: Final = 8  # what a fill repeats and a comparison with a pattern looks for
+EQUAL, DIFFERENT = 0, 1  # results of comparisons, and of the creation of a delta record
 COMPLETION_SIZE: Final = 32
 OP_SPECIFIC_SIZE: Final = 24
 CR_SPECIFIC_SIZE: Final = 16
@@ -148,12 +150,12 @@ class Descriptor:
 
     def to_bytes(self) -> bytes:
         assert len(self.op_specific) == OP_SPECIFIC_SIZE, f"{len(self.op_specific)} operation-specific bytes"
-        return store(LAYOUT.pack(self), DESCRIPTOR_SIZE - OP_SPECIFIC_SIZE) + self.op_specific
+        return store(LAYOUT.pack(self), WORK_DESCRIPTOR_SIZE - OP_SPECIFIC_SIZE) + self.op_specific
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Descriptor:
         """FormatError for a wrong length only; see the head of this file."""
-        word = load(raw, DESCRIPTOR_SIZE, "DSA descriptor")
+        word = load(raw, WORK_DESCRIPTOR_SIZE, "DSA descriptor")
         return cls(**LAYOUT.unpack(word), op_specific=raw[-OP_SPECIFIC_SIZE:])
 
 
@@ -195,7 +197,7 @@ def op_bytes(*operands: tuple[Field, int]) -> bytes:
 
 def reserved_violation(raw: bytes) -> bool:
     """Is a bit set that no opcode uses?  The engine answers NOZERO_RESERVED."""
-    return load(raw, DESCRIPTOR_SIZE, "DSA descriptor") & RESERVED != 0
+    return load(raw, WORK_DESCRIPTOR_SIZE, "DSA descriptor") & RESERVED != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from protocol.hw.fields import (
 from protocol.units import PAGE_SHIFT, Iova, IovaPfn, Pasid, bits
 
 DESCRIPTOR_SIZE: Final = 32
-MAX_PAGES: Final = 1 << (64 - PAGE_SHIFT)
+ALL_PAGES: Final = 1 << (64 - PAGE_SHIFT)
 
 
 class IQEI(IntEnum):
@@ -388,4 +388,4 @@ def _block(addr: Iova, am: int) -> tuple[IovaPfn, int]:
 
 def _check_range(start_page: int, npages: int) -> None:
     assert start_page >= 0, f"page {start_page}"
-    assert 1 <= npages <= MAX_PAGES - start_page, f"{npages:#x} pages from {start_page:#x}"
+    assert 1 <= npages <= ALL_PAGES - start_page, f"{npages:#x} pages from {start_page:#x}"

@@ -23,7 +23,7 @@ from protocol.rpc.channel import Body, Channel, Fds, PeerGone, Serve
 Obj = TypeVar("Obj")
 M = TypeVar("M", bound=BaseModel)
 
-MAX_WHY_CHARS = 400
+MAX_COMPLAINT_CHARS = 400
 
 
 class Answer(NamedTuple):
@@ -181,4 +181,4 @@ def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part)[:MAX_SHOWN_CHARS] for part in first["loc"]) or "message"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {first['msg']}, got {shown(first['input'])}{more}"[:MAX_WHY_CHARS]
+    return f"{where}: {first['msg']}, got {shown(first['input'])}{more}"[:MAX_COMPLAINT_CHARS]

@@ -16,8 +16,8 @@ from protocol.uapi.message import U8, U16, U32, U64, Message, Name
 DSA_DESCRIPTOR_BYTES = 64
 MAX_MMIO_READ = 256
 MAX_MMIO_WRITE = 8
-MAX_WINDOWS = 7  # and the lease: what one message may carry
-MAX_UNITS = 64
+MAX_WINDOWS_LENT = 7  # and the lease: what one message may carry
+MAX_UNITS_TOLD = 64
 MAX_FUNCTIONS = 64  # a descriptor each when a domain is invalidated: all of them fit into a unit's ring
 FAULT_CAPABILITIES: Final = ("full", "partial", "none")
 
@@ -65,7 +65,7 @@ class CapsReply(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     units: Annotated[
-        list[Annotated[tuple[U64, U64], Field(strict=False)]], Field(min_length=1, max_length=MAX_UNITS)
+        list[Annotated[tuple[U64, U64], Field(strict=False)]], Field(min_length=1, max_length=MAX_UNITS_TOLD)
     ]
     functions: Annotated[list[FunctionInfo], Field(max_length=MAX_FUNCTIONS)]
 
@@ -75,7 +75,7 @@ class LinkMemoryAdd(Message):
 
     windows: Annotated[
         list[Annotated[tuple[Name, U64, Annotated[int, Field(gt=0, lt=1 << 52)]], Field(strict=False)]],
-        Field(min_length=1, max_length=MAX_WINDOWS),
+        Field(min_length=1, max_length=MAX_WINDOWS_LENT),
     ]
 
 

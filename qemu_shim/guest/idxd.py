@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from protocol.errors import UapiError
 from protocol.hw.dsa import (
     COMPLETION_SIZE,
-    DESCRIPTOR_SIZE,
     NO_FLAGS,
     OP_SPECIFIC_SIZE,
+    WORK_DESCRIPTOR_SIZE,
     CompletionRecord,
     Descriptor,
     Flag,
@@ -172,7 +172,7 @@ class IdxdWorkQueue:
 
     async def batch(self, children: Sequence[Descriptor]) -> tuple[CompletionRecord, list[CompletionRecord]]:
         """Run them as one batch; the batch's record, and theirs (status NONE: abandoned behind a fence)."""
-        listed = self._memory.allocate(_pages(len(children) * DESCRIPTOR_SIZE))
+        listed = self._memory.allocate(_pages(len(children) * WORK_DESCRIPTOR_SIZE))
         records_size = len(children) * COMPLETION_SIZE
         records = self._memory.allocate(_pages(records_size))
         await self._memory.write(records, bytes(records_size))

@@ -13,10 +13,17 @@ from dataclasses import replace
 from typing import Final
 
 from protocol.hw import dsa
-from protocol.hw.dsa import DESCRIPTOR_SIZE, CompletionRecord, CrcFlag, Descriptor, Flag, Opcode
+from protocol.hw.dsa import (
+    PATTERN_BYTES,
+    WORK_DESCRIPTOR_SIZE,
+    CompletionRecord,
+    CrcFlag,
+    Descriptor,
+    Flag,
+    Opcode,
+)
 from protocol.hw.fields import Field
 
-PATTERN_BYTES: Final = 8
 # Which of source and destination are addresses that move on.
 MOVING: Final[Mapping[int, tuple[bool, bool]]] = {
     **dict.fromkeys((Opcode.MEMMOVE, Opcode.COMPARE, Opcode.DUALCAST, Opcode.COPY_CRC), (True, True)),
@@ -29,7 +36,7 @@ def rest_of(d: Descriptor, record: CompletionRecord) -> Descriptor:
     """The descriptor that does what `d` has not done."""
     done = record.bytes_completed
     if d.opcode == Opcode.BATCH:
-        return replace(d, src=d.src + done * DESCRIPTOR_SIZE, size=d.size - done)
+        return replace(d, src=d.src + done * WORK_DESCRIPTOR_SIZE, size=d.size - done)
     if d.opcode not in MOVING:
         return d
     if d.opcode == Opcode.MEMMOVE and record.result:

@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from protocol.hw.dsa import CompletionRecord, Opcode, Status
+from protocol.hw.dsa import EQUAL, CompletionRecord, Opcode, Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.vmm.designs import RamSlot
 from qemu_shim.vmm.machine import BareMachine, GuestCpu, Machine, PassedThrough, attached
 from qemu_shim.vmm.migrator import Migrator
 
-EQUAL = 0  # the result of a comparison
 PLUGGED_FROM = 8 * GIB  # slots whose place nobody names lie from here on
 FIRST_PLUGGED = 16  # the number of the first of them
 

@@ -12,7 +12,7 @@ from qemu_shim.vmm.daemons import DEVICE_SIM, IOMMUFDD, KVMD
 from qemu_shim.vmm.machine import Host
 
 # The rows that every scenario's table ends with.
-ROWS = (
+COSTS = (
     ("page requests / groups", ("io_faults", "io_groups")),
     ("EPT violations", ("cpu_faults",)),
     ("pages mapped by vCPU / device", ("pages_mapped_cpu", "pages_mapped_io")),
@@ -98,14 +98,14 @@ def fill_table(report: Report, before: Snapshot, after: Snapshot) -> None:
     """The figures every scenario shows."""
     cost, tables = after.since(before), after.raw["vm.table_pages"]
     latencies = new_latencies(before, after)
-    report.figures |= {name: getattr(cost, name) for _, names in ROWS for name in names}
+    report.figures |= {name: getattr(cost, name) for _, names in COSTS for name in names}
     report.figures |= {
         "table_pages": tables,
         "io_faults_timed": len(latencies),
         "io_fault_p50_us": percentile(latencies, 50) / 1000,
         "io_fault_p99_us": percentile(latencies, 99) / 1000,
     }
-    report.rows += [(label, " / ".join(str(getattr(cost, name)) for name in names)) for label, names in ROWS]
+    report.rows += [(label, " / ".join(str(getattr(cost, name)) for name in names)) for label, names in COSTS]
     report.rows += [("table pages", f"{tables}"), ("IO page fault latency", _latency_text(latencies))]
 
 

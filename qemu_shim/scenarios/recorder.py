@@ -22,7 +22,7 @@ from qemu_shim.scenarios.run import Sample
 from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
 PATIENCE_S = 30.0
-POLL_S = 0.001
+QUIET_POLL_S = 0.001
 
 
 class NeverQuiet(Exception):
@@ -75,7 +75,7 @@ class Recorder:
                 }
                 if not left:
                     return raw
-                await trio.sleep(POLL_S)
+                await trio.sleep(QUIET_POLL_S)
         raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {left}")
 
     async def look(self) -> Raw:

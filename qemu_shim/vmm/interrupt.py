@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one cancels what is being done, more of them change nothing."""
+"""Ctrl-C and SIGTERM: the first one cancels what is being done, more of them change nothing.
+
+With the exit statuses of commands, of which being interrupted is one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_NO_READER = 141  # as the shell calls SIGPIPE
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

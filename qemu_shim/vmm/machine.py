@@ -33,7 +33,7 @@ from qemu_shim.vmm.process import Process
 from qemu_shim.vmm.vcpu import Vcpu
 
 LOW_RAM_MAX = 2 * GIB  # what does not fit below goes above 4 GiB, around the hole for devices
-HIGH_RAM_START = 4 * GIB
+HIGH_RAM_GPA = Gpa(4 * GIB)
 FIRST_FREE_GPA = Gpa(16 * MIB)  # the guest kernel's own memory ends here
 
 
@@ -369,7 +369,7 @@ async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamS
     low = min(config.ram_bytes, LOW_RAM_MAX)
     pieces = [(0, low)]
     if config.ram_bytes > low:
-        pieces.append((HIGH_RAM_START, config.ram_bytes - low))
+        pieces.append((HIGH_RAM_GPA, config.ram_bytes - low))
     slots = []
     for slot, (gpa, size) in enumerate(pieces):
         hva = await process.mmap(size, page_size=config.page_size)

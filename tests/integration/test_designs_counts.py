@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.hw.dsa import COMPLETION_SIZE, DESCRIPTOR_SIZE, Descriptor, Flag, Opcode, Status
+from protocol.hw.dsa import COMPLETION_SIZE, WORK_DESCRIPTOR_SIZE, Descriptor, Flag, Opcode, Status
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa, Iova
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.counters import tables
@@ -170,7 +170,7 @@ async def copy_by_a_ring(guest: Machine, size: int) -> None:
     ]
     await memory.write(ring, b"".join(children))
     for n in range(0, DEPTH, BATCH):
-        record = await queue.run(Opcode.BATCH, src=ring + n * DESCRIPTOR_SIZE, size=BATCH)
+        record = await queue.run(Opcode.BATCH, src=ring + n * WORK_DESCRIPTOR_SIZE, size=BATCH)
         assert record.status is Status.SUCCESS
     assert await memory.read(dst, size) == data
 

@@ -19,7 +19,7 @@ from iommufdd.service.iommufd import IOMMUFD
 from iommufdd.service.vfio import VFIO
 from kvmd.service import door as kvmd
 from kvmd.service.fault_notes import FAULT_NOTES
-from kvmd.service.hmm import MIRROR
+from kvmd.service.hmm import HMM_MIRROR
 from kvmd.service.memfd import MEMFD
 from kvmd.service.mm import MM
 from kvmd.service.tdp_fd import IMPORTER, TDP_FD
@@ -48,7 +48,7 @@ SERVICES: list[Service[Any]] = [
     VCPU,
     TDP_FD,
     IMPORTER,
-    MIRROR,
+    HMM_MIRROR,
     FAULT_NOTES,
     iommufdd.FRONT_DOOR,
     IOMMUFD,

@@ -18,7 +18,7 @@ from device_sim.core.dsa.result import JobResult
 from device_sim.core.dsa.wq import Job
 from device_sim.core.function import DmaFault
 from protocol.flow import Wait
-from protocol.hw.dsa import DESCRIPTOR_SIZE, Descriptor, DrainFlag, Flag, Status
+from protocol.hw.dsa import WORK_DESCRIPTOR_SIZE, Descriptor, DrainFlag, Flag, Status
 from protocol.units import PAGE_SIZE, Iova
 
 WINDOW = 16
@@ -57,12 +57,12 @@ class Batch:
         """`out.completed` counts the descriptors handed to the engines."""
         d = self._job.descriptor
         while out.completed < d.size:
-            at = Iova(d.src + out.completed * DESCRIPTOR_SIZE)
+            at = Iova(d.src + out.completed * WORK_DESCRIPTOR_SIZE)
             # A page at a time: what is fetched runs while the next page is waited for.
-            wanted = min((d.size - out.completed) * DESCRIPTOR_SIZE, PAGE_SIZE - at % PAGE_SIZE)
+            wanted = min((d.size - out.completed) * WORK_DESCRIPTOR_SIZE, PAGE_SIZE - at % PAGE_SIZE)
             fetched = await self._dma.read_some(at, wanted)
-            for offset in range(0, len(fetched), DESCRIPTOR_SIZE):
-                raw = fetched[offset : offset + DESCRIPTOR_SIZE]
+            for offset in range(0, len(fetched), WORK_DESCRIPTOR_SIZE):
+                raw = fetched[offset : offset + WORK_DESCRIPTOR_SIZE]
                 child = Job(self._job.queue, raw, Descriptor.from_bytes(raw), self._job, out.completed)
                 fence = child.flags & _FENCE
                 await self._at_most(0 if fence else WINDOW - 1)

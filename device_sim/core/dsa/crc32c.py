@@ -16,7 +16,7 @@ from typing import Final
 
 POLYNOMIAL: Final = 0x82F6_3B78  # 0x1EDC6F41, its bits reversed
 INVERT: Final = 0xFFFF_FFFF
-WORD: Final = 4
+CRC_SIZE: Final = 4
 FEW_BYTES: Final = 1024  # below, one byte after the other is faster
 FEW_WORDS: Final = 32
 
@@ -41,17 +41,17 @@ def update(register: int, data: bytes) -> int:
     """The register after `data`."""
     if len(data) < FEW_BYTES:
         return _bytewise(register, data)
-    words = len(data) // WORD
-    head = (int.from_bytes(data[:WORD], "little") ^ register).to_bytes(WORD, "little")
-    planes = [bytes([head[n]]) + data[WORD + n : words * WORD : WORD] for n in range(WORD)]
+    words = len(data) // CRC_SIZE
+    head = (int.from_bytes(data[:CRC_SIZE], "little") ^ register).to_bytes(CRC_SIZE, "little")
+    planes = [bytes([head[n]]) + data[CRC_SIZE + n : words * CRC_SIZE : CRC_SIZE] for n in range(CRC_SIZE)]
     while words > FEW_WORDS:
         log2 = (words - 1).bit_length() - 1
         planes = _fold(planes, words - (1 << log2), _move_tables(log2))
         words = 1 << log2
-    rest = bytearray(words * WORD)
+    rest = bytearray(words * CRC_SIZE)
     for n, plane in enumerate(planes):
-        rest[n::WORD] = plane
-    return _bytewise(0, bytes(rest) + data[len(data) // WORD * WORD :])
+        rest[n::CRC_SIZE] = plane
+    return _bytewise(0, bytes(rest) + data[len(data) // CRC_SIZE * CRC_SIZE :])
 
 
 def _bytewise(register: int, data: bytes) -> int:
@@ -77,7 +77,7 @@ def _fold(planes: Planes, top: int, tables: tuple[tuple[bytes, ...], ...]) -> Pl
 def _move_matrix(log2: int) -> tuple[int, ...]:
     """Where each bit of a register goes when it is moved over 2**log2 words of zeroes."""
     if log2 == 0:
-        return tuple(_bytewise(1 << n, bytes(WORD)) for n in range(8 * WORD))
+        return tuple(_bytewise(1 << n, bytes(CRC_SIZE)) for n in range(8 * CRC_SIZE))
     half = _move_matrix(log2 - 1)
     return tuple(_times(half, column) for column in half)
 
@@ -96,7 +96,7 @@ def _move_tables(log2: int) -> tuple[tuple[bytes, ...], ...]:
     """The same by bytes, for each that is and each it goes to: what `bytes.translate` takes."""
     matrix = _move_matrix(log2)
     tables = []
-    for source in range(WORD):
+    for source in range(CRC_SIZE):
         moved = [_times(matrix, value << 8 * source) for value in range(256)]
-        tables.append(tuple(bytes(word >> 8 * out & 0xFF for word in moved) for out in range(WORD)))
+        tables.append(tuple(bytes(word >> 8 * out & 0xFF for word in moved) for out in range(CRC_SIZE)))
     return tuple(tables)

@@ -19,12 +19,19 @@ from device_sim.core.dsa.result import JobResult
 from device_sim.core.function import DmaRange
 from protocol.flow import Flow
 from protocol.hw import dsa
-from protocol.hw.dsa import CrcFlag, Descriptor, Flag, Opcode, Status
+from protocol.hw.dsa import (
+    DIFFERENT,
+    EQUAL,
+    PATTERN_BYTES,
+    CrcFlag,
+    Descriptor,
+    Flag,
+    Opcode,
+    Status,
+)
 from protocol.units import PAGE_OFFSET_MASK, Iova
 
-PATTERN_BYTES: Final = 8
 SEED_BYTES: Final = 4
-EQUAL, DIFFERENT = 0, 1  # results of comparisons, and of the creation of a delta record
 DELTA_TOO_LARGE = 2
 BACKWARD = 1  # result of a move that did not end
 _CRC = struct.Struct("<Q8x")

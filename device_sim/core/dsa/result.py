@@ -12,7 +12,7 @@ from device_sim.core.function import DmaFault
 from protocol.hw.dsa import CR_SPECIFIC_SIZE, CompletionRecord, Status
 from protocol.units import Iova
 
-ADDRESS_MASK = (1 << 64) - 1
+FAULT_ADDR_MASK = (1 << 64) - 1
 NOTHING_SPECIFIC = bytes(CR_SPECIFIC_SIZE)
 
 
@@ -35,6 +35,6 @@ class JobResult:
             write_fault=fault is not None and fault.write,
             result=self.result,
             bytes_completed=self.completed if told else 0,
-            fault_addr=Iova(0 if fault is None else fault.iova & ADDRESS_MASK),
+            fault_addr=Iova(0 if fault is None else fault.iova & FAULT_ADDR_MASK),
             op_specific=self.specific,
         )

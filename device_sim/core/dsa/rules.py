@@ -33,10 +33,10 @@ _CRC_FLAGS: Final = CrcFlag.READ_SEED | CrcFlag.BYPASS_INVERT | CrcFlag.BYPASS_R
 _DRAIN_FLAGS: Final = (
     DrainFlag.READBACK1 | DrainFlag.READBACK2 | DrainFlag.SUPPRESS_TC_A | DrainFlag.SUPPRESS_TC_B
 )
-_OPERANDS: Final = bits(8 * dsa.DESCRIPTOR_SIZE - 1, 128)  # of a descriptor, behind the record's address
+_OPERANDS: Final = bits(8 * dsa.WORK_DESCRIPTOR_SIZE - 1, 128)  # of a descriptor, behind the record's address
 _SRC, _DST, _SIZE = (dsa.LAYOUT[name] for name in ("src", "dst", "size"))
 _INT_HANDLE: Final = dsa.LAYOUT["int_handle"].mask
-_OP_SPECIFIC_SHIFT: Final = 8 * (dsa.DESCRIPTOR_SIZE - dsa.OP_SPECIFIC_SIZE)
+_OP_SPECIFIC_SHIFT: Final = 8 * (dsa.WORK_DESCRIPTOR_SIZE - dsa.OP_SPECIFIC_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def _batch_count(d: Descriptor, limits: WqCfg) -> Status | None:
 
 
 def _list_alignment(d: Descriptor, limits: WqCfg) -> Status | None:
-    return Status.DESC_LIST_ALIGN if d.src % dsa.DESCRIPTOR_SIZE else None
+    return Status.DESC_LIST_ALIGN if d.src % dsa.WORK_DESCRIPTOR_SIZE else None
 
 
 def _overlap(a: int, a_size: int, b: int, b_size: int) -> bool:

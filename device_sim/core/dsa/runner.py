@@ -16,7 +16,7 @@ from device_sim.core.dsa.batch import Batch, drain
 from device_sim.core.dsa.delta import DeltaError
 from device_sim.core.dsa.dma import Aborted, Dma
 from device_sim.core.dsa.operations import OPERATIONS
-from device_sim.core.dsa.result import ADDRESS_MASK, JobResult
+from device_sim.core.dsa.result import FAULT_ADDR_MASK, JobResult
 from device_sim.core.dsa.rules import refusal, valid_handle
 from device_sim.core.dsa.wq import Job
 from device_sim.core.function import DmaFault, Function
@@ -158,6 +158,6 @@ class Runner:
                 invalid_flags=int.from_bytes(out.specific[:4], "little")
                 if error is Status.INVALID_FLAGS
                 else 0,
-                fault_addr=Iova(0 if fault is None else fault.iova & ADDRESS_MASK),
+                fault_addr=Iova(0 if fault is None else fault.iova & FAULT_ADDR_MASK),
             )
         )

@@ -22,7 +22,7 @@ Instruction = tuple[Any, ...]
 Modification = Callable[[bytes], bytes]
 
 WHOLE_BYTES = 16  # the largest access of one instruction
-WORD_BYTES = 8  # what loops and polls access
+ACCESS_BYTES = 8  # what loops and polls access
 STEP_BATCH = 512  # steps of a loop before others get a turn
 
 
@@ -117,23 +117,23 @@ class Program:
         self._memory.prefetch(gpa)
 
     async def _wloop(self, gpa: Gpa, count: int, stride: int, value: int) -> None:
-        word = _bytes(value, WORD_BYTES)
+        word = _bytes(value, ACCESS_BYTES)
         for i in range(count):
             await self._memory.store(Gpa(gpa + i * stride), word)
             await self._step()
 
     async def _rloop(self, gpa: Gpa, count: int, stride: int) -> None:
         for i in range(count):
-            await self._memory.load(Gpa(gpa + i * stride), WORD_BYTES)
+            await self._memory.load(Gpa(gpa + i * stride), ACCESS_BYTES)
             await self._step()
 
     async def _spin_until_zero(self, gpa: Gpa) -> None:
-        while any(await self._memory.load(gpa, WORD_BYTES)):
+        while any(await self._memory.load(gpa, ACCESS_BYTES)):
             await self._vcpu.pause()
 
     async def _spin_until_ne(self, gpa: Gpa, value: int) -> None:
-        word = _bytes(value, WORD_BYTES)
-        while await self._memory.load(gpa, WORD_BYTES) == word:
+        word = _bytes(value, ACCESS_BYTES)
+        while await self._memory.load(gpa, ACCESS_BYTES) == word:
             await self._vcpu.pause()
 
     async def _step(self, *, new_instruction: bool = True) -> None:

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 
 from kvmd.core.faults.leaf_levels import first_pfn
 from kvmd.core.faults.page_fault import MAX_TRIES
+from kvmd.core.mm.hmm import PIN_BATCH
 from kvmd.core.mm.page import Page
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
@@ -46,8 +47,6 @@ from protocol.errors import UapiError
 from protocol.flow import Flow
 from protocol.pt.geometry import gfn_limit
 from protocol.units import LEVEL_2M, LEVEL_4K, Gfn, GfnSpan
-
-PIN_BATCH = 512  # pages pinned before others get a turn
 
 
 @dataclass(slots=True, eq=False)

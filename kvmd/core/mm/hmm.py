@@ -35,7 +35,7 @@ from protocol.units import PAGE_SIZE, Hva, size_of_level
 MAX_PAGES = 1024  # of one answer
 MAX_LOOKS = 16 * MAX_PAGES  # at absent pages too, where nothing is faulted in
 MAX_WATCHED = 1 << 16
-MAX_TRIES = 64  # of a fault whose page is taken away each time before it is looked at
+LOOKUP_TRIES = 64  # of a fault whose page is taken away each time before it is looked at
 PIN_BATCH = 512  # pages of 4 KiB pinned or unpinned before others get a turn
 
 # Whose locked_vm pins count in [iommufd io_pagetable.h, IOPT_PAGES_ACCOUNT_*].
@@ -195,7 +195,7 @@ class Mirror:
         end, tally = Hva(start + size), Tally()
         counters = self.mm.memory.counters
         counters.hmm_faults += fault
-        for _ in range(MAX_TRIES):
+        for _ in range(LOOKUP_TRIES):
             # await: end, counters, tally: cannot change: a number, and counts that are added to afresh
             await self._settled(start, end)
             if not fault:
@@ -212,7 +212,7 @@ class Mirror:
                 counters.hmm_faults_major += tally.major
                 counters.hmm_faults_allocated += tally.allocated
                 return FoundPages(pages, stopped, tally.major)
-        raise UapiError(errno.EBUSY, f"fault at {start:#x}: its page was taken away {MAX_TRIES} times")
+        raise UapiError(errno.EBUSY, f"fault at {start:#x}: its page was taken away {LOOKUP_TRIES} times")
 
     async def _settled(self, start: Hva, end: Hva) -> None:
         """No change of the range is in progress, and the next will be told [mmu_interval_read_begin]."""

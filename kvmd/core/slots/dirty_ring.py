@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 from protocol.trace import TRACE, KvmDirtyRingPush
 
-ENTRY_BYTES = 16
-MAX_ENTRIES = 1 << 16
-MAX_RING_BYTES = MAX_ENTRIES * ENTRY_BYTES
+DIRTY_GFN_BYTES = 16
+KVM_DIRTY_RING_MAX_ENTRIES = 1 << 16
+MAX_RING_BYTES = KVM_DIRTY_RING_MAX_ENTRIES * DIRTY_GFN_BYTES
 RESERVED_ENTRIES = 64  # [KVM kvm_dirty_ring.h]
 PML_ENTRIES = 512  # what the CPU's page-modification log holds
 F_DIRTY, F_RESET = 1, 2
 
-_WORDS = ENTRY_BYTES // 4
+_WORDS = DIRTY_GFN_BYTES // 4
 
 
 class DirtyGfn(NamedTuple):
@@ -46,7 +46,7 @@ class DirtyRing:
     def __init__(self, memory: memoryview, reserved: int, index: int = 0) -> None:
         # Four bytes are one store, so a reader sees flags old or new, and x86 keeps the order of stores.
         self._words = memory.cast("I")
-        self._entries = len(memory) // ENTRY_BYTES
+        self._entries = len(memory) // DIRTY_GFN_BYTES
         self._soft_limit = self._entries - reserved
         self._dirty_index = 0
         self._reset_index = 0

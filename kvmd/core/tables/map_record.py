@@ -19,7 +19,7 @@ from protocol.units import LEVEL_4K, Gfn, Level, pages_of_level
 
 REGION = 1 << INDEX_BITS
 
-NEVER, READ_ONLY, WRITABLE, ZAPPED = range(4)
+NEVER_MAPPED, READ_ONLY, WRITABLE, ZAPPED = range(4)
 MAPPED = (READ_ONLY, WRITABLE)
 
 _WHOLE = tuple(bytes([state]) * REGION for state in range(4))
@@ -66,7 +66,7 @@ class MapRecord:
 
     def state(self, gfn: Gfn) -> int:
         region = self._regions.get(gfn >> INDEX_BITS)
-        return NEVER if region is None else region[gfn & REGION - 1]
+        return NEVER_MAPPED if region is None else region[gfn & REGION - 1]
 
     def count(self, states: Iterable[int]) -> int:
         """Frames in one of `states`."""

@@ -12,6 +12,7 @@ from protocol.pt.entry import is_access_tracked, is_mmio
 from protocol.pt.format import TableFormat
 from protocol.units import LEVEL_4K, PAGE_SHIFT, Gfn, Level
 
+MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE  # both: W may be given back without a fault [KVM spte.h]
 MMIO_GENERATION_MASK = (1 << bits.MMIO_GENERATION_BITS) - 1
 
 

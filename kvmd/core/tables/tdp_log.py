@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvmd.core.tables.spte import restored
+from kvmd.core.tables.spte import MAY_WRITE, restored
 from kvmd.core.tables.tdp_table import Root, TdpMmu
 from protocol.pt import bits
 from protocol.pt.cursor import EntryRun, RangeEntry
 from protocol.pt.entry import is_frozen, is_writable
 from protocol.pt.geometry import MAX_LEAF_LEVEL, entry_span
 from protocol.units import LEVEL_4K, Gfn, GfnSpan, Level
-
-_MAY_WRITE = bits.HOST_WRITABLE | bits.MMU_WRITABLE
 
 
 def logs_by_dirty_bit(mmu: TdpMmu, root: Root) -> bool:
@@ -60,7 +58,7 @@ def fast_page_fault(mmu: TdpMmu, root: Root, gfn: Gfn, *, logs: bool) -> bool:
     Not on a huge leaf of a slot that logs: one store must not make 512 pages writable.
     """
     met = mmu.leaf_at(root, gfn)
-    if met is None or is_writable(met.entry) or met.entry & _MAY_WRITE != _MAY_WRITE:
+    if met is None or is_writable(met.entry) or met.entry & MAY_WRITE != MAY_WRITE:
         return False
     if logs and met.level > LEVEL_4K:
         return False

@@ -28,7 +28,7 @@ from qemu_shim.study.campaign.point import (
 )
 
 FORMAT = 2  # of both files
-HEADER, RUNS = "campaign.json", "runs.jsonl"
+CAMPAIGN_FILE, RUNS = "campaign.json", "runs.jsonl"
 
 
 class StoreRefused(Exception):
@@ -88,7 +88,7 @@ class Store:
 def planned(directory: Path) -> list[Point]:
     """The points that the store was made for; none, if it cannot be read: opening it says why."""
     try:
-        return [point_from(point) for point in json.loads((directory / HEADER).read_bytes())["points"]]
+        return [point_from(point) for point in json.loads((directory / CAMPAIGN_FILE).read_bytes())["points"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
@@ -108,10 +108,10 @@ def _locked(directory: Path) -> int:
 
 def _header(directory: Path, points: Sequence[Point] | None, code: str) -> list[Point]:
     """Read and compared, or written."""
-    path = directory / HEADER
+    path = directory / CAMPAIGN_FILE
     if not path.exists():
         if points is None or (directory / RUNS).exists():
-            raise StoreRefused(f"{directory} holds no campaign: there is no {HEADER} in it")
+            raise StoreRefused(f"{directory} holds no campaign: there is no {CAMPAIGN_FILE} in it")
         header = {"format": FORMAT, "code": code, "points": [point_as_json(point) for point in points]}
         _write_whole(path, line_of(header))
         return list(points)

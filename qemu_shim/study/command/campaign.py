@@ -23,7 +23,7 @@ from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.pool import all_cores, run_in_processes
 from qemu_shim.study.campaign.progress import Shown
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, until_interrupted
-from qemu_shim.study.campaign.store import HEADER, Store, StoreRefused, planned
+from qemu_shim.study.campaign.store import CAMPAIGN_FILE, Store, StoreRefused, planned
 from qemu_shim.study.campaign.summary import as_text, summary
 from qemu_shim.study.command.compare_options import param_dest
 from qemu_shim.vmm.daemon_options import given
@@ -67,7 +67,7 @@ def _asked(options: argparse.Namespace) -> list[Point] | None:
         said["params"] = {**plan.params, **params}
     if daemons := given(options):
         said["options"] = {**plan.options, **daemons}
-    if options.plan is None and not said and (options.out / HEADER).exists():
+    if options.plan is None and not said and (options.out / CAMPAIGN_FILE).exists():
         return None
     return replace(plan, **said).points()
 
@@ -90,7 +90,7 @@ def _param(text: str) -> tuple[str, list[int]]:
 
 def _say(options: argparse.Namespace, points: list[Point] | None) -> int:
     """What would be run now; nothing is made for it."""
-    if (options.out / HEADER).exists():
+    if (options.out / CAMPAIGN_FILE).exists():
         with Store(options.out, points, _code(options, points)) as store:
             points, total = store.missing(retry_failed=options.retry_failed), len(store.points)
     else:

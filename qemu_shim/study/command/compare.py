@@ -29,8 +29,7 @@ from qemu_shim.study.compare.table import as_text
 from qemu_shim.study.workloads.library import WORKLOADS, workload_of
 from qemu_shim.vmm.daemon_options import as_said, given
 from qemu_shim.vmm.designs import DESIGNS
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
 
 class UsageError(Exception):

@@ -19,12 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from protocol.units import PAGE_SIZE
+from protocol.units import GIB, PAGE_SIZE
 
 Values = Mapping[str, float]
 Counts = Mapping[str, int]
 
-GIB = 1 << 30
 S = 1e6  # in us, the unit of every modelled time
 UNITS = {"us": 1.0, "ratio": 1.0, "share": 1.0, "s/GiB": S / GIB}
 MAX = {"us": 1e9, "ratio": 1e6, "share": 1.0, "s/GiB": 1e6}

@@ -28,7 +28,7 @@ from qemu_shim.vmm.designs import DESIGNS
 
 NAME = "comparison"
 LATE = "late-attach"
-BLOCK = re.compile(r"(?s)(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)")
+FIGURES_BLOCK = re.compile(r"(?s)(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)")
 
 
 class DocumentError(ValueError):
@@ -50,7 +50,7 @@ def check_document(directory: Path) -> None:
 
 
 def check_places(text: str) -> None:
-    places = [match[2] for match in BLOCK.finditer(text)]
+    places = [match[2] for match in FIGURES_BLOCK.finditer(text)]
     if sorted(places) != sorted(FIGURES):
         raise DocumentError(f"{NAME}.md has places for {', '.join(places)}; figures are {', '.join(FIGURES)}")
 
@@ -59,7 +59,7 @@ def filled(text: str, comparison: Comparison) -> str:
     """The document with this comparison's figures."""
     check_places(text)
     figures = {name: make(comparison) for name, make in FIGURES.items()}
-    return BLOCK.sub(lambda match: f"{match[1]}{figures[match[2]]}\n{match[3]}", text)
+    return FIGURES_BLOCK.sub(lambda match: f"{match[1]}{figures[match[2]]}\n{match[3]}", text)
 
 
 def _command(comparison: Comparison) -> str:

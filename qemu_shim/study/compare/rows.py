@@ -9,7 +9,7 @@ from qemu_shim.study.compare.schema import CostFigure, DesignFigures, Span, Work
 
 Cell = Callable[[DesignFigures], str]
 PAYERS = {"vcpu": "the vCPU", "device": "the device", "host": "the host", "work": "the work itself"}
-EMPTY = "-"
+NO_FIGURE = "-"
 UNRANKED = "†"  # behind the time of who is in no ranking
 
 
@@ -59,11 +59,11 @@ def number_text(value: float) -> str:
 
 def _some(*numbers: float, texts: Sequence[str] = ()) -> str:
     """The numbers, or nothing if all are 0."""
-    return "/".join(texts or map(number_text, numbers)) if any(numbers) else EMPTY
+    return "/".join(texts or map(number_text, numbers)) if any(numbers) else NO_FIGURE
 
 
 def _span(span: Span | None) -> str:
-    return us_text(span.us) if span else EMPTY
+    return us_text(span.us) if span else NO_FIGURE
 
 
 def _average(figures: DesignFigures) -> str:
@@ -114,8 +114,8 @@ ROWS = (
 
 def rows_of(workload: WorkloadFigures) -> Iterator[tuple[str, list[str]]]:
     for row in ROWS:
-        cells = [row.cell(it) if it.series.step else EMPTY for it in workload.designs]
-        if not (row.optional and set(cells) == {EMPTY}):
+        cells = [row.cell(it) if it.series.step else NO_FIGURE for it in workload.designs]
+        if not (row.optional and set(cells) == {NO_FIGURE}):
             yield row.label, cells
 
 

@@ -9,7 +9,7 @@ from qemu_shim.study.compare.rows import notes_of, refusals_of, rows_of
 from qemu_shim.study.compare.schema import Comparison, WorkloadFigures
 from qemu_shim.vmm.daemon_options import as_said
 
-WIDTH = 100
+TEXT_WIDTH = 100
 INDENT = "  "
 GAP = "  "
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -43,7 +43,7 @@ def _raised(number: int) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + INDENT) or [""]
+    return textwrap.wrap(text, TEXT_WIDTH, initial_indent=indent, subsequent_indent=indent + INDENT) or [""]
 
 
 def _aligned(labels: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -52,7 +52,7 @@ def _aligned(labels: Sequence[str], heads: Sequence[str], rows: Sequence[Sequenc
     columns = list(zip(heads, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     while columns:
-        number, room = 0, WIDTH - len(INDENT) - first
+        number, room = 0, TEXT_WIDTH - len(INDENT) - first
         while number < len(columns) and (room := room - len(GAP) - widths[number]) >= 0:
             number += 1
         number = max(number, 1)

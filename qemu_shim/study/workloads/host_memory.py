@@ -18,7 +18,7 @@ import trio
 from protocol.errors import UapiError
 from protocol.units import TIB, align_up
 from qemu_shim.api import MIB, PAGE_SIZE, Context
-from qemu_shim.scenarios.recorder import PATIENCE_S, POLL_S, NeverQuiet
+from qemu_shim.scenarios.recorder import PATIENCE_S, QUIET_POLL_S, NeverQuiet
 from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process
 
@@ -65,7 +65,7 @@ async def _nothing_taken(host: Host) -> None:
         while True:
             if not (await host.kvmd.stats())["frames"]:
                 return
-            await trio.sleep(POLL_S)
+            await trio.sleep(QUIET_POLL_S)
     raise NeverQuiet("the host's memory is in use: whoever crowds a host must be the first")
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 
 from protocol.hw.dsa import (
     COMPLETION_SIZE,
-    DESCRIPTOR_SIZE,
     NO_FLAGS,
+    WORK_DESCRIPTOR_SIZE,
     CompletionRecord,
     Descriptor,
     Flag,
@@ -60,7 +60,7 @@ class _Ring:
         )
         await self.guest.machine.memory.write(self.ring[0], raw)
         for first in range(0, len(children), BATCH):
-            at, count = self.ring[0] + first * DESCRIPTOR_SIZE, min(BATCH, len(children) - first)
+            at, count = self.ring[0] + first * WORK_DESCRIPTOR_SIZE, min(BATCH, len(children) - first)
             record = await self.guest.queue.run(Opcode.BATCH, src=at, size=count)
             if record.status is not Status.SUCCESS:
                 raise DmaFailed(f"batch {first // BATCH}: {record.status.name} at {record.fault_addr:#x}")
@@ -106,7 +106,7 @@ def _allocate(ctx: Context, guest: Guest) -> _Ring:
         guest,
         Contents(ctx, guest),
         count,
-        ring=guest.pages(align_up(count * DESCRIPTOR_SIZE, PAGE_SIZE) // PAGE_SIZE),
+        ring=guest.pages(align_up(count * WORK_DESCRIPTOR_SIZE, PAGE_SIZE) // PAGE_SIZE),
         completions=guest.pages(align_up(count * COMPLETION_SIZE, PAGE_SIZE) // PAGE_SIZE),
         transmit=guest.pages(count),
         recycled=guest.pages(count - fresh),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iommufdd.core.hmm import MAX_TRIES, HmmRange, Lookup
+from iommufdd.core.hmm import MIRROR_TRIES, HmmRange, Lookup
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
@@ -46,7 +46,7 @@ def test_a_fault_maps_as_many_pages_as_it_may_and_none_beyond_the_area() -> None
     assert (space.counts.io_faults_spurious, space.asked()) == (1, ["fault", "fault"])
 
 
-@pytest.mark.parametrize(("overtaken", "code"), [(MAX_TRIES - 1, SUCCESS), (MAX_TRIES, FAILURE)])
+@pytest.mark.parametrize(("overtaken", "code"), [(MIRROR_TRIES - 1, SUCCESS), (MIRROR_TRIES, FAILURE)])
 def test_a_fault_that_the_host_overtakes_every_time_ends(
     monkeypatch: pytest.MonkeyPatch, overtaken: int, code: int
 ) -> None:

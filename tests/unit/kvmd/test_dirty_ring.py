@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from kvmd.core.slots.dirty_ring import ENTRY_BYTES, DirtyGfn, DirtyRing, reserved_entries
+from kvmd.core.slots.dirty_ring import DIRTY_GFN_BYTES, DirtyGfn, DirtyRing, reserved_entries
 from qemu_shim.vmm.dirty_ring import DirtyRing as Harvester
 
 BYTES = 4096
@@ -63,7 +63,7 @@ def test_the_reserve_counts_what_the_cpu_may_still_log(pml: bool, entries: int) 
 
 def test_a_ring_is_full_when_only_the_reserve_is_left() -> None:
     ring, harvester, _ = pair()
-    for page in range(BYTES // ENTRY_BYTES - 64):
+    for page in range(BYTES // DIRTY_GFN_BYTES - 64):
         assert not ring.soft_full
         ring.push(1, page)
     assert ring.soft_full

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.tables.map_record import MAPPED, NEVER, READ_ONLY, WRITABLE, ZAPPED, MapRecord
+from kvmd.core.tables.map_record import MAPPED, NEVER_MAPPED, READ_ONLY, WRITABLE, ZAPPED, MapRecord
 from protocol.units import Gfn, Level
 
 LIMIT = 3000
@@ -31,7 +31,7 @@ def test_a_record_follows_every_store(made: list[tuple[int, int, int]], count: i
     for gfn, level, entry in made:
         store(record, plain, gfn, level, entry)
     for gfn in range(2 * LIMIT):
-        assert record.state(Gfn(gfn)) == plain.get(gfn, NEVER)
+        assert record.state(Gfn(gfn)) == plain.get(gfn, NEVER_MAPPED)
     for states in (MAPPED, (ZAPPED,)):
         having = sorted(gfn for gfn, state in plain.items() if state in states)
         assert record.count(states) == len(having)

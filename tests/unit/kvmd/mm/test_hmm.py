@@ -290,7 +290,7 @@ def test_a_page_taken_away_each_time_is_ebusy_in_the_end_not_a_livelock(rig: Rig
 
     rig.mm.get_user_page = fleeting  # type: ignore[method-assign]
     assert errno_of(lambda: rig.fault()) == errno.EBUSY
-    assert rig.mirror.seq == hmm.MAX_TRIES
+    assert rig.mirror.seq == hmm.LOOKUP_TRIES
 
 
 def test_a_collapse_is_told_and_then_seen_as_one_page(rig: Rig) -> None:

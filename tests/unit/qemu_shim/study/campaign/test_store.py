@@ -12,7 +12,7 @@ import pytest
 
 from qemu_shim.scenarios.run import Refusal, Run, Sample
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.campaign.store import HEADER, RUNS, Store, StoreRefused
+from qemu_shim.study.campaign.store import CAMPAIGN_FILE, RUNS, Store, StoreRefused
 
 POINTS = [Point("w", "shared", seed, (("pages", 4),)) for seed in range(4)]
 
@@ -107,7 +107,7 @@ def test_a_run_that_nobody_planned_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_header_of_another_kind_is_refused(header: bytes, word: str, tmp_path: Path) -> None:
-    (tmp_path / HEADER).write_bytes(header)
+    (tmp_path / CAMPAIGN_FILE).write_bytes(header)
     assert word in refusal(tmp_path, POINTS)
 
 
