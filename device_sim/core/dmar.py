@@ -110,10 +110,10 @@ class RemappingUnit:
         self._gcmd = 0
         self._endpoints: dict[int, Endpoint] = {}
         self.interrupts = 0
-        self.messages: deque[msi.InterruptMessage] = deque(maxlen=MAX_MESSAGE_NOTES)
+        self.interrupt_messages: deque[msi.InterruptMessage] = deque(maxlen=MAX_MESSAGE_NOTES)
 
     @property
-    def invalidations(self) -> int:
+    def invalidation_descriptors(self) -> int:
         return self.iotlb_invalidations + self.devtlb_invalidations
 
     def add_endpoint(self, rid: int, endpoint: Endpoint) -> None:
@@ -167,8 +167,8 @@ class RemappingUnit:
     def _on_wait(self, descriptor: qi.WaitDescriptor) -> None:
         if descriptor.pd and not self.ecap.pds:
             raise DescriptorError(qi.IQEI.RESERVED_FIELD, "this unit drains no page requests (ECAP.PDS)")
-        if descriptor.sw and self._waited_for < self.invalidations:
-            self._waited_for = self.invalidations
+        if descriptor.sw and self._waited_for < self.invalidation_descriptors:
+            self._waited_for = self.invalidation_descriptors
             self.invalidation_waits += 1
 
     def _execute(self, descriptor: qi.Descriptor) -> int | None:
@@ -273,7 +273,7 @@ class RemappingUnit:
     def interrupt(self, message: msi.InterruptMessage) -> None:
         """An interrupt message came: it goes on to the interrupt controller."""
         self.interrupts += 1
-        self.messages.append(message)
+        self.interrupt_messages.append(message)
         self.deliver(message)
 
     def _walk(self, tables: TableReader, attached: SecondStage, page: IovaPfn) -> Walk:

@@ -18,7 +18,10 @@ def unit_stats(units: Sequence[RemappingUnit]) -> dict[str, object]:
     total: Counter[str] = Counter()
     for unit in units:
         total.update(_counters(unit))
-    return {**total, "messages": [list(message) for unit in units for message in unit.messages]}
+    return {
+        **total,
+        "interrupt_messages": [list(message) for unit in units for message in unit.interrupt_messages],
+    }
 
 
 def _counters(unit: RemappingUnit) -> dict[str, int]:
@@ -27,7 +30,7 @@ def _counters(unit: RemappingUnit) -> dict[str, int]:
         "iotlb_misses": unit.iotlb.misses,
         "psc_hits": unit.iotlb.psc_hits,
         "walks": unit.walks,
-        "invalidations": unit.invalidations,
+        "invalidation_descriptors": unit.invalidation_descriptors,
         "iotlb_invalidations": unit.iotlb_invalidations,
         "devtlb_invalidations": unit.devtlb_invalidations,
         "invalidation_waits": unit.invalidation_waits,
@@ -42,7 +45,7 @@ def _counters(unit: RemappingUnit) -> dict[str, int]:
 def device_stats(device: Device) -> dict[str, object]:
     dsa, function = device.dsa, device.function
     return {
-        "descriptors": dsa.counters.descriptors,
+        "work_descriptors": dsa.counters.descriptors,
         "bytes_moved": dsa.counters.bytes_moved,
         "pages_moved": dsa.counters.pages_moved,
         "software_errors": dsa.counters.software_errors,

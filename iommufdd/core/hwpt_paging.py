@@ -43,7 +43,7 @@ class HwptPaging(Hwpt):
         super().__init__(domain, memory)
         self.ioas = ioas
         self.table = table
-        self.invalidations = 0
+        self.iotlb_syncs = 0
         self.acked = 0
         self._stale: list[TableChange] = []  # no flush of it has begun, or a unit did not forget it
         self._flushes: dict[Wait[None], None] = {}  # under way
@@ -123,7 +123,7 @@ class HwptPaging(Hwpt):
 
     async def give_up(self) -> None:
         """Nobody uses anything that was taken out so far, by whomever, when this returns."""
-        self.invalidations += 1
+        self.iotlb_syncs += 1
         others = list(self._flushes)
         # await: others: cannot change: our own list, of what is set once
         await self.flush()

@@ -90,7 +90,7 @@ def _hwpt_stats(hwpt: Hwpt) -> Body:
         stats["invalidations"] = hwpt.invalidations
         stats["acked_epoch"] = hwpt.acked_epoch
     elif isinstance(hwpt, HwptPaging):
-        stats["flushes"] = hwpt.invalidations
+        stats["iotlb_syncs"] = hwpt.iotlb_syncs
         stats["acked"] = hwpt.acked
         stats["leaves"] = hwpt.table.leaves[1:]
         for level, tables in enumerate(hwpt.table.tables[1:], 1):

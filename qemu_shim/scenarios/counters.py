@@ -87,7 +87,7 @@ class Counters:
     cpu_pages: int = counted("pages", "that these accesses met", "guest.cpu_pages")
     dma_bytes: int = counted("bytes", "moved by devices", "device.bytes_moved")
     dma_pages: int = counted("pages", "that this DMA met", "device.pages_moved")
-    work_descriptors: int = counted("descriptors", "devices executed", "device.descriptors")
+    work_descriptors: int = counted("descriptors", "devices executed", "device.work_descriptors")
     pages_written: int = counted("pages", "written while logged, as the scenario knows")
     pages_reported: int = counted("pages", "reported dirty")
     pages_missed: int = counted("pages", "written and never reported")
@@ -100,14 +100,19 @@ class Counters:
     memslot_generations: int = counted(
         "generations", "the memslots went through", "vm.memslot_generation", exact=False
     )
-    qi_descriptors: int = counted(
-        "descriptors", "of invalidation queues that units executed", "unit.invalidations", exact=False
+    invalidation_descriptors: int = counted(
+        "descriptors",
+        "IOTLB and device-TLB invalidations together",
+        "unit.invalidation_descriptors",
+        exact=False,
     )
     iotlb_hits: int = counted("requests", "the IOTLB answered", "unit.iotlb_hits", exact=False)
     iotlb_misses: int = counted("requests", "it did not", "unit.iotlb_misses", exact=False)
     devtlb_hits: int = counted("accesses", "the device TLB answered", "device.devtlb_hits", exact=False)
     devtlb_misses: int = counted("accesses", "it did not", "device.devtlb_misses", exact=False)
-    interrupts: int = counted("messages", "of DMA that were interrupts", "unit.interrupts", exact=False)
+    interrupts: int = counted(
+        "interrupts", "units passed on: DMA writes of 4 bytes to 0xfeexxxxx", "unit.interrupts", exact=False
+    )
     faults_recorded: int = counted("faults", "units recorded", "unit.faults_recorded", exact=False)
     records_lost: int = counted(
         "records", "of completion that could not be written", "device.software_errors", exact=False

@@ -16,7 +16,7 @@ COSTS = (
     ("page requests / groups", ("io_faults", "io_groups")),
     ("EPT violations", ("cpu_faults",)),
     ("pages mapped by vCPU / device", ("pages_mapped_cpu", "pages_mapped_io")),
-    ("flushes / invalidation descriptors", ("flushes", "qi_descriptors")),
+    ("flushes / invalidation descriptors", ("flushes", "invalidation_descriptors")),
     ("IOTLB hits / misses", ("iotlb_hits", "iotlb_misses")),
     ("device-TLB hits / misses", ("devtlb_hits", "devtlb_misses")),
 )

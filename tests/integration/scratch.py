@@ -79,7 +79,7 @@ class Scratch:
             peer = Plain.connect(found[0])
             stats, _ = peer.ask("STATS")
             peer.close()
-            count: int = stats["devices"]["dsa0"]["descriptors"]
+            count: int = stats["devices"]["dsa0"]["work_descriptors"]
             return count
 
         until(lambda: descriptors() > 50, "DMA is running")

@@ -207,7 +207,7 @@ def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Sc
         before = by_hand.all_fds()
         process = scratch.start("run", "--attach", str(by_hand.directory), *LONG_RUN[1:])
         peer = Plain.connect(by_hand.socket("device_sim"))
-        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
+        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["work_descriptors"] > 50, "DMA is running")
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=WHOLE_RUN_S)
         assert process.returncode == 130
@@ -291,7 +291,7 @@ def test_inspect_looks_at_daemons_that_run_and_at_one_address(scratch: Scratch) 
         assert "kvmd has no VM" in err
         running = scratch.start("run", "--attach", str(by_hand.directory), *LONG_RUN[1:])
         peer = Plain.connect(by_hand.socket("device_sim"))
-        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["descriptors"] > 50, "DMA is running")
+        until(lambda: peer.ask("STATS")[0]["devices"]["dsa0"]["work_descriptors"] > 50, "DMA is running")
         peer.close()
         status, out, _ = scratch.run(*attach, "--json")
         seen = json.loads(out)

@@ -46,7 +46,7 @@ async def running_dma(host: Host) -> AsyncIterator[tuple[Rig, int]]:
 
         for worker in range(1, 4):
             nursery.start_soon(copy, worker)
-        await eventually(lambda: device_stats(host), lambda s: s["descriptors"] > 50, "DMA is running")
+        await eventually(lambda: device_stats(host), lambda s: s["work_descriptors"] > 50, "DMA is running")
         yield rig, page
         nursery.cancel_scope.cancel()
         rig.close()
@@ -226,7 +226,7 @@ async def test_kill_the_vmm_and_the_daemons_forget_it(host: Host, shared_system:
     try:
         await eventually(
             lambda: device_stats(host),
-            lambda s: s["descriptors"] > before["descriptors"] + 20,
+            lambda s: s["work_descriptors"] > before["work_descriptors"] + 20,
             "DMA is running",
         )
     finally:

@@ -168,7 +168,7 @@ async def test_a_dedicated_queue_that_overflows_tells_it_in_the_software_error_r
         device = await device_stats(host)
         lost = device["software_errors"] - before["software_errors"]
         assert 2 <= lost <= 10
-        assert device["descriptors"] - before["descriptors"] == 12 - lost
+        assert device["work_descriptors"] - before["work_descriptors"] == 12 - lost
 
 
 async def size_of_queue_0(portal: Portal) -> int:

@@ -53,10 +53,12 @@ class Since:
         """EPT violations resolved, faults of the device resolved, page requests, invalidation descriptors."""
         vm, unit = await vm_stats(self._host), await unit_stats(self._host)
         found = {name: vm[name] - self._vm[name] for name in ("pf_fixed", "io_pf_fixed")}
-        return found | {name: unit[name] - self._unit[name] for name in ("page_requests", "invalidations")}
+        return found | {
+            name: unit[name] - self._unit[name] for name in ("page_requests", "invalidation_descriptors")
+        }
 
 
-NOTHING = {"pf_fixed": 0, "io_pf_fixed": 0, "page_requests": 0, "invalidations": 0}
+NOTHING = {"pf_fixed": 0, "io_pf_fixed": 0, "page_requests": 0, "invalidation_descriptors": 0}
 
 
 async def cpu_writes(rig: Rig, pages: list[Gpa]) -> None:
@@ -121,7 +123,7 @@ async def test_each_page_is_faulted_in_once_whoever_comes_first(
             "pf_fixed": 64 - by_device,
             "io_pf_fixed": by_device,
             "page_requests": by_device,
-            "invalidations": 0,
+            "invalidation_descriptors": 0,
         }
         expected = FILLED if cpu_first else b"cpu" + FILLED[3:]
         assert await rig.seen_by_process(pages[-1]) == expected
@@ -196,7 +198,7 @@ async def test_the_same_with_a_shared_root_costs_a_fault_a_page_and_round(host: 
             assert {page >> 12 for page in pages} <= await dirty(rig, buffer)
         told = await since.told()
         assert told["page_requests"] == told["io_pf_fixed"] == 3 * (len(pages) + 1), "and its records"
-        assert told["invalidations"] > 0
+        assert told["invalidation_descriptors"] > 0
 
 
 async def test_a_page_of_the_devices_that_the_host_takes_while_it_is_logged_is_told(host: Host) -> None:
@@ -229,7 +231,7 @@ async def test_another_slots_deletion_takes_nothing_from_a_device(host: Host) ->
         await rig.vm.set_user_memory_region(5, FAR, 0, 0)
         assert await rig.fill(FAR) is not Status.SUCCESS
         told = await since.told()
-        assert told["invalidations"] > 0, "its own leaf was taken"
+        assert told["invalidation_descriptors"] > 0, "its own leaf was taken"
         await device_writes(rig, pages)
         assert (await since.told())["io_pf_fixed"] == told["io_pf_fixed"] == 1
 
@@ -256,7 +258,7 @@ async def test_what_the_host_takes_away_is_taken_from_both(host: Host) -> None:
         await cpu_writes(rig, pages)
         told = await since.told()
         assert (told["io_pf_fixed"], told["pf_fixed"], told["page_requests"]) == (8, 0, 8)
-        assert told["invalidations"] > 0
+        assert told["invalidation_descriptors"] > 0
 
 
 async def test_a_tdp_fd_that_is_closed_leaves_the_cpus_table_alone(host: Host) -> None:

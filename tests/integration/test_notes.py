@@ -75,8 +75,8 @@ def test_a_kvm_hwpt_is_no_nest_parent_for_the_rfcs_reason() -> None:
 
 
 def test_interrupt_messages_reach_the_vmm_and_a_memslot_over_their_window_no_device() -> None:
-    lines, figures = run("msi", "--messages", "100")
-    assert (figures["messages"], figures["faults"], figures["window_pages"]) == (100, 10, 256)
+    lines, figures = run("msi", "--interrupts", "100")
+    assert (figures["interrupts"], figures["faults"], figures["window_pages"]) == (100, 10, 256)
     assert [line.split(" behind ")[0] for line in lines] == ["nothing", "a memslot"]
 
 
@@ -105,7 +105,7 @@ def test_whatever_the_host_does_under_dma_loses_no_data_and_is_told_to_importers
     _, figures = run("memory", "--rounds", "2")
     assert figures["copies"] > 40
     assert len(figures["actions"]) == 10
-    assert figures["qi_descriptors"] >= sum(cost["flushes"] for cost in figures["actions"].values())
+    assert figures["invalidation_descriptors"] >= sum(cost["flushes"] for cost in figures["actions"].values())
     for name, cost in figures["actions"].items():
         assert tuple(cost) == TOLD
         assert cost["affected"] > 0, name

@@ -40,7 +40,7 @@ async def running_dma(host: Host, how: dict[str, Any]) -> AsyncIterator[Rig]:
 
         for worker in range(3):
             nursery.start_soon(fill, worker)
-        await eventually(lambda: device_stats(host), lambda s: s["descriptors"] > 50, "DMA is running")
+        await eventually(lambda: device_stats(host), lambda s: s["work_descriptors"] > 50, "DMA is running")
         yield rig
         nursery.cancel_scope.cancel()
     rig.close()
@@ -89,7 +89,7 @@ async def test_kvmd_dies_and_no_device_reaches_anything(how: dict[str, Any]) -> 
             await eventually(
                 lambda: hwpt_stats(host), lambda s: s["leaves"] == [0, 0, 0], "nothing is mapped"
             )
-            assert hwpt["acked"] <= (await hwpt_stats(host))["flushes"]
+            assert hwpt["acked"] <= (await hwpt_stats(host))["iotlb_syncs"]
             iommu, device = rig.bound
             with pytest.raises(UapiError) as caught:
                 await iommu.ask(

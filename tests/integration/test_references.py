@@ -148,7 +148,7 @@ async def test_after_the_process_exited_no_dma_reaches_its_frames_and_they_are_f
             before = await device_stats(host)
             await eventually(
                 lambda: device_stats(host),
-                lambda s: s["descriptors"] > before["descriptors"] + 20,
+                lambda s: s["work_descriptors"] > before["work_descriptors"] + 20,
                 "DMA is running",
             )
             rig.process.close()

@@ -51,7 +51,7 @@ async def test_a_line_an_event_as_many_as_the_counters_say(tmp_path: Path) -> No
     assert seen["kvm_unmap_hva_range"] == 1
     seen = names(iommufdd)
     assert seen["prq_report"] == unit["page_requests"]
-    assert seen["qi_submit"] == unit["page_requests"] + unit["invalidations"]  # a response each
+    assert seen["qi_submit"] == unit["page_requests"] + unit["invalidation_descriptors"]  # a response each
     assert seen["attach_device_to_domain"] == 1
     assert "inv_wait" not in iommufdd
 

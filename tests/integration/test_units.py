@@ -119,7 +119,7 @@ async def test_behind_a_second_weaker_unit_attach_is_einval_and_the_device_stays
         with refused(errno.ENXIO, "BUSMASTER_EN"):
             await queue_of(rig, second, 0)
         stats = await device_stats(rig.host, 1)
-        assert (stats["descriptors"], stats["bytes_moved"], stats["page_request_groups"]) == (0, 0, 0)
+        assert (stats["work_descriptors"], stats["bytes_moved"], stats["page_request_groups"]) == (0, 0, 0)
         await rig.bound[1].attach(hwpt)
 
 
@@ -271,7 +271,7 @@ async def test_an_interrupt_message_needs_no_mapping_and_anything_else_there_is_
         assert record.status is Status.SUCCESS
         after = await unit_stats(host)
         assert after["interrupts"] == before[0]["interrupts"] + 1
-        assert after["messages"][-1] == [0x6A08, MSI | 0x2000, 0x4041]
+        assert after["interrupt_messages"][-1] == [0x6A08, MSI | 0x2000, 0x4041]
         for size in (8, PAGE_SIZE):
             assert (await rig.queue.fill(MSI, 1, size)).status is not Status.SUCCESS
         assert (await rig.copy(rig.memory.allocate(1), MSI, 4)).status is not Status.SUCCESS

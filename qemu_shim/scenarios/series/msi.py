@@ -22,7 +22,7 @@ VECTOR = 0x4021
 
 async def play(ctx: Context) -> None:
     params, report = ctx.params, ctx.report
-    count = params["messages"]
+    count = params["interrupts"]
     found: dict[str, int] = {}
     async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
         source = stage.guest.memory.allocate(1)
@@ -39,11 +39,11 @@ async def play(ctx: Context) -> None:
             report.expect_equal(cost.faults_recorded, refused, "faults recorded")
             report.expect_equal(cost.io_faults, 0, "page requests for the window")
             report.lines.append(f"{where} behind the window: {delivered} messages, {refused} faults")
-            found |= {"messages": delivered, "faults": refused}
+            found |= {"interrupts": delivered, "faults": refused}
         await _untouched(stage)
     report.figures |= found | {"window_pages": BYTES // PAGE_SIZE}
     report.rows += [
-        ("interrupt messages, each way", f"{found['messages']}"),
+        ("interrupt messages, each way", f"{found['interrupts']}"),
         ("other accesses refused, each way", f"{found['faults']}"),
         ("pages of the memslot unchanged", f"{BYTES // PAGE_SIZE}"),
     ]
@@ -90,6 +90,6 @@ SCENARIO = Scenario(
     summary="a DMA write of 4 bytes to 0xfeexxxxx is an interrupt message, all else a fault, RAM or not",
     tags=("How to map MSI pages",),
     play=play,
-    params={"messages": Param(64, 1, 1024, "interrupt messages, spread over the window, each way")},
+    params={"interrupts": Param(64, 1, 1024, "interrupt messages, spread over the window, each way")},
     designs=(SHARED.name,),
 )

@@ -107,7 +107,9 @@ def test_descriptors_take_effect_in_the_order_they_come(silicon: Silicon) -> Non
     ]
     unit = silicon.unit
     assert (unit.iotlb_invalidations, unit.devtlb_invalidations) == (2, 3), "waits and responses are none"
-    assert (unit.invalidations, unit.invalidation_waits) == (5, 2), "one before each wait, and more"
+    assert (unit.invalidation_descriptors, unit.invalidation_waits) == (5, 2), (
+        "one before each wait, and more"
+    )
     silicon.execute(response(0x6A10, 300, 1) + wait(1))
     assert unit.invalidation_waits == 2
 

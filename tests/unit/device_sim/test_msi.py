@@ -57,7 +57,7 @@ def test_an_aligned_write_of_four_bytes_is_a_message_and_reaches_no_memory(
 ) -> None:
     access(silicon, DmaRange(Iova(addr), 4, True)).result()
     assert silicon.function.write(Iova(addr), struct.pack("<I", 0x4021))
-    assert list(silicon.unit.messages) == [InterruptMessage(RID, Iova(addr), 0x4021)]
+    assert list(silicon.unit.interrupt_messages) == [InterruptMessage(RID, Iova(addr), 0x4021)]
     assert silicon.unit.interrupts == 1
     assert bytes(silicon.frames) == bytes(len(silicon.frames))
     assert (silicon.requests(), silicon.faults(), silicon.unit.walks) == ([], [], 0)
@@ -68,7 +68,7 @@ def test_a_copy_of_four_bytes_is_a_message_once_its_source_is_there(silicon: Sil
     assert silicon.function.copy(Iova(0x7000), START, 4) == 0
     access(silicon, DmaRange(Iova(0x7000), 4, False), DmaRange(START, 4, True)).result()
     assert silicon.function.copy(Iova(0x7000), START, 4) == 4
-    assert list(silicon.unit.messages) == [InterruptMessage(RID, START, 0xABCD)]
+    assert list(silicon.unit.interrupt_messages) == [InterruptMessage(RID, START, 0xABCD)]
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,13 @@ def test_a_write_whose_last_four_bytes_lie_there_is_memory_and_a_message() -> No
     machine = Machine()
     machine.map(BEFORE, DST_FRAME)
     assert machine.run(work(FILL, BOF | CRAV | RCR, src=0x4021 << 32, dst=START - 4, size=8)).status == 1
-    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, START, 0x4021)]
+    assert list(machine.silicon.unit.interrupt_messages) == [InterruptMessage(RID, START, 0x4021)]
     assert machine.run(work(FILL, BOF | CRAV | RCR, src=0x4022, dst=START + PAGE - 4, size=8)).status == 1
-    assert [message.addr - START for message in machine.silicon.unit.messages] == [0, PAGE - 4, PAGE]
+    assert [message.addr - START for message in machine.silicon.unit.interrupt_messages] == [
+        0,
+        PAGE - 4,
+        PAGE,
+    ]
     assert (machine.silicon.faults(), machine.silicon.requests()) == ([], [])
 
 
@@ -218,7 +222,9 @@ def test_a_descriptor_may_send_a_message_and_one_that_sends_none_ends(absent_sou
         machine.map(SRC, SRC_FRAME)
         assert [asked.page for asked in machine.silicon.serve()] == [SRC >> 12]
     assert machine.record().status == 1
-    assert list(machine.silicon.unit.messages) == [InterruptMessage(RID, Iova(START + 0x40), 0x4021)]
+    assert list(machine.silicon.unit.interrupt_messages) == [
+        InterruptMessage(RID, Iova(START + 0x40), 0x4021)
+    ]
     for raw in (
         work(MEMMOVE, BOF | CRAV | RCR, src=SRC, dst=START, size=8),
         work(MEMMOVE, BOF | CRAV | RCR, src=START, dst=SRC, size=4),

@@ -159,7 +159,7 @@ def test_an_invalidation_is_acked_after_the_unit_forgot_and_leaves_nothing_of_it
     space.world.hold()
     acked = space.world.start(space.invalidate(HVA + K4, 2 * K4))
     assert ([leaf[0] for leaf in space.leaves], acked.done, space.asked()) == ([0, 3 * K4], False, ["submit"])
-    assert (space.hwpt_.invalidations, space.hwpt_.acked) == (1, 0)
+    assert (space.hwpt_.iotlb_syncs, space.hwpt_.acked) == (1, 0)
     space.world.let_go()
     assert (acked.done, space.hwpt_.acked, space.counts.hmm_invalidations) == (True, 1, 1)
 

@@ -35,7 +35,7 @@ KVMD = {
 }
 IOMMU = {"page_requests": 2, "hwpts": [{"invalidations": 6, "faults": {"INVALID": 1}}, {"invalidations": 1}]}
 SILICON = {
-    "unit": {"page_requests": 2, "messages": [[1, 2, 3]]},
+    "unit": {"page_requests": 2, "interrupt_messages": [[1, 2, 3]]},
     "devices": {"dsa0": {"bytes_moved": 7, "fault_latencies_ns": [5, 6]}, "dsa1": {"bytes_moved": 8}},
 }
 
