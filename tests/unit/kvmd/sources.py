@@ -41,7 +41,7 @@ class Witness(SlowImporter):
         return super().invalidate(start, size, epoch)
 
 
-class Rig:
+class Used(World):
     """One slot of 512 pages; the CPU wrote to the first and the last, a device faulted on the first.
 
     `memory`: "small", "file", "huge" (hugetlb) or "thp"; of a protected VM it is private.
@@ -55,42 +55,39 @@ class Rig:
         flags: int = 0,
         kind: VmType = VmType.DEFAULT,
     ) -> None:
-        self.world = world = World(features, tables=8 * MIB)
-        self.mm = world.mm
+        super().__init__(features, tables=8 * MIB)
         if kind is not VmType.DEFAULT:
             self.mm.notifiers.clear()
-            world.vm = Kvm(world.host, self.mm, kind=kind)
-        self.vm = world.vm
-        self.file = MemoryFile(world.host.memory, "ram", PAGES * PAGE_SIZE)
+            self.vm = Kvm(self.host, self.mm, kind=kind)
+        self.file = MemoryFile(self.host.memory, "ram", PAGES * PAGE_SIZE)
         self.hva = self._map(memory)
-        self.memfd = GuestMemfd(self.vm.id, world.host.memory, self.mm.id, PAGES * PAGE_SIZE, MemfdFlag(0))
-        region = world.region(0, GFN, PAGES, self.hva, flags)
+        self.memfd = GuestMemfd(self.vm.id, self.host.memory, self.mm.id, PAGES * PAGE_SIZE, MemfdFlag(0))
+        region = self.region(0, GFN, PAGES, self.hva, flags)
         if kind is not VmType.DEFAULT:
             region = replace(region, flags=4, version=2, guest_memfd=lambda: self.memfd)
-        world.run(self.vm.slots_change.set_memory_region(region))
+        self.run(self.vm.slots_change.set_memory_region(region))
         if kind is not VmType.DEFAULT:
-            world.run(self.vm.private.set_attributes(Gpa(GFN << 12), PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
-        self.exported = world.export()
+            self.run(self.vm.private.set_attributes(Gpa(GFN << 12), PAGES * PAGE_SIZE, ATTRIBUTE_PRIVATE, 0))
+        self.exported = self.export()
         self.cpu = self.vm.vcpus[0]
-        self.importer = Witness(rig=self)
+        self.importer: Witness = Witness(rig=self)
         self.exported.register_importer("unit", self.importer)
-        self.raw = RawTables(LOW_RAM_START, world.bare.tables)
-        assert world.guest_write(self.cpu, GFN << 12, b"guest").done
-        assert world.guest_write(self.cpu, GFN + PAGES - 1 << 12, b"guest").done
-        assert world.io_fault(self.exported, GFN) in (FaultResult.SPURIOUS, FaultResult.FIXED)
+        self.raw = RawTables(LOW_RAM_START, self.bare.tables)
+        assert self.guest_write(self.cpu, GFN << 12, b"guest").done
+        assert self.guest_write(self.cpu, GFN + PAGES - 1 << 12, b"guest").done
+        assert self.io_fault(self.exported, GFN) in (FaultResult.SPURIOUS, FaultResult.FIXED)
         self.importer.heard.clear()
 
     def _map(self, memory: str) -> Hva:
-        world = self.world
         if memory == "huge":
-            return world.map(1, 2)
+            return self.map(1, 2)
         if memory == "file":
             flow = self.mm.mmap(None, PAGES * PAGE_SIZE, RW, shared=True, file=self.file)
-            return world.run(flow)
-        hva = world.map(PAGES, hva=0x2000_0000_0000)
+            return self.run(flow)
+        hva = self.map(PAGES, hva=0x2000_0000_0000)
         if memory == "thp":
-            world.run(self.mm.write(hva, b"huge"))
-            world.run(self.advise("collapse", hva, PAGES * PAGE_SIZE))
+            self.run(self.mm.write(hva, b"huge"))
+            self.run(self.advise("collapse", hva, PAGES * PAGE_SIZE))
         return hva
 
     def advise(self, advice: str, hva: int | None = None, size: int = PAGE_SIZE) -> Flow:
@@ -111,7 +108,7 @@ class Rig:
         return pfn_of(self.entry())
 
     def tag(self, pfn: Pfn) -> int:
-        return self.world.bare.tags.read(pfn)
+        return self.bare.tags.read(pfn)
 
 
 def zapped(before: int, now: int) -> bool:

@@ -12,45 +12,45 @@ from protocol.pt import bits
 from protocol.pt.walk import Walk
 from protocol.units import Gfn, Level
 from tests.kit.kvmd import World
+from tests.kit.lent import Backed
 
 RAM, PAGE = 0x10_0000, 4096
 
 
-class Guest:
+class OneLeaf(Backed):
     """One page at gfn 0x100, mapped; D and A are the test's to clear."""
 
     def __init__(self, *, level: int = 1, ad_bits: bool = True) -> None:
-        self.world = World(CpuFeatures(ept_ad_bits=ad_bits))
-        self.gpa = 0x20_0000 if level == 2 else RAM
-        self.world.set_slot(0, self.gpa >> 12, 512, self.world.map(1 if level == 2 else 512, level))
-        self.vcpu = self.world.create_vcpu()
+        base = 0x200 if level == 2 else RAM >> 12
+        super().__init__(base, 512, level=level, features=CpuFeatures(ept_ad_bits=ad_bits))
+        self.gpa = self.base << 12
         self.logged: list[int] = []
-        self.world.vm.dirty_log.mark = (  # type: ignore[method-assign]
+        self.vm.dirty_log.mark = (  # type: ignore[method-assign]
             lambda slot, gfn, *who: self.logged.append(gfn)
         )
         self.store()
         self.logged.clear()  # the fault that made the entry is logged too
 
     def store(self) -> None:
-        assert self.world.guest_write(self.vcpu, self.gpa, b"x").done
+        assert self.guest_write(self.vcpu, self.gpa, b"x").done
 
     def load(self) -> None:
-        assert self.world.guest_read(self.vcpu, self.gpa, 1).done
+        assert self.guest_read(self.vcpu, self.gpa, 1).done
 
     @property
     def entry(self) -> int:
-        return next(met.entry for met in self.world.vm.mmu.leaves(self.world.vm.mmu.roots[0]))
+        return next(met.entry for met in self.vm.mmu.leaves(self.vm.mmu.roots[0]))
 
     def clear(self, mask: int, *, flush: bool = True) -> None:
-        met = next(self.world.vm.mmu.leaves(self.world.vm.mmu.roots[0]))
-        assert self.world.host.writer.cmpxchg64(met.at, met.entry, met.entry & ~mask)
+        met = next(self.vm.mmu.leaves(self.vm.mmu.roots[0]))
+        assert self.host.writer.cmpxchg64(met.at, met.entry, met.entry & ~mask)
         if flush:
             self.vcpu.flush_tlb(None)
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_store_through_a_clean_entry_sets_d_and_is_logged_and_a_load_is_not(level: int) -> None:
-    guest = Guest(level=level)
+    guest = OneLeaf(level=level)
     violations = guest.vcpu.arch.ept_violations
     guest.clear(bits.DIRTY | bits.ACCESSED)
     guest.load()
@@ -62,12 +62,12 @@ def test_a_store_through_a_clean_entry_sets_d_and_is_logged_and_a_load_is_not(le
     guest.store()
     assert guest.logged == [guest.gpa >> 12], "once, until D is cleared again"
     assert guest.vcpu.arch.ept_violations == violations, "no violation: the walk did it all"
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
 def test_a_store_after_d_was_cleared_and_flushed_walks_again() -> None:
     """And a load in between does not let the next store slip through the TLB."""
-    guest = Guest()
+    guest = OneLeaf()
     for _ in range(3):
         guest.clear(bits.DIRTY)
         guest.load()
@@ -76,19 +76,19 @@ def test_a_store_after_d_was_cleared_and_flushed_walks_again() -> None:
 
 
 def test_a_ring_that_setting_d_filled_is_left_for_before_the_store() -> None:
-    guest = Guest()
+    guest = OneLeaf()
     guest.clear(bits.DIRTY)
-    guest.world.vm.dirty_log.ring_full = lambda vcpu_id: bool(guest.logged)  # type: ignore[method-assign]
-    stopped = guest.world.guest_write(guest.vcpu, guest.gpa, b"y")
+    guest.vm.dirty_log.ring_full = lambda vcpu_id: bool(guest.logged)  # type: ignore[method-assign]
+    stopped = guest.guest_write(guest.vcpu, guest.gpa, b"y")
     assert (stopped.exit.reason, stopped.done) == (ExitReason.DIRTY_RING_FULL, False)
     guest.logged.clear()
-    assert guest.world.run(guest.vcpu.run(None)).done
-    assert guest.world.guest_read(guest.vcpu, guest.gpa, 1).reads == [b"y"]
+    assert guest.run(guest.vcpu.run(None)).done
+    assert guest.guest_read(guest.vcpu, guest.gpa, 1).reads == [b"y"]
 
 
 def test_without_the_flush_a_store_is_lost() -> None:
     """Why whoever clears D must flush: the TLB has D, so nobody walks."""
-    guest = Guest()
+    guest = OneLeaf()
     guest.clear(bits.DIRTY, flush=False)
     guest.store()
     assert guest.logged == []
@@ -97,7 +97,7 @@ def test_without_the_flush_a_store_is_lost() -> None:
 def test_a_tlb_that_forgot_d_would_lose_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: W is cached though D is clear."""
     right = Cpu._set_accessed_dirty
-    guest = Guest()
+    guest = OneLeaf()
 
     def forgetful(cpu: Cpu, gfn: Gfn, found: Walk, need: int) -> int:
         right(cpu, gfn, found, need)
@@ -111,7 +111,7 @@ def test_a_tlb_that_forgot_d_would_lose_stores(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_cpu_without_a_and_d_sets_neither_and_logs_nothing() -> None:
-    guest = Guest(ad_bits=False)
+    guest = OneLeaf(ad_bits=False)
     before = guest.entry
     guest.vcpu.flush_tlb(None)
     guest.store()
@@ -121,10 +121,10 @@ def test_a_cpu_without_a_and_d_sets_neither_and_logs_nothing() -> None:
 
 
 def test_an_entry_that_changed_since_is_not_stored_over() -> None:
-    guest = Guest()
-    met = next(guest.world.vm.mmu.leaves(guest.world.vm.mmu.roots[0]))
+    guest = OneLeaf()
+    met = next(guest.vm.mmu.leaves(guest.vm.mmu.roots[0]))
     guest.clear(bits.WRITE)
-    assert not guest.world.host.writer.cmpxchg64(met.at, met.entry, met.entry | bits.DIRTY)
+    assert not guest.host.writer.cmpxchg64(met.at, met.entry, met.entry | bits.DIRTY)
     assert guest.entry & bits.WRITE == 0
 
 

@@ -19,32 +19,21 @@ from protocol.pt import bits
 from protocol.pt.geometry import ENTRY_BYTES, index_of
 from protocol.pt.walk import walk
 from protocol.units import Gfn, Hva
-from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import READ, WRITE, World
+from tests.kit.lent import Lent
 
 RAM, PAGE = 0x10_0000, 4096
 SMRAM = 1 << 16 | 3  # slot 3 of address space 1
 
 
-class Guest:
-    def __init__(self) -> None:
-        self.world = World()
-        self.hva = self.world.map(16)
-        self.world.set_slot(0, 0x100, 16, self.hva)
-        self.vcpu = self.world.create_vcpu()
-        self.exported = self.world.export()
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
+class Scarce(Lent):
+    """16 pages at gfn 0x100, of which some turn out not to be had."""
 
-    def finish(self, flow: Any) -> Any:
-        """A flow, with every flush acked."""
-        wait = self.world.start(flow)
-        while self.importer.pending:
-            self.world.ack(self.importer)
-        return wait.result()
+    def __init__(self) -> None:
+        super().__init__(RAM >> 12, 16)
 
     def smm(self, gpa: int, size: int = 1) -> Any:
-        return self.world.run(self.vcpu.run([("r", gpa, size)], smm=True))
+        return self.run(self.vcpu.run([("r", gpa, size)], smm=True))
 
 
 class PoisonedMm:
@@ -69,48 +58,48 @@ class PoisonedMm:
 @pytest.mark.defect("B-14")
 def test_poison_fails_a_device_after_one_look_and_signals_a_cpu() -> None:
     """The series retried for ever, and sent the signal to a kernel thread."""
-    guest = Guest()
-    poisoned = PoisonedMm(guest.world, Hva(guest.hva + PAGE))
-    guest.world.vm.mm = guest.world.vm.frames.mm = poisoned  # type: ignore[assignment]
-    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.HWPOISON
+    guest = Scarce()
+    poisoned = PoisonedMm(guest, Hva(guest.hva + PAGE))
+    guest.vm.mm = guest.vm.frames.mm = poisoned  # type: ignore[assignment]
+    assert guest.io_fault(guest.exported, 0x101) is FaultResult.HWPOISON
     assert poisoned.lookups == 1
     assert IO_ERRNO[FaultResult.HWPOISON] not in (errno.EFAULT, errno.EINVAL), "more than this page is wrong"
     for _ in range(2):
-        ran = guest.world.guest_read(guest.vcpu, RAM + PAGE, 1)
+        ran = guest.guest_read(guest.vcpu, RAM + PAGE, 1)
         assert (ran.exit.reason, ran.exit.errno) == (ExitReason.INTR, errno.EINTR)
         assert ran.exit.sigbus == guest.hva + PAGE
-    assert guest.world.guest_write(guest.vcpu, RAM, b"x").done, "the page beside it is well"
-    assert set(guest.world.table()) == {0x100}
+    assert guest.guest_write(guest.vcpu, RAM, b"x").done, "the page beside it is well"
+    assert set(guest.table()) == {0x100}
 
 
 @pytest.mark.rfc("RFC-78")
 def test_a_frozen_entry_is_retried_and_never_stored_over() -> None:
-    guest = Guest()
-    guest.world.io_fault(guest.exported, 0x100)
-    writer, root = guest.world.host.writer, guest.exported.root
-    found = walk(writer, guest.world.host.ept_rules, root.hpa, root.role.level, RAM)
+    guest = Scarce()
+    guest.io_fault(guest.exported, 0x100)
+    writer, root = guest.host.writer, guest.exported.root
+    found = walk(writer, guest.host.ept_rules, root.hpa, root.role.level, RAM)
     at = found.table + index_of(Gfn(0x101), found.level) * ENTRY_BYTES
     writer.store64(at, bits.FROZEN)
-    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.UNSTABLE
-    assert guest.world.vm.fault_path.retries == 64
+    assert guest.io_fault(guest.exported, 0x101) is FaultResult.UNSTABLE
+    assert guest.vm.fault_path.retries == 64
     assert writer.load64(at) == bits.FROZEN
-    guest.world.bare.clock.stock = 3
-    store = guest.world.start(guest.vcpu.run([("w", RAM + PAGE, b"x")]))
+    guest.bare.clock.stock = 3
+    store = guest.start(guest.vcpu.run([("w", RAM + PAGE, b"x")]))
     assert not store.done, "a CPU just tries again, and lets others run in between"
     writer.store64(at, bits.EMPTY)
-    guest.world.bare.clock.waiting.pop().set(None)
-    guest.world.flows.run_ready()
+    guest.bare.clock.waiting.pop().set(None)
+    guest.flows.run_ready()
     assert store.result().done
-    assert guest.world.io_fault(guest.exported, 0x101) is FaultResult.SPURIOUS
+    assert guest.io_fault(guest.exported, 0x101) is FaultResult.SPURIOUS
 
 
 @pytest.mark.rfc("RFC-79")
 @pytest.mark.defect("B-13")
 def test_a_page_somebody_else_mapped_first_is_success() -> None:
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, RAM, b"x")
+    guest = Scarce()
+    guest.guest_write(guest.vcpu, RAM, b"x")
     for kind in (READ, WRITE):
-        assert guest.world.io_fault(guest.exported, 0x100, kind) is FaultResult.SPURIOUS
+        assert guest.io_fault(guest.exported, 0x100, kind) is FaultResult.SPURIOUS
     assert FaultResult.SPURIOUS in RESOLVED
 
 
@@ -131,8 +120,8 @@ def test_every_failure_of_a_device_s_fault_has_an_errno(result: FaultResult) -> 
 
 @pytest.mark.rfc("RFC-05", "RFC-89", "RFC-96")
 def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
-    guest = Guest()
-    world, smram = guest.world, guest.world.map(4)
+    guest = Scarce()
+    world, smram = guest, guest.map(4)
     world.run(world.mm.write(smram, b"smm"))
     world.set_slot(SMRAM, 0x100, 4, smram)
     root = guest.exported.root.hpa
@@ -146,12 +135,12 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
     assert caught.value.errno == errno.EINVAL
 
     heard = len(guest.importer.heard)
-    guest.finish(dontneed(world.mm, smram, PAGE))
+    guest.do(dontneed(world.mm, smram, PAGE))
     assert len(guest.importer.heard) == heard + 1, "importers hear of flushes other roots caused"
     assert guest.smm(RAM, 3).reads == [bytes(3)]
 
     world.guest_write(guest.vcpu, RAM, b"x")
-    guest.finish(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
+    guest.do(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     assert (smm.invalid, guest.exported.root.invalid) == (True, False)
     assert guest.smm(RAM, 3).reads == [bytes(3)]
     assert guest.vcpu.arch.roots[1] is not smm
@@ -160,11 +149,11 @@ def test_smm_runs_beside_a_lent_root_that_never_sees_it() -> None:
 
 
 def test_leaving_smm_does_not_take_its_translations_along() -> None:
-    guest = Guest()
-    guest.world.set_slot(SMRAM, 0x100, 4, guest.world.map(4))
+    guest = Scarce()
+    guest.set_slot(SMRAM, 0x100, 4, guest.map(4))
     for _ in range(2):
-        assert guest.world.run(guest.vcpu.run([("w", RAM, b"s")], smm=True)).done
-        assert guest.world.guest_write(guest.vcpu, RAM, b"n").done
+        assert guest.run(guest.vcpu.run([("w", RAM, b"s")], smm=True)).done
+        assert guest.guest_write(guest.vcpu, RAM, b"n").done
     assert guest.smm(RAM).reads == [b"s"]
-    assert guest.world.guest_read(guest.vcpu, RAM, 1).reads == [b"n"]
+    assert guest.guest_read(guest.vcpu, RAM, 1).reads == [b"n"]
     assert guest.vcpu.arch.ept_violations == 2

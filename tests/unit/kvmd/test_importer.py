@@ -24,24 +24,23 @@ PAGE = 4096
 BASE = 0x100
 
 
-class Rig:
+class Listed(World):
     """A VM in a list, its fd the first user, and a TDP FD; its importers' acks and leases are by hand."""
 
     def __init__(self) -> None:
-        self.world = World()
+        super().__init__()
         self.gone: list[Kvm] = []
-        self.vms = VmList(self.world.host, self.world.flows.spawn, self.gone.append)
-        self.vm, self.users = self.world.run(self.vms.create(self.world.mm, VmType.DEFAULT))
-        self.world.vm = self.vm
-        self.hva = self.world.map(16)
-        self.world.set_slot(0, BASE, 16, self.hva)
-        self.vcpu = self.world.create_vcpu()
+        self.vms = VmList(self.host, self.flows.spawn, self.gone.append)
+        self.vm, self.users = self.run(self.vms.create(self.mm, VmType.DEFAULT))
+        self.hva = self.map(16)
+        self.set_slot(0, BASE, 16, self.hva)
+        self.vcpu = self.create_vcpu()
         create = TdpFd.create(self.users, self.vm.exports, self.vm.fault_path, CreateTdpFd(0, 0, 0))
-        self.tdp = self.world.run(create)
+        self.tdp = self.run(create)
         self.ops: dict[str, SlowImporter] = {}
         self.leases: dict[str, HandLease] = {}
 
-    def importer(self, name: str) -> Importer:
+    def new_importer(self, name: str) -> Importer:
         made = Importer(self.tdp)
         self.register(made, name)
         return made
@@ -53,26 +52,28 @@ class Rig:
 
     def end_lease(self, name: str) -> None:
         self.leases[name].ended.set(None)
-        self.world.flows.run_ready()
+        self.flows.run_ready()
 
     def fault(self, importer: Importer, gfn: int = BASE) -> None:
-        self.world.run(importer.fault(77, Gfn(gfn), WRITE))
+        self.run(importer.fault(77, Gfn(gfn), WRITE))
 
     def give_up(self) -> Wait[int]:
         """The host takes the first page."""
-        return self.world.start(dontneed(self.world.mm, self.hva, PAGE))
+        return self.start(dontneed(self.mm, self.hva, PAGE))
 
 
 @pytest.fixture
-def rig() -> Rig:
-    return Rig()
+def rig() -> Listed:
+    return Listed()
 
 
 # -- register and leave ----------------------------------------------------------------------------------
 
 
-def test_a_channel_registers_once_a_name_is_one_importers_and_the_process_must_be_the_vms(rig: Rig) -> None:
-    first, second = rig.importer("unit"), Importer(rig.tdp)
+def test_a_channel_registers_once_a_name_is_one_importers_and_the_process_must_be_the_vms(
+    rig: Listed,
+) -> None:
+    first, second = rig.new_importer("unit"), Importer(rig.tdp)
     assert errno_of(lambda: rig.register(first, "other")) == errno.EBUSY
     assert errno_of(lambda: rig.register(second, "unit")) == errno.EBUSY
     assert errno_of(lambda: second.register("other", 78, SlowImporter(), HandLease())) == errno.EINVAL
@@ -82,29 +83,29 @@ def test_a_channel_registers_once_a_name_is_one_importers_and_the_process_must_b
     assert rig.tdp.exported.importer_names == ["other", "unit"]
 
 
-def hears_until_its_lease_ends(rig: Rig) -> None:
-    importer = rig.importer("unit")
+def hears_until_its_lease_ends(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
     rig.fault(importer)
-    left = rig.world.start(importer.unregister())
+    left = rig.start(importer.unregister())
     taken = rig.give_up()
     assert len(rig.ops["unit"].pending) == 1, "something may still walk for it, and was not told"
-    rig.world.ack(rig.ops["unit"])
+    rig.ack(rig.ops["unit"])
     assert taken.done
     assert not left.done
     rig.end_lease("unit")
     assert left.done
-    other = rig.importer("other")
+    other = rig.new_importer("other")
     rig.fault(other)
     rig.give_up()
     assert len(rig.ops["unit"].heard) == 1, "I15: nothing once it is gone"
     assert len(rig.ops["other"].heard) == 1
 
 
-def test_who_leaves_hears_of_every_flush_until_its_lease_ends_and_of_none_after(rig: Rig) -> None:
+def test_who_leaves_hears_of_every_flush_until_its_lease_ends_and_of_none_after(rig: Listed) -> None:
     hears_until_its_lease_ends(rig)
 
 
-def test_an_importer_that_leaves_at_once_is_noticed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_importer_that_leaves_at_once_is_noticed(rig: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
     """I13 broken: what it was lent is still walked."""
     leave = Registration.leave
 
@@ -118,30 +119,30 @@ def test_an_importer_that_leaves_at_once_is_noticed(rig: Rig, monkeypatch: pytes
         hears_until_its_lease_ends(rig)
 
 
-def test_a_name_is_taken_until_the_lease_ends_and_another_may_be_had_meanwhile(rig: Rig) -> None:
-    importer = rig.importer("unit")
-    rig.world.start(importer.unregister())
+def test_a_name_is_taken_until_the_lease_ends_and_another_may_be_had_meanwhile(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
+    rig.start(importer.unregister())
     assert errno_of(lambda: rig.register(importer, "unit")) == errno.EBUSY
     rig.register(importer, "again")
     rig.end_lease("unit")
     assert rig.tdp.exported.importer_names == ["again"]
 
 
-def test_its_pins_go_when_its_lease_has_ended_and_it_pins_no_more(rig: Rig) -> None:
-    importer = rig.importer("unit")
+def test_its_pins_go_when_its_lease_has_ended_and_it_pins_no_more(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
     span = GfnSpan.of_pages(Gfn(BASE), 2)
-    assert rig.world.run(importer.pin(span)) == 1
-    assert rig.world.mm.pinned_pages == 2
-    rig.world.start(importer.unregister())
-    assert errno_of(lambda: rig.world.run(importer.pin(span))) == errno.EINVAL
-    assert rig.world.mm.pinned_pages == 2, "its unit may be reading them"
+    assert rig.run(importer.pin(span)) == 1
+    assert rig.mm.pinned_pages == 2
+    rig.start(importer.unregister())
+    assert errno_of(lambda: rig.run(importer.pin(span))) == errno.EINVAL
+    assert rig.mm.pinned_pages == 2, "its unit may be reading them"
     rig.end_lease("unit")
-    assert rig.world.mm.pinned_pages == 0
+    assert rig.mm.pinned_pages == 0
 
 
-def test_a_channel_that_closes_while_it_unregisters_leaves_once(rig: Rig) -> None:
-    importer = rig.importer("unit")
-    asked, closed = (rig.world.start(importer.unregister()) for _ in range(2))
+def test_a_channel_that_closes_while_it_unregisters_leaves_once(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
+    asked, closed = (rig.start(importer.unregister()) for _ in range(2))
     assert (asked.done, closed.done) == (False, True)
     rig.end_lease("unit")
     assert asked.done
@@ -161,29 +162,29 @@ class Dying(SlowImporter):
         return acked
 
 
-def test_the_ack_of_an_importer_that_died_is_the_end_of_its_lease(rig: Rig) -> None:
+def test_the_ack_of_an_importer_that_died_is_the_end_of_its_lease(rig: Listed) -> None:
     """I13: its unit may still walk the entry, and its device write to the frame."""
     importer, lease = Importer(rig.tdp), HandLease()
     importer.register("dying", 77, Dying(lease), lease)
     rig.fault(importer)
-    pfn = rig.world.run(rig.world.mm.fault_in(rig.hva, write=True)).pfn
-    tag = rig.world.bare.tags.read(pfn)
-    left, taken = rig.world.start(importer.unregister()), rig.give_up()
+    pfn = rig.run(rig.mm.fault_in(rig.hva, write=True)).pfn
+    tag = rig.bare.tags.read(pfn)
+    left, taken = rig.start(importer.unregister()), rig.give_up()
     assert not taken.done
-    assert rig.world.bare.tags.read(pfn) == tag, "given up behind a walker"
+    assert rig.bare.tags.read(pfn) == tag, "given up behind a walker"
     lease.ended.set(None)
-    rig.world.flows.run_ready()
+    rig.flows.run_ready()
     assert (left.done, taken.done) == (True, True)
-    assert rig.world.bare.tags.read(pfn) != tag
+    assert rig.bare.tags.read(pfn) != tag
 
 
 # -- the last close of a TDP FD --------------------------------------------------------------------------
 
 
-def closes_last(rig: Rig) -> None:
-    rig.importer("unit")
-    released = rig.world.start(rig.tdp.release())
-    rig.importer("late")
+def closes_last(rig: Listed) -> None:
+    rig.new_importer("unit")
+    released = rig.start(rig.tdp.release())
+    rig.new_importer("late")
     rig.end_lease("unit")
     assert rig.vm.exports.tdps, "a walker that came meanwhile still has its lease"
     rig.end_lease("late")
@@ -191,12 +192,12 @@ def closes_last(rig: Rig) -> None:
     assert rig.vm.exports.tdps == {}
 
 
-def test_a_close_waits_for_who_registered_while_it_waited(rig: Rig) -> None:
+def test_a_close_waits_for_who_registered_while_it_waited(rig: Listed) -> None:
     closes_last(rig)
 
 
 def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    rig: Listed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def once(self: TdpFd) -> None:
         for lease in list(self.leases):
@@ -209,19 +210,19 @@ def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(
         closes_last(rig)
 
 
-def test_nothing_is_asked_of_a_tdp_fd_that_is_gone(rig: Rig) -> None:
-    importer = rig.importer("unit")
-    released = rig.world.start(rig.tdp.release())
+def test_nothing_is_asked_of_a_tdp_fd_that_is_gone(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
+    released = rig.start(rig.tdp.release())
     rig.end_lease("unit")
     assert released.done
     assert errno_of(importer.metadata) == errno.ENODEV
     assert errno_of(lambda: rig.fault(importer)) == errno.ENODEV
-    assert errno_of(lambda: rig.importer("late")) == errno.ENODEV
+    assert errno_of(lambda: rig.new_importer("late")) == errno.ENODEV
     assert rig.tdp.leases == [rig.leases["unit"]], "it has not unregistered, and has nothing to walk"
 
 
-def test_an_export_ends_once(rig: Rig) -> None:
-    rig.world.run(rig.tdp.release())
+def test_an_export_ends_once(rig: Listed) -> None:
+    rig.run(rig.tdp.release())
     with pytest.raises(AssertionError, match="CLOSE happened to one that is RELEASED"):
         rig.tdp.exported.happens(ExportEvent.CLOSE)
 
@@ -229,28 +230,28 @@ def test_an_export_ends_once(rig: Rig) -> None:
 # -- what keeps a VM -------------------------------------------------------------------------------------
 
 
-def test_a_tdp_fd_keeps_its_vm_and_the_last_user_ends_it_and_its_process(rig: Rig) -> None:
+def test_a_tdp_fd_keeps_its_vm_and_the_last_user_ends_it_and_its_process(rig: Listed) -> None:
     assert rig.users.count == 2
     rig.users.put()
-    rig.world.run(rig.world.host.exit_mm(rig.world.mm))
+    rig.run(rig.host.exit_mm(rig.mm))
     assert (list(rig.vms), rig.gone) == ([rig.vm], [])
-    assert rig.world.host.processes == [rig.world.mm], "its VM is told of its memory"
-    rig.world.run(rig.tdp.release())
+    assert rig.host.processes == [rig.mm], "its VM is told of its memory"
+    rig.run(rig.tdp.release())
     assert (list(rig.vms), rig.gone) == ([], [rig.vm])
-    assert rig.world.host.pool.in_use == 0
+    assert rig.host.pool.in_use == 0
 
 
-def test_a_request_in_progress_keeps_the_vm_it_was_asked_of(rig: Rig) -> None:
-    importer = rig.importer("unit")
+def test_a_request_in_progress_keeps_the_vm_it_was_asked_of(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
     rig.fault(importer)
     taken = rig.give_up()
-    fault = rig.world.start(importer.fault(77, Gfn(BASE), WRITE))
+    fault = rig.start(importer.fault(77, Gfn(BASE), WRITE))
     assert not fault.done, "the page is being taken"
     rig.users.put()
     rig.leases["unit"].ended.set(None)
-    rig.world.start(rig.tdp.release())
+    rig.start(rig.tdp.release())
     assert list(rig.vms) == [rig.vm]
-    rig.world.ack(rig.ops["unit"])
+    rig.ack(rig.ops["unit"])
     assert (taken.done, fault.done) == (True, True)
     assert rig.gone == [rig.vm]
 
@@ -267,40 +268,40 @@ def test_a_vm_put_more_often_than_it_was_got_is_an_error() -> None:
 # -- a vCPU is used by one at a time ---------------------------------------------------------------------
 
 
-def test_a_vcpu_that_runs_is_busy_and_runs_on_undisturbed(rig: Rig) -> None:
-    importer = rig.importer("unit")
+def test_a_vcpu_that_runs_is_busy_and_runs_on_undisturbed(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
     rig.fault(importer)
     rig.give_up()
-    run = rig.world.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
+    run = rig.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
     assert not run.done, "its page is being taken"
-    assert errno_of(lambda: rig.world.run(rig.vcpu.run([("w", BASE * PAGE, b"x")]))) == errno.EBUSY
-    assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
+    assert errno_of(lambda: rig.run(rig.vcpu.run([("w", BASE * PAGE, b"x")]))) == errno.EBUSY
+    assert errno_of(lambda: rig.run(rig.vcpu.run(None))) == errno.EBUSY
     ahead = pre_fault_memory(rig.vcpu, rig.vm.fault_path, Gpa(BASE * PAGE), PAGE, 0)
-    assert errno_of(lambda: rig.world.run(ahead)) == errno.EBUSY
-    rig.world.ack(rig.ops["unit"])
+    assert errno_of(lambda: rig.run(ahead)) == errno.EBUSY
+    rig.ack(rig.ops["unit"])
     assert run.result().reads == [bytes(4)]
-    assert rig.world.guest_read(rig.vcpu, BASE * PAGE, 2).reads == [bytes(2)]
+    assert rig.guest_read(rig.vcpu, BASE * PAGE, 2).reads == [bytes(2)]
 
 
-def test_a_vcpu_that_faults_ahead_does_not_run(rig: Rig) -> None:
-    importer = rig.importer("unit")
+def test_a_vcpu_that_faults_ahead_does_not_run(rig: Listed) -> None:
+    importer = rig.new_importer("unit")
     rig.fault(importer)
     rig.give_up()
-    ahead = rig.world.start(pre_fault_memory(rig.vcpu, rig.vm.fault_path, Gpa(BASE * PAGE), PAGE, 0))
-    assert errno_of(lambda: rig.world.run(rig.vcpu.run(None))) == errno.EBUSY
-    rig.world.ack(rig.ops["unit"])
+    ahead = rig.start(pre_fault_memory(rig.vcpu, rig.vm.fault_path, Gpa(BASE * PAGE), PAGE, 0))
+    assert errno_of(lambda: rig.run(rig.vcpu.run(None))) == errno.EBUSY
+    rig.ack(rig.ops["unit"])
     assert ahead.result() == (BASE * PAGE + PAGE, 0)
     assert not rig.vcpu.running
 
 
-def test_a_vm_is_not_destroyed_under_a_vcpu_that_runs(rig: Rig) -> None:
+def test_a_vm_is_not_destroyed_under_a_vcpu_that_runs(rig: Listed) -> None:
     """What `VmUsers.holding` is for: without it the last close would take the tables it walks."""
-    importer = rig.importer("unit")
+    importer = rig.new_importer("unit")
     rig.fault(importer)
     rig.give_up()
-    run = rig.world.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
-    rig.world.start(rig.tdp.release())
+    run = rig.start(rig.vcpu.run([("r", BASE * PAGE, 4)]))
+    rig.start(rig.tdp.release())
     rig.end_lease("unit")
     assert not run.done
     with pytest.raises(AssertionError, match="a vCPU that runs keeps its VM"):
-        rig.world.run(rig.vm.destroy())
+        rig.run(rig.vm.destroy())

@@ -29,7 +29,7 @@ from kvmd.core.tables.spte import MMIO_GENERATION_MASK
 from kvmd.core.vm import Kvm, VmType
 from protocol.units import PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva, Level
 from tests.unit.kvmd import sources as leaf
-from tests.unit.kvmd.sources import GFN, PAGE, PAGES, REGION, SLOT, WHOLE, Flow, Rig
+from tests.unit.kvmd.sources import GFN, PAGE, PAGES, REGION, SLOT, WHOLE, Flow, Used
 
 BITMAP = 0x3000_0000_0000
 ALL = PAGES * PAGE_SIZE
@@ -41,13 +41,13 @@ NO_AD = CpuFeatures(ept_ad_bits=False)
 class Source:
     """`told`: the ranges importers hear; `becomes`: the leaf, once they were told; `frees`: its frame."""
 
-    act: Callable[[Rig], Flow]
+    act: Callable[[Used], Flow]
     told: Sequence[tuple[int, int]]
     becomes: Callable[[int, int], bool] = leaf.zapped
     frees: bool = False
     memory: str = "small"
     rig: dict[str, Any] = field(default_factory=dict)
-    before: Callable[[Rig], None] = lambda rig: None
+    before: Callable[[Used], None] = lambda rig: None
 
 
 async def now(call: Callable[[], object]) -> None:
@@ -55,77 +55,77 @@ async def now(call: Callable[[], object]) -> None:
     call()
 
 
-def mergeable(rig: Rig) -> None:
-    rig.world.run(rig.advise("mergeable", None, ALL))
+def mergeable(rig: Used) -> None:
+    rig.run(rig.advise("mergeable", None, ALL))
 
 
-def write_protects(rig: Rig) -> Flow:
+def write_protects(rig: Used) -> Flow:
     uffd = Userfaultfd(rig.mm, user_mode_only=False)
-    rig.world.run(uffd.register(rig.hva, ALL, missing=False, wp=True))
+    rig.run(uffd.register(rig.hva, ALL, missing=False, wp=True))
     return uffd.writeprotect(rig.hva, PAGE_SIZE, on=True)
 
 
-def region(flags: int = 0, gfn: int = GFN, pages: int = PAGES) -> Callable[[Rig], Flow]:
-    def act(rig: Rig) -> Flow:
+def region(flags: int = 0, gfn: int = GFN, pages: int = PAGES) -> Callable[[Used], Flow]:
+    def act(rig: Used) -> Flow:
         return rig.vm.slots_change.set_memory_region(
-            rig.world.region(0, gfn, pages, rig.hva if pages else 0, flags)
+            rig.region(0, gfn, pages, rig.hva if pages else 0, flags)
         )
 
     return act
 
 
-def near_the_wrap(rig: Rig) -> None:
+def near_the_wrap(rig: Used) -> None:
     rig.vm.slots.generation = MMIO_GENERATION_MASK
 
 
-def maps_a_bitmap(rig: Rig) -> None:
-    rig.world.map(1, hva=BITMAP)
-    rig.world.run(rig.mm.write(Hva(BITMAP), b"\xff" * 64))
+def maps_a_bitmap(rig: Used) -> None:
+    rig.map(1, hva=BITMAP)
+    rig.run(rig.mm.write(Hva(BITMAP), b"\xff" * 64))
 
 
-def clears_by_hand(rig: Rig) -> None:
+def clears_by_hand(rig: Used) -> None:
     maps_a_bitmap(rig)
     enable_cap(rig.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [1])
 
 
-def is_protected(rig: Rig) -> None:
+def is_protected(rig: Used) -> None:
     maps_a_bitmap(rig)
-    over = rig.world.start(rig.vm.dirty_log.get(0, Hva(BITMAP)))
+    over = rig.start(rig.vm.dirty_log.get(0, Hva(BITMAP)))
     settle(rig)
     assert over.done
 
 
-def has_small_leaves(rig: Rig) -> None:
+def has_small_leaves(rig: Used) -> None:
     """Write tracking split the huge leaf, and is over."""
     for change in (rig.vm.write_track.add, rig.vm.write_track.remove):
-        rig.world.start(change(Gpa(GFN << 12)))
+        rig.start(change(Gpa(GFN << 12)))
         settle(rig)
 
 
-def fetches(rig: Rig) -> None:
-    rig.world.start(rig.vm.nx_huge.switch(on=True))
+def fetches(rig: Used) -> None:
+    rig.start(rig.vm.nx_huge.switch(on=True))
     settle(rig)
-    assert rig.world.run(rig.cpu.run([("exec", GFN << 12)])).done
-    assert rig.world.io_fault(rig.exported, GFN) in (FaultResult.FIXED, FaultResult.SPURIOUS)
+    assert rig.run(rig.cpu.run([("exec", GFN << 12)])).done
+    assert rig.io_fault(rig.exported, GFN) in (FaultResult.FIXED, FaultResult.SPURIOUS)
     assert rig.entry() & 0x84 == 4, "small and executable"
 
 
-def split_ahead(rig: Rig) -> Flow:
+def split_ahead(rig: Used) -> Flow:
     span = GfnSpan.of_pages(Gfn(GFN), PAGES)
     return now(lambda: tdp_mmu.split(rig.vm.mmu, rig.exported.root, span, Level(1)))
 
 
-async def released_and_destroyed(rig: Rig) -> None:
+async def released_and_destroyed(rig: Used) -> None:
     rig.exported.unregister_importer("unit", rig.importer)
     await rig.vm.exports.close(rig.exported)
     await rig.vm.destroy()
 
 
-def of_page(call: Callable[..., Flow]) -> Callable[[Rig], Flow]:
+def of_page(call: Callable[..., Flow]) -> Callable[[Used], Flow]:
     return lambda rig: call(rig.mm, rig.hva, PAGE_SIZE)
 
 
-def advice(name: str, size: int = PAGE_SIZE) -> Callable[[Rig], Flow]:
+def advice(name: str, size: int = PAGE_SIZE) -> Callable[[Used], Flow]:
     return lambda rig: rig.advise(name, None, size)
 
 
@@ -143,7 +143,7 @@ SOURCES: dict[str, Source] = {
         lambda rig: mremap(rig.mm, rig.hva, PAGE_SIZE, PAGE_SIZE, Hva(0x2100_0000_0000)), [WHOLE]
     ),
     "mprotect": Source(lambda rig: rig.mm.mprotect(rig.hva, PAGE_SIZE, Prot.READ), [WHOLE]),
-    "fork": Source(lambda rig: fork(rig.mm, rig.world.host.create_mm()), [WHOLE]),
+    "fork": Source(lambda rig: fork(rig.mm, rig.host.create_mm()), [WHOLE]),
     "thp collapse": Source(advice("collapse", ALL), [WHOLE], frees=True),
     "thp split": Source(lambda rig: split(rig.mm, rig.hva, ALL), [WHOLE], memory="thp"),
     "userfaultfd-wp": Source(write_protects, [WHOLE]),
@@ -158,12 +158,12 @@ SOURCES: dict[str, Source] = {
     "memslot delete": Source(region(pages=0), [WHOLE]),
     "memslot move": Source(region(gfn=0x1000), [WHOLE]),
     "memslot create": Source(
-        lambda rig: rig.vm.slots_change.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
+        lambda rig: rig.vm.slots_change.set_memory_region(rig.region(1, 0x2000, 1, rig.hva)),
         [],
         leaf.same,
     ),
     "mmio generation wrap": Source(
-        lambda rig: rig.vm.slots_change.set_memory_region(rig.world.region(1, 0x2000, 1, rig.hva)),
+        lambda rig: rig.vm.slots_change.set_memory_region(rig.region(1, 0x2000, 1, rig.hva)),
         [],
         leaf.same,
         before=near_the_wrap,
@@ -199,7 +199,7 @@ SOURCES: dict[str, Source] = {
     "eager split": Source(split_ahead, [], leaf.small, memory="huge"),
     "logging off": Source(region(0), [REGION], leaf.frozen, memory="huge", rig={"flags": 1}),
     "huge leaf over a table": Source(
-        lambda rig: rig.world.device_fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
+        lambda rig: rig.device_fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
     ),
     "write-protect one gfn": Source(
         lambda rig: rig.vm.write_track.add(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
@@ -207,9 +207,9 @@ SOURCES: dict[str, Source] = {
     # -- the end, and what is none --
     "vm destroy": Source(released_and_destroyed, []),
     "tdp fd release": Source(lambda rig: rig.vm.exports.close(rig.exported), [], leaf.same),
-    "not present to present": Source(lambda rig: rig.world.device_fault(GFN + 1), [], leaf.same),
+    "not present to present": Source(lambda rig: rig.device_fault(GFN + 1), [], leaf.same),
     "permission raised": Source(
-        lambda rig: rig.world.device_fault(GFN),
+        lambda rig: rig.device_fault(GFN),
         [],
         leaf.writable_again,
         rig={"flags": 1},
@@ -218,21 +218,21 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def settle(rig: Rig) -> None:
+def settle(rig: Used) -> None:
     while rig.importer.pending:
-        rig.world.ack(rig.importer)
+        rig.ack(rig.importer)
 
 
 def behaves(source: Source) -> None:
-    rig = Rig(source.memory, **source.rig)
+    rig = Used(source.memory, **source.rig)
     source.before(rig)
     rig.importer.heard.clear()
     rig.importer.cpu_had_it.clear()
     if source.told:
-        assert rig.world.guest_read(rig.cpu, GFN << 12, 5).done, "the CPU has it in its TLB"
+        assert rig.guest_read(rig.cpu, GFN << 12, 5).done, "the CPU has it in its TLB"
     entry, frame = rig.entry(), rig.frame
     tag = rig.tag(frame)
-    over = rig.world.start(source.act(rig))
+    over = rig.start(source.act(rig))
     assert source.becomes(entry, rig.entry()), f"the leaf was {entry:#x} and is {rig.entry():#x}"
     assert [told[:2] for told in rig.importer.heard] == list(source.told), "ranges told"
     assert not any(rig.importer.cpu_had_it), "the CPU could still use it when the importer was told"
@@ -241,7 +241,7 @@ def behaves(source: Source) -> None:
     settle(rig)
     assert over.done
     assert (rig.tag(frame) != tag) == source.frees, "the frame is given back"
-    assert check_vm(rig.vm) + check_memory(rig.world.host.memory, rig.world.host.processes) == []
+    assert check_vm(rig.vm) + check_memory(rig.host.memory, rig.host.processes) == []
 
 
 @pytest.mark.rfc("RFC-87", "RFC-88", "RFC-94")

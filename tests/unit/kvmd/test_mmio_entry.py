@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.tables import tdp_mmu
@@ -18,6 +17,7 @@ from protocol.pt.entry import is_frozen, is_mmio, is_present, mmio_gfn
 from protocol.pt.walk import Outcome, ept_rules, second_stage_rules, walk
 from protocol.units import LEVEL_1G, Gfn
 from tests.kit.kvmd import WRITE, World
+from tests.kit.lent import Backed
 from tests.oracle.table import Machine, RawTables, second_stage_walk
 
 GENERATIONS = 1 << 19
@@ -25,25 +25,25 @@ RULES = (ept_rules(46, LEVEL_1G), second_stage_rules(46, LEVEL_1G, snoop_control
 MMIO = 0x66_6000
 
 
-class Guest:
+class Holed(Backed):
+    """16 pages at gfn 0x100, and no slot elsewhere."""
+
     def __init__(self) -> None:
-        self.world = World()
-        self.world.set_slot(0, 0x100, 16, self.world.map(16))
-        self.vcpu: Vcpu = self.world.create_vcpu()
-        self.exported = self.world.export()
+        super().__init__(0x100, 16)
+        self.exported = self.export()
 
     def touch(self, gpa: int = MMIO) -> None:
-        assert self.world.guest_write(self.vcpu, gpa, b"x").exit.reason is ExitReason.MMIO
+        assert self.guest_write(self.vcpu, gpa, b"x").exit.reason is ExitReason.MMIO
 
     def entry(self, gpa: int = MMIO) -> int:
         """As a walk of the raw bytes finds it."""
-        tables = RawTables(self.world.host.writer.base, self.world.bare.tables)
+        tables = RawTables(self.host.writer.base, self.bare.tables)
         return second_stage_walk(tables, Machine(), self.exported.root.hpa, 4, gpa).entry
 
     @property
     def taken(self) -> int:
         return sum(
-            count for (source, _), count in self.world.vm.fault_path.faults.items() if source.value == "vcpu"
+            count for (source, _), count in self.vm.fault_path.faults.items() if source.value == "vcpu"
         )
 
 
@@ -97,12 +97,12 @@ def test_the_posted_encoding_would_be_a_translation_for_a_device_and_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted bug: W and X without R, as the series has it: the unit reads W, and maps hpa = gpa."""
-    guest = Guest()
+    guest = Holed()
     monkeypatch.setattr(
         "kvmd.core.tables.tdp_mmu.make_mmio_entry", lambda gfn, gen: 0b110 | gen << 3 | gfn << 12
     )
     guest.touch()
-    writer, root = guest.world.host.writer, guest.exported.root
+    writer, root = guest.host.writer, guest.exported.root
     found = walk(writer, RULES[1], root.hpa, root.role.level, MMIO)
     assert found.outcome is Outcome.MAPPED
     assert found.hpa(MMIO) == MMIO
@@ -113,64 +113,64 @@ def test_the_posted_encoding_would_be_a_translation_for_a_device_and_is_caught(
 
 @pytest.mark.rfc("RFC-104", "RFC-71")
 def test_a_device_s_access_beside_an_mmio_entry_is_refused_and_leaves_none() -> None:
-    guest = Guest()
+    guest = Holed()
     guest.touch()
     entry = guest.entry()
     assert is_mmio(entry)
-    assert guest.world.io_fault(guest.exported, MMIO >> 12, WRITE) is FaultResult.NO_SLOT
+    assert guest.io_fault(guest.exported, MMIO >> 12, WRITE) is FaultResult.NO_SLOT
     assert guest.entry() == entry
-    assert guest.world.io_fault(guest.exported, 0x777, WRITE) is FaultResult.NO_SLOT
+    assert guest.io_fault(guest.exported, 0x777, WRITE) is FaultResult.NO_SLOT
     assert guest.entry(0x77_7000) == bits.EMPTY
-    assert guest.world.table() == {}
-    assert check_vm(guest.world.vm) == []
+    assert guest.table() == {}
+    assert check_vm(guest.vm) == []
 
 
 def test_a_fresh_entry_saves_the_fault_and_a_stale_one_does_not() -> None:
-    guest = Guest()
+    guest = Holed()
     guest.touch()
     guest.touch()
     guest.touch(MMIO + 0xFF8)
     assert (guest.taken, guest.vcpu.arch.mmio_sptes_made) == (1, 1)
-    guest.world.set_slot(1, 0x900, 1, guest.world.map(1))  # the generation moves on
+    guest.set_slot(1, 0x900, 1, guest.map(1))  # the generation moves on
     stale = guest.entry()
     guest.touch()
     assert (guest.taken, guest.vcpu.arch.mmio_sptes_made) == (2, 2)
     assert guest.entry() != stale
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
 def test_a_slot_that_comes_takes_the_place_of_the_entry() -> None:
-    guest = Guest()
+    guest = Holed()
     guest.touch()
-    guest.world.set_slot(1, MMIO >> 12, 1, guest.world.map(1))
-    assert guest.world.guest_write(guest.vcpu, MMIO, b"ram").done
-    assert guest.world.guest_read(guest.vcpu, MMIO, 3).reads == [b"ram"]
-    assert set(guest.world.table()) == {MMIO >> 12}
-    guest.world.set_slot(1, 0, 0, 0)
+    guest.set_slot(1, MMIO >> 12, 1, guest.map(1))
+    assert guest.guest_write(guest.vcpu, MMIO, b"ram").done
+    assert guest.guest_read(guest.vcpu, MMIO, 3).reads == [b"ram"]
+    assert set(guest.table()) == {MMIO >> 12}
+    guest.set_slot(1, 0, 0, 0)
     guest.touch()
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
 def test_a_huge_leaf_over_a_table_of_mmio_entries_counts_right() -> None:
-    guest = Guest()
+    guest = Holed()
     guest.touch(0x60_1000)
-    guest.world.set_slot(1, 0x600, 512, guest.world.map(1, 2))
-    assert guest.world.guest_write(guest.vcpu, 0x60_1000, b"x").done
+    guest.set_slot(1, 0x600, 512, guest.map(1, 2))
+    assert guest.guest_write(guest.vcpu, 0x60_1000, b"x").done
     assert guest.exported.root.leaves == [0, 0, 1, 0]
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
-def turn_generation_round(guest: Guest) -> None:
+def turn_generation_round(guest: Holed) -> None:
     """2^19 changes of memslots later."""
-    slots = guest.world.vm.slots
+    slots = guest.vm.slots
     slots.generation = (slots.generation // GENERATIONS + 1) * GENERATIONS - 1
-    guest.world.set_slot(7, 0xA00, 1, guest.world.map(1))
+    guest.set_slot(7, 0xA00, 1, guest.map(1))
     assert slots.generation % GENERATIONS == 0
 
 
 def test_when_the_generation_wraps_every_entry_goes_even_in_a_lent_root() -> None:
     """Leaves are zapped with a slot, MMIO entries are not, and a root that is lent out stays."""
-    guest = Guest()
+    guest = Holed()
     guest.touch()
     root = guest.exported.root.hpa
     turn_generation_round(guest)
@@ -184,19 +184,19 @@ def test_without_the_zap_an_entry_of_the_last_round_would_hide_a_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted bug: no zap at the wrap."""
-    guest = Guest()
-    guest.world.vm.slots.generation = GENERATIONS + 1
+    guest = Holed()
+    guest.vm.slots.generation = GENERATIONS + 1
     guest.touch()
     monkeypatch.setattr(tdp_mmu, "zap_mmio", lambda mmu: None)
     turn_generation_round(guest)
-    guest.world.set_slot(1, MMIO >> 12, 1, guest.world.map(1))
-    assert guest.world.vm.slots.generation % GENERATIONS == 1
-    assert guest.world.guest_write(guest.vcpu, MMIO, b"ram").done, "the emulator knows the slot"
-    assert guest.world.table() == {}, "the CPU will not get the page, ever"
+    guest.set_slot(1, MMIO >> 12, 1, guest.map(1))
+    assert guest.vm.slots.generation % GENERATIONS == 1
+    assert guest.guest_write(guest.vcpu, MMIO, b"ram").done, "the emulator knows the slot"
+    assert guest.table() == {}, "the CPU will not get the page, ever"
 
 
 def test_beyond_what_an_entry_can_say_nothing_is_remembered() -> None:
-    guest = Guest()
+    guest = Holed()
     tables = guest.exported.root.tables
     for gpa in (1 << 46, 1 << 47, 1 << 51, (1 << 64) - 8):
         guest.touch(gpa)

@@ -9,27 +9,27 @@ from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from protocol.pt import bits
 from tests.oracle.table import second_stage_walk
-from tests.unit.kvmd.sources import GFN, MACHINE, Rig
+from tests.unit.kvmd.sources import GFN, MACHINE, Used
 from tests.unit.kvmd.test_invalidation_sources import settle
 
 OTHER = GFN + 7
 
 
-def switched(*, on: bool = True, features: CpuFeatures | None = None) -> Rig:
-    rig = Rig("huge", features=features)
-    over = rig.world.start(rig.vm.nx_huge.switch(on=on))
+def switched(*, on: bool = True, features: CpuFeatures | None = None) -> Used:
+    rig = Used("huge", features=features)
+    over = rig.start(rig.vm.nx_huge.switch(on=on))
     settle(rig)
     assert over.done
     return rig
 
 
-def execute(rig: Rig, gfn: int = GFN) -> bool:
-    return rig.world.run(rig.cpu.run([("exec", gfn << 12)])).done
+def execute(rig: Used, gfn: int = GFN) -> bool:
+    return rig.run(rig.cpu.run([("exec", gfn << 12)])).done
 
 
 def test_a_device_gets_a_huge_leaf_that_no_cpu_may_execute() -> None:
     rig = switched()
-    assert rig.world.io_fault(rig.exported, GFN) is FaultResult.FIXED
+    assert rig.io_fault(rig.exported, GFN) is FaultResult.FIXED
     assert rig.entry() & (bits.PAGE_SIZE_BIT | bits.RWX) == bits.PAGE_SIZE_BIT | bits.READ | bits.WRITE
     found = second_stage_walk(rig.raw, MACHINE, int(rig.exported.meta.root_hpa), 4, GFN << 12)
     assert found.kind == "mapped"
@@ -39,12 +39,12 @@ def test_a_device_gets_a_huge_leaf_that_no_cpu_may_execute() -> None:
 @pytest.mark.parametrize("ad_bits", [True, False])
 def test_a_fetch_splits_and_no_other_fault_makes_the_leaf_huge_again(ad_bits: bool) -> None:
     rig = switched(features=CpuFeatures(ept_ad_bits=ad_bits))
-    rig.world.io_fault(rig.exported, GFN)
+    rig.io_fault(rig.exported, GFN)
     assert execute(rig)
     assert rig.entry() & (bits.PAGE_SIZE_BIT | bits.EXEC) == bits.EXEC
     assert rig.entry(OTHER) & (bits.PAGE_SIZE_BIT | bits.RWX) == bits.RWX, "split with it"
     heard = len(rig.importer.heard)
-    assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.SPURIOUS
+    assert rig.io_fault(rig.exported, OTHER) is FaultResult.SPURIOUS
     assert execute(rig, OTHER)
     assert len(rig.importer.heard) == heard, "only rights were added: nobody has to be told"
     assert check_vm(rig.vm) == []
@@ -54,23 +54,23 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
     rig = switched()
     assert execute(rig)
     for flags, zapped in ((1, 0), (0, 0)):
-        rig.world.start(rig.vm.slots_change.set_memory_region(rig.world.region(0, GFN, 512, rig.hva, flags)))
+        rig.start(rig.vm.slots_change.set_memory_region(rig.region(0, GFN, 512, rig.hva, flags)))
         settle(rig)
-        over = rig.world.start(rig.vm.nx_huge.recover())
+        over = rig.start(rig.vm.nx_huge.recover())
         settle(rig)
         assert over.result() == zapped, "logging: kept; after it: the collapse took the table already"
     assert execute(rig)
-    over = rig.world.start(rig.vm.nx_huge.recover())
+    over = rig.start(rig.vm.nx_huge.recover())
     settle(rig)
     assert over.result() == 1
-    assert rig.world.io_fault(rig.exported, OTHER) is FaultResult.FIXED
+    assert rig.io_fault(rig.exported, OTHER) is FaultResult.FIXED
     assert rig.entry(OTHER) & bits.PAGE_SIZE_BIT
     assert check_vm(rig.vm) == []
 
 
 def test_switched_off_a_huge_leaf_is_executable_again() -> None:
     rig = switched()
-    over = rig.world.start(rig.vm.nx_huge.switch(on=False))
+    over = rig.start(rig.vm.nx_huge.switch(on=False))
     settle(rig)
     assert over.done
     assert execute(rig)

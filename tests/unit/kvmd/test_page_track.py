@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -14,63 +15,54 @@ from kvmd.core.stats import vm_stats
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva
-from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import READ, WRITE, World
+from tests.kit.lent import Lent
 
 RAM, PAGE = 0x10_0000, 4096
 READ_WRITE = TdpFaultType(read=True, write=True, exec=False)
 
 
-class Guest:
-    """Gfns 0x200..0x3ff on one 2 MiB page, lent out, an importer that acks by hand."""
+class Tracked(Lent):
+    """Gfns 0x200..0x3ff on one 2 MiB page."""
 
-    def __init__(self, *, level: int = 2, tables: int = 1 << 21) -> None:
-        self.world = World(tables=tables)
-        self.hva = self.world.map(1 if level == 2 else 512, level)
-        self.world.set_slot(0, 0x200, 512, self.hva)
-        self.vcpu = self.world.create_vcpu()
-        self.exported = self.world.export()
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
+    def __init__(self, *, level: int = 2, **host: Any) -> None:
+        super().__init__(0x200, 512, level=level, **host)
 
     def track(self, gfn: int) -> None:
-        wait = self.world.start(self.world.vm.write_track.add(Gpa(gfn << 12)))
-        while self.importer.pending:
-            self.world.ack(self.importer)
-        wait.result()
+        self.do(self.vm.write_track.add(Gpa(gfn << 12)))
 
     def untrack(self, gfn: int) -> None:
-        self.world.run(self.world.vm.write_track.remove(Gpa(gfn << 12)))
+        self.run(self.vm.write_track.remove(Gpa(gfn << 12)))
 
     def store(self, gfn: int, data: bytes = b"x") -> None:
-        assert self.world.guest_write(self.vcpu, gfn << 12, data).done
+        assert self.guest_write(self.vcpu, gfn << 12, data).done
 
     def rights(self, gfn: int) -> bool | None:
-        found = self.world.table().get(gfn)
+        found = self.table().get(gfn)
         return None if found is None else found[1]
 
 
 @pytest.mark.rfc("RFC-86")
 def test_tracking_splits_what_is_huge_protects_one_page_and_waits_for_the_acks() -> None:
-    guest = Guest()
+    guest = Tracked()
     guest.store(0x205)
     assert guest.exported.root.leaves == [0, 0, 1, 0]
-    wait = guest.world.start(guest.world.vm.write_track.add(Gpa(0x205 << 12)))
+    wait = guest.start(guest.vm.write_track.add(Gpa(0x205 << 12)))
     assert guest.importer.heard == [(0x205 << 12, PAGE, 1)]
     assert not wait.done
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     assert wait.done
     assert guest.exported.root.leaves == [0, 512, 0, 0]
     assert [gfn for gfn in range(0x200, 0x400) if not guest.rights(gfn)] == [0x205]
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
 def test_the_short_way_to_w_is_shut_for_a_tracked_page() -> None:
     """A fast page fault gives W back wherever the entry says the MMU would."""
-    guest = Guest()
+    guest = Tracked()
     guest.store(0x205)
     guest.track(0x205)
-    entries = {met.gfn: met.entry for met in guest.world.vm.mmu.leaves(guest.exported.root)}
+    entries = {met.gfn: met.entry for met in guest.vm.mmu.leaves(guest.exported.root)}
     assert entries[Gfn(0x205)] & (bits.WRITE | bits.MMU_WRITABLE) == 0
     assert entries[Gfn(0x204)] & bits.MMU_WRITABLE
 
@@ -86,39 +78,39 @@ def test_a_page_of_1_gib_is_split_along_the_way_only() -> None:
 
 
 def test_without_room_to_split_the_whole_leaf_is_protected() -> None:
-    guest = Guest(tables=3 * PAGE)
+    guest = Tracked(tables=3 * PAGE)
     guest.store(0x205)
     guest.track(0x205)
     assert guest.exported.root.leaves == [0, 0, 1, 0]
     assert not any(guest.rights(gfn) for gfn in range(0x200, 0x400))
     guest.store(0x205, b"still")
-    assert guest.world.run(guest.world.mm.read(Hva(guest.hva + 5 * PAGE), 5)) == b"still"
-    assert check_vm(guest.world.vm) == []
+    assert guest.run(guest.mm.read(Hva(guest.hva + 5 * PAGE), 5)) == b"still"
+    assert check_vm(guest.vm) == []
 
 
 def test_a_tracked_store_is_emulated_logged_and_counted_and_the_entry_stays_read_only() -> None:
-    guest, logged = Guest(), []
-    guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
-    guest.world.guest_read(guest.vcpu, 0x205 << 12, 1)
+    guest, logged = Tracked(), []
+    guest.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
+    guest.guest_read(guest.vcpu, 0x205 << 12, 1)
     guest.track(0x205)
-    before = vm_stats(guest.world.vm)["pf_emulate"]
+    before = vm_stats(guest.vm)["pf_emulate"]
     guest.store(0x205, b"tracked")
-    assert guest.world.run(guest.world.mm.read(Hva(guest.hva + 5 * PAGE), 7)) == b"tracked"
-    assert guest.world.guest_read(guest.vcpu, 0x205 << 12, 7).reads == [b"tracked"]
+    assert guest.run(guest.mm.read(Hva(guest.hva + 5 * PAGE), 7)) == b"tracked"
+    assert guest.guest_read(guest.vcpu, 0x205 << 12, 7).reads == [b"tracked"]
     assert guest.rights(0x205) is False
     assert logged == [0x205]
-    assert vm_stats(guest.world.vm)["pf_emulate"] == before + 1
+    assert vm_stats(guest.vm)["pf_emulate"] == before + 1
 
 
 def test_what_is_faulted_in_around_a_tracked_page_is_small_and_the_page_read_only() -> None:
-    guest = Guest()
-    guest.world.run(guest.world.mm.write(guest.hva, b"the page is its own, not zeroes shared"))
+    guest = Tracked()
+    guest.run(guest.mm.write(guest.hva, b"the page is its own, not zeroes shared"))
     guest.track(0x205)
     for gfn in (0x204, 0x205):
-        assert guest.world.guest_read(guest.vcpu, gfn << 12, 1).done
+        assert guest.guest_read(guest.vcpu, gfn << 12, 1).done
     assert guest.exported.root.leaves == [0, 2, 0, 0]
     assert (guest.rights(0x204), guest.rights(0x205)) == (True, False)
-    assert check_vm(guest.world.vm) == []
+    assert check_vm(guest.vm) == []
 
 
 @pytest.mark.rfc("RFC-73")
@@ -127,35 +119,35 @@ def test_what_is_faulted_in_around_a_tracked_page_is_small_and_the_page_read_onl
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_device_s_write_is_refused_at_once_whatever_else_it_asks(kind: TdpFaultType, mapped: bool) -> None:
     """The series looked at W only when the request had R, too, and mapped the page before it said no."""
-    guest = Guest()
+    guest = Tracked()
     guest.track(0x205)
     if mapped:
-        assert guest.world.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
+        assert guest.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
     for _ in range(3):
-        assert guest.world.io_fault(guest.exported, 0x205, kind) is FaultResult.TRACKED
+        assert guest.io_fault(guest.exported, 0x205, kind) is FaultResult.TRACKED
     assert guest.rights(0x205) is (False if mapped else None)
     assert IO_ERRNO[FaultResult.TRACKED] == errno.EINVAL
-    assert guest.world.vm.fault_path.retries == 0
+    assert guest.vm.fault_path.retries == 0
 
 
 def test_a_device_s_read_gets_the_page_without_w() -> None:
-    guest = Guest()
+    guest = Tracked()
     guest.track(0x205)
-    assert guest.world.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
+    assert guest.io_fault(guest.exported, 0x205, READ) is FaultResult.FIXED
     assert guest.rights(0x205) is False
 
 
 def test_the_check_finds_a_tracked_page_that_somebody_made_writable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: the fault path does not ask."""
-    guest = Guest(level=1)
+    guest = Tracked(level=1)
     guest.track(0x205)
-    monkeypatch.setattr(guest.world.vm.page_track, "is_tracked", lambda slot, gfn: False)
+    monkeypatch.setattr(guest.vm.page_track, "is_tracked", lambda slot, gfn: False)
     guest.store(0x205)
-    assert [found.split(":")[0] for found in check_vm(guest.world.vm)] == ["I19"]
+    assert [found.split(":")[0] for found in check_vm(guest.vm)] == ["I19"]
 
 
 def test_counts_are_kept_and_the_last_one_gives_the_page_back() -> None:
-    guest = Guest()
+    guest = Tracked()
     guest.track(0x205)
     guest.track(0x205)
     guest.untrack(0x205)
@@ -170,42 +162,40 @@ def test_counts_are_kept_and_the_last_one_gives_the_page_back() -> None:
 
 
 def test_counts_go_with_the_slot_when_it_is_deleted_or_moved() -> None:
-    guest = Guest(level=1)
+    guest = Tracked(level=1)
     guest.track(0x205)
-    guest.world.set_slot(0, 0x600, 512, guest.hva)
+    guest.set_slot(0, 0x600, 512, guest.hva)
     guest.store(0x605)
     assert guest.rights(0x605)
     guest.track(0x606)
     for gfn, pages in ((0, 0), (0x600, 512)):
-        change = guest.world.start(
-            guest.world.vm.slots_change.set_memory_region(guest.world.region(0, gfn, pages, guest.hva))
-        )
+        change = guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, gfn, pages, guest.hva)))
         while guest.importer.pending:
-            guest.world.ack(guest.importer)
+            guest.ack(guest.importer)
         change.result()
     guest.store(0x606)
     assert guest.rights(0x606)
 
 
 def test_a_flags_change_keeps_the_counts() -> None:
-    guest = Guest(level=1)
+    guest = Tracked(level=1)
     guest.track(0x205)
-    change = guest.world.start(
-        guest.world.vm.slots_change.set_memory_region(guest.world.region(0, 0x200, 512, guest.hva, flags=1))
+    change = guest.start(
+        guest.vm.slots_change.set_memory_region(guest.region(0, 0x200, 512, guest.hva, flags=1))
     )
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     change.result()
     guest.store(0x205)
     assert not guest.rights(0x205)
 
 
 def test_what_cannot_be_tracked_is_einval() -> None:
-    guest = Guest()
-    for wrong in (guest.world.vm.write_track.add, guest.world.vm.write_track.remove):
+    guest = Tracked()
+    for wrong in (guest.vm.write_track.add, guest.vm.write_track.remove):
         with pytest.raises(UapiError) as caught:
-            guest.world.run(wrong(Gpa(0x999_9000)))
+            guest.run(wrong(Gpa(0x999_9000)))
         assert caught.value.errno == errno.EINVAL
-    slot = guest.world.vm.slots.find(Gfn(0x205))
+    slot = guest.vm.slots.find(Gfn(0x205))
     assert slot is not None
     track = PageTrack()
     for _ in range(MAX_COUNT):

@@ -27,7 +27,7 @@ from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva, Level
 from tests.kit.kvmd import WRITE
 from tests.unit.kvmd.logged import Logged
-from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
+from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, PinnedRam
 
 Flow = Coroutine[Any, None, Any]
 
@@ -39,9 +39,9 @@ def refusal(action: Callable[[], object]) -> int:
 
 
 def test_a_pin_maps_its_pages_at_once_writable_for_a_device_that_never_asks() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD, 3)
-    assert {gfn: writable for gfn, (_, writable) in guest.world.table().items()} == {
+    assert {gfn: writable for gfn, (_, writable) in guest.table().items()} == {
         WORD: True,
         WORD + 1: True,
         WORD + 2: True,
@@ -52,13 +52,13 @@ def test_a_pin_maps_its_pages_at_once_writable_for_a_device_that_never_asks() ->
 
 
 def test_a_pin_of_what_was_only_read_breaks_copy_on_write_first() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.do(guest.vcpu.run([("r", WORD << 12, 1)]))
-    zeroes = guest.world.table()[WORD]
+    zeroes = guest.table()[WORD]
     guest.pin(WORD)
     assert zeroes[1] is False
-    assert guest.world.table()[WORD] != zeroes
-    assert guest.world.table()[WORD][1] is True
+    assert guest.table()[WORD] != zeroes
+    assert guest.table()[WORD][1] is True
     assert guest.importer.heard  # of the zero page's end
     assert guest.sound()
 
@@ -67,53 +67,53 @@ def test_a_pin_of_what_was_only_read_breaks_copy_on_write_first() -> None:
 
 
 def test_rule_a_a_pin_in_a_huge_leaf_splits_it_without_a_flush_and_keeps_every_translation() -> None:
-    guest = Guest(level=2)
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
-    before = guest.world.table()
+    guest = PinnedRam(level=2)
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
+    before = guest.table()
     guest.pin(WORD)
     assert guest.exported.root.leaves == [0, 512, 0, 0]
-    assert guest.world.table() == before
+    assert guest.table() == before
     assert guest.importer.heard == []
     assert guest.sound()
 
 
 def test_rule_a_a_fault_beside_a_pin_in_a_huge_host_page_maps_a_small_page() -> None:
-    guest = Guest(level=2)
+    guest = PinnedRam(level=2)
     guest.pin(WORD)
-    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     assert guest.exported.root.leaves == [0, 2, 0, 0]
     assert guest.sound()
 
 
 def test_rule_a_logging_that_ends_collapses_no_table_that_maps_a_pinned_gfn() -> None:
-    guest = Guest(level=2)
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
+    guest = PinnedRam(level=2)
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    guest.set_slot(BASE, PAGES, guest.hva, 1)
-    guest.set_slot(BASE, PAGES, guest.hva)
-    assert guest.entry(WORD) == kept
+    kept = guest.entry_of(WORD)
+    guest.change_slot(0, BASE, PAGES, guest.hva, 1)
+    guest.change_slot(0, BASE, PAGES, guest.hva)
+    assert guest.entry_of(WORD) == kept
     assert guest.exported.root.leaves == [0, 512, 0, 0]
     assert guest.unpin(WORD) == 1
-    guest.set_slot(BASE, PAGES, guest.hva, 1)
-    guest.set_slot(BASE, PAGES, guest.hva)
+    guest.change_slot(0, BASE, PAGES, guest.hva, 1)
+    guest.change_slot(0, BASE, PAGES, guest.hva)
     assert guest.exported.root.leaves == [0, 0, 0, 0]
     assert guest.sound()
 
 
 def test_rule_a_without_a_table_page_to_split_into_the_pin_is_refused_and_leaves_nothing() -> None:
-    guest = Guest(level=2, tables=3 * PAGE)
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
+    guest = PinnedRam(level=2, tables=3 * PAGE)
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
     assert guest.refused(WORD) == errno.ENOMEM
     assert guest.exported.root.leaves == [0, 0, 1, 0]
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
 @pytest.mark.parametrize("what", ["absent", "another frame", "no W", "no D", "huge"])
 def test_rule_a_the_one_place_that_stores_entries_asserts_it(what: str) -> None:
     """Each store I22 forbids, made on purpose."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     met = guest.vm.mmu.leaf_at(guest.exported.root, Gfn(WORD))
     assert met is not None
@@ -149,103 +149,103 @@ HOST: dict[str, Callable[[Mm, Hva], Flow]] = {
 
 @pytest.mark.parametrize("what", list(HOST))
 def test_rule_b_the_host_s_mapping_goes_and_entry_frame_and_bytes_stay(what: str) -> None:
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"kept")
+    guest = PinnedRam()
+    guest.guest_write(guest.vcpu, WORD << 12, b"kept")
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    guest.do(HOST[what](guest.world.mm, guest.hva_of(WORD)))
-    assert guest.entry(WORD) == kept
-    assert guest.world.guest_read(guest.vcpu, WORD << 12, 4).reads == [b"kept"]
+    kept = guest.entry_of(WORD)
+    guest.do(HOST[what](guest.mm, guest.hva_of(WORD)))
+    assert guest.entry_of(WORD) == kept
+    assert guest.guest_read(guest.vcpu, WORD << 12, 4).reads == [b"kept"]
     assert guest.sound()
     assert guest.unpin(WORD) == 1
-    assert guest.entry(WORD) == 0  # the host has it no more, or not to write
+    assert guest.entry_of(WORD) == 0  # the host has it no more, or not to write
     assert guest.sound()
 
 
 def test_rule_b_a_pin_outlives_the_truncation_of_its_file() -> None:
-    guest = Guest()
-    file = MemoryFile(guest.world.host.memory, "f", PAGE)
-    hva = guest.world.run(guest.world.mm.mmap(None, PAGE, Prot.READ | Prot.WRITE, shared=True, file=file))
-    guest.set_slot(0x800, 1, hva, slot=1)
+    guest = PinnedRam()
+    file = MemoryFile(guest.host.memory, "f", PAGE)
+    hva = guest.run(guest.mm.mmap(None, PAGE, Prot.READ | Prot.WRITE, shared=True, file=file))
+    guest.change_slot(1, 0x800, 1, hva)
     guest.pin(0x800)
-    kept = guest.entry(0x800)
+    kept = guest.entry_of(0x800)
     guest.do(file.truncate(0))
-    assert guest.entry(0x800) == kept
+    assert guest.entry_of(0x800) == kept
     assert guest.sound()
     guest.unpin(0x800)
-    assert guest.entry(0x800) == 0
+    assert guest.entry_of(0x800) == 0
     assert guest.sound()
 
 
 @pytest.mark.parametrize("how", ["delete", "move"])
 def test_rule_b_a_slot_that_goes_is_zapped_flushed_acked_and_only_then_unpinned(how: str) -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
-    guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
-    frames = guest.world.host.frames.in_use
+    guest.do(drop(guest.mm, guest.hva_of(WORD)))
+    frames = guest.host.frames.in_use
     pages = 0 if how == "delete" else PAGES
-    region = guest.world.region(0, 0x800, pages, guest.hva)
-    wait = guest.world.start(guest.vm.slots_change.set_memory_region(region))
-    assert guest.entry(WORD) == 0
-    assert guest.world.host.frames.in_use == frames  # not acked: the device may still be writing
+    region = guest.region(0, 0x800, pages, guest.hva)
+    wait = guest.start(guest.vm.slots_change.set_memory_region(region))
+    assert guest.entry_of(WORD) == 0
+    assert guest.host.frames.in_use == frames  # not acked: the device may still be writing
     guest.settle(wait)
-    assert guest.world.host.frames.in_use == frames - 1
-    assert (guest.unpin(WORD), guest.world.mm.pinned_pages) == (0, 0)
+    assert guest.host.frames.in_use == frames - 1
+    assert (guest.unpin(WORD), guest.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
 def test_rule_b_the_removal_of_another_slot_zaps_all_but_what_is_pinned() -> None:
-    guest = Guest()
-    guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
-    guest.world.guest_write(guest.vcpu, 0x800 << 12, b"x")
-    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+    guest = PinnedRam()
+    guest.change_slot(1, 0x800, 16, guest.map(16))
+    guest.guest_write(guest.vcpu, 0x800 << 12, b"x")
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    guest.set_slot(0, 0, 0, slot=1)
-    assert set(guest.world.table()) == {WORD}
-    assert guest.entry(WORD) == kept
+    kept = guest.entry_of(WORD)
+    guest.change_slot(1, 0, 0, 0)
+    assert set(guest.table()) == {WORD}
+    assert guest.entry_of(WORD) == kept
     assert guest.sound()
 
 
 def test_rule_b_a_move_that_is_refused_takes_no_pin() -> None:
     """The kernel zaps before it finds the new place beyond what the TDP maps; the slot stays where it was."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     guest.do(guest.vcpu.run([("w", (WORD + 1) << 12, b"x")]))
-    pinned = guest.entry(WORD)
+    pinned = guest.entry_of(WORD)
     beyond = guest.vm.slots.gfn_limit - 1
-    assert refusal(lambda: guest.set_slot(beyond, PAGES, guest.hva)) == errno.EINVAL
-    assert (guest.entry(WORD), guest.entry(WORD + 1)) == (pinned, 0)
+    assert refusal(lambda: guest.change_slot(0, beyond, PAGES, guest.hva)) == errno.EINVAL
+    assert (guest.entry_of(WORD), guest.entry_of(WORD + 1)) == (pinned, 0)
     assert vm_stats(guest.vm)["pinned_pages"] == 1
     assert guest.sound()
     assert guest.unpin(WORD) == 1, "the importer's account still has it"
-    assert guest.world.io_fault(guest.exported, WORD + 1) is FaultResult.FIXED
+    assert guest.io_fault(guest.exported, WORD + 1) is FaultResult.FIXED
 
 
 def test_rule_b_who_faults_on_a_pinned_gfn_gets_the_pinned_frame_not_the_host_s_new_one() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"device")
-    guest.do(drop(guest.world.mm, guest.hva_of(WORD)))
-    guest.world.run(guest.world.mm.write(guest.hva_of(WORD), b"host's"))
+    guest.guest_write(guest.vcpu, WORD << 12, b"device")
+    guest.do(drop(guest.mm, guest.hva_of(WORD)))
+    guest.run(guest.mm.write(guest.hva_of(WORD), b"host's"))
     result = guest.do(guest.exported.fault(guest.vm.fault_path, 77, Gfn(WORD), WRITE))
     assert result is FaultResult.SPURIOUS
-    assert guest.world.guest_read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
+    assert guest.guest_read(guest.vcpu, WORD << 12, 6).reads == [b"device"]
 
 
 def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pinned() -> None:
     """Or the pin would hold the page that goes, and the process have another."""
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"old")
-    going = guest.world.start(drop(guest.world.mm, guest.hva_of(WORD)))
+    guest = PinnedRam()
+    guest.guest_write(guest.vcpu, WORD << 12, b"old")
+    going = guest.start(drop(guest.mm, guest.hva_of(WORD)))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
-    pinning = guest.world.start(guest.vm.pinning.pin(guest.account, span))
+    pinning = guest.start(guest.vm.pinning.pin(guest.account, span))
     assert not pinning.done
     guest.settle(going)
     guest.settle(pinning)
     assert guest.sound()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"new")
-    assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 3)) == b"new"
+    guest.guest_write(guest.vcpu, WORD << 12, b"new")
+    assert guest.run(guest.mm.read(guest.hva_of(WORD), 3)) == b"new"
 
 
 # -- c. nothing write-protects ----------------------------------------------------------------------------
@@ -253,28 +253,28 @@ def test_rule_b_an_invalidation_in_progress_is_waited_for_and_its_page_is_not_pi
 
 @pytest.mark.parametrize("manual", [0, 1, 3])
 def test_rule_c_dirty_logging_reports_a_pinned_page_in_every_get_and_never_protects_it(manual: int) -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.vm.dirty_log.manual_protect = manual
     guest.pin(WORD)
-    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
-    kept = guest.entry(WORD)
-    bitmap = guest.world.map(1)
-    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+    kept = guest.entry_of(WORD)
+    bitmap = guest.map(1)
+    guest.change_slot(0, BASE, PAGES, guest.hva, 1)
     for _ in range(3):
         guest.do(guest.vm.dirty_log.get(0, bitmap))
-        seen = guest.world.run(guest.world.mm.read(bitmap, PAGES // 8))
+        seen = guest.run(guest.mm.read(bitmap, PAGES // 8))
         assert seen[0] & 1 << WORD - BASE
-        guest.world.run(guest.world.mm.write(bitmap, b"\xff" * (PAGES // 8)))
+        guest.run(guest.mm.write(bitmap, b"\xff" * (PAGES // 8)))
         if manual:
             guest.do(guest.vm.dirty_log.clear(ClearDirtyLog(0, PAGES, 0, bitmap)))
-        assert guest.entry(WORD) == kept
-        assert not guest.entry(WORD + 1) & bits.WRITE
+        assert guest.entry_of(WORD) == kept
+        assert not guest.entry_of(WORD + 1) & bits.WRITE
         assert guest.sound()
 
 
 def test_rule_c_a_pin_in_a_slot_that_logs_is_dirty_from_then_on() -> None:
-    guest = Guest()
-    guest.set_slot(BASE, PAGES, guest.hva, 1)
+    guest = PinnedRam()
+    guest.change_slot(0, BASE, PAGES, guest.hva, 1)
     guest.pin(WORD)
     slot = guest.vm.slots.find(Gfn(WORD))
     assert slot is not None
@@ -284,7 +284,7 @@ def test_rule_c_a_pin_in_a_slot_that_logs_is_dirty_from_then_on() -> None:
 
 
 def test_rule_c_tracking_and_pinning_refuse_each_other() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     assert refusal(lambda: guest.do(guest.vm.write_track.add(Gpa(WORD << 12)))) == errno.EBUSY
     guest.do(guest.vm.write_track.add(Gpa((WORD + 1) << 12)))
@@ -303,35 +303,35 @@ HOST_ACTIONS = {"migrate": migrate, "swap": swap_out, "merge": merge, "hint": nu
 @pytest.mark.parametrize("what", list(HOST_ACTIONS))
 @pytest.mark.parametrize("level", [1, 2])
 def test_rule_d_the_host_passes_a_pinned_page_by_and_takes_its_neighbour(what: str, level: int) -> None:
-    guest = Guest(level=level)
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
+    guest = PinnedRam(level=level)
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    guest.do(HOST_ACTIONS[what](guest.world.mm, guest.hva, PAGES * PAGE))
-    assert guest.entry(WORD) == kept
+    kept = guest.entry_of(WORD)
+    guest.do(HOST_ACTIONS[what](guest.mm, guest.hva, PAGES * PAGE))
+    assert guest.entry_of(WORD) == kept
     assert guest.sound()
 
 
 @pytest.mark.parametrize("ad", [True, False])
 def test_rules_c_and_d_ageing_takes_nothing_from_a_pinned_page(ad: bool) -> None:
-    guest = Guest(features=CpuFeatures(ept_ad_bits=ad, pml=ad))
+    guest = PinnedRam(features=CpuFeatures(ept_ad_bits=ad, pml=ad))
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    assert guest.do(age(guest.world.mm, guest.hva, PAGES * PAGE)) == 0
-    assert guest.entry(WORD) == kept
+    kept = guest.entry_of(WORD)
+    assert guest.do(age(guest.mm, guest.hva, PAGES * PAGE)) == 0
+    assert guest.entry_of(WORD) == kept
 
 
 def test_rule_d_a_fork_leaves_the_pinned_frame_to_the_parent_and_copies_it_for_the_child() -> None:
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"before")
+    guest = PinnedRam()
+    guest.guest_write(guest.vcpu, WORD << 12, b"before")
     guest.pin(WORD)
-    kept = guest.entry(WORD)
-    child = guest.world.host.create_mm()
-    guest.do(fork(guest.world.mm, child))
-    assert guest.entry(WORD) == kept
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"after!")
-    assert guest.world.run(guest.world.mm.read(guest.hva_of(WORD), 6)) == b"after!"
-    assert guest.world.run(child.read(guest.hva_of(WORD), 6)) == b"before"
+    kept = guest.entry_of(WORD)
+    child = guest.host.create_mm()
+    guest.do(fork(guest.mm, child))
+    assert guest.entry_of(WORD) == kept
+    guest.guest_write(guest.vcpu, WORD << 12, b"after!")
+    assert guest.run(guest.mm.read(guest.hva_of(WORD), 6)) == b"after!"
+    assert guest.run(child.read(guest.hva_of(WORD), 6)) == b"before"
     assert guest.sound()
 
 

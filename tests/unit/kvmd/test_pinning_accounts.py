@@ -15,20 +15,20 @@ from kvmd.core.vm import VmType
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa
-from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
+from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, PinnedRam
 
 
-def broken(guest: Guest) -> set[str]:
+def broken(guest: PinnedRam) -> set[str]:
     return {found.split(":")[0] for found in check_vm(guest.vm)}
 
 
 def test_pins_count_and_the_last_one_gives_the_page_back() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     other = guest.vm.pinning.open()
     guest.pin(WORD)
     guest.pin(WORD)
     guest.pin(WORD, account=other)
-    assert guest.world.mm.pinned_pages == 1
+    assert guest.mm.pinned_pages == 1
     assert guest.unpin(WORD) == 1
     assert guest.unpin(WORD) == 1
     with pytest.raises(UapiError) as caught:
@@ -36,46 +36,46 @@ def test_pins_count_and_the_last_one_gives_the_page_back() -> None:
     assert caught.value.errno == errno.EINVAL
     assert guest.vm.pinning.pinned[Gfn(WORD)].count == 1
     assert guest.unpin(WORD, account=other) == 1
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
 
 
 def test_an_unpinned_page_the_host_still_has_stays_mapped_and_can_be_taken_again() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     guest.unpin(WORD)
-    assert guest.entry(WORD) & bits.WRITE
+    assert guest.entry_of(WORD) & bits.WRITE
     assert guest.importer.heard == []
-    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
-    assert guest.entry(WORD) == 0
+    guest.do(dontneed(guest.mm, guest.hva_of(WORD), PAGE))
+    assert guest.entry_of(WORD) == 0
     assert guest.sound()
 
 
 def test_an_unpinned_frame_is_freed_only_after_the_ack() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
-    guest.do(guest.world.mm.munmap(guest.hva_of(WORD), PAGE))
-    frames = guest.world.host.frames.in_use
-    wait = guest.world.start(guest.vm.pinning.unpin(guest.account, guest.asked[0][2]))
-    assert (wait.done, guest.world.host.frames.in_use) == (False, frames)
+    guest.do(guest.mm.munmap(guest.hva_of(WORD), PAGE))
+    frames = guest.host.frames.in_use
+    wait = guest.start(guest.vm.pinning.unpin(guest.account, guest.asked[0][2]))
+    assert (wait.done, guest.host.frames.in_use) == (False, frames)
     assert guest.settle(wait) == 1
-    assert guest.world.host.frames.in_use == frames - 1
+    assert guest.host.frames.in_use == frames - 1
 
 
 def test_what_cannot_be_pinned_is_refused_and_the_pages_before_it_are_given_back() -> None:
-    guest = Guest()
-    guest.set_slot(0x800, 16, guest.world.map(16), 2, slot=1)
-    guest.set_slot(0x900, 16, guest.world.map(16, prot=Prot.READ), slot=2)
+    guest = PinnedRam()
+    guest.change_slot(1, 0x800, 16, guest.map(16), 2)
+    guest.change_slot(2, 0x900, 16, guest.map(16, prot=Prot.READ))
     assert guest.refused(BASE + PAGES - 2, 3) == errno.EINVAL  # the last one is in no slot
     assert guest.refused(0x800) == errno.EFAULT  # a read-only slot
     assert guest.refused(0x900) == errno.EFAULT  # a host that may not write
     assert guest.refused(BASE, 0) == errno.EINVAL
     assert guest.refused(1 << 36) == errno.EINVAL
-    assert (guest.account.requests, guest.world.mm.pinned_pages) == ({}, 0)
+    assert (guest.account.requests, guest.mm.pinned_pages) == ({}, 0)
     assert guest.sound()
 
 
 def test_private_memory_is_not_pinned_and_what_is_pinned_does_not_become_private() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.vm.type = VmType.SW_PROTECTED
     guest.vm.private.attributes.supported = True
     guest.pin(WORD)
@@ -89,12 +89,12 @@ def test_private_memory_is_not_pinned_and_what_is_pinned_does_not_become_private
 
 
 def test_a_process_pins_no_more_than_it_may_and_each_page_once() -> None:
-    guest = Guest()
-    guest.world.mm.locked.limit = 4
+    guest = PinnedRam()
+    guest.mm.locked.limit = 4
     guest.pin(BASE, 4)
     guest.pin(BASE, 4)
     assert guest.refused(BASE + 3, 2) == errno.ENOMEM
-    assert guest.world.mm.pinned_pages == 4
+    assert guest.mm.pinned_pages == 4
     guest.unpin(BASE, 4)
     guest.unpin(BASE, 4)
     guest.pin(BASE + 8, 4)
@@ -102,12 +102,12 @@ def test_a_process_pins_no_more_than_it_may_and_each_page_once() -> None:
 
 
 def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD, 4)
-    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 8), PAGE))
-    guest.world.guest_write(guest.vcpu, (WORD + 9) << 12, b"x")
-    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD + 9), PAGE))
-    sleeping = guest.world.start(
+    going = guest.start(dontneed(guest.mm, guest.hva_of(WORD + 8), PAGE))
+    guest.guest_write(guest.vcpu, (WORD + 9) << 12, b"x")
+    going = guest.start(dontneed(guest.mm, guest.hva_of(WORD + 9), PAGE))
+    sleeping = guest.start(
         guest.vm.pinning.pin(guest.account, GfnSpan.of_pages(Gfn(WORD + 9), 1)),
     )
     assert not sleeping.done
@@ -116,7 +116,7 @@ def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None
     with pytest.raises(UapiError) as caught:
         guest.settle(sleeping)
     assert caught.value.errno == errno.ENODEV
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
@@ -124,43 +124,43 @@ def test_a_closed_account_leaves_nothing_not_even_of_a_pin_that_sleeps() -> None
 
 
 def test_pinning_everything_pins_what_slots_have_and_what_comes_and_lets_go_with_them() -> None:
-    guest = Guest(level=2)
-    guest.set_slot(0x800, 16, guest.world.map(16), 2, slot=1)
+    guest = PinnedRam(level=2)
+    guest.change_slot(1, 0x800, 16, guest.map(16), 2)
     everything = guest.do(guest.vm.pinning.pin_all(guest.account))
     assert len(guest.vm.pinning.pinned) == PAGES  # not the read-only slot
-    guest.set_slot(0x900, 16, guest.world.map(16), slot=2)
-    assert set(range(0x900, 0x910)) <= set(guest.world.table())
-    guest.set_slot(0xA00, 16, guest.vm.slots.numbered(2).hva, slot=2)  # type: ignore[union-attr]
+    guest.change_slot(2, 0x900, 16, guest.map(16))
+    assert set(range(0x900, 0x910)) <= set(guest.table())
+    guest.change_slot(2, 0xA00, 16, guest.vm.slots.numbered(2).hva)  # type: ignore[union-attr]
     assert guest.vm.pinning.pinned.within(0, GfnSpan(Gfn(0x900), Gfn(0xB00))) == list(range(0xA00, 0xA10))
-    guest.set_slot(0, 0, 0, slot=2)
-    assert len(guest.vm.pinning.pinned) == guest.world.mm.pinned_pages == PAGES
+    guest.change_slot(2, 0, 0, 0)
+    assert len(guest.vm.pinning.pinned) == guest.mm.pinned_pages == PAGES
     assert guest.sound()
     guest.do(guest.vm.pinning.unpin(guest.account, everything))
-    assert guest.world.mm.pinned_pages == 0
-    guest.set_slot(0x900, 16, guest.world.map(16), slot=2)
+    assert guest.mm.pinned_pages == 0
+    guest.change_slot(2, 0x900, 16, guest.map(16))
     assert not guest.vm.pinning.pinned
 
 
 def test_a_slot_that_cannot_be_pinned_is_not_added_while_everything_is() -> None:
-    guest = Guest()
-    guest.world.mm.locked.limit = PAGES + 8
+    guest = PinnedRam()
+    guest.mm.locked.limit = PAGES + 8
     guest.do(guest.vm.pinning.pin_all(guest.account))
     with pytest.raises(UapiError) as caught:
-        guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
+        guest.change_slot(1, 0x800, 16, guest.map(16))
     assert caught.value.errno == errno.ENOMEM
     assert guest.vm.slots.find(Gfn(0x800)) is None
-    assert guest.world.mm.pinned_pages == PAGES
+    assert guest.mm.pinned_pages == PAGES
     assert guest.sound()
 
 
 def test_pinning_everything_is_all_or_nothing() -> None:
-    guest = Guest()
-    guest.world.mm.locked.limit = PAGES - 1
+    guest = PinnedRam()
+    guest.mm.locked.limit = PAGES - 1
     with pytest.raises(UapiError) as caught:
         guest.do(guest.vm.pinning.pin_all(guest.account))
     assert caught.value.errno == errno.ENOMEM
-    assert guest.world.mm.pinned_pages == 0
-    guest.set_slot(0x800, 16, guest.world.map(16), slot=1)
+    assert guest.mm.pinned_pages == 0
+    guest.change_slot(1, 0x800, 16, guest.map(16))
     assert not guest.vm.pinning.pinned
 
 
@@ -169,7 +169,7 @@ def test_pinning_everything_is_all_or_nothing() -> None:
 
 @pytest.mark.parametrize("what", ["absent", "another frame", "no W", "page not pinned"])
 def test_the_check_finds_a_pin_that_does_not_hold(what: str) -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     assert broken(guest) == set()
     met = guest.vm.mmu.leaf_at(guest.exported.root, Gfn(WORD))
@@ -183,24 +183,24 @@ def test_the_check_finds_a_pin_that_does_not_hold(what: str) -> None:
 
 def test_a_zap_that_does_not_ask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: the notifier's zap passes by no pin."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     monkeypatch.setattr(guest.vm.mmu, "is_kept", lambda root, gfn: False)
-    guest.do(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
+    guest.do(dontneed(guest.mm, guest.hva_of(WORD), PAGE))
     assert "I22" in broken(guest)
 
 
 def test_a_huge_leaf_over_a_pin_is_stopped_at_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: a fault does not ask what is pinned around it."""
-    guest = Guest(level=2)
+    guest = PinnedRam(level=2)
     guest.pin(WORD)
     monkeypatch.setattr(guest.vm.levels, "_needs_small", lambda policy, slot, span: False)
     with pytest.raises(AssertionError, match="I22"):
-        guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+        guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
 
 
 def test_the_book_of_regions_says_what_a_look_at_every_gfn_would() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(BASE + 511)
     pinned: PinnedGfns = guest.vm.pinning.pinned
     assert pinned.any_in(0, GfnSpan(Gfn(BASE), Gfn(BASE + 512)))

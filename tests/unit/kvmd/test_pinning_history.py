@@ -26,7 +26,7 @@ from protocol.frame_tags import is_free
 from protocol.pt import bits
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
 from tests.kit.refusals import may_refuse
-from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, Guest
+from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, PinnedRam
 
 HOST: list[Callable[..., Coroutine[Any, None, Any]]] = [
     age,
@@ -47,8 +47,8 @@ class History:
         self.random = Random(seed)
         self.level = 1 + seed % 2
         self.sleepy = seed % 4 == 0  # what is absent is waited for, while others do what they like
-        self.guest = Guest(level=self.level, own=own)
-        self.vm, self.mm = self.guest.vm, self.guest.world.mm
+        self.guest = PinnedRam(level=self.level, own=own)
+        self.vm, self.mm = self.guest.vm, self.guest.mm
         self.pinned: dict[int, int] = {}  # gfn -> entry, while it must not change
         self.names: dict[int, int] = {}  # requests that were answered: name -> gfn
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked
@@ -56,7 +56,7 @@ class History:
         self.tracked: list[int] = []
         self.asleep = Userfaultfd(self.mm, user_mode_only=False)  # lookups sleep until `give`
         if self.sleepy:
-            self.guest.world.run(self.asleep.register(self.guest.hva, PAGES * PAGE, missing=True, wp=False))
+            self.guest.run(self.asleep.register(self.guest.hva, PAGES * PAGE, missing=True, wp=False))
 
     def begin(self, flow: Coroutine[Any, None, Any], done: Callable[[Any], None] = lambda _: None) -> None:
         async def run() -> None:
@@ -65,7 +65,7 @@ class History:
                 done(await flow)
             self.running -= 1
 
-        self.guest.world.start(run())
+        self.guest.start(run())
 
     def step(self) -> None:
         acts = [self.pin, self.pin, self.unpin, *[self.host] * 2, self.drop, self.store, self.log, self.slot]
@@ -83,7 +83,7 @@ class History:
         def answered(name: int) -> None:
             self.names[name] = gfn
             if gfn in self.vm.pinning.pinned:  # its slot may have gone before the answer
-                self.pinned[gfn] = self.guest.entry(gfn) & ~bits.ACCESSED
+                self.pinned[gfn] = self.guest.entry_of(gfn) & ~bits.ACCESSED
 
         self.begin(self.vm.pinning.pin(self.guest.account, span), answered)
 
@@ -119,12 +119,12 @@ class History:
 
     def give(self) -> None:
         """Somebody's page comes."""
-        asked = self.guest.world.start(self.asleep.next_event())
+        asked = self.guest.start(self.asleep.next_event())
         if asked.done:
             self.begin(self.asleep.copy(asked.result().address, b"y" * PAGE, wp=False))
 
     def log(self) -> None:
-        region = self.guest.world.region(0, BASE, PAGES, self.guest.hva, self.random.randrange(2))
+        region = self.guest.region(0, BASE, PAGES, self.guest.hva, self.random.randrange(2))
         if self.vm.slots.find(Gfn(BASE)) is not None:
             self.begin(self.vm.slots_change.set_memory_region(region))
         else:
@@ -133,10 +133,8 @@ class History:
     def slot(self) -> None:
         if self.random.random() < 0.3:
             self.pinned.clear()
-            self.begin(self.vm.slots_change.set_memory_region(self.guest.world.region(0, BASE, 0, 0)))
-        self.begin(
-            self.vm.slots_change.set_memory_region(self.guest.world.region(0, BASE, PAGES, self.guest.hva))
-        )
+            self.begin(self.vm.slots_change.set_memory_region(self.guest.region(0, BASE, 0, 0)))
+        self.begin(self.vm.slots_change.set_memory_region(self.guest.region(0, BASE, PAGES, self.guest.hva)))
 
     def ack(self) -> None:
         pending = self.guest.importer.pending
@@ -144,17 +142,17 @@ class History:
             told = pending[self.random.randrange(len(pending))]
             gone = range(told.start >> 12, told.start + told.size >> 12)
             self.cached = {gfn: held for gfn, held in self.cached.items() if gfn not in gone}
-            self.guest.world.ack(self.guest.importer, pending.index(told))
+            self.guest.ack(self.guest.importer, pending.index(told))
 
     def look(self) -> None:
-        tags = self.guest.world.bare.tags
+        tags = self.guest.bare.tags
         for gfn, entry in self.pinned.items():
-            assert self.guest.entry(gfn) & ~bits.ACCESSED == entry, f"pinned gfn {gfn:#x} changed"
+            assert self.guest.entry_of(gfn) & ~bits.ACCESSED == entry, f"pinned gfn {gfn:#x} changed"
         for gfn, (pfn, tag) in self.cached.items():
             assert tags.read(pfn) == tag, f"I6: gfn {gfn:#x}: pfn {pfn:#x} was given up and not acked"
         assert check_vm(self.vm) == []
         if not self.guest.importer.pending:  # what is told and not acked must go: fill only when all is
-            for gfn, (pfn, _) in self.guest.world.table(self.guest.exported.root.hpa).items():
+            for gfn, (pfn, _) in self.guest.table(self.guest.exported.root.hpa).items():
                 if gfn in GFNS:
                     assert not is_free(tags.read(pfn))
                     self.cached.setdefault(gfn, (pfn, tags.read(pfn)))

@@ -15,33 +15,33 @@ from kvmd.core.vm import VmType
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
-from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, Guest
+from tests.unit.kvmd.pinned import BASE, PAGE, PAGES, WORD, PinnedRam
 
 
-class Sleepy(Guest):
+class Sleepy(PinnedRam):
     """A guest whose memory comes from a userfaultfd, page by page; `private`: it may be."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vm.type = VmType.SW_PROTECTED
         self.vm.private.attributes.supported = True
-        self.uffd = Userfaultfd(self.world.mm, user_mode_only=False)
-        self.world.run(self.uffd.register(self.hva, PAGES * PAGE, missing=True, wp=False))
+        self.uffd = Userfaultfd(self.mm, user_mode_only=False)
+        self.run(self.uffd.register(self.hva, PAGES * PAGE, missing=True, wp=False))
 
     def sleep(self, pages: int = 1) -> Wait[int]:
         """A pin from WORD on, whose last page is not there."""
         for page in range(pages - 1):
             self.give(WORD + page)
         span = GfnSpan.of_pages(Gfn(WORD), pages)
-        pin = self.world.start(self.vm.pinning.pin(self.account, span))
+        pin = self.start(self.vm.pinning.pin(self.account, span))
         assert not pin.done
         return pin
 
     def give(self, gfn: int) -> None:
         self.do(self.uffd.copy(self.hva_of(gfn), b"y" * PAGE, wp=False))
 
-    def change_slot(self, gfn: int, pages: int, flags: int = 0) -> None:
-        self.set_slot(gfn, pages, self.hva, flags)
+    def reslot(self, gfn: int, pages: int, flags: int = 0) -> None:
+        super().change_slot(0, gfn, pages, self.hva, flags)
 
 
 def track(guest: Sleepy, gfn: int) -> None:
@@ -53,16 +53,16 @@ def convert(guest: Sleepy, gfn: int) -> None:
 
 
 def delete(guest: Sleepy, gfn: int = 0) -> None:
-    guest.change_slot(0, 0)
+    guest.reslot(0, 0)
 
 
 def move(guest: Sleepy, gfn: int) -> None:
-    guest.change_slot(BASE + PAGES, PAGES)
+    guest.reslot(BASE + PAGES, PAGES)
 
 
 def make_readonly(guest: Sleepy, gfn: int) -> None:
     delete(guest)
-    guest.change_slot(BASE, PAGES, 2)
+    guest.reslot(BASE, PAGES, 2)
 
 
 def close(guest: Sleepy, gfn: int = 0) -> None:
@@ -102,7 +102,7 @@ def test_a_pin_is_refused_by_what_came_later(what: str, pages: int) -> None:
     with pytest.raises(UapiError) as caught:
         guest.settle(pin)
     assert caught.value.errno == number
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
     assert guest.account.requests == {}
     assert guest.sound()
 
@@ -111,14 +111,14 @@ def test_a_slot_deleted_and_made_again_while_a_pin_sleeps_is_pinned_as_it_is_now
     guest = Sleepy()
     pin = guest.sleep()
     delete(guest)
-    other = guest.world.map(PAGES)
-    guest.set_slot(BASE, PAGES, other)
+    other = guest.map(PAGES)
+    guest.change_slot(0, BASE, PAGES, other)
     guest.give(WORD)
     guest.settle(pin)
-    page = guest.world.mm.present_page(Hva(other + (WORD - BASE) * PAGE))
+    page = guest.mm.present_page(Hva(other + (WORD - BASE) * PAGE))
     assert page is not None
     assert guest.vm.pinning.pinned[Gfn(WORD)].pfn == page.pfn
-    assert guest.world.mm.pinned_pages == 1
+    assert guest.mm.pinned_pages == 1
     assert guest.sound()
 
 
@@ -127,19 +127,19 @@ def test_a_pin_whose_first_pages_went_is_none() -> None:
     guest = Sleepy()
     pin = guest.sleep(3)
     delete(guest)
-    guest.change_slot(BASE, PAGES)
+    guest.reslot(BASE, PAGES)
     guest.give(WORD + 2)
     with pytest.raises(UapiError) as caught:
         guest.settle(pin)
     assert caught.value.errno == errno.EAGAIN
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
 def test_logging_that_starts_while_a_pin_sleeps_has_the_page_dirty() -> None:
     guest = Sleepy()
     pin = guest.sleep()
-    guest.change_slot(BASE, PAGES, 1)
+    guest.reslot(BASE, PAGES, 1)
     guest.give(WORD)
     guest.settle(pin)
     slot = guest.vm.slots.find(Gfn(WORD))
@@ -153,10 +153,10 @@ def test_two_pins_that_sleep_for_one_page_are_two_pins_of_it() -> None:
     pins = [guest.sleep(), guest.sleep()]
     guest.give(WORD)
     names = [guest.settle(pin) for pin in pins]
-    assert (guest.vm.pinning.pinned[Gfn(WORD)].count, guest.world.mm.pinned_pages) == (2, 1)
+    assert (guest.vm.pinning.pinned[Gfn(WORD)].count, guest.mm.pinned_pages) == (2, 1)
     for name in names:
         guest.do(guest.vm.pinning.unpin(guest.account, name))
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
@@ -164,15 +164,15 @@ def test_a_page_that_is_about_to_go_when_it_comes_is_not_the_one_that_is_pinned(
     guest = Sleepy()
     pin = guest.sleep()
     guest.give(WORD + 1)
-    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")  # so that there is an ack to wait for
-    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), 2 * PAGE))
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")  # so that there is an ack to wait for
+    going = guest.start(dontneed(guest.mm, guest.hva_of(WORD), 2 * PAGE))
     assert not going.done
-    guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"n" * PAGE, wp=False))
+    guest.run(guest.uffd.copy(guest.hva_of(WORD), b"n" * PAGE, wp=False))
     guest.settle(going)
     assert not pin.done
     guest.give(WORD)
     guest.settle(pin)
-    page = guest.world.mm.present_page(guest.hva_of(WORD))
+    page = guest.mm.present_page(guest.hva_of(WORD))
     assert page is not None
     assert guest.vm.pinning.pinned[Gfn(WORD)].pfn == page.pfn
     assert guest.sound()
@@ -182,62 +182,62 @@ def test_a_page_that_comes_as_its_slot_goes() -> None:
     guest = Sleepy()
     pin = guest.sleep()
     guest.give(WORD + 1)
-    guest.world.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
-    going = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+    going = guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, 0, 0, 0)))
     assert not going.done
-    guest.world.run(guest.uffd.copy(guest.hva_of(WORD), b"y" * PAGE, wp=False))
+    guest.run(guest.uffd.copy(guest.hva_of(WORD), b"y" * PAGE, wp=False))
     assert not guest.vm.pinning.pinned
     guest.settle(going)
     with pytest.raises(UapiError) as caught:
         guest.settle(pin)
     assert caught.value.errno == errno.EINVAL
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
 def test_an_importer_that_goes_with_a_slot_pins_nothing() -> None:
     """The slot stays, after all: its move is refused."""
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
-    beyond = guest.world.region(0, 1 << 40, PAGES, guest.hva)
-    moving = guest.world.start(guest.vm.slots_change.set_memory_region(beyond))
+    guest = PinnedRam()
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
+    beyond = guest.region(0, 1 << 40, PAGES, guest.hva)
+    moving = guest.start(guest.vm.slots_change.set_memory_region(beyond))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
-    pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
+    pin = guest.start(guest.vm.pinning.pin(guest.account, span))
     assert (moving.done, pin.done) == (False, False)
-    closed = guest.world.start(guest.vm.pinning.close(guest.account))
+    closed = guest.start(guest.vm.pinning.close(guest.account))
     with pytest.raises(UapiError):
         guest.settle(moving)
     closed.result()
     with pytest.raises(UapiError) as caught:
         pin.result()
     assert caught.value.errno == errno.ENODEV
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
 def test_what_is_tracked_meanwhile_is_not_pinned() -> None:
-    guest = Guest()
-    guest.world.guest_write(guest.vcpu, WORD << 12, b"x")
-    going = guest.world.start(dontneed(guest.world.mm, guest.hva_of(WORD), PAGE))
+    guest = PinnedRam()
+    guest.guest_write(guest.vcpu, WORD << 12, b"x")
+    going = guest.start(dontneed(guest.mm, guest.hva_of(WORD), PAGE))
     span = GfnSpan.of_pages(Gfn(WORD), 1)
-    pin = guest.world.start(guest.vm.pinning.pin(guest.account, span))
-    tracked = guest.world.start(guest.vm.write_track.add(Gpa(WORD << 12)))
+    pin = guest.start(guest.vm.pinning.pin(guest.account, span))
+    tracked = guest.start(guest.vm.write_track.add(Gpa(WORD << 12)))
     assert (going.done, pin.done) == (False, False)
     guest.settle(going)
     tracked.result()
     with pytest.raises(UapiError) as caught:
         pin.result()
     assert caught.value.errno == errno.EBUSY
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
 def test_an_importer_that_comes_as_the_export_goes_is_refused() -> None:
     """Its pins would outlive the table they are of."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
-    guest.do(guest.world.mm.munmap(guest.hva_of(WORD), PAGE))
-    closing = guest.world.start(guest.vm.exports.close(guest.exported))
+    guest.do(guest.mm.munmap(guest.hva_of(WORD), PAGE))
+    closing = guest.start(guest.vm.exports.close(guest.exported))
     assert not closing.done
     with pytest.raises(UapiError) as caught:
         guest.exported.register_importer("late", guest.importer)
@@ -245,7 +245,7 @@ def test_an_importer_that_comes_as_the_export_goes_is_refused() -> None:
     late = guest.vm.pinning.open()  # it had just been let in
     guest.pin(WORD + 1, account=late)
     guest.settle(closing)
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (0, 0)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
     assert guest.sound()
 
 
@@ -257,9 +257,9 @@ def waiting_slot(guest: Sleepy) -> tuple[Wait[None], Hva]:
     for gfn in range(BASE, BASE + PAGES):
         guest.give(gfn)
     guest.do(guest.vm.pinning.pin_all(guest.account))
-    hva = guest.world.map(1)
-    guest.world.run(guest.uffd.register(hva, PAGE, missing=True, wp=False))
-    coming = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(1, 0x800, 1, hva)))
+    hva = guest.map(1)
+    guest.run(guest.uffd.register(hva, PAGE, missing=True, wp=False))
+    coming = guest.start(guest.vm.slots_change.set_memory_region(guest.region(1, 0x800, 1, hva)))
     assert not coming.done
     return coming, hva
 
@@ -272,7 +272,7 @@ def test_a_slot_comes_though_its_pinner_went() -> None:
     guest.do(guest.uffd.copy(hva, b"y" * PAGE, wp=False))
     guest.settle(coming)
     assert guest.vm.slots.find(Gfn(0x800)) is not None
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
@@ -280,11 +280,9 @@ def test_a_slot_that_is_refused_late_takes_no_slot_of_that_number_along() -> Non
     """Its deletion, and a new slot 1, wait until it is known whether it can be pinned."""
     guest = Sleepy()
     coming, hva = waiting_slot(guest)
-    guest.world.mm.locked.limit = PAGES
-    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(1, 0, 0, 0)))
-    again = guest.world.start(
-        guest.vm.slots_change.set_memory_region(guest.world.region(1, 0x900, 1, guest.hva, 2))
-    )
+    guest.mm.locked.limit = PAGES
+    deleted = guest.start(guest.vm.slots_change.set_memory_region(guest.region(1, 0, 0, 0)))
+    again = guest.start(guest.vm.slots_change.set_memory_region(guest.region(1, 0x900, 1, guest.hva, 2)))
     guest.do(guest.uffd.copy(hva, b"y" * PAGE, wp=False))
     with pytest.raises(UapiError) as caught:
         guest.settle(coming)
@@ -301,12 +299,12 @@ def test_everything_leaves_out_the_private() -> None:
     for gfn in range(BASE, BASE + PAGES - 1):
         guest.give(gfn)
     last = BASE + PAGES - 1
-    everything = guest.world.start(guest.vm.pinning.pin_all(guest.account))
+    everything = guest.start(guest.vm.pinning.pin_all(guest.account))
     assert not everything.done
     guest.do(guest.vm.private.set_attributes(Gpa(last << 12), PAGE, 8, 0))
     guest.give(last)
     guest.settle(everything)
-    assert guest.world.mm.pinned_pages == PAGES - 1
+    assert guest.mm.pinned_pages == PAGES - 1
     assert guest.sound()
 
 
@@ -315,26 +313,26 @@ def test_everything_leaves_out_the_private() -> None:
 
 def test_an_unpin_of_what_went_with_its_slot_takes_nothing_from_who_pinned_there_since() -> None:
     """Two devices on one HWPT share its account."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD, 4)
-    guest.set_slot(0, 0, 0)
-    guest.set_slot(BASE, PAGES, guest.hva)
+    guest.change_slot(0, 0, 0, 0)
+    guest.change_slot(0, BASE, PAGES, guest.hva)
     assert len(guest.vm.pinning.pinned) == 0
     guest.pin(WORD, 4)
     assert guest.unpin(WORD, 4) == 0  # the first request's
-    assert (len(guest.vm.pinning.pinned), guest.world.mm.pinned_pages) == (4, 4)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (4, 4)
     assert guest.unpin(WORD, 4) == 4
     assert guest.sound()
 
 
 def test_everything_goes_on_past_a_lost_slot() -> None:
-    guest = Guest()
-    guest.set_slot(0x800, 4, guest.world.map(4), slot=1)
-    guest.set_slot(0x900, 4, guest.world.map(4), slot=2)
+    guest = PinnedRam()
+    guest.change_slot(1, 0x800, 4, guest.map(4))
+    guest.change_slot(2, 0x900, 4, guest.map(4))
     turns = Turns(guest)
-    everything = guest.world.start(guest.vm.pinning.pin_all(guest.account))
+    everything = guest.start(guest.vm.pinning.pin_all(guest.account))
     assert not everything.done
-    guest.set_slot(0, 0, 0, slot=1)
+    guest.change_slot(1, 0, 0, 0)
     turns.go_on()
     guest.settle(everything)
     assert guest.vm.pinning.pinned.within(0, GfnSpan(Gfn(0x800), Gfn(0xA00))) == list(range(0x900, 0x904))
@@ -344,10 +342,10 @@ def test_everything_goes_on_past_a_lost_slot() -> None:
 class Turns:
     """Long work waits for its next turn."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: PinnedRam) -> None:
         self.guest = guest
         self.waiting: list[Wait[None]] = []
-        guest.world.host.cond_resched = self.cond_resched
+        guest.host.cond_resched = self.cond_resched
 
     def cond_resched(self) -> Wait[None]:
         self.waiting.append(Wait())
@@ -356,36 +354,36 @@ class Turns:
     def go_on(self) -> None:
         while self.waiting:
             self.waiting.pop().set(None)
-            self.guest.world.flows.run_ready()
+            self.guest.flows.run_ready()
 
 
 def test_who_stops_pinning_everything_does_not_stop_another_who_has_only_begun() -> None:
-    guest = Guest()
+    guest = PinnedRam()
     first = guest.do(guest.vm.pinning.pin_all(guest.account))
     turns = Turns(guest)
-    second = guest.world.start(guest.vm.pinning.pin_all(guest.account))
+    second = guest.start(guest.vm.pinning.pin_all(guest.account))
     assert not second.done
     guest.do(guest.vm.pinning.unpin(guest.account, first))
     turns.go_on()
     name = guest.settle(second)
-    assert guest.world.mm.pinned_pages == PAGES
+    assert guest.mm.pinned_pages == PAGES
     guest.do(guest.vm.pinning.unpin(guest.account, name))
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
 @pytest.mark.parametrize("everything", [True, False])
 def test_a_request_over_at_its_end_is_none(everything: bool) -> None:
-    guest = Guest()
+    guest = PinnedRam()
     turns, pinning = Turns(guest), guest.vm.pinning
     span = GfnSpan.of_pages(Gfn(BASE), PAGES)
     flow = pinning.pin_all(guest.account) if everything else pinning.pin(guest.account, span)
-    pin = guest.world.start(flow)
+    pin = guest.start(flow)
     assert guest.do(pinning.unpin(guest.account, guest.account.asked)) == PAGES
     turns.go_on()
     with pytest.raises(UapiError):
         guest.settle(pin)
-    assert guest.world.mm.pinned_pages == 0
+    assert guest.mm.pinned_pages == 0
     assert guest.sound()
 
 
@@ -406,11 +404,11 @@ def test_the_check_finds_a_pin_that_did_not_ask_again(monkeypatch: pytest.Monkey
 
 def test_the_check_finds_an_unpin_that_takes_another_s_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: requests go on believing in pins that went with their slot."""
-    guest = Guest()
+    guest = PinnedRam()
     guest.pin(WORD)
     slot = guest.vm.slots.find(Gfn(WORD))
     assert slot is not None
     monkeypatch.setattr(guest.vm.pinning, "requests", lambda: iter(()))
-    guest.set_slot(0, 0, 0)
+    guest.change_slot(0, 0, 0, 0)
     monkeypatch.undo()
     assert "I22: gfn 0x205 is not pinned, a request believes it is" in check_vm(guest.vm)

@@ -1,4 +1,4 @@
-"""Guest programs: what each instruction does, where a program stops, and how it goes on."""
+"""Programmed programs: what each instruction does, where a program stops, and how it goes on."""
 
 from __future__ import annotations
 
@@ -14,39 +14,35 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.slots.dirty_log import DirtyLog
 from protocol.kvm_run import ExitReason
 from protocol.units import Hva
-from tests.kit.kvmd import World
+from tests.kit.lent import Backed
 
 RAM, PAGE = 0x10_0000, 4096
 PRIVILEGES = pytest.mark.parametrize("cpl", [3, 0])
 
 
-class Guest:
+class Programmed(Backed):
+    """A CPU with some RAM; what it runs for ever ends when `tick` says so."""
+
     def __init__(self, pages: int = 16) -> None:
-        self.world = World()
-        self.hva = self.world.map(pages)
-        self.world.set_slot(0, RAM >> 12, pages, self.hva)
-        self.vcpu = self.world.create_vcpu()
-        self.clock = self.world.bare.clock
+        super().__init__(RAM >> 12, pages)
+        self.clock = self.bare.clock
 
     def play(self, code: list[Instruction] | None, cpl: int = 3, **more: Any) -> RunResult:
-        return self.world.run(self.vcpu.run(code, cpl, **more))
+        return self.run(self.vcpu.run(code, cpl, **more))
 
     def byte(self, at: int, value: int) -> None:
-        self.world.run(self.world.mm.write(Hva(self.hva + at), bytes([value])))
-
-    def ram(self, at: int, size: int) -> bytes:
-        return self.world.run(self.world.mm.read(Hva(self.hva + at), size))
+        self.run(self.mm.write(Hva(self.hva + at), bytes([value])))
 
     def tick(self) -> None:
         waiting, self.clock.waiting = self.clock.waiting, []
         for wait in waiting:
             wait.set(None)
-        self.world.flows.run_ready()
+        self.flows.run_ready()
 
 
 @pytest.fixture
-def guest() -> Guest:
-    return Guest()
+def guest() -> Programmed:
+    return Programmed()
 
 
 @PRIVILEGES
@@ -62,16 +58,16 @@ def guest() -> Guest:
     ],
 )
 def test_a_read_modify_write_stores_the_result(
-    guest: Guest, cpl: int, code: Instruction, before: int, after: int
+    guest: Programmed, cpl: int, code: Instruction, before: int, after: int
 ) -> None:
-    guest.world.run(guest.world.mm.write(guest.hva, before.to_bytes(8, "little")))
+    guest.run(guest.mm.write(guest.hva, before.to_bytes(8, "little")))
     assert guest.play([code, ("r", RAM, 8)], cpl).reads == [after.to_bytes(8, "little")]
 
 
-def test_a_failed_compare_is_a_write_cycle(guest: Guest) -> None:
+def test_a_failed_compare_is_a_write_cycle(guest: Programmed) -> None:
     """Its page is mapped as for a store, so it is logged as one."""
     logged = []
-    guest.world.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
+    guest.vm.dirty_log.mark = lambda slot, gfn, *who: logged.append(gfn)  # type: ignore[method-assign]
     guest.play([("cmpxchg", RAM, 4, 6, 9)], 0)
     assert logged == [RAM >> 12]
     violations = guest.vcpu.arch.ept_violations
@@ -82,10 +78,10 @@ def test_a_failed_compare_is_a_write_cycle(guest: Guest) -> None:
 @PRIVILEGES
 @pytest.mark.parametrize("distance", [-3, 1, 3, 4096, 5000])
 def test_a_string_move_meets_its_own_result_as_byte_by_byte_would(
-    guest: Guest, cpl: int, distance: int
+    guest: Programmed, cpl: int, distance: int
 ) -> None:
     pattern = bytes(i * 7 % 251 for i in range(9000))
-    guest.world.run(guest.world.mm.write(Hva(guest.hva + 8192), pattern))
+    guest.run(guest.mm.write(Hva(guest.hva + 8192), pattern))
     expected = bytearray(guest.ram(0, 16 * PAGE))
     for i in range(9000):
         expected[8192 + distance + i] = expected[8192 + i]
@@ -93,34 +89,34 @@ def test_a_string_move_meets_its_own_result_as_byte_by_byte_would(
     assert guest.ram(0, 16 * PAGE) == expected
 
 
-def test_an_overlap_is_seen_through_two_slots_of_one_page(guest: Guest) -> None:
-    guest.world.set_slot(1, 0x900, 16, guest.hva)
-    guest.world.run(guest.world.mm.write(guest.hva, b"ab"))
+def test_an_overlap_is_seen_through_two_slots_of_one_page(guest: Programmed) -> None:
+    guest.set_slot(1, 0x900, 16, guest.hva)
+    guest.run(guest.mm.write(guest.hva, b"ab"))
     guest.play([("movs", 0x90_0001, RAM, 64)])
     assert guest.ram(0, 65) == b"a" * 65
 
 
 @PRIVILEGES
-def test_loops_touch_each_word_and_leave_no_reads(guest: Guest, cpl: int) -> None:
+def test_loops_touch_each_word_and_leave_no_reads(guest: Programmed, cpl: int) -> None:
     ran = guest.play([("wloop", RAM, 16, PAGE, 0x0102), ("rloop", RAM, 16, PAGE)], cpl)
     assert (ran.done, ran.finished, ran.reads) == (True, 2, [])
     assert all(guest.ram(i * PAGE, 8) == b"\2\1" + bytes(6) for i in range(16))
 
 
-def test_a_prefetch_never_faults(guest: Guest) -> None:
+def test_a_prefetch_never_faults(guest: Programmed) -> None:
     assert guest.play([("prefetch", RAM), ("prefetch", 0x666_0000), ("prefetch", (1 << 64) - 1)]).done
     assert guest.vcpu.arch.ept_violations == 0
-    assert guest.world.table() == {}
+    assert guest.table() == {}
 
 
-def test_a_fetch_is_a_read_fault_like_any_other(guest: Guest) -> None:
+def test_a_fetch_is_a_read_fault_like_any_other(guest: Programmed) -> None:
     guest.byte(0, 0xC3)
     assert guest.play([("exec", RAM)]).done
     assert guest.vcpu.arch.ept_violations == 1
-    assert guest.world.table()[RAM >> 12][1], "writable, because the host's page is"
+    assert guest.table()[RAM >> 12][1], "writable, because the host's page is"
 
 
-def test_string_stores_fill_and_bulk_accesses_cross_pages(guest: Guest) -> None:
+def test_string_stores_fill_and_bulk_accesses_cross_pages(guest: Programmed) -> None:
     ran = guest.play([("stos", RAM + 100, 0x5A, 5 * PAGE), ("r", RAM, 6 * PAGE)])
     assert ran.reads == [bytes(100) + b"\x5a" * 5 * PAGE + bytes(PAGE - 100)]
 
@@ -128,40 +124,38 @@ def test_string_stores_fill_and_bulk_accesses_cross_pages(guest: Guest) -> None:
 # -- stops ---------------------------------------------------------------------------------------------
 
 
-def test_a_store_across_into_nothing_happens_not_at_all_and_restarts_as_a_whole(guest: Guest) -> None:
+def test_a_store_across_into_nothing_happens_not_at_all_and_restarts_as_a_whole(guest: Programmed) -> None:
     """EFAULT, and the page before the edge keeps its bytes, though an entry was made for it."""
-    guest.world.run(guest.world.mm.munmap(Hva(guest.hva + PAGE), PAGE))
+    guest.run(guest.mm.munmap(Hva(guest.hva + PAGE), PAGE))
     ran = guest.play([("w", RAM + PAGE - 4, b"12345678"), ("r", RAM + PAGE - 4, 8)])
     assert (ran.exit.reason, ran.exit.errno, ran.finished) == (ExitReason.UNKNOWN, errno.EFAULT, 0)
     assert guest.ram(PAGE - 4, 4) == bytes(4)
-    assert guest.world.table()[RAM >> 12][1]
+    assert guest.table()[RAM >> 12][1]
     for _ in range(100):  # however often it is run again
         assert guest.play(None).exit.errno == errno.EFAULT
-    guest.world.map(1, hva=guest.hva + PAGE)
+    guest.map(1, hva=guest.hva + PAGE)
     ran = guest.play(None)
     assert (ran.done, ran.finished, ran.reads) == (True, 2, [b"12345678"])
 
 
-def test_the_end_of_a_program_is_an_out_and_stays_the_end(guest: Guest) -> None:
+def test_the_end_of_a_program_is_an_out_and_stays_the_end(guest: Programmed) -> None:
     assert guest.play([("r", RAM, 1)]).exit.reason is ExitReason.IO
     ran = guest.play(None)
     assert (ran.exit.reason, ran.done, ran.reads) == (ExitReason.IO, True, [bytes(1)])
-    assert Guest().play(None).done, "a vCPU that never ran has nothing to do"
+    assert Programmed().play(None).done, "a vCPU that never ran has nothing to do"
 
 
-def test_a_new_program_takes_the_place_of_a_stopped_one(guest: Guest) -> None:
+def test_a_new_program_takes_the_place_of_a_stopped_one(guest: Programmed) -> None:
     assert not guest.play([("w", 0x666_0000, b"x"), ("w", RAM, b"never")]).done
     assert guest.play([("r", RAM, 5)]).reads == [bytes(5)]
     assert guest.play(None).done
 
 
 def test_a_full_dirty_ring_is_seen_before_the_store_that_filled_it(
-    guest: Guest, monkeypatch: pytest.MonkeyPatch
+    guest: Programmed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As recorded: the page is logged, the store is not made, and is tried again after the harvest."""
-    monkeypatch.setattr(
-        DirtyLog, "ring_full", lambda *_: bool(guest.world.vm.mmu.roots) and 0x105 in guest.world.table()
-    )
+    monkeypatch.setattr(DirtyLog, "ring_full", lambda *_: bool(guest.vm.mmu.roots) and 0x105 in guest.table())
     ran = guest.play([("wloop", RAM, 16, PAGE, 1)])
     assert (ran.exit.reason, ran.done) == (ExitReason.DIRTY_RING_FULL, False)
     assert guest.ram(4 * PAGE, 1) == b"\1"
@@ -175,14 +169,14 @@ def test_a_full_dirty_ring_is_seen_before_the_store_that_filled_it(
 # -- polling -------------------------------------------------------------------------------------------
 
 
-def test_a_guest_that_polls_sees_what_the_host_does_meanwhile(guest: Guest) -> None:
+def test_a_guest_that_polls_sees_what_the_host_does_meanwhile(guest: Programmed) -> None:
     guest.clock.stock = 0
     guest.byte(0, 1)
     guest.byte(PAGE, 7)
-    run = guest.world.start(guest.vcpu.run([("spin_until_zero", RAM), ("spin_until_ne", RAM + PAGE, 7)]))
+    run = guest.start(guest.vcpu.run([("spin_until_zero", RAM), ("spin_until_ne", RAM + PAGE, 7)]))
     guest.tick()
     assert not run.done
-    guest.world.run(dontneed(guest.world.mm, guest.hva, PAGE))
+    guest.run(dontneed(guest.mm, guest.hva, PAGE))
     guest.tick()
     assert not run.done, "it polls the second word, which is 7"
     guest.byte(PAGE, 8)
@@ -190,23 +184,23 @@ def test_a_guest_that_polls_sees_what_the_host_does_meanwhile(guest: Guest) -> N
     assert run.result().done
 
 
-def test_what_a_polling_guest_loses_is_efault_and_what_it_keeps_is_not(guest: Guest) -> None:
+def test_what_a_polling_guest_loses_is_efault_and_what_it_keeps_is_not(guest: Programmed) -> None:
     guest.clock.stock = 0
-    run = guest.world.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
-    guest.world.run(migrate(guest.world.mm, guest.hva, PAGE))
+    run = guest.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
+    guest.run(migrate(guest.mm, guest.hva, PAGE))
     guest.tick()
     assert not run.done
-    guest.world.run(guest.world.mm.munmap(guest.hva, PAGE))
+    guest.run(guest.mm.munmap(guest.hva, PAGE))
     guest.tick()
     assert run.result().exit.errno == errno.EFAULT
-    guest.world.map(1, hva=guest.hva)
+    guest.map(1, hva=guest.hva)
     guest.byte(0, 1)
     assert guest.play(None).done
 
 
-def test_a_signal_ends_a_poll_and_the_next_run_goes_on_with_it(guest: Guest) -> None:
+def test_a_signal_ends_a_poll_and_the_next_run_goes_on_with_it(guest: Programmed) -> None:
     guest.clock.stock = 0
-    run = guest.world.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
+    run = guest.start(guest.vcpu.run([("spin_until_ne", RAM, 0)]))
     guest.vcpu.arch.kick()
     guest.tick()
     assert (run.result().exit.reason, run.result().exit.errno) == (ExitReason.INTR, errno.EINTR)
@@ -215,9 +209,9 @@ def test_a_signal_ends_a_poll_and_the_next_run_goes_on_with_it(guest: Guest) -> 
 
 
 def test_a_long_loop_gives_others_a_turn() -> None:
-    guest = Guest(pages=1)
+    guest = Programmed(pages=1)
     guest.clock.stock = 0
-    run = guest.world.start(guest.vcpu.run([("rloop", RAM, 2000, 0)]))
+    run = guest.start(guest.vcpu.run([("rloop", RAM, 2000, 0)]))
     turns = 0
     while not run.done:
         guest.tick()
@@ -229,8 +223,8 @@ def test_a_long_loop_gives_others_a_turn() -> None:
 
 
 @pytest.mark.rfc("RFC-96")
-def test_smm_has_slots_and_a_root_of_its_own(guest: Guest) -> None:
-    world = guest.world
+def test_smm_has_slots_and_a_root_of_its_own(guest: Programmed) -> None:
+    world = guest
     smram = world.map(4)
     world.set_slot(1 << 16 | 5, RAM >> 12, 4, smram)
     guest.play([("w", RAM, b"normal")])

@@ -22,38 +22,33 @@ from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import MM_CHANGES, WRITE, World
+from tests.kit.lent import Lent
 
 PAGE = 4096
 
 
-class Rig:
-    """A world with 16 pages at gfn 0x100, exported, one importer that acks by hand."""
+class Scheduled(Lent):
+    """16 pages at gfn 0x100."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.world = World(**kwargs)
-        self.hva = self.world.map(16)
-        self.world.set_slot(0, 0x100, 16, self.hva)
-        self.vcpu = self.world.create_vcpu()
-        self.exported = self.world.export()
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
+    def __init__(self, **host: Any) -> None:
+        super().__init__(0x100, 16, **host)
 
     def fault(self, gfn: int = 0x100) -> FaultResult:
-        return self.world.io_fault(self.exported, gfn)
+        return self.io_fault(self.exported, gfn)
 
     def tag(self, gfn: int) -> int:
         """Of the frame the host has for `gfn` now."""
-        page = self.world.mm.present_page(Hva(self.hva + (gfn - 0x100) * PAGE))
+        page = self.mm.present_page(self.hva_of(gfn))
         assert page is not None
-        return self.world.bare.tags.read(page.pfn)
+        return self.bare.tags.read(page.pfn)
 
 
 @pytest.fixture
-def rig() -> Rig:
-    return Rig()
+def rig() -> Scheduled:
+    return Scheduled()
 
 
-class SleepyMm:
+class PreemptedMm:
     """The process's memory, whose lookups take long: `while_asleep` happens before they return."""
 
     def __init__(self, mm: Mm, while_asleep: Callable[[], object]) -> None:
@@ -70,69 +65,71 @@ class SleepyMm:
 
 
 @pytest.mark.rfc("RFC-87")
-def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_they_acked(rig: Rig) -> None:
+def test_the_table_is_zapped_before_importers_are_told_and_the_frame_kept_until_they_acked(
+    rig: Scheduled,
+) -> None:
     rig.fault(0x100)
     rig.fault(0x101)
     tag = rig.tag(0x100)
-    over = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
-    assert set(rig.world.table()) == {0x101}
+    over = rig.start(dontneed(rig.mm, rig.hva, PAGE))
+    assert set(rig.table()) == {0x101}
     assert rig.importer.heard == [(0, (1 << 64) - 1, 1)]
     assert not over.done
     assert rig.tag(0x100) == tag
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert over.done
-    assert rig.world.mm.present_page(rig.hva) is None
-    assert check_vm(rig.world.vm) == []
+    assert rig.mm.present_page(rig.hva) is None
+    assert check_vm(rig.vm) == []
 
 
 @pytest.mark.defect("B-18")
-def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Rig) -> None:
+def test_who_finds_nothing_to_zap_still_waits_for_who_zapped_it(rig: Scheduled) -> None:
     """Two ranges overlap; the second has no entry left to clear, and the first is not acked."""
     rig.fault(0x100)
-    first = rig.world.start(dontneed(rig.world.mm, rig.hva, 2 * PAGE))
-    second = rig.world.start(rig.world.mm.munmap(rig.hva, PAGE))
+    first = rig.start(dontneed(rig.mm, rig.hva, 2 * PAGE))
+    second = rig.start(rig.mm.munmap(rig.hva, PAGE))
     assert len(rig.importer.pending) == 1
     assert not second.done
-    assert rig.world.mm.present_page(rig.hva) is not None
-    rig.world.ack(rig.importer)
+    assert rig.mm.present_page(rig.hva) is not None
+    rig.ack(rig.importer)
     assert first.done
     assert second.done
 
 
-def test_acks_in_the_wrong_order_free_nothing_early(rig: Rig) -> None:
+def test_acks_in_the_wrong_order_free_nothing_early(rig: Scheduled) -> None:
     rig.fault(0x100)
     rig.fault(0x105)
     tags = rig.tag(0x100), rig.tag(0x105)
-    first = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
-    second = rig.world.start(dontneed(rig.world.mm, Hva(rig.hva + 5 * PAGE), PAGE))
-    rig.world.ack(rig.importer, 1)
+    first = rig.start(dontneed(rig.mm, rig.hva, PAGE))
+    second = rig.start(dontneed(rig.mm, Hva(rig.hva + 5 * PAGE), PAGE))
+    rig.ack(rig.importer, 1)
     assert not first.done
     assert (rig.tag(0x100), rig.tag(0x105)) == tags, "the second waits for the first flush too"
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert first.done
     assert second.done
 
 
-def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Rig) -> None:
-    rig.world.run(rig.world.mm.write(rig.hva, b"moved"))
+def test_a_fault_in_a_range_that_changes_waits_and_finds_the_new_page(rig: Scheduled) -> None:
+    rig.run(rig.mm.write(rig.hva, b"moved"))
     rig.fault()
-    old = rig.world.table()[0x100]
-    move = rig.world.start(migrate(rig.world.mm, rig.hva, PAGE))
-    read = rig.world.start(rig.vcpu.run([("r", 0x10_0000, 5)]))
+    old = rig.table()[0x100]
+    move = rig.start(migrate(rig.mm, rig.hva, PAGE))
+    read = rig.start(rig.vcpu.run([("r", 0x10_0000, 5)]))
     assert not read.done
-    assert 0x100 not in rig.world.table()
-    rig.world.ack(rig.importer)
+    assert 0x100 not in rig.table()
+    rig.ack(rig.importer)
     assert move.done
     assert read.result().reads == [b"moved"]
-    assert rig.world.table()[0x100] != old
+    assert rig.table()[0x100] != old
 
 
 @pytest.mark.defect("B-26")
-def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
+def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Scheduled) -> None:
     rig.fault()
-    rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
-    assert rig.world.guest_write(rig.vcpu, 0x10_1000, b"x").done == 1
-    rig.world.ack(rig.importer)
+    rig.start(dontneed(rig.mm, rig.hva, PAGE))
+    assert rig.guest_write(rig.vcpu, 0x10_1000, b"x").done == 1
+    rig.ack(rig.importer)
 
 
 @pytest.mark.parametrize("seq_start", [0, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1])
@@ -140,15 +137,15 @@ def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Rig) -> None:
 @pytest.mark.rfc("RFC-77")
 def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: str, seq_start: int) -> None:
     """I5, also where the sequence wraps: the whole invalidation happens while the lookup sleeps (R1, R2)."""
-    rig = Rig(seq_start=seq_start)
-    world, left = rig.world, [1]
+    rig = Scheduled(seq_start=seq_start)
+    world, left = rig, [1]
 
     def invalidate_once() -> None:
         if left:
             left.pop()
             world.run(MM_CHANGES[change](world.mm, rig.hva, PAGE))
 
-    world.vm.mm = world.vm.frames.mm = SleepyMm(world.mm, invalidate_once)  # type: ignore[assignment]
+    world.vm.mm = world.vm.frames.mm = PreemptedMm(world.mm, invalidate_once)  # type: ignore[assignment]
     result = rig.fault()
     assert result is (FaultResult.NO_PAGE if change == "munmap" else FaultResult.FIXED)
     assert check_vm(world.vm) == []
@@ -157,21 +154,21 @@ def test_a_page_looked_up_before_an_invalidation_is_not_mapped_after_it(change: 
 
 @pytest.mark.parametrize("seq_start", [0, 2**31 - 2, 2**32 - 2, 2**63 - 2, 2**64 - 2])
 def test_a_fault_with_nothing_in_its_way_takes_one_try_whatever_the_sequence(seq_start: int) -> None:
-    rig = Rig(seq_start=seq_start)
+    rig = Scheduled(seq_start=seq_start)
     for i in range(6):
         assert rig.fault(0x100 + i) is FaultResult.FIXED
-        over = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
+        over = rig.start(dontneed(rig.mm, rig.hva, PAGE))
         if rig.importer.pending:
-            rig.world.ack(rig.importer)
+            rig.ack(rig.importer)
         assert over.done
-    assert rig.world.vm.fault_path.retries == 0
+    assert rig.vm.fault_path.retries == 0
 
 
 @pytest.mark.defect("B-14")
-def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> None:
+def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Scheduled) -> None:
     """Defect B-14: the series retried for ever."""
-    world = rig.world
-    asleep = SleepyMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))
+    world = rig
+    asleep = PreemptedMm(world.mm, lambda: world.run(migrate(world.mm, rig.hva, PAGE)))
     world.vm.mm = world.vm.frames.mm = asleep  # type: ignore[assignment]
     assert rig.fault() is FaultResult.UNSTABLE
     assert world.vm.fault_path.retries == 64
@@ -180,23 +177,23 @@ def test_a_fault_that_an_invalidation_always_overtakes_gives_up(rig: Rig) -> Non
 
 @pytest.mark.rfc("RFC-103")
 @pytest.mark.defect("B-19")
-def test_exit_tells_importers_before_frames_go(rig: Rig) -> None:
+def test_exit_tells_importers_before_frames_go(rig: Scheduled) -> None:
     """Defect B-19: the series freed them under a live IOTLB."""
     rig.fault()
-    over = rig.world.start(rig.world.mm.exit())
+    over = rig.start(rig.mm.exit())
     assert not over.done
-    assert rig.world.host.frames.in_use == 1
-    rig.world.ack(rig.importer)
+    assert rig.host.frames.in_use == 1
+    rig.ack(rig.importer)
     assert over.done
-    assert rig.world.host.frames.in_use == 0
+    assert rig.host.frames.in_use == 0
 
 
 # -- memslots ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.rfc("RFC-95")
-def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None:
-    world = rig.world
+def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Scheduled) -> None:
+    world = rig
     world.set_slot(1, 0x200, 4, world.map(4))
     rig.fault(0x100)
     rig.fault(0x200)
@@ -216,22 +213,22 @@ def test_deleting_a_slot_clears_the_exported_root_and_keeps_it(rig: Rig) -> None
     assert world.guest_read(rig.vcpu, 0x10_0000, 1).exit.reason is ExitReason.MMIO
 
 
-def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Rig) -> None:
+def test_a_frame_whose_slot_is_being_deleted_is_not_freed_before_the_ack(rig: Scheduled) -> None:
     """The host finds no slot and nothing to zap, yet importers may still use the frame."""
     rig.fault()
     tag = rig.tag(0x100)
-    slot = rig.world.start(rig.world.vm.slots_change.set_memory_region(rig.world.region(0, 0, 0, 0)))
-    drop = rig.world.start(rig.world.mm.munmap(rig.hva, 16 * PAGE))
+    slot = rig.start(rig.vm.slots_change.set_memory_region(rig.region(0, 0, 0, 0)))
+    drop = rig.start(rig.mm.munmap(rig.hva, 16 * PAGE))
     assert not drop.done
     assert rig.tag(0x100) == tag
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert slot.done
     assert drop.done
 
 
-def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
+def test_memslot_changes_happen_one_after_the_other_in_order(rig: Scheduled) -> None:
     rig.fault()
-    world = rig.world
+    world = rig
     done: list[str] = []
 
     async def change(name: str, *args: int) -> None:
@@ -249,8 +246,8 @@ def test_memslot_changes_happen_one_after_the_other_in_order(rig: Rig) -> None:
     assert slot.hva == rig.hva
 
 
-def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
-    world = rig.world
+def test_a_moved_slot_is_found_at_its_new_place_only(rig: Scheduled) -> None:
+    world = rig
     world.guest_write(rig.vcpu, 0x10_0000, b"moved")
     over = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0x300, 16, rig.hva)))
     world.ack(rig.importer)
@@ -260,13 +257,11 @@ def test_a_moved_slot_is_found_at_its_new_place_only(rig: Rig) -> None:
     assert check_vm(world.vm) == []
 
 
-def test_a_refused_change_does_not_block_the_next_one(rig: Rig) -> None:
-    wait = rig.world.start(
-        rig.world.vm.slots_change.set_memory_region(rig.world.region(3, 0x100, 1, rig.hva))
-    )
+def test_a_refused_change_does_not_block_the_next_one(rig: Scheduled) -> None:
+    wait = rig.start(rig.vm.slots_change.set_memory_region(rig.region(3, 0x100, 1, rig.hva)))
     with pytest.raises(Exception, match="overlaps"):
         wait.result()
-    rig.world.set_slot(3, 0x400, 1, rig.hva)
+    rig.set_slot(3, 0x400, 1, rig.hva)
 
 
 def test_an_obsolete_root_is_left_at_the_next_run_and_its_pages_return() -> None:
@@ -341,14 +336,14 @@ def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() 
     assert check_vm(world.vm) == []
 
 
-def test_two_vms_of_one_process_each_lose_their_entries(rig: Rig) -> None:
-    other = Kvm(rig.world.host, rig.world.mm)
+def test_two_vms_of_one_process_each_lose_their_entries(rig: Scheduled) -> None:
+    other = Kvm(rig.host, rig.mm)
     vcpu = other.vcpus.create(0)
-    rig.world.run(other.slots_change.set_memory_region(rig.world.region(0, 0x900, 16, rig.hva)))
-    rig.world.run(vcpu.run([("w", 0x90_0000, b"x")]))
+    rig.run(other.slots_change.set_memory_region(rig.region(0, 0x900, 16, rig.hva)))
+    rig.run(vcpu.run([("w", 0x90_0000, b"x")]))
     rig.fault()
-    rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
+    rig.start(dontneed(rig.mm, rig.hva, PAGE))
     assert rig.exported.root.leaves == [0, 0, 0, 0]
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert other.mmu.roots[0].leaves == [0, 0, 0, 0]
-    assert check_vm(other) == check_vm(rig.world.vm) == []
+    assert check_vm(other) == check_vm(rig.vm) == []

@@ -7,7 +7,7 @@ import pytest
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
-from kvmd.core.tables import tdp_mmu, zap
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Role, Root, TdpMmu
 from kvmd.core.tables.zap import Zapper
@@ -19,38 +19,16 @@ from protocol.pt.walk import ept_rules
 from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import WRITE, World
+from tests.unit.kvmd.in_turns import BATCH, InTurns
 
 PAGE = 4096
-BATCH = 4
 
 
-class Rig:
-    """16 pages at gfn 0x100 and one at 0x200, all mapped; acks and turns come when the test gives them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(zap, "ZAP_BATCH", BATCH)
-        self.world = World()
-        self.hva = self.world.map(16)
-        self.world.set_slot(0, 0x100, 16, self.hva)
-        self.world.set_slot(1, 0x200, 1, self.world.map(1))
-        self.exported = self.world.export()
-        self.turns: list[Wait[None]] = []
-        self.world.host.cond_resched = self.cond_resched
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
-        for gfn in (*range(0x100, 0x110), 0x200):
-            assert self.world.io_fault(self.exported, gfn) is FaultResult.FIXED
-
-    def cond_resched(self) -> Wait[None]:
-        self.turns.append(Wait())
-        return self.turns[-1]
+class Deleted(InTurns):
+    """The first slot goes."""
 
     def delete(self) -> Wait[None]:
-        return self.world.start(self.world.vm.slots_change.set_memory_region(self.world.region(0, 0, 0, 0)))
-
-    def next_turn(self) -> None:
-        self.turns[-1].set(None)
-        self.world.flows.run_ready()
+        return self.start(self.vm.slots_change.set_memory_region(self.region(0, 0, 0, 0)))
 
 
 def lent(mmu: TdpMmu) -> Root:
@@ -59,23 +37,23 @@ def lent(mmu: TdpMmu) -> Root:
     return root
 
 
-def work_is_bounded(rig: Rig) -> None:
+def work_is_bounded(rig: Deleted) -> None:
     over, left = rig.delete(), []
     while not over.done:
-        left.append(len(rig.world.table()))
+        left.append(len(rig.table()))
         if rig.importer.pending:
-            rig.world.ack(rig.importer)
+            rig.ack(rig.importer)
         else:
             rig.next_turn()
     assert left == [13, 13, 9, 9, 5, 5, 1, 1, 0], "each batch, then its flush, then a turn for the others"
-    assert rig.world.table() == {}
-    assert check_vm(rig.world.vm) == []
+    assert rig.table() == {}
+    assert check_vm(rig.vm) == []
 
 
 @pytest.mark.rfc("RFC-95")
 @pytest.mark.defect("B-33")
 def test_a_slot_is_deleted_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    work_is_bounded(Rig(monkeypatch))
+    work_is_bounded(Deleted(monkeypatch))
 
 
 @pytest.mark.defect("B-33")
@@ -86,21 +64,21 @@ def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Zapper, "zap_all_fast", at_once)
     with pytest.raises(AssertionError, match="each batch"):
-        work_is_bounded(Rig(monkeypatch))
+        work_is_bounded(Deleted(monkeypatch))
 
 
-def host_takes_a_page_meanwhile(rig: Rig) -> None:
+def host_takes_a_page_meanwhile(rig: Deleted) -> None:
     """It finds the entry cleared already, nothing to flush, and must not free the frame under the unit."""
     rig.delete()
-    gone = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
+    gone = rig.start(dontneed(rig.mm, rig.hva, PAGE))
     assert not gone.done, "the frame is free and the importer was not even told"
     while rig.importer.pending:
-        rig.world.ack(rig.importer)
+        rig.ack(rig.importer)
     assert gone.done
 
 
 def test_what_was_cleared_is_flushed_before_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    host_takes_a_page_meanwhile(Rig(monkeypatch))
+    host_takes_a_page_meanwhile(Deleted(monkeypatch))
 
 
 @pytest.mark.defect("B-33")
@@ -114,24 +92,24 @@ def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Zapper, "zap_all_fast", flush_at_the_end)
     with pytest.raises(AssertionError, match="not even told"):
-        host_takes_a_page_meanwhile(Rig(monkeypatch))
+        host_takes_a_page_meanwhile(Deleted(monkeypatch))
 
 
 def test_faults_of_other_slots_go_on_and_those_of_the_slot_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig(monkeypatch)
+    rig = Deleted(monkeypatch)
     over = rig.delete()
-    rig.world.ack(rig.importer)
-    vcpu = rig.world.vm.vcpus[0]
-    assert rig.world.guest_write(vcpu, 0x20_0000, b"x").done == 1
-    waits = rig.world.start(rig.exported.fault(rig.world.vm.fault_path, 77, Gfn(0x100), WRITE))
+    rig.ack(rig.importer)
+    vcpu = rig.vm.vcpus[0]
+    assert rig.guest_write(vcpu, 0x20_0000, b"x").done == 1
+    waits = rig.start(rig.exported.fault(rig.vm.fault_path, 77, Gfn(0x100), WRITE))
     assert not waits.done
     while not over.done:
         if rig.importer.pending:
-            rig.world.ack(rig.importer)
+            rig.ack(rig.importer)
         else:
             rig.next_turn()
     assert waits.result() is FaultResult.NO_SLOT
-    assert check_vm(rig.world.vm) == []
+    assert check_vm(rig.vm) == []
 
 
 def test_no_turn_clears_more_than_4096_leaves() -> None:

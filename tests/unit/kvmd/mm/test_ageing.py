@@ -14,29 +14,27 @@ from kvmd.core.tables.map_record import WRITABLE, ZAPPED
 from protocol.flow import Wait
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import WHOLE_SIZE, Gfn, GfnSpan, Hva
-from tests.kit.importer import SlowImporter
-from tests.kit.kvmd import READ, World
+from tests.kit.kvmd import READ
+from tests.kit.lent import Lent
 from tests.oracle.table import Machine, RawTables, ept_walk, leaves, second_stage_walk
 
 PAGE = 4096
 MACHINE = Machine(address_width=46, snoop_control=True)
 
 
-class Rig:
+class Aged(Lent):
+    """One leaf of `level` at gfn 0x200, which a device mapped."""
+
     def __init__(self, *, ad_bits: bool, level: int = 1) -> None:
+        pages, features = 4 if level == 1 else 512, CpuFeatures(ept_ad_bits=ad_bits)
+        super().__init__(0x200, pages, level=level, features=features)
         self.ad_bits = ad_bits
-        self.world = World(CpuFeatures(ept_ad_bits=ad_bits))
-        self.hva = self.world.map(4 if level == 1 else 1, level)
-        self.world.set_slot(0, 0x200, 4 if level == 1 else 512, self.hva)
-        self.exported = self.world.export()
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
-        self.raw = RawTables(LOW_RAM_START, self.world.bare.tables)
+        self.raw = RawTables(LOW_RAM_START, self.bare.tables)
         self.root = int(self.exported.meta.root_hpa)
-        self.world.io_fault(self.exported, 0x200)
+        self.io_fault(self.exported, 0x200)
 
     def age(self) -> Wait[int]:
-        return self.world.start(age(self.world.mm, Hva(self.hva), PAGE << 9))
+        return self.start(age(self.mm, Hva(self.hva), PAGE << 9))
 
     def leaf(self) -> int:
         """The raw entry of gfn 0x200."""
@@ -58,77 +56,77 @@ class Rig:
 def test_without_ad_bits_an_aged_leaf_is_absent_for_both_walkers_and_recovers_at_the_next_fault(
     level: int,
 ) -> None:
-    rig = Rig(ad_bits=False, level=level)
+    rig = Aged(ad_bits=False, level=level)
     before = rig.leaf()
     over = rig.age()
     assert rig.walks() == ["absent", "absent"]
     assert rig.leaf() == before & ~7 | 0b101 << 54, "R and X are saved at bits 54 and 56"
     assert rig.importer.heard == [(0, WHOLE_SIZE, 1)]
     assert not over.done, "somebody may still use the old translation"
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert over.result() == 1
-    assert check_vm(rig.world.vm) == []
-    assert rig.world.io_fault(rig.exported, 0x200) is FaultResult.FIXED
+    assert check_vm(rig.vm) == []
+    assert rig.io_fault(rig.exported, 0x200) is FaultResult.FIXED
     assert rig.leaf() == before
-    assert check_vm(rig.world.vm) == []
+    assert check_vm(rig.vm) == []
 
 
 @pytest.mark.rfc("RFC-99")
 def test_a_part_of_an_aged_huge_leaf_recovers_when_the_slot_asks_for_small_ones() -> None:
-    rig = Rig(ad_bits=False, level=2)
+    rig = Aged(ad_bits=False, level=2)
     rig.age()
-    rig.world.ack(rig.importer)
-    rig.world.run(rig.world.mm.write(rig.hva, b"kept"))
-    vcpu = rig.world.vm.vcpus[0]
-    assert rig.world.guest_read(vcpu, 0x20_0000, 4).reads == [b"kept"]
+    rig.ack(rig.importer)
+    rig.run(rig.mm.write(rig.hva, b"kept"))
+    vcpu = rig.vm.vcpus[0]
+    assert rig.guest_read(vcpu, 0x20_0000, 4).reads == [b"kept"]
     assert vcpu.arch.ept_violations == 1
 
 
 def test_with_ad_bits_the_accessed_bit_goes_and_the_translation_stays() -> None:
-    rig = Rig(ad_bits=True)
+    rig = Aged(ad_bits=True)
     before = rig.leaf()
     over = rig.age()
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert over.result() == 1
     assert rig.leaf() == before & ~(1 << 8)
     assert rig.walks() == ["mapped", "mapped"]
-    assert check_vm(rig.world.vm) == []
+    assert check_vm(rig.vm) == []
 
 
 @pytest.mark.parametrize("ad_bits", [False, True])
 def test_a_leaf_nobody_used_since_is_old_and_nobody_is_told(ad_bits: bool) -> None:
-    rig = Rig(ad_bits=ad_bits)
+    rig = Aged(ad_bits=ad_bits)
     assert rig.young() == [True]
     rig.age()
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
     assert not any(rig.young())
     assert rig.age().result() == 0
     assert len(rig.importer.heard) == 1
-    assert rig.world.io_fault(rig.exported, 0x201, READ) is FaultResult.FIXED
+    assert rig.io_fault(rig.exported, 0x201, READ) is FaultResult.FIXED
     assert any(rig.young())
 
 
 def test_an_aged_leaf_is_zapped_like_any_other() -> None:
-    rig = Rig(ad_bits=False)
+    rig = Aged(ad_bits=False)
     rig.age()
-    rig.world.ack(rig.importer)
-    gone = rig.world.start(dontneed(rig.world.mm, rig.hva, PAGE))
-    rig.world.ack(rig.importer)
+    rig.ack(rig.importer)
+    gone = rig.start(dontneed(rig.mm, rig.hva, PAGE))
+    rig.ack(rig.importer)
     assert gone.done
     assert list(leaves(rig.raw, rig.root, 4)) == []
-    assert check_vm(rig.world.vm) == []
+    assert check_vm(rig.vm) == []
 
 
 def test_a_store_to_an_aged_page_that_was_protected_once_makes_a_legal_entry() -> None:
     """Logging took W from something, so a store may only put it back: R and X must come back with it."""
-    rig = Rig(ad_bits=False)
-    tdp_log.protect(rig.world.vm.mmu, rig.exported.root, GfnSpan.of_pages(Gfn(0x203), 1))
+    rig = Aged(ad_bits=False)
+    tdp_log.protect(rig.vm.mmu, rig.exported.root, GfnSpan.of_pages(Gfn(0x203), 1))
     before = rig.leaf()
     rig.age()
-    rig.world.ack(rig.importer)
-    assert rig.world.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
-    assert rig.world.io_fault(rig.exported, 0x200) is FaultResult.FAST
+    rig.ack(rig.importer)
+    assert rig.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == ZAPPED, "a dump expects it absent"
+    assert rig.io_fault(rig.exported, 0x200) is FaultResult.FAST
     assert rig.leaf() == before
-    assert rig.world.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == WRITABLE
+    assert rig.vm.exports.tdps[0].root.record.state(Gfn(0x200)) == WRITABLE
     assert rig.walks() == ["mapped", "mapped"]
-    assert check_vm(rig.world.vm) == []
+    assert check_vm(rig.vm) == []

@@ -13,10 +13,10 @@ from kvmd.core.mm.space import MmEvent
 from protocol.units import Hva, Pfn
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.refusals import errno_of
-from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, Rig
+from tests.unit.kvmd.mm.mirrors import MIB2, PAGE, MirroredPages
 
 
-class Filed(Rig):
+class MirroredFile(MirroredPages):
     """A mirror of its own for a file of 8 pages; `heir` may take over."""
 
     def __init__(self, account: str = "mm", level: int = 1) -> None:
@@ -24,14 +24,14 @@ class Filed(Rig):
         self.page = PAGE << 9 * (level - 1)
         self.file = MemoryFile(self.memory, "file", 8 * self.page, level)  # type: ignore[arg-type]
         self.mirror = Mirror(self.mm)
-        self.world.run(self.mirror.register(SlowImporter(), HandLease(), account))  # type: ignore[arg-type]
+        self.run(self.mirror.register(SlowImporter(), HandLease(), account))  # type: ignore[arg-type]
         self.number = self.mirror.open_file(self.file)
-        self.heir: Mm = self.world.host.create_mm()
+        self.heir: Mm = self.host.create_mm()
 
     def pin_file(self, page: int = 0, pages: int = 1, *, area: int = 1) -> list[Pfn]:
         """The pfns."""
         flow = self.mirror.pin(Hva(page * PAGE), pages * PAGE, write=True, area=area, file=self.number)
-        return [found.pfn for found in self.world.run(flow).pages]
+        return [found.pfn for found in self.run(flow).pages]
 
     def charged(self) -> list[int]:
         """To the two processes and their user."""
@@ -39,54 +39,52 @@ class Filed(Rig):
 
 
 def test_a_pin_makes_the_pages_of_the_file_and_they_outlive_its_end() -> None:
-    rig = Filed()
+    rig = MirroredFile()
     first, second = rig.pin_file(2, 2)
-    rig.world.run(rig.file.pwrite(2 * PAGE, b"of the file"))
+    rig.run(rig.file.pwrite(2 * PAGE, b"of the file"))
     assert rig.frame(first)[:11] == b"of the file"
-    rig.world.run(rig.file.truncate(0))
+    rig.run(rig.file.truncate(0))
     rig.file.put()
     assert rig.frame(first)[:11] == b"of the file"
-    assert (rig.world.host.frames.in_use, rig.violations()) == (2, [])
-    assert rig.world.run(rig.mirror.unpin(Hva(2 * PAGE), 2 * PAGE, area=1)) == 2
+    assert (rig.host.frames.in_use, rig.violations()) == (2, [])
+    assert rig.run(rig.mirror.unpin(Hva(2 * PAGE), 2 * PAGE, area=1)) == 2
     assert second != first
-    assert rig.world.host.frames.in_use == 0
+    assert rig.host.frames.in_use == 0
 
 
 def test_the_mirror_keeps_the_file_until_it_lets_go_of_it_or_ends() -> None:
-    rig = Filed()
-    rig.world.run(rig.file.pwrite(0, b"kept"))
+    rig = MirroredFile()
+    rig.run(rig.file.pwrite(0, b"kept"))
     rig.file.put()
-    assert rig.world.host.frames.in_use == 1
+    assert rig.host.frames.in_use == 1
     other = rig.mirror.open_file(rig.file)
     rig.mirror.files.close(other)
-    assert rig.world.host.frames.in_use == 1
+    assert rig.host.frames.in_use == 1
     assert errno_of(lambda: rig.mirror.files.close(other)) == errno.EINVAL
-    assert (
-        errno_of(lambda: rig.world.run(rig.mirror.pin(Hva(0), PAGE, write=True, file=other))) == errno.EINVAL
-    )
-    rig.world.run(rig.mirror.close())
-    assert rig.world.host.frames.in_use == 0
+    assert errno_of(lambda: rig.run(rig.mirror.pin(Hva(0), PAGE, write=True, file=other))) == errno.EINVAL
+    rig.run(rig.mirror.close())
+    assert rig.host.frames.in_use == 0
 
 
 def test_a_pin_beyond_the_end_is_refused_whole_and_one_without_a_process_is_not() -> None:
-    rig = Filed()
+    rig = MirroredFile()
     assert errno_of(lambda: rig.pin_file(7, 2)) == errno.EINVAL
     assert errno_of(lambda: rig.pin_file(8)) == errno.EINVAL
-    rig.world.run(rig.file.truncate(8 * PAGE - 1))  # a page that is not all there
+    rig.run(rig.file.truncate(8 * PAGE - 1))  # a page that is not all there
     assert errno_of(lambda: rig.pin_file(7)) == errno.EINVAL
-    assert rig.world.host.frames.in_use == 0
-    rig.done(rig.mm.exit())
+    assert rig.host.frames.in_use == 0
+    rig.do(rig.mm.exit())
     assert len(rig.pin_file(0, 7)) == 7
     assert rig.violations() == []
 
 
 def test_a_part_of_a_huge_page_is_pinned_by_its_first_byte() -> None:
-    rig = Filed(level=2)
+    rig = MirroredFile(level=2)
     flow = rig.mirror.pin(Hva(MIB2 + PAGE), PAGE, write=True, area=1, file=rig.number)
-    (page,) = rig.world.run(flow).pages
+    (page,) = rig.run(flow).pages
     assert (page.hva, page.level) == (MIB2, 2)
     assert (rig.charged(), rig.violations()) == ([512, 0, 0], [])
-    assert rig.world.run(rig.mirror.unpin(Hva(MIB2 + PAGE), PAGE, area=1)) == 1
+    assert rig.run(rig.mirror.unpin(Hva(MIB2 + PAGE), PAGE, area=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,11 +93,11 @@ def test_a_part_of_a_huge_page_is_pinned_by_its_first_byte() -> None:
 def test_a_process_takes_over_what_is_pinned_and_gives_it_back(
     account: str, before: list[int], after: list[int]
 ) -> None:
-    rig = Filed(account)
+    rig = MirroredFile(account)
     rig.pin_file(0, 3)
     assert (rig.charged(), rig.mm.pinned_pages, rig.heir.pinned_pages) == (before, 3, 0)
     assert errno_of(rig.mirror.undo_change_process) == errno.EINVAL
-    rig.world.run(rig.mirror.change_process(rig.heir))
+    rig.run(rig.mirror.change_process(rig.heir))
     assert (rig.charged(), rig.mm.pinned_pages, rig.heir.pinned_pages) == (after, 0, 3)
     assert rig.violations() == []
     rig.pin_file(3)
@@ -109,7 +107,7 @@ def test_a_process_takes_over_what_is_pinned_and_gives_it_back(
     rig.mm.locked.uncharge(4)
     assert (rig.mm.pinned_pages, rig.heir.pinned_pages) == (4, 0)
     assert rig.violations() == []
-    rig.world.run(rig.mirror.close())
+    rig.run(rig.mirror.close())
     assert (rig.charged(), rig.heir.notifiers) == ([0, 0, 0], [])
     assert rig.mirror not in rig.mm.notifiers
 
@@ -119,49 +117,49 @@ def test_a_process_takes_over_what_is_pinned_and_gives_it_back(
 )
 def test_without_room_nothing_is_taken_over(account: str, room: int, number: int) -> None:
     """A user pays twice for a moment: the new is charged before the old is let off [iommufd ioas.c]."""
-    rig = Filed(account)
+    rig = MirroredFile(account)
     rig.pin_file(0, 3)
     rig.heir.locked.limit = rig.memory.locked.limit = room
     flow = rig.mirror.change_process(rig.heir)
     if number:
         before = rig.charged()
-        assert errno_of(lambda: rig.world.run(flow)) == number
+        assert errno_of(lambda: rig.run(flow)) == number
         assert (rig.charged(), rig.mm.pinned_pages, rig.mirror.mm) == (before, 3, rig.mm)
     else:
-        rig.world.run(flow)
+        rig.run(flow)
         assert rig.heir.pinned_pages == 3
     assert rig.violations() == []
 
 
 def test_a_mirror_that_watches_or_ended_is_not_taken_over() -> None:
-    rig = Filed()
+    rig = MirroredFile()
     rig.mirror.watch(rig.hva, PAGE)
-    assert errno_of(lambda: rig.world.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
+    assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
     rig.mirror.unwatch(rig.hva, PAGE)
-    rig.world.run(rig.mirror.close())
-    assert errno_of(lambda: rig.world.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
+    rig.run(rig.mirror.close())
+    assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
 
 
 @pytest.mark.parametrize("end", ["exit", "close"])
 def test_a_process_that_exits_before_it_can_pay_does_not(end: str) -> None:
     """It waits for the mmap_lock while the heir exits, or the mirror ends."""
-    rig = Filed()
+    rig = MirroredFile()
     rig.pin_file(0, 3)
-    rig.world.run(rig.heir.mmap_lock.acquire(write=True))
-    changed = rig.world.start(rig.mirror.change_process(rig.heir))
+    rig.run(rig.heir.mmap_lock.acquire(write=True))
+    changed = rig.start(rig.mirror.change_process(rig.heir))
     if end == "exit":
         rig.heir.happens(MmEvent.EXIT)
     else:
-        rig.world.run(rig.mirror.close())
+        rig.run(rig.mirror.close())
     rig.heir.mmap_lock.release()
-    rig.world.flows.run_ready()
+    rig.flows.run_ready()
     assert errno_of(changed.result) == (errno.EPERM if end == "exit" else errno.EINVAL)
     assert (rig.heir.locked.pages, rig.heir.pinned_pages, rig.heir.notifiers) == (0, 0, [])
     assert rig.mm.locked.pages == (3 if end == "exit" else 0)
 
 
 def test_the_check_sees_a_process_that_does_not_pay() -> None:
-    rig = Filed()
+    rig = MirroredFile()
     rig.pin_file(0, 3)
     rig.mm.notifiers.remove(rig.mirror)
     rig.heir.notifiers.append(rig.mirror)

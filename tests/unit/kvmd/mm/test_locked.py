@@ -10,7 +10,7 @@ from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
 from tests.kit.importer import HandLease
-from tests.unit.kvmd.mm.mirrors import Rig
+from tests.unit.kvmd.mm.mirrors import MirroredPages
 
 
 def test_the_limit_is_reached_and_not_passed_and_what_is_refused_is_not_charged() -> None:
@@ -33,12 +33,12 @@ def test_more_is_never_given_back_than_was_charged() -> None:
 
 
 def test_a_mirror_charges_whom_it_registered_and_nobody_else() -> None:
-    rig = Rig()
+    rig = MirroredPages()
     other = Mirror(rig.mm)
-    rig.world.run(other.register(rig.ops, HandLease(), "mm"))
+    rig.run(other.register(rig.importer, HandLease(), "mm"))
     rig.pin(0, 3)
-    rig.world.run(other.pin(rig.at(0), 4096, write=True))
+    rig.run(other.pin(rig.at(0), 4096, write=True))
     assert (rig.memory.locked.pages, rig.mm.locked.pages, rig.mm.pinned_pages) == (3, 1, 4)
     rig.unpin(0, 1)
-    rig.done(other.close())
+    rig.do(other.close())
     assert (rig.memory.locked.pages, rig.mm.locked.pages, rig.mm.pinned_pages) == (2, 0, 2)

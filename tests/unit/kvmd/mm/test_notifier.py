@@ -21,7 +21,7 @@ from protocol.units import Hva
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import RW
 from tests.kit.refusals import errno_of
-from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, Rig
+from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, MirroredPages
 
 
 @dataclass(eq=False)
@@ -46,15 +46,13 @@ class Told:
     """A change of one page, of which `edits` says how often it was made."""
 
     def __init__(self, notifiers: int = 1) -> None:
-        self.rig = Rig()
+        self.rig = MirroredPages()
         self.mm = self.rig.mm
         self.mm.notifiers.clear()
         self.edits = 0
         self.slow = [Slow() for _ in range(notifiers)]
         self.mm.notifiers += self.slow
-        self.over = self.rig.world.start(
-            edit_notified([Range(self.mm, self.rig.hva, self.rig.at(1))], self.edit)
-        )
+        self.over = self.rig.start(edit_notified([Range(self.mm, self.rig.hva, self.rig.at(1))], self.edit))
 
     def edit(self) -> int:
         self.edits += 1
@@ -69,7 +67,7 @@ class Told:
 
     def ack(self, slow: Slow) -> None:
         slow.acked.set(None)
-        self.rig.world.flows.run_ready()
+        self.rig.flows.run_ready()
 
 
 def test_the_edit_comes_when_all_have_acked_and_each_is_told_of_its_end_once() -> None:
@@ -116,7 +114,7 @@ def test_an_edit_that_fails_is_over_for_everybody() -> None:
 
     told.ack(told.slow[0])
     assert errno_of(
-        lambda: told.rig.world.run(edit_notified([Range(told.mm, told.rig.hva, told.rig.at(1))], fails))
+        lambda: told.rig.run(edit_notified([Range(told.mm, told.rig.hva, told.rig.at(1))], fails))
     )
     assert told.slow[0].heard == ["start", "end"] * 2
 
@@ -130,8 +128,8 @@ class Registering:
     """
 
     def __init__(self) -> None:
-        self.rig = Rig()
-        self.world = self.rig.world
+        self.rig = MirroredPages()
+        self.world = self.rig
         self.other: Mm = self.world.host.create_mm()
         self.ops = SlowImporter()
         self.mirror = Mirror(self.other)
@@ -139,7 +137,7 @@ class Registering:
 
     def shared_by_fork(self) -> None:
         self.rig.write(0)
-        self.rig.done(fork(self.rig.mm, self.other))
+        self.rig.do(fork(self.rig.mm, self.other))
         self.hva = self.rig.hva
         self.over = self.world.start(migrate(self.rig.mm, self.hva, PAGE))
 
@@ -168,7 +166,7 @@ def test_a_mirror_that_registers_while_a_change_is_announced_answers_what_is_the
     before = late.other.present_page(late.hva)
     assert before is not None
     late.registers()
-    late.world.ack(late.rig.ops)
+    late.world.ack(late.rig.importer)
     assert [heard[:2] for heard in late.ops.heard] == [(late.hva, PAGE)], "told, for what it would answer now"
     look = late.world.start(late.mirror.range_fault(late.hva, PAGE, write=False, fault=False))
     assert (look.done, late.over.done, late.other.present_page(late.hva)) == (False, False, before)
@@ -185,7 +183,7 @@ def test_a_mirror_that_registers_between_two_acks_is_waited_for() -> None:
     first, first_ops = Mirror(late.other), SlowImporter()
     late.world.run(first.register(first_ops, HandLease()))
     first.watch(late.hva, PAGE)
-    late.world.ack(late.rig.ops)
+    late.world.ack(late.rig.importer)
     late.registers()
     late.world.ack(first_ops)
     assert (late.over.done, len(late.ops.pending)) == (False, 1)

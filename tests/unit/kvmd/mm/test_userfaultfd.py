@@ -23,31 +23,32 @@ from tests.kit.refusals import errno_of
 PAGE = 4096
 
 
-class Rig:
+class Registered(World):
+    """8 pages under a userfaultfd."""
+
     def __init__(self, *, missing: bool = True, wp: bool = False, user_mode_only: bool = False) -> None:
-        self.world = World()
-        self.mm = self.world.mm
-        self.hva = self.world.map(8)
+        super().__init__()
+        self.hva = self.map(8)
         self.uffd = Userfaultfd(self.mm, user_mode_only=user_mode_only)
         self.register(missing=missing, wp=wp)
 
     def register(self, **modes: bool) -> None:
-        self.world.run(self.uffd.register(self.hva, 8 * PAGE, **modes))
+        self.run(self.uffd.register(self.hva, 8 * PAGE, **modes))
 
     def gup(self, page: int, *, write: bool = False) -> Wait[Any]:
-        return self.world.start(self.mm.get_user_page(self.at(page), write=write))
+        return self.start(self.mm.get_user_page(self.at(page), write=write))
 
     def at(self, page: int) -> Hva:
         return Hva(self.hva + page * PAGE)
 
     def event(self) -> UffdFault:
-        return self.world.run(self.uffd.next_event())
+        return self.run(self.uffd.next_event())
 
     def copy(self, page: int, data: bytes = b"from uffd", *, wp: bool = False) -> None:
-        self.world.run(self.uffd.copy(self.at(page), data.ljust(PAGE, b"\0"), wp=wp))
+        self.run(self.uffd.copy(self.at(page), data.ljust(PAGE, b"\0"), wp=wp))
 
     def protect(self, page: int, pages: int = 1, *, on: bool = True) -> None:
-        self.world.run(self.uffd.writeprotect(self.at(page), pages * PAGE, on=on))
+        self.run(self.uffd.writeprotect(self.at(page), pages * PAGE, on=on))
 
 
 # -- missing pages ----------------------------------------------------------------------------------------
@@ -55,75 +56,75 @@ class Rig:
 
 @pytest.mark.parametrize("write", [False, True])
 def test_a_missing_page_waits_for_a_copy_which_maps_it_writable(write: bool) -> None:
-    rig = Rig()
+    rig = Registered()
     fault = rig.gup(3, write=write)
     assert not fault.done
     assert rig.event() == UffdFault(rig.at(3), write, False)
     rig.copy(3)
     assert fault.result().writable, "so even a guest's read is logged dirty"
-    assert rig.world.run(rig.mm.read(rig.at(3), 9)) == b"from uffd"
+    assert rig.run(rig.mm.read(rig.at(3), 9)) == b"from uffd"
 
 
 def test_a_zeropage_answer_is_read_only_until_written() -> None:
-    rig = Rig()
+    rig = Registered()
     fault = rig.gup(0)
-    rig.world.run(rig.uffd.zeropage(rig.hva, PAGE))
+    rig.run(rig.uffd.zeropage(rig.hva, PAGE))
     assert not fault.result().writable
-    rig.world.run(rig.mm.write(rig.hva, b"x"))
-    assert rig.world.run(rig.mm.read(rig.hva, 2)) == b"x\0"
+    rig.run(rig.mm.write(rig.hva, b"x"))
+    assert rig.run(rig.mm.read(rig.hva, 2)) == b"x\0"
 
 
 def test_each_fault_is_read_once_and_one_answered_before_is_not_read_at_all() -> None:
-    rig = Rig()
+    rig = Registered()
     faults = [rig.gup(1), rig.gup(1, write=True), rig.gup(2)]
     rig.copy(1)
     assert [fault.done for fault in faults] == [True, True, False]
     assert rig.event().address == rig.at(2)
-    reader = rig.world.start(rig.uffd.next_event())
+    reader = rig.start(rig.uffd.next_event())
     assert not reader.done
     rig.gup(5)
     assert reader.result().address == rig.at(5)
 
 
 def test_the_processs_own_accesses_sleep_too() -> None:
-    rig = Rig()
-    read = rig.world.start(rig.mm.read(rig.at(1), 4))
-    write = rig.world.start(rig.mm.write(rig.at(2), b"over"))
+    rig = Registered()
+    read = rig.start(rig.mm.read(rig.at(1), 4))
+    write = rig.start(rig.mm.write(rig.at(2), b"over"))
     rig.copy(1)
     rig.copy(2)
     assert read.result() == b"from"
     assert write.done
-    assert rig.world.run(rig.mm.read(rig.at(2), 9)) == b"over uffd"
+    assert rig.run(rig.mm.read(rig.at(2), 9)) == b"over uffd"
 
 
 def test_a_sleeping_fault_holds_no_lock() -> None:
-    rig = Rig()
+    rig = Registered()
     rig.gup(1)
-    rig.world.map(1)
-    rig.world.run(rig.mm.mprotect(rig.hva, PAGE, RW))
+    rig.map(1)
+    rig.run(rig.mm.mprotect(rig.hva, PAGE, RW))
 
 
 def test_present_pages_raise_no_event_until_they_are_dropped() -> None:
-    rig = Rig(missing=False, wp=True)
-    rig.world.run(rig.mm.write(rig.hva, b"here"))
+    rig = Registered(missing=False, wp=True)
+    rig.run(rig.mm.write(rig.hva, b"here"))
     rig.register(missing=True, wp=False)
     assert rig.gup(0).done
-    rig.world.run(dontneed(rig.mm, rig.hva, PAGE))
+    rig.run(dontneed(rig.mm, rig.hva, PAGE))
     assert not rig.gup(0).done
 
 
 def test_user_mode_only_fails_the_kernels_faults_and_serves_the_processs() -> None:
-    rig = Rig(user_mode_only=True)
+    rig = Registered(user_mode_only=True)
     for write in (False, True):
         assert errno_of(lambda write=write: rig.gup(0, write=write).result()) == errno.EFAULT  # type: ignore[misc]
-    read = rig.world.start(rig.mm.read(rig.hva, 4))
+    read = rig.start(rig.mm.read(rig.hva, 4))
     rig.copy(0)
     assert read.result() == b"from"
 
 
 @pytest.mark.parametrize("how", ["close", "unregister", "munmap", "exit"])
 def test_what_ends_it_wakes_everybody(how: str) -> None:
-    rig = Rig()
+    rig = Registered()
     unread, read = rig.gup(1), rig.gup(2)
     rig.event()
     flow = {
@@ -132,33 +133,33 @@ def test_what_ends_it_wakes_everybody(how: str) -> None:
         "munmap": lambda: rig.mm.munmap(rig.hva, 8 * PAGE),
         "exit": rig.mm.exit,
     }[how]()
-    rig.world.run(flow)
-    rig.world.flows.run_ready()
+    rig.run(flow)
+    rig.flows.run_ready()
     for fault in (unread, read):
         if how in ("close", "unregister"):
             assert not fault.result().writable, "an ordinary read: the zero page"
         else:
             assert errno_of(fault.result) == errno.EFAULT
-    assert check_memory(rig.world.host.memory, [rig.mm]) == []
+    assert check_memory(rig.host.memory, [rig.mm]) == []
 
 
 def test_close_ends_a_read() -> None:
-    rig = Rig()
-    reader = rig.world.start(rig.uffd.next_event())
-    rig.world.run(rig.uffd.close())
-    rig.world.flows.run_ready()
+    rig = Registered()
+    reader = rig.start(rig.uffd.next_event())
+    rig.run(rig.uffd.close())
+    rig.flows.run_ready()
     assert errno_of(reader.result) == errno.EBADF
 
 
 def test_a_files_page_is_missing_only_if_the_file_has_none() -> None:
-    rig = Rig()
-    file = MemoryFile(rig.world.host.memory, "f", 4 * PAGE)
-    rig.world.run(file.pwrite(PAGE, b"there"))
-    hva = rig.world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
-    rig.world.run(rig.uffd.register(hva, 4 * PAGE, missing=True, wp=False))
-    assert rig.world.run(rig.mm.read(Hva(hva + PAGE), 5)) == b"there"
-    fault = rig.world.start(rig.mm.get_user_page(hva, write=False))
-    rig.world.run(rig.uffd.copy(hva, b"filled".ljust(PAGE, b"\0"), wp=False))
+    rig = Registered()
+    file = MemoryFile(rig.host.memory, "f", 4 * PAGE)
+    rig.run(file.pwrite(PAGE, b"there"))
+    hva = rig.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
+    rig.run(rig.uffd.register(hva, 4 * PAGE, missing=True, wp=False))
+    assert rig.run(rig.mm.read(Hva(hva + PAGE), 5)) == b"there"
+    fault = rig.start(rig.mm.get_user_page(hva, write=False))
+    rig.run(rig.uffd.copy(hva, b"filled".ljust(PAGE, b"\0"), wp=False))
     assert fault.result().writable
     assert file.pread(0, 6) == b"filled"
 
@@ -167,8 +168,8 @@ def test_a_files_page_is_missing_only_if_the_file_has_none() -> None:
 
 
 def test_a_protected_page_can_be_read_and_a_write_waits() -> None:
-    rig = Rig(missing=False, wp=True)
-    rig.world.run(rig.mm.write(rig.hva, b"x" * 8 * PAGE))
+    rig = Registered(missing=False, wp=True)
+    rig.run(rig.mm.write(rig.hva, b"x" * 8 * PAGE))
     rig.protect(0, 8)
     assert not rig.gup(1).result().writable
     fault = rig.gup(1, write=True)
@@ -179,13 +180,13 @@ def test_a_protected_page_can_be_read_and_a_write_waits() -> None:
 
 
 def test_pages_not_there_are_not_protected_in_anonymous_memory() -> None:
-    rig = Rig(missing=False, wp=True)
+    rig = Registered(missing=False, wp=True)
     rig.protect(0, 8)
     assert rig.gup(0, write=True).result().writable
 
 
 def test_a_copy_may_come_protected() -> None:
-    rig = Rig(wp=True)
+    rig = Registered(wp=True)
     fault = rig.gup(3, write=True)
     rig.event()
     rig.copy(3, wp=True)
@@ -196,8 +197,8 @@ def test_a_copy_may_come_protected() -> None:
 
 
 def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None:
-    rig = Rig()
-    world = rig.world
+    rig = Registered()
+    world = rig
     file = MemoryFile(world.host.memory, "f", 4 * PAGE)
     hva = world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
     assert world.run(rig.mm.get_user_page(hva, write=False)).writable
@@ -209,8 +210,8 @@ def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None
 
 @pytest.mark.parametrize("what", ["swap", "dontneed", "fault"])
 def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
-    rig = Rig()
-    world = rig.world
+    rig = Registered()
+    world = rig
     file = MemoryFile(world.host.memory, "f", 4 * PAGE)
     hva = world.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
     world.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
@@ -229,42 +230,42 @@ def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
 
 
 def test_protection_survives_swap() -> None:
-    rig = Rig(missing=False, wp=True)
-    rig.world.run(rig.mm.write(rig.hva, b"x" * PAGE))
+    rig = Registered(missing=False, wp=True)
+    rig.run(rig.mm.write(rig.hva, b"x" * PAGE))
     rig.protect(0)
-    assert rig.world.run(swap_out(rig.mm, rig.hva, PAGE)) == 1
+    assert rig.run(swap_out(rig.mm, rig.hva, PAGE)) == 1
     assert not rig.gup(0).result().writable
     assert not rig.gup(0, write=True).done
 
 
 def test_closing_takes_the_protection_away() -> None:
-    rig = Rig(missing=False, wp=True)
-    rig.world.run(rig.mm.write(rig.hva, b"x" * PAGE))
+    rig = Registered(missing=False, wp=True)
+    rig.run(rig.mm.write(rig.hva, b"x" * PAGE))
     rig.protect(0)
-    rig.world.run(rig.uffd.close())
+    rig.run(rig.uffd.close())
     assert rig.gup(0).result().writable
 
 
 @pytest.mark.parametrize("how", ["fork", "mremap"])
 def test_a_child_and_a_moved_range_are_not_registered(how: str) -> None:
-    rig = Rig()
+    rig = Registered()
     if how == "fork":
-        child = rig.world.host.create_mm()
-        rig.world.run(fork(rig.mm, child))
-        assert rig.world.run(child.get_user_page(rig.hva, write=True)).writable
+        child = rig.host.create_mm()
+        rig.run(fork(rig.mm, child))
+        assert rig.run(child.get_user_page(rig.hva, write=True)).writable
     else:
-        moved = rig.world.run(mremap(rig.mm, rig.hva, 8 * PAGE, 8 * PAGE, Hva(0x7000_0000)))
-        assert rig.world.run(rig.mm.get_user_page(moved, write=True)).writable
+        moved = rig.run(mremap(rig.mm, rig.hva, 8 * PAGE, 8 * PAGE, Hva(0x7000_0000)))
+        assert rig.run(rig.mm.get_user_page(moved, write=True)).writable
 
 
 # -- what is refused -------------------------------------------------------------------------------------
 
 
 def test_answers_that_are_refused() -> None:
-    rig = Rig()
-    run, uffd = rig.world.run, rig.uffd
+    rig = Registered()
+    run, uffd = rig.run, rig.uffd
     rig.copy(0)
-    other = rig.world.map(2)
+    other = rig.map(2)
     data = bytes(PAGE)
     assert errno_of(lambda: rig.copy(0)) == errno.EEXIST
     assert errno_of(lambda: run(uffd.zeropage(rig.hva, PAGE))) == errno.EEXIST
@@ -277,10 +278,10 @@ def test_answers_that_are_refused() -> None:
 
 
 def test_registrations_that_are_refused() -> None:
-    rig = Rig()
-    run = rig.world.run
+    rig = Registered()
+    run = rig.run
     other = Userfaultfd(rig.mm, user_mode_only=False)
-    huge = rig.world.map(1, 2)
+    huge = rig.map(1, 2)
     refused = (
         (other, rig.hva, PAGE, True, errno.EBUSY),
         (rig.uffd, Hva(rig.hva + 1), PAGE, True, errno.EINVAL),
@@ -293,10 +294,10 @@ def test_registrations_that_are_refused() -> None:
 
 
 def test_a_transparent_huge_page_is_not_made_where_pages_are_awaited() -> None:
-    rig = Rig()
-    hva = rig.world.run(rig.mm.mmap(Hva(0x4000_0000), 2 << 20, RW, Level(1)))
-    rig.world.run(ADVICE["hugepage"](rig.mm, hva, 2 << 20))
-    rig.world.run(rig.uffd.register(hva, 2 << 20, missing=True, wp=False))
-    fault = rig.world.start(rig.mm.get_user_page(hva, write=True))
-    rig.world.run(rig.uffd.copy(hva, bytes(PAGE), wp=False))
+    rig = Registered()
+    hva = rig.run(rig.mm.mmap(Hva(0x4000_0000), 2 << 20, RW, Level(1)))
+    rig.run(ADVICE["hugepage"](rig.mm, hva, 2 << 20))
+    rig.run(rig.uffd.register(hva, 2 << 20, missing=True, wp=False))
+    fault = rig.start(rig.mm.get_user_page(hva, write=True))
+    rig.run(rig.uffd.copy(hva, bytes(PAGE), wp=False))
     assert fault.result().level == 1
