@@ -24,10 +24,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from protocol.errors import UapiError
 from protocol.units import GIB, KIB, MIB, PAGE_SIZE
+from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import OutOfGuestMemory
-from qemu_shim.scenarios.context import Context, Wishes
+from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES, Context, Wishes
 from qemu_shim.scenarios.counters import Counters
-from qemu_shim.scenarios.guest import DmaDevice, DmaFailed, Guest
+from qemu_shim.scenarios.guest import DmaDevice, DmaFailed, Guest, QueueWish
 from qemu_shim.scenarios.scenario import Param, Play, Scenario
 from qemu_shim.vmm.daemons import DEVICE_SIM
 from qemu_shim.vmm.designs import DESIGNS, Design, RamSlot, Refused, Stroke
@@ -36,7 +37,9 @@ from qemu_shim.vmm.migrator import Migrator
 
 __all__ = (
     "DESIGNS",
+    "DRIVER_PAGES",
     "GIB",
+    "KERNEL_BYTES",
     "KIB",
     "MIB",
     "PAGE_SIZE",
@@ -47,9 +50,11 @@ __all__ = (
     "DmaFailed",
     "Guest",
     "GuestCpu",
+    "IdxdWorkQueue",
     "Migrator",
     "OutOfGuestMemory",
     "Param",
+    "QueueWish",
     "RamSlot",
     "Refused",
     "Scenario",

@@ -273,7 +273,8 @@ async def _run(
             return
         seed = getattr(options, "seed", 1)
         try:
-            await run_scenario(host, scenario, DESIGNS[options.design], seed, params, report)
+            design, alone = DESIGNS[options.design], options.attach is None
+            await run_scenario(host, scenario, design, seed, params, report, alone=alone)
         except* Exception as group:
             if not is_file(options.scenario):
                 raise

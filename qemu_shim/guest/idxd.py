@@ -52,7 +52,10 @@ class Completion:
 
 
 class IdxdWorkQueue:
-    """Each descriptor in flight has a slot: its completion record and interrupt handle."""
+    """A work queue as the driver has it: any descriptor of the device's (`protocol/hw/dsa.py`).
+
+    Each descriptor in flight has a slot: its completion record and interrupt handle.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class IdxdWorkQueue:
 
     @property
     def config(self) -> WqCfg:
+        """As the device's registers have it."""
         return WqCfg(
             size=self._size,
             threshold=0 if self._dedicated else self._size,
@@ -88,6 +92,7 @@ class IdxdWorkQueue:
 
     @property
     def record_page(self) -> Gpa:
+        """Where its completion records lie."""
         return self._records
 
     async def enable(self) -> None:
@@ -101,14 +106,17 @@ class IdxdWorkQueue:
         await self.device.command(Command.ENABLE_WQ, self._wq)
 
     async def disable(self) -> None:
+        """It takes no descriptor any more; those it has are executed."""
         await self.device.command(Command.DISABLE_WQ, 1 << self._wq)
 
     # -- descriptors -----------------------------------------------------------------------------------
 
     async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord:
+        """The device copies; the record it wrote, whatever it says."""
         return await self.run(Opcode.MEMMOVE, src=src, dst=dst, size=size)
 
     async def fill(self, dst: int, pattern: int, size: int) -> CompletionRecord:
+        """The device writes `pattern`, 8 bytes, over and over; the record it wrote."""
         return await self.run(Opcode.MEMFILL, src=pattern, dst=dst, size=size)
 
     async def run(

@@ -5,14 +5,18 @@ Addresses are guest physical (gpa), sizes are bytes, pages are of 4 KiB.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from protocol.hw.dsa import EQUAL, CompletionRecord, Opcode, Status
+from protocol.hw.dsa_regs import Command
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
+from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.designs import RamSlot
+from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import BareMachine, GuestCpu, Machine, PassedThrough, attached
 from qemu_shim.vmm.migrator import Migrator
 
@@ -21,15 +25,37 @@ FIRST_PLUGGED = 16  # the number of the first of them
 
 
 class DmaFailed(Exception):
-    """A work descriptor did not end well; a scenario that does not expect it has a problem."""
+    """A work descriptor did not end well: `record` says how.  A scenario that does not expect it has a
+    problem.
+    """
+
+    def __init__(self, what: str, record: CompletionRecord) -> None:
+        super().__init__(f"{what}: {record.status.name} at {record.fault_addr:#x}")
+        self.record = record
+
+
+@dataclass(frozen=True, slots=True)
+class QueueWish:
+    """What a work queue is to be like: whether its descriptors wait for absent pages, and whether it is
+    dedicated (MOVDIR64B) or shared (ENQCMD).
+    """
+
+    block_on_fault: bool = True
+    dedicated: bool = True
 
 
 @dataclass(slots=True)
 class DmaDevice:
-    """A device of the guest, and one work queue of it, which blocks on faults.  Raises DmaFailed."""
+    """A device of the guest, and the first work queue of it, which blocks on faults.  Raises DmaFailed."""
 
     plugged: PassedThrough
     queue: IdxdWorkQueue
+    _memory: GuestMemory
+
+    @property
+    def records(self) -> int:
+        """The page of the queue's completion records, which only the device touches."""
+        return self.queue.record_page
 
     async def fill(self, gpa: int, size: int = PAGE_SIZE, pattern: int = 0) -> None:
         """The device writes `pattern`, 8 bytes, over and over."""
@@ -45,19 +71,50 @@ class DmaDevice:
         _check(record, f"read of gpa {gpa:#x}")
         return record.result == EQUAL
 
+    async def set_up(self, *groups: Sequence[QueueWish]) -> list[IdxdWorkQueue]:
+        """Groups of other queues instead of the one it came with, numbered through; the first is `queue`."""
+        await self.queue.device.command(Command.DISABLE_DEVICE)
+        wishes = [wish for group in groups for wish in group]
+        queues = [
+            IdxdWorkQueue(
+                self.plugged.portal,
+                self._memory,
+                block_on_fault=wish.block_on_fault,
+                wq=number,
+                dedicated=wish.dedicated,
+            )
+            for number, wish in enumerate(wishes)
+        ]
+        of_groups = iter(queues)
+        await self.queue.device.set_up([[next(of_groups).config for _ in group] for group in groups])
+        for queue in queues:
+            await queue.enable()
+        self.queue = queues[0]
+        return queues
+
 
 def _check(record: CompletionRecord, what: str) -> None:
     if record.status is not Status.SUCCESS:
-        raise DmaFailed(f"{what}: {record.status.name} at {record.fault_addr:#x}")
+        raise DmaFailed(what, record)
 
 
-@dataclass(slots=True)
 class Guest:
     """A guest and its devices; `machine` is all that the VMM has of it."""
 
-    machine: Machine
     devices: list[DmaDevice]
-    _slots: int = 0
+
+    def __init__(self, machine: BareMachine, *, records_present: bool = False) -> None:
+        self.devices = []
+        self._machine = machine
+        self._records_present = records_present
+        self._slots = 0
+
+    @property
+    def machine(self) -> Machine:
+        """LookupError: it has had no device yet."""
+        if not isinstance(self._machine, Machine):
+            raise LookupError("the guest has no device yet: ctx.attach(guest) comes first")
+        return self._machine
 
     @property
     def queue(self) -> IdxdWorkQueue:
@@ -67,26 +124,26 @@ class Guest:
     @property
     def cpus(self) -> list[GuestCpu]:
         """Each has `access([(gpa, size), (gpa, bytes), ...])`: loads and stores in order; what was loaded."""
-        return self.machine.cpus
+        return self._machine.cpus
 
     # -- the guest's CPU -----------------------------------------------------------------------------------
 
     def pages(self, count: int, alignment: int = PAGE_SIZE) -> list[int]:
         """Addresses of so many pages in a row that nobody has touched.  OutOfGuestMemory."""
-        start = self.machine.memory.allocate(count, alignment)
+        start = self._machine.memory.allocate(count, alignment)
         return [start + n * PAGE_SIZE for n in range(count)]
 
     async def touch(self, gpas: Sequence[int]) -> None:
         """The first CPU stores a byte at each."""
-        await self.machine.memory.touch(gpas)
+        await self._machine.memory.touch(gpas)
 
     async def read(self, gpa: int, size: int = PAGE_SIZE) -> bytes:
         """The first CPU loads.  LookupError: no RAM is there."""
-        return await self.machine.memory.read(gpa, size)
+        return await self._machine.memory.read(gpa, size)
 
     async def write(self, gpa: int, data: bytes) -> None:
         """The first CPU stores.  LookupError: no RAM is there."""
-        await self.machine.memory.write(gpa, data)
+        await self._machine.memory.write(gpa, data)
 
     # -- the first device ----------------------------------------------------------------------------------
 
@@ -142,14 +199,14 @@ class Guest:
 
     async def resident_pages(self, gpa: int, size: int = PAGE_SIZE) -> int:
         """How many of them the host has in memory."""
-        return await self.machine.process.resident_pages(self.machine.hva_of(gpa), size)
+        return await self._machine.process.resident_pages(self._machine.hva_of(gpa), size)
 
     async def discard(self, gpa: int, size: int = PAGE_SIZE) -> None:
         """What a balloon does with pages the guest gave up: they read as zeroes.  Refused."""
         await self.machine.discard(gpa, size)
 
     async def _host(self, action: str, gpa: int, size: int) -> int:
-        return await self.machine.process.host_action(action, self.machine.hva_of(gpa), size)
+        return await self._machine.process.host_action(action, self._machine.hva_of(gpa), size)
 
     # -- memslots ------------------------------------------------------------------------------------------
 
@@ -166,17 +223,41 @@ class Guest:
 
     async def log_dirty(self, slot: RamSlot) -> Migrator:
         """Log stores from here on; its `dirty()` are the pages, from 0, stored to since it was last asked."""
-        return await Migrator.start(self.machine, slot, None)
+        return await Migrator.start(self.machine, slot)
+
+    # -- what KVM says of it -------------------------------------------------------------------------------
+
+    async def inspect(self) -> Mapping[str, Any]:
+        """Its `slots`, `roots`, `exported` TDPs and `stats`."""
+        return await self._inspector.vm(self._machine.vm)
+
+    async def inspect_gpa(self, gpa: int) -> Mapping[str, Any]:
+        """`path`: the entries on the way, (level, hpa, entry); `cpu` and `unit`: where each walker ends,
+        (outcome, level, entry, rights, ...).
+        """
+        return await self._inspector.gpa(self._machine.vm, gpa)
+
+    async def tables(self) -> bytes:
+        """Every page of KVM's table, one after the other."""
+        return await self._inspector.tables(self._machine.vm)
+
+    @property
+    def _inspector(self) -> Inspector:
+        return Inspector(self._machine.host.kvmd.channel)
 
 
 @asynccontextmanager
-async def running_guest(bare: BareMachine) -> AsyncIterator[Guest]:
-    """The machine with its devices, each with a queue."""
-    async with attached(bare) as machine:
-        yield Guest(machine, [await _with_queue(machine, device) for device in machine.devices])
+async def with_devices(guest: Guest) -> AsyncIterator[Machine]:
+    """Its devices have come, each with a queue, and stay while this is open."""
+    async with attached(guest._machine) as machine:
+        guest._machine = machine
+        guest.devices = [await _with_queue(machine, device) for device in machine.devices]
+        if guest._records_present:
+            await guest.touch([device.records for device in guest.devices])
+        yield machine
 
 
 async def _with_queue(machine: Machine, plugged: PassedThrough) -> DmaDevice:
     queue = IdxdWorkQueue(plugged.portal, machine.memory, block_on_fault=True)
     await queue.enable()
-    return DmaDevice(plugged, queue)
+    return DmaDevice(plugged, queue, machine.memory)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.errors import UapiError
 from qemu_shim.scenarios.counters import Counters, Raw, flatten, grown
 from qemu_shim.vmm.daemons import DEVICE_SIM, IOMMUFDD, KVMD
 from qemu_shim.vmm.machine import Host
 
+SHOWN = 16  # bytes of those that differ
 # The rows that every scenario's table ends with.
 COSTS = (
     ("page requests / groups", ("io_faults", "io_groups")),
@@ -52,19 +51,6 @@ class Report:
         if not holds:
             self.problems.append(problem)
 
-    def expect_equal(self, seen: object, expected: object, what: str) -> None:
-        self.expect(seen == expected, f"{what}: {seen!r:.80}, expected {expected!r:.80}")
-
-    async def expect_refused(self, what: str, number: int, why: str, call: Awaitable[object]) -> None:
-        """The call fails with that errno and for that reason; what it said becomes a line."""
-        try:
-            await call
-        except UapiError as error:
-            self.lines.append(f"{what}: {error}")
-            self.expect((error.errno, why in error.why) == (number, True), f"{what}: {error}")
-        else:
-            self.expect(False, f"{what}: was not refused")
-
     def as_json(self) -> dict[str, Any]:
         return {
             "scenario": self.scenario,
@@ -73,6 +59,14 @@ class Report:
             "lines": self.lines,
             "figures": self.figures,
         }
+
+
+def difference(seen: object, expected: object) -> str:
+    """In words; of bytes where they begin to differ, of anything as much as fits a line."""
+    if isinstance(seen, bytes) and isinstance(expected, bytes) and len(seen) == len(expected) > SHOWN:
+        at = next((n for n, byte in enumerate(seen) if byte != expected[n]), 0)
+        return f"{seen[at : at + SHOWN].hex()} from byte {at} on, expected {expected[at : at + SHOWN].hex()}"
+    return f"{seen!r:.80}, expected {expected!r:.80}"
 
 
 async def snapshot(host: Host) -> Snapshot:

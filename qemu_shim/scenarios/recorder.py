@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -23,27 +23,40 @@ from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
 PATIENCE_S = 30.0
 QUIET_POLL_S = 0.001
+VMS = {"VMs of before": ("kvmd.vm_count",)}
 
 
 class NeverQuiet(Exception):
     """The system did not come to rest: somebody waits for what does not come."""
 
 
+async def until(what: object, holds: Callable[[], Awaitable[bool]]) -> None:
+    """Asks until it holds; NeverQuiet says `what` did not come about."""
+    with trio.move_on_after(PATIENCE_S):
+        while True:
+            if await holds():
+                return
+            await trio.sleep(QUIET_POLL_S)
+    raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {what}")
+
+
 class Recorder:
     """Counts are those since `begin`, whatever the daemons did before."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, alone: bool = True) -> None:
         self.cpus: list[GuestCpu] = []  # of guests that run, be it without a device
         self.machines: list[Machine] = []
         self.own: Counter[str] = Counter()  # what only the workload knows
         self.elsewhere = 0  # pages of the host that no machine has
         self._host = host
+        self._alone = alone  # no VM but ours is there, or it would be counted with ours
         self._before: Raw | None = None
 
     async def begin(self) -> None:
         """Nothing of an earlier run may be left, or it would be counted."""
         if self._before is None:
-            self._before = await self._settled({"VMs of before": ("kvmd.vm_count",)}, Counter())
+            await self._settled(VMS if self._alone else {}, Counter())
+            self._before = await self.look()
 
     async def quiet(self) -> Raw:
         """The counters once nothing is under way."""
@@ -52,6 +65,17 @@ class Recorder:
                 await device.portal.drain()
         assert self._before is not None, "begin() comes first"
         return await self._settled(UNDER_WAY, self._before)
+
+    async def without(self, machine: Machine, close: Callable[[], Awaitable[None]]) -> Raw:
+        """Its VM ends, and what it counted goes with it: how much, for other counts that began before."""
+        assert self._before is not None, "begin() comes first"
+        before = await self.quiet()
+        self.machines.remove(machine)
+        await close()
+        left = before["kvmd.vm_count"] - 1
+        lost = grown(before, await self._settled(VMS, Counter({"kvmd.vm_count": left})))
+        self._before.subtract(lost)
+        return lost
 
     async def sample(self, step: str) -> Sample:
         raw = await self.quiet()
@@ -66,17 +90,19 @@ class Recorder:
         return report.problems
 
     async def _settled(self, under_way: Mapping[str, tuple[str, ...]], before: Raw) -> Raw:
-        left: dict[str, int] = {}
-        with trio.move_on_after(PATIENCE_S):
-            while True:
-                raw = await self.look()
-                left = {
-                    what: count for what, count in added_up(under_way, grown(raw, before)).items() if count
-                }
-                if not left:
-                    return raw
-                await trio.sleep(QUIET_POLL_S)
-        raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {left}")
+        raw, left = before, dict[str, int]()
+
+        async def settled() -> bool:
+            nonlocal raw
+            raw = await self.look()
+            left.clear()
+            left.update(
+                {what: count for what, count in added_up(under_way, grown(raw, before)).items() if count}
+            )
+            return not left
+
+        await until(left, settled)
+        return raw
 
     async def look(self) -> Raw:
         """The counters as they are."""

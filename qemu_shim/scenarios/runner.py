@@ -24,8 +24,11 @@ async def run_scenario(
     seed: int = 1,
     params: Mapping[str, int] | None = None,
     report: Report | None = None,
+    *,
+    alone: bool = True,
 ) -> Run:
-    """On daemons that run, started with the scenario's options; one that takes steps wants them without a VM.
+    """On daemons that run, started with the scenario's options.  `alone`: no VM but the run's may be there;
+    else what others have done meanwhile is counted too.
 
     A refusal that the play does not take up ends it, and is in `report.ended` as well; what goes wrong is in
     `problems`, of the run and of the report alike.
@@ -33,7 +36,7 @@ async def run_scenario(
     told = report or Report(scenario.name)
     run = Run(scenario.name, design.name, seed, scenario.with_defaults(params or {}), problems=told.problems)
     async with AsyncExitStack() as stack:
-        context = Context(host, design, run, stack, told)
+        context = Context(host, design, run, stack, told, alone=alone)
         try:
             await scenario.play(context)
             await context.finish()

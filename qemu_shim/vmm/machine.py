@@ -25,6 +25,7 @@ from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.daemons import DEVICE_SIM, IOMMUFDD, KVMD, socket_of
 from qemu_shim.vmm.designs import NO_DISCARD, SHARED, Container, Design, RamSlot, Refused
 from qemu_shim.vmm.device_client import DeviceSim, Portal
+from qemu_shim.vmm.dirty_ring import DirtyRing
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.iommufd_client import Iommu, Iommufdd, VfioDevice
 from qemu_shim.vmm.kvm_client import Kvmd, Vm
@@ -101,6 +102,7 @@ class BareMachine:
     slots: list[RamSlot]
     cpus: list[GuestCpu]
     memory: GuestMemory  # as the first of them sees it
+    rings: list[DirtyRing]  # the vCPUs', if they log into such
 
     @property
     def vcpu(self) -> Vcpu:
@@ -109,6 +111,16 @@ class BareMachine:
     @property
     def cpu(self) -> GuestCpu:
         return self.cpus[0]
+
+    def hva_of(self, gpa: int) -> int:
+        slot = self.slot_of(gpa)
+        return slot.hva + gpa - slot.gpa
+
+    def slot_of(self, gpa: int) -> RamSlot:
+        for slot in self.slots:
+            if slot.gpa <= gpa < slot.gpa + slot.size:
+                return slot
+        raise LookupError(f"gpa {gpa:#x} is no RAM")
 
 
 @dataclass(slots=True)
@@ -229,16 +241,6 @@ class Machine(BareMachine):
         """Write the table as it is now, for other tools."""
         await Inspector(self.host.kvmd.channel).dump(directory, self.vm)
 
-    def hva_of(self, gpa: int) -> int:
-        slot = self.slot_of(gpa)
-        return slot.hva + gpa - slot.gpa
-
-    def slot_of(self, gpa: int) -> RamSlot:
-        for slot in self.slots:
-            if slot.gpa <= gpa < slot.gpa + slot.size:
-                return slot
-        raise LookupError(f"gpa {gpa:#x} is no RAM")
-
 
 class GuestCpu:
     """A vCPU as the guest's own code sees it: an access either happens or is a bug of the guest's.
@@ -321,9 +323,13 @@ async def bare_machine(host: Host, config: MachineConfig) -> AsyncIterator[BareM
             vcpus.append(await vm.create_vcpu(number))
             stack.callback(vcpus[-1].close)
             await vcpus[-1].set_cpuid(config.maxphyaddr)
+        rings = []
+        for vcpu in vcpus if config.dirty_ring_bytes else ():
+            rings.append(await vcpu.dirty_ring())
+            stack.callback(rings[-1].close)
         cpus = [GuestCpu(vcpu) for vcpu in vcpus]
         memory = GuestMemory(cpus[0], config.free_from, Gpa(slots[0].gpa + slots[0].size))
-        yield BareMachine(host, config, process, vm, vcpus, slots, cpus, memory)
+        yield BareMachine(host, config, process, vm, vcpus, slots, cpus, memory, rings)
 
 
 @asynccontextmanager
@@ -342,9 +348,10 @@ async def attached(bare: BareMachine) -> AsyncIterator[Machine]:
         await _attach(first, hwpt_id, config)
         portal = await first.map_portal()
         stack.callback(portal.close)
-        of_bare = (host, config, bare.process, bare.vm, bare.vcpus, bare.slots, bare.cpus, bare.memory)
+        of_bare = (host, config, bare.process, bare.vm, bare.vcpus, bare.slots, bare.cpus)
+        of_bare_too = (bare.memory, bare.rings)
         devices = [PassedThrough(config.devices[0], first, dev_id, portal)]
-        built = Machine(*of_bare, container, iommu, hwpt_id, devices)
+        built = Machine(*of_bare, *of_bare_too, container, iommu, hwpt_id, devices)
         try:
             for number in config.devices[1:]:
                 await built.plug(number)

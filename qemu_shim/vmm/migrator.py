@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from protocol.uapi import names
 from protocol.units import PAGE_SIZE, align_up
 from qemu_shim.vmm.designs import RamSlot
-from qemu_shim.vmm.dirty_ring import DirtyRing
 from qemu_shim.vmm.machine import Machine
 
 MANUAL_PROTECT = 1
@@ -20,29 +19,29 @@ MANUAL_PROTECT = 1
 class Migrator:
     """`copy` is the target's memory."""
 
-    def __init__(self, guest: Machine, slot: RamSlot, bitmap: int, ring: DirtyRing | None) -> None:
+    def __init__(self, guest: Machine, slot: RamSlot, bitmap: int) -> None:
         self.pages = slot.size // PAGE_SIZE
         self.copy = bytearray(slot.size)
         self.sent = 0
         self._guest = guest
         self._slot = slot
         self._bitmap = bitmap  # the address where KVM_GET_DIRTY_LOG puts its bits
-        self._ring = ring
 
     @classmethod
-    async def start(cls, guest: Machine, slot: RamSlot, ring: DirtyRing | None) -> Migrator:
-        """Log from here on."""
+    async def start(cls, guest: Machine, slot: RamSlot) -> Migrator:
+        """Log from here on, into the rings of its vCPUs if they have any."""
         bitmap = await guest.process.mmap(align_up(slot.size // PAGE_SIZE // 8, PAGE_SIZE))
         await guest.vm.enable_cap(names.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, MANUAL_PROTECT)
         flags = names.KVM_MEM_LOG_DIRTY_PAGES
         await guest.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva, flags)
-        return cls(guest, slot, bitmap, ring)
+        return cls(guest, slot, bitmap)
 
     async def dirty(self) -> set[int]:
         """The pages KVM reports, logged anew from here on; all, if nobody can tell what the device wrote."""
         vm, found = self._guest.vm, set()
-        if self._ring is not None:
-            found |= {page for slot, page in self._ring.harvest() if slot == self._slot.slot}
+        for ring in self._guest.rings:
+            found |= {page for slot, page in ring.harvest() if slot == self._slot.slot}
+        if self._guest.rings:
             await vm.reset_dirty_rings()
         await vm.get_dirty_log(self._slot.slot, self._bitmap)
         bits = await self._guest.process.read(self._bitmap, (self.pages + 7) // 8)

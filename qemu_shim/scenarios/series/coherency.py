@@ -13,18 +13,10 @@ import errno
 import struct
 
 from protocol.hw.caps import Ecap
-from protocol.hw.dsa import Status
 from protocol.hw.pasid_entry import PasidEntry
 from protocol.pt import bits
-from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Scenario
-from qemu_shim.scenarios.series.stage import Stage, staged
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.inspector import Inspector
-from qemu_shim.vmm.iommufd_client import VfioDevice
-from qemu_shim.vmm.machine import Host, MachineConfig
+from qemu_shim.api import GIB, MIB, PAGE_SIZE, Context, Guest, Scenario
+from qemu_shim.scenarios.series.common import PATTERN
 
 HOLE = 3 * GIB
 HW_INFO_BYTES = 24
@@ -32,101 +24,85 @@ NEEDED = ("smpwc", "sc", "smts")  # coherent walks, snoop control, scalable mode
 
 
 async def play(ctx: Context) -> None:
-    host, report = ctx.host, ctx.report
-    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
-        found = await _devices(stage)
-        found["pgsnp"] = await _forced(stage)
-        await stage.report.expect_refused(
-            "non-coherent DMA of a device that comes later",
-            errno.EBUSY,
-            "write-back",
-            stage.guest.vm.ioctl("KVM_REGISTER_NONCOHERENT_DMA"),
-        )
-        found["entries"] = await _entries(stage)
-    await _noncoherent_first(host, report)
-    report.figures |= found
-    report.rows += [
-        ("devices refused / attached", f"{found['refused']} / {found['attached']}"),
-        ("PASID entry", f"PGSNP {found['pgsnp']}"),
-        ("entries a walker can see, bit 11 clear", f"{found['entries']}"),
-    ]
+    guest = await ctx.boot(records_present=True)
+    found = await _devices(ctx, guest)
+    found["pgsnp"] = await _forced(ctx)
+    later = guest.machine.vm.ioctl("KVM_REGISTER_NONCOHERENT_DMA")
+    what = "non-coherent DMA of a device that comes later"
+    await ctx.expect_refused(what, errno.EBUSY, "write-back", later)
+    found["entries"] = await _entries(ctx, guest)
+    await ctx.shut_down(guest)
+    await _noncoherent_first(ctx)
+    ctx.figures |= found
+    ctx.row("devices refused / attached", f"{found['refused']} / {found['attached']}")
+    ctx.row("PASID entry", f"PGSNP {found['pgsnp']}")
+    ctx.row("entries a walker can see, bit 11 clear", found["entries"])
 
 
-async def _devices(stage: Stage) -> dict[str, int]:
+async def _devices(ctx: Context, guest: Guest) -> dict[str, int]:
     """Attach each further device to the HWPT, if its unit has what is needed."""
-    count = len((await stage.host.device_sim.stats())["devices"])
+    count = len((await ctx.host.device_sim.stats())["devices"])
     found = {"refused": 0, "attached": 1}
     for number in range(1, count):
-        device = await stage.host.iommufdd.open_device(number)
-        try:
-            found["attached" if await _attach(stage, number, device) else "refused"] += 1
-        finally:
-            device.close()
+        found["attached" if await _attach(ctx, guest, number) else "refused"] += 1
     return found
 
 
-async def _attach(stage: Stage, number: int, device: VfioDevice) -> bool:
+async def _attach(ctx: Context, guest: Guest, number: int) -> bool:
     """Whether its unit allows it, which must be what its registers say."""
-    guest = stage.guest
-    dev_id = await device.bind(guest.iommu)
-    info = await guest.iommu.ask("IOMMU_GET_HW_INFO", dev_id=dev_id, data_len=HW_INFO_BYTES)
-    _, _, ecap = struct.unpack("<QQQ", info.body["data"])
-    lacks = [name for name in NEEDED if not getattr(Ecap(ecap), name)]
-    if not lacks:
-        await device.attach(guest.hwpt_id)
-        await device.detach()
-        return True
-    why = f"ECAP.{lacks[0].upper()}"
-    await stage.report.expect_refused(
-        f"HWPT_ALLOC by device {number}",
-        errno.EOPNOTSUPP,
-        why,
-        guest.iommu.hwpt_alloc_kvm(dev_id, guest.tdp_fd),
-    )
-    await stage.report.expect_refused(
-        f"attach of device {number}", errno.EINVAL, why, device.attach(guest.hwpt_id)
-    )
-    return False
+    iommu, hwpt_id = guest.machine.iommu, guest.machine.hwpt_id
+    device = await ctx.host.iommufdd.open_device(number)
+    try:
+        dev_id = await device.bind(iommu)
+        info = await iommu.ask("IOMMU_GET_HW_INFO", dev_id=dev_id, data_len=HW_INFO_BYTES)
+        _, _, ecap = struct.unpack("<QQQ", info.body["data"])
+        lacks = [name for name in NEEDED if not getattr(Ecap(ecap), name)]
+        if not lacks:
+            await device.attach(hwpt_id)
+            await device.detach()
+            return True
+        why = f"ECAP.{lacks[0].upper()}"
+        alloc, attach = iommu.hwpt_alloc_kvm(dev_id, guest.machine.tdp_fd), device.attach(hwpt_id)
+        await ctx.expect_refused(f"HWPT_ALLOC by device {number}", errno.EOPNOTSUPP, why, alloc)
+        await ctx.expect_refused(f"attach of device {number}", errno.EINVAL, why, attach)
+        return False
+    finally:
+        device.close()
 
 
-async def _forced(stage: Stage) -> int:
+async def _forced(ctx: Context) -> int:
     """PGSNP of the device that is attached: what makes its DMA snoop whatever it asks for."""
-    device = (await stage.host.device_sim.stats())["devices"]["dsa0"]
+    device = (await ctx.host.device_sim.stats())["devices"]["dsa0"]
     entry = PasidEntry.from_bytes(device["pasid_entry"])
-    stage.report.expect(
-        entry.present and entry.pgsnp and entry.pwsnp, f"the PASID entry does not snoop: {entry}"
-    )
+    ctx.expect(entry.present and entry.pgsnp and entry.pwsnp, f"the PASID entry does not snoop: {entry}")
     return int(entry.pgsnp)
 
 
-async def _entries(stage: Stage) -> int:
+async def _entries(ctx: Context, guest: Guest) -> int:
     """Every entry of every page of the table, after all kinds of them were made; how many are not zero."""
-    guest = stage.guest
-    pages = guest.memory.allocate(16)
-    await guest.memory.touch([pages + n * PAGE_SIZE for n in range(8)])
-    for n in range(8, 16):
-        stage.report.expect_equal(await stage.fill(pages + n * PAGE_SIZE), Status.SUCCESS, "DMA write")
+    pages = guest.pages(16)
+    await guest.touch(pages[:8])
+    for gpa in pages[8:]:
+        await guest.fill(gpa, pattern=PATTERN)
     for n in range(4):
-        await guest.vcpu.run([("w", HOLE + n * PAGE_SIZE, b"mmio")])
-    hva = guest.hva_of(pages)
-    for at, action in enumerate(("age", "numa_hint", "swap_out")):
-        await guest.process.host_action(action, hva + 4 * at * PAGE_SIZE, 2 * PAGE_SIZE)
-    tables = await Inspector(stage.host.kvmd.channel).tables(guest.vm)
-    entries = [entry for (entry,) in struct.iter_unpack("<Q", tables) if entry]
-    stage.report.expect(not any(entry & bits.SNOOP for entry in entries), "I2: an entry has bit 11 set")
+        await guest.machine.vcpu.run([("w", HOLE + n * PAGE_SIZE, b"mmio")])
+    for at, act in enumerate((guest.age, guest.numa_hint, guest.swap_out)):
+        await act(pages[4 * at], 2 * PAGE_SIZE)
+    entries = [entry for (entry,) in struct.iter_unpack("<Q", await guest.tables()) if entry]
+    ctx.expect(not any(entry & bits.SNOOP for entry in entries), "I2: an entry has bit 11 set")
     return len(entries)
 
 
-async def _noncoherent_first(host: Host, report: Report) -> None:
+async def _noncoherent_first(ctx: Context) -> None:
     """Registered before: then it is the export that is refused."""
-    process = await host.kvmd.start_process()
-    vm = await host.kvmd.create_vm(process)
+    process = await ctx.host.kvmd.start_process()
+    vm = await ctx.host.kvmd.create_vm(process)
     vcpu = await vm.create_vcpu(0)
     try:
         await vm.set_user_memory_region(0, 0, MIB, await process.mmap(MIB))
         await vcpu.set_cpuid(46)
         await vm.ioctl("KVM_REGISTER_NONCOHERENT_DMA")
-        await report.expect_refused("export with it", errno.EINVAL, "non-coherent", vm.create_tdp_fd())
+        await ctx.expect_refused("export with it", errno.EINVAL, "non-coherent", vm.create_tdp_fd())
         await vm.ioctl("KVM_UNREGISTER_NONCOHERENT_DMA")
     finally:
         for file in (vcpu, vm, process):
@@ -146,5 +122,5 @@ SCENARIO = Scenario(
             *("--unit", "3:no-scalable-mode", "--device", "3:unit=3"),
         )
     },
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

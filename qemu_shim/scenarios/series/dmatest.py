@@ -14,43 +14,26 @@ from time import perf_counter_ns
 import trio
 
 from protocol.hw.dsa import CompletionRecord
-from protocol.units import MIB
+from qemu_shim.api import DESIGNS, MIB, Context, Guest, Param, QueueWish, Scenario
 from qemu_shim.guest.dmatest import DmaChannel, DmatestParams, Result, Thread
-from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.vmm.designs import DESIGNS
-from qemu_shim.vmm.machine import Machine, MachineConfig, machine
+from qemu_shim.guest.idxd import WQ_SIZE
 
 SEED = 108
 
 
 async def play(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    design = ctx.design
-    if not params["block_on_fault"]:
+    params, design = ctx.params, ctx.design
+    blocks = bool(params["block_on_fault"])
+    if not blocks:
         design.check_no_block()
-    config = MachineConfig(ram_bytes=params["ram_mib"] * MIB, design=design)
-    async with machine(host, config) as guest:
-        before = await snapshot(host)
-        queues = [
-            IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=bool(params["block_on_fault"]), wq=n)
-            for n in range(params["channels"])
-        ]
-        await queues[0].device.set_up([[queue.config for queue in queues]])
-        for queue in queues:
-            await queue.enable()
+    guest = await ctx.boot(ram_bytes=params["ram_mib"] * MIB)
+    async with ctx.counted() as cost:
+        queues = await guest.devices[0].set_up([QueueWish(block_on_fault=blocks)] * params["channels"])
         results = await run_threads(guest, queues, dmatest_params(params))
-        for queue in queues:
-            await queue.disable()
-        after = await snapshot(host)
-        await check_system(host, report)
-    tell(report, results)
-    fill_table(report, before, after)
-    if params["block_on_fault"]:
-        requests = report.figures["io_faults"]
-        report.expect(design.pins == (requests == 0), f"RFC-108: {requests} page requests")
+    tell(ctx, results)
+    if blocks:
+        requests = cost.io_faults
+        ctx.expect(design.pins == (requests == 0), f"RFC-108: {requests} page requests")
 
 
 def dmatest_params(params: Mapping[str, int]) -> DmatestParams:
@@ -68,13 +51,13 @@ def dmatest_params(params: Mapping[str, int]) -> DmatestParams:
     )
 
 
-async def run_threads(guest: Machine, channels: Sequence[DmaChannel], params: DmatestParams) -> list[Result]:
+async def run_threads(guest: Guest, channels: Sequence[DmaChannel], params: DmatestParams) -> list[Result]:
     """All threads of all channels at once; their results in the order of their names."""
     threads = [
         Thread(
             f"dma0chan{channel}-{params.kind}{n}",
             queue,
-            guest.memory,
+            guest.machine.memory,
             perf_counter_ns,
             params,
             Random(f"{SEED} {channel} {n}"),
@@ -95,16 +78,18 @@ async def within(done: Awaitable[CompletionRecord], timeout_ms: int) -> Completi
     return None
 
 
-def tell(report: Report, results: list[Result]) -> None:
+def tell(ctx: Context, results: list[Result]) -> None:
     tests = sum(result.tests for result in results)
     failures = sum(result.failures for result in results)
     verified = sum(result.bytes_verified for result in results)
     for result in results:
-        report.lines += [*result.lines, result.summary]
-        report.expect(result.code == 0, f"dmatest: {result.thread} returned {result.code}")
-    report.figures |= {"tests": tests, "failures": failures, "bytes_verified": verified}
-    report.rows += [("tests / failures", f"{tests} / {failures}"), ("bytes verified", f"{verified}")]
-    report.expect(failures == 0, f"dmatest: {failures} of {tests} tests failed")
+        for line in (*result.lines, result.summary):
+            ctx.say(line)
+        ctx.expect(result.code == 0, f"dmatest: {result.thread} returned {result.code}")
+    ctx.figures |= {"tests": tests, "failures": failures, "bytes_verified": verified}
+    ctx.row("tests / failures", f"{tests} / {failures}")
+    ctx.row("bytes verified", verified)
+    ctx.expect(failures == 0, f"dmatest: {failures} of {tests} tests failed")
 
 
 TEST_PARAMS = {

@@ -10,21 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.hw.dsa import CompletionRecord
-from protocol.units import GIB, PAGE_SIZE, align_up
-from qemu_shim.guest.idxd import IdxdWorkQueue, ResumingQueue
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Scenario
+from protocol.units import align_up
+from qemu_shim.api import PAGE_SIZE, Context, Guest, QueueWish, Scenario
+from qemu_shim.guest.idxd import ResumingQueue
 from qemu_shim.scenarios.series.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 
 @dataclass(slots=True)
 class _EvictedFirst:
     """A channel whose buffers the host has just moved."""
 
-    guest: Machine
+    guest: Guest
     channel: ResumingQueue
 
     async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord:
@@ -38,31 +34,22 @@ class _EvictedFirst:
 
     async def _evict(self, gpa: int, size: int) -> None:
         first = gpa - gpa % PAGE_SIZE
-        pages = align_up(gpa + size, PAGE_SIZE) - first
-        await self.guest.process.move_pages(self.guest.hva_of(first), pages)
+        await self.guest.migrate(first, align_up(gpa + size, PAGE_SIZE) - first)
 
 
 async def play(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
-        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=False)
-        await queue.enable()
-        before = await snapshot(host)
-        results = await run_threads(
-            guest, [_EvictedFirst(guest, ResumingQueue(queue))], dmatest_params(params)
-        )
-        await queue.disable()
-        after = await snapshot(host)
-        await check_system(host, report)
-    tell(report, results)
-    faults = after.since(before).dma_faults
-    report.rows.append(("descriptors ended by a fault / resumed", f"{faults} / {queue.faults}"))
-    fill_table(report, before, after)
-    report.figures |= {"faulted_descriptors": faults}
-    report.expect(faults > 0, "RFC-109: no descriptor ended in a page fault")
-    report.expect(faults == queue.faults, f"{faults} descriptors faulted, {queue.faults} were resumed")
-    requests = report.figures["io_faults"]
-    report.expect(requests == 0, f"RFC-109: {requests} page requests without block on fault")
+    guest = await ctx.boot()
+    (queue,) = await guest.devices[0].set_up([QueueWish(block_on_fault=False)])
+    async with ctx.counted() as cost:
+        channel = _EvictedFirst(guest, ResumingQueue(queue))
+        results = await run_threads(guest, [channel], dmatest_params(ctx.params))
+    tell(ctx, results)
+    faults, requests = cost.dma_faults, cost.io_faults
+    ctx.row("descriptors ended by a fault / resumed", f"{faults} / {queue.faults}")
+    ctx.figures |= {"faulted_descriptors": faults}
+    ctx.expect(faults > 0, "RFC-109: no descriptor ended in a page fault")
+    ctx.expect_equal(queue.faults, faults, "descriptors resumed, of those that faulted")
+    ctx.expect_equal(requests, 0, "RFC-109: page requests without block on fault")
 
 
 SCENARIO = Scenario(
@@ -71,5 +58,5 @@ SCENARIO = Scenario(
     tags=("RFC-109",),
     play=play,
     params=TEST_PARAMS,
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

@@ -16,14 +16,16 @@ import trio
 
 from protocol.hw import dsa
 from protocol.hw.dsa import CompletionRecord, Descriptor, Flag, Opcode, Status
-from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.vmm.designs import DESIGNS
-from qemu_shim.vmm.device_client import Portal
-from qemu_shim.vmm.machine import Machine, MachineConfig, machine
+from qemu_shim.api import (
+    DESIGNS,
+    PAGE_SIZE,
+    Context,
+    Guest,
+    IdxdWorkQueue,
+    Param,
+    QueueWish,
+    Scenario,
+)
 
 PAGES = 3
 SIZE = PAGES * PAGE_SIZE - 24  # of each operand, beginning 8 bytes into its first page
@@ -54,10 +56,10 @@ class _Operations:
     """All operations on one queue."""
 
     name: str
-    guest: Machine
+    ctx: Context
+    guest: Guest
     queue: IdxdWorkQueue
     chance: Random
-    report: Report
     done: int = 0
 
     async def run(self) -> None:
@@ -69,11 +71,11 @@ class _Operations:
             self.done += 1
 
     def _empty(self) -> int:
-        return self.guest.memory.allocate(PAGES) + OFFSET
+        return self.guest.pages(PAGES)[0] + OFFSET
 
     async def _filled(self, data: bytes) -> int:
         gpa = self._empty()
-        await self.guest.memory.write(gpa, data)
+        await self.guest.write(gpa, data)
         return gpa
 
     async def _complete(self, opcode: Opcode, **fields: int | bytes | Flag) -> CompletionRecord:
@@ -83,10 +85,10 @@ class _Operations:
         return record
 
     def _expect(self, holds: bool, what: str) -> None:
-        self.report.expect(holds, f"{self.name}: {what}")
+        self.ctx.expect(holds, f"{self.name}: {what}")
 
     async def _holds(self, gpa: int, data: bytes, what: str) -> None:
-        self._expect(await self.guest.memory.read(gpa, len(data)) == data, f"{what}: wrong data")
+        self._expect(await self.guest.read(gpa, len(data)) == data, f"{what}: wrong data")
 
     # -- operations ------------------------------------------------------------------------------------
 
@@ -181,53 +183,39 @@ class _Operations:
         await self._complete(Opcode.DRAIN)
 
 
+QUEUES = {
+    "dedicated": QueueWish(),
+    "shared": QueueWish(dedicated=False),
+    "not blocking": QueueWish(block_on_fault=False),
+}
+
+
 async def play(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    available = len((await host.device_sim.stats())["devices"])
-    devices = min(params["devices"], available)
-    config = MachineConfig(ram_bytes=GIB, design=ctx.design, devices=tuple(range(devices)))
-    async with machine(host, config) as guest:
-        portals = [device.portal for device in guest.devices]
-        running = [
-            _Operations(f"dsa{n} {name}", guest, queue, Random(f"{n} {name}"), report)
-            for n, portal in enumerate(portals)
-            for name, queue in (await _queues(portal, guest)).items()
-        ]
-        before = await snapshot(host)
-        for _ in range(params["rounds"]):
+    available = len((await ctx.host.device_sim.stats())["devices"])
+    devices = min(ctx.params["devices"], available)
+    guest = await ctx.boot(devices=devices)
+    dedicated, shared, not_blocking = QUEUES.values()
+    running = [
+        _Operations(f"dsa{n} {name}", ctx, guest, queue, Random(f"{n} {name}"))
+        for n, device in enumerate(guest.devices)
+        for name, queue in zip(QUEUES, await device.set_up([dedicated, shared], [not_blocking]), strict=True)
+    ]
+    async with ctx.counted() as cost:
+        for _ in range(ctx.params["rounds"]):
             async with trio.open_nursery() as nursery:
                 for operations in running:
                     nursery.start_soon(operations.run)
-        for portal in portals:
-            await portal.drain()
-        after = await snapshot(host)
-        await check_system(host, report)
     done = sum(operations.done for operations in running)
     resumed = sum(operations.queue.faults for operations in running)
-    report.lines += [f"{operations.name}: {operations.done} operations" for operations in running]
-    report.rows += [
-        ("devices / queues", f"{devices} / {len(running)}"),
-        ("operations verified", f"{done}"),
-        ("descriptors resumed after a fault", f"{resumed}"),
-    ]
-    fill_table(report, before, after)
-    report.figures |= {"operations": done, "resumed": resumed, "devices": devices}
-    faults, requests = not ctx.design.pins, report.figures["io_faults"]
-    report.expect(faults == (resumed > 0), f"RFC-109: {resumed} descriptors ended in a page fault")
-    report.expect(faults == (requests > 0), f"RFC-108: {requests} page requests")
-
-
-async def _queues(portal: Portal, guest: Machine) -> dict[str, IdxdWorkQueue]:
-    queues = {
-        "dedicated": IdxdWorkQueue(portal, guest.memory, block_on_fault=True, wq=0),
-        "shared": IdxdWorkQueue(portal, guest.memory, block_on_fault=True, wq=1, dedicated=False),
-        "not blocking": IdxdWorkQueue(portal, guest.memory, block_on_fault=False, wq=2),
-    }
-    dedicated, shared, not_blocking = (queue.config for queue in queues.values())
-    await queues["dedicated"].device.set_up([[dedicated, shared], [not_blocking]])
-    for queue in queues.values():
-        await queue.enable()
-    return queues
+    for operations in running:
+        ctx.say(f"{operations.name}: {operations.done} operations")
+    ctx.row("devices / queues", f"{devices} / {len(running)}")
+    ctx.row("operations verified", done)
+    ctx.row("descriptors resumed after a fault", resumed)
+    ctx.figures |= {"operations": done, "resumed": resumed, "devices": devices}
+    faults, requests = not ctx.design.pins, cost.io_faults
+    ctx.expect(faults == (resumed > 0), f"RFC-109: {resumed} descriptors ended in a page fault")
+    ctx.expect(faults == (requests > 0), f"RFC-108: {requests} page requests")
 
 
 SCENARIO = Scenario(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.api import Scenario
 from qemu_shim.scenarios.series import (
     coherency,
     dmatest,

@@ -14,17 +14,9 @@ from functools import partial
 
 import trio
 
-from protocol.hw.dsa import Status
-from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.series.stage import Stage, staged
-from qemu_shim.vmm.designs import SHARED, RamSlot
-from qemu_shim.vmm.machine import MachineConfig
-from qemu_shim.vmm.process import MemFd
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
 
-ANON_SLOT, FILE_SLOT = 7, 8
-ANON_GPA, FILE_GPA = 0x1_8000_0000, 0x2_0000_0000
+ANON_GPA, FILE_GPA, FILE_SLOT = 0x1_8000_0000, 0x2_0000_0000, 8
 HUGE = 2 * MIB
 UNTOLD = ("split",)  # may find no entry of KVM's to take away
 TOLD = ("affected", "flushes", "io_faults", "retries")
@@ -32,10 +24,11 @@ TOLD = ("affected", "flushes", "io_faults", "retries")
 
 @dataclass(slots=True)
 class _Memory:
-    stage: Stage
+    ctx: Context
+    guest: Guest
     anon: RamSlot
     file: RamSlot
-    memfd: MemFd
+    punch: Callable[[int, int], Awaitable[None]]  # a hole into the file, of so many bytes from there on
     pages: int
     running: bool = True
     copies: int = 0
@@ -55,19 +48,17 @@ class _Memory:
                     return
 
     async def _copy(self, through: RamSlot, page: int, value: int) -> None:
-        stage, report, at = self.stage, self.stage.report, page * PAGE_SIZE
+        at = page * PAGE_SIZE
         target = self.pages * PAGE_SIZE + at
-        statuses = [
-            await stage.fill(through.gpa + at, value),
-            await stage.copy(self.anon.gpa + target, through.gpa + at),
-        ]
-        report.expect_equal(statuses, [Status.SUCCESS] * 2, f"DMA to page {page}")
-        found = await stage.guest.process.read(self.anon.hva + target, PAGE_SIZE)
+        await self.guest.fill(through.gpa + at, pattern=value)
+        await self.guest.copy(self.anon.gpa + target, through.gpa + at)
+        found = await self.guest.machine.process.read(self.anon.hva + target, PAGE_SIZE)
         self.copies += 1
         if found == bytes(PAGE_SIZE) and through is self.file:
             self.holes += 1
-        elif found != value.to_bytes(8, "little") * (PAGE_SIZE // 8):
-            report.problems.append(f"page {page}: not the {value} that was copied but {found[:8].hex()}")
+            return
+        words = value.to_bytes(8, "little") * (PAGE_SIZE // 8)
+        self.ctx.expect_equal(found, words, f"page {page}: what was copied")
 
     async def everybody_copied(self) -> None:
         """Each worker has got through a copy since we began to wait."""
@@ -76,20 +67,20 @@ class _Memory:
             await event.wait()
 
     async def act(self, action: str, slot: RamSlot) -> int:
-        return await self.stage.guest.process.host_action(action, slot.hva, slot.size)
+        return await self.guest.machine.process.host_action(action, slot.hva, slot.size)
 
     async def fork(self) -> int:
         """The child's memory is what it was at that moment, whatever DMA the parent does."""
-        child = await self.stage.guest.process.fork()
+        child = await self.guest.machine.process.fork()
         first = [await child.read(self.anon.hva + n * PAGE_SIZE, PAGE_SIZE) for n in range(self.pages)]
         await self.everybody_copied()
         again = [await child.read(self.anon.hva + n * PAGE_SIZE, PAGE_SIZE) for n in range(self.pages)]
-        self.stage.report.expect(first == again, "fork: DMA of the parent changed the child's memory")
+        self.ctx.expect(first == again, "fork: DMA of the parent changed the child's memory")
         child.close()
         return self.pages
 
     async def punch_hole(self) -> int:
-        await self.memfd.punch_hole(0, self.file.size)
+        await self.punch(0, self.file.size)
         return self.file.size // PAGE_SIZE
 
 
@@ -104,44 +95,43 @@ def _actions(memory: _Memory) -> dict[str, Callable[[], Awaitable[int]]]:
 
 
 async def play(ctx: Context) -> None:
-    params, report = ctx.params, ctx.report
+    params = ctx.params
     costs: dict[str, Counter[str]] = {}
-    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
-        memory = await _prepared(stage, params["pages"])
-        async with trio.open_nursery() as nursery:
-            for worker in range(params["workers"]):
-                memory.copied[worker] = trio.Event()
-                nursery.start_soon(memory.work, worker, params["workers"])
-            for _ in range(params["rounds"]):
-                for name, action in _actions(memory).items():
-                    costs.setdefault(name, Counter(dict.fromkeys(TOLD, 0))).update(
-                        await _cost(memory, action)
-                    )
-            memory.running = False
-        memory.memfd.close()
+    guest = await ctx.boot(records_present=True)
+    size, process = params["pages"] * PAGE_SIZE, guest.machine.process
+    anon = await _anonymous(guest, params["pages"])
+    file = await process.memfd("ram", size)
+    slot = RamSlot(FILE_SLOT, FILE_GPA, size, await process.mmap(size, kind="file_shared", file=file))
+    await guest.machine.vm.set_user_memory_region(slot.slot, slot.gpa, size, slot.hva)
+    memory = _Memory(ctx, guest, anon, slot, file.punch_hole, params["pages"])
+    async with trio.open_nursery() as nursery:
+        for worker in range(params["workers"]):
+            memory.copied[worker] = trio.Event()
+            nursery.start_soon(memory.work, worker, params["workers"])
+        for _ in range(params["rounds"]):
+            for name, action in _actions(memory).items():
+                of_all = costs.setdefault(name, Counter(dict.fromkeys(TOLD, 0)))
+                of_all.update(await _cost(memory, action))
+        memory.running = False
+    file.close()
     for name, cost in costs.items():
-        report.rows.append((f"{name}: pages, flushes, requests, retries", ", ".join(map(str, cost.values()))))
-        report.expect(cost["affected"] > 0, f"{name}: did nothing")
-        report.expect(cost["flushes"] > 0 or name in UNTOLD, f"{name}: nobody was told")
-    report.rows.append(("copies verified / of holes", f"{memory.copies} / {memory.holes}"))
-    report.figures |= {"copies": memory.copies, "copies_of_holes": memory.holes, "actions": costs}
+        ctx.row(f"{name}: pages, flushes, requests, retries", ", ".join(map(str, cost.values())))
+        ctx.expect(cost["affected"] > 0, f"{name}: did nothing")
+        ctx.expect(cost["flushes"] > 0 or name in UNTOLD, f"{name}: nobody was told")
+    ctx.row("copies verified / of holes", f"{memory.copies} / {memory.holes}")
+    ctx.figures |= {"copies": memory.copies, "copies_of_holes": memory.holes, "actions": costs}
 
 
-async def _prepared(stage: Stage, pages: int) -> _Memory:
-    """Sources and copies in anonymous memory that may be huge and be merged; more sources in a file."""
-    guest = stage.guest
-    anon = await guest.add_slot(ANON_SLOT, ANON_GPA, max(2 * pages * PAGE_SIZE, HUGE))
-    await guest.process.madvise(anon.hva, anon.size, "mergeable")
-    memfd = await guest.process.memfd("ram", pages * PAGE_SIZE)
-    hva = await guest.process.mmap(pages * PAGE_SIZE, kind="file_shared", file=memfd)
-    await guest.vm.set_user_memory_region(FILE_SLOT, FILE_GPA, pages * PAGE_SIZE, hva)
-    file = RamSlot(FILE_SLOT, FILE_GPA, pages * PAGE_SIZE, hva)
-    return _Memory(stage, anon, file, memfd, pages)
+async def _anonymous(guest: Guest, pages: int) -> RamSlot:
+    """Sources and copies in memory that may be huge and be merged; more sources are in the file."""
+    anon = await guest.add_slot(max(2 * pages * PAGE_SIZE, HUGE), ANON_GPA)
+    await guest.machine.process.madvise(anon.hva, anon.size, "mergeable")
+    return anon
 
 
 async def _cost(memory: _Memory, action: Callable[[], Awaitable[int]]) -> dict[str, int]:
     """Of one action, and of the next copies, which meet what it left."""
-    async with memory.stage.counted() as cost:
+    async with memory.ctx.counted(at_rest=False) as cost:
         affected = await action()
         await memory.everybody_copied()
     counts = (cost.flushes, cost.io_faults, cost.fault_retries)
@@ -158,5 +148,5 @@ SCENARIO = Scenario(
         "workers": Param(4, 1, 16, "copies in flight"),
         "rounds": Param(2, 1, 10_000, "times the host does everything"),
     },
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

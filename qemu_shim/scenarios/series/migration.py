@@ -10,39 +10,30 @@ go to the bitmap because no vCPU makes them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
 import trio
 
-from protocol.hw.dsa import Status
-from protocol.units import GIB, MIB, PAGE_SIZE, align_up
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.series.stage import Stage, staged
-from qemu_shim.vmm.designs import SHARED, RamSlot
-from qemu_shim.vmm.machine import GuestCpu, MachineConfig
-from qemu_shim.vmm.migrator import Migrator
+from protocol.units import align_up
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, GuestCpu, Migrator, Param, RamSlot, Scenario
 
-SLOT, SLOT_GPA = 7, 0x1_8000_0000
+SLOT_GPA = 0x1_8000_0000
 RING_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
-class _Guest:
+class _Running:
     """What runs while it is migrated."""
 
-    stage: Stage
+    guest: Guest
     slot: RamSlot
     running: bool = True
     stores: dict[str, int] = field(default_factory=lambda: {"cpu": 0, "device": 0})
 
     async def device_writes(self, chance: Random) -> None:
         while self.running:
-            status = await self.stage.fill(self._page(chance), chance.getrandbits(64))
-            self.stage.report.expect_equal(status, Status.SUCCESS, "DMA write")
+            await self.guest.fill(self._page(chance), pattern=chance.getrandbits(64))
             self.stores["device"] += 1
 
     async def cpu_writes(self, cpu: GuestCpu, chance: Random) -> None:
@@ -56,49 +47,42 @@ class _Guest:
 
 
 async def play(ctx: Context) -> None:
-    params, report = ctx.params, ctx.report
-    for kind, ring_bytes in (("bitmap", 0), ("ring", RING_BYTES)):
-        part = Report(report.scenario)
-        page_size = 2 * MIB if params["huge"] else PAGE_SIZE
-        config = MachineConfig(ram_bytes=GIB, page_size=page_size, dirty_ring_bytes=ring_bytes, vcpus=2)
-        async with staged(ctx, config, part) as stage:
-            figures = await _migrate(stage, params)
-        report.problems += [f"{kind}: {problem}" for problem in part.problems]
-        report.figures |= part.figures | {f"{kind}_{name}": count for name, count in figures.items()}
-        report.rows += [
-            (
-                f"{kind}: rounds / pages sent / of them at last",
-                "{rounds} / {sent} / {last}".format(**figures),
-            ),
-            (f"{kind}: stores of the CPU / the device", "{cpu} / {device}".format(**figures)),
-            (f"{kind}: IO page faults by write protection", "{protection_faults}".format(**figures)),
-        ]
+    page_size = 2 * MIB if ctx.params["huge"] else PAGE_SIZE
+    for kind, ring in (("bitmap", 0), ("ring", RING_BYTES)):
+        guest = await ctx.boot(page_size=page_size, dirty_ring_bytes=ring, vcpus=2, records_present=True)
+        size = align_up(ctx.params["pages"] * PAGE_SIZE, page_size)
+        figures = await _migrate(ctx, kind, guest, await guest.add_slot(size, SLOT_GPA, page_size))
+        await ctx.shut_down(guest)
+        ctx.figures |= {f"{kind}_{name}": count for name, count in figures.items()}
+        ctx.row(
+            f"{kind}: rounds / pages sent / of them at last", "{rounds} / {sent} / {last}".format(**figures)
+        )
+        ctx.row(f"{kind}: stores of the CPU / the device", "{cpu} / {device}".format(**figures))
+        ctx.row(f"{kind}: IO page faults by write protection", figures["protection_faults"])
 
 
-async def _migrate(stage: Stage, params: Mapping[str, int]) -> dict[str, int]:
-    guest, report = stage.guest, stage.report
-    size = align_up(params["pages"] * PAGE_SIZE, guest.config.page_size)
-    slot = await guest.add_slot(SLOT, SLOT_GPA, size)
-    ring = await guest.vcpus[1].dirty_ring() if guest.config.dirty_ring_bytes else None
-    running = _Guest(stage, slot)
-    try:
-        for at in range(0, size, PAGE_SIZE):  # so that what faults from here on is protection alone
-            report.expect_equal(await stage.fill(slot.gpa + at, at), Status.SUCCESS, "DMA write")
-        async with stage.counted() as cost:
-            migrator = await Migrator.start(guest, slot, ring)
-            last = await _precopy(migrator, running, guest.cpus[1], params["rounds"])
-        wrong = await migrator.differences()
-        report.expect(not wrong, f"{len(wrong)} of {migrator.pages} pages differ: {wrong[:8]}")
-    finally:
-        if ring is not None:
-            ring.close()
+async def _migrate(ctx: Context, kind: str, guest: Guest, slot: RamSlot) -> dict[str, int]:
+    running = _Running(guest, slot)
+    for at in range(0, slot.size, PAGE_SIZE):  # so that what faults from here on is protection alone
+        await guest.fill(slot.gpa + at, pattern=at)
+    async with ctx.counted() as cost:
+        migrator = await guest.log_dirty(slot)
+        last = await _precopy(migrator, running, guest.cpus[1], ctx.params["rounds"])
+    wrong = await migrator.differences()
+    ctx.expect(not wrong, f"{kind}: {len(wrong)} of {migrator.pages} pages differ: {wrong[:8]}")
     faults = cost.pages_mapped_io
-    report.expect(0 < faults <= running.stores["device"], f"{faults} IO page faults by write protection")
-    counts = {"rounds": params["rounds"] + 2, "sent": migrator.sent, "last": last, "pages": migrator.pages}
+    few = 0 < faults <= running.stores["device"]
+    ctx.expect(few, f"{kind}: {faults} IO page faults by write protection")
+    counts = {
+        "rounds": ctx.params["rounds"] + 2,
+        "sent": migrator.sent,
+        "last": last,
+        "pages": migrator.pages,
+    }
     return counts | running.stores | {"protection_faults": faults}
 
 
-async def _precopy(migrator: Migrator, guest: _Guest, cpu: GuestCpu, rounds: int) -> int:
+async def _precopy(migrator: Migrator, guest: _Running, cpu: GuestCpu, rounds: int) -> int:
     """All, what was dirtied, and when the guest has stopped the rest: how many pages that is."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(guest.cpu_writes, cpu, Random("cpu"))
@@ -122,5 +106,5 @@ SCENARIO = Scenario(
         "rounds": Param(6, 1, 100, "rounds between the first and the last"),
         "huge": Param(0, 0, 1, "1: on host pages of 2 MiB, which logging takes apart"),
     },
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

@@ -8,90 +8,80 @@ use it, and deleted again: the entry of the old generation is not believed (RFC-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from protocol.hw.dsa import Status
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.pt.walk import Outcome
-from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.series.stage import FILLED, PATTERN, Stage, staged
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.machine import MachineConfig
-
-SLOT = 7
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
+from qemu_shim.scenarios.series.common import FILLED, PATTERN, status_of
 
 
 async def play(ctx: Context) -> None:
-    params, report = ctx.params, ctx.report
-    rounds = params["rounds"]
-    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
-        guest = stage.guest
-        victim, target = guest.memory.allocate(1), guest.memory.allocate(1)
-        await guest.memory.write(victim, FILLED)
-        report.expect_equal(await stage.fill(target), Status.SUCCESS, "DMA write to RAM")
-        mmio = _hpa(await stage.walks(victim))
-        report.lines.append(f"gpa {mmio:#x} is emulated MMIO; a page of guest RAM lies at that hpa")
-        async with stage.counted() as cost:
-            for number in range(rounds):
-                await _emulated(stage, mmio, target)
-                await _memory(stage, mmio, target, number)
-            await _emulated(stage, mmio, target)
-            report.expect_equal(await guest.memory.read(victim, PAGE_SIZE), FILLED, "the page at hpa = gpa")
-    report.expect_equal(cost.mmio_entries, rounds + 1, "MMIO entries made, one a generation")
-    report.expect_equal(cost.io_faults_refused, 2 * (rounds + 1), "IO page faults refused")
-    report.figures |= {
+    rounds = ctx.params["rounds"]
+    guest = await ctx.boot(records_present=True)
+    victim, target = guest.pages(2)
+    await guest.write(victim, FILLED)
+    await guest.fill(target, pattern=PATTERN)
+    mmio = _hpa(await guest.inspect_gpa(victim))
+    ctx.say(f"gpa {mmio:#x} is emulated MMIO; a page of guest RAM lies at that hpa")
+    async with ctx.counted() as cost:
+        for number in range(rounds):
+            await _emulated(ctx, guest, mmio, target)
+            await _memory(ctx, guest, mmio, target, number)
+        await _emulated(ctx, guest, mmio, target)
+        ctx.expect_equal(await guest.read(victim), FILLED, "the page at hpa = gpa")
+    ctx.expect_equal(cost.mmio_entries, rounds + 1, "MMIO entries made, one a generation")
+    ctx.expect_equal(cost.io_faults_refused, 2 * (rounds + 1), "IO page faults refused")
+    ctx.figures |= {
         "rounds": rounds,
         "mmio_entries_made": cost.mmio_entries,
         "dma_refused": cost.io_faults_refused,
         "generations": cost.memslot_generations,
     }
-    report.rows += [
-        ("MMIO entries made", f"{cost.mmio_entries} in {rounds + 1} generations of use"),
-        ("DMA to MMIO refused", f"{cost.io_faults_refused}"),
-    ]
+    ctx.row("MMIO entries made", f"{cost.mmio_entries} in {rounds + 1} generations of use")
+    ctx.row("DMA to MMIO refused", cost.io_faults_refused)
 
 
-def _hpa(walks: dict[str, list[int]]) -> int:
+def _hpa(walks: Mapping[str, Any]) -> int:
     """Where the unit finds a page of 4 KiB."""
     outcome, level, entry, *_ = walks["unit"]
     assert (outcome, level) == (Outcome.MAPPED, 1), "an anonymous page of its own"
-    return entry & bits.ADDRESS_MASK
+    return entry & bits.ADDRESS_MASK  # type: ignore[no-any-return]
 
 
-async def _emulated(stage: Stage, mmio: int, target: int) -> None:
+async def _emulated(ctx: Context, guest: Guest, mmio: int, target: int) -> None:
     """The vCPU's access leaves an entry that its next one finds; to the device there is nothing."""
-    report, run = stage.report, stage.guest.vcpu.run
-    async with stage.counted() as cost:
+    async with ctx.counted() as cost:
         for program in ([("w", mmio, b"bell")], [("r", mmio, 4)], [("w", mmio + 8, b"x")]):
-            ran = await run(program)
-            report.expect_equal(ran.exit_reason, ExitReason.MMIO, "the vCPU's access")
-    report.expect_equal(cost.mmio_entries, 1, "MMIO entries for three accesses")
-    walks = await stage.walks(mmio)
+            ran = await guest.machine.vcpu.run(program)
+            ctx.expect_equal(ran.exit_reason, ExitReason.MMIO, "the vCPU's access")
+    ctx.expect_equal(cost.mmio_entries, 1, "MMIO entries for three accesses")
+    walks = await guest.inspect_gpa(mmio)
     level, _, entry = walks["path"][-1]
-    report.expect(
-        level == 1 and entry & bits.ADDRESS_MASK == mmio, f"entry {entry:#x}: the gpa is not cached"
-    )
-    report.expect_equal(Outcome(walks["unit"][0]), Outcome.ABSENT, "what the unit finds")
-    before = (await stage.host.kvmd.stats())["frames"]
-    held = await stage.guest.memory.read(target, PAGE_SIZE)
-    report.expect_equal(await stage.fill(mmio, ~PATTERN & 0xFF), Status.PAGE_FAULT_IR, "DMA write to MMIO")
-    report.expect_equal(await stage.copy(target, mmio), Status.PAGE_FAULT_IR, "DMA read of MMIO")
-    report.expect_equal(await stage.guest.memory.read(target, PAGE_SIZE), held, "the target of the read")
-    report.expect_equal((await stage.host.kvmd.stats())["frames"], before, "frames in use")
+    ctx.expect(level == 1 and entry & bits.ADDRESS_MASK == mmio, f"entry {entry:#x}: the gpa is not cached")
+    ctx.expect_equal(Outcome(walks["unit"][0]), Outcome.ABSENT, "what the unit finds")
+    before = (await ctx.host.kvmd.stats())["frames"]
+    held = await guest.read(target)
+    write, read = guest.fill(mmio, pattern=~PATTERN & 0xFF), guest.copy(target, mmio)
+    ctx.expect_equal(await status_of(write), Status.PAGE_FAULT_IR, "DMA write to MMIO")
+    ctx.expect_equal(await status_of(read), Status.PAGE_FAULT_IR, "DMA read of MMIO")
+    ctx.expect_equal(await guest.read(target), held, "the target of the read")
+    ctx.expect_equal((await ctx.host.kvmd.stats())["frames"], before, "frames in use")
 
 
-async def _memory(stage: Stage, mmio: int, target: int, number: int) -> None:
+async def _memory(ctx: Context, guest: Guest, mmio: int, target: int, number: int) -> None:
     """A slot comes to where the MMIO was: RAM for both; and goes again."""
-    report, guest = stage.report, stage.guest
-    slot = await guest.add_slot(SLOT, mmio, PAGE_SIZE)
+    slot = await guest.add_slot(PAGE_SIZE, mmio)
     pattern = PATTERN + number
-    report.expect_equal(await stage.fill(mmio, pattern), Status.SUCCESS, "DMA write to the new slot")
+    await guest.fill(mmio, pattern=pattern)
     words = pattern.to_bytes(8, "little") * (PAGE_SIZE // 8)
-    report.expect_equal(await guest.memory.read(mmio, PAGE_SIZE), words, "what the vCPU reads in it")
-    await guest.memory.write(mmio, b"by the guest")
-    report.expect_equal(await stage.copy(target, mmio), Status.SUCCESS, "DMA read of the new slot")
-    report.expect_equal(await guest.memory.read(target, 12), b"by the guest", "what the device read in it")
+    ctx.expect_equal(await guest.read(mmio), words, "what the vCPU reads in the new slot")
+    await guest.write(mmio, b"by the guest")
+    await guest.copy(target, mmio)
+    ctx.expect_equal(await guest.read(target, 12), b"by the guest", "what the device read in it")
     await guest.remove_slot(slot)
 
 
@@ -101,5 +91,5 @@ SCENARIO = Scenario(
     tags=("KVM: reserve bit 11, MMIO entries", "RFC-104", "RFC-71", "RFC-29"),
     play=play,
     params={"rounds": Param(3, 1, 1000, "times a memslot comes and goes there")},
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

@@ -7,82 +7,71 @@ device never reaches a memslot over the window, RAM to the vCPU, and nothing has
 
 from __future__ import annotations
 
-from protocol.hw.dsa import Status
-from protocol.units import GIB, MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.series.stage import FILLED, Stage, staged
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.machine import MachineConfig
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, Param, Scenario
+from qemu_shim.scenarios.series.common import FILLED, PATTERN
 
 START, BYTES = 0xFEE0_0000, MIB
-SLOT = 7
 VECTOR = 0x4021
 
 
 async def play(ctx: Context) -> None:
-    params, report = ctx.params, ctx.report
-    count = params["interrupts"]
+    count = ctx.params["interrupts"]
     found: dict[str, int] = {}
-    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
-        source = stage.guest.memory.allocate(1)
-        await stage.guest.memory.write(source, FILLED)
-        for where in ("nothing", "a memslot"):
-            if where == "a memslot":
-                await stage.guest.add_slot(SLOT, START, BYTES)
-                for page in range(START, START + BYTES, PAGE_SIZE):
-                    await stage.guest.memory.write(page, FILLED)
-            async with stage.counted() as cost:
-                delivered = await _messages(stage, count)
-                refused = await _others(stage, source)
-            report.expect_equal(cost.interrupts, count, "interrupt messages")
-            report.expect_equal(cost.faults_recorded, refused, "faults recorded")
-            report.expect_equal(cost.io_faults, 0, "page requests for the window")
-            report.lines.append(f"{where} behind the window: {delivered} messages, {refused} faults")
-            found |= {"interrupts": delivered, "faults": refused}
-        await _untouched(stage)
-    report.figures |= found | {"window_pages": BYTES // PAGE_SIZE}
-    report.rows += [
-        ("interrupt messages, each way", f"{found['interrupts']}"),
-        ("other accesses refused, each way", f"{found['faults']}"),
-        ("pages of the memslot unchanged", f"{BYTES // PAGE_SIZE}"),
-    ]
+    guest = await ctx.boot(records_present=True)
+    (source,) = guest.pages(1)
+    await guest.write(source, FILLED)
+    for where in ("nothing", "a memslot"):
+        if where == "a memslot":
+            await guest.add_slot(BYTES, START)
+            for page in range(START, START + BYTES, PAGE_SIZE):
+                await guest.write(page, FILLED)
+        async with ctx.counted() as cost:
+            delivered = await _messages(ctx, guest, count)
+            refused = await _others(ctx, guest, source)
+        ctx.expect_equal(cost.interrupts, count, "interrupt messages")
+        ctx.expect_equal(cost.faults_recorded, refused, "faults recorded")
+        ctx.expect_equal(cost.io_faults, 0, "page requests for the window")
+        ctx.say(f"{where} behind the window: {delivered} messages, {refused} faults")
+        found |= {"interrupts": delivered, "faults": refused}
+    await _untouched(ctx, guest)
+    ctx.figures |= found | {"window_pages": BYTES // PAGE_SIZE}
+    ctx.row("interrupt messages, each way", found["interrupts"])
+    ctx.row("other accesses refused, each way", found["faults"])
+    ctx.row("pages of the memslot unchanged", BYTES // PAGE_SIZE)
 
 
-async def _messages(stage: Stage, count: int) -> int:
+async def _messages(ctx: Context, guest: Guest, count: int) -> int:
     """Aligned writes of four bytes over the whole window; how many of them reached the VMM as they were."""
-    report, portal = stage.report, stage.guest.portal
-    portal.messages.clear()
+    arrived = guest.machine.portal.messages
+    arrived.clear()
     sent = [(START + n * BYTES // count // 4 * 4, VECTOR + n) for n in range(count)]
     for addr, data in sent:
-        report.expect_equal(await stage.fill(addr, data, 4), Status.SUCCESS, f"a message to {addr:#x}")
-    report.expect_equal(list(portal.messages), sent, "messages that reached the VMM")
-    return len(portal.messages)
+        await guest.fill(addr, 4, data)
+    ctx.expect_equal(list(arrived), sent, "messages that reached the VMM")
+    return len(arrived)
 
 
-async def _others(stage: Stage, source: int) -> int:
+async def _others(ctx: Context, guest: Guest, source: int) -> int:
     """Reads, and writes of any other size: each fails and is recorded; how many that were."""
-    report = stage.report
     last = START + BYTES - 4
-    statuses = [
-        await stage.copy(source, START, 4),
-        await stage.copy(source, START),
-        await stage.copy(source, last, 4),
-        *[await stage.fill(START, size=size) for size in (1, 2, 8, PAGE_SIZE)],
-        await stage.fill(START + 2, size=4),
-        await stage.fill(last + 2, size=2),
-        await stage.copy(START, source),
+    attempts = [
+        guest.copy(source, START, 4),
+        guest.copy(source, START),
+        guest.copy(source, last, 4),
+        *[guest.fill(START, size, PATTERN) for size in (1, 2, 8, PAGE_SIZE)],
+        guest.fill(START + 2, 4, PATTERN),
+        guest.fill(last + 2, 2, PATTERN),
+        guest.copy(START, source),
     ]
-    report.expect(Status.SUCCESS not in statuses, f"what is no message: {[s.name for s in statuses]}")
-    report.expect_equal(await stage.guest.memory.read(source, PAGE_SIZE), FILLED, "the target of the reads")
-    return len(statuses)
+    for number, attempt in enumerate(attempts):
+        await ctx.expect_dma_fault(f"what is no message, {number}", attempt)
+    ctx.expect_equal(await guest.read(source), FILLED, "the target of the reads")
+    return len(attempts)
 
 
-async def _untouched(stage: Stage) -> None:
+async def _untouched(ctx: Context, guest: Guest) -> None:
     for page in range(START, START + BYTES, PAGE_SIZE):
-        stage.report.expect_equal(
-            await stage.guest.memory.read(page, PAGE_SIZE), FILLED, f"the memslot's page {page:#x}"
-        )
+        ctx.expect_equal(await guest.read(page), FILLED, f"the memslot's page {page:#x}")
 
 
 SCENARIO = Scenario(
@@ -91,5 +80,5 @@ SCENARIO = Scenario(
     tags=("How to map MSI pages",),
     play=play,
     params={"interrupts": Param(64, 1, 1024, "interrupt messages, spread over the window, each way")},
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

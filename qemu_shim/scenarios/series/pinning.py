@@ -15,38 +15,36 @@ from dataclasses import dataclass, field
 
 from protocol.hw.dsa import CompletionRecord
 from protocol.uapi import names
-from protocol.units import MIB, PAGE_SHIFT, PAGE_SIZE
+from protocol.units import PAGE_SHIFT
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, Param, Scenario
 from qemu_shim.guest.dmatest import Result
-from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Scenario
 from qemu_shim.scenarios.series.dmatest import TEST_PARAMS, dmatest_params, run_threads, tell
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
 NOTE = "RFC 00/42: About device which partially supports IOPF"
-HOTPLUGGED, HOTPLUGGED_GPA = 7, 0x1_8000_0000
+HOTPLUGGED_GPA = 0x1_8000_0000
 
 
 @dataclass(slots=True)
 class _Churned:
     """A channel before each of whose transfers the host does something to the memory it is about."""
 
-    guest: Machine
-    queue: IdxdWorkQueue
+    guest: Guest
     bitmap: int  # of our process, for the dirty log
     done: Counter[str] = field(default_factory=Counter)
     logged: int = 0  # how often the log had the record's page
     turn: int = 0
 
+    @property
+    def records(self) -> int:
+        return self.guest.devices[0].records
+
     async def memmove(self, dst: int, src: int, size: int) -> CompletionRecord:
         await self._churn([dst, src], size)
-        return await self.queue.memmove(dst, src, size)
+        return await self.guest.queue.memmove(dst, src, size)
 
     async def fill(self, dst: int, pattern: int, size: int) -> CompletionRecord:
         await self._churn([dst], size)
-        return await self.queue.fill(dst, pattern, size)
+        return await self.guest.queue.fill(dst, pattern, size)
 
     async def _churn(self, buffers: list[int], size: int) -> None:
         name, act = list(_ACTS.items())[self.turn % len(_ACTS)]
@@ -54,125 +52,107 @@ class _Churned:
         pages = {gpa >> PAGE_SHIFT for at in buffers for gpa in range(at, at + size, PAGE_SIZE)}
         for page in sorted(pages | {(at + size - 1) >> PAGE_SHIFT for at in buffers}):
             if name != "drop":  # what is dropped is lost: no buffer
-                await act(self, self.guest.hva_of(page << PAGE_SHIFT))
-        await act(self, self.guest.hva_of(self.queue.record_page))
+                await act(self, page << PAGE_SHIFT)
+        await act(self, self.records)
         self.done[name] += 1
 
-    async def log(self, hva: int) -> None:
+    async def log(self, gpa: int) -> None:
         """GET what was written; only the page of records is looked for."""
-        ram = self.guest.slots[0]
-        await self.guest.vm.get_dirty_log(ram.slot, self.bitmap)
-        page = (self.queue.record_page - ram.gpa) >> PAGE_SHIFT
-        (byte,) = await self.guest.process.read(self.bitmap + page // 8, 1)
-        self.logged += hva == self.guest.hva_of(self.queue.record_page) and byte >> page % 8 & 1
+        machine = self.guest.machine
+        ram = machine.slots[0]
+        await machine.vm.get_dirty_log(ram.slot, self.bitmap)
+        page = (self.records - ram.gpa) >> PAGE_SHIFT
+        (byte,) = await machine.process.read(self.bitmap + page // 8, 1)
+        self.logged += gpa == self.records and byte >> page % 8 & 1
 
-
-def _host(action: str) -> Callable[[_Churned, int], Awaitable[object]]:
-    return lambda churned, hva: churned.guest.process.host_action(action, hva, PAGE_SIZE)
+    async def drop(self, gpa: int) -> None:
+        """As any process may, whatever a VMM would refuse."""
+        await self.guest.machine.process.madvise_dontneed(self.guest.machine.hva_of(gpa), PAGE_SIZE)
 
 
 _ACTS: dict[str, Callable[[_Churned, int], Awaitable[object]]] = {
-    "migrate": _host("migrate"),
-    "swap": _host("swap_out"),
-    "drop": lambda churned, hva: churned.guest.process.madvise_dontneed(hva, PAGE_SIZE),
-    "hint": _host("numa_hint"),
-    "age": _host("age"),
+    "migrate": lambda churned, gpa: churned.guest.migrate(gpa),
+    "swap": lambda churned, gpa: churned.guest.swap_out(gpa),
+    "drop": _Churned.drop,
+    "hint": lambda churned, gpa: churned.guest.numa_hint(gpa),
+    "age": lambda churned, gpa: churned.guest.age(gpa),
     "log": _Churned.log,
 }
 
 
-async def _leg(
-    guest: Machine, queue: IdxdWorkQueue, params: Mapping[str, int]
-) -> tuple[list[Result], _Churned]:
+async def _leg(guest: Guest, params: Mapping[str, int]) -> tuple[list[Result], _Churned]:
     """dmatest with the host busy and the dirty log on."""
-    ram = guest.slots[0]
-    bitmap = await guest.process.mmap(max(ram.size >> PAGE_SHIFT + 3, PAGE_SIZE))
-    churned = _Churned(guest, queue, bitmap)
-    await queue.enable()
+    vm, ram = guest.machine.vm, guest.machine.slots[0]
+    churned = _Churned(guest, await guest.machine.process.mmap(max(ram.size >> PAGE_SHIFT + 3, PAGE_SIZE)))
     flags = names.KVM_MEM_LOG_DIRTY_PAGES
-    await guest.vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva, flags)
+    await vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva, flags)
     results = await run_threads(guest, [churned], dmatest_params(params))
-    await guest.vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva)
-    await queue.disable()
+    await vm.set_user_memory_region(ram.slot, ram.gpa, ram.size, ram.hva)
     return results, churned
 
 
+async def _pinned_pages(guest: Guest) -> int:
+    return (await guest.inspect())["stats"]["pinned_pages"]  # type: ignore[no-any-return]
+
+
 async def play_partial(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    async with machine(host, MachineConfig(ram_bytes=params["ram_mib"] * MIB)) as guest:
-        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
-        start = await snapshot(host)
-        unpinned, _ = await _leg(guest, queue, params)
-        before = await snapshot(host)
-        await guest.device.pin(queue.record_page, PAGE_SIZE)
-        pinned = (await snapshot(host)).raw["vm.pinned_pages"]
-        results, churned = await _leg(guest, queue, params)
-        after = await snapshot(host)
-        await check_system(host, report)
-        await guest.device.unpin(queue.record_page, PAGE_SIZE)
-    _tell_churn(report, results, churned)
-    lost = before.since(start).records_lost, after.since(before).records_lost
+    size = ctx.params["ram_mib"] * MIB
+    guest = await ctx.boot(ram_bytes=size)
+    (device,) = guest.devices
+    async with ctx.counted() as without:
+        unpinned, _ = await _leg(guest, ctx.params)
+    async with ctx.counted() as cost:
+        await device.plugged.vfio.pin(device.records, PAGE_SIZE)
+        pinned = await _pinned_pages(guest)
+        results, churned = await _leg(guest, ctx.params)
+    await device.plugged.vfio.unpin(device.records, PAGE_SIZE)
+    _tell_churn(ctx, results, churned)
+    lost = without.records_lost, cost.records_lost
     failed = sum(result.failures for result in unpinned)
-    report.lines.append(f"without a pin {lost[0]} completion records are lost, with one {lost[1]}")
-    report.rows += [
-        ("records lost without / with the pin", f"{lost[0]} / {lost[1]}"),
-        ("pages pinned of guest pages", f"{pinned} of {params['ram_mib'] * MIB >> PAGE_SHIFT}"),
-    ]
-    fill_table(report, before, after)
-    report.figures |= {
+    ctx.say(f"without a pin {lost[0]} completion records are lost, with one {lost[1]}")
+    ctx.row("records lost without / with the pin", f"{lost[0]} / {lost[1]}")
+    ctx.row("pages pinned of guest pages", f"{pinned} of {size >> PAGE_SHIFT}")
+    ctx.figures |= {
         "records_lost_unpinned": lost[0],
         "records_lost_pinned": lost[1],
         "pinned_pages": pinned,
     }
-    report.expect(
-        lost[0] > 0 and failed > 0, "no record was lost without the pin: the device asks for its page"
-    )
-    report.expect(lost[1] == 0, f"{lost[1]} completion records were lost though their page is pinned")
-    report.expect(pinned == 1, f"{pinned} pages pinned for one page of records")
-    report.expect(report.figures["io_faults"] > 0, "the device's data was never absent")
+    ctx.expect(lost[0] > 0 and failed > 0, "no record was lost without the pin: the device asks for its page")
+    ctx.expect_equal(lost[1], 0, "completion records lost though their page is pinned")
+    ctx.expect_equal(pinned, 1, "pages pinned for one page of records")
+    ctx.expect(cost.io_faults > 0, "the device's data was never absent")
 
 
 async def play_pinned(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    size = params["ram_mib"] * MIB
-    async with machine(host, MachineConfig(ram_bytes=size, pinned=True)) as guest:
-        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
-        before = await snapshot(host)
-        results, churned = await _leg(guest, queue, params)
-        plugged = await guest.add_slot(HOTPLUGGED, HOTPLUGGED_GPA, MIB)
-        with_more = await snapshot(host)
-        await queue.enable()
-        filled = await queue.fill(plugged.gpa, 0, PAGE_SIZE)
-        await queue.disable()
-        await guest.vm.set_user_memory_region(HOTPLUGGED, 0, 0, 0)
-        after = await snapshot(host)
-        await check_system(host, report)
-        await guest.device.detach()
-        detached = await snapshot(host)
-    _tell_churn(report, results, churned)
-    pinned = [seen.raw["vm.pinned_pages"] for seen in (before, with_more, after, detached)]
-    report.lines.append(f"pinned: {pinned[0]} pages, {pinned[1]} with a slot more, {pinned[3]} when detached")
-    report.rows += [
-        ("pages pinned / mapped on demand", f"{pinned[0]} / {after.since(before).pages_mapped_io}"),
-        ("records lost", f"{after.since(before).records_lost}"),
-    ]
-    fill_table(report, before, after)
-    report.figures |= {"pinned_pages": pinned[0], "records_lost_pinned": after.since(before).records_lost}
+    size = ctx.params["ram_mib"] * MIB
+    guest = await ctx.boot(ram_bytes=size, pinned=True)
+    pinned = [await _pinned_pages(guest)]
+    async with ctx.counted() as cost:
+        results, churned = await _leg(guest, ctx.params)
+        plugged = await guest.add_slot(MIB, HOTPLUGGED_GPA)
+        pinned.append(await _pinned_pages(guest))
+        await guest.fill(plugged.gpa)
+        await guest.remove_slot(plugged)
+        pinned.append(await _pinned_pages(guest))
+    await guest.unplug(guest.devices[0])
+    pinned.append(await _pinned_pages(guest))
+    _tell_churn(ctx, results, churned)
+    ctx.say(f"pinned: {pinned[0]} pages, {pinned[1]} with a slot more, {pinned[3]} when detached")
+    ctx.row("pages pinned / mapped on demand", f"{pinned[0]} / {cost.pages_mapped_io}")
+    ctx.row("records lost", cost.records_lost)
+    ctx.figures |= {"pinned_pages": pinned[0], "records_lost_pinned": cost.records_lost}
     pages = size >> PAGE_SHIFT
-    report.expect(
-        pinned == [pages, pages + (MIB >> PAGE_SHIFT), pages, 0],
-        f"pages pinned one after the other: {pinned}",
+    ctx.expect_equal(
+        pinned, [pages, pages + (MIB >> PAGE_SHIFT), pages, 0], "pages pinned, one after the other"
     )
-    report.expect(filled.status.name == "SUCCESS", f"a page plugged later: {filled.status.name}")
-    report.expect(report.figures["io_faults"] == 0, "a device without page requests asked for a page")
+    ctx.expect_equal(cost.io_faults, 0, "page requests of a device that has none")
 
 
-def _tell_churn(report: Report, results: list[Result], churned: _Churned) -> None:
-    tell(report, results)
-    report.figures["host_actions"] = dict(churned.done)
-    report.rows.append(("host actions", ", ".join(f"{n} {name}" for name, n in churned.done.items())))
-    logs = churned.done["log"]
-    report.expect(churned.logged == logs, f"the pinned page was dirty in {churned.logged} of {logs} logs")
+def _tell_churn(ctx: Context, results: list[Result], churned: _Churned) -> None:
+    tell(ctx, results)
+    ctx.figures["host_actions"] = dict(churned.done)
+    ctx.row("host actions", ", ".join(f"{n} {name}" for name, n in churned.done.items()))
+    ctx.expect_equal(churned.logged, churned.done["log"], "logs in which the pinned page was dirty")
 
 
 _PARAMS = {
@@ -192,7 +172,7 @@ PARTIAL_IOPF = Scenario(
         "device_sim": ("--fault-capability", "partial"),
         "iommufdd": ("--fault-policy", "trust"),  # the driver that pins on demand vouches for it
     },
-    designs=(SHARED.name,),
+    designs=("shared",),
 )
 PINNED = Scenario(
     name="pinned",
@@ -201,5 +181,5 @@ PINNED = Scenario(
     play=play_pinned,
     params=_PARAMS,
     options={"device_sim": ("--fault-capability", "none")},
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

@@ -13,16 +13,9 @@ from dataclasses import dataclass, field
 import trio
 
 from protocol.hw.dsa import Status
-from protocol.units import GIB, MIB, PAGE_SIZE
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
 from qemu_shim.guest.dmatest import source_pattern
-from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.measure import Report, check_system, fill_table, snapshot
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.vmm.designs import SHARED, RamSlot
-from qemu_shim.vmm.machine import Machine, MachineConfig, machine
 
-SLOT = 7
 SLOT_GPA = 0x1_8000_0000
 ZEROES = bytes(PAGE_SIZE)
 
@@ -31,8 +24,8 @@ ZEROES = bytes(PAGE_SIZE)
 class _Story:
     """Shared by the copying tasks and the host's rounds."""
 
-    machine: Machine
-    queue: IdxdWorkQueue
+    ctx: Context
+    guest: Guest
     slot: RamSlot
     pages: int
     expected: bytes
@@ -41,7 +34,6 @@ class _Story:
     removals: int = 0  # a copy may begin before one and be told of its failure after it
     copies: Counter[Status] = field(default_factory=Counter)
     copied: trio.Event = field(default_factory=trio.Event)  # the next success
-    unexpected: list[str] = field(default_factory=list)
 
     def src(self, page: int) -> int:
         return self.slot.gpa + page * PAGE_SIZE
@@ -51,41 +43,31 @@ class _Story:
 
 
 async def play(ctx: Context) -> None:
-    host, params, report = ctx.host, ctx.params, ctx.report
-    pages, rounds = params["pages"], params["rounds"]
-    async with machine(host, MachineConfig(ram_bytes=GIB)) as guest:
-        slot = await guest.add_slot(SLOT, SLOT_GPA, max(2 * pages * PAGE_SIZE, MIB))
-        queue = IdxdWorkQueue(guest.portal, guest.memory, block_on_fault=True)
-        await queue.enable()
-        story = _Story(guest, queue, slot, pages, source_pattern(PAGE_SIZE))
-        for page in range(pages):
-            await guest.memory.write(story.src(page), story.expected)
-        before = await snapshot(host)
+    params, pages, rounds = ctx.params, ctx.params["pages"], ctx.params["rounds"]
+    guest = await ctx.boot()
+    slot = await guest.add_slot(max(2 * pages * PAGE_SIZE, MIB), SLOT_GPA)
+    story = _Story(ctx, guest, slot, pages, source_pattern(PAGE_SIZE))
+    for page in range(pages):
+        await guest.write(story.src(page), story.expected)
+    async with ctx.counted() as cost:
         async with trio.open_nursery() as nursery:
             for worker in range(params["workers"]):
                 nursery.start_soon(_copy_all_the_time, story, worker, params["workers"])
             for number in range(rounds):
                 await _take_away(story, number)
             story.running = False
-        await _verify(story, report)
-        await guest.portal.drain()
-        after = await snapshot(host)
-        await check_system(host, report)
-    report.problems += story.unexpected
-    stale = after.since(before).stale_accesses
-    report.expect(story.copies[Status.SUCCESS] >= rounds, "no copy succeeded between two rounds")
-    report.expect(stale == 0, f"I6: {stale} stale accesses")
-    report.lines.append(f"{rounds} rounds of migrate, DONTNEED, slot delete and re-add under DMA")
-    report.figures |= {
+        await _verify(story)
+    copies, stale = story.copies, cost.stale_accesses
+    ctx.expect(copies[Status.SUCCESS] >= rounds, "no copy succeeded between two rounds")
+    ctx.expect_equal(stale, 0, "I6: stale accesses")
+    ctx.say(f"{rounds} rounds of migrate, DONTNEED, slot delete and re-add under DMA")
+    ctx.figures |= {
         "rounds": rounds,
-        "copies": {status.name: count for status, count in story.copies.items()},
+        "copies": {status.name: count for status, count in copies.items()},
         "stale_accesses": stale,
     }
-    report.rows += [
-        ("copies done / refused", f"{story.copies[Status.SUCCESS]} / {story.copies[Status.PAGE_FAULT_IR]}"),
-        ("frames touched after given up", f"{stale}"),
-    ]
-    fill_table(report, before, after)
+    ctx.row("copies done / refused", f"{copies[Status.SUCCESS]} / {copies[Status.PAGE_FAULT_IR]}")
+    ctx.row("frames touched after given up", stale)
 
 
 async def _copy_all_the_time(story: _Story, worker: int, workers: int) -> None:
@@ -93,14 +75,14 @@ async def _copy_all_the_time(story: _Story, worker: int, workers: int) -> None:
     while story.running:
         for page in range(worker, story.pages, workers):
             could_fail, before = story.removed, story.removals
-            record = await story.queue.memmove(story.dst(page), story.src(page), PAGE_SIZE)
+            record = await story.guest.queue.memmove(story.dst(page), story.src(page), PAGE_SIZE)
             story.copies[record.status] += 1
             if record.status is Status.SUCCESS:
                 story.copied.set()
                 story.copied = trio.Event()
             allowed = record.status is Status.PAGE_FAULT_IR and (could_fail or story.removals != before)
-            if record.status is not Status.SUCCESS and not allowed:
-                story.unexpected.append(f"copy of page {page}: {record.status.name} with the slot in place")
+            fine = record.status is Status.SUCCESS or allowed
+            story.ctx.expect(fine, f"copy of page {page}: {record.status.name} with the slot in place")
             if not story.running:
                 break
         await trio.lowlevel.checkpoint()
@@ -108,30 +90,29 @@ async def _copy_all_the_time(story: _Story, worker: int, workers: int) -> None:
 
 async def _take_away(story: _Story, number: int) -> None:
     """One round of the host's."""
-    guest, slot, size = story.machine, story.slot, 2 * story.pages * PAGE_SIZE
-    await guest.process.move_pages(slot.hva, size)
-    await guest.process.madvise_dontneed(slot.hva + story.pages * PAGE_SIZE, story.pages * PAGE_SIZE)
+    guest, slot, half = story.guest, story.slot, story.pages * PAGE_SIZE
+    await guest.migrate(slot.gpa, 2 * half)
+    await guest.discard(slot.gpa + half, half)
     story.removed = True
     story.removals += 1
-    await guest.vm.set_user_memory_region(SLOT, 0, 0, 0)
+    await guest.machine.vm.set_user_memory_region(slot.slot, 0, 0, 0)  # and its memory stays
     await trio.sleep(0.001 * (number % 3))
-    await guest.vm.set_user_memory_region(SLOT, slot.gpa, slot.size, slot.hva)
-    await guest.portal.drain()
+    await guest.machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva)
+    await guest.machine.portal.drain()
     story.removed = False
     # The next round takes away pages that are in use again.
     await story.copied.wait()
 
 
-async def _verify(story: _Story, report: Report) -> None:
+async def _verify(story: _Story) -> None:
     """Sources kept their bytes through every migration; destinations hold a copy, or zeroes since the last
     drop.
     """
-    guest = story.machine
     for page in range(story.pages):
-        source = await guest.memory.read(story.src(page), PAGE_SIZE)
-        report.expect(source == story.expected, f"source page {page} lost its contents")
-        target = await guest.memory.read(story.dst(page), PAGE_SIZE)
-        report.expect(target in (story.expected, ZEROES), f"destination page {page} holds foreign bytes")
+        story.ctx.expect_equal(await story.guest.read(story.src(page)), story.expected, f"source page {page}")
+        target = await story.guest.read(story.dst(page))
+        held = target in (story.expected, ZEROES)
+        story.ctx.expect(held, f"destination page {page} holds foreign bytes")
 
 
 SCENARIO = Scenario(
@@ -144,5 +125,5 @@ SCENARIO = Scenario(
         "rounds": Param(20, 1, 100_000, "rounds of taking away"),
         "workers": Param(4, 1, 16, "copies in flight"),
     },
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

@@ -9,104 +9,88 @@ from __future__ import annotations
 
 from protocol.hw.dsa import Status
 from protocol.pt import bits
-from protocol.units import GIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.scenario import Param, Scenario
-from qemu_shim.scenarios.series.stage import FILLED, Stage, staged
-from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.machine import MachineConfig
+from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
+from qemu_shim.scenarios.series.common import FILLED, PATTERN, status_of
 
 
 async def play(ctx: Context) -> None:
-    params, report = ctx.params, ctx.report
-    tries = params["tries"]
-    async with staged(ctx, MachineConfig(ram_bytes=GIB)) as stage:
-        guest = stage.guest
-        tracked, target = guest.memory.allocate(2), guest.memory.allocate(1)
-        await guest.memory.write(tracked, bytes(2 * PAGE_SIZE))
-        stage.report.expect_equal(await stage.fill(tracked), Status.SUCCESS, "DMA write before")
-        await guest.vm.page_track_add(tracked)
-        stores = await _store(stage, tracked, tries)
-        reads = await _read(stage, tracked, target)
-        refused = await _write(stage, tracked, tries)
-        stage.report.expect_equal(
-            await stage.fill(tracked + PAGE_SIZE), Status.SUCCESS, "DMA write to its neighbour"
-        )
-        await guest.vm.page_track_remove(tracked)
-        await _untracked(stage, tracked)
-    report.figures |= {"tries": tries, "stores_emulated": stores, "requests_of_reads": reads} | refused
-    report.rows += [
-        ("stores of a vCPU / emulated", f"{tries} / {stores}"),
-        ("DMA writes / refused", f"{2 * tries} / {refused['dma_refused']}"),
-        ("page requests, faults in KVM for them", f"{refused['requests']}, {refused['io_faults']}"),
-    ]
+    tries = ctx.params["tries"]
+    guest = await ctx.boot(records_present=True)
+    tracked, neighbour, target = guest.pages(3)
+    await guest.write(tracked, bytes(2 * PAGE_SIZE))
+    await guest.fill(tracked, pattern=PATTERN)
+    await guest.machine.vm.page_track_add(tracked)
+    stores = await _store(ctx, guest, tracked, tries)
+    reads = await _read(ctx, guest, tracked, target)
+    refused = await _write(ctx, guest, tracked, tries)
+    await guest.fill(neighbour, pattern=PATTERN)
+    await guest.machine.vm.page_track_remove(tracked)
+    await _untracked(ctx, guest, tracked)
+    ctx.figures |= {"tries": tries, "stores_emulated": stores, "requests_of_reads": reads} | refused
+    ctx.row("stores of a vCPU / emulated", f"{tries} / {stores}")
+    ctx.row("DMA writes / refused", f"{2 * tries} / {refused['dma_refused']}")
+    ctx.row("page requests, faults in KVM for them", f"{refused['requests']}, {refused['io_faults']}")
 
 
-async def _store(stage: Stage, gpa: int, tries: int) -> int:
+async def _store(ctx: Context, guest: Guest, gpa: int, tries: int) -> int:
     """Each store of the CPU is emulated and the entry stays as it is."""
-    async with stage.counted() as cost:
+    async with ctx.counted() as cost:
         for n in range(tries):
-            await stage.guest.memory.write(gpa + 8 * n, n.to_bytes(8, "little"))
-            await _read_only(stage, gpa)
-    stage.report.expect_equal(cost.stores_emulated, tries, "stores emulated")
+            await guest.write(gpa + 8 * n, n.to_bytes(8, "little"))
+            await _read_only(ctx, guest, gpa)
+    ctx.expect_equal(cost.stores_emulated, tries, "stores emulated")
     for n in range(tries):
-        word = await stage.guest.memory.read(gpa + 8 * n, 8)
-        stage.report.expect_equal(int.from_bytes(word, "little"), n, f"the store at {8 * n}")
+        word = await guest.read(gpa + 8 * n, 8)
+        ctx.expect_equal(int.from_bytes(word, "little"), n, f"the store at {8 * n}")
     return cost.stores_emulated
 
 
-async def _read(stage: Stage, gpa: int, target: int) -> int:
+async def _read(ctx: Context, guest: Guest, gpa: int, target: int) -> int:
     """The device reads what the CPU wrote; its page requests, but for the one for the target."""
-    async with stage.counted() as cost:
-        stage.report.expect_equal(await stage.copy(target, gpa), Status.SUCCESS, "DMA read")
-    wanted = await stage.guest.memory.read(gpa, PAGE_SIZE)
-    stage.report.expect_equal(
-        await stage.guest.memory.read(target, PAGE_SIZE), wanted, "what the device read"
-    )
+    async with ctx.counted() as cost:
+        await guest.copy(target, gpa)
+    ctx.expect_equal(await guest.read(target), await guest.read(gpa), "what the device read")
     return cost.io_faults - 1
 
 
-async def _write(stage: Stage, gpa: int, tries: int) -> dict[str, int]:
+async def _write(ctx: Context, guest: Guest, gpa: int, tries: int) -> dict[str, int]:
     """Writes, and copies of the page onto itself, which read it as well: none gets anywhere, none loops."""
-    before = await stage.guest.memory.read(gpa, PAGE_SIZE)
+    before = await guest.read(gpa)
     statuses = []
-    async with stage.counted() as cost:
+    async with ctx.counted() as cost:
         for _ in range(tries):
-            statuses += [await stage.fill(gpa), await stage.copy(gpa + 8, gpa, 64)]
-            await _read_only(stage, gpa)
-    stage.report.expect_equal(set(statuses), {Status.PAGE_FAULT_IR}, "DMA writes")
-    stage.report.expect_equal(
-        await stage.guest.memory.read(gpa, PAGE_SIZE), before, "the page after DMA writes"
-    )
+            for write in (guest.fill(gpa, pattern=PATTERN), guest.copy(gpa + 8, gpa, 64)):
+                statuses.append(await status_of(write))
+            await _read_only(ctx, guest, gpa)
+    ctx.expect_equal(set(statuses), {Status.PAGE_FAULT_IR}, "DMA writes")
+    ctx.expect_equal(await guest.read(gpa), before, "the page after DMA writes")
     found = {
         "dma_refused": statuses.count(Status.PAGE_FAULT_IR),
         "requests": cost.io_faults,
         "io_faults": cost.io_faults_refused,
     }
     for name, count in found.items():
-        stage.report.expect_equal(count, 2 * tries, f"{name} for {2 * tries} DMA writes")
-    stage.report.expect_equal((cost.pages_mapped_io, cost.fault_retries), (0, 0), "pages mapped, retries")
+        ctx.expect_equal(count, 2 * tries, f"{name} for {2 * tries} DMA writes")
+    ctx.expect_equal((cost.pages_mapped_io, cost.fault_retries), (0, 0), "pages mapped, retries")
     return found
 
 
-async def _read_only(stage: Stage, gpa: int) -> None:
+async def _read_only(ctx: Context, guest: Guest, gpa: int) -> None:
     """No walker finds W."""
-    found = await stage.walks(gpa)
+    found = await guest.inspect_gpa(gpa)
     for walker in ("cpu", "unit"):
         _, _, _, rights, *_ = found[walker]
-        stage.report.expect(not rights & bits.WRITE, f"a tracked page is writable for the {walker}")
+        ctx.expect(not rights & bits.WRITE, f"a tracked page is writable for the {walker}")
 
 
-async def _untracked(stage: Stage, gpa: int) -> None:
+async def _untracked(ctx: Context, guest: Guest, gpa: int) -> None:
     """Both write again; the entry is made writable by whoever comes first."""
-    async with stage.counted() as cost:
-        stage.report.expect_equal(await stage.fill(gpa), Status.SUCCESS, "DMA write once untracked")
-        stage.report.expect_equal(
-            await stage.guest.memory.read(gpa, PAGE_SIZE), FILLED, "what the device wrote"
-        )
-        await stage.guest.memory.write(gpa, b"cpu")
-    stage.report.expect_equal((cost.io_faults, cost.stores_emulated), (1, 0), "requests, emulated stores")
-    stage.report.expect_equal(await stage.guest.memory.read(gpa, 3), b"cpu", "what the CPU wrote")
+    async with ctx.counted() as cost:
+        await guest.fill(gpa, pattern=PATTERN)
+        ctx.expect_equal(await guest.read(gpa), FILLED, "what the device wrote")
+        await guest.write(gpa, b"cpu")
+    ctx.expect_equal((cost.io_faults, cost.stores_emulated), (1, 0), "requests, emulated stores")
+    ctx.expect_equal(await guest.read(gpa, 3), b"cpu", "what the CPU wrote")
 
 
 SCENARIO = Scenario(
@@ -115,5 +99,5 @@ SCENARIO = Scenario(
     tags=("KVM page write-tracking", "RFC-73"),
     play=play,
     params={"tries": Param(8, 1, 256, "stores of the vCPU, and DMA writes of two kinds")},
-    designs=(SHARED.name,),
+    designs=("shared",),
 )

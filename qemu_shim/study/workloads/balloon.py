@@ -37,10 +37,10 @@ async def play(ctx: Context) -> None:
 
 
 async def _inflate(ctx: Context, guest: Guest, contents: Contents, taken: list[int]) -> bool:
-    given = await ctx.offered(guest.machine.discard(taken[0], len(taken) * PAGE_SIZE))
+    given = await ctx.offered(guest.discard(taken[0], len(taken) * PAGE_SIZE))
     if given:
         contents.zeroed(taken)
-    left = await guest.machine.process.resident_pages(guest.machine.hva_of(taken[0]), len(taken) * PAGE_SIZE)
+    left = await guest.resident_pages(taken[0], len(taken) * PAGE_SIZE)
     ctx.expect(left == (0 if given else len(taken)), f"{left} of {len(taken)} pages are still there")
     return given
 

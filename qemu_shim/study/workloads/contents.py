@@ -38,7 +38,7 @@ class Contents:
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
-            await self._guest.machine.cpu.access([(gpa, _page_of(self.words[gpa])) for gpa in some])
+            await self._guest.cpus[0].access([(gpa, _page_of(self.words[gpa])) for gpa in some])
 
     async def device_writes(self, gpas: Sequence[int]) -> None:
         await self._after_the_cpu()
@@ -51,7 +51,7 @@ class Contents:
         self._cpu_was_last = True
         for at in range(0, len(gpas), _BATCH):
             some = gpas[at : at + _BATCH]
-            found = await self._guest.machine.cpu.access([(gpa, PAGE_SIZE) for gpa in some])
+            found = await self._guest.cpus[0].access([(gpa, PAGE_SIZE) for gpa in some])
             for gpa, data in zip(some, found, strict=True):
                 self._ctx.expect(
                     data == _page_of(self.words[gpa]),

@@ -9,18 +9,12 @@ share the rest: when they have more than its limit it ages everything and swaps 
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import trio
-
-from protocol.errors import UapiError
 from protocol.units import TIB, align_up
-from qemu_shim.api import MIB, PAGE_SIZE, Context
-from qemu_shim.scenarios.recorder import PATIENCE_S, QUIET_POLL_S, NeverQuiet
-from qemu_shim.vmm.machine import Host
-from qemu_shim.vmm.process import Process
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, UapiError
 
 OPTIONS = {"kvmd": ("--ram", "1G")}  # of daemons whose host is quickly crowded
 HUGE = 2 * MIB
@@ -30,68 +24,64 @@ MORE_THAN_THERE_IS = 32 * TIB
 @asynccontextmanager
 async def crowded(ctx: Context, free_pages: int) -> AsyncIterator[None]:
     """Meanwhile the host has `free_pages` pages for everybody else."""
-    await _nothing_taken(ctx.host)
+
+    async def nothing_taken() -> bool:  # a process of an earlier run may still be on its way out
+        return not (await ctx.host.kvmd.stats())["frames"]
+
+    await ctx.until("the host's memory is free: whoever crowds a host must be the first", nothing_taken)
     neighbour = await ctx.host.kvmd.start_process()
     try:
-        await _take_all_but(neighbour, free_pages)
+        # In huge pages until the host has no more, and then back what must be free.
+        at, taken = await neighbour.mmap(MORE_THAN_THERE_IS, page_size=HUGE), 0
+        while await _had(neighbour.write(at + taken, b"\1")):
+            taken += HUGE
+        free = free_pages * PAGE_SIZE
+        back = align_up(free, HUGE)
+        await neighbour.munmap(at + taken - back, back)
+        if back > free:
+            small = await neighbour.mmap(back - free)
+            for start in range(0, back - free, MIB):
+                await neighbour.write(small + start, bytes(min(MIB, back - free - start)))
         ctx.elsewhere((await ctx.host.kvmd.stats())["frames"])
         yield
     finally:
         neighbour.close()
 
 
-async def _take_all_but(neighbour: Process, free_pages: int) -> None:
-    """In huge pages until the host has no more, and then back what must be free."""
-    at, taken = await neighbour.mmap(MORE_THAN_THERE_IS, page_size=HUGE), 0
+async def _had(memory: Awaitable[object]) -> bool:
+    """Whether the host had it."""
     try:
-        while True:
-            await neighbour.write(at + taken, b"\1")
-            taken += HUGE
+        await memory
     except UapiError as error:
         if error.errno != errno.ENOMEM:
             raise
-    free = free_pages * PAGE_SIZE
-    back = align_up(free, HUGE)
-    await neighbour.munmap(at + taken - back, back)
-    if back > free:
-        small = await neighbour.mmap(back - free)
-        for start in range(0, back - free, MIB):
-            await neighbour.write(small + start, bytes(min(MIB, back - free - start)))
-
-
-async def _nothing_taken(host: Host) -> None:
-    """A process of an earlier run may still be on its way out."""
-    with trio.move_on_after(PATIENCE_S):
-        while True:
-            if not (await host.kvmd.stats())["frames"]:
-                return
-            await trio.sleep(QUIET_POLL_S)
-    raise NeverQuiet("the host's memory is in use: whoever crowds a host must be the first")
+        return False
+    return True
 
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """Memory that is aged and swapped out as one; `used`: the last scan that found it used."""
+    """Memory of a guest that is aged and swapped out as one; `used`: the last scan that found it used."""
 
-    process: Process
-    hva: int
+    guest: Guest
+    gpa: int
     size: int
     used: int = 0
 
     async def resident(self) -> int:
-        return await self.process.resident_pages(self.hva, self.size)
+        return await self.guest.resident_pages(self.gpa, self.size)
 
     async def age(self, now: int) -> None:
-        if await self.process.host_action("age", self.hva, self.size):
+        if await self.guest.age(self.gpa, self.size):
             self.used = now
 
     async def swap_out(self) -> None:
-        await self.process.host_action("swap_out", self.hva, self.size)
+        await self.guest.swap_out(self.gpa, self.size)
 
 
-def chunks(process: Process, hva: int, size: int, chunk_pages: int) -> list[Chunk]:
+def chunks(guest: Guest, gpa: int, size: int, chunk_pages: int) -> list[Chunk]:
     step = chunk_pages * PAGE_SIZE
-    return [Chunk(process, at, min(step, hva + size - at)) for at in range(hva, hva + size, step)]
+    return [Chunk(guest, at, min(step, gpa + size - at)) for at in range(gpa, gpa + size, step)]
 
 
 class Reclaim:

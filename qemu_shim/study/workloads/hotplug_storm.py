@@ -11,13 +11,11 @@ The rounds are played in order, so that they can be counted; after the last samp
 
 from __future__ import annotations
 
-from protocol.hw.dsa import Status
 from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.storm import under_dma
 
-KEPT, KEPT_GPA = 7, 0x1_8000_0000
-PLUGGED, PLUGGED_GPA = 8, 0x2_0000_0000
+KEPT_GPA, PLUGGED_GPA = 0x1_8000_0000, 0x2_0000_0000
 
 
 def _pages(slot: RamSlot) -> list[int]:
@@ -26,7 +24,7 @@ def _pages(slot: RamSlot) -> list[int]:
 
 async def play(ctx: Context) -> None:
     guest = await ctx.boot_for(0)
-    kept = _pages(await guest.machine.add_slot(KEPT, KEPT_GPA, ctx.params["kept"] * PAGE_SIZE))
+    kept = _pages(await guest.add_slot(ctx.params["kept"] * PAGE_SIZE, KEPT_GPA))
     contents = Contents(ctx, guest)
     await contents.device_writes(kept[:1])
     await ctx.step("first dma")
@@ -46,12 +44,11 @@ async def _round(ctx: Context, guest: Guest, contents: Contents, kept: list[int]
     await contents.device_writes(pages[len(pages) // 2 :])
     await _both_read(contents, pages, device_first=True)
     await ctx.step(f"plugged and used {number}")
-    await guest.machine.remove_slot(plugged)
+    await guest.remove_slot(plugged)
     await ctx.step(f"removed {number}")
     await _both_read(contents, kept, device_first=number % 2 == 1)
     await ctx.step(f"the other slot {number}")
-    status = (await guest.queue.fill(pages[0], 0, PAGE_SIZE)).status
-    ctx.expect(status is not Status.SUCCESS, f"round {number}: the device writes to memory that was removed")
+    await ctx.expect_dma_fault(f"round {number}: a write to memory that was removed", guest.fill(pages[0]))
     await ctx.step(f"dma to what was removed {number}")
 
 
@@ -62,7 +59,7 @@ async def _both_read(contents: Contents, pages: list[int], *, device_first: bool
 
 
 async def _plug(ctx: Context, guest: Guest) -> RamSlot:
-    return await guest.machine.add_slot(PLUGGED, PLUGGED_GPA, ctx.params["plugged"] * PAGE_SIZE)
+    return await guest.add_slot(ctx.params["plugged"] * PAGE_SIZE, PLUGGED_GPA)
 
 
 async def _storm(ctx: Context, guest: Guest, kept: list[int]) -> None:
@@ -70,7 +67,7 @@ async def _storm(ctx: Context, guest: Guest, kept: list[int]) -> None:
         for _ in range(ctx.params["storm"]):
             plugged = await _plug(ctx, guest)
             await guest.touch(_pages(plugged))
-            await guest.machine.remove_slot(plugged)
+            await guest.remove_slot(plugged)
 
     await under_dma(ctx, guest, kept, come_and_go)
 

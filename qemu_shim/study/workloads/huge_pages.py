@@ -30,8 +30,8 @@ async def play(ctx: Context) -> None:
     await ctx.step("first dma")
     contents = Contents(ctx, guest)
     slots = {}
-    for number, (page_size, gpa) in enumerate(SLOT_GPAS.items(), 7):
-        slots[page_size] = await guest.machine.add_slot(number, gpa, max(size, page_size), page_size)
+    for page_size, gpa in SLOT_GPAS.items():
+        slots[page_size] = await guest.add_slot(max(size, page_size), gpa, page_size)
         pages = list(range(gpa, gpa + size, PAGE_SIZE))
         await contents.cpu_writes(pages[: len(pages) // 2])
         await contents.device_writes(pages[len(pages) // 2 :])
@@ -64,7 +64,7 @@ async def _remade(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot)
 
 
 async def _collapse(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
-    call = guest.machine.process.host_action("collapse", slot.hva, slot.size)
+    call = guest.collapse(slot.gpa, slot.size)
     done = await ctx.allowed("collapse of guest memory", errno.EAGAIN, call)
     ctx.expect(done in (None, slot.size // HUGE), f"collapse: {done} huge pages")
     return done is not None
@@ -73,14 +73,14 @@ async def _collapse(ctx: Context, guest: Guest, contents: Contents, slot: RamSlo
 async def _nibble(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
     """One small page out of each huge one is given back: who maps the huge one must let go of that part."""
     for gpa in range(slot.gpa, slot.gpa + slot.size, HUGE):
-        if not await ctx.offered(guest.machine.discard(gpa + PART, PAGE_SIZE)):
+        if not await ctx.offered(guest.discard(gpa + PART, PAGE_SIZE)):
             return False
         contents.zeroed([gpa + PART])
     return True
 
 
 async def _split(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
-    done = await guest.machine.process.host_action("split", slot.hva, slot.size)
+    done = await guest.split(slot.gpa, slot.size)
     ctx.expect(done == slot.size // HUGE, f"split: {done} huge pages")
     return True
 
@@ -88,8 +88,8 @@ async def _split(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) 
 async def _storm(ctx: Context, guest: Guest, slot: RamSlot) -> None:
     async def put_together_and_take_apart() -> None:
         for _ in range(ctx.params["storm"]):
-            for action in ("collapse", "split"):
-                await guest.machine.process.host_action(action, slot.hva, slot.size)
+            await guest.collapse(slot.gpa, slot.size)
+            await guest.split(slot.gpa, slot.size)
 
     spread = range(slot.gpa, slot.gpa + slot.size, SPREAD)
     await under_dma(ctx, guest, spread, put_together_and_take_apart)

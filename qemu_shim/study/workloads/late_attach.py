@@ -8,18 +8,17 @@ memory is pinned the attach itself maps all of it.  The CPU reads last what the 
 
 from __future__ import annotations
 
-from qemu_shim.api import MIB, PAGE_SIZE, Context, Param, Scenario
+from qemu_shim.api import MIB, Context, Param, Scenario
 
 WORD_BYTES = 8
 
 
 async def play(ctx: Context) -> None:
-    bare = await ctx.boot_without_device(ram_bytes=ctx.params["ram_mib"] * MIB)
-    start = bare.memory.allocate(ctx.params["pages"])
-    pages = [start + n * PAGE_SIZE for n in range(ctx.params["pages"])]
-    await bare.memory.touch(pages)
+    guest = await ctx.boot_without_device(ram_bytes=ctx.params["ram_mib"] * MIB)
+    pages = guest.pages(ctx.params["pages"])
+    await guest.touch(pages)
     await ctx.step("cpu writes")
-    guest = await ctx.attach(bare)
+    await ctx.attach(guest)
     words = {gpa: ctx.chance.getrandbits(8 * WORD_BYTES) for gpa in pages}
     ctx.chance.shuffle(pages)
     await guest.fill(pages[0], pattern=words[pages[0]])
@@ -27,7 +26,7 @@ async def play(ctx: Context) -> None:
     for gpa in pages[1:]:
         await guest.fill(gpa, pattern=words[gpa])
     await ctx.step("dma to what the cpu wrote")
-    found = await bare.cpu.access([(gpa, WORD_BYTES) for gpa in pages])
+    found = await guest.cpus[0].access([(gpa, WORD_BYTES) for gpa in pages])
     for gpa, data in zip(pages, found, strict=True):
         equal = data == words[gpa].to_bytes(WORD_BYTES, "little")
         ctx.expect(equal, f"the CPU does not read {words[gpa]:#x} at gpa {gpa:#x} but {data.hex()}")

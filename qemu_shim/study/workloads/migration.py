@@ -15,14 +15,14 @@ from protocol.units import align_up
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Migrator, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 
-SLOT, SLOT_GPA = 7, 0x1_8000_0000
+SLOT_GPA = 0x1_8000_0000
 
 
 async def play(ctx: Context) -> None:
     page_size = 2 * MIB if ctx.params["huge"] else PAGE_SIZE
     size = align_up(ctx.params["pages"] * PAGE_SIZE, page_size)
     guest = await ctx.boot_for(0)
-    slot = await guest.machine.add_slot(SLOT, SLOT_GPA, size, page_size)
+    slot = await guest.add_slot(size, SLOT_GPA, page_size)
     pages = list(range(SLOT_GPA, SLOT_GPA + size, PAGE_SIZE))
     contents = Contents(ctx, guest)
     await contents.device_writes(pages[:1])
@@ -30,7 +30,7 @@ async def play(ctx: Context) -> None:
     await contents.cpu_writes(pages)
     await contents.device_writes(pages)  # what faults from here on is logging
     await ctx.step("both write everything")
-    migrator = await Migrator.start(guest.machine, slot, None)
+    migrator = await guest.log_dirty(slot)
     await migrator.send(range(migrator.pages))
     await ctx.step("logged, and all sent")
     for number in range(1, ctx.params["rounds"] + 1):

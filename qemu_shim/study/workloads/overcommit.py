@@ -7,8 +7,7 @@ design that pins, one VM comes up and the second does not.  Counts grow with `pa
 
 from __future__ import annotations
 
-from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
-from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES
+from qemu_shim.api import DRIVER_PAGES, KERNEL_BYTES, PAGE_SIZE, Context, Guest, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded
 
@@ -16,10 +15,10 @@ VMS = 2
 
 
 async def play(ctx: Context) -> None:
-    configs = [ctx.sized(ctx.params["pages"], devices=(n,)) for n in range(VMS)]
-    limit = configs[0].ram_bytes // PAGE_SIZE * ctx.params["room"] // 100
+    each = ctx.sized(ctx.params["pages"])
+    limit = each["ram_bytes"] // PAGE_SIZE * ctx.params["room"] // 100
     async with crowded(ctx, limit + ctx.params["window"] + VMS * DRIVER_PAGES):
-        await _take_turns(ctx, await ctx.boot_all(*configs), limit)
+        await _take_turns(ctx, await ctx.boot_all(*[each] * VMS), limit)
 
 
 async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
@@ -52,8 +51,8 @@ async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
 
 
 def _chunks(ctx: Context, guest: Guest) -> list[Chunk]:
-    (ram,) = guest.machine.slots
-    return chunks(guest.machine.process, ram.hva, ram.size, ctx.params["window"])
+    ram_bytes = ctx.sized(ctx.params["pages"])["ram_bytes"]
+    return chunks(guest, 0, ram_bytes, ctx.params["window"])
 
 
 def _windows(ctx: Context, pages: list[int]) -> list[list[int]]:

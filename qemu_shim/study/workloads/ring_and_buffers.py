@@ -58,24 +58,23 @@ class _Ring:
             ).to_bytes()
             for n, child in enumerate(children)
         )
-        await self.guest.machine.memory.write(self.ring[0], raw)
+        await self.guest.write(self.ring[0], raw)
         for first in range(0, len(children), BATCH):
             at, count = self.ring[0] + first * WORK_DESCRIPTOR_SIZE, min(BATCH, len(children) - first)
             record = await self.guest.queue.run(Opcode.BATCH, src=at, size=count)
             if record.status is not Status.SUCCESS:
-                raise DmaFailed(f"batch {first // BATCH}: {record.status.name} at {record.fault_addr:#x}")
+                raise DmaFailed(f"batch {first // BATCH}", record)
 
     async def check(self, ctx: Context, count: int) -> None:
         """The driver reads the records, and clears them."""
-        memory = self.guest.machine.memory
-        raw = await memory.read(self.completions[0], count * COMPLETION_SIZE)
+        raw = await self.guest.read(self.completions[0], count * COMPLETION_SIZE)
         for at in range(0, len(raw), COMPLETION_SIZE):
             record = CompletionRecord.from_bytes(raw[at : at + COMPLETION_SIZE])
             good = record.status is Status.SUCCESS and not record.result
             ctx.expect(
                 good, f"work descriptor {at // COMPLETION_SIZE}: {record.status.name}, result {record.result}"
             )
-        await memory.write(self.completions[0], bytes(len(raw)))
+        await self.guest.write(self.completions[0], bytes(len(raw)))
 
     def _record(self, number: int) -> int:
         return self.completions[0] + number * COMPLETION_SIZE

@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from protocol.errors import UapiError
-from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, UapiError
 
 WORKERS = 4
 
@@ -49,5 +48,5 @@ async def under_dma(
             ctx.expect(False, f"under DMA: {error}")
         over = True
     for gpa, word in words.items():
-        found = int.from_bytes(await guest.machine.memory.read(gpa, 8), "little")
+        found = int.from_bytes(await guest.read(gpa, 8), "little")
         ctx.expect(found == word, f"after DMA: the {word:#x} written to gpa {gpa:#x} is lost: {found:#x}")

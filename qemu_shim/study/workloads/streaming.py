@@ -8,8 +8,7 @@ start: the host has not got it.  Counts grow with `pages` and `sweeps`, ageing w
 
 from __future__ import annotations
 
-from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
-from qemu_shim.scenarios.context import DRIVER_PAGES
+from qemu_shim.api import DRIVER_PAGES, PAGE_SIZE, Context, Guest, Param, Scenario
 from qemu_shim.study.workloads.contents import Contents
 from qemu_shim.study.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded
 
@@ -24,7 +23,7 @@ async def _sweep_all(ctx: Context, guest: Guest, limit: int) -> None:
     pages, window = ctx.params["pages"], ctx.params["window"]
     every = guest.pages(pages)
     windows = [every[at : at + window] for at in range(0, pages, window)]
-    over = chunks(guest.machine.process, guest.machine.hva_of(every[0]), pages * PAGE_SIZE, window)
+    over = chunks(guest, every[0], pages * PAGE_SIZE, window)
     reclaim = Reclaim(ctx, over, limit)
     contents = Contents(ctx, guest)
     await contents.device_writes(every[:1])

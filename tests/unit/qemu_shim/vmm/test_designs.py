@@ -46,7 +46,7 @@ async def started(design: str, calls: Calls, *, pinned: bool = False) -> Machine
     config = MachineConfig(design=DESIGNS[design], pinned=pinned)
     nothing = cast(Any, None)
     bare = (nothing, config, held, held, nothing, [SLOT], nothing, nothing)
-    return Machine(*bare, container, held, HWPT_ID, [])
+    return Machine(*bare, [], container, held, HWPT_ID, [])
 
 
 @pytest.mark.parametrize(

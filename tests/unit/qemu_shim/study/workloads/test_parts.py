@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.units import PAGE_SIZE
-from qemu_shim.scenarios.context import Context
+from qemu_shim.api import Context, Guest
 from qemu_shim.study.workloads.contents import RUN, runs
 from qemu_shim.study.workloads.host_memory import Reclaim, chunks
-from qemu_shim.vmm.process import Process
 
 PAGES = 4  # of a chunk
 
@@ -22,8 +21,8 @@ class Quiet:
 
 
 @dataclass
-class FakeProcess:
-    """Memory from address 0 on, in chunks; what was used is young until it is aged."""
+class FakeGuest:
+    """Memory from gpa 0 on, in chunks; what was used is young until it is aged."""
 
     here: dict[int, int] = field(default_factory=dict)
     young: set[int] = field(default_factory=set)
@@ -34,49 +33,49 @@ class FakeProcess:
             self.here[number] = PAGES
             self.young.add(number)
 
-    async def resident_pages(self, addr: int, size: int) -> int:
-        return self.here.get(addr // size, 0)
+    async def resident_pages(self, gpa: int, size: int) -> int:
+        return self.here.get(gpa // size, 0)
 
-    async def host_action(self, action: str, addr: int, size: int) -> int:
-        number = addr // size
-        if action == "age":
-            was_young = number in self.young
-            self.young.discard(number)
-            return was_young
-        self.swapped.append(number)
-        return self.here.pop(number)
+    async def age(self, gpa: int, size: int) -> int:
+        was_young = gpa // size in self.young
+        self.young.discard(gpa // size)
+        return was_young
+
+    async def swap_out(self, gpa: int, size: int) -> int:
+        self.swapped.append(gpa // size)
+        return self.here.pop(gpa // size)
 
 
-def reclaim_over(process: FakeProcess, count: int, limit: int) -> Reclaim:
-    over = chunks(cast(Process, process), 0, count * PAGES * PAGE_SIZE, PAGES)
+def reclaim_over(guest: FakeGuest, count: int, limit: int) -> Reclaim:
+    over = chunks(cast(Guest, guest), 0, count * PAGES * PAGE_SIZE, PAGES)
     return Reclaim(cast(Context, Quiet()), over, limit)
 
 
 async def test_what_was_used_longest_ago_is_swapped_out_and_no_more_than_needed() -> None:
-    process = FakeProcess()
-    reclaim = reclaim_over(process, 6, limit=3 * PAGES)
-    process.use(0, 1, 2)
+    guest = FakeGuest()
+    reclaim = reclaim_over(guest, 6, limit=3 * PAGES)
+    guest.use(0, 1, 2)
     assert await reclaim.balance() == 3 * PAGES
-    assert process.swapped == []
-    process.use(3)
+    assert guest.swapped == []
+    guest.use(3)
     assert await reclaim.balance() == 3 * PAGES
-    assert process.swapped == [0], "all were young: the first"
-    process.use(2, 4)
+    assert guest.swapped == [0], "all were young: the first"
+    guest.use(2, 4)
     assert await reclaim.balance() == 3 * PAGES
-    assert process.swapped == [0, 1], "2 and 4 were used since, 1 and 3 not"
-    process.use(3, 5)
+    assert guest.swapped == [0, 1], "2 and 4 were used since, 1 and 3 not"
+    guest.use(3, 5)
     assert await reclaim.balance() == 3 * PAGES
-    assert process.swapped == [0, 1, 2]
+    assert guest.swapped == [0, 1, 2]
 
 
 async def test_a_use_that_ageing_does_not_see_counts_for_nothing() -> None:
     """A device's, in a table that is none of KVM's."""
-    process = FakeProcess()
-    reclaim = reclaim_over(process, 3, limit=2 * PAGES)
-    process.use(0, 1, 2)
-    process.young = {0, 2}
+    guest = FakeGuest()
+    reclaim = reclaim_over(guest, 3, limit=2 * PAGES)
+    guest.use(0, 1, 2)
+    guest.young = {0, 2}
     await reclaim.balance()
-    assert process.swapped == [1]
+    assert guest.swapped == [1]
 
 
 @given(st.lists(st.integers(0, 40), unique=True).map(sorted))
