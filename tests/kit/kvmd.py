@@ -149,9 +149,9 @@ class World:
     def dirty_pages(self, npages: int, slot: int = 0, at: Hva = BITMAP) -> set[int]:
         """KVM_GET_DIRTY_LOG, into a bitmap that is mapped there; its pages."""
         self.do(self.vm.dirty_log.get(slot, at))
-        return self.bits(npages, at)
+        return self.bitmap(npages, at)
 
-    def bits(self, count: int, at: Hva = BITMAP) -> set[int]:
+    def bitmap(self, count: int, at: Hva = BITMAP) -> set[int]:
         """That are set in the process's bitmap there."""
         data = self.do(self.mm.read(at, (count + 63) // 64 * 8))
         return {bit for bit in range(len(data) * 8) if data[bit // 8] >> bit % 8 & 1}

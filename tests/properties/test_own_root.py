@@ -45,7 +45,7 @@ class Life:
         self.pages = 64 if level == 1 else 512
         self.hot = [*range(8), *range(self.pages - 8, self.pages)]
         self.guest = Managed(own=own, level=level, pages=self.pages, features=features)
-        self.mm = self.guest.world.mm
+        self.mm = self.guest.mm
         self.account = self.guest.vm.pinning.open()
         self.pins: list[int] = []  # names of requests
         self.has: dict[int, bool] = {}  # page -> may the device write it
@@ -90,12 +90,12 @@ class Life:
             self._granted(page, write=data is not None)
         if data:
             at = hpa - HIGH_RAM_START
-            self.guest.world.bare.frames[at : at + len(data)] = data
+            self.guest.bare.frames[at : at + len(data)] = data
             self.written.add(page)
 
     def _walk(self, page: int, need: int) -> int | None:
         root = self.guest.exported.root
-        tables = RawTables(LOW_RAM_START, self.guest.world.bare.tables)
+        tables = RawTables(LOW_RAM_START, self.guest.bare.tables)
         found = second_stage_walk(tables, UNIT, root.hpa, root.role.level, BASE + page << 12)
         return found.hpa if found.kind == "mapped" and found.rights & need else None
 
@@ -148,10 +148,10 @@ class Life:
     def other_slot(self) -> None:
         guest = self.guest
         there = guest.vm.slots.find(OTHER_GFN) is not None  # type: ignore[arg-type]
-        guest.set_slot(3, OTHER_GFN, 0 if there else 4, guest.hva)
+        guest.change_slot(3, OTHER_GFN, 0 if there else 4, guest.hva)
 
     def own_slot(self) -> None:
-        self.guest.set_slot(0, BASE, 0 if self.there else self.pages, self.guest.hva)
+        self.guest.change_slot(0, BASE, 0 if self.there else self.pages, self.guest.hva)
         self.there = not self.there
         self.logging, self.tracked = False, set()
         if not self.there:

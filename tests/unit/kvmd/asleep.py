@@ -2,92 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any
-
 import pytest
 
 from kvmd.core.cpu.exits import Mmio
 from kvmd.core.cpu.vcpu import RunResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.userfaultfd import Userfaultfd
-from kvmd.core.vm import Kvm
 from protocol.flow import Wait
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Gpa, Hva
-from tests.kit.importer import SlowImporter
-from tests.kit.kvmd import RW, World
+from tests.kit.kvmd import BITMAP, RW, World
 
 PAGE, PAGES, GFN, ELSEWHERE = 4096, 16, 0x100, 0x900
 GPA = GFN << 12
-HVA, BITMAP = Hva(0x2000_0000_0000), Hva(0x3000_0000_0000)
+HVA = Hva(0x2000_0000_0000)
 LOG, READONLY = 1, 2
 OURS = b"the VMM's own memory, no guest's"
 
 
-class Asleep:
+class Asleep(World):
     """Slot 0 of 16 pages at GFN, an importer that acks late if the TDP is `export`ed."""
 
     def __init__(self, flags: int = 0, *, features: CpuFeatures | None = None, export: bool = False) -> None:
-        self.world = World(features)
-        self.vm: Kvm = self.world.vm
-        self.uffd = Userfaultfd(self.world.mm, user_mode_only=False)
-        self.importer = SlowImporter()
-        self.world.map(1, hva=BITMAP)
-        self.map()
+        super().__init__(features)
+        self.uffd = Userfaultfd(self.mm, user_mode_only=False)
+        self.map(1, hva=BITMAP)
+        self.map_ram()
         self.slot(flags=flags)
-        self.vcpu = self.world.create_vcpu()
+        self.vcpu = self.create_vcpu()
         if export:
-            self.world.export().register_importer("unit", self.importer)
+            self.lend()
 
     @property
     def gfn(self) -> Gfn:
         """The first one."""
         return Gfn(GFN)
 
-    def map(self) -> None:
-        self.world.map(PAGES, hva=HVA)
-        self.world.run(self.uffd.register(HVA, PAGES * PAGE, missing=True, wp=False))
+    def map_ram(self) -> None:
+        self.map(PAGES, hva=HVA)
+        self.run(self.uffd.register(HVA, PAGES * PAGE, missing=True, wp=False))
 
     def slot(self, gfn: int = GFN, pages: int = PAGES, flags: int = 0, hva: int = HVA) -> None:
         """Set slot 0, whatever has to be acked for it."""
-        self.finish(self.vm.slots_change.set_memory_region(self.world.region(0, gfn, pages, hva, flags)))
+        self.do(self.vm.slots_change.set_memory_region(self.region(0, gfn, pages, hva, flags)))
 
     def delete(self) -> None:
         self.slot(0, 0, 0, 0)
 
-    def finish(self, flow: Coroutine[Any, None, Any]) -> None:
-        over = self.world.start(flow)
-        while self.importer.pending:
-            self.world.ack(self.importer)
-        assert over.done, "it waits for more than acks"
-        over.result()
-
     def access(self, gpa: int, data: bytes | None, cpl: int) -> Wait[RunResult]:
         """Begin a store of `data`, or a load of 8 bytes; it must sleep."""
         code = ("r", gpa, 8) if data is None else ("w", gpa, data)
-        running = self.world.start(self.vcpu.run([code], cpl))
+        running = self.start(self.vcpu.run([code], cpl))
         assert not running.done, "the page was there"
         return running
 
     def vmm_maps_its_own(self) -> None:
         """What it had there goes, which wakes who sleeps on it, and memory of its own comes."""
-        self.finish(self.world.mm.mmap(HVA, PAGES * PAGE, RW, fixed=True))
-        self.world.run(self.world.mm.write(HVA, OURS))
-        self.world.flows.run_ready()
+        self.do(self.mm.mmap(HVA, PAGES * PAGE, RW, fixed=True))
+        self.run(self.mm.write(HVA, OURS))
+        self.flows.run_ready()
 
     def page_comes(self, gpa: int = GPA) -> None:
-        self.world.run(self.uffd.copy(Hva(HVA + ((gpa & ~(PAGE - 1)) - GPA)), b"uffd" * 1024, wp=False))
-        self.world.flows.run_ready()
+        self.run(self.uffd.copy(Hva(HVA + ((gpa & ~(PAGE - 1)) - GPA)), b"uffd" * 1024, wp=False))
+        self.flows.run_ready()
 
     def dirty(self) -> set[int]:
         """KVM_GET_DIRTY_LOG."""
-        self.finish(self.vm.dirty_log.get(0, BITMAP))
-        bits = int.from_bytes(self.host(BITMAP, 8), "little")
-        return {page for page in range(64) if bits >> page & 1}
+        return self.dirty_pages(64)
 
-    def host(self, hva: int, size: int) -> bytes:
-        return self.world.run(self.world.mm.read(Hva(hva), size))
+    def seen(self, hva: int, size: int) -> bytes:
+        return self.run(self.mm.read(Hva(hva), size))
 
 
 def left_by(ran: RunResult) -> Mmio | None:

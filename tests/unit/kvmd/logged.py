@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any
 
-import pytest
-
 from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.slots.dirty_log import ClearDirtyLog
-from protocol.errors import UapiError
 from protocol.pt.cursor import RangeEntry, walk_range
 from protocol.units import MIB, Gfn, Hva
-from tests.kit.importer import SlowImporter
-from tests.kit.kvmd import World
+from tests.kit.kvmd import BITMAP, World
+from tests.kit.refusals import errno_of
 
-GFN, HVA, BITMAP = 0x400, 0x2000_0000_0000, 0x3000_0000_0000
+GFN, HVA = 0x400, 0x2000_0000_0000
 NO_PML = CpuFeatures(pml=False)
 
 
-class Logged:
+class Logged(World):
     """A slot of 128 pages (or 4 of 2 MiB) at GFN, a bitmap's page, one vCPU; an importer that acks late.
 
     With `ring`, so many bytes of dirty ring for the vCPU, and bitmaps beside it.
@@ -41,8 +38,7 @@ class Logged:
         ring: int = 0,
         bitmap: bool = True,
     ) -> None:
-        self.world = world = World(features, tables=8 * MIB)
-        self.vm = world.vm
+        super().__init__(features, tables=8 * MIB)
         if manual:
             enable_cap(self.vm, KvmCap.MANUAL_DIRTY_LOG_PROTECT2, 0, [manual])
         if ring:
@@ -50,51 +46,48 @@ class Logged:
             if bitmap:
                 enable_cap(self.vm, KvmCap.DIRTY_LOG_RING_WITH_BITMAP, 0, [0])
         self.pages = pages or (128 if level == 1 else 2048)
-        world.map(self.pages >> 9 * (level - 1), level, hva=HVA)
-        world.map(1, hva=BITMAP)
+        self.map(self.pages >> 9 * (level - 1), level, hva=HVA)
+        self.map(1, hva=BITMAP)
         self.log(flags)
-        self.vcpu: Vcpu = world.create_vcpu()
+        self.vcpu: Vcpu = self.create_vcpu()
         self.ring = memoryview(bytearray(ring))
         if ring:
             self.vm.dirty_log.add_ring(self.vcpu.arch.id, self.ring)
-        self.importer = SlowImporter()
         self.exported: ExportedTdp | None = None
         if export:
-            self.exported = world.export()
-            self.exported.register_importer("unit", self.importer)
+            self.exported = self.lend()
 
     def log(self, flags: int) -> None:
-        self.world.set_slot(0, GFN, self.pages, HVA, flags)
+        self.set_slot(0, GFN, self.pages, HVA, flags)
 
     def write(self, *pages: int) -> None:
         for page in pages:
-            result = self.world.guest_write(self.vcpu, GFN + page << 12, b"x")
+            result = self.guest_write(self.vcpu, GFN + page << 12, b"x")
             assert result.done, result
 
     def touch(self, page: int) -> None:
         """The process stores to it: no zero page, which nobody could write, is there any more."""
-        self.world.run(self.world.mm.write(Hva(HVA + (page << 12)), b"host"))
+        self.run(self.mm.write(Hva(HVA + (page << 12)), b"host"))
 
     def read(self, *pages: int) -> None:
         for page in pages:
-            self.world.guest_read(self.vcpu, GFN + page << 12, 1)
+            self.guest_read(self.vcpu, GFN + page << 12, 1)
 
     def bits(self) -> set[int]:
-        data = self.world.run(self.world.mm.read(Hva(BITMAP), (self.pages + 63) // 64 * 8))
-        return {page for page in range(len(data) * 8) if data[page // 8] >> page % 8 & 1}
+        return self.bitmap(self.pages)
 
     def get(self, where: int = BITMAP, slot: int = 0) -> Coroutine[Any, None, None]:
         return self.vm.dirty_log.get(slot, Hva(where))
 
     def dirty(self) -> set[int]:
         """GET, with nobody to wait for."""
-        self.world.run(self.get())
+        self.run(self.get())
         return self.bits()
 
     def clear(self, first: int, count: int, pages: set[int]) -> Coroutine[Any, None, None]:
         mask = sum(1 << page - first for page in pages).to_bytes((count + 63) // 64 * 8, "little")
-        self.world.run(self.world.mm.write(Hva(BITMAP), mask))
-        return self.vm.dirty_log.clear(ClearDirtyLog(0, count, first, Hva(BITMAP)))
+        self.run(self.mm.write(BITMAP, mask))
+        return self.vm.dirty_log.clear(ClearDirtyLog(0, count, first, BITMAP))
 
     def entry(self, page: int) -> int:
         met = self.vm.mmu.leaf_at(self.vm.mmu.roots[0], Gfn(GFN + page))
@@ -110,8 +103,8 @@ class Logged:
         return list(walk_range(self.vm.mmu.writer, root.format, root.hpa, root.role.level, root.everything))
 
 
-def errno_of(flow: Coroutine[Any, None, Any], world: World) -> int:
-    with pytest.raises(UapiError) as caught:
-        world.run(flow)
+def refusal_of(flow: Coroutine[Any, None, Any], world: World) -> int:
+    """And nothing is broken by it."""
+    found = errno_of(lambda: world.run(flow))
     assert check_vm(world.vm) == []
-    return caught.value.errno
+    return found

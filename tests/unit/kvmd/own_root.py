@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from kvmd.core.capability import KvmCap, enable_cap
 from kvmd.core.export.tdp_fd import TdpFaultType
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.stats import vm_stats
 from kvmd.core.tables.tdp_table import Root
-from protocol.flow import Wait
 from protocol.units import MIB, Gfn, GfnSpan, Hva
-from tests.kit.importer import SlowImporter
-from tests.kit.kvmd import WRITE, World, is_sound
+from tests.kit.kvmd import BITMAP, WRITE
+from tests.kit.lent import Lent
 from tests.oracle.table import RawTables, flat
 
 T = TypeVar("T")
 
 PAGE = 4096
 BASE, PAGES = 0x400, 512  # slot 0
-BITMAP = 0x3000_0000_0000
 
 
-class Managed:
+class Managed(Lent):
     """`own`: or the RFC's design, for comparison.  `policy`: another root's behaviours and largest leaf."""
 
     def __init__(
@@ -35,30 +31,10 @@ class Managed:
         policy: tuple[int, int] | None = None,
         **host: Any,
     ) -> None:
-        self.world = World(**{"tables": 8 * MIB, **host})
-        self.vm = self.world.vm
-        self.hva = self.world.map(pages >> 9 * (level - 1), level)
-        self.world.map(4, hva=BITMAP)
-        self.pages = pages
-        self.world.set_slot(0, BASE, pages, self.hva)
-        self.vcpu = self.world.create_vcpu()
-        if policy is not None:
-            enable_cap(self.vm, KvmCap.TDP_FD_ROOT_POLICY, 0, list(policy))
-        elif own:
-            enable_cap(self.vm, KvmCap.TDP_FD_OWN_ROOT, 0, [0])
-        self.exported = self.world.export()
-        self.importer = SlowImporter()
-        self.exported.register_importer("unit", self.importer)
+        super().__init__(BASE, pages, level=level, own=own, policy=policy, **{"tables": 8 * MIB, **host})
+        self.map(4, hva=BITMAP)
 
     # -- what is done ----------------------------------------------------------------------------------
-
-    def settle(self, wait: Wait[T]) -> T:
-        while self.importer.pending:
-            self.world.ack(self.importer)
-        return wait.result()
-
-    def do(self, flow: Coroutine[Any, None, T]) -> T:
-        return self.settle(self.world.start(flow))
 
     def write(self, *pages: int) -> None:
         for page in pages:
@@ -73,19 +49,14 @@ class Managed:
 
     def touch(self, page: int) -> None:
         """The process stores to it: there is a page of its own, writable."""
-        self.do(self.world.mm.write(Hva(self.hva + page * PAGE), b"host"))
-
-    def set_slot(self, slot: int, gfn: int, pages: int, hva: int, flags: int = 0) -> None:
-        self.do(self.vm.slots_change.set_memory_region(self.world.region(slot, gfn, pages, hva, flags)))
+        self.do(self.mm.write(Hva(self.hva + page * PAGE), b"host"))
 
     def log(self, on: int = 1) -> None:
-        self.set_slot(0, BASE, self.pages, self.hva, on)
+        self.change_slot(0, BASE, self.pages, self.hva, on)
 
     def dirty(self) -> set[int]:
         """KVM_GET_DIRTY_LOG."""
-        self.do(self.vm.dirty_log.get(0, Hva(BITMAP)))
-        data = self.do(self.world.mm.read(Hva(BITMAP), (self.pages + 63) // 64 * 8))
-        return {page for page in range(len(data) * 8) if data[page // 8] >> page % 8 & 1}
+        return self.dirty_pages(self.pages)
 
     # -- what is there ---------------------------------------------------------------------------------
 
@@ -101,7 +72,7 @@ class Managed:
 
     def seen(self, root: Root) -> dict[int, bool]:
         """Page of the slot -> writable, as the oracle reads it from the table's raw bytes."""
-        table = flat(RawTables(0x10_0000, self.world.bare.tables), root.hpa, root.role.level)
+        table = flat(RawTables(0x10_0000, self.bare.tables), root.hpa, root.role.level)
         return {gfn - BASE: writable for gfn, (_, writable) in table.items()}
 
     @property
@@ -114,14 +85,10 @@ class Managed:
 
     def entry(self, page: int) -> int:
         """Of the IOMMU's root."""
-        met = self.vm.mmu.leaf_at(self.exported.root, Gfn(BASE + page))
-        return 0 if met is None else met.entry
+        return self.entry_of(BASE + page)
 
     def span(self, page: int, pages: int = 1) -> GfnSpan:
         return GfnSpan.of_pages(Gfn(BASE + page), pages)
 
     def stats(self) -> dict[str, int]:
         return vm_stats(self.vm)
-
-    def sound(self) -> bool:
-        return is_sound(self.vm)

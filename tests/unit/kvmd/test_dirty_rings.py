@@ -13,16 +13,16 @@ from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from tests.kit.kvmd import World
-from tests.unit.kvmd.logged import GFN, NO_PML, Logged, errno_of
+from tests.unit.kvmd.logged import GFN, NO_PML, Logged, refusal_of
 
 
 @pytest.mark.defect("B-34")
 def test_with_rings_a_devices_mark_is_in_the_bitmap() -> None:
     """B-34: no vCPU runs when a device's fault is handled, so there is no ring to push to."""
     logged = Logged(ring=4096)
-    exported = logged.world.export()
+    exported = logged.export()
     logged.write(4)
-    assert logged.world.io_fault(exported, GFN + 8) is FaultResult.FIXED
+    assert logged.io_fault(exported, GFN + 8) is FaultResult.FIXED
     assert logged.dirty() == {8}
     assert logged.ring.cast("I")[:4].tolist() == [1, 0, 4, 0]
     assert logged.ring.cast("I")[4] == 0
@@ -32,10 +32,10 @@ def test_with_rings_a_devices_mark_is_in_the_bitmap() -> None:
 def test_a_vm_that_logs_into_rings_alone_cannot_be_exported() -> None:
     logged = Logged(ring=4096, bitmap=False)
     with pytest.raises(UapiError) as caught:
-        logged.world.export()
+        logged.export()
     assert caught.value.errno == errno.EINVAL
     assert logged.vm.exports.tdps == {}
-    assert errno_of(logged.get(), logged.world) == errno.ENXIO
+    assert refusal_of(logged.get(), logged) == errno.ENXIO
 
 
 @pytest.mark.parametrize("features", [NO_PML, CpuFeatures()], ids=["write protection", "PML"])
@@ -43,13 +43,13 @@ def test_a_full_ring_stops_the_vcpu_until_it_is_reset(features: CpuFeatures) -> 
     logged = Logged(features, ring=16384 if features.pml else 4096, pages=1024)
     limit = len(logged.ring) // 16 - (576 if features.pml else 64)
     logged.write(*range(limit - 1))
-    result = logged.world.guest_write(logged.vcpu, GFN + limit << 12, b"x")
+    result = logged.guest_write(logged.vcpu, GFN + limit << 12, b"x")
     assert (result.exit.reason, result.finished) == (ExitReason.DIRTY_RING_FULL, 0)
-    assert logged.world.guest_read(logged.vcpu, GFN << 12, 1).exit.reason is ExitReason.DIRTY_RING_FULL
+    assert logged.guest_read(logged.vcpu, GFN << 12, 1).exit.reason is ExitReason.DIRTY_RING_FULL
     words = logged.ring.cast("I")
     for index in range(limit):
         words[index * 4] = 2
-    assert logged.world.run(logged.vm.dirty_log.reset_rings()) == limit
+    assert logged.run(logged.vm.dirty_log.reset_rings()) == limit
     logged.write(limit)
     logged.write(0)
     assert words[limit * 4 : limit * 4 + 3].tolist() == [1, 0, limit]
@@ -59,12 +59,12 @@ def test_a_full_ring_stops_the_vcpu_until_it_is_reset(features: CpuFeatures) -> 
 def test_a_reset_waits_for_the_acks() -> None:
     logged = Logged(ring=4096, export=True)
     logged.write(4)
-    assert logged.world.start(logged.vm.dirty_log.reset_rings()).result() == 0
+    assert logged.start(logged.vm.dirty_log.reset_rings()).result() == 0
     logged.ring.cast("I")[0] = 2
-    wait = logged.world.start(logged.vm.dirty_log.reset_rings())
+    wait = logged.start(logged.vm.dirty_log.reset_rings())
     assert not wait.done
     assert not logged.entry(4) & bits.WRITE
-    logged.world.ack(logged.importer)
+    logged.ack(logged.importer)
     assert wait.result() == 1
 
 
@@ -76,13 +76,13 @@ def test_a_scribbled_entry_protects_nothing_and_harms_nobody() -> None:
         words[index * 4 : index * 4 + 4] = memoryview(
             b"".join(word.to_bytes(4, "little") for word in (2, slot, low, high))
         ).cast("I")
-    assert logged.world.run(logged.vm.dirty_log.reset_rings()) == 3
+    assert logged.run(logged.vm.dirty_log.reset_rings()) == 3
     assert all(logged.entry(page) & bits.WRITE for page in (1, 2, 3))
 
 
 def test_rings_need_their_capability() -> None:
     logged = Logged()
-    assert errno_of(logged.vm.dirty_log.reset_rings(), logged.world) == errno.EINVAL
+    assert refusal_of(logged.vm.dirty_log.reset_rings(), logged) == errno.EINVAL
 
 
 # -- capabilities --------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_slot_goes_while_it_sleeps(
     change(guest)
     guest.vmm_maps_its_own()
     assert left_by(running.result()) == mmio(GPA, data)
-    assert guest.host(HVA, len(OURS)) == OURS
+    assert guest.seen(HVA, len(OURS)) == OURS
     assert check_vm(guest.vm) == []
 
 
@@ -57,59 +57,59 @@ def test_slot_is_made_anew_read_only_while_a_store_sleeps(export: bool) -> None:
     guest.slot(flags=READONLY)
     guest.vmm_maps_its_own()
     assert left_by(running.result()) == mmio(GPA, X)
-    assert guest.host(HVA, len(OURS)) == OURS
+    assert guest.seen(HVA, len(OURS)) == OURS
 
 
 @ACCESS
 def test_slot_is_made_anew_over_other_memory_while_it_sleeps(data: bytes | None) -> None:
     guest = Asleep()
     running = guest.access(GPA, data, cpl=0)
-    other = guest.world.map(PAGES)
-    guest.world.run(guest.world.mm.write(other, b"the new "))
+    other = guest.map(PAGES)
+    guest.run(guest.mm.write(other, b"the new "))
     guest.delete()
     guest.slot(hva=other)
     guest.vmm_maps_its_own()
     ran = running.result()
     assert ran.done
     assert ran.reads == ([] if data else [b"the new "])
-    assert guest.host(other, 8) == (data or b"the new ")
-    assert guest.host(HVA, len(OURS)) == OURS
+    assert guest.seen(other, 8) == (data or b"the new ")
+    assert guest.seen(HVA, len(OURS)) == OURS
 
 
 def test_slot_is_going_when_the_page_comes() -> None:
     """It is deleted, and not every importer has acked: the access waits, then finds none."""
     guest = Asleep(export=True)
     guest.page_comes(GPA + PAGE)
-    guest.world.io_fault(guest.vm.exports.tdps[0], GFN + 1)
+    guest.io_fault(guest.vm.exports.tdps[0], GFN + 1)
     running = guest.access(GPA, X, cpl=0)
-    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
+    deleted = guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, 0, 0, 0)))
     guest.page_comes()
     assert not deleted.done
     assert not running.done
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     assert deleted.done
     assert left_by(running.result()) == mmio(GPA, X)
-    assert guest.host(HVA, 4) == b"uffd"
+    assert guest.seen(HVA, 4) == b"uffd"
 
 
 def test_the_page_never_comes_and_the_slot_is_another_by_then() -> None:
     """The lookup fails for the old slot's memory; what counts is the new one's."""
     guest = Asleep()
     running = guest.access(GPA, X, cpl=0)
-    other = guest.world.map(PAGES)
+    other = guest.map(PAGES)
     guest.delete()
     guest.slot(hva=other)
-    guest.world.run(guest.world.mm.munmap(HVA, PAGES * PAGE))
-    guest.world.flows.run_ready()
+    guest.run(guest.mm.munmap(HVA, PAGES * PAGE))
+    guest.flows.run_ready()
     assert running.result().done
-    assert guest.host(other, 8) == X
+    assert guest.seen(other, 8) == X
 
 
 def test_the_page_never_comes_and_the_slot_is_still_there() -> None:
     guest = Asleep()
     running = guest.access(GPA, X, cpl=0)
-    guest.world.run(guest.world.mm.munmap(HVA, PAGES * PAGE))
-    guest.world.flows.run_ready()
+    guest.run(guest.mm.munmap(HVA, PAGES * PAGE))
+    guest.flows.run_ready()
     assert left_by(running.result()) == mmio(GPA, X)
 
 
@@ -122,7 +122,7 @@ def test_an_access_across_two_pages_looks_for_each() -> None:
     guest.vmm_maps_its_own()
     ran = running.result()
     assert left_by(ran) == (GPA + PAGE, 4, True, X[4:])
-    assert guest.host(HVA, len(OURS)) == OURS
+    assert guest.seen(HVA, len(OURS)) == OURS
 
 
 # -- the log -------------------------------------------------------------------------------------------
@@ -133,18 +133,16 @@ def by_the_emulator(guest: Asleep) -> None:
 
 
 def to_a_tracked_gfn(guest: Asleep) -> None:
-    guest.finish(guest.vm.write_track.add(Gpa(GPA + 2 * PAGE)))
+    guest.do(guest.vm.write_track.add(Gpa(GPA + 2 * PAGE)))
     guest.access(GPA + 2 * PAGE, X, cpl=3)
 
 
 def read_modify_write(guest: Asleep) -> None:
-    guest.world.start(guest.vcpu.run([("add", GPA + 2 * PAGE, 8, 1)], 0))
+    guest.start(guest.vcpu.run([("add", GPA + 2 * PAGE, 8, 1)], 0))
 
 
 def of_a_register(guest: Asleep) -> None:
-    guest.world.start(
-        set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GPA + 2 * PAGE)
-    )
+    guest.start(set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GPA + 2 * PAGE))
 
 
 STORES = pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def test_logging_begins_while_a_store_sleeps(store: Callable[[Asleep], None], ex
     guest.slot(flags=LOG)
     assert guest.dirty() == set()
     guest.page_comes(GPA + 2 * PAGE)
-    assert guest.host(HVA + 2 * PAGE, 4) != b"uffd", "the store has landed"
+    assert guest.seen(HVA + 2 * PAGE, 4) != b"uffd", "the store has landed"
     assert guest.dirty() == {2}
     assert guest.dirty() == set()
     assert check_vm(guest.vm) == []
@@ -192,6 +190,6 @@ def test_logging_ends_while_a_store_sleeps() -> None:
     by_the_emulator(guest)
     guest.slot()
     guest.page_comes(GPA + 2 * PAGE)
-    assert guest.host(HVA + 2 * PAGE, 8) == X
+    assert guest.seen(HVA + 2 * PAGE, 8) == X
     guest.slot(flags=LOG)
     assert guest.dirty() == set()

@@ -40,13 +40,13 @@ EXPORTED = pytest.mark.parametrize("export", [False, True])
 
 
 def other_memory(guest: Asleep) -> Hva:
-    made = guest.world.map(PAGES)
-    guest.world.run(guest.world.mm.write(made, b"the new memory" + bytes(PAGES * PAGE - 14)))
+    made = guest.map(PAGES)
+    guest.run(guest.mm.write(made, b"the new memory" + bytes(PAGES * PAGE - 14)))
     return made
 
 
 def device(guest: Asleep, kind: TdpFaultType) -> Wait[FaultResult]:
-    asked = guest.world.start(guest.vm.exports.tdps[0].fault(guest.vm.fault_path, 77, guest.gfn, kind))
+    asked = guest.start(guest.vm.exports.tdps[0].fault(guest.vm.fault_path, 77, guest.gfn, kind))
     assert not asked.done
     return asked
 
@@ -70,7 +70,7 @@ def test_slot_goes_under_a_device_s_fault(change: Callable[[Asleep], None], kind
     change(guest)
     guest.page_comes()
     assert asked.result() is FaultResult.NO_SLOT
-    assert GFN not in guest.world.table()
+    assert GFN not in guest.table()
     assert check_vm(guest.vm) == []
 
 
@@ -102,8 +102,8 @@ def test_slot_is_made_anew_over_other_memory(kind: TdpFaultType, export: bool) -
     if kind is READ:
         assert running.result().reads == [b"the new "]
     else:
-        assert guest.host(made, 8) == X
-    assert guest.host(HVA, 4) == b"uffd"
+        assert guest.seen(made, 8) == X
+    assert guest.seen(HVA, 4) == b"uffd"
     assert check_vm(guest.vm) == []
 
 
@@ -115,9 +115,9 @@ def test_slot_is_made_anew_over_other_memory_under_a_device_s_fault() -> None:
     guest.slot(hva=made)
     guest.page_comes()
     assert asked.result() is FaultResult.FIXED
-    page = guest.world.mm.present_page(made)
+    page = guest.mm.present_page(made)
     assert page is not None
-    assert guest.world.table() == {GFN: (page.pfn, True)}
+    assert guest.table() == {GFN: (page.pfn, True)}
     assert check_vm(guest.vm) == []
 
 
@@ -137,14 +137,14 @@ def test_slot_is_going_when_the_page_comes(gfn: int) -> None:
     """Everything is zapped and not every importer has acked: what is mapped now would stay behind."""
     guest = Asleep(export=True)
     guest.page_comes(GPA + PAGE)
-    guest.world.io_fault(guest.vm.exports.tdps[0], GFN + 1)
+    guest.io_fault(guest.vm.exports.tdps[0], GFN + 1)
     asked, running = device(guest, WRITE), vcpu(guest, WRITE)
-    region = guest.world.region(0, gfn, PAGES if gfn else 0, HVA if gfn else 0)
-    changed = guest.world.start(guest.vm.slots_change.set_memory_region(region))
+    region = guest.region(0, gfn, PAGES if gfn else 0, HVA if gfn else 0)
+    changed = guest.start(guest.vm.slots_change.set_memory_region(region))
     guest.page_comes()
     assert [wait.done for wait in (changed, asked, running)] == [False] * 3
-    assert guest.world.table() == {}
-    guest.world.ack(guest.importer)
+    assert guest.table() == {}
+    guest.ack(guest.importer)
     assert changed.done
     assert asked.result() is FaultResult.NO_SLOT
     assert left_by(running.result()) == exit_of(WRITE)
@@ -192,11 +192,11 @@ def test_an_equal_slot_is_made_under_a_device_s_fault() -> None:
 def test_tracking_begins_under_a_store() -> None:
     guest = Asleep(LOG, export=True)
     running, asked = vcpu(guest, WRITE), device(guest, WRITE)
-    guest.finish(guest.vm.write_track.add(Gpa(GPA)))
+    guest.do(guest.vm.write_track.add(Gpa(GPA)))
     guest.page_comes()
     assert running.result().done
     assert asked.result() in (FaultResult.FIXED, FaultResult.SPURIOUS), "mapped, and not for write"
-    assert guest.world.table()[GFN][1] is False
+    assert guest.table()[GFN][1] is False
     assert check_vm(guest.vm) == []
     assert guest.dirty() == {0}
 
@@ -213,13 +213,13 @@ def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
     guest = Asleep(export=smm)
     as_id = int(smm)
     if smm:
-        guest.world.set_slot(SMM, GFN, PAGES, HVA)
-    guest.world.set_slot(as_id << 16 | 7, ELSEWHERE, 1, guest.world.map(1))
+        guest.set_slot(SMM, GFN, PAGES, HVA)
+    guest.set_slot(as_id << 16 | 7, ELSEWHERE, 1, guest.map(1))
     code = [("w", GPA, X) if kind is WRITE else ("r", GPA, 8)]
-    running = guest.world.start(guest.vcpu.run(code, smm=smm))
+    running = guest.start(guest.vcpu.run(code, smm=smm))
     old = guest.vcpu.arch.roots[as_id]
     assert old is not None
-    guest.finish(guest.vm.slots_change.set_memory_region(guest.world.region(as_id << 16 | 7, 0, 0, 0)))
+    guest.do(guest.vm.slots_change.set_memory_region(guest.region(as_id << 16 | 7, 0, 0, 0)))
     assert old.invalid
     guest.page_comes()
     assert running.result().done
@@ -235,7 +235,7 @@ def test_another_slot_s_removal_makes_the_root_invalid_under_a_vcpu_s_fault(
 def test_the_export_ends_under_a_device_s_fault() -> None:
     guest = Asleep(export=True)
     asked = device(guest, WRITE)
-    guest.finish(guest.vm.exports.close(guest.vm.exports.tdps[0]))
+    guest.do(guest.vm.exports.close(guest.vm.exports.tdps[0]))
     guest.page_comes()
     with pytest.raises(UapiError, match="not exported any more"):
         asked.result()
@@ -245,7 +245,7 @@ def test_the_export_ends_under_a_device_s_fault() -> None:
 def test_the_process_exits_under_a_fault() -> None:
     guest = Asleep(export=True)
     asked = device(guest, WRITE)
-    guest.finish(guest.world.mm.exit())
+    guest.do(guest.mm.exit())
     assert asked.result() is FaultResult.NO_PAGE
-    assert guest.world.table() == {}
+    assert guest.table() == {}
     assert check_vm(guest.vm) == []

@@ -40,8 +40,8 @@ def guest() -> Managed:
 
 def test_the_capability_is_there_and_settles_which_root_a_tdp_fd_lends() -> None:
     shared, own = Managed(own=False), Managed()
-    assert check_extension(own.world.host.features, own.vm, KvmCap.TDP_FD_OWN_ROOT) == 1
-    assert check_extension(own.world.host.features, None, KvmCap.TDP_FD_OWN_ROOT) == 1
+    assert check_extension(own.host.features, own.vm, KvmCap.TDP_FD_OWN_ROOT) == 1
+    assert check_extension(own.host.features, None, KvmCap.TDP_FD_OWN_ROOT) == 1
     assert (shared.exported.root.role.policy, own.exported.root.role.policy) == (CPUS, IOMMU_OWN)
     for guest in (shared, own):
         guest.write(0)
@@ -134,7 +134,7 @@ def test_without_room_in_the_other_root_a_fault_is_resolved_in_its_own() -> None
     guest.write(0)  # four tables each
     assert guest.stats()["table_pages"] == 8
     far = BASE + 512
-    guest.set_slot(1, far, 1, guest.world.map(1))
+    guest.change_slot(1, far, 1, guest.map(1))
     assert guest.do(guest.vcpu.run([("w", far << 12, b"x")])).done
     assert guest.fault(512) is FaultResult.NO_MEMORY
     assert (set(guest.cpu), set(guest.iommu)) == ({0, 512}, {0})
@@ -142,7 +142,7 @@ def test_without_room_in_the_other_root_a_fault_is_resolved_in_its_own() -> None
 
 
 def test_system_management_ram_is_in_no_root_of_the_iommus(guest: Managed) -> None:
-    guest.set_slot(1 << 16, BASE, 1, guest.world.map(1))
+    guest.change_slot(1 << 16, BASE, 1, guest.map(1))
     assert guest.do(guest.vcpu.run([("w", BASE << 12, b"smm")], smm=True)).done
     assert guest.iommu == {}
     assert guest.sound()
@@ -158,12 +158,12 @@ def test_a_gfn_without_a_slot_is_remembered_for_cpus_alone(guest: Managed) -> No
 def test_a_gfn_beyond_the_iommus_table_is_the_cpus_alone() -> None:
     wide = CpuFeatures(maxphyaddr=52, ept_levels=5)
     guest = Managed(features=wide)
-    tall = guest.world.vm.vcpus.create(1)
+    tall = guest.vm.vcpus.create(1)
     assert guest.exported.root.role.level == 4
     with pytest.raises(UapiError):
         guest.vm.set_maxphyaddr(tall, 52)
     tall.arch.maxphyaddr = 52  # as if from before the export
-    guest.set_slot(1, 1 << 36, 1, guest.world.map(1))
+    guest.change_slot(1, 1 << 36, 1, guest.map(1))
     assert guest.do(tall.run([("w", 1 << 48, b"x"), ("w", BASE << 12, b"x")])).done
     assert guest.iommu == {0: True}
     assert guest.stats()["vcpus_apart"] == 1
@@ -175,7 +175,7 @@ def test_a_gfn_beyond_the_iommus_table_is_the_cpus_alone() -> None:
 
 def test_what_the_host_takes_both_lose_and_the_importer_is_told_once(guest: Managed) -> None:
     guest.write(*range(4))
-    wait = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), 2 * PAGE))
+    wait = guest.start(dontneed(guest.mm, Hva(guest.hva), 2 * PAGE))
     assert guest.cpu == guest.iommu == {2: True, 3: True}
     assert (guest.heard, wait.done) == (1, False)
     guest.settle(wait)
@@ -185,22 +185,22 @@ def test_what_the_host_takes_both_lose_and_the_importer_is_told_once(guest: Mana
 def test_the_frame_is_held_until_the_importer_acks(guest: Managed) -> None:
     """I6, also where another flush in between had nothing to tell it."""
     guest.write(0, 1)
-    frames = guest.world.host.frames.in_use
-    gone = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
-    other = guest.world.start(guest.vm.flusher.flush(None))
+    frames = guest.host.frames.in_use
+    gone = guest.start(dontneed(guest.mm, Hva(guest.hva), PAGE))
+    other = guest.start(guest.vm.flusher.flush(None))
     assert (guest.heard, gone.done, other.done) == (1, False, False)
-    assert guest.world.host.frames.in_use == frames
+    assert guest.host.frames.in_use == frames
     guest.settle(gone)
     assert other.done
-    assert guest.world.host.frames.in_use == frames - 1
+    assert guest.host.frames.in_use == frames - 1
 
 
 def test_a_slot_that_goes_takes_its_own_leaves_from_the_iommu_and_no_others(guest: Managed) -> None:
-    hva = guest.world.map(16)
-    guest.set_slot(1, BASE + PAGES, 16, hva)
+    hva = guest.map(16)
+    guest.change_slot(1, BASE + PAGES, 16, hva)
     guest.write(*range(8), *range(PAGES, PAGES + 4))
     faults = guest.stats()["io_pf_taken"]
-    guest.set_slot(1, 0, 0, 0)
+    guest.change_slot(1, 0, 0, 0)
     assert guest.iommu == dict.fromkeys(range(8), True)
     assert guest.heard == 1
     for page in range(8):
@@ -217,8 +217,8 @@ def test_a_slot_a_device_never_touched_goes_without_a_word_to_the_importer(guest
     told = []
     for own in (guest, shared := Managed(own=False)):
         own.write(*range(8))
-        own.set_slot(7, 0x9000, 1, own.world.map(1))
-        own.set_slot(7, 0, 0, 0)
+        own.change_slot(7, 0x9000, 1, own.map(1))
+        own.change_slot(7, 0, 0, 0)
         told.append(own.heard)
     assert told == [0, 1]
     assert (len(guest.iommu), shared.seen(shared.exported.root)) == (8, {})
@@ -226,15 +226,15 @@ def test_a_slot_a_device_never_touched_goes_without_a_word_to_the_importer(guest
 
 def test_a_slot_of_smm_that_goes_leaves_the_iommus_leaves_alone(guest: Managed) -> None:
     guest.write(*range(4))
-    guest.set_slot(1 << 16, BASE, 16, guest.world.map(16))
-    guest.set_slot(1 << 16, 0, 0, 0)
+    guest.change_slot(1 << 16, BASE, 16, guest.map(16))
+    guest.change_slot(1 << 16, 0, 0, 0)
     assert guest.iommu == dict.fromkeys(range(4), True)
     assert guest.heard == 0
 
 
 def test_a_slot_that_moves_leaves_nothing_behind(guest: Managed) -> None:
     guest.write(*range(8))
-    guest.set_slot(0, BASE + 0x1000, PAGES, guest.hva)
+    guest.change_slot(0, BASE + 0x1000, PAGES, guest.hva)
     assert guest.iommu == {}
     assert guest.fault(0x1000) is FaultResult.FIXED
     assert guest.fault(0) is FaultResult.NO_SLOT
@@ -249,11 +249,11 @@ def test_a_released_root_of_the_iommus_own_is_taken_apart() -> None:
     guest.exported.unregister_importer("unit", guest.importer)
     guest.do(guest.vm.exports.close(guest.exported))
     assert root not in guest.vm.mmu.roots
-    assert guest.world.host.pool.in_use == tables
+    assert guest.host.pool.in_use == tables
     assert guest.cpu == dict.fromkeys(range(8), False)
     assert guest.dirty() == set(range(8)), "what a device may have written"
     assert guest.dirty() == set()
-    again = guest.world.export()
+    again = guest.export()
     assert again.root.role.policy is IOMMU_OWN
     assert guest.sound()
 
@@ -261,8 +261,8 @@ def test_a_released_root_of_the_iommus_own_is_taken_apart() -> None:
 def test_a_slot_change_and_a_release_at_once_take_the_root_apart_once(guest: Managed) -> None:
     guest.write(*range(8))
     guest.exported.unregister_importer("unit", guest.importer)
-    deleted = guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, 0, 0, 0)))
-    released = guest.world.start(guest.vm.exports.close(guest.exported))
+    deleted = guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, 0, 0, 0)))
+    released = guest.start(guest.vm.exports.close(guest.exported))
     assert deleted.done
     assert released.done
     assert guest.vm.mmu.roots == [guest.vcpu.arch.roots[0]]
@@ -279,9 +279,9 @@ def test_ageing_is_told_to_no_importer_and_costs_no_io_fault(features: CpuFeatur
         guest.write(0, 1)
         guest.fault(2)
         before = guest.entry(0)
-        assert guest.do(age(guest.world.mm, Hva(guest.hva), 3 * PAGE)) == 1
+        assert guest.do(age(guest.mm, Hva(guest.hva), 3 * PAGE)) == 1
         told.append((guest.heard, guest.entry(0) == before))
-        assert guest.do(age(guest.world.mm, Hva(guest.hva), 3 * PAGE)) == 0, "nobody used them since"
+        assert guest.do(age(guest.mm, Hva(guest.hva), 3 * PAGE)) == 0, "nobody used them since"
         assert guest.sound()
     assert told == [(0, True), (1, False)]
 
@@ -292,7 +292,7 @@ def test_tracking_protects_a_gfn_from_cpus_alone(guest: Managed) -> None:
     assert (guest.cpu, guest.iommu) == ({0: False, 1: True}, {0: True, 1: True})
     assert guest.heard == 0
     assert guest.fault(0) is FaultResult.SPURIOUS
-    guest.do(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
+    guest.do(dontneed(guest.mm, Hva(guest.hva), PAGE))
     assert guest.fault(0) is FaultResult.FIXED
     assert (guest.cpu[0], guest.iommu[0]) == (False, True)
     stores = guest.stats()["pf_emulate"]
@@ -359,9 +359,9 @@ def test_a_shared_root_loses_what_the_own_one_keeps() -> None:
         guest.log()
         guest.write(*range(16))
         guest.dirty()
-        guest.do(age(guest.world.mm, Hva(guest.hva), 16 * PAGE))
-        guest.set_slot(5, 0x9000, 1, guest.world.map(1))
-        guest.set_slot(5, 0, 0, 0)
+        guest.do(age(guest.mm, Hva(guest.hva), 16 * PAGE))
+        guest.change_slot(5, 0x9000, 1, guest.map(1))
+        guest.change_slot(5, 0, 0, 0)
         before = guest.stats()["io_pf_fixed"]
         for page in range(16):
             guest.fault(page)
@@ -392,9 +392,9 @@ def test_an_importer_that_comes_later_hears_of_what_changes_from_then_on(guest: 
     guest.write(0, 1)
     late = SlowImporter()
     guest.exported.register_importer("late", late)
-    guest.do(age(guest.world.mm, Hva(guest.hva), PAGE))
+    guest.do(age(guest.mm, Hva(guest.hva), PAGE))
     assert late.heard == []
-    wait = guest.world.start(dontneed(guest.world.mm, Hva(guest.hva), PAGE))
+    wait = guest.start(dontneed(guest.mm, Hva(guest.hva), PAGE))
     assert len(late.heard) == guest.heard == 1
-    guest.world.ack(late)
+    guest.ack(late)
     guest.settle(wait)

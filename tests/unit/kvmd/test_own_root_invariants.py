@@ -36,7 +36,7 @@ def numbers(guest: Managed) -> set[str]:
 
 def change(guest: Managed, root: int, page: int, edit: Callable[[int], int], level: int = 1) -> None:
     """One entry of a table, in its raw bytes."""
-    tables, gfn, table = guest.world.bare.tables, BASE + page, root - TABLES
+    tables, gfn, table = guest.bare.tables, BASE + page, root - TABLES
     for at in range(4, level, -1):
         (entry,) = struct.unpack_from("<Q", tables, table + 8 * (gfn >> 9 * (at - 1) & 511))
         table = (entry & 0xF_FFFF_FFFF_F000) - TABLES
@@ -106,7 +106,7 @@ def test_a_pinned_gfn_is_writable_for_the_device_and_survives_the_host_in_both_r
     names = [guest.do(guest.vm.pinning.pin(account, guest.span(page))) for page in (0, 9)]
     guest.write(9)
     before = guest.entry(0), guest.entry(9)
-    guest.do(guest.world.mm.munmap(Hva(guest.hva), 10 * PAGE))
+    guest.do(guest.mm.munmap(Hva(guest.hva), 10 * PAGE))
     assert guest.iommu == guest.cpu == {0: True, 9: True}
     assert (guest.entry(0), guest.entry(9)) == before
     assert numbers(guest) == set()

@@ -16,9 +16,9 @@ from kvmd.core.slots.dirty_log import ClearDirtyLog, DirtyLog
 from kvmd.core.tables.flush import Flusher
 from protocol.errors import UapiError
 from protocol.units import MIB, Hva
-from tests.kit.kvmd import READ, World
+from tests.kit.kvmd import BITMAP, READ, World
 from tests.unit.kvmd.logged import NO_PML
-from tests.unit.kvmd.own_root import BASE, BITMAP, PAGE, PAGES, Managed
+from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
 
 
 @pytest.fixture(params=[CpuFeatures(), NO_PML], ids=["pml", "wp"])
@@ -62,7 +62,7 @@ def test_a_page_that_is_taken_away_is_told_once_more(guest: Managed) -> None:
     guest.fault(3)
     guest.log()
     guest.dirty()
-    guest.do(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
+    guest.do(migrate(guest.mm, Hva(guest.hva + 3 * PAGE), PAGE))
     assert guest.dirty() == {3}
     assert guest.dirty() == set()
     assert guest.sound()
@@ -73,8 +73,8 @@ def test_bits_go_to_user_space_only_after_what_went_before_is_acked(guest: Manag
     so it must not be told before."""
     guest.fault(3)
     guest.log()
-    gone = guest.world.start(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
-    got = guest.world.start(guest.vm.dirty_log.get(0, Hva(BITMAP)))
+    gone = guest.start(migrate(guest.mm, Hva(guest.hva + 3 * PAGE), PAGE))
+    got = guest.start(guest.vm.dirty_log.get(0, Hva(BITMAP)))
     assert (gone.done, got.done) == (False, False)
     guest.settle(gone)
     assert got.done
@@ -86,9 +86,9 @@ def test_a_get_that_does_not_wait_is_noticed(guest: Managed, monkeypatch: pytest
 
     guest.fault(3)
     guest.log()
-    guest.world.start(migrate(guest.world.mm, Hva(guest.hva + 3 * PAGE), PAGE))
+    guest.start(migrate(guest.mm, Hva(guest.hva + 3 * PAGE), PAGE))
     monkeypatch.setattr(Flusher, "flush", waits_for_nobody)
-    assert guest.world.start(guest.vm.dirty_log.get(0, Hva(BITMAP))).done
+    assert guest.start(guest.vm.dirty_log.get(0, Hva(BITMAP))).done
 
 
 @pytest.mark.parametrize("manual", [1, 3])
@@ -98,7 +98,7 @@ def test_a_cleared_page_that_a_device_can_write_is_dirty_again_at_once(manual: i
     guest.write(0)
     guest.fault(1)
     guest.log()
-    guest.do(guest.world.mm.write(Hva(BITMAP), b"\xff" * (PAGES // 8)))
+    guest.do(guest.mm.write(Hva(BITMAP), b"\xff" * (PAGES // 8)))
     guest.do(guest.vm.dirty_log.clear(ClearDirtyLog(0, PAGES, 0, Hva(BITMAP))))
     assert guest.dirty() == {0, 1}
     assert (guest.cpu, guest.iommu) == ({0: False, 1: False}, {0: True, 1: True})

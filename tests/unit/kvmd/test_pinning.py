@@ -338,8 +338,8 @@ def test_rule_d_a_fork_leaves_the_pinned_frame_to_the_parent_and_copies_it_for_t
 def test_rule_c_with_rings_a_store_to_a_pinned_page_is_told_by_the_bitmap() -> None:
     logged = Logged(ring=4096, export=True)
     pinning, gfn = logged.vm.pinning, next(iter(logged.vm.slots)).base_gfn
-    logged.world.run(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
-    logged.world.guest_write(logged.vm.vcpus[0], gfn << 12, b"x")
+    logged.run(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
+    logged.guest_write(logged.vm.vcpus[0], gfn << 12, b"x")
     assert not any(logged.ring)
     slot = logged.vm.slots.find(gfn)
     assert slot is not None

@@ -16,7 +16,7 @@ from tests.unit.kvmd.asleep import ELSEWHERE, GFN, GPA, HVA, PAGE, PAGES, Asleep
 def going(guest: Asleep, gfn: int) -> None:
     """The slot is deleted (gfn 0) or moved, and the importer has not acked."""
     pages, hva = (PAGES, HVA) if gfn else (0, 0)
-    guest.world.start(guest.vm.slots_change.set_memory_region(guest.world.region(0, gfn, pages, hva)))
+    guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, gfn, pages, hva)))
     assert guest.importer.pending
 
 
@@ -25,7 +25,7 @@ def guest() -> Asleep:
     made = Asleep(export=True)
     for page in range(3):
         made.page_comes(GPA + page * PAGE)
-    made.world.io_fault(made.vm.exports.tdps[0], GFN)
+    made.io_fault(made.vm.exports.tdps[0], GFN)
     return made
 
 
@@ -33,18 +33,18 @@ def guest() -> Asleep:
 def test_a_slot_that_goes_is_eagain_and_not_waited_for(guest: Asleep, gfn: int) -> None:
     going(guest, gfn)
     with pytest.raises(UapiError) as caught:
-        guest.world.run(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA), PAGE, 0))
+        guest.run(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA), PAGE, 0))
     assert caught.value.errno == errno.EAGAIN
     assert not guest.vcpu.running
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     with pytest.raises(UapiError) as caught:
-        guest.world.run(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA), PAGE, 0))
+        guest.run(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA), PAGE, 0))
     assert caught.value.errno == errno.ENOENT
 
 
 def test_a_slot_that_goes_while_a_page_is_awaited_is_eagain(guest: Asleep) -> None:
     """Nothing was done by then."""
-    asked = guest.world.start(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA + 3 * PAGE), PAGE, 0))
+    asked = guest.start(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA + 3 * PAGE), PAGE, 0))
     assert not asked.done
     going(guest, 0)
     guest.page_comes(GPA + 3 * PAGE)
@@ -54,19 +54,19 @@ def test_a_slot_that_goes_while_a_page_is_awaited_is_eagain(guest: Asleep) -> No
 
 
 def test_what_was_done_before_the_slot_goes_is_told(guest: Asleep) -> None:
-    asked = guest.world.start(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA + PAGE), 4 * PAGE, 0))
+    asked = guest.start(pre_fault_memory(guest.vcpu, guest.vm.fault_path, Gpa(GPA + PAGE), 4 * PAGE, 0))
     assert not asked.done, "page 3 sleeps"
     going(guest, 0)
     guest.page_comes(GPA + 3 * PAGE)
     assert asked.result() == (GPA + 3 * PAGE, 2 * PAGE)
-    guest.world.ack(guest.importer)
-    assert guest.world.table() == {}
+    guest.ack(guest.importer)
+    assert guest.table() == {}
     assert check_vm(guest.vm) == []
 
 
 def test_a_guest_s_own_fault_waits_for_the_change(guest: Asleep) -> None:
     going(guest, 0)
-    running = guest.world.start(guest.vcpu.run([("r", GPA, 8)]))
+    running = guest.start(guest.vcpu.run([("r", GPA, 8)]))
     assert not running.done
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     assert running.result().exit.mmio == (GPA, 8, False, b"")

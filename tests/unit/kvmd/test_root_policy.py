@@ -78,8 +78,8 @@ def _told_of_what_did_not_change(guest: Managed) -> bool:
 
 def _loses_all_with_a_slot(guest: Managed) -> bool:
     guest.fault(0)
-    guest.set_slot(7, 0x9000, 1, guest.world.map(1))
-    guest.set_slot(7, 0, 0, 0)
+    guest.change_slot(7, 0x9000, 1, guest.map(1))
+    guest.change_slot(7, 0, 0, 0)
     return guest.iommu == {}
 
 
@@ -156,10 +156,10 @@ def _history(guest: Managed) -> None:
     guest.log(0)
     touch(1, 5)
     guest.do(vm.nx_huge.switch(on=True))
-    guest.set_slot(7, 0x9000, 1, guest.world.map(1))
-    guest.set_slot(7, 0, 0, 0)
+    guest.change_slot(7, 0x9000, 1, guest.map(1))
+    guest.change_slot(7, 0, 0, 0)
     touch(1)
-    guest.set_slot(0, 0, 0, 0)
+    guest.change_slot(0, 0, 0, 0)
     assert guest.iommu == {}
     assert guest.sound()
 

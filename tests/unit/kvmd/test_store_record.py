@@ -21,9 +21,10 @@ from kvmd.core.tables import tdp_log
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
+from tests.kit.kvmd import BITMAP
 from tests.unit.kvmd.asleep import GPA, LOG, Asleep
 from tests.unit.kvmd.asleep import PAGE as PAGE_BYTES
-from tests.unit.kvmd.logged import BITMAP, GFN, HVA, NO_PML, Logged
+from tests.unit.kvmd.logged import GFN, HVA, NO_PML, Logged
 
 PML = CpuFeatures(pml=True)
 
@@ -50,17 +51,17 @@ def test_nothing_is_lost_by_any_way_to_log(
     guest = Logged(features, export=export, manual=manual, ring=ring)
 
     def finish(flow: Any) -> None:
-        over = guest.world.start(flow)
+        over = guest.start(flow)
         while guest.importer.pending:
             assert lost(guest.vm) == []
-            guest.world.ack(guest.importer)
+            guest.ack(guest.importer)
         over.result()
 
     for rounds in range(3):
         guest.write(0, 1, 5, 64 + rounds)
         for code in (("w", GFN + 7 << 12, b"x"), ("add", GFN + 8 << 12, 8, 1), ("stos", GFN + 9 << 12, 1, 3)):
-            assert guest.world.run(guest.vcpu.run([code], 0)).done
-            assert guest.world.run(guest.vcpu.run([code], 3)).done
+            assert guest.run(guest.vcpu.run([code], 0)).done
+            assert guest.run(guest.vcpu.run([code], 3)).done
         assert check_vm(guest.vm) == []
         finish(guest.get())
         finish(guest.clear(0, 128, {0, 1, 7}) if manual else guest.get())
@@ -74,10 +75,10 @@ def test_a_store_while_a_report_is_on_its_way_is_told_by_it() -> None:
     """The device has its translation until it acks."""
     guest = Logged(export=True)
     guest.write(3)
-    asked = guest.world.start(guest.get())
+    asked = guest.start(guest.get())
     guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 3))
     assert lost(guest.vm) == []
-    guest.world.ack(guest.importer)
+    guest.ack(guest.importer)
     assert asked.done
     assert lost(guest.vm) == []
     guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 3))
@@ -87,7 +88,7 @@ def test_a_store_while_a_report_is_on_its_way_is_told_by_it() -> None:
 def test_a_report_of_another_page_tells_nothing() -> None:
     guest = Logged(export=True)
     guest.write(3)
-    guest.world.start(guest.get())
+    guest.start(guest.get())
     guest.vm.dirty_log.stores.stored(0, Gfn(GFN + 4))
     assert lost(guest.vm) == [gfn(4)]
 
@@ -96,26 +97,26 @@ def test_a_report_that_cannot_be_copied_is_an_error_told() -> None:
     guest = Logged()
     guest.write(3)
     with pytest.raises(UapiError):
-        guest.world.run(guest.get(where=0x10))
+        guest.run(guest.get(where=0x10))
     assert lost(guest.vm) == []
 
 
 def test_a_moved_slot_keeps_what_is_untold_and_a_deleted_one_does_not() -> None:
     guest = Logged()
     guest.write(3)
-    guest.world.set_slot(0, 0x1000, guest.pages, HVA, 1)
+    guest.set_slot(0, 0x1000, guest.pages, HVA, 1)
     slot = guest.vm.slots.find(Gfn(0x1000))
     assert slot is not None
     assert slot.dirty is not None
     assert lost(guest.vm) == []
     slot.dirty.take()
     assert lost(guest.vm) == ["0x1003"]
-    guest.world.set_slot(0, 0x2000, guest.pages, HVA, 0)
+    guest.set_slot(0, 0x2000, guest.pages, HVA, 0)
     assert lost(guest.vm) == [], "moved, and logs no more"
-    guest.world.set_slot(0, 0x1000, guest.pages, HVA, 1)
+    guest.set_slot(0, 0x1000, guest.pages, HVA, 1)
     assert lost(guest.vm) == []
-    guest.world.guest_write(guest.vcpu, 0x1003 << 12, b"x")
-    guest.world.set_slot(0, 0, 0, 0)
+    guest.guest_write(guest.vcpu, 0x1003 << 12, b"x")
+    guest.set_slot(0, 0, 0, 0)
     guest.log(1)
     assert lost(guest.vm) == []
 
@@ -124,7 +125,7 @@ def test_what_user_space_does_to_its_ring_is_its_own_loss() -> None:
     guest = Logged(ring=16384, bitmap=False)
     guest.write(3)
     struct.pack_into("<IIQ", guest.ring, 0, 2, 0, 5)
-    guest.world.run(guest.vm.dirty_log.reset_rings())
+    guest.run(guest.vm.dirty_log.reset_rings())
     assert lost(guest.vm) == []
     guest.write(3, 5)
     assert lost(guest.vm) == []
@@ -135,9 +136,7 @@ def test_a_ring_that_ran_over_lost_what_user_space_would_not_take() -> None:
     guest = Logged(ring=16384, bitmap=False)
     for page in range(1026):
         at = GFN + page % guest.pages << 12
-        assert guest.world.run(
-            set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, at)
-        )
+        assert guest.run(set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, at))
     assert lost(guest.vm) == []
 
 
@@ -156,26 +155,24 @@ def store_of_cpu_again(guest: Logged) -> None:
 
 
 def store_at_privilege_0(guest: Logged) -> None:
-    guest.world.run(guest.vcpu.run([("w", GFN + 3 << 12, b"x")], 0))
+    guest.run(guest.vcpu.run([("w", GFN + 3 << 12, b"x")], 0))
 
 
 def store_to_tracked(guest: Logged) -> None:
-    guest.world.run(guest.vm.write_track.add(Gpa(GFN + 3 << 12)))
+    guest.run(guest.vm.write_track.add(Gpa(GFN + 3 << 12)))
     guest.write(3)
 
 
 def store_of_register(guest: Logged) -> None:
-    guest.world.run(
-        set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GFN + 3 << 12)
-    )
+    guest.run(set_msr(guest.vcpu.ram, guest.vm.wall_clock_epoch_ns, MSR_KVM_WALL_CLOCK_NEW, GFN + 3 << 12))
 
 
 def copy(guest: Logged) -> None:
-    guest.world.run(guest.vcpu.run([("movs", GFN + 3 << 12, GFN + 4 << 12, 64)]))
+    guest.run(guest.vcpu.run([("movs", GFN + 3 << 12, GFN + 4 << 12, 64)]))
 
 
 def modify(guest: Logged) -> None:
-    guest.world.run(guest.vcpu.run([("add", GFN + 3 << 12, 8, 1)]))
+    guest.run(guest.vcpu.run([("add", GFN + 3 << 12, 8, 1)]))
 
 
 def unmarked_by_kvm(patch: pytest.MonkeyPatch) -> None:
@@ -286,9 +283,9 @@ def test_the_check_finds_a_store_that_is_marked_in_a_bitmap_nobody_reads(
 def test_pages_that_were_never_stored_to_are_not_asked_for() -> None:
     guest = Logged()
     guest.read(3)
-    guest.world.run(guest.world.mm.write(Hva(HVA), b"the VMM's own store"))
+    guest.run(guest.mm.write(Hva(HVA), b"the VMM's own store"))
     assert list(guest.vm.dirty_log.stores.untold()) == []
     guest.log(0)
     guest.write(3)
     assert list(guest.vm.dirty_log.stores.untold()) == []
-    guest.world.run(guest.world.mm.mprotect(Hva(BITMAP), 4096, Prot.READ))
+    guest.run(guest.mm.mprotect(Hva(BITMAP), 4096, Prot.READ))

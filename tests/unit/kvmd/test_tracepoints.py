@@ -55,10 +55,7 @@ def test_a_ring_shows_each_push_and_each_exit_that_it_causes(lines: list[str]) -
     logged = Logged(ring=4096, pages=1024)
     limit = 4096 // 16 - 64
     logged.write(*range(limit - 1))
-    assert (
-        logged.world.guest_write(logged.vcpu, GFN + limit << 12, b"x").exit.reason
-        is ExitReason.DIRTY_RING_FULL
-    )
+    assert logged.guest_write(logged.vcpu, GFN + limit << 12, b"x").exit.reason is ExitReason.DIRTY_RING_FULL
     assert of(lines, "kvm_dirty_ring_push") == [
         f"ring 0: dirty {n + 1:#x} reset 0x0 slot 0 offset {offset:#x} (used {n + 1})"
         for n, offset in enumerate([*range(limit - 1), limit])
