@@ -83,7 +83,7 @@ class Kvm:
         features, mm, tdp = self.host.features, self.mm, self.tdp
         has_private = self.type is VmType.SW_PROTECTED
         address_spaces = 1 if has_private else features.address_spaces  # no SMM with private memory
-        self.mmu.keep = pinned = PinnedGfns()
+        self.mmu.pinned = pinned = PinnedGfns()
         self.page_track = PageTrack()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
         self.host_changes = HostChanges(self.slots, tdp, seq_start)

@@ -37,13 +37,13 @@ def protect(mmu: TdpMmu, root: Root, span: GfnSpan, wanted: Callable[[Gfn], bool
         new = [entry & ~bit if entry & bits.MMU_PRESENT else entry for entry in run.entries]
         if run.level == LEVEL_4K and wanted is not None:
             _keep_unwanted(run, new, wanted)
-        cleared += mmu.change_run(root, run, mmu.keeping(root, run, new))  # pinned is always dirty
+        cleared += mmu.change_run(root, run, mmu.skip_pinned(root, run, new))  # pinned is always dirty
     return cleared > 0
 
 
 def unnoticed(mmu: TdpMmu, as_id: int, span: GfnSpan) -> Iterator[GfnSpan]:
     """Where a store is told to no log: pinned gfns, and what devices write in a root without."""
-    for gfn in mmu.keep.within(as_id, span) if mmu.keep else ():
+    for gfn in mmu.pinned.within(as_id, span) if mmu.pinned else ():
         yield GfnSpan.of_pages(gfn, 1)
     for root in mmu.roots_of(as_id):
         if not root.role.policy.logs:

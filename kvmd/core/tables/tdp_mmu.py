@@ -169,14 +169,14 @@ def zap_some(mmu: TdpMmu, root: Root, cursor: Cursor, limit: int) -> int:
 def _zapped(mmu: TdpMmu, root: Root, run: EntryRun) -> list[int]:
     """A run without its leaves, but for those of pinned gfns."""
     new = [0 if entry & bits.MMU_PRESENT else entry for entry in run.entries]
-    return mmu.keeping(root, run, new)
+    return mmu.skip_pinned(root, run, new)
 
 
 def zap_table(mmu: TdpMmu, root: Root, gfn: Gfn, level: Level) -> None:
     """Cut off the table under the entry of `level`, if one is there.  Everything is to be flushed."""
     met = mmu.seek(root, gfn, level)
     is_table = met.level == level and root.format.is_table(met.entry, level)
-    if is_table and not mmu.keeps_any(root, entry_span(gfn, level)):
+    if is_table and not mmu.any_pinned(root, entry_span(gfn, level)):
         mmu.change(root, gfn, level, met.at, met.entry, bits.EMPTY)
 
 
@@ -189,7 +189,7 @@ def age_leafs(mmu: TdpMmu, span: GfnSpan) -> bool:
                 aged(entry) if entry & bits.MMU_PRESENT and is_young(entry) else entry
                 for entry in run.entries
             ]
-            young += mmu.change_run(root, run, mmu.keeping(root, run, new))
+            young += mmu.change_run(root, run, mmu.skip_pinned(root, run, new))
     return young > 0
 
 

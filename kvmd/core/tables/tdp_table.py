@@ -113,7 +113,7 @@ class Root:
         return GfnSpan(Gfn(0), gfn_limit(self.role.level))
 
 
-class Keep(Protocol):
+class PinnedEntries(Protocol):
     """What entries must stay as they are: those of pinned gfns (`slots/pinned.py`)."""
 
     def __len__(self) -> int: ...
@@ -139,7 +139,7 @@ class TdpMmu:
         self.roots: list[Root] = []
         self.splits = 0  # huge leaves that became tables
         self.collapses = 0  # tables that became a huge leaf
-        self.keep: Keep | None = None
+        self.pinned: PinnedEntries | None = None
         self.lent_policy = CPUS  # of the roots that TDP FDs lend
         self.may_lack_write = False  # nothing was ever protected: no store can find W taken
         self._vm_id = vm_id
@@ -211,8 +211,8 @@ class TdpMmu:
         fmt = root.format
         mask, value = fmt.table[level]
         links = new & mask == value
-        if self.keep and not links:
-            self._check_kept(root, gfn, level, old, new)
+        if self.pinned and not links:
+            self._check_pinned(root, gfn, level, old, new)
         self.writer.store64(at, new)
         if TRACE.on:
             TRACE.emit(KvmTdpMmuSpteChanged(root.role.as_id, gfn, level, old, new))
@@ -240,13 +240,13 @@ class TdpMmu:
         if new == old:
             return 0
         size = 1 << INDEX_BITS * (level - 1)
-        kept = self.keeps_any(root, GfnSpan.of_pages(Gfn(frame), size * len(new)))
+        kept = self.any_pinned(root, GfnSpan.of_pages(Gfn(frame), size * len(new)))
         store, lost, changed, gone = self.writer.store64, 0, 0, 0
         for index, (was, now) in enumerate(zip(old, new, strict=True)):
             if was == now:
                 continue
             if kept:
-                self._check_kept(root, Gfn(frame + index * size), level, was, now)
+                self._check_pinned(root, Gfn(frame + index * size), level, was, now)
             store(at + index * ENTRY_BYTES, now)
             changed += 1
             lost |= was & ~now
@@ -260,30 +260,30 @@ class TdpMmu:
         root.record.store_run(Gfn(frame), level, old, new)
         return changed
 
-    def _check_kept(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
+    def _check_pinned(self, root: Root, gfn: Gfn, level: Level, old: int, new: int) -> None:
         """I22 where it is made or broken: a pinned gfn's entry loses nothing, no other entry covers one."""
         if level > LEVEL_4K:
-            assert root.invalid or not self.keeps_any(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
-        elif self.is_kept(root, gfn) and old & bits.MMU_PRESENT:
+            assert root.invalid or not self.any_pinned(root, entry_span(gfn, level)), f"I22: {gfn:#x} {level}"
+        elif self.is_pinned(root, gfn) and old & bits.MMU_PRESENT:
             lost = (old ^ new) & bits.ADDRESS_MASK | old & ~new & (bits.RWX | bits.DIRTY)
             assert not lost, f"I22: pinned gfn {gfn:#x}: {old:#x} became {new:#x}"
 
-    def is_kept(self, root: Root, gfn: Gfn) -> bool:
+    def is_pinned(self, root: Root, gfn: Gfn) -> bool:
         """Must the entry stay?  An obsolete root's is nobody's any more."""
-        return bool(self.keep and not root.invalid and self.keep.holds(root.role.as_id, gfn))
+        return bool(self.pinned and not root.invalid and self.pinned.holds(root.role.as_id, gfn))
 
-    def keeping(self, root: Root, run: EntryRun, new: list[int]) -> list[int]:
+    def skip_pinned(self, root: Root, run: EntryRun, new: list[int]) -> list[int]:
         """`new`, with what a run has of pinned gfns as it is."""
-        if self.keep and new != run.entries:
+        if self.pinned and new != run.entries:
             size = 1 << INDEX_BITS * (run.level - 1)
-            if self.keeps_any(root, GfnSpan.of_pages(Gfn(run.frame), size * len(new))):
+            if self.any_pinned(root, GfnSpan.of_pages(Gfn(run.frame), size * len(new))):
                 for index, was in enumerate(run.entries):
-                    if was != new[index] and self.is_kept(root, Gfn(run.frame + index * size)):
+                    if was != new[index] and self.is_pinned(root, Gfn(run.frame + index * size)):
                         new[index] = was
         return new
 
-    def keeps_any(self, root: Root, span: GfnSpan) -> bool:
-        return bool(self.keep and self.keep.any_in(root.role.as_id, span))
+    def any_pinned(self, root: Root, span: GfnSpan) -> bool:
+        return bool(self.pinned and self.pinned.any_in(root.role.as_id, span))
 
     def link(self, root: Root, gfn: Gfn, level: Level, at: Hpa, old: int, table: Hpa) -> None:
         """The entry over `gfn` points to `table` from now on, which translates as `old` does."""
