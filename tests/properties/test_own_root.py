@@ -233,7 +233,7 @@ def test_two_lives_end_with_the_same_memory_and_every_write_was_told(seed: int) 
 
 
 PLANTED: dict[str, tuple[Any, str, Any]] = {
-    "the IOMMU's root is not filled": (FaultPath, "_store_beside", lambda *args: None),
+    "the IOMMU's root is not filled": (FaultPath, "_map_in_other_roots", lambda *args: None),
     "what devices can write is not dirty": (DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty),
     "logging protects every root": (TdpMmu, "logged_roots", TdpMmu.roots_of),
     "ageing takes every root": (TdpMmu, "aged_roots", lambda self: self.roots),

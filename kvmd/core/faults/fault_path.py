@@ -139,7 +139,7 @@ class FaultPath:
             return FaultResult.NO_MEMORY
         flush = mapped.flush
         if self._mmu.lent_policy.filled_beside:
-            flush = max(flush, self._store_beside(root, fault, slot, page), key=_pages)
+            flush = max(flush, self._map_in_other_roots(root, fault, slot, page), key=_pages)
         if flush is not None:
             await self._flusher.flush(flush)
         if mapped.outcome is MapOutcome.RETRY:  # who froze the entry waits for a flush
@@ -180,11 +180,13 @@ class FaultPath:
                 self._notes.post(gfn, level, writable=writable)
         return mapped
 
-    def _store_beside(self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage) -> GfnSpan | None:
+    def _map_in_other_roots(
+        self, root: Root, fault: PageFault, slot: Memslot, page: MappedPage
+    ) -> GfnSpan | None:
         """CPUs and IOMMU both get the page; without room, who needs it there faults.  What to flush."""
         flush = None
         try:
-            for other in self._roots_beside(root):
+            for other in self._other_roots(root):
                 if fault.gfn < gfn_limit(other.role.level):
                     as_a_devices = PageFault(fault.gfn, fault.write, FaultSource.IO, fault.as_id)
                     also = self._store(other, as_a_devices, slot, page, None).flush
@@ -204,7 +206,7 @@ class FaultPath:
             raise UapiError(errno.ENODEV, "the TDP is not exported any more")
         return root
 
-    def _roots_beside(self, own: Root) -> list[Root]:
+    def _other_roots(self, own: Root) -> list[Root]:
         """Where what is faulted into `own` goes as well, when CPUs and IOMMU share none: to the others'.  A
         root of CPUs is made if no vCPU has run since a slot went.  ENOMEM.
         """

@@ -371,10 +371,10 @@ def test_a_shared_root_loses_what_the_own_one_keeps() -> None:
     assert cost[False] == (4, 16)
 
 
-@pytest.mark.parametrize("missing", ["_store_beside", "level", "age"])
+@pytest.mark.parametrize("missing", ["_map_in_other_roots", "level", "age"])
 def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing == "_store_beside":
-        monkeypatch.setattr(FaultPath, "_store_beside", lambda *args: None)
+    if missing == "_map_in_other_roots":
+        monkeypatch.setattr(FaultPath, "_map_in_other_roots", lambda *args: None)
         with pytest.raises(AssertionError, match=r"Left contains"):
             test_whoever_comes_first_both_have_the_page_after_one_fault(Managed())
     elif missing == "level":
