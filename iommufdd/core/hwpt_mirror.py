@@ -117,7 +117,7 @@ class HwptMirror(HwptPaging):
 
     def take_unpinned(self, spans: Iterable[Span[Iova]]) -> None:
         for span in spans:
-            for part in self.pins.beside(*span):
+            for part in self.pins.unpinned_in(*span):
                 self.take(*part)
 
     # -- pinning ---------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ async def _check_mirror(ioas: IoasOnDemand, hwpt: HwptMirror, host: ProcessMemor
 
 def _fresh(hwpt: HwptMirror, area: Area, lookup: Lookup, start: Iova, end: Iova) -> Iterator[Span[Iova]]:
     """The parts that are not pinned and of which nothing went behind the answer."""
-    for first, last in hwpt.pins.beside(start, end):
+    for first, last in hwpt.pins.unpinned_in(start, end):
         if not lookup.stale(area.hva_of(first), area.hva_of(last)):
             yield first, last
             continue

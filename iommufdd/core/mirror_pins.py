@@ -70,7 +70,7 @@ class MirrorPins:
         """Pins that follow each other in an area and were pinned by one request, together."""
         return _runs(self._pins)
 
-    def beside(self, start: Iova, end: Iova) -> Iterator[Span[Iova]]:
+    def unpinned_in(self, start: Iova, end: Iova) -> Iterator[Span[Iova]]:
         """The parts of start..end that are not pinned."""
         first = self._first(start)
         last = bisect_right(self._pins, end - 1, lo=first, key=attrgetter("start"))
