@@ -239,7 +239,7 @@ class RemappingUnit:
         entry = self.iotlb.lookup(attached.did, page, need)
         if entry is None:
             entry = self._fill(rid, attached, page)
-        return entry if entry.level == LEVEL_4K else _beside_interrupts(entry, page)
+        return entry if entry.level == LEVEL_4K else _outside_interrupt_range(entry, page)
 
     def _fill(self, rid: int, attached: SecondStage, page: IovaPfn) -> IotlbEntry:
         """Walk, and cache what was found; absent entries never are (CM = 0)."""
@@ -337,7 +337,7 @@ class RemappingUnit:
             endpoint.page_response(prgi, code)
 
 
-def _beside_interrupts(entry: IotlbEntry, page: IovaPfn) -> IotlbEntry:
+def _outside_interrupt_range(entry: IotlbEntry, page: IovaPfn) -> IotlbEntry:
     """No answer covers the interrupt range: of a huge leaf over it the page that was asked for is given."""
     inside = page % pages_of_level(entry.level)
     if not msi.touches(Iova((page - inside) << PAGE_SHIFT), size_of_level(entry.level)):
