@@ -9,13 +9,13 @@ use goes on.  Counts grow with `pages` and `rounds`.
 from __future__ import annotations
 
 from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 
 
 async def play(ctx: Context) -> None:
     pages = ctx.params["pages"]
     guest = await ctx.boot_for(pages)
-    contents = Contents(ctx, guest)
+    contents = ExpectedMemory(ctx, guest)
     every = guest.pages(pages)
     await contents.device_writes(every[:1])
     await ctx.step("first dma")
@@ -36,7 +36,7 @@ async def play(ctx: Context) -> None:
     await ctx.step("both read everything")
 
 
-async def _inflate(ctx: Context, guest: Guest, contents: Contents, taken: list[int]) -> bool:
+async def _inflate(ctx: Context, guest: Guest, contents: ExpectedMemory, taken: list[int]) -> bool:
     given = await ctx.offered(guest.discard(taken[0], len(taken) * PAGE_SIZE))
     if given:
         contents.zeroed(taken)
@@ -45,7 +45,7 @@ async def _inflate(ctx: Context, guest: Guest, contents: Contents, taken: list[i
     return given
 
 
-async def _use(ctx: Context, contents: Contents, taken: list[int], number: int) -> None:
+async def _use(ctx: Context, contents: ExpectedMemory, taken: list[int], number: int) -> None:
     half = len(taken) // 2
     await contents.device_reads(taken[:half])
     await contents.device_writes(taken[:half])

@@ -12,7 +12,7 @@ The rounds are played in order, so that they can be counted; after the last samp
 from __future__ import annotations
 
 from qemu_shim.api import PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 from qemu_shim.study.workloads.storm import under_dma
 
 KEPT_GPA, PLUGGED_GPA = 0x1_8000_0000, 0x2_0000_0000
@@ -25,7 +25,7 @@ def _pages(slot: RamSlot) -> list[int]:
 async def play(ctx: Context) -> None:
     guest = await ctx.boot_for(0)
     kept = _pages(await guest.add_slot(ctx.params["kept"] * PAGE_SIZE, KEPT_GPA))
-    contents = Contents(ctx, guest)
+    contents = ExpectedMemory(ctx, guest)
     await contents.device_writes(kept[:1])
     await ctx.step("first dma")
     await contents.cpu_writes(kept[: len(kept) // 2])
@@ -37,7 +37,7 @@ async def play(ctx: Context) -> None:
     await _storm(ctx, guest, kept)
 
 
-async def _round(ctx: Context, guest: Guest, contents: Contents, kept: list[int], number: int) -> None:
+async def _round(ctx: Context, guest: Guest, contents: ExpectedMemory, kept: list[int], number: int) -> None:
     plugged = await _plug(ctx, guest)
     pages = _pages(plugged)
     await contents.cpu_writes(pages[: len(pages) // 2])
@@ -52,7 +52,7 @@ async def _round(ctx: Context, guest: Guest, contents: Contents, kept: list[int]
     await ctx.step(f"dma to what was removed {number}")
 
 
-async def _both_read(contents: Contents, pages: list[int], *, device_first: bool) -> None:
+async def _both_read(contents: ExpectedMemory, pages: list[int], *, device_first: bool) -> None:
     readers = [contents.device_reads, contents.cpu_reads]
     for read in readers if device_first else reversed(readers):
         await read(pages)

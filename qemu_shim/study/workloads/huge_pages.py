@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 
 from qemu_shim.api import GIB, MIB, PAGE_SIZE, Context, Guest, Param, RamSlot, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 from qemu_shim.study.workloads.storm import under_dma
 
 HUGE = 2 * MIB
@@ -28,7 +28,7 @@ async def play(ctx: Context) -> None:
     guest = await ctx.boot(ram_bytes=HUGE, free_from=MIB)  # so that what is mapped next is aligned
     await guest.fill(guest.pages(1)[0])
     await ctx.step("first dma")
-    contents = Contents(ctx, guest)
+    contents = ExpectedMemory(ctx, guest)
     slots = {}
     for page_size, gpa in SLOT_GPAS.items():
         slots[page_size] = await guest.add_slot(max(size, page_size), gpa, page_size)
@@ -42,14 +42,14 @@ async def play(ctx: Context) -> None:
         await _storm(ctx, guest, small)
 
 
-async def _both_read(ctx: Context, contents: Contents, pages: list[int], what: str) -> None:
+async def _both_read(ctx: Context, contents: ExpectedMemory, pages: list[int], what: str) -> None:
     await contents.device_reads(pages)
     await ctx.step(f"{what}: the device reads all")
     await contents.cpu_reads(pages)
     await ctx.step(f"{what}: the cpu reads all")
 
 
-async def _remade(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
+async def _remade(ctx: Context, guest: Guest, contents: ExpectedMemory, slot: RamSlot) -> bool:
     """Put together, nibbled at, put together again and taken apart; used each time, even if one of them was
     refused and the memory stays as it is.
     """
@@ -63,14 +63,14 @@ async def _remade(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot)
     return able
 
 
-async def _collapse(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
+async def _collapse(ctx: Context, guest: Guest, contents: ExpectedMemory, slot: RamSlot) -> bool:
     call = guest.collapse(slot.gpa, slot.size)
     done = await ctx.allowed("collapse of guest memory", errno.EAGAIN, call)
     ctx.expect(done in (None, slot.size // HUGE), f"collapse: {done} huge pages")
     return done is not None
 
 
-async def _nibble(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
+async def _nibble(ctx: Context, guest: Guest, contents: ExpectedMemory, slot: RamSlot) -> bool:
     """One small page out of each huge one is given back: who maps the huge one must let go of that part."""
     for gpa in range(slot.gpa, slot.gpa + slot.size, HUGE):
         if not await ctx.offered(guest.discard(gpa + PART, PAGE_SIZE)):
@@ -79,7 +79,7 @@ async def _nibble(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot)
     return True
 
 
-async def _split(ctx: Context, guest: Guest, contents: Contents, slot: RamSlot) -> bool:
+async def _split(ctx: Context, guest: Guest, contents: ExpectedMemory, slot: RamSlot) -> bool:
     done = await guest.split(slot.gpa, slot.size)
     ctx.expect(done == slot.size // HUGE, f"split: {done} huge pages")
     return True

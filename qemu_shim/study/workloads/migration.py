@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from protocol.units import align_up
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Migrator, Param, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 
 SLOT_GPA = 0x1_8000_0000
 
@@ -24,7 +24,7 @@ async def play(ctx: Context) -> None:
     guest = await ctx.boot_for(0)
     slot = await guest.add_slot(size, SLOT_GPA, page_size)
     pages = list(range(SLOT_GPA, SLOT_GPA + size, PAGE_SIZE))
-    contents = Contents(ctx, guest)
+    contents = ExpectedMemory(ctx, guest)
     await contents.device_writes(pages[:1])
     await ctx.step("first dma")
     await contents.cpu_writes(pages)
@@ -41,7 +41,7 @@ async def play(ctx: Context) -> None:
     await _check(ctx, contents, migrator, pages)
 
 
-async def _round(ctx: Context, contents: Contents, migrator: Migrator, pages: list[int]) -> None:
+async def _round(ctx: Context, contents: ExpectedMemory, migrator: Migrator, pages: list[int]) -> None:
     by_cpu = _some(ctx, pages, ctx.params["cpu_writes"])
     by_device = _some(ctx, pages, ctx.params["device_writes"])
     await contents.cpu_writes(by_cpu)
@@ -60,7 +60,7 @@ def _some(ctx: Context, pages: list[int], per_cent: int) -> list[int]:
     return sorted(ctx.chance.sample(pages, len(pages) * per_cent // 100))
 
 
-async def _check(ctx: Context, contents: Contents, migrator: Migrator, pages: list[int]) -> None:
+async def _check(ctx: Context, contents: ExpectedMemory, migrator: Migrator, pages: list[int]) -> None:
     """What the target has is what was written last, and what the guest still reads."""
     await contents.cpu_reads(pages)
     differ = await migrator.differences()

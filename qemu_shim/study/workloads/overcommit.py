@@ -8,7 +8,7 @@ design that pins, one VM comes up and the second does not.  Counts grow with `pa
 from __future__ import annotations
 
 from qemu_shim.api import DRIVER_PAGES, KERNEL_BYTES, PAGE_SIZE, Context, Guest, Param, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 from qemu_shim.study.workloads.host_memory import OPTIONS, Chunk, Reclaim, chunks, crowded
 
 VMS = 2
@@ -23,7 +23,7 @@ async def play(ctx: Context) -> None:
 
 async def _take_turns(ctx: Context, guests: list[Guest], limit: int) -> None:
     owned = [guest.pages(ctx.params["pages"]) for guest in guests]
-    contents = [Contents(ctx, guest) for guest in guests]
+    contents = [ExpectedMemory(ctx, guest) for guest in guests]
     reclaim = Reclaim(ctx, [chunk for guest in guests for chunk in _chunks(ctx, guest)], limit)
     for held, pages in zip(contents, owned, strict=True):
         await held.device_writes(pages[:1])

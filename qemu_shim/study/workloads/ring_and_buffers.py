@@ -27,7 +27,7 @@ from protocol.hw.dsa import (
 )
 from protocol.units import Iova, align_up
 from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, Param, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 
 BATCH = 32  # the driver's limit
 RECORDED = Flag.CRAV | Flag.RCR
@@ -38,7 +38,7 @@ class _Ring:
     """The driver's pages by class; `received`: what each receive buffer was sent last, by its buffer."""
 
     guest: Guest
-    contents: Contents
+    contents: ExpectedMemory
     descriptors: int
     ring: list[int]
     completions: list[int]
@@ -103,7 +103,7 @@ def _allocate(ctx: Context, guest: Guest) -> _Ring:
     fresh = count * ctx.params["fresh"] // 100
     return _Ring(
         guest,
-        Contents(ctx, guest),
+        ExpectedMemory(ctx, guest),
         count,
         ring=guest.pages(align_up(count * WORK_DESCRIPTOR_SIZE, PAGE_SIZE) // PAGE_SIZE),
         completions=guest.pages(align_up(count * COMPLETION_SIZE, PAGE_SIZE) // PAGE_SIZE),

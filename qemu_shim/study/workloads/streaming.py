@@ -9,7 +9,7 @@ start: the host has not got it.  Counts grow with `pages` and `sweeps`, ageing w
 from __future__ import annotations
 
 from qemu_shim.api import DRIVER_PAGES, PAGE_SIZE, Context, Guest, Param, Scenario
-from qemu_shim.study.workloads.contents import Contents
+from qemu_shim.study.workloads.expected_memory import ExpectedMemory
 from qemu_shim.study.workloads.host_memory import OPTIONS, Reclaim, chunks, crowded
 
 
@@ -25,7 +25,7 @@ async def _sweep_all(ctx: Context, guest: Guest, limit: int) -> None:
     windows = [every[at : at + window] for at in range(0, pages, window)]
     over = chunks(guest, every[0], pages * PAGE_SIZE, window)
     reclaim = Reclaim(ctx, over, limit)
-    contents = Contents(ctx, guest)
+    contents = ExpectedMemory(ctx, guest)
     await contents.device_writes(every[:1])
     await ctx.step("first dma")
     for sweep in range(ctx.params["sweeps"]):
@@ -40,7 +40,7 @@ async def _sweep_all(ctx: Context, guest: Guest, limit: int) -> None:
     await ctx.step("cpu reads everything")
 
 
-async def _use(contents: Contents, some: list[int], *, device_writes: bool, old: bool) -> None:
+async def _use(contents: ExpectedMemory, some: list[int], *, device_writes: bool, old: bool) -> None:
     """Who writes reads first what was there."""
     if device_writes:
         if old:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.units import PAGE_SIZE
 from qemu_shim.api import Context, Guest
-from qemu_shim.study.workloads.contents import RUN, runs
+from qemu_shim.study.workloads.expected_memory import RUN, runs
 from qemu_shim.study.workloads.host_memory import Reclaim, chunks
 
 PAGES = 4  # of a chunk

@@ -16,7 +16,7 @@ WORD_BYTES = 8
 _BATCH = MIB // PAGE_SIZE  # pages of one message
 
 
-class Contents:
+class ExpectedMemory:
     """Of the pages that were written through it, or said to be zero.  Who reads something else has found a
     problem of the run.
     """
