@@ -13,7 +13,7 @@ import pytest
 
 from kvmd.core.cpu.guest_ram import GuestRam
 from kvmd.core.faults.fault_path import FaultPath
-from kvmd.core.mm.space import Via
+from kvmd.core.mm.space import FaultOrigin
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
 from tests.properties.machine import SMALL_PAGES, Rig
@@ -94,7 +94,7 @@ async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) ->
     hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % 4096)
     while (there := self._mm.bytes_now(hva, size, write=write)) is None:
         try:
-            await self._mm.fault_in(hva, write=write, via=Via.KERNEL)
+            await self._mm.fault_in(hva, write=write, via=FaultOrigin.KERNEL)
         except UapiError:
             return None
     return slot, there

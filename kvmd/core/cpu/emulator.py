@@ -12,7 +12,7 @@ import errno
 from collections.abc import Iterator
 
 from kvmd.core.cpu.exits import Exit, Mmio
-from kvmd.core.cpu.guest_ram import Exchange, GuestRam, pages_of
+from kvmd.core.cpu.guest_ram import CmpxchgResult, GuestRam, pages_of
 from kvmd.core.cpu.program import Modification
 from protocol.errors import UapiError
 from protocol.kvm_run import INTERNAL_ERROR_EMULATION, MMIO_BYTES, ExitReason
@@ -65,13 +65,13 @@ class Emulator:
             if not locked or gfn_of(gpa) != gfn_of(Gpa(gpa + size - 1)):
                 return await self.store(gpa, new)
             match await self._ram.compare_exchange(gpa, old, new):
-                case Exchange.NO_ADDRESS:
+                case CmpxchgResult.NO_ADDRESS:
                     return await self.store(gpa, new)
-                case Exchange.STORED:
+                case CmpxchgResult.STORED:
                     return None
-                case Exchange.FAULT:
+                case CmpxchgResult.FAULT:
                     await _failure(f"locked access at gpa {gpa:#x}: no memory there that may be written")
-                case Exchange.OTHER_VALUE:
+                case CmpxchgResult.OTHER_VALUE:
                     pass
 
     async def fetch(self, gpa: Gpa) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 
 from kvmd.core.cpu.vcpu_arch import VcpuArch
-from kvmd.core.mm.space import Via
+from kvmd.core.mm.space import FaultOrigin
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
 from kvmd.core.slots.memslot import Memslot
@@ -29,7 +29,7 @@ def pages_of(gpa: Gpa, size: int) -> Iterator[tuple[Gpa, int]]:
         gpa = Gpa(gpa + count)
 
 
-class Exchange(Enum):
+class CmpxchgResult(Enum):
     """What came of a compare-and-exchange."""
 
     NO_ADDRESS = auto()  # no slot, or one that is read-only: the host has none to write to
@@ -64,21 +64,21 @@ class GuestRam:
         self._dirty_log.stores.stored(self._as_id, gfn_of(gpa))
         return True
 
-    async def compare_exchange(self, gpa: Gpa, old: bytes, new: bytes) -> Exchange:
+    async def compare_exchange(self, gpa: Gpa, old: bytes, new: bytes) -> CmpxchgResult:
         """`new` where `old` is, within one page and at once.  The page counts as written either way: a locked
         access that finds another value writes that back [KVM x86.c]."""
         found = await self._reach(gpa, len(old), write=True)
         gfn = gfn_of(gpa)
         if found is None:
             slot = self._slots.find(gfn, self._as_id) if self._walkable(gfn) else None
-            return Exchange.NO_ADDRESS if slot is None or slot.readonly else Exchange.FAULT
+            return CmpxchgResult.NO_ADDRESS if slot is None or slot.readonly else CmpxchgResult.FAULT
         slot, there = found
         self._dirty_log.mark(slot, gfn, self._vcpu.id)
         if there != old:
-            return Exchange.OTHER_VALUE
+            return CmpxchgResult.OTHER_VALUE
         there[:] = new
         self._dirty_log.stores.stored(self._as_id, gfn)
-        return Exchange.STORED
+        return CmpxchgResult.STORED
 
     # awaits: slot: it may go, move, or be another one; asked again: the loop, before the bytes are used
     # (tests/unit/kvmd/test_emulated_asleep.py::test_slot_goes_while_it_sleeps)
@@ -92,7 +92,7 @@ class GuestRam:
             if there is not None:
                 return slot, there
             try:
-                await mm.fault_in(_hva(slot, gpa), write=write, via=Via.KERNEL)
+                await mm.fault_in(_hva(slot, gpa), write=write, via=FaultOrigin.KERNEL)
             except UapiError:
                 if self._slots.find(gfn_of(gpa), self._as_id) is slot:
                     return None

@@ -25,7 +25,7 @@ from kvmd.core.faults.page_fault import (
     FaultSource,
     PageFault,
 )
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.guest_frames import GuestFrames
@@ -54,7 +54,7 @@ class FaultPath:
         notes: FaultNotes,
     ) -> None:
         self.faults: Counter[tuple[FaultSource, FaultResult]] = Counter()
-        self.tallies = {source: Tally() for source in FaultSource}
+        self.tallies = {source: FaultCounts() for source in FaultSource}
         self.retries = 0
         self._frames = frames
         self._levels = levels

@@ -24,7 +24,7 @@ from kvmd.core.mm.page import (
     WpMarker,
     with_rights,
 )
-from kvmd.core.mm.space import AddressSpace, Via
+from kvmd.core.mm.space import AddressSpace, FaultOrigin
 from kvmd.core.mm.vma import Vma
 from protocol.errors import EHWPOISON, UapiError
 from protocol.flow import Wait
@@ -34,14 +34,14 @@ SIZE_2M = size_of_level(LEVEL_2M)
 
 
 @dataclass(slots=True)
-class Tally:
+class FaultCounts:
     """What the faults of one request, or of one kind, cost."""
 
     major: int = 0  # pages read back from swap
     allocated: int = 0  # of 4 KiB, those too
 
 
-class CopyFirst:
+class CopyOnWrite:
     """The entry's page is not the process's to write: `copy_on_write` it."""
 
     __slots__ = ("entry",)
@@ -50,10 +50,12 @@ class CopyFirst:
         self.entry = entry
 
 
-def attempt(space: AddressSpace, hva: Hva, *, write: bool, via: Via) -> Pte | CopyFirst | Wait[None]:
+def attempt(
+    space: AddressSpace, hva: Hva, *, write: bool, via: FaultOrigin
+) -> Pte | CopyOnWrite | Wait[None]:
     """Make the entry at `hva` serve the access, or say what it must wait for.  EFAULT, EHWPOISON, ENOMEM."""
     vma = space.accessible(hva, write=write, via=via)
-    user = via is Via.USER
+    user = via is FaultOrigin.USER
     while True:
         entry = space.table.find(hva)
         if entry is None:
@@ -85,12 +87,12 @@ def writable_now(vma: Vma, entry: Pte) -> bool:
 
 def _write(
     space: AddressSpace, vma: Vma, entry: Pte, hva: Hva, *, user: bool
-) -> Pte | CopyFirst | Wait[None]:
+) -> Pte | CopyOnWrite | Wait[None]:
     """A write to a page that is there but not writable."""
     if entry.uffd_wp and vma.uffd is not None and vma.uffd_wp:
         return vma.uffd.ask(hva, write=True, wp=True, user=user)
     if not vma.shared and not _may_reuse(space, entry.page):
-        return CopyFirst(entry)
+        return CopyOnWrite(entry)
     if entry.page.kind is PageKind.ANON:
         entry.page.exclusive = True
     entry = with_rights(entry, writable=True, uffd_wp=False)

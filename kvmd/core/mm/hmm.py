@@ -20,7 +20,7 @@ from enum import Enum, auto
 from typing import Literal, NamedTuple, Protocol
 
 from kvmd.core.lease import Lease
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mm import Mm
@@ -192,7 +192,7 @@ class Mirror:
         with it what follows.  Nothing may await between this and its answer.  EINVAL: not watched; EFAULT,
         EHWPOISON, ENOMEM: of a fault; EBUSY: it was taken away again and again; EPERM.
         """
-        end, tally = Hva(start + size), Tally()
+        end, tally = Hva(start + size), FaultCounts()
         counters = self.mm.memory.counters
         counters.hmm_faults += fault
         for _ in range(LOOKUP_TRIES):
@@ -224,7 +224,7 @@ class Mirror:
         if not (at < len(self._watched) and self._watched[at][0] <= start and end <= self._watched[at][1]):
             raise UapiError(errno.EINVAL, f"fault at {start:#x}..{end:#x}: not in a watched range")
 
-    async def _fault_in(self, start: Hva, end: Hva, *, write: bool, tally: Tally) -> None:
+    async def _fault_in(self, start: Hva, end: Hva, *, write: bool, tally: FaultCounts) -> None:
         """The first page somebody waits for; those behind it are a guess, for which the last frames are not
         taken.
         """
@@ -273,7 +273,7 @@ class Mirror:
         memory there is private; EFAULT, as for an address without memory: the process is gone [iommufd
         pages.c]; EINVAL: beyond the end of the file.
         """
-        end, at, tally = Hva(start + size), start, Tally()
+        end, at, tally = Hva(start + size), start, FaultCounts()
         done: list[tuple[Hva, PinnedPage]] = []
         pages: list[MappedPage] = []
         turn = 0
@@ -306,7 +306,7 @@ class Mirror:
         self.mm.memory.counters.hmm_faults_major += tally.major
         return FoundPages(pages, min(at, end), tally.major)
 
-    async def _page_to_pin(self, at: Hva, end: Hva, *, write: bool, tally: Tally) -> Pte:
+    async def _page_to_pin(self, at: Hva, end: Hva, *, write: bool, tally: FaultCounts) -> Pte:
         self._check(errno.EFAULT)
         entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
         self._check(errno.EFAULT)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import errno
 from functools import partial
 
-from kvmd.core.mm.fault import CopyFirst, Tally, attempt, copy_on_write, unshare, writable_now
+from kvmd.core.mm.fault import CopyOnWrite, FaultCounts, attempt, copy_on_write, unshare, writable_now
 from kvmd.core.mm.file import MAX_FILE_BYTES, MemoryFile
 from kvmd.core.mm.locked import LockedVm
 from kvmd.core.mm.mappable import Mappable
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.page import LazyFree, MappedPage, Page, ProtNone, Pte, with_rights
-from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, MmEvent, Via
+from kvmd.core.mm.space import MAX_MAP_COUNT, MMAP_BASE, TASK_SIZE, AddressSpace, FaultOrigin, MmEvent
 from kvmd.core.mm.vma import Prot, Vma
 from protocol.errors import UapiError
 from protocol.units import LEVEL_4K, PAGE_SIZE, TIB, Hva, Level, align_up, size_of_level
@@ -145,7 +145,7 @@ class Mm(AddressSpace):
 
     # -- pages -----------------------------------------------------------------------------------------
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> MappedPage:
         """GUP as KVM maps a page: backed now, and writable if it is so already, for which the mapping's
         rights are not asked [KVM kvm_main.c, hva_to_pfn_fast].  It may sleep, and what its caller knew before
         need not hold after it.  EFAULT, EHWPOISON, ENOMEM.
@@ -160,10 +160,12 @@ class Mm(AddressSpace):
         return vma is None or not vma.readable
 
     # awaits: counters, tally: cannot change: they only count
-    async def fault_in(self, hva: Hva, *, write: bool, via: Via = Via.GUP, tally: Tally | None = None) -> Pte:
+    async def fault_in(
+        self, hva: Hva, *, write: bool, via: FaultOrigin = FaultOrigin.GUP, tally: FaultCounts | None = None
+    ) -> Pte:
         """Fault until the entry serves."""
         counters = self.memory.counters
-        tally = Tally() if tally is None else tally
+        tally = FaultCounts() if tally is None else tally
         while True:
             # await: found: cannot change: nothing is known of the page yet
             await self.mmap_lock.acquire(write=False)
@@ -174,7 +176,7 @@ class Mm(AddressSpace):
                 tally.allocated += counters.pages_allocated - allocated
                 if isinstance(found, Pte):
                     return found
-                if isinstance(found, CopyFirst):
+                if isinstance(found, CopyOnWrite):
                     # await: found: its entry may go; asked again: `_copy`, then here
                     # (tests/unit/kvmd/mm/test_sleeps.py::test_a_copy_is_of_the_page_that_is_there_then)
                     copied = await copy_on_write(self, found.entry, hva)
@@ -194,7 +196,7 @@ class Mm(AddressSpace):
         return entry.page
 
     # awaits: tally: cannot change: it only counts
-    async def fault_to_pin(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> Pte:
+    async def fault_to_pin(self, hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> Pte:
         """An entry whose page may be pinned for long: to be read, too, it must be the process's own, or
         that of the file it shares [mm gup.c, gup_must_unshare].  EFAULT, EHWPOISON, ENOMEM.
         """
@@ -253,7 +255,7 @@ class Mm(AddressSpace):
     async def _bytes_at(self, hva: Hva, size: int, *, write: bool, user: bool) -> memoryview:
         """Up to `size` bytes, as far as the page goes; nothing may await before they are used."""
         while (found := self.bytes_now(hva, size, write=write)) is None:
-            await self.fault_in(hva, write=write, via=Via.USER if user else Via.KERNEL)
+            await self.fault_in(hva, write=write, via=FaultOrigin.USER if user else FaultOrigin.KERNEL)
         return found
 
     def bytes_now(self, hva: Hva, size: int, *, write: bool) -> memoryview | None:

@@ -35,7 +35,7 @@ MAX_MAP_COUNT = 65530  # mappings of a process [vm.max_map_count]
 UNMAP_BATCH = 4096  # entries cleared before others get a turn
 
 
-class Via(Enum):
+class FaultOrigin(Enum):
     """Who wants a page: the CPU running the process (FAULT_FLAG_USER), the CPU in the kernel on its behalf
     (copy_from_user), or get_user_pages, which touches nothing and looks at the mapping's rights instead."""
 
@@ -198,11 +198,11 @@ class AddressSpace:
         entry = self.table.find(hva)
         return entry if type(entry) is Pte else None
 
-    def accessible(self, hva: Hva, *, write: bool, via: Via) -> Vma:
+    def accessible(self, hva: Hva, *, write: bool, via: FaultOrigin) -> Vma:
         """The mapping at `hva`.  EFAULT: none, or not with that right: a CPU reads whatever is not PROT_NONE
         (arch/x86, access_error), get_user_pages wants VM_READ [mm gup.c]."""
         vma = self.vmas.find(hva)
-        readable = vma is not None and (vma.readable or (vma.writable and via is not Via.GUP))
+        readable = vma is not None and (vma.readable or (vma.writable and via is not FaultOrigin.GUP))
         if vma is not None and self.alive and (vma.writable if write else readable):
             return vma
         what = "write to" if write else "read of"

@@ -10,7 +10,7 @@ import pytest
 from kvmd.core.export.tdp_fd import CreateTdpFd
 from kvmd.core.faults.page_fault import IO_ERRNO, RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.page import MappedPage
 from protocol.errors import EHWPOISON, UapiError
@@ -44,7 +44,7 @@ class PoisonedMm:
         self._hva = hva
         self.lookups = 0
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> MappedPage:
         self.lookups += 1
         if hva == self._hva:
             raise UapiError(EHWPOISON, f"hva {hva:#x}: its memory has failed")

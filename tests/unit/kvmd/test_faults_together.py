@@ -8,7 +8,7 @@ import pytest
 
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import FaultResult, PageFault
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.page import MappedPage
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
@@ -22,7 +22,7 @@ def nobody_waits_for_a_sleeper(world: World) -> None:
     gate: Wait[None] = Wait()
     looked_up = world.mm.get_user_page
 
-    async def first_page_sleeps(hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
+    async def first_page_sleeps(hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> MappedPage:
         if hva == first:
             await gate  # as on a userfaultfd, until the VMM has resolved it
         return await looked_up(hva, write=write, tally=tally)

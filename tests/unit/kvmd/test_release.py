@@ -11,7 +11,7 @@ from kvmd.core import host as host_module
 from kvmd.core.export.exports import Exports
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.page_fault import FaultResult
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
@@ -140,7 +140,7 @@ def test_a_fault_that_slept_while_the_tdp_was_released_is_enodev(world: World) -
     gate: Wait[None] = Wait()
     looked_up = world.mm.get_user_page
 
-    async def sleepy(hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
+    async def sleepy(hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> MappedPage:
         await gate
         return await looked_up(hva, write=write, tally=tally)
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvmd.core.faults.page_fault import RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
-from kvmd.core.mm.fault import Tally
+from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
@@ -55,7 +55,7 @@ class PreemptedMm:
         self._mm = mm
         self._while_asleep = while_asleep
 
-    async def get_user_page(self, hva: Hva, *, write: bool, tally: Tally | None = None) -> MappedPage:
+    async def get_user_page(self, hva: Hva, *, write: bool, tally: FaultCounts | None = None) -> MappedPage:
         snapshot = await self._mm.get_user_page(hva, write=write, tally=tally)
         self._while_asleep()
         return snapshot
