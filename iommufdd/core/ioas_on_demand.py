@@ -23,7 +23,7 @@ from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE, Hva, Iova, align_down, align_up
 
 
-class Following(Protocol):
+class FaultSubscription(Protocol):
     """Hears what the vCPUs of a VM fault in."""
 
     def hang_up(self) -> None: ...
@@ -36,7 +36,7 @@ class IoasOnDemand(Ioas):
         super().__init__(counts, sources)
         self.watched = WatchedMemory(self.areas, counts)
         self.mm_cookie = 0
-        self.following: Following | None = None
+        self.following: FaultSubscription | None = None
 
     async def enter_memory(
         self, mm: CallerMm, iova: Iova, size: int, hva: Hva, fd: UserFd | None, *, writable: bool

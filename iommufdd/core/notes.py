@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from iommufdd.core.ioas_on_demand import Following, IoasOnDemand
+from iommufdd.core.ioas_on_demand import FaultSubscription, IoasOnDemand
 from protocol.errors import UapiError
 from protocol.flow import Flow
 from protocol.units import PAGE_SHIFT, Gfn, Iova, gpa_of, iova_of_gpa
@@ -49,7 +49,7 @@ class Notes:
                 self._counts.notes_pending -= 1
 
 
-class NotesChannel(Following, Protocol):
+class NotesChannel(FaultSubscription, Protocol):
     """To the VM whose fd was given; `on_note(gfn, npages)` and `on_gone()` are called from then on."""
 
     async def open(self) -> None:

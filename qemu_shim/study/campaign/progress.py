@@ -17,7 +17,7 @@ NAME_MAX = 60
 ERASE = "\r\x1b[2K"
 
 
-class Shown:
+class ProgressBar:
     """Called with each run as it ends; `done` of `total` there already were."""
 
     def __init__(self, done: int, total: int, file: TextIO | None = None) -> None:
@@ -26,7 +26,7 @@ class Shown:
         self._file = file or sys.stderr
         self._bar = self._file.isatty()
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> ProgressBar:
         self._draw("")
         return self
 

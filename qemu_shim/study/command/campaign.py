@@ -21,7 +21,7 @@ from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.plan import BadPlan, Plan, numbers, read_plan
 from qemu_shim.study.campaign.point import Point
 from qemu_shim.study.campaign.pool import all_cores, run_in_processes
-from qemu_shim.study.campaign.progress import Shown
+from qemu_shim.study.campaign.progress import ProgressBar
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, until_interrupted
 from qemu_shim.study.campaign.store import CAMPAIGN_FILE, Store, StoreRefused, planned
 from qemu_shim.study.campaign.summary import as_text, summary
@@ -110,7 +110,7 @@ def _campaign(options: argparse.Namespace, store: Store) -> int:
     where = f" --scheduler {options.scheduler}" if options.scheduler else ""
     resume = f"go on with: qemu-shim campaign --out {options.out}{where}"
     try:
-        with Shown(len(store.points) - len(missing), len(store.points)) as shown:
+        with ProgressBar(len(store.points) - len(missing), len(store.points)) as shown:
 
             def done(run: Run) -> None:
                 store.add(run)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qemu_shim.scenarios.files import is_file
 from qemu_shim.study.campaign.point import Point
-from qemu_shim.study.campaign.progress import Shown
+from qemu_shim.study.campaign.progress import ProgressBar
 from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_options, run_points
 from qemu_shim.study.command.compare_options import option_of, param_dest
 from qemu_shim.study.compare.costs import CostError, read_costs
@@ -61,7 +61,7 @@ def measured(options: argparse.Namespace) -> Comparison:
         if design in workload_of(workload).playable
     ]
     check_options(given(options))
-    with Shown(0, len(points)) as shown:
+    with ProgressBar(0, len(points)) as shown:
         runs = run_points(points, options.jobs, shown)
     return compare(runs, costs, command_of(options))
 

@@ -17,7 +17,7 @@ BOUNDS_US = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)  # of each class the first 
 CLASSES = ("<0.1 us", "0.1-1 us", "1-10 us", "10-100 us", "0.1-1 ms", "1-10 ms", ">=10 ms")
 
 
-class Waits(NamedTuple):
+class WaitTimes(NamedTuple):
     """So many of `side` took `us` each."""
 
     side: str
@@ -29,7 +29,7 @@ def class_of(latency_us: float) -> int:
     return bisect_right(BOUNDS_US, latency_us)
 
 
-def waits(events: Mapping[str, float], values: Values) -> list[Waits]:
+def waits(events: Mapping[str, float], values: Values) -> list[WaitTimes]:
     """Those of one step.  Groups of a step are taken to be alike, and pages read from swap to fill whole
     groups: the counts of a step say no more.
     """
@@ -39,13 +39,13 @@ def waits(events: Mapping[str, float], values: Values) -> list[Waits]:
 
     major = count("cpu_faults_major")
     found = [
-        Waits("cpu", count("cpu_faults") - major, values["cpu_fault"]),
-        Waits("cpu", major, values["cpu_fault"] + values["swap_in"]),
+        WaitTimes("cpu", count("cpu_faults") - major, values["cpu_fault"]),
+        WaitTimes("cpu", major, values["cpu_fault"] + values["swap_in"]),
     ]
     groups, pages, major = count("io_groups"), count("io_faults"), count("io_faults_major")
     if groups:
         us = values["cpu_fault"] * values["io_fault_factor"] + (pages / groups - 1) * values["group_page"]
         of_major = min(groups, math.ceil(major * groups / pages))
-        found.append(Waits("io", groups - of_major, us))
-        found.append(Waits("io", of_major, us + values["swap_in"] * major / max(of_major, 1)))
+        found.append(WaitTimes("io", groups - of_major, us))
+        found.append(WaitTimes("io", of_major, us + values["swap_in"] * major / max(of_major, 1)))
     return [some for some in found if some.number > 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from qemu_shim.scenarios.run import Run
-from qemu_shim.study.campaign.progress import ERASE, LENGTH, Shown
+from qemu_shim.study.campaign.progress import ERASE, LENGTH, ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -19,7 +19,7 @@ def run(*problems: str) -> Run:
 
 def test_a_terminal_has_a_bar_that_is_gone_at_the_end() -> None:
     file = Terminal()
-    with Shown(1, 4, file) as shown:
+    with ProgressBar(1, 4, file) as shown:
         shown(run())
     drawn = file.getvalue().split(ERASE)
     assert drawn[1] == "█" * (LENGTH // 4) + "░" * (LENGTH - LENGTH // 4) + " 1/4 "
@@ -29,7 +29,7 @@ def test_a_terminal_has_a_bar_that_is_gone_at_the_end() -> None:
 
 def test_a_file_gets_a_line_a_point_and_no_bar() -> None:
     file = io.StringIO()
-    with Shown(0, 2, file) as shown:
+    with ProgressBar(0, 2, file) as shown:
         shown(run())
         shown(run("I8: lost"))
     assert (
@@ -39,13 +39,13 @@ def test_a_file_gets_a_line_a_point_and_no_bar() -> None:
 
 def test_a_failure_stays_on_the_terminal() -> None:
     file = Terminal()
-    with Shown(0, 2, file) as shown:
+    with ProgressBar(0, 2, file) as shown:
         shown(run("I8: lost"))
     assert f"{ERASE}[1/2] ring/shared/7/pages=2: FAILED: I8: lost\n" in file.getvalue()
 
 
 def test_nothing_to_do_is_drawn_as_well() -> None:
     file = Terminal()
-    with Shown(0, 0, file):
+    with ProgressBar(0, 0, file):
         pass
     assert file.getvalue().endswith(ERASE)
