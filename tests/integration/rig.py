@@ -155,7 +155,7 @@ async def vm_only(host: Host, **config: Any) -> AsyncIterator[Rig]:
 
 
 async def nothing_left(host: Host) -> None:
-    """WaitTimes until no daemon keeps anything of any VM."""
+    """Waits until no daemon keeps anything of any VM."""
     await eventually(
         host.kvmd.stats,
         lambda s: not (s["vm_count"] or s["processes"] or s["frames"] or s["table_pages"]),

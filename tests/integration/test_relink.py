@@ -46,7 +46,7 @@ def restart_device_sim(victims: System) -> None:
 
 
 async def unit_is_gone(rig: Rig) -> None:
-    """WaitTimes until iommufdd has noticed."""
+    """Waits until iommufdd has noticed."""
     _, device = rig.bound
 
     async def attach() -> int:

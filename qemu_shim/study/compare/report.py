@@ -167,7 +167,7 @@ def _figures(workload: WorkloadFigures, comparison: Comparison) -> list[dict[str
     counts = {it.design: it.latency["both"].classes for it in ran}
     figures.append(
         {
-            "title": "WaitTimes for a fault",
+            "title": "Waits for a fault",
             "plot": histogram(f"{workload.workload}: waits for a fault", CLASSES, counts, number_text),
             "caption": "vCPUs' faults and page request groups, in Linux's classes for VT-d; logarithmic",
         }
