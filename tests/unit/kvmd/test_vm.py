@@ -1,6 +1,6 @@
 """The VM's three flows against each other: faults, invalidations by the host, memslot changes.
 
-WaitTimes are set by hand, so each test is one schedule written out.
+Waits are set by hand, so each test is one schedule written out.
 """
 
 from __future__ import annotations
