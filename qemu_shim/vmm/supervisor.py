@@ -11,6 +11,7 @@ logs go to files, which only a kill of ours leaves behind; a daemon that fails h
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ class _RunningDaemon:
     spec: DaemonSpec
     process: trio.Process
     log: Path
+    ready: bool = False
 
     def explain(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -91,6 +93,7 @@ class Supervisor:
                 await self._wait_socket(socket)
             if patience.cancelled_caught:
                 raise DaemonFailed(running.explain(f"is not ready after {START_PATIENCE_S:.0f} s"))
+            running.ready = True
 
     async def _wait_socket(self, socket: trio.Path) -> None:
         while not await socket.exists():
@@ -130,6 +133,8 @@ async def _stop(running: _RunningDaemon) -> str | None:
         process.kill()
         await process.wait()
         return running.explain(f"did not stop within {STOP_PATIENCE_S:.0f} s and was killed")
+    if process.returncode == -signal.SIGTERM and not running.ready:
+        return None  # it had not got so far as to handle the signal: somebody else stood in the way
     if process.returncode != 0:
         return running.explain(f"ended with status {process.returncode}")
     return None
