@@ -30,7 +30,7 @@ RING_FULL = 31
 DIRTY_LOG_RING = 192
 
 
-class Asked:
+class Requests:
     """Requests on their way, and what became of them: a result, an errno, or `gone`."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
@@ -57,9 +57,9 @@ class Asked:
 
 
 @asynccontextmanager
-async def asked() -> AsyncIterator[Asked]:
+async def asked() -> AsyncIterator[Requests]:
     async with trio.open_nursery() as nursery:
-        yield Asked(nursery)
+        yield Requests(nursery)
 
 
 async def kvmd_sees(running: System, closed: int, close: Callable[[], None], name: str = "kvmd") -> None:
@@ -330,10 +330,10 @@ async def test_an_iommufd_closes_while_its_objects_are_being_made_and_used() -> 
             await nothing_left(host)
 
 
-Step = Callable[[System, Asked, Rig], Awaitable[list[str]]]
+Step = Callable[[System, Requests, Rig], Awaitable[list[str]]]
 
 
-async def _close_under(running: System, requests: Asked, rig: Rig, number: int, step: Step) -> list[Any]:
+async def _close_under(running: System, requests: Requests, rig: Rig, number: int, step: Step) -> list[Any]:
     await bind_device(rig, number)
     iommu, device = rig.bound
     names = await step(running, requests, rig)
@@ -349,7 +349,7 @@ async def _close_under(running: System, requests: Asked, rig: Rig, number: int, 
     return await requests.end(*names)
 
 
-async def _alloc_on_an_ioas(running: System, requests: Asked, rig: Rig) -> list[str]:
+async def _alloc_on_an_ioas(running: System, requests: Requests, rig: Rig) -> list[str]:
     iommu, _ = rig.bound
     pt_id = (await iommu.ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]
     running.signal("device_sim", signal.SIGSTOP)
@@ -358,7 +358,7 @@ async def _alloc_on_an_ioas(running: System, requests: Asked, rig: Rig) -> list[
     return ["alloc"]
 
 
-async def _attach(running: System, requests: Asked, rig: Rig) -> list[str]:
+async def _attach(running: System, requests: Requests, rig: Rig) -> list[str]:
     iommu, device = rig.bound
     rig.tdp_fd = await rig.vm.create_tdp_fd()
     rig.hwpt_id = await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)

@@ -19,24 +19,24 @@ RAM = 64 << 20
 
 
 @dataclass(frozen=True)
-class Source:
+class Taking:
     act: Callable[[Rig, int], Coroutine[Any, Any, Any]]
     told: Callable[[int], tuple[int, int]] = lambda gpa: WHOLE
     after: Status = Status.SUCCESS
 
 
 SOURCES = {
-    "munmap": Source(
+    "munmap": Taking(
         lambda rig, gpa: rig.process.munmap(rig.hva + gpa, PAGE_SIZE), after=Status.PAGE_FAULT_IR
     ),
-    "migrate": Source(lambda rig, gpa: rig.process.move_pages(rig.hva + gpa, PAGE_SIZE)),
-    "balloon": Source(lambda rig, gpa: rig.process.madvise_dontneed(rig.hva + gpa, PAGE_SIZE)),
-    "nx huge pages": Source(lambda rig, gpa: rig.vm.ioctl("NX_HUGE_PAGES", on=True)),
-    "zap gfn range": Source(
+    "migrate": Taking(lambda rig, gpa: rig.process.move_pages(rig.hva + gpa, PAGE_SIZE)),
+    "balloon": Taking(lambda rig, gpa: rig.process.madvise_dontneed(rig.hva + gpa, PAGE_SIZE)),
+    "nx huge pages": Taking(lambda rig, gpa: rig.vm.ioctl("NX_HUGE_PAGES", on=True)),
+    "zap gfn range": Taking(
         lambda rig, gpa: rig.vm.ioctl("ZAP_GFN_RANGE", gpa=gpa, size=PAGE_SIZE),
         lambda gpa: (gpa, PAGE_SIZE),
     ),
-    "logging on": Source(
+    "logging on": Taking(
         lambda rig, gpa: rig.vm.set_user_memory_region(0, 0, RAM, rig.hva, 1), lambda gpa: (0, RAM)
     ),
 }

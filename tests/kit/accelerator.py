@@ -50,7 +50,7 @@ class Record(NamedTuple):
     specific: bytes = bytes(16)
 
 
-class Machine:
+class Accelerator:
     """A DSA whose queue 0 is enabled, in a group with all engines; the page of records is mapped."""
 
     def __init__(

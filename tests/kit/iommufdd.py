@@ -6,8 +6,8 @@ Everything they are asked is written to one log, in order; the unit also keeps t
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from iommufdd.core import qi
 from iommufdd.core.counts import Counts
@@ -21,15 +21,14 @@ from iommufdd.core.ioas import Ioas
 from iommufdd.core.kvm_domain import KvmDomain
 from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
-from protocol.flow import Flows, Wait, done
+from protocol.flow import Wait, done
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.pasid_entry import PasidEntry
 from protocol.hw.qi import Descriptor, ResponseCode
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Level, Pasid
-
-T = TypeVar("T")
+from tests.kit.by_hand import ByHand
 
 RID = 0x6A08
 DID = 2
@@ -89,13 +88,13 @@ async def nobody(mm: CallerMm, on_invalidate: Invalidate) -> Source:
     raise AssertionError("nothing is mapped here")
 
 
-class World:
+class Surroundings(ByHand):
     """Tdp, Unit, Memory and ConfigSpace in one; `hold` makes the next calls wait until `let_go`."""
 
     def __init__(self, cap: Cap = CAP, ecap: Ecap = ECAP) -> None:
+        super().__init__()
         self.cap = cap
         self.ecap = ecap
-        self.flows = Flows()
         self.log: list[Any] = []
         self.fails = Fails()
         self.fault_errno = 0
@@ -113,16 +112,6 @@ class World:
         table = io_pagetable()
         domain = Domain(table.root, Level(4), did, LEVEL_1G)
         return HwptPaging(domain, self, Ioas(Counts(), Sources(nobody)), table)
-
-    def run(self, flow: Coroutine[Any, None, T]) -> T:
-        wait = self.start(flow)
-        assert wait.done, "the flow waits for somebody"
-        return wait.result()
-
-    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
-        wait = self.flows.start(flow)
-        self.flows.run_ready()
-        return wait
 
     def hold(self) -> None:
         self.held = []

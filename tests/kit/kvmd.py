@@ -18,10 +18,11 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.mm.vma import Prot
 from kvmd.core.slots.memslot import MemoryRegion
 from kvmd.core.vm import Kvm
-from protocol.flow import Flows, Wait
+from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
 from protocol.units import GIB, MIB, PAGE_SIZE, Gfn, Gpa, Hva, Level
+from tests.kit.by_hand import ByHand
 from tests.kit.importer import SlowImporter
 from tests.oracle.table import RawTables, flat
 
@@ -79,30 +80,17 @@ class BareHost:
         )
 
 
-class World:
+class World(ByHand):
     """One process with one VM."""
 
     def __init__(self, features: CpuFeatures | None = None, *, seq_start: int = 0, **host: Any) -> None:
+        super().__init__()
         self.bare = BareHost(features, **host)
         self.host = self.bare.host
-        self.flows = Flows()
         self.mm: Mm = self.host.create_mm()
         self.mm.cookie = 77
         self.vm = Kvm(self.host, self.mm, seq_start)
         self.importer = SlowImporter()  # of `lend`
-
-    def run(self, flow: Coroutine[Any, None, T]) -> T:
-        """A flow that nothing holds up."""
-        wait = self.flows.start(flow)
-        self.flows.run_ready()
-        assert wait.done, "the flow waits for somebody"
-        return wait.result()
-
-    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
-        """A flow that may wait."""
-        wait = self.flows.start(flow)
-        self.flows.run_ready()
-        return wait
 
     def settle(self, wait: Wait[T]) -> T:
         """What it gives when all that `importer` is told of is acked, at once and in order."""

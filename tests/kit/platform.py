@@ -21,17 +21,17 @@ from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.table_pool import TablePool
 from protocol.units import PAGE_SIZE, Hpa, Level
 from tests.kit.host_memory import FakeHost
-from tests.kit.iommufdd import RID, ROOT, NoLog, World, function
+from tests.kit.iommufdd import RID, ROOT, NoLog, Surroundings, function
 
 MM = 77
 META = ExportedTdpMeta(1, Level(4), Hpa(ROOT), Level(3), ((0x800,) * 5, (0x800,) * 5))
 
 
-class Lent:
+class LentNothing:
     def close(self) -> None: ...
 
 
-class FakeHardware(World):
+class FakeHardware(Surroundings):
     """The unit, what is behind it, and the TDP FD: one log, in the order things were asked."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class FakeHardware(World):
 
     async def register(self) -> LentMemory:
         await self._take("register")
-        return Lent()
+        return LentNothing()
 
 
 class FakeMirror(FakeHost):
@@ -78,19 +78,19 @@ class FakeMirror(FakeHost):
     async def register(self, account: str) -> LentMemory:
         self.account = account
         await self._asked("register")
-        return Lent()
+        return LentNothing()
 
 
-class Tables:
+class HwptTables:
     def __init__(self, pages: int = 64) -> None:
         self.writer = TableWriter(Hpa(ROOT), memoryview(bytearray(pages * PAGE_SIZE)))
         self.pool = TablePool(self.writer, pages * PAGE_SIZE)
 
     def lend(self) -> LentMemory:
-        return Lent()
+        return LentNothing()
 
 
-class Rig:
+class TwoNodes:
     """`nodes`: both functions', open; `mirrors`: made so far, with who is to hear that one is gone."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Rig:
         self.platform.found(self.hardware)
         self.mirrors: list[FakeMirror] = []
         self.gone: list[Callable[[], None]] = []
-        self.tables = Tables()
+        self.tables = HwptTables()
         self.ctx = self.iommufd()
         self.nodes = [self.open(n) for n in range(2)]
         self.hardware.log.clear()

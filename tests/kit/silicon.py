@@ -7,20 +7,17 @@ uses the encoders under test.
 from __future__ import annotations
 
 import struct
-from collections.abc import Coroutine
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import Function
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
-from protocol.flow import Flows, Wait
 from protocol.hostmem import Window, WindowKind
 from protocol.hw.caps import Cap, Ecap
 from protocol.units import MIB, Hpa, IovaPfn
+from tests.kit.by_hand import ByHand
 from tests.kit.raw_driver import FAULTS, FAULTS_AT, RawDriver
-
-T = TypeVar("T")
 
 RID = 0x6A08
 DID = 5
@@ -149,7 +146,7 @@ def window(kind: WindowKind, base: int, memory: bytearray) -> Window:
     return Window(kind, Hpa(base), len(memory), memoryview(memory))
 
 
-class Silicon:
+class Silicon(ByHand):
     """The unit, memory, and one function; flows run when `start` or `respond` is called."""
 
     def __init__(
@@ -162,6 +159,7 @@ class Silicon:
         cap: Cap | None = None,
         ecap: Ecap | None = None,
     ) -> None:
+        super().__init__()
         self.tables = Tables(levels=levels)
         self.frames = bytearray(FRAMES_SIZE)
         self.tags = bytearray(FRAMES_SIZE // 4096 * 8)
@@ -172,7 +170,6 @@ class Silicon:
             self.memory.add(window(WindowKind.FRAME_TAGS, FRAMES, self.tags), lambda: None)
         usual_cap, usual_ecap = capabilities(levels=levels, max_page=max_page)
         self.now = 0
-        self.flows = Flows()
         cap = Cap((cap or usual_cap).value | FAULTS_AT // 16 << 24 | FAULTS - 1 << 40)
         self.unit = RemappingUnit(cap, ecap or usual_ecap, haw, self.memory)
         self.driver = RawDriver(self.unit, self.memory)
@@ -238,8 +235,3 @@ class Silicon:
             if request.last:
                 self.respond(request.prgi, code)
         return asked
-
-    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
-        done = self.flows.start(flow)
-        self.flows.run_ready()
-        return done

@@ -52,7 +52,7 @@ TABLE_BYTES = 32 * PAGE_SIZE
 MM = 7
 
 
-class Endpoint:
+class CachingEndpoint:
     """A function's device TLB: page -> frame."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class MirrorMachine:
         self.codes: Counter[ResponseCode] = Counter()
         self.pinned: list[int] = []  # names of requests
         self.cap, self.ecap = capabilities()
-        self.endpoint = Endpoint()
+        self.endpoint = CachingEndpoint()
         self.host = FakeHost()
         self.counts = Counts()
         self.ioas = IoasOnDemand(self.counts, Sources(self._connect))

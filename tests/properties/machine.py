@@ -76,7 +76,7 @@ class Pending:
 
 
 class CachingImporter:
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: RandomVm) -> None:
         self.rig = rig
         self.iotlb: dict[int, Cached] = {}
         self.tables: dict[tuple[int, int], tuple[int, int]] = {}  # (table, generation) -> (first gfn, filled)
@@ -122,7 +122,7 @@ class CachingImporter:
         return held
 
 
-class Rig:
+class RandomVm:
     """The core, what drives it, and what the guest should see.  `own`: the exported root is the IOMMU's."""
 
     def __init__(self, seed: int, *, own: bool = False) -> None:

@@ -34,7 +34,7 @@ UNIT = Machine(address_width=46, max_leaf_level=3, snoop_control=True)
 
 
 @dataclass
-class Told:
+class ToldSpan:
     start: int
     end: int
     acked: Wait[None]
@@ -50,11 +50,11 @@ class LateDevice:
         self._raw = RawTables(LOW_RAM_START, world.bare.tables)
         self._held: dict[int, tuple[int, bool, int]] = {}  # gfn -> hpa, writable, when it was walked
         self._clock = 0
-        self.pending: list[Told] = []
+        self.pending: list[ToldSpan] = []
 
     def invalidate(self, start: int, size: int, epoch: int) -> Wait[None]:
         self._clock += 1
-        self.pending.append(Told(start >> 12, start + size >> 12, Wait(), self._clock))
+        self.pending.append(ToldSpan(start >> 12, start + size >> 12, Wait(), self._clock))
         return self.pending[-1].acked
 
     def ack(self, index: int) -> None:

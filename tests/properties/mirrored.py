@@ -54,7 +54,7 @@ class InUse:
     writable: bool
 
 
-class Mmu:
+class MirrorUser:
     """One user of the memory: what it was answered and may still use."""
 
     def __init__(self, rig: MirroredMemory) -> None:
@@ -181,13 +181,13 @@ class MirroredMemory:
         self.done: Counter[str] = Counter()
         self.broken: list[AssertionError] = []
         self.gates: list[Wait[None]] = []
-        self.mmus: list[Mmu] = []
+        self.mmus: list[MirrorUser] = []
         self._sleep_in_lookups()
         self.world.run(self.mm.mmap(START, PAGES * PAGE, RW))
         self.world.run(ADVICE["hugepage"](self.mm, hva(512), 512 * PAGE))
         self.world.run(ADVICE["mergeable"](self.mm, START, 512 * PAGE))
         for _ in range(2):
-            self.world.run(Mmu(self).come())
+            self.world.run(MirrorUser(self).come())
 
     def _sleep_in_lookups(self) -> None:
         looked_up, to_pin = self.mm.get_user_page, self.mm.fault_to_pin
@@ -252,7 +252,7 @@ class MirroredMemory:
         if len(self.mmus) > 1 and self.random.random() < 0.5:
             self.random.choice(self.mmus).go()
         elif len(self.mmus) < 4:
-            self.begin(Mmu(self).come(), "register")
+            self.begin(MirrorUser(self).come(), "register")
 
     def host(self) -> None:
         name, act = self.random.choice(list(HOST.items()))

@@ -22,7 +22,7 @@ from protocol.flow import Wait
 from protocol.pt.format import TableFormat
 from protocol.pt.table_pool import TablePool
 from protocol.units import Gfn, Hpa, Hva, Level
-from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, Rig
+from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, RandomVm
 
 S, L = SMALL >> 12, LARGE >> 12
 GFN = st.one_of(
@@ -50,11 +50,11 @@ SLOT = st.sampled_from(
 
 
 class KvmdMachine(RuleBasedStateMachine):
-    rig: Rig
+    rig: RandomVm
 
     @initialize(seed=st.integers(0, 1 << 16), ready=st.sampled_from([True, True, True, False]))
     def begin(self, seed: int, ready: bool) -> None:
-        self.rig = Rig(seed)
+        self.rig = RandomVm(seed)
         if ready:
             for large in (False, True):
                 self.rig.mmap(large)
@@ -172,7 +172,7 @@ SLOTS_OF_NOTE = (
 )
 
 
-def realign(rig: Rig, offset: int) -> None:
+def realign(rig: RandomVm, offset: int) -> None:
     """Slot 1 comes back with its frames aligned to its gfns, or not: huge leaf or small ones."""
     rig.ack_all()
     rig.set_slot(1, 0, 0, 0, False)
@@ -182,7 +182,7 @@ def realign(rig: Rig, offset: int) -> None:
     rig.io_fault(0x201, True)
 
 
-def random_step(rig: Rig, random: Random) -> None:
+def random_step(rig: RandomVm, random: Random) -> None:
     gfn, data = random.choice(GFNS_OF_NOTE), random.choice((None, random.randbytes(8)))
     first = random.randrange(S, S + SMALL_PAGES)
     large = random.random() < 0.1
@@ -205,7 +205,7 @@ def random_step(rig: Rig, random: Random) -> None:
     random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
 
-def soak(seed: int, steps: int, *, own: bool = False) -> Rig:
+def soak(seed: int, steps: int, *, own: bool = False) -> RandomVm:
     rig, random = ready(seed, own=own), Random(seed)
     rig.set_slot(1, 0x200, 512, L, False)
     for _ in range(steps):
@@ -281,8 +281,8 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
-def ready(seed: int = 1, *, own: bool = False) -> Rig:
-    rig = Rig(seed, own=own)
+def ready(seed: int = 1, *, own: bool = False) -> RandomVm:
+    rig = RandomVm(seed, own=own)
     rig.mmap(False)
     rig.mmap(True)
     rig.set_slot(0, 0x100, SMALL_PAGES, S, False)
@@ -291,38 +291,38 @@ def ready(seed: int = 1, *, own: bool = False) -> Rig:
     return rig
 
 
-def touch(rig: Rig, gfn: int) -> None:
+def touch(rig: RandomVm, gfn: int) -> None:
     rig.io_fault(gfn, True)
     rig.dma(0, gfn, b"8 bytes!")
     rig.check()
 
 
-def overlapping(rig: Rig) -> None:
+def overlapping(rig: RandomVm) -> None:
     rig.change("madvise_dontneed", S, 2)
     rig.change("migrate", S, 1)
     rig.check()
 
 
-def drop(rig: Rig) -> None:
+def drop(rig: RandomVm) -> None:
     rig.change("madvise_dontneed", S, 1)
     rig.check()
 
 
-def sleep_then(rig: Rig) -> None:
+def sleep_then(rig: RandomVm) -> None:
     rig.nap = "madvise_dontneed"
     rig.ack_all()
     rig.guest(0, 0x101, b"8 bytes!")
     rig.check()
 
 
-def fault_in_change(rig: Rig) -> None:
+def fault_in_change(rig: RandomVm) -> None:
     rig.change("madvise_dontneed", S, 2)
     rig.guest(0, 0x100, b"8 bytes!")
     rig.ack_all()
     rig.check()
 
 
-def huge_over_small(rig: Rig) -> None:
+def huge_over_small(rig: RandomVm) -> None:
     rig.set_slot(1, 0x200, 512, L + 1, False)
     touch(rig, 0x201)
     rig.set_slot(1, 0, 0, 0, False)
@@ -333,7 +333,7 @@ def huge_over_small(rig: Rig) -> None:
     rig.check()
 
 
-SCHEDULES: dict[str, Callable[[Rig], None]] = {
+SCHEDULES: dict[str, Callable[[RandomVm], None]] = {
     "drain is skipped": overlapping,
     "acks are not waited for": drop,
     "the sequence is not advanced": sleep_then,

@@ -16,14 +16,14 @@ from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.mm.space import FaultOrigin
 from protocol.errors import UapiError
 from protocol.units import Gfn, Gpa, Hva
-from tests.properties.machine import SMALL_PAGES, Rig
+from tests.properties.machine import SMALL_PAGES, RandomVm
 from tests.properties.planted import rewritten
 from tests.properties.test_kvmd import SLOTS_OF_NOTE, SMALL_GFNS, L, S, random_step, ready
 
 # -- anything, in any order ----------------------------------------------------------------------------
 
 
-def sleepy_step(rig: Rig, random: Random) -> None:
+def sleepy_step(rig: RandomVm, random: Random) -> None:
     steps: tuple[tuple[float, Callable[[], None]], ...] = (
         (30, lambda: random_step(rig, random)),
         (4, lambda: rig.guest(random.randrange(2), random.choice(SMALL_GFNS), None, 0)),
@@ -38,7 +38,7 @@ def sleepy_step(rig: Rig, random: Random) -> None:
     random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
 
-def sleep_through(rig: Rig, random: Random) -> None:
+def sleep_through(rig: RandomVm, random: Random) -> None:
     """One access sleeps, before or after its lookup, until another operation has run to its end."""
     gfn, data = random.choice(SMALL_GFNS), random.choice((None, random.randbytes(8)))
     accesses: tuple[Callable[[], None], ...] = (
@@ -59,7 +59,7 @@ def sleep_through(rig: Rig, random: Random) -> None:
     rig.wake(rig.lookups.sleepers - 1)
 
 
-def soak(seed: int, steps: int, *, own: bool) -> Rig:
+def soak(seed: int, steps: int, *, own: bool) -> RandomVm:
     rig, random = ready(seed, own=own), Random(seed)
     rig.set_slot(1, 0x200, 512, L, False)
     for _ in range(steps):
@@ -117,7 +117,7 @@ PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
-def slot_goes_under(rig: Rig, access: Callable[[], None], anew: Callable[[], None]) -> None:
+def slot_goes_under(rig: RandomVm, access: Callable[[], None], anew: Callable[[], None]) -> None:
     """Slot 0 is deleted while the lookup of `access` sleeps; then comes what is made `anew`."""
     rig.lookups.drowsy = 1
     access()
@@ -129,22 +129,22 @@ def slot_goes_under(rig: Rig, access: Callable[[], None], anew: Callable[[], Non
     rig.check()
 
 
-def elsewhere(rig: Rig) -> None:
+def elsewhere(rig: RandomVm) -> None:
     """The gfns are of another slot now, over other pages."""
     rig.set_slot(2, 0x100, SMALL_PAGES - 1, S + 1, False)
 
 
-def emulated_store(rig: Rig) -> None:
+def emulated_store(rig: RandomVm) -> None:
     slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!", 0), lambda: elsewhere(rig))
     rig.process(S + 3, None)
     rig.process(S + 4, None)
 
 
-def store_of_cpu(rig: Rig) -> None:
+def store_of_cpu(rig: RandomVm) -> None:
     slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!"), lambda: elsewhere(rig))
 
 
-def store_while_it_goes(rig: Rig) -> None:
+def store_while_it_goes(rig: RandomVm) -> None:
     rig.lookups.drowsy = 1
     rig.io_fault(0x103, True)
     rig.lookups.drowsy = 0
@@ -155,14 +155,14 @@ def store_while_it_goes(rig: Rig) -> None:
     rig.check()
 
 
-def store_under_an_equal_slot(rig: Rig) -> None:
+def store_under_an_equal_slot(rig: RandomVm) -> None:
     rig.log(0, True)
     rig.ack_all()
     anew = rig.slots[0]
     slot_goes_under(rig, lambda: rig.guest(0, 0x103, b"8 bytes!"), lambda: rig.set_slot(0, *anew, log=True))
 
 
-SCHEDULES: dict[str, tuple[Callable[[Rig], None], str]] = {  # and what says so
+SCHEDULES: dict[str, tuple[Callable[[RandomVm], None], str]] = {  # and what says so
     "an emulated access keeps its slot": (emulated_store, "the process reads"),
     "a fault keeps its slot": (store_of_cpu, "I5"),
     "a fault takes a slot that goes": (store_while_it_goes, "I11"),

@@ -35,7 +35,7 @@ CAP, ECAP = capabilities()
 DOMAIN = Domain(TABLES[0], Level(4), DID, LEVEL_1G)
 
 
-class Endpoint:
+class LateEndpoint:
     """A function; the next `late` of its invalidations are not completed in time."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Linked(LinkedUnit):
         for upper, lower in pairwise(TABLES):
             writer.store64(upper, lower | 3)
         writer.store64(Hpa(TABLES[-1] + 8 * PAGE), LEAF | 3)
-        self.endpoint = Endpoint()
+        self.endpoint = LateEndpoint()
         unit = RemappingUnit(CAP, ECAP, 46, memory)
         unit.add_endpoint(RID, self.endpoint)
         super().__init__(Flows(), unit, memory, Random(seed).choice)

@@ -9,15 +9,15 @@ from typing import Any
 import trio
 
 from tests.conformance.kvm.step import Step, UnknownWord
-from tests.conformance.kvm.world import World
+from tests.conformance.kvm.world import KernelObjects
 
 HEAD_START_S = 0.01  # the guest is to poll, or to wait, by the time the host acts
 END_OF_BATCH = {"direction": "out", "port": 16}  # how the recorder's guest said that it was done
 
-PlayStep = Callable[[World, Step], Awaitable[None]]
+PlayStep = Callable[[KernelObjects, Step], Awaitable[None]]
 
 
-async def play_guest(world: World, step: Step, play: PlayStep) -> None:
+async def play_guest(world: KernelObjects, step: Step, play: PlayStep) -> None:
     """`play` is for the concurrent steps."""
     cpu = await world.cpu(step.body.get("vcpu", 0))
     recorded = [entry for entry in step.body.get("exits") or () if not _ends_batch(entry)]
@@ -63,7 +63,7 @@ def _batch(step: Step) -> list[Any] | None:
     return batch
 
 
-async def play_ring(world: World, step: Step) -> None:
+async def play_ring(world: KernelObjects, step: Step) -> None:
     if step.body["ring"] != "harvest":
         raise UnknownWord(f"unknown ring step {step.body['ring']!r}")
     ring = await world.ring(step.body.get("vcpu", 0))

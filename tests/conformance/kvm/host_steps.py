@@ -9,7 +9,7 @@ from kvmd.core.mm.madvise import ADVICE
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.process import Kind, MemFd
 from tests.conformance.kvm.step import CaseFailed, Step, UnknownWord
-from tests.conformance.kvm.world import World
+from tests.conformance.kvm.world import KernelObjects
 
 Args = dict[str, Any]
 T = TypeVar("T")
@@ -27,7 +27,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-async def mmap(world: World, step: Step, *, fixed: bool = False) -> None:
+async def mmap(world: KernelObjects, step: Step, *, fixed: bool = False) -> None:
     args = step.args
     kind = _one_of("kind", KINDS, args.get("kind", "anon"))
     await world.process.mmap(
@@ -41,15 +41,15 @@ async def mmap(world: World, step: Step, *, fixed: bool = False) -> None:
     )
 
 
-async def mmap_fixed(world: World, step: Step) -> None:
+async def mmap_fixed(world: KernelObjects, step: Step) -> None:
     await mmap(world, step, fixed=True)
 
 
-async def munmap(world: World, step: Step) -> None:
+async def munmap(world: KernelObjects, step: Step) -> None:
     await world.process.munmap(step.args["addr"], step.args["size"])
 
 
-async def mremap(world: World, step: Step) -> None:
+async def mremap(world: KernelObjects, step: Step) -> None:
     """One size may stand for both; without a new address it stays or moves."""
     old = _named(step.args, "addr", "old_addr", "old")
     old_size = _named(step.args, "old_size", "old_len", "size")
@@ -63,75 +63,75 @@ def _named(args: Args, *names: str) -> Any:
     return args[next((name for name in names if name in args), names[0])]
 
 
-async def mprotect(world: World, step: Step) -> None:
+async def mprotect(world: KernelObjects, step: Step) -> None:
     await world.process.mprotect(step.args["addr"], step.args["size"], _prot(step.args["prot"]))
 
 
-async def madvise(world: World, step: Step) -> None:
+async def madvise(world: KernelObjects, step: Step) -> None:
     advice = _one_of("advice", {name: name for name in ADVICE}, step.args["advice"].lower())
     await world.process.madvise(step.args["addr"], step.args["size"], advice)
 
 
-async def write(world: World, step: Step) -> None:
+async def write(world: KernelObjects, step: Step) -> None:
     await world.process.write(step.args["addr"], bytes.fromhex(step.args["hex"]))
 
 
-async def touch(world: World, step: Step) -> None:
+async def touch(world: KernelObjects, step: Step) -> None:
     for addr in _pages(step.args):
         await world.process.write(addr, bytes([step.args.get("byte", 1)]))
 
 
-async def read(world: World, step: Step) -> None:
+async def read(world: KernelObjects, step: Step) -> None:
     for addr in _pages(step.args):
         await world.process.read(addr, 1)
 
 
-async def peek(world: World, step: Step) -> None:
+async def peek(world: KernelObjects, step: Step) -> None:
     came = await world.process.read(step.args["addr"], step.args["n"])
     step.expect("got", step.args["got"], came.hex())
 
 
-async def fork(world: World, step: Step) -> None:
+async def fork(world: KernelObjects, step: Step) -> None:
     child = await world.process.fork()
     world.closing(child.close)
     world.children.append(child)
 
 
-async def unfork(world: World, step: Step) -> None:
+async def unfork(world: KernelObjects, step: Step) -> None:
     if not world.children:
         raise CaseFailed("unfork: no child lives")
     world.children.pop().close()
 
 
-async def memfd(world: World, step: Step) -> None:
+async def memfd(world: KernelObjects, step: Step) -> None:
     file = await world.process.memfd(step.args["name"], step.args["size"])
     world.closing(file.close)
     world.files[step.args["name"]] = file
 
 
-async def ftruncate(world: World, step: Step) -> None:
+async def ftruncate(world: KernelObjects, step: Step) -> None:
     await _file(world, step).truncate(step.args["size"])
 
 
-async def punch_hole(world: World, step: Step) -> None:
+async def punch_hole(world: KernelObjects, step: Step) -> None:
     await _file(world, step).punch_hole(step.args["offset"], step.args["size"])
 
 
-async def file_write(world: World, step: Step) -> None:
+async def file_write(world: KernelObjects, step: Step) -> None:
     await _file(world, step).pwrite(step.args["offset"], bytes.fromhex(step.args["hex"]))
 
 
-async def file_read(world: World, step: Step) -> None:
+async def file_read(world: KernelObjects, step: Step) -> None:
     came = await _file(world, step).pread(step.args["offset"], step.args["n"])
     step.expect("got", step.args["got"], came.hex())
 
 
-async def thp_kib(world: World, step: Step) -> None:
+async def thp_kib(world: KernelObjects, step: Step) -> None:
     came = await world.process.anon_huge_kib(step.args["addr"], step.args["size"])
     step.expect("kib", step.args["kib"], came)
 
 
-def _file(world: World, step: Step) -> MemFd:
+def _file(world: KernelObjects, step: Step) -> MemFd:
     """The file a step names: a memfd, or a guest_memfd; `gmem` alone is the one that was saved."""
     args = step.args
     named = next((args[word] for word in ("memfd", "gmem") if args.get(word) is not None), "gmem")
@@ -156,7 +156,7 @@ def _pages(args: Args) -> Iterator[int]:
             yield args["addr"] + page * PAGE_SIZE + args.get("offset", 0)
 
 
-STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {
+STEPS: dict[str, Callable[[KernelObjects, Step], Awaitable[None]]] = {
     step.__name__: step
     for step in (
         mmap,
@@ -181,7 +181,7 @@ STEPS: dict[str, Callable[[World, Step], Awaitable[None]]] = {
 }
 
 
-async def play(world: World, step: Step) -> None:
+async def play(world: KernelObjects, step: Step) -> None:
     kind = step.body["host"]
     if kind not in STEPS:
         raise UnknownWord(f"unknown host step {kind!r}")

@@ -10,7 +10,7 @@ from qemu_shim.vmm.kvm_client import Vm
 from tests.conformance.kvm import bitmap
 from tests.conformance.kvm.caps import CAPS
 from tests.conformance.kvm.step import Step, UnknownWord
-from tests.conformance.kvm.world import World, pointer
+from tests.conformance.kvm.world import KernelObjects, pointer
 
 GUARD_BYTES = 64  # of a buffer beyond what the kernel is to write
 
@@ -19,7 +19,7 @@ GUARD_BYTES = 64  # of a buffer beyond what the kernel is to write
 class Call:
     """One ioctl; `how`: where its struct is said to lie, and the process that asks if not the VM's own."""
 
-    world: World
+    world: KernelObjects
     step: Step
     vm: Vm
     how: dict[str, Any]
@@ -160,7 +160,7 @@ STEPS: dict[str, Callable[[Call], Awaitable[int | None]]] = {
 }
 
 
-async def play(world: World, step: Step) -> None:
+async def play(world: KernelObjects, step: Step) -> None:
     name = step.body["ioctl"]
     if name not in STEPS:
         raise UnknownWord(f"unknown ioctl {name!r}")

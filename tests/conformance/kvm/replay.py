@@ -11,7 +11,7 @@ from qemu_shim.vmm.kvm_client import Kvmd
 from tests.conformance.kvm import guest_steps, host_steps, ioctl_steps, uffd_steps, words
 from tests.conformance.kvm.cases import Case, mark_of
 from tests.conformance.kvm.step import CaseFailed, Difference, Step, UnknownWord
-from tests.conformance.kvm.world import World, world_of
+from tests.conformance.kvm.world import KernelObjects, world_of
 from tests.patience import PATIENCE_S
 
 
@@ -55,7 +55,7 @@ async def replay(kvmd: Kvmd, case: Case) -> Outcome:
     return outcome
 
 
-async def play(world: World, step: Step) -> None:
+async def play(world: KernelObjects, step: Step) -> None:
     """A step that is marked acts, as far as it can, but nothing is asked of it: later steps build on it."""
     if not mark_of(step.body):
         await _act(world, step)
@@ -66,7 +66,7 @@ async def play(world: World, step: Step) -> None:
         pass
 
 
-async def _act(world: World, step: Step) -> None:
+async def _act(world: KernelObjects, step: Step) -> None:
     words.check(step)
     match step.kind:
         case "host":

@@ -54,7 +54,7 @@ def pointer(said: str | int) -> tuple[int, int]:
     raise UnknownWord(f"unknown pointer {said!r}")
 
 
-class World:
+class KernelObjects:
     """One case's kernel objects.  What it did not ask for at the start is made when it is named."""
 
     def __init__(self, kvmd: Kvmd, case: Case, process: Process, vm: Vm, on_end: AsyncExitStack) -> None:
@@ -140,7 +140,7 @@ def _saved_as(name: str) -> str:
 
 
 @asynccontextmanager
-async def world_of(kvmd: Kvmd, case: Case) -> AsyncIterator[World]:
+async def world_of(kvmd: Kvmd, case: Case) -> AsyncIterator[KernelObjects]:
     """What the case starts from."""
     async with AsyncExitStack() as on_end:
         process = await kvmd.start_process()
@@ -155,7 +155,7 @@ async def world_of(kvmd: Kvmd, case: Case) -> AsyncIterator[World]:
             await vm.set_user_memory_region(0, 0, CONTROL_SIZE, CONTROL_HVA)
         else:
             await process.mmap(CASE_SIZE, addr=CASE_HVA)
-        yield World(kvmd, case, process, vm, on_end)
+        yield KernelObjects(kvmd, case, process, vm, on_end)
 
 
 async def _enable(vm: Vm, case: Case) -> None:

@@ -67,7 +67,7 @@ def reason(path: Path, request: str, *, haw: int = HAW, huge: int = 3, snoop_con
     return second_stage_fault(path.walk(rules), OFFSET, read=read, write=write) or 0
 
 
-class Unit:
+class UnitOver:
     """A remapping unit with that path for its table, and its driver."""
 
     def __init__(self, path: Path, haw: int, max_page: str, root: int) -> None:
@@ -79,11 +79,11 @@ class Unit:
         self.driver.write_pasid_entry(RID, pasid_entry(root, path.levels))
 
 
-def unit_over(path: Path, *, haw: int = HAW, max_page: str = "1G", root: int | None = None) -> Unit:
-    return Unit(path, haw, max_page, table_at(path.levels) if root is None else root)
+def unit_over(path: Path, *, haw: int = HAW, max_page: str = "1G", root: int | None = None) -> UnitOver:
+    return UnitOver(path, haw, max_page, table_at(path.levels) if root is None else root)
 
 
-def unit_answers(over: Unit, page: int) -> tuple[int, int]:
+def unit_answers(over: UnitOver, page: int) -> tuple[int, int]:
     """(fault reason recorded or 0, rights granted)."""
     unit = over.unit
     unit.iotlb.invalidate_all()

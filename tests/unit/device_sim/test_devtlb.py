@@ -171,7 +171,7 @@ STEPS = st.lists(
 )
 
 
-class Oracle:
+class LeafOracle:
     """The leaves as they are: (first page, pages, right)."""
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ class Oracle:
         return found
 
 
-def take(devtlb: DevTlb, oracle: Oracle, step: Fill | Drop) -> None:
+def take(devtlb: DevTlb, oracle: LeafOracle, step: Fill | Drop) -> None:
     if isinstance(step, Drop):
         end = step.page + step.npages
         devtlb.invalidate(IovaPfn(step.page), step.npages)
@@ -211,7 +211,7 @@ def pages_of(runs: list[HpaRun]) -> list[int]:
 def test_a_range_is_what_its_pages_are_one_by_one(
     steps: list[Fill | Drop], page: int, offset: int, size: int
 ) -> None:
-    devtlb, oracle = DevTlb(), Oracle()
+    devtlb, oracle = DevTlb(), LeafOracle()
     for step in steps:
         take(devtlb, oracle, step)
     iova = page * PAGE + offset

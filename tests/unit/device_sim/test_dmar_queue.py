@@ -28,7 +28,7 @@ from tests.kit.silicon import (
 )
 
 
-class Endpoint:
+class LoggingEndpoint:
     """Writes down what reaches it, and what the IOTLB held at that moment."""
 
     def __init__(self, unit: RemappingUnit) -> None:
@@ -86,7 +86,7 @@ def test_an_iotlb_descriptor_drops_what_it_names(silicon: Silicon, raw: bytes, l
 
 
 def test_descriptors_take_effect_in_the_order_they_come(silicon: Silicon) -> None:
-    endpoint = Endpoint(silicon.unit)
+    endpoint = LoggingEndpoint(silicon.unit)
     silicon.unit.add_endpoint(0x6A10, endpoint)
     ring = [
         devtlb_page(0x6A10, 7),
@@ -129,7 +129,7 @@ def test_descriptors_take_effect_in_the_order_they_come(silicon: Silicon) -> Non
 def test_the_size_of_a_device_tlb_invalidation_lies_in_its_address(
     silicon: Silicon, qw1: int, start: int, npages: int
 ) -> None:
-    endpoint = Endpoint(silicon.unit)
+    endpoint = LoggingEndpoint(silicon.unit)
     silicon.unit.add_endpoint(RID, endpoint)
     silicon.execute(descriptor(3 | RID << 32, qw1))
     assert endpoint.log == [("invalidate", start, npages, 5)]
@@ -139,7 +139,7 @@ def test_the_size_of_a_device_tlb_invalidation_lies_in_its_address(
 def test_every_response_code_but_success_and_invalid_is_failure(
     silicon: Silicon, code: int, heard: int
 ) -> None:
-    endpoint = Endpoint(silicon.unit)
+    endpoint = LoggingEndpoint(silicon.unit)
     silicon.unit.add_endpoint(RID, endpoint)
     silicon.execute(response(RID, 5, code))
     assert endpoint.log == [("response", 5, heard)]
@@ -196,7 +196,7 @@ def test_an_empty_ring_is_no_error(silicon: Silicon) -> None:
 
 
 def test_a_device_tlb_descriptor_reaches_the_function_it_names_only(silicon: Silicon) -> None:
-    one, two = Endpoint(silicon.unit), Endpoint(silicon.unit)
+    one, two = LoggingEndpoint(silicon.unit), LoggingEndpoint(silicon.unit)
     silicon.unit.add_endpoint(0x6A10, one)
     silicon.unit.add_endpoint(0x6A18, two)
     silicon.execute(devtlb_page(0x6A18, 5))
@@ -204,7 +204,7 @@ def test_a_device_tlb_descriptor_reaches_the_function_it_names_only(silicon: Sil
 
 
 def test_a_reset_unit_translates_nothing_and_remembers_nothing(silicon: Silicon) -> None:
-    endpoint = Endpoint(silicon.unit)
+    endpoint = LoggingEndpoint(silicon.unit)
     silicon.unit.add_endpoint(0x6A10, endpoint)
     silicon.start(silicon.function.pri.request([PageAccess(IovaPfn(9), False)]))
     with pytest.raises(Exception, match="SGN_5"):

@@ -24,7 +24,7 @@ from tests.kit.accelerator import (
     RECORD,
     RECORD_FRAME,
     SRC,
-    Machine,
+    Accelerator,
     Record,
     pattern,
     work,
@@ -36,14 +36,14 @@ ENGINES = 4
 
 
 @pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def machine() -> Accelerator:
+    return Accelerator()
 
 
 # -- what it does --------------------------------------------------------------------------------------
 
 
-def test_a_move_copies_the_bytes_and_its_record_is_success_and_zeroes(machine: Machine) -> None:
+def test_a_move_copies_the_bytes_and_its_record_is_success_and_zeroes(machine: Accelerator) -> None:
     machine.map(SRC, 10, 3)
     machine.map(DST, 20, 3)
     data = pattern(2 * PAGE)
@@ -56,7 +56,7 @@ def test_a_move_copies_the_bytes_and_its_record_is_success_and_zeroes(machine: M
 
 @pytest.mark.parametrize("distance", [1, 64, PAGE, PAGE + 5])
 @pytest.mark.parametrize("forward", [False, True])
-def test_an_overlapping_move_is_a_memmove(machine: Machine, distance: int, forward: bool) -> None:
+def test_an_overlapping_move_is_a_memmove(machine: Accelerator, distance: int, forward: bool) -> None:
     for n, frame in enumerate([10, 17, 12, 13, 30, 31]):
         machine.map(SRC + n * PAGE, frame)
     src, dst = (SRC + 16, SRC + 16 + distance) if forward else (SRC + 16 + distance, SRC + 16)
@@ -71,7 +71,7 @@ def test_an_overlapping_move_is_a_memmove(machine: Machine, distance: int, forwa
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 13, PAGE, PAGE + 3])
-def test_a_fill_repeats_its_eight_bytes(machine: Machine, size: int) -> None:
+def test_a_fill_repeats_its_eight_bytes(machine: Accelerator, size: int) -> None:
     machine.map(DST, 20, 3)
     machine.submit(work(FILL, CRAV | RCR, src=0x0807_0605_0403_0201, dst=DST + 5, size=size))
     expected = (b"\x01\x02\x03\x04\x05\x06\x07\x08" * 700)[:size]
@@ -79,13 +79,13 @@ def test_a_fill_repeats_its_eight_bytes(machine: Machine, size: int) -> None:
     assert machine.record() == Record(1, False, 0, 0)
 
 
-def test_no_operation_completes_without_touching_memory(machine: Machine) -> None:
+def test_no_operation_completes_without_touching_memory(machine: Accelerator) -> None:
     machine.submit(work(NOOP, CRAV | RCR | RCI, handle=9))
     assert machine.raw_record() == b"\x01" + bytes(31)
     assert machine.interrupts == [9]
 
 
-def test_the_largest_transfer_is_two_mebibytes(machine: Machine) -> None:
+def test_the_largest_transfer_is_two_mebibytes(machine: Accelerator) -> None:
     machine.silicon.map(SRC >> 12, 0, level=2)
     machine.submit(work(FILL, CRAV | RCR, src=0x11, dst=SRC, size=MAX_TRANSFER))
     assert machine.record().status == 1
@@ -96,7 +96,7 @@ def test_the_largest_transfer_is_two_mebibytes(machine: Machine) -> None:
 
 
 def test_the_status_byte_is_written_after_the_rest_of_the_record(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = machine.silicon.function
     stores: list[tuple[int, int]] = []
@@ -126,7 +126,7 @@ def test_the_status_byte_is_written_after_the_rest_of_the_record(
     ],
 )
 def test_a_record_and_an_interrupt_come_if_asked_for(
-    machine: Machine, flags: int, record: bool, interrupts: list[int]
+    machine: Accelerator, flags: int, record: bool, interrupts: list[int]
 ) -> None:
     machine.submit(work(NOOP, flags, handle=5))
     assert (machine.raw_record() != bytes(32)) is record
@@ -134,19 +134,19 @@ def test_a_record_and_an_interrupt_come_if_asked_for(
     assert machine.counters.software_errors == 0
 
 
-def test_an_error_is_recorded_even_if_no_record_was_asked_for(machine: Machine) -> None:
+def test_an_error_is_recorded_even_if_no_record_was_asked_for(machine: Accelerator) -> None:
     machine.submit(work(0x7F, CRAV))
     assert machine.record().status == 0x10
 
 
-def test_an_error_without_a_record_address_is_a_software_error(machine: Machine) -> None:
+def test_an_error_without_a_record_address_is_a_software_error(machine: Accelerator) -> None:
     machine.submit(work(0x7F, 0))
     assert machine.raw_record() == bytes(32)
     assert machine.counters.software_errors == 1
 
 
 def test_the_record_itself_may_fault_and_block() -> None:
-    machine = Machine(records=False)
+    machine = Accelerator(records=False)
     machine.submit(work(NOOP, CRAV | RCR | RCI | BOF, handle=3))
     (asked,) = machine.silicon.requests()
     assert (asked.page, asked.write) == (RECORD >> 12, True)
@@ -158,7 +158,7 @@ def test_the_record_itself_may_fault_and_block() -> None:
 
 
 def test_a_record_that_cannot_be_written_is_a_software_error() -> None:
-    machine = Machine(records=False)
+    machine = Accelerator(records=False)
     machine.submit(work(NOOP, CRAV | RCR))
     assert machine.silicon.requests() == []
     assert machine.counters.software_errors == 1
@@ -166,7 +166,7 @@ def test_a_record_that_cannot_be_written_is_a_software_error() -> None:
 
 @pytest.mark.parametrize("offset", [1, 8, 16, 31, PAGE - 1, PAGE - 16])
 def test_a_misaligned_record_is_a_software_error_and_is_written_nowhere(
-    machine: Machine, offset: int
+    machine: Accelerator, offset: int
 ) -> None:
     machine.silicon.map((RECORD >> 12) + 1, RECORD_FRAME + 1)
     machine.map(DST, 20)
@@ -193,7 +193,7 @@ def test_a_misaligned_record_is_a_software_error_and_is_written_nowhere(
     ],
 )
 def test_a_bad_descriptor_is_answered_in_its_record_and_moves_nothing(
-    machine: Machine, raw: bytes, status: int
+    machine: Accelerator, raw: bytes, status: int
 ) -> None:
     machine.map(DST, 20)
     machine.map(SRC, 10)
@@ -204,14 +204,14 @@ def test_a_bad_descriptor_is_answered_in_its_record_and_moves_nothing(
 
 
 def test_block_on_fault_where_the_queue_forbids_it_is_invalid_flags() -> None:
-    machine = Machine(block=False)
+    machine = Accelerator(block=False)
     machine.map(DST, 20)
     machine.submit(work(FILL, CRAV | RCR | BOF, src=1, dst=DST, size=8))
     assert machine.record() == Record(0x11, False, 0, 0, specific=b"\x02" + bytes(15))
     assert machine.bytes_of(20) == bytes(PAGE)
 
 
-def test_a_record_asked_for_without_an_address_is_invalid_flags(machine: Machine) -> None:
+def test_a_record_asked_for_without_an_address_is_invalid_flags(machine: Accelerator) -> None:
     machine.map(DST, 20)
     machine.submit(work(FILL, RCR | RCI, src=1, dst=DST, size=8, handle=4))
     assert machine.bytes_of(20) == bytes(PAGE)
@@ -234,7 +234,7 @@ def test_a_record_asked_for_without_an_address_is_invalid_flags(machine: Machine
     ],
 )
 def test_without_block_on_fault_a_move_ends_at_the_page_that_misses(
-    machine: Machine, src_pages: int, dst_pages: int, write: bool, fault: int | None, completed: int
+    machine: Accelerator, src_pages: int, dst_pages: int, write: bool, fault: int | None, completed: int
 ) -> None:
     machine.map(SRC, 10, src_pages)
     machine.map(DST, 20, dst_pages)
@@ -252,7 +252,7 @@ def test_without_block_on_fault_a_move_ends_at_the_page_that_misses(
     assert machine.silicon.requests() == []
 
 
-def test_a_faulted_move_resumed_where_its_record_says_moves_every_byte_once(machine: Machine) -> None:
+def test_a_faulted_move_resumed_where_its_record_says_moves_every_byte_once(machine: Accelerator) -> None:
     data = pattern(4 * PAGE)
     machine.silicon.fill_frame(10, data)
     machine.map(SRC, 10)
@@ -271,7 +271,7 @@ def test_a_faulted_move_resumed_where_its_record_says_moves_every_byte_once(mach
     assert machine.bytes_of(20, 4 * PAGE) == data
 
 
-def test_with_block_on_fault_a_move_waits_for_its_pages_and_succeeds(machine: Machine) -> None:
+def test_with_block_on_fault_a_move_waits_for_its_pages_and_succeeds(machine: Accelerator) -> None:
     data = pattern(4 * PAGE)
     machine.silicon.fill_frame(10, data)
     machine.submit(work(MEMMOVE, CRAV | RCR | RCI | BOF, src=SRC, dst=DST, size=4 * PAGE, handle=9))
@@ -291,7 +291,7 @@ def test_with_block_on_fault_a_move_waits_for_its_pages_and_succeeds(machine: Ma
 @pytest.mark.parametrize("code", [1, 0xF])
 @pytest.mark.parametrize("write", [False, True])
 def test_a_refused_page_request_is_status_4_with_the_page_and_the_kind_of_access(
-    machine: Machine, code: int, write: bool
+    machine: Accelerator, code: int, write: bool
 ) -> None:
     machine.map(SRC, 10, 2)
     machine.map(DST, 20, 2)
@@ -303,13 +303,13 @@ def test_a_refused_page_request_is_status_4_with_the_page_and_the_kind_of_access
     assert machine.record() == Record(4, write, PAGE - 8, absent)
 
 
-def test_a_read_only_destination_is_a_write_fault(machine: Machine) -> None:
+def test_a_read_only_destination_is_a_write_fault(machine: Accelerator) -> None:
     machine.map(DST, 20, rights=R)
     machine.submit(work(FILL, CRAV | RCR, src=1, dst=DST + 0x10, size=8))
     assert machine.record() == Record(3, True, 0, DST)
 
 
-def test_the_record_is_written_after_failure_switched_page_requests_off(machine: Machine) -> None:
+def test_the_record_is_written_after_failure_switched_page_requests_off(machine: Accelerator) -> None:
     machine.submit(work(FILL, CRAV | RCR | RCI | BOF, src=1, dst=DST, size=8, handle=2))
     machine.silicon.serve(0xF)
     assert machine.record() == Record(4, True, 0, DST)
@@ -324,7 +324,7 @@ def blocked(page: int) -> bytes:
     return work(FILL, BOF, src=1, dst=DST + page * PAGE, size=8)
 
 
-def test_at_most_four_descriptors_run_at_a_time_and_the_others_follow_in_order(machine: Machine) -> None:
+def test_at_most_four_descriptors_run_at_a_time_and_the_others_follow_in_order(machine: Accelerator) -> None:
     for n in range(7):
         machine.submit(blocked(n))
     first = machine.silicon.requests()
@@ -335,7 +335,7 @@ def test_at_most_four_descriptors_run_at_a_time_and_the_others_follow_in_order(m
     assert machine.counters.descriptors == 5
 
 
-def test_a_disabled_queue_finishes_what_it_took(machine: Machine) -> None:
+def test_a_disabled_queue_finishes_what_it_took(machine: Accelerator) -> None:
     machine.submit(blocked(0))
     assert machine.command(DISABLE_WQ, 1 << 0) == -1, "the command waits for it"
     machine.submit(work(NOOP, CRAV | RCR))
@@ -349,13 +349,13 @@ def test_a_disabled_queue_finishes_what_it_took(machine: Machine) -> None:
 # -- drain, abort, reset -------------------------------------------------------------------------------
 
 
-def test_an_idle_device_is_drained_at_once(machine: Machine) -> None:
+def test_an_idle_device_is_drained_at_once(machine: Accelerator) -> None:
     assert machine.command(DRAIN_ALL) == 0
     machine.submit(work(NOOP, 0))
     assert machine.command(DRAIN_ALL) == 0
 
 
-def test_a_drain_returns_when_the_last_descriptor_is_done(machine: Machine) -> None:
+def test_a_drain_returns_when_the_last_descriptor_is_done(machine: Accelerator) -> None:
     for n in range(6):
         machine.submit(blocked(n))
     assert machine.command(DRAIN_ALL, interrupt=True) == -1
@@ -370,7 +370,7 @@ def test_a_drain_returns_when_the_last_descriptor_is_done(machine: Machine) -> N
     assert machine.interrupts == [0], "vector 0 is the device's own"
 
 
-def test_an_abort_drops_what_is_queued_and_what_runs_ends_without_a_trace(machine: Machine) -> None:
+def test_an_abort_drops_what_is_queued_and_what_runs_ends_without_a_trace(machine: Accelerator) -> None:
     for n in range(6):
         machine.submit(work(FILL, CRAV | RCR | RCI | BOF, src=1, dst=DST + n * PAGE, size=8, handle=3))
     assert machine.command(ABORT_ALL) == -1, "requests for pages are out"
@@ -385,7 +385,7 @@ def test_an_abort_drops_what_is_queued_and_what_runs_ends_without_a_trace(machin
 
 
 def test_when_the_driver_of_the_unit_dies_everything_ends_silently_and_a_reset_finds_it_empty(
-    machine: Machine,
+    machine: Accelerator,
 ) -> None:
     for n in range(6):
         machine.submit(blocked(n))
@@ -403,7 +403,7 @@ def test_when_the_driver_of_the_unit_dies_everything_ends_silently_and_a_reset_f
 # -- invalidation under DMA ----------------------------------------------------------------------------
 
 
-def test_pages_moved_under_a_running_copy_get_every_byte(machine: Machine) -> None:
+def test_pages_moved_under_a_running_copy_get_every_byte(machine: Accelerator) -> None:
     """The host moves the destination's first page each time the copy stops for another one."""
     data = pattern(4 * PAGE)
     machine.silicon.fill_frame(10, data)

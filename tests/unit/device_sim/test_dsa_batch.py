@@ -28,7 +28,7 @@ from tests.kit.accelerator import (
     SRC,
     SRC_FRAME,
     THIRD,
-    Machine,
+    Accelerator,
     Record,
     work,
 )
@@ -38,8 +38,8 @@ LIST, LIST_FRAME = SRC, SRC_FRAME
 
 
 @pytest.fixture
-def machine() -> Machine:
-    machine = Machine()
+def machine() -> Accelerator:
+    machine = Accelerator()
     machine.map(LIST, LIST_FRAME, 4)
     machine.map(DST, DST_FRAME, 4)
     return machine
@@ -52,17 +52,17 @@ def fill(n: int, flags: int = ASKED, *, dst: int | None = None, value: int = 0x5
     )
 
 
-def submit(machine: Machine, children: list[bytes], flags: int = ASKED | RCI, at: int = 0) -> None:
+def submit(machine: Accelerator, children: list[bytes], flags: int = ASKED | RCI, at: int = 0) -> None:
     machine.put(LIST_FRAME, b"".join(children), at)
     machine.submit(work(BATCH, flags, src=LIST + at, size=len(children), handle=7))
 
 
-def statuses(machine: Machine, count: int) -> list[int]:
+def statuses(machine: Accelerator, count: int) -> list[int]:
     return [machine.record(n + 1).status for n in range(count)]
 
 
 @pytest.mark.parametrize("count", [2, 3, 64, 65, 120])
-def test_a_batch_runs_its_descriptors_and_counts_them(machine: Machine, count: int) -> None:
+def test_a_batch_runs_its_descriptors_and_counts_them(machine: Accelerator, count: int) -> None:
     submit(machine, [fill(n, value=n + 1) for n in range(count)])
     assert statuses(machine, count) == [1] * count
     assert machine.record() == Record(1, False, count, 0)
@@ -71,14 +71,14 @@ def test_a_batch_runs_its_descriptors_and_counts_them(machine: Machine, count: i
     assert machine.interrupts == [7]
 
 
-def test_one_bad_descriptor_makes_status_5_and_the_others_run(machine: Machine) -> None:
+def test_one_bad_descriptor_makes_status_5_and_the_others_run(machine: Accelerator) -> None:
     submit(machine, [fill(0), work(0x7F, ASKED, record=RECORD + 64), fill(2)])
     assert statuses(machine, 3) == [1, 0x10, 1]
     assert machine.record() == Record(5, False, 3, 0)
 
 
 @pytest.mark.parametrize("opcode", [BATCH, DRAIN])
-def test_neither_a_batch_nor_a_drain_belongs_into_a_batch(machine: Machine, opcode: int) -> None:
+def test_neither_a_batch_nor_a_drain_belongs_into_a_batch(machine: Accelerator, opcode: int) -> None:
     submit(
         machine,
         [work(opcode, ASKED, src=LIST if opcode == BATCH else 0, size=0, record=RECORD + 32), fill(1)],
@@ -86,13 +86,13 @@ def test_neither_a_batch_nor_a_drain_belongs_into_a_batch(machine: Machine, opco
     assert statuses(machine, 2) == [0x10, 1]
 
 
-def test_an_error_of_a_descriptor_in_a_batch_names_its_index(machine: Machine) -> None:
+def test_an_error_of_a_descriptor_in_a_batch_names_its_index(machine: Accelerator) -> None:
     submit(machine, [fill(0), fill(1), work(0x7F, 0)])
     flags, error, _, _, opcode, index = struct.unpack("<BBBBB3xH", machine.software_error[:10])
     assert (flags, error, opcode, index) == (0b1_1101, 0x10, 0x7F, 2)
 
 
-def test_outside_a_batch_a_fence_is_an_invalid_flag(machine: Machine) -> None:
+def test_outside_a_batch_a_fence_is_an_invalid_flag(machine: Accelerator) -> None:
     machine.submit(fill(0, ASKED | FENCE))
     assert machine.record(1).status == 0x11
 
@@ -100,7 +100,7 @@ def test_outside_a_batch_a_fence_is_an_invalid_flag(machine: Machine) -> None:
 # -- fences --------------------------------------------------------------------------------------------
 
 
-def test_without_a_fence_a_later_descriptor_passes_one_that_waits(machine: Machine) -> None:
+def test_without_a_fence_a_later_descriptor_passes_one_that_waits(machine: Accelerator) -> None:
     submit(machine, [fill(0, ASKED | BOF, dst=THIRD), fill(1)])
     assert statuses(machine, 2) == [0, 1]
     machine.map(THIRD, DST_FRAME + 30)
@@ -109,7 +109,7 @@ def test_without_a_fence_a_later_descriptor_passes_one_that_waits(machine: Machi
     assert machine.record() == Record(1, False, 2, 0)
 
 
-def test_a_fence_waits_for_everything_before_it(machine: Machine) -> None:
+def test_a_fence_waits_for_everything_before_it(machine: Accelerator) -> None:
     submit(machine, [fill(0, ASKED | BOF, dst=THIRD), fill(1), fill(2, ASKED | FENCE)])
     assert statuses(machine, 3) == [0, 1, 0]
     machine.map(THIRD, DST_FRAME + 30)
@@ -117,14 +117,14 @@ def test_a_fence_waits_for_everything_before_it(machine: Machine) -> None:
     assert statuses(machine, 3) == [1, 1, 1]
 
 
-def test_a_fence_after_a_failure_abandons_the_rest_of_the_batch(machine: Machine) -> None:
+def test_a_fence_after_a_failure_abandons_the_rest_of_the_batch(machine: Accelerator) -> None:
     submit(machine, [fill(0), fill(1, dst=THIRD), fill(2), fill(3, ASKED | FENCE), fill(4)])
     assert statuses(machine, 5) == [1, 3, 1, 0, 0], "the abandoned have no record"
     assert machine.record() == Record(5, False, 3, 0)
     assert machine.bytes_of(DST_FRAME, 8, 24) == bytes(8)
 
 
-def test_an_unexpected_result_of_a_comparison_counts_as_a_failure_for_a_fence(machine: Machine) -> None:
+def test_an_unexpected_result_of_a_comparison_counts_as_a_failure_for_a_fence(machine: Accelerator) -> None:
     compare = work(COMPARE, ASKED | CR, src=LIST, dst=DST + 64, size=8, record=RECORD + 32)
     submit(machine, [compare, fill(1, ASKED | FENCE)])
     assert statuses(machine, 2) == [2, 0]
@@ -134,26 +134,26 @@ def test_an_unexpected_result_of_a_comparison_counts_as_a_failure_for_a_fence(ma
 # -- faults of the list --------------------------------------------------------------------------------
 
 
-def test_a_list_that_faults_is_status_6_with_what_was_run(machine: Machine) -> None:
+def test_a_list_that_faults_is_status_6_with_what_was_run(machine: Accelerator) -> None:
     machine.silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(n) for n in range(6)], at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE)
     assert statuses(machine, 6) == [1, 1, 0, 0, 0, 0]
 
 
-def test_a_list_that_faults_behind_a_failure_has_result_1(machine: Machine) -> None:
+def test_a_list_that_faults_behind_a_failure_has_result_1(machine: Accelerator) -> None:
     machine.silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(0), work(0x7F, ASKED, record=RECORD + 64), fill(2)], at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE, result=1)
 
 
-def data_alone(machine: Machine) -> Machine:
+def data_alone(machine: Accelerator) -> Accelerator:
     """It asks neither for batch lists nor for completion records."""
     machine.silicon.function.traits = replace(machine.silicon.function.traits, control_faults=False)
     return machine
 
 
-def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machine: Machine) -> None:
+def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machine: Accelerator) -> None:
     data_alone(machine).silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE)
@@ -162,7 +162,7 @@ def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machin
 
 def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent() -> None:
     """Software error 0x1A; the data before it was asked for."""
-    machine = data_alone(Machine(records=False))
+    machine = data_alone(Accelerator(records=False))
     machine.map(DST, DST_FRAME)
     machine.submit(fill(0, ASKED | BOF))
     assert machine.silicon.driver.take_requests() == []
@@ -171,7 +171,7 @@ def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent()
     assert machine.silicon.driver.take_requests() != []
 
 
-def test_a_list_may_block_on_its_fault(machine: Machine) -> None:
+def test_a_list_may_block_on_its_fault(machine: Accelerator) -> None:
     machine.silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
     assert statuses(machine, 4) == [1, 1, 0, 0]
@@ -183,7 +183,7 @@ def test_a_list_may_block_on_its_fault(machine: Machine) -> None:
 # -- engines and queues --------------------------------------------------------------------------------
 
 
-def test_a_batch_that_waits_keeps_no_engine(machine: Machine) -> None:
+def test_a_batch_that_waits_keeps_no_engine(machine: Accelerator) -> None:
     """More batches than engines, each waiting for a page, and all their descriptors are asked for."""
     machine.two_queues(engines=(1, 2))
     for n in range(3):
@@ -201,7 +201,7 @@ def test_a_batch_that_waits_keeps_no_engine(machine: Machine) -> None:
     assert machine.record().status == 1
 
 
-def test_a_batch_has_only_so_many_descriptors_in_flight(machine: Machine) -> None:
+def test_a_batch_has_only_so_many_descriptors_in_flight(machine: Accelerator) -> None:
     children = [fill(n % 100, BOF, dst=THIRD + n * PAGE) for n in range(100)]
     machine.put(LIST_FRAME, b"".join(children))
     machine.submit(work(BATCH, ASKED, src=LIST, size=100))
@@ -210,7 +210,7 @@ def test_a_batch_has_only_so_many_descriptors_in_flight(machine: Machine) -> Non
     assert machine.counters.descriptors - 1 + len(group._staged) == 16
 
 
-def test_a_batch_that_is_aborted_ends_with_all_its_descriptors(machine: Machine) -> None:
+def test_a_batch_that_is_aborted_ends_with_all_its_descriptors(machine: Accelerator) -> None:
     submit(machine, [fill(n, ASKED | BOF, dst=THIRD + n * PAGE) for n in range(30)])
     assert machine.command(ABORT_WQ, 1) == -1
     machine.map(THIRD, DST_FRAME, 30)
@@ -220,7 +220,7 @@ def test_a_batch_that_is_aborted_ends_with_all_its_descriptors(machine: Machine)
     assert (machine.record().status, machine.interrupts, machine.statuses) == (0, [], {})
 
 
-def test_a_blocked_queue_stops_no_queue_of_another_group(machine: Machine) -> None:
+def test_a_blocked_queue_stops_no_queue_of_another_group(machine: Accelerator) -> None:
     machine.two_queues()
     for n in range(3):
         machine.submit(fill(n, ASKED | BOF, dst=THIRD + n * PAGE), wq=0)
@@ -229,7 +229,7 @@ def test_a_blocked_queue_stops_no_queue_of_another_group(machine: Machine) -> No
     assert [machine.record(n + 1).status for n in (0, 1, 2, 5, 6)] == [0, 0, 0, 1, 0]
 
 
-def test_queues_of_a_group_are_served_in_turn(machine: Machine) -> None:
+def test_queues_of_a_group_are_served_in_turn(machine: Accelerator) -> None:
     assert machine.command(5) == 0
     for n in (0, 1):
         machine.configure(n, 8)
@@ -249,7 +249,7 @@ def test_queues_of_a_group_are_served_in_turn(machine: Machine) -> None:
 # -- drains --------------------------------------------------------------------------------------------
 
 
-def test_a_drain_waits_for_what_its_queue_took_before_it_and_for_no_other(machine: Machine) -> None:
+def test_a_drain_waits_for_what_its_queue_took_before_it_and_for_no_other(machine: Accelerator) -> None:
     machine.two_queues()
     machine.submit(fill(0, ASKED | BOF, dst=THIRD))
     machine.submit(work(DRAIN, ASKED, record=RECORD + 64))
@@ -262,7 +262,7 @@ def test_a_drain_waits_for_what_its_queue_took_before_it_and_for_no_other(machin
 
 
 @pytest.mark.parametrize("present", [True, False])
-def test_a_drain_reads_back_if_it_is_told_to(machine: Machine, present: bool) -> None:
+def test_a_drain_reads_back_if_it_is_told_to(machine: Accelerator, present: bool) -> None:
     target = DST if present else THIRD
     record = machine.run(work(DRAIN, ASKED | 1 << 17, dst=target))
     assert record == (Record(1, False, 0, 0) if present else Record(0x1F, False, 0, THIRD))

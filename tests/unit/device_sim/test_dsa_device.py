@@ -28,19 +28,19 @@ from tests.kit.accelerator import (
     RESET_DEVICE,
     RESET_WQ,
     WQCFG,
-    Machine,
+    Accelerator,
     work,
 )
 from tests.kit.silicon import Silicon
 
 
 @pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def machine() -> Accelerator:
+    return Accelerator()
 
 
-def fresh() -> Machine:
-    machine = Machine()
+def fresh() -> Accelerator:
+    machine = Accelerator()
     assert machine.command(RESET_DEVICE) == 0
     return machine
 
@@ -52,24 +52,24 @@ def blocked(page: int) -> bytes:
 # -- capabilities --------------------------------------------------------------------------------------
 
 
-def test_gencap_bit_by_bit(machine: Machine) -> None:
+def test_gencap_bit_by_bit(machine: Accelerator) -> None:
     gencap = machine.load(0x10, 8)
     told = {0, 1, 2, 3, 4, 9, 31}  # BOF, overlap, cache control twice, CMDCAP, drain read-back, configurable
     assert gencap == sum(1 << n for n in told) | 21 << 16 | 10 << 21
 
 
-def test_wqcap_bit_by_bit(machine: Machine) -> None:
+def test_wqcap_bit_by_bit(machine: Accelerator) -> None:
     assert machine.load(0x20, 8) == 128 | 8 << 16 | 1 << 48 | 1 << 49 | 1 << 52
 
 
-def test_the_other_capabilities(machine: Machine) -> None:
+def test_the_other_capabilities(machine: Accelerator) -> None:
     assert machine.load(0x00) == 0x100
     assert (machine.load(0x30, 8), machine.load(0x38, 8)) == (4, 4)
     assert machine.load(0x60, 16) == 4 | 5 << 16
     assert machine.load(0xB0) == 0b111_1111_1110, "commands 1 to 10"
 
 
-def test_a_wqcfg_shows_what_was_written_the_occupancy_and_the_state(machine: Machine) -> None:
+def test_a_wqcfg_shows_what_was_written_the_occupancy_and_the_state(machine: Accelerator) -> None:
     machine.submit(blocked(0))
     machine.submit(blocked(1))
     dwords = [machine.load(WQCFG + 4 * n) for n in range(8)]
@@ -80,7 +80,7 @@ def test_a_wqcfg_shows_what_was_written_the_occupancy_and_the_state(machine: Mac
 @settings(max_examples=200)
 @given(st.integers(0, 0xFFFF), st.binary(min_size=1, max_size=8))
 def test_any_store_anywhere_leaves_a_device_that_can_be_reset(offset: int, data: bytes) -> None:
-    machine = Machine()
+    machine = Accelerator()
     registers.write(machine.dsa, offset, data)
     machine.silicon.flows.run_ready()
     assert len(registers.read(machine.dsa, offset, 256)) == 256
@@ -159,7 +159,7 @@ def test_a_queue_that_cannot_be_is_refused_when_it_is_enabled(config: dict[str, 
         (RESET_WQ, 0b1, 0),
     ],
 )
-def test_a_command_says_what_is_wrong(machine: Machine, command: int, operand: int, error: int) -> None:
+def test_a_command_says_what_is_wrong(machine: Accelerator, command: int, operand: int, error: int) -> None:
     assert machine.command(command, operand) == error
 
 
@@ -170,7 +170,7 @@ def test_a_disabled_device_knows_no_queues() -> None:
     assert machine.command(DISABLE_DEVICE) == 0x31
 
 
-def test_while_a_command_is_active_another_is_ignored(machine: Machine) -> None:
+def test_while_a_command_is_active_another_is_ignored(machine: Accelerator) -> None:
     machine.submit(blocked(0))
     assert machine.command(DRAIN_WQ, 1, interrupt=True) == -1
     assert machine.command(RESET_DEVICE) == -1
@@ -180,7 +180,7 @@ def test_while_a_command_is_active_another_is_ignored(machine: Machine) -> None:
     assert (machine.load(CMDSTS), machine.interrupts, machine.load(INTCAUSE)) == (0, [0], 2)
 
 
-def test_disabling_the_device_waits_and_closes_every_queue(machine: Machine) -> None:
+def test_disabling_the_device_waits_and_closes_every_queue(machine: Accelerator) -> None:
     machine.submit(blocked(0))
     assert machine.command(DISABLE_DEVICE) == -1
     assert (machine.load(0x90), machine.load(WQCFG + 24) >> 30) == (2, 2)
@@ -191,7 +191,7 @@ def test_disabling_the_device_waits_and_closes_every_queue(machine: Machine) -> 
     assert machine.load(WQCFG) == 16, "the configuration stays"
 
 
-def test_configuration_is_locked_while_it_is_in_use(machine: Machine) -> None:
+def test_configuration_is_locked_while_it_is_in_use(machine: Accelerator) -> None:
     machine.store(WQCFG, 99)
     machine.store(WQCFG + 8, 0)
     machine.group(0, queues=3, engines=1)
@@ -202,7 +202,7 @@ def test_configuration_is_locked_while_it_is_in_use(machine: Machine) -> None:
     assert (machine.load(WQCFG), machine.load(WQCFG + 8)) == (16, 1), "only the size waits for the device"
 
 
-def test_a_reset_queue_has_its_size_and_nothing_else(machine: Machine) -> None:
+def test_a_reset_queue_has_its_size_and_nothing_else(machine: Accelerator) -> None:
     assert machine.command(RESET_WQ, 1) == 0
     assert [machine.load(WQCFG + 4 * n) for n in range(4)] == [16, 0, 0, 0]
 
@@ -211,7 +211,7 @@ def test_a_reset_queue_has_its_size_and_nothing_else(machine: Machine) -> None:
 
 
 def test_a_full_dedicated_queue_drops_and_says_overflow() -> None:
-    machine = Machine(size=6)
+    machine = Accelerator(size=6)
     for n in range(7):
         machine.submit(blocked(n))
     assert machine.load(WQCFG + 24) & 0xFFFF == 6
@@ -225,14 +225,14 @@ def test_a_full_dedicated_queue_drops_and_says_overflow() -> None:
 
 @pytest.mark.parametrize(("limited", "room"), [(True, 3), (False, 6)])
 def test_a_full_shared_queue_says_retry_by_the_threshold_or_by_its_size(limited: bool, room: int) -> None:
-    machine = Machine(size=6, dedicated=False, threshold=3)
+    machine = Accelerator(size=6, dedicated=False, threshold=3)
     retries = [machine.enqcmd(blocked(n), limited=limited) for n in range(8)]
     assert retries == [n >= room for n in range(8)]
     assert machine.counters.software_errors == 0
 
 
 def test_a_retry_succeeds_when_a_descriptor_is_done() -> None:
-    machine = Machine(size=1, dedicated=False)
+    machine = Accelerator(size=1, dedicated=False)
     assert not machine.enqcmd(blocked(0))
     assert machine.enqcmd(work(NOOP, CRAV | RCR))
     machine.map(DST, 20)
@@ -246,24 +246,24 @@ def test_a_retry_succeeds_when_a_descriptor_is_done() -> None:
     [(0, False, b"\x09\x51\x00"), (1, True, b"\x09\x50\x01"), (200, True, b"\x01\x50\x00")],
 )
 def test_a_posted_write_nobody_takes_is_a_software_error(wq: int, dedicated: bool, error: bytes) -> None:
-    machine = Machine(dedicated=dedicated)
+    machine = Accelerator(dedicated=dedicated)
     machine.submit(work(NOOP, CRAV | RCR), wq=wq)
     assert machine.software_error[:3] == error
     assert machine.raw_record() == bytes(32)
 
 
 @pytest.mark.parametrize("wq", [0, 1, 200])
-def test_an_enqcmd_nobody_takes_is_a_retry(machine: Machine, wq: int) -> None:
+def test_an_enqcmd_nobody_takes_is_a_retry(machine: Accelerator, wq: int) -> None:
     """Queue 0 is dedicated."""
     assert machine.enqcmd(work(NOOP, CRAV | RCR), wq)
     assert machine.counters.software_errors == 0
 
 
-def test_a_reset_makes_the_device_as_it_was(machine: Machine) -> None:
+def test_a_reset_makes_the_device_as_it_was(machine: Accelerator) -> None:
     machine.store(0x88, 1)
     machine.submit(work(0x7F, 0))
     machine.store(CMD, RESET_DEVICE << 20)
-    untouched = Machine.__new__(Machine)
+    untouched = Accelerator.__new__(Accelerator)
     untouched.silicon = Silicon()
     expected = registers.read(type(machine.dsa)(untouched.silicon.function, print, print), 0, 0x700)
     assert registers.read(machine.dsa, 0, 0x700) == expected

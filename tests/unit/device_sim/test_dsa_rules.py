@@ -41,7 +41,7 @@ from tests.kit.accelerator import (
     THIRD,
     THIRD_FRAME,
     TRANSL_FETCH,
-    Machine,
+    Accelerator,
     work,
 )
 
@@ -94,12 +94,12 @@ def good(opcode: int, flags: int = ASKED) -> bytes:
 
 
 @pytest.fixture
-def machine() -> Machine:
+def machine() -> Accelerator:
     return ready()
 
 
-def ready(**config: bool) -> Machine:
-    machine = Machine(**config)
+def ready(**config: bool) -> Accelerator:
+    machine = Accelerator(**config)
     for iova, frame in ((SRC, SRC_FRAME), (DST, DST_FRAME), (THIRD, THIRD_FRAME)):
         machine.map(iova, frame, 4)
     return machine
@@ -109,17 +109,17 @@ def ready(**config: bool) -> Machine:
 def test_what_is_no_operation_of_this_device_is_a_bad_opcode(opcode: int) -> None:
     """DIF (0x12..0x17) and translation fetch (0x0A) among them."""
     assert TRANSL_FETCH not in GOOD
-    assert Machine().run(work(opcode, ASKED)).status == 0x10
+    assert Accelerator().run(work(opcode, ASKED)).status == 0x10
 
 
 @pytest.mark.parametrize("opcode", GOOD)
-def test_the_operations_of_this_device_are_those_opcap_names(machine: Machine, opcode: int) -> None:
+def test_the_operations_of_this_device_are_those_opcap_names(machine: Accelerator, opcode: int) -> None:
     assert machine.load(0x40, 32) == sum(1 << known for known in GOOD)
     assert machine.run(good(opcode)).status == 1
 
 
 @pytest.mark.parametrize("opcode", GOOD)
-def test_a_byte_the_operation_has_no_use_for_must_be_zero(machine: Machine, opcode: int) -> None:
+def test_a_byte_the_operation_has_no_use_for_must_be_zero(machine: Accelerator, opcode: int) -> None:
     refused = set()
     for at in {*range(16, 36), *range(38, 64)}:
         raw = bytearray(good(opcode))
@@ -130,7 +130,7 @@ def test_a_byte_the_operation_has_no_use_for_must_be_zero(machine: Machine, opco
 
 
 @pytest.mark.parametrize("opcode", GOOD)
-def test_a_flag_the_operation_does_not_know_is_named_in_the_record(machine: Machine, opcode: int) -> None:
+def test_a_flag_the_operation_does_not_know_is_named_in_the_record(machine: Accelerator, opcode: int) -> None:
     refused = 0
     for n in range(24):
         record = machine.run(work(opcode, ASKED | 1 << n, handle=1, **GOOD[opcode]))  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def test_block_on_fault_needs_a_queue_that_allows_it(opcode: int) -> None:
     ],
 )
 def test_each_limit_has_its_status(
-    machine: Machine, opcode: int, change: dict[str, object], status: int
+    machine: Accelerator, opcode: int, change: dict[str, object], status: int
 ) -> None:
     fields = {"handle": 1, **GOOD[opcode], **change}
     record = machine.run(work(opcode, ASKED | RCI, **fields))  # type: ignore[arg-type]
@@ -190,14 +190,14 @@ def test_each_limit_has_its_status(
 
 
 def test_privilege_needs_a_shared_queue_that_has_it() -> None:
-    machine = Machine(dedicated=False)
+    machine = Accelerator(dedicated=False)
     assert not machine.enqcmd(work(NOOP, ASKED, dword0=1 << 31))
     assert machine.record().status == 0x1D
-    assert Machine().run(work(NOOP, ASKED, dword0=1 << 31)).status == 1, "a dedicated queue has its own"
+    assert Accelerator().run(work(NOOP, ASKED, dword0=1 << 31)).status == 1, "a dedicated queue has its own"
 
 
-def test_the_queues_own_limits_hold(machine: Machine) -> None:
-    machine = Machine(max_xfer=12, max_batch=2)
+def test_the_queues_own_limits_hold(machine: Accelerator) -> None:
+    machine = Accelerator(max_xfer=12, max_batch=2)
     machine.map(DST, DST_FRAME, 2)
     assert machine.run(work(FILL, ASKED, dst=DST, size=4096)).status == 1
     assert machine.run(work(FILL, ASKED, dst=DST, size=4097)).status == 0x13
@@ -207,7 +207,7 @@ def test_the_queues_own_limits_hold(machine: Machine) -> None:
 # -- the software error register -----------------------------------------------------------------------
 
 
-def swerr(machine: Machine) -> tuple[int, ...]:
+def swerr(machine: Accelerator) -> tuple[int, ...]:
     """Byte 0's flags, error, queue, opcode, batch index, invalid flags, fault address."""
     flags, error, wq, zero, opcode, pasid, index, more, invalid, fault, last = struct.unpack(
         "<BBBBB3sHHIQQ", machine.software_error
@@ -216,7 +216,7 @@ def swerr(machine: Machine) -> tuple[int, ...]:
     return flags, error, wq, opcode, index, invalid, fault
 
 
-def test_an_error_without_a_record_is_told_in_the_register_with_what_it_was(machine: Machine) -> None:
+def test_an_error_without_a_record_is_told_in_the_register_with_what_it_was(machine: Accelerator) -> None:
     machine.submit(work(0x7F, 0))
     assert swerr(machine) == (0b1101, 0x10, 0, 0x7F, 0, 0, 0)
     machine.store(SWERR, 3, 8)
@@ -225,7 +225,7 @@ def test_an_error_without_a_record_is_told_in_the_register_with_what_it_was(mach
     assert swerr(machine) == (0b1101, 0x11, 0, FILL, 0, RCR | FENCE, 0)
 
 
-def test_the_first_error_stays_and_later_ones_set_overflow(machine: Machine) -> None:
+def test_the_first_error_stays_and_later_ones_set_overflow(machine: Accelerator) -> None:
     machine.submit(work(0x7F, 0))
     machine.submit(work(0x7E, 0))
     assert swerr(machine) == (0b1111, 0x10, 0, 0x7F, 0, 0, 0)
@@ -233,18 +233,18 @@ def test_the_first_error_stays_and_later_ones_set_overflow(machine: Machine) -> 
 
 
 def test_a_record_that_cannot_be_written_is_told_with_its_address() -> None:
-    machine = Machine(records=False)
+    machine = Accelerator(records=False)
     machine.submit(work(NOOP, ASKED))
     assert swerr(machine) == (0b10_1101, 0x1A, 0, NOOP, 0, 0, RECORD)
 
 
-def test_a_record_at_a_crooked_address_is_told_as_such(machine: Machine) -> None:
+def test_a_record_at_a_crooked_address_is_told_as_such(machine: Accelerator) -> None:
     machine.submit(work(NOOP, ASKED, record=RECORD + 16))
     assert swerr(machine) == (0b1101, 0x1B, 0, NOOP, 0, 0, 0)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_the_register_interrupts_if_it_may(machine: Machine, enabled: bool) -> None:
+def test_the_register_interrupts_if_it_may(machine: Accelerator, enabled: bool) -> None:
     machine.store(0x88, int(enabled))
     machine.submit(work(0x7F, 0))
     assert machine.interrupts == ([0] if enabled else [])
@@ -287,7 +287,7 @@ DESCRIPTORS = st.one_of(
 class RecordsWritten:
     """Counts completion records by how they are stored: 31 bytes, then the status byte before them."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Accelerator) -> None:
         self.count = 0
         self._last = (0, 0)
         self._store = machine.silicon.function.write

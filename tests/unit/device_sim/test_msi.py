@@ -26,7 +26,7 @@ from tests.kit.accelerator import (
     SRC_FRAME,
     THIRD,
     THIRD_FRAME,
-    Machine,
+    Accelerator,
     work,
 )
 from tests.kit.silicon import FRAMES, RID, R, Recorded, Silicon, W
@@ -125,7 +125,7 @@ STORES = ("fill", "move there", "dualcast")
 @pytest.mark.parametrize("name", INTO_IT)
 def test_an_access_that_runs_into_it_is_done_up_to_it_and_faults_there(name: str, state: str) -> None:
     """Cold it reported nothing done and its own first byte: requests do not cross 4 KiB."""
-    machine = Machine()
+    machine = Accelerator()
     machine.map(SRC, SRC_FRAME, 2)
     machine.map(THIRD, THIRD_FRAME, 2)
     if state != "absent":
@@ -147,7 +147,7 @@ def test_an_access_that_runs_into_it_is_done_up_to_it_and_faults_there(name: str
 
 def test_what_is_never_reached_is_not_refused() -> None:
     """A comparison that ends before the range has asked for nothing there."""
-    machine = Machine()
+    machine = Accelerator()
     machine.map(SRC, SRC_FRAME, 2)
     machine.map(BEFORE, DST_FRAME)
     machine.put(SRC_FRAME, b"different")
@@ -156,7 +156,7 @@ def test_what_is_never_reached_is_not_refused() -> None:
 
 
 def test_a_write_whose_last_four_bytes_lie_there_is_memory_and_a_message() -> None:
-    machine = Machine()
+    machine = Accelerator()
     machine.map(BEFORE, DST_FRAME)
     assert machine.run(work(FILL, BOF | CRAV | RCR, src=0x4021 << 32, dst=START - 4, size=8)).status == 1
     assert list(machine.silicon.unit.interrupt_messages) == [InterruptMessage(RID, START, 0x4021)]
@@ -213,7 +213,7 @@ def test_a_function_that_may_not_master_the_bus_sends_none(silicon: Silicon) -> 
 @pytest.mark.parametrize("absent_source", [False, True])
 def test_a_descriptor_may_send_a_message_and_one_that_sends_none_ends(absent_source: bool) -> None:
     """An engine that takes "not translated" for "not yet" asks for ever, and nobody else gets a turn."""
-    machine = Machine()
+    machine = Accelerator()
     if not absent_source:
         machine.map(SRC, SRC_FRAME)
     machine.put(SRC_FRAME, struct.pack("<I", 0x4021))

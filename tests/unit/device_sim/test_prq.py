@@ -29,7 +29,7 @@ RID = 0x6A08
 ROOM = 127  # of the smallest ring: 128 entries, one is left
 
 
-class Endpoint:
+class AnsweredEndpoint:
     def __init__(self) -> None:
         self.responses: list[tuple[int, int]] = []
 
@@ -46,7 +46,7 @@ class Ring:
     def __init__(self, *, pqs: int = 0) -> None:
         cap, ecap = capabilities()
         memory = PhysicalMemory()
-        self.endpoint = Endpoint()
+        self.endpoint = AnsweredEndpoint()
         self.unit = RemappingUnit(cap, ecap, 46, memory)
         self.unit.add_endpoint(RID, self.endpoint)
         self.driver = RawDriver(self.unit, memory, pqs=pqs)

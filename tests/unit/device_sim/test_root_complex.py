@@ -24,7 +24,7 @@ from tests.kit.silicon import TABLES, page_request, pasid_entry, response, windo
 ONE, OTHER, ELSEWHERE = 0x6A08, 0x6A10, 0x6A18
 
 
-class Guest:
+class PortalGuest:
     """A portal of the silicon's under test: when it is cut, its BARs are unmapped, as the shell does."""
 
     def __init__(self, device: Device) -> None:
@@ -42,7 +42,7 @@ class Guest:
         self.device.unmap_bars()
 
 
-class World:
+class TwoUnits:
     """Two units, of two devices and of one."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class World:
             device = done.result()
         except UapiError:
             return
-        device.guest = Guest(device)
+        device.guest = PortalGuest(device)
 
     def attach(self, rid: int) -> Device:
         device = self.silicon.device(rid)
@@ -115,11 +115,11 @@ class World:
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> TwoUnits:
+    return TwoUnits()
 
 
-def test_the_units_are_one_drivers(world: World) -> None:
+def test_the_units_are_one_drivers(world: TwoUnits) -> None:
     world.plug()
     with pytest.raises(UapiError) as caught:
         world.silicon.check_free()
@@ -128,7 +128,7 @@ def test_the_units_are_one_drivers(world: World) -> None:
     world.plug()
 
 
-def test_a_units_registers_are_mapped_once_by_each_driver(world: World) -> None:
+def test_a_units_registers_are_mapped_once_by_each_driver(world: TwoUnits) -> None:
     world.plug()
     for again in (False, True):
         world.silicon.check_connectable(1)
@@ -144,7 +144,7 @@ def test_a_units_registers_are_mapped_once_by_each_driver(world: World) -> None:
             world.unplug()
 
 
-def test_each_units_requests_lie_in_its_own_queue(world: World) -> None:
+def test_each_units_requests_lie_in_its_own_queue(world: TwoUnits) -> None:
     world.plug()
     for rid in (ONE, ELSEWHERE):
         world.wait_for_a_page(rid)
@@ -153,7 +153,7 @@ def test_each_units_requests_lie_in_its_own_queue(world: World) -> None:
         assert driver.request_events == 1
 
 
-def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: World) -> None:
+def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: TwoUnits) -> None:
     world.plug()
     device = world.map_bars(ONE).result()
     assert errno_of(world.map_bars(ONE).result) == errno.EBUSY
@@ -163,7 +163,7 @@ def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: World) ->
     assert errno_of(world.map_bars(0x1234).result) == errno.ENODEV
 
 
-def test_bars_two_map_during_a_reset_go_to_the_first(world: World) -> None:
+def test_bars_two_map_during_a_reset_go_to_the_first(world: TwoUnits) -> None:
     world.plug()
     device = world.wait_for_a_page(ONE)
     first, second = world.map_bars(ONE), world.map_bars(ONE)
@@ -175,7 +175,7 @@ def test_bars_two_map_during_a_reset_go_to_the_first(world: World) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_driver_gone_during_a_reset_maps_nothing(world: World, again: bool) -> None:
+def test_a_driver_gone_during_a_reset_maps_nothing(world: TwoUnits, again: bool) -> None:
     world.plug()
     device = world.wait_for_a_page(ONE)
     done = world.map_bars(ONE)
@@ -187,12 +187,12 @@ def test_a_driver_gone_during_a_reset_maps_nothing(world: World, again: bool) ->
     assert device.guest is None
 
 
-def test_without_a_driver_no_device_has_a_guest_and_nothing_is_translated(world: World) -> None:
+def test_without_a_driver_no_device_has_a_guest_and_nothing_is_translated(world: TwoUnits) -> None:
     world.plug()
     device = world.wait_for_a_page(ONE)
     other = world.map_bars(OTHER).result()
     guest = other.guest
-    assert isinstance(guest, Guest)
+    assert isinstance(guest, PortalGuest)
     world.unplug()
     world.flows.run_ready()
     assert guest.heard == ["cut"]
@@ -205,12 +205,12 @@ def test_without_a_driver_no_device_has_a_guest_and_nothing_is_translated(world:
     assert world.drivers[0].take_requests() == [], "the next driver is told nothing of the last one's"
 
 
-def test_interrupts_go_to_the_guest_of_the_time_or_to_nobody(world: World) -> None:
+def test_interrupts_go_to_the_guest_of_the_time_or_to_nobody(world: TwoUnits) -> None:
     world.plug()
     device = world.map_bars(ONE).result()
     message = InterruptMessage(ONE, START, 7)
     guest = device.guest
-    assert isinstance(guest, Guest)
+    assert isinstance(guest, PortalGuest)
     device.unit.interrupt(message)
     device.unmap_bars()
     device.unit.interrupt(message)

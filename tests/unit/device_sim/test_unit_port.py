@@ -23,7 +23,7 @@ from tests.kit.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
 PAGE = 4096
 
 
-class Rig:
+class PortOverFiles:
     def __init__(self) -> None:
         self.crashes: list[BaseException] = []
         self.loop = Loop(self.crashes.append)
@@ -51,8 +51,8 @@ class Rig:
 
 
 @pytest.fixture
-def rig() -> Iterator[Rig]:
-    made = Rig()
+def rig() -> Iterator[PortOverFiles]:
+    made = PortOverFiles()
     yield made
     made.close()
 
@@ -61,7 +61,7 @@ def fds_open() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_a_kick_is_looked_at_and_an_event_goes_out_once_a_turn(rig: Rig) -> None:
+def test_a_kick_is_looked_at_and_an_event_goes_out_once_a_turn(rig: PortOverFiles) -> None:
     port = rig.port()
     registers, kick, fault, request, completion = port.copies()
     shown = mmap.mmap(registers, 2 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -81,7 +81,7 @@ def test_a_kick_is_looked_at_and_an_event_goes_out_once_a_turn(rig: Rig) -> None
     assert rig.broken == 0
 
 
-def test_nobody_but_the_unit_stores_into_its_pages(rig: Rig) -> None:
+def test_nobody_but_the_unit_stores_into_its_pages(rig: PortOverFiles) -> None:
     port = rig.port()
     registers, *others = port.copies()
     with pytest.raises(OSError, match="ermi"):
@@ -96,7 +96,7 @@ def test_nobody_but_the_unit_stores_into_its_pages(rig: Rig) -> None:
         os.close(fd)
 
 
-def test_a_store_page_that_could_vanish_is_refused_and_nothing_is_kept(rig: Rig) -> None:
+def test_a_store_page_that_could_vanish_is_refused_and_nothing_is_kept(rig: PortOverFiles) -> None:
     before = fds_open()
     unsealed = os.memfd_create("store page", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, PAGE)
@@ -114,7 +114,7 @@ def test_a_store_page_that_could_vanish_is_refused_and_nothing_is_kept(rig: Rig)
     rig.silicon.check_connectable(0)
 
 
-def test_a_port_that_is_closed_keeps_no_file_and_the_unit_stores_elsewhere(rig: Rig) -> None:
+def test_a_port_that_is_closed_keeps_no_file_and_the_unit_stores_elsewhere(rig: PortOverFiles) -> None:
     before = fds_open()
     port = rig.port()
     given = port.copies()
@@ -126,7 +126,7 @@ def test_a_port_that_is_closed_keeps_no_file_and_the_unit_stores_elsewhere(rig: 
     rig.silicon.units[0].kick()
 
 
-def test_a_driver_that_fills_an_event_loses_its_link(rig: Rig) -> None:
+def test_a_driver_that_fills_an_event_loses_its_link(rig: PortOverFiles) -> None:
     port = rig.port()
     given = port.copies()
     os.set_blocking(given[4], False)
@@ -141,7 +141,7 @@ def test_a_driver_that_fills_an_event_loses_its_link(rig: Rig) -> None:
         os.close(fd)
 
 
-def test_a_kick_that_was_made_blocking_and_drained_by_its_other_end_stops_nobody(rig: Rig) -> None:
+def test_a_kick_that_was_made_blocking_and_drained_by_its_other_end_stops_nobody(rig: PortOverFiles) -> None:
     port = rig.port()
     given = port.copies()
     os.eventfd_write(given[1], 1)

@@ -6,20 +6,16 @@ Built on raw offsets and words of the manual's tables, not on the driver's code.
 from __future__ import annotations
 
 import struct
-from collections.abc import Coroutine
-from typing import Any, TypeVar
 
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.intel_iommu import QUEUE_BYTES, IntelIommu, UnitMemory
 from iommufdd.core.translation_tables import TranslationTables
 from iommufdd.core.unit_registers import UnitRegisters
-from protocol.flow import Flows, Wait
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.register_page import RegisterPage
 from protocol.pt.mem import TableWriter
 from protocol.units import PAGE_SIZE, Hpa
-
-T = TypeVar("T")
+from tests.kit.by_hand import ByHand
 
 TABLES_AT = 0x2000_0000_0000
 QUEUES_AT = 0x2100_0000_0000
@@ -38,15 +34,15 @@ def words(raw: bytes | bytearray) -> tuple[int, ...]:
     return struct.unpack(f"<{len(raw) // 8}Q", raw)
 
 
-class Unit:
+class MiniatureUnit(ByHand):
     """The memory of one, and the driver over it."""
 
     def __init__(self, cap: Cap = CAP) -> None:
+        super().__init__()
         self.shown, self.taken, self.stored = (bytearray(PAGE_SIZE) for _ in range(3))
         self.memory = bytearray(PAGES * PAGE_SIZE)
         self.queues = bytearray(QUEUE_BYTES)
         self.kicks = self.fences = 0
-        self.flows = Flows()
         self.counts = UnitCounts()
         self.page_requests: list[tuple[bytes, bool]] = []
         self.faults: list[bytes] = []
@@ -78,11 +74,6 @@ class Unit:
 
     def _kick(self) -> None:
         self.kicks += 1
-
-    def start(self, flow: Coroutine[Any, None, T]) -> Wait[T]:
-        wait = self.flows.start(flow)
-        self.flows.run_ready()
-        return wait
 
     def completion(self) -> None:
         """The event, and whoever it wakes."""

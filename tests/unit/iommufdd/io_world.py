@@ -75,7 +75,7 @@ class Said(NamedTuple):
         return (self.pfns[n] + rest, self.writable) if self.pfns else None
 
 
-class Oracle:
+class CallOracle:
     """The calls as they were made: the last one about a page is right."""
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class Io:
         self.pool = WatchedPool(self.writer, len(self.memory))
         self.table = table(self.writer, self.pool, Level(levels), Level(max_leaf))
         self.raw = RawTables(BASE, self.memory)
-        self.oracle = Oracle()
+        self.oracle = CallOracle()
         self.walker = CachingWalker(self.raw, self.table.root, levels)
 
     # -- changing --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.units import LEVEL_1G, PAGE_SIZE, Hpa, Hva, Iova, Level
 from tests.kit.host_memory import FakeHost
-from tests.kit.iommufdd import RID, ROOT, World
+from tests.kit.iommufdd import RID, ROOT, Surroundings
 
 HVA = 0x7000_0000_0000
 MM, MEMORY = 77, 9
@@ -31,7 +31,7 @@ class Space:
 
     def __init__(self, *, on_demand: bool = False, table_pages: int = 64, premap_pages: int = 1) -> None:
         self.premap_pages = premap_pages
-        self.world = World()
+        self.world = Surroundings()
         self.host = FakeHost(self.world.log)
         self.counts = Counts()
         self.connected = 0

@@ -8,14 +8,14 @@ import pytest
 
 from iommufdd.core.hmm import CallerMm, UserFd
 from protocol.units import PAGE_SIZE, Hva, Iova
-from tests.kit.platform import MM, Rig
+from tests.kit.platform import MM, TwoNodes
 from tests.unit.iommufdd.spaces import HVA, outcome
 
 HERE = CallerMm(MM, UserFd(9))
 
 
 def test_units_first_then_the_process_then_its_windows_and_only_then_its_pages() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     rig.ctx.connector.account = "mm"
     ioas = rig.ioas(on_demand=True)
     rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
@@ -25,7 +25,7 @@ def test_units_first_then_the_process_then_its_windows_and_only_then_its_pages()
 
 @pytest.mark.parametrize("errno_", [errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_host_that_refuses_leaves_no_mirror(errno_: int) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     mirror_of = rig._mirror_of
 
     def refusing(*args: object) -> object:
@@ -40,7 +40,7 @@ def test_a_host_that_refuses_leaves_no_mirror(errno_: int) -> None:
 
 
 def test_units_that_go_meanwhile_leave_no_mirror() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     rig.hardware.fails.after(0, errno.ENODEV)
     call = rig.ioas().map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True)
     assert outcome(lambda: rig.run(call)) == errno.ENODEV
@@ -48,7 +48,7 @@ def test_units_that_go_meanwhile_leave_no_mirror() -> None:
 
 
 def test_a_host_that_goes_empties_every_table_before_any_window_is_given_back() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device = rig.bind()
     ioases = [rig.ioas() for _ in range(2)]
     hwpts = [rig.run(rig.paging(device, ioas)) for ioas in ioases]

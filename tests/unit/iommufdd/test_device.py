@@ -16,7 +16,7 @@ from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
 from protocol.units import Gpa, Iova
-from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, ROOT, World, function
+from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, ROOT, Surroundings, function
 
 DT, PRS, SC = 1 << 2, 1 << 29, 1 << 7
 ENTRY = struct.pack("<8Q", ROOT | 2 << 6 | 2 << 2 | 1, 3 << 23 | DID, 0, 0, 0, 0, 0, 0)
@@ -56,8 +56,10 @@ OFF = {"pasid": False, "ats": False, "master": False}
 class Bound:
     """A device, a KVM HWPT, and the world they act on."""
 
-    def __init__(self, *, world: World | None = None, policy: FaultPolicy | None = None, **info: Any) -> None:
-        self.world = world or World()
+    def __init__(
+        self, *, world: Surroundings | None = None, policy: FaultPolicy | None = None, **info: Any
+    ) -> None:
+        self.world = world or Surroundings()
         self.hwpt = self.world.hwpt()
         self.hwpt.id = 5
         self.device = IommufdDevice(
@@ -232,7 +234,7 @@ def test_a_device_goes_from_one_hwpt_to_another(bound: Bound) -> None:
 def test_without_ats_or_page_requests_on_either_side_it_is_enodev_and_detached_again(
     info: dict[str, Any], ecap: int
 ) -> None:
-    bound = Bound(world=World(ecap=Ecap(ecap)), **info)
+    bound = Bound(world=Surroundings(ecap=Ecap(ecap)), **info)
     assert bound.refused().errno == errno.ENODEV
     assert bound.world.entries[RID] == bytes(64)
     assert not bound.world.switched[RID]["master"]
@@ -275,7 +277,7 @@ def test_a_device_with_pasid_on_that_needs_none_in_its_responses_is_einval() -> 
 def test_behind_a_unit_that_cannot_walk_the_table_it_is_einval_and_nothing_was_touched(
     cap: int, ecap: int, why: str
 ) -> None:
-    bound = Bound(world=World(Cap(cap), Ecap(ecap)))
+    bound = Bound(world=Surroundings(Cap(cap), Ecap(ecap)))
     refused = bound.refused()
     assert refused.errno == errno.EINVAL
     assert why in refused.why

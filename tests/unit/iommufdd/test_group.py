@@ -15,7 +15,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.flow import Wait
-from tests.kit.iommufdd import RID, World, function
+from tests.kit.iommufdd import RID, Surroundings, function
 
 OWNER, OTHER = object(), object()
 
@@ -24,7 +24,7 @@ class Grouped:
     """Two devices of one group, two HWPTs."""
 
     def __init__(self) -> None:
-        self.world = World()
+        self.world = Surroundings()
         self.group = IommufdGroup(3)
         self.devices = [self._device(0), self._device(1)]
         self.kvm: Hwpt = self.world.hwpt()

@@ -11,14 +11,14 @@ import pytest
 from iommufdd.core.hwpt_kvm import HwptKvm
 from protocol.hw.caps import Cap
 from protocol.units import Gpa, Level
-from tests.kit.platform import META, Rig
+from tests.kit.platform import META, TwoNodes
 from tests.unit.iommufdd.spaces import outcome
 
 TAKEN = ["open", "metadata", "register", "add_memory"]
 
 
 def test_a_tdp_fd_is_asked_looked_at_and_registered_with_before_the_units_get_its_memory() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     number = rig.run(rig.kvm(rig.bind()))
     hwpt = rig.ctx.objects.get(number, HwptKvm)
     assert (rig.asked(), rig.platform.hwpts[hwpt.domain.did], hwpt.memory) == (TAKEN, hwpt, 5)
@@ -29,7 +29,7 @@ def test_a_tdp_fd_is_asked_looked_at_and_registered_with_before_the_units_get_it
 @pytest.mark.defect("B-08", "B-09")
 @pytest.mark.parametrize("step", range(4))
 def test_whatever_fails_lets_go_of_the_tdp_fd_and_of_nothing_else(step: int) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device = rig.bind()
     rig.hardware.fails.after(step, errno.EBUSY)
     assert outcome(lambda: rig.run(rig.kvm(device))) == errno.EBUSY
@@ -46,7 +46,7 @@ def test_whatever_fails_lets_go_of_the_tdp_fd_and_of_nothing_else(step: int) -> 
     ],
 )
 def test_what_the_unit_cannot_walk_is_not_registered_with(meta: object, flags: int, number: int) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device = rig.bind()
     rig.hardware.meta = meta  # type: ignore[assignment]
     rig.hardware.cap = Cap(rig.hardware.cap.value & ~(1 << 11))  # 4 levels alone
@@ -54,7 +54,7 @@ def test_what_the_unit_cannot_walk_is_not_registered_with(meta: object, flags: i
     assert rig.asked() == ["open", "metadata", "release"]
 
 
-def until(rig: Rig, what: str) -> None:
+def until(rig: TwoNodes, what: str) -> None:
     """Let what was asked be answered, up to and not including `what`."""
     while rig.hardware.log[-1] != (what,):
         rig.hardware.held, held = [], rig.hardware.held
@@ -63,7 +63,7 @@ def until(rig: Rig, what: str) -> None:
         rig.hardware.flows.run_ready()
 
 
-def meanwhile(rig: Rig, what: str, change: Callable[[], None]) -> int:
+def meanwhile(rig: TwoNodes, what: str, change: Callable[[], None]) -> int:
     """`change` happens while `what` is under way; what allocating ends with."""
     device = rig.bind()
     rig.hardware.hold()
@@ -76,7 +76,7 @@ def meanwhile(rig: Rig, what: str, change: Callable[[], None]) -> int:
 
 
 def test_a_unit_that_goes_meanwhile_is_enodev() -> None:
-    rig = Rig()
+    rig = TwoNodes()
 
     def gone() -> None:
         rig.hardware.alive = False
@@ -87,7 +87,7 @@ def test_a_unit_that_goes_meanwhile_is_enodev() -> None:
 
 @pytest.mark.parametrize("what", ["open", "register", "add_memory"])
 def test_an_iommufd_closed_meanwhile_is_ebadf(what: str) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     assert meanwhile(rig, what, rig.ctx.close) == errno.EBADF
     assert rig.asked() == [*TAKEN, "remove_memory", "unregister", "release"]
     assert rig.platform.hwpts == {}
@@ -95,14 +95,14 @@ def test_an_iommufd_closed_meanwhile_is_ebadf(what: str) -> None:
 
 def test_kvm_that_goes_before_there_is_an_hwpt() -> None:
     """Between its answer and the units': what nobody maintains is not made."""
-    rig = Rig()
+    rig = TwoNodes()
     assert meanwhile(rig, "add_memory", lambda: rig.hardware.on_gone()) == errno.ENODEV
     assert rig.platform.hwpts == {}
     assert not list(rig.ctx.objects.all(HwptKvm))
 
 
 def test_kvm_that_goes_later_takes_its_devices_off() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     hwpt = rig.ctx.objects.get(rig.run(rig.kvm(rig.bind())), HwptKvm)
     rig.run(rig.nodes[0].attach(hwpt.id, pinned=False))
     rig.hardware.on_gone()
@@ -113,7 +113,7 @@ def test_kvm_that_goes_later_takes_its_devices_off() -> None:
 
 @pytest.mark.parametrize("step", range(2))
 def test_a_paging_hwpt_that_cannot_be_made_leaves_table_and_domain_id_free(step: int) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     ioas = rig.ioas()
     device = rig.bind()
     if step:
@@ -125,7 +125,7 @@ def test_a_paging_hwpt_that_cannot_be_made_leaves_table_and_domain_id_free(step:
 
 
 def test_domain_ids_run_out_and_come_back_with_their_hwpt() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device, ioas = rig.bind(), rig.ioas()
     made = []
     while outcome(lambda: made.append(rig.run(rig.paging(device, ioas)))) == 0:

@@ -14,7 +14,7 @@ from protocol.hw.caps import Ecap
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import Descriptor
 from protocol.units import WHOLE_SIZE, Gpa, Iova
-from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, World
+from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, Surroundings
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 
@@ -36,7 +36,7 @@ def request(addr: int, rights: str = "r") -> PageRequest:
     ("addr", "gfn"), [(0, 0), (0x1234_5000, 0x12345), ((1 << 48) - 0x1000, (1 << 36) - 1)]
 )
 def test_a_page_request_is_a_fault_on_its_gfn_with_its_rights(rights: str, addr: int, gfn: int) -> None:
-    world = World()
+    world = Surroundings()
     assert world.run(world.hwpt().fault(request(addr, rights))) == SUCCESS
     assert world.log == [("fault", gfn, rights)]
 
@@ -55,7 +55,7 @@ def test_a_page_request_is_a_fault_on_its_gfn_with_its_rights(rights: str, addr:
 )
 def test_what_kvm_says_becomes_invalid_for_this_page_and_failure_for_more(number: int, code: int) -> None:
     """B-37: every error was Failure, with which a device's page requests end for good."""
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     world.fault_errno = number
     assert world.run(hwpt.fault(request(0x5000))) == code
@@ -81,7 +81,7 @@ def test_an_address_beyond_the_domain_is_invalid_without_asking_kvm(
     level: int, addr: int, asked: bool
 ) -> None:
     """B-31: the upper half of a CPU's addresses is none of the guest's concern: no canonicality."""
-    world = World()
+    world = Surroundings()
     code = world.run(world.hwpt(level).fault(request(addr)))
     assert code == (SUCCESS if asked else INVALID)
     assert bool(world.log) is asked
@@ -89,7 +89,7 @@ def test_an_address_beyond_the_domain_is_invalid_without_asking_kvm(
 
 @pytest.mark.rfc("RFC-88")
 def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt(did=7)
     hwpt.attached = {RID: world, RID + 8: world}
     world.run(hwpt.invalidate(Gpa(0x5000), 0x1000, 1))
@@ -103,7 +103,7 @@ def test_a_range_goes_to_every_function_under_the_domains_id() -> None:
 
 
 def test_each_unit_is_told_of_its_own_functions_and_one_without_any_of_nothing() -> None:
-    near, far, idle = World(), World(), World()
+    near, far, idle = Surroundings(), Surroundings(), Surroundings()
     hwpt = near.hwpt(did=7)
     hwpt.attached = {RID: near, RID + 8: far, RID + 16: near}
     near.run(hwpt.invalidate(Gpa(0), WHOLE_SIZE, 1))
@@ -116,7 +116,7 @@ def test_each_unit_is_told_of_its_own_functions_and_one_without_any_of_nothing()
 
 
 def test_a_unit_without_device_tlbs_is_sent_no_descriptor_for_them() -> None:
-    world = World(ecap=Ecap(ECAP.value & ~(1 << 2)))
+    world = Surroundings(ecap=Ecap(ECAP.value & ~(1 << 2)))
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.run(hwpt.invalidate(Gpa(0x5000), 0x1000, 1))
@@ -125,7 +125,7 @@ def test_a_unit_without_device_tlbs_is_sent_no_descriptor_for_them() -> None:
 
 @pytest.mark.rfc("RFC-94")
 def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.hold()
@@ -136,7 +136,7 @@ def test_an_invalidation_is_acked_only_after_the_wait_completed() -> None:
 
 
 def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.hold()
@@ -151,7 +151,7 @@ def test_acks_that_overtake_each_other_keep_the_latest_epoch() -> None:
 
 
 def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.fails.after(0, GONE)
@@ -161,7 +161,7 @@ def test_a_unit_that_is_gone_caches_nothing_so_the_ack_may_go() -> None:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
 def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     world.fails.after(0, number)
@@ -175,7 +175,7 @@ def test_an_invalidation_the_unit_refused_is_never_acked(number: int) -> None:
 @pytest.mark.defect("B-10", "B-11")
 def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
     """B-10: the domain went first; B-11: that KVM offers no unregister was never noticed."""
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.memory = 9
     world.run(hwpt.destroy())
@@ -183,7 +183,7 @@ def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
 
 
 def test_destruction_waits_for_the_unit_before_it_lets_go_of_the_table() -> None:
-    world = World()
+    world = Surroundings()
     world.hold()
     destroyed = world.start(world.hwpt().destroy())
     assert [what for what, *_ in world.log] == ["remove_memory"]
@@ -192,14 +192,14 @@ def test_destruction_waits_for_the_unit_before_it_lets_go_of_the_table() -> None
 
 @pytest.mark.parametrize("calls", [0, 1])
 def test_the_reference_is_dropped_even_if_the_unit_or_kvm_is_gone(calls: int) -> None:
-    world = World()
+    world = Surroundings()
     world.fails.after(calls, GONE)
     world.run(world.hwpt().destroy())
     assert world.log[-1] == ("release",)
 
 
 def test_destroying_an_hwpt_in_use_is_a_bug() -> None:
-    world = World()
+    world = Surroundings()
     hwpt = world.hwpt()
     hwpt.attached[RID] = world
     with pytest.raises(AssertionError, match="1 functions attached"):
@@ -209,9 +209,9 @@ def test_destroying_an_hwpt_in_use_is_a_bug() -> None:
 @pytest.mark.rfc("RFC-90")
 def test_everything_is_flushed_unit_by_unit_the_domain_before_every_device_tlb() -> None:
     """Two units, three functions, a third unit whose devices have no TLB; acked after the last wait."""
-    world = World()
+    world = Surroundings()
     no_dt = Ecap(ECAP.value & ~(1 << 2))
-    units = [Slow(world, "a"), Slow(world, "b"), Slow(world, "c", no_dt)]
+    units = [SlowUnit(world, "a"), SlowUnit(world, "b"), SlowUnit(world, "c", no_dt)]
     hwpt = world.hwpt()
     behind = [(RID, units[0]), (RID + 8, units[0]), (RID + 16, units[1]), (RID + 24, units[2])]
     hwpt.attached.update(behind)  # type: ignore[arg-type]
@@ -233,10 +233,10 @@ def test_everything_is_flushed_unit_by_unit_the_domain_before_every_device_tlb()
     ]
 
 
-class Slow:
+class SlowUnit:
     """A remapping unit whose wait descriptor completes when the test says so."""
 
-    def __init__(self, world: World, name: str, ecap: Ecap = ECAP) -> None:
+    def __init__(self, world: Surroundings, name: str, ecap: Ecap = ECAP) -> None:
         self.cap, self.ecap, self.name, self.held = CAP, ecap, name, list[Wait[None]]()
         self._log = world.log
 

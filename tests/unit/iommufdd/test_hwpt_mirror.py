@@ -13,7 +13,7 @@ from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
 from tests.kit.host_memory import FRAMES
-from tests.kit.iommufdd import GONE, RID, World
+from tests.kit.iommufdd import GONE, RID, Surroundings
 from tests.unit.iommufdd.mirrors import K4, M2, RAM, Mirrored, Raced
 from tests.unit.iommufdd.spaces import (
     FAILURE,
@@ -322,7 +322,7 @@ def test_every_mirror_of_an_ioas_loses_what_the_host_takes() -> None:
 def test_what_one_mirror_s_unit_refuses_to_forget_no_other_mirror_forgets_to_flush() -> None:
     """Both lost the page in one turn; the ack of the next change speaks for both."""
     space = Mirrored()
-    far = World()
+    far = Surroundings()
     other = space.mirror()
     other.attached = {RID: far}
     for hwpt in (space.hwpt_, other):
@@ -343,7 +343,7 @@ def test_who_finds_nothing_left_waits_for_a_flush_that_has_not_begun() -> None:
     """Who took the page out of the second mirror still waits at the first, and gets its turn later."""
     space = Mirrored()
     space.world.flows = LastFirst()
-    other, far = space.mirror(), World()
+    other, far = space.mirror(), Surroundings()
     other.attached = {RID: far}
     space.world.run(space.hwpt_.fault(request(K4)))
     space.world.run(other.fault(request(0)))

@@ -20,7 +20,7 @@ from tests.unit.iommufdd.hardware import (
     QUEUES_AT,
     RING_AT,
     RTADDR,
-    Unit,
+    MiniatureUnit,
 )
 
 TE, SRTP, QIE = 1 << 31, 1 << 30, 1 << 26
@@ -28,7 +28,7 @@ PFO, PPF = 1, 2
 F = 1 << 63
 
 
-def obey(unit: Unit) -> int:
+def obey(unit: MiniatureUnit) -> int:
     """What is commanded takes effect, and the event comes."""
     command = unit.load(GCMD)
     unit.show(GSTS, unit.shows(GSTS) | command)
@@ -37,7 +37,7 @@ def obey(unit: Unit) -> int:
 
 
 def test_a_unit_is_brought_up_queue_first_then_root_then_translation() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     up = unit.start(unit.driver.bring_up())
     assert unit.load(IQA, 8) == RING_AT | 1 << 11
     assert unit.load(PQA, 8) == QUEUES_AT | 4
@@ -49,7 +49,7 @@ def test_a_unit_is_brought_up_queue_first_then_root_then_translation() -> None:
 
 
 def test_a_unit_that_keeps_its_caches_over_srtp_is_told_to_forget_before_it_translates() -> None:
-    unit = Unit(Cap(CAP.value & ~(1 << 63)))
+    unit = MiniatureUnit(Cap(CAP.value & ~(1 << 63)))
     up = unit.start(unit.driver.bring_up())
     assert [obey(unit), obey(unit)] == [QIE, QIE | SRTP]
     # context cache, PASID cache and IOTLB, all of each, then a wait
@@ -66,7 +66,7 @@ def test_a_unit_that_keeps_its_caches_over_srtp_is_told_to_forget_before_it_tran
 
 
 def test_an_event_before_its_command_took_effect_is_not_taken_for_it() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     up = unit.start(unit.driver.bring_up())
     unit.completion()
     assert unit.load(GCMD) == QIE
@@ -74,7 +74,7 @@ def test_an_event_before_its_command_took_effect_is_not_taken_for_it() -> None:
 
 
 def test_a_unit_that_dies_while_it_is_brought_up_leaves_nobody_waiting() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     up = unit.start(unit.driver.bring_up())
     unit.driver.gone()
     unit.flows.run_ready()
@@ -91,7 +91,7 @@ def fault(low: int, high: int) -> bytes:
 
 
 def test_fault_records_are_read_from_the_first_on_and_their_f_cleared() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in (3, 0):  # the ring of records wraps
         unit.record(n, 0x1000 * n, n)
     unit.show(FSTS, PPF | 3 << 8)
@@ -102,7 +102,7 @@ def test_fault_records_are_read_from_the_first_on_and_their_f_cleared() -> None:
 
 
 def test_a_record_that_was_cleared_and_not_taken_yet_is_not_read_twice() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.record(0, 0x1000, 1)
     unit.show(FSTS, PPF)
     unit.fault_event()
@@ -115,7 +115,7 @@ def test_a_record_that_was_cleared_and_not_taken_yet_is_not_read_twice() -> None
 
 
 def test_an_overflow_is_cleared_when_there_is_room() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in range(FAULTS):
         unit.record(n, 0, n)
     unit.show(FSTS, PPF | PFO)
@@ -125,7 +125,7 @@ def test_an_overflow_is_cleared_when_there_is_room() -> None:
 
 
 def test_a_unit_whose_records_all_show_for_ever_is_read_once_an_event() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.show(FSTS, PPF | 0xFF << 8)
     for n in range(FAULTS):
         unit.record(n, 0, n)

@@ -16,7 +16,7 @@ from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
 from protocol.units import WHOLE_SIZE, Iova
 from tests.kit.iommufdd import CAP, ECAP, RID
 from tests.kit.refusals import errno_of
-from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, Unit
+from tests.unit.iommufdd.hardware import FSTS, ICS, IQERCD, IQH, IQT, QUEUES_AT, MiniatureUnit
 
 DSI = 2 | 2 << 4 | 3 << 6
 EVERYTHING = (3 | RID << 32, 0x7FFF_FFFF_FFFF_F001, 0, 0)
@@ -26,19 +26,19 @@ IQE, ICE, ITE = 1 << 4, 1 << 5, 1 << 6
 BAD_TYPE, RESERVED_FIELD = 3, 4
 
 
-def detach(unit: Unit, did: int = 7) -> Wait[None]:
+def detach(unit: MiniatureUnit, did: int = 7) -> Wait[None]:
     """Four descriptors."""
     return unit.start(unit.driver.submit(qi.detach(did, RID, ECAP)))
 
 
-def stop(unit: Unit, fsts: int, error: int) -> None:
+def stop(unit: MiniatureUnit, fsts: int, error: int) -> None:
     unit.show(IQERCD, error, 8)
     unit.show(FSTS, unit.shows(FSTS) | fsts)
     unit.fault_event()
 
 
 def test_descriptors_lie_side_by_side_and_the_wait_says_where_and_what_it_stores() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     detach(unit)
     assert unit.tail == 4
     assert [unit.descriptor(n) for n in range(3)] == [
@@ -52,7 +52,7 @@ def test_descriptors_lie_side_by_side_and_the_wait_says_where_and_what_it_stores
 
 def test_the_tail_shows_descriptors_only_when_all_of_them_are_there() -> None:
     """A driver that dies with descriptors half written leaves none that could be fetched."""
-    unit = Unit()
+    unit = MiniatureUnit()
     seen = []
     stored = unit.driver.queue._registers.store  # the one store that shows anything
 
@@ -66,7 +66,7 @@ def test_the_tail_shows_descriptors_only_when_all_of_them_are_there() -> None:
 
 
 def test_a_submitter_sleeps_until_its_wait_stored_its_status() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     first, second = detach(unit), detach(unit)
     unit.execute(3)
     unit.completion()  # the event says nothing: the word does
@@ -81,7 +81,7 @@ def test_a_submitter_sleeps_until_its_wait_stored_its_status() -> None:
 
 
 def test_one_kick_for_what_is_submitted_and_the_event_is_taken_note_of() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     detach(unit)
     assert unit.kicks == unit.counts.kicks == 1
     unit.execute()
@@ -92,7 +92,7 @@ def test_one_kick_for_what_is_submitted_and_the_event_is_taken_note_of() -> None
 
 
 def test_the_ring_wraps_at_its_end() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in range(100):
         wait = detach(unit, did=n)
         assert unit.tail == (n + 1) * 4 % 128
@@ -102,7 +102,7 @@ def test_the_ring_wraps_at_its_end() -> None:
 
 
 def test_what_straddles_the_end_of_the_ring_is_fetched_in_order() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in range(126 // 2):
         unit.start(unit.driver.submit([qi.everything(n), qi.wait()]))
         unit.execute()
@@ -116,7 +116,7 @@ def test_what_straddles_the_end_of_the_ring_is_fetched_in_order() -> None:
 
 
 def test_a_full_ring_keeps_one_entry_free_and_the_rest_waits_in_order() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     waits = [detach(unit, did=n) for n in range(40)]
     assert unit.tail == 31 * 4  # 124 of 127, and 4 more do not fit
     assert [found[0] & 0xF for found in unit.execute()] == [7, 2, 3, 5] * 31
@@ -128,7 +128,7 @@ def test_a_full_ring_keeps_one_entry_free_and_the_rest_waits_in_order() -> None:
 
 
 def test_an_entry_whose_wait_is_not_done_is_not_used_again() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     stuck = detach(unit)
     unit.execute(waits=False)  # fetched, but its status is not stored
     wait = unit.descriptor(3)
@@ -147,7 +147,7 @@ def test_an_entry_whose_wait_is_not_done_is_not_used_again() -> None:
 
 
 def test_a_response_wants_no_wait_and_its_entry_is_free_behind_the_head() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in range(1000):
         assert unit.driver.respond(RID, n % 512, ResponseCode.SUCCESS)
         unit.execute()
@@ -156,7 +156,7 @@ def test_a_response_wants_no_wait_and_its_entry_is_free_behind_the_head() -> Non
 
 
 def test_responses_that_fill_the_ring_go_on_when_there_is_room_with_a_wait_among_them_that_says_so() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     for n in range(500):
         unit.driver.respond(RID, n, ResponseCode.SUCCESS)
     answered = []
@@ -173,7 +173,7 @@ def test_responses_that_fill_the_ring_go_on_when_there_is_room_with_a_wait_among
 
 @pytest.mark.parametrize("offset", [4096, 16, 1, 5 * 32, 1 << 63, 127 * 32])
 def test_a_head_beyond_what_was_queued_ends_the_link(offset: int) -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     detach(unit)
     unit.show(IQH, offset, 8)
     with pytest.raises(PeerError, match="invalidation queue"):
@@ -181,7 +181,7 @@ def test_a_head_beyond_what_was_queued_ends_the_link(offset: int) -> None:
 
 
 def test_a_head_that_goes_back_ends_the_link() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     detach(unit)
     unit.execute()
     unit.completion()
@@ -192,7 +192,7 @@ def test_a_head_that_goes_back_ends_the_link() -> None:
 
 
 def test_head_equal_to_tail_is_an_empty_ring_and_never_a_full_one() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.completion()
     wait = detach(unit)
     unit.completion()  # the head has not moved
@@ -200,7 +200,7 @@ def test_head_equal_to_tail_is_an_empty_ring_and_never_a_full_one() -> None:
 
 
 def test_the_number_of_another_wait_completes_nothing() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     waits = [detach(unit) for _ in range(2)]
     first = unit.descriptor(3)
     unit.store_status((7 << 32, first[1], 0, 0))
@@ -213,7 +213,7 @@ def test_the_number_of_another_wait_completes_nothing() -> None:
 
 @pytest.mark.parametrize("reason", [BAD_TYPE, RESERVED_FIELD])
 def test_a_refused_descriptor_becomes_a_wait_that_does_nothing_and_its_submitter_is_told(reason: int) -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     bad, good = detach(unit), detach(unit)
     unit.execute(2)
     stop(unit, IQE, reason)
@@ -228,7 +228,7 @@ def test_a_refused_descriptor_becomes_a_wait_that_does_nothing_and_its_submitter
 
 def test_a_refused_wait_still_ends_what_was_submitted() -> None:
     """PD, where the unit drains no page requests."""
-    unit = Unit()
+    unit = MiniatureUnit()
     bad = unit.start(unit.driver.submit(qi.drain(7, RID, ECAP)))
     unit.execute(3)
     assert unit.descriptor(3)[0] & 0xFF == 5 | 0xF0
@@ -240,7 +240,7 @@ def test_a_refused_wait_still_ends_what_was_submitted() -> None:
 
 
 def test_a_refused_response_is_left_out_and_the_queue_goes_on() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.driver.respond(RID, 1, ResponseCode.SUCCESS)
     wait = detach(unit)
     stop(unit, IQE, BAD_TYPE)
@@ -251,7 +251,7 @@ def test_a_refused_response_is_left_out_and_the_queue_goes_on() -> None:
 
 @pytest.mark.parametrize(("fetched", "reason"), [(0, 1), (0, 2), (0, 9), (4, BAD_TYPE)])
 def test_a_queue_that_stopped_for_no_descriptor_of_ours_ends_the_link(fetched: int, reason: int) -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     detach(unit)
     unit.execute(fetched)
     with pytest.raises(PeerError, match=f"for reason {reason}"):
@@ -262,7 +262,7 @@ def test_a_queue_that_stopped_for_no_descriptor_of_ours_ends_the_link(fetched: i
 
 
 def test_what_a_device_did_not_complete_in_time_is_submitted_once_more() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     wait = detach(unit)
     unit.execute(waits=False)
     stop(unit, ITE, RID << 32)
@@ -274,7 +274,7 @@ def test_what_a_device_did_not_complete_in_time_is_submitted_once_more() -> None
 
 
 def test_a_second_time_out_is_told() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     wait, other = detach(unit), detach(unit)
     unit.execute(4, waits=False)
     stop(unit, ITE, RID << 32)
@@ -289,7 +289,7 @@ def test_a_second_time_out_is_told() -> None:
 
 def test_a_time_out_in_the_middle_does_not_pass_for_done() -> None:
     """Its wait is not fetched yet, and will complete: but the device TLB was not invalidated."""
-    unit = Unit()
+    unit = MiniatureUnit()
     wait = detach(unit)
     unit.execute(3)
     stop(unit, ITE, RID << 32)
@@ -303,7 +303,7 @@ def test_a_time_out_in_the_middle_does_not_pass_for_done() -> None:
 
 
 def test_a_completion_nobody_asked_for_is_cleared() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     wait = detach(unit)
     stop(unit, ICE, 0)
     assert unit.take_clears(FSTS) == ICE
@@ -316,7 +316,7 @@ def test_a_completion_nobody_asked_for_is_cleared() -> None:
 
 
 def test_a_unit_that_dies_before_its_wait_leaves_nobody_waiting() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     waits = [detach(unit) for _ in range(40)]
     unit.driver.gone()
     unit.flows.run_ready()
@@ -326,7 +326,7 @@ def test_a_unit_that_dies_before_its_wait_leaves_nobody_waiting() -> None:
 
 
 def test_an_invalidation_of_all_functions_a_link_may_have_fits_into_an_empty_ring() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     rids = [RID + n for n in range(MAX_FUNCTIONS)]
     wait = unit.start(unit.driver.submit(qi.invalidate(CAP, 7, rids, Iova(0), WHOLE_SIZE)))
     assert unit.tail == MAX_FUNCTIONS + 2 < 128
@@ -338,7 +338,7 @@ def test_an_invalidation_of_all_functions_a_link_may_have_fits_into_an_empty_rin
 @pytest.mark.parametrize("room", [0, 1])
 def test_a_submission_is_at_most_what_an_empty_ring_has_room_for(room: int) -> None:
     """One entry stays free: 127 descriptors are taken, 128 are a mistake of ours."""
-    unit = Unit()
+    unit = MiniatureUnit()
     wait = unit.start(unit.driver.submit([qi.wait()] * (128 - room)))
     if room:
         assert unit.tail == 127

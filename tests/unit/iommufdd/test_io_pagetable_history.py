@@ -22,7 +22,7 @@ from tests.unit.iommufdd.io_world import Io
 LIMIT = {3: 1 << 27, 4: 1 << 36, 5: 1 << 45}
 
 
-class Call(NamedTuple):
+class TableCall(NamedTuple):
     """`near` and `offset` place it; level 0 takes away."""
 
     level: int
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 
 calls = st.builds(
-    Call,
+    TableCall,
     level=st.sampled_from((0, 0, 1, 1, 1, 2, 2, 3)),
     near=st.sampled_from((0, 0, 0, 1, 2)),
     offset=st.builds(lambda table, page: 512 * table + page, st.integers(-2, 2), st.integers(-3, 3)),
@@ -46,14 +46,14 @@ calls = st.builds(
 )
 
 
-class History:
+class IoTableHistory:
     def __init__(self, levels: int = 4, pages: int = 64, table: type[IoPageTable] = IoPageTable) -> None:
         self.io = Io(levels, pages, table=table)
         self.limit = LIMIT[levels]
         self.unflushed: list[TableChange] = []
         self.refused = 0
 
-    def play(self, call: Call) -> None:
+    def play(self, call: TableCall) -> None:
         io, size = self.io, 1 << 9 * max(call.level - 1, 0)
         page = (0, 1 << 18, self.limit)[call.near] + call.offset
         page = min(max(page, 0), self.limit - 1) // size * size
@@ -100,8 +100,8 @@ def frame(page: int, n: int, frames: int) -> int:
 
 @settings(max_examples=60)
 @given(levels=st.sampled_from((3, 4, 5)), history=st.lists(calls, max_size=12))
-def test_every_page_is_what_the_last_call_about_it_said(levels: int, history: list[Call]) -> None:
-    played = History(levels)
+def test_every_page_is_what_the_last_call_about_it_said(levels: int, history: list[TableCall]) -> None:
+    played = IoTableHistory(levels)
     for call in history:
         played.play(call)
     played.finish()
@@ -109,8 +109,8 @@ def test_every_page_is_what_the_last_call_about_it_said(levels: int, history: li
 
 @settings(max_examples=40)
 @given(pages=st.integers(4, 12), history=st.lists(calls, min_size=4, max_size=16))
-def test_a_call_that_finds_no_page_for_a_table_changes_nothing(pages: int, history: list[Call]) -> None:
-    played = History(4, pages)
+def test_a_call_that_finds_no_page_for_a_table_changes_nothing(pages: int, history: list[TableCall]) -> None:
+    played = IoTableHistory(4, pages)
     for call in history:
         played.play(call)
     played.finish()
@@ -212,18 +212,18 @@ class StoresOnlyTheLast(IoPageTable):
         del edit.stores[:-1]
 
 
-def put(offset: int, count: int = 1, level: int = 1, *, frames: int = 0, writable: bool = True) -> Call:
-    return Call(level, 0, offset, count, frames, writable, True)
+def put(offset: int, count: int = 1, level: int = 1, *, frames: int = 0, writable: bool = True) -> TableCall:
+    return TableCall(level, 0, offset, count, frames, writable, True)
 
 
-def take(offset: int, count: int) -> Call:
-    return Call(0, 0, offset, count, 0, False, True)
+def take(offset: int, count: int) -> TableCall:
+    return TableCall(0, 0, offset, count, 0, False, True)
 
 
 HUGE = put(0, level=2)
 SPLIT = [HUGE, take(3, 2)]
 MERGE = [put(0, 6), put(0, level=2)]
-BUGS: list[tuple[type[IoPageTable], list[Call], str]] = [
+BUGS: list[tuple[type[IoPageTable], list[TableCall], str]] = [
     (ClearsBeforeStoring, SPLIT, "neither of"),
     (LinksBeforeFilling, SPLIT, "I4: table"),
     (LinksBeforeFilling, [put(0, level=3), put(5, frames=1)], "I4: table"),
@@ -241,15 +241,15 @@ BUGS: list[tuple[type[IoPageTable], list[Call], str]] = [
 TWO_HUGE = [put(0, 1, level=2), put(512, 1, level=2, frames=1), take(509, 6)]
 
 
-def played(history: list[Call], table: type[IoPageTable] = IoPageTable, pages: int = 64) -> None:
-    history_of = History(4, pages, table)
+def played(history: list[TableCall], table: type[IoPageTable] = IoPageTable, pages: int = 64) -> None:
+    history_of = IoTableHistory(4, pages, table)
     for call in history:
         history_of.play(call)
     history_of.finish()
 
 
 @pytest.mark.parametrize(("table", "history", "seen"), BUGS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_planted_bug_is_seen(table: type[IoPageTable], history: list[Call], seen: str) -> None:
+def test_a_planted_bug_is_seen(table: type[IoPageTable], history: list[TableCall], seen: str) -> None:
     played(history)
     with pytest.raises(AssertionError, match=seen):
         played(history, table)

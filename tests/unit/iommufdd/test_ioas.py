@@ -10,7 +10,7 @@ from iommufdd.core.area import ULONG_MAX
 from protocol.errors import UapiError
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
 from tests.kit.host_memory import FRAMES
-from tests.kit.iommufdd import GONE, RID, World
+from tests.kit.iommufdd import GONE, RID, Surroundings
 from tests.unit.iommufdd.spaces import HVA, MEMORY, Space, mapped, mm_of, outcome
 
 K4, M2 = 4 << 10, 2 << 20
@@ -73,7 +73,7 @@ def test_a_read_only_area_is_read_only_in_the_table() -> None:
 
 def test_unmap_clears_then_flushes_every_unit_then_unpins() -> None:
     space = Space()
-    hwpt, far = space.hwpt(), World()
+    hwpt, far = space.hwpt(), Surroundings()
     hwpt.attached[RID + 8] = far
     space.map(0, 4 * K4)
     space.asked()

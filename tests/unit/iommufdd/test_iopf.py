@@ -11,10 +11,10 @@ from iommufdd.core.iopf import Verdict, judge
 from iommufdd.core.partial import MAX_PARTIAL, PartialGroups
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova, Pasid
-from tests.kit.iommufdd import World
+from tests.kit.iommufdd import Surroundings
 
 RID = 0x6A08
-HWPT = World().hwpt()
+HWPT = Surroundings().hwpt()
 
 
 def request(prgi: int = 0, page: int = 0, *, last: bool = False, rid: int = RID) -> PageRequest:

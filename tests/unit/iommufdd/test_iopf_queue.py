@@ -20,7 +20,7 @@ from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, Pasid
-from tests.kit.iommufdd import RID, NoLog, World, function
+from tests.kit.iommufdd import RID, NoLog, Surroundings, function
 
 SUCCESS, INVALID, FAILURE = ResponseCode.SUCCESS, ResponseCode.INVALID, ResponseCode.FAILURE
 STRANGER = 0x6B00
@@ -36,7 +36,7 @@ class Queue:
     """One device on a KVM HWPT, and everything it was answered."""
 
     def __init__(self, *, attached: bool = True) -> None:
-        self.world = World()
+        self.world = Surroundings()
         self.crashes: list[BaseException] = []
         self.world.flows = Flows(self.crashes.append)
         self.hwpt = self.world.hwpt()

@@ -9,7 +9,7 @@ from protocol.errors import PeerError
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova
 from tests.kit.iommufdd import ECAP, RID
-from tests.unit.iommufdd.hardware import PQH, PQT, PRS, RECORDS, Unit
+from tests.unit.iommufdd.hardware import PQH, PQT, PRS, RECORDS, MiniatureUnit
 
 PPR, PRO = 1, 2
 
@@ -19,7 +19,7 @@ def entry(n: int) -> bytes:
 
 
 def test_what_is_between_head_and_tail_is_taken_once_and_the_head_moves_behind_it() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.request(entry(1), entry(2))
     unit.driver.on_page_request()
     assert unit.page_requests == [(entry(1) + entry(2), False)]
@@ -29,7 +29,7 @@ def test_what_is_between_head_and_tail_is_taken_once_and_the_head_moves_behind_i
 
 
 def test_the_ring_wraps_at_its_end() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     taken = b""
     for n in range(0, 5000, 500):
         unit.request(*(entry(n + m) for m in range(500)))
@@ -41,7 +41,7 @@ def test_the_ring_wraps_at_its_end() -> None:
 
 def test_ppr_is_cleared_and_a_fence_passed_before_the_tail_is_read_and_nobody_is_kicked_for_that() -> None:
     """Else an entry written in between is neither seen nor told of again."""
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.request(entry(1))
     fence = unit.driver.page_requests._registers.fence
     late = [entry(2)]
@@ -62,7 +62,7 @@ def test_ppr_is_cleared_and_a_fence_passed_before_the_tail_is_read_and_nobody_is
 
 
 def test_a_clear_that_was_not_taken_yet_is_not_done_twice() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.request(entry(1))
     unit.driver.on_page_request()
     unit.driver.on_page_request()
@@ -70,7 +70,7 @@ def test_a_clear_that_was_not_taken_yet_is_not_done_twice() -> None:
 
 
 def test_an_overflow_is_told_with_what_was_there_and_cleared_behind_it() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.request(entry(1))
     unit.show(PRS, PPR | PRO)
     unit.driver.on_page_request()
@@ -80,7 +80,7 @@ def test_an_overflow_is_told_with_what_was_there_and_cleared_behind_it() -> None
 
 
 def test_an_overflow_of_an_empty_queue_is_cleared_too() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.show(PRS, PRO)
     unit.driver.on_page_request()
     assert unit.page_requests == [(b"", True)]
@@ -89,7 +89,7 @@ def test_an_overflow_of_an_empty_queue_is_cleared_too() -> None:
 
 @pytest.mark.parametrize("offset", [RECORDS, 16, 1, 1 << 63])
 def test_a_tail_beyond_the_ring_ends_the_link(offset: int) -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     unit.show(PQT, offset, 8)
     with pytest.raises(PeerError, match="page request queue"):
         unit.driver.on_page_request()
@@ -97,7 +97,7 @@ def test_a_tail_beyond_the_ring_ends_the_link(offset: int) -> None:
 
 
 def test_a_drain_looks_at_the_queue_before_it_is_done_event_or_not() -> None:
-    unit = Unit()
+    unit = MiniatureUnit()
     drained = unit.start(unit.driver.submit(qi.drain(7, RID, ECAP)))
     unit.request(entry(1))
     unit.execute()

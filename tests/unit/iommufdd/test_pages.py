@@ -169,7 +169,7 @@ class HalfHuge(FakeHost):
         return super().fault_in(hva)
 
 
-class History:
+class PagesHistory:
     """Maps, copies, unmaps, HWPTs that come and go on three IOASes; every other 2 MiB is a huge page.
 
     Against what was asked for: each (IOAS, iova) leads to the process's byte that it was mapped to.
@@ -263,7 +263,7 @@ class History:
 
 
 def run(seed: int, steps: int = 100) -> None:
-    history = History(seed)
+    history = PagesHistory(seed)
     for _ in range(steps):
         history.step()
     history.end()

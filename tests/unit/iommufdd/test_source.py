@@ -11,7 +11,7 @@ from iommufdd.core.source import Source, Sources
 from protocol.errors import UapiError
 from protocol.units import Hva
 from tests.kit.host_memory import FakeHost
-from tests.kit.iommufdd import World
+from tests.kit.iommufdd import Surroundings
 from tests.unit.iommufdd.spaces import MEMORY, mm_of, outcome
 
 FD = UserFd(9)
@@ -21,7 +21,7 @@ class Processes:
     """`hosts` by the name of the process."""
 
     def __init__(self) -> None:
-        self.world = World()
+        self.world = Surroundings()
         self.sources = Sources(self.connect)
         self.hosts: dict[int, FakeHost] = {}
         self.refuses = 0

@@ -9,12 +9,12 @@ import pytest
 from iommufdd.core.device import DeviceState
 from iommufdd.core.hmm import CallerMm, UserFd
 from protocol.units import PAGE_SIZE, Hva, Iova
-from tests.kit.platform import MM, Rig
+from tests.kit.platform import MM, TwoNodes
 from tests.unit.iommufdd.spaces import HVA, outcome
 
 
 def test_a_node_is_opened_once_and_again_after_its_end() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     assert outcome(lambda: rig.open(0)) == errno.EBUSY
     assert outcome(lambda: rig.open(2)) == errno.ENOENT
     rig.bind()
@@ -24,7 +24,7 @@ def test_a_node_is_opened_once_and_again_after_its_end() -> None:
 
 
 def test_a_node_is_bound_to_one_iommufd_and_its_group_with_it() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device = rig.bind()
     assert outcome(lambda: rig.bind()) == errno.EINVAL
     rig.run(rig.nodes[0].unbind())
@@ -33,7 +33,7 @@ def test_a_node_is_bound_to_one_iommufd_and_its_group_with_it() -> None:
 
 
 def test_an_iommufd_without_room_leaves_the_group_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig()
+    rig = TwoNodes()
     monkeypatch.setattr("iommufdd.core.object.MAX_OBJECTS", 0)
     assert outcome(lambda: rig.bind()) == errno.ENOMEM
     monkeypatch.undo()
@@ -41,14 +41,14 @@ def test_an_iommufd_without_room_leaves_the_group_to_others(monkeypatch: pytest.
 
 
 def test_what_is_not_bound_is_not_attached_nor_pinned_for() -> None:
-    node = Rig().nodes[0]
-    rig = Rig()
+    node = TwoNodes().nodes[0]
+    rig = TwoNodes()
     for call in (node.attach(1, pinned=False), node.detach(), node.pin(Iova(0), 4096)):
         assert outcome(lambda call=call: rig.run(call)) == errno.EINVAL  # type: ignore[misc]
 
 
 def test_what_is_no_hwpt_is_not_attached_to() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device, ioas = rig.bind(), rig.ioas()
     for number, expected in ((ioas.id, errno.EOPNOTSUPP), (device.id, errno.EINVAL), (99, errno.ENOENT)):
         call = rig.nodes[0].attach(number, pinned=False)
@@ -56,7 +56,7 @@ def test_what_is_no_hwpt_is_not_attached_to() -> None:
 
 
 def test_an_hwpt_is_kept_while_somebody_waits_to_attach_to_it() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     number = rig.run(rig.kvm(rig.bind()))
     rig.hardware.hold()
     attached = rig.start(rig.nodes[0].attach(number, pinned=False))
@@ -68,7 +68,7 @@ def test_an_hwpt_is_kept_while_somebody_waits_to_attach_to_it() -> None:
 
 def test_two_who_unbind_take_the_device_out_once() -> None:
     """Its fd is closed while the iommufd is."""
-    rig = Rig()
+    rig = TwoNodes()
     device = rig.bind()
     rig.run(rig.nodes[0].attach(rig.run(rig.kvm(device)), pinned=False))
     rig.hardware.hold()
@@ -81,7 +81,7 @@ def test_two_who_unbind_take_the_device_out_once() -> None:
 
 
 def test_hardware_that_went_is_not_what_came_in_its_place() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     old = rig.nodes[0]
     device = rig.bind()
     rig.hardware.alive = False
@@ -94,7 +94,7 @@ def test_hardware_that_went_is_not_what_came_in_its_place() -> None:
 
 
 def test_the_end_of_an_iommufd_is_devices_then_hwpts_then_ioases() -> None:
-    rig = Rig()
+    rig = TwoNodes()
     device, ioas = rig.bind(), rig.ioas()
     rig.run(rig.nodes[0].attach(rig.run(rig.paging(device, ioas)), pinned=False))
     rig.run(ioas.map(CallerMm(MM, UserFd(9)), Hva(HVA), PAGE_SIZE, Iova(0), writable=True))

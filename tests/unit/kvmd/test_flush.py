@@ -13,7 +13,7 @@ from protocol.units import Gfn, GfnSpan, Hpa
 BASE = Hpa(0x10_0000)
 
 
-class Vm:
+class Flushed:
     """A flusher with `walkers` that ack when told to."""
 
     def __init__(self, walkers: int = 1) -> None:
@@ -41,7 +41,7 @@ class Vm:
 
 
 def test_a_flush_with_nobody_to_tell_is_over_at_once() -> None:
-    vm = Vm(0)
+    vm = Flushed(0)
     vm.hold()
     assert vm.flush().done
     assert (vm.flusher.epoch, vm.flusher.acked, vm.pool.held(7)) == (1, 1, 0)
@@ -49,7 +49,7 @@ def test_a_flush_with_nobody_to_tell_is_over_at_once() -> None:
 
 @pytest.mark.defect("B-26")
 def test_all_walkers_are_told_before_anyone_is_waited_for() -> None:
-    vm = Vm(3)
+    vm = Flushed(3)
     span = GfnSpan(Gfn(1), Gfn(2))
     over = vm.flush(span)
     assert vm.told == [(span, 1)]
@@ -64,7 +64,7 @@ def test_all_walkers_are_told_before_anyone_is_waited_for() -> None:
 
 def test_acks_out_of_order_free_no_page_too_early() -> None:
     """Page A hangs on epoch 1, page B on epoch 2; epoch 2 is acked first."""
-    vm = Vm()
+    vm = Flushed()
     vm.hold()
     vm.flush()
     vm.hold()
@@ -80,7 +80,7 @@ def test_acks_out_of_order_free_no_page_too_early() -> None:
 
 
 def test_drain_waits_for_what_was_outstanding_and_for_no_more() -> None:
-    vm = Vm()
+    vm = Flushed()
     vm.flush()
     vm.flush()
     drained = vm.flows.start(vm.flusher.drain())
@@ -93,5 +93,5 @@ def test_drain_waits_for_what_was_outstanding_and_for_no_more() -> None:
 
 
 def test_drain_with_nothing_outstanding_does_not_wait() -> None:
-    vm = Vm()
+    vm = Flushed()
     assert vm.flows.start(vm.flusher.drain()).done

@@ -20,7 +20,7 @@ FIRST = 0x10_0000
 PAGES = {1: 1, 2: 512, 3: 512 * 512}
 
 
-class Memory:
+class FrameMemory:
     def __init__(self, gib: int = 1) -> None:
         self.map = mmap.mmap(-1, gib * GIB)
         self.tags = FrameTags(BASE, memoryview(bytearray(tags_size(gib * GIB))))
@@ -39,7 +39,7 @@ class Memory:
 
 
 def test_blocks_are_aligned_to_their_size_and_inside_the_window() -> None:
-    memory = Memory(2)
+    memory = FrameMemory(2)
     for level in (1, 2, 1, 3, 2, 1):
         pfn = memory.take(level)
         assert pfn % PAGES[level] == 0
@@ -50,7 +50,7 @@ def test_blocks_are_aligned_to_their_size_and_inside_the_window() -> None:
     st.lists(st.tuples(st.sampled_from([1, 1, 1, 2]), st.booleans(), st.integers(0, 1 << 16)), max_size=60)
 )
 def test_no_two_blocks_ever_overlap(steps: list[tuple[int, bool, int]]) -> None:
-    memory, live = Memory(), list[tuple[int, int]]()
+    memory, live = FrameMemory(), list[tuple[int, int]]()
     for level, take, pick in steps:
         if take or not live:
             pfn = memory.take(level)
@@ -65,7 +65,7 @@ def test_no_two_blocks_ever_overlap(steps: list[tuple[int, bool, int]]) -> None:
 
 def test_children_that_are_all_free_join_again() -> None:
     """512 small frames, freed in any order, are one 2 MiB block; 512 of those are 1 GiB again."""
-    memory, random = Memory(), Random(5)
+    memory, random = FrameMemory(), Random(5)
     small = [memory.take() for _ in range(512)]
     large = [memory.take(2) for _ in range(511)]
     with pytest.raises(UapiError):
@@ -87,7 +87,7 @@ def test_children_that_are_all_free_join_again() -> None:
 
 
 def test_without_a_free_block_it_is_enomem_and_nothing_is_taken() -> None:
-    memory = Memory()
+    memory = FrameMemory()
     memory.take(3)
     for level in (1, 2, 3):
         with pytest.raises(UapiError) as caught:
@@ -98,7 +98,7 @@ def test_without_a_free_block_it_is_enomem_and_nothing_is_taken() -> None:
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_frame_given_up_comes_back_zeroed(level: int) -> None:
-    memory = Memory()
+    memory = FrameMemory()
     pfn = memory.take(level)
     at = memory.frames.offset_of(Pfn(pfn))
     size = PAGES[level] * 4096
@@ -111,7 +111,7 @@ def test_a_frame_given_up_comes_back_zeroed(level: int) -> None:
 
 
 def test_a_tag_changes_when_a_frame_changes_hands_and_only_then() -> None:
-    memory = Memory()
+    memory = FrameMemory()
     pfn, other = memory.take(owner=3), memory.take(owner=4)
     tag, other_tag = memory.tags.read(pfn), memory.tags.read(other)
     assert tag & 0xFFFF == 3
@@ -128,7 +128,7 @@ def test_a_tag_changes_when_a_frame_changes_hands_and_only_then() -> None:
 def test_nothing_is_touched_that_nobody_asked_for() -> None:
     """Many GiB of frames cost nothing until they are used."""
     before = resident()
-    memory = Memory(8)
+    memory = FrameMemory(8)
     memory.take()
     assert resident() - before < 256 << 20
 

@@ -38,7 +38,7 @@ NO_AD = CpuFeatures(ept_ad_bits=False)
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCase:
     """`told`: the ranges importers hear; `becomes`: the leaf, once they were told; `frees`: its frame."""
 
     act: Callable[[Used], Flow]
@@ -129,86 +129,90 @@ def advice(name: str, size: int = PAGE_SIZE) -> Callable[[Used], Flow]:
     return lambda rig: rig.advise(name, None, size)
 
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, SourceCase] = {
     # -- the host's memory: the mmu notifier --
-    "munmap": Source(of_page(Mm.munmap), [WHOLE], frees=True),
-    "migrate": Source(of_page(migrate), [WHOLE], frees=True),
-    "swap": Source(advice("pageout"), [WHOLE], frees=True),
-    "ksm": Source(lambda rig: merge(rig.mm, rig.hva, ALL), [WHOLE], before=mergeable),
-    "punch hole": Source(lambda rig: rig.file.punch_hole(0, PAGE_SIZE), [WHOLE], frees=True, memory="file"),
-    "truncate": Source(lambda rig: rig.file.truncate(0), [WHOLE], frees=True, memory="file"),
-    "balloon": Source(advice("dontneed"), [WHOLE], frees=True),
-    "madvise free": Source(advice("free"), [WHOLE]),
-    "mremap": Source(
+    "munmap": SourceCase(of_page(Mm.munmap), [WHOLE], frees=True),
+    "migrate": SourceCase(of_page(migrate), [WHOLE], frees=True),
+    "swap": SourceCase(advice("pageout"), [WHOLE], frees=True),
+    "ksm": SourceCase(lambda rig: merge(rig.mm, rig.hva, ALL), [WHOLE], before=mergeable),
+    "punch hole": SourceCase(
+        lambda rig: rig.file.punch_hole(0, PAGE_SIZE), [WHOLE], frees=True, memory="file"
+    ),
+    "truncate": SourceCase(lambda rig: rig.file.truncate(0), [WHOLE], frees=True, memory="file"),
+    "balloon": SourceCase(advice("dontneed"), [WHOLE], frees=True),
+    "madvise free": SourceCase(advice("free"), [WHOLE]),
+    "mremap": SourceCase(
         lambda rig: mremap(rig.mm, rig.hva, PAGE_SIZE, PAGE_SIZE, Hva(0x2100_0000_0000)), [WHOLE]
     ),
-    "mprotect": Source(lambda rig: rig.mm.mprotect(rig.hva, PAGE_SIZE, Prot.READ), [WHOLE]),
-    "fork": Source(lambda rig: fork(rig.mm, rig.host.create_mm()), [WHOLE]),
-    "thp collapse": Source(advice("collapse", ALL), [WHOLE], frees=True),
-    "thp split": Source(lambda rig: split(rig.mm, rig.hva, ALL), [WHOLE], memory="thp"),
-    "userfaultfd-wp": Source(write_protects, [WHOLE]),
-    "numa hint": Source(of_page(numa_hint), [WHOLE]),
-    "memory failure": Source(of_page(poison), [WHOLE]),
-    "exit": Source(lambda rig: rig.mm.exit(), [WHOLE], frees=True),
-    "clear-flush-young": Source(of_page(age), [WHOLE], leaf.unaccessed),
-    "clear-flush-young without A/D": Source(
+    "mprotect": SourceCase(lambda rig: rig.mm.mprotect(rig.hva, PAGE_SIZE, Prot.READ), [WHOLE]),
+    "fork": SourceCase(lambda rig: fork(rig.mm, rig.host.create_mm()), [WHOLE]),
+    "thp collapse": SourceCase(advice("collapse", ALL), [WHOLE], frees=True),
+    "thp split": SourceCase(lambda rig: split(rig.mm, rig.hva, ALL), [WHOLE], memory="thp"),
+    "userfaultfd-wp": SourceCase(write_protects, [WHOLE]),
+    "numa hint": SourceCase(of_page(numa_hint), [WHOLE]),
+    "memory failure": SourceCase(of_page(poison), [WHOLE]),
+    "exit": SourceCase(lambda rig: rig.mm.exit(), [WHOLE], frees=True),
+    "clear-flush-young": SourceCase(of_page(age), [WHOLE], leaf.unaccessed),
+    "clear-flush-young without A/D": SourceCase(
         of_page(age), [WHOLE], leaf.absent_but_remembered, rig={"features": NO_AD}
     ),
     # -- memslots and what a gfn is --
-    "memslot delete": Source(region(pages=0), [WHOLE]),
-    "memslot move": Source(region(gfn=0x1000), [WHOLE]),
-    "memslot create": Source(
+    "memslot delete": SourceCase(region(pages=0), [WHOLE]),
+    "memslot move": SourceCase(region(gfn=0x1000), [WHOLE]),
+    "memslot create": SourceCase(
         lambda rig: rig.vm.slots_change.set_memory_region(rig.region(1, 0x2000, 1, rig.hva)),
         [],
         leaf.same,
     ),
-    "mmio generation wrap": Source(
+    "mmio generation wrap": SourceCase(
         lambda rig: rig.vm.slots_change.set_memory_region(rig.region(1, 0x2000, 1, rig.hva)),
         [],
         leaf.same,
         before=near_the_wrap,
     ),
-    "nx huge pages": Source(lambda rig: rig.vm.nx_huge.switch(on=True), [WHOLE], memory="huge"),
-    "nx recovery": Source(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
-    "zap gfn range": Source(lambda rig: rig.vm.host_changes.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]),
-    "memory attributes": Source(
+    "nx huge pages": SourceCase(lambda rig: rig.vm.nx_huge.switch(on=True), [WHOLE], memory="huge"),
+    "nx recovery": SourceCase(lambda rig: rig.vm.nx_huge.recover(), [WHOLE], memory="huge", before=fetches),
+    "zap gfn range": SourceCase(
+        lambda rig: rig.vm.host_changes.zap_gfn_range(Gpa(GFN << 12), PAGE_SIZE), [PAGE]
+    ),
+    "memory attributes": SourceCase(
         lambda rig: rig.vm.private.set_attributes(Gpa(GFN << 12), PAGE_SIZE, 0, 0), [WHOLE], rig=PROTECTED
     ),
-    "guest_memfd hole": Source(
+    "guest_memfd hole": SourceCase(
         lambda rig: rig.vm.private.punch_hole(rig.memfd, 0, PAGE_SIZE), [WHOLE], frees=True, rig=PROTECTED
     ),
-    "guest_memfd close": Source(
+    "guest_memfd close": SourceCase(
         lambda rig: rig.vm.private.close(rig.memfd), [WHOLE], frees=True, rig=PROTECTED
     ),
     # -- dirty logging and the size of leaves --
-    "logging on": Source(region(1), [SLOT], leaf.small_protected, memory="huge"),
-    "log get": Source(
+    "logging on": SourceCase(region(1), [SLOT], leaf.small_protected, memory="huge"),
+    "log get": SourceCase(
         lambda rig: rig.vm.dirty_log.get(0, Hva(BITMAP)),
         [SLOT],
         leaf.protected,
         rig={"flags": 1},
         before=maps_a_bitmap,
     ),
-    "log clear": Source(
+    "log clear": SourceCase(
         lambda rig: rig.vm.dirty_log.clear(ClearDirtyLog(0, PAGES, 0, Hva(BITMAP))),
         [SLOT],
         leaf.protected,
         rig={"flags": 1},
         before=clears_by_hand,
     ),
-    "eager split": Source(split_ahead, [], leaf.small, memory="huge"),
-    "logging off": Source(region(0), [REGION], leaf.frozen, memory="huge", rig={"flags": 1}),
-    "huge leaf over a table": Source(
+    "eager split": SourceCase(split_ahead, [], leaf.small, memory="huge"),
+    "logging off": SourceCase(region(0), [REGION], leaf.frozen, memory="huge", rig={"flags": 1}),
+    "huge leaf over a table": SourceCase(
         lambda rig: rig.device_fault(GFN), [REGION], leaf.huge, memory="huge", before=has_small_leaves
     ),
-    "write-protect one gfn": Source(
+    "write-protect one gfn": SourceCase(
         lambda rig: rig.vm.write_track.add(Gpa(GFN << 12)), [PAGE], leaf.tracked, memory="huge"
     ),
     # -- the end, and what is none --
-    "vm destroy": Source(released_and_destroyed, []),
-    "tdp fd release": Source(lambda rig: rig.vm.exports.close(rig.exported), [], leaf.same),
-    "not present to present": Source(lambda rig: rig.device_fault(GFN + 1), [], leaf.same),
-    "permission raised": Source(
+    "vm destroy": SourceCase(released_and_destroyed, []),
+    "tdp fd release": SourceCase(lambda rig: rig.vm.exports.close(rig.exported), [], leaf.same),
+    "not present to present": SourceCase(lambda rig: rig.device_fault(GFN + 1), [], leaf.same),
+    "permission raised": SourceCase(
         lambda rig: rig.device_fault(GFN),
         [],
         leaf.writable_again,
@@ -223,7 +227,7 @@ def settle(rig: Used) -> None:
         rig.ack(rig.importer)
 
 
-def behaves(source: Source) -> None:
+def behaves(source: SourceCase) -> None:
     rig = Used(source.memory, **source.rig)
     source.before(rig)
     rig.importer.heard.clear()

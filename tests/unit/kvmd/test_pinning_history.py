@@ -42,7 +42,7 @@ HOT = 12  # gfns all of it is about: at both ends of the slot
 GFNS = [*range(BASE, BASE + HOT // 2), *range(BASE + PAGES - HOT // 2, BASE + PAGES)]
 
 
-class History:
+class PinHistory:
     def __init__(self, seed: int, *, own: bool) -> None:
         self.random = Random(seed)
         self.level = 1 + seed % 2
@@ -167,7 +167,7 @@ class History:
 
 
 def play(seed: int, *, own: bool = False) -> None:
-    history = History(seed, own=own)
+    history = PinHistory(seed, own=own)
     for _ in range(80):
         history.step()
     history.end()

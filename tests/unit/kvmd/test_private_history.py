@@ -36,7 +36,7 @@ GFNS = [base + page for base in BASES for page in range(SLOT_PAGES)]
 PRIVATE = 8
 
 
-class History:
+class PrivateHistory:
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
         self.world = World()
@@ -135,7 +135,7 @@ class History:
 
 
 def play(seed: int) -> None:
-    history = History(seed)
+    history = PrivateHistory(seed)
     for _ in range(150):
         history.step()
     history.end()

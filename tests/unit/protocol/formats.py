@@ -53,7 +53,7 @@ CPU = ept_rules(46, Level(3))
 UNIT = second_stage_rules(46, Level(3), snoop_control=True)
 
 
-class Found(NamedTuple):
+class FoundLeaf(NamedTuple):
     pfn: int
     level: int
     write: bool
@@ -72,57 +72,57 @@ class Kind(NamedTuple):
     table: int  # the entry of level 2 that points to the table at 0x1234000
     leaf: int  # of level 1, writable, executable: frame 0x12345
     huge: int  # of level 2, read-only, not executable: frame 0x12400
-    walk: Callable[[Entry, int, int, int], Found | None]
+    walk: Callable[[Entry, int, int, int], FoundLeaf | None]
     rules: tuple[WalkRules, ...] = ()
 
     def __str__(self) -> str:
         return self.fmt.name
 
 
-def _ept(entry: Entry, root: int, levels: int, page: int) -> Found | None:
+def _ept(entry: Entry, root: int, levels: int, page: int) -> FoundLeaf | None:
     table = root
     for level in range(levels, 0, -1):
         raw = entry(table, page >> 9 * (level - 1) & 511)
         if raw & 7 == 0:
             return None
         if level == 1 or (level < 4 and raw & 0x80):
-            return Found(_frame(raw, level, page), level, raw & 2 != 0, raw & 4 != 0)
+            return FoundLeaf(_frame(raw, level, page), level, raw & 2 != 0, raw & 4 != 0)
         table = raw & ADDRESS
     raise AssertionError
 
 
-def _second_stage(entry: Entry, root: int, levels: int, page: int) -> Found | None:
+def _second_stage(entry: Entry, root: int, levels: int, page: int) -> FoundLeaf | None:
     table = root
     for level in range(levels, 0, -1):
         raw = entry(table, page >> 9 * (level - 1) & 511)
         if raw & 3 == 0:
             return None
         if level == 1 or (level < 4 and raw & 0x80):
-            return Found(_frame(raw, level, page), level, raw & 2 != 0, True)
+            return FoundLeaf(_frame(raw, level, page), level, raw & 2 != 0, True)
         table = raw & ADDRESS
     raise AssertionError
 
 
-def _amd_v2(entry: Entry, root: int, levels: int, page: int) -> Found | None:
+def _amd_v2(entry: Entry, root: int, levels: int, page: int) -> FoundLeaf | None:
     table = root
     for level in range(levels, 0, -1):
         raw = entry(table, page >> 9 * (level - 1) & 511)
         if raw & 1 == 0:
             return None
         if level == 1 or (level < 4 and raw & 0x80):
-            return Found(_frame(raw, level, page), level, raw & 2 != 0, raw >> 63 == 0)
+            return FoundLeaf(_frame(raw, level, page), level, raw & 2 != 0, raw >> 63 == 0)
         table = raw & ADDRESS
     raise AssertionError
 
 
-def _next_level(entry: Entry, root: int, levels: int, page: int) -> Found | None:
+def _next_level(entry: Entry, root: int, levels: int, page: int) -> FoundLeaf | None:
     table, level = root, levels
     while True:
         raw = entry(table, page >> 9 * (level - 1) & 511)
         if raw & 1 == 0:
             return None
         if raw >> 9 & 7 == 0:
-            return Found(_frame(raw, level, page), level, raw >> 62 & 1 == 1, True)
+            return FoundLeaf(_frame(raw, level, page), level, raw >> 62 & 1 == 1, True)
         table, level = raw & ADDRESS, raw >> 9 & 7
 
 

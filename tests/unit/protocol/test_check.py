@@ -19,7 +19,7 @@ LEAF = 0x0E00_0001_2345_6377
 IO_TABLE, IO_LEAF = 3, 0x0000_0001_2345_6003
 
 
-class Tables:
+class CheckedTables:
     """Root in page 0, one table a level below it, two leaves in page 3."""
 
     def __init__(self, table: int = TABLE, leaf: int = LEAF) -> None:
@@ -37,7 +37,7 @@ class Tables:
         return check_table(tables, EPT_AD, Hpa(BASE), Level(4), RULES, frozen_or_mmio)
 
 
-class IoTables(Tables):
+class IoTables(CheckedTables):
     """The same of iommufdd's, which no CPU walks."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class IoTables(Tables):
 
 
 def test_a_sound_table_has_no_complaint() -> None:
-    tables = Tables()
+    tables = CheckedTables()
     tables.put(2, 5, 0x0E00_0001_2340_03F7)
     tables.put(1, 5, 0x0E00_0001_4000_03F7)
     tables.put(3, 2, 0x0800_0001_2345_6175)
@@ -84,7 +84,7 @@ def test_a_sound_table_has_no_complaint() -> None:
     ],
 )
 def test_a_broken_entry_is_found(page: int, entry: int, number: str) -> None:
-    tables = Tables()
+    tables = CheckedTables()
     tables.put(page, 7, entry)
     found = tables.complaints()
     assert number in {sentence.split(":")[0] for sentence in found}, found
@@ -125,7 +125,7 @@ def test_a_broken_entry_of_iommufdds_is_found(page: int, entry: int, number: str
 
 
 def test_a_complaint_says_where() -> None:
-    tables = Tables()
+    tables = CheckedTables()
     tables.put(3, 7, LEAF | 1 << 62)
     assert tables.complaints() == [
         "I17: gfn 0x7 level 1 entry 0x4e00000123456377: reserved by second stage rules"

@@ -19,7 +19,7 @@ BASE = 0x10_0000
 LEAF, TABLE, HUGE = 0x1, 0x3, 0x81
 
 
-class Tables:
+class CursorTables:
     """A table of 4 levels whose pages are handed out one after the other."""
 
     def __init__(self, pages: int = 64) -> None:
@@ -67,7 +67,7 @@ places = st.lists(st.tuples(st.integers(0, 0x3_FFFF), st.sampled_from([1, 1, 1, 
 def test_a_cursor_meets_exactly_the_leaves_that_overlap_in_order(
     put: list[tuple[int, int]], one: int, other: int
 ) -> None:
-    tables = Tables()
+    tables = CursorTables()
     for frame, level in put:
         if tables.seek(frame, level).level == level and not tables.seek(frame, level).entry:
             tables.put(frame >> 9 * (level - 1) << 9 * (level - 1), level)
@@ -79,7 +79,7 @@ def test_a_cursor_meets_exactly_the_leaves_that_overlap_in_order(
 
 @given(places)
 def test_runs_touch_one_another_lie_where_they_say_and_lead_to_no_table(put: list[tuple[int, int]]) -> None:
-    tables = Tables()
+    tables = CursorTables()
     for frame, level in put:
         if tables.seek(frame, level).level == level and not tables.seek(frame, level).entry:
             tables.put(frame >> 9 * (level - 1) << 9 * (level - 1), level)
@@ -94,7 +94,7 @@ def test_runs_touch_one_another_lie_where_they_say_and_lead_to_no_table(put: lis
 
 
 def test_a_table_entry_is_met_before_what_it_leads_to_and_alone() -> None:
-    tables = Tables()
+    tables = CursorTables()
     tables.put(0x205)
     tables.put(0x400, 2)
     cursor = tables.cursor(with_tables=True)
@@ -110,14 +110,14 @@ def test_a_table_entry_is_met_before_what_it_leads_to_and_alone() -> None:
 
 @pytest.mark.parametrize("lowest", [2, 3, 4])
 def test_below_the_lowest_level_a_cursor_does_not_go(lowest: int) -> None:
-    tables = Tables()
+    tables = CursorTables()
     tables.put(0x205)
     assert all_met(tables.cursor(lowest=lowest)) == [(0x200 if lowest == 2 else 0, lowest)]
     assert tables.seek(0x205, lowest).level == lowest
 
 
 def test_a_span_of_nothing_and_one_beyond_the_table_meet_nothing() -> None:
-    tables = Tables()
+    tables = CursorTables()
     tables.put(5)
     assert list(tables.cursor(5, 5)) == list(tables.cursor(1 << 36, 1 << 40)) == []
     assert tables.seek(6).entry == 0
@@ -125,7 +125,7 @@ def test_a_span_of_nothing_and_one_beyond_the_table_meet_nothing() -> None:
 
 
 def test_a_table_that_lies_outside_of_table_memory_is_told() -> None:
-    tables = Tables()
+    tables = CursorTables()
     tables.put(0x205, 2, 0x9000_0000 | TABLE)
     for look in (lambda: tables.seek(0x205), lambda: list(tables.cursor())):
         with pytest.raises(TableOutside, match="0x90000"):
@@ -136,7 +136,7 @@ def test_a_table_that_lies_outside_of_table_memory_is_told() -> None:
 
 
 def test_who_replaces_a_table_entry_is_not_led_into_the_table() -> None:
-    tables = Tables()
+    tables = CursorTables()
     tables.put(0x205)
     tables.put(0x605)
     seen = []
@@ -149,7 +149,7 @@ def test_who_replaces_a_table_entry_is_not_led_into_the_table() -> None:
 
 def test_an_entry_that_became_a_table_is_met_again_only_by_who_resumes_there() -> None:
     def lives(resume: bool) -> list[tuple[int, int]]:
-        tables = Tables()
+        tables = CursorTables()
         tables.put(0x200, 2)
         tables.put(0x605)
         seen, cursor = [], tables.cursor()
@@ -169,7 +169,7 @@ def test_an_entry_that_became_a_table_is_met_again_only_by_who_resumes_there() -
 
 def other_things_run(resume: Callable[[Cursor], None]) -> list[tuple[int, int]]:
     """In the middle of a walk others cut its table off, use the page for another one, and map anew."""
-    tables = Tables()
+    tables = CursorTables()
     tables.put(0x205)
     tables.put(0x605)
     cursor = tables.cursor(0, 1 << 36)
@@ -199,7 +199,7 @@ def test_a_walk_that_does_not_resume_goes_on_in_a_page_that_is_another_table_now
 
 
 def test_a_walk_that_resumes_after_each_run_meets_each_leaf_once() -> None:
-    tables, random = Tables(), Random(3)
+    tables, random = CursorTables(), Random(3)
     frames = sorted({random.randrange(1 << 13) for _ in range(40)})
     for frame in frames:
         tables.put(frame)
@@ -211,7 +211,7 @@ def test_a_walk_that_resumes_after_each_run_meets_each_leaf_once() -> None:
 
 
 def test_a_leaf_of_each_level_is_found_from_the_root() -> None:
-    tables = Tables()
+    tables = CursorTables()
     for frame, level in ((5, 1), (0x400, 2), (0x4_0000, 3)):
         put = tables.put(
             frame,

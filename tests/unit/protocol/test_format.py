@@ -20,7 +20,7 @@ from protocol.pt.format import NEVER, Match, Right, TableFormat
 from protocol.pt.mem import TableWriter
 from protocol.pt.walk import Outcome, WalkRules, walk
 from protocol.units import Hpa, Level, Pfn
-from tests.unit.protocol.formats import AMD_V2, KINDS, NEXT_LEVEL, Found, Kind
+from tests.unit.protocol.formats import AMD_V2, KINDS, NEXT_LEVEL, FoundLeaf, Kind
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 BASE = 0x10_0000
@@ -150,7 +150,7 @@ class Table:
         self.memory = bytearray(PAGES * 4096)
         self.writer = TableWriter(Hpa(BASE), memoryview(self.memory))
         self.pages = iter(range(BASE + 4096, BASE + PAGES * 4096, 4096))
-        self.said: dict[int, Found] = {}  # by the first page of the leaf
+        self.said: dict[int, FoundLeaf] = {}  # by the first page of the leaf
         for _ in range(60):
             self.put(random)
 
@@ -170,7 +170,7 @@ class Table:
             return
         pfn, write, execute = 0x40_0000 + page % (1 << 20), random.random() < 0.5, random.random() < 0.5
         execute |= not self.fmt.execute.mask
-        self.said[page] = Found(pfn, level, write, execute)
+        self.said[page] = FoundLeaf(pfn, level, write, execute)
         entry = self.fmt.make_leaf(Pfn(pfn), level, writable=write, executable=execute)
         self.writer.store64(met.at, entry)
 
@@ -178,7 +178,7 @@ class Table:
         at = table - BASE + 8 * index
         return int.from_bytes(self.memory[at : at + 8], "little")
 
-    def at(self, page: int) -> Found | None:
+    def at(self, page: int) -> FoundLeaf | None:
         """What was said of a page."""
         for level in (1, 2, 3):
             first = page >> 9 * (level - 1) << 9 * (level - 1)

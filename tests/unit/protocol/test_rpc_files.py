@@ -16,12 +16,7 @@ from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.files import Files, cookie_of
 from protocol.rpc.service import Method, Service
-from protocol.uapi.message import Message
-from tests.unit.protocol.wires import Raw, Wires, frame, wires
-
-
-class Nothing(Message):
-    pass
+from tests.unit.protocol.wires import Nothing, Raw, Wires, frame, wires
 
 
 class Vm(str):

@@ -16,16 +16,12 @@ from protocol.rpc.channel import Body, Fds, PeerGone
 from protocol.rpc.service import Answer, Method, Notification, Service
 from protocol.rpc.session import MAX_BODY_BYTES
 from protocol.uapi.message import U32, Message
-from tests.unit.protocol.wires import Wires, frame, open_fds, wires
+from tests.unit.protocol.wires import Nothing, Wires, frame, open_fds, wires
 
 
 class Add(Message):
     one: U32
     other: U32 = 1
-
-
-class Nothing(Message):
-    pass
 
 
 class Thing:

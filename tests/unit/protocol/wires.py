@@ -18,6 +18,7 @@ from protocol.flow import Wait
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
+from protocol.uapi.message import Message
 from tests.patience import PATIENCE_S
 
 
@@ -25,6 +26,10 @@ def open_fds() -> set[int]:
     """The fds of this process, all that was received closed; what lists them is not counted."""
     assert CLOSER.drain(PATIENCE_S)
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+
+
+class Nothing(Message):
+    """A request without arguments."""
 
 
 class Wires:

@@ -25,8 +25,8 @@ from kvmd.core.mm.reclaim import merge, migrate, numa_hint, swap_out
 from kvmd.core.mm.thp import split
 from kvmd.core.mm.vma import Prot
 from protocol.errors import UapiError
-from protocol.flow import Flows
 from protocol.units import PAGE_SIZE, Hva, Pfn
+from tests.kit.by_hand import ByHand
 from tests.kit.kvmd import BareHost
 
 BASE = 0x4000_0000
@@ -60,17 +60,17 @@ class Mapped:
     shared: bool = False
 
 
-class Cached(NamedTuple):
+class CachedPage(NamedTuple):
     pfn: int
     writable: bool
     level: int
 
 
 @dataclass(eq=False)
-class Mmu:
+class CachingNotifier:
     """The notifier of one process."""
 
-    cached: dict[int, Cached] = field(default_factory=dict)
+    cached: dict[int, CachedPage] = field(default_factory=dict)
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
         first, last = start - BASE >> 12, end - BASE - 1 >> 12
@@ -85,7 +85,7 @@ class Mmu:
 class Process:
     def __init__(self, mm: Mm) -> None:
         self.mm = mm
-        self.mmu = Mmu()
+        self.mmu = CachingNotifier()
         self.mm.notifiers.append(self.mmu)
         self.mapped: dict[int, Mapped] = {}
         self.own: dict[int, bytes] = {}  # pages it has written in private mappings
@@ -104,23 +104,17 @@ class Process:
             self.loose.append(self.pins.pop(page))
 
 
-class History:
+class MmHistory(ByHand):
     """Each method is one step; what it should do is in the dicts when it returns."""
 
     def __init__(self, frames_gib: int = 1) -> None:
+        super().__init__()
         self.bare = BareHost(frames_gib=frames_gib)
         self.host = self.bare.host
-        self.flows = Flows()
         self.processes = [Process(self.host.create_mm())]
         self.file = MemoryFile(self.host.memory, "f", 8 * PAGE_SIZE)
         self.model = FileModel(self.file, 8)
         self.done: Counter[str] = Counter()
-
-    def run(self, flow: Coroutine[Any, None, Any]) -> Any:
-        wait = self.flows.start(flow)
-        self.flows.run_ready()
-        assert wait.done, "waits, and nobody is there to wait for"
-        return wait.result()
 
     def outcome(self, flow: Coroutine[Any, None, Any]) -> tuple[int, Any]:
         """The errno, and what came of it."""
@@ -275,7 +269,7 @@ class History:
             if error:
                 return
             pfn = found.pfn + (hva(page) - found.hva >> 12)
-            held = process.mmu.cached[page] = Cached(pfn, found.writable, found.level)
+            held = process.mmu.cached[page] = CachedPage(pfn, found.writable, found.level)
         assert self.allowed(process, page, data is not None), f"page {page}: {held} should be gone"
         if data is None:
             self.compare(process, page, bytes(self.frame(held.pfn)))

@@ -22,7 +22,7 @@ from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import PageTable
 from kvmd.core.mm.vma import Vma
 from protocol.units import Hva, Pfn
-from tests.unit.kvmd.mm.history import ACTIONS, History
+from tests.unit.kvmd.mm.history import ACTIONS, MmHistory
 
 RANGES = [(0, 4), (1, 2), (2, 8), (0, 512), (512, 512), (256, 512), (0, 1024), (510, 4), (100, 1), (512, 1)]
 PAGES = [0, 1, 2, 3, 5, 100, 255, 256, 510, 511, 512, 513, 767, 1023]
@@ -36,7 +36,7 @@ MAYBE = st.sampled_from([None, *DATA])
 
 
 class HistoryMachine(RuleBasedStateMachine):
-    rig: History
+    rig: MmHistory
 
     @initialize(kind=st.sampled_from(KINDS), huge=st.booleans())
     def begin(self, kind: str, huge: bool) -> None:
@@ -117,8 +117,8 @@ def test_any_history_shows_every_process_its_bytes_and_leaks_nothing() -> None:
 # -- the same, dealt by a seed: longer ---------------------------------------------------------------------
 
 
-def ready(kind: str = "anon", huge: bool = False) -> History:
-    rig = History()
+def ready(kind: str = "anon", huge: bool = False) -> MmHistory:
+    rig = MmHistory()
     rig.mmap(0, 0, 1024, kind if kind.startswith("anon") else "anon", "rw", 0)
     if not kind.startswith("anon"):
         rig.mmap(0, 0, 8, kind, "rw", 0)
@@ -132,7 +132,7 @@ LIKELY = [(0, 6, "merge"), (512, 512, "collapse"), (512, 1, "split")]
 FEW_PAGES = [0, 1, 2, 3, 6, 7, 8, 511, 512, 513, 700]
 
 
-def afresh(rig: History, random: Random, who: int) -> None:
+def afresh(rig: MmHistory, random: Random, who: int) -> None:
     """A process drops everything and begins again, with what lets most things happen."""
     rig.mmap(who, 0, 1024, "anon", "rw", 0)
     rig.madvise(who, 0, 512, "mergeable")
@@ -140,7 +140,7 @@ def afresh(rig: History, random: Random, who: int) -> None:
     rig.mmap(who, 6, 4, random.choice(KINDS), "rw", random.randrange(4))
 
 
-def random_step(rig: History, random: Random) -> None:
+def random_step(rig: MmHistory, random: Random) -> None:
     who, page, span = random.randrange(3), random.choice(FEW_PAGES), random.choice(SMALL)
     data, index = random.choice(DATA), random.randrange(9)
     large = random.choice(RANGES) if random.random() < 0.2 else span
@@ -177,9 +177,9 @@ def random_step(rig: History, random: Random) -> None:
     random.choices([step for _, step in steps], [weight for weight, _ in steps])[0]()
 
 
-def soak(seed: int, steps: int = 500) -> History:
+def soak(seed: int, steps: int = 500) -> MmHistory:
     random = Random(seed)
-    rig = History()
+    rig = MmHistory()
     afresh(rig, random, 0)
     for step in range(steps):
         random_step(rig, random)

@@ -25,7 +25,7 @@ from tests.unit.kvmd.mm.mirrors import PAGE, PAGES, SIZE, MirroredPages
 
 
 @dataclass(eq=False)
-class Slow:
+class SlowNotifier:
     """A notifier that answers when the test says so."""
 
     heard: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Slow:
         return False
 
 
-class Told:
+class ToldChange:
     """A change of one page, of which `edits` says how often it was made."""
 
     def __init__(self, notifiers: int = 1) -> None:
@@ -50,7 +50,7 @@ class Told:
         self.mm = self.rig.mm
         self.mm.notifiers.clear()
         self.edits = 0
-        self.slow = [Slow() for _ in range(notifiers)]
+        self.slow = [SlowNotifier() for _ in range(notifiers)]
         self.mm.notifiers += self.slow
         self.over = self.rig.start(edit_notified([Range(self.mm, self.rig.hva, self.rig.at(1))], self.edit))
 
@@ -59,19 +59,19 @@ class Told:
         assert all(each.acked.done for each in self.slow), "I6: edited while somebody has it"
         return self.edits
 
-    def registers(self) -> Slow:
-        late = Slow()
+    def registers(self) -> SlowNotifier:
+        late = SlowNotifier()
         self.slow.append(late)
         self.mm.notifiers.append(late)
         return late
 
-    def ack(self, slow: Slow) -> None:
+    def ack(self, slow: SlowNotifier) -> None:
         slow.acked.set(None)
         self.rig.flows.run_ready()
 
 
 def test_the_edit_comes_when_all_have_acked_and_each_is_told_of_its_end_once() -> None:
-    told = Told(notifiers=3)
+    told = ToldChange(notifiers=3)
     for slow in told.slow:
         assert (told.edits, told.over.done) == (0, False)
         told.ack(slow)
@@ -80,7 +80,7 @@ def test_the_edit_comes_when_all_have_acked_and_each_is_told_of_its_end_once() -
 
 
 def test_who_registers_meanwhile_is_told_before_the_edit() -> None:
-    told = Told()
+    told = ToldChange()
     late = told.registers()
     told.ack(told.slow[0])
     assert (late.heard, told.edits) == (["start"], 0)
@@ -93,13 +93,13 @@ def test_who_registers_meanwhile_is_told_before_the_edit() -> None:
 
 
 def test_who_registers_after_the_edit_is_told_nothing_of_it() -> None:
-    told = Told()
+    told = ToldChange()
     told.ack(told.slow[0])
     assert (told.over.done, told.registers().heard) == (True, [])
 
 
 def test_who_leaves_before_it_acked_is_waited_for() -> None:
-    told = Told()
+    told = ToldChange()
     told.mm.notifiers.clear()
     assert not told.over.done
     told.ack(told.slow[0])
@@ -107,7 +107,7 @@ def test_who_leaves_before_it_acked_is_waited_for() -> None:
 
 
 def test_an_edit_that_fails_is_over_for_everybody() -> None:
-    told = Told()
+    told = ToldChange()
 
     def fails() -> int:
         raise UapiError(errno.ENOMEM, "no memory")
