@@ -30,17 +30,12 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
 from qemu_shim.study.command.compare_options import add_compare, add_params, param_dest
-from qemu_shim.vmm.daemon_options import add_daemon_options, given, joined, lacking, merged
+from qemu_shim.vmm.daemon_options import TRACED, add_daemon_options, given, joined, lacking, merged
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.inspect import as_text, demo, inspect
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READER, interruptible
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.supervisor import DaemonFailed, supervised
-
-SEE_MORE = (
-    "to see more: --dump DIR writes the tables, --kvmd '--trace FILE' what led to them (--iommufdd and"
-    " --device-sim take it too), --log-level debug says what the daemons did"
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -354,5 +349,6 @@ def _show(report: Report, *, as_json: bool) -> None:
     for problem in report.problems:
         print(f"FAILED: {problem}")
     if report.problems:
-        print(SEE_MORE)
+        what_daemons_did = "--log-level debug says what the daemons did"
+        print(f"to see more: --dump DIR writes the tables, {TRACED}, {what_daemons_did}")
     print(f"{report.scenario}: {'failed' if report.problems else 'ok'}")

@@ -15,6 +15,9 @@ from functools import partial
 from protocol.started_with import options_in
 from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec
 
+# How to see more of what went wrong.
+TRACED = "--kvmd '--trace FILE' writes what led to it (--iommufdd and --device-sim take it too)"
+
 Texts = Mapping[str, str]  # by the daemon's name
 
 

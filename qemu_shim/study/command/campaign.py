@@ -26,7 +26,7 @@ from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_o
 from qemu_shim.study.campaign.store import CAMPAIGN_FILE, Store, StoreRefused, planned
 from qemu_shim.study.campaign.summary import as_text, summary
 from qemu_shim.study.command.compare_options import param_dest
-from qemu_shim.vmm.daemon_options import given
+from qemu_shim.vmm.daemon_options import TRACED, given
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -140,4 +140,7 @@ def _sum_up(options: argparse.Namespace, runs: Sequence[Run]) -> int:
     print(json.dumps(document) if options.json else "\n".join(as_text(document)))
     for failed in document["failed"]:
         print(f"FAILED {failed['point']}: {'; '.join(failed['problems'])}", file=sys.stderr)
+    if document["failed"]:
+        alone = "qemu-shim compare WORKLOAD --designs DESIGN --seed N"
+        print(f"to see more, play one alone, `{alone}`, with {TRACED}", file=sys.stderr)
     return FAILED if document["failed"] else OK

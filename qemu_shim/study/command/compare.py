@@ -27,7 +27,7 @@ from qemu_shim.study.compare.report import render
 from qemu_shim.study.compare.schema import VERSION, Comparison
 from qemu_shim.study.compare.table import as_text
 from qemu_shim.study.workloads.library import WORKLOADS, workload_of
-from qemu_shim.vmm.daemon_options import as_said, given
+from qemu_shim.vmm.daemon_options import TRACED, as_said, given
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 
@@ -48,7 +48,10 @@ def main(options: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     write(comparison, options)  # first: whoever reads the table may stop reading
     print(as_text(comparison))
-    return EXIT_FAILED if failed(comparison) else 0
+    if not failed(comparison):
+        return 0
+    print(f"to see more: {TRACED}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def measured(options: argparse.Namespace) -> Comparison:

@@ -13,7 +13,7 @@ to receive for each, a page of records for 128 and one of the ring for 64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from protocol.hw.dsa import (
     COMPLETION_SIZE,
@@ -45,7 +45,6 @@ class _Ring:
     transmit: list[int]
     recycled: list[int]
     fresh: list[int]
-    problems: list[str] = field(default_factory=list)
 
     async def play(self, children: Sequence[Descriptor], *, recorded: bool) -> None:
         """The driver writes the descriptors into the ring, the device fetches and runs them."""
