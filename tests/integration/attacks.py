@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 
 from tests.integration.plain import ERROR, HEADER, NOTIFY, REPLY, REQUEST, Plain, frame
-from tests.integration.system import state_of, until
+from tests.kit.daemons import state_of, until
 
 SEED = 20231202
 MAX_BODY = 4 << 20

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import nothing_left
-from tests.integration.system import TRUSTING, System, system
+from tests.kit.daemons import TRUSTING, System, system
+from tests.kit.vmm import nothing_left
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.fake_unit import FakeUnit
-from tests.integration.rig import Rig, bare_vm, bind_device, nothing_left
-from tests.integration.system import System, eventually, short_directory
+from tests.kit.daemons import System, eventually, short_directory
+from tests.kit.vmm import Vmm, bare_vm, bind_device, nothing_left
 
 RID = FIRST_RID
 
@@ -140,7 +140,7 @@ class FakeSilicon:
 
 
 @asynccontextmanager
-async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Rig]]:
+async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Vmm]]:
     """kvmd and iommufdd as they are, the silicon is ours; device 0 attached to a KVM HWPT.
 
     Both daemons must end with status 0.
@@ -175,7 +175,7 @@ async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Rig]]:
             running.stop()
 
 
-async def _attached(host: Host) -> Rig:
+async def _attached(host: Host) -> Vmm:
     rig = await bare_vm(host)
     rig.tdp_fd = await rig.vm.create_tdp_fd()
     await bind_device(rig)

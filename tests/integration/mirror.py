@@ -6,16 +6,16 @@ from protocol.rpc.channel import Body
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process
-from tests.integration.rig import TestImporter
+from tests.kit.wire_importer import WireImporter
 
 
-class TestMirror(TestImporter):
+class WireMirror(WireImporter):
     """Of an mm fd.  `told` is what it was asked to let go of."""
 
     GET, TOLD = "HMM_MIRROR_GET", "HMM_INVALIDATE"
 
     @classmethod
-    async def registered(cls, host: Host, process: Process, *, ack: bool = True) -> TestMirror:
+    async def registered(cls, host: Host, process: Process, *, ack: bool = True) -> WireMirror:
         mirror = await cls.of(host, process._fd, ack=ack)
         await mirror.register()
         return mirror

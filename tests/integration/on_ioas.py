@@ -10,14 +10,14 @@ from protocol.rpc.channel import Body
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import GUEST_START, QUEUE_START, ProcessCpu, Rig, bind_device, vm_only, vm_stats
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
+from tests.kit.vmm import GUEST_START, QUEUE_START, ProcessCpu, Vmm, bind_device, vm_only, vm_stats
 
 RAM = 64 << 20
 
 
 async def attach_on_ioas(
-    rig: Rig, *, ram: int = RAM, on_demand: bool = False, follow: bool = False, pinned: bool = False
+    rig: Vmm, *, ram: int = RAM, on_demand: bool = False, follow: bool = False, pinned: bool = False
 ) -> int:
     """The device on an HWPT of an IOAS that maps the VM's memory at its gpas; the IOAS's id."""
     await bind_device(rig)
@@ -36,7 +36,7 @@ async def attach_on_ioas(
 
 
 @asynccontextmanager
-async def on_ioas(host: Host, *, ram: int = RAM, page_size: int = 4096, **how: Any) -> AsyncIterator[Rig]:
+async def on_ioas(host: Host, *, ram: int = RAM, page_size: int = 4096, **how: Any) -> AsyncIterator[Vmm]:
     async with vm_only(host, ram=ram, page_size=page_size) as rig:
         rig.ioas_id = await attach_on_ioas(rig, ram=ram, **how)
         yield rig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.plain import Plain
-from tests.integration.system import BIN, short_directory, until
+from tests.kit.daemons import BIN, short_directory, until
 from tests.patience import WHOLE_RUN_S
 
 

@@ -20,7 +20,7 @@ from iommufdd.memory import TABLES_START
 from iommufdd.unit_memory import STRUCTURES_START
 from protocol.hostmem import LOW_RAM_START
 from protocol.units import MIB
-from tests.integration.system import System
+from tests.kit.daemons import System
 from tests.oracle.table import RawTables
 
 RTADDR = 0x20

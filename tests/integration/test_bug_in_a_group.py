@@ -10,8 +10,8 @@ from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.daemons import DaemonSpec
 from qemu_shim.vmm.machine import connect_host
 from tests.integration import iommufdd_with_bug
-from tests.integration.rig import attach_device, bare_vm, device_stats, nothing_left
-from tests.integration.system import System, short_directory
+from tests.kit.daemons import System, short_directory
+from tests.kit.vmm import attach_device, bare_vm, device_stats, nothing_left
 
 
 class Planted(System):

@@ -20,7 +20,7 @@ from qemu_shim.scenarios.run import Run
 from qemu_shim.study.campaign.code import code_version
 from qemu_shim.study.campaign.store import RUNS, Store
 from tests.integration.scratch import Scratch, scratched
-from tests.integration.system import short_directory, until
+from tests.kit.daemons import short_directory, until
 from tests.patience import WHOLE_RUN_S
 
 POINTS = 3

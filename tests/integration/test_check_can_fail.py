@@ -16,8 +16,8 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import connect_host
-from tests.integration.rig import FILLED, device_stats, rigged
-from tests.integration.system import System, eventually, system
+from tests.kit.daemons import System, eventually, system
+from tests.kit.vmm import FILLED, device_stats, rigged
 
 WITHOUT_ACK = Path(__file__).with_name("kvmd_without_ack.py")
 

@@ -16,7 +16,7 @@ from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.plain import Plain
 from tests.integration.scratch import Scratch, scratched
-from tests.integration.system import BIN, System, short_directory, system, until
+from tests.kit.daemons import BIN, System, short_directory, system, until
 from tests.oracle.dump import Dump
 from tests.patience import WHOLE_RUN_S
 

@@ -15,27 +15,27 @@ import trio
 from protocol.errors import PeerError
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import Rig, bind_device, nothing_left, vm_only
-from tests.integration.system import System, eventually, system
+from tests.kit.daemons import System, eventually, system
+from tests.kit.vmm import Vmm, bind_device, nothing_left, vm_only
 
-Ask = Callable[[Rig], Awaitable[object]]
+Ask = Callable[[Vmm], Awaitable[object]]
 PAGES = 64
 
 
-async def kvm(rig: Rig) -> object:
+async def kvm(rig: Vmm) -> object:
     assert rig.tdp_fd is not None
     return await rig.bound[0].hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)
 
 
-async def paging(rig: Rig) -> object:
+async def paging(rig: Vmm) -> object:
     return await rig.bound[0].hwpt_alloc(rig.device_id, rig.ioas_id)
 
 
-async def mapping(rig: Rig) -> object:
+async def mapping(rig: Vmm) -> object:
     return await rig.bound[0].ioas_map(rig.ioas_id, rig.process, rig.hva, PAGE_SIZE, 1 << 32)
 
 
-async def following(rig: Rig) -> None:
+async def following(rig: Vmm) -> None:
     await rig.bound[0].follow_kvm(rig.ioas_id, rig.vm)
 
 
@@ -59,7 +59,7 @@ def named(value: object) -> str:
     return getattr(value, "__name__", str(value))
 
 
-async def close_under(host: Host, running: System, rig: Rig, ask: Ask, stopped: str) -> None:
+async def close_under(host: Host, running: System, rig: Vmm, ask: Ask, stopped: str) -> None:
     """Ask; close the iommufd once the request waits for who is stopped; and let that one go on."""
     running.signal(stopped, signal.SIGSTOP)
     try:

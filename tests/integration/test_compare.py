@@ -11,7 +11,7 @@ import pytest
 
 from qemu_shim.study.compare.schema import Comparison, DesignFigures
 from tests.integration.scratch import Scratch
-from tests.integration.system import short_directory, until
+from tests.kit.daemons import short_directory, until
 from tests.patience import WHOLE_RUN_S
 
 DMATEST = ("compare", "dmatest", "--designs", "mirror,shared")

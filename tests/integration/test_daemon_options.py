@@ -15,7 +15,7 @@ from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import connect_host
 from tests.integration.scratch import Scratch, scratched
-from tests.integration.system import system
+from tests.kit.daemons import system
 
 DMATEST = ("dmatest", "--designs", "mirror")
 EIGHT = ("--iommufdd", "--premap-pages 8")

@@ -16,8 +16,10 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
-from tests.integration.rig import (
-    Rig,
+from tests.kit.daemons import BIN, System, eventually, system
+from tests.kit.refusals import may_refuse
+from tests.kit.vmm import (
+    Vmm,
     attach_device,
     bare_vm,
     bind_device,
@@ -25,14 +27,12 @@ from tests.integration.rig import (
     nothing_left,
     unit_stats,
 )
-from tests.integration.system import BIN, System, eventually, system
-from tests.kit.refusals import may_refuse
 
 TWO_DEVICES = {"device_sim": ["--devices", "2"]}
 
 
 @asynccontextmanager
-async def running_dma(host: Host) -> AsyncIterator[tuple[Rig, int]]:
+async def running_dma(host: Host) -> AsyncIterator[tuple[Vmm, int]]:
     """A rig whose device copies all the time, until it cannot any more; (rig, the page it writes)."""
     rig = await bare_vm(host)
     await attach_device(rig)

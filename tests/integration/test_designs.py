@@ -22,9 +22,9 @@ from qemu_shim.scenarios.scenario import Play, Scenario
 from qemu_shim.vmm.designs import DESIGNS, SHARED, Refused
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.played import played
-from tests.integration.rig import FILLED, PATTERN
-from tests.integration.system import system
+from tests.kit.daemons import system
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, PATTERN
 
 RAM = 32 * MIB
 PLUGGED = 0x1_8000_0000

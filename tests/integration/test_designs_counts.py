@@ -18,7 +18,7 @@ from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
-from tests.integration.system import system
+from tests.kit.daemons import system
 
 PAGES, RECORDS = 40, 1
 HUGE = 2 * MIB

@@ -10,11 +10,11 @@ import trio
 
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import rigged, vm_stats
-from tests.integration.system import eventually
 from tests.integration.test_errno import alloc
 from tests.integration.test_units import with_silicon
+from tests.kit.daemons import eventually
 from tests.kit.refusals import refused
+from tests.kit.vmm import rigged, vm_stats
 
 SLOT, GPA = 5, 8 * GIB
 

@@ -14,19 +14,19 @@ from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.machine import Host
 from qemu_shim.vmm.process import Process
-from tests.integration.rig import FILLED, Rig, rigged
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, Vmm, rigged
 
 LOG = 1
 MANUAL_DIRTY_LOG_PROTECT2, DIRTY_LOG_RING, RING_WITH_BITMAP = 168, 192, 225
 
 
-async def log_slot_0(rig: Rig, *, on: bool = True) -> None:
+async def log_slot_0(rig: Vmm, *, on: bool = True) -> None:
     await rig.vm.set_user_memory_region(0, 0, GIB, rig.hva, LOG if on else 0)
 
 
-async def dirty(rig: Rig, buffer: int) -> set[int]:
+async def dirty(rig: Vmm, buffer: int) -> set[int]:
     await rig.vm.get_dirty_log(0, buffer)
     bits = int.from_bytes(await rig.process.read(buffer, GIB // PAGE_SIZE // 8), "little")
     return {page for page in range(GIB // PAGE_SIZE) if bits >> page & 1} if bits else set()

@@ -11,9 +11,9 @@ from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
 from qemu_shim.vmm.machine import Host, MachineConfig, machine
 from tests.integration.played import played
-from tests.integration.rig import nothing_left, unit_stats
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
 from tests.kit.refusals import refused
+from tests.kit.vmm import nothing_left, unit_stats
 
 
 @pytest.mark.rfc("RFC-108")

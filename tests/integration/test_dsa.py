@@ -17,8 +17,8 @@ from qemu_shim.scenarios.measure import Report
 from qemu_shim.vmm.device_client import Portal
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.played import played
-from tests.integration.rig import device_stats, unit_stats
-from tests.integration.system import system
+from tests.kit.daemons import system
+from tests.kit.vmm import device_stats, unit_stats
 from tests.patience import PATIENCE_S
 
 PATTERN = 0x1122_3344_5566_7788

@@ -18,8 +18,8 @@ from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, connect_host, machine
 from tests.integration.plain import Plain
 from tests.integration.played import played
-from tests.integration.rig import nothing_left
-from tests.integration.system import System
+from tests.kit.daemons import System
+from tests.kit.vmm import nothing_left
 from tests.oracle.dump import Dump
 
 READ, WRITE, SNP, TM = 1, 2, 1 << 11, 1 << 62

@@ -35,7 +35,7 @@ from qemu_shim.vmm.designs import DESIGNS, SHARED, RamSlot
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Machine, MachineConfig, connect_host, machine
 from tests.integration.snapshot import Root, Snapshot, snapshot, stopped
-from tests.integration.system import System, short_directory
+from tests.kit.daemons import System, short_directory
 from tests.oracle import table as oracle
 from tests.oracle.dump import Dump
 from tests.oracle.table import RawTables

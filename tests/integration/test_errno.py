@@ -15,9 +15,9 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.file import File
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only, vm_stats
-from tests.integration.system import System, eventually, system
+from tests.kit.daemons import System, eventually, system
 from tests.kit.refusals import refused
+from tests.kit.vmm import Vmm, attach_device, bind_device, rigged, vm_only, vm_stats
 
 GARBAGE = 0xDEAD
 
@@ -193,7 +193,7 @@ async def test_an_unknown_request_is_enotty_everywhere_else(host: Host) -> None:
 # -- IOMMU_HWPT_ALLOC ----------------------------------------------------------------------------------
 
 
-async def alloc(rig: Rig, fd: int | None = None, **changed: Any) -> int:
+async def alloc(rig: Vmm, fd: int | None = None, **changed: Any) -> int:
     """IOMMU_HWPT_ALLOC as a correct caller sends it, but for what is `changed`."""
     number = rig.tdp_fd if fd is None else fd
     assert number is not None

@@ -14,14 +14,10 @@ from protocol.errors import UapiError
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import GIB, MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import (
-    QUEUE_START,
-    TestImporter,
-    vm_only,
-    vm_stats,
-)
-from tests.integration.system import eventually, system
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import refused
+from tests.kit.vmm import QUEUE_START, vm_only, vm_stats
+from tests.kit.wire_importer import WireImporter
 
 
 @pytest.mark.rfc("RFC-12", "RFC-13", "RFC-14")
@@ -107,7 +103,7 @@ async def test_the_root_in_the_metadata_is_the_vcpus(host: Host, vcpu_first: boo
         if vcpu_first:
             await rig.memory.touch([pages])
         rig.tdp_fd = await rig.vm.create_tdp_fd()
-        importer = await TestImporter.of(host, rig.tdp_fd)
+        importer = await WireImporter.of(host, rig.tdp_fd)
         raw = await importer.metadata()
         importer.close()
         assert len(raw) == 104
@@ -145,7 +141,7 @@ async def test_others_are_answered_while_a_large_slot_is_deleted(host: Host) -> 
         first, pages = QUEUE_START, size // PAGE_SIZE
         await rig.memory.touch([first + n * PAGE_SIZE for n in range(pages)])
         assert (await vm_stats(host))["pages_4k"] == pages
-        importer = await TestImporter.of(host, rig.tdp_fd, ack=False)
+        importer = await WireImporter.of(host, rig.tdp_fd, ack=False)
         await importer.register()
         left = [pages]
 
@@ -168,7 +164,7 @@ async def test_others_are_answered_while_a_large_slot_is_deleted(host: Host) -> 
 async def test_an_importer_that_dropped_its_tdp_fd_is_told_there_is_nothing_left(host: Host) -> None:
     async with vm_only(host) as rig:
         tdp_fd = await rig.vm.create_tdp_fd()
-        importer = await TestImporter.of(host, tdp_fd)
+        importer = await WireImporter.of(host, tdp_fd)
         os.close(tdp_fd)
         await eventually(host.kvmd.stats, lambda s: s["vms"][0]["exported_tdps"] == 0, "released")
         with refused(errno.ENODEV):

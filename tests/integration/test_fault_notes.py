@@ -11,8 +11,8 @@ from protocol.rpc.channel import Body
 from protocol.uapi.kvm import KvmFaultedIn
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import GUEST_START, fault_notes, rigged, vm_only, vm_stats
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
+from tests.kit.vmm import GUEST_START, fault_notes, rigged, vm_only, vm_stats
 
 PAGES = 40
 

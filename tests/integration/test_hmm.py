@@ -11,22 +11,22 @@ from protocol.frame_tags import TAG_BYTES
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.process import Process
-from tests.integration.mirror import TestMirror, host_memory
+from tests.integration.mirror import WireMirror, host_memory
 from tests.integration.plain import REQUEST, Plain, frame
-from tests.integration.rig import bare_vm, nothing_left, vm_stats
-from tests.integration.system import TRUSTING, System, eventually, system, until
 from tests.integration.test_check_can_fail import WITHOUT_ACK
 from tests.integration.test_hostile_races import asked
+from tests.kit.daemons import TRUSTING, System, eventually, system, until
 from tests.kit.refusals import refused
+from tests.kit.vmm import bare_vm, nothing_left, vm_stats
 
 SIZE = 16 * PAGE_SIZE
 
 
 @asynccontextmanager
-async def mirrored(host: Host, *, ack: bool = True) -> AsyncIterator[tuple[Process, TestMirror, int]]:
+async def mirrored(host: Host, *, ack: bool = True) -> AsyncIterator[tuple[Process, WireMirror, int]]:
     """A process of 16 pages that another MMU watches."""
     process = await host.kvmd.start_process()
-    mirror = await TestMirror.registered(host, process, ack=ack)
+    mirror = await WireMirror.registered(host, process, ack=ack)
     hva = await process.mmap(SIZE)
     await mirror.watch(hva, SIZE)
     try:
@@ -38,13 +38,13 @@ async def mirrored(host: Host, *, ack: bool = True) -> AsyncIterator[tuple[Proce
     await nothing_left(host)
 
 
-def frames_of(mirror: TestMirror, hpa: int, size: int) -> bytes:
+def frames_of(mirror: WireMirror, hpa: int, size: int) -> bytes:
     """What a device reads there, through the window it was lent."""
     base, _, fd = mirror.windows["frames"]
     return os.pread(fd, size, hpa - base)
 
 
-def tag_of(mirror: TestMirror, hpa: int) -> int:
+def tag_of(mirror: WireMirror, hpa: int) -> int:
     """Who owns that frame, by the window of tags."""
     base, _, fd = mirror.windows["frame_tags"]
     return int.from_bytes(os.pread(fd, TAG_BYTES, (hpa - base) // PAGE_SIZE * TAG_BYTES), "little")
@@ -149,7 +149,7 @@ async def test_each_refusal_has_its_errno(host: Host) -> None:
 
 async def test_before_it_is_registered_and_after_the_exit_it_gets_nothing(host: Host) -> None:
     process = await host.kvmd.start_process()
-    mirror = await TestMirror.of(host, process._fd)
+    mirror = await WireMirror.of(host, process._fd)
     for asking in (mirror.watch(0), mirror.fault(0), mirror.pin(0), mirror.unpin(0), mirror.unwatch(0)):
         with refused(errno.EINVAL, "registered first"):
             await asking
@@ -264,7 +264,7 @@ async def test_an_importer_that_dies_without_ack_counts_as_acked_when_its_lease_
 
 async def test_what_dies_is_told_to_nobody_and_the_process_exits_when_the_lease_ends(host: Host) -> None:
     process = await host.kvmd.start_process()
-    mirror = await TestMirror.registered(host, process)
+    mirror = await WireMirror.registered(host, process)
     hva = await process.mmap(SIZE)
     await mirror.watch(hva, SIZE)
     await mirror.fault(hva)
@@ -280,7 +280,7 @@ async def test_what_dies_is_told_to_nobody_and_the_process_exits_when_the_lease_
 # -- the check can fail ------------------------------------------------------------------------------------
 
 
-async def moved_without_ack(host: Host, mirror: TestMirror, process: Process, hva: int) -> bool:
+async def moved_without_ack(host: Host, mirror: WireMirror, process: Process, hva: int) -> bool:
     """Whether the host gave the frame up though the mirror, which uses it, has not acked (I6)."""
     await process.write(hva, b"held")
     ((_, hpa, _, _),) = (await mirror.fault(hva))["pages"]

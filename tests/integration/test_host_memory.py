@@ -16,8 +16,8 @@ from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.process import Process
-from tests.integration.rig import FILLED, rigged
-from tests.integration.system import eventually, system
+from tests.kit.daemons import eventually, system
+from tests.kit.vmm import FILLED, rigged
 
 SIZE = 16 * PAGE_SIZE
 

@@ -16,7 +16,7 @@ import pytest
 from qemu_shim.vmm.daemons import DAEMONS
 from tests.integration.attacks import ATTACKS, BREACHES, SEED, close_all
 from tests.integration.plain import NOTIFY, REQUEST, Plain, frame
-from tests.integration.system import TRUSTING, System, system, until
+from tests.kit.daemons import TRUSTING, System, system, until
 
 NAMES = tuple(spec.name for spec in DAEMONS)
 # Two queues of 16 in a group, dedicated with block on fault and shared, enabled: (register, dword)

@@ -8,9 +8,9 @@ import pytest
 
 from protocol.units import PAGE_SIZE
 from tests.integration.fake_silicon import RID, FakeSilicon, hostile, page_request
-from tests.integration.rig import Rig, vm_stats
-from tests.integration.system import eventually
 from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.daemons import eventually
+from tests.kit.vmm import Vmm, vm_stats
 
 SUCCESS, INVALID, FAILURE = 0, 1, 0xF
 SEED = 20231202
@@ -18,7 +18,7 @@ RAM = 1 << 30
 RING = 2048
 
 
-async def still_serves(fake: FakeSilicon, rig: Rig, prgi: int = 500) -> None:
+async def still_serves(fake: FakeSilicon, rig: Vmm, prgi: int = 500) -> None:
     """A well-behaved request is served, so the queue goes on and its head moves."""
     seen = len(fake.answers)
     fake.send(page_request(RAM - PAGE_SIZE, prgi))

@@ -18,8 +18,8 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from protocol.rpc.memfd import make_shared
-from tests.integration.system import System, system, until
 from tests.integration.test_hostile import keep, link, serves
+from tests.kit.daemons import System, system, until
 
 SEED = 20231202
 PAGE = 4096

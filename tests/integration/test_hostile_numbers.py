@@ -14,8 +14,8 @@ from protocol.rpc.service import Service
 from protocol.uapi import vcpu as uapi
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import GUEST_START
 from tests.integration.zoo import REQUESTS, SERVICES, SLOT_BYTES, SLOT_GPA, Zoo, zoo_of
+from tests.kit.vmm import GUEST_START
 
 EDGES = (
     *(0, 1, PAGE_SIZE - 1, PAGE_SIZE, SLOT_BYTES, SLOT_GPA + SLOT_BYTES - 1),

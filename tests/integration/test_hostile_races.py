@@ -19,8 +19,9 @@ from protocol.rpc.files import cookie_of
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.process import Uffd
-from tests.integration.rig import Rig, TestImporter, bare_vm, bind_device, nothing_left, vm_only
-from tests.integration.system import System, eventually, system
+from tests.kit.daemons import System, eventually, system
+from tests.kit.vmm import Vmm, bare_vm, bind_device, nothing_left, vm_only
+from tests.kit.wire_importer import WireImporter
 
 SIZE = 16 * PAGE_SIZE
 GPA = 1 << 32
@@ -81,7 +82,7 @@ async def sent(*channels: Channel) -> None:
         channel.flush()
 
 
-async def watched(rig: Rig, size: int = PAGE_SIZE) -> tuple[int, Uffd]:
+async def watched(rig: Vmm, size: int = PAGE_SIZE) -> tuple[int, Uffd]:
     """Memory whose first touch sleeps until a userfaultfd answers."""
     hva = await rig.process.mmap(size)
     uffd = await rig.process.userfaultfd()
@@ -90,15 +91,15 @@ async def watched(rig: Rig, size: int = PAGE_SIZE) -> tuple[int, Uffd]:
     return hva, uffd
 
 
-async def deaf_importer(rig: Rig) -> TestImporter:
+async def deaf_importer(rig: Vmm) -> WireImporter:
     """It walks the exported table and acks nothing until it is told to."""
     rig.tdp_fd = await rig.vm.create_tdp_fd()
-    importer = await TestImporter.of(rig.host, rig.tdp_fd, ack=False)
+    importer = await WireImporter.of(rig.host, rig.tdp_fd, ack=False)
     await importer.register()
     return importer
 
 
-def ack_from_now_on(importer: TestImporter) -> None:
+def ack_from_now_on(importer: WireImporter) -> None:
     importer.ack = True
     importer.ack_all()
 
@@ -307,7 +308,7 @@ async def test_a_channel_that_registers_again_while_it_unregisters_takes_nobodys
         os.close(lease)
         await requests.end("unregister")
         assert rig.tdp_fd is not None
-        other = await TestImporter.of(host, rig.tdp_fd)
+        other = await WireImporter.of(host, rig.tdp_fd)
         await other.register("test")
         other.close()
         importer.close()
@@ -330,10 +331,10 @@ async def test_an_iommufd_closes_while_its_objects_are_being_made_and_used() -> 
             await nothing_left(host)
 
 
-Step = Callable[[System, Requests, Rig], Awaitable[list[str]]]
+Step = Callable[[System, Requests, Vmm], Awaitable[list[str]]]
 
 
-async def _close_under(running: System, requests: Requests, rig: Rig, number: int, step: Step) -> list[Any]:
+async def _close_under(running: System, requests: Requests, rig: Vmm, number: int, step: Step) -> list[Any]:
     await bind_device(rig, number)
     iommu, device = rig.bound
     names = await step(running, requests, rig)
@@ -349,7 +350,7 @@ async def _close_under(running: System, requests: Requests, rig: Rig, number: in
     return await requests.end(*names)
 
 
-async def _alloc_on_an_ioas(running: System, requests: Requests, rig: Rig) -> list[str]:
+async def _alloc_on_an_ioas(running: System, requests: Requests, rig: Vmm) -> list[str]:
     iommu, _ = rig.bound
     pt_id = (await iommu.ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]
     running.signal("device_sim", signal.SIGSTOP)
@@ -358,7 +359,7 @@ async def _alloc_on_an_ioas(running: System, requests: Requests, rig: Rig) -> li
     return ["alloc"]
 
 
-async def _attach(running: System, requests: Requests, rig: Rig) -> list[str]:
+async def _attach(running: System, requests: Requests, rig: Vmm) -> list[str]:
     iommu, device = rig.bound
     rig.tdp_fd = await rig.vm.create_tdp_fd()
     rig.hwpt_id = await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)

@@ -16,8 +16,8 @@ from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
 from tests.integration.fake_silicon import RID, FakeSilicon, hostile, page_request
 from tests.integration.fake_unit import FSTS, GSTS, IQERCD, IQH, PAGE, PQT, PRS, FakeUnit
-from tests.integration.rig import Rig
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
+from tests.kit.vmm import Vmm
 
 SEED = 20231202
 IQE, ITE, BAD_TYPE = 1 << 4, 1 << 6, 3
@@ -28,7 +28,7 @@ def unit_of(fake: FakeSilicon) -> FakeUnit:
     return fake.unit
 
 
-async def link_ends(fake: FakeSilicon, rig: Rig) -> None:
+async def link_ends(fake: FakeSilicon, rig: Vmm) -> None:
     """What was made on it is gone, and iommufdd goes on."""
 
     async def attach() -> int:

@@ -21,8 +21,8 @@ from protocol.rpc.service import Service
 from protocol.uapi.message import Ioctl
 from qemu_shim.vmm.machine import Host
 from tests.integration.attacks import close_all
-from tests.integration.system import eventually
 from tests.integration.zoo import OPS, REQUESTS, SERVICES, Zoo, zoo_of
+from tests.kit.daemons import eventually
 
 # -- tables ------------------------------------------------------------------------------------------------
 

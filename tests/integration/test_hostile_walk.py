@@ -17,9 +17,9 @@ from protocol.hw.dsa import Status
 from protocol.rpc.service import Service
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import FILLED, GUEST_START, Rig, attach_device, vm_only
-from tests.integration.system import System
 from tests.integration.zoo import OPS, REQUESTS, SLOT_BYTES, SLOT_GPA, Zoo, zoo_of
+from tests.kit.daemons import System
+from tests.kit.vmm import FILLED, GUEST_START, Vmm, attach_device, vm_only
 
 SEEDS = (20231202, 42, 107)
 AT_ONCE, STEPS = 4, 100
@@ -86,7 +86,7 @@ class Walk:
         return chance.choice((chance.randrange(8), base + chance.randrange(8) * step, *zoo.ids.values()))
 
 
-async def copy_for_ever(rig: Rig, done: list[int]) -> None:
+async def copy_for_ever(rig: Vmm, done: list[int]) -> None:
     """The innocent: fill, copy, compare."""
     first, second = PAGES[:2]
     while True:

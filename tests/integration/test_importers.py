@@ -11,9 +11,10 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE, WHOLE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import TestImporter, bind_device, nothing_left, rigged, vm_only, vm_stats
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
 from tests.kit.refusals import refused
+from tests.kit.vmm import bind_device, nothing_left, rigged, vm_only, vm_stats
+from tests.kit.wire_importer import WireImporter
 
 
 @pytest.mark.rfc("RFC-75")
@@ -46,7 +47,7 @@ async def test_an_importer_that_does_not_ack_holds_up_what_it_was_told_of_and_no
         assert rig.tdp_fd is not None
         pages = rig.memory.allocate(4)
         await rig.memory.write(pages, b"first")
-        slow = await TestImporter.of(host, rig.tdp_fd)
+        slow = await WireImporter.of(host, rig.tdp_fd)
         await slow.register()
         slow.ack = False
         dropped = trio.Event()
@@ -73,7 +74,7 @@ async def test_an_importer_that_does_not_ack_holds_up_what_it_was_told_of_and_no
 async def test_an_importer_put_without_unregistering_is_forgotten_and_never_called_again(host: Host) -> None:
     async with vm_only(host) as rig:
         rig.tdp_fd = await rig.vm.create_tdp_fd()
-        gone, stays = [await TestImporter.of(host, rig.tdp_fd) for _ in range(2)]
+        gone, stays = [await WireImporter.of(host, rig.tdp_fd) for _ in range(2)]
         await gone.channel.ask("TDP_UNREGISTER_IMPORTER")  # of what was never registered
         await gone.register("gone")
         await stays.register("stays")

@@ -12,7 +12,8 @@ import trio
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE, WHOLE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import FILLED, PATTERN, Rig, TestImporter, device_stats, rigged
+from tests.kit.vmm import FILLED, PATTERN, Vmm, device_stats, rigged
+from tests.kit.wire_importer import WireImporter
 
 WHOLE = (0, WHOLE_SIZE)
 RAM = 64 << 20
@@ -20,7 +21,7 @@ RAM = 64 << 20
 
 @dataclass(frozen=True)
 class Taking:
-    act: Callable[[Rig, int], Coroutine[Any, Any, Any]]
+    act: Callable[[Vmm, int], Coroutine[Any, Any, Any]]
     told: Callable[[int], tuple[int, int]] = lambda gpa: WHOLE
     after: Status = Status.SUCCESS
 
@@ -48,7 +49,7 @@ async def test_a_source_tells_importers_and_waits_and_dma_goes_on(host: Host, na
     source = SOURCES[name]
     async with rigged(host, ram=RAM) as rig:
         assert rig.tdp_fd is not None
-        importer = await TestImporter.of(host, rig.tdp_fd)
+        importer = await WireImporter.of(host, rig.tdp_fd)
         await importer.register()
         gpa = rig.memory.allocate(1)
         assert await rig.fill(gpa) is Status.SUCCESS

@@ -10,17 +10,9 @@ from protocol.hw.dsa import Status
 from protocol.rpc.files import cookie_of
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import (
-    FILLED,
-    GUEST_START,
-    Rig,
-    TestImporter,
-    rigged,
-    unit_stats,
-    vm_only,
-    vm_stats,
-)
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, GUEST_START, Vmm, rigged, unit_stats, vm_only, vm_stats
+from tests.kit.wire_importer import WireImporter
 
 READ_ONLY = 2  # KVM_MEM_READONLY
 NOWHERE = 3 << 30
@@ -36,7 +28,7 @@ async def refused_faults(host: Host) -> int:
     return sum(count for code, count in hwpt["faults"].items() if code != "SUCCESS")
 
 
-async def warm(rig: Rig) -> None:
+async def warm(rig: Vmm) -> None:
     """The page of completion records is faulted in, so that later counts are of what is tested."""
     assert await rig.fill(rig.memory.allocate(1)) is Status.SUCCESS
 
@@ -131,7 +123,7 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         other = await host.kvmd.start_process()
         rig.extra.append(other)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
-        importer = await TestImporter.of(host, rig.tdp_fd)
+        importer = await WireImporter.of(host, rig.tdp_fd)
         gfn, own, foreign = GUEST_START // PAGE_SIZE, cookie_of(rig.process._fd), cookie_of(other._fd)
         cases = [(own, {}), (foreign, {"read": True}), (foreign, {"write": True}), (0, {"read": True})]
         for mm, rights in cases:

@@ -10,9 +10,9 @@ import pytest
 
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import bind_device, vm_only
 from tests.integration.test_iommufd_uapi import GARBAGE
 from tests.kit.refusals import refused
+from tests.kit.vmm import bind_device, vm_only
 
 TOP = (1 << 64) - 1
 MESSAGES = 0xFEE0_0000

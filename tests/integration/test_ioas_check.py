@@ -17,8 +17,8 @@ from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.daemons import DaemonSpec
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import on_ioas
-from tests.integration.rig import GUEST_START, Rig, device_stats
-from tests.integration.system import System, short_directory
+from tests.kit.daemons import System, short_directory
+from tests.kit.vmm import GUEST_START, Vmm, device_stats
 
 KEEPS = Path(__file__).with_name("iommufdd_that_keeps.py")
 AT = GUEST_START
@@ -43,13 +43,13 @@ def broken() -> Iterator[System]:
             made.stop()
 
 
-async def another_takes_the_frame(rig: Rig, size: int = 4 * MIB) -> None:
+async def another_takes_the_frame(rig: Vmm, size: int = 4 * MIB) -> None:
     secret = await rig.process.mmap(size)
     for at in range(0, size, PAGE_SIZE):
         await rig.process.write(secret + at, SECRET)
 
 
-async def read_by_the_device(rig: Rig) -> bytes:
+async def read_by_the_device(rig: Vmm) -> bytes:
     assert (await rig.copy(AT + 64 * PAGE_SIZE, AT)).status is Status.SUCCESS
     return await rig.seen_by_process(AT + 64 * PAGE_SIZE)
 

@@ -11,10 +11,10 @@ from protocol.hw.dsa import Status
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, hwpt_stats, on_ioas
-from tests.integration.rig import FILLED, GUEST_START, bind_device, device_stats, vm_only
-from tests.integration.system import system
 from tests.integration.test_iommufd_uapi import GARBAGE
+from tests.kit.daemons import system
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, GUEST_START, bind_device, device_stats, vm_only
 
 TOP = (1 << 64) - 1
 RW, FIXED = 2 | 4, 1

@@ -13,9 +13,9 @@ from protocol.errors import UapiError
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.integration.on_ioas import hwpt_stats
-from tests.integration.rig import Rig, bind_device, vm_only
 from tests.integration.test_iommufd_uapi import GARBAGE
 from tests.kit.refusals import refused
+from tests.kit.vmm import Vmm, bind_device, vm_only
 
 TOP = (1 << 64) - 1
 RW = 2 | 4
@@ -24,7 +24,7 @@ MESSAGES = 0xFEE0_0000
 
 
 @asynccontextmanager
-async def bound(host: Host, *, on_demand: bool = False) -> AsyncIterator[tuple[Rig, int]]:
+async def bound(host: Host, *, on_demand: bool = False) -> AsyncIterator[tuple[Vmm, int]]:
     """A device on an HWPT of an empty IOAS."""
     async with vm_only(host) as rig:
         await bind_device(rig)
@@ -34,7 +34,7 @@ async def bound(host: Host, *, on_demand: bool = False) -> AsyncIterator[tuple[R
         yield rig, ioas
 
 
-async def ask_map(rig: Rig, ioas: int, **changed: Any) -> None:
+async def ask_map(rig: Vmm, ioas: int, **changed: Any) -> None:
     body = {"flags": RW | FIXED, "ioas_id": ioas, "user_va": rig.hva, "length": PAGE_SIZE, "iova": 0}
     await rig.bound[0].ask("IOMMU_IOAS_MAP", [rig.process.dup()], **{**body, **changed})
 

@@ -17,10 +17,10 @@ from qemu_shim.vmm.iommufd_client import Iommu
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.process import MemFd, Process
 from tests.integration.on_ioas import RAM, hwpt_stats, on_ioas
-from tests.integration.rig import FILLED, Rig, bind_device, device_stats, vm_only
-from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import GARBAGE
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, Vmm, bind_device, device_stats, vm_only
 
 TOP = (1 << 64) - 1
 RW, FIXED = 2 | 4, 1
@@ -29,7 +29,7 @@ AT = 1 << 40
 
 
 @asynccontextmanager
-async def filed(host: Host, size: int = FILE) -> AsyncIterator[tuple[Rig, int, MemFd]]:
+async def filed(host: Host, size: int = FILE) -> AsyncIterator[tuple[Vmm, int, MemFd]]:
     """An IOAS with an HWPT, and a memfd."""
     async with vm_only(host) as rig:
         await bind_device(rig)
@@ -169,7 +169,7 @@ async def test_room_for_a_file_is_aligned_to_its_length(host: Host) -> None:
 
 
 @asynccontextmanager
-async def limited(mode: Literal["user", "mm"]) -> AsyncIterator[tuple[Host, Rig, Iommu, int]]:
+async def limited(mode: Literal["user", "mm"]) -> AsyncIterator[tuple[Host, Vmm, Iommu, int]]:
     """RLIMIT_MEMLOCK is 16 pages; an IOAS with an HWPT."""
     with system({"kvmd": ["--memlock", "64K"]}) as running:
         async with connect_host(running.directory) as host, vm_only(host) as rig:

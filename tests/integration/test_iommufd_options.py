@@ -13,10 +13,10 @@ from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.iommufd_client import Iommu
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import hwpt_stats
-from tests.integration.rig import bind_device, nothing_left, vm_only
-from tests.integration.system import system
 from tests.integration.test_iommufd_uapi import GARBAGE
+from tests.kit.daemons import system
 from tests.kit.refusals import refused
+from tests.kit.vmm import bind_device, nothing_left, vm_only
 
 SET, GET = 0, 1
 RLIMIT_MODE, HUGE_PAGES = 0, 1

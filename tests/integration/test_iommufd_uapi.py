@@ -10,9 +10,9 @@ import pytest
 
 from protocol.errors import UapiError
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import Rig, attach_device, bind_device, rigged, vm_only
-from tests.integration.system import system
+from tests.kit.daemons import system
 from tests.kit.refusals import refused
+from tests.kit.vmm import Vmm, attach_device, bind_device, rigged, vm_only
 
 GARBAGE = 0xDEAD
 
@@ -170,12 +170,12 @@ async def test_hardware_info_is_cut_to_the_callers_length_or_zeroes_the_rest_and
 # -- an IOAS and HWPTs on it ---------------------------------------------------------------------------
 
 
-async def ioas_of(rig: Rig) -> int:
+async def ioas_of(rig: Vmm) -> int:
     ioas: int = (await rig.bound[0].ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]
     return ioas
 
 
-async def paging(rig: Rig, pt_id: int, **changed: Any) -> int:
+async def paging(rig: Vmm, pt_id: int, **changed: Any) -> int:
     body = {"dev_id": rig.device_id, "data_type": 0, "data_len": 0, "data_uptr": None, **changed}
     hwpt: int = (await rig.bound[0].ask("IOMMU_HWPT_ALLOC", pt_id=pt_id, **body)).body["out_hwpt_id"]
     return hwpt

@@ -18,8 +18,8 @@ import yaml
 from qemu_shim.vmm.supervisor import supervised
 from tests.integration.attacks import close_all
 from tests.integration.plain import Plain
-from tests.integration.system import BIN, TRUSTING, short_directory, system, until
 from tests.integration.test_hostile import a_vm, keep
+from tests.kit.daemons import BIN, TRUSTING, short_directory, system, until
 from tests.patience import PATIENCE_S
 from tests.tidy.source import ROOT
 

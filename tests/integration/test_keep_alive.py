@@ -12,8 +12,8 @@ import pytest
 
 from tests.integration.attacks import close_all
 from tests.integration.plain import REQUEST, Plain, frame
-from tests.integration.system import TRUSTING, System, system, until
 from tests.integration.test_hostile import a_vm, keep
+from tests.kit.daemons import TRUSTING, System, system, until
 
 NO_SLOT = {"slot": 0, "flags": 0, "guest_phys_addr": 0, "memory_size": 0, "userspace_addr": 0}
 

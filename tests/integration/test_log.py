@@ -14,7 +14,7 @@ from protocol.log import BURST
 from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec
 from tests.integration.attacks import huge_length
 from tests.integration.plain import Plain
-from tests.integration.system import System, short_directory, system, until
+from tests.kit.daemons import System, short_directory, system, until
 from tests.patience import PATIENCE_S
 
 ENOUGH = 10 * BURST  # breaches, each a line of the log

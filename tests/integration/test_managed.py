@@ -16,9 +16,9 @@ from protocol.uapi import names
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import FILLED, Rig, attach_device, unit_stats, vm_only, vm_stats
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, Vmm, attach_device, unit_stats, vm_only, vm_stats
 from tests.oracle.dump import Dump
 
 LOG = names.KVM_MEM_LOG_DIRTY_PAGES
@@ -27,7 +27,7 @@ OWNERS = ("cpu", "iommu", "shared")
 
 
 @asynccontextmanager
-async def attached(host: Host, *, own: bool = True, **config: Any) -> AsyncIterator[Rig]:
+async def attached(host: Host, *, own: bool = True, **config: Any) -> AsyncIterator[Vmm]:
     """A VM with device 0 attached, by default to a root of its own; every check holds at its end.  What only
     the device touches, records, is faulted in."""
     async with vm_only(host, **config) as rig:
@@ -61,28 +61,28 @@ class Since:
 NOTHING = {"pf_fixed": 0, "io_pf_fixed": 0, "page_requests": 0, "invalidation_descriptors": 0}
 
 
-async def cpu_writes(rig: Rig, pages: list[Gpa]) -> None:
+async def cpu_writes(rig: Vmm, pages: list[Gpa]) -> None:
     ran = await rig.vcpu.run([("w", page, b"cpu") for page in pages])
     assert ran.done, ran
 
 
-async def device_writes(rig: Rig, pages: list[Gpa]) -> None:
+async def device_writes(rig: Vmm, pages: list[Gpa]) -> None:
     for page in pages:
         assert await rig.fill(page) is Status.SUCCESS
 
 
-def allocate(rig: Rig, count: int, align: int = MIB) -> list[Gpa]:
+def allocate(rig: Vmm, count: int, align: int = MIB) -> list[Gpa]:
     first = rig.memory.allocate(count, align)
     return [Gpa(first + number * PAGE_SIZE) for number in range(count)]
 
 
-async def dirty(rig: Rig, buffer: int) -> set[int]:
+async def dirty(rig: Vmm, buffer: int) -> set[int]:
     await rig.vm.get_dirty_log(0, buffer)
     bits = int.from_bytes(await rig.process.read(buffer, GIB // PAGE_SIZE // 8), "little")
     return {page for page in range(bits.bit_length()) if bits >> page & 1}
 
 
-async def log_slot_0(rig: Rig, *, on: bool = True) -> None:
+async def log_slot_0(rig: Vmm, *, on: bool = True) -> None:
     await rig.vm.set_user_memory_region(0, 0, GIB, rig.hva, LOG if on else 0)
 
 

@@ -19,7 +19,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener, connect
 from protocol.units import LEVEL_1G, Hpa, Level
 from qemu_shim.vmm.iommufd_client import Iommu, Iommufdd, VfioDevice
-from tests.integration.system import System, system
+from tests.kit.daemons import System, system
 from tests.patience import PATIENCE_S
 
 GOOD = ExportedTdpMeta(TYPE_EPT, Level(4), Hpa(1 << 20), LEVEL_1G, promised_masks(ept_rules(46, LEVEL_1G)))

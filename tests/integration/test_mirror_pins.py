@@ -6,7 +6,7 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.integration.on_ioas import iommu_stats, on_ioas
-from tests.integration.rig import GUEST_START, device_stats
+from tests.kit.vmm import GUEST_START, device_stats
 
 AT = GUEST_START
 

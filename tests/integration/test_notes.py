@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qemu_shim.scenarios.series.memory import TOLD
-from tests.integration.system import BIN
+from tests.kit.daemons import BIN
 from tests.patience import WHOLE_RUN_S
 
 Figures = dict[str, Any]

@@ -12,9 +12,9 @@ from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats, iommu_stats, noted, on_ioas
-from tests.integration.rig import FILLED, GUEST_START, Rig, device_stats, nothing_left, vm_only
-from tests.integration.system import system
+from tests.kit.daemons import system
 from tests.kit.refusals import refused
+from tests.kit.vmm import FILLED, GUEST_START, Vmm, device_stats, nothing_left, vm_only
 
 PAGES = RAM // PAGE_SIZE
 HUGE = 2 * MIB
@@ -217,7 +217,7 @@ async def test_a_pinned_range_of_a_mirror_never_asks_again(host: Host) -> None:
 # -- notes -------------------------------------------------------------------------------------------
 
 
-async def touch(rig: Rig, pages: int) -> None:
+async def touch(rig: Vmm, pages: int) -> None:
     for n in range(pages):
         await rig.memory.write(GUEST_START + n * PAGE_SIZE, b"first")
 

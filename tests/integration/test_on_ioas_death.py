@@ -16,9 +16,9 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.on_ioas import RAM, attach_on_ioas, hwpt_stats
-from tests.integration.rig import GUEST_START, Rig, bare_vm, bind_device, device_stats
-from tests.integration.system import eventually, system
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import may_refuse
+from tests.kit.vmm import GUEST_START, Vmm, bare_vm, bind_device, device_stats
 
 ON_DEMAND: dict[str, Any] = {"on_demand": True}
 NOTED: dict[str, Any] = {"on_demand": True, "follow": True}
@@ -27,7 +27,7 @@ WAYS = pytest.mark.parametrize("how", [PINNED, ON_DEMAND, NOTED], ids=["pinned",
 
 
 @asynccontextmanager
-async def running_dma(host: Host, how: dict[str, Any]) -> AsyncIterator[Rig]:
+async def running_dma(host: Host, how: dict[str, Any]) -> AsyncIterator[Vmm]:
     """A device that fills pages all the time, until it cannot any more."""
     rig = await bare_vm(host, ram=RAM)
     rig.ioas_id = await attach_on_ioas(rig, **how)

@@ -12,10 +12,11 @@ from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
-from tests.integration.rig import GUEST_START, TestImporter, bare_vm, device_stats, vm_stats
-from tests.integration.system import eventually, system
 from tests.integration.test_units import alloc, another, queue_of, with_silicon
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import refused
+from tests.kit.vmm import GUEST_START, bare_vm, device_stats, vm_stats
+from tests.kit.wire_importer import WireImporter
 
 RAM = 40 * MIB
 PAGES = RAM // PAGE_SIZE
@@ -35,7 +36,7 @@ async def test_the_note_s_two_devices_work_while_the_host_does_what_it_likes(nam
 async def test_an_importer_pins_what_it_registered_for_and_its_pins_end_with_its_lease(host: Host) -> None:
     rig = await bare_vm(host, ram=RAM)
     rig.tdp_fd = await rig.vm.create_tdp_fd()
-    importer = await TestImporter.of(host, rig.tdp_fd)
+    importer = await WireImporter.of(host, rig.tdp_fd)
     for op, body in (("TDP_PIN", {"gfn": 1, "npages": 1}), ("TDP_PIN_ALL", {})):
         with refused(errno.EINVAL, "registered"):
             await importer.channel.ask(op, body)

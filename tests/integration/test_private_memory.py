@@ -15,7 +15,7 @@ from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
-from tests.integration.rig import FILLED, PATTERN
+from tests.kit.vmm import FILLED, PATTERN
 
 RAM = 32 * MIB
 BLOCK = 2 * MIB

@@ -13,10 +13,10 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.integration.plain import Plain
-from tests.integration.rig import (
+from tests.kit.daemons import System, eventually
+from tests.kit.vmm import (
     FILLED,
     QUEUE_START,
-    TestImporter,
     device_stats,
     nothing_left,
     rigged,
@@ -24,7 +24,7 @@ from tests.integration.rig import (
     vm_only,
     vm_stats,
 )
-from tests.integration.system import System, eventually
+from tests.kit.wire_importer import WireImporter
 
 
 @pytest.mark.rfc("RFC-57")
@@ -192,7 +192,7 @@ async def test_a_fault_for_an_exited_process_is_refused(host: Host) -> None:
 async def test_an_importer_keeps_no_reference_but_its_lease_keeps_the_table(host: Host) -> None:
     async with vm_only(host) as rig:
         tdp_fd = await rig.vm.create_tdp_fd()
-        importer = await TestImporter.of(host, tdp_fd)
+        importer = await WireImporter.of(host, tdp_fd)
         try:
             await importer.register()
             os.close(tdp_fd)
@@ -209,7 +209,7 @@ async def test_an_importer_keeps_no_reference_but_its_lease_keeps_the_table(host
 async def test_a_table_waits_for_the_lease_of_an_importer_that_registered_as_it_went(host: Host) -> None:
     async with vm_only(host) as rig:
         tdp_fd = await rig.vm.create_tdp_fd()
-        first, second = [await TestImporter.of(host, tdp_fd) for _ in range(2)]
+        first, second = [await WireImporter.of(host, tdp_fd) for _ in range(2)]
         try:
             await first.register("first")
             os.close(tdp_fd)
@@ -273,7 +273,7 @@ async def test_process_vm_and_importer_ending_together_leave_nothing(host: Host)
     for order in range(2):
         async with vm_only(host) as rig:
             rig.tdp_fd = await rig.vm.create_tdp_fd()
-            importer = await TestImporter.of(host, rig.tdp_fd)
+            importer = await WireImporter.of(host, rig.tdp_fd)
             await importer.register()
             importer.ack = False
             await rig.memory.touch([rig.memory.allocate(1)])

@@ -14,11 +14,15 @@ from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.fake_silicon import RID, hostile, page_request
 from tests.integration.on_ioas import RAM, attach_on_ioas
-from tests.integration.rig import (
+from tests.integration.test_death import running_dma
+from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.daemons import System, eventually, system
+from tests.kit.refusals import refused
+from tests.kit.vmm import (
     GUEST_START,
     QUEUE_START,
     ProcessCpu,
-    Rig,
+    Vmm,
     attach_device,
     bare_vm,
     bind_device,
@@ -27,10 +31,6 @@ from tests.integration.rig import (
     rigged,
     unit_stats,
 )
-from tests.integration.system import System, eventually, system
-from tests.integration.test_death import running_dma
-from tests.integration.test_iommufd_uapi import ioas_of, paging
-from tests.kit.refusals import refused
 
 ROUNDS = 4
 
@@ -45,7 +45,7 @@ def restart_device_sim(victims: System) -> None:
     victims.start("device_sim")
 
 
-async def unit_is_gone(rig: Rig) -> None:
+async def unit_is_gone(rig: Vmm) -> None:
     """Waits until iommufdd has noticed."""
     _, device = rig.bound
 
@@ -59,7 +59,7 @@ async def unit_is_gone(rig: Rig) -> None:
     await eventually(attach, lambda number: number == errno.ENODEV, "the device is gone")
 
 
-async def dma_works(host: Host, rig: Rig) -> None:
+async def dma_works(host: Host, rig: Vmm) -> None:
     page = rig.memory.allocate(4)
     for n in range(4):
         assert await rig.fill(page + n * PAGE_SIZE) is Status.SUCCESS

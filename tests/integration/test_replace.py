@@ -12,13 +12,13 @@ from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.played import played
-from tests.integration.rig import Rig, attach_device, bare_vm, device_stats, rigged, unit_stats, vm_stats
-from tests.integration.system import eventually, system
 from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import refused
+from tests.kit.vmm import Vmm, attach_device, bare_vm, device_stats, rigged, unit_stats, vm_stats
 
 
-async def fill_reaches_nothing(host: Host, rig: Rig, gpa: int) -> None:
+async def fill_reaches_nothing(host: Host, rig: Vmm, gpa: int) -> None:
     """A descriptor is submitted: not even its completion record can be written."""
     before = await device_stats(host)
     with trio.move_on_after(0):

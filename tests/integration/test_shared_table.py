@@ -21,7 +21,8 @@ from protocol.pt.meta import ExportedTdpMeta
 from protocol.pt.walk import Outcome, second_stage_rules, walk
 from protocol.units import LEVEL_1G, PAGE_SIZE, WHOLE_SIZE, Hpa
 from qemu_shim.vmm.machine import Host
-from tests.integration.rig import Rig, TestImporter, bare_vm, nothing_left, rigged
+from tests.kit.vmm import Vmm, bare_vm, nothing_left, rigged
+from tests.kit.wire_importer import WireImporter
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PUNCH_HOLE = 0x02 | 0x01  # and keep the size
@@ -29,7 +30,7 @@ NOBODY = 65534
 
 
 @pytest.fixture
-async def rig(host: Host) -> AsyncIterator[Rig]:
+async def rig(host: Host) -> AsyncIterator[Vmm]:
     made = await bare_vm(host)
     made.tdp_fd = await made.vm.create_tdp_fd()
     yield made
@@ -37,9 +38,9 @@ async def rig(host: Host) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def importer(host: Host, rig: Rig) -> AsyncIterator[TestImporter]:
+async def importer(host: Host, rig: Vmm) -> AsyncIterator[WireImporter]:
     assert rig.tdp_fd is not None
-    made = await TestImporter.of(host, rig.tdp_fd)
+    made = await WireImporter.of(host, rig.tdp_fd)
     await made.register()
     yield made
     made.close()
@@ -69,7 +70,7 @@ REFUSAL = r"not permitted|denied"
 
 @pytest.mark.parametrize("kind", SEALED)
 @pytest.mark.parametrize("how", WRITES)
-async def test_an_importers_fd_cannot_write(importer: TestImporter, kind: str, how: str) -> None:
+async def test_an_importers_fd_cannot_write(importer: WireImporter, kind: str, how: str) -> None:
     _, _, fd = importer.windows[kind]
     with pytest.raises(OSError, match=REFUSAL) as refused:
         WRITES[how](fd)
@@ -79,7 +80,7 @@ async def test_an_importers_fd_cannot_write(importer: TestImporter, kind: str, h
 @pytest.mark.parametrize("kind", SEALED)
 @pytest.mark.parametrize("how", WRITES)
 async def test_the_fd_opened_again_for_writing_cannot_write(
-    importer: TestImporter, kind: str, how: str
+    importer: WireImporter, kind: str, how: str
 ) -> None:
     """Root may open it for writing whatever its mode says; the seal holds all the same."""
     _, _, fd = importer.windows[kind]
@@ -101,7 +102,7 @@ async def test_the_fd_opened_again_for_writing_cannot_write(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("kind", SEALED)
-async def test_another_user_cannot_open_the_fd_again_for_writing(importer: TestImporter, kind: str) -> None:
+async def test_another_user_cannot_open_the_fd_again_for_writing(importer: WireImporter, kind: str) -> None:
     _, _, fd = importer.windows[kind]
     become = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})"
     attempt = f"import os; {become}; os.open('/proc/self/fd/{fd}', os.O_RDWR)"
@@ -117,7 +118,7 @@ async def test_another_user_cannot_open_the_fd_again_for_writing(importer: TestI
     assert "PermissionError" in tried.stderr
 
 
-async def test_a_read_only_mapping_cannot_be_made_writable_or_punched(importer: TestImporter) -> None:
+async def test_a_read_only_mapping_cannot_be_made_writable_or_punched(importer: WireImporter) -> None:
     _, _, fd = importer.windows["tables"]
     LIBC.mmap.restype = ctypes.c_void_p
     at = LIBC.mmap(None, ctypes.c_long(PAGE_SIZE), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
@@ -131,14 +132,14 @@ async def test_a_read_only_mapping_cannot_be_made_writable_or_punched(importer: 
         call_libc("munmap", address, ctypes.c_long(PAGE_SIZE))
 
 
-async def test_the_frames_can_be_written_by_an_importer(importer: TestImporter) -> None:
+async def test_the_frames_can_be_written_by_an_importer(importer: WireImporter) -> None:
     """They are what DMA writes: no seal may stand in its way."""
     _, size, fd = importer.windows["frames"]
     with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as frames:
         assert len(frames) == size
 
 
-async def test_a_read_only_mapping_sees_kvmds_later_stores(importer: TestImporter, rig: Rig) -> None:
+async def test_a_read_only_mapping_sees_kvmds_later_stores(importer: WireImporter, rig: Vmm) -> None:
     meta = ExportedTdpMeta.from_bytes(await importer.metadata())
     base, size, fd = importer.windows["tables"]
     rules = second_stage_rules(46, LEVEL_1G, snoop_control=True)
@@ -165,7 +166,7 @@ async def test_a_read_only_mapping_sees_kvmds_later_stores(importer: TestImporte
 
 
 @pytest.mark.rfc("RFC-87")
-async def test_an_importer_is_told_before_the_host_goes_on(importer: TestImporter, rig: Rig) -> None:
+async def test_an_importer_is_told_before_the_host_goes_on(importer: WireImporter, rig: Vmm) -> None:
     """RFC-87, RFC-94: the change waits for the ack, and only for it."""
     gpa = rig.memory.allocate(1)
     await rig.memory.touch([gpa])
@@ -187,7 +188,7 @@ async def test_an_importer_is_told_before_the_host_goes_on(importer: TestImporte
 
 
 async def test_an_importer_that_hangs_up_without_ack_is_waited_for_until_its_lease_ends(
-    importer: TestImporter, rig: Rig
+    importer: WireImporter, rig: Vmm
 ) -> None:
     gpa = rig.memory.allocate(1)
     await rig.memory.touch([gpa])
@@ -215,7 +216,7 @@ async def test_two_importers_of_one_tdp_are_both_told_and_a_name_is_taken_once(h
     """B-09: the second of a name, refused, took the first along."""
     async with rigged(host) as rig:
         assert rig.tdp_fd is not None
-        mine = await TestImporter.of(host, rig.tdp_fd)
+        mine = await WireImporter.of(host, rig.tdp_fd)
         with pytest.raises(UapiError) as refused:
             await mine.register("iommufd")
         assert refused.value.errno == errno.EBUSY

@@ -11,18 +11,9 @@ from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import GIB, MIB, PAGE_SIZE, TIB
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.vmm.machine import Host, MachineConfig, connect_host, machine
-from tests.integration.rig import (
-    FILLED,
-    PATTERN,
-    TestImporter,
-    attach_device,
-    nothing_left,
-    rigged,
-    unit_stats,
-    vm_only,
-    vm_stats,
-)
-from tests.integration.system import TRUSTING, System, system
+from tests.kit.daemons import TRUSTING, System, system
+from tests.kit.vmm import FILLED, PATTERN, attach_device, nothing_left, rigged, unit_stats, vm_only, vm_stats
+from tests.kit.wire_importer import WireImporter
 
 WIDE = {
     "kvmd": [*TRUSTING["kvmd"], "--ept-levels", "5", "--maxphyaddr", "52"],
@@ -52,7 +43,7 @@ async def test_the_root_has_five_levels_only_for_a_guest_wider_than_48_bits(
     """RFC-23; and DMA works on both."""
     async with rigged(wide, maxphyaddr=maxphyaddr) as rig:
         assert rig.tdp_fd is not None
-        importer = await TestImporter.of(wide, rig.tdp_fd)
+        importer = await WireImporter.of(wide, rig.tdp_fd)
         assert ExportedTdpMeta.from_bytes(await importer.metadata()).level == level
         importer.close()
         page = rig.memory.allocate(1)

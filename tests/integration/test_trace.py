@@ -16,8 +16,8 @@ from protocol.units import PAGE_SIZE
 from qemu_shim.vmm.daemons import DEVICE_SIM, KVMD, DaemonSpec, Places
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.integration.plain import Plain
-from tests.integration.rig import rigged, vm_stats
-from tests.integration.system import BIN, System, system
+from tests.kit.daemons import BIN, System, system
+from tests.kit.vmm import rigged, vm_stats
 
 
 def names(text: str) -> Counter[str]:

@@ -16,7 +16,7 @@ from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.machine import FIRST_FREE_GPA, GuestCpu, Host
 from tests.integration.played import played
-from tests.integration.rig import Rig, attach_device, device_stats, vm_only, vm_stats
+from tests.kit.vmm import Vmm, attach_device, device_stats, vm_only, vm_stats
 from tests.patience import PATIENCE_S
 
 DEVICES = 4
@@ -69,7 +69,7 @@ async def all_stats(host: Host) -> dict[str, Any]:
 class Storm:
     """DMA from several devices of one VM, a vCPU that touches the same pages, and a host that takes them."""
 
-    def __init__(self, rig: Rig, queues: list[IdxdWorkQueue]) -> None:
+    def __init__(self, rig: Vmm, queues: list[IdxdWorkQueue]) -> None:
         self.rig = rig
         self.queues = queues
         self.base = rig.memory.allocate(PAGES)
@@ -111,7 +111,7 @@ class Storm:
         self.running = False
 
 
-async def add_queue(stack: AsyncExitStack, rig: Rig, number: int) -> IdxdWorkQueue:
+async def add_queue(stack: AsyncExitStack, rig: Vmm, number: int) -> IdxdWorkQueue:
     """Another device on the VM's HWPT; its completion records have memory of their own."""
     assert rig.iommu is not None
     device = await rig.host.iommufdd.open_device(number)
@@ -211,7 +211,7 @@ async def test_devices_come_and_go_while_the_others_copy_on(host: Host) -> None:
         assert await host.kvmd.violations() == []
 
 
-async def add_queue_without_vcpu(stack: AsyncExitStack, rig: Rig, number: int) -> IdxdWorkQueue:
+async def add_queue_without_vcpu(stack: AsyncExitStack, rig: Vmm, number: int) -> IdxdWorkQueue:
     assert rig.iommu is not None
     assert rig.queue is not None
     device = await open_when_free(rig.host, number)

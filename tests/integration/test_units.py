@@ -15,11 +15,14 @@ from qemu_shim.guest.memory import GuestMemory
 from qemu_shim.vmm.inspector import Inspector
 from qemu_shim.vmm.iommufd_client import VfioDevice
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.rig import (
+from tests.integration.test_iommufd_uapi import ioas_of, paging
+from tests.kit.daemons import Options, eventually, system
+from tests.kit.refusals import refused
+from tests.kit.vmm import (
     GUEST_START,
     QUEUE_START,
     ProcessCpu,
-    Rig,
+    Vmm,
     bare_vm,
     bind_device,
     device_stats,
@@ -28,9 +31,6 @@ from tests.integration.rig import (
     unit_stats,
     vm_stats,
 )
-from tests.integration.system import Options, eventually, system
-from tests.integration.test_iommufd_uapi import ioas_of, paging
-from tests.kit.refusals import refused
 
 MSI = 0xFEE0_0000
 
@@ -38,7 +38,7 @@ MSI = 0xFEE0_0000
 @asynccontextmanager
 async def with_silicon(
     *options: str, iommufdd: Sequence[str] = (), kvmd: Sequence[str] = (), ram: int = GIB
-) -> AsyncIterator[Rig]:
+) -> AsyncIterator[Vmm]:
     """A VM with its TDP FD and device 0 bound, on silicon of that kind."""
     settings: Options = {"device_sim": options, "iommufdd": iommufdd, "kvmd": kvmd}
     with system(settings) as made:
@@ -53,19 +53,19 @@ async def with_silicon(
             await nothing_left(host)
 
 
-async def alloc(rig: Rig, dev_id: int | None = None) -> int:
+async def alloc(rig: Vmm, dev_id: int | None = None) -> int:
     assert rig.tdp_fd is not None
     return await rig.bound[0].hwpt_alloc_kvm(dev_id or rig.device_id, rig.tdp_fd)
 
 
-async def another(rig: Rig, number: int) -> tuple[VfioDevice, int]:
+async def another(rig: Vmm, number: int) -> tuple[VfioDevice, int]:
     """One more device, bound; and its id."""
     device = await rig.host.iommufdd.open_device(number)
     rig.extra.append(device)
     return device, await device.bind(rig.bound[0])
 
 
-async def queue_of(rig: Rig, device: VfioDevice, at: int) -> IdxdWorkQueue:
+async def queue_of(rig: Vmm, device: VfioDevice, at: int) -> IdxdWorkQueue:
     """A work queue of that device, its completion records at `at`."""
     portal = await device.map_portal()
     rig.extra.append(portal)
@@ -245,7 +245,7 @@ async def test_who_may_be_attached_is_policy_and_pinned_memory_is_for_everybody(
 async def test_an_attach_changes_no_byte_of_the_table_and_pins_no_page(host: Host, touched: int) -> None:
     """Neither of an empty table nor of one that has pages: read as bytes, counted by the host."""
 
-    async def seen(rig: Rig) -> tuple[object, ...]:
+    async def seen(rig: Vmm) -> tuple[object, ...]:
         stats = await host.kvmd.stats()
         tables = await Inspector(host.kvmd.channel).tables(rig.vm)
         memory = stats["memory"]

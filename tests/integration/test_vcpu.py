@@ -13,8 +13,8 @@ from protocol.kvm_run import ExitReason
 from protocol.rpc.channel import PeerGone
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.vcpu import RunResult
-from tests.integration.rig import bare_vm, rigged, vm_only, vm_stats
-from tests.integration.system import system, until
+from tests.kit.daemons import system, until
+from tests.kit.vmm import bare_vm, rigged, vm_only, vm_stats
 
 HOLE = 0x20_0000_0000  # above all RAM
 

@@ -16,7 +16,7 @@ from qemu_shim.study.compare.schema import WorkloadFigures
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.system import System, system
+from tests.kit.daemons import System, system
 
 UNPINNED = ("mirror", "notifier", "managed", "shared")
 ON_DEMAND = ("mirror", "notifier")  # tables of iommufdd's, which KVM tells of nothing it takes away

@@ -23,8 +23,8 @@ from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.migrator import Migrator
 from qemu_shim.vmm.process import Process
-from tests.integration.rig import nothing_left
-from tests.integration.system import System, system
+from tests.kit.daemons import System, system
+from tests.kit.vmm import nothing_left
 
 SMALL = {
     "boot-touch": {"pages": 32, "untouched": 8, "ram_mib": 32},

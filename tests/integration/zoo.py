@@ -33,9 +33,10 @@ from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
-from tests.integration.mirror import TestMirror
-from tests.integration.rig import GUEST_START, Rig, TestImporter, attach_device, bare_vm, fault_notes
-from tests.integration.system import eventually
+from tests.integration.mirror import WireMirror
+from tests.kit.daemons import eventually
+from tests.kit.vmm import GUEST_START, Vmm, attach_device, bare_vm, fault_notes
+from tests.kit.wire_importer import WireImporter
 
 SERVICES: list[Service[Any]] = [
     kvmd.TRUSTING_DOOR,
@@ -67,7 +68,7 @@ class Zoo:
     """`objects` by service; `spare` is a mapping nothing uses, `logged` backs slot 1, which logs."""
 
     host: Host
-    rig: Rig
+    rig: Vmm
     objects: dict[str, Channel] = field(default_factory=dict)
     fds: dict[str, int] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
@@ -291,7 +292,7 @@ def _uffd_range(zoo: Zoo, number: int, **body: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def only_closed(host: Host) -> AsyncIterator[Rig]:
+async def only_closed(host: Host) -> AsyncIterator[Vmm]:
     rig = await bare_vm(host)
     try:
         yield rig
@@ -319,8 +320,8 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         iommu, device = rig.bound
         assert rig.tdp_fd is not None
         assert rig.portal is not None
-        importer = await TestImporter.of(host, rig.tdp_fd)
-        mirror = await TestMirror.registered(host, process)
+        importer = await WireImporter.of(host, rig.tdp_fd)
+        mirror = await WireMirror.registered(host, process)
         await mirror.watch(WATCHED)
         dev_kvm = (await host.kvmd.channel.ask("OPEN", {"path": names.KVM_PATH})).fds.take(0)
         ioas = (await iommu.ask("IOMMU_IOAS_ALLOC")).body["out_ioas_id"]

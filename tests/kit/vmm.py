@@ -1,18 +1,16 @@
-"""A VMM whose fds a test closes in whatever order it likes, and an importer that is the test itself."""
+"""A VMM on real daemons, whose fds a test closes in whatever order it likes."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from protocol.flow import Wait
 from protocol.hw.dsa import CompletionRecord, Status
-from protocol.rpc.channel import Body, Channel, Fds, Reply
-from protocol.rpc.loop import Loop
+from protocol.rpc.channel import Body, Channel, Fds
 from protocol.units import GIB, MIB, PAGE_SIZE, Gpa
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.guest.memory import GuestMemory
@@ -23,7 +21,7 @@ from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.machine import GuestCpu, Host
 from qemu_shim.vmm.process import Process
 from qemu_shim.vmm.vcpu import Vcpu
-from tests.integration.system import eventually
+from tests.kit.daemons import eventually
 
 PATTERN = 0x1122_3344_5566_7788
 FILLED = PATTERN.to_bytes(8, "little") * (PAGE_SIZE // 8)
@@ -48,7 +46,7 @@ class ProcessCpu:
 
 
 @dataclass(slots=True)
-class Rig:
+class Vmm:
     """A VM with one slot at gpa 0, perhaps a device on it.  `None`: not made, or closed by the test."""
 
     host: Host
@@ -104,7 +102,7 @@ class Rig:
         return await self.process.read(self.hva + gpa, size)
 
 
-async def bare_vm(host: Host, *, ram: int = GIB, page_size: int = 4096, maxphyaddr: int = 46) -> Rig:
+async def bare_vm(host: Host, *, ram: int = GIB, page_size: int = 4096, maxphyaddr: int = 46) -> Vmm:
     """Process, VM, slot 0 at gpa 0, one vCPU."""
     process = await host.kvmd.start_process()
     vm = await host.kvmd.create_vm(process)
@@ -113,17 +111,17 @@ async def bare_vm(host: Host, *, ram: int = GIB, page_size: int = 4096, maxphyad
     vcpu = await vm.create_vcpu(0)
     await vcpu.set_cpuid(maxphyaddr)
     memory = GuestMemory(GuestCpu(vcpu), GUEST_START, Gpa(ram))
-    return Rig(host, process, vm, vcpu, hva, memory)
+    return Vmm(host, process, vm, vcpu, hva, memory)
 
 
-async def bind_device(rig: Rig, number: int = 0) -> None:
+async def bind_device(rig: Vmm, number: int = 0) -> None:
     """/dev/iommu, and the device bound to it."""
     rig.iommu = await rig.host.iommufdd.open_iommu(rig.process)
     rig.device = await rig.host.iommufdd.open_device(number)
     rig.device_id = await rig.device.bind(rig.iommu)
 
 
-async def attach_device(rig: Rig, number: int = 0) -> None:
+async def attach_device(rig: Vmm, number: int = 0) -> None:
     """The RFC's steps from the TDP FD on, and a work queue."""
     rig.tdp_fd = await rig.vm.create_tdp_fd()
     await bind_device(rig, number)
@@ -137,7 +135,7 @@ async def attach_device(rig: Rig, number: int = 0) -> None:
 
 
 @asynccontextmanager
-async def rigged(host: Host, **config: Any) -> AsyncIterator[Rig]:
+async def rigged(host: Host, **config: Any) -> AsyncIterator[Vmm]:
     """A VM with device 0 attached; everything left open is closed, and gone, at the end."""
     async with vm_only(host, **config) as rig:
         await attach_device(rig)
@@ -145,7 +143,7 @@ async def rigged(host: Host, **config: Any) -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def vm_only(host: Host, **config: Any) -> AsyncIterator[Rig]:
+async def vm_only(host: Host, **config: Any) -> AsyncIterator[Vmm]:
     rig = await bare_vm(host, **config)
     try:
         yield rig
@@ -192,75 +190,3 @@ async def fault_notes(host: Host, vm: Vm, told: list[Body] | None = None) -> Cha
             told.append(body)
 
     return Channel(host.loop, socket.socket(fileno=reply.fds.take(0)), "notes", on_notify=on_notify)
-
-
-class TestImporter:
-    """An importer of a TDP FD, spoken over kvmd's own protocol.  It acks when `ack` says so."""
-
-    __test__ = False
-    GET, TOLD = "TDP_FD_GET", "TDP_INVALIDATE"
-
-    def __init__(self, loop: Loop, fd: int, *, ack: bool = True) -> None:
-        self.told: list[tuple[int, int]] = []
-        self.windows: dict[str, tuple[int, int, int]] = {}  # kind -> (base, size, fd)
-        self.lease = -1
-        self.ack = ack
-        self.waiting: list[int] = []
-        self._arrived: list[Wait[None]] = []
-        self._loop = loop
-        self.channel = Channel(loop, socket.socket(fileno=fd), "test", on_request=self._on_request)
-
-    @classmethod
-    async def of(cls, host: Host, fd: int, *, ack: bool = True) -> Self:
-        """Of what the kernel object behind `fd` lends."""
-        reply = await host.kvmd._channel.ask(cls.GET, {}, [os.dup(fd)])
-        return cls(host.loop, reply.fds.take(0), ack=ack)
-
-    async def register(self, name: str = "test") -> None:
-        self.take(await self.channel.ask("TDP_REGISTER_IMPORTER", {"name": name}))
-
-    def take(self, reply: Reply) -> None:
-        """What it is lent."""
-        for n, (kind, base, size) in enumerate(reply.body["windows"]):
-            self.windows[kind] = base, size, reply.fds.take(n)
-        self.lease = reply.fds.take(len(self.windows))
-
-    async def metadata(self) -> bytes:
-        meta: bytes = (await self.channel.ask("TDP_GET_METADATA")).body["meta"]
-        return meta
-
-    async def wait_told(self) -> None:
-        """Returns once something was told that is not acked."""
-        while not self.waiting:
-            arrived: Wait[None] = Wait()
-            self._arrived.append(arrived)
-            await self._loop.result(arrived)
-
-    def ack_all(self) -> None:
-        for request_id in self.waiting:
-            self.channel.answer(request_id, {})
-        self.waiting.clear()
-
-    def end_lease(self) -> None:
-        if self.lease >= 0:
-            os.close(self.lease)
-            self.lease = -1
-
-    def close(self) -> None:
-        self.channel.close()
-        self.end_lease()
-        for _, _, fd in self.windows.values():
-            with suppress(OSError):
-                os.close(fd)
-        self.windows.clear()
-
-    def _on_request(self, channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
-        assert body["op"] == self.TOLD, body
-        self.told.append((body["start"], body["size"]))
-        if self.ack:
-            channel.answer(request_id, {})
-            return
-        self.waiting.append(request_id)
-        arrived, self._arrived = self._arrived, []
-        for wait in arrived:
-            wait.set(None)
