@@ -1,4 +1,4 @@
-"""One word, one thing: class names that stand twice, import cycles, and addresses that are bare ints."""
+"""One word, one thing: class names that stand twice, import cycles, addresses that are bare ints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tests.tidy.source import Module, imports, product, snippet
+import pytest
+
+from tests.tidy.source import Module, imports, modules, product, snippet
 
 SHARED_MAX = 15  # names that two classes may have
 
@@ -158,3 +160,43 @@ def test_an_address_without_a_type_is_found() -> None:
         ["f", "gpa is an address"],
         ["g", "start_iova is an address"],
     ]
+
+
+# -- the tests' own classes -------------------------------------------------------------------------------
+
+
+KIT_ONLY = re.compile(r"^(Guest|Rig)$")  # what everything can be called: what is it about?
+
+
+def check_test_classes(found: tuple[Module, ...]) -> list[str]:
+    """Two of a name are one thing written twice, which is tests/kit's to have, or two things."""
+    complaints = [
+        f"{name} stands in {', '.join(paths)}: share it in tests/kit, or say what each is"
+        for name, paths in twice(found).items()
+    ]
+    return complaints + [
+        f"{path}: {name} says nothing: name it by what it is about, and see what tests/kit has of it"
+        for name, paths in class_names(found).items()
+        for path in paths
+        if KIT_ONLY.match(name) and not path.startswith("tests/kit/")
+    ]
+
+
+def test_a_class_of_the_tests_has_a_name_of_its_own() -> None:
+    assert not check_test_classes(tuple(each for each in modules() if each.path.parts[0] == "tests"))
+
+
+@pytest.mark.parametrize(
+    ("files", "breaches"),
+    [
+        ({"tests/unit/a.py": "class World: ...", "tests/kit/b.py": "class World: ..."}, 1),
+        ({"tests/unit/a.py": "class Rig: ..."}, 1),
+        ({"tests/unit/a.py": "class Guest: ...", "tests/unit/b.py": "class Guest: ..."}, 3),
+        ({"tests/kit/b.py": "class Guest: ..."}, 0),
+        ({"tests/unit/a.py": "def f():\n    class World: ...", "tests/kit/b.py": "class World: ..."}, 0),
+        ({"tests/unit/a.py": "class PortalGuest: ..."}, 0),
+    ],
+)
+def test_a_class_of_the_tests_that_stands_twice_is_found(files: dict[str, str], breaches: int) -> None:
+    found = tuple(snippet(path, f"{text}\n") for path, text in files.items())
+    assert len(check_test_classes(found)) == breaches
