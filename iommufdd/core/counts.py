@@ -38,5 +38,5 @@ class UnitCounts:
     responses: int = 0
     responses_lost: int = 0  # nobody was there any more
     partial_discarded: int = 0
-    kicks: int = 0  # of a unit, for descriptors in its queue
+    kicks: int = 0  # stores to the tail of a queue
     descriptors: Counter[str] = field(default_factory=Counter)  # by kind

@@ -55,23 +55,28 @@ class Counters:
         "hwpt.invalidations",
         "iommu.hmm_invalidations",
     )
-    qi_messages: int = counted(
-        "submissions",
-        "of invalidation descriptors to remapping units, each with its wait",
+    invalidation_waits: int = counted(
+        "waits",
+        "for remapping units to end the invalidation descriptors before them, one a submission",
         "unit.invalidation_waits",
     )
     iotlb_invalidations: int = counted("descriptors", "IOTLB invalidations", "unit.iotlb_invalidations")
     devtlb_invalidations: int = counted(
         "descriptors", "device-TLB invalidations", "unit.devtlb_invalidations"
     )
+    kicks: int = counted(
+        "kicks",
+        "of remapping units: stores to the tail of a queue, behind invalidations and their wait or behind the"
+        " response to a group",
+        "iommu.kicks",
+    )
     messages: int = counted(
         "messages",
-        "of faults, notes and invalidations together: a group of page requests and its response, a fault to"
-        " who resolves it, a note and the look it is worth, an invalidation to who keeps the table walked,"
-        " and what that one submits to the unit, one each (between driver and unit: queues in memory)",
-        *("device.page_request_groups", "iommu.responses", "vm.io_pf_taken", "kvmd.memory.hmm_faults"),
+        "of faults, notes and invalidations between KVM or the host and IOMMUFD: a fault to who resolves it,"
+        " a note and the look it is worth, an invalidation to who keeps the table walked, one each",
+        *("vm.io_pf_taken", "kvmd.memory.hmm_faults"),
         *("vm.notes", "iommu.notes", "-iommu.notes_lost"),
-        *("hwpt.invalidations", "iommu.hmm_invalidations", "unit.invalidation_waits"),
+        *("hwpt.invalidations", "iommu.hmm_invalidations"),
     )
     pages_pinned: int = counted("pages", "pinned for long", "kvmd.memory.pages_pinned")
     pages_allocated: int = counted("pages", "the host allocated, for whomever", "kvmd.memory.pages_allocated")
@@ -177,7 +182,7 @@ def _add(raw: Raw, prefix: str, stats: Mapping[str, Any]) -> None:
     for name, value in stats.items():
         if isinstance(value, int):
             raw[prefix + name] += value
-        elif isinstance(value, Mapping) and prefix + name != "silicon.devices":
+        elif isinstance(value, Mapping):
             _add(raw, f"{prefix}{name}.", value)
 
 

@@ -24,7 +24,8 @@ COSTS = (
 @dataclass(slots=True)
 class Snapshot:
     """The daemons' counters at one moment, and of each device how many IO page faults it has waited for and
-    how long it waited for the last of them, in ns.
+    how long it waited for the last of them, in ns.  VMs are our own; devices and units are all there are, for
+    a unit does not know its devices' apart: others' work on the same daemons counts too.
     """
 
     raw: Raw

@@ -100,6 +100,21 @@ async def test_every_operation_is_what_it_is_worked_out_to_be(host: Host, device
     assert report.figures["operations"] == devices * 3 * 10
 
 
+async def test_figures_are_of_all_devices_a_scenario_has(host: Host) -> None:
+    """As the page requests of their unit are, which does not know them apart."""
+
+    async def groups() -> list[int]:
+        devices = (await host.device_sim.stats())["devices"].values()
+        return [device["page_request_groups"] for device in devices]
+
+    before = await groups()
+    report = await play(host, "dsa-ops", devices=4)
+    grown = [now - then for now, then in zip(await groups(), before, strict=True)]
+    assert len(grown) == 4
+    assert min(grown) > 0
+    assert report.figures["io_groups"] == sum(grown) <= report.figures["io_faults"]
+
+
 # -- queues --------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def mirror_leads_in_balloon(read: Read) -> bool:
 @claim("It is told of fewer changes than any other that does not pin, because it has less mapped")
 def mirror_is_told_of_fewer_changes(read: Read) -> bool:
     return all(
-        read.at(name)["mirror"].told.qi_messages < read.at(name)[it].told.qi_messages
+        read.at(name)["mirror"].told.invalidation_waits < read.at(name)[it].told.invalidation_waits
         for name in ("streaming", "balloon", "overcommit")
         for it in ("notifier", "managed", "shared")
     )

@@ -13,7 +13,7 @@ import pytest
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.documents import FIGURES_BLOCK, filled
 from qemu_shim.study.compare.report import render
-from qemu_shim.study.compare.schema import VERSION, Comparison
+from qemu_shim.study.compare.schema import VERSION, Comparison, DesignFigures
 from qemu_shim.vmm.designs import DESIGNS
 from tests.integration.test_designs_counts import PUBLISHED
 from tests.tidy.claims import CLAIMS, PAGE, README, Claim, Read
@@ -51,6 +51,46 @@ def test_a_changed_figure_is_seen(comparison: Comparison) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert filled(text.replace("| `boot-touch` |", "| `boot-tuch` |"), comparison) == text
     assert filled(text, comparison.model_copy(update={"command": "other"})) != text
+
+
+# -- counts that hang together -----------------------------------------------------------------------------
+
+
+def cases(comparison: Comparison) -> list[tuple[str, DesignFigures]]:
+    return [(workload.workload, it) for workload in comparison.workloads for it in workload.designs]
+
+
+def kicks_of(it: DesignFigures) -> int:
+    """Of a unit: one to answer each group, one for each submission of invalidations."""
+    return it.faults.io_groups + it.told.invalidation_waits
+
+
+def messages_of(it: DesignFigures) -> range:
+    """KVM is asked for each page of a group; a table of iommufdd's own is looked at first, so that nobody is
+    asked for what it has or what no area shows, and asks again what the host overtook.  A note is one, its
+    look another, an invalidation one.  Of the retries the figures do not say which were the device's.
+    """
+    faults, told = it.faults, it.told
+    ours = it.design in ("mirror", "notifier")
+    asked = faults.io - ours * (faults.io_spurious + faults.io_failed)
+    least = asked + 2 * told.notes + told.invalidations
+    return range(least, least + ours * faults.retries + 1)
+
+
+def test_kicks_and_messages_are_what_a_hand_works_out_of_faults_notes_and_invalidations(
+    comparison: Comparison,
+) -> None:
+    for name, it in cases(comparison):
+        assert it.told.kicks == kicks_of(it), (name, it.design)
+        assert it.told.messages in messages_of(it), (name, it.design)
+
+
+@pytest.mark.parametrize("count", ["kicks", "messages"])
+def test_one_kick_or_message_more_would_be_seen(comparison: Comparison, count: str) -> None:
+    it = next(it for name, it in cases(comparison) if (name, it.design) == ("streaming", "shared"))
+    told = it.told.model_copy(update={count: getattr(it.told, count) + 1})
+    wrong = it.model_copy(update={"told": told})
+    assert told.kicks != kicks_of(wrong) or told.messages not in messages_of(wrong)
 
 
 # -- sentences ---------------------------------------------------------------------------------------------

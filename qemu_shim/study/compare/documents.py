@@ -113,7 +113,7 @@ def _memory(_: WorkloadFigures, it: DesignFigures) -> str:
 
 def _told(_: WorkloadFigures, it: DesignFigures) -> str:
     descriptors = it.told.iotlb_invalidations + it.told.devtlb_invalidations
-    return f"{number_text(descriptors)} / {number_text(it.told.qi_messages)}"
+    return f"{number_text(descriptors)} / {number_text(it.told.invalidation_waits)}"
 
 
 def _dirty(comparison: Comparison) -> str:

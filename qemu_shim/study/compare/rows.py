@@ -71,7 +71,7 @@ def _average(figures: DesignFigures) -> str:
     return _some(average, texts=[us_text(average)])
 
 
-def _invalidations(figures: DesignFigures) -> str:
+def _descriptors(figures: DesignFigures) -> str:
     return _some(figures.told.iotlb_invalidations, figures.told.devtlb_invalidations)
 
 
@@ -93,8 +93,9 @@ ROWS = (
     Row("  bytes", lambda it: bytes_text(it.tables.bytes_max)),
     Row("notes sent/mapped", lambda it: _some(it.told.notes, it.told.notes_mapped), True),
     Row("notifier calls/KVM's flushes", lambda it: _some(it.told.notifier_calls, it.told.flushes), True),
-    Row("invalidations, IOTLB/device", _invalidations, True),
-    Row("  queue's messages/others", lambda it: _some(it.told.qi_messages, it.told.messages), True),
+    Row("descriptors, IOTLB/device TLB", _descriptors, True),
+    Row("  waits for them", lambda it: _some(it.told.invalidation_waits), True),
+    Row("kicks/messages", lambda it: _some(it.told.kicks, it.told.messages), True),
     Row("splits/collapses", lambda it: _some(it.work.splits, it.work.collapses), True),
     Row("pages swapped in/out", lambda it: _some(it.work.swap_ins, it.work.swap_outs), True),
     Row("moved by vCPU", lambda it: bytes_text(it.work.cpu_bytes)),

@@ -1,6 +1,6 @@
 """What a comparison says, as data: one schema for the table, the report, the documents and `--json`.
 
-`Comparison.version` is 3.  It grows when a field changes its meaning or goes; a new field does not change it.
+`Comparison.version` is 4.  It grows when a field changes its meaning or goes; a new field does not change it.
 Times are modelled, in us, rounded to a nanosecond; bytes are bytes; pages are of 4 KiB.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-VERSION = 3
+VERSION = 4
 
 
 class Model(BaseModel):
@@ -62,7 +62,7 @@ class Tables(Model):
 
 
 class Told(Model):
-    """Who was told what."""
+    """Who was told what, and how: messages between daemons, kicks of a unit whose queues lie in memory."""
 
     notes: int
     notes_mapped: int
@@ -71,7 +71,8 @@ class Told(Model):
     invalidations: int
     iotlb_invalidations: int
     devtlb_invalidations: int
-    qi_messages: int
+    invalidation_waits: int
+    kicks: int
     messages: int
 
 

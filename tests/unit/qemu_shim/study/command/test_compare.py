@@ -158,8 +158,8 @@ def test_figures_and_report_are_written_and_can_be_shown_again(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"version": 1}', "figures of version 1, this shows 3: run `compare` again"),
-        ('{"version": 3}', "Field required"),
+        ('{"version": 1}', "figures of version 1, this shows 4: run `compare` again"),
+        ('{"version": 4}', "Field required"),
         ("[]", "Comparison"),
         ("{", "Expecting property name"),
         ("\xff", "codec can't decode"),

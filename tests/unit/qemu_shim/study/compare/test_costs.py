@@ -48,9 +48,10 @@ BILL: dict[str, tuple[Payer, float]] = {
     "notifier_calls": (Payer.HOST, 0.5),
     "flushes": (Payer.HOST, 2.0),
     "invalidations": (Payer.HOST, 0.069),
-    "qi_messages": (Payer.HOST, 0.5),
+    "invalidation_waits": (Payer.HOST, 0.5),
     "iotlb_invalidations": (Payer.HOST, 1.0),
     "devtlb_invalidations": (Payer.HOST, 5.0),
+    "kicks": (Payer.HOST, 0.0),
     "messages": (Payer.HOST, 0.0),
     "pages_reported": (Payer.HOST, 1.3),
     "cpu_bytes": (Payer.WORK, 0.1e6 / (1 << 30)),
@@ -74,9 +75,10 @@ PRICES = {
     "note": {"notes"},
     "notifier_call": {"notifier_calls"},
     "tlb_flush": {"flushes"},
-    "qi_message": {"qi_messages"},
+    "invalidation_wait": {"invalidation_waits"},
     "iotlb_invalidation": {"iotlb_invalidations"},
     "devtlb_invalidation": {"devtlb_invalidations"},
+    "kick": {"kicks"},
     "message": {"messages"},
     "migrated_page": {"pages_reported"},
     "cpu_gib": {"cpu_bytes"},
@@ -95,7 +97,7 @@ def test_a_step_costs_what_a_hand_works_out() -> None:
     events = events_of(
         {"cpu_faults": 10, "cpu_faults_major": 1, "io_faults": 4, "io_groups": 2}
         | {"io_faults_major": 1, "swap_ins": 3}
-        | dict.fromkeys(("flushes", "qi_messages", "iotlb_invalidations", "devtlb_invalidations"), 2)
+        | dict.fromkeys(("flushes", "invalidation_waits", "iotlb_invalidations", "devtlb_invalidations"), 2)
         | {"invalidations": 2, "dma_bytes": 1 << 20, "work_descriptors": 5},
         {},
         {"pinned_pages": 0},
@@ -131,10 +133,13 @@ def test_no_event_is_priced_in_two_terms_and_none_that_the_bill_does_not_know() 
     assert sorted(term.events for term in TERMS) == sorted(BILL)
 
 
-def test_a_message_has_a_price_where_somebody_gives_it_one() -> None:
+@pytest.mark.parametrize(("constant", "event"), [("message", "messages"), ("kick", "kicks")])
+def test_what_a_kernel_has_for_nothing_has_a_price_where_somebody_gives_it_one(
+    constant: str, event: str
+) -> None:
     """By default it has none, so that the bill above would not see who pays it."""
-    values = default_costs().values(message=7.0)
-    assert paid({"messages": 2}, values) == {it: 14 if it is Payer.HOST else 0 for it in Payer}
+    values = default_costs().values(**{constant: 7.0})
+    assert paid({event: 2}, values) == {it: 14 if it is Payer.HOST else 0 for it in Payer}
 
 
 def test_clearing_costs_the_same_before_and_after_the_pages_were_batched() -> None:

@@ -136,7 +136,7 @@ def test_a_long_series_is_thinned_and_keeps_its_end() -> None:
 def test_the_document_reads_back_as_it_was_written() -> None:
     comparison = compare(all_made_up(), default_costs(), "qemu-shim compare --seed 1")
     assert Comparison.model_validate_json(comparison.model_dump_json()) == comparison
-    assert comparison.version == 3
+    assert comparison.version == 4
     assert all([it.design for it in w.designs] == list(DESIGNS) for w in comparison.workloads)
 
 
