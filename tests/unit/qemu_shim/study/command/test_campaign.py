@@ -88,7 +88,9 @@ def test_a_campaign_with_nothing_left_to_do_sums_up(
     assert campaign(out=tmp_path) == 1, "one failed, and stays failed"
     told = capsys.readouterr()
     assert told.out.splitlines() == ["1 points, 1 failed"]
-    assert told.err.splitlines()[-1] == f"FAILED {KEYS[0]}: broken"
+    failed, hint = told.err.splitlines()[-2:]
+    assert failed == f"FAILED {KEYS[0]}: broken"
+    assert hint.startswith("to see more, play one alone")
 
 
 @pytest.mark.parametrize(
