@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +10,11 @@ import pytest
 
 from tests.integration.scratch import Scratch, scratched
 from tests.tidy.source import ROOT
+from tests.tutorial.pages import files_of, lines_of, steps_of, text_of
 
-FILE = re.compile(r"^`(\w+\.py)`.*?\n\n```python\n(.*?)^```", re.M | re.S)
-COMMAND = re.compile(r"^    \.venv/bin/qemu-shim (.*)$", re.M)
+SHIM = ".venv/bin/qemu-shim"
 LINES_MAX = 15
-
-
-def text_of(name: str) -> str:
-    return (ROOT / "docs" / name).read_text(encoding="utf-8")
-
-
-TUTORIAL, HOWTO = text_of("tutorial.md"), dict(FILE.findall(text_of("howto.md")))
+TUTORIAL, HOWTO = text_of("tutorial.md"), files_of(text_of("howto.md"))
 
 
 @pytest.fixture
@@ -31,18 +24,27 @@ def scratch() -> Iterator[Scratch]:
 
 
 def test_the_tutorials_commands_do_what_it_says(scratch: Scratch, tmp_path: Path) -> None:
-    ((name, program),) = FILE.findall(TUTORIAL)
-    assert len([line for line in program.splitlines() if line.strip()]) <= LINES_MAX
+    """In this environment; `.ci/run` has a fresh clone do the same (`python3 -m tests.tutorial`)."""
+    ((name, program),) = files_of(TUTORIAL).items()
+    assert len(lines_of(program)) <= LINES_MAX
     (tmp_path / name).write_text(program)
-    commands = COMMAND.findall(TUTORIAL)
-    assert [command.split()[0] for command in commands] == ["run", "run", "compare", "campaign"]
-    for command in commands:
-        words = [str(tmp_path / word) if word in (name, "runs") else word for word in shlex.split(command)]
-        status, out, err = scratch.run(*words)
+    first, *steps = steps_of(TUTORIAL)
+    assert first.command == "make venv"
+    commands = [shlex.split(step.command) for step in steps]
+    assert [command[:2] for command in commands] == [
+        [SHIM, each] for each in ("run", "run", "compare", "campaign")
+    ]
+    assert steps[0].says == ("two-devices: ok",)
+    for (_, *words), step in zip(commands, steps, strict=True):
+        status, out, err = scratch.run(*(str(tmp_path / it) if it in (name, "runs") else it for it in words))
         assert status == 0, out + err
-        assert words[0] != "run" or out.splitlines()[-1] == "two-devices: ok"
+        assert all(line in out.splitlines() for line in step.says)
     status, out, _ = scratch.run("run", str(tmp_path / name), "--design", "pinned")
     assert (status, "FAILED: pages read back from swap: 0, expected 1" in out) == (1, True)
+
+
+def test_a_fresh_clone_does_the_tutorial_in_ci() -> None:
+    assert "python3 -m tests.tutorial\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", HOWTO)
