@@ -19,6 +19,7 @@ from protocol.errors import UapiError
 from protocol.pt.ept import EPT_AD
 from protocol.units import Hpa, Hva
 from tests.kit.kvmd import World
+from tests.kit.lent import Backed
 from tests.kit.refusals import refused
 
 GOOD = CreateTdpFd(0, 0, 0)
@@ -27,10 +28,7 @@ WIDE = CpuFeatures(maxphyaddr=52, ept_levels=5)
 
 @pytest.fixture
 def world() -> World:
-    made = World()
-    made.set_slot(0, 0x100, 16, made.map(16))
-    made.create_vcpu()
-    return made
+    return Backed(0x100, 16)
 
 
 # -- what refuses ----------------------------------------------------------------------------------------

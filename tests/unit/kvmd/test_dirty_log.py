@@ -236,9 +236,7 @@ def test_huge_leaves_come_back_by_way_of_a_frozen_entry_and_a_flush_of_its_regio
     assert fault.done
     assert logged.level(5) == 2
     assert not wait.done
-    while logged.importer.pending:
-        logged.ack(logged.importer)
-    assert wait.done
+    logged.settle(wait)
     assert [start >> 12 for start, _, _ in logged.importer.heard] == [GFN, GFN + 512, GFN + 1536]
     assert logged.level(600) == 0
     logged.write(600)

@@ -169,10 +169,7 @@ def test_counts_go_with_the_slot_when_it_is_deleted_or_moved() -> None:
     assert guest.rights(0x605)
     guest.track(0x606)
     for gfn, pages in ((0, 0), (0x600, 512)):
-        change = guest.start(guest.vm.slots_change.set_memory_region(guest.region(0, gfn, pages, guest.hva)))
-        while guest.importer.pending:
-            guest.ack(guest.importer)
-        change.result()
+        guest.change_slot(0, gfn, pages, guest.hva)
     guest.store(0x606)
     assert guest.rights(0x606)
 

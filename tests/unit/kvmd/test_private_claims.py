@@ -86,8 +86,7 @@ def test_what_is_private_is_mapped_for_a_device_only_once_it_is_shared(how: str)
 @pytest.mark.parametrize("how", USES)
 def test_while_it_is_converted_nobody_maps_it(how: str) -> None:
     world = Beside()
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     world.io_fault(exported, GFN)
     converted = world.start(world.convert(0))
     assert not converted.done
@@ -133,15 +132,11 @@ def test_a_slot_that_comes_with_private_gfns_wants_its_memory_to_be_no_device_s(
     world.set_slot(0, GFN + 1, 1, world.hva)
     world.refused(lambda: world.set_slot(0, GFN, 1, world.hva))
     world.give_up("watch", 0)
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
-    world.io_fault(exported, GFN + 1)
+    world.io_fault(world.lend(), GFN + 1)
     moved = world.start(world.vm.slots_change.set_memory_region(world.region(0, GFN, 1, world.hva)))
     assert not moved.done
     world.refused(lambda: world.use("watch", 0))
-    while importer.pending:
-        world.ack(importer)
-    moved.result()
+    world.settle(moved)
     world.refused(lambda: world.use("watch", 0))
 
 

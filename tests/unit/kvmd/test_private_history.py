@@ -24,7 +24,6 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from kvmd.core.vm import Kvm, VmType
 from protocol.flow import RwLock
 from protocol.units import Gfn, Gpa
-from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import WRITE, World
 from tests.kit.refusals import may_refuse
 
@@ -45,8 +44,7 @@ class PrivateHistory:
         self.memfd = self.vm.private.create(FILE_PAGES << 12, 0)
         self.hva = self.world.map(SLOT_PAGES)
         self.vcpu = self.world.create_vcpu()
-        self.exported, self.importer = self.world.export(), SlowImporter()
-        self.exported.register_importer("unit", self.importer)
+        self.exported, self.importer = self.world.lend(), self.world.importer
         self.cached: dict[int, tuple[int, int]] = {}  # gfn -> (frame, its tag), until acked
         self.running = 0
         self.stores = 0

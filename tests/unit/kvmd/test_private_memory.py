@@ -20,7 +20,6 @@ from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
 from protocol.units import MIB, Gfn, GfnSpan, Gpa, Level
-from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import World
 
 GFN, PAGES = 0x400, 16
@@ -74,8 +73,7 @@ def test_private_without_a_page_leaves_with_a_memory_fault() -> None:
 
 def test_conversion_returns_when_no_importer_has_the_shared_alias() -> None:
     world = Protected()
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     assert world.io_fault(exported, GFN) is FaultResult.FIXED
     wait = world.start(world.vm.private.set_attributes(Gpa(GFN << 12), 4096, PRIVATE, 0))
     assert not wait.done
@@ -86,8 +84,7 @@ def test_conversion_returns_when_no_importer_has_the_shared_alias() -> None:
 
 def test_a_closed_files_frames_go_after_the_acks() -> None:
     world = Protected()
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     world.attribute(0, PRIVATE)
     assert world.io_fault(exported, GFN) is FaultResult.FIXED
     frames = world.host.frames.in_use
@@ -121,8 +118,7 @@ def test_a_hole_is_taken_from_every_slot_that_has_it_and_reads_as_zeroes() -> No
 def test_a_slot_is_bound_once_the_hole_that_is_being_made_is_there() -> None:
     """Its pages lie in the hole: mapped before, they would be given back under the guest."""
     world = Protected()
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     wait = world.start(world.vm.private.set_attributes(Gpa(0), 0x1000 << 12, PRIVATE, 0))
     wait = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     while not wait.done:

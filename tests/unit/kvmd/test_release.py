@@ -24,23 +24,20 @@ from protocol.flow import Wait
 from protocol.units import Gfn, Hva
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import WRITE, World
+from tests.kit.lent import Backed
 
 PAGE = 4096
 
 
 @pytest.fixture
 def world() -> World:
-    made = World()
-    made.set_slot(0, 0x100, 16, made.map(16))
-    made.create_vcpu()
-    return made
+    return Backed(0x100, 16)
 
 
 def use_after_release(world: World) -> None:
     """A vCPU that ran on the exported root runs on, and the host moves a page of it."""
     vcpu, slot = world.vm.vcpus[0], next(iter(world.vm.slots))
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     world.guest_write(vcpu, 0x10_0000, b"before")
     exported.unregister_importer("unit", importer)
     world.run(world.vm.exports.close(exported))
@@ -74,8 +71,7 @@ def test_a_release_that_zaps_without_a_flush_is_noticed(
 
 
 def exit_under_dma(world: World) -> None:
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     world.io_fault(exported, 0x100)
     over = world.start(world.mm.exit())
     assert importer.heard, "frames are given back and no importer was told"

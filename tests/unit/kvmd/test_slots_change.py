@@ -24,15 +24,14 @@ HVA = Hva(0x2000_0000_0000)
 
 def lent(features: CpuFeatures | None = None) -> tuple[World, SlowImporter]:
     """Two slots of 16 pages, the first page of each mapped by a device."""
-    world, importer = World(features), SlowImporter()
+    world = World(features)
     world.map(32, hva=HVA)
     world.set_slot(0, 0x100, 16, HVA)
     world.set_slot(1, 0x200, 16, HVA + 0x1_0000)
-    exported = world.export()
-    exported.register_importer("unit", importer)
+    exported = world.lend()
     for gfn in (0x100, 0x200):
         assert world.io_fault(exported, gfn) is FaultResult.FIXED
-    return world, importer
+    return world, world.importer
 
 
 @pytest.mark.rfc("RFC-95")
@@ -78,14 +77,11 @@ def test_creating_a_slot_zaps_nothing_and_tells_nobody() -> None:
 
 
 def test_switching_logging_zaps_nothing() -> None:
-    world, importer = lent()
+    world, _ = lent()
     root = world.vm.exports.tdps[0].root.hpa
     before = world.table(root)
     for flags in (1, 0):
-        wait = world.start(world.vm.slots_change.set_memory_region(world.region(0, 0x100, 16, HVA, flags)))
-        while importer.pending:
-            world.ack(importer)
-        assert wait.done
+        world.do(world.vm.slots_change.set_memory_region(world.region(0, 0x100, 16, HVA, flags)))
     assert {gfn: pfn for gfn, (pfn, _) in world.table(root).items()} == {g: p for g, (p, _) in before.items()}
 
 

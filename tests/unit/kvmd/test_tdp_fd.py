@@ -15,14 +15,12 @@ from protocol.errors import UapiError
 from protocol.units import Gfn, Level
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import READ, WRITE, World
+from tests.kit.lent import Backed
 
 
 @pytest.fixture
 def world() -> World:
-    made = World()
-    made.set_slot(0, 0x100, 16, made.map(16))
-    made.create_vcpu()
-    return made
+    return Backed(0x100, 16)
 
 
 @pytest.mark.rfc("RFC-02", "RFC-03", "RFC-04", "RFC-05", "RFC-09", "RFC-10")

@@ -14,16 +14,14 @@ from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, GfnSpan, Hva, Level
 from tests.kit.kvmd import World
+from tests.kit.lent import Backed
 
 PAGE = 4096
 
 
 @pytest.fixture
 def world() -> World:
-    made = World()
-    made.set_slot(0, 0x100, 16, made.map(16))
-    made.create_vcpu()
-    return made
+    return Backed(0x100, 16)
 
 
 def test_the_guest_reads_what_the_process_wrote_and_the_other_way_round(world: World) -> None:

@@ -20,7 +20,6 @@ from kvmd.core.mm.reclaim import migrate
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
 from protocol.units import Gfn, Hva
-from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import MM_CHANGES, WRITE, World
 from tests.kit.lent import Lent
 
@@ -320,8 +319,7 @@ def test_a_huge_page_comes_where_small_ones_were_and_the_importer_hears_of_it() 
     world = World()
     hva = world.map(2, 2)
     world.set_slot(0, 0x200, 512, hva + PAGE)
-    exported, importer = world.export(), SlowImporter()
-    exported.register_importer("unit", importer)
+    exported, importer = world.lend(), world.importer
     world.io_fault(exported, 0x205)
     world.start(world.vm.slots_change.set_memory_region(world.region(0, 0, 0, 0)))
     world.ack(importer)

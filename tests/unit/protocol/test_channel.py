@@ -10,7 +10,6 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -30,12 +29,6 @@ from tests.unit.protocol.wires import (
     open_fds,
     wires,
 )
-
-
-@pytest.fixture
-def wire() -> Iterator[Wires]:
-    with wires() as made:
-        yield made
 
 
 def silent(channel: Channel, number: int, body: Body, fds: Fds) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -24,14 +23,7 @@ from tests.unit.protocol.wires import (
     failed,
     frame,
     open_fds,
-    wires,
 )
-
-
-@pytest.fixture
-def wire() -> Iterator[Wires]:
-    with wires() as made:
-        yield made
 
 
 def silent(channel: Channel, number: int, body: Body, fds: Fds) -> None:

@@ -8,7 +8,6 @@ import mmap
 import os
 import select
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from protocol.rpc.channel import Channel
 from protocol.rpc.files import Files
 from protocol.rpc.service import Service
 from protocol.rpc.socket import Listener, connect_now
-from tests.unit.protocol.wires import Wires, open_fds, wires
+from tests.unit.protocol.wires import Wires, open_fds
 
 NAMED: Service[str] = Service("named", {})
 
@@ -40,12 +39,6 @@ class FailingEpoll:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
         return fail
-
-
-@pytest.fixture
-def wire() -> Iterator[Wires]:
-    with wires() as made:
-        yield made
 
 
 def failing(wire: Wires, *names: str) -> None:

@@ -9,20 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from protocol.rpc.socket import MAX_PATH_BYTES, Listener, check_path, connect, connect_now
 from tests.patience import PATIENCE_S
-from tests.unit.protocol.wires import Wires, open_fds, wires
-
-
-@pytest.fixture
-def wire() -> Iterator[Wires]:
-    with wires() as made:
-        yield made
+from tests.unit.protocol.wires import Wires, open_fds
 
 
 class Came(list[socket.socket]):

@@ -375,9 +375,7 @@ def test_a_process_that_exits_under_a_waiting_fault_is_eperm(rig: MirroredPages)
     rig.dropping()
     asked = rig.start(rig.faulting())
     over = rig.start(rig.mm.exit())
-    while rig.importer.pending:
-        rig.ack(rig.importer)
-    assert over.done
+    rig.settle(over)
     assert errno_of(asked.result) == errno.EPERM
 
 
@@ -385,9 +383,8 @@ def test_a_process_gone_before_its_turn_is_eperm(rig: MirroredPages) -> None:
     forking = rig.start(fork(rig.mm, rig.host.create_mm()))  # has the lock, awaits the ack
     registered = rig.start(Mirror(rig.mm).register(SlowImporter(), HandLease()))
     over = rig.start(rig.mm.exit())
-    while rig.importer.pending:
-        rig.ack(rig.importer)
-    assert (forking.done, over.done) == (True, True)
+    rig.settle(over)
+    assert forking.done
     assert errno_of(registered.result) == errno.EPERM
     assert rig.mm.notifiers == [rig.vm.host_changes, rig.mirror]
 
