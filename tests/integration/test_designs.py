@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 
 import pytest
 import trio
@@ -15,7 +16,7 @@ from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.counters import GAUGES, SOURCES, UNDER_WAY
+from qemu_shim.scenarios.counters import GAUGES, SOURCES, UNDER_WAY, Counters
 from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.scenario import Play, Scenario
@@ -136,12 +137,48 @@ async def test_what_fails_in_a_play_is_a_problem_and_what_is_refused_a_refusal(
         assert (run.problems, told) == ([], ["ballooning: ram_block_discard is disabled:"])
 
 
-async def test_every_counter_that_a_sample_is_made_of_is_told_by_a_daemon(host: Host) -> None:
+async def told_by_daemons(host: Host) -> set[str]:
     told: set[str] = set()
     for design in (SHARED.name, "mirror"):
         async with running(host, design) as (guest, _):
             recorder = Recorder(host)
             recorder.machines.append(guest)
             told |= set(await recorder.look())
+    return told
+
+
+async def test_every_counter_that_a_sample_is_made_of_is_told_by_a_daemon(host: Host) -> None:
+    told = await told_by_daemons(host)
     rows = [*SOURCES.values(), *GAUGES.values(), *UNDER_WAY.values()]
     assert {key.removeprefix("-") for keys in rows for key in keys} - EVENTUAL <= told
+
+
+# docs/glossary.md: what daemons call by which of its words; `iommu.descriptors` are told by kind.
+WORDS = {
+    "flush": {"vm.remote_tlb_flush", "vm.tlb_flush"},
+    "invalidations": {
+        *("hwpt.invalidations", "iommu.hmm_invalidations", "kvmd.memory.hmm_invalidations"),
+        *("unit.iotlb_invalidations", "unit.devtlb_invalidations"),
+    },
+    "descriptors": {"unit.invalidation_descriptors", "device.work_descriptors", "iommu.descriptors"},
+    "waits": {"unit.invalidation_waits"},
+    "kick": {"iommu.kicks"},
+    "message": set(),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+async def test_daemons_count_under_a_word_of_the_glossary_what_it_means(host: Host, word: str) -> None:
+    told = {
+        "iommu.descriptors" if key.startswith("iommu.descriptors.") else key
+        for key in await told_by_daemons(host)
+    }
+    assert {key for key in told if word in key} == WORDS[word]
+
+
+@pytest.mark.parametrize(
+    ("unit", "names"),
+    [("messages", {"messages", "invalidations"}), ("kicks", {"kicks"}), ("flushes", {"flushes"})],
+)
+def test_counters_in_a_unit_of_the_glossary_are_what_it_means(unit: str, names: set[str]) -> None:
+    assert {each.name for each in fields(Counters) if each.metadata["unit"] == unit} == names
