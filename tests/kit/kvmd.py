@@ -94,9 +94,12 @@ class World(ByHand):
 
     def settle(self, wait: Wait[T]) -> T:
         """What it gives when all that `importer` is told of is acked, at once and in order."""
+        self.ack_all()
+        return wait.result()
+
+    def ack_all(self) -> None:
         while self.importer.pending:
             self.ack(self.importer)
-        return wait.result()
 
     def do(self, flow: Coroutine[Any, None, T]) -> T:
         """A flow that acks alone may hold up."""

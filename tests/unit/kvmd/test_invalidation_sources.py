@@ -91,7 +91,7 @@ def clears_by_hand(rig: Used) -> None:
 def is_protected(rig: Used) -> None:
     maps_a_bitmap(rig)
     over = rig.start(rig.vm.dirty_log.get(0, Hva(BITMAP)))
-    settle(rig)
+    rig.ack_all()
     assert over.done
 
 
@@ -99,12 +99,12 @@ def has_small_leaves(rig: Used) -> None:
     """Write tracking split the huge leaf, and is over."""
     for change in (rig.vm.write_track.add, rig.vm.write_track.remove):
         rig.start(change(Gpa(GFN << 12)))
-        settle(rig)
+        rig.ack_all()
 
 
 def fetches(rig: Used) -> None:
     rig.start(rig.vm.nx_huge.switch(on=True))
-    settle(rig)
+    rig.ack_all()
     assert rig.run(rig.cpu.run([("exec", GFN << 12)])).done
     assert rig.io_fault(rig.exported, GFN) in (FaultResult.FIXED, FaultResult.SPURIOUS)
     assert rig.entry() & 0x84 == 4, "small and executable"
@@ -222,11 +222,6 @@ SOURCES: dict[str, SourceCase] = {
 }
 
 
-def settle(rig: Used) -> None:
-    while rig.importer.pending:
-        rig.ack(rig.importer)
-
-
 def behaves(source: SourceCase) -> None:
     rig = Used(source.memory, **source.rig)
     source.before(rig)
@@ -242,7 +237,7 @@ def behaves(source: SourceCase) -> None:
     assert not any(rig.importer.cpu_had_it), "the CPU could still use it when the importer was told"
     assert over.done == (not source.told), "it returns with the last ack, not before"
     assert rig.tag(frame) == tag or not source.told, "the frame is gone and somebody may still use it"
-    settle(rig)
+    rig.ack_all()
     assert over.done
     assert (rig.tag(frame) != tag) == source.frees, "the frame is given back"
     assert check_vm(rig.vm) + check_memory(rig.host.memory, rig.host.processes) == []

@@ -10,7 +10,6 @@ from kvmd.core.invariants import check_vm
 from protocol.pt import bits
 from tests.oracle.table import second_stage_walk
 from tests.unit.kvmd.sources import GFN, MACHINE, Used
-from tests.unit.kvmd.test_invalidation_sources import settle
 
 OTHER = GFN + 7
 
@@ -18,7 +17,7 @@ OTHER = GFN + 7
 def switched(*, on: bool = True, features: CpuFeatures | None = None) -> Used:
     rig = Used("huge", features=features)
     over = rig.start(rig.vm.nx_huge.switch(on=on))
-    settle(rig)
+    rig.ack_all()
     assert over.done
     return rig
 
@@ -55,13 +54,13 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
     assert execute(rig)
     for flags, zapped in ((1, 0), (0, 0)):
         rig.start(rig.vm.slots_change.set_memory_region(rig.region(0, GFN, 512, rig.hva, flags)))
-        settle(rig)
+        rig.ack_all()
         over = rig.start(rig.vm.nx_huge.recover())
-        settle(rig)
+        rig.ack_all()
         assert over.result() == zapped, "logging: kept; after it: the collapse took the table already"
     assert execute(rig)
     over = rig.start(rig.vm.nx_huge.recover())
-    settle(rig)
+    rig.ack_all()
     assert over.result() == 1
     assert rig.io_fault(rig.exported, OTHER) is FaultResult.FIXED
     assert rig.entry(OTHER) & bits.PAGE_SIZE_BIT
@@ -71,7 +70,7 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
 def test_switched_off_a_huge_leaf_is_executable_again() -> None:
     rig = switched()
     over = rig.start(rig.vm.nx_huge.switch(on=False))
-    settle(rig)
+    rig.ack_all()
     assert over.done
     assert execute(rig)
     assert rig.entry() & (bits.PAGE_SIZE_BIT | bits.EXEC) == bits.PAGE_SIZE_BIT | bits.EXEC
