@@ -108,9 +108,7 @@ class ContextTables:
         """
         if not self._ecap.dt:
             raise NoTable(FaultReason.SCT_5)
-        context = self._contexts.get(rid)
-        if context is None:
-            context = self._contexts[rid] = self._read_context(rid)
+        context = self._context(rid)
         if not context.dte:
             raise NoTable(FaultReason.SCT_5, fpd=context.fpd)
         key = rid, context.rid_pasid
@@ -118,6 +116,18 @@ class ContextTables:
         if cached is None:
             cached = self._pasids[key] = self._read_second_stage(context)
         return cached
+
+    def check_page_request(self, rid: int) -> None:
+        """May the function ask for pages?  Raises NoTable: its context entry is not there or has no PRE."""
+        context = self._context(rid)
+        if not context.pre:
+            raise NoTable(FaultReason.SCT_8, fpd=context.fpd)
+
+    def _context(self, rid: int) -> ContextEntry:
+        context = self._contexts.get(rid)
+        if context is None:
+            context = self._contexts[rid] = self._read_context(rid)
+        return context
 
     def _read_context(self, rid: int) -> ContextEntry:
         if self._rtaddr is None:

@@ -32,6 +32,7 @@ from device_sim.core.unit_registers import Events, RegisterPages, RegisterSet
 from protocol.hw import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.faults import QUALIFIED, AddressType, FaultReason, FaultRecord, FaultType
+from protocol.hw.prq import PageRequest
 from protocol.hw.qi import DescriptorError, ResponseCode
 from protocol.hw.vtd_regs import Gcmd, Reg
 from protocol.pt import bits
@@ -96,7 +97,7 @@ class RemappingUnit:
         self.registers = RegisterSet(cap, ecap, fence)
         self.tables = ContextTables(cap, ecap, haw, memory)
         self.queue = QueuedInvalidation(self.registers, memory, self._execute, self._on_wait)
-        self.prq = PrqWriter(self.registers, memory, self._auto_respond)
+        self.prq = PrqWriter(self.registers, memory, self._auto_respond, self._admit)
         self.faults = FaultRecording(cap, self.registers)
         self.iotlb_invalidations = 0  # descriptors executed
         self.devtlb_invalidations = 0
@@ -330,6 +331,22 @@ class RemappingUnit:
         )
         self.faults.record(record)
         return RequestRefused(reason)
+
+    def _admit(self, request: PageRequest) -> bool:
+        """PRE, before anything else is looked at [VT-d 7.4]."""
+        try:
+            self.tables.check_page_request(request.rid)
+        except NoTable as found:
+            self._refuse(
+                request.rid,
+                iova_pfn_of(request.addr),
+                found.reason,
+                fpd=found.fpd,
+                type=FaultType.PAGE_REQUEST,
+                at=AddressType.UNTRANSLATED,
+            )
+            return False
+        return True
 
     def _auto_respond(self, rid: int, prgi: int, code: ResponseCode) -> None:
         endpoint = self._endpoints.get(rid)

@@ -3,7 +3,8 @@
 Models [VT-d 7.4]: 2^(PQS+7) entries of 32 bytes; full when one is left.  An entry lies in memory before the
 tail shows it, the tail before PPR.  A request that finds no room sets PRO, and until software clears it all
 further ones are dropped; a dropped request that is the last of its group is answered Success by the unit
-itself, so that the device asks again (R9).
+itself, so that the device asks again (R9).  One that may not ask at all (PRE) is no entry: the unit answers
+its group Response Failure.
 
 Must hold: the head is software's word: it is read once when there must be room, and one that names no entry
 leaves none; of a ring outside the queues' memory nothing is stored.  Software that cleared PPR and read the
@@ -30,12 +31,21 @@ Respond = Callable[[int, int, ResponseCode], None]
 
 
 class PrqWriter:
-    def __init__(self, registers: RegisterSet, memory: PhysicalMemory, respond: Respond) -> None:
+    """`allowed` says whether a request may come in at all, and has recorded why not."""
+
+    def __init__(
+        self,
+        registers: RegisterSet,
+        memory: PhysicalMemory,
+        respond: Respond,
+        allowed: Callable[[PageRequest], bool],
+    ) -> None:
         self.requests = 0
         self.dropped = 0
         self._registers = registers
         self._memory = memory
         self._respond = respond
+        self._allowed = allowed
         self._pqa = 0
         self._ring = page_request_ring(0)
         self._tail = 0  # the index
@@ -52,16 +62,23 @@ class PrqWriter:
 
     def submit(self, request: PageRequest) -> None:
         """Queue a request, or drop it."""
+        if not self._allowed(request):
+            self._answer(request, ResponseCode.FAILURE)
+            return
         if self.overflow:
             self._take_pro()
         if self.overflow or not self._store(request):
             self.dropped += 1
             self._registers.raise_status(Reg.PRS, Prs.PRO)
-            if request.last and not request.is_stop_marker:
-                self._respond(request.rid, request.prgi, ResponseCode.SUCCESS)
+            self._answer(request, ResponseCode.SUCCESS)
             return
         self.requests += 1
         self._registers.raise_status(Reg.PRS, Prs.PPR)
+
+    def _answer(self, request: PageRequest, code: ResponseCode) -> None:
+        """On our own, once a group; a stop marker wants no answer."""
+        if request.last and not request.is_stop_marker:
+            self._respond(request.rid, request.prgi, code)
 
     def _store(self, request: PageRequest) -> bool:
         """Into the ring, behind it the tail; False if there is no room."""

@@ -146,7 +146,7 @@ class RawDriver:
             self.put(self.root_entry(rid), self.page() | 1)
         directory, table = self.page(), self.page()
         self.put(directory, table | 1)
-        self.put(self.context_entry(rid), directory | 1 << 2 | 1, 0, 0, 0)
+        self.put(self.context_entry(rid), directory | 1 << 4 | 1 << 2 | 1, 0, 0, 0)  # PRE, DTE, P
         self._entries[rid] = table
 
     def directory(self, rid: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from device_sim.core.dmar import RequestRefused
+from device_sim.core.pri import PageAccess
+from protocol.hw.qi import ResponseCode
 from protocol.units import IovaPfn
 from tests.kit.raw_driver import GCMD, QIE, RTADDR, SRTP, TE
 from tests.kit.silicon import (
@@ -15,6 +17,7 @@ from tests.kit.silicon import (
     R,
     Silicon,
     descriptor,
+    fault_record,
     iotlb_global,
     pasid_cache,
     pasid_entry,
@@ -22,7 +25,7 @@ from tests.kit.silicon import (
 
 OTHER = 0x6A10
 SRT_1, SRT_2, SRT_3, RTA_4 = 0x38, 0x39, 0x3A, 0x33
-SCT_1, SCT_2, SCT_3, SCT_5, SCT_9 = 0x40, 0x41, 0x42, 0x44, 0x48
+SCT_1, SCT_2, SCT_3, SCT_5, SCT_8, SCT_9 = 0x40, 0x41, 0x42, 0x44, 0x47, 0x48
 SPD_1, SPD_2, SPD_3, SPT_1, SPT_2, SPT_3 = 0x50, 0x51, 0x52, 0x58, 0x59, 0x5A
 NOWHERE = 0x7000_0000
 
@@ -282,3 +285,45 @@ def test_a_function_of_the_upper_half_of_its_bus_is_found_by_the_upper_table(sil
     assert asks(silicon, above) == 0
     silicon.execute(context_cache(1))
     assert (asks(silicon, above), asks(silicon, RID)) == (0, SRT_2)
+
+
+# -- page requests -------------------------------------------------------------------------------------
+
+
+def asks_for_a_page(silicon: Silicon) -> ResponseCode | None:
+    """Page 9, absent; the answer that came without the driver."""
+    answered = silicon.start(silicon.function.pri.request([PageAccess(IovaPfn(9), True)]))
+    return answered.result() if answered.done else None
+
+
+@pytest.mark.parametrize(("gone", "reason"), [(1 << 4, SCT_8), (1 << 0, SCT_2)])
+def test_a_page_request_without_pre_is_a_fault_and_response_failure(
+    silicon: Silicon, gone: int, reason: int
+) -> None:
+    """[VT-d 7.4]: nothing reaches the queue; the function's page requests are off, as PCIe has it."""
+    context = silicon.driver.context_entry(RID)
+    silicon.driver.put(context, silicon.driver.get(context) & ~gone)
+    assert asks_for_a_page(silicon) is ResponseCode.FAILURE
+    (raw,) = silicon.driver.take_faults()
+    assert fault_record(raw) == (reason, 9, RID, True)
+    assert (raw[15] >> 6 & 1, raw[11] >> 4 & 1) == (0, 1), "T1, T2: a page request"
+    assert silicon.requests() == []
+    assert not silicon.function.pri.enabled
+
+
+def test_pre_is_cached_with_the_rest_of_its_context_entry(silicon: Silicon) -> None:
+    assert asks(silicon) == 0
+    context = silicon.driver.context_entry(RID)
+    silicon.driver.put(context, silicon.driver.get(context) & ~(1 << 4))
+    assert asks_for_a_page(silicon) is None
+    assert [asked.page for asked in silicon.serve()] == [9]
+    silicon.execute(context_cache(3, sid=RID))
+    assert asks_for_a_page(silicon) is ResponseCode.FAILURE
+    assert silicon.requests() == []
+
+
+def test_fpd_hides_a_page_request_without_pre(silicon: Silicon) -> None:
+    context = silicon.driver.context_entry(RID)
+    silicon.driver.put(context, silicon.driver.get(context) & ~(1 << 4) | 1 << 1)
+    assert asks_for_a_page(silicon) is ResponseCode.FAILURE
+    assert silicon.faults() == []

@@ -92,6 +92,7 @@ def test_bus_mastering_off_while_an_access_waits_for_its_page_stops_it(warm: Sil
 @pytest.fixture
 def overflowed(silicon: Silicon) -> Silicon:
     """The queue takes nothing, and page 7 is asked for."""
+    silicon.driver.add_function(1)
     for prgi in range(2048):
         silicon.unit.prq.submit(PageRequest(rid=1, prgi=prgi % 512, addr=Iova(0), last=False))
     assert silicon.unit.prq.overflow

@@ -39,6 +39,8 @@ class Pri:
         memory = PhysicalMemory()
         self.unit = RemappingUnit(*capabilities(), 46, memory)
         self.driver = RawDriver(self.unit, memory)
+        for rid in (RID, 1):
+            self.driver.add_function(rid)
         self.unit.add_endpoint(RID, self)
         for _ in range(2047 - room):
             self.unit.prq.submit(PageRequest(rid=1, prgi=0, addr=Iova(0), last=False))

@@ -50,6 +50,7 @@ class Ring:
         self.unit = RemappingUnit(cap, ecap, 46, memory)
         self.unit.add_endpoint(RID, self.endpoint)
         self.driver = RawDriver(self.unit, memory, pqs=pqs)
+        self.driver.add_function(RID)
         self.queue = self.unit.prq
 
     def submit(self, prgi: int, *, last: bool = True) -> None:
@@ -259,4 +260,4 @@ def test_a_reset_queue_takes_nothing_and_keeps_nobody_waiting() -> None:
     ring.unit.reset()
     assert not ring.queue.overflow
     ring.submit(1)
-    assert ring.endpoint.responses[-1] == (1, 0), "there is no ring: the unit answers itself"
+    assert ring.endpoint.responses[-1] == (1, 0xF), "nothing says that it may ask: the unit answers itself"
