@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_sim.core.traits import DeviceTraits, Traits, UnitTraits, capabilities
+from device_sim.core.traits import DeviceTraits, InvalidateCompletion, Traits, UnitTraits, capabilities
 from protocol.daemon import parser
 from protocol.uapi.link import FAULT_CAPABILITIES
 
@@ -61,6 +61,13 @@ def _add_device_options(options: argparse.ArgumentParser) -> None:
         choices=FAULT_CAPABILITIES,
         help="where a device asks for a page that is absent: partial, not for completion records and batch "
         "lists, which are lost; none, nowhere, it has no page requests",
+    )
+    options.add_argument(
+        "--invalidate-completion",
+        default=InvalidateCompletion.IN_TIME,
+        choices=[each.value for each in InvalidateCompletion],
+        help="when a device completes invalidations of its device TLB: late, every other one only after the "
+        "unit's time-out (ITE, then ICE); never, until the driver takes it off the bus",
     )
     options.add_argument("--no-pasid", action="store_true")
     options.add_argument("--no-ats", action="store_true")
@@ -146,6 +153,7 @@ def _device(number: int, given: argparse.Namespace) -> DeviceTraits:
         ats=not given.no_ats,
         pri=not given.no_pri and capability != "none",
         pri_on=given.pri_on and capability != "none",
+        invalidate_completion=InvalidateCompletion(given.invalidate_completion),
         control_faults=capability == "full",
     )
     return DeviceTraits(

@@ -10,6 +10,7 @@ import errno
 import socket
 from collections.abc import Callable
 
+import structlog
 from pydantic import ValidationError
 
 from iommufdd.core.counts import UnitCounts
@@ -24,6 +25,8 @@ from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.trace import TRACE, PrqReport
 from protocol.uapi import link as uapi
+
+log = structlog.get_logger("iommufdd")
 
 
 class Silicon:
@@ -96,7 +99,15 @@ class Silicon:
         self._ports.append(port)
         registers = port.take((await self.ask("UNIT", {"unit": number}, [port.give_store_page()])).fds)
         unit = IntelIommu(
-            number, cap, ecap, registers, memory, self.counts, self._page_requests, self.on_faults
+            number,
+            cap,
+            ecap,
+            registers,
+            memory,
+            self.counts,
+            self._page_requests,
+            self.on_faults,
+            self._end_dma,
         )
         port.serve(unit)
         return unit
@@ -135,6 +146,11 @@ class Silicon:
     ) -> None:
         body = {"pasid": pasid, "ats": ats, "pri_allocation": pri_allocation, "bus_master": bus_master}
         await self.ask("FUNCTION", {"rid": rid, **body})
+
+    async def _end_dma(self, rid: int) -> None:
+        """Of a function that its unit's driver gives up."""
+        log.error("a function completes no invalidations: it is taken off the bus", rid=f"{rid:#x}")
+        await self.set_function(rid, bus_master=False)
 
     async def add_memory(self, lent: LentMemory) -> int:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""

@@ -197,6 +197,10 @@ class RemappingUnit:
                 raise DescriptorError(qi.IQEI.BAD_TYPE, f"{type(descriptor).__name__} is not implemented")
         return None
 
+    def unexpected_completion(self, rid: int) -> None:
+        """A function completes what timed out [VT-d 11.4.8.1]: reported, and that is all."""
+        self.queue.report_completion_error(rid)
+
     def _invalidate_iotlb(self, descriptor: qi.IotlbInv) -> None:
         if descriptor.granularity is qi.IotlbGranularity.GLOBAL:
             self.iotlb.invalidate_all()

@@ -21,7 +21,7 @@ from device_sim.core.devtlb import DevTlb, HpaRun
 from device_sim.core.dmar import NOT_PRESENT, RemappingUnit, RequestRefused
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.pri import PageAccess, PageRequestInterface
-from device_sim.core.traits import Traits
+from device_sim.core.traits import InvalidateCompletion, Traits
 from protocol.errors import UapiError
 from protocol.hw.qi import ALL_PAGES, ResponseCode
 from protocol.pt import bits
@@ -74,6 +74,7 @@ class Function:
         self.dma_enabled = False
         self.stale = 0
         self.stale_notes: list[str] = []
+        self._late = False  # is there an invalidation that the unit does not wait for any more?
         self._unit = unit
         self._memory = memory
         unit.add_endpoint(rid, self)
@@ -83,11 +84,17 @@ class Function:
     # -- what the remapping unit sends -----------------------------------------------------------------
 
     def invalidate_translations(self, start: IovaPfn, npages: int) -> bool:
-        """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once, or never
-        if that is what the function is like.
+        """An ATS invalidation: DMA is not in the middle of anything here, so it completes at once, unless the
+        function is one that does not.  What is late comes before the next is completed.
         """
-        if not self.traits.completes_invalidations:
+        completion = self.traits.invalidate_completion
+        late = completion is InvalidateCompletion.LATE and not self._late
+        if late or completion is InvalidateCompletion.NEVER:
+            self._late = late
             return False
+        if self._late:
+            self._late = False
+            self._unit.unexpected_completion(self.rid)
         self.devtlb.invalidate(start, npages)
         return True
 

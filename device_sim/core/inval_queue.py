@@ -4,7 +4,8 @@ Models [VT-d 6.5.2]: a store to IQT has descriptors fetched from the head on; ea
 next is fetched, so a wait is done when its turn comes: it stores its status, and with IF raises the
 completion event.  At a descriptor that cannot be executed the queue stops (IQE, with the reason in IQERCD)
 and fetches it anew when software has cleared IQE.  A device that does not complete an invalidation in time
-stops it too (ITE): the wait behind is aborted, which means that its status is never stored.
+stops it too (ITE): the wait behind is aborted, which means that its status is never stored.  A completion
+that comes after that is reported (ICE), and stops nothing.
 
 Must hold (I30): tail and ring are software's words, read once for each run and bounded before use; a
 descriptor is read once, and what was checked is what is executed; a status goes into a queue window or
@@ -19,9 +20,11 @@ from collections.abc import Callable
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.unit_registers import RegisterSet
 from protocol.hw import qi
+from protocol.hw.fields import Field
 from protocol.hw.qi import IQEI, DescriptorError
 from protocol.hw.vtd_regs import (
     IQA_DW,
+    IQERCD_ICESID,
     IQERCD_IQEI,
     IQERCD_ITESID,
     Fsts,
@@ -79,8 +82,17 @@ class QueuedInvalidation:
         try:
             self._run()
         except DescriptorError as error:
-            self._registers.show(Reg.IQERCD, IQERCD_IQEI.put(error.iqei))
-            self._registers.raise_status(Reg.FSTS, Fsts.IQE)
+            self._report(Fsts.IQE, IQERCD_IQEI, error.iqei)
+
+    def report_completion_error(self, rid: int) -> None:
+        """ICE: a completion of that function answers nothing that is waited for; the queue goes on."""
+        self._report(Fsts.ICE, IQERCD_ICESID, rid)
+
+    def _report(self, status: int, field: Field, value: int) -> None:
+        """Why, and then that it is so."""
+        others = self._registers.shown(Reg.IQERCD) & ~field.mask
+        self._registers.show(Reg.IQERCD, others | field.put(value))
+        self._registers.raise_status(Reg.FSTS, status)
 
     def _run(self) -> None:
         ring = self._ring
@@ -98,9 +110,8 @@ class QueuedInvalidation:
                 self._late = self._late if late is None else late
                 self._advance(ring)
         if self._late is not None:
-            self._registers.show(Reg.IQERCD, IQERCD_ITESID.put(self._late))
-            self._late = None
-            self._registers.raise_status(Reg.FSTS, Fsts.ITE)
+            late, self._late = self._late, None
+            self._report(Fsts.ITE, IQERCD_ITESID, late)
 
     def _bounded_tail(self, ring: Ring) -> int:
         if not IQA_DW.get(self._iqa):

@@ -7,11 +7,22 @@ are one way to make such traits, a test another; nothing here changes once it is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from protocol.hw.caps import Cap, Ecap, make_cap, make_ecap
 
 FAULT_RECORDS_AT = 0x400  # in the register page
 FAULT_RECORDS = 64
+
+
+class InvalidateCompletion(StrEnum):
+    """When a function completes what its device TLB is to drop [PCIe 10.3]: before the unit's time-out, every
+    other one only behind it, or never.
+    """
+
+    IN_TIME = "in-time"
+    LATE = "late"
+    NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +33,7 @@ class Traits:
     ats: bool = True
     pri: bool = True
     pri_on: bool = False  # page requests are on already, by whoever had the function before
-    completes_invalidations: bool = True  # of its device TLB
+    invalidate_completion: InvalidateCompletion = InvalidateCompletion.IN_TIME
     control_faults: bool = True  # an absent completion record or batch list is asked for, not an error
 
 

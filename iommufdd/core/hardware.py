@@ -25,10 +25,11 @@ class Unit(Protocol):
     def ecap(self) -> Ecap: ...
 
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
-        """Queue descriptors; returns when the wait that ends them completed."""
+        """Queue descriptors; returns when the wait that ends them completed, or what they would have dropped
+        can be used by nobody."""
 
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
-        """Where none is present."""
+        """Where none is present.  EIO: the function was taken off the bus."""
 
     def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """Not present from now on; the unit remembers it until what `qi.detach` says was submitted."""

@@ -3,18 +3,23 @@
 Models struct intel_iommu [Linux intel/iommu.h], how the driver brings a unit up [Linux intel/iommu.c
 init_dmars], and what it does at each of its interrupts.  The unit is told of what was stored by a kick, and
 tells by events (docs/decisions/0018).  What is read of it is its word: PeerError where it cannot be.
+
+A function that completes no invalidation keeps translations that nobody can take from it.  So whoever waits
+for one is not told before the function reaches nothing: its context entry gone, the unit told, its bus
+mastering off.  Told earlier, he would give a frame away that the function still writes to (I6).
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.fault_records import FaultRecords
-from iommufdd.core.inval_queue import InvalidationQueue
+from iommufdd.core.inval_queue import InvalidationQueue, InvalidationTimeOut
 from iommufdd.core.page_requests import PageRequestQueue
 from iommufdd.core.translation_tables import TranslationTables
 from iommufdd.core.unit_registers import UnitRegisters
@@ -22,7 +27,7 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.pasid_entry import PasidEntry
-from protocol.hw.qi import Descriptor, ResponseCode
+from protocol.hw.qi import Descriptor, DevTlbInv, ResponseCode
 from protocol.hw.vtd_regs import (
     IQA_BASE,
     IQA_DW,
@@ -55,7 +60,9 @@ class UnitMemory:
 
 
 class IntelIommu:
-    """`on_page_requests(entries, overflow)` and `on_faults(records)` are called with what is new."""
+    """`on_page_requests(entries, overflow)` and `on_faults(records)` are called with what is new;
+    `end_dma(rid)` takes a function's bus mastering from it.
+    """
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class IntelIommu:
         counts: UnitCounts,
         on_page_requests: Callable[[IntelIommu, bytes, bool], None],
         on_faults: Callable[[list[bytes]], None],
+        end_dma: Callable[[int], Coroutine[Any, Any, None]],
     ) -> None:
         self.number = number
         self.cap = cap
@@ -93,6 +101,8 @@ class IntelIommu:
             self.page_requests.look,
         )
         self._faults = FaultRecords(registers, cap)
+        self._end_dma = end_dma
+        self._taken_off: dict[int, Wait[None]] = {}  # functions that answer nothing, each until it is done
         self._in_effect: Wait[None] = Wait()
         self._gone = False
 
@@ -125,14 +135,53 @@ class IntelIommu:
 
     # -- what the IOMMU core asks ----------------------------------------------------------------------
 
+    # awaits: descriptors, told: cannot change: the caller's own
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
-        await self.queue.submit(descriptors)
+        """Returns when all took effect, or what they would have dropped can be used by nobody.  Errors as of
+        `InvalidationQueue.submit`, a time-out only if the unit goes on about a function that is off the bus.
+        """
+        told: set[int] = set()
+        while True:
+            if self._taken_off:
+                descriptors = self._answerable(descriptors)
+            try:
+                await self.queue.submit(descriptors)
+                return
+            except InvalidationTimeOut as timed_out:
+                if timed_out.rid in told or not self.tables.has(timed_out.rid):
+                    raise
+                told.add(timed_out.rid)
+                await self._take_off(timed_out.rid)
+
+    def _answerable(self, descriptors: Sequence[Descriptor]) -> list[Descriptor]:
+        """Without those that would wait for a function that answers nothing."""
+        gone = self._taken_off
+        return [each for each in descriptors if not (isinstance(each, DevTlbInv) and each.sid in gone)]
+
+    # awaits: done: cannot change: ours, and set once
+    async def _take_off(self, rid: int) -> None:
+        """The function reaches nothing when this returns, and never again while this link lasts."""
+        done = self._taken_off.get(rid)
+        if done is not None:
+            await done
+            return
+        done = self._taken_off[rid] = Wait()
+        try:
+            self.tables.retire_context_entry(rid)
+            await self.submit(qi.forget_function(rid))
+            self.tables.clear_context_entry(rid)
+            await self._end_dma(rid)
+        finally:
+            done.set(None)
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
         """A page group response; nobody waits for it.  False: there is nobody any more."""
         return self.queue.post(qi.page_group_response(rid, prgi, code))
 
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
+        if rid in self._taken_off:
+            why = f"function {rid:#x} completes no invalidations, and is off the bus: start device_sim anew"
+            raise UapiError(errno.EIO, why)
         self.tables.put_pasid_entry(rid, pasid, entry)
 
     def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:

@@ -39,6 +39,14 @@ _RECOVERABLE = (IQEI.BAD_TYPE, IQEI.RESERVED_FIELD)
 _NOTHING = encode(WaitDescriptor())
 
 
+class InvalidationTimeOut(UapiError):
+    """ETIMEDOUT: function `rid` did not complete an invalidation, nor the same again."""
+
+    def __init__(self, rid: int) -> None:
+        super().__init__(errno.ETIMEDOUT, f"function {rid:#x} completes no invalidation")
+        self.rid = rid
+
+
 class _Submission:
     """Descriptors side by side in the ring; `end` is the position behind them, counted from the first
     ever.
@@ -98,7 +106,7 @@ class InvalidationQueue:
 
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         """Descriptors, the last a wait; returns when that is done.  EINVAL: one is no descriptor to this
-        unit; ETIMEDOUT: a device did not complete one, twice; ENODEV: the unit is gone.
+        unit; InvalidationTimeOut; ENODEV: the unit is gone.
         """
         assert isinstance(descriptors[-1], WaitDescriptor), "the last is a wait"
         assert len(descriptors) < self._ring.entries, f"{len(descriptors)} descriptors are more than the ring"
@@ -232,7 +240,7 @@ class InvalidationQueue:
             if submission.done is None or submission.start >= head or self._is_done(submission, head):
                 continue
             submission.late = True
-            submission.error = UapiError(errno.ETIMEDOUT, f"function {rid:#x} completes no invalidation")
+            submission.error = InvalidationTimeOut(rid)
             if submission.end <= head:
                 aborted.append(submission)
         for submission in aborted:

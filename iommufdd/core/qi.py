@@ -84,6 +84,18 @@ def forget_all() -> list[Descriptor]:
     ]
 
 
+def forget_function(rid: int) -> list[Descriptor]:
+    """After a function's context entry was made absent [Linux intel/pasid.c intel_context_flush_no_pasid].
+    Its device TLB is not asked: it goes because it does not answer.
+    """
+    return [
+        ContextInv(granularity=ContextGranularity.DEVICE, sid=rid),
+        PasidCacheInv(granularity=PasidCacheGranularity.GLOBAL),
+        IotlbInv(granularity=IotlbGranularity.GLOBAL, dw=True, dr=True),
+        wait(),
+    ]
+
+
 def _device(rid: int, ecap: Ecap) -> list[Descriptor]:
     return [everything(rid)] if ecap.dt else []
 

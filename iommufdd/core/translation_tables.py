@@ -63,6 +63,18 @@ class TranslationTables:
             self._memory.store64(Hpa(self._root + bus * RootEntry.SIZE + upper * _WORD), half)
         return Hpa(self._contexts[bus, upper] + index * ContextEntry.SIZE)
 
+    def has(self, rid: int) -> bool:
+        """Was it ever added?"""
+        return rid in self._pasid_tables
+
+    def retire_context_entry(self, rid: int) -> None:
+        """The function may ask for nothing more; the unit may remember what it might until it is told."""
+        self._retire(self._context_of(rid))
+
+    def clear_context_entry(self, rid: int) -> None:
+        """Nobody remembers it."""
+        self._clear(self._context_of(rid), ContextEntry.SIZE, f"function {rid:#x}")
+
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
         at = self._pasid_entry_at(rid, pasid)
         assert not self._memory.load64(at) & 1, f"I29: function {rid:#x}, PASID {pasid}: an entry is present"
@@ -71,19 +83,24 @@ class TranslationTables:
 
     def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """It is not present any more; the unit may remember it until it is told."""
-        at = self._pasid_entry_at(rid, pasid)
-        self._memory.store64(at, self._memory.load64(at) & ~1)
+        self._retire(self._pasid_entry_at(rid, pasid))
 
     def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """Nobody remembers it."""
-        at = self._pasid_entry_at(rid, pasid)
-        assert not self._memory.load64(at) & 1, f"I29: function {rid:#x}, PASID {pasid}: the entry is present"
-        self._put(at, [0] * (PASID_ENTRY_SIZE // _WORD))
+        what = f"function {rid:#x}, PASID {pasid}"
+        self._clear(self._pasid_entry_at(rid, pasid), PASID_ENTRY_SIZE, what)
 
     def _pasid_entry_at(self, rid: int, pasid: Pasid) -> Hpa:
         directory, index = pasid_index(pasid)
         assert directory == 0, f"PASID {pasid:#x}: the driver uses the first 64"
         return Hpa(self._pasid_tables[rid] + index * PASID_ENTRY_SIZE)
+
+    def _retire(self, at: Hpa) -> None:
+        self._memory.store64(at, self._memory.load64(at) & ~1)
+
+    def _clear(self, at: Hpa, size: int, what: str) -> None:
+        assert not self._memory.load64(at) & 1, f"I29: {what}: the entry is present"
+        self._put(at, [0] * (size // _WORD))
 
     def _put(self, at: Hpa, words: Sequence[int]) -> None:
         """Word 0 last: it has P, and x86 keeps stores in order."""

@@ -37,6 +37,7 @@ class LinkedUnit:
         self.counts = UnitCounts()
         self.page_requests: list[tuple[bytes, bool]] = []
         self.faults: list[bytes] = []
+        self.ended: list[int] = []  # functions whose bus mastering was taken from them
         self.due: dict[str, None] = {}  # kicks and events that did not arrive yet
         self._pick = pick
         structures, queues = bytearray(PAGES * PAGE_SIZE), bytearray(QUEUE_BYTES)
@@ -63,6 +64,7 @@ class LinkedUnit:
             self.counts,
             lambda _, entries, overflow: self.page_requests.append((entries, overflow)),
             self.faults.extend,
+            self._end_dma,
         )
         unit.connect(
             RegisterPages(shown, taken, stored),
@@ -77,6 +79,9 @@ class LinkedUnit:
         up = flows.start(self.driver.bring_up())
         self.settle()
         up.result()
+
+    async def _end_dma(self, rid: int) -> None:
+        self.ended.append(rid)
 
     def _raise(self, what: str) -> Callable[[], None]:
         return lambda: self.due.setdefault(what)

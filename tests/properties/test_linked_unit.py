@@ -179,14 +179,91 @@ def test_a_device_that_is_late_once_is_asked_again_and_nobody_is_told() -> None:
     assert linked.endpoint.invalidated == 1
 
 
-def test_a_device_that_is_always_late_is_told_of_and_the_queue_goes_on() -> None:
+def test_a_device_that_is_always_late_reaches_nothing_before_its_submitter_is_told() -> None:
     linked = Linked()
+    linked.attach()
+    assert linked.reaches() == LEAF
     linked.endpoint.late = 1 << 30
     wait = linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096))
+    second = linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096))
     other = linked.submit(qi.invalidate(CAP, DID, [], Iova(0), 4096))
     linked.settle()
-    assert errno_of(wait.result) == errno.ETIMEDOUT
-    assert other.result() is None
+    assert [each.result() for each in (wait, second, other)] == [None, None, None]
+    assert linked.ended == [RID], "its bus mastering is taken from it, once"
+    assert linked.reaches() is FaultReason.SCT_2
+    for _ in range(2):  # off its HWPT it goes as any other, and not back onto one
+        gone = linked.submit(qi.detach(DID, RID, ECAP))
+        linked.driver.retire_pasid_entry(RID, RID_PASID)
+        linked.settle()
+        assert gone.result() is None
+        linked.driver.clear_pasid_entry(RID, RID_PASID)
+        assert errno_of(linked.attach) == errno.EIO
+    assert linked.reaches() is FaultReason.SCT_2
+
+
+def late_for_good(linked: Linked) -> list[int | FaultReason]:
+    """Its function completes nothing; what it reaches at each store into the tables on its way out."""
+    linked.attach()
+    assert linked.reaches() == LEAF
+    seen = []
+    store64 = TableWriter.store64
+
+    def store_and_look(writer: TableWriter, hpa: int, entry: int) -> None:
+        store64(writer, hpa, entry)
+        seen.append(linked.reaches())
+
+    linked.endpoint.late = 1 << 30
+    wait = linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableWriter, "store64", store_and_look)
+        linked.settle()
+    assert wait.done
+    return [*seen, linked.reaches()]
+
+
+OUT = [LEAF, *([FaultReason.SCT_2] * 5)]  # P; what the unit remembers of it; the rest, when it was told
+
+
+def test_a_context_entry_goes_out_p_first_then_the_unit_forgets_then_the_rest() -> None:
+    assert late_for_good(Linked()) == OUT
+
+
+@pytest.mark.parametrize("planted", ["the rest first", "no flush", "no context flush"])
+def test_a_context_entry_taken_out_in_another_order_is_noticed(
+    planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linked = Linked()
+    tables = linked.driver.tables
+    if planted == "the rest first":
+        retire, clear = tables.retire_context_entry, tables.clear_context_entry
+
+        def all_at_once(rid: int) -> None:
+            retire(rid)
+            clear(rid)
+
+        monkeypatch.setattr(tables, "retire_context_entry", all_at_once)
+        monkeypatch.setattr(tables, "clear_context_entry", lambda rid: None)
+    else:
+        keep = qi.forget_function(RID)[1:] if planted == "no context flush" else [qi.wait()]
+        monkeypatch.setattr(qi, "forget_function", lambda rid: keep)
+    assert late_for_good(linked) != OUT
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_functions_that_answer_now_and_then_lose_nobody_an_invalidation(seed: int) -> None:
+    """However time-outs fall, who waits is told when the function dropped it, or can use nothing."""
+    chance = Random(seed)
+    linked = Linked(seed)
+    linked.attach()
+    waits = []
+    for _ in range(40):
+        linked.endpoint.late = chance.choice((0, 0, 2, 3))
+        waits.append(linked.submit(qi.invalidate(CAP, DID, [RID], Iova(0), 4096)))
+        if chance.randrange(3):
+            linked.settle()
+    linked.settle()
+    assert [wait.result() for wait in waits] == [None] * len(waits)
+    assert (linked.reaches() is FaultReason.SCT_2) == (linked.ended == [RID])
 
 
 def test_a_descriptor_the_unit_cannot_execute_is_told_of_and_the_queue_goes_on() -> None:

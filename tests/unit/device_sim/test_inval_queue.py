@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from device_sim.core.traits import Traits
+from device_sim.core.function import DmaRange
+from device_sim.core.traits import InvalidateCompletion, Traits
 from protocol.hw.qi import IQEI
+from protocol.units import Iova
 from tests.kit.raw_driver import (
     ENTRIES,
     FSTS,
     GCMD,
     GSTS,
+    ICE,
     ICS,
     IECTL,
     IM,
@@ -254,7 +257,7 @@ def test_a_ring_that_leaves_table_memory_is_run_as_far_as_that_goes(silicon: Sil
 @pytest.fixture
 def late(silicon: Silicon) -> Silicon:
     """The function completes no invalidation."""
-    silicon.function.traits = Traits(completes_invalidations=False)
+    silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.NEVER)
     return silicon
 
 
@@ -289,6 +292,35 @@ def test_another_function_and_another_unit_go_on(late: Silicon) -> None:
     late.driver.clear(FSTS, ITE)
     late.unit.kick()
     assert late.execute(devtlb_page(0x6A10, 5) + wait(2)) == [2]
+
+
+def test_a_completion_behind_its_time_out_is_reported_and_stops_nothing(silicon: Silicon) -> None:
+    """[VT-d 11.4.8.1]: ITE with ITESID, then, when it comes after all, ICE with ICESID."""
+    silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.LATE)
+    driver = silicon.driver
+    assert silicon.execute(devtlb_page(RID, 5) + wait(1)) == []
+    assert driver.load(FSTS) & (ITE | ICE) == ITE
+    driver.clear(FSTS, ITE)
+    assert silicon.execute(devtlb_page(RID, 5) + wait(2) + wait(3)) == [2, 3]
+    assert driver.load(FSTS) & (ITE | ICE | IQE) == ICE
+    assert driver.load(IQERCD) >> 48 == RID
+    assert driver.fault_events == 2
+    driver.clear(FSTS, ICE)
+    assert silicon.execute(devtlb_page(RID, 5) + wait(4)) == [], "every other one is late"
+    assert driver.load(FSTS) & (ITE | ICE) == ITE
+
+
+def test_what_times_out_is_in_the_device_tlb_still(silicon: Silicon) -> None:
+    silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.LATE)
+    silicon.attach()
+    silicon.map(5, 1)
+    done = silicon.start(silicon.function.make_accessible([DmaRange(Iova(5 << 12), 8, True)], block=True))
+    assert done.done
+    for left in ({5}, set()):
+        silicon.execute(devtlb_page(RID, 5))
+        assert {page for page, *_ in silicon.function.devtlb.entries()} == left
+        silicon.driver.clear(FSTS, ITE)
+        silicon.unit.kick()
 
 
 # -- who dies in the middle ----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class MiniatureUnit(ByHand):
         self.memory = bytearray(PAGES * PAGE_SIZE)
         self.queues = bytearray(QUEUE_BYTES)
         self.kicks = self.fences = 0
+        self.ended: list[int] = []  # functions whose bus mastering was taken from them
         self.counts = UnitCounts()
         self.page_requests: list[tuple[bytes, bool]] = []
         self.faults: list[bytes] = []
@@ -67,7 +68,11 @@ class MiniatureUnit(ByHand):
             self.counts,
             lambda _, entries, overflow: self.page_requests.append((entries, overflow)),
             self.faults.extend,
+            self._end_dma,
         )
+
+    async def _end_dma(self, rid: int) -> None:
+        self.ended.append(rid)
 
     def _fence(self) -> None:
         self.fences += 1
@@ -132,6 +137,17 @@ class MiniatureUnit(ByHand):
     def store_status(self, wait: tuple[int, ...]) -> None:
         at = wait[1] - QUEUES_AT
         self.queues[at : at + 4] = (wait[0] >> 32).to_bytes(4, "little")
+
+    # -- tables ----------------------------------------------------------------------------------------
+
+    def context_words(self, rid: int) -> tuple[int, ...]:
+        """Of a function's context entry [VT-d 9.1]."""
+
+        def at(hpa: int, size: int) -> tuple[int, ...]:
+            return words(self.memory[hpa - TABLES_AT : hpa - TABLES_AT + size])
+
+        root = (self.driver.tables.rtaddr & ~0xFFF) + 16 * (rid >> 8) + 8 * (rid >> 7 & 1)
+        return at((at(root, 8)[0] & ~0xFFF) + 32 * (rid & 0x7F), 32)
 
     # -- page requests ---------------------------------------------------------------------------------
 

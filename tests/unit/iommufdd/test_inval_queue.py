@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from iommufdd.core import qi
 from protocol.errors import PeerError
 from protocol.flow import Wait
+from protocol.hw.pasid_entry import RID_PASID, PasidEntry
 from protocol.hw.qi import ResponseCode
 from protocol.hw.vtd_regs import Register
 from protocol.uapi.link import MAX_FUNCTIONS, CapsReply
@@ -285,6 +286,47 @@ def test_a_second_time_out_is_told() -> None:
     assert errno_of(wait.result) == errno.ETIMEDOUT
     unit.completion()
     assert other.result() is None
+
+
+def test_after_a_second_time_out_the_context_entry_goes_p_first_and_the_function_loses_the_bus() -> None:
+    """[VT-d 6.5.3.3]: context cache of the function, PASID cache, IOTLB, a wait; then the rest; then EIO."""
+    unit = MiniatureUnit()
+    unit.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
+    context = unit.context_words(RID)
+    assert context[0] & 1
+    wait = detach(unit)
+    for _ in range(2):
+        unit.execute(waits=False)
+        stop(unit, ITE, RID << 32)
+        unit.take_clears(FSTS)
+    assert unit.context_words(RID) == (context[0] & ~1, *context[1:])
+    assert [raw[0] & ~(0xFFFF_FFFF << 32 if raw[0] & 0xF == 5 else 0) for raw in unit.execute()] == [
+        1 | 3 << 4 | RID << 32,
+        7 | 3 << 4,
+        2 | 1 << 4 | 1 << 6 | 1 << 7,
+        5 | 1 << 4 | 1 << 5 | 1 << 6,
+    ]
+    assert (unit.context_words(RID)[1:], unit.ended, wait.done) == (context[1:], [], False)
+    unit.completion()
+    assert (unit.context_words(RID), unit.ended, wait.done) == ((0, 0, 0, 0), [RID], False)
+    assert [raw[0] & 0xF for raw in unit.execute()] == [7, 2, 5], "what it does not answer is left out"
+    unit.completion()
+    assert wait.result() is None
+    assert errno_of(lambda: unit.driver.put_pasid_entry(RID, RID_PASID, PasidEntry())) == errno.EIO
+
+
+def test_a_unit_that_goes_on_about_a_function_off_the_bus_is_believed_once() -> None:
+    unit = MiniatureUnit()
+    unit.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
+    wait = detach(unit)
+    for n in range(4):
+        unit.execute(waits=False)
+        stop(unit, ITE, RID << 32)
+        unit.take_clears(FSTS)
+        if n == 1:
+            unit.execute()
+            unit.completion()
+    assert errno_of(wait.result) == errno.ETIMEDOUT
 
 
 def test_a_time_out_in_the_middle_does_not_pass_for_done() -> None:
