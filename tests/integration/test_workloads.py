@@ -66,7 +66,8 @@ class Hosts:
 
     async def play(self, workload: str, design: str, seed: int = 1, **params: int) -> Run:
         host = self.scarce if workload in SCARCE else self.plenty
-        return await run_scenario(host, WORKLOADS[workload], DESIGNS[design], seed, SMALL[workload] | params)
+        small = SMALL.get(workload, {}) | params
+        return await run_scenario(host, WORKLOADS[workload], DESIGNS[design], seed, small)
 
 
 @pytest.fixture
