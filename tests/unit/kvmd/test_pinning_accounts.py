@@ -185,7 +185,7 @@ def test_a_zap_that_does_not_ask_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     """Planted bug: the notifier's zap passes by no pin."""
     guest = PinnedRam()
     guest.pin(WORD)
-    monkeypatch.setattr(guest.vm.mmu, "is_kept", lambda root, gfn: False)
+    monkeypatch.setattr(guest.vm.mmu, "is_pinned", lambda root, gfn: False)
     guest.do(dontneed(guest.mm, guest.hva_of(WORD), PAGE))
     assert "I22" in broken(guest)
 
