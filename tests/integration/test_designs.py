@@ -14,8 +14,8 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import MIB, PAGE_SIZE
+from qemu_shim.api import Context
 from qemu_shim.guest.idxd import IdxdWorkQueue
-from qemu_shim.scenarios.context import Context
 from qemu_shim.scenarios.counters import GAUGES, SOURCES, UNDER_WAY, Counters
 from qemu_shim.scenarios.recorder import Recorder
 from qemu_shim.scenarios.runner import run_scenario
@@ -121,7 +121,7 @@ async def fails(ctx: Context) -> None:
 
 async def ballooned(ctx: Context) -> None:
     guest = await ctx.boot(ram_bytes=RAM)
-    await guest.machine.discard(RAM // 2, PAGE_SIZE)
+    await guest.discard(RAM // 2)
 
 
 @pytest.mark.parametrize("play", [fails, ballooned])

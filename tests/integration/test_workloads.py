@@ -9,17 +9,14 @@ import pytest
 import trio
 
 from protocol.units import MIB, PAGE_SIZE
-from qemu_shim.scenarios.context import Context
-from qemu_shim.scenarios.guest import Guest
+from qemu_shim.api import DESIGNS, Context, Scenario
 from qemu_shim.scenarios.run import Run
 from qemu_shim.scenarios.runner import run_scenario
-from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.study.compare.costs import default_costs
 from qemu_shim.study.compare.figures import compare
 from qemu_shim.study.workloads.host_memory import Reclaim
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.study.workloads.storm import under_dma
-from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.migrator import Migrator
 from qemu_shim.vmm.process import Process
@@ -255,14 +252,14 @@ async def test_a_lost_page_is_noticed_by_cpu_and_device(
 
 async def test_a_write_lost_under_dma_is_noticed(hosts: Hosts) -> None:
     async def play(ctx: Context) -> None:
-        guest: Guest = await ctx.boot_for(8)
+        guest = await ctx.boot_for(8)
         pages = guest.pages(8)
 
         async def act() -> None:
             for gpa in pages:
-                while not any(await guest.machine.memory.read(gpa, 1)):
+                while not any(await guest.read(gpa, 1)):
                     await trio.lowlevel.checkpoint()
-            await guest.machine.discard(pages[0], 8 * PAGE_SIZE)
+            await guest.discard(pages[0], 8 * PAGE_SIZE)
 
         await under_dma(ctx, guest, pages, act)
 
