@@ -31,6 +31,7 @@ class LinkedUnit:
         unit: RemappingUnit,
         memory: PhysicalMemory,
         pick: Callable[[list[str]], str] = lambda due: due[0],
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.flows = flows
         self.unit = unit
@@ -53,7 +54,7 @@ class LinkedUnit:
             0,
             unit.cap,
             unit.ecap,
-            UnitRegisters(shown, taken, stored, lambda: None, self._raise("kick")),
+            UnitRegisters(shown, taken, stored, fence, self._raise("kick")),
             UnitMemory(
                 TranslationTables(writer, lambda: Hpa(next(free))),
                 STRUCTURES_AT,
