@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 import trio
 
@@ -11,6 +14,14 @@ from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 
 STUB = "tests.unit.qemu_shim.vmm.stub_daemon"
 SLOW, FAILING = DaemonSpec("slow", "slow", STUB), DaemonSpec("failing", "failing", STUB)
+
+
+@pytest.fixture(autouse=True)
+def sigterm_ends_who_does_not_handle_it() -> Iterator[None]:
+    """What ignores a signal hands that on to its children; a test of interrupted runs leaves us so."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 async def why_not(*daemons: DaemonSpec) -> str:
