@@ -5,15 +5,13 @@ with them.
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import dataclass
 
 from device_sim.core.physmem import PhysicalMemory
 from protocol.errors import UapiError
 from protocol.hostmem import Window, WindowKind
+from protocol.kernel.port import Kernel
 from protocol.rpc.channel import Fds
-from protocol.rpc.closer import CLOSER
-from protocol.rpc.memfd import map_peer
 from protocol.units import Hpa
 
 _WRITABLE = (WindowKind.FRAMES, WindowKind.QUEUES)
@@ -28,7 +26,8 @@ class _Set:
 class MappedMemory:
     """The sets of windows the driver gave us."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
         self.physical = PhysicalMemory()
         self._sets: dict[int, _Set] = {}
         self._files: dict[tuple[WindowKind, int], tuple[int, int]] = {}  # what is mapped where, now or last
@@ -57,22 +56,21 @@ class MappedMemory:
     def _map(self, kind: str, base: int, size: int, fd: int) -> Window:
         """Only frames and queues are mapped writable.  Raises OSError or ValueError."""
         known = WindowKind(kind)
-        stat = os.fstat(fd)
+        file = self._kernel.memory_of(fd)
         existing = self.physical.find(known, Hpa(base), size)
         if existing is not None:
-            if self._files[known, base] != (stat.st_dev, stat.st_ino):
+            if self._files[known, base] != file:
                 raise ValueError("another host's memory lies there")
             self.physical.share(existing)
             return existing
-        mapping = map_peer(fd, size, writable=known in _WRITABLE)
-        window = Window(known, Hpa(base), size, memoryview(mapping))
+        mapping = self._kernel.map_peer(fd, size, writable=known in _WRITABLE)
+        window = Window(known, Hpa(base), size, mapping.view)
         try:
             self.physical.add(window, mapping.close)
         except ValueError:
-            window.view.release()
             mapping.close()
             raise
-        self._files[known, base] = stat.st_dev, stat.st_ino
+        self._files[known, base] = file
         return window
 
     def remove(self, number: int) -> None:
@@ -82,7 +80,7 @@ class MappedMemory:
             raise UapiError(errno.ENOENT, f"memory set {number}: there is none")
         for window in held.windows:
             self.physical.drop(window)
-        CLOSER.close(held.lease)
+        self._kernel.close_received(held.lease)
 
     def clear(self) -> None:
         for number in list(self._sets):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
 import structlog
@@ -55,13 +54,13 @@ class DeviceSim:
     def __init__(self, loop: Loop, settings: DeviceSimSettings) -> None:
         self.loop = loop
         self.settings = settings
-        self.memory = MappedMemory()
+        self.memory = MappedMemory(loop.kernel)
         self.silicon = RootComplex(
             settings.units,
             settings.devices,
             self.memory.physical,
             loop.flows.spawn,
-            perf_counter_ns,
+            loop.kernel.monotonic_ns,
             full_fence,
         )
         self.files = Files(loop)

@@ -9,8 +9,6 @@ it useless loses its link.
 from __future__ import annotations
 
 import errno
-import mmap
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -19,9 +17,8 @@ from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import REGISTER_PAGE
-from protocol.rpc.eventfd import BrokenEvent, EventFd
+from protocol.kernel.port import BrokenEvent, Mapping
 from protocol.rpc.loop import Loop
-from protocol.rpc.memfd import make_shared, map_peer
 
 
 class TurnEvent:
@@ -29,7 +26,7 @@ class TurnEvent:
 
     def __init__(self, loop: Loop, on_broken: Callable[[], None]) -> None:
         """OSError: no room for an eventfd."""
-        self.eventfd = EventFd.make()
+        self.eventfd = loop.kernel.event()
         self._loop = loop
         self._on_broken = on_broken
         self._due = False
@@ -63,18 +60,21 @@ class ConnectedUnit:
         """EINVAL: what the driver gave is no store page; otherwise what the system says."""
         self._loop = loop
         self._on_broken = on_broken
+        kernel = self._kernel = loop.kernel
         with ExitStack() as undo:
             try:
-                stored = self._view(undo, map_peer(store_page, REGISTER_PAGE, writable=False))
-                self._registers, mapping = make_shared(f"unit {number}", 2 * REGISTER_PAGE, peer_writes=False)
-                undo.callback(os.close, self._registers)
+                stored = self._view(undo, kernel.map_peer(store_page, REGISTER_PAGE, writable=False))
+                self._registers, mapping = kernel.memfd(
+                    f"unit {number}", 2 * REGISTER_PAGE, peer_writes=False
+                )
+                undo.callback(kernel.close, self._registers)
                 ours = self._view(undo, mapping)
                 events = []
                 for _ in range(3):
                     event = TurnEvent(loop, on_broken)
                     undo.callback(event.close)
                     events.append(event)
-                self._kick = EventFd.make()
+                self._kick = kernel.event()
                 undo.callback(self._kick.close)
                 loop.register(self._kick.fd, self._kicked)
                 undo.callback(loop.unregister, self._kick.fd)
@@ -91,9 +91,9 @@ class ConnectedUnit:
             self._undo = undo.pop_all()
 
     @staticmethod
-    def _view(undo: ExitStack, mapping: mmap.mmap) -> memoryview:
+    def _view(undo: ExitStack, mapping: Mapping) -> memoryview:
         undo.callback(mapping.close)
-        return undo.enter_context(memoryview(mapping))
+        return mapping.view
 
     @staticmethod
     def _page(undo: ExitStack, view: memoryview) -> RegisterPage:
@@ -107,8 +107,8 @@ class ConnectedUnit:
         with ExitStack() as undo:
             try:
                 for fd in (self._registers, self._kick.fd, *(event.eventfd.fd for event in self._events)):
-                    given.append(os.dup(fd))
-                    undo.callback(os.close, given[-1])
+                    given.append(self._kernel.dup(fd))
+                    undo.callback(self._kernel.close, given[-1])
             except OSError as error:
                 raise UapiError(error.errno or errno.EMFILE, f"registers of a unit: {error}") from None
             undo.pop_all()

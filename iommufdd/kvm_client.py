@@ -14,7 +14,6 @@ from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Method, Notification, Service
 from protocol.uapi import kvm
@@ -69,7 +68,7 @@ class KvmTdp(KvmdChannel):
         """Drop the reference on the TDP FD."""
         self.hang_up()
         if self._tdp_fd >= 0:
-            CLOSER.close(self._tdp_fd)  # a user's, whatever it is
+            self._loop.kernel.close_received(self._tdp_fd)  # a user's, whatever it is
             self._tdp_fd = -1
 
 

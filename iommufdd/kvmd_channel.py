@@ -7,15 +7,12 @@ never speaks to what a user handed it (docs/decisions/0004).
 from __future__ import annotations
 
 import errno
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
-from protocol.rpc.files import cookie_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect_now
 
@@ -33,11 +30,11 @@ class KvmdChannel:
 
     async def present(self, op: str, fd: int, name: str, **handlers: Any) -> None:
         """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
-        loop, kvmd, copy = self._loop, self._kvmd, _dup(op, fd)
+        loop, kvmd, copy = self._loop, self._kvmd, self._dup(op, fd)
         try:
-            door = Channel(loop, connect_now(kvmd), "kvmd")
+            door = Channel(loop, connect_now(loop.kernel, kvmd), "kvmd")
         except OSError as error:
-            os.close(copy)
+            loop.kernel.close(copy)
             if error.errno in _NO_ROOM:
                 raise UapiError(error.errno, f"no room for a connection to {kvmd}") from None
             raise UapiError(errno.EOPNOTSUPP, f"KVM is not loaded: {kvmd}: {error.strerror}") from None
@@ -47,7 +44,7 @@ class KvmdChannel:
             raise UapiError(errno.EOPNOTSUPP, "KVM went away") from None
         finally:
             door.close()
-        sock = socket.socket(fileno=reply.fds.take(0))
+        sock = loop.kernel.socket_of(reply.fds.take(0))
         try:
             self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
         except OSError as error:
@@ -57,9 +54,19 @@ class KvmdChannel:
         """With a copy of `fd`, if one is given.  ENODEV once kvmd is gone; EMFILE."""
         assert self._channel is not None
         try:
-            return await self._channel.call(op, body, [] if fd is None else [_dup(op, fd)])
+            return await self._channel.call(op, body, [] if fd is None else [self._dup(op, fd)])
         except PeerGone:
             raise UapiError(errno.ENODEV, "KVM went away") from None
+
+    def _dup(self, op: str, fd: int) -> int:
+        """What is no socket is not even copied: each close of a file may sleep, of a socket only the last."""
+        kernel = self._loop.kernel
+        if not kernel.cookie_of(fd):
+            raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
+        try:
+            return kernel.dup(fd)
+        except OSError:
+            raise UapiError(errno.EMFILE, "no room in our fd table") from None
 
     def _closed(self, _: Channel) -> None:
         self.on_gone()
@@ -68,16 +75,6 @@ class KvmdChannel:
         if self._channel is not None:
             self.on_gone = nothing
             self._channel.close()
-
-
-def _dup(op: str, fd: int) -> int:
-    """What is no socket is not even copied: each close of a file may sleep, of a socket only the last."""
-    if not cookie_of(fd):
-        raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
-    try:
-        return os.dup(fd)
-    except OSError:
-        raise UapiError(errno.EMFILE, "no room in our fd table") from None
 
 
 def nothing() -> None: ...

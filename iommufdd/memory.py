@@ -9,15 +9,14 @@ host that kvmd can be told to have, so that it is in nobody's way.
 from __future__ import annotations
 
 import errno
-import os
 
 from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
+from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
 from protocol.rpc.channel import Fds
-from protocol.rpc.memfd import make_shared
 from protocol.units import TIB, Hpa
 
 TABLES_START = Hpa(HIGH_RAM_START + 32 * TIB)
@@ -26,10 +25,11 @@ TABLES_START = Hpa(HIGH_RAM_START + 32 * TIB)
 class TableMemory:
     """The window, and the pool of its pages."""
 
-    def __init__(self, size: int) -> None:
-        self._fd, mapping = make_shared("iommu-tables", size, peer_writes=False)
+    def __init__(self, kernel: Kernel, size: int) -> None:
+        self._kernel = kernel
+        self._fd, mapping = kernel.memfd("iommu-tables", size, peer_writes=False)
         self.window = (str(WindowKind.TABLES), TABLES_START, size)
-        self.writer = TableWriter(TABLES_START, memoryview(mapping))
+        self.writer = TableWriter(TABLES_START, mapping.view)
         self.pool = TablePool(self.writer, size)
 
     def fds(self, count: int) -> list[int]:
@@ -39,16 +39,16 @@ class TableMemory:
         copies: list[int] = []
         try:
             for _ in range(count):
-                copies.append(os.dup(self._fd))
+                copies.append(self._kernel.dup(self._fd))
         except OSError as error:
             for fd in copies:
-                os.close(fd)
+                self._kernel.close(fd)
             raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
         return copies
 
     def lend(self) -> LentWindows:
         """The window, and a lease.  EMFILE."""
-        return LentWindows([self.window], Fds(self.fds(2)))
+        return LentWindows([self.window], Fds(self._kernel, self.fds(2)))
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._kernel.close(self._fd)

@@ -7,7 +7,6 @@ come back are other units, found by another probe (docs/decisions/0015).
 from __future__ import annotations
 
 import errno
-import socket
 from collections.abc import Callable
 
 import structlog
@@ -21,6 +20,7 @@ from iommufdd.unit_memory import LinkMemory
 from iommufdd.unit_port import UnitPort
 from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.trace import TRACE, PrqReport
@@ -50,7 +50,7 @@ class Silicon:
         self._link: Channel | None = None
         self._ports: list[UnitPort] = []
 
-    async def probe(self, sock: socket.socket) -> None:
+    async def probe(self, sock: StreamSocket) -> None:
         """Through device_sim's front door: take the units, read what they and the functions can do.  EBUSY:
         another driver has them, or had a moment ago.  UapiError, OSError, PeerError: and nothing is kept.
         """
@@ -62,9 +62,9 @@ class Silicon:
             self._link.close()
             raise
 
-    async def _take(self, door: Channel) -> socket.socket:
+    async def _take(self, door: Channel) -> StreamSocket:
         try:
-            return socket.socket(fileno=(await door.call("LINK")).fds.take(0))
+            return self.loop.kernel.socket_of((await door.call("LINK")).fds.take(0))
         finally:
             door.close()
 
@@ -80,7 +80,7 @@ class Silicon:
 
     async def _bring_up(self, caps: uapi.CapsReply) -> None:
         """The units translate, nothing as yet, when this returns [Linux intel/iommu.c init_dmars]."""
-        memory = LinkMemory(len(caps.units), len(caps.functions))
+        memory = LinkMemory(self.loop.kernel, len(caps.units), len(caps.functions))
         await self.add_memory(memory.lend())
         for number, ((cap, ecap), lies) in enumerate(zip(caps.units, memory.of_units(), strict=True)):
             self.units.append(await self._unit(number, Cap(cap), Ecap(ecap), lies))

@@ -8,7 +8,6 @@ where no host has memory (`memory.py`).
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 
 from iommufdd.core.intel_iommu import QUEUE_BYTES, UnitMemory
@@ -17,9 +16,9 @@ from iommufdd.lent import LentWindows
 from iommufdd.memory import TABLES_START
 from protocol.errors import UapiError
 from protocol.hostmem import WindowKind
+from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableWriter
 from protocol.rpc.channel import Fds
-from protocol.rpc.memfd import make_shared
 from protocol.units import PAGE_SIZE, TIB, Hpa, align_up
 
 STRUCTURES_START = Hpa(TABLES_START + 2 * TIB)
@@ -33,18 +32,19 @@ PAGES_OF_UNIT = 2
 class LinkMemory:
     """Made for so many units and functions.  Raises OSError."""
 
-    def __init__(self, units: int, functions: int) -> None:
+    def __init__(self, kernel: Kernel, units: int, functions: int) -> None:
+        self._kernel = kernel
         size = (units * PAGES_OF_UNIT + functions * PAGES_OF_FUNCTION) * PAGE_SIZE
         queues_size = align_up(units * QUEUE_BYTES, PAGE_SIZE)
-        self._tables_fd, tables = make_shared("dmar-tables", size, peer_writes=False)
+        self._tables_fd, tables = kernel.memfd("dmar-tables", size, peer_writes=False)
         try:
-            self._queues_fd, queues = make_shared("dmar-queues", queues_size, peer_writes=True)
+            self._queues_fd, queues = kernel.memfd("dmar-queues", queues_size, peer_writes=True)
         except OSError:
-            os.close(self._tables_fd)
+            kernel.close(self._tables_fd)
             raise
-        self._view = memoryview(tables)
+        self._view = tables.view
         self._writer = TableWriter(STRUCTURES_START, self._view)
-        self._queues = memoryview(queues).toreadonly()
+        self._queues = queues.view.toreadonly()
         self._pages = iter(range(STRUCTURES_START, STRUCTURES_START + size, PAGE_SIZE))
         self._windows = [
             (str(WindowKind.TABLES), STRUCTURES_START, size),
@@ -53,13 +53,13 @@ class LinkMemory:
 
     def lend(self) -> LentWindows:
         """The windows, and a lease; once.  EMFILE, and nothing is kept."""
-        fds = Fds([self._tables_fd, self._queues_fd])
+        fds = Fds(self._kernel, [self._tables_fd, self._queues_fd])
         try:
-            lease = os.dup(self._tables_fd)
+            lease = self._kernel.dup(self._tables_fd)
         except OSError as error:
             fds.close()
             raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
-        return LentWindows(self._windows, Fds([self._tables_fd, self._queues_fd, lease]))
+        return LentWindows(self._windows, Fds(self._kernel, [self._tables_fd, self._queues_fd, lease]))
 
     def of_units(self) -> Iterator[UnitMemory]:
         """Of each unit what is its."""

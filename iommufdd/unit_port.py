@@ -7,7 +7,6 @@ in memory, loses the link.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,11 +17,10 @@ from iommufdd.core.unit_registers import UnitRegisters
 from protocol.errors import PeerError, UapiError
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import REGISTER_PAGE
+from protocol.kernel.port import BrokenEvent, SharedEvent
 from protocol.rpc.channel import Fds
-from protocol.rpc.eventfd import BrokenEvent, EventFd
 from protocol.rpc.fence import full_fence
 from protocol.rpc.loop import Loop
-from protocol.rpc.memfd import make_shared, map_peer
 
 log = structlog.get_logger("iommufdd")
 
@@ -35,11 +33,11 @@ class UnitPort:
         self._loop = loop
         self._name = name
         self._on_broken = on_broken
-        self._kick: EventFd | None = None
+        self._kick: SharedEvent | None = None
         self._kick_due = False
-        self._events: list[EventFd] = []
-        self._store_fd, mapping = make_shared("dmar-stores", REGISTER_PAGE, peer_writes=False)
-        self._stored = memoryview(mapping)
+        self._events: list[SharedEvent] = []
+        self._kernel = loop.kernel
+        self._store_fd, self._stored = self._kernel.memfd("dmar-stores", REGISTER_PAGE, peer_writes=False)
 
     def give_store_page(self) -> int:
         """Its fd, which becomes the caller's."""
@@ -49,14 +47,14 @@ class UnitPort:
     def take(self, fds: Fds) -> UnitRegisters:
         """The unit's pages and eventfds, as the reply to UNIT carries them.  PeerError: they are not that."""
         try:
-            memory = memoryview(map_peer(fds.peek(0), 2 * REGISTER_PAGE, writable=False))
-            self._kick = EventFd(fds.take(1))
+            memory = self._kernel.map_peer(fds.peek(0), 2 * REGISTER_PAGE, writable=False).view
+            self._kick = self._kernel.event_of(fds.take(1))
             for n in (2, 3, 4):
-                self._events.append(EventFd(fds.take(n)))
+                self._events.append(self._kernel.event_of(fds.take(n)))
         except (OSError, ValueError, UapiError) as error:
             raise PeerError(f"{self._name}: no registers and events of a unit: {error}") from None
         shown, taken = RegisterPage(memory[:REGISTER_PAGE]), RegisterPage(memory[REGISTER_PAGE:])
-        return UnitRegisters(shown, taken, RegisterPage(self._stored), full_fence, self.kick)
+        return UnitRegisters(shown, taken, RegisterPage(self._stored.view), full_fence, self.kick)
 
     def serve(self, unit: IntelIommu) -> None:
         """From now on its events are heard.  Raises OSError."""
@@ -64,7 +62,7 @@ class UnitPort:
         for event, handle in zip(self._events, handlers, strict=True):
             self._loop.register(event.fd, self._heard(event, handle))
 
-    def _heard(self, event: EventFd, handle: Callable[[], None]) -> Callable[[int], None]:
+    def _heard(self, event: SharedEvent, handle: Callable[[], None]) -> Callable[[int], None]:
         def heard(_: int) -> None:
             try:
                 event.drain()  # first: what comes from now on raises it again
@@ -95,7 +93,7 @@ class UnitPort:
     def close(self) -> None:
         """Its memory stays mapped as long as somebody looks at it."""
         if self._store_fd != -1:
-            os.close(self._store_fd)
+            self._kernel.close(self._store_fd)
             self._store_fd = -1
         for event in self._events:
             with suppress(KeyError):  # it was not heard yet

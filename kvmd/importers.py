@@ -7,7 +7,6 @@ lease is what is waited for (`kvmd/core/lease.py`, I13).
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,7 +37,7 @@ class LeaseSocket:
         self.ended: Wait[None] = Wait()
         with ExitStack() as undo:
             try:
-                self._ours, theirs = socket.socketpair()
+                self._ours, theirs = loop.kernel.socketpair()
                 undo.callback(self._ours.close)
                 undo.callback(theirs.close)
                 self._ours.shutdown(socket.SHUT_RD)  # nobody has a reason to write here, least of all fds
@@ -59,7 +58,7 @@ class LeaseSocket:
 
     def withdraw(self) -> None:
         """Nobody was given it after all."""
-        os.close(self.theirs)
+        self._loop.kernel.close(self.theirs)
         self.close()
 
 
@@ -79,7 +78,7 @@ def lent(loop: Loop, memory: HostMemory, kinds: Container[WindowKind]) -> Iterat
         yield Loan(lease, windows, [*fds, lease.theirs])
     except UapiError:
         for fd in fds:
-            os.close(fd)
+            loop.kernel.close(fd)
         lease.withdraw()
         raise
 

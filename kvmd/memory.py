@@ -9,8 +9,6 @@ them.
 from __future__ import annotations
 
 import errno
-import mmap
-import os
 from collections.abc import Callable, Container
 
 from kvmd.config import Settings
@@ -19,27 +17,28 @@ from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
-from protocol.rpc.memfd import make_shared
+from protocol.kernel.port import Kernel, Mapping
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, align_up
 
-_ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
 
-
-def dirty_ring_memory(size: int) -> tuple[int, memoryview]:
+def dirty_ring_memory(kernel: Kernel, size: int) -> tuple[int, memoryview]:
     """The entries of a vCPU's dirty ring, which user space maps too: (fd, our mapping).  EMFILE, ENOMEM."""
     try:
-        fd, memory = make_shared("kvm-dirty-ring", size, peer_writes=True)
+        fd, memory = kernel.memfd("kvm-dirty-ring", size, peer_writes=True)
     except OSError as error:
         raise UapiError(error.errno or errno.EMFILE, "no memory for a dirty ring") from None
-    return fd, memoryview(memory)
+    return fd, memory.view
 
 
 class HostMemory:
     """The windows, their fds, and the `HostKernel` that lives in them."""
 
-    def __init__(self, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]) -> None:
+    def __init__(
+        self, kernel: Kernel, settings: Settings, clock: Clock, cond_resched: Callable[[], Wait[None]]
+    ) -> None:
+        self._kernel = kernel
         self._fds: list[tuple[Window, int]] = []
-        self._maps: list[mmap.mmap] = []
+        self._maps: list[Mapping] = []
         tables = self._make(WindowKind.TABLES, LOW_RAM_START, settings.table_bytes)
         frames = self._make(WindowKind.FRAMES, HIGH_RAM_START, settings.ram_bytes, peer_writes=True)
         tags = None
@@ -52,7 +51,7 @@ class HostMemory:
             tables,
             frames,
             tags,
-            self._discard,
+            self._maps[1].discard,
             clock,
             obstacles=settings.obstacles,
             memlock_pages=None if settings.memlock is None else settings.memlock >> PAGE_SHIFT,
@@ -60,18 +59,11 @@ class HostMemory:
         )
 
     def _make(self, kind: WindowKind, base: Hpa, size: int, *, peer_writes: bool = False) -> Window:
-        fd, mapped = make_shared(f"tdp-{kind}", size, peer_writes=peer_writes)
-        window = Window(kind, base, size, memoryview(mapped))
+        fd, mapped = self._kernel.memfd(f"tdp-{kind}", size, peer_writes=peer_writes)
+        window = Window(kind, base, size, mapped.view)
         self._fds.append((window, fd))
         self._maps.append(mapped)
         return window
-
-    def _discard(self, offset: int, size: int) -> None:
-        try:
-            self._maps[1].madvise(mmap.MADV_REMOVE, offset, size)
-        except OSError:  # no memory to give memory back with: zeroed it must be in any case
-            for at in range(offset, offset + size, len(_ZEROES)):
-                self._maps[1][at : at + len(_ZEROES)] = _ZEROES
 
     def share(self, kinds: Container[WindowKind]) -> tuple[list[tuple[str, int, int]], list[int]]:
         """([kind, base, size] of every window of these kinds, a copy of its fd each).  EMFILE."""
@@ -79,14 +71,14 @@ class HostMemory:
         copies: list[int] = []
         try:
             for _, fd in shared:
-                copies.append(os.dup(fd))
+                copies.append(self._kernel.dup(fd))
         except OSError as error:
             for fd in copies:
-                os.close(fd)
+                self._kernel.close(fd)
             raise UapiError(error.errno or errno.EMFILE, "no room for the windows' fds") from None
         return [(str(w.kind), w.base, w.size) for w, _ in shared], copies
 
     def close(self) -> None:
         for _, fd in self._fds:
-            os.close(fd)
+            self._kernel.close(fd)
         self._fds.clear()

@@ -21,6 +21,8 @@ import structlog
 import trio
 
 from protocol.errors import PeerError, UapiError, leaves
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.log import LogFile, RateLimit
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
@@ -159,7 +161,7 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], D
         crashes += 1
         log.error("bug", daemon=name, exc_info=error)
 
-    loop = Loop(on_crash)
+    loop = Loop(LINUX, Flows(on_crash))
     app = build(loop)
     stop = trio.Event()
 

@@ -154,6 +154,12 @@ class Flows:
         """How many flows wait for something; nobody else holds them."""
         return len(self._waiting)
 
+    def report(self, error: BaseException) -> None:
+        """A bug surfaced where nobody waits for it."""
+        if self._on_crash is None:
+            raise error
+        self._on_crash(error)
+
     def close(self) -> None:
         """Give up every flow: each sees GeneratorExit at its await."""
         for running in (*self._waiting, *self._ready):
@@ -188,9 +194,7 @@ class Flows:
         try:
             wait.result()
         except Exception as error:
-            if self._on_crash is None:
-                raise
-            self._on_crash(error)
+            self.report(error)
 
 
 class RwLock:

@@ -19,13 +19,14 @@ import trio
 from bench.ours import processes
 from bench.ours.round_trip import FAULTS, REQUEST
 from protocol.flow import Wait
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import SharedEvent
 from protocol.rpc.channel import Channel
-from protocol.rpc.eventfd import EventFd
 from protocol.rpc.loop import Loop
 
 
 class Driver:
-    def __init__(self, loop: Loop, kvm: Channel, request: EventFd, kick: EventFd) -> None:
+    def __init__(self, loop: Loop, kvm: Channel, request: SharedEvent, kick: SharedEvent) -> None:
         self._loop = loop
         self._kvm = kvm
         self._request = request
@@ -45,7 +46,7 @@ class Driver:
 
 
 def main(count: int) -> None:
-    request, kick = EventFd.make(), EventFd.make()
+    request, kick = LINUX.event(), LINUX.event()
 
     async def ask(loop: Loop, sock: socket.socket) -> list[float]:
         """Nanoseconds of each of `count` page requests; a tenth more goes first, untimed."""
@@ -71,7 +72,7 @@ def main(count: int) -> None:
     processes.main(ask, lambda up: drive(up, request, kick))
 
 
-def drive(up: socket.socket, request: EventFd, kick: EventFd) -> int:
+def drive(up: socket.socket, request: SharedEvent, kick: SharedEvent) -> int:
     """The middle process; the exit status of the one behind it."""
     ours, theirs = socket.socketpair()
     child = processes.fork(lambda: serve(theirs), close=(up, ours))

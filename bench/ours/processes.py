@@ -12,6 +12,8 @@ import trio
 
 from bench.timing import percentiles, require_one_core
 from protocol.daemon import configure_log
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 
@@ -36,7 +38,7 @@ def main(ask: Ask, server: Callable[[socket.socket], int]) -> None:
 
 async def _ask(ask: Ask, sock: socket.socket) -> list[float]:
     async with trio.open_nursery() as nursery:
-        loop = Loop(on_crash)
+        loop = Loop(LINUX, Flows(on_crash))
         nursery.start_soon(loop.serve)
         took = await ask(loop, sock)
         nursery.cancel_scope.cancel()
@@ -47,7 +49,7 @@ async def _ask(ask: Ask, sock: socket.socket) -> list[float]:
 async def serve(sock: socket.socket, attach: Attach) -> None:
     """`attach(loop, sock, on_close)` opens the server's channel; it is served until the asker hangs up."""
     async with trio.open_nursery() as nursery:
-        loop = Loop(on_crash)
+        loop = Loop(LINUX, Flows(on_crash))
 
         def left(_: Channel) -> None:
             nursery.cancel_scope.cancel()

@@ -21,7 +21,6 @@ from protocol.daemon import tell_options
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
-from protocol.rpc.files import cookie_of
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Result, Service
 from protocol.uapi import iommufd as uapi
@@ -47,7 +46,7 @@ class Iommufdd:
 
 def _open(app: IommufddApp, message: uapi.OpenIommuNode, fds: Fds) -> Result:
     if message.path == names.IOMMU_PATH:
-        mm = cookie_of(fds.peek(0)) if len(fds) else 0
+        mm = app.loop.kernel.cookie_of(fds.peek(0)) if len(fds) else 0
         fd, _, _ = app.files.open(IOMMUFD, app.open_iommufd(mm), app.iommufd_closed)
         return Answer({}, [fd])
     return _open_device(app, message)

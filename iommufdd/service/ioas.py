@@ -19,7 +19,6 @@ from iommufdd.service.objects import IommuFile
 from iommufdd.service.sizes import sized
 from protocol.errors import UapiError
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.files import cookie_of
 from protocol.rpc.service import Method
 from protocol.uapi import iommufd as uapi
 from protocol.uapi import names
@@ -41,7 +40,9 @@ async def _map(held: IommuFile, message: uapi.IommuIoasMap, fds: Fds) -> Body:
     writable = _is_writable(message.flags, message.iova, message.length)
     with held.ctx.objects.get(message.ioas_id, Ioas).used() as ioas:
         iova = _fixed(message.flags, message.iova)
-        mapped = await ioas.map(_mm_of(fds), Hva(message.user_va), message.length, iova, writable=writable)
+        mapped = await ioas.map(
+            _mm_of(held, fds), Hva(message.user_va), message.length, iova, writable=writable
+        )
     return {"iova": mapped}
 
 
@@ -53,7 +54,7 @@ async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -
         file = UserFd(fds.peek(1 + message.fd_table.index(message.fd)))
         iova = _fixed(message.flags, message.iova)
         mapped = await ioas.map(
-            _mm_of(fds), Hva(message.start), message.length, iova, writable=writable, file=file
+            _mm_of(held, fds), Hva(message.start), message.length, iova, writable=writable, file=file
         )
     return {"iova": mapped}
 
@@ -61,7 +62,7 @@ async def _map_file(held: IommuFile, message: uapi.IommuIoasMapFile, fds: Fds) -
 async def _change_process(held: IommuFile, message: uapi.IommuIoasChangeProcess, fds: Fds) -> Body:
     if message.reserved:
         raise UapiError(errno.EOPNOTSUPP, f"__reserved {message.reserved:#x}")
-    await held.ctx.change_process(_mm_of(fds))
+    await held.ctx.change_process(_mm_of(held, fds))
     return {}
 
 
@@ -106,9 +107,9 @@ def _not_on_demand(held: IommuFile, ioas_id: int) -> Ioas:
     return ioas
 
 
-def _mm_of(fds: Fds) -> CallerMm:
+def _mm_of(held: IommuFile, fds: Fds) -> CallerMm:
     """current->mm."""
-    return CallerMm(cookie_of(fds.peek(0)), UserFd(fds.peek(0)))
+    return CallerMm(held.app.loop.kernel.cookie_of(fds.peek(0)), UserFd(fds.peek(0)))
 
 
 async def _unmap(held: IommuFile, message: uapi.IommuIoasUnmap, fds: Fds) -> Body:

@@ -7,7 +7,6 @@ and in which order, the core says (`core/iommufd.py`, `core/vfio.py`).
 from __future__ import annotations
 
 import errno
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from iommufdd.hmm_client import HmmMirror
 from iommufdd.memory import TableMemory
 from iommufdd.silicon import Silicon
 from protocol.errors import PeerError, UapiError
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect, connect_now
@@ -56,7 +56,7 @@ class IommufddApp:
         self.files = Files(loop)
         self.counts = Counts()
         self.unit_counts = UnitCounts()
-        self.tables = TableMemory(settings.table_bytes)
+        self.tables = TableMemory(loop.kernel, settings.table_bytes)
         self.faults_recorded = 0
         self.iommufds: dict[IommufdCtx, None] = {}  # open, or being released
         self.silicon = self._new_silicon()
@@ -68,7 +68,7 @@ class IommufddApp:
 
     async def start(self) -> None:
         """Waits for silicon that is still starting."""
-        sock = await connect(self.settings.device)
+        sock = await connect(self.loop.kernel, self.settings.device)
         self.platform.found(await self.loop.result(self.loop.flows.start(self._probe(sock))))
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class IommufddApp:
             self.loop, self.unit_counts, self._on_page_requests, self._on_faults, self._on_silicon_gone
         )
 
-    async def _probe(self, sock: socket.socket) -> Silicon:
+    async def _probe(self, sock: StreamSocket) -> Silicon:
         silicon = self._new_silicon()
         await silicon.probe(sock)
         self.silicon = silicon
@@ -93,7 +93,7 @@ class IommufddApp:
         """ENODEV: there is nobody."""
         path = self.settings.device
         try:
-            return await self._probe(connect_now(path))
+            return await self._probe(connect_now(self.loop.kernel, path))
         except (OSError, PeerError) as error:
             raise UapiError(errno.ENODEV, f"no remapping unit: {path}: {error}") from None
 

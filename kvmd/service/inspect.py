@@ -5,7 +5,6 @@ administrator.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from kvmd.core.inspect import TableRun, describe, look_up, make_probes, root_of,
 from kvmd.core.vm import Kvm
 from kvmd.service.objects import App, VmFile
 from protocol.errors import UapiError
+from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableReader
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Method
@@ -71,22 +71,13 @@ def _dump(app: App, vm: Kvm, probes: int) -> Answer:
         "runs": [list(run) for run in runs],
         "probes": [list(probe) for probe in make_probes(vm, root, probes)],
     }
-    return Answer(body, [_copy(app.host.writer, runs)])
+    return Answer(body, [_copy(app.kernel, app.host.writer, runs)])
 
 
-def _copy(tables: TableReader, runs: list[TableRun]) -> int:
+def _copy(kernel: Kernel, tables: TableReader, runs: list[TableRun]) -> int:
     """The runs' pages, one run after the other, in a file of their own.  ENOMEM, EMFILE."""
     try:
-        fd = os.memfd_create("tdp-dump", os.MFD_CLOEXEC)
+        return kernel.file_with("tdp-dump", (tables.pages(run.base, run.pages) for run in runs))
     except OSError as error:
-        raise UapiError(error.errno or errno.EMFILE, "no file for a dump") from None
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            for run in runs:
-                file.write(tables.pages(run.base, run.pages))
-        os.lseek(fd, 0, os.SEEK_SET)
-    except OSError as error:
-        os.close(fd)
         size = sum(run.pages for run in runs) * PAGE_SIZE
-        raise UapiError(error.errno or errno.ENOMEM, f"no memory for a dump of {size} bytes") from None
-    return fd
+        raise UapiError(error.errno or errno.EMFILE, f"no room for a dump of {size} bytes") from None

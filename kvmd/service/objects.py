@@ -112,8 +112,9 @@ class App:
 
     def __init__(self, loop: Loop, settings: Settings) -> None:
         self.loop = loop
+        self.kernel = loop.kernel
         self.settings = settings
-        self.memory = HostMemory(settings, LoopClock(loop), loop.next_turn)
+        self.memory = HostMemory(self.kernel, settings, LoopClock(loop), loop.next_turn)
         self.host = self.memory.host
         self.files = Files(loop)
         self.vms = VmList(self.host, loop.flows.spawn, lambda vm: log.info("vm destroyed", vm=vm.id))

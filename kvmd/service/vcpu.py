@@ -6,7 +6,6 @@ KVM_RUN returns when the guest has to leave to user space, as the ioctl does.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterable
 
 from kvmd.core.cpu.exits import SIGBUS_ACTION_REQUIRED
@@ -93,8 +92,9 @@ async def _pre_fault_memory(held: VcpuFile, message: uapi.KvmPreFaultMemory, fds
 def _mmap_dirty_ring(held: VcpuFile, message: uapi.MmapDirtyRing, fds: Fds) -> Answer:
     if held.ring_fd is None:
         raise UapiError(errno.EINVAL, f"vCPU {held.vcpu.arch.id} has no dirty ring")
+    kernel = held.owner.app.kernel
     try:
-        return Answer({"size": held.owner.vm.dirty_log.ring_bytes}, [os.dup(held.ring_fd)])
+        return Answer({"size": held.owner.vm.dirty_log.ring_bytes}, [kernel.dup(held.ring_fd)])
     except OSError as error:
         raise UapiError(error.errno or errno.EMFILE, "no fd for the dirty ring") from None
 
@@ -103,7 +103,7 @@ def vcpu_closed(held: VcpuFile) -> None:
     """The vCPU itself stays, as long as its VM does; a guest that polls would keep that for ever."""
     held.vcpu.arch.kick()
     if held.ring_fd is not None:
-        os.close(held.ring_fd)
+        held.owner.app.kernel.close(held.ring_fd)
     held.owner.users.put()
 
 

@@ -56,7 +56,7 @@ def _create_vcpu(owner: VmFile, message: uapi.KvmCreateVcpu, fds: Fds) -> Answer
     held = VcpuFile(owner, vcpu)
     try:
         if vm.dirty_log.ring_bytes:
-            held.ring_fd, memory = dirty_ring_memory(vm.dirty_log.ring_bytes)
+            held.ring_fd, memory = dirty_ring_memory(owner.app.kernel, vm.dirty_log.ring_bytes)
             vm.dirty_log.add_ring(vcpu.arch.id, memory)
         owner.users.get()
         fd, _, _ = owner.app.files.open(VCPU, held, vcpu_closed)

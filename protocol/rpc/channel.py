@@ -15,7 +15,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import os
 import select
 import socket
 from collections import deque
@@ -27,12 +26,11 @@ import structlog
 
 from protocol.errors import PeerError, UapiError, shown
 from protocol.flow import Wait
+from protocol.kernel.port import Kernel, StreamSocket
 from protocol.rpc.body import decode
-from protocol.rpc.closer import CLOSER
-from protocol.rpc.loop import Loop
+from protocol.rpc.loop import RECV_BYTES, Loop
 from protocol.rpc.session import HEADER_BYTES, MAX_IN_FLIGHT, Framer, Kind, Session, header
 
-RECV_BYTES = 1 << 16
 MAX_ERRNO = 4096
 MAX_WHY_CHARS = 4096
 MAX_UNSENT_BYTES = 16 << 20  # a peer that does not read is cut off beyond this
@@ -45,10 +43,6 @@ _PACK = msgpack.Packer(autoreset=True).pack
 
 log = structlog.get_logger("rpc")
 
-# One for all channels of the process: what is in it is handled before anybody receives again.
-_BUFFER = memoryview(bytearray(RECV_BYTES))
-_BUFFERS = (_BUFFER,)
-
 T = TypeVar("T")
 Body = dict[str, Any]
 
@@ -58,12 +52,14 @@ class PeerGone(PeerError):
 
 
 class Fds:
-    """File descriptors received with one message; those nobody takes are closed with it."""
+    """File descriptors that came with one message, or as if; those nobody takes are closed with it."""
 
-    __slots__ = ("_fds",)
+    __slots__ = ("_fds", "_kernel")
 
-    def __init__(self, fds: Iterable[int] = ()) -> None:
+    def __init__(self, kernel: Kernel | None = None, fds: Iterable[int] = ()) -> None:
+        """None: none came."""
         self._fds: list[int | None] = list(fds)
+        self._kernel = kernel
 
     def __len__(self) -> int:
         return len(self._fds)
@@ -82,7 +78,8 @@ class Fds:
         return fd
 
     def close(self) -> None:
-        _close_received(self._fds)
+        if self._kernel is not None:
+            _close_received(self._kernel, self._fds)
         self._fds.clear()
 
 
@@ -110,7 +107,7 @@ class Channel:
     def __init__(
         self,
         loop: Loop,
-        sock: socket.socket,
+        sock: StreamSocket,
         name: str,
         *,
         on_request: Serve = _refuse,
@@ -121,6 +118,8 @@ class Channel:
         sock.setblocking(False)
         self.name = name
         self.loop = loop
+        self._kernel = loop.kernel
+        self._buffers = (loop.buffer,)
         self._sock = sock
         self._fd = sock.fileno()
         self._on_request = on_request
@@ -154,7 +153,7 @@ class Channel:
         if self._session.in_flight >= MAX_IN_FLIGHT:
             self._lost(f"answers nothing: {MAX_IN_FLIGHT} requests in flight", blame=True)
         if self.closed:
-            _close_all(fds)
+            _close_all(self._kernel, fds)
             wait.fail(PeerGone(f"{self.name} hung up"))
             return wait
         self._send(Kind.REQUEST, self._session.open(wait), {"op": op, **(body or {})}, fds)
@@ -172,13 +171,13 @@ class Channel:
     def notify(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> None:
         """Tell; nothing comes back.  Dropped when the peer is gone."""
         if self.closed:
-            _close_all(fds)
+            _close_all(self._kernel, fds)
             return
         self._send(Kind.NOTIFY, 0, {"op": op, **(body or {})}, fds)
 
     def answer(self, request_id: int, body: Body, fds: Sequence[int] = ()) -> None:
         if self.closed:
-            _close_all(fds)
+            _close_all(self._kernel, fds)
             return
         data = _encode(Kind.REPLY, request_id, body, len(fds))  # may fail, and then it is not answered yet
         self._session.answer(request_id)
@@ -211,7 +210,7 @@ class Channel:
                 elif fds:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                     sent = self._sock.sendmsg([data], rights, _NOSIGNAL)
-                    _close_all(fds)
+                    _close_all(self._kernel, fds)
                     fds = ()
                 else:
                     if len(out) > 1:
@@ -266,7 +265,7 @@ class Channel:
     def _receive(self) -> int:
         """Take what is there, up to RECV_BYTES, and handle the frames it completes; how much it was."""
         try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into(_BUFFERS, _ANCILLARY_BYTES, _CLOEXEC)
+            count, ancillary, flags, _ = self._sock.recvmsg_into(self._buffers, _ANCILLARY_BYTES, _CLOEXEC)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -277,7 +276,7 @@ class Channel:
         if not count:
             self._lost("hung up")
             return 0
-        for kind, nfds, body in self._framer.feed(_BUFFER[:count]):
+        for kind, nfds, body in self._framer.feed(self._buffers[0][:count]):
             try:
                 self._handle(kind, nfds, body)
             except PeerError:
@@ -294,7 +293,7 @@ class Channel:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
         if truncated:  # our fd table is full
-            _close_received(fds)
+            _close_received(self._kernel, fds)
             self._received.append(None)
         else:
             self._received.extend(fds)
@@ -304,14 +303,14 @@ class Channel:
         taken: list[int] = []
         while len(taken) < nfds:
             if not self._received:
-                _close_received(taken)
+                _close_received(self._kernel, taken)
                 raise PeerError(f"frame announces {nfds} fds, {len(taken)} came")
             fd = self._received.popleft()
             if fd is None:
-                _close_received(taken)
+                _close_received(self._kernel, taken)
                 return None
             taken.append(fd)
-        return Fds(taken)
+        return Fds(self._kernel, taken)
 
     def _handle(self, kind: Kind, nfds: int, raw: memoryview) -> None:
         request_id, body = decode(raw)
@@ -385,10 +384,10 @@ class Channel:
         (log.warning if blame else log.debug)("connection ends", channel=self.name, reason=reason)
         self.loop.unregister(self._fd)
         self._close_socket()
-        _close_received(self._received)
+        _close_received(self._kernel, self._received)
         self._received.clear()
         for _, fds in self._out:
-            _close_all(fds)
+            _close_all(self._kernel, fds)
         self._out.clear()
         for wait in self._session.abandon():
             self._guarded(wait.fail, PeerGone(f"{self.name}: {reason}"))
@@ -400,7 +399,7 @@ class Channel:
         if self._is_ours:
             with contextlib.suppress(OSError):  # the peer is gone already
                 self._sock.shutdown(socket.SHUT_RDWR)  # at once, for whoever is at the other end
-            CLOSER.close(self._sock.detach())
+            self._kernel.close_received(self._sock.detach())
         else:
             self._sock.close()
 
@@ -417,15 +416,15 @@ def _encode(kind: Kind, request_id: int, body: Body, nfds: int) -> bytes:
     return header(kind, len(payload), nfds) + payload
 
 
-def _close_all(fds: Iterable[int]) -> None:
+def _close_all(kernel: Kernel, fds: Iterable[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        kernel.close(fd)
 
 
-def _close_received(fds: Iterable[int | None]) -> None:
+def _close_received(kernel: Kernel, fds: Iterable[int | None]) -> None:
     for fd in fds:
         if fd is not None:
-            CLOSER.close(fd)
+            kernel.close_received(fd)
 
 
 def _close_unwanted(wait: Wait[Reply]) -> None:

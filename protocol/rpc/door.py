@@ -6,9 +6,9 @@ the door ends nothing that was handed out.
 
 from __future__ import annotations
 
-import socket
 from typing import Generic, TypeVar
 
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Service
@@ -23,7 +23,7 @@ class Door(Generic[Obj]):
         self._serve = service.bind(obj)
         self._channels: dict[Channel, None] = {}
 
-    def open(self, sock: socket.socket) -> None:
+    def open(self, sock: StreamSocket) -> None:
         """Somebody connected."""
         channel = Channel(
             self._loop, sock, self._name, on_request=self._serve, on_close=self._channels.pop, is_ours=True

@@ -9,8 +9,6 @@ its operations, so nobody can forge one (docs/decisions/0004).
 from __future__ import annotations
 
 import errno
-import socket
-import struct
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,28 +18,6 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.service import Service
 
 Obj = TypeVar("Obj")
-
-
-SO_COOKIE = 57  # not in the socket module
-_COOKIE = struct.Struct("=Q")
-
-
-def cookie_of(fd: int) -> int:
-    """The number that names the socket behind an fd, in every process and network namespace; 0 for any
-    other file.  64 bits, counted up from boot and never given twice, where an inode of sockfs has 32 and
-    comes again [Linux sock_diag.c __sock_gen_cookie, since 5.11].
-    """
-    try:
-        asked = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
-    except OSError:
-        return 0
-    try:
-        cookie: int = _COOKIE.unpack(asked.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
-    except OSError:
-        return 0
-    finally:
-        asked.detach()  # it stays the caller's
-    return cookie
 
 
 class Files:
@@ -68,8 +44,9 @@ class Files:
     def _open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None
     ) -> tuple[int, int, Channel]:
-        ours, theirs = socket.socketpair()
-        cookie = cookie_of(theirs.fileno())
+        kernel = self._loop.kernel
+        ours, theirs = kernel.socketpair()
+        cookie = kernel.cookie_of(theirs.fileno())
 
         def closed(_: Channel) -> None:
             del self._objects[cookie], self._channels[cookie]
@@ -97,7 +74,7 @@ class Files:
         """The object behind `fd`, which somebody sent.  Raises UapiError(EINVAL) if it is no `kind` of
         ours.
         """
-        obj = self._objects.get(cookie_of(fd))
+        obj = self._objects.get(self._loop.kernel.cookie_of(fd))
         if not isinstance(obj, kind):
             raise UapiError(errno.EINVAL, f"the file descriptor is not a {kind.__name__}")
         return obj

@@ -9,16 +9,15 @@ finer than SERVE_NS.
 
 from __future__ import annotations
 
-import os
 import select
 from collections.abc import Callable
 from contextlib import suppress
-from time import monotonic, monotonic_ns
 from typing import Protocol, TypeVar
 
 import trio
 
 from protocol.flow import Flows, Wait
+from protocol.kernel.port import Kernel
 
 POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
 SERVE_NS = 10_000_000  # of serving, then other trio tasks get a turn: one costs as much as a message
@@ -26,6 +25,7 @@ ASK_NS = 1_000_000  # of asking and being answered, then the other tasks of a cl
 MAX_EVENTS = 64  # of one wait; the default allocates room for a thousand each time
 TICK_S = 0.001  # between two looks of who polls
 WATCHDOG_S = 0.5
+RECV_BYTES = 1 << 16
 
 T = TypeVar("T")
 
@@ -35,17 +35,19 @@ class Flushable(Protocol):
 
 
 class Loop:
-    """Owns the epoll set and the flows of a process."""
+    """Owns the epoll set of a process, and runs its flows; `kernel` is what both ask of the outside."""
 
-    def __init__(self, on_crash: Callable[[BaseException], None]) -> None:
-        self.flows = Flows(on_crash)
-        self._on_crash = on_crash
-        self._epoll = select.epoll()
+    def __init__(self, kernel: Kernel, flows: Flows) -> None:
+        self.kernel = kernel
+        self.flows = flows
+        self.buffer = memoryview(bytearray(RECV_BYTES))
+        """What is received; handled before anybody of the process receives again."""
+        self._epoll = kernel.poller()
         self._ready: dict[int, Callable[[int], None]] = {}
         self._dirty: list[Flushable] = []
         self._next_turn: Wait[None] = Wait()
-        self._turned = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.register(self._turned, self._on_turned)
+        self._turned = kernel.event()
+        self.register(self._turned.fd, self._on_turned)
         self._kicked = False  # a trio task was made runnable: go back to trio
         self._yield_at = 0
         self._ticks: list[Wait[None]] = []
@@ -69,20 +71,24 @@ class Loop:
         """`writer.flush()` is called once at the end of the current turn."""
         self._dirty.append(writer)
 
+    def now(self) -> float:
+        """Seconds, of a clock that never goes back."""
+        return self.kernel.monotonic_ns() / 1e9
+
     def report(self, error: BaseException) -> None:
         """A bug of ours surfaced where nobody waits for it."""
-        self._on_crash(error)
+        self.flows.report(error)
 
     def kick(self) -> None:
         self._kicked = True
 
     def next_turn(self) -> Wait[None]:
         """Set once whoever waits for this process now was served: what a long flow awaits now and then."""
-        os.eventfd_write(self._turned, 1)
+        self._turned.signal()
         return self._next_turn
 
     def _on_turned(self, _: int) -> None:
-        os.eventfd_read(self._turned)
+        self._turned.drain()
         turned, self._next_turn = self._next_turn, Wait()
         turned.set(None)
 
@@ -97,7 +103,7 @@ class Loop:
                 try:
                     callback(what)
                 except Exception as error:  # ours, not the peer's: channels turn those into a close
-                    self._on_crash(error)
+                    self.report(error)
                 self.settle()
         if self._ticks:
             self._fire_ticks()
@@ -127,12 +133,13 @@ class Loop:
 
     def expire(self, wait: Wait[T], after_s: float, action: Callable[[], None]) -> None:
         """Call `action` if `wait` is not done within `after_s` (coarse: one watchdog for all)."""
-        self._deadlines[wait] = (monotonic() + after_s, action)  # type: ignore[index]
+        self._deadlines[wait] = (self.now() + after_s, action)  # type: ignore[index]
 
     async def serve(self) -> None:
         """Serve until cancelled: the process's only message task."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watchdog)
+            monotonic_ns = self.kernel.monotonic_ns
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
                 limit = monotonic_ns() + SERVE_NS
@@ -150,9 +157,9 @@ class Loop:
                 break
         if not wait.done:
             await self._park(wait)
-        elif monotonic_ns() > self._yield_at:
+        elif self.kernel.monotonic_ns() > self._yield_at:
             await trio.lowlevel.checkpoint()
-            self._yield_at = monotonic_ns() + ASK_NS
+            self._yield_at = self.kernel.monotonic_ns() + ASK_NS
         return wait.result()
 
     async def _park(self, wait: Wait[T]) -> None:
@@ -177,7 +184,7 @@ class Loop:
     async def _watchdog(self) -> None:
         while True:
             await trio.sleep(WATCHDOG_S)
-            now = monotonic()
+            now = self.now()
             for wait, (deadline, action) in list(self._deadlines.items()):
                 if wait.done:
                     del self._deadlines[wait]
@@ -188,5 +195,5 @@ class Loop:
 
     def close(self) -> None:
         self.flows.close()
-        os.close(self._turned)
+        self._turned.close()
         self._epoll.close()

@@ -6,9 +6,7 @@ daemon that was killed is removed, one that somebody listens on is not taken ove
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,11 +14,10 @@ from pathlib import Path
 import structlog
 import trio
 
-from protocol.rpc.closer import CLOSER
+from protocol.kernel.port import Kernel, StreamSocket
 from protocol.rpc.loop import Loop
 
 MAX_PATH_BYTES = 107  # sun_path
-BACKLOG = 64
 CONNECT_RETRY_S = 0.005
 START_PATIENCE_S = 60.0  # for a daemon to be there: its peers and who starts it wait alike
 
@@ -28,37 +25,23 @@ log = structlog.get_logger("rpc")
 
 
 class Listener:
-    """Accepts connections on `path`, which gets `mode` (the umask's); the socket file is removed at
-    `close`.
-    """
+    """Accepts connections on `path`, which gets `mode` (the umask's); the name is gone at `close`."""
 
     def __init__(
-        self, loop: Loop, path: Path, on_connect: Callable[[socket.socket], None], *, mode: int | None = None
+        self, loop: Loop, path: Path, on_connect: Callable[[StreamSocket], None], *, mode: int | None = None
     ) -> None:
         check_path(path)
         self._loop = loop
+        self._kernel = loop.kernel
         self._path = path
         self._on_connect = on_connect
-        _remove_stale(path)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.setblocking(False)
-        # Bound under another name and renamed: a peer never meets a socket that does not listen yet.
-        hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
-        try:
-            self._sock.bind(str(hidden))
-        except OSError as error:
-            self._sock.close()
-            raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
-        if mode is not None:
-            os.chmod(hidden, mode)  # before anybody can connect
-        self._sock.listen(BACKLOG)
-        os.rename(hidden, path)
-        self._spare = _spare_place()  # to turn peers away with when our fd table is full
+        self._sock = self._kernel.listen(path, mode)
+        self._spare = self._spare_place()  # to turn peers away with when our fd table is full
         loop.register(self._sock.fileno(), self._accept)
 
     def _accept(self, _: int) -> None:
         if self._spare is None:  # the first place that is free again: nobody is served without one
-            self._spare = _spare_place()
+            self._spare = self._spare_place()
         try:
             sock, _address = self._sock.accept()
         except BlockingIOError:
@@ -77,25 +60,24 @@ class Listener:
         again when that is closed, which is not for us to wait for.
         """
         if self._spare is not None:
-            os.close(self._spare)
+            self._kernel.close(self._spare)
             with suppress(OSError):
-                CLOSER.close(self._sock.accept()[0].detach())
-        self._spare = _spare_place()
+                self._kernel.close_received(self._sock.accept()[0].detach())
+        self._spare = self._spare_place()
+
+    def _spare_place(self) -> int | None:
+        """An fd for nothing; None if there is no room now."""
+        try:
+            return self._kernel.reserve()
+        except OSError:
+            return None
 
     def close(self) -> None:
         self._loop.unregister(self._sock.fileno())
         self._sock.close()
         if self._spare is not None:
-            os.close(self._spare)
-        self._path.unlink(missing_ok=True)
-
-
-def _spare_place() -> int | None:
-    """An fd for nothing; None if there is no room now."""
-    try:
-        return os.open(os.devnull, os.O_RDONLY)
-    except OSError:
-        return None
+            self._kernel.close(self._spare)
+        self._kernel.unlisten(self._path)
 
 
 def check_path(path: Path) -> None:
@@ -106,38 +88,18 @@ def check_path(path: Path) -> None:
         )
 
 
-def _remove_stale(path: Path) -> None:
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise FileExistsError(errno.EEXIST, "is not a socket; remove it or choose another path", str(path))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
-
-
-def connect_now(path: Path) -> socket.socket:
+def connect_now(kernel: Kernel, path: Path) -> StreamSocket:
     """Raises OSError when nobody listens."""
     check_path(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.connect(str(path))
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    return kernel.connect(path)
 
 
-async def connect(path: Path, patience_s: float = START_PATIENCE_S) -> socket.socket:
+async def connect(kernel: Kernel, path: Path, patience_s: float = START_PATIENCE_S) -> StreamSocket:
     """Connect, waiting up to `patience_s` for a daemon that is still starting."""
     deadline = trio.current_time() + patience_s
     while True:
         try:
-            return connect_now(path)
+            return connect_now(kernel, path)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             if trio.current_time() >= deadline:
                 why = f"no daemon listens there (waited {patience_s:.0f} s)"

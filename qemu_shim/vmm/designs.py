@@ -11,13 +11,13 @@ What a design cannot do it refuses with a reason, and the refusal is an answer l
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from protocol.errors import UapiError
+from protocol.kernel.port import Kernel
 from protocol.uapi import names
 from qemu_shim.vmm.iommufd_client import Iommu
 from qemu_shim.vmm.kvm_client import Vm
@@ -82,7 +82,8 @@ class Container(Protocol):
 class KvmContainer:
     """KVM's table, exported: memslots are all there is to say of it."""
 
-    def __init__(self, tdp_fd: int) -> None:
+    def __init__(self, kernel: Kernel, tdp_fd: int) -> None:
+        self._kernel = kernel
         self._tdp_fd = tdp_fd
 
     @property
@@ -93,7 +94,7 @@ class KvmContainer:
     async def open(cls, vm: Vm, process: Process, *, own_root: bool = False) -> KvmContainer:
         if own_root:
             await vm.enable_cap(names.KVM_CAP_TDP_FD_OWN_ROOT)
-        return cls(await vm.create_tdp_fd())
+        return cls(vm.loop.kernel, await vm.create_tdp_fd())
 
     async def hwpt(self, iommu: Iommu, dev_id: int, slots: list[RamSlot]) -> int:
         return await iommu.hwpt_alloc_kvm(dev_id, self._tdp_fd)
@@ -111,7 +112,7 @@ class KvmContainer:
         """The same."""
 
     def close(self) -> None:
-        os.close(self._tdp_fd)
+        self._kernel.close(self._tdp_fd)
 
 
 class IoasContainer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import Counter, deque
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class DeviceSim:
 
     @classmethod
     async def connect(cls, loop: Loop, path: Path) -> DeviceSim:
-        return cls(Channel(loop, await connect(path), "device_sim"))
+        return cls(Channel(loop, await connect(loop.kernel, path), "device_sim"))
 
     async def stats(self) -> Body:
         return (await self._channel.ask("STATS")).body
@@ -49,7 +48,7 @@ class Portal:
         self._waiting: dict[int, list[Wait[None]]] = {}
         self.messages: deque[tuple[int, int]] = deque(maxlen=MAX_MESSAGES)  # (address, data) of each MSI
         self._channel = Channel(
-            loop, socket.socket(fileno=fd), "portal", on_notify=self._on_notify, on_close=self._on_close
+            loop, loop.kernel.socket_of(fd), "portal", on_notify=self._on_notify, on_close=self._on_close
         )
 
     async def mmio_read(self, offset: int, size: int) -> bytes:

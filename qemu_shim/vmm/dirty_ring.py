@@ -6,10 +6,9 @@ KVM_RESET_DIRTY_RINGS makes KVM take the given ones back.
 
 from __future__ import annotations
 
-import os
 import struct
 
-from protocol.rpc.memfd import map_peer
+from protocol.kernel.port import Kernel
 from protocol.uapi import names
 
 _ENTRY = struct.Struct("<IIQ")
@@ -18,10 +17,11 @@ assert _ENTRY.size == names.KVM_DIRTY_GFN_BYTES
 
 
 class DirtyRing:
-    def __init__(self, fd: int, size: int) -> None:
+    def __init__(self, kernel: Kernel, fd: int, size: int) -> None:
         """Maps the ring; the fd is ours and no longer needed then."""
-        self._memory = map_peer(fd, size, writable=True)
-        os.close(fd)
+        self._mapping = kernel.map_peer(fd, size, writable=True)
+        self._memory = self._mapping.view
+        kernel.close(fd)
         self._entries = size // _ENTRY.size
         self._next = 0
 
@@ -38,4 +38,4 @@ class DirtyRing:
             self._next += 1
 
     def close(self) -> None:
-        self._memory.close()
+        self._mapping.close()

@@ -5,8 +5,6 @@ Every object is a channel of its own, over the fd the kernel would have given; c
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ class File:
     def __init__(self, loop: Loop, fd: int, name: str) -> None:
         self.loop = loop
         self._fd = fd
-        self._channel = Channel(loop, socket.socket(fileno=fd), name)
+        self._channel = Channel(loop, loop.kernel.socket_of(fd), name)
 
     async def ask(self, op: str, fds: Sequence[int] = (), **body: Any) -> Reply:
         """One request; raises UapiError, or PeerGone when the daemon hung up."""
@@ -33,7 +31,7 @@ class File:
 
     def dup(self) -> int:
         """A copy of the fd, to pass on."""
-        return os.dup(self._fd)
+        return self.loop.kernel.dup(self._fd)
 
     @property
     def closed(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ class Iommufdd:
 
     @classmethod
     async def connect(cls, loop: Loop, path: Path) -> Iommufdd:
-        return cls(Channel(loop, await connect(path), "iommufdd"))
+        return cls(Channel(loop, await connect(loop.kernel, path), "iommufdd"))
 
     async def open_iommu(self, process: Process) -> Iommu:
         """Open /dev/iommu as `process`."""
@@ -61,7 +60,7 @@ class Iommu(File):
         """IOMMU_HWPT_ALLOC on a TDP FD, which stays the caller's; the HWPT's id [RFC 12/42]."""
         reply = await self.ask(
             "IOMMU_HWPT_ALLOC",
-            [os.dup(tdp_fd)],
+            [self.loop.kernel.dup(tdp_fd)],
             flags=flags,
             dev_id=dev_id,
             data_type=names.IOMMU_HWPT_DATA_KVM,

@@ -5,11 +5,11 @@ The front door stands for the host: a process starts there, opens /dev/kvm, and 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from protocol.kernel.port import Kernel
 from protocol.rpc.channel import Body, Channel, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
@@ -29,7 +29,7 @@ class Kvmd:
 
     @classmethod
     async def connect(cls, loop: Loop, path: Path) -> Kvmd:
-        return cls(Channel(loop, await connect(path), "kvmd"))
+        return cls(Channel(loop, await connect(loop.kernel, path), "kvmd"))
 
     async def start_process(self) -> Process:
         """A host process: its address space lives until the last copy of its fd is closed."""
@@ -129,9 +129,9 @@ class Vm(File):
         **how: Any,
     ) -> None:
         """`guest_memfd`: an object of ours, or any fd number, open or not; looked at only with its flag."""
-        fd = guest_memfd.dup() if isinstance(guest_memfd, GuestMemfd) else _dup(guest_memfd)
+        fd = guest_memfd.dup() if isinstance(guest_memfd, GuestMemfd) else _dup(self.loop.kernel, guest_memfd)
         if fd is not None and not flags & names.KVM_MEM_GUEST_MEMFD:
-            os.close(fd)
+            self.loop.kernel.close(fd)
             fd = None
         await self.ioctl(
             "KVM_SET_USER_MEMORY_REGION2",
@@ -207,9 +207,9 @@ def _region(slot: int, gpa: int, size: int, hva: int, flags: int) -> dict[str, A
     }
 
 
-def _dup(fd: int) -> int | None:
+def _dup(kernel: Kernel, fd: int) -> int | None:
     """A copy to send along; None if the number is not open."""
     try:
-        return os.dup(fd)
+        return kernel.dup(fd)
     except (OSError, OverflowError):
         return None

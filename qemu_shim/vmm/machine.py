@@ -16,6 +16,8 @@ from pathlib import Path
 import trio
 
 from protocol.errors import PeerError, UapiError
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
@@ -277,7 +279,7 @@ async def connect_host(directory: Path, admin: Path | None = None) -> AsyncItera
     messages for as long as it is open.
     """
     crashes: list[BaseException] = []
-    loop = Loop(crashes.append)
+    loop = Loop(LINUX, Flows(crashes.append))
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         nursery.start_soon(loop.serve)
         stack.callback(nursery.cancel_scope.cancel)
@@ -289,7 +291,7 @@ async def connect_host(directory: Path, admin: Path | None = None) -> AsyncItera
         stack.callback(device_sim.close)
         host = Host(loop, kvmd, iommufdd, device_sim)
         if admin is not None:
-            host.admin = Channel(loop, await connect(admin), "kvmd-admin")
+            host.admin = Channel(loop, await connect(loop.kernel, admin), "kvmd-admin")
             stack.callback(host.admin.close)
         yield host
     loop.close()

@@ -53,7 +53,7 @@ class Vcpu(File):
     async def dirty_ring(self) -> DirtyRing:
         """Map the vCPU's dirty ring; EINVAL if its VM has none."""
         reply = await self.ask("MMAP_DIRTY_RING")
-        return DirtyRing(reply.fds.take(0), reply.body["size"])
+        return DirtyRing(self.loop.kernel, reply.fds.take(0), reply.body["size"])
 
     async def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> tuple[int, int]:
         """KVM_PRE_FAULT_MEMORY: what is left of the range, (gpa, size)."""

@@ -13,6 +13,9 @@ import trio
 
 from device_sim.config import FIRST_RID
 from device_sim.core.traits import capabilities
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
@@ -54,7 +57,7 @@ class FakeSilicon:
         self._windows: list[tuple[int, memoryview]] = []  # of the driver's: where, and the bytes
         self._doors: list[Channel] = []
 
-    def on_connect(self, sock: socket.socket) -> None:
+    def on_connect(self, sock: StreamSocket) -> None:
         self._doors.append(Channel(self.loop, sock, "fake door", on_request=self._serve))
 
     def _serve(self, channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
@@ -150,7 +153,7 @@ async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Vmm]]:
         running = System(directory)
         try:
             running.start("kvmd")
-            loop = Loop(crashes.append)
+            loop = Loop(LINUX, Flows(crashes.append))
             fake = FakeSilicon(loop, functions)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(loop.serve)

@@ -12,9 +12,8 @@ from collections import deque
 from collections.abc import Callable
 
 from protocol.flow import Wait
-from protocol.rpc.eventfd import BrokenEvent, EventFd
+from protocol.kernel.port import BrokenEvent, SharedEvent
 from protocol.rpc.loop import Loop
-from protocol.rpc.memfd import make_shared
 
 PAGE = 4096
 CAP, ECAP, GCMD, GSTS, FSTS, ICS = 0x8, 0x10, 0x18, 0x1C, 0x34, 0x9C
@@ -46,8 +45,9 @@ class FakeUnit:
         self._windows = windows
         self._on_response = on_response
         self._stored = mmap.mmap(store_page, PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
-        self._fd, self.registers = make_shared("fake registers", 2 * PAGE, peer_writes=False)
-        self.kick, self.fault, self.page_request, self.completion = (EventFd.make() for _ in range(4))
+        self._fd, mapping = loop.kernel.memfd("fake registers", 2 * PAGE, peer_writes=False)
+        self.registers = mapping.view
+        self.kick, self.fault, self.page_request, self.completion = (loop.kernel.event() for _ in range(4))
         self._batches: deque[tuple[deque[bytes], bool]] = deque()
         self._pumping = False
         self._closed = False
@@ -160,7 +160,7 @@ class FakeUnit:
     async def cleared(self) -> int:
         return self.overflows_cleared
 
-    def _signal(self, event: EventFd) -> None:
+    def _signal(self, event: SharedEvent) -> None:
         try:
             event.signal()
         except BrokenEvent:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from protocol.rpc.memfd import make_shared
+from protocol.kernel.linux import LINUX
 from tests.integration.test_hostile import keep, link, serves
 from tests.kit.daemons import System, system, until
 
@@ -43,12 +43,12 @@ class Driver:
 
     def __init__(self, stack: ExitStack, running: System) -> None:
         self.peer = keep(stack, link(stack, running))
-        fd, tables = make_shared("tables", 16 * PAGE, peer_writes=False)
-        queues_fd, queues = make_shared("queues", 32 * PAGE, peer_writes=True)
-        stored_fd, stored = make_shared("stored", PAGE, peer_writes=False)
+        fd, tables = LINUX.memfd("tables", 16 * PAGE, peer_writes=False)
+        queues_fd, queues = LINUX.memfd("queues", 32 * PAGE, peer_writes=True)
+        stored_fd, stored = LINUX.memfd("stored", PAGE, peer_writes=False)
         for own in (fd, queues_fd, stored_fd):
             stack.callback(os.close, own)
-        self.tables, self.queues, self.stored = tables, queues, stored
+        self.tables, self.queues, self.stored = tables.view, queues.view, stored.view
         windows = [["tables", TABLES, 16 * PAGE], ["queues", QUEUES, 32 * PAGE]]
         assert not isinstance(self.peer.ask("MEMORY_ADD", {"windows": windows}, [fd, queues_fd, fd]), int)
         _, fds = self.peer.ask("UNIT", {"unit": 0}, [stored_fd])
@@ -212,7 +212,7 @@ def test_a_store_page_that_could_shrink_or_is_none_is_refused(bare_unit: System)
         os.ftruncate(fd, PAGE)
         assert peer.ask("UNIT", {"unit": 0}) == errno.EINVAL
         assert peer.ask("UNIT", {"unit": 200}, [fd]) == errno.EINVAL
-        small, _ = make_shared("small", PAGE // 2, peer_writes=False)
+        small, _ = LINUX.memfd("small", PAGE // 2, peer_writes=False)
         stack.callback(os.close, small)
         assert peer.ask("UNIT", {"unit": 0}, [small]) == errno.EINVAL
         answer = peer.ask("UNIT", {"unit": 0}, [fd])

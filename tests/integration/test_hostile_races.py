@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from protocol.errors import PeerError, UapiError
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Channel
-from protocol.rpc.files import cookie_of
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host, connect_host
 from qemu_shim.vmm.process import Uffd
@@ -148,7 +148,7 @@ async def test_the_process_exits_while_everything_sleeps(host: Host, shared_syst
         await rig.vm.set_user_memory_region(1, GPA, SIZE, hva, flags=1)
         importer = await deaf_importer(rig)
         await rig.vcpu.run([("w", 0, b"mapped")])
-        fault = {"mm": cookie_of(process._fd), "gfn": (GPA >> 12) + 1, "read": True}
+        fault = {"mm": LINUX.cookie_of(process._fd), "gfn": (GPA >> 12) + 1, "read": True}
         requests.begin("run", rig.vcpu.run([("w", GPA, b"x")]))
         requests.begin("io", importer.channel.ask("TDP_FAULT", {**fault, "write": True, "exec": False}))
         requests.begin("log", rig.vm.get_dirty_log(1, hva + 2 * PAGE_SIZE))

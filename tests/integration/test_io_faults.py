@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from protocol.hw.dsa import Status
-from protocol.rpc.files import cookie_of
+from protocol.kernel.linux import LINUX
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.vmm.machine import Host
 from tests.kit.refusals import refused
@@ -124,7 +124,8 @@ async def test_a_fault_for_nothing_or_for_another_process_is_einval(host: Host) 
         rig.extra.append(other)
         rig.tdp_fd = await rig.vm.create_tdp_fd()
         importer = await WireImporter.of(host, rig.tdp_fd)
-        gfn, own, foreign = GUEST_START // PAGE_SIZE, cookie_of(rig.process._fd), cookie_of(other._fd)
+        gfn = GUEST_START // PAGE_SIZE
+        own, foreign = LINUX.cookie_of(rig.process._fd), LINUX.cookie_of(other._fd)
         cases = [(own, {}), (foreign, {"read": True}), (foreign, {"write": True}), (0, {"read": True})]
         for mm, rights in cases:
             access = {"read": False, "write": False, "exec": False} | rights

@@ -11,6 +11,9 @@ import pytest
 import trio
 
 from protocol.errors import UapiError
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import StreamSocket
 from protocol.pt import bits
 from protocol.pt.meta import META_BYTES, TYPE_EPT, ExportedTdpMeta, promised_masks
 from protocol.pt.walk import ept_rules
@@ -67,7 +70,7 @@ class FakeKvmd:
         self.asked: list[str] = []
         self.channels: list[Channel] = []
 
-    def on_connect(self, sock: socket.socket) -> None:
+    def on_connect(self, sock: StreamSocket) -> None:
         self.channels.append(Channel(self._loop, sock, "fake", on_request=self._serve))
 
     def _serve(self, channel: Channel, request_id: int, body: Body, fds: Fds) -> None:
@@ -98,12 +101,12 @@ async def open_when_free(iommufdd: Iommufdd) -> VfioDevice:
 async def alloc_errno(running: System, meta: bytes | UapiError) -> tuple[int, list[str]]:
     """What IOMMU_HWPT_ALLOC says of that metadata, and what was asked of KVM."""
     crashes: list[BaseException] = []
-    loop = Loop(crashes.append)
+    loop = Loop(LINUX, Flows(crashes.append))
     fake = FakeKvmd(loop, meta)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.serve)
         listener = Listener(loop, running.importers, fake.on_connect)
-        door = Channel(loop, await connect(running.socket("iommufdd")), "iommufdd")
+        door = Channel(loop, await connect(loop.kernel, running.socket("iommufdd")), "iommufdd")
         iommufdd = Iommufdd(door)
         iommu = Iommu(loop, (await door.ask("OPEN", {"path": "/dev/iommu"})).fds.take(0), "iommufd")
         device: VfioDevice = await open_when_free(iommufdd)

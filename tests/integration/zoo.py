@@ -27,8 +27,8 @@ from kvmd.service.userfaultfd import UFFD
 from kvmd.service.vcpu import VCPU
 from kvmd.service.vm import GUEST_MEMFD, VM
 from protocol.errors import UapiError
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Channel, Reply
-from protocol.rpc.files import cookie_of
 from protocol.rpc.service import Service
 from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
@@ -307,7 +307,7 @@ async def zoo_of(host: Host, number: int = 0) -> AsyncIterator[Zoo]:
         await attach_device(rig, number)
         zoo = Zoo(host, rig)
         process, vm = rig.process, rig.vm
-        zoo.token = cookie_of(process._fd)
+        zoo.token = LINUX.cookie_of(process._fd)
         zoo.spare = await process.mmap(MIB)
         zoo.logged = await process.mmap(SLOT_BYTES)
         await vm.set_user_memory_region(1, SLOT_GPA, SLOT_BYTES, zoo.logged, flags=1)

@@ -25,7 +25,7 @@ RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "simulator": 2, "bench": 3, 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
     **dict.fromkeys(("units", "errors", "flow", "lifecycle", "kvm_run"), 0),
-    **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "log", "started_with"), 1),
+    **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "log", "started_with", "kernel"), 1),
     **dict.fromkeys(("uapi", "rpc"), 2),
     "daemon": 3,
 }
@@ -59,17 +59,14 @@ OWNERS = ("kvmd", "iommufdd")
 RPC_SHELL = (
     "body",
     "channel",
-    "closer",
     "door",
-    "eventfd",
     "fence",
     "files",
     "loop",
-    "memfd",
     "service",
     "socket",
 )
-SHELL_OF_PROTOCOL = ("uapi", *(f"rpc.{shell}" for shell in RPC_SHELL), "daemon", "log")
+SHELL_OF_PROTOCOL = ("uapi", "kernel", *(f"rpc.{shell}" for shell in RPC_SHELL), "daemon", "log")
 IMPURE = {
     *("trio", "msgpack", "pydantic", "structlog"),
     *("asyncio", "threading", "subprocess", "multiprocessing", "signal"),

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack
 
 import trio
 
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.rpc.loop import Loop
 from qemu_shim.vmm.daemons import KVMD, socket_of
 from qemu_shim.vmm.kvm_client import Kvmd
@@ -32,7 +34,7 @@ async def replay_all(
     crashes: list[BaseException] = []
     options = {KVMD.name: [*KVMD_OPTIONS, *kvmd_options]}
     async with supervised(options, "warning", (KVMD,)) as running, AsyncExitStack() as stack:
-        loop = Loop(crashes.append)
+        loop = Loop(LINUX, Flows(crashes.append))
         stack.callback(loop.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(loop.serve)

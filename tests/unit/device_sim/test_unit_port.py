@@ -16,8 +16,9 @@ from device_sim.core.root_complex import RootComplex
 from device_sim.core.traits import UnitTraits, capabilities
 from device_sim.unit_port import ConnectedUnit
 from protocol.errors import UapiError
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.rpc.loop import Loop
-from protocol.rpc.memfd import make_shared
 from tests.kit.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
 
 PAGE = 4096
@@ -26,13 +27,13 @@ PAGE = 4096
 class PortOverFiles:
     def __init__(self) -> None:
         self.crashes: list[BaseException] = []
-        self.loop = Loop(self.crashes.append)
+        self.loop = Loop(LINUX, Flows(self.crashes.append))
         self.broken = 0
         cap, ecap = capabilities()
         self.silicon = RootComplex(
             [UnitTraits(cap, ecap, 46)], [], PhysicalMemory(), self.loop.flows.spawn, lambda: 0
         )
-        self.store_fd, self.stored = make_shared("store page", PAGE, peer_writes=False)
+        self.store_fd, self._mapping = LINUX.memfd("store page", PAGE, peer_writes=False)
 
     def port(self, fd: int | None = None) -> ConnectedUnit:
         return ConnectedUnit(self.loop, self.silicon, 0, self.store_fd if fd is None else fd, self._on_broken)
@@ -41,10 +42,10 @@ class PortOverFiles:
         self.broken += 1
 
     def store(self, offset: int, value: int) -> None:
-        self.stored[offset : offset + 4] = value.to_bytes(4, "little")
+        self._mapping.view[offset : offset + 4] = value.to_bytes(4, "little")
 
     def close(self) -> None:
-        self.stored.close()
+        self._mapping.close()
         os.close(self.store_fd)
         self.loop.close()
         assert self.crashes == []

@@ -15,6 +15,7 @@ from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.memory import TABLES_START, TableMemory
 from kvmd.config import MAX_RAM
 from protocol.hostmem import HIGH_RAM_START, WindowKind, check_layout
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Fds
 from protocol.units import GIB, MIB, TIB, Hpa, Iova, Level
 from tests.oracle.table import Machine, RawTables, second_stage_walk
@@ -25,7 +26,7 @@ HAW = 46  # what device_sim's units have unless told otherwise
 
 @pytest.fixture
 def tables() -> Iterator[TableMemory]:
-    memory = TableMemory(MIB)
+    memory = TableMemory(LINUX, MIB)
     yield memory
     memory.close()
 
@@ -41,7 +42,7 @@ def map_again(fd: int) -> None:
 
 def add(unit: MappedMemory, window: tuple[str, int, int], fds: list[int]) -> int:
     """Window and lease, as they come with a message."""
-    received = Fds(fds)
+    received = Fds(LINUX, fds)
     number = unit.add([window], received)
     received.close()
     return number
@@ -73,7 +74,7 @@ def test_a_unit_walks_the_window_beside_kvmd_s(tables: TableMemory) -> None:
     host = os.memfd_create("host", os.MFD_ALLOW_SEALING)
     os.ftruncate(host, MIB)
     fcntl.fcntl(host, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    unit = MappedMemory()
+    unit = MappedMemory(LINUX)
     kvmd_s = add(unit, (WindowKind.TABLES, MIB, MIB), [host, os.dup(host)])
     sets = [add(unit, tables.window, tables.fds(2)) for _ in range(100)]
     reader = unit.physical.tables_at(table.root)
@@ -97,7 +98,7 @@ def test_the_window_is_above_every_host_and_within_a_unit_s_reach() -> None:
 
 
 def test_the_window_costs_what_is_touched_of_it() -> None:
-    memory = TableMemory(TIB)
+    memory = TableMemory(LINUX, TIB)
     (fd,) = memory.fds(1)
     try:
         IoPageTable(memory.writer, memory.pool, Level(4), Level(3)).map(

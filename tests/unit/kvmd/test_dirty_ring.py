@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 from kvmd.core.slots.dirty_ring import DIRTY_GFN_BYTES, DirtyGfn, DirtyRing, reserved_entries
+from protocol.kernel.linux import LINUX
 from qemu_shim.vmm.dirty_ring import DirtyRing as Harvester
 
 BYTES = 4096
@@ -20,7 +21,7 @@ def pair(reserved: int = 64) -> tuple[DirtyRing, Harvester, memoryview]:
     fd = os.memfd_create("ring", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, BYTES)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    harvester = Harvester(fd, BYTES)
+    harvester = Harvester(LINUX, fd, BYTES)
     memory = memoryview(harvester._memory)
     return DirtyRing(memory, reserved), harvester, memory
 

@@ -14,6 +14,7 @@ import socket
 import pytest
 
 from protocol.errors import UapiError
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Body, Channel, Fds, PeerGone, Reply
 from protocol.rpc.session import MAX_BODY_BYTES, MAX_FDS
 from tests.patience import PATIENCE_S
@@ -203,7 +204,7 @@ def test_fds_nobody_takes_are_closed(wire: Wires, kind: str) -> None:
 
 def test_an_fd_is_taken_once() -> None:
     reader, writer = a_pipe()
-    fds = Fds([reader, writer])
+    fds = Fds(LINUX, [reader, writer])
     assert fds.peek(0) == reader
     assert fds.take(0) == reader
     for index in (0, 2, -1):

@@ -11,7 +11,8 @@ import pytest
 
 from protocol.rpc import channel as channel_module
 from protocol.rpc.body import MAX_DEPTH, MAX_LIST_ITEMS, MAX_MAP_ITEMS
-from protocol.rpc.channel import RECV_BYTES, Body, Channel, Fds, PeerGone
+from protocol.rpc.channel import Body, Channel, Fds, PeerGone
+from protocol.rpc.loop import RECV_BYTES
 from protocol.rpc.session import MAX_BODY_BYTES, MAX_FDS, MAX_IN_FLIGHT
 from tests.unit.protocol.wires import (
     ERROR,

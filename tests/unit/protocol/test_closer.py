@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from protocol.rpc import closer
-from protocol.rpc.closer import Closer
+from protocol.kernel import closer
+from protocol.kernel.closer import Closer
 from tests.patience import PATIENCE_S
 
 

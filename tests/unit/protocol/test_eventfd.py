@@ -8,23 +8,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from protocol.rpc.eventfd import BrokenEvent, EventFd
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import BrokenEvent, SharedEvent
 from protocol.rpc.fence import full_fence
 
 
 @pytest.fixture
-def event() -> Iterator[EventFd]:
-    made = EventFd.make()
+def event() -> Iterator[SharedEvent]:
+    made = LINUX.event()
     yield made
     made.close()
 
 
-def make_it_block(event: EventFd) -> None:
+def make_it_block(event: SharedEvent) -> None:
     """What the other end can do at any time: flags are not a descriptor's, but the file's."""
     fcntl.fcntl(event.fd, fcntl.F_SETFL, fcntl.fcntl(event.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
 
 
-def test_several_signals_are_drained_at_once(event: EventFd) -> None:
+def test_several_signals_are_drained_at_once(event: SharedEvent) -> None:
     event.signal()
     event.signal()
     full_fence()
@@ -35,12 +36,14 @@ def test_several_signals_are_drained_at_once(event: EventFd) -> None:
         os.eventfd_read(event.fd)
 
 
-def test_draining_what_nobody_signalled_does_not_wait_even_if_the_peer_made_it_block(event: EventFd) -> None:
+def test_draining_what_nobody_signalled_waits_not_even_if_the_peer_made_it_block(
+    event: SharedEvent,
+) -> None:
     make_it_block(event)
     event.drain()
 
 
-def test_a_full_counter_is_found_out_before_anybody_waits(event: EventFd) -> None:
+def test_a_full_counter_is_found_out_before_anybody_waits(event: SharedEvent) -> None:
     make_it_block(event)
     os.eventfd_write(event.fd, 2**64 - 2)
     with pytest.raises(BrokenEvent, match="no room"):
@@ -50,7 +53,7 @@ def test_a_full_counter_is_found_out_before_anybody_waits(event: EventFd) -> Non
 def test_what_is_no_eventfd_is_found_out() -> None:
     read, write = os.pipe()
     os.close(read)
-    for misused in (EventFd(write),):
+    for misused in (LINUX.event_of(write),):
         with pytest.raises(BrokenEvent):
             misused.drain()
         with pytest.raises(BrokenEvent):

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import mmap
 import os
-import select
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import pytest
 
 from kvmd import importers, memory
 from protocol.errors import UapiError
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import Poller
 from protocol.rpc.channel import Channel
 from protocol.rpc.files import Files
 from protocol.rpc.service import Service
@@ -27,7 +28,7 @@ NAMED: Service[str] = Service("named", {})
 class FailingEpoll:
     """The loop's epoll set, in which these calls fail."""
 
-    def __init__(self, real: select.epoll, *names: str) -> None:
+    def __init__(self, real: Poller, *names: str) -> None:
         self._real = real
         self._names = names
 
@@ -42,7 +43,7 @@ class FailingEpoll:
 
 
 def failing(wire: Wires, *names: str) -> None:
-    wire.loop._epoll = FailingEpoll(wire.loop._epoll, *names)  # type: ignore[assignment]
+    wire.loop._epoll = FailingEpoll(wire.loop._epoll, *names)
 
 
 def working(wire: Wires) -> None:
@@ -76,11 +77,11 @@ def test_a_connection_that_cannot_be_watched_is_hung_up_on_and_the_next_is_serve
     came: list[Channel] = []
     listener = Listener(wire.loop, tmp_path / "door", lambda sock: came.append(wire.channel(sock, "door")))
     failing(wire, "register")
-    turned_away = connect_now(tmp_path / "door")
+    turned_away = connect_now(LINUX, tmp_path / "door")
     wire.pump()
     assert (turned_away.recv(1), came, wire.crashes) == (b"", [], [])
     working(wire)
-    served = connect_now(tmp_path / "door")
+    served = connect_now(LINUX, tmp_path / "door")
     wire.pump()
     assert len(came) == 1
     for sock in (turned_away, served):
@@ -119,7 +120,7 @@ def test_a_dirty_ring_that_cannot_be_made_leaves_no_fd(call: str, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(where, call, fail)
         with pytest.raises(UapiError) as refused:
-            memory.dirty_ring_memory(1 << 16)
+            memory.dirty_ring_memory(LINUX, 1 << 16)
     assert errno_of(refused) == errno.ENOMEM
     assert open_fds() == before
 

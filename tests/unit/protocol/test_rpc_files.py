@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import UapiError
+from protocol.kernel.linux import LINUX
 from protocol.rpc.channel import Body, Fds
-from protocol.rpc.files import Files, cookie_of
+from protocol.rpc.files import Files
 from protocol.rpc.service import Method, Service
 from tests.unit.protocol.wires import Nothing, Raw, Wires, frame, wires
 
@@ -43,7 +44,7 @@ class Held:
 
     def open(self, obj: str = "vm0") -> int:
         fd, inode, _ = self.files.open(NAMED, Vm(obj), self.released.append)
-        assert inode == cookie_of(fd)
+        assert inode == LINUX.cookie_of(fd)
         return fd
 
 
@@ -168,7 +169,7 @@ def test_a_file_whose_inode_happens_to_be_an_objects_is_none(
         forged, device = file.fileno(), os.fstat(file.fileno()).st_dev
         same = os.stat_result((real.st_mode, real.st_ino, device, *real[3:]))
         patched.setattr(os, "fstat", lambda number: same if number == forged else real)
-        assert cookie_of(forged) == 0
+        assert LINUX.cookie_of(forged) == 0
         with pytest.raises(UapiError) as caught:
             held.files.find(forged, Vm)
         assert caught.value.errno == errno.EINVAL

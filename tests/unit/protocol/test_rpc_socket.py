@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.socket import MAX_PATH_BYTES, Listener, check_path, connect, connect_now
 from tests.patience import PATIENCE_S
 from tests.unit.protocol.wires import Wires, open_fds
 
 
-class Came(list[socket.socket]):
+class Came(list[StreamSocket]):
     def close(self) -> None:
         for sock in self:
             sock.close()
@@ -27,7 +29,7 @@ class Came(list[socket.socket]):
 def test_a_peer_connects_and_the_file_goes_with_the_listener(wire: Wires, tmp_path: Path) -> None:
     path, came = tmp_path / "kvmd", Came()
     listener = Listener(wire.loop, path, came.append)
-    peers = [connect_now(path) for _ in range(3)]
+    peers = [connect_now(LINUX, path) for _ in range(3)]
     wire.pump()
     assert len(came) == 3
     came[0].send(b"hello")
@@ -47,7 +49,7 @@ def test_the_file_of_a_daemon_that_was_killed_is_replaced(wire: Wires, tmp_path:
     assert path.is_socket()
     came = Came()
     listener = Listener(wire.loop, path, came.append)
-    peer = connect_now(path)
+    peer = connect_now(LINUX, path)
     wire.pump()
     assert len(came) == 1
     listener.close()
@@ -88,7 +90,7 @@ def test_the_longest_path_still_works(wire: Wires, tmp_path: Path) -> None:
     assert len(name) > 1
     came = Came()
     listener = Listener(wire.loop, directory / name, came.append)
-    connect_now(directory / name).close()
+    connect_now(LINUX, directory / name).close()
     listener.close()
     came.close()
 
@@ -105,14 +107,14 @@ async def test_a_peer_waits_for_a_daemon_that_starts_later(wire: Wires, tmp_path
 
     thread = threading.Thread(target=start_late)
     thread.start()
-    (await connect(path, patience_s=PATIENCE_S)).close()
+    (await connect(LINUX, path, patience_s=PATIENCE_S)).close()
     ready.set()
     thread.join()
 
 
 async def test_patience_ends(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        await connect(tmp_path / "nobody", patience_s=0.02)
+        await connect(LINUX, tmp_path / "nobody", patience_s=0.02)
 
 
 def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
@@ -120,7 +122,7 @@ def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
 ) -> None:
     path, came = tmp_path / "kvmd", Came()
     listener = Listener(wire.loop, path, came.append)
-    peers = [connect_now(path) for _ in range(2)]
+    peers = [connect_now(LINUX, path) for _ in range(2)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(open_fds()) + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
@@ -136,7 +138,7 @@ def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
             os.close(fd)
     assert not came
     assert [peer.recv(1) for peer in peers] == [b"", b""]
-    later = connect_now(path)
+    later = connect_now(LINUX, path)
     wire.pump()
     assert len(came) == 1
     listener.close()

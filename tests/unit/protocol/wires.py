@@ -14,9 +14,10 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol.flow import Wait
+from protocol.flow import Flows, Wait
+from protocol.kernel.linux import LINUX
+from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Body, Channel, Fds
-from protocol.rpc.closer import CLOSER
 from protocol.rpc.loop import Loop
 from protocol.uapi.message import Message
 from tests.patience import PATIENCE_S
@@ -24,7 +25,7 @@ from tests.patience import PATIENCE_S
 
 def open_fds() -> set[int]:
     """The fds of this process, all that was received closed; what lists them is not counted."""
-    assert CLOSER.drain(PATIENCE_S)
+    assert LINUX.closer.drain(PATIENCE_S)
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
 
 
@@ -37,7 +38,7 @@ class Wires:
 
     def __init__(self) -> None:
         self.crashes: list[BaseException] = []
-        self.loop = Loop(self.crashes.append)
+        self.loop = Loop(LINUX, Flows(self.crashes.append))
         self._close: list[Callable[[], None]] = []
 
     def pair(
@@ -53,17 +54,17 @@ class Wires:
         self._close.append(right.close)
         return self.channel(left, "left", kwargs), Raw(right)
 
-    def channel(self, sock: socket.socket, name: str, kwargs: dict[str, Any] | None = None) -> Channel:
+    def channel(self, sock: StreamSocket, name: str, kwargs: dict[str, Any] | None = None) -> Channel:
         made = Channel(self.loop, sock, name, **(kwargs or {}))
         self._close.append(made.close)
         return made
 
     def pump(self) -> None:
         """Serve until nothing is ready, and nothing comes of what was closed any more."""
-        assert CLOSER.drain(PATIENCE_S)
+        assert LINUX.closer.drain(PATIENCE_S)
         self.loop.settle()
         while self.loop.turn(0):
-            assert CLOSER.drain(PATIENCE_S)
+            assert LINUX.closer.drain(PATIENCE_S)
 
     def close(self) -> None:
         for close in self._close:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ class Calls:
 
     def __init__(self, refuse: str = "") -> None:
         self.made: list[tuple[Any, ...]] = []
+        self.loop = SimpleNamespace(kernel=None)
         self._refuse = refuse
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,8 @@ import pytest
 import trio
 
 from protocol.errors import PeerError
+from protocol.flow import Flows
+from protocol.kernel.linux import LINUX
 from protocol.rpc.loop import Loop
 from qemu_shim.vmm.device_client import Portal
 from tests.patience import PATIENCE_S
@@ -16,7 +18,7 @@ from tests.patience import PATIENCE_S
 @pytest.mark.parametrize("gone_first", [True, False], ids=["gone before the wait", "goes during the wait"])
 async def test_a_device_that_goes_ends_every_wait_for_its_interrupt(gone_first: bool) -> None:
     crashes: list[BaseException] = []
-    loop = Loop(crashes.append)
+    loop = Loop(LINUX, Flows(crashes.append))
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.serve)

@@ -56,6 +56,3 @@ class Closer:
             with self._changed:
                 self._pending -= 1
                 self._changed.notify_all()
-
-
-CLOSER = Closer()

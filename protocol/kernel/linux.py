@@ -1,0 +1,221 @@
+"""The kernel we run on, behind the port.
+
+Memory is made so that it cannot shrink, and mapped from a peer only if it cannot: a load beyond the end of a
+file is SIGBUS, which no process survives that did not mean to.  So what a peer gives is asked for its seals,
+which cannot be taken off again [Linux mm/memfd.c], and then for its size; the answer holds for as long as it
+is mapped.
+
+Flags of an eventfd belong to all who have it, so a peer may make it a blocking one at any time: whoever
+drains asks not to wait call by call, whoever signals asks first whether there is room.  What is left is a
+peer that fills the counter between that answer and the write.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from time import monotonic_ns
+from typing import Final
+
+from protocol.kernel.closer import Closer
+from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+
+SO_COOKIE: Final = 57  # not in the socket module
+F_SEAL_FUTURE_WRITE: Final = 0x10  # not in the fcntl module before Python 3.13
+BACKLOG: Final = 64
+_COOKIE = struct.Struct("=Q")
+_ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
+
+
+class MappedFile:
+    """The port `Mapping`."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+        self.view = memoryview(mapping)
+
+    def discard(self, offset: int, size: int) -> None:
+        try:
+            self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+        except OSError:  # no memory to give memory back with: zeroed it must be in any case
+            for at in range(offset, offset + size, len(_ZEROES)):
+                self._mapping[at : at + len(_ZEROES)] = _ZEROES
+
+    def close(self) -> None:
+        self.view.release()
+        self._mapping.close()
+
+
+class EventFd:
+    """The port `SharedEvent`; owns `fd`."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._count = bytearray(8)
+        self._room = select.poll()
+        self._room.register(fd, select.POLLOUT)
+
+    def signal(self) -> None:
+        try:
+            ready = self._room.poll(0)
+            if not ready or not ready[0][1] & select.POLLOUT:
+                raise BrokenEvent("an eventfd has no room for one signal more")
+            os.eventfd_write(self.fd, 1)
+        except OSError as error:
+            raise BrokenEvent(f"an eventfd cannot be written: {error}") from None
+
+    def drain(self) -> None:
+        try:
+            with suppress(BlockingIOError):
+                os.preadv(self.fd, [self._count], -1, os.RWF_NOWAIT)
+        except OSError as error:
+            raise BrokenEvent(f"an eventfd cannot be read: {error}") from None
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Linux:
+    """The port `Kernel`."""
+
+    def __init__(self) -> None:
+        self.closer = Closer()
+        self.dup = os.dup
+        self.close = os.close
+        self.close_received = self.closer.close
+        self.monotonic_ns = monotonic_ns
+
+    # -- sockets ---------------------------------------------------------------------------------------
+
+    def socketpair(self) -> tuple[StreamSocket, StreamSocket]:
+        return socket.socketpair()
+
+    def socket_of(self, fd: int) -> StreamSocket:
+        return socket.socket(fileno=fd)
+
+    def listen(self, path: Path, mode: int | None) -> StreamSocket:
+        """Bound under another name and renamed: a peer never meets a socket that does not listen yet."""
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
+            sock.bind(str(hidden))
+            if mode is not None:
+                os.chmod(hidden, mode)  # before anybody can connect
+            sock.listen(BACKLOG)
+            os.rename(hidden, path)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
+        return sock
+
+    def unlisten(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def connect(self, path: Path) -> StreamSocket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def cookie_of(self, fd: int) -> int:
+        """64 bits, counted up from boot, where an inode of sockfs has 32 and comes again [Linux sock_diag.c
+        __sock_gen_cookie, since 5.11].
+        """
+        try:
+            asked = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+        except OSError:
+            return 0
+        try:
+            cookie: int = _COOKIE.unpack(asked.getsockopt(socket.SOL_SOCKET, SO_COOKIE, _COOKIE.size))[0]
+        except OSError:
+            return 0
+        finally:
+            asked.detach()  # it stays the caller's
+        return cookie
+
+    def reserve(self) -> int:
+        return os.open(os.devnull, os.O_RDONLY)
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def poller(self) -> Poller:
+        return select.epoll()
+
+    def event(self) -> SharedEvent:
+        return EventFd(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+
+    def event_of(self, fd: int) -> SharedEvent:
+        return EventFd(fd)
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
+        with ExitStack() as undo:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            undo.callback(os.close, fd)
+            os.ftruncate(fd, size)
+            mapping = mmap.mmap(fd, size)
+            undo.callback(mapping.close)  # it has a copy of the fd
+            seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals if peer_writes else seals | F_SEAL_FUTURE_WRITE)
+            if not peer_writes:
+                os.fchmod(fd, 0o400)  # a re-open for writing fails as well, but for root
+            undo.pop_all()
+        return fd, MappedFile(mapping)
+
+    def map_peer(self, fd: int, size: int, *, writable: bool) -> Mapping:
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError:
+            raise ValueError("no memfd, so nothing keeps it from shrinking") from None
+        if not seals & fcntl.F_SEAL_SHRINK:
+            raise ValueError("it may shrink under us: seal it (F_SEAL_SHRINK)")
+        if os.fstat(fd).st_size < size:
+            raise ValueError("larger than its file")
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return MappedFile(mmap.mmap(fd, size, mmap.MAP_SHARED, access))
+
+    def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            with open(fd, "wb", closefd=False) as file:
+                file.writelines(parts)
+            os.lseek(fd, 0, os.SEEK_SET)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def memory_of(self, fd: int) -> tuple[int, int]:
+        stat = os.fstat(fd)
+        return stat.st_dev, stat.st_ino
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise FileExistsError(errno.EEXIST, "is not a socket; remove it or choose another path", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
+
+
+LINUX: Final = Linux()
