@@ -1,0 +1,375 @@
+"""A process of an in-memory kernel: its fds, and the port `Kernel` for whoever runs in it.
+
+Fds are given as Linux gives them, the lowest that is free.  A process that dies loses all of them at once,
+whatever it was doing.  What is ready when, and how much time passes, is the scheduler's: a `Scheduler` is
+asked whenever a process waits.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import mmap
+import select
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+from simulator.kernel.files import (
+    EVENT_MAX,
+    Counter,
+    Listening,
+    Memory,
+    Nothing,
+    OpenFile,
+    StreamEnd,
+    oserror,
+)
+
+FD_LIMIT = 1024
+_FD_BYTES = array.array("i").itemsize
+
+
+class Scheduler(Protocol):
+    """What decides."""
+
+    def now_ns(self) -> int:
+        """Virtual time."""
+
+    def wait(self, process: SimProcess, poller: SimPoller, timeout_s: float) -> None:
+        """`process` has nothing to do: others run, until something of `poller` is ready, or time is up."""
+
+
+class AtOnce:
+    """No other process runs, and time stands still: what is not ready now never is."""
+
+    def now_ns(self) -> int:
+        return 0
+
+    def wait(self, process: SimProcess, poller: SimPoller, timeout_s: float) -> None: ...
+
+
+class SimHost:
+    """What all processes share: names of sockets, and who decides."""
+
+    def __init__(self, scheduler: Scheduler | None = None) -> None:
+        self.scheduler = scheduler or AtOnce()
+        self.names: dict[Path, Listening] = {}
+
+
+class SimProcess:
+    """The port `Kernel`."""
+
+    def __init__(self, host: SimHost, name: str = "", fd_limit: int = FD_LIMIT) -> None:
+        self.host = host
+        self.name = name
+        self.fd_limit = fd_limit
+        self._files: dict[int, OpenFile] = {}
+        self._free = 3  # no fd below is
+
+    # -- fds -------------------------------------------------------------------------------------------
+
+    def install(self, file: OpenFile) -> int:
+        """A new fd for it.  EMFILE."""
+        fd = self._free
+        while fd in self._files:
+            fd += 1
+        if fd >= self.fd_limit:
+            raise oserror(errno.EMFILE)
+        self._files[fd] = file.get()
+        self._free = fd + 1
+        return fd
+
+    def file(self, fd: int) -> OpenFile:
+        """EBADF."""
+        found = self._files.get(fd)
+        if found is None:
+            raise oserror(errno.EBADF)
+        return found
+
+    def find(self, fd: int) -> OpenFile | None:
+        return self._files.get(fd)
+
+    @property
+    def fds(self) -> int:
+        """How many are open."""
+        return len(self._files)
+
+    def dup(self, fd: int) -> int:
+        return self.install(self.file(fd))
+
+    def close(self, fd: int) -> None:
+        file = self.file(fd)
+        del self._files[fd]
+        self._free = min(self._free, fd)
+        file.put()
+
+    def close_received(self, fd: int) -> None:
+        self.close(fd)
+
+    def reserve(self) -> int:
+        return self.install(Nothing())
+
+    def die(self) -> None:
+        """SIGKILL: every fd is closed, in order."""
+        for fd in sorted(self._files):
+            self.close(fd)
+
+    # -- sockets ---------------------------------------------------------------------------------------
+
+    def socketpair(self) -> tuple[StreamSocket, StreamSocket]:
+        one, other = StreamEnd.pair()
+        first = SimSocket(self, self.install(one))
+        try:
+            return first, SimSocket(self, self.install(other))
+        except OSError:
+            first.close()
+            raise
+
+    def socket_of(self, fd: int) -> StreamSocket:
+        if not isinstance(self.file(fd), StreamEnd | Listening):
+            raise oserror(errno.ENOTSOCK)
+        return SimSocket(self, fd)
+
+    def listen(self, path: Path, mode: int | None) -> StreamSocket:
+        there = self.host.names.get(path)
+        if there is not None and not there.closed:
+            raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
+        listening = Listening()
+        fd = self.install(listening)
+        self.host.names[path] = listening
+        return SimSocket(self, fd)
+
+    def unlisten(self, path: Path) -> None:
+        self.host.names.pop(path, None)
+
+    def connect(self, path: Path) -> StreamSocket:
+        there = self.host.names.get(path)
+        if there is None:
+            raise oserror(errno.ENOENT)
+        end = there.connect()
+        try:
+            return SimSocket(self, self.install(end))
+        except OSError:
+            end.get().put()
+            raise
+
+    def cookie_of(self, fd: int) -> int:
+        file = self._files.get(fd)
+        return file.cookie if isinstance(file, StreamEnd) else 0
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def poller(self) -> Poller:
+        return SimPoller(self)
+
+    def event(self) -> SharedEvent:
+        return SimEvent(self, self.install(Counter()))
+
+    def event_of(self, fd: int) -> SharedEvent:
+        return SimEvent(self, fd)
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
+        memory = Memory(size, sealed=True)
+        fd = self.install(memory)
+        mapping = SimMapping(memory, size, writable=True)
+        memory.writable = peer_writes
+        return fd, mapping
+
+    def map_peer(self, fd: int, size: int, *, writable: bool) -> Mapping:
+        memory = self.find(fd)
+        if not isinstance(memory, Memory):
+            raise ValueError("no memfd, so nothing keeps it from shrinking")
+        if not memory.sealed:
+            raise ValueError("it may shrink under us: seal it (F_SEAL_SHRINK)")
+        if memory.size < size:
+            raise ValueError("larger than its file")
+        if writable and not memory.writable:
+            raise oserror(errno.EPERM)
+        return SimMapping(memory, size, writable=writable)
+
+    def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
+        data = b"".join(parts)
+        return self.install(Memory(len(data), sealed=False, data=data))
+
+    def memory_of(self, fd: int) -> tuple[int, int]:
+        file = self.file(fd)
+        return (1, file.number) if isinstance(file, Memory) else (2, id(file))
+
+    # -- time ------------------------------------------------------------------------------------------
+
+    def monotonic_ns(self) -> int:
+        return self.host.scheduler.now_ns()
+
+
+class SimSocket:
+    """The port `StreamSocket`; never waits, whatever `setblocking` was told."""
+
+    def __init__(self, process: SimProcess, fd: int) -> None:
+        self._process = process
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def setblocking(self, blocking: bool, /) -> None: ...
+
+    @property
+    def _end(self) -> StreamEnd:
+        file = self._process.file(self._fd)
+        if not isinstance(file, StreamEnd):
+            raise oserror(errno.ENOTCONN)
+        return file
+
+    def send(self, data: Bytes, flags: int = 0, /) -> int:
+        return self._end.send(bytes(data))
+
+    def sendmsg(
+        self, buffers: Sequence[Bytes], ancillary: Sequence[tuple[int, int, Any]] = (), flags: int = 0, /
+    ) -> int:
+        files = []
+        for level, kind, fds in ancillary:
+            assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            files += [self._process.file(fd) for fd in array.array("i", bytes(fds))]
+        return self._end.send(b"".join(buffers), files)
+
+    def recv(self, size: int, /) -> bytes:
+        into = bytearray(size)
+        count, files = self._end.receive(memoryview(into))
+        for file in files:
+            file.put()
+        return bytes(into[:count])
+
+    def recvmsg_into(
+        self, buffers: Sequence[memoryview], ancillary_bytes: int = 0, flags: int = 0, /
+    ) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
+        (into,) = buffers
+        count, files = self._end.receive(into)
+        fds = array.array("i")
+        truncated = False
+        for file in files:
+            try:
+                if len(fds) * _FD_BYTES >= ancillary_bytes:
+                    truncated = True
+                else:
+                    fds.append(self._process.install(file))
+            except OSError:
+                truncated = True
+            file.put()
+        rights = [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds.tobytes())] if fds else []
+        return count, rights, int(socket.MSG_CTRUNC) if truncated else 0, None
+
+    def accept(self) -> tuple[StreamSocket, Any]:
+        listening = self._process.file(self._fd)
+        assert isinstance(listening, Listening), "accept on a socket that does not listen"
+        if not listening.waiting:
+            raise oserror(errno.EAGAIN)
+        fd = self._process.install(listening.waiting[0])
+        listening.waiting.popleft().put()
+        return SimSocket(self._process, fd), ""
+
+    def shutdown(self, how: int, /) -> None:
+        end = self._end
+        if end.peer is None:
+            raise oserror(errno.ENOTCONN)
+        end.shutdown(read=how != socket.SHUT_WR, write=how != socket.SHUT_RD)
+
+    def detach(self) -> int:
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def close(self) -> None:
+        if self._fd != -1:
+            self._process.close(self.detach())
+
+
+class SimPoller:
+    """The port `Poller`.  What is ready is reported in the order of registration."""
+
+    def __init__(self, process: SimProcess) -> None:
+        self._process = process
+        self._wanted: dict[int, tuple[OpenFile, int]] = {}
+
+    def register(self, fd: int, events: int, /) -> None:
+        file = self._process.file(fd)
+        known = self._wanted.get(fd)
+        if known is not None and known[0] is file and file.users:
+            raise oserror(errno.EEXIST)
+        self._wanted[fd] = file, events
+
+    def modify(self, fd: int, events: int, /) -> None:
+        if fd not in self._wanted:
+            raise oserror(errno.ENOENT)
+        self._wanted[fd] = self._wanted[fd][0], events
+
+    def unregister(self, fd: int, /) -> None:
+        if self._wanted.pop(fd, None) is None:
+            raise oserror(errno.ENOENT)
+
+    def ready(self) -> list[tuple[int, int]]:
+        """EPOLLHUP and EPOLLERR are reported unasked."""
+        found = []
+        for fd, (file, wanted) in list(self._wanted.items()):
+            if not file.users:  # the last fd of it was closed, and took it out of the set
+                del self._wanted[fd]
+                continue
+            events = file.events() & (wanted | select.EPOLLHUP | select.EPOLLERR)
+            if events:
+                found.append((fd, events))
+        return found
+
+    def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
+        if timeout_s and not self.ready():
+            self._process.host.scheduler.wait(self._process, self, timeout_s)
+        return self.ready()[:most]
+
+    def fileno(self) -> int:
+        return -1  # nobody polls a poller
+
+    def close(self) -> None:
+        self._wanted.clear()
+
+
+class SimEvent:
+    """The port `SharedEvent`."""
+
+    def __init__(self, process: SimProcess, fd: int) -> None:
+        self._process = process
+        self.fd = fd
+
+    def _counter(self) -> Counter:
+        file = self._process.find(self.fd)
+        if not isinstance(file, Counter):
+            raise BrokenEvent("no eventfd")
+        return file
+
+    def signal(self) -> None:
+        counter = self._counter()
+        if counter.value >= EVENT_MAX:
+            raise BrokenEvent("an eventfd has no room for one signal more")
+        counter.value += 1
+
+    def drain(self) -> None:
+        self._counter().value = 0
+
+    def close(self) -> None:
+        self._process.close(self.fd)
+
+
+class SimMapping:
+    """The port `Mapping`."""
+
+    def __init__(self, memory: Memory, size: int, *, writable: bool) -> None:
+        self._memory = memory
+        view = memoryview(memory.bytes)[:size]
+        self.view = view if writable else view.toreadonly()
+
+    def discard(self, offset: int, size: int) -> None:
+        self._memory.bytes.madvise(mmap.MADV_DONTNEED, offset, size)
+
+    def close(self) -> None:
+        self.view.release()
