@@ -55,4 +55,4 @@ def test_a_how_to_works(scratch: Scratch, tmp_path: Path, name: str) -> None:
 
 
 def test_every_block_of_the_how_tos_is_played() -> None:
-    assert len(HOWTO) == text_of("howto.md").count("```python") == 6
+    assert len(HOWTO) == text_of("howto.md").count("```python") > 0
