@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as member
 from enum import Flag
+from functools import cached_property
 from typing import Any, Final, NewType
 
 from protocol.units import PAGE_SHIFT, Hpa, Iova, Pasid, bits
@@ -117,16 +118,19 @@ class Layout(dict[str, Field]):
     """The fields of one record by the names of its dataclass.
 
     `pack(record)` is the word of a record of ours, `unpack(word)` the arguments of its constructor;
-    FormatError where a value has no meaning.  Both are made for the layout once, field by field: a record
-    is packed by whoever sends it and unpacked by whoever gets it, many times in every fault.
+    FormatError where a value has no meaning.  Both are made when first used, field by field: a record is
+    packed by whoever sends it and unpacked by whoever gets it, many times in every fault.
     """
 
-    __slots__ = ("pack", "unpack")
+    @cached_property
+    def pack(self) -> Callable[[object], int]:
+        made: Callable[[object], int] = _made("pack", "record", _packed(self), self)
+        return made
 
-    def __init__(self, fields: Mapping[str, Field]) -> None:
-        super().__init__(fields)
-        self.pack: Callable[[object], int] = _made("pack", "record", _packed(self), self)
-        self.unpack: Callable[[int], dict[str, Any]] = _made("unpack", "word", _unpacked(self), self)
+    @cached_property
+    def unpack(self) -> Callable[[int], dict[str, Any]]:
+        made: Callable[[int], dict[str, Any]] = _made("unpack", "word", _unpacked(self), self)
+        return made
 
 
 def _packed(layout: Layout) -> str:
