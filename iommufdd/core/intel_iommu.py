@@ -143,7 +143,7 @@ class IntelIommu:
         told: set[int] = set()
         while True:
             if self._taken_off:
-                descriptors = self._answerable(descriptors)
+                descriptors = await self._answerable(descriptors)
             try:
                 await self.queue.submit(descriptors)
                 return
@@ -153,12 +153,22 @@ class IntelIommu:
                 told.add(timed_out.rid)
                 await self._take_off(timed_out.rid)
 
-    def _answerable(self, descriptors: Sequence[Descriptor]) -> list[Descriptor]:
-        """Without those that would wait for a function that answers nothing."""
-        gone = self._taken_off
-        return [each for each in descriptors if not (isinstance(each, DevTlbInv) and each.sid in gone)]
+    # awaits: each each, left: cannot change: the caller's own; one in `left` whose function is taken off
+    # meanwhile times out in the queue, and `submit` comes back with it
+    async def _answerable(self, descriptors: Sequence[Descriptor]) -> list[Descriptor]:
+        """Without those that would wait for a function that answers nothing, once it reaches nothing; raises
+        what kept it from being taken off the bus.
+        """
+        left: list[Descriptor] = []
+        for each in descriptors:
+            done = self._taken_off.get(each.sid) if isinstance(each, DevTlbInv) else None
+            if done is None:
+                left.append(each)
+            else:
+                await done
+        return left
 
-    # awaits: done: cannot change: ours, and set once
+    # awaits: asked, done: cannot change: from here on others find ours, which is set once
     async def _take_off(self, rid: int) -> None:
         """The function reaches nothing when this returns, and never again while this link lasts."""
         done = self._taken_off.get(rid)
@@ -171,8 +181,10 @@ class IntelIommu:
             await self.submit(qi.forget_function(rid))
             self.tables.clear_context_entry(rid)
             await self._end_dma(rid)
-        finally:
-            done.set(None)
+        except Exception as error:
+            done.fail(error)
+            raise
+        done.set(None)
 
     def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
         """A page group response; nobody waits for it.  False: there is nobody any more."""

@@ -59,6 +59,7 @@ class Fds:
     def __init__(self, kernel: Kernel | None = None, fds: Iterable[int] = ()) -> None:
         """None: none came."""
         self._fds: list[int | None] = list(fds)
+        assert kernel is not None or not self._fds, "fds that nobody could close"
         self._kernel = kernel
 
     def __len__(self) -> int:

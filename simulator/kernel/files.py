@@ -12,9 +12,8 @@ import mmap
 import os
 import select
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 
 SOCKET_BYTES = 212_992  # net.core.wmem_default
 BUFFER_BYTES = 32_768  # of the kernel's buffers at most this much is one piece [Linux net/unix/af_unix.c]
@@ -69,11 +68,9 @@ class _Piece:
 class StreamEnd(OpenFile):
     """One end of a connected Unix stream socket."""
 
-    _cookies = count(1)
-
-    def __init__(self) -> None:
+    def __init__(self, cookie: int) -> None:
         super().__init__()
-        self.cookie = next(StreamEnd._cookies)
+        self.cookie = cookie
         self.peer: StreamEnd | None = None
         self.shut_read = self.shut_write = False
         self._pieces: deque[_Piece] = deque()
@@ -81,8 +78,9 @@ class StreamEnd(OpenFile):
         self._reset = False  # the peer went with bytes it had not read
 
     @staticmethod
-    def pair() -> tuple[StreamEnd, StreamEnd]:
-        one, other = StreamEnd(), StreamEnd()
+    def pair(numbers: Iterator[int]) -> tuple[StreamEnd, StreamEnd]:
+        """Their cookies are the next two."""
+        one, other = StreamEnd(next(numbers)), StreamEnd(next(numbers))
         one.peer, other.peer = other, one
         return one, other
 
@@ -175,8 +173,9 @@ class StreamEnd(OpenFile):
 class Listening(OpenFile):
     """A socket that has a name."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterator[int]) -> None:
         super().__init__()
+        self._numbers = numbers
         self.waiting: deque[StreamEnd] = deque()
         self.closed = False
 
@@ -184,7 +183,7 @@ class Listening(OpenFile):
         """The caller's end.  ECONNREFUSED."""
         if self.closed:
             raise oserror(errno.ECONNREFUSED)
-        ours, theirs = StreamEnd.pair()
+        ours, theirs = StreamEnd.pair(self._numbers)
         theirs.get()
         self.waiting.append(theirs)
         return ours
@@ -214,11 +213,9 @@ class Counter(OpenFile):
 class Memory(OpenFile):
     """A memfd; its bytes live as long as somebody maps or holds it."""
 
-    _numbers = count(1)
-
-    def __init__(self, size: int, *, sealed: bool, data: bytes | None = None) -> None:
+    def __init__(self, number: int, size: int, *, sealed: bool, data: bytes | None = None) -> None:
         super().__init__()
-        self.number = next(Memory._numbers)
+        self.number = number
         self.size = size
         self.sealed = sealed  # against shrinking
         self.writable = True  # may be mapped for stores

@@ -13,6 +13,7 @@ import mmap
 import select
 import socket
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,7 @@ class SimHost:
     def __init__(self, scheduler: Scheduler | None = None) -> None:
         self.scheduler = scheduler or AtOnce()
         self.names: dict[Path, Listening] = {}
+        self.numbers = count(1)  # of sockets and memory, never given twice
 
 
 class SimProcess:
@@ -120,7 +122,7 @@ class SimProcess:
     # -- sockets ---------------------------------------------------------------------------------------
 
     def socketpair(self) -> tuple[StreamSocket, StreamSocket]:
-        one, other = StreamEnd.pair()
+        one, other = StreamEnd.pair(self.host.numbers)
         first = SimSocket(self, self.install(one))
         try:
             return first, SimSocket(self, self.install(other))
@@ -137,7 +139,7 @@ class SimProcess:
         there = self.host.names.get(path)
         if there is not None and not there.closed:
             raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
-        listening = Listening()
+        listening = Listening(self.host.numbers)
         fd = self.install(listening)
         self.host.names[path] = listening
         return SimSocket(self, fd)
@@ -174,7 +176,7 @@ class SimProcess:
     # -- memory ----------------------------------------------------------------------------------------
 
     def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
-        memory = Memory(size, sealed=True)
+        memory = Memory(next(self.host.numbers), size, sealed=True)
         fd = self.install(memory)
         mapping = SimMapping(memory, size, writable=True)
         memory.writable = peer_writes
@@ -194,11 +196,13 @@ class SimProcess:
 
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
         data = b"".join(parts)
-        return self.install(Memory(len(data), sealed=False, data=data))
+        return self.install(Memory(next(self.host.numbers), len(data), sealed=False, data=data))
 
     def memory_of(self, fd: int) -> tuple[int, int]:
         file = self.file(fd)
-        return (1, file.number) if isinstance(file, Memory) else (2, id(file))
+        if isinstance(file, Memory):
+            return 1, file.number
+        return 2, self.cookie_of(fd)  # no memory: whoever maps it is told so
 
     # -- time ------------------------------------------------------------------------------------------
 

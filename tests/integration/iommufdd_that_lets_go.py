@@ -8,11 +8,12 @@ import sys
 
 from iommufdd.__main__ import main
 from iommufdd.core.intel_iommu import IntelIommu
+from protocol.flow import done
 
 
 async def leave_it(self: IntelIommu, rid: int) -> None:
     """Planted: whoever waits is told, and the function still reaches what it was to forget."""
-    self._taken_off[rid] = self._in_effect
+    self._taken_off[rid] = done(None)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from iommufdd.core.counts import UnitCounts
 from iommufdd.core.intel_iommu import QUEUE_BYTES, IntelIommu, UnitMemory
 from iommufdd.core.translation_tables import TranslationTables
 from iommufdd.core.unit_registers import UnitRegisters
+from protocol.flow import Wait, done
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.register_page import RegisterPage
 from protocol.pt.mem import TableWriter
@@ -44,6 +45,7 @@ class MiniatureUnit(ByHand):
         self.queues = bytearray(QUEUE_BYTES)
         self.kicks = self.fences = 0
         self.ended: list[int] = []  # functions whose bus mastering was taken from them
+        self.bus: Wait[None] = done(None)  # set or failed: what taking it comes to
         self.counts = UnitCounts()
         self.page_requests: list[tuple[bytes, bool]] = []
         self.faults: list[bytes] = []
@@ -72,6 +74,7 @@ class MiniatureUnit(ByHand):
         )
 
     async def _end_dma(self, rid: int) -> None:
+        await self.bus
         self.ended.append(rid)
 
     def _fence(self) -> None:

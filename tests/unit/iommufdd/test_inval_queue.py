@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from iommufdd.core import qi
-from protocol.errors import PeerError
+from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
 from protocol.hw.pasid_entry import RID_PASID, PasidEntry
 from protocol.hw.qi import ResponseCode
@@ -313,6 +313,46 @@ def test_after_a_second_time_out_the_context_entry_goes_p_first_and_the_function
     unit.completion()
     assert wait.result() is None
     assert errno_of(lambda: unit.driver.put_pasid_entry(RID, RID_PASID, PasidEntry())) == errno.EIO
+
+
+def being_taken_off() -> tuple[MiniatureUnit, Wait[None]]:
+    """Up to the bus mastering, which is not answered yet; and who asked for the invalidation."""
+    unit = MiniatureUnit()
+    unit.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
+    unit.bus = Wait()
+    wait = detach(unit)
+    for _ in range(2):
+        unit.execute(waits=False)
+        stop(unit, ITE, RID << 32)
+        unit.take_clears(FSTS)
+    unit.execute()
+    unit.completion()
+    return unit, wait
+
+
+def test_who_comes_while_a_function_is_taken_off_the_bus_waits_until_it_is() -> None:
+    """Its device TLB keeps what he wants dropped: told now, he would give away a frame it still reaches."""
+    unit, first = being_taken_off()
+    second = detach(unit)
+    unit.execute()
+    unit.completion()
+    assert (first.done, second.done, unit.ended) == (False, False, [])
+    unit.bus.set(None)
+    unit.flows.run_ready()
+    unit.execute()
+    unit.completion()
+    assert (first.result(), second.result(), unit.ended) == (None, None, [RID])
+
+
+def test_a_function_that_cannot_be_taken_off_the_bus_is_an_error_to_all_who_wait_for_it() -> None:
+    unit, first = being_taken_off()
+    second = detach(unit)
+    unit.bus.fail(UapiError(errno.EIO, "the link answers that it cannot"))
+    unit.flows.run_ready()
+    third = detach(unit)
+    unit.execute()
+    unit.completion()
+    assert [errno_of(wait.result) for wait in (first, second, third)] == [errno.EIO] * 3
 
 
 def test_a_unit_that_goes_on_about_a_function_off_the_bus_is_believed_once() -> None:

@@ -438,3 +438,15 @@ def test_copies_of_an_fd_name_the_same_memory(kernel: Kernel) -> None:
 def test_the_clock_does_not_go_back(kernel: Kernel) -> None:
     before = kernel.monotonic_ns()
     assert kernel.monotonic_ns() >= before
+
+
+def test_numbers_of_sockets_and_memory_are_the_hosts_and_begin_anew_with_it() -> None:
+    """One seed in one interpreter twice: the same numbers."""
+
+    def numbers() -> list[object]:
+        kernel = SimProcess(SimHost())
+        one, other = kernel.socketpair()
+        fd, _ = kernel.memfd("memory", PAGE, peer_writes=True)
+        return [kernel.cookie_of(one.fileno()), kernel.cookie_of(other.fileno()), kernel.memory_of(fd)]
+
+    assert numbers() == numbers()
