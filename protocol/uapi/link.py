@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from protocol.uapi.message import U8, U16, U32, U64, Message, Name
+from protocol.uapi.message import U8, U16, U32, U64, Checked, Message, Name
 
 DSA_DESCRIPTOR_BYTES = 64
 MAX_MMIO_READ = 256
@@ -41,12 +41,10 @@ class LinkCaps(Message):
     """The reply is a CapsReply."""
 
 
-class FunctionInfo(BaseModel):
+class FunctionInfo(Checked):
     """A function as enumeration finds it.  `unit`: the number of the one before it; `group`: those with the
     same number share every translation; `fault_capability`: the paths on which it survives an absent page.
     """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     rid: U16
     name: Name
@@ -59,10 +57,8 @@ class FunctionInfo(BaseModel):
     fault_capability: Literal["full", "partial", "none"]
 
 
-class CapsReply(BaseModel):
+class CapsReply(Checked):
     """CAP and ECAP of every unit, and the functions behind them."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     units: Annotated[
         list[Annotated[tuple[U64, U64], Field(strict=False)]], Field(min_length=1, max_length=MAX_UNITS_TOLD)

@@ -21,10 +21,19 @@ MAX_TOLD = 1024  # objects of which one STATS tells: whoever has more asks again
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class Message(BaseModel):
-    """A request or a notification; `op` says which, and was looked at before the rest is checked."""
+class Checked(BaseModel):
+    """What was read from a peer."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Message(Checked):
+    """A request or a notification; `op` says which, and was looked at before the rest is checked.
+
+    A validator is built when the first message of its kind comes: most never do in one run.
+    """
+
+    model_config = ConfigDict(defer_build=True)
 
     op: str
 
