@@ -13,6 +13,7 @@ with them are looked at there, in the order of `kick`.
 
 I9: descriptors take effect in the order they come, a wait completes after those before it; every page request
 before it lies in its queue then, so one with PD has nothing left to drain.
+R25: none takes effect in the middle of a walk.
 """
 
 from __future__ import annotations

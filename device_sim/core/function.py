@@ -29,7 +29,7 @@ from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Hpa, Iova, I
 
 PRI_CAPACITY = 512
 GROUP_PAGES = 8  # as many pages as one group asks for
-MAX_REQUESTS = 64  # page requests for one page, answered Success, before the device gives up on it
+MAX_REQUESTS = 64  # page requests for one page, answered Success, before the device gives up on it (R20)
 MAX_STALE_NOTES = 16
 MAX_LATENCIES = 4096
 

@@ -3,7 +3,7 @@
 Models iommufd_device attach, replace and detach with VT-d's part of it [RFC 16/42], [RFC 19/42].  In: the
 PASID entry, PASID, ATS, page requests, and DMA last.  Out: DMA and page requests stop, the queue is drained
 and what came of it answered, only then is the entry not present any more and every cache that may remember it
-flushed (defect B-20), and only then is the rest of it cleared.
+flushed (R10, defect B-20), and only then is the rest of it cleared.
 
 Page requests are on exactly while the device is on an HWPT that needs them, however it got there (defect
 B-12); those that were on before stay on.

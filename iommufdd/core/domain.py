@@ -1,8 +1,8 @@
 """A second-stage domain: a root, its width, the id it is cached under, and what a unit must have to walk it.
 
 Models struct dmar_domain as far as second-stage translation needs it [RFC 19/42], [RFC 20/42].  A domain does
-not change when it is attached (RFC-65): every unit either can walk it as it is, or is refused.  The same
-domain id serves behind every unit.
+not change when it is attached (RFC-65): every unit either can walk it as it is, or is refused (R15, R16).
+The same domain id serves behind every unit.
 """
 
 from __future__ import annotations

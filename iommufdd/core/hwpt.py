@@ -3,6 +3,7 @@
 Models struct iommufd_hw_pagetable [iommufd hw_pagetable.c], and of an HWPT whose pages may be absent how an
 IO page fault becomes a response code [RFC 15/42].
 
+R8: every function attached, behind every unit, hears of a change.
 I9: what was taken out of a table is gone for good once the wait descriptor behind its invalidation completed.
 I13: what cannot be invalidated because the unit is gone is not walked any more either: the lease the unit
 held has ended.

@@ -6,7 +6,7 @@ tells by events (docs/decisions/0018).  What is read of it is its word: PeerErro
 
 A function that completes no invalidation keeps translations that nobody can take from it.  So whoever waits
 for one is not told before the function reaches nothing: its context entry gone, the unit told, its bus
-mastering off.  Told earlier, he would give a frame away that the function still writes to (I6).
+mastering off.  Told earlier, he would give a frame away that the function still writes to (I6, R18).
 """
 
 from __future__ import annotations

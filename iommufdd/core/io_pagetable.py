@@ -9,7 +9,7 @@ entry changes once, by one store (I4), from all of the old to all of the new:
   - a leaf under a huge one: the store puts a table in its place that differs in that leaf only (split);
   - a huge leaf over a table of smaller ones: the store cuts the table off (merge).
 A table that was cut off may still sit in a paging-structure cache: it keeps its contents, and is not used
-again, until the units flushed the range it translated (I7).  Absent entries are not cached (CM = 0), and
+again, until the units flushed the range it translated (I7, R23).  Absent entries are not cached (CM = 0), and
 an entry that lacks a right is walked again, so becoming present, or writable, takes no flush.
 
 What would break it, and what stands against it, each planted

@@ -7,7 +7,7 @@ order and the first that fails decides; then one page group response.  Requests 
 last, and so is what cannot be read.
 
 Invariant I8: one response a group, sent even if its device is detached meanwhile, and even if handling it met
-a bug of ours.
+a bug of ours.  R12: of a function that is gone nothing is handled.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ again the moment its entry is dropped; with the IOTLB still holding the old leaf
 for good (I9, R7).
 
 The hint IH stays 0: KVM's notification does not say whether a table was cut off, so paging-structure
-caches go as well (defect B-21).  A range that is not whole pages is rounded outwards (B-29), one too
+caches go as well (R6, defect B-21).  A range that is not whole pages is rounded outwards (B-29), one too
 large for a descriptor becomes the whole domain.
 """
 

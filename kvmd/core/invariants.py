@@ -1,6 +1,6 @@
 """Checks across the objects of kvmd, for tests and for kvmd on request.
 
-Each violation is a sentence that begins with the number of its invariant (ARCHITECTURE.md).  They hold
+Each violation is a sentence that begins with the number of its invariant (docs/invariants.md).  They hold
 whenever no flow is in the middle of a change; what a change in progress excuses is left out.
 """
 

@@ -4,7 +4,7 @@ All connections and listening sockets of a process belong to one level-triggered
 trio task owns.  Woken, it dispatches inline, runs the flows that became ready, sends what was written
 in one go, and waits a little in its own set before it parks in trio again: during a burst no message
 touches the trio scheduler (docs/decisions/0002).  Nothing else in the process may rely on a trio timer
-finer than SERVE_NS.
+finer than SERVE_NS.  Nobody who waits for an answer stops this loop (R27).
 """
 
 from __future__ import annotations

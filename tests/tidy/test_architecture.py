@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md and the code against the tree: the files, invariants and tests they name exist."""
+"""The documents and the code against the tree: the files, invariants and tests they name exist."""
 
 from __future__ import annotations
 
@@ -9,47 +9,75 @@ import pytest
 
 from tests.tidy.source import ROOT, Module, hold, product, snippet
 
-TEXT = (ROOT / "ARCHITECTURE.md").read_text()
 DOCS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NUMBER = re.compile(r"\bI(\d+)\b")
-NAMED_FILE = re.compile(r"`((?:protocol|kvmd|iommufdd|device_sim|qemu_shim|tests|docs|bench)/[\w/.-]*)`")
+INVARIANTS = (ROOT / "docs" / "invariants.md").read_text()
+NUMBER = re.compile(r"\b([IR]\d+)\b")
+NAMED_FILE = re.compile(
+    r"`((?:protocol|kvmd|iommufdd|device_sim|qemu_shim|simulator|tests|docs|bench)/[\w/.-]*)`"
+)
 
 
-def rows() -> dict[int, list[str]]:
-    """Number -> the cells of its row in the table of invariants."""
+def rows(kind: str, text: str = INVARIANTS) -> dict[str, list[str]]:
+    """Number -> the cells of its row in a table of invariants; `kind`: I, or R for those of a race."""
     found = {}
-    for line in TEXT.splitlines():
-        if match := re.match(r"\| I(\d+) \|", line):
-            found[int(match[1])] = [cell.strip() for cell in line.strip("|").split("|")]
+    for line in text.splitlines():
+        if match := re.match(rf"\| ({kind}\d+) \|", line):
+            found[match[1]] = [cell.strip() for cell in line.strip("|").split("|")]
     return found
 
 
-def unknown_numbers(source: str, known: set[int]) -> set[int]:
-    return {int(number) for number in NUMBER.findall(source)} - known
+def unknown_numbers(source: str, known: set[str]) -> set[str]:
+    return set(NUMBER.findall(source)) - known
 
 
-def test_invariants_are_numbered_without_gaps() -> None:
-    assert sorted(rows()) == list(range(1, len(rows()) + 1))
+def wrong_row(number: str, cells: list[str], known: set[str]) -> str | None:
+    """What a row lacks: its own home that names it, or the invariant of which it is a case."""
+    if len(cells) != 4 or not all(cells):
+        return f"{number}: {cells}"
+    if cells[2].startswith("as "):
+        named = set(NUMBER.findall(cells[2] + cells[3]))
+        return None if named and named <= known else f"{number} is a case of {named or 'nothing'}"
+    home = NAMED_FILE.search(cells[2])
+    if not home:
+        return f"{number} has no home: {cells[2]}"
+    return None if number in NUMBER.findall((ROOT / home[1]).read_text()) else f"{home[1]} names no {number}"
+
+
+@pytest.mark.parametrize(("kind", "count"), [("I", len(rows("I"))), ("R", 28)])
+def test_invariants_are_numbered_without_gaps(kind: str, count: int) -> None:
+    assert list(rows(kind)) == [f"{kind}{n}" for n in range(1, count + 1)]
 
 
 def test_every_invariant_has_a_home_a_checker_and_a_statement() -> None:
-    for number, cells in rows().items():
-        assert len(cells) == 4, f"I{number}: {cells}"
-        assert all(cells), f"I{number}: {cells}"
-        home = NAMED_FILE.search(cells[2])
-        assert home, f"I{number} has no home: {cells[2]}"
-        assert f"I{number}" in (ROOT / home[1]).read_text(), f"{home[1]} does not name I{number}"
+    known = set(rows("I"))
+    found = [wrong_row(*row, known) for kind in "IR" for row in rows(kind).items()]
+    assert [wrong for wrong in found if wrong] == []
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["I1", "holds", "`kvmd/core/mm/page.py`", ""],
+        ["I1", "holds", "", "`check_vm`"],
+        ["I1", "holds", "somewhere", "`check_vm`"],
+        ["I1", "holds", "`kvmd/core/mm/page.py`", "`check_vm`"],  # which names I21, and not I1
+        ["R1", "holds", "as I99", "as I99"],
+        ["R1", "holds", "as before", "`check_vm`"],
+    ],
+)
+def test_a_row_that_lacks_something_is_seen(cells: list[str]) -> None:
+    assert wrong_row(cells[0], cells, {"I1"})
 
 
 def test_the_code_names_no_invariant_the_table_lacks() -> None:
-    known = set(rows())
+    known = {*rows("I"), *rows("R")}
     for module in product():
         lacking = unknown_numbers(module.text, known)
-        assert not lacking, f"{module.path}: I{sorted(lacking)}"
+        assert not lacking, f"{module.path}: {sorted(lacking)}"
 
 
 def test_the_check_of_numbers_can_fail() -> None:
-    assert unknown_numbers("# I3 holds, I99 does not", {3}) == {99}
+    assert unknown_numbers("# I3 and R3 hold, I99 and R29 do not", {"I3", "R3"}) == {"I99", "R29"}
 
 
 def test_every_file_a_document_names_exists() -> None:

@@ -3,7 +3,7 @@
 Models kvm_tdp_fd.c as [RFC 04/42] and [RFC 06/42] order it, and what stands in for a reference where an
 importer is another process: a lease, open as long as anything may walk the table on its behalf.
 
-- A create makes all of it, takes its reference on the VM, and is published last.
+- A create makes all of it, takes its reference on the VM, and is published last (R13).
 - A register is refused whole or done whole: alive, of this process, of a name nobody has.  From then on the
   importer hears every flush of the root (I15), and may pin.
 - It leaves in this order: it asks no more; its lease ends, so nothing walks for it (I13); its pins go; only

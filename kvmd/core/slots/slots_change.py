@@ -2,8 +2,8 @@
 
 Models kvm_set_memslot and the zap before it [KVM kvm_main.c], [RFC 36/42]: a slot that is deleted or moved is
 invalid first, so that faults on it wait; everything mapped is zapped and every CPU and importer has acked;
-only then the slots change.  An exported root keeps its address and its tables and loses its leaves, other
-roots become obsolete.  Creating a slot and switching its logging zap nothing.
+only then the slots change (R21).  An exported root keeps its address and its tables and loses its leaves,
+other roots become obsolete.  Creating a slot and switching its logging zap nothing.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Models kvm_flush_remote_tlbs with the RFC's notification [RFC 41/42], [RFC 42/42]: vCPUs drop their
 translations first, then every importer of every exported TDP is told, and the flush is over when all
 have acked.  Each flush is an epoch; `acked` is the epoch up to which nobody uses old translations any
-more, and the only permission there is to reuse a table page or a frame (I6, I7).
+more, and the only permission there is to reuse a table page or a frame (I6, I7, R17).
 
 Why nobody uses what is given away.  Three interleavings would break it:
 
