@@ -83,6 +83,8 @@ def is_pure(name: str) -> bool:
     top, _, rest = name.partition(".")
     if top == "protocol":
         return not under(rest, SHELL_OF_PROTOCOL)
+    if top == "simulator":
+        return under(rest, ("search",))
     return rest.partition(".")[0] == "core" or (top == "qemu_shim" and under(rest, ("guest",)))
 
 
@@ -231,6 +233,7 @@ def test_every_import_goes_down(checker: Checker) -> None:
         (check_pure, "kvmd/core/vm.py", "from kvmd.service import Service"),
         (check_pure, "iommufdd/core/qi.py", "from protocol.uapi import link"),
         (check_pure, "iommufdd/core/qi.py", "from protocol import daemon"),
+        (check_pure, "simulator/search/option.py", "import time"),
         (check_core_imports, "iommufdd/core/qi.py", "from protocol.pt.walk import walk"),
         (check_core_imports, "qemu_shim/guest/idxd.py", "from protocol.hw import vtd"),
         (check_core_imports, "device_sim/core/dmar.py", "from protocol.pt.mem import TableWriter"),

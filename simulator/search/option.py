@@ -1,0 +1,72 @@
+"""What a scheduler asks a strategy: which of the steps that could be taken now is taken.
+
+A schedule is the sequence of the answers.  The scheduler asks only where there is more than one option, so
+that seed and answers replay a run exactly; option 0 is the default (stay in the running process, the first
+ready fd, one frame a receive), so that a shrunk story reads "all defaults but these".
+
+An option says beforehand what it touches, as far as is known; what it touched in the end (a step may send a
+message) it says when it has been taken.  Two steps are dependent if they have a place in common and one of
+them writes it.  Schedules that order their dependent steps alike are one Mazurkiewicz trace: they end alike,
+and any one of them stands for all.  A scheduler therefore names
+
+- a word of memory `("word", frame, index)`, which a load reads and a store writes;
+- the two ends of a channel `("channel", name)`, written by whoever sends on it and by its delivery;
+- the state of a process `("process", name)`, written by each delivery to it and by each step of it that may
+  use what another delivery changed;
+- whatever else steps have in common: a clock, an allocator, an eventfd.
+
+What enables a step, or keeps it from being taken, touches a place that the step touches as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+STOP = -1
+"""Instead of a place: no more of this run is wanted.  The scheduler gives it up, and calls `ended(False)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """One access of a step."""
+
+    place: Hashable
+    writes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One step that could be taken now, or has been.
+
+    `actor` is the one deterministic sequence it belongs to: a process's running greenlet, one channel's
+    deliveries, a timer, a fault that could be injected.  Steps of one actor are never reordered.  An actor
+    that may go on in several ways (receive one frame or two) has an option for each, with labels of their
+    own.  `actor` and `label` are the same whenever the same step comes again: no address, fd number or time.
+    """
+
+    actor: str
+    label: str
+    touches: frozenset[Touch] = frozenset()
+
+
+class Strategy(Protocol):
+    """Chooses one schedule after the other."""
+
+    watches: bool
+    """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not."""
+
+    def choose(self, options: Sequence[Option]) -> int:
+        """The place in `options`, two or more, of the step to take next, or STOP."""
+
+    def took(self, step: Option) -> None:
+        """A step has been taken, with all that it touched: each one, those without alternative too."""
+
+    def ended(self, failed: bool) -> bool:
+        """The run is over, by itself or by STOP; `failed`: an invariant broke.  Is there another schedule?"""
+
+
+def dependent(one: frozenset[Touch], other: frozenset[Touch]) -> bool:
+    """Have they a place in common that one of them writes?"""
+    return any(a.place == b.place and (a.writes or b.writes) for a in one for b in other)
