@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmd.core.host import CpuFeatures, Obstacle
+from kvmd.core.mm.frames import Reuse
 from protocol.daemon import bytes_of, parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
 from protocol.units import GIB, MIB, Level
@@ -27,6 +28,7 @@ class Settings:
     admin_socket: Path | None = None
     trust_importers: bool = False
     started_with: tuple[str, ...] = ()
+    reuse: Reuse = Reuse.SOON  # of frames that were given up
 
 
 def _add_doors(options: argparse.ArgumentParser) -> None:

@@ -55,6 +55,7 @@ class HostMemory:
             clock,
             obstacles=settings.obstacles,
             memlock_pages=None if settings.memlock is None else settings.memlock >> PAGE_SHIFT,
+            reuse=settings.reuse,
             cond_resched=cond_resched,
         )
 

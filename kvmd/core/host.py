@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Protocol
 
 from kvmd.core.mm.fork import fork
-from kvmd.core.mm.frames import Frames
+from kvmd.core.mm.frames import Frames, Reuse
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
@@ -86,6 +86,7 @@ class HostKernel:
         *,
         obstacles: frozenset[Obstacle] = frozenset(),
         memlock_pages: int | None = None,
+        reuse: Reuse = Reuse.SOON,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
@@ -95,7 +96,7 @@ class HostKernel:
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)
         self.writer = TableWriter(tables.base, tables.view)
         self.pool = TablePool(self.writer, tables.size)
-        self.frames = Frames(frames.base, frames.view, discard, tags)
+        self.frames = Frames(frames.base, frames.view, discard, tags, reuse)
         self.memory = PageAllocator(self.frames, lambda: self.cond_resched(), memlock_pages)
         self._frames_base = frames.base
         self._frames_view = frames.view

@@ -3,14 +3,20 @@
 Models the host's page allocator as far as the shared table needs it: a frame has one owner; one that is
 given up is zeroed, and may be handed out again because whoever gives it up has waited for every
 importer and vCPU to ack its flush first (invariant I6; the frame's tag lets a device check that from
-outside). Blocks of 512 free children join again.  What was given up last is handed out first; else the
-lowest child of the block that was split last, so a block that is split costs its children one by one.
+outside). Blocks of 512 free children join again.  A block that is split costs its children one by one, the
+lowest first.
+
+Which free frame is handed out is a policy, `Reuse`.  The kernel's per-CPU lists give out first what was given
+up last, so that it is still in a cache [mm page_alloc.c]; so does `SOON`.  It hides mistakes: who took a page
+too early often gets the very same one back, and a stale translation is true again.  With `LATE` a frame comes
+back when there is no other, and a translation that outlived its page is seen to.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from enum import Enum, auto
 
 from protocol.errors import UapiError
 from protocol.frame_tags import FREE, FrameTags, is_free
@@ -20,11 +26,21 @@ _CHILDREN = 512
 _ZERO_PAGE = bytes(PAGE_SIZE)
 
 
+class Reuse(Enum):
+    SOON = auto()  # what was given up last comes first
+    LATE = auto()  # first what nobody had yet, then what was given up longest ago
+
+
 class Frames:
     """The frames of one window.  `discard(offset, size)` gives zeroed memory back to the host."""
 
     def __init__(
-        self, base: Hpa, view: memoryview, discard: Callable[[int, int], None], tags: FrameTags | None = None
+        self,
+        base: Hpa,
+        view: memoryview,
+        discard: Callable[[int, int], None],
+        tags: FrameTags | None = None,
+        reuse: Reuse = Reuse.SOON,
     ) -> None:
         assert base % (pages_of_level(LEVEL_1G) * PAGE_SIZE) == 0, "huge frames must be aligned"
         self.view = view
@@ -32,6 +48,7 @@ class Frames:
         self.in_use = 0  # 4 KiB frames handed out
         self._discard = discard
         self._tags = tags
+        self._reuse = reuse
         self._first = pfn_of(base)
         self._end = pfn_of(Hpa(base + len(view)))
         self._next = self._first  # frames from here on were never handed out
@@ -88,8 +105,9 @@ class Frames:
 
     def _take(self, level: Level) -> Pfn:
         free = self._free[level]
-        if free:
-            pfn, _ = free.popitem()
+        if free and (self._reuse is Reuse.SOON or not self._any_fresh(level)):
+            pfn = next(reversed(free) if self._reuse is Reuse.SOON else iter(free))
+            del free[pfn]
             self._count_child(pfn, level, -1)
             return pfn
         if level == LEVEL_1G:
@@ -104,6 +122,11 @@ class Frames:
         pfn = Pfn(parent + n * pages_of_level(level))
         self._count_child(pfn, level, -1)
         return pfn
+
+    def _any_fresh(self, level: Level) -> bool:
+        """Is there a block of `level`, or one to split, that nobody had since it was joined or made?"""
+        fresh = any(above in self._fresh for above in (LEVEL_4K, LEVEL_2M) if above >= level)
+        return fresh or self._next + pages_of_level(LEVEL_1G) <= self._end
 
     def _take_new(self) -> Pfn:
         pfn = self._next

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 
-from kvmd.core.mm.frames import Frames
+from kvmd.core.mm.frames import Frames, Reuse
 from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START
 from protocol.units import GIB, LEVEL_1G, LEVEL_2M, LEVEL_4K, PAGE_SIZE, Level, Pfn, pages_of_level, pfn_of
@@ -57,9 +58,9 @@ class Counting(dict[Pfn, None]):
         super().__delitem__(pfn)
 
 
-def small() -> Frames:
+def small(reuse: Reuse = Reuse.SOON) -> Frames:
     window = memoryview(bytearray(0)).toreadonly()
-    frames = Frames(HIGH_RAM_START, window, lambda offset, size: None)
+    frames = Frames(HIGH_RAM_START, window, lambda offset, size: None, reuse=reuse)
     frames._end = Pfn(pfn_of(HIGH_RAM_START) + BLOCKS * GIB // PAGE_SIZE)
     return frames
 
@@ -107,3 +108,47 @@ def test_a_page_given_up_and_taken_again_costs_no_block() -> None:
     for _ in range(10):
         frames._put(frames._take(LEVEL_4K), LEVEL_4K)
     assert Counting.changes <= 10 * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reused_late_no_frame_comes_back_while_there_is_one_that_nobody_had(seed: int) -> None:
+    """One frame is never given up: a whole GiB of free ones is a new one to take from."""
+    chance, frames = random.Random(seed), small(Reuse.LATE)
+    taken: list[Pfn] = []
+    seen = {frames._take(LEVEL_4K)}
+    for _ in range(4000):
+        if taken and chance.random() < 0.5:
+            frames._put(taken.pop(chance.randrange(len(taken))), LEVEL_4K)
+        else:
+            pfn = frames._take(LEVEL_4K)
+            assert pfn not in seen
+            seen.add(pfn)
+            taken.append(pfn)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reused_late_what_was_given_up_longest_ago_comes_first(seed: int) -> None:
+    """Beside a queue; one frame is never given up, so that the block is not joined."""
+    chance, frames = random.Random(seed), small(Reuse.LATE)
+    for _ in range(BLOCKS - 1):
+        frames._take(LEVEL_1G)
+    for _ in range(CHILDREN - 1):
+        frames._take(LEVEL_2M)
+    _, *taken = [frames._take(LEVEL_4K) for _ in range(CHILDREN)]
+    given_up: deque[Pfn] = deque()
+    for _ in range(2000):
+        if taken and (not given_up or chance.random() < 0.5):
+            pfn = taken.pop(chance.randrange(len(taken)))
+            frames._put(pfn, LEVEL_4K)
+            given_up.append(pfn)
+        else:
+            taken.append(frames._take(LEVEL_4K))
+            assert taken[-1] == given_up.popleft()
+
+
+def test_reused_soon_a_frame_comes_back_at_once() -> None:
+    frames = small()
+    frames._take(LEVEL_4K)
+    pfn = frames._take(LEVEL_4K)
+    frames._put(pfn, LEVEL_4K)
+    assert frames._take(LEVEL_4K) == pfn
