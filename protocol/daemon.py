@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import logging
 import os
 import signal
@@ -180,6 +181,7 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], D
         try:
             if not await _start(app, stop):
                 return 0
+            gc.freeze()  # what is there by now lives as long as we do: never looked at for garbage again
             for path, door in app.private_doors.items():
                 listeners.append(Listener(loop, path, door.open, mode=0o600))
             listeners.append(Listener(loop, options.socket, app.door.open))  # last: it says that we are ready

@@ -68,6 +68,7 @@ class ContextTables:
     def __init__(self, cap: Cap, ecap: Ecap, haw: int, memory: PhysicalMemory) -> None:
         self._cap = cap
         self._ecap = ecap
+        self._device_tlbs = bool(ecap.dt)
         self._haw = haw
         self._memory = memory
         self._rtaddr: int | None = None  # while translation tables are in use
@@ -106,7 +107,7 @@ class ContextTables:
         """What translates the function's requests without PASID, checked in the unit's order.  Raises
         NoTable.
         """
-        if not self._ecap.dt:
+        if not self._device_tlbs:
             raise NoTable(FaultReason.SCT_5)
         context = self._context(rid)
         if not context.dte:

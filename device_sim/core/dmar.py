@@ -186,14 +186,14 @@ class RemappingUnit:
                 endpoint = self._endpoints.get(descriptor.sid)
                 if endpoint is not None and not endpoint.invalidate_translations(*descriptor.pages):
                     return descriptor.sid
-            case qi.ContextInv():
-                self.tables.invalidate_contexts(descriptor)
-            case qi.PasidCacheInv():
-                self.tables.invalidate_pasids(descriptor)
             case qi.PageGroupResponse():
                 endpoint = self._endpoints.get(descriptor.rid)
                 if endpoint is not None:
                     endpoint.page_response(descriptor.prgi, ResponseCode.from_wire(descriptor.code))
+            case qi.ContextInv():
+                self.tables.invalidate_contexts(descriptor)
+            case qi.PasidCacheInv():
+                self.tables.invalidate_pasids(descriptor)
             case _:
                 raise DescriptorError(qi.IQEI.BAD_TYPE, f"{type(descriptor).__name__} is not implemented")
         return None

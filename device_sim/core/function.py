@@ -12,7 +12,7 @@ one it had when it was walked; `stale` counts frames touched after they were giv
 from __future__ import annotations
 
 import errno
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -158,7 +158,7 @@ class Function:
         page was asked for again and again in vain; an access that gets on takes as many requests as it takes.
         """
         began = None
-        tries: Counter[IovaPfn] = Counter()  # by the page that was first in the request
+        tries: dict[IovaPfn, int] = {}  # by the page that was first in the request
         while True:
             missing = self._translate_missing(ranges)
             if not missing:
@@ -171,9 +171,10 @@ class Function:
             first = missing[0]
             if not (block and self.pri.enabled):
                 raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=False)
-            if tries[first.page] == MAX_REQUESTS:
+            tried = tries.get(first.page, 0)
+            if tried == MAX_REQUESTS:
                 raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
-            tries[first.page] += 1
+            tries[first.page] = tried + 1
             # await: began, first, missing, ranges: pages may be there now, which costs a request; asked
             # again: the next round translates
             # (tests/unit/device_sim/test_function_off.py::test_a_page_that_comes_meanwhile_is_found)

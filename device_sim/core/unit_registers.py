@@ -65,23 +65,16 @@ class RegisterSet:
     def connect(self, pages: RegisterPages, events: Events) -> None:
         """As after a reset, in these pages."""
         self._shown, self._taken, self._stored = pages
+        # Each kick looks at ten registers: these are the pages' own functions.
+        self.stored: Callable[[Register], int] = pages.stored.load
+        """What software stored there last: its word, so read it once."""
+        self.shown: Callable[[Register], int] = pages.shown.load
+        self.show: Callable[[Register, int], None] = pages.shown.store
         self._events = {Reg.FSTS: events.fault, Reg.PRS: events.page_request, Reg.ICS: events.completion}
         for register, value in self._capabilities.items():
             self._shown.store(register, value)
         for control in _CONTROL.values():
             self._shown.store(control, EventControl.IM)
-
-    # -- loads and stores ------------------------------------------------------------------------------
-
-    def stored(self, register: Register) -> int:
-        """What software stored there last: its word, so read it once."""
-        return self._stored.load(register)
-
-    def shown(self, register: Register) -> int:
-        return self._shown.load(register)
-
-    def show(self, register: Register, value: int) -> None:
-        self._shown.store(register, value)
 
     # -- status bits and their events ------------------------------------------------------------------
 

@@ -159,7 +159,8 @@ class InvalidationQueue:
             submission.status = self._number
             descriptors[-1] = self._answered(submission)
         if not submission.retried:
-            self._counts.descriptors.update(map(qi.kind_of, descriptors))
+            for descriptor in descriptors:
+                self._counts.descriptors[qi.kind_of(descriptor)] += 1
         for n, raw in enumerate(qi.raw(descriptors)):
             self._store(self._tail + n, raw)
         self._tail = submission.end

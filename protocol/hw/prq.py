@@ -11,8 +11,7 @@ A request without PASID is legal: a KVM domain answers those of RID_PASID [RFC 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from protocol.hw.fields import (
     NO_PASID,
@@ -33,8 +32,7 @@ PAGE_REQUEST_TYPE: Final = 1
 PRGI_MAX: Final = (1 << 9) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageRequest:
+class PageRequest(NamedTuple):
     rid: int
     prgi: int
     addr: Iova  # of the page

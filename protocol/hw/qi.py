@@ -324,6 +324,7 @@ def reserved_mask(cls: type[Descriptor]) -> int:
     return bits(255, 0) & ~covered({**cls.LAYOUT, "type": _TYPE})
 
 
+_SIZED: Final = (DevTlbInv, PasidDevTlbInv)
 _RESERVED: Final = {cls: reserved_mask(cls) for cls in _CLASSES}
 # With S set the lowest zero bit gives the size; this address has none [PCIe 10.2].
 _NO_ZERO_BIT: Final = bits(63, PAGE_SHIFT)
@@ -346,7 +347,7 @@ def decode(raw: bytes) -> Descriptor:
         desc = cls(**cls.LAYOUT.unpack(word))
     except FormatError as e:
         raise DescriptorError(IQEI.RESERVED_FIELD, f"{cls.__name__}: {e}") from e
-    if isinstance(desc, DevTlbInv | PasidDevTlbInv) and desc.size and desc.addr == _NO_ZERO_BIT:
+    if isinstance(desc, _SIZED) and desc.size and desc.addr == _NO_ZERO_BIT:
         raise DescriptorError(IQEI.RESERVED_FIELD, f"{cls.__name__}: S set, no zero bit in {desc.addr:#x}")
     return desc
 

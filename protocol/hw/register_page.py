@@ -22,11 +22,11 @@ class RegisterPage:
         self._words64 = view.cast("Q")
 
     def load(self, register: Register) -> int:
-        return self.load64(register) if register in WIDE else self._words32[register >> 2]
+        return self._words64[register >> 3] if register in WIDE else self._words32[register >> 2]
 
     def store(self, register: Register, value: int) -> None:
         if register in WIDE:
-            self.store64(register, value)
+            self._words64[register >> 3] = value
         else:
             self._words32[register >> 2] = value
 

@@ -20,7 +20,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic_ns
 from typing import Final
@@ -59,7 +59,7 @@ class EventFd:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self._count = bytearray(8)
+        self._count = [bytearray(8)]
         self._room = select.poll()
         self._room.register(fd, select.POLLOUT)
 
@@ -74,8 +74,9 @@ class EventFd:
 
     def drain(self) -> None:
         try:
-            with suppress(BlockingIOError):
-                os.preadv(self.fd, [self._count], -1, os.RWF_NOWAIT)
+            os.preadv(self.fd, self._count, -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return  # nothing was signalled
         except OSError as error:
             raise BrokenEvent(f"an eventfd cannot be read: {error}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -38,11 +37,11 @@ PLAIN = PageRequest(rid=0x3A08, prgi=0, addr=Iova(0x5000), last=False, write=Tru
     [
         (FULL, raw(0x0031_2345_3A08_0101, 0x7000_1234_5D2F)),
         (PLAIN, raw(0x3A08_0001, 0x5002)),
-        (replace(PLAIN, write=False, read=True), raw(0x3A08_0001, 0x5001)),
-        (replace(PLAIN, last=True), raw(0x3A08_0001, 0x5006)),
-        (replace(PLAIN, prgi=PRGI_MAX), raw(0x3A08_0001, 0x5FFA)),
-        (replace(PLAIN, exec=True), raw(0x0010_0000_3A08_0001, 0x5002)),
-        (replace(PLAIN, priv=True), raw(0x0020_0000_3A08_0001, 0x5002)),
+        (PLAIN._replace(write=False, read=True), raw(0x3A08_0001, 0x5001)),
+        (PLAIN._replace(last=True), raw(0x3A08_0001, 0x5006)),
+        (PLAIN._replace(prgi=PRGI_MAX), raw(0x3A08_0001, 0x5FFA)),
+        (PLAIN._replace(exec=True), raw(0x0010_0000_3A08_0001, 0x5002)),
+        (PLAIN._replace(priv=True), raw(0x0020_0000_3A08_0001, 0x5002)),
     ],
 )
 def test_request_has_the_bits_of_the_table(request_: PageRequest, expected: bytes) -> None:
@@ -51,13 +50,13 @@ def test_request_has_the_bits_of_the_table(request_: PageRequest, expected: byte
 
 
 def test_stop_marker_asks_for_nothing_and_closes_its_group() -> None:
-    marker = replace(FULL, read=False, write=False)
+    marker = FULL._replace(read=False, write=False)
     assert marker.is_stop_marker
-    assert replace(marker, pasid_present=False).is_stop_marker
-    assert replace(marker, exec=True).is_stop_marker
-    assert not replace(marker, last=False).is_stop_marker
-    assert not replace(marker, read=True).is_stop_marker
-    assert not replace(marker, write=True).is_stop_marker
+    assert marker._replace(pasid_present=False).is_stop_marker
+    assert marker._replace(exec=True).is_stop_marker
+    assert not marker._replace(last=False).is_stop_marker
+    assert not marker._replace(read=True).is_stop_marker
+    assert not marker._replace(write=True).is_stop_marker
 
 
 @pytest.mark.parametrize("n", [9, 10, 15, 54, 63, 128, 191, 192, 255])
@@ -104,11 +103,11 @@ def test_request_survives_the_round_trip(request_: PageRequest) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        replace(PLAIN, prgi=PRGI_MAX + 1),
-        replace(PLAIN, rid=0x1_0000),
-        replace(PLAIN, pasid=Pasid(1 << 20)),
-        replace(PLAIN, addr=Iova(0x5001)),
-        replace(PLAIN, addr=Iova(1 << 64)),
+        PLAIN._replace(prgi=PRGI_MAX + 1),
+        PLAIN._replace(rid=0x1_0000),
+        PLAIN._replace(pasid=Pasid(1 << 20)),
+        PLAIN._replace(addr=Iova(0x5001)),
+        PLAIN._replace(addr=Iova(1 << 64)),
     ],
 )
 def test_request_of_ours_past_a_limit_is_an_assertion(request_: PageRequest) -> None:
