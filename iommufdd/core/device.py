@@ -139,6 +139,7 @@ class IommufdDevice(Object):
             if hwpt.needs_iopf:
                 await self._enable_iopf(pinned=pinned)
             await self._config.set_function(self.rid, bus_master=True)
+            self.unit.check_on_bus(self.rid)  # again: an invalidation may have timed out while we slept
         except UapiError:
             await self.leave()
             raise

@@ -28,8 +28,11 @@ class Unit(Protocol):
         """Queue descriptors; returns when the wait that ends them completed, or what they would have dropped
         can be used by nobody."""
 
+    def check_on_bus(self, rid: int) -> None:
+        """EIO: the function was taken off the bus, or is on its way."""
+
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
-        """Where none is present.  EIO: the function was taken off the bus."""
+        """Where none is present.  EIO as of `check_on_bus`."""
 
     def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """Not present from now on; the unit remembers it until what `qi.detach` says was submitted."""

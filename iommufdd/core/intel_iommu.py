@@ -190,10 +190,13 @@ class IntelIommu:
         """A page group response; nobody waits for it.  False: there is nobody any more."""
         return self.queue.post(qi.page_group_response(rid, prgi, code))
 
-    def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
+    def check_on_bus(self, rid: int) -> None:
         if rid in self._taken_off:
             why = f"function {rid:#x} completes no invalidations, and is off the bus: start device_sim anew"
             raise UapiError(errno.EIO, why)
+
+    def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
+        self.check_on_bus(rid)
         self.tables.put_pasid_entry(rid, pasid, entry)
 
     def retire_pasid_entry(self, rid: int, pasid: Pasid) -> None:

@@ -102,6 +102,7 @@ class Surroundings(ByHand):
         self.alive = True
         self.entries: dict[int, bytes] = {}
         self.switched: dict[int, dict[str, int]] = {}  # what is on
+        self.off_bus: set[int] = set()  # functions
         self.pins = 0  # asked for so far
         self.pri_on = False  # somebody else switched page requests on
 
@@ -119,6 +120,13 @@ class Surroundings(ByHand):
     def let_go(self) -> None:
         held, self.held = self.held, None
         for wait in held or []:
+            wait.set(None)
+        self.flows.run_ready()
+
+    def let_one_go(self) -> None:
+        """What waits; the next call waits again."""
+        held, self.held = self.held or [], []
+        for wait in held:
             wait.set(None)
         self.flows.run_ready()
 
@@ -171,6 +179,10 @@ class Surroundings(ByHand):
 
     async def remove_memory(self, memory: int) -> None:
         await self._take("remove_memory", memory)
+
+    def check_on_bus(self, rid: int) -> None:
+        if rid in self.off_bus:
+            raise UapiError(errno.EIO, "off the bus")
 
     def put_pasid_entry(self, rid: int, pasid: Pasid, entry: PasidEntry) -> None:
         self.log.append(("pasid_entry", rid, pasid, True))

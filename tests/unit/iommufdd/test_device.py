@@ -116,6 +116,23 @@ def test_an_invalidation_reaches_the_function_from_before_its_entry_is_written(b
     assert struct.unpack("<12Q", raw)[4] == 3 | RID << 32
 
 
+@pytest.mark.parametrize("step", range(1, len(ENTER)))
+def test_a_function_that_is_taken_off_the_bus_on_its_way_in_is_eio_and_without_dma(
+    bound: Bound, step: int
+) -> None:
+    """The invalidation that timed out came from the HWPT, which knows the function before it is all in."""
+    bound.world.hold()
+    entered = bound.world.start(bound.device.enter(bound.hwpt, pinned=False))
+    for _ in range(step - 1):
+        bound.world.let_one_go()
+    bound.world.off_bus.add(RID)
+    bound.world.let_go()
+    with pytest.raises(UapiError) as refused:
+        entered.result()
+    assert refused.value.errno == errno.EIO
+    assert (bound.free, bound.world.switched[RID]["master"]) == (True, False)
+
+
 @pytest.mark.rfc("RFC-100")
 @pytest.mark.defect("B-20")
 def test_out_go_dma_and_page_requests_then_the_queue_is_drained_then_the_entry_and_every_cache(
