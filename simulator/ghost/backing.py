@@ -1,0 +1,143 @@
+"""What is behind each page of a view, by the host's word: windows onto address spaces, what these map, pins.
+
+A view is what a guest or a device addresses: the slots of a VM's address space, the areas of an IOAS.  Its
+windows show pages of spaces: processes, files.  Several roots translate one view.  Where a view shows a space
+that is not watched (`Shown.space` None) nothing is known, and nobody is judged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from simulator.ghost.spans import Spans, Translation
+
+Name = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Pages of `space` from `page` on; `rights`: all that may be done to them there."""
+
+    space: Name | None
+    page: int
+    rights: int
+
+    def moved(self, pages: int) -> Shown:
+        return Shown(self.space, self.page + pages, self.rights)
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is behind pages start..end of a view: nothing, or `translation`, unless it is not `known`."""
+
+    start: int
+    end: int
+    shown: Shown | None
+    translation: Translation | None
+
+    @property
+    def known(self) -> bool:
+        return self.shown is None or self.shown.space is not None
+
+
+class Backing:
+    def __init__(self) -> None:
+        self.views: dict[Name, Spans[Shown]] = {}
+        self.spaces: dict[Name, Spans[Translation]] = {}
+        self._pins: dict[tuple[Name, int], Counter[int]] = {}
+        self._let_go: dict[Name, list[tuple[Name, int, int]]] = {}  # by who answered: of which space
+
+    def view(self, name: Name) -> Spans[Shown]:
+        return self.views.setdefault(name, Spans())
+
+    def space(self, name: Name) -> Spans[Translation]:
+        return self.spaces.setdefault(name, Spans())
+
+    def of(self, view: Name, start: int, end: int) -> Iterator[Truth]:
+        """In order, without a gap."""
+        at = start
+        for low, high, shown in self.view(view).within(start, end):
+            if at < low:
+                yield Truth(at, low, None, None)
+            yield from self._through(low, high, shown)
+            at = high
+        if at < end:
+            yield Truth(at, end, None, None)
+
+    def _through(self, low: int, high: int, shown: Shown) -> Iterator[Truth]:
+        if shown.space is None:
+            yield Truth(low, high, shown, None)
+            return
+        at, shift = low, low - shown.page
+        for a, b, value in self.space(shown.space).within(shown.page, shown.page + high - low):
+            if at < a + shift:
+                yield Truth(at, a + shift, shown.moved(at - low), None)
+            at = a + shift
+            there = Translation(value.frame, value.rights & shown.rights)
+            yield Truth(at, b + shift, shown.moved(at - low), there)
+            at = b + shift
+        if at < high:
+            yield Truth(at, high, shown.moved(at - low), None)
+
+    def shown_in(self, space: Name, start: int, end: int) -> Iterator[tuple[Name, int, int, int]]:
+        """Where pages start..end of a space are seen: (view, first page, behind the last, first of space)."""
+        for name, windows in self.views.items():
+            for low, high, shown in windows:
+                first = max(start, shown.page)
+                last = min(end, shown.page + high - low)
+                if shown.space == space and first < last:
+                    yield name, low + first - shown.page, low + last - shown.page, first
+
+    # -- pins ------------------------------------------------------------------------------------------
+
+    def pin(self, name: Name, page: int, frame: int) -> None:
+        """`name`: the view or the space whose page it is."""
+        self._pins.setdefault((name, page), Counter())[frame] += 1
+
+    def unpin(self, name: Name, page: int, frame: int) -> bool:
+        """Was it pinned?"""
+        pins = self._pins.get((name, page), Counter())
+        if not pins[frame]:
+            return False
+        pins[frame] -= 1
+        return True
+
+    def is_pinned(self, view: Name, truth: Truth, frame: int) -> bool:
+        """Each page of it, to `frame` and those behind it?"""
+        return all(
+            self._pinned(view, truth.start + n, frame + n)
+            or (truth.shown is not None and self._pinned(truth.shown.space, truth.shown.page + n, frame + n))
+            for n in range(truth.end - truth.start)
+        )
+
+    def _pinned(self, name: Name, page: int, frame: int) -> bool:
+        pins = self._pins.get((name, page))
+        return pins is not None and pins[frame] > 0
+
+    def pinned_frames(self) -> Iterator[tuple[Name, int, int]]:
+        for (name, page), frames in self._pins.items():
+            for frame, count in frames.items():
+                if count:
+                    yield name, page, frame
+
+    # -- changes under way -----------------------------------------------------------------------------
+
+    def let_go(self, who: Name, space: Name, start: int, end: int) -> None:
+        self._let_go.setdefault(who, []).append((space, start, end))
+
+    def changed(self, who: Name, space: Name, start: int, end: int) -> None:
+        """He was told that the change is made.  What he was never asked of is nothing."""
+        ranges = self._let_go.get(who, [])
+        if (space, start, end) in ranges:
+            ranges.remove((space, start, end))
+
+    def is_let_go(self, who: Name, truth: Truth) -> bool:
+        if truth.shown is None:
+            return False
+        first, last = truth.shown.page, truth.shown.page + truth.end - truth.start
+        return any(
+            space == truth.shown.space and start < last and first < end
+            for space, start, end in self._let_go.get(who, [])
+        )

@@ -1,0 +1,158 @@
+"""What caches hold: translations, and pointers to tables; since when, and since when they are out of date.
+
+A cached translation has ended from the store that changed its entry on; one that is filled later, from a
+cache or a walk that was under way, ended as long ago (`History`).  It may stay until a flush that was issued
+after its end is complete, and no longer.  Rights that were added end nothing: an entry that lacks a right is
+walked again [VT-d 6.2.1].
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from simulator.ghost.spans import Translation, merged
+from simulator.ghost.tables import Retranslated, ShadowTables
+
+REMEMBERED = 1 << 14  # translations that have ended
+
+Holder = tuple[str, ...]  # a cache: what it is and whose
+
+
+@dataclass(slots=True, eq=False)
+class CachedTranslation:
+    holder: Holder
+    root: int
+    start: int
+    end: int
+    translation: Translation
+    filled: int
+    ended: int | None  # out of date since
+
+
+@dataclass(slots=True, eq=False)
+class CachedPointer:
+    """To `table`, which translates start..end of `root`."""
+
+    holder: Holder
+    root: int
+    start: int
+    end: int
+    table: int
+    ended: int | None
+
+
+class NeverSo(LookupError):
+    """The root never translated the pages so."""
+
+
+class History:
+    """Of each page of each root, what it translated to and until when."""
+
+    def __init__(self, tables: ShadowTables) -> None:
+        self._tables = tables
+        self._ended: deque[tuple[int, Retranslated]] = deque(maxlen=REMEMBERED)
+        self._obsolete: dict[int, int] = {}
+
+    def end(self, epoch: int, change: Retranslated) -> None:
+        self._ended.append((epoch, change))
+
+    def make_obsolete(self, epoch: int, root: int) -> None:
+        self._obsolete.setdefault(root, epoch)
+
+    def drop(self, epoch: int, root: int) -> None:
+        for start, end, value in self._tables.roots[root]:
+            self.end(epoch, Retranslated(root, start, end, value, None))
+        self._obsolete.pop(root, None)
+
+    def holds(self, root: int, start: int, end: int, value: Translation) -> bool:
+        """Does the root translate all of start..end so now?"""
+        spans = self._tables.roots.get(root)
+        runs = [] if spans is None else spans.within(start, end)
+        rest = [(a, b, Translation(now.frame, now.rights & value.rights)) for a, b, now in runs]
+        return merged(rest) == [(start, end, value)]
+
+    def still(self, cached: CachedTranslation) -> bool:
+        """Does the root translate so now?"""
+        return self.holds(cached.root, cached.start, cached.end, cached.translation)
+
+    def ended(self, root: int, start: int, end: int, value: Translation) -> int | None:
+        """Since when it is not so any more; None: it is so.  Raises NeverSo."""
+        if self.holds(root, start, end, value):
+            return self._obsolete.get(root)
+        for epoch, change in reversed(self._ended):
+            if change.root == root and change.before and change.start < end and start < change.end:
+                page = max(start, change.start)
+                if change.before.moved(page - change.start).gives(value.moved(page - start)):
+                    return epoch
+        raise NeverSo(f"{start:#x}..{end:#x} of root {root:#x}")
+
+
+class Caches:
+    def __init__(self) -> None:
+        self._translations: dict[Holder, dict[tuple[int, int], CachedTranslation]] = {}
+        self._pointers: dict[Holder, dict[tuple[int, int], CachedPointer]] = {}
+
+    def translations(self) -> Iterator[CachedTranslation]:
+        for held in self._translations.values():
+            yield from held.values()
+
+    def pointers(self) -> Iterator[CachedPointer]:
+        for held in self._pointers.values():
+            yield from held.values()
+
+    def everything(self) -> Iterator[CachedTranslation | CachedPointer]:
+        yield from self.translations()
+        yield from self.pointers()
+
+    def put(self, cached: CachedTranslation) -> None:
+        self._translations.setdefault(cached.holder, {})[cached.start, cached.end] = cached
+
+    def put_pointer(self, cached: CachedPointer) -> None:
+        self._pointers.setdefault(cached.holder, {})[cached.start, cached.end] = cached
+
+    def keep(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
+        """Of its translations only these (first page, the page behind the last) are left."""
+        _keep(self._translations, holder, set(keys))
+
+    def keep_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
+        _keep(self._pointers, holder, set(keys))
+
+    def end(self, epoch: int, change: Retranslated, history: History) -> None:
+        """What was cached of it is out of date from now on."""
+        for cached in self.translations():
+            overlaps = cached.root == change.root and cached.start < change.end and change.start < cached.end
+            if overlaps and cached.ended is None and not history.still(cached):
+                cached.ended = epoch
+
+    def end_root(self, epoch: int, root: int) -> None:
+        for cached in self.everything():
+            if cached.root == root and cached.ended is None:
+                cached.ended = epoch
+
+    def end_pointers(self, epoch: int, table: int) -> None:
+        for cached in self.pointers():
+            if cached.table == table and cached.ended is None:
+                cached.ended = epoch
+
+    def survivors(
+        self, kinds: Iterable[str], root: int, start: int, end: int, issued: int
+    ) -> Iterator[CachedTranslation | CachedPointer]:
+        """What caches of these kinds have of start..end that ended before `issued`."""
+        for cached in self.everything():
+            overlaps = cached.root == root and cached.start < end and start < cached.end
+            if overlaps and cached.holder[0] in kinds and cached.ended is not None and cached.ended <= issued:
+                yield cached
+
+
+def _keep(
+    books: dict[Holder, dict[tuple[int, int], CachedTranslation]]
+    | dict[Holder, dict[tuple[int, int], CachedPointer]],
+    holder: Holder,
+    keys: set[tuple[int, int]],
+) -> None:
+    held = books.get(holder)
+    if held:
+        for key in [key for key in held if key not in keys]:
+            del held[key]

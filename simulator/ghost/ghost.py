@@ -1,0 +1,339 @@
+"""The ghost: told what happens, step by step, and judging each step by all that happened before.
+
+The windows in which what is old may still be used are written down in the package's header; here each judge
+says which of them it closes.  Nothing is asked of the system: what is not told did not happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from protocol.pt.bits import WRITE
+from simulator.ghost.backing import Backing, Name, Shown, Truth
+from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo
+from simulator.ghost.ledger import Ledger
+from simulator.ghost.spans import Run, Translation, merged, side_by_side
+from simulator.ghost.tables import Retranslated, ShadowTables, Stored
+from simulator.ghost.violation import Verdicts
+
+CPU_CACHES = ("vcpu",)
+UNIT_CACHES = ("iotlb", "psc", "devtlb")
+ALL_CACHES = (*CPU_CACHES, *UNIT_CACHES)
+
+
+@dataclass(frozen=True, slots=True)
+class RootFacts:
+    """Of which view it is, and who fills it and so answers for it to the host."""
+
+    view: Name | None
+    filler: Name
+
+
+class Ghost:
+    def __init__(self, verdicts: Verdicts) -> None:
+        self.now = 0
+        self.verdicts = verdicts
+        self.backing = Backing()
+        self.tables = ShadowTables()
+        self.history = History(self.tables)
+        self.caches = Caches()
+        self.frames = Ledger()
+        self.table_pages = Ledger()
+        self._roots: dict[int, RootFacts] = {}
+
+    def _step(self) -> int:
+        self.now += 1
+        return self.now
+
+    # -- frames ----------------------------------------------------------------------------------------
+
+    def frames_taken(self, frame: int, pages: int, owner: str) -> None:
+        for other in self.frames.take(self._step(), frame, pages, owner):
+            self.verdicts.say("I6", f"frames {frame:#x}+{pages} go to {owner}, {other} has some of them")
+
+    def frames_given_up(self, frame: int, pages: int) -> None:
+        """Nothing leads there: no entry, no cache, no pin (step 6)."""
+        if not self.frames.give_up(self._step(), frame, pages):
+            self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
+        for cached in self.caches.translations():
+            if _overlap(cached.translation.frame, cached.end - cached.start, frame, pages):
+                self.verdicts.say("I6", f"frame {frame:#x} is given up, {_say(cached)} has it")
+        for root, spans in self.tables.roots.items():
+            for start, end, value in spans:
+                if _overlap(value.frame, end - start, frame, pages):
+                    page = start + max(frame - value.frame, 0)
+                    self.verdicts.say(
+                        "I6", f"frame {frame:#x} is given up, {root:#x} maps page {page:#x} to it"
+                    )
+        for name, page, pinned in self.backing.pinned_frames():
+            if frame <= pinned < frame + pages:
+                self.verdicts.say("I22", f"frame {pinned:#x} is given up, page {page:#x} of {name} is pinned")
+
+    # -- tables ----------------------------------------------------------------------------------------
+
+    def table_taken(self, table: int, owner: str) -> None:
+        for other in self.table_pages.take(self._step(), table >> 12, 1, owner):
+            self.verdicts.say("I7", f"table page {table:#x} goes to {owner}, {other} has it")
+
+    def table_given_up(self, table: int) -> None:
+        """Nobody sits in it: no pointer leads there (step 6)."""
+        owner = self.table_pages.owner(table >> 12)
+        rule = "R23" if owner is not None and owner.name == "iommufdd" else "I7"
+        if not self.table_pages.give_up(self._step(), table >> 12, 1):
+            self.verdicts.say(rule, f"table page {table:#x} is given up twice")
+        if self.tables.is_linked(table):
+            self.verdicts.say(rule, f"table page {table:#x} is given up while it is linked")
+        for cached in self.caches.pointers():
+            if cached.table == table:
+                self.verdicts.say(rule, f"table page {table:#x} is given up, {_say(cached)} leads there")
+
+    def table_read(self, reader: str, table: int) -> None:
+        """A walker loads an entry."""
+        given_up = self.table_pages.given_up(table >> 12)
+        if given_up is not None:
+            self.verdicts.say("I7", f"{reader} walks table page {table:#x}, which {given_up.name} gave up")
+
+    def root_made(self, root: int, level: int, view: Name | None, filler: Name) -> None:
+        self._step()
+        self._roots[root] = RootFacts(view, filler)
+        self.tables.add_root(root, level)
+
+    def root_obsolete(self, root: int) -> None:
+        """Nobody walks it after the flush that must follow (R3)."""
+        epoch = self._step()
+        self.history.make_obsolete(epoch, root)
+        self.caches.end_root(epoch, root)
+
+    def root_gone(self, root: int) -> None:
+        epoch = self._step()
+        self.history.drop(epoch, root)
+        self.caches.end_root(epoch, root)
+        for table in self.tables.drop_root(root):
+            self.caches.end_pointers(epoch, table)
+        del self._roots[root]
+
+    def entry_stored(self, at: int, entry: int) -> None:
+        self._stored(at, self.tables.store(at, entry))
+
+    def table_filled(self, table: int, entries: Sequence[int]) -> None:
+        """A whole page at once, which no walker may see (I4)."""
+        if self.tables.is_linked(table):
+            self.verdicts.say("I4", f"table {table:#x} is filled while it is linked")
+        for stored in self.tables.fill_table(table, entries):
+            self._stored(table, stored)
+
+    def _stored(self, at: int, stored: Stored) -> None:
+        if not stored.changes and not stored.cut and not stored.linked_twice:
+            return
+        epoch = self._step()
+        for change in stored.changes:
+            if change.lost:
+                self.history.end(epoch, change)
+                self.caches.end(epoch, change, self.history)
+        for table in stored.cut:
+            self.caches.end_pointers(epoch, table)
+        for table in stored.linked_twice:
+            self.verdicts.say("I18", f"table {table:#x} is linked a second time at {at:#x}")
+        for change in stored.changes:
+            if change.gained:
+                self._judge_entry(change)
+
+    def _judge_entry(self, change: Retranslated) -> None:
+        """What is stored is what the host has there now, and nobody has let go of (steps 4 and 5)."""
+        facts = self._roots[change.root]
+        if facts.view is None or change.after is None:
+            return
+        for truth in self.backing.of(facts.view, change.start, change.end):
+            stored = change.after.moved(truth.start - change.start)
+            self._judge_stored(change.root, facts, truth, stored)
+
+    def _judge_stored(self, root: int, facts: RootFacts, truth: Truth, stored: Translation) -> None:
+        assert facts.view is not None
+        if not truth.known or self.backing.is_pinned(facts.view, truth, stored.frame):
+            return
+        what = f"root {root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
+        if truth.translation is None or truth.translation.frame != stored.frame:
+            has = "nothing" if truth.translation is None else f"frame {truth.translation.frame:#x}"
+            self.verdicts.say("I5", f"{what}, the host has {has} there")
+        elif stored.rights & WRITE and not truth.translation.rights & WRITE:
+            self.verdicts.say("I21", f"{what} writable, which it is not in the host")
+        elif self.backing.is_let_go(facts.filler, truth):
+            self.verdicts.say("I5", f"{what}, which {facts.filler} has let go of")
+
+    # -- what the host has -----------------------------------------------------------------------------
+
+    def shows(self, view: Name, start: int, end: int, shown: Shown) -> None:
+        """A window: a slot, an area."""
+        self._step()
+        self.backing.view(view).put(start, end, shown)
+
+    def hides(self, view: Name, start: int, end: int) -> None:
+        """The window is gone, and nothing of it is reached (R21)."""
+        self._step()
+        gone = list(self.backing.of(view, start, end))
+        self.backing.view(view).clear(start, end)
+        for truth in gone:
+            if truth.translation is not None:
+                self._judge_taken(view, truth, "R21")
+
+    def backs(self, space: Name, start: int, end: int, there: Translation | None) -> None:
+        """Pages of a space are these frames from now on, or nothing (step 5)."""
+        self._step()
+        spans = self.backing.space(space)
+        new: list[Run[Translation]] = [] if there is None else [(start, end, there)]
+        before = merged(spans.clear(start, end))
+        for run in new:
+            spans.put(*run)
+        for low, high, was, now in side_by_side(before, new, start, end):
+            if was is None or (now is not None and now.gives(was)):
+                continue
+            rule = "I6" if now is None or now.frame != was.frame else "I21"
+            for view, first, last, page in self.backing.shown_in(space, low, high):
+                lost = Translation(was.frame + page - low, was.rights if rule == "I6" else WRITE)
+                shown = self.backing.view(view).get(first)
+                self._judge_taken(view, Truth(first, last, shown, lost), rule)
+
+    def _judge_taken(self, view: Name, gone: Truth, rule: str) -> None:
+        """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
+        lost = gone.translation
+        assert lost is not None
+        if self.backing.is_pinned(view, gone, lost.frame):
+            return
+        need = WRITE if rule == "I21" else 0
+        for root, facts in self._roots.items():
+            if facts.view != view:
+                continue
+            for start, _, value in self.tables.roots[root].within(gone.start, gone.end):
+                if value.frame == lost.frame + start - gone.start and value.rights & need == need:
+                    self.verdicts.say(
+                        "I11" if rule == "I6" else rule,
+                        f"frame {value.frame:#x} is taken while root {root:#x} maps page {start:#x} to it",
+                    )
+        for cached in self.caches.translations():
+            facts_of = self._roots.get(cached.root)
+            if facts_of is None or facts_of.view != view or cached.translation.rights & need != need:
+                continue
+            start = max(cached.start, gone.start)
+            frame = cached.translation.frame + start - cached.start
+            if start < min(cached.end, gone.end) and frame == lost.frame + start - gone.start:
+                self.verdicts.say(rule, f"page {start:#x} of {view} is taken, {_say(cached)} has it")
+
+    def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
+        """It has answered that nobody uses its translations of these pages."""
+        self._step()
+        self.backing.let_go(filler, space, start, end)
+
+    def told_changed(self, filler: Name, space: Name, start: int, end: int) -> None:
+        self._step()
+        self.backing.changed(filler, space, start, end)
+
+    def pinned(self, name: Name, page: int, frame: int) -> None:
+        self._step()
+        self.backing.pin(name, page, frame)
+
+    def unpinned(self, name: Name, page: int, frame: int) -> None:
+        """Where the host has another page by now, nothing leads to this one (step 6)."""
+        self._step()
+        if not self.backing.unpin(name, page, frame):
+            self.verdicts.say(
+                "I22", f"page {page:#x} of {name} is unpinned from frame {frame:#x}: it was not"
+            )
+        for view, first in self._seen(name, page):
+            for truth in self.backing.of(view, first, first + 1):
+                there = truth.translation
+                if truth.known and (there is None or there.frame != frame):
+                    self._judge_taken(view, Truth(first, first + 1, truth.shown, Translation(frame, 0)), "I6")
+
+    def _seen(self, name: Name, page: int) -> list[tuple[Name, int]]:
+        if name in self.backing.views:
+            return [(name, page)]
+        return [(view, first) for view, first, _, _ in self.backing.shown_in(name, page, page + 1)]
+
+    # -- caches ----------------------------------------------------------------------------------------
+
+    def cached(self, holder: Holder, root: int, start: int, end: int, value: Translation) -> None:
+        """A cache is filled: with what the root translates, or what it did until an end that still counts."""
+        epoch = self._step()
+        try:
+            ended = self.history.ended(root, start, end, value)
+        except NeverSo:
+            what = f"{start:#x}..{end:#x} -> frame {value.frame:#x}, rights {value.rights:#x}"
+            self.verdicts.say("R14", f"{' '.join(holder)} has {what}, which root {root:#x} never had")
+            ended = epoch
+        self.caches.put(CachedTranslation(holder, root, start, end, value, epoch, ended))
+
+    def pointer_cached(self, holder: Holder, root: int, start: int, end: int, table: int) -> None:
+        epoch = self._step()
+        ended = None if self.tables.is_linked(table) else epoch
+        self.caches.put_pointer(CachedPointer(holder, root, start, end, table, ended))
+
+    def keeps(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
+        """Of its translations these are left."""
+        self.caches.keep(holder, keys)
+
+    def keeps_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
+        self.caches.keep_pointers(holder, keys)
+
+    def issues(self) -> int:
+        """A flush or an invalidation is issued: of every change that was made before."""
+        return self.now
+
+    def acked(self, root: int, start: int, end: int, issued: int) -> None:
+        """Units have invalidated start..end, and the wait behind it is complete (step 3)."""
+        for cached in self.caches.survivors(UNIT_CACHES, root, start, end, issued):
+            rule = "R6" if isinstance(cached, CachedPointer) else "I9"
+            self.verdicts.say(rule, f"an invalidation is complete, {_say(cached)} is older")
+
+    def flushed(self, root: int, start: int, end: int, issued: int) -> None:
+        """All have acked (step 4)."""
+        for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
+            self.verdicts.say("R17", f"a flush is over, {_say(cached)} is older")
+
+    # -- accesses --------------------------------------------------------------------------------------
+
+    def used(self, who: str, view: Name, page: int, frame: int, *, write: bool) -> None:
+        """A piece of an access, within a page, through a translation of the view."""
+        what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} as page {page:#x}"
+        given_up = self.frames.given_up(frame)
+        if given_up is not None:
+            self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
+            return
+        for truth in self.backing.of(view, page, page + 1):
+            if not truth.known or self.backing.is_pinned(view, truth, frame):
+                return
+            there = truth.translation
+            if truth.shown is None:
+                self.verdicts.say("R21", f"{what}: foreign, the view has no such page")
+            elif there is None or there.frame != frame:
+                rule, kind = ("I6", "lost") if write else ("I6", "stale")
+                self.verdicts.say(rule, f"{what}: {kind}, the host has {_frame(there)} there")
+            elif write and not there.rights & WRITE:
+                self.verdicts.say("I21", f"{what}: beyond permission, the host has it read-only")
+
+    def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
+        """A process's own access, or one made on its behalf at a host address."""
+        what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} at {page << 12:#x}"
+        there = self.backing.space(space).get(page)
+        given_up = self.frames.given_up(frame)
+        if given_up is not None:
+            self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
+        elif there is None or there.frame != frame:
+            self.verdicts.say("I6", f"{what}: stale, the process has {_frame(there)} there")
+        elif write and not there.rights & WRITE:
+            self.verdicts.say("I21", f"{what}: beyond permission, it is read-only")
+
+
+def _overlap(a: int, a_pages: int, b: int, b_pages: int) -> bool:
+    return a < b + b_pages and b < a + a_pages
+
+
+def _frame(there: Translation | None) -> str:
+    return "nothing" if there is None else f"frame {there.frame:#x}"
+
+
+def _say(cached: CachedTranslation | CachedPointer) -> str:
+    who = " ".join(cached.holder)
+    if isinstance(cached, CachedPointer):
+        return f"{who}'s pointer for {cached.start:#x}..{cached.end:#x}"
+    return f"{who}'s translation of {cached.start:#x}..{cached.end:#x} to frame {cached.translation.frame:#x}"

@@ -1,0 +1,55 @@
+"""What must end: invalidations, page requests, faults, requests between daemons; within a bound of virtual
+time, counted from when nothing is made to fail any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from simulator.ghost.violation import Verdicts
+
+# What an outstanding thing of each kind is a case of.
+CASE_OF = {
+    "fault": "R2",
+    "page request group": "R9",
+    "invalidation": "R18",
+    "request": "R27",
+}
+
+
+class Liveness:
+    """`bound`: nanoseconds of virtual time."""
+
+    def __init__(self, verdicts: Verdicts, bound: int) -> None:
+        self._verdicts = verdicts
+        self._bound = bound
+        self._began: dict[tuple[str, Hashable], int] = {}
+        self._quiet: int | None = 0  # since when nothing is made to fail
+
+    def begins(self, now: int, kind: str, name: Hashable) -> None:
+        assert kind in CASE_OF, kind
+        self._began.setdefault((kind, name), now)
+
+    def ends(self, kind: str, name: Hashable) -> None:
+        self._began.pop((kind, name), None)
+
+    def disturbed(self) -> None:
+        """Something is made to fail, to stop or to be late: nothing has to end before `undisturbed`."""
+        self._quiet = None
+
+    def undisturbed(self, now: int) -> None:
+        self._quiet = now
+
+    def look(self, now: int) -> None:
+        """At any time."""
+        if self._quiet is None:
+            return
+        for (kind, name), began in self._began.items():
+            since = max(began, self._quiet)
+            if now - since > self._bound:
+                self._verdicts.say(CASE_OF[kind], f"{kind} {name} has not ended after {self._bound} ns")
+
+    def stuck(self) -> None:
+        """Nothing can run any more, and no time-out is set: what has not ended will not."""
+        for kind, name in self._began:
+            self._verdicts.say(CASE_OF[kind], f"{kind} {name} will never end: nothing can run any more")

@@ -1,0 +1,132 @@
+"""The ghost's books on page request groups, on stores that are to be told, and on what must end."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.ghost.groups import Groups
+from simulator.ghost.ledger import Ledger
+from simulator.ghost.liveness import CASE_OF, Liveness
+from simulator.ghost.stores import Stores
+from simulator.ghost.violation import Verdicts
+
+RID = 0x6A08
+
+
+def invariants(verdicts: Verdicts) -> list[str]:
+    return [violation.invariant for violation in verdicts.found]
+
+
+def test_each_group_is_answered_once() -> None:
+    verdicts = Verdicts()
+    groups = Groups(verdicts)
+    groups.sent(RID, 0, 3)
+    groups.sent(RID + 8, 0, 1)
+    groups.answered(RID, 0)
+    groups.sent(RID, 0, 1)
+    assert groups.outstanding == [(RID + 8, 0), (RID, 0)]
+    groups.forgotten(RID)
+    groups.answered(RID + 8, 0)
+    assert invariants(verdicts) == []
+    groups.answered(RID, 0)
+    assert invariants(verdicts) == ["I8"]
+
+
+def test_an_index_in_use_is_not_used_again() -> None:
+    verdicts = Verdicts()
+    groups = Groups(verdicts)
+    groups.sent(RID, 4, 1)
+    groups.sent(RID, 4, 1)
+    assert invariants(verdicts) == ["I8"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "lost"),
+    [
+        ("store mark begin end settle", False),
+        ("store begin end settle", False),  # it tells of every page it has
+        ("store other settle", True),
+        ("store other mark settle", True),  # that report passed it by
+        ("store mark other settle", False),
+        ("begin store end settle", False),  # user space copies the page after the report
+        ("begin end store settle", True),
+        ("begin end store mark settle", False),
+        ("begin_other store end mark settle", False),  # marked a little later, before a report began
+        ("begin_other store end settle", True),
+        ("off store settle", False),
+        ("store off settle", False),
+    ],
+)
+def test_a_store_is_told_or_lost(steps: str, lost: bool) -> None:
+    verdicts, reports = Verdicts(), []
+    stores = Stores(verdicts)
+    stores.log("vm", 0, 8, True)
+    for epoch, step in enumerate(steps.split()):
+        match step:
+            case "store":
+                stores.stored(epoch, "vm", 5)
+            case "mark":
+                stores.marked("vm", 5)
+            case "begin" | "begin_other":
+                reports.append(stores.begin(epoch, "vm", [5] if step == "begin" else [6]))
+            case "end":
+                stores.end(reports.pop())
+            case "other":
+                stores.end(stores.begin(epoch, "vm", [6]))
+            case "off":
+                stores.log("vm", 0, 8, False)
+            case "settle":
+                stores.settled(epoch)
+    assert invariants(verdicts) == (["I25"] if lost else [])
+
+
+def test_what_is_outstanding_ends_within_the_bound() -> None:
+    verdicts = Verdicts()
+    liveness = Liveness(verdicts, bound=100)
+    liveness.begins(0, "fault", 1)
+    liveness.look(100)
+    liveness.ends("fault", 1)
+    liveness.look(1000)
+    assert invariants(verdicts) == []
+    liveness.begins(1000, "invalidation", "a")
+    liveness.look(1101)
+    assert invariants(verdicts) == ["R18"]
+
+
+def test_while_things_are_made_to_fail_nothing_has_to_end() -> None:
+    verdicts = Verdicts()
+    liveness = Liveness(verdicts, bound=100)
+    liveness.begins(0, "request", 1)
+    liveness.disturbed()
+    liveness.look(5000)
+    liveness.undisturbed(5000)
+    liveness.look(5100)
+    assert invariants(verdicts) == []
+    liveness.look(5101)
+    assert invariants(verdicts) == ["R27"]
+
+
+@pytest.mark.parametrize(("kind", "invariant"), CASE_OF.items())
+def test_where_nothing_can_run_any_more_what_is_out_never_ends(kind: str, invariant: str) -> None:
+    verdicts = Verdicts()
+    liveness = Liveness(verdicts, bound=100)
+    liveness.stuck()
+    assert invariants(verdicts) == []
+    liveness.begins(0, kind, 1)
+    liveness.stuck()
+    assert invariants(verdicts) == [invariant]
+
+
+def test_the_ledger_knows_who_had_a_page_last_and_until_when() -> None:
+    ledger = Ledger()
+    assert ledger.take(1, 0x100, 4, "a") == []
+    assert ledger.take(2, 0x102, 4, "b") == ["a"]
+    assert ledger.give_up(3, 0x100, 2)
+    assert not ledger.give_up(4, 0x100, 2)
+    owner, last = ledger.owner(0x103), ledger.given_up(0x101)
+    assert owner is not None
+    assert last is not None
+    assert (owner.name, owner.since, last.name, last.since) == ("b", 2, "a", 3)
+    assert ledger.owner(0x100) is ledger.given_up(0x103) is None
+    ledger.take(5, 0x101, 1, "c")
+    assert ledger.given_up(0x101) is None
