@@ -15,7 +15,8 @@ and any one of them stands for all.  A scheduler therefore names
   use what another delivery changed;
 - whatever else steps have in common: a clock, an allocator, an eventfd.
 
-What enables a step, or keeps it from being taken, touches a place that the step touches as well.
+What enables a step, or keeps it from being taken, touches a place that the step touches as well, and the
+step's option says that one beforehand.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""What is before what, and what two runs of one trace have in common, against the definition pair by pair."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.search.causality import Causality, Fingerprint
+from simulator.search.option import Option, Touch, dependent
+from tests.unit.simulator.search.toy import PROGRAMS, Order, ToyRun, every_run, order_of
+
+
+def fingerprint(run: ToyRun) -> int:
+    found = Fingerprint()
+    for step in run.steps:
+        found.add(step)
+    return found.value
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_runs_have_a_fingerprint_in_common_if_and_only_if_they_are_one_trace(name: str) -> None:
+    of_trace: dict[Order, set[int]] = {}
+    for run in every_run(PROGRAMS[name][0]):
+        of_trace.setdefault(order_of(run.steps), set()).add(fingerprint(run))
+    assert all(len(found) == 1 for found in of_trace.values())
+    assert len({found.pop() for found in of_trace.values()}) == len(of_trace)
+
+
+def test_a_fingerprint_is_a_number_of_the_trace_alone() -> None:
+    """Not of the interpreter: a story's is compared with one that another machine made."""
+    found = Fingerprint()
+    found.add(Option("kvmd", "store", frozenset({Touch(("word", 7, 0), True)})))
+    found.add(Option("device_sim", "load", frozenset({Touch(("word", 7, 0), False)})))
+    assert found.value == 0x28B9D1345A500234
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_before_is_the_transitive_closure_of_dependence(name: str) -> None:
+    for run in every_run(PROGRAMS[name][0]):
+        causality = Causality()
+        for step in run.steps:
+            causality.add(step)
+        before: list[set[int]] = []
+        for place, step in enumerate(run.steps):
+            direct = {
+                other
+                for other in range(place)
+                if run.steps[other].actor == step.actor or dependent(run.steps[other].touches, step.touches)
+            }
+            before.append(direct.union(*(before[other] for other in direct)))
+        assert causality.before == [sum(1 << other for other in found) for found in before]

@@ -1,0 +1,179 @@
+"""Exhaustive search against brute force: a run of every trace, none twice; mistakes in the search show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given, settings
+
+from simulator.search.exhaustive import Exhaustive, UnrepeatableError
+from simulator.search.option import Option, Touch
+from tests.unit.simulator.search.toy import (
+    PROGRAMS,
+    Op,
+    Order,
+    Program,
+    ToyChannel,
+    every_run,
+    every_schedule,
+    order_of,
+    stuck,
+)
+
+RUNS_MAX = 400
+
+
+def explored(program: Program, search: Exhaustive) -> list[Order]:
+    return [order_of(run.steps) for run in every_schedule(program, search) if not run.stopped]
+
+
+def complaint(program: Program, search: Exhaustive) -> str:
+    """What brute force knows better."""
+    traces = {order_of(run.steps) for run in every_run(program)}
+    found = explored(program, search)
+    if set(found) != traces:
+        return f"{len(traces - set(found))} of {len(traces)} traces missed"
+    return f"{len(found)} runs to their end for {len(traces)} traces" if search.traces != len(traces) else ""
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_has_as_many_interleavings_as_counted_by_hand(name: str) -> None:
+    program, traces = PROGRAMS[name]
+    search = Exhaustive()
+    assert complaint(program, search) == ""
+    assert search.traces == traces
+    assert search.summary() == f"all {traces} inequivalent interleavings, {search.pruned} pruned"
+
+
+WORDS = st.sampled_from("xyz")
+CHANNELS = st.sampled_from("cd")
+IN_HANDLERS = st.one_of(
+    st.builds(lambda word: (Op("load", word),), WORDS),
+    st.builds(lambda word, value: (Op("store", word, value),), WORDS, st.integers(0, 1)),
+    st.builds(lambda word, other: (Op("load", word), Op("skip_if_zero", "", 1), Op("store", other, 2)),
+              WORDS, WORDS),
+    st.builds(lambda ways: (Op("pick", "", ways),), st.just(2)),
+    st.builds(lambda lock, op: (Op("lock", lock), op, Op("unlock", lock)), st.sampled_from("LM"),
+              st.builds(Op, st.sampled_from(["load", "store"]), WORDS, st.just(1))),
+)  # fmt: skip
+IN_PROCESSES = st.one_of(
+    IN_HANDLERS,
+    st.builds(lambda channel: (Op("send", channel),), CHANNELS),
+    st.builds(lambda word, channel: (Op("store_send", word, 1, to=channel),), WORDS, CHANNELS),
+)
+
+
+def joined(parts: st.SearchStrategy[tuple[Op, ...]], most: int) -> st.SearchStrategy[tuple[Op, ...]]:
+    return st.lists(parts, min_size=1, max_size=most).map(
+        lambda found: tuple(op for part in found for op in part)
+    )
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    names = "ABC"[: draw(st.integers(2, 3))]
+    channels = {
+        name: ToyChannel(
+            draw(st.sampled_from(names)), draw(joined(IN_HANDLERS, 2)), draw(st.sampled_from([1, 2, 8]))
+        )
+        for name in "cd"
+    }
+    return Program({name: draw(joined(IN_PROCESSES, 3)) for name in names}, channels)
+
+
+@settings(max_examples=80, deadline=None)
+@given(program=programs())
+def test_one_run_of_every_trace_and_none_twice(program: Program) -> None:
+    for count, run in enumerate(every_run(program)):
+        assume(count < RUNS_MAX and not stuck(run))
+    assert complaint(program, Exhaustive()) == ""
+
+
+class _WantsNothing(Exhaustive):
+    """A backtrack point is missing: races are seen, and nothing comes of them."""
+
+    def _want(self, other: int, step: Option, place: int) -> None: ...
+
+
+class _AdjacentOnly(Exhaustive):
+    """Only the last dependent step is looked at, as if no step ever kept another from being taken."""
+
+    def _want(self, other: int, step: Option, place: int) -> None:
+        if not any(
+            self._run.before[later] >> other & 1 and self._run.dependent_on(step) >> later & 1
+            for later in range(other + 1, place)
+        ):
+            super()._want(other, step, place)
+
+
+class _SleepsForEver(Exhaustive):
+    """A sleep set that no dependent step empties."""
+
+    def _still_asleep(self, options: tuple[Option, ...]) -> dict[tuple[str, str], frozenset[Touch]]:
+        if not self._path:
+            return {}
+        last = self._path[-1]
+        offered = {(option.actor, option.label) for option in options}
+        return {key: touches for key, touches in (last.asleep | last.explored).items() if key in offered}
+
+
+class _NeverSleeps(Exhaustive):
+    def _still_asleep(self, options: tuple[Option, ...]) -> dict[tuple[str, str], frozenset[Touch]]:
+        return {}
+
+
+class _FirstRunOnly(Exhaustive):
+    """Conflicts are taken from one run: words that only a bad schedule touches are not known yet."""
+
+    def _seek_races(self) -> None:
+        if self.traces == 1:
+            super()._seek_races()
+
+
+@pytest.mark.parametrize(
+    "search", [_WantsNothing, _AdjacentOnly, _SleepsForEver, _NeverSleeps, _FirstRunOnly]
+)
+def test_a_mistake_in_the_search_is_found(search: Callable[[], Exhaustive]) -> None:
+    assert any(complaint(program, search()) for program, _ in PROGRAMS.values())
+
+
+def test_a_search_that_was_cut_does_not_say_all() -> None:
+    program, traces = PROGRAMS["store buffering"]
+    search = Exhaustive(choices_max=1)
+    found = explored(program, search)
+    assert len(found) < traces
+    assert search.over
+    assert "all" not in search.summary()
+    assert f"{search.cut} cut at 1 choices" in search.summary()
+
+
+def test_a_search_under_way_says_what_is_left() -> None:
+    program, _ = PROGRAMS["writers of one word: n!"]
+    search = Exhaustive()
+    next(every_schedule(program, search))
+    search.ended(False)
+    assert search.summary() == "1 interleavings, 0 pruned, at least 2 left"
+
+
+def test_a_run_that_does_not_repeat_is_refused() -> None:
+    search = Exhaustive()
+    one, other = (Option(name, "store x", frozenset({Touch("x", True)})) for name in "AB")
+    assert search.choose([one, other]) == 0
+    search.took(one)
+    search.took(other)
+    assert search.ended(False)
+    with pytest.raises(UnrepeatableError, match="step 0"):
+        search.choose([one, Option("C", "store x")])
+
+
+def test_what_was_on_offer_to_the_end_could_have_come_before() -> None:
+    """A fault that is not injected by default: it conflicts with the step it would have preceded."""
+    store = Option("A", "store x", frozenset({Touch("x", True)}))
+    fault = Option("kill", "A", frozenset({Touch("x", True)}))
+    search = Exhaustive()
+    assert search.choose([store, fault]) == 0
+    search.took(store)
+    assert search.ended(False)
+    assert search.choose([store, fault]) == 1

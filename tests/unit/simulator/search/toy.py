@@ -1,0 +1,265 @@
+"""Toy programs whose interleavings can be enumerated in full: the oracle of the strategies.
+
+A few processes, each one sequence of operations on words, locks and channels; what a channel delivers runs a
+handler in its receiver, when that is idle, as a daemon's loop does.  `every_run` takes every answer at every
+choice; `order_of` is a run's Mazurkiewicz trace by its definition, pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from simulator.search.option import STOP, Option, Strategy, Touch, dependent
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: `what` is load, store, skip_if_zero, send, store_send, lock, unlock or pick."""
+
+    what: str
+    on: str = ""
+    value: int = 0  # to store; how many operations to skip; of how many to pick
+    to: str = ""  # store_send: the channel, however full
+
+
+@dataclass(frozen=True)
+class ToyChannel:
+    receiver: str
+    handler: tuple[Op, ...]
+    capacity: int = 8
+
+
+@dataclass(frozen=True)
+class Program:
+    processes: dict[str, tuple[Op, ...]]
+    channels: dict[str, ToyChannel] = field(default_factory=dict)
+
+
+class ToyMachine:
+    """A program under way."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.left = {name: list(ops) for name, ops in program.processes.items()}
+        self.loaded = dict.fromkeys(program.processes, 0)
+        self.words: dict[str, int] = {}
+        self.holder: dict[str, str] = {}
+        self.waiting = dict.fromkeys(program.channels, 0)
+        self.picked: list[int] = []
+        self.seen: list[tuple[str, str, int]] = []  # process, word, value: what a judge looks at
+
+    def options(self) -> list[Option]:
+        """Those of processes first; channels in order."""
+        found = []
+        for name, ops in self.left.items():
+            if ops and self._may(name, ops[0]):
+                found += self._options_of(name, ops[0])
+        for name, channel in self.program.channels.items():
+            if self.waiting[name] and not self.left[channel.receiver]:
+                found.append(Option(name, "deliver", _touched((name, True), (channel.receiver, True))))
+        return found
+
+    def _may(self, name: str, op: Op) -> bool:
+        if op.what == "lock":
+            return op.on not in self.holder
+        return op.what != "send" or self.waiting[op.on] < self.program.channels[op.on].capacity
+
+    def _options_of(self, name: str, op: Op) -> list[Option]:
+        own = (name, True)
+        label = f"{op.what} {op.on}"
+        match op.what:
+            case "load":
+                return [Option(name, label, _touched(own, (op.on, False)))]
+            case "store" | "lock" | "unlock" | "send":
+                return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
+            case "store_send":  # that it sends as well is told afterwards
+                return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
+            case "pick":
+                return [Option(name, f"{label} {value}", _touched(own)) for value in range(op.value)]
+        return [Option(name, label, _touched(own))]
+
+    def take(self, option: Option) -> Option:
+        """Takes the step; returns it with all it touched."""
+        if option.actor in self.program.channels:
+            channel = self.program.channels[option.actor]
+            self.waiting[option.actor] -= 1
+            self.left[channel.receiver] = list(channel.handler)
+            return option
+        name, op = option.actor, self.left[option.actor].pop(0)
+        match op.what:
+            case "load":
+                self.loaded[name] = self.words.get(op.on, 0)
+                self.seen.append((name, op.on, self.loaded[name]))
+            case "store":
+                self.words[op.on] = op.value
+            case "store_send":
+                self.words[op.on] = op.value
+                self.waiting[op.to] += 1
+                return Option(name, option.label, option.touches | _touched((op.to, True)))
+            case "skip_if_zero":
+                if not self.loaded[name]:
+                    del self.left[name][: op.value]
+            case "send":
+                self.waiting[op.on] += 1
+            case "lock":
+                self.holder[op.on] = name
+            case "unlock":
+                del self.holder[op.on]
+            case "pick":
+                self.picked.append(int(option.label.split()[-1]))
+                self.words[f"picked by {name}"] = self.picked[-1]
+        return option
+
+    def outcome(self) -> tuple[object, ...]:
+        return (sorted(self.words.items()), sorted(self.waiting.items()), sorted(self.loaded.items()))
+
+
+def _touched(*places: tuple[str, bool]) -> frozenset[Touch]:
+    return frozenset(Touch(place, writes) for place, writes in places)
+
+
+@dataclass
+class ToyRun:
+    steps: list[Option]
+    answers: list[int]
+    machine: ToyMachine
+    stopped: bool = False
+    failed: bool = False
+
+
+Judge = Callable[[ToyMachine], bool]
+
+
+def play(program: Program, strategy: Strategy, judge: Judge = lambda machine: False) -> ToyRun:
+    """One run under `strategy`; `judge` says at each step whether an invariant is broken."""
+    machine = ToyMachine(program)
+    run = ToyRun([], [], machine)
+    while options := machine.options():
+        answer = 0
+        if len(options) > 1:
+            answer = strategy.choose(options)
+            if answer == STOP:
+                run.stopped = True
+                return run
+            run.answers.append(answer)
+        step = machine.take(options[answer])
+        run.steps.append(step)
+        if strategy.watches:
+            strategy.took(step)
+        if judge(machine):
+            run.failed = True
+            return run
+    return run
+
+
+def every_schedule(
+    program: Program, strategy: Strategy, judge: Judge = lambda machine: False, limit: int = 100_000
+) -> Iterator[ToyRun]:
+    """All runs that `strategy` wants."""
+    for _ in range(limit):
+        run = play(program, strategy, judge)
+        yield run
+        if not strategy.ended(run.failed):
+            return
+    raise AssertionError(f"{limit} runs, and still another one")
+
+
+class _Given:
+    """Answers, then 0; how many there were to choose from."""
+
+    watches = False
+
+    def __init__(self, answers: Sequence[int]) -> None:
+        self.answers, self.widths = answers, list[int]()
+
+    def choose(self, options: Sequence[Option]) -> int:
+        self.widths.append(len(options))
+        place = len(self.widths) - 1
+        return self.answers[place] if place < len(self.answers) else 0
+
+    def took(self, step: Option) -> None: ...
+
+    def ended(self, failed: bool) -> bool:
+        return False
+
+
+def every_run(program: Program, judge: Judge = lambda machine: False) -> Iterator[ToyRun]:
+    """Brute force: each answer at each choice."""
+    todo: list[list[int]] = [[]]
+    while todo:
+        answers = todo.pop()
+        given = _Given(answers)
+        yield play(program, given, judge)
+        for place in range(len(answers), len(given.widths)):
+            zeros = [0] * (place - len(answers))
+            todo += [[*answers, *zeros, answer] for answer in range(1, given.widths[place])]
+
+
+Order = frozenset[tuple[tuple[str, int, str], tuple[str, int, str]] | tuple[str, int, str]]
+
+
+def order_of(steps: Sequence[Option]) -> Order:
+    """Each step, by actor, number and label; and each pair of dependent ones, in their order."""
+    named, counts = [], dict[str, int]()
+    for step in steps:
+        counts[step.actor] = counts.get(step.actor, 0) + 1
+        named.append((step.actor, counts[step.actor], step.label))
+    pairs = [
+        (named[one], named[other])
+        for one, other in combinations(range(len(steps)), 2)
+        if steps[one].actor == steps[other].actor or dependent(steps[one].touches, steps[other].touches)
+    ]
+    return frozenset([*named, *pairs])
+
+
+def stuck(run: ToyRun) -> bool:
+    """Is somebody left waiting who never got to go on?"""
+    return any(run.machine.left.values()) or any(run.machine.waiting.values())
+
+
+LOCKED_STORE = (Op("lock", "L"), Op("store", "y", 1), Op("unlock", "L"))
+PROGRAMS: dict[str, tuple[Program, int]] = {
+    "writers of one word: n!": (Program({name: (Op("store", "x", 1),) for name in "ABC"}), 6),
+    "readers of one word": (Program({name: (Op("load", "x"),) for name in "ABC"}), 1),
+    "each its own word": (Program({name: (Op("store", name.lower()),) * 2 for name in "ABC"}), 1),
+    "a reader beside two stores": (
+        Program({"A": (Op("store", "x", 1), Op("store", "x", 2)), "B": (Op("load", "x"),)}),
+        3,
+    ),
+    "store buffering": (
+        Program({"A": (Op("store", "x", 1), Op("load", "y")), "B": (Op("store", "y", 1), Op("load", "x"))}),
+        3,
+    ),
+    "one lock, three holders": (Program(dict.fromkeys("ABC", LOCKED_STORE)), 6),
+    "the lock is asked for late": (Program({"A": LOCKED_STORE, "B": (Op("store", "z"), *LOCKED_STORE)}), 2),
+    "two channels of one process": (
+        Program(
+            {"A": (Op("send", "c"),), "B": (Op("send", "d"),), "C": ()},
+            {"c": ToyChannel("C", (Op("store", "x", 1),)), "d": ToyChannel("C", (Op("store", "x", 2),))},
+        ),
+        2,
+    ),
+    "one channel keeps its order": (
+        Program({"A": (Op("send", "c"),) * 3, "C": ()}, {"c": ToyChannel("C", (Op("store", "x", 1),))}),
+        5,  # three deliveries, each behind its send: Catalan's number
+    ),
+    "a full channel": (
+        Program(
+            {"A": (Op("send", "c"),), "B": (Op("send", "c"),), "C": ()},
+            {"c": ToyChannel("C", (Op("load", "x"),), capacity=1)},
+        ),
+        2,
+    ),
+    "two ways to go on": (Program({"A": (Op("pick", "", 3), Op("pick", "", 2)), "B": (Op("load", "x"),)}), 6),
+    "a word that only the bad schedule touches": (
+        Program(
+            {
+                "A": (Op("load", "x"), Op("skip_if_zero", "", 1), Op("store", "z", 1)),
+                "B": (Op("store", "x", 1), Op("load", "z")),
+            }
+        ),
+        3,
+    ),
+}
