@@ -2,7 +2,7 @@
 
 One run of each Mazurkiewicz trace is enough.  After each run the pairs of dependent steps that could have
 come the other way round are sought in it, and the first of them is given an alternative ("source sets"
-[DPOR POPL 2014, 4]); sleep sets keep what has been explored from being explored again behind independent
+[DPOR POPL 2014]); sleep sets keep what has been explored from being explored again behind independent
 steps, so that no trace is run to its end twice.  Conflicts are taken from every run: words that only a bad
 schedule touches are not known before it has been reached.  Steps that others keep from being taken (a
 process that is busy, a full channel, a lock) need more than the last dependent step to be looked at [DPOR
@@ -53,15 +53,13 @@ class _State:
 
 
 class Exhaustive:
-    """Strategy: one run of every trace.  `choices_max` cuts longer runs, and with them the promise."""
+    """Strategy: one run of every trace."""
 
     watches = True
 
-    def __init__(self, choices_max: int | None = None) -> None:
-        self.choices_max = choices_max
+    def __init__(self) -> None:
         self.traces = 0  # runs to their end, each of another trace
         self.pruned = 0  # runs given up: all that could come is explored elsewhere
-        self.cut = 0
         self.transitions = 0  # steps, each counted where it was taken first
         self.over = False
         self._path: list[_State] = []
@@ -70,16 +68,11 @@ class Exhaustive:
 
     def _begin(self) -> None:
         self._run = Causality()
-        self._choices = 0
-        self._redundant = self._too_long = False
+        self._redundant = False
 
     def choose(self, options: Sequence[Option]) -> int:
-        self._choices += 1
-        self._too_long = self.choices_max is not None and self._choices > self.choices_max
         place = len(self._run.steps)
-        if self._redundant or self._too_long:
-            return STOP
-        if place == len(self._path) and not self._open(tuple(options)):
+        if self._redundant or (place == len(self._path) and not self._open(tuple(options))):
             return STOP
         state = self._path[place]
         keys = [_key(option) for option in options]
@@ -123,8 +116,6 @@ class Exhaustive:
     def ended(self, failed: bool) -> bool:
         if self._redundant:
             self.pruned += 1
-        elif self._too_long:
-            self.cut += 1
         else:
             self.traces += 1
         self._seek_races()
@@ -200,8 +191,7 @@ class Exhaustive:
         return sum(len(state.unexplored()) for state in self._path)
 
     def summary(self) -> str:
-        """How far it came; "all" only if it came to an end and no run was cut."""
-        if self.over and not self.cut:
+        """How far it came; "all" only if it came to an end."""
+        if self.over:
             return f"all {self.traces} inequivalent interleavings, {self.pruned} pruned"
-        bound = f", {self.cut} cut at {self.choices_max} choices" if self.cut else ""
-        return f"{self.traces} interleavings, {self.pruned} pruned{bound}, at least {self.left()} left"
+        return f"{self.traces} interleavings, {self.pruned} pruned, at least {self.left()} left"

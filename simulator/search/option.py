@@ -6,8 +6,8 @@ ready fd, one frame a receive), so that a shrunk story reads "all defaults but t
 
 An option says beforehand what it touches, as far as is known; what it touched in the end (a step may send a
 message) it says when it has been taken.  Two steps are dependent if they have a place in common and one of
-them writes it.  Schedules that order their dependent steps alike are one Mazurkiewicz trace: they end alike,
-and any one of them stands for all.  A scheduler therefore names
+them writes it.  Schedules that order their dependent steps alike are one Mazurkiewicz trace: they end
+alike, and any one of them stands for all.  A scheduler therefore names
 
 - a word of memory `("word", frame, index)`, which a load reads and a store writes;
 - the two ends of a channel `("channel", name)`, written by whoever sends on it and by its delivery;
@@ -44,7 +44,8 @@ class Option:
     `actor` is the one deterministic sequence it belongs to: a process's running greenlet, one channel's
     deliveries, a timer, a fault that could be injected.  Steps of one actor are never reordered.  An actor
     that may go on in several ways (receive one frame or two) has an option for each, with labels of their
-    own.  `actor` and `label` are the same whenever the same step comes again: no address, fd number or time.
+    own.  `actor` and `label` are the same whenever the same step comes again: no address, fd number or
+    time.
     """
 
     actor: str

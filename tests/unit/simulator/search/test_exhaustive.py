@@ -139,16 +139,6 @@ def test_a_mistake_in_the_search_is_found(search: Callable[[], Exhaustive]) -> N
     assert any(complaint(program, search()) for program, _ in PROGRAMS.values())
 
 
-def test_a_search_that_was_cut_does_not_say_all() -> None:
-    program, traces = PROGRAMS["store buffering"]
-    search = Exhaustive(choices_max=1)
-    found = explored(program, search)
-    assert len(found) < traces
-    assert search.over
-    assert "all" not in search.summary()
-    assert f"{search.cut} cut at 1 choices" in search.summary()
-
-
 def test_a_search_under_way_says_what_is_left() -> None:
     program, _ = PROGRAMS["writers of one word: n!"]
     search = Exhaustive()

@@ -1,0 +1,94 @@
+"""Probabilistic concurrency testing: priorities, and few points at which they change.
+
+Each actor has a priority, drawn when it is first seen; the highest one that can go on does.  At d - 1
+points of the run, drawn beforehand, the one that was about to go on falls below all others.  A bug that
+needs d steps in a certain order is found by a run with a probability of at least 1 / (n * k^(d-1)), for n
+actors and k steps [PCT ASPLOS 2010].
+
+- Steps that only one actor can see do not count: a run of 500 stores into a page that nobody can reach yet
+  would swallow the points.  Which places several actors touch is learned from the runs so far.
+- Who has gone on many times in a row while others could (a poll, a retry) falls below all others as well,
+  or nobody would ever get on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from random import Random
+
+from simulator.search.option import Option
+
+DEPTH = 3
+IN_A_ROW_MAX = 500
+
+
+class PriorityChanges:
+    """Strategy without end."""
+
+    watches = True
+
+    def __init__(self, seed: int, depth: int = DEPTH, in_a_row_max: int = IN_A_ROW_MAX) -> None:
+        self._random = Random(f"pct {seed}")
+        self._in_a_row_max = in_a_row_max
+        self.depth = depth
+        self.actors = 1  # the most there were in a run
+        self.length = 1  # counted steps of the longest run so far
+        self._toucher: dict[Hashable, str] = {}
+        self._shared: set[Hashable] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._priority: dict[str, float] = {}
+        self._lowest = 0.0
+        self._counted = 0
+        self._changes = {self._random.randrange(self.length) for _ in range(self.depth - 1)}
+        self._running, self._in_a_row = "", 0
+
+    def bound(self) -> float:
+        """The probability for each run to find a bug of this depth, at least."""
+        return 1 / (self.actors * float(self.length) ** (self.depth - 1))
+
+    def summary(self) -> str:
+        return (
+            f"d={self.depth}: each run finds a bug of this depth with p >= 1/({self.actors} * "
+            f"{self.length}^{self.depth - 1}) = {self.bound():.2g}"
+        )
+
+    def choose(self, options: Sequence[Option]) -> int:
+        for option in options:
+            if option.actor not in self._priority:
+                self._priority[option.actor] = 1 + self._random.random()
+        option = self._highest(options)
+        if self._is_shared(option):
+            self._counted += 1
+            if self._counted - 1 in self._changes:
+                self._demote(option.actor)
+                option = self._highest(options)
+        self._in_a_row = self._in_a_row + 1 if option.actor == self._running else 1
+        self._running = option.actor
+        if self._in_a_row > self._in_a_row_max:
+            self._demote(option.actor)
+            self._in_a_row = 0
+        ways = [place for place, other in enumerate(options) if other.actor == option.actor]
+        return self._random.choice(ways)
+
+    def _highest(self, options: Sequence[Option]) -> Option:
+        return max(options, key=lambda option: self._priority[option.actor])
+
+    def _demote(self, actor: str) -> None:
+        self._lowest -= 1
+        self._priority[actor] = self._lowest
+
+    def _is_shared(self, step: Option) -> bool:
+        return any(touch.place in self._shared for touch in step.touches)
+
+    def took(self, step: Option) -> None:
+        for touch in step.touches:
+            if self._toucher.setdefault(touch.place, step.actor) != step.actor:
+                self._shared.add(touch.place)
+
+    def ended(self, failed: bool) -> bool:
+        self.actors = max(self.actors, len(self._priority))
+        self.length = max(self.length, self._counted)
+        self._begin()
+        return True

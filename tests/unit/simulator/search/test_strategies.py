@@ -1,0 +1,177 @@
+"""Strategies on toy programs: what each promises, and that its promise would be seen broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+
+from simulator.search.coverage import Coverage
+from simulator.search.delay import DelayBound
+from simulator.search.mutation import Mutation
+from simulator.search.option import Option, Strategy, Touch
+from simulator.search.pct import PriorityChanges
+from simulator.search.replay import Recorded, Replay
+from simulator.search.strategies import STRATEGIES
+from simulator.search.walk import RandomWalk
+from tests.unit.simulator.search.toy import (
+    PROGRAMS,
+    Op,
+    Program,
+    ToyMachine,
+    every_run,
+    every_schedule,
+    play,
+)
+
+BUFFERING, _ = PROGRAMS["store buffering"]
+CHANNELS, _ = PROGRAMS["two channels of one process"]
+
+# B must run between two stores of A, behind 60 that nobody else can see, and C there as well, behind B.
+OWN_STORES = tuple(Op("store", f"own {word}", 1) for word in range(60))
+WINDOW = Program(
+    {
+        "A": (
+            *(Op("store", f"own {word}", 1) for word in range(60)),
+            Op("store", "x", 1),
+            Op("store", "x", 2),
+        ),
+        "B": (Op("load", "x"), Op("store", "y", 1)),
+        "C": (Op("load", "y"), Op("load", "x")),
+    }
+)
+
+
+def in_window(machine: ToyMachine) -> bool:
+    return {("B", "x", 1), ("C", "y", 1), ("C", "x", 1)} <= set(machine.seen)
+
+
+def finds(strategy: Strategy, runs: int) -> bool:
+    return any(run.failed for run in islice(every_schedule(WINDOW, strategy, in_window), runs))
+
+
+@pytest.mark.parametrize("program", [BUFFERING, CHANNELS, WINDOW], ids=["buffering", "channels", "window"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_answers_repeat_the_run(name: str, program: Program) -> None:
+    recorded = Recorded(STRATEGIES[name].make(7))
+    for run in islice(every_schedule(program, recorded), 20):
+        if run.stopped:
+            continue
+        again = Recorded(replay := Replay(recorded.answers))
+        assert play(program, again).steps == run.steps
+        assert again.trace == recorded.trace
+        assert replay.misfits == 0
+
+
+@pytest.mark.parametrize("name", [name for name, named in STRATEGIES.items() if named.seeded])
+def test_a_seed_says_all_schedules(name: str) -> None:
+    def steps(seed: int) -> list[list[Option]]:
+        strategy = STRATEGIES[name].make(seed)
+        return [run.steps for run in islice(every_schedule(WINDOW, strategy), 30)]
+
+    assert steps(1) == steps(1)
+    assert steps(1) != steps(2)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_reaches_every_end_of_a_small_program(name: str) -> None:
+    ends = {repr(run.machine.outcome()) for run in every_run(BUFFERING)}
+    runs = islice(every_schedule(BUFFERING, strategy := STRATEGIES[name].make(0)), 200)
+    assert {repr(run.machine.outcome()) for run in runs if not run.stopped} == ends
+    assert strategy.summary()
+
+
+def test_answers_that_do_not_fit_become_the_default_and_are_counted() -> None:
+    default = play(BUFFERING, Replay(()))
+    damaged = Replay([0, 9, 0, 0, 0, 0, 0, 1])
+    assert play(BUFFERING, damaged).steps == default.steps
+    assert damaged.misfits > 1
+
+
+def test_a_walk_leaves_the_default_as_often_as_it_says() -> None:
+    options = [Option(name, "") for name in "ABC"]
+    walk = RandomWalk(0, 0.1)
+    answers = [walk.choose(options) for _ in range(10_000)]
+    assert 850 < len([answer for answer in answers if answer]) < 1150
+    assert 400 < answers.count(2) < 600
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_pct_keeps_its_bound(depth: int) -> None:
+    """Bugs of that depth: B first; B between A's stores; and C there as well, behind B."""
+    judges: list[Callable[[ToyMachine], bool]] = [
+        lambda machine: ("B", "x", 0) in machine.seen,
+        lambda machine: ("B", "x", 1) in machine.seen,
+        in_window,
+    ]
+    runs, found = 1_500, 0
+    pct = PriorityChanges(0, depth)
+    for run in islice(every_schedule(WINDOW, pct, judges[depth - 1]), runs):
+        found += run.failed
+    assert found / runs >= pct.bound()
+    assert pct.length < 20, "the stores nobody else can see count"
+
+
+class _CountsAll(PriorityChanges):
+    def _is_shared(self, step: Option) -> bool:
+        return True
+
+
+def test_change_points_drown_where_every_step_counts() -> None:
+    """Why only steps that others can see are counted."""
+    assert finds(PriorityChanges(0), 200)
+    assert not finds(_CountsAll(0), 200)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pct_starves_nobody_for_ever(seed: int) -> None:
+    pct = PriorityChanges(seed, in_a_row_max=10)
+    options = [Option(name, "retry", frozenset({Touch("x", False)})) for name in "AB"]
+    actors = [options[pct.choose(options)].actor for _ in range(100)]
+    assert max(len(part) for who in "AB" for part in "".join(actors).split(who)) <= 11
+
+
+@pytest.mark.parametrize("program", [BUFFERING, CHANNELS], ids=["buffering", "channels"])
+def test_delays_come_in_order_and_each_schedule_once(program: Program) -> None:
+    bound = Recorded(search := DelayBound())
+    schedules, costs = [], []
+    for run in every_schedule(program, bound):
+        schedules.append(run.steps)
+        costs.append(sum(run.answers))
+        assert costs[-1] == sum(bound.answers)
+    everything = [run.steps for run in every_run(program)]
+    assert len(schedules) == len(everything)
+    assert all(steps in schedules for steps in everything)
+    assert costs == sorted(costs)
+    assert search.summary() == f"all {len(everything)} schedules"
+
+
+def test_a_bound_that_was_reached_is_printed_with_what_is_left() -> None:
+    search = DelayBound(delays_max=1)
+    runs = list(every_schedule(BUFFERING, search))
+    assert search.summary() == f"{len(runs)} schedules, delay bound 1 done, at least 3 left"
+
+
+def test_coverage_counts_what_is_new() -> None:
+    coverage = Coverage()
+    store, load = (
+        Option(who, what, frozenset({Touch("x", what == "store")}))
+        for who, what in [("A", "store"), ("B", "load")]
+    )
+    news = []
+    for steps in [(store, load), (store, load), (load, store), (store, store), (load, load)]:
+        for step in steps:
+            coverage.took(step)
+        news.append(coverage.ended())
+    assert news == [2, 0, 2, 0, 0], "a transition and a race; the same again; both the other way round"
+
+
+def test_mutation_keeps_what_showed_something_new_and_no_more() -> None:
+    mutation = Mutation(3)
+    coverage, kept = Coverage(), 0
+    for run in islice(every_schedule(BUFFERING, mutation), 300):
+        for step in run.steps:
+            coverage.took(step)
+        kept += bool(coverage.ended())
+    assert len(mutation.kept) == kept < 20
