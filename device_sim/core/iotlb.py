@@ -107,7 +107,10 @@ class Iotlb:
         ]
 
     def _domain(self, did: int) -> _Domain:
-        return self._domains.setdefault(did, _Domain())
+        domain = self._domains.get(did)
+        if domain is None:
+            domain = self._domains[did] = _Domain()
+        return domain
 
 
 def _make_room(cache: dict[int, IotlbEntry] | dict[int, PscEntry]) -> None:

@@ -34,6 +34,9 @@ class PhysicalMemory:
         self._map = HostMap()
         self.frame = self._map.frame  # (view, offset) of the frame byte at an hpa, or None
         self._mapped: dict[tuple[WindowKind, Hpa, int], _Mapped] = {}
+        # (first byte, the byte behind the last, what accesses it), of a kind: each walk looks here
+        self._tables: list[tuple[Hpa, Hpa, TableReader]] = []
+        self._queues: list[tuple[Hpa, Hpa, QueueWriter]] = []
         self.tags: FrameTags | None = None
 
     def find(self, kind: WindowKind, base: Hpa, size: int) -> Window | None:
@@ -58,8 +61,10 @@ class PhysicalMemory:
             self._map.add(window)
         if window.kind is WindowKind.TABLES:
             mapped.reader = TableReader(window.base, window.view)
+            self._tables.append((window.base, window.end, mapped.reader))
         if window.kind is WindowKind.QUEUES:
             mapped.queue = QueueWriter(window.base, window.view)
+            self._queues.append((window.base, window.end, mapped.queue))
         self._mapped[window.kind, window.base, window.size] = mapped
 
     def drop(self, window: Window) -> None:
@@ -71,8 +76,10 @@ class PhysicalMemory:
             return
         del self._mapped[key]
         if mapped.reader is not None:
+            self._tables.remove((window.base, window.end, mapped.reader))
             mapped.reader.release()
         if mapped.queue is not None:
+            self._queues.remove((window.base, window.end, mapped.queue))
             mapped.queue.release()
         if mapped.tags is not None:
             mapped.tags.release()
@@ -84,9 +91,9 @@ class PhysicalMemory:
 
     def tables_at(self, hpa: Hpa) -> TableReader | None:
         """What reads the tables of the window that holds `hpa`; None where no table memory is."""
-        for mapped in self._mapped.values():
-            if mapped.reader is not None and mapped.window.base <= hpa < mapped.window.end:
-                return mapped.reader
+        for base, end, reader in self._tables:
+            if base <= hpa < end:
+                return reader
         return None
 
     def store32(self, hpa: Hpa, value: int) -> bool:
@@ -108,7 +115,7 @@ class PhysicalMemory:
         return True
 
     def _queue_at(self, hpa: Hpa, size: int) -> QueueWriter | None:
-        for mapped in self._mapped.values():
-            if mapped.queue is not None and mapped.window.base <= hpa <= mapped.window.end - size:
-                return mapped.queue
+        for base, end, queue in self._queues:
+            if base <= hpa <= end - size:
+                return queue
         return None

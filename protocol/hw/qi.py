@@ -314,9 +314,9 @@ _CLASSES: Final[tuple[type[Descriptor], ...]] = (
     PasidDevTlbInv,
     PageGroupResponse,
 )
-_CLASS_OF_TYPE: Final[dict[int, type[Descriptor]]] = {cls.TYPE: cls for cls in _CLASSES}
 _TYPE: Final = Field(((3, 0), (11, 9)))
 _TYPE_BITS: Final[dict[type[Descriptor], int]] = {cls: _TYPE.put(cls.TYPE) for cls in _CLASSES}
+_CLASS_OF_TYPE_BITS: Final = {bits: cls for cls, bits in _TYPE_BITS.items()}
 
 
 def reserved_mask(cls: type[Descriptor]) -> int:
@@ -338,7 +338,7 @@ def encode(desc: Descriptor) -> bytes:
 def decode(raw: bytes) -> Descriptor:
     """DescriptorError for what the unit would refuse; FormatError for what is no queue entry at all."""
     word = load(raw, DESCRIPTOR_SIZE, "descriptor")
-    cls = _CLASS_OF_TYPE.get(_TYPE.get(word))
+    cls = _CLASS_OF_TYPE_BITS.get(word & _TYPE.mask)
     if cls is None:
         raise DescriptorError(IQEI.BAD_TYPE, f"type {_TYPE.get(word):#x}")
     if word & _RESERVED[cls]:
