@@ -30,6 +30,10 @@ class UnrepeatableError(Exception):
     """The same answers led elsewhere: the run depends on something that the schedule does not decide."""
 
 
+class HiddenDependenceError(Exception):
+    """A step enabled another one, and they touch nothing in common: the scheduler keeps a touch to itself."""
+
+
 def _key(option: Option) -> Key:
     return option.actor, option.label
 
@@ -132,10 +136,22 @@ class Exhaustive:
     def _seek_races(self) -> None:
         steps = self._run.steps
         for place in range(self._analysed, len(steps)):
+            self._hold_to_touches(steps[place], place)
             self._seek_races_of(steps[place], place)
         if not self._redundant:
             for option in self._never_taken():
                 self._seek_races_of(option, len(steps))
+
+    def _hold_to_touches(self, step: Option, place: int) -> None:
+        """What enabled a step is to be seen in what the two touch; else the reduction would rest on sand."""
+        previous = (self._run.of_actor(step.actor) & ((1 << place) - 1)).bit_length() - 1
+        offered = self._first_offer(step.actor, previous + 1, place)
+        if offered > previous + 1:
+            enabler = self._run.steps[offered - 1]
+            if not dependent(enabler.touches, step.touches):
+                raise HiddenDependenceError(
+                    f"{_key(enabler)} enabled {_key(step)}; no touch of theirs says so"
+                )
 
     def _never_taken(self) -> Iterator[Option]:
         """One option for each actor whose last offer was not taken, with all that it might have touched."""

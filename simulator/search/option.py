@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 STOP = -1
-"""Instead of a place: no more of this run is wanted.  The scheduler gives it up, and calls `ended(False)`."""
+"""Instead of a place: no more of this run is wanted.  The scheduler gives the run up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,10 @@ class Strategy(Protocol):
         """A step has been taken, with all that it touched: each one, those without alternative too."""
 
     def ended(self, failed: bool) -> bool:
-        """The run is over, by itself or by STOP; `failed`: an invariant broke.  Is there another schedule?"""
+        """The run is over, by itself or by STOP; `failed`: an invariant broke.  Is there another schedule?
+
+        Called by whoever runs schedules one after the other, not by the scheduler.
+        """
 
 
 def dependent(one: frozenset[Touch], other: frozenset[Touch]) -> bool:

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
 
-from simulator.search.exhaustive import Exhaustive, UnrepeatableError
+from simulator.search.exhaustive import Exhaustive, HiddenDependenceError, UnrepeatableError
 from simulator.search.option import Option, Touch
 from tests.unit.simulator.search.toy import (
     PROGRAMS,
@@ -156,6 +156,19 @@ def test_a_run_that_does_not_repeat_is_refused() -> None:
     assert search.ended(False)
     with pytest.raises(UnrepeatableError, match="step 0"):
         search.choose([one, Option("C", "store x")])
+
+
+def test_a_scheduler_that_keeps_a_touch_to_itself_is_found_out() -> None:
+    """A delivery wakes the process, and neither says that it touches its state."""
+    send, other = Option("A", "send c"), Option("B", "load x", frozenset({Touch("x", False)}))
+    search = Exhaustive()
+    assert search.choose([send, other]) == 0
+    search.took(send)
+    assert search.choose([other, Option("c", "deliver")]) == 0
+    search.took(other)
+    search.took(Option("c", "deliver"))
+    with pytest.raises(HiddenDependenceError, match=r"'send c'\) enabled .*'deliver'"):
+        search.ended(False)
 
 
 def test_what_was_on_offer_to_the_end_could_have_come_before() -> None:

@@ -48,10 +48,11 @@ class ToyMachine:
         self.holder: dict[str, str] = {}
         self.waiting = dict.fromkeys(program.channels, 0)
         self.picked: list[int] = []
+        self.running = ""
         self.seen: list[tuple[str, str, int]] = []  # process, word, value: what a judge looks at
 
     def options(self) -> list[Option]:
-        """Those of processes first; channels in order."""
+        """Who took the last step may stay; behind it processes, then channels, in order."""
         found = []
         for name, ops in self.left.items():
             if ops and self._may(name, ops[0]):
@@ -59,7 +60,7 @@ class ToyMachine:
         for name, channel in self.program.channels.items():
             if self.waiting[name] and not self.left[channel.receiver]:
                 found.append(Option(name, "deliver", _touched((name, True), (channel.receiver, True))))
-        return found
+        return sorted(found, key=lambda option: option.actor != self.running)
 
     def _may(self, name: str, op: Op) -> bool:
         if op.what == "lock":
@@ -82,6 +83,7 @@ class ToyMachine:
 
     def take(self, option: Option) -> Option:
         """Takes the step; returns it with all it touched."""
+        self.running = option.actor
         if option.actor in self.program.channels:
             channel = self.program.channels[option.actor]
             self.waiting[option.actor] -= 1
