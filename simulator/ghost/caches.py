@@ -102,6 +102,10 @@ class Caches:
         for held in self._pointers.values():
             yield from held.values()
 
+    def find(self, holder: Holder, page: int) -> CachedTranslation | None:
+        held = self._translations.get(holder, {})
+        return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
+
     def everything(self) -> Iterator[CachedTranslation | CachedPointer]:
         yield from self.translations()
         yield from self.pointers()

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from protocol.pt.bits import WRITE
+from protocol.pt.bits import RWX, SNOOP, WRITE
+from protocol.units import PAGE_SIZE
 from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo
+from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.spans import Run, Translation, merged, side_by_side
+from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
 from simulator.ghost.violation import Verdicts
 
@@ -40,6 +43,8 @@ class Ghost:
         self.caches = Caches()
         self.frames = Ledger()
         self.table_pages = Ledger()
+        self.groups = Groups(verdicts)
+        self.stores = Stores(verdicts)
         self._roots: dict[int, RootFacts] = {}
 
     def _step(self) -> int:
@@ -114,6 +119,8 @@ class Ghost:
         del self._roots[root]
 
     def entry_stored(self, at: int, entry: int) -> None:
+        if entry & SNOOP and entry & RWX and self.tables.is_linked(at & -PAGE_SIZE):
+            self.verdicts.say("I2", f"an entry with bit 11 is stored at {at:#x}: {entry:#x}")
         self._stored(at, self.tables.store(at, entry))
 
     def table_filled(self, table: int, entries: Sequence[int]) -> None:
@@ -310,6 +317,30 @@ class Ghost:
                 self.verdicts.say(rule, f"{what}: {kind}, the host has {_frame(there)} there")
             elif write and not there.rights & WRITE:
                 self.verdicts.say("I21", f"{what}: beyond permission, the host has it read-only")
+
+    def device_used(self, holder: Holder, page: int, frame: int, *, write: bool) -> None:
+        """The same through a device TLB, whose entry says of which root it is."""
+        cached = self.caches.find(holder, page)
+        who = " ".join(holder)
+        if cached is None:
+            return
+        facts = self._roots.get(cached.root)
+        if facts is None:
+            self.verdicts.say("R10", f"{who} uses page {page:#x} of root {cached.root:#x}, which is gone")
+        elif facts.view is not None:
+            self.used(who, facts.view, page, frame, write=write)
+            if write:
+                self.stored(facts.view, page)
+
+    def stored(self, view: Name, page: int) -> None:
+        self.stores.stored(self._step(), view, page)
+
+    def report_begins(self, view: Name, pages: Iterable[int]) -> DirtyReport:
+        return self.stores.begin(self._step(), view, pages)
+
+    def settled(self) -> None:
+        """Nothing is under way: every store is told, or will be."""
+        self.stores.settled(self._step())
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""

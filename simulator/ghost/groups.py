@@ -9,6 +9,7 @@ class Groups:
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
         self._out: dict[tuple[int, int], int] = {}  # function, index -> requests of it so far
+        self._forgotten: set[tuple[int, int]] = set()
 
     @property
     def outstanding(self) -> list[tuple[int, int]]:
@@ -19,13 +20,15 @@ class Groups:
         if (rid, index) in self._out:
             self._verdicts.say("I8", f"function {rid:#x} uses index {index} before its group was answered")
         self._out[rid, index] = pages
+        self._forgotten.discard((rid, index))
 
     def answered(self, rid: int, index: int) -> None:
         """A response arrives at the function."""
-        if self._out.pop((rid, index), None) is None:
+        if self._out.pop((rid, index), None) is None and (rid, index) not in self._forgotten:
             self._verdicts.say("I8", f"function {rid:#x} is answered a group {index} that waits for nothing")
 
     def forgotten(self, rid: int) -> None:
-        """Its page requests were switched off: nobody will answer."""
+        """Its page requests were switched off: nobody waits for an answer, though one may still come."""
         for key in [key for key in self._out if key[0] == rid]:
             del self._out[key]
+            self._forgotten.add(key)

@@ -50,6 +50,9 @@ class Stores:
         if not any(report.view == view and page in report.pages for report in self._reports):
             self._untold.setdefault((view, page), epoch)
 
+    def untold(self, view: Hashable) -> list[int]:
+        return [page for where, page in self._untold if where == view]
+
     def marked(self, view: Hashable, page: int) -> None:
         """A report that is still to come will have it."""
         self._marked.add((view, page))

@@ -12,6 +12,7 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures, HostKernel
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.check import check_memory
+from kvmd.core.mm.frames import Reuse
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.reclaim import migrate
@@ -64,7 +65,12 @@ class BareHost:
     """A `Host` and the raw memory it lives in; frames come in whole GiB and cost what is touched."""
 
     def __init__(
-        self, features: CpuFeatures | None = None, *, frames_gib: int = 1, tables: int = 2 * MIB
+        self,
+        features: CpuFeatures | None = None,
+        *,
+        frames_gib: int = 1,
+        tables: int = 2 * MIB,
+        reuse: Reuse = Reuse.SOON,
     ) -> None:
         self.tables = bytearray(tables)
         self.frames = mmap.mmap(-1, frames_gib * GIB)
@@ -77,6 +83,7 @@ class BareHost:
             self.tags,
             lambda offset, size: self.frames.madvise(mmap.MADV_REMOVE, offset, size),
             self.clock,
+            reuse=reuse,
         )
 
 

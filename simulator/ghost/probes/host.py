@@ -1,0 +1,161 @@
+"""What the host has behind each page: slots, the process's page table, notifiers, pins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import Entry, Page, Pte
+from kvmd.core.mm.pins import PinnedPage, PinsByArea
+from kvmd.core.mm.table import PageTable
+from kvmd.core.slots.host_changes import HostChanges
+from kvmd.core.slots.memslot import Memslot, Memslots
+from kvmd.core.slots.pinned import AS_ID, Pin, PinnedGfns
+from kvmd.core.vm import Kvm
+from protocol.pt import bits
+from protocol.units import (
+    LEVEL_4K,
+    PAGE_SHIFT,
+    Gfn,
+    Hva,
+    Level,
+    pages_of_level,
+)
+from simulator.ghost.backing import Shown
+from simulator.ghost.probes.watch import Seams, Watch
+from simulator.ghost.spans import Translation
+
+seams = Seams()
+
+
+@seams.around(Kvm, "__init__")
+def _kvm(watch: Watch, original: Any, vm: Kvm, *args: Any, **named: Any) -> None:
+    original(vm, *args, **named)
+    watch.kept += [vm.slots, vm.frames.pinned]
+    watch.vm_of[id(vm.slots)] = watch.vm_of[id(vm.frames.pinned)] = vm.id
+    watch.names[id(vm.slots)] = f"mm{vm.mm.id}"
+
+
+@seams.around(Memslots, "replace")
+def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, new: Memslot | None) -> None:
+    original(slots, old, new)
+    same = old is not None and new is not None and _window(watch, slots, old) == _window(watch, slots, new)
+    for slot, comes in ((old, False), (new, True)):
+        if slot is None:
+            continue
+        view, start, end = watch.view(slots, slot.as_id), slot.span.start, slot.span.end
+        if not same and comes:
+            watch.ghost.shows(view, start, end, _window(watch, slots, slot)[2])
+        elif not same:
+            watch.ghost.hides(view, start, end)
+        watch.ghost.stores.log(view, start, end, comes and slot.logs)
+
+
+def _window(watch: Watch, slots: Memslots, slot: Memslot) -> tuple[int, int, Shown]:
+    space = None if slot.private is not None else watch.names[id(slots)]
+    rights = bits.READ if slot.readonly else bits.READ | bits.WRITE
+    return slot.span.start, slot.span.end, Shown(space, slot.hva >> PAGE_SHIFT, rights)
+
+
+def _space(table: PageTable) -> str:
+    return f"mm{table.owner}"
+
+
+def _there(entry: Entry) -> Translation | None:
+    """What other MMUs may have of it: only a present entry is one (kvmd/core/mm/page.py)."""
+    if type(entry) is not Pte:
+        return None
+    return Translation(entry.pfn, bits.READ | bits.WRITE if entry.writable else bits.READ)
+
+
+def _backs(watch: Watch, table: PageTable, hva: Hva, level: Level, there: Translation | None) -> None:
+    first = hva >> PAGE_SHIFT
+    watch.ghost.backs(_space(table), first, first + pages_of_level(level), there)
+
+
+@seams.around(PageTable, "set")
+def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
+    _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), _there(entry))
+    original(table, entry)
+
+
+@seams.around(PageTable, "clear")
+def _clear_entry(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
+    _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), None)
+    original(table, entry)
+
+
+@seams.around(PageTable, "move")
+def _move(watch: Watch, original: Any, table: PageTable, entry: Entry, hva: Hva) -> None:
+    level = getattr(entry, "level", LEVEL_4K)
+    _backs(watch, table, entry.hva, level, None)
+    original(table, entry, hva)
+    _backs(watch, table, hva, level, _there(entry))
+
+
+@seams.around(HostChanges, "invalidate_range_start")
+async def _range_start(watch: Watch, original: Any, changes: HostChanges, start: Hva, end: Hva) -> None:
+    await original(changes, start, end)
+    if id(changes._slots) in watch.vm_of:
+        watch.ghost.lets_go(*_range(watch, changes, start, end))
+
+
+@seams.around(HostChanges, "invalidate_range_end")
+def _range_end(watch: Watch, original: Any, changes: HostChanges, start: Hva, end: Hva) -> None:
+    if id(changes._slots) in watch.vm_of:  # or it is of another world, and its flow is only now cleared away
+        watch.ghost.told_changed(*_range(watch, changes, start, end))
+    original(changes, start, end)
+
+
+def _range(watch: Watch, changes: HostChanges, start: Hva, end: Hva) -> tuple[str, str, int, int]:
+    slots = changes._slots
+    filler = f"vm{watch.vm_of[id(slots)]}"
+    return filler, watch.names[id(slots)], start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+
+
+@seams.around(PinnedGfns, "add")
+def _add_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn, pin: Pin) -> None:
+    original(pinned, gfn, pin)
+    watch.ghost.pinned(watch.view(pinned, AS_ID), gfn, pin.pfn)
+
+
+@seams.around(PinnedGfns, "remove")
+def _remove_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn) -> Page:
+    """Nobody asks for it any more; it is let go of in `Mm.unpin`."""
+    pin = pinned[gfn]
+    page: Page = original(pinned, gfn)
+    watch.kept.append(page)
+    watch.pins.setdefault(id(page), []).append((watch.view(pinned, AS_ID), gfn, pin.pfn))
+    return page
+
+
+@seams.around(Mm, "unpin")
+def _unpin(watch: Watch, original: Any, mm: Mm, page: Page, *args: Any, **named: Any) -> None:
+    leaving = watch.pins.get(id(page))
+    if leaving:
+        watch.ghost.unpinned(*leaving.pop(0))
+    original(mm, page, *args, **named)
+
+
+@seams.around(PinsByArea, "add")
+def _add_area_pin(
+    watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
+) -> None:
+    original(pins, area, at, pinned)
+    for frame in _pinned_frames(pinned):
+        watch.ghost.pinned(watch.name(pins, "mirror"), frame, frame)
+
+
+@seams.around(PinsByArea, "remove")
+def _remove_area_pin(
+    watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
+) -> bool:
+    removed: bool = original(pins, area, at, pinned)
+    if removed:
+        for frame in _pinned_frames(pinned):
+            watch.ghost.unpinned(watch.name(pins, "mirror"), frame, frame)
+    return removed
+
+
+def _pinned_frames(pinned: PinnedPage) -> range:
+    return range(pinned.pfn, pinned.pfn + pinned.npages)

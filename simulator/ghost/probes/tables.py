@@ -1,0 +1,130 @@
+"""Frames, table pages, entries and roots; flushes, and when they are over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.io_pagetable import IoPageTable
+from kvmd.core.mm.frames import Frames
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
+from protocol.pt.geometry import ENTRIES
+from protocol.pt.mem import TableWriter
+from protocol.pt.table_pool import TablePool
+from protocol.units import (
+    PAGE_SHIFT,
+    WHOLE_SIZE,
+    GfnSpan,
+    Hpa,
+    Iova,
+    Level,
+    Pfn,
+    pages_of_level,
+)
+from simulator.ghost.probes.watch import Seams, Watch
+
+seams = Seams()
+EVERYTHING = 1 << 52  # pages: more than any address has
+
+
+@seams.around(Frames, "allocate")
+def _frames_allocate(watch: Watch, original: Any, frames: Frames, level: Level, owner: int) -> Pfn:
+    pfn: Pfn = original(frames, level, owner)
+    watch.ghost.frames_taken(pfn, pages_of_level(level), f"mm{owner}")
+    return pfn
+
+
+@seams.around(Frames, "release")
+def _frames_release(watch: Watch, original: Any, frames: Frames, pfn: Pfn, level: Level) -> None:
+    watch.ghost.frames_given_up(pfn, pages_of_level(level))
+    original(frames, pfn, level)
+
+
+@seams.around(TablePool, "allocate")
+def _pool_allocate(watch: Watch, original: Any, pool: TablePool) -> Hpa:
+    table: Hpa = original(pool)
+    watch.ghost.table_taken(table, watch.pool_of.get(id(pool), "kvmd"))
+    return table
+
+
+@seams.around(TablePool, "_clear")
+def _pool_clear(watch: Watch, original: Any, pool: TablePool, table: Hpa) -> None:
+    watch.ghost.table_given_up(table)
+    original(pool, table)
+
+
+@seams.around(TableWriter, "store64")
+def _store64(watch: Watch, original: Any, writer: TableWriter, hpa: int, entry: int) -> None:
+    original(writer, hpa, entry)
+    watch.ghost.entry_stored(hpa, entry)
+
+
+@seams.around(TableWriter, "fill_unlinked")
+def _fill(watch: Watch, original: Any, writer: TableWriter, table: Hpa, entries: Sequence[int]) -> None:
+    original(writer, table, entries)
+    watch.ghost.table_filled(table, entries)
+
+
+@seams.around(TableWriter, "clear_unlinked")
+def _clear(watch: Watch, original: Any, writer: TableWriter, table: Hpa) -> None:
+    original(writer, table)
+    watch.ghost.table_filled(table, [0] * ENTRIES)
+
+
+@seams.around(TdpMmu, "get_root")
+def _get_root(watch: Watch, original: Any, mmu: TdpMmu, role: Role) -> Root:
+    root: Root = original(mmu, role)
+    made = watch.roots.setdefault(f"vm{mmu._vm_id}", {})
+    if root.hpa not in made:
+        made[root.hpa] = root.everything.end
+        view = "vm", mmu._vm_id, role.as_id
+        watch.ghost.root_made(root.hpa, role.level, view, f"vm{mmu._vm_id}")
+    return root
+
+
+@seams.around(TdpMmu, "drop_root")
+def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
+    del watch.roots[f"vm{mmu._vm_id}"][root.hpa]
+    watch.ghost.root_gone(root.hpa)
+    original(mmu, root)
+
+
+@seams.around(Root, "happens")
+def _root_happens(watch: Watch, original: Any, root: Root, event: RootEvent) -> None:
+    original(root, event)
+    if event is RootEvent.INVALIDATE:
+        watch.ghost.root_obsolete(root.hpa)
+
+
+@seams.around(IoPageTable, "__init__")
+def _io_page_table(watch: Watch, original: Any, table: IoPageTable, *args: Any, **named: Any) -> None:
+    pool = named["pool"] if "pool" in named else args[1]
+    watch.kept.append(pool)
+    watch.pool_of[id(pool)] = "iommufdd"
+    original(table, *args, **named)
+    watch.ghost.root_made(table.root, table.level, None, watch.name(table, "hwpt"))
+
+
+@seams.around(IoPageTable, "release")
+def _io_release(watch: Watch, original: Any, table: IoPageTable) -> None:
+    watch.ghost.root_gone(table.root)
+    original(table)
+
+
+@seams.around(Flusher, "flush")
+async def _flush(watch: Watch, original: Any, flusher: Flusher, span: GfnSpan | None) -> None:
+    issued, vm = watch.ghost.issues(), f"vm{flusher._vm_id}"
+    await original(flusher, span)
+    for root, pages in list(watch.roots.get(vm, {}).items()):
+        start, end = (0, pages) if span is None else (span.start, span.end)
+        watch.ghost.flushed(root, start, end, issued)
+
+
+@seams.around(Hwpt, "forget")
+async def _forget(watch: Watch, original: Any, hwpt: Hwpt, start: Iova, size: int) -> None:
+    issued = watch.ghost.issues()
+    await original(hwpt, start, size)
+    end = EVERYTHING if size == WHOLE_SIZE else -(-(start + size) >> PAGE_SHIFT)
+    watch.ghost.acked(hwpt.domain.root, start >> PAGE_SHIFT, end, issued)

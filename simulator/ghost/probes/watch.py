@@ -1,0 +1,80 @@
+"""What a probe has to go by: the ghost, and what of the product is known to it by which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from device_sim.core.function import Function
+from kvmd.core.slots.dirty_log import DirtyLog
+from protocol.units import (
+    Gfn,
+    Level,
+    pages_of_level,
+)
+from simulator.ghost.backing import Name
+from simulator.ghost.ghost import Ghost
+
+Around = Callable[..., Any]  # (watch, what is wrapped, its arguments)
+
+
+class Seams(dict[tuple[type, str], Around]):
+    """By class and method: what is done around that method."""
+
+    def around(self, owner: type, name: str) -> Callable[[Around], Around]:
+        def put(around: Around) -> Around:
+            self[owner, name] = around
+            return around
+
+        return put
+
+
+class Watch:
+    """`ghost` hears, and what of the product is known by which name."""
+
+    def __init__(self, ghost: Ghost) -> None:
+        self.ghost = ghost
+        self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
+        self.kept: list[object] = []  # whose ids are in use here
+        self.names: dict[int, str] = {}
+        self.pool_of: dict[int, str] = {}
+        self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
+        self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk
+        self.dids: dict[int, set[int]] = {}
+        self.functions: dict[int, Function] = {}  # by device TLB
+        self.logs: dict[int, DirtyLog] = {}  # by its record of stores
+        self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
+        self.sent: dict[tuple[int, int], int] = {}
+
+    def name(self, thing: object, kind: str) -> str:
+        """Numbered as they come."""
+        if id(thing) not in self.names:
+            self.kept.append(thing)
+            number = sum(name.startswith(kind) for name in self.names.values())
+            self.names[id(thing)] = f"{kind}{number}"
+        return self.names[id(thing)]
+
+    def view(self, slots: object, as_id: int) -> Name:
+        return "vm", self.vm_of[id(slots)], as_id
+
+    def settled(self) -> None:
+        """Nothing is under way."""
+        for log in self.logs.values():
+            self.mark_told(log)
+        self.ghost.settled()
+
+    def mark_told(self, log: DirtyLog) -> None:
+        """What a report will have that is still to come, the log itself says: bits, and entries of rings."""
+        stores = self.ghost.stores
+        for slot in log._slots:
+            view = self.view(log._slots, slot.as_id)
+            for gfn in stores.untold(view):
+                if gfn in slot.span and log.tells(slot, Gfn(gfn)):
+                    stores.marked(view, gfn)
+
+
+def block_of(page: int, level: Level) -> tuple[int, int]:
+    """The pages of the block of `level` that has `page`."""
+    size = pages_of_level(level)
+    start = page - page % size
+    return start, start + size

@@ -1,0 +1,34 @@
+"""All seams, and the wrapping of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from simulator.ghost.ghost import Ghost
+from simulator.ghost.probes import cpu, host, tables, unit
+from simulator.ghost.probes.watch import Around, Watch
+
+SEAMS = {**tables.seams, **host.seams, **cpu.seams, **unit.seams}
+
+
+@contextmanager
+def watching(ghost: Ghost) -> Iterator[Watch]:
+    """Inside, the ghost hears of everything that objects made inside do."""
+    watch = Watch(ghost)
+    before = {(owner, name): vars(owner)[name] for owner, name in SEAMS}
+    for (owner, name), around in SEAMS.items():
+        setattr(owner, name, _wrapped(watch, before[owner, name], around))
+    try:
+        yield watch
+    finally:
+        for (owner, name), original in before.items():
+            setattr(owner, name, original)
+
+
+def _wrapped(watch: Watch, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
+    def method(*args: Any, **named: Any) -> Any:
+        return around(watch, original, *args, **named)
+
+    return method
