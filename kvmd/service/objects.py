@@ -7,7 +7,6 @@ in a module of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import time_ns
 
 import structlog
 
@@ -104,7 +103,7 @@ class LoopClock:
 
     def __init__(self, loop: Loop) -> None:
         self.tick = loop.tick
-        self.wall_ns = time_ns
+        self.wall_ns = loop.kernel.wall_ns
 
 
 class App:

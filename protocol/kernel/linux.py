@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from time import monotonic_ns
+from time import monotonic_ns, time_ns
 from typing import Final
 
 from protocol.kernel.closer import Closer
@@ -93,6 +93,7 @@ class Linux:
         self.close = os.close
         self.close_received = self.closer.close
         self.monotonic_ns = monotonic_ns
+        self.wall_ns = time_ns
 
     # -- sockets ---------------------------------------------------------------------------------------
 

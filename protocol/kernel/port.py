@@ -136,3 +136,5 @@ class Kernel(Protocol):
 
     # time
     def monotonic_ns(self) -> int: ...
+    def wall_ns(self) -> int:
+        """Since 1970, as somebody has set it."""

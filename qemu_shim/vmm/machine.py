@@ -18,6 +18,7 @@ import trio
 from protocol.errors import PeerError, UapiError
 from protocol.flow import Flows
 from protocol.kernel.linux import LINUX
+from protocol.kernel.port import Kernel
 from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
@@ -274,12 +275,18 @@ class GuestCpu:
 
 
 @asynccontextmanager
-async def connect_host(directory: Path, admin: Path | None = None) -> AsyncIterator[Host]:
+async def connect_host(
+    directory: Path,
+    admin: Path | None = None,
+    *,
+    kernel: Kernel = LINUX,
+    flows: Callable[[Callable[[BaseException], None]], Flows] = Flows,
+) -> AsyncIterator[Host]:
     """Reach the daemons whose sockets are in `directory`, and kvmd's `admin` socket if it is given; serves
     messages for as long as it is open.
     """
     crashes: list[BaseException] = []
-    loop = Loop(LINUX, Flows(crashes.append))
+    loop = Loop(kernel, flows(crashes.append))
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         nursery.start_soon(loop.serve)
         stack.callback(nursery.cancel_scope.cancel)

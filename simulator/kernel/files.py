@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 SOCKET_BYTES = 212_992  # net.core.wmem_default
 BUFFER_BYTES = 32_768  # of the kernel's buffers at most this much is one piece [Linux net/unix/af_unix.c]
 EVENT_MAX = (1 << 64) - 2
+MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 
 
 def oserror(number: int) -> OSError:
@@ -26,7 +27,11 @@ def oserror(number: int) -> OSError:
 
 
 class OpenFile:
-    """`users`: fds of processes, and places in messages under way."""
+    """`users`: fds of processes, and places in messages under way.  `name` says for people, and for who
+    compares schedules, which one it is: the n-th that a process made.
+    """
+
+    name = ""
 
     def __init__(self) -> None:
         self.users = 0
@@ -106,6 +111,19 @@ class StreamEnd(OpenFile):
     @property
     def room(self) -> int:
         return max(SOCKET_BYTES - self._unread, 0)
+
+    def peek(self, size: int) -> bytes:
+        """The first bytes that are there to be received."""
+        found = bytearray()
+        for piece in self._pieces:
+            found += piece.data[piece.read : piece.read + size - len(found)]
+            if len(found) == size:
+                break
+        return bytes(found)
+
+    @property
+    def unread(self) -> int:
+        return self._unread
 
     # -- receiving -------------------------------------------------------------------------------------
 
@@ -219,7 +237,7 @@ class Memory(OpenFile):
         self.size = size
         self.sealed = sealed  # against shrinking
         self.writable = True  # may be mapped for stores
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a fork has its own from then on
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # a fork has its own
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one
         if data is not None:
             self.bytes[: len(data)] = data

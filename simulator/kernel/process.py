@@ -30,17 +30,24 @@ from simulator.kernel.files import (
 )
 
 FD_LIMIT = 1024
+BOOTED_NS = 1_700_000_000 * 10**9  # when virtual time was 0, since 1970
 _FD_BYTES = array.array("i").itemsize
 
 
 class Scheduler(Protocol):
-    """What decides."""
+    """What decides, and is told of everything that another process may notice."""
 
     def now_ns(self) -> int:
         """Virtual time."""
 
-    def wait(self, process: SimProcess, poller: SimPoller, timeout_s: float) -> None:
-        """`process` has nothing to do: others run, until something of `poller` is ready, or time is up."""
+    def poll(self, poller: SimPoller, timeout_s: float, most: int) -> list[tuple[int, int]]:
+        """What of `poller.ready()` its process is told; others run until there is, or time is up."""
+
+    def portion(self, process: SimProcess, end: StreamEnd) -> int:
+        """How many of the bytes that are there one receive gets."""
+
+    def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None:
+        """`process` did it, with an effect on what others see of `file`."""
 
 
 class AtOnce:
@@ -49,7 +56,13 @@ class AtOnce:
     def now_ns(self) -> int:
         return 0
 
-    def wait(self, process: SimProcess, poller: SimPoller, timeout_s: float) -> None: ...
+    def poll(self, poller: SimPoller, timeout_s: float, most: int) -> list[tuple[int, int]]:
+        return poller.ready()[:most]
+
+    def portion(self, process: SimProcess, end: StreamEnd) -> int:
+        return end.unread
+
+    def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None: ...
 
 
 class SimHost:
@@ -70,6 +83,7 @@ class SimProcess:
         self.fd_limit = fd_limit
         self._files: dict[int, OpenFile] = {}
         self._free = 3  # no fd below is
+        self._made = count(1)
 
     # -- fds -------------------------------------------------------------------------------------------
 
@@ -83,6 +97,14 @@ class SimProcess:
         self._files[fd] = file.get()
         self._free = fd + 1
         return fd
+
+    def named(self, file: OpenFile, what: str) -> OpenFile:
+        """One that this process makes."""
+        file.name = f"{self.name}.{what}{next(self._made)}"
+        return file
+
+    def happened(self, what: str, file: OpenFile, data: Bytes = b"") -> None:
+        self.host.scheduler.happened(self, what, file, data)
 
     def file(self, fd: int) -> OpenFile:
         """EBADF."""
@@ -107,6 +129,7 @@ class SimProcess:
         del self._files[fd]
         self._free = min(self._free, fd)
         file.put()
+        self.happened("close", file)
 
     def close_received(self, fd: int) -> None:
         self.close(fd)
@@ -123,6 +146,8 @@ class SimProcess:
 
     def socketpair(self) -> tuple[StreamSocket, StreamSocket]:
         one, other = StreamEnd.pair(self.host.numbers)
+        self.named(one, "pair")
+        other.name = f"{one.name}'"
         first = SimSocket(self, self.install(one))
         try:
             return first, SimSocket(self, self.install(other))
@@ -140,6 +165,7 @@ class SimProcess:
         if there is not None and not there.closed:
             raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
         listening = Listening(self.host.numbers)
+        listening.name = path.name
         fd = self.install(listening)
         self.host.names[path] = listening
         return SimSocket(self, fd)
@@ -152,11 +178,16 @@ class SimProcess:
         if there is None:
             raise oserror(errno.ENOENT)
         end = there.connect()
+        assert end.peer is not None
+        self.named(end, f"{path.stem}#")
+        end.peer.name = f"{end.name}'"
         try:
-            return SimSocket(self, self.install(end))
+            sock = SimSocket(self, self.install(end))
         except OSError:
             end.get().put()
             raise
+        self.happened("connect", there)
+        return sock
 
     def cookie_of(self, fd: int) -> int:
         file = self._files.get(fd)
@@ -168,7 +199,7 @@ class SimProcess:
         return SimPoller(self)
 
     def event(self) -> SharedEvent:
-        return SimEvent(self, self.install(Counter()))
+        return SimEvent(self, self.install(self.named(Counter(), "event")))
 
     def event_of(self, fd: int) -> SharedEvent:
         return SimEvent(self, fd)
@@ -177,6 +208,7 @@ class SimProcess:
 
     def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
         memory = Memory(next(self.host.numbers), size, sealed=True)
+        self.named(memory, name)
         fd = self.install(memory)
         mapping = SimMapping(memory, size, writable=True)
         memory.writable = peer_writes
@@ -209,6 +241,9 @@ class SimProcess:
     def monotonic_ns(self) -> int:
         return self.host.scheduler.now_ns()
 
+    def wall_ns(self) -> int:
+        return BOOTED_NS + self.host.scheduler.now_ns()
+
 
 class SimSocket:
     """The port `StreamSocket`; never waits, whatever `setblocking` was told."""
@@ -230,7 +265,7 @@ class SimSocket:
         return file
 
     def send(self, data: Bytes, flags: int = 0, /) -> int:
-        return self._end.send(bytes(data))
+        return self._sent(self._end, bytes(data), [])
 
     def sendmsg(
         self, buffers: Sequence[Bytes], ancillary: Sequence[tuple[int, int, Any]] = (), flags: int = 0, /
@@ -239,20 +274,30 @@ class SimSocket:
         for level, kind, fds in ancillary:
             assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             files += [self._process.file(fd) for fd in array.array("i", bytes(fds))]
-        return self._end.send(b"".join(buffers), files)
+        return self._sent(self._end, b"".join(buffers), files)
+
+    def _sent(self, end: StreamEnd, data: bytes, files: list[OpenFile]) -> int:
+        sent = end.send(data, files)
+        assert end.peer is not None
+        self._process.happened("send", end.peer, data[:sent])
+        return sent
 
     def recv(self, size: int, /) -> bytes:
+        end = self._end
         into = bytearray(size)
-        count, files = self._end.receive(memoryview(into))
+        count, files = end.receive(memoryview(into))
         for file in files:
             file.put()
+        self._process.happened("recv", end, into[:count])
         return bytes(into[:count])
 
     def recvmsg_into(
         self, buffers: Sequence[memoryview], ancillary_bytes: int = 0, flags: int = 0, /
     ) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
         (into,) = buffers
-        count, files = self._end.receive(into)
+        end = self._end
+        portion = self._process.host.scheduler.portion(self._process, end)
+        count, files = end.receive(into[:portion] if portion else into)
         fds = array.array("i")
         truncated = False
         for file in files:
@@ -264,6 +309,7 @@ class SimSocket:
             except OSError:
                 truncated = True
             file.put()
+        self._process.happened("recv", end, into[:count])
         rights = [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds.tobytes())] if fds else []
         return count, rights, int(socket.MSG_CTRUNC) if truncated else 0, None
 
@@ -274,13 +320,16 @@ class SimSocket:
             raise oserror(errno.EAGAIN)
         fd = self._process.install(listening.waiting[0])
         listening.waiting.popleft().put()
+        self._process.happened("accept", listening)
         return SimSocket(self._process, fd), ""
 
     def shutdown(self, how: int, /) -> None:
         end = self._end
         if end.peer is None:
             raise oserror(errno.ENOTCONN)
+        peer = end.peer
         end.shutdown(read=how != socket.SHUT_WR, write=how != socket.SHUT_RD)
+        self._process.happened("shutdown", peer)
 
     def detach(self) -> int:
         fd, self._fd = self._fd, -1
@@ -291,28 +340,51 @@ class SimSocket:
             self._process.close(self.detach())
 
 
+class _EpollFile(OpenFile):
+    """What the fd of a poller refers to: readable when it has something to report."""
+
+    def __init__(self, poller: SimPoller) -> None:
+        super().__init__()
+        self.poller = poller
+
+    def events(self) -> int:
+        return select.EPOLLIN if self.poller.ready() else 0
+
+
 class SimPoller:
-    """The port `Poller`.  What is ready is reported in the order of registration."""
+    """The port `Poller`.  What is ready is listed in the order of registration; what of it is reported, and
+    when, the scheduler decides.
+    """
 
     def __init__(self, process: SimProcess) -> None:
-        self._process = process
+        self.process = process
+        self._fd = process.install(_EpollFile(self))
         self._wanted: dict[int, tuple[OpenFile, int]] = {}
 
     def register(self, fd: int, events: int, /) -> None:
-        file = self._process.file(fd)
+        file = self.process.file(fd)
         known = self._wanted.get(fd)
         if known is not None and known[0] is file and file.users:
             raise oserror(errno.EEXIST)
         self._wanted[fd] = file, events
+        self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
         if fd not in self._wanted:
             raise oserror(errno.ENOENT)
-        self._wanted[fd] = self._wanted[fd][0], events
+        file, _ = self._wanted[fd]
+        self._wanted[fd] = file, events
+        self.process.happened("modify", file)
 
     def unregister(self, fd: int, /) -> None:
-        if self._wanted.pop(fd, None) is None:
+        found = self._wanted.pop(fd, None)
+        if found is None:
             raise oserror(errno.ENOENT)
+        self.process.happened("unregister", found[0])
+
+    def file(self, fd: int) -> OpenFile:
+        """What is watched under that number."""
+        return self._wanted[fd][0]
 
     def ready(self) -> list[tuple[int, int]]:
         """EPOLLHUP and EPOLLERR are reported unasked."""
@@ -327,15 +399,20 @@ class SimPoller:
         return found
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
-        if timeout_s and not self.ready():
-            self._process.host.scheduler.wait(self._process, self, timeout_s)
-        return self.ready()[:most]
+        return self.process.host.scheduler.poll(self, timeout_s, most)
 
     def fileno(self) -> int:
-        return -1  # nobody polls a poller
+        return self._fd
 
     def close(self) -> None:
         self._wanted.clear()
+        self.process.close(self._fd)
+
+
+def poller_of(process: SimProcess, fd: int) -> SimPoller:
+    file = process.file(fd)
+    assert isinstance(file, _EpollFile), "it waits for one of its sockets beside its poller"
+    return file.poller
 
 
 class SimEvent:
@@ -356,9 +433,12 @@ class SimEvent:
         if counter.value >= EVENT_MAX:
             raise BrokenEvent("an eventfd has no room for one signal more")
         counter.value += 1
+        self._process.happened("signal", counter)
 
     def drain(self) -> None:
-        self._counter().value = 0
+        counter = self._counter()
+        counter.value = 0
+        self._process.happened("drain", counter)
 
     def close(self) -> None:
         self._process.close(self.fd)

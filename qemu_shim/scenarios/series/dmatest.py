@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from math import inf
 from random import Random
-from time import perf_counter_ns
 
 import trio
 
@@ -58,7 +57,7 @@ async def run_threads(guest: Guest, channels: Sequence[DmaChannel], params: Dmat
             f"dma0chan{channel}-{params.kind}{n}",
             queue,
             guest.machine.memory,
-            perf_counter_ns,
+            guest.machine.host.loop.kernel.monotonic_ns,
             params,
             Random(f"{SEED} {channel} {n}"),
             within,

@@ -450,3 +450,21 @@ def test_numbers_of_sockets_and_memory_are_the_hosts_and_begin_anew_with_it() ->
         return [kernel.cookie_of(one.fileno()), kernel.cookie_of(other.fileno()), kernel.memory_of(fd)]
 
     assert numbers() == numbers()
+
+
+def test_a_poller_takes_an_fd_which_is_readable_when_it_has_something_to_report(kernel: Kernel) -> None:
+    free = kernel.reserve()
+    kernel.close(free)
+    poller = kernel.poller()
+    assert poller.fileno() == free
+    event = kernel.event()
+    poller.register(event.fd, select.EPOLLIN)
+    outer = kernel.poller()
+    outer.register(poller.fileno(), select.EPOLLIN)
+    assert outer.poll(0, 8) == []
+    event.signal()
+    assert outer.poll(0, 8) == [(poller.fileno(), select.EPOLLIN)]
+    event.drain()
+    assert outer.poll(0, 8) == []
+    poller.close()
+    assert kernel.reserve() == free
