@@ -1,0 +1,115 @@
+"""What a simulated process runs on beside its kernel: a trio run of its own, and its flows.
+
+`Io` is trio's view of the kernel, `VirtualClock` its clock; both ask the world.  A `SimFlows` lets the
+strategy say which of the flows that are ready goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from protocol.flow import Flows
+from simulator.kernel.process import SimPoller, SimProcess, poller_of
+from simulator.world import trio_run
+from simulator.world.scheduler import World
+
+LONG_S = 3600.0  # who sleeps longer sleeps until it is woken
+
+
+class SimFlows(Flows):
+    """The order of the flows of one process is the strategy's."""
+
+    def __init__(self, world: World, on_crash: Callable[[BaseException], None]) -> None:
+        super().__init__(on_crash)
+        self._world = world
+
+    def _pick(self) -> Any:
+        ready = self._ready
+        if len(ready) > 1:
+            coros: list[Any] = [running.coro for running in ready]
+            labels = [f"{n} {coro.__qualname__}" for n, coro in enumerate(coros)]
+            number = self._world.pick("flow", labels)
+            ready.rotate(-number)
+            first = ready.popleft()
+            ready.rotate(number)
+            return first
+        return ready.popleft()
+
+
+class VirtualClock(trio.abc.Clock):
+    """Virtual time."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def start_clock(self) -> None: ...
+
+    def current_time(self) -> float:
+        return self._world.now_ns() / 1e9
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - self.current_time()
+
+
+class Io:
+    """Tasks that wait for an fd to be readable: the loop's, which waits for its poller."""
+
+    def __init__(self, world: World, process: SimProcess) -> None:
+        self._world = world
+        self._process = process
+        self._parked: dict[SimPoller, trio.lowlevel.Task] = {}
+        self._woken = False
+        self._wakes: trio.lowlevel.Task | None = None
+
+    def get_events(self, timeout: float, /) -> list[trio.lowlevel.Task]:
+        if not self._ready():
+            if timeout > 0:
+                limit = timeout if timeout < LONG_S else None
+                self._world.wait(list(self._parked), limit, lambda: self._woken)
+            else:
+                self._world.point("goes on")
+        return self._ready()
+
+    def _ready(self) -> list[trio.lowlevel.Task]:
+        found = [task for poller, task in self._parked.items() if poller.ready()]
+        return [*found, self._wakes] if self._woken and self._wakes is not None else found
+
+    def process_events(self, events: list[trio.lowlevel.Task], /) -> None:
+        for task in events:
+            self._parked = {poller: other for poller, other in self._parked.items() if other is not task}
+            if task is self._wakes:
+                self._wakes, self._woken = None, False
+            trio.lowlevel.reschedule(task)
+
+    async def wait_readable(self, fd: int, /) -> None:
+        poller, task = poller_of(self._process, fd), trio.lowlevel.current_task()
+        self._parked[poller] = task
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            del self._parked[poller]
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def wait_woken(self) -> None:
+        self._wakes = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._wakes = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def wakeup_thread_and_signal_safe(self) -> None:
+        self._woken = True
+        self._world.woken()
+
+    def close(self) -> None: ...
+
+
+def run(world: World, process: SimProcess, main: Callable[[], Awaitable[Any]]) -> Any:
+    """As `trio.run(main)` in that process; called in its thread."""
+    return trio_run.run(main, Io(world, process), VirtualClock(world))

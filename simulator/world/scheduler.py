@@ -1,0 +1,320 @@
+"""Who goes on: threads of the simulated processes, each a greenlet, and the virtual clock.
+
+A thread stands still at a point: it is about to do, or has just done, what another process can notice, or it
+waits.  There the next step is chosen among all that could be taken, by a `Strategy`, in the greenlet that
+stopped, and control goes straight to the chosen one.  Between two points nobody else runs.
+
+Time passes by STEP_NS with each step, so that who sleeps beside somebody busy wakes up; when nothing can
+happen, it jumps to the first deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import NamedTuple, NoReturn
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from protocol.kernel.port import Bytes
+from protocol.rpc.session import HEADER, HEADER_BYTES
+from simulator.kernel.files import OpenFile, StreamEnd
+from simulator.kernel.process import SimHost, SimPoller, SimProcess
+from simulator.search.option import STOP, Option, Strategy, Touch
+from simulator.world import trio_run
+from simulator.world.journal import Journal
+
+STEP_NS = 2_000
+LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
+FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
+
+Event = tuple[int, int]  # of a poller: fd, what
+
+
+class Stuck(Exception):
+    """Nothing can happen any more, or nothing but watchdogs' rounds."""
+
+
+class Stopped(Exception):
+    """The strategy wants no more of this run."""
+
+
+class Candidate(NamedTuple):
+    option: Option
+    thread: SimThread
+    event: Event | None = None  # what the thread is told that waits for one
+
+
+@dataclass(eq=False, slots=True)
+class SimThread:
+    """One of a process's; `waits` for these pollers, or for `is_woken`, or until `deadline_ns`."""
+
+    name: str
+    greenlet: greenlet
+    over: bool = False
+    standing: Option | None = None  # it could go on with that
+    waits: Sequence[SimPoller] = ()
+    is_woken: Callable[[], bool] | None = None
+    deadline_ns: int | None = None
+    told: Event | None = None
+    steps: list[Candidate] = field(default_factory=list)  # what it could do, when `changes` were `looked_at`
+    looked_at: int = -1
+
+    def take(self) -> Event | None:
+        event, self.told = self.told, None
+        return event
+
+
+class World:
+    """The `Scheduler` of a `SimHost`."""
+
+    def __init__(self, strategy: Strategy, journal: Journal | None = None) -> None:
+        self.host = SimHost(self)
+        self.journal = journal or Journal()
+        self.threads: list[SimThread] = []
+        self.failures: list[BaseException] = []  # that nobody in the system caught
+        self.decisions = 0
+        self._strategy = strategy
+        self._now = 0
+        self._changes = 0  # of anything that decides what can happen next
+        self._main = getcurrent()  # where `run` is called
+        self._running: SimThread | None = None
+        self._given_up: BaseException | None = None
+        self._closed = False
+        self._taken: Option | None = None
+        self._touched: set[Touch] = set()
+
+    # -- threads ---------------------------------------------------------------------------------------
+
+    def spawn(self, process: SimProcess, body: Callable[[], None]) -> SimThread:
+        """It begins to run when it is chosen."""
+
+        def life() -> None:
+            trio_run.nothing_kept()
+            try:
+                body()
+            except GreenletExit:
+                pass
+            except BaseException as error:
+                self.failures.append(error)
+            thread.over = True
+            process.die()
+
+        thread = SimThread(process.name, greenlet(life, self._main))
+        thread.standing = Option(process.name, "begins")
+        self.threads.append(thread)
+        return thread
+
+    def run(self, thread: SimThread) -> None:
+        """Until that one is over.  Stuck, Stopped."""
+        assert getcurrent() is self._main, "a world is run where it was made"
+        kept = trio_run.kept()
+        try:
+            while not thread.over:
+                self._running = None
+                self._switch(None)
+                if self._given_up is not None:
+                    raise self._given_up
+        finally:
+            self._running = None
+            trio_run.restored(kept)
+
+    def close(self) -> None:
+        """Whoever is not over ends where it stands, and nothing of it is heard."""
+        self._closed = True
+        for thread in self.threads:
+            if not thread.over and thread.greenlet:
+                thread.greenlet.throw(GreenletExit)
+
+    # -- choosing --------------------------------------------------------------------------------------
+
+    def _switch(self, me: SimThread | None) -> None:
+        """The next step is taken; returns when it is `me`'s turn."""
+        if self._closed:
+            raise GreenletExit
+        step = self._next(me)
+        if step is None:
+            if me is not None:
+                self._leave()
+            return
+        thread = step.thread
+        thread.told, thread.waits, thread.is_woken, thread.deadline_ns = step.event, (), None, None
+        thread.standing = None
+        thread.looked_at = -1
+        self._running = thread
+        if thread is me:
+            return
+        kept = trio_run.kept()
+        thread.greenlet.switch()
+        trio_run.restored(kept)
+        if self._closed:
+            raise GreenletExit
+
+    def _next(self, me: SimThread | None) -> Candidate | None:
+        """None: there is none, and `_given_up` says why."""
+        while not (steps := self._steps(me)):
+            alive = [thread for thread in self.threads if not thread.over]
+            deadlines = [thread.deadline_ns for thread in alive if thread.deadline_ns is not None]
+            if not deadlines or min(deadlines) > LIMIT_NS:
+                self._given_up = Stuck("; ".join(self._standing()))
+                return None
+            self._now = max(self._now, min(deadlines))
+        self._now += STEP_NS
+        number = 0
+        if len(steps) > 1:
+            self._tell_taken()
+            self.decisions += 1
+            number = self._strategy.choose([step.option for step in steps])
+            if number == STOP:
+                self._given_up = Stopped()
+                return None
+        step = steps[number]
+        self._take(step.option)
+        return step
+
+    def _steps(self, me: SimThread | None) -> list[Candidate]:
+        """What could happen now; what `me` would do without anybody between comes first."""
+        steps = list(self._steps_of(me)) if me is not None and not me.over else []
+        for thread in self.threads:
+            if thread is not me and not thread.over:
+                steps += self._steps_of(thread)
+        return steps
+
+    def _steps_of(self, thread: SimThread) -> list[Candidate]:
+        if thread.standing is not None:
+            return [Candidate(thread.standing, thread)]
+        if thread.looked_at != self._changes:
+            thread.looked_at = self._changes
+            thread.steps = list(_deliveries(thread))
+        if not thread.steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
+            return [Candidate(_timer(thread), thread)]
+        return thread.steps
+
+    def _leave(self) -> NoReturn:
+        """For good: `run` says why."""
+        self._main.switch()
+        raise GreenletExit
+
+    def _standing(self) -> Iterator[str]:
+        for thread in self.threads:
+            if not thread.over:
+                standing = thread.standing
+                yield (
+                    f"{thread.name} waits" if standing is None else f"{thread.name} stands: {standing.label}"
+                )
+
+    def _take(self, option: Option) -> None:
+        self._tell_taken()
+        self._taken = option
+        self.journal.add(f"{option.actor}: {option.label}")
+
+    def _tell_taken(self) -> None:
+        if self._taken is not None and self._strategy.watches:
+            taken, touched = self._taken, self._taken.touches | self._touched
+            self._strategy.took(Option(taken.actor, taken.label, touched))
+        self._taken = None
+        self._touched.clear()
+
+    # -- points ----------------------------------------------------------------------------------------
+
+    def point(self, label: str, touches: frozenset[Touch] = frozenset()) -> None:
+        """The running thread is about to do that; others may come before it."""
+        me = self._running
+        if me is None or self._closed:
+            return
+        me.standing = Option(me.name, label, touches)
+        self._switch(me)
+
+    def pick(self, what: str, labels: Sequence[str]) -> int:
+        """Which of several things the running process does next, within itself."""
+        if len(labels) == 1 or self._running is None or self._closed:
+            return 0
+        name = self._running.name
+        self._tell_taken()
+        self.decisions += 1
+        state = frozenset({Touch(("process", name), True)})
+        options = [Option(f"{name}/{what}", label, state) for label in labels]
+        number = self._strategy.choose(options)
+        if number == STOP:
+            self._given_up = Stopped()
+            self._leave()
+        self._take(options[number])
+        return number
+
+    def wait(
+        self,
+        pollers: Sequence[SimPoller],
+        timeout_s: float | None,
+        is_woken: Callable[[], bool] | None = None,
+    ) -> None:
+        """The running thread sleeps until one of `pollers` has something, which the next `poll` of its is
+        told, or `is_woken`, or time is up.  None: no limit.
+        """
+        me = self._running
+        assert me is not None, "nobody runs who could wait"
+        me.standing = None
+        me.waits, me.is_woken = pollers, is_woken
+        me.deadline_ns = None if timeout_s is None else self._now + ceil(timeout_s * 1e9)
+        me.looked_at = -1
+        self._switch(me)
+
+    def woken(self) -> None:
+        """Somebody's `is_woken` may say yes now."""
+        self._changes += 1
+
+    # -- the port `Scheduler` --------------------------------------------------------------------------
+
+    def now_ns(self) -> int:
+        return self._now
+
+    def poll(self, poller: SimPoller, timeout_s: float, most: int) -> list[Event]:
+        if self._closed:
+            raise GreenletExit
+        ready = poller.ready()
+        me = self._running
+        if me is None:
+            return ready[:most]
+        event = me.take()
+        if event is not None and event in ready:
+            return [event]
+        if not ready and not timeout_s:
+            return []
+        self.wait([poller], timeout_s)
+        event = me.take()
+        return [] if event is None else [event]
+
+    def portion(self, process: SimProcess, end: StreamEnd) -> int:
+        """One frame, or all there is."""
+        there = end.unread
+        if there <= HEADER_BYTES:
+            return there
+        first = HEADER_BYTES + int(HEADER.unpack(end.peek(HEADER_BYTES))[0])
+        if first >= there:
+            return there
+        return (first, there)[self.pick("recv", ("one frame", "all frames"))]
+
+    def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None:
+        self._changes += 1
+        if self._closed:
+            return
+        self._touched.add(Touch(("channel", file.name.rstrip("'")), True))
+        self.journal.add(f"{process.name} {what} {file.name}", data)
+        if what in FOR_OTHERS:
+            self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
+
+
+def _deliveries(thread: SimThread) -> Iterator[Candidate]:
+    state = Touch(("process", thread.name), True)
+    for poller in thread.waits:
+        for fd, what in poller.ready():
+            name = poller.file(fd).name
+            touches = frozenset({state, Touch(("channel", name.rstrip("'")), True)})
+            yield Candidate(Option(f"{thread.name}<{name}", "is told", touches), thread, (fd, what))
+    if thread.is_woken is not None and thread.is_woken():
+        yield Candidate(Option(thread.name, "is woken", frozenset({state})), thread)
+
+
+def _timer(thread: SimThread) -> Option:
+    touches = {Touch(("process", thread.name), True), Touch(("clock",), False)}
+    return Option(f"{thread.name}<timer", "time is up", frozenset(touches))

@@ -1,0 +1,180 @@
+"""The whole system in one process: the daemons and a VMM that plays a scenario, on one virtual host."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from device_sim import config as device_sim_config
+from device_sim.service import DeviceSim
+from iommufdd import config as iommufdd_config
+from iommufdd.service.door import Iommufdd
+from kvmd import config as kvmd_config
+from kvmd.service.door import Kvmd
+from protocol.daemon import serve
+from protocol.rpc.loop import Loop
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.scenarios.run import Run
+from qemu_shim.scenarios.runner import run_scenario
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec, Places
+from qemu_shim.vmm.designs import Design
+from qemu_shim.vmm.machine import Host, connect_host
+from simulator.kernel.process import SimProcess
+from simulator.search.option import Strategy
+from simulator.world import trio_run
+from simulator.world.journal import Journal
+from simulator.world.process import SimFlows, run
+from simulator.world.scheduler import SimThread, World
+
+CLIENTS = Path("/run/tdp")
+PLACES = Places(CLIENTS, Path("/run/tdp-drivers"), Path("/run/tdp-admin"))
+SMALL: Mapping[str, Sequence[str]] = {"kvmd": ("--ram", "4G", "--table-ram", "64M")}
+
+_BUILD: Mapping[str, tuple[Callable[[list[str] | None], tuple[Any, Any]], Callable[[Loop, Any], Any]]] = {
+    "kvmd": (kvmd_config.parse, Kvmd),
+    "iommufdd": (iommufdd_config.parse, Iommufdd),
+    "device_sim": (device_sim_config.parse, DeviceSim),
+}
+
+
+@dataclass(slots=True)
+class Daemon:
+    process: SimProcess
+    thread: SimThread | None = None
+    stop: Callable[[], None] | None = None
+    """As SIGTERM does; from outside."""
+
+
+@dataclass(slots=True)
+class System:
+    """`crashes` are bugs that surfaced in a daemon's flows."""
+
+    world: World
+    daemons: dict[str, Daemon] = field(default_factory=dict)
+    crashes: list[tuple[str, BaseException]] = field(default_factory=list)
+
+    def start(self, options: Mapping[str, Sequence[str]]) -> None:
+        for spec in DAEMONS:
+            self.daemons[spec.name] = self._start(spec, options.get(spec.name, ()))
+
+    def _start(self, spec: DaemonSpec, options: Sequence[str]) -> Daemon:
+        world, process = self.world, SimProcess(self.world.host, spec.name)
+        daemon = Daemon(process)
+        parse, build = _BUILD[spec.name]
+        given, settings = parse([*spec.argv(PLACES)[1:], *options])
+
+        async def main() -> None:
+            loop = Loop(process, SimFlows(world, lambda error: self.crashes.append((spec.name, error))))
+            stop, token = trio.Event(), trio.lowlevel.current_trio_token()
+            daemon.stop = lambda: token.run_sync_soon(stop.set)
+            await serve(spec.name, loop, build(loop, settings), given.socket, stop)
+            loop.close()
+
+        daemon.thread = world.spawn(process, lambda: run(world, process, main))
+        return daemon
+
+    def client(self, work: Callable[[Host], Awaitable[None]]) -> None:
+        """A VMM does `work`; returns when that is done."""
+        world, process = self.world, SimProcess(self.world.host, "qemu_shim")
+
+        async def main() -> None:
+            async with connect_host(CLIENTS, kernel=process, flows=partial(SimFlows, world)) as host:
+                await work(host)
+
+        world.run(world.spawn(process, lambda: run(world, process, main)))
+
+    def stop(self) -> None:
+        """All daemons, in an orderly way."""
+        for spec in reversed(DAEMONS):
+            daemon = self.daemons[spec.name]
+            assert daemon.thread is not None
+            if daemon.stop is not None and not daemon.thread.over:
+                daemon.stop()
+            self.world.run(daemon.thread)
+
+
+@contextmanager
+def system(
+    strategy: Strategy, options: Mapping[str, Sequence[str]] = SMALL, journal: Journal | None = None
+) -> Iterator[System]:
+    """The daemons run, or will when they are chosen."""
+    world = World(strategy, journal)
+
+    def by_choice(tasks: list[trio.lowlevel.Task]) -> list[trio.lowlevel.Task]:
+        ordered = []
+        while len(tasks) > 1:
+            labels = [f"{n} {task.name}" for n, task in enumerate(tasks)]
+            ordered.append(tasks.pop(world.pick("task", labels)))
+        return [*ordered, *tasks]
+
+    with trio_run.ordered(by_choice):
+        made = System(world)
+        made.start(options)
+        try:
+            yield made
+        finally:
+            with _unheard():
+                world.close()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is cut off in the middle complains of it."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+@dataclass(slots=True)
+class Played:
+    """`problems`: of the scenario, and bugs that surfaced."""
+
+    run: Run | None
+    report: Report
+    problems: list[str]
+    digest: str
+    decisions: int
+    steps: int
+
+
+def play(
+    scenario: Scenario,
+    design: Design,
+    strategy: Strategy,
+    seed: int = 1,
+    params: Mapping[str, int] | None = None,
+    journal: Journal | None = None,
+) -> Played:
+    """One run of a scenario under one schedule.  Stuck, Stopped."""
+    report = Report(scenario.name)
+    runs: list[Run] = []
+    own = scenario.options
+    given = {name: (*SMALL.get(name, ()), *own.get(name, ())) for name in {**SMALL, **own}}
+
+    async def work(host: Host) -> None:
+        runs.append(await run_scenario(host, scenario, design, seed, params, report))
+
+    with system(strategy, given, journal) as made:
+        made.client(work)
+        made.stop()
+        world = made.world
+        problems = [
+            *report.problems,
+            *(f"{type(error).__name__}: {error}" for error in world.failures),
+            *(f"{name}: {type(error).__name__}: {error}" for name, error in made.crashes),
+        ]
+        run = runs[0] if runs else None
+        return Played(run, report, problems, world.journal.digest, world.decisions, world.journal.steps)

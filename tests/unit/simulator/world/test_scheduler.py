@@ -1,0 +1,248 @@
+"""Threads of toy processes on the kernel in memory: who goes on when, and what time it is."""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from protocol.kernel.port import SharedEvent
+from protocol.rpc.session import Kind, header
+from simulator.kernel.process import SimProcess
+from simulator.search.option import STOP, Option, Touch
+from simulator.world.journal import Journal
+from simulator.world.scheduler import LIMIT_NS, Stopped, Stuck, World
+
+
+class Script:
+    """Answers by label: the first option that one of the words is in; else the default."""
+
+    watches = True
+
+    def __init__(self, *words: str) -> None:
+        self._words = list(words)
+        self.offered: list[list[str]] = []
+        self.taken: list[Option] = []
+
+    def choose(self, options: Sequence[Option]) -> int:
+        told = [f"{option.actor}: {option.label}" for option in options]
+        self.offered.append(told)
+        for n, each in enumerate(told):
+            if self._words and self._words[0] in each:
+                del self._words[0]
+                return n
+        return 0
+
+    def took(self, step: Option) -> None:
+        self.taken.append(step)
+
+    def ended(self, failed: bool) -> bool:
+        return False
+
+
+def made(world: World, **bodies: Callable[[SimProcess], None]) -> None:
+    for name, body in bodies.items():
+        process = SimProcess(world.host, name)
+        world.spawn(process, lambda body=body, process=process: body(process))  # type: ignore[misc]
+
+
+def finish(world: World) -> None:
+    for thread in list(world.threads):
+        world.run(thread)
+    assert world.failures == []
+
+
+def test_by_default_who_runs_goes_on() -> None:
+    told: list[str] = []
+    world = World(Script())
+
+    def body(process: SimProcess) -> None:
+        for n in range(3):
+            world.point(f"point {n}")
+            told.append(f"{process.name}{n}")
+
+    made(world, a=body, b=body)
+    finish(world)
+    assert told == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_another_comes_between_where_the_strategy_says() -> None:
+    told: list[str] = []
+    world = World(Script("b: begins", "a: point 1"))
+
+    def body(process: SimProcess) -> None:
+        for n in range(3):
+            told.append(f"{process.name}{n}")
+            world.point(f"point {n}")
+
+    made(world, a=body, b=body)
+    finish(world)
+    assert told == ["b0", "b1", "b2", "a0", "a1", "a2"] or told[:1] == ["b0"]
+    assert sorted(told) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def listener(process: SimProcess) -> None:
+    sock = process.listen(Path("/run/here"), None)
+    poller = process.poller()
+    poller.register(sock.fileno(), select.EPOLLIN)
+    assert poller.poll(10.0, 8), "somebody connects in time"
+    peer, _ = sock.accept()
+    poller.register(peer.fileno(), select.EPOLLIN)
+    assert [fd for fd, _ in poller.poll(10.0, 8)] == [peer.fileno()]
+    assert peer.recv(100) == b"hello"
+    peer.send(b"welcome")
+    peer.close()
+
+
+def caller(process: SimProcess) -> None:
+    sock = process.connect(Path("/run/here"))
+    sock.send(b"hello")
+    poller = process.poller()
+    poller.register(sock.fileno(), select.EPOLLIN)
+    assert poller.poll(10.0, 8)
+    assert sock.recv(100) == b"welcome"
+    sock.close()
+
+
+def test_a_message_wakes_who_waits_for_it_and_costs_no_time_to_speak_of() -> None:
+    world = World(Script())
+    made(world, server=listener, client=caller)
+    finish(world)
+    assert 0 < world.now_ns() < 1_000_000
+
+
+def test_what_is_ready_is_told_one_by_one_in_the_order_of_the_strategy() -> None:
+    told: list[int] = []
+    strategy = Script("event3")
+    world = World(strategy)
+    made(world, a=lambda process: _three_events(process, told))
+    finish(world)
+    assert told == [3, 1, 2]
+    assert strategy.offered[0] == [f"a<a.event{n}: is told" for n in (1, 2, 3)]
+
+
+def _three_events(process: SimProcess, told: list[int]) -> None:
+    events: list[SharedEvent] = [process.event() for _ in range(3)]
+    poller = process.poller()
+    for event in events:
+        poller.register(event.fd, select.EPOLLIN)
+        event.signal()
+    for _ in events:
+        ((fd, _),) = poller.poll(1.0, 8)
+        told.append(1 + [event.fd for event in events].index(fd))
+        events[told[-1] - 1].drain()
+
+
+def test_time_jumps_to_the_first_deadline_when_nothing_can_happen() -> None:
+    woken: list[tuple[str, int]] = []
+    world = World(Script())
+
+    def sleeper(seconds: float) -> Callable[[SimProcess], None]:
+        def body(process: SimProcess) -> None:
+            assert process.poller().poll(seconds, 8) == []
+            woken.append((process.name, process.monotonic_ns() // 10**9))
+
+        return body
+
+    made(world, late=sleeper(5.0), early=sleeper(2.0))
+    finish(world)
+    assert woken == [("early", 2), ("late", 5)]
+
+
+def test_who_can_never_go_on_is_told_of() -> None:
+    world = World(Script())
+    made(world, a=lambda process: world.wait([], None))
+    with pytest.raises(Stuck, match="a waits"):
+        finish(world)
+    world.close()
+
+
+def test_rounds_of_watchdogs_end_with_the_hour() -> None:
+    world = World(Script())
+
+    def watchdog(process: SimProcess) -> None:
+        while True:
+            world.wait([], 60.0)
+
+    made(world, a=watchdog)
+    with pytest.raises(Stuck):
+        finish(world)
+    assert world.now_ns() <= LIMIT_NS
+    world.close()
+
+
+def test_a_strategy_that_wants_no_more_is_obeyed() -> None:
+    class Enough(Script):
+        def choose(self, options: Sequence[Option]) -> int:
+            return STOP
+
+    world = World(Enough())
+    ended: list[str] = []
+
+    def body(process: SimProcess) -> None:
+        try:
+            world.point("one")
+        finally:
+            ended.append(process.name)
+
+    made(world, a=body, b=body)
+    with pytest.raises(Stopped):
+        finish(world)
+    world.close()
+    assert set(ended) <= {"a", "b"}
+    assert world.failures == []
+
+
+def test_a_process_that_raises_is_a_failure_and_the_others_go_on() -> None:
+    world = World(Script())
+
+    def bad(process: SimProcess) -> None:
+        raise AssertionError("a bug")
+
+    made(world, bad=bad, server=listener, client=caller)
+    for thread in list(world.threads):
+        world.run(thread)
+    assert [str(error) for error in world.failures] == ["a bug"]
+
+
+FRAMES = b"".join(header(Kind.NOTIFY, 2, 0) + body for body in (b"xx", b"yy"))
+
+
+@pytest.mark.parametrize(("answer", "portions"), [("one frame", [10, 10]), ("all frames", [20])])
+def test_how_many_frames_a_receive_gets_is_a_choice(answer: str, portions: list[int]) -> None:
+    got: list[int] = []
+    strategy = Script(answer)
+    world = World(strategy)
+
+    def body(process: SimProcess) -> None:
+        one, other = process.socketpair()
+        one.send(FRAMES)
+        while sum(got) < len(FRAMES):
+            got.append(other.recvmsg_into([memoryview(bytearray(100))])[0])
+
+    made(world, a=body)
+    finish(world)
+    assert got == portions
+
+
+def test_steps_say_which_channels_they_touched() -> None:
+    """That is what a search that leaves equivalent orders out lives on."""
+    strategy = Script()
+    world = World(strategy)
+    made(world, server=listener, client=caller)
+    finish(world)
+    places = [frozenset(touch.place for touch in step.touches) for step in strategy.taken]
+    channel = ("channel", "client.here#1")
+    assert sum(channel in each for each in places) >= 2, "by who sends and by who is told"
+    assert any(Touch(channel, True) in step.touches for step in strategy.taken)
+
+
+def test_the_journal_tells_runs_apart_by_their_bytes() -> None:
+    one, other, again = Journal(), Journal(keep=True), Journal()
+    one.add("a send", b"1")
+    other.add("a send", b"2")
+    again.add("a send", b"1")
+    assert one.digest == again.digest != other.digest
+    assert other.lines == ["a send (1 bytes)"]
