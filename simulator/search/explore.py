@@ -79,7 +79,8 @@ def explore(
     enough: Callable[[Tally], bool] = lambda tally: False,
 ) -> Tally:
     """At most `schedules` of `strategy`, which was made of `seed`; `enough` is asked behind each."""
-    tally, coverage = Tally(), Coverage()
+    coverage = Coverage()
+    tally = Tally(covered=coverage.covered)
     watched = _Watched(strategy, coverage)
     for number in range(1, schedules + 1):
         result = run_one(watched)
@@ -94,7 +95,7 @@ def explore(
         tally.over = not watched.ended(bool(result.invariant))
         if tally.over or enough(tally):
             break
-    tally.covered, tally.summary = coverage.covered, strategy.summary()
+    tally.summary = strategy.summary()
     return tally
 
 
