@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
 DAEMONS = ("kvmd", "iommufdd", "device_sim", "qemu_shim")
-PRODUCT = ("protocol", *DAEMONS, "simulator")
+PRODUCT = ("protocol", *DAEMONS, "vfio_user", "simulator")
 GENERATED = {
     *(".git", ".venv", "wheels", "build", "dist", "__pycache__"),
     *(".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),

@@ -20,7 +20,7 @@ from tests.tidy.source import (
     snippet,
 )
 
-RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "simulator": 2, "bench": 3, "tests": 3}
+RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "vfio_user": 1, "simulator": 2, "bench": 3, "tests": 3}
 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
@@ -50,6 +50,7 @@ CORE_MAY_USE = {
     # It fills second-stage tables of its own, and leaves walking to the unit.
     "iommufdd": (*ANY_CORE, *VTD_RECORDS, *(f"pt.{name}" for name in OWN_TABLES)),
     "device_sim": (*ANY_CORE, "hw", "hostmem", "pt", "frame_tags"),
+    "vfio_user": ANY_CORE,
     "qemu_shim": (*ANY_CORE, "hw.dsa", "hw.dsa_regs", "hw.fields"),
 }
 # What in pt only the owner of a table may hold: kvmd of the shared one, iommufdd of its own.
