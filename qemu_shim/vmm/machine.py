@@ -287,21 +287,23 @@ async def connect_host(
     """
     crashes: list[BaseException] = []
     loop = Loop(kernel, flows(crashes.append))
-    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
-        nursery.start_soon(loop.serve)
-        stack.callback(nursery.cancel_scope.cancel)
-        kvmd = await Kvmd.connect(loop, socket_of(KVMD, directory))
-        stack.callback(kvmd.close)
-        iommufdd = await Iommufdd.connect(loop, socket_of(IOMMUFDD, directory))
-        stack.callback(iommufdd.close)
-        device_sim = await DeviceSim.connect(loop, socket_of(DEVICE_SIM, directory))
-        stack.callback(device_sim.close)
-        host = Host(loop, kvmd, iommufdd, device_sim)
-        if admin is not None:
-            host.admin = Channel(loop, await connect(loop.kernel, admin), "kvmd-admin")
-            stack.callback(host.admin.close)
-        yield host
-    loop.close()
+    try:
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            nursery.start_soon(loop.serve)
+            stack.callback(nursery.cancel_scope.cancel)
+            kvmd = await Kvmd.connect(loop, socket_of(KVMD, directory))
+            stack.callback(kvmd.close)
+            iommufdd = await Iommufdd.connect(loop, socket_of(IOMMUFDD, directory))
+            stack.callback(iommufdd.close)
+            device_sim = await DeviceSim.connect(loop, socket_of(DEVICE_SIM, directory))
+            stack.callback(device_sim.close)
+            host = Host(loop, kvmd, iommufdd, device_sim)
+            if admin is not None:
+                host.admin = Channel(loop, await connect(loop.kernel, admin), "kvmd-admin")
+                stack.callback(host.admin.close)
+            yield host
+    finally:
+        loop.close()
     if crashes:
         raise crashes[0]
 

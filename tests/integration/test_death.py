@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -209,6 +210,14 @@ async def test_without_kvmd_an_alloc_is_eopnotsupp() -> None:
                 await iommu.hwpt_alloc_kvm(rig.device_id, rig.tdp_fd)
             assert refused.value.errno == errno.EOPNOTSUPP
             rig.close()
+
+
+async def test_a_vmm_that_ends_in_an_error_has_no_fd_of_its_host_left(shared_system: System) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(ExceptionGroup):
+        async with connect_host(shared_system.directory):
+            raise LookupError("the scenario's")
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def start_vmm(running: System, *arguments: str) -> subprocess.Popen[bytes]:
