@@ -53,6 +53,8 @@ class UnitPort:
                 self._events.append(self._kernel.event_of(fds.take(n)))
         except (OSError, ValueError, UapiError) as error:
             raise PeerError(f"{self._name}: no registers and events of a unit: {error}") from None
+        finally:
+            fds.close()  # a mapping has a copy of its own
         shown, taken = RegisterPage(memory[:REGISTER_PAGE]), RegisterPage(memory[REGISTER_PAGE:])
         return UnitRegisters(shown, taken, RegisterPage(self._stored.view), full_fence, self.kick)
 

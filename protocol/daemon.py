@@ -176,32 +176,22 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], D
         await nursery.start(_stop_on_signal, stop)
         if options.exit_with_stdin:
             loop.register(0, on_stdin)
-        # What is there when it has started lives as long as we do: never looked at for garbage again.
-        await serve(name, loop, app, options.socket, stop, gc.freeze)
+        gc.freeze()  # what is there by now lives as long as we do: never looked at for garbage again
+        await serve(name, loop, app, options.socket, stop)
         nursery.cancel_scope.cancel()
     loop.close()
     log.info("stopped", daemon=name, bugs=crashes)
     return 1 if crashes else 0
 
 
-async def serve(
-    name: str,
-    loop: Loop,
-    app: DaemonApp,
-    socket: Path,
-    stop: trio.Event,
-    started: Callable[[], None] = lambda: None,
-) -> None:
-    """Start `app` and serve whoever connects, until `stop`; what a daemon is on any kernel.  `started` is
-    called when all that lives as long as the process is there, before its sockets are.
-    """
+async def serve(name: str, loop: Loop, app: DaemonApp, socket: Path, stop: trio.Event) -> None:
+    """Start `app` and serve whoever connects, until `stop`; what a daemon is on any kernel."""
     listeners: list[Listener] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.serve)
         try:
             if not await _start(app, stop):
                 return
-            started()
             for path, door in app.private_doors.items():
                 listeners.append(Listener(loop, path, door.open, mode=0o600))
             listeners.append(Listener(loop, socket, app.door.open))  # last: it says that we are ready

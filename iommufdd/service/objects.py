@@ -7,6 +7,7 @@ and in which order, the core says (`core/iommufd.py`, `core/vfio.py`).
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,9 +94,19 @@ class IommufddApp:
         """ENODEV: there is nobody."""
         path = self.settings.device
         try:
-            return await self._probe(connect_now(self.loop.kernel, path))
+            silicon = await self._probe(connect_now(self.loop.kernel, path))
         except (OSError, PeerError) as error:
             raise UapiError(errno.ENODEV, f"no remapping unit: {path}: {error}") from None
+        self.loop.flows.spawn(self._forget_former())
+        return silicon
+
+    async def _forget_former(self) -> None:
+        """Once the platform knows the new units.  Those of the link before know each other, so nobody's last
+        reference frees them, and a daemon at rest makes too little garbage for Python to look: their fds and
+        memory would stay for as long as we run.
+        """
+        await self.loop.next_turn()
+        gc.collect()
 
     def _on_page_requests(self, unit: IntelIommu, entries: bytes, overflow: bool) -> None:
         self.platform.iopfs[unit].prq_event(entries, overflow=overflow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.integration.fake_silicon import RID, hostile, page_request
 from tests.integration.on_ioas import RAM, attach_on_ioas
 from tests.integration.test_death import running_dma
 from tests.integration.test_iommufd_uapi import ioas_of, paging
-from tests.kit.daemons import System, eventually, system
+from tests.kit.daemons import System, eventually, system, until
 from tests.kit.refusals import refused
 from tests.kit.vmm import (
     GUEST_START,
@@ -65,6 +66,25 @@ async def dma_works(host: Host, rig: Vmm) -> None:
         assert await rig.fill(page + n * PAGE_SIZE) is Status.SUCCESS
     assert (await device_stats(host))["stale_accesses"] == 0
     assert await host.kvmd.violations() + await host.iommufdd.violations() == []
+
+
+async def test_a_unit_that_is_gone_leaves_no_fd_and_no_memory_in_iommufdd() -> None:
+    """Not even until somebody happens to collect garbage."""
+    with system() as victims:
+        async with connect_host(victims.directory) as host, rigged(host):
+            pass
+        before = kept(victims)
+        for _ in range(ROUNDS):
+            restart_device_sim(victims)
+            async with connect_host(victims.directory) as host, rigged(host):
+                pass
+        until(lambda: kept(victims) == before, lambda: f"it had {before}, and keeps {kept(victims)}")
+
+
+def kept(victims: System) -> tuple[int, int]:
+    """fds of iommufdd, and its mappings of units' memory."""
+    maps = Path(f"/proc/{victims.pid('iommufdd')}/maps").read_text()
+    return victims.fds("iommufdd"), maps.count("/memfd:dmar-") + maps.count("/memfd:unit ")
 
 
 async def test_device_sim_dies_and_comes_back_and_the_same_iommufdd_drives_it() -> None:
