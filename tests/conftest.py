@@ -1,4 +1,4 @@
-"""For all tests: the ids they carry, and how hypothesis searches.
+"""For all tests: the ids they carry, the bug that is planted, and how hypothesis searches.
 
 No deadline, because machines are shared and no test asserts an absolute time; the same examples each
 time in CI, so that a red run means a change, and new ones everywhere else.
@@ -11,9 +11,10 @@ import os
 from hypothesis import HealthCheck, settings
 
 from tests.patience import WHOLE_TEST_S
+from tests.planted.plugin import plant, pytest_addoption, pytest_configure
 from tests.rfc.plugin import pytest_collection_modifyitems
 
-__all__ = ["pytest_collection_modifyitems"]
+__all__ = ["plant", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
 os.environ.setdefault("PYTEST_TIMEOUT", str(int(WHOLE_TEST_S)))  # pytest-timeout reads it there
 

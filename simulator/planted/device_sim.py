@@ -1,0 +1,234 @@
+"""Mistakes in device_sim: hardware that does not do what VT-d and PCIe promise."""
+
+from __future__ import annotations
+
+from simulator.planted.plant import Edit, Plant
+
+_UNIT = "device_sim.core.dmar:RemappingUnit"
+_QUEUE = "device_sim.core.inval_queue:QueuedInvalidation"
+_IOTLB = "device_sim.core.iotlb:Iotlb"
+_DEVTLB = "device_sim.core.devtlb:DevTlb"
+_FUNCTION = "device_sim.core.function:Function"
+_PRI = "device_sim.core.pri:PageRequestInterface"
+_PRQ = "device_sim.core.prq:PrqWriter"
+_CONTEXTS = "device_sim.core.context_tables:ContextTables"
+
+SILICON = (
+    # -- caches ------------------------------------------------------------------------------------------
+    Plant(
+        "R4-iotlb-keeps-huge-leaves",
+        "An IOTLB invalidation of one page leaves the huge leaf that translates it.",
+        "I6",
+        [
+            Edit(
+                f"{_IOTLB}.invalidate_pages",
+                "_drop(domain.leaves[level], start, npages, INDEX_BITS * (level - 1))",
+                "_drop(domain.leaves[level], start, npages, 0)",
+            )
+        ],
+        races=["R4"],
+    ),
+    Plant(
+        "R6-paging-structure-cache-stays",
+        "Pointers to tables outlive an invalidation that does not say that leaves alone changed.",
+        "R6",
+        [Edit(f"{_IOTLB}.invalidate_pages", "if not leaves_only:", "if False:")],
+        races=["R6"],
+    ),
+    Plant(
+        "R7-device-tlb-keeps-huge-leaves",
+        "A device TLB that is told to drop one page keeps the huge leaf that translates it.",
+        "I6",
+        [
+            Edit(
+                f"{_DEVTLB}.invalidate",
+                "for key in _touched(leaves, start >> shift, last >> shift):",
+                "for key in ():",
+            )
+        ],
+        races=["R7", "R4"],
+    ),
+    Plant(
+        "R4-device-tlb-drops-reads-alone",
+        "A device TLB drops what it reads by and goes on writing.",
+        "I6",
+        [Edit(f"{_DEVTLB}.invalidate", "for blocks in self._blocks:", "for blocks in self._blocks[:1]:")],
+        races=["R4"],
+    ),
+    Plant(
+        "R25-survives-what-it-races",
+        "A device TLB's entries survive the invalidation that comes behind a use of them.",
+        "R25",
+        [
+            Edit(
+                f"{_FUNCTION}.invalidate_translations",
+                "self.devtlb.invalidate(start, npages)",
+                "if not self.devtlb.hits % 2:\n        self.devtlb.invalidate(start, npages)",
+            )
+        ],
+        races=["R25"],
+    ),
+    Plant(
+        "R14-pasid-cache-stays",
+        "A PASID entry stays cached when the driver has it forgotten.",
+        "I29",
+        [Edit(f"{_CONTEXTS}.invalidate_pasids", "del self._pasids[key]", "pass")],
+        races=["R14", "R10"],
+    ),
+    Plant(
+        "R18-context-cache-stays",
+        "A context entry stays cached when the driver has its function forgotten.",
+        "I29",
+        [Edit(f"{_CONTEXTS}.invalidate_contexts", "del self._contexts[rid]", "pass")],
+        races=["R18"],
+    ),
+    Plant(
+        "R28-driver-gone-and-walking",
+        "The driver is gone, and device TLBs keep what they translate.",
+        "R28",
+        [
+            Edit(
+                f"{_UNIT}.reset",
+                "endpoint.invalidate_translations(IovaPfn(0), qi.ALL_PAGES)",
+                "pass",
+            ),
+            Edit(
+                f"{_FUNCTION}.configure",
+                "if not (self.ats_enabled and self.dma_enabled):",
+                "if False:",
+            ),
+        ],
+        races=["R28"],
+    ),
+    Plant(
+        "R20-rights-of-what-was",
+        "A cached entry without the right that is asked for answers, and is not walked again.",
+        "R20",
+        [Edit(f"{_IOTLB}.lookup", "if entry is not None and entry.rights & need:", "if entry is not None:")],
+        races=["R20"],
+    ),
+    Plant(
+        "absent-is-cached",
+        "What was absent is cached, and no one flushes what becomes present.",
+        "R20",
+        [
+            Edit(
+                f"{_UNIT}._fill",
+                "return NOT_PRESENT",
+                "self.iotlb.fill(attached.did, page, NOT_PRESENT._replace(rights=3))\n"
+                "        return NOT_PRESENT",
+            )
+        ],
+        races=["B-32"],
+    ),
+    # -- the invalidation queue --------------------------------------------------------------------------
+    Plant(
+        "R18-late-and-done",
+        "A wait behind an invalidation that timed out stores its status.",
+        "R18",
+        [
+            Edit(
+                f"{_QUEUE}._run",
+                "break  # aborted",
+                "pass",
+            )
+        ],
+        races=["R18"],
+    ),
+    Plant(
+        "I9-status-before-the-work",
+        "A wait's status is stored without what stands before it in the queue.",
+        "I9",
+        [
+            Edit(
+                f"{_UNIT}._execute",
+                "if endpoint is not None and not endpoint.invalidate_translations(*descriptor.pages):",
+                "if False:",
+            )
+        ],
+        races=["R4"],
+    ),
+    # -- page requests -----------------------------------------------------------------------------------
+    Plant(
+        "R9-last-is-dropped-unanswered",
+        "A request that the full queue drops is not answered, though it is the last of its group.",
+        "R9",
+        [
+            Edit(
+                f"{_PRQ}.submit",
+                "self._answer(request, ResponseCode.SUCCESS)",
+                "pass",
+            )
+        ],
+        races=["R9"],
+    ),
+    Plant(
+        "R9-nobody-waits-for-room",
+        "A device asks an overflowed queue again and again instead of waiting.",
+        "R9",
+        [Edit(f"{_FUNCTION}.make_accessible", "await self._unit.prq.wait_accepting()", "pass")],
+        races=["R9"],
+    ),
+    Plant(
+        "R9-tail-before-entry",
+        "The queue's tail moves before the entry behind it is in memory.",
+        "R9",
+        [
+            Edit(
+                f"{_PRQ}._store",
+                "words = _ENTRY.unpack(request.to_bytes())\n",
+                "words = _ENTRY.unpack(request.to_bytes())\n"
+                "    self._registers.show(Reg.PQT, ring.offset(after))\n",
+            ),
+        ],
+        races=["R9"],
+    ),
+    Plant(
+        "R11-index-used-again",
+        "A page request group takes an index whose last group is not answered yet.",
+        "I8",
+        [Edit(f"{_PRI}._free_index", "while self._next_index in self._groups:", "while False:")],
+        races=["R11"],
+    ),
+    Plant(
+        "R11-credits-are-lost",
+        "The credits of an answered group do not come back.",
+        "I8",
+        [Edit(f"{_PRI}.respond", "self._credits += len(group.accesses)", "pass")],
+        races=["R11"],
+    ),
+    Plant(
+        "R10-nobody-is-told",
+        "Page requests are switched off, and who waits for an answer waits for ever.",
+        "R10",
+        [Edit(f"{_PRI}.disable", "group.answered.set(ResponseCode.FAILURE)", "pass")],
+        races=["R10", "R11"],
+    ),
+    Plant(
+        "R20-asks-for-ever",
+        "A device asks for a page in vain without an end.",
+        "R20",
+        [Edit(f"{_FUNCTION}.make_accessible", "if tried == MAX_REQUESTS:", "if False:")],
+        races=["R20"],
+    ),
+    Plant(
+        "R20-counts-the-access",
+        "A device gives up an access that gets on, because the whole of it took many requests.",
+        "R20",
+        [
+            Edit(
+                f"{_FUNCTION}.make_accessible",
+                "tried = tries.get(first.page, 0)",
+                "tried = min(sum(tries.values()), MAX_REQUESTS)",
+            )
+        ],
+        races=["R20"],
+    ),
+    Plant(
+        "page-requests-unasked",
+        "A function may ask for pages without PRE in its context entry.",
+        "R12",
+        [Edit(f"{_CONTEXTS}.check_page_request", "if not context.pre:", "if False:")],
+        races=["R12"],
+    ),
+)
