@@ -231,11 +231,15 @@ class Counter(OpenFile):
 class Memory(OpenFile):
     """A memfd; its bytes live as long as somebody maps or holds it."""
 
-    def __init__(self, number: int, size: int, *, sealed: bool, data: bytes | None = None) -> None:
+    def __init__(
+        self, number: int, size: int, *, sealed: bool, data: bytes | None = None, made_as: str = ""
+    ) -> None:
         super().__init__()
+        self.made_as = made_as
         self.number = number
         self.size = size
         self.sealed = sealed  # against shrinking
+        self.mappers: set[str] = set()  # processes, by name
         self.writable = True  # may be mapped for stores
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # a fork has its own
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one

@@ -49,6 +49,9 @@ class Scheduler(Protocol):
     def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None:
         """`process` did it, with an effect on what others see of `file`."""
 
+    def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
+        """What of `memory` the process is given, or something that behaves as that."""
+
 
 class AtOnce:
     """No other process runs, and time stands still: what is not ready now never is."""
@@ -63,6 +66,9 @@ class AtOnce:
         return end.unread
 
     def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None: ...
+
+    def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
+        return view
 
 
 class SimHost:
@@ -207,10 +213,10 @@ class SimProcess:
     # -- memory ----------------------------------------------------------------------------------------
 
     def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
-        memory = Memory(next(self.host.numbers), size, sealed=True)
+        memory = Memory(next(self.host.numbers), size, sealed=True, made_as=name)
         self.named(memory, name)
         fd = self.install(memory)
-        mapping = SimMapping(memory, size, writable=True)
+        mapping = SimMapping(self, memory, size, writable=True)
         memory.writable = peer_writes
         return fd, mapping
 
@@ -224,7 +230,7 @@ class SimProcess:
             raise ValueError("larger than its file")
         if writable and not memory.writable:
             raise oserror(errno.EPERM)
-        return SimMapping(memory, size, writable=writable)
+        return SimMapping(self, memory, size, writable=writable)
 
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
         data = b"".join(parts)
@@ -447,10 +453,11 @@ class SimEvent:
 class SimMapping:
     """The port `Mapping`."""
 
-    def __init__(self, memory: Memory, size: int, *, writable: bool) -> None:
+    def __init__(self, process: SimProcess, memory: Memory, size: int, *, writable: bool) -> None:
         self._memory = memory
+        memory.mappers.add(process.name)
         view = memoryview(memory.bytes)[:size]
-        self.view = view if writable else view.toreadonly()
+        self.view = process.host.scheduler.seen(process, memory, view if writable else view.toreadonly())
 
     def discard(self, offset: int, size: int) -> None:
         self._memory.bytes.madvise(mmap.MADV_DONTNEED, offset, size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import NamedTuple, NoReturn
 
@@ -19,13 +20,15 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from protocol.kernel.port import Bytes
 from protocol.rpc.session import HEADER, HEADER_BYTES
-from simulator.kernel.files import OpenFile, StreamEnd
+from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
 from simulator.search.option import STOP, Option, Strategy, Touch
 from simulator.world import trio_run
 from simulator.world.journal import Journal
+from simulator.world.memory import watched
 
 STEP_NS = 2_000
+WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
@@ -69,15 +72,17 @@ class SimThread:
 class World:
     """The `Scheduler` of a `SimHost`."""
 
-    def __init__(self, strategy: Strategy, journal: Journal | None = None) -> None:
+    def __init__(self, strategy: Strategy, journal: Journal | None = None, *, by_word: bool = True) -> None:
         self.host = SimHost(self)
         self.journal = journal or Journal()
         self.threads: list[SimThread] = []
         self.failures: list[BaseException] = []  # that nobody in the system caught
         self.decisions = 0
         self._strategy = strategy
+        self._by_word = by_word  # each access of shared memory is a point
         self._now = 0
         self._changes = 0  # of anything that decides what can happen next
+        self._alone_at, self._alone_until = -1, 0
         self._main = getcurrent()  # where `run` is called
         self._running: SimThread | None = None
         self._given_up: BaseException | None = None
@@ -116,6 +121,7 @@ class World:
                 self._switch(None)
                 if self._given_up is not None:
                     raise self._given_up
+            self._tell_taken()
         finally:
             self._running = None
             trio_run.restored(kept)
@@ -129,10 +135,11 @@ class World:
 
     # -- choosing --------------------------------------------------------------------------------------
 
-    def _switch(self, me: SimThread | None) -> None:
+    def _switch(self, me: SimThread | None, cost_ns: int = STEP_NS) -> None:
         """The next step is taken; returns when it is `me`'s turn."""
         if self._closed:
             raise GreenletExit
+        self._now += cost_ns
         step = self._next(me)
         if step is None:
             if me is not None:
@@ -160,7 +167,6 @@ class World:
                 self._given_up = Stuck("; ".join(self._standing()))
                 return None
             self._now = max(self._now, min(deadlines))
-        self._now += STEP_NS
         number = 0
         if len(steps) > 1:
             self._tell_taken()
@@ -190,6 +196,20 @@ class World:
         if not thread.steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
             return [Candidate(_timer(thread), thread)]
         return thread.steps
+
+    def _is_alone(self, me: SimThread) -> bool:
+        """Nobody else could take a step."""
+        if self._alone_at == self._changes and self._now < self._alone_until:
+            return True
+        until = LIMIT_NS
+        for thread in self.threads:
+            if thread is not me and not thread.over:
+                if self._steps_of(thread):
+                    return False
+                if thread.deadline_ns is not None:
+                    until = min(until, thread.deadline_ns)
+        self._alone_at, self._alone_until = self._changes, until
+        return True
 
     def _leave(self) -> NoReturn:
         """For good: `run` says why."""
@@ -263,6 +283,24 @@ class World:
         """Somebody's `is_woken` may say yes now."""
         self._changes += 1
 
+    def access(self, memory: Memory, at: int, size: int, writes: bool) -> None:
+        """The running thread is about to load from, or store to, those bytes."""
+        me = self._running
+        if me is None or self._closed or len(memory.mappers) < 2:
+            return
+        first, end = at >> 3, at + size + 7 >> 3
+        told = f"{'stores' if writes else 'loads'} {memory.name}[{first}]"
+        alone = self._is_alone(me)
+        touches: set[Touch] = set()
+        if self._strategy.watches:
+            touches.update(Touch(("word", memory.name, word), writes) for word in range(first, end))
+        if alone:
+            self.journal.add(f"{me.name} {told}")
+            self._touched |= touches
+            return
+        me.standing = Option(me.name, told, frozenset(touches))
+        self._switch(me, WORD_NS)
+
     # -- the port `Scheduler` --------------------------------------------------------------------------
 
     def now_ns(self) -> int:
@@ -302,6 +340,12 @@ class World:
         self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
+
+    def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
+        if not self._by_word:
+            return view
+        seen: memoryview = watched(memory.made_as, process.name, view, partial(self.access, memory))
+        return seen
 
 
 def _deliveries(thread: SimThread) -> Iterator[Candidate]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from subprocess import run
 
 import pytest
 
-from tests.integration.simulator.drawn import SMALL, played
+from qemu_shim.scenarios.series.library import SCENARIOS
+from qemu_shim.vmm.designs import SHARED
+from simulator.search.option import Option
+from simulator.world.journal import Journal
+from simulator.world.system import play
+from tests.integration.simulator.drawn import SMALL, Drawn, played
 
 
 @pytest.mark.parametrize("scenario", SMALL)
@@ -60,3 +67,42 @@ def test_a_run_leaves_no_thread_of_trio_and_no_hook_behind() -> None:
 
     assert not trio.lowlevel.in_trio_run()
     assert trio.run(still) == 7
+
+
+class KvmdInWalks(Drawn):
+    """kvmd goes on only while the unit is about to load an entry of a lower table, or nobody else can."""
+
+    def choose(self, options: Sequence[Option]) -> int:
+        walks = any(
+            option.actor == "device_sim"
+            and option.label.startswith("loads kvmd.tdp-tables")
+            and not option.label.endswith("[0]")
+            for option in options
+        )
+        for n, option in enumerate(options):
+            if option.actor.startswith("kvmd") == walks:
+                return n
+        return super().choose(options)
+
+
+def test_a_walk_stands_still_between_two_levels_while_kvmd_stores() -> None:
+    """The unit reads an entry, kvmd changes the table, the unit reads on in the same walk."""
+    journal = Journal(keep=True)
+    done = play(SCENARIOS["unmap"], SHARED, KvmdInWalks(1), params=SMALL["unmap"], journal=journal)
+    assert done.problems == []
+    assert journal.lines is not None
+    told = [line.replace(":", "").split() for line in journal.lines]
+    on_tables = [
+        (who, what, int(word.partition("[")[2][:-1]) // 512)
+        for who, what, word in (line for line in told if len(line) == 3)
+        if what in ("loads", "stores") and word.startswith("kvmd.tdp-tables")
+    ]
+    loads = [n for n, (who, what, _) in enumerate(on_tables) if (who, what) == ("device_sim", "loads")]
+    root = on_tables[loads[0]][2]
+    stopped = [
+        on_tables[before : after + 1]
+        for before, after in pairwise(loads)
+        if on_tables[after][2] != root
+        and any(access[:2] == ("kvmd", "stores") for access in on_tables[before:after])
+    ]
+    assert stopped, "no store between two loads of one walk"
