@@ -24,7 +24,11 @@ class Groups:
 
     def answered(self, rid: int, index: int) -> None:
         """A response arrives at the function."""
-        if self._out.pop((rid, index), None) is None and (rid, index) not in self._forgotten:
+        if self._out.pop((rid, index), None) is not None:
+            return
+        if (rid, index) in self._forgotten:
+            self._forgotten.remove((rid, index))
+        else:
             self._verdicts.say("I8", f"function {rid:#x} is answered a group {index} that waits for nothing")
 
     def forgotten(self, rid: int) -> None:
