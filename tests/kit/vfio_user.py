@@ -12,7 +12,7 @@ from errno import EINVAL, ENOMEM
 
 from protocol.errors import PeerError, UapiError
 from tests.kit.by_hand import ByHand
-from vfio_user.core.function import DmaWindow, IrqEvent, PciRegion, RegionFile
+from vfio_user.core.function import DmaWindow, IrqEvent, PciFunction, PciRegion, RegionFile
 from vfio_user.core.session import ClientSession, MessageAnswer
 from vfio_user.core.stream import MessageStream
 
@@ -106,13 +106,12 @@ class PlainFunction:
 class ServedClient(ByHand):
     """One client of a server."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: PciFunction) -> None:
         super().__init__()
         self.ledger = Ledger()
-        self.function = PlainFunction()
         self.refusals: list[UapiError] = []
         self.stream = MessageStream(self.ledger.close)
-        self.session = ClientSession(self.function, self.ledger, self.refusals.append)
+        self.session = ClientSession(function, self.ledger, self.refusals.append)
         self.ended: PeerError | None = None
 
     def receive(self, data: bytes, fds: Sequence[int] = ()) -> list[MessageAnswer]:

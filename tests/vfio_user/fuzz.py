@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
-from tests.kit.vfio_user import ServedClient
+from tests.kit.vfio_user import PlainFunction, ServedClient
 from tests.vfio_user.messages import (
     Sent,
     get_region_info,
@@ -144,7 +144,8 @@ class Fuzzer:
         self._connect()
 
     def _connect(self) -> None:
-        self.served, self.oracle = ServedClient(), Oracle()
+        self.function = PlainFunction()
+        self.served, self.oracle = ServedClient(self.function), Oracle()
         self._at = 0
         self._wild = self.random.choice((0.02, 0.2, 0.8))  # how many messages of this client are mutated
         self._order = list(self._corpus)
@@ -192,15 +193,15 @@ class Fuzzer:
             self.seen[f"errno {int.from_bytes(answer[12:16], 'little')}"] += 1
         if ends:
             assert not self.served.ledger.open, f"left open: {self.served.ledger.open}"
-            assert not self.served.function.windows
-            assert not any(self.served.function.events)
+            assert not self.function.windows
+            assert not any(self.function.events)
             self._connect()
             return False
         self._compare()
         return True
 
     def _compare(self) -> None:
-        function, oracle = self.served.function, self.oracle
+        function, oracle = self.function, self.oracle
         assert self.served.ledger.open == oracle.open_fds(), "fds are open that nobody holds, or were closed"
         held = {(window.start, window.size, window.fd) for window in function.windows}
         assert held == set(oracle.windows)

@@ -18,7 +18,8 @@ from vfio_user.core.limits import MAX_DMA_WINDOWS
 
 class WordedClient(ServedClient):
     def __init__(self, *first: Sent) -> None:
-        super().__init__()
+        self.function = PlainFunction()
+        super().__init__(self.function)
         self.fds: Iterator[int] = (fd for fd in range(100, 100_000) if fd % 5)
         for sent in first:
             assert self.errno(sent) == 0
@@ -35,14 +36,14 @@ def client() -> WordedClient:
 
 
 def test_the_first_message_is_a_version_and_there_is_one() -> None:
-    early = ServedClient()
+    early = ServedClient(PlainFunction())
     assert early.receive(messages.get_info().data) == []
     assert "not VERSION" in str(early.ended)
     assert WordedClient(version()).errno(version()) == EINVAL
 
 
 def test_a_client_that_ends_early_leaves_its_fds_closed() -> None:
-    early = ServedClient()
+    early = ServedClient(PlainFunction())
     early.receive(dma_map(0, 4096).data, [101])
     assert early.ended
     assert not early.ledger.open
