@@ -98,19 +98,28 @@ class Backing:
 
     def unpin(self, name: Name, page: int, frame: int) -> bool:
         """Was it pinned?"""
-        pins = self._pins.get((name, page), Counter())
-        if not pins[frame]:
+        pins = self._pins.get((name, page))
+        if pins is None or not pins[frame]:
             return False
         pins[frame] -= 1
+        if not pins[frame]:
+            del pins[frame]
+        if not pins:
+            del self._pins[name, page]
         return True
 
-    def is_pinned(self, view: Name, truth: Truth, frame: int) -> bool:
-        """Each page of it, to `frame` and those behind it?"""
-        return all(
-            self._pinned(view, truth.start + n, frame + n)
-            or (truth.shown is not None and self._pinned(truth.shown.space, truth.shown.page + n, frame + n))
-            for n in range(truth.end - truth.start)
-        )
+    def unpinned(self, view: Name, truth: Truth, frame: int) -> Iterator[Truth]:
+        """What of it is not pinned, where its first page is `frame` and the others are those behind."""
+        if not self._pins:
+            yield truth
+            return
+        for n in range(truth.end - truth.start):
+            shown = None if truth.shown is None else truth.shown.moved(n)
+            page = truth.start + n
+            seen = shown is not None and self._pinned(shown.space, shown.page, frame + n)
+            if not seen and not self._pinned(view, page, frame + n):
+                there = None if truth.translation is None else truth.translation.moved(n)
+                yield Truth(page, page + 1, shown, there)
 
     def _pinned(self, name: Name, page: int, frame: int) -> bool:
         pins = self._pins.get((name, page))
@@ -118,9 +127,8 @@ class Backing:
 
     def pinned_frames(self) -> Iterator[tuple[Name, int, int]]:
         for (name, page), frames in self._pins.items():
-            for frame, count in frames.items():
-                if count:
-                    yield name, page, frame
+            for frame in frames:
+                yield name, page, frame
 
     # -- changes under way -----------------------------------------------------------------------------
 

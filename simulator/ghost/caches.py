@@ -107,8 +107,8 @@ class Caches:
         return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
 
     def everything(self) -> Iterator[CachedTranslation | CachedPointer]:
+        yield from self.pointers()  # a translation may be out of date because of one
         yield from self.translations()
-        yield from self.pointers()
 
     def put(self, cached: CachedTranslation) -> None:
         self._translations.setdefault(cached.holder, {})[cached.start, cached.end] = cached

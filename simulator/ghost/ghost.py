@@ -46,6 +46,7 @@ class Ghost:
         self.groups = Groups(verdicts)
         self.stores = Stores(verdicts)
         self._roots: dict[int, RootFacts] = {}
+        self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
 
     def _step(self) -> int:
         self.now += 1
@@ -104,6 +105,10 @@ class Ghost:
         self._roots[root] = RootFacts(view, filler)
         self.tables.add_root(root, level)
 
+    def root_is_of(self, root: int, view: Name) -> None:
+        """It was made before that was known; who fills the view fills it alone."""
+        self._roots[root] = RootFacts(view, view)
+
     def root_obsolete(self, root: int) -> None:
         """Nobody walks it after the flush that must follow (R3)."""
         epoch = self._step()
@@ -114,8 +119,7 @@ class Ghost:
         epoch = self._step()
         self.history.drop(epoch, root)
         self.caches.end_root(epoch, root)
-        for table in self.tables.drop_root(root):
-            self.caches.end_pointers(epoch, table)
+        self._cut_off(epoch, self.tables.drop_root(root))
         del self._roots[root]
 
     def entry_stored(self, at: int, entry: int) -> None:
@@ -138,13 +142,17 @@ class Ghost:
             if change.lost:
                 self.history.end(epoch, change)
                 self.caches.end(epoch, change, self.history)
-        for table in stored.cut:
-            self.caches.end_pointers(epoch, table)
+        self._cut_off(epoch, stored.cut)
         for table in stored.linked_twice:
             self.verdicts.say("I18", f"table {table:#x} is linked a second time at {at:#x}")
         for change in stored.changes:
             if change.gained:
                 self._judge_entry(change)
+
+    def _cut_off(self, epoch: int, tables: Iterable[int]) -> None:
+        for table in tables:
+            self._cut[table] = epoch
+            self.caches.end_pointers(epoch, table)
 
     def _judge_entry(self, change: Retranslated) -> None:
         """What is stored is what the host has there now, and nobody has let go of (steps 4 and 5)."""
@@ -153,12 +161,10 @@ class Ghost:
             return
         for truth in self.backing.of(facts.view, change.start, change.end):
             stored = change.after.moved(truth.start - change.start)
-            self._judge_stored(change.root, facts, truth, stored)
+            for part in self.backing.unpinned(facts.view, truth, stored.frame) if truth.known else ():
+                self._judge_stored(change.root, facts, part, stored.moved(part.start - truth.start))
 
     def _judge_stored(self, root: int, facts: RootFacts, truth: Truth, stored: Translation) -> None:
-        assert facts.view is not None
-        if not truth.known or self.backing.is_pinned(facts.view, truth, stored.frame):
-            return
         what = f"root {root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
         if truth.translation is None or truth.translation.frame != stored.frame:
             has = "nothing" if truth.translation is None else f"frame {truth.translation.frame:#x}"
@@ -201,16 +207,15 @@ class Ghost:
                 shown = self.backing.view(view).get(first)
                 self._judge_taken(view, Truth(first, last, shown, lost), rule)
 
-    def _judge_taken(self, view: Name, gone: Truth, rule: str) -> None:
+    def _judge_taken(self, view: Name, taken: Truth, rule: str) -> None:
         """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
-        lost = gone.translation
-        assert lost is not None
-        if self.backing.is_pinned(view, gone, lost.frame):
-            return
-        need = WRITE if rule == "I21" else 0
-        for root, facts in self._roots.items():
-            if facts.view != view:
-                continue
+        assert taken.translation is not None
+        for gone in self.backing.unpinned(view, taken, taken.translation.frame):
+            assert gone.translation is not None
+            self._judge_gone(view, gone, gone.translation, rule, WRITE if rule == "I21" else 0)
+
+    def _judge_gone(self, view: Name, gone: Truth, lost: Translation, rule: str, need: int) -> None:
+        for root in [root for root, facts in self._roots.items() if facts.view == view]:
             for start, _, value in self.tables.roots[root].within(gone.start, gone.end):
                 if value.frame == lost.frame + start - gone.start and value.rights & need == need:
                     self.verdicts.say(
@@ -271,8 +276,9 @@ class Ghost:
         self.caches.put(CachedTranslation(holder, root, start, end, value, epoch, ended))
 
     def pointer_cached(self, holder: Holder, root: int, start: int, end: int, table: int) -> None:
+        """To a table that is linked there, or was until an end that still counts."""
         epoch = self._step()
-        ended = None if self.tables.is_linked(table) else epoch
+        ended = None if self.tables.leads(root, start, table) else self._cut.get(table, epoch)
         self.caches.put_pointer(CachedPointer(holder, root, start, end, table, ended))
 
     def keeps(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
@@ -307,7 +313,7 @@ class Ghost:
             self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
             return
         for truth in self.backing.of(view, page, page + 1):
-            if not truth.known or self.backing.is_pinned(view, truth, frame):
+            if not truth.known or not list(self.backing.unpinned(view, truth, frame)):
                 return
             there = truth.translation
             if truth.shown is None:

@@ -65,6 +65,11 @@ class ShadowTables:
     def is_linked(self, table: int) -> bool:
         return table in self._linked
 
+    def leads(self, root: int, first: int, table: int) -> bool:
+        """Is it the table that translates page `first` of `root` and those behind?"""
+        place = self._linked.get(table)
+        return place is not None and (place.root, place.first) == (root, first)
+
     def add_root(self, root: int, level: int) -> None:
         """From now on `root`, of `level` levels, is walked."""
         self._linked[root] = Place(root, level, 0, RWX)

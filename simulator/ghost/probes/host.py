@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Entry, Page, Pte
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
@@ -20,8 +22,9 @@ from protocol.units import (
     Hva,
     Level,
     pages_of_level,
+    size_of_level,
 )
-from simulator.ghost.backing import Shown
+from simulator.ghost.backing import Name, Shown
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.ghost.spans import Translation
 
@@ -137,13 +140,19 @@ def _unpin(watch: Watch, original: Any, mm: Mm, page: Page, *args: Any, **named:
     original(mm, page, *args, **named)
 
 
+@seams.around(Mirror, "__init__")
+def _mirror(watch: Watch, original: Any, mirror: Mirror, *args: Any, **named: Any) -> None:
+    original(mirror, *args, **named)
+    watch.mirror_of[id(mirror.pins)] = mirror
+
+
 @seams.around(PinsByArea, "add")
 def _add_area_pin(
     watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
 ) -> None:
     original(pins, area, at, pinned)
-    for frame in _pinned_frames(pinned):
-        watch.ghost.pinned(watch.name(pins, "mirror"), frame, frame)
+    for page in _pinned_pages(watch, pins, at, pinned):
+        watch.ghost.pinned(*page)
 
 
 @seams.around(PinsByArea, "remove")
@@ -152,10 +161,18 @@ def _remove_area_pin(
 ) -> bool:
     removed: bool = original(pins, area, at, pinned)
     if removed:
-        for frame in _pinned_frames(pinned):
-            watch.ghost.unpinned(watch.name(pins, "mirror"), frame, frame)
+        for page in _pinned_pages(watch, pins, at, pinned):
+            watch.ghost.unpinned(*page)
     return removed
 
 
-def _pinned_frames(pinned: PinnedPage) -> range:
-    return range(pinned.pfn, pinned.pfn + pinned.npages)
+def _pinned_pages(
+    watch: Watch, pins: PinsByArea, at: Hva, pinned: PinnedPage
+) -> Iterator[tuple[Name, int, int]]:
+    """(space, page of it, frame) of what was asked for; in a file, by the file's own page numbers."""
+    mirror = watch.mirror_of[id(pins)]
+    space = watch.name(mirror, "files of mirror") if pinned.by_offset else f"mm{mirror.mm.id}"
+    inside = at % size_of_level(pinned.level)
+    frame = pinned.pfn + (inside >> PAGE_SHIFT)
+    for n in range(pinned.size >> PAGE_SHIFT):
+        yield space, (at >> PAGE_SHIFT) + n, frame + n

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from device_sim.core.function import Function
+from iommufdd.core.ioas_on_demand import IoasOnDemand
+from kvmd.core.mm.hmm import Mirror
+from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
 from protocol.units import (
     Gfn,
@@ -37,6 +40,9 @@ class Watch:
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
         self.kept: list[object] = []  # whose ids are in use here
         self.names: dict[int, str] = {}
+        self.processes: list[AddressSpace] = []
+        self.on_demand: list[IoasOnDemand] = []
+        self.mirror_of: dict[int, Mirror] = {}  # by its pins
         self.pool_of: dict[int, str] = {}
         self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
         self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk

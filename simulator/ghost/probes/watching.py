@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes import cpu, host, tables, unit
+from simulator.ghost.probes import cpu, host, ioas, tables, unit
 from simulator.ghost.probes.watch import Around, Watch
 
-SEAMS = {**tables.seams, **host.seams, **cpu.seams, **unit.seams}
+SEAMS = {**tables.seams, **host.seams, **ioas.seams, **cpu.seams, **unit.seams}
 
 
 @contextmanager

@@ -241,6 +241,7 @@ BROKEN = (
     ("I9", "cache_iotlb cache zap drop cache drop_iotlb acked"),  # refetched from the IOTLB
     ("I9", "zap cache acked"),  # walked before, filled after
     ("R6", "point collapse acked"),
+    ("R6", "point collapse point acked"),  # filled again from itself, by a walk through it
     ("I7", "point collapse reuse"),
     ("I7", "reuse"),
     ("I7", "collapse reuse walk"),
