@@ -201,6 +201,10 @@ class Linux:
             raise
         return fd
 
+    def contents(self, fd: int) -> bytes:
+        with open(fd, "rb") as file:
+            return file.read()
+
     def memory_of(self, fd: int) -> tuple[int, int]:
         stat = os.fstat(fd)
         return stat.st_dev, stat.st_ino

@@ -131,6 +131,9 @@ class Kernel(Protocol):
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
         """An fd of a file that holds these bytes, to be read from its start."""
 
+    def contents(self, fd: int) -> bytes:
+        """All bytes of such a file; the fd is closed."""
+
     def memory_of(self, fd: int) -> tuple[int, int]:
         """What names the file behind an fd: the same for every fd of it."""
 

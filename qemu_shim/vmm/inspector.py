@@ -52,17 +52,11 @@ class Inspector:
 
     async def tables(self, vm: Named) -> bytes:
         """Every page of the table of the VM, one after the other."""
-        return _read((await self._ask("DUMP_TABLES", vm)).fds.take(0))
+        return self._kvmd.loop.kernel.contents((await self._ask("DUMP_TABLES", vm)).fds.take(0))
 
     async def _ask(self, op: str, vm: Named, **body: Any) -> Reply:
         number, fds = (vm, []) if isinstance(vm, int) else (None, [vm.dup()])
         return await self._kvmd.ask(op, {"vm": number, **body}, fds)
-
-
-def _read(fd: int) -> bytes:
-    """All of it; it is closed."""
-    with open(fd, "rb") as file:
-        return file.read()
 
 
 def write_dump(directory: Path, document: dict[str, Any], pages: int) -> None:

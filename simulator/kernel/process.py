@@ -236,6 +236,14 @@ class SimProcess:
         data = b"".join(parts)
         return self.install(Memory(next(self.host.numbers), len(data), sealed=False, data=data))
 
+    def contents(self, fd: int) -> bytes:
+        file = self.file(fd)
+        if not isinstance(file, Memory):
+            raise oserror(errno.EINVAL)
+        data = file.bytes[: file.size]
+        self.close(fd)
+        return data
+
     def memory_of(self, fd: int) -> tuple[int, int]:
         file = self.file(fd)
         if isinstance(file, Memory):

@@ -468,3 +468,9 @@ def test_a_poller_takes_an_fd_which_is_readable_when_it_has_something_to_report(
     assert outer.poll(0, 8) == []
     poller.close()
     assert kernel.reserve() == free
+
+
+def test_a_file_is_read_whole_by_whoever_has_its_fd_which_is_closed(kernel: Kernel) -> None:
+    fd = kernel.file_with("file", [b"abc", b"def"])
+    assert kernel.contents(fd) == b"abcdef"
+    assert kernel.reserve() == fd
