@@ -40,6 +40,11 @@ from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 
 def main(argv: list[str] | None = None) -> int:
     refuse_optimised()
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["sim"]:
+        from simulator.command import main as sim  # it stands above us, and no other command needs it
+
+        return sim(words[1:])
     options = _parse(argv)
     try:
         status = _do(options)
@@ -140,6 +145,7 @@ def _parsed(
     add_campaign_options(
         commands.add_parser("campaign", help="many seeds and parameters, kept and resumable"), files
     )
+    commands.add_parser("sim", help="a scenario in one process, under schedules that are chosen (sim --help)")
     options = parser.parse_args(words)
     if options.command == "inspect" and (options.attach is None) != (options.admin is None):
         looking.error("--attach DIR and --admin PATH go together: only the administrator looks into any VM")

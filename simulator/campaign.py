@@ -49,11 +49,12 @@ class Campaign:
     schedules: int
     seed: int = 0
     code: str = ""
+    shard: int = SHARD  # schedules of one
 
     def shards(self) -> Iterator[tuple[int, int]]:
         """Seed and schedules of each, if the strategy is seeded."""
-        for number, start in enumerate(range(0, self.schedules, SHARD)):
-            yield self.seed + number, min(SHARD, self.schedules - start)
+        for number, start in enumerate(range(0, self.schedules, self.shard)):
+            yield self.seed + number, min(self.shard, self.schedules - start)
 
 
 class CampaignRefused(Exception):

@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from protocol.errors import leaves
 from protocol.kernel.port import Bytes
 from protocol.rpc.session import HEADER, HEADER_BYTES
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
@@ -125,6 +126,14 @@ class World:
         finally:
             self._running = None
             trio_run.restored(kept)
+
+    def crashes(self) -> Iterator[BaseException]:
+        """`failures` one by one."""
+        for failure in self.failures:
+            if isinstance(failure, BaseExceptionGroup):
+                yield from leaves(failure)
+            else:
+                yield failure
 
     def close(self) -> None:
         """Whoever is not over ends where it stands, and nothing of it is heard."""

@@ -122,8 +122,9 @@ def system(
         try:
             yield made
         finally:
-            with _unheard():
-                world.close()
+            if any(not thread.over for thread in world.threads):
+                with _unheard():
+                    world.close()
 
 
 @contextmanager
@@ -173,7 +174,7 @@ def play(
         world = made.world
         problems = [
             *report.problems,
-            *(f"{type(error).__name__}: {error}" for error in world.failures),
+            *(f"{type(error).__name__}: {error}" for error in world.crashes()),
             *(f"{name}: {type(error).__name__}: {error}" for name, error in made.crashes),
         ]
         run = runs[0] if runs else None

@@ -1,0 +1,213 @@
+"""`qemu-shim sim`: a scenario under many schedules, and a failure that one line or a file repeats."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from qemu_shim.scenarios.files import is_file, scenario_of
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.scenarios.series.library import SCENARIOS
+from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.vmm.designs import DESIGNS, SHARED
+from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
+from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
+from simulator.planted.registry import PLANTED
+from simulator.search.diagram import draw, rows_of
+from simulator.search.explore import Found, RunOne, smallest
+from simulator.search.option import Option
+from simulator.search.replay import Recorded, Replay
+from simulator.search.story import Story, StoryError, from_text, to_text
+from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.world.schedule import Judged
+
+PLAYED: Mapping[str, Scenario] = {**WORKLOADS, **SCENARIOS}
+SCHEDULES_OF_SHARD = (
+    10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
+)
+EXIT_FOUND = 1
+
+
+def find(name: str) -> Scenario:
+    """A scenario or workload of the library, or of a file."""
+    return scenario_of(name) if is_file(name) else PLAYED[name]
+
+
+def main(argv: list[str]) -> int:
+    """Exit status: 1 if a schedule broke an invariant."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.replay is not None:
+        return _replayed(parser, options.replay)
+    if options.scenario is None:
+        parser.error("name a SCENARIO, or a story to --replay")
+    judged = _judged(parser, options)
+    campaign = Campaign(
+        _told(judged), options.strategy, options.schedules, options.seed, shard=SCHEDULES_OF_SHARD
+    )
+    try:
+        ended = run_campaign(
+            campaign,
+            partial(_begin, judged),
+            workers=options.workers,
+            seconds=options.seconds,
+            failures_max=1,
+            progress=_show if sys.stderr.isatty() else lambda progress: None,
+        )
+    except CampaignRefused as refused:
+        print(f"qemu-shim: {refused}", file=sys.stderr)
+        return EXIT_USAGE
+    tally = ended.tally
+    counted = f"{tally.schedules:,} schedules by {options.strategy}, {len(tally.traces):,} traces"
+    covered = f"{len(tally.covered):,} transitions and races, {len(tally.found):,} failed"
+    print(f"{_told(judged)}: {counted}, {covered}")
+    if tally.summary:
+        print(tally.summary)
+    if tally.found:
+        _report(judged, options.strategy, tally.found[0], options.story)
+        return EXIT_FOUND
+    return EXIT_INTERRUPTED if ended.why == "interrupted" else 0
+
+
+def _begin(judged: Judged) -> RunOne:
+    """In each process: what daemons log is nobody's here."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    return judged()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qemu-shim sim", description="A scenario in one process, under schedules that are chosen."
+    )
+    parser.add_argument("scenario", nargs="?", metavar="SCENARIO | FILE.py", help="or a workload")
+    parser.add_argument("--design", choices=tuple(DESIGNS), default=SHARED.name)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the strategy")
+    parser.add_argument("--schedules", type=int, default=200, metavar="N")
+    parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
+    parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
+    parser.add_argument("--plant", choices=tuple(PLANTED), metavar="ID", help="with a bug put in")
+    parser.add_argument("--param", action="append", default=[], metavar="NAME=N", help="of the scenario")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+    parser.add_argument("--story", type=Path, metavar="FILE", help="where to write a failure's story")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="play a story")
+    return parser
+
+
+def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Judged:
+    name = options.scenario
+    if not is_file(name) and name not in PLAYED:
+        parser.error(f"no scenario is called {name!r}; there are {', '.join(PLAYED)}")
+    scenario = find(name)
+    if options.design not in scenario.playable:
+        parser.error(
+            f"{name} cannot be played on design {options.design}; it can on {', '.join(scenario.playable)}"
+        )
+    params = {}
+    for given in options.param:
+        param, _, value = given.partition("=")
+        if param not in scenario.params or not value.isdigit():
+            parser.error(f"--param {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
+        params[param] = int(value)
+    return Judged(find, name, options.design, params=params, plant=options.plant or "")
+
+
+def _told(judged: Judged) -> str:
+    """As a story has it."""
+    return " ".join([judged.scenario, *(f"{name}={value}" for name, value in judged.params.items())])
+
+
+def _show(progress: Progress) -> None:
+    print(f"\r{progress.line()}", end="", file=sys.stderr, flush=True)
+
+
+def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> None:
+    end = found.result
+    print(f"FAILED: {end.invariant}: {end.sentence}")
+    words = [f"--design {judged.design}", f"--strategy {strategy}", f"--seed {found.seed}"]
+    words += [f"--schedules {found.schedule}", *(f"--param {name}={n}" for name, n in judged.params.items())]
+    words += [f"--plant {judged.plant}"] if judged.plant else []
+    print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
+    shrunk, replays = smallest(_begin(judged), found)
+    answers = sum(map(bool, shrunk.answers))
+    print(f"its story, {answers} answers that are not the default (after {replays} replays):")
+    text = to_text(
+        Story(
+            _told(judged),
+            judged.design,
+            judged.seed,
+            shrunk.answers,
+            shrunk.trace,
+            judged.plant,
+            end.invariant,
+        )
+    )
+    print(text, end="")
+    if story is not None:
+        story.write_text(text, encoding="utf-8")
+        print(f"replay: qemu-shim sim --replay {story}")
+
+
+def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
+    try:
+        story = from_text(path.read_text(encoding="utf-8"))
+    except (StoryError, OSError) as error:
+        parser.error(f"--replay {path}: {error}")
+    name, *given = story.scenario.split()
+    params = {param: int(value) for param, _, value in (word.partition("=") for word in given)}
+    judged = Judged(find, name, story.design, story.seed, params, story.plant)
+    replay = Replay(story.answers)
+    recorded = Recorded(_Noted(replay), steps=True)
+    end = _begin(judged)(recorded)
+    taken = recorded.strategy
+    assert isinstance(taken, _Noted)
+    print(draw(rows_of(recorded.steps, taken.chosen(recorded.steps), _process_of, _text_of)), end="")
+    if recorded.trace != story.trace:
+        print("the trace is another one: the code is not what it was when the story was written")
+    print(f"{end.invariant}: {end.sentence}" if end.invariant else "all invariants held")
+    return EXIT_FOUND if end.invariant else 0
+
+
+class _Noted:
+    """Strategy: a replay that remembers which options it took against the default."""
+
+    watches = False
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._against: list[Option] = []
+
+    def choose(self, options: Sequence[Option]) -> int:
+        answer = self._replay.choose(options)
+        if answer:
+            self._against.append(options[answer])
+        return answer
+
+    def took(self, step: Option) -> None: ...
+
+    def ended(self, failed: bool) -> bool:
+        return False
+
+    def chosen(self, steps: list[Option]) -> list[int]:
+        """Where in `steps` they were taken."""
+        found, at = [], 0
+        for option in self._against:
+            while at < len(steps) and (steps[at].actor, steps[at].label) != (option.actor, option.label):
+                at += 1
+            found.append(at)
+            at += 1
+        return [place for place in found if place < len(steps)]
+
+
+def _process_of(actor: str) -> str:
+    return actor.partition("<")[0].partition("/")[0]
+
+
+def _text_of(step: Option) -> str:
+    _, _, source = step.actor.partition("<")
+    return f"{step.label} {source}".strip()
