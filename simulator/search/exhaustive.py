@@ -122,6 +122,8 @@ class Exhaustive:
             self.pruned += 1
         else:
             self.traces += 1
+        for state in self._path[len(self._run.steps) :]:  # the run ended in the middle of its last step
+            state.explored[state.taken] = frozenset()
         self._seek_races()
         while self._path:
             if following := self._path[-1].unexplored():

@@ -252,7 +252,7 @@ class World:
         me = self._running
         if me is None or self._closed:
             return
-        me.standing = Option(me.name, label, touches)
+        me.standing = Option(me.name, label, touches | {Touch(("process", me.name), True)})
         self._switch(me)
 
     def pick(self, what: str, labels: Sequence[str]) -> int:
@@ -302,6 +302,7 @@ class World:
         alone = self._is_alone(me)
         touches: set[Touch] = set()
         if self._strategy.watches:
+            touches.add(Touch(("process", me.name), True))
             touches.update(Touch(("word", memory.name, word), writes) for word in range(first, end))
         if alone:
             self.journal.add(f"{me.name} {told}")
