@@ -51,6 +51,10 @@ class _State:
     def offers(self, actor: str) -> bool:
         return any(option.actor == actor for option in self.options)
 
+    def is_inside(self) -> bool:
+        """Of a step: only how it goes on is asked for."""
+        return len(self.options) > 1 and len({option.actor for option in self.options}) == 1
+
     def unexplored(self) -> list[Key]:
         wanted = [_key(option) for option in self.options if option.actor in self.wanted]
         return [key for key in wanted if key not in self.explored and key not in self.asleep]
@@ -93,11 +97,13 @@ class Exhaustive:
             raise UnrepeatableError(f"step {place} is {_key(step)}, in an earlier run {state.taken}")
         self.transitions += _key(step) not in state.explored
         state.explored[_key(step)] = step.touches
+        for part in self._path[self._begin_of(place) : place]:
+            part.explored[part.taken] |= step.touches  # asleep, it is what the whole step may touch
         self._run.add(step)
 
     def _open(self, options: tuple[Option, ...]) -> bool:
         """A state not seen before.  Is there anything to do in it that is not explored elsewhere?"""
-        asleep = self._still_asleep(options)
+        asleep = self._still_asleep()
         awake = next((option for option in options if _key(option) not in asleep), None)
         if awake is None:
             self._redundant = True
@@ -105,16 +111,15 @@ class Exhaustive:
             self._path.append(_State(options, asleep, _key(awake), [awake.actor]))
         return awake is not None
 
-    def _still_asleep(self, options: tuple[Option, ...]) -> Asleep:
+    def _still_asleep(self) -> Asleep:
         """What had been explored before the last step was, and does not depend on that step."""
         if not self._path:
             return {}
         last, step = self._path[-1], self._run.steps[-1]
-        offered = {_key(option) for option in options}
         return {
             key: touches
             for key, touches in (last.asleep | last.explored).items()
-            if key in offered and key[0] != step.actor and not dependent(touches, step.touches)
+            if key[0] != step.actor and not dependent(touches, step.touches)
         }
 
     def ended(self, failed: bool) -> bool:
@@ -149,11 +154,9 @@ class Exhaustive:
         previous = (self._run.of_actor(step.actor) & ((1 << place) - 1)).bit_length() - 1
         offered = self._first_offer(step.actor, previous + 1, place)
         if offered > previous + 1:
-            enabler = self._run.steps[offered - 1]
-            if not dependent(enabler.touches, step.touches):
-                raise HiddenDependenceError(
-                    f"{_key(enabler)} enabled {_key(step)}; no touch of theirs says so"
-                )
+            enablers = self._run.steps[self._begin_of(offered - 1) : offered]
+            if not any(dependent(enabler.touches, step.touches) for enabler in enablers):
+                raise HiddenDependenceError(f"{_key(enablers[-1])} enabled {_key(step)}: no touch says so")
 
     def _never_taken(self) -> Iterator[Option]:
         """One option for each actor whose last offer was not taken, with all that it might have touched."""
@@ -176,14 +179,30 @@ class Exhaustive:
         while candidates:
             other = candidates.bit_length() - 1
             candidates &= ~(1 << other)
-            offered = self._first_offer(step.actor, other, place) if previous < other else None
-            if offered == other + 1:
+            begin, end = self._begin_of(other), self._end_of(other)
+            if past >> begin & 1 or begin <= previous < end:
+                continue
+            offered = self._first_offer(step.actor, begin, place) if previous < begin else None
+            if offered is not None and begin < offered <= end:
                 continue  # it was waiting for just that
-            self._want(other, step, place)
-            if offered == other:
-                candidates &= ~self._run.before[other]  # they show when these two are the other way round
+            self._want(begin, step, place)
+            if offered == begin:
+                candidates &= ~self._run.before[begin]  # they show when these two are the other way round
             # Else it cannot be told whether it could have come before `other`: the lock it takes next may
             # be the one that `other` gives back.  Then those before `other` count as well.
+
+    def _begin_of(self, place: int) -> int:
+        """Where the step began that goes on, at `place`, in one of several ways: nobody comes between."""
+        while place and self._path[place].is_inside():
+            place -= 1
+        return place
+
+    def _end_of(self, place: int) -> int:
+        """Behind the step that `place` belongs to."""
+        place += 1
+        while place < len(self._run.steps) and self._path[place].is_inside():
+            place += 1
+        return place
 
     def _first_offer(self, actor: str, since: int, place: int) -> int:
         return next((state for state in range(since, place) if self._path[state].offers(actor)), place)

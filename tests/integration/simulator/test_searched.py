@@ -14,10 +14,10 @@ import trio
 from protocol.rpc import loop
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Scenario
 from qemu_shim.vmm.designs import DESIGNS
+from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive, HiddenDependenceError
 from simulator.search.option import Option, Touch
 from simulator.search.replay import Recorded
-from simulator.search.window import Window
 from simulator.world.scheduler import Stopped, World
 from simulator.world.system import play
 
@@ -32,16 +32,16 @@ def _answers_take_longer_than_the_client_waits(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loop, "POLL_S", 0.0)
 
 
-def story(window: Window) -> Scenario:
+def story(excerpt: Excerpt) -> Scenario:
     async def play_it(ctx: Context) -> None:
         guest = await ctx.boot()
         await guest.add_slot(MIB, GPA)
         await guest.write(GPA, bytes(PAGE_SIZE))
-        window.open()
+        excerpt.open()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guest.queue.memmove, GPA + PAGE_SIZE, GPA, PAGE_SIZE)
             await guest.discard(GPA)
-        window.close()
+        excerpt.close()
 
     return Scenario(name="smallest", summary="", play=play_it)
 
@@ -49,14 +49,14 @@ def story(window: Window) -> Scenario:
 def searched(design: str, runs: int) -> Iterator[Recorded]:
     """Each run that was not pruned."""
     search = Recorded(Exhaustive())
-    window = Window(search)
+    excerpt = Excerpt(search)
     for _ in range(runs):
         try:
-            assert play(story(window), DESIGNS[design], window).problems == []
+            assert play(story(excerpt), DESIGNS[design], excerpt).problems == []
             yield search
         except Stopped:
             pass
-        assert window.ended(False), "it has come to an end"
+        assert excerpt.ended(False), "it has come to an end"
 
 
 @pytest.mark.parametrize("design", SMALL)

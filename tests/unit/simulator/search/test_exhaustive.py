@@ -62,6 +62,7 @@ IN_PROCESSES = st.one_of(
     IN_HANDLERS,
     st.builds(lambda channel: (Op("send", channel),), CHANNELS),
     st.builds(lambda word, channel: (Op("store_send", word, 1, to=channel),), WORDS, CHANNELS),
+    st.builds(lambda word, other: (Op("store_pick", word, 2, to=other),), WORDS, WORDS),
 )
 
 
@@ -111,16 +112,19 @@ class _AdjacentOnly(Exhaustive):
 class _SleepsForEver(Exhaustive):
     """A sleep set that no dependent step empties."""
 
-    def _still_asleep(self, options: tuple[Option, ...]) -> dict[tuple[str, str], frozenset[Touch]]:
-        if not self._path:
-            return {}
-        last = self._path[-1]
-        offered = {(option.actor, option.label) for option in options}
-        return {key: touches for key, touches in (last.asleep | last.explored).items() if key in offered}
+    def _still_asleep(self) -> dict[tuple[str, str], frozenset[Touch]]:
+        return self._path[-1].asleep | self._path[-1].explored if self._path else {}
+
+
+class _NobodyComesBetween(Exhaustive):
+    """Where a step goes on in one of several ways, only what could come right there is thought of."""
+
+    def _begin_of(self, place: int) -> int:
+        return place
 
 
 class _NeverSleeps(Exhaustive):
-    def _still_asleep(self, options: tuple[Option, ...]) -> dict[tuple[str, str], frozenset[Touch]]:
+    def _still_asleep(self) -> dict[tuple[str, str], frozenset[Touch]]:
         return {}
 
 
@@ -132,9 +136,12 @@ class _FirstRunOnly(Exhaustive):
             super()._seek_races()
 
 
-@pytest.mark.parametrize(
-    "search", [_WantsNothing, _AdjacentOnly, _SleepsForEver, _NeverSleeps, _FirstRunOnly]
+MISTAKES = (
+    *(_WantsNothing, _AdjacentOnly, _SleepsForEver, _NobodyComesBetween, _NeverSleeps, _FirstRunOnly),
 )
+
+
+@pytest.mark.parametrize("search", MISTAKES)
 def test_a_mistake_in_the_search_is_found(search: Callable[[], Exhaustive]) -> None:
     assert any(complaint(program, search()) for program, _ in PROGRAMS.values())
 

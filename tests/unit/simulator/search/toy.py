@@ -16,12 +16,12 @@ from simulator.search.option import STOP, Option, Strategy, Touch, dependent
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: `what` is load, store, skip_if_zero, send, store_send, lock, unlock or pick."""
+    """`what`: load, store, skip_if_zero, send, store_send, store_pick, lock, unlock or pick."""
 
     what: str
     on: str = ""
     value: int = 0  # to store; how many operations to skip; of how many to pick
-    to: str = ""  # store_send: the channel, however full
+    to: str = ""  # store_send: the channel, however full; store_pick: the word what is picked goes to
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,15 @@ class ToyMachine:
         self.waiting = dict.fromkeys(program.channels, 0)
         self.picked: list[int] = []
         self.running = ""
+        self.inside: tuple[str, Op] | None = None  # of a step that goes on in one of several ways, at once
         self.seen: list[tuple[str, str, int]] = []  # process, word, value: what a judge looks at
 
     def options(self) -> list[Option]:
         """Who took the last step may stay; behind it processes, then channels, in order."""
+        if self.inside:
+            name, op = self.inside
+            ways = range(op.value)
+            return [Option(name + "/pick", f"{op.to} {way}", _touched((name, True))) for way in ways]
         found = []
         for name, ops in self.left.items():
             if ops and self._may(name, ops[0]):
@@ -75,7 +80,7 @@ class ToyMachine:
                 return [Option(name, label, _touched(own, (op.on, False)))]
             case "store" | "lock" | "unlock" | "send":
                 return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
-            case "store_send":  # that it sends as well is told afterwards
+            case "store_send" | "store_pick":  # that it sends as well is told afterwards
                 return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
             case "pick":
                 return [Option(name, f"{label} {value}", _touched(own)) for value in range(op.value)]
@@ -84,6 +89,10 @@ class ToyMachine:
     def take(self, option: Option) -> Option:
         """Takes the step; returns it with all it touched."""
         self.running = option.actor
+        if self.inside:
+            (name, op), self.inside = self.inside, None
+            self.words[op.to] = int(option.label.split()[-1])
+            return Option(option.actor, option.label, option.touches | _touched((op.to, True)))
         if option.actor in self.program.channels:
             channel = self.program.channels[option.actor]
             self.waiting[option.actor] -= 1
@@ -100,6 +109,9 @@ class ToyMachine:
                 self.words[op.on] = op.value
                 self.waiting[op.to] += 1
                 return Option(name, option.label, option.touches | _touched((op.to, True)))
+            case "store_pick":
+                self.words[op.on] = 1
+                self.inside = name, op
             case "skip_if_zero":
                 if not self.loaded[name]:
                     del self.left[name][: op.value]
@@ -253,6 +265,10 @@ PROGRAMS: dict[str, tuple[Program, int]] = {
             {"c": ToyChannel("C", (Op("load", "x"),), capacity=1)},
         ),
         2,
+    ),
+    "two ways to go on within a step": (
+        Program({"A": (Op("store_pick", "x", 2, to="y"),), "B": (Op("store", "y", 7), Op("load", "x"))}),
+        6,
     ),
     "two ways to go on": (Program({"A": (Op("pick", "", 3), Op("pick", "", 2)), "B": (Op("load", "x"),)}), 6),
     "a word that only the bad schedule touches": (

@@ -1,14 +1,14 @@
-"""A window: what is outside is by default and unheard of, what is inside is searched in full."""
+"""An excerpt: what is outside is by default and unheard of, what is inside is searched in full."""
 
 from __future__ import annotations
 
 import pytest
 
+from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.option import Option
 from simulator.search.replay import Recorded
 from simulator.search.walk import RandomWalk
-from simulator.search.window import Window
 from tests.unit.simulator.search.toy import PROGRAMS, Op, Program, ToyMachine, play
 
 BUFFERING, TRACES = PROGRAMS["store buffering"]
@@ -16,22 +16,22 @@ BEFORE, BEHIND = Op("store", "before", 1), Op("store", "behind", 1)
 STORY = Program({name: (BEFORE, *ops, BEHIND) for name, ops in BUFFERING.processes.items()})
 
 
-def play_story(window: Window) -> list[Option]:
+def play_story(excerpt: Excerpt) -> list[Option]:
     """Opens when both are past the first store, closes when all is done but the last two."""
 
     def judge(machine: ToyMachine) -> bool:
         left = [len(ops) for ops in machine.left.values()]
         if max(left) == 3 and sum(left) == 6:
-            window.open()
+            excerpt.open()
         if sum(left) == 2:
-            window.close()
+            excerpt.close()
         return False
 
-    return play(STORY, window, judge).steps
+    return play(STORY, excerpt, judge).steps
 
 
-class _BothFirst(Window):
-    """Outside, whoever has more left goes on: both come to the window's edge."""
+class _BothFirst(Excerpt):
+    """Outside, whoever has more left goes on: both come to the edge of the excerpt."""
 
     def choose(self, options: list[Option]) -> int:  # type: ignore[override]
         if not self._open and "before" in options[-1].label:
@@ -41,11 +41,11 @@ class _BothFirst(Window):
 
 def test_inside_every_trace_is_run() -> None:
     search = Exhaustive()
-    window = _BothFirst(search)
+    excerpt = _BothFirst(search)
     runs = []
     while True:
-        runs.append(play_story(window))
-        if not window.ended(False):
+        runs.append(play_story(excerpt))
+        if not excerpt.ended(False):
             break
     assert search.traces == TRACES
     assert len(runs) == TRACES + search.pruned
@@ -56,23 +56,23 @@ def test_inside_every_trace_is_run() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_outside_all_is_by_default_and_nothing_is_heard(seed: int) -> None:
     recorded = Recorded(RandomWalk(seed), steps=True)
-    never = Window(recorded)
-    assert play(STORY, never).steps == play(STORY, Window(RandomWalk(seed + 1))).steps
+    never = Excerpt(recorded)
+    assert play(STORY, never).steps == play(STORY, Excerpt(RandomWalk(seed + 1))).steps
     assert recorded.steps == []
     assert recorded.answers == ()
 
 
 def test_the_step_under_way_belongs_to_what_was_before() -> None:
     recorded = Recorded(RandomWalk(0), steps=True)
-    window = Window(recorded)
+    excerpt = Excerpt(recorded)
     one, two, three = (Option(name, "") for name in "ABC")
-    window.choose([one, two])
-    window.open()
-    window.took(one)
-    window.choose([two, three])
-    window.close()
-    window.took(two)
-    window.took(three)
+    excerpt.choose([one, two])
+    excerpt.open()
+    excerpt.took(one)
+    excerpt.choose([two, three])
+    excerpt.close()
+    excerpt.took(two)
+    excerpt.took(three)
     assert recorded.steps == [two]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from simulator.search.option import Option, Strategy
 
 
-class Window:
+class Excerpt:
     """Strategy: `inner`, while open.  A step under way when it opens or closes belongs to the time before."""
 
     def __init__(self, inner: Strategy) -> None:
