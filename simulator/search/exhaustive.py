@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from simulator.search.causality import Causality
-from simulator.search.option import STOP, Option, Touch, dependent
+from simulator.search.option import STOP, Option, Touch, dependent, exclusive, is_within
 
 Key = tuple[str, str]
 Asleep = dict[Key, frozenset[Touch]]
@@ -31,11 +31,21 @@ class UnrepeatableError(Exception):
 
 
 class HiddenDependenceError(Exception):
-    """A step enabled another one, and they touch nothing in common: the scheduler keeps a touch to itself."""
+    """A step enabled another one, and they touch nothing in common; or what cannot be on offer together is:
+    the scheduler does not keep what `option.py` asks of it.
+    """
 
 
 def _key(option: Option) -> Key:
     return option.actor, option.label
+
+
+def _hold_to_names(options: Sequence[Option]) -> None:
+    """No process is on offer beside a delivery to it."""
+    actors = {option.actor for option in options}
+    receivers = {actor.partition("<")[0] for actor in actors if "<" in actor}
+    if both := receivers & actors:
+        raise HiddenDependenceError(f"{min(both)} has a step to take, and deliveries to it are on offer")
 
 
 @dataclass(slots=True)
@@ -53,7 +63,7 @@ class _State:
 
     def is_inside(self) -> bool:
         """Of a step: only how it goes on is asked for."""
-        return len(self.options) > 1 and len({option.actor for option in self.options}) == 1
+        return is_within(self.options[0].actor)
 
     def unexplored(self) -> list[Key]:
         wanted = [_key(option) for option in self.options if option.actor in self.wanted]
@@ -83,6 +93,7 @@ class Exhaustive:
         if self._redundant or (place == len(self._path) and not self._open(tuple(options))):
             return STOP
         state = self._path[place]
+        _hold_to_names(options)
         keys = [_key(option) for option in options]
         if keys != [_key(option) for option in state.options]:
             raise UnrepeatableError(f"step {place} can be {keys}, in an earlier run {state.options}")
@@ -182,6 +193,8 @@ class Exhaustive:
             begin, end = self._begin_of(other), self._end_of(other)
             if past >> begin & 1 or begin <= previous < end:
                 continue
+            if exclusive(self._run.steps[begin].actor, step.actor):
+                continue  # while the one stood there, the other could not come
             offered = self._first_offer(step.actor, begin, place) if previous < begin else None
             if offered is not None and begin < offered <= end:
                 continue  # it was waiting for just that

@@ -46,6 +46,10 @@ class Option:
     that may go on in several ways (receive one frame or two) has an option for each, with labels of their
     own.  `actor` and `label` are the same whenever the same step comes again: no address, fd number or
     time.
+
+    Deliveries to the process (or thread) `X` are called `X<...`: it takes them when it has no step of its own
+    to take, so that no state offers both (`exclusive`).  A step of its, or a delivery, that is asked in the
+    middle how to go on (which flow first) is called `X/...` there: nobody else is on offer (`is_within`).
     """
 
     actor: str
@@ -70,6 +74,16 @@ class Strategy(Protocol):
 
         Called by whoever runs schedules one after the other, not by the scheduler.
         """
+
+
+def exclusive(one: str, other: str) -> bool:
+    """Are they a process and a delivery to it?  Their steps are never on offer together."""
+    return one.startswith(f"{other}<") or other.startswith(f"{one}<")
+
+
+def is_within(actor: str) -> bool:
+    """Does it go on with the step before, so that nobody comes between?"""
+    return "/" in actor.partition("<")[0]
 
 
 def dependent(one: frozenset[Touch], other: frozenset[Touch]) -> bool:

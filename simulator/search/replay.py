@@ -67,6 +67,7 @@ class Recorded:
         self._answers: list[int] = []
         self._trace = Fingerprint()
         self.steps: list[Option] = []
+        self.against: list[int] = []  # of `steps`, the places of those taken against the default
         self.stopped = self._over = False
 
     @property
@@ -86,6 +87,8 @@ class Recorded:
             self.stopped = True
         else:
             self._answers.append(answer)
+            if answer and self._keep:
+                self.against.append(len(self.steps))
         return answer
 
     def took(self, step: Option) -> None:

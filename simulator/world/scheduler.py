@@ -366,7 +366,7 @@ def _deliveries(thread: SimThread) -> Iterator[Candidate]:
             touches = frozenset({state, Touch(("channel", name.rstrip("'")), True)})
             yield Candidate(Option(f"{thread.name}<{name}", "is told", touches), thread, (fd, what))
     if thread.is_woken is not None and thread.is_woken():
-        yield Candidate(Option(thread.name, "is woken", frozenset({state})), thread)
+        yield Candidate(Option(f"{thread.name}<woken", "is woken", frozenset({state})), thread)
 
 
 def _timer(thread: SimThread) -> Option:

@@ -178,6 +178,11 @@ def test_a_scheduler_that_keeps_a_touch_to_itself_is_found_out() -> None:
         search.ended(False)
 
 
+def test_a_process_is_not_on_offer_beside_a_delivery_to_it() -> None:
+    with pytest.raises(HiddenDependenceError, match="kvmd has a step to take"):
+        Exhaustive().choose([Option("kvmd", "store"), Option("kvmd<mm", "deliver")])
+
+
 def test_what_was_on_offer_to_the_end_could_have_come_before() -> None:
     """A fault that is not injected by default: it conflicts with the step it would have preceded."""
     store = Option("A", "store x", frozenset({Touch("x", True)}))

@@ -82,6 +82,19 @@ def test_every_strategy_reaches_every_end_of_a_small_program(name: str) -> None:
     assert strategy.summary()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_against_the_default_are_marked(seed: int) -> None:
+    recorded = Recorded(RandomWalk(seed), steps=True)
+    run = play(WINDOW, recorded)
+    assert recorded.steps == run.steps
+    machine, against = ToyMachine(WINDOW), []
+    for place, step in enumerate(run.steps):
+        if (options := machine.options())[0] != step:
+            against.append(place)
+        machine.take(next(option for option in options if option.actor == step.actor))
+    assert recorded.against == against
+
+
 def test_answers_that_do_not_fit_become_the_default_and_are_counted() -> None:
     default = play(BUFFERING, Replay(()))
     damaged = Replay([0, 9, 0, 0, 0, 0, 0, 1])

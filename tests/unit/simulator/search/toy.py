@@ -64,7 +64,8 @@ class ToyMachine:
                 found += self._options_of(name, ops[0])
         for name, channel in self.program.channels.items():
             if self.waiting[name] and not self.left[channel.receiver]:
-                found.append(Option(name, "deliver", _touched((name, True), (channel.receiver, True))))
+                touches = _touched((name, True), (channel.receiver, True))
+                found.append(Option(f"{channel.receiver}<{name}", "deliver", touches))
         return sorted(found, key=lambda option: option.actor != self.running)
 
     def _may(self, name: str, op: Op) -> bool:
@@ -93,10 +94,11 @@ class ToyMachine:
             (name, op), self.inside = self.inside, None
             self.words[op.to] = int(option.label.split()[-1])
             return Option(option.actor, option.label, option.touches | _touched((op.to, True)))
-        if option.actor in self.program.channels:
-            channel = self.program.channels[option.actor]
-            self.waiting[option.actor] -= 1
-            self.left[channel.receiver] = list(channel.handler)
+        receiver, _, name = option.actor.partition("<")
+        if name:
+            channel = self.program.channels[name]
+            self.waiting[name] -= 1
+            self.left[receiver] = list(channel.handler)
             return option
         name, op = option.actor, self.left[option.actor].pop(0)
         match op.what:
