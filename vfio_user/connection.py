@@ -14,6 +14,7 @@ import array
 import select
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EIO
 from typing import Final
 
@@ -50,9 +51,9 @@ class ClientConnection:
         self._sock = sock
         self._fd = sock.fileno()
         self._on_close = on_close
-        fds = ReceivedFds(loop.kernel)
-        self._stream = MessageStream(fds.close)
-        self._session = ClientSession(function, fds, self._refused)
+        self._fds = ReceivedFds(loop.kernel)
+        self._stream = MessageStream(self._fds.close)
+        self._session = ClientSession(function, self._fds, self._refused)
         self._out, self._out_fds = memoryview(b""), tuple[int, ...]()
         self._busy = False
         self._lost = False
@@ -98,10 +99,13 @@ class ClientConnection:
         for level, kind, raw in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+        if flags & socket.MSG_CTRUNC:  # before the stream has them: this one may complete a message
+            for fd in fds:
+                self._fds.close(fd)
+            self._end(f"more than {MAX_MSG_FDS} fds came at once, or there is no room for them", blame=True)
+            return False
         try:
             message = self._stream.feed(bytes(buffer[:count]), fds)
-            if flags & socket.MSG_CTRUNC:
-                raise PeerError(f"more than {MAX_MSG_FDS} fds came at once, or there is no room for them")
         except PeerError as error:
             self._end(str(error), blame=True)
             return False
@@ -180,6 +184,8 @@ class ClientConnection:
         self._lost = True
         (log.warning if blame else log.info)("client ends", reason=reason)
         self._loop.unregister(self._fd)
+        with suppress(OSError):  # the client is gone already
+            self._sock.shutdown(socket.SHUT_RDWR)  # at once; what it left in the queue is closed when it may
         self._loop.kernel.close_received(self._sock.detach())
         self._stream.close()
         if not self._busy:

@@ -20,7 +20,16 @@ from tests.kit.daemons import until
 from tests.patience import PATIENCE_S
 from tests.vfio_user import messages
 from tests.vfio_user.fuzz import BESIDE, MUTATIONS
-from tests.vfio_user.messages import EVENTFDS, Sent, dma_map, qemu_boot, region_write, set_irqs, version
+from tests.vfio_user.messages import (
+    EVENTFDS,
+    Sent,
+    dma_map,
+    get_info,
+    qemu_boot,
+    region_write,
+    set_irqs,
+    version,
+)
 from tests.vfio_user.serve_plain import BUG, DOORBELL
 from tests.vfio_user.socket_client import SocketClient, memory
 
@@ -199,6 +208,21 @@ def test_a_damaged_header_ends_that_client_and_no_other(server: PlainServer, bre
     assert client.is_hung_up_on()
     client.close()
     server.client().close()
+
+
+@pytest.mark.parametrize(
+    "sent", [messages.device_reset(), get_info(), dma_map(0, 4096)], ids=["0", "16", "32"]
+)
+def test_more_fds_than_a_message_may_have_end_the_client_and_are_closed(
+    server: PlainServer, sent: Sent
+) -> None:
+    client = server.client()
+    fds = [memory(4096) for _ in range(20)]
+    client.send(Sent(sent.data, 20), fds)
+    for fd in fds:
+        os.close(fd)
+    assert client.is_hung_up_on()
+    client.close()
 
 
 def test_a_client_that_begins_with_anything_but_a_version_is_hung_up_on(server: PlainServer) -> None:

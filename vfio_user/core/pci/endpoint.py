@@ -107,7 +107,6 @@ class PciEndpoint:
     async def reset(self) -> None:
         await self._silicon.reset()
         self.config.reset()
-        self.msix.reset()
         for window in self._windows:
             window.registers.reset()
 

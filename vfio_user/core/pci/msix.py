@@ -62,8 +62,3 @@ class Msix:
         self.pending.store("Pending", waiting if event is not None else waiting | mask)
         if event is not None:
             event.signal()
-
-    def reset(self) -> None:
-        """The eventfds are the client's, and stay."""
-        self.table.reset()
-        self.pending.reset()
