@@ -23,7 +23,7 @@ from tests.awaits.graph import Graph, Node, awaits_in, parameters
 from tests.awaits.values import Values
 from tests.tidy.source import Module, modules, product
 
-CORES = ("kvmd", "iommufdd", "device_sim")
+CORES = ("kvmd", "iommufdd", "device_sim", "vfio_user")
 ASKED = "asked"
 NAME = r"(?:each )?[A-Za-z_]\w*"
 CLAUSE = re.compile(

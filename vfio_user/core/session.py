@@ -78,11 +78,12 @@ class ClientSession:
         self._irqs = Irqs(function)
 
     async def handle(self, message: ClientMessage) -> MessageAnswer | None:
-        """PeerError: the client has not begun as it must."""
+        """The next when the one before is answered.  PeerError: the client has not begun as it must."""
         try:
             if not self._greeted:
                 answer = self._greet(message)
             else:
+                # await: message: cannot change: the caller's own; one message at a time
                 answer = await self._perform(message)
         except UapiError as error:
             self._refused(error)
@@ -115,6 +116,7 @@ class ClientSession:
             raise UapiError(EINVAL, f"command {message.command} is none of a client's")
         if message.fds and message.command not in self._WITH_FDS:
             raise UapiError(EINVAL, f"{len(message.fds)} fds came with command {message.command}")
+        # await: message, asked: cannot change: as in `handle`; what a server offers is constant
         answer = await perform(self, message)
         return answer if isinstance(answer, MessageAnswer) else MessageAnswer(reply_to(message, answer))
 
@@ -129,6 +131,7 @@ class ClientSession:
         check_window(window)
         self.windows.add(window)
         try:
+            # await: message, window, asked: cannot change: one message at a time, so the table is this one's
             await self._function.map(window)
         except UapiError:
             self.windows.remove(window)
@@ -139,6 +142,7 @@ class ClientSession:
     async def _dma_unmap(self, message: ClientMessage) -> bytes:
         asked = DmaUnmap.from_body(message.body)
         for window in self.windows if asked.everything else [self.windows.find(asked.start, asked.size)]:
+            # await: message, each window: cannot change: one message at a time, so nobody else unmaps one
             await self._unmap(window)
         return message.body
 
@@ -197,6 +201,7 @@ class ClientSession:
     async def _region_read(self, message: ClientMessage) -> bytes:
         access = RegionAccess.read_from(message.body)
         self._check(access)
+        # await: access: cannot change: made of this message, and constant
         data = await self._function.read(access.region, access.offset, access.length)
         assert len(data) == access.length, f"{len(data)} bytes read, {access.length} were asked for"
         return access.answer(data)
@@ -204,6 +209,7 @@ class ClientSession:
     async def _region_write(self, message: ClientMessage) -> bytes:
         access = RegionAccess.write_from(message.body)
         self._check(access, write=True)
+        # await: access: cannot change: made of this message, and constant
         await self._function.write(access.region, access.offset, access.data)
         return access.answer()
 
@@ -214,12 +220,14 @@ class ClientSession:
         for access in accesses:  # all of them, before the first is made
             self._check(access, write=True)
         for access in accesses:
+            # await: accesses, each access, asked: cannot change: made of this message; an agreement stays
             await self._function.write(access.region, access.offset, access.data)
         return records.writes_answer(len(accesses))
 
     async def _reset(self, message: ClientMessage) -> bytes:
         if message.body:
             raise UapiError(EINVAL, f"DEVICE_RESET: {len(message.body)} bytes, not 0")
+        # await: asked: cannot change: the body of this message
         await self._function.reset()
         return b""
 
