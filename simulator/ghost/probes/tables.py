@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.io_pagetable import IoPageTable
 from kvmd.core.mm.frames import Frames
 from kvmd.core.tables.flush import Flusher
@@ -17,6 +18,7 @@ from protocol.units import (
     PAGE_SHIFT,
     WHOLE_SIZE,
     GfnSpan,
+    Gpa,
     Hpa,
     Iova,
     Level,
@@ -126,5 +128,17 @@ async def _flush(watch: Watch, original: Any, flusher: Flusher, span: GfnSpan | 
 async def _forget(watch: Watch, original: Any, hwpt: Hwpt, start: Iova, size: int) -> None:
     issued = watch.ghost.issues()
     await original(hwpt, start, size)
+    _acked(watch, hwpt, start, size, issued)
+
+
+@seams.around(HwptKvm, "invalidate")
+async def _invalidate(watch: Watch, original: Any, hwpt: HwptKvm, start: Gpa, size: int, epoch: int) -> None:
+    """Its end is the ack, however it came about."""
+    issued = watch.ghost.issues()
+    await original(hwpt, start, size, epoch)
+    _acked(watch, hwpt, start, size, issued)
+
+
+def _acked(watch: Watch, hwpt: Hwpt, start: int, size: int, issued: int) -> None:
     end = EVERYTHING if size == WHOLE_SIZE else -(-(start + size) >> PAGE_SHIFT)
     watch.ghost.acked(hwpt.domain.root, start >> PAGE_SHIFT, end, issued)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
@@ -28,6 +29,7 @@ def watching(ghost: Ghost) -> Iterator[Watch]:
 
 
 def _wrapped(watch: Watch, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
+    @wraps(original)
     def method(*args: Any, **named: Any) -> Any:
         return around(watch, original, *args, **named)
 
