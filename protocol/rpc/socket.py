@@ -37,7 +37,11 @@ class Listener:
         self._on_connect = on_connect
         self._sock = self._kernel.listen(path, mode)
         self._spare = self._spare_place()  # to turn peers away with when our fd table is full
-        loop.register(self._sock.fileno(), self._accept)
+        try:
+            loop.register(self._sock.fileno(), self._accept)
+        except OSError:
+            self._give_up()
+            raise
 
     def _accept(self, _: int) -> None:
         if self._spare is None:  # the first place that is free again: nobody is served without one
@@ -74,6 +78,9 @@ class Listener:
 
     def close(self) -> None:
         self._loop.unregister(self._sock.fileno())
+        self._give_up()
+
+    def _give_up(self) -> None:
         self._sock.close()
         if self._spare is not None:
             self._kernel.close(self._spare)

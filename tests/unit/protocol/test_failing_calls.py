@@ -89,6 +89,15 @@ def test_a_connection_that_cannot_be_watched_is_hung_up_on_and_the_next_is_serve
     listener.close()
 
 
+def test_a_door_that_cannot_be_watched_leaves_neither_name_nor_fd(wire: Wires, tmp_path: Path) -> None:
+    """A name that stayed would pass for a daemon that is ready."""
+    before = open_fds()
+    failing(wire, "register")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        Listener(wire.loop, tmp_path / "door", lambda sock: None)
+    assert (list(tmp_path.iterdir()), open_fds()) == ([], before)
+
+
 def test_a_channel_that_cannot_wait_for_room_ends_alone(wire: Wires) -> None:
     channel, raw = wire.raw()
     other, peer = wire.pair()
