@@ -15,7 +15,7 @@ endif
 
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help demo test rfc check bench comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
+.PHONY: help demo test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -38,6 +38,9 @@ check: venv-dev ## ruff, formatting, mypy
 
 bench: venv-bench ## each figure with its limit and its rivals
 	$(BIN)/python -m bench
+
+torture: venv-dev ## each process killed, stopped and starved at each of its calls: hours, goes on where it was left
+	$(BIN)/python -m tests.torture
 
 comparison: venv ## all designs on all workloads, into docs/results/comparison.*
 	$(BIN)/qemu-shim compare --docs docs/results

@@ -1,0 +1,43 @@
+"""The stories that are played while somebody is struck: short ones, of each design and each kind of path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.scenarios.series.library import SCENARIOS
+from qemu_shim.study.workloads.library import WORKLOADS
+from qemu_shim.vmm.designs import SHARED
+
+
+@dataclass(frozen=True, slots=True)
+class ShortStory:
+    scenario: Scenario
+    design: str
+    params: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def argv(self) -> list[str]:
+        """As a command of `qemu-shim`."""
+        options = [
+            word for name, n in self.params.items() for word in (f"--{name.replace('_', '-')}", str(n))
+        ]
+        return [self.scenario.name, "--design", self.design, *options]
+
+
+def _dmatest(design: str) -> ShortStory:
+    return ShortStory(SCENARIOS["dmatest"], design, {"iterations": 1, "ram_mib": 64})
+
+
+STORIES: dict[str, ShortStory] = {
+    "sharing": ShortStory(SCENARIOS["sharing"], SHARED.name, {"pages": 4}),
+    "unmap": ShortStory(SCENARIOS["unmap"], SHARED.name, {"pages": 2, "rounds": 2, "workers": 1}),
+    "dmatest": _dmatest("shared"),
+    "managed": _dmatest("managed"),
+    "mirror": _dmatest("mirror"),
+    "notifier": _dmatest("notifier"),
+    "pinned": _dmatest("pinned"),
+    "balloon": ShortStory(WORKLOADS["balloon"], "mirror", {"pages": 8, "rounds": 1}),
+}
+PROOF = "sharing"  # played after each blow: does everybody serve again?

@@ -1,0 +1,210 @@
+"""A short part of the sweep, and a mistake for each judge that it must find."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.torture import judges
+from tests.torture.__main__ import again, parse
+from tests.torture.blow import PROCESSES, Aftermath, Blow, How, verdict
+from tests.torture.calls import AT, ERRNOS, FAULTS, Fault
+from tests.torture.daemons import SPECS, Spawner
+from tests.torture.holdings import Holdings, memory_of_the_dead, not_zero
+from tests.torture.order import Order
+from tests.torture.record import OtherCode, TriedBlows, table
+from tests.torture.stories import STORIES
+from tests.torture.sweep import Bounds, StruckSystem, run, sweeps
+
+SHORT = Bounds(first=7, most=1)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[StruckSystem]:
+    spawner = Spawner()
+    made = StruckSystem(spawner)
+    try:
+        yield made
+        assert not any(made.end().values())
+    finally:
+        made.end()
+        spawner.close()
+
+
+@pytest.mark.parametrize("victim", PROCESSES)
+async def test_whoever_is_struck_the_others_serve_and_nothing_is_left(
+    world: StruckSystem, victim: str
+) -> None:
+    """The whole of it is `make torture`."""
+    record = TriedBlows(None)
+    for sweep in sweeps(["sharing"], [victim], []):
+        await run(sweep, SHORT, world, record, lambda blow, outcome: None)
+    failed = {again(blow): outcome.why for blow, outcome in record.tried.items() if outcome.how is How.FAILED}
+    assert not failed
+    met = Counter(blow.fault for blow, outcome in record.tried.items() if outcome.call)
+    assert met.keys() == set(FAULTS.values())
+
+
+@pytest.mark.parametrize("victim", SPECS)
+async def test_whatever_fails_at_the_start_of_a_daemon_it_says_so_or_serves(
+    world: StruckSystem, victim: str
+) -> None:
+    record = TriedBlows(None)
+    for sweep in sweeps(["start"], [victim], [Fault.FAIL]):
+        await run(sweep, Bounds(first=7, step=13, most=3), world, record, lambda blow, outcome: None)
+    assert record.tried
+    assert [outcome.why for outcome in record.tried.values() if outcome.how is How.FAILED] == []
+
+
+PLANTED = {
+    Fault.LEAK_FD: "'fd /dev/null': 1",
+    Fault.LEAK_MEMORY: "'map /memfd:leaked (deleted)': 1",
+}
+
+
+@pytest.mark.parametrize(
+    ("victim", "fault"),
+    [*((victim, Fault.LEAK_FD) for victim in SPECS), ("iommufdd", Fault.LEAK_MEMORY)],
+)
+async def test_a_leak_is_seen(
+    world: StruckSystem, victim: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "PATIENCE_S", 0.5)
+    outcome = await world.strike(Blow("sharing", victim, fault, 3))
+    assert outcome.how is How.FAILED
+    assert f"{victim} leaks" in outcome.why
+    assert PLANTED[fault] in outcome.why
+
+
+async def test_one_who_hangs_is_named(world: StruckSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_of_patience(monkeypatch)
+    outcome = await world.strike(Blow("sharing", "iommufdd", Fault.HANG, 9))
+    assert outcome.how is How.FAILED
+    assert "the story never ends: iommufdd does not answer STATS" in outcome.why
+
+
+async def test_an_answer_that_is_lost_is_a_story_that_never_ends(
+    world: StruckSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_patience(monkeypatch)
+    outcome = await world.strike(Blow("sharing", "kvmd", Fault.SILENT, 9))
+    assert outcome.how is How.FAILED
+    assert "one owes the VMM an answer" in outcome.why
+
+
+def short_of_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("blow", "doors", "judges"):
+        monkeypatch.setattr(f"tests.torture.{module}.PATIENCE_S", 2.0)
+
+
+# -- the judges alone ------------------------------------------------------------------------------------
+
+
+def test_memory_whose_maker_is_dead_is_seen() -> None:
+    ram, queues, own = (
+        "/memfd:tdp-frames (deleted)",
+        "/memfd:dmar-queues (deleted)",
+        "/memfd:unit 0 (deleted)",
+    )
+    unit = Holdings(memory={"00:01:7": ram, "00:01:8": queues, "00:01:9": own})
+    makers = {"kvmd": Holdings(memory={"00:01:7": ram}), "iommufdd": Holdings(memory={"00:01:8": queues})}
+    assert memory_of_the_dead({"device_sim": unit, **makers}) == []
+    (found,) = memory_of_the_dead({"device_sim": unit, "iommufdd": makers["iommufdd"]})
+    assert ram in found
+    (found,) = memory_of_the_dead(
+        {"device_sim": unit, **makers, "iommufdd": Holdings(memory={"00:01:17": queues})}
+    )
+    assert queues in found
+
+
+def test_what_is_not_zero_is_named() -> None:
+    device = {"page_requests_outstanding": 2}
+    kvmd = {"vm_count": 0, "processes": 0, "frames": 3, "table_pages": 0}
+    assert not_zero("kvmd", kvmd) == {"frames": 3}
+    assert not_zero("device_sim", {"devices": {"dsa0": device}}) == {"dsa0's page requests": 2}
+
+
+def test_a_bug_is_seen_in_what_a_process_said() -> None:
+    said = "level='error' event='bug'\nTraceback (most recent call last):\n  File\nValueError: x\n"
+    assert judges.bugs(said) == ["met a bug: ValueError: x"]
+    assert judges.bugs("level='warning' event='connection ends'\n") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "how"),
+    [
+        ([], How.SURVIVED),
+        (["[ENODEV] the remapping unit is gone"], How.REFUSED),
+        (["kvmd hung up", "I6: pfn 7 written"], How.FAILED),
+        (["destination page 3 holds foreign bytes"], How.FAILED),
+        (["gpa 0x1000: 00 from byte 0 on, expected ff"], How.FAILED),
+    ],
+)
+def test_a_reason_is_no_failure_and_a_lost_byte_is(said: list[str], how: How) -> None:
+    assert verdict(said)[0] is how
+
+
+# -- orders and records ----------------------------------------------------------------------------------
+
+
+def test_an_order_befalls_the_nth_call_of_its_kind_once(tmp_path: Path) -> None:
+    driver, process = Order(tmp_path / "order"), Order(tmp_path / "order")
+    assert process.at_call("send") is Fault.NOTHING
+    driver.give(Fault.KILL_AFTER, 2)
+    calls = ["send", "recvmsg", "dup", "eventfd write", "send"]
+    assert [process.at_call(name) for name in calls] == [0, 0, 0, Fault.KILL_AFTER, 0]
+    assert driver.met == "eventfd write"
+    driver.give(Fault.FAIL, 1, errno_index=1)
+    assert driver.met is None
+    assert (process.at_call("send"), process.errno_of("send")) == (Fault.FAIL, errno.EPIPE)
+
+
+def test_every_call_can_be_died_at_and_every_one_that_can_fail_fails() -> None:
+    assert AT[Fault.KILL] == AT[Fault.STOP] == ERRNOS.keys()
+    assert all(AT[fault] <= ERRNOS.keys() for fault in AT)
+    assert all(ERRNOS[name] for name in AT[Fault.FAIL])
+
+
+def test_a_record_goes_on_where_it_was_left_and_holds_for_one_state_of_the_code(tmp_path: Path) -> None:
+    path, blow = tmp_path / "record", Blow("sharing", "kvmd", Fault.KILL, 4)
+    outcome = Aftermath("send", How.REFUSED, "kvmd hung up")
+    TriedBlows(path).add(blow, outcome)
+    with path.open("a") as file:
+        file.write('{"story": "shar')  # killed within the line
+    assert TriedBlows(path).tried == {blow: outcome}
+    assert "refused" in table({blow: outcome})
+    path.write_text(json.dumps({"code": "of yesterday"}) + "\n")
+    with pytest.raises(OtherCode, match="remove it"):
+        TriedBlows(path)
+
+
+async def test_what_the_record_has_is_not_tried_again() -> None:
+    class Nobody(StruckSystem):
+        async def strike(self, blow: Blow) -> Aftermath:
+            struck.append(blow.at)
+            return Aftermath("send" if blow.at < 4 else None, How.SURVIVED)
+
+    struck: list[int] = []
+    spawner = Spawner()
+    spawner.close()
+    (sweep,) = sweeps(["sharing"], ["kvmd"], [Fault.KILL])
+    record = TriedBlows(None)
+    record.tried[Blow("sharing", "kvmd", Fault.KILL, 2)] = Aftermath("send", How.SURVIVED)
+    await run(sweep, Bounds(), Nobody(spawner), record, lambda blow, outcome: None)
+    assert struck == [1, 3, 4], "until a run meets nothing"
+
+
+def test_the_line_that_repeats_a_blow_is_one_of_the_command() -> None:
+    line = again(Blow("sharing", "qemu_shim", Fault.KILL_AFTER, 7)).split()[3:]
+    options = parse(line)
+    assert (options.story, options.process, options.kind) == (["sharing"], ["qemu_shim"], ["kill-after"])
+    assert (options.first, options.last, options.record) == (7, 7, Path("torture.jsonl"))
+
+
+def test_every_story_is_a_command_of_the_front_door() -> None:
+    assert all(story.design in story.scenario.playable for story in STORIES.values())
