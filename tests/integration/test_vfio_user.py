@@ -161,6 +161,17 @@ def test_an_interrupt_reaches_the_eventfd_of_its_vector(server: PlainServer) -> 
     os.close(second)
 
 
+def test_an_eventfd_without_room_holds_nobody_up(server: PlainServer) -> None:
+    client = server.client()
+    full = os.eventfd(0)  # a blocking one
+    os.eventfd_write(full, (1 << 64) - 2)
+    assert client.ask(set_irqs(EVENTFDS, 0, 1, fds=1), [full])[0] == 0
+    assert client.ask(region_write(2, DOORBELL, bytes(8)))[0] == 0
+    assert client.ask(get_info())[0] == 0
+    client.close()
+    os.close(full)
+
+
 def test_what_is_no_eventfd_is_refused_and_closed(server: PlainServer) -> None:
     client = server.client()
     ram = memory(4096)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from errno import EINVAL
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.kit.vfio_user import CountedEvent
 from tests.kit.vfio_user_dsa import CONFIG, DsaClient
@@ -116,3 +118,43 @@ def test_a_reset_of_page_requests_forgets_what_went_wrong(client: DsaClient) -> 
     assert client.load(CONFIG, 0x126, 2) == 0x8100
     assert client.load(CONFIG, 0x124, 2) == 0
     assert client.silicon.resets == 0
+
+
+# Every table's begin and end, and both ends of each region.
+EDGES = {
+    0: [0, TABLE, TABLE + 16 * 9, PENDING, PENDING + 8, PERMISSIONS, PERMISSIONS + 8 * 9, 64 << 10],
+    2: [0, 128 << 10],
+    CONFIG: [0, 0x48, 0x124, 4096],
+}
+TABLES = [(TABLE, TABLE + 16 * 9), (PENDING, PENDING + 8), (PERMISSIONS, PERMISSIONS + 8 * 9)]
+
+
+@st.composite
+def accesses(draw: st.DrawFn) -> tuple[int, int, bytes]:
+    """Region, offset, data: about some edge, some of them across it or beyond the end."""
+    region = draw(st.sampled_from(sorted(EDGES)))
+    offset = max(0, draw(st.sampled_from(EDGES[region])) + draw(st.integers(-20, 20)))
+    return region, offset, draw(st.binary(min_size=1, max_size=40))
+
+
+@given(st.lists(accesses(), max_size=20))
+def test_whatever_is_written_where_is_answered_and_lands_there_or_nowhere(
+    writes: list[tuple[int, int, bytes]],
+) -> None:
+    client = DsaClient()
+    plain = {0: bytearray(64 << 10), 2: bytearray(128 << 10)}
+    sizes = {0: 64 << 10, 2: 128 << 10, CONFIG: 4096}
+    for region, offset, data in writes:
+        end = offset + len(data)
+        touched = [each for each in TABLES if region == 0 and each[0] < end and offset < each[1]]
+        whole = not touched or (len(touched) == 1 and touched[0][0] <= offset and end <= touched[0][1])
+        errno = 0 if end <= sizes[region] and whole else EINVAL
+        assert client.errno(messages.region_write(region, offset, data)) == errno
+        assert client.errno(messages.region_read(region, offset, len(data))) == errno
+        if not errno and not touched and region != CONFIG:
+            plain[region][offset:end] = data
+    assert client.silicon.bars == plain
+    assert client.load(CONFIG, 0, 4) == 0x0B258086
+    for vector in range(9):
+        assert client.load(0, TABLE + 16 * vector, 4) & 3 == 0
+    assert client.load(0, PENDING, 8) == 0
