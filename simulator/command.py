@@ -25,17 +25,19 @@ from simulator.search.option import Option
 from simulator.search.replay import Recorded, Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.stories.library import STORIES
+from simulator.stories.story import SmallStory
 from simulator.world.schedule import Judged
 
-PLAYED: Mapping[str, Scenario] = {**WORKLOADS, **SCENARIOS}
+PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARIOS}
 SCHEDULES_OF_SHARD = (
     10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
 )
 EXIT_FOUND = 1
 
 
-def find(name: str) -> Scenario:
-    """A scenario or workload of the library, or of a file."""
+def find(name: str) -> Scenario | SmallStory:
+    """A small story, a scenario or workload of the library, or a file's."""
     return scenario_of(name) if is_file(name) else PLAYED[name]
 
 
@@ -85,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qemu-shim sim", description="A scenario in one process, under schedules that are chosen."
     )
-    parser.add_argument("scenario", nargs="?", metavar="SCENARIO | FILE.py", help="or a workload")
+    parser.add_argument(
+        "scenario",
+        nargs="?",
+        metavar="SCENARIO | FILE.py",
+        help="or a workload, or a small story: " + ", ".join(STORIES),
+    )
     parser.add_argument("--design", choices=tuple(DESIGNS), default=SHARED.name)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the strategy")
     parser.add_argument("--schedules", type=int, default=200, metavar="N")

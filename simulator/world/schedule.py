@@ -13,8 +13,10 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
 from simulator.planted.registry import planted
+from simulator.search.excerpt import Excerpt
 from simulator.search.explore import RunEnd, RunOne
 from simulator.search.option import Strategy
+from simulator.stories.story import SmallStory
 from simulator.world.scheduler import Stopped, Stuck
 from simulator.world.system import play
 
@@ -28,7 +30,7 @@ STUCK = "stuck"
 class Judged:
     """A scenario on a design, with a planted bug or none.  A worker is told its name and how to `find` it."""
 
-    find: Callable[[str], Scenario]
+    find: Callable[[str], Scenario | SmallStory]
     scenario: str
     design: str
     seed: int = 1  # of what the scenario leaves to chance
@@ -37,13 +39,17 @@ class Judged:
 
     def __call__(self) -> RunOne:
         """What runs one schedule."""
-        scenario, design = self.find(self.scenario), DESIGNS[self.design]
+        found, design = self.find(self.scenario), DESIGNS[self.design]
 
         def run_one(strategy: Strategy) -> RunEnd:
             verdicts = Verdicts()
+            under, scenario = strategy, found
+            if isinstance(scenario, SmallStory):
+                under = Excerpt(strategy)
+                scenario = scenario.scenario(under)
             try:
                 with planted(self.plant) if self.plant else nullcontext(), watching(Ghost(verdicts)):
-                    problems = play(scenario, design, strategy, self.seed, self.params).problems
+                    problems = play(scenario, design, under, self.seed, self.params).problems
             except Stopped:
                 return RunEnd()
             except Stuck as stuck:
