@@ -123,6 +123,13 @@ class Caches:
     def keep_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
         _keep(self._pointers, holder, set(keys))
 
+    def forget(self, kinds: Iterable[str]) -> None:
+        """Caches of these kinds are gone."""
+        for translations in [held for holder, held in self._translations.items() if holder[0] in kinds]:
+            translations.clear()
+        for pointers in [held for holder, held in self._pointers.items() if holder[0] in kinds]:
+            pointers.clear()
+
     def end(self, epoch: int, change: Retranslated, history: History) -> None:
         """What was cached of it is out of date from now on."""
         for cached in self.translations():

@@ -15,6 +15,7 @@ from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo
 from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
+from simulator.ghost.liveness import Liveness
 from simulator.ghost.spans import Run, Translation, merged, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
@@ -33,8 +34,16 @@ class RootFacts:
     filler: Name
 
 
+BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
+# What goes with a process: its caches, and what it had to end.
+_GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "kvmd": (CPU_CACHES, ("fault", "invalidation")),
+    "device_sim": (UNIT_CACHES, ("page request group",)),
+}
+
+
 class Ghost:
-    def __init__(self, verdicts: Verdicts) -> None:
+    def __init__(self, verdicts: Verdicts, bound_ns: int = BOUND_NS) -> None:
         self.now = 0
         self.verdicts = verdicts
         self.backing = Backing()
@@ -45,6 +54,7 @@ class Ghost:
         self.table_pages = Ledger()
         self.groups = Groups(verdicts)
         self.stores = Stores(verdicts)
+        self.liveness = Liveness(verdicts, bound_ns)
         self._roots: dict[int, RootFacts] = {}
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
 
@@ -345,8 +355,19 @@ class Ghost:
         return self.stores.begin(self._step(), view, pages)
 
     def settled(self) -> None:
-        """Nothing is under way: every store is told, or will be."""
+        """Nothing is under way: every store is told, or will be, and what is outstanding will never end."""
         self.stores.settled(self._step())
+        self.liveness.stuck()
+
+    def process_gone(self, name: str) -> None:
+        """It died: what it cached is gone with it, and what it had to end nobody waits for."""
+        self._step()
+        caches, unfinished = _GOES_WITH.get(name, ((), ()))
+        self.caches.forget(caches)
+        for kind in unfinished:
+            self.liveness.forget(kind)
+        if name == "device_sim":
+            self.groups.forget_all()
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""

@@ -31,6 +31,11 @@ class Groups:
         else:
             self._verdicts.say("I8", f"function {rid:#x} is answered a group {index} that waits for nothing")
 
+    def forget_all(self) -> None:
+        """The functions are gone."""
+        self._out.clear()
+        self._forgotten.clear()
+
     def forgotten(self, rid: int) -> None:
         """Its page requests were switched off: nobody waits for an answer, though one may still come."""
         for key in [key for key in self._out if key[0] == rid]:

@@ -33,6 +33,11 @@ class Liveness:
     def ends(self, kind: str, name: Hashable) -> None:
         self._began.pop((kind, name), None)
 
+    def forget(self, kind: str) -> None:
+        """Who would end these is gone."""
+        for key in [key for key in self._began if key[0] == kind]:
+            del self._began[key]
+
     def disturbed(self) -> None:
         """Something is made to fail, to stop or to be late: nothing has to end before `undisturbed`."""
         self._quiet = None

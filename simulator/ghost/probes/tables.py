@@ -118,7 +118,8 @@ def _io_release(watch: Watch, original: Any, table: IoPageTable) -> None:
 @seams.around(Flusher, "flush")
 async def _flush(watch: Watch, original: Any, flusher: Flusher, span: GfnSpan | None) -> None:
     issued, vm = watch.ghost.issues(), f"vm{flusher._vm_id}"
-    await original(flusher, span)
+    with watch.must_end("invalidation"):
+        await original(flusher, span)
     for root, pages in list(watch.roots.get(vm, {}).items()):
         start, end = (0, pages) if span is None else (span.start, span.end)
         watch.ghost.flushed(root, start, end, issued)

@@ -170,16 +170,21 @@ def _submit(watch: Watch, original: Any, queue: PrqWriter, request: PageRequest)
     watch.sent[key] = watch.sent.get(key, 0) + 1
     if request.last:
         watch.ghost.groups.sent(*key, watch.sent.pop(key))
+        watch.ghost.liveness.begins(watch.now(), "page request group", key)
     original(queue, request)
 
 
 @seams.around(PageRequestInterface, "respond")
 def _respond(watch: Watch, original: Any, pri: PageRequestInterface, index: int, code: Any) -> None:
     watch.ghost.groups.answered(pri._rid, index)
+    watch.ghost.liveness.ends("page request group", (pri._rid, index))
     original(pri, index, code)
 
 
 @seams.around(PageRequestInterface, "disable")
 def _disable(watch: Watch, original: Any, pri: PageRequestInterface) -> None:
+    for rid, index in watch.ghost.groups.outstanding:
+        if rid == pri._rid:
+            watch.ghost.liveness.ends("page request group", (rid, index))
     watch.ghost.groups.forgotten(pri._rid)
     original(pri)

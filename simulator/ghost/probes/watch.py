@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from device_sim.core.function import Function
@@ -33,10 +34,12 @@ class Seams(dict[tuple[type, str], Around]):
 
 
 class Watch:
-    """`ghost` hears, and what of the product is known by which name."""
+    """`ghost` hears, and what of the product is known by which name; `now`: nanoseconds of virtual time."""
 
-    def __init__(self, ghost: Ghost) -> None:
+    def __init__(self, ghost: Ghost, now: Callable[[], int]) -> None:
         self.ghost = ghost
+        self.now = now
+        self.begun = 0  # things that must end
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
         self.kept: list[object] = []  # whose ids are in use here
         self.names: dict[int, str] = {}
@@ -59,6 +62,19 @@ class Watch:
             number = sum(name.startswith(kind) for name in self.names.values())
             self.names[id(thing)] = f"{kind}{number}"
         return self.names[id(thing)]
+
+    @contextmanager
+    def must_end(self, kind: str) -> Iterator[None]:
+        self.begun += 1
+        name, liveness = self.begun, self.ghost.liveness
+        liveness.begins(self.now(), kind, name)
+        try:
+            yield  # who is cut off in here has not ended
+        except Exception:
+            liveness.ends(kind, name)
+            raise
+        liveness.ends(kind, name)
+        liveness.look(self.now())
 
     def view(self, slots: object, as_id: int) -> Name:
         return "vm", self.vm_of[id(slots)], as_id

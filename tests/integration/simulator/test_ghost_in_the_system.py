@@ -16,8 +16,9 @@ from tests.integration.simulator.drawn import SMALL, Drawn
 
 def watched(scenario: str, design: Design, seed: int) -> Ghost:
     ghost = Ghost(Verdicts())
-    with watching(ghost):
+    with watching(ghost) as watch:
         play(SCENARIOS[scenario], design, Drawn(seed), params=SMALL[scenario])
+        watch.settled()
     return ghost
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.liveness import CASE_OF, Liveness
+from simulator.ghost.spans import Translation
 from simulator.ghost.stores import Stores
 from simulator.ghost.violation import Verdicts
 
@@ -131,3 +133,31 @@ def test_the_ledger_knows_who_had_a_page_last_and_until_when() -> None:
     assert ledger.owner(0x100) is ledger.given_up(0x103) is None
     ledger.take(5, 0x101, 1, "c")
     assert ledger.given_up(0x101) is None
+
+
+def test_what_a_process_had_goes_with_it() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(0x1000, 1, None, "kvm")
+    ghost.entry_stored(0x1000, 5 << 12 | 7)
+    ghost.frames_taken(5, 1, "mm")
+    for holder in (("devtlb", "a", "r"), ("vcpu", "0")):
+        ghost.cached(holder, 0x1000, 0, 1, Translation(5, 1))
+    ghost.groups.sent(RID, 0, 1)
+    ghost.liveness.begins(0, "page request group", (RID, 0))
+    ghost.liveness.begins(0, "fault", 1)
+    ghost.process_gone("device_sim")
+    assert [cached.holder for cached in ghost.caches.translations()] == [("vcpu", "0")]
+    assert ghost.groups.outstanding == []
+    ghost.process_gone("iommufdd")
+    ghost.process_gone("kvmd")
+    ghost.entry_stored(0x1000, 0)
+    ghost.frames_given_up(5, 1)
+    ghost.settled()
+    assert ghost.verdicts.found == []
+
+
+def test_what_is_outstanding_when_nothing_is_under_way_is_found() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.liveness.begins(0, "invalidation", 1)
+    ghost.settled()
+    assert invariants(ghost.verdicts) == ["R18"]
