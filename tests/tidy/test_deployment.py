@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qemu_shim.vmm.daemons import ADMIN, DAEMONS, Places
-from tests.tidy.source import ROOT
+from tests.tidy.source import PRODUCT, ROOT
 
 PLACES = Places(Path("/run/tdp"), Path("/run/tdp-drivers"), Path("/run/tdp-admin"))
 USER = "10001:10001"
@@ -84,6 +84,26 @@ def test_every_command_is_installed(compose: dict[str, Any]) -> None:
     services = compose["services"].values()
     commands = [service.get("entrypoint") or service["command"].split() for service in services]
     assert {command[0] for command in commands} == set(scripts)
+
+
+def lacking(containerfile: str, dockerignore: str) -> list[str]:
+    """Packages of the product that an image would be built without."""
+    copied = {line.split()[1] for line in containerfile.splitlines() if line.startswith("COPY ")}
+    sent = {line.removeprefix("!") for line in dockerignore.splitlines() if line.startswith("!")}
+    return [name for name in PRODUCT if name not in copied & sent]
+
+
+def test_an_image_has_every_package_of_the_product() -> None:
+    files = [(ROOT / name).read_text(encoding="utf-8") for name in ("Containerfile", ".dockerignore")]
+    assert lacking(*files) == []
+
+
+def test_a_package_that_an_image_lacks_is_seen() -> None:
+    copied = "".join(f"COPY {name} ./{name}\n" for name in PRODUCT)
+    sent = "".join(f"!{name}\n" for name in PRODUCT)
+    assert lacking(copied, sent) == []
+    assert lacking(copied.replace("COPY kvmd", "# kvmd"), sent) == ["kvmd"]
+    assert lacking(copied, sent.replace("!protocol\n", "")) == ["protocol"]
 
 
 def test_a_daemon_is_healthy_once_its_socket_is_there(compose: dict[str, Any]) -> None:
