@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -50,13 +50,27 @@ class Candidate(NamedTuple):
     event: Event | None = None  # what the thread is told that waits for one
 
 
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What befalls a process instead of its `step`-th step, from 1 on: it is stopped for that long, as by
+    SIGSTOP and SIGCONT, or (None) it dies, as by SIGKILL.
+    """
+
+    step: int
+    stops_s: float | None = None
+
+
 @dataclass(eq=False, slots=True)
 class SimThread:
     """One of a process's; `waits` for these pollers, or for `is_woken`, or until `deadline_ns`."""
 
+    process: SimProcess
     name: str
     greenlet: greenlet
+    fate: Fate | None = None
     over: bool = False
+    taken: int = 0  # steps
+    stopped_ns: int = 0  # it does nothing until then
     standing: Option | None = None  # it could go on with that
     waits: Sequence[SimPoller] = ()
     is_woken: Callable[[], bool] | None = None
@@ -64,6 +78,12 @@ class SimThread:
     told: Event | None = None
     steps: list[Candidate] = field(default_factory=list)  # what it could do, when `changes` were `looked_at`
     looked_at: int = -1
+
+    def can_go_at(self) -> int | None:
+        """When it could go on at the latest by itself; None: never."""
+        if self.standing is not None or self.deadline_ns is None:
+            return self.stopped_ns or None
+        return max(self.deadline_ns, self.stopped_ns)
 
     def take(self) -> Event | None:
         event, self.told = self.told, None
@@ -86,6 +106,7 @@ class World:
         self._alone_at, self._alone_until = -1, 0
         self._main = getcurrent()  # where `run` is called
         self._running: SimThread | None = None
+        self._awaited: SimThread | None = None  # by `run`
         self._given_up: BaseException | None = None
         self._closed = False
         self._taken: Option | None = None
@@ -93,7 +114,7 @@ class World:
 
     # -- threads ---------------------------------------------------------------------------------------
 
-    def spawn(self, process: SimProcess, body: Callable[[], None]) -> SimThread:
+    def spawn(self, process: SimProcess, body: Callable[[], None], fate: Fate | None = None) -> SimThread:
         """It begins to run when it is chosen."""
 
         def life() -> None:
@@ -103,17 +124,19 @@ class World:
             except GreenletExit:
                 pass
             except BaseException as error:
-                self.failures.append(error)
+                if not thread.over:
+                    self.failures.append(error)
             thread.over = True
             process.die()
 
-        thread = SimThread(process.name, greenlet(life, self._main))
+        thread = SimThread(process, process.name, greenlet(life, self._main), fate)
         thread.standing = Option(process.name, "begins")
         self.threads.append(thread)
         return thread
 
     def run(self, thread: SimThread) -> None:
         """Until that one is over.  Stuck, Stopped."""
+        self._awaited = thread
         assert getcurrent() is self._main, "a world is run where it was made"
         kept = trio_run.kept()
         try:
@@ -136,11 +159,25 @@ class World:
                 yield failure
 
     def close(self) -> None:
-        """Whoever is not over ends where it stands, and nothing of it is heard."""
+        """Whoever has not come to its end ends where it stands, and nothing of it is heard."""
         self._closed = True
         for thread in self.threads:
-            if not thread.over and thread.greenlet:
+            if thread.greenlet:
+                thread.over = True
                 thread.greenlet.throw(GreenletExit)
+
+    @property
+    def unfinished(self) -> bool:
+        """Somebody stands in the middle, or was killed there."""
+        return any(thread.greenlet for thread in self.threads)
+
+    def kill(self, thread: SimThread) -> None:
+        """As SIGKILL does: its fds are closed, it does not go on."""
+        self.journal.add(f"{thread.name} is killed")
+        thread.over = True
+        thread.standing, thread.waits, thread.is_woken, thread.deadline_ns = None, (), None, None
+        thread.process.die()
+        self._changes += 1
 
     # -- choosing --------------------------------------------------------------------------------------
 
@@ -153,7 +190,7 @@ class World:
         if step is None:
             if me is not None:
                 self._leave()
-            return
+            return  # it is its turn again
         thread = step.thread
         thread.told, thread.waits, thread.is_woken, thread.deadline_ns = step.event, (), None, None
         thread.standing = None
@@ -168,14 +205,37 @@ class World:
             raise GreenletExit
 
     def _next(self, me: SimThread | None) -> Candidate | None:
-        """None: there is none, and `_given_up` says why."""
+        """None: there is none, and `_given_up` says why, or `run` has what it waits for."""
+        while True:
+            step = self._chosen(me)
+            if step is None or not self._meets_fate(step.thread):
+                break
+            if self._awaited is not None and self._awaited.over:
+                return None
+        if step is not None:
+            step.thread.taken += 1
+            self._take(step.option)
+        return step
+
+    def _meets_fate(self, thread: SimThread) -> bool:
+        fate = thread.fate
+        if fate is None or thread.taken + 1 < fate.step:
+            return False
+        thread.fate = None
+        if fate.stops_s is None:
+            self.kill(thread)
+        else:
+            self.journal.add(f"{thread.name} is stopped")
+            thread.stopped_ns = self._now + ceil(fate.stops_s * 1e9)
+        return True
+
+    def _chosen(self, me: SimThread | None) -> Candidate | None:
         while not (steps := self._steps(me)):
-            alive = [thread for thread in self.threads if not thread.over]
-            deadlines = [thread.deadline_ns for thread in alive if thread.deadline_ns is not None]
-            if not deadlines or min(deadlines) > LIMIT_NS:
+            times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at())]
+            if not times or min(times) > LIMIT_NS:
                 self._given_up = Stuck("; ".join(self._standing()))
                 return None
-            self._now = max(self._now, min(deadlines))
+            self._now = max(self._now, min(times))
         number = 0
         if len(steps) > 1:
             self._tell_taken()
@@ -184,9 +244,7 @@ class World:
             if number == STOP:
                 self._given_up = Stopped()
                 return None
-        step = steps[number]
-        self._take(step.option)
-        return step
+        return steps[number]
 
     def _steps(self, me: SimThread | None) -> list[Candidate]:
         """What could happen now; what `me` would do without anybody between comes first."""
@@ -197,6 +255,8 @@ class World:
         return steps
 
     def _steps_of(self, thread: SimThread) -> list[Candidate]:
+        if thread.stopped_ns > self._now:
+            return []
         if thread.standing is not None:
             return [Candidate(thread.standing, thread)]
         if thread.looked_at != self._changes:
@@ -215,15 +275,17 @@ class World:
             if thread is not me and not thread.over:
                 if self._steps_of(thread):
                     return False
-                if thread.deadline_ns is not None:
-                    until = min(until, thread.deadline_ns)
+                until = min(until, thread.can_go_at() or until)
         self._alone_at, self._alone_until = self._changes, until
         return True
 
-    def _leave(self) -> NoReturn:
-        """For good: `run` says why."""
+    def _leave(self) -> None:
+        """To `run`; returns when it is the thread's turn again, if ever."""
+        kept = trio_run.kept()
         self._main.switch()
-        raise GreenletExit
+        trio_run.restored(kept)
+        if self._closed:
+            raise GreenletExit
 
     def _standing(self) -> Iterator[str]:
         for thread in self.threads:
@@ -268,6 +330,7 @@ class World:
         if number == STOP:
             self._given_up = Stopped()
             self._leave()
+            raise AssertionError("a world that was given up goes on")
         self._take(options[number])
         return number
 

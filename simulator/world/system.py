@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import trio
 
@@ -33,7 +34,7 @@ from simulator.search.option import Strategy
 from simulator.world import trio_run
 from simulator.world.journal import Journal
 from simulator.world.process import SimFlows, run
-from simulator.world.scheduler import SimThread, World
+from simulator.world.scheduler import Fate, SimThread, World
 
 CLIENTS = Path("/run/tdp")
 PLACES = Places(CLIENTS, Path("/run/tdp-drivers"), Path("/run/tdp-admin"))
@@ -53,24 +54,37 @@ class Daemon:
     stop: Callable[[], None] | None = None
     """As SIGTERM does; from outside."""
 
+    @property
+    def has_died(self) -> bool:
+        return self.thread is not None and self.thread.over
+
 
 @dataclass(slots=True)
 class System:
     """`crashes` are bugs that surfaced in a daemon's flows."""
 
     world: World
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     daemons: dict[str, Daemon] = field(default_factory=dict)
     crashes: list[tuple[str, BaseException]] = field(default_factory=list)
 
-    def start(self, options: Mapping[str, Sequence[str]]) -> None:
+    def start(self, options: Mapping[str, Sequence[str]], fates: Mapping[str, Fate] | None = None) -> None:
+        self.options = options
         for spec in DAEMONS:
-            self.daemons[spec.name] = self._start(spec, options.get(spec.name, ()))
+            self.daemons[spec.name] = self._start(spec, (fates or {}).get(spec.name))
 
-    def _start(self, spec: DaemonSpec, options: Sequence[str]) -> Daemon:
+    def restart(self) -> list[str]:
+        """Daemons that died are started again, as they were; their names."""
+        died = [spec for spec in DAEMONS if self.daemons[spec.name].has_died]
+        for spec in died:
+            self.daemons[spec.name] = self._start(spec, None)
+        return [spec.name for spec in died]
+
+    def _start(self, spec: DaemonSpec, fate: Fate | None) -> Daemon:
         world, process = self.world, SimProcess(self.world.host, spec.name)
         daemon = Daemon(process)
         parse, build = _BUILD[spec.name]
-        given, settings = parse([*spec.argv(PLACES)[1:], *options])
+        given, settings = parse([*spec.argv(PLACES)[1:], *self.options.get(spec.name, ())])
 
         async def main() -> None:
             loop = Loop(process, SimFlows(world, lambda error: self.crashes.append((spec.name, error))))
@@ -79,8 +93,14 @@ class System:
             await serve(spec.name, loop, build(loop, settings), given.socket, stop)
             loop.close()
 
-        daemon.thread = world.spawn(process, lambda: run(world, process, main))
+        daemon.thread = world.spawn(process, lambda: run(world, process, main), fate)
         return daemon
+
+    async def _kill(self, name: str) -> None:
+        daemon = self.daemons.get(name)
+        if daemon is None or daemon.thread is None:
+            raise LookupError(f"no {name} runs; there are {', '.join(self.daemons)}")
+        self.world.kill(daemon.thread)
 
     def client(self, work: Callable[[Host], Awaitable[None]]) -> None:
         """A VMM does `work`; returns when that is done."""
@@ -88,6 +108,7 @@ class System:
 
         async def main() -> None:
             async with connect_host(CLIENTS, kernel=process, flows=partial(SimFlows, world)) as host:
+                host.killer = self._kill
                 await work(host)
 
         world.run(world.spawn(process, lambda: run(world, process, main)))
@@ -104,9 +125,12 @@ class System:
 
 @contextmanager
 def system(
-    strategy: Strategy, options: Mapping[str, Sequence[str]] = SMALL, journal: Journal | None = None
+    strategy: Strategy,
+    options: Mapping[str, Sequence[str]] = SMALL,
+    journal: Journal | None = None,
+    fates: Mapping[str, Fate] | None = None,
 ) -> Iterator[System]:
-    """The daemons run, or will when they are chosen."""
+    """The daemons run, or will when they are chosen; `fates` by their names."""
     world = World(strategy, journal)
 
     def by_choice(tasks: list[trio.lowlevel.Task]) -> list[trio.lowlevel.Task]:
@@ -118,11 +142,11 @@ def system(
 
     with trio_run.ordered(by_choice):
         made = System(world)
-        made.start(options)
+        made.start(options, fates)
         try:
             yield made
         finally:
-            if any(not thread.over for thread in world.threads):
+            if world.unfinished:
                 with _unheard():
                     world.close()
 
@@ -133,8 +157,10 @@ def _unheard() -> Iterator[None]:
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:
-        yield
-        gc.collect()
+        with catch_warnings():
+            simplefilter("ignore")
+            yield
+            gc.collect()
     finally:
         sys.unraisablehook = hook
 

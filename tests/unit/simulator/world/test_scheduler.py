@@ -13,7 +13,7 @@ from protocol.rpc.session import Kind, header
 from simulator.kernel.process import SimProcess
 from simulator.search.option import STOP, Option, Touch
 from simulator.world.journal import Journal
-from simulator.world.scheduler import LIMIT_NS, Stopped, Stuck, World
+from simulator.world.scheduler import LIMIT_NS, Fate, Stopped, Stuck, World
 from tests.unit.simulator.world.toys import Script, finish, made
 
 
@@ -209,3 +209,51 @@ def test_the_journal_tells_runs_apart_by_their_bytes() -> None:
     again.add("a send", b"1")
     assert one.digest == again.digest != other.digest
     assert other.lines == ["a send (1 bytes)"]
+
+
+def test_who_dies_in_the_middle_is_hung_up_on_and_never_goes_on() -> None:
+    told: list[str] = []
+    world = World(Script())
+    server, client = SimProcess(world.host, "server"), SimProcess(world.host, "client")
+
+    def serve() -> None:
+        sock = server.listen(Path("/run/here"), None)
+        poller = server.poller()
+        poller.register(sock.fileno(), select.EPOLLIN)
+        poller.poll(10.0, 8)
+        peer, _ = sock.accept()
+        world.point("about to answer")
+        told.append("the dead speak")
+        peer.send(b"welcome")
+
+    def call() -> None:
+        sock = client.connect(Path("/run/here"))
+        poller = client.poller()
+        poller.register(sock.fileno(), select.EPOLLIN)
+        assert poller.poll(10.0, 8)
+        told.append(f"hung up: {sock.recv(10)!r}")
+
+    victim = world.spawn(server, serve, Fate(3))
+    world.run(world.spawn(client, call))
+    assert told == ["hung up: b''"]
+    assert victim.over
+    assert server.fds == 0
+    world.close()
+    assert world.failures == []
+
+
+def test_who_is_stopped_goes_on_later_and_the_others_do_meanwhile() -> None:
+    world = World(Script())
+    at: dict[str, int] = {}
+
+    def body(process: SimProcess) -> None:
+        for n in range(3):
+            world.point(f"point {n}")
+        at[process.name] = world.now_ns()
+
+    one, other = SimProcess(world.host, "one"), SimProcess(world.host, "other")
+    world.spawn(one, lambda: body(one), Fate(2, stops_s=3.0))
+    world.spawn(other, lambda: body(other))
+    finish(world)
+    assert at["other"] < 1_000_000
+    assert at["one"] >= 3 * 10**9
