@@ -17,13 +17,16 @@ that another kept from being offered to the very end (a lock that is never given
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from simulator.search.causality import Causality
 from simulator.search.option import STOP, Option, Touch, dependent, exclusive, is_within
 
 Key = tuple[str, str]
-Asleep = dict[Key, frozenset[Touch]]
+Way = tuple[Key, ...]
+"""A step, and how it went on where it was asked in the middle."""
+Asleep = dict[Way, frozenset[Touch]]
 
 
 class UnrepeatableError(Exception):
@@ -67,7 +70,8 @@ class _State:
 
     def unexplored(self) -> list[Key]:
         wanted = [_key(option) for option in self.options if option.actor in self.wanted]
-        return [key for key in wanted if key not in self.explored and key not in self.asleep]
+        explored = {way[0] for way in self.explored}
+        return [key for key in wanted if key not in explored and (key,) not in self.asleep]
 
 
 class Exhaustive:
@@ -85,11 +89,11 @@ class Exhaustive:
         self._begin()
 
     def _begin(self) -> None:
-        self._run = Causality()
+        self._run: list[Option] = []
         self._redundant = False
 
     def choose(self, options: Sequence[Option]) -> int:
-        place = len(self._run.steps)
+        place = len(self._run)
         if self._redundant or (place == len(self._path) and not self._open(tuple(options))):
             return STOP
         state = self._path[place]
@@ -100,51 +104,71 @@ class Exhaustive:
         return keys.index(state.taken)
 
     def took(self, step: Option) -> None:
-        place = len(self._run.steps)
+        place = len(self._run)
         if self._redundant or (place == len(self._path) and not self._open((step,))):
             return
         state = self._path[place]
         if _key(step) != state.taken:
             raise UnrepeatableError(f"step {place} is {_key(step)}, in an earlier run {state.taken}")
-        self.transitions += _key(step) not in state.explored
-        state.explored[_key(step)] = step.touches
-        for part in self._path[self._begin_of(place) : place]:
-            part.explored[part.taken] |= step.touches  # asleep, it is what the whole step may touch
-        self._run.add(step)
+        self.transitions += all(way[0] != state.taken for way in state.explored)
+        state.explored[(state.taken,)] = step.touches
+        parts = self._path[self._begin_of(place) : place + 1]
+        for number, part in enumerate(parts[:-1]):  # the way of each is one longer now
+            way = tuple(later.taken for later in parts[number:])
+            part.explored[way] = part.explored.pop(way[:-1]) | step.touches
+        self._run.append(step)
 
     def _open(self, options: tuple[Option, ...]) -> bool:
         """A state not seen before.  Is there anything to do in it that is not explored elsewhere?"""
-        asleep = self._still_asleep()
-        awake = next((option for option in options if _key(option) not in asleep), None)
-        if awake is None:
+        asleep = self._still_asleep(is_within(options[0].actor))
+        awake = [option for option in options if (_key(option),) not in asleep]
+        if not awake:
             self._redundant = True
-        else:
-            self._path.append(_State(options, asleep, _key(awake), [awake.actor]))
-        return awake is not None
+            if is_within(options[0].actor):
+                self._want_another(self._begin_of(len(self._path) - 1))
+            return False
+        in_part = {way[0] for way in asleep}
+        first = next((option for option in awake if _key(option) not in in_part), awake[0])
+        self._path.append(_State(options, asleep, _key(first), [first.actor]))
+        return True
 
-    def _still_asleep(self) -> Asleep:
-        """What had been explored before the last step was, and does not depend on that step."""
+    def _want_another(self, place: int) -> None:
+        """However the step at `place` goes on, it is explored elsewhere: it was asleep, which shows now."""
+        state = self._path[place]
+        awake = [option.actor for option in state.options if (_key(option),) not in state.asleep]
+        state.wanted += [actor for actor in awake if actor not in state.wanted][:1]
+
+    def _still_asleep(self, is_within_step: bool) -> Asleep:
+        """What had been explored before the last step was, and does not depend on that step; within a step,
+        the ways of it that were.
+        """
         if not self._path:
             return {}
-        last, step = self._path[-1], self._run.steps[-1]
-        return {
-            key: touches
-            for key, touches in (last.asleep | last.explored).items()
-            if key[0] != step.actor and not dependent(touches, step.touches)
+        last, step = self._path[-1], self._run[-1]
+        asleep = last.asleep | last.explored
+        found = {
+            way: touches
+            for way, touches in asleep.items()
+            if way[0][0] != step.actor and not dependent(touches, step.touches)
         }
+        if is_within_step:
+            found |= {
+                way[1:]: touches for way, touches in last.asleep.items() if way[0] == last.taken and way[1:]
+            }
+        return found
 
     def ended(self, failed: bool) -> bool:
         if self._redundant:
             self.pruned += 1
         else:
             self.traces += 1
-        for state in self._path[len(self._run.steps) :]:  # the run ended in the middle of its last step
-            state.explored[state.taken] = frozenset()
+        for state in self._path[len(self._run) :]:  # the run ended in the middle of its last step
+            state.explored[(state.taken,)] = frozenset()
         self._seek_races()
         while self._path:
             if following := self._path[-1].unexplored():
                 self._path[-1].taken = following[0]
-                self._analysed = len(self._path) - 1
+                self._analysed = self._begin_of(len(self._path) - 1)
                 self._begin()
                 return True
             self._path.pop()
@@ -152,89 +176,94 @@ class Exhaustive:
         return False
 
     def _seek_races(self) -> None:
-        steps = self._run.steps
-        for place in range(self._analysed, len(steps)):
-            self._hold_to_touches(steps[place], place)
-            self._seek_races_of(steps[place], place)
+        self._whole, self._begins = self._whole_steps()
+        for place, step in enumerate(self._whole.steps):
+            if self._begins[place] >= self._analysed:
+                self._hold_to_touches(step, place)
+                self._seek_races_of(step, place)
         if not self._redundant:
             for option in self._never_taken():
-                self._seek_races_of(option, len(steps))
+                self._seek_races_of(option, len(self._begins))
+
+    def _whole_steps(self) -> tuple[Causality, list[int]]:
+        """Nobody comes between the parts of a step: the run by whole ones, and where each begins."""
+        begins = [place for place, step in enumerate(self._run) if not place or not is_within(step.actor)]
+        whole = Causality()
+        for begin, end in pairwise([*begins, len(self._run)]):
+            touches = frozenset(touch for part in self._run[begin:end] for touch in part.touches)
+            whole.add(Option(self._run[begin].actor, self._run[begin].label, touches))
+        return whole, begins
 
     def _hold_to_touches(self, step: Option, place: int) -> None:
         """What enabled a step is to be seen in what the two touch; else the reduction would rest on sand."""
-        previous = (self._run.of_actor(step.actor) & ((1 << place) - 1)).bit_length() - 1
+        previous = (self._whole.of_actor(step.actor) & ((1 << place) - 1)).bit_length() - 1
         offered = self._first_offer(step.actor, previous + 1, place)
         if offered > previous + 1:
-            enablers = self._run.steps[self._begin_of(offered - 1) : offered]
-            if not any(dependent(enabler.touches, step.touches) for enabler in enablers):
-                raise HiddenDependenceError(f"{_key(enablers[-1])} enabled {_key(step)}: no touch says so")
+            enabler = self._whole.steps[offered - 1]
+            if not dependent(enabler.touches, step.touches):
+                raise HiddenDependenceError(f"{_key(enabler)} enabled {_key(step)}: no touch says so")
 
     def _never_taken(self) -> Iterator[Option]:
         """One option for each actor whose last offer was not taken, with all that it might have touched."""
         offered: dict[str, Option] = {}
-        for state, step in zip(self._path, self._run.steps, strict=False):
-            for actor in {option.actor for option in state.options}:
-                of_actor = [option for option in state.options if option.actor == actor]
-                touches = frozenset(touch for option in of_actor for touch in option.touches)
-                offered[actor] = Option(actor, of_actor[0].label, touches)
+        for begin, step in zip(self._begins, self._whole.steps, strict=True):
+            for option in self._path[begin].options:
+                before = offered.get(option.actor, option)
+                offered[option.actor] = replace(option, touches=before.touches | option.touches)
             offered.pop(step.actor, None)
         yield from offered.values()
 
     def _seek_races_of(self, step: Option, place: int) -> None:
         """Which earlier steps could `step`, at `place`, have overtaken?"""
+        before = self._whole.before
         earlier = (1 << place) - 1
-        own = self._run.of_actor(step.actor) & earlier
+        own = self._whole.of_actor(step.actor) & earlier
         previous = own.bit_length() - 1
-        past = (self._run.before[previous] | own) if own else 0
-        candidates = self._run.dependent_on(step) & earlier & ~past
+        past = (before[previous] | own) if own else 0
+        candidates = self._whole.dependent_on(step) & earlier & ~past
         while candidates:
             other = candidates.bit_length() - 1
             candidates &= ~(1 << other)
-            begin, end = self._begin_of(other), self._end_of(other)
-            if past >> begin & 1 or begin <= previous < end:
-                continue
-            if exclusive(self._run.steps[begin].actor, step.actor):
+            if exclusive(self._whole.steps[other].actor, step.actor):
                 continue  # while the one stood there, the other could not come
-            offered = self._first_offer(step.actor, begin, place) if previous < begin else None
-            if offered is not None and begin < offered <= end:
+            offered = self._first_offer(step.actor, other, place) if previous < other else None
+            if offered == other + 1:
                 continue  # it was waiting for just that
-            self._want(begin, step, place)
-            if offered == begin:
-                candidates &= ~self._run.before[begin]  # they show when these two are the other way round
+            self._want(other, step, place)
+            if offered == other:
+                candidates &= ~before[other]  # they show when these two are the other way round
             # Else it cannot be told whether it could have come before `other`: the lock it takes next may
             # be the one that `other` gives back.  Then those before `other` count as well.
 
-    def _begin_of(self, place: int) -> int:
-        """Where the step began that goes on, at `place`, in one of several ways: nobody comes between."""
-        while place and self._path[place].is_inside():
-            place -= 1
-        return place
-
-    def _end_of(self, place: int) -> int:
-        """Behind the step that `place` belongs to."""
-        place += 1
-        while place < len(self._run.steps) and self._path[place].is_inside():
-            place += 1
-        return place
-
     def _first_offer(self, actor: str, since: int, place: int) -> int:
-        return next((state for state in range(since, place) if self._path[state].offers(actor)), place)
+        states = (self._path[begin] for begin in self._begins[since:place])
+        return next((found for found, state in enumerate(states, since) if state.offers(actor)), place)
 
     def _want(self, other: int, step: Option, place: int) -> None:
         """Some first step of what leads to `step` without `other` is to be explored where `other` was."""
-        state = self._path[other]
-        between = self._run.not_after(other, place)
-        first, sofar = list[Option](), 0
-        for later in between:
-            if not self._run.before[later] & sofar:
-                first.append(self._run.steps[later])
+        state = self._path[self._begins[other]]
+        first, sofar = list[tuple[str, Way]](), 0
+        for later in self._whole.not_after(other, place):
+            if not self._whole.before[later] & sofar:
+                first.append((self._whole.steps[later].actor, self._way(later)))
             sofar |= 1 << later
-        if not (self._run.dependent_on(step) | self._run.of_actor(step.actor)) & sofar:
-            first.insert(0, step)
-        if any(option.actor in state.wanted or _key(option) in state.asleep for option in first):
+        if not (self._whole.dependent_on(step) | self._whole.of_actor(step.actor)) & sofar:
+            taken = place < len(self._begins)
+            first.insert(0, (step.actor, self._way(place) if taken else (_key(step),)))
+        if any(actor in state.wanted or way in state.asleep for actor, way in first):
             return
-        possible = [option.actor for option in first if state.offers(option.actor)]
+        possible = [actor for actor, _ in first if state.offers(actor)]
         state.wanted += possible[:1]
+
+    def _way(self, place: int) -> Way:
+        begin, end = [*self._begins, len(self._run)][place : place + 2]
+        return tuple(state.taken for state in self._path[begin:end])
+
+    def _begin_of(self, place: int) -> int:
+        """Where in the path the step began that goes on at `place`."""
+        while place and self._path[place].is_inside():
+            place -= 1
+        return place
 
     def left(self) -> int:
         """Alternatives known of and not explored yet."""

@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
 
-from simulator.search.exhaustive import Exhaustive, HiddenDependenceError, UnrepeatableError
+from simulator.search.causality import Causality
+from simulator.search.exhaustive import Asleep, Exhaustive, HiddenDependenceError, UnrepeatableError
 from simulator.search.option import Option, Touch
 from tests.unit.simulator.search.toy import (
     PROGRAMS,
@@ -47,7 +48,7 @@ def test_a_program_has_as_many_interleavings_as_counted_by_hand(name: str) -> No
     assert search.summary() == f"all {traces} inequivalent interleavings, {search.pruned} pruned"
 
 
-WORDS = st.sampled_from("xyz")
+WORDS = st.sampled_from(["x", "y", "y0", "y1"])
 CHANNELS = st.sampled_from("cd")
 IN_HANDLERS = st.one_of(
     st.builds(lambda word: (Op("load", word),), WORDS),
@@ -62,7 +63,7 @@ IN_PROCESSES = st.one_of(
     IN_HANDLERS,
     st.builds(lambda channel: (Op("send", channel),), CHANNELS),
     st.builds(lambda word, channel: (Op("store_send", word, 1, to=channel),), WORDS, CHANNELS),
-    st.builds(lambda word, other: (Op("store_pick", word, 2, to=other),), WORDS, WORDS),
+    st.builds(lambda word: (Op("store_pick", word, 2, to="y"),), WORDS),
 )
 
 
@@ -103,7 +104,7 @@ class _AdjacentOnly(Exhaustive):
 
     def _want(self, other: int, step: Option, place: int) -> None:
         if not any(
-            self._run.before[later] >> other & 1 and self._run.dependent_on(step) >> later & 1
+            self._whole.before[later] >> other & 1 and self._whole.dependent_on(step) >> later & 1
             for later in range(other + 1, place)
         ):
             super()._want(other, step, place)
@@ -112,19 +113,34 @@ class _AdjacentOnly(Exhaustive):
 class _SleepsForEver(Exhaustive):
     """A sleep set that no dependent step empties."""
 
-    def _still_asleep(self) -> dict[tuple[str, str], frozenset[Touch]]:
+    def _still_asleep(self, is_within_step: bool) -> Asleep:
         return self._path[-1].asleep | self._path[-1].explored if self._path else {}
 
 
 class _NobodyComesBetween(Exhaustive):
     """Where a step goes on in one of several ways, only what could come right there is thought of."""
 
-    def _begin_of(self, place: int) -> int:
-        return place
+    def _whole_steps(self) -> tuple[Causality, list[int]]:
+        parts = Causality()
+        for step in self._run:
+            parts.add(step)
+        return parts, list(range(len(self._run)))
+
+
+class _AWayStandsForAll(Exhaustive):
+    """Asleep is what a step touched the way it went on last."""
+
+    def took(self, step: Option) -> None:
+        super().took(step)
+        place = len(self._run) - 1
+        for part in self._path[self._begin_of(place) : place + 1] if place >= 0 else ():
+            ways = [way for way in part.explored if way[0] == part.taken]
+            for way in ways[:-1]:
+                part.explored[way] = part.explored[ways[-1]]
 
 
 class _NeverSleeps(Exhaustive):
-    def _still_asleep(self) -> dict[tuple[str, str], frozenset[Touch]]:
+    def _still_asleep(self, is_within_step: bool) -> Asleep:
         return {}
 
 
@@ -137,7 +153,15 @@ class _FirstRunOnly(Exhaustive):
 
 
 MISTAKES = (
-    *(_WantsNothing, _AdjacentOnly, _SleepsForEver, _NobodyComesBetween, _NeverSleeps, _FirstRunOnly),
+    *(
+        _WantsNothing,
+        _AdjacentOnly,
+        _SleepsForEver,
+        _NobodyComesBetween,
+        _AWayStandsForAll,
+        _NeverSleeps,
+        _FirstRunOnly,
+    ),
 )
 
 

@@ -21,7 +21,9 @@ class Op:
     what: str
     on: str = ""
     value: int = 0  # to store; how many operations to skip; of how many to pick
-    to: str = ""  # store_send: the channel, however full; store_pick: the word what is picked goes to
+    to: str = (
+        ""  # store_send: the channel, however full; store_pick: the word, with what is picked behind its name
+    )
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class ToyMachine:
         self.running = option.actor
         if self.inside:
             (name, op), self.inside = self.inside, None
-            self.words[op.to] = int(option.label.split()[-1])
-            return Option(option.actor, option.label, option.touches | _touched((op.to, True)))
+            word = op.to + option.label.split()[-1]
+            self.words[word] = 2
+            return Option(option.actor, option.label, option.touches | _touched((word, True)))
         receiver, _, name = option.actor.partition("<")
         if name:
             channel = self.program.channels[name]
@@ -269,7 +272,24 @@ PROGRAMS: dict[str, tuple[Program, int]] = {
         2,
     ),
     "two ways to go on within a step": (
-        Program({"A": (Op("store_pick", "x", 2, to="y"),), "B": (Op("store", "y", 7), Op("load", "x"))}),
+        Program({"A": (Op("store_pick", "x", 2, to="y"),), "B": (Op("store", "y0", 7), Op("load", "x"))}),
+        5,  # three places for the step where it goes on to y0, and else two
+    ),
+    "one way races, the other does not": (
+        Program(
+            {
+                "A": (Op("load", "y0"), Op("load", "y"), Op("store_pick", "y0", 2, to="y")),
+                "B": (Op("load", "x"), Op("load", "y1"), Op("store", "y1")),
+                "C": (Op("load", "y1"), Op("load", "y1")),
+            }
+        ),
+        21,
+    ),
+    "all ways of a step asleep": (
+        Program(
+            {"A": (Op("send", "c"), Op("store_pick", "x", 2, to="y")), "B": (Op("load", "x"),)},
+            {"c": ToyChannel("B", (Op("load", "x"),))},
+        ),
         6,
     ),
     "two ways to go on": (Program({"A": (Op("pick", "", 3), Op("pick", "", 2)), "B": (Op("load", "x"),)}), 6),
