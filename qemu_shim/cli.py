@@ -50,9 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         status = _do(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return EXIT_NO_READER
+    except OSError as error:  # a full disk behind standard output, or a file of the user's
+        _say_no_more()
+        print(f"qemu-shim: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return status
+
+
+def _say_no_more() -> None:
+    """What is left to be said, Python would say at our end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _do(options: argparse.Namespace) -> int:

@@ -51,6 +51,20 @@ def test_a_scenario_run_by_hand_says_that_it_held(scratch: Scratch, scenario: st
     assert table["page requests / groups"].split(" / ")[0] != "0"
 
 
+@pytest.mark.parametrize(
+    "command", [["list"], ["list", "--json"], ["run", "sharing"], ["run", "sharing", "--json"]]
+)
+def test_a_full_disk_behind_what_it_says_is_a_sentence_and_a_failure(
+    shared_system: System, command: list[str]
+) -> None:
+    attached = ["--attach", str(shared_system.directory)] if command[0] == "run" else []
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [BIN / "qemu-shim", *command, *attached], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (ran.returncode, ran.stderr) == (1, "qemu-shim: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("scenario", RUNS)
 def test_json_is_one_document(scratch: Scratch, shared_system: System, scenario: str) -> None:
     status, out, err = scratch.run("run", "--json", "--attach", str(shared_system.directory), scenario)
