@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from simulator.planted.registry import PLANTED
 from tests.tidy.source import ROOT, Module, hold, product, snippet
 
 DOCS = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,6 +68,11 @@ def test_every_invariant_has_a_home_a_checker_and_a_statement() -> None:
 )
 def test_a_row_that_lacks_something_is_seen(cells: list[str]) -> None:
     assert wrong_row(cells[0], cells, {"I1"})
+
+
+def test_for_every_race_a_bug_is_planted() -> None:
+    planted = {race for plant in PLANTED.values() for race in (*plant.races, plant.invariant)}
+    assert set(rows("R")) - planted == set()
 
 
 def test_the_code_names_no_invariant_the_table_lacks() -> None:
