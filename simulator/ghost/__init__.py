@@ -14,8 +14,9 @@ taken only when the one before is over:
     (its status is stored, the driver acks) no cache of that unit or of a function behind it may have a
     translation that ended before the flush was issued, nor a pointer to a table that was cut off (`Caches`).
     One that ended later may stay: it is another flush's.
- 4. When all have acked the flush is over, for the CPUs' caches too.  Who answered the announcement stores no
-    entry for the page until he hears that the change is made.
+ 4. When all have acked the flush is over, for the CPUs' caches too.  Who knows of the announcement stores no
+    new entry for the page until he hears that the change is made: KVM from the call on, a mirror in another
+    process from its answer on.
  5. The host makes the change.  No entry of anybody's leads to the old frame now, and no cache (`Backing`).
     An access through it from here on is lost, or of another's memory, whatever becomes of the frame.
  6. The frame is given up, and a table page that was cut off is used again.  Nothing leads there (`Ledger`).

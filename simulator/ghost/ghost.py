@@ -172,16 +172,20 @@ class Ghost:
         for truth in self.backing.of(facts.view, change.start, change.end):
             stored = change.after.moved(truth.start - change.start)
             for part in self.backing.unpinned(facts.view, truth, stored.frame) if truth.known else ():
-                self._judge_stored(change.root, facts, part, stored.moved(part.start - truth.start))
+                new = change.before is None or change.before.frame != change.after.frame
+                self._judge_stored(change.root, facts, part, stored.moved(part.start - truth.start), new)
 
-    def _judge_stored(self, root: int, facts: RootFacts, truth: Truth, stored: Translation) -> None:
+    def _judge_stored(
+        self, root: int, facts: RootFacts, truth: Truth, stored: Translation, new: bool
+    ) -> None:
+        """`new`: not only rights that come back to what will be cleared with the others."""
         what = f"root {root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
         if truth.translation is None or truth.translation.frame != stored.frame:
             has = "nothing" if truth.translation is None else f"frame {truth.translation.frame:#x}"
             self.verdicts.say("I5", f"{what}, the host has {has} there")
         elif stored.rights & WRITE and not truth.translation.rights & WRITE:
             self.verdicts.say("I21", f"{what} writable, which it is not in the host")
-        elif self.backing.is_let_go(facts.filler, truth):
+        elif new and self.backing.is_let_go(facts.filler, truth):
             self.verdicts.say("I5", f"{what}, which {facts.filler} has let go of")
 
     # -- what the host has -----------------------------------------------------------------------------
@@ -242,7 +246,8 @@ class Ghost:
                 self.verdicts.say(rule, f"page {start:#x} of {view} is taken, {_say(cached)} has it")
 
     def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
-        """It has answered that nobody uses its translations of these pages."""
+        """It knows that these pages are taken, and stores no new entry for them until it is told that they
+        were."""
         self._step()
         self.backing.let_go(filler, space, start, end)
 

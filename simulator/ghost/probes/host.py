@@ -98,9 +98,9 @@ def _move(watch: Watch, original: Any, table: PageTable, entry: Entry, hva: Hva)
 
 @seams.around(HostChanges, "invalidate_range_start")
 async def _range_start(watch: Watch, original: Any, changes: HostChanges, start: Hva, end: Hva) -> None:
-    await original(changes, start, end)
-    if id(changes._slots) in watch.vm_of:
+    if id(changes._slots) in watch.vm_of:  # it knows at once, in the same process
         watch.ghost.lets_go(*_range(watch, changes, start, end))
+    await original(changes, start, end)
 
 
 @seams.around(HostChanges, "invalidate_range_end")

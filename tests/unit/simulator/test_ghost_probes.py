@@ -130,7 +130,7 @@ PLANTED: dict[str, tuple[Any, str, Any, set[str]]] = {
         {"I6", "R21"},
     ),
     "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence, {"I5"}),
-    "ranges in change are not looked at": (HostChanges, "is_changing", never_changing, {"I5", "I6", "I11"}),
+    "ranges in change are not looked at": (HostChanges, "is_changing", never_changing, {"I5"}),
     "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine, {"I7"}),
     "bit 11 marks table entries": (TableFormat, "make_table", marker_at_bit_11, {"I2"}),
     "a split is linked, then filled": (
