@@ -81,6 +81,7 @@ class Exhaustive:
 
     def __init__(self) -> None:
         self.traces = 0  # runs to their end, each of another trace
+        self.failed = 0  # of them; what would have come behind a failure is not known
         self.pruned = 0  # runs given up: all that could come is explored elsewhere
         self.transitions = 0  # steps, each counted where it was taken first
         self.over = False
@@ -162,6 +163,7 @@ class Exhaustive:
             self.pruned += 1
         else:
             self.traces += 1
+            self.failed += failed
         for state in self._path[len(self._run) :]:  # the run ended in the middle of its last step
             state.explored[(state.taken,)] = frozenset()
         self._seek_races()
@@ -271,6 +273,7 @@ class Exhaustive:
 
     def summary(self) -> str:
         """How far it came; "all" only if it came to an end."""
+        failed = f", {self.failed} ended by a failure" if self.failed else ""
         if self.over:
-            return f"all {self.traces} inequivalent interleavings, {self.pruned} pruned"
-        return f"{self.traces} interleavings, {self.pruned} pruned, at least {self.left()} left"
+            return f"all {self.traces} inequivalent interleavings, {self.pruned} pruned{failed}"
+        return f"{self.traces} interleavings, {self.pruned} pruned{failed}, at least {self.left()} left"

@@ -17,6 +17,7 @@ from tests.unit.simulator.search.toy import (
     Order,
     Program,
     ToyChannel,
+    ToyMachine,
     every_run,
     every_schedule,
     order_of,
@@ -176,6 +177,20 @@ def test_a_search_under_way_says_what_is_left() -> None:
     next(every_schedule(program, search))
     search.ended(False)
     assert search.summary() == "1 interleavings, 0 pruned, at least 2 left"
+
+
+def test_runs_that_a_failure_ended_are_told() -> None:
+    """Of store buffering's three, the one where both load what the other stored."""
+    program, traces = PROGRAMS["store buffering"]
+    search = Exhaustive()
+
+    def both_saw_it(machine: ToyMachine) -> bool:
+        return {("A", "y", 1), ("B", "x", 1)} <= set(machine.seen)
+
+    failed = [run for run in every_schedule(program, search, both_saw_it) if run.failed]
+    assert len(failed) == search.failed == 1
+    assert search.summary().startswith(f"all {traces} inequivalent interleavings, ")
+    assert search.summary().endswith(", 1 ended by a failure")
 
 
 def test_a_run_that_does_not_repeat_is_refused() -> None:
