@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
     parser.add_argument("--plant", choices=tuple(PLANTED), metavar="ID", help="with a bug put in")
-    parser.add_argument("--param", action="append", default=[], metavar="NAME=N", help="of the scenario")
+    parser.add_argument(
+        "--set", dest="param", action="append", default=[], metavar="NAME=N", help="of the scenario"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
     parser.add_argument("--story", type=Path, metavar="FILE", help="where to write a failure's story")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="play a story")
@@ -119,7 +121,7 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
     for given in options.param:
         param, _, value = given.partition("=")
         if param not in scenario.params or not value.isdigit():
-            parser.error(f"--param {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
+            parser.error(f"--set {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
         params[param] = int(value)
     return Judged(find, name, options.design, params=params, plant=options.plant or "")
 
@@ -137,7 +139,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     end = found.result
     print(f"FAILED: {end.invariant}: {end.sentence}")
     words = [f"--design {judged.design}", f"--strategy {strategy}", f"--seed {found.seed}"]
-    words += [f"--schedules {found.schedule}", *(f"--param {name}={n}" for name, n in judged.params.items())]
+    words += [f"--schedules {found.schedule}", *(f"--set {name}={n}" for name, n in judged.params.items())]
     words += [f"--plant {judged.plant}"] if judged.plant else []
     print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
     shrunk, replays = smallest(_begin(judged), found)

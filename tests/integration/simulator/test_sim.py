@@ -9,7 +9,7 @@ import pytest
 
 from qemu_shim.cli import main
 
-SMALL = ("--param", "pages=2", "--workers", "1")
+SMALL = ("--set", "pages=2", "--workers", "1")
 
 
 def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +26,7 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
         ([], "name a SCENARIO"),
         (["nothing"], "no scenario is called 'nothing'; there are "),
         (["sharing", "--design", "pinned"], "sharing cannot be played on design pinned; it can on shared"),
-        (["sharing", "--param", "sites=2"], "--param sites=2: NAME=N, where NAME is one of pages"),
+        (["sharing", "--set", "sites=2"], "--set sites=2: NAME=N, where NAME is one of pages"),
         (["--replay", "/nowhere"], "--replay /nowhere: "),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
 ) -> None:
     """kvmd does not wait for acknowledgements of a flush; the ghost sees what is still cached behind it."""
     story = tmp_path / "acks.story"
-    words = ["unmap", *SMALL, "--param", "rounds=2", "--param", "workers=2"]
+    words = ["unmap", *SMALL, "--set", "rounds=2", "--set", "workers=2"]
     plant = ["--plant", "R4-acks-not-awaited", "--schedules", "10"]
     assert main(["sim", *words, *plant, "--story", str(story)]) == 1
     out = capsys.readouterr().out
