@@ -15,7 +15,7 @@ endif
 
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help demo test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
+.PHONY: help demo planted test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,9 @@ demo: venv ## start the four daemons and run one DMA test through the shared tab
 
 test: venv-dev ## the whole test suite
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
+
+planted: venv-dev ## how soon the simulator finds each planted bug (hours; goes on where it was)
+	$(BIN)/python -m simulator.hunting
 
 rfc: venv-dev ## every behaviour and defect of the series, its tests, and how they ended
 	@$(BIN)/python -m tests.rfc

@@ -1,0 +1,43 @@
+"""`make planted`: a bug that a story breaks on at once, one that none can meet, and a resumed hunt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulator import hunting
+
+
+def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
+    hunting.main([*words, "--ranges", "1", "--most", "2", "--record", str(record), "--json"])
+    results: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return results
+
+
+def test_found_and_not_found_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "build" / "planted.json"
+    found, not_met = hunted(record, capsys, "R7-no-device-tlb", "R2-sequence-of-32-bits")
+    assert found["found"] == [{"invariant": "I9", "schedules": 1, "steps": 0}]
+    assert not_met["found"] == [None]
+
+
+def test_what_is_on_record_is_not_sought_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "planted.json"
+    first = hunted(record, capsys, "R7-no-device-tlb")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it is on record")
+
+    monkeypatch.setattr(hunting, "find", never)
+    assert hunted(record, capsys, "R7-no-device-tlb") == first
+
+
+def test_an_unknown_plant_is_an_error_with_near_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        hunting.main(["R7-no-device"])
+    assert ended.value.code == 2
+    assert "R7-no-device-tlb" in capsys.readouterr().err
