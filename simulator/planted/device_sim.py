@@ -49,6 +49,13 @@ SILICON = (
         races=["R7", "R4"],
     ),
     Plant(
+        "R7-device-tlb-keeps-everything",
+        "A device TLB completes an invalidation and drops nothing.",
+        "I9",
+        [Edit(f"{_DEVTLB}.invalidate", "last = start + npages - 1", "return")],
+        races=["R7", "R4"],
+    ),
+    Plant(
         "R4-device-tlb-drops-reads-alone",
         "A device TLB drops what it reads by and goes on writing.",
         "I6",

@@ -120,6 +120,19 @@ IOMMUFDD_DRIVER = (
         races=["R4"],
     ),
     Plant(
+        "R4-units-are-not-asked",
+        "What an HWPT is to forget no unit is asked to forget.",
+        "I6",
+        [
+            Edit(
+                f"{_HWPT}.forget",
+                "await unit.submit(qi.invalidate(unit.cap, self.domain.did, rids, start, size))",
+                "pass",
+            )
+        ],
+        races=["R4", "R17"],
+    ),
+    Plant(
         "I9-not-waited-for",
         "Descriptors are in the ring, and their submitter does not wait until they are done.",
         "I9",

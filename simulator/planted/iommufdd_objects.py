@@ -370,7 +370,10 @@ IOMMUFDD_OBJECTS = (
         "pinned-over-a-pin",
         "A pin over a pinned page pins it anew, and maps what the process has there by now.",
         "I28",
-        [Edit(f"{_PINS}._pin_span", "if pin is None:", "if True:")],
+        [
+            Edit(f"{_PINS}._pin_span", "if pin is None:", "if True:"),
+            Edit(f"{_PINS}._pin_span", "min(gap_end, end)", "end"),
+        ],
         races=["R22"],
     ),
     Plant(

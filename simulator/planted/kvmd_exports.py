@@ -229,6 +229,19 @@ KVMD_EXPORTS = (
         races=["R21", "R4"],
     ),
     Plant(
+        "unpinned-before-its-entry-goes",
+        "A pin whose page the host has taken meanwhile is given up before its entry is flushed.",
+        "I6",
+        [
+            Edit(
+                f"{_PINNING}._take_back",
+                "    if zapped:\n",
+                "    self.put(pages)\n    pages = []\n    if zapped:\n",
+            )
+        ],
+        races=["R4"],
+    ),
+    Plant(
         "pin-flush-left-out",
         "A pin that maps over another frame's entry does not flush it.",
         "I6",

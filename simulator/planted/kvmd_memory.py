@@ -101,6 +101,19 @@ KVMD_MEMORY = (
         races=["B-34", "R19"],
     ),
     Plant(
+        "R19-devices-mark-nothing",
+        "What a device's fault makes writable is not marked dirty, since no vCPU stores there.",
+        "I25",
+        [
+            Edit(
+                f"{_LOG}.mark",
+                "if not slot.logs:",
+                "if not slot.logs or vcpu_id is None:",
+            )
+        ],
+        races=["R19", "B-34"],
+    ),
+    Plant(
         "R19-full-ring-drops",
         "A mark that finds its ring full is dropped instead of put into the bitmap.",
         "I25",
@@ -151,7 +164,12 @@ KVMD_MEMORY = (
                 "kvmd.core.cpu.guest_ram:GuestRam._reach",
                 "while (slot := await self._slot(gpa)) is not None and not (write and slot.readonly):",
                 "slot = await self._slot(gpa)\n    while slot is not None and not (write and slot.readonly):",
-            )
+            ),
+            Edit(
+                "kvmd.core.cpu.guest_ram:GuestRam._reach",
+                "if self._slots.find(gfn_of(gpa), self._as_id) is slot:",
+                "if True:",
+            ),
         ],
         races=["R21"],
     ),

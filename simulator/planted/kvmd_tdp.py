@@ -158,6 +158,13 @@ KVMD_TDP = (
         races=["R4", "R17"],
     ),
     Plant(
+        "R17-nobody-is-told",
+        "A flush is counted, and nobody hears of it.",
+        "I6",
+        [Edit(f"{_FLUSHER}.flush", "in self._tell(span, epoch):", "in ():")],
+        races=["R17", "R4"],
+    ),
+    Plant(
         "R4-only-the-first-ack",
         "A flush is over when the first of several importers has acked it.",
         "I6",
@@ -324,11 +331,9 @@ KVMD_TDP = (
             Edit(
                 f"{_MMU}.split_leaf",
                 "self.writer.fill_unlinked(table, split_children(root.format, leaf, level))",
-                "first = self.writer._index(table, ENTRIES)\n"
-                "    children = split_children(root.format, leaf, level)\n"
-                "    self.link(root, gfn, level, at, leaf, table)\n"
-                "    for index, child in enumerate(children):\n"
-                "        self.writer.words[first + index] = child",
+                "self.link(root, gfn, level, at, leaf, table)\n"
+                "    self.writer._linked.discard(table)  # or it would say so itself\n"
+                "    self.writer.fill_unlinked(table, split_children(root.format, leaf, level))",
             ),
             Edit(
                 f"{_MMU}.split_leaf",

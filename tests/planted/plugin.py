@@ -38,8 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[PLANT_ENV] = name
 
 
+Plants = Callable[[str], None]
+
+
 @pytest.fixture
-def plant() -> Iterator[Callable[[str], None]]:
+def plant() -> Iterator[Plants]:
     """Puts a bug in, until the test is over."""
     if (name := current()) is not None:
         pytest.skip(f"it plants a bug itself, and {name} is in")

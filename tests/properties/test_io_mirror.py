@@ -6,16 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import pytest
 
-from iommufdd.core.hmm import Lookup
-from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.hwpt_paging import HwptPaging
-from iommufdd.core.mirror_pins import MirrorPins
 from protocol.hw.qi import ResponseCode
-from protocol.units import Iova
+from tests.planted.plugin import Plants
 from tests.properties.io_mirror_machine import MirrorMachine
 
 STEPS = 200
@@ -63,63 +58,19 @@ def test_the_schedules_reach_what_they_are_about() -> None:
         assert sum(getattr(one, name) for one in counts), name
 
 
-def never_stale(*_: Any) -> bool:
-    return False
-
-
-async def ack_first(self: HwptPaging) -> None:
-    """Acks without waiting for the units; the flush goes on behind it."""
-    machine = next(iter(self.attached.values()))
-    assert isinstance(machine, MirrorMachine)
-    machine.flows.spawn(self.flush())
-
-
-async def ack_own_only(self: HwptPaging) -> None:
-    """Whoever finds nothing left acks, though another's flush is under way."""
-    await self.flush()
-
-
-async def forget_nothing(self: Hwpt, start: int, size: int) -> None:
-    """Tables that were cut off are free at once, and the units know nothing of it."""
-
-
-async def pin_anew(self: MirrorPins, name: int, start: int, end: int) -> None:
-    """A pin over a pinned page maps what the process has there by now."""
-    while start < end:
-        start = await self._pin_gap(name, Iova(start), Iova(end))
-
-
-async def keep_entries(self: MirrorPins, name: int) -> None:
-    """What is unpinned stays mapped."""
-    leaves = [leaf for pin in self for leaf in self._hwpt.table.leaves_in(pin.start, pin.end - pin.start)]
-    await unpin(self, name)
-    for leaf in leaves:
-        self._hwpt.put_run(leaf.iova, [leaf.hpa], leaf.level, writable=leaf.writable)
-
-
-async def unpin_first(self: MirrorPins, name: int) -> None:
-    """The host is told before entries and units are without it."""
-    for pin in self._requests.get(name, []):
-        if pin.holders == 1:
-            await self._watched.host.unpin(pin.part.hva, pin.end - pin.start, area=pin.name)
-    await unpin(self, name)
-
-
-unpin = MirrorPins.unpin
-BUGS: dict[str, tuple[type, str, Any]] = {
-    "no sequence check": (Lookup, "stale", never_stale),
-    "ack before flush": (HwptPaging, "give_up", ack_first),
-    "ack before the flush of another": (HwptPaging, "give_up", ack_own_only),
-    "no flush": (Hwpt, "forget", forget_nothing),
-    "a pin over a pin": (MirrorPins, "_pin_span", pin_anew),
-    "an unpin that leaves entries": (MirrorPins, "unpin", keep_entries),
-    "an unpin that tells the host first": (MirrorPins, "unpin", unpin_first),
-}
+BUGS = (
+    "R1-lookup-never-stale",
+    "R4-mirror-acks-unflushed",
+    "R4-flush-of-another-not-awaited",
+    "R4-units-are-not-asked",
+    "pinned-over-a-pin",
+    "unpinned-and-mapped",
+    "unpinned-before-the-flush",
+)
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    owner, name, planted = BUGS[bug]
-    monkeypatch.setattr(owner, name, planted)
+def test_a_planted_bug_is_noticed(plant: Plants, bug: str) -> None:
+    plant(bug)
     with pytest.raises(AssertionError, match=r"I6|R1|I28"):
         play_all(60)

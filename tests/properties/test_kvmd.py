@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.vm import Kvm
-from protocol.flow import Wait
-from protocol.pt.format import TableFormat
-from protocol.pt.table_pool import TablePool
-from protocol.units import Gfn, Hpa, Hva, Level
+from tests.planted.plugin import Plants
 from tests.properties.machine import GFNS, LARGE, LARGE_PAGES, SMALL, SMALL_PAGES, RandomVm
 
 S, L = SMALL >> 12, LARGE >> 12
@@ -232,55 +225,6 @@ def test_a_long_run_keeps_the_core_in_step_with_the_dicts(seed: int, own: bool) 
 # -- planted bugs --------------------------------------------------------------------------------------
 
 
-async def no_drain(self: Flusher) -> None:
-    """Whoever finds nothing to zap does not wait."""
-
-
-async def no_acks(self: Flusher, span: Any) -> None:
-    """Importers are told and not waited for."""
-    self.epoch += 1
-    self._tell(span, self.epoch)
-    self._pool.reclaim(self._vm_id, self.acked)
-
-
-def no_sequence(self: HostChanges, start: Hva, end: Hva) -> None:
-    """The sequence stays where it was."""
-    self._in_progress.remove((start, end))
-    over, self.over = self.over, Wait()
-    over.set(None)
-
-
-def never_changing(self: HostChanges, hva: Hva, gfn: Gfn) -> bool:
-    return False
-
-
-def no_quarantine(self: TablePool, vm_id: int, table: Hpa, epoch: int) -> None:
-    self._writer.clear_unlinked(table)
-    self._free.append(table)
-    self.in_use -= 1
-
-
-def marker_at_bit_11(self: TableFormat, table: Hpa, level: Level) -> int:
-    return table | 0x0800_0000_0000_0907
-
-
-def forgets_importers(self: Kvm, span: Any, epoch: int) -> list[Any]:
-    for vcpu in self.vcpus:
-        vcpu.flush_tlb(span)
-    return []
-
-
-PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "drain is skipped": (Flusher, "drain", no_drain),
-    "acks are not waited for": (Flusher, "flush", no_acks),
-    "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence),
-    "ranges in change are not looked at": (HostChanges, "is_changing", never_changing),
-    "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine),
-    "bit 11 marks table entries": (TableFormat, "make_table", marker_at_bit_11),
-    "importers are not told": (Kvm, "_tell_walkers", forgets_importers),
-}
-
-
 def ready(seed: int = 1, *, own: bool = False) -> RandomVm:
     rig = RandomVm(seed, own=own)
     rig.mmap(False)
@@ -334,26 +278,26 @@ def huge_over_small(rig: RandomVm) -> None:
 
 
 SCHEDULES: dict[str, Callable[[RandomVm], None]] = {
-    "drain is skipped": overlapping,
-    "acks are not waited for": drop,
-    "the sequence is not advanced": sleep_then,
-    "ranges in change are not looked at": fault_in_change,
-    "table pages skip the quarantine": huge_over_small,
-    "bit 11 marks table entries": drop,
-    "importers are not told": drop,
+    "B-18-drain-is-skipped": overlapping,
+    "R4-acks-not-awaited": drop,
+    "R1-sequence-stands": sleep_then,
+    "R1-range-not-looked-at": fault_in_change,
+    "R5-no-quarantine": huge_over_small,
+    "R16-bit-11": drop,
+    "importers-are-not-told": drop,
 }
 CAUGHT = {
-    "drain is skipped": "I6",
-    "acks are not waited for": "I6",
-    "the sequence is not advanced": "I5",
-    "ranges in change are not looked at": "I5|I6",
-    "table pages skip the quarantine": "I7",
-    "bit 11 marks table entries": "I2",
-    "importers are not told": "I6",
+    "B-18-drain-is-skipped": "I6",
+    "R4-acks-not-awaited": "I6",
+    "R1-sequence-stands": "I5",
+    "R1-range-not-looked-at": "I5|I6",
+    "R5-no-quarantine": "I7",
+    "R16-bit-11": "I2",
+    "importers-are-not-told": "I6",
 }  # which invariant says so
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", SCHEDULES)
 def test_the_schedule_is_sound_without_the_bug(bug: str) -> None:
     rig = ready()
     SCHEDULES[bug](rig)
@@ -361,22 +305,22 @@ def test_the_schedule_is_sound_without_the_bug(bug: str) -> None:
     rig.check()
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PLANTED[bug])
+@pytest.mark.parametrize("bug", SCHEDULES)
+def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, plant: Plants) -> None:
+    plant(bug)
     with pytest.raises(AssertionError, match=CAUGHT[bug]):
         SCHEDULES[bug](ready())
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught_by_a_long_run(bug: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PLANTED[bug])
+@pytest.mark.parametrize("bug", SCHEDULES)
+def test_a_planted_bug_is_caught_by_a_long_run(bug: str, own: bool, plant: Plants) -> None:
+    plant(bug)
     with pytest.raises(AssertionError, match=CAUGHT[bug]):
         soak_all(own=own)
 
 
-def test_a_planted_bug_is_caught_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PLANTED["acks are not waited for"])
+def test_a_planted_bug_is_caught_by_the_machine(plant: Plants) -> None:
+    plant("R4-acks-not-awaited")
     with pytest.raises(AssertionError, match=r"I6|I7"):
         run_machine(300, (Phase.generate,))

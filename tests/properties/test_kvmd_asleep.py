@@ -7,17 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import pytest
 
-from kvmd.core.cpu.guest_ram import GuestRam
-from kvmd.core.faults.fault_path import FaultPath
-from kvmd.core.mm.space import FaultOrigin
-from protocol.errors import UapiError
-from protocol.units import Gfn, Gpa, Hva
+from tests.planted.plugin import Plants
 from tests.properties.machine import SMALL_PAGES, RandomVm
-from tests.properties.planted import rewritten
 from tests.properties.test_kvmd import SLOTS_OF_NOTE, SMALL_GFNS, L, S, random_step, ready
 
 # -- anything, in any order ----------------------------------------------------------------------------
@@ -86,37 +80,6 @@ def test_a_long_run_asleep_keeps_the_core_in_step_with_the_dicts(seed: int, own:
 # -- planted bugs --------------------------------------------------------------------------------------
 
 
-async def keeps_its_slot(self: GuestRam, gpa: Gpa, size: int, *, write: bool) -> Any:
-    """What the slot was that was found before the sleep counts."""
-    slot = await self._slot(gpa)
-    if slot is None or (write and slot.readonly):
-        return None
-    hva = Hva(slot.hva_of(Gfn(gpa >> 12)) + gpa % 4096)
-    while (there := self._mm.bytes_now(hva, size, write=write)) is None:
-        try:
-            await self._mm.fault_in(hva, write=write, via=FaultOrigin.KERNEL)
-        except UapiError:
-            return None
-    return slot, there
-
-
-LOOKED_AGAIN = "frames.slots.find(gfn, fault.as_id) is not slot"
-PLANTED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "an emulated access keeps its slot": (GuestRam, "_reach", keeps_its_slot),
-    "a fault keeps its slot": (FaultPath, "_try", rewritten(FaultPath, "_try", LOOKED_AGAIN, "False")),
-    "a fault takes a slot that goes": (
-        FaultPath,
-        "_try",
-        rewritten(FaultPath, "_try", "is not slot or slot is frames.slots.going", "is not slot"),
-    ),
-    "a fault takes an equal slot for its own": (
-        FaultPath,
-        "_try",
-        rewritten(FaultPath, "_try", LOOKED_AGAIN, LOOKED_AGAIN.replace("is not", "!=")),
-    ),
-}
-
-
 def slot_goes_under(rig: RandomVm, access: Callable[[], None], anew: Callable[[], None]) -> None:
     """Slot 0 is deleted while the lookup of `access` sleeps; then comes what is made `anew`."""
     rig.lookups.drowsy = 1
@@ -163,21 +126,21 @@ def store_under_an_equal_slot(rig: RandomVm) -> None:
 
 
 SCHEDULES: dict[str, tuple[Callable[[RandomVm], None], str]] = {  # and what says so
-    "an emulated access keeps its slot": (emulated_store, "the process reads"),
-    "a fault keeps its slot": (store_of_cpu, "I5"),
-    "a fault takes a slot that goes": (store_while_it_goes, "I11"),
-    "a fault takes an equal slot for its own": (store_under_an_equal_slot, r"I20.*I25"),
+    "emulated-access-keeps-its-slot": (emulated_store, "the process reads"),
+    "R21-slot-not-found-again": (store_of_cpu, "I5"),
+    "R21-slot-that-goes": (store_while_it_goes, "I11"),
+    "equal-slot": (store_under_an_equal_slot, r"I20.*I25"),
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", SCHEDULES)
 def test_the_schedule_is_sound_without_the_bug(bug: str) -> None:
     SCHEDULES[bug][0](ready())
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PLANTED[bug])
+@pytest.mark.parametrize("bug", SCHEDULES)
+def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, plant: Plants) -> None:
+    plant(bug)
     schedule, says = SCHEDULES[bug]
     with pytest.raises(AssertionError, match=says):
         schedule(ready())
@@ -186,12 +149,12 @@ def test_a_planted_bug_is_caught_by_a_schedule_written_out(bug: str, monkeypatch
 @pytest.mark.parametrize(
     ("bug", "says"),
     [
-        ("an emulated access keeps its slot", r"was reached|reads|I25"),
-        ("a fault keeps its slot", r"I5|I11|I20"),
+        ("emulated-access-keeps-its-slot", r"was reached|reads|I25"),
+        ("R21-slot-not-found-again", r"I5|I11|I20"),
     ],
 )
-def test_a_planted_bug_is_caught_by_a_long_run(bug: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_caught_by_a_long_run(bug: str, says: str, plant: Plants) -> None:
     """Not told where to look; the moments of the other two are too rare for it."""
-    monkeypatch.setattr(*PLANTED[bug])
+    plant(bug)
     with pytest.raises(AssertionError, match=says):
         soak_all()

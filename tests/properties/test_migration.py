@@ -11,11 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmd.core.faults.fault_path import FaultPath
-from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.tables import tdp_log, tdp_mmu
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import TdpMmu
+from tests.planted.plugin import Plants
 from tests.properties.migration import PAGES, Migration
 
 PAGE = st.one_of(st.sampled_from([0, 1, 5, 63, 64, 511, 512, 600, PAGES - 1]), st.integers(0, PAGES - 1))
@@ -89,41 +85,6 @@ def test_a_long_run_migrates_every_byte(kind: dict[str, Any]) -> None:
 # -- planted bugs --------------------------------------------------------------------------------------
 
 
-async def no_flush(self: Flusher, span: Any) -> None:
-    """Bits are taken and told while old translations still store."""
-
-
-def always_dirty_bit(mmu: TdpMmu, root: Any) -> bool:
-    """D is cleared under an exported root, too (defect B-35)."""
-    return bool(root.role.ad_enabled)
-
-
-def silent_fast_fault(self: FaultPath, fault: Any, slot: Any, vcpu: Any) -> bool:
-    """W comes back and nobody marks."""
-    return tdp_log.fast_page_fault(self._mmu, self._fault_root(vcpu, 0), fault.gfn, logs=slot.logs)
-
-
-def no_mark_of_devices(self: DirtyLog, slot: Any, gfn: Any, vcpu_id: int | None) -> None:
-    """A mark with no vCPU is dropped (defect B-34)."""
-    ring = None if vcpu_id is None else self.rings.get(vcpu_id)
-    if ring is not None:
-        ring.push(slot.number, gfn - slot.base_gfn)
-
-
-def no_huge_protection(mmu: TdpMmu, root: Any, span: Any, wanted: Any = None) -> bool:
-    """Huge leaves keep W."""
-    cleared = False
-    for met in mmu.leaves_in(root, span):
-        if met.level == 1 and met.entry & 2 and (wanted is None or wanted(met.gfn)):
-            mmu.writer.store64(met.at, met.entry & ~2)
-            cleared = True
-    return cleared
-
-
-def no_split(mmu: TdpMmu, root: Any, span: Any, goal: Any, budget: int = 0) -> int:
-    return 0
-
-
 DEVICE = {"manual": 0, "pml": True, "huge": False, "device": True, "ring": False}
 
 
@@ -139,35 +100,16 @@ def loses(kind: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "bug", "kind"),
+    ("bug", "kind"),
     [
-        (Flusher, "flush", no_flush, DEVICE),
-        pytest.param(
-            tdp_log,
-            "logs_by_dirty_bit",
-            always_dirty_bit,
-            DEVICE,
-            marks=pytest.mark.defect("B-35"),
-        ),
-        (FaultPath, "_fast_page_fault", silent_fast_fault, DEVICE),
-        pytest.param(
-            DirtyLog, "mark", no_mark_of_devices, DEVICE | {"ring": True}, marks=pytest.mark.defect("B-34")
-        ),
+        ("R17-nobody-is-told", DEVICE),
+        pytest.param("B-35-by-dirty-bit-under-a-device", DEVICE, marks=pytest.mark.defect("B-35")),
+        ("R19-fast-fault-marks-nothing", DEVICE),
+        pytest.param("B-34-no-mark-without-vcpu", DEVICE | {"ring": True}, marks=pytest.mark.defect("B-34")),
+        ("R19-huge-leaves-stay-writable", DEVICE | {"huge": True}),
     ],
-    ids=["no flush", "B-35", "silent fast fault", "B-34"],
 )
-def test_a_planted_bug_loses_a_byte(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, bug: Any, kind: dict[str, Any]
-) -> None:
+def test_a_planted_bug_loses_a_byte(plant: Plants, bug: str, kind: dict[str, Any]) -> None:
     assert all(soak(seed, kind) == [] for seed in range(2))
-    monkeypatch.setattr(owner, name, bug)
-    assert loses(kind)
-
-
-def test_a_huge_page_left_writable_loses_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pages of 2 MiB neither split nor protected."""
-    kind = DEVICE | {"huge": True}
-    assert soak(0, kind) == []
-    monkeypatch.setattr(tdp_mmu, "split", no_split)
-    monkeypatch.setattr(tdp_log, "protect", no_huge_protection)
+    plant(bug)
     assert loses(kind)

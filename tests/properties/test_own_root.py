@@ -15,19 +15,16 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import RESOLVED
 from kvmd.core.host import CpuFeatures
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
-from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.tables import zap
-from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
 from protocol.units import GfnSpan, Gpa, Hva
 from tests.kit.kvmd import READ, WRITE
 from tests.kit.refusals import may_refuse
 from tests.oracle.table import Machine, RawTables, second_stage_walk
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.own_root import BASE, PAGE, Managed
 
 UNIT = Machine(address_width=46, max_leaf_level=3, snoop_control=True)
@@ -232,23 +229,12 @@ def test_two_lives_end_with_the_same_memory_and_every_write_was_told(seed: int) 
 # -- planted bugs --------------------------------------------------------------------------------------------
 
 
-PLANTED: dict[str, tuple[Any, str, Any]] = {
-    "the IOMMU's root is not filled": (FaultPath, "_map_in_other_roots", lambda *args: None),
-    "what devices can write is not dirty": (DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty),
-    "logging protects every root": (TdpMmu, "logged_roots", TdpMmu.roots_of),
-    "ageing takes every root": (TdpMmu, "aged_roots", lambda self: self.roots),
-    "every slot's leaves go": (
-        zap,
-        "_lost_by",
-        lambda root, *_: [root.everything],
-    ),
-}
 CAUGHT = {
-    "the IOMMU's root is not filled": "was taken from the device",
-    "what devices can write is not dirty": "I20",
-    "logging protects every root": "I23",
-    "ageing takes every root": "I23",
-    "every slot's leaves go": "was taken from the device",
+    "other-root-not-filled": "was taken from the device",
+    "R19-unnoticed-not-dirty": "I20",
+    "I23-logging-protects-every-root": "I23",
+    "I23-ageing-takes-every-root": "I23",
+    "R21-all-slots-lose-their-leaves": "was taken from the device",
 }  # by which complaint
 
 
@@ -257,8 +243,8 @@ def live_all() -> None:
         live(seed)
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught_by_some_life(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*PLANTED[bug])
+@pytest.mark.parametrize("bug", CAUGHT)
+def test_a_planted_bug_is_caught_by_some_life(bug: str, plant: Plants) -> None:
+    plant(bug)
     with pytest.raises(AssertionError, match=CAUGHT[bug]):
         live_all()

@@ -15,8 +15,8 @@ A fault looks a page up, sleeps, and maps what it found.  Between the two the ho
 Either question alone misses the other case; the fault asks both in the turn in which it stores
 (`FaultPath._try`, `stale`).  The range is noted before the first leaf is cleared and taken off after `seq`
 moved, both without a sleep in between, so that there is no moment at which both answers are "no".
-tests/properties/test_kvmd.py plants the loss of each: "the sequence is not advanced", "ranges in change are
-not looked at".
+tests/properties/test_kvmd.py plants the loss of each: "R1-sequence-stands",
+"R1-range-not-looked-at".
 """
 
 from __future__ import annotations

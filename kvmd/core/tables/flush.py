@@ -13,7 +13,7 @@ Why nobody uses what is given away.  Three interleavings would break it:
  2. A clears an entry, tells, and sleeps for the ack; B wants the frame gone, finds the entry clear, has
     nothing to flush, and frees the frame under the walker that A waits for.  Whoever found nothing to clear
     sleeps in `drain` until every flush before its own call is over (tests/properties/test_kvmd.py, planted:
-    "drain is skipped").
+    "B-18-drain-is-skipped").
  3. A walker registers, or caches again, while a flush is under way.  All are told in one turn, by `_tell`,
     before the first ack is waited for; who comes later finds the entries cleared already, and has nothing old
     (tests/unit/kvmd/test_flush.py::test_all_walkers_are_told_before_anyone_is_waited_for).

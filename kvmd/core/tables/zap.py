@@ -11,7 +11,7 @@ Three things stand between two batches, and their order is the argument:
  - `root in roots` at each turn, `cursor.resume()` after it: a table on the cursor's way may have been cut
    off, and its page be another's by now (::test_a_table_that_goes_between_two_batches_is_not_walked_on).
  - `drain` at the end, also when nothing was cleared: somebody else's batch may be waiting for its acks
-   (tests/properties/test_kvmd.py, planted: "drain is skipped").
+   (tests/properties/test_kvmd.py, planted: "B-18-drain-is-skipped").
 
 Nothing refills what was cleared while others run: a fault on the range waits for whoever called
 (`HostChanges.is_changing`, `Memslots.going`).

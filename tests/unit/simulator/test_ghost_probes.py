@@ -10,51 +10,19 @@ from typing import Any
 
 import pytest
 
-from device_sim.core.devtlb import DevTlb
-from device_sim.core.iotlb import Iotlb
 from iommufdd.core import qi
-from iommufdd.core.hmm import Lookup
 from iommufdd.core.hwpt import Hwpt
-from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
-from iommufdd.core.mirror_pins import MirrorPins
-from kvmd.core.cpu.vcpus import Vcpus
-from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.table import PageTable
-from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.host_changes import HostChanges
-from kvmd.core.tables.flush import Flusher
-from kvmd.core.tables.tdp_table import TdpMmu
-from kvmd.core.tables.zap import Zapper
-from kvmd.core.vm import Kvm
-from protocol.pt.format import TableFormat
-from protocol.pt.table_pool import TablePool
-from protocol.units import Gfn
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import SEAMS, watching
 from simulator.ghost.violation import Verdicts, Violation
+from tests.planted.plugin import Plants
 from tests.properties.mirrored import play as play_host
-from tests.properties.planted import rewritten
-from tests.properties.test_io_mirror import (
-    ack_own_only,
-    forget_nothing,
-    keep_entries,
-    never_stale,
-    unpin_first,
-)
 from tests.properties.test_io_mirror import play as play_mirror
-from tests.properties.test_kvmd import (
-    forgets_importers,
-    marker_at_bit_11,
-    never_changing,
-    no_acks,
-    no_drain,
-    no_quarantine,
-    no_sequence,
-    soak,
-)
+from tests.properties.test_kvmd import soak
 from tests.unit.simulator.joined_at_random import ByChance, JoinedAtRandom, MirrorAtRandom
 
 STEPS = 300
@@ -94,93 +62,50 @@ async def acks_at_once(self: Hwpt, start: Any, size: int) -> None:
         unit.queue.submit(qi.invalidate(unit.cap, self.domain.did, self.behind(unit), start, size)).send(None)
 
 
-def keeps_everything(self: DevTlb, start: Any, npages: int) -> None:
-    """Told to forget, it does not."""
-
-
-def cpus_not_told(self: Vcpus, span: Any) -> None:
-    """INVEPT is forgotten."""
-
-
-def no_mark(self: DirtyLog, slot: Any, gfn: Gfn, vcpu_id: int | None, npages: int = 1) -> None:
-    """Of a device's store nothing is written down."""
-    if vcpu_id is not None and slot.logs:
-        self.rings.get(vcpu_id)
-        if slot.dirty is not None:
-            slot.dirty.mark(gfn - slot.base_gfn, npages)
-
-
-PLANTED: dict[str, tuple[Any, str, Any, set[str]]] = {
-    "an invalidation is acked before the caches drop": (Hwpt, "forget", acks_at_once, {"I9", "R6"}),
-    "a device TLB keeps what it is told to drop": (DevTlb, "invalidate", keeps_everything, {"I9"}),
-    "the hint IH is always believed to be set": (
-        Iotlb,
-        "invalidate_pages",
-        rewritten(Iotlb, "invalidate_pages", "if not leaves_only:", "if False:"),
-        {"R6"},
-    ),
-    "CPUs are not told of a flush": (Vcpus, "flush_tlb", cpus_not_told, {"R17"}),
-    "importers are not told of a flush": (Kvm, "_tell_walkers", forgets_importers, {"R17"}),
-    "acks are not waited for": (Flusher, "flush", no_acks, {"I6", "R17"}),
-    "drain is skipped": (Flusher, "drain", no_drain, {"I6"}),
-    "what was cleared is not flushed": (
-        Zapper,
-        "zap",
-        rewritten(Zapper, "zap", "    if unflushed:\n        await self._flusher.flush(told)\n", ""),
-        {"I6", "R21"},
-    ),
-    "the sequence is not advanced": (HostChanges, "invalidate_range_end", no_sequence, {"I5"}),
-    "ranges in change are not looked at": (HostChanges, "is_changing", never_changing, {"I5"}),
-    "table pages skip the quarantine": (TablePool, "quarantine", no_quarantine, {"I7"}),
-    "bit 11 marks table entries": (TableFormat, "make_table", marker_at_bit_11, {"I2"}),
-    "a split is linked, then filled": (
-        TdpMmu,
-        "split_leaf",
-        rewritten(
-            TdpMmu,
-            "split_leaf",
-            "self.writer.fill_unlinked(table, split_children(root.format, leaf, level))\n",
-            "self.link(root, gfn, level, at, leaf, table)\n"
-            "    self.writer._linked.discard(table)\n"
-            "    self.writer.fill_unlinked(table, split_children(root.format, leaf, level))\n"
-            "    return\n",
-        ),
-        {"I4"},
-    ),
-    "a page is unpinned before its entry goes": (
-        Pinning,
-        "_take_back",
-        rewritten(
-            Pinning,
-            "_take_back",
-            "    if zapped:\n",
-            "    self.put(pages)\n    pages = []\n    if zapped:\n",
-        ),
-        {"I6", "I11"},
-    ),
-    "nothing marks what a device stores": (DirtyLog, "mark", no_mark, {"I25"}),
+PLANTED = {  # and what may say so
+    "R7-device-tlb-keeps-everything": {"I9"},
+    "R6-paging-structure-cache-stays": {"R6"},
+    "cpus-are-not-flushed": {"R17"},
+    "importers-are-not-told": {"R17"},
+    "R4-acks-not-awaited": {"I6", "R17"},
+    "B-18-drain-is-skipped": {"I6"},
+    "R17-zap-unflushed": {"I6", "R21"},
+    "R1-sequence-stands": {"I5"},
+    "R1-range-not-looked-at": {"I5"},
+    "R5-no-quarantine": {"I7"},
+    "R16-bit-11": {"I2"},
+    "R14-split-links-first": {"I4"},
+    "unpinned-before-its-entry-goes": {"I6", "I11"},
+    "R19-devices-mark-nothing": {"I25"},
 }
-
-
-IN_A_MIRROR: dict[str, tuple[Any, str, Any, set[str]]] = {
-    "what went during a lookup is not looked at": (Lookup, "stale", never_stale, {"I5", "I11"}),
-    "another's flush is not waited for": (HwptPaging, "give_up", ack_own_only, {"I6"}),
-    "nothing is flushed": (Hwpt, "forget", forget_nothing, {"I9", "R6", "R23"}),
-    "what is unpinned stays mapped": (MirrorPins, "unpin", keep_entries, {"I6", "I11", "I5"}),
-    "the host is told of an unpin first": (MirrorPins, "unpin", unpin_first, {"I6", "I11", "I22"}),
+IN_A_MIRROR = {
+    "R1-lookup-never-stale": {"I5", "I11"},
+    "R4-flush-of-another-not-awaited": {"I6"},
+    "R4-units-are-not-asked": {"I9", "R6", "R23"},
+    "unpinned-and-mapped": {"I6", "I11", "I5"},
+    "unpinned-before-the-flush": {"I6", "I11", "I22"},
 }
-BUGS: dict[tuple[type[ByChance], str], tuple[Any, str, Any, set[str]]] = {
-    **{(JoinedAtRandom, name): bug for name, bug in PLANTED.items()},
-    **{(MirrorAtRandom, name): bug for name, bug in IN_A_MIRROR.items()},
+BUGS: dict[tuple[type[ByChance], str], set[str]] = {
+    **{(JoinedAtRandom, name): expected for name, expected in PLANTED.items()},
+    **{(MirrorAtRandom, name): expected for name, expected in IN_A_MIRROR.items()},
 }
 
 
 @pytest.mark.parametrize(("world", "bug"), BUGS)
 def test_a_planted_bug_is_found_by_the_invariant_it_breaks(
-    world: type[ByChance], bug: str, monkeypatch: pytest.MonkeyPatch
+    world: type[ByChance], bug: str, plant: Plants
 ) -> None:
-    owner, name, planted, expected = BUGS[world, bug]
-    monkeypatch.setattr(owner, name, planted)
+    plant(bug)
+    _found_by(world, BUGS[world, bug])
+
+
+def test_an_ack_before_the_caches_drop_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug of its own: what is in the queue is taken for done."""
+    monkeypatch.setattr(Hwpt, "forget", acks_at_once)
+    _found_by(JoinedAtRandom, {"I9", "R6"})
+
+
+def _found_by(world: type[ByChance], expected: set[str]) -> None:
     for seed in range(SEEDS):
         found = _first(world, seed)
         if found is not None:
@@ -259,10 +184,10 @@ def test_nothing_is_found_in_the_worlds_of_other_tests(kind: str) -> None:
 
 
 def test_a_table_of_iommufdd_s_that_is_freed_too_early_is_found(
-    monkeypatch: pytest.MonkeyPatch,
+    plant: Plants,
 ) -> None:
     """Those that were cut off are free at once, and the units know nothing of it (R23)."""
-    monkeypatch.setattr(Hwpt, "forget", forget_nothing)
+    plant("R4-units-are-not-asked")
     found: set[str] = set()
     for seed in range(8):
         ghost = Ghost(Verdicts())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from simulator.planted.hunt import MAX_SCHEDULES, Catch, Effort, Hunted, Record, hunt, seeds_of, table
 from simulator.planted.registry import PLANTED, current
+from tests.planted.plugin import Plants
 
 ONE, TWO = (PLANTED[name] for name in ("R4-acks-not-awaited", "R2-sequence-of-32-bits"))
 EFFORTS = [Effort("random", 3), Effort("pct", 2)]
@@ -30,7 +30,7 @@ class Finder:
 
 
 @pytest.fixture
-def record(tmp_path: Path, plant: Callable[[str], None]) -> Record:
+def record(tmp_path: Path, plant: Plants) -> Record:
     return Record(tmp_path / "build" / "found.json", "v1")
 
 

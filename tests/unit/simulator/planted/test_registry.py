@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from simulator.planted.kvmd_tdp import KVMD_TDP
 from simulator.planted.plant import function_at
 from simulator.planted.registry import PLANTED, UnknownPlant, current, planted
 from tests.patience import WHOLE_RUN_S
+from tests.planted.plugin import Plants
 from tests.planted.sweep import killers
 
 ROOT = Path(__file__).parents[4]
@@ -40,9 +40,7 @@ PARTS = 8  # for as many workers
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_it_applies_to_the_product_as_it_is_and_leaves_no_trace(
-    name: str, plant: Callable[[str], None]
-) -> None:
+def test_it_applies_to_the_product_as_it_is_and_leaves_no_trace(name: str, plant: Plants) -> None:
     functions = [function_at(edit.where) for edit in PLANTED[name].edits]
     before = [function.__code__ for function in functions]
     with planted(name):
@@ -72,7 +70,7 @@ def test_the_killers_are_of_plants_there_are_and_tests_there_are() -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_its_killer_fails_with_it_on(part: int, plant: Callable[[str], None]) -> None:
+def test_its_killer_fails_with_it_on(part: int, plant: Plants) -> None:
     plants = list(killers())[part::PARTS]
     argv = [sys.executable, "-m", "tests.planted.killing", *plants]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=WHOLE_RUN_S, check=False)
@@ -98,7 +96,7 @@ def test_no_two_have_one_id() -> None:
     assert sum(map(len, areas)) == len(PLANTED)
 
 
-def test_one_mistake_at_a_time(plant: Callable[[str], None]) -> None:
+def test_one_mistake_at_a_time(plant: Plants) -> None:
     drain = Flusher.drain.__code__
     with (
         planted(A_PLANT),
