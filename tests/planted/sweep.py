@@ -49,6 +49,7 @@ class Run:
 
 def outcomes(arguments: list[str], into: Path) -> int:
     """Run pytest here, and write what failed."""
+    os.environ["PYTEST_TIMEOUT"] = str(TEST_TIMEOUT_S)  # some mistakes wait for ever
     plugin = Outcomes()
     status = pytest.main([*arguments, "-q", "--tb=no", "-p", "no:cacheprovider"], plugins=[plugin])
     into.write_text(json.dumps({"ran": plugin.ran, "failed": plugin.failed}), encoding="utf-8")
@@ -60,8 +61,7 @@ def run(plant: str, path: str) -> Run:
         into = Path(made) / "outcomes.json"
         argv = [sys.executable, "-m", "tests.planted", "--here", str(into), plant, "--in", path]
         began = time.monotonic()
-        env = os.environ | {"PYTEST_TIMEOUT": str(TEST_TIMEOUT_S)}
-        done = subprocess.run(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
         seen = json.loads(into.read_text(encoding="utf-8")) if into.exists() else {"ran": 0, "failed": {}}
         return Run(
             product_version(), seconds=round(time.monotonic() - began, 1), status=done.returncode, **seen
