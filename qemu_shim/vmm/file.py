@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.rpc.channel import Channel, Reply
+from protocol.rpc.channel import Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 
 
@@ -30,7 +30,9 @@ class File:
         return self._fd
 
     def dup(self) -> int:
-        """A copy of the fd, to pass on."""
+        """A copy of the fd, to pass on.  PeerGone: the daemon hung up; the number may be another file's."""
+        if self.closed:
+            raise PeerGone(f"{self._channel.name} hung up")
         return self.loop.kernel.dup(self._fd)
 
     @property
