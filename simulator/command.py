@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -167,50 +167,32 @@ def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
         story = from_text(path.read_text(encoding="utf-8"))
     except (StoryError, OSError) as error:
         parser.error(f"--replay {path}: {error}")
-    name, *given = story.scenario.split()
-    params = {param: int(value) for param, _, value in (word.partition("=") for word in given)}
-    judged = Judged(find, name, story.design, story.seed, params, story.plant)
-    replay = Replay(story.answers)
-    recorded = Recorded(_Noted(replay), steps=True)
+    judged = _judged_again(parser, path, story)
+    recorded = Recorded(Replay(story.answers), steps=True)
     end = _begin(judged)(recorded)
-    taken = recorded.strategy
-    assert isinstance(taken, _Noted)
-    print(draw(rows_of(recorded.steps, taken.chosen(recorded.steps), _process_of, _text_of)), end="")
+    print(draw(rows_of(recorded.steps, recorded.against, _process_of, _text_of)), end="")
     if recorded.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")
     print(f"{end.invariant}: {end.sentence}" if end.invariant else "all invariants held")
     return EXIT_FOUND if end.invariant else 0
 
 
-class _Noted:
-    """Strategy: a replay that remembers which options it took against the default."""
-
-    watches = False
-
-    def __init__(self, replay: Replay) -> None:
-        self._replay = replay
-        self._against: list[Option] = []
-
-    def choose(self, options: Sequence[Option]) -> int:
-        answer = self._replay.choose(options)
-        if answer:
-            self._against.append(options[answer])
-        return answer
-
-    def took(self, step: Option) -> None: ...
-
-    def ended(self, failed: bool) -> bool:
-        return False
-
-    def chosen(self, steps: list[Option]) -> list[int]:
-        """Where in `steps` they were taken."""
-        found, at = [], 0
-        for option in self._against:
-            while at < len(steps) and (steps[at].actor, steps[at].label) != (option.actor, option.label):
-                at += 1
-            found.append(at)
-            at += 1
-        return [place for place in found if place < len(steps)]
+def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> Judged:
+    """What the story is of; its text is somebody else's."""
+    name, *given = story.scenario.split() or [""]
+    known = [
+        (is_file(name) or name in PLAYED, f"scenario {name!r}"),
+        (story.design in DESIGNS, f"design {story.design!r}"),
+        (not story.plant or story.plant in PLANTED, f"planted bug {story.plant!r}"),
+        (all(word.partition("=")[2].isdigit() for word in given), f"parameters {' '.join(given)!r}"),
+    ]
+    for is_there, what in known:
+        if not is_there:
+            parser.error(
+                f"--replay {path}: this program has no {what}: ask its sender which version it is of"
+            )
+    params = {param: int(value) for param, _, value in (word.partition("=") for word in given)}
+    return Judged(find, name, story.design, story.seed, params, story.plant)
 
 
 def _process_of(actor: str) -> str:

@@ -20,6 +20,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from protocol.errors import leaves
 from protocol.kernel.port import Bytes
+from protocol.rpc.loop import POLL_S
 from protocol.rpc.session import HEADER, HEADER_BYTES
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
@@ -389,8 +390,8 @@ class World:
         event = me.take()
         if event is not None and event in ready:
             return [event]
-        if not ready and not timeout_s:
-            return []
+        if not ready and timeout_s in (0, POLL_S):
+            return []  # POLL_S is over: who served goes back to trio, where its other tasks have a turn
         self.wait([poller], timeout_s)
         event = me.take()
         return [] if event is None else [event]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from protocol.rpc import loop
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.search.excerpt import Excerpt
@@ -24,12 +23,6 @@ from simulator.world.system import play
 GPA = 0x1_8000_0000
 RUNS = 6
 SMALL = ("mirror", "notifier", "managed", "shared")  # pinned: a page that is given up costs a thousand steps
-
-
-@pytest.fixture(autouse=True)
-def _answers_take_longer_than_the_client_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its other task has a turn then."""
-    monkeypatch.setattr(loop, "POLL_S", 0.0)
 
 
 def story(excerpt: Excerpt) -> Scenario:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qemu_shim.cli import main
+from simulator.search.story import Story, to_text
 
 SMALL = ("--set", "pages=2", "--workers", "1")
 
@@ -63,3 +64,20 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
     assert "R17: " in replayed
     assert "the trace is another one" not in replayed
     assert re.match(r"\s+\w+( +\w+)+$", replayed.splitlines()[0]), "a column for each process"
+
+
+def test_a_story_of_another_program_is_refused_with_what_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for scenario, design, plant in (
+        ("nothing", "shared", ""),
+        ("sharing", "none", ""),
+        ("sharing", "shared", "B-99"),
+        ("sharing pages=x", "shared", ""),
+    ):
+        path = tmp_path / "other.story"
+        path.write_text(to_text(Story(scenario, design, 1, (), 0, plant)), encoding="utf-8")
+        with pytest.raises(SystemExit) as ended:
+            main(["sim", "--replay", str(path)])
+        assert ended.value.code == 2
+        assert "this program has no " in capsys.readouterr().err
