@@ -36,7 +36,7 @@ from simulator.stories.library import STORIES
 from simulator.world.schedule import Judged
 
 RANGES = 3
-RECORD = Path("build/planted.json")
+RECORD = Path("build/hunted.json")
 REPLAYS = 200  # to shrink one story
 
 
@@ -57,13 +57,16 @@ def find(plant: Plant, strategy: str, seeds: range, most: int) -> Catch | None:
         for story, design in pairs()
     ]
     for schedule in range(min(most, len(seeds))):
-        run_one, recorded = runs[schedule % len(runs)]
+        if not runs:
+            break  # every strategy has seen all there is
+        run_one, recorded = runs.pop(0)
         result = run_one(recorded)
         if result.invariant:
             found = Found(seeds.start, schedule + 1, result, recorded.answers, recorded.trace)
             shrunk, _ = smallest(run_one, found, REPLAYS)
             return Catch(shrunk.result.invariant, schedule + 1, sum(map(bool, shrunk.answers)))
-        recorded.ended(False)
+        if recorded.ended(False):
+            runs.append((run_one, recorded))
     return None
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from simulator import hunting
+from simulator.planted.registry import PLANTED
+from simulator.search.explore import RunEnd
+from simulator.search.option import Strategy
+from tests.planted import sweep
 
 
 def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
@@ -41,3 +45,20 @@ def test_an_unknown_plant_is_an_error_with_near_names(capsys: pytest.CaptureFixt
         hunting.main(["R7-no-device"])
     assert ended.value.code == 2
     assert "R7-no-device-tlb" in capsys.readouterr().err
+
+
+def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Strategy] = []
+
+    def without_choices(strategy: Strategy) -> RunEnd:
+        runs.append(strategy)
+        return RunEnd()
+
+    monkeypatch.setattr(hunting, "Judged", lambda *_: lambda: without_choices)
+    monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
+    assert hunting.find(PLANTED["R7-no-device-tlb"], "exhaustive", range(10), 10) is None
+    assert len(runs) == 1
+
+
+def test_the_hunt_and_the_sweep_of_the_suite_keep_their_records_apart() -> None:
+    assert hunting.RECORD.name != sweep.RECORD.name
