@@ -184,9 +184,7 @@ class ClientConnection:
         self._lost = True
         (log.warning if blame else log.info)("client ends", reason=reason)
         self._loop.unregister(self._fd)
-        with suppress(OSError):  # the client is gone already
-            self._sock.shutdown(socket.SHUT_RDWR)  # at once; what it left in the queue is closed when it may
-        self._loop.kernel.close_received(self._sock.detach())
+        _hang_up(self._loop, self._sock)
         self._stream.close()
         if not self._busy:
             self._loop.flows.spawn(self._give_back())
@@ -196,6 +194,13 @@ class ClientConnection:
             await self._session.close()
         finally:
             self._on_close(self)
+
+
+def _hang_up(loop: Loop, sock: StreamSocket) -> None:
+    """The client sees it at once; what it left in the queue is closed when it may."""
+    with suppress(OSError):  # the client is gone already
+        sock.shutdown(socket.SHUT_RDWR)
+    loop.kernel.close_received(sock.detach())
 
 
 class FunctionDoor:
@@ -210,7 +215,7 @@ class FunctionDoor:
         """Somebody connected."""
         if self._client is not None:
             log.warning("client turned away", reason="the function has one")
-            self._loop.kernel.close_received(sock.detach())
+            _hang_up(self._loop, sock)
             return
         self._client = ClientConnection(self._loop, sock, self._function, self._on_close)
 
