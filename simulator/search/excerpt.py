@@ -5,7 +5,7 @@ A story's machine is brought up and taken down each time; what is searched is wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from simulator.search.option import Option, Strategy
 
@@ -18,11 +18,21 @@ class Excerpt:
         self.watches = inner.watches
         self._open = self._step_is_inside = False
 
+    def rounds(self) -> Iterator[int]:
+        """Of the story, in one machine: each is a schedule of its own."""
+        yield 0
+
     def open(self) -> None:
         self._open = True
 
     def close(self) -> None:
         self._open = False
+
+    def __enter__(self) -> None:
+        self.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def choose(self, options: Sequence[Option]) -> int:
         self._step_is_inside = self._open

@@ -1,6 +1,7 @@
 """The small stories: a device's access beside one thing that the host, the VMM or a vCPU does.
 
-Each ends with what must be true whatever came first: the bytes that are read are those of a state there was.
+Each round ends with what must be true whatever came first (the bytes that are read are those of a state
+there was) and leaves the memory as it found it, so that another may follow in the same machine.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ def _copy_beside(change: Change, *, may_lose: bool = False) -> Callable[[Context
         guest = await ctx.boot_for(_PAGES)
         await guest.add_slot(_SLOT_BYTES, _AT)
         src, dst = _AT, _AT + PAGE_SIZE
-        await guest.write(src, _BEFORE)
-        await guest.copy(dst, src)  # so the device has it cached
-        excerpt.open()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(guest.copy, dst, src)
-            await change(guest, src)
-        excerpt.close()
-        seen = await guest.read(dst, len(_BEFORE))
         right = (_BEFORE, bytes(len(_BEFORE))) if may_lose else (_BEFORE,)
-        ctx.expect(seen in right, f"the copy holds {seen!r}")
+        for _ in excerpt.rounds():
+            await guest.write(src, _BEFORE)
+            await guest.copy(dst, src)  # so the device has it cached
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.copy, dst, src)
+                    await change(guest, src)
+            seen = await guest.read(dst, len(_BEFORE))
+            ctx.expect(seen in right, f"the copy holds {seen!r}")
 
     return play
 
@@ -47,20 +48,20 @@ async def _store_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
     """Three times given up beside a device's store, then stored to once more: that must be there."""
     guest = await ctx.boot_for(_PAGES)
     await guest.add_slot(_SLOT_BYTES, _AT)
-    excerpt.open()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(guest.fill, _AT)
-        for _ in range(3):
-            await guest.discard(_AT)
-    excerpt.close()
-    await guest.fill(_AT, pattern=0x5A5A)
-    ctx.expect(await guest.holds(_AT, PAGE_SIZE, 0x5A5A), "a device's store is lost")
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, _AT)
+                for _ in range(3):
+                    await guest.discard(_AT)
+        await guest.fill(_AT, pattern=0x5A5A)
+        ctx.expect(await guest.holds(_AT, PAGE_SIZE, 0x5A5A), "a device's store is lost")
+        await guest.discard(_AT)
 
 
 async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
     """A slot is deleted under a device's store: it is stored, or fails, and hurts nobody (R21)."""
     guest = await ctx.boot_for(_PAGES)
-    slot = await guest.add_slot(_SLOT_BYTES, _AT)
 
     async def store() -> None:
         try:
@@ -68,24 +69,26 @@ async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
         except DmaFailed:
             ctx.say("the store failed: the slot was gone")
 
-    excerpt.open()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(store)
-        await guest.remove_slot(slot)
-    excerpt.close()
+    for _ in excerpt.rounds():
+        slot = await guest.add_slot(_SLOT_BYTES, _AT)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(store)
+                await guest.remove_slot(slot)
 
 
 async def _cpu_beside_device(ctx: Context, excerpt: Excerpt) -> None:
     """A vCPU and a device touch one absent page first: both see one page."""
     guest = await ctx.boot_for(_PAGES)
     await guest.add_slot(_SLOT_BYTES, _AT)
-    excerpt.open()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(guest.fill, _AT, 64)
-        await guest.write(_AT + 64, _AFTER)
-    excerpt.close()
-    ctx.expect(await guest.holds(_AT, 64, 0), "the device's store is lost")
-    ctx.expect(await guest.read(_AT + 64, len(_AFTER)) == _AFTER, "the CPU's store is lost")
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, _AT, 64)
+                await guest.write(_AT + 64, _AFTER)
+        ctx.expect(await guest.holds(_AT, 64, 0), "the device's store is lost")
+        ctx.expect(await guest.read(_AT + 64, len(_AFTER)) == _AFTER, "the CPU's store is lost")
+        await guest.discard(_AT)
 
 
 STORIES: Mapping[str, SmallStory] = {
