@@ -13,8 +13,15 @@ from hypothesis import HealthCheck, settings
 from tests.patience import WHOLE_TEST_S
 from tests.planted.plugin import plant, pytest_addoption, pytest_configure
 from tests.rfc.plugin import pytest_collection_modifyitems
+from tests.told import pytest_terminal_summary
 
-__all__ = ["plant", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+__all__ = [
+    "plant",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_terminal_summary",
+]
 
 os.environ.setdefault("PYTEST_TIMEOUT", str(int(WHOLE_TEST_S)))  # pytest-timeout reads it there
 

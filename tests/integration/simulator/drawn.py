@@ -1,13 +1,9 @@
-"""Schedules by chance, for tests; run with a scenario and a seed, a whole run in one line."""
+"""Schedules by chance, for tests."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from random import Random
-
-import structlog
 
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.designs import SHARED
@@ -42,10 +38,3 @@ class Drawn:
 
 def played(scenario: str, seed: int | None, journal: Journal | None = None) -> Played:
     return play(SCENARIOS[scenario], SHARED, Drawn(seed), params=SMALL[scenario], journal=journal)
-
-
-if __name__ == "__main__":
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    name, seed = sys.argv[1:]
-    done = played(name, int(seed))
-    print(done.digest, done.steps, done.decisions, done.problems)

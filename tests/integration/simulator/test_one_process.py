@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from subprocess import run
 
 import pytest
 
@@ -31,25 +29,6 @@ def test_a_scenario_is_right_under_any_schedule(scenario: str, seed: int | None)
 
 def test_seeds_differ() -> None:
     assert len({played("sharing", seed).digest for seed in range(6)}) == 6
-
-
-def test_the_same_seed_is_the_same_run_in_another_process_with_other_hashes() -> None:
-    """Sets and dicts of strings are iterated in another order there, addresses are others."""
-
-    def told(hash_seed: str) -> str:
-        return run(
-            [sys.executable, "-m", "tests.integration.simulator.drawn", "unmap", "5"],
-            env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    first = told("0")
-    assert first.endswith(" []\n")
-    assert told("77") == first
-    here = played("unmap", 5)
-    assert first.split()[0] == here.digest
 
 
 def test_a_run_leaves_no_thread_of_trio_and_no_hook_behind() -> None:

@@ -1,0 +1,70 @@
+"""What runs came to, as digests: every small story on every design, some scenarios, and a bug that is found.
+
+`python -m tests.integration.simulator.digests` prints a line each, the same in any process that runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import structlog
+
+from qemu_shim.vmm.designs import DESIGNS
+from simulator.command import find
+from simulator.search.causality import Fingerprint
+from simulator.search.excerpt import Excerpt
+from simulator.search.explore import Found, explore, smallest
+from simulator.search.replay import Recorded
+from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.stories.library import STORIES
+from simulator.world.journal import Journal
+from simulator.world.schedule import Judged
+from simulator.world.system import play
+from tests.integration.simulator.drawn import SMALL, played
+
+SEED = 5
+FOUND = ("discard", "shared", "R7-no-device-tlb")  # story, design and bug of a failure that is told alike
+STORY = "story"
+
+
+def story_digest(name: str, design: str) -> str:
+    """Of one schedule: all that happened, and the trace that a story's file has."""
+    recorded, journal = Recorded(STRATEGIES[DEFAULT].make(SEED)), Journal()
+    excerpt = Excerpt(recorded)
+    play(STORIES[name].scenario(excerpt), DESIGNS[design], excerpt, journal=journal)
+    assert recorded.trace != Fingerprint().value, "nothing was searched"
+    return f"{journal.digest} {journal.steps} {recorded.trace:016x}"
+
+
+def scenario_digest(name: str) -> str:
+    done = played(name, SEED)
+    return f"{done.digest} {done.steps} {done.problems}"
+
+
+def found() -> Found:
+    """A failure as people are told it: the sentence, and what it was shrunk to."""
+    story, design, plant = FOUND
+    run_one = Judged(find, story, design, plant=plant)()
+    tally = explore(run_one, STRATEGIES[DEFAULT].make(SEED), SEED, 20, lambda tally: bool(tally.found))
+    return smallest(run_one, tally.found[0])[0]
+
+
+def lines() -> Iterator[str]:
+    for name, story in STORIES.items():
+        for design in story.playable:
+            yield f"{STORY} {name} {design} {story_digest(name, design)}"
+    for name in SMALL:
+        yield f"scenario {name} {scenario_digest(name)}"
+    yield f"found {found()}"
+
+
+def main() -> int:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    print("\n".join(lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
