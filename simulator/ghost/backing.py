@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.ghost.spans import Spans, Translation
 
@@ -89,6 +89,15 @@ class Backing:
                 last = min(end, shown.page + high - low)
                 if shown.space == space and first < last:
                     yield name, low + first - shown.page, low + last - shown.page, first
+
+    def lose_host(self) -> None:
+        """No space is any more, nor what is pinned in one; windows that are left show nobody knows what."""
+        self.spaces.clear()
+        self._pins.clear()
+        self._let_go.clear()
+        for view in self.views.values():
+            for start, end, shown in view:
+                view.put(start, end, replace(shown, space=None))
 
     # -- pins ------------------------------------------------------------------------------------------
 

@@ -102,6 +102,12 @@ class Caches:
         for held in self._pointers.values():
             yield from held.values()
 
+    def of_root(self, kinds: Iterable[str], root: int) -> Iterator[CachedTranslation | CachedPointer]:
+        """What caches of these kinds have of it."""
+        for cached in self.everything():
+            if cached.root == root and cached.holder[0] in kinds:
+                yield cached
+
     def find(self, holder: Holder, page: int) -> CachedTranslation | None:
         held = self._translations.get(holder, {})
         return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
@@ -122,6 +128,11 @@ class Caches:
 
     def keep_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
         _keep(self._pointers, holder, set(keys))
+
+    def rename(self, root: int, name: int) -> None:
+        for cached in self.everything():
+            if cached.root == root:
+                cached.root, cached.ended = name, None
 
     def forget(self, kinds: Iterable[str]) -> None:
         """Caches of these kinds are gone."""

@@ -38,7 +38,8 @@ BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
 # What goes with a process: its caches, and what it had to end.
 _GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kvmd": (CPU_CACHES, ("fault", "invalidation")),
-    "device_sim": (UNIT_CACHES, ("page request group",)),
+    "iommufdd": ((), ("request", "table of a dead KVM")),
+    "device_sim": (UNIT_CACHES, ("page request group", "link of a dead driver")),
 }
 
 
@@ -57,6 +58,8 @@ class Ghost:
         self.liveness = Liveness(verdicts, bound_ns)
         self._roots: dict[int, RootFacts] = {}
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
+        self._orphans: set[int] = set()  # roots whose maintainer died
+        self._closed: set[int] = set()  # roots that nobody walks any more
 
     def _step(self) -> int:
         self.now += 1
@@ -73,7 +76,9 @@ class Ghost:
         if not self.frames.give_up(self._step(), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():
-            if _overlap(cached.translation.frame, cached.end - cached.start, frame, pages):
+            if cached.root not in self._orphans and _overlap(
+                cached.translation.frame, cached.end - cached.start, frame, pages
+            ):
                 self.verdicts.say("I6", f"frame {frame:#x} is given up, {_say(cached)} has it")
         for root, spans in self.tables.roots.items():
             for start, end, value in spans:
@@ -101,7 +106,7 @@ class Ghost:
         if self.tables.is_linked(table):
             self.verdicts.say(rule, f"table page {table:#x} is given up while it is linked")
         for cached in self.caches.pointers():
-            if cached.table == table:
+            if cached.table == table and cached.root not in self._orphans:
                 self.verdicts.say(rule, f"table page {table:#x} is given up, {_say(cached)} leads there")
 
     def table_read(self, reader: str, table: int) -> None:
@@ -113,6 +118,7 @@ class Ghost:
     def root_made(self, root: int, level: int, view: Name | None, filler: Name) -> None:
         self._step()
         self._roots[root] = RootFacts(view, filler)
+        self._closed.discard(root)
         self.tables.add_root(root, level)
 
     def root_is_of(self, root: int, view: Name) -> None:
@@ -282,6 +288,11 @@ class Ghost:
     def cached(self, holder: Holder, root: int, start: int, end: int, value: Translation) -> None:
         """A cache is filled: with what the root translates, or what it did until an end that still counts."""
         epoch = self._step()
+        if root in self._closed:
+            self.verdicts.say("R28", f"{' '.join(holder)} is filled from root {root:#x}, which is closed")
+        if root in self._orphans:
+            self.caches.put(CachedTranslation(holder, root, start, end, value, epoch, None))
+            return
         try:
             ended = self.history.ended(root, start, end, value)
         except NeverSo:
@@ -293,7 +304,8 @@ class Ghost:
     def pointer_cached(self, holder: Holder, root: int, start: int, end: int, table: int) -> None:
         """To a table that is linked there, or was until an end that still counts."""
         epoch = self._step()
-        ended = None if self.tables.leads(root, start, table) else self._cut.get(table, epoch)
+        known = root in self._orphans or self.tables.leads(root, start, table)
+        ended = None if known else self._cut.get(table, epoch)
         self.caches.put_pointer(CachedPointer(holder, root, start, end, table, ended))
 
     def keeps(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
@@ -346,7 +358,11 @@ class Ghost:
         if cached is None:
             return
         facts = self._roots.get(cached.root)
-        if facts is None:
+        if cached.root in self._closed:
+            self.verdicts.say("R28", f"{who} uses page {page:#x} of root {cached.root:#x}, which is closed")
+        elif cached.root in self._orphans:
+            return  # he has not been told yet
+        elif facts is None:
             self.verdicts.say("R10", f"{who} uses page {page:#x} of root {cached.root:#x}, which is gone")
         elif facts.view is not None:
             self.used(who, facts.view, page, frame, write=write)
@@ -364,8 +380,14 @@ class Ghost:
         self.stores.settled(self._step())
         self.liveness.stuck()
 
-    def process_gone(self, name: str) -> None:
-        """It died: what it cached is gone with it, and what it had to end nobody waits for."""
+    # -- deaths ----------------------------------------------------------------------------------------
+
+    def process_gone(self, name: str) -> dict[int, int]:
+        """It died: what it cached is gone with it, what it had to end nobody waits for, and its memory is
+        nobody's.  Who is lent its tables may walk on until he is told (`closed`, `unplugged`).
+
+        By what names its roots are known from now on: where they lay another's may lie soon.
+        """
         self._step()
         caches, unfinished = _GOES_WITH.get(name, ((), ()))
         self.caches.forget(caches)
@@ -373,6 +395,37 @@ class Ghost:
             self.liveness.forget(kind)
         if name == "device_sim":
             self.groups.forget_all()
+        elif name == "kvmd":
+            self.frames = Ledger()
+            self.stores = Stores(self.verdicts)
+            self.backing.lose_host()
+        pages = self.table_pages.leave(name)
+        orphans = [root for root in self._roots if root >> 12 in pages]
+        renamed = {root: self._orphan(root) for root in orphans}
+        self.tables.forget(page << 12 for page in pages)
+        return renamed
+
+    def _orphan(self, root: int) -> int:
+        name = -1 - len(self._orphans)
+        self._orphans.add(name)
+        self.caches.rename(root, name)
+        self.tables.drop_root(root)
+        del self._roots[root]
+        return name
+
+    def closed(self, root: int) -> None:
+        """Who keeps it up to date died, and nobody walks it from now on (R28)."""
+        self._step()
+        self._closed.add(root)
+        for cached in self.caches.of_root(UNIT_CACHES, root):
+            self.verdicts.say("R28", f"root {root:#x} is closed, {_say(cached)} has some of it")
+
+    def unplugged(self) -> None:
+        """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""
+        self._step()
+        for cached in self.caches.everything():
+            if cached.holder[0] in UNIT_CACHES:
+                self.verdicts.say("R28", f"the units' driver is gone, {_say(cached)} is left")
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""

@@ -25,6 +25,16 @@ class Ledger:
             self._given_up.put(start, end, Owner(owner.name, epoch))
         return sum(end - start for start, end, _ in had) == pages
 
+    def leave(self, owner: str) -> set[int]:
+        """He died: nobody has what he had, nor gave it up.  Its pages."""
+        pages: set[int] = set()
+        for spans in (self._owners, self._given_up):
+            for start, end, had in spans:
+                if had.name == owner:
+                    spans.clear(start, end)
+                    pages.update(range(start, end))
+        return pages
+
     def owner(self, page: int) -> Owner | None:
         return self._owners.get(page)
 

@@ -14,6 +14,8 @@ CASE_OF = {
     "page request group": "R9",
     "invalidation": "R18",
     "request": "R27",
+    "table of a dead KVM": "R28",
+    "link of a dead driver": "R28",
 }
 
 

@@ -7,7 +7,7 @@ those that all its entries give.  Nothing here knows who stores, or why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from protocol.pt.bits import DIRTY, RWX
@@ -109,6 +109,12 @@ class ShadowTables:
             if piece[2] != piece[3]
         ]
         return Stored(changes, [table for table in gone if table not in self._linked], twice)
+
+    def forget(self, tables: Iterable[int]) -> None:
+        """These pages are no memory any more."""
+        for table in tables:
+            for at in range(table, table + PAGE_SIZE, ENTRY_BYTES):
+                self._words.pop(at, None)
 
     def load(self, at: int) -> int:
         return self._words.get(at, 0)

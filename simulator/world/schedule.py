@@ -43,16 +43,20 @@ class Judged:
 
         def run_one(strategy: Strategy) -> RunEnd:
             verdicts = Verdicts()
+            ghost = Ghost(verdicts)
             under, scenario = strategy, found
             if isinstance(scenario, SmallStory):
                 under = Excerpt(strategy)
                 scenario = scenario.scenario(under)
             try:
-                with planted(self.plant) if self.plant else nullcontext(), watching(Ghost(verdicts)):
+                with planted(self.plant) if self.plant else nullcontext(), watching(ghost) as watch:
                     problems = play(scenario, design, under, self.seed, self.params).problems
+                    if not problems:
+                        watch.settled()
             except Stopped:
                 return RunEnd()
             except Stuck as stuck:
+                ghost.liveness.stuck()
                 problems = [f"{STUCK}: {stuck}"]
             return _judged(verdicts, problems)
 

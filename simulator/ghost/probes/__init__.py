@@ -7,5 +7,5 @@ one calls; tests/unit/simulator/test_ghost_probes.py holds that each seam is the
 
 Wrap before anything is made: an object that has taken a bound method with it keeps the one it took.
 Not fed: private memory and pages of files (their windows count as not watched), and accesses at host
-addresses.  That a process died, that faults are injected or no more, whoever does it says.
+addresses.
 """

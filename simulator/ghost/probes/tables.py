@@ -142,4 +142,4 @@ async def _invalidate(watch: Watch, original: Any, hwpt: HwptKvm, start: Gpa, si
 
 def _acked(watch: Watch, hwpt: Hwpt, start: int, size: int, issued: int) -> None:
     end = EVERYTHING if size == WHOLE_SIZE else -(-(start + size) >> PAGE_SHIFT)
-    watch.ghost.acked(hwpt.domain.root, start >> PAGE_SHIFT, end, issued)
+    watch.ghost.acked(watch.root(hwpt.domain.did, hwpt.domain.root), start >> PAGE_SHIFT, end, issued)

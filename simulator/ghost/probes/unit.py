@@ -33,7 +33,7 @@ seams = Seams()
 def _unit_fill(
     watch: Watch, original: Any, unit: RemappingUnit, rid: int, attached: Any, page: IovaPfn
 ) -> IotlbEntry:
-    watch.filling[id(unit.iotlb), attached.did] = attached.root
+    watch.filling[id(unit.iotlb), attached.did] = watch.root(attached.did, attached.root)
     entry: IotlbEntry = original(unit, rid, attached, page)
     return entry
 
@@ -99,7 +99,8 @@ def _devtlb_fill(
     function = watch.functions.get(id(tlb))
     if function is None:
         return
-    root = function._unit.tables.second_stage(function.rid).root  # as the unit found it just now
+    attached = function._unit.tables.second_stage(function.rid)  # as the unit found it just now
+    root = watch.root(attached.did, attached.root)
     for write, right in ((False, bits.READ), (True, bits.WRITE)):
         if rights & right:
             value = Translation(hpa >> PAGE_SHIFT, right)

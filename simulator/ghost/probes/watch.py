@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from device_sim.core.function import Function
+from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
@@ -54,6 +55,10 @@ class Watch:
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
         self.sent: dict[tuple[int, int], int] = {}
+        self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
+        self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them
+        self.plugged = False  # has the silicon a driver?
+        self.over = False  # the world is being cleared away
 
     def name(self, thing: object, kind: str) -> str:
         """Numbered as they come."""
@@ -64,20 +69,35 @@ class Watch:
         return self.names[id(thing)]
 
     @contextmanager
-    def must_end(self, kind: str) -> Iterator[None]:
+    def must_end(self, kind: str) -> Iterator[int]:
         self.begun += 1
         name, liveness = self.begun, self.ghost.liveness
         liveness.begins(self.now(), kind, name)
         try:
-            yield  # who is cut off in here has not ended
+            yield name  # who is cut off in here has not ended
         except Exception:
             liveness.ends(kind, name)
             raise
         liveness.ends(kind, name)
         liveness.look(self.now())
 
+    def root(self, did: int, root: int) -> int:
+        """What the ghost knows that domain's root by."""
+        return self.orphans.get(did, root)
+
     def view(self, slots: object, as_id: int) -> Name:
         return "vm", self.vm_of[id(slots)], as_id
+
+    def forget_kvmd(self) -> None:
+        """It died: names of its VMs and processes will be others'."""
+        for view in [
+            view for view in self.ghost.backing.views if isinstance(view, tuple) and view[0] == "vm"
+        ]:
+            del self.ghost.backing.views[view]
+        self.roots.clear()
+        self.logs.clear()
+        self.pins.clear()
+        self.processes.clear()
 
     def settled(self) -> None:
         """Nothing is under way."""

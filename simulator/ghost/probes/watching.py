@@ -8,10 +8,10 @@ from functools import wraps
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes import cpu, host, ioas, tables, unit
+from simulator.ghost.probes import cpu, host, ioas, processes, tables, unit
 from simulator.ghost.probes.watch import Around, Watch
 
-SEAMS = {**tables.seams, **host.seams, **ioas.seams, **cpu.seams, **unit.seams}
+SEAMS = {**tables.seams, **host.seams, **ioas.seams, **cpu.seams, **unit.seams, **processes.seams}
 
 
 @contextmanager
@@ -32,6 +32,6 @@ def watching(ghost: Ghost, now: Callable[[], int] = lambda: 0) -> Iterator[Watch
 def _wrapped(watch: Watch, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
     @wraps(original)
     def method(*args: Any, **named: Any) -> Any:
-        return around(watch, original, *args, **named)
+        return original(*args, **named) if watch.over else around(watch, original, *args, **named)
 
     return method

@@ -150,8 +150,8 @@ def test_what_a_process_had_goes_with_it() -> None:
     assert ghost.groups.outstanding == []
     ghost.process_gone("iommufdd")
     ghost.process_gone("kvmd")
-    ghost.entry_stored(0x1000, 0)
-    ghost.frames_given_up(5, 1)
+    assert [cached.holder for cached in ghost.caches.translations()] == []
+    ghost.frames_taken(5, 1, "mm of the next")
     ghost.settled()
     assert ghost.verdicts.found == []
 
@@ -161,3 +161,63 @@ def test_what_is_outstanding_when_nothing_is_under_way_is_found() -> None:
     ghost.liveness.begins(0, "invalidation", 1)
     ghost.settled()
     assert invariants(ghost.verdicts) == ["R18"]
+
+
+DEVTLB = ("devtlb", "a", "r")
+
+
+def dead_kvm_s(ghost: Ghost) -> int:
+    """A root that a device has some of; its name now."""
+    ghost.table_taken(0x1000, "kvmd")
+    ghost.root_made(0x1000, 1, None, "kvm")
+    ghost.entry_stored(0x1000, 5 << 12 | 7)
+    ghost.cached(DEVTLB, 0x1000, 0, 1, Translation(5, 1))
+    return ghost.process_gone("kvmd")[0x1000]
+
+
+def test_a_dead_kvm_s_table_is_walked_until_iommufdd_is_told() -> None:
+    ghost = Ghost(Verdicts())
+    root = dead_kvm_s(ghost)
+    ghost.device_used(DEVTLB, 0, 5, write=True)
+    ghost.cached(DEVTLB, root, 1, 2, Translation(9, 1))
+    ghost.pointer_cached(("psc", "u"), root, 0, 512, 0x1000)
+    ghost.keeps(DEVTLB, [])
+    ghost.keeps_pointers(("psc", "u"), [])
+    ghost.closed(root)
+    assert ghost.verdicts.found == []
+    ghost.cached(DEVTLB, root, 1, 2, Translation(9, 1))
+    ghost.device_used(DEVTLB, 1, 9, write=False)
+    assert [violation.invariant for violation in ghost.verdicts.found] == ["R28", "R28"]
+
+
+def test_what_is_cached_of_a_dead_kvm_s_table_goes_before_it_is_closed() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.closed(dead_kvm_s(ghost))
+    assert invariants(ghost.verdicts) == ["R28"]
+
+
+def test_the_next_kvm_s_root_may_lie_where_the_dead_one_s_did() -> None:
+    """Its frames and tables are its own: what is cached of the dead one's does not count."""
+    ghost = Ghost(Verdicts())
+    ghost.frames_taken(5, 1, "mm1")
+    dead_kvm_s(ghost)
+    ghost.frames_taken(5, 1, "mm1")
+    ghost.table_taken(0x1000, "kvmd")
+    ghost.root_made(0x1000, 1, None, "kvm")
+    ghost.frames_given_up(5, 1)
+    ghost.root_gone(0x1000)
+    ghost.table_given_up(0x1000)
+    assert ghost.verdicts.found == []
+
+
+def test_nothing_is_left_of_what_a_dead_driver_lent() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.table_taken(0x1000, "iommufdd")
+    ghost.root_made(0x1000, 1, None, "hwpt")
+    ghost.entry_stored(0x1000, 5 << 12 | 7)
+    ghost.cached(DEVTLB, 0x1000, 0, 1, Translation(5, 1))
+    ghost.process_gone("iommufdd")
+    ghost.device_used(DEVTLB, 0, 5, write=True)
+    assert ghost.verdicts.found == []
+    ghost.unplugged()
+    assert invariants(ghost.verdicts) == ["R28"]

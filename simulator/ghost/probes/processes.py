@@ -1,0 +1,101 @@
+"""Processes and what they wait for of each other: deaths, who is told of them, and the clock they live by.
+
+A daemon's memory goes with it, and whoever was lent some of it hears of that a little later: iommufdd of
+kvmd's end, device_sim of iommufdd's.  Until then they may use what they have; then nothing of it is left
+(R28).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from device_sim.core.root_complex import RootComplex
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.platform import Platform
+from iommufdd.kvmd_channel import KvmdChannel
+from simulator.ghost.probes.watch import Seams, Watch
+from simulator.world.scheduler import SimThread, World
+
+seams = Seams()
+DEAD_KVM, DEAD_DRIVER = "table of a dead KVM", "link of a dead driver"
+
+
+@seams.around(World, "__init__")
+def _world(watch: Watch, original: Any, world: World, *args: Any, **named: Any) -> None:
+    original(world, *args, **named)
+    watch.now = world.now_ns
+
+
+@seams.around(World, "close")
+def _close(watch: Watch, original: Any, world: World) -> None:
+    """What is cut off in the middle does nothing that counts."""
+    watch.over = True
+    original(world)
+
+
+@seams.around(World, "kill")
+def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
+    gone, ghost = thread.process.name, watch.ghost
+    renamed = ghost.process_gone(gone)
+    if gone == "kvmd":
+        watch.forget_kvmd()
+    for did, hwpt in watch.hwpts.items():
+        if hwpt.domain.root in renamed and did not in watch.orphans:
+            watch.orphans[did] = renamed[hwpt.domain.root]
+            if gone == "kvmd" and hwpt.attached:
+                ghost.liveness.begins(watch.now(), DEAD_KVM, watch.orphans[did])
+    if gone == "iommufdd":
+        watch.hwpts.clear()
+        if watch.plugged:
+            ghost.liveness.begins(watch.now(), DEAD_DRIVER, "device_sim")
+    original(world, thread)
+
+
+@seams.around(Hwpt, "__init__")
+def _hwpt(watch: Watch, original: Any, hwpt: Hwpt, *args: Any, **named: Any) -> None:
+    original(hwpt, *args, **named)
+    watch.hwpts[hwpt.domain.did] = hwpt
+    watch.orphans.pop(hwpt.domain.did, None)
+
+
+@seams.around(Platform, "lose_kvm")
+async def _lose_kvm(watch: Watch, original: Any, platform: Platform, hwpt: Hwpt) -> None:
+    await original(platform, hwpt)
+    root = watch.root(hwpt.domain.did, hwpt.domain.root)
+    watch.ghost.liveness.ends(DEAD_KVM, root)
+    watch.ghost.closed(root)
+
+
+@seams.around(Platform, "destroy_hwpt")
+async def _destroy_hwpt(watch: Watch, original: Any, platform: Platform, hwpt: Hwpt) -> None:
+    await original(platform, hwpt)
+    did = hwpt.domain.did
+    watch.ghost.liveness.ends(DEAD_KVM, watch.root(did, hwpt.domain.root))
+    if watch.hwpts.get(did) is hwpt:
+        del watch.hwpts[did]
+
+
+@seams.around(RootComplex, "plug")
+def _plug(watch: Watch, original: Any, silicon: RootComplex, driver: object) -> None:
+    original(silicon, driver)
+    watch.plugged = True
+
+
+@seams.around(RootComplex, "unplug")
+def _unplug(watch: Watch, original: Any, silicon: RootComplex) -> None:
+    original(silicon)
+    watch.plugged = False
+    watch.ghost.liveness.ends(DEAD_DRIVER, "device_sim")
+    watch.ghost.unplugged()
+
+
+@seams.around(KvmdChannel, "call")
+async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
+    """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
+    with watch.must_end("request") as name:
+        try:
+            return await original(channel, op, *args, **named)
+        except GeneratorExit:
+            if not watch.over:  # iommufdd ends in an orderly way
+                watch.ghost.liveness.ends("request", name)
+            raise
