@@ -26,17 +26,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from simulator.search.explore import Found, RunEnd, RunOne, Tally, explore
+from simulator.search.explore import Found, Player, RunEnd, Tally, explore
 from simulator.search.strategies import STRATEGIES
 
 SHARD = 200
-SHARD_FILE_FORMAT = 1
+SHARD_FILE_FORMAT = 2
 PROGRESS_S = 0.5
 
 _Finished = tuple[int, Tally]
 """A shard's seed, and what it came to."""
 
-Start = Callable[[], RunOne]
+Start = Callable[[], Player]
 """Called once in each process; may be sent to one (a function of a module, or a `partial` of one)."""
 
 
@@ -148,7 +148,14 @@ def _from_line(line: bytes) -> tuple[int, Tally]:
     value = json.loads(line)
     seed = value.pop("seed")
     found = [
-        Found(**{**one, "result": RunEnd(**one["result"]), "answers": tuple(one["answers"])})
+        Found(
+            **{
+                **one,
+                "result": RunEnd(*one["result"]),
+                "answers": tuple(one["answers"]),
+                "before": tuple(map(tuple, one["before"])),
+            }
+        )
         for one in value.pop("found")
     ]
     return seed, Tally(
@@ -163,7 +170,7 @@ class _Event(Protocol):
     def is_set(self) -> bool: ...
 
 
-_worker: tuple[RunOne, _Event] | None = None  # of this process, which is a worker
+_worker: tuple[Player, _Event] | None = None  # of this process, which is a worker
 
 
 def _begin(start: Start, stop: _Event) -> None:
@@ -175,8 +182,8 @@ def _begin(start: Start, stop: _Event) -> None:
 def _shard(strategy: str, seed: int, schedules: int) -> Tally | None:
     """None: it was stopped."""
     assert _worker is not None
-    run_one, stop = _worker
-    tally = explore(run_one, STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop.is_set())
+    player, stop = _worker
+    tally = explore(player, STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop.is_set())
     return None if stop.is_set() else tally
 
 

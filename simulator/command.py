@@ -20,7 +20,7 @@ from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
 from simulator.planted.registry import PLANTED
 from simulator.search.diagram import draw, rows_of
-from simulator.search.explore import Found, RunOne, smallest
+from simulator.search.explore import Found, Player, replayed, smallest
 from simulator.search.option import Option
 from simulator.search.replay import Recorded, Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
@@ -33,6 +33,7 @@ PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARI
 SCHEDULES_OF_SHARD = (
     10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
 )
+ROUNDS = 100  # of a small story in one machine
 EXIT_FOUND = 1
 
 
@@ -50,13 +51,19 @@ def main(argv: list[str]) -> int:
     if options.scenario is None:
         parser.error("name a SCENARIO, or a story to --replay")
     judged = _judged(parser, options)
+    small = options.scenario in STORIES
     campaign = Campaign(
-        _told(judged), options.strategy, options.schedules, options.seed, shard=SCHEDULES_OF_SHARD
+        _told(judged),
+        options.strategy,
+        options.schedules,
+        options.seed,
+        shard=ROUNDS if small else SCHEDULES_OF_SHARD,
     )
+    same_start = not STRATEGIES[options.strategy].seeded  # each of its schedules goes on from the same state
     try:
         ended = run_campaign(
             campaign,
-            partial(_begin, judged),
+            partial(_begin, judged, 1 if same_start else ROUNDS),
             workers=options.workers,
             seconds=options.seconds,
             failures_max=1,
@@ -77,10 +84,10 @@ def main(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if ended.why == "interrupted" else 0
 
 
-def _begin(judged: Judged) -> RunOne:
+def _begin(judged: Judged, rounds: int = 1) -> Player:
     """In each process: what daemons log is nobody's here."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    return judged()
+    return judged(rounds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +149,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     words += [f"--schedules {found.schedule}", *(f"--set {name}={n}" for name, n in judged.params.items())]
     words += [f"--plant {judged.plant}"] if judged.plant else []
     print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
-    shrunk, replays = smallest(_begin(judged), found)
+    shrunk, replays = smallest(_begin(judged, ROUNDS), found)
     answers = sum(map(bool, shrunk.answers))
     print(f"its story, {answers} answers that are not the default (after {replays} replays):")
     text = to_text(
@@ -154,6 +161,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
             shrunk.trace,
             judged.plant,
             end.invariant,
+            shrunk.before,
         )
     )
     print(text, end="")
@@ -169,7 +177,7 @@ def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
         parser.error(f"--replay {path}: {error}")
     judged = _judged_again(parser, path, story)
     recorded = Recorded(Replay(story.answers), steps=True)
-    end = _begin(judged)(recorded)
+    end = replayed(_begin(judged, len(story.before) + 1), story.before, recorded)
     print(draw(rows_of(recorded.steps, recorded.against, _process_of, _text_of)), end="")
     if recorded.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")

@@ -1,8 +1,8 @@
 """`make planted`: each planted bug is sought by the small stories on every design, as people would seek it
 who do not know it.
 
-A schedule of one story on one design after the other, round and round, each pair with a strategy of its own,
-so that no story has to be chosen for a bug.  What one range of seeds comes to is put on record at once.
+Some schedules of one story on one design after the other, round and round, each pair with a strategy of its
+own, so that no story has to be chosen for a bug.  What one range of seeds comes to is put on record at once.
 
     python -m simulator.hunting ID... --ranges N --most N --strategy S... --record FILE --json
 
@@ -29,14 +29,14 @@ from simulator.command import find as story_of
 from simulator.planted.hunt import MAX_SCHEDULES, Catch, Effort, Hunted, Record, hunt, table
 from simulator.planted.plant import Plant
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
-from simulator.search.explore import Found, RunOne, smallest
-from simulator.search.replay import Recorded
+from simulator.search.explore import Tally, explore, smallest
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.world.schedule import Judged
 
 RANGES = 3
 RECORD = Path("build/hunted.json")
+TURN = 20  # schedules of a story, in one machine
 REPLAYS = 200  # to shrink one story
 
 
@@ -52,22 +52,26 @@ def pairs() -> list[tuple[str, str]]:
 
 def find(plant: Plant, strategy: str, seeds: range, most: int) -> Catch | None:
     """`plant` is in already.  At most `most` schedules of the range."""
-    runs: list[tuple[RunOne, Recorded]] = [
-        (Judged(story_of, story, design)(), Recorded(STRATEGIES[strategy].make(seeds.start)))
+    searches = [
+        (Judged(story_of, story, design)(TURN), STRATEGIES[strategy].make(seeds.start))
         for story, design in pairs()
     ]
-    for schedule in range(min(most, len(seeds))):
-        if not runs:
-            break  # every strategy has seen all there is
-        run_one, recorded = runs.pop(0)
-        result = run_one(recorded)
-        if result.invariant:
-            found = Found(seeds.start, schedule + 1, result, recorded.answers, recorded.trace)
-            shrunk, _ = smallest(run_one, found, REPLAYS)
-            return Catch(shrunk.result.invariant, schedule + 1, sum(map(bool, shrunk.answers)))
-        if recorded.ended(False):
-            runs.append((run_one, recorded))
-    return None
+    done = 0
+    while searches and done < min(most, len(seeds)):
+        player, search = searches.pop(0)
+        tally = explore(player, search, seeds.start, min(TURN, most - done), _has_found)
+        if tally.found:
+            shrunk, _ = smallest(player, tally.found[0], REPLAYS)
+            steps = sum(map(bool, shrunk.answers))
+            return Catch(shrunk.result.invariant, done + shrunk.schedule, steps)
+        done += tally.schedules + tally.given_up
+        if not tally.over:
+            searches.append((player, search))
+    return None  # or every strategy has seen all there is
+
+
+def _has_found(tally: Tally) -> bool:
+    return bool(tally.found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import mmap
 import os
 import select
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 SOCKET_BYTES = 212_992  # net.core.wmem_default
@@ -28,13 +28,19 @@ def oserror(number: int) -> OSError:
 
 class OpenFile:
     """`users`: fds of processes, and places in messages under way.  `name` says for people, and for who
-    compares schedules, which one it is: the n-th that a process made.
+    compares schedules, which one it is: the n-th that a process made.  `watchers` are called when `events`
+    may have another answer.
     """
 
     name = ""
 
     def __init__(self) -> None:
         self.users = 0
+        self.watchers: list[Callable[[], None]] = []
+
+    def changed(self) -> None:
+        for watcher in self.watchers:
+            watcher()
 
     def get(self) -> OpenFile:
         self.users += 1
@@ -45,6 +51,7 @@ class OpenFile:
         self.users -= 1
         if not self.users:
             self.release()
+            self.changed()
 
     def release(self) -> None:
         """Nobody refers to it any more."""
@@ -106,7 +113,13 @@ class StreamEnd(OpenFile):
             sent, files = sent + len(piece), []
         if data and not sent:
             raise oserror(errno.EAGAIN)
+        self._both_changed()
         return sent
+
+    def _both_changed(self) -> None:
+        self.changed()
+        if self.peer is not None:
+            self.peer.changed()
 
     @property
     def room(self) -> int:
@@ -141,6 +154,7 @@ class StreamEnd(OpenFile):
             if piece.read == len(piece.data):
                 self._pieces.popleft()
         self._unread -= got
+        self._both_changed()
         if got or not len(into):
             return got, files
         if self._reset:
@@ -160,6 +174,7 @@ class StreamEnd(OpenFile):
     def shutdown(self, *, read: bool, write: bool) -> None:
         self.shut_read |= read
         self.shut_write |= write
+        self._both_changed()
 
     def release(self) -> None:
         peer, self.peer = self.peer, None
@@ -168,6 +183,7 @@ class StreamEnd(OpenFile):
         if peer is not None:
             peer.peer = None
             peer._reset = bool(pieces)
+            peer.changed()
         for piece in pieces:
             for file in piece.files:
                 file.put()
@@ -204,7 +220,13 @@ class Listening(OpenFile):
         ours, theirs = StreamEnd.pair(self._numbers)
         theirs.get()
         self.waiting.append(theirs)
+        self.changed()
         return ours
+
+    def first(self) -> StreamEnd:
+        """Of those that wait, which the caller has now."""
+        self.changed()
+        return self.waiting.popleft()
 
     def release(self) -> None:
         self.closed = True
@@ -222,6 +244,10 @@ class Counter(OpenFile):
     def __init__(self) -> None:
         super().__init__()
         self.value = 0
+
+    def put_value(self, value: int) -> None:
+        self.value = value
+        self.changed()
 
     def events(self) -> int:
         found = select.EPOLLIN if self.value else 0

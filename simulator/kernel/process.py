@@ -12,7 +12,7 @@ import errno
 import mmap
 import select
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -333,7 +333,7 @@ class SimSocket:
         if not listening.waiting:
             raise oserror(errno.EAGAIN)
         fd = self._process.install(listening.waiting[0])
-        listening.waiting.popleft().put()
+        listening.first().put()
         self._process.happened("accept", listening)
         return SimSocket(self._process, fd), ""
 
@@ -367,20 +367,27 @@ class _EpollFile(OpenFile):
 
 class SimPoller:
     """The port `Poller`.  What is ready is listed in the order of registration; what of it is reported, and
-    when, the scheduler decides.
+    when, the scheduler decides.  `version` is another one whenever that may be another list.
     """
 
     def __init__(self, process: SimProcess) -> None:
         self.process = process
+        self.version = 0
         self._fd = process.install(_EpollFile(self))
         self._wanted: dict[int, tuple[OpenFile, int]] = {}
+        self._ready: list[tuple[int, int]] = []
+        self._ready_of = 0  # version
 
     def register(self, fd: int, events: int, /) -> None:
         file = self.process.file(fd)
         known = self._wanted.get(fd)
-        if known is not None and known[0] is file and file.users:
-            raise oserror(errno.EEXIST)
+        if known is not None:
+            if known[0] is file and file.users:
+                raise oserror(errno.EEXIST)
+            known[0].watchers.remove(self._changed)
         self._wanted[fd] = file, events
+        file.watchers.append(self._changed)
+        self._changed()
         self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
@@ -388,13 +395,19 @@ class SimPoller:
             raise oserror(errno.ENOENT)
         file, _ = self._wanted[fd]
         self._wanted[fd] = file, events
+        self._changed()
         self.process.happened("modify", file)
 
     def unregister(self, fd: int, /) -> None:
         found = self._wanted.pop(fd, None)
         if found is None:
             raise oserror(errno.ENOENT)
+        found[0].watchers.remove(self._changed)
+        self._changed()
         self.process.happened("unregister", found[0])
+
+    def _changed(self) -> None:
+        self.version += 1
 
     def file(self, fd: int) -> OpenFile:
         """What is watched under that number."""
@@ -402,15 +415,19 @@ class SimPoller:
 
     def ready(self) -> list[tuple[int, int]]:
         """EPOLLHUP and EPOLLERR are reported unasked."""
-        found = []
+        if self._ready_of != self.version:
+            self._ready_of = self.version
+            self._ready = list(self._look())
+        return self._ready
+
+    def _look(self) -> Iterator[tuple[int, int]]:
         for fd, (file, wanted) in list(self._wanted.items()):
             if not file.users:  # the last fd of it was closed, and took it out of the set
                 del self._wanted[fd]
                 continue
             events = file.events() & (wanted | select.EPOLLHUP | select.EPOLLERR)
             if events:
-                found.append((fd, events))
-        return found
+                yield fd, events
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
         return self.process.host.scheduler.poll(self, timeout_s, most)
@@ -419,7 +436,10 @@ class SimPoller:
         return self._fd
 
     def close(self) -> None:
+        for file, _ in self._wanted.values():
+            file.watchers.remove(self._changed)
         self._wanted.clear()
+        self._changed()
         self.process.close(self._fd)
 
 
@@ -446,12 +466,12 @@ class SimEvent:
         counter = self._counter()
         if counter.value >= EVENT_MAX:
             raise BrokenEvent("an eventfd has no room for one signal more")
-        counter.value += 1
+        counter.put_value(counter.value + 1)
         self._process.happened("signal", counter)
 
     def drain(self) -> None:
         counter = self._counter()
-        counter.value = 0
+        counter.put_value(0)
         self._process.happened("drain", counter)
 
     def close(self) -> None:

@@ -8,12 +8,19 @@ have in common if they are one trace, without keeping anything of the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
+from functools import cache
 from hashlib import blake2b
 
 from simulator.search.option import Option
 
 _MASK = (1 << 64) - 1
+
+
+@cache
+def _unnumbered(name: str) -> str:
+    return re.sub(r"(?<=[A-Za-z#[])\d+", "", name)
 
 
 class Causality:
@@ -63,6 +70,9 @@ class Causality:
 class Fingerprint:
     """Of the trace so far.  A step's own number comes from its label and the numbers of the steps that it
     follows directly; the trace's is their sum, in which the order of independent steps is lost.
+
+    Numbers in names (the frame that a page has this time, the n-th socket) are left out: which one it is
+    follows from what its actor saw before, and in another round of the same machine it is another one.
     """
 
     def __init__(self) -> None:
@@ -77,7 +87,7 @@ class Fingerprint:
             follows.add(self._written.get(touch.place, 0))
             if touch.writes:
                 follows.add(self._read.get(touch.place, 0))
-        said = f"{step.actor}\0{step.label}\0{sorted(follows)}".encode()
+        said = f"{_unnumbered(step.actor)}\0{_unnumbered(step.label)}\0{sorted(follows)}".encode()
         number = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
         self._of_actor[step.actor] = number
         for touch in step.touches:

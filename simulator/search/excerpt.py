@@ -1,11 +1,12 @@
 """A part of a run: before it and behind it all is by default, and the strategy hears nothing of it.
 
-A story's machine is brought up and taken down each time; what is searched is what happens between.
+A story's machine is brought up, and taken down; what is searched is what happens between.  That may happen in
+rounds, each a schedule of its own: bringing a machine up takes longer than most of what is searched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from simulator.search.option import Option, Strategy
 
@@ -13,14 +14,23 @@ from simulator.search.option import Option, Strategy
 class Excerpt:
     """Strategy: `inner`, while open.  A step under way when it opens or closes belongs to the time before."""
 
-    def __init__(self, inner: Strategy) -> None:
-        self._inner = inner
-        self.watches = inner.watches
+    def __init__(self, inner: Strategy, rounds: int = 1) -> None:
+        self.inner = inner
+        self.between: Callable[[], None] = lambda: None
+        """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        self._rounds = rounds
         self._open = self._step_is_inside = False
 
+    @property
+    def watches(self) -> bool:
+        return self.inner.watches and (self._open or self._step_is_inside)
+
     def rounds(self) -> Iterator[int]:
-        """Of the story, in one machine: each is a schedule of its own."""
-        yield 0
+        """Of the story, in one machine, which each leaves as it found it."""
+        for number in range(self._rounds):
+            if number:
+                self.between()
+            yield number
 
     def open(self) -> None:
         self._open = True
@@ -36,13 +46,13 @@ class Excerpt:
 
     def choose(self, options: Sequence[Option]) -> int:
         self._step_is_inside = self._open
-        return self._inner.choose(options) if self._open else 0
+        return self.inner.choose(options) if self._open else 0
 
     def took(self, step: Option) -> None:
         if self._step_is_inside:
-            self._inner.took(step)
+            self.inner.took(step)
         self._step_is_inside = self._open
 
     def ended(self, failed: bool) -> bool:
         self._open = self._step_is_inside = False
-        return self._inner.ended(failed)
+        return self.inner.ended(failed)

@@ -17,7 +17,7 @@ that another kept from being offered to the very end (a lock that is never given
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from simulator.search.causality import Causality
@@ -211,7 +211,7 @@ class Exhaustive:
         for begin, step in zip(self._begins, self._whole.steps, strict=True):
             for option in self._path[begin].options:
                 before = offered.get(option.actor, option)
-                offered[option.actor] = replace(option, touches=before.touches | option.touches)
+                offered[option.actor] = option._replace(touches=before.touches | option.touches)
             offered.pop(step.actor, None)
         yield from offered.values()
 

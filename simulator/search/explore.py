@@ -5,8 +5,10 @@ Pure over the function that runs one schedule; whoever has a clock or a signal s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from simulator.search.coverage import Coverage
 from simulator.search.option import Option, Strategy
@@ -15,26 +17,40 @@ from simulator.search.shrink import REPLAYS_MAX, shrink
 from simulator.search.strategies import Search
 
 
-@dataclass(frozen=True, slots=True)
-class RunEnd:
-    """Of one run: the invariant that broke, and its sentence; none of both if all held."""
+class RunEnd(NamedTuple):
+    """Of one run: the invariant that broke, and its sentence; none of both if all held.
+
+    `round`: how many runs there were in its machine before; `over`: there is none after it.
+    """
 
     invariant: str = ""
     sentence: str = ""
+    round: int = 0
+    over: bool = True
 
 
-RunOne = Callable[[Strategy], RunEnd]
+class Player(Protocol):
+    """What plays schedules, one after the other."""
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        """One, in the machine of the one before, if that goes on."""
+
+    def renew(self) -> None:
+        """The next is the first in a new machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A schedule that broke an invariant, the `schedule`-th of its strategy with that seed, from 1 on."""
+    """A schedule that broke an invariant, the `schedule`-th of its strategy with that seed, from 1 on;
+    `before`: those that were played in its machine before it.
+    """
 
     seed: int
     schedule: int
     result: RunEnd
     answers: Answers
     trace: int
+    before: tuple[Answers, ...] = ()
 
 
 @dataclass(slots=True)
@@ -72,43 +88,76 @@ class _Watched(Recorded):
 
 
 def explore(
-    run_one: RunOne,
+    player: Player,
     strategy: Search,
     seed: int,
     schedules: int,
     enough: Callable[[Tally], bool] = lambda tally: False,
 ) -> Tally:
     """At most `schedules` of `strategy`, which was made of `seed`; `enough` is asked behind each."""
+    player.renew()
     coverage = Coverage()
     tally = Tally(covered=coverage.covered)
     watched = _Watched(strategy, coverage)
+    before: list[Answers] = []
     for number in range(1, schedules + 1):
-        result = run_one(watched)
+        result = player(watched)
         coverage.ended()
         if watched.stopped:
             tally.given_up += 1
         else:
             tally.schedules += 1
             tally.traces.add(watched.trace)
+        del before[result.round :]
         if result.invariant:
-            tally.found.append(Found(seed, number, result, watched.answers, watched.trace))
+            tally.found.append(Found(seed, number, result, watched.answers, watched.trace, tuple(before)))
+        before.append(watched.answers)
         tally.over = not watched.ended(bool(result.invariant))
         if tally.over or enough(tally):
             break
+    player.renew()
     tally.summary = strategy.summary()
     return tally
 
 
-def smallest(run_one: RunOne, found: Found, replays_max: int = REPLAYS_MAX) -> tuple[Found, int]:
+def replayed(player: Player, before: Sequence[Answers], strategy: Strategy) -> RunEnd:
+    """One schedule behind others in a machine of its own; the first that breaks something ends it."""
+    player.renew()
+    for answers in before:
+        end = player(Replay(answers))
+        if end.invariant:
+            return end
+    return player(strategy)
+
+
+def smallest(player: Player, found: Found, replays_max: int = REPLAYS_MAX) -> tuple[Found, int]:
     """The shrunk schedule that breaks the same invariant, replayed once more for its own trace and
-    sentence; and how many replays it took.
+    sentence; and how many replays it took.  What was played before it in its machine is left out if it fails
+    without.
     """
+    replays = 0
 
-    def fails(answers: Answers) -> bool:
-        return run_one(Replay(answers)).invariant == found.result.invariant
+    def fails(before: Sequence[Answers], answers: Answers) -> bool:
+        nonlocal replays
+        replays += 1
+        end = replayed(player, before, Replay(answers))
+        return (end.invariant, end.round) == (found.result.invariant, len(before))
 
-    shrunk = shrink(found.answers, fails, replays_max)
+    before = found.before
+    size = len(before)
+    while size:
+        place = 0
+        while place < len(before):
+            shorter = (*before[:place], *before[place + size :])
+            if fails(shorter, found.answers):
+                before = shorter
+            else:
+                place += size
+        size //= 2
+    shrunk = shrink(found.answers, partial(fails, before), replays_max)
     recorded = Recorded(Replay(shrunk.answers))
-    result = run_one(recorded)
+    result = replayed(player, before, recorded)
+    player.renew()
     assert result.invariant == found.result.invariant, "a schedule that failed does not fail again"
-    return replace(found, result=result, answers=recorded.answers, trace=recorded.trace), shrunk.replays + 1
+    small = replace(found, result=result, answers=recorded.answers, trace=recorded.trace, before=before)
+    return small, replays + 1

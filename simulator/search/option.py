@@ -22,23 +22,20 @@ step's option says that one beforehand.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 STOP = -1
 """Instead of a place: no more of this run is wanted.  The scheduler gives the run up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Touch:
+class Touch(NamedTuple):
     """One access of a step."""
 
     place: Hashable
     writes: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One step that could be taken now, or has been.
 
     `actor` is the one deterministic sequence it belongs to: a process's running greenlet, one channel's
@@ -60,8 +57,9 @@ class Option:
 class Strategy(Protocol):
     """Chooses one schedule after the other."""
 
-    watches: bool
-    """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not."""
+    @property
+    def watches(self) -> bool:
+        """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not."""
 
     def choose(self, options: Sequence[Option]) -> int:
         """The place in `options`, two or more, of the step to take next, or STOP."""

@@ -11,9 +11,10 @@ the trace they lead to.
     trace 28b9d3a1c0ffee55
     end 2a8374e9
 
-`plant` and `invariant` may be missing.  Lines before the first and behind the last do not matter, nor does
-the "> " of a quotation, nor where the answers are wrapped.  The last line's number is a CRC-32 of what
-stands between, so that a damaged story is not taken for another one.
+`plant` and `invariant` may be missing, and so is `before` mostly: answers of rounds that were played in the
+machine before, one behind the other, a "/" between.  Lines before the first and behind the last do not
+matter, nor does the "> " of a quotation, nor where the answers are wrapped.  The last line's number is a
+CRC-32 of what stands between, so that a damaged story is not taken for another one.
 """
 
 from __future__ import annotations
@@ -47,23 +48,29 @@ class Story:
     trace: int
     plant: str = ""
     invariant: str = ""
+    before: tuple[Answers, ...] = ()
 
 
 def to_text(story: Story) -> str:
     for name in ("scenario", "design", "plant", "invariant"):
         value = getattr(story, name)
         assert value == " ".join(value.split()), f"{name} {value!r} does not fit on a line as it is"
-    pairs = [f"{place}:{answer}" for place, answer in enumerate(story.answers) if answer]
     lines = [
         f"scenario {story.scenario}",
         f"design {story.design}",
         f"seed {story.seed}",
         *([f"plant {story.plant}"] if story.plant else []),
         *([f"invariant {story.invariant}"] if story.invariant else []),
-        *wrap(f"answers {' '.join(pairs)}", _WIDTH, subsequent_indent="  "),
+        *(_wrapped("before", *story.before) if story.before else []),
+        *_wrapped("answers", story.answers),
         f"trace {story.trace:016x}",
     ]
     return "\n".join([f"{_FIRST} {STORY_VERSION}", *lines, f"end {_sum(lines):08x}", ""])
+
+
+def _wrapped(name: str, *rounds: Answers) -> list[str]:
+    told = [" ".join(f"{place}:{answer}" for place, answer in enumerate(each) if answer) for each in rounds]
+    return wrap(f"{name} {' / '.join(told)}", _WIDTH, subsequent_indent="  ")
 
 
 def from_text(text: str) -> Story:
@@ -84,6 +91,7 @@ def from_text(text: str) -> Story:
         trace=trace,
         plant=values.get("plant", ""),
         invariant=values.get("invariant", ""),
+        before=tuple(map(_answers, values["before"].split("/"))) if "before" in values else (),
     )
 
 
@@ -117,7 +125,7 @@ def _values(body: list[str]) -> dict[str, str]:
     name = ""
     for line in body:
         first, _, rest = line.partition(" ")
-        if name == "answers" and _ANSWER.fullmatch(first):
+        if name in ("answers", "before") and (first == "/" or _ANSWER.fullmatch(first)):
             values[name] += f" {line}"
             continue
         name = first

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 from qemu_shim.scenarios.scenario import Scenario
@@ -14,11 +14,11 @@ from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
-from simulator.search.explore import RunEnd, RunOne
+from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
 from simulator.stories.story import SmallStory
 from simulator.world.scheduler import Stopped, Stuck
-from simulator.world.system import play
+from simulator.world.system import Played, playing
 
 _INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
 OTHER = "check"
@@ -37,38 +37,70 @@ class Judged:
     params: Mapping[str, int] = field(default_factory=dict)
     plant: str = ""
 
-    def __call__(self) -> RunOne:
-        """What runs one schedule."""
-        found, design = self.find(self.scenario), DESIGNS[self.design]
+    def __call__(self, rounds: int = 1) -> Living:
+        """What plays its schedules, at most `rounds` of a small story in one machine."""
+        return Living(self, rounds)
 
-        def run_one(strategy: Strategy) -> RunEnd:
-            verdicts = Verdicts()
-            ghost = Ghost(verdicts)
-            under, scenario = strategy, found
-            if isinstance(scenario, SmallStory):
-                under = Excerpt(strategy)
-                scenario = scenario.scenario(under)
+
+class Living:
+    """Player: schedule after schedule in one machine, until something breaks or it has seen `rounds`."""
+
+    def __init__(self, judged: Judged, rounds: int) -> None:
+        self._judged = judged
+        self._rounds = rounds
+        self._excerpt: Excerpt | None = None
+        self._ends: Generator[RunEnd] | None = None
+        self._round = 0
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        if self._ends is None:
+            self._ends, self._round = self._play(strategy), 0
+        elif self._excerpt is not None:
+            self._excerpt.inner = strategy
+        end, number = next(self._ends), self._round
+        self._round += 1
+        if end.over:
+            self.renew()
+        return end._replace(round=number)
+
+    def renew(self) -> None:
+        if self._ends is not None:
+            self._ends.close()
+        self._ends = None
+
+    def _play(self, strategy: Strategy) -> Generator[RunEnd]:
+        judged, verdicts = self._judged, Verdicts()
+        ghost = Ghost(verdicts)
+        scenario, design = judged.find(judged.scenario), DESIGNS[judged.design]
+        if isinstance(scenario, SmallStory):
+            strategy = self._excerpt = Excerpt(strategy, self._rounds)
+            scenario = scenario.scenario(self._excerpt)
+        with (
+            planted(judged.plant) if judged.plant else nullcontext(),
+            watching(ghost) as watch,
+            closing(playing(scenario, design, strategy, judged.seed, judged.params)) as machine,
+        ):
             try:
-                with planted(self.plant) if self.plant else nullcontext(), watching(ghost) as watch:
-                    problems = play(scenario, design, under, self.seed, self.params).problems
-                    if not problems:
-                        watch.settled()
+                while True:
+                    yield _judged(verdicts, next(machine))
+            except StopIteration as ended:
+                played: Played = ended.value
+                if not played.problems:
+                    watch.settled()
+                yield _judged(verdicts, played.problems)._replace(over=True)
             except Stopped:
-                return RunEnd()
+                yield RunEnd(over=True)
             except Stuck as stuck:
                 ghost.liveness.stuck()
-                problems = [f"{STUCK}: {stuck}"]
-            return _judged(verdicts, problems)
-
-        return run_one
+                yield _judged(verdicts, [f"{STUCK}: {stuck}"])
 
 
 def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:
     """What the ghost saw came first: it judges each step, the scenario and the daemons at their end."""
     for violation in verdicts.found:
-        return RunEnd(violation.invariant, violation.sentence)
+        return RunEnd(violation.invariant, violation.sentence, over=True)
     for problem in problems:
         named = _INVARIANT.search(problem)
         stuck = problem.startswith(STUCK)
-        return RunEnd(named[1] if named else STUCK if stuck else OTHER, problem)
-    return RunEnd()
+        return RunEnd(named[1] if named else STUCK if stuck else OTHER, problem, over=True)
+    return RunEnd(over=False)

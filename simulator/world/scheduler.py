@@ -27,7 +27,7 @@ from simulator.kernel.process import SimHost, SimPoller, SimProcess
 from simulator.search.option import STOP, Option, Strategy, Touch
 from simulator.world import trio_run
 from simulator.world.journal import Journal
-from simulator.world.memory import watched
+from simulator.world.memory import FRAMES, watched
 
 STEP_NS = 2_000
 WORD_NS = 10  # a load or store
@@ -35,6 +35,7 @@ LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never wi
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
 Event = tuple[int, int]  # of a poller: fd, what
+Access = tuple[Memory, int, int, bool]  # where in bytes, how many, does it store?
 
 
 class Stuck(Exception):
@@ -73,12 +74,16 @@ class SimThread:
     taken: int = 0  # steps
     stopped_ns: int = 0  # it does nothing until then
     standing: Option | None = None  # it could go on with that
+    access: Access | None = None  # which that is, if its places are not among its touches yet
     waits: Sequence[SimPoller] = ()
     is_woken: Callable[[], bool] | None = None
     deadline_ns: int | None = None
     told: Event | None = None
-    steps: list[Candidate] = field(default_factory=list)  # what it could do, when `changes` were `looked_at`
-    looked_at: int = -1
+    state: frozenset[Touch] = frozenset()  # which each step of its touches
+    steps: list[Candidate] = field(
+        default_factory=list
+    )  # what it could do, when what it waits for was `steps_of`
+    steps_of: int = -1
 
     def can_go_at(self) -> int | None:
         """When it could go on at the latest by itself; None: never."""
@@ -104,14 +109,16 @@ class World:
         self._by_word = by_word  # each access of shared memory is a point
         self._now = 0
         self._changes = 0  # of anything that decides what can happen next
+        self._woken = 0
         self._alone_at, self._alone_until = -1, 0
         self._main = getcurrent()  # where `run` is called
         self._running: SimThread | None = None
         self._awaited: SimThread | None = None  # by `run`
         self._given_up: BaseException | None = None
-        self._closed = False
+        self._closed = self._paused = False
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
+        self._places: dict[tuple[str, int, int, bool], frozenset[Touch]] = {}  # those of accesses there were
 
     # -- threads ---------------------------------------------------------------------------------------
 
@@ -131,22 +138,25 @@ class World:
             process.die()
 
         thread = SimThread(process, process.name, greenlet(life, self._main), fate)
+        thread.state = frozenset({Touch(("process", process.name), True)})
         thread.standing = Option(process.name, "begins")
         self.threads.append(thread)
         return thread
 
-    def run(self, thread: SimThread) -> None:
-        """Until that one is over.  Stuck, Stopped."""
+    def run(self, thread: SimThread) -> bool:
+        """Until that one is over, or (False) somebody pauses.  Stuck, Stopped."""
         self._awaited = thread
         assert getcurrent() is self._main, "a world is run where it was made"
         kept = trio_run.kept()
+        self._paused = False
         try:
-            while not thread.over:
+            while not (thread.over or self._paused):
                 self._running = None
                 self._switch(None)
                 if self._given_up is not None:
                     raise self._given_up
             self._tell_taken()
+            return thread.over
         finally:
             self._running = None
             trio_run.restored(kept)
@@ -180,6 +190,14 @@ class World:
         thread.process.die()
         self._changes += 1
 
+    def pause(self) -> None:
+        """`run` returns; when it is called again, the running thread can go on."""
+        me = self._running
+        assert me is not None, "nobody runs who could pause"
+        me.standing = Option(me.name, "goes on", me.state)
+        self._paused = True
+        self._leave()
+
     # -- choosing --------------------------------------------------------------------------------------
 
     def _switch(self, me: SimThread | None, cost_ns: int = STEP_NS) -> None:
@@ -194,8 +212,8 @@ class World:
             return  # it is its turn again
         thread = step.thread
         thread.told, thread.waits, thread.is_woken, thread.deadline_ns = step.event, (), None, None
-        thread.standing = None
-        thread.looked_at = -1
+        thread.standing = thread.access = None
+        thread.steps_of = -1
         self._running = thread
         if thread is me:
             return
@@ -259,9 +277,15 @@ class World:
         if thread.stopped_ns > self._now:
             return []
         if thread.standing is not None:
+            if thread.access is not None and self._strategy.watches:
+                places, thread.access = self._words(*thread.access), None
+                thread.standing = thread.standing._replace(touches=thread.state | places)
             return [Candidate(thread.standing, thread)]
-        if thread.looked_at != self._changes:
-            thread.looked_at = self._changes
+        version = self._woken
+        for poller in thread.waits:
+            version += poller.version
+        if thread.steps_of != version:
+            thread.steps_of = version
             thread.steps = list(_deliveries(thread))
         if not thread.steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
             return [Candidate(_timer(thread), thread)]
@@ -310,12 +334,12 @@ class World:
 
     # -- points ----------------------------------------------------------------------------------------
 
-    def point(self, label: str, touches: frozenset[Touch] = frozenset()) -> None:
+    def point(self, label: str) -> None:
         """The running thread is about to do that; others may come before it."""
         me = self._running
         if me is None or self._closed:
             return
-        me.standing = Option(me.name, label, touches | {Touch(("process", me.name), True)})
+        me.standing = Option(me.name, label, me.state)
         self._switch(me)
 
     def pick(self, what: str, labels: Sequence[str]) -> int:
@@ -325,7 +349,7 @@ class World:
         name = self._running.name
         self._tell_taken()
         self.decisions += 1
-        state = frozenset({Touch(("process", name), True)})
+        state = self._running.state
         options = [Option(f"{name}/{what}", label, state) for label in labels]
         number = self._strategy.choose(options)
         if number == STOP:
@@ -349,11 +373,12 @@ class World:
         me.standing = None
         me.waits, me.is_woken = pollers, is_woken
         me.deadline_ns = None if timeout_s is None else self._now + ceil(timeout_s * 1e9)
-        me.looked_at = -1
+        me.steps_of = -1
         self._switch(me)
 
     def woken(self) -> None:
         """Somebody's `is_woken` may say yes now."""
+        self._woken += 1
         self._changes += 1
 
     def access(self, memory: Memory, at: int, size: int, writes: bool) -> None:
@@ -361,19 +386,27 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        first, end = at >> 3, at + size + 7 >> 3
-        told = f"{'stores' if writes else 'loads'} {memory.name}[{first}]"
-        alone = self._is_alone(me)
-        touches: set[Touch] = set()
-        if self._strategy.watches:
-            touches.add(Touch(("process", me.name), True))
-            touches.update(Touch(("word", memory.name, word), writes) for word in range(first, end))
-        if alone:
+        told = f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
+        if self._is_alone(me):
             self.journal.add(f"{me.name} {told}")
-            self._touched |= touches
+            if self._strategy.watches:
+                self._touched |= self._words(memory, at, size, writes)
             return
-        me.standing = Option(me.name, told, frozenset(touches))
+        me.standing, me.access = Option(me.name, told, me.state), (memory, at, size, writes)
         self._switch(me, WORD_NS)
+
+    def _words(self, memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
+        """The places of an access.  Of frames half a page is one, which is what a piece of a copy has."""
+        key = memory.name, at, size, writes
+        found = self._places.get(key)
+        if found is None:
+            shift = 3 + 8 * (memory.made_as == FRAMES)
+            last = at + max(size, 1) - 1
+            found = frozenset(
+                Touch(("word", memory.name, word), writes) for word in range(at >> shift, (last >> shift) + 1)
+            )
+            self._places[key] = found
+        return found
 
     # -- the port `Scheduler` --------------------------------------------------------------------------
 
@@ -410,7 +443,8 @@ class World:
         self._changes += 1
         if self._closed:
             return
-        self._touched.add(Touch(("channel", file.name.rstrip("'")), True))
+        if self._strategy.watches:
+            self._touched.add(Touch(("channel", file.name.rstrip("'")), True))
         self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
@@ -423,16 +457,14 @@ class World:
 
 
 def _deliveries(thread: SimThread) -> Iterator[Candidate]:
-    state = Touch(("process", thread.name), True)
     for poller in thread.waits:
         for fd, what in poller.ready():
             name = poller.file(fd).name
-            touches = frozenset({state, Touch(("channel", name.rstrip("'")), True)})
+            touches = thread.state | {Touch(("channel", name.rstrip("'")), True)}
             yield Candidate(Option(f"{thread.name}<{name}", "is told", touches), thread, (fd, what))
     if thread.is_woken is not None and thread.is_woken():
-        yield Candidate(Option(f"{thread.name}<woken", "is woken", frozenset({state})), thread)
+        yield Candidate(Option(f"{thread.name}<woken", "is woken", thread.state), thread)
 
 
 def _timer(thread: SimThread) -> Option:
-    touches = {Touch(("process", thread.name), True), Touch(("clock",), False)}
-    return Option(f"{thread.name}<timer", "time is up", frozenset(touches))
+    return Option(f"{thread.name}<timer", "time is up", thread.state | {Touch(("clock",), False)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec, Places
 from qemu_shim.vmm.designs import Design
 from qemu_shim.vmm.machine import Host, connect_host
 from simulator.kernel.process import SimProcess
+from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world import trio_run
 from simulator.world.journal import Journal
@@ -102,8 +103,8 @@ class System:
             raise LookupError(f"no {name} runs; there are {', '.join(self.daemons)}")
         self.world.kill(daemon.thread)
 
-    def client(self, work: Callable[[Host], Awaitable[None]]) -> None:
-        """A VMM does `work`; returns when that is done."""
+    def client(self, work: Callable[[Host], Awaitable[None]]) -> SimThread:
+        """A VMM that will do `work`."""
         world, process = self.world, SimProcess(self.world.host, "qemu_shim")
 
         async def main() -> None:
@@ -111,7 +112,7 @@ class System:
                 host.killer = self._kill
                 await work(host)
 
-        world.run(world.spawn(process, lambda: run(world, process, main)))
+        return world.spawn(process, lambda: run(world, process, main))
 
     def stop(self) -> None:
         """All daemons, in an orderly way."""
@@ -177,15 +178,17 @@ class Played:
     steps: int
 
 
-def play(
+def playing(
     scenario: Scenario,
     design: Design,
     strategy: Strategy,
     seed: int = 1,
     params: Mapping[str, int] | None = None,
     journal: Journal | None = None,
-) -> Played:
-    """One run of a scenario under one schedule.  Stuck, Stopped."""
+) -> Generator[list[str], None, Played]:
+    """One run of a scenario, which stands still between the rounds of an excerpt; yields its problems so far.
+    Stuck, Stopped.
+    """
     report = Report(scenario.name)
     runs: list[Run] = []
     own = scenario.options
@@ -195,13 +198,38 @@ def play(
         runs.append(await run_scenario(host, scenario, design, seed, params, report))
 
     with system(strategy, given, journal) as made:
-        made.client(work)
-        made.stop()
         world = made.world
-        problems = [
-            *report.problems,
-            *(f"{type(error).__name__}: {error}" for error in world.crashes()),
-            *(f"{name}: {type(error).__name__}: {error}" for name, error in made.crashes),
-        ]
+        if isinstance(strategy, Excerpt):
+            strategy.between = world.pause
+
+        def problems() -> list[str]:
+            return [
+                *report.problems,
+                *(f"{type(error).__name__}: {error}" for error in world.crashes()),
+                *(f"{name}: {type(error).__name__}: {error}" for name, error in made.crashes),
+            ]
+
+        client = made.client(work)
+        while not world.run(client):
+            yield problems()
+        made.stop()
         run = runs[0] if runs else None
-        return Played(run, report, problems, world.journal.digest, world.decisions, world.journal.steps)
+        return Played(run, report, problems(), world.journal.digest, world.decisions, world.journal.steps)
+
+
+def play(
+    scenario: Scenario,
+    design: Design,
+    strategy: Strategy,
+    seed: int = 1,
+    params: Mapping[str, int] | None = None,
+    journal: Journal | None = None,
+) -> Played:
+    """One run of a scenario under one schedule, to its end.  Stuck, Stopped."""
+    run = playing(scenario, design, strategy, seed, params, journal)
+    while True:
+        try:
+            next(run)
+        except StopIteration as ended:
+            played: Played = ended.value
+            return played

@@ -25,7 +25,7 @@ def played(made: System, name: str) -> Report:
         await run_scenario(host, SCENARIOS[name], SHARED, 1, SMALL[name], report)
 
     with suppress(PeerError):
-        made.client(work)
+        made.world.run(made.client(work))
     return report
 
 

@@ -12,6 +12,7 @@ from simulator.planted.registry import PLANTED
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
 from tests.planted import sweep
+from tests.unit.simulator.search.toy import Anew
 
 
 def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
@@ -54,7 +55,7 @@ def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: p
         runs.append(strategy)
         return RunEnd()
 
-    monkeypatch.setattr(hunting, "Judged", lambda *_: lambda: without_choices)
+    monkeypatch.setattr(hunting, "Judged", lambda *_: lambda _: Anew(without_choices))
     monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
     assert hunting.find(PLANTED["R7-no-device-tlb"], "exhaustive", range(10), 10) is None
     assert len(runs) == 1

@@ -11,13 +11,13 @@ from simulator.search.strategies import STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.world.schedule import Judged
 
-FEW, ENOUGH = 2, 40
+FEW, ENOUGH, ROUNDS = 2, 40, 20
 
 
 def played(story: str, design: str, schedules: int, plant: str = "") -> Tally:
     """Until the first that fails."""
-    run_one = Judged(find, story, design, plant=plant)()
-    return explore(run_one, STRATEGIES["random"].make(1), 1, schedules, lambda tally: bool(tally.found))
+    player = Judged(find, story, design, plant=plant)(ROUNDS)
+    return explore(player, STRATEGIES["random"].make(1), 1, schedules, lambda tally: bool(tally.found))
 
 
 @pytest.mark.parametrize("design", DESIGNS)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from simulator.campaign import SHARD, Campaign, CampaignRefused, Progress, ShardFile, run_campaign
-from simulator.search.explore import RunEnd, RunOne, Tally, explore
+from simulator.search.explore import Player, RunEnd, Tally, explore
 from simulator.search.option import Strategy
 from simulator.search.strategies import STRATEGIES
-from tests.unit.simulator.search.toy import PROGRAMS, ToyMachine, play
+from tests.unit.simulator.search.toy import PROGRAMS, Anew, ToyMachine, play
 
 PROGRAM, TRACES = PROGRAMS["store buffering"]
 CAMPAIGN = Campaign("store buffering", "random", 5 * SHARD + 10, seed=3)
@@ -23,19 +23,19 @@ def both_saw_all(machine: ToyMachine) -> bool:
     return {("A", "y", 1), ("B", "x", 1)} <= set(machine.seen)
 
 
-def start() -> RunOne:
+def start() -> Player:
     def run_one(strategy: Strategy) -> RunEnd:
         return RunEnd("T2", "both saw it") if play(PROGRAM, strategy, both_saw_all).failed else RunEnd()
 
-    return run_one
+    return Anew(run_one)
 
 
-def dies() -> RunOne:
+def dies() -> Player:
     def run_one(strategy: Strategy) -> RunEnd:
         os.kill(os.getpid(), signal.SIGKILL)
         return RunEnd()
 
-    return run_one
+    return Anew(run_one)
 
 
 def by_hand(campaign: Campaign) -> Tally:
@@ -105,12 +105,12 @@ def test_a_worker_that_dies_ends_the_campaign_with_a_reason() -> None:
 
 
 def test_a_search_that_ends_is_one_shard_and_says_all() -> None:
-    def well() -> RunOne:
+    def well() -> Player:
         def run_one(strategy: Strategy) -> RunEnd:
             play(PROGRAM, strategy)
             return RunEnd()
 
-        return run_one
+        return Anew(run_one)
 
     end = run_campaign(Campaign("store buffering", "exhaustive", 10**9), well)
     assert (end.why, end.tally.over, end.tally.schedules) == ("done", True, TRACES)

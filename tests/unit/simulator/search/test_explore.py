@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.explore import Found, RunEnd, Tally, explore, smallest
+from simulator.search.explore import Found, RunEnd, Tally, explore, replayed, smallest
 from simulator.search.option import Strategy
+from simulator.search.replay import Replay
 from simulator.search.strategies import STRATEGIES
 from simulator.search.walk import RandomWalk
-from tests.unit.simulator.search.toy import PROGRAMS, ToyMachine, every_run, order_of, play
+from tests.unit.simulator.search.toy import PROGRAMS, Anew, ToyMachine, every_run, order_of, play
 
 PROGRAM, TRACES = PROGRAMS["store buffering"]
 
@@ -22,10 +23,12 @@ def both_saw_all(machine: ToyMachine) -> bool:
     return {("A", "y", 1), ("B", "x", 1)} <= set(machine.seen)
 
 
+@Anew
 def well(strategy: Strategy) -> RunEnd:
     return RunEnd("T1", "impossible") if play(PROGRAM, strategy, both_saw_nothing).failed else RunEnd()
 
 
+@Anew
 def badly(strategy: Strategy) -> RunEnd:
     return RunEnd("T2", "both saw it") if play(PROGRAM, strategy, both_saw_all).failed else RunEnd()
 
@@ -55,7 +58,7 @@ def test_every_strategy_finds_and_what_is_found_becomes_small(name: str) -> None
     assert found.seed == 5
     assert found.schedule == tally.schedules + tally.given_up
     small, replays = smallest(badly, found)
-    assert small.result == RunEnd("T2", "both saw it")
+    assert small.result[:2] == ("T2", "both saw it")
     assert len([answer for answer in small.answers if answer]) == 1
     assert 1 <= replays < 20
 
@@ -69,6 +72,45 @@ def test_tallies_of_two_processes_add_up() -> None:
     assert both.traces == one.traces | other.traces
     assert both.covered == one.covered | other.covered
     assert both.found == other.found
+
+
+class Living:
+    """Player of rounds: breaks when both saw all for the second time in one machine."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self.machines: list[list[bool]] = [[]]
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        saw, number = play(PROGRAM, strategy, both_saw_all).failed, len(self.machines[-1])
+        self.machines[-1].append(saw)
+        failed = saw and self.machines[-1].count(True) == 2
+        if over := failed or number + 1 == self._rounds:
+            self.machines.append([])
+        return RunEnd("T3" if failed else "", "again" if failed else "", number, over)
+
+    def renew(self) -> None:
+        if self.machines[-1]:
+            self.machines.append([])
+
+
+def test_what_fails_because_of_a_round_before_keeps_that_round_and_no_other() -> None:
+    player = Living(50)
+    (found,) = explore(player, RandomWalk(3), 3, 50, lambda tally: bool(tally.found)).found
+    assert len(found.before) == found.result.round == found.schedule - 1 > 1
+    small, _ = smallest(player, found)
+    assert len(small.before) == small.result.round == 1
+    assert replayed(Living(2), small.before, Replay(small.answers))[:2] == ("T3", "again")
+
+
+def test_an_exploration_begins_and_ends_with_a_machine_of_its_own() -> None:
+    player = Living(3)
+    player(RandomWalk(0))
+    explore(player, RandomWalk(1), 1, 4)
+    first, *others = player.machines
+    assert len(first) == 1
+    assert sum(map(len, others)) == 4
+    assert others[-1] == []
 
 
 def test_a_schedule_that_does_not_fail_again_is_not_called_small() -> None:

@@ -14,15 +14,17 @@ from simulator.search.story import Story, StoryError, from_text, to_text
 
 STORY = Story("unmap", "shared", 7, (0, 0, 1, 0, 2), 0x28B9D3A1C0FFEE55, "R7-devtlb-first", "I6")
 WORDS = st.lists(st.text("abcxyz-_./0189", min_size=1, max_size=9), min_size=1, max_size=3).map(" ".join)
+ANSWERS = st.lists(st.sampled_from([0, 0, 0, 1, 2, 17]), max_size=200).map(trimmed)
 STORIES = st.builds(
     Story,
     scenario=WORDS,
     design=WORDS,
     seed=st.integers(0, 2**63),
-    answers=st.lists(st.sampled_from([0, 0, 0, 1, 2, 17]), max_size=200).map(trimmed),
+    answers=ANSWERS,
     trace=st.integers(0, 2**64 - 1),
     plant=st.one_of(st.just(""), WORDS),
     invariant=st.one_of(st.just(""), WORDS),
+    before=st.lists(ANSWERS, max_size=20).map(tuple),
 )
 
 

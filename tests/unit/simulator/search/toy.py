@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
+from simulator.search.explore import RunEnd
 from simulator.search.option import STOP, Option, Strategy, Touch, dependent
 
 
@@ -303,3 +304,15 @@ PROGRAMS: dict[str, tuple[Program, int]] = {
         3,
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Anew:
+    """A player of which each schedule has a machine of its own."""
+
+    play: Callable[[Strategy], RunEnd]
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        return self.play(strategy)
+
+    def renew(self) -> None: ...
