@@ -29,6 +29,7 @@ class Settings:
     trust_importers: bool = False
     started_with: tuple[str, ...] = ()
     reuse: Reuse = Reuse.SOON  # of frames that were given up
+    seq_start: int = 0  # of the invalidations that each VM counts
 
 
 def _add_doors(options: argparse.ArgumentParser) -> None:

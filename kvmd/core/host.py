@@ -87,10 +87,12 @@ class HostKernel:
         obstacles: frozenset[Obstacle] = frozenset(),
         memlock_pages: int | None = None,
         reuse: Reuse = Reuse.SOON,
+        seq_start: int = 0,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
         self.clock = clock
+        self.seq_start = seq_start  # of each VM's invalidations: tests start near a wrap (R2)
         self.obstacles = obstacles  # what keeps this host's KVM from exporting
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)

@@ -52,20 +52,18 @@ async def create_vm(host: HostKernel, mm: Mm, kind: VmType) -> Kvm:
     [mm mmu_notifier.c].
     """
     async with mm.mmap_lock:
-        return Kvm(host, mm, kind=kind)
+        return Kvm(host, mm, kind)
 
 
 class Kvm:
-    """`seq_start`: see `HostChanges`."""
-
-    def __init__(self, host: HostKernel, mm: Mm, seq_start: int = 0, kind: VmType = VmType.DEFAULT) -> None:
+    def __init__(self, host: HostKernel, mm: Mm, kind: VmType = VmType.DEFAULT) -> None:
         self.id = host.new_vm_id()
         self.type = kind
         self.host = host
         self.mm = mm
         self.wall_clock_epoch_ns = host.clock.wall_ns()  # when the guest's clock read zero
         self._make_tables()
-        self._make_slots(seq_start)
+        self._make_slots()
         self._make_walkers()
         mm.notifiers.append(self.host_changes)
         mm.claims.replaced.append(self.private.replaces)
@@ -78,7 +76,7 @@ class Kvm:
         )
         self.tdp = VmTdp(self.mmu, self.flusher, Zapper(self.mmu, self.flusher, lambda: host.cond_resched()))
 
-    def _make_slots(self, seq_start: int) -> None:
+    def _make_slots(self) -> None:
         """What is behind the guest's frames: all of it changes under the slots_lock."""
         features, mm, tdp = self.host.features, self.mm, self.tdp
         has_private = self.type is VmType.SW_PROTECTED
@@ -86,7 +84,7 @@ class Kvm:
         self.mmu.pinned = pinned = PinnedGfns()
         self.page_track = PageTrack()
         self.slots = Memslots(Gfn(1 << (features.maxphyaddr - PAGE_SHIFT)), address_spaces)
-        self.host_changes = HostChanges(self.slots, tdp, seq_start)
+        self.host_changes = HostChanges(self.slots, tdp, self.host.seq_start)
         self.private = PrivateMemory(
             self.id, self.slots, mm, self.host_changes, pinned, supported=has_private
         )

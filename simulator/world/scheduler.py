@@ -32,6 +32,7 @@ from simulator.world.memory import FRAMES, watched
 STEP_NS = 2_000
 WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
+LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
 Event = tuple[int, int]  # of a poller: fd, what
@@ -105,6 +106,7 @@ class World:
         self.threads: list[SimThread] = []
         self.failures: list[BaseException] = []  # that nobody in the system caught
         self.decisions = 0
+        self._straight = 0  # steps since the last of them
         self._strategy = strategy
         self._by_word = by_word  # each access of shared memory is a point
         self._now = 0
@@ -256,9 +258,14 @@ class World:
                 return None
             self._now = max(self._now, min(times))
         number = 0
+        self._straight += 1
+        if self._straight > LIMIT_STEPS:
+            self._given_up = Stuck(f"{steps[0].option.actor} goes round in circles: {steps[0].option.label}")
+            return None
         if len(steps) > 1:
             self._tell_taken()
             self.decisions += 1
+            self._straight = 0
             number = self._strategy.choose([step.option for step in steps])
             if number == STOP:
                 self._given_up = Stopped()

@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from device_sim.service import DeviceSim
 from iommufdd import config as iommufdd_config
 from iommufdd.service.door import Iommufdd
 from kvmd import config as kvmd_config
+from kvmd.core.mm.frames import Reuse
 from kvmd.service.door import Kvmd
 from protocol.daemon import serve
 from protocol.rpc.loop import Loop
@@ -41,8 +42,17 @@ CLIENTS = Path("/run/tdp")
 PLACES = Places(CLIENTS, Path("/run/tdp-drivers"), Path("/run/tdp-admin"))
 SMALL: Mapping[str, Sequence[str]] = {"kvmd": ("--ram", "4G", "--table-ram", "64M")}
 
+NEAR_WRAP = 2**64 - 3
+
+
+def _kvmd_config(argv: list[str] | None) -> tuple[Any, Any]:
+    """A stale translation is not to become true again (0026), nor a sequence to be far from its wrap (R2)."""
+    given, settings = kvmd_config.parse(argv)
+    return given, replace(settings, reuse=Reuse.LATE, seq_start=NEAR_WRAP)
+
+
 _BUILD: Mapping[str, tuple[Callable[[list[str] | None], tuple[Any, Any]], Callable[[Loop, Any], Any]]] = {
-    "kvmd": (kvmd_config.parse, Kvmd),
+    "kvmd": (_kvmd_config, Kvmd),
     "iommufdd": (iommufdd_config.parse, Iommufdd),
     "device_sim": (device_sim_config.parse, DeviceSim),
 }

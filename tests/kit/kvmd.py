@@ -71,6 +71,7 @@ class BareHost:
         frames_gib: int = 1,
         tables: int = 2 * MIB,
         reuse: Reuse = Reuse.SOON,
+        seq_start: int = 0,
     ) -> None:
         self.tables = bytearray(tables)
         self.frames = mmap.mmap(-1, frames_gib * GIB)
@@ -84,19 +85,20 @@ class BareHost:
             lambda offset, size: self.frames.madvise(mmap.MADV_REMOVE, offset, size),
             self.clock,
             reuse=reuse,
+            seq_start=seq_start,
         )
 
 
 class World(ByHand):
     """One process with one VM."""
 
-    def __init__(self, features: CpuFeatures | None = None, *, seq_start: int = 0, **host: Any) -> None:
+    def __init__(self, features: CpuFeatures | None = None, **host: Any) -> None:
         super().__init__()
         self.bare = BareHost(features, **host)
         self.host = self.bare.host
         self.mm: Mm = self.host.create_mm()
         self.mm.cookie = 77
-        self.vm = Kvm(self.host, self.mm, seq_start)
+        self.vm = Kvm(self.host, self.mm)
         self.importer = SlowImporter()  # of `lend`
 
     def settle(self, wait: Wait[T]) -> T:

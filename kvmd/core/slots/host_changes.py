@@ -37,9 +37,10 @@ SEQ_MASK = (1 << 64) - 1
 
 
 class HostChanges:
-    """The MmuNotifier of one VM.  `seq_start`: tests start the sequence near a wrap (R2)."""
+    """The MmuNotifier of one VM."""
 
-    def __init__(self, slots: Memslots, tdp: VmTdp, seq_start: int = 0) -> None:
+    def __init__(self, slots: Memslots, tdp: VmTdp, seq_start: int) -> None:
+        # The sequence may wrap (R2): it is compared for equality alone.
         self.seq = seq_start & SEQ_MASK  # of invalidations that are over
         self.over: Wait[None] = Wait()  # set when the next one is over
         self._in_progress: list[tuple[Hva, Hva]] = []

@@ -257,3 +257,16 @@ def test_who_is_stopped_goes_on_later_and_the_others_do_meanwhile() -> None:
     finish(world)
     assert at["other"] < 1_000_000
     assert at["one"] >= 3 * 10**9
+
+
+def test_who_goes_round_in_circles_is_told_of() -> None:
+    world = World(Script())
+
+    def circles(process: SimProcess) -> None:
+        while True:
+            world.point("again")
+
+    made(world, a=circles)
+    with pytest.raises(Stuck, match="a goes round in circles: again"):
+        finish(world)
+    world.close()
