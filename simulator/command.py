@@ -18,16 +18,15 @@ from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
+from simulator.narrator import Narrator, diagram
 from simulator.planted.registry import PLANTED
-from simulator.search.diagram import draw, rows_of
 from simulator.search.explore import Found, Player, replayed, smallest
-from simulator.search.option import Option
-from simulator.search.replay import Recorded, Replay
+from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.stories.story import SmallStory
-from simulator.world.schedule import Judged
+from simulator.world.schedule import Judged, Onlooker
 
 PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARIOS}
 SCHEDULES_OF_SHARD = (
@@ -84,10 +83,10 @@ def main(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if ended.why == "interrupted" else 0
 
 
-def _begin(judged: Judged, rounds: int = 1) -> Player:
+def _begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
     """In each process: what daemons log is nobody's here."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    return judged(rounds)
+    return judged(rounds, onlooker)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -176,10 +175,10 @@ def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
     except (StoryError, OSError) as error:
         parser.error(f"--replay {path}: {error}")
     judged = _judged_again(parser, path, story)
-    recorded = Recorded(Replay(story.answers), steps=True)
-    end = replayed(_begin(judged, len(story.before) + 1), story.before, recorded)
-    print(draw(rows_of(recorded.steps, recorded.against, _process_of, _text_of)), end="")
-    if recorded.trace != story.trace:
+    narrator = Narrator(Replay(story.answers))
+    end = replayed(_begin(judged, len(story.before) + 1, narrator), story.before, narrator)
+    print(diagram(narrator), end="")
+    if narrator.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")
     print(f"{end.invariant}: {end.sentence}" if end.invariant else "all invariants held")
     return EXIT_FOUND if end.invariant else 0
@@ -201,12 +200,3 @@ def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> 
             )
     params = {param: int(value) for param, _, value in (word.partition("=") for word in given)}
     return Judged(find, name, story.design, story.seed, params, story.plant)
-
-
-def _process_of(actor: str) -> str:
-    return actor.partition("<")[0].partition("/")[0]
-
-
-def _text_of(step: Option) -> str:
-    _, _, source = step.actor.partition("<")
-    return f"{step.label} {source}".strip()

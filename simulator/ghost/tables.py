@@ -65,6 +65,9 @@ class ShadowTables:
     def is_linked(self, table: int) -> bool:
         return table in self._linked
 
+    def place_of(self, table: int) -> Place | None:
+        return self._linked.get(table)
+
     def leads(self, root: int, first: int, table: int) -> bool:
         """Is it the table that translates page `first` of `root` and those behind?"""
         place = self._linked.get(table)

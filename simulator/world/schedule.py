@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.ghost.ghost import Ghost
+from simulator.ghost.probes.watch import Watch
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
 from simulator.planted.registry import planted
@@ -17,6 +19,7 @@ from simulator.search.excerpt import Excerpt
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
 from simulator.stories.story import SmallStory
+from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
 from simulator.world.system import Played, playing
 
@@ -24,6 +27,15 @@ _INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
 OTHER = "check"
 """Instead of an invariant: what the scenario or a daemon says has none."""
 STUCK = "stuck"
+
+
+class Onlooker(Protocol):
+    """Who wants to tell of what is played."""
+
+    journal: Journal
+
+    def sees(self, watch: Watch) -> None:
+        """What the ghost of a machine goes by that is about to be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +49,18 @@ class Judged:
     params: Mapping[str, int] = field(default_factory=dict)
     plant: str = ""
 
-    def __call__(self, rounds: int = 1) -> Living:
+    def __call__(self, rounds: int = 1, onlooker: Onlooker | None = None) -> Living:
         """What plays its schedules, at most `rounds` of a small story in one machine."""
-        return Living(self, rounds)
+        return Living(self, rounds, onlooker)
 
 
 class Living:
     """Player: schedule after schedule in one machine, until something breaks or it has seen `rounds`."""
 
-    def __init__(self, judged: Judged, rounds: int) -> None:
+    def __init__(self, judged: Judged, rounds: int, onlooker: Onlooker | None = None) -> None:
         self._judged = judged
         self._rounds = rounds
+        self._onlooker = onlooker
         self._excerpt: Excerpt | None = None
         self._ends: Generator[RunEnd] | None = None
         self._round = 0
@@ -75,11 +88,15 @@ class Living:
         if isinstance(scenario, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds)
             scenario = scenario.scenario(self._excerpt)
+        onlooker = self._onlooker
+        journal = None if onlooker is None else onlooker.journal
         with (
             planted(judged.plant) if judged.plant else nullcontext(),
             watching(ghost) as watch,
-            closing(playing(scenario, design, strategy, judged.seed, judged.params)) as machine,
+            closing(playing(scenario, design, strategy, judged.seed, judged.params, journal)) as machine,
         ):
+            if onlooker is not None:
+                onlooker.sees(watch)
             try:
                 while True:
                     yield _judged(verdicts, next(machine))

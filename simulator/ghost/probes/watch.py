@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from device_sim.core.function import Function
 from iommufdd.core.hwpt import Hwpt
@@ -34,6 +34,15 @@ class Seams(dict[tuple[type, str], Around]):
         return put
 
 
+class Structure(NamedTuple):
+    """Entries side by side in memory, bytes start..end by host physical address."""
+
+    start: int
+    end: int
+    entry_bytes: int
+    what: str
+
+
 class Watch:
     """`ghost` hears, and what of the product is known by which name; `now`: nanoseconds of virtual time."""
 
@@ -54,6 +63,7 @@ class Watch:
         self.functions: dict[int, Function] = {}  # by device TLB
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
+        self.structures: list[Structure] = []
         self.sent: dict[tuple[int, int], int] = {}
         self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
         self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them

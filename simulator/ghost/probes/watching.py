@@ -8,10 +8,14 @@ from functools import wraps
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes import cpu, host, ioas, processes, tables, unit
+from simulator.ghost.probes import cpu, host, ioas, layout, processes, tables, unit
 from simulator.ghost.probes.watch import Around, Watch
 
-SEAMS = {**tables.seams, **host.seams, **ioas.seams, **cpu.seams, **unit.seams, **processes.seams}
+SEAMS = {
+    seam: around
+    for room in (tables, host, ioas, cpu, unit, processes, layout)
+    for seam, around in room.seams.items()
+}
 
 
 @contextmanager

@@ -63,6 +63,9 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
     replayed = capsys.readouterr().out
     assert "R17: " in replayed
     assert "the trace is another one" not in replayed
+    said = re.sub(r"\s+", " ", replayed)
+    for name in ("sends TDP_INVALIDATE", "unit0 invalidation descriptor 0x", "stores IQT", "loads IQT"):
+        assert name in said, "steps are called as people call them"
     assert re.match(r"\s+\w+( +\w+)+$", replayed.splitlines()[0]), "a column for each process"
 
 
