@@ -41,13 +41,8 @@ from qemu_shim.vmm.supervisor import DaemonFailed, supervised
 def main(argv: list[str] | None = None) -> int:
     refuse_optimised()
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["sim"]:
-        from simulator.command import main as sim  # it stands above us, and no other command needs it
-
-        return sim(words[1:])
-    options = _parse(argv)
     try:
-        status = _do(options)
+        status = _sim(words[1:]) if words[:1] == ["sim"] else _do(_parse(argv))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         _say_no_more()
@@ -57,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qemu-shim: {error}", file=sys.stderr)
         return EXIT_FAILED
     return status
+
+
+def _sim(words: list[str]) -> int:
+    from simulator.command import main as sim  # it stands above us, and no other command needs it
+
+    return sim(words)
 
 
 def _say_no_more() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from simulator.ghost.probes.watch import Watch
 from simulator.names import Messages, Names
@@ -43,7 +42,9 @@ class Overheard(Journal):
 
 
 class Narrator(Recorded):
-    """Strategy, and onlooker of its machine: another one; `steps` are the labels that people read, in place of the scheduler's."""
+    """Strategy: another one, whose machine it looks on at; of its `steps` the labels are as people read
+    them.
+    """
 
     def __init__(self, strategy: Strategy) -> None:
         super().__init__(strategy, steps=True)
@@ -56,7 +57,7 @@ class Narrator(Recorded):
     def took(self, step: Option) -> None:
         super().took(step)
         told = filter(None, (self._said(step), *self.journal.heard))
-        self.steps[-1] = replace(step, label="; ".join(told))
+        self.steps[-1] = step._replace(label="; ".join(told))
 
     def _said(self, step: Option) -> str:
         place = _WORD.fullmatch(step.label)

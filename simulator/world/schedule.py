@@ -32,7 +32,8 @@ STUCK = "stuck"
 class Onlooker(Protocol):
     """Who wants to tell of what is played."""
 
-    journal: Journal
+    @property
+    def journal(self) -> Journal: ...
 
     def sees(self, watch: Watch) -> None:
         """What the ghost of a machine goes by that is about to be made."""

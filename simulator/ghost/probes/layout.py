@@ -15,14 +15,15 @@ from protocol.units import PAGE_SIZE
 from simulator.ghost.probes.watch import Seams, Structure, Watch
 
 seams = Seams()
+_DESCRIPTOR = "invalidation descriptor"
 
 
 @seams.around(UnitMemory, "__init__")
 def _unit_memory(watch: Watch, original: Any, memory: UnitMemory, *args: Any, **named: Any) -> None:
     original(memory, *args, **named)
-    unit = watch.name(memory, "unit")
+    unit = f"unit {sum(it.what.endswith(_DESCRIPTOR) for it in watch.structures)}"
     status_at = memory.queues_at + QUEUE_BYTES - PAGE_SIZE
-    _page(watch, memory.ring_at, DESCRIPTOR_SIZE, f"{unit} invalidation descriptor")
+    _page(watch, memory.ring_at, DESCRIPTOR_SIZE, f"{unit} {_DESCRIPTOR}")
     _page(watch, memory.tables._root, RootEntry.SIZE, f"{unit} root entry, bus")
     _page(watch, status_at, STATUS_BYTES, f"{unit} status of wait")
     watch.structures.append(Structure(memory.queues_at, status_at, PAGE_REQUEST_SIZE, f"{unit} page request"))

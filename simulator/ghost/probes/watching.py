@@ -11,7 +11,7 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes import cpu, host, ioas, layout, processes, tables, unit
 from simulator.ghost.probes.watch import Around, Watch
 
-SEAMS = {
+SEAMS: dict[tuple[type, str], Around] = {
     seam: around
     for room in (tables, host, ioas, cpu, unit, processes, layout)
     for seam, around in room.seams.items()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from subprocess import PIPE, Popen, run
 
 import pytest
 
 from qemu_shim.cli import main
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_NO_READER
 from simulator.search.story import Story, to_text
+from tests.kit.daemons import BIN
+from tests.patience import WHOLE_RUN_S
 
 SMALL = ("--set", "pages=2", "--workers", "1")
 
@@ -64,9 +68,23 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
     assert "R17: " in replayed
     assert "the trace is another one" not in replayed
     said = re.sub(r"\s+", " ", replayed)
-    for name in ("sends TDP_INVALIDATE", "unit0 invalidation descriptor 0x", "stores IQT", "loads IQT"):
+    for name in ("sends TDP_INVALIDATE", "unit 0 invalidation descriptor 0x", "stores IQT", "loads IQT"):
         assert name in said, "steps are called as people call them"
     assert re.match(r"\s+\w+( +\w+)+$", replayed.splitlines()[0]), "a column for each process"
+
+
+def test_what_nobody_reads_and_what_finds_no_room_is_no_traceback() -> None:
+    words = [str(BIN / "qemu-shim"), "sim", "age", "--schedules", "1", "--workers", "1"]
+    process = Popen(words, stdout=PIPE, stderr=PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(WHOLE_RUN_S), process.stderr.read()) == (EXIT_NO_READER, "")
+    process.stderr.close()
+    with open("/dev/full", "w") as full:
+        ran = run(words, stdout=full, stderr=PIPE, text=True, check=False)
+    assert ran.returncode == EXIT_FAILED
+    assert ran.stderr.startswith("qemu-shim: [Errno 28]")
 
 
 def test_a_story_of_another_program_is_refused_with_what_is_not_here(

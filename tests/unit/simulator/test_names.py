@@ -64,7 +64,7 @@ def test_a_structure_is_called_by_entry_and_word(watch: Watch) -> None:
 
 
 def frame(kind: Kind, number: int, body: dict[str, object]) -> bytes:
-    raw = msgpack.packb((number, body))
+    raw: bytes = msgpack.packb((number, body))
     return header(kind, len(raw), 0) + raw
 
 
