@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import UapiError
+from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect_now
@@ -36,7 +37,7 @@ class KvmdChannel:
         except OSError as error:
             loop.kernel.close(copy)
             if error.errno in _NO_ROOM:
-                raise UapiError(error.errno, f"no room for a connection to {kvmd}") from None
+                raise refusal(error, f"no room for a connection to {kvmd}") from None
             raise UapiError(errno.EOPNOTSUPP, f"KVM is not loaded: {kvmd}: {error.strerror}") from None
         try:
             reply = await door.call(op, {}, [copy])
@@ -48,7 +49,7 @@ class KvmdChannel:
         try:
             self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
         except OSError as error:
-            raise UapiError(error.errno or errno.ENOMEM, f"no room for the {name} channel") from None
+            raise refusal(error, f"no room for the {name} channel") from None
 
     async def call(self, op: str, body: Body | None = None, fd: int | None = None) -> Reply:
         """With a copy of `fd`, if one is given.  ENODEV once kvmd is gone; EMFILE."""
@@ -65,8 +66,8 @@ class KvmdChannel:
             raise UapiError(errno.EINVAL, f"{op}: the file descriptor is no object of KVM's")
         try:
             return kernel.dup(fd)
-        except OSError:
-            raise UapiError(errno.EMFILE, "no room in our fd table") from None
+        except OSError as error:
+            raise refusal(error, f"{op}: no room in our fd table") from None
 
     def _closed(self, _: Channel) -> None:
         self.on_gone()

@@ -8,11 +8,9 @@ host that kvmd can be told to have, so that it is in nobody's way.
 
 from __future__ import annotations
 
-import errno
-
 from iommufdd.lent import LentWindows
-from protocol.errors import UapiError
 from protocol.hostmem import HIGH_RAM_START, WindowKind
+from protocol.kernel.asked import refusal
 from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
@@ -43,7 +41,7 @@ class TableMemory:
         except OSError as error:
             for fd in copies:
                 self._kernel.close(fd)
-            raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
+            raise refusal(error, "no copy of the table window") from None
         return copies
 
     def lend(self) -> LentWindows:

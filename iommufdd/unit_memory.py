@@ -7,15 +7,14 @@ where no host has memory (`memory.py`).
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 
 from iommufdd.core.intel_iommu import QUEUE_BYTES, UnitMemory
 from iommufdd.core.translation_tables import TranslationTables
 from iommufdd.lent import LentWindows
 from iommufdd.memory import TABLES_START
-from protocol.errors import UapiError
 from protocol.hostmem import WindowKind
+from protocol.kernel.asked import refusal
 from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableWriter
 from protocol.rpc.channel import Fds
@@ -58,7 +57,7 @@ class LinkMemory:
             lease = self._kernel.dup(self._tables_fd)
         except OSError as error:
             fds.close()
-            raise UapiError(error.errno or errno.EMFILE, "no room in our fd table") from None
+            raise refusal(error, "no lease of the unit's memory") from None
         return LentWindows(self._windows, Fds(self._kernel, [self._tables_fd, self._queues_fd, lease]))
 
     def of_units(self) -> Iterator[UnitMemory]:

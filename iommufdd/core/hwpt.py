@@ -24,6 +24,7 @@ from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova
 
+NOT_LENT = 0  # units number what they are lent from 1 on
 _OF_ONE_PAGE = (errno.EFAULT, errno.EINVAL, EHWPOISON)
 
 
@@ -37,7 +38,7 @@ class Hwpt(Object):
         self.domain = domain
         self.attached: dict[int, Unit] = {}
         self.maintained = True
-        self.memory = 0  # the set of windows the units walk it in
+        self.memory = NOT_LENT  # the set of windows the units walk it in
         self.faults: Counter[ResponseCode] = Counter()
         self._bus = memory
 
@@ -101,7 +102,13 @@ class Hwpt(Object):
         """What is left of the request of that name: of another's nothing."""
 
     async def destroy(self) -> None:
-        """The units let go of the memory."""
+        """The units let go of the memory, if they have not."""
         assert not self.attached, f"HWPT {self.id} destroyed with {len(self.attached)} functions attached"
-        with suppress(UapiError):  # the silicon is gone, and every lease with it
-            await self._bus.remove_memory(self.memory)
+        await self.give_back()
+
+    async def give_back(self) -> None:
+        """The units let go of the memory, and with that of the lease its owner may wait for (I13)."""
+        memory, self.memory = self.memory, NOT_LENT
+        if memory != NOT_LENT:
+            with suppress(UapiError):  # the silicon is gone, and every lease with it
+                await self._bus.remove_memory(memory)

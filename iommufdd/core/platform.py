@@ -137,13 +137,16 @@ class Platform:
         del self.hwpts[hwpt.domain.did]
 
     async def lose_kvm(self, hwpt: Hwpt) -> None:
-        """KVM is gone: nobody maintains the table any more, so nobody may walk it (R28)."""
+        """KVM hung up: nobody maintains the table any more, so nobody may walk it (R28).  It may live,
+        and wait for the lease with whatever it had told us of.
+        """
         hwpt.maintained = False
         self._log.error("KVM is gone: its devices are detached", hwpt=hwpt.id, functions=len(hwpt.attached))
         for node in list(self.opened.values()):
             # await: hwpt, each node: cannot change: who comes meanwhile is refused (`check_walkable`), who
-            # went is on it no more
+            # went is on it no more; and who destroys it has given its memory back, which is done once
             await node.leave(hwpt)
+        await hwpt.give_back()
 
     # -- what must hold --------------------------------------------------------------------------------
 

@@ -128,6 +128,13 @@ IOMMUFDD_OBJECTS = (
         races=["R28"],
     ),
     Plant(
+        "R28-kvm-waits-for-the-lease",
+        "KVM hangs up on its importer and lives: the units keep its memory, and it waits for their lease.",
+        "R28",
+        [Edit(f"{_PLATFORM}.lose_kvm", "await hwpt.give_back()", "pass")],
+        races=["R28", "R27"],
+    ),
+    Plant(
         "R10-nothing-to-go-back-to",
         "What a group is replaced on has no user meanwhile: it is destroyed, and the devices go back to it.",
         "R10",

@@ -111,6 +111,20 @@ def test_kvm_that_goes_later_takes_its_devices_off() -> None:
     assert outcome(lambda: rig.run(rig.nodes[0].attach(hwpt.id, pinned=False))) == errno.ENODEV
 
 
+def test_kvm_that_hangs_up_and_lives_gets_its_memory_back_behind_the_devices() -> None:
+    """It waits for the lease with whatever it invalidates, a vCPU's fault too; the HWPT stays its user's."""
+    rig = TwoNodes()
+    hwpt = rig.ctx.objects.get(rig.run(rig.kvm(rig.bind())), HwptKvm)
+    rig.run(rig.nodes[0].attach(hwpt.id, pinned=False))
+    rig.asked()
+    rig.hardware.on_gone()
+    rig.hardware.flows.run_ready()
+    walked = [what for what in rig.asked() if what in ("pasid_entry", "remove_memory")]
+    assert walked == ["pasid_entry", "pasid_entry", "remove_memory"], "not present, then cleared"
+    rig.run(rig.ctx.destroy(hwpt.id))
+    assert rig.asked() == ["unregister", "release"]
+
+
 @pytest.mark.parametrize("step", range(2))
 def test_a_paging_hwpt_that_cannot_be_made_leaves_table_and_domain_id_free(step: int) -> None:
     rig = TwoNodes()

@@ -184,8 +184,10 @@ def test_destruction_unmaps_then_unregisters_then_drops_the_reference() -> None:
 
 def test_destruction_waits_for_the_unit_before_it_lets_go_of_the_table() -> None:
     world = Surroundings()
+    hwpt = world.hwpt()
+    hwpt.memory = 9
     world.hold()
-    destroyed = world.start(world.hwpt().destroy())
+    destroyed = world.start(hwpt.destroy())
     assert [what for what, *_ in world.log] == ["remove_memory"]
     assert not destroyed.done
 

