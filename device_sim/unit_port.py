@@ -17,6 +17,7 @@ from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
 from protocol.hw.register_page import RegisterPage
 from protocol.hw.vtd_regs import REGISTER_PAGE
+from protocol.kernel.asked import refusal
 from protocol.kernel.port import BrokenEvent, Mapping
 from protocol.rpc.loop import Loop
 
@@ -110,7 +111,7 @@ class ConnectedUnit:
                     given.append(self._kernel.dup(fd))
                     undo.callback(self._kernel.close, given[-1])
             except OSError as error:
-                raise UapiError(error.errno or errno.EMFILE, f"registers of a unit: {error}") from None
+                raise refusal(error, "no copies of a unit's registers and events") from None
             undo.pop_all()
         return given
 

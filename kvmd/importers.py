@@ -6,7 +6,6 @@ lease is what is waited for (`kvmd/core/lease.py`, I13).
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from kvmd.memory import HostMemory
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import WindowKind
+from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 
@@ -43,7 +43,7 @@ class LeaseSocket:
                 self._ours.shutdown(socket.SHUT_RD)  # nobody has a reason to write here, least of all fds
                 loop.register(self._ours.fileno(), self._on_hang_up, 0)
             except OSError as error:
-                raise UapiError(error.errno or errno.EMFILE, "no file for a new lease") from None
+                raise refusal(error, "no file for a new lease") from None
             undo.pop_all()
         self.theirs = theirs.detach()
 

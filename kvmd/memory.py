@@ -8,15 +8,14 @@ them.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Container
 
 from kvmd.config import Settings
 from kvmd.core.host import Clock, HostKernel
-from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.frame_tags import FrameTags, tags_size
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START, Window, WindowKind
+from protocol.kernel.asked import refusal
 from protocol.kernel.port import Kernel, Mapping
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hpa, align_up
 
@@ -26,7 +25,7 @@ def dirty_ring_memory(kernel: Kernel, size: int) -> tuple[int, memoryview]:
     try:
         fd, memory = kernel.memfd("kvm-dirty-ring", size, peer_writes=True)
     except OSError as error:
-        raise UapiError(error.errno or errno.EMFILE, "no memory for a dirty ring") from None
+        raise refusal(error, "no memory for a dirty ring") from None
     return fd, memory.view
 
 
@@ -77,7 +76,7 @@ class HostMemory:
         except OSError as error:
             for fd in copies:
                 self._kernel.close(fd)
-            raise UapiError(error.errno or errno.EMFILE, "no room for the windows' fds") from None
+            raise refusal(error, "no room for the windows' fds") from None
         return [(str(w.kind), w.base, w.size) for w, _ in shared], copies
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from kvmd.core.inspect import TableRun, describe, look_up, make_probes, root_of,
 from kvmd.core.vm import Kvm
 from kvmd.service.objects import App, VmFile
 from protocol.errors import UapiError
+from protocol.kernel.asked import refusal
 from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableReader
 from protocol.rpc.channel import Body, Fds
@@ -80,4 +81,4 @@ def _copy(kernel: Kernel, tables: TableReader, runs: list[TableRun]) -> int:
         return kernel.file_with("tdp-dump", (tables.pages(run.base, run.pages) for run in runs))
     except OSError as error:
         size = sum(run.pages for run in runs) * PAGE_SIZE
-        raise UapiError(error.errno or errno.EMFILE, f"no room for a dump of {size} bytes") from None
+        raise refusal(error, f"no room for a dump of {size} bytes") from None

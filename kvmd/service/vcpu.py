@@ -16,6 +16,7 @@ from kvmd.core.cpu.vcpu import RunResult
 from kvmd.service.ioctl import ioctl
 from kvmd.service.objects import VcpuFile
 from protocol.errors import UapiError
+from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Body, Fds
 from protocol.rpc.service import Answer, Service
 from protocol.uapi import vcpu as uapi
@@ -96,7 +97,7 @@ def _mmap_dirty_ring(held: VcpuFile, message: uapi.MmapDirtyRing, fds: Fds) -> A
     try:
         return Answer({"size": held.owner.vm.dirty_log.ring_bytes}, [kernel.dup(held.ring_fd)])
     except OSError as error:
-        raise UapiError(error.errno or errno.EMFILE, "no fd for the dirty ring") from None
+        raise refusal(error, "no fd for the dirty ring") from None
 
 
 def vcpu_closed(held: VcpuFile) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from time import monotonic_ns, time_ns
 from typing import Final
 
+from protocol.kernel.asked import asked, told
 from protocol.kernel.closer import Closer
 from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
 
@@ -89,7 +90,6 @@ class Linux:
 
     def __init__(self) -> None:
         self.closer = Closer()
-        self.dup = os.dup
         self.close = os.close
         self.close_received = self.closer.close
         self.monotonic_ns = monotonic_ns
@@ -98,16 +98,19 @@ class Linux:
     # -- sockets ---------------------------------------------------------------------------------------
 
     def socketpair(self) -> tuple[StreamSocket, StreamSocket]:
-        return socket.socketpair()
+        with asked("cannot make a pair of sockets"):
+            return socket.socketpair()
 
     def socket_of(self, fd: int) -> StreamSocket:
-        return socket.socket(fileno=fd)
+        with asked(f"cannot use fd {fd} as a socket"):
+            return socket.socket(fileno=fd)
 
     def listen(self, path: Path, mode: int | None) -> StreamSocket:
         """Bound under another name and renamed: a peer never meets a socket that does not listen yet."""
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        with asked("cannot listen", str(path)), ExitStack() as undo:
+            _remove_stale(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(sock.close)
             sock.setblocking(False)
             hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
             sock.bind(str(hidden))
@@ -115,21 +118,18 @@ class Linux:
                 os.chmod(hidden, mode)  # before anybody can connect
             sock.listen(BACKLOG)
             os.rename(hidden, path)
-        except OSError as error:
-            sock.close()
-            raise OSError(error.errno, f"cannot listen: {error.strerror}", str(path)) from None
+            undo.pop_all()
         return sock
 
     def unlisten(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 
     def connect(self, path: Path) -> StreamSocket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        with asked("cannot connect", str(path)), ExitStack() as undo:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(sock.close)
             sock.connect(str(path))
-        except OSError:
-            sock.close()
-            raise
+            undo.pop_all()
         return sock
 
     def cookie_of(self, fd: int) -> int:
@@ -148,16 +148,27 @@ class Linux:
             asked.detach()  # it stays the caller's
         return cookie
 
+    # -- fds -------------------------------------------------------------------------------------------
+
+    def dup(self, fd: int) -> int:
+        try:
+            return os.dup(fd)
+        except OSError as error:
+            raise told(error, "cannot copy an fd") from None
+
     def reserve(self) -> int:
-        return os.open(os.devnull, os.O_RDONLY)
+        with asked("cannot keep a place in the fd table"):
+            return os.open(os.devnull, os.O_RDONLY)
 
     # -- events ----------------------------------------------------------------------------------------
 
     def poller(self) -> Poller:
-        return select.epoll()
+        with asked("cannot make an epoll set"):
+            return select.epoll()
 
     def event(self) -> SharedEvent:
-        return EventFd(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        with asked("cannot make an eventfd"):
+            return EventFd(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
 
     def event_of(self, fd: int) -> SharedEvent:
         return EventFd(fd)
@@ -165,7 +176,7 @@ class Linux:
     # -- memory ----------------------------------------------------------------------------------------
 
     def memfd(self, name: str, size: int, *, peer_writes: bool) -> tuple[int, Mapping]:
-        with ExitStack() as undo:
+        with asked(f"cannot make {size} bytes of shared memory, {name!r}"), ExitStack() as undo:
             fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             undo.callback(os.close, fd)
             os.ftruncate(fd, size)
@@ -185,28 +196,29 @@ class Linux:
             raise ValueError("no memfd, so nothing keeps it from shrinking") from None
         if not seals & fcntl.F_SEAL_SHRINK:
             raise ValueError("it may shrink under us: seal it (F_SEAL_SHRINK)")
-        if os.fstat(fd).st_size < size:
-            raise ValueError("larger than its file")
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        return MappedFile(mmap.mmap(fd, size, mmap.MAP_SHARED, access))
+        with asked(f"cannot map {size} bytes that a peer shares"):
+            if os.fstat(fd).st_size < size:
+                raise ValueError("larger than its file")
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            return MappedFile(mmap.mmap(fd, size, mmap.MAP_SHARED, access))
 
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        try:
+        with asked(f"cannot make the file {name!r}"), ExitStack() as undo:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            undo.callback(os.close, fd)
             with open(fd, "wb", closefd=False) as file:
                 file.writelines(parts)
             os.lseek(fd, 0, os.SEEK_SET)
-        except OSError:
-            os.close(fd)
-            raise
+            undo.pop_all()
         return fd
 
     def contents(self, fd: int) -> bytes:
-        with open(fd, "rb") as file:
+        with asked("cannot read a file that a peer made"), open(fd, "rb") as file:
             return file.read()
 
     def memory_of(self, fd: int) -> tuple[int, int]:
-        stat = os.fstat(fd)
+        with asked("cannot tell which file a peer shares"):
+            stat = os.fstat(fd)
         return stat.st_dev, stat.st_ino
 
 
@@ -214,14 +226,14 @@ def _remove_stale(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise FileExistsError(errno.EEXIST, "is not a socket; remove it or choose another path", str(path))
+        raise OSError(errno.EEXIST, "what has this name is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
+    raise OSError(errno.EADDRINUSE, "a daemon listens there already")
 
 
 LINUX: Final = Linux()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from protocol.errors import UapiError
+from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Channel
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Service
@@ -39,7 +40,7 @@ class Files:
         except OSError as error:
             if on_release is not None:
                 on_release(obj)
-            raise UapiError(error.errno or errno.EMFILE, f"no file for a new {service.name}") from None
+            raise refusal(error, f"no file for a new {service.name}") from None
 
     def _open(
         self, service: Service[Obj], obj: Obj, on_release: Callable[[Obj], None] | None

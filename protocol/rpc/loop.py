@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from protocol.flow import Flows, Wait
+from protocol.kernel.asked import told
 from protocol.kernel.port import Kernel
 
 POLL_S = 0.010  # at least two ticks of the kernel's clock: a shorter wait costs a timer reprogram a message
@@ -55,7 +56,10 @@ class Loop:
 
     def register(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
         """Call `callback(events)` whenever `fd` is ready.  OSError: no memory for it, and nothing is kept."""
-        self._epoll.register(fd, events)
+        try:
+            self._epoll.register(fd, events)
+        except OSError as error:
+            raise told(error, "cannot watch one fd more") from None
         self._ready[fd] = callback
 
     def modify(self, fd: int, events: int) -> None:

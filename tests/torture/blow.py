@@ -23,7 +23,7 @@ from tests.torture.calls import DEATHS, Fault
 from tests.torture.daemons import SPECS, StruckDaemons
 from tests.torture.doors import Silent, doors_of
 from tests.torture.holdings import Holdings, all_holdings, holdings
-from tests.torture.judges import judged
+from tests.torture.judges import bare_errors, judged
 from tests.torture.stories import PROOF, STORIES, ShortStory
 
 VMM = "qemu_shim"
@@ -96,7 +96,7 @@ class Torture:
             self._daemons.running[blow.victim].ended()
         if how is How.FAILED:
             return Aftermath(met, how, why)
-        wrong = await judged(self._daemons, self._before)
+        wrong = bare_errors(why) + await judged(self._daemons, self._before)
         wrong += await self._restart(blow)
         if wrong:
             return Aftermath(met, How.FAILED, "; ".join(wrong))
@@ -177,8 +177,10 @@ class Torture:
             async with doors_of(self._daemons, [name]) as doors:
                 await doors.stats()
         except Silent as error:
+            # It hung up on the first who came; or its name, which nobody could be heard under, goes again.
+            await come(lambda: self._daemons.socket(name).exists() or started.status is not None)
             if started.status is None:
-                return How.REFUSED, str(error)  # it hung up on the first who came
+                return How.REFUSED, str(error)
         return (How.SURVIVED, "") if started.status is None else self._ended(name, started.status)
 
     def _ended(self, name: str, status: int) -> tuple[How, str]:

@@ -5,7 +5,8 @@
   - nothing is left of the story: no VM, frame, table page, HWPT, pinned page, page request, and no process
     has more fds or mappings than before;
   - no device touched a frame that was given up;
-  - nobody met a bug of its own.
+  - nobody met a bug of its own;
+  - no user is told an errno alone: each says what was asked.
 
 Each finds its mistake when it is planted (tests/torture/test_torture.py).
 """
@@ -24,12 +25,14 @@ from tests.torture.doors import Doors, Silent, doors_of
 from tests.torture.holdings import Holdings, all_holdings, holdings, memory_of_the_dead, not_zero
 
 LOOK_S = 0.02
+ERRNO = re.compile(r"\[Errno (\d+)\] (?=(.*))")
 SIGN_OF_A_BUG = re.compile(r"Traceback|event='bug'|AssertionError")
 
 
 async def judged(daemons: StruckDaemons, before: Mapping[str, Holdings]) -> list[str]:
     """What is wrong, a sentence each; gives those that live the time to come to rest."""
-    found = [f"{name}: {line}" for name in daemons.orders for line in bugs(daemons.new_log(name))]
+    said = {name: daemons.new_log(name) for name in daemons.orders}
+    found = [f"{name}: {line}" for name, log in said.items() for line in (*bugs(log), *bare_errors(log))]
     try:
         async with doors_of(daemons, daemons.alive) as doors:
             found += [f"does not hold: {line}" for line in await doors.violations()]
@@ -54,6 +57,18 @@ def bugs(log: str) -> list[str]:
         return []
     last = next((line for line in reversed(lines) if "Error" in line), lines[first])
     return [f"met a bug: {last.strip()[:300]}"]
+
+
+def bare_errors(said: str) -> list[str]:
+    """An errno behind which comes the C library's sentence for it: nobody said what was asked, nor what to do
+    (protocol/kernel/asked.py).
+    """
+    found = [line for line in said.splitlines() if any(map(_is_bare, ERRNO.finditer(line)))]
+    return [f"tells nobody what was asked: {line.strip()[:300]}" for line in found]
+
+
+def _is_bare(match: re.Match[str]) -> bool:
+    return match[2].startswith(os.strerror(int(match[1])))
 
 
 async def what_is_left(doors: Doors, daemons: StruckDaemons, before: Mapping[str, Holdings]) -> list[str]:

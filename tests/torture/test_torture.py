@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_a_bug_is_seen_in_what_a_process_said() -> None:
     said = "level='error' event='bug'\nTraceback (most recent call last):\n  File\nValueError: x\n"
     assert judges.bugs(said) == ["met a bug: ValueError: x"]
     assert judges.bugs("level='warning' event='connection ends'\n") == []
+
+
+def test_an_errno_alone_is_no_reason() -> None:
+    bare = "kvmd: [Errno 12] Cannot allocate memory"
+    assert judges.bare_errors(f"ready\n{bare}\n") == [f"tells nobody what was asked: {bare}"]
+    assert judges.bare_errors("[Errno 1] cannot map it: [Errno 24] Too many open files")
+    assert judges.bare_errors("[Errno 24] cannot copy an fd: Too many open files; raise the limit") == []
+
+
+async def test_a_daemon_that_tells_an_errno_alone_is_seen(
+    world: StruckSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "ERRNO", re.compile(r"\[Errno (\d+)\] cannot make .*?: (?=(.*))"))
+    outcome = await world.strike(Blow("start", "kvmd", Fault.FAIL, 14))
+    assert outcome.how is How.FAILED
+    assert "tells nobody what was asked" in outcome.why
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_the_socket_of_a_daemon_that_lives_is_not_taken(wire: Wires, tmp_path: P
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as living:
         living.bind(str(path))
         living.listen()
-        with pytest.raises(FileExistsError, match="listens there already"):
+        with pytest.raises(OSError, match="listens there already; choose another path"):
             Listener(wire.loop, path, Came().append)
     assert path.is_socket()
 
@@ -71,7 +71,7 @@ def test_the_socket_of_a_daemon_that_lives_is_not_taken(wire: Wires, tmp_path: P
 def test_what_is_no_socket_is_left_alone(wire: Wires, tmp_path: Path, what: str) -> None:
     path = tmp_path / "kvmd"
     path.write_text("precious") if what == "file" else path.mkdir()
-    with pytest.raises(FileExistsError, match="not a socket"):
+    with pytest.raises(FileExistsError, match="is no socket; choose another path"):
         Listener(wire.loop, path, Came().append)
     assert path.exists()
 
