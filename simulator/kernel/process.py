@@ -52,6 +52,9 @@ class Scheduler(Protocol):
     def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
         """What of `memory` the process is given, or something that behaves as that."""
 
+    def discarded(self, memory: Memory, at: int, size: int) -> None:
+        """Those bytes were given up: they are zeroes."""
+
 
 class AtOnce:
     """No other process runs, and time stands still: what is not ready now never is."""
@@ -69,6 +72,8 @@ class AtOnce:
 
     def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
         return view
+
+    def discarded(self, memory: Memory, at: int, size: int) -> None: ...
 
 
 class SimHost:
@@ -482,13 +487,14 @@ class SimMapping:
     """The port `Mapping`."""
 
     def __init__(self, process: SimProcess, memory: Memory, size: int, *, writable: bool) -> None:
-        self._memory = memory
+        self._host, self._memory = process.host, memory
         memory.mappers.add(process.name)
         view = memoryview(memory.bytes)[:size]
         self.view = process.host.scheduler.seen(process, memory, view if writable else view.toreadonly())
 
     def discard(self, offset: int, size: int) -> None:
         self._memory.bytes.madvise(mmap.MADV_DONTNEED, offset, size)
+        self._host.scheduler.discarded(self._memory, offset, size)
 
     def close(self) -> None:
         self.view.release()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from simulator.search.option import Option, Strategy
+from simulator.search.option import Option, Strategy, Touch
+
+JUDGE = frozenset({Touch(("judge",), True)})
+"""What a step touches of which the judge hears: he goes by what came before what."""
 
 
 class Excerpt:
@@ -18,7 +21,10 @@ class Excerpt:
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        self.judged: Callable[[], int] = lambda: 0
+        """How often whoever judges the run has heard of something so far."""
         self._rounds = rounds
+        self._judged = 0
         self._open = self._step_is_inside = False
 
     @property
@@ -49,8 +55,10 @@ class Excerpt:
         return self.inner.choose(options) if self._open else 0
 
     def took(self, step: Option) -> None:
+        judged, self._judged = self._judged, self.judged()
         if self._step_is_inside:
-            self.inner.took(step)
+            heard = step.touches | JUDGE if self._judged != judged else step.touches
+            self.inner.took(Option(step.actor, step.label, heard))
         self._step_is_inside = self._open
 
     def ended(self, failed: bool) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from simulator.search.causality import Causality
-from simulator.search.option import STOP, Option, Touch, dependent, exclusive, is_within
+from simulator.search.option import STOP, Option, Touch, dependent, exclusive, is_timer, is_within
 
 Key = tuple[str, str]
 Way = tuple[Key, ...]
@@ -44,8 +44,12 @@ def _key(option: Option) -> Key:
 
 
 def _hold_to_names(options: Sequence[Option]) -> None:
-    """No process is on offer beside a delivery to it."""
+    """No process is on offer beside a delivery to it, and no timer beside anything."""
     actors = {option.actor for option in options}
+    if timers := [actor for actor in actors if is_timer(actor)]:
+        raise HiddenDependenceError(
+            f"{min(timers)} is on offer beside other steps, which the passing of time decides"
+        )
     receivers = {actor.partition("<")[0] for actor in actors if "<" in actor}
     if both := receivers & actors:
         raise HiddenDependenceError(f"{min(both)} has a step to take, and deliveries to it are on offer")
@@ -217,6 +221,8 @@ class Exhaustive:
 
     def _seek_races_of(self, step: Option, place: int) -> None:
         """Which earlier steps could `step`, at `place`, have overtaken?"""
+        if is_timer(step.actor):
+            return  # nothing else could come
         before = self._whole.before
         earlier = (1 << place) - 1
         own = self._whole.of_actor(step.actor) & earlier

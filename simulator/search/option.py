@@ -13,7 +13,10 @@ alike, and any one of them stands for all.  A scheduler therefore names
 - the two ends of a channel `("channel", name)`, written by whoever sends on it and by its delivery;
 - the state of a process `("process", name)`, written by each delivery to it and by each step of it that may
   use what another delivery changed;
-- whatever else steps have in common: a clock, an allocator, an eventfd.
+- the clock, which a timer writes that came because nothing else could, and each step reads that came before
+  or behind it;
+- whoever judges the run: he goes by what came before what, and each step that he hears of writes that;
+- whatever else steps have in common: an allocator, an eventfd.
 
 What enables a step, or keeps it from being taken, touches a place that the step touches as well, and the
 step's option says that one beforehand.
@@ -47,6 +50,7 @@ class Option(NamedTuple):
     Deliveries to the process (or thread) `X` are called `X<...`: it takes them when it has no step of its own
     to take, so that no state offers both (`exclusive`).  A step of its, or a delivery, that is asked in the
     middle how to go on (which flow first) is called `X/...` there: nobody else is on offer (`is_within`).
+    A timer is called `X<timer`; what is searched in full offers it where nothing else can come (`is_timer`).
     """
 
     actor: str
@@ -75,8 +79,14 @@ class Strategy(Protocol):
 
 
 def exclusive(one: str, other: str) -> bool:
-    """Are they a process and a delivery to it?  Their steps are never on offer together."""
+    """Are they a process and a delivery to it, or is one a timer?  They are never on offer together."""
+    if is_timer(one) or is_timer(other):
+        return True
     return one.startswith(f"{other}<") or other.startswith(f"{one}<")
+
+
+def is_timer(actor: str) -> bool:
+    return actor.endswith("<timer")
 
 
 def is_within(actor: str) -> bool:

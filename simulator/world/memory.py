@@ -25,14 +25,17 @@ STRUCTURES = (
     "kvm-dirty-ring",
 )
 FRAMES = "tdp-frames"
+TAGS = "tdp-frame_tags"  # what the model's own checks go by: no hardware looks at it, so nobody comes between
 UNPACKS = ("kvm-dirty-ring", "qemu_shim")
 """Who takes entries out of that memory whole, with `struct`, which loads from a memoryview only."""
 
 
-def watched(memory: str, process: str, view: memoryview, access: Access) -> Any:
-    """In place of `view`, of the memory that was made under that name."""
+def watched(memory: str, process: str, view: memoryview, access: Access, note: Access) -> Any:
+    """In place of `view`, of the memory that was made under that name; `note`: as `access`, but no point."""
     if memory == FRAMES:
-        return FramesView(view, access)
+        return FramesView(view, access, note)
+    if memory == TAGS:
+        return StructuresView(view, 0, note)
     if (memory, process) != UNPACKS and memory.startswith(STRUCTURES):
         return StructuresView(view, 0, access)
     return view
@@ -116,18 +119,26 @@ class StructuresView:
 
 
 class FramesView:
-    """A memoryview of frames; a slice of it is memory that is looked at without a point."""
+    """A memoryview of frames; a slice of it is memory that is looked at, or stored to, without a point, and
+    as late as behind the next slice (`view[a:b] = view[c:d]`).
+    """
 
-    def __init__(self, view: memoryview, access: Access) -> None:
+    def __init__(self, view: memoryview, access: Access, note: Access) -> None:
         self._view = view
         self._access = access
+        self._note = note
+        self._before = 0, 0  # where the last slice is, and its size
 
     def __len__(self) -> int:
         return len(self._view)
 
     def __getitem__(self, where: slice) -> memoryview:
         start, stop, _ = where.indices(len(self._view))
-        self._access(start, stop - start, False)
+        size = stop - start
+        self._access(start, size, False)
+        for at, length in ((start, size), self._before):
+            self._note(at, length, not self._view.readonly)
+        self._before = start, size
         return self._view[where]
 
     def __setitem__(self, where: slice, value: Any) -> None:

@@ -98,6 +98,8 @@ class Living:
         ):
             if onlooker is not None:
                 onlooker.sees(watch)
+            if self._excerpt is not None:
+                self._excerpt.judged = lambda: watch.heard + ghost.now
             try:
                 while True:
                     yield _judged(verdicts, next(machine))

@@ -10,6 +10,7 @@ happen, it jumps to the first deadline.
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +28,8 @@ from simulator.kernel.process import SimHost, SimPoller, SimProcess
 from simulator.search.option import STOP, Option, Strategy, Touch
 from simulator.world import trio_run
 from simulator.world.journal import Journal
-from simulator.world.memory import FRAMES, watched
+from simulator.world.memory import watched
+from simulator.world.places import OF_BOTH_ENDS, TIME_PASSES, TIME_STANDS, queues_of, state_of, words_of
 
 STEP_NS = 2_000
 WORD_NS = 10  # a load or store
@@ -117,7 +119,7 @@ class World:
         self._running: SimThread | None = None
         self._awaited: SimThread | None = None  # by `run`
         self._given_up: BaseException | None = None
-        self._closed = self._paused = False
+        self._closed = self._paused = self._settling = False
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
         self._places: dict[tuple[str, int, int, bool], frozenset[Touch]] = {}  # those of accesses there were
@@ -140,7 +142,7 @@ class World:
             process.die()
 
         thread = SimThread(process, process.name, greenlet(life, self._main), fate)
-        thread.state = frozenset({Touch(("process", process.name), True)})
+        thread.state = state_of(process.name)
         thread.standing = Option(process.name, "begins")
         self.threads.append(thread)
         return thread
@@ -206,7 +208,8 @@ class World:
         """The next step is taken; returns when it is `me`'s turn."""
         if self._closed:
             raise GreenletExit
-        self._now += cost_ns
+        if not self._settling:
+            self._now += cost_ns
         step = self._next(me)
         if step is None:
             if me is not None:
@@ -335,6 +338,8 @@ class World:
     def _tell_taken(self) -> None:
         if self._taken is not None and self._strategy.watches:
             taken, touched = self._taken, self._taken.touches | self._touched
+            if self._settling:
+                touched |= TIME_STANDS
             self._strategy.took(Option(taken.actor, taken.label, touched))
         self._taken = None
         self._touched.clear()
@@ -383,6 +388,16 @@ class World:
         me.steps_of = -1
         self._switch(me)
 
+    def settle(self, seconds: float) -> None:
+        """The running thread does nothing for so long, whatever comes for it.  Meanwhile steps take no time:
+        a timer comes where nothing else can, whichever order the rest came in.
+        """
+        self._settling = True
+        try:
+            self.wait((), seconds)
+        finally:
+            self._settling = False
+
     def woken(self) -> None:
         """Somebody's `is_woken` may say yes now."""
         self._woken += 1
@@ -395,6 +410,9 @@ class World:
             return
         told = f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
         if self._is_alone(me):
+            if self._settling:  # a step is the same one, whoever else is about
+                self._take(Option(me.name, told, me.state | self._words(memory, at, size, writes)))
+                return
             self.journal.add(f"{me.name} {told}")
             if self._strategy.watches:
                 self._touched |= self._words(memory, at, size, writes)
@@ -403,17 +421,16 @@ class World:
         self._switch(me, WORD_NS)
 
     def _words(self, memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
-        """The places of an access.  Of frames half a page is one, which is what a piece of a copy has."""
         key = memory.name, at, size, writes
         found = self._places.get(key)
         if found is None:
-            shift = 3 + 8 * (memory.made_as == FRAMES)
-            last = at + max(size, 1) - 1
-            found = frozenset(
-                Touch(("word", memory.name, word), writes) for word in range(at >> shift, (last >> shift) + 1)
-            )
-            self._places[key] = found
+            found = self._places[key] = words_of(memory, at, size, writes)
         return found
+
+    def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
+        """The running thread loads or stores those bytes within its step."""
+        if self._strategy.watches and len(memory.mappers) > 1:
+            self._touched |= self._words(memory, at, size, writes)
 
     # -- the port `Scheduler` --------------------------------------------------------------------------
 
@@ -451,27 +468,31 @@ class World:
         if self._closed:
             return
         if self._strategy.watches:
-            self._touched.add(Touch(("channel", file.name.rstrip("'")), True))
+            self._touched |= queues_of(file, what in OF_BOTH_ENDS)
         self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
 
+    def discarded(self, memory: Memory, at: int, size: int) -> None:
+        self.note(memory, at, size, True)
+
     def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
         if not self._by_word:
             return view
-        seen: memoryview = watched(memory.made_as, process.name, view, partial(self.access, memory))
+        access, note = partial(self.access, memory), partial(self.note, memory)
+        seen: memoryview = watched(memory.made_as, process.name, view, access, note)
         return seen
 
 
 def _deliveries(thread: SimThread) -> Iterator[Candidate]:
     for poller in thread.waits:
         for fd, what in poller.ready():
-            name = poller.file(fd).name
-            touches = thread.state | {Touch(("channel", name.rstrip("'")), True)}
-            yield Candidate(Option(f"{thread.name}<{name}", "is told", touches), thread, (fd, what))
+            file = poller.file(fd)
+            touches = thread.state | queues_of(file, bool(what & ~select.EPOLLIN))
+            yield Candidate(Option(f"{thread.name}<{file.name}", "is told", touches), thread, (fd, what))
     if thread.is_woken is not None and thread.is_woken():
         yield Candidate(Option(f"{thread.name}<woken", "is woken", thread.state), thread)
 
 
 def _timer(thread: SimThread) -> Option:
-    return Option(f"{thread.name}<timer", "time is up", thread.state | {Touch(("clock",), False)})
+    return Option(f"{thread.name}<timer", "time is up", thread.state | TIME_PASSES)

@@ -49,6 +49,7 @@ class Watch:
     def __init__(self, ghost: Ghost, now: Callable[[], int]) -> None:
         self.ghost = ghost
         self.now = now
+        self.heard = 0  # calls so far
         self.begun = 0  # things that must end
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
         self.kept: list[object] = []  # whose ids are in use here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulator.search.excerpt import Excerpt
+from simulator.search.excerpt import JUDGE, Excerpt
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.option import Option
 from simulator.search.replay import Recorded
@@ -83,3 +83,16 @@ def test_a_search_whose_last_step_was_never_told_goes_on() -> None:
     assert search.choose(options) == 0
     assert not search.ended(True)
     assert search.over
+
+
+def test_a_step_that_the_judge_hears_of_touches_what_he_goes_by() -> None:
+    heard = 0
+    inner = Recorded(RandomWalk(1), steps=True)
+    excerpt = Excerpt(inner)
+    excerpt.judged = lambda: heard
+    with excerpt:
+        for number in range(3):
+            excerpt.choose([Option("A", str(number)), Option("B", "")])
+            heard += number == 1
+            excerpt.took(Option("A", str(number)))
+    assert [step.touches for step in inner.steps] == [frozenset(), JUDGE, frozenset()]

@@ -65,6 +65,7 @@ IN_PROCESSES = st.one_of(
     st.builds(lambda channel: (Op("send", channel),), CHANNELS),
     st.builds(lambda word, channel: (Op("store_send", word, 1, to=channel),), WORDS, CHANNELS),
     st.builds(lambda word: (Op("store_pick", word, 2, to="y"),), WORDS),
+    st.builds(lambda seconds: (Op("sleep", "", seconds),), st.integers(1, 3)),
 )
 
 
@@ -220,6 +221,12 @@ def test_a_scheduler_that_keeps_a_touch_to_itself_is_found_out() -> None:
 def test_a_process_is_not_on_offer_beside_a_delivery_to_it() -> None:
     with pytest.raises(HiddenDependenceError, match="kvmd has a step to take"):
         Exhaustive().choose([Option("kvmd", "store"), Option("kvmd<mm", "deliver")])
+
+
+def test_a_timer_is_not_on_offer_beside_anything() -> None:
+    """Or whether it comes first is decided by the time that steps take, which no touch tells of."""
+    with pytest.raises(HiddenDependenceError, match="kvmd<timer is on offer beside"):
+        Exhaustive().choose([Option("kvmd<timer", "time is up"), Option("iommufdd", "store")])
 
 
 def test_what_was_on_offer_to_the_end_could_have_come_before() -> None:

@@ -17,11 +17,13 @@ from simulator.search.option import STOP, Option, Strategy, Touch, dependent
 
 @dataclass(frozen=True)
 class Op:
-    """`what`: load, store, skip_if_zero, send, store_send, store_pick, lock, unlock or pick."""
+    """`what`: load, store, skip_if_zero, send, store_send, store_pick, lock, unlock, pick or
+    sleep: until nobody else can do anything, and everybody who sleeps for less has been woken.
+    """
 
     what: str
     on: str = ""
-    value: int = 0  # to store; how many operations to skip; of how many to pick
+    value: int = 0  # to store; how many operations to skip; of how many to pick; how long to sleep
     to: str = (
         ""  # store_send: the channel, however full; store_pick: the word, with what is picked behind its name
     )
@@ -69,11 +71,26 @@ class ToyMachine:
             if self.waiting[name] and not self.left[channel.receiver]:
                 touches = _touched((name, True), (channel.receiver, True))
                 found.append(Option(f"{channel.receiver}<{name}", "deliver", touches))
-        return sorted(found, key=lambda option: option.actor != self.running)
+        if self._sleeps:
+            found = [option._replace(touches=option.touches | _TIME_STANDS) for option in found]
+        return sorted(found, key=lambda option: option.actor != self.running) or self._timer()
+
+    @property
+    def _sleeps(self) -> bool:
+        return any(op.what == "sleep" for ops in self.program.processes.values() for op in ops)
+
+    def _timer(self) -> list[Option]:
+        asleep = [(ops[0].value, name) for name, ops in self.left.items() if ops and ops[0].what == "sleep"]
+        return [
+            Option(f"{name}<timer", "time is up", _touched((name, True), ("clock", True)))
+            for _, name in sorted(asleep)[:1]
+        ]
 
     def _may(self, name: str, op: Op) -> bool:
         if op.what == "lock":
             return op.on not in self.holder
+        if op.what == "sleep":
+            return False
         return op.what != "send" or self.waiting[op.on] < self.program.channels[op.on].capacity
 
     def _options_of(self, name: str, op: Op) -> list[Option]:
@@ -99,6 +116,9 @@ class ToyMachine:
             self.words[word] = 2
             return Option(option.actor, option.label, option.touches | _touched((word, True)))
         receiver, _, name = option.actor.partition("<")
+        if name == "timer":
+            self.left[receiver].pop(0)
+            return option
         if name:
             channel = self.program.channels[name]
             self.waiting[name] -= 1
@@ -138,6 +158,9 @@ class ToyMachine:
 
 def _touched(*places: tuple[str, bool]) -> frozenset[Touch]:
     return frozenset(Touch(place, writes) for place, writes in places)
+
+
+_TIME_STANDS = _touched(("clock", False))
 
 
 @dataclass
@@ -294,6 +317,28 @@ PROGRAMS: dict[str, tuple[Program, int]] = {
         6,
     ),
     "two ways to go on": (Program({"A": (Op("pick", "", 3), Op("pick", "", 2)), "B": (Op("load", "x"),)}), 6),
+    "nothing comes from behind a timer": (
+        Program(
+            {"A": (Op("store", "x", 1), Op("sleep", "", 1), Op("store", "x", 2)), "B": (Op("load", "x"),)}
+        ),
+        2,
+    ),
+    "behind a timer the others are there again": (
+        Program(
+            {
+                "A": (Op("store", "x", 1), Op("sleep", "", 2), Op("send", "c"), Op("store", "x", 2)),
+                "B": (Op("load", "x"),),
+            },
+            {"c": ToyChannel("B", (Op("load", "x"),))},
+        ),
+        4,
+    ),
+    "two timers": (
+        Program(
+            {name: (Op("store", "x"), Op("sleep", "", n), Op("store", "x")) for n, name in enumerate("AB")}
+        ),
+        2,
+    ),
     "a word that only the bad schedule touches": (
         Program(
             {

@@ -23,7 +23,7 @@ def view_of(name: str, size: int = 2 * PAGE_SIZE) -> tuple[Any, memoryview, Acce
     """(what is watched, the memory behind it, what was told)."""
     told: Accesses = []
     memory = memoryview(bytearray(size))
-    return watched(name, "kvmd", memory, lambda *access: told.append(access)), memory, told
+    return watched(name, "kvmd", memory, lambda *access: told.append(access), lambda *_: None), memory, told
 
 
 def test_a_table_is_written_and_read_as_if_nobody_looked() -> None:
@@ -65,9 +65,47 @@ def test_what_a_device_stores_into_a_frame_goes_in_two_halves() -> None:
     assert bytes(memory[:4]) == b"wxyz"
 
 
-def test_what_only_looks_is_given_the_memory_itself() -> None:
-    view, memory, _ = view_of("tdp-frame_tags")
-    assert view is memory
+def test_what_only_the_model_looks_at_is_noted_and_no_point() -> None:
+    """The tags that its own checks go by."""
+    told: Accesses = []
+    noted: Accesses = []
+    view = watched(
+        "tdp-frame_tags",
+        "kvmd",
+        memoryview(bytearray(64)),
+        lambda *access: told.append(access),
+        lambda *access: noted.append(access),
+    )
+    view.cast("Q")[3] = 1
+    assert (told, noted) == ([], [(24, 8, True)])
+
+
+def test_a_slice_of_frames_may_be_stored_to_as_late_as_behind_the_next() -> None:
+    """`view[a:b] = view[c:d]`: both are sliced, at a point each, before anything is copied."""
+    seen: list[str] = []
+    view = watched(
+        "tdp-frames",
+        "kvmd",
+        memoryview(bytearray(8)),
+        lambda at, size, writes: seen.append(f"point at {at}"),
+        lambda at, size, writes: seen.append(f"stores to {at}") if size else None,
+    )
+    source = view[0:2]
+    view[4:6][:] = source
+    assert seen == ["point at 0", "stores to 0", "point at 4", "stores to 4", "stores to 0"]
+
+
+def test_what_is_given_up_is_a_store_of_the_step_that_does_it() -> None:
+    strategy = Script()
+    world = World(strategy)
+    owner, other = SimProcess(world.host, "owner"), SimProcess(world.host, "other")
+    fd, ours = owner.memfd("tdp-frames", 2 * PAGE_SIZE, peer_writes=True)
+    other.map_peer(other.install(owner.file(fd)), 2 * PAGE_SIZE, writable=True)
+    world.spawn(owner, lambda: ours.discard(PAGE_SIZE, PAGE_SIZE))
+    world.spawn(other, lambda: None)
+    finish(world)
+    halves = {Touch(("word", "owner.tdp-frames1", number), True) for number in (2, 3)}
+    assert any(halves <= step.touches for step in strategy.taken)
 
 
 def two_words(world: World, seen: list[tuple[int, int]]) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from protocol.kernel.port import SharedEvent
 from protocol.rpc.session import Kind, header
+from protocol.units import PAGE_SIZE
 from simulator.kernel.process import SimProcess
-from simulator.search.option import STOP, Option, Touch
+from simulator.search.option import STOP, Option, Strategy, Touch, dependent
 from simulator.world.journal import Journal
-from simulator.world.scheduler import LIMIT_NS, Fate, Stopped, Stuck, World
+from simulator.world.scheduler import LIMIT_NS, STEP_NS, Fate, Stopped, Stuck, World
 from tests.unit.simulator.world.toys import Script, finish, made
 
 
@@ -270,3 +271,67 @@ def test_who_goes_round_in_circles_is_told_of() -> None:
     with pytest.raises(Stuck, match="a goes round in circles: again"):
         finish(world)
     world.close()
+
+
+def test_two_directions_of_a_channel_are_two_places_and_a_hang_up_is_both() -> None:
+    strategy = Script()
+    world = World(strategy)
+
+    def talk(process: SimProcess) -> None:
+        one, other = process.socketpair()
+        one.send(b"there")
+        other.send(b"and back")
+        other.close()
+
+    made(world, a=talk, b=lambda process: None)
+    finish(world)
+    one, other = ("channel", "a.pair1"), ("channel", "a.pair1'")
+    touched = [{touch.place for touch in step.touches} & {one, other} for step in strategy.taken]
+    assert [found for found in touched if found] == [{other}, {one}, {one, other}]
+
+
+def settled(strategy: Strategy) -> World:
+    """One process does nothing for a second; a slow one works, then sleeps for less; another one waits."""
+    world = World(strategy)
+    fd, ours = (one := SimProcess(world.host, "works")).memfd("tdp-tables", PAGE_SIZE, peer_writes=False)
+    (other := SimProcess(world.host, "looks")).map_peer(
+        other.install(one.file(fd)), PAGE_SIZE, writable=False
+    )
+
+    def work() -> None:
+        for _ in range(3):
+            ours.view.cast("Q")[0] = 1
+        world.wait((), 0.5)
+        ours.view.cast("Q")[0] = 2
+
+    world.spawn(SimProcess(world.host, "rests"), lambda: world.settle(1))
+    world.spawn(one, work)
+    world.spawn(other, lambda: world.wait((), 0.7))
+    finish(world)
+    return world
+
+
+def test_while_one_settles_time_passes_where_nothing_else_can_happen() -> None:
+    strategy = Script("rests")
+    assert settled(strategy).now_ns() == pytest.approx(10**9, abs=10 * STEP_NS)
+    assert [step.actor for step in strategy.taken if step.actor.endswith("<timer")] == [
+        "works<timer",
+        "looks<timer",
+        "rests<timer",
+    ]
+
+
+def test_while_one_settles_each_access_is_a_step_whoever_else_is_about() -> None:
+    """Or runs that differ by nothing would be told apart by what was on offer meanwhile."""
+    strategy = Script("rests")
+    settled(strategy)
+    assert [step.label for step in strategy.taken].count("stores works.tdp-tables1[0]") == 4
+
+
+def test_while_one_settles_a_timer_is_behind_all_that_came_before_it() -> None:
+    strategy = Script("rests")
+    settled(strategy)
+    during = strategy.taken[1:-1]
+    timers = [step for step in during if step.actor.endswith("<timer")]
+    assert timers
+    assert all(dependent(one.touches, other.touches) for one in timers for other in during)

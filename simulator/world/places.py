@@ -1,0 +1,41 @@
+"""What a step touches, by the names of `simulator/search/option.py`: of each kind of place, who says so.
+
+Too much costs runs, too little hides an order that matters: the search then takes two runs for one, and never
+looks at the second.
+"""
+
+from __future__ import annotations
+
+from simulator.kernel.files import Memory, OpenFile, StreamEnd
+from simulator.search.option import Touch
+from simulator.world.memory import FRAMES
+
+CLOCK = ("clock",)
+TIME_PASSES = frozenset({Touch(CLOCK, True)})
+TIME_STANDS = frozenset({Touch(CLOCK, False)})
+
+_GRAIN = {FRAMES: 2048}  # of a frame: what a piece of a device's copy has
+_GRAIN_ELSE = 8
+"""Bytes that are one place."""
+
+OF_BOTH_ENDS = frozenset({"close", "shutdown", "register", "modify"})
+"""What happens to a file and has to do with the other end of the channel, too: whether that hung up, or has
+room.
+"""
+
+
+def state_of(process: str) -> frozenset[Touch]:
+    """Each of its steps may use what the one before changed."""
+    return frozenset({Touch(("process", process), True)})
+
+
+def queues_of(file: OpenFile, both_ends: bool) -> set[Touch]:
+    """What is under way to that end of a channel, or an eventfd's count."""
+    peer = file.peer if both_ends and isinstance(file, StreamEnd) else None
+    return {Touch(("channel", end.name), True) for end in (file, peer) if end is not None}
+
+
+def words_of(memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
+    grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
+    numbers = range(at // grain, -(-(at + size) // grain))
+    return frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
