@@ -166,6 +166,11 @@ class IoasContainer:
         await iommu.ioas_unmap(ioas_id, slot.gpa + offset, size)
 
     @property
+    def ioas_id(self) -> int:
+        """Where memslots are mapped."""
+        return self._mapped_at[1]
+
+    @property
     def _mapped_at(self) -> tuple[Iommu, int]:
         assert self._at is not None, "hwpt() comes first"
         return self._at

@@ -6,8 +6,8 @@ chosen while the excerpt is open.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from qemu_shim.api import DESIGNS, Context, Param, Scenario
@@ -18,12 +18,13 @@ Play = Callable[[Context, Excerpt], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class SmallStory:
-    """`designs`: those it can be played on, none named: any."""
+    """`designs`: those it can be played on, none named: any; `options` start its daemons, by their names."""
 
     name: str
     summary: str
     play: Play
     designs: tuple[str, ...] = ()
+    options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     params: ClassVar[Mapping[str, Param]] = {}
 
     @property
@@ -37,4 +38,6 @@ class SmallStory:
         async def play(ctx: Context) -> None:
             await self.play(ctx, excerpt)
 
-        return Scenario(name=self.name, summary=self.summary, play=play, designs=self.designs)
+        return Scenario(
+            name=self.name, summary=self.summary, play=play, designs=self.designs, options=self.options
+        )

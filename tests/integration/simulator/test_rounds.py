@@ -57,6 +57,8 @@ def test_a_story_leaves_its_machine_as_it_found_it(story: str, design: str) -> N
     """So that a schedule of a later round is one trace with the same schedule of an earlier one.  Only the
     first finds tables that nobody has used yet, and only behind the last the machine is taken down.
     """
+    if design not in STORIES[story].playable:
+        pytest.skip(f"{story} cannot be played on {design}")
     playing, recorded = Judged(find, story, design)(4), Recorded(Replay(()))
     traces = []
     for _ in range(3):

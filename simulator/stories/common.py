@@ -1,0 +1,47 @@
+"""What the small stories share: where they play, and what they all end with."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from protocol.hw.dsa import Descriptor, Flag, Opcode
+from protocol.units import Iova
+from qemu_shim.api import PAGE_SIZE, Context, DmaDevice, DmaFailed, Guest
+
+AT = 0x1_8000_0000  # of the slot the story is about; behind all that a machine has of its own
+NEXT = AT + PAGE_SIZE
+SLOT_BYTES = 2 * PAGE_SIZE
+PAGES = 16  # of the machine's own memory: pinned whole, where a design pins
+BEFORE, AFTER = b"before..", b"after..."
+PATTERN = 0x6B6B_6B6B_6B6B_6B6B
+ONE_TABLE = ("managed", "shared")  # KVM's: a device has what the guest has
+MAY_TAKE = ("mirror", "notifier", *ONE_TABLE)  # those that do not pin all memory
+
+
+async def agree(ctx: Context, guest: Guest, gpa: int, device: DmaDevice | None = None) -> None:
+    """CPU and device have one page there, whatever came before."""
+    device = device or guest.devices[0]
+    await guest.write(gpa, AFTER)
+    seen = await device.holds(gpa, len(AFTER), int.from_bytes(AFTER, "little"))
+    ctx.expect(seen, "the device does not see what a CPU stored")
+    await device.fill(gpa, len(AFTER), PATTERN)
+    stored = await guest.read(gpa, len(AFTER))
+    ctx.expect_equal(stored, PATTERN.to_bytes(8, "little"), "what a CPU sees behind a device's store")
+
+
+async def try_fill(guest: Guest, gpa: int, size: int = 64) -> None:
+    """The first device stores, if it is let."""
+    with suppress(DmaFailed):
+        await guest.fill(gpa, size, PATTERN)
+
+
+async def try_copy(guest: Guest, dst: int, src: int) -> None:
+    """The first device copies, if it is let."""
+    with suppress(DmaFailed):
+        await guest.copy(dst, src)
+
+
+def post_fill(device: DmaDevice, gpa: int, size: int = 64) -> None:
+    """A store that nobody waits for, as the device may be taken away beneath it: no record, no interrupt."""
+    descriptor = Descriptor(opcode=Opcode.MEMFILL, flags=Flag.BOF, src=PATTERN, dst=Iova(gpa), size=size)
+    device.plugged.portal.movdir64b(0, descriptor.to_bytes())

@@ -1,0 +1,199 @@
+"""A device's access beside one thing that the host does to the page."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest
+from simulator.search.excerpt import Excerpt
+from simulator.stories.common import (
+    AFTER,
+    AT,
+    BEFORE,
+    MAY_TAKE,
+    NEXT,
+    PAGES,
+    PATTERN,
+    SLOT_BYTES,
+    agree,
+    try_fill,
+)
+from simulator.stories.story import Play, SmallStory
+
+Change = Callable[[Guest, int], Awaitable[Any]]
+
+
+def _copy_beside(change: Change, *, may_lose: bool = False) -> Play:
+    """A device copies a page that something is done to.  `may_lose`: it may be zeroes behind that."""
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(PAGES)
+        await guest.add_slot(SLOT_BYTES, AT)
+        right = (BEFORE, bytes(len(BEFORE))) if may_lose else (BEFORE,)
+        for _ in excerpt.rounds():
+            await guest.write(AT, BEFORE)
+            await guest.copy(NEXT, AT)  # so the device has it cached
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.copy, NEXT, AT)
+                    await change(guest, AT)
+            seen = await guest.read(NEXT, len(BEFORE))
+            ctx.expect(seen in right, f"the copy holds {seen!r}")
+
+    return play
+
+
+async def _store_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
+    """Three times given up beside a device's store, then stored to once more: that must be there."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT)
+                for _ in range(3):
+                    await guest.discard(AT)
+        await guest.fill(AT, pattern=0x5A5A)
+        ctx.expect(await guest.holds(AT, PAGE_SIZE, 0x5A5A), "a device's store is lost")
+        await guest.discard(AT)
+
+
+async def _cpu_beside_device(ctx: Context, excerpt: Excerpt) -> None:
+    """A vCPU and a device touch one absent page first: both see one page."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT, 64)
+                await guest.write(AT + 64, AFTER)
+        ctx.expect(await guest.holds(AT, 64, 0), "the device's store is lost")
+        ctx.expect(await guest.read(AT + 64, len(AFTER)) == AFTER, "the CPU's store is lost")
+        await guest.discard(AT)
+
+
+async def _fork(ctx: Context, excerpt: Excerpt) -> None:
+    """What is stored behind a fork is the parent's alone, and what both have is stored to by nobody."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        await guest.write(AT, BEFORE.ljust(24, b"\0"))
+        await guest.fill(AT + 64, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT + 64, 64, PATTERN)
+                nursery.start_soon(guest.write, AT + 8, BEFORE)
+                child = await process.fork()
+        await guest.fill(AT, 8, PATTERN)
+        await guest.write(AT + 16, AFTER)
+        ctx.expect_equal(await child.read(hva, 8), BEFORE, "what the child has")
+        ctx.expect(await child.read(hva + 16, 8) != AFTER, "the child has what its parent stored")
+        child.close()
+        await agree(ctx, guest, AT)
+
+
+async def _merge(ctx: Context, excerpt: Excerpt) -> None:
+    """Two equal pages become one beside stores to either: none is seen in the other."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    machine = guest.machine
+    for _ in excerpt.rounds():
+        for page in (AT, NEXT):
+            await guest.write(page, bytes(128))
+            await guest.fill(page + 64, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT + 64, 8, PATTERN)
+                nursery.start_soon(guest.write, NEXT, BEFORE)
+                await machine.process.host_action("merge", machine.hva_of(AT), SLOT_BYTES)
+        told = [await guest.read(page, 128) for page in (AT, NEXT)]
+        ctx.expect_equal(told[0][:8] + told[0][64:72], bytes(8) + PATTERN.to_bytes(8, "little"), "the first")
+        ctx.expect_equal(told[1][:8] + told[1][64:72], BEFORE + bytes(8), "the second")
+        await agree(ctx, guest, AT)
+
+
+async def _protect(ctx: Context, excerpt: Excerpt) -> None:
+    """mprotect takes the right to write and gives it back beside stores, which may fail."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        await guest.fill(AT)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                await process.mprotect(hva, PAGE_SIZE, "r")
+                await process.mprotect(hva, PAGE_SIZE, "rw")
+        await agree(ctx, guest, AT)
+
+
+async def _huge(ctx: Context, excerpt: Excerpt) -> None:
+    """Small pages are put together to a huge one and taken apart again beside copies from them."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(2 * MIB, AT)
+    for _ in excerpt.rounds():
+        await guest.write(AT, BEFORE)
+        await guest.copy(NEXT, AT)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.copy, NEXT, AT)
+                nursery.start_soon(guest.write, AT + 64, AFTER)
+                await guest.collapse(AT, 2 * MIB)
+                await guest.copy(NEXT, AT)
+                await guest.split(AT, 2 * MIB)
+        ctx.expect_equal(await guest.read(NEXT, 8), BEFORE, "the copy")
+        ctx.expect_equal(await guest.read(AT + 64, 8), AFTER, "a CPU's store")
+        await agree(ctx, guest, AT)
+
+
+async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
+    """Faults of a device and a CPU sleep for userfaultfd, beside changes of what they sleep for."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    uffd = await process.userfaultfd()
+
+    async def served() -> None:
+        while True:
+            await uffd.next_event()
+            await process.madvise_dontneed(hva, PAGE_SIZE)
+            await uffd.copy(hva, BEFORE)
+            await guest.migrate(AT)
+
+    try:
+        for _ in excerpt.rounds():
+            await uffd.register(hva, PAGE_SIZE, "missing")
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(served)
+                    async with trio.open_nursery() as stores:
+                        stores.start_soon(guest.fill, AT + 64, 64, PATTERN)
+                        stores.start_soon(guest.write, AT + 8, AFTER)
+                    nursery.cancel_scope.cancel()
+            await uffd.unregister(hva, PAGE_SIZE)
+            await agree(ctx, guest, AT)
+            await guest.discard(AT)
+    finally:
+        uffd.close()
+
+
+HOST = (
+    SmallStory(
+        "discard", "a copy beside MADV_DONTNEED of its source", _copy_beside(Guest.discard, may_lose=True)
+    ),
+    SmallStory("migrate", "a copy beside its source going to another frame", _copy_beside(Guest.migrate)),
+    SmallStory("swap", "a copy beside its source going to swap", _copy_beside(Guest.swap_out)),
+    SmallStory("hint", "a copy beside its source being made absent, to see", _copy_beside(Guest.numa_hint)),
+    SmallStory("age", "a copy beside a look at the accessed bits", _copy_beside(Guest.age)),
+    SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
+    SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device),
+    SmallStory("fork", "stores beside fork", _fork),
+    SmallStory("merge", "stores to two equal pages beside their becoming one", _merge),
+    SmallStory("protect", "a store beside mprotect, there and back", _protect),
+    SmallStory("huge", "copies beside pages becoming a huge one and small again", _huge),
+    SmallStory("asleep", "faults that wait for userfaultfd beside changes", _asleep, MAY_TAKE),
+)

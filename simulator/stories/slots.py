@@ -1,0 +1,173 @@
+"""A device's access beside a change of the memslots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import trio
+
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
+from simulator.search.excerpt import Excerpt
+from simulator.stories.common import (
+    AFTER,
+    AT,
+    BEFORE,
+    MAY_TAKE,
+    NEXT,
+    PAGES,
+    PATTERN,
+    SLOT_BYTES,
+    agree,
+    try_copy,
+    try_fill,
+)
+from simulator.stories.story import SmallStory
+
+ELSEWHERE = AT + 16 * PAGE_SIZE
+
+
+async def _goes(ctx: Context, excerpt: Excerpt) -> None:
+    """A slot is deleted under a device's store: it is stored, or fails, and hurts nobody (R21)."""
+    guest = await ctx.boot_for(PAGES)
+
+    async def store() -> None:
+        try:
+            await guest.fill(AT)
+        except DmaFailed:
+            ctx.say("the store failed: the slot was gone")
+
+    for _ in excerpt.rounds():
+        slot = await guest.add_slot(SLOT_BYTES, AT)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(store)
+                await guest.remove_slot(slot)
+
+
+async def _move(guest: Guest, slot: RamSlot, hva: int) -> RamSlot:
+    """The slot is gone, and there again with other memory of the process."""
+    machine, moved = guest.machine, replace(slot, hva=hva)
+    await machine.container.remove(slot)
+    await machine.vm.set_user_memory_region(slot.slot, slot.gpa, 0, 0)
+    await machine.container.add(moved)
+    await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, hva)
+    machine.slots[machine.slots.index(slot)] = moved
+    return moved
+
+
+async def _moves(ctx: Context, excerpt: Excerpt) -> None:
+    """A slot gets other memory under stores: those behind it are there alone."""
+    guest = await ctx.boot_for(PAGES)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
+    process, here = guest.machine.process, slot.hva
+    there = await process.mmap(SLOT_BYTES)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                nursery.start_soon(try_fill, guest, NEXT)
+                slot = await _move(guest, slot, there)
+        await process.write(here, BEFORE)
+        await agree(ctx, guest, AT)
+        ctx.expect_equal(await process.read(here, 8), BEFORE, "what the slot showed before")
+        slot = await _move(guest, slot, here)
+        for hva in (here, there):
+            await process.madvise_dontneed(hva, SLOT_BYTES)
+
+
+async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
+    """Faults sleep for userfaultfd while their slot gets other memory, and the same again."""
+    guest = await ctx.boot_for(PAGES)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
+    process, here = guest.machine.process, slot.hva
+    there = await process.mmap(SLOT_BYTES)
+    uffd = await process.userfaultfd()
+
+    async def served() -> None:
+        for _ in range(2):
+            await uffd.next_event()
+            await uffd.copy(here, BEFORE)
+
+    async def store() -> None:
+        try:
+            await guest.write(AT + 8, AFTER)
+        except LookupError:
+            ctx.say("no slot was there")
+
+    try:
+        for _ in excerpt.rounds():
+            await uffd.register(here, PAGE_SIZE, "missing")
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    async with trio.open_nursery() as stores:
+                        stores.start_soon(try_fill, guest, AT)
+                        stores.start_soon(store)
+                        await uffd.next_event()
+                        slot = await _move(guest, slot, there)
+                        nursery.start_soon(served)
+                        await uffd.copy(here, BEFORE)
+                    slot = await _move(guest, slot, here)
+                    nursery.cancel_scope.cancel()
+            await uffd.unregister(here, PAGE_SIZE)
+            await agree(ctx, guest, AT)
+            for hva in (here, there):
+                await process.madvise_dontneed(hva, SLOT_BYTES)
+    finally:
+        uffd.close()
+
+
+async def _another(ctx: Context, excerpt: Excerpt) -> None:
+    """While one slot goes, CPUs and a device store to another: no store fails, none is lost (R3, R21)."""
+    wishes = ctx.sized(PAGES)
+    wishes["vcpus"] = 2
+    guest = await ctx.boot(**wishes)
+    await guest.add_slot(SLOT_BYTES, ELSEWHERE)
+    for _ in excerpt.rounds():
+        slot = await guest.add_slot(SLOT_BYTES, AT)
+        await guest.write(AT, BEFORE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, ELSEWHERE, 64, PATTERN)
+                nursery.start_soon(
+                    guest.cpus[0].access, [(ELSEWHERE + 64, AFTER), (ELSEWHERE + PAGE_SIZE, AFTER)]
+                )
+                nursery.start_soon(guest.cpus[1].access, [(ELSEWHERE + 72, BEFORE)])
+                nursery.start_soon(try_copy, guest, AT, ELSEWHERE)
+                await guest.remove_slot(slot)
+        ctx.expect(await guest.holds(ELSEWHERE, 64, PATTERN), "the device's store is lost")
+        ctx.expect_equal(await guest.read(ELSEWHERE + 64, 16), AFTER + BEFORE, "what the CPUs stored")
+        await agree(ctx, guest, ELSEWHERE)
+        machine = guest.machine
+        if not machine.config.design.pins:
+            await guest.discard(ELSEWHERE, SLOT_BYTES)
+
+
+async def _comes(ctx: Context, excerpt: Excerpt) -> None:
+    """A slot comes where a CPU and a device find nothing: afterwards both find it."""
+    guest = await ctx.boot_for(PAGES)
+
+    async def store() -> None:
+        try:
+            await guest.write(AT, BEFORE)
+        except LookupError:
+            ctx.say("no slot was there")
+
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(store)
+                nursery.start_soon(try_fill, guest, AT)
+                slot = await guest.add_slot(SLOT_BYTES, AT)
+                await store()
+        await agree(ctx, guest, AT)
+        await guest.remove_slot(slot)
+
+
+SLOTS = (
+    SmallStory("slot", "a store beside the deletion of its slot", _goes),
+    SmallStory("slot-moves", "stores beside their slot getting other memory", _moves),
+    SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep, MAY_TAKE),
+    SmallStory("slot-else", "stores of two vCPUs and a device beside another slot's deletion", _another),
+    SmallStory("slot-comes", "accesses where nothing is, beside a slot's coming", _comes),
+)
