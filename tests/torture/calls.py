@@ -2,6 +2,9 @@
 
 The names are the kernel's; errnos are those of the manual pages that a call of ours on a success path can get
 [man 2].  One without errnos (close) can be died at and stopped at all the same.
+
+What the model takes from its own pools is an allocation too, which the kernel it models may be refused
+[alloc_pages]: a frame of the host, a page for a table.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "epoll_ctl del": (e.ENOMEM,),
     "eventfd": NO_FILE,
     "eventfd write": (e.EAGAIN,),
+    "own eventfd write": (),  # nobody else has it, so there is room [Linux fs/eventfd.c]
     "eventfd read": (e.EAGAIN,),
     "memfd_create": NO_FILE,
     "ftruncate": (e.ENOMEM, e.ENOSPC, e.EFBIG),
@@ -41,6 +45,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "madvise": (e.ENOMEM,),
     "fcntl": (e.EBUSY,),
     "fchmod": (e.EPERM,),
+    "frame": (e.ENOMEM,),
+    "table page": (e.ENOMEM,),
 }
 CALLS: Final = tuple(ERRNOS)
 

@@ -18,7 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvmd.core.mm.frames import Frames
+from protocol.errors import UapiError
 from protocol.kernel import linux
+from protocol.pt.table_pool import TablePool
 from tests.torture.calls import DEATHS, Fault
 from tests.torture.order import Order
 
@@ -188,13 +191,58 @@ def readiness(calls: CountedCalls) -> SwappedModule:
 
 
 def plain(calls: CountedCalls) -> SwappedModule:
-    named = ("dup", "close", "chmod", "rename", "open", "fstat", "eventfd", "memfd_create", "ftruncate")
+    named = ("chmod", "rename", "open", "fstat", "memfd_create", "ftruncate", "fchmod")
     return SwappedModule(
         os,
-        **{name: calls.counted(name, getattr(os, name)) for name in (*named, "fchmod")},
-        eventfd_write=calls.counted("eventfd write", os.eventfd_write),
-        preadv=calls.counted("eventfd read", os.preadv),
+        **{name: calls.counted(name, getattr(os, name)) for name in named},
+        **eventfds(calls),
     )
+
+
+def eventfds(calls: CountedCalls) -> dict[str, Callable[..., Any]]:
+    """And what makes copies of one, or ends it."""
+    own = set[int]()  # nobody else has a copy of these
+    eventfd, dup, close = (calls.counted(name, getattr(os, name)) for name in ("eventfd", "dup", "close"))
+    write_own = calls.counted("own eventfd write", os.eventfd_write)
+    write = calls.counted("eventfd write", os.eventfd_write)
+
+    def made(initial: int, flags: int) -> int:
+        fd: int = eventfd(initial, flags)
+        own.add(fd)
+        return fd
+
+    def no_longer_own(call: Callable[[int], Any]) -> Callable[[int], Any]:
+        def called(fd: int) -> Any:
+            own.discard(fd)
+            return call(fd)
+
+        return called
+
+    return {
+        "eventfd": made,
+        "dup": no_longer_own(dup),
+        "close": no_longer_own(close),
+        "eventfd_write": lambda fd, value: (write_own if fd in own else write)(fd, value),
+        "preadv": calls.counted("eventfd read", os.preadv),
+    }
+
+
+def pools(calls: CountedCalls) -> None:
+    """What the model allocates of its own memory."""
+    modelled: dict[str, Any] = {"frame": Frames, "table page": TablePool}
+    for name, pool in modelled.items():
+        pool.allocate = refusable(calls, name, pool.allocate)
+
+
+def refusable(calls: CountedCalls, name: str, allocate: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        try:
+            calls.before(name)
+        except OSError as error:
+            raise UapiError(error.errno or 0, f"no {name} for you this time") from None
+        return allocate(*args)
+
+    return call
 
 
 def struck_kernel(order: Order) -> linux.Linux:
@@ -209,4 +257,5 @@ def struck_kernel(order: Order) -> linux.Linux:
     }
     for name, module in others.items():
         setattr(linux, name, module)
+    pools(calls)
     return linux.Linux()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import judges
+from tests.torture import judges, struck
 from tests.torture.__main__ import again, parse
 from tests.torture.blow import PROCESSES, Aftermath, Blow, How, verdict
 from tests.torture.calls import AT, ERRNOS, FAULTS, Fault
@@ -179,6 +180,34 @@ def test_an_order_befalls_the_nth_call_of_its_kind_once(tmp_path: Path) -> None:
     driver.give(Fault.FAIL, 1, errno_index=1)
     assert driver.met is None
     assert (process.at_call("send"), process.errno_of("send")) == (Fault.FAIL, errno.EPIPE)
+
+
+def test_what_only_we_have_cannot_be_full_and_a_copy_may_be(tmp_path: Path) -> None:
+    """An eventfd that nobody else has takes each signal; one that a peer has a copy of he may have filled."""
+    order = Order(tmp_path / "order")
+    os_ = struck.plain(struck.CountedCalls(order))
+    fd = os_.eventfd(0, os.EFD_NONBLOCK)
+    order.give(Fault.FAIL, 1)
+    os_.eventfd_write(fd, 1)
+    assert order.met is None
+    order.withdraw()
+    copy = os_.dup(fd)
+    order.give(Fault.FAIL, 1)
+    with pytest.raises(BlockingIOError):
+        os_.eventfd_write(fd, 1)
+    for each in (fd, copy):
+        os.close(each)
+
+
+@pytest.mark.parametrize("name", ["frame", "table page"])
+async def test_an_allocation_that_fails_is_a_reason(world: StruckSystem, name: str) -> None:
+    record = TriedBlows(None)
+    (sweep,) = sweeps(["sharing"], ["kvmd"], [Fault.FAIL])
+    for at in {"frame": range(68, 72), "table page": range(55, 59)}[name]:
+        await run(sweep, Bounds(at, last=at), world, record, lambda blow, outcome: None)
+    found = [outcome for outcome in record.tried.values() if outcome.call == name]
+    assert found
+    assert {(outcome.how, "ENOMEM" in outcome.why) for outcome in found} == {(How.REFUSED, True)}
 
 
 def test_every_call_can_be_died_at_and_every_one_that_can_fail_fails() -> None:
