@@ -19,7 +19,7 @@ from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.machine import connect_host
 from tests.patience import PATIENCE_S
-from tests.torture.calls import DEATHS, Fault
+from tests.torture.calls import DEATHS, SINKS, Fault
 from tests.torture.daemons import SPECS, StruckDaemons
 from tests.torture.doors import Silent, doors_of
 from tests.torture.holdings import Holdings, all_holdings, holdings
@@ -86,6 +86,8 @@ class Torture:
         assert not wrong, wrong
 
     async def strike(self, blow: Blow) -> Aftermath:
+        if blow.fault in SINKS:
+            return await self._strike_sink(blow)
         order = self._daemons.orders[blow.victim]
         with self._limits(blow.victim):
             order.give(blow.fault, blow.at, blow.errno_index)
@@ -101,6 +103,30 @@ class Torture:
         if wrong:
             return Aftermath(met, How.FAILED, "; ".join(wrong))
         return Aftermath(met, how, why)
+
+    async def _strike_sink(self, blow: Blow) -> Aftermath:
+        """Nobody sees what it says, so at last it is asked to stop: the status tells of its bugs."""
+        name = blow.victim
+        await self._start_with(name, blow.fault)
+        how, why = await self._played(blow)
+        if how is How.FAILED:
+            return Aftermath("start", how, why)
+        wrong = bare_errors(why) + await judged(self._daemons, self._before)
+        wrong += await self._start_with(name, Fault.NOTHING)
+        wrong += await self._restart(blow)
+        return Aftermath("start", How.FAILED if wrong else how, "; ".join(wrong) or why)
+
+    async def _start_with(self, name: str, sink: Fault) -> list[str]:
+        """In the place of the one that runs."""
+        running = self._daemons.running[name]
+        running.signal(signal.SIGTERM)
+        status = running.ended()
+        self._daemons.launch(name, sink)
+        await come(lambda: self._daemons.ready(name))
+        how, why = await self._play(STORIES[PROOF])
+        self._before[name] = (await self._held())[name]
+        wrong = [] if how is How.SURVIVED else [f"started again: {why}"]
+        return [*wrong, f"{name} ended with status {status}"] if status else wrong
 
     @contextmanager
     def _limits(self, victim: str) -> Iterator[None]:

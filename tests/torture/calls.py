@@ -69,10 +69,12 @@ class Fault(IntEnum):
     HALF_READ = 7  # the socket is shut down for reading, by us
     HALF_WRITE = 8  # for writing
     NO_FDS = 9  # from here on nothing more can be opened [RLIMIT_NOFILE]
-    LEAK_FD = 10
-    LEAK_MEMORY = 11
-    SILENT = 12  # a message is said to be sent, and is not
-    HANG = 13  # the call never returns
+    FULL_DISK = 10  # from its start on, behind its log and its trace
+    FULL_PIPE = 11  # behind its log, which nobody reads
+    LEAK_FD = 12
+    LEAK_MEMORY = 13
+    SILENT = 14  # a message is said to be sent, and is not
+    HANG = 15  # the call never returns
 
     @property
     def kind(self) -> str:
@@ -81,6 +83,7 @@ class Fault(IntEnum):
 
 
 FAULTS: Final = {fault.kind: fault for fault in Fault if Fault.NOTHING < fault < Fault.LEAK_FD}
+SINKS: Final = frozenset({Fault.FULL_DISK, Fault.FULL_PIPE})  # of a daemon, and at no call of its own
 DEATHS: Final = frozenset({Fault.KILL, Fault.KILL_AFTER, Fault.KILL_WITHIN})
 
 AT: Final[dict[Fault, frozenset[str]]] = {
@@ -93,6 +96,8 @@ AT: Final[dict[Fault, frozenset[str]]] = {
     Fault.HALF_READ: MESSAGES,
     Fault.HALF_WRITE: MESSAGES,
     Fault.NO_FDS: frozenset({"recvmsg"}),
+    Fault.FULL_DISK: frozenset(),
+    Fault.FULL_PIPE: frozenset(),
     Fault.LEAK_FD: MESSAGES,
     Fault.LEAK_MEMORY: MESSAGES,
     Fault.SILENT: SENDS,

@@ -12,10 +12,13 @@ from typing import Any
 
 from qemu_shim.vmm.daemons import DAEMONS, DaemonSpec, Places, socket_of
 from tests.kit.daemons import state_of, until
+from tests.torture.calls import SINKS, Fault
 from tests.torture.order import Order
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"kvmd": ("--ram", "1G", "--table-ram", "64M"), "device_sim": ("--devices", "1")}
+DEBUG = ("--log-level", "debug")
+TALKS = {Fault.FULL_DISK: (*DEBUG, "--trace", "/dev/full"), Fault.FULL_PIPE: DEBUG}
 SPECS = {spec.name: spec for spec in DAEMONS}
 
 
@@ -39,7 +42,8 @@ class Spawner:
         answer: dict[str, Any] = json.loads(self._zygote.stdout.readline())
         return answer
 
-    def spawn(self, program: str, argv: list[str], order: Path, log: Path) -> Running:
+    def spawn(self, program: str, argv: list[str], order: Path, log: Path | str) -> Running:
+        """`log`: the name of a file, or of what is in its place (tests/torture/zygote.py)."""
         pid = self._ask(program=program, argv=argv, order=str(order), log=str(log))["pid"]
         return Running(self, program, pid)
 
@@ -113,11 +117,13 @@ class StruckDaemons:
         for name in names:
             until(lambda name=name: self.ready(name), f"{name} is ready")  # type: ignore[misc]
 
-    def launch(self, name: str) -> Running:
+    def launch(self, name: str, sink: Fault = Fault.NOTHING) -> Running:
+        """`sink`: what its log goes to instead of a file, all of it."""
         spec: DaemonSpec = SPECS[name]
         self.socket(name).unlink(missing_ok=True)  # a dead one's, which would pass for ready
-        argv = [*spec.argv(self._places)[1:], *OPTIONS.get(name, ())]
-        self.running[name] = running = self.spawn(name, argv)
+        argv = [*spec.argv(self._places)[1:], *OPTIONS.get(name, ()), *TALKS.get(sink, ())]
+        log = sink.kind if sink in SINKS else self.log_path(name)
+        self.running[name] = running = self._spawner.spawn(name, argv, self._order_path(name), log)
         return running
 
     def spawn(self, name: str, argv: list[str]) -> Running:

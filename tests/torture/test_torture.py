@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import judges, struck
+from tests.torture import judges
 from tests.torture.__main__ import again, parse
 from tests.torture.blow import PROCESSES, Aftermath, Blow, How, verdict
-from tests.torture.calls import AT, ERRNOS, FAULTS, Fault
+from tests.torture.calls import AT, ERRNOS, Fault
 from tests.torture.daemons import SPECS, Spawner
 from tests.torture.holdings import Holdings, memory_of_the_dead, not_zero
 from tests.torture.order import Order
 from tests.torture.record import OtherCode, TriedBlows, table
 from tests.torture.stories import STORIES
+from tests.torture.struck import CountedCalls, plain
 from tests.torture.sweep import Bounds, StruckSystem, run, sweeps
 
 SHORT = Bounds(first=7, most=1)
@@ -49,7 +50,7 @@ async def test_whoever_is_struck_the_others_serve_and_nothing_is_left(
     failed = {again(blow): outcome.why for blow, outcome in record.tried.items() if outcome.how is How.FAILED}
     assert not failed
     met = Counter(blow.fault for blow, outcome in record.tried.items() if outcome.call)
-    assert met.keys() == set(FAULTS.values())
+    assert met.keys() == {sweep.fault for sweep in sweeps(["sharing"], [victim], [])}
 
 
 @pytest.mark.parametrize("victim", SPECS)
@@ -185,7 +186,7 @@ def test_an_order_befalls_the_nth_call_of_its_kind_once(tmp_path: Path) -> None:
 def test_what_only_we_have_cannot_be_full_and_a_copy_may_be(tmp_path: Path) -> None:
     """An eventfd that nobody else has takes each signal; one that a peer has a copy of he may have filled."""
     order = Order(tmp_path / "order")
-    os_ = struck.plain(struck.CountedCalls(order))
+    os_ = plain(CountedCalls(order))
     fd = os_.eventfd(0, os.EFD_NONBLOCK)
     order.give(Fault.FAIL, 1)
     os_.eventfd_write(fd, 1)

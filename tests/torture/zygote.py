@@ -4,6 +4,7 @@ A daemon that dies a thousand times is started a thousand times, and most of a s
 is a line of JSON on standard input, its answer one on standard output; when the input ends, all are killed.
 
     {"program": "kvmd", "argv": [...], "order": PATH, "log": PATH}   -> {"pid": PID}
+    or "log": "full-disk", "full-pipe"
     {"poll": PID}                                                    -> {"status": null, or its exit status}
 """
 
@@ -13,9 +14,11 @@ import atexit
 import gc
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,9 +29,11 @@ import kvmd.__main__
 import protocol.daemon
 import qemu_shim.cli
 from qemu_shim.vmm.machine import connect_host
+from tests.torture.calls import Fault
 from tests.torture.order import Order
 from tests.torture.struck import struck_kernel
 
+FULL_DISK = "/dev/full"  # [full(4)]
 MAINS: dict[str, Callable[[list[str]], int]] = {
     "kvmd": kvmd.__main__.main,
     "iommufdd": iommufdd.__main__.main,
@@ -37,12 +42,30 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def become(program: str, argv: list[str], order: Path, log: Path) -> NoReturn:
+def full_pipe() -> tuple[int, int]:
+    """Both ends, and nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(select.PIPE_BUF))
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def output_to(log: str) -> tuple[int, int]:
+    """(Standard input, standard output and error.)"""
+    if log == Fault.FULL_PIPE.kind:
+        return full_pipe()  # whoever could read it is the one who writes
+    path = FULL_DISK if log == Fault.FULL_DISK.kind else log
+    return os.open(os.devnull, os.O_RDONLY), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def become(program: str, argv: list[str], order: Path, log: str) -> NoReturn:
     """The program, on a kernel that does what the order says; its output goes to the log."""
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for fd, old in ((0, nothing), (1, output), (2, output)):
+    given, output = output_to(log)
+    for fd, old in ((0, given), (1, output), (2, output)):
         os.dup2(old, fd)
     os.closerange(3, 64)
     kernel = struck_kernel(Order(order))
@@ -72,7 +95,7 @@ class Zygote:
             return {"status": self._status(asked["poll"])}
         pid = os.fork()
         if not pid:
-            become(asked["program"], asked["argv"], Path(asked["order"]), Path(asked["log"]))
+            become(asked["program"], asked["argv"], Path(asked["order"]), asked["log"])
         self._running.add(pid)
         return {"pid": pid}
 
