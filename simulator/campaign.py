@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from simulator.search.explore import Found, Player, RunEnd, Tally, explore
+from simulator.search.explore import Found, Player, PlayerLost, RunEnd, Tally, explore
 from simulator.search.strategies import STRATEGIES
 
 SHARD = 200
@@ -301,5 +301,8 @@ def run_campaign(
             tally = _sharded(campaign, start, file, workers or os.cpu_count() or 1, sitting)
         else:
             strategy = named.make(campaign.seed)
-            tally = explore(start(), strategy, campaign.seed, campaign.schedules, sitting.enough)
+            try:
+                tally = explore(start(), strategy, campaign.seed, campaign.schedules, sitting.enough)
+            except PlayerLost as lost:
+                raise CampaignRefused(f"{lost}.  Run it again") from None
         return CampaignEnd(tally, sitting.why or "done")

@@ -26,6 +26,7 @@ from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.stories.story import SmallStory
+from simulator.world.forked import Forked
 from simulator.world.schedule import Judged, Onlooker
 
 PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARIOS}
@@ -58,11 +59,13 @@ def main(argv: list[str]) -> int:
         options.seed,
         shard=ROUNDS if small else SCHEDULES_OF_SHARD,
     )
-    same_start = not STRATEGIES[options.strategy].seeded  # each of its schedules goes on from the same state
+    compares = not STRATEGIES[options.strategy].seeded  # one schedule with another
     try:
         ended = run_campaign(
             campaign,
-            partial(_begin, judged, 1 if same_start else ROUNDS),
+            partial(_begin_forks, judged)
+            if compares and small
+            else partial(_begin, judged, 1 if compares else ROUNDS),
             workers=options.workers,
             seconds=options.seconds,
             failures_max=1,
@@ -87,6 +90,12 @@ def _begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) ->
     """In each process: what daemons log is nobody's here."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     return judged(rounds, onlooker)
+
+
+def _begin_forks(judged: Judged) -> Player:
+    """The same, where each schedule is to begin in the very same state."""
+    _begin(judged)
+    return Forked(judged)
 
 
 def _parser() -> argparse.ArgumentParser:

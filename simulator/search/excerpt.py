@@ -17,10 +17,12 @@ JUDGE = frozenset({Touch(("judge",), True)})
 class Excerpt:
     """Strategy: `inner`, while open.  A step under way when it opens or closes belongs to the time before."""
 
-    def __init__(self, inner: Strategy, rounds: int = 1) -> None:
+    def __init__(self, inner: Strategy, rounds: int = 1, *, stands_first: bool = False) -> None:
+        """`stands_first`: before it is opened for the first time, as between two rounds."""
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        self._stands_first = stands_first
         self.judged: Callable[[], int] = lambda: 0
         """How often whoever judges the run has heard of something so far."""
         self._rounds = rounds
@@ -39,6 +41,11 @@ class Excerpt:
             yield number
 
     def open(self) -> None:
+        if self._stands_first:
+            self._stands_first = False
+            self.between()
+            self._step_is_inside = True  # none is under way
+        self._judged = self.judged()
         self._open = True
 
     def close(self) -> None:

@@ -39,6 +39,10 @@ class Player(Protocol):
         """The next is the first in a new machine."""
 
 
+class PlayerLost(Exception):
+    """What plays is gone, and what its schedule would have come to is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A schedule that broke an invariant, the `schedule`-th of its strategy with that seed, from 1 on;

@@ -58,9 +58,13 @@ class Judged:
 class Living:
     """Player: schedule after schedule in one machine, until something breaks or it has seen `rounds`."""
 
-    def __init__(self, judged: Judged, rounds: int, onlooker: Onlooker | None = None) -> None:
+    def __init__(
+        self, judged: Judged, rounds: int, onlooker: Onlooker | None = None, *, stands_first: bool = False
+    ) -> None:
+        """`stands_first`: the first schedule is to be told of when its excerpt is about to open."""
         self._judged = judged
         self._rounds = rounds
+        self._stands_first = stands_first
         self._onlooker = onlooker
         self._excerpt: Excerpt | None = None
         self._ends: Generator[RunEnd] | None = None
@@ -87,7 +91,7 @@ class Living:
         ghost = Ghost(verdicts)
         scenario, design = judged.find(judged.scenario), DESIGNS[judged.design]
         if isinstance(scenario, SmallStory):
-            strategy = self._excerpt = Excerpt(strategy, self._rounds)
+            strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)
             scenario = scenario.scenario(self._excerpt)
         onlooker = self._onlooker
         journal = None if onlooker is None else onlooker.journal

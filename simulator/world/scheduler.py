@@ -119,7 +119,8 @@ class World:
         self._running: SimThread | None = None
         self._awaited: SimThread | None = None  # by `run`
         self._given_up: BaseException | None = None
-        self._closed = self._paused = self._settling = False
+        self._closed = self._settling = False
+        self._paused: SimThread | None = None
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
         self._places: dict[tuple[str, int, int, bool], frozenset[Touch]] = {}  # those of accesses there were
@@ -152,8 +153,10 @@ class World:
         self._awaited = thread
         assert getcurrent() is self._main, "a world is run where it was made"
         kept = trio_run.kept()
-        self._paused = False
         try:
+            if self._paused is not None:  # it goes on at once, as if nothing had been
+                (self._running, self._paused) = (self._paused, None)
+                self._running.greenlet.switch()
             while not (thread.over or self._paused):
                 self._running = None
                 self._switch(None)
@@ -195,11 +198,9 @@ class World:
         self._changes += 1
 
     def pause(self) -> None:
-        """`run` returns; when it is called again, the running thread can go on."""
-        me = self._running
-        assert me is not None, "nobody runs who could pause"
-        me.standing = Option(me.name, "goes on", me.state)
-        self._paused = True
+        """`run` returns; when it is called again, the running thread goes on."""
+        assert self._running is not None, "nobody runs who could pause"
+        self._paused = self._running
         self._leave()
 
     # -- choosing --------------------------------------------------------------------------------------

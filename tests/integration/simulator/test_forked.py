@@ -1,0 +1,117 @@
+"""Schedules in forks of one machine, held to the same schedules from nothing; and what becomes of forks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from qemu_shim.api import PAGE_SIZE, Context
+from simulator.command import find
+from simulator.search.excerpt import Excerpt
+from simulator.search.exhaustive import Exhaustive
+from simulator.search.explore import PlayerLost, explore
+from simulator.search.replay import Recorded, Replay
+from simulator.search.walk import RandomWalk
+from simulator.stories.story import Play, SmallStory
+from simulator.world.forked import Forked
+from simulator.world.schedule import OTHER, Judged
+
+HERE = os.getpid()
+
+
+def judged(play: Play) -> Judged:
+    return Judged(lambda _: SmallStory("told", "", play), "told", "shared")
+
+
+async def copied(ctx: Context, excerpt: Excerpt) -> None:
+    """A device copies what a vCPU stores."""
+    guest = await ctx.boot_for(4)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.copy, PAGE_SIZE, 0)
+                await guest.write(0, b"store")
+        await guest.read(0, 8)
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_fork_plays_what_is_played_from_nothing() -> None:
+    forked, walk = Forked(judged(copied)), Recorded(RandomWalk(3), steps=True)
+    played = []
+    for _ in range(6):
+        assert not forked(walk).invariant
+        played.append((walk.answers, walk.steps))
+        walk.ended(False)
+    forked.renew()
+    assert len({answers for answers, _ in played}) == 6
+    for answers, steps in played[-2:]:
+        again = Recorded(Replay(answers), steps=True)
+        assert not judged(copied)()(again).invariant
+        assert again.steps == steps
+
+
+def test_a_search_in_forks_knows_what_a_search_from_nothing_knows() -> None:
+    forks, nothing = Exhaustive(), Exhaustive()
+    one = explore(Forked(judged(copied)), forks, 0, 5)
+    other = explore(judged(copied)(), nothing, 0, 5)
+    assert one.traces == other.traces
+    assert forks.summary() == nothing.summary()
+
+
+def test_what_breaks_in_a_fork_is_found_with_its_answers() -> None:
+    """And they break the same from nothing."""
+    planted = Judged(find, "discard", "shared", plant="R4-acks-not-awaited")
+    (found,) = explore(Forked(planted), RandomWalk(1), 1, 60, lambda tally: bool(tally.found)).found
+    assert planted()(Replay(found.answers)).invariant == found.result.invariant != ""
+
+
+def test_a_story_that_raises_in_a_fork_is_a_failure_of_its_schedule() -> None:
+    async def raises(ctx: Context, excerpt: Excerpt) -> None:
+        for _ in excerpt.rounds():
+            with excerpt:
+                await trio.lowlevel.checkpoint()
+            assert os.getpid() == HERE, "in a fork"
+
+    forked = Forked(judged(raises))
+    end = forked(Recorded(RandomWalk(1)))
+    forked.renew()
+    assert end.invariant == OTHER
+    assert "in a fork" in end.sentence
+
+
+def in_the_fork(signum: int, of: int | None = None) -> Play:
+    """The fork is sent that, or its parent is, and it waits."""
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        for _ in excerpt.rounds():
+            excerpt.open()
+            if os.getpid() != HERE:
+                os.kill(of or os.getpid(), signum)
+                signal.pause()
+            excerpt.close()
+
+    return play
+
+
+def test_a_fork_that_is_killed_is_nobodys_schedule() -> None:
+    forked = Forked(judged(in_the_fork(signal.SIGKILL)))
+    with pytest.raises(PlayerLost, match="ended with -9"):
+        forked(RandomWalk(1))
+    forked.renew()
+
+
+def test_who_is_interrupted_leaves_no_fork_behind() -> None:
+    forked = Forked(judged(in_the_fork(signal.SIGINT, HERE)))
+    with pytest.raises(KeyboardInterrupt):
+        forked(RandomWalk(1))
+    forked.renew()
