@@ -21,6 +21,7 @@ from tests.torture.calls import FAULTS
 from tests.torture.daemons import Spawner
 from tests.torture.record import OtherCode, TriedBlows, as_dict, table
 from tests.torture.stories import STORIES
+from tests.torture.summary import summary
 from tests.torture.sweep import Bounds, StruckSystem, Sweep, clean_up, run, sweeps
 
 RECORD = Path("torture.jsonl")
@@ -37,6 +38,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--most", type=int, metavar="M", help="at most M blows of a story, process and kind")
     parser.add_argument("--record", type=Path, default=RECORD, help=f"what was tried ({RECORD})")
     parser.add_argument("--no-record", action="store_true", help="keep nothing")
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        nargs="+",
+        metavar="RECORD",
+        help="in JSON, of these, oldest first",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON a blow, on standard output")
     options = parser.parse_args(argv)
     if min(options.first, options.every) < 1:
@@ -82,6 +90,9 @@ async def torture(options: argparse.Namespace, record: TriedBlows, world: Struck
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    if options.summary:
+        print(json.dumps(summary(options.summary), indent=1))
+        return 0
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
         record = TriedBlows(None if options.no_record else options.record)

@@ -10,6 +10,7 @@ What the model takes from its own pools is an allocation too, which the kernel i
 from __future__ import annotations
 
 import errno as e
+from collections.abc import Set
 from enum import IntEnum
 from typing import Final
 
@@ -51,6 +52,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
 CALLS: Final = tuple(ERRNOS)
 
 SENDS: Final = frozenset({"send", "sendmsg"})
+ALLOCATIONS: Final = frozenset({"frame", "table page"})  # nobody else knows of one
+SYSTEM_CALLS: Final = ERRNOS.keys() - ALLOCATIONS
 MESSAGES: Final = SENDS | {"recvmsg"}
 TELLS: Final = SENDS | {"eventfd write"}  # after these somebody else knows what we did
 PIECES: Final = frozenset({"send", "recvmsg"})  # without fds: what carries some arrives whole [af_unix.c]
@@ -86,11 +89,11 @@ FAULTS: Final = {fault.kind: fault for fault in Fault if Fault.NOTHING < fault <
 SINKS: Final = frozenset({Fault.FULL_DISK, Fault.FULL_PIPE})  # of a daemon, and at no call of its own
 DEATHS: Final = frozenset({Fault.KILL, Fault.KILL_AFTER, Fault.KILL_WITHIN})
 
-AT: Final[dict[Fault, frozenset[str]]] = {
-    Fault.KILL: frozenset(CALLS),
+AT: Final[dict[Fault, Set[str]]] = {
+    Fault.KILL: SYSTEM_CALLS,
     Fault.KILL_AFTER: TELLS,
     Fault.KILL_WITHIN: frozenset({"send"}),
-    Fault.STOP: frozenset(CALLS),
+    Fault.STOP: SYSTEM_CALLS,
     Fault.FAIL: frozenset(name for name, errnos in ERRNOS.items() if errnos),
     Fault.SHORT: PIECES,
     Fault.HALF_READ: MESSAGES,

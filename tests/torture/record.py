@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +55,29 @@ class TriedBlows:
             return
         if not path.exists() or not path.stat().st_size:
             path.write_text(json.dumps({"code": code}) + "\n", encoding="utf-8")
-        for line in self._whole_lines(path):
-            if "code" in line:
-                if line["code"] != code:
-                    raise OtherCode(f"{path} is of other code: remove it, or give another --record")
-                continue
-            fault = FAULTS[line["kind"]]
-            blow = Blow(line["story"], line["process"], fault, line["n"], line["errno"])
-            self.tried[blow] = Aftermath(line["call"], How(line["how"]), line["why"])
-
-    @staticmethod
-    def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-        """The last may be half a line: we were killed."""
         text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
-        yield from map(json.loads, whole.splitlines())
+        if not text.endswith("\n"):  # we were killed within a line
+            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        recorded, self.tried = read(path)
+        if recorded != code:
+            raise OtherCode(f"{path} is of other code: remove it, or give another --record")
 
     def add(self, blow: Blow, outcome: Aftermath) -> None:
         self.tried[blow] = outcome
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(as_dict(blow, outcome)) + "\n")
+
+
+def read(path: Path) -> tuple[str, dict[Blow, Aftermath]]:
+    """The state of the code it is of, and what it has."""
+    text = path.read_text(encoding="utf-8")
+    first, *lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    tried = {}
+    for line in lines:
+        blow = Blow(line["story"], line["process"], FAULTS[line["kind"]], line["n"], line["errno"])
+        tried[blow] = Aftermath(line["call"], How(line["how"]), line["why"])
+    return first["code"], tried
 
 
 def table(tried: dict[Blow, Aftermath]) -> str:

@@ -37,7 +37,10 @@ STORIES: dict[str, ShortStory] = {
     "managed": _dmatest("managed"),
     "mirror": _dmatest("mirror"),
     "notifier": _dmatest("notifier"),
-    "pinned": _dmatest("pinned"),
+    # Little memory: all of it is pinned, and each frame is an allocation.
+    "pinned": ShortStory(
+        WORKLOADS["hotplug-storm"], "pinned", {"kept": 16, "plugged": 16, "rounds": 1, "storm": 0}
+    ),
     "balloon": ShortStory(WORKLOADS["balloon"], "mirror", {"pages": 8, "rounds": 1}),
 }
 PROOF = "sharing"  # played after each blow: does everybody serve again?

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ from tests.torture import judges
 from tests.torture.__main__ import again, parse
 from tests.torture.blow import PROCESSES, Aftermath, Blow, How, verdict
 from tests.torture.calls import AT, ERRNOS, Fault
-from tests.torture.daemons import SPECS, Spawner
+from tests.torture.daemons import ROOT, SPECS, Spawner
 from tests.torture.holdings import Holdings, memory_of_the_dead, not_zero
 from tests.torture.order import Order
 from tests.torture.record import OtherCode, TriedBlows, table
 from tests.torture.stories import STORIES
 from tests.torture.struck import CountedCalls, plain
+from tests.torture.summary import FOUND, summary
 from tests.torture.sweep import Bounds, StruckSystem, run, sweeps
 
 SHORT = Bounds(first=7, most=1)
@@ -212,7 +214,7 @@ async def test_an_allocation_that_fails_is_a_reason(world: StruckSystem, name: s
 
 
 def test_every_call_can_be_died_at_and_every_one_that_can_fail_fails() -> None:
-    assert AT[Fault.KILL] == AT[Fault.STOP] == ERRNOS.keys()
+    assert AT[Fault.KILL] == AT[Fault.STOP] == ERRNOS.keys() - {"frame", "table page"}
     assert all(AT[fault] <= ERRNOS.keys() for fault in AT)
     assert all(ERRNOS[name] for name in AT[Fault.FAIL])
 
@@ -228,6 +230,44 @@ def test_a_record_goes_on_where_it_was_left_and_holds_for_one_state_of_the_code(
     path.write_text(json.dumps({"code": "of yesterday"}) + "\n")
     with pytest.raises(OtherCode, match="remove it"):
         TriedBlows(path)
+
+
+def test_a_summary_counts_a_blow_as_it_went_last_and_knows_which_sweeps_ended(tmp_path: Path) -> None:
+    def record(name: str, outcomes: dict[int, Aftermath]) -> Path:
+        path = tmp_path / name
+        kept = TriedBlows(path)
+        for at, outcome in outcomes.items():
+            kept.add(Blow("sharing", "kvmd", Fault.KILL, at), outcome)
+        return path
+
+    good, none = Aftermath("send", How.REFUSED, "hung up"), Aftermath(None, How.SURVIVED)
+    old = record("old", {1: good, 2: Aftermath("dup", How.FAILED, "leaks")})
+    new = record("new", {2: good, 3: none})
+    found = summary([old])
+    assert (found["blows"], found["failed"], found["swept_to_the_end"]) == (2, ["sharing kvmd kill 2"], 0)
+    found = summary([old, new])
+    assert (found["blows"], found["failed"], found["by_call"]) == (2, [], {"send": 2})
+    assert (found["swept_to_the_end"], found["stories_swept_to_the_end"]) == (1, {"sharing": ["kvmd"]})
+    assert len(found["states_of_the_code"]) == 2
+    assert summary([old, record("newest", {3: none})])["blows"] == 1
+    assert summary([record("gap", {1: good, 3: good, 4: none})])["swept_to_the_end"] == 0
+
+
+def test_what_was_found_is_kept_mended_by_a_test() -> None:
+    for found in tomllib.loads(FOUND.read_text(encoding="utf-8"))["found"]:
+        path, name = found["test"].split("::")
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_summary_that_documents_are_held_to_is_one_of_ours() -> None:
+    written = json.loads((ROOT / "docs" / "results" / "torture.json").read_text(encoding="utf-8"))
+    assert written.keys() == summary([]).keys()
+    assert written["failed"] == []
+    assert written["found"] == summary([])["found"]
+    for by in ("outcomes", "by_kind", "by_process", "by_story", "by_call"):
+        assert sum(written[by].values()) == written["blows"]
+    assert set(written["by_story"]) <= {"start", *STORIES}
+    assert set(written["by_process"]) == set(PROCESSES)
 
 
 async def test_what_the_record_has_is_not_tried_again() -> None:
