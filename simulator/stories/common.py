@@ -15,6 +15,7 @@ PAGES = 16  # of the machine's own memory: pinned whole, where a design pins
 BEFORE, AFTER = b"before..", b"after..."
 PATTERN = 0x6B6B_6B6B_6B6B_6B6B
 ONE_TABLE = ("managed", "shared")  # KVM's: a device has what the guest has
+OWN_TABLE = ("pinned", "mirror", "notifier")  # iommufdd's
 MAY_TAKE = ("mirror", "notifier", *ONE_TABLE)  # those that do not pin all memory
 
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
 from simulator.stories.logs import LOGS
+from simulator.stories.machines import MACHINES
+from simulator.stories.pins import PINS
+from simulator.stories.private import PRIVATE
 from simulator.stories.slots import SLOTS
 from simulator.stories.story import SmallStory
 
-STORIES: Mapping[str, SmallStory] = {story.name: story for story in (*HOST, *SLOTS, *LOGS)}
+_ALL = (*HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *PRIVATE, *MACHINES)
+STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

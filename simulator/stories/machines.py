@@ -1,0 +1,130 @@
+"""Another VM of the process, and another table for a device: made, used, and gone again beside the rest."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import trio
+
+from qemu_shim.api import PAGE_SIZE, Context, RamSlot, UapiError
+from qemu_shim.vmm.designs import IoasContainer
+from qemu_shim.vmm.kvm_client import Vm
+from qemu_shim.vmm.vcpu import Vcpu
+from simulator.search.excerpt import Excerpt
+from simulator.stories.common import AFTER, AT, BEFORE, NEXT, ONE_TABLE, PAGES, SLOT_BYTES, post_fill
+from simulator.stories.devices import TWO
+from simulator.stories.story import SmallStory
+
+NARROW, WIDER = 46, 50  # of the second VM's guest; the one takes tables of four levels, the other of five
+FIVE_LEVELS = {"kvmd": ("--ept-levels", "5", "--maxphyaddr", "52")}
+
+
+async def _lend(ctx: Context, excerpt: Excerpt) -> None:
+    """A VM is made, lends its table to the second device, and ends, its fds closed in any order."""
+    guest = await ctx.boot_for(PAGES)
+    second = await guest.plug(1)
+    machine, vfio = guest.machine, second.plugged.vfio
+    await vfio.detach()
+    process = machine.process
+    hva = await process.mmap(SLOT_BYTES)
+    for _ in excerpt.rounds():
+        vm = await machine.host.kvmd.create_vm(process)
+        vcpu = await vm.create_vcpu(0)
+        await vcpu.set_cpuid(NARROW)
+        await vm.set_user_memory_region(0, AT, SLOT_BYTES, hva)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vcpu.run, [("w", AT, BEFORE)])
+                container = await machine.config.design.open(vm, process)
+                slot = RamSlot(0, AT, SLOT_BYTES, hva)
+                hwpt_id = await container.hwpt(machine.iommu, second.plugged.dev_id, [slot])
+                await vfio.attach(hwpt_id)
+                post_fill(second, AT + 64)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vcpu.run, [("w", AT, AFTER), ("w", NEXT, AFTER)])
+                nursery.start_soon(process.move_pages, hva, PAGE_SIZE)
+                container.close()
+                vm.close()
+                post_fill(second, NEXT)
+                await vfio.detach()
+                await machine.iommu.destroy(hwpt_id)
+                if isinstance(container, IoasContainer):
+                    await machine.iommu.destroy(container.ioas_id)
+            vcpu.close()
+            await second.plugged.portal.drain()
+        await process.madvise_dontneed(hva, SLOT_BYTES)
+
+
+async def _export(ctx: Context, excerpt: Excerpt) -> None:
+    """Two ask for one TDP while a vCPU's store sleeps: one gets it, and gives it back (B-02, B-06)."""
+    guest = await ctx.boot_for(PAGES)
+    machine = guest.machine
+    process, kernel = machine.process, machine.host.loop.kernel
+    hva, argp = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
+    uffd = await process.userfaultfd()
+
+    async def served() -> None:
+        for _ in range(2):
+            await uffd.next_event()
+            await uffd.copy(argp, bytes(PAGE_SIZE))
+
+    try:
+        for _ in excerpt.rounds():
+            vm = await machine.host.kvmd.create_vm(process)
+            vcpu = await vm.create_vcpu(0)
+            await vcpu.set_cpuid(NARROW)
+            await vm.set_user_memory_region(0, AT, SLOT_BYTES, hva)
+            await uffd.register(argp, PAGE_SIZE, "missing")
+            got: list[int] = []
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(served)
+                    async with trio.open_nursery() as asking:
+                        for _ in range(2):
+                            asking.start_soon(_try_to_export, vm, argp, got)
+                        asking.start_soon(_run_wider, vcpu)
+                    nursery.cancel_scope.cancel()
+                ctx.expect_equal(len(got), 1, "I10: TDP FDs of one address space")
+                await process.mprotect(argp, PAGE_SIZE, "r")
+                for fd in got:
+                    kernel.close(fd)
+                await _try_to_export(vm, argp, got)  # it cannot be told, and stays nobody's
+                await process.mprotect(argp, PAGE_SIZE, "rw")
+                await _export_at_last(ctx, vm, argp)
+            await uffd.unregister(argp, PAGE_SIZE)
+            await process.madvise_dontneed(argp, PAGE_SIZE)
+            vm.close()
+            vcpu.close()
+    finally:
+        uffd.close()
+
+
+async def _try_to_export(vm: Vm, argp: int, got: list[int]) -> None:
+    with suppress(UapiError):
+        got.append(await vm.create_tdp_fd(argp=argp))
+
+
+async def _export_at_last(ctx: Context, vm: Vm, argp: int) -> None:
+    """Whoever had it may be on the way out still."""
+
+    async def exports() -> bool:
+        got: list[int] = []
+        await _try_to_export(vm, argp, got)
+        for fd in got:
+            vm.loop.kernel.close(fd)
+        return bool(got)
+
+    await ctx.until("R13: the TDP can be lent again", exports)
+
+
+async def _run_wider(vcpu: Vcpu) -> None:
+    """It is refused that width once the TDP is lent: its root would be another (B-28)."""
+    with suppress(UapiError):
+        await vcpu.set_cpuid(WIDER)
+    await vcpu.run([("w", AT, BEFORE)])
+
+
+MACHINES = (
+    SmallStory("lend", "a VM's table is lent to a device, and both end", _lend, options=TWO),
+    SmallStory("export", "two ask for the TDP of one VM", _export, ONE_TABLE, FIVE_LEVELS),
+)

@@ -1,0 +1,144 @@
+"""Pages that are pinned for a device, and given up again, beside what the host does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from qemu_shim.api import PAGE_SIZE, Context, Guest, UapiError
+from simulator.search.excerpt import Excerpt
+from simulator.stories.common import (
+    AFTER,
+    AT,
+    BEFORE,
+    MAY_TAKE,
+    NEXT,
+    PAGES,
+    PATTERN,
+    SLOT_BYTES,
+    agree,
+    try_fill,
+)
+from simulator.stories.story import Play, SmallStory
+
+
+async def _pin_and_unpin(guest: Guest) -> None:
+    vfio = guest.machine.device
+    await vfio.pin(AT, PAGE_SIZE)
+    await guest.fill(AT + 64, 64, PATTERN)
+    await vfio.unpin(AT, PAGE_SIZE)
+
+
+async def _dropped(guest: Guest) -> None:
+    """As any process may, whatever a VMM would refuse."""
+    machine = guest.machine
+    await machine.process.madvise_dontneed(machine.hva_of(AT), PAGE_SIZE)
+
+
+async def _migrated(guest: Guest) -> None:
+    await guest.migrate(AT)
+
+
+async def _forked(guest: Guest) -> None:
+    child = await guest.machine.process.fork()
+    await guest.write(AT + 8, AFTER)
+    child.close()
+
+
+async def _swapped(guest: Guest) -> None:
+    await guest.swap_out(AT)
+
+
+def _pinned_beside(*changes: Callable[[Guest], Awaitable[Any]]) -> Play:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(PAGES)
+        await guest.add_slot(SLOT_BYTES, AT)
+        for _ in excerpt.rounds():
+            await guest.write(AT, BEFORE)
+            await guest.copy(NEXT, AT)
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_pin_and_unpin, guest)
+                    nursery.start_soon(guest.copy, NEXT, AT)
+                    for change in changes:
+                        await change(guest)
+            await agree(ctx, guest, AT)
+            await guest.machine.device.pin(AT, PAGE_SIZE)
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                    nursery.start_soon(guest.machine.device.unpin, AT, PAGE_SIZE)
+                    for change in changes:
+                        await change(guest)
+            await agree(ctx, guest, AT)
+            await guest.discard(AT, SLOT_BYTES)
+
+    return play
+
+
+async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
+    """A pin sleeps for its page, which is given and taken meanwhile."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    uffd = await process.userfaultfd()
+
+    async def served() -> None:
+        while True:
+            await uffd.next_event()
+            await uffd.copy(hva, BEFORE)
+            await guest.migrate(AT)
+            await process.madvise_dontneed(hva, PAGE_SIZE)
+
+    try:
+        for _ in excerpt.rounds():
+            await uffd.register(hva, PAGE_SIZE, "missing")
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(served)
+                    async with trio.open_nursery() as accesses:
+                        accesses.start_soon(_pin_and_unpin, guest)
+                        accesses.start_soon(guest.write, AT + 8, AFTER)
+                    nursery.cancel_scope.cancel()
+            await uffd.unregister(hva, PAGE_SIZE)
+            await agree(ctx, guest, AT)
+            await guest.discard(AT, SLOT_BYTES)
+    finally:
+        uffd.close()
+
+
+async def _if_it_is_let(call: Awaitable[None]) -> None:
+    with suppress(UapiError):
+        await call
+
+
+async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
+    """The slot of a page that is pinned, or being pinned, goes (R21)."""
+    guest = await ctx.boot_for(PAGES)
+    vfio = guest.machine.device
+    for _ in excerpt.rounds():
+        slot = await guest.add_slot(SLOT_BYTES, AT)
+        await guest.fill(AT, 64)
+        await vfio.pin(AT, PAGE_SIZE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_if_it_is_let, vfio.pin(NEXT, PAGE_SIZE))
+                nursery.start_soon(try_fill, guest, AT)
+                await guest.remove_slot(slot)
+        for page in (AT, NEXT):
+            await _if_it_is_let(vfio.unpin(page, PAGE_SIZE))
+
+
+PINS = (
+    SmallStory(
+        "pin", "a pin, and its end, beside a migration", _pinned_beside(_migrated, _migrated), MAY_TAKE
+    ),
+    SmallStory("pin-drop", "a pin beside MADV_DONTNEED", _pinned_beside(_dropped, _dropped), MAY_TAKE),
+    SmallStory("pin-fork", "a pin beside fork, and a store behind it", _pinned_beside(_forked), MAY_TAKE),
+    SmallStory("pin-swap", "a pin beside swapping out", _pinned_beside(_swapped, _swapped), MAY_TAKE),
+    SmallStory("pin-asleep", "a pin that waits for userfaultfd", _asleep, MAY_TAKE),
+    SmallStory("pin-slot", "pins beside their slot's deletion", _slot_goes, MAY_TAKE),
+)
