@@ -18,6 +18,7 @@ from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
+from simulator.faults.kinds import KINDS, UnknownFaults, kinds_of
 from simulator.narrator import Narrator, diagram
 from simulator.planted.registry import PLANTED
 from simulator.search.explore import Found, Player, replayed, smallest
@@ -115,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
     parser.add_argument("--plant", choices=tuple(PLANTED), metavar="ID", help="with a bug put in")
     parser.add_argument(
+        "--faults",
+        type=_faults,
+        default=(),
+        metavar="KIND,...",
+        help="at most one each a schedule, then all is played again without: "
+        + "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items()),
+    )
+    parser.add_argument(
         "--set", dest="param", action="append", default=[], metavar="NAME=N", help="of the scenario"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
@@ -138,7 +147,18 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
         if param not in scenario.params or not value.isdigit():
             parser.error(f"--set {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
         params[param] = int(value)
-    return Judged(find, name, options.design, params=params, plant=options.plant or "")
+    if options.faults and not STRATEGIES[options.strategy].seeded:
+        parser.error(
+            f"--faults with --strategy {options.strategy}: a search that ends is of one without faults"
+        )
+    return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)
+
+
+def _faults(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(kinds_of(text))
+    except UnknownFaults as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _told(judged: Judged) -> str:
@@ -156,6 +176,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     words = [f"--design {judged.design}", f"--strategy {strategy}", f"--seed {found.seed}"]
     words += [f"--schedules {found.schedule}", *(f"--set {name}={n}" for name, n in judged.params.items())]
     words += [f"--plant {judged.plant}"] if judged.plant else []
+    words += [f"--faults {','.join(judged.faults)}"] if judged.faults else []
     print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
     shrunk, replays = smallest(_begin(judged, ROUNDS), found)
     answers = sum(map(bool, shrunk.answers))
@@ -170,6 +191,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
             judged.plant,
             end.invariant,
             shrunk.before,
+            ",".join(judged.faults),
         )
     )
     print(text, end="")
@@ -200,6 +222,7 @@ def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> 
         (is_file(name) or name in PLAYED, f"scenario {name!r}"),
         (story.design in DESIGNS, f"design {story.design!r}"),
         (not story.plant or story.plant in PLANTED, f"planted bug {story.plant!r}"),
+        (not set(story.faults.split(",")) - {"", *KINDS}, f"faults {story.faults!r}"),
         (all(word.partition("=")[2].isdigit() for word in given), f"parameters {' '.join(given)!r}"),
     ]
     for is_there, what in known:
@@ -208,4 +231,4 @@ def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> 
                 f"--replay {path}: this program has no {what}: ask its sender which version it is of"
             )
     params = {param: int(value) for param, _, value in (word.partition("=") for word in given)}
-    return Judged(find, name, story.design, story.seed, params, story.plant)
+    return Judged(find, name, story.design, story.seed, params, story.plant, tuple(kinds_of(story.faults)))

@@ -22,6 +22,9 @@ class Excerpt:
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        self.opened: Callable[[], None] = lambda: None
+        self.closes: Callable[[], None] = lambda: None
+        """Called in the story, first and last of what is searched."""
         self._stands_first = stands_first
         self.judged: Callable[[], int] = lambda: 0
         """How often whoever judges the run has heard of something so far."""
@@ -47,8 +50,10 @@ class Excerpt:
             self._step_is_inside = True  # none is under way
         self._judged = self.judged()
         self._open = True
+        self.opened()
 
     def close(self) -> None:
+        self.closes()
         self._open = False
 
     def __enter__(self) -> None:

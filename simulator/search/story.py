@@ -6,15 +6,16 @@ the trace they lead to.
     design shared
     seed 7
     plant R7-devtlb-first
+    faults evict,sigstop
     invariant I6
     answers 2:1 4:2
     trace 28b9d3a1c0ffee55
     end 2a8374e9
 
-`plant` and `invariant` may be missing, and so is `before` mostly: answers of rounds that were played in the
-machine before, one behind the other, a "/" between.  Lines before the first and behind the last do not
-matter, nor does the "> " of a quotation, nor where the answers are wrapped.  The last line's number is a
-CRC-32 of what stands between, so that a damaged story is not taken for another one.
+`plant`, `faults` and `invariant` may be missing, and so is `before` mostly: answers of rounds that were
+played in the machine before, one behind the other, a "/" between.  Lines before the first and behind the last
+do not matter, nor does the "> " of a quotation, nor where the answers are wrapped.  The last line's number is
+a CRC-32 of what stands between, so that a damaged story is not taken for another one.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ class Story:
     plant: str = ""
     invariant: str = ""
     before: tuple[Answers, ...] = ()
+    faults: str = ""  # the kinds that were on
 
 
 def to_text(story: Story) -> str:
-    for name in ("scenario", "design", "plant", "invariant"):
+    for name in ("scenario", "design", "plant", "faults", "invariant"):
         value = getattr(story, name)
         assert value == " ".join(value.split()), f"{name} {value!r} does not fit on a line as it is"
     lines = [
@@ -60,6 +62,7 @@ def to_text(story: Story) -> str:
         f"design {story.design}",
         f"seed {story.seed}",
         *([f"plant {story.plant}"] if story.plant else []),
+        *([f"faults {story.faults}"] if story.faults else []),
         *([f"invariant {story.invariant}"] if story.invariant else []),
         *(_wrapped("before", *story.before) if story.before else []),
         *_wrapped("answers", story.answers),
@@ -92,6 +95,7 @@ def from_text(text: str) -> Story:
         plant=values.get("plant", ""),
         invariant=values.get("invariant", ""),
         before=tuple(map(_answers, values["before"].split("/"))) if "before" in values else (),
+        faults=values.get("faults", ""),
     )
 
 

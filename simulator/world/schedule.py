@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
+from simulator.faults.plan import Faults
+from simulator.faults.play import playing_faulted
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watch import Watch
 from simulator.ghost.probes.watching import watching
@@ -18,6 +20,7 @@ from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
+from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
@@ -49,6 +52,7 @@ class Judged:
     seed: int = 1  # of what the scenario leaves to chance
     params: Mapping[str, int] = field(default_factory=dict)
     plant: str = ""
+    faults: Sequence[str] = ()  # of which kinds (simulator/faults/kinds.py)
 
     def __call__(self, rounds: int = 1, onlooker: Onlooker | None = None) -> Living:
         """What plays its schedules, at most `rounds` of a small story in one machine."""
@@ -89,16 +93,16 @@ class Living:
     def _play(self, strategy: Strategy) -> Generator[RunEnd]:
         judged, verdicts = self._judged, Verdicts()
         ghost = Ghost(verdicts)
-        scenario, design = judged.find(judged.scenario), DESIGNS[judged.design]
-        if isinstance(scenario, SmallStory):
+        found, faults = judged.find(judged.scenario), Faults(judged.faults)
+        if isinstance(found, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)
-            scenario = scenario.scenario(self._excerpt)
+            self._excerpt.opened, self._excerpt.closes = faults.begin, faults.end
         onlooker = self._onlooker
         journal = None if onlooker is None else onlooker.journal
         with (
             planted(judged.plant) if judged.plant else nullcontext(),
             watching(ghost) as watch,
-            closing(playing(scenario, design, strategy, judged.seed, judged.params, journal)) as machine,
+            closing(self._machine(found, strategy, faults, journal)) as machine,
         ):
             if onlooker is not None:
                 onlooker.sees(watch)
@@ -117,6 +121,19 @@ class Living:
             except Stuck as stuck:
                 ghost.liveness.stuck()
                 yield _judged(verdicts, [f"{STUCK}: {stuck}"])
+
+    def _machine(
+        self, found: Scenario | SmallStory, strategy: Strategy, faults: Faults, journal: Journal | None
+    ) -> Generator[list[str], None, Played]:
+        judged, design = self._judged, DESIGNS[self._judged.design]
+        scenario = calm = found if isinstance(found, Scenario) else found.scenario(Excerpt(Replay(())))
+        if isinstance(found, SmallStory) and self._excerpt is not None:
+            scenario = found.scenario(self._excerpt)
+        if faults.kinds:
+            return playing_faulted(
+                scenario, calm, design, strategy, faults, judged.seed, judged.params, journal
+            )
+        return playing(scenario, design, strategy, judged.seed, judged.params, journal)
 
 
 def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:

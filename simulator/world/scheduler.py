@@ -179,10 +179,15 @@ class World:
     def close(self) -> None:
         """Whoever has not come to its end ends where it stands, and nothing of it is heard."""
         self._closed = True
+        kept = trio_run.kept()
         for thread in self.threads:
             if thread.greenlet:
                 thread.over = True
                 thread.greenlet.throw(GreenletExit)
+        trio_run.restored(kept)
+        self.threads.clear()
+        self.failures.clear()
+        self._running = self._awaited = None
 
     @property
     def unfinished(self) -> bool:
@@ -224,8 +229,10 @@ class World:
         if thread is me:
             return
         kept = trio_run.kept()
-        thread.greenlet.switch()
-        trio_run.restored(kept)
+        try:
+            thread.greenlet.switch()
+        finally:
+            trio_run.restored(kept)
         if self._closed:
             raise GreenletExit
 
@@ -318,8 +325,10 @@ class World:
     def _leave(self) -> None:
         """To `run`; returns when it is the thread's turn again, if ever."""
         kept = trio_run.kept()
-        self._main.switch()
-        trio_run.restored(kept)
+        try:
+            self._main.switch()
+        finally:
+            trio_run.restored(kept)
         if self._closed:
             raise GreenletExit
 

@@ -108,6 +108,10 @@ class System:
         return daemon
 
     async def _kill(self, name: str) -> None:
+        self.kill(name)
+
+    def kill(self, name: str) -> None:
+        """As SIGKILL does.  LookupError: there is no such daemon."""
         daemon = self.daemons.get(name)
         if daemon is None or daemon.thread is None:
             raise LookupError(f"no {name} runs; there are {', '.join(self.daemons)}")
@@ -124,6 +128,19 @@ class System:
 
         return world.spawn(process, lambda: run(world, process, main))
 
+    def problems(self) -> list[str]:
+        """Bugs that surfaced."""
+        return [
+            *(f"{type(error).__name__}: {error}" for error in self.world.crashes()),
+            *(f"{name}: {type(error).__name__}: {error}" for name, error in self.crashes),
+        ]
+
+    def forget(self) -> None:
+        """The world is closed.  What its processes left behind goes now, and not in the next one, where it
+        would run."""
+        self.daemons.clear()
+        self.crashes.clear()
+
     def stop(self) -> None:
         """All daemons, in an orderly way."""
         for spec in reversed(DAEMONS):
@@ -134,6 +151,11 @@ class System:
             self.world.run(daemon.thread)
 
 
+_unfinished: list[bool] = []
+"""The last world was: what its callers still held of it when it was closed has to go before the next one, in
+which it would run."""
+
+
 @contextmanager
 def system(
     strategy: Strategy,
@@ -142,6 +164,9 @@ def system(
     fates: Mapping[str, Fate] | None = None,
 ) -> Iterator[System]:
     """The daemons run, or will when they are chosen; `fates` by their names."""
+    if _unfinished:
+        with _unheard():
+            _unfinished.clear()
     world = World(strategy, journal)
 
     def by_choice(tasks: list[trio.lowlevel.Task]) -> list[trio.lowlevel.Task]:
@@ -158,8 +183,10 @@ def system(
             yield made
         finally:
             if world.unfinished:
+                _unfinished.append(True)
                 with _unheard():
                     world.close()
+                    made.forget()
 
 
 @contextmanager
@@ -174,6 +201,12 @@ def _unheard() -> Iterator[None]:
             gc.collect()
     finally:
         sys.unraisablehook = hook
+
+
+def options_of(scenario: Scenario) -> Mapping[str, Sequence[str]]:
+    """What daemons are started with for it, by their names."""
+    own = scenario.options
+    return {name: (*SMALL.get(name, ()), *own.get(name, ())) for name in {**SMALL, **own}}
 
 
 @dataclass(slots=True)
@@ -201,30 +234,22 @@ def playing(
     """
     report = Report(scenario.name)
     runs: list[Run] = []
-    own = scenario.options
-    given = {name: (*SMALL.get(name, ()), *own.get(name, ())) for name in {**SMALL, **own}}
 
     async def work(host: Host) -> None:
         runs.append(await run_scenario(host, scenario, design, seed, params, report))
 
-    with system(strategy, given, journal) as made:
+    with system(strategy, options_of(scenario), journal) as made:
         world = made.world
         if isinstance(strategy, Excerpt):
             strategy.between = world.pause
 
-        def problems() -> list[str]:
-            return [
-                *report.problems,
-                *(f"{type(error).__name__}: {error}" for error in world.crashes()),
-                *(f"{name}: {type(error).__name__}: {error}" for name, error in made.crashes),
-            ]
-
         client = made.client(work)
         while not world.run(client):
-            yield problems()
+            yield [*report.problems, *made.problems()]
         made.stop()
         run = runs[0] if runs else None
-        return Played(run, report, problems(), world.journal.digest, world.decisions, world.journal.steps)
+        problems = [*report.problems, *made.problems()]
+        return Played(run, report, problems, world.journal.digest, world.decisions, world.journal.steps)
 
 
 def play(

@@ -1,0 +1,114 @@
+"""Which faults a schedule has, and at which of their opportunities: asked of the strategy when it begins.
+
+The opportunities of a kind are counted.  First the strategy says among which it is (the first, the second,
+the 3rd or 4th, the 5th to 8th...), then which half of those, and so on: early ones are as likely as late
+ones together, however long the run is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from simulator.faults.kinds import KINDS
+from simulator.world.scheduler import Fate, SimThread, World
+
+VICTIMS = ("kvmd", "iommufdd", "device_sim")
+VMM = "qemu_shim"
+STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
+
+
+class Faults:
+    """Of these kinds, at most one each in a schedule.  Nothing fails before `begin` nor after `end`."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
+        self.met: Counter[str] = Counter()  # how many there were of each kind
+        self.killed: set[str] = set()
+        self.never = False  # a device that is late is so for good
+        self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
+        self._world: World | None = None
+        self._left: dict[str, int] = {}  # opportunities that pass before it fails
+        self._sealed: list[tuple[str, SimThread]] = []
+
+    def put_into(self, world: World) -> None:
+        self._world = world
+
+    @property
+    def excuses(self) -> bool:
+        """Was there one because of which a VMM may have been denied something?"""
+        return any(KINDS[kind].excuses for kind in self.met) or self.is_quarantined
+
+    def begin(self) -> None:
+        """Ask for a schedule's; called by a thread of the world."""
+        for kind in self.kinds:
+            at = self._when(kind)
+            if at is None:
+                continue
+            if kind in ("sigstop", "sigkill"):
+                self._seal_fate(kind, at)
+                continue
+            self._left[kind] = at
+            if kind == "ite":
+                self.never = bool(self._pick(kind, ("late", "never")))
+
+    def end(self) -> None:
+        """What has not failed by now does not."""
+        self._left.clear()
+        for kind, thread in self._sealed:
+            if thread.fate is None:
+                self.met[kind] += 1
+                if kind == "sigkill":
+                    self.killed.add(thread.name)
+            thread.fate = None
+        self._sealed.clear()
+
+    def due(self, kind: str) -> bool:
+        """One of its opportunities has come: does it fail?"""
+        left = self._left.get(kind)
+        if left is None:
+            return False
+        if left:
+            self._left[kind] = left - 1
+            return False
+        del self._left[kind]
+        self.met[kind] += 1
+        assert self._world is not None
+        self._world.journal.add(f"fault: {kind}")
+        return True
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def _when(self, kind: str) -> int | None:
+        spans = [0, *(1 << n for n in range(KINDS[kind].late))]
+        labels = ["never", *(_ordinals(first, max(first, 1)) for first in spans)]
+        answer = self._pick(kind, labels)
+        if not answer:
+            return None
+        first = spans[answer - 1]
+        size = max(first, 1)
+        while size > 1:
+            size //= 2
+            first += size * self._pick(kind, (_ordinals(first, size), _ordinals(first + size, size)))
+        return first
+
+    def _seal_fate(self, kind: str, steps: int) -> None:
+        names = VICTIMS if kind == "sigstop" else (*VICTIMS, VMM)
+        name = names[self._pick(kind, names)]
+        stops_s = None
+        if kind == "sigstop":
+            stops_s = STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]
+        assert self._world is not None
+        for thread in self._world.threads:
+            if thread.name == name and not thread.over and thread.fate is None:
+                thread.fate = Fate(thread.taken + 1 + steps, stops_s)
+                self._sealed.append((kind, thread))
+
+    def _pick(self, kind: str, labels: Sequence[str]) -> int:
+        assert self._world is not None
+        return self._world.pick(f"fault {kind}", labels)
+
+
+def _ordinals(first: int, size: int) -> str:
+    """Opportunities first, first + 1, ... from 0 on, for people."""
+    return f"at its {first + 1}." if size == 1 else f"at its {first + 1}. to {first + size}."

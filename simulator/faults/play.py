@@ -1,0 +1,85 @@
+"""A scenario under faults, and what must hold all the same.
+
+While there are faults a VMM may be denied what it asks, if one of them is a reason; daemons that died are
+started again, and then the same scenario is played once more without any: all of it must be served.  No
+daemon has a bug in either, and whoever watches judges each step of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+
+import trio
+
+from protocol.errors import PeerError, UapiError
+from qemu_shim.scenarios.measure import Report
+from qemu_shim.scenarios.runner import run_scenario
+from qemu_shim.scenarios.scenario import Scenario
+from qemu_shim.vmm.designs import Design
+from qemu_shim.vmm.machine import Host
+from simulator.faults.plan import STOPS_S, Faults
+from simulator.faults.seams import injected
+from simulator.search.excerpt import Excerpt
+from simulator.search.option import Strategy
+from simulator.world.journal import Journal
+from simulator.world.system import Played, System, options_of, system
+
+CALM_S = 2 * max(STOPS_S.values())
+"""In which who was stopped goes on, and what a dead one held is given up: exit takes no time on Linux."""
+_DENIED = (PeerError, UapiError, OSError)
+
+
+def playing_faulted(
+    scenario: Scenario,
+    calm: Scenario,
+    design: Design,
+    strategy: Strategy,
+    faults: Faults,
+    seed: int = 1,
+    params: Mapping[str, int] | None = None,
+    journal: Journal | None = None,
+) -> Generator[list[str], None, Played]:
+    """As `playing`; behind its end `calm` is played, the same scenario of which nothing is searched.  An
+    excerpt begins and ends the faults itself; else they are of all the run.
+    """
+    report, again = Report(scenario.name), Report(scenario.name)
+
+    async def first(host: Host) -> None:
+        if not isinstance(strategy, Excerpt):
+            faults.begin()
+        await run_scenario(host, scenario, design, seed, params, report)
+
+    async def second(host: Host) -> None:
+        await trio.sleep(CALM_S)
+        await run_scenario(host, calm, design, seed, params, again)
+
+    with system(strategy, options_of(scenario), journal) as made, injected(faults):
+        world = made.world
+        faults.put_into(world)
+        if isinstance(strategy, Excerpt):
+            strategy.between = world.pause
+        client = made.client(first)
+        while not world.run(client):
+            yield _problems(made, report, faults)
+        faults.end()
+        problems = _problems(made, report, faults)
+        world.failures.clear()
+        if faults.is_quarantined and not made.daemons["device_sim"].has_died:
+            made.kill("device_sim")
+            faults.killed.add("device_sim")
+        problems += [f"{name} ended by itself" for name in made.restart() if name not in faults.killed]
+        client = made.client(second)
+        while not world.run(client):
+            pass
+        made.stop()
+        problems += [*again.problems, *made.problems()]
+        return Played(None, report, problems, world.journal.digest, world.decisions, world.journal.steps)
+
+
+def _problems(made: System, report: Report, faults: Faults) -> list[str]:
+    """Less what a VMM was denied because of a fault."""
+    if not faults.excuses:
+        return [*report.problems, *made.problems()]
+    world = made.world
+    world.failures = [error for error in world.crashes() if not isinstance(error, _DENIED)]
+    return made.problems()

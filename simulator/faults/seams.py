@@ -1,0 +1,140 @@
+"""Where faults are met: methods of the product, and of the kernel in memory, wrapped while some are on."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+from device_sim.core.context_tables import ContextTables
+from device_sim.core.function import DmaRange, Function
+from device_sim.core.iotlb import Iotlb
+from device_sim.core.traits import InvalidateCompletion
+from kvmd.core.mm.frames import Frames
+from protocol.errors import UapiError
+from protocol.hw.qi import ALL_PAGES
+from protocol.pt.table_pool import TablePool
+from protocol.units import IovaPfn
+from simulator.faults.plan import VMM, Faults
+from simulator.kernel.files import OpenFile, oserror
+from simulator.kernel.process import SimProcess
+
+Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
+SEAMS: dict[tuple[type, str], tuple[str, Around]] = {}
+
+
+def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
+    def put(around: Around) -> Around:
+        SEAMS[owner, name] = kind, around
+        return around
+
+    return put
+
+
+@contextmanager
+def injected(faults: Faults) -> Iterator[None]:
+    """Inside, faults of its kinds are met.  Enter it last: what watches the product must see them."""
+    on = {seam: around for seam, (kind, around) in SEAMS.items() if kind in faults.kinds}
+    before = {(owner, name): vars(owner)[name] for owner, name in on}
+    for (owner, name), around in on.items():
+        setattr(owner, name, _wrapped(faults, before[owner, name], around))
+    try:
+        yield
+    finally:
+        for (owner, name), original in before.items():
+            setattr(owner, name, original)
+
+
+def _wrapped(faults: Faults, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
+    @wraps(original)
+    def method(*args: Any, **named: Any) -> Any:
+        return around(faults, original, *args, **named)
+
+    return method
+
+
+# -- caches forget ---------------------------------------------------------------------------------------
+
+
+@_seam(Iotlb, "lookup", "evict")
+def _lookup(faults: Faults, original: Any, iotlb: Iotlb, did: int, page: IovaPfn, need: int) -> Any:
+    if faults.due("evict"):
+        iotlb.invalidate_pages(did, page, 1, leaves_only=True)
+    return original(iotlb, did, page, need)
+
+
+@_seam(Iotlb, "lookup_table", "evict")
+def _lookup_table(faults: Faults, original: Any, iotlb: Iotlb, did: int, page: IovaPfn) -> Any:
+    if faults.due("evict"):
+        iotlb.invalidate_pages(did, page, 1, leaves_only=False)
+    return original(iotlb, did, page)
+
+
+@_seam(ContextTables, "second_stage", "evict")
+def _second_stage(faults: Faults, original: Any, tables: ContextTables, rid: int) -> Any:
+    if faults.due("evict"):
+        tables._contexts.clear()
+        tables._pasids.clear()
+    return original(tables, rid)
+
+
+@_seam(Function, "accessible", "evict")
+def _accessible(faults: Faults, original: Any, function: Function, dma: DmaRange) -> Any:
+    """Before an access begins: it is not in the middle of anything."""
+    if faults.due("evict"):
+        function.devtlb.invalidate(IovaPfn(0), ALL_PAGES)
+    return original(function, dma)
+
+
+# -- nothing is left -------------------------------------------------------------------------------------
+
+
+@_seam(SimProcess, "install", "enomem")
+def _install(faults: Faults, original: Any, process: SimProcess, file: OpenFile) -> Any:
+    if process.name != VMM and faults.due("enomem"):
+        raise oserror(errno.EMFILE)
+    return original(process, file)
+
+
+@_seam(SimProcess, "memfd", "enomem")
+def _memfd(faults: Faults, original: Any, process: SimProcess, *args: Any, **named: Any) -> Any:
+    if process.name != VMM and faults.due("enomem"):
+        raise oserror(errno.ENOMEM)
+    return original(process, *args, **named)
+
+
+@_seam(SimProcess, "map_peer", "enomem")
+def _map_peer(faults: Faults, original: Any, process: SimProcess, *args: Any, **named: Any) -> Any:
+    if process.name != VMM and faults.due("enomem"):
+        raise oserror(errno.ENOMEM)
+    return original(process, *args, **named)
+
+
+@_seam(Frames, "allocate", "enomem")
+@_seam(TablePool, "allocate", "enomem")
+def _allocate(faults: Faults, original: Any, *args: Any) -> Any:
+    if faults.due("enomem"):
+        raise UapiError(errno.ENOMEM, "there is nothing left")
+    return original(*args)
+
+
+# -- a device is late ------------------------------------------------------------------------------------
+
+
+@_seam(Function, "invalidate_translations", "ite")
+def _invalidate(faults: Faults, original: Any, function: Function, start: IovaPfn, npages: int) -> Any:
+    if not faults.due("ite"):
+        return original(function, start, npages)
+    traits = function.traits
+    if faults.never:
+        faults.is_quarantined = True
+        function.traits = replace(traits, invalidate_completion=InvalidateCompletion.NEVER)
+        return original(function, start, npages)
+    function.traits = replace(traits, invalidate_completion=InvalidateCompletion.LATE)
+    try:
+        return original(function, start, npages)
+    finally:
+        function.traits = traits

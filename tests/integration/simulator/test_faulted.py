@@ -1,0 +1,95 @@
+"""Stories under faults: whatever fails, what must hold holds, and all of it is served again behind it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qemu_shim.cli import main
+from simulator.command import find
+from simulator.faults.kinds import KINDS
+from simulator.faults.plan import Faults
+from simulator.search.explore import Tally, explore
+from simulator.search.strategies import STRATEGIES
+from simulator.world.schedule import Judged
+from simulator.world.scheduler import World
+
+FEW = 3
+puts = Faults.put_into
+
+
+def played(story: str, design: str, faults: tuple[str, ...], schedules: int, plant: str = "") -> Tally:
+    """Until the first that fails."""
+    run_one = Judged(find, story, design, plant=plant, faults=faults)()
+    return explore(run_one, STRATEGIES["random"].make(1), 1, schedules, lambda tally: bool(tally.found))
+
+
+@pytest.mark.parametrize("design", ["shared", "mirror"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_story_holds_whatever_fails(kind: str, design: str) -> None:
+    assert played("migrate", design, (kind,), FEW).found == []
+
+
+def test_a_daemon_that_died_or_stood_still_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Faults] = []
+
+    def put_into(faults: Faults, world: World) -> None:
+        made.append(faults)
+        puts(faults, world)
+
+    monkeypatch.setattr(Faults, "put_into", put_into)
+    assert played("both", "shared", ("sigkill", "sigstop"), 8).found == []
+    assert {kind for faults in made for kind in faults.met} == {"sigkill", "sigstop"}
+
+
+def test_the_same_answers_are_the_same_run() -> None:
+    one, other = (played("discard", "shared", tuple(KINDS), FEW) for _ in range(2))
+    assert one.traces == other.traces
+    assert len(one.traces) == FEW
+
+
+def test_a_mistake_that_only_a_fault_shows_is_found_repeated_and_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An invalidation that timed out counts as done; without a device that is late nobody sees it."""
+    story = tmp_path / "late.story"
+    words = [
+        "migrate",
+        "--plant",
+        "R18-time-out-is-an-ack",
+        "--workers",
+        "1",
+        "--seed",
+        "1",
+        "--schedules",
+        "10",
+    ]
+    assert main(["sim", *words]) == 0
+    assert main(["sim", *words, "--faults", "ite", "--story", str(story)]) == 1
+    out = capsys.readouterr().out
+    repeat = re.search(r"^repeat: qemu-shim (sim .+)$", out, re.M)
+    assert repeat is not None
+    assert "--faults ite" in repeat[1]
+    assert "faults ite\n" in story.read_text(encoding="utf-8")
+    assert main(["sim", "--replay", str(story)]) == 1
+    replayed = capsys.readouterr().out
+    assert "fault ite" in replayed or "at its " in replayed
+    assert "the trace is another one" not in replayed
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--faults", "rain"], "no faults are called rain; there are evict, "),
+        (["--faults", "evict", "--strategy", "exhaustive"], "a search that ends is of one without faults"),
+    ],
+)
+def test_faults_that_cannot_be_are_refused(
+    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sim", "migrate", *words])
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Faults are answers of a strategy: never by default, at the opportunity it says, once, only in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from device_sim.core.iotlb import Iotlb, IotlbEntry
+from device_sim.core.traits import InvalidateCompletion
+from kvmd.core.mm.frames import Frames
+from protocol.errors import UapiError
+from protocol.pt.bits import RWX
+from protocol.units import LEVEL_4K, Hpa, IovaPfn
+from simulator.faults.kinds import KINDS, UnknownFaults, kinds_of
+from simulator.faults.plan import Faults
+from simulator.faults.seams import SEAMS, injected
+from simulator.kernel.process import SimHost, SimProcess
+from simulator.search.option import Option
+from simulator.world.scheduler import World
+from tests.kit.silicon import Silicon
+from tests.unit.simulator.world.toys import Script
+
+
+class Answers:
+    """Given one after the other, then 0."""
+
+    watches = False
+
+    def __init__(self, *answers: int) -> None:
+        self._answers = list(answers)
+        self.asked: list[list[str]] = []
+
+    def choose(self, options: Sequence[Option]) -> int:
+        self.asked.append([option.label for option in options])
+        return self._answers.pop(0) if self._answers else 0
+
+    def took(self, step: Option) -> None: ...
+
+    def ended(self, failed: bool) -> bool:
+        return False
+
+
+def begun(kind: str, *answers: int) -> Faults:
+    """In a world with one process, which is what asks."""
+    world, faults = World(Answers(*answers)), Faults([kind])
+    faults.put_into(world)
+    world.run(world.spawn(SimProcess(world.host, "qemu_shim"), faults.begin))
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("answers", "at"),
+    [((0,), None), ((1,), 0), ((2,), 1), ((3, 0), 2), ((3, 1), 3), ((4, 1, 0), 6), ((4, 1, 1), 7)],
+)
+def test_the_strategy_says_at_which_opportunity(answers: tuple[int, ...], at: int | None) -> None:
+    faults = begun("evict", *answers)
+    assert [faults.due("evict") for _ in range(16)] == [n == at for n in range(16)]
+    assert faults.met["evict"] == (at is not None)
+
+
+def test_nothing_fails_before_it_begins_nor_after_it_ends() -> None:
+    faults = Faults(["evict"])
+    assert not faults.due("evict")
+    faults = begun("evict", 1)
+    faults.end()
+    assert not faults.due("evict")
+    assert not faults.met
+
+
+def test_kinds_are_asked_for_by_name() -> None:
+    assert kinds_of("sigkill,evict") == ["evict", "sigkill"]
+    assert kinds_of("") == []
+    with pytest.raises(UnknownFaults, match="no faults are called rain; there are evict, "):
+        kinds_of("evict,rain")
+
+
+# -- what each is ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing(kind: str) -> Iterator[Faults]:
+    """At its first opportunity."""
+    faults = begun(kind, 1)
+    with injected(faults):
+        yield faults
+
+
+def test_an_iotlb_forgets_what_it_is_asked_for() -> None:
+    iotlb, page = Iotlb(), IovaPfn(5)
+    entry = IotlbEntry(Hpa(0x1000), LEVEL_4K, RWX, 0)
+    iotlb.fill(1, page, entry)
+    with failing("evict"):
+        assert iotlb.lookup(1, page, RWX) is None
+        iotlb.fill(1, page, entry)
+        assert iotlb.lookup(1, page, RWX) is entry
+
+
+def test_a_daemon_gets_no_fd_and_a_vmm_does() -> None:
+    with failing("enomem"):
+        SimProcess(SimHost(), "qemu_shim").reserve()
+        daemon = SimProcess(SimHost(), "kvmd")
+        with pytest.raises(OSError, match="Too many open files"):
+            daemon.reserve()
+        daemon.reserve()
+
+
+def test_a_host_has_no_frame() -> None:
+    frames = Frames(Hpa(0), memoryview(bytearray(1 << 30)), lambda offset, size: None)
+    with failing("enomem"):
+        with pytest.raises(UapiError, match="ENOMEM"):
+            frames.allocate(LEVEL_4K, 1)
+        frames.allocate(LEVEL_4K, 1)
+
+
+def test_a_device_completes_an_invalidation_late_once() -> None:
+    silicon = Silicon()
+    function = silicon.function
+    with failing("ite"):
+        assert not function.invalidate_translations(IovaPfn(0), 1)
+        assert function.traits.invalidate_completion is InvalidateCompletion.IN_TIME
+        assert function.invalidate_translations(IovaPfn(0), 1)
+
+
+def test_a_device_completes_no_invalidation_any_more() -> None:
+    function, faults = Silicon().function, begun("ite", 1, 1)
+    with injected(faults):
+        assert not function.invalidate_translations(IovaPfn(0), 1)
+        assert not function.invalidate_translations(IovaPfn(0), 1)
+    assert faults.is_quarantined
+    assert faults.excuses
+
+
+def test_only_what_is_on_is_wrapped_and_all_is_taken_out_again() -> None:
+    before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    with injected(Faults(["ite"])):
+        wrapped = {seam for seam, was in before.items() if vars(seam[0])[seam[1]] is not was}
+        assert wrapped == {seam for seam, (kind, _) in SEAMS.items() if kind == "ite"}
+    with injected(Faults(list(KINDS))):
+        pass
+    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
+
+
+# -- stops and deaths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sigkill", "sigstop"])
+def test_a_daemon_meets_its_fate_at_the_step_that_was_said(kind: str) -> None:
+    world, faults = World(Script("qemu_shim: begins", "at its 3. to")), Faults([kind])
+    steps: list[int] = []
+    faults.put_into(world)
+
+    def works() -> None:
+        for n in range(6):
+            world.point(f"step {n}")
+            steps.append(n)
+
+    daemon = world.spawn(SimProcess(world.host, "kvmd"), works)
+    world.run(world.spawn(SimProcess(world.host, "qemu_shim"), faults.begin))
+    world.run(daemon)
+    faults.end()
+    assert faults.met == {kind: 1}
+    if kind == "sigkill":
+        assert len(steps) < 6
+        assert faults.killed == {"kvmd"}
+        assert faults.excuses
+    else:
+        assert len(steps) == 6
+        assert world.now_ns() > 1_000_000
+        assert not faults.excuses
