@@ -35,9 +35,9 @@ def play(ghost: Ghost, design: str, victim: str, step: int) -> None:
 
     with watching(ghost) as watch, system(Drawn(step), fates={victim: Fate(step)}) as made:
         with suppress(PeerError):
-            made.client(work)
+            made.world.run(made.client(work))
         assert made.restart() == [victim]
-        made.client(work)
+        made.world.run(made.client(work))
         made.stop()
         watch.settled()
 

@@ -40,7 +40,7 @@ def test_a_daemon_that_died_or_stood_still_is_there_again(monkeypatch: pytest.Mo
         puts(faults, world)
 
     monkeypatch.setattr(Faults, "put_into", put_into)
-    assert played("both", "shared", ("sigkill", "sigstop"), 8).found == []
+    assert played("both", "shared", ("sigkill", "sigstop"), 12).found == []
     assert {kind for faults in made for kind in faults.met} == {"sigkill", "sigstop"}
 
 
