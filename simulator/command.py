@@ -18,7 +18,7 @@ from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
-from simulator.faults.kinds import KINDS, UnknownFaults, kinds_of
+from simulator.faults.kinds import FAULTS, UnknownFaults, kinds_of
 from simulator.narrator import Narrator, diagram
 from simulator.planted.registry import PLANTED
 from simulator.search.explore import Found, Player, replayed, smallest
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         metavar="KIND,...",
         help="at most one each a schedule, then all is played again without: "
-        + "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items()),
+        + "; ".join(f"{name}: {kind.what}" for name, kind in FAULTS.items()),
     )
     parser.add_argument(
         "--set", dest="param", action="append", default=[], metavar="NAME=N", help="of the scenario"
@@ -222,7 +222,7 @@ def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> 
         (is_file(name) or name in PLAYED, f"scenario {name!r}"),
         (story.design in DESIGNS, f"design {story.design!r}"),
         (not story.plant or story.plant in PLANTED, f"planted bug {story.plant!r}"),
-        (not set(story.faults.split(",")) - {"", *KINDS}, f"faults {story.faults!r}"),
+        (not set(story.faults.split(",")) - {"", *FAULTS}, f"faults {story.faults!r}"),
         (all(word.partition("=")[2].isdigit() for word in given), f"parameters {' '.join(given)!r}"),
     ]
     for is_there, what in known:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FaultKind:
     """`late`: the last of its opportunities is among the first 2**late."""
 
     what: str
@@ -15,12 +15,12 @@ class Kind:
     excuses: bool = False  # a VMM may be denied what it asks because of one
 
 
-KINDS: Mapping[str, Kind] = {
-    "evict": Kind("a unit or a device drops what it has cached, as it may at any time", 5),
-    "enomem": Kind("a daemon gets no memory, page of a table, frame or fd", 4, excuses=True),
-    "ite": Kind("a device completes an invalidation late, or none any more: it times out", 2),
-    "sigstop": Kind("a daemon stands still for a while", 10),
-    "sigkill": Kind(
+FAULTS: Mapping[str, FaultKind] = {
+    "evict": FaultKind("a unit or a device drops what it has cached, as it may at any time", 5),
+    "enomem": FaultKind("a daemon gets no memory, page of a table, frame or fd", 4, excuses=True),
+    "ite": FaultKind("a device completes an invalidation late, or none any more: it times out", 2),
+    "sigstop": FaultKind("a daemon stands still for a while", 10),
+    "sigkill": FaultKind(
         "a daemon or the VMM dies at any step of its; daemons are started again", 10, excuses=True
     ),
 }
@@ -31,9 +31,9 @@ class UnknownFaults(ValueError):
 
 
 def kinds_of(text: str) -> Sequence[str]:
-    """`evict,sigkill` -> in the order of KINDS.  UnknownFaults."""
+    """`evict,sigkill` -> in the order of FAULTS.  UnknownFaults."""
     given = [name for name in text.split(",") if name]
-    unknown = [name for name in given if name not in KINDS]
+    unknown = [name for name in given if name not in FAULTS]
     if unknown:
-        raise UnknownFaults(f"no faults are called {', '.join(unknown)}; there are {', '.join(KINDS)}")
-    return [name for name in KINDS if name in given]
+        raise UnknownFaults(f"no faults are called {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+    return [name for name in FAULTS if name in given]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from simulator.faults.kinds import KINDS
+from simulator.faults.kinds import FAULTS
 from simulator.world.scheduler import Fate, SimThread, World
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
@@ -37,7 +37,7 @@ class Faults:
     @property
     def excuses(self) -> bool:
         """Was there one because of which a VMM may have been denied something?"""
-        return any(KINDS[kind].excuses for kind in self.met) or self.is_quarantined
+        return any(FAULTS[kind].excuses for kind in self.met) or self.is_quarantined
 
     def begin(self) -> None:
         """Ask for a schedule's; called by a thread of the world."""
@@ -80,7 +80,7 @@ class Faults:
     # -- asking ----------------------------------------------------------------------------------------
 
     def _when(self, kind: str) -> int | None:
-        spans = [0, *(1 << n for n in range(KINDS[kind].late))]
+        spans = [0, *(1 << n for n in range(FAULTS[kind].late))]
         labels = ["never", *(_ordinals(first, max(first, 1)) for first in spans)]
         answer = self._pick(kind, labels)
         if not answer:

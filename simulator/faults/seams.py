@@ -23,12 +23,12 @@ from simulator.kernel.files import OpenFile, oserror
 from simulator.kernel.process import SimProcess
 
 Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
-SEAMS: dict[tuple[type, str], tuple[str, Around]] = {}
+FAILING: dict[tuple[type, str], tuple[str, Around]] = {}
 
 
 def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
     def put(around: Around) -> Around:
-        SEAMS[owner, name] = kind, around
+        FAILING[owner, name] = kind, around
         return around
 
     return put
@@ -37,7 +37,7 @@ def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
 @contextmanager
 def injected(faults: Faults) -> Iterator[None]:
     """Inside, faults of its kinds are met.  Enter it last: what watches the product must see them."""
-    on = {seam: around for seam, (kind, around) in SEAMS.items() if kind in faults.kinds}
+    on = {seam: around for seam, (kind, around) in FAILING.items() if kind in faults.kinds}
     before = {(owner, name): vars(owner)[name] for owner, name in on}
     for (owner, name), around in on.items():
         setattr(owner, name, _wrapped(faults, before[owner, name], around))

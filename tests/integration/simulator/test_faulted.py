@@ -9,7 +9,7 @@ import pytest
 
 from qemu_shim.cli import main
 from simulator.command import find
-from simulator.faults.kinds import KINDS
+from simulator.faults.kinds import FAULTS
 from simulator.faults.plan import Faults
 from simulator.search.explore import Tally, explore
 from simulator.search.strategies import STRATEGIES
@@ -27,7 +27,7 @@ def played(story: str, design: str, faults: tuple[str, ...], schedules: int, pla
 
 
 @pytest.mark.parametrize("design", ["shared", "mirror"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAULTS)
 def test_a_story_holds_whatever_fails(kind: str, design: str) -> None:
     assert played("migrate", design, (kind,), FEW).found == []
 
@@ -45,7 +45,7 @@ def test_a_daemon_that_died_or_stood_still_is_there_again(monkeypatch: pytest.Mo
 
 
 def test_the_same_answers_are_the_same_run() -> None:
-    one, other = (played("discard", "shared", tuple(KINDS), FEW) for _ in range(2))
+    one, other = (played("discard", "shared", tuple(FAULTS), FEW) for _ in range(2))
     assert one.traces == other.traces
     assert len(one.traces) == FEW
 

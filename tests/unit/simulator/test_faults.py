@@ -13,9 +13,9 @@ from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
 from protocol.pt.bits import RWX
 from protocol.units import LEVEL_4K, Hpa, IovaPfn
-from simulator.faults.kinds import KINDS, UnknownFaults, kinds_of
+from simulator.faults.kinds import FAULTS, UnknownFaults, kinds_of
 from simulator.faults.plan import Faults
-from simulator.faults.seams import SEAMS, injected
+from simulator.faults.seams import FAILING, injected
 from simulator.kernel.process import SimHost, SimProcess
 from simulator.search.option import Option
 from simulator.world.scheduler import World
@@ -133,13 +133,13 @@ def test_a_device_completes_no_invalidation_any_more() -> None:
 
 
 def test_only_what_is_on_is_wrapped_and_all_is_taken_out_again() -> None:
-    before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    before = {seam: vars(seam[0])[seam[1]] for seam in FAILING}
     with injected(Faults(["ite"])):
         wrapped = {seam for seam, was in before.items() if vars(seam[0])[seam[1]] is not was}
-        assert wrapped == {seam for seam, (kind, _) in SEAMS.items() if kind == "ite"}
-    with injected(Faults(list(KINDS))):
+        assert wrapped == {seam for seam, (kind, _) in FAILING.items() if kind == "ite"}
+    with injected(Faults(list(FAULTS))):
         pass
-    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
+    assert {seam: vars(seam[0])[seam[1]] for seam in FAILING} == before
 
 
 # -- stops and deaths --------------------------------------------------------------------------------------
