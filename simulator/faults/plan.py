@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from simulator.faults.kinds import FAULTS
-from simulator.world.scheduler import Fate, SimThread, World
+from simulator.world.fate import Fate
+from simulator.world.scheduler import SimThread, World
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
 VMM = "qemu_shim"

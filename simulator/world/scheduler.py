@@ -27,6 +27,7 @@ from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
 from simulator.search.option import STOP, Option, Strategy, Touch
 from simulator.world import trio_run
+from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
 from simulator.world.places import OF_BOTH_ENDS, TIME_PASSES, TIME_STANDS, queues_of, state_of, words_of
@@ -53,16 +54,6 @@ class Candidate(NamedTuple):
     option: Option
     thread: SimThread
     event: Event | None = None  # what the thread is told that waits for one
-
-
-@dataclass(frozen=True, slots=True)
-class Fate:
-    """What befalls a process instead of its `step`-th step, from 1 on: it is stopped for that long, as by
-    SIGSTOP and SIGCONT, or (None) it dies, as by SIGKILL.
-    """
-
-    step: int
-    stops_s: float | None = None
 
 
 @dataclass(eq=False, slots=True)

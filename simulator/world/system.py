@@ -34,9 +34,10 @@ from simulator.kernel.process import SimProcess
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world import trio_run
+from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.process import SimFlows, run
-from simulator.world.scheduler import Fate, SimThread, World
+from simulator.world.scheduler import SimThread, World
 
 CLIENTS = Path("/run/tdp")
 PLACES = Places(CLIENTS, Path("/run/tdp-drivers"), Path("/run/tdp-admin"))

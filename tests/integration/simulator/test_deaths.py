@@ -20,7 +20,7 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes import processes
 from simulator.ghost.probes.watching import SEAMS, watching
 from simulator.ghost.violation import Verdicts
-from simulator.world.scheduler import Fate
+from simulator.world.fate import Fate
 from simulator.world.system import system
 from tests.integration.simulator.drawn import SMALL, Drawn
 

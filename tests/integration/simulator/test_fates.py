@@ -12,7 +12,7 @@ from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.designs import SHARED
 from qemu_shim.vmm.machine import Host
-from simulator.world.scheduler import Fate
+from simulator.world.fate import Fate
 from simulator.world.system import System, system
 from tests.integration.simulator.drawn import SMALL, Drawn
 

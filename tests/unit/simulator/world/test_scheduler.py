@@ -13,8 +13,9 @@ from protocol.rpc.session import Kind, header
 from protocol.units import PAGE_SIZE
 from simulator.kernel.process import SimProcess
 from simulator.search.option import STOP, Option, Strategy, Touch, dependent
+from simulator.world.fate import Fate
 from simulator.world.journal import Journal
-from simulator.world.scheduler import LIMIT_NS, STEP_NS, Fate, Stopped, Stuck, World
+from simulator.world.scheduler import LIMIT_NS, STEP_NS, Stopped, Stuck, World
 from tests.unit.simulator.world.toys import Script, finish, made
 
 
