@@ -241,11 +241,4 @@ KVMD_EXPORTS = (
         ],
         races=["R4"],
     ),
-    Plant(
-        "pin-flush-left-out",
-        "A pin that maps over another frame's entry does not flush it.",
-        "I6",
-        [Edit(f"{_PINNING}._pin", "if mapped.flush is not None:", "if False:")],
-        races=["R4"],
-    ),
 )

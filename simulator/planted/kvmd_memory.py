@@ -228,13 +228,13 @@ KVMD_MEMORY = (
         races=["R24", "R4"],
     ),
     Plant(
-        "kind-not-asked-again",
-        "A fault whose gfn became private while it looked its page up maps the shared one.",
+        "R24-conversion-is-not-noticed",
+        "A change of what gfns translate to moves no sequence: a lookup that slept through it is mapped.",
         "I11",
         [
             Edit(
-                "kvmd.core.faults.fault_path:FaultPath._try",
-                "stale |= frames.private.serves(slot, gfn) != private",
+                "kvmd.core.slots.host_changes:HostChanges.zapped_gfns",
+                "self.seq = (self.seq + 1) & SEQ_MASK",
                 "pass",
             )
         ],

@@ -272,9 +272,7 @@ class Pinning:
                 await self._flusher.drain()
                 continue
             self._hold(request, gfn)
-            if mapped.flush is not None:
-                # await: asked: cannot change: it is pinned by now, nothing is asked any more
-                await self._flusher.flush(mapped.flush)
+            assert mapped.flush is None, f"I11: gfn {gfn:#x} was mapped to what the host does not have there"
             return
         raise UapiError(errno.EAGAIN, f"pin of gfn {gfn:#x}: something was in the way {MAX_TRIES} times")
 

@@ -81,8 +81,8 @@ class FaultPath:
 
     # awaits: hva, vcpu: cannot change: a number, and a vCPU lives as long as its VM | slot, asked: the slot
     # may go, move, or be another one; asked again: after the lookup, or by the next try
-    # (tests/unit/kvmd/test_fault_asleep.py::test_slot_goes_under_a_vcpu_s_fault) | private, seq, page: the
-    # host may take the page, or its kind may change; asked again: `stale`
+    # (tests/unit/kvmd/test_fault_asleep.py::test_slot_goes_under_a_vcpu_s_fault) | seq, page: the host may
+    # take the page, or its kind may change, which moves the sequence too; asked again: `stale`
     # (tests/properties/test_kvmd.py::test_a_planted_bug_is_caught_by_a_schedule_written_out)
     async def _try(self, fault: PageFault, vcpu: FaultingVcpu | None) -> FaultResult | None:
         """None: something was in the way; it may be gone now."""
@@ -123,7 +123,6 @@ class FaultPath:
         except UapiError as error:
             return LOOKUP_RESULT.get(error.errno, FaultResult.NO_PAGE)
         stale = seq != frames.host_changes.seq or frames.host_changes.is_changing(hva, gfn)
-        stale |= frames.private.serves(slot, gfn) != private
         if stale or frames.slots.find(gfn, fault.as_id) is not slot or slot is frames.slots.going:
             return None
         return FaultResult.MEMORY_FAULT if page is None else await self._map(fault, slot, page, vcpu)

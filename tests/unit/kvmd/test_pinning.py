@@ -63,6 +63,18 @@ def test_a_pin_of_what_was_only_read_breaks_copy_on_write_first() -> None:
     assert guest.sound()
 
 
+def test_a_pin_that_meets_an_entry_of_another_frame_is_a_bug_of_ours() -> None:
+    """The host tells before it changes a page, so what is mapped there is what is pinned (I11)."""
+    guest = PinnedRam()
+    guest.do(guest.vcpu.run([("w", WORD << 12, b"x")]))
+    root = guest.exported.root
+    met = guest.vm.mmu.leaf_at(root, Gfn(WORD))
+    assert met is not None
+    guest.vm.mmu.change(root, met.gfn, met.level, met.at, met.entry, met.entry ^ 1 << 20)
+    with pytest.raises(AssertionError, match=f"I11: gfn {WORD:#x}"):
+        guest.pin(WORD)
+
+
 # -- a. entries change atomically -------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.file import MemoryFile
@@ -16,7 +17,7 @@ from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
 from tests.kit.importer import HandLease, SlowImporter
-from tests.kit.kvmd import RW
+from tests.kit.kvmd import RW, WRITE
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
 
 PAGE = 4096
@@ -108,6 +109,20 @@ def test_a_pin_that_sleeps_while_its_page_is_converted_is_none() -> None:
     world.run(uffd.copy(world.at(1), b"x" * PAGE, wp=False))
     world.refused(pin.result)
     assert world.mm.pinned_pages == 0
+
+
+def test_a_fault_that_sleeps_while_its_page_is_converted_maps_the_private_one() -> None:
+    """What it looked up is the shared one, and nobody would zap that any more."""
+    world = Beside()
+    exported = world.lend()
+    uffd = Userfaultfd(world.mm, user_mode_only=False)
+    world.run(uffd.register(world.hva, PAGES * PAGE, missing=True, wp=False))
+    fault = world.start(exported.fault(world.vm.fault_path, 77, Gfn(GFN), WRITE))
+    world.do(world.convert(0))
+    world.run(uffd.copy(world.at(0), b"x" * PAGE, wp=False))
+    assert fault.result() is FaultResult.FIXED
+    assert world.table()[GFN] == (world.memfd.page(0).pfn, True)
+    assert check_vm(world.vm) == []
 
 
 def test_half_a_huge_page_is_a_device_s_and_the_other_half_private() -> None:
