@@ -275,6 +275,17 @@ def test_an_invalidation_makes_the_device_ask_the_unit_again(silicon: Silicon) -
     assert (silicon.bytes_of(1, 1), silicon.bytes_of(2, 1)) == (b"\0", b"x")
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_what_was_used_just_before_an_invalidation_is_gone_behind_it(silicon: Silicon, uses: int) -> None:
+    """R25: no entry outlives it because a DMA has just gone out by it."""
+    silicon.map(7, 1)
+    access(silicon, DmaRange(Iova(0x7000), 8, True)).result()
+    for _ in range(uses):
+        assert silicon.function.write(Iova(0x7000), b"8 bytes.")
+    silicon.execute(devtlb_page(RID, 7))
+    assert list(silicon.function.devtlb.entries()) == []
+
+
 def test_a_device_tlb_dropped_before_the_iotlb_is_filled_with_the_old_leaf_again(silicon: Silicon) -> None:
     """Why the order matters: the planted bug of flushing the device first leaves a stale entry."""
     silicon.map(7, 1)

@@ -150,3 +150,20 @@ def test_domain_ids_run_out_and_come_back_with_their_hwpt() -> None:
     rig.run(rig.ctx.destroy(made[3]))
     rig.run(rig.paging(device, ioas))
     assert sorted(rig.platform.hwpts) == dids
+
+
+def test_a_domain_id_is_another_s_once_the_units_have_let_go_of_the_memory_and_no_sooner() -> None:
+    """They may have tagged something with it until then."""
+    rig = TwoNodes()
+    device = rig.bind()
+    number = rig.run(rig.kvm(device))
+    did = rig.ctx.objects.get(number, HwptKvm).domain.did
+    rig.hardware.hold()
+    gone = rig.start(rig.ctx.destroy(number))
+    asked, rig.hardware.held = rig.hardware.held or [], None
+    rig.run(rig.paging(device, rig.ioas()))
+    assert (gone.done, len(rig.platform.hwpts)) == (False, 2)
+    for wait in asked:
+        wait.set(None)
+    rig.hardware.flows.run_ready()
+    assert (gone.done, did in rig.platform.hwpts, len(rig.platform.hwpts)) == (True, False, 1)

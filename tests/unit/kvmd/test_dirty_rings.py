@@ -12,6 +12,7 @@ from kvmd.core.host import CpuFeatures
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
+from protocol.units import Gfn
 from tests.kit.kvmd import World
 from tests.unit.kvmd.logged import GFN, NO_PML, Logged, refusal_of
 
@@ -54,6 +55,18 @@ def test_a_full_ring_stops_the_vcpu_until_it_is_reset(features: CpuFeatures) -> 
     logged.write(0)
     assert words[limit * 4 : limit * 4 + 3].tolist() == [1, 0, limit]
     assert words[limit * 4 + 4 : limit * 4 + 7].tolist() == [1, 0, 0], "protected again by the reset"
+
+
+def test_what_finds_its_ring_full_to_the_last_entry_is_in_the_bitmap() -> None:
+    """KVM stores for user space, whom no full ring keeps from asking."""
+    logged = Logged(ring=4096)
+    log, slot = logged.vm.dirty_log, logged.vm.slots.find(Gfn(GFN), 0)
+    assert slot is not None
+    for page in [*range(64)] * 4:
+        log.mark(slot, Gfn(GFN + page), logged.vcpu.arch.id)
+    assert logged.dirty() == set()
+    log.mark(slot, Gfn(GFN + 100), logged.vcpu.arch.id)
+    assert logged.dirty() == {100}
 
 
 def test_a_reset_waits_for_the_acks() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_table import Role, TdpMmu
 from protocol.flow import Flows, Wait
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
-from protocol.units import Gfn, GfnSpan, Hpa
+from protocol.pt.walk import ept_rules
+from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 
 BASE = Hpa(0x10_0000)
 
@@ -17,7 +20,8 @@ class Flushed:
     """A flusher with `walkers` that ack when told to."""
 
     def __init__(self, walkers: int = 1) -> None:
-        self.pool = TablePool(TableWriter(BASE, memoryview(bytearray(8 * 4096))), 8 * 4096)
+        self.writer = TableWriter(BASE, memoryview(bytearray(8 * 4096)))
+        self.pool = TablePool(self.writer, 8 * 4096)
         self.flows = Flows()
         self.told: list[tuple[GfnSpan | None, int]] = []
         self.waits: dict[int, list[Wait[None]]] = {}
@@ -77,6 +81,21 @@ def test_acks_out_of_order_free_no_page_too_early() -> None:
     assert (vm.flusher.acked, vm.pool.held(7)) == (2, 1)
     vm.ack(3)
     assert (vm.flusher.acked, vm.pool.held(7)) == (3, 0)
+
+
+def test_a_table_that_is_cut_off_waits_for_the_flush_that_follows() -> None:
+    """Another flush is under way: who acks it may have walked through the table since."""
+    vm = Flushed()
+    mmu = TdpMmu(7, vm.writer, vm.pool, ept_rules(46, Level(2)), vm.flusher.next_epoch)
+    root = mmu.get_root(Role(Level(4), 0, True))
+    tdp_mmu.map_page(mmu, root, Gfn(0x200), Pfn(0x400), Level(1), writable=True)
+    vm.flush()
+    tdp_mmu.map_page(mmu, root, Gfn(0x200), Pfn(0x400), Level(2), writable=True)
+    vm.flush()
+    vm.ack(1)
+    assert (vm.flusher.acked, vm.pool.held(7)) == (1, 1)
+    vm.ack(2)
+    assert (vm.flusher.acked, vm.pool.held(7)) == (2, 0)
 
 
 def test_drain_waits_for_what_was_outstanding_and_for_no_more() -> None:

@@ -125,10 +125,15 @@ def test_no_turn_clears_more_than_4096_leaves() -> None:
     assert left == [4096 + 3, 3, 0]
 
 
-def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two tables' worth of leaves, a batch of one table and a half.  While others have their turn a huge leaf
-    takes the place of the second table, and its page is used again; then the rest is zapped."""
-    monkeypatch.setattr("kvmd.core.tables.zap.ZAP_BATCH", 768)
+def a_table_goes_between_two_batches(
+    monkeypatch: pytest.MonkeyPatch, batch: int = 768, level: int = 2
+) -> list[str]:
+    """Two tables' worth of leaves, and a batch that ends between two runs or within one.  While others have
+    their turn a huge leaf of `level` takes the place of the table there, and its page is used again, for the
+    same below another entry; then the rest is zapped."""
+    monkeypatch.setattr("kvmd.core.tables.zap.ZAP_BATCH", batch)
+    first = 0x200 if level == 2 else 0
+    elsewhere = 1 << 9 * (level - 1) + 2
     memory = bytearray(64 * 4096)
     writer = TableWriter(Hpa(0x10_0000), memoryview(memory))
     pool = TablePool(writer, len(memory))
@@ -147,9 +152,9 @@ def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[st
         nonlocal turns
         turns += 1
         if turns == 1:
-            tdp_mmu.map_page(mmu, root, Gfn(0x200), Pfn(0x10_0200), Level(2), writable=True)
-            await flusher.flush(None)  # the page of the table is free
-            map_pages(0x800, 512)  # and taken for another one, outside of the span
+            tdp_mmu.map_page(mmu, root, Gfn(first), Pfn(0x40_0000 + first), Level(level), writable=True)
+            await flusher.flush(None)  # the pages of the tables are free
+            map_pages(elsewhere, 1024)  # and taken for others, outside of the span
 
     zapper = Zapper(mmu, flusher, lambda: others())  # type: ignore[arg-type,return-value]
     flow = zapper.zap([GfnSpan(Gfn(0), Gfn(0x400))])
@@ -158,12 +163,15 @@ def a_table_goes_between_two_batches(monkeypatch: pytest.MonkeyPatch) -> list[st
     assert turns == 1
     left = [met.gfn for met in mmu.leaves(root)]
     found = [f"gfn {gfn:#x} was not zapped" for gfn in left if gfn < 0x400]
-    missing = set(range(0x800, 0xA00)) - set(left)
+    missing = set(range(elsewhere, elsewhere + 1024)) - set(left)
     return found + [f"gfn {gfn:#x} was zapped" for gfn in sorted(missing)]
 
 
-def test_a_table_that_goes_between_two_batches_is_not_walked_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert a_table_goes_between_two_batches(monkeypatch) == []
+@pytest.mark.parametrize(("batch", "level"), [(768, 2), (512, 3)], ids=["within a run", "between two"])
+def test_a_table_that_goes_between_two_batches_is_not_walked_on(
+    monkeypatch: pytest.MonkeyPatch, batch: int, level: int
+) -> None:
+    assert a_table_goes_between_two_batches(monkeypatch, batch, level) == []
 
 
 def test_a_zap_that_goes_on_where_it_was_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,25 @@ def test_another_process_reads_a_sealed_window_and_cannot_write_it() -> None:
     assert said.stdout.split("\n") == ["refused", "refused", str(0xDEAD_BEEF), ""]
 
 
+class Watched(list[int]):
+    """Words that know what was stored to them."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__([0] * words)
+        self.stores: list[tuple[object, object]] = []
+
+    def __setitem__(self, index: object, value: object) -> None:
+        self.stores.append((index, value))
+
+
+def test_an_entry_is_stored_once_and_whole() -> None:
+    tables = TableWriter(BASE, memoryview(bytearray(4096)))
+    words = Watched(512)
+    tables.words = words  # type: ignore[assignment]
+    tables.store64(BASE + 24, 0x0E00_0001_2345_6370)
+    assert words.stores == [(3, 0x0E00_0001_2345_6370)]
+
+
 HAMMER = """
 import mmap, sys
 view = memoryview(mmap.mmap(int(sys.argv[1]), 4096, prot=mmap.PROT_READ)).cast("Q")
