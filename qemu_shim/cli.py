@@ -109,18 +109,7 @@ def _parsed(
 ) -> argparse.Namespace:
     """`files`: the scenarios of files that the command names.  BadFile."""
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="the scenarios and what each is about")
-    instead = listing.add_mutually_exclusive_group()
-    for what, listed in (("workloads", _list_workloads), ("designs", _list_designs)):
-        instead.add_argument(
-            f"--{what}",
-            dest="listed",
-            action="store_const",
-            const=listed,
-            default=_list,
-            help=f"the {what} instead",
-        )
-    listing.add_argument("--json", action="store_true")
+    _add_list(commands)
     run = commands.add_parser("run", help="run a scenario")
     _add_run_options(run)
     _add_design(run, default=SHARED.name)
@@ -164,6 +153,25 @@ def _parsed(
         if options.attach is not None and given(options):
             run.error("the daemons of --attach run already: give them options where they are started")
     return options
+
+
+def _add_list(commands: Any) -> None:
+    listing = commands.add_parser("list", help="the scenarios and what each is about")
+    instead = listing.add_mutually_exclusive_group()
+    for what, listed, which in (
+        ("workloads", _list_workloads, "the workloads instead"),
+        ("designs", _list_designs, "the designs instead"),
+        ("planted", _list_planted, "the bugs that `sim --plant` puts in instead"),
+    ):
+        instead.add_argument(
+            f"--{what}",
+            dest="listed",
+            action="store_const",
+            const=listed,
+            default=_list,
+            help=which,
+        )
+    listing.add_argument("--json", action="store_true")
 
 
 def _add_design(parser: argparse.ArgumentParser, default: str) -> None:
@@ -265,6 +273,12 @@ def _list_designs(*, as_json: bool) -> int:
     for design in DESIGNS.values():
         print(f"{design.name:<10} {design.summary}")
     return 0
+
+
+def _list_planted(*, as_json: bool) -> int:
+    from simulator.command import list_planted  # as in `_sim`
+
+    return list_planted(as_json=as_json)
 
 
 def _defaults(played: Scenario) -> dict[str, int]:

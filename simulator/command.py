@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from qemu_shim.scenarios.files import is_file, scenario_of
+from qemu_shim.scenarios.files import BadFile, is_file, of_file
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.workloads.library import WORKLOADS
@@ -20,7 +21,8 @@ from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
 from simulator.faults.kinds import FAULTS, UnknownFaults, kinds_of
 from simulator.narrator import Narrator, diagram
-from simulator.planted.registry import PLANTED
+from simulator.planted.__main__ import described, listing
+from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
 from simulator.search.explore import Found, Player, replayed, smallest
 from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
@@ -30,6 +32,7 @@ from simulator.stories.story import SmallStory
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged, Onlooker
 
+_KINDS: tuple[type[Scenario | SmallStory], ...] = (Scenario, SmallStory)
 PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARIOS}
 SCHEDULES_OF_SHARD = (
     10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
@@ -39,8 +42,8 @@ EXIT_FOUND = 1
 
 
 def find(name: str) -> Scenario | SmallStory:
-    """A small story, a scenario or workload of the library, or a file's."""
-    return scenario_of(name) if is_file(name) else PLAYED[name]
+    """A small story, a scenario or workload of the library, or a file's.  BadFile."""
+    return of_file(name, _KINDS) if is_file(name) else PLAYED[name]
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> int:
     if options.scenario is None:
         parser.error("name a SCENARIO, or a story to --replay")
     judged = _judged(parser, options)
-    small = options.scenario in STORIES
+    small = isinstance(find(judged.scenario), SmallStory)
     campaign = Campaign(
         _told(judged),
         options.strategy,
@@ -87,6 +90,13 @@ def main(argv: list[str]) -> int:
     return EXIT_INTERRUPTED if ended.why == "interrupted" else 0
 
 
+def list_planted(*, as_json: bool) -> int:
+    """`qemu-shim list --planted`."""
+    planted = [described(plant) for plant in PLANTED.values()]
+    print(json.dumps(planted, indent=1) if as_json else listing())
+    return 0
+
+
 def _begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
     """In each process: what daemons log is nobody's here."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -109,12 +119,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCENARIO | FILE.py",
         help="or a workload, or a small story: " + ", ".join(STORIES),
     )
-    parser.add_argument("--design", choices=tuple(DESIGNS), default=SHARED.name)
+    parser.add_argument(
+        "--design", default=SHARED.name, metavar="D", help=f"{', '.join(DESIGNS)}, or one of FILE.py's own"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the strategy")
     parser.add_argument("--schedules", type=int, default=200, metavar="N")
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
-    parser.add_argument("--plant", choices=tuple(PLANTED), metavar="ID", help="with a bug put in")
+    parser.add_argument(
+        "--plant",
+        type=_plant,
+        metavar="ID",
+        help="with a bug put in (`qemu-shim list --planted`)",
+    )
     parser.add_argument(
         "--faults",
         type=_faults,
@@ -132,11 +149,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _plant(name: str) -> str:
+    try:
+        return plant_of(name).id
+    except UnknownPlant as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Judged:
     name = options.scenario
     if not is_file(name) and name not in PLAYED:
         parser.error(f"no scenario is called {name!r}; there are {', '.join(PLAYED)}")
-    scenario = find(name)
+    if len(name.split()) != 1:
+        parser.error(f"{name!r}: a story names its scenario in one word: call the file otherwise")
+    try:
+        scenario = find(name)
+    except BadFile as error:
+        parser.error(str(error))
     if options.design not in scenario.playable:
         parser.error(
             f"{name} cannot be played on design {options.design}; it can on {', '.join(scenario.playable)}"
@@ -218,9 +247,15 @@ def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
 def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> Judged:
     """What the story is of; its text is somebody else's."""
     name, *given = story.scenario.split() or [""]
+    try:
+        playable = find(name).playable  # a file's designs are known from here on
+    except KeyError:
+        playable = []
+    except BadFile as error:
+        parser.error(f"--replay {path}: {error}; who sent the story has the file")
     known = [
-        (is_file(name) or name in PLAYED, f"scenario {name!r}"),
-        (story.design in DESIGNS, f"design {story.design!r}"),
+        (bool(playable), f"scenario {name!r}"),
+        (story.design in playable, f"design {story.design!r} of it"),
         (not story.plant or story.plant in PLANTED, f"planted bug {story.plant!r}"),
         (not set(story.faults.split(",")) - {"", *FAULTS}, f"faults {story.faults!r}"),
         (all(word.partition("=")[2].isdigit() for word in given), f"parameters {' '.join(given)!r}"),

@@ -13,12 +13,17 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS, Design
 
-T = TypeVar("T", Scenario, Design)
+T = TypeVar("T", bound="OfFile")
+
+
+class OfFile(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
 class BadFile(LookupError):
@@ -36,8 +41,13 @@ def path_of(name: str) -> Path:
 
 def scenario_of(name: str) -> Scenario:
     """The one that `FILE.py` or `FILE.py:NAME` names.  BadFile."""
+    return of_file(name, (Scenario,))
+
+
+def of_file(name: str, kinds: tuple[type[T], ...]) -> T:
+    """Likewise, of whatever counts as a scenario to who asks.  BadFile."""
     path, _, wanted = name.partition(":")
-    found = _scenarios(Path(path).resolve(), path)
+    found = _of_kind(_played(Path(path).resolve(), path), kinds, path)
     if not found:
         raise BadFile(
             f"{path} has no scenario: put @scenario() of qemu_shim.api before the function that plays it"
@@ -50,12 +60,13 @@ def scenario_of(name: str) -> Scenario:
 
 
 @cache
-def _scenarios(path: Path, said: str) -> dict[str, Scenario]:
+def _played(path: Path, said: str) -> ModuleType:
+    """Its designs join the others."""
     module = _imported(path, said)
-    for name, design in _of_kind(module, Design, said).items():
+    for name, design in _of_kind(module, (Design,), said).items():
         if DESIGNS.setdefault(name, design) is not design:
             raise BadFile(f"{said}: there is a design {name} already")
-    return _of_kind(module, Scenario, said)
+    return module
 
 
 def _imported(path: Path, said: str) -> ModuleType:
@@ -90,10 +101,10 @@ def _where(error: BaseException, path: Path) -> str:
     return f"line {lines[-1]}: " if lines else ""
 
 
-def _of_kind(module: ModuleType, kind: type[T], said: str) -> dict[str, T]:
+def _of_kind(module: ModuleType, kinds: tuple[type[T], ...], said: str) -> dict[str, T]:
     """What the module itself made, by name: not what it imported from the library."""
     found: dict[str, T] = {}
-    theirs = {id(it): it for it in vars(module).values() if isinstance(it, kind)}
+    theirs = {id(it): it for it in vars(module).values() if isinstance(it, kinds)}
     for it in _not_of_the_library(theirs.values()):
         if it.name in found:
             raise BadFile(f"{said} has two of the name {it.name}")
