@@ -6,14 +6,16 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from unittest.mock import patch
 
 import trio
 
 from protocol.errors import PeerError, UapiError, leaves
+from qemu_shim.scenarios import recorder
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.vmm.designs import DESIGNS
@@ -24,14 +26,15 @@ from tests.torture.daemons import SPECS, StruckDaemons
 from tests.torture.doors import Silent, doors_of
 from tests.torture.holdings import Holdings, all_holdings, holdings
 from tests.torture.judges import bare_errors, judged
-from tests.torture.stories import PROOF, STORIES, ShortStory
+from tests.torture.stories import PROOF, QUIET_S, STORIES, ShortStory
 
 VMM = "qemu_shim"
 PROCESSES = (*SPECS, VMM)
 START = "start"  # the story of a daemon that is stopped in order and started again
 CANNOT_START = 2
 LOOK_S = 0.005
-LOST = re.compile(r"^I\d+|holds foreign|from byte \d+ on, expected")  # no reason, but what must not happen
+# No reason, but what must not happen.
+LOST = re.compile(r"^(FAILED: )?I\d+|holds foreign|from byte \d+ on, expected|data error")
 
 
 class How(StrEnum):
@@ -93,6 +96,8 @@ class Torture:
             order.give(blow.fault, blow.at, blow.errno_index)
             how, why = await self._played(blow)
             order.withdraw()
+            if blow.fault is Fault.NO_FDS:
+                await come(lambda: order.done)  # or it shuts behind us what we open again
             met = order.met
         if met and blow.fault in DEATHS and blow.victim != VMM:
             self._daemons.running[blow.victim].ended()
@@ -164,16 +169,17 @@ class Torture:
         bugs: list[str] = []
         try:
             async with connect_host(self._daemons.directory) as host:
-                await run_scenario(
-                    host, story.scenario, DESIGNS[story.design], params=story.params, report=report
-                )
+                with patch.object(recorder, "PATIENCE_S", QUIET_S):
+                    await run_scenario(
+                        host, story.scenario, DESIGNS[story.design], params=story.params, report=report
+                    )
         except* (UapiError, PeerError, OSError) as group:
             ended = [str(error) for error in leaves(group)]
         except* Exception as group:
             bugs = [f"the VMM met a bug: {error!r}" for error in leaves(group)]
         if bugs:
             return How.FAILED, "; ".join(bugs)
-        return verdict([*ended, *report.ended, *report.problems])
+        return verdict([*ended, *report.ended, *report.problems], report.lines)
 
     async def _play_apart(self, story: ShortStory) -> tuple[How, str]:
         """By a VMM of its own process: it is the one to be struck."""
@@ -188,7 +194,7 @@ class Torture:
         said = [line for line in self._daemons.log_path(VMM).read_text().splitlines() if line]
         if vmm.status == -signal.SIGKILL:
             return How.REFUSED, "killed"
-        return (How.SURVIVED, "") if vmm.status == 0 else verdict(said[-3:])
+        return (How.SURVIVED, "") if vmm.status == 0 else verdict(said[-3:], said)
 
     async def _start_again(self, name: str) -> tuple[How, str]:
         """Stopped in order and started; the blow may come in either."""
@@ -267,9 +273,11 @@ async def come(holds: Callable[[], bool]) -> None:
         await trio.sleep(LOOK_S)
 
 
-def verdict(said: list[str]) -> tuple[How, str]:
-    """What a story that ended so came to: nothing is wrong, or there is a reason; never a lost byte."""
-    lost = [line for line in said if LOST.search(line)]
+def verdict(said: list[str], told: Sequence[str] = ()) -> tuple[How, str]:
+    """What a story that ended so came to: nothing is wrong, or there is a reason; never a lost byte, be it in
+    what it only `told`.
+    """
+    lost = [line for line in (*said, *told) if LOST.search(line)]
     if lost:
         return How.FAILED, "; ".join(lost)
     return (How.REFUSED, said[0]) if said else (How.SURVIVED, "")

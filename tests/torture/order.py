@@ -31,7 +31,7 @@ class Order:
         """`errno_index`: which of its errnos the call fails with."""
         self.withdraw()
         words = self._words
-        words[1], words[2], words[3], words[4] = at, errno_index, 0, 0
+        words[1], words[2], words[3], words[4], words[5] = at, errno_index, 0, 0, 0
         words[0] = fault
 
     def withdraw(self) -> None:
@@ -42,6 +42,11 @@ class Order:
         """The call it befell; None: it made fewer calls."""
         number = self._words[4]
         return CALLS[number - 1] if number else None
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will befall it: it never got there, or has it behind it."""
+        return not self._words[4] or bool(self._words[5])
 
     # -- the process's side ----------------------------------------------------------------------------
 
@@ -56,6 +61,10 @@ class Order:
             return Fault.NOTHING
         words[4] = _NUMBER[name]
         return Fault(fault)
+
+    def is_done(self) -> None:
+        """What lasts is in place."""
+        self._words[5] = 1
 
     def errno_of(self, name: str) -> int:
         errnos = ERRNOS[name]

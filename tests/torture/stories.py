@@ -9,6 +9,7 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import SHARED
+from tests.patience import PATIENCE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +44,5 @@ STORIES: dict[str, ShortStory] = {
     ),
     "balloon": ShortStory(WORKLOADS["balloon"], "mirror", {"pages": 8, "rounds": 1}),
 }
+QUIET_S = PATIENCE_S / 6  # what was lost on its way never comes: a story may say so before it is given up
 PROOF = "sharing"  # played after each blow: does everybody serve again?

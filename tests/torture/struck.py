@@ -69,6 +69,7 @@ class CountedCalls:
             raise OSError(number, os.strerror(number))
         elif fault is Fault.NO_FDS:
             shut_fd_table()
+            self._order.is_done()
         elif fault is Fault.LEAK_FD:
             self._leaked.append(os.open(os.devnull, os.O_RDONLY))
         elif fault is Fault.LEAK_MEMORY:

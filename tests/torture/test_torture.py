@@ -170,6 +170,13 @@ def test_a_reason_is_no_failure_and_a_lost_byte_is(said: list[str], how: How) ->
     assert verdict(said)[0] is how
 
 
+def test_a_reason_does_not_hide_a_lost_byte_that_is_only_told() -> None:
+    said = ["dmatest: 1 of 1 tests failed"]
+    told = "dmatest: dma0chan0-copy0: result #1: '{}' with src_off=0x0 dst_off=0x0 len=0x1000 (8)"
+    assert verdict(said, [told.format("test timed out")]) == (How.REFUSED, said[0])
+    assert verdict(said, [told.format("data error")])[0] is How.FAILED
+
+
 # -- orders and records ----------------------------------------------------------------------------------
 
 

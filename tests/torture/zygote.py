@@ -28,9 +28,11 @@ import iommufdd.__main__
 import kvmd.__main__
 import protocol.daemon
 import qemu_shim.cli
+from qemu_shim.scenarios import recorder
 from qemu_shim.vmm.machine import connect_host
 from tests.torture.calls import Fault
 from tests.torture.order import Order
+from tests.torture.stories import QUIET_S
 from tests.torture.struck import struck_kernel
 
 FULL_DISK = "/dev/full"  # [full(4)]
@@ -114,6 +116,7 @@ class Zygote:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us tells us to end
+    recorder.PATIENCE_S = QUIET_S
     gc.freeze()
     zygote = Zygote()
     try:
