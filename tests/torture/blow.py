@@ -19,6 +19,7 @@ from qemu_shim.scenarios import recorder
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.runner import run_scenario
 from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.interrupt import EXIT_FAILED
 from qemu_shim.vmm.machine import connect_host
 from tests.patience import PATIENCE_S
 from tests.torture.calls import DEATHS, SINKS, Fault
@@ -194,6 +195,8 @@ class Torture:
         said = [line for line in self._daemons.log_path(VMM).read_text().splitlines() if line]
         if vmm.status == -signal.SIGKILL:
             return How.REFUSED, "killed"
+        if vmm.status not in (0, EXIT_FAILED):
+            return How.FAILED, f"the VMM ended with status {vmm.status}: {'; '.join(said[-3:])}"
         return (How.SURVIVED, "") if vmm.status == 0 else verdict(said[-3:], said)
 
     async def _start_again(self, name: str) -> tuple[How, str]:

@@ -29,10 +29,11 @@ import kvmd.__main__
 import protocol.daemon
 import qemu_shim.cli
 from qemu_shim.scenarios import recorder
+from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.machine import connect_host
 from tests.torture.calls import Fault
 from tests.torture.order import Order
-from tests.torture.stories import QUIET_S
+from tests.torture.stories import QUIET_S, STORIES
 from tests.torture.struck import struck_kernel
 
 FULL_DISK = "/dev/full"  # [full(4)]
@@ -117,6 +118,8 @@ class Zygote:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started us tells us to end
     recorder.PATIENCE_S = QUIET_S
+    played = {story.scenario.name: story.scenario for story in STORIES.values()}
+    vars(qemu_shim.cli)["SCENARIOS"] = SCENARIOS | played  # `run` plays workloads here
     gc.freeze()
     zygote = Zygote()
     try:
