@@ -1,0 +1,36 @@
+"""By which invariants a planted bug counts as found: what the page of invariants says, and no more."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.planted.belongs import HELD_AS, invariants_of
+from simulator.planted.hunt import Catch, Hunted
+from simulator.planted.registry import PLANTED
+from tests.tidy.test_architecture import NUMBER, rows
+
+
+def test_a_race_is_held_as_the_page_says() -> None:
+    told = {race: set(NUMBER.findall(cells[2])) for race, cells in rows("R").items()}
+    as_others = {race: named for race, named in told.items() if rows("R")[race][2].startswith("as ")}
+    checked = {race: named | set(NUMBER.findall(rows("R")[race][3])) for race, named in as_others.items()}
+    assert {race: set(named) for race, named in HELD_AS.items()} == checked
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_plant_belongs_to_few(name: str) -> None:
+    plant = PLANTED[name]
+    belongs = invariants_of(plant)
+    assert plant.invariant in belongs
+    named = {plant.invariant, *plant.races}
+    assert all(
+        number in named or any(number in HELD_AS.get(race, ()) for race in named) for number in belongs
+    )
+    assert len(belongs) <= 6, "whatever is found would be right"
+
+
+@pytest.mark.parametrize("by", ["check", "stuck", "I25", "R21"])
+def test_what_is_found_by_another_number_is_not_found(by: str) -> None:
+    plant = PLANTED["R4-acks-not-awaited"]
+    assert Hunted(plant, "random", [Catch("I6", 1, 1), Catch("R17", 1, 1)], 0).is_right
+    assert not Hunted(plant, "random", [Catch("I6", 1, 1), Catch(by, 1, 1)], 0).is_right
