@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from simulator.faults.kinds import FAULTS
 from simulator.world.fate import Fate
-from simulator.world.scheduler import SimThread, World
+from simulator.world.scheduler import World
+from simulator.world.thread import SimThread
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
 VMM = "qemu_shim"

@@ -271,3 +271,23 @@ class Memory(OpenFile):
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one
         if data is not None:
             self.bytes[: len(data)] = data
+
+
+@dataclass(eq=False, slots=True)
+class Interest:
+    """One entry of a poller's list: which events of a file it wants, under which fd; `ready`: those there
+    were when it was looked at last.
+    """
+
+    fd: int
+    file: OpenFile
+    events: int
+    told: Callable[[Interest], None]
+    ready: int = 0
+
+    def changed(self) -> None:
+        self.told(self)
+
+    def look(self) -> None:
+        """EPOLLHUP and EPOLLERR are reported unasked."""
+        self.ready = self.file.events() & (self.events | select.EPOLLHUP | select.EPOLLERR)

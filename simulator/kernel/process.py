@@ -12,7 +12,7 @@ import errno
 import mmap
 import select
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEven
 from simulator.kernel.files import (
     EVENT_MAX,
     Counter,
+    Interest,
     Listening,
     Memory,
     Nothing,
@@ -379,60 +380,60 @@ class SimPoller:
         self.process = process
         self.version = 0
         self._fd = process.install(_EpollFile(self))
-        self._wanted: dict[int, tuple[OpenFile, int]] = {}
+        self._wanted: dict[int, Interest] = {}
+        self._changed: set[Interest] = set()  # since `_ready` was made
         self._ready: list[tuple[int, int]] = []
-        self._ready_of = 0  # version
 
     def register(self, fd: int, events: int, /) -> None:
         file = self.process.file(fd)
         known = self._wanted.get(fd)
         if known is not None:
-            if known[0] is file and file.users:
+            if known.file is file and file.users:
                 raise oserror(errno.EEXIST)
-            known[0].watchers.remove(self._changed)
-        self._wanted[fd] = file, events
-        file.watchers.append(self._changed)
-        self._changed()
+            self._forget(known)
+        wanted = self._wanted[fd] = Interest(fd, file, events, self.changed)
+        file.watchers.append(wanted.changed)
+        wanted.changed()
         self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
         if fd not in self._wanted:
             raise oserror(errno.ENOENT)
-        file, _ = self._wanted[fd]
-        self._wanted[fd] = file, events
-        self._changed()
-        self.process.happened("modify", file)
+        wanted = self._wanted[fd]
+        wanted.events = events
+        wanted.changed()
+        self.process.happened("modify", wanted.file)
 
     def unregister(self, fd: int, /) -> None:
-        found = self._wanted.pop(fd, None)
-        if found is None:
+        if fd not in self._wanted:
             raise oserror(errno.ENOENT)
-        found[0].watchers.remove(self._changed)
-        self._changed()
-        self.process.happened("unregister", found[0])
+        self.process.happened("unregister", self._forget(self._wanted[fd]))
 
-    def _changed(self) -> None:
+    def _forget(self, wanted: Interest) -> OpenFile:
+        wanted.file.watchers.remove(wanted.changed)
+        wanted.changed()
+        del self._wanted[wanted.fd]
+        return wanted.file
+
+    def changed(self, wanted: Interest) -> None:
+        self._changed.add(wanted)
         self.version += 1
 
     def file(self, fd: int) -> OpenFile:
         """What is watched under that number."""
-        return self._wanted[fd][0]
+        return self._wanted[fd].file
 
     def ready(self) -> list[tuple[int, int]]:
-        """EPOLLHUP and EPOLLERR are reported unasked."""
-        if self._ready_of != self.version:
-            self._ready_of = self.version
-            self._ready = list(self._look())
+        if self._changed:
+            for wanted in self._changed:
+                if not wanted.file.users:  # the last fd of it was closed, and took it out of the set
+                    if self._wanted.get(wanted.fd) is wanted:
+                        del self._wanted[wanted.fd]
+                    continue
+                wanted.look()
+            self._changed.clear()
+            self._ready = [(fd, wanted.ready) for fd, wanted in self._wanted.items() if wanted.ready]
         return self._ready
-
-    def _look(self) -> Iterator[tuple[int, int]]:
-        for fd, (file, wanted) in list(self._wanted.items()):
-            if not file.users:  # the last fd of it was closed, and took it out of the set
-                del self._wanted[fd]
-                continue
-            events = file.events() & (wanted | select.EPOLLHUP | select.EPOLLERR)
-            if events:
-                yield fd, events
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
         return self.process.host.scheduler.poll(self, timeout_s, most)
@@ -441,10 +442,8 @@ class SimPoller:
         return self._fd
 
     def close(self) -> None:
-        for file, _ in self._wanted.values():
-            file.watchers.remove(self._changed)
-        self._wanted.clear()
-        self._changed()
+        for wanted in list(self._wanted.values()):
+            self._forget(wanted)
         self.process.close(self._fd)
 
 

@@ -16,11 +16,21 @@ from hashlib import blake2b
 from simulator.search.option import Option
 
 _MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15  # mixes: 2**64 by the golden ratio
 
 
 @cache
-def _unnumbered(name: str) -> str:
+def unnumbered(name: str) -> str:
+    """Without the number of the frame that a page has this time, or of the socket: in another round of the
+    same machine it is another one.  Which of several ways was picked stays.
+    """
     return re.sub(r"(?<=[A-Za-z#[])\d+", "", name)
+
+
+@cache
+def _number(actor: str, label: str) -> int:
+    said = f"{unnumbered(actor)}\0{unnumbered(label)}".encode()
+    return int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
 
 
 class Causality:
@@ -71,8 +81,7 @@ class Fingerprint:
     """Of the trace so far.  A step's own number comes from its label and the numbers of the steps that it
     follows directly; the trace's is their sum, in which the order of independent steps is lost.
 
-    Numbers in names (the frame that a page has this time, the n-th socket) are left out: which one it is
-    follows from what its actor saw before, and in another round of the same machine it is another one.
+    Numbers in names are left out: which frame, or socket, it is follows from what its actor saw before.
     """
 
     def __init__(self) -> None:
@@ -87,8 +96,10 @@ class Fingerprint:
             follows.add(self._written.get(touch.place, 0))
             if touch.writes:
                 follows.add(self._read.get(touch.place, 0))
-        said = f"{_unnumbered(step.actor)}\0{_unnumbered(step.label)}\0{sorted(follows)}".encode()
-        number = int.from_bytes(blake2b(said, digest_size=8).digest(), "little")
+        number = _number(step.actor, step.label)
+        for follow in sorted(follows):
+            number = (number ^ follow) * _ODD & _MASK
+            number ^= number >> 29
         self._of_actor[step.actor] = number
         for touch in step.touches:
             if touch.writes:

@@ -7,9 +7,16 @@ another thing to cover.  Only labels count, so that the thousandth delivery is n
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import cache
 from zlib import crc32
 
+from simulator.search.causality import unnumbered
 from simulator.search.option import Option
+
+
+@cache
+def _number(*names: str) -> int:
+    return crc32("\0".join(map(unnumbered, names)).encode())
 
 
 class Coverage:
@@ -44,8 +51,7 @@ class Coverage:
     def _cover(self, how: str, one: Option, other: Option) -> None:
         if one.actor == other.actor:
             return
-        said = f"{how}\0{one.actor}\0{one.label}\0{other.actor}\0{other.label}"
-        number = crc32(said.encode())
+        number = _number(how, one.actor, one.label, other.actor, other.label)
         self._new += number not in self.covered
         self.covered.add(number)
 

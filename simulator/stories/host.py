@@ -61,6 +61,18 @@ async def _store_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
         await guest.discard(AT)
 
 
+async def _fault_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
+    """A device's store to an absent page beside MADV_DONTNEED of it: one fault, one invalidation."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT, 64)
+                await guest.discard(AT)
+        await guest.discard(AT)  # if the store was later
+
+
 async def _cpu_beside_device(ctx: Context, excerpt: Excerpt) -> None:
     """A vCPU and a device touch one absent page first: both see one page."""
     guest = await ctx.boot_for(PAGES)
@@ -189,6 +201,7 @@ HOST = (
     SmallStory("swap", "a copy beside its source going to swap", _copy_beside(Guest.swap_out)),
     SmallStory("hint", "a copy beside its source being made absent, to see", _copy_beside(Guest.numa_hint)),
     SmallStory("age", "a copy beside a look at the accessed bits", _copy_beside(Guest.age)),
+    SmallStory("fault", "the first store to a page beside MADV_DONTNEED of it", _fault_beside_discard),
     SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device),
     SmallStory("fork", "stores beside fork", _fork),

@@ -16,9 +16,7 @@ class Journal:
     def add(self, line: str, data: bytes | bytearray | memoryview = b"") -> None:
         """`data` is told by length to people."""
         self.steps += 1
-        self._hash.update(line.encode())
-        self._hash.update(b"\n")
-        self._hash.update(data)
+        self._hash.update(b"".join((line.encode(), b"\n", data)))
         if self.lines is not None:
             self.lines.append(f"{line} ({len(data)} bytes)" if data else line)
 

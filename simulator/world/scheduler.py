@@ -10,12 +10,9 @@ happen, it jumps to the first deadline.
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
-from typing import NamedTuple
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -30,16 +27,14 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
-from simulator.world.places import OF_BOTH_ENDS, TIME_PASSES, TIME_STANDS, queues_of, state_of, words_of
+from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, queues_of, state_of, words_of
+from simulator.world.thread import Candidate, Event, SimThread
 
 STEP_NS = 2_000
 WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
-
-Event = tuple[int, int]  # of a poller: fd, what
-Access = tuple[Memory, int, int, bool]  # where in bytes, how many, does it store?
 
 
 class Stuck(Exception):
@@ -48,46 +43,6 @@ class Stuck(Exception):
 
 class Stopped(Exception):
     """The strategy wants no more of this run."""
-
-
-class Candidate(NamedTuple):
-    option: Option
-    thread: SimThread
-    event: Event | None = None  # what the thread is told that waits for one
-
-
-@dataclass(eq=False, slots=True)
-class SimThread:
-    """One of a process's; `waits` for these pollers, or for `is_woken`, or until `deadline_ns`."""
-
-    process: SimProcess
-    name: str
-    greenlet: greenlet
-    fate: Fate | None = None
-    over: bool = False
-    taken: int = 0  # steps
-    stopped_ns: int = 0  # it does nothing until then
-    standing: Option | None = None  # it could go on with that
-    access: Access | None = None  # which that is, if its places are not among its touches yet
-    waits: Sequence[SimPoller] = ()
-    is_woken: Callable[[], bool] | None = None
-    deadline_ns: int | None = None
-    told: Event | None = None
-    state: frozenset[Touch] = frozenset()  # which each step of its touches
-    steps: list[Candidate] = field(
-        default_factory=list
-    )  # what it could do, when what it waits for was `steps_of`
-    steps_of: int = -1
-
-    def can_go_at(self) -> int | None:
-        """When it could go on at the latest by itself; None: never."""
-        if self.standing is not None or self.deadline_ns is None:
-            return self.stopped_ns or None
-        return max(self.deadline_ns, self.stopped_ns)
-
-    def take(self) -> Event | None:
-        event, self.told = self.told, None
-        return event
 
 
 class World:
@@ -135,7 +90,7 @@ class World:
 
         thread = SimThread(process, process.name, greenlet(life, self._main), fate)
         thread.state = state_of(process.name)
-        thread.standing = Option(process.name, "begins")
+        thread.stands(Option(process.name, "begins"))
         self.threads.append(thread)
         return thread
 
@@ -189,7 +144,7 @@ class World:
         """As SIGKILL does: its fds are closed, it does not go on."""
         self.journal.add(f"{thread.name} is killed")
         thread.over = True
-        thread.standing, thread.waits, thread.is_woken, thread.deadline_ns = None, (), None, None
+        thread.waits_for(())
         thread.process.die()
         self._changes += 1
 
@@ -213,9 +168,7 @@ class World:
                 self._leave()
             return  # it is its turn again
         thread = step.thread
-        thread.told, thread.waits, thread.is_woken, thread.deadline_ns = step.event, (), None, None
-        thread.standing = thread.access = None
-        thread.steps_of = -1
+        thread.goes_on(step.event)
         self._running = thread
         if thread is me:
             return
@@ -285,20 +238,15 @@ class World:
     def _steps_of(self, thread: SimThread) -> list[Candidate]:
         if thread.stopped_ns > self._now:
             return []
-        if thread.standing is not None:
+        if thread.standing:
             if thread.access is not None and self._strategy.watches:
-                places, thread.access = self._words(*thread.access), None
-                thread.standing = thread.standing._replace(touches=thread.state | places)
-            return [Candidate(thread.standing, thread)]
-        version = self._woken
-        for poller in thread.waits:
-            version += poller.version
-        if thread.steps_of != version:
-            thread.steps_of = version
-            thread.steps = list(_deliveries(thread))
-        if not thread.steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
-            return [Candidate(_timer(thread), thread)]
-        return thread.steps
+                option, touches = thread.steps[0].option, thread.state | self._words(*thread.access)
+                thread.stands(option._replace(touches=touches))
+            return thread.steps
+        steps = thread.deliveries(self._woken)
+        if not steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
+            return [thread.timer()]
+        return steps
 
     def _is_alone(self, me: SimThread) -> bool:
         """Nobody else could take a step."""
@@ -326,10 +274,8 @@ class World:
     def _standing(self) -> Iterator[str]:
         for thread in self.threads:
             if not thread.over:
-                standing = thread.standing
-                yield (
-                    f"{thread.name} waits" if standing is None else f"{thread.name} stands: {standing.label}"
-                )
+                stands = thread.standing and thread.steps[0].option.label
+                yield f"{thread.name} stands: {stands}" if stands else f"{thread.name} waits"
 
     def _take(self, option: Option) -> None:
         self._tell_taken()
@@ -352,7 +298,7 @@ class World:
         me = self._running
         if me is None or self._closed:
             return
-        me.standing = Option(me.name, label, me.state)
+        me.stands(Option(me.name, label, me.state))
         self._switch(me)
 
     def pick(self, what: str, labels: Sequence[str]) -> int:
@@ -383,10 +329,7 @@ class World:
         """
         me = self._running
         assert me is not None, "nobody runs who could wait"
-        me.standing = None
-        me.waits, me.is_woken = pollers, is_woken
-        me.deadline_ns = None if timeout_s is None else self._now + ceil(timeout_s * 1e9)
-        me.steps_of = -1
+        me.waits_for(pollers, is_woken, None if timeout_s is None else self._now + ceil(timeout_s * 1e9))
         self._switch(me)
 
     def settle(self, seconds: float) -> None:
@@ -418,7 +361,7 @@ class World:
             if self._strategy.watches:
                 self._touched |= self._words(memory, at, size, writes)
             return
-        me.standing, me.access = Option(me.name, told, me.state), (memory, at, size, writes)
+        me.stands(Option(me.name, told, me.state), (memory, at, size, writes))
         self._switch(me, WORD_NS)
 
     def _words(self, memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
@@ -483,17 +426,3 @@ class World:
         access, note = partial(self.access, memory), partial(self.note, memory)
         seen: memoryview = watched(memory.made_as, process.name, view, access, note)
         return seen
-
-
-def _deliveries(thread: SimThread) -> Iterator[Candidate]:
-    for poller in thread.waits:
-        for fd, what in poller.ready():
-            file = poller.file(fd)
-            touches = thread.state | queues_of(file, bool(what & ~select.EPOLLIN))
-            yield Candidate(Option(f"{thread.name}<{file.name}", "is told", touches), thread, (fd, what))
-    if thread.is_woken is not None and thread.is_woken():
-        yield Candidate(Option(f"{thread.name}<woken", "is woken", thread.state), thread)
-
-
-def _timer(thread: SimThread) -> Option:
-    return Option(f"{thread.name}<timer", "time is up", thread.state | TIME_PASSES)

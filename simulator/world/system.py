@@ -37,7 +37,8 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.process import SimFlows, run
-from simulator.world.scheduler import SimThread, World
+from simulator.world.scheduler import World
+from simulator.world.thread import SimThread
 
 CLIENTS = Path("/run/tdp")
 PLACES = Places(CLIENTS, Path("/run/tdp-drivers"), Path("/run/tdp-admin"))

@@ -14,7 +14,8 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.platform import Platform
 from iommufdd.kvmd_channel import KvmdChannel
 from simulator.ghost.probes.watch import Seams, Watch
-from simulator.world.scheduler import SimThread, World
+from simulator.world.scheduler import World
+from simulator.world.thread import SimThread
 
 seams = Seams()
 DEAD_KVM, DEAD_DRIVER = "table of a dead KVM", "link of a dead driver"
