@@ -210,6 +210,23 @@ class Ghost:
             if truth.translation is not None:
                 self._judge_taken(view, truth, "R21")
 
+    def converts(self, view: Name, start: int, end: int, others: Iterable[Name]) -> None:
+        """Pages turn private, or shared: nothing leads to those that were there (R24); nor does another view
+        lead there, of `others` that show the process's, where it becomes private."""
+        self._step()
+        gone = list(self.backing.of(view, start, end))
+        self.backing.view(view).clear(start, end)
+        for truth in gone:
+            if truth.translation is None or truth.shown is None or truth.shown.space is None:
+                continue
+            self._judge_taken(view, truth, "R24")
+            first, last = truth.shown.page, truth.shown.page + truth.end - truth.start
+            for other, low, high, page in list(self.backing.shown_in(truth.shown.space, first, last)):
+                if other in others:
+                    seen = self.backing.view(other).get(low)
+                    there = truth.translation.moved(page - first)
+                    self._judge_taken(other, Truth(low, high, seen, there), "R24")
+
     def backs(self, space: Name, start: int, end: int, there: Translation | None) -> None:
         """Pages of a space are these frames from now on, or nothing (step 5)."""
         self._step()
@@ -426,6 +443,14 @@ class Ghost:
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
                 self.verdicts.say("R28", f"the units' driver is gone, {_say(cached)} is left")
+
+    def copied(self, frame: int, pages: int) -> None:
+        """The host reads or writes frames of somebody's whole."""
+        for page in range(frame, frame + pages):
+            given_up = self.frames.given_up(page)
+            if given_up is not None:
+                self.verdicts.say("I6", f"the host copies frame {page:#x}: freed, {given_up.name} gave it up")
+                return
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""

@@ -6,6 +6,5 @@ after what is made, in the step itself, so that a judge looks at what is true ri
 one calls; tests/unit/simulator/test_ghost_probes.py holds that each seam is there and that none is passed by.
 
 Wrap before anything is made: an object that has taken a bound method with it keeps the one it took.
-Not fed: private memory and pages of files (their windows count as not watched), and accesses at host
-addresses.
+Not fed: pages that iommufdd pins by their place in a file (windows onto them count as not watched).
 """

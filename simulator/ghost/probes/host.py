@@ -24,8 +24,9 @@ from protocol.units import (
     pages_of_level,
     size_of_level,
 )
-from simulator.ghost.backing import Name, Shown
+from simulator.ghost.backing import Name
 from simulator.ghost.probes.watch import Seams, Watch
+from simulator.ghost.probes.windows import windows
 from simulator.ghost.spans import Translation
 
 seams = Seams()
@@ -42,22 +43,17 @@ def _kvm(watch: Watch, original: Any, vm: Kvm, *args: Any, **named: Any) -> None
 @seams.around(Memslots, "replace")
 def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, new: Memslot | None) -> None:
     original(slots, old, new)
-    same = old is not None and new is not None and _window(watch, slots, old) == _window(watch, slots, new)
+    was, now = (None if slot is None else windows(watch, slots, slot) for slot in (old, new))
     for slot, comes in ((old, False), (new, True)):
         if slot is None:
             continue
         view, start, end = watch.view(slots, slot.as_id), slot.span.start, slot.span.end
-        if not same and comes:
-            watch.ghost.shows(view, start, end, _window(watch, slots, slot)[2])
-        elif not same:
+        if was != now and not comes:
             watch.ghost.hides(view, start, end)
+        elif was != now:
+            for low, high, shown in now or ():
+                watch.ghost.shows(view, low, high, shown)
         watch.ghost.stores.log(view, start, end, comes and slot.logs)
-
-
-def _window(watch: Watch, slots: Memslots, slot: Memslot) -> tuple[int, int, Shown]:
-    space = None if slot.private is not None else watch.names[id(slots)]
-    rights = bits.READ if slot.readonly else bits.READ | bits.WRITE
-    return slot.span.start, slot.span.end, Shown(space, slot.hva >> PAGE_SHIFT, rights)
 
 
 def _space(table: PageTable) -> str:

@@ -12,6 +12,8 @@ from iommufdd.core.ioas_on_demand import IoasOnDemand
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.memslot import Memslots
+from kvmd.core.slots.private_memory import PrivateMemory
 from protocol.units import (
     Gfn,
     Level,
@@ -51,6 +53,8 @@ class Watch:
         self.now = now
         self.heard = 0  # calls so far
         self.begun = 0  # things that must end
+        self.private_of: dict[int, PrivateMemory] = {}  # by its slots
+        self.slots_of: dict[int, Memslots] = {}  # by its attributes
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
         self.kept: list[object] = []  # whose ids are in use here
         self.names: dict[int, str] = {}

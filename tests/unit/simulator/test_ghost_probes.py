@@ -17,7 +17,7 @@ from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
 from kvmd.core.mm.table import PageTable
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes import processes
+from simulator.ghost.probes import private, processes
 from simulator.ghost.probes.watching import SEAMS, watching
 from simulator.ghost.violation import Verdicts, Violation
 from tests.planted.plugin import Plants
@@ -138,10 +138,11 @@ def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
 
 
 # What the stories of this file do not come to: the end of an HWPT, mremap, an IOAS that pins all it shows.
-# Nor processes: tests/integration/simulator/test_deaths.py.
+# Nor processes (tests/integration/simulator/test_deaths.py), nor private memory (test_ghost_host.py).
 ELSEWHERE = {
     *((IoPageTable, "release"), (PageTable, "move"), (Ioas, "show"), (Ioas, "leave")),
     *(seam for seam in processes.seams if seam != (Hwpt, "__init__")),
+    *(seam for seam in private.seams if seam[1] != "__init__"),
 }
 
 

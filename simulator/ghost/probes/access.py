@@ -1,0 +1,38 @@
+"""Accesses at host addresses: a process's own, those the kernel makes for it, and copies of whole pages."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.mm import Mm
+from protocol.units import PAGE_SHIFT, PAGE_SIZE, Hva, Pfn
+from simulator.ghost.probes.watch import Seams, Watch
+
+seams = Seams()
+
+
+@seams.around(Mm, "_bytes_at")
+async def _bytes_at(
+    watch: Watch, original: Any, mm: Mm, hva: Hva, size: int, *, write: bool, user: bool
+) -> Any:
+    """Which frame it is, the bytes themselves say: they are used at once."""
+    part = await original(mm, hva, size, write=write, user=user)
+    frames = mm.memory.frames
+    whole = getattr(frames.view, "_view", frames.view)  # a world watches it (simulator/world/memory.py)
+    frame = (frames.base + _address(part) - _address(whole)) >> PAGE_SHIFT
+    who = "the process" if user else "the kernel for the process"
+    watch.ghost.touched(who, f"mm{mm.id}", hva >> PAGE_SHIFT, frame, write=write)
+    return part
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+@seams.around(PageAllocator, "view")
+def _view(watch: Watch, original: Any, memory: PageAllocator, pfn: Pfn, size: int) -> Any:
+    """Swap, migration, copies on write, merging."""
+    watch.ghost.copied(pfn, -(-size // PAGE_SIZE))
+    return original(memory, pfn, size)

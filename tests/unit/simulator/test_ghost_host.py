@@ -1,0 +1,121 @@
+"""The ghost beside private memory, and beside what a process and its host do at host addresses."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from kvmd.core.mm.memory import PageAllocator
+from kvmd.core.mm.mm import Mm
+from kvmd.core.mm.page import Page
+from kvmd.core.mm.reclaim import migrate, swap_out
+from protocol.pt.bits import READ, WRITE
+from protocol.units import PAGE_SIZE, Hva
+from simulator.ghost.backing import Shown
+from simulator.ghost.ghost import Ghost
+from simulator.ghost.probes.watching import watching
+from simulator.ghost.spans import Translation
+from simulator.ghost.violation import Verdicts
+from tests.kit.kvmd import World
+from tests.planted.plugin import Plants
+from tests.unit.kvmd.test_private_history import play
+
+RW = READ | WRITE
+ROOT = 0x1000
+
+
+def heard(verdicts: Verdicts) -> set[str]:
+    return {violation.invariant for violation in verdicts.found}
+
+
+# -- private memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_found_in_histories_of_private_memory(seed: int) -> None:
+    ghost = Ghost(Verdicts())
+    with watching(ghost):
+        play(seed)
+    assert ghost.verdicts.found == []
+    assert any("guest_memfd" in str(space) for space in ghost.backing.spaces), "it was told of no file"
+
+
+@pytest.mark.parametrize(
+    ("bug", "invariants"),
+    [
+        ("R24-converted-without-a-zap", {"R24"}),
+        ("R24-hole-without-a-zap", {"I11", "I6"}),
+    ],
+)
+def test_private_memory_in_the_wrong_hands_is_found(bug: str, invariants: set[str], plant: Plants) -> None:
+    plant(bug)
+    verdicts = Verdicts()
+    for seed in range(6):
+        with watching(Ghost(verdicts)), suppress(AssertionError):
+            play(seed)
+    assert heard(verdicts) & invariants
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_turns_private_is_mapped_by_no_other_mmu(private: bool) -> None:
+    """An IOAS shows pages of the process, and its table maps one."""
+    ghost = Ghost(Verdicts())
+    for view in ("vm", "ioas"):
+        ghost.shows(view, 0x10, 0x12, Shown("mm", 0x80, RW))
+    ghost.backs("mm", 0x80, 0x82, Translation(0x500, RW))
+    ghost.root_made(ROOT, 1, "ioas", "hwpt")
+    ghost.entry_stored(ROOT + 8 * 0x11, 0x501 << 12 | RW)
+    ghost.converts("vm", 0x10, 0x11, ["ioas"])
+    assert ghost.verdicts.found == []
+    ghost.converts("vm", 0x11, 0x12, ["ioas"] if private else [])
+    assert heard(ghost.verdicts) == ({"R24"} if private else set())
+
+
+# -- host addresses --------------------------------------------------------------------------------------
+
+
+def play_host(world: World) -> None:
+    """A page that goes from frame to frame, and to swap, and is read at each."""
+    hva = world.map(2)
+    world.run(world.mm.write(hva, b"before"))
+    for change in (migrate, swap_out, migrate):
+        world.run(change(world.mm, hva, PAGE_SIZE))
+        assert world.run(world.mm.read(hva, 6)) == b"before"
+
+
+def test_nothing_is_found_in_a_process_as_it_is() -> None:
+    ghost = Ghost(Verdicts())
+    with watching(ghost):
+        play_host(World())
+    assert ghost.verdicts.found == []
+
+
+def test_a_process_that_reaches_the_frame_it_had_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose lookup slept and is not made again."""
+    bytes_now, kept = Mm.bytes_now, dict[int, memoryview]()
+
+    def found_before(mm: Mm, hva: Hva, size: int, *, write: bool) -> memoryview | None:
+        found = bytes_now(mm, hva, size, write=write)
+        return found if found is None else kept.setdefault(hva, found)
+
+    monkeypatch.setattr(Mm, "bytes_now", found_before)
+    ghost = Ghost(Verdicts())
+    with watching(ghost), suppress(AssertionError):
+        play_host(World())
+    assert heard(ghost.verdicts) == {"I6"}
+
+
+def test_a_copy_of_what_was_given_up_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Migration gives the old frame up before it copies it."""
+
+    def move(memory: PageAllocator, page: Page, owner: int) -> None:
+        old, page.pfn = page.pfn, memory._take(page.level, owner)
+        memory.frames.release(old, page.level)
+        memory.view(page.pfn, PAGE_SIZE)[:] = memory.view(old, PAGE_SIZE)
+
+    monkeypatch.setattr(PageAllocator, "move", move)
+    ghost = Ghost(Verdicts())
+    with watching(ghost), suppress(AssertionError):
+        play_host(World())
+    assert heard(ghost.verdicts) == {"I6"}
