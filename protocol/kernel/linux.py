@@ -20,7 +20,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic_ns, time_ns
 from typing import Final
@@ -122,7 +122,8 @@ class Linux:
         return sock
 
     def unlisten(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(path)
 
     def connect(self, path: Path) -> StreamSocket:
         with asked("cannot connect", str(path)), ExitStack() as undo:
@@ -231,7 +232,7 @@ def _remove_stale(path: Path) -> None:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
+            os.unlink(path)
             return
     raise OSError(errno.EADDRINUSE, "a daemon listens there already")
 

@@ -90,7 +90,7 @@ class Kernel(Protocol):
         """
 
     def unlisten(self, path: Path) -> None:
-        """The name is gone."""
+        """The name is gone; one that cannot be taken away stays, as after a death, and is taken over."""
 
     def connect(self, path: Path) -> StreamSocket:
         """ENOENT, ECONNREFUSED: nobody listens there."""

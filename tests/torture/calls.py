@@ -30,6 +30,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "close": (),
     "chmod": (e.EPERM, e.EROFS),
     "rename": (e.ENOSPC, e.EACCES, e.EROFS),
+    "unlink": (e.EACCES, e.EROFS, e.ENOMEM),
     "open": NO_FILE,
     "fstat": (e.ENOMEM,),
     "epoll_create": NO_FILE,

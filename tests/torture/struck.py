@@ -192,7 +192,7 @@ def readiness(calls: CountedCalls) -> SwappedModule:
 
 
 def plain(calls: CountedCalls) -> SwappedModule:
-    named = ("chmod", "rename", "open", "fstat", "memfd_create", "ftruncate", "fchmod")
+    named = ("chmod", "rename", "unlink", "open", "fstat", "memfd_create", "ftruncate", "fchmod")
     return SwappedModule(
         os,
         **{name: calls.counted(name, getattr(os, name)) for name in named},

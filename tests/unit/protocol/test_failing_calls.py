@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,30 @@ def test_a_door_that_cannot_be_watched_leaves_neither_name_nor_fd(wire: Wires, t
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
         Listener(wire.loop, tmp_path / "door", lambda sock: None)
     assert (list(tmp_path.iterdir()), open_fds()) == ([], before)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOENT])
+def test_a_listener_whose_name_cannot_be_removed_is_closed_all_the_same(
+    wire: Wires, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """It stays as that of one who was killed, and whoever listens there next takes it over."""
+    before = open_fds()
+    first = Listener(wire.loop, tmp_path / "door", lambda sock: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", failing_with(number))
+        first.close()
+    assert open_fds() == before
+    second = Listener(wire.loop, tmp_path / "door", lambda sock: None)
+    connect_now(LINUX, tmp_path / "door").close()
+    second.close()
+    assert not (tmp_path / "door").exists()
+
+
+def failing_with(number: int) -> Callable[..., None]:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_a_channel_that_cannot_wait_for_room_ends_alone(wire: Wires) -> None:
