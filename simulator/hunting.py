@@ -76,7 +76,7 @@ def _has_found(tally: Tally) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make planted", description="how soon each planted bug is found")
-    parser.add_argument("plants", nargs="*", metavar="ID", help="these (all)")
+    parser.add_argument("plants", nargs="*", metavar="ID", help="these (all that a story may come to)")
     parser.add_argument("--ranges", type=int, default=RANGES, metavar="N", help=f"of seeds ({RANGES})")
     parser.add_argument("--most", type=int, default=MAX_SCHEDULES, metavar="N", help="schedules of a range")
     parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:
-        plants = [plant_of(name) for name in given.plants] or list(PLANTED.values())
+        plants = [plant_of(name) for name in given.plants] or [p for p in PLANTED.values() if p.simulated]
     except UnknownPlant as error:
         parser.error(str(error))
     efforts = [Effort(strategy, given.ranges) for strategy in given.strategy]

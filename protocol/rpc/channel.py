@@ -7,7 +7,8 @@ leave an object's own fd in it, which would keep the object for ever.  The kerne
 a first-in-first-out queue matches them to frames.  A plain `recv` would drop them: this file uses recvmsg
 only.
 
-What a peer can do wrong ends its own connection with a log line and nothing else.
+What a peer can do wrong ends its own connection with a log line and nothing else; who waits for
+a reply of one that is gone, or asks it anew, is told (I31).
 """
 
 from __future__ import annotations

@@ -27,6 +27,22 @@ KVMD_EXPORTS = (
         races=["B-02"],
     ),
     Plant(
+        "B-05-published-half-made",
+        "A TDP FD can be used, and closed, before it is listed among its VM's.",
+        "R13",
+        [
+            Edit(
+                "kvmd.service.vm:_create_tdp_fd",
+                "fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner.app, tdp), tdp_fd_closed)",
+                "listed = owner.vm.exports.tdps.pop(message.as_id)\n"
+                "    fd, _, _ = owner.app.files.open(TDP_FD, TdpFile(owner.app, tdp), tdp_fd_closed)\n"
+                "    owner.vm.exports.tdps[message.as_id] = listed",
+            )
+        ],
+        races=["B-05", "R13"],
+        simulated=False,  # nothing runs between the two here: it takes a second thread
+    ),
+    Plant(
         "B-06-busy-after-a-failed-copy",
         "A TDP FD whose result cannot be written stays exported, and nobody has it.",
         "R13",

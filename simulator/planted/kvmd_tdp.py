@@ -118,6 +118,21 @@ KVMD_TDP = (
         races=["B-25", "R27"],
     ),
     Plant(
+        "B-26-faults-wait-for-acks",
+        "Importers are waited for under the MMU lock: no fault gets on until every flush is acked.",
+        "R27",
+        [
+            Edit(
+                f"{_FAULTS}._try",
+                "slot = frames.slots.find(gfn, fault.as_id)\n    if slot is None:",
+                "await self._flusher.drain()\n"
+                "    slot = frames.slots.find(gfn, fault.as_id)\n"
+                "    if slot is None:",
+            )
+        ],
+        races=["B-26", "R27"],
+    ),
+    Plant(
         "R20-tracked-is-writable",
         "What is stored for a fault does not ask whether the gfn is tracked.",
         "I19",

@@ -35,13 +35,15 @@ class Edit(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Plant:
     """`what` is the mistake in one sentence; `invariant` the one it belongs to (docs/invariants.md); `races`
-    the races and defects of the series that it is (R7, B-21)."""
+    the races and defects of the series that it is (R7, B-21); `simulated`: may a story of the simulator come
+    to it?"""
 
     id: str
     what: str
     invariant: str
     edits: Sequence[Edit]
     races: Sequence[str] = ()
+    simulated: bool = True
 
     @contextmanager
     def apply(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from simulator.planted.device_sim import SILICON
+from simulator.planted.edges import EDGES
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
@@ -27,7 +28,7 @@ class UnknownPlant(KeyError):
         return str(self.args[0])
 
 
-_ALL = (*KVMD_TDP, *KVMD_MEMORY, *KVMD_EXPORTS, *IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *SILICON)
+_ALL = (*KVMD_TDP, *KVMD_MEMORY, *KVMD_EXPORTS, *IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *SILICON, *EDGES)
 PLANTED: Mapping[str, Plant] = {plant.id: plant for plant in _ALL}
 
 _on: list[Plant] = []

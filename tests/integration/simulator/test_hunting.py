@@ -23,7 +23,7 @@ def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> lis
 
 def test_found_and_not_found_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "build" / "planted.json"
-    found, not_met = hunted(record, capsys, "R7-no-device-tlb", "R2-sequence-of-32-bits")
+    found, not_met = hunted(record, capsys, "R7-no-device-tlb", "a-full-disk-is-a-traceback")
     assert found["found"] == [{"invariant": "I9", "schedules": 1, "steps": 0}]
     assert not_met["found"] == [None]
 

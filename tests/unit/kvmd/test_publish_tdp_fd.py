@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.export.exports import Exports
 from kvmd.core.vm import Kvm
 from kvmd.service.objects import TdpFile, VmFile
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.rpc.channel import Channel, Reply
 from protocol.rpc.files import Files
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.test_service import Client, machine
 from tests.unit.protocol.wires import Wires, open_fds
 
@@ -158,17 +158,12 @@ def test_a_tdp_fd_is_whole_when_it_is_published(ready: Ready, monkeypatch: pytes
 
 
 @pytest.mark.defect("B-05")
-def test_a_tdp_fd_published_half_made_is_noticed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tdp_fd_published_half_made_is_noticed(
+    client: Client, monkeypatch: pytest.MonkeyPatch, plant: Plants
+) -> None:
     """As in the series: the fd is installed first, the list is written after it."""
     ready = Ready(client)
-    create = Exports.create
-
-    async def lists_later(self: Exports, request: Any) -> Any:
-        exported = await create(self, request)
-        del self.tdps[0]
-        return exported
-
-    monkeypatch.setattr(Exports, "create", lists_later)
+    plant("B-05-published-half-made")
     with pytest.raises(AssertionError, match="KVM_CREATE_TDP_FD"):
         whole_when_published(ready, monkeypatch)
 

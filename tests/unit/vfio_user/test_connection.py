@@ -146,6 +146,25 @@ def test_a_client_that_goes_in_the_middle_is_over_when_the_function_is_done(turn
     assert turned.commands() == [1]
 
 
+def test_a_client_that_is_turned_away_sees_it_before_anybody_closes_its_socket(
+    turned: TurnedLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(LINUX, "close_received", left.append)
+    refused = turned.connect()
+    assert refused.recv(1) == b""
+    refused.close()
+    os.close(*left)
+
+
+def test_fds_that_came_with_a_message_cut_short_are_closed(turned: TurnedLoop) -> None:
+    """It had more than there is room for, and is whole with its header: nobody else would close them."""
+    turned.send(Sent(messages.device_reset().data, 20))
+    assert turned.client.recv(1) == b"", "it is hung up on"
+    assert LINUX.closer.drain(10)
+    assert files() == 0
+
+
 def test_the_windows_of_one_that_goes_are_given_back_one_by_one(turned: TurnedLoop) -> None:
     turned.send(*(dma_map(n << 12, 4096) for n in range(3)))
     assert turned.commands() == [2, 2, 2]

@@ -19,6 +19,7 @@ from kvmd.core.tables.flush import Flusher
 from qemu_shim.vmm.interrupt import EXIT_USAGE
 from simulator.planted.__main__ import main
 from simulator.planted.device_sim import SILICON
+from simulator.planted.edges import EDGES
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
@@ -92,7 +93,7 @@ def test_who_does_not_fail_is_said() -> None:
 
 
 def test_no_two_have_one_id() -> None:
-    areas = (KVMD_TDP, KVMD_MEMORY, KVMD_EXPORTS, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, SILICON)
+    areas = (KVMD_TDP, KVMD_MEMORY, KVMD_EXPORTS, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, SILICON, EDGES)
     assert sum(map(len, areas)) == len(PLANTED)
 
 

@@ -1,0 +1,97 @@
+"""Mistakes where programs meet a kernel, a client or a user: fds, names, hang-ups, what is said at the end.
+
+Most were our own once.  No story of the simulator comes to these places: tests find them.
+"""
+
+from __future__ import annotations
+
+from simulator.planted.plant import Edit, Plant
+
+EDGES = (
+    # -- fds and names -----------------------------------------------------------------------------------
+    Plant(
+        "fds-of-a-unit-stay",
+        "What a unit's registers and eventfds came with is mapped and not closed: an fd for each link.",
+        "I14",
+        [Edit("iommufdd.unit_port:UnitPort.take", "fds.close()", "pass")],
+        simulated=False,
+    ),
+    Plant(
+        "a-link-that-is-gone-stays",
+        "What was made of a link knows itself in circles, and its fds and memory outlive it.",
+        "R28",
+        [Edit("iommufdd.service.objects:IommufddApp._forget_former", "gc.collect()", "pass")],
+        races=["R28"],
+        simulated=False,
+    ),
+    Plant(
+        "the-loop-of-a-host-stays",
+        "A VMM that ends in an error keeps the epoll set and the eventfd of its loop.",
+        "R13",
+        [Edit("qemu_shim.vmm.machine:connect_host", "loop.close()", "pass")],
+        races=["R13"],
+        simulated=False,
+    ),
+    Plant(
+        "R13-a-listener-leaves-its-name",
+        "A door that cannot be watched leaves its name, which says that somebody serves there.",
+        "R13",
+        [
+            Edit(
+                "protocol.rpc.socket:Listener.__init__",
+                "    self._give_up()\n        raise",
+                "    raise",
+            )
+        ],
+        races=["R13"],
+        simulated=False,
+    ),
+    Plant(
+        "the-number-of-a-file-that-is-gone",
+        "The number of a file whose daemon hung up, another file's by now, is passed on.",
+        "I14",
+        [Edit("qemu_shim.vmm.file:File.dup", "if self.closed:", "if False:")],
+        simulated=False,
+    ),
+    Plant(
+        "fds-of-a-cut-message-stay",
+        "Of a message with more fds than there was room for those that came are not closed.",
+        "I14",
+        [Edit("vfio_user.connection:ClientConnection._receive", "self._fds.close(fd)", "pass")],
+        simulated=False,
+    ),
+    # -- who is to hear of it ----------------------------------------------------------------------------
+    Plant(
+        "turned-away-and-not-told",
+        "A client that is turned away hears of it when a thread has closed its socket, and not at once.",
+        "I31",
+        [
+            Edit(
+                "vfio_user.connection:FunctionDoor.open",
+                "_hang_up(self._loop, sock)",
+                "self._loop.kernel.close_received(sock.detach())",
+            )
+        ],
+        simulated=False,
+    ),
+    Plant(
+        "a-full-disk-is-a-traceback",
+        "No room behind standard output ends in a traceback and not in a sentence.",
+        "I31",
+        [Edit("qemu_shim.cli:main", "except OSError as error:", "except ZeroDivisionError as error:")],
+        simulated=False,
+    ),
+    Plant(
+        "a-lost-device-goes-on",
+        "A story that waits for the next copy to succeed goes on with a device that is lost.",
+        "I31",
+        [
+            Edit(
+                "qemu_shim.scenarios.series.unmap:_copy_all_the_time",
+                'raise DmaFailed(f"copy of page {page} with the slot in place", record)',
+                "pass",
+            )
+        ],
+        simulated=False,
+    ),
+)
