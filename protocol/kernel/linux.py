@@ -71,7 +71,7 @@ class EventFd:
                 raise BrokenEvent("an eventfd has no room for one signal more")
             os.eventfd_write(self.fd, 1)
         except OSError as error:
-            raise BrokenEvent(f"an eventfd cannot be written: {error}") from None
+            raise BrokenEvent(f"an eventfd cannot be written: {error.strerror}") from None
 
     def drain(self) -> None:
         try:
@@ -79,7 +79,7 @@ class EventFd:
         except BlockingIOError:
             return  # nothing was signalled
         except OSError as error:
-            raise BrokenEvent(f"an eventfd cannot be read: {error}") from None
+            raise BrokenEvent(f"an eventfd cannot be read: {error.strerror}") from None
 
     def close(self) -> None:
         os.close(self.fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -59,3 +60,17 @@ def test_what_is_no_eventfd_is_found_out() -> None:
         with pytest.raises(BrokenEvent):
             misused.signal()
         misused.close()
+
+
+def test_what_breaks_an_event_is_told_in_words_and_not_as_an_errno(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    event = LINUX.event()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "eventfd_write", full)
+        with pytest.raises(BrokenEvent, match="an eventfd cannot be written: Resource"):
+            event.signal()
+    event.close()
+    with pytest.raises(BrokenEvent, match="an eventfd cannot be read: Bad file descriptor"):
+        event.drain()
