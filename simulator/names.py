@@ -12,7 +12,7 @@ from iommufdd.memory import TABLES_START
 from iommufdd.unit_memory import QUEUES_START, STRUCTURES_START
 from protocol.errors import PeerError
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_START
-from protocol.hw.vtd_regs import Reg
+from protocol.hw.vtd_regs import REGISTER_PAGE, Reg
 from protocol.pt.geometry import ENTRY_BYTES
 from protocol.rpc.body import decode
 from protocol.rpc.session import Framer, Kind
@@ -47,7 +47,7 @@ class Names:
             if made.startswith(prefix):
                 return self._structure(base + at) or f"{memory} word {word}"
         if made.startswith(_REGISTER_PAGES):
-            return _register(at)
+            return _register(at % REGISTER_PAGE)
         if made.startswith(_FRAMES):
             frame = (HIGH_RAM_START + at) // PAGE_SIZE
             return f"frame {frame:#x}, byte {at % PAGE_SIZE:#x}"

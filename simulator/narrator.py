@@ -7,7 +7,7 @@ import re
 from simulator.ghost.probes.watch import Watch
 from simulator.names import Messages, Names
 from simulator.search.diagram import draw, rows_of
-from simulator.search.option import Option, Strategy
+from simulator.search.option import Option, Strategy, is_within
 from simulator.search.replay import Recorded
 from simulator.world.journal import Journal
 
@@ -63,7 +63,8 @@ class Narrator(Recorded):
         place = _WORD.fullmatch(step.label)
         if place is not None and self._names is not None:
             return f"{place[1]} {self._names.of_word(place[2], int(place[3]))}"
-        return "" if step.label.startswith(_UNSAID) else step.label
+        is_dull = is_within(step.actor) or step.label.startswith(_UNSAID)
+        return "" if is_dull else step.label
 
 
 def process_of(actor: str) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 from iommufdd.core.intel_iommu import QUEUE_BYTES, UnitMemory
 from iommufdd.core.inval_queue import STATUS_BYTES
 from iommufdd.core.translation_tables import TranslationTables
-from protocol.hw.context_entry import ContextEntry, RootEntry, context_index
+from protocol.hw.context_entry import ContextEntry, PasidDirEntry, RootEntry, context_index
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE
 from protocol.hw.prq import PAGE_REQUEST_SIZE
 from protocol.hw.qi import DESCRIPTOR_SIZE
-from protocol.units import PAGE_SIZE
+from protocol.units import PAGE_SIZE, Hpa
 from simulator.ghost.probes.watch import Seams, Structure, Watch
 
 seams = Seams()
@@ -31,7 +31,22 @@ def _unit_memory(watch: Watch, original: Any, memory: UnitMemory, *args: Any, **
 
 @seams.around(TranslationTables, "add_function")
 def _add_function(watch: Watch, original: Any, tables: TranslationTables, rid: int, **may: bool) -> None:
-    original(tables, rid, **may)
+    made: list[int] = []
+    allocate = tables._allocate
+
+    def allocated() -> Hpa:
+        made.append(page := allocate())
+        return page
+
+    tables._allocate = allocated
+    try:
+        original(tables, rid, **may)
+    finally:
+        tables._allocate = allocate
+    directory = next(
+        page for page in made if page not in (*tables._contexts.values(), tables._pasid_tables[rid])
+    )
+    _page(watch, directory, PasidDirEntry.SIZE, f"function {rid:#x} PASID directory entry")
     bus, upper = rid >> 8, context_index(rid)[0]
     _page(watch, tables._contexts[bus, upper], ContextEntry.SIZE, f"bus {bus:#x} context entry")
     _page(watch, tables._pasid_tables[rid], PASID_ENTRY_SIZE, f"function {rid:#x} PASID entry")
