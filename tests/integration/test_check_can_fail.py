@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import trio
@@ -19,12 +18,12 @@ from qemu_shim.vmm.machine import connect_host
 from tests.kit.daemons import System, eventually, system
 from tests.kit.vmm import FILLED, device_stats, rigged
 
-WITHOUT_ACK = Path(__file__).with_name("kvmd_without_ack.py")
+WITHOUT_ACK = {"kvmd": "remote-acks-not-awaited"}
 
 
 @pytest.fixture(scope="module")
 def broken() -> Iterator[System]:
-    with system(kvmd=WITHOUT_ACK) as running:
+    with system(planted=WITHOUT_ACK) as running:
         yield running
 
 

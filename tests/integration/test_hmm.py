@@ -298,7 +298,7 @@ async def moved_without_ack(host: Host, mirror: WireMirror, process: Process, hv
 async def test_frame_tags_show_a_stale_access_if_acks_are_not_awaited_and_else_none(host: Host) -> None:
     async with mirrored(host, ack=False) as (process, mirror, hva):
         assert not await moved_without_ack(host, mirror, process, hva)
-    with system(TRUSTING, kvmd=WITHOUT_ACK) as broken:
+    with system(TRUSTING, planted=WITHOUT_ACK) as broken:
         async with connect_host(broken.directory) as host, mirrored(host, ack=False) as made:
             process, mirror, hva = made
             assert await moved_without_ack(host, mirror, process, hva)

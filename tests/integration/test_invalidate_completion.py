@@ -7,10 +7,8 @@ the page while the device can reach it (I6), and must not hold the host up for e
 from __future__ import annotations
 
 import errno
-import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +16,7 @@ import trio
 
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE, Gpa
-from qemu_shim.vmm.daemons import DaemonSpec
 from qemu_shim.vmm.machine import connect_host
-from tests.integration import iommufdd_that_lets_go
 from tests.integration.test_units import another, queue_of
 from tests.kit.daemons import Options, System, eventually, short_directory
 from tests.kit.refusals import refused
@@ -29,21 +25,14 @@ from tests.kit.vmm import FILLED, Vmm, attach_device, bare_vm, device_stats, not
 NEVER = "--invalidate-completion=never"
 
 
-class LetsGo(System):
-    """iommufdd is the one that takes a time-out for an ack."""
-
-    def argv(self, spec: DaemonSpec) -> list[str]:
-        usual = super().argv(spec)
-        program = [sys.executable, str(Path(iommufdd_that_lets_go.__file__))]
-        return [*program, *usual[1:]] if spec.name == "iommufdd" else usual
-
-
 @asynccontextmanager
-async def attached(*silicon: str, kind: type[System] = System) -> AsyncIterator[tuple[System, Vmm]]:
+async def attached(
+    *silicon: str, planted: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[System, Vmm]]:
     """A VM with device 0 on its HWPT, on silicon of that kind."""
     settings: Options = {"device_sim": silicon}
     with short_directory() as directory:
-        made = kind(directory, settings)
+        made = System(directory, settings, planted)
         try:
             made.start()
             async with connect_host(directory) as host:
@@ -105,7 +94,7 @@ async def test_a_device_that_never_completes_is_off_the_bus_before_the_page_is_g
 
 async def test_an_iommufdd_that_takes_a_time_out_for_an_ack_is_caught() -> None:
     """Planted: the device writes to the frame its page no longer has."""
-    async with attached(NEVER, kind=LetsGo) as (_, rig):
+    async with attached(NEVER, planted={"iommufdd": "R18-time-out-is-an-ack"}) as (_, rig):
         page = rig.memory.allocate(1)
         assert await rig.fill(page) is Status.SUCCESS
         await take_away(rig, "migrate", page)

@@ -30,16 +30,18 @@ TRUSTING: Options = {"kvmd": ["--trust-importers"]}  # for tests that import the
 
 
 class System:
-    """The daemons of one system, with what clients are given in `directory` and the rest below it.  `kvmd`
-    may be another program's path.
+    """The daemons of one system, with what clients are given in `directory` and the rest below it.
+    `planted`: of a daemon, the bug it has (simulator.planted).
     """
 
-    def __init__(self, directory: Path, options: Options | None = None, kvmd: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, options: Options | None = None, planted: Mapping[str, str] | None = None
+    ) -> None:
         self.directory = directory
         self.places = Places(directory, directory / "private", directory / "private")
         self.places.drivers.mkdir(exist_ok=True)
         self._options = options or {}
-        self._kvmd = kvmd
+        self._planted = planted or {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, *names: str) -> None:
@@ -56,8 +58,8 @@ class System:
     def argv(self, spec: DaemonSpec) -> list[str]:
         argv = spec.argv(self.places)
         program = [str(BIN / argv[0])]
-        if spec.name == "kvmd" and self._kvmd is not None:
-            program = [sys.executable, str(self._kvmd)]
+        if plant := self._planted.get(spec.name):
+            program = [sys.executable, "-m", "simulator.planted", plant, spec.module]
         return [*program, *argv[1:], "--exit-with-stdin", *self._options.get(spec.name, ())]
 
     def _is_ready(self, spec: DaemonSpec) -> bool:
@@ -194,10 +196,12 @@ def short_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def system(options: Options | None = None, kvmd: Path | None = None, *names: str) -> Iterator[System]:
+def system(
+    options: Options | None = None, planted: Mapping[str, str] | None = None, *names: str
+) -> Iterator[System]:
     """A running system; those of its daemons that are not killed must end with status 0."""
     with short_directory() as directory:
-        made = System(directory, options, kvmd)
+        made = System(directory, options, planted)
         try:
             made.start(*names)
             yield made

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from kvmd.core.faults.fault_path import FaultPath
-from kvmd.core.faults.page_fault import FaultResult, PageFault
+from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.page import MappedPage
 from protocol.flow import Wait
 from protocol.units import Gfn, Hva
 from tests.kit.kvmd import WRITE, World
+from tests.planted.plugin import Plants
 
 
 def nobody_waits_for_a_sleeper(world: World) -> None:
@@ -45,16 +43,7 @@ def test_a_fault_that_sleeps_holds_up_neither_faults_nor_memslots() -> None:
 
 
 @pytest.mark.defect("B-25")
-def test_a_fault_path_under_the_slots_lock_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    resolve = FaultPath._resolve
-
-    async def locked(self: FaultPath, fault: PageFault, *rest: Any) -> FaultResult:
-        await self._frames.slots.lock.acquire(write=True)
-        try:
-            return await resolve(self, fault, *rest)
-        finally:
-            self._frames.slots.lock.release()
-
-    monkeypatch.setattr(FaultPath, "_resolve", locked)
+def test_a_fault_path_under_the_slots_lock_is_noticed(plant: Plants) -> None:
+    plant("B-25-slots-lock-over-faults")
     with pytest.raises(AssertionError, match="waits"):
         nobody_waits_for_a_sleeper(World())

@@ -7,18 +7,19 @@ import errno
 import pytest
 
 from kvmd.core.cpu.pre_fault import pre_fault_memory
-from kvmd.core.export.importer import Importer, Registration, TdpFd
+from kvmd.core.export.importer import Importer, TdpFd
 from kvmd.core.export.tdp_fd import CreateTdpFd, ExportEvent
 from kvmd.core.lease import ack_with_lease
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.users import VmUsers
 from kvmd.core.vm import Kvm, VmType
 from kvmd.core.vm_list import VmList
-from protocol.flow import Wait, done
+from protocol.flow import Wait
 from protocol.units import Gfn, GfnSpan, Gpa
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import WRITE, World
 from tests.kit.refusals import errno_of
+from tests.planted.plugin import Plants
 
 PAGE = 4096
 BASE = 0x100
@@ -105,16 +106,9 @@ def test_who_leaves_hears_of_every_flush_until_its_lease_ends_and_of_none_after(
     hears_until_its_lease_ends(rig)
 
 
-def test_an_importer_that_leaves_at_once_is_noticed(rig: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_importer_that_leaves_at_once_is_noticed(rig: Listed, plant: Plants) -> None:
     """I13 broken: what it was lent is still walked."""
-    leave = Registration.leave
-
-    async def without_its_lease(self: Registration) -> None:
-        self._lease = HandLease(done(None))
-        self._tdp.leases.append(self._lease)
-        await leave(self)
-
-    monkeypatch.setattr(Registration, "leave", without_its_lease)
+    plant("R26-leaves-before-its-lease")
     with pytest.raises(AssertionError, match="was not told"):
         hears_until_its_lease_ends(rig)
 
@@ -196,16 +190,8 @@ def test_a_close_waits_for_who_registered_while_it_waited(rig: Listed) -> None:
     closes_last(rig)
 
 
-def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(
-    rig: Listed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def once(self: TdpFd) -> None:
-        for lease in list(self.leases):
-            await lease.ended
-        await self.exports.close(self.exported)
-        self.users.put()
-
-    monkeypatch.setattr(TdpFd, "release", once)
+def test_a_close_that_waits_only_for_the_leases_it_found_is_noticed(rig: Listed, plant: Plants) -> None:
+    plant("R28-one-look-at-leases")
     with pytest.raises(AssertionError, match="still has its lease"):
         closes_last(rig)
 

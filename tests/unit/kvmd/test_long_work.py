@@ -13,8 +13,8 @@ from kvmd.core.mm import space
 from kvmd.core.mm.check import check_memory
 from kvmd.core.tables import tdp_mmu, zap
 from kvmd.core.tables.tdp_table import RootState, TdpMmu
-from kvmd.core.tables.zap import Zapper
 from kvmd.core.vm import Kvm, VmType, create_vm
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.in_turns import BATCH, OTHER, PAGES, InTurns
 
 PAGE = 4096
@@ -85,16 +85,9 @@ def test_what_an_exit_cleared_is_flushed_before_others_run(monkeypatch: pytest.M
 
 
 @pytest.mark.defect("B-33")
-def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def flush_at_the_end(self: Zapper, spans: Any, roots: Any = None, **rest: Any) -> None:
-        for span in spans:
-            cursor = self._mmu.cursor(self._mmu.roots[0], span)
-            while tdp_mmu.zap_some(self._mmu, self._mmu.roots[0], cursor, BATCH):
-                await self._cond_resched()
-        await self._flusher.flush(None)
-
+def test_a_turn_given_before_the_flush_is_noticed(monkeypatch: pytest.MonkeyPatch, plant: Plants) -> None:
     rig = LongWork(monkeypatch)
-    monkeypatch.setattr(Zapper, "zap", flush_at_the_end)
+    plant("B-33-turn-before-flush")
     with pytest.raises(AssertionError, match="no importer was told"):
         others_find_everything_flushed(rig, rig.munmap)
 

@@ -11,7 +11,6 @@ import pytest
 from kvmd.core.capability import KvmCap, check_extension, enable_cap
 from kvmd.core.cpu.pre_fault import pre_fault_memory
 from kvmd.core.export.tdp_fd import CreateTdpFd
-from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.nx_huge import NxHugePages
 from kvmd.core.faults.page_fault import FaultResult, FaultSource, PageFault
 from kvmd.core.host import CpuFeatures
@@ -20,12 +19,12 @@ from kvmd.core.mm.reclaim import age
 from kvmd.core.mm.vma import Prot
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.root_policy import CPUS, IOMMU_OWN
-from kvmd.core.tables.tdp_table import TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import Gfn, Gpa, Hva, Level
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import World
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.logged import NO_PML
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
 
@@ -372,9 +371,9 @@ def test_a_shared_root_loses_what_the_own_one_keeps() -> None:
 
 
 @pytest.mark.parametrize("missing", ["_map_in_other_roots", "level", "age"])
-def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch, plant: Plants) -> None:
     if missing == "_map_in_other_roots":
-        monkeypatch.setattr(FaultPath, "_map_in_other_roots", lambda *args: None)
+        plant("other-root-not-filled")
         with pytest.raises(AssertionError, match=r"Left contains"):
             test_whoever_comes_first_both_have_the_page_after_one_fault(Managed())
     elif missing == "level":
@@ -382,7 +381,7 @@ def test_a_planted_bug_is_noticed(missing: str, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(AssertionError, match=r"\[0, 1, 0, 0\] != \[0, 0, 1, 0\]"):
             test_no_huge_leaf_of_the_iommus_is_made_small_for_what_cpus_execute()
     else:
-        monkeypatch.setattr(TdpMmu, "aged_roots", lambda self: self.roots)
+        plant("I23-ageing-takes-every-root")
         with pytest.raises(AssertionError, match=r"I23"):
             test_ageing_is_told_to_no_importer_and_costs_no_io_fault(CpuFeatures())
 

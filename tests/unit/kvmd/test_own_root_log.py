@@ -12,11 +12,12 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.slots.dirty_log import ClearDirtyLog, DirtyLog
+from kvmd.core.slots.dirty_log import ClearDirtyLog
 from kvmd.core.tables.flush import Flusher
 from protocol.errors import UapiError
 from protocol.units import MIB, Hva
 from tests.kit.kvmd import BITMAP, READ, World
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.logged import NO_PML
 from tests.unit.kvmd.own_root import BASE, PAGE, PAGES, Managed
 
@@ -155,13 +156,11 @@ def test_rings_without_bitmaps_cannot_log_a_devices_stores_here_either() -> None
         world.run(world.vm.exports.create(CreateTdpFd(0, 0, 0)))
 
 
-def test_a_log_that_forgets_what_devices_can_write_is_noticed(
-    guest: Managed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_forgets_what_devices_can_write_is_noticed(guest: Managed, plant: Plants) -> None:
     """I20 finds it without a device having written."""
     guest.fault(2)
     guest.log()
-    monkeypatch.setattr(DirtyLog, "_mark_unnoticed", lambda self, slot, dirty: dirty)
+    plant("R19-unnoticed-not-dirty")
     guest.dirty()
     assert {sentence[:3] for sentence in check_vm(guest.vm)} == {"I20"}
 

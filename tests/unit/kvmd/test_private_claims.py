@@ -10,7 +10,6 @@ import pytest
 
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
-from kvmd.core.mm.claims import Claims
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.userfaultfd import Userfaultfd
@@ -18,6 +17,7 @@ from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import RW, WRITE
+from tests.planted.plugin import Plants
 from tests.unit.kvmd.test_private_memory import GFN, PAGES, PRIVATE, Protected
 
 PAGE = 4096
@@ -168,12 +168,12 @@ def test_claims_end_with_who_has_them() -> None:
     other.watch(world.hva, PAGE)
 
 
-@pytest.mark.parametrize("check", ["check_mapping", "check_replacing"])
-def test_the_check_finds_an_address_that_both_have(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("second", ["R24-mapped-while-converted", "R24-claim-not-asked"])
+def test_the_check_finds_an_address_that_both_have(second: str, plant: Plants) -> None:
     """Planted bug: who comes second is not refused."""
     world = Beside()
-    monkeypatch.setattr(Claims, check, lambda claims, start, end: None)
-    if check == "check_mapping":
+    plant(second)
+    if second == "R24-mapped-while-converted":
         world.run(world.convert(0))
         world.use("pin", 0)
     else:
@@ -233,9 +233,9 @@ def test_an_offset_is_no_address() -> None:
     assert not world.mirror.maps(Hva(0), Hva(8 * PAGE))
 
 
-def test_the_check_of_what_is_pinned_by_offset_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_of_what_is_pinned_by_offset_can_fail(plant: Plants) -> None:
     world = Filed()
     world.run(world.convert(2))
-    monkeypatch.setattr(Claims, "check_mapping", lambda *_: None)
+    plant("R24-mapped-while-converted")
     world.pin_file(2)
     assert [found[:3] for found in check_vm(world.vm)] == ["I27"]

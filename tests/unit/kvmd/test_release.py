@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 
 from kvmd.core import host as host_module
-from kvmd.core.export.exports import Exports
-from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.mm.fault import FaultCounts
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
-from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.tables import tdp_mmu
 from kvmd.core.tables.tdp_mmu import Mapped
 from kvmd.core.tables.tdp_table import TdpMmu
@@ -25,6 +22,7 @@ from protocol.units import Gfn, Hva
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import WRITE, World
 from tests.kit.lent import Backed
+from tests.planted.plugin import Plants
 
 PAGE = 4096
 
@@ -55,17 +53,9 @@ def test_after_a_release_no_vcpu_uses_a_stale_translation(world: World) -> None:
 
 
 @pytest.mark.defect("B-18")
-def test_a_release_that_zaps_without_a_flush_is_noticed(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_that_zaps_without_a_flush_is_noticed(world: World, plant: Plants) -> None:
     """The host then finds nothing to clear, flushes nothing, and the vCPU's TLB still has the old frame."""
-    release = Exports.release
-
-    def zap_too(self: Exports, exported: ExportedTdp) -> None:
-        tdp_mmu.zap_leafs(self._tdp.mmu, exported.root.everything)
-        release(self, exported)
-
-    monkeypatch.setattr(Exports, "release", zap_too)
+    plant("B-18-zapped-at-release")
     with pytest.raises(AssertionError, match="old frame"):
         use_after_release(world)
 
@@ -87,12 +77,8 @@ def test_a_process_that_exits_keeps_its_frames_until_importers_acked(world: Worl
 
 
 @pytest.mark.defect("B-19")
-def test_an_exit_that_flushes_nothing_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def only_zap(self: HostChanges, start: Hva, end: Hva) -> None:
-        self._in_progress.append((start, end))
-        tdp_mmu.zap_leafs(self._tdp.mmu, self._tdp.mmu.roots[0].everything)
-
-    monkeypatch.setattr(HostChanges, "invalidate_range_start", only_zap)
+def test_an_exit_that_flushes_nothing_is_noticed(world: World, plant: Plants) -> None:
+    plant("B-19-exit-zaps-unflushed")
     with pytest.raises(AssertionError, match="no importer was told"):
         exit_under_dma(world)
 
