@@ -217,6 +217,9 @@ async def test_a_link_that_fails_while_both_live_is_made_again() -> None:
                 lambda s: (s["hwpts"], s["devices_bound"]) == ([], 0),
                 "all is closed",
             )
+            await eventually(
+                rig.host.kvmd.stats, lambda s: s["vms"][0]["exported_tdps"] == 0, "the TDP FD is released"
+            )
             rig.tdp_fd = await rig.vm.create_tdp_fd()
             await bind_device(rig)
             iommu, device = rig.bound
