@@ -14,8 +14,20 @@ from bench.figures.io_fault import IO_FAULT
 from bench.figures.limits import LIMITS
 from bench.figures.memory import MEMORY
 from bench.figures.rpc import RPC
+from bench.figures.schedules import SCHEDULES
 from bench.figures.startup import STARTUP
 from bench.figures.walk import WALK
 from bench.harness import Figure
 
-FIGURES: tuple[Figure, ...] = (LIMITS, RPC, CHAIN, IO_FAULT, INVALIDATION, DMA, WALK, STARTUP, MEMORY)
+FIGURES: tuple[Figure, ...] = (
+    LIMITS,
+    RPC,
+    CHAIN,
+    IO_FAULT,
+    INVALIDATION,
+    DMA,
+    WALK,
+    STARTUP,
+    MEMORY,
+    SCHEDULES,
+)
