@@ -1,5 +1,5 @@
-"""`python -m bench.ours.schedules MACHINES ROUNDS`: so many schedules in each of so many machines, one after the
-other; nanoseconds of one, its share of bringing the machine up and down included.
+"""`python -m bench.ours.schedules MACHINES ROUNDS`: machines one after the other, so many schedules in each;
+nanoseconds of one, its share of bringing the machine up and down included.
 """
 
 from __future__ import annotations

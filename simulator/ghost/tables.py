@@ -129,7 +129,12 @@ class ShadowTables:
             self._words.pop(at, None)
 
     def fill_table(self, table: int, entries: Sequence[int]) -> list[Stored]:
-        return [self.store(table + ENTRY_BYTES * n, entry) for n, entry in enumerate(entries)]
+        places = range(table, table + ENTRY_BYTES * len(entries), ENTRY_BYTES)
+        return [
+            self.store(at, entry)
+            for at, entry in zip(places, entries, strict=True)
+            if self._words.get(at, 0) != entry
+        ]
 
     # -- entries ---------------------------------------------------------------------------------------
 

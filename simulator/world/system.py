@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -60,6 +60,12 @@ _BUILD: Mapping[str, tuple[Callable[[list[str] | None], tuple[Any, Any]], Callab
 }
 
 
+@cache
+def _parsed(daemon: str, words: tuple[str, ...]) -> tuple[Any, Any]:
+    """A machine after the other is started with the same words."""
+    return _BUILD[daemon][0](list(words))
+
+
 @dataclass(slots=True)
 class Daemon:
     process: SimProcess
@@ -96,8 +102,8 @@ class System:
     def _start(self, spec: DaemonSpec, fate: Fate | None) -> Daemon:
         world, process = self.world, SimProcess(self.world.host, spec.name)
         daemon = Daemon(process)
-        parse, build = _BUILD[spec.name]
-        given, settings = parse([*spec.argv(PLACES)[1:], *self.options.get(spec.name, ())])
+        given, settings = _parsed(spec.name, (*spec.argv(PLACES)[1:], *self.options.get(spec.name, ())))
+        build = _BUILD[spec.name][1]
 
         async def main() -> None:
             loop = Loop(process, SimFlows(world, lambda error: self.crashes.append((spec.name, error))))
