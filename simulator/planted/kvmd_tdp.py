@@ -64,6 +64,19 @@ KVMD_TDP = (
         races=["R3"],
     ),
     Plant(
+        "root-put-and-kept",
+        "A vCPU whose new root cannot be made keeps the obsolete one it has put.",
+        "R3",
+        [
+            Edit(
+                "kvmd.core.cpu.vcpu_arch:VcpuArch.load_root",
+                "self.roots[as_id] = None",
+                "pass",
+            )
+        ],
+        races=["R3"],
+    ),
+    Plant(
         "R21-slot-not-found-again",
         "A fault maps for the slot it found before its lookup slept, though it is deleted or another's now.",
         "I11",

@@ -40,6 +40,7 @@ class VcpuArch:
         """The root it runs on in an address space; a new one after its old became obsolete."""
         mmu, root = self.tdp.mmu, self.roots[as_id]
         if root is not None and root.invalid:
+            self.roots[as_id] = None  # there may be no page for another
             mmu.put_root(root)
             root = None
             self.tdp.flusher.reclaim()

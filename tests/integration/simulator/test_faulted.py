@@ -44,6 +44,14 @@ def test_a_daemon_that_died_or_stood_still_is_there_again(monkeypatch: pytest.Mo
     assert {kind for faults in made for kind in faults.met} == {"sigkill", "sigstop"}
 
 
+def test_a_mistake_where_there_is_no_memory_is_found() -> None:
+    """A vCPU's root is obsolete, and there is no page for another."""
+    tally = played("slot", "managed", ("enomem",), 20, "root-put-and-kept")
+    assert [found.result.sentence for found in tally.found] == [
+        "kvmd: AssertionError: root put more often than it was got"
+    ]
+
+
 def test_the_same_answers_are_the_same_run() -> None:
     one, other = (played("discard", "shared", tuple(FAULTS), FEW) for _ in range(2))
     assert one.traces == other.traces

@@ -12,7 +12,7 @@ from kvmd.core.mm.vma import Prot
 from kvmd.core.tables import tdp_mmu
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
-from protocol.units import Gfn, GfnSpan, Hva, Level
+from protocol.units import Gfn, GfnSpan, Hpa, Hva, Level
 from tests.kit.kvmd import World
 from tests.kit.lent import Backed
 
@@ -195,3 +195,25 @@ def test_the_width_of_a_vcpu_that_ran_is_fixed(world: World) -> None:
 def test_five_levels_only_for_guests_wider_than_48_bits(levels: int, width: int, level: int) -> None:
     features = CpuFeatures(maxphyaddr=52, ept_levels=levels, max_page_level=Level(3))
     assert features.root_level(width) == level
+
+
+def test_a_vcpu_whose_new_root_cannot_be_made_has_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its old one became obsolete with a slot, and is put once: by the vCPU, not by the VM's end again."""
+    vcpu, pool = world.vm.vcpus[0], world.host.pool
+    world.guest_write(vcpu, 0x10_0000, b"its root is there")
+    world.set_slot(1, 0x800, 1, world.map(1))
+    world.set_slot(1, 0x800, 0, 0)
+    obsolete = vcpu.arch.roots[0]
+    assert obsolete is not None
+    assert obsolete.invalid
+
+    def is_empty() -> Hpa:
+        raise UapiError(errno.ENOMEM, "no page for a root")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "allocate", is_empty)
+        with pytest.raises(UapiError, match="no page for a root"):
+            world.guest_read(vcpu, 0x10_0000, 1)
+    assert vcpu.arch.roots == [None, None]
+    assert obsolete.refs == 0
+    assert world.guest_read(vcpu, 0x10_0000, 17).reads == [b"its root is there"]
