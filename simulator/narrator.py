@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from simulator.faults.plan import FAULT
 from simulator.ghost.probes.watch import Watch
 from simulator.names import Messages, Names
 from simulator.search.diagram import draw, rows_of
@@ -20,11 +21,12 @@ _UNSAID = (
     "time is up",
     "is woken",
 )  # that programs run is no news
+_FATES = (" is killed", " is stopped")
 _WORD = re.compile(r"(loads|stores) (\S.*)\[(\d+)\]")  # as the scheduler calls an access
 
 
 class Overheard(Journal):
-    """What went over channels in the step under way."""
+    """What went over channels in the step under way, and what failed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +37,8 @@ class Overheard(Journal):
         super().add(line, data)
         if ": " in line:  # a step begins
             self.heard = []
+        if line.startswith(FAULT) or line.endswith(_FATES):
+            self.heard.append(line)
         words = line.split()
         if data and len(words) == 3 and words[1] in _VERBS:
             _, done, end = words

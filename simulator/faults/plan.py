@@ -17,6 +17,7 @@ from simulator.world.thread import SimThread
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
 VMM = "qemu_shim"
+FAULT = "fault"  # how the journal tells of one
 STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
 
 
@@ -76,7 +77,7 @@ class Faults:
         del self._left[kind]
         self.met[kind] += 1
         assert self._world is not None
-        self._world.journal.add(f"fault: {kind}")
+        self._world.journal.add(f"{FAULT} {kind}")
         return True
 
     # -- asking ----------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
     renamed = ghost.process_gone(gone)
     if gone == "kvmd":
         watch.forget_kvmd()
+    for filled, root in watch.filling.items():  # a walk may be under way
+        watch.filling[filled] = renamed.get(root, root)
     for did, hwpt in watch.hwpts.items():
         if hwpt.domain.root in renamed and did not in watch.orphans:
             watch.orphans[did] = renamed[hwpt.domain.root]

@@ -17,12 +17,13 @@ from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
 
 FEW = 3
+ROUNDS = 10
 puts = Faults.put_into
 
 
 def played(story: str, design: str, faults: tuple[str, ...], schedules: int, plant: str = "") -> Tally:
     """Until the first that fails."""
-    run_one = Judged(find, story, design, plant=plant, faults=faults)()
+    run_one = Judged(find, story, design, plant=plant, faults=faults)(ROUNDS)
     return explore(run_one, STRATEGIES["random"].make(1), 1, schedules, lambda tally: bool(tally.found))
 
 
@@ -83,7 +84,7 @@ def test_a_mistake_that_only_a_fault_shows_is_found_repeated_and_replayed(
     assert "faults ite\n" in story.read_text(encoding="utf-8")
     assert main(["sim", "--replay", str(story)]) == 1
     replayed = capsys.readouterr().out
-    assert "fault ite" in replayed or "at its " in replayed
+    assert "fault ite" in replayed
     assert "the trace is another one" not in replayed
 
 

@@ -17,9 +17,12 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.spans import Translation
 from simulator.ghost.violation import Verdicts
+from simulator.kernel.process import SimProcess
+from simulator.world.scheduler import World as Scheduled
 from tests.kit.kvmd import World
 from tests.planted.plugin import Plants
 from tests.unit.kvmd.test_private_history import play
+from tests.unit.simulator.world.toys import Script
 
 RW = READ | WRITE
 ROOT = 0x1000
@@ -70,6 +73,22 @@ def test_what_turns_private_is_mapped_by_no_other_mmu(private: bool) -> None:
     assert ghost.verdicts.found == []
     ghost.converts("vm", 0x11, 0x12, ["ioas"] if private else [])
     assert heard(ghost.verdicts) == ({"R24"} if private else set())
+
+
+# -- deaths ----------------------------------------------------------------------------------------------
+
+
+def test_a_walk_goes_on_in_a_root_whose_kvm_died_under_it() -> None:
+    """What it fills is of the dead one's root, by the name that has now."""
+    ghost = Ghost(Verdicts())
+    with watching(ghost) as watch:
+        ghost.table_taken(ROOT, "kvmd")
+        ghost.root_made(ROOT, 1, None, "vm1")
+        watch.filling[1, 2] = ROOT
+        world = Scheduled(Script())
+        world.kill(world.spawn(SimProcess(world.host, "kvmd"), lambda: None))
+        ghost.cached(("iotlb", "unit0", "domain 2"), watch.filling[1, 2], 0, 1, Translation(5, RW))
+    assert ghost.verdicts.found == []
 
 
 # -- host addresses --------------------------------------------------------------------------------------
