@@ -46,6 +46,8 @@ _GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class Ghost:
     def __init__(self, verdicts: Verdicts, bound_ns: int = BOUND_NS) -> None:
         self.now = 0
+        self.changes = 0  # it heard of that accesses and fills are judged by, or that they are judged at
+        self.looks = 0  # accesses and fills it heard of: none of them decides what another one is
         self.verdicts = verdicts
         self.backing = Backing()
         self.tables = ShadowTables()
@@ -62,6 +64,11 @@ class Ghost:
         self._closed: set[int] = set()  # roots that nobody walks any more
 
     def _step(self) -> int:
+        self.changes += 1
+        return self._look()
+
+    def _look(self) -> int:
+        self.looks += 1
         self.now += 1
         return self.now
 
@@ -111,6 +118,7 @@ class Ghost:
 
     def table_read(self, reader: str, table: int) -> None:
         """A walker loads an entry."""
+        self.looks += 1
         given_up = self.table_pages.given_up(table >> 12)
         if given_up is not None:
             self.verdicts.say("I7", f"{reader} walks table page {table:#x}, which {given_up.name} gave up")
@@ -304,7 +312,7 @@ class Ghost:
 
     def cached(self, holder: Holder, root: int, start: int, end: int, value: Translation) -> None:
         """A cache is filled: with what the root translates, or what it did until an end that still counts."""
-        epoch = self._step()
+        epoch = self._look()
         if root in self._closed:
             self.verdicts.say("R28", f"{' '.join(holder)} is filled from root {root:#x}, which is closed")
         if root in self._orphans:
@@ -320,30 +328,35 @@ class Ghost:
 
     def pointer_cached(self, holder: Holder, root: int, start: int, end: int, table: int) -> None:
         """To a table that is linked there, or was until an end that still counts."""
-        epoch = self._step()
+        epoch = self._look()
         known = root in self._orphans or self.tables.leads(root, start, table)
         ended = None if known else self._cut.get(table, epoch)
         self.caches.put_pointer(CachedPointer(holder, root, start, end, table, ended))
 
     def keeps(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
         """Of its translations these are left."""
+        self.looks += 1
         self.caches.keep(holder, keys)
 
     def keeps_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
+        self.looks += 1
         self.caches.keep_pointers(holder, keys)
 
     def issues(self) -> int:
         """A flush or an invalidation is issued: of every change that was made before."""
+        self.changes += 1
         return self.now
 
     def acked(self, root: int, start: int, end: int, issued: int) -> None:
         """Units have invalidated start..end, and the wait behind it is complete (step 3)."""
+        self.changes += 1
         for cached in self.caches.survivors(UNIT_CACHES, root, start, end, issued):
             rule = "R6" if isinstance(cached, CachedPointer) else "I9"
             self.verdicts.say(rule, f"an invalidation is complete, {_say(cached)} is older")
 
     def flushed(self, root: int, start: int, end: int, issued: int) -> None:
         """All have acked (step 4)."""
+        self.changes += 1
         for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
             self.verdicts.say("R17", f"a flush is over, {_say(cached)} is older")
 
@@ -351,6 +364,7 @@ class Ghost:
 
     def used(self, who: str, view: Name, page: int, frame: int, *, write: bool) -> None:
         """A piece of an access, within a page, through a translation of the view."""
+        self.looks += 1
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} as page {page:#x}"
         given_up = self.frames.given_up(frame)
         if given_up is not None:
@@ -387,7 +401,7 @@ class Ghost:
                 self.stored(facts.view, page)
 
     def stored(self, view: Name, page: int) -> None:
-        self.stores.stored(self._step(), view, page)
+        self.stores.stored(self._look(), view, page)
 
     def report_begins(self, view: Name, pages: Iterable[int]) -> DirtyReport:
         return self.stores.begin(self._step(), view, pages)
@@ -454,6 +468,7 @@ class Ghost:
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""
+        self.looks += 1
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} at {page << 12:#x}"
         there = self.backing.space(space).get(page)
         given_up = self.frames.given_up(frame)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from simulator.search.option import Option, Strategy, Touch
 
-JUDGE = frozenset({Touch(("judge",), True)})
-"""What a step touches of which the judge hears: he goes by what came before what."""
+JUDGE = ("judge",)
+"""What a step touches of which the judge hears: he goes by what came before what.  Accesses only read it: of
+two of them none decides what the other one is.
+"""
 
 
 class Excerpt:
@@ -26,10 +28,10 @@ class Excerpt:
         self.closes: Callable[[], None] = lambda: None
         """Called in the story, first and last of what is searched."""
         self._stands_first = stands_first
-        self.judged: Callable[[], int] = lambda: 0
-        """How often whoever judges the run has heard of something so far."""
+        self.judged: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """How much whoever judges the run has heard of so far: that others are judged by, and in all."""
         self._rounds = rounds
-        self._judged = 0
+        self._judged = 0, 0
         self._open = self._step_is_inside = False
 
     @property
@@ -69,8 +71,10 @@ class Excerpt:
     def took(self, step: Option) -> None:
         judged, self._judged = self._judged, self.judged()
         if self._step_is_inside:
-            heard = step.touches | JUDGE if self._judged != judged else step.touches
-            self.inner.took(Option(step.actor, step.label, heard))
+            if self._judged != judged:
+                judge = Touch(JUDGE, self._judged[0] != judged[0])
+                step = Option(step.actor, step.label, step.touches | {judge})
+            self.inner.took(step)
         self._step_is_inside = self._open
 
     def ended(self, failed: bool) -> bool:

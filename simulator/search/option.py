@@ -15,7 +15,7 @@ alike, and any one of them stands for all.  A scheduler therefore names
   use what another delivery changed;
 - the clock, which a timer writes that came because nothing else could, and each step reads that came before
   or behind it;
-- whoever judges the run: he goes by what came before what, and each step that he hears of writes that;
+- whoever judges the run, and goes by what came before what;
 - whatever else steps have in common: an allocator, an eventfd.
 
 What enables a step, or keeps it from being taken, touches a place that the step touches as well, and the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from simulator.stories.at_once import AT_ONCE
 from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
 from simulator.stories.logs import LOGS
@@ -17,5 +18,5 @@ from simulator.stories.private import PRIVATE
 from simulator.stories.slots import SLOTS
 from simulator.stories.story import SmallStory
 
-_ALL = (*HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *PRIVATE, *MACHINES)
+_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *PRIVATE, *MACHINES)
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

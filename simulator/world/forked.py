@@ -101,9 +101,9 @@ class Forked:
         return end
 
     def renew(self) -> None:
+        gc.unfreeze()  # what the machine leaves behind is collected where nobody hears of it
         self._living.renew()
         self._stands = False
-        gc.unfreeze()
 
     def _play(self, strategy: Strategy, pipe: int) -> None:
         """In the child; does not return."""

@@ -107,7 +107,7 @@ class Living:
             if onlooker is not None:
                 onlooker.sees(watch)
             if self._excerpt is not None:
-                self._excerpt.judged = lambda: watch.heard + ghost.now
+                self._excerpt.judged = lambda: (ghost.changes, ghost.looks)
             try:
                 while True:
                     yield _judged(verdicts, next(machine))

@@ -51,7 +51,6 @@ class Watch:
     def __init__(self, ghost: Ghost, now: Callable[[], int]) -> None:
         self.ghost = ghost
         self.now = now
-        self.heard = 0  # calls so far
         self.begun = 0  # things that must end
         self.private_of: dict[int, PrivateMemory] = {}  # by its slots
         self.slots_of: dict[int, Memslots] = {}  # by its attributes

@@ -36,7 +36,6 @@ def watching(ghost: Ghost, now: Callable[[], int] = lambda: 0) -> Iterator[Watch
 def _wrapped(watch: Watch, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
     @wraps(original)
     def method(*args: Any, **named: Any) -> Any:
-        watch.heard += 1
         return original(*args, **named) if watch.over else around(watch, original, *args, **named)
 
     return method

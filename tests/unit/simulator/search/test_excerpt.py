@@ -6,7 +6,7 @@ import pytest
 
 from simulator.search.excerpt import JUDGE, Excerpt
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.option import Option
+from simulator.search.option import Option, Touch
 from simulator.search.replay import Recorded
 from simulator.search.walk import RandomWalk
 from tests.unit.simulator.search.toy import PROGRAMS, Op, Program, ToyMachine, play
@@ -86,13 +86,16 @@ def test_a_search_whose_last_step_was_never_told_goes_on() -> None:
 
 
 def test_a_step_that_the_judge_hears_of_touches_what_he_goes_by() -> None:
-    heard = 0
     inner = Recorded(RandomWalk(1), steps=True)
     excerpt = Excerpt(inner)
-    excerpt.judged = lambda: heard
     with excerpt:
-        for number in range(3):
-            excerpt.choose([Option("A", str(number)), Option("B", "")])
-            heard += number == 1
-            excerpt.took(Option("A", str(number)))
-    assert [step.touches for step in inner.steps] == [frozenset(), JUDGE, frozenset()]
+        for heard in ((0, 0), (0, 1), (1, 2), (1, 2)):
+            excerpt.choose([Option("A", ""), Option("B", "")])
+            excerpt.judged = lambda heard=heard: heard  # type: ignore[misc]
+            excerpt.took(Option("A", ""))
+    assert [step.touches for step in inner.steps] == [
+        frozenset(),
+        {Touch(JUDGE, False)},
+        {Touch(JUDGE, True)},
+        frozenset(),
+    ]

@@ -1,0 +1,215 @@
+"""`make exhausted`: every interleaving of the stories that are small enough for it, on every design.
+
+    python -m simulator.exhausted [--story S...] [--design D...] [--seconds N] [--plant ID...] [--record FILE]
+
+Results are put on record one by one, in docs/results/exhaustive.json; one of the same sources is not searched
+for again.  The record is JSON:
+
+    {"command": how it was made,
+     "searches": [{"story", "design", "code": of which sources (git), "ended": has every interleaving been
+                   played?, "interleavings", "pruned": runs given up, as they are played elsewhere,
+                   "states": that were told apart, "left": known of and not played, 0 if it ended,
+                   "failed", "seconds"}],
+     "plants": [{"plant", "code", "story", "design", "invariant", "run": the first that shows it}]}
+
+`plants`: of each planted bug that some search finds, the first search that does.
+
+Exit status: 0 all ended, and nothing failed; 1 not; 2 the command was wrong; 130 interrupted, and what is on
+record stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
+from simulator.command import find as story_of
+from simulator.planted.registry import PLANTED
+from simulator.search.exhaustive import Exhaustive
+from simulator.search.explore import Tally, explore
+from simulator.stories.at_once import AT_ONCE
+from simulator.world.forked import Forked
+from simulator.world.schedule import Judged
+
+EXHAUSTED = Path("docs/results/exhaustive.json")
+SECONDS_EACH = 600.0  # of one search
+SMALL_ENOUGH = {story.name: story for story in AT_ONCE}
+
+Pair = tuple[str, str]
+"""Story and design."""
+
+
+class OnRecord:
+    """What has been found, in a file."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self._path = path
+        self.code = code
+        self.kept: dict[str, Any] = {"command": "make exhausted", "searches": [], "plants": []}
+        if path.exists():
+            self.kept = json.loads(path.read_text(encoding="utf-8"))
+
+    def get(self, kind: str, **key: str) -> dict[str, Any] | None:
+        """Of the same sources."""
+        key["code"] = self.code
+        found = (one for one in self.kept[kind] if all(one[name] == value for name, value in key.items()))
+        return next(found, None)
+
+    def put(self, kind: str, names: Sequence[str], one: dict[str, Any]) -> None:
+        """In place of what there was under these `names` of it."""
+        others = [other for other in self.kept[kind] if any(other[name] != one[name] for name in names)]
+        self.kept[kind] = sorted([*others, one], key=lambda each: [each[name] for name in names])
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".new")
+        beside.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self._path)
+
+
+def pairs(stories: Sequence[str], designs: Sequence[str]) -> Iterator[Pair]:
+    for story in stories or SMALL_ENOUGH:
+        for design in designs or [*reversed(DESIGNS)]:
+            if design in SMALL_ENOUGH[story].playable:
+                yield story, design
+
+
+def searched(
+    pair: Pair, plant: str = "", enough: Callable[[Tally], bool] = lambda tally: False
+) -> tuple[Exhaustive, Tally]:
+    story, design = pair
+    search = Exhaustive()
+    player = Forked(Judged(story_of, story, design, plant=plant))
+    return search, explore(player, search, 0, sys.maxsize, enough)
+
+
+def of_clean_code(
+    pair: Pair, record: OnRecord, seconds: float, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """One of `searches`."""
+    story, design = pair
+    if kept := record.get("searches", story=story, design=design):
+        return kept
+    began = time.monotonic()
+
+    def enough(tally: Tally) -> bool:
+        sofar = time.monotonic() - began
+        tell(f"{story} {design}: {tally.schedules} interleavings in {sofar:.0f} s")
+        return sofar > seconds
+
+    search, tally = searched(pair, enough=enough)
+    found = {
+        "story": story,
+        "design": design,
+        "code": record.code,
+        "ended": tally.over,
+        "interleavings": search.traces,
+        "pruned": search.pruned,
+        "states": search.transitions + 1,
+        "left": 0 if tally.over else search.left(),
+        "failed": search.failed,
+        "seconds": round(time.monotonic() - began),
+    }
+    record.put("searches", ("story", "design"), found)
+    return found
+
+
+def of_planted(plant: str, over: Sequence[Pair], record: OnRecord, seconds: float) -> dict[str, Any] | None:
+    """One of `plants`; at most so many seconds a search."""
+    if kept := record.get("plants", plant=plant):
+        return kept
+    for story, design in over:
+        until = time.monotonic() + seconds
+        _, tally = searched((story, design), plant, partial(_found_or_late, until))
+        if tally.found:
+            first = tally.found[0]
+            found = {
+                "plant": plant,
+                "code": record.code,
+                "story": story,
+                "design": design,
+                "invariant": first.result.invariant,
+                "run": first.schedule,
+            }
+            record.put("plants", ("plant",), found)
+            return found
+    return None
+
+
+def _found_or_late(until: float, tally: Tally) -> bool:
+    return bool(tally.found) or time.monotonic() > until
+
+
+def told(found: dict[str, Any]) -> str:
+    """A search, as people are told of it."""
+    counts = (
+        f"{found['interleavings']:,} inequivalent interleavings, {found['states']:,} states, "
+        f"{found['pruned']:,} pruned, {found['failed']:,} failed, {found['seconds']} s"
+    )
+    left = "" if found["ended"] else f", at least {found['left']} left"
+    return f"{found['story']} {found['design']}: {'all ' if found['ended'] else ''}{counts}{left}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make exhausted", description="every interleaving of small stories")
+    parser.add_argument("--story", nargs="+", choices=tuple(SMALL_ENOUGH), default=[])
+    parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
+    parser.add_argument("--seconds", type=float, default=SECONDS_EACH, metavar="N", help="of a search (600)")
+    parser.add_argument("--plant", nargs="+", choices=tuple(PLANTED), default=[], metavar="ID")
+    parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
+    given = parser.parse_args(argv)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    record = OnRecord(given.record, _code())
+    over = list(pairs(given.story, given.design))
+    try:
+        if given.plant:
+            return _seek(given.plant, over, record, given.seconds)
+        return _search(over, record, given.seconds)
+    except KeyboardInterrupt:
+        print(f"interrupted: {given.record} has what was found", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _search(over: Sequence[Pair], record: OnRecord, seconds: float) -> int:
+    well = True
+    for pair in over:
+        found = of_clean_code(pair, record, seconds, _show if sys.stderr.isatty() else lambda line: None)
+        print(told(found), flush=True)
+        well = well and found["ended"] and not found["failed"]
+    return 0 if well else EXIT_FAILED
+
+
+def _seek(plants: Sequence[str], over: Sequence[Pair], record: OnRecord, seconds: float) -> int:
+    missed = 0
+    for plant in plants:
+        found = of_planted(plant, over, record, seconds)
+        missed += found is None
+        where = "{invariant} in run {run} of {story} on {design}"
+        print(f"{plant}: {'not found' if found is None else where.format(**found)}", flush=True)
+    return EXIT_FAILED if missed else 0
+
+
+def _show(line: str) -> None:
+    print(f"\r{line}", end="", file=sys.stderr, flush=True)
+
+
+def _code() -> str:
+    ran = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return ran.stdout.strip() or "no version"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

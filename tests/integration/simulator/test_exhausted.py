@@ -1,0 +1,63 @@
+"""Every interleaving of the stories that are sent at once: held to schedules by chance, to planted bugs, and
+to what is on record.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulator import exhausted
+from simulator.command import find
+from simulator.exhausted import OnRecord, of_clean_code, searched, told
+from simulator.search.explore import explore
+from simulator.search.walk import RandomWalk
+from simulator.world.forked import Forked
+from simulator.world.schedule import Judged
+
+SMALLEST = ("two-discard", "mirror")
+BY_CHANCE = 40
+
+
+def test_the_search_ends_and_chance_finds_nothing_else() -> None:
+    """On the real daemons nobody can count traces by hand: what any schedule comes to must be among them."""
+    search, tally = searched(SMALLEST)
+    assert search.summary().startswith(f"all {len(tally.traces)} inequivalent interleavings, ")
+    assert not tally.found
+    story, design = SMALLEST
+    walked = explore(Forked(Judged(find, story, design)), RandomWalk(1), 1, BY_CHANCE)
+    assert len(walked.traces) >= 3
+    assert walked.traces <= tally.traces
+
+
+@pytest.mark.parametrize(
+    ("pair", "plant"),
+    [
+        (("two-discard", "shared"), "R4-acks-not-awaited"),
+        (("two-discard", "shared"), "R17-zap-unflushed"),
+        (("two-migrate", "mirror"), "R4-mirror-not-awaited"),
+    ],
+)
+def test_a_planted_bug_is_found(pair: exhausted.Pair, plant: str) -> None:
+    _, tally = searched(pair, plant, lambda tally: bool(tally.found))
+    assert tally.found
+
+
+def test_a_search_that_does_not_end_says_what_is_left(tmp_path: Path) -> None:
+    record = OnRecord(tmp_path / "record.json", "this")
+    found = of_clean_code(SMALLEST, record, 0.0, lambda line: None)
+    assert not found["ended"]
+    assert found["interleavings"] == 1
+    assert found["left"] > 0
+    assert told(found).startswith("two-discard mirror: 1 inequivalent interleavings, ")
+    assert told(found).endswith(f", at least {found['left']} left")
+
+
+def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "record.json"
+    found = of_clean_code(SMALLEST, OnRecord(file, "this"), 0.0, lambda line: None)
+    monkeypatch.setattr(exhausted, "searched", None)
+    assert of_clean_code(SMALLEST, OnRecord(file, "this"), 0.0, lambda line: None) == found
+    with pytest.raises(TypeError):
+        of_clean_code(SMALLEST, OnRecord(file, "other sources"), 0.0, lambda line: None)
