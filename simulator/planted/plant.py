@@ -51,12 +51,12 @@ class Plant:
         sources: dict[FunctionType, str] = {}
         for edit in self.edits:
             function = function_at(edit.where)
-            source = sources.get(function) or _source_of(function)
+            source = sources.get(function) or source_of(function)
             if source.count(edit.old) != 1:
                 count = source.count(edit.old)
                 raise DoesNotApply(f"{self.id}: {edit.where} has {count} times {edit.old!r}, not once")
             sources[function] = source.replace(edit.old, edit.new)
-        codes = {function: _compiled(self.id, function, source) for function, source in sources.items()}
+        codes = {function: compiled(self.id, function, source) for function, source in sources.items()}
         kept = {function: function.__code__ for function in codes}
         try:
             for function, code in codes.items():
@@ -67,14 +67,14 @@ class Plant:
                 function.__code__ = code
 
 
-def _source_of(function: FunctionType) -> str:
+def source_of(function: FunctionType) -> str:
     lines = textwrap.dedent(inspect.getsource(function)).splitlines(keepends=True)
     while not lines[0].startswith(("def ", "async def ")):  # decorators stay as they are
         del lines[0]
     return "".join(lines)
 
 
-def _compiled(name: str, function: FunctionType, source: str) -> CodeType:
+def compiled(name: str, function: FunctionType, source: str) -> CodeType:
     """In a function around it that has what it closes over (`super()` does), or the code would not fit."""
     free = function.__code__.co_freevars
     around = (

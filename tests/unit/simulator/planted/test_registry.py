@@ -28,6 +28,7 @@ from simulator.planted.kvmd_tdp import KVMD_TDP
 from simulator.planted.plant import function_at
 from simulator.planted.registry import PLANTED, UnknownPlant, current, planted
 from tests.patience import WHOLE_RUN_S
+from tests.planted.breaks import breaks
 from tests.planted.plugin import Plants
 from tests.planted.sweep import killers
 
@@ -87,6 +88,21 @@ def test_who_does_not_fail_is_said() -> None:
     )
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert said == "['R16-bit-11']\n"
+
+
+def test_what_is_on_record_of_breaking_tests_is_of_plants_there_are() -> None:
+    assert list(breaks()) == [name for name in PLANTED if name in breaks()]
+    assert all(found["failed"] <= found["ran"] <= found["reach"] for found in breaks().values())
+
+
+def test_a_plant_is_tried_on_the_tests_that_come_to_its_functions(tmp_path: Path) -> None:
+    """Of a flusher's tests one makes the change that it is of, and fails."""
+    record = tmp_path / "breaks.json"
+    argv = [sys.executable, "-m", "tests.planted.breaks", "R5-epoch-too-early", "--record", str(record)]
+    argv += ["--in", "tests/unit/kvmd/test_flush.py"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=WHOLE_RUN_S, check=False)
+    assert "too coarse: none" in done.stderr, done.stderr
+    assert breaks(record) == {"R5-epoch-too-early": {"reach": 1, "ran": 1, "failed": 1}}
 
 
 # -- the registry --------------------------------------------------------------------------------------
