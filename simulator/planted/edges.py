@@ -47,6 +47,13 @@ EDGES = (
         simulated=False,
     ),
     Plant(
+        "a-name-keeps-from-stopping",
+        "A socket's name that cannot be taken away ends the stop of a daemon half way.",
+        "I31",
+        [Edit("protocol.kernel.linux:Linux.unlisten", "with suppress(OSError):", "if True:")],
+        simulated=False,
+    ),
+    Plant(
         "the-number-of-a-file-that-is-gone",
         "The number of a file whose daemon hung up, another file's by now, is passed on.",
         "I14",
@@ -72,6 +79,13 @@ EDGES = (
                 "self._loop.kernel.close_received(sock.detach())",
             )
         ],
+        simulated=False,
+    ),
+    Plant(
+        "an-errno-alone",
+        "What the kernel refuses reaches a user as an errno, and nobody says what was asked or what to do.",
+        "I31",
+        [Edit("protocol.kernel.asked:told", "f\"{what}: {why}\", TO_DO.get(number)", "why, None")],
         simulated=False,
     ),
     Plant(

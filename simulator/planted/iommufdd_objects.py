@@ -133,6 +133,7 @@ IOMMUFDD_OBJECTS = (
         "R28",
         [Edit(f"{_PLATFORM}.lose_kvm", "await hwpt.give_back()", "pass")],
         races=["R28", "R27"],
+        simulated=False,  # in a story daemons die, and channels do not break beside them
     ),
     Plant(
         "R10-nothing-to-go-back-to",

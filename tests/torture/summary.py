@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.torture.blow import Aftermath, Blow, How
+from tests.torture.calls import SINKS
 from tests.torture.record import read
 from tests.torture.sweep import Sweep
 
@@ -52,9 +53,11 @@ def swept_to_the_end(tried: dict[Blow, Aftermath]) -> set[Sweep]:
     for blow, outcome in tried.items():
         sweep = Sweep(blow.story, blow.victim, blow.fault)
         if outcome.call is None:
-            ends[sweep] = blow.at
+            ends[sweep] = min(blow.at, ends.get(sweep, blow.at))
         else:
             calls.setdefault(sweep, set()).add(blow.at)
+        if blow.fault in SINKS:  # there from the start on: once is all
+            ends[sweep] = blow.at
     return {sweep for sweep, end in ends.items() if calls.get(sweep, set()) >= set(range(1, end))}
 
 
