@@ -114,7 +114,7 @@ class Silicon:
 
     def _page_requests(self, unit: IntelIommu, entries: bytes, overflow: bool) -> None:
         if TRACE.on:
-            for event in PrqReport.of_queue(entries):
+            for event in PrqReport.of_queue(entries, unit.page_requests.seq):
                 TRACE.emit(event)
         self.on_page_requests(unit, entries, overflow)
 

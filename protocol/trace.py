@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import ClassVar
 
 
@@ -185,7 +184,6 @@ class AttachDeviceToDomain(Event):
 
 IOMMU = "dmar0"  # the one remapping unit there is
 _FOUR_WORDS = struct.Struct("<4Q")
-_PRQ_SEQ = count()
 
 _QI_NAMES = (
     *("cc_inv", "iotlb_inv", "dev_tlb_inv", "iec_inv", "inv_wait"),
@@ -213,7 +211,7 @@ class QiSubmit(Event):
 
 @dataclass(eq=False, repr=False)
 class PrqReport(Event):
-    """An entry of the page request queue; `seq` counts them."""
+    """An entry of a unit's page request queue; `seq` counts them."""
 
     NAME = "prq_report"
     words: tuple[int, ...]
@@ -221,9 +219,10 @@ class PrqReport(Event):
     iommu: str = IOMMU
 
     @classmethod
-    def of_queue(cls, entries: bytes) -> Iterator[PrqReport]:
+    def of_queue(cls, entries: bytes, numbers: Iterator[int]) -> Iterator[PrqReport]:
+        """`numbers`: the unit's own count."""
         for words in _FOUR_WORDS.iter_unpack(entries):
-            yield cls(words, next(_PRQ_SEQ))
+            yield cls(words, next(numbers))
 
     def __str__(self) -> str:
         w0, w1, w2, w3 = self.words

@@ -10,6 +10,7 @@ Must hold: the tail is the unit's word, read once and within the ring; what lies
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 from iommufdd.core.unit_registers import UnitRegisters
 from protocol.errors import PeerError
@@ -27,6 +28,7 @@ class PageRequestQueue:
         self._view = view
         self._take = take
         self._head = 0  # the index
+        self.seq = count()  # of entries, as tracing numbers them [Linux intel/prq.c prq_seq_number]
 
     def look(self) -> None:
         """Everything that is there is taken.  Raises PeerError if that cannot be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -112,10 +113,11 @@ def test_every_event_there_is_has_its_tracepoint() -> None:
     assert [event for event in Event.__subclasses__() if event.__name__ not in used] == []
 
 
-def test_page_requests_are_numbered_in_order(lines: list[str]) -> None:
-    entry = struct.pack("<4Q", 1, 0, 0, 0)
-    first, second = PrqReport.of_queue(entry * 2)
-    assert second.seq == first.seq + 1
+def test_page_requests_are_numbered_by_their_unit() -> None:
+    entry, one, other = struct.pack("<4Q", 1, 0, 0, 0), count(), count()
+    assert [event.seq for event in PrqReport.of_queue(entry * 2, one)] == [0, 1]
+    assert [event.seq for event in PrqReport.of_queue(entry, other)] == [0]
+    assert [event.seq for event in PrqReport.of_queue(entry, one)] == [2]
 
 
 def test_a_trace_that_is_stopped_is_off(lines: list[str]) -> None:
