@@ -4,10 +4,12 @@ to what is on record.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from qemu_shim.vmm.designs import DESIGNS
 from simulator import exhausted
 from simulator.command import find
 from simulator.exhausted import OnRecord, of_clean_code, searched, told
@@ -52,6 +54,17 @@ def test_a_search_that_does_not_end_says_what_is_left(tmp_path: Path) -> None:
     assert found["left"] > 0
     assert told(found).startswith("two-discard mirror: 1 inequivalent interleavings, ")
     assert told(found).endswith(f", at least {found['left']} left")
+
+
+def test_the_committed_record_is_what_a_search_comes_to() -> None:
+    """Of the smallest; and for each design some search has ended."""
+    kept = json.loads(exhausted.EXHAUSTED.read_text(encoding="utf-8"))["searches"]
+    assert {one["design"] for one in kept if one["ended"]} == set(DESIGNS)
+    assert all(one["ended"] == (one["left"] == 0) and not one["failed"] for one in kept)
+    (smallest,) = (one for one in kept if (one["story"], one["design"]) == ("two-migrate", "pinned"))
+    search, _ = searched(("two-migrate", "pinned"))
+    counts = (search.traces, search.pruned, search.transitions + 1)
+    assert counts == (smallest["interleavings"], smallest["pruned"], smallest["states"])
 
 
 def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
