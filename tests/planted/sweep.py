@@ -48,11 +48,13 @@ class Run:
 
 
 def outcomes(arguments: list[str], into: Path) -> int:
-    """Run pytest here, and write what failed."""
+    """Run pytest here, and write what failed; also if it ends in an error, as of what a mistake left open."""
     os.environ["PYTEST_TIMEOUT"] = str(TEST_TIMEOUT_S)  # some mistakes wait for ever
     plugin = Outcomes()
-    status = pytest.main([*arguments, "-q", "--tb=no", "-p", "no:cacheprovider"], plugins=[plugin])
-    into.write_text(json.dumps({"ran": plugin.ran, "failed": plugin.failed}), encoding="utf-8")
+    try:
+        status = pytest.main([*arguments, "-q", "--tb=no", "-p", "no:cacheprovider"], plugins=[plugin])
+    finally:
+        into.write_text(json.dumps({"ran": plugin.ran, "failed": plugin.failed}), encoding="utf-8")
     return int(status)
 
 
