@@ -199,6 +199,10 @@ class Context:
         """So many pages of the host are not the machines'."""
         self._recorder.elsewhere += pages
 
+    def uncounted(self) -> None:
+        """VMs come and go that are not machines of ours: the run ends without figures."""
+        self._first = None
+
     # -- refusals ------------------------------------------------------------------------------------------
 
     def refuse(self, what: str, why: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from protocol.pt.bits import RWX, SNOOP, WRITE
+from protocol.pt.bits import MMIO, RWX, SNOOP, WRITE
 from protocol.units import PAGE_SIZE
 from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo
@@ -147,6 +147,8 @@ class Ghost:
         del self._roots[root]
 
     def entry_stored(self, at: int, entry: int) -> None:
+        if entry & MMIO and entry & RWX:  # its writer takes it for absent, and walkers do not
+            self.verdicts.say("I3", f"an MMIO entry is stored at {at:#x} with rights: {entry:#x}")
         if entry & SNOOP and entry & RWX and self.tables.is_linked(at & -PAGE_SIZE):
             self.verdicts.say("I2", f"an entry with bit 11 is stored at {at:#x}: {entry:#x}")
         self._stored(at, self.tables.store(at, entry))

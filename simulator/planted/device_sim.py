@@ -132,7 +132,7 @@ SILICON = (
     Plant(
         "R18-late-and-done",
         "A wait behind an invalidation that timed out stores its status.",
-        "R18",
+        "I9",
         [
             Edit(
                 f"{_QUEUE}._run",

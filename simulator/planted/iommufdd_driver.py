@@ -161,7 +161,7 @@ IOMMUFDD_DRIVER = (
     Plant(
         "R18-time-out-is-an-ack",
         "An invalidation that timed out twice counts as done, and the device keeps what it has.",
-        "R18",
+        "I9",
         [Edit(f"{_UNIT}.submit", "await self._take_off(timed_out.rid)", "return")],
         races=["R18"],
     ),
@@ -175,7 +175,7 @@ IOMMUFDD_DRIVER = (
     Plant(
         "R18-off-but-a-master",
         "A function that completes nothing loses its context entry, and keeps its bus mastering.",
-        "R18",
+        "I9",
         [Edit(f"{_UNIT}._take_off", "await self._end_dma(rid)", "pass")],
         races=["R18"],
     ),

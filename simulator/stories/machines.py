@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -13,6 +15,7 @@ from qemu_shim.vmm.vcpu import Vcpu
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import AFTER, AT, BEFORE, NEXT, ONE_TABLE, PAGES, SLOT_BYTES, post_fill
 from simulator.stories.devices import TWO
+from simulator.stories.slots import ELSEWHERE
 from simulator.stories.story import SmallStory
 
 NARROW, WIDER = 46, 50  # of the second VM's guest; the one takes tables of four levels, the other of five
@@ -27,6 +30,7 @@ async def _lend(ctx: Context, excerpt: Excerpt) -> None:
     await vfio.detach()
     process = machine.process
     hva = await process.mmap(SLOT_BYTES)
+    ctx.uncounted()
     for _ in excerpt.rounds():
         vm = await machine.host.kvmd.create_vm(process)
         vcpu = await vm.create_vcpu(0)
@@ -62,6 +66,7 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
     process, kernel = machine.process, machine.host.loop.kernel
     hva, argp = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
     uffd = await process.userfaultfd()
+    ctx.uncounted()
 
     async def served() -> None:
         for _ in range(2):
@@ -82,13 +87,17 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
                     async with trio.open_nursery() as asking:
                         for _ in range(2):
                             asking.start_soon(_try_to_export, vm, argp, got)
-                        asking.start_soon(_run_wider, vcpu)
+                        asking.start_soon(vcpu.run, [("w", AT, BEFORE)])
                     nursery.cancel_scope.cancel()
                 ctx.expect_equal(len(got), 1, "I10: TDP FDs of one address space")
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_run_wider, vcpu)
+                    await vm.set_user_memory_region(1, ELSEWHERE, SLOT_BYTES, hva)
+                    for fd in got:
+                        kernel.close(fd)
+                await _export_at_last(ctx, vm, argp)
                 await process.mprotect(argp, PAGE_SIZE, "r")
-                for fd in got:
-                    kernel.close(fd)
-                await _try_to_export(vm, argp, got)  # it cannot be told, and stays nobody's
+                await ctx.until("a TDP FD that cannot be told is refused", partial(_is_untold, vm, argp))
                 await process.mprotect(argp, PAGE_SIZE, "rw")
                 await _export_at_last(ctx, vm, argp)
             await uffd.unregister(argp, PAGE_SIZE)
@@ -115,6 +124,15 @@ async def _export_at_last(ctx: Context, vm: Vm, argp: int) -> None:
         return bool(got)
 
     await ctx.until("R13: the TDP can be lent again", exports)
+
+
+async def _is_untold(vm: Vm, argp: int) -> bool:
+    """EBUSY: the one before is on its way out."""
+    try:
+        vm.loop.kernel.close(await vm.create_tdp_fd(argp=argp))
+    except UapiError as error:
+        return error.errno == errno.EFAULT
+    return False
 
 
 async def _run_wider(vcpu: Vcpu) -> None:

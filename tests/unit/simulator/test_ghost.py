@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.pt.bits import DIRTY, EXEC, READ, WRITE
+from protocol.pt.bits import DIRTY, EXEC, MMIO, READ, WRITE
 from simulator.ghost.backing import Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.spans import Translation
@@ -76,6 +76,12 @@ class Story:
 
     def _put(self, entry: int) -> None:
         self.ghost.entry_stored(TABLE + 8 * PAGE, entry)
+
+    def remember_mmio(self) -> None:
+        self.ghost.entry_stored(TABLE, MMIO)
+
+    def mmio_with_rights(self) -> None:
+        self.ghost.entry_stored(TABLE, MMIO | WRITE)
 
     def map(self) -> None:
         self._put(A << 12 | RWX)
@@ -195,6 +201,7 @@ class Story:
 
 
 LEGAL = (
+    "remember_mmio",
     "cache zap use drop flushed take free",
     "cache zap use drop take free",  # used to the end
     "cache zap use older_acked drop acked take",  # kept until an invalidation that was issued after its end
@@ -248,6 +255,7 @@ BROKEN = (
     ("I7", "collapse reuse reuse"),
     ("R23", "reuse_of_iommufdd"),
     ("I4", "link fill"),
+    ("I3", "mmio_with_rights"),
     ("I18", "link_again"),
     ("R14", "cache_torn"),
     ("I6", "pin take cache zap unpin"),
