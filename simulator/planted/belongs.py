@@ -1,8 +1,8 @@
 """By which invariants a planted bug may be found: its own, the races it is, and what holds these.
 
-Of some races docs/invariants.md says that they are held `as` an invariant is: the race's checker is that
-one's.  Whoever finds the race finds it by the invariant's number, or by its own where the ghost says that.
-Any other number is a find by accident, and counts as wrong.
+Of some docs/invariants.md says that they are held, or checked, `as` another is: the checker is that one's,
+and whoever finds them finds them by its number, or by their own where the ghost says that.  Any other number
+is a find by accident, and counts as wrong.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from simulator.planted.plant import Plant
 
 HELD_AS: Mapping[str, frozenset[str]] = {
+    "I11": frozenset({"I5"}),
+    "I28": frozenset({"I5", "I11"}),
     "R1": frozenset({"I5"}),
-    "R4": frozenset({"I6"}),
+    "R4": frozenset({"I6", "I11", "I21"}),
     "R5": frozenset({"I7"}),
     "R7": frozenset({"I9"}),
+    "R8": frozenset({"I6", "I9"}),
     "R11": frozenset({"I8"}),
     "R14": frozenset({"I4", "I29"}),
     "R19": frozenset({"I20", "I25"}),

@@ -102,8 +102,8 @@ async def _fork(ctx: Context, excerpt: Excerpt) -> None:
                 child = await process.fork()
         await guest.fill(AT, 8, PATTERN)
         await guest.write(AT + 16, AFTER)
-        ctx.expect_equal(await child.read(hva, 8), BEFORE, "what the child has")
-        ctx.expect(await child.read(hva + 16, 8) != AFTER, "the child has what its parent stored")
+        ctx.expect_equal(await child.read(hva, 8), BEFORE, "I21: what the child has")
+        ctx.expect(await child.read(hva + 16, 8) != AFTER, "I21: the child has what its parent stored")
         child.close()
         await agree(ctx, guest, AT)
 
@@ -123,8 +123,10 @@ async def _merge(ctx: Context, excerpt: Excerpt) -> None:
                 nursery.start_soon(guest.write, NEXT, BEFORE)
                 await machine.process.host_action("merge", machine.hva_of(AT), SLOT_BYTES)
         told = [await guest.read(page, 128) for page in (AT, NEXT)]
-        ctx.expect_equal(told[0][:8] + told[0][64:72], bytes(8) + PATTERN.to_bytes(8, "little"), "the first")
-        ctx.expect_equal(told[1][:8] + told[1][64:72], BEFORE + bytes(8), "the second")
+        ctx.expect_equal(
+            told[0][:8] + told[0][64:72], bytes(8) + PATTERN.to_bytes(8, "little"), "I21: the first page"
+        )
+        ctx.expect_equal(told[1][:8] + told[1][64:72], BEFORE + bytes(8), "I21: the second page")
         await agree(ctx, guest, AT)
 
 

@@ -10,11 +10,11 @@ from simulator.planted.registry import PLANTED
 from tests.tidy.test_architecture import NUMBER, rows
 
 
-def test_a_race_is_held_as_the_page_says() -> None:
-    told = {race: set(NUMBER.findall(cells[2])) for race, cells in rows("R").items()}
-    as_others = {race: named for race, named in told.items() if rows("R")[race][2].startswith("as ")}
-    checked = {race: named | set(NUMBER.findall(rows("R")[race][3])) for race, named in as_others.items()}
-    assert {race: set(named) for race, named in HELD_AS.items()} == checked
+def test_who_is_held_as_another_is_held_as_the_page_says() -> None:
+    told = {number: NUMBER.findall(cells[2] + cells[3]) for number, cells in (rows("R") | rows("I")).items()}
+    assert {number: sorted(named) for number, named in HELD_AS.items()} == {
+        number: sorted(set(named)) for number, named in told.items() if named
+    }
 
 
 @pytest.mark.parametrize("name", PLANTED)
