@@ -1,0 +1,98 @@
+"""docs/results/simulator.md says what the records beside it say; a record made up here is told as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qemu_shim.vmm.designs import DESIGNS
+from simulator.results import PAGE, RECORDS, Records, hunted, page, records
+from tests.tidy.source import ROOT
+
+PLANTED = {
+    "version": "1",
+    "results": {
+        "R7-no-device-tlb/random/0": [["I9", 1, 0], 1.0],
+        "R7-no-device-tlb/random/1": [["I9", 5, 3], 1.0],
+        "R7-device-tlb-first/random/0": [None, 9.0],
+        "gone/random/0": [["I9", 1, 0], 1.0],
+    },
+}
+SEARCH = {"code": "1", "interleavings": 1200, "pruned": 3, "states": 99, "failed": 0, "seconds": 1}
+EXHAUSTIVE = {
+    "searches": [
+        {**SEARCH, "story": "age", "design": "shared", "ended": True, "left": 0},
+        {**SEARCH, "story": "age", "design": "mirror", "ended": False, "left": 7},
+    ]
+}
+CLEAN = {
+    "designs": [{"design": "shared", "schedules": 2000, "traces": 1990, "failed": 0}],
+    "scenarios": [{"name": "unmap", "seeds": 100, "failed": 0}],
+}
+MADE_UP: Records = {"planted": PLANTED, "exhaustive": EXHAUSTIVE, "clean": CLEAN}
+
+
+def test_the_page_is_of_the_records() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(records()), "python -m simulator.results --write"
+
+
+def test_each_figure_is_worked_out_from_its_record() -> None:
+    told = " ".join(page(MADE_UP).split())
+    for sentence in (
+        "of 2 mistakes that a story may come to, 1 were found in every range of seeds",
+        "| `R7-no-device-tlb` | random | I9 | 2/2 | 3 | 1.5 |",
+        "| `R7-device-tlb-first` | random | - | 0/1 ! | - | - |",
+        "On `shared` 1 of 1 searches ended: 1,200 interleavings, of which 0 failed.",
+        "On `mirror` 0 of 1 searches ended: 0 interleavings, of which 0 failed.",
+        "| `age` | `mirror` | 1,200 | 3 | 99 | at least 7 | 0 |",
+        "2,000 schedules of small stories, 1,990 of them distinct by trace, and 100 of whole scenarios",
+        "in 1 searches of the shared table that ended, and 0 of the other designs",
+    ):
+        assert sentence in told, told
+
+
+def test_all_is_said_of_a_search_only_that_ended() -> None:
+    told = page(MADE_UP)
+    assert "| all 1,200 |" in told
+    assert told.count("all 1,200") == 1
+
+
+def test_what_is_not_on_record_is_said_with_its_command() -> None:
+    told = " ".join(page({}).split())
+    for command in RECORDS.values():
+        assert f"Not on record yet: `{command}`." in told
+    assert "That these records do not say yet." in told
+
+
+def test_one_failure_is_the_answer() -> None:
+    failed = {"searches": [{**EXHAUSTIVE["searches"][0], "failed": 2}]}
+    told = " ".join(page({**MADE_UP, "exhaustive": failed}).split())
+    assert "As modelled here, no: 2 interleavings failed." in told
+    assert "nothing was found" not in told
+
+
+def test_a_mistake_that_is_no_more_is_left_out() -> None:
+    assert {each.plant.id for each in hunted(PLANTED)} == {"R7-no-device-tlb", "R7-device-tlb-first"}
+
+
+def test_a_changed_record_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "clean.json").write_text(json.dumps(CLEAN), encoding="utf-8")
+    before = page(records(tmp_path))
+    other = {**CLEAN, "designs": [{**CLEAN["designs"][0], "schedules": 2001}]}
+    (tmp_path / "clean.json").write_text(json.dumps(other), encoding="utf-8")
+    assert page(records(tmp_path)) != before
+
+
+@pytest.mark.parametrize("fault", records().get("torture", {}).get("found", []), ids=lambda it: it["blow"])
+def test_what_was_found_in_our_code_is_held_by_a_test_that_is_there(fault: dict[str, str]) -> None:
+    path, _, name = fault["test"].partition("::")
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_designs_are_called_as_they_are() -> None:
+    for name in ("exhaustive", "clean"):
+        record = records().get(name, {})
+        of_them = record.get("searches", []) + record.get("designs", [])
+        assert {each["design"] for each in of_them} <= set(DESIGNS)
