@@ -15,7 +15,7 @@ endif
 
 BROWSERS := chromium chromium-browser google-chrome
 
-.PHONY: help demo planted exhausted test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
+.PHONY: help demo planted exhausted schedules test rfc check bench torture comparison browser compose lock dask clean venv venv-dev venv-bench venv-dask
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,9 @@ planted: venv-dev ## how soon the simulator finds each planted bug (hours; goes 
 
 exhausted: venv-dev ## every interleaving of small stories, on every design (an hour; goes on where it was)
 	$(BIN)/python -m simulator.exhausted
+
+schedules: venv-dev ## what holds when no bug is planted: all stories and scenarios (an hour; goes on where it was)
+	$(BIN)/python -m simulator.clean
 
 rfc: venv-dev ## every behaviour and defect of the series, its tests, and how they ended
 	@$(BIN)/python -m tests.rfc

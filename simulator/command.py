@@ -67,9 +67,9 @@ def main(argv: list[str]) -> int:
     try:
         ended = run_campaign(
             campaign,
-            partial(_begin_forks, judged)
+            partial(begin_forks, judged)
             if compares and small
-            else partial(_begin, judged, 1 if compares else ROUNDS),
+            else partial(begin, judged, 1 if compares else ROUNDS),
             workers=options.workers,
             seconds=options.seconds,
             failures_max=1,
@@ -97,15 +97,15 @@ def list_planted(*, as_json: bool) -> int:
     return 0
 
 
-def _begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
+def begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
     """In each process: what daemons log is nobody's here."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     return judged(rounds, onlooker)
 
 
-def _begin_forks(judged: Judged) -> Player:
+def begin_forks(judged: Judged) -> Player:
     """The same, where each schedule is to begin in the very same state."""
-    _begin(judged)
+    begin(judged)
     return Forked(judged)
 
 
@@ -207,7 +207,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     words += [f"--plant {judged.plant}"] if judged.plant else []
     words += [f"--faults {','.join(judged.faults)}"] if judged.faults else []
     print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
-    shrunk, replays = smallest(_begin(judged, ROUNDS), found)
+    shrunk, replays = smallest(begin(judged, ROUNDS), found)
     answers = sum(map(bool, shrunk.answers))
     print(f"its story, {answers} answers that are not the default (after {replays} replays):")
     text = to_text(
@@ -236,7 +236,7 @@ def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
         parser.error(f"--replay {path}: {error}")
     judged = _judged_again(parser, path, story)
     narrator = Narrator(Replay(story.answers))
-    end = replayed(_begin(judged, len(story.before) + 1, narrator), story.before, narrator)
+    end = replayed(begin(judged, len(story.before) + 1, narrator), story.before, narrator)
     print(diagram(narrator), end="")
     if narrator.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnknownPlant as error:
         parser.error(str(error))
     efforts = [Effort(strategy, given.ranges) for strategy in given.strategy]
-    record = Record(given.record, f"{_version()} most {given.most}")
+    record = Record(given.record, f"{version()} most {given.most}")
     results: list[Hunted] = []
     try:
         for result in hunt(plants, efforts, partial(find, most=given.most), record):
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(result.is_right for result in results) else EXIT_FAILED
 
 
-def _version() -> str:
+def version() -> str:
     """Results are of these sources."""
     ran = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False

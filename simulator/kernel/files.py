@@ -285,6 +285,10 @@ class Interest:
     told: Callable[[Interest], None]
     ready: int = 0
 
+    def wants(self, events: int) -> None:
+        self.events = events
+        self.changed()
+
     def changed(self) -> None:
         self.told(self)
 

@@ -361,7 +361,7 @@ class SimSocket:
 
 
 class _EpollFile(OpenFile):
-    """What the fd of a poller refers to: readable when it has something to report."""
+    """A poller's own: readable when it has something to report."""
 
     def __init__(self, poller: SimPoller) -> None:
         super().__init__()
@@ -379,7 +379,8 @@ class SimPoller:
     def __init__(self, process: SimProcess) -> None:
         self.process = process
         self.version = 0
-        self._fd = process.install(_EpollFile(self))
+        self._file = _EpollFile(self)
+        self._fd = process.install(self._file)
         self._wanted: dict[int, Interest] = {}
         self._changed: set[Interest] = set()  # since `_ready` was made
         self._ready: list[tuple[int, int]] = []
@@ -400,8 +401,7 @@ class SimPoller:
         if fd not in self._wanted:
             raise oserror(errno.ENOENT)
         wanted = self._wanted[fd]
-        wanted.events = events
-        wanted.changed()
+        wanted.wants(events)
         self.process.happened("modify", wanted.file)
 
     def unregister(self, fd: int, /) -> None:
@@ -418,6 +418,7 @@ class SimPoller:
     def changed(self, wanted: Interest) -> None:
         self._changed.add(wanted)
         self.version += 1
+        self._file.changed()
 
     def file(self, fd: int) -> OpenFile:
         """What is watched under that number."""
