@@ -3,7 +3,7 @@
 Shares are equal: each story of a design has as many schedules as the others, each scenario as many seeds.
 What is finished is kept beside the record, for these sources, and not run again.
 
-    python -m simulator.clean --schedules N --seeds N --design D... --record FILE
+    python -m simulator.clean --schedules N --seeds N --story S... --design D... --record FILE
 
 Exit status: 0 nothing broke, 1 something did (with the line that repeats it), 130 interrupted.
 """
@@ -86,10 +86,10 @@ def played(judged: Judged, schedules: int, workers: int | None, code: str) -> Ca
 
 
 def of_designs(
-    designs: list[str], schedules: int, workers: int | None, code: str
+    designs: list[str], names: list[str], schedules: int, workers: int | None, code: str
 ) -> Iterator[dict[str, Any]]:
     for design in designs:
-        stories = [name for name, story in STORIES.items() if design in story.playable]
+        stories = [name for name in names if design in STORIES[name].playable]
         sums = Sums()
         for name in stories:
             judged = Judged(find, name, design)
@@ -122,13 +122,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make schedules", description="what holds when no bug is planted")
     parser.add_argument("--schedules", type=int, default=SCHEDULES, metavar="N", help="of each design")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of each scenario and workload")
+    parser.add_argument("--story", nargs="+", choices=tuple(STORIES), default=list(STORIES))
     parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
     parser.add_argument("--record", type=Path, default=CLEAN, metavar="FILE", help=str(CLEAN))
     given = parser.parse_args()
     code = version()
     try:
-        designs = list(of_designs(given.design, given.schedules, given.workers, code))
+        designs = list(of_designs(given.design, given.story, given.schedules, given.workers, code))
         scenarios = list(of_scenarios(given.seeds, given.workers, code)) if given.seeds else []
     except CutShort:
         print(f"interrupted: {KEPT} has what is finished", file=sys.stderr)

@@ -11,8 +11,9 @@ from simulator.campaign import CampaignEnd
 from simulator.clean import Sums
 from simulator.command import find
 from simulator.search.explore import Found, RunEnd, Tally
-from simulator.stories.library import STORIES
 from simulator.world.schedule import Judged
+
+STORY_NAMES = ("migrate", "swap", "asleep")  # the last cannot be played where all is pinned
 
 
 def run(where: Path) -> tuple[int, str]:
@@ -27,27 +28,22 @@ def run(where: Path) -> tuple[int, str]:
         "1",
         "--record",
         "r.json",
+        "--story",
     ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "simulator.clean", *words],
-        cwd=where,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    argv = [sys.executable, "-m", "simulator.clean", *words, *STORY_NAMES]
+    ran = subprocess.run(argv, cwd=where, capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
 
 
 def test_each_story_of_a_design_has_its_share_and_what_is_finished_is_kept(tmp_path: Path) -> None:
     code, told = run(tmp_path)
     assert code == 0, told
-    stories = sum("pinned" in story.playable for story in STORIES.values())
     (pinned,) = json.loads((tmp_path / "r.json").read_text())["designs"]
-    assert pinned["schedules"] == stories * -(-24 // stories)
-    assert stories <= pinned["traces"] <= pinned["schedules"]
+    assert pinned["schedules"] == 24
+    assert 1 < pinned["traces"] <= 24
     assert pinned["failed"] == 0
     kept = {path: path.read_bytes() for path in (tmp_path / "build" / "schedules").iterdir()}
-    assert len(kept) == stories
+    assert len(kept) == 2
     assert run(tmp_path)[0] == 0
     assert {path: path.read_bytes() for path in kept} == kept, "what is run again is written behind the rest"
 

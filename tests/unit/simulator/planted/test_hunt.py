@@ -83,7 +83,7 @@ def test_ranges_of_seeds_have_none_in_common() -> None:
         ([Catch("I6", 1, 3), None, Catch("I6", 2, 4)], 2, False),
         ([Catch("I6", 1, 3), None, None], None, False),
         ([None], None, False),
-        ([Catch("I11", 1, 3)], 1, False),
+        ([Catch("I25", 1, 3)], 1, False),
     ],
     ids=["all", "most", "few", "none", "by another invariant"],
 )
@@ -98,12 +98,12 @@ def test_the_table_marks_what_was_not_found_as_it_should() -> None:
     text = table(
         [
             Hunted(ONE, "random", [Catch("I6", 4, 7)], 2.0),
-            Hunted(ONE, "pct", [Catch("I11", 4, 7)], 2.0),
+            Hunted(ONE, "pct", [Catch("I25", 4, 7)], 2.0),
             Hunted(TWO, "random", [None], 60.0),
         ]
     )
     assert [line.split() for line in text.splitlines()[1:]] == [
         [ONE.id, "random", "I6", "I6", "1/1", "4", "7", "2"],
-        [ONE.id, "pct", "I6", "I11", "1/1", "!", "4", "7", "2"],
+        [ONE.id, "pct", "I6", "I25", "1/1", "!", "4", "7", "2"],
         [TWO.id, "random", "R2", "-", "0/1", "!", "-", "-", "60"],
     ]
