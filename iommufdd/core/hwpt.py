@@ -20,6 +20,7 @@ from iommufdd.core.domain import Domain
 from iommufdd.core.hardware import MemoryBus, Unit
 from iommufdd.core.object import Object
 from protocol.errors import EHWPOISON, UapiError
+from protocol.flow import RwLock
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova
@@ -41,6 +42,7 @@ class Hwpt(Object):
         self.memory = NOT_LENT  # the set of windows the units walk it in
         self.faults: Counter[ResponseCode] = Counter()
         self._bus = memory
+        self._giving_back = RwLock()
 
     def check_walkable(self) -> None:
         """ENODEV: the units that were given its memory are gone, or whoever keeps its table up to date."""
@@ -107,8 +109,11 @@ class Hwpt(Object):
         await self.give_back()
 
     async def give_back(self) -> None:
-        """The units let go of the memory, and with that of the lease its owner may wait for (I13)."""
-        memory, self.memory = self.memory, NOT_LENT
-        if memory != NOT_LENT:
-            with suppress(UapiError):  # the silicon is gone, and every lease with it
-                await self._bus.remove_memory(memory)
+        """The units have let go of the memory when this returns, whoever asked them first, and with that
+        of the lease its owner may wait for (I13).
+        """
+        async with self._giving_back:
+            memory, self.memory = self.memory, NOT_LENT
+            if memory != NOT_LENT:
+                with suppress(UapiError):  # the silicon is gone, and every lease with it
+                    await self._bus.remove_memory(memory)

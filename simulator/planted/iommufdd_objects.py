@@ -166,6 +166,14 @@ IOMMUFDD_OBJECTS = (
         races=["R10", "R13"],
     ),
     Plant(
+        "domain-id-free-while-memory-is-taken-back",
+        "An HWPT that is destroyed while its lost KVM's memory is taken back does not wait for that.",
+        "R10",
+        [Edit("iommufdd.core.hwpt:Hwpt.give_back", "async with self._giving_back:", "if True:")],
+        races=["R10"],
+        simulated=False,  # no story has a channel that breaks
+    ),
+    Plant(
         "domain-id-free-too-early",
         "A domain id is another's before the units have let go of the domain.",
         "R10",

@@ -167,3 +167,19 @@ def test_a_domain_id_is_another_s_once_the_units_have_let_go_of_the_memory_and_n
         wait.set(None)
     rig.hardware.flows.run_ready()
     assert (gone.done, did in rig.platform.hwpts, len(rig.platform.hwpts)) == (True, False, 1)
+
+
+def test_a_domain_id_is_not_free_while_who_lost_kvm_still_takes_the_memory_back() -> None:
+    """Destroyed meanwhile, an HWPT has nothing left to give: its domain id waits for them all the same."""
+    rig = TwoNodes()
+    device = rig.bind()
+    number = rig.run(rig.kvm(device))
+    hwpt = rig.ctx.objects.get(number, HwptKvm)
+    rig.hardware.hold()
+    lost = rig.start(rig.platform.lose_kvm(hwpt))
+    (units,), rig.hardware.held = rig.hardware.held or [], None  # KVM hung up: it answers at once
+    gone = rig.start(rig.ctx.destroy(number))
+    assert (lost.done, gone.done, hwpt.domain.did in rig.platform.hwpts) == (False, False, True)
+    units.set(None)
+    rig.hardware.flows.run_ready()
+    assert (lost.done, gone.done, hwpt.domain.did in rig.platform.hwpts) == (True, True, False)
