@@ -5,7 +5,8 @@ What is finished is kept beside the record, for these sources, and not run again
 
     python -m simulator.clean --schedules N --seeds N --story S... --design D... --record FILE
 
-Exit status: 0 nothing broke, 1 something did (with the line that repeats it), 130 interrupted.
+Exit status: 0 nothing broke, 1 something did (with the line that repeats it), 2 the command was wrong, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ SCHEDULES, SEEDS = 40_000, 100
 
 class CutShort(Exception):
     """By Ctrl-C; what is finished is kept."""
+
+
+class NothingToPlay(LookupError):
+    """A design would be said to hold without a schedule."""
 
 
 @dataclass(slots=True)
@@ -90,6 +95,8 @@ def of_designs(
 ) -> Iterator[dict[str, Any]]:
     for design in designs:
         stories = [name for name in names if design in STORIES[name].playable]
+        if not stories:
+            raise NothingToPlay(f"none of {', '.join(names)} can be played on {design}: name another story")
         sums = Sums()
         for name in stories:
             judged = Judged(find, name, design)
@@ -98,7 +105,7 @@ def of_designs(
 
 
 def of_scenarios(seeds: int, workers: int | None, code: str) -> Iterator[dict[str, Any]]:
-    """Each on the first design of its own that is argued about."""
+    """Each on the last of its designs, in the order of DESIGNS: `shared`, where that can play it."""
     whole: Mapping[str, Scenario] = {
         name: scenario for name, scenario in PLAYED.items() if isinstance(scenario, Scenario)
     }
@@ -131,6 +138,8 @@ def main() -> int:
     try:
         designs = list(of_designs(given.design, given.story, given.schedules, given.workers, code))
         scenarios = list(of_scenarios(given.seeds, given.workers, code)) if given.seeds else []
+    except NothingToPlay as nothing:
+        parser.error(str(nothing))
     except CutShort:
         print(f"interrupted: {KEPT} has what is finished", file=sys.stderr)
         return EXIT_INTERRUPTED
