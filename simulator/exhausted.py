@@ -24,7 +24,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ import structlog
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.command import find as story_of
+from simulator.hunting import version
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Tally, explore
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
     given = parser.parse_args(argv)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    record = OnRecord(given.record, _code())
+    record = OnRecord(given.record, version())
     over = list(pairs(given.story, given.design))
     try:
         if given.plant:
@@ -202,13 +202,6 @@ def _seek(plants: Sequence[str], over: Sequence[Pair], record: OnRecord, seconds
 
 def _show(line: str) -> None:
     print(f"\r{line}", end="", file=sys.stderr, flush=True)
-
-
-def _code() -> str:
-    ran = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return ran.stdout.strip() or "no version"
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from simulator.command import find as story_of
 from simulator.planted.hunt import MAX_SCHEDULES, Catch, Effort, Hunted, Record, hunt, table
 from simulator.planted.plant import Plant
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
-from simulator.search.explore import Tally, explore, smallest
+from simulator.search.explore import Player, Tally, explore, smallest
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
+from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 
 RANGES = 3
@@ -52,10 +53,14 @@ def pairs() -> list[tuple[str, str]]:
 
 def find(plant: Plant, strategy: str, seeds: range, most: int) -> Catch | None:
     """`plant` is in already.  At most `most` schedules of the range."""
-    searches = [
-        (Judged(story_of, story, design)(TURN), STRATEGIES[strategy].make(seeds.start))
-        for story, design in pairs()
-    ]
+    named = STRATEGIES[strategy]
+    searches = []
+    for story, design in pairs():
+        judged = Judged(story_of, story, design)
+        player: Player = (
+            judged(TURN) if named.seeded else Forked(judged)
+        )  # it compares: one state to begin in
+        searches.append((player, named.make(seeds.start)))
     done = 0
     while searches and done < min(most, len(seeds)):
         player, search = searches.pop(0)

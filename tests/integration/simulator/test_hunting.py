@@ -58,10 +58,19 @@ def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: p
         runs.append(strategy)
         return RunEnd()
 
-    monkeypatch.setattr(hunting, "Judged", lambda *_: lambda _: Anew(without_choices))
+    monkeypatch.setattr(hunting, "Forked", lambda _: Anew(without_choices))
     monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
     assert hunting.find(PLANTED["R7-no-device-tlb"], "exhaustive", range(10), 10) is None
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "delay"])
+def test_a_search_that_compares_schedules_begins_each_in_one_state(
+    monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """In rounds of one machine the second is another one, and the search would not get through."""
+    monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
+    assert hunting.find(PLANTED["R7-no-device-tlb"], strategy, range(99), 12) is None
 
 
 def test_the_hunt_and_the_sweep_of_the_suite_keep_their_records_apart() -> None:
