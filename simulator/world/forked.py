@@ -15,7 +15,8 @@ import gc
 import os
 import pickle
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from simulator.search.explore import PlayerLost, RunEnd
 from simulator.search.option import Option, Strategy
@@ -76,12 +77,14 @@ class Forked:
             end = self._made(strategy)
             if end.over:
                 return end  # something broke on the way
-        ours, theirs = os.pipe()
-        child = os.fork()
-        if not child:
-            self._play(strategy, theirs)
-        os.close(theirs)
-        end, steps, told = pickle.loads(_said(child, ours))
+        with _uninterrupted():
+            ours, theirs = os.pipe()
+            child = os.fork()
+            if not child:
+                self._play(strategy, theirs)
+            os.close(theirs)
+            said = _said(child, ours)
+        end, steps, told = pickle.loads(said)
         for step in steps:
             self._steps.number(step)
         for one in told:
@@ -121,16 +124,25 @@ class Forked:
             os._exit(status)
 
 
-def _said(child: int, pipe: int) -> bytes:
-    """All that it had to say; then it is gone, whatever happens."""
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A SIGINT waits for the end: a schedule takes milliseconds, and an exception at any place of the code
+    would leave forks and files behind."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))
     try:
-        with os.fdopen(pipe, "rb") as file:
-            said = file.read()
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
+        yield
     finally:
-        _, status = os.waitpid(child, 0)
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _said(child: int, pipe: int) -> bytes:
+    """All that it had to say; then it is gone."""
+    with os.fdopen(pipe, "rb") as file:
+        said = file.read()
+    _, status = os.waitpid(child, 0)
     if status:
         raise PlayerLost(
             f"the process that played a schedule ended with {os.waitstatus_to_exitcode(status)}: it was "

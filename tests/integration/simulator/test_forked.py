@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -113,22 +113,19 @@ def test_a_story_that_raises_in_a_fork_is_a_failure_of_its_schedule() -> None:
     assert "in a fork" in end.sentence
 
 
-def in_the_fork(signum: int, of: int | None = None) -> Play:
-    """The fork is sent that, or its parent is, and it waits."""
-
+def in_the_fork(do: Callable[[], None]) -> Play:
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         for _ in excerpt.rounds():
             excerpt.open()
             if os.getpid() != HERE:
-                os.kill(of or os.getpid(), signum)
-                signal.pause()
+                do()
             excerpt.close()
 
     return play
 
 
 def test_a_fork_that_is_killed_is_nobodys_schedule() -> None:
-    forked = Forked(judged(in_the_fork(signal.SIGKILL)))
+    forked = Forked(judged(in_the_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))))
     with pytest.raises(PlayerLost, match="ended with -9"):
         forked(RandomWalk(1))
     forked.renew()
@@ -136,7 +133,7 @@ def test_a_fork_that_is_killed_is_nobodys_schedule() -> None:
 
 def test_who_is_interrupted_leaves_no_fork_behind() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a test run ignore it
-    forked = Forked(judged(in_the_fork(signal.SIGINT, HERE)))
+    forked = Forked(judged(in_the_fork(lambda: os.kill(HERE, signal.SIGINT))))
     try:
         with pytest.raises(KeyboardInterrupt):
             forked(RandomWalk(1))
