@@ -43,6 +43,13 @@ class CachedPointer:
     ended: int | None
 
 
+def said(cached: CachedTranslation | CachedPointer) -> str:
+    who = " ".join(cached.holder)
+    if isinstance(cached, CachedPointer):
+        return f"{who}'s pointer for {cached.start:#x}..{cached.end:#x}"
+    return f"{who}'s translation of {cached.start:#x}..{cached.end:#x} to frame {cached.translation.frame:#x}"
+
+
 class NeverSo(LookupError):
     """The root never translated the pages so."""
 
@@ -60,6 +67,9 @@ class History:
 
     def make_obsolete(self, epoch: int, root: int) -> None:
         self._obsolete.setdefault(root, epoch)
+
+    def is_obsolete(self, root: int) -> bool:
+        return root in self._obsolete
 
     def drop(self, epoch: int, root: int) -> None:
         for start, end, value in self._tables.roots[root]:

@@ -7,14 +7,16 @@ says which of them it closes.  Nothing is asked of the system: what is not told 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from protocol.pt.bits import MMIO, RWX, SNOOP, WRITE
+from protocol.pt.bits import WRITE
 from protocol.units import PAGE_SIZE
 from simulator.ghost.backing import Backing, Name, Shown, Truth
-from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo
+from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo, said
+from simulator.ghost.entries import judge_entry
+from simulator.ghost.faults import FaultJudge
 from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
+from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.spans import Run, Translation, merged, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
@@ -24,14 +26,6 @@ from simulator.ghost.violation import Verdicts
 CPU_CACHES = ("vcpu",)
 UNIT_CACHES = ("iotlb", "psc", "devtlb")
 ALL_CACHES = (*CPU_CACHES, *UNIT_CACHES)
-
-
-@dataclass(frozen=True, slots=True)
-class RootFacts:
-    """Of which view it is, and who fills it and so answers for it to the host."""
-
-    view: Name | None
-    filler: Name
 
 
 BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
@@ -58,6 +52,8 @@ class Ghost:
         self.groups = Groups(verdicts)
         self.stores = Stores(verdicts)
         self.liveness = Liveness(verdicts, bound_ns)
+        self.faults = FaultJudge(verdicts, self.tables, self.history)
+        self.lent = Lent(verdicts)
         self._roots: dict[int, RootFacts] = {}
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._orphans: set[int] = set()  # roots whose maintainer died
@@ -86,7 +82,7 @@ class Ghost:
             if cached.root not in self._orphans and _overlap(
                 cached.translation.frame, cached.end - cached.start, frame, pages
             ):
-                self.verdicts.say("I6", f"frame {frame:#x} is given up, {_say(cached)} has it")
+                self.verdicts.say("I6", f"frame {frame:#x} is given up, {said(cached)} has it")
         for root, spans in self.tables.roots.items():
             for start, end, value in spans:
                 if _overlap(value.frame, end - start, frame, pages):
@@ -114,7 +110,7 @@ class Ghost:
             self.verdicts.say(rule, f"table page {table:#x} is given up while it is linked")
         for cached in self.caches.pointers():
             if cached.table == table and cached.root not in self._orphans:
-                self.verdicts.say(rule, f"table page {table:#x} is given up, {_say(cached)} leads there")
+                self.verdicts.say(rule, f"table page {table:#x} is given up, {said(cached)} leads there")
 
     def table_read(self, reader: str, table: int) -> None:
         """A walker loads an entry."""
@@ -133,6 +129,13 @@ class Ghost:
         """It was made before that was known; who fills the view fills it alone."""
         self._roots[root] = RootFacts(view, view)
 
+    def root_lent(self, root: int) -> None:
+        """Units will walk it, until it is taken back."""
+        self.lent.lends(self._roots[root].view, self.tables.level_of(root))
+
+    def root_taken_back(self, root: int) -> None:
+        self.lent.takes_back(self._roots[root].view)
+
     def root_obsolete(self, root: int) -> None:
         """Nobody walks it after the flush that must follow (R3)."""
         epoch = self._step()
@@ -146,11 +149,15 @@ class Ghost:
         self._cut_off(epoch, self.tables.drop_root(root))
         del self._roots[root]
 
-    def entry_stored(self, at: int, entry: int) -> None:
-        if entry & MMIO and entry & RWX:  # its writer takes it for absent, and walkers do not
-            self.verdicts.say("I3", f"an MMIO entry is stored at {at:#x} with rights: {entry:#x}")
-        if entry & SNOOP and entry & RWX and self.tables.is_linked(at & -PAGE_SIZE):
-            self.verdicts.say("I2", f"an entry with bit 11 is stored at {at:#x}: {entry:#x}")
+    def filler_gone(self, filler: Name) -> None:
+        """It has ended in an orderly way, and taken its tables apart."""
+        for root in [root for root, facts in self._roots.items() if facts.filler == filler]:
+            self.verdicts.say("I7", f"{filler} has ended, its root {root:#x} is left")
+
+    def entry_stored(self, at: int, entry: int, pieces: int = 1) -> None:
+        """In so many stores."""
+        linked = self.tables.is_linked(at & -PAGE_SIZE)
+        judge_entry(self.verdicts, at, entry, pieces, linked=linked)
         self._stored(at, self.tables.store(at, entry))
 
     def table_filled(self, table: int, entries: Sequence[int]) -> None:
@@ -276,7 +283,7 @@ class Ghost:
             start = max(cached.start, gone.start)
             frame = cached.translation.frame + start - cached.start
             if start < min(cached.end, gone.end) and frame == lost.frame + start - gone.start:
-                self.verdicts.say(rule, f"page {start:#x} of {view} is taken, {_say(cached)} has it")
+                self.verdicts.say(rule, f"page {start:#x} of {view} is taken, {said(cached)} has it")
 
     def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
         """It knows that these pages are taken, and stores no new entry for them until it is told that they
@@ -354,13 +361,13 @@ class Ghost:
         self.changes += 1
         for cached in self.caches.survivors(UNIT_CACHES, root, start, end, issued):
             rule = "R6" if isinstance(cached, CachedPointer) else "I9"
-            self.verdicts.say(rule, f"an invalidation is complete, {_say(cached)} is older")
+            self.verdicts.say(rule, f"an invalidation is complete, {said(cached)} is older")
 
     def flushed(self, root: int, start: int, end: int, issued: int) -> None:
         """All have acked (step 4)."""
         self.changes += 1
         for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
-            self.verdicts.say("R17", f"a flush is over, {_say(cached)} is older")
+            self.verdicts.say("R17", f"a flush is over, {said(cached)} is older")
 
     # -- accesses --------------------------------------------------------------------------------------
 
@@ -431,6 +438,7 @@ class Ghost:
         elif name == "kvmd":
             self.frames = Ledger()
             self.stores = Stores(self.verdicts)
+            self.lent.forget()
             self.backing.lose_host()
         pages = self.table_pages.leave(name)
         orphans = [root for root in self._roots if root >> 12 in pages]
@@ -451,14 +459,14 @@ class Ghost:
         self._step()
         self._closed.add(root)
         for cached in self.caches.of_root(UNIT_CACHES, root):
-            self.verdicts.say("R28", f"root {root:#x} is closed, {_say(cached)} has some of it")
+            self.verdicts.say("R28", f"root {root:#x} is closed, {said(cached)} has some of it")
 
     def unplugged(self) -> None:
         """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""
         self._step()
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
-                self.verdicts.say("R28", f"the units' driver is gone, {_say(cached)} is left")
+                self.verdicts.say("R28", f"the units' driver is gone, {said(cached)} is left")
 
     def copied(self, frame: int, pages: int) -> None:
         """The host reads or writes frames of somebody's whole."""
@@ -488,10 +496,3 @@ def _overlap(a: int, a_pages: int, b: int, b_pages: int) -> bool:
 
 def _frame(there: Translation | None) -> str:
     return "nothing" if there is None else f"frame {there.frame:#x}"
-
-
-def _say(cached: CachedTranslation | CachedPointer) -> str:
-    who = " ".join(cached.holder)
-    if isinstance(cached, CachedPointer):
-        return f"{who}'s pointer for {cached.start:#x}..{cached.end:#x}"
-    return f"{who}'s translation of {cached.start:#x}..{cached.end:#x} to frame {cached.translation.frame:#x}"

@@ -57,6 +57,8 @@ class Liveness:
                 self._verdicts.say(CASE_OF[kind], f"{kind} {name} has not ended after {self._bound} ns")
 
     def stuck(self) -> None:
-        """Nothing can run any more, and no time-out is set: what has not ended will not."""
-        for kind, name in self._began:
+        """Nothing can run any more, and no time-out is set: what has not ended will not.  Where one daemon
+        waits for another that comes first: what either has begun waits for that.
+        """
+        for kind, name in sorted(self._began, key=lambda began: began[0] != "request"):
             self._verdicts.say(CASE_OF[kind], f"{kind} {name} will never end: nothing can run any more")

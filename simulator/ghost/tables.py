@@ -68,6 +68,9 @@ class ShadowTables:
     def place_of(self, table: int) -> Place | None:
         return self._linked.get(table)
 
+    def level_of(self, root: int) -> int:
+        return self._linked[root].level
+
     def leads(self, root: int, first: int, table: int) -> bool:
         """Is it the table that translates page `first` of `root` and those behind?"""
         place = self._linked.get(table)

@@ -115,7 +115,7 @@ KVMD_TDP = (
                 "return None if error.errno == 133 else LOOKUP_RESULT.get(error.errno, FaultResult.NO_PAGE)",
             )
         ],
-        races=["B-14", "R20"],
+        races=["B-14", "R2", "R20"],
     ),
     Plant(
         "B-25-slots-lock-over-faults",
@@ -321,7 +321,7 @@ KVMD_TDP = (
         "A flush tells importers and leaves vCPUs their translations.",
         "I6",
         [Edit("kvmd.core.vm:Kvm._tell_walkers", "self.vcpus.flush_tlb(span)", "pass")],
-        races=["R4"],
+        races=["R4", "R17"],
     ),
     Plant(
         "importers-are-not-told",
@@ -334,7 +334,7 @@ KVMD_TDP = (
                 "return []",
             )
         ],
-        races=["R4"],
+        races=["R4", "R17"],
     ),
     # -- entries -----------------------------------------------------------------------------------------
     Plant(

@@ -139,8 +139,8 @@ class System:
     def problems(self) -> list[str]:
         """Bugs that surfaced."""
         return [
-            *(f"{type(error).__name__}: {error}" for error in self.world.crashes()),
-            *(f"{name}: {type(error).__name__}: {error}" for name, error in self.crashes),
+            *(_said(error) for error in self.world.crashes()),
+            *(f"{name}: {_said(error)}" for name, error in self.crashes),
         ]
 
     def forget(self) -> None:
@@ -157,6 +157,12 @@ class System:
             if daemon.stop is not None and not daemon.thread.over:
                 daemon.stop()
             self.world.run(daemon.thread)
+
+
+def _said(error: BaseException) -> str:
+    """With what it came of: an assert says which invariant it is of."""
+    said = f"{type(error).__name__}: {error}"
+    return said if error.__cause__ is None else f"{said}: {_said(error.__cause__)}"
 
 
 _unfinished: list[bool] = []
@@ -219,7 +225,7 @@ def options_of(scenario: Scenario) -> Mapping[str, Sequence[str]]:
 
 @dataclass(slots=True)
 class Played:
-    """`problems`: of the scenario, and bugs that surfaced."""
+    """`problems`: bugs that surfaced, and then what the scenario makes of them."""
 
     run: Run | None
     report: Report
@@ -253,10 +259,10 @@ def playing(
 
         client = made.client(work)
         while not world.run(client):
-            yield [*report.problems, *made.problems()]
+            yield [*made.problems(), *report.problems]
         made.stop()
         run = runs[0] if runs else None
-        problems = [*report.problems, *made.problems()]
+        problems = [*made.problems(), *report.problems]
         return Played(run, report, problems, world.journal.digest, world.decisions, world.journal.steps)
 
 

@@ -80,7 +80,7 @@ def map_page(
 
     Raises UapiError(ENOMEM) when no table page is left; tables linked so far stay, they are valid.
     """
-    assert not root.invalid, "mapping into an obsolete root (R3)"
+    assert not root.invalid, "R3: mapping into an obsolete root"
     while (met := mmu.seek(root, gfn, goal)).level > goal:
         level, at, entry = met
         if is_frozen(entry):

@@ -8,7 +8,6 @@ from typing import Any
 
 from kvmd.core.cpu.cpu import Cpu
 from kvmd.core.cpu.guest_ram import pages_of
-from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.store_record import StoreRecord, Told
 from protocol.pt import bits
@@ -55,13 +54,6 @@ def _cpu_uses(watch: Watch, cpu: Cpu, gpa: int, hpa: int, need: int) -> None:
     view, write = watch.view(cpu._slots, cpu._as_id), need == bits.WRITE
     who = " ".join(_cpu(watch, cpu))
     watch.ghost.used(who, view, gpa >> PAGE_SHIFT, hpa >> PAGE_SHIFT, write=write)
-
-
-@seams.around(FaultPath, "handle_fault")
-async def _handle_fault(watch: Watch, original: Any, path: FaultPath, *args: Any, **named: Any) -> Any:
-    """Of a vCPU, of a device, or asked for in advance."""
-    with watch.must_end("fault"):
-        return await original(path, *args, **named)
 
 
 @seams.around(Cpu, "_hit")

@@ -11,6 +11,7 @@ from iommufdd.core.io_pagetable import IoPageTable
 from kvmd.core.mm.frames import Frames
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
+from kvmd.core.vm import Kvm
 from protocol.pt.geometry import ENTRIES
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
@@ -57,10 +58,37 @@ def _pool_clear(watch: Watch, original: Any, pool: TablePool, table: Hpa) -> Non
     original(pool, table)
 
 
+class _Counted:
+    """Words of a table, and how often one was stored to."""
+
+    def __init__(self, words: Any) -> None:
+        self._words = words
+        self.stores = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._words, name)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __getitem__(self, where: Any) -> Any:
+        return self._words[where]
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        self.stores += 1
+        self._words[where] = value
+
+
 @seams.around(TableWriter, "store64")
 def _store64(watch: Watch, original: Any, writer: TableWriter, hpa: int, entry: int) -> None:
-    original(writer, hpa, entry)
-    watch.ghost.entry_stored(hpa, entry)
+    words = writer.words
+    counted: Any = _Counted(words)
+    writer.words = counted
+    try:
+        original(writer, hpa, entry)
+    finally:
+        writer.words = words
+    watch.ghost.entry_stored(hpa, entry, counted.stores)
 
 
 @seams.around(TableWriter, "fill_unlinked")
@@ -93,9 +121,19 @@ def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
     original(mmu, root)
 
 
+@seams.around(Kvm, "destroy")
+async def _destroy(watch: Watch, original: Any, vm: Kvm) -> None:
+    await original(vm)
+    watch.ghost.filler_gone(f"vm{vm.id}")
+
+
 @seams.around(Root, "happens")
 def _root_happens(watch: Watch, original: Any, root: Root, event: RootEvent) -> None:
+    if event is RootEvent.EXPORT:
+        watch.ghost.root_lent(root.hpa)
     original(root, event)
+    if event is RootEvent.RELEASE:
+        watch.ghost.root_taken_back(root.hpa)
     if event is RootEvent.INVALIDATE:
         watch.ghost.root_obsolete(root.hpa)
 

@@ -15,7 +15,9 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
+from kvmd.core.export.exports import Exports
 from kvmd.core.mm.table import PageTable
+from kvmd.core.vm import Kvm
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes import private, processes
 from simulator.ghost.probes.watching import SEAMS, watching
@@ -138,9 +140,11 @@ def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
 
 
 # What the stories of this file do not come to: the end of an HWPT, mremap, an IOAS that pins all it shows.
-# Nor processes (tests/integration/simulator/test_deaths.py), nor private memory (test_ghost_host.py).
+# Nor the end of a VM, and devices that do not snoop (test_ghost_faults.py), processes
+# (tests/integration/simulator/test_deaths.py), and private memory (test_ghost_host.py).
 ELSEWHERE = {
     *((IoPageTable, "release"), (PageTable, "move"), (Ioas, "show"), (Ioas, "leave")),
+    *((Kvm, "destroy"), (Exports, "register_noncoherent_dma")),
     *(seam for seam in processes.seams if seam != (Hwpt, "__init__")),
     *(seam for seam in private.seams if seam[1] != "__init__"),
 }

@@ -1,0 +1,34 @@
+"""Faults, by what they may come to: each ends, in a root that is somebody's, and fails only where nothing is.
+
+That one ends at all is a matter of time (`Liveness`).
+"""
+
+from __future__ import annotations
+
+from simulator.ghost.caches import History
+from simulator.ghost.tables import ShadowTables
+from simulator.ghost.violation import Verdicts
+
+
+class FaultJudge:
+    def __init__(self, verdicts: Verdicts, tables: ShadowTables, history: History) -> None:
+        self._verdicts = verdicts
+        self._tables = tables
+        self._history = history
+
+    def maps_into(self, root: int) -> None:
+        """One is about to store there (R3)."""
+        if self._history.is_obsolete(root):
+            self._verdicts.say("R3", f"a fault is about to map into root {root:#x}, which is obsolete")
+
+    def tried(self, page: int, before: int, now: int) -> None:
+        """In vain, and will again; `before` and `now`: how many changes the ghost has heard of (R2)."""
+        if before == now:
+            self._verdicts.say("R2", f"a fault on page {page:#x} is tried again, and nothing was in its way")
+
+    def failed(self, root: int, page: int, need: int) -> None:
+        """It is told that nothing is there that it may have; somebody else may have been faster (I8)."""
+        spans = self._tables.roots.get(root)
+        there = None if spans is None else spans.get(page)
+        if there is not None and there.rights & need == need:
+            self._verdicts.say("I8", f"a fault on page {page:#x} fails, root {root:#x} maps it")

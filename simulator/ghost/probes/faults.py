@@ -1,0 +1,67 @@
+"""The way of a fault, of a vCPU, of a device, or asked for in advance; and the roots that are lent for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmd.core.cpu.vcpu import Vcpu
+from kvmd.core.export.exports import Exports
+from kvmd.core.faults.fault_path import FaultPath
+from kvmd.core.faults.page_fault import FaultingVcpu, FaultResult, PageFault
+from kvmd.core.tables.tdp_table import Root
+from kvmd.core.vm import Kvm
+from protocol.pt import bits
+from simulator.ghost.probes.watch import Seams, Watch
+
+seams = Seams()
+
+
+@seams.around(FaultPath, "handle_fault")
+async def _handle_fault(
+    watch: Watch, original: Any, path: FaultPath, fault: PageFault, vcpu: FaultingVcpu | None = None
+) -> Any:
+    with watch.must_end("fault"):
+        result = await original(path, fault, vcpu)
+    if result is FaultResult.NO_PAGE:
+        root = path._mmu.exported_root(fault.as_id) if vcpu is None else _runs_on(vcpu, fault.as_id)
+        if root is not None:
+            watch.ghost.faults.failed(root.hpa, fault.gfn, bits.WRITE if fault.write else bits.READ)
+    return result
+
+
+def _runs_on(vcpu: FaultingVcpu, as_id: int) -> Root | None:
+    """As it is: to ask the vCPU may give it another one."""
+    roots: list[Root | None] = getattr(vcpu, "roots", [None] * (as_id + 1))
+    return roots[as_id]
+
+
+@seams.around(FaultPath, "_try")
+async def _try(
+    watch: Watch, original: Any, path: FaultPath, fault: PageFault, vcpu: FaultingVcpu | None
+) -> Any:
+    before = watch.ghost.changes
+    result = await original(path, fault, vcpu)
+    if result is None:
+        watch.ghost.faults.tried(fault.gfn, before, watch.ghost.changes)
+    return result
+
+
+@seams.around(FaultPath, "_store")
+def _store(watch: Watch, original: Any, path: FaultPath, root: Root, *args: Any) -> Any:
+    watch.ghost.faults.maps_into(root.hpa)
+    return original(path, root, *args)
+
+
+@seams.around(Exports, "register_noncoherent_dma")
+def _register_noncoherent_dma(watch: Watch, original: Any, exports: Exports) -> None:
+    original(exports)
+    for as_id in range(exports._slots.address_spaces):
+        watch.ghost.lent.snoops_no_more(watch.view(exports._slots, as_id))
+
+
+@seams.around(Kvm, "set_maxphyaddr")
+def _set_maxphyaddr(watch: Watch, original: Any, vm: Kvm, vcpu: Vcpu, maxphyaddr: int) -> None:
+    original(vm, vcpu, maxphyaddr)
+    level = vm.host.features.root_level(maxphyaddr)
+    for as_id in range(vm.slots.address_spaces):
+        watch.ghost.lent.runs_on(vcpu.arch.id, watch.view(vm.slots, as_id), level)

@@ -1,0 +1,197 @@
+"""The ghost's judges of faults, of roots that are lent, and of an entry by itself; each broken on purpose."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from kvmd.core.host import CpuFeatures
+from protocol.pt.bits import READ, WRITE
+from simulator.ghost.ghost import Ghost
+from simulator.ghost.liveness import Liveness
+from simulator.ghost.probes.watching import watching
+from simulator.ghost.violation import Verdicts
+from tests.kit.kvmd import World
+from tests.kit.refusals import may_refuse
+from tests.planted.plugin import Plants
+
+ROOT, VIEW = 0x1000, ("vm", 1, 0)
+GPA, PAGE = 0x10_0000, 0x1000
+
+
+def heard(verdicts: Verdicts) -> list[str]:
+    return [violation.invariant for violation in verdicts.found]
+
+
+def lending() -> Ghost:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 4, VIEW, "vm1")
+    ghost.root_lent(ROOT)
+    return ghost
+
+
+# -- what it is told -------------------------------------------------------------------------------------
+
+
+def test_a_fault_maps_into_no_obsolete_root() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 4, VIEW, "vm1")
+    ghost.faults.maps_into(ROOT)
+    assert heard(ghost.verdicts) == []
+    ghost.root_obsolete(ROOT)
+    ghost.faults.maps_into(ROOT)
+    assert heard(ghost.verdicts) == ["R3"]
+
+
+def test_a_fault_is_tried_again_for_a_reason() -> None:
+    ghost = Ghost(Verdicts())
+    before = ghost.changes
+    ghost.lets_go("vm1", "mm", 0, 1)
+    ghost.faults.tried(0, before, ghost.changes)
+    assert heard(ghost.verdicts) == []
+    ghost.faults.tried(0, ghost.changes, ghost.changes)
+    assert heard(ghost.verdicts) == ["R2"]
+
+
+@pytest.mark.parametrize(
+    ("there", "need", "wrong"), [(0, READ, False), (READ, WRITE, False), (READ, READ, True)]
+)
+def test_a_fault_fails_only_where_nothing_is(there: int, need: int, wrong: bool) -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 1, None, "vm1")
+    ghost.entry_stored(ROOT, 0x500 << 12 | there)
+    ghost.faults.failed(ROOT, 0, need)
+    assert heard(ghost.verdicts) == (["I8"] if wrong else [])
+
+
+def test_a_view_lends_one_root_at_a_time() -> None:
+    ghost = lending()
+    ghost.root_taken_back(ROOT)
+    ghost.root_lent(ROOT)
+    assert heard(ghost.verdicts) == []
+    ghost.root_lent(ROOT)
+    assert heard(ghost.verdicts) == ["I10"]
+
+
+def test_a_vcpu_does_not_leave_the_root_that_is_lent() -> None:
+    ghost = lending()
+    ghost.lent.runs_on(0, VIEW, 4)
+    ghost.lent.runs_on(0, ("vm", 2, 0), 5)
+    assert heard(ghost.verdicts) == []
+    ghost.lent.runs_on(0, VIEW, 5)
+    assert heard(ghost.verdicts) == ["I10"]
+
+
+def test_what_is_lent_as_write_back_memory_stays_so() -> None:
+    ghost = lending()
+    ghost.lent.snoops_no_more(VIEW)
+    assert heard(ghost.verdicts) == ["R15"]
+    ghost.process_gone("kvmd")
+    ghost.lent.snoops_no_more(VIEW)
+    assert len(ghost.verdicts.found) == 1
+
+
+def test_an_entry_is_one_store() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 1, None, "vm1")
+    ghost.entry_stored(ROOT, 0x500 << 12 | READ)
+    ghost.entry_stored(ROOT, 0x501 << 12 | READ, pieces=2)
+    assert heard(ghost.verdicts) == ["I4"]
+
+
+def test_a_vm_that_ends_leaves_no_root() -> None:
+    ghost = lending()
+    ghost.filler_gone("vm2")
+    assert heard(ghost.verdicts) == []
+    ghost.filler_gone("vm1")
+    assert heard(ghost.verdicts) == ["I7"]
+
+
+def test_where_a_daemon_waits_for_another_that_is_what_has_not_ended() -> None:
+    verdicts = Verdicts()
+    liveness = Liveness(verdicts, bound=1)
+    liveness.begins(0, "fault", 1)
+    liveness.begins(0, "request", 2)
+    liveness.stuck()
+    assert heard(verdicts) == ["R27", "R2"]
+
+
+# -- the product as it would be wrong ----------------------------------------------------------------------
+
+
+def _ram(world: World) -> None:
+    world.set_slot(0, 0x100, 4, world.map(4))
+
+
+def _faults(world: World) -> None:
+    _ram(world)
+    world.guest_write(world.create_vcpu(0), GPA, b"cpu's")
+
+
+def _slot_goes(world: World) -> None:
+    """The other vCPU keeps the old root there."""
+    _faults(world)
+    world.guest_write(world.create_vcpu(1), GPA, b"other's")
+    world.set_slot(1, 0x200, 1, world.map(1))
+    world.set_slot(1, 0x200, 0, 0)
+    world.guest_write(world.vm.vcpus[0], GPA, b"again")
+
+
+def _both(world: World) -> None:
+    _faults(world)
+    exported = world.export()
+    world.io_fault(exported, GPA >> 12)
+
+
+def _lend_twice(world: World) -> None:
+    _faults(world)
+    world.export()
+    world.export()
+
+
+def _another_width(world: World) -> None:
+    _faults(world)
+    world.export()
+    world.create_vcpu(1, 52)
+
+
+def _noncoherent(world: World) -> None:
+    _faults(world)
+    world.export()
+    world.vm.exports.register_noncoherent_dma()
+
+
+def _ends(world: World) -> None:
+    _faults(world)
+    world.do(world.vm.destroy())
+
+
+CASES: dict[str, tuple[Callable[[World], None], str]] = {
+    "R2-sequence-of-32-bits": (_faults, "R2"),
+    "R3-vcpu-keeps-its-root": (_slot_goes, "R3"),
+    "R3-obsolete-root-is-found": (_slot_goes, "R3"),
+    "B-13-spurious-is-an-error": (_both, "I8"),
+    "B-02-two-critical-sections": (_lend_twice, "I10"),
+    "B-28-vcpu-of-another-width": (_another_width, "I10"),
+    "B-27-noncoherent-later": (_noncoherent, "R15"),
+    "B-23-roots-left-at-the-end": (_ends, "I7"),
+    "R14-torn-store": (_faults, "I4"),
+}
+
+
+def played(story: Callable[[World], None]) -> list[str]:
+    ghost = Ghost(Verdicts())
+    with watching(ghost), suppress(AssertionError), may_refuse(errno.EEXIST, errno.EINVAL, errno.EBUSY):
+        story(World(CpuFeatures(maxphyaddr=52, ept_levels=5), seq_start=1 << 31))
+    return heard(ghost.verdicts)
+
+
+@pytest.mark.parametrize("bug", CASES)
+def test_what_is_planted_is_seen_at_its_step(bug: str, plant: Plants) -> None:
+    story, invariant = CASES[bug]
+    assert played(story) == []
+    plant(bug)
+    assert played(story)[:1] == [invariant]
