@@ -91,21 +91,25 @@ class Fingerprint:
         self._read: dict[Hashable, int] = {}  # since it was written, the sum
 
     def add(self, step: Option) -> None:
-        follows = {self._of_actor.get(step.actor, 0)}
-        for touch in step.touches:
-            follows.add(self._written.get(touch.place, 0))
-            if touch.writes:
-                follows.add(self._read.get(touch.place, 0))
-        number = _number(step.actor, step.label)
+        actor, label, touches = step
+        written, read = self._written, self._read
+        follows = {self._of_actor.get(actor, 0)}
+        for place, writes in touches:
+            follows.add(written.get(place, 0))
+            if writes:
+                follows.add(read.get(place, 0))
+        number = _number(actor, label)
         for follow in sorted(follows):
             number = (number ^ follow) * _ODD & _MASK
             number ^= number >> 29
-        self._of_actor[step.actor] = number
-        for touch in step.touches:
-            if touch.writes:
-                self._written[touch.place] = number
-                self._read.pop(touch.place, None)
-        for touch in step.touches:
-            if not touch.writes:
-                self._read[touch.place] = (self._read.get(touch.place, 0) + number) & _MASK
+        self._of_actor[actor] = number
+        reads = []
+        for place, writes in touches:
+            if writes:
+                written[place] = number
+                read.pop(place, None)
+            else:
+                reads.append(place)
+        for place in reads:
+            read[place] = (read.get(place, 0) + number) & _MASK
         self.value = (self.value + number) & _MASK

@@ -55,20 +55,22 @@ class Words:
         return len(self._words)
 
     def __getitem__(self, where: Any) -> Any:
-        self._enter(where, writes=False)
+        if isinstance(where, slice):
+            self._slice(where, writes=False)
+        else:
+            self._access(self._at + where * self._size, self._size, False)
         return self._words[where]
 
     def __setitem__(self, where: Any, value: Any) -> None:
-        self._enter(where, writes=True)
+        if isinstance(where, slice):
+            self._slice(where, writes=True)
+        else:
+            self._access(self._at + where * self._size, self._size, True)
         self._words[where] = value
 
-    def _enter(self, where: Any, *, writes: bool) -> None:
-        size = self._size
-        if isinstance(where, slice):
-            start, stop, _ = where.indices(len(self._words))
-            self._access(self._at + start * size, (stop - start) * size, writes)
-        else:
-            self._access(self._at + where * size, size, writes)
+    def _slice(self, where: slice, *, writes: bool) -> None:
+        start, stop, _ = where.indices(len(self._words))
+        self._access(self._at + start * self._size, (stop - start) * self._size, writes)
 
     def release(self) -> None:
         self._words.release()

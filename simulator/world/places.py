@@ -35,7 +35,9 @@ def queues_of(file: OpenFile, both_ends: bool) -> set[Touch]:
     return {Touch(("channel", end.name), True) for end in (file, peer) if end is not None}
 
 
-def words_of(memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
+def accessed(memory: Memory, at: int, size: int, writes: bool) -> tuple[str, frozenset[Touch]]:
+    """What people are told of a load or store of those bytes, and the words of it."""
     grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
     numbers = range(at // grain, -(-(at + size) // grain))
-    return frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
+    told = f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
+    return told, frozenset(Touch(("word", memory.name, number), writes) for number in numbers)

@@ -11,7 +11,7 @@ happen, it jumps to the first deadline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -27,13 +27,14 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
-from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, queues_of, state_of, words_of
+from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, accessed, queues_of, state_of
 from simulator.world.thread import Candidate, Event, SimThread
 
 STEP_NS = 2_000
 WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
+ACCESSES = 1 << 16  # that are remembered: most come again and again
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
 
@@ -69,7 +70,7 @@ class World:
         self._paused: SimThread | None = None
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
-        self._places: dict[tuple[str, int, int, bool], frozenset[Touch]] = {}  # those of accesses there were
+        self._accessed = lru_cache(ACCESSES)(accessed)
 
     # -- threads ---------------------------------------------------------------------------------------
 
@@ -239,9 +240,6 @@ class World:
         if thread.stopped_ns > self._now:
             return []
         if thread.standing:
-            if thread.access is not None and self._strategy.watches:
-                option, touches = thread.steps[0].option, thread.state | self._words(*thread.access)
-                thread.stands(option._replace(touches=touches))
             return thread.steps
         steps = thread.deliveries(self._woken)
         if not steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
@@ -352,29 +350,22 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        told = f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
+        told, words = self._accessed(memory, at, size, writes)
         if self._is_alone(me):
             if self._settling:  # a step is the same one, whoever else is about
-                self._take(Option(me.name, told, me.state | self._words(memory, at, size, writes)))
+                self._take(Option(me.name, told, me.state | words))
                 return
             self.journal.add(f"{me.name} {told}")
             if self._strategy.watches:
-                self._touched |= self._words(memory, at, size, writes)
+                self._touched |= words
             return
-        me.stands(Option(me.name, told, me.state), (memory, at, size, writes))
+        me.stands(Option(me.name, told, me.state | words))
         self._switch(me, WORD_NS)
-
-    def _words(self, memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
-        key = memory.name, at, size, writes
-        found = self._places.get(key)
-        if found is None:
-            found = self._places[key] = words_of(memory, at, size, writes)
-        return found
 
     def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread loads or stores those bytes within its step."""
         if self._strategy.watches and len(memory.mappers) > 1:
-            self._touched |= self._words(memory, at, size, writes)
+            self._touched |= self._accessed(memory, at, size, writes)[1]
 
     # -- the port `Scheduler` --------------------------------------------------------------------------
 
