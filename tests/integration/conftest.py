@@ -8,7 +8,7 @@ import pytest
 
 from qemu_shim.vmm.machine import Host, connect_host
 from tests.kit.daemons import TRUSTING, System, system
-from tests.kit.vmm import nothing_left
+from tests.kit.vmm import accepted, nothing_left
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +22,6 @@ def shared_system() -> Iterator[System]:
 async def host(shared_system: System) -> AsyncIterator[Host]:
     """The shared daemons; the test must leave nothing in them."""
     async with connect_host(shared_system.directory) as connected:
+        await accepted(connected)
         yield connected
         await nothing_left(connected)

@@ -144,12 +144,19 @@ async def rigged(host: Host, **config: Any) -> AsyncIterator[Vmm]:
 
 @asynccontextmanager
 async def vm_only(host: Host, **config: Any) -> AsyncIterator[Vmm]:
+    await accepted(host)
     rig = await bare_vm(host, **config)
     try:
         yield rig
     finally:
         rig.close()
     await nothing_left(host)
+
+
+async def accepted(host: Host) -> None:
+    """Each daemon has, and so has its end of the connection open: fds may be counted from now on."""
+    for daemon in (host.kvmd, host.iommufdd, host.device_sim):
+        await daemon.stats()
 
 
 async def nothing_left(host: Host) -> None:
