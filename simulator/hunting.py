@@ -1,10 +1,9 @@
-"""`make planted`: each planted bug is sought by the small stories on every design, as people would seek it
-who do not know it.
+"""`make planted`: how soon each planted bug is found, in some ranges of seeds, on all cores.
 
-Some schedules of one story on one design after the other, round and round, each pair with a strategy of its
-own, so that no story has to be chosen for a bug.  What one range of seeds comes to is put on record at once.
+What one range of seeds comes to is put on record at once, and is not sought again; `--again`: unless it is of
+other sources than these.
 
-    python -m simulator.hunting ID... --ranges N --most N --strategy S... --record FILE --json
+    python -m simulator.hunting ID... --ranges N --most N --strategy S... --again --record FILE --json
 
 Exit status: 0 each was found in every range, by the invariant it belongs to; 1 some were not; 2 the command
 was wrong; 130 interrupted, and what is on record stays.
@@ -15,68 +14,39 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import structlog
 
-from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
-from simulator.command import find as story_of
-from simulator.planted.hunt import MAX_SCHEDULES, Catch, Effort, Hunted, Record, hunt, table
-from simulator.planted.plant import Plant
-from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
-from simulator.search.explore import Player, Tally, explore, smallest
+from simulator.planted.hunt import (
+    MAX_SCHEDULES,
+    Catch,
+    Hunted,
+    RangeEnd,
+    Record,
+    Sought,
+    hunt,
+    hunted,
+    seeds_of,
+    table,
+)
+from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.search.strategies import DEFAULT, STRATEGIES
-from simulator.stories.library import STORIES
-from simulator.world.forked import Forked
-from simulator.world.schedule import Judged
+from simulator.seeking import Reach, find, scouted
 
 RANGES = 3
 RECORD = Path("build/hunted.json")
-TURN = 5  # schedules of a story, in one machine: all pairs have had theirs within some thousand
-REPLAYS = 200  # to shrink one story
-
-
-def pairs() -> list[tuple[str, str]]:
-    """Every story on every design it can be played on; the design that is argued about first."""
-    return [
-        (name, design)
-        for design in reversed(DESIGNS)
-        for name, story in STORIES.items()
-        if design in story.playable
-    ]
-
-
-def find(plant: Plant, strategy: str, seeds: range, most: int) -> Catch | None:
-    """`plant` is in already.  At most `most` schedules of the range."""
-    named = STRATEGIES[strategy]
-    searches = []
-    for story, design in pairs():
-        judged = Judged(story_of, story, design)
-        player: Player = (
-            judged(TURN) if named.seeded else Forked(judged)
-        )  # it compares: one state to begin in
-        searches.append((player, named.make(seeds.start)))
-    done = 0
-    while searches and done < min(most, len(seeds)):
-        player, search = searches.pop(0)
-        tally = explore(player, search, seeds.start, min(TURN, most - done), _has_found)
-        if tally.found:
-            shrunk, _ = smallest(player, tally.found[0], REPLAYS)
-            steps = sum(map(bool, shrunk.answers))
-            return Catch(shrunk.result.invariant, done + shrunk.schedule, steps)
-        done += tally.schedules + tally.given_up
-        if not tally.over:
-            searches.append((player, search))
-    return None  # or every strategy has seen all there is
-
-
-def _has_found(tally: Tally) -> bool:
-    return bool(tally.found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,30 +56,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=MAX_SCHEDULES, metavar="N", help="schedules of a range")
     parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
     parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help=f"resumable ({RECORD})")
+    parser.add_argument("--again", action="store_true", help="what is on record of other sources, too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="one a core")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    _quiet()
     try:
         plants = [plant_of(name) for name in given.plants] or [p for p in PLANTED.values() if p.simulated]
     except UnknownPlant as error:
         parser.error(str(error))
-    efforts = [Effort(strategy, given.ranges) for strategy in given.strategy]
-    record = Record(given.record, f"{version()} most {given.most}")
-    results: list[Hunted] = []
+    wanted = [
+        Sought(plant.id, strategy, number)
+        for number in range(given.ranges)  # of all plants one range, before another
+        for strategy in given.strategy
+        for plant in plants
+    ]
+    record, code, began = Record(given.record), version(), time.monotonic()
+    seek = partial(_sought, most=given.most, code=code, workers=given.workers)
     try:
-        for result in hunt(plants, efforts, partial(find, most=given.most), record):
-            results.append(result)
-            print(f"{len(results)}/{len(plants) * len(efforts)} {result.plant.id}", file=sys.stderr)
+        for done, (sought, end) in enumerate(
+            hunt(wanted, seek, record, given.most, lambda kept: given.again and kept.code != code), 1
+        ):
+            print(f"{done}: {_told(sought, end)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print(f"interrupted: {given.record} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED
+    kept = record.read()
+    results = hunted({sought: kept[sought] for sought in wanted})
     if given.json:
         print(json.dumps([_as_json(result) for result in results], indent=1))
     else:
         print(table(results))
         right = sum(result.is_right for result in results)
-        print(f"{right} of {len(results)} found in every range, by the invariant they belong to")
+        print(
+            f"{right} of {len(results)} found in every range, by the invariant they belong to; "
+            f"{sum(result.seconds for result in results):,.0f} s of one core, "
+            f"{time.monotonic() - began:,.0f} s of them now"
+        )
     return 0 if all(result.is_right for result in results) else EXIT_FAILED
+
+
+def _told(sought: Sought, end: RangeEnd) -> str:
+    found = "not found" if end.catch is None else "{0} after {1} schedules, {3} on {4}".format(*end.catch)
+    return f"{sought.plant} {sought.strategy} {sought.number}: {found} ({end.seconds:.0f} s)"
 
 
 def version() -> str:
@@ -125,9 +114,54 @@ def _as_json(result: Hunted) -> dict[str, object]:
         "plant": result.plant.id,
         "invariant": result.plant.invariant,
         "strategy": result.strategy,
-        "found": [found._asdict() if found else None for found in result.finds],
+        "found": [it.catch._asdict() if it.catch else None for it in result.ends],
         "seconds": round(result.seconds, 1),
     }
+
+
+# -- processes ---------------------------------------------------------------------------------------------
+
+_reach: Reach  # of this process, which is a worker
+_stop: Event  # nobody waits for it any more
+
+
+def _sought(tasks: Iterable[Sought], most: int, code: str, workers: int) -> Iterator[tuple[Sought, RangeEnd]]:
+    tasks = list(tasks)
+    reach = scouted(PLANTED.values()) if tasks else {}
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(workers, context, _begin, (reach, stop))
+    try:
+        running = {pool.submit(_seek, task, most): task for task in tasks}
+        for future in as_completed(running):
+            catch, seconds = future.result()
+            yield running[future], RangeEnd(catch, most, round(seconds, 1), code)
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(reach: Reach, stop: Event) -> None:
+    global _reach, _stop
+    _reach, _stop = reach, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches everybody at a terminal
+    _quiet()
+
+
+def _quiet() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
+def _seek(task: Sought, most: int) -> tuple[Catch | None, float]:
+    """What was caught, and the seconds of a core that it took, children's too."""
+
+    def worth(pair: tuple[str, str]) -> float:
+        return _reach[pair].get(task.plant, 0)
+
+    before = sum(os.times()[:4])
+    with planted(task.plant):
+        found = find(task.strategy, seeds_of(task.number), most, worth, _stop.is_set)
+    return found, sum(os.times()[:4]) - before
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from textwrap import fill
 from typing import Any
 
 from qemu_shim.vmm.designs import DESIGNS
-from simulator.planted.hunt import Catch, Hunted
-from simulator.planted.registry import PLANTED
+from simulator.planted.hunt import Hunted, hunted, of_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PAGE = RESULTS / "simulator.md"
@@ -74,7 +73,7 @@ can be put in, and [invariants.md](../invariants.md) by which checkers they are 
 
 
 def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
-    found = [each for each in hunted(record) if each.plant.simulated]
+    found = [each for each in hunted(of_json(record)) if each.plant.simulated]
     for strategy in dict.fromkeys(each.strategy for each in found):
         of_it = [each for each in found if each.strategy == strategy]
         right = sum(each.is_right for each in of_it)
@@ -86,21 +85,9 @@ def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
     yield _table(head, [_row(each) for each in found])
 
 
-def hunted(record: Mapping[str, Any]) -> list[Hunted]:
-    """What is on record of mistakes that there still are, each with each strategy."""
-    finds: dict[tuple[str, str], list[Catch | None]] = {}
-    seconds: dict[tuple[str, str], float] = {}
-    for key, (find, spent) in record["results"].items():
-        plant, strategy, _ = key.rsplit("/", 2)
-        if plant in PLANTED:
-            finds.setdefault((plant, strategy), []).append(None if find is None else Catch(*find))
-            seconds[plant, strategy] = seconds.get((plant, strategy), 0.0) + spent
-    return [Hunted(PLANTED[key[0]], key[1], it, seconds[key]) for key, it in finds.items()]
-
-
 def _row(each: Hunted) -> tuple[object, ...]:
     by = ", ".join(each.invariants) or "-"
-    ranges = f"{len(each.found)}/{len(each.finds)}{'' if each.is_right else ' !'}"
+    ranges = f"{len(each.found)}/{len(each.ends)}{'' if each.is_right else ' !'}"
     return f"`{each.plant.id}`", each.strategy, by, ranges, _number(each.schedules), _number(each.steps)
 
 

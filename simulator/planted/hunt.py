@@ -1,64 +1,83 @@
 """How soon the simulator finds each planted bug: every plant by every strategy over several ranges of seeds.
 
-What finds is handed in (`Find`).  Each result is put on record before the next is sought, so that a hunt can
-be stopped and goes on where it was; a record of another version of the code is begun anew.
+What seeks is handed in (`Seek`).  What a range came to is put on record at once, so that a hunt can be
+stopped and goes on where it was.  It says of which sources it is, and stays when they change: who hunts says
+what is to be sought again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from simulator.planted.belongs import invariants_of
 from simulator.planted.plant import Plant
-from simulator.planted.registry import planted
+from simulator.planted.registry import PLANTED
 
 MAX_SCHEDULES = 20_000  # of one range of seeds: who is not found by then is not found
 
 
 class Catch(NamedTuple):
-    """Which invariant broke, after how many schedules, and the steps of the story it was shrunk to."""
+    """Which invariant broke, after how many schedules, the steps of the story it was shrunk to, and which
+    one that is of."""
 
     invariant: str
     schedules: int
     steps: int
+    story: str
+    design: str
 
 
-Find = Callable[[Plant, str, range], Catch | None]
-"""With the plant in: seeds of the range are tried by the strategy of that name until something breaks."""
+class Sought(NamedTuple):
+    """A plant in one range of seeds, by the strategy of that name."""
 
-
-class Effort(NamedTuple):
-    """How many ranges of seeds a strategy gets."""
-
+    plant: str
     strategy: str
-    ranges: int
+    number: int
+
+
+class RangeEnd(NamedTuple):
+    """None: nothing broke within `most` schedules.  `seconds` of one core; `code`: of which sources it is."""
+
+    catch: Catch | None
+    most: int
+    seconds: float
+    code: str
+
+    def is_short_of(self, most: int) -> bool:
+        return self.catch is None and self.most < most
+
+
+Seek = Callable[[Iterable[Sought]], Iterator[tuple[Sought, RangeEnd]]]
+"""In whatever order they come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hunted:
-    """Of one plant by one strategy; None: a range of seeds without a find."""
+    """One plant by one strategy, in some ranges of seeds."""
 
     plant: Plant
     strategy: str
-    finds: Sequence[Catch | None]
-    seconds: float
+    ends: Sequence[RangeEnd]
 
     @property
     def found(self) -> list[Catch]:
-        return [find for find in self.finds if find is not None]
+        return [it.catch for it in self.ends if it.catch is not None]
+
+    @property
+    def seconds(self) -> float:
+        return sum(it.seconds for it in self.ends)
 
     @property
     def schedules(self) -> float | None:
         """The median over all ranges; None where half of them or more found nothing."""
-        counts = [float("inf") if find is None else find.schedules for find in self.finds]
+        counts = [float("inf") if it.catch is None else it.catch.schedules for it in self.ends]
         middle = median(counts)
         return None if middle == float("inf") else middle
 
@@ -72,62 +91,70 @@ class Hunted:
 
     @property
     def is_right(self) -> bool:
-        """Catch in every range, each time by an invariant that it belongs to."""
-        return len(self.found) == len(self.finds) and set(self.invariants) <= invariants_of(self.plant)
+        """Found in every range, each time by an invariant that it belongs to."""
+        return len(self.found) == len(self.ends) and set(self.invariants) <= invariants_of(self.plant)
+
+
+def hunted(results: Mapping[Sought, RangeEnd]) -> list[Hunted]:
+    """Each plant that there still is by each strategy that sought it; plants as they are listed."""
+    ends: dict[tuple[str, str], list[RangeEnd]] = {}
+    for sought, end in sorted(results.items()):
+        ends.setdefault((sought.plant, sought.strategy), []).append(end)
+    places = {name: place for place, name in enumerate(PLANTED)}
+    keys = sorted((key for key in ends if key[0] in PLANTED), key=lambda key: (key[1], places[key[0]]))
+    return [Hunted(PLANTED[plant], strategy, ends[plant, strategy]) for plant, strategy in keys]
 
 
 class Record:
-    """Results by plant, strategy and range, in a file."""
+    """Outcomes, in a file that one process at a time writes."""
 
-    def __init__(self, path: Path, version: str) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._version = version
 
-    def get(self, *key: object) -> tuple[Catch | None, float] | None:
-        """What was found, and the seconds it took; None: nothing is on record."""
-        kept = self._read().get(_name(key))
-        if kept is None:
-            return None
-        find, seconds = kept
-        return None if find is None else Catch(*find), seconds
-
-    def put(self, *key: object, find: Catch | None, seconds: float) -> None:
-        results = self._read() | {_name(key): (find, seconds)}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.write_text(json.dumps({"version": self._version, "results": results}), encoding="utf-8")
-        os.replace(beside, self._path)
-
-    def _read(self) -> dict[str, tuple[list[object] | Catch | None, float]]:
+    def read(self) -> dict[Sought, RangeEnd]:
         try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            return of_json(json.loads(self._path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
-        return dict(kept["results"]) if kept["version"] == self._version else {}
+
+    def put(self, sought: Sought, end: RangeEnd) -> None:
+        results = self.read() | {sought: end}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".new")
+        beside.write_text(_as_json(results), encoding="utf-8")
+        os.replace(beside, self._path)
 
 
-def _name(key: tuple[object, ...]) -> str:
-    return "/".join(map(str, key))
+def of_json(record: Mapping[str, Any]) -> dict[Sought, RangeEnd]:
+    results = {}
+    for line in record["results"]:
+        sought = Sought(*(line[name] for name in Sought._fields))
+        end = RangeEnd(*(line[name] for name in RangeEnd._fields))
+        results[sought] = end._replace(catch=end.catch and Catch(*end.catch))
+    return results
 
 
-def hunt(plants: Iterable[Plant], efforts: Iterable[Effort], find: Find, record: Record) -> Iterator[Hunted]:
-    """One result after the other, what is on record without another search."""
-    efforts = list(efforts)
-    for plant in plants:
-        for strategy, ranges in efforts:
-            finds: list[Catch | None] = []
-            spent = 0.0
-            for number in range(ranges):
-                kept = record.get(plant.id, strategy, number)
-                if kept is None:
-                    began = time.monotonic()
-                    with planted(plant.id):
-                        made = find(plant, strategy, seeds_of(number))
-                    kept = made, time.monotonic() - began
-                    record.put(plant.id, strategy, number, find=made, seconds=kept[1])
-                finds.append(kept[0])
-                spent += kept[1]
-            yield Hunted(plant, strategy, finds, spent)
+def _as_json(results: Mapping[Sought, RangeEnd]) -> str:
+    """A line each."""
+    lines = (json.dumps(sought._asdict() | end._asdict()) for sought, end in sorted(results.items()))
+    return '{"results": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def hunt(
+    wanted: Iterable[Sought],
+    seek: Seek,
+    record: Record,
+    most: int,
+    again: Callable[[RangeEnd], bool] = lambda end: False,
+) -> Iterator[tuple[Sought, RangeEnd]]:
+    """Those that are sought: that are not on record, were not found in fewer than `most` schedules, or of
+    which what is on record is to be sought `again`.
+    """
+    kept = record.read()
+    missing = [one for one in wanted if one not in kept or kept[one].is_short_of(most) or again(kept[one])]
+    for sought, end in seek(missing):
+        record.put(sought, end)
+        yield sought, end
 
 
 def seeds_of(number: int) -> range:
@@ -153,7 +180,7 @@ def _row(result: Hunted) -> tuple[str, ...]:
         result.strategy,
         result.plant.invariant,
         ", ".join(result.invariants) or "-",
-        f"{len(result.found)}/{len(result.finds)}{'' if result.is_right else ' !'}",
+        f"{len(result.found)}/{len(result.ends)}{'' if result.is_right else ' !'}",
         "-" if result.schedules is None else f"{result.schedules:g}",
         "-" if result.steps is None else f"{result.steps:g}",
         f"{result.seconds:.0f}",

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from _pytest.main import pytest_runtestloop as run_all
 
-from simulator.planted.plant import compiled, function_at, source_of
+from simulator.planted.plant import Edited, compiled, function_at, source_of
 from simulator.planted.registry import PLANTED, plant_of, planted
 from tests.planted.sweep import TEST_TIMEOUT_S, Outcomes
 
@@ -64,7 +64,7 @@ class Reach:
         lines = source.splitlines(keepends=True)
         lines.insert(first.lineno - 1, textwrap.indent(f"{name}()\n", " " * first.col_offset))
         function.__globals__[name] = lambda: self._here.add(where)
-        function.__code__ = compiled("reach", function, "".join(lines))
+        function.__code__ = compiled("reach", function, Edited("".join(lines)))
         self.tests[where] = []
 
     @pytest.hookimpl(wrapper=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qemu_shim.vmm.designs import SHARED
-from simulator import hunting
-from simulator.planted.hunt import seeds_of
-from simulator.planted.registry import PLANTED, planted
+from simulator import hunting, seeking
+from simulator.planted.hunt import RangeEnd, Record, Sought, seeds_of
+from simulator.planted.registry import PLANTED, current, planted
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
 from simulator.search.strategies import DEFAULT
@@ -18,30 +19,47 @@ from tests.planted import sweep
 from tests.unit.simulator.search.toy import Anew
 
 
-def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
+def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
     hunting.main([*words, "--ranges", "1", "--most", "2", "--record", str(record), "--json"])
-    results: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    results: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return results
 
 
+@pytest.fixture(autouse=True)
+def nothing_scouted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as all there is here."""
+    monkeypatch.setattr(hunting, "scouted", lambda plants: {pair: {} for pair in seeking.pairs()})
+
+
 def test_found_and_not_found_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes of its own."""
     record = tmp_path / "build" / "planted.json"
     found, not_met = hunted(record, capsys, "R7-no-device-tlb", "a-full-disk-is-a-traceback")
-    assert found["found"] == [{"invariant": "I9", "schedules": 1, "steps": 0}]
+    (catch,) = found["found"]
+    assert (catch["invariant"], catch["schedules"], catch["steps"]) == ("I9", 1, 0)
+    assert (catch["story"], catch["design"]) in seeking.pairs()
     assert not_met["found"] == [None]
 
 
-def test_what_is_on_record_is_not_sought_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_on_record_is_not_sought_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "planted.json"
-    first = hunted(record, capsys, "R7-no-device-tlb")
+    sought = Sought("R7-no-device-tlb", DEFAULT, 0)
+    Record(record).put(sought, RangeEnd(None, most=2, seconds=7.0, code="other sources"))
+    (kept,) = hunted(record, capsys, "R7-no-device-tlb")
+    assert (kept["found"], kept["seconds"]) == ([None], 7.0)
+    (anew,) = hunted(record, capsys, "R7-no-device-tlb", "--again")
+    assert anew["found"] != [None]
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("it is on record")
 
-    monkeypatch.setattr(hunting, "find", never)
-    assert hunted(record, capsys, "R7-no-device-tlb") == first
+def test_a_scout_tells_where_the_lines_of_all_plants_are_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared"), ("hole", "mirror")])
+    plants = [PLANTED[name] for name in ("R7-no-device-tlb", "R24-hole-without-a-zap", "R16-bit-11")]
+    reach = seeking.scouted(plants)
+    discards, holes = reach["discard", "shared"], reach["hole", "mirror"]
+    assert discards["R7-no-device-tlb"] == 1
+    assert "R24-hole-without-a-zap" not in discards
+    assert holes["R24-hole-without-a-zap"] == 1
+    assert current() is None
 
 
 def test_an_unknown_plant_is_an_error_with_near_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,9 +76,9 @@ def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: p
         runs.append(strategy)
         return RunEnd()
 
-    monkeypatch.setattr(hunting, "Forked", lambda _: Anew(without_choices))
-    monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
-    assert hunting.find(PLANTED["R7-no-device-tlb"], "exhaustive", range(10), 10) is None
+    monkeypatch.setattr(seeking, "Forked", lambda _: Anew(without_choices))
+    monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared")])
+    assert seeking.find("exhaustive", range(10), 10) is None
     assert len(runs) == 1
 
 
@@ -69,8 +87,8 @@ def test_a_search_that_compares_schedules_begins_each_in_one_state(
     monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     """In rounds of one machine the second is another one, and the search would not get through."""
-    monkeypatch.setattr(hunting, "pairs", lambda: [("discard", "shared")])
-    assert hunting.find(PLANTED["R7-no-device-tlb"], strategy, range(99), 12) is None
+    monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared")])
+    assert seeking.find(strategy, range(99), 12) is None
 
 
 def test_the_hunt_and_the_sweep_of_the_suite_keep_their_records_apart() -> None:
@@ -86,27 +104,26 @@ THREE = {
     "R1-range-not-looked-at": "I5",
     "R19-cleared-and-not-flushed": "I25",
 }
-BOUND, A_TURN, FEW_REPLAYS = 180, 5, 20
+BOUND, FEW_REPLAYS = 180, 20
 
 
 @pytest.fixture
 def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stories of the design that is argued about, in short turns."""
-    ours = [(story, design) for story, design in hunting.pairs() if design == SHARED.name]
-    monkeypatch.setattr(hunting, "pairs", lambda: ours)
-    monkeypatch.setattr(hunting, "TURN", A_TURN)
-    monkeypatch.setattr(hunting, "REPLAYS", FEW_REPLAYS)
+    """All stories of the design that is argued about."""
+    ours = [(story, design) for story, design in seeking.pairs() if design == SHARED.name]
+    monkeypatch.setattr(seeking, "pairs", lambda: ours)
+    monkeypatch.setattr(seeking, "REPLAYS", FEW_REPLAYS)
 
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("name", THREE)
 def test_each_of_three_planted_bugs_is_found_by_its_invariant(name: str) -> None:
     with planted(name) as plant:
-        found = hunting.find(plant, DEFAULT, seeds_of(0), BOUND)
+        found = seeking.find(DEFAULT, seeds_of(0), BOUND)
     assert found is not None, f"{BOUND} schedules, and {name} is not found"
     assert found.invariant == THREE[name] == plant.invariant
 
 
 @pytest.mark.usefixtures("bounded")
 def test_without_one_as_many_schedules_find_nothing() -> None:
-    assert hunting.find(PLANTED["R7-no-device-tlb"], DEFAULT, seeds_of(0), BOUND) is None
+    assert seeking.find(DEFAULT, seeds_of(0), BOUND) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulator.planted.belongs import HELD_AS, invariants_of
-from simulator.planted.hunt import Catch, Hunted
+from simulator.planted.hunt import Catch, Hunted, RangeEnd
 from simulator.planted.registry import PLANTED
 from tests.tidy.test_architecture import NUMBER, rows
 
@@ -31,6 +31,11 @@ def test_a_plant_belongs_to_few(name: str) -> None:
 
 @pytest.mark.parametrize("by", ["check", "stuck", "I25", "R21"])
 def test_what_is_found_by_another_number_is_not_found(by: str) -> None:
-    plant = PLANTED["R4-acks-not-awaited"]
-    assert Hunted(plant, "random", [Catch("I6", 1, 1), Catch("R17", 1, 1)], 0).is_right
-    assert not Hunted(plant, "random", [Catch("I6", 1, 1), Catch(by, 1, 1)], 0).is_right
+    def found(*invariants: str) -> Hunted:
+        catches = (Catch(invariant, 1, 1, "migrate", "shared") for invariant in invariants)
+        return Hunted(
+            PLANTED["R4-acks-not-awaited"], "random", [RangeEnd(catch, 1, 0, "v1") for catch in catches]
+        )
+
+    assert found("I6", "R17").is_right
+    assert not found("I6", by).is_right

@@ -1,74 +1,107 @@
-"""A hunt: each plant by each strategy, with the plant in; what was found is kept, and said in a table."""
+"""A hunt: each plant by each strategy, what was found is kept, and said in a table."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from simulator.planted.hunt import MAX_SCHEDULES, Catch, Effort, Hunted, Record, hunt, seeds_of, table
-from simulator.planted.registry import PLANTED, current
-from tests.planted.plugin import Plants
+from simulator.planted.hunt import (
+    MAX_SCHEDULES,
+    Catch,
+    Hunted,
+    RangeEnd,
+    Record,
+    Sought,
+    hunt,
+    hunted,
+    seeds_of,
+    table,
+)
+from simulator.planted.registry import PLANTED
 
 ONE, TWO = (PLANTED[name] for name in ("R4-acks-not-awaited", "R2-sequence-of-32-bits"))
-EFFORTS = [Effort("random", 3), Effort("pct", 2)]
+WANTED = [
+    Sought(plant.id, strategy, number)
+    for plant in (ONE, TWO)
+    for strategy, ranges in (("random", 3), ("pct", 2))
+    for number in range(ranges)
+]
+MOST = 100
 
 
-class Finder:
-    """Finds ONE at once, TWO never; `asked` is what it was asked, and what was in then."""
+def caught(schedules: int, invariant: str = "I6", steps: int = 5) -> Catch:
+    return Catch(invariant, schedules, steps, "migrate", "shared")
 
-    def __init__(self, until: int = 1000) -> None:
-        self.asked: list[tuple[str, str, int, str | None]] = []
-        self._until = until
 
-    def __call__(self, plant: object, strategy: str, seeds: range) -> Catch | None:
-        if len(self.asked) == self._until:
-            raise KeyboardInterrupt
-        name = ONE.id if plant is ONE else TWO.id
-        self.asked.append((name, strategy, seeds.start, current()))
-        return Catch("I6", 1 + seeds.start // MAX_SCHEDULES, 5) if plant is ONE else None
+def end(catch: Catch | None, code: str = "v1", most: int = MOST) -> RangeEnd:
+    return RangeEnd(catch, most, 1.5, code)
+
+
+class Seeker:
+    """Catches ONE at once, TWO never; `asked` is what it was asked."""
+
+    def __init__(self, until: int = 1000, code: str = "v1", most: int = MOST) -> None:
+        self.asked: list[Sought] = []
+        self._until, self._code, self._most = until, code, most
+
+    def __call__(self, tasks: Iterable[Sought]) -> Iterator[tuple[Sought, RangeEnd]]:
+        for task in tasks:
+            if len(self.asked) == self._until:
+                raise KeyboardInterrupt
+            self.asked.append(task)
+            found = caught(1 + task.number) if task.plant == ONE.id else None
+            yield task, end(found, self._code, self._most)
 
 
 @pytest.fixture
-def record(tmp_path: Path, plant: Plants) -> Record:
-    return Record(tmp_path / "build" / "found.json", "v1")
+def record(tmp_path: Path) -> Record:
+    return Record(tmp_path / "build" / "found.json")
 
 
-def test_each_plant_by_each_strategy_with_itself_in(record: Record) -> None:
-    finder = Finder()
-    results = list(hunt([ONE, TWO], EFFORTS, finder, record))
-    assert [(result.plant, result.strategy) for result in results] == [
-        (ONE, "random"),
-        (ONE, "pct"),
-        (TWO, "random"),
-        (TWO, "pct"),
-    ]
-    assert all(name == on for name, _, _, on in finder.asked)
-    assert [start for name, strategy, start, _ in finder.asked if (name, strategy) == (ONE.id, "random")] == [
-        0,
-        MAX_SCHEDULES,
-        2 * MAX_SCHEDULES,
-    ]
-    assert current() is None
+def test_each_that_is_sought_is_put_on_record(record: Record) -> None:
+    told = list(hunt(WANTED, Seeker(), record, MOST))
+    assert [sought for sought, _ in told] == WANTED
+    assert record.read() == dict(told)
 
 
 def test_it_goes_on_where_it_was_stopped(record: Record) -> None:
-    stopped = Finder(until=4)
+    stopped, going_on = Seeker(until=4), Seeker()
     with pytest.raises(KeyboardInterrupt):
-        list(hunt([ONE, TWO], EFFORTS, stopped, record))
-    going_on, whole = Finder(), Finder()
-    results = list(hunt([ONE, TWO], EFFORTS, going_on, record))
-    assert len(stopped.asked) + len(going_on.asked) == 2 * (3 + 2)
-    anew = Record(record._path.with_name("other.json"), "v1")
-    assert [r.finds for r in results] == [r.finds for r in hunt([ONE, TWO], EFFORTS, whole, anew)]
-    assert stopped.asked + going_on.asked == whole.asked
+        list(hunt(WANTED, stopped, record, MOST))
+    list(hunt(WANTED, going_on, record, MOST))
+    assert stopped.asked + going_on.asked == WANTED
 
 
-def test_what_other_code_found_is_sought_again(record: Record) -> None:
-    list(hunt([ONE], EFFORTS, Finder(), record))
-    again = Finder()
-    list(hunt([ONE], EFFORTS, again, Record(record._path, "v2")))
-    assert len(again.asked) == 5
+def test_what_other_sources_came_to_stays_until_it_is_sought_again(record: Record) -> None:
+    list(hunt(WANTED, Seeker(), record, MOST))
+    other = Seeker(code="v2")
+    list(hunt(WANTED, other, record, MOST))
+    assert other.asked == []
+    assert {kept.code for kept in record.read().values()} == {"v1"}
+    list(hunt(WANTED, other, record, MOST, lambda kept: kept.code != "v2"))
+    assert other.asked == WANTED
+    assert {kept.code for kept in record.read().values()} == {"v2"}
+
+
+def test_what_was_not_found_is_sought_again_in_more_schedules(record: Record) -> None:
+    list(hunt(WANTED, Seeker(), record, MOST))
+    fewer, more = Seeker(most=MOST - 1), Seeker(most=MOST + 1)
+    list(hunt(WANTED, fewer, record, MOST - 1))
+    list(hunt(WANTED, more, record, MOST + 1))
+    assert fewer.asked == []
+    assert more.asked == [sought for sought in WANTED if sought.plant == TWO.id]
+
+
+def test_results_are_of_plants_that_there_are_as_they_are_listed() -> None:
+    results = {
+        sought: end(None)
+        for sought in (*reversed(WANTED), Sought("gone", "random", 0))
+        if sought.strategy == "random"
+    }
+    first, second = sorted((ONE.id, TWO.id), key=list(PLANTED).index)
+    assert [(it.plant.id, len(it.ends)) for it in hunted(results)] == [(first, 3), (second, 3)]
 
 
 def test_ranges_of_seeds_have_none_in_common() -> None:
@@ -79,31 +112,31 @@ def test_ranges_of_seeds_have_none_in_common() -> None:
 @pytest.mark.parametrize(
     ("finds", "schedules", "is_right"),
     [
-        ([Catch("I6", 1, 3), Catch("I6", 9, 5), Catch("I6", 2, 4)], 2, True),
-        ([Catch("I6", 1, 3), None, Catch("I6", 2, 4)], 2, False),
-        ([Catch("I6", 1, 3), None, None], None, False),
+        ([caught(1, "I6", 3), caught(9, "I6", 5), caught(2, "I6", 4)], 2, True),
+        ([caught(1, "I6", 3), None, caught(2, "I6", 4)], 2, False),
+        ([caught(1, "I6", 3), None, None], None, False),
         ([None], None, False),
-        ([Catch("I25", 1, 3)], 1, False),
+        ([caught(1, "I25", 3)], 1, False),
     ],
     ids=["all", "most", "few", "none", "by another invariant"],
 )
 def test_the_median_counts_who_found_nothing(
     finds: list[Catch | None], schedules: float | None, is_right: bool
 ) -> None:
-    result = Hunted(ONE, "random", finds, 1.0)
+    result = Hunted(ONE, "random", [end(find) for find in finds])
     assert (result.schedules, result.is_right) == (schedules, is_right)
 
 
 def test_the_table_marks_what_was_not_found_as_it_should() -> None:
     text = table(
         [
-            Hunted(ONE, "random", [Catch("I6", 4, 7)], 2.0),
-            Hunted(ONE, "pct", [Catch("I25", 4, 7)], 2.0),
-            Hunted(TWO, "random", [None], 60.0),
+            Hunted(ONE, "random", [end(caught(4, "I6", 7))]),
+            Hunted(ONE, "pct", [end(caught(4, "I25", 7))]),
+            Hunted(TWO, "random", [end(None)]),
         ]
     )
     assert [line.split() for line in text.splitlines()[1:]] == [
         [ONE.id, "random", "I6", "I6", "1/1", "4", "7", "2"],
         [ONE.id, "pct", "I6", "I25", "1/1", "!", "4", "7", "2"],
-        [TWO.id, "random", "R2", "-", "0/1", "!", "-", "-", "60"],
+        [TWO.id, "random", "R2", "-", "0/1", "!", "-", "-", "2"],
     ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 
 import pytest
 
-from simulator.planted.plant import DoesNotApply, Edit, Plant, function_at
+from simulator.planted.met import met
+from simulator.planted.plant import DoesNotApply, Edit, Plant, function_at, telling
 
 HERE = __name__
 
@@ -110,6 +112,60 @@ def test_several_edits_of_one_function_are_one_mistake() -> None:
     edits = [Edit(f"{HERE}:double", "return", "result ="), Edit(f"{HERE}:double", "* 2", "* 2\n    return 0")]
     with Plant("X2", "A mistake.", "I1", edits).apply():
         assert double(2) == 0
+
+
+def sign(number: int) -> str:
+    if number < 0:
+        return "less"
+    try:
+        return "more" if 1 // number else "one"
+    except ZeroDivisionError:
+        return "none"
+
+
+@pytest.mark.parametrize(
+    ("edits", "come_to"),
+    [
+        ([('"less"', '"fewer"')], [-1]),
+        ([('"none"', '"nothing"')], [0]),
+        ([("< 0", "< -9")], [-1, 0, 1]),
+        ([('return "less"', 'a = ""\n        return a'), ('"none"', '"nothing"')], [-1, 0]),
+        ([('"none"', '"nothing"'), ('return "less"', 'a = ""\n        return a')], [-1, 0]),
+        ([("number: int", "number: float")], [-1, 0, 1]),
+    ],
+    ids=["a branch", "a handler", "a condition", "two", "two, the later first", "no statement"],
+)
+def test_it_tells_of_the_lines_that_are_edited(edits: list[tuple[str, str]], come_to: list[int]) -> None:
+    plant = Plant("X4", "A mistake.", "I1", [Edit(f"{HERE}:sign", *edit) for edit in edits])
+    for on in (plant.apply(), telling([plant])):
+        met()
+        with on:
+            found = [number for number in (-1, 0, 1) if [sign(number), met()][1]]
+        assert found == come_to
+        sign(-1)
+        assert met() == frozenset()
+
+
+def test_all_tell_at_once_and_none_is_in() -> None:
+    edits = {"X5": ("sign", '"less"', '"x"'), "X6": ("sign", '"none"', '"x"'), "X7": ("double", "* 2", "* 3")}
+    plants = [
+        Plant(name, "A mistake.", "I1", [Edit(f"{HERE}:{at}", *how)]) for name, (at, *how) in edits.items()
+    ]
+    met()
+    with telling(plants):
+        assert (sign(-1), *met()) == ("less", "X5")
+        assert (sign(0), double(2), *sorted(met())) == ("none", 4, "X6", "X7")
+
+
+def test_it_tells_across_a_fork() -> None:
+    met()
+    with plant_of("double", "* 2", "* 3").apply():
+        child = os.fork()
+        if not child:
+            double(2)
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert met() == {"X1"}
 
 
 def test_it_goes_out_whatever_happens_inside() -> None:

@@ -1,0 +1,141 @@
+"""A planted bug is sought by the small stories on every design, as people would seek it who do not know it.
+
+Each pair of a story and a design has a strategy of its own, and turns.  A schedule that does not come to the
+planted lines is one of the clean code, and one whose trace was played before finds what that one found.  The
+share of a pair's last turn that was neither is what the pair is worth: schedules are shared out by it, and
+what is worth nothing by now is asked again from time to time.  What is worth asking first is told by some
+schedules of each pair with nothing planted, in which the lines of all plants tell.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from qemu_shim.vmm.designs import DESIGNS
+from simulator.command import find as story_of
+from simulator.planted.hunt import Catch
+from simulator.planted.met import met
+from simulator.planted.plant import Plant, telling
+from simulator.search.explore import Player, RunEnd, Tally, explore, smallest
+from simulator.search.option import Strategy
+from simulator.search.strategies import DEFAULT, STRATEGIES, Search
+from simulator.stories.library import STORIES
+from simulator.world.forked import Forked
+from simulator.world.schedule import Judged
+
+FIRST_TURN = 2  # schedules: all pairs have had theirs within some hundred
+LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
+WORTH_MIN = 1 / 64
+SCOUTED = 3  # schedules of each pair
+REPLAYS = 100  # to shrink one story
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every story on every design it can be played on; the design that is argued about first."""
+    return [
+        (name, design)
+        for design in reversed(DESIGNS)
+        for name, story in STORIES.items()
+        if design in story.playable
+    ]
+
+
+class _Meeting:
+    """Player: another one, and how many of its schedules came to the lines of which plants."""
+
+    def __init__(self, player: Player) -> None:
+        self._player = player
+        self.met = Counter[str]()
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        met()
+        end = self._player(strategy)
+        self.met.update(met())
+        return end
+
+    def renew(self) -> None:
+        self._player.renew()
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A story on a design, and how far its search is."""
+
+    judged: Judged
+    search: Search
+    compares: bool  # its strategy does: each schedule begins in one state
+    worth: float
+    schedules: int = 0
+    over: bool = False
+    _traces: set[int] = field(default_factory=set)
+
+    @property
+    def due(self) -> float:
+        """Whose is least has the next turn."""
+        return (1 + self.schedules) / max(self.worth, WORTH_MIN)
+
+    def player(self, rounds: int) -> Player:
+        return Forked(self.judged) if self.compares else self.judged(rounds)
+
+    def turn(self, seed: int, schedules: int, enough: Callable[[Tally], bool]) -> Tally:
+        meeting = _Meeting(self.player(schedules))
+        tally = explore(meeting, self.search, seed, schedules, enough)
+        played, known = tally.schedules + tally.given_up, len(self._traces)
+        self._traces |= tally.traces
+        self.worth = meeting.met.total() / played * (len(self._traces) - known) / played
+        self.schedules += played
+        self.over = tally.over
+        return tally
+
+
+Reach = Mapping[tuple[str, str], Mapping[str, float]]
+"""Of each pair the share of its schedules that come to each plant's lines."""
+
+
+def scouted(plants: Iterable[Plant]) -> Reach:
+    """Told by some schedules of each pair with none of them in."""
+    shares: dict[tuple[str, str], dict[str, float]] = {}
+    with telling(plants):
+        for story, design in pairs():
+            meeting = _Meeting(Judged(story_of, story, design)(SCOUTED))
+            explore(meeting, STRATEGIES[DEFAULT].make(0), 0, SCOUTED)
+            shares[story, design] = {plant: times / SCOUTED for plant, times in meeting.met.items()}
+    return shares
+
+
+def find(
+    strategy: str,
+    seeds: range,
+    most: int,
+    worth: Callable[[tuple[str, str]], float] = lambda pair: 1.0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Catch | None:
+    """What is planted is in.  At most `most` schedules of the range; None also if every strategy has seen
+    all there is, or if `stop` says so behind a schedule.
+    `worth`: of each pair, to begin with.
+    """
+
+    def enough(tally: Tally) -> bool:
+        return bool(tally.found) or stop()
+
+    named = STRATEGIES[strategy]
+    searched = [
+        _Pair(Judged(story_of, *pair), named.make(seeds.start), compares=not named.seeded, worth=worth(pair))
+        for pair in pairs()
+    ]
+    done = 0
+    while searched and done < most and not stop():
+        pair = min(searched, key=lambda pair: pair.due)
+        turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
+        tally = pair.turn(seeds.start, turn, enough)
+        if tally.found:
+            shrunk, _ = smallest(pair.player(turn), tally.found[0], REPLAYS)
+            steps = sum(map(bool, shrunk.answers))
+            story, design = pair.judged.scenario, pair.judged.design
+            return Catch(shrunk.result.invariant, done + shrunk.schedule, steps, story, design)
+        done += tally.schedules + tally.given_up
+        if pair.over:
+            searched.remove(pair)
+    return None

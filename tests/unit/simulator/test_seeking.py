@@ -1,0 +1,125 @@
+"""Schedules go to the pairs that come to the planted lines in traces that were not played before.
+
+Stories are made up: what each schedule of one comes to is known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from simulator import seeking
+from simulator.planted.hunt import Catch
+from simulator.planted.met import meet, number_of
+from simulator.search.explore import RunEnd
+from simulator.search.option import Option, Strategy
+from simulator.search.strategies import DEFAULT
+
+MANY = 1000
+STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A story: does it come to the lines, has it many traces, and which of its schedules fails first."""
+
+    meets: bool = True
+    varied: bool = True
+    fails: int = MANY + 1
+
+
+@dataclass
+class Player:
+    story: Made
+    count: Callable[[], int]
+
+    def __call__(self, strategy: Strategy) -> RunEnd:
+        if self.story.meets:
+            meet(number_of("X"))
+        steps = [Option(f"a {taken}", "", frozenset()) for taken in range(20)]
+        for step in steps if self.story.varied else ():
+            if strategy.choose([step, *STEPS]):
+                strategy.took(step)
+        failed = self.count() >= self.story.fails
+        return RunEnd("I5" if failed else "", over=failed)
+
+    def renew(self) -> None: ...
+
+
+@pytest.fixture
+def stories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Made]:
+    """To be filled in; `played`: how often each was."""
+    made: dict[str, Made] = {}
+    monkeypatch.setattr(seeking, "pairs", lambda: [(name, "shared") for name in made])
+    return made
+
+
+@pytest.fixture
+def played(stories: dict[str, Made], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counted = Counter[str]()
+
+    @dataclass(frozen=True)
+    class Judged:
+        find: object
+        scenario: str
+        design: str
+
+        def __call__(self, rounds: int) -> Player:
+            return Player(stories[self.scenario], self.count)
+
+        def count(self) -> int:
+            counted[self.scenario] += 1
+            return counted[self.scenario]
+
+    monkeypatch.setattr(seeking, "Judged", Judged)
+    return counted
+
+
+def test_who_does_not_come_to_the_lines_is_asked_now_and_then(
+    stories: dict[str, Made], played: Counter[str]
+) -> None:
+    stories |= {"elsewhere": Made(meets=False), "there": Made()}
+    assert seeking.find(DEFAULT, range(1), MANY) is None
+    assert played.total() == MANY
+    assert seeking.FIRST_TURN < played["elsewhere"] < MANY / 20
+
+
+def test_who_shows_nothing_new_is_asked_now_and_then(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"always the same": Made(varied=False), "varied": Made()}
+    assert seeking.find(DEFAULT, range(1), MANY) is None
+    assert seeking.FIRST_TURN < played["always the same"] < MANY / 20
+
+
+def test_equals_have_equal_shares(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {name: Made() for name in "abcd"}
+    seeking.find(DEFAULT, range(1), MANY)
+    assert max(played.values()) - min(played.values()) <= seeking.LONGEST_TURN
+
+
+def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"not scouted": Made(), "scouted": Made()}
+    seeking.find(DEFAULT, range(1), 40, lambda pair: float(pair[0] == "scouted"))
+    assert set(played) == {"scouted"}
+
+
+def test_a_rare_one_is_found_all_the_same(stories: dict[str, Made], played: Counter[str]) -> None:
+    """The lines were not come to when it was asked first."""
+    stories |= {"not scouted": Made(fails=3), "scouted": Made()}
+    found = seeking.find(DEFAULT, range(1), MANY, lambda pair: float(pair[0] == "scouted"))
+    assert found is not None
+    assert (found.invariant, found.story, found.design) == ("I5", "not scouted", "shared")
+
+
+def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"first": Made(meets=False), "second": Made(fails=2)}
+    expected = Catch("I5", seeking.FIRST_TURN + 2, 0, "second", "shared")
+    assert seeking.find(DEFAULT, range(1), MANY) == expected
+
+
+def test_it_is_stopped_behind_a_schedule(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories["first"] = Made()
+    assert seeking.find(DEFAULT, range(1), MANY, stop=lambda: played.total() == 7) is None
+    assert played.total() == 7
