@@ -21,6 +21,7 @@ from typing import Any
 
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.planted.hunt import Hunted, hunted, of_json
+from simulator.planted.registry import PLANTED
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PAGE = RESULTS / "simulator.md"
@@ -74,21 +75,44 @@ can be put in, and [invariants.md](../invariants.md) by which checkers they are 
 
 def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
     found = [each for each in hunted(of_json(record)) if each.plant.simulated]
+    possible = sum(plant.simulated for plant in PLANTED.values())
     for strategy in dict.fromkeys(each.strategy for each in found):
         of_it = [each for each in found if each.strategy == strategy]
+        ranges = [len(each.ends) for each in of_it]
         right = sum(each.is_right for each in of_it)
+        others = sum(each.is_met_by_others for each in of_it)
         yield (
-            f"By `{strategy}`: of {len(of_it)} mistakes that a story may come to, {right} were found in every"
-            f" range of seeds by an invariant that they belong to."
+            f"By `{strategy}`: of {possible} mistakes that a story may come to, {len(of_it)} were sought, in"
+            f" {_from_to(ranges)} ranges of seeds each; {right} were found in every one of them by an"
+            f" invariant that they belong to, {others} of these by a story that was not written for them."
         )
-    head = ("mistake", "strategy", "found by", "ranges", "schedules", "answers")
+    ends = [end for each in found for end in each.ends]
+    if ends:
+        bounds = [end.most for end in ends if not end.catch]
+        hours = sum(end.seconds for end in ends) / 3600
+        yield (
+            f"Who was not found in a range was sought in {_from_to(bounds)}"
+            f" schedules of it. This took {hours:.1f} hours of one core; results are of"
+            f" {len({end.code for end in ends})} states of the code. `!`: not in every range, or by another"
+            " invariant; `*`: by a story that was written for it."
+        )
+    head = ("mistake", "strategy", "found by", "ranges", "schedules", "answers", "stories")
     yield _table(head, [_row(each) for each in found])
+
+
+def _from_to(counts: Sequence[int]) -> str:
+    if not counts:
+        return "no"
+    return f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
 
 
 def _row(each: Hunted) -> tuple[object, ...]:
     by = ", ".join(each.invariants) or "-"
     ranges = f"{len(each.found)}/{len(each.ends)}{'' if each.is_right else ' !'}"
-    return f"`{each.plant.id}`", each.strategy, by, ranges, _number(each.schedules), _number(each.steps)
+    return (
+        *(f"`{each.plant.id}`", each.strategy, by, ranges),
+        *(_number(each.schedules), _number(each.steps), ", ".join(each.stories) or "-"),
+    )
 
 
 def _number(value: float | None) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from simulator.planted.belongs import invariants_of
 from simulator.planted.plant import Plant
 from simulator.planted.registry import PLANTED
+from simulator.stories.written import is_written_for
 
 MAX_SCHEDULES = 20_000  # of one range of seeds: who is not found by then is not found
 
@@ -94,6 +95,18 @@ class Hunted:
         """Found in every range, each time by an invariant that it belongs to."""
         return len(self.found) == len(self.ends) and set(self.invariants) <= invariants_of(self.plant)
 
+    @property
+    def is_met_by_others(self) -> bool:
+        """Right, in half of its ranges or more by a story that was not written for it."""
+        others = sum(not is_written_for(find.story, self.plant) for find in self.found)
+        return self.is_right and 2 * others >= len(self.ends)
+
+    @property
+    def stories(self) -> Counter[str]:
+        return Counter(
+            f"{find.story}{' *' if is_written_for(find.story, self.plant) else ''}" for find in self.found
+        )
+
 
 def hunted(results: Mapping[Sought, RangeEnd]) -> list[Hunted]:
     """Each plant that there still is by each strategy that sought it; plants as they are listed."""
@@ -162,11 +175,13 @@ def seeds_of(number: int) -> range:
     return range(number * MAX_SCHEDULES, (number + 1) * MAX_SCHEDULES)
 
 
-HEAD = ("plant", "strategy", "belongs to", "found by", "ranges", "schedules", "steps", "seconds")
+HEAD = ("plant", "strategy", "belongs to", "found by", "ranges", "schedules", "steps", "seconds", "stories")
 
 
 def table(results: Iterable[Hunted]) -> str:
-    """A line a result; `!`: not found in every range, or by another invariant."""
+    """A line a result; `!`: not found in every range, or by another invariant; `*`: by a story that was
+    written for it.
+    """
     rows = [HEAD, *(_row(result) for result in results)]
     wide = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     return "\n".join(
@@ -184,4 +199,5 @@ def _row(result: Hunted) -> tuple[str, ...]:
         "-" if result.schedules is None else f"{result.schedules:g}",
         "-" if result.steps is None else f"{result.steps:g}",
         f"{result.seconds:.0f}",
+        ", ".join(result.stories) or "-",
     )

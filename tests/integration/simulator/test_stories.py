@@ -11,6 +11,7 @@ from simulator.search.explore import Tally, explore
 from simulator.search.strategies import STRATEGIES
 from simulator.stories.at_once import AT_ONCE
 from simulator.stories.library import STORIES
+from simulator.stories.written import WRITTEN_FOR
 from simulator.world.schedule import Judged
 
 FEW, ENOUGH, ROUNDS = 2, 40, 20
@@ -79,6 +80,12 @@ BREAKS = {
 def test_each_story_is_known_to_break() -> None:
     variants = {story.name for story in AT_ONCE}  # of one, which stands for them
     assert set(BREAKS) | variants == set(STORIES)
+
+
+def test_of_each_story_it_is_said_what_it_was_written_for() -> None:
+    assert set(WRITTEN_FOR) == set(STORIES), "simulator/stories/written.py has a line for each story"
+    cases = {case for plant in PLANTED.values() for case in (plant.id, plant.invariant, *plant.races)}
+    assert {case for of_story in WRITTEN_FOR.values() for case in of_story} <= cases
 
 
 @pytest.mark.parametrize("story", BREAKS)

@@ -127,6 +127,20 @@ def test_the_median_counts_who_found_nothing(
     assert (result.schedules, result.is_right) == (schedules, is_right)
 
 
+def test_who_is_found_by_a_story_that_was_written_for_it_is_not_met_by_others() -> None:
+    plant = PLANTED["R19-cleared-and-not-flushed"]
+    by_other = Catch("I25", 1, 0, "migrate", "shared")
+    written, gone = by_other._replace(story="log"), by_other._replace(story="there is none")
+
+    def met(*catches: Catch | None) -> bool:
+        return Hunted(plant, "random", [end(catch) for catch in catches]).is_met_by_others
+
+    assert met(by_other)
+    assert met(by_other, written)
+    assert not met(by_other, written, gone)
+    assert not met(by_other, None), "it was not found in every range"
+
+
 def test_the_table_marks_what_was_not_found_as_it_should() -> None:
     text = table(
         [
@@ -136,7 +150,7 @@ def test_the_table_marks_what_was_not_found_as_it_should() -> None:
         ]
     )
     assert [line.split() for line in text.splitlines()[1:]] == [
-        [ONE.id, "random", "I6", "I6", "1/1", "4", "7", "2"],
-        [ONE.id, "pct", "I6", "I25", "1/1", "!", "4", "7", "2"],
-        [TWO.id, "random", "R2", "-", "0/1", "!", "-", "-", "2"],
+        [ONE.id, "random", "I6", "I6", "1/1", "4", "7", "2", "migrate"],
+        [ONE.id, "pct", "I6", "I25", "1/1", "!", "4", "7", "2", "migrate"],
+        [TWO.id, "random", "R2", "-", "0/1", "!", "-", "-", "2", "-"],
     ]
