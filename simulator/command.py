@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.replay is not None:
-        return _replayed(parser, options.replay)
+        return _replayed(parser, options.replay, options.trace)
+    if options.trace is not None:
+        parser.error("--trace is of a story: name it with --replay (--story FILE writes a failure's)")
     if options.scenario is None:
         parser.error("name a SCENARIO, or a story to --replay")
     judged = _judged(parser, options)
@@ -146,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
     parser.add_argument("--story", type=Path, metavar="FILE", help="where to write a failure's story")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="play a story")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="of a replay: every step, message and tracepoint, a line each",
+    )
     return parser
 
 
@@ -229,14 +238,20 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
         print(f"replay: qemu-shim sim --replay {story}")
 
 
-def _replayed(parser: argparse.ArgumentParser, path: Path) -> int:
+def _replayed(parser: argparse.ArgumentParser, path: Path, trace: Path | None) -> int:
     try:
         story = from_text(path.read_text(encoding="utf-8"))
     except (StoryError, OSError) as error:
         parser.error(f"--replay {path}: {error}")
     judged = _judged_again(parser, path, story)
     narrator = Narrator(Replay(story.answers))
-    end = replayed(begin(judged, len(story.before) + 1, narrator), story.before, narrator)
+    with nullcontext() if trace is None else narrator.journal.tracing():
+        end = replayed(begin(judged, len(story.before) + 1, narrator), story.before, narrator)
+    if trace is not None:
+        try:
+            trace.write_text("".join(f"{event}\n" for event in narrator.events), encoding="utf-8")
+        except OSError as error:
+            parser.error(f"--trace {trace}: {error.strerror}")
     print(diagram(narrator), end="")
     if narrator.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")

@@ -1,9 +1,14 @@
-"""A run retold: its steps as people call them, each with the messages that went in it."""
+"""A run retold: its steps as people call them, each with the messages that went in it, and what tracepoints
+said.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from protocol.trace import TRACE
 from simulator.faults.plan import FAULT
 from simulator.ghost.probes.watch import Watch
 from simulator.names import Messages, Names
@@ -26,23 +31,38 @@ _WORD = re.compile(r"(loads|stores) (\S.*)\[(\d+)\]")  # as the scheduler calls 
 
 
 class Overheard(Journal):
-    """What went over channels in the step under way, and what failed."""
+    """What went over channels in the step under way, what failed, and the tracepoints it met."""
 
     def __init__(self) -> None:
         super().__init__()
         self._messages = Messages()
         self.heard: list[str] = []
+        self.events: list[str] = []  # `heard` and tracepoints, in their order
 
     def add(self, line: str, data: bytes | bytearray | memoryview = b"") -> None:
         super().add(line, data)
         if ": " in line:  # a step begins
-            self.heard = []
+            self.heard, self.events = [], []
         if line.startswith(FAULT) or line.endswith(_FATES):
-            self.heard.append(line)
+            self._hear(line)
         words = line.split()
         if data and len(words) == 3 and words[1] in _VERBS:
             _, done, end = words
-            self.heard += [f"{_VERBS[done]} {name}" for name in self._messages.named(done, end, bytes(data))]
+            for name in self._messages.named(done, end, bytes(data)):
+                self._hear(f"{_VERBS[done]} {name}")
+
+    def _hear(self, what: str) -> None:
+        self.heard.append(what)
+        self.events.append(what)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Tracepoints are events: TRACE has those of all processes here, and each step is one's."""
+        TRACE.start(lambda line: self.events.append(line))
+        try:
+            yield
+        finally:
+            TRACE.stop()
 
 
 class Narrator(Recorded):
@@ -53,6 +73,7 @@ class Narrator(Recorded):
     def __init__(self, strategy: Strategy) -> None:
         super().__init__(strategy, steps=True)
         self.journal = Overheard()
+        self.events: list[str] = []  # of all steps, those that race with nobody's as well
         self._names: Names | None = None
 
     def sees(self, watch: Watch) -> None:
@@ -60,8 +81,10 @@ class Narrator(Recorded):
 
     def took(self, step: Option) -> None:
         super().took(step)
-        told = filter(None, (self._said(step), *self.journal.heard))
-        self.steps[-1] = step._replace(label="; ".join(told))
+        said, journal = self._said(step), self.journal
+        self.steps[-1] = step._replace(label="; ".join(filter(None, (said, *journal.heard))))
+        process = process_of(step.actor)
+        self.events += [f"{process}: {event}" for event in (said, *journal.events) if event]
 
     def _said(self, step: Option) -> str:
         place = _WORD.fullmatch(step.label)

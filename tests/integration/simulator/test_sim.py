@@ -8,6 +8,7 @@ from subprocess import PIPE, Popen, run
 
 import pytest
 
+from protocol.trace import TRACE
 from qemu_shim.cli import main
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_NO_READER
 from simulator.search.story import Story, to_text
@@ -33,6 +34,7 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
         (["sharing", "--design", "pinned"], "sharing cannot be played on design pinned; it can on shared"),
         (["sharing", "--set", "sites=2"], "--set sites=2: NAME=N, where NAME is one of pages"),
         (["--replay", "/nowhere"], "--replay /nowhere: "),
+        (["sharing", "--trace", "x"], "--trace is of a story: name it with --replay"),
     ],
 )
 def test_what_cannot_be_played_is_said_with_what_can(
@@ -71,6 +73,21 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
     for name in ("sends TDP_INVALIDATE", "unit 0 invalidation descriptor 0x", "stores IQT", "loads IQT"):
         assert name in said, "steps are called as people call them"
     assert re.match(r"\s+\w+( +\w+)+$", replayed.splitlines()[0]), "a column for each process"
+
+    trace = tmp_path / "acks.trace"
+    assert main(["sim", "--replay", str(story), "--trace", str(trace)]) == 1
+    assert capsys.readouterr().out == replayed
+    assert not TRACE.on
+    told = trace.read_text(encoding="utf-8")
+    assert re.search(
+        r"^kvmd: kvm_unmap_hva_range: .*\n(?:.*\n)*?"
+        r"kvmd: stores PTE of gpa .*\n(?:.*\n)*?"
+        r"kvmd: kvm_tdp_mmu_spte_changed: .* new_spte 0\n(?:.*\n)*?"
+        r"kvmd: sends TDP_INVALIDATE\n(?:.*\n)*?"
+        r"iommufdd: qi_submit: iotlb_inv .*\n",
+        told,
+        re.M,
+    ), "each process's steps, messages and tracepoints in their order"
 
 
 def test_what_nobody_reads_and_what_finds_no_room_is_no_traceback() -> None:

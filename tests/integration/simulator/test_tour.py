@@ -45,7 +45,7 @@ def test_the_tours_commands_print_what_it_says(
     besides = TOUR.replace(f"```python\n{program}```\n", "")
     (shown,) = re.findall(r"^```\n(.*?)^```", besides, re.M | re.S)
     steps = steps_of(TOUR)
-    assert len(steps) == 5
+    assert len(steps) == 6
     for step in steps:
         shim, *words = shlex.split(step.command)
         assert shim == SHIM
@@ -57,6 +57,8 @@ def test_the_tours_commands_print_what_it_says(
         if "--replay" in words:
             assert comes_in_order(shown.splitlines(), out), out
             assert "the trace is another one" not in out
+    (trace,) = Path().glob("*.trace")
+    assert "kvmd: kvm_tdp_mmu_spte_changed: " in trace.read_text(encoding="utf-8")
 
 
 def test_a_story_is_replayed_from_a_mail(
