@@ -25,11 +25,11 @@ from simulator.stories.library import STORIES
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 
-FIRST_TURN = 2  # schedules: all pairs have had theirs within some hundred
+FIRST_TURN = 4  # schedules: all pairs have had theirs within a thousand, most of them sooner
 LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
 WORTH_MIN = 1 / 64
 SCOUTED = 3  # schedules of each pair
-REPLAYS = 100  # to shrink one story
+REPLAYS = 50  # to shrink one story
 
 
 def pairs() -> list[tuple[str, str]]:
