@@ -149,10 +149,10 @@ class Ghost:
         self._cut_off(epoch, self.tables.drop_root(root))
         del self._roots[root]
 
-    def filler_gone(self, filler: Name) -> None:
-        """It has ended in an orderly way, and taken its tables apart."""
-        for root in [root for root, facts in self._roots.items() if facts.filler == filler]:
-            self.verdicts.say("I7", f"{filler} has ended, its root {root:#x} is left")
+    def root_left(self, root: int) -> None:
+        """Its last user is gone."""
+        if root in self._roots:
+            self.verdicts.say("I7", f"root {root:#x} is left, and nobody uses it")
 
     def entry_stored(self, at: int, entry: int, pieces: int = 1) -> None:
         """In so many stores."""

@@ -95,7 +95,7 @@ KVMD_TDP = (
         "A fault takes a slot that was made anew, equal in all, for its own: its mark goes to the old one.",
         "I20",
         [Edit(f"{_FAULTS}._try", _FOUND_AGAIN, "frames.slots.find(gfn, fault.as_id) != slot")],
-        races=["R21"],
+        races=["R21", "R19"],
     ),
     Plant(
         "B-13-spurious-is-an-error",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from protocol.hw.dsa import Descriptor, Flag, Opcode
 from protocol.units import Iova
-from qemu_shim.api import PAGE_SIZE, Context, DmaDevice, DmaFailed, Guest
+from qemu_shim.api import PAGE_SIZE, Context, DmaDevice, DmaFailed, Guest, UapiError
+from qemu_shim.vmm.process import Process, Uffd
 
 AT = 0x1_8000_0000  # of the slot the story is about; behind all that a machine has of its own
 NEXT = AT + PAGE_SIZE
@@ -28,6 +31,26 @@ async def agree(ctx: Context, guest: Guest, gpa: int, device: DmaDevice | None =
     await device.fill(gpa, len(AFTER), PATTERN)
     stored = await guest.read(gpa, len(AFTER))
     ctx.expect_equal(stored, PATTERN.to_bytes(8, "little"), "what a CPU sees behind a device's store")
+
+
+async def if_it_is_let(call: Awaitable[Any]) -> None:
+    """Whether it is depends on who came first."""
+    with suppress(UapiError):
+        await call
+
+
+@asynccontextmanager
+async def missing(process: Process, hva: int) -> AsyncIterator[Uffd]:
+    """Inside, faults on the page sleep for who reads of them.  A read that is given up goes on in the kernel
+    and takes the next event, so each round has a userfaultfd of its own.
+    """
+    uffd = await process.userfaultfd()
+    try:
+        await uffd.register(hva, PAGE_SIZE, "missing")
+        yield uffd
+        await uffd.unregister(hva, PAGE_SIZE)
+    finally:
+        uffd.close()
 
 
 async def try_fill(guest: Guest, gpa: int, size: int = 64) -> None:

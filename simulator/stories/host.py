@@ -8,6 +8,7 @@ from typing import Any
 import trio
 
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest
+from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -19,6 +20,8 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    if_it_is_let,
+    missing,
     try_fill,
 )
 from simulator.stories.story import Play, SmallStory
@@ -164,35 +167,70 @@ async def _huge(ctx: Context, excerpt: Excerpt) -> None:
         await agree(ctx, guest, AT)
 
 
+async def _two_changes(ctx: Context, excerpt: Excerpt) -> None:
+    """The host gives a page up and moves it at once, beside a store: who finds nothing waits all the same."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                nursery.start_soon(guest.discard, AT)
+                nursery.start_soon(guest.migrate, AT)
+                await guest.discard(AT)
+        await agree(ctx, guest, AT)
+        await guest.discard(AT)
+
+
+async def _fails(ctx: Context, excerpt: Excerpt) -> None:
+    """A page's memory fails under stores, which are refused until there is other memory."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                nursery.start_soon(if_it_is_let, guest.write(AT + 64, AFTER))
+                await process.host_action("poison", hva, PAGE_SIZE)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                await if_it_is_let(guest.write(AT + 64, AFTER))
+        await process.madvise_dontneed(hva, PAGE_SIZE)
+        await agree(ctx, guest, AT)
+        await guest.discard(AT)
+
+
 async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     """Faults of a device and a CPU sleep for userfaultfd, beside changes of what they sleep for."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
-    uffd = await process.userfaultfd()
 
-    async def served() -> None:
+    async def serve(uffd: Uffd) -> None:
+        """The page comes and goes at once; its neighbour, which is cached, goes with it."""
         while True:
             await uffd.next_event()
-            await process.madvise_dontneed(hva, PAGE_SIZE)
-            await uffd.copy(hva, BEFORE)
+            async with trio.open_nursery() as at_once:
+                at_once.start_soon(if_it_is_let, uffd.copy(hva, BEFORE))
+                at_once.start_soon(process.madvise_dontneed, hva, SLOT_BYTES)
+            await if_it_is_let(uffd.copy(hva, BEFORE))
             await guest.migrate(AT)
 
-    try:
-        for _ in excerpt.rounds():
-            await uffd.register(hva, PAGE_SIZE, "missing")
+    for _ in excerpt.rounds():
+        await guest.fill(NEXT, 64)
+        async with missing(process, hva) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(served)
+                    nursery.start_soon(serve, uffd)
                     async with trio.open_nursery() as stores:
                         stores.start_soon(guest.fill, AT + 64, 64, PATTERN)
                         stores.start_soon(guest.write, AT + 8, AFTER)
                     nursery.cancel_scope.cancel()
-            await uffd.unregister(hva, PAGE_SIZE)
-            await agree(ctx, guest, AT)
-            await guest.discard(AT)
-    finally:
-        uffd.close()
+        await agree(ctx, guest, AT)
+        await guest.discard(AT, SLOT_BYTES)
 
 
 HOST = (
@@ -205,6 +243,8 @@ HOST = (
     SmallStory("age", "a copy beside a look at the accessed bits", _copy_beside(Guest.age)),
     SmallStory("fault", "the first store to a page beside MADV_DONTNEED of it", _fault_beside_discard),
     SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
+    SmallStory("two-changes", "a store beside its page's going, and moving, at once", _two_changes, MAY_TAKE),
+    SmallStory("poison", "stores beside their page's memory failing", _fails, MAY_TAKE),
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device),
     SmallStory("fork", "stores beside fork", _fork),
     SmallStory("merge", "stores to two equal pages beside their becoming one", _merge),

@@ -9,6 +9,7 @@ from functools import partial
 
 import trio
 
+from protocol.uapi import names
 from qemu_shim.api import PAGE_SIZE, Context, RamSlot, UapiError
 from qemu_shim.vmm.designs import IoasContainer
 from qemu_shim.vmm.kvm_client import Vm
@@ -66,7 +67,8 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
     guest = await ctx.boot_for(PAGES)
     machine = guest.machine
     process, kernel = machine.process, machine.host.loop.kernel
-    hva, argp = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
+    hva = await process.mmap(SLOT_BYTES)
+    argp, bitmap = [await process.mmap(PAGE_SIZE) for _ in range(2)]
     uffd = await process.userfaultfd()
     ctx.uncounted()
 
@@ -78,9 +80,11 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
     try:
         for _ in excerpt.rounds():
             vm = await machine.host.kvmd.create_vm(process)
-            vcpu = await vm.create_vcpu(0)
+            vcpu, later = [await vm.create_vcpu(number) for number in range(2)]
             await vcpu.set_cpuid(NARROW)
-            await vm.set_user_memory_region(0, AT, SLOT_BYTES, hva)
+            await vm.set_user_memory_region(0, AT, SLOT_BYTES, hva, names.KVM_MEM_LOG_DIRTY_PAGES)
+            await vcpu.run([("w", NEXT, BEFORE)])
+            await vm.get_dirty_log(0, bitmap)  # the next store is noticed by D, while none but CPUs store
             await uffd.register(argp, PAGE_SIZE, "missing")
             got: list[int] = []
             with excerpt:
@@ -92,8 +96,12 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
                         asking.start_soon(vcpu.run, [("w", AT, BEFORE)])
                     nursery.cancel_scope.cancel()
                 ctx.expect_equal(len(got), 1, "I10: TDP FDs of one address space")
+                for problem in await ctx.host.kvmd.violations():
+                    ctx.expect(False, problem)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_run_wider, ctx, vcpu)
+                    nursery.start_soon(_run_wider, later)
+                    nursery.start_soon(_snoop_no_more, vm)
+                    nursery.start_soon(vcpu.run, [("w", AT, BEFORE)])
                     await vm.set_user_memory_region(1, ELSEWHERE, SLOT_BYTES, hva)
                     for fd in got:
                         kernel.close(fd)
@@ -105,8 +113,8 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
                 await _export_at_last(ctx, vm, argp)
             await uffd.unregister(argp, PAGE_SIZE)
             await process.madvise_dontneed(argp, PAGE_SIZE)
-            vm.close()
-            vcpu.close()
+            for file in (vm, vcpu, later):
+                file.close()
     finally:
         uffd.close()
 
@@ -146,13 +154,18 @@ async def _is_untold(vm: Vm, argp: int) -> bool:
     return False
 
 
-async def _run_wider(ctx: Context, vcpu: Vcpu) -> None:
-    """It is refused that width once the TDP is lent: its root would be another (B-28)."""
+async def _run_wider(vcpu: Vcpu) -> None:
+    """It is refused that width while the TDP is lent: its root would be another (B-28)."""
     with suppress(UapiError):
         await vcpu.set_cpuid(WIDER)
-    await vcpu.run([("w", AT, BEFORE)])
-    for problem in await ctx.host.kvmd.violations():
-        ctx.expect(False, problem)
+        await vcpu.run([("w", AT, BEFORE)])
+
+
+async def _snoop_no_more(vm: Vm) -> None:
+    """So is a device that does not snoop (B-27)."""
+    with suppress(UapiError):
+        await vm.ioctl("KVM_REGISTER_NONCOHERENT_DMA")
+        await vm.ioctl("KVM_UNREGISTER_NONCOHERENT_DMA")
 
 
 MACHINES = (

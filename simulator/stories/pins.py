@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import trio
 
-from qemu_shim.api import PAGE_SIZE, Context, Guest, UapiError
+from qemu_shim.api import PAGE_SIZE, Context, Guest
+from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -20,6 +20,8 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    if_it_is_let,
+    missing,
     try_fill,
 )
 from simulator.stories.story import Play, SmallStory
@@ -84,35 +86,25 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
-    uffd = await process.userfaultfd()
 
-    async def served() -> None:
+    async def serve(uffd: Uffd) -> None:
         while True:
             await uffd.next_event()
             await uffd.copy(hva, BEFORE)
             await guest.migrate(AT)
             await process.madvise_dontneed(hva, PAGE_SIZE)
 
-    try:
-        for _ in excerpt.rounds():
-            await uffd.register(hva, PAGE_SIZE, "missing")
+    for _ in excerpt.rounds():
+        async with missing(process, hva) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(served)
+                    nursery.start_soon(serve, uffd)
                     async with trio.open_nursery() as accesses:
                         accesses.start_soon(_pin_and_unpin, guest)
                         accesses.start_soon(guest.write, AT + 8, AFTER)
                     nursery.cancel_scope.cancel()
-            await uffd.unregister(hva, PAGE_SIZE)
-            await agree(ctx, guest, AT)
-            await guest.discard(AT, SLOT_BYTES)
-    finally:
-        uffd.close()
-
-
-async def _if_it_is_let(call: Awaitable[None]) -> None:
-    with suppress(UapiError):
-        await call
+        await agree(ctx, guest, AT)
+        await guest.discard(AT, SLOT_BYTES)
 
 
 async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
@@ -125,11 +117,11 @@ async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
         await vfio.pin(AT, PAGE_SIZE)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_if_it_is_let, vfio.pin(NEXT, PAGE_SIZE))
+                nursery.start_soon(if_it_is_let, vfio.pin(NEXT, PAGE_SIZE))
                 nursery.start_soon(try_fill, guest, AT)
                 await guest.remove_slot(slot)
         for page in (AT, NEXT):
-            await _if_it_is_let(vfio.unpin(page, PAGE_SIZE))
+            await if_it_is_let(vfio.unpin(page, PAGE_SIZE))
 
 
 PINS = (

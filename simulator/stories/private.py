@@ -8,8 +8,20 @@ import trio
 
 from protocol.uapi import names
 from qemu_shim.api import PAGE_SIZE, Context, Refused, UapiError
+from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AFTER, BEFORE, ONE_TABLE, OWN_TABLE, PAGES, agree, try_copy, try_fill
+from simulator.stories.common import (
+    AFTER,
+    BEFORE,
+    ONE_TABLE,
+    OWN_TABLE,
+    PAGES,
+    agree,
+    if_it_is_let,
+    missing,
+    try_copy,
+    try_fill,
+)
 from simulator.stories.story import SmallStory
 
 
@@ -36,6 +48,36 @@ async def _converted(ctx: Context, excerpt: Excerpt) -> None:
         ctx.expect(seen in (BEFORE, bytes(8)), f"the copy holds {seen!r}")
         await agree(ctx, guest, page)
         await guest.machine.process.write(guest.machine.hva_of(page), bytes(128))
+
+
+async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
+    """Faults sleep for their shared page while it turns private: what they wake up for is nobody's to map."""
+    wishes = ctx.sized(PAGES)
+    wishes["private_block"] = PAGE_SIZE
+    guest = await ctx.boot(**wishes)
+    (page,) = guest.pages(1)
+    process, hva = guest.machine.process, guest.machine.hva_of(page)
+
+    async def serve(uffd: Uffd) -> None:
+        while True:
+            await uffd.next_event()
+            await if_it_is_let(uffd.copy(hva, BEFORE))
+
+    for _ in excerpt.rounds():
+        await process.madvise_dontneed(hva, PAGE_SIZE)
+        async with missing(process, hva) as uffd:
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(serve, uffd)
+                    async with trio.open_nursery() as stores:
+                        stores.start_soon(try_fill, guest, page + 64)
+                        stores.start_soon(guest.write, page + 8, AFTER)
+                        await guest.machine.convert(page, PAGE_SIZE, private=True)
+                    nursery.cancel_scope.cancel()
+        await guest.write(page, BEFORE)
+        await agree(ctx, guest, page)
+        await guest.machine.convert(page, PAGE_SIZE, private=False)
+        await agree(ctx, guest, page)
 
 
 async def _hole(ctx: Context, excerpt: Excerpt) -> None:
@@ -68,7 +110,7 @@ async def _unasked(ctx: Context, excerpt: Excerpt) -> None:
     machine, slot = guest.machine, guest.machine.slot_of(page)
     private, offset = names.KVM_MEMORY_ATTRIBUTE_PRIVATE, page - slot.gpa
 
-    async def if_it_is_let(attributes: int) -> None:
+    async def becomes(attributes: int) -> None:
         try:
             await machine.vm.set_memory_attributes(page, PAGE_SIZE, attributes)
         except UapiError as refused:
@@ -85,10 +127,10 @@ async def _unasked(ctx: Context, excerpt: Excerpt) -> None:
         await guest.fill(page, 64)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(if_it_is_let, private)
+                nursery.start_soon(becomes, private)
                 nursery.start_soon(try_fill, guest, page)
                 await taken_and_given()
-        await if_it_is_let(0)
+        await becomes(0)
         with suppress(UapiError, Refused):  # it is there already
             await machine.container.populate(slot, offset, PAGE_SIZE)
         await agree(ctx, guest, page)
@@ -96,6 +138,7 @@ async def _unasked(ctx: Context, excerpt: Excerpt) -> None:
 
 PRIVATE = (
     SmallStory("convert", "accesses beside a page's turning private, and back", _converted),
+    SmallStory("convert-asleep", "faults that sleep while their page turns private", _asleep, ONE_TABLE),
     SmallStory("hole", "stores to a private page beside a hole", _hole, ONE_TABLE),
     SmallStory("unasked", "a conversion that nobody told the device's table of", _unasked, OWN_TABLE),
 )

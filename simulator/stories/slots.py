@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import trio
 
+from protocol.uapi import names
 from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
+from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -18,6 +20,8 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    if_it_is_let,
+    missing,
     try_copy,
     try_fill,
 )
@@ -44,13 +48,13 @@ async def _goes(ctx: Context, excerpt: Excerpt) -> None:
                 await guest.remove_slot(slot)
 
 
-async def _move(guest: Guest, slot: RamSlot, hva: int) -> RamSlot:
+async def _move(guest: Guest, slot: RamSlot, hva: int, flags: int = 0) -> RamSlot:
     """The slot is gone, and there again with other memory of the process."""
     machine, moved = guest.machine, replace(slot, hva=hva)
     await machine.container.remove(slot)
     await machine.vm.set_user_memory_region(slot.slot, slot.gpa, 0, 0)
     await machine.container.add(moved)
-    await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, hva)
+    await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, hva, flags)
     machine.slots[machine.slots.index(slot)] = moved
     return moved
 
@@ -77,17 +81,19 @@ async def _moves(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
-    """Faults sleep for userfaultfd while their slot gets other memory, and the same again."""
+    """Faults sleep for userfaultfd while their slot gets other memory, and the same again; stores are
+    logged."""
     guest = await ctx.boot_for(PAGES)
     slot = await guest.add_slot(SLOT_BYTES, AT)
-    process, here = guest.machine.process, slot.hva
-    there = await process.mmap(SLOT_BYTES)
-    uffd = await process.userfaultfd()
+    process, vm, here = guest.machine.process, guest.machine.vm, slot.hva
+    there, bitmap = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
+    logs = names.KVM_MEM_LOG_DIRTY_PAGES
+    await vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, here, logs)
 
-    async def served() -> None:
-        for _ in range(2):
+    async def serve(uffd: Uffd) -> None:
+        while True:
             await uffd.next_event()
-            await uffd.copy(here, BEFORE)
+            await if_it_is_let(uffd.copy(here, BEFORE))
 
     async def store() -> None:
         try:
@@ -95,26 +101,24 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
         except LookupError:
             ctx.say("no slot was there")
 
-    try:
-        for _ in excerpt.rounds():
-            await uffd.register(here, PAGE_SIZE, "missing")
+    for _ in excerpt.rounds():
+        async with missing(process, here) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
                     async with trio.open_nursery() as stores:
                         stores.start_soon(try_fill, guest, AT)
                         stores.start_soon(store)
                         await uffd.next_event()
-                        slot = await _move(guest, slot, there)
-                        nursery.start_soon(served)
-                        await uffd.copy(here, BEFORE)
-                    slot = await _move(guest, slot, here)
+                        stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
+                        nursery.start_soon(serve, uffd)
+                        slot = await _move(guest, slot, there, logs)
+                        slot = await _move(guest, slot, here, logs)
                     nursery.cancel_scope.cancel()
-            await uffd.unregister(here, PAGE_SIZE)
-            await agree(ctx, guest, AT)
-            for hva in (here, there):
-                await process.madvise_dontneed(hva, SLOT_BYTES)
-    finally:
-        uffd.close()
+            await vm.get_dirty_log(slot.slot, bitmap)
+        await agree(ctx, guest, AT)
+        await vm.get_dirty_log(slot.slot, bitmap)
+        for hva in (here, there):
+            await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
 async def _another(ctx: Context, excerpt: Excerpt) -> None:

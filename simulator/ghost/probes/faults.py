@@ -6,6 +6,7 @@ from typing import Any
 
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.exports import Exports
+from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import FaultingVcpu, FaultResult, PageFault
 from kvmd.core.tables.tdp_table import Root
@@ -50,6 +51,15 @@ async def _try(
 def _store(watch: Watch, original: Any, path: FaultPath, root: Root, *args: Any) -> Any:
     watch.ghost.faults.maps_into(root.hpa)
     return original(path, root, *args)
+
+
+@seams.around(Exports, "close")
+async def _close(watch: Watch, original: Any, exports: Exports, exported: ExportedTdp) -> None:
+    """A root that devices alone walked goes with its last export."""
+    root = exported.root
+    await original(exports, exported)
+    if not root.role.policy.cpus:
+        watch.ghost.root_left(root.hpa)
 
 
 @seams.around(Exports, "register_noncoherent_dma")

@@ -124,7 +124,8 @@ def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
 @seams.around(Kvm, "destroy")
 async def _destroy(watch: Watch, original: Any, vm: Kvm) -> None:
     await original(vm)
-    watch.ghost.filler_gone(f"vm{vm.id}")
+    for root in list(watch.roots.get(f"vm{vm.id}", {})):
+        watch.ghost.root_left(root)
 
 
 @seams.around(Root, "happens")

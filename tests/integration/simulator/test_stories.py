@@ -43,11 +43,13 @@ BREAKS = {
     "discards": ("shared", "R4-notifiers-not-awaited"),
     "both": ("shared", "R17-nobody-is-told"),
     "fault": ("shared", "R7-no-device-tlb"),
+    "two-changes": ("shared", "B-18-drain-is-skipped"),
+    "poison": ("shared", "R4-acks-not-awaited"),
     "fork": ("shared", "R22-fork-leaves-writable"),
     "merge": ("shared", "R17-nobody-is-told"),
     "protect": ("shared", "R4-acks-not-awaited"),
     "huge": ("shared", "R17-nobody-is-told"),
-    "asleep": ("shared", "R17-nobody-is-told"),
+    "asleep": ("mirror", "R1-not-asked-again"),
     "slot": ("shared", "R17-nobody-is-told"),
     "slot-moves": ("shared", "R17-nobody-is-told"),
     "slot-asleep": ("shared", "R21-slot-not-found-again"),
@@ -70,10 +72,11 @@ BREAKS = {
     "replace": ("mirror", "R8-one-mirror-is-told"),
     "never": ("shared", "R18-time-out-is-an-ack"),
     "convert": ("shared", "R24-converted-without-a-zap"),
+    "convert-asleep": ("shared", "R24-converted-without-a-zap"),
     "hole": ("shared", "R24-hole-without-a-zap"),
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
-    "export": ("shared", "B-06-busy-after-a-failed-copy"),
+    "export": ("shared", "B-28-vcpu-of-another-width"),
 }
 
 

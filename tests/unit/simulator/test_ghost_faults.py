@@ -102,11 +102,11 @@ def test_an_entry_is_one_store() -> None:
     assert heard(ghost.verdicts) == ["I4"]
 
 
-def test_a_vm_that_ends_leaves_no_root() -> None:
+def test_no_root_is_left_behind_its_last_user() -> None:
     ghost = lending()
-    ghost.filler_gone("vm2")
+    ghost.root_left(ROOT + PAGE)
     assert heard(ghost.verdicts) == []
-    ghost.filler_gone("vm1")
+    ghost.root_left(ROOT)
     assert heard(ghost.verdicts) == ["I7"]
 
 

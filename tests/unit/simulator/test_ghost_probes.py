@@ -140,11 +140,11 @@ def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
 
 
 # What the stories of this file do not come to: the end of an HWPT, mremap, an IOAS that pins all it shows.
-# Nor the end of a VM, and devices that do not snoop (test_ghost_faults.py), processes
+# Nor the end of a VM and of an export, and devices that do not snoop (test_ghost_faults.py), processes
 # (tests/integration/simulator/test_deaths.py), and private memory (test_ghost_host.py).
 ELSEWHERE = {
     *((IoPageTable, "release"), (PageTable, "move"), (Ioas, "show"), (Ioas, "leave")),
-    *((Kvm, "destroy"), (Exports, "register_noncoherent_dma")),
+    *((Kvm, "destroy"), (Exports, "close"), (Exports, "register_noncoherent_dma")),
     *(seam for seam in processes.seams if seam != (Hwpt, "__init__")),
     *(seam for seam in private.seams if seam[1] != "__init__"),
 }
