@@ -6,9 +6,8 @@ lease is what is waited for (`kvmd/core/lease.py`, I13).
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Container, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import structlog
@@ -18,8 +17,8 @@ from kvmd.memory import HostMemory
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hostmem import WindowKind
-from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Channel, PeerGone, Reply
+from protocol.rpc.lease import LeaseSocket
 from protocol.rpc.loop import Loop
 
 ACK_PATIENCE_S = 10.0
@@ -27,39 +26,6 @@ TDP_WINDOWS = frozenset(WindowKind)
 FRAME_WINDOWS = frozenset({WindowKind.FRAMES, WindowKind.FRAME_TAGS})
 
 log = structlog.get_logger("kvmd")
-
-
-class LeaseSocket:
-    """One end is ours; `ended` is set when every copy of the other is closed."""
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self.ended: Wait[None] = Wait()
-        with ExitStack() as undo:
-            try:
-                self._ours, theirs = loop.kernel.socketpair()
-                undo.callback(self._ours.close)
-                undo.callback(theirs.close)
-                self._ours.shutdown(socket.SHUT_RD)  # nobody has a reason to write here, least of all fds
-                loop.register(self._ours.fileno(), self._on_hang_up, 0)
-            except OSError as error:
-                raise refusal(error, "no file for a new lease") from None
-            undo.pop_all()
-        self.theirs = theirs.detach()
-
-    def _on_hang_up(self, _: int) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if not self.ended.done:
-            self._loop.unregister(self._ours.fileno())
-            self._ours.close()
-            self.ended.set(None)
-
-    def withdraw(self) -> None:
-        """Nobody was given it after all."""
-        self._loop.kernel.close(self.theirs)
-        self.close()
 
 
 class Loan(NamedTuple):

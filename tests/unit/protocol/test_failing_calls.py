@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from kvmd import importers, memory
+from kvmd import memory
 from protocol.errors import UapiError
 from protocol.kernel.linux import LINUX
 from protocol.kernel.port import Poller
 from protocol.rpc.channel import Channel
 from protocol.rpc.files import Files
+from protocol.rpc.lease import LeaseSocket
 from protocol.rpc.service import Service
 from protocol.rpc.socket import Listener, connect_now
 from tests.unit.protocol.wires import Wires, open_fds
@@ -170,6 +171,6 @@ def test_a_lease_that_cannot_be_watched_leaves_no_fd(
     with monkeypatch.context() as patched:
         patched.setattr(*((socket, call, fail) if call == "socketpair" else (wire.loop, call, fail)))
         with pytest.raises(UapiError) as refused:
-            importers.LeaseSocket(wire.loop)
+            LeaseSocket(wire.loop)
     assert errno_of(refused) == errno.EMFILE
     assert open_fds() == before
