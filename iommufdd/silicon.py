@@ -2,6 +2,8 @@
 
 A `Silicon` lives as long as its link.  What was made of it answers ENODEV from then on, for good; units that
 come back are other units, found by another probe (docs/decisions/0015).
+Must hold: what waits for a unit to forget something waits until the silicon has let go of what it was lent.
+Where the link breaks beside it, it lives, and walks, until it hears of that (I13).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from protocol.errors import PeerError, UapiError
 from protocol.hw.caps import Cap, Ecap
 from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
+from protocol.rpc.lease import LeaseSocket
 from protocol.rpc.loop import Loop
 from protocol.trace import TRACE, PrqReport
 from protocol.uapi import link as uapi
@@ -48,6 +51,7 @@ class Silicon:
         self.on_faults = on_faults
         self._on_gone = on_gone
         self._link: Channel | None = None
+        self._lease: LeaseSocket | None = None  # ends when it holds nothing any more
         self._ports: list[UnitPort] = []
 
     async def probe(self, sock: StreamSocket) -> None:
@@ -81,7 +85,8 @@ class Silicon:
     async def _bring_up(self, caps: uapi.CapsReply) -> None:
         """The units translate, nothing as yet, when this returns [Linux intel/iommu.c init_dmars]."""
         memory = LinkMemory(self.loop.kernel, len(caps.units), len(caps.functions))
-        await self.add_memory(memory.lend())
+        lent, self._lease = memory.lend(self.loop)
+        await self.add_memory(lent)
         for number, ((cap, ecap), lies) in enumerate(zip(caps.units, memory.of_units(), strict=True)):
             self.units.append(await self._unit(number, Cap(cap), Ecap(ecap), lies))
         for found in caps.functions:
@@ -119,12 +124,19 @@ class Silicon:
         self.on_page_requests(unit, entries, overflow)
 
     def _gone(self) -> None:
-        """The link is; whoever waits for a unit does not any more."""
+        """The link is."""
         for unit in self.units:
-            unit.gone()
+            unit.lost()
         for port in self._ports:
             port.close()
         self._on_gone()
+        if self._lease is not None:
+            self._lease.ended.on_done(lambda _: self._let_go())
+
+    def _let_go(self) -> None:
+        """Whoever waits for a unit does not any more."""
+        for unit in self.units:
+            unit.gone()
 
     @property
     def alive(self) -> bool:

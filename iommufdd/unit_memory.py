@@ -1,8 +1,8 @@
 """The two windows of a link that its units' structures lie in: tables that only we store into, and queues.
 
 A link has memory of its own: what an earlier one left behind cannot be reached, and nothing has to be taken
-back from a unit that may not have let go of it yet (I13).  The windows lie above those of IOASes' tables,
-where no host has memory (`memory.py`).
+back from a unit that may not have let go of it yet (I13); that it has, its lease says.  The windows lie above
+those of IOASes' tables, where no host has memory (`memory.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from iommufdd.core.intel_iommu import QUEUE_BYTES, UnitMemory
 from iommufdd.core.translation_tables import TranslationTables
 from iommufdd.lent import LentWindows
 from iommufdd.memory import TABLES_START
+from protocol.errors import UapiError
 from protocol.hostmem import WindowKind
-from protocol.kernel.asked import refusal
 from protocol.kernel.port import Kernel
 from protocol.pt.mem import TableWriter
 from protocol.rpc.channel import Fds
+from protocol.rpc.lease import LeaseSocket
+from protocol.rpc.loop import Loop
 from protocol.units import PAGE_SIZE, TIB, Hpa, align_up
 
 STRUCTURES_START = Hpa(TABLES_START + 2 * TIB)
@@ -50,15 +52,15 @@ class LinkMemory:
             (str(WindowKind.QUEUES), QUEUES_START, queues_size),
         ]
 
-    def lend(self) -> LentWindows:
+    def lend(self, loop: Loop) -> tuple[LentWindows, LeaseSocket]:
         """The windows, and a lease; once.  EMFILE, and nothing is kept."""
-        fds = Fds(self._kernel, [self._tables_fd, self._queues_fd])
+        fds = [self._tables_fd, self._queues_fd]
         try:
-            lease = self._kernel.dup(self._tables_fd)
-        except OSError as error:
-            fds.close()
-            raise refusal(error, "no lease of the unit's memory") from None
-        return LentWindows(self._windows, Fds(self._kernel, [self._tables_fd, self._queues_fd, lease]))
+            lease = LeaseSocket(loop)
+        except UapiError:
+            Fds(self._kernel, fds).close()
+            raise
+        return LentWindows(self._windows, Fds(self._kernel, [*fds, lease.theirs])), lease
 
     def of_units(self) -> Iterator[UnitMemory]:
         """Of each unit what is its."""

@@ -228,6 +228,10 @@ class IntelIommu:
         if records:
             self._on_faults(records)
 
+    def lost(self) -> None:
+        """It hears and tells nothing any more, and may walk until it is `gone`."""
+        self.queue.lost()
+
     def gone(self) -> None:
         """It does nothing any more, and nobody waits for it."""
         self._gone = True

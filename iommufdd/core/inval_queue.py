@@ -102,6 +102,7 @@ class InvalidationQueue:
         self._unanswered = 0
         self._flying: deque[_Submission] = deque()  # in the ring, the oldest first
         self._queued: deque[_Submission] = deque()  # found no room
+        self._reachable = True
         self._gone = False
 
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
@@ -125,7 +126,7 @@ class InvalidationQueue:
             self._take(_Submission([descriptor], None))
         else:
             self._take(_Submission([descriptor, qi.wait()], Wait()))
-        return not self._gone
+        return self._reachable
 
     def _take(self, submission: _Submission) -> None:
         if self._gone:
@@ -257,9 +258,13 @@ class InvalidationQueue:
         submission.retried, submission.late, submission.error = True, False, None
         self._queued.append(submission)
 
+    def lost(self) -> None:
+        """The link to the unit is: what it has not done it may never do, and it may use what it has."""
+        self._reachable = False
+
     def gone(self) -> None:
         """The unit is: nobody waits for it any more."""
-        self._gone = True
+        self._gone, self._reachable = True, False
         ending = [*self._flying, *self._queued]
         self._flying.clear()
         self._queued.clear()

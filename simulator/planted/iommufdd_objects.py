@@ -136,6 +136,20 @@ IOMMUFDD_OBJECTS = (
         simulated=False,  # in a story daemons die, and channels do not break beside them
     ),
     Plant(
+        "R28-hung-up-on-and-walking",
+        "A link that broke counts as silicon that is gone: invalidations are done that it has not heard of.",
+        "I9",
+        [
+            Edit(
+                "iommufdd.silicon:Silicon._gone",
+                "self._lease.ended.on_done(lambda _: self._let_go())",
+                "self._let_go()",
+            )
+        ],
+        races=["R28"],
+        simulated=False,
+    ),
+    Plant(
         "R10-nothing-to-go-back-to",
         "What a group is replaced on has no user meanwhile: it is destroyed, and the devices go back to it.",
         "R10",

@@ -133,8 +133,8 @@ async def test_status_bits_that_never_go_are_not_waited_for() -> None:
         assert await rig.host.iommufdd.violations() == []
 
 
-async def test_a_detach_waits_for_a_unit_that_answers_nothing_and_its_end_ends_it() -> None:
-    """A unit that dies before its wait."""
+async def test_a_detach_waits_for_a_unit_that_answers_nothing_until_it_has_let_go() -> None:
+    """A unit that hangs up before its wait may walk on: its lease says when it does not (I13)."""
     async with hostile() as (fake, rig):
         unit = unit_of(fake)
         unit.obeys = False
@@ -143,12 +143,22 @@ async def test_a_detach_waits_for_a_unit_that_answers_nothing_and_its_end_ends_i
         async def drain_is_queued() -> bool:
             return unit.queued > 0
 
+        is_detached = trio.Event()
+
+        async def detach() -> None:
+            await detached.detach()
+            is_detached.set()
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(detached.detach)
+            nursery.start_soon(detach)
             await eventually(drain_is_queued, bool, "the drain is in the ring")
             assert fake.link is not None
             fake.link.close()
-        fake.let_go()
+
+            for _ in range(3):  # turns of a driver that has heard of it
+                await rig.host.iommufdd.stats()
+            assert not is_detached.is_set()
+            fake.let_go()
         assert await rig.host.iommufdd.violations() == []
 
 

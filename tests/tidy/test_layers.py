@@ -66,6 +66,7 @@ RPC_SHELL = (
     "door",
     "fence",
     "files",
+    "lease",
     "loop",
     "service",
     "socket",
