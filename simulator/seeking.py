@@ -5,16 +5,20 @@ planted lines is one of the clean code, and one whose trace was played before fi
 share of a pair's last turn that was neither is what the pair is worth: schedules are shared out by it, and
 what is worth nothing by now is asked again from time to time.  What is worth asking first is told by some
 schedules of each pair with nothing planted, in which the lines of all plants tell.
+
+Each pair is searched once without faults and once with all kinds of them, which nobody scouts: a schedule
+with faults takes as long as some without, and each has so much less of a share.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.command import find as story_of
+from simulator.faults.kinds import FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import met
 from simulator.planted.plant import Plant, telling
@@ -28,6 +32,8 @@ from simulator.world.schedule import Judged
 FIRST_TURN = 4  # schedules: all pairs have had theirs within a thousand, most of them sooner
 LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
 WORTH_MIN = 1 / 64
+UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
+FAULTED_COST = 16  # of a schedule: the scenario is played twice, and a machine rarely serves a second
 SCOUTED = 3  # schedules of each pair
 REPLAYS = 50  # to shrink one story
 
@@ -74,7 +80,8 @@ class _Pair:
     @property
     def due(self) -> float:
         """Whose is least has the next turn."""
-        return (1 + self.schedules) / max(self.worth, WORTH_MIN)
+        cost = FAULTED_COST if self.judged.faults else 1
+        return cost * (1 + self.schedules) / max(self.worth, WORTH_MIN)
 
     def player(self, rounds: int) -> Player:
         return Forked(self.judged) if self.compares else self.judged(rounds)
@@ -125,6 +132,16 @@ def find(
         _Pair(Judged(story_of, *pair), named.make(seeds.start), compares=not named.seeded, worth=worth(pair))
         for pair in pairs()
     ]
+    if named.seeded:
+        searched += [
+            replace(
+                pair,
+                judged=replace(pair.judged, faults=tuple(FAULTS)),
+                search=named.make(seeds.start),
+                worth=max(pair.worth, UNKNOWN_WORTH),
+            )
+            for pair in searched
+        ]
     done = 0
     while searched and done < most and not stop():
         pair = min(searched, key=lambda pair: pair.due)
@@ -133,8 +150,15 @@ def find(
         if tally.found:
             shrunk, _ = smallest(pair.player(turn), tally.found[0], REPLAYS)
             steps = sum(map(bool, shrunk.answers))
-            story, design = pair.judged.scenario, pair.judged.design
-            return Catch(shrunk.result.invariant, done + shrunk.schedule, steps, story, design)
+            of = pair.judged
+            return Catch(
+                shrunk.result.invariant,
+                done + shrunk.schedule,
+                steps,
+                of.scenario,
+                of.design,
+                ",".join(of.faults),
+            )
         done += tally.schedules + tally.given_up
         if pair.over:
             searched.remove(pair)

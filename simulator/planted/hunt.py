@@ -26,13 +26,14 @@ MAX_SCHEDULES = 20_000  # of one range of seeds: who is not found by then is not
 
 class Catch(NamedTuple):
     """Which invariant broke, after how many schedules, the steps of the story it was shrunk to, and which
-    one that is of."""
+    one that is of, with which kinds of faults."""
 
     invariant: str
     schedules: int
     steps: int
     story: str
     design: str
+    faults: str = ""
 
 
 class Sought(NamedTuple):
@@ -104,7 +105,8 @@ class Hunted:
     @property
     def stories(self) -> Counter[str]:
         return Counter(
-            f"{find.story}{' *' if is_written_for(find.story, self.plant) else ''}" for find in self.found
+            f"{find.story}{' with faults' * bool(find.faults)}{' *' * is_written_for(find.story, self.plant)}"
+            for find in self.found
         )
 
 

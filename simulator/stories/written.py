@@ -31,7 +31,9 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "merge": ["R22"],
     "protect": [],
     "huge": [],
-    "asleep": [],
+    "asleep": ["R1", "R21"],
+    "two-changes": ["R1", "R2", "R4"],
+    "poison": ["B-14", "poisoned-frame-is-lost"],
     # -- slots
     "slot": ["R21"],
     "slot-moves": ["R21"],
@@ -60,10 +62,11 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- private memory
     "convert": ["R24"],
     "hole": ["R24"],
+    "convert-asleep": ["R1", "R24"],
     "unasked": ["R24", "I27"],
     # -- VMs that come and go
     "lend": ["R13"],
-    "export": ["R13", "I10", "B-02", "B-06", "B-28"],
+    "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28"],
 }
 
 

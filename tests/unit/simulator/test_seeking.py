@@ -6,12 +6,13 @@ Stories are made up: what each schedule of one comes to is known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 
 from simulator import seeking
+from simulator.faults.kinds import FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import meet, number_of
 from simulator.search.explore import RunEnd
@@ -29,6 +30,7 @@ class Made:
     meets: bool = True
     varied: bool = True
     fails: int = MANY + 1
+    fails_faulted: int = MANY + 1
 
 
 @dataclass
@@ -66,13 +68,16 @@ def played(stories: dict[str, Made], monkeypatch: pytest.MonkeyPatch) -> Counter
         find: object
         scenario: str
         design: str
+        faults: Sequence[str] = ()
 
         def __call__(self, rounds: int) -> Player:
-            return Player(stories[self.scenario], self.count)
+            story = stories[self.scenario]
+            return Player(replace(story, fails=story.fails_faulted) if self.faults else story, self.count)
 
         def count(self) -> int:
-            counted[self.scenario] += 1
-            return counted[self.scenario]
+            name = f"{self.scenario} with faults" if self.faults else self.scenario
+            counted[name] += 1
+            return counted[name]
 
     monkeypatch.setattr(seeking, "Judged", Judged)
     return counted
@@ -96,13 +101,15 @@ def test_who_shows_nothing_new_is_asked_now_and_then(stories: dict[str, Made], p
 def test_equals_have_equal_shares(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {name: Made() for name in "abcd"}
     seeking.find(DEFAULT, range(1), MANY)
-    assert max(played.values()) - min(played.values()) <= seeking.LONGEST_TURN
+    shares = [played[name] for name in stories]
+    assert max(shares) - min(shares) <= seeking.LONGEST_TURN
+    assert all(seeking.FIRST_TURN <= played[f"{name} with faults"] < min(shares) for name in stories)
 
 
 def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"not scouted": Made(), "scouted": Made()}
     seeking.find(DEFAULT, range(1), 40, lambda pair: float(pair[0] == "scouted"))
-    assert set(played) == {"scouted"}
+    assert set(played) == {"scouted", "scouted with faults"}
 
 
 def test_a_rare_one_is_found_all_the_same(stories: dict[str, Made], played: Counter[str]) -> None:
@@ -111,6 +118,14 @@ def test_a_rare_one_is_found_all_the_same(stories: dict[str, Made], played: Coun
     found = seeking.find(DEFAULT, range(1), MANY, lambda pair: float(pair[0] == "scouted"))
     assert found is not None
     assert (found.invariant, found.story, found.design) == ("I5", "not scouted", "shared")
+
+
+def test_what_only_faults_come_to_is_found_with_them(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories["one"] = Made(fails_faulted=2)
+    found = seeking.find(DEFAULT, range(1), MANY)
+    assert found is not None
+    assert (found.story, found.faults) == ("one", ",".join(FAULTS))
+    assert played["one"] >= seeking.FAULTED_COST, "it costs more, and comes later"
 
 
 def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[str]) -> None:
