@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = re.compile(r"^`(\w+\.py)`.*?\n\n```python\n(.*?)^```", re.M | re.S)
 INDENTED = re.compile(r"^    (\S.*)$", re.M)
 COMMANDS = ("make ", ".venv/bin/")
-FAILED = "FAILED: "  # what it would say on another design
+FAILED = ("FAILED: ",)  # what it would say on another design
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ def files_of(text: str) -> dict[str, str]:
     return dict(FILE.findall(text))
 
 
-def steps_of(text: str) -> list[PageCommand]:
-    """What is indented is a command or, after it, what that says; a fence is a file."""
+def steps_of(text: str, unsaid: tuple[str, ...] = FAILED) -> list[PageCommand]:
+    """What is indented is a command or, after it, what that says, but for lines that begin as `unsaid`; a
+    fence is a file.
+    """
     steps: list[PageCommand] = []
     for line in INDENTED.findall(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)):
         if line.startswith(COMMANDS):
             steps.append(PageCommand(line, ()))
-        elif not line.startswith(FAILED):
+        elif not line.startswith(unsaid):
             last = steps.pop()
             steps.append(PageCommand(last.command, (*last.says, line)))
     return steps
