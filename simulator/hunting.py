@@ -20,8 +20,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -82,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {given.record} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenProcessPool:
+        print(f"a worker was killed; {given.record} has what was found: run it again", file=sys.stderr)
+        return EXIT_FAILED
     kept = record.read()
-    results = hunted({sought: kept[sought] for sought in wanted})
+    results = hunted({sought: kept[sought] for sought in wanted if sought in kept})
     if given.json:
         print(json.dumps([_as_json(result) for result in results], indent=1))
     else:
@@ -95,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{sum(result.seconds for result in results):,.0f} s of one core, "
             f"{time.monotonic() - began:,.0f} s now"
         )
-    return 0 if all(result.is_right for result in results) else EXIT_FAILED
+    is_whole = all(sought in kept for sought in wanted)
+    return 0 if is_whole and all(result.is_right for result in results) else EXIT_FAILED
 
 
 def _told(sought: Sought, end: RangeEnd) -> str:
@@ -136,8 +142,15 @@ def _sought(tasks: Iterable[Sought], most: int, code: str, workers: int) -> Iter
     try:
         running = {pool.submit(_seek, task, most): task for task in tasks}
         for future in as_completed(running):
-            catch, seconds = future.result()
-            yield running[future], RangeEnd(catch, most, round(seconds, 1), code)
+            try:
+                catch, seconds = future.result()
+            except BrokenProcessPool:
+                raise
+            except Exception:  # a fault of ours, or of one child: the others are hours of work
+                told = " ".join(map(str, running[future]))
+                print(f"{told}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            else:
+                yield running[future], RangeEnd(catch, most, round(seconds, 1), code)
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

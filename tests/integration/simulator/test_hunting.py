@@ -51,6 +51,21 @@ def test_what_is_on_record_is_not_sought_again(tmp_path: Path, capsys: pytest.Ca
     assert anew["found"] != [None]
 
 
+def test_a_range_that_ends_in_an_error_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scout told nonsense of one plant."""
+    reach = {pair: {"R13-did-is-left": "often"} for pair in seeking.pairs()}
+    monkeypatch.setattr(hunting, "scouted", lambda plants: reach)
+    words = ["R13-did-is-left", "R7-no-device-tlb", "--ranges", "1", "--most", "2", "--json"]
+    status = hunting.main([*words, "--record", str(tmp_path / "planted.json")])
+    told = capsys.readouterr()
+    assert [it["plant"] for it in json.loads(told.out)] == ["R7-no-device-tlb"]
+    assert "R13-did-is-left random 0: " in told.err
+    assert "TypeError" in told.err
+    assert status == 1
+
+
 def test_a_scout_tells_where_the_lines_of_all_plants_are_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared"), ("hole", "mirror")])
     plants = [PLANTED[name] for name in ("R7-no-device-tlb", "R24-hole-without-a-zap", "R16-bit-11")]
