@@ -131,6 +131,7 @@ def find(
     searched = [
         _Pair(Judged(story_of, *pair), named.make(seeds.start), compares=not named.seeded, worth=worth(pair))
         for pair in pairs()
+        if named.seeded or not STORIES[pair[0]].faults  # who compares schedules knows of none
     ]
     if named.seeded:
         searched += [

@@ -61,9 +61,13 @@ class PageRequestInterface:
             group.answered.set(ResponseCode.FAILURE)
 
     async def request(self, accesses: Sequence[PageAccess]) -> ResponseCode:
-        """Ask for pages as one group, or join those that ask for the same already; the worst answer."""
+        """Ask for pages as one group, or join those that ask for the same already.
+
+        The answer is that of our own group, or Success if there is none: another may be invalid for a page
+        that is not ours, so whoever joined it looks again.  Failure is of the whole function.
+        """
         assert 0 < len(accesses) <= self.capacity, f"a group of {len(accesses)} pages"
-        waits = []
+        joined = []
         mine = []
         for access in accesses:
             # A page asked for writing will be readable too.
@@ -71,12 +75,13 @@ class PageRequestInterface:
             if out is None:
                 mine.append(access)
             else:
-                waits.append(out)
-        if mine:
-            waits.append(self._open(mine))
-        # await: waits: cannot change: each is set once
-        codes = [await wait for wait in waits]
-        return max(codes)
+                joined.append(out)
+        own = [self._open(mine)] if mine else []
+        # await: joined, own: cannot change: each is set once
+        codes = [await wait for wait in (*joined, *own)]
+        if ResponseCode.FAILURE in codes:
+            return ResponseCode.FAILURE
+        return codes[-1] if own else ResponseCode.SUCCESS
 
     def _open(self, accesses: Sequence[PageAccess]) -> Wait[ResponseCode]:
         group = _RequestGroup(accesses, Wait())

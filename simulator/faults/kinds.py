@@ -19,6 +19,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "evict": FaultKind("a unit or a device drops what it has cached, as it may at any time", 5),
     "enomem": FaultKind("a daemon gets no memory, page of a table, frame or fd", 4, excuses=True),
     "ite": FaultKind("a device completes an invalidation late, or none any more: it times out", 2),
+    "full": FaultKind("a unit's page request queue has no room: other functions have filled it", 3),
     "sigstop": FaultKind("a daemon stands still for a while", 10),
     "sigkill": FaultKind(
         "a daemon or the VMM dies at any step of its; daemons are started again", 10, excuses=True

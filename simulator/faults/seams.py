@@ -12,9 +12,11 @@ from typing import Any
 from device_sim.core.context_tables import ContextTables
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.iotlb import Iotlb
+from device_sim.core.prq import PrqWriter
 from device_sim.core.traits import InvalidateCompletion
 from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
+from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ALL_PAGES
 from protocol.pt.table_pool import TablePool
 from protocol.units import IovaPfn
@@ -119,6 +121,11 @@ def _allocate(faults: Faults, original: Any, *args: Any) -> Any:
     if faults.due("enomem"):
         raise UapiError(errno.ENOMEM, "there is nothing left")
     return original(*args)
+
+
+@_seam(PrqWriter, "_store", "full")
+def _store(faults: Faults, original: Any, queue: PrqWriter, request: PageRequest) -> Any:
+    return False if faults.due("full") else original(queue, request)
 
 
 # -- a device is late ------------------------------------------------------------------------------------

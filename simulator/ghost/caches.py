@@ -122,6 +122,9 @@ class Caches:
         held = self._translations.get(holder, {})
         return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
 
+    def held(self, holder: Holder) -> list[CachedTranslation]:
+        return list(self._translations.get(holder, {}).values())
+
     def everything(self) -> Iterator[CachedTranslation | CachedPointer]:
         yield from self.pointers()  # a translation may be out of date because of one
         yield from self.translations()

@@ -14,11 +14,12 @@ from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo, said
 from simulator.ghost.entries import judge_entry
 from simulator.ghost.faults import FaultJudge
+from simulator.ghost.functions import Functions
 from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
-from simulator.ghost.spans import Run, Translation, merged, side_by_side
+from simulator.ghost.spans import Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
 from simulator.ghost.violation import Verdicts
@@ -33,7 +34,10 @@ BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
 _GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "kvmd": (CPU_CACHES, ("fault", "invalidation")),
     "iommufdd": ((), ("request", "table of a dead KVM")),
-    "device_sim": (UNIT_CACHES, ("page request group", "link of a dead driver")),
+    "device_sim": (
+        UNIT_CACHES,
+        ("page request group", "group without credits", "overflow", "link of a dead driver"),
+    ),
 }
 
 
@@ -50,6 +54,7 @@ class Ghost:
         self.frames = Ledger()
         self.table_pages = Ledger()
         self.groups = Groups(verdicts)
+        self.functions = Functions(verdicts)
         self.stores = Stores(verdicts)
         self.liveness = Liveness(verdicts, bound_ns)
         self.faults = FaultJudge(verdicts, self.tables, self.history)
@@ -79,13 +84,13 @@ class Ghost:
         if not self.frames.give_up(self._step(), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():
-            if cached.root not in self._orphans and _overlap(
+            if cached.root not in self._orphans and overlap(
                 cached.translation.frame, cached.end - cached.start, frame, pages
             ):
                 self.verdicts.say("I6", f"frame {frame:#x} is given up, {said(cached)} has it")
         for root, spans in self.tables.roots.items():
             for start, end, value in spans:
-                if _overlap(value.frame, end - start, frame, pages):
+                if overlap(value.frame, end - start, frame, pages):
                     page = start + max(frame - value.frame, 0)
                     self.verdicts.say(
                         "I6", f"frame {frame:#x} is given up, {root:#x} maps page {page:#x} to it"
@@ -135,6 +140,10 @@ class Ghost:
 
     def root_taken_back(self, root: int) -> None:
         self.lent.takes_back(self._roots[root].view)
+
+    def view_of(self, root: int) -> Name | None:
+        facts = self._roots.get(root)
+        return None if facts is None else facts.view
 
     def root_obsolete(self, root: int) -> None:
         """Nobody walks it after the flush that must follow (R3)."""
@@ -387,7 +396,7 @@ class Ghost:
                 self.verdicts.say("R21", f"{what}: foreign, the view has no such page")
             elif there is None or there.frame != frame:
                 rule, kind = ("I6", "lost") if write else ("I6", "stale")
-                self.verdicts.say(rule, f"{what}: {kind}, the host has {_frame(there)} there")
+                self.verdicts.say(rule, f"{what}: {kind}, the host has {frame_of(there)} there")
             elif write and not there.rights & WRITE:
                 self.verdicts.say("I21", f"{what}: beyond permission, the host has it read-only")
 
@@ -485,14 +494,6 @@ class Ghost:
         if given_up is not None:
             self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
         elif there is None or there.frame != frame:
-            self.verdicts.say("I6", f"{what}: stale, the process has {_frame(there)} there")
+            self.verdicts.say("I6", f"{what}: stale, the process has {frame_of(there)} there")
         elif write and not there.rights & WRITE:
             self.verdicts.say("I21", f"{what}: beyond permission, it is read-only")
-
-
-def _overlap(a: int, a_pages: int, b: int, b_pages: int) -> bool:
-    return a < b + b_pages and b < a + a_pages
-
-
-def _frame(there: Translation | None) -> str:
-    return "nothing" if there is None else f"frame {there.frame:#x}"

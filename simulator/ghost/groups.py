@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from protocol.hw.qi import ResponseCode
 from simulator.ghost.violation import Verdicts
+
+ENGINES_AT_IT = 4  # of one function, at work on one page
 
 
 class Groups:
@@ -10,6 +15,8 @@ class Groups:
         self._verdicts = verdicts
         self._out: dict[tuple[int, int], int] = {}  # function, index -> requests of it so far
         self._forgotten: set[tuple[int, int]] = set()
+        self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
+        self._taken: set[tuple[int, int]] = set()  # out of the queue, by the driver
 
     @property
     def outstanding(self) -> list[tuple[int, int]]:
@@ -21,6 +28,11 @@ class Groups:
             self._verdicts.say("I8", f"function {rid:#x} uses index {index} before its group was answered")
         self._out[rid, index] = pages
         self._forgotten.discard((rid, index))
+        self._taken.discard((rid, index))
+
+    def taken(self, rid: int, index: int) -> None:
+        """The driver has read the last of its requests."""
+        self._taken.add((rid, index))
 
     def answered(self, rid: int, index: int) -> None:
         """A response arrives at the function."""
@@ -31,10 +43,40 @@ class Groups:
         else:
             self._verdicts.say("I8", f"function {rid:#x} is answered a group {index} that waits for nothing")
 
+    def dropped(self, rid: int, page: int) -> None:
+        """A request, for want of room.  An engine or two may have asked before they knew (R9)."""
+        self._dropped[rid, page] += 1
+        if self._dropped[rid, page] > ENGINES_AT_IT:
+            self._verdicts.say(
+                "R9", f"function {rid:#x} asks a full queue for page {page:#x} again and again"
+            )
+
+    def accepted(self) -> None:
+        """There is room again."""
+        self._dropped.clear()
+
+    def late(self, rid: int) -> list[int]:
+        """Groups that were out when its page requests were switched off, and are not answered yet."""
+        return [index for other, index in self._forgotten if other == rid]
+
+    def unread(self, rid: int) -> list[int]:
+        """Those of them that the driver has not read."""
+        return [index for index in self.late(rid) if (rid, index) not in self._taken]
+
+    def answers(self, rid: int, index: int, code: ResponseCode, nowhere: list[int]) -> None:
+        """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`."""
+        for page in nowhere:
+            what = f"group {index} of function {rid:#x} is answered {code.name}, page {page:#x} is nowhere"
+            if code is ResponseCode.SUCCESS:
+                self._verdicts.say("I8", what)
+            elif code is ResponseCode.FAILURE:
+                self._verdicts.say("I8", f"{what}: that ends all its page requests")
+
     def forget_all(self) -> None:
         """The functions are gone."""
         self._out.clear()
         self._forgotten.clear()
+        self._taken.clear()
 
     def forgotten(self, rid: int) -> None:
         """Its page requests were switched off: nobody waits for an answer, though one may still come."""

@@ -8,10 +8,14 @@ from collections.abc import Hashable
 
 from simulator.ghost.violation import Verdicts
 
+OF_THE_UNIT = ("page request group", "group without credits", "overflow")
+
 # What an outstanding thing of each kind is a case of.
 CASE_OF = {
     "fault": "R2",
     "page request group": "R9",
+    "overflow": "R9",
+    "group without credits": "I8",
     "invalidation": "R18",
     "request": "R27",
     "table of a dead KVM": "R28",

@@ -124,3 +124,11 @@ def side_by_side(
 
 def _at(run: Run[_V] | None, page: int) -> _V | None:
     return None if run is None or page < run[0] else run[2].moved(page - run[0])
+
+
+def overlap(a: int, a_pages: int, b: int, b_pages: int) -> bool:
+    return a < b + b_pages and b < a + a_pages
+
+
+def frame_of(there: Translation | None) -> str:
+    return "nothing" if there is None else f"frame {there.frame:#x}"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from simulator.planted.plant import Plant
 
 HELD_AS: Mapping[str, frozenset[str]] = {
+    "I5": frozenset({"I11"}),
     "I11": frozenset({"I5"}),
     "I28": frozenset({"I5", "I11"}),
     "R1": frozenset({"I5"}),
@@ -21,9 +22,11 @@ HELD_AS: Mapping[str, frozenset[str]] = {
     "R8": frozenset({"I6", "I9"}),
     "R11": frozenset({"I8"}),
     "R14": frozenset({"I4", "I29"}),
+    "R18": frozenset({"I9"}),
     "R19": frozenset({"I20", "I25"}),
     "R22": frozenset({"I11", "I21"}),
     "R24": frozenset({"I27"}),
+    "R25": frozenset({"I9"}),
     "R26": frozenset({"I15"}),
 }
 

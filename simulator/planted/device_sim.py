@@ -58,9 +58,9 @@ SILICON = (
     Plant(
         "R4-device-tlb-drops-reads-alone",
         "A device TLB drops what it reads by and goes on writing.",
-        "I6",
+        "I9",
         [Edit(f"{_DEVTLB}.invalidate", "for blocks in self._blocks:", "for blocks in self._blocks[:1]:")],
-        races=["R4"],
+        races=["R4", "R17"],
     ),
     Plant(
         "R25-survives-what-it-races",
@@ -117,7 +117,7 @@ SILICON = (
     Plant(
         "absent-is-cached",
         "What was absent is cached, and no one flushes what becomes present.",
-        "R20",
+        "R14",
         [
             Edit(
                 f"{_UNIT}._fill",
@@ -126,7 +126,7 @@ SILICON = (
                 "        return NOT_PRESENT",
             )
         ],
-        races=["B-32"],
+        races=["B-32", "R20"],
     ),
     # -- the invalidation queue --------------------------------------------------------------------------
     Plant(

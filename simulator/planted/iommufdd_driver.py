@@ -122,7 +122,7 @@ IOMMUFDD_DRIVER = (
     Plant(
         "R4-units-are-not-asked",
         "What an HWPT is to forget no unit is asked to forget.",
-        "I6",
+        "I9",
         [
             Edit(
                 f"{_HWPT}.forget",

@@ -368,7 +368,7 @@ IOMMUFDD_OBJECTS = (
         "Entries of iommufdd's own that go are not told to the units.",
         "I6",
         [Edit(f"{_PAGING}._made_stale", "if change.size:", "if False:")],
-        races=["R23", "R4"],
+        races=["R23", "R4", "R21"],
     ),
     Plant(
         "area-gone-and-mapped",
@@ -457,7 +457,7 @@ IOMMUFDD_OBJECTS = (
                 "pass",
             )
         ],
-        races=["R4"],
+        races=["R4", "R21"],
     ),
     Plant(
         "pages-unpinned-under-another-area",

@@ -13,6 +13,7 @@ from qemu_shim.vmm.process import Process, Uffd
 
 AT = 0x1_8000_0000  # of the slot the story is about; behind all that a machine has of its own
 NEXT = AT + PAGE_SIZE
+OVER_TWO = NEXT - 32  # 64 bytes from here lie in two pages
 SLOT_BYTES = 2 * PAGE_SIZE
 PAGES = 16  # of the machine's own memory: pinned whole, where a design pins
 BEFORE, AFTER = b"before..", b"after..."

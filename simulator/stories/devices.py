@@ -9,7 +9,18 @@ import trio
 from qemu_shim.api import Context, DmaDevice, Guest
 from qemu_shim.vmm.designs import IoasContainer
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AT, BEFORE, NEXT, OWN_TABLE, PAGES, PATTERN, SLOT_BYTES, agree, post_fill
+from simulator.stories.common import (
+    AT,
+    BEFORE,
+    NEXT,
+    OVER_TWO,
+    OWN_TABLE,
+    PAGES,
+    PATTERN,
+    SLOT_BYTES,
+    agree,
+    post_fill,
+)
 from simulator.stories.story import SmallStory
 
 TWO = {"device_sim": ("--devices", "2")}
@@ -44,7 +55,7 @@ async def _both(ctx: Context, excerpt: Excerpt) -> None:
             await agree(ctx, guest, AT, device)
 
 
-async def _leaves(ctx: Context, excerpt: Excerpt) -> None:
+async def leaves(ctx: Context, excerpt: Excerpt) -> None:
     """A device is detached with stores of its under way, which need pages, and comes back (R10, R12)."""
     guest = await ctx.boot_for(PAGES)
     second = await _two(guest)
@@ -54,7 +65,7 @@ async def _leaves(ctx: Context, excerpt: Excerpt) -> None:
         await agree(ctx, guest, NEXT)
         with excerpt:
             post_fill(second, AT)
-            post_fill(second, NEXT)
+            post_fill(second, OVER_TWO)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guest.fill, AT + 64, 64, PATTERN)
                 nursery.start_soon(guest.write, NEXT + 64, BEFORE)
@@ -125,7 +136,7 @@ async def _fades(ctx: Context, excerpt: Excerpt) -> None:
         ctx.expect_equal(await guest.read(AT, 8), BEFORE, "the page that moved")
         await agree(ctx, guest, AT)
         await second.plugged.vfio.detach()
-        await ctx.expect_refused("attaching it again", errno.EIO, "off the bus", _again(guest, second))
+        await ctx.expect_refused("R18: attaching it again", errno.EIO, "off the bus", _again(guest, second))
         break  # there is no second round: it does not come back
 
 
@@ -137,7 +148,7 @@ DEVICES = (
     SmallStory("two-devices", "accesses of two devices beside a migration", _both, options=TWO),
     SmallStory("two-units", "the same behind two units", _both, options=TWO_UNITS),
     SmallStory("late", "the same, where invalidations are completed late", _both, options=COMPLETES_LATE),
-    SmallStory("detach", "a device leaves beneath its own stores, and comes back", _leaves, options=TWO),
+    SmallStory("detach", "a device leaves beneath its own stores, and comes back", leaves, options=TWO),
     SmallStory("replace", "a device goes from one HWPT to another", _replaced, OWN_TABLE, TWO),
     SmallStory("never", "a device that completes no invalidation", _fades, options=COMPLETES_NEVER),
 )

@@ -15,8 +15,9 @@ from simulator.stories.logs import LOGS
 from simulator.stories.machines import MACHINES
 from simulator.stories.pins import PINS
 from simulator.stories.private import PRIVATE
+from simulator.stories.requests import REQUESTS
 from simulator.stories.slots import SLOTS
 from simulator.stories.story import SmallStory
 
-_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *PRIVATE, *MACHINES)
+_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES)
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

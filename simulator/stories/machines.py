@@ -170,5 +170,7 @@ async def _snoop_no_more(vm: Vm) -> None:
 
 MACHINES = (
     SmallStory("lend", "a VM's table is lent to a device, and both end", _lend, options=TWO),
+    SmallStory("lend-dies", "the same, and one of the daemons dies", _lend, options=TWO, faults=("sigkill",)),
+    SmallStory("lend-short", "the same, and there is no memory once", _lend, options=TWO, faults=("enomem",)),
     SmallStory("export", "two ask for the TDP of one VM", _export, ONE_TABLE, FIVE_LEVELS),
 )

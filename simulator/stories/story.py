@@ -18,13 +18,15 @@ Play = Callable[[Context, Excerpt], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class SmallStory:
-    """`designs`: those it can be played on, none named: any; `options` start its daemons, by their names."""
+    """`designs`: those it can be played on, none named: any; `options` start its daemons, by their names;
+    `faults`: kinds of which each schedule has at most one (simulator/faults/kinds.py)."""
 
     name: str
     summary: str
     play: Play
     designs: tuple[str, ...] = ()
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
     params: ClassVar[Mapping[str, Param]] = {}
 
     @property

@@ -59,6 +59,11 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "detach": ["R10", "R12"],
     "replace": ["R8"],
     "never": ["R18"],
+    # -- page requests
+    "across": [],
+    "full": ["R9"],
+    "detach-asleep": ["R10", "R12"],
+    "detach-asks": ["R10", "R12", "B-12"],
     # -- private memory
     "convert": ["R24"],
     "hole": ["R24"],
@@ -67,6 +72,8 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- VMs that come and go
     "lend": ["R13"],
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28"],
+    "lend-dies": ["R28"],
+    "lend-short": ["R13"],
 }
 
 

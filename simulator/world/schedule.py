@@ -52,7 +52,7 @@ class Judged:
     seed: int = 1  # of what the scenario leaves to chance
     params: Mapping[str, int] = field(default_factory=dict)
     plant: str = ""
-    faults: Sequence[str] = ()  # of which kinds (simulator/faults/kinds.py)
+    faults: Sequence[str] = ()  # beside the story's own, of which kinds (simulator/faults/kinds.py)
 
     def __call__(self, rounds: int = 1, onlooker: Onlooker | None = None) -> Living:
         """What plays its schedules, at most `rounds` of a small story in one machine."""
@@ -93,7 +93,9 @@ class Living:
     def _play(self, strategy: Strategy) -> Generator[RunEnd]:
         judged, verdicts = self._judged, Verdicts()
         ghost = Ghost(verdicts)
-        found, faults = judged.find(judged.scenario), Faults(judged.faults)
+        found = judged.find(judged.scenario)
+        own = found.faults if isinstance(found, SmallStory) else ()
+        faults = Faults([*dict.fromkeys((*judged.faults, *own))])
         if isinstance(found, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)
             self._excerpt.opened, self._excerpt.closes = faults.begin, faults.end

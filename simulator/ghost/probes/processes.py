@@ -38,6 +38,9 @@ def _close(watch: Watch, original: Any, world: World) -> None:
 def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
     gone, ghost = thread.process.name, watch.ghost
     renamed = ghost.process_gone(gone)
+    if gone in ("iommufdd", "device_sim"):
+        ghost.functions.forget_all()
+        watch.leading.clear()
     if gone == "kvmd":
         watch.forget_kvmd()
     for filled, root in watch.filling.items():  # a walk may be under way
@@ -59,6 +62,12 @@ def _hwpt(watch: Watch, original: Any, hwpt: Hwpt, *args: Any, **named: Any) -> 
     original(hwpt, *args, **named)
     watch.hwpts[hwpt.domain.did] = hwpt
     watch.orphans.pop(hwpt.domain.did, None)
+
+
+@seams.around(Platform, "__init__")
+def _platform(watch: Watch, original: Any, platform: Platform, *args: Any, **named: Any) -> None:
+    original(platform, *args, **named)
+    watch.platform = platform
 
 
 @seams.around(Platform, "lose_kvm")
@@ -90,6 +99,7 @@ def _unplug(watch: Watch, original: Any, silicon: RootComplex) -> None:
     watch.plugged = False
     watch.ghost.liveness.ends(DEAD_DRIVER, "device_sim")
     watch.ghost.unplugged()
+    watch.ghost.groups.forget_all()  # nobody is left who would answer
 
 
 @seams.around(KvmdChannel, "call")

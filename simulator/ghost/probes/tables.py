@@ -88,6 +88,9 @@ def _store64(watch: Watch, original: Any, writer: TableWriter, hpa: int, entry: 
         original(writer, hpa, entry)
     finally:
         writer.words = words
+    leading = watch.leading.get(hpa)
+    if leading is not None:
+        watch.ghost.functions.leading.stored(*leading, entry)
     watch.ghost.entry_stored(hpa, entry, counted.stores)
 
 

@@ -11,6 +11,7 @@ from device_sim.core.iotlb import Iotlb, IotlbEntry, PscEntry
 from device_sim.core.pri import PageRequestInterface
 from device_sim.core.prq import PrqWriter
 from protocol.hw.prq import PageRequest
+from protocol.hw.qi import ResponseCode
 from protocol.pt import bits
 from protocol.pt.geometry import INDEX_BITS
 from protocol.units import (
@@ -27,6 +28,7 @@ from simulator.ghost.probes.watch import Seams, Watch, block_of
 from simulator.ghost.spans import Translation
 
 seams = Seams()
+OVERFLOW = "overflow"
 
 
 @seams.around(RemappingUnit, "_fill")
@@ -172,13 +174,26 @@ def _submit(watch: Watch, original: Any, queue: PrqWriter, request: PageRequest)
     if request.last:
         watch.ghost.groups.sent(*key, watch.sent.pop(key))
         watch.ghost.liveness.begins(watch.now(), "page request group", key)
+    dropped = queue.dropped
     original(queue, request)
+    if queue.dropped > dropped:
+        watch.ghost.liveness.begins(watch.now(), OVERFLOW, id(queue))
+        watch.ghost.groups.dropped(request.rid, request.addr >> PAGE_SHIFT)
+
+
+@seams.around(PrqWriter, "_accept")
+def _accept(watch: Watch, original: Any, queue: PrqWriter) -> None:
+    watch.ghost.liveness.ends(OVERFLOW, id(queue))
+    watch.ghost.groups.accepted()
+    original(queue)
 
 
 @seams.around(PageRequestInterface, "respond")
 def _respond(watch: Watch, original: Any, pri: PageRequestInterface, index: int, code: Any) -> None:
     watch.ghost.groups.answered(pri._rid, index)
     watch.ghost.liveness.ends("page request group", (pri._rid, index))
+    if code is ResponseCode.FAILURE:
+        watch.ghost.functions.failed(pri._rid)
     original(pri, index, code)
 
 
@@ -188,4 +203,30 @@ def _disable(watch: Watch, original: Any, pri: PageRequestInterface) -> None:
         if rid == pri._rid:
             watch.ghost.liveness.ends("page request group", (rid, index))
     watch.ghost.groups.forgotten(pri._rid)
+    waiting = [*pri._groups.values(), *pri._waiting]
     original(pri)
+    watch.ghost.functions.asks(pri._rid, on=False)
+    _tell_unsent(watch, pri)
+    untold = sum(not group.answered.done for group in waiting)
+    watch.ghost.functions.switched_off(pri._rid, waiting=untold)
+
+
+@seams.around(PageRequestInterface, "enable")
+def _enable(watch: Watch, original: Any, pri: PageRequestInterface, allocation: int) -> None:
+    original(pri, allocation)
+    watch.ghost.functions.asks(pri._rid, on=True)
+
+
+@seams.around(PageRequestInterface, "_send_waiting")
+def _send_waiting(watch: Watch, original: Any, pri: PageRequestInterface) -> None:
+    original(pri)
+    _tell_unsent(watch, pri)
+
+
+def _tell_unsent(watch: Watch, pri: PageRequestInterface) -> None:
+    """Groups go out in the order they came: as long as any waits, the function waits for credits."""
+    kind, liveness = "group without credits", watch.ghost.liveness
+    if pri._waiting:
+        liveness.begins(watch.now(), kind, pri._rid)
+    else:
+        liveness.ends(kind, pri._rid)

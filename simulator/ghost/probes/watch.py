@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from device_sim.core.function import Function
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas_on_demand import IoasOnDemand
+from iommufdd.core.platform import Platform
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
@@ -68,9 +69,12 @@ class Watch:
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
         self.structures: list[Structure] = []
+        self.leading: dict[int, tuple[tuple[str, int], int]] = {}  # words of entries that lead to tables
+        self.looked_for: dict[tuple[int, int], tuple[int, list[int]]] = {}  # of a group: root, pages
         self.sent: dict[tuple[int, int], int] = {}
         self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
         self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them
+        self.platform: Platform | None = None  # of the iommufdd that runs
         self.plugged = False  # has the silicon a driver?
         self.over = False  # the world is being cleared away
 
@@ -114,9 +118,12 @@ class Watch:
         self.processes.clear()
 
     def settled(self) -> None:
-        """Nothing is under way."""
+        """Nothing is under way, and nobody has anything."""
         for log in self.logs.values():
             self.mark_told(log)
+        for did, hwpt in () if self.platform is None else self.platform.hwpts.items():
+            what = "" if hwpt.id else ", whose making failed"
+            self.ghost.verdicts.say("R13", f"domain id {did} is taken by an HWPT that nobody has{what}")
         self.ghost.settled()
 
     def mark_told(self, log: DirtyLog) -> None:

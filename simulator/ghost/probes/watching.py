@@ -8,12 +8,24 @@ from functools import wraps
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes import access, cpu, faults, host, ioas, layout, private, processes, tables, unit
+from simulator.ghost.probes import (
+    access,
+    attachments,
+    cpu,
+    faults,
+    host,
+    ioas,
+    layout,
+    private,
+    processes,
+    tables,
+    unit,
+)
 from simulator.ghost.probes.watch import Around, Watch
 
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around
-    for room in (tables, host, private, access, ioas, cpu, faults, unit, processes, layout)
+    for room in (tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout)
     for seam, around in room.seams.items()
 }
 

@@ -70,12 +70,18 @@ BREAKS = {
     "late": ("shared", "R18-late-and-done"),
     "detach": ("shared", "R17-nobody-is-told"),
     "replace": ("mirror", "R8-one-mirror-is-told"),
+    "across": ("shared", "B-37-always-failure"),
+    "full": ("shared", "R9-overflow-stays"),
+    "detach-asleep": ("mirror", "R10-groups-not-waited-for"),
+    "detach-asks": ("shared", "B-12-iopf-of-another-is-taken"),
     "never": ("shared", "R18-time-out-is-an-ack"),
     "convert": ("shared", "R24-converted-without-a-zap"),
     "convert-asleep": ("shared", "R24-converted-without-a-zap"),
     "hole": ("shared", "R24-hole-without-a-zap"),
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
+    "lend-dies": ("shared", "R28-kvm-is-gone"),
+    "lend-short": ("shared", "B-18-zapped-at-release"),
     "export": ("shared", "B-28-vcpu-of-another-width"),
 }
 

@@ -154,8 +154,27 @@ def test_a_request_half_of_which_is_out_asks_for_the_rest_and_waits_for_both() -
     assert [[asked.page for asked in group] for group in pri.groups()] == [[1, 2], [3]]
     pri.respond(1)
     assert not both.done
+    pri.respond(0)
+    assert (one.result(), both.result()) == (SUCCESS, SUCCESS)
+
+
+@pytest.mark.parametrize("own", [(), (read(3),)])
+def test_who_joined_a_group_that_is_invalid_for_another_page_looks_again(own: tuple[PageAccess, ...]) -> None:
+    """It was failed as well, though its page was there to be had."""
+    pri = Pri()
+    one = pri.ask(read(1), read(2))
+    joined = pri.ask(read(2), *own)
+    if own:
+        pri.respond(1)
     pri.respond(0, INVALID)
-    assert (one.result(), both.result()) == (INVALID, INVALID), "the worst answer counts"
+    assert (one.result(), joined.result()) == (INVALID, SUCCESS)
+
+
+def test_who_joined_a_group_that_fails_the_interface_fails() -> None:
+    pri = Pri()
+    one, joined = pri.ask(read(1), read(2)), pri.ask(read(2))
+    pri.respond(0, FAILURE)
+    assert (one.result(), joined.result()) == (FAILURE, FAILURE)
 
 
 def test_an_answered_page_is_asked_for_again() -> None:

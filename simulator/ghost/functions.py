@@ -1,0 +1,92 @@
+"""Functions: who may master the bus and ask for pages, on an HWPT or on none, and what of it outlives that.
+
+What a driver takes off an HWPT is quiet from then on (R10): it masters nothing, caches nothing, and each
+group that it had asked for was answered.  What it asks for after the drain is served by nobody (R12).  One
+that was taken off the bus because it completes no invalidation never comes back (R18).  Page requests are on
+behind an attachment as they were before it, and while it lasts if pages come when asked for (R9).
+"""
+
+from __future__ import annotations
+
+from simulator.ghost.leading import LeadingEntries
+from simulator.ghost.violation import Verdicts
+
+
+class Functions:
+    def __init__(self, verdicts: Verdicts) -> None:
+        self.leading = LeadingEntries(verdicts)
+        self._verdicts = verdicts
+        self._masters: set[int] = set()
+        self._asks: set[int] = set()
+        self._asked_before: dict[int, bool | None] = {}  # of those that are on an HWPT; None: it lost them
+        self._served: set[int] = set()  # on an HWPT, and not drained
+        self._off_bus: set[int] = set()
+
+    def masters(self, rid: int, *, on: bool) -> None:
+        """The bus, from now on, or no more."""
+        (self._masters.add if on else self._masters.discard)(rid)
+
+    def asks(self, rid: int, *, on: bool) -> None:
+        """For pages."""
+        (self._asks.add if on else self._asks.discard)(rid)
+
+    def failed(self, rid: int) -> None:
+        """It was answered Response Failure, which ends its page requests [PCIe 10.4]."""
+        if rid in self._asked_before:
+            self._asked_before[rid] = None
+
+    def comes(self, rid: int) -> None:
+        """Onto an HWPT."""
+        self._asked_before[rid] = rid in self._asks
+        self._served.add(rid)
+
+    def came(self, rid: int, *, on_demand: bool) -> None:
+        """`on_demand`: pages are there when they are asked for, and it can ask."""
+        if rid in self._off_bus:
+            self._verdicts.say("R18", f"function {rid:#x} was taken off the bus, and is attached")
+        if on_demand and rid not in self._asks and self._asked_before.get(rid) is not None:
+            self._verdicts.say("R9", f"function {rid:#x} is where pages come when asked for, and cannot ask")
+
+    def drained(self, rid: int, *, unread: list[int]) -> None:
+        """What it asks for from now on comes too late; `unread`: groups that it asked for before."""
+        self._served.discard(rid)
+        if unread:
+            self._verdicts.say("R10", f"function {rid:#x} is drained, its groups {unread} lie in the queue")
+
+    def served(self, rid: int) -> None:
+        """Pages of its are about to be looked for."""
+        if rid not in self._served:
+            self._verdicts.say("R12", f"function {rid:#x} was drained, and is served")
+
+    def left(self, rid: int, *, unanswered: list[int], cached: int) -> None:
+        """Off its HWPT.  `unanswered`: groups that it asked for there; `cached`: translations it has."""
+        if rid not in self._asked_before:
+            return  # its unit went meanwhile
+        before, asks = self._asked_before.pop(rid), rid in self._asks
+        wrong = {
+            "masters the bus": rid in self._masters,
+            f"is not answered groups {unanswered}": bool(unanswered),
+            f"has {cached} translations": cached > 0,
+            f"can{'' if asks else 'not'} ask for pages, other than before": before not in (None, asks),
+        }
+        for what, is_so in wrong.items():
+            if is_so:
+                self._verdicts.say("R10", f"function {rid:#x} is detached, and {what}")
+
+    def switched_off(self, rid: int, *, waiting: int) -> None:
+        """Its page requests are: so many accesses are not told, and wait for ever."""
+        if waiting:
+            self._verdicts.say("R10", f"function {rid:#x} is to ask no more, and {waiting} accesses wait")
+
+    def taken_off(self, rid: int) -> None:
+        """The bus, for good."""
+        self._off_bus.add(rid)
+        if rid in self._masters:
+            self._verdicts.say("R18", f"function {rid:#x} is taken off the bus, and masters it")
+
+    def forget_all(self) -> None:
+        """The units, or their driver, are gone."""
+        self.leading.forget_all()
+        self._asked_before.clear()
+        for those in (self._masters, self._asks, self._served, self._off_bus):
+            those.clear()

@@ -1,0 +1,147 @@
+"""What the ghost says of functions that come and go, and of the entries that lead units to tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from protocol.hw.qi import ResponseCode
+from simulator.ghost.functions import Functions
+from simulator.ghost.groups import ENGINES_AT_IT, Groups
+from simulator.ghost.leading import LeadingEntries
+from simulator.ghost.violation import Verdicts
+
+RID = 0x6A10
+
+
+def said(*steps: Callable[[Functions], None]) -> list[str]:
+    verdicts = Verdicts()
+    functions = Functions(verdicts)
+    for step in steps:
+        step(functions)
+    return [violation.invariant for violation in verdicts.found]
+
+
+def comes(functions: Functions) -> None:
+    functions.comes(RID)
+    functions.asks(RID, on=True)
+    functions.masters(RID, on=True)
+    functions.came(RID, on_demand=True)
+
+
+def goes(functions: Functions) -> None:
+    functions.masters(RID, on=False)
+    functions.switched_off(RID, waiting=0)
+    functions.asks(RID, on=False)
+    functions.drained(RID, unread=[])
+    functions.left(RID, unanswered=[], cached=0)
+
+
+def test_a_function_that_comes_is_served_and_goes_is_well() -> None:
+    assert said(comes, lambda f: f.served(RID), goes, comes, goes) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "invariant"),
+    [
+        ([lambda f: f.masters(RID, on=True), lambda f: f.left(RID, unanswered=[], cached=0)], "R10"),
+        ([goes, lambda f: f.comes(RID), lambda f: f.left(RID, unanswered=[3], cached=0)], "R10"),
+        ([goes, lambda f: f.comes(RID), lambda f: f.left(RID, unanswered=[], cached=1)], "R10"),
+        ([lambda f: f.drained(RID, unread=[0])], "R10"),
+        ([lambda f: f.switched_off(RID, waiting=1)], "R10"),
+        ([goes, lambda f: f.served(RID)], "R12"),
+        ([lambda f: f.drained(RID, unread=[]), lambda f: f.served(RID)], "R12"),
+        ([lambda f: f.taken_off(RID)], "R18"),
+        ([goes, lambda f: f.taken_off(RID), comes], "R18"),
+        ([goes, lambda f: f.comes(RID), lambda f: f.came(RID, on_demand=True)], "R9"),
+    ],
+)
+def test_what_is_left_of_one_is_seen(steps: list[Callable[[Functions], None]], invariant: str) -> None:
+    assert said(comes, *steps)[:1] == [invariant]
+
+
+def test_page_requests_of_another_stay_as_they_were() -> None:
+    """They were on before it was attached, and its driver switches them off (B-12)."""
+    assert said(lambda f: f.asks(RID, on=True), comes, goes) == ["R10"]
+    assert said(lambda f: f.asks(RID, on=True), comes, lambda f: f.failed(RID), goes) == [], "PCIe ended them"
+
+
+def test_nothing_is_said_of_one_whose_unit_went() -> None:
+    assert said(comes, Functions.forget_all, lambda f: f.left(RID, unanswered=[1], cached=1)) == []
+
+
+# -- page request groups ---------------------------------------------------------------------------------
+
+
+def test_groups_that_were_out_when_their_function_went_are_known() -> None:
+    groups = Groups(Verdicts())
+    for index in range(3):
+        groups.sent(RID, index, 1)
+    groups.taken(RID, 0)
+    groups.answered(RID, 1)
+    groups.forgotten(RID)
+    assert (groups.late(RID), groups.unread(RID)) == ([0, 2], [2])
+    groups.answered(RID, 2)
+    groups.answered(RID, 0)
+    assert groups.late(RID) == []
+
+
+def test_a_full_queue_is_not_asked_again_and_again() -> None:
+    verdicts = Verdicts()
+    groups = Groups(verdicts)
+    for _ in range(3):
+        for _ in range(ENGINES_AT_IT):
+            groups.dropped(RID, 7)
+        groups.dropped(RID, 8)
+        groups.accepted()
+    assert verdicts.found == []
+    for _ in range(ENGINES_AT_IT + 1):
+        groups.dropped(RID, 7)
+    assert [violation.invariant for violation in verdicts.found] == ["R9"]
+
+
+@pytest.mark.parametrize(
+    ("code", "nowhere", "wrong"),
+    [
+        (ResponseCode.SUCCESS, [], False),
+        (ResponseCode.SUCCESS, [7], True),
+        (ResponseCode.INVALID, [7], False),
+        (ResponseCode.FAILURE, [7], True),
+        (ResponseCode.FAILURE, [], False),  # not for a page of it
+    ],
+)
+def test_an_answer_says_what_became_of_the_pages(code: ResponseCode, nowhere: list[int], wrong: bool) -> None:
+    verdicts = Verdicts()
+    Groups(verdicts).answers(RID, 0, code, nowhere)
+    assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
+
+
+# -- entries ---------------------------------------------------------------------------------------------
+
+ENTRY = "PASID", RID
+
+
+@pytest.mark.parametrize(
+    ("stores", "wrong"),
+    [
+        ("1=2 0=5", False),  # the other words first, P last
+        ("0=5 1=2", True),
+        ("1=2 0=5 0=4 forget 1=0 0=0", False),
+        ("1=2 0=5 1=0", True),
+        ("1=2 0=5 0=1", True),  # word 0 has more than P
+        ("1=2 0=5 cache 0=4 1=0", True),
+        ("1=2 0=5 cache 0=4 forget 1=0 0=0", False),
+        ("1=2 0=5 cache 0=4 forget 1=0 0=0 1=2 0=5", False),
+    ],
+)
+def test_an_entry_that_a_unit_may_have_is_not_changed(stores: str, wrong: bool) -> None:
+    verdicts = Verdicts()
+    entries = LeadingEntries(verdicts)
+    for step in stores.split():
+        if "=" in step:
+            word, value = map(int, step.split("="))
+            entries.stored(ENTRY, word, value)
+        else:
+            entries.cached("unit", [ENTRY] if step == "cache" else [])
+    assert [violation.invariant for violation in verdicts.found][:1] == ["I29"] * wrong
