@@ -82,9 +82,9 @@ def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
         right = sum(each.is_right for each in of_it)
         others = sum(each.is_met_by_others for each in of_it)
         yield (
-            f"By `{strategy}`: of {possible} mistakes that a story may come to, {len(of_it)} were sought, in"
-            f" {_from_to(ranges)} ranges of seeds each; {right} were found in every one of them by an"
-            f" invariant that they belong to, {others} of these by a story that was not written for them."
+            f"By `{strategy}`: of {possible} mistakes that a story may come to, {len(of_it)} were sought"
+            f" (ranges of seeds: {_from_to(ranges)} each); {right} were found in every range by an invariant"
+            f" that they belong to, {others} of these by a story that was not written for them."
         )
     ends = [end for each in found for end in each.ends]
     if ends:

@@ -47,7 +47,7 @@ def test_the_page_is_of_the_records() -> None:
 def test_each_figure_is_worked_out_from_its_record() -> None:
     told = " ".join(page(MADE_UP).split())
     for sentence in (
-        "2 were sought, in 1 to 2 ranges of seeds each; 1 were found in every one of them by an invariant",
+        "2 were sought (ranges of seeds: 1 to 2 each); 1 were found in every range by an invariant",
         "1 of these by a story that was not written for them.",
         "sought in 20,000 schedules of it. This took 0.0 hours of one core; results are of 2 states of the",
         "| `R7-no-device-tlb` | random | I9 | 2/2 | 3 | 1.5 | discard, age |",
