@@ -66,7 +66,7 @@ class Faults:
             thread.fate = None
         self._sealed.clear()
 
-    def due(self, kind: str) -> bool:
+    def due(self, kind: str, where: str = "") -> bool:
         """One of its opportunities has come: does it fail?"""
         left = self._left.get(kind)
         if left is None:
@@ -77,7 +77,7 @@ class Faults:
         del self._left[kind]
         self.met[kind] += 1
         assert self._world is not None
-        self._world.journal.add(f"{FAULT} {kind}")
+        self._world.journal.add(f"{FAULT} {kind} {where}".rstrip())
         return True
 
     # -- asking ----------------------------------------------------------------------------------------

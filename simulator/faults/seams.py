@@ -22,7 +22,7 @@ from protocol.pt.table_pool import TablePool
 from protocol.units import IovaPfn
 from simulator.faults.plan import VMM, Faults
 from simulator.kernel.files import OpenFile, oserror
-from simulator.kernel.process import SimProcess
+from simulator.kernel.process import SimProcess, SimSocket
 
 Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
 FAILING: dict[tuple[type, str], tuple[str, Around]] = {}
@@ -145,3 +145,14 @@ def _invalidate(faults: Faults, original: Any, function: Function, start: IovaPf
         return original(function, start, npages)
     finally:
         function.traits = traits
+
+
+# -- a channel breaks ------------------------------------------------------------------------------------
+
+
+@_seam(SimSocket, "recvmsg_into", "hangup")
+def _recvmsg_into(faults: Faults, original: Any, sock: SimSocket, *args: Any, **named: Any) -> Any:
+    """A receive fails, so this process hangs up, and the other one hears of that like of any hang-up."""
+    if faults.due("hangup", sock._end.name):
+        raise oserror(errno.ECONNRESET)
+    return original(sock, *args, **named)

@@ -32,7 +32,7 @@ ALL_CACHES = (*CPU_CACHES, *UNIT_CACHES)
 BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
 # What goes with a process: its caches, and what it had to end.
 _GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "kvmd": (CPU_CACHES, ("fault", "invalidation")),
+    "kvmd": (CPU_CACHES, ("fault", "invalidation", "loan of who hung up")),
     "iommufdd": ((), ("request", "table of a dead KVM")),
     "device_sim": (
         UNIT_CACHES,
@@ -331,7 +331,7 @@ class Ghost:
     def cached(self, holder: Holder, root: int, start: int, end: int, value: Translation) -> None:
         """A cache is filled: with what the root translates, or what it did until an end that still counts."""
         epoch = self._look()
-        if root in self._closed:
+        if root in self._closed and holder[0] in UNIT_CACHES:
             self.verdicts.say("R28", f"{' '.join(holder)} is filled from root {root:#x}, which is closed")
         if root in self._orphans:
             self.caches.put(CachedTranslation(holder, root, start, end, value, epoch, None))
@@ -464,11 +464,16 @@ class Ghost:
         return name
 
     def closed(self, root: int) -> None:
-        """Who keeps it up to date died, and nobody walks it from now on (R28)."""
+        """Who keeps it up to date died, or hung up, and no unit walks it from now on (R28)."""
         self._step()
         self._closed.add(root)
         for cached in self.caches.of_root(UNIT_CACHES, root):
             self.verdicts.say("R28", f"root {root:#x} is closed, {said(cached)} has some of it")
+
+    def opened(self, root: int) -> None:
+        """Units may walk it, as if for the first time."""
+        self._step()
+        self._closed.discard(root)
 
     def unplugged(self) -> None:
         """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""

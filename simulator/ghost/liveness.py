@@ -10,16 +10,17 @@ from simulator.ghost.violation import Verdicts
 
 OF_THE_UNIT = ("page request group", "group without credits", "overflow")
 
-# What an outstanding thing of each kind is a case of.
+# What an outstanding thing of each kind is a case of; first what others wait for.
 CASE_OF = {
+    "loan of who hung up": "R28",
+    "table of a dead KVM": "R28",
+    "link of a dead driver": "R28",
+    "request": "R27",
     "fault": "R2",
     "page request group": "R9",
     "overflow": "R9",
     "group without credits": "I8",
     "invalidation": "R18",
-    "request": "R27",
-    "table of a dead KVM": "R28",
-    "link of a dead driver": "R28",
 }
 
 
@@ -61,8 +62,9 @@ class Liveness:
                 self._verdicts.say(CASE_OF[kind], f"{kind} {name} has not ended after {self._bound} ns")
 
     def stuck(self) -> None:
-        """Nothing can run any more, and no time-out is set: what has not ended will not.  Where one daemon
-        waits for another that comes first: what either has begun waits for that.
+        """Nothing can run any more, and no time-out is set: what has not ended will not.  What one
+        daemon waits for of another comes first: what either has begun waits for that.
         """
-        for kind, name in sorted(self._began, key=lambda began: began[0] != "request"):
+        causes = list(CASE_OF)
+        for kind, name in sorted(self._began, key=lambda began: causes.index(began[0])):
             self._verdicts.say(CASE_OF[kind], f"{kind} {name} will never end: nothing can run any more")

@@ -133,7 +133,7 @@ IOMMUFDD_OBJECTS = (
         "R28",
         [Edit(f"{_PLATFORM}.lose_kvm", "await hwpt.give_back()", "pass")],
         races=["R28", "R27"],
-        simulated=False,  # in a story daemons die, and channels do not break beside them
+        simulated=False,  # of a story without faults: with `--faults hangup` one comes to it
     ),
     Plant(
         "R28-hung-up-on-and-walking",
@@ -147,7 +147,7 @@ IOMMUFDD_OBJECTS = (
             )
         ],
         races=["R28"],
-        simulated=False,
+        simulated=False,  # likewise
     ),
     Plant(
         "R10-nothing-to-go-back-to",

@@ -7,18 +7,22 @@ kvmd's end, device_sim of iommufdd's.  Until then they may use what they have; t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from device_sim.core.root_complex import RootComplex
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.platform import Platform
 from iommufdd.kvmd_channel import KvmdChannel
+from kvmd.core.export.importer import Registration
+from kvmd.core.mm.hmm import Mirror
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 seams = Seams()
-DEAD_KVM, DEAD_DRIVER = "table of a dead KVM", "link of a dead driver"
+DEAD_KVM, DEAD_DRIVER, LOAN = "table of a dead KVM", "link of a dead driver", "loan of who hung up"
 
 
 @seams.around(World, "__init__")
@@ -62,6 +66,7 @@ def _hwpt(watch: Watch, original: Any, hwpt: Hwpt, *args: Any, **named: Any) -> 
     original(hwpt, *args, **named)
     watch.hwpts[hwpt.domain.did] = hwpt
     watch.orphans.pop(hwpt.domain.did, None)
+    watch.ghost.opened(hwpt.domain.root)
 
 
 @seams.around(Platform, "__init__")
@@ -102,13 +107,33 @@ def _unplug(watch: Watch, original: Any, silicon: RootComplex) -> None:
     watch.ghost.groups.forget_all()  # nobody is left who would answer
 
 
+@contextmanager
+def _must_end(watch: Watch, kind: str) -> Iterator[None]:
+    """Or its daemon does, in an orderly way."""
+    with watch.must_end(kind) as name:
+        try:
+            yield
+        except GeneratorExit:
+            if not watch.over:
+                watch.ghost.liveness.ends(kind, name)
+            raise
+
+
 @seams.around(KvmdChannel, "call")
 async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
     """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
-    with watch.must_end("request") as name:
-        try:
-            return await original(channel, op, *args, **named)
-        except GeneratorExit:
-            if not watch.over:  # iommufdd ends in an orderly way
-                watch.ghost.liveness.ends("request", name)
-            raise
+    with _must_end(watch, "request"):
+        return await original(channel, op, *args, **named)
+
+
+@seams.around(Registration, "leave")
+async def _leave(watch: Watch, original: Any, registration: Registration) -> None:
+    """kvmd waits for the lease of an importer whose channel ended."""
+    with _must_end(watch, LOAN):
+        await original(registration)
+
+
+@seams.around(Mirror, "release")
+async def _release(watch: Watch, original: Any, mirror: Mirror) -> None:
+    with _must_end(watch, LOAN):
+        await original(mirror)

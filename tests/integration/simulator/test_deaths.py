@@ -89,6 +89,10 @@ def test_each_seam_of_processes_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> 
             return around(*args, **named)
 
         monkeypatch.setitem(SEAMS, seam, hears)
-    for victim in ("kvmd", "iommufdd"):
-        play(Ghost(Verdicts()), "shared", victim, 700)
+    for victim, design, step in (
+        ("kvmd", "shared", 700),
+        ("iommufdd", "shared", 700),
+        ("iommufdd", "mirror", 450),
+    ):
+        play(Ghost(Verdicts()), design, victim, step)
     assert heard == set(processes.seams)

@@ -21,10 +21,15 @@ ROUNDS = 10
 puts = Faults.put_into
 
 
-def played(story: str, design: str, faults: tuple[str, ...], schedules: int, plant: str = "") -> Tally:
+SEED_OF_A_HANG_UP = {"R28-kvm-waits-for-the-lease": 1, "R28-hung-up-on-and-walking": 7}
+
+
+def played(
+    story: str, design: str, faults: tuple[str, ...], schedules: int, plant: str = "", seed: int = 1
+) -> Tally:
     """Until the first that fails."""
     run_one = Judged(find, story, design, plant=plant, faults=faults)(ROUNDS)
-    return explore(run_one, STRATEGIES["random"].make(1), 1, schedules, lambda tally: bool(tally.found))
+    return explore(run_one, STRATEGIES["random"].make(seed), seed, schedules, lambda tally: bool(tally.found))
 
 
 @pytest.mark.parametrize("design", ["shared", "mirror"])
@@ -51,6 +56,19 @@ def test_a_mistake_where_there_is_no_memory_is_found() -> None:
     assert [found.result.sentence for found in tally.found] == [
         "kvmd: AssertionError: root put more often than it was got"
     ]
+
+
+@pytest.mark.parametrize(
+    ("plant", "story", "invariant"),
+    [("R28-kvm-waits-for-the-lease", "discard", "R28"), ("R28-hung-up-on-and-walking", "detach", "I9")],
+)
+def test_a_mistake_where_a_channel_breaks_and_nobody_dies_is_found(
+    plant: str, story: str, invariant: str
+) -> None:
+    """By what it is: kvmd waits for memory that is not given back; frames go under a device that walks on."""
+    tally = played(story, "managed", ("hangup",), 40, plant, SEED_OF_A_HANG_UP[plant])
+    assert [found.result.invariant for found in tally.found] == [invariant]
+    assert played(story, "managed", ("hangup",), FEW, seed=SEED_OF_A_HANG_UP[plant]).found == []
 
 
 def test_the_same_answers_are_the_same_run() -> None:

@@ -106,6 +106,16 @@ def test_a_daemon_gets_no_fd_and_a_vmm_does() -> None:
         daemon.reserve()
 
 
+def test_a_process_hangs_up_at_a_message_once() -> None:
+    with failing("hangup"):
+        one, other = SimProcess(SimHost(), "kvmd").socketpair()
+        into = memoryview(bytearray(8))
+        other.send(b"message")
+        with pytest.raises(ConnectionResetError):
+            one.recvmsg_into([into])
+        assert one.recvmsg_into([into])[0] == 7
+
+
 def test_a_host_has_no_frame() -> None:
     frames = Frames(Hpa(0), memoryview(bytearray(1 << 30)), lambda offset, size: None)
     with failing("enomem"):
