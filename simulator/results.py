@@ -6,6 +6,8 @@ and a test holds the page to the records.  A section whose record is not there s
     planted.json      simulator/planted/hunt.py: by "plant/strategy/range" what was found, and seconds
     exhaustive.json   simulator/exhausted.py: searches, and what they are of
     torture.json      tests/torture/summary.py: blows at real processes, and what came of them
+    speed.json        `python -m bench`: what a schedule takes
+    found.toml        by hand: what was wrong with our own code, and which test keeps it right
     clean.json        {"designs": [{"design", "schedules", "traces", "failed"}],
                        "scenarios": [{"name", "seeds", "failed"}]}, with no bug planted
 """
@@ -14,8 +16,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from textwrap import fill
 from typing import Any
 
@@ -31,16 +35,19 @@ RECORDS = {
     "exhaustive": "python -m simulator.exhausted",
     "torture": "make torture",
     "clean": "python -m simulator.clean",
+    "speed": "python -m bench --only schedules --json docs/results/speed.json",
 }
+FOUND = "found"
 Records = Mapping[str, Any]
 
 
 def records(directory: Path = RESULTS) -> Records:
     """Those that are there, by name."""
     paths = {name: directory / f"{name}.json" for name in RECORDS}
-    return {
+    kept = {
         name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
     }
+    return {**kept, FOUND: tomllib.loads((RESULTS / "found.toml").read_text(encoding="utf-8"))}
 
 
 def page(kept: Records) -> str:
@@ -162,8 +169,30 @@ def _of_finds(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{len(record['found'])} faults of ours, each with the test that fails if it comes back:"
     yield _table(
         ("what was wrong", "by", "held by"),
-        [(each["what"], f"`{each['blow']}`", f"`{each['test']}`") for each in record["found"]],
+        [(each["what"], f"`{each['by']}`", f"`{each['test']}`") for each in record["found"]],
     )
+
+
+def _of_speed(record: Mapping[str, Any]) -> Iterator[str]:
+    host = record["host"]
+    yield (
+        f"One fault and one invalidation under a random schedule, each load and store of a table, queue or"
+        f" register a point, judged and recorded, on one core ({host['machine']}, CPython {host['python']}):"
+    )
+    rows = [
+        (row["ours"], *map(_a_second, row_figures(record, row)), row["verdict"]) for row in record["rows"]
+    ]
+    yield _table(("what", "schedules a second", "wanted", "verdict"), rows)
+
+
+def row_figures(record: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float]:
+    """Nanoseconds of one schedule, the median of the samples, and at most."""
+    ours, limit = (median(one["p50"] for one in record["contenders"][row[key]]) for key in ("ours", "limit"))
+    return ours, limit
+
+
+def _a_second(nanoseconds: float) -> str:
+    return f"{1e9 / nanoseconds:.0f}"
 
 
 def _of_clean(record: Mapping[str, Any]) -> Iterator[str]:
@@ -189,7 +218,8 @@ _SECTIONS = (
     ("With nothing planted", "clean", _of_clean),
     ("Every interleaving, by design", "exhaustive", _of_exhaustive),
     ("Faults in real processes", "torture", _of_torture),
-    ("What they found in our own code", "torture", _of_finds),
+    ("What they found in our own code", FOUND, _of_finds),
+    ("How fast", "speed", _of_speed),
 )
 
 

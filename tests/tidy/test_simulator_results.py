@@ -37,7 +37,19 @@ CLEAN = {
     "designs": [{"design": "shared", "schedules": 2000, "traces": 1990, "failed": 0}],
     "scenarios": [{"name": "unmap", "seeds": 100, "failed": 0}],
 }
-MADE_UP: Records = {"planted": PLANTED, "exhaustive": EXHAUSTIVE, "clean": CLEAN}
+SPEED = {
+    "host": {"machine": "x86_64", "python": "3.11.2"},
+    "rows": [{"ours": "standing", "limit": "400/s", "verdict": "MISSED"}],
+    "contenders": {"standing": [{"p50": 4e6}, {"p50": 9e6}, {"p50": 5e6}], "400/s": [{"p50": 2.5e6}]},
+}
+FOUND = {"found": [{"by": "make torture", "what": "all", "test": "tests/x.py::test_y"}]}
+MADE_UP: Records = {
+    "planted": PLANTED,
+    "exhaustive": EXHAUSTIVE,
+    "clean": CLEAN,
+    "speed": SPEED,
+    "found": FOUND,
+}
 
 
 def test_the_page_is_of_the_records() -> None:
@@ -56,6 +68,9 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "On `mirror` 0 of 1 searches ended: 0 interleavings, of which 0 failed.",
         "| `age` | `mirror` | 1,200 | 3 | 99 | at least 7 | 0 |",
         "2,000 schedules of small stories, 1,990 of them distinct by trace, and 100 of whole scenarios",
+        "(x86_64, CPython 3.11.2): | what | schedules a second | wanted | verdict |",
+        "| --- | --- | --- | --- | | standing | 200 | 400 | MISSED |",
+        "1 faults of ours, each with the test that fails if it comes back:",
         "in 1 searches of the shared table that ended, and 0 of the other designs",
     ):
         assert sentence in told, told
@@ -68,7 +83,7 @@ def test_all_is_said_of_a_search_only_that_ended() -> None:
 
 
 def test_what_is_not_on_record_is_said_with_its_command() -> None:
-    told = " ".join(page({}).split())
+    told = " ".join(page({"found": FOUND}).split())
     for command in RECORDS.values():
         assert f"Not on record yet: `{command}`." in told
     assert "That these records do not say yet." in told
@@ -93,7 +108,7 @@ def test_a_changed_record_is_seen(tmp_path: Path) -> None:
     assert page(records(tmp_path)) != before
 
 
-@pytest.mark.parametrize("fault", records().get("torture", {}).get("found", []), ids=lambda it: it["blow"])
+@pytest.mark.parametrize("fault", records()["found"]["found"], ids=lambda it: it["by"])
 def test_what_was_found_in_our_code_is_held_by_a_test_that_is_there(fault: dict[str, str]) -> None:
     path, _, name = fault["test"].partition("::")
     assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ failed in a state that is not the last was mended meanwhile, or has to be struck
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from tests.torture.blow import Aftermath, Blow, How
 from tests.torture.calls import SINKS
 from tests.torture.record import read
 from tests.torture.sweep import Sweep
-
-FOUND = Path(__file__).with_name("found.toml")
 
 
 def summary(records: Sequence[Path]) -> dict[str, Any]:
@@ -42,7 +39,6 @@ def summary(records: Sequence[Path]) -> dict[str, Any]:
         "swept_to_the_end": len(ends),
         "stories_swept_to_the_end": _whole_stories(met, ends),
         "failed": [f"{blow.story} {blow.victim} {blow.fault.kind} {blow.at}" for blow in failed],
-        "found": tomllib.loads(FOUND.read_text(encoding="utf-8"))["found"],
     }
 
 

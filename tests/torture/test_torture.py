@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.torture.order import Order
 from tests.torture.record import OtherCode, TriedBlows, table
 from tests.torture.stories import STORIES
 from tests.torture.struck import CountedCalls, plain
-from tests.torture.summary import FOUND, summary
+from tests.torture.summary import summary
 from tests.torture.sweep import Bounds, StruckSystem, run, sweeps
 
 SHORT = Bounds(first=7, most=1)
@@ -260,17 +259,10 @@ def test_a_summary_counts_a_blow_as_it_went_last_and_knows_which_sweeps_ended(tm
     assert summary([record("gap", {1: good, 3: good, 4: none})])["swept_to_the_end"] == 0
 
 
-def test_what_was_found_is_kept_mended_by_a_test() -> None:
-    for found in tomllib.loads(FOUND.read_text(encoding="utf-8"))["found"]:
-        path, name = found["test"].split("::")
-        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
-
-
 def test_the_summary_that_documents_are_held_to_is_one_of_ours() -> None:
     written = json.loads((ROOT / "docs" / "results" / "torture.json").read_text(encoding="utf-8"))
     assert written.keys() == summary([]).keys()
     assert written["failed"] == []
-    assert written["found"] == summary([])["found"]
     for by in ("outcomes", "by_kind", "by_process", "by_story", "by_call"):
         assert sum(written[by].values()) == written["blows"]
     assert set(written["by_story"]) <= {"start", *STORIES}
