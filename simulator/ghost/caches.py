@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from simulator.ghost.holders import UNIT_CACHES
 from simulator.ghost.spans import Translation, merged
 from simulator.ghost.tables import Retranslated, ShadowTables
 
@@ -103,6 +104,7 @@ class Caches:
     def __init__(self) -> None:
         self._translations: dict[Holder, dict[tuple[int, int], CachedTranslation]] = {}
         self._pointers: dict[Holder, dict[tuple[int, int], CachedPointer]] = {}
+        self.driverless = False  # the units' driver died, and they have not been told
 
     def translations(self) -> Iterator[CachedTranslation]:
         for held in self._translations.values():
@@ -147,8 +149,14 @@ class Caches:
             if cached.root == root:
                 cached.root, cached.ended = name, None
 
-    def forget(self, kinds: Iterable[str]) -> None:
-        """Caches of these kinds are gone."""
+    def rule(self, rule: str, cached: CachedTranslation | CachedPointer) -> str:
+        """What is broken by what is still cached; behind a dead driver only the lease answers (I13)."""
+        return "I13" if self.driverless and cached.holder[0] in UNIT_CACHES else rule
+
+    def process_gone(self, name: str, kinds: Iterable[str]) -> None:
+        """And caches of these kinds with it."""
+        if name != "kvmd":
+            self.driverless = name == "iommufdd"
         for translations in [held for holder, held in self._translations.items() if holder[0] in kinds]:
             translations.clear()
         for pointers in [held for holder, held in self._pointers.items() if holder[0] in kinds]:

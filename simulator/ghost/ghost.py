@@ -16,6 +16,7 @@ from simulator.ghost.entries import judge_entry
 from simulator.ghost.faults import FaultJudge
 from simulator.ghost.functions import Functions
 from simulator.ghost.groups import Groups
+from simulator.ghost.holders import ALL_CACHES, GOES_WITH, UNIT_CACHES
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
@@ -24,21 +25,7 @@ from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
 from simulator.ghost.violation import Verdicts
 
-CPU_CACHES = ("vcpu",)
-UNIT_CACHES = ("iotlb", "psc", "devtlb")
-ALL_CACHES = (*CPU_CACHES, *UNIT_CACHES)
-
-
 BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
-# What goes with a process: its caches, and what it had to end.
-_GOES_WITH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "kvmd": (CPU_CACHES, ("fault", "invalidation", "loan of who hung up")),
-    "iommufdd": ((), ("request", "table of a dead KVM")),
-    "device_sim": (
-        UNIT_CACHES,
-        ("page request group", "group without credits", "overflow", "link of a dead driver"),
-    ),
-}
 
 
 class Ghost:
@@ -84,10 +71,11 @@ class Ghost:
         if not self.frames.give_up(self._step(), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():
-            if cached.root not in self._orphans and overlap(
+            if (cached.root not in self._orphans or self.caches.driverless) and overlap(
                 cached.translation.frame, cached.end - cached.start, frame, pages
             ):
-                self.verdicts.say("I6", f"frame {frame:#x} is given up, {said(cached)} has it")
+                rule = self.caches.rule("I6", cached)
+                self.verdicts.say(rule, f"frame {frame:#x} is given up, {said(cached)} has it")
         for root, spans in self.tables.roots.items():
             for start, end, value in spans:
                 if overlap(value.frame, end - start, frame, pages):
@@ -115,7 +103,8 @@ class Ghost:
             self.verdicts.say(rule, f"table page {table:#x} is given up while it is linked")
         for cached in self.caches.pointers():
             if cached.table == table and cached.root not in self._orphans:
-                self.verdicts.say(rule, f"table page {table:#x} is given up, {said(cached)} leads there")
+                which = self.caches.rule(rule, cached)
+                self.verdicts.say(which, f"table page {table:#x} is given up, {said(cached)} leads there")
 
     def table_read(self, reader: str, table: int) -> None:
         """A walker loads an entry."""
@@ -292,7 +281,8 @@ class Ghost:
             start = max(cached.start, gone.start)
             frame = cached.translation.frame + start - cached.start
             if start < min(cached.end, gone.end) and frame == lost.frame + start - gone.start:
-                self.verdicts.say(rule, f"page {start:#x} of {view} is taken, {said(cached)} has it")
+                which = self.caches.rule(rule, cached)
+                self.verdicts.say(which, f"page {start:#x} of {view} is taken, {said(cached)} has it")
 
     def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
         """It knows that these pages are taken, and stores no new entry for them until it is told that they
@@ -376,7 +366,7 @@ class Ghost:
         """All have acked (step 4)."""
         self.changes += 1
         for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
-            self.verdicts.say("R17", f"a flush is over, {said(cached)} is older")
+            self.verdicts.say(self.caches.rule("R17", cached), f"a flush is over, {said(cached)} is older")
 
     # -- accesses --------------------------------------------------------------------------------------
 
@@ -438,8 +428,8 @@ class Ghost:
         By what names its roots are known from now on: where they lay another's may lie soon.
         """
         self._step()
-        caches, unfinished = _GOES_WITH.get(name, ((), ()))
-        self.caches.forget(caches)
+        caches, unfinished = GOES_WITH.get(name, ((), ()))
+        self.caches.process_gone(name, caches)
         for kind in unfinished:
             self.liveness.forget(kind)
         if name == "device_sim":
@@ -478,6 +468,7 @@ class Ghost:
     def unplugged(self) -> None:
         """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""
         self._step()
+        self.caches.driverless = False
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
                 self.verdicts.say("R28", f"the units' driver is gone, {said(cached)} is left")

@@ -28,6 +28,7 @@ KVMD_TDP = (
         "I5",
         [Edit(f"{_CHANGES}.invalidate_range_end", "self.seq = (self.seq + 1) & SEQ_MASK", "pass")],
         races=["R1"],
+        simulated=False,  # a page is found and mapped in one step here: nothing sleeps between
     ),
     Plant(
         "R1-range-not-looked-at",
@@ -415,6 +416,7 @@ KVMD_TDP = (
                 "if False:",
             )
         ],
+        simulated=False,  # it takes as many changes of the slots as a generation has numbers
     ),
     Plant(
         "I23-ageing-takes-every-root",

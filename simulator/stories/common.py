@@ -40,6 +40,12 @@ async def if_it_is_let(call: Awaitable[Any]) -> None:
         await call
 
 
+async def check(ctx: Context) -> None:
+    """What kvmd finds wrong in itself now; it is asked at the end too."""
+    for problem in await ctx.host.kvmd.violations():
+        ctx.expect(False, problem)
+
+
 @asynccontextmanager
 async def missing(process: Process, hva: int) -> AsyncIterator[Uffd]:
     """Inside, faults on the page sleep for who reads of them.  A read that is given up goes on in the kernel

@@ -10,7 +10,18 @@ from protocol.uapi import names
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, Migrator, RamSlot
 from qemu_shim.vmm.migrator import MANUAL_PROTECT
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AFTER, AT, BEFORE, NEXT, ONE_TABLE, PAGES, PATTERN, SLOT_BYTES, try_fill
+from simulator.stories.common import (
+    AFTER,
+    AT,
+    BEFORE,
+    NEXT,
+    ONE_TABLE,
+    PAGES,
+    PATTERN,
+    SLOT_BYTES,
+    check,
+    try_fill,
+)
 from simulator.stories.story import Play, SmallStory
 
 WATCHED = frozenset({0, 1})  # pages of the slot: those that are stored to
@@ -101,6 +112,9 @@ async def _tracked(ctx: Context, excerpt: Excerpt) -> None:
                 await vm.page_track_add(AT)
                 await target.send(await target.migrator.dirty())
                 await guest.write(AT + 128, AFTER)
+                await guest.migrate(AT)
+                await guest.read(AT, 8)  # comes back as a page to be read
+                await check(ctx)
                 await try_fill(guest, AT)
         await target.check(ctx)
         await guest.write(AT + 128, BEFORE)

@@ -32,19 +32,19 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "protect": [],
     "huge": [],
     "asleep": ["R1", "R21"],
-    "two-changes": ["R1", "R2", "R4"],
+    "two-changes": ["R1", "R2", "R4", "B-18"],
     "poison": ["B-14", "poisoned-frame-is-lost"],
     # -- slots
     "slot": ["R21"],
     "slot-moves": ["R21"],
-    "slot-asleep": ["R21"],
+    "slot-asleep": ["R21", "equal-slot"],
     "slot-else": ["R3", "R21"],
     "slot-comes": [],
     # -- dirty logs
     "log": ["R19"],
     "ring": ["R19"],
     "log-huge": ["R19"],
-    "track": ["R19"],
+    "track": ["R19", "R20"],
     # -- pins
     "pin": [],
     "pin-drop": [],
@@ -71,9 +71,10 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "unasked": ["R24", "I27"],
     # -- VMs that come and go
     "lend": ["R13"],
-    "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28"],
     "lend-dies": ["R28"],
     "lend-short": ["R13"],
+    "driver-dies": ["R28", "I13"],
+    "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
 }
 
 

@@ -175,7 +175,9 @@ class Cpu:
                 return None
             before, flushes = flushes, self._vcpu.tlb_flushes
             tries = tries + 1 if before == flushes else 0  # or it may have been taken away again
-        raise ModelBug(f"vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations")
+        raise ModelBug(
+            f"R20: vCPU {self._vcpu.id}: gpa {at:#x} faults after {MAX_VIOLATIONS} resolved violations"
+        )
 
     def _translate(self, gfn: Gfn, need: int) -> Hpa | None:
         """The page of `gfn` by the TLB or a walk.  None: EPT violation."""

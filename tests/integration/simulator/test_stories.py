@@ -82,6 +82,7 @@ BREAKS = {
     "lend": ("shared", "B-18-zapped-at-release"),
     "lend-dies": ("shared", "R28-kvm-is-gone"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
+    "driver-dies": ("shared", "R28-death-is-an-ack"),
     "export": ("shared", "B-28-vcpu-of-another-width"),
 }
 

@@ -13,6 +13,7 @@ from protocol.pt.bits import READ, WRITE
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.probes.watching import watching
+from simulator.ghost.spans import Translation
 from simulator.ghost.violation import Verdicts
 from tests.kit.kvmd import World
 from tests.kit.refusals import may_refuse
@@ -108,6 +109,23 @@ def test_no_root_is_left_behind_its_last_user() -> None:
     assert heard(ghost.verdicts) == []
     ghost.root_left(ROOT)
     assert heard(ghost.verdicts) == ["I7"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_a_dead_driver_s_units_hold_is_not_given_up(told: bool) -> None:
+    """Its own table, of a process's page."""
+    ghost = Ghost(Verdicts())
+    ghost.frames_taken(0x500, 1, "mm1")
+    ghost.table_taken(ROOT, "iommufdd")
+    ghost.root_made(ROOT, 1, None, "hwpt")
+    ghost.entry_stored(ROOT, 0x500 << 12 | READ)
+    ghost.cached(("iotlb", "unit0"), ROOT, 0, 1, Translation(0x500, READ))
+    ghost.process_gone("iommufdd")
+    if told:
+        ghost.keeps(("iotlb", "unit0"), [])
+        ghost.unplugged()
+    ghost.frames_given_up(0x500, 1)
+    assert heard(ghost.verdicts) == ([] if told else ["I13"])
 
 
 def test_where_a_daemon_waits_for_another_that_is_what_has_not_ended() -> None:
