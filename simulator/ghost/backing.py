@@ -134,6 +134,18 @@ class Backing:
         pins = self._pins.get((name, page))
         return pins is not None and pins[frame] > 0
 
+    def replaced(
+        self, space: Name, start: int, end: int, was: Translation, now: Translation | None
+    ) -> Iterator[int]:
+        """Which of pages start..end of the space are pinned, by it or by a view, and are another frame's at
+        once: nobody gave them up."""
+        if not self._pins or now is None or now.frame == was.frame:
+            return
+        for page in range(start, end):
+            seen = [(view, first) for view, first, _, _ in self.shown_in(space, page, page + 1)]
+            if any(self._pinned(name, at, was.frame + page - start) for name, at in [(space, page), *seen]):
+                yield page
+
     def pinned_frames(self) -> Iterator[tuple[Name, int, int]]:
         for (name, page), frames in self._pins.items():
             for frame in frames:

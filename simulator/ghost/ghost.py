@@ -67,7 +67,10 @@ class Ghost:
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} go to {owner}, {other} has some of them")
 
     def frames_given_up(self, frame: int, pages: int) -> None:
-        """Nothing leads there: no entry, no cache, no pin (step 6)."""
+        """Nothing leads there: no pin, no cache, no entry (step 6)."""
+        for name, page, pinned in self.backing.pinned_frames():
+            if frame <= pinned < frame + pages:
+                self.verdicts.say("I22", f"frame {pinned:#x} is given up, page {page:#x} of {name} is pinned")
         if not self.frames.give_up(self._step(), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():
@@ -83,9 +86,6 @@ class Ghost:
                     self.verdicts.say(
                         "I6", f"frame {frame:#x} is given up, {root:#x} maps page {page:#x} to it"
                     )
-        for name, page, pinned in self.backing.pinned_frames():
-            if frame <= pinned < frame + pages:
-                self.verdicts.say("I22", f"frame {pinned:#x} is given up, page {page:#x} of {name} is pinned")
 
     # -- tables ----------------------------------------------------------------------------------------
 
@@ -253,6 +253,8 @@ class Ghost:
         for low, high, was, now in side_by_side(before, new, start, end):
             if was is None or (now is not None and now.gives(was)):
                 continue
+            for page in self.backing.replaced(space, low, high, was, now):
+                self.verdicts.say("I22", f"page {page:#x} of {space} is replaced, which is pinned")
             rule = "I6" if now is None or now.frame != was.frame else "I21"
             for view, first, last, page in self.backing.shown_in(space, low, high):
                 lost = Translation(was.frame + page - low, was.rights if rule == "I6" else WRITE)

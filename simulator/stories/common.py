@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import trio
+
 from protocol.hw.dsa import Descriptor, Flag, Opcode
 from protocol.units import Iova
 from qemu_shim.api import PAGE_SIZE, Context, DmaDevice, DmaFailed, Guest, UapiError
@@ -58,6 +60,20 @@ async def missing(process: Process, hva: int) -> AsyncIterator[Uffd]:
         await uffd.unregister(hva, PAGE_SIZE)
     finally:
         uffd.close()
+
+
+async def come_and_go(guest: Guest, uffd: Uffd, gpa: int) -> None:
+    """Serves faults on a page, whose memory comes and goes at once; its neighbour, which may be cached, goes
+    with it.
+    """
+    process, hva = guest.machine.process, guest.machine.hva_of(gpa)
+    while True:
+        await uffd.next_event()
+        async with trio.open_nursery() as at_once:
+            at_once.start_soon(if_it_is_let, uffd.copy(hva, BEFORE))
+            at_once.start_soon(process.madvise_dontneed, hva, SLOT_BYTES)
+        await if_it_is_let(uffd.copy(hva, BEFORE))
+        await guest.migrate(gpa)
 
 
 async def try_fill(guest: Guest, gpa: int, size: int = 64) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import trio
 
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest
-from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -20,6 +19,8 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    check,
+    come_and_go,
     if_it_is_let,
     missing,
     try_fill,
@@ -195,6 +196,7 @@ async def _fails(ctx: Context, excerpt: Excerpt) -> None:
                 nursery.start_soon(try_fill, guest, AT)
                 nursery.start_soon(if_it_is_let, guest.write(AT + 64, AFTER))
                 await process.host_action("poison", hva, PAGE_SIZE)
+                await check(ctx)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, AT)
                 await if_it_is_let(guest.write(AT + 64, AFTER))
@@ -209,22 +211,12 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
 
-    async def serve(uffd: Uffd) -> None:
-        """The page comes and goes at once; its neighbour, which is cached, goes with it."""
-        while True:
-            await uffd.next_event()
-            async with trio.open_nursery() as at_once:
-                at_once.start_soon(if_it_is_let, uffd.copy(hva, BEFORE))
-                at_once.start_soon(process.madvise_dontneed, hva, SLOT_BYTES)
-            await if_it_is_let(uffd.copy(hva, BEFORE))
-            await guest.migrate(AT)
-
     for _ in excerpt.rounds():
         await guest.fill(NEXT, 64)
         async with missing(process, hva) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(serve, uffd)
+                    nursery.start_soon(come_and_go, guest, uffd, AT)
                     async with trio.open_nursery() as stores:
                         stores.start_soon(guest.fill, AT + 64, 64, PATTERN)
                         stores.start_soon(guest.write, AT + 8, AFTER)

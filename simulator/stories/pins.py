@@ -8,7 +8,6 @@ from typing import Any
 import trio
 
 from qemu_shim.api import PAGE_SIZE, Context, Guest
-from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -20,6 +19,7 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    come_and_go,
     if_it_is_let,
     missing,
     try_fill,
@@ -87,18 +87,12 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
 
-    async def serve(uffd: Uffd) -> None:
-        while True:
-            await uffd.next_event()
-            await uffd.copy(hva, BEFORE)
-            await guest.migrate(AT)
-            await process.madvise_dontneed(hva, PAGE_SIZE)
-
     for _ in excerpt.rounds():
+        await guest.fill(NEXT, 64)
         async with missing(process, hva) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(serve, uffd)
+                    nursery.start_soon(come_and_go, guest, uffd, AT)
                     async with trio.open_nursery() as accesses:
                         accesses.start_soon(_pin_and_unpin, guest)
                         accesses.start_soon(guest.write, AT + 8, AFTER)

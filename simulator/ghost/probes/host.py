@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Entry, Page, Pte
@@ -134,6 +135,16 @@ def _unpin(watch: Watch, original: Any, mm: Mm, page: Page, *args: Any, **named:
     if leaving:
         watch.ghost.unpinned(*leaving.pop(0))
     original(mm, page, *args, **named)
+
+
+@seams.around(Pinning, "forget")
+def _forget(watch: Watch, original: Any, pinning: Pinning, slot: Memslot) -> list[Page]:
+    """A slot goes, and what was pinned of it."""
+    pages: list[Page] = original(pinning, slot)
+    believed = {gfn for request in pinning.requests() for gfn in request.gfns}
+    for gfn in believed.difference(pinning.pinned):
+        watch.ghost.verdicts.say("I22", f"gfn {gfn:#x} went with its slot, and is believed pinned")
+    return pages
 
 
 @seams.around(Mirror, "__init__")

@@ -10,6 +10,7 @@ import pytest
 
 from kvmd.core.host import CpuFeatures
 from protocol.pt.bits import READ, WRITE
+from protocol.units import Gfn, GfnSpan
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.probes.watching import watching
@@ -128,6 +129,18 @@ def test_what_a_dead_driver_s_units_hold_is_not_given_up(told: bool) -> None:
     assert heard(ghost.verdicts) == ([] if told else ["I13"])
 
 
+@pytest.mark.parametrize(("given_up", "wrong"), [(True, False), (False, True)])
+def test_what_is_pinned_is_not_replaced_at_once(given_up: bool, wrong: bool) -> None:
+    """As a copy on write does; who gives the page up himself wants another."""
+    ghost = Ghost(Verdicts())
+    ghost.backs("mm", 0x80, 0x81, Translation(0x500, READ | WRITE))
+    ghost.pinned("mm", 0x80, 0x500)
+    if given_up:
+        ghost.backs("mm", 0x80, 0x81, None)
+    ghost.backs("mm", 0x80, 0x81, Translation(0x600, READ | WRITE))
+    assert heard(ghost.verdicts) == (["I22"] if wrong else [])
+
+
 def test_where_a_daemon_waits_for_another_that_is_what_has_not_ended() -> None:
     verdicts = Verdicts()
     liveness = Liveness(verdicts, bound=1)
@@ -187,6 +200,15 @@ def _ends(world: World) -> None:
     world.do(world.vm.destroy())
 
 
+def _pinned_slot_goes(world: World) -> None:
+    _faults(world)
+    exported = world.lend()
+    pins = world.vm.pinning.open()
+    world.do(world.vm.pinning.pin(pins, GfnSpan.of_pages(Gfn(GPA >> 12), 1)))
+    world.do(world.vm.slots_change.set_memory_region(world.region(0, 0x100, 0, 0)))
+    assert exported.root.exported
+
+
 CASES: dict[str, tuple[Callable[[World], None], str]] = {
     "R2-sequence-of-32-bits": (_faults, "R2"),
     "R3-vcpu-keeps-its-root": (_slot_goes, "R3"),
@@ -197,6 +219,7 @@ CASES: dict[str, tuple[Callable[[World], None], str]] = {
     "B-27-noncoherent-later": (_noncoherent, "R15"),
     "B-23-roots-left-at-the-end": (_ends, "I7"),
     "R14-torn-store": (_faults, "I4"),
+    "pins-forgotten-with-nobody": (_pinned_slot_goes, "I22"),
 }
 
 
