@@ -47,6 +47,7 @@ class Backing:
         self.views: dict[Name, Spans[Shown]] = {}
         self.spaces: dict[Name, Spans[Translation]] = {}
         self._pins: dict[tuple[Name, int], Counter[int]] = {}
+        self._failed: Counter[int] = Counter()  # of a frame, how many entries say so
         self._let_go: dict[Name, list[tuple[Name, int, int]]] = {}  # by who answered: of which space
 
     def view(self, name: Name) -> Spans[Shown]:
@@ -94,10 +95,20 @@ class Backing:
         """No space is any more, nor what is pinned in one; windows that are left show nobody knows what."""
         self.spaces.clear()
         self._pins.clear()
+        self._failed.clear()
         self._let_go.clear()
         for view in self.views.values():
             for start, end, shown in view:
                 view.put(start, end, replace(shown, space=None))
+
+    # -- memory that failed ----------------------------------------------------------------------------
+
+    def failed(self, frame: int, change: int) -> None:
+        """So many entries more say that its memory failed."""
+        self._failed[frame] += change
+
+    def names_failed(self, frame: int, pages: int) -> bool:
+        return any(self._failed[each] > 0 for each in range(frame, frame + pages)) if self._failed else False
 
     # -- pins ------------------------------------------------------------------------------------------
 

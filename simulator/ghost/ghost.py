@@ -71,6 +71,8 @@ class Ghost:
         for name, page, pinned in self.backing.pinned_frames():
             if frame <= pinned < frame + pages:
                 self.verdicts.say("I22", f"frame {pinned:#x} is given up, page {page:#x} of {name} is pinned")
+        if self.backing.names_failed(frame, pages):
+            self.verdicts.say("I21", f"frame {frame:#x} is given up, entries say that it failed")
         if not self.frames.give_up(self._step(), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():

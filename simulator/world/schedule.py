@@ -139,11 +139,14 @@ class Living:
 
 
 def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:
-    """What the ghost saw came first: it judges each step, the scenario and the daemons at their end."""
+    """What the ghost saw came first: it judges each step, the scenario and the daemons at their end.  Of what
+    these say, what names its invariant says what it is, and the rest is what came of it.
+    """
     for violation in verdicts.found:
         return RunEnd(violation.invariant, violation.sentence, over=True)
     for problem in problems:
-        named = _INVARIANT.search(problem)
-        stuck = problem.startswith(STUCK)
-        return RunEnd(named[1] if named else STUCK if stuck else OTHER, problem, over=True)
+        if named := _INVARIANT.search(problem):
+            return RunEnd(named[1], problem, over=True)
+    for problem in problems:
+        return RunEnd(STUCK if problem.startswith(STUCK) else OTHER, problem, over=True)
     return RunEnd(over=False)

@@ -8,7 +8,7 @@ from typing import Any
 from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import Entry, Page, Pte
+from kvmd.core.mm.page import Entry, Page, Poisoned, Pte
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
 from kvmd.core.mm.table import PageTable
 from kvmd.core.slots.host_changes import HostChanges
@@ -76,12 +76,17 @@ def _backs(watch: Watch, table: PageTable, hva: Hva, level: Level, there: Transl
 @seams.around(PageTable, "set")
 def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
     _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), _there(entry))
+    for named, change in ((table.find(entry.hva), -1), (entry, 1)):
+        if type(named) is Poisoned:
+            watch.ghost.backing.failed(named.page.pfn, change)
     original(table, entry)
 
 
 @seams.around(PageTable, "clear")
 def _clear_entry(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
     _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), None)
+    if type(entry) is Poisoned:
+        watch.ghost.backing.failed(entry.page.pfn, -1)
     original(table, entry)
 
 

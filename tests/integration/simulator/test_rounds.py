@@ -84,6 +84,15 @@ def test_what_breaks_in_a_later_round_is_played_again_with_those_before(breaks: 
     assert len(small.before) == before
 
 
+def test_of_what_is_said_what_names_its_invariant_says_what_it_is() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        for _ in excerpt.rounds():
+            ctx.expect(False, "what came of it")
+            ctx.expect(False, "I0: what was broken")
+
+    assert player(play, 1)(RandomWalk(0)).invariant == "I0"
+
+
 def test_a_machine_that_broke_is_not_played_on() -> None:
     playing = player(beside(lambda number: number != 2), ROUNDS)
     ends = [playing(RandomWalk(n)) for n in range(5)]

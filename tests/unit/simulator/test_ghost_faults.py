@@ -141,6 +141,16 @@ def test_what_is_pinned_is_not_replaced_at_once(given_up: bool, wrong: bool) -> 
     assert heard(ghost.verdicts) == (["I22"] if wrong else [])
 
 
+@pytest.mark.parametrize(("entries", "wrong"), [(0, False), (1, True)])
+def test_a_frame_whose_memory_failed_stays_while_entries_say_so(entries: int, wrong: bool) -> None:
+    ghost = Ghost(Verdicts())
+    ghost.frames_taken(0x500, 1, "mm1")
+    ghost.backing.failed(0x500, 1)
+    ghost.backing.failed(0x500, entries - 1)
+    ghost.frames_given_up(0x500, 1)
+    assert heard(ghost.verdicts) == (["I21"] if wrong else [])
+
+
 def test_where_a_daemon_waits_for_another_that_is_what_has_not_ended() -> None:
     verdicts = Verdicts()
     liveness = Liveness(verdicts, bound=1)
