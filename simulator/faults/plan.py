@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from simulator.faults.kinds import FAULTS
+from simulator.faults.store_buffer import StoreBuffer
 from simulator.world.fate import Fate
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
@@ -30,7 +31,9 @@ class Faults:
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
         self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
+        self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
+        self._buffers = False
         self._left: dict[str, int] = {}  # opportunities that pass before it fails
         self._sealed: list[tuple[str, SimThread]] = []
 
@@ -54,10 +57,13 @@ class Faults:
             self._left[kind] = at
             if kind == "ite":
                 self.never = bool(self._pick(kind, ("late", "never")))
+            elif kind == "store-buffer":
+                self.buffer = StoreBuffer(VICTIMS[self._pick(kind, VICTIMS)])
 
     def end(self) -> None:
         """What has not failed by now does not."""
         self._left.clear()
+        self._buffers = False
         for kind, thread in self._sealed:
             if thread.fate is None:
                 self.met[kind] += 1
@@ -65,6 +71,12 @@ class Faults:
                     self.killed.add(thread.name)
             thread.fate = None
         self._sealed.clear()
+
+    def buffers(self) -> bool:
+        """Does the store that is about to be made wait?  From the one on that was said, until `end`."""
+        if self.due("store-buffer"):
+            self._buffers = True
+        return self._buffers
 
     def due(self, kind: str, where: str = "") -> bool:
         """One of its opportunities has come: does it fail?"""
@@ -94,6 +106,12 @@ class Faults:
             size //= 2
             first += size * self._pick(kind, (_ordinals(first, size), _ordinals(first + size, size)))
         return first
+
+    @property
+    def running(self) -> str:
+        """The process that does something."""
+        assert self._world is not None
+        return self._world.running
 
     def _seal_fate(self, kind: str, steps: int) -> None:
         names = VICTIMS if kind == "sigstop" else (*VICTIMS, VMM)

@@ -19,10 +19,14 @@ from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ALL_PAGES
 from protocol.pt.table_pool import TablePool
+from protocol.rpc import fence
 from protocol.units import IovaPfn
 from simulator.faults.plan import VMM, Faults
+from simulator.faults.store_buffer import Word
 from simulator.kernel.files import OpenFile, oserror
-from simulator.kernel.process import SimProcess, SimSocket
+from simulator.kernel.process import SimEvent, SimMapping, SimPoller, SimProcess, SimSocket
+from simulator.world.memory import TAGS, StructuresView, Words
+from simulator.world.process import Io
 
 Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
 FAILING: dict[tuple[type, str], tuple[str, Around]] = {}
@@ -41,11 +45,15 @@ def injected(faults: Faults) -> Iterator[None]:
     """Inside, faults of its kinds are met.  Enter it last: what watches the product must see them."""
     on = {seam: around for seam, (kind, around) in FAILING.items() if kind in faults.kinds}
     before = {(owner, name): vars(owner)[name] for owner, name in on}
+    lock: Any = fence._LOCK
     for (owner, name), around in on.items():
         setattr(owner, name, _wrapped(faults, before[owner, name], around))
+    if "store-buffer" in faults.kinds:
+        vars(fence)["_LOCK"] = _Locked(faults)
     try:
         yield
     finally:
+        vars(fence)["_LOCK"] = lock
         for (owner, name), original in before.items():
             setattr(owner, name, original)
 
@@ -156,3 +164,87 @@ def _recvmsg_into(faults: Faults, original: Any, sock: SimSocket, *args: Any, **
     if faults.due("hangup", sock._end.name):
         raise oserror(errno.ECONNRESET)
     return original(sock, *args, **named)
+
+
+# -- stores are seen late --------------------------------------------------------------------------------
+
+
+def _word(words: Words, where: Any) -> Word:
+    """Or several, where a slice is meant; `words` looks into a memory by `World.access` of it."""
+    access: Any = words._access
+    first, behind = (where, where + 1) if isinstance(where, int) else where.indices(len(words))[:2]
+    return Word(access.args[0], words._at + first * words._size, (behind - first) * words._size)
+
+
+@_seam(Words, "__setitem__", "store-buffer")
+def _store_word(faults: Faults, original: Any, words: Words, where: Any, value: Any) -> None:
+    buffer = faults.buffer
+    if buffer is None or faults.running != buffer.owner:
+        original(words, where, value)
+        return
+    word = _word(words, where)
+    if isinstance(where, int) and word.memory.made_as != TAGS and faults.buffers():
+        buffer.store(
+            word,
+            value,
+            lambda: original(words, where, value),
+            lambda: words._words.__setitem__(where, value),
+        )
+        return
+    buffer.drain()
+    original(words, where, value)
+
+
+@_seam(Words, "__getitem__", "store-buffer")
+def _load_word(faults: Faults, original: Any, words: Words, where: Any) -> Any:
+    buffer = faults.buffer
+    if buffer is None:
+        return original(words, where)
+    word = _word(words, where)
+    if faults.running == buffer.owner:
+        forwarded = buffer.forwarded(word)
+        return original(words, where) if forwarded is None else forwarded
+    loaded = original(words, where)
+    buffer.seen_by(faults.running, word)
+    return loaded
+
+
+def _drains(faults: Faults, original: Any, *args: Any, **named: Any) -> Any:
+    if faults.buffer is not None and faults.running == faults.buffer.owner:
+        faults.buffer.drain()
+    return original(*args, **named)
+
+
+for _owner, _name in (
+    (StructuresView, "__setitem__"),
+    (StructuresView, "__bytes__"),
+    (Words, "release"),
+    (SimSocket, "_sent"),
+    (SimSocket, "shutdown"),
+    (SimEvent, "signal"),
+    (SimEvent, "drain"),
+    (SimPoller, "poll"),
+    (SimProcess, "close"),
+    (SimMapping, "discard"),
+    (Io, "get_events"),
+):
+    _seam(_owner, _name, "store-buffer")(_drains)
+
+
+@_seam(SimProcess, "die", "store-buffer")
+def _die(faults: Faults, original: Any, process: SimProcess) -> None:
+    if faults.buffer is not None and process.name == faults.buffer.owner:
+        faults.buffer.dies()
+    original(process)
+
+
+class _Locked:
+    """Instead of the lock that a full fence takes."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def __enter__(self) -> None:
+        _drains(self._faults, lambda: None)
+
+    def __exit__(self, *_: object) -> None: ...

@@ -90,6 +90,14 @@ SILICON = (
         races=["R18"],
     ),
     Plant(
+        "R15-unit-without-its-fence",
+        "The unit takes clears before what it reports is seen: an event stays out that nobody looks for.",
+        "R15",
+        [Edit("device_sim.core.unit_registers:RegisterSet.raise_status", "self._fence()", "pass")],
+        races=["R15"],
+        simulated=False,  # no story comes to it yet, with `--faults store-buffer` neither
+    ),
+    Plant(
         "R28-driver-gone-and-walking",
         "The driver is gone, and device TLBs keep what they translate.",
         "R28",

@@ -249,6 +249,14 @@ IOMMUFDD_DRIVER = (
         races=["R15"],
     ),
     Plant(
+        "R15-driver-without-its-fence",
+        "The driver looks at a queue before its clear of the status bit is seen: the next event stays out.",
+        "R15",
+        [Edit("iommufdd.core.unit_registers:UnitRegisters.clear", "self.fence()", "pass")],
+        races=["R15"],
+        simulated=False,  # no story comes to it yet, with `--faults store-buffer` neither
+    ),
+    Plant(
         "R16-fewer-levels",
         "A unit that walks fewer levels than the table has gets its root.",
         "R16",

@@ -121,6 +121,8 @@ class Living:
             except Stopped:
                 yield RunEnd(over=True)
             except Stuck as stuck:
+                if faults.buffer is not None and faults.buffer.missed:
+                    verdicts.say("R15", f"nobody can go on: {faults.buffer.missed}")
                 ghost.liveness.stuck()
                 yield _judged(verdicts, [f"{STUCK}: {stuck}"])
 

@@ -137,6 +137,11 @@ class World:
         self._running = self._awaited = None
 
     @property
+    def running(self) -> str:
+        """The process whose step this is; none's outside of `run`."""
+        return "" if self._running is None else self._running.name
+
+    @property
     def unfinished(self) -> bool:
         """Somebody stands in the middle, or was killed there."""
         return any(thread.greenlet for thread in self.threads)

@@ -1,0 +1,87 @@
+"""A process's stores to structures wait in its processor's store buffer, in order, and others see them late.
+
+Models x86-TSO [SDM 9.2]: who stored a word loads it back from the buffer, everybody else from memory.  As
+late as can be: from the store on that the schedule says, each waits until something drains the buffer.
+Hardware may let it go earlier, which is what runs without this fault are of.  What drains:
+  - a locked instruction, as in `full_fence`; and so each system call but that for the time, which the vDSO
+    answers: what sockets, eventfds, epoll sets, fds and mappings are kept by is taken with locks;
+  - a store of more than a word, and a load that overlaps a waiting store and is not of just that word: what
+    cannot be forwarded waits;
+  - the process's death: a store that retired is made.
+Frames are not buffered, nor what only the model's checks look at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from simulator.kernel.files import Memory
+
+BUFFER_STORES = 56  # of a Skylake core; then the oldest goes
+
+
+class Word(NamedTuple):
+    memory: Memory
+    at: int  # byte
+    size: int
+
+    def overlaps(self, other: Word) -> bool:
+        return (
+            self.memory is other.memory and self.at < other.at + other.size and other.at < self.at + self.size
+        )
+
+    def __str__(self) -> str:
+        return f"{self.memory.name}[{self.at >> 3}]"
+
+
+class _Store(NamedTuple):
+    word: Word
+    value: int
+    commit: Callable[[], None]  # a point, and then it is in memory
+    at_once: Callable[[], None]
+
+
+class StoreBuffer:
+    """Of `owner`'s processor."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.missed = ""  # the last load of somebody else that a waiting store came too late for
+        self._waiting: deque[_Store] = deque()
+
+    def store(self, word: Word, value: int, commit: Callable[[], None], at_once: Callable[[], None]) -> None:
+        if len(self._waiting) == BUFFER_STORES:
+            self._let_go()
+        self._waiting.append(_Store(word, value, commit, at_once))
+
+    def forwarded(self, word: Word) -> int | None:
+        """What its owner loads; None: memory has it."""
+        for store in reversed(self._waiting):
+            if store.word == word:
+                return store.value
+            if store.word.overlaps(word):
+                self.drain()
+                break
+        return None
+
+    def seen_by(self, other: str, word: Word) -> None:
+        """Another process loads that from memory."""
+        if any(store.word.overlaps(word) for store in self._waiting):
+            self.missed = f"{other} looked at {word} before {self.owner}'s store to it was there"
+
+    def drain(self) -> None:
+        """In order; others may come between."""
+        while self._waiting:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the oldest, which waits until it is made."""
+        self._waiting[0].commit()
+        self._waiting.popleft()
+
+    def dies(self) -> None:
+        """Its owner does, in the middle of whatever it was."""
+        while self._waiting:
+            self._waiting.popleft().at_once()
