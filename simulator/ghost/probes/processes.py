@@ -56,6 +56,7 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
                 ghost.liveness.begins(watch.now(), DEAD_KVM, watch.orphans[did])
     if gone == "iommufdd":
         watch.hwpts.clear()
+        watch.platform = None  # what it had is nobody's, and not left over
         if watch.plugged:
             ghost.liveness.begins(watch.now(), DEAD_DRIVER, "device_sim")
     original(world, thread)
