@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from protocol.pt.bits import WRITE
 from protocol.units import PAGE_SIZE
+from simulator.ghost import heard
 from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo, said
 from simulator.ghost.entries import judge_entry
@@ -30,9 +31,7 @@ BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
 
 class Ghost:
     def __init__(self, verdicts: Verdicts, bound_ns: int = BOUND_NS) -> None:
-        self.now = 0
-        self.changes = 0  # it heard of that accesses and fills are judged by, or that they are judged at
-        self.looks = 0  # accesses and fills it heard of: none of them decides what another one is
+        self.heard = heard.Heard()
         self.verdicts = verdicts
         self.backing = Backing()
         self.tables = ShadowTables()
@@ -51,19 +50,10 @@ class Ghost:
         self._orphans: set[int] = set()  # roots whose maintainer died
         self._closed: set[int] = set()  # roots that nobody walks any more
 
-    def _step(self) -> int:
-        self.changes += 1
-        return self._look()
-
-    def _look(self) -> int:
-        self.looks += 1
-        self.now += 1
-        return self.now
-
     # -- frames ----------------------------------------------------------------------------------------
 
     def frames_taken(self, frame: int, pages: int, owner: str) -> None:
-        for other in self.frames.take(self._step(), frame, pages, owner):
+        for other in self.frames.take(self.heard.change(heard.TAKES_FRAMES), frame, pages, owner):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} go to {owner}, {other} has some of them")
 
     def frames_given_up(self, frame: int, pages: int) -> None:
@@ -73,7 +63,7 @@ class Ghost:
                 self.verdicts.say("I22", f"frame {pinned:#x} is given up, page {page:#x} of {name} is pinned")
         if self.backing.names_failed(frame, pages):
             self.verdicts.say("I21", f"frame {frame:#x} is given up, entries say that it failed")
-        if not self.frames.give_up(self._step(), frame, pages):
+        if not self.frames.give_up(self.heard.change(heard.GIVES_FRAMES_UP), frame, pages):
             self.verdicts.say("I6", f"frames {frame:#x}+{pages} are given up twice")
         for cached in self.caches.translations():
             if (cached.root not in self._orphans or self.caches.driverless) and overlap(
@@ -92,14 +82,14 @@ class Ghost:
     # -- tables ----------------------------------------------------------------------------------------
 
     def table_taken(self, table: int, owner: str) -> None:
-        for other in self.table_pages.take(self._step(), table >> 12, 1, owner):
+        for other in self.table_pages.take(self.heard.change(heard.TAKES_TABLE), table >> 12, 1, owner):
             self.verdicts.say("I7", f"table page {table:#x} goes to {owner}, {other} has it")
 
     def table_given_up(self, table: int) -> None:
         """Nobody sits in it: no pointer leads there (step 6)."""
         owner = self.table_pages.owner(table >> 12)
         rule = "R23" if owner is not None and owner.name == "iommufdd" else "I7"
-        if not self.table_pages.give_up(self._step(), table >> 12, 1):
+        if not self.table_pages.give_up(self.heard.change(heard.GIVES_TABLE_UP), table >> 12, 1):
             self.verdicts.say(rule, f"table page {table:#x} is given up twice")
         if self.tables.is_linked(table):
             self.verdicts.say(rule, f"table page {table:#x} is given up while it is linked")
@@ -110,19 +100,20 @@ class Ghost:
 
     def table_read(self, reader: str, table: int) -> None:
         """A walker loads an entry."""
-        self.looks += 1
+        self.heard.look(heard.READS_TABLE)
         given_up = self.table_pages.given_up(table >> 12)
         if given_up is not None:
             self.verdicts.say("I7", f"{reader} walks table page {table:#x}, which {given_up.name} gave up")
 
     def root_made(self, root: int, level: int, view: Name | None, filler: Name) -> None:
-        self._step()
+        self.heard.change(heard.MAKES_ROOT)
         self._roots[root] = RootFacts(view, filler)
         self._closed.discard(root)
         self.tables.add_root(root, level)
 
     def root_is_of(self, root: int, view: Name) -> None:
         """It was made before that was known; who fills the view fills it alone."""
+        self.heard.change(heard.MAKES_ROOT)
         self._roots[root] = RootFacts(view, view)
 
     def root_lent(self, root: int) -> None:
@@ -138,12 +129,12 @@ class Ghost:
 
     def root_obsolete(self, root: int) -> None:
         """Nobody walks it after the flush that must follow (R3)."""
-        epoch = self._step()
+        epoch = self.heard.change(heard.ENDS_ROOT)
         self.history.make_obsolete(epoch, root)
         self.caches.end_root(epoch, root)
 
     def root_gone(self, root: int) -> None:
-        epoch = self._step()
+        epoch = self.heard.change(heard.ENDS_ROOT)
         self.history.drop(epoch, root)
         self.caches.end_root(epoch, root)
         self._cut_off(epoch, self.tables.drop_root(root))
@@ -170,7 +161,7 @@ class Ghost:
     def _stored(self, at: int, stored: Stored) -> None:
         if not stored.changes and not stored.cut and not stored.linked_twice:
             return
-        epoch = self._step()
+        epoch = self.heard.change(heard.STORES_ENTRY)
         for change in stored.changes:
             if change.lost:
                 self.history.end(epoch, change)
@@ -215,12 +206,12 @@ class Ghost:
 
     def shows(self, view: Name, start: int, end: int, shown: Shown) -> None:
         """A window: a slot, an area."""
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         self.backing.view(view).put(start, end, shown)
 
     def hides(self, view: Name, start: int, end: int) -> None:
         """The window is gone, and nothing of it is reached (R21)."""
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         gone = list(self.backing.of(view, start, end))
         self.backing.view(view).clear(start, end)
         for truth in gone:
@@ -230,7 +221,7 @@ class Ghost:
     def converts(self, view: Name, start: int, end: int, others: Iterable[Name]) -> None:
         """Pages turn private, or shared: nothing leads to those that were there (R24); nor does another view
         lead there, of `others` that show the process's, where it becomes private."""
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         gone = list(self.backing.of(view, start, end))
         self.backing.view(view).clear(start, end)
         for truth in gone:
@@ -246,7 +237,7 @@ class Ghost:
 
     def backs(self, space: Name, start: int, end: int, there: Translation | None) -> None:
         """Pages of a space are these frames from now on, or nothing (step 5)."""
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         spans = self.backing.space(space)
         new: list[Run[Translation]] = [] if there is None else [(start, end, there)]
         before = merged(spans.clear(start, end))
@@ -265,6 +256,7 @@ class Ghost:
 
     def _judge_taken(self, view: Name, taken: Truth, rule: str) -> None:
         """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
+        self.heard.also(heard.IS_TAKEN)
         assert taken.translation is not None
         for gone in self.backing.unpinned(view, taken, taken.translation.frame):
             assert gone.translation is not None
@@ -291,20 +283,20 @@ class Ghost:
     def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
         """It knows that these pages are taken, and stores no new entry for them until it is told that they
         were."""
-        self._step()
+        self.heard.change(heard.LETS_GO)
         self.backing.let_go(filler, space, start, end)
 
     def told_changed(self, filler: Name, space: Name, start: int, end: int) -> None:
-        self._step()
+        self.heard.change(heard.LETS_GO)
         self.backing.changed(filler, space, start, end)
 
     def pinned(self, name: Name, page: int, frame: int) -> None:
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         self.backing.pin(name, page, frame)
 
     def unpinned(self, name: Name, page: int, frame: int) -> None:
         """Where the host has another page by now, nothing leads to this one (step 6)."""
-        self._step()
+        self.heard.change(heard.CHANGES_HOST)
         if not self.backing.unpin(name, page, frame):
             self.verdicts.say(
                 "I22", f"page {page:#x} of {name} is unpinned from frame {frame:#x}: it was not"
@@ -324,7 +316,7 @@ class Ghost:
 
     def cached(self, holder: Holder, root: int, start: int, end: int, value: Translation) -> None:
         """A cache is filled: with what the root translates, or what it did until an end that still counts."""
-        epoch = self._look()
+        epoch = self.heard.look(heard.FILLS)
         if root in self._closed and holder[0] in UNIT_CACHES:
             self.verdicts.say("R28", f"{' '.join(holder)} is filled from root {root:#x}, which is closed")
         if root in self._orphans:
@@ -340,35 +332,34 @@ class Ghost:
 
     def pointer_cached(self, holder: Holder, root: int, start: int, end: int, table: int) -> None:
         """To a table that is linked there, or was until an end that still counts."""
-        epoch = self._look()
+        epoch = self.heard.look(heard.FILLS)
         known = root in self._orphans or self.tables.leads(root, start, table)
         ended = None if known else self._cut.get(table, epoch)
         self.caches.put_pointer(CachedPointer(holder, root, start, end, table, ended))
 
     def keeps(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
         """Of its translations these are left."""
-        self.looks += 1
+        self.heard.look(heard.EMPTIES)
         self.caches.keep(holder, keys)
 
     def keeps_pointers(self, holder: Holder, keys: Iterable[tuple[int, int]]) -> None:
-        self.looks += 1
+        self.heard.look(heard.EMPTIES)
         self.caches.keep_pointers(holder, keys)
 
     def issues(self) -> int:
         """A flush or an invalidation is issued: of every change that was made before."""
-        self.changes += 1
-        return self.now
+        return self.heard.change(heard.ISSUES)
 
     def acked(self, root: int, start: int, end: int, issued: int) -> None:
         """Units have invalidated start..end, and the wait behind it is complete (step 3)."""
-        self.changes += 1
+        self.heard.change(heard.IS_COMPLETE)
         for cached in self.caches.survivors(UNIT_CACHES, root, start, end, issued):
             rule = "R6" if isinstance(cached, CachedPointer) else "I9"
             self.verdicts.say(rule, f"an invalidation is complete, {said(cached)} is older")
 
     def flushed(self, root: int, start: int, end: int, issued: int) -> None:
         """All have acked (step 4)."""
-        self.changes += 1
+        self.heard.change(heard.IS_COMPLETE)
         for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
             self.verdicts.say(self.caches.rule("R17", cached), f"a flush is over, {said(cached)} is older")
 
@@ -376,7 +367,7 @@ class Ghost:
 
     def used(self, who: str, view: Name, page: int, frame: int, *, write: bool) -> None:
         """A piece of an access, within a page, through a translation of the view."""
-        self.looks += 1
+        self.heard.look(heard.ACCESSES)
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} as page {page:#x}"
         given_up = self.frames.given_up(frame)
         if given_up is not None:
@@ -400,6 +391,7 @@ class Ghost:
         who = " ".join(holder)
         if cached is None:
             return
+        self.heard.look(heard.ACCESSES_BY_ROOT)
         facts = self._roots.get(cached.root)
         if cached.root in self._closed:
             self.verdicts.say("R28", f"{who} uses page {page:#x} of root {cached.root:#x}, which is closed")
@@ -413,14 +405,18 @@ class Ghost:
                 self.stored(facts.view, page)
 
     def stored(self, view: Name, page: int) -> None:
-        self.stores.stored(self._look(), view, page)
+        self.stores.stored(self.heard.look(heard.IS_STORED), view, page)
+
+    def logs(self, view: Name, start: int, end: int, on: bool) -> None:
+        self.heard.change(heard.LOGS)
+        self.stores.log(view, start, end, on)
 
     def report_begins(self, view: Name, pages: Iterable[int]) -> DirtyReport:
-        return self.stores.begin(self._step(), view, pages)
+        return self.stores.begin(self.heard.change(heard.LOGS), view, pages)
 
     def settled(self) -> None:
         """Nothing is under way: every store is told, or will be, and what is outstanding will never end."""
-        self.stores.settled(self._step())
+        self.stores.settled(self.heard.change(heard.EVERYTHING))
         self.liveness.stuck()
 
     # -- deaths ----------------------------------------------------------------------------------------
@@ -431,7 +427,7 @@ class Ghost:
 
         By what names its roots are known from now on: where they lay another's may lie soon.
         """
-        self._step()
+        self.heard.change(heard.EVERYTHING)
         caches, unfinished = GOES_WITH.get(name, ((), ()))
         self.caches.process_gone(name, caches)
         for kind in unfinished:
@@ -459,19 +455,19 @@ class Ghost:
 
     def closed(self, root: int) -> None:
         """Who keeps it up to date died, or hung up, and no unit walks it from now on (R28)."""
-        self._step()
+        self.heard.change(heard.EVERYTHING)
         self._closed.add(root)
         for cached in self.caches.of_root(UNIT_CACHES, root):
             self.verdicts.say("R28", f"root {root:#x} is closed, {said(cached)} has some of it")
 
     def opened(self, root: int) -> None:
         """Units may walk it, as if for the first time."""
-        self._step()
+        self.heard.change(heard.MAKES_ROOT)
         self._closed.discard(root)
 
     def unplugged(self) -> None:
         """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""
-        self._step()
+        self.heard.change(heard.EVERYTHING)
         self.caches.driverless = False
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
@@ -479,6 +475,7 @@ class Ghost:
 
     def copied(self, frame: int, pages: int) -> None:
         """The host reads or writes frames of somebody's whole."""
+        self.heard.look(heard.LOOKS_FRAMES)
         for page in range(frame, frame + pages):
             given_up = self.frames.given_up(page)
             if given_up is not None:
@@ -487,7 +484,7 @@ class Ghost:
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""
-        self.looks += 1
+        self.heard.look(heard.ACCESSES)
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} at {page << 12:#x}"
         there = self.backing.space(space).get(page)
         given_up = self.frames.given_up(frame)

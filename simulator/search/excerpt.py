@@ -6,14 +6,9 @@ rounds, each a schedule of its own: bringing a machine up takes longer than most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from simulator.search.option import Option, Strategy, Touch
-
-JUDGE = ("judge",)
-"""What a step touches of which the judge hears: he goes by what came before what.  Accesses only read it: of
-two of them none decides what the other one is.
-"""
 
 
 class Excerpt:
@@ -28,10 +23,11 @@ class Excerpt:
         self.closes: Callable[[], None] = lambda: None
         """Called in the story, first and last of what is searched."""
         self._stands_first = stands_first
-        self.judged: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        """How much whoever judges the run has heard of so far: that others are judged by, and in all."""
+        self.heard: Callable[[], Iterable[Touch]] = lambda: ()
+        """What whoever judges the run goes by, of what he heard since this was asked last: a step touches
+        it of which he hears.
+        """
         self._rounds = rounds
-        self._judged = 0, 0
         self._open = self._step_is_inside = False
 
     @property
@@ -50,7 +46,7 @@ class Excerpt:
             self._stands_first = False
             self.between()
             self._step_is_inside = True  # none is under way
-        self._judged = self.judged()
+        self.heard()
         self._open = True
         self.opened()
 
@@ -69,12 +65,9 @@ class Excerpt:
         return self.inner.choose(options) if self._open else 0
 
     def took(self, step: Option) -> None:
-        judged, self._judged = self._judged, self.judged()
         if self._step_is_inside:
-            if self._judged != judged:
-                judge = Touch(JUDGE, self._judged[0] != judged[0])
-                step = Option(step.actor, step.label, step.touches | {judge})
-            self.inner.took(step)
+            heard = step.touches.union(self.heard())
+            self.inner.took(Option(step.actor, step.label, heard))
         self._step_is_inside = self._open
 
     def ended(self, failed: bool) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 
 import trio
 
-from qemu_shim.api import Context, DmaFailed, Guest, RamSlot
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import AFTER, AT, MAY_TAKE, PAGES, PATTERN, SLOT_BYTES, agree
 from simulator.stories.story import Play, SmallStory
 from simulator.world.scheduler import World
 
-_CPU_AT = AT + 64
+_CPU_AT = AT + PAGE_SIZE // 2  # of another piece: neither store is in the other's way
 _REST_S = 0.1  # longer than anybody polls, shorter than watchdogs go round
 _TURNS = 4  # of the VMM's tasks, until each has sent what it has to
 
@@ -65,31 +65,42 @@ def _beside(change: Change, *, cpu: bool, may_lose: bool = False) -> Play:
     return play
 
 
-async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
-    """The first thing of a slot's deletion beside a store to it: KVM's slot where the table is KVM's, else
+def _slot_goes(*, cpu: bool) -> Play:
+    """The first thing of a slot's deletion beside stores to it: KVM's slot where the table is KVM's, else
     the mapping for the device.
     """
-    guest = await ctx.boot_for(PAGES)
-    machine = guest.machine
 
-    async def store() -> None:
-        try:
-            await guest.fill(AT, 64, PATTERN)
-        except DmaFailed:
-            ctx.say("the store failed: the slot was gone")
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(PAGES)
+        machine = guest.machine
 
-    for _ in excerpt.rounds():
-        slot = await guest.add_slot(SLOT_BYTES, AT)
-        await guest.fill(AT, 64)
-        if machine.container.tdp_fd is None:
-            goes = partial(machine.container.remove, slot)
-        else:
-            goes = partial(machine.vm.set_user_memory_region, slot.slot, slot.gpa, 0, 0)
-        await at_once(ctx, excerpt, store, goes)
-        await machine.container.add(slot)
-        await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva)
-        await agree(ctx, guest, AT)
-        await guest.remove_slot(slot)
+        async def fill() -> None:
+            try:
+                await guest.fill(AT, 64, PATTERN)
+            except DmaFailed:
+                ctx.say("the device's store failed: the slot was gone")
+
+        async def write() -> None:
+            try:
+                await guest.write(_CPU_AT, AFTER)
+            except LookupError:
+                ctx.say("the CPU's store was no memory's: the slot was gone")
+
+        for _ in excerpt.rounds():
+            slot = await guest.add_slot(SLOT_BYTES, AT)
+            await guest.fill(AT, 64)
+            await guest.write(_CPU_AT, bytes(len(AFTER)))
+            if machine.container.tdp_fd is None:
+                goes = partial(machine.container.remove, slot)
+            else:
+                goes = partial(machine.vm.set_user_memory_region, slot.slot, slot.gpa, 0, 0)
+            await at_once(ctx, excerpt, fill, *([write] if cpu else []), goes)
+            await machine.container.add(slot)
+            await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva)
+            await agree(ctx, guest, AT)
+            await guest.remove_slot(slot)
+
+    return play
 
 
 def _discard(guest: Guest, _: RamSlot) -> Awaitable[Any]:
@@ -113,11 +124,12 @@ AT_ONCE = (
         "two-discard", "a store beside MADV_DONTNEED", _beside(_discard, cpu=False, may_lose=True), MAY_TAKE
     ),
     SmallStory("two-migrate", "a store beside its page going to another frame", _beside(_migrate, cpu=False)),
-    SmallStory("two-slot", "a store beside the first step of its slot's deletion", _slot_goes),
+    SmallStory("two-slot", "a store beside the first step of its slot's deletion", _slot_goes(cpu=False)),
     SmallStory(
         "three-discard", "a vCPU's store as well", _beside(_discard, cpu=True, may_lose=True), MAY_TAKE
     ),
     SmallStory("three-migrate", "a vCPU's store as well", _beside(_migrate, cpu=True)),
+    SmallStory("three-slot", "a vCPU's store as well", _slot_goes(cpu=True)),
     SmallStory("three-swap", "two stores beside their page going to swap", _beside(_swap, cpu=True)),
     SmallStory("three-age", "two stores beside a look at the accessed bits", _beside(_age, cpu=True)),
 )

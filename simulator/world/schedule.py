@@ -13,13 +13,14 @@ from qemu_shim.vmm.designs import DESIGNS
 from simulator.faults.plan import Faults
 from simulator.faults.play import playing_faulted
 from simulator.ghost.ghost import Ghost
+from simulator.ghost.heard import Effect
 from simulator.ghost.probes.watch import Watch
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import RunEnd
-from simulator.search.option import Strategy
+from simulator.search.option import Strategy, Touch
 from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
@@ -109,7 +110,7 @@ class Living:
             if onlooker is not None:
                 onlooker.sees(watch)
             if self._excerpt is not None:
-                self._excerpt.judged = lambda: (ghost.changes, ghost.looks)
+                self._excerpt.heard = lambda: map(_touch, ghost.heard.taken())
             try:
                 while True:
                     yield _judged(verdicts, next(machine))
@@ -138,6 +139,11 @@ class Living:
                 scenario, calm, design, strategy, faults, judged.seed, judged.params, journal
             )
         return playing(scenario, design, strategy, judged.seed, judged.params, journal)
+
+
+def _touch(effect: Effect) -> Touch:
+    aspect, changes = effect
+    return Touch(("judge", aspect), changes)
 
 
 def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:

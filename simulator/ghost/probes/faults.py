@@ -40,10 +40,10 @@ def _runs_on(vcpu: FaultingVcpu, as_id: int) -> Root | None:
 async def _try(
     watch: Watch, original: Any, path: FaultPath, fault: PageFault, vcpu: FaultingVcpu | None
 ) -> Any:
-    before = watch.ghost.changes
+    before = watch.ghost.heard.changes
     result = await original(path, fault, vcpu)
     if result is None:
-        watch.ghost.faults.tried(fault.gfn, before, watch.ghost.changes)
+        watch.ghost.faults.tried(fault.gfn, before, watch.ghost.heard.changes)
     return result
 
 

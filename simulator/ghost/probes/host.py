@@ -54,7 +54,7 @@ def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, 
         elif was != now:
             for low, high, shown in now or ():
                 watch.ghost.shows(view, low, high, shown)
-        watch.ghost.stores.log(view, start, end, comes and slot.logs)
+        watch.ghost.logs(view, start, end, comes and slot.logs)
 
 
 def _space(table: PageTable) -> str:

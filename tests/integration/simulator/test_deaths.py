@@ -49,7 +49,7 @@ def test_nothing_is_found_when_a_daemon_dies(victim: str, design: str, step: int
     ghost = Ghost(Verdicts())
     play(ghost, design, victim, step)
     assert ghost.verdicts.found == []
-    assert ghost.now > 100
+    assert ghost.heard.now > 100
 
 
 async def _lost_and_walked_on(platform: Platform, hwpt: Any) -> None:

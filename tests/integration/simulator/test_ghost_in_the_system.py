@@ -27,7 +27,7 @@ def watched(scenario: str, design: Design, seed: int) -> Ghost:
 def test_nothing_is_found_in_the_system_as_it_is(scenario: str, design: Design) -> None:
     ghost = watched(scenario, design, 1)
     assert ghost.verdicts.found == []
-    assert ghost.now > 100, "it was told too little to judge"
+    assert ghost.heard.now > 100, "it was told too little to judge"
     assert ghost.groups.outstanding == []
 
 

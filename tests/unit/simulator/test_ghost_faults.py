@@ -50,11 +50,11 @@ def test_a_fault_maps_into_no_obsolete_root() -> None:
 
 def test_a_fault_is_tried_again_for_a_reason() -> None:
     ghost = Ghost(Verdicts())
-    before = ghost.changes
+    before = ghost.heard.changes
     ghost.lets_go("vm1", "mm", 0, 1)
-    ghost.faults.tried(0, before, ghost.changes)
+    ghost.faults.tried(0, before, ghost.heard.changes)
     assert heard(ghost.verdicts) == []
-    ghost.faults.tried(0, ghost.changes, ghost.changes)
+    ghost.faults.tried(0, ghost.heard.changes, ghost.heard.changes)
     assert heard(ghost.verdicts) == ["R2"]
 
 

@@ -195,7 +195,7 @@ def test_nothing_is_found_in_the_worlds_of_other_tests(kind: str) -> None:
     ghost = Ghost(Verdicts())
     with watching(ghost):
         OTHERS[kind]()
-    assert ghost.now > 100
+    assert ghost.heard.now > 100
     assert ghost.verdicts.found == []
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from simulator.search.excerpt import JUDGE, Excerpt
+from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.option import Option, Touch
 from simulator.search.replay import Recorded
 from simulator.search.walk import RandomWalk
 from tests.unit.simulator.search.toy import PROGRAMS, Op, Program, ToyMachine, play
 
+JUDGE = Touch(("judge", "something"), True)
 BUFFERING, TRACES = PROGRAMS["store buffering"]
 BEFORE, BEHIND = Op("store", "before", 1), Op("store", "behind", 1)
 STORY = Program({name: (BEFORE, *ops, BEHIND) for name, ops in BUFFERING.processes.items()})
@@ -89,13 +90,8 @@ def test_a_step_that_the_judge_hears_of_touches_what_he_goes_by() -> None:
     inner = Recorded(RandomWalk(1), steps=True)
     excerpt = Excerpt(inner)
     with excerpt:
-        for heard in ((0, 0), (0, 1), (1, 2), (1, 2)):
+        for heard in ((), (JUDGE,), ()):
             excerpt.choose([Option("A", ""), Option("B", "")])
-            excerpt.judged = lambda heard=heard: heard  # type: ignore[misc]
+            excerpt.heard = lambda heard=heard: heard  # type: ignore[misc]
             excerpt.took(Option("A", ""))
-    assert [step.touches for step in inner.steps] == [
-        frozenset(),
-        {Touch(JUDGE, False)},
-        {Touch(JUDGE, True)},
-        frozenset(),
-    ]
+    assert [step.touches for step in inner.steps] == [frozenset(), {JUDGE}, frozenset()]
