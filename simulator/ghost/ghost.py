@@ -367,7 +367,7 @@ class Ghost:
 
     def used(self, who: str, view: Name, page: int, frame: int, *, write: bool) -> None:
         """A piece of an access, within a page, through a translation of the view."""
-        self.heard.look(heard.ACCESSES)
+        self.heard.look(heard.USES)
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} as page {page:#x}"
         given_up = self.frames.given_up(frame)
         if given_up is not None:
@@ -391,7 +391,7 @@ class Ghost:
         who = " ".join(holder)
         if cached is None:
             return
-        self.heard.look(heard.ACCESSES_BY_ROOT)
+        self.heard.look(heard.USES_ROOT)
         facts = self._roots.get(cached.root)
         if cached.root in self._closed:
             self.verdicts.say("R28", f"{who} uses page {page:#x} of root {cached.root:#x}, which is closed")
@@ -408,15 +408,15 @@ class Ghost:
         self.stores.stored(self.heard.look(heard.IS_STORED), view, page)
 
     def logs(self, view: Name, start: int, end: int, on: bool) -> None:
-        self.heard.change(heard.LOGS)
+        self.heard.change(heard.TELLS_OF_STORES)
         self.stores.log(view, start, end, on)
 
     def report_begins(self, view: Name, pages: Iterable[int]) -> DirtyReport:
-        return self.stores.begin(self.heard.change(heard.LOGS), view, pages)
+        return self.stores.begin(self.heard.change(heard.TELLS_OF_STORES), view, pages)
 
     def settled(self) -> None:
         """Nothing is under way: every store is told, or will be, and what is outstanding will never end."""
-        self.stores.settled(self.heard.change(heard.EVERYTHING))
+        self.stores.settled(self.heard.change(heard.MAY_CHANGE_ALL))
         self.liveness.stuck()
 
     # -- deaths ----------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ class Ghost:
 
         By what names its roots are known from now on: where they lay another's may lie soon.
         """
-        self.heard.change(heard.EVERYTHING)
+        self.heard.change(heard.MAY_CHANGE_ALL)
         caches, unfinished = GOES_WITH.get(name, ((), ()))
         self.caches.process_gone(name, caches)
         for kind in unfinished:
@@ -455,7 +455,7 @@ class Ghost:
 
     def closed(self, root: int) -> None:
         """Who keeps it up to date died, or hung up, and no unit walks it from now on (R28)."""
-        self.heard.change(heard.EVERYTHING)
+        self.heard.change(heard.MAY_CHANGE_ALL)
         self._closed.add(root)
         for cached in self.caches.of_root(UNIT_CACHES, root):
             self.verdicts.say("R28", f"root {root:#x} is closed, {said(cached)} has some of it")
@@ -467,7 +467,7 @@ class Ghost:
 
     def unplugged(self) -> None:
         """The driver of the units is gone, and what he lent them goes: nothing of it is left (R28)."""
-        self.heard.change(heard.EVERYTHING)
+        self.heard.change(heard.MAY_CHANGE_ALL)
         self.caches.driverless = False
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
@@ -484,7 +484,7 @@ class Ghost:
 
     def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
         """A process's own access, or one made on its behalf at a host address."""
-        self.heard.look(heard.ACCESSES)
+        self.heard.look(heard.USES)
         what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} at {page << 12:#x}"
         there = self.backing.space(space).get(page)
         given_up = self.frames.given_up(frame)

@@ -10,16 +10,16 @@ from __future__ import annotations
 Effect = tuple[str, bool]
 """An aspect, and whether something changes there."""
 
-FRAMES = "owners of frames"
-TABLE_PAGES = "owners of table pages"
-ROOTS = "roots"  # which there are, of whom
-ENTRIES = "entries"  # and what they were; since when what was cached of them is out of date
-HOST = "host"  # what it has behind each page, and what of it is pinned
-LET_GO = "let go"  # what is about to be taken, by who knows of it
-CACHES = "caches"  # filled and emptied, each by who has it: those commute; who looks at all of them does not
-STORES = "stores"  # to pages that log: one store more says nothing of another
+OF_FRAMES = "owners of frames"
+OF_TABLE_PAGES = "owners of table pages"
+OF_ROOTS = "roots"  # which there are, of whom
+OF_ENTRIES = "entries"  # and what they were; since when what was cached of them is out of date
+OF_HOST = "host"  # what it has behind each page, and what of it is pinned
+OF_LET_GO = "let go"  # what is about to be taken, by who knows of it
+OF_CACHES = "caches"  # fills commute, each is of its own; who looks at all of them does not
+OF_STORES = "stores"  # to pages that log: one store more says nothing of another
 
-ASPECTS = (FRAMES, TABLE_PAGES, ROOTS, ENTRIES, HOST, LET_GO, CACHES, STORES)
+ASPECTS = (OF_FRAMES, OF_TABLE_PAGES, OF_ROOTS, OF_ENTRIES, OF_HOST, OF_LET_GO, OF_CACHES, OF_STORES)
 
 
 def looks(*aspects: str) -> frozenset[Effect]:
@@ -30,27 +30,27 @@ def changes(*aspects: str) -> frozenset[Effect]:
     return frozenset((aspect, True) for aspect in aspects)
 
 
-EVERYTHING = changes(*ASPECTS)
-TAKES_FRAMES = changes(FRAMES)
-GIVES_FRAMES_UP = changes(FRAMES, CACHES) | looks(ROOTS, ENTRIES, HOST)
-TAKES_TABLE = changes(TABLE_PAGES)
-GIVES_TABLE_UP = changes(TABLE_PAGES, CACHES) | looks(ROOTS, ENTRIES)
-READS_TABLE = looks(TABLE_PAGES)
-MAKES_ROOT = changes(ROOTS, ENTRIES)
-ENDS_ROOT = changes(ROOTS, ENTRIES, CACHES)
-STORES_ENTRY = changes(ENTRIES) | looks(ROOTS, HOST, LET_GO)
-CHANGES_HOST = changes(HOST)
-LETS_GO = changes(LET_GO)
-IS_TAKEN = changes(CACHES) | looks(ROOTS, ENTRIES)
-FILLS = looks(ROOTS, ENTRIES, CACHES)
-EMPTIES = looks(CACHES)
-ISSUES = changes(ENTRIES)  # or at least it comes before or behind what changes there
-IS_COMPLETE = changes(CACHES)
-ACCESSES = looks(FRAMES, HOST)
-ACCESSES_BY_ROOT = looks(ROOTS)
-LOOKS_FRAMES = looks(FRAMES)
-IS_STORED = looks(STORES)
-LOGS = changes(STORES)
+MAY_CHANGE_ALL = changes(*ASPECTS)
+TAKES_FRAMES = changes(OF_FRAMES)
+GIVES_FRAMES_UP = changes(OF_FRAMES, OF_CACHES) | looks(OF_ROOTS, OF_ENTRIES, OF_HOST)
+TAKES_TABLE = changes(OF_TABLE_PAGES)
+GIVES_TABLE_UP = changes(OF_TABLE_PAGES, OF_CACHES) | looks(OF_ROOTS, OF_ENTRIES)
+READS_TABLE = looks(OF_TABLE_PAGES)
+MAKES_ROOT = changes(OF_ROOTS, OF_ENTRIES)
+ENDS_ROOT = changes(OF_ROOTS, OF_ENTRIES, OF_CACHES)
+STORES_ENTRY = changes(OF_ENTRIES) | looks(OF_ROOTS, OF_HOST, OF_LET_GO)
+CHANGES_HOST = changes(OF_HOST)
+LETS_GO = changes(OF_LET_GO)
+IS_TAKEN = changes(OF_CACHES) | looks(OF_ROOTS, OF_ENTRIES)
+FILLS = looks(OF_ROOTS, OF_ENTRIES, OF_CACHES)
+EMPTIES = looks(OF_CACHES)
+ISSUES = changes(OF_ENTRIES)  # or at least it comes before or behind what changes there
+IS_COMPLETE = changes(OF_CACHES)
+USES = looks(OF_FRAMES, OF_HOST)
+USES_ROOT = looks(OF_ROOTS)
+LOOKS_FRAMES = looks(OF_FRAMES)
+IS_STORED = looks(OF_STORES)
+TELLS_OF_STORES = changes(OF_STORES)
 
 
 class Heard:

@@ -115,13 +115,13 @@ def test_independent_steps_are_judged_alike_in_both_orders() -> None:
 @pytest.mark.parametrize(
     ("aspect", "before", "pair", "behind"),
     [
-        (heard.HOST, "zap", ("use", "take"), ""),
-        (heard.FRAMES, "zap take", ("use", "free"), ""),
-        (heard.TABLE_PAGES, "collapse", ("walk", "reuse"), ""),
-        (heard.ENTRIES, "cache", ("issue", "zap"), "complete"),
-        (heard.CACHES, "cache zap issue", ("drop", "complete"), ""),
-        (heard.LET_GO, "zap", ("let_go", "map"), ""),
-        (heard.STORES, "log", ("device_stored", "report"), ""),
+        (heard.OF_HOST, "zap", ("use", "take"), ""),
+        (heard.OF_FRAMES, "zap take", ("use", "free"), ""),
+        (heard.OF_TABLE_PAGES, "collapse", ("walk", "reuse"), ""),
+        (heard.OF_ENTRIES, "cache", ("issue", "zap"), "complete"),
+        (heard.OF_CACHES, "cache zap issue", ("drop", "complete"), ""),
+        (heard.OF_LET_GO, "zap", ("let_go", "map"), ""),
+        (heard.OF_STORES, "log", ("device_stored", "report"), ""),
     ],
 )
 def test_two_steps_that_only_he_tells_apart(
