@@ -46,6 +46,9 @@ def _add_unit_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--levels", type=int, default=4, choices=(4, 5), help="second-stage levels (SAGAW)")
     options.add_argument("--max-page", default="1G", choices=("4K", "2M", "1G"), help="largest leaf (SSLPS)")
     options.add_argument("--haw", type=int, default=46, choices=range(36, 53), metavar="36..52")
+    options.add_argument(
+        "--mgaw", type=int, choices=range(36, 58), metavar="36..57", help="address bits (those of its levels)"
+    )
     options.add_argument("--mamv", type=int, default=18, choices=range(64), metavar="0..63")
     options.add_argument("--caching-mode", action="store_true", help="CAP.CM: KVM domains are refused")
     for option, field in LACKS.items():
@@ -136,12 +139,14 @@ def _each(
 
 def _unit(given: argparse.Namespace) -> UnitTraits:
     lacking = {field: 0 for option, field in LACKS.items() if getattr(given, option)}
+    width = {} if given.mgaw is None else {"mgaw": given.mgaw}
     cap, ecap = capabilities(
         levels=given.levels,
         max_page=given.max_page,
         mamv=given.mamv,
         cm=int(given.caching_mode),
         **lacking,
+        **width,
     )
     return UnitTraits(cap, ecap, given.haw)
 

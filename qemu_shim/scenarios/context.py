@@ -33,7 +33,8 @@ class Wishes(TypedDict, total=False):
     the host pages behind its RAM (4096), bytes of the blocks that may be converted to private (0: none),
     bytes of each vCPU's dirty ring (0: none), where its kernel's own memory ends (16 MiB), whether all of it
     is pinned for as long as a device is attached (no), whether the guest's driver has touched the pages of
-    completion records (no: a page request of each device is for its own).
+    completion records (no: a page request of each device is for its own), bits of the guest's physical
+    addresses (46).
     """
 
     ram_bytes: int
@@ -41,6 +42,7 @@ class Wishes(TypedDict, total=False):
     vcpus: int
     page_size: int
     private_block: int
+    maxphyaddr: int
     dirty_ring_bytes: int
     free_from: int
     pinned: bool

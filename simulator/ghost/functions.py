@@ -8,8 +8,32 @@ behind an attachment as they were before it, and while it lasts if pages come wh
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
+from protocol.pt.geometry import address_bits
+from protocol.units import Level
 from simulator.ghost.leading import LeadingEntries
 from simulator.ghost.violation import Verdicts
+
+
+class Walker(NamedTuple):
+    """What a unit can walk: `levels`, bits of addresses, the largest leaf; does it see what lies in CPUs'
+    caches, and does it cache what is absent?"""
+
+    levels: Collection[int]
+    width: int
+    leaf: int
+    coherent: bool
+    caches_absent: bool
+
+
+class Walked(NamedTuple):
+    """A table; `in_cpu_caches`: nobody writes its lines back."""
+
+    levels: int
+    leaf: int
+    in_cpu_caches: bool
 
 
 class Functions:
@@ -46,6 +70,21 @@ class Functions:
             self._verdicts.say("R18", f"function {rid:#x} was taken off the bus, and is attached")
         if on_demand and rid not in self._asks and self._asked_before.get(rid) is not None:
             self._verdicts.say("R9", f"function {rid:#x} is where pages come when asked for, and cannot ask")
+
+    def walks(self, rid: int, unit: Walker, table: Walked) -> None:
+        """It is given a table, which the unit before it walks (R15, R16)."""
+        width = address_bits(Level(table.levels))
+        wrong = {
+            ("R16", f"{table.levels} levels"): table.levels not in unit.levels,
+            ("R16", f"{width} bits of addresses"): width > unit.width,
+            ("R16", f"leaves of level {table.leaf}"): table.leaf > unit.leaf,
+            ("R16", "entries that come and are not flushed"): unit.caches_absent,
+            ("R15", "lines that nobody flushes"): table.in_cpu_caches and not unit.coherent,
+        }
+        for (invariant, what), is_so in wrong.items():
+            if is_so:
+                said = f"function {rid:#x} is given a table with {what}, which its unit cannot walk"
+                self._verdicts.say(invariant, said)
 
     def drained(self, rid: int, *, unread: list[int]) -> None:
         """What it asks for from now on comes too late; `unread`: groups that it asked for before."""

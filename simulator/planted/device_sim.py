@@ -18,7 +18,7 @@ SILICON = (
     Plant(
         "R4-iotlb-keeps-huge-leaves",
         "An IOTLB invalidation of one page leaves the huge leaf that translates it.",
-        "I6",
+        "I9",
         [
             Edit(
                 f"{_IOTLB}.invalidate_pages",
@@ -46,7 +46,7 @@ SILICON = (
                 "for key in ():",
             )
         ],
-        races=["R7", "R4"],
+        races=["R7", "R10"],
     ),
     Plant(
         "R7-device-tlb-keeps-everything",

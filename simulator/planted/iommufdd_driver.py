@@ -283,6 +283,7 @@ IOMMUFDD_DRIVER = (
         "R16",
         [Edit("iommufdd.core.kvm_domain:check_metadata", "if not mask & bits.SNOOP:", "if False:")],
         races=["R16"],
+        simulated=False,  # our KVM does not lend such a table, and it would have to
     ),
     Plant(
         "B-32-caching-mode",

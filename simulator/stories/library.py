@@ -18,6 +18,7 @@ from simulator.stories.private import PRIVATE
 from simulator.stories.requests import REQUESTS
 from simulator.stories.slots import SLOTS
 from simulator.stories.story import SmallStory
+from simulator.stories.units import OTHER_MAKES
 
-_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES)
+_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES)
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

@@ -59,6 +59,8 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "detach": ["R10", "R12"],
     "replace": ["R8"],
     "never": ["R18"],
+    "units": ["R15", "R16", "B-32"],
+    "units-narrow": ["R16", "B-17"],
     # -- page requests
     "across": [],
     "full": ["R9"],

@@ -10,15 +10,17 @@ from device_sim.core.context_tables import ContextTables
 from device_sim.core.function import Function
 from iommufdd.core.device import DeviceEvent, IommufdDevice
 from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.iopf import Iopf
 from iommufdd.core.translation_tables import TranslationTables
 from protocol.hw.context_entry import WORD_BYTES, ContextEntry
 from protocol.hw.fields import FormatError
-from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID
+from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID, PasidEntry
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import PAGE_SHIFT, Hpa, Pasid
+from simulator.ghost.functions import Walked, Walker
 from simulator.ghost.probes.watch import Seams, Watch
 
 seams = Seams()
@@ -115,6 +117,20 @@ def _gone(watch: Watch, original: Any, unit: IntelIommu) -> None:
     """The link broke: what the unit has goes with it, and the driver cannot ask any more."""
     original(unit)
     watch.ghost.functions.forget_all()
+
+
+@seams.around(IntelIommu, "put_pasid_entry")
+def _put_pasid_entry(
+    watch: Watch, original: Any, unit: IntelIommu, rid: int, pasid: Pasid, entry: PasidEntry
+) -> None:
+    cap, ecap = unit.cap, unit.ecap
+    can = Walker(cap.levels, cap.mgaw, cap.max_huge_page_level, bool(ecap.smpwc), bool(cap.cm))
+    hwpt = watch.hwpts.get(entry.did)
+    if hwpt is not None:
+        table = hwpt.domain
+        kvms = isinstance(hwpt, HwptKvm)
+        watch.ghost.functions.walks(rid, can, Walked(table.level, table.max_huge_page_level, kvms))
+    original(unit, rid, pasid, entry)
 
 
 # -- entries that lead to tables, and what units have of them ----------------------------------------------

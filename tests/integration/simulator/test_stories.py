@@ -70,6 +70,8 @@ BREAKS = {
     "late": ("shared", "R18-late-and-done"),
     "detach": ("shared", "R17-nobody-is-told"),
     "replace": ("mirror", "R8-one-mirror-is-told"),
+    "units": ("managed", "R15-not-coherent"),
+    "units-narrow": ("shared", "B-17-index-for-a-width"),
     "across": ("shared", "B-37-always-failure"),
     "full": ("shared", "R9-overflow-stays"),
     "detach-asleep": ("mirror", "R10-groups-not-waited-for"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from protocol.hw.qi import ResponseCode
-from simulator.ghost.functions import Functions
+from simulator.ghost.functions import Functions, Walked, Walker
 from simulator.ghost.groups import ENGINES_AT_IT, Groups
 from simulator.ghost.leading import LeadingEntries
 from simulator.ghost.violation import Verdicts
@@ -69,6 +70,26 @@ def test_page_requests_of_another_stay_as_they_were() -> None:
 
 def test_nothing_is_said_of_one_whose_unit_went() -> None:
     assert said(comes, Functions.forget_all, lambda f: f.left(RID, unanswered=[1], cached=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"),
+    [
+        ({}, []),
+        ({"levels": [5]}, ["R16"]),
+        ({"width": 47}, ["R16"]),
+        ({"leaf": 2}, ["R16"]),
+        ({"caches_absent": True}, ["R16"]),
+        ({"coherent": False}, ["R15"]),
+    ],
+)
+def test_a_table_that_a_unit_cannot_walk_is_not_given_to_it(
+    changed: dict[str, Any], wrong: list[str]
+) -> None:
+    unit = Walker([4, 5], 48, 3, coherent=True, caches_absent=False)._replace(**changed)
+    assert said(lambda f: f.walks(RID, unit, Walked(4, 3, in_cpu_caches=True))) == wrong
+    own = Walked(4, 3, in_cpu_caches=False)
+    assert said(lambda f: f.walks(RID, unit, own)) == [each for each in wrong if each != "R15"]
 
 
 # -- page request groups ---------------------------------------------------------------------------------
