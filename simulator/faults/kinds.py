@@ -21,6 +21,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "ite": FaultKind("a device completes an invalidation late, or none any more: it times out", 2),
     "full": FaultKind("a unit's page request queue has no room: other functions have filled it", 3),
     "hangup": FaultKind("a process hangs up on another at a message, and both live", 8, excuses=True),
+    "delay": FaultKind("a message is late, and so are those behind it in its channel", 8),
     "store-buffer": FaultKind("others see a daemon's stores as late as its processor may let them", 7),
     "sigstop": FaultKind("a daemon stands still for a while", 10),
     "sigkill": FaultKind(

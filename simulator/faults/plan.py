@@ -12,12 +12,15 @@ from collections.abc import Sequence
 
 from simulator.faults.kinds import FAULTS
 from simulator.faults.store_buffer import StoreBuffer
+from simulator.kernel.files import StreamEnd
+from simulator.kernel.process import SimProcess
 from simulator.world.fate import Fate
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
 VMM = "qemu_shim"
+LINK = "link"
 FAULT = "fault"  # how the journal tells of one
 STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
 
@@ -31,6 +34,7 @@ class Faults:
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
         self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
+        self.late_s = 0.0  # a message, in virtual time
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
         self._buffers = False
@@ -57,6 +61,8 @@ class Faults:
             self._left[kind] = at
             if kind == "ite":
                 self.never = bool(self._pick(kind, ("late", "never")))
+            elif kind == "delay":
+                self.late_s = STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]
             elif kind == "store-buffer":
                 self.buffer = StoreBuffer(VICTIMS[self._pick(kind, VICTIMS)])
 
@@ -106,6 +112,20 @@ class Faults:
             size //= 2
             first += size * self._pick(kind, (_ordinals(first, size), _ordinals(first + size, size)))
         return first
+
+    def delay(self, end: StreamEnd) -> None:
+        """A link is a process that sleeps while it has the message."""
+        world = self._world
+        assert world is not None
+        link = SimProcess(world.host, LINK)
+
+        def arrives() -> None:
+            world.wait((), self.late_s)
+            end.delay(late=False)
+            link.happened("delivers to", end)
+
+        end.delay(late=True)
+        world.spawn(link, arrives)
 
     @property
     def running(self) -> str:

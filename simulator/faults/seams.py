@@ -23,7 +23,7 @@ from protocol.rpc import fence
 from protocol.units import IovaPfn
 from simulator.faults.plan import VMM, Faults
 from simulator.faults.store_buffer import Word
-from simulator.kernel.files import OpenFile, oserror
+from simulator.kernel.files import OpenFile, StreamEnd, oserror
 from simulator.kernel.process import SimEvent, SimMapping, SimPoller, SimProcess, SimSocket
 from simulator.world.memory import TAGS, StructuresView, Words
 from simulator.world.process import Io
@@ -164,6 +164,17 @@ def _recvmsg_into(faults: Faults, original: Any, sock: SimSocket, *args: Any, **
     if faults.due("hangup", sock._end.name):
         raise oserror(errno.ECONNRESET)
     return original(sock, *args, **named)
+
+
+# -- a message is late -----------------------------------------------------------------------------------
+
+
+@_seam(StreamEnd, "send", "delay")
+def _send(faults: Faults, original: Any, end: StreamEnd, *args: Any) -> Any:
+    sent, peer = original(end, *args), end.peer
+    if peer is not None and faults.due("delay", peer.name):
+        faults.delay(peer)
+    return sent
 
 
 # -- stores are seen late --------------------------------------------------------------------------------

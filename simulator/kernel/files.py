@@ -88,6 +88,7 @@ class StreamEnd(OpenFile):
         self._pieces: deque[_Piece] = deque()
         self._unread = 0
         self._reset = False  # the peer went with bytes it had not read
+        self._late = False  # what was sent to it, its peer's end too, has not arrived
 
     @staticmethod
     def pair(numbers: Iterator[int]) -> tuple[StreamEnd, StreamEnd]:
@@ -144,6 +145,8 @@ class StreamEnd(OpenFile):
         """Bytes of several pieces, but of none behind one with files [Linux net/unix/af_unix.c];
         the files are the caller's.  0 bytes: the peer hung up.  EAGAIN, ECONNRESET.
         """
+        if self._late:
+            raise oserror(errno.EAGAIN)
         got, files = 0, list[OpenFile]()
         while self._pieces and got < len(into) and not files:
             piece = self._pieces[0]
@@ -163,6 +166,11 @@ class StreamEnd(OpenFile):
         if self.hung_up or self.shut_read:
             return 0, []
         raise oserror(errno.EAGAIN)
+
+    def delay(self, *, late: bool) -> None:
+        """What is under way to it arrives when it is not late any more, in order."""
+        self._late = late
+        self.changed()
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -199,6 +207,8 @@ class StreamEnd(OpenFile):
             found |= select.EPOLLHUP
         if self._reset:
             found |= select.EPOLLERR
+        if self._late:
+            found = 0
         if peer is None or peer.room:
             found |= select.EPOLLOUT
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -114,6 +115,31 @@ def test_a_process_hangs_up_at_a_message_once() -> None:
         with pytest.raises(ConnectionResetError):
             one.recvmsg_into([into])
         assert one.recvmsg_into([into])[0] == 7
+
+
+def test_a_message_is_late_once_and_what_is_behind_it_waits() -> None:
+    faults = begun("delay", 1, 1)
+    world = faults._world
+    assert world is not None
+    process = SimProcess(world.host, "kvmd")
+    one, other = process.socketpair()
+    told: list[tuple[int, bytes]] = []
+
+    def body() -> None:
+        poller = process.poller()
+        poller.register(other.fileno(), select.EPOLLIN)
+        one.send(b"late,")
+        one.send(b"behind")
+        one.close()
+        with pytest.raises(BlockingIOError):
+            other.recv(1)
+        poller.poll(60.0, 1)
+        told.append((world.now_ns() // 10**9, other.recv(64)))
+
+    with injected(faults):
+        world.run(world.spawn(process, body))
+    assert world.failures == []
+    assert told == [(5, b"late,behind")]
 
 
 def test_a_host_has_no_frame() -> None:
