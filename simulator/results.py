@@ -152,6 +152,19 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
             for each in searches
         ],
     )
+    if plants := record.get("plants"):
+        yield "With a mistake planted, the first run that shows it is, of those sought in these searches:"
+        yield _table(
+            ("mistake", "story", "design", "found by", "run"),
+            [
+                (
+                    *(f"`{each[name]}`" for name in ("plant", "story", "design")),
+                    each["invariant"],
+                    each["run"],
+                )
+                for each in plants
+            ],
+        )
 
 
 def _of_torture(record: Mapping[str, Any]) -> Iterator[str]:

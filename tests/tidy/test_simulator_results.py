@@ -31,7 +31,8 @@ EXHAUSTIVE = {
     "searches": [
         {**SEARCH, "story": "age", "design": "shared", "ended": True, "left": 0},
         {**SEARCH, "story": "age", "design": "mirror", "ended": False, "left": 7},
-    ]
+    ],
+    "plants": [{"plant": "R4-one", "story": "age", "design": "mirror", "invariant": "I9", "run": 5}],
 }
 CLEAN = {
     "designs": [{"design": "shared", "schedules": 2000, "traces": 1990, "failed": 0}],
@@ -67,6 +68,7 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "On `shared` 1 of 1 searches ended: 1,200 interleavings, of which 0 failed.",
         "On `mirror` 0 of 1 searches ended: 0 interleavings, of which 0 failed.",
         "| `age` | `mirror` | 1,200 | 3 | 99 | at least 7 | 0 |",
+        "| `R4-one` | `age` | `mirror` | I9 | 5 |",
         "2,000 schedules of small stories, 1,990 of them distinct by trace, and 100 of whole scenarios",
         "(x86_64, CPython 3.11.2): | what | schedules a second | wanted | verdict |",
         "| --- | --- | --- | --- | | standing | 200 | 400 | MISSED |",
