@@ -19,6 +19,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "three-migrate": [],
     "three-swap": [],
     "three-age": [],
+    "three-slot": [],
     "discard": [],
     "migrate": [],
     "swap": [],
