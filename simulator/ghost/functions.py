@@ -43,7 +43,7 @@ class Functions:
         self._masters: set[int] = set()
         self._asks: set[int] = set()
         self._asked_before: dict[int, bool | None] = {}  # of those that are on an HWPT; None: it lost them
-        self._served: set[int] = set()  # on an HWPT, and not drained
+        self._drained: set[int] = set()  # and on no HWPT since
         self._off_bus: set[int] = set()
 
     def masters(self, rid: int, *, on: bool) -> None:
@@ -62,7 +62,7 @@ class Functions:
     def comes(self, rid: int) -> None:
         """Onto an HWPT."""
         self._asked_before[rid] = rid in self._asks
-        self._served.add(rid)
+        self._drained.discard(rid)
 
     def came(self, rid: int, *, on_demand: bool) -> None:
         """`on_demand`: pages are there when they are asked for, and it can ask."""
@@ -88,13 +88,13 @@ class Functions:
 
     def drained(self, rid: int, *, unread: list[int]) -> None:
         """What it asks for from now on comes too late; `unread`: groups that it asked for before."""
-        self._served.discard(rid)
+        self._drained.add(rid)
         if unread:
             self._verdicts.say("R10", f"function {rid:#x} is drained, its groups {unread} lie in the queue")
 
     def served(self, rid: int) -> None:
         """Pages of its are about to be looked for."""
-        if rid not in self._served:
+        if rid in self._drained:
             self._verdicts.say("R12", f"function {rid:#x} was drained, and is served")
 
     def left(self, rid: int, *, unanswered: list[int], cached: int) -> None:
@@ -127,5 +127,5 @@ class Functions:
         """The units, or their driver, are gone."""
         self.leading.forget_all()
         self._asked_before.clear()
-        for those in (self._masters, self._asks, self._served, self._off_bus):
+        for those in (self._masters, self._asks, self._drained, self._off_bus):
             those.clear()

@@ -43,6 +43,11 @@ def test_a_function_that_comes_is_served_and_goes_is_well() -> None:
     assert said(comes, lambda f: f.served(RID), goes, comes, goes) == []
 
 
+def test_a_request_of_a_unit_that_is_gone_may_still_be_served() -> None:
+    """It lies with iommufdd, which took it out of the queue; the answer reaches nobody."""
+    assert said(comes, lambda f: f.forget_all(), lambda f: f.served(RID)) == []
+
+
 @pytest.mark.parametrize(
     ("steps", "invariant"),
     [
