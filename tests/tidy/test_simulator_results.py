@@ -22,7 +22,7 @@ PLANTED = {
             "catch": ["I9", 5, 3, "age", "shared"],
             "code": "2",
         },
-        {**ROW, "plant": "R7-device-tlb-first", "catch": None},
+        {**ROW, "plant": "R6-paging-structure-cache-stays", "catch": None},
         {**ROW, "plant": "gone", "catch": ["I9", 1, 0, "discard", "shared"]},
     ],
 }
@@ -64,7 +64,7 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "1 of these by a story that was not written for them.",
         "sought in 20,000 schedules of it. This took 0.0 hours of one core; results are of 2 states of the",
         "| `R7-no-device-tlb` | random | I9 | 2/2 | 3 | 1.5 | discard, age |",
-        "| `R7-device-tlb-first` | random | - | 0/1 ! | - | - | - |",
+        "| `R6-paging-structure-cache-stays` | random | - | 0/1 ! | - | - | - |",
         "On `shared` 1 of 1 searches ended: 1,200 interleavings, of which 0 failed.",
         "On `mirror` 0 of 1 searches ended: 0 interleavings, of which 0 failed.",
         "| `age` | `mirror` | 1,200 | 3 | 99 | at least 7 | 0 |",
