@@ -35,9 +35,12 @@ def queues_of(file: OpenFile, both_ends: bool) -> set[Touch]:
     return {Touch(("channel", end.name), True) for end in (file, peer) if end is not None}
 
 
-def accessed(memory: Memory, at: int, size: int, writes: bool) -> tuple[str, frozenset[Touch]]:
-    """What people are told of a load or store of those bytes, and the words of it."""
+def told_of(memory: Memory, at: int, writes: bool) -> str:
+    """What people are told of a load or store there."""
+    return f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
+
+
+def words_of(memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
     grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
     numbers = range(at // grain, -(-(at + size) // grain))
-    told = f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
-    return told, frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
+    return frozenset(Touch(("word", memory.name, number), writes) for number in numbers)

@@ -27,7 +27,7 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
-from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, accessed, queues_of, state_of
+from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, queues_of, state_of, told_of, words_of
 from simulator.world.thread import Candidate, Event, SimThread
 
 STEP_NS = 2_000
@@ -70,7 +70,7 @@ class World:
         self._paused: SimThread | None = None
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
-        self._accessed = lru_cache(ACCESSES)(accessed)
+        self._told, self._words = lru_cache(ACCESSES)(told_of), lru_cache(ACCESSES)(words_of)
 
     # -- threads ---------------------------------------------------------------------------------------
 
@@ -245,6 +245,9 @@ class World:
         if thread.stopped_ns > self._now:
             return []
         if thread.standing:
+            if thread.access is not None and self._strategy.watches:
+                option, touches = thread.steps[0].option, thread.state | self._words(*thread.access)
+                thread.stands(option._replace(touches=touches))
             return thread.steps
         steps = thread.deliveries(self._woken)
         if not steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
@@ -355,22 +358,22 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        told, words = self._accessed(memory, at, size, writes)
+        told = self._told(memory, at, writes)
         if self._is_alone(me):
             if self._settling:  # a step is the same one, whoever else is about
-                self._take(Option(me.name, told, me.state | words))
+                self._take(Option(me.name, told, me.state | self._words(memory, at, size, writes)))
                 return
             self.journal.add(f"{me.name} {told}")
             if self._strategy.watches:
-                self._touched |= words
+                self._touched |= self._words(memory, at, size, writes)
             return
-        me.stands(Option(me.name, told, me.state | words))
+        me.stands(Option(me.name, told, me.state), (memory, at, size, writes))
         self._switch(me, WORD_NS)
 
     def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread loads or stores those bytes within its step."""
         if self._strategy.watches and len(memory.mappers) > 1:
-            self._touched |= self._accessed(memory, at, size, writes)[1]
+            self._touched |= self._words(memory, at, size, writes)
 
     # -- the port `Scheduler` --------------------------------------------------------------------------
 

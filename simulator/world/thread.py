@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 from greenlet import greenlet
 
+from simulator.kernel.files import Memory
 from simulator.kernel.process import SimPoller, SimProcess
 from simulator.search.option import Option, Touch
 from simulator.world.fate import Fate
 from simulator.world.places import TIME_PASSES, queues_of
 
 Event = tuple[int, int]  # of a poller: fd, what
+Access = tuple[Memory, int, int, bool]  # where in bytes, how many, does it store?
 
 
 class Candidate(NamedTuple):
@@ -35,6 +37,7 @@ class SimThread:
     taken: int = 0  # steps
     stopped_ns: int = 0  # it does nothing until then
     standing: bool = False  # it could go on, with its one step
+    access: Access | None = None  # which that is, if its places are not among its touches yet
     waits: Sequence[SimPoller] = ()
     is_woken: Callable[[], bool] | None = None
     deadline_ns: int | None = None
@@ -43,9 +46,9 @@ class SimThread:
     steps: list[Candidate] = field(default_factory=list)  # what it could do
     steps_of: int = -1  # when what it waits for was of that version
 
-    def stands(self, option: Option) -> None:
+    def stands(self, option: Option, access: Access | None = None) -> None:
         """It is about to do that."""
-        self.standing = True
+        self.standing, self.access = True, access
         self.steps = [Candidate(option, self)]
 
     def waits_for(
@@ -60,7 +63,7 @@ class SimThread:
     def goes_on(self, event: Event | None = None) -> None:
         """It runs, and is told that."""
         self.waits_for(())
-        self.told = event
+        self.access, self.told = None, event
 
     def deliveries(self, woken: int) -> list[Candidate]:
         """What it waits for and is there.  `woken`: how often anybody was."""
