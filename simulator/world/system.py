@@ -171,6 +171,20 @@ which it would run."""
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage that does something when it goes (an asynchronous generator is closed, a weak reference calls)
+    goes between runs: in the middle of one, when it goes depends on all that the interpreter ever did.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
 def system(
     strategy: Strategy,
     options: Mapping[str, Sequence[str]] = SMALL,
@@ -190,7 +204,7 @@ def system(
             ordered.append(tasks.pop(world.pick("task", labels)))
         return [*ordered, *tasks]
 
-    with trio_run.ordered(by_choice):
+    with trio_run.ordered(by_choice), _uncollected():
         made = System(world)
         made.start(options, fates)
         try:

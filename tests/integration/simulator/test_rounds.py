@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -109,3 +110,28 @@ def test_what_the_end_of_a_machine_shows_is_its_last_rounds() -> None:
 
     playing = player(play, 3)
     assert [playing(RandomWalk(0)).invariant for _ in range(3)] == ["", "", "I0"]
+
+
+def test_what_does_something_when_it_goes_goes_between_runs() -> None:
+    """In the middle of one it would be another run each time: what else there is to collect decides when."""
+    gone = []
+
+    class Cycle:
+        def __init__(self, number: int) -> None:
+            self.me, self.number = self, number
+
+        def __del__(self) -> None:
+            gone.append(self.number)
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        for number in excerpt.rounds():
+            Cycle(number)
+            _ = [[] for _ in range(100_000)]  # reason enough to collect
+            ctx.expect_equal(gone, [], "I0: those that went")
+
+    assert gc.isenabled()
+    playing = player(play, 2)
+    assert not any(playing(RandomWalk(n)).invariant for n in range(2))
+    assert gc.isenabled()
+    gc.collect()
+    assert sorted(gone) == [0, 1]
