@@ -17,6 +17,7 @@ class Groups:
         self._forgotten: set[tuple[int, int]] = set()
         self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
         self._taken: set[tuple[int, int]] = set()  # out of the queue, by the driver
+        self._refused = False  # KVM served somebody nothing, whatever the page
 
     @property
     def outstanding(self) -> list[tuple[int, int]]:
@@ -63,13 +64,17 @@ class Groups:
         """Those of them that the driver has not read."""
         return [index for index in self.late(rid) if (rid, index) not in self._taken]
 
+    def refused(self) -> None:
+        """KVM is gone for who asked, or has no memory: no page of his comes, so Response Failure is right."""
+        self._refused = True
+
     def answers(self, rid: int, index: int, code: ResponseCode, nowhere: list[int]) -> None:
         """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`."""
         for page in nowhere:
             what = f"group {index} of function {rid:#x} is answered {code.name}, page {page:#x} is nowhere"
             if code is ResponseCode.SUCCESS:
                 self._verdicts.say("I8", what)
-            elif code is ResponseCode.FAILURE:
+            elif code is ResponseCode.FAILURE and not self._refused:
                 self._verdicts.say("I8", f"{what}: that ends all its page requests")
 
     def forget_all(self) -> None:

@@ -7,6 +7,7 @@ kvmd's end, device_sim of iommufdd's.  Until then they may use what they have; t
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,13 @@ from iommufdd.core.platform import Platform
 from iommufdd.kvmd_channel import KvmdChannel
 from kvmd.core.export.importer import Registration
 from kvmd.core.mm.hmm import Mirror
+from protocol.errors import EHWPOISON, UapiError
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 seams = Seams()
+OF_ONE_PAGE = errno.EFAULT, errno.EINVAL, EHWPOISON
 DEAD_KVM, DEAD_DRIVER, LOAN = "table of a dead KVM", "link of a dead driver", "loan of who hung up"
 
 
@@ -124,7 +127,12 @@ def _must_end(watch: Watch, kind: str) -> Iterator[None]:
 async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
     """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
     with _must_end(watch, "request"):
-        return await original(channel, op, *args, **named)
+        try:
+            return await original(channel, op, *args, **named)
+        except UapiError as error:
+            if error.errno not in OF_ONE_PAGE:
+                watch.ghost.groups.refused()
+            raise
 
 
 @seams.around(Registration, "leave")

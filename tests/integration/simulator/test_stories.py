@@ -82,7 +82,7 @@ BREAKS = {
     "hole": ("shared", "R24-hole-without-a-zap"),
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
-    "lend-dies": ("shared", "R28-kvm-is-gone"),
+    "lend-dies": ("shared", "R13-did-is-left"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "driver-dies": ("shared", "R28-death-is-an-ack"),
     "export": ("shared", "B-28-vcpu-of-another-width"),

@@ -100,6 +100,17 @@ def test_a_table_that_a_unit_cannot_walk_is_not_given_to_it(
 # -- page request groups ---------------------------------------------------------------------------------
 
 
+def test_a_group_that_kvm_serves_nothing_may_fail_whatever_its_pages() -> None:
+    for refuses in (False, True):
+        verdicts = Verdicts()
+        groups = Groups(verdicts)
+        groups.sent(RID, 0, 1)
+        if refuses:
+            groups.refused()
+        groups.answers(RID, 0, ResponseCode.FAILURE, [7])
+        assert [found.invariant for found in verdicts.found] == ([] if refuses else ["I8"])
+
+
 def test_groups_that_were_out_when_their_function_went_are_known() -> None:
     groups = Groups(Verdicts())
     for index in range(3):

@@ -151,7 +151,8 @@ ELSEWHERE = {
     *((Kvm, "destroy"), (Exports, "close"), (Exports, "register_noncoherent_dma")),
     *(seam for seam in processes.seams if seam != (Hwpt, "__init__")),
     *(seam for seam in private.seams if seam[1] != "__init__"),
-    *(seam for seam in attachments.seams if seam[0] in (IommufdDevice, IntelIommu, Iopf)),
+    *(seam for seam in attachments.seams if seam[0] in (IommufdDevice, Iopf)),
+    *((IntelIommu, name) for _, name in attachments.seams if _ is IntelIommu and name != "put_pasid_entry"),
     *((ContextTables, "invalidate_contexts"), (ContextTables, "invalidate_pasids"), (PrqWriter, "_accept")),
 }
 
