@@ -72,5 +72,5 @@ REQUESTS = (
         "full", "the same, and the queue of page requests overflows", _across, MAY_TAKE, faults=("full",)
     ),
     SmallStory("detach-asleep", "a device leaves while its pages sleep", _leaves_asleep, MAY_TAKE, TWO),
-    SmallStory("detach-asks", "a device that can always ask leaves", leaves, options=ASKS_ALREADY),
+    SmallStory("detach-asks", "a device that can always ask leaves", leaves, MAY_TAKE, ASKS_ALREADY),
 )
