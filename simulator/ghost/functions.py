@@ -123,9 +123,15 @@ class Functions:
         if rid in self._masters:
             self._verdicts.say("R18", f"function {rid:#x} is taken off the bus, and masters it")
 
-    def forget_all(self) -> None:
-        """The units, or their driver, are gone."""
+    def unlinked(self) -> None:
+        """Units and driver have lost each other.  What functions may do they say themselves."""
         self.leading.forget_all()
         self._asked_before.clear()
-        for those in (self._masters, self._asks, self._drained, self._off_bus):
-            those.clear()
+        self._drained.clear()
+        self._off_bus.clear()
+
+    def forget_all(self) -> None:
+        """The units are gone."""
+        self.unlinked()
+        self._masters.clear()
+        self._asks.clear()

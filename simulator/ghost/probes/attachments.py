@@ -116,7 +116,7 @@ async def _take_off(watch: Watch, original: Any, unit: IntelIommu, rid: int) -> 
 def _gone(watch: Watch, original: Any, unit: IntelIommu) -> None:
     """The link broke: what the unit has goes with it, and the driver cannot ask any more."""
     original(unit)
-    watch.ghost.functions.forget_all()
+    watch.ghost.functions.unlinked()
 
 
 @seams.around(IntelIommu, "put_pasid_entry")

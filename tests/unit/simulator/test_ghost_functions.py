@@ -43,6 +43,13 @@ def test_a_function_that_comes_is_served_and_goes_is_well() -> None:
     assert said(comes, lambda f: f.served(RID), goes, comes, goes) == []
 
 
+def test_who_could_ask_before_its_link_broke_can_behind_it() -> None:
+    on = [lambda f: f.asks(RID, on=True), lambda f: f.unlinked(), lambda f: f.comes(RID)]
+    assert said(*on, lambda f: f.came(RID, on_demand=True)) == []
+    off = [lambda f: f.asks(RID, on=True), lambda f: f.forget_all(), lambda f: f.comes(RID)]
+    assert said(*off, lambda f: f.came(RID, on_demand=True)) == ["R9"]
+
+
 def test_a_request_of_a_unit_that_is_gone_may_still_be_served() -> None:
     """It lies with iommufdd, which took it out of the queue; the answer reaches nobody."""
     assert said(comes, lambda f: f.forget_all(), lambda f: f.served(RID)) == []
