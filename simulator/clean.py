@@ -80,7 +80,7 @@ def played(judged: Judged, schedules: int, workers: int | None, code: str) -> Ca
     end = run_campaign(
         campaign,
         partial(begin, judged, ROUNDS if small else 1),
-        path=KEPT / f"{judged.scenario}-{judged.design}-{code}.jsonl",
+        path=KEPT / f"{judged.scenario}-{judged.design}-{schedules}-{code}.jsonl",
         workers=workers,
         progress=progress,
     )
