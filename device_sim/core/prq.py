@@ -49,6 +49,7 @@ class PrqWriter:
         self._pqa = 0
         self._ring = page_request_ring(0)
         self._tail = 0  # the index
+        self._drops = False  # PRO came to show, and nobody who waits for room was told that it went
         self._accepting: Wait[None] = Wait()
 
     @property
@@ -66,14 +67,15 @@ class PrqWriter:
             self._answer(request, ResponseCode.FAILURE)
             return
         if self.overflow:
-            self._take_pro()
+            self._take_clears()
         if self.overflow or not self._store(request):
             self.dropped += 1
+            self._drops = True
             self._registers.raise_status(Reg.PRS, Prs.PRO)
             self._answer(request, ResponseCode.SUCCESS)
             return
         self.requests += 1
-        self._registers.raise_status(Reg.PRS, Prs.PPR)
+        self._raise_ppr()
 
     def _answer(self, request: PageRequest, code: ResponseCode) -> None:
         """On our own, once a group; a stop marker wants no answer."""
@@ -106,15 +108,24 @@ class PrqWriter:
 
     def take_clears(self) -> None:
         """PRO cleared lets requests in again; PPR clear over a queue that is not empty is set again."""
-        self._take_pro()
+        self._take_clears()
         if self._registers.stored(Reg.PQH) != self._ring.offset(self._tail):
-            self._registers.raise_status(Reg.PRS, Prs.PPR)
+            self._raise_ppr()
 
-    def _take_pro(self) -> None:
-        if self._registers.take_clears(Reg.PRS) & Prs.PRO:
+    def _take_clears(self) -> None:
+        self._registers.take_clears(Reg.PRS)
+        self._look_for_room()
+
+    def _raise_ppr(self) -> None:
+        self._registers.raise_status(Reg.PRS, Prs.PPR)  # which takes clears, of PRO too
+        self._look_for_room()
+
+    def _look_for_room(self) -> None:
+        if self._drops and not self.overflow:
             self._accept()
 
     def _accept(self) -> None:
+        self._drops = False
         accepting, self._accepting = self._accepting, Wait()
         accepting.set(None)
 

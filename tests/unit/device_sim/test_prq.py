@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import capabilities
+from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import Iova, IovaPfn, Pasid
@@ -47,7 +50,8 @@ class Ring:
         cap, ecap = capabilities()
         memory = PhysicalMemory()
         self.endpoint = AnsweredEndpoint()
-        self.unit = RemappingUnit(cap, ecap, 46, memory)
+        self.on_fence: Callable[[], None] = lambda: None
+        self.unit = RemappingUnit(cap, ecap, 46, memory, fence=lambda: self.on_fence())
         self.unit.add_endpoint(RID, self.endpoint)
         self.driver = RawDriver(self.unit, memory, pqs=pqs)
         self.driver.add_function(RID)
@@ -101,6 +105,20 @@ def test_who_cleared_ppr_and_read_the_tail_too_early_is_told_at_the_next_kick() 
     ring.taken()
     ring.unit.kick()
     assert (ring.shows, ring.driver.request_events) == (0, 2), "an empty queue has nothing to tell"
+
+
+def test_who_waits_for_room_is_told_of_a_clear_that_is_taken_with_the_next_event() -> None:
+    """The driver takes what is there while the unit is about to raise PPR, and so takes clears (R9)."""
+    ring, flows = Ring(), Flows()
+    ring.fill(ROOM + 1)
+    assert ring.shows == PPR | PRO
+    waits = flows.start(ring.queue.wait_accepting())
+    ring.driver.clear(PRS, PPR)
+    ring.on_fence = lambda: ring.driver.clear(PRS, PRO)
+    ring.unit.kick()  # which finds requests that were not taken
+    ring.on_fence = lambda: None
+    flows.run_ready()
+    assert (ring.shows, waits.done) == (PPR, True)
 
 
 def test_a_masked_event_goes_out_when_it_is_unmasked() -> None:
