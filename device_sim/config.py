@@ -12,7 +12,14 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from device_sim.core.traits import DeviceTraits, InvalidateCompletion, Traits, UnitTraits, capabilities
+from device_sim.core.traits import (
+    PRI_CAPACITY,
+    DeviceTraits,
+    InvalidateCompletion,
+    Traits,
+    UnitTraits,
+    capabilities,
+)
 from protocol.daemon import parser
 from protocol.uapi.link import FAULT_CAPABILITIES
 
@@ -76,6 +83,14 @@ def _add_device_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--no-ats", action="store_true")
     options.add_argument("--no-pri", action="store_true")
     options.add_argument("--pri-on", action="store_true", help="page requests are on before anybody attaches")
+    options.add_argument(
+        "--pri-capacity",
+        type=int,
+        default=PRI_CAPACITY,
+        choices=range(1, PRI_CAPACITY + 1),
+        metavar=f"1..{PRI_CAPACITY}",
+        help="page requests that may be outstanding",
+    )
     options.add_argument("--pasid-optional", action="store_true", help="responses need not carry the PASID")
 
 
@@ -158,6 +173,7 @@ def _device(number: int, given: argparse.Namespace) -> DeviceTraits:
         ats=not given.no_ats,
         pri=not given.no_pri and capability != "none",
         pri_on=given.pri_on and capability != "none",
+        pri_capacity=given.pri_capacity,
         invalidate_completion=InvalidateCompletion(given.invalidate_completion),
         control_faults=capability == "full",
     )

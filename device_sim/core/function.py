@@ -27,7 +27,6 @@ from protocol.hw.qi import ALL_PAGES, ResponseCode
 from protocol.pt import bits
 from protocol.units import PAGE_OFFSET_MASK, PAGE_SHIFT, PAGE_SIZE, Hpa, Iova, IovaPfn, iova_pfn_of
 
-PRI_CAPACITY = 512
 GROUP_PAGES = 8  # as many pages as one group asks for
 MAX_REQUESTS = 64  # page requests for one page, answered Success, before the device gives up on it (R20)
 MAX_STALE_NOTES = 16
@@ -68,7 +67,7 @@ class Function:
         self.fault_latencies_ns: deque[int] = deque(maxlen=MAX_LATENCIES)
         self._clock = clock
         self.devtlb = DevTlb()
-        self.pri = PageRequestInterface(rid, unit.prq, PRI_CAPACITY)
+        self.pri = PageRequestInterface(rid, unit.prq, self.traits.pri_capacity)
         self.pasid_enabled = False
         self.ats_enabled = False
         self.dma_enabled = False
@@ -79,7 +78,7 @@ class Function:
         self._memory = memory
         unit.add_endpoint(rid, self)
         if self.traits.pri_on:
-            self.pri.enable(PRI_CAPACITY)
+            self.pri.enable(self.pri.capacity)
 
     # -- what the remapping unit sends -----------------------------------------------------------------
 
@@ -147,7 +146,7 @@ class Function:
         self.configure(ats=False, bus_master=False, pri_allocation=0)
         self.configure(pasid=False)
         if self.traits.pri_on:
-            self.pri.enable(PRI_CAPACITY)
+            self.pri.enable(self.pri.capacity)
 
     # -- DMA -------------------------------------------------------------------------------------------
 

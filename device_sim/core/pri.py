@@ -40,6 +40,7 @@ class PageRequestInterface:
         self._rid = rid
         self._queue = queue
         self._credits = 0
+        self._indices = min(capacity, PRGI_MAX + 1)  # as many as groups can be out
         self._next_index = 0
         self._groups: dict[int, _RequestGroup] = {}
         self._outstanding: dict[PageAccess, Wait[ResponseCode]] = {}
@@ -99,7 +100,7 @@ class PageRequestInterface:
         while (
             self._waiting
             and len(self._waiting[0].accesses) <= self._credits
-            and len(self._groups) <= PRGI_MAX
+            and len(self._groups) < self._indices
         ):
             group = self._waiting.popleft()
             index = self._free_index()
@@ -121,9 +122,9 @@ class PageRequestInterface:
 
     def _free_index(self) -> int:
         while self._next_index in self._groups:
-            self._next_index = (self._next_index + 1) & PRGI_MAX
+            self._next_index = (self._next_index + 1) % self._indices
         index = self._next_index
-        self._next_index = (index + 1) & PRGI_MAX
+        self._next_index = (index + 1) % self._indices
         return index
 
     def respond(self, index: int, code: ResponseCode) -> None:

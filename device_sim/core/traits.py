@@ -13,6 +13,7 @@ from protocol.hw.caps import Cap, Ecap, make_cap, make_ecap
 
 FAULT_RECORDS_AT = 0x400  # in the register page
 FAULT_RECORDS = 64
+PRI_CAPACITY = 512
 
 
 class InvalidateCompletion(StrEnum):
@@ -32,6 +33,7 @@ class Traits:
     pasid: bool = True
     ats: bool = True
     pri: bool = True
+    pri_capacity: int = PRI_CAPACITY  # page requests that may be outstanding [PCIe 7.8.9.4]
     pri_on: bool = False  # page requests are on already, by whoever had the function before
     invalidate_completion: InvalidateCompletion = InvalidateCompletion.IN_TIME
     control_faults: bool = True  # an absent completion record or batch list is asked for, not an error

@@ -125,6 +125,15 @@ def test_at_most_512_groups_are_outstanding_each_with_an_index_of_its_own() -> N
     assert pri.pri.unexpected_responses == 0
 
 
+def test_a_function_takes_indices_in_turn_as_many_as_it_may_have_groups_out() -> None:
+    pri = Pri(allocation=2, capacity=2)
+    pri.ask(read(0))
+    for page in (1, 2, 3):
+        pri.ask(read(page))
+        pri.respond(1)
+    assert [(group[0].prgi, group[0].page) for group in pri.groups()] == [(0, 0), (1, 1), (1, 2), (1, 3)]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
     [

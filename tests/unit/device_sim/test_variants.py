@@ -242,3 +242,8 @@ def test_what_is_not_there_cannot_be_changed(wrong: list[str], capsys: pytest.Ca
     with pytest.raises(SystemExit):
         settings(*wrong)
     assert "error" in capsys.readouterr().err
+
+
+def test_a_device_may_have_few_page_requests_outstanding() -> None:
+    made = settings("--devices", "2", "--pri-capacity", "8", "--device", "1:pri-capacity=2")
+    assert [device.function.pri_capacity for device in made.devices] == [8, 2]
