@@ -124,6 +124,13 @@ class Caches:
         held = self._translations.get(holder, {})
         return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
 
+    def leads_astray(self, root: int, page: int) -> bool:
+        """Has a cache a pointer for it to a table that was cut off, and may for a while?"""
+        return any(
+            cached.root == root and cached.start <= page < cached.end and cached.ended is not None
+            for cached in self.pointers()
+        )
+
     def held(self, holder: Holder) -> list[CachedTranslation]:
         return list(self._translations.get(holder, {}).values())
 

@@ -28,7 +28,16 @@ class FaultJudge:
 
     def failed(self, root: int, page: int, need: int) -> None:
         """It is told that nothing is there that it may have; somebody else may have been faster (I8)."""
+        if self._has(root, page, need):
+            self._verdicts.say("I8", f"a fault on page {page:#x} fails, root {root:#x} maps it")
+
+    def is_not_granted(self, root: int, page: int, need: int) -> None:
+        """A unit says that nothing is there that the device may have, and nothing has changed since it was
+        asked: a right that came is there for whoever asks [VT-d 6.2.1], or he asks for ever (R20)."""
+        if self._has(root, page, need):
+            self._verdicts.say("R20", f"page {page:#x} is not granted, root {root:#x} maps it")
+
+    def _has(self, root: int, page: int, need: int) -> bool:
         spans = self._tables.roots.get(root)
         there = None if spans is None else spans.get(page)
-        if there is not None and there.rights & need == need:
-            self._verdicts.say("I8", f"a fault on page {page:#x} fails, root {root:#x} maps it")
+        return there is not None and there.rights & need == need

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 
+from protocol.errors import EHWPOISON
+from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from simulator.ghost.violation import Verdicts
 
 ENGINES_AT_IT = 4  # of one function, at work on one page
+OF_ONE_PAGE = errno.EFAULT, errno.EINVAL, EHWPOISON
 
 
 class Groups:
@@ -76,6 +80,17 @@ class Groups:
                 self._verdicts.say("I8", what)
             elif code is ResponseCode.FAILURE and not self._refused:
                 self._verdicts.say("I8", f"{what}: that ends all its page requests")
+
+    def finds(self, request: PageRequest, code: ResponseCode, refused: int | None) -> None:
+        """What the driver makes of one page.  `refused`: by whoever has the memory, the errno, 0 if he is
+        not; None: he was not asked."""
+        what = f"page {request.addr >> 12:#x} of function {request.rid:#x} is answered {code.name}"
+        if refused is None and code is not ResponseCode.SUCCESS:
+            self._verdicts.say("I8", f"{what}, and nobody was asked for it")
+        elif refused in OF_ONE_PAGE and code is not ResponseCode.INVALID:
+            self._verdicts.say("I8", f"{what}, for what concerns that page alone")
+        elif refused and code is ResponseCode.SUCCESS:
+            self._verdicts.say("I8", f"{what}, and was refused")
 
     def forget_all(self) -> None:
         """The functions are gone."""

@@ -108,9 +108,10 @@ SILICON = (
                 "pass",
             ),
             Edit(
-                f"{_FUNCTION}.configure",
-                "if not (self.ats_enabled and self.dma_enabled):",
-                "if False:",
+                f"{_FUNCTION}.stop",
+                "self.configure(ats=False, bus_master=False, pri_allocation=0)\n"
+                "    self.configure(pasid=False)",
+                "self.ats_enabled = self.dma_enabled = self.pasid_enabled = False\n    self.pri.disable()",
             ),
         ],
         races=["R28"],
@@ -199,6 +200,13 @@ SILICON = (
         races=["R9"],
     ),
     Plant(
+        "R9-room-and-nobody-is-told",
+        "Who waits for room in the queue is not told of a clear that was taken on the way to the next event.",
+        "R9",
+        [Edit(f"{_PRQ}._raise_ppr", "self._look_for_room()", "pass")],
+        races=["R9"],
+    ),
+    Plant(
         "R11-index-used-again",
         "A page request group takes an index whose last group is not answered yet.",
         "I8",
@@ -245,5 +253,6 @@ SILICON = (
         "R12",
         [Edit(f"{_CONTEXTS}.check_page_request", "if not context.pre:", "if False:")],
         races=["R12"],
+        simulated=False,  # our driver gives PRE to each function that has page requests
     ),
 )

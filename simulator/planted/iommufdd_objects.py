@@ -35,6 +35,7 @@ IOMMUFDD_OBJECTS = (
         "I24",
         [Edit(f"{_DEVICE}.leave", "self._partial.discard([self.rid])", "pass")],
         races=["R10", "R11"],
+        simulated=False,  # our units queue all of a group, or overflow, before they look at a drain
     ),
     Plant(
         "R10-bus-master-stays",
@@ -133,7 +134,6 @@ IOMMUFDD_OBJECTS = (
         "R28",
         [Edit(f"{_PLATFORM}.lose_kvm", "await hwpt.give_back()", "pass")],
         races=["R28", "R27"],
-        simulated=False,  # of a story without faults: with `--faults hangup` one comes to it
     ),
     Plant(
         "R28-hung-up-on-and-walking",
@@ -147,7 +147,6 @@ IOMMUFDD_OBJECTS = (
             )
         ],
         races=["R28"],
-        simulated=False,  # likewise
     ),
     Plant(
         "R10-nothing-to-go-back-to",
@@ -343,6 +342,7 @@ IOMMUFDD_OBJECTS = (
         "R17",
         [Edit(f"{_PAGING}.flush", "self._stale += stale", "pass")],
         races=["R17"],
+        simulated=False,  # our units refuse no descriptor of our driver's
     ),
     Plant(
         "R23-table-free-at-once",
@@ -418,6 +418,7 @@ IOMMUFDD_OBJECTS = (
             )
         ],
         races=["R10"],
+        simulated=False,  # who pins waits since before his device left, who destroys waits behind him
     ),
     Plant(
         "unpinned-and-mapped",
@@ -445,6 +446,7 @@ IOMMUFDD_OBJECTS = (
         "I28",
         [Edit(f"{_PINS}._pin_gap", "if not lookup.stale(hva, Hva(hva + size)):", "if True:")],
         races=["R1"],
+        simulated=False,  # what is pinned is mapped: as if the process had changed it right behind the pin
     ),
     Plant(
         "pages-unpinned-before-the-flush",

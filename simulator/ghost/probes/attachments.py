@@ -8,12 +8,15 @@ from typing import Any
 
 from device_sim.core.context_tables import ContextTables
 from device_sim.core.function import Function
-from iommufdd.core.device import DeviceEvent, IommufdDevice
+from iommufdd.core.device import DeviceEvent, DeviceState, IommufdDevice
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.intel_iommu import IntelIommu
+from iommufdd.core.iommufd import IommufdCtx
 from iommufdd.core.iopf import Iopf
+from iommufdd.core.object import Object, Objects
 from iommufdd.core.translation_tables import TranslationTables
+from iommufdd.kvm_client import KvmTdp
 from protocol.hw.context_entry import WORD_BYTES, ContextEntry
 from protocol.hw.fields import FormatError
 from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID, PasidEntry
@@ -44,6 +47,8 @@ def _happens(watch: Watch, original: Any, device: IommufdDevice, event: DeviceEv
 
 @seams.around(IommufdDevice, "enter")
 async def _enter(watch: Watch, original: Any, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool) -> None:
+    if device.state is DeviceState.UNBOUND:
+        watch.ghost.verdicts.say("R10", f"function {device.rid:#x} is attached by an iommufd that it left")
     await original(device, hwpt, pinned=pinned)
     watch.ghost.functions.came(device.rid, on_demand=hwpt.needs_iopf and not pinned)
 
@@ -60,6 +65,30 @@ async def _leave(watch: Watch, original: Any, device: IommufdDevice) -> None:
     for (other, index), group in device._partial._groups.items():
         if other == rid and group.hwpt is hwpt:
             ghost.verdicts.say("I24", f"function {rid:#x} left, and some of its group {index} waits still")
+
+
+@seams.around(IommufdCtx, "close")
+def _close(watch: Watch, original: Any, ctx: IommufdCtx) -> None:
+    original(ctx)
+    watch.kept.append(ctx)
+    watch.closed.add(id(ctx.objects))
+
+
+@seams.around(Objects, "add")
+def _add(watch: Watch, original: Any, objects: Objects, obj: Object) -> int:
+    if id(objects) in watch.closed:
+        what = f"{type(obj).__name__} becomes an object of an iommufd that was closed"
+        watch.ghost.verdicts.say("R13", what)
+    number: int = original(objects, obj)
+    return number
+
+
+@seams.around(KvmTdp, "release")
+def _release(watch: Watch, original: Any, tdp: KvmTdp) -> None:
+    if tdp in watch.put:
+        watch.ghost.verdicts.say("R13", "a TDP FD is put twice")
+    watch.put.append(tdp)
+    original(tdp)
 
 
 @seams.around(Iopf, "_handle")
@@ -126,6 +155,9 @@ def _put_pasid_entry(
     cap, ecap = unit.cap, unit.ecap
     can = Walker(cap.levels, cap.mgaw, cap.max_huge_page_level, bool(ecap.smpwc), bool(cap.cm))
     hwpt = watch.hwpts.get(entry.did)
+    if hwpt is None or entry.did in watch.ending:
+        what = f"function {rid:#x} is given domain {entry.did}, whose HWPT is destroyed"
+        watch.ghost.verdicts.say("R10", what)
     if hwpt is not None:
         table = hwpt.domain
         kvms = isinstance(hwpt, HwptKvm)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.hwpt_mirror import HwptMirror
 from kvmd.core.cpu.vcpu import Vcpu
 from kvmd.core.export.exports import Exports
 from kvmd.core.export.tdp_fd import ExportedTdp
@@ -11,7 +14,10 @@ from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import FaultingVcpu, FaultResult, PageFault
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
+from protocol.errors import UapiError
+from protocol.hw.prq import PageRequest
 from protocol.pt import bits
+from protocol.pt.geometry import address_bits
 from simulator.ghost.probes.watch import Seams, Watch
 
 seams = Seams()
@@ -51,6 +57,28 @@ async def _try(
 def _store(watch: Watch, original: Any, path: FaultPath, root: Root, *args: Any) -> Any:
     watch.ghost.faults.maps_into(root.hpa)
     return original(path, root, *args)
+
+
+async def _fault_in(watch: Watch, original: Any, hwpt: Hwpt, request: PageRequest) -> None:
+    watch.looked_up[request] = 0
+    try:
+        await original(hwpt, request)
+    except UapiError as error:
+        watch.looked_up[request] = error.errno
+        raise
+
+
+seams.around(HwptKvm, "fault_in")(_fault_in)
+seams.around(HwptMirror, "fault_in")(_fault_in)
+
+
+@seams.around(Hwpt, "fault")
+async def _fault(watch: Watch, original: Any, hwpt: Hwpt, request: PageRequest) -> Any:
+    code = await original(hwpt, request)
+    refused = watch.looked_up.pop(request, None)
+    if refused is not None or request.addr >> address_bits(hwpt.domain.level) == 0:
+        watch.ghost.groups.finds(request, code, refused)
+    return code
 
 
 @seams.around(Exports, "close")

@@ -7,24 +7,25 @@ kvmd's end, device_sim of iommufdd's.  Until then they may use what they have; t
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from device_sim.core.root_complex import RootComplex
-from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt import NOT_LENT, Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.platform import Platform
+from iommufdd.kvm_client import KvmTdp
 from iommufdd.kvmd_channel import KvmdChannel
 from kvmd.core.export.importer import Registration
 from kvmd.core.mm.hmm import Mirror
-from protocol.errors import EHWPOISON, UapiError
+from protocol.errors import UapiError
+from simulator.ghost.groups import OF_ONE_PAGE
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 seams = Seams()
-OF_ONE_PAGE = errno.EFAULT, errno.EINVAL, EHWPOISON
 DEAD_KVM, DEAD_DRIVER, LOAN = "table of a dead KVM", "link of a dead driver", "loan of who hung up"
 
 
@@ -59,6 +60,7 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
                 ghost.liveness.begins(watch.now(), DEAD_KVM, watch.orphans[did])
     if gone == "iommufdd":
         watch.hwpts.clear()
+        watch.ending.clear()
         watch.platform = None  # what it had is nobody's, and not left over
         if watch.plugged:
             ghost.liveness.begins(watch.now(), DEAD_DRIVER, "device_sim")
@@ -68,8 +70,11 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
 @seams.around(Hwpt, "__init__")
 def _hwpt(watch: Watch, original: Any, hwpt: Hwpt, *args: Any, **named: Any) -> None:
     original(hwpt, *args, **named)
-    watch.hwpts[hwpt.domain.did] = hwpt
-    watch.orphans.pop(hwpt.domain.did, None)
+    did = hwpt.domain.did
+    if did in watch.ending:
+        watch.ghost.verdicts.say("R10", f"domain id {did} is given again, and units have not let go of it")
+    watch.hwpts[did] = hwpt
+    watch.orphans.pop(did, None)
     watch.ghost.opened(hwpt.domain.root)
 
 
@@ -89,8 +94,12 @@ async def _lose_kvm(watch: Watch, original: Any, platform: Platform, hwpt: Hwpt)
 
 @seams.around(Platform, "destroy_hwpt")
 async def _destroy_hwpt(watch: Watch, original: Any, platform: Platform, hwpt: Hwpt) -> None:
-    await original(platform, hwpt)
     did = hwpt.domain.did
+    watch.ending.add(did)
+    try:
+        await original(platform, hwpt)
+    finally:
+        watch.ending.discard(did)
     watch.ghost.liveness.ends(DEAD_KVM, watch.root(did, hwpt.domain.root))
     if watch.hwpts.get(did) is hwpt:
         del watch.hwpts[did]
@@ -133,6 +142,14 @@ async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *arg
             if error.errno not in OF_ONE_PAGE:
                 watch.ghost.groups.refused()
             raise
+
+
+@seams.around(KvmTdp, "unregister")
+async def _unregister(watch: Watch, original: Any, tdp: KvmTdp) -> None:
+    for did, hwpt in watch.hwpts.items():
+        if isinstance(hwpt, HwptKvm) and hwpt._tdp is tdp and hwpt.memory != NOT_LENT:
+            watch.ghost.verdicts.say("I13", f"domain {did} is unregistered, and units walk its table")
+    await original(tdp)
 
 
 @seams.around(Registration, "leave")

@@ -7,11 +7,13 @@ from typing import Any
 
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
+from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.io_pagetable import IoPageTable
 from kvmd.core.mm.frames import Frames
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
 from kvmd.core.vm import Kvm
+from protocol.hw.qi import Descriptor, IotlbGranularity, IotlbInv
 from protocol.pt.geometry import ENTRIES
 from protocol.pt.mem import TableWriter
 from protocol.pt.table_pool import TablePool
@@ -169,9 +171,28 @@ async def _flush(watch: Watch, original: Any, flusher: Flusher, span: GfnSpan | 
 
 @seams.around(Hwpt, "forget")
 async def _forget(watch: Watch, original: Any, hwpt: Hwpt, start: Iova, size: int) -> None:
-    issued = watch.ghost.issues()
+    issued, units = watch.ghost.issues(), list(hwpt.attached.values())
     await original(hwpt, start, size)
+    for unit in units:
+        told = [span for at, span in watch.told_of(unit, hwpt.domain.did) if at >= issued]
+        if told and not any(
+            first <= start >> PAGE_SHIFT and _end(start, size) <= last for first, last in told
+        ):
+            what = f"{start:#x}+{size:#x} of domain {hwpt.domain.did} is forgotten, a unit was told of"
+            first, last = told[-1]
+            watch.ghost.verdicts.say("R17", f"{what} pages {first:#x}..{last:#x}")
     _acked(watch, hwpt, start, size, issued)
+
+
+@seams.around(IntelIommu, "submit")
+async def _submit(watch: Watch, original: Any, unit: IntelIommu, descriptors: Sequence[Descriptor]) -> None:
+    for each in descriptors:
+        if isinstance(each, IotlbInv):
+            first, pages = each.addr >> PAGE_SHIFT, 1 << each.am
+            of_pages = each.granularity is IotlbGranularity.PAGE
+            span = (first, first + pages) if of_pages else (0, EVERYTHING)
+            watch.told_of(unit, each.did).append((watch.ghost.heard.now, span))
+    await original(unit, descriptors)
 
 
 @seams.around(HwptKvm, "invalidate")
@@ -183,5 +204,10 @@ async def _invalidate(watch: Watch, original: Any, hwpt: HwptKvm, start: Gpa, si
 
 
 def _acked(watch: Watch, hwpt: Hwpt, start: int, size: int, issued: int) -> None:
-    end = EVERYTHING if size == WHOLE_SIZE else -(-(start + size) >> PAGE_SHIFT)
-    watch.ghost.acked(watch.root(hwpt.domain.did, hwpt.domain.root), start >> PAGE_SHIFT, end, issued)
+    root = watch.root(hwpt.domain.did, hwpt.domain.root)
+    watch.ghost.acked(root, start >> PAGE_SHIFT, _end(start, size), issued)
+
+
+def _end(start: int, size: int) -> int:
+    """The page behind the last."""
+    return EVERYTHING if size == WHOLE_SIZE else -(-(start + size) >> PAGE_SHIFT)

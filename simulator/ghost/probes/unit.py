@@ -40,6 +40,21 @@ def _unit_fill(
     return entry
 
 
+@seams.around(RemappingUnit, "translation_request")
+def _translation_request(
+    watch: Watch, original: Any, unit: RemappingUnit, rid: int, page: IovaPfn, need: int
+) -> IotlbEntry:
+    ghost = watch.ghost
+    before = ghost.heard.changes
+    entry: IotlbEntry = original(unit, rid, page, need)
+    if not entry.rights & need and ghost.heard.changes == before:
+        attached = unit.tables.second_stage(rid)  # as it was found just now
+        root = watch.root(attached.did, attached.root)
+        if not ghost.caches.leads_astray(root, page):
+            ghost.faults.is_not_granted(root, page, need)
+    return entry
+
+
 @seams.around(Iotlb, "fill")
 def _iotlb_fill(
     watch: Watch, original: Any, iotlb: Iotlb, did: int, page: IovaPfn, entry: IotlbEntry
@@ -174,16 +189,23 @@ def _submit(watch: Watch, original: Any, queue: PrqWriter, request: PageRequest)
     if request.last:
         watch.ghost.groups.sent(*key, watch.sent.pop(key))
         watch.ghost.liveness.begins(watch.now(), "page request group", key)
-    dropped = queue.dropped
     original(queue, request)
-    if queue.dropped > dropped:
-        watch.ghost.liveness.begins(watch.now(), OVERFLOW, id(queue))
+
+
+@seams.around(PrqWriter, "_answer")
+def _answers_itself(
+    watch: Watch, original: Any, queue: PrqWriter, request: PageRequest, code: ResponseCode
+) -> None:
+    """Success: of one that it dropped.  Who is answered asks on, and finds room perhaps."""
+    if code is ResponseCode.SUCCESS:
+        watch.ghost.liveness.begins(watch.now(), OVERFLOW, watch.name(queue, "queue "))
         watch.ghost.groups.dropped(request.rid, request.addr >> PAGE_SHIFT)
+    original(queue, request, code)
 
 
 @seams.around(PrqWriter, "_accept")
 def _accept(watch: Watch, original: Any, queue: PrqWriter) -> None:
-    watch.ghost.liveness.ends(OVERFLOW, id(queue))
+    watch.ghost.liveness.ends(OVERFLOW, watch.name(queue, "queue "))
     watch.ghost.groups.accepted()
     original(queue)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ from device_sim.core.function import Function
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.platform import Platform
+from iommufdd.kvm_client import KvmTdp
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import Memslots
 from kvmd.core.slots.private_memory import PrivateMemory
+from protocol.hw.prq import PageRequest
 from protocol.units import (
     Gfn,
     Level,
@@ -24,6 +27,8 @@ from simulator.ghost.backing import Name
 from simulator.ghost.ghost import Ghost
 
 Around = Callable[..., Any]  # (watch, what is wrapped, its arguments)
+
+TOLD = 64  # invalidations of a domain that may be under way at once
 
 
 class Seams(dict[tuple[type, str], Around]):
@@ -64,6 +69,7 @@ class Watch:
         self.pool_of: dict[int, str] = {}
         self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
         self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk
+        self._told: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
         self.dids: dict[int, set[int]] = {}
         self.functions: dict[int, Function] = {}  # by device TLB
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
@@ -71,9 +77,13 @@ class Watch:
         self.structures: list[Structure] = []
         self.leading: dict[int, tuple[tuple[str, int], int]] = {}  # words of entries that lead to tables
         self.looked_for: dict[tuple[int, int], tuple[int, list[int]]] = {}  # of a group: root, pages
+        self.looked_up: dict[PageRequest, int] = {}  # each by the errno that it ends with so far; 0: none
         self.sent: dict[tuple[int, int], int] = {}
         self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
         self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them
+        self.put: list[KvmTdp] = []  # TDP FDs that were let go of
+        self.closed: set[int] = set()  # whose objects are of an iommufd that was closed
+        self.ending: set[int] = set()  # domain ids whose HWPT is being destroyed
         self.platform: Platform | None = None  # of the iommufdd that runs
         self.plugged = False  # has the silicon a driver?
         self.over = False  # the world is being cleared away
@@ -85,6 +95,10 @@ class Watch:
             number = sum(name.startswith(kind) for name in self.names.values())
             self.names[id(thing)] = f"{kind}{number}"
         return self.names[id(thing)]
+
+    def told_of(self, unit: object, did: int) -> deque[tuple[int, tuple[int, int]]]:
+        """What that unit was lately told to forget of the domain: when, and pages first..behind the last."""
+        return self._told.setdefault((self.name(unit, "driver of unit "), did), deque(maxlen=TOLD))
 
     @contextmanager
     def must_end(self, kind: str) -> Iterator[int]:

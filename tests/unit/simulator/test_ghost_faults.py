@@ -69,6 +69,15 @@ def test_a_fault_fails_only_where_nothing_is(there: int, need: int, wrong: bool)
     assert heard(ghost.verdicts) == (["I8"] if wrong else [])
 
 
+@pytest.mark.parametrize(("there", "wrong"), [(0, False), (READ, False), (READ | WRITE, True)])
+def test_a_right_that_came_is_there_for_who_asks(there: int, wrong: bool) -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 1, None, "vm1")
+    ghost.entry_stored(ROOT, 0x500 << 12 | there)
+    ghost.faults.is_not_granted(ROOT, 0, WRITE)
+    assert heard(ghost.verdicts) == (["R20"] if wrong else [])
+
+
 def test_a_view_lends_one_root_at_a_time() -> None:
     ghost = lending()
     ghost.root_taken_back(ROOT)

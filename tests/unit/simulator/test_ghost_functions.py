@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from iommufdd.core.counts import UnitCounts
+from iommufdd.core.device import IommufdDevice
+from iommufdd.core.fault_policy import FaultPolicy
+from iommufdd.core.partial import PartialGroups
+from protocol.errors import EHWPOISON
+from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
+from protocol.units import Iova
 from simulator.ghost.functions import Functions, Walked, Walker
+from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import ENGINES_AT_IT, Groups
 from simulator.ghost.leading import LeadingEntries
+from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
+from tests.kit.iommufdd import Surroundings, function
+from tests.planted.plugin import Plants
 
 RID = 0x6A10
 
@@ -161,6 +173,27 @@ def test_an_answer_says_what_became_of_the_pages(code: ResponseCode, nowhere: li
     assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
 
 
+@pytest.mark.parametrize(
+    ("code", "refused", "wrong"),
+    [
+        (ResponseCode.SUCCESS, 0, False),
+        (ResponseCode.SUCCESS, errno.ENOMEM, True),
+        (ResponseCode.INVALID, errno.EFAULT, False),
+        (ResponseCode.INVALID, None, True),  # B-31: no canonical address, and KVM has a page there
+        (ResponseCode.FAILURE, errno.ENOMEM, False),
+        (ResponseCode.FAILURE, EHWPOISON, True),  # B-37
+        (ResponseCode.FAILURE, None, True),
+    ],
+)
+def test_a_function_is_told_what_was_found_of_its_page(
+    code: ResponseCode, refused: int | None, wrong: bool
+) -> None:
+    verdicts = Verdicts()
+    request = PageRequest(RID, 0, Iova(0x7000), last=True, read=True)
+    Groups(verdicts).finds(request, code, refused)
+    assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
+
+
 # -- entries ---------------------------------------------------------------------------------------------
 
 ENTRY = "PASID", RID
@@ -189,3 +222,21 @@ def test_an_entry_that_a_unit_may_have_is_not_changed(stores: str, wrong: bool) 
         else:
             entries.cached("unit", [ENTRY] if step == "cache" else [])
     assert [violation.invariant for violation in verdicts.found][:1] == ["I29"] * wrong
+
+
+# -- the product as it would be wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_half_a_group_that_outlives_its_attachment_is_seen(stays: bool, plant: Plants) -> None:
+    if stays:
+        plant("R10-partial-groups-stay")
+    ghost = Ghost(Verdicts())
+    with watching(ghost):
+        world, partial = Surroundings(), PartialGroups(UnitCounts())
+        device = IommufdDevice(function(), world, world, FaultPolicy(), partial)
+        hwpt = world.hwpt()
+        world.run(device.enter(hwpt, pinned=True))
+        partial.gather(PageRequest(device.rid, 0, Iova(0x7000), last=False, read=True), hwpt)
+        world.run(device.leave())
+    assert [violation.invariant for violation in ghost.verdicts.found] == ["I24"] * stays

@@ -18,7 +18,10 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.intel_iommu import IntelIommu
 from iommufdd.core.io_pagetable import IoPageTable
 from iommufdd.core.ioas import Ioas
+from iommufdd.core.iommufd import IommufdCtx
 from iommufdd.core.iopf import Iopf
+from iommufdd.core.object import Objects
+from iommufdd.kvm_client import KvmTdp
 from kvmd.core.export.exports import Exports
 from kvmd.core.mm.table import PageTable
 from kvmd.core.vm import Kvm
@@ -143,7 +146,7 @@ def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
     assert inspect.isfunction(inspect.unwrap(vars(owner)[name]))
 
 
-# What the stories of this file do not come to: the end of an HWPT, mremap, an IOAS that pins all it shows.
+# What the stories of this file do not come to: iommufds, the end of an HWPT, mremap, an IOAS that pins all.
 # Nor the end of a VM and of an export, and devices that do not snoop (test_ghost_faults.py), processes
 # (tests/integration/simulator/test_deaths.py), and private memory (test_ghost_host.py).
 ELSEWHERE = {
@@ -151,7 +154,7 @@ ELSEWHERE = {
     *((Kvm, "destroy"), (Exports, "close"), (Exports, "register_noncoherent_dma")),
     *(seam for seam in processes.seams if seam != (Hwpt, "__init__")),
     *(seam for seam in private.seams if seam[1] != "__init__"),
-    *(seam for seam in attachments.seams if seam[0] in (IommufdDevice, Iopf)),
+    *(seam for seam in attachments.seams if seam[0] in (IommufdCtx, IommufdDevice, Iopf, KvmTdp, Objects)),
     *((IntelIommu, name) for _, name in attachments.seams if _ is IntelIommu and name != "put_pasid_entry"),
     *((ContextTables, "invalidate_contexts"), (ContextTables, "invalidate_pasids"), (PrqWriter, "_accept")),
 }

@@ -1,0 +1,41 @@
+"""What a schedule is judged by beside the ghost: where nobody can go on, why that is."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from qemu_shim.api import Context
+from simulator.faults.plan import Faults
+from simulator.faults.store_buffer import StoreBuffer
+from simulator.search.excerpt import Excerpt
+from simulator.search.walk import RandomWalk
+from simulator.stories.story import SmallStory
+from simulator.world import schedule
+from simulator.world.schedule import STUCK, Judged
+from simulator.world.scheduler import Stuck
+
+MISSED = "device_sim looked at unit 0[4] before iommufdd's store to it was there"
+
+
+async def nothing(ctx: Context, excerpt: Excerpt) -> None: ...
+
+
+@pytest.mark.parametrize(("missed", "invariant"), [(MISSED, "R15"), ("", STUCK)])
+def test_who_is_stuck_behind_a_store_that_was_seen_too_late_is_a_case_of_r15(
+    missed: str, invariant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gets_stuck(*given: Any) -> Generator[list[str]]:
+        (faults,) = [each for each in given if isinstance(each, Faults)]
+        faults.buffer = StoreBuffer("iommufdd")
+        faults.buffer.missed = missed
+        yield from ()
+        raise Stuck("nobody can go on")
+
+    monkeypatch.setattr(schedule, "playing_faulted", gets_stuck)
+    judged = Judged(lambda _: SmallStory("told", "", nothing), "told", "shared", faults=("store-buffer",))
+    end = judged(1)(RandomWalk(0))
+    assert end.invariant == invariant
+    assert missed in end.sentence
