@@ -19,6 +19,7 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    check,
     post_fill,
 )
 from simulator.stories.story import SmallStory
@@ -26,6 +27,7 @@ from simulator.stories.story import SmallStory
 TWO = {"device_sim": ("--devices", "2")}
 TWO_UNITS = {"device_sim": ("--devices", "2", "--units", "2", "--device", "1:unit=1")}
 COMPLETES_LATE = {"device_sim": (*TWO["device_sim"], "--invalidate-completion", "late")}
+WHILE_IT_FADES = 3  # looks at iommufdd: two time-outs, and it is being taken off the bus
 COMPLETES_NEVER = {"device_sim": ("--devices", "2", "--device", "1:invalidate-completion=never")}
 
 
@@ -83,7 +85,7 @@ async def leaves(ctx: Context, excerpt: Excerpt) -> None:
             await guest.discard(AT, SLOT_BYTES)
 
 
-async def _second_hwpt(guest: Guest, dev_id: int) -> int:
+async def second_hwpt(guest: Guest, dev_id: int) -> int:
     """On the same IOAS.  A TDP FD has one HWPT."""
     machine = guest.machine
     assert isinstance(machine.container, IoasContainer)
@@ -95,7 +97,7 @@ async def _replaced(ctx: Context, excerpt: Excerpt) -> None:
     guest = await ctx.boot_for(PAGES)
     second = await _two(guest)
     vfio, first_id = second.plugged.vfio, guest.machine.hwpt_id
-    other_id = await _second_hwpt(guest, second.plugged.dev_id)
+    other_id = await second_hwpt(guest, second.plugged.dev_id)
     pins = guest.machine.config.design.pins
     for _ in excerpt.rounds():
         await guest.fill(AT, 64)
@@ -130,8 +132,10 @@ async def _fades(ctx: Context, excerpt: Excerpt) -> None:
             post_fill(second, AT + 64)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guest.copy, NEXT, AT)
-                nursery.start_soon(guest.migrate, NEXT)
-                await guest.migrate(AT)
+                nursery.start_soon(guest.migrate, AT)
+                for _ in range(WHILE_IT_FADES):
+                    await check(ctx)
+                await guest.migrate(NEXT)
                 post_fill(second, AT + 64)
         ctx.expect_equal(await guest.read(AT, 8), BEFORE, "the page that moved")
         await agree(ctx, guest, AT)

@@ -27,6 +27,9 @@ from simulator.stories.common import (
 )
 from simulator.stories.story import Play, SmallStory
 
+WIDEST = 48  # bits of an address that four levels translate
+HIGH = 1 << WIDEST - 1 | AT  # no canonical address of a CPU
+
 Change = Callable[[Guest, int], Awaitable[Any]]
 
 
@@ -77,18 +80,24 @@ async def _fault_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
         await guest.discard(AT)  # if the store was later
 
 
-async def _cpu_beside_device(ctx: Context, excerpt: Excerpt) -> None:
+def _cpu_beside_device(at: int = AT, maxphyaddr: int = 46) -> Play:
     """A vCPU and a device touch one absent page first: both see one page."""
-    guest = await ctx.boot_for(PAGES)
-    await guest.add_slot(SLOT_BYTES, AT)
-    for _ in excerpt.rounds():
-        with excerpt:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(guest.fill, AT, 64)
-                await guest.write(AT + 64, AFTER)
-        ctx.expect(await guest.holds(AT, 64, 0), "the device's store is lost")
-        ctx.expect(await guest.read(AT + 64, len(AFTER)) == AFTER, "the CPU's store is lost")
-        await guest.discard(AT)
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        wishes = ctx.sized(PAGES)
+        wishes["maxphyaddr"] = maxphyaddr
+        guest = await ctx.boot(**wishes)
+        await guest.add_slot(SLOT_BYTES, at)
+        for _ in excerpt.rounds():
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.fill, at, 64)
+                    await guest.write(at + 64, AFTER)
+            ctx.expect(await guest.holds(at, 64, 0), "the device's store is lost")
+            ctx.expect(await guest.read(at + 64, len(AFTER)) == AFTER, "the CPU's store is lost")
+            await guest.discard(at)
+
+    return play
 
 
 async def _fork(ctx: Context, excerpt: Excerpt) -> None:
@@ -237,7 +246,14 @@ HOST = (
     SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
     SmallStory("two-changes", "a store beside its page's going, and moving, at once", _two_changes, MAY_TAKE),
     SmallStory("poison", "stores beside their page's memory failing", _fails, MAY_TAKE),
-    SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device),
+    SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device()),
+    SmallStory(
+        "high",
+        "the same, where a CPU's own addresses end",
+        _cpu_beside_device(HIGH, WIDEST),
+        MAY_TAKE,
+        {"kvmd": ("--maxphyaddr", str(WIDEST))},
+    ),
     SmallStory("fork", "stores beside fork", _fork),
     SmallStory("merge", "stores to two equal pages beside their becoming one", _merge),
     SmallStory("protect", "a store beside mprotect, there and back", _protect),

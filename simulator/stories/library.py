@@ -13,6 +13,7 @@ from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
 from simulator.stories.logs import LOGS
 from simulator.stories.machines import MACHINES
+from simulator.stories.objects import OBJECTS
 from simulator.stories.pins import PINS
 from simulator.stories.private import PRIVATE
 from simulator.stories.requests import REQUESTS
@@ -20,5 +21,8 @@ from simulator.stories.slots import SLOTS
 from simulator.stories.story import SmallStory
 from simulator.stories.units import OTHER_MAKES
 
-_ALL = (*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES)
+_ALL = (
+    *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
+    *OBJECTS,
+)
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

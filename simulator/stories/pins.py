@@ -8,6 +8,7 @@ from typing import Any
 import trio
 
 from qemu_shim.api import PAGE_SIZE, Context, Guest
+from qemu_shim.vmm.designs import IoasContainer
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -19,11 +20,14 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    check,
     come_and_go,
     if_it_is_let,
     missing,
     try_fill,
 )
+from simulator.stories.devices import TWO
+from simulator.stories.slots import ELSEWHERE
 from simulator.stories.story import Play, SmallStory
 
 
@@ -81,6 +85,52 @@ def _pinned_beside(*changes: Callable[[Guest], Awaitable[Any]]) -> Play:
     return play
 
 
+async def _twice(ctx: Context, excerpt: Excerpt) -> None:
+    """Two devices have one page pinned, which the process gives up meanwhile, and unpin it one by one."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    await guest.plug(1)
+    for _ in excerpt.rounds():
+        await guest.write(AT, BEFORE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                for device in guest.devices:
+                    nursery.start_soon(device.plugged.vfio.pin, AT, PAGE_SIZE)
+                nursery.start_soon(try_fill, guest, AT + 64)
+                await _dropped(guest)
+                await guest.write(AT, AFTER)
+            await check(ctx)
+            async with trio.open_nursery() as nursery:
+                for device in guest.devices:
+                    nursery.start_soon(device.plugged.vfio.unpin, AT, PAGE_SIZE)
+                nursery.start_soon(try_fill, guest, AT + 64)
+                await _dropped(guest)
+        for device in guest.devices:
+            await agree(ctx, guest, AT, device)
+        await guest.discard(AT, SLOT_BYTES)
+
+
+async def _shown_twice(ctx: Context, excerpt: Excerpt) -> None:
+    """A device has pages at two places, of which one is taken from it beside stores by the other."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    machine = guest.machine
+    assert isinstance(machine.container, IoasContainer)
+    ioas_id = machine.container.ioas_id
+    for _ in excerpt.rounds():
+        await machine.iommu.ioas_copy(ioas_id, AT, SLOT_BYTES, ioas_id, ELSEWHERE)
+        await guest.fill(ELSEWHERE, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                nursery.start_soon(try_fill, guest, ELSEWHERE + 64)
+                nursery.start_soon(guest.migrate, AT)
+                await machine.iommu.ioas_unmap(ioas_id, ELSEWHERE, SLOT_BYTES)
+                await guest.migrate(AT)
+            await check(ctx)
+        await agree(ctx, guest, AT)
+
+
 async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     """A pin sleeps for its page, which is given and taken meanwhile."""
     guest = await ctx.boot_for(PAGES)
@@ -126,5 +176,7 @@ PINS = (
     SmallStory("pin-fork", "a pin beside fork, and a store behind it", _pinned_beside(_forked), MAY_TAKE),
     SmallStory("pin-swap", "a pin beside swapping out", _pinned_beside(_swapped, _swapped), MAY_TAKE),
     SmallStory("pin-asleep", "a pin that waits for userfaultfd", _asleep, MAY_TAKE),
+    SmallStory("pin-twice", "two pins of a page that its process gives up", _twice, MAY_TAKE, TWO),
+    SmallStory("shown-twice", "pages at two places, one of which goes", _shown_twice, ("pinned",)),
     SmallStory("pin-slot", "pins beside their slot's deletion", _slot_goes, MAY_TAKE),
 )

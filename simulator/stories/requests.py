@@ -16,6 +16,7 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    missing,
     post_fill,
     try_fill,
 )
@@ -25,6 +26,8 @@ from simulator.stories.story import SmallStory
 BEHIND = AT + SLOT_BYTES
 _ASLEEP_S = 0.001  # until nothing else can go on
 ASKS_ALREADY = {"device_sim": (*TWO["device_sim"], "--device", "1:pri-on")}
+ALWAYS_ASKS = {"device_sim": ("--pri-on",)}
+FEW_REQUESTS = {"device_sim": ("--pri-capacity", "2")}
 
 
 async def _across(ctx: Context, excerpt: Excerpt) -> None:
@@ -38,6 +41,45 @@ async def _across(ctx: Context, excerpt: Excerpt) -> None:
                 nursery.start_soon(try_fill, guest, BEHIND - 32)
                 await guest.migrate(NEXT)
         ctx.expect(await guest.holds(OVER_TWO, 64, PATTERN), "the device's store is lost")
+        await agree(ctx, guest, NEXT)
+        await guest.discard(AT, SLOT_BYTES)
+
+
+async def _beyond(ctx: Context, excerpt: Excerpt) -> None:
+    """A device that can always ask stores to two pages where no memory is, and to one where some is."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, BEHIND + PAGE_SIZE - 32)
+                nursery.start_soon(guest.fill, NEXT, 64, PATTERN)
+                await guest.migrate(NEXT)
+        await agree(ctx, guest, NEXT)
+        await guest.migrate(AT)
+
+
+async def _few(ctx: Context, excerpt: Excerpt) -> None:
+    """One page sleeps while another is asked for again and again, by a device that may ask for two."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+
+    async def again() -> None:
+        await guest.fill(NEXT, 64, PATTERN)
+        await guest.discard(NEXT)
+        await guest.fill(NEXT, 64, PATTERN)
+
+    for _ in excerpt.rounds():
+        async with missing(process, hva) as uffd:
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                    await uffd.next_event()
+                    nursery.start_soon(again)
+                    await trio.sleep(_ASLEEP_S)
+                    await uffd.copy(hva, bytes(PAGE_SIZE))
+        ctx.expect(await guest.holds(AT, 64, PATTERN), "the device's store is lost")
         await agree(ctx, guest, NEXT)
         await guest.discard(AT, SLOT_BYTES)
 
@@ -71,6 +113,16 @@ REQUESTS = (
     SmallStory(
         "full", "the same, and the queue of page requests overflows", _across, MAY_TAKE, faults=("full",)
     ),
+    SmallStory("beyond", "stores where no memory is", _beyond, options=ALWAYS_ASKS),
+    SmallStory("few", "more pages than a device may ask for", _few, MAY_TAKE, FEW_REQUESTS),
     SmallStory("detach-asleep", "a device leaves while its pages sleep", _leaves_asleep, MAY_TAKE, TWO),
     SmallStory("detach-asks", "a device that can always ask leaves", leaves, MAY_TAKE, ASKS_ALREADY),
+    SmallStory(
+        "detach-full",
+        "the same, and the queue of page requests overflows",
+        leaves,
+        MAY_TAKE,
+        ASKS_ALREADY,
+        faults=("full",),
+    ),
 )

@@ -28,6 +28,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "fault": [],
     "discards": [],
     "both": [],
+    "high": ["B-31"],
     "fork": ["R22"],
     "merge": ["R22"],
     "protect": [],
@@ -52,6 +53,8 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "pin-fork": ["R22"],
     "pin-swap": [],
     "pin-asleep": [],
+    "pin-twice": ["I28"],
+    "shown-twice": ["I26"],
     "pin-slot": ["R21"],
     # -- devices that come and go
     "two-devices": ["R8"],
@@ -60,13 +63,18 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "detach": ["R10", "R12"],
     "replace": ["R8"],
     "never": ["R18"],
+    "never-comes": ["R18"],
+    "or-back": ["R10"],
     "units": ["R15", "R16", "B-32"],
     "units-narrow": ["R16", "B-17"],
     # -- page requests
     "across": [],
     "full": ["R9"],
+    "beyond": ["R11", "R12"],
+    "few": ["R11"],
     "detach-asleep": ["R10", "R12"],
     "detach-asks": ["R10", "R12", "B-12"],
+    "detach-full": ["R9", "R10", "R12"],
     # -- private memory
     "convert": ["R24"],
     "hole": ["R24"],
@@ -77,6 +85,10 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "lend-dies": ["R28"],
     "lend-short": ["R13"],
     "driver-dies": ["R28", "I13"],
+    # -- HWPTs that come and go
+    "hwpts": ["R10", "R13", "B-09"],
+    "iommufd-closes": ["R10", "R13"],
+    "vast": ["B-30"],
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
 }
 

@@ -85,6 +85,17 @@ BREAKS = {
     "lend-dies": ("shared", "R13-did-is-left"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "driver-dies": ("shared", "R28-death-is-an-ack"),
+    "high": ("mirror", "B-31-canonical-for-a-cpu"),
+    "pin-twice": ("mirror", "pinned-over-a-pin"),
+    "shown-twice": ("pinned", "pages-unpinned-under-another-area"),
+    "beyond": ("pinned", "R11-answered-for-each-request"),
+    "few": ("shared", "R11-index-used-again"),
+    "detach-full": ("shared", "R9-overflow-stays"),
+    "never-comes": ("mirror", "R18-attached-while-taken-off"),
+    "or-back": ("mirror", "R10-nothing-to-go-back-to"),
+    "vast": ("mirror", "B-30-pages-of-32-bits"),
+    "hwpts": ("shared", "domain-id-free-too-early"),
+    "iommufd-closes": ("shared", "R13-closed-meanwhile"),
     "export": ("shared", "B-28-vcpu-of-another-width"),
 }
 
@@ -105,6 +116,32 @@ def test_a_mistake_breaks_a_story(story: str) -> None:
     design, plant = BREAKS[story]
     (found,) = played(story, design, ENOUGH, plant).found
     assert found.result.invariant in invariants_of(PLANTED[plant]), found.result
+
+
+# What the judge of one step sees, and nobody before it.
+SEEN = {
+    "B-10-unregistered-while-walked": ("lend", "shared", "I13"),
+    "B-37-always-failure": ("poison", "shared", "I8"),
+    "B-31-canonical-for-a-cpu": ("high", "mirror", "I8"),
+    "R20-rights-of-what-was": ("log", "shared", "R20"),
+    "B-30-pages-of-32-bits": ("vast", "mirror", "R17"),
+    "R10-nothing-to-go-back-to": ("or-back", "mirror", "R10"),
+    "R10-attached-though-unbound": ("iommufd-closes", "mirror", "R10"),
+    "domain-id-free-too-early": ("hwpts", "shared", "R10"),
+    "R13-closed-meanwhile": ("iommufd-closes", "shared", "R13"),
+    "R13-tdp-is-put-twice": ("iommufd-closes", "shared", "R13"),
+    "R13-did-is-left": ("hwpts", "shared", "R13"),  # when nobody has anything any more
+    "R11-credits-are-lost": ("few", "shared", "I8"),
+    "R28-driver-gone-and-walking": ("driver-dies", "shared", "R28"),
+    "pinned-over-a-pin": ("pin-twice", "mirror", "I28"),
+}
+
+
+@pytest.mark.parametrize("plant", SEEN)
+def test_a_mistake_is_seen_where_it_is_made(plant: str) -> None:
+    story, design, invariant = SEEN[plant]
+    (found,) = played(story, design, ENOUGH, plant).found
+    assert found.result.invariant == invariant, found.result
 
 
 @pytest.mark.parametrize("story", ["lend", "export"])
