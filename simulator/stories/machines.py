@@ -17,6 +17,7 @@ from qemu_shim.vmm.vcpu import Vcpu
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
+    ASKED,
     AT,
     BEFORE,
     MAY_TAKE,
@@ -31,7 +32,6 @@ from simulator.stories.devices import TWO
 from simulator.stories.slots import ELSEWHERE
 from simulator.stories.story import SmallStory
 
-ASKED = 20
 NARROW, WIDER = 46, 50  # of the second VM's guest; the one takes tables of four levels, the other of five
 FIVE_LEVELS = {"kvmd": ("--ept-levels", "5", "--maxphyaddr", "52")}
 
