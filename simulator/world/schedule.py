@@ -25,7 +25,7 @@ from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
-from simulator.world.system import Played, playing
+from simulator.world.system import Played, clear_away, playing
 
 _INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
 OTHER = "check"
@@ -89,7 +89,8 @@ class Living:
     def renew(self) -> None:
         if self._ends is not None:
             self._ends.close()
-        self._ends = None
+        self._ends = self._excerpt = None
+        clear_away()
 
     def _play(self, strategy: Strategy) -> Generator[RunEnd]:
         judged, verdicts = self._judged, Verdicts()

@@ -192,9 +192,7 @@ def system(
     fates: Mapping[str, Fate] | None = None,
 ) -> Iterator[System]:
     """The daemons run, or will when they are chosen; `fates` by their names."""
-    if _unfinished:
-        with _unheard():
-            _unfinished.clear()
+    clear_away()
     world = World(strategy, journal)
 
     def by_choice(tasks: list[trio.lowlevel.Task]) -> list[trio.lowlevel.Task]:
@@ -215,6 +213,13 @@ def system(
                 with _unheard():
                     world.close()
                     made.forget()
+
+
+def clear_away() -> None:
+    """What is left of systems that were cut off in the middle, once nobody holds them any more."""
+    if _unfinished:
+        with _unheard():
+            _unfinished.clear()
 
 
 @contextmanager
