@@ -95,7 +95,6 @@ SILICON = (
         "R15",
         [Edit("device_sim.core.unit_registers:RegisterSet.raise_status", "self._fence()", "pass")],
         races=["R15"],
-        simulated=False,  # no story comes to it yet, with `--faults store-buffer` neither
     ),
     Plant(
         "R28-driver-gone-and-walking",

@@ -257,7 +257,6 @@ IOMMUFDD_DRIVER = (
         "R15",
         [Edit("iommufdd.core.unit_registers:UnitRegisters.clear", "self.fence()", "pass")],
         races=["R15"],
-        simulated=False,  # no story comes to it yet, with `--faults store-buffer` neither
     ),
     Plant(
         "R16-fewer-levels",

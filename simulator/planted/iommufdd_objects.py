@@ -259,6 +259,7 @@ IOMMUFDD_OBJECTS = (
             )
         ],
         races=["R9"],
+        simulated=False,  # our units tell again at the next kick, and each group that was taken brings one
     ),
     Plant(
         "R11-answered-for-each-request",

@@ -7,6 +7,7 @@ from typing import Any
 
 import trio
 
+from protocol.units import align_up
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
@@ -25,10 +26,13 @@ from simulator.stories.common import (
     missing,
     try_fill,
 )
+from simulator.stories.slots import move
 from simulator.stories.story import Play, SmallStory
 
 WIDEST = 48  # bits of an address that four levels translate
 HIGH = 1 << WIDEST - 1 | AT  # no canonical address of a CPU
+
+MOVED = 4
 
 Change = Callable[[Guest, int], Awaitable[Any]]
 
@@ -161,15 +165,18 @@ async def _protect(ctx: Context, excerpt: Excerpt) -> None:
 async def _huge(ctx: Context, excerpt: Excerpt) -> None:
     """Small pages are put together to a huge one and taken apart again beside copies from them."""
     guest = await ctx.boot_for(PAGES)
-    await guest.add_slot(2 * MIB, AT)
+    slot = await guest.add_slot(2 * MIB, AT)
+    memory = await guest.machine.process.mmap(4 * MIB)
+    await move(guest, slot, align_up(memory, 2 * MIB))  # where there is room for a huge page
     for _ in excerpt.rounds():
         await guest.write(AT, BEFORE)
+        await guest.migrate(AT)  # alone: the huge page is taken apart, and so is the leaf of whoever has one
         await guest.copy(NEXT, AT)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guest.copy, NEXT, AT)
                 nursery.start_soon(guest.write, AT + 64, AFTER)
-                await guest.collapse(AT, 2 * MIB)
+                await if_it_is_let(guest.collapse(AT, 2 * MIB))  # of pages that are pinned it is not
                 await guest.copy(NEXT, AT)
                 await guest.split(AT, 2 * MIB)
         ctx.expect_equal(await guest.read(NEXT, 8), BEFORE, "the copy")
@@ -191,6 +198,21 @@ async def _two_changes(ctx: Context, excerpt: Excerpt) -> None:
                 await guest.discard(AT)
         await agree(ctx, guest, AT)
         await guest.discard(AT)
+
+
+async def _all_at_once(ctx: Context, excerpt: Excerpt) -> None:
+    """Pages that a device has cached move at once, and nothing comes behind that."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    pages = [AT, NEXT, *guest.pages(MOVED - 2)]
+    for _ in excerpt.rounds():
+        for page in pages:
+            await guest.fill(page, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                for page in pages:
+                    nursery.start_soon(guest.migrate, page)
+        await agree(ctx, guest, AT)
 
 
 async def _fails(ctx: Context, excerpt: Excerpt) -> None:
@@ -245,6 +267,13 @@ HOST = (
     SmallStory("fault", "the first store to a page beside MADV_DONTNEED of it", _fault_beside_discard),
     SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
     SmallStory("two-changes", "a store beside its page's going, and moving, at once", _two_changes, MAY_TAKE),
+    SmallStory(
+        "moves",
+        "pages move at once, and stores are seen late",
+        _all_at_once,
+        MAY_TAKE,
+        faults=("store-buffer",),
+    ),
     SmallStory("poison", "stores beside their page's memory failing", _fails, MAY_TAKE),
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device()),
     SmallStory(

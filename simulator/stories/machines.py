@@ -200,10 +200,35 @@ async def _driver_dies(ctx: Context, excerpt: Excerpt) -> None:
         break  # there is no second round: nobody starts it again
 
 
+async def _hangs_up(ctx: Context, excerpt: Excerpt) -> None:
+    """A channel breaks between two that live, beneath a device's stores, a change and a detach (R28)."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    machine, second = guest.machine, await guest.plug(1)
+    process, hva = machine.process, machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        for device in guest.devices:
+            await device.fill(AT, 64)
+        with excerpt:
+            post_fill(guest.devices[0], AT)
+            post_fill(second, NEXT)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.write, AT + 64, AFTER)
+                nursery.start_soon(process.move_pages, hva, SLOT_BYTES)
+                await second.plugged.vfio.detach()
+            await process.madvise_dontneed(hva, PAGE_SIZE)
+        await second.plugged.portal.drain()
+        await second.plugged.vfio.attach(machine.hwpt_id)
+        await process.madvise_dontneed(hva, SLOT_BYTES)
+
+
 MACHINES = (
     SmallStory("lend", "a VM's table is lent to a device, and both end", _lend, options=TWO),
     SmallStory("lend-dies", "the same, and one of the daemons dies", _lend, options=TWO, faults=("sigkill",)),
     SmallStory("lend-short", "the same, and there is no memory once", _lend, options=TWO, faults=("enomem",)),
+    SmallStory(
+        "hang-up", "two hang up on each other, and live", _hangs_up, MAY_TAKE, TWO, faults=("hangup",)
+    ),
     SmallStory("driver-dies", "iommufdd dies beneath its device", _driver_dies, MAY_TAKE),
     SmallStory("export", "two ask for the TDP of one VM", _export, ONE_TABLE, FIVE_LEVELS),
 )

@@ -48,7 +48,7 @@ async def _goes(ctx: Context, excerpt: Excerpt) -> None:
                 await guest.remove_slot(slot)
 
 
-async def _move(guest: Guest, slot: RamSlot, hva: int, flags: int = 0) -> RamSlot:
+async def move(guest: Guest, slot: RamSlot, hva: int, flags: int = 0) -> RamSlot:
     """The slot is gone, and there again with other memory of the process."""
     machine, moved = guest.machine, replace(slot, hva=hva)
     await machine.container.remove(slot)
@@ -71,11 +71,11 @@ async def _moves(ctx: Context, excerpt: Excerpt) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, AT)
                 nursery.start_soon(try_fill, guest, NEXT)
-                slot = await _move(guest, slot, there)
+                slot = await move(guest, slot, there)
         await process.write(here, BEFORE)
         await agree(ctx, guest, AT)
         ctx.expect_equal(await process.read(here, 8), BEFORE, "what the slot showed before")
-        slot = await _move(guest, slot, here)
+        slot = await move(guest, slot, here)
         for hva in (here, there):
             await process.madvise_dontneed(hva, SLOT_BYTES)
 
@@ -111,8 +111,8 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
                         await uffd.next_event()
                         stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
                         nursery.start_soon(serve, uffd)
-                        slot = await _move(guest, slot, there, logs)
-                        slot = await _move(guest, slot, here, logs)
+                        slot = await move(guest, slot, there, logs)
+                        slot = await move(guest, slot, here, logs)
                     nursery.cancel_scope.cancel()
             await vm.get_dirty_log(slot.slot, bitmap)
         await agree(ctx, guest, AT)

@@ -34,6 +34,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "protect": [],
     "huge": [],
     "asleep": ["R1", "R21"],
+    "moves": ["R15"],
     "two-changes": ["R1", "R2", "R4", "B-18"],
     "poison": ["B-14", "poisoned-frame-is-lost"],
     # -- slots
@@ -84,6 +85,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "lend": ["R13"],
     "lend-dies": ["R28"],
     "lend-short": ["R13"],
+    "hang-up": ["R28"],
     "driver-dies": ["R28", "I13"],
     # -- HWPTs that come and go
     "hwpts": ["R10", "R13", "B-09"],

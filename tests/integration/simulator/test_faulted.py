@@ -11,6 +11,7 @@ from qemu_shim.cli import main
 from simulator.command import find
 from simulator.faults.kinds import FAULTS
 from simulator.faults.plan import Faults
+from simulator.faults.store_buffer import StoreBuffer
 from simulator.search.explore import Tally, explore
 from simulator.search.strategies import STRATEGIES
 from simulator.world.schedule import Judged
@@ -121,3 +122,21 @@ def test_faults_that_cannot_be_are_refused(
         main(["sim", "migrate", *words])
     assert ended.value.code == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plant", "owner"),
+    [("R15-driver-without-its-fence", "iommufdd"), ("R15-unit-without-its-fence", "device_sim")],
+)
+def test_a_fence_that_is_left_out_is_missed(plant: str, owner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner's stores wait from the first on: two submissions end at once, and one of them never does."""
+
+    def begin(faults: Faults) -> None:
+        faults._left["store-buffer"] = 0
+        faults.buffer = StoreBuffer(owner)
+
+    monkeypatch.setattr(Faults, "begin", begin)
+    for planted, found in (("", []), (plant, ["R15"])):
+        run_one = Judged(find, "moves", "shared", plant=planted)(ROUNDS)
+        tally = explore(run_one, STRATEGIES["rare"].make(0), 0, 60, lambda tally: bool(tally.found))
+        assert [each.result.invariant for each in tally.found] == found
