@@ -232,6 +232,7 @@ SILICON = (
         "R20",
         [Edit(f"{_FUNCTION}.make_accessible", "if tried == MAX_REQUESTS:", "if False:")],
         races=["R20"],
+        simulated=False,  # no small story has a device ask 64 times
     ),
     Plant(
         "R20-counts-the-access",
@@ -245,6 +246,7 @@ SILICON = (
             )
         ],
         races=["R20"],
+        simulated=False,  # likewise
     ),
     Plant(
         "page-requests-unasked",

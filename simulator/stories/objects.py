@@ -31,6 +31,7 @@ from simulator.stories.devices import COMPLETES_NEVER, TWO, second_hwpt
 from simulator.stories.machines import NARROW
 from simulator.stories.story import SmallStory
 
+MEANWHILE = 4  # looks at iommufdd, which makes and attaches
 VAST, VAST_AT = 1 << 44, 1 << 45  # bytes; no page of all that is there before it is touched
 
 OTHERS = ("mirror", "notifier")  # may have several HWPTs of one memory, and pages that come and go
@@ -195,6 +196,37 @@ async def _vast(ctx: Context, excerpt: Excerpt) -> None:
             await process.madvise_dontneed(at, PAGE_SIZE)
 
 
+async def _kvm_dies(ctx: Context, excerpt: Excerpt) -> None:
+    """kvmd dies under stores, under the making of an HWPT, and while a device waits to be attached (R28)."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    machine, second = guest.machine, await guest.plug(1)
+    vfio, made = second.plugged.vfio, list[int]()
+    async with _another_table(guest) as make:
+
+        async def one() -> None:
+            made.append(await make(machine.iommu, second.plugged.dev_id))
+
+        for _ in excerpt.rounds():
+            for device in guest.devices:
+                await device.fill(AT, 64)
+            with excerpt:
+                post_fill(guest.devices[0], AT)
+                post_fill(second, NEXT)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_or_gone, vfio.detach())
+                    for _ in range(2):
+                        nursery.start_soon(_or_gone, vfio.attach(machine.hwpt_id))
+                    nursery.start_soon(_or_gone, one())
+                    for _ in range(MEANWHILE):
+                        await ctx.host.iommufdd.violations()
+                    await ctx.kill("kvmd")
+                await second.plugged.portal.drain()
+            for each in made:
+                await machine.iommu.destroy(each)
+            break  # there is no second round: nobody starts it again
+
+
 async def _destroyed_when_it_can_be(iommu: Iommu, hwpt_id: int) -> None:
     while True:
         await if_it_is_let(iommu.destroy(hwpt_id))
@@ -213,5 +245,6 @@ OBJECTS = (
         COMPLETES_NEVER,
     ),
     SmallStory("or-back", "a device that cannot be moved goes back", _or_back, OTHERS, TWO),
+    SmallStory("kvm-dies", "kvmd dies beneath devices and what is made", _kvm_dies, MAY_TAKE, TWO),
     SmallStory("vast", "an area of 16 TiB is unmapped", _vast, OTHERS),
 )

@@ -91,6 +91,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "hwpts": ["R10", "R13", "B-09"],
     "iommufd-closes": ["R10", "R13"],
     "vast": ["B-30"],
+    "kvm-dies": ["R28"],
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
 }
 

@@ -49,7 +49,10 @@ def _happens(watch: Watch, original: Any, device: IommufdDevice, event: DeviceEv
 async def _enter(watch: Watch, original: Any, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool) -> None:
     if device.state is DeviceState.UNBOUND:
         watch.ghost.verdicts.say("R10", f"function {device.rid:#x} is attached by an iommufd that it left")
+    was_maintained = hwpt.maintained
     await original(device, hwpt, pinned=pinned)
+    if not was_maintained:
+        watch.ghost.verdicts.say("R28", f"function {device.rid:#x} goes onto a table that nobody maintains")
     watch.ghost.functions.came(device.rid, on_demand=hwpt.needs_iopf and not pinned)
 
 
@@ -79,6 +82,8 @@ def _add(watch: Watch, original: Any, objects: Objects, obj: Object) -> int:
     if id(objects) in watch.closed:
         what = f"{type(obj).__name__} becomes an object of an iommufd that was closed"
         watch.ghost.verdicts.say("R13", what)
+    if isinstance(obj, Hwpt) and not obj.maintained:
+        watch.ghost.verdicts.say("R28", "an HWPT is made whose KVM is gone")
     number: int = original(objects, obj)
     return number
 

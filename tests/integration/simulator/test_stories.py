@@ -95,6 +95,7 @@ BREAKS = {
     "detach-full": ("shared", "R9-overflow-stays"),
     "never-comes": ("mirror", "R18-attached-while-taken-off"),
     "or-back": ("mirror", "R10-nothing-to-go-back-to"),
+    "kvm-dies": ("mirror", "R28-kvm-is-gone"),
     "vast": ("mirror", "B-30-pages-of-32-bits"),
     "hwpts": ("shared", "domain-id-free-too-early"),
     "iommufd-closes": ("shared", "R13-closed-meanwhile"),
@@ -134,6 +135,8 @@ SEEN = {
     "R13-tdp-is-put-twice": ("iommufd-closes", "shared", "R13"),
     "R13-did-is-left": ("hwpts", "shared", "R13"),  # when nobody has anything any more
     "R11-credits-are-lost": ("few", "shared", "I8"),
+    "R28-not-walkable-any-more": ("kvm-dies", "shared", "R28"),
+    "R28-kvm-went-meanwhile": ("kvm-dies", "shared", "R28"),
     "R28-driver-gone-and-walking": ("driver-dies", "shared", "R28"),
     "pinned-over-a-pin": ("pin-twice", "mirror", "I28"),
 }
