@@ -23,6 +23,7 @@ import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 
 from iommufdd.core import qi
 from iommufdd.core.counts import UnitCounts
@@ -31,12 +32,35 @@ from protocol.errors import PeerError, UapiError
 from protocol.flow import Wait
 from protocol.hw.qi import IQEI, Descriptor, WaitDescriptor, encode
 from protocol.hw.vtd_regs import IQERCD_IQEI, IQERCD_ITESID, Fsts, Reg, Ring
+from protocol.lifecycle import LifeCycle
 from protocol.units import Hpa
 
 STATUS_BYTES = 4
 UNANSWERED_MAX = 32  # responses in a row without a wait: behind that many one tells that there is room again
 _RECOVERABLE = (IQEI.BAD_TYPE, IQEI.RESERVED_FIELD)
 _NOTHING = encode(WaitDescriptor())
+
+
+class QueueState(Enum):
+    LINKED = auto()
+    LOST = auto()  # the unit hears of nothing more, and may use what it has
+    GONE = auto()  # the unit is: whoever waits is told
+
+
+class QueueEvent(Enum):
+    LOSE = auto()
+    GO = auto()
+
+
+QUEUE_LIFE = LifeCycle(
+    "invalidation queue",
+    QueueState.LINKED,
+    {
+        (QueueState.LINKED, QueueEvent.LOSE): QueueState.LOST,
+        (QueueState.LINKED, QueueEvent.GO): QueueState.GONE,
+        (QueueState.LOST, QueueEvent.GO): QueueState.GONE,
+    },
+)
 
 
 class InvalidationTimeOut(UapiError):
@@ -102,8 +126,7 @@ class InvalidationQueue:
         self._unanswered = 0
         self._flying: deque[_Submission] = deque()  # in the ring, the oldest first
         self._queued: deque[_Submission] = deque()  # found no room
-        self._reachable = True
-        self._gone = False
+        self._state = QUEUE_LIFE.born
 
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         """Descriptors, the last a wait; returns when that is done.  EINVAL: one is no descriptor to this
@@ -126,10 +149,10 @@ class InvalidationQueue:
             self._take(_Submission([descriptor], None))
         else:
             self._take(_Submission([descriptor, qi.wait()], Wait()))
-        return self._reachable
+        return self._state is QueueState.LINKED
 
     def _take(self, submission: _Submission) -> None:
-        if self._gone:
+        if self._state is QueueState.GONE:
             _fail(submission)
             return
         self._queued.append(submission)
@@ -260,11 +283,11 @@ class InvalidationQueue:
 
     def lost(self) -> None:
         """The link to the unit is: what it has not done it may never do, and it may use what it has."""
-        self._reachable = False
+        self._state = QUEUE_LIFE.after(self._state, QueueEvent.LOSE)
 
     def gone(self) -> None:
         """The unit is: nobody waits for it any more."""
-        self._gone, self._reachable = True, False
+        self._state = QUEUE_LIFE.after(self._state, QueueEvent.GO)
         ending = [*self._flying, *self._queued]
         self._flying.clear()
         self._queued.clear()
