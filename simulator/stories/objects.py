@@ -14,6 +14,7 @@ from qemu_shim.vmm.designs import IoasContainer
 from qemu_shim.vmm.iommufd_client import Iommu
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
+    ASKED,
     AT,
     MAY_TAKE,
     NEXT,
@@ -228,7 +229,8 @@ async def _kvm_dies(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _destroyed_when_it_can_be(iommu: Iommu, hwpt_id: int) -> None:
-    while True:
+    """As long as it takes to move a device: a daemon that stands still may take any time."""
+    for _ in range(ASKED):
         await if_it_is_let(iommu.destroy(hwpt_id))
 
 
