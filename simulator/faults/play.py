@@ -66,8 +66,8 @@ def playing_faulted(
         world.failures.clear()
         if faults.is_quarantined and not made.daemons["device_sim"].has_died:
             made.kill("device_sim")
-            faults.killed.add("device_sim")
-        problems += [f"{name} ended by itself" for name in made.restart() if name not in faults.killed]
+        killed = faults.killed | made.killed  # by a fault, or by the scenario
+        problems += [f"{name} ended by itself" for name in made.restart() if name not in killed]
         client = made.client(second)
         while not world.run(client):
             pass

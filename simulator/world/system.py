@@ -86,6 +86,7 @@ class System:
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     daemons: dict[str, Daemon] = field(default_factory=dict)
     crashes: list[tuple[str, BaseException]] = field(default_factory=list)
+    killed: set[str] = field(default_factory=set)  # daemons, by request
 
     def start(self, options: Mapping[str, Sequence[str]], fates: Mapping[str, Fate] | None = None) -> None:
         self.options = options
@@ -123,6 +124,7 @@ class System:
         daemon = self.daemons.get(name)
         if daemon is None or daemon.thread is None:
             raise LookupError(f"no {name} runs; there are {', '.join(self.daemons)}")
+        self.killed.add(name)
         self.world.kill(daemon.thread)
 
     def client(self, work: Callable[[Host], Awaitable[None]]) -> SimThread:

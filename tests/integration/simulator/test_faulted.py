@@ -51,6 +51,11 @@ def test_a_daemon_that_died_or_stood_still_is_there_again(monkeypatch: pytest.Mo
     assert {kind for faults in made for kind in faults.met} == {"sigkill", "sigstop"}
 
 
+@pytest.mark.parametrize("story", ["driver-dies", "kvm-dies"])
+def test_who_is_killed_by_the_story_did_not_end_by_himself(story: str) -> None:
+    assert played(story, "shared", ("evict",), FEW).found == []
+
+
 def test_a_mistake_where_there_is_no_memory_is_found() -> None:
     """A vCPU's root is obsolete, and there is no page for another."""
     tally = played("slot", "managed", ("enomem",), 20, "root-put-and-kept")
