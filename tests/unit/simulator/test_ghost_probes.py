@@ -157,6 +157,7 @@ ELSEWHERE = {
     *(seam for seam in attachments.seams if seam[0] in (IommufdCtx, IommufdDevice, Iopf, KvmTdp, Objects)),
     *((IntelIommu, name) for _, name in attachments.seams if _ is IntelIommu and name != "put_pasid_entry"),
     *((ContextTables, "invalidate_contexts"), (ContextTables, "invalidate_pasids"), (PrqWriter, "_accept")),
+    (PrqWriter, "_answer"),
 }
 
 
