@@ -94,8 +94,8 @@ class MirrorMachine:
         self.unit.add_endpoint(RID, self.endpoint)
         self.link = LinkedUnit(self.flows, self.unit, memory)
         self.link.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
-        self.link.driver.put_pasid_entry(RID, RID_PASID, domain.pasid_entry(self.ecap))
         self.hwpt = HwptMirror(domain, self, self.ioas, self.ioas.watched, table)
+        self.link.driver.put_pasid_entry(RID, RID_PASID, domain.pasid_entry(self.ecap))
         self.hwpt.attached[RID] = self
         self.start(self.ioas.add_hwpt(self.hwpt))
         self.start(self._map(0, RAM, HVA))
