@@ -23,8 +23,8 @@ from simulator.planted.hunt import Catch
 from simulator.planted.met import met
 from simulator.planted.plant import Plant, telling
 from simulator.search.explore import Player, RunEnd, Tally, explore, smallest
-from simulator.search.option import Strategy
-from simulator.search.strategies import DEFAULT, STRATEGIES, Search
+from simulator.search.option import Search, Strategy
+from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged

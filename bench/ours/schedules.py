@@ -14,7 +14,7 @@ import structlog
 from bench.timing import percentiles
 from simulator.command import find
 from simulator.search.replay import Recorded
-from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.search.walk import RandomWalk
 from simulator.world.schedule import Judged
 
 STORY, DESIGN = "fault", "shared"
@@ -23,7 +23,7 @@ STORY, DESIGN = "fault", "shared"
 def main(machines: int, rounds: int) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     player = Judged(find, STORY, DESIGN)(rounds)
-    strategy = Recorded(STRATEGIES[DEFAULT].make(1))
+    strategy = Recorded(RandomWalk(1))
     took = []
     for _ in range(machines + 1):  # the first makes what an interpreter makes once
         began = perf_counter_ns()

@@ -11,10 +11,9 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from simulator.search.coverage import Coverage
-from simulator.search.option import Option, Strategy
+from simulator.search.option import Option, Search, Strategy
 from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.shrink import REPLAYS_MAX, shrink
-from simulator.search.strategies import Search
 
 
 class RunEnd(NamedTuple):

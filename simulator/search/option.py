@@ -78,6 +78,13 @@ class Strategy(Protocol):
         """
 
 
+class Search(Strategy, Protocol):
+    """A strategy that can say how far it has come."""
+
+    def summary(self) -> str:
+        """One line; "all" stands in it only if there is no other schedule."""
+
+
 def exclusive(one: str, other: str) -> bool:
     """Are they a process and a delivery to it, or is one a timer?  They are never on offer together."""
     if is_timer(one) or is_timer(other):

@@ -16,7 +16,7 @@ from simulator.ghost.probes.watch import Watch
 from simulator.search.causality import Fingerprint
 from simulator.search.explore import Found, explore, smallest
 from simulator.search.replay import Recorded
-from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.search.walk import RandomWalk
 from simulator.stories.library import STORIES
 from simulator.world.journal import Journal
 from simulator.world.schedule import Judged
@@ -38,7 +38,7 @@ class JournalKept:
 
 def story_digest(name: str, design: str) -> str:
     """Of one schedule: all that happened, and the trace that a story's file has."""
-    recorded, told = Recorded(STRATEGIES[DEFAULT].make(SEED)), JournalKept()
+    recorded, told = Recorded(RandomWalk(SEED)), JournalKept()
     end = Judged(find, name, design)(onlooker=told)(recorded)
     assert not end.invariant, end
     journal = told.journal
@@ -55,7 +55,7 @@ def found() -> Found:
     """A failure as people are told it: the sentence, and what it was shrunk to."""
     story, design, plant = FOUND
     run_one = Judged(find, story, design, plant=plant)()
-    tally = explore(run_one, STRATEGIES[DEFAULT].make(SEED), SEED, 20, lambda tally: bool(tally.found))
+    tally = explore(run_one, RandomWalk(SEED), SEED, 20, lambda tally: bool(tally.found))
     return smallest(run_one, tally.found[0])[0]
 
 

@@ -49,7 +49,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_both_kinds_are_played(name: str, design: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--design", design, "--schedules", "3", "--workers", "1"]
     assert main(["sim", f"{file}:{name}", *words]) == 0
-    assert f"two.py:{name}: 3 schedules by random, 3 traces, " in capsys.readouterr().out
+    assert f"two.py:{name}: 3 schedules by mixed, 3 traces, " in capsys.readouterr().out
 
 
 WRONG = [

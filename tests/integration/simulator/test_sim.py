@@ -22,7 +22,7 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
     assert main(["sim", "sharing", *SMALL, "--schedules", "3"]) == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"sharing pages=2: 3 schedules by random, 3 traces, [\d,]+ transitions and races, 0 failed", out
+        r"sharing pages=2: 3 schedules by mixed, 3 traces, [\d,]+ transitions and races, 0 failed", out
     )
 
 

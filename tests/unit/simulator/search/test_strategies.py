@@ -74,6 +74,17 @@ def test_a_seed_says_all_schedules(name: str) -> None:
     assert steps(1) != steps(2)
 
 
+def test_by_turns_each_plays_as_it_does_alone() -> None:
+    """Which of them plays a schedule, and which of its own that is, goes by the schedule's number."""
+
+    def steps(name: str, count: int) -> list[list[Option]]:
+        strategy = STRATEGIES[name].make(7)
+        return [run.steps for run in islice(every_schedule(WINDOW, strategy), count)]
+
+    alone = [steps(name, 10) for name in ("random", "rare", "pct")]
+    assert steps("mixed", 30) == [alone[number % 3][number // 3] for number in range(30)]
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_reaches_every_end_of_a_small_program(name: str) -> None:
     ends = {repr(run.machine.outcome()) for run in every_run(BUFFERING)}
