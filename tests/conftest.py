@@ -1,4 +1,4 @@
-"""For all tests: the ids they carry, the bug that is planted, and how hypothesis searches.
+"""For all tests: the ids they carry, the bug that is planted, how hypothesis searches, and what is garbage.
 
 No deadline, because machines are shared and no test asserts an absolute time; the same examples each
 time in CI, so that a red run means a change, and new ones everywhere else.
@@ -6,6 +6,7 @@ time in CI, so that a red run means a change, and new ones everywhere else.
 
 from __future__ import annotations
 
+import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -32,3 +33,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("project")
+
+
+def pytest_collection_finish() -> None:
+    """Tests and modules stay to the end: no collection looks at them again, and each simulated machine has
+    two of its own."""
+    gc.collect()
+    gc.freeze()
