@@ -1,9 +1,11 @@
 """`make schedules`: all small stories on all designs, and all scenarios and workloads, with no bug planted.
 
-Shares are equal: each story of a design has as many schedules as the others, each scenario as many seeds.
-What is finished is kept beside the record, for these sources, and not run again.
+By turns: each has as many schedules as the others when it is enough, or interrupted, which loses nothing but
+the schedules under way.  What they come to are rows of the record (simulator/rows.py), to which the next run
+adds, with seeds that nobody had before.
 
-    python -m simulator.clean --schedules N --seeds N --story S... --design D... --record FILE
+    python -m simulator.clean --story S... --design D... --schedules N --seeds N --strategy NAME
+                              --faults KIND,... --seconds N --workers N --again --record FILE
 
 Exit status: 0 nothing broke, 1 something did (with the line that repeats it), 2 the command was wrong, 130
 interrupted.
@@ -12,142 +14,204 @@ interrupted.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
-from collections.abc import Iterator, Mapping
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
-from simulator.campaign import Campaign, CampaignEnd, Progress, run_campaign
-from simulator.command import PLAYED, ROUNDS, SCHEDULES_OF_SHARD, begin, find
-from simulator.hunting import version
-from simulator.search.strategies import DEFAULT
+from simulator.campaign import WORKER_DIED
+from simulator.command import PLAYED, ROUNDS, SCHEDULES_OF_SHARD, begin, faults_of, find
+from simulator.pool import Stop, interrupts, pooled
+from simulator.rows import Play, Rows
+from simulator.search.explore import Tally, explore
+from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
+from simulator.version import version
 from simulator.world.schedule import Judged
 
 CLEAN = Path("docs/results/clean.json")
-KEPT = Path("build/schedules")
-SCHEDULES, SEEDS = 40_000, 100
-
-
-class CutShort(Exception):
-    """By Ctrl-C; what is finished is kept."""
+SCHEDULES, SEEDS = 800, 10
+WRITES_S = 10.0  # who kills this process loses no more than that
 
 
 class NothingToPlay(LookupError):
     """A design would be said to hold without a schedule."""
 
 
-@dataclass(slots=True)
-class Sums:
-    """Of one design's stories, or of one scenario."""
+class Shard(NamedTuple):
+    """The first schedules of a seed."""
 
-    schedules: int = 0
-    traces: int = 0
-    failed: int = 0
-    repeats: list[str] = field(default_factory=list)
-
-    def add(self, judged: Judged, end: CampaignEnd) -> None:
-        tally = end.tally
-        self.schedules += tally.schedules
-        self.traces += len(tally.traces)
-        self.failed += len(tally.found)
-        self.repeats += [
-            f"{found.result.invariant}: qemu-shim sim {judged.scenario} --design {judged.design} "
-            f"--seed {found.seed} --schedules {found.schedule}"
-            for found in tally.found
-        ]
+    play: Play
+    seed: int
+    schedules: int
 
 
-def played(judged: Judged, schedules: int, workers: int | None, code: str) -> CampaignEnd:
-    """CutShort."""
-    small = judged.scenario in STORIES
-    shard = ROUNDS if small else SCHEDULES_OF_SHARD
-    campaign = Campaign(judged.scenario, DEFAULT, schedules, code=code, shard=shard)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    told = f"{judged.scenario} on {judged.design}"
-
-    def progress(now: Progress) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{told}: {now.line()}", end="", file=sys.stderr, flush=True)
-
-    end = run_campaign(
-        campaign,
-        partial(begin, judged, ROUNDS if small else 1),
-        path=KEPT / f"{judged.scenario}-{judged.design}-{schedules}-{code}.jsonl",
-        workers=workers,
-        progress=progress,
-    )
-    if end.why == "interrupted":
-        raise CutShort
-    print(f"{told}: {end.tally.schedules:,} schedules, {len(end.tally.found)} failed", file=sys.stderr)
-    return end
-
-
-def of_designs(
-    designs: list[str], names: list[str], schedules: int, workers: int | None, code: str
-) -> Iterator[dict[str, Any]]:
+def stories(names: Sequence[str], designs: Sequence[str], strategy: str, faults: str) -> Iterator[Play]:
+    """NothingToPlay."""
     for design in designs:
-        stories = [name for name in names if design in STORIES[name].playable]
-        if not stories:
+        playable = [name for name in names if design in STORIES[name].playable]
+        if not playable:
             raise NothingToPlay(f"none of {', '.join(names)} can be played on {design}: name another story")
-        sums = Sums()
-        for name in stories:
-            judged = Judged(find, name, design)
-            sums.add(judged, played(judged, -(-schedules // len(stories)), workers, code))
-        yield {"design": design, **_as_json(sums)}
+        yield from (Play(name, design, strategy, faults) for name in playable)
 
 
-def of_scenarios(seeds: int, workers: int | None, code: str) -> Iterator[dict[str, Any]]:
+def scenarios(strategy: str, faults: str) -> Iterator[Play]:
     """Each on the last of its designs, in the order of DESIGNS: `shared`, where that can play it."""
-    whole: Mapping[str, Scenario] = {
-        name: scenario for name, scenario in PLAYED.items() if isinstance(scenario, Scenario)
-    }
-    for name, scenario in whole.items():
-        sums = Sums()
-        judged = Judged(find, name, scenario.playable[-1])
-        sums.add(judged, played(judged, seeds, workers, code))
-        yield {"name": name, "design": judged.design, "seeds": sums.schedules, **_as_json(sums)}
+    for name, scenario in PLAYED.items():
+        if isinstance(scenario, Scenario):
+            yield Play(name, scenario.playable[-1], strategy, faults, whole=True)
 
 
-def _as_json(sums: Sums) -> dict[str, Any]:
-    return {
-        "schedules": sums.schedules,
-        "traces": sums.traces,
-        "failed": sums.failed,
-        "repeats": sums.repeats,
-    }
+def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Shard]:
+    """One of each play, and again, from its first seed on: `schedules` of each small story, all that a shard
+    has of `seeds` of each other.
+    """
+    plays = list(first)
+    size = {play: SCHEDULES_OF_SHARD if play.whole else ROUNDS for play in plays}
+    left = {play: seeds * size[play] if play.whole else schedules for play in plays}
+    seed = dict(first)
+    while any(left.values()):
+        for play in plays:
+            if now := min(left[play], size[play]):
+                yield Shard(play, seed[play], now)
+                left[play] -= now
+                seed[play] += 1
+
+
+def played(shard: Shard, stop: Stop) -> Tally:
+    """In a worker.  Less what nobody asks for, and may be large."""
+    play = shard.play
+    judged = Judged(find, play.name, play.design, faults=tuple(faults_of(play.faults)))
+    player = begin(judged, 1 if play.whole else ROUNDS)
+    search = STRATEGIES[play.strategy].make(shard.seed)
+    tally = explore(player, search, shard.seed, shard.schedules, lambda _: stop())
+    tally.covered.clear()
+    return tally
+
+
+def repeats(play: Play, tally: Tally) -> list[str]:
+    faults = f" --faults {play.faults}" if play.faults else ""
+    return [
+        f"{found.result.invariant}: qemu-shim sim {play.name} --design {play.design} "
+        f"--strategy {play.strategy} --seed {found.seed} --schedules {found.schedule}{faults}"
+        for found in tally.found
+    ]
+
+
+@dataclass(slots=True)
+class Sitting:
+    """What came of this run, beside the rows."""
+
+    rows: Rows
+    stale: set[Play]  # whose rows go when there is something to put in their place
+    schedules: int = 0
+    repeats: list[str] = field(default_factory=list)
+    errors: int = 0  # of ours: a shard that did not come to an end
+    _written: float = field(default_factory=time.monotonic)
+
+    def ended(self, shard: Shard, future: Future[Tally]) -> None:
+        """BrokenProcessPool."""
+        try:
+            tally = future.result()
+        except BrokenProcessPool:
+            raise
+        except Exception:  # the others are hours of work
+            self.errors += 1
+            print(f"{shard}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            return
+        if shard.play in self.stale:
+            self.rows.drop(shard.play)
+            self.stale.remove(shard.play)
+        lines = repeats(shard.play, tally)
+        self.rows.of(shard.play, shard.seed).add(shard.seed, tally.schedules, tally.traces, lines)
+        self.schedules += tally.schedules
+        self.repeats += lines
+        for line in lines:
+            print(line, flush=True)
+        if time.monotonic() - self._written > WRITES_S:
+            self.rows.write()
+            self._written = time.monotonic()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make schedules", description="what holds when no bug is planted")
-    parser.add_argument("--schedules", type=int, default=SCHEDULES, metavar="N", help="of each design")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of each scenario and workload")
-    parser.add_argument("--story", nargs="+", choices=tuple(STORIES), default=list(STORIES))
+    parser.add_argument(
+        "--story", "--stories", nargs="+", choices=tuple(STORIES), default=list(STORIES), metavar="S"
+    )
     parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
+    parser.add_argument(
+        "--schedules", type=int, default=SCHEDULES, metavar="N", help=f"of a story on a design ({SCHEDULES})"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=SEEDS,
+        metavar="N",
+        help=f"of a scenario or workload, {SCHEDULES_OF_SHARD} schedules each ({SEEDS})",
+    )
+    seeded = [name for name, named in STRATEGIES.items() if named.seeded]
+    parser.add_argument("--strategy", choices=seeded, default=DEFAULT)
+    parser.add_argument(
+        "--faults", type=faults_of, default=(), metavar="KIND,...", help="at most one each a schedule"
+    )
+    parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+    parser.add_argument(
+        "--again", action="store_true", help="from seed 0, in place of what is on record, of all sources"
+    )
     parser.add_argument("--record", type=Path, default=CLEAN, metavar="FILE", help=str(CLEAN))
     given = parser.parse_args()
-    code = version()
+    faults = ",".join(given.faults)
     try:
-        designs = list(of_designs(given.design, given.story, given.schedules, given.workers, code))
-        scenarios = list(of_scenarios(given.seeds, given.workers, code)) if given.seeds else []
+        plays = list(stories(given.story, given.design, given.strategy, faults))
     except NothingToPlay as nothing:
         parser.error(str(nothing))
-    except CutShort:
-        print(f"interrupted: {KEPT} has what is finished", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    record = {"code": code, "python": platform.python_version(), "designs": designs, "scenarios": scenarios}
-    given.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    repeats = [line for each in (*designs, *scenarios) for line in each["repeats"]]
-    print("\n".join(repeats) or f"{sum(each['schedules'] for each in designs):,} schedules: nothing broke")
-    return EXIT_FAILED if repeats else 0
+    plays += scenarios(given.strategy, faults) if given.seeds else ()
+    rows = Rows(given.record, version())
+    sitting = Sitting(rows, set(plays) if given.again else set())
+    todo = shards(
+        {play: 0 if given.again else rows.fresh(play) for play in plays}, given.schedules, given.seeds
+    )
+    until = time.monotonic() + given.seconds if given.seconds is not None else None
+    with interrupts() as interrupted:
+
+        def stop() -> bool:
+            return interrupted() or (until is not None and time.monotonic() > until)
+
+        print(f"{len(plays)} stories and scenarios by turns, of {rows.code}", file=sys.stderr, flush=True)
+        status = _sat(sitting, todo, given.workers, stop)
+        if interrupted():
+            print(f"interrupted: {given.record} has what was played", file=sys.stderr)
+            status = EXIT_INTERRUPTED
+    broke = f"{len(sitting.repeats):,} failed" if sitting.repeats else "nothing broke"
+    print(f"{sitting.schedules:,} schedules: {broke}")
+    return status
+
+
+def _sat(sitting: Sitting, todo: Iterator[Shard], workers: int | None, stop: Stop) -> int:
+    died = False
+    try:
+        with closing(pooled(todo, played, workers, stop)) as ended:
+            for one in ended:
+                if one is not None:
+                    sitting.ended(*one)
+                if sys.stderr.isatty():
+                    print(f"\r{sitting.schedules:,} schedules", end="", file=sys.stderr, flush=True)
+    except BrokenProcessPool:
+        died = True
+        print(WORKER_DIED, file=sys.stderr)
+    finally:
+        sitting.rows.write()
+    return EXIT_FAILED if died or sitting.repeats or sitting.errors else 0
 
 
 if __name__ == "__main__":

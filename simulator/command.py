@@ -60,7 +60,6 @@ def main(argv: list[str]) -> int:
     judged = _judged(parser, options)
     small = isinstance(find(judged.scenario), SmallStory)
     campaign = Campaign(
-        _told(judged),
         options.strategy,
         options.schedules,
         options.seed,
@@ -112,6 +111,14 @@ def begin_forks(judged: Judged) -> Player:
     return Forked(judged)
 
 
+def faults_of(text: str) -> tuple[str, ...]:
+    """As options have them."""
+    try:
+        return tuple(kinds_of(text))
+    except UnknownFaults as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qemu-shim sim", description="A scenario in one process, under schedules that are chosen."
@@ -137,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--faults",
-        type=_faults,
+        type=faults_of,
         default=(),
         metavar="KIND,...",
         help="at most one each a schedule, then all is played again without: "
@@ -190,13 +197,6 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
             f"--faults with --strategy {options.strategy}: a search that ends is of one without faults"
         )
     return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)
-
-
-def _faults(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(kinds_of(text))
-    except UnknownFaults as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _told(judged: Judged) -> str:

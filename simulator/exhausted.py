@@ -36,11 +36,11 @@ import structlog
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.command import find as story_of
-from simulator.hunting import version
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Tally, explore
 from simulator.stories.at_once import AT_ONCE
+from simulator.version import version
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -47,6 +46,7 @@ from simulator.planted.hunt import (
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.seeking import Reach, find, scouted
+from simulator.version import version
 
 RANGES = 3
 RECORD = Path("build/hunted.json")
@@ -107,14 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(sought: Sought, end: RangeEnd) -> str:
     found = "not found" if end.catch is None else "{0} after {1} schedules, {3} on {4}".format(*end.catch)
     return f"{sought.plant} {sought.strategy} {sought.number}: {found} ({end.seconds:.0f} s)"
-
-
-def version() -> str:
-    """Results are of these sources."""
-    ran = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return ran.stdout.strip() or "no version"
 
 
 def _as_json(result: Hunted) -> dict[str, object]:

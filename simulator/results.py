@@ -8,8 +8,7 @@ and a test holds the page to the records.  A section whose record is not there s
     torture.json      tests/torture/summary.py: blows at real processes, and what came of them
     speed.json        `python -m bench`: what a schedule takes
     found.toml        by hand: what was wrong with our own code, and which test keeps it right
-    clean.json        {"designs": [{"design", "schedules", "traces", "failed"}],
-                       "scenarios": [{"name", "seeds", "failed"}]}, with no bug planted
+    clean.json        simulator/rows.py: what schedules with nothing planted came to
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from typing import Any
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.planted.hunt import Hunted, hunted, of_json
 from simulator.planted.registry import PLANTED
+from simulator.search.distinct import KEPT
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PAGE = RESULTS / "simulator.md"
@@ -209,21 +209,56 @@ def _a_second(nanoseconds: float) -> str:
 
 
 def _of_clean(record: Mapping[str, Any]) -> Iterator[str]:
-    designs, scenarios = record["designs"], record["scenarios"]
-    failed = sum(each["failed"] for each in (*designs, *scenarios))
+    stories, whole = ([row for row in record["rows"] if row["whole"] is kind] for kind in (False, True))
+    codes, strategies = ({row[what] for row in record["rows"]} for what in ("code", "strategy"))
     yield (
-        f"{sum(each['schedules'] for each in designs):,} schedules of small stories,"
-        f" {sum(each['traces'] for each in designs):,} of them distinct by trace, and"
-        f" {sum(each['seeds'] for each in scenarios):,} of whole scenarios and workloads: {failed:,} failed."
+        f"{_sum(stories, 'schedules'):,} schedules of small stories, {_sum(stories, 'traces'):,} of them"
+        f" distinct by trace, and {_sum(whole, 'schedules'):,} of whole scenarios and workloads:"
+        f" {_sum(record['rows'], 'failed'):,} failed. Chosen by {', '.join(sorted(strategies))}; of"
+        f" {len(codes)} states of the code. Distinct is counted for each story, design, strategy, state of"
+        f" the code and kinds of faults, and estimated from {KEPT} on (`simulator/search/distinct.py`)."
     )
-    head = ("design", "schedules", "distinct", "failed")
+    counts = ("schedules", "traces", "failed")
     yield _table(
-        head,
+        ("design", "faults", "stories", "schedules", "distinct", "failed"),
         [
-            (f"`{it['design']}`", f"{it['schedules']:,}", f"{it['traces']:,}", f"{it['failed']:,}")
-            for it in designs
+            (f"`{design}`", faults or "none", len({row["name"] for row in rows}), *_sums(rows, counts))
+            for (design, faults), rows in _grouped(stories, "design", "faults")
         ],
     )
+    if failures := [(row["code"], f"`{line}`") for row in record["rows"] for line in row["repeats"]]:
+        yield _table(("code", "failed, and how to repeat it"), failures)
+    if whole:
+        yield _table(
+            ("scenario or workload", "design", "seeds", "schedules", "failed"),
+            [
+                (f"`{name}`", f"`{design}`", f"{_seeds(rows):,}", *_sums(rows, ("schedules", "failed")))
+                for (name, design), rows in _grouped(whole, "name", "design")
+            ],
+        )
+
+
+_Rows = Sequence[Mapping[str, Any]]
+
+
+def _grouped(rows: _Rows, *by: str) -> list[tuple[tuple[str, ...], _Rows]]:
+    """By what these are, designs in their order."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: list(DESIGNS).index(row["design"])):
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return list(groups.items())
+
+
+def _sum(rows: _Rows, what: str) -> int:
+    return sum(row[what] for row in rows)
+
+
+def _sums(rows: _Rows, counts: Sequence[str]) -> list[str]:
+    return [f"{_sum(rows, what):,}" for what in counts]
+
+
+def _seeds(rows: _Rows) -> int:
+    return sum(behind - first for first, behind in (row["seeds"] for row in rows))
 
 
 _SECTIONS = (
@@ -240,7 +275,7 @@ def _answer(kept: Records) -> Iterator[str]:
     """No more than the records bear out."""
     yield "## Is it safe?"
     searches = kept.get("exhaustive", {}).get("searches", [])
-    clean = kept.get("clean", {}).get("designs", [])
+    clean = kept.get("clean", {}).get("rows", [])
     bad = sum(each["failed"] for each in (*searches, *clean))
     if not searches and not clean:
         yield "That these records do not say yet."

@@ -34,9 +34,31 @@ EXHAUSTIVE = {
     ],
     "plants": [{"plant": "R4-one", "story": "age", "design": "mirror", "invariant": "I9", "run": 5}],
 }
+PLAYED = {"strategy": "mixed", "faults": "", "whole": False, "failed": 0, "repeats": [], "code": "1"}
 CLEAN = {
-    "designs": [{"design": "shared", "schedules": 2000, "traces": 1990, "failed": 0}],
-    "scenarios": [{"name": "unmap", "seeds": 100, "failed": 0}],
+    "rows": [
+        {**PLAYED, "name": "age", "design": "shared", "seeds": [0, 12], "schedules": 1200, "traces": 1190},
+        {**PLAYED, "name": "age", "design": "shared", "seeds": [12, 20], "schedules": 800, "traces": 790},
+        {
+            **PLAYED,
+            "name": "slot",
+            "design": "shared",
+            "faults": "evict",
+            "seeds": [0, 1],
+            "schedules": 90,
+            "traces": 9,
+            "code": "2",
+        },
+        {
+            **PLAYED,
+            "name": "unmap",
+            "design": "shared",
+            "seeds": [3, 13],
+            "schedules": 100,
+            "traces": 100,
+            "whole": True,
+        },
+    ],
 }
 SPEED = {
     "host": {"machine": "x86_64", "python": "3.11.2"},
@@ -69,7 +91,10 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "On `mirror` 0 of 1 searches ended: 0 interleavings, of which 0 failed.",
         "| `age` | `mirror` | 1,200 | 3 | 99 | at least 7 | 0 |",
         "| `R4-one` | `age` | `mirror` | I9 | 5 |",
-        "2,000 schedules of small stories, 1,990 of them distinct by trace, and 100 of whole scenarios",
+        "2,090 schedules of small stories, 1,989 of them distinct by trace, and 100 of whole scenarios",
+        "Chosen by mixed; of 2 states of the code.",
+        "| `shared` | none | 1 | 2,000 | 1,980 | 0 | | `shared` | evict | 1 | 90 | 9 | 0 |",
+        "| `unmap` | `shared` | 10 | 100 | 0 |",
         "(x86_64, CPython 3.11.2): | what | schedules a second | wanted | verdict |",
         "| --- | --- | --- | --- | | standing | 200 | 400 | MISSED |",
         "1 faults of ours, each with the test that fails if it comes back:",
@@ -96,6 +121,11 @@ def test_one_failure_is_the_answer() -> None:
     told = " ".join(page({**MADE_UP, "exhaustive": failed}).split())
     assert "As modelled here, no: 2 interleavings failed." in told
     assert "nothing was found" not in told
+    line = "I6: qemu-shim sim age --design shared --strategy mixed --seed 3 --schedules 7"
+    by_chance = {"rows": [{**CLEAN["rows"][0], "failed": 1, "repeats": [line]}]}
+    told = " ".join(page({**MADE_UP, "clean": by_chance}).split())
+    assert "As modelled here, no: 1 interleavings failed." in told
+    assert f"| 1 | `{line}` |" in told
 
 
 def test_a_mistake_that_is_no_more_is_left_out() -> None:
@@ -105,7 +135,7 @@ def test_a_mistake_that_is_no_more_is_left_out() -> None:
 def test_a_changed_record_is_seen(tmp_path: Path) -> None:
     (tmp_path / "clean.json").write_text(json.dumps(CLEAN), encoding="utf-8")
     before = page(records(tmp_path))
-    other = {**CLEAN, "designs": [{**CLEAN["designs"][0], "schedules": 2001}]}
+    other = {"rows": [{**CLEAN["rows"][0], "schedules": 2001}]}
     (tmp_path / "clean.json").write_text(json.dumps(other), encoding="utf-8")
     assert page(records(tmp_path)) != before
 
@@ -119,5 +149,5 @@ def test_what_was_found_in_our_code_is_held_by_a_test_that_is_there(fault: dict[
 def test_designs_are_called_as_they_are() -> None:
     for name in ("exhaustive", "clean"):
         record = records().get(name, {})
-        of_them = record.get("searches", []) + record.get("designs", [])
+        of_them = record.get("searches", []) + record.get("rows", [])
         assert {each["design"] for each in of_them} <= set(DESIGNS)

@@ -1,50 +1,127 @@
-"""`make schedules`: a small run of it, what it keeps, and what it says when something broke."""
+"""`make schedules`: a small run and the next one, what is kept, and what is said when something broke."""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
-from simulator.campaign import CampaignEnd
-from simulator.clean import Sums
-from simulator.command import find
+import pytest
+
+from qemu_shim.cli import main as qemu_shim
+from qemu_shim.vmm.interrupt import SIGNALS
+from simulator.clean import Shard, Sitting, shards
+from simulator.command import ROUNDS, SCHEDULES_OF_SHARD
+from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally
-from simulator.world.schedule import Judged
+from tests.patience import WHOLE_RUN_S
 
 STORY_NAMES = ("migrate", "swap", "asleep")  # the last cannot be played where all is pinned
+PLAY = Play("slot", "mirror", "mixed", "evict")
 
 
-def run(where: Path, *names: str) -> tuple[int, str]:
-    words = "--schedules 24 --seeds 0 --design pinned --workers 1 --record r.json --story"
-    argv = [sys.executable, "-m", "simulator.clean", *words.split(" "), *names]
-    ran = subprocess.run(argv, cwd=where, capture_output=True, text=True, check=False)
+def command(where: Path, *words: str) -> list[str]:
+    record = ("--workers", "1", "--record", str(where / "r.json"))
+    return [sys.executable, "-m", "simulator.clean", "--design", "pinned", *record, *words]
+
+
+def run(where: Path, *words: str) -> tuple[int, str]:
+    ran = subprocess.run(command(where, *words), capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
 
 
-def test_each_story_of_a_design_has_its_share_and_what_is_finished_is_kept(tmp_path: Path) -> None:
-    code, told = run(tmp_path, *STORY_NAMES)
+def rows_of(where: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((where / "r.json").read_text())["rows"]
+    return rows
+
+
+def test_each_story_has_as_many_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    few = ("--schedules", "12", "--seeds", "0", "--story", *STORY_NAMES)
+    code, told = run(tmp_path, *few)
+    assert (code, "24 schedules: nothing broke" in told) == (0, True), told
+    before = rows_of(tmp_path)
+    assert [row["name"] for row in before] == ["migrate", "swap"]
+    assert all(row["schedules"] == 12 and row["seeds"] == [0, 1] for row in before)
+    assert all(1 < row["traces"] <= 12 for row in before)
+
+    assert run(tmp_path, *few)[0] == 0
+    after = rows_of(tmp_path)
+    assert all(row["schedules"] == 24 and row["seeds"] == [0, 2] for row in after)
+    assert all(old["traces"] < new["traces"] for old, new in zip(before, after, strict=True))
+
+    assert run(tmp_path, *few, "--again")[0] == 0
+    assert rows_of(tmp_path) == before, "the same seeds come to the same"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_a_record_of_what_was_played(tmp_path: Path, number: signal.Signals) -> None:
+    """And those of whoever is not played again, though all were to be."""
+    (tmp_path / "r.json").write_text('{"rows": []}')
+    kept = Rows(tmp_path / "r.json", "other sources")
+    kept.of(Play("sharing", "shared", "mixed", whole=True), 0).add(0, 7, {1}, [])
+    kept.write()
+    endless = ("--schedules", str(10**9), "--story", "swap", "--again")
+    with subprocess.Popen(command(tmp_path, *endless), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "by turns" in process.stderr.readline()
+        process.send_signal(number)
+        _, told = process.communicate(timeout=WHOLE_RUN_S)
+    assert process.returncode == 130, told
+    assert "has what was played" in told
+    assert ("sharing", 7) in {(row["name"], row["schedules"]) for row in rows_of(tmp_path)}
+
+
+def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
+    code, told = run(tmp_path, "--seconds", "4", "--schedules", str(10**9), "--story", "swap", "--seeds", "0")
     assert code == 0, told
-    (pinned,) = json.loads((tmp_path / "r.json").read_text())["designs"]
-    assert pinned["schedules"] == 24
-    assert 1 < pinned["traces"] <= 24
-    assert pinned["failed"] == 0
-    kept = {path: path.read_bytes() for path in (tmp_path / "build" / "schedules").iterdir()}
-    assert len(kept) == 2
-    assert run(tmp_path, *STORY_NAMES)[0] == 0
-    assert {path: path.read_bytes() for path in kept} == kept, "what is run again is written behind the rest"
+    assert sum(row["schedules"] for row in rows_of(tmp_path)) > 0
 
 
-def test_what_breaks_is_told_with_the_line_that_repeats_it() -> None:
-    sums = Sums()
-    found = Found(3, 17, RunEnd("I6", "a page in two hands"), (0, 1), 5)
-    sums.add(Judged(find, "slot", "mirror"), CampaignEnd(Tally(schedules=100, found=[found]), "done"))
-    assert (sums.schedules, sums.failed) == (100, 1)
-    assert sums.repeats == ["I6: qemu-shim sim slot --design mirror --seed 3 --schedules 17"]
+def test_by_turns_each_has_its_share() -> None:
+    whole = Play("sharing", "shared", "mixed", whole=True)
+    dealt = list(shards({PLAY: 5, whole: 0}, ROUNDS + 7, 3))
+    assert dealt == [
+        Shard(PLAY, 5, ROUNDS),
+        Shard(whole, 0, SCHEDULES_OF_SHARD),
+        Shard(PLAY, 6, 7),
+        Shard(whole, 1, SCHEDULES_OF_SHARD),
+        Shard(whole, 2, SCHEDULES_OF_SHARD),
+    ]
+
+
+def test_what_breaks_is_told_with_the_line_that_repeats_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sitting = Sitting(Rows(tmp_path / "r.json", "one"), set())
+    future = Future[Tally]()
+    end = RunEnd("I6", "a page in two hands")
+    future.set_result(Tally(schedules=100, traces={1, 2}, found=[Found(3, 17, end, (0, 1), 5)]))
+    sitting.ended(Shard(PLAY, 3, 100), future)
+    words = "sim slot --design mirror --strategy mixed --seed 3 --schedules 17 --faults evict"
+    assert sitting.repeats == [f"I6: qemu-shim {words}"]
+    assert capsys.readouterr().out == f"I6: qemu-shim {words}\n"
+    sitting.rows.write()
+    (row,) = rows_of(tmp_path)
+    assert (row["schedules"], row["traces"], row["failed"], row["seeds"]) == (100, 2, 1, [3, 4])
+    assert qemu_shim([*words.split(), "--workers", "1"]) == 0, "it is a command"
+
+
+def test_an_error_of_ours_is_told_and_counts_as_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sitting = Sitting(Rows(tmp_path / "r.json", "one"), {PLAY})
+    future = Future[Tally]()
+    future.set_exception(TypeError("of ours"))
+    sitting.ended(Shard(PLAY, 3, 100), future)
+    assert (sitting.errors, sitting.schedules, sitting.rows.fresh(PLAY)) == (1, 0, 0)
+    assert "TypeError: of ours" in capsys.readouterr().err
 
 
 def test_a_design_without_a_schedule_is_not_said_to_hold(tmp_path: Path) -> None:
-    code, told = run(tmp_path, "asleep")
+    code, told = run(tmp_path, "--story", "asleep")
     assert (code, "none of asleep can be played on pinned" in told) == (2, True)
     assert not (tmp_path / "r.json").exists()
