@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 
 from protocol.errors import UapiError
 from protocol.units import PAGE_SIZE
@@ -157,6 +158,7 @@ async def test_a_detach_waits_for_a_unit_that_answers_nothing_until_it_has_let_g
 
             for _ in range(3):  # turns of a driver that has heard of it
                 await rig.host.iommufdd.stats()
+            await trio.testing.wait_all_tasks_blocked()  # an answer to `detach` came before these: it is read
             assert not is_detached.is_set()
             fake.let_go()
         assert await rig.host.iommufdd.violations() == []
