@@ -139,6 +139,19 @@ SEEN = {
     "R28-kvm-went-meanwhile": ("kvm-dies", "shared", "R28"),
     "R28-driver-gone-and-walking": ("driver-dies", "shared", "R28"),
     "pinned-over-a-pin": ("pin-twice", "mirror", "I28"),
+    "R7-device-tlb-keeps-everything": ("migrate", "shared", "I9"),
+    "R6-paging-structure-cache-stays": ("huge", "mirror", "R6"),
+    "R4-units-are-not-asked": ("discard", "shared", "I9"),
+    "importers-are-not-told": ("discard", "shared", "R17"),
+    "cpus-are-not-flushed": ("discard", "shared", "R17"),
+    "R17-zap-unflushed": ("discard", "shared", "I6"),
+    "R4-flush-of-another-not-awaited": ("two-changes", "mirror", "I6"),
+    "unpinned-before-its-entry-goes": ("pin-drop", "shared", "I6"),
+    "unpinned-before-the-flush": ("pin-drop", "mirror", "I6"),
+    "R1-range-not-looked-at": ("three-discard", "shared", "I5"),
+    "R5-no-quarantine": ("log-huge", "shared", "I7"),
+    "R16-bit-11": ("discard", "shared", "I2"),
+    "R19-devices-mark-nothing": ("log", "shared", "I25"),
 }
 
 

@@ -1,0 +1,69 @@
+"""The ghost's seams are where the product has them, and stories come to every one of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from kvmd.core.mm.table import PageTable
+from simulator.command import find
+from simulator.ghost.ghost import Ghost
+from simulator.ghost.probes.watching import SEAMS, watching
+from simulator.ghost.violation import Verdicts
+from simulator.search.explore import explore
+from simulator.search.strategies import STRATEGIES
+from simulator.world.schedule import Judged
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
+def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
+    owner, name = seam
+    assert inspect.isfunction(inspect.unwrap(vars(owner)[name]))
+
+
+# Stories, designs and kinds of faults that together come to all seams, and who they do not come to.
+PLAYED = (
+    ("pin", "mirror", ()),
+    ("convert", "managed", ()),
+    ("never", "pinned", ()),
+    ("pin-slot", "managed", ()),
+    ("kvm-dies", "mirror", ()),
+    ("export", "managed", ()),
+    ("full", "shared", ()),
+    ("detach", "managed", ("hangup",)),
+)
+ELSEWHERE = {(PageTable, "move")}  # mremap is in no story
+SCHEDULES = 10
+
+
+def test_the_ghost_hears_of_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted beneath the probes and within them: nothing of the product has a way around them."""
+    made: Counter[tuple[type, str]] = Counter()
+    heard: Counter[tuple[type, str]] = Counter()
+    for seam, around in list(SEAMS.items()):
+        original = vars(seam[0])[seam[1]]
+        monkeypatch.setattr(*seam, _counted(made, seam, original))
+        monkeypatch.setitem(SEAMS, seam, _counted(heard, seam, around))
+    for story, design, faults in PLAYED:
+        run_one = Judged(find, story, design, faults=faults)(SCHEDULES)
+        assert explore(run_one, STRATEGIES["random"].make(1), 1, SCHEDULES).found == []
+    assert made == heard
+    assert set(SEAMS) - set(made) == ELSEWHERE
+
+
+def _counted(counts: Counter[tuple[type, str]], seam: tuple[type, str], call: Any) -> Any:
+    def counting(*args: Any, **named: Any) -> Any:
+        counts[seam] += 1
+        return call(*args, **named)
+
+    return counting
+
+
+def test_the_product_is_as_it_was_when_nobody_watches_any_more() -> None:
+    before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    with watching(Ghost(Verdicts())):
+        assert all(vars(owner)[name] is not was for (owner, name), was in before.items())
+    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
