@@ -105,6 +105,7 @@ class Caches:
         self._translations: dict[Holder, dict[tuple[int, int], CachedTranslation]] = {}
         self._pointers: dict[Holder, dict[tuple[int, int], CachedPointer]] = {}
         self.driverless = False  # the units' driver died, and they have not been told
+        self.unanswered: set[Holder] = set()  # walk on, and their driver is told nothing any more
 
     def translations(self) -> Iterator[CachedTranslation]:
         for held in self._translations.values():
@@ -158,7 +159,8 @@ class Caches:
 
     def rule(self, rule: str, cached: CachedTranslation | CachedPointer) -> str:
         """What is broken by what is still cached; behind a dead driver only the lease answers (I13)."""
-        return "I13" if self.driverless and cached.holder[0] in UNIT_CACHES else rule
+        unanswered = self.driverless and cached.holder[0] in UNIT_CACHES
+        return "I13" if unanswered or (rule != "I15" and cached.holder in self.unanswered) else rule
 
     def process_gone(self, name: str, kinds: Iterable[str]) -> None:
         """And caches of these kinds with it."""

@@ -17,7 +17,7 @@ from simulator.ghost.entries import judge_entry
 from simulator.ghost.faults import FaultJudge
 from simulator.ghost.functions import Functions
 from simulator.ghost.groups import Groups
-from simulator.ghost.holders import ALL_CACHES, GOES_WITH, UNIT_CACHES
+from simulator.ghost.holders import ALL_CACHES, GOES_WITH, IMPORTED_CACHES, UNIT_CACHES
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
@@ -122,6 +122,7 @@ class Ghost:
 
     def root_taken_back(self, root: int) -> None:
         self.lent.takes_back(self._roots[root].view)
+        self.caches.unanswered |= {cached.holder for cached in self.caches.of_root(IMPORTED_CACHES, root)}
 
     def view_of(self, root: int) -> Name | None:
         facts = self._roots.get(root)
@@ -361,7 +362,10 @@ class Ghost:
         """All have acked (step 4)."""
         self.heard.change(heard.IS_COMPLETE)
         for cached in self.caches.survivors(ALL_CACHES, root, start, end, issued):
-            self.verdicts.say(self.caches.rule("R17", cached), f"a flush is over, {said(cached)} is older")
+            rule = "R17"
+            if cached.holder[0] in IMPORTED_CACHES:
+                rule = self.lent.rule(cached.holder, self.view_of(root), issued)
+            self.verdicts.say(self.caches.rule(rule, cached), f"a flush is over, {said(cached)} is older")
 
     # -- accesses --------------------------------------------------------------------------------------
 

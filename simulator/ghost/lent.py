@@ -1,10 +1,11 @@
-"""What is made of table pages, and who lends what of it to whom (I10, R15)."""
+"""What is made of table pages, and who lends what of it to whom (I10, I15, R15)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from simulator.ghost.backing import Name
+from simulator.ghost.caches import Holder
 from simulator.ghost.violation import Verdicts
 
 
@@ -17,11 +18,14 @@ class RootFacts:
 
 
 class Lent:
-    """The roots that are exported: one of a view at a time, and what its CPUs run on is that one."""
+    """The roots that are exported: one of a view at a time, and what its CPUs run on is that one; and their
+    importers, by what their hardware caches in.
+    """
 
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
         self._level_of: dict[Name | None, int] = {}
+        self._told: dict[Holder, int] = {}  # of an importer that is registered, when it was told last
 
     def lends(self, view: Name | None, level: int) -> None:
         """A root of the view, of so many levels."""
@@ -35,6 +39,7 @@ class Lent:
     def forget(self) -> None:
         """Who lent them died."""
         self._level_of.clear()
+        self._told.clear()
 
     def runs_on(self, vcpu: int, view: Name, level: int) -> None:
         """A vCPU is told its width, by which its root has so many levels; it has not run yet."""
@@ -48,3 +53,32 @@ class Lent:
         """A device is let in whose accesses caches of CPUs do not see."""
         if view in self._level_of:
             self._verdicts.say("R15", f"non-coherent DMA beside {view}, which is lent as write-back memory")
+
+    # -- importers -------------------------------------------------------------------------------------
+
+    def describes(self, view: Name | None) -> None:
+        """An importer is given the metadata of the view's root."""
+        if view not in self._level_of:
+            self._verdicts.say(
+                "I10", f"an importer is told of the root of {view}, which is not lent any more"
+            )
+
+    def registers(self, importer: Holder, view: Name | None, now: int) -> None:
+        if view not in self._level_of:
+            what = f"{' '.join(importer)} registers for the root of {view}"
+            self._verdicts.say("I15", f"{what}, which is not lent any more")
+        self._told[importer] = now
+
+    def tells(self, importer: Holder, now: int) -> None:
+        if importer not in self._told:
+            self._verdicts.say("I15", f"{' '.join(importer)} is told of a flush, and is not registered")
+        self._told[importer] = now
+
+    def unregisters(self, importer: Holder) -> None:
+        self._told.pop(importer, None)
+
+    def rule(self, importer: Holder, view: Name | None, issued: int) -> str:
+        """What is broken if it has of the view's root still what a flush was to take."""
+        if view not in self._level_of:
+            return "I13"
+        return "R17" if self._told.get(importer, -1) >= issued else "I15"

@@ -154,6 +154,7 @@ KVMD_EXPORTS = (
             )
         ],
         races=["B-09"],
+        simulated=False,  # a name is its owner's until he unregisters, which he does once: EBUSY meets others
     ),
     Plant(
         "R26-leaves-before-its-lease",

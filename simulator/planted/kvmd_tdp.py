@@ -198,7 +198,7 @@ KVMD_TDP = (
         "A flush is over when the first of several importers has acked it.",
         "I6",
         [Edit(f"{_FLUSHER}.flush", "await wait", "await wait\n        break")],
-        races=["R4", "R8"],
+        races=["R4", "R17"],
     ),
     Plant(
         "B-18-drain-is-skipped",
@@ -310,12 +310,12 @@ KVMD_TDP = (
     ),
     Plant(
         "R4-mapping-over-unflushed",
-        "An entry is replaced by one of another frame and cached copies of the old one stay.",
+        "A huge leaf replaces a table, or another frame's an entry, and cached copies of the old one stay.",
         "I6",
         [
             Edit(f"{_FAULTS}._map", "if flush is not None:", "if False:"),
         ],
-        races=["R4", "R6"],
+        races=["R4", "R5"],
     ),
     Plant(
         "cpus-are-not-flushed",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from simulator.stories.at_once import AT_ONCE
 from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
+from simulator.stories.importers import IMPORTED
 from simulator.stories.logs import LOGS
 from simulator.stories.machines import MACHINES
 from simulator.stories.objects import OBJECTS
@@ -23,6 +24,6 @@ from simulator.stories.units import OTHER_MAKES
 
 _ALL = (
     *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
-    *OBJECTS,
+    *(*OBJECTS, *IMPORTED),
 )
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

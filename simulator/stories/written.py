@@ -93,6 +93,10 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "vast": ["B-30"],
     "kvm-dies": ["R28"],
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
+    # -- another importer
+    "importers": ["R4", "B-09"],
+    "importers-huge": ["R5"],
+    "importers-end": ["R26", "R28", "I13", "B-36"],
 }
 
 

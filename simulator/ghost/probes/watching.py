@@ -14,6 +14,7 @@ from simulator.ghost.probes import (
     cpu,
     faults,
     host,
+    importers,
     ioas,
     layout,
     private,
@@ -25,7 +26,9 @@ from simulator.ghost.probes.watch import Around, Watch
 
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around
-    for room in (tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout)
+    for room in (
+        *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
+    )
     for seam, around in room.seams.items()
 }
 

@@ -32,6 +32,7 @@ PLAYED = (
     ("pin-slot", "managed", ()),
     ("kvm-dies", "mirror", ()),
     ("export", "managed", ()),
+    ("importers-end", "shared", ()),
     ("full", "shared", ()),
     ("detach", "managed", ("hangup",)),
 )

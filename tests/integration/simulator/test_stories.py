@@ -100,6 +100,9 @@ BREAKS = {
     "hwpts": ("shared", "domain-id-free-too-early"),
     "iommufd-closes": ("shared", "R13-closed-meanwhile"),
     "export": ("shared", "B-28-vcpu-of-another-width"),
+    "importers": ("shared", "B-09-one-importer-is-told"),
+    "importers-huge": ("shared", "R5-youngest-ack-counts"),
+    "importers-end": ("managed", "R28-one-look-at-leases"),
 }
 
 
@@ -152,6 +155,13 @@ SEEN = {
     "R5-no-quarantine": ("log-huge", "shared", "I7"),
     "R16-bit-11": ("discard", "shared", "I2"),
     "R19-devices-mark-nothing": ("log", "shared", "I25"),
+    "R5-epoch-too-early": ("importers-huge", "shared", "I7"),
+    "R4-mapping-over-unflushed": ("importers-huge", "shared", "I7"),
+    "R4-only-the-first-ack": ("importers", "shared", "R17"),
+    "R28-death-is-an-ack": ("importers-end", "managed", "I13"),
+    "R26-unregistered-first": ("importers-end", "shared", "I15"),
+    "R26-registers-while-taken-back": ("importers-end", "shared", "I15"),
+    "B-36-answers-after-release": ("importers-end", "shared", "I10"),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import Groups
 from simulator.ghost.ledger import Ledger
+from simulator.ghost.lent import Lent
 from simulator.ghost.liveness import CASE_OF, Liveness
 from simulator.ghost.spans import Translation
 from simulator.ghost.stores import Stores
@@ -221,3 +222,40 @@ def test_nothing_is_left_of_what_a_dead_driver_lent() -> None:
     assert ghost.verdicts.found == []
     ghost.unplugged()
     assert invariants(ghost.verdicts) == ["R28"]
+
+
+IMPORTER = ("imported", "a")
+
+
+def test_an_importer_is_one_of_what_is_lent_and_hears_until_it_unregisters() -> None:
+    verdicts = Verdicts()
+    lent = Lent(verdicts)
+    lent.lends("vm", 4)
+    lent.describes("vm")
+    lent.registers(IMPORTER, "vm", now=3)
+    lent.tells(IMPORTER, now=5)
+    lent.unregisters(IMPORTER)
+    assert invariants(verdicts) == []
+    lent.tells(IMPORTER, now=6)
+    assert invariants(verdicts) == ["I15"]
+
+
+def test_nobody_imports_what_was_taken_back() -> None:
+    verdicts = Verdicts()
+    lent = Lent(verdicts)
+    lent.lends("vm", 4)
+    lent.takes_back("vm")
+    lent.describes("vm")
+    lent.registers(IMPORTER, "vm", now=3)
+    assert invariants(verdicts) == ["I10", "I15"]
+
+
+def test_what_an_importer_still_has_behind_a_flush_says_who_was_wrong() -> None:
+    lent = Lent(Verdicts())
+    lent.lends("vm", 4)
+    lent.registers(IMPORTER, "vm", now=3)
+    lent.tells(IMPORTER, now=5)
+    assert lent.rule(IMPORTER, "vm", issued=5) == "R17", "it was told, and not waited for"
+    assert lent.rule(IMPORTER, "vm", issued=6) == "I15", "it was not told"
+    lent.takes_back("vm")
+    assert lent.rule(IMPORTER, "vm", issued=5) == "I13", "nobody tells it any more"
