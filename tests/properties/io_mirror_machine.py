@@ -7,6 +7,9 @@ have until a descriptor takes it.
 At every step: no leaf, no cached translation and no address a device is given leads to a frame that is
 neither the process's nor pinned (I6), and each leaf maps what the host has there now unless that is being
 changed or pinned (I5, I11; messages say R1).
+
+The simulator's stories do not replace it: answers overtake notices here, and R1-lookups-are-not-told is seen
+only so.
 """
 
 from __future__ import annotations

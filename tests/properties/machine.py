@@ -8,6 +8,9 @@ wrap the core's.  Lookups of pages fall asleep, and wake at whatever other step.
 At every step: no cached translation and no entry of the table names a frame that was given up (I6), no
 cached table page was reused (I7), each entry maps the page the host has there now unless it is being
 changed (I5, I11), and every byte read is the byte the dicts hold.
+
+The simulator's stories do not replace it: a lookup sleeps here behind what it found, where the daemons have
+no step that another may come before, and R1-sequence-stands is seen only so.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The migrator knows nothing of bits and entries beyond what user space is told: i
 logging is on, then again and again the pages KVM reports, and compares when guest and device have stopped.
 Meanwhile two vCPUs and a device store at will; the device keeps every translation until it acks the
 invalidation of it, and acks late.  A store that was reported to nobody is a byte that differs.
+
+The simulator's stories see the bugs planted here, too, by I25; they have neither CPUs without PML nor bits
+that begin set or are cleared one by one.
 """
 
 from __future__ import annotations

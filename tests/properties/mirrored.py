@@ -4,6 +4,9 @@ Each goes on using what it was answered until it acks the invalidation that cove
 in any order; lookups sleep, and ready flows run in any order.  At every step, of each page in use: its frame
 was not given up (I6), and unless an invalidation of it is told and not acked, the process has that very
 frame there, with no fewer rights (I5).  What is pinned keeps its frame whatever happens to the mapping.
+
+The simulator's stories do not replace it: nobody in them hangs up while its pin sleeps
+(pin-outlives-its-mirror), or faults behind a change that is not settled (R1-mirror-unsettled-behind-a-fault).
 """
 
 from __future__ import annotations
