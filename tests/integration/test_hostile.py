@@ -163,22 +163,21 @@ def devices_free(door: Plain) -> bool:
 
 
 def portal(stack: ExitStack, running: System) -> Plain:
-    made = None
+    held = keep(stack, vfio(stack, running))
+    io = keep(stack, iommufd(stack, running))
+    held.ask("VFIO_DEVICE_BIND_IOMMUFD", {}, [io.sock.fileno()])
+    made: list[Plain] = []
 
-    def opened() -> bool:
-        nonlocal made
-        held = keep(stack, vfio(stack, running))
-        io = keep(stack, iommufd(stack, running))
-        held.ask("VFIO_DEVICE_BIND_IOMMUFD", {}, [io.sock.fileno()])
+    def mapped() -> bool:
+        """EBUSY as long as device_sim has not heard that the one before was closed."""
         answer = held.ask("VFIO_DEVICE_MMAP", {"region": 2})
-        if isinstance(answer, int):
+        if answer == errno.EBUSY:
             return False
-        made = Plain(socket.socket(fileno=answer[1][0]))
+        made.append(Plain(socket.socket(fileno=answer[1][0])))
         return True
 
-    assert opened()
-    assert made is not None
-    return made
+    until(mapped, "the BARs are nobody's any more")
+    return made[0]
 
 
 def link(stack: ExitStack, running: System) -> Plain:
