@@ -104,11 +104,11 @@ class World:
             if self._paused is not None:  # it goes on at once, as if nothing had been
                 (self._running, self._paused) = (self._paused, None)
                 self._running.greenlet.switch()
-            while not (thread.over or self._paused):
+            while not (thread.over or self._given_up or self._paused):
                 self._running = None
                 self._switch(None)
-                if self._given_up is not None:
-                    raise self._given_up
+            if self._given_up is not None:
+                raise self._given_up
             self._tell_taken()
             return thread.over
         finally:

@@ -12,7 +12,7 @@ from protocol.kernel.port import SharedEvent
 from protocol.rpc.session import Kind, header
 from protocol.units import PAGE_SIZE
 from simulator.kernel.process import SimProcess
-from simulator.search.option import STOP, Option, Strategy, Touch, dependent
+from simulator.search.option import STOP, Option, Strategy, Touch, dependent, is_within
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.scheduler import LIMIT_NS, STEP_NS, Stopped, Stuck, World
@@ -158,6 +158,30 @@ def test_a_strategy_that_wants_no_more_is_obeyed() -> None:
     world.close()
     assert set(ended) <= {"a", "b"}
     assert world.failures == []
+
+
+def test_who_is_given_up_in_the_middle_of_a_step_behind_a_pause_is_the_last_to_take_one() -> None:
+    """A schedule in a machine that stood still: whoever else could go on does not."""
+
+    class Enough(Script):
+        def choose(self, options: Sequence[Option]) -> int:
+            return STOP if is_within(options[0].actor) else 0
+
+    world = World(Enough())
+    told: list[str] = []
+
+    def pauses(process: SimProcess) -> None:
+        world.pause()
+        world.pick("way", ("one", "other"))
+        told.append(process.name)
+
+    made(world, a=pauses, b=lambda process: told.append(process.name))
+    first = world.threads[0]
+    assert not world.run(first)
+    with pytest.raises(Stopped):
+        world.run(first)
+    assert told == []
+    world.close()
 
 
 def test_a_process_that_raises_is_a_failure_and_the_others_go_on() -> None:
