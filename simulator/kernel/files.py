@@ -139,6 +139,12 @@ class StreamEnd(OpenFile):
     def unread(self) -> int:
         return self._unread
 
+    @property
+    def on_the_way(self) -> Iterator[OpenFile]:
+        """Files that nobody has received."""
+        for piece in self._pieces:
+            yield from piece.files
+
     # -- receiving -------------------------------------------------------------------------------------
 
     def receive(self, into: memoryview) -> tuple[int, list[OpenFile]]:

@@ -140,8 +140,8 @@ class SimProcess:
         file = self.file(fd)
         del self._files[fd]
         self._free = min(self._free, fd)
+        self.happened("close", file)  # while it is known whose other end it is
         file.put()
-        self.happened("close", file)
 
     def close_received(self, fd: int) -> None:
         self.close(fd)

@@ -18,7 +18,7 @@ _GRAIN = {FRAMES: 2048}  # of a frame: what a piece of a device's copy has
 _GRAIN_ELSE = 8
 """Bytes that are one place."""
 
-OF_BOTH_ENDS = frozenset({"close", "shutdown", "register", "modify"})
+OF_BOTH_ENDS = frozenset({"shutdown", "register", "modify"})
 """What happens to a file and has to do with the other end of the channel, too: whether that hung up, or has
 room.
 """
@@ -33,6 +33,16 @@ def queues_of(file: OpenFile, both_ends: bool) -> set[Touch]:
     """What is under way to that end of a channel, or an eventfd's count."""
     peer = file.peer if both_ends and isinstance(file, StreamEnd) else None
     return {Touch(("channel", end.name), True) for end in (file, peer) if end is not None}
+
+
+def closed_with(file: OpenFile) -> set[Touch]:
+    """What goes may be the last that holds it: its other end hears of that, and those of all that was on the
+    way to it.
+    """
+    found = queues_of(file, both_ends=True)
+    for other in file.on_the_way if isinstance(file, StreamEnd) else ():
+        found |= closed_with(other)
+    return found
 
 
 def told_of(memory: Memory, at: int, writes: bool) -> str:

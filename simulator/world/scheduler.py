@@ -27,7 +27,15 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
-from simulator.world.places import OF_BOTH_ENDS, TIME_STANDS, queues_of, state_of, told_of, words_of
+from simulator.world.places import (
+    OF_BOTH_ENDS,
+    TIME_STANDS,
+    closed_with,
+    queues_of,
+    state_of,
+    told_of,
+    words_of,
+)
 from simulator.world.thread import Candidate, Event, SimThread
 
 STEP_NS = 2_000
@@ -411,7 +419,7 @@ class World:
         if self._closed:
             return
         if self._strategy.watches:
-            self._touched |= queues_of(file, what in OF_BOTH_ENDS)
+            self._touched |= closed_with(file) if what == "close" else queues_of(file, what in OF_BOTH_ENDS)
         self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import select
+import socket
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -313,6 +315,27 @@ def test_two_directions_of_a_channel_are_two_places_and_a_hang_up_is_both() -> N
     one, other = ("channel", "a.pair1"), ("channel", "a.pair1'")
     touched = [{touch.place for touch in step.touches} & {one, other} for step in strategy.taken]
     assert [found for found in touched if found] == [{other}, {one}, {one, other}]
+
+
+def test_who_closes_touches_the_other_end_and_those_of_what_nobody_has_received() -> None:
+    strategy = Script()
+    world = World(strategy)
+
+    def talk(process: SimProcess) -> None:
+        one, other = process.socketpair()
+        sent, kept = process.socketpair()
+        one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [sent.fileno()]))])
+        sent.close()
+        world.point("closes")
+        other.close()
+        world.point("has closed")
+        assert kept.recv(1) == b"", "it was hung up on"
+
+    made(world, a=talk, b=lambda process: None)
+    finish(world)
+    (closes,) = (step for step in strategy.taken if step.label == "closes")
+    channels = {("channel", f"a.{name}") for name in ("pair1", "pair1'", "pair2", "pair2'")}
+    assert {touch.place for touch in closes.touches} - {("process", "a")} == channels
 
 
 def settled(strategy: Strategy) -> World:
