@@ -20,7 +20,7 @@ from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
 from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
-from simulator.faults.kinds import FAULTS, UnknownFaults, kinds_of
+from simulator.faults.kinds import FAULTS, UnknownFaults, is_searched, kinds_of
 from simulator.narrator import Narrator, diagram
 from simulator.planted.__main__ import described, listing
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
@@ -119,6 +119,14 @@ def faults_of(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def searched_faults(text: str) -> tuple[str, ...]:
+    """Of a search that compares schedules."""
+    kinds = faults_of(text)
+    if others := [kind for kind in kinds if not is_searched(kind)]:
+        raise argparse.ArgumentTypeError(f"{', '.join(others)}: a search that ends can have no such faults")
+    return kinds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qemu-shim sim", description="A scenario in one process, under schedules that are chosen."
@@ -192,11 +200,20 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
         if param not in scenario.params or not value.isdigit():
             parser.error(f"--set {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
         params[param] = int(value)
-    if options.faults and not STRATEGIES[options.strategy].seeded:
-        parser.error(
-            f"--faults with --strategy {options.strategy}: a search that ends is of one without faults"
-        )
+    if not STRATEGIES[options.strategy].seeded:
+        try:
+            searched_faults(",".join(options.faults))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--faults with --strategy {options.strategy}: {error}")
     return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)
+
+
+def _are_kinds(text: str) -> bool:
+    try:
+        kinds_of(text)
+    except UnknownFaults:
+        return False
+    return True
 
 
 def _told(judged: Judged) -> str:
@@ -272,7 +289,7 @@ def _judged_again(parser: argparse.ArgumentParser, path: Path, story: Story) -> 
         (bool(playable), f"scenario {name!r}"),
         (story.design in playable, f"design {story.design!r} of it"),
         (not story.plant or story.plant in PLANTED, f"planted bug {story.plant!r}"),
-        (not set(story.faults.split(",")) - {"", *FAULTS}, f"faults {story.faults!r}"),
+        (_are_kinds(story.faults), f"faults {story.faults!r}"),
         (all(word.partition("=")[2].isdigit() for word in given), f"parameters {' '.join(given)!r}"),
     ]
     for is_there, what in known:

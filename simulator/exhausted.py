@@ -1,15 +1,20 @@
 """`make exhausted`: every interleaving of the stories that are small enough for it, on every design.
 
-    python -m simulator.exhausted [--story S...] [--design D...] [--seconds N] [--plant ID...] [--record FILE]
+    python -m simulator.exhausted [--story S...] [--design D...] [--faults KIND[:each],...] [--seconds N]
+                                  [--plant ID...] [--record FILE]
+
+With faults an interleaving has at most one of a kind, and behind it all is played once more without.  KIND is
+drawn first of all: at which of so many opportunities.  KIND:each is asked at each of them, which ends sooner:
+none is drawn that never comes, and opportunities may change places, but with the one that is taken.
 
 Results are put on record one by one, in docs/results/exhaustive.json; one of the same sources is not searched
 for again.  The record is JSON:
 
     {"command": how it was made,
-     "searches": [{"story", "design", "code": of which sources (git), "ended": has every interleaving been
-                   played?, "interleavings", "pruned": runs given up, as they are played elsewhere,
-                   "states": that were told apart, "left": known of and not played, 0 if it ended,
-                   "failed", "seconds"}],
+     "searches": [{"story", "design", "faults": "kind,kind" or "", "code": of which sources (git), "ended":
+                   has every interleaving been played?, "interleavings", "pruned": runs given up, as they
+                   are played elsewhere, "states": that were told apart, "left": known of and not played,
+                   0 if it ended, "failed", "seconds"}],
      "plants": [{"plant", "code", "story", "design", "invariant", "run": the first that shows it}]}
 
 `plants`: of each planted bug that some search finds, the first search that does.
@@ -36,6 +41,8 @@ import structlog
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.command import find as story_of
+from simulator.command import searched_faults
+from simulator.faults.kinds import EACH, FAULTS, drawn_among
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Tally, explore
@@ -50,6 +57,12 @@ SMALL_ENOUGH = {story.name: story for story in AT_ONCE}
 
 Pair = tuple[str, str]
 """Story and design."""
+
+EPILOG = (
+    f"Kinds of faults: {'; '.join(f'{name}: {kind.what}' for name, kind in FAULTS.items() if kind.searched)}."
+    f" KIND is drawn first of all: at which of so many opportunities. KIND{EACH} is asked at each of them."
+    " What does not end in time says how many interleavings were played, and at least how many are left."
+)
 
 
 class OnRecord:
@@ -86,32 +99,43 @@ def pairs(stories: Sequence[str], designs: Sequence[str]) -> Iterator[Pair]:
 
 
 def searched(
-    pair: Pair, plant: str = "", enough: Callable[[Tally], bool] = lambda tally: False
+    pair: Pair,
+    plant: str = "",
+    enough: Callable[[Tally], bool] = lambda tally: False,
+    faults: Sequence[str] = (),
 ) -> tuple[Exhaustive, Tally]:
     story, design = pair
     search = Exhaustive()
-    player = Forked(Judged(story_of, story, design, plant=plant))
+    player = Forked(Judged(story_of, story, design, plant=plant, faults=faults))
     return search, explore(player, search, 0, sys.maxsize, enough)
 
 
 def of_clean_code(
-    pair: Pair, record: OnRecord, seconds: float, tell: Callable[[str], None]
+    pair: Pair, record: OnRecord, seconds: float, tell: Callable[[str], None], faults: Sequence[str] = ()
 ) -> dict[str, Any]:
     """One of `searches`."""
     story, design = pair
-    if kept := record.get("searches", story=story, design=design):
+    kinds = ",".join(faults)
+    if kept := record.get("searches", story=story, design=design, faults=kinds):
         return kept
     began = time.monotonic()
 
     def enough(tally: Tally) -> bool:
         sofar = time.monotonic() - began
-        tell(f"{story} {design}: {tally.schedules} interleavings in {sofar:.0f} s")
+        tell(f"{story} {design} {kinds}: {tally.schedules} interleavings in {sofar:.0f} s")
         return sofar > seconds
 
-    search, tally = searched(pair, enough=enough)
+    search, tally = searched(pair, enough=enough, faults=faults)
+    for first in tally.found[:1]:
+        how = f" --faults {kinds}" if kinds else ""
+        print(
+            f"{first.result.invariant}: {first.result.sentence}\nqemu-shim sim {story} --design {design}"
+            f" --strategy exhaustive --schedules {first.schedule}{how}"
+        )
     found = {
         "story": story,
         "design": design,
+        "faults": kinds,
         "code": record.code,
         "ended": tally.over,
         "interleavings": search.traces,
@@ -121,7 +145,7 @@ def of_clean_code(
         "failed": search.failed,
         "seconds": round(time.monotonic() - began),
     }
-    record.put("searches", ("story", "design"), found)
+    record.put("searches", ("story", "design", "faults"), found)
     return found
 
 
@@ -158,13 +182,24 @@ def told(found: dict[str, Any]) -> str:
         f"{found['pruned']:,} pruned, {found['failed']:,} failed, {found['seconds']} s"
     )
     left = "" if found["ended"] else f", at least {found['left']} left"
-    return f"{found['story']} {found['design']}: {'all ' if found['ended'] else ''}{counts}{left}"
+    what = " ".join(filter(None, (found["story"], found["design"], drawn_among(found["faults"]))))
+    return f"{what}: {'all ' if found['ended'] else ''}{counts}{left}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make exhausted", description="every interleaving of small stories")
+    parser = argparse.ArgumentParser(
+        prog="make exhausted", description="every interleaving of small stories", epilog=EPILOG
+    )
     parser.add_argument("--story", nargs="+", choices=tuple(SMALL_ENOUGH), default=[])
     parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
+    parser.add_argument(
+        "--faults",
+        nargs="+",
+        type=searched_faults,
+        default=[()],
+        metavar="KIND[:each],...",
+        help="a search for each of these: at most one fault of each kind (none)",
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS_EACH, metavar="N", help="of a search (600)")
     parser.add_argument("--plant", nargs="+", choices=tuple(PLANTED), default=[], metavar="ID")
     parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
@@ -175,18 +210,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.plant:
             return _seek(given.plant, over, record, given.seconds)
-        return _search(over, record, given.seconds)
+        return _search(over, given.faults, record, given.seconds)
     except KeyboardInterrupt:
         print(f"interrupted: {given.record} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _search(over: Sequence[Pair], record: OnRecord, seconds: float) -> int:
+def _search(over: Sequence[Pair], faults: Sequence[Sequence[str]], record: OnRecord, seconds: float) -> int:
     well = True
-    for pair in over:
-        found = of_clean_code(pair, record, seconds, _show if sys.stderr.isatty() else lambda line: None)
-        print(told(found), flush=True)
-        well = well and found["ended"] and not found["failed"]
+    tell = _show if sys.stderr.isatty() else lambda line: None
+    for kinds in faults:
+        for pair in over:
+            found = of_clean_code(pair, record, seconds, tell, kinds)
+            print(told(found), flush=True)
+            well = well and found["ended"] and not found["failed"]
     return 0 if well else EXIT_FAILED
 
 

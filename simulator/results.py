@@ -23,6 +23,7 @@ from textwrap import fill
 from typing import Any
 
 from qemu_shim.vmm.designs import DESIGNS
+from simulator.faults.kinds import drawn_among
 from simulator.planted.hunt import Hunted, hunted, of_json
 from simulator.planted.registry import PLANTED
 from simulator.search.distinct import KEPT
@@ -128,22 +129,19 @@ def _number(value: float | None) -> str:
 
 def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
     searches = record["searches"]
-    for design in DESIGNS:
-        of_it = [each for each in searches if each["design"] == design]
-        if not of_it:
-            continue
+    for (design, *_), of_it in _grouped(searches, "design"):
         ended = [each for each in of_it if each["ended"]]
         failed = sum(each["failed"] for each in of_it)
         yield (
             f"On `{design}` {len(ended)} of {len(of_it)} searches ended:"
             f" {sum(each['interleavings'] for each in ended):,} interleavings, of which {failed:,} failed."
         )
-    head = ("story", "design", "interleavings", "pruned", "states", "left", "failed")
+    head = ("story", "design", "faults", "interleavings", "pruned", "states", "left", "failed")
     yield _table(
         head,
         [
             (
-                *(f"`{each['story']}`", f"`{each['design']}`"),
+                *(f"`{each['story']}`", f"`{each['design']}`", drawn_among(each["faults"]) or "none"),
                 f"{'all ' if each['ended'] else ''}{each['interleavings']:,}",
                 *(f"{each['pruned']:,}", f"{each['states']:,}"),
                 "none" if each["ended"] else f"at least {each['left']:,}",

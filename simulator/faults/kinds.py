@@ -13,6 +13,7 @@ class FaultKind:
     what: str
     late: int
     excuses: bool = False  # a VMM may be denied what it asks because of one
+    searched: bool = True  # a search that ends may have it: all that it changes is in what steps touch
 
 
 FAULTS: Mapping[str, FaultKind] = {
@@ -22,12 +23,22 @@ FAULTS: Mapping[str, FaultKind] = {
     "full": FaultKind("a unit's page request queue has no room: other functions have filled it", 3),
     "hangup": FaultKind("a process hangs up on another at a message, and both live", 8, excuses=True),
     "delay": FaultKind("a message is late, and so are those behind it in its channel", 8),
-    "store-buffer": FaultKind("others see a daemon's stores as late as its processor may let them", 7),
-    "sigstop": FaultKind("a daemon stands still for a while", 10),
+    "store-buffer": FaultKind(
+        "others see a daemon's stores as late as its processor may let them", 7, searched=False
+    ),
+    "sigstop": FaultKind("a daemon stands still for a while", 10, searched=False),
     "sigkill": FaultKind(
-        "a daemon or the VMM dies at any step of its; daemons are started again", 10, excuses=True
+        "a daemon or the VMM dies at any step of its; daemons are started again",
+        10,
+        excuses=True,
+        searched=False,
     ),
 }
+
+
+EACH = ":each"
+"""Behind a kind that is searched: it is not drawn beforehand at which of its opportunities there is one, but
+asked at each of them, until there was."""
 
 
 class UnknownFaults(ValueError):
@@ -35,9 +46,24 @@ class UnknownFaults(ValueError):
 
 
 def kinds_of(text: str) -> Sequence[str]:
-    """`evict,sigkill` -> in the order of FAULTS.  UnknownFaults."""
-    given = [name for name in text.split(",") if name]
-    unknown = [name for name in given if name not in FAULTS]
-    if unknown:
-        raise UnknownFaults(f"no faults are called {', '.join(unknown)}; there are {', '.join(FAULTS)}")
-    return [name for name in FAULTS if name in given]
+    """`evict:each,sigkill` -> in the order of FAULTS.  UnknownFaults."""
+    given = {name.removesuffix(EACH): name for name in text.split(",") if name}
+    if unknown := given.keys() - FAULTS.keys():
+        raise UnknownFaults(
+            f"no faults are called {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}"
+        )
+    if drawn := [name for name in given.values() if name.endswith(EACH) and not is_searched(name)]:
+        raise UnknownFaults(f"{', '.join(drawn)}: that kind is drawn beforehand, without {EACH}")
+    return [given[name] for name in FAULTS if name in given]
+
+
+def is_searched(kind: str) -> bool:
+    return FAULTS[kind.removesuffix(EACH)].searched
+
+
+def drawn_among(text: str) -> str:
+    """The same for people: all of what is drawn is said of so many opportunities and no more."""
+    return ", ".join(
+        kind if kind.endswith(EACH) else f"{kind} (the first {1 << FAULTS[kind].late})"
+        for kind in kinds_of(text)
+    )

@@ -2,7 +2,11 @@
 
 The opportunities of a kind are counted.  First the strategy says among which it is (the first, the second,
 the 3rd or 4th, the 5th to 8th...), then which half of those, and so on: early ones are as likely as late
-ones together, however long the run is.
+ones together, however long the run is.  Of a kind that is asked for at EACH it says so there and then.
+
+What a search that ends is told: a fault that is drawn first of all decides what every process does, and from
+then on each opportunity of its kind counts, so that no two may change places.  One that is asked for goes by
+whether there was one.
 """
 
 from __future__ import annotations
@@ -10,10 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from simulator.faults.kinds import FAULTS
+from simulator.faults.kinds import EACH, FAULTS
 from simulator.faults.store_buffer import StoreBuffer
 from simulator.kernel.files import StreamEnd
 from simulator.kernel.process import SimProcess
+from simulator.search.option import Touch
 from simulator.world.fate import Fate
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
@@ -29,7 +34,8 @@ class Faults:
     """Of these kinds, at most one each in a schedule.  Nothing fails before `begin` nor after `end`."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        self.kinds = kinds
+        self.kinds = [kind.removesuffix(EACH) for kind in kinds]
+        self._at_each = [kind.removesuffix(EACH) for kind in kinds if kind.endswith(EACH)]
         self.met: Counter[str] = Counter()  # how many there were of each kind
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
@@ -38,7 +44,8 @@ class Faults:
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
         self._buffers = False
-        self._left: dict[str, int] = {}  # opportunities that pass before it fails
+        self._left: dict[str, int] = {}  # of those drawn, how many opportunities pass before it fails
+        self._asked: dict[str, bool] = {}  # of those that are not, has it failed?
         self._sealed: list[tuple[str, SimThread]] = []
 
     def put_into(self, world: World) -> None:
@@ -52,6 +59,9 @@ class Faults:
     def begin(self) -> None:
         """Ask for a schedule's; called by a thread of the world."""
         for kind in self.kinds:
+            if kind in self._at_each:
+                self._asked[kind] = False
+                continue
             at = self._when(kind)
             if at is None:
                 continue
@@ -60,15 +70,16 @@ class Faults:
                 continue
             self._left[kind] = at
             if kind == "ite":
-                self.never = bool(self._pick(kind, ("late", "never")))
+                self.never = self._is_for_good(kind)
             elif kind == "delay":
-                self.late_s = STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]
+                self.late_s = self._for_how_long(kind)
             elif kind == "store-buffer":
                 self.buffer = StoreBuffer(VICTIMS[self._pick(kind, VICTIMS)])
 
     def end(self) -> None:
         """What has not failed by now does not."""
         self._left.clear()
+        self._asked.clear()
         self._buffers = False
         for kind, thread in self._sealed:
             if thread.fate is None:
@@ -86,19 +97,38 @@ class Faults:
 
     def due(self, kind: str, where: str = "") -> bool:
         """One of its opportunities has come: does it fail?"""
-        left = self._left.get(kind)
-        if left is None:
+        if kind in self._left:
+            fails, counts = self._left[kind] == 0, True
+            self._left[kind] -= 1
+        elif kind in self._asked:
+            fails = counts = not self._asked[kind] and self._strikes(kind)
+            self._asked[kind] |= fails
+        else:
             return False
-        if left:
-            self._left[kind] = left - 1
-            return False
-        del self._left[kind]
-        self.met[kind] += 1
         assert self._world is not None
-        self._world.journal.add(f"{FAULT} {kind} {where}".rstrip())
-        return True
+        self._world.touch({Touch((FAULT, kind), counts)})
+        if fails:
+            self.met[kind] += 1
+            self._world.journal.add(f"{FAULT} {kind} {where}".rstrip())
+        return fails
 
     # -- asking ----------------------------------------------------------------------------------------
+
+    def _strikes(self, kind: str) -> bool:
+        """At this opportunity."""
+        if not self._pick(kind, ("not yet", "now")):
+            return False
+        if kind == "ite":
+            self.never = self._is_for_good(kind)
+        elif kind == "delay":
+            self.late_s = self._for_how_long(kind)
+        return True
+
+    def _is_for_good(self, kind: str) -> bool:
+        return bool(self._pick(kind, ("late", "never")))
+
+    def _for_how_long(self, kind: str) -> float:
+        return STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]
 
     def _when(self, kind: str) -> int | None:
         spans = [0, *(1 << n for n in range(FAULTS[kind].late))]
@@ -138,7 +168,7 @@ class Faults:
         name = names[self._pick(kind, names)]
         stops_s = None
         if kind == "sigstop":
-            stops_s = STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]
+            stops_s = self._for_how_long(kind)
         assert self._world is not None
         for thread in self._world.threads:
             if thread.name == name and not thread.over and thread.fate is None:
@@ -147,7 +177,10 @@ class Faults:
 
     def _pick(self, kind: str, labels: Sequence[str]) -> int:
         assert self._world is not None
-        return self._world.pick(f"fault {kind}", labels)
+        touches = {Touch((FAULT, kind), False)}
+        if kind not in self._asked:  # whoever does something does it behind this
+            touches = {Touch((FAULT, kind), True)}.union(*(thread.state for thread in self._world.threads))
+        return self._world.pick(f"fault {kind}", labels, touches)
 
 
 def _ordinals(first: int, size: int) -> str:

@@ -3,7 +3,7 @@
 A search that compares schedules wants each to begin in the very same state, and a machine takes ten times as
 long to make as a schedule to play.  So one is made, stands still there, and is never played on: a child is,
 to the end of the round, where it is judged.  How the machine is taken down does not depend on the schedule,
-and is left to who plays rounds (`schedule.Living`).
+and is left to who plays rounds (`schedule.Living`); but with faults, behind which all is played again.
 
 The child tells over a pipe what its strategy was asked and told; the parent's, which has heard nothing of it,
 is asked and told the same.  So all that a strategy knows is in one process, whichever strategy it is.
@@ -67,7 +67,8 @@ class Forked:
 
     def __init__(self, judged: Judged) -> None:
         self._judged = judged
-        self._living = Living(judged, rounds=2, stands_first=True)
+        rounds = 1 if judged.faults else 2  # with them to the machine's end: is all well behind them?
+        self._living = Living(judged, rounds, stands_first=True)
         self._steps = _Steps()
         self._stands = False
 

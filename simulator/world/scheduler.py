@@ -10,7 +10,7 @@ happen, it jumps to the first deadline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import lru_cache, partial
 from math import ceil
 
@@ -99,7 +99,8 @@ class World:
 
         thread = SimThread(process, process.name, greenlet(life, self._main), fate)
         thread.state = state_of(process.name)
-        thread.stands(Option(process.name, "begins"))
+        maker = self._running.state if self._running is not None else frozenset()
+        thread.stands(Option(process.name, "begins", thread.state | maker))
         self.threads.append(thread)
         return thread
 
@@ -315,15 +316,15 @@ class World:
         me.stands(Option(me.name, label, me.state))
         self._switch(me)
 
-    def pick(self, what: str, labels: Sequence[str]) -> int:
-        """Which of several things the running process does next, within itself."""
+    def pick(self, what: str, labels: Sequence[str], touches: Set[Touch] = frozenset()) -> int:
+        """Which of several things the running process does next, within itself; it goes by those places."""
         if len(labels) == 1 or self._running is None or self._closed:
             return 0
         name = self._running.name
         self._tell_taken()
         self.decisions += 1
-        state = self._running.state
-        options = [Option(f"{name}/{what}", label, state) for label in labels]
+        touched = self._running.state | touches
+        options = [Option(f"{name}/{what}", label, touched) for label in labels]
         number = self._strategy.choose(options)
         if number == STOP:
             self._given_up = Stopped()
@@ -382,6 +383,11 @@ class World:
         """The running thread loads or stores those bytes within its step."""
         if self._strategy.watches and len(memory.mappers) > 1:
             self._touched |= self._words(memory, at, size, writes)
+
+    def touch(self, touches: Iterable[Touch]) -> None:
+        """What the running thread does goes by those places, or changes them."""
+        if self._strategy.watches:
+            self._touched.update(touches)
 
     # -- the port `Scheduler` --------------------------------------------------------------------------
 

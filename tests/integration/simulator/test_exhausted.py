@@ -12,12 +12,16 @@ import pytest
 from qemu_shim.vmm.designs import DESIGNS
 from simulator import exhausted
 from simulator.command import find
+from simulator.command import main as sim
 from simulator.exhausted import OnRecord, of_clean_code, searched, told
+from simulator.search.delay import DelayBound
+from simulator.search.exhaustive import HiddenDependenceError
 from simulator.search.explore import explore
 from simulator.search.pct import PriorityChanges
 from simulator.search.walk import RandomWalk
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
+from simulator.world.scheduler import World
 
 SMALLEST = ("two-discard", "mirror")
 BY_CHANCE = 40
@@ -49,6 +53,66 @@ def test_a_planted_bug_is_found(pair: exhausted.Pair, plant: str) -> None:
     assert tally.found
 
 
+@pytest.mark.parametrize("kind", ["hangup:each", "full"])
+def test_with_faults_it_comes_to_all_that_there_is_and_nothing_else(kind: str) -> None:
+    """Of the smallest every schedule can be played, each whether or not another comes to the same."""
+    pair = ("two-migrate", "pinned")
+    search, tally = searched(pair, faults=(kind,))
+    assert search.summary().startswith(f"all {len(tally.traces)} inequivalent interleavings, ")
+    assert not tally.found
+    every = explore(Forked(Judged(find, *pair, faults=(kind,))), DelayBound(), 0, 10**9)
+    assert every.over
+    assert every.schedules > len(every.traces) > 1
+    assert every.traces == tally.traces
+
+
+@pytest.mark.parametrize(
+    ("plant", "faults", "invariant"),
+    [("R9-overflow-stays", "full:each", "R9"), ("R18-late-and-done", "ite:each", "I9")],
+)
+def test_a_bug_that_a_fault_brings_out_is_found_with_it_and_in_none_without(
+    plant: str, faults: str, invariant: str
+) -> None:
+    pair = ("two-migrate", "mirror")
+    _, tally = searched(pair, plant, lambda tally: bool(tally.found), (faults,))
+    assert tally.found[0].result.invariant == invariant
+    _, without = searched(pair, plant)
+    assert (without.over, without.found) == (True, [])
+
+
+def test_a_fault_that_nobody_is_said_to_go_by_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pick = World.pick
+    monkeypatch.setattr(World, "pick", lambda world, what, labels, touches=(): pick(world, what, labels))
+    with pytest.raises(HiddenDependenceError):
+        searched(("two-migrate", "pinned"), faults=("full",))
+
+
+def test_a_search_with_faults_is_on_record_beside_the_one_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--story", "two-migrate", "--design", "pinned", "--record", str(tmp_path / "r.json")]
+    assert exhausted.main(words) == 0
+    assert exhausted.main([*words, "--faults", "hangup:each"]) == 0
+    assert exhausted.main([*words, "--faults", "evict", "--seconds", "0"]) == 1
+    kept = json.loads((tmp_path / "r.json").read_text())["searches"]
+    assert [(one["faults"], one["ended"]) for one in kept] == [
+        ("", True),
+        ("evict", False),
+        ("hangup:each", True),
+    ]
+    out = capsys.readouterr().out
+    assert "two-migrate pinned hangup:each: all 8 inequivalent interleavings, " in out
+    assert "two-migrate pinned evict (the first 32): 1 inequivalent interleavings, " in out
+
+
+@pytest.mark.parametrize("kind", ["sigkill", "sigstop", "store-buffer", "hangup:each,sigkill", "rain"])
+def test_what_cannot_be_searched_is_said(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for main, words in ((exhausted.main, []), (sim, ["two-discard", "--strategy", "exhaustive"])):
+        with pytest.raises(SystemExit):
+            main([*words, "--faults", kind])
+        assert kind.rpartition(",")[2] in capsys.readouterr().err
+
+
 def test_a_search_that_does_not_end_says_what_is_left(tmp_path: Path) -> None:
     record = OnRecord(tmp_path / "record.json", "this")
     found = of_clean_code(SMALLEST, record, 0.0, lambda line: None)
@@ -64,7 +128,9 @@ def test_the_committed_record_is_what_a_search_comes_to() -> None:
     kept = json.loads(exhausted.EXHAUSTED.read_text(encoding="utf-8"))["searches"]
     assert {one["design"] for one in kept if one["ended"]} == set(DESIGNS)
     assert all(one["ended"] == (one["left"] == 0) and not one["failed"] for one in kept)
-    (smallest,) = (one for one in kept if (one["story"], one["design"]) == ("two-migrate", "pinned"))
+    (smallest,) = (
+        one for one in kept if (one["story"], one["design"], one["faults"]) == ("two-migrate", "pinned", "")
+    )
     search, _ = searched(("two-migrate", "pinned"))
     counts = (search.traces, search.pruned, search.transitions + 1)
     assert counts == (smallest["interleavings"], smallest["pruned"], smallest["states"])

@@ -14,11 +14,11 @@ from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
 from protocol.pt.bits import RWX
 from protocol.units import LEVEL_4K, Hpa, IovaPfn
-from simulator.faults.kinds import FAULTS, UnknownFaults, kinds_of
+from simulator.faults.kinds import FAULTS, UnknownFaults, drawn_among, kinds_of
 from simulator.faults.plan import Faults
 from simulator.faults.seams import FAILING, injected
 from simulator.kernel.process import SimHost, SimProcess
-from simulator.search.option import Option
+from simulator.search.option import Option, Touch
 from simulator.world.scheduler import World
 from tests.kit.silicon import Silicon
 from tests.unit.simulator.world.toys import Script
@@ -73,8 +73,55 @@ def test_nothing_fails_before_it_begins_nor_after_it_ends() -> None:
 def test_kinds_are_asked_for_by_name() -> None:
     assert kinds_of("sigkill,evict") == ["evict", "sigkill"]
     assert kinds_of("") == []
+    assert kinds_of("enomem,evict:each") == ["evict:each", "enomem"]
+    assert drawn_among("enomem,evict:each") == "evict:each, enomem (the first 16)"
     with pytest.raises(UnknownFaults, match="no faults are called rain; there are evict, "):
         kinds_of("evict,rain")
+    with pytest.raises(UnknownFaults, match="sigkill:each: that kind is drawn beforehand"):
+        kinds_of("evict:each,sigkill:each")
+
+
+def of_two(kind: str, *words: str) -> tuple[list[bool], list[Option]]:
+    """Three opportunities of the one process, with that answered, and what its steps were."""
+    world, faults = World(strategy := Script(*words)), Faults([kind])
+    faults.put_into(world)
+    failed = []
+
+    def meets() -> None:
+        faults.begin()
+        for _ in range(3):
+            world.point("comes to one")
+            failed.append(faults.due("evict"))
+        faults.end()
+        assert not faults.due("evict")
+
+    world.spawn(SimProcess(world.host, "other"), lambda: None)
+    world.run(world.spawn(SimProcess(world.host, "one"), meets))
+    return failed, strategy.taken
+
+
+HERE = ("fault", "evict")
+
+
+def test_what_is_asked_for_at_each_opportunity_goes_by_whether_there_was_one() -> None:
+    failed, steps = of_two("evict:each", "one: begins", "not yet", "now")
+    assert failed == [False, True, False]
+    touched = [[touch.writes for touch in step.touches if touch.place == HERE] for step in steps]
+    picks = [step.label for step in steps if step.actor == "one/fault evict"]
+    assert picks == ["not yet", "now"]
+    (said,) = (place for place, step in enumerate(steps) if step.label == "now")
+    assert True in touched[said], "whoever comes to one behind it is not asked"
+    assert all(True not in writes for writes in touched[:said] + touched[said + 1 :])
+    assert touched[-1] == [False], "and goes by that"
+
+
+def test_one_that_is_drawn_is_before_all_that_anybody_does_and_each_opportunity_counts() -> None:
+    failed, steps = of_two("evict", "one: begins", "at its 2.")
+    assert failed == [False, True, False]
+    (drawn,) = (step for step in steps if step.actor == "one/fault evict")
+    assert {Touch(("process", name), True) for name in ("one", "other")} < drawn.touches
+    comes = [step for step in steps if step.label == "comes to one"]
+    assert all(Touch(HERE, True) in step.touches for step in comes)
 
 
 # -- what each is ----------------------------------------------------------------------------------------
