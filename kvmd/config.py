@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvmd.core.host import CpuFeatures, Obstacle
 from kvmd.core.mm.frames import Reuse
+from kvmd.core.tables.zap import ZAP_BATCH
 from protocol.daemon import bytes_of, parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
 from protocol.units import GIB, MIB, Level
@@ -29,6 +30,7 @@ class Settings:
     trust_importers: bool = False
     started_with: tuple[str, ...] = ()
     reuse: Reuse = Reuse.SOON  # of frames that were given up
+    zap_batch: int = ZAP_BATCH
     seq_start: int = 0  # of the invalidations that each VM counts
 
 
@@ -82,6 +84,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     )
     options.add_argument("--memlock", type=bytes_of, metavar="SIZE", help="may be pinned (unlimited)")
     options.add_argument(
+        "--zap-batch",
+        type=int,
+        default=ZAP_BATCH,
+        metavar="N",
+        help=f"leaves that a zap clears and flushes before others get a turn ({ZAP_BATCH})",
+    )
+    options.add_argument(
         "--no-frame-tags",
         action="store_true",
         help="do not tag frames with their owner (a debug aid: devices check that they touch none given up)",
@@ -92,6 +101,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
     if given.table_ram % MIB or not MIB <= given.table_ram <= LOW_RAM_END - LOW_RAM_START:
         options.error(f"--table-ram {given.table_ram}: whole MiB, 1M to 2047M")
+    if given.zap_batch < 1:
+        options.error(f"--zap-batch {given.zap_batch}: at least 1")
     if HIGH_RAM_START + given.ram > 1 << given.maxphyaddr:
         options.error(f"--ram {given.ram}: does not fit in {given.maxphyaddr} physical address bits")
     features = CpuFeatures(
@@ -106,4 +117,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     obstacles = frozenset(given.cannot_export)
     ram, tags = (given.ram, given.table_ram), not given.no_frame_tags
     doors = given.importer_socket, given.admin_socket, given.trust_importers
-    return given, Settings(*ram, features, tags, obstacles, given.memlock, *doors, options.started_with(argv))
+    started_with = options.started_with(argv)
+    return given, Settings(
+        *ram, features, tags, obstacles, given.memlock, *doors, started_with, zap_batch=given.zap_batch
+    )

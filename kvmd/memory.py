@@ -56,6 +56,7 @@ class HostMemory:
             memlock_pages=None if settings.memlock is None else settings.memlock >> PAGE_SHIFT,
             reuse=settings.reuse,
             seq_start=settings.seq_start,
+            zap_batch=settings.zap_batch,
             cond_resched=cond_resched,
         )
 

@@ -20,6 +20,7 @@ from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmState
 from kvmd.core.tables.root_policy import CPUS, RootPolicy
 from kvmd.core.tables.tdp_table import Role
+from kvmd.core.tables.zap import ZAP_BATCH
 from protocol.errors import UapiError
 from protocol.flow import Wait, done
 from protocol.frame_tags import OWNER_BITS, FrameTags
@@ -88,11 +89,13 @@ class HostKernel:
         memlock_pages: int | None = None,
         reuse: Reuse = Reuse.SOON,
         seq_start: int = 0,
+        zap_batch: int = ZAP_BATCH,
         cond_resched: Callable[[], Wait[None]] = lambda: done(None),
     ) -> None:
         self.features = features
         self.clock = clock
         self.seq_start = seq_start  # of each VM's invalidations: tests start near a wrap (R2)
+        self.zap_batch = zap_batch  # leaves that a zap clears before others get a turn
         self.obstacles = obstacles  # what keeps this host's KVM from exporting
         self.cond_resched = cond_resched  # awaited by long work: everybody else gets a turn
         self.ept_rules = ept_rules(features.maxphyaddr, features.max_page_level)

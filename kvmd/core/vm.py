@@ -74,7 +74,8 @@ class Kvm:
         self.mmu = TdpMmu(
             self.id, host.writer, host.pool, host.ept_rules, self.flusher.next_epoch, pml=host.features.pml
         )
-        self.tdp = VmTdp(self.mmu, self.flusher, Zapper(self.mmu, self.flusher, lambda: host.cond_resched()))
+        zapper = Zapper(self.mmu, self.flusher, lambda: host.cond_resched(), host.zap_batch)
+        self.tdp = VmTdp(self.mmu, self.flusher, zapper)
 
     def _make_slots(self) -> None:
         """What is behind the guest's frames: all of it changes under the slots_lock."""

@@ -16,6 +16,7 @@ from simulator.stories.common import (
     BEFORE,
     MAY_TAKE,
     NEXT,
+    ONE_TABLE,
     PAGES,
     PATTERN,
     SLOT_BYTES,
@@ -33,6 +34,7 @@ WIDEST = 48  # bits of an address that four levels translate
 HIGH = 1 << WIDEST - 1 | AT  # no canonical address of a CPU
 
 MOVED = 4
+LEAF_BY_LEAF = {"kvmd": ("--zap-batch", "1")}
 
 Change = Callable[[Guest, int], Awaitable[Any]]
 
@@ -267,6 +269,9 @@ HOST = (
     SmallStory("fault", "the first store to a page beside MADV_DONTNEED of it", _fault_beside_discard),
     SmallStory("discards", "a store beside three MADV_DONTNEED", _store_beside_discard),
     SmallStory("two-changes", "a store beside its page's going, and moving, at once", _two_changes, MAY_TAKE),
+    SmallStory(
+        "batches", "the same, and others have a turn behind each leaf", _two_changes, ONE_TABLE, LEAF_BY_LEAF
+    ),
     SmallStory(
         "moves",
         "pages move at once, and stores are seen late",

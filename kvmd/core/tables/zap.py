@@ -27,14 +27,21 @@ from kvmd.core.tables.tdp_table import Root, RootState, TdpMmu
 from protocol.flow import Wait
 from protocol.units import GfnSpan
 
-ZAP_BATCH = 4096  # leaves cleared before others get a turn
+ZAP_BATCH = 4096  # leaves cleared before others get a turn, unless said
 DISMANTLE_BATCH = 16  # tables taken apart before others get one: each may hold 512 leaves to count
 
 
 class Zapper:
-    """Of one VM."""
+    """Of one VM; `batch` leaves are cleared before others get a turn."""
 
-    def __init__(self, mmu: TdpMmu, flusher: Flusher, cond_resched: Callable[[], Wait[None]]) -> None:
+    def __init__(
+        self,
+        mmu: TdpMmu,
+        flusher: Flusher,
+        cond_resched: Callable[[], Wait[None]],
+        batch: int = ZAP_BATCH,
+    ) -> None:
+        self.batch = batch
         self._mmu = mmu
         self._flusher = flusher
         self._cond_resched = cond_resched
@@ -55,7 +62,7 @@ class Zapper:
         be flushed already.
         """
         roots = list(self._mmu.roots if roots is None else roots)
-        budget = ZAP_BATCH
+        budget = self.batch
         for root, span in [(root, span) for span in spans for root in roots]:
             cursor = self._mmu.cursor(root, span)
             while root in self._mmu.roots:  # it may go while others run
@@ -67,7 +74,7 @@ class Zapper:
                 await self._flusher.flush(told)
                 await self._cond_resched()
                 cursor.resume()
-                budget, unflushed = ZAP_BATCH, False
+                budget, unflushed = self.batch, False
         if unflushed:
             await self._flusher.flush(told)
         await self._flusher.drain()

@@ -54,6 +54,7 @@ BREAKS = {
     "slot-moves": ("shared", "R17-nobody-is-told"),
     "slot-asleep": ("shared", "R21-slot-not-found-again"),
     "slot-else": ("shared", "R17-nobody-is-told"),
+    "batches": ("shared", "B-33-turn-before-flush"),
     "slot-comes": ("shared", "B-22-mmio-entry-with-rights"),
     "log": ("shared", "R19-cleared-and-not-flushed"),
     "ring": ("shared", "R19-rings-reset-unflushed"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from kvmd.core.faults.page_fault import FaultResult
-from kvmd.core.tables import zap
 from protocol.flow import Wait
 from tests.kit.lent import Lent
 
@@ -17,8 +16,8 @@ class InTurns(Lent):
     """16 pages at gfn 0x100 and one of another slot, mapped by a device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(zap, "ZAP_BATCH", BATCH)
         super().__init__(FIRST, PAGES)
+        monkeypatch.setattr(self.vm.tdp.zapper, "batch", BATCH)
         self.set_slot(1, OTHER, 1, self.map(1))
         for gfn in (*range(FIRST, FIRST + PAGES), OTHER):
             assert self.io_fault(self.exported, gfn) is FaultResult.FIXED

@@ -54,7 +54,7 @@ def test_a_range_is_unmapped_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_range_zapped_in_one_turn_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = LongWork(monkeypatch)
-    monkeypatch.setattr(zap, "ZAP_BATCH", 1 << 20)
+    rig.vm.tdp.zapper.batch = 1 << 20
     with pytest.raises(AssertionError, match="a batch"):
         leaves_go_in_turns(rig)
 

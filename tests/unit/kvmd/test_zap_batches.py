@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmd import config
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.madvise import dontneed
@@ -118,13 +119,17 @@ def test_no_turn_clears_more_than_4096_leaves() -> None:
     assert left == [4096 + 3, 3, 0]
 
 
-def a_table_goes_between_two_batches(
-    monkeypatch: pytest.MonkeyPatch, batch: int = 768, level: int = 2
-) -> list[str]:
+def test_a_batch_is_as_small_as_kvmd_is_told() -> None:
+    _, settings = config.parse(["--socket", "x", "--zap-batch", "1"])
+    assert settings.zap_batch == 1
+    with pytest.raises(SystemExit):
+        config.parse(["--socket", "x", "--zap-batch", "0"])
+
+
+def a_table_goes_between_two_batches(batch: int = 768, level: int = 2) -> list[str]:
     """Two tables' worth of leaves, and a batch that ends between two runs or within one.  While others have
     their turn a huge leaf of `level` takes the place of the table there, and its page is used again, for the
     same below another entry; then the rest is zapped."""
-    monkeypatch.setattr("kvmd.core.tables.zap.ZAP_BATCH", batch)
     first = 0x200 if level == 2 else 0
     elsewhere = 1 << 9 * (level - 1) + 2
     memory = bytearray(64 * 4096)
@@ -149,7 +154,7 @@ def a_table_goes_between_two_batches(
             await flusher.flush(None)  # the pages of the tables are free
             map_pages(elsewhere, 1024)  # and taken for others, outside of the span
 
-    zapper = Zapper(mmu, flusher, lambda: others())  # type: ignore[arg-type,return-value]
+    zapper = Zapper(mmu, flusher, lambda: others(), batch)  # type: ignore[arg-type,return-value]
     flow = zapper.zap([GfnSpan(Gfn(0), Gfn(0x400))])
     with pytest.raises(StopIteration):
         flow.send(None)
@@ -161,14 +166,12 @@ def a_table_goes_between_two_batches(
 
 
 @pytest.mark.parametrize(("batch", "level"), [(768, 2), (512, 3)], ids=["within a run", "between two"])
-def test_a_table_that_goes_between_two_batches_is_not_walked_on(
-    monkeypatch: pytest.MonkeyPatch, batch: int, level: int
-) -> None:
-    assert a_table_goes_between_two_batches(monkeypatch, batch, level) == []
+def test_a_table_that_goes_between_two_batches_is_not_walked_on(batch: int, level: int) -> None:
+    assert a_table_goes_between_two_batches(batch, level) == []
 
 
-def test_a_zap_that_goes_on_where_it_was_is_noticed(monkeypatch: pytest.MonkeyPatch, plant: Plants) -> None:
+def test_a_zap_that_goes_on_where_it_was_is_noticed(plant: Plants) -> None:
     plant("B-33-cursor-goes-on")
-    found = a_table_goes_between_two_batches(monkeypatch, 512, 3)
+    found = a_table_goes_between_two_batches(512, 3)
     assert "gfn 0x0 was not zapped" in found
     assert any("was zapped" in complaint for complaint in found)
