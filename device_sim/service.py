@@ -175,7 +175,7 @@ def _unit(app: DeviceSim, message: uapi.LinkUnit, fds: Fds) -> Answer:
 
 
 async def _portal(app: DeviceSim, message: uapi.LinkPortal, fds: Fds) -> Answer:
-    device = await app.silicon.map_bars(message.rid)
+    device = await app.silicon.map_bars(message.rid, app.loop.next_turn)
     fd, _, channel = app.files.open(PORTAL, device, Device.unmap_bars)
     device.guest = PortalGuest(channel)
     return Answer({}, [fd])

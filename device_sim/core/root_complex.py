@@ -26,7 +26,7 @@ from device_sim.core.physmem import PhysicalMemory
 from device_sim.core.traits import DeviceTraits, UnitTraits
 from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
-from protocol.flow import Flow
+from protocol.flow import Flow, Wait
 
 
 class BarOwner(Protocol):
@@ -141,13 +141,19 @@ class RootComplex:
         unit.connect(pages, events)
         return unit
 
-    async def map_bars(self, rid: int) -> Device:
+    async def map_bars(self, rid: int, caught_up: Callable[[], Wait[None]]) -> Device:
         """The device, as it was made: whoever maps the BARs finds it after a function-level reset.
 
-        The caller gives it its guest in the same turn.  ENODEV: no such function, or the driver that asked
-        is gone; EBUSY: another guest has it.
+        The caller gives it its guest in the same turn.  `caught_up`: set once all is heard that came before.
+        ENODEV: no such function, or the driver that asked is gone; EBUSY: another guest has it.
         """
         device, driver = self.device(rid), self.driver
+        if device.guest is not None:
+            # await: device: its guest, who hung up before this was asked, may be heard of; asked again: below
+            # (tests/unit/device_sim/test_root_complex.py::test_a_guest_that_hung_up_before_is_heard_of_first)
+            # | driver: may be gone; asked again: below
+            # (tests/unit/device_sim/test_root_complex.py::test_a_driver_gone_meanwhile_maps_nothing)
+            await caught_up()
         if device.guest is None:
             # await: device: another may map it meanwhile; asked again: its guest, below
             # (tests/unit/device_sim/test_root_complex.py::test_bars_two_map_during_a_reset_go_to_the_first)

@@ -166,18 +166,7 @@ def portal(stack: ExitStack, running: System) -> Plain:
     held = keep(stack, vfio(stack, running))
     io = keep(stack, iommufd(stack, running))
     held.ask("VFIO_DEVICE_BIND_IOMMUFD", {}, [io.sock.fileno()])
-    made: list[Plain] = []
-
-    def mapped() -> bool:
-        """EBUSY as long as device_sim has not heard that the one before was closed."""
-        answer = held.ask("VFIO_DEVICE_MMAP", {"region": 2})
-        if answer == errno.EBUSY:
-            return False
-        made.append(Plain(socket.socket(fileno=answer[1][0])))
-        return True
-
-    until(mapped, "the BARs are nobody's any more")
-    return made[0]
+    return held.open("VFIO_DEVICE_MMAP", {"region": 2})
 
 
 def link(stack: ExitStack, running: System) -> Plain:

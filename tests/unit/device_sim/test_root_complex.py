@@ -13,7 +13,7 @@ from device_sim.core.root_complex import Device, RootComplex
 from device_sim.core.traits import DeviceTraits, Traits, UnitTraits, capabilities
 from device_sim.core.unit_registers import Events, RegisterPages
 from protocol.errors import UapiError
-from protocol.flow import Flows, Wait
+from protocol.flow import Flows, Wait, done
 from protocol.hostmem import WindowKind
 from protocol.units import Hpa
 from tests.kit.accelerator import BOF, CMD, ENABLE_DEVICE, ENABLE_WQ, FILL, GRPCFG, WQCFG, work
@@ -22,6 +22,7 @@ from tests.kit.refusals import errno_of
 from tests.kit.silicon import TABLES, page_request, pasid_entry, response, window
 
 ONE, OTHER, ELSEWHERE = 0x6A08, 0x6A10, 0x6A18
+NOTHING_CAME = done(None)
 
 
 class PortalGuest:
@@ -75,9 +76,9 @@ class TwoUnits:
                 assert found is not None
                 self.memory.drop(found)
 
-    def map_bars(self, rid: int) -> Wait[Device]:
+    def map_bars(self, rid: int, caught_up: Wait[None] = NOTHING_CAME) -> Wait[Device]:
         """As the shell does: whoever gets the device gives it its guest at once."""
-        done = self.flows.start(self.silicon.map_bars(rid))
+        done = self.flows.start(self.silicon.map_bars(rid, lambda: caught_up))
         done.on_done(lambda done: self._mapped(done))
         self.flows.run_ready()
         return done
@@ -161,6 +162,30 @@ def test_bars_are_mapped_once_and_again_after_the_guest_is_gone(world: TwoUnits)
     assert world.map_bars(ONE).result() is device
     assert world.map_bars(OTHER).result() is not device
     assert errno_of(world.map_bars(0x1234).result) == errno.ENODEV
+
+
+def test_a_guest_that_hung_up_before_is_heard_of_first(world: TwoUnits) -> None:
+    """Who closed the BARs and maps them again is not told that somebody has them."""
+    world.plug()
+    device, caught_up = world.map_bars(ONE).result(), Wait[None]()
+    again = world.map_bars(ONE, caught_up)
+    device.unmap_bars()
+    caught_up.set(None)
+    world.flows.run_ready()
+    assert again.result() is device
+
+
+def test_a_driver_gone_meanwhile_maps_nothing(world: TwoUnits) -> None:
+    world.plug()
+    device, caught_up = world.map_bars(ONE).result(), Wait[None]()
+    again = world.map_bars(ONE, caught_up)
+    world.unplug()
+    device.unmap_bars()
+    world.plug()
+    caught_up.set(None)
+    world.flows.run_ready()
+    assert errno_of(again.result) == errno.ENODEV
+    assert device.guest is None
 
 
 def test_bars_two_map_during_a_reset_go_to_the_first(world: TwoUnits) -> None:
