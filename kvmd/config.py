@@ -34,6 +34,19 @@ class Settings:
     seq_start: int = 0  # of the invalidations that each VM counts
 
 
+def _add_ram(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--ram", type=bytes_of, default=64 * GIB, metavar="SIZE", help="host RAM for frames (64G)"
+    )
+    options.add_argument(
+        "--table-ram",
+        type=bytes_of,
+        default=LOW_RAM_END - LOW_RAM_START,
+        metavar="SIZE",
+        help="host RAM for page tables (2047M, all below 2 GiB)",
+    )
+
+
 def _add_doors(options: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--importer-socket",
@@ -49,18 +62,20 @@ def _add_doors(options: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_sizes(options: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.ram % GIB or not GIB <= given.ram <= MAX_RAM:
+        options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
+    if given.table_ram % MIB or not MIB <= given.table_ram <= LOW_RAM_END - LOW_RAM_START:
+        options.error(f"--table-ram {given.table_ram}: whole MiB, 1M to 2047M")
+    if given.zap_batch < 1:
+        options.error(f"--zap-batch {given.zap_batch}: at least 1")
+    if HIGH_RAM_START + given.ram > 1 << given.maxphyaddr:
+        options.error(f"--ram {given.ram}: does not fit in {given.maxphyaddr} physical address bits")
+
+
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     options = parser("kvmd", "KVM and the host's memory management: sole writer of the shared page table.")
-    options.add_argument(
-        "--ram", type=bytes_of, default=64 * GIB, metavar="SIZE", help="host RAM for frames (64G)"
-    )
-    options.add_argument(
-        "--table-ram",
-        type=bytes_of,
-        default=LOW_RAM_END - LOW_RAM_START,
-        metavar="SIZE",
-        help="host RAM for page tables (2047M, all below 2 GiB)",
-    )
+    _add_ram(options)
     options.add_argument("--maxphyaddr", type=int, default=46, choices=range(36, 53), metavar="36..52")
     options.add_argument("--ept-levels", type=int, default=4, choices=(4, 5))
     options.add_argument("--max-page", default="1G", choices=tuple(_PAGE_LEVELS), help="largest EPT leaf")
@@ -97,14 +112,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     )
     _add_doors(options)
     given = options.parse_args(argv)
-    if given.ram % GIB or not GIB <= given.ram <= MAX_RAM:
-        options.error(f"--ram {given.ram}: whole GiB, 1G to 32T")
-    if given.table_ram % MIB or not MIB <= given.table_ram <= LOW_RAM_END - LOW_RAM_START:
-        options.error(f"--table-ram {given.table_ram}: whole MiB, 1M to 2047M")
-    if given.zap_batch < 1:
-        options.error(f"--zap-batch {given.zap_batch}: at least 1")
-    if HIGH_RAM_START + given.ram > 1 << given.maxphyaddr:
-        options.error(f"--ram {given.ram}: does not fit in {given.maxphyaddr} physical address bits")
+    _check_sizes(options, given)
     features = CpuFeatures(
         maxphyaddr=given.maxphyaddr,
         ept_levels=given.ept_levels,
