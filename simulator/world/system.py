@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -227,15 +228,15 @@ def clear_away() -> None:
 @contextmanager
 def _unheard() -> Iterator[None]:
     """What is cut off in the middle complains of it."""
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
+    hook, generators = sys.unraisablehook, logging.getLogger("trio.async_generator_errors")
+    sys.unraisablehook, generators.disabled = lambda _: None, True
     try:
         with catch_warnings():
             simplefilter("ignore")
             yield
             gc.collect()
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, generators.disabled = hook, False
 
 
 def options_of(scenario: Scenario) -> Mapping[str, Sequence[str]]:
