@@ -1,8 +1,8 @@
 """`make schedules`: all small stories on all designs, and all scenarios and workloads, with no bug planted.
 
-By turns: each has as many schedules as the others when it is enough, or interrupted, which loses nothing but
-the schedules under way.  What they come to are rows of the record (simulator/rows.py), to which the next run
-adds, with seeds that nobody had before.
+By turns, those first that have least so far: each has as many schedules as the others, but for a turn, when
+it is enough, or interrupted, which loses nothing but the schedules under way.  What they come to are rows of
+the record (simulator/rows.py), to which the next run adds, with seeds that nobody had before.
 
     python -m simulator.clean --story S... --design D... --schedules N --seeds N --strategy NAME
                               --faults KIND,... --seconds N --workers N --again --record FILE
@@ -55,13 +55,18 @@ class Shard(NamedTuple):
     schedules: int
 
 
-def stories(names: Sequence[str], designs: Sequence[str], strategy: str, faults: str) -> Iterator[Play]:
-    """NothingToPlay."""
+def stories(names: Sequence[str], designs: Sequence[str], strategy: str, faults: str) -> list[Play]:
+    """Each on all designs, before another.  NothingToPlay."""
+    plays = [
+        Play(name, design, strategy, faults)
+        for name in names
+        for design in designs
+        if design in STORIES[name].playable
+    ]
     for design in designs:
-        playable = [name for name in names if design in STORIES[name].playable]
-        if not playable:
+        if all(play.design != design for play in plays):
             raise NothingToPlay(f"none of {', '.join(names)} can be played on {design}: name another story")
-        yield from (Play(name, design, strategy, faults) for name in playable)
+    return plays
 
 
 def scenarios(strategy: str, faults: str) -> Iterator[Play]:
@@ -172,11 +177,12 @@ def main() -> int:
     given = parser.parse_args()
     faults = ",".join(given.faults)
     try:
-        plays = list(stories(given.story, given.design, given.strategy, faults))
+        plays = stories(given.story, given.design, given.strategy, faults)
     except NothingToPlay as nothing:
         parser.error(str(nothing))
     plays += scenarios(given.strategy, faults) if given.seeds else ()
     rows = Rows(given.record, version())
+    plays.sort(key=rows.schedules)
     sitting = Sitting(rows, set(plays) if given.again else set())
     todo = shards(
         {play: 0 if given.again else rows.fresh(play) for play in plays}, given.schedules, given.seeds

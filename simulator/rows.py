@@ -99,6 +99,10 @@ class Rows:
         behind += [row.behind for row in self.open.values() if row.play == play]
         return max(behind, default=0)
 
+    def schedules(self, play: Play) -> int:
+        """Of these sources."""
+        return self.open[play].schedules if play in self.open else 0
+
     def drop(self, play: Play) -> None:
         """Of all sources."""
         self._closed = [row for row in self._closed if _play(row) != play]

@@ -14,7 +14,7 @@ import pytest
 
 from qemu_shim.cli import main as qemu_shim
 from qemu_shim.vmm.interrupt import SIGNALS
-from simulator.clean import Shard, Sitting, shards
+from simulator.clean import Shard, Sitting, shards, stories
 from simulator.command import ROUNDS, SCHEDULES_OF_SHARD
 from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally
@@ -91,6 +91,15 @@ def test_by_turns_each_has_its_share() -> None:
         Shard(whole, 1, SCHEDULES_OF_SHARD),
         Shard(whole, 2, SCHEDULES_OF_SHARD),
     ]
+
+
+def test_who_has_least_comes_first(tmp_path: Path) -> None:
+    two = stories(["migrate", "asleep"], ["pinned", "shared"], "mixed", "")
+    assert [play[:2] for play in two] == [("migrate", "pinned"), ("migrate", "shared"), ("asleep", "shared")]
+    rows = Rows(tmp_path / "r.json", "one")
+    rows.of(two[0], 0).add(0, 100, {1}, [])
+    rows.of(two[2], 0).add(0, 10, {1}, [])
+    assert sorted(two, key=rows.schedules) == [two[1], two[2], two[0]]
 
 
 def test_what_breaks_is_told_with_the_line_that_repeats_it(
