@@ -72,10 +72,14 @@ class History:
     def is_obsolete(self, root: int) -> bool:
         return root in self._obsolete
 
+    def forget(self, root: int) -> None:
+        """Where it lay may lie another's soon."""
+        self._obsolete.pop(root, None)
+
     def drop(self, epoch: int, root: int) -> None:
         for start, end, value in self._tables.roots[root]:
             self.end(epoch, Retranslated(root, start, end, value, None))
-        self._obsolete.pop(root, None)
+        self.forget(root)
 
     def holds(self, root: int, start: int, end: int, value: Translation) -> bool:
         """Does the root translate all of start..end so now?"""

@@ -148,8 +148,7 @@ class Ghost:
 
     def entry_stored(self, at: int, entry: int, pieces: int = 1) -> None:
         """In so many stores."""
-        linked = self.tables.is_linked(at & -PAGE_SIZE)
-        judge_entry(self.verdicts, at, entry, pieces, linked=linked)
+        judge_entry(self.verdicts, at, entry, pieces, linked=self.tables.is_linked(at & -PAGE_SIZE))
         self._stored(at, self.tables.store(at, entry))
 
     def table_filled(self, table: int, entries: Sequence[int]) -> None:
@@ -454,6 +453,7 @@ class Ghost:
         self._orphans.add(name)
         self.caches.rename(root, name)
         self.tables.drop_root(root)
+        self.history.forget(root)
         del self._roots[root]
         return name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -16,10 +17,12 @@ from simulator.stories.common import (
     BEFORE,
     MAY_TAKE,
     NEXT,
+    ONE_TABLE,
     PAGES,
     PATTERN,
     SLOT_BYTES,
     agree,
+    at_last,
     check,
     come_and_go,
     if_it_is_let,
@@ -27,7 +30,7 @@ from simulator.stories.common import (
     try_fill,
 )
 from simulator.stories.devices import TWO
-from simulator.stories.slots import ELSEWHERE
+from simulator.stories.slots import ELSEWHERE, move
 from simulator.stories.story import Play, SmallStory
 
 
@@ -152,13 +155,14 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
-    """The slot of a page that is pinned, or being pinned, goes (R21)."""
+    """The slot of a page that is pinned, or being pinned, goes, and the pin alone holds its frame (R21)."""
     guest = await ctx.boot_for(PAGES)
     vfio = guest.machine.device
     for _ in excerpt.rounds():
         slot = await guest.add_slot(SLOT_BYTES, AT)
         await guest.fill(AT, 64)
         await vfio.pin(AT, PAGE_SIZE)
+        await _dropped(guest)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(if_it_is_let, vfio.pin(NEXT, PAGE_SIZE))
@@ -166,6 +170,28 @@ async def _slot_goes(ctx: Context, excerpt: Excerpt) -> None:
                 await guest.remove_slot(slot)
         for page in (AT, NEXT):
             await if_it_is_let(vfio.unpin(page, PAGE_SIZE))
+
+
+async def _slot_moves_asleep(ctx: Context, excerpt: Excerpt) -> None:
+    """A pin sleeps for its page while its slot gets other memory (R1)."""
+    guest = await ctx.boot_for(PAGES)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
+    process, vfio, here = guest.machine.process, guest.machine.device, slot.hva
+    there = await process.mmap(SLOT_BYTES)
+    for _ in excerpt.rounds():
+        async with missing(process, here) as uffd:
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(if_it_is_let, vfio.pin(AT, PAGE_SIZE))
+                    await uffd.next_event()
+                    nursery.start_soon(at_last, partial(uffd.copy, here, BEFORE))
+                    slot = await move(guest, slot, there)
+                await check(ctx)
+        await if_it_is_let(vfio.unpin(AT, PAGE_SIZE))
+        await agree(ctx, guest, AT)
+        slot = await move(guest, slot, here)
+        for hva in (here, there):
+            await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
 PINS = (
@@ -176,6 +202,7 @@ PINS = (
     SmallStory("pin-fork", "a pin beside fork, and a store behind it", _pinned_beside(_forked), MAY_TAKE),
     SmallStory("pin-swap", "a pin beside swapping out", _pinned_beside(_swapped, _swapped), MAY_TAKE),
     SmallStory("pin-asleep", "a pin that waits for userfaultfd", _asleep, MAY_TAKE),
+    SmallStory("pin-moves", "a pin that waits while its slot moves", _slot_moves_asleep, ONE_TABLE),
     SmallStory("pin-twice", "two pins of a page that its process gives up", _twice, MAY_TAKE, TWO),
     SmallStory("shown-twice", "pages at two places, one of which goes", _shown_twice, ("pinned",)),
     SmallStory("pin-slot", "pins beside their slot's deletion", _slot_goes, MAY_TAKE),

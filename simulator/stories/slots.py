@@ -173,5 +173,6 @@ SLOTS = (
     SmallStory("slot-moves", "stores beside their slot getting other memory", _moves),
     SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep, MAY_TAKE),
     SmallStory("slot-else", "stores of two vCPUs and a device beside another slot's deletion", _another),
+    SmallStory("slot-short", "the same, and there is no memory once", _another, faults=("enomem",)),
     SmallStory("slot-comes", "accesses where nothing is, beside a slot's coming", _comes),
 )

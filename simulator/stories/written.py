@@ -43,6 +43,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "slot-moves": ["R21"],
     "slot-asleep": ["R21", "equal-slot"],
     "slot-else": ["R3", "R21"],
+    "slot-short": ["R3"],
     "slot-comes": [],
     # -- dirty logs
     "log": ["R19"],
@@ -55,6 +56,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "pin-fork": ["R22"],
     "pin-swap": [],
     "pin-asleep": [],
+    "pin-moves": ["R1"],
     "pin-twice": ["I28"],
     "shown-twice": ["I26"],
     "pin-slot": ["R21"],

@@ -8,8 +8,11 @@ from typing import Any
 
 from kvmd.core.cpu.cpu import Cpu
 from kvmd.core.cpu.guest_ram import pages_of
+from kvmd.core.cpu.vcpu_arch import VcpuArch
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.store_record import StoreRecord, Told
+from kvmd.core.tables.tdp_table import Root
+from protocol.errors import UapiError
 from protocol.pt import bits
 from protocol.units import (
     PAGE_SHIFT,
@@ -48,6 +51,19 @@ def _cpu_translate(watch: Watch, original: Any, cpu: Cpu, gfn: Gfn, need: int) -
 def _flush_tlb(watch: Watch, original: Any, cpu: Cpu, span: GfnSpan | None) -> None:
     original(cpu, span)
     watch.ghost.keeps(_cpu(watch, cpu), [(gfn, gfn + 1) for gfn in cpu.tlb])
+
+
+@seams.around(VcpuArch, "load_root")
+def _load_root(watch: Watch, original: Any, vcpu: VcpuArch, as_id: int = 0) -> Root:
+    """One that could not be made."""
+    try:
+        root: Root = original(vcpu, as_id)
+    except UapiError:
+        if (kept := vcpu.roots[as_id]) is not None:
+            what = f"vCPU {vcpu.id} has no new root, and keeps {kept.hpa:#x}, which it has put"
+            watch.ghost.verdicts.say("R3", what)
+        raise
+    return root
 
 
 def _cpu_uses(watch: Watch, cpu: Cpu, gpa: int, hpa: int, need: int) -> None:

@@ -259,3 +259,13 @@ def test_what_an_importer_still_has_behind_a_flush_says_who_was_wrong() -> None:
     assert lent.rule(IMPORTER, "vm", issued=6) == "I15", "it was not told"
     lent.takes_back("vm")
     assert lent.rule(IMPORTER, "vm", issued=5) == "I13", "nobody tells it any more"
+
+
+def test_a_root_of_the_next_kvmd_is_not_obsolete_by_where_it_lies() -> None:
+    ghost, root = Ghost(Verdicts()), 0x1000
+    for _ in range(2):
+        ghost.table_taken(root, "kvmd")
+        ghost.root_made(root, 2, "vm", "kvm")
+        assert not ghost.history.is_obsolete(root)
+        ghost.root_obsolete(root)
+        ghost.process_gone("kvmd")
