@@ -23,6 +23,7 @@ PATTERN = 0x6B6B_6B6B_6B6B_6B6B
 ONE_TABLE = ("managed", "shared")  # KVM's: a device has what the guest has
 OWN_TABLE = ("pinned", "mirror", "notifier")  # iommufdd's
 MAY_TAKE = ("mirror", "notifier", *ONE_TABLE)  # those that do not pin all memory
+UNRECORDED = 1  # an interrupt handle of queue 0's
 ASKED = 20  # times, for what may be on its way out still
 
 Answer = TypeVar("Answer")
@@ -101,7 +102,15 @@ async def try_copy(guest: Guest, dst: int, src: int) -> None:
         await guest.copy(dst, src)
 
 
-def post_fill(device: DmaDevice, gpa: int, size: int = 64) -> None:
+def post_fill(device: DmaDevice, gpa: int, size: int = 64, flags: Flag = Flag.BOF, handle: int = 0) -> None:
     """A store that nobody waits for, as the device may be taken away beneath it: no record, no interrupt."""
-    descriptor = Descriptor(opcode=Opcode.MEMFILL, flags=Flag.BOF, src=PATTERN, dst=Iova(gpa), size=size)
+    descriptor = Descriptor(
+        opcode=Opcode.MEMFILL, flags=flags, src=PATTERN, dst=Iova(gpa), size=size, int_handle=handle
+    )
     device.plugged.portal.movdir64b(0, descriptor.to_bytes())
+
+
+async def fill_unrecorded(device: DmaDevice, gpa: int, size: int = 64) -> None:
+    """A store whose end is an interrupt alone: no CPU looks at a record of it, nor clears one."""
+    post_fill(device, gpa, size, Flag.BOF | Flag.RCI, UNRECORDED)
+    await device.plugged.portal.wait_interrupt(UNRECORDED)

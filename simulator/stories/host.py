@@ -23,6 +23,7 @@ from simulator.stories.common import (
     agree,
     check,
     come_and_go,
+    fill_unrecorded,
     if_it_is_let,
     missing,
     try_fill,
@@ -81,7 +82,7 @@ async def _fault_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
     for _ in excerpt.rounds():
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(guest.fill, AT, 64)
+                nursery.start_soon(fill_unrecorded, guest.devices[0], AT)
                 await guest.discard(AT)
         await guest.discard(AT)  # if the store was later
 
