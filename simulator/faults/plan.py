@@ -109,7 +109,7 @@ class Faults:
         self._world.touch({Touch((FAULT, kind), counts)})
         if fails:
             self.met[kind] += 1
-            self._world.journal.add(f"{FAULT} {kind} {where}".rstrip())
+            self._world.tells(f"{FAULT} {kind} {where}".rstrip())
         return fails
 
     # -- asking ----------------------------------------------------------------------------------------

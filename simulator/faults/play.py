@@ -73,7 +73,7 @@ def playing_faulted(
             pass
         made.stop()
         problems += [*again.problems, *made.problems()]
-        return Played(None, report, problems, world.journal.digest, world.decisions, world.journal.steps)
+        return Played(None, report, problems, world.decisions)
 
 
 def _problems(made: System, report: Report, faults: Faults) -> list[str]:

@@ -53,6 +53,9 @@ IS_STORED = looks(OF_STORES)
 TELLS_OF_STORES = changes(OF_STORES)
 
 
+NOTHING: frozenset[Effect] = frozenset()
+
+
 class Heard:
     def __init__(self) -> None:
         self.now = 0
@@ -75,6 +78,8 @@ class Heard:
 
     def taken(self) -> frozenset[Effect]:
         """Of all that was heard since this was asked last."""
+        if not self._effects:
+            return NOTHING
         effects = frozenset(self._effects)
         self._effects.clear()
         return effects

@@ -205,9 +205,10 @@ class StreamEnd(OpenFile):
     def events(self) -> int:
         found = 0
         peer = self.peer
-        if self._pieces or self.hung_up or self.shut_read:
+        over = self.hung_up or self.shut_read
+        if self._pieces or over:
             found |= select.EPOLLIN
-        if self.hung_up or self.shut_read:
+        if over:
             found |= select.EPOLLRDHUP
         if peer is None or ((self.shut_read or peer.shut_write) and (self.shut_write or peer.shut_read)):
             found |= select.EPOLLHUP

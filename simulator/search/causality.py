@@ -87,29 +87,30 @@ class Fingerprint:
     def __init__(self) -> None:
         self.value = 0
         self._of_actor: dict[str, int] = {}
-        self._written: dict[Hashable, int] = {}
-        self._read: dict[Hashable, int] = {}  # since it was written, the sum
+        self._accessed: dict[Hashable, tuple[int, int]] = {}
+        """Who wrote the place last, and the sum of those who read it since."""
 
     def add(self, step: Option) -> None:
         actor, label, touches = step
-        written, read = self._written, self._read
+        accessed, untouched = self._accessed, (0, 0)
         follows = {self._of_actor.get(actor, 0)}
+        written, looked = [], []
         for place, writes in touches:
-            follows.add(written.get(place, 0))
+            before = accessed.get(place, untouched)
             if writes:
-                follows.add(read.get(place, 0))
+                follows.update(before)
+                written.append(place)
+            else:
+                follows.add(before[0])
+                looked.append(place)
         number = _number(actor, label)
         for follow in sorted(follows):
             number = (number ^ follow) * _ODD & _MASK
             number ^= number >> 29
         self._of_actor[actor] = number
-        reads = []
-        for place, writes in touches:
-            if writes:
-                written[place] = number
-                read.pop(place, None)
-            else:
-                reads.append(place)
-        for place in reads:
-            read[place] = (read.get(place, 0) + number) & _MASK
+        for place in written:
+            accessed[place] = number, 0
+        for place in looked:
+            writer, read = accessed.get(place, untouched)
+            accessed[place] = writer, (read + number) & _MASK
         self.value = (self.value + number) & _MASK

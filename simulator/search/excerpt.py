@@ -6,9 +6,9 @@ rounds, each a schedule of its own: bringing a machine up takes longer than most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from simulator.search.option import Option, Strategy, Touch
+from simulator.search.option import UNTOUCHED, Option, Strategy, Touch
 
 
 class Excerpt:
@@ -16,6 +16,8 @@ class Excerpt:
 
     def __init__(self, inner: Strategy, rounds: int = 1, *, stands_first: bool = False) -> None:
         """`stands_first`: before it is opened for the first time, as between two rounds."""
+        self.watches = False
+        self._open = self._step_is_inside = False
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
@@ -23,16 +25,25 @@ class Excerpt:
         self.closes: Callable[[], None] = lambda: None
         """Called in the story, first and last of what is searched."""
         self._stands_first = stands_first
-        self.heard: Callable[[], Iterable[Touch]] = lambda: ()
+        self.heard: Callable[[], frozenset[Touch]] = lambda: UNTOUCHED
         """What whoever judges the run goes by, of what he heard since this was asked last: a step touches
         it of which he hears.
         """
         self._rounds = rounds
-        self._open = self._step_is_inside = False
 
     @property
-    def watches(self) -> bool:
-        return self.inner.watches and (self._open or self._step_is_inside)
+    def inner(self) -> Strategy:
+        return self._inner
+
+    @inner.setter
+    def inner(self, strategy: Strategy) -> None:
+        self._inner = strategy
+        self._is_inside(self._step_is_inside)
+
+    def _is_inside(self, inside: bool) -> None:
+        """The step that is under way."""
+        self._step_is_inside = inside
+        self.watches = self._inner.watches and (self._open or inside)
 
     def rounds(self) -> Iterator[int]:
         """Of the story, in one machine, which each leaves as it found it."""
@@ -48,11 +59,13 @@ class Excerpt:
             self._step_is_inside = True  # none is under way
         self.heard()
         self._open = True
+        self._is_inside(self._step_is_inside)
         self.opened()
 
     def close(self) -> None:
         self.closes()
         self._open = False
+        self._is_inside(self._step_is_inside)
 
     def __enter__(self) -> None:
         self.open()
@@ -61,15 +74,16 @@ class Excerpt:
         self.close()
 
     def choose(self, options: Sequence[Option]) -> int:
-        self._step_is_inside = self._open
-        return self.inner.choose(options) if self._open else 0
+        self._is_inside(self._open)
+        return self._inner.choose(options) if self._open else 0
 
     def took(self, step: Option) -> None:
         if self._step_is_inside:
-            heard = step.touches.union(self.heard())
-            self.inner.took(Option(step.actor, step.label, heard))
-        self._step_is_inside = self._open
+            heard = self.heard()
+            self._inner.took(Option(step.actor, step.label, step.touches | heard) if heard else step)
+        self._is_inside(self._open)
 
     def ended(self, failed: bool) -> bool:
-        self._open = self._step_is_inside = False
-        return self.inner.ended(failed)
+        self._open = False
+        self._is_inside(False)
+        return self._inner.ended(failed)

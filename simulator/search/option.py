@@ -38,6 +38,9 @@ class Touch(NamedTuple):
     writes: bool
 
 
+UNTOUCHED: frozenset[Touch] = frozenset()
+
+
 class Option(NamedTuple):
     """One step that could be taken now, or has been.
 
@@ -55,7 +58,7 @@ class Option(NamedTuple):
 
     actor: str
     label: str
-    touches: frozenset[Touch] = frozenset()
+    touches: frozenset[Touch] = UNTOUCHED
 
 
 class Strategy(Protocol):
@@ -63,7 +66,9 @@ class Strategy(Protocol):
 
     @property
     def watches(self) -> bool:
-        """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not."""
+        """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not.  Who
+        searches says the same all its life.
+        """
 
     def choose(self, options: Sequence[Option]) -> int:
         """The place in `options`, two or more, of the step to take next, or STOP."""

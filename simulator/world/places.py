@@ -6,10 +6,13 @@ looks at the second.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.search.option import Touch
 from simulator.world.memory import FRAMES
 
+NAMES = 1 << 12  # of channels that are remembered
 CLOCK = ("clock",)
 TIME_PASSES = frozenset({Touch(CLOCK, True)})
 TIME_STANDS = frozenset({Touch(CLOCK, False)})
@@ -29,13 +32,13 @@ def state_of(process: str) -> frozenset[Touch]:
     return frozenset({Touch(("process", process), True)})
 
 
-def queues_of(file: OpenFile, both_ends: bool) -> set[Touch]:
+def queues_of(file: OpenFile, both_ends: bool) -> frozenset[Touch]:
     """What is under way to that end of a channel, or an eventfd's count."""
     peer = file.peer if both_ends and isinstance(file, StreamEnd) else None
-    return {Touch(("channel", end.name), True) for end in (file, peer) if end is not None}
+    return _queue(file.name) if peer is None else _queue(file.name) | _queue(peer.name)
 
 
-def closed_with(file: OpenFile) -> set[Touch]:
+def closed_with(file: OpenFile) -> frozenset[Touch]:
     """What goes may be the last that holds it: its other end hears of that, and those of all that was on the
     way to it.
     """
@@ -45,12 +48,14 @@ def closed_with(file: OpenFile) -> set[Touch]:
     return found
 
 
-def told_of(memory: Memory, at: int, writes: bool) -> str:
-    """What people are told of a load or store there."""
-    return f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"
+@lru_cache(NAMES)
+def _queue(name: str) -> frozenset[Touch]:
+    return frozenset({Touch(("channel", name), True)})
 
 
-def words_of(memory: Memory, at: int, size: int, writes: bool) -> frozenset[Touch]:
+def access_of(memory: Memory, at: int, size: int, writes: bool) -> tuple[str, frozenset[Touch]]:
+    """A load or store there: what people are told of it, and its words."""
     grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
     numbers = range(at // grain, -(-(at + size) // grain))
-    return frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
+    words = frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
+    return f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]", words

@@ -65,12 +65,14 @@ class Io:
         self._wakes: trio.lowlevel.Task | None = None
 
     def get_events(self, timeout: float, /) -> list[trio.lowlevel.Task]:
-        if not self._ready():
-            if timeout > 0:
-                limit = timeout if timeout < LONG_S else None
-                self._world.wait(list(self._parked), limit, lambda: self._woken)
-            else:
-                self._world.point("goes on")
+        ready = self._ready()
+        if ready:
+            return ready
+        if timeout > 0:
+            limit = timeout if timeout < LONG_S else None
+            self._world.wait(list(self._parked), limit, lambda: self._woken)
+        else:
+            self._world.point("goes on")
         return self._ready()
 
     def _ready(self) -> list[trio.lowlevel.Task]:

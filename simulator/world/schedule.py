@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 from qemu_shim.scenarios.scenario import Scenario
@@ -111,7 +112,7 @@ class Living:
             if onlooker is not None:
                 onlooker.sees(watch)
             if self._excerpt is not None:
-                self._excerpt.heard = lambda: map(_touch, ghost.heard.taken())
+                self._excerpt.heard = lambda: _touches(ghost.heard.taken())
             try:
                 while True:
                     yield _judged(verdicts, next(machine))
@@ -142,9 +143,9 @@ class Living:
         return playing(scenario, design, strategy, judged.seed, judged.params, journal)
 
 
-def _touch(effect: Effect) -> Touch:
-    aspect, changes = effect
-    return Touch(("judge", aspect), changes)
+@cache
+def _touches(effects: frozenset[Effect]) -> frozenset[Touch]:
+    return frozenset(Touch(("judge", aspect), changes) for aspect, changes in effects)
 
 
 def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:

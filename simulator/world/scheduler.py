@@ -22,7 +22,7 @@ from protocol.rpc.loop import POLL_S
 from protocol.rpc.session import HEADER, HEADER_BYTES
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
-from simulator.search.option import STOP, Option, Strategy, Touch
+from simulator.search.option import STOP, UNTOUCHED, Option, Strategy, Touch
 from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
@@ -30,11 +30,10 @@ from simulator.world.memory import watched
 from simulator.world.places import (
     OF_BOTH_ENDS,
     TIME_STANDS,
+    access_of,
     closed_with,
     queues_of,
     state_of,
-    told_of,
-    words_of,
 )
 from simulator.world.thread import Candidate, Event, SimThread
 
@@ -59,7 +58,7 @@ class World:
 
     def __init__(self, strategy: Strategy, journal: Journal | None = None, *, by_word: bool = True) -> None:
         self.host = SimHost(self)
-        self.journal = journal or Journal()
+        self.journal = journal  # None: nobody asks what happened
         self.threads: list[SimThread] = []
         self.failures: list[BaseException] = []  # that nobody in the system caught
         self.decisions = 0
@@ -78,7 +77,7 @@ class World:
         self._paused: SimThread | None = None
         self._taken: Option | None = None
         self._touched: set[Touch] = set()
-        self._told, self._words = lru_cache(ACCESSES)(told_of), lru_cache(ACCESSES)(words_of)
+        self._access = lru_cache(ACCESSES)(access_of)
 
     # -- threads ---------------------------------------------------------------------------------------
 
@@ -99,8 +98,7 @@ class World:
 
         thread = SimThread(process, process.name, greenlet(life, self._main), fate)
         thread.state = state_of(process.name)
-        maker = self._running.state if self._running is not None else frozenset()
-        thread.stands(Option(process.name, "begins", thread.state | maker))
+        thread.stands("begins", self._running.state if self._running is not None else UNTOUCHED)
         self.threads.append(thread)
         return thread
 
@@ -145,6 +143,11 @@ class World:
         self.failures.clear()
         self._running = self._awaited = None
 
+    def tells(self, line: str) -> None:
+        """Of what is no step of its own."""
+        if self.journal is not None:
+            self.journal.add(line)
+
     @property
     def running(self) -> str:
         """The process whose step this is; none's outside of `run`."""
@@ -157,7 +160,7 @@ class World:
 
     def kill(self, thread: SimThread) -> None:
         """As SIGKILL does: its fds are closed, it does not go on."""
-        self.journal.add(f"{thread.name} is killed")
+        self.tells(f"{thread.name} is killed")
         thread.over = True
         thread.waits_for(())
         thread.process.die()
@@ -185,11 +188,14 @@ class World:
         thread = step.thread
         thread.goes_on(step.event)
         self._running = thread
-        if thread is me:
-            return
+        if thread is not me:
+            self._goes_to(thread.greenlet)
+
+    def _goes_to(self, other: greenlet) -> None:
+        """Returns when it is the turn of the greenlet that called, if ever."""
         kept = trio_run.kept()
         try:
-            thread.greenlet.switch()
+            other.switch()
         finally:
             trio_run.restored(kept)
         if self._closed:
@@ -216,7 +222,7 @@ class World:
         if fate.stops_s is None:
             self.kill(thread)
         else:
-            self.journal.add(f"{thread.name} is stopped")
+            self.tells(f"{thread.name} is stopped")
             thread.stopped_ns = self._now + ceil(fate.stops_s * 1e9)
         return True
 
@@ -250,17 +256,14 @@ class World:
                 steps += self._steps_of(thread)
         return steps
 
-    def _steps_of(self, thread: SimThread) -> list[Candidate]:
+    def _steps_of(self, thread: SimThread) -> Sequence[Candidate]:
         if thread.stopped_ns > self._now:
-            return []
+            return ()
         if thread.standing:
-            if thread.access is not None and self._strategy.watches:
-                option, touches = thread.steps[0].option, thread.state | self._words(*thread.access)
-                thread.stands(option._replace(touches=touches))
             return thread.steps
         steps = thread.deliveries(self._woken)
         if not steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
-            return [thread.timer()]
+            return (thread.timer(),)
         return steps
 
     def _is_alone(self, me: SimThread) -> bool:
@@ -278,13 +281,7 @@ class World:
 
     def _leave(self) -> None:
         """To `run`; returns when it is the thread's turn again, if ever."""
-        kept = trio_run.kept()
-        try:
-            self._main.switch()
-        finally:
-            trio_run.restored(kept)
-        if self._closed:
-            raise GreenletExit
+        self._goes_to(self._main)
 
     def _standing(self) -> Iterator[str]:
         for thread in self.threads:
@@ -295,7 +292,8 @@ class World:
     def _take(self, option: Option) -> None:
         self._tell_taken()
         self._taken = option
-        self.journal.add(f"{option.actor}: {option.label}")
+        if self.journal is not None:
+            self.journal.add(f"{option.actor}: {option.label}")
 
     def _tell_taken(self) -> None:
         if self._taken is not None and self._strategy.watches:
@@ -313,7 +311,7 @@ class World:
         me = self._running
         if me is None or self._closed:
             return
-        me.stands(Option(me.name, label, me.state))
+        me.stands(label)
         self._switch(me)
 
     def pick(self, what: str, labels: Sequence[str], touches: Set[Touch] = frozenset()) -> int:
@@ -367,22 +365,22 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        told = self._told(memory, at, writes)
-        if self._is_alone(me):
-            if self._settling:  # a step is the same one, whoever else is about
-                self._take(Option(me.name, told, me.state | self._words(memory, at, size, writes)))
-                return
-            self.journal.add(f"{me.name} {told}")
+        told, words = self._access(memory, at, size, writes)
+        if not self._is_alone(me):
+            me.stands(told, words)
+            self._switch(me, WORD_NS)
+        elif self._settling:  # a step is the same one, whoever else is about
+            self._take(Option(me.name, told, me.state | words))
+        else:
+            if self.journal is not None:
+                self.journal.add(f"{me.name} {told}")
             if self._strategy.watches:
-                self._touched |= self._words(memory, at, size, writes)
-            return
-        me.stands(Option(me.name, told, me.state), (memory, at, size, writes))
-        self._switch(me, WORD_NS)
+                self._touched |= words
 
     def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread loads or stores those bytes within its step."""
         if self._strategy.watches and len(memory.mappers) > 1:
-            self._touched |= self._words(memory, at, size, writes)
+            self._touched |= self._access(memory, at, size, writes)[1]
 
     def touch(self, touches: Iterable[Touch]) -> None:
         """What the running thread does goes by those places, or changes them."""
@@ -426,7 +424,8 @@ class World:
             return
         if self._strategy.watches:
             self._touched |= closed_with(file) if what == "close" else queues_of(file, what in OF_BOTH_ENDS)
-        self.journal.add(f"{process.name} {what} {file.name}", data)
+        if self.journal is not None:
+            self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
 

@@ -252,9 +252,7 @@ class Played:
     run: Run | None
     report: Report
     problems: list[str]
-    digest: str
     decisions: int
-    steps: int
 
 
 def playing(
@@ -285,7 +283,7 @@ def playing(
         made.stop()
         run = runs[0] if runs else None
         problems = [*made.problems(), *report.problems]
-        return Played(run, report, problems, world.journal.digest, world.decisions, world.journal.steps)
+        return Played(run, report, problems, world.decisions)
 
 
 def play(

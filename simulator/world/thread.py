@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from greenlet import greenlet
 
-from simulator.kernel.files import Memory
+from simulator.kernel.files import OpenFile
 from simulator.kernel.process import SimPoller, SimProcess
-from simulator.search.option import Option, Touch
+from simulator.search.option import UNTOUCHED, Option, Touch
 from simulator.world.fate import Fate
 from simulator.world.places import TIME_PASSES, queues_of
 
 Event = tuple[int, int]  # of a poller: fd, what
-Access = tuple[Memory, int, int, bool]  # where in bytes, how many, does it store?
+MADE = 1 << 16  # steps of a thread that are remembered
 
 
 class Candidate(NamedTuple):
@@ -37,19 +37,38 @@ class SimThread:
     taken: int = 0  # steps
     stopped_ns: int = 0  # it does nothing until then
     standing: bool = False  # it could go on, with its one step
-    access: Access | None = None  # which that is, if its places are not among its touches yet
     waits: Sequence[SimPoller] = ()
     is_woken: Callable[[], bool] | None = None
     deadline_ns: int | None = None
     told: Event | None = None
     state: frozenset[Touch] = frozenset()  # which each step of its touches
-    steps: list[Candidate] = field(default_factory=list)  # what it could do
+    steps: Sequence[Candidate] = ()  # what it could do
     steps_of: int = -1  # when what it waits for was of that version
+    made: dict[Hashable, Candidate] = field(default_factory=dict)  # most steps come again and again
 
-    def stands(self, option: Option, access: Access | None = None) -> None:
-        """It is about to do that."""
-        self.standing, self.access = True, access
-        self.steps = [Candidate(option, self)]
+    def stands(self, label: str, touches: frozenset[Touch] = UNTOUCHED) -> None:
+        """It is about to do that, which touches what each step of its does, and those."""
+        self.standing = True
+        self.steps = (self._own(label, touches),)
+
+    def _own(self, label: str, touches: frozenset[Touch]) -> Candidate:
+        known = self.made.get((label, touches))
+        return known or self._makes((label, touches), Option(self.name, label, self.state | touches))
+
+    def _told(self, file: OpenFile, event: Event) -> Candidate:
+        both_ends = bool(event[1] & ~select.EPOLLIN)
+        queues = queues_of(file, both_ends)
+        known = self.made.get((event, queues))
+        if known is not None:
+            return known
+        option = Option(f"{self.name}<{file.name}", "is told", self.state | queues)
+        return self._makes((event, queues), option, event)
+
+    def _makes(self, key: Hashable, option: Option, event: Event | None = None) -> Candidate:
+        if len(self.made) >= MADE:
+            self.made.clear()
+        made = self.made[key] = Candidate(option, self, event)
+        return made
 
     def waits_for(
         self,
@@ -63,17 +82,24 @@ class SimThread:
     def goes_on(self, event: Event | None = None) -> None:
         """It runs, and is told that."""
         self.waits_for(())
-        self.access, self.told = None, event
+        self.told = event
 
-    def deliveries(self, woken: int) -> list[Candidate]:
+    def deliveries(self, woken: int) -> Sequence[Candidate]:
         """What it waits for and is there.  `woken`: how often anybody was."""
         version = woken
         for poller in self.waits:
             version += poller.version
         if self.steps_of != version:
             self.steps_of = version
-            self.steps = list(_deliveries(self))
+            self.steps = list(self._deliveries())
         return self.steps
+
+    def _deliveries(self) -> Iterator[Candidate]:
+        for poller in self.waits:
+            for event in poller.ready():
+                yield self._told(poller.file(event[0]), event)
+        if self.is_woken is not None and self.is_woken():
+            yield Candidate(Option(f"{self.name}<woken", "is woken", self.state), self)
 
     def timer(self) -> Candidate:
         return Candidate(Option(f"{self.name}<timer", "time is up", self.state | TIME_PASSES), self)
@@ -87,13 +113,3 @@ class SimThread:
     def take(self) -> Event | None:
         event, self.told = self.told, None
         return event
-
-
-def _deliveries(thread: SimThread) -> Iterator[Candidate]:
-    for poller in thread.waits:
-        for fd, what in poller.ready():
-            file = poller.file(fd)
-            touches = thread.state | queues_of(file, bool(what & ~select.EPOLLIN))
-            yield Candidate(Option(f"{thread.name}<{file.name}", "is told", touches), thread, (fd, what))
-    if thread.is_woken is not None and thread.is_woken():
-        yield Candidate(Option(f"{thread.name}<woken", "is woken", thread.state), thread)

@@ -63,7 +63,8 @@ class _Order(Random):
 
     def shuffle(self, x: MutableSequence[Any]) -> None:
         """Trio sorted them by age, and takes the last first."""
-        x[:] = reversed(self._order(list(x)))
+        if len(x) > 1:
+            x[:] = reversed(self._order(list(x)))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ BY_HASH = """
 from qemu_shim.vmm.designs import SHARED
 from simulator.search.excerpt import Excerpt
 from simulator.stories.library import STORIES
+from simulator.world.journal import Journal
 from simulator.world.system import play
 from tests.integration.simulator.drawn import Drawn
 
@@ -31,8 +32,9 @@ class ByHash(Drawn):
     def choose(self, options):
         return hash(options[-1].label) % len(options)
 
-excerpt = Excerpt(ByHash(None))
-print(play(STORIES["discard"].scenario(excerpt), SHARED, excerpt).digest)
+excerpt, journal = Excerpt(ByHash(None)), Journal()
+play(STORIES["discard"].scenario(excerpt), SHARED, excerpt, journal=journal)
+print(journal.digest)
 """
 
 
