@@ -49,7 +49,7 @@ bench: venv-bench ## each figure with its limit and its rivals
 	$(BIN)/python -m bench
 
 torture: venv-dev ## each process killed, stopped and starved at each of its calls: hours, goes on where it was left
-	$(BIN)/python -m tests.torture
+	$(BIN)/python -m tests.torture --known docs/results/torture.json
 
 comparison: venv ## all designs on all workloads, into docs/results/comparison.*
 	$(BIN)/qemu-shim compare --docs docs/results

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -166,14 +167,25 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_torture(record: Mapping[str, Any]) -> Iterator[str]:
-    outcomes = ", ".join(f"{count:,} {how}" for how, count in sorted(record["outcomes"].items()))
+    rows, there_are = record["sweeps"], record["sweeps_there_are"]
+    survived, refused = (sum(row[how] for row in rows) for how in ("survived", "refused"))
+    failed, ended = (sum(map(len, (row["failed"] for row in rows))), sum(row["ended"] for row in rows))
     yield (
-        f"{record['blows']:,} blows at real processes ({outcomes}), {len(record['failed'])} of them still not"
-        f" survived; {record['swept_to_the_end']} of {record['sweeps']} sweeps went on until a run met"
-        " nothing."
+        f"{survived + refused + failed:,} blows at real processes: {survived:,} survived, {refused:,} refused"
+        f" with a reason, {failed:,} still not survived. Of {there_are} sweeps (a story, a process, and what is"
+        f" done to it at its n-th call) {ended} went on until a run met nothing, {len(rows) - ended} were"
+        f" broken off and {there_are - len(rows)} not begun, on {len({row['code'] for row in rows})} states"
+        " of the code."
     )
-    kinds = sorted(record["by_kind"].items())
-    yield _table(("what was done", "blows"), [(f"`{kind}`", f"{count:,}") for kind, count in kinds])
+    blows: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
+    for row in rows:
+        blows[row["kind"]] += row["survived"] + row["refused"] + len(row["failed"])
+        ends[row["kind"]] += row["ended"]
+    yield _table(
+        ("what was done", "blows", "sweeps that ended"),
+        [(f"`{kind}`", f"{count:,}", ends[kind]) for kind, count in sorted(blows.items())],
+    )
 
 
 def _of_finds(record: Mapping[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import structlog
 import trio
@@ -21,7 +22,7 @@ from tests.torture.calls import FAULTS
 from tests.torture.daemons import Spawner
 from tests.torture.record import OtherCode, TriedBlows, as_dict, table
 from tests.torture.stories import STORIES
-from tests.torture.summary import summary
+from tests.torture.summary import ended_of, rows_of, summary
 from tests.torture.sweep import Bounds, StruckSystem, Sweep, clean_up, run, sweeps
 
 RECORD = Path("torture.jsonl")
@@ -45,6 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="RECORD",
         help="in JSON, of these, oldest first",
     )
+    parser.add_argument(
+        "--known",
+        type=_summary,
+        metavar="JSON",
+        help="a summary of other runs: what it has ended is not begun again, and a new one goes on from it",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON a blow, on standard output")
     options = parser.parse_args(argv)
     if min(options.first, options.every) < 1:
@@ -55,6 +62,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def again(blow: Blow) -> str:
     where = f"--story {blow.story} --process {blow.victim} --kind {blow.fault.kind}"
     return f"python -m tests.torture {where} --from {blow.at} --to {blow.at} --no-record"
+
+
+def _summary(path: str) -> Any:
+    try:
+        written = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows_of(written)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} is no --summary: {error}") from None
+    return written
 
 
 class Progress:
@@ -82,8 +98,11 @@ async def torture(options: argparse.Namespace, record: TriedBlows, world: Struck
     """The sweeps that were asked for."""
     bounds = Bounds(options.first, options.every, options.last, options.most)
     progress = Progress(as_json=options.json)
+    known = ended_of(options.known) if options.known else set()
     asked = list(sweeps(options.story, options.process, [FAULTS[kind] for kind in options.kind]))
     for sweep in asked:
+        if sweep in known:
+            continue
         await run(sweep, bounds, world, record, progress)
     return set(asked)
 
@@ -91,7 +110,7 @@ async def torture(options: argparse.Namespace, record: TriedBlows, world: Struck
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.summary:
-        print(json.dumps(summary(options.summary), indent=1))
+        print(json.dumps(summary(options.summary, options.known), indent=1))
         return 0
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:

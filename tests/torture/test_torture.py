@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.torture import judges
-from tests.torture.__main__ import again, parse
+from tests.torture.__main__ import again, parse, torture
 from tests.torture.blow import PROCESSES, Aftermath, Blow, How, verdict
 from tests.torture.calls import AT, ERRNOS, Fault
 from tests.torture.daemons import ROOT, SPECS, Spawner
@@ -22,8 +23,8 @@ from tests.torture.order import Order
 from tests.torture.record import OtherCode, TriedBlows, table
 from tests.torture.stories import STORIES
 from tests.torture.struck import CountedCalls, plain
-from tests.torture.summary import summary
-from tests.torture.sweep import Bounds, StruckSystem, run, sweeps
+from tests.torture.summary import SweepRow, ended_of, rows_of, summary
+from tests.torture.sweep import Bounds, StruckSystem, Sweep, run, sweeps
 
 SHORT = Bounds(first=7, most=1)
 
@@ -238,7 +239,7 @@ def test_a_record_goes_on_where_it_was_left_and_holds_for_one_state_of_the_code(
         TriedBlows(path)
 
 
-def test_a_summary_counts_a_blow_as_it_went_last_and_knows_which_sweeps_ended(tmp_path: Path) -> None:
+def test_a_summary_has_a_row_of_each_sweep_and_goes_on_from_another(tmp_path: Path) -> None:
     def record(name: str, outcomes: dict[int, Aftermath]) -> Path:
         path = tmp_path / name
         kept = TriedBlows(path)
@@ -246,27 +247,54 @@ def test_a_summary_counts_a_blow_as_it_went_last_and_knows_which_sweeps_ended(tm
             kept.add(Blow("sharing", "kvmd", Fault.KILL, at), outcome)
         return path
 
+    def row(*records: Path, known: dict[str, Any] | None = None) -> SweepRow:
+        (found,) = rows_of(summary(records, known))
+        return found
+
     good, none = Aftermath("send", How.REFUSED, "hung up"), Aftermath(None, How.SURVIVED)
-    old = record("old", {1: good, 2: Aftermath("dup", How.FAILED, "leaks")})
-    new = record("new", {2: good, 3: none})
-    found = summary([old])
-    assert (found["blows"], found["failed"], found["swept_to_the_end"]) == (2, ["sharing kvmd kill 2"], 0)
-    found = summary([old, new])
-    assert (found["blows"], found["failed"], found["by_call"]) == (2, [], {"send": 2})
-    assert (found["swept_to_the_end"], found["stories_swept_to_the_end"]) == (1, {"sharing": ["kvmd"]})
-    assert len(found["states_of_the_code"]) == 2
-    assert summary([old, record("newest", {3: none})])["blows"] == 1
-    assert summary([record("gap", {1: good, 3: good, 4: none})])["swept_to_the_end"] == 0
+    bad = Aftermath("dup", How.FAILED, "leaks")
+    old, whole = record("old", {1: good, 2: bad}), record("whole", {1: good, 2: good, 3: none})
+    found = row(old)
+    assert (found.refused, found.failed, found.ended, found.calls) == (1, [2], False, {"dup": 1, "send": 1})
+    found = row(old, whole)
+    assert (found.refused, found.failed, found.ended, found.calls) == (2, [], True, {"send": 2})
+    assert row(record("less", {1: good}), known=summary([whole])).ended, "what came further counts"
+    assert row(whole, record("worse", {1: bad})).failed == [1], "what fails now is not hidden"
+    assert row(record("mended", {2: good}), known=summary([old])).failed == []
+    assert not row(record("gap", {1: good, 3: good, 4: none})).ended
+    assert ended_of(summary([whole])) == {found.sweep}
+    assert ended_of(summary([old])) == set()
 
 
 def test_the_summary_that_documents_are_held_to_is_one_of_ours() -> None:
-    written = json.loads((ROOT / "docs" / "results" / "torture.json").read_text(encoding="utf-8"))
-    assert written.keys() == summary([]).keys()
-    assert written["failed"] == []
-    for by in ("outcomes", "by_kind", "by_process", "by_story", "by_call"):
-        assert sum(written[by].values()) == written["blows"]
-    assert set(written["by_story"]) <= {"start", *STORIES}
-    assert set(written["by_process"]) == set(PROCESSES)
+    path = ROOT / "docs" / "results" / "torture.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert summary([], written) == written, "rows of sweeps that there are, in their order"
+    assert all(not row.failed and sum(row.calls.values()) == row.blows for row in rows_of(written))
+    assert parse(["--known", str(path)]).known == written
+
+
+def test_what_is_no_summary_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--known", "Makefile"])
+    assert "Makefile is no --summary" in capsys.readouterr().err
+
+
+async def test_what_another_run_has_ended_is_not_begun_again(tmp_path: Path) -> None:
+    class Nothing(StruckSystem):
+        async def strike(self, blow: Blow) -> Aftermath:
+            begun.append(Sweep(blow.story, blow.victim, blow.fault))
+            return Aftermath(None, How.SURVIVED)
+
+    begun: list[Sweep] = []
+    kept = TriedBlows(tmp_path / "record")
+    kept.add(Blow("sharing", "kvmd", Fault.KILL, 1), Aftermath(None, How.SURVIVED))
+    (tmp_path / "known").write_text(json.dumps(summary([tmp_path / "record"])), encoding="utf-8")
+    spawner = Spawner()
+    spawner.close()
+    options = parse(["--story", "sharing", "--process", "kvmd", "--known", str(tmp_path / "known")])
+    asked = await torture(options, TriedBlows(None), Nothing(spawner))
+    assert asked - set(begun) == {Sweep("sharing", "kvmd", Fault.KILL)}
 
 
 async def test_what_the_record_has_is_not_tried_again() -> None:
