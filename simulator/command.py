@@ -38,7 +38,8 @@ PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARI
 SCHEDULES_OF_SHARD = (
     10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
 )
-ROUNDS = 100  # of a small story in one machine
+OF_SMALL_SHARD = 100
+ROUNDS = 500  # of a small story in one machine, which takes as long to bring up as ten to play
 EXIT_FOUND = 1
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         options.strategy,
         options.schedules,
         options.seed,
-        shard=ROUNDS if small else SCHEDULES_OF_SHARD,
+        shard=OF_SMALL_SHARD if small else SCHEDULES_OF_SHARD,
     )
     compares = not STRATEGIES[options.strategy].seeded  # one schedule with another
     try:

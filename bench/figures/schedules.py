@@ -6,8 +6,11 @@ from __future__ import annotations
 
 from bench.contenders import Given, Program
 from bench.harness import AtMost, Figure, Row
+from simulator.command import ROUNDS
 
-LIVING = Program("a schedule, machine standing", module="bench.ours.schedules", args=lambda _: ("3", "100"))
+LIVING = Program(
+    "a schedule, machine standing", module="bench.ours.schedules", args=lambda _: ("3", str(ROUNDS))
+)
 ALONE = Program("a schedule from nothing", module="bench.ours.schedules", args=lambda _: ("20", "1"))
 
 SCHEDULES = Figure(
