@@ -170,12 +170,12 @@ def _of_torture(record: Mapping[str, Any]) -> Iterator[str]:
     rows, there_are = record["sweeps"], record["sweeps_there_are"]
     survived, refused = (sum(row[how] for row in rows) for how in ("survived", "refused"))
     failed, ended = (sum(map(len, (row["failed"] for row in rows))), sum(row["ended"] for row in rows))
+    states = len({row["code"] for row in rows})
     yield (
         f"{survived + refused + failed:,} blows at real processes: {survived:,} survived, {refused:,} refused"
-        f" with a reason, {failed:,} still not survived. Of {there_are} sweeps (a story, a process, and what is"
-        f" done to it at its n-th call) {ended} went on until a run met nothing, {len(rows) - ended} were"
-        f" broken off and {there_are - len(rows)} not begun, on {len({row['code'] for row in rows})} states"
-        " of the code."
+        f" with a reason, {failed:,} still not survived. A sweep is a story, a process, and what is done to it"
+        f" at its n-th call: of {there_are} {ended} went on until a run met nothing, {len(rows) - ended} were"
+        f" broken off and {there_are - len(rows)} not begun, on {states} state{'s' * (states != 1)} of the code."
     )
     blows: Counter[str] = Counter()
     ends: Counter[str] = Counter()
