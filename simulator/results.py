@@ -173,9 +173,9 @@ def _of_torture(record: Mapping[str, Any]) -> Iterator[str]:
     states = len({row["code"] for row in rows})
     yield (
         f"{survived + refused + failed:,} blows at real processes: {survived:,} survived, {refused:,} refused"
-        f" with a reason, {failed:,} still not survived. A sweep is a story, a process, and what is done to it"
-        f" at its n-th call: of {there_are} {ended} went on until a run met nothing, {len(rows) - ended} were"
-        f" broken off and {there_are - len(rows)} not begun, on {states} state{'s' * (states != 1)} of the code."
+        f" with a reason, {failed:,} still not survived. A sweep is a story, a process, and what is done to"
+        f" it at its n-th call: of {there_are} {ended} went on until a run met nothing, {len(rows) - ended}"
+        f" were broken off and {there_are - len(rows)} not begun. Code: of {states} state(s)."
     )
     blows: Counter[str] = Counter()
     ends: Counter[str] = Counter()
