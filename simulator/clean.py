@@ -29,7 +29,7 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.campaign import WORKER_DIED
-from simulator.command import PLAYED, ROUNDS, SCHEDULES_OF_SHARD, begin, faults_of, find
+from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin, faults_of, find
 from simulator.pool import Stop, interrupts, pooled
 from simulator.rows import Play, Rows
 from simulator.search.explore import Tally, explore
@@ -81,7 +81,7 @@ def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Sh
     has of `seeds` of each other.
     """
     plays = list(first)
-    size = {play: SCHEDULES_OF_SHARD if play.whole else ROUNDS for play in plays}
+    size = {play: SCHEDULES_OF_SHARD if play.whole else OF_SMALL_SHARD for play in plays}
     left = {play: seeds * size[play] if play.whole else schedules for play in plays}
     seed = dict(first)
     while any(left.values()):
@@ -96,7 +96,7 @@ def played(shard: Shard, stop: Stop) -> Tally:
     """In a worker.  Less what nobody asks for, and may be large."""
     play = shard.play
     judged = Judged(find, play.name, play.design, faults=tuple(faults_of(play.faults)))
-    player = begin(judged, 1 if play.whole else ROUNDS)
+    player = begin(judged, 1 if play.whole else shard.schedules)
     search = STRATEGIES[play.strategy].make(shard.seed)
     tally = explore(player, search, shard.seed, shard.schedules, lambda _: stop())
     tally.covered.clear()
