@@ -95,6 +95,8 @@ def test_a_mistake_that_only_a_fault_shows_is_found_repeated_and_replayed(
         "R18-time-out-is-an-ack",
         "--workers",
         "1",
+        "--strategy",
+        "random",
         "--seed",
         "1",
         "--schedules",
@@ -117,7 +119,10 @@ def test_a_mistake_that_only_a_fault_shows_is_found_repeated_and_replayed(
     ("words", "why"),
     [
         (["--faults", "rain"], "no faults are called rain; there are evict, "),
-        (["--faults", "evict", "--strategy", "exhaustive"], "a search that ends is of one without faults"),
+        (
+            ["--faults", "evict,sigkill", "--strategy", "exhaustive"],
+            "exhaustive: sigkill: a search that ends can have no such faults",
+        ),
     ],
 )
 def test_faults_that_cannot_be_are_refused(
