@@ -15,7 +15,7 @@ import pytest
 from qemu_shim.cli import main as qemu_shim
 from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.clean import Shard, Sitting, shards, stories
-from simulator.command import ROUNDS, SCHEDULES_OF_SHARD
+from simulator.command import OF_SMALL_SHARD, SCHEDULES_OF_SHARD
 from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally
 from tests.patience import WHOLE_RUN_S
@@ -83,9 +83,9 @@ def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
 
 def test_by_turns_each_has_its_share() -> None:
     whole = Play("sharing", "shared", "mixed", whole=True)
-    dealt = list(shards({PLAY: 5, whole: 0}, ROUNDS + 7, 3))
+    dealt = list(shards({PLAY: 5, whole: 0}, OF_SMALL_SHARD + 7, 3))
     assert dealt == [
-        Shard(PLAY, 5, ROUNDS),
+        Shard(PLAY, 5, OF_SMALL_SHARD),
         Shard(whole, 0, SCHEDULES_OF_SHARD),
         Shard(PLAY, 6, 7),
         Shard(whole, 1, SCHEDULES_OF_SHARD),
