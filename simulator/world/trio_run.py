@@ -37,8 +37,10 @@ Kept = tuple[dict[str, Any], Any]
 
 
 def kept() -> Kept:
-    """What belongs to the run of the greenlet that is about to be left."""
-    return dict(_run.GLOBAL_RUN_CONTEXT.__dict__), sys.get_asyncgen_hooks()
+    """What belongs to the run of the greenlet that is about to be left.  A plain tuple: what the interpreter
+    gives is none that its collector knows of, and a frame that was cut off with it would stay for ever.
+    """
+    return dict(_run.GLOBAL_RUN_CONTEXT.__dict__), tuple(sys.get_asyncgen_hooks())
 
 
 def restored(what: Kept) -> None:

@@ -17,6 +17,7 @@ from simulator.search.walk import RandomWalk
 from simulator.stories.library import STORIES
 from simulator.stories.story import Play, SmallStory
 from simulator.world.schedule import Judged, Living
+from simulator.world.scheduler import World
 
 ROUNDS = 8
 
@@ -50,6 +51,23 @@ def test_a_machine_is_good_for_so_many_rounds_each_a_schedule() -> None:
     ]
     assert not any(end.invariant for end in ends)
     playing.renew()
+
+
+def test_a_machine_that_is_cut_off_leaves_nothing_behind() -> None:
+    """Or each garbage collection would take longer than the one before, and the next machine with it."""
+
+    def worlds() -> int:
+        return sum(type(thing) is World for thing in gc.get_objects())
+
+    gc.collect()  # those of other tests
+    before = worlds()
+    for _ in range(2):
+        playing = player(beside(lambda number: True), ROUNDS)
+        playing(RandomWalk(1))
+        assert worlds() > before, "it stands in the middle"
+        playing.renew()
+    gc.collect()
+    assert worlds() == before
 
 
 @pytest.mark.parametrize(
