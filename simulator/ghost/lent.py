@@ -8,6 +8,9 @@ from simulator.ghost.backing import Name
 from simulator.ghost.caches import Holder
 from simulator.ghost.violation import Verdicts
 
+Importing = tuple[Holder, Name | None]
+"""An importer, and the view whose root it imports: a driver has one name in all VMs."""
+
 
 @dataclass(frozen=True, slots=True)
 class RootFacts:
@@ -25,7 +28,7 @@ class Lent:
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
         self._level_of: dict[Name | None, int] = {}
-        self._told: dict[Holder, int] = {}  # of an importer that is registered, when it was told last
+        self._told: dict[Importing, int] = {}  # of who is registered, when it was told last
 
     def lends(self, view: Name | None, level: int) -> None:
         """A root of the view, of so many levels."""
@@ -63,22 +66,25 @@ class Lent:
                 "I10", f"an importer is told of the root of {view}, which is not lent any more"
             )
 
-    def registers(self, importer: Holder, view: Name | None, now: int) -> None:
+    def registers(self, importing: Importing, now: int) -> None:
+        importer, view = importing
         if view not in self._level_of:
             what = f"{' '.join(importer)} registers for the root of {view}"
             self._verdicts.say("I15", f"{what}, which is not lent any more")
-        self._told[importer] = now
+        self._told[importing] = now
 
-    def tells(self, importer: Holder, now: int) -> None:
-        if importer not in self._told:
-            self._verdicts.say("I15", f"{' '.join(importer)} is told of a flush, and is not registered")
-        self._told[importer] = now
+    def tells(self, importing: Importing, now: int) -> None:
+        importer, view = importing
+        if importing not in self._told:
+            what = f"{' '.join(importer)} is told of a flush of {view}"
+            self._verdicts.say("I15", f"{what}, and is not registered")
+        self._told[importing] = now
 
-    def unregisters(self, importer: Holder) -> None:
-        self._told.pop(importer, None)
+    def unregisters(self, importing: Importing) -> None:
+        self._told.pop(importing, None)
 
     def rule(self, importer: Holder, view: Name | None, issued: int) -> str:
         """What is broken if it has of the view's root still what a flush was to take."""
         if view not in self._level_of:
             return "I13"
-        return "R17" if self._told.get(importer, -1) >= issued else "I15"
+        return "R17" if self._told.get((importer, view), -1) >= issued else "I15"

@@ -37,14 +37,14 @@ def _metadata(watch: Watch, original: Any, importer: Importer) -> bytes:
 def _register(watch: Watch, original: Any, tdp: ExportedTdp, name: str, ops: Any) -> None:
     original(tdp, name, ops)
     watch.kept.append(ops)
-    watch.importers[id(ops)] = _of(name)
-    watch.ghost.lent.registers(_of(name), watch.ghost.view_of(tdp.root.hpa), watch.ghost.heard.now)
+    importing = watch.importers[id(ops)] = _of(name), watch.ghost.view_of(tdp.root.hpa)
+    watch.ghost.lent.registers(importing, watch.ghost.heard.now)
 
 
 @seams.around(ExportedTdp, "unregister_importer")
 def _unregister(watch: Watch, original: Any, tdp: ExportedTdp, name: str, ops: Any) -> None:
     original(tdp, name, ops)
-    watch.ghost.lent.unregisters(_of(name))
+    watch.ghost.lent.unregisters(watch.importers[id(ops)])
 
 
 @seams.around(RemoteImporter, "invalidate")

@@ -24,8 +24,8 @@ from protocol.units import (
     pages_of_level,
 )
 from simulator.ghost.backing import Name
-from simulator.ghost.caches import Holder
 from simulator.ghost.ghost import Ghost
+from simulator.ghost.lent import Importing
 
 Around = Callable[..., Any]  # (watch, what is wrapped, its arguments)
 
@@ -70,7 +70,7 @@ class Watch:
         self.pool_of: dict[int, str] = {}
         self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
         self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk
-        self.importers: dict[int, Holder] = {}  # by who tells them for kvmd
+        self.importers: dict[int, Importing] = {}  # by who tells them for kvmd
         self._told: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
         self.dids: dict[int, set[int]] = {}
         self.functions: dict[int, Function] = {}  # by device TLB

@@ -232,12 +232,23 @@ def test_an_importer_is_one_of_what_is_lent_and_hears_until_it_unregisters() -> 
     lent = Lent(verdicts)
     lent.lends("vm", 4)
     lent.describes("vm")
-    lent.registers(IMPORTER, "vm", now=3)
-    lent.tells(IMPORTER, now=5)
-    lent.unregisters(IMPORTER)
+    lent.registers((IMPORTER, "vm"), now=3)
+    lent.tells((IMPORTER, "vm"), now=5)
+    lent.unregisters((IMPORTER, "vm"))
     assert invariants(verdicts) == []
-    lent.tells(IMPORTER, now=6)
+    lent.tells((IMPORTER, "vm"), now=6)
     assert invariants(verdicts) == ["I15"]
+
+
+def test_a_driver_that_leaves_one_vm_is_an_importer_of_the_other() -> None:
+    verdicts = Verdicts()
+    lent = Lent(verdicts)
+    for vm in ("vm", "other"):
+        lent.lends(vm, 4)
+        lent.registers((IMPORTER, vm), now=3)
+    lent.unregisters((IMPORTER, "other"))
+    lent.tells((IMPORTER, "vm"), now=5)
+    assert invariants(verdicts) == []
 
 
 def test_nobody_imports_what_was_taken_back() -> None:
@@ -246,15 +257,15 @@ def test_nobody_imports_what_was_taken_back() -> None:
     lent.lends("vm", 4)
     lent.takes_back("vm")
     lent.describes("vm")
-    lent.registers(IMPORTER, "vm", now=3)
+    lent.registers((IMPORTER, "vm"), now=3)
     assert invariants(verdicts) == ["I10", "I15"]
 
 
 def test_what_an_importer_still_has_behind_a_flush_says_who_was_wrong() -> None:
     lent = Lent(Verdicts())
     lent.lends("vm", 4)
-    lent.registers(IMPORTER, "vm", now=3)
-    lent.tells(IMPORTER, now=5)
+    lent.registers((IMPORTER, "vm"), now=3)
+    lent.tells((IMPORTER, "vm"), now=5)
     assert lent.rule(IMPORTER, "vm", issued=5) == "R17", "it was told, and not waited for"
     assert lent.rule(IMPORTER, "vm", issued=6) == "I15", "it was not told"
     lent.takes_back("vm")
