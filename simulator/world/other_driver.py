@@ -156,6 +156,8 @@ class OtherDriver:
                 self._wakes = trio.Event()
                 await self._wakes.wait()
             await trio.sleep(_PATIENCE_S)
+            if not self._told:  # it died meanwhile, and what it was told with it
+                continue
             which = self._choose("ack", [f"{n}" for n in range(len(self._told))])
             request, start, end = self._told.pop(which)
             self.forget(start, end)
