@@ -21,7 +21,7 @@ class Groups:
         self._forgotten: set[tuple[int, int]] = set()
         self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
         self._taken: set[tuple[int, int]] = set()  # out of the queue, by the driver
-        self._refused = False  # KVM served somebody nothing, whatever the page
+        self._refused = False  # somebody was served nothing, whatever the page
 
     @property
     def outstanding(self) -> list[tuple[int, int]]:
@@ -91,6 +91,8 @@ class Groups:
             self._verdicts.say("I8", f"{what}, for what concerns that page alone")
         elif refused and code is ResponseCode.SUCCESS:
             self._verdicts.say("I8", f"{what}, and was refused")
+        elif refused and refused not in OF_ONE_PAGE:
+            self.refused()  # a table of iommufdd's own may have no memory either
 
     def forget_all(self) -> None:
         """The functions are gone."""

@@ -194,6 +194,18 @@ def test_a_function_is_told_what_was_found_of_its_page(
     assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
 
 
+@pytest.mark.parametrize(("refused", "wrong"), [(errno.ENOMEM, []), (errno.EFAULT, ["I8"]), (0, ["I8"])])
+def test_a_group_may_fail_where_a_table_of_the_drivers_own_has_no_memory(
+    refused: int, wrong: list[str]
+) -> None:
+    verdicts = Verdicts()
+    groups = Groups(verdicts)
+    code = ResponseCode.INVALID if refused == errno.EFAULT else ResponseCode.FAILURE
+    groups.finds(PageRequest(RID, 0, Iova(0x7000), last=True, read=True), code, refused)
+    groups.answers(RID, 0, ResponseCode.FAILURE, [7])
+    assert [violation.invariant for violation in verdicts.found] == wrong
+
+
 # -- entries ---------------------------------------------------------------------------------------------
 
 ENTRY = "PASID", RID
