@@ -138,8 +138,9 @@ class IommufdDevice(Object):
                 await self._config.set_function(self.rid, ats=True)
             if hwpt.needs_iopf:
                 await self._enable_iopf(pinned=pinned)
-            await self._config.set_function(self.rid, bus_master=True)
             self.unit.check_on_bus(self.rid)  # again: an invalidation may have timed out while we slept
+            await self._config.set_function(self.rid, bus_master=True)
+            self.unit.check_on_bus(self.rid)  # and in this sleep: it is no master any more
         except UapiError:
             await self.leave()
             raise

@@ -108,7 +108,17 @@ IOMMUFDD_OBJECTS = (
         "R18-attached-while-taken-off",
         "An attach under way gives a function its bus mastering back behind who took it off the bus.",
         "R18",
-        [Edit(f"{_DEVICE}.enter", "self.unit.check_on_bus(self.rid)", "pass")],
+        [
+            Edit(f"{_DEVICE}.enter", "self.unit.check_on_bus(self.rid)  # again", "pass  # again"),
+            Edit(f"{_DEVICE}.enter", "self.unit.check_on_bus(self.rid)  # and", "pass  # and"),
+        ],
+        races=["R18"],
+    ),
+    Plant(
+        "R18-a-master-while-taken-off",
+        "An attach under way lets a function that is off the bus master it, and looks afterwards only.",
+        "R18",
+        [Edit(f"{_DEVICE}.enter", "self.unit.check_on_bus(self.rid)  # again", "pass  # again")],
         races=["R18"],
     ),
     Plant(

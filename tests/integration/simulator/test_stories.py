@@ -96,7 +96,7 @@ BREAKS = {
     "beyond": ("pinned", "R11-answered-for-each-request"),
     "few": ("shared", "R11-index-used-again"),
     "detach-full": ("shared", "R9-overflow-stays"),
-    "never-comes": ("mirror", "R18-attached-while-taken-off"),
+    "never-comes": ("mirror", "R18-a-master-while-taken-off"),
     "or-back": ("mirror", "R10-nothing-to-go-back-to"),
     "kvm-dies": ("mirror", "R28-kvm-is-gone"),
     "vast": ("mirror", "B-30-pages-of-32-bits"),

@@ -126,11 +126,13 @@ def test_a_function_that_is_taken_off_the_bus_on_its_way_in_is_eio_and_without_d
     for _ in range(step - 1):
         bound.world.let_one_go()
     bound.world.off_bus.add(RID)
+    asked = list(bound.world.log)
     bound.world.let_go()
     with pytest.raises(UapiError) as refused:
         entered.result()
     assert refused.value.errno == errno.EIO
     assert (bound.free, bound.world.switched[RID]["master"]) == (True, False)
+    assert ("master", RID, True) not in bound.world.log[len(asked) :]
 
 
 @pytest.mark.rfc("RFC-100")
