@@ -17,6 +17,8 @@ class Excerpt:
     def __init__(self, inner: Strategy, rounds: int = 1, *, stands_first: bool = False) -> None:
         """`stands_first`: before it is opened for the first time, as between two rounds."""
         self.watches = False
+        self.is_silent = True
+        """Nothing is asked, nor told of the step that is under way: each is the default."""
         self._open = self._step_is_inside = False
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
@@ -44,6 +46,7 @@ class Excerpt:
         """The step that is under way."""
         self._step_is_inside = inside
         self.watches = self._inner.watches and (self._open or inside)
+        self.is_silent = not (self._open or self.watches)
 
     def rounds(self) -> Iterator[int]:
         """Of the story, in one machine, which each leaves as it found it."""
@@ -65,7 +68,7 @@ class Excerpt:
     def close(self) -> None:
         self.closes()
         self._open = False
-        self._is_inside(self._step_is_inside)
+        self._is_inside(self._step_is_inside and self._inner.watches)  # or nobody is to be told of it
 
     def __enter__(self) -> None:
         self.open()

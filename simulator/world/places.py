@@ -58,4 +58,9 @@ def access_of(memory: Memory, at: int, size: int, writes: bool) -> tuple[str, fr
     grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
     numbers = range(at // grain, -(-(at + size) // grain))
     words = frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
-    return f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]", words
+    return told_of(memory, at, writes), words
+
+
+def told_of(memory: Memory, at: int, writes: bool) -> str:
+    """A load or store there, for people."""
+    return f"{'stores' if writes else 'loads'} {memory.name}[{at >> 3}]"

@@ -22,6 +22,7 @@ from protocol.rpc.loop import POLL_S
 from protocol.rpc.session import HEADER, HEADER_BYTES
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
+from simulator.search.excerpt import Excerpt
 from simulator.search.option import STOP, UNTOUCHED, Option, Strategy, Touch
 from simulator.world import trio_run
 from simulator.world.fate import Fate
@@ -34,6 +35,7 @@ from simulator.world.places import (
     closed_with,
     queues_of,
     state_of,
+    told_of,
 )
 from simulator.world.thread import Candidate, Event, SimThread
 
@@ -42,6 +44,7 @@ WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
 ACCESSES = 1 << 16  # that are remembered: most come again and again
+PASSED = Option("", "")
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
 
@@ -64,6 +67,7 @@ class World:
         self.decisions = 0
         self._straight = 0  # steps since the last of them
         self._strategy = strategy
+        self._excerpt = strategy if isinstance(strategy, Excerpt) else None
         self._by_word = by_word  # each access of shared memory is a point
         self._now = 0
         self._changes = 0  # of anything that decides what can happen next
@@ -226,8 +230,14 @@ class World:
             thread.stopped_ns = self._now + ceil(fate.stops_s * 1e9)
         return True
 
+    @property
+    def _by_default(self) -> bool:
+        """Nobody is asked which step it is, nor told."""
+        return self._excerpt is not None and self._excerpt.is_silent
+
     def _chosen(self, me: SimThread | None) -> Candidate | None:
-        while not (steps := self._steps(me)):
+        looks = self._first if self._by_default else self._steps
+        while not (steps := looks(me)):
             times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at())]
             if not times or min(times) > LIMIT_NS:
                 self._given_up = Stuck("; ".join(self._standing()))
@@ -235,7 +245,7 @@ class World:
             self._now = max(self._now, min(times))
         number = 0
         self._straight += 1
-        if self._straight > LIMIT_STEPS:
+        if self._straight > LIMIT_STEPS and len(steps := self._steps(me)) == 1:
             self._given_up = Stuck(f"{steps[0].option.actor} goes round in circles: {steps[0].option.label}")
             return None
         if len(steps) > 1:
@@ -255,6 +265,15 @@ class World:
             if thread is not me and not thread.over:
                 steps += self._steps_of(thread)
         return steps
+
+    def _first(self, me: SimThread | None) -> Sequence[Candidate]:
+        """The first of `_steps`."""
+        if me is not None and not me.over and (steps := self._steps_of(me)):
+            return steps[:1]
+        for thread in self.threads:
+            if thread is not me and not thread.over and (steps := self._steps_of(thread)):
+                return steps[:1]
+        return ()
 
     def _steps_of(self, thread: SimThread) -> Sequence[Candidate]:
         if thread.stopped_ns > self._now:
@@ -309,16 +328,38 @@ class World:
     def point(self, label: str) -> None:
         """The running thread is about to do that; others may come before it."""
         me = self._running
-        if me is None or self._closed:
+        if me is None or self._closed or (self._by_default and self._goes_straight_on(me, label)):
             return
         me.stands(label)
         self._switch(me)
+
+    def _goes_straight_on(self, me: SimThread, label: str, cost_ns: int = STEP_NS) -> bool:
+        """By default the running thread does, at a price: it need not be asked what it could do."""
+        if me.over or me.fate is not None or self._straight >= LIMIT_STEPS:
+            return False
+        if not self._settling:
+            self._now += cost_ns
+        self._straight += 1
+        me.taken += 1
+        me.told = None
+        self._passes(me.name, ": ", label)
+        return True
+
+    def _passes(self, *words: str) -> None:
+        """A step by default, of which only the journal is told."""
+        self._taken = PASSED
+        self._touched.clear()
+        if self.journal is not None:
+            self.journal.add("".join(words))
 
     def pick(self, what: str, labels: Sequence[str], touches: Set[Touch] = frozenset()) -> int:
         """Which of several things the running process does next, within itself; it goes by those places."""
         if len(labels) == 1 or self._running is None or self._closed:
             return 0
         name = self._running.name
+        if self._by_default:
+            self._passes(name, "/", what, ": ", labels[0])
+            return 0
         self._tell_taken()
         self.decisions += 1
         touched = self._running.state | touches
@@ -365,8 +406,17 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
+        is_alone = self._is_alone(me)
+        if self._by_default:
+            told = "" if self.journal is None else told_of(memory, at, writes)
+            if is_alone and self._settling:
+                self._passes(me.name, ": ", told)
+            elif is_alone and self.journal is not None:
+                self.journal.add(f"{me.name} {told}")
+            if is_alone or self._goes_straight_on(me, told, WORD_NS):
+                return
         told, words = self._access(memory, at, size, writes)
-        if not self._is_alone(me):
+        if not is_alone:
             me.stands(told, words)
             self._switch(me, WORD_NS)
         elif self._settling:  # a step is the same one, whoever else is about

@@ -9,8 +9,11 @@ from itertools import pairwise
 import pytest
 
 from qemu_shim.scenarios.series.library import SCENARIOS
-from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.designs import DESIGNS, SHARED
+from simulator.search.excerpt import Excerpt
 from simulator.search.option import Option
+from simulator.search.replay import Replay
+from simulator.stories.library import STORIES
 from simulator.world.journal import Journal
 from simulator.world.system import play
 from tests.integration.simulator.drawn import SMALL, Drawn, played
@@ -25,6 +28,20 @@ def test_a_scenario_is_right_under_any_schedule(scenario: str, seed: int | None)
     assert done.run is not None
     assert not done.report.ended
     assert done.decisions > 100, "there is something to choose"
+
+
+@pytest.mark.parametrize(("story", "design"), [("fault", "shared"), ("log", "pinned"), ("merge", "mirror")])
+def test_a_story_of_which_nothing_is_searched_is_that_which_is_always_answered_by_default(
+    story: str, design: str
+) -> None:
+    journals = []
+    for strategy in (Replay(()), Excerpt(Replay(()))):
+        journals.append(Journal(keep=True))
+        done = play(
+            STORIES[story].scenario(Excerpt(Replay(()))), DESIGNS[design], strategy, journal=journals[-1]
+        )
+        assert done.problems == []
+    assert journals[0].lines == journals[1].lines
 
 
 def test_seeds_differ() -> None:

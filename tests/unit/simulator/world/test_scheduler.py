@@ -14,10 +14,12 @@ from protocol.kernel.port import SharedEvent
 from protocol.rpc.session import Kind, header
 from protocol.units import PAGE_SIZE
 from simulator.kernel.process import SimProcess
+from simulator.search.excerpt import Excerpt
 from simulator.search.option import STOP, Option, Strategy, Touch, dependent, is_within
+from simulator.search.replay import Replay
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
-from simulator.world.scheduler import LIMIT_NS, STEP_NS, Stopped, Stuck, World
+from simulator.world.scheduler import LIMIT_NS, LIMIT_STEPS, STEP_NS, Stopped, Stuck, World
 from tests.unit.simulator.world.toys import Script, finish, made
 
 
@@ -300,6 +302,26 @@ def test_who_goes_round_in_circles_is_told_of() -> None:
     world.close()
 
 
+def test_who_goes_round_in_circles_where_nobody_is_asked_is_told_of_unless_there_is_a_choice() -> None:
+    world = World(Excerpt(Script()))
+    turns: list[int] = []
+
+    def circles(process: SimProcess) -> None:
+        for turn in range(LIMIT_STEPS + 1):
+            turns.append(turn)
+            world.point("again")
+
+    def circles_for_ever(process: SimProcess) -> None:
+        while True:
+            world.point("again")
+
+    made(world, a=circles, b=circles_for_ever)
+    with pytest.raises(Stuck, match="b goes round in circles: again"):
+        finish(world)
+    assert turns[-1] == LIMIT_STEPS, "the other could go on"
+    world.close()
+
+
 def test_two_directions_of_a_channel_are_two_places_and_a_hang_up_is_both() -> None:
     strategy = Script()
     world = World(strategy)
@@ -338,9 +360,9 @@ def test_who_closes_touches_the_other_end_and_those_of_what_nobody_has_received(
     assert {touch.place for touch in closes.touches} - {("process", "a")} == channels
 
 
-def settled(strategy: Strategy) -> World:
+def settled(strategy: Strategy, journal: Journal | None = None, fate: Fate | None = None) -> World:
     """One process does nothing for a second; a slow one works, then sleeps for less; another one waits."""
-    world = World(strategy)
+    world = World(strategy, journal)
     fd, ours = (one := SimProcess(world.host, "works")).memfd("tdp-tables", PAGE_SIZE, peer_writes=False)
     (other := SimProcess(world.host, "looks")).map_peer(
         other.install(one.file(fd)), PAGE_SIZE, writable=False
@@ -349,14 +371,25 @@ def settled(strategy: Strategy) -> World:
     def work() -> None:
         for _ in range(3):
             ours.view.cast("Q")[0] = 1
+        world.pick("flow", ["the first", "the second"])
         world.wait((), 0.5)
         ours.view.cast("Q")[0] = 2
 
     world.spawn(SimProcess(world.host, "rests"), lambda: world.settle(1))
-    world.spawn(one, work)
+    world.spawn(one, work, fate)
     world.spawn(other, lambda: world.wait((), 0.7))
     finish(world)
     return world
+
+
+@pytest.mark.parametrize("fate", [None, *(Fate(step, stops_s) for step in (2, 4) for stops_s in (None, 0.1))])
+def test_where_nobody_is_asked_all_is_as_by_default(fate: Fate | None) -> None:
+    journals = Journal(keep=True), Journal(keep=True)
+    asked = settled(Replay(()), journals[0], fate)
+    unasked = settled(Excerpt(Script("looks")), journals[1], fate)
+    assert journals[0].lines == journals[1].lines
+    assert asked.now_ns() == unasked.now_ns()
+    assert [thread.taken for thread in asked.threads] == [thread.taken for thread in unasked.threads]
 
 
 def test_while_one_settles_time_passes_where_nothing_else_can_happen() -> None:
