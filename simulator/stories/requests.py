@@ -28,6 +28,7 @@ _ASLEEP_S = 0.001  # until nothing else can go on
 ASKS_ALREADY = {"device_sim": (*TWO["device_sim"], "--device", "1:pri-on")}
 ALWAYS_ASKS = {"device_sim": ("--pri-on",)}
 FEW_REQUESTS = {"device_sim": ("--pri-capacity", "2")}
+ASKS_FOR_ONE = {"device_sim": (*TWO["device_sim"], "--device", "1:pri-on,pri-capacity=1")}
 
 
 async def _across(ctx: Context, excerpt: Excerpt) -> None:
@@ -85,7 +86,7 @@ async def _few(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _leaves_asleep(ctx: Context, excerpt: Excerpt) -> None:
-    """A device is detached while pages that it asked for sleep for userfaultfd (R10)."""
+    """A device is detached while a page that it asked for sleeps for userfaultfd; it wants another (R10)."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     second = await guest.plug(1)
@@ -95,7 +96,8 @@ async def _leaves_asleep(ctx: Context, excerpt: Excerpt) -> None:
         uffd = await process.userfaultfd()
         await uffd.register(hva, PAGE_SIZE, "missing")
         with excerpt:
-            post_fill(second, AT)
+            for page in (AT, NEXT):
+                post_fill(second, page)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(vfio.detach)
                 nursery.start_soon(guest.write, NEXT, AFTER)
@@ -116,6 +118,9 @@ REQUESTS = (
     SmallStory("beyond", "stores where no memory is", _beyond, options=ALWAYS_ASKS),
     SmallStory("few", "more pages than a device may ask for", _few, MAY_TAKE, FEW_REQUESTS),
     SmallStory("detach-asleep", "a device leaves while its pages sleep", _leaves_asleep, MAY_TAKE, TWO),
+    SmallStory(
+        "detach-few", "the same, and what it wants waits its turn", _leaves_asleep, MAY_TAKE, ASKS_FOR_ONE
+    ),
     SmallStory("detach-asks", "a device that can always ask leaves", leaves, MAY_TAKE, ASKS_ALREADY),
     SmallStory(
         "detach-full",

@@ -77,6 +77,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "beyond": ["R11", "R12"],
     "few": ["R11"],
     "detach-asleep": ["R10", "R12"],
+    "detach-few": ["R10", "R12"],
     "detach-asks": ["R10", "R12", "B-12"],
     "detach-full": ["R9", "R10", "R12"],
     # -- private memory
