@@ -145,6 +145,12 @@ class Backing:
         pins = self._pins.get((name, page))
         return pins is not None and pins[frame] > 0
 
+    def seen(self, name: Name, page: int) -> list[tuple[Name, int]]:
+        """In which views the page is, of a view or of a space, and as which."""
+        if name in self.views:
+            return [(name, page)]
+        return [(view, first) for view, first, _, _ in self.shown_in(name, page, page + 1)]
+
     def replaced(
         self, space: Name, start: int, end: int, was: Translation, now: Translation | None
     ) -> Iterator[int]:
@@ -153,8 +159,8 @@ class Backing:
         if not self._pins or now is None or now.frame == was.frame:
             return
         for page in range(start, end):
-            seen = [(view, first) for view, first, _, _ in self.shown_in(space, page, page + 1)]
-            if any(self._pinned(name, at, was.frame + page - start) for name, at in [(space, page), *seen]):
+            seen = [(space, page), *self.seen(space, page)]
+            if any(self._pinned(name, at, was.frame + page - start) for name, at in seen):
                 yield page
 
     def pinned_frames(self) -> Iterator[tuple[Name, int, int]]:

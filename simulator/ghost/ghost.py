@@ -21,6 +21,7 @@ from simulator.ghost.holders import ALL_CACHES, GOES_WITH, IMPORTED_CACHES, UNIT
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
+from simulator.ghost.mmus import Mmus
 from simulator.ghost.spans import Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
@@ -45,6 +46,7 @@ class Ghost:
         self.liveness = Liveness(verdicts, bound_ns)
         self.faults = FaultJudge(verdicts, self.tables, self.history)
         self.lent = Lent(verdicts)
+        self.mmus = Mmus(verdicts, self.backing)
         self._roots: dict[int, RootFacts] = {}
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._orphans: set[int] = set()  # roots whose maintainer died
@@ -75,9 +77,8 @@ class Ghost:
             for start, end, value in spans:
                 if overlap(value.frame, end - start, frame, pages):
                     page = start + max(frame - value.frame, 0)
-                    self.verdicts.say(
-                        "I6", f"frame {frame:#x} is given up, {root:#x} maps page {page:#x} to it"
-                    )
+                    where = f"{root:#x} maps page {page:#x} to it"
+                    self.verdicts.say("I6", f"frame {frame:#x} is given up, {where}")
 
     # -- tables ----------------------------------------------------------------------------------------
 
@@ -195,8 +196,7 @@ class Ghost:
         """`new`: not only rights that come back to what will be cleared with the others."""
         what = f"root {root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
         if truth.translation is None or truth.translation.frame != stored.frame:
-            has = "nothing" if truth.translation is None else f"frame {truth.translation.frame:#x}"
-            self.verdicts.say("I5", f"{what}, the host has {has} there")
+            self.verdicts.say("I5", f"{what}, the host has {frame_of(truth.translation)} there")
         elif stored.rights & WRITE and not truth.translation.rights & WRITE:
             self.verdicts.say("I21", f"{what} writable, which it is not in the host")
         elif new and self.backing.is_let_go(facts.filler, truth):
@@ -301,16 +301,11 @@ class Ghost:
             self.verdicts.say(
                 "I22", f"page {page:#x} of {name} is unpinned from frame {frame:#x}: it was not"
             )
-        for view, first in self._seen(name, page):
+        for view, first in self.backing.seen(name, page):
             for truth in self.backing.of(view, first, first + 1):
                 there = truth.translation
                 if truth.known and (there is None or there.frame != frame):
                     self._judge_taken(view, Truth(first, first + 1, truth.shown, Translation(frame, 0)), "I6")
-
-    def _seen(self, name: Name, page: int) -> list[tuple[Name, int]]:
-        if name in self.backing.views:
-            return [(name, page)]
-        return [(view, first) for view, first, _, _ in self.backing.shown_in(name, page, page + 1)]
 
     # -- caches ----------------------------------------------------------------------------------------
 
@@ -441,6 +436,7 @@ class Ghost:
             self.frames = Ledger()
             self.stores = Stores(self.verdicts)
             self.lent.forget()
+            self.mmus.forget()
             self.backing.lose_host()
         pages = self.table_pages.leave(name)
         orphans = [root for root in self._roots if root >> 12 in pages]

@@ -24,6 +24,8 @@ from simulator.stories.common import (
 )
 from simulator.stories.story import SmallStory
 
+_TRIES = 3  # to convert what a device has still
+
 
 async def _converted(ctx: Context, excerpt: Excerpt) -> None:
     """A page turns private and shared again: a device finds the one or the other, or nothing."""
@@ -110,11 +112,14 @@ async def _unasked(ctx: Context, excerpt: Excerpt) -> None:
     machine, slot = guest.machine, guest.machine.slot_of(page)
     private, offset = names.KVM_MEMORY_ATTRIBUTE_PRIVATE, page - slot.gpa
 
-    async def becomes(attributes: int) -> None:
-        try:
-            await machine.vm.set_memory_attributes(page, PAGE_SIZE, attributes)
-        except UapiError as refused:
-            ctx.say(str(refused))
+    async def becomes(attributes: int, tries: int = 1) -> None:
+        for _ in range(tries):
+            try:
+                await machine.vm.set_memory_attributes(page, PAGE_SIZE, attributes)
+            except UapiError as refused:
+                ctx.say(str(refused))
+            else:
+                return
 
     async def taken_and_given() -> None:
         await machine.container.discard(slot, offset, PAGE_SIZE)
@@ -127,7 +132,7 @@ async def _unasked(ctx: Context, excerpt: Excerpt) -> None:
         await guest.fill(page, 64)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(becomes, private)
+                nursery.start_soon(becomes, private, _TRIES)
                 nursery.start_soon(try_fill, guest, page)
                 await taken_and_given()
         await becomes(0)

@@ -27,7 +27,7 @@ from protocol.units import (
 )
 from simulator.ghost.backing import Name
 from simulator.ghost.probes.watch import Seams, Watch
-from simulator.ghost.probes.windows import windows
+from simulator.ghost.probes.windows import tell_private, windows
 from simulator.ghost.spans import Translation
 
 seams = Seams()
@@ -39,6 +39,7 @@ def _kvm(watch: Watch, original: Any, vm: Kvm, *args: Any, **named: Any) -> None
     watch.kept += [vm.slots, vm.frames.pinned]
     watch.vm_of[id(vm.slots)] = watch.vm_of[id(vm.frames.pinned)] = vm.id
     watch.names[id(vm.slots)] = f"mm{vm.mm.id}"
+    watch.ghost.mmus.registers(f"vm{vm.id}")
 
 
 @seams.around(Memslots, "replace")
@@ -54,6 +55,7 @@ def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, 
         elif was != now:
             for low, high, shown in now or ():
                 watch.ghost.shows(view, low, high, shown)
+        tell_private(watch, slots, slot, start, end, there=comes)
         watch.ghost.logs(view, start, end, comes and slot.logs)
 
 
@@ -163,8 +165,10 @@ def _add_area_pin(
     watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
 ) -> None:
     original(pins, area, at, pinned)
-    for page in _pinned_pages(watch, pins, at, pinned):
-        watch.ghost.pinned(*page)
+    who = watch.name(watch.mirror_of[id(pins)], "mirror")
+    for space, page, frame in _pinned_pages(watch, pins, at, pinned):
+        watch.ghost.pinned(space, page, frame)
+        watch.ghost.mmus.pins(who, (space, page, page + 1))
 
 
 @seams.around(PinsByArea, "remove")
@@ -183,7 +187,7 @@ def _pinned_pages(
 ) -> Iterator[tuple[Name, int, int]]:
     """(space, page of it, frame) of what was asked for; in a file, by the file's own page numbers."""
     mirror = watch.mirror_of[id(pins)]
-    space = watch.name(mirror, "files of mirror") if pinned.by_offset else f"mm{mirror.mm.id}"
+    space = f"files of {watch.name(mirror, 'mirror')}" if pinned.by_offset else f"mm{mirror.mm.id}"
     inside = at % size_of_level(pinned.level)
     frame = pinned.pfn + (inside >> PAGE_SHIFT)
     for n in range(pinned.size >> PAGE_SHIFT):

@@ -18,6 +18,7 @@ from kvmd.core.mm.space import AddressSpace
 from protocol.pt import bits
 from protocol.units import PAGE_SHIFT, Hva
 from simulator.ghost.backing import Name, Shown
+from simulator.ghost.probes.mmus import pages_of
 from simulator.ghost.probes.watch import Seams, Watch
 
 seams = Seams()
@@ -59,15 +60,17 @@ def _those_told(watch: Watch, mirror: Mirror) -> list[Name]:
 
 @seams.around(Mirror, "invalidate_range_start")
 async def _mirror_start(watch: Watch, original: Any, mirror: Mirror, start: Hva, end: Hva) -> None:
+    watch.ghost.mmus.hears(watch.name(mirror, "mirror"), pages_of(mirror, start, end))
     await original(mirror, start, end)
     for view in _those_told(watch, mirror):
-        watch.ghost.lets_go(view, f"mm{mirror.mm.id}", start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))
+        watch.ghost.lets_go(view, *pages_of(mirror, start, end))
 
 
 @seams.around(Mirror, "invalidate_range_end")
 def _mirror_end(watch: Watch, original: Any, mirror: Mirror, start: Hva, end: Hva) -> None:
     for view in _those_told(watch, mirror):
-        watch.ghost.told_changed(view, f"mm{mirror.mm.id}", start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))
+        watch.ghost.told_changed(view, *pages_of(mirror, start, end))
+    watch.ghost.mmus.hears_of_the_end(watch.name(mirror, "mirror"), pages_of(mirror, start, end))
     original(mirror, start, end)
 
 

@@ -14,7 +14,7 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from protocol.pt import bits
 from protocol.units import GfnSpan
 from simulator.ghost.probes.watch import Seams, Watch
-from simulator.ghost.probes.windows import windows
+from simulator.ghost.probes.windows import tell_private, windows
 from simulator.ghost.spans import Translation
 
 seams = Seams()
@@ -54,6 +54,7 @@ def _set(watch: Watch, original: Any, attributes: MemoryAttributes, span: GfnSpa
         if start < end:
             view = watch.view(slots, slot.as_id)
             watch.ghost.converts(view, start, end, others if private else ())
+            tell_private(watch, slots, slot, start, end, there=True)
             for low, high, shown in windows(watch, slots, slot):
                 first, last = max(low, start), min(high, end)
                 if first < last:

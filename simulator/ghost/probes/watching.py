@@ -17,6 +17,7 @@ from simulator.ghost.probes import (
     importers,
     ioas,
     layout,
+    mmus,
     private,
     processes,
     tables,
@@ -28,6 +29,7 @@ SEAMS: dict[tuple[type, str], Around] = {
     seam: around
     for room in (
         *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
+        mmus,
     )
     for seam, around in room.seams.items()
 }

@@ -33,3 +33,16 @@ def windows(watch: Watch, slots: object, slot: Memslot) -> list[tuple[int, int, 
     if at < end:
         found.append((at, end, of_process.moved(at - start)))
     return found
+
+
+def tell_private(watch: Watch, slots: object, slot: Memslot, start: int, end: int, *, there: bool) -> None:
+    """Where of pages start..end of the slot, while it is there, private memory is in place of its
+    process's."""
+    mmus, view = watch.ghost.mmus, watch.view(slots, slot.as_id)
+    mmus.turns(view, start, end, None)
+    private = watch.private_of.get(id(slots)) if there else None
+    for span in () if private is None else private.attributes:
+        low, high = max(span.start, start), min(span.end, end)
+        if low < high:
+            page = (slot.hva >> PAGE_SHIFT) + low - slot.span.start
+            mmus.turns(view, low, high, Shown(watch.names[id(slots)], page, 0))

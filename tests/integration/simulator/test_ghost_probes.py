@@ -27,6 +27,7 @@ def test_each_seam_is_a_method_of_its_own_class(seam: tuple[type, str]) -> None:
 # Stories, designs and kinds of faults that together come to all seams, and who they do not come to.
 PLAYED = (
     ("pin", "mirror", ()),
+    ("age", "mirror", ()),
     ("convert", "managed", ()),
     ("never", "pinned", ()),
     ("pin-slot", "managed", ()),
