@@ -5,16 +5,19 @@ That one ends at all is a matter of time (`Liveness`).
 
 from __future__ import annotations
 
+from simulator.ghost.backing import Backing, Name
 from simulator.ghost.caches import History
+from simulator.ghost.spans import frame_of
 from simulator.ghost.tables import ShadowTables
 from simulator.ghost.violation import Verdicts
 
 
 class FaultJudge:
-    def __init__(self, verdicts: Verdicts, tables: ShadowTables, history: History) -> None:
+    def __init__(self, verdicts: Verdicts, tables: ShadowTables, history: History, backing: Backing) -> None:
         self._verdicts = verdicts
         self._tables = tables
         self._history = history
+        self._backing = backing
 
     def maps_into(self, root: int) -> None:
         """One is about to store there (R3)."""
@@ -36,6 +39,19 @@ class FaultJudge:
         asked: a right that came is there for whoever asks [VT-d 6.2.1], or he asks for ever (R20)."""
         if self._has(root, page, need):
             self._verdicts.say("R20", f"page {page:#x} is not granted, root {root:#x} maps it")
+
+    def came(self, root: int, view: Name | None, page: int, asker: Name | None) -> None:
+        """The page did, for another process than the one whose memory the view shows: what is mapped is what
+        it has there itself (I11).  `asker` is its memory; None: it has none."""
+        spans = self._tables.roots.get(root)
+        mapped = None if spans is None else spans.get(page)
+        shown = self._backing.view(view).get(page)
+        if mapped is None or shown is None:
+            return
+        there = None if asker is None else self._backing.space(asker).get(shown.page)
+        if there is None or there.frame != mapped.frame:
+            what = f"page {page:#x} of {view} comes as frame {mapped.frame:#x} for {asker}"
+            self._verdicts.say("I11", f"{what}, which has {frame_of(there)} there")
 
     def _has(self, root: int, page: int, need: int) -> bool:
         spans = self._tables.roots.get(root)

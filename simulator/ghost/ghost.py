@@ -44,7 +44,7 @@ class Ghost:
         self.functions = Functions(verdicts)
         self.stores = Stores(verdicts)
         self.liveness = Liveness(verdicts, bound_ns)
-        self.faults = FaultJudge(verdicts, self.tables, self.history)
+        self.faults = FaultJudge(verdicts, self.tables, self.history, self.backing)
         self.lent = Lent(verdicts)
         self.mmus = Mmus(verdicts, self.backing)
         self._roots: dict[int, RootFacts] = {}

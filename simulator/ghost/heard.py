@@ -48,6 +48,7 @@ ISSUES = changes(OF_ENTRIES)  # or at least it comes before or behind what chang
 IS_COMPLETE = changes(OF_CACHES)
 USES = looks(OF_FRAMES, OF_HOST)
 USES_ROOT = looks(OF_ROOTS)
+FAULTS_IN = looks(OF_ROOTS, OF_ENTRIES, OF_HOST)
 LOOKS_FRAMES = looks(OF_FRAMES)
 IS_STORED = looks(OF_STORES)
 TELLS_OF_STORES = changes(OF_STORES)

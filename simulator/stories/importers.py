@@ -1,4 +1,4 @@
-"""Two importers of one TDP FD, of which one acks late, or goes at any time (I13, I15)."""
+"""Two importers of one TDP FD, of which one acks late, faults in for another, or goes (I11, I13, I15)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from protocol.pt.meta import ExportedTdpMeta
 from protocol.uapi import names
 from qemu_shim.api import MIB, PAGE_SIZE, Context, Guest, UapiError
 from qemu_shim.vmm.daemons import IMPORTERS
+from qemu_shim.vmm.process import Process
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -74,6 +75,32 @@ async def _two(ctx: Context, excerpt: Excerpt) -> None:
             ctx.expect(await guest.holds(AT, 64, PATTERN), "the device's store is lost")
             await agree(ctx, guest, AT)
             await guest.discard(AT, SLOT_BYTES)
+
+
+async def _forks(ctx: Context, excerpt: Excerpt) -> None:
+    """A driver faults a page in for the VM's process and for its child, which has another one (B-38)."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process = guest.machine.process
+    async with _beside(ctx, guest) as driver:
+        for _ in excerpt.rounds():
+            await guest.write(AT, BEFORE)
+            with excerpt:
+                child = await process.fork()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                    for each in (process, child):
+                        nursery.start_soon(_faults_in, driver, each)
+                    await guest.migrate(AT)
+            ctx.expect(await guest.holds(AT, 64, PATTERN), "the device's store is lost")
+            child.close()
+            await agree(ctx, guest, AT)
+            await guest.discard(AT, SLOT_BYTES)
+
+
+async def _faults_in(driver: OtherDriver, process: Process) -> None:
+    await if_it_is_let(driver.fault_in(AT, process.number))
+    driver.look(AT)
 
 
 async def _huge(ctx: Context, excerpt: Excerpt) -> None:
@@ -184,6 +211,7 @@ async def _end(ctx: Context, excerpt: Excerpt) -> None:
 
 IMPORTED = (
     SmallStory("importers", "pages that another driver has cached too move", _two, ONE_TABLE),
+    SmallStory("importers-fork", "another driver faults in for two processes", _forks, ONE_TABLE),
     SmallStory("importers-huge", "a huge leaf comes where both know a table", _huge, ONE_TABLE),
     SmallStory("importers-end", "a VM ends beneath importers that die, leave and come", _end, ONE_TABLE),
 )

@@ -99,6 +99,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
     # -- another importer
     "importers": ["R4", "B-09"],
+    "importers-fork": ["B-38"],
     "importers-huge": ["R5"],
     "importers-end": ["R26", "R28", "I13", "B-36"],
 }

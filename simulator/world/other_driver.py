@@ -1,7 +1,8 @@
 """Another driver, with hardware of its own, that imports a TDP FD beside iommufdd (B-09).
 
-It faults nothing in: its walker goes through what KVM's table has by now, and keeps translations and pointers
-to tables as a remapping unit does, until it is told to drop them.  It acks late, and in any order.
+It faults in what its VMM asks for.  Its walker goes through what KVM's table has by now, and keeps
+translations and pointers to tables as a remapping unit does, until it is told to drop them.  It acks late,
+and in any order.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class OtherDriver:
     async def unregister(self) -> None:
         """Answered when it walks no more (`let_go`)."""
         await self._channel.ask("TDP_UNREGISTER_IMPORTER")
+
+    async def fault_in(self, gpa: int, mm_fd: int) -> None:
+        """To be stored to, for the process whose fd that is.  EINVAL: it is not the VM's (B-38)."""
+        body = {"mm": self._kernel.cookie_of(mm_fd), "gfn": gpa >> PAGE_SHIFT}
+        await self._channel.ask("TDP_FAULT", {**body, "read": True, "write": True, "exec": False})
 
     # -- what its hardware does ------------------------------------------------------------------------
 

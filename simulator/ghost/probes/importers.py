@@ -8,6 +8,8 @@ from kvmd.core.export.importer import Importer
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.importers import RemoteImporter
 from protocol.pt.meta import ExportedTdpMeta
+from protocol.units import Gfn
+from simulator.ghost import heard
 from simulator.ghost.caches import Holder
 from simulator.ghost.holders import IMPORTED_CACHES
 from simulator.ghost.probes.watch import Seams, Watch
@@ -31,6 +33,18 @@ def _metadata(watch: Watch, original: Any, importer: Importer) -> bytes:
     root = importer._tdp.exported.root.hpa
     watch.ghost.lent.describes(watch.ghost.view_of(root))
     return meta
+
+
+@seams.around(Importer, "fault")
+async def _fault(
+    watch: Watch, original: Any, importer: Importer, mm_cookie: int, gfn: Gfn, kind: Any
+) -> None:
+    exported = importer._tdp.exported
+    await original(importer, mm_cookie, gfn, kind)
+    if mm_cookie != exported.mm.cookie:
+        watch.ghost.heard.look(heard.FAULTS_IN)
+        root = exported.root.hpa
+        watch.ghost.faults.came(root, watch.ghost.view_of(root), gfn, watch.space_of(mm_cookie))
 
 
 @seams.around(ExportedTdp, "register_importer")

@@ -30,12 +30,6 @@ def _address_space(watch: Watch, original: Any, mm: AddressSpace, *args: Any, **
     watch.processes.append(mm)
 
 
-def _space_of(watch: Watch, cookie: int) -> str | None:
-    """Of the process, the last that was called so."""
-    found = [mm for mm in watch.processes if getattr(mm, "cookie", None) == cookie]
-    return f"mm{found[-1].id}" if found else None
-
-
 def _view(watch: Watch, ioas: object) -> Name:
     return "ioas", watch.name(ioas, "ioas")
 
@@ -90,7 +84,7 @@ def _hides(watch: Watch, ioas: Ioas, area: Area) -> None:
 @seams.around(Ioas, "show")
 async def _show(watch: Watch, original: Any, ioas: Ioas, area: Area, pages: Pages) -> None:
     cookie = ioas._sources._mms.get(pages.source)
-    _shows(watch, ioas, area, None if pages.file or cookie is None else _space_of(watch, cookie))
+    _shows(watch, ioas, area, None if pages.file or cookie is None else watch.space_of(cookie))
     try:
         await original(ioas, area, pages)
     except BaseException:
@@ -100,7 +94,7 @@ async def _show(watch: Watch, original: Any, ioas: Ioas, area: Area, pages: Page
 
 @seams.around(IoasOnDemand, "enter")
 async def _enter(watch: Watch, original: Any, ioas: IoasOnDemand, area: Area) -> None:
-    _shows(watch, ioas, area, _space_of(watch, ioas.mm_cookie))
+    _shows(watch, ioas, area, watch.space_of(ioas.mm_cookie))
     try:
         await original(ioas, area)
     except BaseException:

@@ -119,6 +119,11 @@ class Watch:
         """What the ghost knows that domain's root by."""
         return self.orphans.get(did, root)
 
+    def space_of(self, cookie: int) -> str | None:
+        """The memory of a process, the last that was called so."""
+        found = [mm for mm in self.processes if getattr(mm, "cookie", None) == cookie]
+        return f"mm{found[-1].id}" if found else None
+
     def view(self, slots: object, as_id: int) -> Name:
         return "vm", self.vm_of[id(slots)], as_id
 

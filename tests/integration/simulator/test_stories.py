@@ -105,6 +105,7 @@ BREAKS = {
     "iommufd-closes": ("shared", "R13-closed-meanwhile"),
     "export": ("shared", "B-28-vcpu-of-another-width"),
     "importers": ("shared", "B-09-one-importer-is-told"),
+    "importers-fork": ("shared", "B-38-another-process"),
     "importers-huge": ("shared", "R5-youngest-ack-counts"),
     "importers-end": ("managed", "R28-one-look-at-leases"),
 }

@@ -11,6 +11,7 @@ import pytest
 from kvmd.core.host import CpuFeatures
 from protocol.pt.bits import READ, WRITE
 from protocol.units import Gfn, GfnSpan
+from simulator.ghost.backing import Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.probes.watching import watching
@@ -76,6 +77,22 @@ def test_a_right_that_came_is_there_for_who_asks(there: int, wrong: bool) -> Non
     ghost.entry_stored(ROOT, 0x500 << 12 | there)
     ghost.faults.is_not_granted(ROOT, 0, WRITE)
     assert heard(ghost.verdicts) == (["R20"] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("asker", "has", "wrong"),
+    [("mm1", 0x500, False), ("mm2", 0x500, False), ("mm2", 0x501, True), ("mm3", 0, True)],
+)
+def test_what_is_faulted_in_is_what_the_asking_process_has(asker: str, has: int, wrong: bool) -> None:
+    """A child has its parent's page until one of them stores."""
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 1, VIEW, "vm1")
+    ghost.shows(VIEW, 0, 1, Shown("mm1", 0, READ | WRITE))
+    for process, frame in (("mm1", 0x500), (asker, has)):
+        ghost.backs(process, 0, 1, Translation(frame, READ | WRITE) if frame else None)
+    ghost.entry_stored(ROOT, 0x500 << 12 | READ | WRITE)
+    ghost.faults.came(ROOT, VIEW, 0, asker)
+    assert heard(ghost.verdicts) == (["I11"] if wrong else [])
 
 
 def test_a_view_lends_one_root_at_a_time() -> None:
