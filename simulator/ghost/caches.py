@@ -88,10 +88,6 @@ class History:
         rest = [(a, b, Translation(now.frame, now.rights & value.rights)) for a, b, now in runs]
         return merged(rest) == [(start, end, value)]
 
-    def still(self, cached: CachedTranslation) -> bool:
-        """Does the root translate so now?"""
-        return self.holds(cached.root, cached.start, cached.end, cached.translation)
-
     def ended(self, root: int, start: int, end: int, value: Translation) -> int | None:
         """Since when it is not so any more; None: it is so.  Raises NeverSo."""
         if self.holds(root, start, end, value):
@@ -176,11 +172,13 @@ class Caches:
             pointers.clear()
 
     def end(self, epoch: int, change: Retranslated, history: History) -> None:
-        """What was cached of it is out of date from now on."""
+        """What was cached of it is out of date from now on; what was so elsewhere is so still."""
         for cached in self.translations():
-            overlaps = cached.root == change.root and cached.start < change.end and change.start < cached.end
-            if overlaps and cached.ended is None and not history.still(cached):
-                cached.ended = epoch
+            low, high = max(cached.start, change.start), min(cached.end, change.end)
+            if low < high and cached.root == change.root and cached.ended is None:
+                value = cached.translation.moved(low - cached.start)
+                if not history.holds(cached.root, low, high, value):
+                    cached.ended = epoch
 
     def end_root(self, epoch: int, root: int) -> None:
         for cached in self.everything():
