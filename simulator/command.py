@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-
-import structlog
 
 from qemu_shim.scenarios.files import BadFile, is_file, of_file
 from qemu_shim.scenarios.scenario import Scenario
@@ -28,6 +25,7 @@ from simulator.search.explore import Found, Player, replayed, smallest
 from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
+from simulator.settle import settle
 from simulator.stories.library import STORIES
 from simulator.stories.story import SmallStory
 from simulator.world.forked import Forked
@@ -101,8 +99,8 @@ def list_planted(*, as_json: bool) -> int:
 
 
 def begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
-    """In each process: what daemons log is nobody's here."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    """In each process."""
+    settle()
     return judged(rounds, onlooker)
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -35,8 +34,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import structlog
 
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
@@ -46,6 +43,7 @@ from simulator.faults.kinds import EACH, FAULTS, drawn_among
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Tally, explore
+from simulator.settle import settle
 from simulator.stories.at_once import AT_ONCE
 from simulator.version import version
 from simulator.world.forked import Forked
@@ -204,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plant", nargs="+", choices=tuple(PLANTED), default=[], metavar="ID")
     parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
     given = parser.parse_args(argv)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settle()
     record = OnRecord(given.record, version())
     over = list(pairs(given.story, given.design))
     try:

@@ -12,9 +12,7 @@ was wrong; 130 interrupted, and what is on record stays.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,8 +25,6 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
-
-import structlog
 
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.planted.hunt import (
@@ -46,6 +42,7 @@ from simulator.planted.hunt import (
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.seeking import Reach, find, scouted
+from simulator.settle import settle
 from simulator.version import version
 
 RANGES = 3
@@ -63,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="one a core")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
-    _quiet()
+    settle()
     try:
         plants = [plant_of(name) for name in given.plants] or [p for p in PLANTED.values() if p.simulated]
     except UnknownPlant as error:
@@ -152,12 +149,7 @@ def _begin(reach: Reach, stop: Event) -> None:
     global _reach, _stop
     _reach, _stop = reach, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches everybody at a terminal
-    gc.freeze()  # a tenth of the time goes into looking at modules, for each of some hundred machines
-    _quiet()
-
-
-def _quiet() -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settle()
 
 
 def _seek(task: Sought, most: int) -> tuple[Catch | None, float]:

@@ -5,23 +5,21 @@ nanoseconds of one, its share of bringing the machine up and down included.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from time import perf_counter_ns
-
-import structlog
 
 from bench.timing import percentiles
 from simulator.command import find
 from simulator.search.replay import Recorded
 from simulator.search.walk import RandomWalk
+from simulator.settle import settle
 from simulator.world.schedule import Judged
 
 STORY, DESIGN = "fault", "shared"
 
 
 def main(machines: int, rounds: int) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settle()
     player = Judged(find, STORY, DESIGN)(rounds)
     strategy = Recorded(RandomWalk(1))
     took = []

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator
-
-import structlog
 
 from simulator.command import find
 from simulator.ghost.probes.watch import Watch
@@ -17,6 +14,7 @@ from simulator.search.causality import Fingerprint
 from simulator.search.explore import Found, explore, smallest
 from simulator.search.replay import Recorded
 from simulator.search.walk import RandomWalk
+from simulator.settle import settle
 from simulator.stories.library import STORIES
 from simulator.world.journal import Journal
 from simulator.world.schedule import Judged
@@ -70,7 +68,7 @@ def lines() -> Iterator[str]:
 
 
 def main() -> int:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settle()
     print("\n".join(lines()))
     return 0
 

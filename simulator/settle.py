@@ -1,0 +1,23 @@
+"""What each process does before its first machine."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from functools import cache
+
+import structlog
+
+
+def settle() -> None:
+    """What daemons log is nobody's here, and what is imported is not looked at behind each machine again: a
+    machine that is cut off is collected, and the modules were half of what it takes.
+    """
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    _freeze()
+
+
+@cache
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
