@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from simulator.pool import Stop, interrupts, pooled
+from simulator.search.coverage import Coverage
 from simulator.search.explore import Player, PlayerLost, Tally, explore
 from simulator.search.strategies import STRATEGIES
 
@@ -70,7 +71,7 @@ class CampaignEnd:
 def _shard(start: Start, strategy: str, shard: tuple[int, int], stop: Stop) -> Tally | None:
     """None: it was stopped."""
     seed, schedules = shard
-    tally = explore(start(), STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop())
+    tally = explore(start(), STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop(), Coverage())
     return None if stop() else tally
 
 
@@ -133,7 +134,9 @@ def run_campaign(
         else:
             strategy = named.make(campaign.seed)
             try:
-                tally = explore(start(), strategy, campaign.seed, campaign.schedules, sitting.enough)
+                tally = explore(
+                    start(), strategy, campaign.seed, campaign.schedules, sitting.enough, Coverage()
+                )
             except PlayerLost as lost:
                 raise CampaignRefused(f"{lost}.  Run it again") from None
         return CampaignEnd(tally, sitting.why or "done")

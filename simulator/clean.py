@@ -93,14 +93,12 @@ def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Sh
 
 
 def played(shard: Shard, stop: Stop) -> Tally:
-    """In a worker.  Less what nobody asks for, and may be large."""
+    """In a worker."""
     play = shard.play
     judged = Judged(find, play.name, play.design, faults=tuple(faults_of(play.faults)))
     player = begin(judged, 1 if play.whole else shard.schedules)
     search = STRATEGIES[play.strategy].make(shard.seed)
-    tally = explore(player, search, shard.seed, shard.schedules, lambda _: stop())
-    tally.covered.clear()
-    return tally
+    return explore(player, search, shard.seed, shard.schedules, lambda _: stop())
 
 
 def repeats(play: Play, tally: Tally) -> list[str]:

@@ -96,16 +96,19 @@ def explore(
     seed: int,
     schedules: int,
     enough: Callable[[Tally], bool] = lambda tally: False,
+    coverage: Coverage | None = None,
 ) -> Tally:
-    """At most `schedules` of `strategy`, which was made of `seed`; `enough` is asked behind each."""
+    """At most `schedules` of `strategy`, which was made of `seed`; `enough` is asked behind each.  Who
+    hands no `coverage` in is told of traces only, and sooner: it is asked at each step.
+    """
     player.renew()
-    coverage = Coverage()
-    tally = Tally(covered=coverage.covered)
-    watched = _Watched(strategy, coverage)
+    tally = Tally() if coverage is None else Tally(covered=coverage.covered)
+    watched = Recorded(strategy) if coverage is None else _Watched(strategy, coverage)
     before: list[Answers] = []
     for number in range(1, schedules + 1):
         result = player(watched)
-        coverage.ended()
+        if coverage is not None:
+            coverage.ended()
         if watched.stopped:
             tally.given_up += 1
         else:

@@ -10,6 +10,7 @@ import pytest
 
 from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.campaign import SHARD, Campaign, CampaignRefused, Progress, run_campaign
+from simulator.search.coverage import Coverage
 from simulator.search.explore import Player, RunEnd, Tally, explore
 from simulator.search.option import Strategy
 from simulator.search.strategies import STRATEGIES
@@ -41,7 +42,9 @@ def dies() -> Player:
 def by_hand(campaign: Campaign) -> Tally:
     tally = Tally()
     for seed, schedules in campaign.shards():
-        tally.add(explore(start(), STRATEGIES[campaign.strategy].make(seed), seed, schedules))
+        tally.add(
+            explore(start(), STRATEGIES[campaign.strategy].make(seed), seed, schedules, coverage=Coverage())
+        )
     return replace(tally, summary="")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from simulator.search.coverage import Coverage
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Found, RunEnd, Tally, explore, replayed, smallest
 from simulator.search.option import Strategy
@@ -64,7 +65,8 @@ def test_every_strategy_finds_and_what_is_found_becomes_small(name: str) -> None
 
 
 def test_tallies_of_two_processes_add_up() -> None:
-    one, other = explore(well, RandomWalk(1), 1, 30), explore(badly, RandomWalk(2), 2, 40)
+    one = explore(well, RandomWalk(1), 1, 30, coverage=Coverage())
+    other = explore(badly, RandomWalk(2), 2, 40, coverage=Coverage())
     both = Tally()
     both.add(one)
     both.add(other)
