@@ -1,4 +1,5 @@
-"""Faults, by what they may come to: each ends, in a root that is somebody's, and fails only where nothing is.
+"""Faults, by what they may come to: each ends, in a root that is somebody's, and fails only where nothing is;
+none waits for what is not its own.
 
 That one ends at all is a matter of time (`Liveness`).
 """
@@ -28,6 +29,12 @@ class FaultJudge:
         """In vain, and will again; `before` and `now`: how many changes the ghost has heard of (R2)."""
         if before == now:
             self._verdicts.say("R2", f"a fault on page {page:#x} is tried again, and nothing was in its way")
+
+    def waits_for_acks(self, page: int, *, met_frozen: bool) -> None:
+        """Of flushes that others issued, who may be waiting for it.  What is frozen comes back with them
+        (R27)."""
+        if not met_frozen:
+            self._verdicts.say("R27", f"a fault on page {page:#x} waits for the acks of others' flushes")
 
     def failed(self, root: int, page: int, need: int) -> None:
         """It is told that nothing is there that it may have; somebody else may have been faster (I8)."""

@@ -40,20 +40,32 @@ def _imports(ctx: Context, tdp_fd: int, name: str) -> Awaitable[OtherDriver]:
 
 
 @asynccontextmanager
-async def _beside(ctx: Context, guest: Guest) -> AsyncIterator[OtherDriver]:
-    """Another driver has the guest's table."""
+async def _importing(ctx: Context, guest: Guest) -> AsyncIterator[OtherDriver]:
+    """Another driver has the guest's table, and acks while it serves."""
     tdp_fd = guest.machine.container.tdp_fd
     assert tdp_fd is not None
     driver = await _imports(ctx, tdp_fd, "other")
     await driver.register(await driver.metadata())
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(driver.serve)
-            yield driver
-            nursery.cancel_scope.cancel()
+        yield driver
     finally:
         driver.hang_up()
         driver.let_go()
+
+
+@asynccontextmanager
+async def _serving(driver: OtherDriver) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.serve)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _beside(ctx: Context, guest: Guest) -> AsyncIterator[OtherDriver]:
+    """It serves all the time."""
+    async with _importing(ctx, guest) as driver, _serving(driver):
+        yield driver
 
 
 async def _two(ctx: Context, excerpt: Excerpt) -> None:
@@ -101,6 +113,29 @@ async def _forks(ctx: Context, excerpt: Excerpt) -> None:
 async def _faults_in(driver: OtherDriver, process: Process) -> None:
     await if_it_is_let(driver.fault_in(AT, process.number))
     driver.look(AT)
+
+
+async def _slow(ctx: Context, excerpt: Excerpt) -> None:
+    """An importer takes its time to forget a page that moves: nobody else waits for it but who needs that."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    async with _importing(ctx, guest) as driver:
+        for _ in excerpt.rounds():
+            async with _serving(driver):
+                await guest.fill(AT, 64)
+            driver.look(AT)
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(guest.migrate, AT)
+                    await guest.write(NEXT, BEFORE)
+                    await guest.fill(NEXT + 64, 64, PATTERN)
+                    nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                    async with _serving(driver):
+                        await guest.migrate(AT)
+            ctx.expect(await guest.holds(NEXT + 64, 64, PATTERN), "the device's store is lost")
+            async with _serving(driver):
+                await agree(ctx, guest, AT)
+                await guest.discard(AT, SLOT_BYTES)
 
 
 async def _huge(ctx: Context, excerpt: Excerpt) -> None:
@@ -212,6 +247,7 @@ async def _end(ctx: Context, excerpt: Excerpt) -> None:
 IMPORTED = (
     SmallStory("importers", "pages that another driver has cached too move", _two, ONE_TABLE),
     SmallStory("importers-fork", "another driver faults in for two processes", _forks, ONE_TABLE),
+    SmallStory("importers-slow", "a page moves, and who has it cached is slow to ack", _slow, ONE_TABLE),
     SmallStory("importers-huge", "a huge leaf comes where both know a table", _huge, ONE_TABLE),
     SmallStory("importers-end", "a VM ends beneath importers that die, leave and come", _end, ONE_TABLE),
 )

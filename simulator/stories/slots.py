@@ -121,6 +121,26 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
             await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
+async def _served_later(ctx: Context, excerpt: Excerpt) -> None:
+    """Faults sleep for a VMM that changes other slots before it looks who sleeps: none waits for them."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    process, hva = guest.machine.process, guest.machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        async with missing(process, hva) as uffd:
+            with excerpt:
+                async with trio.open_nursery() as stores:
+                    stores.start_soon(guest.fill, AT + 64, 64, PATTERN)
+                    stores.start_soon(guest.write, AT + 8, AFTER)
+                    await guest.remove_slot(await guest.add_slot(SLOT_BYTES, ELSEWHERE))
+                    await uffd.next_event()
+                    await uffd.copy(hva, BEFORE)
+        ctx.expect_equal(await guest.read(AT, 16), BEFORE + AFTER, "the page as it was served, and a store")
+        ctx.expect(await guest.holds(AT + 64, 64, PATTERN), "the device's store is lost")
+        await agree(ctx, guest, AT)
+        await guest.discard(AT, SLOT_BYTES)
+
+
 async def _another(ctx: Context, excerpt: Excerpt) -> None:
     """While one slot goes, CPUs and a device store to another: no store fails, none is lost (R3, R21)."""
     wishes = ctx.sized(PAGES)
@@ -172,6 +192,9 @@ SLOTS = (
     SmallStory("slot", "a store beside the deletion of its slot", _goes),
     SmallStory("slot-moves", "stores beside their slot getting other memory", _moves),
     SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep, MAY_TAKE),
+    SmallStory(
+        "slot-first", "faults that sleep until other slots have come and gone", _served_later, MAY_TAKE
+    ),
     SmallStory("slot-else", "stores of two vCPUs and a device beside another slot's deletion", _another),
     SmallStory("slot-short", "the same, and there is no memory once", _another, faults=("enomem",)),
     SmallStory("slot-comes", "accesses where nothing is, beside a slot's coming", _comes),

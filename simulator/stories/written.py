@@ -42,6 +42,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "slot": ["R21"],
     "slot-moves": ["R21"],
     "slot-asleep": ["R21", "equal-slot"],
+    "slot-first": ["B-25"],
     "slot-else": ["R3", "R21"],
     "slot-short": ["R3"],
     "slot-comes": [],
@@ -100,6 +101,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- another importer
     "importers": ["R4", "B-09"],
     "importers-fork": ["B-38"],
+    "importers-slow": ["B-26"],
     "importers-huge": ["R5"],
     "importers-end": ["R26", "R28", "I13", "B-36"],
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine, Generator
+from types import coroutine
 from typing import Any
 
 from iommufdd.core.hwpt import Hwpt
@@ -12,13 +14,15 @@ from kvmd.core.export.exports import Exports
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import FaultingVcpu, FaultResult, PageFault
+from kvmd.core.tables.flush import Flusher
+from kvmd.core.tables.tdp_mmu import MapOutcome
 from kvmd.core.tables.tdp_table import Root
 from kvmd.core.vm import Kvm
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.pt import bits
 from protocol.pt.geometry import address_bits
-from simulator.ghost.probes.watch import Seams, Watch
+from simulator.ghost.probes.watch import Seams, Trying, Watch
 
 seams = Seams()
 
@@ -47,16 +51,46 @@ async def _try(
     watch: Watch, original: Any, path: FaultPath, fault: PageFault, vcpu: FaultingVcpu | None
 ) -> Any:
     before = watch.ghost.heard.changes
-    result = await original(path, fault, vcpu)
+    result = await _step_by_step(watch, Trying(fault.gfn), original(path, fault, vcpu))
     if result is None:
         watch.ghost.faults.tried(fault.gfn, before, watch.ghost.heard.changes)
     return result
 
 
+@coroutine
+def _step_by_step(
+    watch: Watch, trying: Trying, attempt: Coroutine[Any, Any, Any]
+) -> Generator[Any, Any, Any]:
+    """`attempt`, of whose steps `watch.trying` says whose they are."""
+    step, given = attempt.send, None
+    while True:
+        outer, watch.trying = watch.trying, trying
+        try:
+            waits_for = step(given)
+        except StopIteration as ended:
+            return ended.value
+        finally:
+            watch.trying = outer
+        try:
+            step, given = attempt.send, (yield waits_for)
+        except BaseException as error:
+            step, given = attempt.throw, error
+
+
 @seams.around(FaultPath, "_store")
 def _store(watch: Watch, original: Any, path: FaultPath, root: Root, *args: Any) -> Any:
     watch.ghost.faults.maps_into(root.hpa)
-    return original(path, root, *args)
+    mapped = original(path, root, *args)
+    if watch.trying is not None and mapped.outcome is MapOutcome.RETRY:
+        watch.trying.met_frozen = True
+    return mapped
+
+
+@seams.around(Flusher, "drain")
+async def _drain(watch: Watch, original: Any, flusher: Flusher) -> None:
+    if watch.trying is not None and watch.flushing[flusher._vm_id]:
+        watch.ghost.faults.waits_for_acks(watch.trying.page, met_frozen=watch.trying.met_frozen)
+    await original(flusher)
 
 
 async def _fault_in(watch: Watch, original: Any, hwpt: Hwpt, request: PageRequest) -> None:

@@ -162,8 +162,10 @@ def _io_release(watch: Watch, original: Any, table: IoPageTable) -> None:
 @seams.around(Flusher, "flush")
 async def _flush(watch: Watch, original: Any, flusher: Flusher, span: GfnSpan | None) -> None:
     issued, vm = watch.ghost.issues(), f"vm{flusher._vm_id}"
+    watch.flushing[flusher._vm_id] += 1
     with watch.must_end("invalidation"):
         await original(flusher, span)
+    watch.flushing[flusher._vm_id] -= 1
     for root, pages in list(watch.roots.get(vm, {}).items()):
         start, end = (0, pages) if span is None else (span.start, span.end)
         watch.ghost.flushed(root, start, end, issued)

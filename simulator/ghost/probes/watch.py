@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from device_sim.core.function import Function
@@ -52,6 +53,14 @@ class Structure(NamedTuple):
     what: str
 
 
+@dataclass(slots=True)
+class Trying:
+    """A fault on `page`; has it met an entry that somebody froze, who waits for a flush?"""
+
+    page: int
+    met_frozen: bool = False
+
+
 class Watch:
     """`ghost` hears, and what of the product is known by which name; `now`: nanoseconds of virtual time."""
 
@@ -59,6 +68,8 @@ class Watch:
         self.ghost = ghost
         self.now = now
         self.begun = 0  # things that must end
+        self.trying: Trying | None = None  # whose step this is
+        self.flushing = Counter[int]()  # by VM, flushes that not all have acked
         self.private_of: dict[int, PrivateMemory] = {}  # by its slots
         self.slots_of: dict[int, Memslots] = {}  # by its attributes
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
@@ -134,6 +145,7 @@ class Watch:
         ]:
             del self.ghost.backing.views[view]
         self.roots.clear()
+        self.flushing.clear()
         self.logs.clear()
         self.pins.clear()
         self.processes.clear()

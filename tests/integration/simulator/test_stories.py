@@ -53,6 +53,7 @@ BREAKS = {
     "slot": ("shared", "R17-nobody-is-told"),
     "slot-moves": ("shared", "R17-nobody-is-told"),
     "slot-asleep": ("shared", "R21-slot-not-found-again"),
+    "slot-first": ("shared", "B-25-slots-lock-over-faults"),
     "slot-else": ("shared", "R17-nobody-is-told"),
     "batches": ("shared", "B-33-turn-before-flush"),
     "slot-short": ("managed", "root-put-and-kept"),
@@ -106,6 +107,7 @@ BREAKS = {
     "export": ("shared", "B-28-vcpu-of-another-width"),
     "importers": ("shared", "B-09-one-importer-is-told"),
     "importers-fork": ("shared", "B-38-another-process"),
+    "importers-slow": ("shared", "B-26-faults-wait-for-acks"),
     "importers-huge": ("shared", "R5-youngest-ack-counts"),
     "importers-end": ("managed", "R28-one-look-at-leases"),
 }

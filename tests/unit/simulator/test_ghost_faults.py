@@ -17,6 +17,7 @@ from simulator.ghost.liveness import Liveness
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.spans import Translation
 from simulator.ghost.violation import Verdicts
+from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import World
 from tests.kit.refusals import may_refuse
 from tests.planted.plugin import Plants
@@ -57,6 +58,13 @@ def test_a_fault_is_tried_again_for_a_reason() -> None:
     assert heard(ghost.verdicts) == []
     ghost.faults.tried(0, ghost.heard.changes, ghost.heard.changes)
     assert heard(ghost.verdicts) == ["R2"]
+
+
+@pytest.mark.parametrize(("met_frozen", "wrong"), [(True, []), (False, ["R27"])])
+def test_a_fault_waits_for_no_flush_of_others(met_frozen: bool, wrong: list[str]) -> None:
+    ghost = Ghost(Verdicts())
+    ghost.faults.waits_for_acks(0, met_frozen=met_frozen)
+    assert heard(ghost.verdicts) == wrong
 
 
 @pytest.mark.parametrize(
@@ -245,10 +253,18 @@ def _pinned_slot_goes(world: World) -> None:
     assert exported.root.exported
 
 
+def _beside_a_slow_flush(world: World) -> None:
+    _faults(world)
+    world.export().register_importer("slow", SlowImporter())
+    world.start(world.vm.flusher.flush(None))
+    world.start(world.vm.vcpus[0].run([("w", GPA + PAGE, b"other page's")]))
+
+
 CASES: dict[str, tuple[Callable[[World], None], str]] = {
     "R2-sequence-of-32-bits": (_faults, "R2"),
     "R3-vcpu-keeps-its-root": (_slot_goes, "R3"),
     "R3-obsolete-root-is-found": (_slot_goes, "R3"),
+    "B-26-faults-wait-for-acks": (_beside_a_slow_flush, "R27"),
     "B-13-spurious-is-an-error": (_both, "I8"),
     "B-02-two-critical-sections": (_lend_twice, "I10"),
     "B-28-vcpu-of-another-width": (_another_width, "I10"),
