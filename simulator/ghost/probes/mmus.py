@@ -25,6 +25,8 @@ async def _destroy(watch: Watch, original: Any, vm: Kvm) -> None:
     for slot in vm.slots:
         tell_private(watch, vm.slots, slot, slot.span.start, slot.span.end, there=False)
     await original(vm)
+    for root in list(watch.roots.get(f"vm{vm.id}", {})):
+        watch.ghost.root_left(root)
 
 
 @seams.around(Mirror, "close")

@@ -12,7 +12,6 @@ from iommufdd.core.io_pagetable import IoPageTable
 from kvmd.core.mm.frames import Frames
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_table import Role, Root, RootEvent, TdpMmu
-from kvmd.core.vm import Kvm
 from protocol.hw.qi import Descriptor, IotlbGranularity, IotlbInv
 from protocol.pt.geometry import ENTRIES
 from protocol.pt.mem import TableWriter
@@ -124,13 +123,6 @@ def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
     del watch.roots[f"vm{mmu._vm_id}"][root.hpa]
     watch.ghost.root_gone(root.hpa)
     original(mmu, root)
-
-
-@seams.around(Kvm, "destroy")
-async def _destroy(watch: Watch, original: Any, vm: Kvm) -> None:
-    await original(vm)
-    for root in list(watch.roots.get(f"vm{vm.id}", {})):
-        watch.ghost.root_left(root)
 
 
 @seams.around(Root, "happens")

@@ -25,14 +25,14 @@ from simulator.ghost.probes import (
 )
 from simulator.ghost.probes.watch import Around, Watch
 
+_ROOMS = (
+    *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
+    mmus,
+)
 SEAMS: dict[tuple[type, str], Around] = {
-    seam: around
-    for room in (
-        *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-        mmus,
-    )
-    for seam, around in room.seams.items()
+    seam: around for room in _ROOMS for seam, around in room.seams.items()
 }
+assert len(SEAMS) == sum(len(room.seams) for room in _ROOMS), "two rooms wrap one method"
 
 
 @contextmanager
