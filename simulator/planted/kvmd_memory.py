@@ -212,7 +212,7 @@ KVMD_MEMORY = (
                 "async with self._host_changes.zapped_gfns(memfd.spans_of(pages)):",
             )
         ],
-        races=["R24"],
+        races=["R24", "R4"],
     ),
     Plant(
         "R24-hole-without-a-zap",
@@ -261,7 +261,7 @@ KVMD_MEMORY = (
         "Who registers while others are told of a change hears of it no more.",
         "I6",
         [Edit(_ANNOUNCED, "while untold := [", "if untold := [")],
-        races=["R26"],
+        races=["R26", "R4"],
     ),
     Plant(
         "B-19-exit-zaps-unflushed",

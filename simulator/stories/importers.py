@@ -62,7 +62,7 @@ async def _serving(driver: OtherDriver) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _beside(ctx: Context, guest: Guest) -> AsyncIterator[OtherDriver]:
+async def another_driver(ctx: Context, guest: Guest) -> AsyncIterator[OtherDriver]:
     """It serves all the time."""
     async with _importing(ctx, guest) as driver, _serving(driver):
         yield driver
@@ -72,7 +72,7 @@ async def _two(ctx: Context, excerpt: Excerpt) -> None:
     """Pages that both have cached go to other frames beside a device's store."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
-    async with _beside(ctx, guest) as driver:
+    async with another_driver(ctx, guest) as driver:
         for _ in excerpt.rounds():
             for page in (AT, NEXT):
                 await guest.fill(page, 64)
@@ -94,7 +94,7 @@ async def _forks(ctx: Context, excerpt: Excerpt) -> None:
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     process = guest.machine.process
-    async with _beside(ctx, guest) as driver:
+    async with another_driver(ctx, guest) as driver:
         for _ in excerpt.rounds():
             await guest.write(AT, BEFORE)
             with excerpt:
@@ -147,7 +147,7 @@ async def _huge(ctx: Context, excerpt: Excerpt) -> None:
     hva, bitmap = machine.hva_of(AT), await machine.process.mmap(PAGE_SIZE)
     logs = names.KVM_MEM_LOG_DIRTY_PAGES
     await vm.set_user_memory_region(logged.slot, logged.gpa, logged.size, logged.hva, logs)
-    async with _beside(ctx, guest) as driver:
+    async with another_driver(ctx, guest) as driver:
         for _ in excerpt.rounds():
             await machine.device.pin(AT, PAGE_SIZE)  # by itself, so what is there is a table
             await machine.device.unpin(AT, PAGE_SIZE)

@@ -115,16 +115,16 @@ async def _iommufd_closes(ctx: Context, excerpt: Excerpt) -> None:
                 await iommu.destroy(hwpt_id)
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_or_gone, make(iommu, dev_id))
+                    nursery.start_soon(or_gone, make(iommu, dev_id))
                     for _ in range(2):
-                        nursery.start_soon(_or_gone, vfio.attach(hwpt_id))
+                        nursery.start_soon(or_gone, vfio.attach(hwpt_id))
                     await trio.lowlevel.checkpoint()
                     iommu.close()
-                    await _or_gone(vfio.attach(hwpt_id))
+                    await or_gone(vfio.attach(hwpt_id))
                 vfio.close()
 
 
-async def _or_gone(call: Awaitable[object]) -> None:
+async def or_gone(call: Awaitable[object]) -> None:
     """The file may be closed before it is answered."""
     with suppress(UapiError, PeerError):
         await call
@@ -215,10 +215,10 @@ async def _kvm_dies(ctx: Context, excerpt: Excerpt) -> None:
                 post_fill(guest.devices[0], AT)
                 post_fill(second, NEXT)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_or_gone, vfio.detach())
+                    nursery.start_soon(or_gone, vfio.detach())
                     for _ in range(2):
-                        nursery.start_soon(_or_gone, vfio.attach(machine.hwpt_id))
-                    nursery.start_soon(_or_gone, one())
+                        nursery.start_soon(or_gone, vfio.attach(machine.hwpt_id))
+                    nursery.start_soon(or_gone, one())
                     for _ in range(MEANWHILE):
                         await ctx.host.iommufdd.violations()
                     await ctx.kill("kvmd")

@@ -104,6 +104,10 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "importers-slow": ["B-26"],
     "importers-huge": ["R5"],
     "importers-end": ["R26", "R28", "I13", "B-36"],
+    # -- what else a process has
+    "vm-comes": ["R26"],
+    "hole-bound": ["R24"],
+    "pin-dies": ["R26"],
 }
 
 

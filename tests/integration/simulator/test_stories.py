@@ -110,6 +110,9 @@ BREAKS = {
     "importers-slow": ("shared", "B-26-faults-wait-for-acks"),
     "importers-huge": ("shared", "R5-youngest-ack-counts"),
     "importers-end": ("managed", "R28-one-look-at-leases"),
+    "vm-comes": ("shared", "R26-registers-in-a-change"),
+    "hole-bound": ("shared", "R24-hole-without-its-lock"),
+    "pin-dies": ("mirror", "pin-outlives-its-mirror"),
 }
 
 
