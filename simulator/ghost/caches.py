@@ -174,8 +174,9 @@ class Caches:
     def end(self, epoch: int, change: Retranslated, history: History) -> None:
         """What was cached of it is out of date from now on; what was so elsewhere is so still."""
         for cached in self.translations():
-            low, high = max(cached.start, change.start), min(cached.end, change.end)
-            if low < high and cached.root == change.root and cached.ended is None:
+            overlaps = cached.start < change.end and change.start < cached.end and cached.root == change.root
+            if overlaps and cached.ended is None:
+                low, high = max(cached.start, change.start), min(cached.end, change.end)
                 value = cached.translation.moved(low - cached.start)
                 if not history.holds(cached.root, low, high, value):
                     cached.ended = epoch
