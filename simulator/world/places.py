@@ -55,10 +55,13 @@ def _queue(name: str) -> frozenset[Touch]:
 
 def access_of(memory: Memory, at: int, size: int, writes: bool) -> tuple[str, frozenset[Touch]]:
     """A load or store there: what people are told of it, and its words."""
+    return told_of(memory, at, writes), frozenset(words_of(memory, at, size, writes))
+
+
+def words_of(memory: Memory, at: int, size: int, writes: bool) -> list[Touch]:
     grain = _GRAIN.get(memory.made_as, _GRAIN_ELSE)
     numbers = range(at // grain, -(-(at + size) // grain))
-    words = frozenset(Touch(("word", memory.name, number), writes) for number in numbers)
-    return told_of(memory, at, writes), words
+    return [Touch(("word", memory.name, number), writes) for number in numbers]
 
 
 def told_of(memory: Memory, at: int, writes: bool) -> str:

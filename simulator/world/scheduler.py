@@ -36,6 +36,7 @@ from simulator.world.places import (
     queues_of,
     state_of,
     told_of,
+    words_of,
 )
 from simulator.world.thread import Candidate, Event, SimThread
 
@@ -430,7 +431,7 @@ class World:
     def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread loads or stores those bytes within its step."""
         if self._strategy.watches and len(memory.mappers) > 1:
-            self._touched |= self._access(memory, at, size, writes)[1]
+            self._touched.update(words_of(memory, at, size, writes))
 
     def touch(self, touches: Iterable[Touch]) -> None:
         """What the running thread does goes by those places, or changes them."""
