@@ -303,7 +303,7 @@ KVMD_MEMORY = (
     Plant(
         "R22-pin-of-what-is-shared",
         "A page is pinned to be read though others have it too: the next store leaves the pin behind.",
-        "I28",
+        "I22",
         [Edit(f"{_MM}.fault_to_pin", "if write or vma.shared or entry.page.exclusive:", "if True:")],
         races=["R22"],
     ),

@@ -90,10 +90,10 @@ async def come_and_go(guest: Guest, uffd: Uffd, gpa: int) -> None:
         await guest.migrate(gpa)
 
 
-async def try_fill(guest: Guest, gpa: int, size: int = 64) -> None:
-    """The first device stores, if it is let."""
+async def try_fill(device: Guest | DmaDevice, gpa: int, size: int = 64) -> None:
+    """It stores, of a guest the first, if it is let."""
     with suppress(DmaFailed):
-        await guest.fill(gpa, size, PATTERN)
+        await device.fill(gpa, size, PATTERN)
 
 
 async def try_copy(guest: Guest, dst: int, src: int) -> None:

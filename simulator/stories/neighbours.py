@@ -1,4 +1,4 @@
-"""What else of a process comes and goes beside a guest: another VM, another slot of a guest_memfd, a pin.
+"""What else of a process comes and goes beside a guest: another VM, another slot of a guest_memfd, pins.
 
 The host changes what all of them show, and who is slow to ack gives them time to come between.
 """
@@ -10,7 +10,7 @@ from functools import partial
 import trio
 
 from protocol.uapi import names
-from qemu_shim.api import PAGE_SIZE, Context, Guest
+from qemu_shim.api import PAGE_SIZE, Context, Guest, UapiError
 from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.vcpu import Vcpu
 from simulator.search.excerpt import Excerpt
@@ -18,6 +18,7 @@ from simulator.stories.common import (
     AFTER,
     AT,
     BEFORE,
+    MAY_TAKE,
     NEXT,
     ONE_TABLE,
     PAGES,
@@ -25,15 +26,18 @@ from simulator.stories.common import (
     SLOT_BYTES,
     agree,
     at_last,
+    if_it_is_let,
     missing,
     try_fill,
 )
+from simulator.stories.devices import TWO
 from simulator.stories.importers import another_driver
 from simulator.stories.machines import NARROW
 from simulator.stories.objects import or_gone
 from simulator.stories.slots import move
 from simulator.stories.story import SmallStory
 
+LOW = 4 * PAGE_SIZE  # in a file, and an address of the process
 _SLOT = 8  # and the one behind it: numbers that the machine does not use
 
 
@@ -131,10 +135,57 @@ async def _pin_dies(ctx: Context, excerpt: Excerpt) -> None:
         break  # there is no second round: nobody starts it again
 
 
+async def _by_offset(ctx: Context, excerpt: Excerpt) -> None:
+    """Pages of a file turn private that another device has by their offset, beside those at the address of
+    that number, which it has not (I27)."""
+    wishes = ctx.sized(PAGES)
+    wishes["private_block"] = PAGE_SIZE
+    guest = await ctx.boot(**wishes)
+    machine, second = guest.machine, await guest.plug(1)
+    process, iommu, flags = machine.process, machine.iommu, names.KVM_MEM_GUEST_MEMFD
+    file = await process.memfd("ram", LOW + PAGE_SIZE)
+    hva = await process.mmap(PAGE_SIZE, kind="file_shared", file=file, offset=LOW)
+    memfd = await machine.vm.create_guest_memfd(SLOT_BYTES)
+    for number, at in enumerate((hva, await process.mmap(PAGE_SIZE, addr=LOW))):
+        part = number * PAGE_SIZE
+        await machine.vm.set_user_memory_region2(
+            _SLOT + number, AT + part, PAGE_SIZE, at, flags, guest_memfd=memfd, guest_memfd_offset=part
+        )
+    ioas_id = await iommu.ioas_alloc()
+    for ram in machine.slots:  # for what it tells of its descriptors' ends
+        await iommu.ioas_map(ioas_id, process, ram.hva, ram.size, ram.gpa)
+    hwpt_id = await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id)
+    await second.plugged.vfio.attach(hwpt_id)
+    turns = machine.vm.set_memory_attributes
+
+    async def has() -> None:
+        await iommu.ioas_map_file(ioas_id, process, file, LOW, PAGE_SIZE, AT)
+
+    for _ in excerpt.rounds():
+        await has()
+        await guest.write(AT, BEFORE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, second, AT)
+                nursery.start_soon(if_it_is_let, turns(AT, PAGE_SIZE, names.KVM_MEMORY_ATTRIBUTE_PRIVATE))
+                try:
+                    await turns(NEXT, PAGE_SIZE, names.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+                except UapiError as refused:
+                    ctx.expect(False, f"I27: what no device has does not turn private: {refused}")
+                await iommu.ioas_unmap(ioas_id, AT, PAGE_SIZE)
+                await if_it_is_let(has())
+        await turns(AT, SLOT_BYTES, 0)
+        await if_it_is_let(has())
+        await agree(ctx, guest, AT, second)
+        await iommu.ioas_unmap(ioas_id, AT, PAGE_SIZE)
+    await second.plugged.vfio.detach()
+    for each in (hwpt_id, ioas_id):
+        await iommu.destroy(each)
+
+
 NEIGHBOURS = (
     SmallStory("vm-comes", "another VM of a process beside a hole in what both show", _vm, ONE_TABLE),
     SmallStory("hole-bound", "a slot of a guest_memfd comes beside a hole in it", _bound, ONE_TABLE),
-    SmallStory(
-        "pin-dies", "a pin that sleeps while its driver dies", _pin_dies, ("mirror", "notifier", *ONE_TABLE)
-    ),
+    SmallStory("pin-dies", "a pin that sleeps while its driver dies", _pin_dies, MAY_TAKE),
+    SmallStory("by-offset", "pages of a file that a device has turn private", _by_offset, options=TWO),
 )

@@ -18,6 +18,7 @@ from simulator.stories.common import (
     MAY_TAKE,
     NEXT,
     ONE_TABLE,
+    OWN_TABLE,
     PAGES,
     PATTERN,
     SLOT_BYTES,
@@ -194,6 +195,41 @@ async def _slot_moves_asleep(ctx: Context, excerpt: Excerpt) -> None:
             await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
+async def _to_be_read(ctx: Context, excerpt: Excerpt) -> None:
+    """What a device has pinned to be read alone its process has from before a fork, or never stored to, and
+    stores to then (R22)."""
+    guest = await ctx.boot_for(PAGES)
+    machine = guest.machine
+    assert isinstance(machine.container, IoasContainer)
+    process, ioas_id = machine.process, machine.container.ioas_id
+    copied, hva = guest.pages(1)[0], await process.mmap(SLOT_BYTES)
+
+    async def pinned() -> None:
+        await machine.iommu.ioas_map(ioas_id, process, hva, SLOT_BYTES, AT, writable=False)
+        if not machine.config.design.pins:
+            await machine.device.pin(AT, SLOT_BYTES)
+
+    for _ in excerpt.rounds():
+        await process.write(hva, BEFORE)
+        child = await process.fork()
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.write, hva + 8, AFTER)
+                nursery.start_soon(process.move_pages, hva, PAGE_SIZE)
+                await pinned()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.copy, copied, NEXT)
+                for page in (hva, hva + PAGE_SIZE):
+                    await process.write(page, AFTER)
+        for page in (AT, NEXT):
+            await guest.copy(copied, page)
+            ctx.expect_equal(await guest.read(copied, 8), AFTER, "R22: what a device has pinned to read it")
+        ctx.expect_equal(await child.read(hva, 8), BEFORE, "I21: what the child has")
+        child.close()
+        await machine.iommu.ioas_unmap(ioas_id, AT, SLOT_BYTES)
+        await process.madvise_dontneed(hva, SLOT_BYTES)
+
+
 PINS = (
     SmallStory(
         "pin", "a pin, and its end, beside a migration", _pinned_beside(_migrated, _migrated), MAY_TAKE
@@ -205,5 +241,6 @@ PINS = (
     SmallStory("pin-moves", "a pin that waits while its slot moves", _slot_moves_asleep, ONE_TABLE),
     SmallStory("pin-twice", "two pins of a page that its process gives up", _twice, MAY_TAKE, TWO),
     SmallStory("shown-twice", "pages at two places, one of which goes", _shown_twice, ("pinned",)),
+    SmallStory("pin-read", "pins to read what others have too", _to_be_read, OWN_TABLE),
     SmallStory("pin-slot", "pins beside their slot's deletion", _slot_goes, MAY_TAKE),
 )

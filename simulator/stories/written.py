@@ -60,6 +60,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "pin-moves": ["R1"],
     "pin-twice": ["I28"],
     "shown-twice": ["I26"],
+    "pin-read": ["R22"],
     "pin-slot": ["R21"],
     # -- devices that come and go
     "two-devices": ["R8"],
@@ -108,6 +109,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "vm-comes": ["R26"],
     "hole-bound": ["R24"],
     "pin-dies": ["R26"],
+    "by-offset": ["I27"],
 }
 
 

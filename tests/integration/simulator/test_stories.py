@@ -113,6 +113,8 @@ BREAKS = {
     "vm-comes": ("shared", "R26-registers-in-a-change"),
     "hole-bound": ("shared", "R24-hole-without-its-lock"),
     "pin-dies": ("mirror", "pin-outlives-its-mirror"),
+    "by-offset": ("shared", "R24-file-pins-not-asked"),
+    "pin-read": ("mirror", "R22-pin-of-what-is-shared"),
 }
 
 
@@ -173,6 +175,8 @@ SEEN = {
     "R26-unregistered-first": ("importers-end", "shared", "I15"),
     "R26-registers-while-taken-back": ("importers-end", "shared", "I15"),
     "B-36-answers-after-release": ("importers-end", "shared", "I10"),
+    "R24-offsets-are-addresses": ("by-offset", "managed", "I27"),
+    "R26-ageing-asks-who-went": ("vm-comes", "shared", "R26"),
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {
