@@ -125,12 +125,12 @@ class Caches:
         held = self._translations.get(holder, {})
         return next((cached for cached in held.values() if cached.start <= page < cached.end), None)
 
-    def leads_astray(self, root: int, page: int) -> bool:
-        """Has a cache a pointer for it to a table that was cut off, and may for a while?"""
-        return any(
-            cached.root == root and cached.start <= page < cached.end and cached.ended is not None
-            for cached in self.pointers()
-        )
+    def leads_astray(self, root: int, page: int) -> int | None:
+        """Has a cache a pointer for it to a table that was cut off, as it may for a while?  Since when."""
+        for cached in self.pointers():
+            if cached.root == root and cached.start <= page < cached.end and cached.ended is not None:
+                return cached.ended
+        return None
 
     def held(self, holder: Holder) -> list[CachedTranslation]:
         return list(self._translations.get(holder, {}).values())

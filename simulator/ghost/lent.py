@@ -1,4 +1,4 @@
-"""What is made of table pages, and who lends what of it to whom (I10, I15, R15)."""
+"""What is made of table pages, and who lends what of it to whom (I10, I13, I15, R15)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class Lent:
 
     def takes_back(self, view: Name | None) -> None:
         self._level_of.pop(view, None)
+
+    def ends(self, view: Name | None, *, leases: int) -> None:
+        """Nobody has its TDP FD any more; so many leases of importers last on (I13)."""
+        if leases:
+            self._verdicts.say("I13", f"the root of {view} is lent no more, and {leases} leases on it last")
 
     def forget(self) -> None:
         """Who lent them died."""

@@ -119,6 +119,8 @@ async def _fault(watch: Watch, original: Any, hwpt: Hwpt, request: PageRequest) 
 async def _close(watch: Watch, original: Any, exports: Exports, exported: ExportedTdp) -> None:
     """A root that devices alone walked goes with its last export."""
     root = exported.root
+    lent = sum(not lease.ended.done for lease in watch.leases.pop(id(exported), ()))
+    watch.ghost.lent.ends(watch.ghost.view_of(root.hpa), leases=lent)
     await original(exports, exported)
     if not root.role.policy.cpus:
         watch.ghost.root_left(root.hpa)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmd.core.export.importer import Importer
+from kvmd.core.export.importer import Importer, Registration, TdpFd
 from kvmd.core.export.tdp_fd import ExportedTdp
+from kvmd.core.lease import Lease
 from kvmd.importers import RemoteImporter
 from protocol.pt.meta import ExportedTdpMeta
 from protocol.units import Gfn
@@ -45,6 +46,14 @@ async def _fault(
         watch.ghost.heard.look(heard.FAULTS_IN)
         root = exported.root.hpa
         watch.ghost.faults.came(root, watch.ghost.view_of(root), gfn, watch.space_of(mm_cookie))
+
+
+@seams.around(Registration, "__init__")
+def _registration(
+    watch: Watch, original: Any, it: Registration, tdp: TdpFd, name: str, ops: Any, lease: Lease
+) -> None:
+    original(it, tdp, name, ops, lease)
+    watch.leases.setdefault(id(tdp.exported), []).append(lease)
 
 
 @seams.around(ExportedTdp, "register_importer")

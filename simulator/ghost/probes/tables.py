@@ -115,6 +115,7 @@ def _get_root(watch: Watch, original: Any, mmu: TdpMmu, role: Role) -> Root:
         made[root.hpa] = root.everything.end
         view = "vm", mmu._vm_id, role.as_id
         watch.ghost.root_made(root.hpa, role.level, view, f"vm{mmu._vm_id}")
+    watch.ghost.faults.given(root.hpa)
     return root
 
 

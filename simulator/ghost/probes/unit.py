@@ -50,8 +50,7 @@ def _translation_request(
     if not entry.rights & need and ghost.heard.changes == before:
         attached = unit.tables.second_stage(rid)  # as it was found just now
         root = watch.root(attached.did, attached.root)
-        if not ghost.caches.leads_astray(root, page):
-            ghost.faults.is_not_granted(root, page, need)
+        ghost.faults.is_not_granted(root, page, need, ghost.caches.leads_astray(root, page))
     return entry
 
 

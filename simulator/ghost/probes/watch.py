@@ -13,6 +13,7 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from iommufdd.core.platform import Platform
 from iommufdd.kvm_client import KvmTdp
+from kvmd.core.lease import Lease
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
@@ -82,6 +83,7 @@ class Watch:
         self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
         self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk
         self.importers: dict[int, Importing] = {}  # by who tells them for kvmd
+        self.leases: dict[int, list[Lease]] = {}  # on an export
         self._told: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
         self.dids: dict[int, set[int]] = {}
         self.functions: dict[int, Function] = {}  # by device TLB

@@ -177,6 +177,9 @@ SEEN = {
     "B-36-answers-after-release": ("importers-end", "shared", "I10"),
     "R24-offsets-are-addresses": ("by-offset", "managed", "I27"),
     "R26-ageing-asks-who-went": ("vm-comes", "shared", "R26"),
+    "R28-released-under-a-lease": ("importers-end", "shared", "I13"),
+    "R3-obsolete-root-is-found": ("slot-else", "managed", "R3"),
+    "collapse-thaws-before-flush": ("log-huge", "shared", "R6"),
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {

@@ -12,6 +12,7 @@ from kvmd.core.host import CpuFeatures
 from protocol.pt.bits import READ, WRITE
 from protocol.units import Gfn, GfnSpan
 from simulator.ghost.backing import Shown
+from simulator.ghost.faults import ASTRAY_MAX
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.probes.watching import watching
@@ -47,6 +48,16 @@ def test_a_fault_maps_into_no_obsolete_root() -> None:
     assert heard(ghost.verdicts) == []
     ghost.root_obsolete(ROOT)
     ghost.faults.maps_into(ROOT)
+    assert heard(ghost.verdicts) == ["R3"]
+
+
+def test_nobody_is_given_an_obsolete_root() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 4, VIEW, "vm1")
+    ghost.faults.given(ROOT)
+    assert heard(ghost.verdicts) == []
+    ghost.root_obsolete(ROOT)
+    ghost.faults.given(ROOT)
     assert heard(ghost.verdicts) == ["R3"]
 
 
@@ -87,6 +98,18 @@ def test_a_right_that_came_is_there_for_who_asks(there: int, wrong: bool) -> Non
     assert heard(ghost.verdicts) == (["R20"] if wrong else [])
 
 
+def test_a_pointer_leads_astray_for_a_while() -> None:
+    ghost = Ghost(Verdicts())
+    ghost.root_made(ROOT, 1, None, "vm1")
+    ghost.entry_stored(ROOT, 0x500 << 12 | READ | WRITE)
+    for since in (7, 9):  # two pointers, one after the other
+        for _ in range(ASTRAY_MAX):
+            ghost.faults.is_not_granted(ROOT, 0, WRITE, since)
+    assert heard(ghost.verdicts) == []
+    ghost.faults.is_not_granted(ROOT, 0, WRITE, 9)
+    assert heard(ghost.verdicts) == ["R6"]
+
+
 @pytest.mark.parametrize(
     ("asker", "has", "wrong"),
     [("mm1", 0x500, False), ("mm2", 0x500, False), ("mm2", 0x501, True), ("mm3", 0, True)],
@@ -110,6 +133,13 @@ def test_a_view_lends_one_root_at_a_time() -> None:
     assert heard(ghost.verdicts) == []
     ghost.root_lent(ROOT)
     assert heard(ghost.verdicts) == ["I10"]
+
+
+@pytest.mark.parametrize("leases", [0, 1])
+def test_an_export_ends_behind_its_leases(leases: int) -> None:
+    ghost = lending()
+    ghost.lent.ends(VIEW, leases=leases)
+    assert heard(ghost.verdicts) == ["I13"] * leases
 
 
 def test_a_vcpu_does_not_leave_the_root_that_is_lent() -> None:
