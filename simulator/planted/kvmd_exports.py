@@ -200,7 +200,7 @@ KVMD_EXPORTS = (
                 "self._tell(start, size, number)\n    acked.set(None)",
             )
         ],
-        races=["R4"],
+        races=["R4", "R17"],
     ),
     Plant(
         "own-root-told-too-little",

@@ -421,7 +421,7 @@ KVMD_MEMORY = (
                 "max(bisect_left(self._watched, (end, end)) - 1, 0)",
             )
         ],
-        races=["R26"],
+        races=["R26", "R4"],
     ),
     Plant(
         "pin-outlives-its-mirror",
