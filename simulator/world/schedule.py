@@ -26,7 +26,7 @@ from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
-from simulator.world.system import Played, clear_away, playing
+from simulator.world.system import Played, clear_away, playing, uncollected
 
 _INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
 OTHER = "check"
@@ -78,7 +78,7 @@ class Living:
 
     def __call__(self, strategy: Strategy) -> RunEnd:
         if self._ends is None:
-            self._ends, self._round = self._play(strategy), 0
+            self._ends, self._round = self._played(strategy), 0
         elif self._excerpt is not None:
             self._excerpt.inner = strategy
         end, number = next(self._ends), self._round
@@ -88,10 +88,17 @@ class Living:
         return end._replace(round=number)
 
     def renew(self) -> None:
+        self._excerpt = None
         if self._ends is not None:
             self._ends.close()
-        self._ends = self._excerpt = None
+        self._ends = None
         clear_away()
+
+    def _played(self, strategy: Strategy) -> Generator[RunEnd]:
+        with (
+            uncollected()
+        ):  # until the machine is let go, all of which would be looked at, and kept for longer
+            yield from self._play(strategy)
 
     def _play(self, strategy: Strategy) -> Generator[RunEnd]:
         judged, verdicts = self._judged, Verdicts()

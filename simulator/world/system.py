@@ -62,9 +62,9 @@ _BUILD: Mapping[str, tuple[Callable[[list[str] | None], tuple[Any, Any]], Callab
 
 
 @cache
-def _parsed(daemon: str, words: tuple[str, ...]) -> tuple[Any, Any]:
+def _parsed(spec: DaemonSpec, options: tuple[str, ...]) -> tuple[Any, Any]:
     """A machine after the other is started with the same words."""
-    return _BUILD[daemon][0](list(words))
+    return _BUILD[spec.name][0]([*spec.argv(PLACES)[1:], *options])
 
 
 @dataclass(slots=True)
@@ -104,7 +104,7 @@ class System:
     def _start(self, spec: DaemonSpec, fate: Fate | None) -> Daemon:
         world, process = self.world, SimProcess(self.world.host, spec.name)
         daemon = Daemon(process)
-        given, settings = _parsed(spec.name, (*spec.argv(PLACES)[1:], *self.options.get(spec.name, ())))
+        given, settings = _parsed(spec, tuple(self.options.get(spec.name, ())))
         build = _BUILD[spec.name][1]
 
         async def main() -> None:
@@ -174,7 +174,7 @@ which it would run."""
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Garbage that does something when it goes (an asynchronous generator is closed, a weak reference calls)
     goes between runs: in the middle of one, when it goes depends on all that the interpreter ever did.
     """
@@ -205,7 +205,7 @@ def system(
             ordered.append(tasks.pop(world.pick("task", labels)))
         return [*ordered, *tasks]
 
-    with trio_run.ordered(by_choice), _uncollected():
+    with trio_run.ordered(by_choice), uncollected():
         made = System(world)
         made.start(options, fates)
         try:

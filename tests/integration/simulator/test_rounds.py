@@ -53,11 +53,12 @@ def test_a_machine_is_good_for_so_many_rounds_each_a_schedule() -> None:
     playing.renew()
 
 
+def worlds() -> int:
+    return sum(type(thing) is World for thing in gc.get_objects())
+
+
 def test_a_machine_that_is_cut_off_leaves_nothing_behind() -> None:
     """Or each garbage collection would take longer than the one before, and the next machine with it."""
-
-    def worlds() -> int:
-        return sum(type(thing) is World for thing in gc.get_objects())
 
     gc.collect()  # those of other tests
     before = worlds()
@@ -67,6 +68,16 @@ def test_a_machine_that_is_cut_off_leaves_nothing_behind() -> None:
         assert worlds() > before, "it stands in the middle"
         playing.renew()
     gc.collect()
+    assert worlds() == before
+
+
+def test_what_a_machine_leaves_at_its_end_is_young() -> None:
+    """To look at what is old takes longer the more of it there is."""
+    gc.collect()
+    before = worlds()
+    for _ in range(2):
+        assert not Judged(find, "fault", "shared")(1)(Recorded(Replay(()))).invariant
+    gc.collect(0)
     assert worlds() == before
 
 
