@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableSequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from random import Random
 from typing import Any, Protocol
 
@@ -96,13 +97,18 @@ def run(main: Callable[[], Awaitable[Any]], io: IoManager, clock: trio.abc.Clock
 
 
 def _runner(io: IoManager, clock: trio.abc.Clock) -> Any:
-    theirs = _run.TheIOManager
-    _run.TheIOManager = lambda: io
-    try:
-        runner = _run.setup_runner(clock, (), False, True)
-    finally:
-        _run.TheIOManager = theirs
-    runner.ki_manager.close()  # Ctrl-C is the interpreter's, not one run's
-    runner.entry_queue.wakeup.close()
-    runner.entry_queue.wakeup = io
+    """As of `setup_runner`, which would have it woken by a socket of the host's, and by Ctrl-C, which is the
+    interpreter's and not one run's.
+    """
+    runner = _run.Runner(
+        clock=clock,
+        instruments={},  # of which each turn of a task asks four times
+        io_manager=io,
+        ki_manager=_run.KIManager(),
+        entry_queue=_run.EntryQueue(wakeup=io),
+        system_context=copy_context(),
+        strict_exception_groups=True,
+    )
+    runner.asyncgens.install_hooks(runner)
+    _run.GLOBAL_RUN_CONTEXT.runner = runner
     return runner

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 from simulator.ghost.ghost import Ghost
@@ -51,7 +50,6 @@ def watching(ghost: Ghost, now: Callable[[], int] = lambda: 0) -> Iterator[Watch
 
 
 def _wrapped(watch: Watch, original: Callable[..., Any], around: Around) -> Callable[..., Any]:
-    @wraps(original)
     def method(*args: Any, **named: Any) -> Any:
         return original(*args, **named) if watch.over else around(watch, original, *args, **named)
 

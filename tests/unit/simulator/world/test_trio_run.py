@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio._core._run
@@ -20,7 +21,7 @@ INSIDES: Any = trio._core._run
 
 @pytest.mark.parametrize(
     "name",
-    ["setup_runner", "unrolled_run", "TheIOManager", "GLOBAL_RUN_CONTEXT", "_r"],
+    ["Runner", "KIManager", "EntryQueue", "unrolled_run", "GLOBAL_RUN_CONTEXT", "_r"],
 )
 def test_trio_has_what_is_used_of_it(name: str) -> None:
     assert hasattr(INSIDES, name)
@@ -28,15 +29,20 @@ def test_trio_has_what_is_used_of_it(name: str) -> None:
 
 def test_trio_takes_what_it_is_given() -> None:
     assert INSIDES._ALLOW_DETERMINISTIC_SCHEDULING in (False, True)
-    assert list(inspect.signature(INSIDES.setup_runner).parameters) == [
+    assert "host_uses_signal_set_wakeup_fd" in inspect.signature(INSIDES.unrolled_run).parameters
+    required = {field.name for field in INSIDES.Runner.__attrs_attrs__ if field.default is attrs.NOTHING}
+    assert required == {
         "clock",
         "instruments",
-        "restrict_keyboard_interrupt_to_checkpoints",
+        "io_manager",
+        "ki_manager",
         "strict_exception_groups",
-    ]
-    assert "host_uses_signal_set_wakeup_fd" in inspect.signature(INSIDES.unrolled_run).parameters
-    fields = {field.name for field in INSIDES.Runner.__attrs_attrs__}
-    assert {"io_manager", "ki_manager", "entry_queue", "main_task_outcome", "asyncgens"} <= fields
+        "system_context",
+    }
+    assert {"entry_queue", "main_task_outcome", "asyncgens"} <= set(
+        inspect.signature(INSIDES.Runner).parameters
+    )
+    assert "wakeup" in inspect.signature(INSIDES.EntryQueue).parameters
     assert "_r.shuffle(batch)" in inspect.getsource(INSIDES.unrolled_run)
 
 
