@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 from protocol.pt import bits
@@ -135,6 +136,7 @@ def _leaf_low_bits(max_leaf_level: Level) -> dict[int, int]:
     return {k: m | (bits.PAGE_SIZE_BIT if k > max_leaf_level else 0) for k, m in masks.items()}
 
 
+@cache
 def ept_rules(maxphyaddr: int, max_leaf_level: Level, *, execute_only: bool = True) -> WalkRules:
     """The CPU's rules [SDM 29.3.2], reserved masks as in KVM's rsvds_bits_mask_ept [KVM mmu.c]."""
     high = bit_range(51, maxphyaddr) if maxphyaddr < 52 else 0
@@ -156,6 +158,7 @@ def ept_rules(maxphyaddr: int, max_leaf_level: Level, *, execute_only: bool = Tr
     )
 
 
+@cache
 def second_stage_rules(haw: int, max_leaf_level: Level, *, snoop_control: bool) -> WalkRules:
     """The remapping unit's rules [VT-d 9.8]: X and EMT are ignored, bit 11 and bit 62 are reserved.
 

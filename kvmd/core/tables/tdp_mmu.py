@@ -51,7 +51,7 @@ def dismantle(mmu: TdpMmu, root: Root) -> Iterator[None]:
         cursor = mmu.cursor(root, root.everything, Level(number))
         for frame, level, at, entries in cursor:
             for index, entry in enumerate(entries):
-                if root.format.is_table(entry, level):
+                if entry and root.format.is_table(entry, level):
                     gfn = Gfn(frame + (index << INDEX_BITS * (level - 1)))
                     where = Hpa(at + index * ENTRY_BYTES)
                     mmu.change(root, gfn, level, where, entry, bits.EMPTY, mmu.next_epoch() - 1)
