@@ -49,7 +49,7 @@ _CAPABILITIES: Final[dict[int, bytes]] = {
 
 def read(dsa: Dsa, offset: int, size: int) -> bytes:
     """What lies there; zeroes where nothing does."""
-    bar = bytearray(BAR_BYTES)
+    bar, end = bytearray(BAR_BYTES), offset + size
     placed: dict[int, bytes] = {
         **_CAPABILITIES,
         DsaReg.GENCTRL: store(dsa.genctrl, 4),
@@ -58,13 +58,15 @@ def read(dsa: Dsa, offset: int, size: int) -> bytes:
         DsaReg.CMDSTS: dsa.command_status.to_bytes(),
         DsaReg.SWERR: dsa.software_error.to_bytes(),
     }
-    for n, (queues, engines) in enumerate(zip(dsa.group_queues, dsa.group_engines, strict=True)):
-        placed[GRPCFG_AT + n * GRPCFG_BYTES] = store(queues, GRPCFG_WQS_BYTES) + store(engines, 8)
-    for queue in dsa.queues:
-        placed[WQCFG_AT + queue.index * WQCFG_BYTES] = queue.registers.to_bytes()
+    if offset < _GRPCFG_END and end > GRPCFG_AT:
+        for n, (queues, engines) in enumerate(zip(dsa.group_queues, dsa.group_engines, strict=True)):
+            placed[GRPCFG_AT + n * GRPCFG_BYTES] = store(queues, GRPCFG_WQS_BYTES) + store(engines, 8)
+    if offset < _WQCFG_END and end > WQCFG_AT:
+        for queue in dsa.queues:
+            placed[WQCFG_AT + queue.index * WQCFG_BYTES] = queue.registers.to_bytes()
     for at, raw in placed.items():
         bar[at : at + len(raw)] = raw
-    return bytes(bar[offset : offset + size]).ljust(size, b"\0")
+    return bytes(bar[offset:end]).ljust(size, b"\0")
 
 
 def write(dsa: Dsa, offset: int, data: bytes) -> None:

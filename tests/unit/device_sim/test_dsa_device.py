@@ -267,3 +267,13 @@ def test_a_reset_makes_the_device_as_it_was(machine: Accelerator) -> None:
     untouched.silicon = Silicon()
     expected = registers.read(type(machine.dsa)(untouched.silicon.function, print, print), 0, 0x700)
     assert registers.read(machine.dsa, 0, 0x700) == expected
+
+
+def test_a_read_of_any_place_and_size_is_part_of_one_of_all(machine: Accelerator) -> None:
+    machine.submit(work(0x7F, 0))
+    whole = registers.read(machine.dsa, 0, registers.BAR_BYTES)
+    assert any(whole[0x400:0x500]), "a group is set up"
+    assert any(whole[0x500:0x600]), "and its queue"
+    for size in (1, 4, 8, 0x101):
+        for offset in range(0, registers.BAR_BYTES - size, 4 if size < 9 else 1):
+            assert registers.read(machine.dsa, offset, size) == whole[offset : offset + size], hex(offset)
