@@ -145,7 +145,7 @@ class Context:
         self._starts += 1
         await self.step("start" if self._starts == 1 else f"start {self._starts}")
         if self._first is None:
-            self._first = await snapshot(self.host)
+            self._first = self._recorder.last
 
     async def _without_device(
         self,
@@ -281,7 +281,10 @@ class Context:
         if self._first is not None and not self.host.killed:
             if len(self._run.samples) == self._starts:
                 await self.step("end")
-            own, last = dict(self.figures), await snapshot(self.host)
+                last = self._recorder.last
+            else:
+                last = await snapshot(self.host)
+            own = dict(self.figures)
             fill_table(self._report, self._first, last)
             self.figures |= own
             self.expect_equal(last.since(self._first).stale_accesses, 0, "I6: stale accesses")

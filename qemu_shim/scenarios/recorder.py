@@ -13,11 +13,10 @@ from qemu_shim.scenarios.counters import (
     UNDER_WAY,
     Raw,
     added_up,
-    flatten,
     grown,
     tables,
 )
-from qemu_shim.scenarios.measure import Report, check_system
+from qemu_shim.scenarios.measure import Report, Snapshot, check_system, snapshot
 from qemu_shim.scenarios.run import Sample
 from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
@@ -48,6 +47,7 @@ class Recorder:
         self.machines: list[Machine] = []
         self.own: Counter[str] = Counter()  # what only the workload knows
         self.elsewhere = 0  # pages of the host that no machine has
+        self.last: Snapshot  # what was looked at last
         self._host = host
         self._alone = alone  # no VM but ours is there, or it would be counted with ours
         self._before: Raw | None = None
@@ -55,8 +55,7 @@ class Recorder:
     async def begin(self) -> None:
         """Nothing of an earlier run may be left, or it would be counted."""
         if self._before is None:
-            await self._settled(VMS if self._alone else {}, Counter())
-            self._before = await self.look()
+            self._before = await self._settled(VMS if self._alone else {}, Counter())
 
     async def quiet(self) -> Raw:
         """The counters once nothing is under way."""
@@ -106,9 +105,8 @@ class Recorder:
 
     async def look(self) -> Raw:
         """The counters as they are."""
-        host = self._host
-        kvmd, iommu = await host.kvmd.stats(), await host.iommufdd.stats()
-        raw = flatten(kvmd, iommu, await host.device_sim.stats())
+        self.last = await snapshot(self._host)
+        raw = self.last.raw
         raw["kvmd.frames"] -= self.elsewhere
         raw["guest.cpu_bytes"] = sum(cpu.bytes for cpu in self.cpus)
         raw["guest.cpu_pages"] = sum(cpu.pages for cpu in self.cpus)
