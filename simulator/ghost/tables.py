@@ -59,7 +59,7 @@ class Stored(NamedTuple):
 class ShadowTables:
     def __init__(self) -> None:
         self.roots: dict[int, Spans[Translation]] = {}  # by the hpa of their first table
-        self._words: dict[int, int] = {}
+        self._words: dict[int, dict[int, int]] = {}  # of each table those that are not 0, by their index
         self._linked: dict[int, Place] = {}
 
     def is_linked(self, table: int) -> bool:
@@ -95,7 +95,7 @@ class ShadowTables:
         """One word.  What it changes in the root it is part of."""
         table, index = at & -PAGE_SIZE, (at & PAGE_SIZE - 1) // ENTRY_BYTES
         place = self._linked.get(table)
-        old = self._words.get(at, 0)
+        old = self.load(at)
         if place is None or old == entry:
             self._put(at, entry)
             return Stored([], [], [])
@@ -119,25 +119,33 @@ class ShadowTables:
     def forget(self, tables: Iterable[int]) -> None:
         """These pages are no memory any more."""
         for table in tables:
-            for at in range(table, table + PAGE_SIZE, ENTRY_BYTES):
-                self._words.pop(at, None)
+            self._words.pop(table, None)
 
     def load(self, at: int) -> int:
-        return self._words.get(at, 0)
+        words = self._words.get(at & -PAGE_SIZE)
+        return 0 if words is None else words.get((at & PAGE_SIZE - 1) // ENTRY_BYTES, 0)
 
     def _put(self, at: int, entry: int) -> None:
+        table, index = at & -PAGE_SIZE, (at & PAGE_SIZE - 1) // ENTRY_BYTES
         if entry:
-            self._words[at] = entry
-        else:
-            self._words.pop(at, None)
+            self._words.setdefault(table, {})[index] = entry
+        elif table in self._words:
+            self._words[table].pop(index, None)
 
     def fill_table(self, table: int, entries: Sequence[int]) -> list[Stored]:
-        places = range(table, table + ENTRY_BYTES * len(entries), ENTRY_BYTES)
+        """Of a whole page."""
+        assert len(entries) == ENTRIES, f"{len(entries)} entries fill a table page"
+        filled = enumerate(entries) if any(entries) else ()
+        places = {index for index, entry in filled if entry}.union(self._words.get(table, ()))
         return [
-            self.store(at, entry)
-            for at, entry in zip(places, entries, strict=True)
-            if self._words.get(at, 0) != entry
+            self.store(at, entries[index])
+            for index in sorted(places)
+            if self.load(at := table + ENTRY_BYTES * index) != entries[index]
         ]
+
+    def _entries(self, table: int) -> list[tuple[int, int]]:
+        """Those that are not 0, by their index."""
+        return sorted(self._words.get(table, {}).items())
 
     # -- entries ---------------------------------------------------------------------------------------
 
@@ -155,10 +163,8 @@ class ShadowTables:
 
     def _below(self, table: int, place: Place) -> Iterator[Run[Translation]]:
         size = 1 << 9 * (place.level - 1)
-        for index in range(ENTRIES):
-            entry = self._words.get(table + ENTRY_BYTES * index)
-            if entry:
-                yield from self._of(entry, place.level, place.first + index * size, place.rights)
+        for index, entry in self._entries(table):
+            yield from self._of(entry, place.level, place.first + index * size, place.rights)
 
     def _table_of(self, entry: int, level: int) -> int | None:
         leads = level > 1 and entry & RWX and not entry & _LARGE
@@ -170,10 +176,8 @@ class ShadowTables:
             return []
         self._linked.pop(table, None)
         gone = [table]
-        for index in range(ENTRIES):
-            below = self._words.get(table + ENTRY_BYTES * index)
-            if below:
-                gone += self._unlink(below, level - 1)
+        for _, below in self._entries(table):
+            gone += self._unlink(below, level - 1)
         return gone
 
     def _link(self, entry: int, at: Place) -> list[int]:
@@ -186,8 +190,6 @@ class ShadowTables:
         self._linked[table] = place
         if place.level > 1:
             size = 1 << 9 * (place.level - 1)
-            for index in range(ENTRIES):
-                below = self._words.get(table + ENTRY_BYTES * index)
-                if below:
-                    twice += self._link(below, place._replace(first=place.first + index * size))
+            for index, below in self._entries(table):
+                twice += self._link(below, place._replace(first=place.first + index * size))
         return twice
