@@ -28,7 +28,7 @@ def oserror(number: int) -> OSError:
 
 class OpenFile:
     """`users`: fds of processes, and places in messages under way.  `name` says for people, and for who
-    compares schedules, which one it is: the n-th that a process made.  `watchers` are called when `events`
+    compares schedules, which one it is: the n-th that a process made.  `watchers` are told when `events`
     may have another answer.
     """
 
@@ -36,11 +36,11 @@ class OpenFile:
 
     def __init__(self) -> None:
         self.users = 0
-        self.watchers: list[Callable[[], None]] = []
+        self.watchers: list[Interest] = []
 
     def changed(self) -> None:
         for watcher in self.watchers:
-            watcher()
+            watcher.told(watcher)
 
     def get(self) -> OpenFile:
         self.users += 1
@@ -128,6 +128,11 @@ class StreamEnd(OpenFile):
 
     def peek(self, size: int) -> bytes:
         """The first bytes that are there to be received."""
+        if self._pieces:
+            first = self._pieces[0]
+            whole = first.data[first.read : first.read + size]
+            if len(whole) == size:
+                return whole
         found = bytearray()
         for piece in self._pieces:
             found += piece.data[piece.read : piece.read + size - len(found)]
@@ -205,6 +210,16 @@ class StreamEnd(OpenFile):
     def events(self) -> int:
         found = 0
         peer = self.peer
+        if peer is not None and not (
+            self.shut_read
+            or self.shut_write
+            or peer.shut_read
+            or peer.shut_write
+            or self._reset
+            or self._late
+        ):
+            found = select.EPOLLIN if self._pieces else 0
+            return found | select.EPOLLOUT if peer._unread < SOCKET_BYTES else found
         over = self.hung_up or self.shut_read
         if self._pieces or over:
             found |= select.EPOLLIN
@@ -304,9 +319,6 @@ class Interest:
 
     def wants(self, events: int) -> None:
         self.events = events
-        self.changed()
-
-    def changed(self) -> None:
         self.told(self)
 
     def look(self) -> None:

@@ -393,8 +393,8 @@ class SimPoller:
                 raise oserror(errno.EEXIST)
             self._forget(known)
         wanted = self._wanted[fd] = Interest(fd, file, events, self.changed)
-        file.watchers.append(wanted.changed)
-        wanted.changed()
+        file.watchers.append(wanted)
+        self.changed(wanted)
         self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
@@ -410,8 +410,8 @@ class SimPoller:
         self.process.happened("unregister", self._forget(self._wanted[fd]))
 
     def _forget(self, wanted: Interest) -> OpenFile:
-        wanted.file.watchers.remove(wanted.changed)
-        wanted.changed()
+        wanted.file.watchers.remove(wanted)
+        self.changed(wanted)
         del self._wanted[wanted.fd]
         return wanted.file
 

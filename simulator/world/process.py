@@ -76,8 +76,10 @@ class Io:
         return self._ready()
 
     def _ready(self) -> list[trio.lowlevel.Task]:
-        found = [task for poller, task in self._parked.items() if poller.ready()]
-        return [*found, self._wakes] if self._woken and self._wakes is not None else found
+        found = [task for poller, task in self._parked.items() if poller.ready()] if self._parked else []
+        if self._woken and self._wakes is not None:
+            found.append(self._wakes)
+        return found
 
     def process_events(self, events: list[trio.lowlevel.Task], /) -> None:
         for task in events:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import lru_cache, partial
 from math import ceil
+from types import SimpleNamespace
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -46,6 +47,7 @@ LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never wi
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
 ACCESSES = 1 << 16  # that are remembered: most come again and again
 PASSED = Option("", "")
+_ALWAYS_ASKED = SimpleNamespace(is_silent=False)  # each strategy but an excerpt
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
 
 
@@ -68,12 +70,13 @@ class World:
         self.decisions = 0
         self._straight = 0  # steps since the last of them
         self._strategy = strategy
-        self._excerpt = strategy if isinstance(strategy, Excerpt) else None
+        self._excerpt = strategy if isinstance(strategy, Excerpt) else _ALWAYS_ASKED
         self._by_word = by_word  # each access of shared memory is a point
         self._now = 0
         self._changes = 0  # of anything that decides what can happen next
         self._woken = 0
         self._alone_at, self._alone_until = -1, 0
+        self._crowded_at = -1  # `_changes` when somebody else could take a step, and nobody has since
         self._main = getcurrent()  # where `run` is called
         self._running: SimThread | None = None
         self._awaited: SimThread | None = None  # by `run`
@@ -183,6 +186,7 @@ class World:
         """The next step is taken; returns when it is `me`'s turn."""
         if self._closed:
             raise GreenletExit
+        self._crowded_at = -1
         if not self._settling:
             self._now += cost_ns
         step = self._next(me)
@@ -210,7 +214,7 @@ class World:
         """None: there is none, and `_given_up` says why, or `run` has what it waits for."""
         while True:
             step = self._chosen(me)
-            if step is None or not self._meets_fate(step.thread):
+            if step is None or step.thread.fate is None or not self._meets_fate(step.thread):
                 break
             if self._awaited is not None and self._awaited.over:
                 return None
@@ -231,13 +235,8 @@ class World:
             thread.stopped_ns = self._now + ceil(fate.stops_s * 1e9)
         return True
 
-    @property
-    def _by_default(self) -> bool:
-        """Nobody is asked which step it is, nor told."""
-        return self._excerpt is not None and self._excerpt.is_silent
-
     def _chosen(self, me: SimThread | None) -> Candidate | None:
-        looks = self._first if self._by_default else self._steps
+        looks = self._first if self._excerpt.is_silent else self._steps
         while not (steps := looks(me)):
             times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at())]
             if not times or min(times) > LIMIT_NS:
@@ -290,10 +289,13 @@ class World:
         """Nobody else could take a step."""
         if self._alone_at == self._changes and self._now < self._alone_until:
             return True
+        if self._crowded_at == self._changes:
+            return False
         until = LIMIT_NS
         for thread in self.threads:
             if thread is not me and not thread.over:
                 if self._steps_of(thread):
+                    self._crowded_at = self._changes
                     return False
                 until = min(until, thread.can_go_at() or until)
         self._alone_at, self._alone_until = self._changes, until
@@ -329,7 +331,7 @@ class World:
     def point(self, label: str) -> None:
         """The running thread is about to do that; others may come before it."""
         me = self._running
-        if me is None or self._closed or (self._by_default and self._goes_straight_on(me, label)):
+        if me is None or self._closed or (self._excerpt.is_silent and self._goes_straight_on(me, label)):
             return
         me.stands(label)
         self._switch(me)
@@ -343,23 +345,23 @@ class World:
         self._straight += 1
         me.taken += 1
         me.told = None
-        self._passes(me.name, ": ", label)
+        self._passes(me.name, label)
         return True
 
-    def _passes(self, *words: str) -> None:
+    def _passes(self, actor: str, label: str) -> None:
         """A step by default, of which only the journal is told."""
         self._taken = PASSED
         self._touched.clear()
         if self.journal is not None:
-            self.journal.add("".join(words))
+            self.journal.add(f"{actor}: {label}")
 
     def pick(self, what: str, labels: Sequence[str], touches: Set[Touch] = frozenset()) -> int:
         """Which of several things the running process does next, within itself; it goes by those places."""
         if len(labels) == 1 or self._running is None or self._closed:
             return 0
         name = self._running.name
-        if self._by_default:
-            self._passes(name, "/", what, ": ", labels[0])
+        if self._excerpt.is_silent:
+            self._passes(f"{name}/{what}", labels[0])
             return 0
         self._tell_taken()
         self.decisions += 1
@@ -408,10 +410,10 @@ class World:
         if me is None or self._closed or len(memory.mappers) < 2:
             return
         is_alone = self._is_alone(me)
-        if self._by_default:
+        if self._excerpt.is_silent:
             told = "" if self.journal is None else told_of(memory, at, writes)
             if is_alone and self._settling:
-                self._passes(me.name, ": ", told)
+                self._passes(me.name, told)
             elif is_alone and self.journal is not None:
                 self.journal.add(f"{me.name} {told}")
             if is_alone or self._goes_straight_on(me, told, WORD_NS):

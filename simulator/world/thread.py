@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,8 +81,8 @@ class SimThread:
 
     def goes_on(self, event: Event | None = None) -> None:
         """It runs, and is told that."""
-        self.waits_for(())
-        self.told = event
+        self.standing, self.steps_of, self.told = False, -1, event
+        self.waits, self.is_woken, self.deadline_ns = (), None, None
 
     def deliveries(self, woken: int) -> Sequence[Candidate]:
         """What it waits for and is there.  `woken`: how often anybody was."""
@@ -91,15 +91,12 @@ class SimThread:
             version += poller.version
         if self.steps_of != version:
             self.steps_of = version
-            self.steps = list(self._deliveries())
+            self.steps = [
+                self._told(poller.file(event[0]), event) for poller in self.waits for event in poller.ready()
+            ]
+            if self.is_woken is not None and self.is_woken():
+                self.steps.append(Candidate(Option(f"{self.name}<woken", "is woken", self.state), self))
         return self.steps
-
-    def _deliveries(self) -> Iterator[Candidate]:
-        for poller in self.waits:
-            for event in poller.ready():
-                yield self._told(poller.file(event[0]), event)
-        if self.is_woken is not None and self.is_woken():
-            yield Candidate(Option(f"{self.name}<woken", "is woken", self.state), self)
 
     def timer(self) -> Candidate:
         return Candidate(Option(f"{self.name}<timer", "time is up", self.state | TIME_PASSES), self)
