@@ -7,7 +7,7 @@ from dataclasses import replace
 import trio
 
 from protocol.uapi import names
-from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot, UapiError
 from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
@@ -25,7 +25,7 @@ from simulator.stories.common import (
     try_copy,
     try_fill,
 )
-from simulator.stories.story import SmallStory
+from simulator.stories.story import Play, SmallStory
 
 ELSEWHERE = AT + 16 * PAGE_SIZE
 
@@ -80,45 +80,52 @@ async def _moves(ctx: Context, excerpt: Excerpt) -> None:
             await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
-async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
+def _asleep(cpl: int = 3) -> Play:
     """Faults sleep for userfaultfd while their slot gets other memory, and the same again; stores are
-    logged."""
-    guest = await ctx.boot_for(PAGES)
-    slot = await guest.add_slot(SLOT_BYTES, AT)
-    process, vm, here = guest.machine.process, guest.machine.vm, slot.hva
-    there, bitmap = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
-    logs = names.KVM_MEM_LOG_DIRTY_PAGES
-    await vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, here, logs)
+    logged.  `cpl`: of the guest's code, whose accesses KVM makes at 0."""
 
-    async def serve(uffd: Uffd) -> None:
-        while True:
-            await uffd.next_event()
-            await if_it_is_let(uffd.copy(here, BEFORE))
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        wishes = ctx.sized(PAGES)
+        wishes["vcpus"] = 2
+        guest = await ctx.boot(**wishes)
+        slot = await guest.add_slot(SLOT_BYTES, AT)
+        process, vm, here = guest.machine.process, guest.machine.vm, slot.hva
+        there, bitmap = await process.mmap(SLOT_BYTES), await process.mmap(PAGE_SIZE)
+        logs = names.KVM_MEM_LOG_DIRTY_PAGES
+        await vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, here, logs)
 
-    async def store() -> None:
-        try:
-            await guest.write(AT + 8, AFTER)
-        except LookupError:
-            ctx.say("no slot was there")
+        async def serve(uffd: Uffd) -> None:
+            while True:
+                await uffd.next_event()
+                await if_it_is_let(uffd.copy(here, BEFORE))
 
-    for _ in excerpt.rounds():
-        async with missing(process, here) as uffd:
-            with excerpt:
-                async with trio.open_nursery() as nursery:
-                    async with trio.open_nursery() as stores:
-                        stores.start_soon(try_fill, guest, AT)
-                        stores.start_soon(store)
-                        await uffd.next_event()
-                        stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
-                        nursery.start_soon(serve, uffd)
-                        slot = await move(guest, slot, there, logs)
-                        slot = await move(guest, slot, here, logs)
-                    nursery.cancel_scope.cancel()
+        async def store() -> None:
+            ran = await guest.machine.vcpus[1].run([("w", AT + 8, AFTER)], cpl)
+            if ran.errno:
+                raise UapiError(ran.errno, ran.why)
+            if ran.mmio is not None:
+                ctx.say("no slot was there")
+
+        for _ in excerpt.rounds():
+            async with missing(process, here) as uffd:
+                with excerpt:
+                    async with trio.open_nursery() as nursery:
+                        async with trio.open_nursery() as stores:
+                            stores.start_soon(try_fill, guest, AT)
+                            stores.start_soon(store)
+                            await uffd.next_event()
+                            stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
+                            nursery.start_soon(serve, uffd)
+                            slot = await move(guest, slot, there, logs)
+                            slot = await move(guest, slot, here, logs)
+                        nursery.cancel_scope.cancel()
+                await vm.get_dirty_log(slot.slot, bitmap)
+            await agree(ctx, guest, AT)
             await vm.get_dirty_log(slot.slot, bitmap)
-        await agree(ctx, guest, AT)
-        await vm.get_dirty_log(slot.slot, bitmap)
-        for hva in (here, there):
-            await process.madvise_dontneed(hva, SLOT_BYTES)
+            for hva in (here, there):
+                await process.madvise_dontneed(hva, SLOT_BYTES)
+
+    return play
 
 
 async def _served_later(ctx: Context, excerpt: Excerpt) -> None:
@@ -191,7 +198,8 @@ async def _comes(ctx: Context, excerpt: Excerpt) -> None:
 SLOTS = (
     SmallStory("slot", "a store beside the deletion of its slot", _goes),
     SmallStory("slot-moves", "stores beside their slot getting other memory", _moves),
-    SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep, MAY_TAKE),
+    SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep(), MAY_TAKE),
+    SmallStory("slot-emulated", "the same, a store that KVM makes for the guest", _asleep(cpl=0), MAY_TAKE),
     SmallStory(
         "slot-first", "faults that sleep until other slots have come and gone", _served_later, MAY_TAKE
     ),

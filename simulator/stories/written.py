@@ -42,6 +42,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "slot": ["R21"],
     "slot-moves": ["R21"],
     "slot-asleep": ["R21", "equal-slot"],
+    "slot-emulated": ["R21"],
     "slot-first": ["B-25"],
     "slot-else": ["R3", "R21"],
     "slot-short": ["R3"],

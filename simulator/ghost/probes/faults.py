@@ -14,6 +14,7 @@ from kvmd.core.export.exports import Exports
 from kvmd.core.export.tdp_fd import ExportedTdp
 from kvmd.core.faults.fault_path import FaultPath
 from kvmd.core.faults.page_fault import FaultingVcpu, FaultResult, PageFault
+from kvmd.core.slots.memslot import Memslot
 from kvmd.core.tables.flush import Flusher
 from kvmd.core.tables.tdp_mmu import MapOutcome
 from kvmd.core.tables.tdp_table import Root
@@ -78,9 +79,18 @@ def _step_by_step(
 
 
 @seams.around(FaultPath, "_store")
-def _store(watch: Watch, original: Any, path: FaultPath, root: Root, *args: Any) -> Any:
+def _store(
+    watch: Watch,
+    original: Any,
+    path: FaultPath,
+    root: Root,
+    fault: PageFault,
+    slot: Memslot,
+    *args: Any,
+) -> Any:
     watch.ghost.faults.maps_into(root.hpa)
-    mapped = original(path, root, *args)
+    watch.goes_by(path._frames.slots, slot, f"a fault on page {fault.gfn:#x}")
+    mapped = original(path, root, fault, slot, *args)
     if watch.trying is not None and mapped.outcome is MapOutcome.RETRY:
         watch.trying.met_frozen = True
     return mapped

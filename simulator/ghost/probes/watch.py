@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from kvmd.core.lease import Lease
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
-from kvmd.core.slots.memslot import Memslots
+from kvmd.core.slots.memslot import Memslot, Memslots
 from kvmd.core.slots.private_memory import PrivateMemory
 from protocol.hw.prq import PageRequest
 from protocol.units import (
@@ -139,6 +139,11 @@ class Watch:
 
     def view(self, slots: object, as_id: int) -> Name:
         return "vm", self.vm_of[id(slots)], as_id
+
+    def goes_by(self, slots: Iterable[Memslot], slot: Memslot, what: str) -> None:
+        """Who slept looks for its slot again: an equal one that came for it logs for itself (R21)."""
+        if not any(slot is there for there in slots):
+            self.ghost.verdicts.say("R21", f"{what} goes by a slot that is not there any more")
 
     def forget_kvmd(self) -> None:
         """It died: names of its VMs and processes will be others'."""

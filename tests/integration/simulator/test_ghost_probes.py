@@ -35,6 +35,7 @@ PLAYED = (
     ("export", "managed", ()),
     ("importers-end", "shared", ()),
     ("full", "shared", ()),
+    ("slot-emulated", "shared", ()),
     ("detach", "managed", ("hangup",)),
 )
 ELSEWHERE = {(PageTable, "move")}  # mremap is in no story
