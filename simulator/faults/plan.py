@@ -24,6 +24,7 @@ from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 VICTIMS = ("kvmd", "iommufdd", "device_sim")
+BUFFERED = ("iommufdd", "device_sim", "kvmd")  # first those that look for each other's words
 VMM = "qemu_shim"
 LINK = "link"
 FAULT = "fault"  # how the journal tells of one
@@ -34,7 +35,7 @@ class Faults:
     """Of these kinds, at most one each in a schedule.  Nothing fails before `begin` nor after `end`."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
-        self.kinds = [kind.removesuffix(EACH) for kind in kinds]
+        self.kinds = [*dict.fromkeys(kind.removesuffix(EACH) for kind in kinds)]
         self._at_each = [kind.removesuffix(EACH) for kind in kinds if kind.endswith(EACH)]
         self.met: Counter[str] = Counter()  # how many there were of each kind
         self.killed: set[str] = set()
@@ -61,6 +62,8 @@ class Faults:
         for kind in self.kinds:
             if kind in self._at_each:
                 self._asked[kind] = False
+                if kind == "store-buffer":
+                    self._has_buffer(kind)
                 continue
             at = self._when(kind)
             if at is None:
@@ -74,7 +77,7 @@ class Faults:
             elif kind == "delay":
                 self.late_s = self._for_how_long(kind)
             elif kind == "store-buffer":
-                self.buffer = StoreBuffer(VICTIMS[self._pick(kind, VICTIMS)])
+                self._has_buffer(kind)
 
     def end(self) -> None:
         """What has not failed by now does not."""
@@ -126,6 +129,9 @@ class Faults:
 
     def _is_for_good(self, kind: str) -> bool:
         return bool(self._pick(kind, ("late", "never")))
+
+    def _has_buffer(self, kind: str) -> None:
+        self.buffer = StoreBuffer(BUFFERED[self._pick(kind, BUFFERED)])
 
     def _for_how_long(self, kind: str) -> float:
         return STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]

@@ -278,7 +278,7 @@ HOST = (
         "pages move at once, and stores are seen late",
         _all_at_once,
         MAY_TAKE,
-        faults=("store-buffer",),
+        faults=("store-buffer:each",),
     ),
     SmallStory("poison", "stores beside their page's memory failing", _fails, MAY_TAKE),
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device()),

@@ -9,9 +9,9 @@ import pytest
 
 from qemu_shim.cli import main
 from simulator.command import find
+from simulator.faults import plan
 from simulator.faults.kinds import FAULTS
 from simulator.faults.plan import Faults
-from simulator.faults.store_buffer import StoreBuffer
 from simulator.search.explore import Tally, explore
 from simulator.search.strategies import STRATEGIES
 from simulator.world.schedule import Judged
@@ -137,14 +137,9 @@ def test_faults_that_cannot_be_are_refused(
     [("R15-driver-without-its-fence", "iommufdd"), ("R15-unit-without-its-fence", "device_sim")],
 )
 def test_a_fence_that_is_left_out_is_missed(plant: str, owner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its owner's stores wait from the first on: two submissions end at once, and one of them never does."""
-
-    def begin(faults: Faults) -> None:
-        faults._left["store-buffer"] = 0
-        faults.buffer = StoreBuffer(owner)
-
-    monkeypatch.setattr(Faults, "begin", begin)
+    """Its owner's stores wait: two submissions end at once, and one of them never does."""
+    monkeypatch.setattr(plan, "BUFFERED", (owner, owner))
     for planted, found in (("", []), (plant, ["R15"])):
-        run_one = Judged(find, "moves", "shared", plant=planted)(ROUNDS)
+        run_one = Judged(find, "moves", "notifier", plant=planted)(ROUNDS)
         tally = explore(run_one, STRATEGIES["rare"].make(0), 0, 60, lambda tally: bool(tally.found))
         assert [each.result.invariant for each in tally.found] == found
