@@ -66,8 +66,8 @@ class Strategy(Protocol):
 
     @property
     def watches(self) -> bool:
-        """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not.  Who
-        searches says the same all its life.
+        """Does it want to be told of each step (`took`)?  The scheduler may skip the call where not.  It says
+        the same within a schedule.
         """
 
     def choose(self, options: Sequence[Option]) -> int:

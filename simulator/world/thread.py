@@ -58,11 +58,12 @@ class SimThread:
     def _told(self, file: OpenFile, event: Event) -> Candidate:
         both_ends = bool(event[1] & ~select.EPOLLIN)
         queues = queues_of(file, both_ends)
-        known = self.made.get((event, queues))
+        key = event, file.name, queues
+        known = self.made.get(key)
         if known is not None:
             return known
         option = Option(f"{self.name}<{file.name}", "is told", self.state | queues)
-        return self._makes((event, queues), option, event)
+        return self._makes(key, option, event)
 
     def _makes(self, key: Hashable, option: Option, event: Event | None = None) -> Candidate:
         if len(self.made) >= MADE:

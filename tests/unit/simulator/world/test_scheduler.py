@@ -392,6 +392,16 @@ def test_where_nobody_is_asked_all_is_as_by_default(fate: Fate | None) -> None:
     assert [thread.taken for thread in asked.threads] == [thread.taken for thread in unasked.threads]
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_steps_that_are_forgotten_are_made_again(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, forgot = Journal(keep=True), Journal(keep=True)
+    settled(Replay(()), kept)
+    monkeypatch.setattr("simulator.world.thread.MADE", most)
+    world = settled(Replay(()), forgot)
+    assert forgot.lines == kept.lines
+    assert {len(each.made) for each in world.threads} <= set(range(most + 1))
+
+
 def test_while_one_settles_time_passes_where_nothing_else_can_happen() -> None:
     strategy = Script("rests")
     assert settled(strategy).now_ns() == pytest.approx(10**9, abs=10 * STEP_NS)
