@@ -22,6 +22,7 @@ from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.mmus import Mmus
+from simulator.ghost.own import OwnRoots
 from simulator.ghost.spans import Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import Retranslated, ShadowTables, Stored
@@ -47,6 +48,7 @@ class Ghost:
         self.faults = FaultJudge(verdicts, self.tables, self.history, self.backing)
         self.lent = Lent(verdicts)
         self.mmus = Mmus(verdicts, self.backing)
+        self.own = OwnRoots(verdicts, self.backing, self.tables)
         self._roots: dict[int, RootFacts] = {}
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._orphans: set[int] = set()  # roots whose maintainer died
@@ -167,6 +169,7 @@ class Ghost:
             if change.lost:
                 self.history.end(epoch, change)
                 self.caches.end(epoch, change, self.history)
+        self.own.changed(stored.changes)
         self._cut_off(epoch, stored.cut)
         for table in stored.linked_twice:
             self.verdicts.say("I18", f"table {table:#x} is linked a second time at {at:#x}")
@@ -437,6 +440,7 @@ class Ghost:
             self.stores = Stores(self.verdicts)
             self.lent.forget()
             self.mmus.forget()
+            self.own.forget()
             self.backing.lose_host()
         pages = self.table_pages.leave(name)
         orphans = [root for root in self._roots if root >> 12 in pages]

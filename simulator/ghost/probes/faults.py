@@ -72,10 +72,17 @@ def _step_by_step(
             return ended.value
         finally:
             watch.trying = outer
+            _ends_step(watch, trying)
         try:
             step, given = attempt.send, (yield waits_for)
         except BaseException as error:
             step, given = attempt.throw, error
+
+
+def _ends_step(watch: Watch, trying: Trying) -> None:
+    if trying.mapped and not trying.is_short:
+        watch.ghost.own.mapped(watch.ghost.view_of(trying.mapped), trying.mapped, trying.page)
+    trying.mapped, trying.is_short = 0, False
 
 
 @seams.around(FaultPath, "_store")
@@ -90,9 +97,16 @@ def _store(
 ) -> Any:
     watch.ghost.faults.maps_into(root.hpa)
     watch.goes_by(path._frames.slots, slot, f"a fault on page {fault.gfn:#x}")
-    mapped = original(path, root, fault, slot, *args)
-    if watch.trying is not None and mapped.outcome is MapOutcome.RETRY:
-        watch.trying.met_frozen = True
+    trying = watch.trying
+    assert trying is not None, "who stores tries"
+    try:
+        mapped = original(path, root, fault, slot, *args)
+    except UapiError:
+        trying.is_short = True
+        raise
+    trying.met_frozen |= mapped.outcome is MapOutcome.RETRY
+    if root.role.policy.cpus:
+        trying.mapped = root.hpa
     return mapped
 
 

@@ -27,6 +27,7 @@ from protocol.units import (
     Pfn,
     pages_of_level,
 )
+from simulator.ghost.probes import own
 from simulator.ghost.probes.watch import Seams, Watch
 
 seams = Seams()
@@ -130,9 +131,11 @@ def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
 def _root_happens(watch: Watch, original: Any, root: Root, event: RootEvent) -> None:
     if event is RootEvent.EXPORT:
         watch.ghost.root_lent(root.hpa)
+        own.lent(watch, root)
     original(root, event)
     if event is RootEvent.RELEASE:
         watch.ghost.root_taken_back(root.hpa)
+        watch.ghost.own.takes_back(root.hpa)
     if event is RootEvent.INVALIDATE:
         watch.ghost.root_obsolete(root.hpa)
 

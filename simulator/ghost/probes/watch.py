@@ -60,6 +60,8 @@ class Trying:
 
     page: int
     met_frozen: bool = False
+    mapped: int = 0  # in this step, into which root of CPUs
+    is_short: bool = False  # in this step there was no page for a table
 
 
 class Watch:

@@ -17,6 +17,7 @@ from simulator.ghost.probes import (
     ioas,
     layout,
     mmus,
+    own,
     private,
     processes,
     tables,
@@ -26,7 +27,7 @@ from simulator.ghost.probes.watch import Around, Watch
 
 _ROOMS = (
     *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-    mmus,
+    *(mmus, own),
 )
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around for room in _ROOMS for seam, around in room.seams.items()

@@ -157,6 +157,8 @@ SEEN = {
     "pinned-over-a-pin": ("pin-twice", "mirror", "I28"),
     "R7-device-tlb-keeps-everything": ("migrate", "shared", "I9"),
     "R21-slot-not-found-again": ("slot-asleep", "shared", "R21"),
+    "other-root-not-filled": ("both", "managed", "I23"),
+    "R21-all-slots-lose-their-leaves": ("slot-else", "managed", "I23"),
     "R6-paging-structure-cache-stays": ("huge", "mirror", "R6"),
     "R4-units-are-not-asked": ("discard", "shared", "I9"),
     "importers-are-not-told": ("discard", "shared", "R17"),
