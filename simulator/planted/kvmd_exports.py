@@ -166,7 +166,7 @@ KVMD_EXPORTS = (
     Plant(
         "R26-unregistered-first",
         "An importer that leaves is told nothing from then on, though it walks until its lease ends.",
-        "I15",
+        "I13",
         [
             Edit(
                 f"{_REGISTRATION}.leave",
@@ -174,7 +174,7 @@ KVMD_EXPORTS = (
                 "self._tdp.exported.unregister_importer(self.name, self._ops)\n    await self._lease.ended",
             )
         ],
-        races=["R26"],
+        races=["R26", "R28"],
     ),
     Plant(
         "R28-death-is-an-ack",
