@@ -126,8 +126,8 @@ async def _pin_dies(ctx: Context, excerpt: Excerpt) -> None:
             with excerpt:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(or_gone, vfio.pin(AT, SLOT_BYTES))
-                    await uffd.next_event()
                     nursery.start_soon(guest.write, AT + 64, AFTER)
+                    await uffd.next_event()
                     await ctx.kill("iommufdd")
                     await process.move_pages(hva + PAGE_SIZE, PAGE_SIZE)
                     await at_last(partial(uffd.copy, hva, BEFORE))
