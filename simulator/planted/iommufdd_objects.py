@@ -194,7 +194,6 @@ IOMMUFDD_OBJECTS = (
         "R10",
         [Edit("iommufdd.core.hwpt:Hwpt.give_back", "async with self._giving_back:", "if True:")],
         races=["R10"],
-        simulated=False,  # no search has come to it, with `--faults hangup` neither was it sought
     ),
     Plant(
         "domain-id-free-too-early",

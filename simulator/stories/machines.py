@@ -225,6 +225,9 @@ async def _hangs_up(ctx: Context, excerpt: Excerpt) -> None:
 MACHINES = (
     SmallStory("lend", "a VM's table is lent to a device, and both end", _lend, options=TWO),
     SmallStory("lend-dies", "the same, and one of the daemons dies", _lend, options=TWO, faults=("sigkill",)),
+    SmallStory(
+        "lend-hung", "the same, and two hang up on each other", _lend, options=TWO, faults=("hangup",)
+    ),
     SmallStory("lend-short", "the same, and there is no memory once", _lend, options=TWO, faults=("enomem",)),
     SmallStory(
         "hang-up", "two hang up on each other, and live", _hangs_up, MAY_TAKE, TWO, faults=("hangup",)

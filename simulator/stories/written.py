@@ -91,6 +91,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- VMs that come and go
     "lend": ["R13"],
     "lend-dies": ["R28"],
+    "lend-hung": ["R10"],
     "lend-short": ["R13"],
     "hang-up": ["R28"],
     "driver-dies": ["R28", "I13"],

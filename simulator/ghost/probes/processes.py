@@ -61,6 +61,7 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
     if gone == "iommufdd":
         watch.hwpts.clear()
         watch.ending.clear()
+        watch.giving_back.clear()
         watch.platform = None  # what it had is nobody's, and not left over
         if watch.plugged:
             ghost.liveness.begins(watch.now(), DEAD_DRIVER, "device_sim")
@@ -76,6 +77,16 @@ def _hwpt(watch: Watch, original: Any, hwpt: Hwpt, *args: Any, **named: Any) -> 
     watch.hwpts[did] = hwpt
     watch.orphans.pop(did, None)
     watch.ghost.opened(hwpt.domain.root)
+
+
+@seams.around(Hwpt, "give_back")
+async def _give_back(watch: Watch, original: Any, hwpt: Hwpt) -> None:
+    did, first = hwpt.domain.did, hwpt.memory != NOT_LENT
+    if first:
+        watch.giving_back.add(did)
+    await original(hwpt)
+    if first:
+        watch.giving_back.discard(did)
 
 
 @seams.around(Platform, "__init__")
@@ -100,6 +111,8 @@ async def _destroy_hwpt(watch: Watch, original: Any, platform: Platform, hwpt: H
         await original(platform, hwpt)
     finally:
         watch.ending.discard(did)
+    if did in watch.giving_back:
+        watch.ghost.verdicts.say("R10", f"domain id {did} is free, and units have not let go of its memory")
     watch.ghost.liveness.ends(DEAD_KVM, watch.root(did, hwpt.domain.root))
     if watch.hwpts.get(did) is hwpt:
         del watch.hwpts[did]

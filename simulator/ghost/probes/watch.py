@@ -101,6 +101,7 @@ class Watch:
         self.put: list[KvmTdp] = []  # TDP FDs that were let go of
         self.closed: set[int] = set()  # whose objects are of an iommufd that was closed
         self.ending: set[int] = set()  # domain ids whose HWPT is being destroyed
+        self.giving_back: set[int] = set()  # likewise, whose memory the units are letting go of
         self.platform: Platform | None = None  # of the iommufdd that runs
         self.plugged = False  # has the silicon a driver?
         self.over = False  # the world is being cleared away

@@ -22,7 +22,11 @@ ROUNDS = 10
 puts = Faults.put_into
 
 
-SEED_OF_A_HANG_UP = {"R28-kvm-waits-for-the-lease": 1, "R28-hung-up-on-and-walking": 3}
+SEED_OF_A_HANG_UP = {
+    "R28-kvm-waits-for-the-lease": 1,
+    "R28-hung-up-on-and-walking": 3,
+    "domain-id-free-while-memory-is-taken-back": 2,
+}
 
 
 def played(
@@ -64,7 +68,11 @@ def test_a_mistake_where_there_is_no_memory_is_found() -> None:
 
 @pytest.mark.parametrize(
     ("plant", "story", "invariant"),
-    [("R28-kvm-waits-for-the-lease", "discard", "R28"), ("R28-hung-up-on-and-walking", "detach", "I29")],
+    [
+        ("R28-kvm-waits-for-the-lease", "discard", "R28"),
+        ("R28-hung-up-on-and-walking", "detach", "I29"),
+        ("domain-id-free-while-memory-is-taken-back", "lend-hung", "R10"),
+    ],
 )
 def test_a_mistake_where_a_channel_breaks_and_nobody_dies_is_found(
     plant: str, story: str, invariant: str

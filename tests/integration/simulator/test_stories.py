@@ -88,6 +88,7 @@ BREAKS = {
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
     "lend-dies": ("shared", "R13-did-is-left"),
+    "lend-hung": ("shared", "B-18-zapped-at-release"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "hang-up": ("shared", "R4-acks-not-awaited"),
     "moves": ("shared", "I9-not-waited-for"),
