@@ -16,6 +16,7 @@ from simulator.kernel.process import SimPoller, SimProcess, poller_of
 from simulator.world import trio_run
 from simulator.world.scheduler import World
 
+ROUNDING_S = 0.5e-9  # more than what floating point loses of an hour
 LONG_S = 3600.0  # who sleeps longer sleeps until it is woken
 
 
@@ -40,26 +41,36 @@ class SimFlows(Flows):
 
 
 class VirtualClock(trio.abc.Clock):
-    """Virtual time."""
+    """Virtual time.  Deadlines are sums in floating point, and which of two moments of the same nanosecond is
+    the later one must not depend on how far the world's time has come: a deadline is over in its nanosecond.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.judges = False
+        """It is asked next which deadlines are over."""
 
     def start_clock(self) -> None: ...
 
     def current_time(self) -> float:
-        return self._world.now_ns() / 1e9
+        now = self._world.now_ns() / 1e9
+        if self.judges:
+            self.judges = False
+            return now + ROUNDING_S
+        return now
 
     def deadline_to_sleep_time(self, deadline: float) -> float:
-        return deadline - self.current_time()
+        left = deadline - self._world.now_ns() / 1e9
+        return left if left > ROUNDING_S else 0.0
 
 
 class Io:
     """Tasks that wait for an fd to be readable: the loop's, which waits for its poller."""
 
-    def __init__(self, world: World, process: SimProcess) -> None:
+    def __init__(self, world: World, process: SimProcess, clock: VirtualClock) -> None:
         self._world = world
         self._process = process
+        self._clock = clock
         self._parked: dict[SimPoller, trio.lowlevel.Task] = {}
         self._woken = False
         self._wakes: trio.lowlevel.Task | None = None
@@ -87,6 +98,7 @@ class Io:
             if task is self._wakes:
                 self._wakes, self._woken = None, False
             trio.lowlevel.reschedule(task)
+        self._clock.judges = True  # trio asks for the time next (`unrolled_run`)
 
     async def wait_readable(self, fd: int, /) -> None:
         poller, task = poller_of(self._process, fd), trio.lowlevel.current_task()
@@ -116,4 +128,5 @@ class Io:
 
 def run(world: World, process: SimProcess, main: Callable[[], Awaitable[Any]]) -> Any:
     """As `trio.run(main)` in that process; called in its thread."""
-    return trio_run.run(main, Io(world, process), VirtualClock(world))
+    clock = VirtualClock(world)
+    return trio_run.run(main, Io(world, process, clock), clock)

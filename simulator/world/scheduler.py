@@ -42,6 +42,7 @@ from simulator.world.places import (
 from simulator.world.thread import Candidate, Event, SimThread
 
 STEP_NS = 2_000
+LOST_NS = 1e-3  # of a time-out, at most, in floating point
 WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
@@ -386,7 +387,8 @@ class World:
         """
         me = self._running
         assert me is not None, "nobody runs who could wait"
-        me.waits_for(pollers, is_woken, None if timeout_s is None else self._now + ceil(timeout_s * 1e9))
+        deadline = None if timeout_s is None else self._now + ceil(timeout_s * 1e9 - LOST_NS)
+        me.waits_for(pollers, is_woken, deadline)
         self._switch(me)
 
     def settle(self, seconds: float) -> None:

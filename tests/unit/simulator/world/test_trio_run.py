@@ -43,7 +43,10 @@ def test_trio_takes_what_it_is_given() -> None:
         inspect.signature(INSIDES.Runner).parameters
     )
     assert "wakeup" in inspect.signature(INSIDES.EntryQueue).parameters
-    assert "_r.shuffle(batch)" in inspect.getsource(INSIDES.unrolled_run)
+    source = inspect.getsource(INSIDES.unrolled_run)
+    assert "_r.shuffle(batch)" in source
+    said = [line.strip() for line in source.partition("runner.io_manager.process_events")[2].splitlines()]
+    assert "now = runner.clock.current_time()" in said[:8], "asked next, for deadlines"
 
 
 class Standing(trio.abc.Clock):
