@@ -13,6 +13,7 @@ from protocol.uapi import names
 from qemu_shim.api import PAGE_SIZE, Context, Guest, UapiError
 from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.vcpu import Vcpu
+from simulator.faults.plan import STOPS_S
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
@@ -38,6 +39,7 @@ from simulator.stories.slots import move
 from simulator.stories.story import SmallStory
 
 LOW = 4 * PAGE_SIZE  # in a file, and an address of the process
+_HEARD_S = 2 * max(STOPS_S.values())  # of a death, by all, however late the last message before it was
 _SLOT = 8  # and the one behind it: numbers that the machine does not use
 
 
@@ -132,6 +134,7 @@ async def _pin_dies(ctx: Context, excerpt: Excerpt) -> None:
                     await process.move_pages(hva + PAGE_SIZE, PAGE_SIZE)
                     await at_last(partial(uffd.copy, hva, BEFORE))
         ctx.expect_equal(await process.read(hva + 64, 8), AFTER, "what a CPU stored")
+        await trio.sleep(_HEARD_S)
         break  # there is no second round: nobody starts it again
 
 
