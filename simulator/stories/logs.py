@@ -26,6 +26,8 @@ from simulator.stories.story import Play, SmallStory
 
 WATCHED = frozenset({0, 1})  # pages of the slot: those that are stored to
 RING_BYTES = 16384
+CLOCKS = 32  # stored to three times each: more than the 64 entries that KVM keeps of a ring
+WITHOUT_PML = {"kvmd": ("--no-pml",)}  # a ring may be as small as a page
 
 
 @dataclass(slots=True)
@@ -96,6 +98,34 @@ def _logged(*, ring_bytes: int = 0, page_size: int = PAGE_SIZE) -> Play:
     return play
 
 
+async def _ring_runs_over(ctx: Context, excerpt: Excerpt) -> None:
+    """Of two vCPUs nobody reads one's ring, which is full.  KVM goes on storing for it, as user space asks
+    it to, and these pages are in the bitmap."""
+    wishes = ctx.sized(PAGES)
+    wishes["vcpus"], wishes["dirty_ring_bytes"] = 2, PAGE_SIZE
+    guest = await ctx.boot(**wishes)
+    target = await _Target.of(guest, await guest.add_slot(SLOT_BYTES, AT))
+    await target.log(on=True)
+    machine, vcpu = guest.machine, guest.machine.vcpus[1]
+    del machine.rings[1]
+    await vcpu.run([("stos", AT, 0, PAGE_SIZE)], 0)  # byte by byte, until the guest may not be entered
+    for _ in range(CLOCKS):
+        await vcpu.set_msr(names.MSR_KVM_WALL_CLOCK_NEW, AT)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        await target.send({*WATCHED})
+        await target.migrator.dirty()
+        await target.send({*WATCHED})
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, AT, 64, PATTERN)
+                nursery.start_soon(vcpu.set_msr, names.MSR_KVM_WALL_CLOCK_NEW, NEXT)
+                await target.send(await target.migrator.dirty())
+        await target.check(ctx)
+        await guest.write(NEXT + 64, BEFORE)
+        await target.check(ctx)
+
+
 async def _tracked(ctx: Context, excerpt: Excerpt) -> None:
     """KVM has a vCPU's stores to a page emulated while it is tracked, and the log has them all the same."""
     guest = await ctx.boot_for(PAGES)
@@ -133,5 +163,11 @@ LOGS = (
     SmallStory("log", "stores beside dirty logging by bitmap, from its begin to its end", _logged()),
     SmallStory("ring", "the same, a vCPU's stores by a ring", _logged(ring_bytes=RING_BYTES)),
     SmallStory("log-huge", "the same in a huge page, which is taken apart", _logged(page_size=2 * MIB)),
+    SmallStory(
+        "log-short", "the same, and there is no memory once", _logged(page_size=2 * MIB), faults=("enomem",)
+    ),
+    SmallStory(
+        "ring-full", "KVM's stores for a vCPU whose ring is full", _ring_runs_over, options=WITHOUT_PML
+    ),
     SmallStory("track", "stores to a page that is tracked, and logged", _tracked, ONE_TABLE),
 )

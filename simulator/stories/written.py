@@ -50,6 +50,8 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- dirty logs
     "log": ["R19"],
     "ring": ["R19"],
+    "ring-full": ["R19"],
+    "log-short": ["R19"],
     "log-huge": ["R19"],
     "track": ["R19", "R20"],
     # -- pins
