@@ -202,7 +202,14 @@ SILICON = (
         "R9-room-and-nobody-is-told",
         "Who waits for room in the queue is not told of a clear that was taken on the way to the next event.",
         "R9",
-        [Edit(f"{_PRQ}._raise_ppr", "self._look_for_room()", "pass")],
+        [
+            Edit(
+                f"{_PRQ}._take_clears",
+                "self._registers.take_clears(Reg.PRS)\n    self._look_for_room()",
+                "if self._registers.take_clears(Reg.PRS) & Prs.PRO:\n        self._accept()",
+            ),
+            Edit(f"{_PRQ}._raise_ppr", "self._look_for_room()", "pass"),
+        ],
         races=["R9"],
     ),
     Plant(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import trio
 
+from device_sim.core.dsa.device import ENGINES
 from qemu_shim.api import PAGE_SIZE, Context
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
@@ -47,13 +48,15 @@ async def _across(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _beyond(ctx: Context, excerpt: Excerpt) -> None:
-    """A device that can always ask stores to two pages where no memory is, and to one where some is."""
+    """A device that can always ask stores by all its engines where no memory is, and by one where some is."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     for _ in excerpt.rounds():
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, BEHIND + PAGE_SIZE - 32)
+                for page in range(2, ENGINES + 1):
+                    nursery.start_soon(try_fill, guest, BEHIND + page * PAGE_SIZE)
                 nursery.start_soon(guest.fill, NEXT, 64, PATTERN)
                 await guest.migrate(NEXT)
         await agree(ctx, guest, NEXT)
@@ -116,6 +119,13 @@ REQUESTS = (
         "full", "the same, and the queue of page requests overflows", _across, MAY_TAKE, faults=("full",)
     ),
     SmallStory("beyond", "stores where no memory is", _beyond, options=ALWAYS_ASKS),
+    SmallStory(
+        "beyond-full",
+        "the same, and the queue of page requests overflows",
+        _beyond,
+        options=ALWAYS_ASKS,
+        faults=("full",),
+    ),
     SmallStory("few", "more pages than a device may ask for", _few, MAY_TAKE, FEW_REQUESTS),
     SmallStory("detach-asleep", "a device leaves while its pages sleep", _leaves_asleep, MAY_TAKE, TWO),
     SmallStory(

@@ -80,6 +80,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "across": [],
     "full": ["R9"],
     "beyond": ["R11", "R12"],
+    "beyond-full": ["R9"],
     "few": ["R11"],
     "detach-asleep": ["R10", "R12"],
     "detach-few": ["R10", "R12"],

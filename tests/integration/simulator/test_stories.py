@@ -100,6 +100,7 @@ BREAKS = {
     "pin-moves": ("shared", "pin-stands-on-what-was"),
     "shown-twice": ("pinned", "pages-unpinned-under-another-area"),
     "beyond": ("pinned", "R11-answered-for-each-request"),
+    "beyond-full": ("notifier", "R9-overflow-stays"),
     "few": ("shared", "R11-index-used-again"),
     "detach-full": ("shared", "R9-overflow-stays"),
     "never-comes": ("mirror", "R18-a-master-while-taken-off"),
