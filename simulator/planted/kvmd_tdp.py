@@ -318,7 +318,7 @@ KVMD_TDP = (
         [
             Edit(f"{_FAULTS}._map", "if flush is not None:", "if False:"),
         ],
-        races=["R4", "R5"],
+        races=["R4", "R5", "R6"],
     ),
     Plant(
         "cpus-are-not-flushed",
