@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from protocol.pt.bits import DIRTY
 from protocol.pt.geometry import INDEX_BITS
 from simulator.ghost.backing import Backing, Name
+from simulator.ghost.spans import Translation
 from simulator.ghost.tables import Retranslated, ShadowTables
 from simulator.ghost.violation import Verdicts
 
@@ -61,7 +63,7 @@ class OwnRoots:
         """By one store, in one root."""
         for change in changes:
             own = self._roots.get(change.root)
-            if own is not None and change.lost and not self._is_taken(own, change):
+            if own is not None and _is_less(change) and not self._is_taken(own, change):
                 what = f"root {change.root:#x}, which devices alone walk, loses page {change.start:#x}"
                 self._verdicts.say("I23", f"{what}, which nobody takes")
 
@@ -90,3 +92,11 @@ class OwnRoots:
     def _has(self, root: int, page: int) -> bool:
         spans = self._tables.roots.get(root)
         return spans is not None and spans.get(page) is not None
+
+
+def _is_less(change: Retranslated) -> bool:
+    """D is no device's matter."""
+    if change.before is None:
+        return False
+    rights = change.before.rights & ~DIRTY
+    return change.after is None or not change.after.gives(Translation(change.before.frame, rights))

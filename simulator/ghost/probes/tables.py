@@ -19,6 +19,7 @@ from protocol.pt.table_pool import TablePool
 from protocol.units import (
     PAGE_SHIFT,
     WHOLE_SIZE,
+    Gfn,
     GfnSpan,
     Gpa,
     Hpa,
@@ -28,7 +29,7 @@ from protocol.units import (
     pages_of_level,
 )
 from simulator.ghost.probes import own
-from simulator.ghost.probes.watch import Seams, Watch
+from simulator.ghost.probes.watch import Seams, Watch, block_of
 
 seams = Seams()
 EVERYTHING = 1 << 52  # pages: more than any address has
@@ -125,6 +126,19 @@ def _drop_root(watch: Watch, original: Any, mmu: TdpMmu, root: Root) -> None:
     del watch.roots[f"vm{mmu._vm_id}"][root.hpa]
     watch.ghost.root_gone(root.hpa)
     original(mmu, root)
+
+
+@seams.around(TdpMmu, "split_leaf")
+def _split_leaf(
+    watch: Watch, original: Any, mmu: TdpMmu, root: Root, gfn: Gfn, level: Level, at: Hpa, leaf: int
+) -> None:
+    """Whoever has the leaf cached with D stores on, and sets it nowhere (R19)."""
+    before = watch.ghost.tables.roots[root.hpa].within(*block_of(gfn, level))
+    original(mmu, root, gfn, level, at, leaf)
+    for run in before:
+        if not watch.ghost.history.holds(root.hpa, *run):
+            what = f"root {root.hpa:#x} splits the leaf of page {gfn:#x}"
+            watch.ghost.verdicts.say("R19", f"{what}, and translates less than before")
 
 
 @seams.around(Root, "happens")

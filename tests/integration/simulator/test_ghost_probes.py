@@ -36,6 +36,7 @@ PLAYED = (
     ("importers-end", "shared", ()),
     ("full", "shared", ()),
     ("slot-emulated", "shared", ()),
+    ("log-huge", "shared", ()),
     ("detach", "managed", ("hangup",)),
 )
 ELSEWHERE = {(PageTable, "move")}  # mremap is in no story

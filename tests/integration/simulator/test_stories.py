@@ -161,6 +161,7 @@ SEEN = {
     "pinned-over-a-pin": ("pin-twice", "mirror", "I28"),
     "R7-device-tlb-keeps-everything": ("migrate", "shared", "I9"),
     "R21-slot-not-found-again": ("slot-asleep", "shared", "R21"),
+    "R19-split-loses-dirty": ("log-huge", "shared", "R19"),
     "other-root-not-filled": ("both", "managed", "I23"),
     "R21-all-slots-lose-their-leaves": ("slot-else", "managed", "I23"),
     "R6-paging-structure-cache-stays": ("huge", "mirror", "R6"),
