@@ -112,8 +112,9 @@ def _store(
 
 @seams.around(Flusher, "drain")
 async def _drain(watch: Watch, original: Any, flusher: Flusher) -> None:
-    if watch.trying is not None and watch.flushing[flusher._vm_id]:
-        watch.ghost.faults.waits_for_acks(watch.trying.page, met_frozen=watch.trying.met_frozen)
+    trying = watch.trying
+    if trying is not None and not trying.changes and watch.flushing[flusher._vm_id]:
+        watch.ghost.faults.waits_for_acks(trying.page, met_frozen=trying.met_frozen)
     await original(flusher)
 
 

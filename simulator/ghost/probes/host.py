@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from kvmd.core.export.pinning import Pinning
@@ -104,7 +105,8 @@ def _move(watch: Watch, original: Any, table: PageTable, entry: Entry, hva: Hva)
 async def _range_start(watch: Watch, original: Any, changes: HostChanges, start: Hva, end: Hva) -> None:
     if id(changes._slots) in watch.vm_of:  # it knows at once, in the same process
         watch.ghost.lets_go(*_range(watch, changes, start, end))
-    await original(changes, start, end)
+    with nullcontext() if watch.trying is None else watch.trying.changing():
+        await original(changes, start, end)
 
 
 @seams.around(HostChanges, "invalidate_range_end")

@@ -60,8 +60,18 @@ class Trying:
 
     page: int
     met_frozen: bool = False
+    changes: int = 0  # of the host's that it makes itself, as who stores to a shared page does
     mapped: int = 0  # in this step, into which root of CPUs
     is_short: bool = False  # in this step there was no page for a table
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """It takes something away, and waits as every change does, for flushes of others too (B-18)."""
+        self.changes += 1
+        try:
+            yield
+        finally:
+            self.changes -= 1
 
 
 class Watch:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 
 from kvmd.core.host import CpuFeatures
+from kvmd.core.mm.fork import fork
 from protocol.pt.bits import READ, WRITE
 from protocol.units import Gfn, GfnSpan
 from simulator.ghost.backing import Shown
@@ -284,9 +285,13 @@ def _pinned_slot_goes(world: World) -> None:
 
 
 def _beside_a_slow_flush(world: World) -> None:
+    """Who stores to a shared page takes it away, and so waits (B-18); another store does not."""
     _faults(world)
+    world.do(fork(world.mm, world.host.create_mm()))
+    copies = world.create_vcpu(1)
     world.export().register_importer("slow", SlowImporter())
     world.start(world.vm.flusher.flush(None))
+    world.start(copies.run([("w", GPA, b"its own")]))
     world.start(world.vm.vcpus[0].run([("w", GPA + PAGE, b"other page's")]))
 
 
