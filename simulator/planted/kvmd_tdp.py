@@ -312,13 +312,13 @@ KVMD_TDP = (
         races=["R21"],
     ),
     Plant(
-        "R4-mapping-over-unflushed",
+        "R5-mapping-over-unflushed",
         "A huge leaf replaces a table, or another frame's an entry, and cached copies of the old one stay.",
         "I6",
         [
             Edit(f"{_FAULTS}._map", "if flush is not None:", "if False:"),
         ],
-        races=["R4", "R5", "R6"],
+        races=["R5", "R6"],
     ),
     Plant(
         "cpus-are-not-flushed",

@@ -78,9 +78,10 @@ class Living:
 
     def __call__(self, strategy: Strategy) -> RunEnd:
         if self._ends is None:
-            self._ends, self._round = self._played(strategy), 0
+            self._begin(strategy)
         elif self._excerpt is not None:
             self._excerpt.inner = strategy
+        assert self._ends is not None
         end, number = next(self._ends), self._round
         self._round += 1
         if end.over:
@@ -94,60 +95,68 @@ class Living:
         self._ends = None
         clear_away()
 
-    def _played(self, strategy: Strategy) -> Generator[RunEnd]:
-        with (
-            uncollected()
-        ):  # until the machine is let go, all of which would be looked at, and kept for longer
-            yield from self._play(strategy)
-
-    def _play(self, strategy: Strategy) -> Generator[RunEnd]:
-        judged, verdicts = self._judged, Verdicts()
-        ghost = Ghost(verdicts)
-        found = judged.find(judged.scenario)
-        own = found.faults if isinstance(found, SmallStory) else ()
-        faults = Faults([*dict.fromkeys((*judged.faults, *own))])
+    def _begin(self, strategy: Strategy) -> None:
+        """What plays does not know this player, so that one that is dropped takes its machine along."""
+        found = self._judged.find(self._judged.scenario)
         if isinstance(found, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)
-            self._excerpt.opened, self._excerpt.closes = faults.begin, faults.end
-        onlooker = self._onlooker
-        journal = None if onlooker is None else onlooker.journal
-        with (
-            planted(judged.plant) if judged.plant else nullcontext(),
-            watching(ghost) as watch,
-            closing(self._machine(found, strategy, faults, journal)) as machine,
-        ):
-            if onlooker is not None:
-                onlooker.sees(watch)
-            if self._excerpt is not None:
-                self._excerpt.heard = lambda: _touches(ghost.heard.taken())
-            try:
-                while True:
-                    yield _judged(verdicts, next(machine))
-            except StopIteration as ended:
-                played: Played = ended.value
-                if not played.problems:
-                    watch.settled()
-                yield _judged(verdicts, played.problems)._replace(over=True)
-            except Stopped:
-                yield RunEnd(over=True)
-            except Stuck as stuck:
-                if faults.buffer is not None and faults.buffer.missed:
-                    verdicts.say("R15", f"nobody can go on: {faults.buffer.missed}")
-                ghost.liveness.stuck()
-                yield _judged(verdicts, [f"{STUCK}: {stuck}"])
+        self._ends = _uncollected(_ends(self._judged, found, strategy, self._onlooker))
+        self._round = 0
 
-    def _machine(
-        self, found: Scenario | SmallStory, strategy: Strategy, faults: Faults, journal: Journal | None
-    ) -> Generator[list[str], None, Played]:
-        judged, design = self._judged, DESIGNS[self._judged.design]
-        scenario = calm = found if isinstance(found, Scenario) else found.scenario(Excerpt(Replay(())))
-        if isinstance(found, SmallStory) and self._excerpt is not None:
-            scenario = found.scenario(self._excerpt)
-        if faults.kinds:
-            return playing_faulted(
-                scenario, calm, design, strategy, faults, judged.seed, judged.params, journal
-            )
-        return playing(scenario, design, strategy, judged.seed, judged.params, journal)
+
+def _uncollected(ends: Generator[RunEnd]) -> Generator[RunEnd]:
+    """Until the machine is let go, all of which would be looked at, and kept for longer."""
+    with uncollected():
+        yield from ends
+
+
+def _ends(
+    judged: Judged, found: Scenario | SmallStory, strategy: Strategy, onlooker: Onlooker | None
+) -> Generator[RunEnd]:
+    """Of schedule after schedule in one machine."""
+    verdicts = Verdicts()
+    ghost = Ghost(verdicts)
+    own = found.faults if isinstance(found, SmallStory) else ()
+    faults = Faults([*dict.fromkeys((*judged.faults, *own))])
+    journal = None if onlooker is None else onlooker.journal
+    with (
+        planted(judged.plant) if judged.plant else nullcontext(),
+        watching(ghost) as watch,
+        closing(_machine(judged, found, strategy, faults, journal)) as machine,
+    ):
+        if onlooker is not None:
+            onlooker.sees(watch)
+        if isinstance(strategy, Excerpt):
+            strategy.opened, strategy.closes = faults.begin, faults.end
+            strategy.heard = lambda: _touches(ghost.heard.taken())
+        try:
+            while True:
+                yield _judged(verdicts, next(machine))
+        except StopIteration as ended:
+            played: Played = ended.value
+            if not played.problems:
+                watch.settled()
+            yield _judged(verdicts, played.problems)._replace(over=True)
+        except Stopped:
+            yield RunEnd(over=True)
+        except Stuck as stuck:
+            if faults.buffer is not None and faults.buffer.missed:
+                verdicts.say("R15", f"nobody can go on: {faults.buffer.missed}")
+            ghost.liveness.stuck()
+            yield _judged(verdicts, [f"{STUCK}: {stuck}"])
+
+
+def _machine(
+    judged: Judged, found: Scenario | SmallStory, strategy: Strategy, faults: Faults, journal: Journal | None
+) -> Generator[list[str], None, Played]:
+    design = DESIGNS[judged.design]
+    scenario = calm = found if isinstance(found, Scenario) else found.scenario(Excerpt(Replay(())))
+    if isinstance(found, SmallStory):
+        assert isinstance(strategy, Excerpt), "a small story is an excerpt"
+        scenario = found.scenario(strategy)
+    if faults.kinds:
+        return playing_faulted(scenario, calm, design, strategy, faults, judged.seed, judged.params, journal)
+    return playing(scenario, design, strategy, judged.seed, judged.params, journal)
 
 
 @cache

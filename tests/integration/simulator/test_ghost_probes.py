@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections import Counter
 from typing import Any
@@ -70,4 +71,15 @@ def test_the_product_is_as_it_was_when_nobody_watches_any_more() -> None:
     before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
     with watching(Ghost(Verdicts())):
         assert all(vars(owner)[name] is not was for (owner, name), was in before.items())
+    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
+
+
+@pytest.mark.parametrize("faults", [(), ("sigkill",)])
+def test_a_player_that_is_dropped_takes_its_machine_along(faults: tuple[str, ...]) -> None:
+    before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    player = Judged(find, "discard", "shared", faults=faults)(SCHEDULES)
+    assert not player(STRATEGIES["random"].make(1)).over
+    assert not gc.isenabled()
+    del player
+    assert gc.isenabled()
     assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before

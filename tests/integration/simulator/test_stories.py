@@ -178,7 +178,7 @@ SEEN = {
     "R19-devices-mark-nothing": ("log", "shared", "I25"),
     "pins-put-before-the-flush": ("pin-slot", "managed", "I11"),
     "R5-epoch-too-early": ("importers-huge", "shared", "I7"),
-    "R4-mapping-over-unflushed": ("importers-huge", "shared", "R6"),
+    "R5-mapping-over-unflushed": ("importers-huge", "shared", "R6"),
     "R4-only-the-first-ack": ("importers", "shared", "R17"),
     "R28-death-is-an-ack": ("importers-end", "managed", "I13"),
     "R26-unregistered-first": ("importers-end", "shared", "I15"),
