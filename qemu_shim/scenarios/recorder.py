@@ -106,7 +106,7 @@ class Recorder:
     async def look(self) -> Raw:
         """The counters as they are."""
         self.last = await snapshot(self._host)
-        raw = self.last.raw
+        raw = self.last.raw.copy()  # the snapshot stays what the daemons said
         raw["kvmd.frames"] -= self.elsewhere
         raw["guest.cpu_bytes"] = sum(cpu.bytes for cpu in self.cpus)
         raw["guest.cpu_pages"] = sum(cpu.pages for cpu in self.cpus)
