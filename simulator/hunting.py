@@ -1,9 +1,11 @@
 """`make planted`: how soon each planted bug is found, in some ranges of seeds, on all cores.
 
 What one range of seeds comes to is put on record at once, and is not sought again; `--again`: unless it is of
-other sources than these.
+other sources than these.  `--others`: who is sought by other stories only finds what nobody put there to be
+found; that is a record of its own.
 
-    python -m simulator.hunting ID... --ranges N --most N --strategy S... --again --record FILE --json
+    python -m simulator.hunting ID... --ranges N --most N --strategy S... --others --again
+                                --record FILE --json
 
 Exit status: 0 each was found in every range, by the invariant it belongs to; 1 some were not; 2 the command
 was wrong; 130 interrupted, and what is on record stays.
@@ -43,10 +45,11 @@ from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.seeking import Reach, find, scouted
 from simulator.settle import settle
+from simulator.stories.written import is_written_for
 from simulator.version import version
 
 RANGES = 3
-RECORD = Path("build/hunted.json")
+RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranges", type=int, default=RANGES, metavar="N", help=f"of seeds ({RANGES})")
     parser.add_argument("--most", type=int, default=MAX_SCHEDULES, metavar="N", help="schedules of a range")
     parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
-    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help=f"resumable ({RECORD})")
+    parser.add_argument("--others", action="store_true", help="by no story that was written for it")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help=f"resumable ({RECORD}, {RECORD_OF_OTHERS})"
+    )
     parser.add_argument("--again", action="store_true", help="what is on record of other sources, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="one a core")
     parser.add_argument("--json", action="store_true")
@@ -71,18 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for strategy in given.strategy
         for plant in plants
     ]
-    record, code, began = Record(given.record), version(), time.monotonic()
-    seek = partial(_sought, most=given.most, code=code, workers=given.workers)
+    path = given.record or (RECORD_OF_OTHERS if given.others else RECORD)
+    record, code, began = Record(path), version(), time.monotonic()
+    seek = partial(_sought, most=given.most, others=given.others, code=code, workers=given.workers)
     try:
         for done, (sought, end) in enumerate(
             hunt(wanted, seek, record, given.most, lambda kept: given.again and kept.code != code), 1
         ):
             print(f"{done}: {_told(sought, end)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted: {given.record} has what was found", file=sys.stderr)
+        print(f"interrupted: {path} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenProcessPool:
-        print(f"a worker was killed; {given.record} has what was found: run it again", file=sys.stderr)
+        print(f"a worker was killed; {path} has what was found: run it again", file=sys.stderr)
         return EXIT_FAILED
     kept = record.read()
     results = hunted({sought: kept[sought] for sought in wanted if sought in kept})
@@ -122,14 +129,16 @@ _reach: Reach  # of this process, which is a worker
 _stop: Event  # nobody waits for it any more
 
 
-def _sought(tasks: Iterable[Sought], most: int, code: str, workers: int) -> Iterator[tuple[Sought, RangeEnd]]:
+def _sought(
+    tasks: Iterable[Sought], most: int, others: bool, code: str, workers: int
+) -> Iterator[tuple[Sought, RangeEnd]]:
     tasks = list(tasks)
     reach = scouted(PLANTED.values()) if tasks else {}
     context = get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(workers, context, _begin, (reach, stop))
     try:
-        running = {pool.submit(_seek, task, most): task for task in tasks}
+        running = {pool.submit(_seek, task, most, others): task for task in tasks}
         for future in as_completed(running):
             try:
                 catch, seconds = future.result()
@@ -152,15 +161,19 @@ def _begin(reach: Reach, stop: Event) -> None:
     settle()
 
 
-def _seek(task: Sought, most: int) -> tuple[Catch | None, float]:
+def _seek(task: Sought, most: int, others: bool) -> tuple[Catch | None, float]:
     """What was caught, and the seconds of a core that it took, children's too."""
+    plant = plant_of(task.plant)
 
     def worth(pair: tuple[str, str]) -> float:
         return _reach[pair].get(task.plant, 0)
 
+    def plays(story: str) -> bool:
+        return not (others and is_written_for(story, plant))
+
     before = sum(os.times()[:4])
     with planted(task.plant):
-        found = find(task.strategy, seeds_of(task.number), most, worth, _stop.is_set)
+        found = find(task.strategy, seeds_of(task.number), most, worth, _stop.is_set, plays)
     return found, sum(os.times()[:4]) - before
 
 

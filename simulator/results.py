@@ -4,6 +4,7 @@ Each record is a JSON file that one command makes (RECORDS); what is said of it 
 and a test holds the page to the records.  A section whose record is not there says which command makes it.
 
     planted.json      simulator/planted/hunt.py: by "plant/strategy/range" what was found, and seconds
+    others.json       the same, by stories that were not written for it
     exhaustive.json   simulator/exhausted.py: searches, and what they are of
     torture.json      tests/torture/summary.py: blows at real processes, and what came of them
     speed.json        `python -m bench`: what a schedule takes
@@ -34,6 +35,7 @@ PAGE = RESULTS / "simulator.md"
 PAGE_COLUMNS = 110
 RECORDS = {
     "planted": "python -m simulator.hunting --record docs/results/planted.json",
+    "others": "python -m simulator.hunting --others --record docs/results/others.json",
     "exhaustive": "python -m simulator.exhausted",
     "torture": "make torture",
     "clean": "python -m simulator.clean",
@@ -83,10 +85,10 @@ can be put in, and [invariants.md](../invariants.md) by which checkers they are 
 
 
 def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
-    found = [each for each in hunted(of_json(record)) if each.plant.simulated]
+    hunts = _grouped_hunts(record)
+    found = [each for of_it in hunts.values() for each in of_it]
     possible = sum(plant.simulated for plant in PLANTED.values())
-    for strategy in dict.fromkeys(each.strategy for each in found):
-        of_it = [each for each in found if each.strategy == strategy]
+    for strategy, of_it in hunts.items():
         ranges = [len(each.ends) for each in of_it]
         right = sum(each.is_right for each in of_it)
         others = sum(each.is_met_by_others for each in of_it)
@@ -107,6 +109,27 @@ def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
         )
     head = ("mistake", "strategy", "found by", "ranges", "schedules", "answers", "stories")
     yield _table(head, [_row(each) for each in found])
+
+
+def _of_others(record: Mapping[str, Any]) -> Iterator[str]:
+    """A mistake's own stories are left out, so that nobody put it where it is found."""
+    for strategy, of_it in _grouped_hunts(record).items():
+        right = [each for each in of_it if each.is_right]
+        bounds = [end.most for each in of_it for end in each.ends if not end.catch]
+        yield (
+            f"By `{strategy}`, and by no story that was written for it: of {len(of_it)} mistakes that were"
+            f" sought {len(right)} were found in every range (of seeds: "
+            f"{_from_to([len(each.ends) for each in of_it])}) by an invariant that they belong to; the others"
+            f" in {_from_to(bounds)} schedules not, or by another invariant."
+        )
+        yield ", ".join(f"`{each.plant.id}`" for each in of_it if not each.is_right) or "All were."
+
+
+def _grouped_hunts(record: Mapping[str, Any]) -> Mapping[str, Sequence[Hunted]]:
+    """By strategy."""
+    found = [each for each in hunted(of_json(record)) if each.plant.simulated]
+    strategies = dict.fromkeys(each.strategy for each in found)
+    return {strategy: [each for each in found if each.strategy == strategy] for strategy in strategies}
 
 
 def _from_to(counts: Sequence[int]) -> str:
@@ -273,6 +296,7 @@ def _seeds(rows: _Rows) -> int:
 
 _SECTIONS = (
     ("Planted mistakes, by strategy", "planted", _of_planted),
+    ("Planted mistakes, by stories not written for them", "others", _of_others),
     ("With nothing planted", "clean", _of_clean),
     ("Every interleaving, by design", "exhaustive", _of_exhaustive),
     ("Faults in real processes", "torture", _of_torture),

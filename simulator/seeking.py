@@ -118,10 +118,11 @@ def find(
     most: int,
     worth: Callable[[tuple[str, str]], float] = lambda pair: 1.0,
     stop: Callable[[], bool] = lambda: False,
+    plays: Callable[[str], bool] = lambda story: True,
 ) -> Catch | None:
     """What is planted is in.  At most `most` schedules of the range; None also if every strategy has seen
     all there is, or if `stop` says so behind a schedule.
-    `worth`: of each pair, to begin with.
+    `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?
     """
 
     def enough(tally: Tally) -> bool:
@@ -131,6 +132,7 @@ def find(
     searched = [
         _Pair(Judged(story_of, *pair), named.make(seeds.start), compares=not named.seeded, worth=worth(pair))
         for pair in pairs()
+        if plays(pair[0])
         if named.seeded or not STORIES[pair[0]].faults  # who compares schedules knows of none
     ]
     if named.seeded:

@@ -9,7 +9,7 @@ from typing import Any
 from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.page import Entry, Page, Poisoned, Pte
+from kvmd.core.mm.page import Entry, Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
 from kvmd.core.mm.table import PageTable
 from kvmd.core.slots.host_changes import HostChanges
@@ -76,8 +76,21 @@ def _backs(watch: Watch, table: PageTable, hva: Hva, level: Level, there: Transl
     watch.ghost.backs(_space(table), first, first + pages_of_level(level), there)
 
 
+def _judge_shared(watch: Watch, table: PageTable, entry: Entry) -> None:
+    """A pinned page stays its process's alone: the next store of either would part the pin from it."""
+    if not isinstance(entry, Pte) or entry.page.kind is not PageKind.ANON:
+        return
+    if all(mapper is table for mapper, _ in entry.page.entries):
+        return
+    for name, page, frame in watch.ghost.backing.pinned_frames():
+        if entry.pfn <= frame < entry.pfn + pages_of_level(entry.level):
+            shared = f"frame {frame:#x}, pinned as page {page:#x} of {name}, is shared with {_space(table)}"
+            watch.ghost.verdicts.say("I22", shared)
+
+
 @seams.around(PageTable, "set")
 def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
+    _judge_shared(watch, table, entry)
     _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), _there(entry))
     for named, change in ((table.find(entry.hva), -1), (entry, 1)):
         if type(named) is Poisoned:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,37 @@ def test_found_and_not_found_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert (catch["invariant"], catch["schedules"], catch["steps"]) == ("I9", 1, 0)
     assert (catch["story"], catch["design"]) in seeking.pairs()
     assert not_met["found"] == [None]
+
+
+def test_others_are_all_stories_but_those_written_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, bool] = {}
+
+    def find(strategy: str, seeds: range, most: int, worth: Any, stop: Any, plays: Any) -> None:
+        asked.update({story: plays(story) for story, _ in seeking.pairs()})
+
+    class Here:
+        """The pool, in this process."""
+
+        def __init__(self, workers: int, context: object, begin: Any, given: Any) -> None:
+            begin(*given)
+
+        def submit(self, call: Any, *given: Any) -> Future[Any]:
+            future = Future[Any]()
+            future.set_result(call(*given))
+            return future
+
+        def shutdown(self, **how: bool) -> None:
+            pass
+
+    monkeypatch.setattr(hunting, "find", find)
+    monkeypatch.setattr(hunting, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(signal, "signal", lambda number, what: None)
+    hunted(tmp_path / "a.json", capsys, "R15-unit-without-its-fence")
+    assert all(asked.values())
+    hunted(tmp_path / "b.json", capsys, "R15-unit-without-its-fence", "--others")
+    assert {story for story, is_played in asked.items() if not is_played} == {"moves", "units"}
 
 
 def test_what_is_on_record_is_not_sought_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +140,8 @@ def test_a_search_that_compares_schedules_begins_each_in_one_state(
 
 
 def test_the_hunt_and_the_sweep_of_the_suite_keep_their_records_apart() -> None:
-    assert hunting.RECORD.name != sweep.RECORD.name
+    names = {hunting.RECORD.name, hunting.RECORD_OF_OTHERS.name, sweep.RECORD.name}
+    assert len(names) == 3
 
 
 # -- a bounded run, in every `make test` ------------------------------------------------------------------

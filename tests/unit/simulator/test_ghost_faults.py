@@ -284,6 +284,14 @@ def _pinned_slot_goes(world: World) -> None:
     assert exported.root.exported
 
 
+def _pinned_and_forked(world: World) -> None:
+    _faults(world)
+    world.lend()
+    pins = world.vm.pinning.open()
+    world.do(world.vm.pinning.pin(pins, GfnSpan.of_pages(Gfn(GPA >> 12), 1)))
+    world.do(fork(world.mm, world.host.create_mm()))
+
+
 def _beside_a_slow_flush(world: World) -> None:
     """Who stores to a shared page takes it away, and so waits (B-18); another store does not."""
     _faults(world)
@@ -307,6 +315,7 @@ CASES: dict[str, tuple[Callable[[World], None], str]] = {
     "B-23-roots-left-at-the-end": (_ends, "I7"),
     "R14-torn-store": (_faults, "I4"),
     "pins-forgotten-with-nobody": (_pinned_slot_goes, "I22"),
+    "R22-fork-shares-what-is-pinned": (_pinned_and_forked, "I22"),
 }
 
 

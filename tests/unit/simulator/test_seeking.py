@@ -111,6 +111,12 @@ def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], play
     assert set(played) == {"scouted", "scouted with faults"}
 
 
+def test_a_story_that_is_left_out_is_not_played(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"its own": Made(), "another": Made()}
+    seeking.find("random", range(1), 40, plays=lambda story: story != "its own")
+    assert set(played) == {"another", "another with faults"}
+
+
 def test_a_rare_one_is_found_all_the_same(stories: dict[str, Made], played: Counter[str]) -> None:
     """The lines were not come to when it was asked first."""
     stories |= {"not scouted": Made(fails=3), "scouted": Made()}
