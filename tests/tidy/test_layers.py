@@ -20,7 +20,15 @@ from tests.tidy.source import (
     snippet,
 )
 
-RANK = {"protocol": 0, **dict.fromkeys(DAEMONS, 1), "vfio_user": 1, "simulator": 2, "bench": 3, "tests": 3}
+RANK = {
+    "protocol": 0,
+    **dict.fromkeys(DAEMONS, 1),
+    "vfio_user": 1,
+    "simulator": 2,
+    "guest": 2,
+    "bench": 3,
+    "tests": 3,
+}
 
 # The one front door for people leads upwards, too.
 FRONT_DOOR = ("qemu_shim.cli", "simulator.command")
