@@ -64,14 +64,19 @@ SILICON = (
     ),
     Plant(
         "R25-survives-what-it-races",
-        "A device TLB's entries survive the invalidation that comes behind a use of them.",
+        "What a device TLB was filled with last survives the invalidation that comes next.",
         "R25",
         [
+            Edit(f"{_DEVTLB}.fill", "shift =", "self.filled = page\n    shift ="),
             Edit(
                 f"{_FUNCTION}.invalidate_translations",
                 "self.devtlb.invalidate(start, npages)",
-                "if not self.devtlb.hits % 2:\n        self.devtlb.invalidate(start, npages)",
-            )
+                "filled = self.devtlb.__dict__.pop('filled', -1)\n"
+                "    if start <= filled < start + npages:\n"
+                "        self.devtlb.invalidate(start, filled - start)\n"
+                "        start, npages = filled + 1, start + npages - filled - 1\n"
+                "    self.devtlb.invalidate(start, npages)",
+            ),
         ],
         races=["R25"],
     ),
@@ -125,14 +130,18 @@ SILICON = (
     Plant(
         "absent-is-cached",
         "What was absent is cached, and no one flushes what becomes present.",
-        "R14",
+        "R20",
         [
             Edit(
                 f"{_UNIT}._fill",
                 "return NOT_PRESENT",
-                "self.iotlb.fill(attached.did, page, NOT_PRESENT._replace(rights=3))\n"
-                "        return NOT_PRESENT",
-            )
+                "self.iotlb.fill(attached.did, page, NOT_PRESENT)\n        return NOT_PRESENT",
+            ),
+            Edit(
+                f"{_IOTLB}.lookup",
+                "entry.rights & need:",
+                "(entry.rights & need or not entry.rights):",
+            ),
         ],
         races=["B-32", "R20"],
     ),
@@ -152,14 +161,21 @@ SILICON = (
     ),
     Plant(
         "I9-status-before-the-work",
-        "A wait's status is stored without what stands before it in the queue.",
+        "A wait's status is stored, and device TLBs do what stands before it at the next kick.",
         "I9",
         [
             Edit(
                 f"{_UNIT}._execute",
-                "if endpoint is not None and not endpoint.invalidate_translations(*descriptor.pages):",
-                "if False:",
-            )
+                "not endpoint.invalidate_translations(*descriptor.pages)",
+                "self.__dict__.setdefault('put_off', []).append((endpoint, descriptor.pages))",
+            ),
+            Edit(
+                f"{_UNIT}.kick",
+                "self.queue.run()",
+                "for endpoint, pages in self.__dict__.pop('put_off', ()):\n"
+                "        endpoint.invalidate_translations(*pages)\n"
+                "    self.queue.run()",
+            ),
         ],
         races=["R4"],
     ),

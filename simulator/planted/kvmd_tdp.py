@@ -449,8 +449,8 @@ KVMD_TDP = (
         races=["R22"],
     ),
     Plant(
-        "collapse-thaws-before-flush",
-        "A table that one huge leaf could replace is thawed before what it mapped is flushed.",
+        "collapse-thaws-unflushed",
+        "A table that one huge leaf could replace is cut off, and what it mapped is not flushed.",
         "I7",
         [
             Edit(

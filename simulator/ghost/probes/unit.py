@@ -58,9 +58,10 @@ def _translation_request(
 def _iotlb_fill(
     watch: Watch, original: Any, iotlb: Iotlb, did: int, page: IovaPfn, entry: IotlbEntry
 ) -> None:
+    """One without rights translates nothing: what comes of it the device is told (`_translation_request`)."""
     original(iotlb, did, page, entry)
     root = watch.filling.get((id(iotlb), did))
-    if root is not None:
+    if root is not None and entry.rights:
         watch.dids.setdefault(id(iotlb), set()).add(did)
         value = Translation(entry.hpa >> PAGE_SHIFT, entry.rights)
         watch.ghost.cached(_iotlb(watch, iotlb, "iotlb", did), root, *block_of(page, entry.level), value)

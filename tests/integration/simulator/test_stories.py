@@ -147,6 +147,7 @@ SEEN = {
     "B-37-always-failure": ("poison", "shared", "I8"),
     "B-31-canonical-for-a-cpu": ("high", "mirror", "I8"),
     "R20-rights-of-what-was": ("log", "shared", "R20"),
+    "absent-is-cached": ("discard", "shared", "R20"),
     "B-30-pages-of-32-bits": ("vast", "mirror", "R17"),
     "R10-nothing-to-go-back-to": ("or-back", "mirror", "R10"),
     "R10-attached-though-unbound": ("iommufd-closes", "mirror", "R10"),
@@ -188,7 +189,7 @@ SEEN = {
     "R26-ageing-asks-who-went": ("vm-comes", "shared", "R26"),
     "R28-released-under-a-lease": ("importers-end", "shared", "I13"),
     "R3-obsolete-root-is-found": ("slot-else", "managed", "R3"),
-    "collapse-thaws-before-flush": ("log-huge", "shared", "R6"),
+    "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {
