@@ -30,7 +30,15 @@ from guest.wanted import EMULATOR, KERNEL
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
 BOOT_TIMEOUT_S: Final = 180.0
-RUNS: Final = ("pci", "idxd", "block_on_fault", "dsa", "dma", "soft_dma")
+RUNS: Final = {  # run_NAME of `init`
+    "pci": "each function on the bus, as sysfs has it",
+    "idxd": "load the accelerator's driver, and what it needs before",
+    "block_on_fault": "each memory move may block; before dsa",
+    "dsa": "a work queue of the first accelerator for the kernel's own use",
+    "dma": "copy by the first channel, and compare (dma_check.tests, .bytes, .wait_ms, .channel)",
+    "unbind": "let go of it, and unload the driver",
+    "soft_dma": "dma by a channel in software (soft_dma.spoil=1 to 5: one that does wrong)",
+}
 
 
 def fetch(options: argparse.Namespace, store: GuestStore) -> int:
@@ -76,7 +84,7 @@ def _command(options: argparse.Namespace, store: GuestStore, *, interactive: boo
         ram_mib=options.ram,
         cpus=options.cpus,
         accelerator=options.accel,
-        runs=tuple(options.run.split(",")) if not interactive else ("shell",),
+        runs=(*options.run, "shell") if interactive else options.run,
         devices=tuple(path.absolute() for path in options.device),
         append=tuple(options.append),
         further=tuple(options.qemu),
@@ -126,6 +134,14 @@ def _report(ending: Ending, *, as_json: bool) -> None:
     print(f"{ending.seconds:.1f} s from start to end")
 
 
+def runs(said: str) -> tuple[str, ...]:
+    names = tuple(said.split(","))
+    for name in names:
+        if name not in RUNS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(RUNS)}")
+    return names
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m guest",
@@ -161,9 +177,10 @@ def parser() -> argparse.ArgumentParser:
     )
     machine.add_argument(
         "--run",
+        type=runs,
         default=",".join(DEFAULT_RUNS),
         metavar="NAME,...",
-        help=f"what the guest does, of {', '.join(RUNS)} (%(default)s)",
+        help="what the guest does, one after the other (%(default)s)",
     )
     machine.add_argument(
         "--device",
@@ -181,16 +198,30 @@ def parser() -> argparse.ArgumentParser:
         help="on the kernel's command line, such as dma_check.tests=100",
     )
     machine.add_argument("--qemu", action="append", default=[], metavar="ARG", help="of QEMU's own")
-    machine.add_argument("--console", action="store_true", help="a shell of the guest on this terminal")
+    machine.add_argument("--console", action="store_true", help="then a shell of the guest on this terminal")
     commands = options.add_subparsers(required=True, metavar="COMMAND")
     fetching = commands.add_parser("fetch", parents=[everywhere], help="what is needed from Debian's archive")
     fetching.add_argument("--dry-run", action="store_true", help="the index alone: versions, sizes, sha256")
     fetching.set_defaults(act=fetch)
     building = commands.add_parser("image", parents=[everywhere], help="the initramfs, modules built")
     building.set_defaults(act=image)
-    printing = commands.add_parser("line", parents=[everywhere, machine], help="the emulator's command line")
+    told = "runs:\n" + "\n".join(f"  {name:16}{what}" for name, what in RUNS.items())
+    wide = argparse.RawDescriptionHelpFormatter
+    printing = commands.add_parser(
+        "line",
+        parents=[everywhere, machine],
+        help="the emulator's command line",
+        epilog=told,
+        formatter_class=wide,
+    )
     printing.set_defaults(act=line)
-    booting = commands.add_parser("boot", parents=[everywhere, machine], help="start it, and end with it")
+    booting = commands.add_parser(
+        "boot",
+        parents=[everywhere, machine],
+        help="start it, and end with it",
+        epilog=told,
+        formatter_class=wide,
+    )
     booting.add_argument(
         "--timeout",
         type=float,

@@ -18,14 +18,16 @@ from guest.archive import DEBIAN_KEYRING
 from guest.build import built
 from guest.store import GuestStore, default_cache
 from tests.integration.test_vfio_user import PlainServer
+from tests.kit.daemons import until
+from tests.patience import PATIENCE_S
+
+ROOT = Path(__file__).parents[2]
 
 
 def booted(*arguments: str) -> tuple[int, dict[str, tuple[str, str]], list[str]]:
     """Exit status, results by name as (status, detail), and all that the guest said."""
     command = [sys.executable, "-m", "guest", "boot", "--json", *arguments]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     said = json.loads(done.stdout)
     return (
         done.returncode,
@@ -64,9 +66,32 @@ def test_a_device_that_does_wrong_is_seen(spoil: int, wrong: str) -> None:
 
 
 def test_a_run_that_is_not_known_fails() -> None:
-    status, results, _ = booted("--run", "nonsense")
+    status, results, _ = booted("--append", "guest.run=nonsense")
     assert results == {"nonsense": ("failed", "unknown")}
     assert status == 1
+
+
+def served(socket: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.vfio_user.serve_copying", str(socket)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+    until(socket.exists, "the server listens")
+    return process
+
+
+def test_debians_driver_copies_by_a_function_behind_vfio_user(tmp_path: Path) -> None:
+    """Bound, used, unbound and unloaded; and again, with block on fault in each descriptor."""
+    server = served(tmp_path / "dsa.sock")
+    runs = "idxd,dsa,dma,unbind,idxd,block_on_fault,dsa,dma,unbind"
+    words = ("--append", "dma_check.bytes=100000", "--append", "dma_check.tests=6")
+    status, results, said = booted("--run", runs, "--device", str(tmp_path / "dsa.sock"), *words)
+    out, _ = server.communicate(timeout=PATIENCE_S)
+    assert said.count("result unbind ok") == 2
+    assert results["dsa"] == ("ok", "device=dsa0 queue=wq0.0 state=enabled")
+    assert results["dma_check"] == ("ok", "channel=dma0chan0 passed=6 of=6")
+    seen = json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
+    assert (seen["moves"], seen["blocking"], seen["bytes"]) == (12, 6, 2 * 3 * 150_000)
+    assert (status, server.returncode) == (0, 0)
 
 
 def test_a_function_behind_vfio_user_is_on_its_bus(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -19,6 +20,7 @@ from protocol.rpc.socket import Listener
 from tests.kit.vfio_user_dsa import PlainSilicon
 from vfio_user.connection import FunctionDoor
 from vfio_user.core.pci.dsa import BAR2_BYTES, dsa_endpoint
+from vfio_user.core.pci.endpoint import PciEndpoint, PciSilicon
 
 DOORBELL = BAR2_BYTES - 8
 BUG = BAR2_BYTES - 16  # a store here is a mistake of the function's
@@ -42,10 +44,16 @@ class RingingSilicon(PlainSilicon):
             memory[:] = bytes(len(memory))
 
 
-async def serve(path: Path) -> int:
+class EndpointSilicon(PciSilicon, Protocol):
+    @property
+    def endpoint(self) -> PciEndpoint: ...
+
+
+async def serve(path: Path, silicon: EndpointSilicon) -> int:
+    """Until standard input ends: the number of mistakes."""
     mistakes: list[BaseException] = []
     loop = Loop(LINUX, Flows(mistakes.append))
-    door = FunctionDoor(loop, RingingSilicon().endpoint)
+    door = FunctionDoor(loop, silicon.endpoint)
     stop = trio.Event()
 
     def on_stdin(_: int) -> None:
@@ -68,4 +76,4 @@ async def serve(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(trio.run(serve, Path(sys.argv[1])))
+    sys.exit(trio.run(serve, Path(sys.argv[1]), RingingSilicon()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from guest.__main__ import RUNS, main
 from guest.failure import GuestError
-from guest.machine import MachineOptions, command_line, emulator_command, kernel_arguments
+from guest.image import INIT
+from guest.machine import DEFAULT_RUNS, MachineOptions, command_line, emulator_command, kernel_arguments
 
 
 def line(options: MachineOptions, *, interactive: bool = False) -> list[str]:
@@ -31,6 +34,19 @@ def test_the_kernel_is_told_what_to_run() -> None:
     assert "guest.run=pci,dma" in words
     assert "console=ttyS0" in words
     assert words[-1] == "dma_check.tests=3"
+
+
+def test_what_can_be_asked_for_is_what_the_guest_can_do() -> None:
+    known = set(re.findall(r"^run_(\w+)\(\)", INIT.read_text(), re.MULTILINE))
+    assert known == {*RUNS, "shell"}
+    assert set(DEFAULT_RUNS) <= RUNS.keys()
+
+
+def test_what_nobody_can_do_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["boot", "--run", "pci,nonsense"])
+    assert left.value.code == 2
+    assert "'nonsense' is none of pci, idxd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
