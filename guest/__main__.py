@@ -25,7 +25,7 @@ from guest.boot import Ending, Progress, boot, converse
 from guest.failure import GuestError
 from guest.machine import DEFAULT_RUNS, MachineOptions, command_line, emulator_command
 from guest.store import CACHE_VARIABLE, GuestStore, Told, default_cache
-from guest.wanted import EMULATOR, KERNEL
+from guest.wanted import WANTS
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -43,7 +43,7 @@ RUNS: Final = {  # run_NAME of `init`
 
 def fetch(options: argparse.Namespace, store: GuestStore) -> int:
     mirror = options.mirror or machine_mirror()
-    plans = [store.planned(want, mirror) for want in (EMULATOR, KERNEL)]
+    plans = [store.planned(want, mirror) for want in WANTS]
     if not options.json:
         for told in plans:
             print(f"{told.want.name}: {len(told.debs)} packages, {told.size / 1e6:.1f} MB in all")

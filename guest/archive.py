@@ -44,17 +44,17 @@ class DebFile:
     sha256: str
 
 
-def _ask(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> str:
-    """What a tool says; one that fails is quoted."""
-    given = {**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})}
+def _ask(command: Sequence[str], *, config: Path | None = None, cwd: Path | None = None) -> str:
+    """What one of apt's tools says, with settings of `config`; one that fails is quoted."""
+    given = {**os.environ, "LC_ALL": "C.UTF-8", **({"APT_CONFIG": str(config)} if config else {})}
     try:
-        done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=given, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise GuestError(f"no {command[0]} on this machine: Debian's packages are fetched with it") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:"))]
         shown = "\n  ".join(said or done.stderr.splitlines()[-5:])
-        raise GuestError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n  {shown}")
+        raise GuestError(f"{shlex.join(command)} ended with {done.returncode}:\n  {shown}")
     return done.stdout
 
 
@@ -145,17 +145,9 @@ class DebArchive:
                 raise GuestError(f"{deb.file} is not what the signed index says it is")
 
     def _apt(self, verb: str, *arguments: str) -> str:
+        where = self._debs if verb == "download" else self._root  # it downloads to where it is
         try:
-            return _ask(
-                [
-                    "env",
-                    f"--chdir={self._debs if verb == 'download' else self._root}",
-                    "apt-get",
-                    verb,
-                    *arguments,
-                ],
-                {"APT_CONFIG": str(self._root / "apt.conf")},
-            )
+            return _ask(["apt-get", verb, *arguments], config=self._root / "apt.conf", cwd=where)
         except GuestError as error:
             asked = f"{', '.join(self.want.suites)} of {self.mirror}"
             raise GuestError(f"{self.want.name}: asked {asked}, and was refused: {error}") from None

@@ -30,7 +30,7 @@ from guest.failure import GuestError
 from guest.image import INIT, initramfs
 from guest.kernel import DebianKernel
 from guest.unpack import unpack
-from guest.wanted import EMULATOR, KERNEL, Want
+from guest.wanted import EMULATOR, KERNEL, WANTS, Want
 
 CACHE_VARIABLE: Final = "GUEST_CACHE"
 _NAME_BYTES: Final = 8
@@ -97,15 +97,23 @@ class GuestStore:
         self._archive(told.want, told.mirror).fetch(told.debs)
         record = {"mirror": told.mirror, "debs": [asdict(deb) for deb in told.debs]}
         self._write(self._at / f"{told.want.name}.json", (json.dumps(record, indent=2) + "\n").encode())
+        used = {deb.file for want in (told.want, *WANTS) for deb in self._recorded(want).debs}
+        for old in (self._at / "debs").glob("*.deb"):
+            if old.name not in used:
+                old.unlink()
 
     def known(self, want: Want) -> Told | None:
         """What was fetched before, if it is all there and whole."""
+        told = self._recorded(want)
+        return told if told.debs and all(is_whole(deb, self._at / "debs") for deb in told.debs) else None
+
+    def _recorded(self, want: Want) -> Told:
+        """Of no packages, if there is no record that can be read."""
         try:
             record = json.loads((self._at / f"{want.name}.json").read_bytes())
-            told = Told(want, record["mirror"], tuple(DebFile(**deb) for deb in record["debs"]))
+            return Told(want, record["mirror"], tuple(DebFile(**deb) for deb in record["debs"]))
         except (OSError, ValueError, TypeError, KeyError):
-            return None
-        return told if told.debs and all(is_whole(deb, self._at / "debs") for deb in told.debs) else None
+            return Told(want, "", ())
 
     def unpacked(self, want: Want) -> Path:
         """The packages of the last fetch; fetched now if there was none."""

@@ -31,3 +31,4 @@ KERNEL: Final = Want(
     ("linux-image-amd64", "linux-headers-amd64", "busybox-static"),
     kept=("linux-image-[0-9]*", "linux-headers-[0-9]*", "linux-kbuild-*", "busybox-static"),
 )
+WANTS: Final = (EMULATOR, KERNEL)

@@ -64,14 +64,16 @@ def test_a_damaged_record_is_none(store: GuestStore, tmp_path: Path, record: byt
 def test_other_packages_are_another_place_and_the_old_one_goes(
     store: GuestStore, made_up: MadeUpArchive
 ) -> None:
+    newer = MadeUp("machine", "2", depends="libmachine", files={"usr/bin/newer": b""})
     with store.alone():
         before = store.unpacked(WANT)
-        made_up.publish("stable", [LIBRARY, MadeUp("machine", "2", files={"usr/bin/newer": b""})])
+        made_up.publish("stable", [LIBRARY, newer])
         assert store.unpacked(WANT) == before, "what was fetched stays until somebody asks"
         store.fetch(store.planned(WANT, made_up.uri))
         after = store.unpacked(WANT)
-    assert contents(after) == {"usr/bin/newer"}
+    assert contents(after) == {"usr/bin/newer", "usr/lib/libmachine"}
     assert not before.exists()
+    assert {path.name for path in (after.parent / "debs").iterdir()} == {LIBRARY.file, newer.file}
 
 
 def test_what_was_interrupted_leaves_no_half(
