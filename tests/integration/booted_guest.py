@@ -18,8 +18,7 @@ from guest.archive import DEBIAN_KEYRING
 from guest.build import built
 from guest.store import GuestStore, default_cache
 from tests.integration.test_vfio_user import PlainServer
-from tests.kit.daemons import until
-from tests.patience import PATIENCE_S
+from tests.kit.copying_server import CopyingServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,27 +70,18 @@ def test_a_run_that_is_not_known_fails() -> None:
     assert status == 1
 
 
-def served(socket: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.vfio_user.serve_copying", str(socket)]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-    until(socket.exists, "the server listens")
-    return process
-
-
 def test_debians_driver_copies_by_a_function_behind_vfio_user(tmp_path: Path) -> None:
     """Bound, used, unbound and unloaded; and again, with block on fault in each descriptor."""
-    server = served(tmp_path / "dsa.sock")
+    server = CopyingServer(tmp_path)
     runs = "idxd,dsa,dma,unbind,idxd,block_on_fault,dsa,dma,unbind"
     words = ("--append", "dma_check.bytes=100000", "--append", "dma_check.tests=6")
-    status, results, said = booted("--run", runs, "--device", str(tmp_path / "dsa.sock"), *words)
-    out, _ = server.communicate(timeout=PATIENCE_S)
+    status, results, said = booted("--run", runs, "--device", str(server.path), *words)
     assert said.count("result unbind ok") == 2
     assert results["dsa"] == ("ok", "device=dsa0 queue=wq0.0 state=enabled")
     assert results["dma_check"] == ("ok", "channel=dma0chan0 passed=6 of=6")
-    seen = json.loads([line for line in out.splitlines() if line.startswith("{")][-1])
+    seen = server.seen()
     assert (seen["moves"], seen["blocking"], seen["bytes"]) == (12, 6, 2 * 3 * 150_000)
-    assert (status, server.returncode) == (0, 0)
+    assert status == 0
 
 
 def test_a_function_behind_vfio_user_is_on_its_bus(tmp_path: Path) -> None:
