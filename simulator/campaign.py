@@ -16,14 +16,11 @@ from functools import partial
 
 from simulator.pool import Stop, interrupts, pooled
 from simulator.search.coverage import Coverage
-from simulator.search.explore import Player, PlayerLost, Tally, explore
+from simulator.search.explore import PlayerLost, Start, Tally, explore
 from simulator.search.strategies import STRATEGIES
 
 SHARD = 200
 WORKER_DIED = "a worker died: killed from outside, or out of memory.  Run it again"
-
-Start = Callable[[], Player]
-"""Called for each shard, in one of the processes; may be sent there (a module's function, or a `partial`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,9 @@ class CampaignEnd:
 def _shard(start: Start, strategy: str, shard: tuple[int, int], stop: Stop) -> Tally | None:
     """None: it was stopped."""
     seed, schedules = shard
-    tally = explore(start(), STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop(), Coverage())
+    tally = explore(
+        start(schedules), STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop(), Coverage()
+    )
     return None if stop() else tally
 
 
@@ -125,7 +124,9 @@ def run_campaign(
     failures_max: int | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> CampaignEnd:
-    """`workers`: one a core.  From the main thread, which hears of Ctrl-C.  CampaignRefused."""
+    """`start`: for each shard, in one of the processes; may be sent there (a module's function, or a
+    `partial`).  `workers`: one a core.  From the main thread, which hears of Ctrl-C.  CampaignRefused.
+    """
     named = STRATEGIES[campaign.strategy]
     with interrupts() as interrupted:
         sitting = _Sitting(seconds, failures_max, progress, interrupted)
@@ -134,8 +135,9 @@ def run_campaign(
         else:
             strategy = named.make(campaign.seed)
             try:
+                schedules = campaign.schedules
                 tally = explore(
-                    start(), strategy, campaign.seed, campaign.schedules, sitting.enough, Coverage()
+                    start(schedules), strategy, campaign.seed, schedules, sitting.enough, Coverage()
                 )
             except PlayerLost as lost:
                 raise CampaignRefused(f"{lost}.  Run it again") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,7 @@ PLAYED: Mapping[str, Scenario | SmallStory] = {**STORIES, **WORKLOADS, **SCENARI
 SCHEDULES_OF_SHARD = (
     10  # a schedule of a whole scenario takes a second, and who waits for a failure wants it soon
 )
-OF_SMALL_SHARD = 100
-ROUNDS = 500  # of a small story in one machine, which takes as long to bring up as ten to play
+OF_SMALL_SHARD = 100  # in one machine, which takes as long to bring up as ten to play
 EXIT_FOUND = 1
 
 
@@ -68,9 +67,7 @@ def main(argv: list[str]) -> int:
     try:
         ended = run_campaign(
             campaign,
-            partial(begin_forks, judged)
-            if compares and small
-            else partial(begin, judged, 1 if compares else ROUNDS),
+            partial(begin_forks if compares and small else begin, judged),
             workers=options.workers,
             seconds=options.seconds,
             failures_max=1,
@@ -98,15 +95,15 @@ def list_planted(*, as_json: bool) -> int:
     return 0
 
 
-def begin(judged: Judged, rounds: int = 1, onlooker: Onlooker | None = None) -> Player:
+def begin(judged: Judged, rounds: int, onlooker: Onlooker | None = None) -> Player:
     """In each process."""
     settle()
     return judged(rounds, onlooker)
 
 
-def begin_forks(judged: Judged) -> Player:
-    """The same, where each schedule is to begin in the very same state."""
-    begin(judged)
+def begin_forks(judged: Judged, _schedules: int) -> Player:
+    """The same, where each schedule is to begin in the very same state: its machine is its own."""
+    settle()
     return Forked(judged)
 
 
@@ -121,9 +118,15 @@ def faults_of(text: str) -> tuple[str, ...]:
 def searched_faults(text: str) -> tuple[str, ...]:
     """Of a search that compares schedules."""
     kinds = faults_of(text)
-    if others := [kind for kind in kinds if not is_searched(kind)]:
-        raise argparse.ArgumentTypeError(f"{', '.join(others)}: a search that ends can have no such faults")
+    if refused := _not_searched(kinds):
+        raise argparse.ArgumentTypeError(refused)
     return kinds
+
+
+def _not_searched(kinds: Sequence[str]) -> str:
+    """Why a search that ends cannot have these; empty: it can."""
+    others = ", ".join(kind for kind in kinds if not is_searched(kind))
+    return others and f"{others}: a search that ends can have no such faults"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         type=faults_of,
         default=(),
         metavar="KIND,...",
-        help="at most one each a schedule, then all is played again without: "
-        + "; ".join(f"{name}: {kind.what}" for name, kind in FAULTS.items()),
+        help="at most one each a schedule, and once a machine has had its schedules all is played again "
+        "without: " + "; ".join(f"{name}: {kind.what}" for name, kind in FAULTS.items()),
     )
     parser.add_argument(
         "--set", dest="param", action="append", default=[], metavar="NAME=N", help="of the scenario"
@@ -200,10 +203,10 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
             parser.error(f"--set {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
         params[param] = int(value)
     if not STRATEGIES[options.strategy].seeded:
-        try:
-            searched_faults(",".join(options.faults))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"--faults with --strategy {options.strategy}: {error}")
+        own = scenario.faults if isinstance(scenario, SmallStory) else ()
+        for whose, kinds in (("--faults", options.faults), (f"the faults of {name}", own)):
+            if refused := _not_searched(kinds):
+                parser.error(f"{whose} with --strategy {options.strategy}: {refused}")
     return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)
 
 
@@ -232,7 +235,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     words += [f"--plant {judged.plant}"] if judged.plant else []
     words += [f"--faults {','.join(judged.faults)}"] if judged.faults else []
     print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
-    shrunk, replays = smallest(begin(judged, ROUNDS), found)
+    shrunk, replays = smallest(partial(begin, judged), found)
     answers = sum(map(bool, shrunk.answers))
     print(f"its story, {answers} answers that are not the default (after {replays} replays):")
     text = to_text(
@@ -262,7 +265,7 @@ def _replayed(parser: argparse.ArgumentParser, path: Path, trace: Path | None) -
     judged = _judged_again(parser, path, story)
     narrator = Narrator(Replay(story.answers))
     with nullcontext() if trace is None else narrator.journal.tracing():
-        end = replayed(begin(judged, len(story.before) + 1, narrator), story.before, narrator)
+        end = replayed(partial(begin, judged, onlooker=narrator), story.before, narrator)
     if trace is not None:
         try:
             trace.write_text("".join(f"{event}\n" for event in narrator.events), encoding="utf-8")

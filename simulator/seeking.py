@@ -151,7 +151,7 @@ def find(
         turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
         tally = pair.turn(seeds.start, turn, enough)
         if tally.found:
-            shrunk, _ = smallest(pair.player(turn), tally.found[0], REPLAYS)
+            shrunk, _ = smallest(pair.judged, tally.found[0], REPLAYS)
             steps = sum(map(bool, shrunk.answers))
             of = pair.judged
             return Catch(

@@ -38,6 +38,10 @@ class Player(Protocol):
         """The next is the first in a new machine."""
 
 
+Start = Callable[[int], Player]
+"""A new one, of machines that come to their end with so many schedules, if not sooner."""
+
+
 class PlayerLost(Exception):
     """What plays is gone, and what its schedule would have come to is not known."""
 
@@ -126,9 +130,11 @@ def explore(
     return tally
 
 
-def replayed(player: Player, before: Sequence[Answers], strategy: Strategy) -> RunEnd:
-    """One schedule behind others in a machine of its own; the first that breaks something ends it."""
-    player.renew()
+def replayed(start: Start, before: Sequence[Answers], strategy: Strategy) -> RunEnd:
+    """One schedule behind others in a machine of its own, to its end; the first that breaks something ends
+    it.
+    """
+    player = start(len(before) + 1)
     for answers in before:
         end = player(Replay(answers))
         if end.invariant:
@@ -136,34 +142,33 @@ def replayed(player: Player, before: Sequence[Answers], strategy: Strategy) -> R
     return player(strategy)
 
 
-def smallest(player: Player, found: Found, replays_max: int = REPLAYS_MAX) -> tuple[Found, int]:
+def smallest(start: Start, found: Found, replays_max: int = REPLAYS_MAX) -> tuple[Found, int]:
     """The shrunk schedule that breaks the same invariant, replayed once more for its own trace and
-    sentence; and how many replays it took.  What was played before it in its machine is left out if it fails
-    without.
+    sentence; and how many replays it took, that one not among `replays_max`.  What was played before it in
+    its machine is left out if it fails without.
     """
     replays = 0
 
     def fails(before: Sequence[Answers], answers: Answers) -> bool:
         nonlocal replays
         replays += 1
-        end = replayed(player, before, Replay(answers))
+        end = replayed(start, before, Replay(answers))
         return (end.invariant, end.round) == (found.result.invariant, len(before))
 
     before = found.before
     size = len(before)
     while size:
         place = 0
-        while place < len(before):
+        while place < len(before) and replays < replays_max:
             shorter = (*before[:place], *before[place + size :])
             if fails(shorter, found.answers):
                 before = shorter
             else:
                 place += size
         size //= 2
-    shrunk = shrink(found.answers, partial(fails, before), replays_max)
+    shrunk = shrink(found.answers, partial(fails, before), replays_max - replays)
     recorded = Recorded(Replay(shrunk.answers))
-    result = replayed(player, before, recorded)
-    player.renew()
+    result = replayed(start, before, recorded)
     assert result.invariant == found.result.invariant, "a schedule that failed does not fail again"
     small = replace(found, result=result, answers=recorded.answers, trace=recorded.trace, before=before)
     return small, replays + 1

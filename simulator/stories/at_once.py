@@ -16,7 +16,7 @@ import trio
 
 from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AFTER, AT, MAY_TAKE, PAGES, PATTERN, SLOT_BYTES, agree
+from simulator.stories.common import AFTER, AT, MAY_TAKE, PAGES, PATTERN, SLOT_BYTES, agree, check
 from simulator.stories.story import Play, SmallStory
 from simulator.world.scheduler import World
 
@@ -29,7 +29,9 @@ Change = Callable[[Guest, RamSlot], Awaitable[Any]]
 
 
 async def at_once(ctx: Context, excerpt: Excerpt, *calls: Call) -> None:
-    """Each of `calls` begins with a request that waits for nothing; what follows comes when all is quiet."""
+    """Each of `calls` begins with a request that waits for nothing; what follows comes when all is quiet, and
+    the daemons have looked at what was left.
+    """
     world: Any = ctx.host.loop.kernel
     scheduler = world.host.scheduler
     assert isinstance(scheduler, World), "a story is played in the simulator"
@@ -40,6 +42,7 @@ async def at_once(ctx: Context, excerpt: Excerpt, *calls: Call) -> None:
             await trio.lowlevel.checkpoint()
         with excerpt:
             scheduler.settle(_REST_S)
+    await check(ctx)
 
 
 def _beside(change: Change, *, cpu: bool, may_lose: bool = False) -> Play:

@@ -2,8 +2,8 @@
 
 A search that compares schedules wants each to begin in the very same state, and a machine takes ten times as
 long to make as a schedule to play.  So one is made, stands still there, and is never played on: a child is,
-to the end of the round, where it is judged.  How the machine is taken down does not depend on the schedule,
-and is left to who plays rounds (`schedule.Living`); but with faults, behind which all is played again.
+to the machine's end, so that each schedule is judged by what it left: by the daemons, by how the machine is
+taken down, and with faults by all that is played again behind them.
 
 The child tells over a pipe what its strategy was asked and told; the parent's, which has heard nothing of it,
 is asked and told the same.  So all that a strategy knows is in one process, whichever strategy it is.
@@ -67,8 +67,7 @@ class Forked:
 
     def __init__(self, judged: Judged) -> None:
         self._judged = judged
-        rounds = 1 if judged.faults else 2  # with them to the machine's end: is all well behind them?
-        self._living = Living(judged, rounds, stands_first=True)
+        self._living = Living(judged, rounds=1, stands_first=True)
         self._steps = _Steps()
         self._stands = False
 

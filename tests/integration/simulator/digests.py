@@ -53,9 +53,9 @@ def scenario_digest(name: str) -> str:
 def found() -> Found:
     """A failure as people are told it: the sentence, and what it was shrunk to."""
     story, design, plant = FOUND
-    run_one = Judged(find, story, design, plant=plant)()
-    tally = explore(run_one, RandomWalk(SEED), SEED, 20, lambda tally: bool(tally.found))
-    return smallest(run_one, tally.found[0])[0]
+    judged = Judged(find, story, design, plant=plant)
+    tally = explore(judged(), RandomWalk(SEED), SEED, 20, lambda tally: bool(tally.found))
+    return smallest(judged, tally.found[0])[0]
 
 
 def lines() -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmd.service import door
 from qemu_shim.vmm.designs import DESIGNS
 from simulator import exhausted
 from simulator.command import find
@@ -18,7 +19,10 @@ from simulator.search.delay import DelayBound
 from simulator.search.exhaustive import HiddenDependenceError
 from simulator.search.explore import explore
 from simulator.search.pct import PriorityChanges
+from simulator.search.replay import Replay
 from simulator.search.walk import RandomWalk
+from simulator.stories.at_once import AT_ONCE
+from simulator.stories.library import STORIES
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
@@ -111,6 +115,25 @@ def test_what_cannot_be_searched_is_said(kind: str, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             main([*words, "--faults", kind])
         assert kind.rpartition(",")[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("story", "kind"), [("moves", "store-buffer"), ("lend-dies", "sigkill")])
+def test_what_a_story_brings_along_cannot_be_searched_either(
+    story: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sim([story, "--design", STORIES[story].playable[-1], "--strategy", "delay"])
+    assert f"the faults of {story} with --strategy delay: {kind}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [story.name for story in AT_ONCE])
+def test_daemons_look_at_what_each_excerpt_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not only at what is left when all has been used again, and taken down."""
+    monkeypatch.setattr(door, "check_vm", lambda vm: ["I1: made up"])
+    playing = Judged(find, name, "shared")(2)
+    end = playing(Replay(()))
+    playing.renew()
+    assert (end.invariant, end.round) == ("I1", 0)
 
 
 def test_a_search_that_does_not_end_says_what_is_left(tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ async def beside(ctx: Context, excerpt: Excerpt) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guest.fill, page)
                 await guest.discard(page)
+
+
+@story()
+async def not_twice(ctx: Context, excerpt: Excerpt) -> None:
+    guest = await ctx.boot_for(16)
+    for _ in excerpt.rounds():
+        with excerpt:
+            await guest.write(guest.pages(1)[0], b"store")
+    ctx.expect(trio.current_time() < 10, "I0: is well only once")
 '''
 
 
@@ -52,9 +61,22 @@ def test_both_kinds_are_played(name: str, design: str, file: str, capsys: pytest
     assert f"two.py:{name}: 3 schedules by mixed, 3 traces, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("strategy", ["mixed", "exhaustive"])
+def test_what_shows_when_all_is_played_again_is_found_shrunk_and_replayed(
+    strategy: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{file}:not-twice", "--strategy", strategy, "--faults", "enomem", "--schedules", "120"]
+    assert main(["sim", *words, "--workers", "1", "--story", "it.story"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: I0: " in out
+    assert "its story, 0 answers that are not the default" in out
+    assert main(["sim", "--replay", "it.story"]) == 1
+    assert "I0: is well only once" in capsys.readouterr().out
+
+
 WRONG = [
-    (["{file}"], "two.py has 2 scenarios: say two.py:alone or two.py:beside"),
-    (["{file}:other"], "two.py has no scenario 'other', only alone, beside"),
+    (["{file}"], "two.py has 3 scenarios: say two.py:alone or two.py:beside or two.py:not-twice"),
+    (["{file}:other"], "two.py has no scenario 'other', only alone, beside, not-twice"),
     (["none.py"], "none.py: there is no such file"),
     (["my own.py"], "'my own.py': a story names its scenario in one word: call the file otherwise"),
     (["{file}:beside", "--design", "pinned"], "cannot be played on design pinned; it can on mirror, shared"),

@@ -113,6 +113,19 @@ def test_a_story_that_raises_in_a_fork_is_a_failure_of_its_schedule() -> None:
     assert "in a fork" in end.sentence
 
 
+def test_a_fork_is_judged_by_its_machines_end() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        for _ in excerpt.rounds():
+            with excerpt:
+                await trio.lowlevel.checkpoint()
+        ctx.expect(os.getpid() == HERE, "I0: at the end")
+
+    forked = Forked(judged(play))
+    end = forked(Recorded(RandomWalk(1)))
+    forked.renew()
+    assert end.invariant == "I0"
+
+
 def in_the_fork(do: Callable[[], None]) -> Play:
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         for _ in excerpt.rounds():

@@ -22,9 +22,13 @@ from simulator.world.scheduler import World
 ROUNDS = 8
 
 
-def player(play: Play, rounds: int, plant: str = "") -> Living:
+def judged(play: Play) -> Judged:
     story = SmallStory("told", "", play)
-    return Judged(lambda _: story, "told", "shared", plant=plant)(rounds)
+    return Judged(lambda _: story, "told", "shared")
+
+
+def player(play: Play, rounds: int) -> Living:
+    return judged(play)(rounds)
 
 
 def beside(expected: Callable[[int], bool]) -> Play:
@@ -106,10 +110,10 @@ def test_a_story_leaves_its_machine_as_it_found_it(story: str, design: str) -> N
 
 @pytest.mark.parametrize(("breaks", "before"), [(0, 0), (3, 3)])
 def test_what_breaks_in_a_later_round_is_played_again_with_those_before(breaks: int, before: int) -> None:
-    playing = player(beside(lambda number: number != breaks), ROUNDS)
-    (found,) = explore(playing, RandomWalk(1), 1, ROUNDS, lambda tally: bool(tally.found)).found
+    told = judged(beside(lambda number: number != breaks))
+    (found,) = explore(told(ROUNDS), RandomWalk(1), 1, ROUNDS, lambda tally: bool(tally.found)).found
     assert found.schedule == breaks + 1
-    small, _ = smallest(playing, found)
+    small, _ = smallest(told, found)
     assert (small.result.invariant, small.answers) == ("I0", ())
     assert len(small.before) == before
 

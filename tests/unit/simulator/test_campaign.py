@@ -24,14 +24,14 @@ def both_saw_all(machine: ToyMachine) -> bool:
     return {("A", "y", 1), ("B", "x", 1)} <= set(machine.seen)
 
 
-def start() -> Player:
+def start(_: int) -> Player:
     def run_one(strategy: Strategy) -> RunEnd:
         return RunEnd("T2", "both saw it") if play(PROGRAM, strategy, both_saw_all).failed else RunEnd()
 
     return Anew(run_one)
 
 
-def dies() -> Player:
+def dies(_: int) -> Player:
     def run_one(strategy: Strategy) -> RunEnd:
         os.kill(os.getpid(), signal.SIGKILL)
         return RunEnd()
@@ -43,7 +43,13 @@ def by_hand(campaign: Campaign) -> Tally:
     tally = Tally()
     for seed, schedules in campaign.shards():
         tally.add(
-            explore(start(), STRATEGIES[campaign.strategy].make(seed), seed, schedules, coverage=Coverage())
+            explore(
+                start(schedules),
+                STRATEGIES[campaign.strategy].make(seed),
+                seed,
+                schedules,
+                coverage=Coverage(),
+            )
         )
     return replace(tally, summary="")
 
@@ -82,7 +88,7 @@ def test_a_worker_that_dies_ends_the_campaign_with_a_reason() -> None:
 
 
 def test_a_search_that_ends_is_one_shard_and_says_all() -> None:
-    def well() -> Player:
+    def well(_: int) -> Player:
         def run_one(strategy: Strategy) -> RunEnd:
             play(PROGRAM, strategy)
             return RunEnd()

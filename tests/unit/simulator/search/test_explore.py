@@ -58,7 +58,7 @@ def test_every_strategy_finds_and_what_is_found_becomes_small(name: str) -> None
     found = tally.found[-1]
     assert found.seed == 5
     assert found.schedule == tally.schedules + tally.given_up
-    small, replays = smallest(badly, found)
+    small, replays = smallest(lambda _: badly, found)
     assert small.result[:2] == ("T2", "both saw it")
     assert len([answer for answer in small.answers if answer]) == 1
     assert 1 <= replays < 20
@@ -100,9 +100,30 @@ def test_what_fails_because_of_a_round_before_keeps_that_round_and_no_other() ->
     player = Living(50)
     (found,) = explore(player, RandomWalk(3), 3, 50, lambda tally: bool(tally.found)).found
     assert len(found.before) == found.result.round == found.schedule - 1 > 1
-    small, _ = smallest(player, found)
+    small, _ = smallest(Living, found)
     assert len(small.before) == small.result.round == 1
-    assert replayed(Living(2), small.before, Replay(small.answers))[:2] == ("T3", "again")
+    assert replayed(Living, small.before, Replay(small.answers))[:2] == ("T3", "again")
+
+
+def test_rounds_before_are_left_out_one_by_one_no_longer_than_there_are_replays() -> None:
+    (found,) = explore(Living(50), RandomWalk(3), 3, 50, lambda tally: bool(tally.found)).found
+    small, replays = smallest(Living, found, 0)
+    assert (replays, small.before) == (1, found.before)
+    _, replays = smallest(Living, found, 2)
+    assert replays == 2 + 1
+
+
+def test_what_the_end_of_a_machine_shows_becomes_small() -> None:
+    """A machine that comes to its end with the last schedule, however few there were before it."""
+
+    class Ends(Living):
+        def __call__(self, strategy: Strategy) -> RunEnd:
+            _, _, number, over = super().__call__(strategy)
+            return RunEnd("T4" if over else "", "at its end", number, over)
+
+    (found,) = explore(Ends(9), RandomWalk(3), 3, 9, lambda tally: bool(tally.found)).found
+    small, _ = smallest(Ends, found)
+    assert (small.result.invariant, small.before, small.answers) == ("T4", (), ())
 
 
 def test_an_exploration_begins_and_ends_with_a_machine_of_its_own() -> None:
@@ -117,4 +138,4 @@ def test_an_exploration_begins_and_ends_with_a_machine_of_its_own() -> None:
 
 def test_a_schedule_that_does_not_fail_again_is_not_called_small() -> None:
     with pytest.raises(AssertionError, match="does not fail again"):
-        smallest(well, Found(0, 1, RunEnd("T1", "once"), (0, 1), 0))
+        smallest(lambda _: well, Found(0, 1, RunEnd("T1", "once"), (0, 1), 0))
