@@ -16,16 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
@@ -42,8 +39,9 @@ from simulator.planted.hunt import (
     table,
 )
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
+from simulator.pool import Stop, pooled
 from simulator.search.strategies import DEFAULT, STRATEGIES
-from simulator.seeking import Reach, find, scouted
+from simulator.seeking import find, scouted
 from simulator.settle import settle
 from simulator.stories.written import is_written_for
 from simulator.version import version
@@ -125,8 +123,8 @@ def _as_json(result: Hunted) -> dict[str, object]:
 
 # -- processes ---------------------------------------------------------------------------------------------
 
-_reach: Reach  # of this process, which is a worker
-_stop: Event  # nobody waits for it any more
+_Worth = Mapping[tuple[str, str], float]
+"""Of each pair, for one plant."""
 
 
 def _sought(
@@ -134,46 +132,31 @@ def _sought(
 ) -> Iterator[tuple[Sought, RangeEnd]]:
     tasks = list(tasks)
     reach = scouted(PLANTED.values()) if tasks else {}
-    context = get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _begin, (reach, stop))
-    try:
-        running = {pool.submit(_seek, task, most, others): task for task in tasks}
-        for future in as_completed(running):
+    todo = [(task, {pair: of.get(task.plant, 0.0) for pair, of in reach.items()}) for task in tasks]
+    with closing(pooled(todo, partial(_seek, most, others), workers)) as ended:
+        for (task, _), future in filter(None, ended):
             try:
                 catch, seconds = future.result()
             except BrokenProcessPool:
                 raise
             except Exception:  # a fault of ours, or of one child: the others are hours of work
-                told = " ".join(map(str, running[future]))
-                print(f"{told}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+                print(f"{' '.join(map(str, task))}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             else:
-                yield running[future], RangeEnd(catch, most, round(seconds, 1), code)
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+                yield task, RangeEnd(catch, most, round(seconds, 1), code)
 
 
-def _begin(reach: Reach, stop: Event) -> None:
-    global _reach, _stop
-    _reach, _stop = reach, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches everybody at a terminal
+def _seek(most: int, others: bool, todo: tuple[Sought, _Worth], stop: Stop) -> tuple[Catch | None, float]:
+    """In a worker.  What was caught, and the seconds of a core that it took, children's too."""
     settle()
-
-
-def _seek(task: Sought, most: int, others: bool) -> tuple[Catch | None, float]:
-    """What was caught, and the seconds of a core that it took, children's too."""
+    task, worth = todo
     plant = plant_of(task.plant)
-
-    def worth(pair: tuple[str, str]) -> float:
-        return _reach[pair].get(task.plant, 0)
 
     def plays(story: str) -> bool:
         return not (others and is_written_for(story, plant))
 
     before = sum(os.times()[:4])
     with planted(task.plant):
-        found = find(task.strategy, seeds_of(task.number), most, worth, _stop.is_set, plays)
+        found = find(task.strategy, seeds_of(task.number), most, worth.__getitem__, stop, plays)
     return found, sum(os.times()[:4]) - before
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -51,23 +51,15 @@ def test_others_are_all_stories_but_those_written_for_it(
     def find(strategy: str, seeds: range, most: int, worth: Any, stop: Any, plays: Any) -> None:
         asked.update({story: plays(story) for story, _ in seeking.pairs()})
 
-    class Here:
+    def here(tasks: Iterable[Any], do: Callable[..., Any], workers: int) -> Generator[Any]:
         """The pool, in this process."""
-
-        def __init__(self, workers: int, context: object, begin: Any, given: Any) -> None:
-            begin(*given)
-
-        def submit(self, call: Any, *given: Any) -> Future[Any]:
+        for task in tasks:
             future = Future[Any]()
-            future.set_result(call(*given))
-            return future
-
-        def shutdown(self, **how: bool) -> None:
-            pass
+            future.set_result(do(task, lambda: False))
+            yield task, future
 
     monkeypatch.setattr(hunting, "find", find)
-    monkeypatch.setattr(hunting, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(signal, "signal", lambda number, what: None)
+    monkeypatch.setattr(hunting, "pooled", here)
     hunted(tmp_path / "a.json", capsys, "R15-unit-without-its-fence")
     assert all(asked.values())
     hunted(tmp_path / "b.json", capsys, "R15-unit-without-its-fence", "--others")
