@@ -98,7 +98,7 @@ class _Sitting:
 
 
 def _sharded(campaign: Campaign, start: Start, workers: int | None, sitting: _Sitting) -> Tally:
-    tally = Tally()
+    tally, summaries = Tally(), dict[int, str]()  # by seed
     do = partial(_shard, start, campaign.strategy)
     with closing(pooled(campaign.shards(), do, workers)) as ended:
         try:
@@ -107,10 +107,15 @@ def _sharded(campaign: Campaign, start: Start, workers: int | None, sitting: _Si
                     finished = one[1].result()
                     assert finished is not None, "nobody said stop"
                     tally.add(finished)
+                    summaries[one[0][0]] = finished.summary
                 if sitting.enough(tally):
                     break
         except BrokenProcessPool:
             raise CampaignRefused(WORKER_DIED) from None
+    if summaries:
+        seed, tally.summary = min(summaries.items())
+        if len(summaries) > 1:
+            tally.summary = f"seed {seed}, one of {len(summaries)}: {tally.summary}"
     tally.found.sort(key=lambda found: (found.seed, found.schedule))
     return tally
 

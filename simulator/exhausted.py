@@ -8,16 +8,19 @@ drawn first of all: at which of so many opportunities.  KIND:each is asked at ea
 none is drawn that never comes, and opportunities may change places, but with the one that is taken.
 
 Results are put on record one by one, in docs/results/exhaustive.json; one of the same sources is not searched
-for again.  The record is JSON:
+for again, unless it did not end and there is more time for it now.  The record is JSON:
 
     {"command": how it was made,
      "searches": [{"story", "design", "faults": "kind,kind" or "", "code": of which sources (git), "ended":
                    has every interleaving been played?, "interleavings", "pruned": runs given up, as they
-                   are played elsewhere, "states": that were told apart, "left": known of and not played,
-                   0 if it ended, "failed", "seconds"}],
-     "plants": [{"plant", "code", "story", "design", "invariant", "run": the first that shows it}]}
+                   are played elsewhere, "states": nodes of the tree that all runs make, which is its steps
+                   and 1 (two that differ by how they came about are two), "left": known of and not played,
+                   0 if it ended, "failed", "faulted": interleavings in which a fault struck (not in older
+                   records), "seconds"}],
+     "plants": [{"plant", "code", "story", "design", "faults": likewise (not in older records),
+                 "invariant", "run": the first that shows it}]}
 
-`plants`: of each planted bug that some search finds, the first search that does.
+`plants`: of each planted bug that was sought, the first of the searches asked for that finds it.
 
 Exit status: 0 all ended, and nothing failed; 1 not; 2 the command was wrong; 130 interrupted, and what is on
 record stays.
@@ -76,17 +79,22 @@ class OnRecord:
     def get(self, kind: str, **key: str) -> dict[str, Any] | None:
         """Of the same sources."""
         key["code"] = self.code
-        found = (one for one in self.kept[kind] if all(one[name] == value for name, value in key.items()))
+        found = (one for one in self.kept[kind] if all(_of(one, name) == key[name] for name in key))
         return next(found, None)
 
     def put(self, kind: str, names: Sequence[str], one: dict[str, Any]) -> None:
         """In place of what there was under these `names` of it."""
-        others = [other for other in self.kept[kind] if any(other[name] != one[name] for name in names)]
-        self.kept[kind] = sorted([*others, one], key=lambda each: [each[name] for name in names])
+        others = [other for other in self.kept[kind] if any(_of(other, name) != one[name] for name in names)]
+        self.kept[kind] = sorted([*others, one], key=lambda each: [_of(each, name) for name in names])
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
         beside.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self._path)
+
+
+def _of(one: dict[str, Any], name: str) -> str:
+    """What an older record does not say was not asked for."""
+    return str(one.get(name, ""))
 
 
 def pairs(stories: Sequence[str], designs: Sequence[str]) -> Iterator[Pair]:
@@ -114,7 +122,8 @@ def of_clean_code(
     """One of `searches`."""
     story, design = pair
     kinds = ",".join(faults)
-    if kept := record.get("searches", story=story, design=design, faults=kinds):
+    kept = record.get("searches", story=story, design=design, faults=kinds)
+    if kept and (kept["ended"] or kept["seconds"] >= seconds):
         return kept
     began = time.monotonic()
 
@@ -141,19 +150,28 @@ def of_clean_code(
         "states": search.transitions + 1,
         "left": 0 if tally.over else search.left(),
         "failed": search.failed,
+        "faulted": tally.faulted,
         "seconds": round(time.monotonic() - began),
     }
     record.put("searches", ("story", "design", "faults"), found)
     return found
 
 
-def of_planted(plant: str, over: Sequence[Pair], record: OnRecord, seconds: float) -> dict[str, Any] | None:
-    """One of `plants`; at most so many seconds a search."""
-    if kept := record.get("plants", plant=plant):
-        return kept
-    for story, design in over:
+def of_planted(
+    plant: str,
+    over: Sequence[Pair],
+    record: OnRecord,
+    seconds: float,
+    faults: Sequence[Sequence[str]] = ((),),
+) -> dict[str, Any] | None:
+    """One of `plants`; at most so many seconds a search, of which there is one for each of `faults`."""
+    asked = [(pair, kinds) for kinds in faults for pair in over]
+    for (story, design), kinds in asked:
+        if kept := record.get("plants", plant=plant, story=story, design=design, faults=",".join(kinds)):
+            return kept
+    for (story, design), kinds in asked:
         until = time.monotonic() + seconds
-        _, tally = searched((story, design), plant, partial(_found_or_late, until))
+        _, tally = searched((story, design), plant, partial(_found_or_late, until), kinds)
         if tally.found:
             first = tally.found[0]
             found = {
@@ -161,10 +179,11 @@ def of_planted(plant: str, over: Sequence[Pair], record: OnRecord, seconds: floa
                 "code": record.code,
                 "story": story,
                 "design": design,
+                "faults": ",".join(kinds),
                 "invariant": first.result.invariant,
                 "run": first.schedule,
             }
-            record.put("plants", ("plant",), found)
+            record.put("plants", ("plant", "story", "design", "faults"), found)
             return found
     return None
 
@@ -176,7 +195,7 @@ def _found_or_late(until: float, tally: Tally) -> bool:
 def told(found: dict[str, Any]) -> str:
     """A search, as people are told of it."""
     counts = (
-        f"{found['interleavings']:,} inequivalent interleavings, {found['states']:,} states, "
+        f"{found['interleavings']:,} inequivalent interleavings, {found['states']:,} nodes, "
         f"{found['pruned']:,} pruned, {found['failed']:,} failed, {found['seconds']} s"
     )
     left = "" if found["ended"] else f", at least {found['left']} left"
@@ -207,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     over = list(pairs(given.story, given.design))
     try:
         if given.plant:
-            return _seek(given.plant, over, record, given.seconds)
+            return _seek(given.plant, over, record, given.seconds, given.faults)
         return _search(over, given.faults, record, given.seconds)
     except KeyboardInterrupt:
         print(f"interrupted: {given.record} has what was found", file=sys.stderr)
@@ -225,13 +244,19 @@ def _search(over: Sequence[Pair], faults: Sequence[Sequence[str]], record: OnRec
     return 0 if well else EXIT_FAILED
 
 
-def _seek(plants: Sequence[str], over: Sequence[Pair], record: OnRecord, seconds: float) -> int:
+def _seek(
+    plants: Sequence[str],
+    over: Sequence[Pair],
+    record: OnRecord,
+    seconds: float,
+    faults: Sequence[Sequence[str]],
+) -> int:
     missed = 0
     for plant in plants:
-        found = of_planted(plant, over, record, seconds)
+        found = of_planted(plant, over, record, seconds, faults)
         missed += found is None
-        where = "{invariant} in run {run} of {story} on {design}"
-        print(f"{plant}: {'not found' if found is None else where.format(**found)}", flush=True)
+        where = "{invariant} in run {run} of {story} on {design} {faults}"
+        print(f"{plant}: {'not found' if found is None else where.format(**found).rstrip()}", flush=True)
     return EXIT_FAILED if missed else 0
 
 

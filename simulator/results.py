@@ -85,28 +85,24 @@ can be put in, and [invariants.md](../invariants.md) by which checkers they are 
 
 
 def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
+    """How long each was sought goes by the strategy: that one found more may be due to that."""
     hunts = _grouped_hunts(record)
     found = [each for of_it in hunts.values() for each in of_it]
     possible = sum(plant.simulated for plant in PLANTED.values())
     for strategy, of_it in hunts.items():
-        ranges = [len(each.ends) for each in of_it]
         right = sum(each.is_right for each in of_it)
         others = sum(each.is_met_by_others for each in of_it)
         yield (
             f"By `{strategy}`: of {possible} mistakes that a story may come to, {len(of_it)} were sought"
-            f" (ranges of seeds: {_from_to(ranges)} each); {right} were found in every range by an invariant"
-            f" that they belong to, {others} of these by a story that was not written for them."
+            f" ({_effort(of_it)}); {right} were found in every range by an invariant that they belong to,"
+            f" {others} of these by a story that was not written for them."
         )
-    ends = [end for each in found for end in each.ends]
-    if ends:
-        bounds = [end.most for end in ends if not end.catch]
-        hours = sum(end.seconds for end in ends) / 3600
-        yield (
-            f"Who was not found in a range was sought in {_from_to(bounds)}"
-            f" schedules of it. This took {hours:.1f} hours of one core; results are of"
-            f" {len({end.code for end in ends})} states of the code. `!`: not in every range, or by another"
-            " invariant; `*`: by a story that was written for it."
-        )
+    hours = sum(each.seconds for each in found) / 3600
+    yield (
+        "Strategies whose bounds or states of the code differ are not compared by these counts. All took"
+        f" {hours:.1f} hours of one core. `!`: not in every range, or by another invariant; `*`: by a story"
+        " that was written for it."
+    )
     head = ("mistake", "strategy", "found by", "ranges", "schedules", "answers", "stories")
     yield _table(head, [_row(each) for each in found])
 
@@ -115,12 +111,10 @@ def _of_others(record: Mapping[str, Any]) -> Iterator[str]:
     """A mistake's own stories are left out, so that nobody put it where it is found."""
     for strategy, of_it in _grouped_hunts(record).items():
         right = [each for each in of_it if each.is_right]
-        bounds = [end.most for each in of_it for end in each.ends if not end.catch]
         yield (
             f"By `{strategy}`, and by no story that was written for it: of {len(of_it)} mistakes that were"
-            f" sought {len(right)} were found in every range (of seeds: "
-            f"{_from_to([len(each.ends) for each in of_it])}) by an invariant that they belong to; the others"
-            f" in {_from_to(bounds)} schedules not, or by another invariant."
+            f" sought ({_effort(of_it)}) {len(right)} were found in every range by an invariant that they"
+            " belong to; the others not, or by another invariant."
         )
         yield ", ".join(f"`{each.plant.id}`" for each in of_it if not each.is_right) or "All were."
 
@@ -130,6 +124,15 @@ def _grouped_hunts(record: Mapping[str, Any]) -> Mapping[str, Sequence[Hunted]]:
     found = [each for each in hunted(of_json(record)) if each.plant.simulated]
     strategies = dict.fromkeys(each.strategy for each in found)
     return {strategy: [each for each in found if each.strategy == strategy] for strategy in strategies}
+
+
+def _effort(of_it: Sequence[Hunted]) -> str:
+    """A range that ended with a catch had a bound as well."""
+    ranges = _from_to([len(each.ends) for each in of_it])
+    ends = [end for each in of_it for end in each.ends]
+    states = len({end.code for end in ends})
+    bounds = _from_to([end.most for end in ends])
+    return f"ranges of seeds: {ranges} each, of at most {bounds} schedules; states of the code: {states}"
 
 
 def _from_to(counts: Sequence[int]) -> str:
@@ -152,21 +155,30 @@ def _number(value: float | None) -> str:
 
 
 def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
-    searches = record["searches"]
+    searches: _Rows = record["searches"]
     for (design, *_), of_it in _grouped(searches, "design"):
-        ended = [each for each in of_it if each["ended"]]
-        failed = sum(each["failed"] for each in of_it)
+        without = [each for each in of_it if not each["faults"]]
+        faulted = [each for each in of_it if each["faults"]]
+        met = [each for each in faulted if _struck(each, searches) != 0]
         yield (
-            f"On `{design}` {len(ended)} of {len(of_it)} searches ended:"
-            f" {sum(each['interleavings'] for each in ended):,} interleavings, of which {failed:,} failed."
+            f"On `{design}` {_ended(without)} of {len(without)} searches without faults ended:"
+            f" {_sum(without, 'interleavings'):,} interleavings, of which {_sum(without, 'failed'):,} failed."
+            f" With faults the same come again, and are not added up: {_ended(met)} of {len(met)} searches"
+            f" ended, {_sum(faulted, 'failed'):,} interleavings failed; {len(faulted) - len(met)} more came"
+            " to no fault, and so to the same once more."
         )
-    head = ("story", "design", "faults", "interleavings", "pruned", "states", "left", "failed")
+    yield (
+        f"Searches are of {len({each['code'] for each in searches})} states of the code. Nodes are of the"
+        " tree that all runs make, those that were pruned as well: as many as there are steps in it, and 1."
+    )
+    head = ("story", "design", "faults", "interleavings", "with a fault", "pruned", "nodes", "left", "failed")
     yield _table(
         head,
         [
             (
                 *(f"`{each['story']}`", f"`{each['design']}`", drawn_among(each["faults"]) or "none"),
                 f"{'all ' if each['ended'] else ''}{each['interleavings']:,}",
+                "not counted" if (struck := _struck(each, searches)) is None else f"{struck:,}",
                 *(f"{each['pruned']:,}", f"{each['states']:,}"),
                 "none" if each["ended"] else f"at least {each['left']:,}",
                 f"{each['failed']:,}",
@@ -177,16 +189,35 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
     if plants := record.get("plants"):
         yield "With a mistake planted, the first run that shows it is, of those sought in these searches:"
         yield _table(
-            ("mistake", "story", "design", "found by", "run"),
+            ("mistake", "story", "design", "faults", "found by", "run"),
             [
                 (
                     *(f"`{each[name]}`" for name in ("plant", "story", "design")),
-                    each["invariant"],
-                    each["run"],
+                    *(drawn_among(each.get("faults", "")) or "none", each["invariant"], each["run"]),
                 )
                 for each in plants
             ],
         )
+
+
+_COUNTS = ("interleavings", "pruned", "states")
+
+
+def _struck(search: Mapping[str, Any], searches: _Rows) -> int | None:
+    """In how many of its interleavings there was a fault; None: nobody counted.  An older record does not
+    say; but what has all the counts of the search without faults has come to none.
+    """
+    if not search["faults"]:
+        return 0
+    if "faulted" in search:
+        return int(search["faulted"])
+    same = ("story", "design", "ended", *_COUNTS)
+    equal = any(not each["faults"] and all(each[of] == search[of] for of in same) for each in searches)
+    return 0 if equal else None
+
+
+def _ended(searches: _Rows) -> int:
+    return sum(each["ended"] for each in searches)
 
 
 def _of_torture(record: Mapping[str, Any]) -> Iterator[str]:
@@ -316,13 +347,19 @@ def _answer(kept: Records) -> Iterator[str]:
     elif bad:
         yield f"As modelled here, no: {bad:,} interleavings failed."
     else:
-        ended = [each for each in searches if each["ended"]]
+        ended = [each for each in searches if each["ended"] and not each["faults"]]
+        struck = [each for each in searches if each["ended"] and _struck(each, searches) != 0]
         of_shared = sum(each["design"] == "shared" for each in ended)
         yield (
             f"As modelled here, nothing was found that makes it unsafe: in {of_shared} searches of"
-            f" the shared table that ended, and {len(ended) - of_shared} of the other designs, no"
-            " interleaving lets a device reach memory that is not its VM's, or loses a store. What that is"
-            " worth say the planted mistakes above: those that are found such searches would have seen."
+            f" the shared table that ended, {len(ended) - of_shared} of the other designs, and {len(struck)}"
+            " with faults, no interleaving lets a device reach memory that is not its VM's, or loses a store."
+        )
+        shown = {each["plant"] for each in kept.get("exhaustive", {}).get("plants", [])}
+        yield (
+            f"What that is worth: of planted mistakes {len(shown)} are on record as sought and found by such"
+            " searches. What schedules by chance found is of more stories than these, and with faults: of the"
+            " others it is not known whether such a search would have seen them."
         )
 
 

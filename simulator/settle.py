@@ -14,10 +14,15 @@ def settle() -> None:
     machine that is cut off is collected, and the modules were half of what it takes.
     """
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    _freeze()
+    _freeze_once()
 
 
 @cache
-def _freeze() -> None:
+def _freeze_once() -> None:
+    freeze()
+
+
+def freeze() -> None:
+    """What there is now is not looked at again."""
     gc.collect()
     gc.freeze()

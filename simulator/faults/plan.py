@@ -45,6 +45,7 @@ class Faults:
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
         self._buffers = False
+        self._met_before = 0  # in schedules before this one
         self._left: dict[str, int] = {}  # of those drawn, how many opportunities pass before it fails
         self._asked: dict[str, bool] = {}  # of those that are not, has it failed?
         self._sealed: list[tuple[str, SimThread]] = []
@@ -57,8 +58,14 @@ class Faults:
         """Was there one because of which a VMM may have been denied something?"""
         return any(FAULTS[kind].excuses for kind in self.met) or self.is_quarantined
 
+    @property
+    def struck(self) -> bool:
+        """Has there been one since `begin`?"""
+        return self.met.total() > self._met_before
+
     def begin(self) -> None:
         """Ask for a schedule's; called by a thread of the world."""
+        self._met_before = self.met.total()
         for kind in self.kinds:
             if kind in self._at_each:
                 self._asked[kind] = False

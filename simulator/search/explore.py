@@ -19,13 +19,15 @@ from simulator.search.shrink import REPLAYS_MAX, shrink
 class RunEnd(NamedTuple):
     """Of one run: the invariant that broke, and its sentence; none of both if all held.
 
-    `round`: how many runs there were in its machine before; `over`: there is none after it.
+    `round`: how many runs there were in its machine before; `over`: there is none after it; `faulted`: it met
+    a fault.
     """
 
     invariant: str = ""
     sentence: str = ""
     round: int = 0
     over: bool = True
+    faulted: bool = False
 
 
 class Player(Protocol):
@@ -62,9 +64,10 @@ class Found:
 
 @dataclass(slots=True)
 class Tally:
-    """What some schedules came to; those of several processes can be added up."""
+    """What some schedules came to; those of several processes can be added up, but for `summary`."""
 
     schedules: int = 0  # runs to their end
+    faulted: int = 0  # of them, those that met a fault
     given_up: int = 0  # by the strategy: they are explored elsewhere
     traces: set[int] = field(default_factory=set)
     covered: set[int] = field(default_factory=set)
@@ -74,12 +77,12 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         self.schedules += other.schedules
+        self.faulted += other.faulted
         self.given_up += other.given_up
         self.traces |= other.traces
         self.covered |= other.covered
         self.found += other.found
         self.over = self.over or other.over
-        self.summary = other.summary
 
 
 class _Watched(Recorded):
@@ -117,6 +120,7 @@ def explore(
             tally.given_up += 1
         else:
             tally.schedules += 1
+            tally.faulted += result.faulted
             tally.traces.add(watched.trace)
         del before[result.round :]
         if result.invariant:

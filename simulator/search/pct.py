@@ -3,12 +3,16 @@
 Each actor has a priority, drawn when it is first seen; the highest one that can go on does.  At d - 1
 points of the run, drawn beforehand, the one that was about to go on falls below all others.  A bug that
 needs d steps in a certain order is found by a run with a probability of at least 1 / (n * k^(d-1)), for n
-actors and k steps [PCT ASPLOS 2010].
+actors and k steps [PCT ASPLOS 2010].  Here that is an estimate: it is of runs whose points were drawn from
+all k steps, which are not known before a run had as many, and of bugs that go by who goes on alone.
+
+- How an actor goes on, where it may in several ways (which flow, one frame or two, a fault), is a coin, and
+  no part of it.
 
 - Steps that only one actor can see do not count: a run of 500 stores into a page that nobody can reach yet
   would swallow the points.  Which places several actors touch is learned from the runs so far.
 - Who has gone on many times in a row while others could (a poll, a retry) falls below all others as well,
-  or nobody would ever get on.
+  or nobody would ever get on.  Of a run in which that happened nothing is promised.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ class PriorityChanges:
         self.depth = depth
         self.actors = 1  # the most there were in a run
         self.length = 1  # counted steps of the longest run so far
+        self.runs = 0
+        self.whole = 0  # of them, whose points were drawn from as many steps, and which nobody held up
         self._toucher: dict[Hashable, str] = {}
         self._shared: set[Hashable] = set()
         self._begin()
@@ -43,14 +49,16 @@ class PriorityChanges:
         self._counted = 0
         self._changes = {self._random.randrange(self.length) for _ in range(self.depth - 1)}
         self._running, self._in_a_row = "", 0
+        self._held_up = False
 
     def bound(self) -> float:
-        """The probability for each run to find a bug of this depth, at least."""
+        """The estimated probability for each of `whole` to find a bug of this depth, at least."""
         return 1 / (self.actors * float(self.length) ** (self.depth - 1))
 
     def summary(self) -> str:
         return (
-            f"d={self.depth}: each run finds a bug of this depth with p >= 1/({self.actors} * "
+            f"pct, {self.runs} runs: an estimate for {self.whole} of them is that each finds a bug of depth "
+            f"{self.depth}, if who goes on decides it, with p >= 1/({self.actors} * "
             f"{self.length}^{self.depth - 1}) = {self.bound():.2g}"
         )
 
@@ -69,6 +77,7 @@ class PriorityChanges:
         if self._in_a_row > self._in_a_row_max:
             self._demote(option.actor)
             self._in_a_row = 0
+            self._held_up = True
         ways = [place for place, other in enumerate(options) if other.actor == option.actor]
         return self._random.choice(ways)
 
@@ -89,6 +98,10 @@ class PriorityChanges:
 
     def ended(self, failed: bool) -> bool:
         self.actors = max(self.actors, len(self._priority))
-        self.length = max(self.length, self._counted)
+        self.runs += 1
+        if self._counted > self.length:
+            self.length, self.whole = self._counted, 0
+        else:
+            self.whole += not self._held_up
         self._begin()
         return True

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from simulator.search.explore import PlayerLost, RunEnd
 from simulator.search.option import Option, Strategy
 from simulator.search.replay import Replay
+from simulator.settle import freeze
 from simulator.world.schedule import OTHER, Judged, Living
 
 _Told = int | tuple[int, ...]
@@ -92,20 +93,20 @@ class Forked:
                 strategy.took(self._steps.known[one])
             else:
                 strategy.choose([self._steps.known[number] for number in one])
-        return RunEnd(end.invariant, end.sentence)
+        return RunEnd(end.invariant, end.sentence, faulted=end.faulted)
 
     def _made(self, strategy: Strategy) -> RunEnd:
         """The machine stands where the excerpt is about to open."""
         self._judged()(Replay(()))  # what is made when it is used first is made here, and not in each child
         end = self._living(strategy)
         self._stands = not end.over
-        gc.collect()
-        gc.freeze()  # or a collection would touch, and so copy, all there is
+        freeze()  # or a collection would touch, and so copy, all there is
         return end
 
     def renew(self) -> None:
         gc.unfreeze()  # what the machine leaves behind is collected where nobody hears of it
         self._living.renew()
+        freeze()  # what is imported, again
         self._stands = False
 
     def _play(self, strategy: Strategy, pipe: int) -> None:

@@ -131,19 +131,19 @@ def _ends(
             strategy.heard = lambda: _touches(ghost.heard.taken())
         try:
             while True:
-                yield _judged(verdicts, next(machine))
+                yield _judged(verdicts, faults, next(machine))
         except StopIteration as ended:
             played: Played = ended.value
             if not played.problems:
                 watch.settled()
-            yield _judged(verdicts, played.problems)._replace(over=True)
+            yield _judged(verdicts, faults, played.problems)._replace(over=True)
         except Stopped:
             yield RunEnd(over=True)
         except Stuck as stuck:
             if faults.buffer is not None and faults.buffer.missed:
                 verdicts.say("R15", f"nobody can go on: {faults.buffer.missed}")
             ghost.liveness.stuck()
-            yield _judged(verdicts, [f"{STUCK}: {stuck}"])
+            yield _judged(verdicts, faults, [f"{STUCK}: {stuck}"])
 
 
 def _machine(
@@ -164,7 +164,11 @@ def _touches(effects: frozenset[Effect]) -> frozenset[Touch]:
     return frozenset(Touch(("judge", aspect), changes) for aspect, changes in effects)
 
 
-def _judged(verdicts: Verdicts, problems: list[str]) -> RunEnd:
+def _judged(verdicts: Verdicts, faults: Faults, problems: list[str]) -> RunEnd:
+    return _broken(verdicts, problems)._replace(faulted=faults.struck)
+
+
+def _broken(verdicts: Verdicts, problems: list[str]) -> RunEnd:
     """What the ghost saw came first: it judges each step, the scenario and the daemons at their end.  Of what
     these say, what names its invariant says what it is, and the rest is what came of it.
     """

@@ -14,7 +14,7 @@ from qemu_shim.vmm.designs import DESIGNS
 from simulator import exhausted
 from simulator.command import find
 from simulator.command import main as sim
-from simulator.exhausted import OnRecord, of_clean_code, searched, told
+from simulator.exhausted import OnRecord, of_clean_code, of_planted, searched, told
 from simulator.search.delay import DelayBound
 from simulator.search.exhaustive import HiddenDependenceError
 from simulator.search.explore import explore
@@ -104,6 +104,7 @@ def test_a_search_with_faults_is_on_record_beside_the_one_without(
         ("evict", False),
         ("hangup:each", True),
     ]
+    assert [one["faulted"] for one in kept] == [0, 0, kept[2]["interleavings"] - kept[0]["interleavings"]]
     out = capsys.readouterr().out
     assert "two-migrate pinned hangup:each: all 8 inequivalent interleavings, " in out
     assert "two-migrate pinned evict (the first 32): 1 inequivalent interleavings, " in out
@@ -166,3 +167,31 @@ def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch
     assert of_clean_code(SMALLEST, OnRecord(file, "this"), 0.0, lambda line: None) == found
     with pytest.raises(TypeError):
         of_clean_code(SMALLEST, OnRecord(file, "other sources"), 0.0, lambda line: None)
+
+
+def test_a_search_that_did_not_end_is_taken_up_again_when_there_is_more_time(tmp_path: Path) -> None:
+    record = OnRecord(tmp_path / "record.json", "this")
+    assert not of_clean_code(SMALLEST, record, 0.0, lambda line: None)["ended"]
+    found = of_clean_code(SMALLEST, record, 600.0, lambda line: None)
+    assert found["ended"]
+    assert of_clean_code(SMALLEST, record, 9999.0, lambda line: None) is found
+    assert record.kept["searches"] == [found]
+
+
+def test_a_plant_is_sought_where_it_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what is on record of another story, design or faults is no answer."""
+    words = ["--plant", "R9-overflow-stays", "--story", "two-migrate", "--record", str(tmp_path / "r.json")]
+    assert exhausted.main([*words, "--design", "mirror", "--faults", "full:each"]) == 0
+    assert "R9-overflow-stays: R9 in run " in capsys.readouterr().out
+    assert exhausted.main([*words, "--design", "mirror"]) == 1
+    assert exhausted.main([*words, "--design", "pinned", "--faults", "full:each"]) == 1
+    assert capsys.readouterr().out == "R9-overflow-stays: not found\n" * 2
+    (kept,) = json.loads((tmp_path / "r.json").read_text())["plants"]
+    assert (kept["story"], kept["design"], kept["faults"]) == ("two-migrate", "mirror", "full:each")
+
+
+def test_an_older_record_of_a_plant_is_one_without_faults(tmp_path: Path) -> None:
+    record = OnRecord(tmp_path / "record.json", "this")
+    old = {"plant": "p", "code": "this", "story": "two-discard", "design": "mirror", "invariant": "I5"}
+    record.kept["plants"] = [old]
+    assert of_planted("p", [SMALLEST], record, 0.0) is old

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import PlayerLost, explore
 from simulator.search.replay import Recorded, Replay
 from simulator.search.walk import RandomWalk
+from simulator.settle import settle
 from simulator.stories.story import Play, SmallStory
 from simulator.world.forked import Forked
 from simulator.world.schedule import OTHER, Judged
@@ -124,6 +126,16 @@ def test_a_fork_is_judged_by_its_machines_end() -> None:
     end = forked(Recorded(RandomWalk(1)))
     forked.renew()
     assert end.invariant == "I0"
+
+
+def test_what_was_settled_stays_so() -> None:
+    """What is imported is not looked at behind each machine again."""
+    settle()
+    before = gc.get_freeze_count()
+    forked = Forked(judged(copied))
+    forked(RandomWalk(1))
+    forked.renew()
+    assert gc.get_freeze_count() >= before > 0
 
 
 def in_the_fork(do: Callable[[], None]) -> Play:

@@ -58,6 +58,8 @@ def test_a_campaign_is_the_same_whoever_runs_it() -> None:
     end = run_campaign(CAMPAIGN, start, workers=2)
     assert end.why == "done"
     assert replace(end.tally, summary="") == by_hand(CAMPAIGN)
+    first = explore(start(SHARD), STRATEGIES[CAMPAIGN.strategy].make(CAMPAIGN.seed), CAMPAIGN.seed, SHARD)
+    assert end.tally.summary == f"seed {CAMPAIGN.seed}, one of 6: {first.summary}"
     assert end.tally.schedules == CAMPAIGN.schedules
     assert end.tally.found
 

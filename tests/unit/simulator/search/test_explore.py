@@ -118,8 +118,8 @@ def test_what_the_end_of_a_machine_shows_becomes_small() -> None:
 
     class Ends(Living):
         def __call__(self, strategy: Strategy) -> RunEnd:
-            _, _, number, over = super().__call__(strategy)
-            return RunEnd("T4" if over else "", "at its end", number, over)
+            end = super().__call__(strategy)
+            return RunEnd("T4" if end.over else "", "at its end", end.round, end.over)
 
     (found,) = explore(Ends(9), RandomWalk(3), 3, 9, lambda tally: bool(tally.found)).found
     small, _ = smallest(Ends, found)

@@ -137,6 +137,28 @@ def test_pct_keeps_its_bound(depth: int) -> None:
     assert pct.length < 20, "the stores nobody else can see count"
 
 
+def test_pct_counts_the_runs_that_its_estimate_is_of() -> None:
+    """Not those before a run had as many steps, whose changes came too early, nor those that were held up."""
+    shared = frozenset({Touch("x", True)})
+    options = [Option(name, "stores", shared) for name in "AB"]
+    pct = PriorityChanges(0, in_a_row_max=4)
+
+    def run(steps: int) -> tuple[int, int]:
+        for _ in range(steps):
+            pct.took(options[pct.choose(options)])
+        pct.ended(False)
+        return pct.runs, pct.whole
+
+    for option in options:
+        pct.took(option)
+    assert [run(3), run(3), run(2), run(3)] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert run(4) == (5, 0), "it was longer"
+    assert run(4) == (6, 1)
+    assert pct.summary().startswith("pct, 6 runs: an estimate for 1 of them is ")
+    pct.length = 100
+    assert run(50) == (7, 1), "four steps in a row and more"
+
+
 class _CountsAll(PriorityChanges):
     def _is_shared(self, step: Option) -> bool:
         return True
