@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -239,12 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     act: Callable[[argparse.Namespace, GuestStore], int] = options.act
     store = GuestStore(options.cache, mirror=options.mirror, keyring=options.keyring)
     try:
-        if act is start:
-            return act(options, store)  # others may use the store while a guest runs
-        with store.alone():
-            return act(options, store)
+        with nullcontext() if act is start else store.alone():  # others may use it while a guest runs
+            status = act(options, store)
+        sys.stdout.flush()
+        return status
     except GuestError as error:
         print(f"guest: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:  # who reads this has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("guest: interrupted", file=sys.stderr)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,21 @@ def test_fetch_tells_versions_sizes_and_hashes(
     assert {deb["size"] for deb in debs} == {len(package.data()) for package in wanted}
     there = {path.name for path in (tmp_path / "cache/debs").glob("*.deb")}
     assert there == (set() if dry else {package.file for package in wanted})
+
+
+def test_who_reads_no_further_gets_no_traceback(
+    made_up: MadeUpArchive, key: SigningKey, tmp_path: Path
+) -> None:
+    debians(made_up)
+    where = ["--cache", str(tmp_path / "cache"), "--mirror", made_up.uri, "--keyring", str(key.keyring)]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "guest", "fetch", "--dry-run", *where]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3], check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_refusal_is_a_sentence_and_a_status(
