@@ -1,8 +1,8 @@
-"""`make planted`: how soon each planted bug is found, in some ranges of seeds, on all cores.
+"""`make planted`: how soon each planted bug is found, by some seeds, on all cores.
 
-What one range of seeds comes to is put on record at once, and is not sought again; `--again`: unless it is of
-other sources than these.  `--others`: who is sought by other stories only finds what nobody put there to be
-found; that is a record of its own.
+What one range, the schedules of one seed, comes to is put on record at once, and is not sought again;
+`--again`: unless it is of other sources than these.  `--others`: who is sought by other stories only finds
+what nobody put there to be found; that is a record of its own.
 
     python -m simulator.hunting ID... --ranges N --most N --strategy S... --others --again
                                 --record FILE --json
@@ -35,7 +35,7 @@ from simulator.planted.hunt import (
     Sought,
     hunt,
     hunted,
-    seeds_of,
+    seed_of,
     table,
 )
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
@@ -53,7 +53,7 @@ RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make planted", description="how soon each planted bug is found")
     parser.add_argument("plants", nargs="*", metavar="ID", help="these (all that a story may come to)")
-    parser.add_argument("--ranges", type=int, default=RANGES, metavar="N", help=f"of seeds ({RANGES})")
+    parser.add_argument("--ranges", type=int, default=RANGES, metavar="N", help=f"a seed each ({RANGES})")
     parser.add_argument("--most", type=int, default=MAX_SCHEDULES, metavar="N", help="schedules of a range")
     parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
     parser.add_argument("--others", action="store_true", help="by no story that was written for it")
@@ -156,7 +156,7 @@ def _seek(most: int, others: bool, todo: tuple[Sought, _Worth], stop: Stop) -> t
 
     before = sum(os.times()[:4])
     with planted(task.plant):
-        found = find(task.strategy, seeds_of(task.number), most, worth.__getitem__, stop, plays)
+        found = find(task.strategy, seed_of(task.number), most, worth.__getitem__, stop, plays)
     return found, sum(os.times()[:4]) - before
 
 

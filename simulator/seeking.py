@@ -75,7 +75,7 @@ class _Pair:
     worth: float
     schedules: int = 0
     over: bool = False
-    _traces: set[int] = field(default_factory=set)
+    _traces: set[int] = field(default_factory=set, init=False)  # a copy begins with none
 
     @property
     def due(self) -> float:
@@ -114,13 +114,13 @@ def scouted(plants: Iterable[Plant]) -> Reach:
 
 def find(
     strategy: str,
-    seeds: range,
+    seed: int,
     most: int,
     worth: Callable[[tuple[str, str]], float] = lambda pair: 1.0,
     stop: Callable[[], bool] = lambda: False,
     plays: Callable[[str], bool] = lambda story: True,
 ) -> Catch | None:
-    """What is planted is in.  At most `most` schedules of the range; None also if every strategy has seen
+    """What is planted is in.  At most `most` schedules; None also if every strategy has seen
     all there is, or if `stop` says so behind a schedule.
     `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?
     """
@@ -130,7 +130,7 @@ def find(
 
     named = STRATEGIES[strategy]
     searched = [
-        _Pair(Judged(story_of, *pair), named.make(seeds.start), compares=not named.seeded, worth=worth(pair))
+        _Pair(Judged(story_of, *pair), named.make(seed), compares=not named.seeded, worth=worth(pair))
         for pair in pairs()
         if plays(pair[0])
         if named.seeded or not STORIES[pair[0]].faults  # who compares schedules knows of none
@@ -140,7 +140,7 @@ def find(
             replace(
                 pair,
                 judged=replace(pair.judged, faults=tuple(FAULTS)),
-                search=named.make(seeds.start),
+                search=named.make(seed),
                 worth=max(pair.worth, UNKNOWN_WORTH),
             )
             for pair in searched
@@ -149,7 +149,7 @@ def find(
     while searched and done < most and not stop():
         pair = min(searched, key=lambda pair: pair.due)
         turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
-        tally = pair.turn(seeds.start, turn, enough)
+        tally = pair.turn(seed, turn, enough)
         if tally.found:
             shrunk, _ = smallest(pair.judged, tally.found[0], REPLAYS)
             steps = sum(map(bool, shrunk.answers))

@@ -3,7 +3,7 @@
 What a driver takes off an HWPT is quiet from then on (R10): it masters nothing, caches nothing, and each
 group that it had asked for was answered.  What it asks for after the drain is served by nobody (R12).  One
 that was taken off the bus because it completes no invalidation never comes back (R18).  Page requests are on
-behind an attachment as they were before it, and while it lasts if pages come when asked for (R9).
+behind an attachment as they were before it, and while it lasts if pages come when asked for (I8).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Functions:
         if rid in self._off_bus:
             self._verdicts.say("R18", f"function {rid:#x} was taken off the bus, and is attached")
         if on_demand and rid not in self._asks and self._asked_before.get(rid) is not None:
-            self._verdicts.say("R9", f"function {rid:#x} is where pages come when asked for, and cannot ask")
+            self._verdicts.say("I8", f"function {rid:#x} is where pages come when asked for, and cannot ask")
 
     def walks(self, rid: int, unit: Walker, table: Walked) -> None:
         """It is given a table, which the unit before it walks (R15, R16)."""

@@ -1,8 +1,8 @@
-"""How soon the simulator finds each planted bug: every plant by every strategy over several ranges of seeds.
+"""How soon the simulator finds each planted bug: every plant by every strategy over several ranges.
 
-What seeks is handed in (`Seek`).  What a range came to is put on record at once, so that a hunt can be
-stopped and goes on where it was.  It says of which sources it is, and stays when they change: who hunts says
-what is to be sought again.
+A range is what a strategy chooses by one seed (`seed_of`).  What seeks is handed in (`Seek`).  What a range
+came to is put on record at once, so that a hunt can be stopped and goes on where it was.  It says of which
+sources it is, and stays when they change: who hunts says what is to be sought again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from simulator.planted.plant import Plant
 from simulator.planted.registry import PLANTED
 from simulator.stories.written import is_written_for
 
-MAX_SCHEDULES = 20_000  # of one range of seeds: who is not found by then is not found
+MAX_SCHEDULES = 20_000  # of one range: who is not found by then is not found
 
 
 class Catch(NamedTuple):
@@ -37,7 +37,7 @@ class Catch(NamedTuple):
 
 
 class Sought(NamedTuple):
-    """A plant in one range of seeds, by the strategy of that name."""
+    """A plant in one range, by the strategy of that name."""
 
     plant: str
     strategy: str
@@ -62,7 +62,7 @@ Seek = Callable[[Iterable[Sought]], Iterator[tuple[Sought, RangeEnd]]]
 
 @dataclass(frozen=True, slots=True)
 class Hunted:
-    """One plant by one strategy, in some ranges of seeds."""
+    """One plant by one strategy, in some ranges."""
 
     plant: Plant
     strategy: str
@@ -172,9 +172,9 @@ def hunt(
         yield sought, end
 
 
-def seeds_of(number: int) -> range:
-    """Those of one range: no two have a seed in common."""
-    return range(number * MAX_SCHEDULES, (number + 1) * MAX_SCHEDULES)
+def seed_of(number: int) -> int:
+    """Of one range.  What is on record was sought by these."""
+    return number * MAX_SCHEDULES
 
 
 HEAD = ("plant", "strategy", "belongs to", "found by", "ranges", "schedules", "steps", "seconds", "stories")

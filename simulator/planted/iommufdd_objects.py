@@ -100,7 +100,7 @@ IOMMUFDD_OBJECTS = (
     Plant(
         "B-12-iopf-is-not-switched-on",
         "A device comes onto an HWPT whose pages come when asked for, and cannot ask.",
-        "R9",
+        "I8",
         [Edit(f"{_DEVICE}.enter", "await self._enable_iopf(pinned=pinned)", "pass")],
         races=["B-12"],
     ),

@@ -321,7 +321,7 @@ KVMD_MEMORY = (
     Plant(
         "R26-ageing-asks-who-went",
         "Ageing asks notifiers that were there when it began, one that left meanwhile too.",
-        "I6",
+        "R26",
         [
             Edit(
                 "kvmd.core.mm.reclaim:age",
@@ -365,7 +365,7 @@ KVMD_MEMORY = (
             Edit(
                 "kvmd.core.slots.store_record:StoreRecord.replaced",
                 "if now is None or not now.logs:",
-                "if now is None:",
+                "if now is None or (not now.logs and now.base_gfn == slot.base_gfn):",
             )
         ],
         races=["R19", "R21"],

@@ -385,7 +385,7 @@ KVMD_TDP = (
     Plant(
         "R19-split-loses-dirty",
         "A split of a dirty huge leaf makes clean small ones.",
-        "I22",
+        "I25",
         [
             Edit(
                 "kvmd.core.tables.spte:split_children",

@@ -20,6 +20,7 @@ from simulator.stories.common import (
     PATTERN,
     SLOT_BYTES,
     agree,
+    check,
     if_it_is_let,
     missing,
     try_copy,
@@ -55,6 +56,16 @@ async def move(guest: Guest, slot: RamSlot, hva: int, flags: int = 0) -> RamSlot
     await machine.vm.set_user_memory_region(slot.slot, slot.gpa, 0, 0)
     await machine.container.add(moved)
     await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, hva, flags)
+    machine.slots[machine.slots.index(slot)] = moved
+    return moved
+
+
+async def shift(guest: Guest, slot: RamSlot, gpa: int, flags: int = 0) -> RamSlot:
+    """The slot's memory is at another guest address, by one call (KVM_MR_MOVE)."""
+    machine, moved = guest.machine, replace(slot, gpa=gpa)
+    await machine.container.remove(slot)
+    await machine.vm.set_user_memory_region(slot.slot, gpa, slot.size, slot.hva, flags)
+    await machine.container.add(moved)
     machine.slots[machine.slots.index(slot)] = moved
     return moved
 
@@ -174,23 +185,43 @@ async def _another(ctx: Context, excerpt: Excerpt) -> None:
             await guest.discard(ELSEWHERE, SLOT_BYTES)
 
 
+async def _shifts(ctx: Context, excerpt: Excerpt) -> None:
+    """A slot that logs goes to another guest address under stores, where it does not, and comes back."""
+    guest = await ctx.boot_for(PAGES)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
+    machine, logs = guest.machine, names.KVM_MEM_LOG_DIRTY_PAGES
+    await machine.vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva, logs)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        with excerpt:
+            for gpa, flags in ((ELSEWHERE, 0), (AT, logs)):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(try_fill, guest, slot.gpa)
+                    nursery.start_soon(_try_write, ctx, guest, slot.gpa + PAGE_SIZE)
+                    slot = await shift(guest, slot, gpa, flags)
+                await check(ctx)
+        await agree(ctx, guest, AT)
+        if not machine.config.design.pins:
+            await guest.discard(AT, SLOT_BYTES)
+
+
+async def _try_write(ctx: Context, guest: Guest, gpa: int) -> None:
+    try:
+        await guest.write(gpa, BEFORE)
+    except LookupError:
+        ctx.say("no slot was there")
+
+
 async def _comes(ctx: Context, excerpt: Excerpt) -> None:
     """A slot comes where a CPU and a device find nothing: afterwards both find it."""
     guest = await ctx.boot_for(PAGES)
-
-    async def store() -> None:
-        try:
-            await guest.write(AT, BEFORE)
-        except LookupError:
-            ctx.say("no slot was there")
-
     for _ in excerpt.rounds():
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(store)
+                nursery.start_soon(_try_write, ctx, guest, AT)
                 nursery.start_soon(try_fill, guest, AT)
                 slot = await guest.add_slot(SLOT_BYTES, AT)
-                await store()
+                await _try_write(ctx, guest, AT)
         await agree(ctx, guest, AT)
         await guest.remove_slot(slot)
 
@@ -198,6 +229,7 @@ async def _comes(ctx: Context, excerpt: Excerpt) -> None:
 SLOTS = (
     SmallStory("slot", "a store beside the deletion of its slot", _goes),
     SmallStory("slot-moves", "stores beside their slot getting other memory", _moves),
+    SmallStory("slot-shifts", "stores beside their slot going to another guest address at once", _shifts),
     SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep(), MAY_TAKE),
     SmallStory("slot-emulated", "the same, a store that KVM makes for the guest", _asleep(cpl=0), MAY_TAKE),
     SmallStory(

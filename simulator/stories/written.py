@@ -41,6 +41,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- slots
     "slot": ["R21"],
     "slot-moves": ["R21"],
+    "slot-shifts": ["R21", "ghosts-of-a-moved-slot"],
     "slot-asleep": ["R21", "equal-slot"],
     "slot-emulated": ["R21"],
     "slot-first": ["B-25"],

@@ -70,14 +70,14 @@ def test_a_mistake_where_there_is_no_memory_is_found() -> None:
     ("plant", "story", "invariant"),
     [
         ("R28-kvm-waits-for-the-lease", "discard", "R28"),
-        ("R28-hung-up-on-and-walking", "detach", "I29"),
+        ("R28-hung-up-on-and-walking", "hang-up", "I9"),
         ("domain-id-free-while-memory-is-taken-back", "lend-hung", "R10"),
     ],
 )
 def test_a_mistake_where_a_channel_breaks_and_nobody_dies_is_found(
     plant: str, story: str, invariant: str
 ) -> None:
-    """By what it is: kvmd waits for memory that is not given back; entries change under a unit that walks."""
+    """By what it is: kvmd waits for memory that is not given back; a unit that walks has what was to go."""
     tally = played(story, "managed", ("hangup",), 90, plant, SEED_OF_A_HANG_UP[plant])
     assert [found.result.invariant for found in tally.found] == [invariant]
     clean = played(story, "managed", ("hangup",), tally.schedules, seed=SEED_OF_A_HANG_UP[plant])

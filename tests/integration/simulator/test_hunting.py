@@ -12,7 +12,7 @@ import pytest
 
 from qemu_shim.vmm.designs import SHARED
 from simulator import hunting, seeking
-from simulator.planted.hunt import RangeEnd, Record, Sought, seeds_of
+from simulator.planted.hunt import RangeEnd, Record, Sought, seed_of
 from simulator.planted.registry import PLANTED, current, planted
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
@@ -118,7 +118,7 @@ def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: p
 
     monkeypatch.setattr(seeking, "Forked", lambda _: Anew(without_choices))
     monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared")])
-    assert seeking.find("exhaustive", range(10), 10) is None
+    assert seeking.find("exhaustive", 0, 10) is None
     assert len(runs) == 1
 
 
@@ -128,7 +128,7 @@ def test_a_search_that_compares_schedules_begins_each_in_one_state(
 ) -> None:
     """In rounds of one machine the second is another one, and the search would not get through."""
     monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared")])
-    assert seeking.find(strategy, range(99), 12) is None
+    assert seeking.find(strategy, 0, 12) is None
 
 
 def test_the_hunt_and_the_sweep_of_the_suite_keep_their_records_apart() -> None:
@@ -160,11 +160,11 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", THREE)
 def test_each_of_three_planted_bugs_is_found_by_its_invariant(name: str) -> None:
     with planted(name) as plant:
-        found = seeking.find("random", seeds_of(0), BOUND)
+        found = seeking.find("random", seed_of(0), BOUND)
     assert found is not None, f"{BOUND} schedules, and {name} is not found"
     assert found.invariant == THREE[name] == plant.invariant
 
 
 @pytest.mark.usefixtures("bounded")
 def test_without_one_as_many_schedules_find_nothing() -> None:
-    assert seeking.find("random", seeds_of(0), BOUND) is None
+    assert seeking.find("random", seed_of(0), BOUND) is None

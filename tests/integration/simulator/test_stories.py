@@ -52,6 +52,7 @@ BREAKS = {
     "asleep": ("mirror", "R1-not-asked-again"),
     "slot": ("shared", "R17-nobody-is-told"),
     "slot-moves": ("shared", "R17-nobody-is-told"),
+    "slot-shifts": ("shared", "ghosts-of-a-moved-slot"),
     "slot-asleep": ("shared", "R21-slot-not-found-again"),
     "slot-emulated": ("shared", "emulated-access-keeps-its-slot"),
     "slot-first": ("shared", "B-25-slots-lock-over-faults"),

@@ -59,7 +59,7 @@ def test_who_could_ask_before_its_link_broke_can_behind_it() -> None:
     on = [lambda f: f.asks(RID, on=True), lambda f: f.unlinked(), lambda f: f.comes(RID)]
     assert said(*on, lambda f: f.came(RID, on_demand=True)) == []
     off = [lambda f: f.asks(RID, on=True), lambda f: f.forget_all(), lambda f: f.comes(RID)]
-    assert said(*off, lambda f: f.came(RID, on_demand=True)) == ["R9"]
+    assert said(*off, lambda f: f.came(RID, on_demand=True)) == ["I8"]
 
 
 def test_a_request_of_a_unit_that_is_gone_may_still_be_served() -> None:
@@ -79,7 +79,7 @@ def test_a_request_of_a_unit_that_is_gone_may_still_be_served() -> None:
         ([lambda f: f.drained(RID, unread=[]), lambda f: f.served(RID)], "R12"),
         ([lambda f: f.taken_off(RID)], "R18"),
         ([goes, lambda f: f.taken_off(RID), comes], "R18"),
-        ([goes, lambda f: f.comes(RID), lambda f: f.came(RID, on_demand=True)], "R9"),
+        ([goes, lambda f: f.comes(RID), lambda f: f.came(RID, on_demand=True)], "I8"),
     ],
 )
 def test_what_is_left_of_one_is_seen(steps: list[Callable[[Functions], None]], invariant: str) -> None:

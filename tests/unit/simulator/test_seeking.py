@@ -86,20 +86,26 @@ def test_who_does_not_come_to_the_lines_is_asked_now_and_then(
     stories: dict[str, Made], played: Counter[str]
 ) -> None:
     stories |= {"elsewhere": Made(meets=False), "there": Made()}
-    assert seeking.find("random", range(1), MANY) is None
+    assert seeking.find("random", 0, MANY) is None
     assert played.total() == MANY
     assert seeking.FIRST_TURN < played["elsewhere"] < MANY / 20
 
 
 def test_who_shows_nothing_new_is_asked_now_and_then(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"always the same": Made(varied=False), "varied": Made()}
-    assert seeking.find("random", range(1), MANY) is None
+    assert seeking.find("random", 0, MANY) is None
     assert seeking.FIRST_TURN < played["always the same"] < MANY / 20
+
+
+def test_what_is_new_with_faults_may_be_known_without(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"always the same": Made(varied=False), "varied": Made()}
+    seeking.find("random", 0, MANY)
+    assert played["always the same with faults"] > seeking.FIRST_TURN
 
 
 def test_equals_have_equal_shares(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {name: Made() for name in "abcd"}
-    seeking.find("random", range(1), MANY)
+    seeking.find("random", 0, MANY)
     shares = [played[name] for name in stories]
     assert max(shares) - min(shares) <= seeking.LONGEST_TURN
     assert all(seeking.FIRST_TURN <= played[f"{name} with faults"] < min(shares) for name in stories)
@@ -107,27 +113,27 @@ def test_equals_have_equal_shares(stories: dict[str, Made], played: Counter[str]
 
 def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"not scouted": Made(), "scouted": Made()}
-    seeking.find("random", range(1), 40, lambda pair: float(pair[0] == "scouted"))
+    seeking.find("random", 0, 40, lambda pair: float(pair[0] == "scouted"))
     assert set(played) == {"scouted", "scouted with faults"}
 
 
 def test_a_story_that_is_left_out_is_not_played(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"its own": Made(), "another": Made()}
-    seeking.find("random", range(1), 40, plays=lambda story: story != "its own")
+    seeking.find("random", 0, 40, plays=lambda story: story != "its own")
     assert set(played) == {"another", "another with faults"}
 
 
 def test_a_rare_one_is_found_all_the_same(stories: dict[str, Made], played: Counter[str]) -> None:
     """The lines were not come to when it was asked first."""
     stories |= {"not scouted": Made(fails=3), "scouted": Made()}
-    found = seeking.find("random", range(1), MANY, lambda pair: float(pair[0] == "scouted"))
+    found = seeking.find("random", 0, MANY, lambda pair: float(pair[0] == "scouted"))
     assert found is not None
     assert (found.invariant, found.story, found.design) == ("I5", "not scouted", "shared")
 
 
 def test_what_only_faults_come_to_is_found_with_them(stories: dict[str, Made], played: Counter[str]) -> None:
     stories["one"] = Made(fails_faulted=2)
-    found = seeking.find("random", range(1), MANY)
+    found = seeking.find("random", 0, MANY)
     assert found is not None
     assert (found.story, found.faults) == ("one", ",".join(FAULTS))
     assert played["one"] >= seeking.FAULTED_COST, "it costs more, and comes later"
@@ -136,10 +142,10 @@ def test_what_only_faults_come_to_is_found_with_them(stories: dict[str, Made], p
 def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"first": Made(meets=False), "second": Made(fails=2)}
     expected = Catch("I5", seeking.FIRST_TURN + 2, 0, "second", "shared")
-    assert seeking.find("random", range(1), MANY) == expected
+    assert seeking.find("random", 0, MANY) == expected
 
 
 def test_it_is_stopped_behind_a_schedule(stories: dict[str, Made], played: Counter[str]) -> None:
     stories["first"] = Made()
-    assert seeking.find("random", range(1), MANY, stop=lambda: played.total() == 7) is None
+    assert seeking.find("random", 0, MANY, stop=lambda: played.total() == 7) is None
     assert played.total() == 7

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from simulator.planted.hunt import (
-    MAX_SCHEDULES,
     Catch,
     Hunted,
     RangeEnd,
@@ -16,7 +15,7 @@ from simulator.planted.hunt import (
     Sought,
     hunt,
     hunted,
-    seeds_of,
+    seed_of,
     table,
 )
 from simulator.planted.registry import PLANTED
@@ -104,9 +103,8 @@ def test_results_are_of_plants_that_there_are_as_they_are_listed() -> None:
     assert [(it.plant.id, len(it.ends)) for it in hunted(results)] == [(first, 3), (second, 3)]
 
 
-def test_ranges_of_seeds_have_none_in_common() -> None:
-    assert seeds_of(0).stop == seeds_of(1).start
-    assert len(seeds_of(7)) == MAX_SCHEDULES
+def test_each_range_has_a_seed_of_its_own() -> None:
+    assert len({seed_of(number) for number in range(7)}) == 7
 
 
 @pytest.mark.parametrize(
