@@ -41,8 +41,8 @@ class Ghost:
         self.caches = Caches()
         self.frames = Ledger()
         self.table_pages = Ledger()
-        self.groups = Groups(verdicts)
-        self.functions = Functions(verdicts)
+        self.groups = Groups(verdicts, self.heard)
+        self.functions = Functions(verdicts, self.heard)
         self.stores = Stores(verdicts)
         self.liveness = Liveness(verdicts, bound_ns)
         self.faults = FaultJudge(verdicts, self.tables, self.history, self.backing)
@@ -209,12 +209,12 @@ class Ghost:
 
     def shows(self, view: Name, start: int, end: int, shown: Shown) -> None:
         """A window: a slot, an area."""
-        self.heard.change(heard.CHANGES_HOST)
+        self.heard.change(heard.CHANGES_WINDOW)
         self.backing.view(view).put(start, end, shown)
 
     def hides(self, view: Name, start: int, end: int) -> None:
         """The window is gone, and nothing of it is reached (R21)."""
-        self.heard.change(heard.CHANGES_HOST)
+        self.heard.change(heard.CHANGES_WINDOW)
         gone = list(self.backing.of(view, start, end))
         self.backing.view(view).clear(start, end)
         for truth in gone:
@@ -224,7 +224,7 @@ class Ghost:
     def converts(self, view: Name, start: int, end: int, others: Iterable[Name]) -> None:
         """Pages turn private, or shared: nothing leads to those that were there (R24); nor does another view
         lead there, of `others` that show the process's, where it becomes private."""
-        self.heard.change(heard.CHANGES_HOST)
+        self.heard.change(heard.CHANGES_WINDOW)
         gone = list(self.backing.of(view, start, end))
         self.backing.view(view).clear(start, end)
         for truth in gone:

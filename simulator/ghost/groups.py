@@ -8,6 +8,7 @@ from collections import Counter
 from protocol.errors import EHWPOISON
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
+from simulator.ghost import heard
 from simulator.ghost.violation import Verdicts
 
 ENGINES_AT_IT = 4  # of one function, at work on one page
@@ -15,8 +16,9 @@ OF_ONE_PAGE = errno.EFAULT, errno.EINVAL, EHWPOISON
 
 
 class Groups:
-    def __init__(self, verdicts: Verdicts) -> None:
+    def __init__(self, verdicts: Verdicts, told: heard.Heard) -> None:
         self._verdicts = verdicts
+        self._told = told
         self._out: dict[tuple[int, int], int] = {}  # function, index -> requests of it so far
         self._forgotten: set[tuple[int, int]] = set()
         self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
@@ -29,6 +31,7 @@ class Groups:
 
     def sent(self, rid: int, index: int, pages: int) -> None:
         """A group of so many requests goes out."""
+        self._told.also(heard.CHANGES_GROUP)
         if (rid, index) in self._out:
             self._verdicts.say("I8", f"function {rid:#x} uses index {index} before its group was answered")
         self._out[rid, index] = pages
@@ -37,10 +40,12 @@ class Groups:
 
     def taken(self, rid: int, index: int) -> None:
         """The driver has read the last of its requests."""
+        self._told.also(heard.CHANGES_GROUP)
         self._taken.add((rid, index))
 
     def answered(self, rid: int, index: int) -> None:
         """A response arrives at the function."""
+        self._told.also(heard.CHANGES_GROUP)
         if self._out.pop((rid, index), None) is not None:
             return
         if (rid, index) in self._forgotten:
@@ -62,6 +67,7 @@ class Groups:
 
     def late(self, rid: int) -> list[int]:
         """Groups that were out when its page requests were switched off, and are not answered yet."""
+        self._told.also(heard.LOOKS_AT_GROUPS)
         return [index for other, index in self._forgotten if other == rid]
 
     def unread(self, rid: int) -> list[int]:
@@ -96,12 +102,14 @@ class Groups:
 
     def forget_all(self) -> None:
         """The functions are gone."""
+        self._told.also(heard.CHANGES_GROUP)
         self._out.clear()
         self._forgotten.clear()
         self._taken.clear()
 
     def forgotten(self, rid: int) -> None:
         """Its page requests were switched off: nobody waits for an answer, though one may still come."""
+        self._told.also(heard.CHANGES_GROUP)
         for key in [key for key in self._out if key[0] == rid]:
             del self._out[key]
             self._forgotten.add(key)

@@ -15,11 +15,18 @@ OF_TABLE_PAGES = "owners of table pages"
 OF_ROOTS = "roots"  # which there are, of whom
 OF_ENTRIES = "entries"  # and what they were; since when what was cached of them is out of date
 OF_HOST = "host"  # what it has behind each page, and what of it is pinned
+OF_WINDOWS = "windows"  # which pages show anything, whatever the host has there
 OF_LET_GO = "let go"  # what is about to be taken, by who knows of it
 OF_CACHES = "caches"  # fills commute, each is of its own; who looks at all of them does not
 OF_STORES = "stores"  # to pages that log: one store more says nothing of another
+OF_FUNCTIONS = "functions"  # what each may do, and whether it is on an HWPT
+OF_LEADING = "leading entries"  # which of them a unit has cached
+OF_GROUPS = "groups"  # of page requests
 
-ASPECTS = (OF_FRAMES, OF_TABLE_PAGES, OF_ROOTS, OF_ENTRIES, OF_HOST, OF_LET_GO, OF_CACHES, OF_STORES)
+ASPECTS = (
+    *(OF_FRAMES, OF_TABLE_PAGES, OF_ROOTS, OF_ENTRIES, OF_HOST, OF_LET_GO, OF_CACHES, OF_STORES),
+    *(OF_WINDOWS, OF_FUNCTIONS, OF_LEADING, OF_GROUPS),
+)
 
 
 def looks(*aspects: str) -> frozenset[Effect]:
@@ -40,6 +47,7 @@ MAKES_ROOT = changes(OF_ROOTS, OF_ENTRIES)
 ENDS_ROOT = changes(OF_ROOTS, OF_ENTRIES, OF_CACHES)
 STORES_ENTRY = changes(OF_ENTRIES) | looks(OF_ROOTS, OF_HOST, OF_LET_GO)
 CHANGES_HOST = changes(OF_HOST)
+CHANGES_WINDOW = changes(OF_HOST, OF_WINDOWS)
 LETS_GO = changes(OF_LET_GO)
 IS_TAKEN = changes(OF_CACHES) | looks(OF_ROOTS, OF_ENTRIES)
 FILLS = looks(OF_ROOTS, OF_ENTRIES, OF_CACHES)
@@ -52,6 +60,14 @@ FAULTS_IN = looks(OF_ROOTS, OF_ENTRIES, OF_HOST)
 LOOKS_FRAMES = looks(OF_FRAMES)
 IS_STORED = looks(OF_STORES)
 TELLS_OF_STORES = changes(OF_STORES)
+LOOKS_FOR_PAGES = looks(OF_ROOTS, OF_WINDOWS)
+CHANGES_FUNCTION = changes(OF_FUNCTIONS)
+LOOKS_AT_FUNCTION = looks(OF_FUNCTIONS)
+LEAVES_HWPT = changes(OF_FUNCTIONS, OF_CACHES)
+LEADS = looks(OF_LEADING)  # who stores such entries is one
+CACHES_LEADING = changes(OF_LEADING)
+CHANGES_GROUP = changes(OF_GROUPS)
+LOOKS_AT_GROUPS = looks(OF_GROUPS)
 
 
 NOTHING: frozenset[Effect] = frozenset()
@@ -74,7 +90,7 @@ class Heard:
         return self.now
 
     def also(self, effects: frozenset[Effect]) -> None:
-        """It shows only now what the last one is judged by."""
+        """It shows only now what the last one is judged by; or no epoch is kept of it."""
         self._effects |= effects
 
     def taken(self) -> frozenset[Effect]:

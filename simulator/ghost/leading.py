@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from simulator.ghost import heard
 from simulator.ghost.violation import Verdicts
 
 PRESENT = 1 << 0  # of word 0
@@ -18,12 +19,14 @@ Entry = tuple[str, int]
 
 
 class LeadingEntries:
-    def __init__(self, verdicts: Verdicts) -> None:
+    def __init__(self, verdicts: Verdicts, told: heard.Heard) -> None:
         self._verdicts = verdicts
+        self._told = told
         self._words: dict[Entry, dict[int, int]] = defaultdict(dict)
         self._cached: dict[str, set[Entry]] = defaultdict(set)  # by unit
 
     def stored(self, entry: Entry, word: int, value: int) -> None:
+        self._told.also(heard.LEADS)
         words = self._words[entry]
         before, words[word] = words.get(word, 0), value
         what = f"word {word} of the {entry[0]} entry of function {entry[1]:#x}"
@@ -40,9 +43,13 @@ class LeadingEntries:
 
     def cached(self, unit: str, entries: Iterable[Entry]) -> None:
         """All that the unit has of them by now."""
-        self._cached[unit] = set(entries)
+        now = set(entries)
+        if now != self._cached[unit]:
+            self._told.also(heard.CACHES_LEADING)
+            self._cached[unit] = now
 
     def forget_all(self) -> None:
         """The units, or the driver, are gone."""
+        self._told.also(heard.CACHES_LEADING)
         self._words.clear()
         self._cached.clear()

@@ -23,6 +23,7 @@ from protocol.hw.pasid_entry import PASID_ENTRY_SIZE, RID_PASID, PasidEntry
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.units import PAGE_SHIFT, Hpa, Pasid
+from simulator.ghost import heard
 from simulator.ghost.functions import Walked, Walker
 from simulator.ghost.probes.watch import Seams, Watch
 
@@ -119,6 +120,7 @@ def _nowhere(watch: Watch, root: int, pages: list[int]) -> list[int]:
     view = watch.ghost.view_of(root)
     if view is None:
         return []
+    watch.ghost.heard.look(heard.LOOKS_FOR_PAGES)
     shown = watch.ghost.backing.view(view)
     return [page for page in pages if shown.get(page) is None]
 

@@ -6,6 +6,7 @@ import pytest
 
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import Groups
+from simulator.ghost.heard import Heard
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent
 from simulator.ghost.liveness import CASE_OF, Liveness
@@ -22,7 +23,7 @@ def invariants(verdicts: Verdicts) -> list[str]:
 
 def test_each_group_is_answered_once() -> None:
     verdicts = Verdicts()
-    groups = Groups(verdicts)
+    groups = Groups(verdicts, Heard())
     groups.sent(RID, 0, 3)
     groups.sent(RID + 8, 0, 1)
     groups.answered(RID, 0)
@@ -38,7 +39,7 @@ def test_each_group_is_answered_once() -> None:
 
 def test_an_index_in_use_is_not_used_again() -> None:
     verdicts = Verdicts()
-    groups = Groups(verdicts)
+    groups = Groups(verdicts, Heard())
     groups.sent(RID, 4, 1)
     groups.sent(RID, 4, 1)
     assert invariants(verdicts) == ["I8"]

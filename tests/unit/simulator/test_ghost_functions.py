@@ -19,6 +19,7 @@ from protocol.units import Iova
 from simulator.ghost.functions import Functions, Walked, Walker
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import ENGINES_AT_IT, Groups
+from simulator.ghost.heard import Heard
 from simulator.ghost.leading import LeadingEntries
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
@@ -30,7 +31,7 @@ RID = 0x6A10
 
 def said(*steps: Callable[[Functions], None]) -> list[str]:
     verdicts = Verdicts()
-    functions = Functions(verdicts)
+    functions = Functions(verdicts, Heard())
     for step in steps:
         step(functions)
     return [violation.invariant for violation in verdicts.found]
@@ -122,7 +123,7 @@ def test_a_table_that_a_unit_cannot_walk_is_not_given_to_it(
 def test_a_group_that_kvm_serves_nothing_may_fail_whatever_its_pages() -> None:
     for refuses in (False, True):
         verdicts = Verdicts()
-        groups = Groups(verdicts)
+        groups = Groups(verdicts, Heard())
         groups.sent(RID, 0, 1)
         if refuses:
             groups.refused()
@@ -131,7 +132,7 @@ def test_a_group_that_kvm_serves_nothing_may_fail_whatever_its_pages() -> None:
 
 
 def test_groups_that_were_out_when_their_function_went_are_known() -> None:
-    groups = Groups(Verdicts())
+    groups = Groups(Verdicts(), Heard())
     for index in range(3):
         groups.sent(RID, index, 1)
     groups.taken(RID, 0)
@@ -145,7 +146,7 @@ def test_groups_that_were_out_when_their_function_went_are_known() -> None:
 
 def test_a_full_queue_is_not_asked_again_and_again() -> None:
     verdicts = Verdicts()
-    groups = Groups(verdicts)
+    groups = Groups(verdicts, Heard())
     for _ in range(3):
         for _ in range(ENGINES_AT_IT):
             groups.dropped(RID, 7)
@@ -169,7 +170,7 @@ def test_a_full_queue_is_not_asked_again_and_again() -> None:
 )
 def test_an_answer_says_what_became_of_the_pages(code: ResponseCode, nowhere: list[int], wrong: bool) -> None:
     verdicts = Verdicts()
-    Groups(verdicts).answers(RID, 0, code, nowhere)
+    Groups(verdicts, Heard()).answers(RID, 0, code, nowhere)
     assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
 
 
@@ -190,7 +191,7 @@ def test_a_function_is_told_what_was_found_of_its_page(
 ) -> None:
     verdicts = Verdicts()
     request = PageRequest(RID, 0, Iova(0x7000), last=True, read=True)
-    Groups(verdicts).finds(request, code, refused)
+    Groups(verdicts, Heard()).finds(request, code, refused)
     assert [violation.invariant for violation in verdicts.found] == ["I8"] * wrong
 
 
@@ -199,7 +200,7 @@ def test_a_group_may_fail_where_a_table_of_the_drivers_own_has_no_memory(
     refused: int, wrong: list[str]
 ) -> None:
     verdicts = Verdicts()
-    groups = Groups(verdicts)
+    groups = Groups(verdicts, Heard())
     code = ResponseCode.INVALID if refused == errno.EFAULT else ResponseCode.FAILURE
     groups.finds(PageRequest(RID, 0, Iova(0x7000), last=True, read=True), code, refused)
     groups.answers(RID, 0, ResponseCode.FAILURE, [7])
@@ -226,7 +227,7 @@ ENTRY = "PASID", RID
 )
 def test_an_entry_that_a_unit_may_have_is_not_changed(stores: str, wrong: bool) -> None:
     verdicts = Verdicts()
-    entries = LeadingEntries(verdicts)
+    entries = LeadingEntries(verdicts, Heard())
     for step in stores.split():
         if "=" in step:
             word, value = map(int, step.split("="))

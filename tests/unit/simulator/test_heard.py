@@ -8,15 +8,23 @@ from copy import deepcopy
 
 import pytest
 
+from protocol.hw.qi import ResponseCode
 from simulator.ghost import heard
 from simulator.ghost.heard import Effect
-from tests.unit.simulator.test_ghost import ROOT, Story
+from tests.unit.simulator.test_ghost import DEVTLB, PAGE, ROOT, Story
+
+RID = 0x6A10
+ENTRY = "PASID", RID
 
 BY_DEVICE = (
     *("cache", "cache_reader", "cache_iotlb", "drop", "drop_iotlb", "point", "forget_pointer", "walk", "use"),
-    "device_stored",
+    *("device_stored", "masters", "masters_no_more", "asks", "asks_no_more"),
+    *("read_entry", "forget_entry", "sends", "hears_answer"),
 )
-BY_IOMMUFDD = ("issue", "complete", "acked", "reuse_of_iommufdd")
+BY_IOMMUFDD = (
+    *("issue", "complete", "acked", "reuse_of_iommufdd", "comes", "came", "drained", "served", "leaves"),
+    *("store_entry", "store_other_word", "takes_request", "looks_for_page"),
+)
 BY_HOST = (
     *("take", "give_b", "give_back", "protect", "free", "take_from_another", "load", "store"),
     *("map", "map_b", "map_read_only", "zap", "flushed", "let_go", "told", "delete_slot", "pin", "unpin"),
@@ -36,6 +44,7 @@ class Steps(Story):
     def __init__(self) -> None:
         super().__init__()
         self.issued: list[int] = []
+        self.other_word = 0
 
     def issue(self) -> None:
         self.issued.append(self.ghost.issues())
@@ -55,6 +64,64 @@ class Steps(Story):
 
     def reported(self) -> None:
         self.ghost.stores.end(self.ghost.report_begins("vm", [0x10]))
+
+    # -- a function, its page requests, and the entry that leads to its table ----------------------------
+
+    def masters(self) -> None:
+        self.ghost.functions.masters(RID, on=True)
+
+    def masters_no_more(self) -> None:
+        self.ghost.functions.masters(RID, on=False)
+
+    def asks(self) -> None:
+        self.ghost.functions.asks(RID, on=True)
+
+    def asks_no_more(self) -> None:
+        self.ghost.groups.forgotten(RID)
+        self.ghost.functions.asks(RID, on=False)
+
+    def sends(self) -> None:
+        self.ghost.groups.sent(RID, 0, 1)
+
+    def hears_answer(self) -> None:
+        self.ghost.groups.answered(RID, 0)
+
+    def read_entry(self) -> None:
+        self.ghost.functions.leading.cached("unit", [ENTRY])
+
+    def forget_entry(self) -> None:
+        self.ghost.functions.leading.cached("unit", [])
+
+    def comes(self) -> None:
+        self.ghost.functions.comes(RID)
+
+    def came(self) -> None:
+        self.ghost.functions.came(RID, on_demand=True)
+
+    def drained(self) -> None:
+        self.ghost.functions.drained(RID, unread=self.ghost.groups.unread(RID))
+
+    def served(self) -> None:
+        self.ghost.functions.served(RID)
+
+    def leaves(self) -> None:
+        late, cached = self.ghost.groups.late(RID), len(self.ghost.caches.held(DEVTLB))
+        self.ghost.functions.left(RID, unanswered=late, cached=cached)
+
+    def takes_request(self) -> None:
+        self.ghost.groups.taken(RID, 0)
+
+    def looks_for_page(self) -> None:
+        self.ghost.heard.look(heard.LOOKS_FOR_PAGES)
+        shown = self.ghost.backing.view("vm").get(PAGE)
+        self.ghost.groups.answers(RID, 0, ResponseCode.SUCCESS, [PAGE] if shown is None else [])
+
+    def store_entry(self) -> None:
+        self.ghost.functions.leading.stored(ENTRY, 0, 5)
+
+    def store_other_word(self) -> None:
+        self.other_word ^= 1
+        self.ghost.functions.leading.stored(ENTRY, 1, self.other_word)
 
     def verdict(self) -> Verdict:
         return {(each.invariant, each.sentence) for each in self.verdicts.found}
@@ -122,6 +189,13 @@ def test_independent_steps_are_judged_alike_in_both_orders() -> None:
         (heard.OF_CACHES, "cache zap issue", ("drop", "complete"), ""),
         (heard.OF_LET_GO, "zap", ("let_go", "map"), ""),
         (heard.OF_STORES, "log", ("device_stored", "report"), ""),
+        (heard.OF_WINDOWS, "zap take", ("delete_slot", "looks_for_page"), ""),
+        (heard.OF_FUNCTIONS, "masters comes", ("masters_no_more", "leaves"), ""),
+        (heard.OF_FUNCTIONS, "comes", ("asks", "came"), ""),
+        (heard.OF_CACHES, "comes cache", ("drop", "leaves"), ""),
+        (heard.OF_GROUPS, "comes sends asks_no_more", ("hears_answer", "drained"), ""),
+        (heard.OF_GROUPS, "comes sends asks_no_more", ("hears_answer", "leaves"), ""),
+        (heard.OF_LEADING, "read_entry", ("forget_entry", "store_other_word"), ""),
     ],
 )
 def test_two_steps_that_only_he_tells_apart(
