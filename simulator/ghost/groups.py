@@ -23,7 +23,7 @@ class Groups:
         self._forgotten: set[tuple[int, int]] = set()
         self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
         self._taken: set[tuple[int, int]] = set()  # out of the queue, by the driver
-        self._refused = False  # somebody was served nothing, whatever the page
+        self._refused: set[tuple[int, int]] = set()  # groups that are served nothing, whatever the page
 
     @property
     def outstanding(self) -> list[tuple[int, int]]:
@@ -74,17 +74,17 @@ class Groups:
         """Those of them that the driver has not read."""
         return [index for index in self.late(rid) if (rid, index) not in self._taken]
 
-    def refused(self) -> None:
-        """KVM is gone for who asked, or has no memory: no page of his comes, so Response Failure is right."""
-        self._refused = True
-
     def answers(self, rid: int, index: int, code: ResponseCode, nowhere: list[int]) -> None:
-        """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`."""
+        """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`.  Failure
+        is right for one of which KVM is gone, or has no memory: no page of it comes.
+        """
+        refused = (rid, index) in self._refused
+        self._refused.discard((rid, index))
         for page in nowhere:
             what = f"group {index} of function {rid:#x} is answered {code.name}, page {page:#x} is nowhere"
             if code is ResponseCode.SUCCESS:
                 self._verdicts.say("I8", what)
-            elif code is ResponseCode.FAILURE and not self._refused:
+            elif code is ResponseCode.FAILURE and not refused:
                 self._verdicts.say("I8", f"{what}: that ends all its page requests")
 
     def finds(self, request: PageRequest, code: ResponseCode, refused: int | None) -> None:
@@ -98,7 +98,7 @@ class Groups:
         elif refused and code is ResponseCode.SUCCESS:
             self._verdicts.say("I8", f"{what}, and was refused")
         elif refused and refused not in OF_ONE_PAGE:
-            self.refused()  # a table of iommufdd's own may have no memory either
+            self._refused.add((request.rid, request.prgi))  # a table of iommufdd's own may have no memory either
 
     def forget_all(self) -> None:
         """The functions are gone."""
@@ -106,6 +106,7 @@ class Groups:
         self._out.clear()
         self._forgotten.clear()
         self._taken.clear()
+        self._refused.clear()
 
     def forgotten(self, rid: int) -> None:
         """Its page requests were switched off: nobody waits for an answer, though one may still come."""

@@ -19,8 +19,6 @@ from iommufdd.kvm_client import KvmTdp
 from iommufdd.kvmd_channel import KvmdChannel
 from kvmd.core.export.importer import Registration
 from kvmd.core.mm.hmm import Mirror
-from protocol.errors import UapiError
-from simulator.ghost.groups import OF_ONE_PAGE
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
@@ -149,12 +147,7 @@ def _must_end(watch: Watch, kind: str) -> Iterator[None]:
 async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
     """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
     with _must_end(watch, "request"):
-        try:
-            return await original(channel, op, *args, **named)
-        except UapiError as error:
-            if error.errno not in OF_ONE_PAGE:
-                watch.ghost.groups.refused()
-            raise
+        return await original(channel, op, *args, **named)
 
 
 @seams.around(KvmTdp, "unregister")

@@ -120,15 +120,30 @@ def test_a_table_that_a_unit_cannot_walk_is_not_given_to_it(
 # -- page request groups ---------------------------------------------------------------------------------
 
 
-def test_a_group_that_kvm_serves_nothing_may_fail_whatever_its_pages() -> None:
-    for refuses in (False, True):
-        verdicts = Verdicts()
-        groups = Groups(verdicts, Heard())
-        groups.sent(RID, 0, 1)
-        if refuses:
-            groups.refused()
-        groups.answers(RID, 0, ResponseCode.FAILURE, [7])
-        assert [found.invariant for found in verdicts.found] == ([] if refuses else ["I8"])
+def fails(rid: int, index: int) -> Callable[[Groups], None]:
+    """KVM has no memory for a page of it."""
+    request = PageRequest(rid, index, Iova(0x7000), last=True, read=True)
+    return lambda groups: groups.finds(request, ResponseCode.FAILURE, errno.ENOMEM)
+
+
+@pytest.mark.parametrize(
+    ("before", "wrong"),
+    [
+        ([fails(RID, 0)], False),
+        ([], True),
+        ([fails(RID, 1), fails(RID + 8, 0)], True),  # others
+        ([fails(RID, 0), lambda groups: groups.answers(RID, 0, ResponseCode.FAILURE, [])], True),  # the last
+    ],
+)
+def test_a_group_fails_for_what_became_of_it_alone(
+    before: list[Callable[[Groups], None]], wrong: bool
+) -> None:
+    verdicts = Verdicts()
+    groups = Groups(verdicts, Heard())
+    for step in before:
+        step(groups)
+    groups.answers(RID, 0, ResponseCode.FAILURE, [7])
+    assert [found.invariant for found in verdicts.found] == ["I8"] * wrong
 
 
 def test_groups_that_were_out_when_their_function_went_are_known() -> None:
