@@ -18,6 +18,7 @@ from simulator.ghost.faults import FaultJudge
 from simulator.ghost.functions import Functions
 from simulator.ghost.groups import Groups
 from simulator.ghost.holders import ALL_CACHES, GOES_WITH, IMPORTED_CACHES, UNIT_CACHES
+from simulator.ghost.host import HostJudge
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
@@ -25,7 +26,7 @@ from simulator.ghost.mmus import Mmus
 from simulator.ghost.own import OwnRoots
 from simulator.ghost.spans import Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
-from simulator.ghost.tables import Retranslated, ShadowTables, Stored
+from simulator.ghost.tables import ShadowTables, Stored
 from simulator.ghost.violation import Verdicts
 
 BOUND_NS = 60 * 10**9  # of virtual time, in which all that is outstanding ends
@@ -50,6 +51,7 @@ class Ghost:
         self.mmus = Mmus(verdicts, self.backing)
         self.own = OwnRoots(verdicts, self.backing, self.tables)
         self._roots: dict[int, RootFacts] = {}
+        self.host = HostJudge(verdicts, self.heard, self._roots, self.backing, self.tables, self.caches)
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._orphans: set[int] = set()  # roots whose maintainer died
         self._closed: set[int] = set()  # roots that nobody walks any more
@@ -175,35 +177,12 @@ class Ghost:
             self.verdicts.say("I18", f"table {table:#x} is linked a second time at {at:#x}")
         for change in stored.changes:
             if change.gained:
-                self._judge_entry(change)
+                self.host.entry_stored(change)
 
     def _cut_off(self, epoch: int, tables: Iterable[int]) -> None:
         for table in tables:
             self._cut[table] = epoch
             self.caches.end_pointers(epoch, table)
-
-    def _judge_entry(self, change: Retranslated) -> None:
-        """What is stored is what the host has there now, and nobody has let go of (steps 4 and 5)."""
-        facts = self._roots[change.root]
-        if facts.view is None or change.after is None:
-            return
-        for truth in self.backing.of(facts.view, change.start, change.end):
-            stored = change.after.moved(truth.start - change.start)
-            for part in self.backing.unpinned(facts.view, truth, stored.frame) if truth.known else ():
-                new = change.before is None or change.before.frame != change.after.frame
-                self._judge_stored(change.root, facts, part, stored.moved(part.start - truth.start), new)
-
-    def _judge_stored(
-        self, root: int, facts: RootFacts, truth: Truth, stored: Translation, new: bool
-    ) -> None:
-        """`new`: not only rights that come back to what will be cleared with the others."""
-        what = f"root {root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
-        if truth.translation is None or truth.translation.frame != stored.frame:
-            self.verdicts.say("I5", f"{what}, the host has {frame_of(truth.translation)} there")
-        elif stored.rights & WRITE and not truth.translation.rights & WRITE:
-            self.verdicts.say("I21", f"{what} writable, which it is not in the host")
-        elif new and self.backing.is_let_go(facts.filler, truth):
-            self.verdicts.say("I5", f"{what}, which {facts.filler} has let go of")
 
     # -- what the host has -----------------------------------------------------------------------------
 
@@ -219,7 +198,7 @@ class Ghost:
         self.backing.view(view).clear(start, end)
         for truth in gone:
             if truth.translation is not None:
-                self._judge_taken(view, truth, "R21")
+                self.host.taken(view, truth, "R21")
 
     def converts(self, view: Name, start: int, end: int, others: Iterable[Name]) -> None:
         """Pages turn private, or shared: nothing leads to those that were there (R24); nor does another view
@@ -230,13 +209,13 @@ class Ghost:
         for truth in gone:
             if truth.translation is None or truth.shown is None or truth.shown.space is None:
                 continue
-            self._judge_taken(view, truth, "R24")
+            self.host.taken(view, truth, "R24")
             first, last = truth.shown.page, truth.shown.page + truth.end - truth.start
             for other, low, high, page in list(self.backing.shown_in(truth.shown.space, first, last)):
                 if other in others:
                     seen = self.backing.view(other).get(low)
                     there = truth.translation.moved(page - first)
-                    self._judge_taken(other, Truth(low, high, seen, there), "R24")
+                    self.host.taken(other, Truth(low, high, seen, there), "R24")
 
     def backs(self, space: Name, start: int, end: int, there: Translation | None) -> None:
         """Pages of a space are these frames from now on, or nothing (step 5)."""
@@ -255,33 +234,7 @@ class Ghost:
             for view, first, last, page in self.backing.shown_in(space, low, high):
                 lost = Translation(was.frame + page - low, was.rights if rule == "I6" else WRITE)
                 shown = self.backing.view(view).get(first)
-                self._judge_taken(view, Truth(first, last, shown, lost), rule)
-
-    def _judge_taken(self, view: Name, taken: Truth, rule: str) -> None:
-        """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
-        self.heard.also(heard.IS_TAKEN)
-        assert taken.translation is not None
-        for gone in self.backing.unpinned(view, taken, taken.translation.frame):
-            assert gone.translation is not None
-            self._judge_gone(view, gone, gone.translation, rule, WRITE if rule == "I21" else 0)
-
-    def _judge_gone(self, view: Name, gone: Truth, lost: Translation, rule: str, need: int) -> None:
-        for root in [root for root, facts in self._roots.items() if facts.view == view]:
-            for start, _, value in self.tables.roots[root].within(gone.start, gone.end):
-                if value.frame == lost.frame + start - gone.start and value.rights & need == need:
-                    self.verdicts.say(
-                        "I11" if rule == "I6" else rule,
-                        f"frame {value.frame:#x} is taken while root {root:#x} maps page {start:#x} to it",
-                    )
-        for cached in self.caches.translations():
-            facts_of = self._roots.get(cached.root)
-            if facts_of is None or facts_of.view != view or cached.translation.rights & need != need:
-                continue
-            start = max(cached.start, gone.start)
-            frame = cached.translation.frame + start - cached.start
-            if start < min(cached.end, gone.end) and frame == lost.frame + start - gone.start:
-                which = self.caches.rule(rule, cached)
-                self.verdicts.say(which, f"page {start:#x} of {view} is taken, {said(cached)} has it")
+                self.host.taken(view, Truth(first, last, shown, lost), rule)
 
     def lets_go(self, filler: Name, space: Name, start: int, end: int) -> None:
         """It knows that these pages are taken, and stores no new entry for them until it is told that they
@@ -308,7 +261,7 @@ class Ghost:
             for truth in self.backing.of(view, first, first + 1):
                 there = truth.translation
                 if truth.known and (there is None or there.frame != frame):
-                    self._judge_taken(view, Truth(first, first + 1, truth.shown, Translation(frame, 0)), "I6")
+                    self.host.taken(view, Truth(first, first + 1, truth.shown, Translation(frame, 0)), "I6")
 
     # -- caches ----------------------------------------------------------------------------------------
 
@@ -411,6 +364,10 @@ class Ghost:
     def logs(self, view: Name, start: int, end: int, on: bool) -> None:
         self.heard.change(heard.TELLS_OF_STORES)
         self.stores.log(view, start, end, on)
+
+    def moves_logged(self, view: Name, start: int, end: int, to: int) -> None:
+        self.heard.change(heard.TELLS_OF_STORES)
+        self.stores.move(view, start, end, to)
 
     def report_begins(self, view: Name, pages: Iterable[int]) -> DirtyReport:
         return self.stores.begin(self.heard.change(heard.TELLS_OF_STORES), view, pages)

@@ -75,8 +75,9 @@ class Groups:
         return [index for index in self.late(rid) if (rid, index) not in self._taken]
 
     def answers(self, rid: int, index: int, code: ResponseCode, nowhere: list[int]) -> None:
-        """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`.  Failure
-        is right for one of which KVM is gone, or has no memory: no page of it comes.
+        """The driver has looked for the pages of a group; where nothing was all the time is `nowhere`.
+
+        Failure is right for one of which KVM is gone, or has no memory: no page of it comes.
         """
         refused = (rid, index) in self._refused
         self._refused.discard((rid, index))
@@ -98,7 +99,8 @@ class Groups:
         elif refused and code is ResponseCode.SUCCESS:
             self._verdicts.say("I8", f"{what}, and was refused")
         elif refused and refused not in OF_ONE_PAGE:
-            self._refused.add((request.rid, request.prgi))  # a table of iommufdd's own may have no memory either
+            key = request.rid, request.prgi
+            self._refused.add(key)  # a table of iommufdd's own may have no memory either
 
     def forget_all(self) -> None:
         """The functions are gone."""

@@ -53,9 +53,21 @@ class Stores:
     def untold(self, view: Hashable) -> list[int]:
         return [page for where, page in self._untold if where == view]
 
-    def marked(self, view: Hashable, page: int) -> None:
-        """A report that is still to come will have it."""
-        self._marked.add((view, page))
+    def move(self, view: Hashable, start: int, end: int, to: int) -> None:
+        """These pages are those from `to` on now, and log as before."""
+        untold = {page: since for (where, page), since in self._untold.items() if where == view}
+        marked = {page for where, page in self._marked if where == view}
+        self.log(view, start, end, False)
+        self.log(view, to, to + end - start, True)
+        for page in range(start, end):
+            if page in untold:
+                self._untold[view, page - start + to] = untold[page]
+            if page in marked:
+                self._marked.add((view, page - start + to))
+
+    def marked(self, view: Hashable, page: int, *, on: bool = True) -> None:
+        """A report that is still to come will have it, or none will any more."""
+        (self._marked.add if on else self._marked.discard)((view, page))
 
     def begin(self, epoch: int, view: Hashable, pages: Iterable[int]) -> DirtyReport:
         """A report of these pages, whose marks are taken in this step."""

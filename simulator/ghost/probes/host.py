@@ -57,7 +57,10 @@ def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, 
             for low, high, shown in now or ():
                 watch.ghost.shows(view, low, high, shown)
         tell_private(watch, slots, slot, start, end, there=comes)
-        watch.ghost.logs(view, start, end, comes and slot.logs)
+        if old is None or new is None or not (old.logs and new.logs):
+            watch.ghost.logs(view, start, end, comes and slot.logs)
+        elif comes:
+            watch.ghost.moves_logged(view, old.span.start, old.span.end, start)
 
 
 def _space(table: PageTable) -> str:

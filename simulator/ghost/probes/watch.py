@@ -185,8 +185,8 @@ class Watch:
         for slot in log._slots:
             view = self.view(log._slots, slot.as_id)
             for gfn in stores.untold(view):
-                if gfn in slot.span and log.tells(slot, Gfn(gfn)):
-                    stores.marked(view, gfn)
+                if gfn in slot.span:
+                    stores.marked(view, gfn, on=log.tells(slot, Gfn(gfn)))
 
 
 def block_of(page: int, level: Level) -> tuple[int, int]:

@@ -58,6 +58,11 @@ def test_an_index_in_use_is_not_used_again() -> None:
         ("begin end store mark settle", False),
         ("begin_other store end mark settle", False),  # marked a little later, before a report began
         ("begin_other store end settle", True),
+        ("store mark other unmark settle", True),  # the report did not have it
+        ("store mark other unmark other settle", True),
+        ("store move settle", True),
+        ("store mark move settle", False),
+        ("store move move mark settle", False),
         ("off store settle", False),
         ("store off settle", False),
     ],
@@ -70,14 +75,18 @@ def test_a_store_is_told_or_lost(steps: str, lost: bool) -> None:
         match step:
             case "store":
                 stores.stored(epoch, "vm", 5)
-            case "mark":
-                stores.marked("vm", 5)
+            case "mark" | "unmark":
+                stores.marked("vm", 5, on=step == "mark")
             case "begin" | "begin_other":
                 reports.append(stores.begin(epoch, "vm", [5] if step == "begin" else [6]))
             case "end":
                 stores.end(reports.pop())
             case "other":
                 stores.end(stores.begin(epoch, "vm", [6]))
+            case "move":
+                stores.move("vm", 0, 8, 16)
+                assert stores.untold("vm") == [16 + 5]
+                stores.move("vm", 16, 24, 0)
             case "off":
                 stores.log("vm", 0, 8, False)
             case "settle":

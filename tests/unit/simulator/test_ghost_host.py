@@ -10,6 +10,9 @@ from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Page
 from kvmd.core.mm.reclaim import migrate, swap_out
+from kvmd.core.slots.dirty_bitmap import DirtyBitmap
+from kvmd.core.slots.dirty_log import DirtyLog
+from kvmd.core.slots.memslot import Memslot
 from protocol.pt.bits import READ, WRITE
 from protocol.units import PAGE_SIZE, Hva
 from simulator.ghost.backing import Shown
@@ -21,6 +24,7 @@ from simulator.kernel.process import SimProcess
 from simulator.world.scheduler import World as Scheduled
 from tests.kit.kvmd import World
 from tests.planted.plugin import Plants
+from tests.unit.kvmd.own_root import BASE, PAGES, Managed
 from tests.unit.kvmd.test_private_history import play
 from tests.unit.simulator.world.toys import Script
 
@@ -73,6 +77,30 @@ def test_what_turns_private_is_mapped_by_no_other_mmu(private: bool) -> None:
     assert ghost.verdicts.found == []
     ghost.converts("vm", 0x11, 0x12, ["ioas"] if private else [])
     assert heard(ghost.verdicts) == ({"R24"} if private else set())
+
+
+# -- dirty logs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empties", [False, True])
+def test_what_is_stored_to_a_slot_that_moves_is_still_to_be_told(
+    empties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log goes along."""
+
+    def emptied(log: DirtyLog, old: Memslot | None, new: Memslot) -> DirtyBitmap | None:
+        return DirtyBitmap(new.npages, full=False) if new.logs else None
+
+    if empties:
+        monkeypatch.setattr(DirtyLog, "bitmap_for", emptied)
+    ghost = Ghost(Verdicts())
+    with watching(ghost) as watch:
+        guest = Managed()
+        guest.log()
+        guest.write(3)
+        guest.change_slot(0, 2 * BASE, PAGES, guest.hva, 1)
+        watch.settled()
+    assert heard(ghost.verdicts) == ({"I25"} if empties else set())
 
 
 # -- deaths ----------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class GhostBesideSnapshots(RuleBasedStateMachine):
     def judged(self, expected: set[str]) -> None:
         found = {violation.invariant for violation in self.ghost.verdicts.found}
         assert found == expected
-        self.ghost.verdicts = Verdicts()
+        self.ghost.verdicts._found.clear()
 
     @property
     def now(self) -> GhostSnapshot:
