@@ -1,5 +1,5 @@
 """What must end: invalidations, page requests, faults, requests between daemons; within a bound of virtual
-time, counted from when nothing is made to fail any more.
+time, which is longer than whatever is made to fail, to stop or to be late.
 """
 
 from __future__ import annotations
@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from simulator.ghost.violation import Verdicts
-
-OF_THE_UNIT = ("page request group", "group without credits", "overflow")
 
 # What an outstanding thing of each kind is a case of; first what others wait for.
 CASE_OF = {
@@ -31,13 +29,14 @@ class Liveness:
         self._verdicts = verdicts
         self._bound = bound
         self._began: dict[tuple[str, Hashable], int] = {}
-        self._quiet: int | None = 0  # since when nothing is made to fail
 
     def begins(self, now: int, kind: str, name: Hashable) -> None:
         assert kind in CASE_OF, kind
         self._began.setdefault((kind, name), now)
 
-    def ends(self, kind: str, name: Hashable) -> None:
+    def ends(self, now: int, kind: str, name: Hashable) -> None:
+        """Whether or not in time."""
+        self.look(now)
         self._began.pop((kind, name), None)
 
     def forget(self, kind: str) -> None:
@@ -45,20 +44,10 @@ class Liveness:
         for key in [key for key in self._began if key[0] == kind]:
             del self._began[key]
 
-    def disturbed(self) -> None:
-        """Something is made to fail, to stop or to be late: nothing has to end before `undisturbed`."""
-        self._quiet = None
-
-    def undisturbed(self, now: int) -> None:
-        self._quiet = now
-
     def look(self, now: int) -> None:
         """At any time."""
-        if self._quiet is None:
-            return
         for (kind, name), began in self._began.items():
-            since = max(began, self._quiet)
-            if now - since > self._bound:
+            if now - began > self._bound:
                 self._verdicts.say(CASE_OF[kind], f"{kind} {name} has not ended after {self._bound} ns")
 
     def stuck(self) -> None:

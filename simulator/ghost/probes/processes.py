@@ -7,8 +7,6 @@ kvmd's end, device_sim of iommufdd's.  Until then they may use what they have; t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from device_sim.core.root_complex import RootComplex
@@ -55,14 +53,14 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
         if hwpt.domain.root in renamed and did not in watch.orphans:
             watch.orphans[did] = renamed[hwpt.domain.root]
             if gone == "kvmd" and hwpt.attached:
-                ghost.liveness.begins(watch.now(), DEAD_KVM, watch.orphans[did])
+                watch.begins(DEAD_KVM, watch.orphans[did])
     if gone == "iommufdd":
         watch.hwpts.clear()
         watch.ending.clear()
         watch.giving_back.clear()
         watch.platform = None  # what it had is nobody's, and not left over
         if watch.plugged:
-            ghost.liveness.begins(watch.now(), DEAD_DRIVER, "device_sim")
+            watch.begins(DEAD_DRIVER, "device_sim")
     original(world, thread)
 
 
@@ -97,7 +95,7 @@ def _platform(watch: Watch, original: Any, platform: Platform, *args: Any, **nam
 async def _lose_kvm(watch: Watch, original: Any, platform: Platform, hwpt: Hwpt) -> None:
     await original(platform, hwpt)
     root = watch.root(hwpt.domain.did, hwpt.domain.root)
-    watch.ghost.liveness.ends(DEAD_KVM, root)
+    watch.ends(DEAD_KVM, root)
     watch.ghost.closed(root)
 
 
@@ -111,7 +109,7 @@ async def _destroy_hwpt(watch: Watch, original: Any, platform: Platform, hwpt: H
         watch.ending.discard(did)
     if did in watch.giving_back:
         watch.ghost.verdicts.say("R10", f"domain id {did} is free, and units have not let go of its memory")
-    watch.ghost.liveness.ends(DEAD_KVM, watch.root(did, hwpt.domain.root))
+    watch.ends(DEAD_KVM, watch.root(did, hwpt.domain.root))
     if watch.hwpts.get(did) is hwpt:
         del watch.hwpts[did]
 
@@ -126,27 +124,15 @@ def _plug(watch: Watch, original: Any, silicon: RootComplex, driver: object) -> 
 def _unplug(watch: Watch, original: Any, silicon: RootComplex) -> None:
     original(silicon)
     watch.plugged = False
-    watch.ghost.liveness.ends(DEAD_DRIVER, "device_sim")
+    watch.ends(DEAD_DRIVER, "device_sim")
     watch.ghost.unplugged()
     watch.ghost.groups.forget_all()  # nobody is left who would answer
-
-
-@contextmanager
-def _must_end(watch: Watch, kind: str) -> Iterator[None]:
-    """Or its daemon does, in an orderly way."""
-    with watch.must_end(kind) as name:
-        try:
-            yield
-        except GeneratorExit:
-            if not watch.over:
-                watch.ghost.liveness.ends(kind, name)
-            raise
 
 
 @seams.around(KvmdChannel, "call")
 async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
     """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
-    with _must_end(watch, "request"):
+    with watch.must_end("request", or_its_daemon=True):
         return await original(channel, op, *args, **named)
 
 
@@ -161,11 +147,11 @@ async def _unregister(watch: Watch, original: Any, tdp: KvmTdp) -> None:
 @seams.around(Registration, "leave")
 async def _leave(watch: Watch, original: Any, registration: Registration) -> None:
     """kvmd waits for the lease of an importer whose channel ended."""
-    with _must_end(watch, LOAN):
+    with watch.must_end(LOAN, or_its_daemon=True):
         await original(registration)
 
 
 @seams.around(Mirror, "release")
 async def _release(watch: Watch, original: Any, mirror: Mirror) -> None:
-    with _must_end(watch, LOAN):
+    with watch.must_end(LOAN, or_its_daemon=True):
         await original(mirror)

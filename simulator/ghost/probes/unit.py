@@ -188,7 +188,7 @@ def _submit(watch: Watch, original: Any, queue: PrqWriter, request: PageRequest)
     watch.sent[key] = watch.sent.get(key, 0) + 1
     if request.last:
         watch.ghost.groups.sent(*key, watch.sent.pop(key))
-        watch.ghost.liveness.begins(watch.now(), "page request group", key)
+        watch.begins("page request group", key)
     original(queue, request)
 
 
@@ -198,14 +198,14 @@ def _answers_itself(
 ) -> None:
     """Success: of one that it dropped.  Who is answered asks on, and finds room perhaps."""
     if code is ResponseCode.SUCCESS:
-        watch.ghost.liveness.begins(watch.now(), OVERFLOW, watch.name(queue, "queue "))
+        watch.begins(OVERFLOW, watch.name(queue, "queue "))
         watch.ghost.groups.dropped(request.rid, request.addr >> PAGE_SHIFT)
     original(queue, request, code)
 
 
 @seams.around(PrqWriter, "_accept")
 def _accept(watch: Watch, original: Any, queue: PrqWriter) -> None:
-    watch.ghost.liveness.ends(OVERFLOW, watch.name(queue, "queue "))
+    watch.ends(OVERFLOW, watch.name(queue, "queue "))
     watch.ghost.groups.accepted()
     original(queue)
 
@@ -213,7 +213,7 @@ def _accept(watch: Watch, original: Any, queue: PrqWriter) -> None:
 @seams.around(PageRequestInterface, "respond")
 def _respond(watch: Watch, original: Any, pri: PageRequestInterface, index: int, code: Any) -> None:
     watch.ghost.groups.answered(pri._rid, index)
-    watch.ghost.liveness.ends("page request group", (pri._rid, index))
+    watch.ends("page request group", (pri._rid, index))
     if code is ResponseCode.FAILURE:
         watch.ghost.functions.failed(pri._rid)
     original(pri, index, code)
@@ -223,7 +223,7 @@ def _respond(watch: Watch, original: Any, pri: PageRequestInterface, index: int,
 def _disable(watch: Watch, original: Any, pri: PageRequestInterface) -> None:
     for rid, index in watch.ghost.groups.outstanding:
         if rid == pri._rid:
-            watch.ghost.liveness.ends("page request group", (rid, index))
+            watch.ends("page request group", (rid, index))
     watch.ghost.groups.forgotten(pri._rid)
     waiting = [*pri._groups.values(), *pri._waiting]
     original(pri)
@@ -247,8 +247,8 @@ def _send_waiting(watch: Watch, original: Any, pri: PageRequestInterface) -> Non
 
 def _tell_unsent(watch: Watch, pri: PageRequestInterface) -> None:
     """Groups go out in the order they came: as long as any waits, the function waits for credits."""
-    kind, liveness = "group without credits", watch.ghost.liveness
+    kind = "group without credits"
     if pri._waiting:
-        liveness.begins(watch.now(), kind, pri._rid)
+        watch.begins(kind, pri._rid)
     else:
-        liveness.ends(kind, pri._rid)
+        watch.ends(kind, pri._rid)

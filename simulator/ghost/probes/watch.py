@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,11 +75,14 @@ class Trying:
 
 
 class Watch:
-    """`ghost` hears, and what of the product is known by which name; `now`: nanoseconds of virtual time."""
+    """`ghost` hears, and what of the product is known by which name.
 
-    def __init__(self, ghost: Ghost, now: Callable[[], int]) -> None:
+    `now`: nanoseconds of a world's virtual time, of which none passes without one.
+    """
+
+    def __init__(self, ghost: Ghost) -> None:
         self.ghost = ghost
-        self.now = now
+        self.now: Callable[[], int] = lambda: 0
         self.begun = 0  # things that must end
         self.trying: Trying | None = None  # whose step this is
         self.flushing = Counter[int]()  # by VM, flushes that not all have acked
@@ -128,18 +131,28 @@ class Watch:
         """What that unit was lately told to forget of the domain: when, and pages first..behind the last."""
         return self._told.setdefault((self.name(unit, "driver of unit "), did), deque(maxlen=TOLD))
 
+    def begins(self, kind: str, name: Hashable) -> None:
+        self.ghost.liveness.begins(self.now(), kind, name)
+
+    def ends(self, kind: str, name: Hashable) -> None:
+        self.ghost.liveness.ends(self.now(), kind, name)
+
     @contextmanager
-    def must_end(self, kind: str) -> Iterator[int]:
+    def must_end(self, kind: str, *, or_its_daemon: bool = False) -> Iterator[None]:
+        """`or_its_daemon`: who is cut off in here, in an orderly way, has ended with it; else he has not."""
         self.begun += 1
-        name, liveness = self.begun, self.ghost.liveness
-        liveness.begins(self.now(), kind, name)
+        name = self.begun
+        self.begins(kind, name)
         try:
-            yield name  # who is cut off in here has not ended
-        except Exception:
-            liveness.ends(kind, name)
+            yield
+        except GeneratorExit:
+            if or_its_daemon and not self.over:
+                self.ends(kind, name)
             raise
-        liveness.ends(kind, name)
-        liveness.look(self.now())
+        except Exception:
+            self.ends(kind, name)
+            raise
+        self.ends(kind, name)
 
     def root(self, did: int, root: int) -> int:
         """What the ghost knows that domain's root by."""

@@ -36,10 +36,9 @@ assert len(SEAMS) == sum(len(room.seams) for room in _ROOMS), "two rooms wrap on
 
 
 @contextmanager
-def watching(ghost: Ghost, now: Callable[[], int] = lambda: 0) -> Iterator[Watch]:
-    """Inside, the ghost hears of everything that objects made inside do.  `now`: nanoseconds of virtual
-    time."""
-    watch = Watch(ghost, now)
+def watching(ghost: Ghost) -> Iterator[Watch]:
+    """Inside, the ghost hears of everything that objects made inside do."""
+    watch = Watch(ghost)
     before = {(owner, name): vars(owner)[name] for owner, name in SEAMS}
     for (owner, name), around in SEAMS.items():
         setattr(owner, name, _wrapped(watch, before[owner, name], around))

@@ -99,7 +99,7 @@ def test_what_is_outstanding_ends_within_the_bound() -> None:
     liveness = Liveness(verdicts, bound=100)
     liveness.begins(0, "fault", 1)
     liveness.look(100)
-    liveness.ends("fault", 1)
+    liveness.ends(100, "fault", 1)
     liveness.look(1000)
     assert invariants(verdicts) == []
     liveness.begins(1000, "invalidation", "a")
@@ -107,17 +107,14 @@ def test_what_is_outstanding_ends_within_the_bound() -> None:
     assert invariants(verdicts) == ["R18"]
 
 
-def test_while_things_are_made_to_fail_nothing_has_to_end() -> None:
+@pytest.mark.parametrize(("kind", "invariant"), CASE_OF.items())
+def test_what_ends_late_is_late(kind: str, invariant: str) -> None:
     verdicts = Verdicts()
     liveness = Liveness(verdicts, bound=100)
-    liveness.begins(0, "request", 1)
-    liveness.disturbed()
-    liveness.look(5000)
-    liveness.undisturbed(5000)
-    liveness.look(5100)
-    assert invariants(verdicts) == []
-    liveness.look(5101)
-    assert invariants(verdicts) == ["R27"]
+    for began, ended, wrong in ((0, 100, []), (1000, 1101, [invariant])):
+        liveness.begins(began, kind, 1)
+        liveness.ends(ended, kind, 1)
+        assert invariants(verdicts) == wrong
 
 
 @pytest.mark.parametrize(("kind", "invariant"), CASE_OF.items())

@@ -20,7 +20,7 @@ RWX = 7
 
 @pytest.fixture
 def watch() -> Watch:
-    return Watch(Ghost(Verdicts()), lambda: 0)
+    return Watch(Ghost(Verdicts()))
 
 
 def word(table: int, index: int) -> int:
