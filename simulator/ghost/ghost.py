@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from protocol.pt.bits import WRITE
+from protocol.pt.geometry import ENTRY_BYTES
 from protocol.units import PAGE_SIZE
 from simulator.ghost import heard
 from simulator.ghost.backing import Backing, Name, Shown, Truth
@@ -164,6 +165,9 @@ class Ghost:
             self._stored(table, stored)
 
     def _stored(self, at: int, stored: Stored) -> None:
+        for table in stored.linked:
+            for index, entry in self.tables.entries(table):
+                judge_entry(self.verdicts, table + index * ENTRY_BYTES, entry, 1, linked=True)
         if not stored.changes and not stored.cut and not stored.linked_twice:
             return
         epoch = self.heard.change(heard.STORES_ENTRY)

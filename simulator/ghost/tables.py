@@ -53,6 +53,7 @@ class Retranslated(NamedTuple):
 class Stored(NamedTuple):
     changes: list[Retranslated]
     cut: list[int]  # table pages that no root leads to any more
+    linked: list[int]  # table pages that a root leads to from now on
     linked_twice: list[int]
 
 
@@ -98,14 +99,14 @@ class ShadowTables:
         old = self.load(at)
         if place is None or old == entry:
             self._put(at, entry)
-            return Stored([], [], [])
+            return Stored([], [], [], [])
         size = 1 << 9 * (place.level - 1)
         start = place.first + index * size
         spans = self.roots[place.root]
         before = spans.clear(start, start + size)
         gone = self._unlink(old, place.level)
         self._put(at, entry)
-        twice = self._link(entry, Place(place.root, place.level, start, place.rights))
+        linked = list(self._link(entry, Place(place.root, place.level, start, place.rights)))
         after = merged(self._of(entry, place.level, start, place.rights))
         for run in after:
             spans.put(*run)
@@ -114,7 +115,9 @@ class ShadowTables:
             for piece in side_by_side(merged(before), after, start, start + size)
             if piece[2] != piece[3]
         ]
-        return Stored(changes, [table for table in gone if table not in self._linked], twice)
+        cut = [table for table in gone if table not in self._linked]
+        twice = [table for table, is_second in linked if is_second]
+        return Stored(changes, cut, [table for table, _ in linked], twice)
 
     def forget(self, tables: Iterable[int]) -> None:
         """These pages are no memory any more."""
@@ -143,7 +146,7 @@ class ShadowTables:
             if self.load(at := table + ENTRY_BYTES * index) != entries[index]
         ]
 
-    def _entries(self, table: int) -> list[tuple[int, int]]:
+    def entries(self, table: int) -> list[tuple[int, int]]:
         """Those that are not 0, by their index."""
         return sorted(self._words.get(table, {}).items())
 
@@ -163,7 +166,7 @@ class ShadowTables:
 
     def _below(self, table: int, place: Place) -> Iterator[Run[Translation]]:
         size = 1 << 9 * (place.level - 1)
-        for index, entry in self._entries(table):
+        for index, entry in self.entries(table):
             yield from self._of(entry, place.level, place.first + index * size, place.rights)
 
     def _table_of(self, entry: int, level: int) -> int | None:
@@ -176,20 +179,19 @@ class ShadowTables:
             return []
         self._linked.pop(table, None)
         gone = [table]
-        for _, below in self._entries(table):
+        for _, below in self.entries(table):
             gone += self._unlink(below, level - 1)
         return gone
 
-    def _link(self, entry: int, at: Place) -> list[int]:
-        """`at`: of the entry itself.  Tables that were linked already."""
+    def _link(self, entry: int, at: Place) -> Iterator[tuple[int, bool]]:
+        """`at`: of the entry itself.  Each table, and whether it was linked already."""
         table = self._table_of(entry, at.level)
         if table is None:
-            return []
-        twice = [table] if table in self._linked else []
+            return
+        yield table, table in self._linked
         place = Place(at.root, at.level - 1, at.first, at.rights & entry & RWX)
         self._linked[table] = place
         if place.level > 1:
             size = 1 << 9 * (place.level - 1)
-            for index, below in self._entries(table):
-                twice += self._link(below, place._replace(first=place.first + index * size))
-        return twice
+            for index, below in self.entries(table):
+                yield from self._link(below, place._replace(first=place.first + index * size))

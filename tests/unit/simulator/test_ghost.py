@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.pt.bits import DIRTY, EXEC, MMIO, READ, WRITE
+from protocol.pt.bits import DIRTY, EXEC, MMIO, READ, SNOOP, WRITE
 from simulator.ghost.backing import Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.spans import Translation
@@ -158,6 +158,12 @@ class Story:
     def fill(self) -> None:
         self.ghost.table_filled(SPARE, [0] * 512)
 
+    def fill_snooped(self) -> None:
+        self.ghost.table_filled(SPARE, [0] * 511 + [B << 12 | RWX | SNOOP])
+
+    def fill_mmio_with_rights(self) -> None:
+        self.ghost.table_filled(SPARE, [0] * 511 + [MMIO | WRITE])
+
     def link_again(self) -> None:
         self.ghost.entry_stored(ROOT + 8, TABLE | RWX)
 
@@ -256,6 +262,8 @@ BROKEN = (
     ("R23", "reuse_of_iommufdd"),
     ("I4", "link fill"),
     ("I3", "mmio_with_rights"),
+    ("I2", "fill_snooped link"),
+    ("I3", "fill_mmio_with_rights link"),
     ("I18", "link_again"),
     ("R14", "cache_torn"),
     ("I6", "pin take cache zap unpin"),
