@@ -47,6 +47,7 @@ class Backing:
         self.views: dict[Name, Spans[Shown]] = {}
         self.spaces: dict[Name, Spans[Translation]] = {}
         self._pins: dict[tuple[Name, int], Counter[int]] = {}
+        self._leaving: Counter[tuple[Name, int, int]] = Counter()  # pins of a page that nobody asks for
         self._failed: Counter[int] = Counter()  # of a frame, how many entries say so
         self._let_go: dict[Name, list[tuple[Name, int, int]]] = {}  # by who answered: of which space
 
@@ -95,6 +96,7 @@ class Backing:
         """No space is any more, nor what is pinned in one; windows that are left show nobody knows what."""
         self.spaces.clear()
         self._pins.clear()
+        self._leaving.clear()
         self._failed.clear()
         self._let_go.clear()
         for view in self.views.values():
@@ -116,8 +118,22 @@ class Backing:
         """`name`: the view or the space whose page it is."""
         self._pins.setdefault((name, page), Counter())[frame] += 1
 
+    def leave(self, name: Name, page: int, frame: int) -> None:
+        """Nobody asks for the pin any more; it is let go of when nobody reaches the page."""
+        self._leaving[name, page, frame] += 1
+
+    def asked_for(self, name: Name, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Of pages start..end those that are pinned by that name and are to stay: (page, frame)."""
+        for (where, page), frames in self._pins.items():
+            if where == name and start <= page < end:
+                for frame, count in frames.items():
+                    if count > self._leaving[name, page, frame]:
+                        yield page, frame
+
     def unpin(self, name: Name, page: int, frame: int) -> bool:
         """Was it pinned?"""
+        if self._leaving[name, page, frame]:
+            self._leaving[name, page, frame] -= 1
         pins = self._pins.get((name, page))
         if pins is None or not pins[frame]:
             return False

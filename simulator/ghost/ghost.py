@@ -54,6 +54,7 @@ class Ghost:
         self._roots: dict[int, RootFacts] = {}
         self.host = HostJudge(verdicts, self.heard, self._roots, self.backing, self.tables, self.caches)
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
+        self._lent: set[int] = set()  # roots that units may walk
         self._orphans: set[int] = set()  # roots whose maintainer died
         self._closed: set[int] = set()  # roots that nobody walks any more
 
@@ -124,9 +125,11 @@ class Ghost:
 
     def root_lent(self, root: int) -> None:
         """Units will walk it, until it is taken back."""
+        self._lent.add(root)
         self.lent.lends(self._roots[root].view, self.tables.level_of(root))
 
     def root_taken_back(self, root: int) -> None:
+        self._lent.discard(root)
         self.lent.takes_back(self._roots[root].view)
         self.caches.unanswered |= {cached.holder for cached in self.caches.of_root(IMPORTED_CACHES, root)}
 
@@ -135,7 +138,9 @@ class Ghost:
         return None if facts is None else facts.view
 
     def root_obsolete(self, root: int) -> None:
-        """Nobody walks it after the flush that must follow (R3)."""
+        """Nobody walks it after the flush that must follow (R3); no unit does now (I10)."""
+        if root in self._lent:
+            self.verdicts.say("I10", f"root {root:#x} is obsolete, and is lent")
         epoch = self.heard.change(heard.ENDS_ROOT)
         self.history.make_obsolete(epoch, root)
         self.caches.end_root(epoch, root)
@@ -176,6 +181,9 @@ class Ghost:
                 self.history.end(epoch, change)
                 self.caches.end(epoch, change, self.history)
         self.own.changed(stored.changes)
+        for change in stored.changes:
+            if change.lost and change.root in self._lent:
+                self.host.lent_lost(change)
         self._cut_off(epoch, stored.cut)
         for table in stored.linked_twice:
             self.verdicts.say("I18", f"table {table:#x} is linked a second time at {at:#x}")
@@ -253,6 +261,11 @@ class Ghost:
     def pinned(self, name: Name, page: int, frame: int) -> None:
         self.heard.change(heard.CHANGES_HOST)
         self.backing.pin(name, page, frame)
+
+    def pin_leaves(self, name: Name, page: int, frame: int) -> None:
+        """Nobody asks for it any more."""
+        self.heard.change(heard.CHANGES_HOST)
+        self.backing.leave(name, page, frame)
 
     def unpinned(self, name: Name, page: int, frame: int) -> None:
         """Where the host has another page by now, nothing leads to this one (step 6)."""
@@ -399,6 +412,7 @@ class Ghost:
         elif name == "kvmd":
             self.frames = Ledger()
             self.stores = Stores(self.verdicts)
+            self._lent.clear()
             self.lent.forget()
             self.mmus.forget()
             self.own.forget()

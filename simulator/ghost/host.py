@@ -54,6 +54,18 @@ class HostJudge:
         elif new and self._backing.is_let_go(facts.filler, truth):
             self._verdicts.say("I5", f"{what}, which {facts.filler} has let go of")
 
+    def lent_lost(self, change: Retranslated) -> None:
+        """By a root that is lent: what is pinned there stays as it is, with W and D (I22)."""
+        facts, before = self._roots[change.root], change.before
+        if facts.view is None or before is None:
+            return
+        for page, frame in self._backing.asked_for(facts.view, change.start, change.end):
+            was = before.moved(page - change.start)
+            now = None if change.after is None else change.after.moved(page - change.start)
+            if was.frame == frame and (now is None or not now.gives(was)):
+                what = f"root {change.root:#x}, which is lent, loses page {page:#x}"
+                self._verdicts.say("I22", f"{what}, which is pinned in frame {frame:#x}")
+
     def taken(self, view: Name, taken: Truth, rule: str) -> None:
         """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
         self._told.also(heard.IS_TAKEN)

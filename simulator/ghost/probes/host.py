@@ -150,7 +150,9 @@ def _remove_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn) -> Pa
     pin = pinned[gfn]
     page: Page = original(pinned, gfn)
     watch.kept.append(page)
-    watch.pins.setdefault(id(page), []).append((watch.view(pinned, AS_ID), gfn, pin.pfn))
+    leaving = watch.view(pinned, AS_ID), gfn, pin.pfn
+    watch.ghost.pin_leaves(*leaving)
+    watch.pins.setdefault(id(page), []).append(leaving)
     return page
 
 

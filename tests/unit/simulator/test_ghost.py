@@ -125,6 +125,9 @@ class Story:
     def pin(self) -> None:
         self.ghost.pinned("vm", PAGE, A)
 
+    def nobody_asks(self) -> None:
+        self.ghost.pin_leaves("vm", PAGE, A)
+
     def unpin(self) -> None:
         self.ghost.unpinned("vm", PAGE, A)
 
@@ -166,6 +169,12 @@ class Story:
 
     def link_again(self) -> None:
         self.ghost.entry_stored(ROOT + 8, TABLE | RWX)
+
+    def lend(self) -> None:
+        self.ghost.root_lent(ROOT)
+
+    def take_back(self) -> None:
+        self.ghost.root_taken_back(ROOT)
 
     def obsolete(self) -> None:
         self.ghost.root_obsolete(ROOT)
@@ -217,6 +226,10 @@ LEGAL = (
     "point collapse forget_pointer acked reuse",
     "pin take use zap drop unpin free",
     "pin unpin use",
+    "lend pin set_dirty nobody_asks zap unpin",
+    "lend pin unpin pin unpin zap",
+    "lend zap take_back map pin zap",
+    "lend take_back obsolete",
     "zap let_go take free give_b told map_b",
     "zap let_go take give_back told map",
     "cache zap drop flushed delete_slot",
@@ -270,6 +283,11 @@ BROKEN = (
     ("I11", "pin take unpin"),
     ("I22", "pin zap take free"),
     ("I22", "pin unpin unpin"),
+    ("I22", "lend pin zap"),
+    ("I22", "lend pin set_dirty clear_dirty"),
+    ("I22", "lend pin map_read_only"),
+    ("I22", "lend pin nobody_asks unpin pin zap"),
+    ("I10", "lend obsolete"),
     ("I6", "zap take load"),
     ("I6", "zap take free load"),
     ("I21", "zap protect store"),
