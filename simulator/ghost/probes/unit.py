@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from device_sim.core.context_tables import SecondStage
 from device_sim.core.devtlb import DevTlb
 from device_sim.core.dmar import RemappingUnit
 from device_sim.core.function import Function
@@ -14,6 +15,8 @@ from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.pt import bits
 from protocol.pt.geometry import INDEX_BITS
+from protocol.pt.mem import TableReader
+from protocol.pt.walk import Walk
 from protocol.units import (
     PAGE_OFFSET_MASK,
     PAGE_SHIFT,
@@ -38,6 +41,21 @@ def _unit_fill(
     watch.filling[id(unit.iotlb), attached.did] = watch.root(attached.did, attached.root)
     entry: IotlbEntry = original(unit, rid, attached, page)
     return entry
+
+
+@seams.around(RemappingUnit, "_walk")
+def _walk(
+    watch: Watch,
+    original: Any,
+    unit: RemappingUnit,
+    tables: TableReader,
+    attached: SecondStage,
+    page: IovaPfn,
+) -> Walk:
+    """Where it loaded the last entry: the page may have been given up since the pointer to it was loaded."""
+    found: Walk = original(unit, tables, attached, page)
+    watch.ghost.table_read(watch.name(unit.iotlb, "unit"), found.table)
+    return found
 
 
 @seams.around(RemappingUnit, "translation_request")
