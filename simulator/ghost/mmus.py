@@ -7,7 +7,7 @@ pass by.  All of it happens in kvmd, one after the other.
 from __future__ import annotations
 
 from simulator.ghost.backing import Backing, Name, Shown
-from simulator.ghost.spans import Spans, Translation
+from simulator.ghost.spans import Run, Spans, Translation
 from simulator.ghost.violation import Verdicts
 
 Pages = tuple[Name, int, int]
@@ -20,12 +20,14 @@ class Mmus:
         self._backing = backing
         self._left: set[Name] = set()
         self._changing: dict[Name, list[Pages]] = {}
+        self._watched: dict[Name, list[Pages]] = {}
         self._private: dict[Name, Spans[Shown]] = {}  # by view, what of its process's it has not
 
     def forget(self) -> None:
         """The host died."""
         self._left.clear()
         self._changing.clear()
+        self._watched.clear()
         self._private.clear()
 
     def registers(self, who: Name) -> None:
@@ -35,6 +37,7 @@ class Mmus:
         """It is told of nothing from now on, and has nothing (R26)."""
         self._left.add(who)
         self._changing.pop(who, None)
+        self._watched.pop(who, None)
 
     # -- what they are asked and answered --------------------------------------------------------------
 
@@ -63,13 +66,16 @@ class Mmus:
     # -- what they have --------------------------------------------------------------------------------
 
     def turns(self, view: Name, start: int, end: int, shared: Shown | None) -> None:
-        """Pages of a guest's are private from now on, in place of `shared`, which nobody has pinned by
-        whatever name; or they are not (None)."""
+        """Pages of a guest's are private from now on, in place of `shared`, which nobody watches, nor has
+        pinned by whatever name; or they are not (None)."""
         private = self._private.setdefault(view, Spans())
         private.clear(start, end)
         if shared is None:
             return
         private.put(start, end, shared)
+        for who, ranges in self._watched.items():
+            for watched in ranges:
+                self._judge_reached(who, watched, view, (start, end, shared))
         pinned = {frame: name for name, _, frame in self._backing.pinned_frames()}
         there = self._backing.space(shared.space) if pinned else Spans[Translation]()
         for low, high, translation in there.within(shared.page, shared.page + end - start):
@@ -82,13 +88,25 @@ class Mmus:
 
     def maps(self, who: Name, pages: Pages) -> None:
         """It may reach them from now on, as an MMU of no guest (I27)."""
-        space, start, end = pages
         for view, private in self._private.items():
-            for low, high, shown in private:
-                first = shown.page
-                if shown.space == space and start < first + high - low and first < end:
-                    what = f"{who} maps pages {start:#x}..{end:#x} of {space}"
-                    self._verdicts.say("I27", f"{what}, and {low:#x}..{high:#x} of {view} is private")
+            for run in private:
+                self._judge_reached(who, pages, view, run)
+
+    def _judge_reached(self, who: Name, pages: Pages, view: Name, private: Run[Shown]) -> None:
+        (space, start, end), (low, high, shown) = pages, private
+        if shown.space == space and start < shown.page + high - low and shown.page < end:
+            what = f"{who} maps pages {start:#x}..{end:#x} of {space}"
+            self._verdicts.say("I27", f"{what}, and {low:#x}..{high:#x} of {view} is private")
+
+    def watches(self, who: Name, pages: Pages) -> None:
+        """It may map them whenever it likes, until it gives them up."""
+        self._watched.setdefault(who, []).append(pages)
+        self.maps(who, pages)
+
+    def unwatches(self, who: Name, pages: Pages) -> None:
+        ranges = self._watched.get(who, [])
+        if pages in ranges:
+            ranges.remove(pages)
 
     def pins(self, who: Name, pages: Pages) -> None:
         """For itself, until it gives them up."""

@@ -53,7 +53,13 @@ async def _mirror_is_asked(watch: Watch, original: Any, mirror: Mirror, start: H
 @seams.around(Mirror, "watch")
 def _watch(watch: Watch, original: Any, mirror: Mirror, start: Hva, size: int) -> None:
     original(mirror, start, size)
-    watch.ghost.mmus.maps(watch.name(mirror, "mirror"), pages_of(mirror, start, Hva(start + size)))
+    watch.ghost.mmus.watches(watch.name(mirror, "mirror"), pages_of(mirror, start, Hva(start + size)))
+
+
+@seams.around(Mirror, "unwatch")
+def _unwatch(watch: Watch, original: Any, mirror: Mirror, start: Hva, size: int) -> None:
+    original(mirror, start, size)
+    watch.ghost.mmus.unwatches(watch.name(mirror, "mirror"), pages_of(mirror, start, Hva(start + size)))
 
 
 @seams.around(Mirror, "range_fault")

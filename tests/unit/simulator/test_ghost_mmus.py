@@ -90,6 +90,21 @@ def test_where_a_guest_has_private_memory_nobody_else_maps(pages: tuple[str, int
     book.mmus.maps("mirror1", pages)
     assert book.found == ["I27"] * wrong
 
+    book = Book()
+    book.mmus.watches("mirror0", pages)
+    book.mmus.turns("vm", 0x10, 0x12, Shown("mm", 0x80, 0))
+    assert book.found == ["I27"] * wrong, "whoever comes first"
+
+
+def test_what_is_watched_no_more_may_turn_private() -> None:
+    book = Book()
+    for who in ("mirror0", "mirror1"):
+        book.mmus.watches(who, PAGES)
+    book.mmus.unwatches("mirror0", PAGES)
+    book.mmus.leaves("mirror1")
+    book.mmus.turns("vm", 0x10, 0x12, Shown("mm", 0x80, 0))
+    assert book.found == []
+
 
 def test_of_private_memory_that_is_shared_again_in_part_the_rest_is_private() -> None:
     book = Book()
