@@ -189,10 +189,6 @@ class Backing:
     def let_go(self, who: Name, space: Name, start: int, end: int) -> None:
         self._let_go.setdefault(who, []).append((space, start, end))
 
-    def spaces_let_go(self, who: Name) -> set[Name]:
-        """Of which he let go of something."""
-        return {space for space, _, _ in self._let_go.get(who, ())}
-
     def changed(self, who: Name, space: Name, start: int, end: int) -> None:
         """He was told that the change is made.  What he was never asked of is nothing."""
         ranges = self._let_go.get(who, [])

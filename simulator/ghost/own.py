@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from protocol.pt.bits import DIRTY
 from protocol.pt.geometry import INDEX_BITS
-from simulator.ghost.backing import Backing, Name
-from simulator.ghost.spans import Translation
+from simulator.ghost.backing import Backing, Name, Shown, Truth
+from simulator.ghost.spans import Spans, Translation
 from simulator.ghost.tables import Retranslated, ShadowTables
 from simulator.ghost.violation import Verdicts
 
@@ -37,6 +37,7 @@ class OwnRoots:
         self._backing = backing
         self._tables = tables
         self._roots: dict[int, _OwnRoot] = {}
+        self._addresses: dict[Name, Spans[Shown]] = {}  # of the process's, by view
 
     def lends(self, root: int, view: Name, filler: Name, *, beside: bool) -> None:
         self._roots[root] = _OwnRoot(view, filler, beside)
@@ -47,6 +48,15 @@ class OwnRoots:
     def forget(self) -> None:
         """Who lent them died."""
         self._roots.clear()
+        self._addresses.clear()
+
+    def lies_at(self, view: Name, start: int, end: int, there: Shown | None) -> None:
+        """These pages of it are of a slot, at these addresses of its process, whatever they show (None: of no
+        slot)."""
+        addresses = self._addresses.setdefault(view, Spans())
+        addresses.clear(start, end)
+        if there is not None:
+            addresses.put(start, end, there)
 
     def takes(self, view: Name, pages: Pages) -> None:
         """What the view has there changes or goes, and nobody has it meanwhile."""
@@ -71,14 +81,16 @@ class OwnRoots:
         if any(start < change.end and change.start < end for start, end in own.taking):
             return True
         assert change.before is not None
-        going = self._backing.spaces_let_go(own.filler)
         for truth in self._backing.of(own.view, change.start, change.end):
             had = change.before.moved(truth.start - change.start)
             if truth.shown is None or truth.translation is None or truth.translation.frame != had.frame:
                 return True  # the host has another page there, or none
-            if self._backing.is_let_go(own.filler, truth) or going - {truth.shown.space}:
-                return True  # by the process's address, which a private page has as well
-        return False
+            if self._backing.is_let_go(own.filler, truth):
+                return True
+        addresses = self._addresses.get(own.view, Spans[Shown]()).within(change.start, change.end)
+        return any(  # a private page has one, too
+            self._backing.is_let_go(own.filler, Truth(*run, None)) for run in addresses
+        )
 
     def mapped(self, view: Name | None, root: int, page: int) -> None:
         """A fault has mapped the page in `root`, which CPUs walk, and there was memory for it everywhere."""

@@ -26,7 +26,7 @@ from protocol.units import (
     pages_of_level,
     size_of_level,
 )
-from simulator.ghost.backing import Name
+from simulator.ghost.backing import Name, Shown
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.ghost.probes.windows import tell_private, windows
 from simulator.ghost.spans import Translation
@@ -56,6 +56,8 @@ def _replace(watch: Watch, original: Any, slots: Memslots, old: Memslot | None, 
         elif was != now:
             for low, high, shown in now or ():
                 watch.ghost.shows(view, low, high, shown)
+        address = Shown(watch.names[id(slots)], slot.hva >> PAGE_SHIFT, 0)
+        watch.ghost.own.lies_at(view, start, end, address if comes else None)
         tell_private(watch, slots, slot, start, end, there=comes)
         if old is None or new is None or not (old.logs and new.logs):
             watch.ghost.logs(view, start, end, comes and slot.logs)

@@ -59,10 +59,15 @@ def _announced(ghost: Ghost) -> None:
     ghost.lets_go("vm1", "mm", 0x83, 0x84)
 
 
-def _of_a_private_page(ghost: Ghost) -> None:
-    """The view shows another page than the process has at the address that is taken."""
+def _shows_private(ghost: Ghost) -> None:
+    """The view shows another page than the process has there."""
+    ghost.own.lies_at(VIEW, 0, 8, Shown("mm", 0x80, 0))
     ghost.backs("file", 0, 1, Translation(0x500, RW))
     ghost.shows(VIEW, 3, 4, Shown("file", 0, RW))
+
+
+def _of_a_private_page(ghost: Ghost) -> None:
+    _shows_private(ghost)
     _announced(ghost)
 
 
@@ -79,6 +84,14 @@ def test_what_is_taken_goes(begins: Callable[[Ghost], None]) -> None:
     begins(ghost)
     ghost.entry_stored(ROOT + 8 * 3, 0)
     assert heard(ghost) == []
+
+
+def test_a_private_page_stays_while_others_are_taken() -> None:
+    ghost = lending()
+    _shows_private(ghost)
+    ghost.lets_go("vm1", "mm", 0x84, 0x86)
+    ghost.entry_stored(ROOT + 8 * 3, 0)
+    assert heard(ghost) == ["I23"]
 
 
 def test_a_change_that_is_over_takes_nothing() -> None:
