@@ -164,7 +164,7 @@ class Caches:
 
     def process_gone(self, name: str, kinds: Iterable[str]) -> None:
         """And caches of these kinds with it."""
-        if name != "kvmd":
+        if name in ("iommufdd", "device_sim"):
             self.driverless = name == "iommufdd"
         for translations in [held for holder, held in self._translations.items() if holder[0] in kinds]:
             translations.clear()

@@ -45,6 +45,8 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
     if gone in ("iommufdd", "device_sim"):
         ghost.functions.forget_all()
         watch.leading.clear()
+    if gone == "device_sim":
+        watch.plugged = False
     if gone == "kvmd":
         watch.forget_kvmd()
     for filled, root in watch.filling.items():  # a walk may be under way

@@ -119,6 +119,18 @@ def test_a_walk_goes_on_in_a_root_whose_kvm_died_under_it() -> None:
     assert ghost.verdicts.found == []
 
 
+@pytest.mark.parametrize(("gone", "owed"), [("device_sim", set()), ("qemu_shim", {"R28"})])
+def test_a_driver_that_dies_behind_its_silicon_owes_it_nothing(gone: str, owed: set[str]) -> None:
+    ghost = Ghost(Verdicts())
+    with watching(ghost) as watch:
+        world = Scheduled(Script())
+        watch.plugged = True
+        for name in (gone, "iommufdd"):
+            world.kill(world.spawn(SimProcess(world.host, name), lambda: None))
+    ghost.liveness.stuck()
+    assert heard(ghost.verdicts) == owed
+
+
 # -- host addresses --------------------------------------------------------------------------------------
 
 
