@@ -38,10 +38,10 @@ class Walked(NamedTuple):
 
 
 class Functions:
-    def __init__(self, verdicts: Verdicts, told: heard.Heard) -> None:
-        self.leading = LeadingEntries(verdicts, told)
+    def __init__(self, verdicts: Verdicts, hearing: heard.Heard) -> None:
+        self.leading = LeadingEntries(verdicts, hearing)
         self._verdicts = verdicts
-        self._told = told
+        self._hearing = hearing
         self._masters: set[int] = set()
         self._asks: set[int] = set()
         self._asked_before: dict[int, bool | None] = {}  # of those that are on an HWPT; None: it lost them
@@ -50,29 +50,29 @@ class Functions:
 
     def masters(self, rid: int, *, on: bool) -> None:
         """The bus, from now on, or no more."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         (self._masters.add if on else self._masters.discard)(rid)
 
     def asks(self, rid: int, *, on: bool) -> None:
         """For pages."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         (self._asks.add if on else self._asks.discard)(rid)
 
     def failed(self, rid: int) -> None:
         """It was answered Response Failure, which ends its page requests [PCIe 10.4]."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         if rid in self._asked_before:
             self._asked_before[rid] = None
 
     def comes(self, rid: int) -> None:
         """Onto an HWPT."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         self._asked_before[rid] = rid in self._asks
         self._drained.discard(rid)
 
     def came(self, rid: int, *, on_demand: bool) -> None:
         """`on_demand`: pages are there when they are asked for, and it can ask."""
-        self._told.also(heard.LOOKS_AT_FUNCTION)
+        self._hearing.also(heard.LOOKS_AT_FUNCTION)
         if rid in self._off_bus:
             self._verdicts.say("R18", f"function {rid:#x} was taken off the bus, and is attached")
         if on_demand and rid not in self._asks and self._asked_before.get(rid) is not None:
@@ -95,20 +95,20 @@ class Functions:
 
     def drained(self, rid: int, *, unread: list[int]) -> None:
         """What it asks for from now on comes too late; `unread`: groups that it asked for before."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         self._drained.add(rid)
         if unread:
             self._verdicts.say("R10", f"function {rid:#x} is drained, its groups {unread} lie in the queue")
 
     def served(self, rid: int) -> None:
         """Pages of its are about to be looked for."""
-        self._told.also(heard.LOOKS_AT_FUNCTION)
+        self._hearing.also(heard.LOOKS_AT_FUNCTION)
         if rid in self._drained:
             self._verdicts.say("R12", f"function {rid:#x} was drained, and is served")
 
     def left(self, rid: int, *, unanswered: list[int], cached: int) -> None:
         """Off its HWPT.  `unanswered`: groups that it asked for there; `cached`: translations it has."""
-        self._told.also(heard.LEAVES_HWPT)
+        self._hearing.also(heard.LEAVES_HWPT)
         if rid not in self._asked_before:
             return  # its unit went meanwhile
         before, asks = self._asked_before.pop(rid), rid in self._asks
@@ -129,14 +129,14 @@ class Functions:
 
     def taken_off(self, rid: int) -> None:
         """The bus, for good."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         self._off_bus.add(rid)
         if rid in self._masters:
             self._verdicts.say("R18", f"function {rid:#x} is taken off the bus, and masters it")
 
     def unlinked(self) -> None:
         """Units and driver have lost each other.  What functions may do they say themselves."""
-        self._told.also(heard.CHANGES_FUNCTION)
+        self._hearing.also(heard.CHANGES_FUNCTION)
         self.leading.forget_all()
         self._asked_before.clear()
         self._drained.clear()

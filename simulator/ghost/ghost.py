@@ -351,8 +351,8 @@ class Ghost:
             if truth.shown is None:
                 self.verdicts.say("R21", f"{what}: foreign, the view has no such page")
             elif there is None or there.frame != frame:
-                rule, kind = ("I6", "lost") if write else ("I6", "stale")
-                self.verdicts.say(rule, f"{what}: {kind}, the host has {frame_of(there)} there")
+                kind = "lost" if write else "stale"
+                self.verdicts.say("I6", f"{what}: {kind}, the host has {frame_of(there)} there")
             elif write and not there.rights & WRITE:
                 self.verdicts.say("I21", f"{what}: beyond permission, the host has it read-only")
 

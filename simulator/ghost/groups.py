@@ -16,10 +16,10 @@ OF_ONE_PAGE = errno.EFAULT, errno.EINVAL, EHWPOISON
 
 
 class Groups:
-    def __init__(self, verdicts: Verdicts, told: heard.Heard) -> None:
+    def __init__(self, verdicts: Verdicts, hearing: heard.Heard) -> None:
         self._verdicts = verdicts
-        self._told = told
-        self._out: dict[tuple[int, int], int] = {}  # function, index -> requests of it so far
+        self._hearing = hearing
+        self._out: dict[tuple[int, int], None] = {}  # function, index; in the order they were sent
         self._forgotten: set[tuple[int, int]] = set()
         self._dropped: Counter[tuple[int, int]] = Counter()  # by function and page, in this overflow
         self._taken: set[tuple[int, int]] = set()  # out of the queue, by the driver
@@ -29,24 +29,25 @@ class Groups:
     def outstanding(self) -> list[tuple[int, int]]:
         return list(self._out)
 
-    def sent(self, rid: int, index: int, pages: int) -> None:
-        """A group of so many requests goes out."""
-        self._told.also(heard.CHANGES_GROUP)
+    def sent(self, rid: int, index: int) -> None:
+        """A group goes out."""
+        self._hearing.also(heard.CHANGES_GROUP)
         if (rid, index) in self._out:
             self._verdicts.say("I8", f"function {rid:#x} uses index {index} before its group was answered")
-        self._out[rid, index] = pages
+        self._out[rid, index] = None
         self._forgotten.discard((rid, index))
         self._taken.discard((rid, index))
 
     def taken(self, rid: int, index: int) -> None:
         """The driver has read the last of its requests."""
-        self._told.also(heard.CHANGES_GROUP)
+        self._hearing.also(heard.CHANGES_GROUP)
         self._taken.add((rid, index))
 
     def answered(self, rid: int, index: int) -> None:
         """A response arrives at the function."""
-        self._told.also(heard.CHANGES_GROUP)
-        if self._out.pop((rid, index), None) is not None:
+        self._hearing.also(heard.CHANGES_GROUP)
+        if (rid, index) in self._out:
+            del self._out[rid, index]
             return
         if (rid, index) in self._forgotten:
             self._forgotten.remove((rid, index))
@@ -67,7 +68,7 @@ class Groups:
 
     def late(self, rid: int) -> list[int]:
         """Groups that were out when its page requests were switched off, and are not answered yet."""
-        self._told.also(heard.LOOKS_AT_GROUPS)
+        self._hearing.also(heard.LOOKS_AT_GROUPS)
         return [index for other, index in self._forgotten if other == rid]
 
     def unread(self, rid: int) -> list[int]:
@@ -104,7 +105,7 @@ class Groups:
 
     def forget_all(self) -> None:
         """The functions are gone."""
-        self._told.also(heard.CHANGES_GROUP)
+        self._hearing.also(heard.CHANGES_GROUP)
         self._out.clear()
         self._forgotten.clear()
         self._taken.clear()
@@ -112,7 +113,7 @@ class Groups:
 
     def forgotten(self, rid: int) -> None:
         """Its page requests were switched off: nobody waits for an answer, though one may still come."""
-        self._told.also(heard.CHANGES_GROUP)
+        self._hearing.also(heard.CHANGES_GROUP)
         for key in [key for key in self._out if key[0] == rid]:
             del self._out[key]
             self._forgotten.add(key)

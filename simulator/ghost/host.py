@@ -18,14 +18,14 @@ class HostJudge:
     def __init__(
         self,
         verdicts: Verdicts,
-        told: heard.Heard,
+        hearing: heard.Heard,
         roots: Mapping[int, RootFacts],
         backing: Backing,
         tables: ShadowTables,
         caches: Caches,
     ) -> None:
         self._verdicts = verdicts
-        self._told = told
+        self._hearing = hearing
         self._roots = roots
         self._backing = backing
         self._tables = tables
@@ -68,7 +68,7 @@ class HostJudge:
 
     def taken(self, view: Name, taken: Truth, rule: str) -> None:
         """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""
-        self._told.also(heard.IS_TAKEN)
+        self._hearing.also(heard.IS_TAKEN)
         assert taken.translation is not None
         for gone in self._backing.unpinned(view, taken, taken.translation.frame):
             assert gone.translation is not None

@@ -19,14 +19,14 @@ Entry = tuple[str, int]
 
 
 class LeadingEntries:
-    def __init__(self, verdicts: Verdicts, told: heard.Heard) -> None:
+    def __init__(self, verdicts: Verdicts, hearing: heard.Heard) -> None:
         self._verdicts = verdicts
-        self._told = told
+        self._hearing = hearing
         self._words: dict[Entry, dict[int, int]] = defaultdict(dict)
         self._cached: dict[str, set[Entry]] = defaultdict(set)  # by unit
 
     def stored(self, entry: Entry, word: int, value: int) -> None:
-        self._told.also(heard.LEADS)
+        self._hearing.also(heard.LEADS)
         words = self._words[entry]
         before, words[word] = words.get(word, 0), value
         what = f"word {word} of the {entry[0]} entry of function {entry[1]:#x}"
@@ -45,11 +45,11 @@ class LeadingEntries:
         """All that the unit has of them by now."""
         now = set(entries)
         if now != self._cached[unit]:
-            self._told.also(heard.CACHES_LEADING)
+            self._hearing.also(heard.CACHES_LEADING)
             self._cached[unit] = now
 
     def forget_all(self) -> None:
         """The units, or the driver, are gone."""
-        self._told.also(heard.CACHES_LEADING)
+        self._hearing.also(heard.CACHES_LEADING)
         self._words.clear()
         self._cached.clear()

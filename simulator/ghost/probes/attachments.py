@@ -75,12 +75,12 @@ async def _leave(watch: Watch, original: Any, device: IommufdDevice) -> None:
 def _close(watch: Watch, original: Any, ctx: IommufdCtx) -> None:
     original(ctx)
     watch.kept.append(ctx)
-    watch.closed.add(id(ctx.objects))
+    watch.gone_objects.add(id(ctx.objects))
 
 
 @seams.around(Objects, "add")
 def _add(watch: Watch, original: Any, objects: Objects, obj: Object) -> int:
-    if id(objects) in watch.closed:
+    if id(objects) in watch.gone_objects:
         what = f"{type(obj).__name__} becomes an object of an iommufd that was closed"
         watch.ghost.verdicts.say("R13", what)
     if isinstance(obj, Hwpt) and not obj.maintained:
@@ -204,7 +204,7 @@ def _now_cached(watch: Watch, tables: ContextTables) -> None:
     watch.ghost.functions.leading.cached(watch.name(tables, "unit's contexts "), entries)
 
 
-def _told(watch: Watch, original: Any, tables: ContextTables, *args: Any) -> Any:
+def _and_caches(watch: Watch, original: Any, tables: ContextTables, *args: Any) -> Any:
     try:
         return original(tables, *args)
     finally:
@@ -212,7 +212,7 @@ def _told(watch: Watch, original: Any, tables: ContextTables, *args: Any) -> Any
 
 
 for _name in ("use", "invalidate_contexts", "invalidate_pasids", "check_page_request"):
-    seams.around(ContextTables, _name)(_told)
+    seams.around(ContextTables, _name)(_and_caches)
 
 
 @seams.around(ContextTables, "second_stage")
@@ -220,7 +220,8 @@ def _second_stage(watch: Watch, original: Any, tables: ContextTables, rid: int) 
     """Of most requests nothing new is cached."""
     before = len(tables._contexts), len(tables._pasids)
     try:
-        return original(tables, rid)
+        found = watch.second_stages[id(tables), rid] = original(tables, rid)
+        return found
     finally:
         if before != (len(tables._contexts), len(tables._pasids)):
             _now_cached(watch, tables)

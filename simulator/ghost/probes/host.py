@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
-from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Entry, Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
 from kvmd.core.mm.table import PageTable
@@ -148,7 +147,7 @@ def _add_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn, pin: Pin
 
 @seams.around(PinnedGfns, "remove")
 def _remove_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn) -> Page:
-    """Nobody asks for it any more; it is let go of in `Mm.unpin`."""
+    """Nobody asks for it any more; it is let go of in `Pinning.put`."""
     pin = pinned[gfn]
     page: Page = original(pinned, gfn)
     watch.kept.append(page)
@@ -158,12 +157,13 @@ def _remove_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn) -> Pa
     return page
 
 
-@seams.around(Mm, "unpin")
-def _unpin(watch: Watch, original: Any, mm: Mm, page: Page, *args: Any, **named: Any) -> None:
-    leaving = watch.pins.get(id(page))
-    if leaving:
-        watch.ghost.unpinned(*leaving.pop(0))
-    original(mm, page, *args, **named)
+@seams.around(Pinning, "put")
+def _put(watch: Watch, original: Any, pinning: Pinning, pages: Iterable[Page]) -> None:
+    """Others may have pinned the same pages."""
+    pages = [*pages]
+    for page in pages:
+        watch.ghost.unpinned(*watch.pins[id(page)].pop(0))
+    original(pinning, pages)
 
 
 @seams.around(Pinning, "forget")

@@ -56,13 +56,17 @@ def _those_told(watch: Watch, mirror: Mirror) -> list[Name]:
 async def _mirror_start(watch: Watch, original: Any, mirror: Mirror, start: Hva, end: Hva) -> None:
     watch.ghost.mmus.hears(watch.name(mirror, "mirror"), pages_of(mirror, start, end))
     await original(mirror, start, end)
-    for view in _those_told(watch, mirror):
+    told = _those_told(watch, mirror)
+    watch.told.setdefault((id(mirror), start, end), []).append(told)
+    for view in told:
         watch.ghost.lets_go(view, *pages_of(mirror, start, end))
 
 
 @seams.around(Mirror, "invalidate_range_end")
 def _mirror_end(watch: Watch, original: Any, mirror: Mirror, start: Hva, end: Hva) -> None:
-    for view in _those_told(watch, mirror):
+    """Who was told that it begins hears of it."""
+    begun = watch.told.get((id(mirror), start, end))
+    for view in begun.pop() if begun else ():
         watch.ghost.told_changed(view, *pages_of(mirror, start, end))
     watch.ghost.mmus.hears_of_the_end(watch.name(mirror, "mirror"), pages_of(mirror, start, end))
     original(mirror, start, end)

@@ -186,7 +186,7 @@ async def _forget(watch: Watch, original: Any, hwpt: Hwpt, start: Iova, size: in
     issued, units = watch.ghost.issues(), list(hwpt.attached.values())
     await original(hwpt, start, size)
     for unit in units:
-        told = [span for at, span in watch.told_of(unit, hwpt.domain.did) if at >= issued]
+        told = [span for at, span in watch.to_forget(unit, hwpt.domain.did) if at >= issued]
         if told and not any(
             first <= start >> PAGE_SHIFT and _end(start, size) <= last for first, last in told
         ):
@@ -203,7 +203,7 @@ async def _submit(watch: Watch, original: Any, unit: IntelIommu, descriptors: Se
             first, pages = each.addr >> PAGE_SHIFT, 1 << each.am
             of_pages = each.granularity is IotlbGranularity.PAGE
             span = (first, first + pages) if of_pages else (0, EVERYTHING)
-            watch.told_of(unit, each.did).append((watch.ghost.heard.now, span))
+            watch.to_forget(unit, each.did).append((watch.ghost.heard.now, span))
     await original(unit, descriptors)
 
 

@@ -14,13 +14,14 @@ from device_sim.core.prq import PrqWriter
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ResponseCode
 from protocol.pt import bits
-from protocol.pt.geometry import INDEX_BITS
+from protocol.pt.geometry import ENTRY_BYTES, INDEX_BITS, index_of
 from protocol.pt.mem import TableReader
 from protocol.pt.walk import Walk
 from protocol.units import (
     PAGE_OFFSET_MASK,
     PAGE_SHIFT,
     PAGE_SIZE,
+    Gfn,
     Hpa,
     Iova,
     IovaPfn,
@@ -55,6 +56,7 @@ def _walk(
     """Where it loaded the last entry: the page may have been given up since the pointer to it was loaded."""
     found: Walk = original(unit, tables, attached, page)
     watch.ghost.table_read(watch.name(unit.iotlb, "unit"), found.table)
+    watch.walked[id(unit)] = found.table + index_of(Gfn(page), found.level) * ENTRY_BYTES, found.entry
     return found
 
 
@@ -62,11 +64,15 @@ def _walk(
 def _translation_request(
     watch: Watch, original: Any, unit: RemappingUnit, rid: int, page: IovaPfn, need: int
 ) -> IotlbEntry:
+    """What was stored and waits in a processor's buffer is not there for a unit yet."""
     ghost = watch.ghost
     before = ghost.heard.changes
     entry: IotlbEntry = original(unit, rid, page, need)
     if not entry.rights & need and ghost.heard.changes == before:
-        attached = unit.tables.second_stage(rid)  # as it was found just now
+        at, word = watch.walked[id(unit)]
+        if (ghost.tables.load(at) ^ word) & bits.RWX:
+            return entry
+        attached = watch.second_stages[id(unit.tables), rid]
         root = watch.root(attached.did, attached.root)
         ghost.faults.is_not_granted(root, page, need, ghost.caches.leads_astray(root, page))
     return entry
@@ -134,7 +140,7 @@ def _devtlb_fill(
     function = watch.functions.get(id(tlb))
     if function is None:
         return
-    attached = function._unit.tables.second_stage(function.rid)  # as the unit found it just now
+    attached = watch.second_stages[id(function._unit.tables), function.rid]
     root = watch.root(attached.did, attached.root)
     for write, right in ((False, bits.READ), (True, bits.WRITE)):
         if rights & right:
@@ -203,9 +209,8 @@ def _dma_copy(watch: Watch, original: Any, function: Function, src: Iova, dst: I
 @seams.around(PrqWriter, "submit")
 def _submit(watch: Watch, original: Any, queue: PrqWriter, request: PageRequest) -> None:
     key = request.rid, request.prgi
-    watch.sent[key] = watch.sent.get(key, 0) + 1
     if request.last:
-        watch.ghost.groups.sent(*key, watch.sent.pop(key))
+        watch.ghost.groups.sent(*key)
         watch.begins("page request group", key)
     original(queue, request)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from device_sim.core.context_tables import SecondStage
 from device_sim.core.function import Function
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.ioas_on_demand import IoasOnDemand
@@ -31,7 +32,7 @@ from simulator.ghost.lent import Importing
 
 Around = Callable[..., Any]  # (watch, what is wrapped, its arguments)
 
-TOLD = 64  # invalidations of a domain that may be under way at once
+TO_FORGET = 64  # invalidations of a domain that may be under way at once
 
 
 class Seams(dict[tuple[type, str], Around]):
@@ -94,25 +95,27 @@ class Watch:
         self.processes: list[AddressSpace] = []
         self.on_demand: list[IoasOnDemand] = []
         self.mirror_of: dict[int, Mirror] = {}  # by its pins
+        self.told: dict[tuple[int, int, int], list[list[Name]]] = {}  # of changes, by mirror and addresses
         self.pool_of: dict[int, str] = {}
         self.roots: dict[str, dict[int, int]] = {}  # by what fills them: root -> pages it can translate
         self.filling: dict[tuple[int, int], int] = {}  # IOTLB, domain id -> root of the walk
         self.importers: dict[int, Importing] = {}  # by who tells them for kvmd
         self.leases: dict[int, list[Lease]] = {}  # on an export
-        self._told: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
+        self._forgotten: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
         self.dids: dict[int, set[int]] = {}
         self.functions: dict[int, Function] = {}  # by device TLB
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
+        self.second_stages: dict[tuple[int, int], SecondStage] = {}  # by unit's tables, function: found last
+        self.walked: dict[int, tuple[int, int]] = {}  # by unit: where its last walk ended, and the word there
         self.structures: list[Structure] = []
         self.leading: dict[int, tuple[tuple[str, int], int]] = {}  # words of entries that lead to tables
         self.looked_for: dict[tuple[int, int], tuple[int, list[int]]] = {}  # of a group: root, pages
         self.looked_up: dict[PageRequest, int] = {}  # each by the errno that it ends with so far; 0: none
-        self.sent: dict[tuple[int, int], int] = {}
         self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
         self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them
         self.put: list[KvmTdp] = []  # TDP FDs that were let go of
-        self.closed: set[int] = set()  # whose objects are of an iommufd that was closed
+        self.gone_objects: set[int] = set()  # of an iommufd that was closed
         self.ending: set[int] = set()  # domain ids whose HWPT is being destroyed
         self.giving_back: set[int] = set()  # likewise, whose memory the units are letting go of
         self.platform: Platform | None = None  # of the iommufdd that runs
@@ -127,9 +130,9 @@ class Watch:
             self.names[id(thing)] = f"{kind}{number}"
         return self.names[id(thing)]
 
-    def told_of(self, unit: object, did: int) -> deque[tuple[int, tuple[int, int]]]:
+    def to_forget(self, unit: object, did: int) -> deque[tuple[int, tuple[int, int]]]:
         """What that unit was lately told to forget of the domain: when, and pages first..behind the last."""
-        return self._told.setdefault((self.name(unit, "driver of unit "), did), deque(maxlen=TOLD))
+        return self._forgotten.setdefault((self.name(unit, "driver of unit "), did), deque(maxlen=TO_FORGET))
 
     def begins(self, kind: str, name: Hashable) -> None:
         self.ghost.liveness.begins(self.now(), kind, name)
@@ -181,6 +184,7 @@ class Watch:
         self.flushing.clear()
         self.logs.clear()
         self.pins.clear()
+        self.told.clear()
         self.processes.clear()
 
     def settled(self) -> None:

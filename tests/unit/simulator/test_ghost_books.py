@@ -24,10 +24,10 @@ def invariants(verdicts: Verdicts) -> list[str]:
 def test_each_group_is_answered_once() -> None:
     verdicts = Verdicts()
     groups = Groups(verdicts, Heard())
-    groups.sent(RID, 0, 3)
-    groups.sent(RID + 8, 0, 1)
+    groups.sent(RID, 0)
+    groups.sent(RID + 8, 0)
     groups.answered(RID, 0)
-    groups.sent(RID, 0, 1)
+    groups.sent(RID, 0)
     assert groups.outstanding == [(RID + 8, 0), (RID, 0)]
     groups.forgotten(RID)
     groups.answered(RID + 8, 0)
@@ -40,8 +40,8 @@ def test_each_group_is_answered_once() -> None:
 def test_an_index_in_use_is_not_used_again() -> None:
     verdicts = Verdicts()
     groups = Groups(verdicts, Heard())
-    groups.sent(RID, 4, 1)
-    groups.sent(RID, 4, 1)
+    groups.sent(RID, 4)
+    groups.sent(RID, 4)
     assert invariants(verdicts) == ["I8"]
 
 
@@ -150,7 +150,7 @@ def test_what_a_process_had_goes_with_it() -> None:
     ghost.frames_taken(5, 1, "mm")
     for holder in (("devtlb", "a", "r"), ("vcpu", "0")):
         ghost.cached(holder, 0x1000, 0, 1, Translation(5, 1))
-    ghost.groups.sent(RID, 0, 1)
+    ghost.groups.sent(RID, 0)
     ghost.liveness.begins(0, "page request group", (RID, 0))
     ghost.liveness.begins(0, "fault", 1)
     ghost.process_gone("device_sim")

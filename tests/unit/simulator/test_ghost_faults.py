@@ -195,6 +195,25 @@ def test_what_a_dead_driver_s_units_hold_is_not_given_up(told: bool) -> None:
     assert heard(ghost.verdicts) == ([] if told else ["I13"])
 
 
+def test_a_page_that_another_lets_go_of_is_pinned_for_a_gfn_until_that_one_is() -> None:
+    ghost = Ghost(Verdicts())
+    with watching(ghost):
+        world = World()
+        _faults(world)
+        world.lend()
+        pinning, gfn = world.vm.pinning, Gfn(GPA >> 12)
+        world.do(pinning.pin(pinning.open(), GfnSpan.of_pages(gfn, 1)))
+        slot = world.vm.slots.find(gfn)
+        assert slot is not None
+        others = world.do(world.mm.pin_user_page(slot.hva_of(gfn)))
+        pages = pinning.forget(slot)
+        assert pages == [others]
+        world.mm.unpin(others)
+        assert [page for _, page, _ in ghost.backing.pinned_frames()] == [gfn]
+        pinning.put(pages)
+        assert list(ghost.backing.pinned_frames()) == []
+
+
 @pytest.mark.parametrize(("given_up", "wrong"), [(True, False), (False, True)])
 def test_what_is_pinned_is_not_replaced_at_once(given_up: bool, wrong: bool) -> None:
     """As a copy on write does; who gives the page up himself wants another."""

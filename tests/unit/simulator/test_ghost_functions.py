@@ -149,7 +149,7 @@ def test_a_group_fails_for_what_became_of_it_alone(
 def test_groups_that_were_out_when_their_function_went_are_known() -> None:
     groups = Groups(Verdicts(), Heard())
     for index in range(3):
-        groups.sent(RID, index, 1)
+        groups.sent(RID, index)
     groups.taken(RID, 0)
     groups.answered(RID, 1)
     groups.forgotten(RID)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import Page
@@ -15,7 +18,7 @@ from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import Memslot
 from protocol.pt.bits import READ, WRITE
 from protocol.units import PAGE_SIZE, Hva
-from simulator.ghost.backing import Shown
+from simulator.ghost.backing import Shown, Truth
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.spans import Translation
@@ -101,6 +104,26 @@ def test_what_is_stored_to_a_slot_that_moves_is_still_to_be_told(
         guest.change_slot(0, 2 * BASE, PAGES, guest.hva, 1)
         watch.settled()
     assert heard(ghost.verdicts) == ({"I25"} if empties else set())
+
+
+# -- mirrors ---------------------------------------------------------------------------------------------
+
+
+def test_who_was_told_that_a_change_begins_hears_of_its_end() -> None:
+    """A second mirror registers in its middle, and nobody knows any more who answers through the first."""
+    ghost = Ghost(Verdicts())
+    with watching(ghost) as watch:
+        world = World()
+        mirror, start, end = Mirror(world.mm), Hva(0), Hva(PAGE_SIZE)
+        ioas: Any = SimpleNamespace(mm_cookie=world.mm.cookie)
+        watch.on_demand.append(ioas)
+        world.run(mirror.invalidate_range_start(start, end))
+        going = Truth(0, 1, Shown(f"mm{world.mm.id}", 0, RW), None)
+        (told,) = watch.told[id(mirror), start, end][0]
+        assert ghost.backing.is_let_go(told, going)
+        world.mm.notifiers += [Mirror(world.mm), Mirror(world.mm)]
+        mirror.invalidate_range_end(start, end)
+        assert not ghost.backing.is_let_go(told, going)
 
 
 # -- deaths ----------------------------------------------------------------------------------------------

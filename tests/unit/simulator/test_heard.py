@@ -81,7 +81,7 @@ class Steps(Story):
         self.ghost.functions.asks(RID, on=False)
 
     def sends(self) -> None:
-        self.ghost.groups.sent(RID, 0, 1)
+        self.ghost.groups.sent(RID, 0)
 
     def hears_answer(self) -> None:
         self.ghost.groups.answered(RID, 0)
