@@ -25,7 +25,7 @@ from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.mmus import Mmus
 from simulator.ghost.own import OwnRoots
-from simulator.ghost.spans import Run, Translation, frame_of, merged, overlap, side_by_side
+from simulator.ghost.spans import Owner, Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import ShadowTables, Stored
 from simulator.ghost.violation import Verdicts
@@ -94,8 +94,7 @@ class Ghost:
 
     def table_given_up(self, table: int) -> None:
         """Nobody sits in it: no pointer leads there (step 6)."""
-        owner = self.table_pages.owner(table >> 12)
-        rule = "R23" if owner is not None and owner.name == "iommufdd" else "I7"
+        rule = _rule_of(self.table_pages.owner(table >> 12))
         if not self.table_pages.give_up(self.heard.change(heard.GIVES_TABLE_UP), table >> 12, 1):
             self.verdicts.say(rule, f"table page {table:#x} is given up twice")
         if self.tables.is_linked(table):
@@ -110,7 +109,8 @@ class Ghost:
         self.heard.look(heard.READS_TABLE)
         given_up = self.table_pages.given_up(table >> 12)
         if given_up is not None:
-            self.verdicts.say("I7", f"{reader} walks table page {table:#x}, which {given_up.name} gave up")
+            rule = _rule_of(given_up)
+            self.verdicts.say(rule, f"{reader} walks table page {table:#x}, which {given_up.name} gave up")
 
     def root_made(self, root: int, level: int, view: Name | None, filler: Name) -> None:
         self.heard.change(heard.MAKES_ROOT)
@@ -473,3 +473,8 @@ class Ghost:
             self.verdicts.say("I6", f"{what}: stale, the process has {frame_of(there)} there")
         elif write and not there.rights & WRITE:
             self.verdicts.say("I21", f"{what}: beyond permission, it is read-only")
+
+
+def _rule_of(owner: Owner | None) -> str:
+    """What says how long a table page of his is held."""
+    return "R23" if owner is not None and owner.name == "iommufdd" else "I7"

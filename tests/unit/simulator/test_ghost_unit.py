@@ -28,16 +28,17 @@ def attached() -> Silicon:
     return silicon
 
 
-def test_a_walk_that_loads_from_a_table_page_that_was_given_up_is_seen() -> None:
+@pytest.mark.parametrize(("owner", "invariant"), [("kvmd", "I7"), ("iommufdd", "R23")])
+def test_a_walk_that_loads_from_a_table_page_that_was_given_up_is_seen(owner: str, invariant: str) -> None:
     ghost = Ghost(Verdicts())
     with watching(ghost):
         silicon = attached()
-        ghost.table_taken(silicon.tables.root, "kvmd")
+        ghost.table_taken(silicon.tables.root, owner)
         silicon.translate(PAGE)
         assert heard(ghost) == []
         ghost.table_given_up(silicon.tables.root)
         silicon.translate(PAGE)
-    assert heard(ghost) == ["I7"]
+    assert heard(ghost) == [invariant]
 
 
 @pytest.mark.parametrize("waits", [False, True])
