@@ -27,11 +27,10 @@ from typing import Final
 
 from protocol.kernel.asked import asked, told
 from protocol.kernel.closer import Closer
-from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+from protocol.kernel.port import BACKLOG, BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
 
 SO_COOKIE: Final = 57  # not in the socket module
 F_SEAL_FUTURE_WRITE: Final = 0x10  # not in the fcntl module before Python 3.13
-BACKLOG: Final = 64
 _COOKIE = struct.Struct("=Q")
 _ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+BACKLOG: Final = 64  # of who listens: one more waits to be accepted, and whoever comes then waits to connect
+SCM_MAX_FD: Final = 253  # in one message; more are EINVAL [Linux net/core/scm.c]
 
 Bytes = bytes | bytearray | memoryview
 

@@ -27,7 +27,7 @@ import structlog
 
 from protocol.errors import PeerError, UapiError, shown
 from protocol.flow import Wait
-from protocol.kernel.port import Kernel, StreamSocket
+from protocol.kernel.port import SCM_MAX_FD, Kernel, StreamSocket
 from protocol.rpc.body import decode
 from protocol.rpc.loop import RECV_BYTES, Loop
 from protocol.rpc.session import HEADER_BYTES, MAX_IN_FLIGHT, Framer, Kind, Session, header
@@ -38,8 +38,8 @@ MAX_UNSENT_BYTES = 16 << 20  # a peer that does not read is cut off beyond this
 # As plain numbers: arithmetic on the enum members costs more than the system call.
 _NOSIGNAL, _CLOEXEC, _CTRUNC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
 FD_TAIL_BYTES = 4096  # a piece so small is one buffer of the kernel's: it arrives whole [af_unix.c]
-SCM_MAX_FD = 253  # what the kernel has no room for it closes itself, and may sleep over it
 _ANCILLARY_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
+"""For all that can come: what the kernel has no room for it closes itself, and may sleep over it."""
 _PACK = msgpack.Packer(autoreset=True).pack
 
 log = structlog.get_logger("rpc")

@@ -156,18 +156,18 @@ class Faults:
             first += size * self._pick(kind, (_ordinals(first, size), _ordinals(first + size, size)))
         return first
 
-    def delay(self, end: StreamEnd) -> None:
-        """A link is a process that sleeps while it has the message."""
+    def delay(self, end: StreamEnd, first: int) -> None:
+        """What `end` has not read from that piece on.  A link is a process that sleeps while it has it."""
         world = self._world
         assert world is not None
         link = SimProcess(world.host, LINK)
 
         def arrives() -> None:
             world.wait((), self.late_s)
-            end.delay(late=False)
+            end.arrives()
             link.happened("delivers to", end)
 
-        end.delay(late=True)
+        end.delay(first)
         world.spawn(link, arrives)
 
     @property

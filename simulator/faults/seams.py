@@ -23,8 +23,10 @@ from protocol.rpc import fence
 from protocol.units import IovaPfn
 from simulator.faults.plan import VMM, Faults
 from simulator.faults.store_buffer import Word
+from simulator.kernel.fds import FdTable
 from simulator.kernel.files import OpenFile, StreamEnd, oserror
-from simulator.kernel.process import SimEvent, SimMapping, SimPoller, SimProcess, SimSocket
+from simulator.kernel.mapping import SimMapping
+from simulator.kernel.process import SimEvent, SimPoller, SimProcess, SimSocket
 from simulator.world.memory import TAGS, StructuresView, Words
 from simulator.world.process import Io
 
@@ -102,11 +104,11 @@ def _accessible(faults: Faults, original: Any, function: Function, dma: DmaRange
 # -- nothing is left -------------------------------------------------------------------------------------
 
 
-@_seam(SimProcess, "install", "enomem")
-def _install(faults: Faults, original: Any, process: SimProcess, file: OpenFile) -> Any:
-    if process.name != VMM and faults.due("enomem"):
+@_seam(FdTable, "install", "enomem")
+def _install(faults: Faults, original: Any, table: FdTable, file: OpenFile) -> Any:
+    if table.name != VMM and faults.due("enomem"):
         raise oserror(errno.EMFILE)
-    return original(process, file)
+    return original(table, file)
 
 
 @_seam(SimProcess, "memfd", "enomem")
@@ -171,9 +173,11 @@ def _recvmsg_into(faults: Faults, original: Any, sock: SimSocket, *args: Any, **
 
 @_seam(StreamEnd, "send", "delay")
 def _send(faults: Faults, original: Any, end: StreamEnd, *args: Any) -> Any:
-    sent, peer = original(end, *args), end.peer
+    peer = end.peer
+    before = 0 if peer is None else peer.pieces
+    sent = original(end, *args)
     if peer is not None and faults.due("delay", peer.name):
-        faults.delay(peer)
+        faults.delay(peer, before)
     return sent
 
 

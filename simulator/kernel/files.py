@@ -14,9 +14,16 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 
-SOCKET_BYTES = 212_992  # net.core.wmem_default
-BUFFER_BYTES = 32_768  # of the kernel's buffers at most this much is one piece [Linux net/unix/af_unix.c]
+from protocol.kernel.port import BACKLOG
+from protocol.units import PAGE_SIZE, align_up
+
+SOCKET_BYTES = 212_992  # what unread buffers of one sender may cost: net.core.wmem_default
+SKB_BYTES, SHARED_INFO_BYTES, CACHE_LINE = 256, 320, 64  # struct sk_buff and skb_shared_info, both aligned
+HEAD_BYTES = PAGE_SIZE - SHARED_INFO_BYTES  # SKB_MAX_HEAD(0)
+BUFFER_BYTES = HEAD_BYTES + 32_768  # with UNIX_SKB_FRAGS_SZ: more goes in several [Linux net/unix/af_unix.c]
 EVENT_MAX = (1 << 64) - 2
 MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 
@@ -26,6 +33,16 @@ def oserror(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
+@cache
+def truesize(size: int) -> int:
+    """What a buffer with so many bytes costs: struct sk_buff, the power of two that kmalloc() gives for its
+    head, and whole pages for what is behind that [Linux unix_stream_sendmsg, alloc_skb_with_frags].
+    """
+    paged = min(size, align_up(max(size - HEAD_BYTES, 0), PAGE_SIZE))
+    head = align_up(size - paged, CACHE_LINE) + SHARED_INFO_BYTES
+    return SKB_BYTES + (1 << (head - 1).bit_length()) + align_up(paged, PAGE_SIZE)
+
+
 class OpenFile:
     """`users`: fds of processes, and places in messages under way.  `name` says for people, and for who
     compares schedules, which one it is: the n-th that a process made.  `watchers` are told when `events`
@@ -33,6 +50,8 @@ class OpenFile:
     """
 
     name = ""
+    cookie = 0  # no socket
+    has_poll = True  # may an epoll set have it?
 
     def __init__(self) -> None:
         self.users = 0
@@ -60,19 +79,28 @@ class OpenFile:
         """What a poller would report now."""
         return 0
 
+    def contents(self) -> bytes:
+        """What read(2) gives until it has nothing more.  EINVAL."""
+        raise oserror(errno.EINVAL)
+
 
 class Nothing(OpenFile):
     """/dev/null."""
 
-    def events(self) -> int:
-        return select.EPOLLIN | select.EPOLLOUT
+    has_poll = False
+
+    def contents(self) -> bytes:
+        return b""
 
 
 @dataclass(slots=True)
 class _Piece:
-    """One buffer of a stream; files go with its first byte that is read."""
+    """One buffer of a stream; files go with its first byte that is read, and what it costs (`truesize`) with
+    its last.
+    """
 
     data: bytes
+    cost: int
     files: list[OpenFile] = field(default_factory=list)
     read: int = 0
 
@@ -85,37 +113,49 @@ class StreamEnd(OpenFile):
         self.cookie = cookie
         self.peer: StreamEnd | None = None
         self.shut_read = self.shut_write = False
+        self.embryo = False  # nobody has accepted it yet
         self._pieces: deque[_Piece] = deque()
+        self._late: deque[_Piece] | None = None  # None: nothing is late, nor is its peer's end
         self._unread = 0
-        self._reset = False  # the peer went with bytes it had not read
-        self._late = False  # what was sent to it, its peer's end too, has not arrived
+        self._cost = 0  # of all pieces, those that are late too
+        self._reset = False  # the peer went with bytes it had not read, or before it was accepted
 
     @staticmethod
     def pair(numbers: Iterator[int]) -> tuple[StreamEnd, StreamEnd]:
         """Their cookies are the next two."""
         one, other = StreamEnd(next(numbers)), StreamEnd(next(numbers))
-        one.peer, other.peer = other, one
+        one.join(other)
         return one, other
+
+    def join(self, other: StreamEnd) -> None:
+        self.peer, other.peer = other, self
 
     # -- sending ---------------------------------------------------------------------------------------
 
     def send(self, data: bytes, files: Iterable[OpenFile] = ()) -> int:
-        """EPIPE: nobody will read it.  EAGAIN: no room for any of it; files go with the first piece."""
+        """EPIPE: nobody will read it.  EAGAIN: no room for any of it.  Where there is some, a whole buffer
+        goes; files go with the first [Linux net/core/sock.c sock_alloc_send_pskb].
+        """
         peer = self.peer
         if peer is None or self.shut_write or peer.shut_read:
             raise oserror(errno.EPIPE)
         sent, files = 0, list(files)
-        while sent < len(data):
-            piece = data[sent : sent + min(BUFFER_BYTES, peer.room)]
-            if not piece:
-                break
-            peer._pieces.append(_Piece(piece, [file.get() for file in files]))
-            peer._unread += len(piece)
-            sent, files = sent + len(piece), []
+        while sent < len(data) and peer._cost < SOCKET_BYTES:
+            part = data[sent : sent + BUFFER_BYTES]
+            peer._comes(_Piece(part, truesize(len(part)), [file.get() for file in files]))
+            sent, files = sent + len(part), []
         if data and not sent:
             raise oserror(errno.EAGAIN)
         self._both_changed()
         return sent
+
+    def _comes(self, piece: _Piece) -> None:
+        self._cost += piece.cost
+        if self._late is None:
+            self._pieces.append(piece)
+            self._unread += len(piece.data)
+        else:
+            self._late.append(piece)
 
     def _both_changed(self) -> None:
         self.changed()
@@ -123,8 +163,9 @@ class StreamEnd(OpenFile):
             self.peer.changed()
 
     @property
-    def room(self) -> int:
-        return max(SOCKET_BYTES - self._unread, 0)
+    def _is_roomy(self) -> bool:
+        """Its peer is told that it may send [Linux net/unix/af_unix.c unix_writable]."""
+        return 4 * self._cost <= SOCKET_BYTES
 
     def peek(self, size: int) -> bytes:
         """The first bytes that are there to be received."""
@@ -147,8 +188,12 @@ class StreamEnd(OpenFile):
     @property
     def on_the_way(self) -> Iterator[OpenFile]:
         """Files that nobody has received."""
-        for piece in self._pieces:
+        for piece in self._under_way:
             yield from piece.files
+
+    @property
+    def _under_way(self) -> Iterator[_Piece]:
+        return chain(self._pieces, self._late or ())
 
     # -- receiving -------------------------------------------------------------------------------------
 
@@ -156,8 +201,6 @@ class StreamEnd(OpenFile):
         """Bytes of several pieces, but of none behind one with files [Linux net/unix/af_unix.c];
         the files are the caller's.  0 bytes: the peer hung up.  EAGAIN, ECONNRESET.
         """
-        if self._late:
-            raise oserror(errno.EAGAIN)
         got, files = 0, list[OpenFile]()
         while self._pieces and got < len(into) and not files:
             piece = self._pieces[0]
@@ -167,10 +210,13 @@ class StreamEnd(OpenFile):
             files, piece.files = piece.files, []
             if piece.read == len(piece.data):
                 self._pieces.popleft()
+                self._cost -= piece.cost
         self._unread -= got
         self._both_changed()
         if got or not len(into):
             return got, files
+        if self._late is not None:
+            raise oserror(errno.EAGAIN)
         if self._reset:
             self._reset = False
             raise oserror(errno.ECONNRESET)
@@ -178,9 +224,35 @@ class StreamEnd(OpenFile):
             return 0, []
         raise oserror(errno.EAGAIN)
 
-    def delay(self, *, late: bool) -> None:
-        """What is under way to it arrives when it is not late any more, in order."""
-        self._late = late
+    def contents(self) -> bytes:
+        found = bytearray()
+        into = memoryview(bytearray(BUFFER_BYTES))
+        while self._pieces:
+            count, files = self.receive(into)
+            found += into[:count]
+            for file in files:
+                file.put()
+        return bytes(found)
+
+    @property
+    def pieces(self) -> int:
+        """How many have arrived and are unread."""
+        return len(self._pieces)
+
+    def delay(self, first: int) -> None:
+        """Of the pieces that are there, those from that one on are late, and so is what comes behind them."""
+        assert self._late is None, "one message is late at a time"
+        there = list(self._pieces)
+        self._pieces, self._late = deque(there[:first]), deque(there[first:])
+        self._unread -= sum(len(piece.data) for piece in self._late)
+        self.changed()
+
+    def arrives(self) -> None:
+        """What was late, in order."""
+        late, self._late = self._late or (), None
+        for piece in late:
+            self._pieces.append(piece)
+            self._unread += len(piece.data)
         self.changed()
 
     # -- the end ---------------------------------------------------------------------------------------
@@ -197,43 +269,33 @@ class StreamEnd(OpenFile):
 
     def release(self) -> None:
         peer, self.peer = self.peer, None
-        pieces = list(self._pieces)
+        pieces = list(self._under_way)
         self._pieces.clear()
+        self._late = None
         if peer is not None:
             peer.peer = None
-            peer._reset = bool(pieces)
+            peer._reset = bool(pieces) or self.embryo
             peer.changed()
         for piece in pieces:
             for file in piece.files:
                 file.put()
 
     def events(self) -> int:
-        found = 0
         peer = self.peer
+        found = select.EPOLLIN if self._pieces else 0
+        if peer is None or peer._is_roomy:
+            found |= select.EPOLLOUT
+        if self._late is not None:
+            return found  # whatever happened at the other end is late, too
         if peer is not None and not (
-            self.shut_read
-            or self.shut_write
-            or peer.shut_read
-            or peer.shut_write
-            or self._reset
-            or self._late
+            self.shut_read or self.shut_write or peer.shut_read or peer.shut_write or self._reset
         ):
-            found = select.EPOLLIN if self._pieces else 0
-            return found | select.EPOLLOUT if peer._unread < SOCKET_BYTES else found
-        over = self.hung_up or self.shut_read
-        if self._pieces or over:
-            found |= select.EPOLLIN
-        if over:
-            found |= select.EPOLLRDHUP
+            return found
+        if self.hung_up or self.shut_read:
+            found |= select.EPOLLIN | select.EPOLLRDHUP
         if peer is None or ((self.shut_read or peer.shut_write) and (self.shut_write or peer.shut_read)):
             found |= select.EPOLLHUP
-        if self._reset:
-            found |= select.EPOLLERR
-        if self._late:
-            found = 0
-        if peer is None or peer.room:
-            found |= select.EPOLLOUT
-        return found
+        return found | select.EPOLLERR if self._reset else found
 
 
 class Listening(OpenFile):
@@ -241,24 +303,31 @@ class Listening(OpenFile):
 
     def __init__(self, numbers: Iterator[int]) -> None:
         super().__init__()
+        self.cookie = next(numbers)
         self._numbers = numbers
         self.waiting: deque[StreamEnd] = deque()
         self.closed = False
 
-    def connect(self) -> StreamEnd:
-        """The caller's end.  ECONNREFUSED."""
+    def connect(self, ours: StreamEnd) -> StreamEnd:
+        """Its new peer.  ECONNREFUSED.  EAGAIN: too many wait [Linux net/unix/af_unix.c unix_recvq_full]."""
         if self.closed:
             raise oserror(errno.ECONNREFUSED)
-        ours, theirs = StreamEnd.pair(self._numbers)
+        if len(self.waiting) > BACKLOG:
+            raise oserror(errno.EAGAIN)
+        theirs = StreamEnd(next(self._numbers))
+        ours.join(theirs)
+        theirs.embryo = True
         theirs.get()
         self.waiting.append(theirs)
         self.changed()
-        return ours
+        return theirs
 
     def first(self) -> StreamEnd:
         """Of those that wait, which the caller has now."""
         self.changed()
-        return self.waiting.popleft()
+        end = self.waiting.popleft()
+        end.embryo = False
+        return end
 
     def release(self) -> None:
         self.closed = True
@@ -289,6 +358,8 @@ class Counter(OpenFile):
 class Memory(OpenFile):
     """A memfd; its bytes live as long as somebody maps or holds it."""
 
+    has_poll = False
+
     def __init__(
         self, number: int, size: int, *, sealed: bool, data: bytes | None = None, made_as: str = ""
     ) -> None:
@@ -297,12 +368,17 @@ class Memory(OpenFile):
         self.number = number
         self.size = size
         self.sealed = sealed  # against shrinking
-        self.mappers: set[str] = set()  # processes, by name
+        self.at = 0  # where who reads its fd goes on: one place for all copies
+        self.mappers: set[str] = set()  # processes, by name, that ever have: what they saw, they saw
         self.writable = True  # may be mapped for stores
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # a fork has its own
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one
         if data is not None:
             self.bytes[: len(data)] = data
+
+    def contents(self) -> bytes:
+        found, self.at = self.bytes[self.at : self.size], self.size
+        return found
 
 
 @dataclass(eq=False, slots=True)

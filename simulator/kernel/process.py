@@ -1,23 +1,24 @@
 """A process of an in-memory kernel: its fds, and the port `Kernel` for whoever runs in it.
 
-Fds are given as Linux gives them, the lowest that is free.  A process that dies loses all of them at once,
-whatever it was doing.  What is ready when, and how much time passes, is the scheduler's: a `Scheduler` is
-asked whenever a process waits.
+A process that dies loses all of them at once, whatever it was doing.  What is ready when, and how much time
+passes, is the scheduler's: a `Scheduler` is asked whenever a process waits.
 """
 
 from __future__ import annotations
 
 import array
 import errno
-import mmap
 import select
 import socket
+import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from protocol.kernel.port import BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+from protocol.kernel.port import SCM_MAX_FD, BrokenEvent, Bytes, Mapping, Poller, SharedEvent, StreamSocket
+from simulator.kernel.fds import FD_LIMIT, FdTable
 from simulator.kernel.files import (
     EVENT_MAX,
     Counter,
@@ -29,10 +30,12 @@ from simulator.kernel.files import (
     StreamEnd,
     oserror,
 )
+from simulator.kernel.mapping import SimMapping
 
-FD_LIMIT = 1024
 BOOTED_NS = 1_700_000_000 * 10**9  # when virtual time was 0, since 1970
+_HEADER_BYTES = socket.CMSG_LEN(0)
 _FD_BYTES = array.array("i").itemsize
+_ONE = (1).to_bytes(8, sys.byteorder)  # what a signal writes
 
 
 class Scheduler(Protocol):
@@ -86,29 +89,15 @@ class SimHost:
         self.numbers = count(1)  # of sockets and memory, never given twice
 
 
-class SimProcess:
+class SimProcess(FdTable):
     """The port `Kernel`."""
 
     def __init__(self, host: SimHost, name: str = "", fd_limit: int = FD_LIMIT) -> None:
+        super().__init__(name, fd_limit)
         self.host = host
-        self.name = name
-        self.fd_limit = fd_limit
-        self._files: dict[int, OpenFile] = {}
-        self._free = 3  # no fd below is
         self._made = count(1)
 
     # -- fds -------------------------------------------------------------------------------------------
-
-    def install(self, file: OpenFile) -> int:
-        """A new fd for it.  EMFILE."""
-        fd = self._free
-        while fd in self._files:
-            fd += 1
-        if fd >= self.fd_limit:
-            raise oserror(errno.EMFILE)
-        self._files[fd] = file.get()
-        self._free = fd + 1
-        return fd
 
     def named(self, file: OpenFile, what: str) -> OpenFile:
         """One that this process makes."""
@@ -118,28 +107,11 @@ class SimProcess:
     def happened(self, what: str, file: OpenFile, data: Bytes = b"") -> None:
         self.host.scheduler.happened(self, what, file, data)
 
-    def file(self, fd: int) -> OpenFile:
-        """EBADF."""
-        found = self._files.get(fd)
-        if found is None:
-            raise oserror(errno.EBADF)
-        return found
-
-    def find(self, fd: int) -> OpenFile | None:
-        return self._files.get(fd)
-
-    @property
-    def fds(self) -> int:
-        """How many are open."""
-        return len(self._files)
-
     def dup(self, fd: int) -> int:
         return self.install(self.file(fd))
 
     def close(self, fd: int) -> None:
-        file = self.file(fd)
-        del self._files[fd]
-        self._free = min(self._free, fd)
+        file = self.take_out(fd)
         self.happened("close", file)  # while it is known whose other end it is
         file.put()
 
@@ -175,7 +147,7 @@ class SimProcess:
     def listen(self, path: Path, mode: int | None) -> StreamSocket:
         there = self.host.names.get(path)
         if there is not None and not there.closed:
-            raise FileExistsError(errno.EADDRINUSE, "a daemon listens there already", str(path))
+            raise OSError(errno.EADDRINUSE, "a daemon listens there already", str(path))
         listening = Listening(self.host.numbers)
         listening.name = path.name
         fd = self.install(listening)
@@ -186,24 +158,25 @@ class SimProcess:
         self.host.names.pop(path, None)
 
     def connect(self, path: Path) -> StreamSocket:
-        there = self.host.names.get(path)
-        if there is None:
-            raise oserror(errno.ENOENT)
-        end = there.connect()
-        assert end.peer is not None
-        self.named(end, f"{path.stem}#")
-        end.peer.name = f"{end.name}'"
+        """EMFILE comes before all else.  EAGAIN: there is no place for one more, where one of Linux waits."""
+        end = StreamEnd(next(self.host.numbers))
+        fd = self.install(end)
         try:
-            sock = SimSocket(self, self.install(end))
+            there = self.host.names.get(path)
+            if there is None:
+                raise oserror(errno.ENOENT)
+            theirs = there.connect(end)
         except OSError:
-            end.get().put()
+            self.take_out(fd).put()
             raise
+        self.named(end, f"{path.stem}#")
+        theirs.name = f"{end.name}'"
         self.happened("connect", there)
-        return sock
+        return SimSocket(self, fd)
 
     def cookie_of(self, fd: int) -> int:
-        file = self._files.get(fd)
-        return file.cookie if isinstance(file, StreamEnd) else 0
+        file = self.find(fd)
+        return 0 if file is None else file.cookie
 
     # -- events ----------------------------------------------------------------------------------------
 
@@ -222,7 +195,7 @@ class SimProcess:
         memory = Memory(next(self.host.numbers), size, sealed=True, made_as=name)
         self.named(memory, name)
         fd = self.install(memory)
-        mapping = SimMapping(self, memory, size, writable=True)
+        mapping = self._map(memory, size, writable=True)
         memory.writable = peer_writes
         return fd, mapping
 
@@ -236,19 +209,23 @@ class SimProcess:
             raise ValueError("larger than its file")
         if writable and not memory.writable:
             raise oserror(errno.EPERM)
-        return SimMapping(self, memory, size, writable=writable)
+        return self._map(memory, size, writable=writable)
+
+    def _map(self, memory: Memory, size: int, *, writable: bool) -> Mapping:
+        memory.mappers.add(self.name)
+        scheduler = self.host.scheduler
+        seen = partial(scheduler.seen, self)
+        return SimMapping(memory, size, writable=writable, seen=seen, discarded=scheduler.discarded)
 
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
         data = b"".join(parts)
         return self.install(Memory(next(self.host.numbers), len(data), sealed=False, data=data))
 
     def contents(self, fd: int) -> bytes:
-        file = self.file(fd)
-        if not isinstance(file, Memory):
-            raise oserror(errno.EINVAL)
-        data = file.bytes[: file.size]
-        self.close(fd)
-        return data
+        try:
+            return self.file(fd).contents()
+        finally:
+            self.close(fd)
 
     def memory_of(self, fd: int) -> tuple[int, int]:
         file = self.file(fd)
@@ -294,6 +271,8 @@ class SimSocket:
         for level, kind, fds in ancillary:
             assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             files += [self._process.file(fd) for fd in array.array("i", bytes(fds))]
+        if len(files) > SCM_MAX_FD:
+            raise oserror(errno.EINVAL)
         return self._sent(self._end, b"".join(buffers), files)
 
     def _sent(self, end: StreamEnd, data: bytes, files: list[OpenFile]) -> int:
@@ -318,20 +297,22 @@ class SimSocket:
         end = self._end
         portion = self._process.host.scheduler.portion(self._process, end)
         count, files = end.receive(into[:portion] if portion else into)
-        fds = array.array("i")
-        truncated = False
+        fds = self._installed(files[: max(ancillary_bytes - _HEADER_BYTES, 0) // _FD_BYTES])
         for file in files:
-            try:
-                if len(fds) * _FD_BYTES >= ancillary_bytes:
-                    truncated = True
-                else:
-                    fds.append(self._process.install(file))
-            except OSError:
-                truncated = True
             file.put()
         self._process.happened("recv", end, into[:count])
         rights = [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds.tobytes())] if fds else []
-        return count, rights, int(socket.MSG_CTRUNC) if truncated else 0, None
+        return count, rights, int(socket.MSG_CTRUNC) if len(fds) < len(files) else 0, None
+
+    def _installed(self, files: Iterable[OpenFile]) -> array.array[int]:
+        """None behind the first that finds no place [Linux net/core/scm.c scm_detach_fds]."""
+        fds = array.array("i")
+        for file in files:
+            try:
+                fds.append(self._process.install(file))
+            except OSError:
+                break
+        return fds
 
     def accept(self) -> tuple[StreamSocket, Any]:
         listening = self._process.file(self._fd)
@@ -345,11 +326,8 @@ class SimSocket:
 
     def shutdown(self, how: int, /) -> None:
         end = self._end
-        if end.peer is None:
-            raise oserror(errno.ENOTCONN)
-        peer = end.peer
         end.shutdown(read=how != socket.SHUT_WR, write=how != socket.SHUT_RD)
-        self._process.happened("shutdown", peer)
+        self._process.happened("shutdown", end.peer or end)
 
     def detach(self) -> int:
         fd, self._fd = self._fd, -1
@@ -368,7 +346,7 @@ class _EpollFile(OpenFile):
         self.poller = poller
 
     def events(self) -> int:
-        return select.EPOLLIN if self.poller.ready() else 0
+        return select.EPOLLIN if self.poller.found() else 0
 
 
 class SimPoller:
@@ -381,59 +359,66 @@ class SimPoller:
         self.version = 0
         self._file = _EpollFile(self)
         self._fd = process.install(self._file)
-        self._wanted: dict[int, Interest] = {}
+        self._wanted: dict[tuple[int, OpenFile], Interest] = {}  # as Linux does [fs/eventpoll.c ep_find]
         self._changed: set[Interest] = set()  # since `_ready` was made
-        self._ready: list[tuple[int, int]] = []
+        self._ready: list[Interest] = []
 
     def register(self, fd: int, events: int, /) -> None:
-        file = self.process.file(fd)
-        known = self._wanted.get(fd)
-        if known is not None:
-            if known.file is file and file.users:
-                raise oserror(errno.EEXIST)
-            self._forget(known)
-        wanted = self._wanted[fd] = Interest(fd, file, events, self.changed)
+        file = self._watchable(fd)
+        if (fd, file) in self._wanted:
+            raise oserror(errno.EEXIST)
+        wanted = self._wanted[fd, file] = Interest(fd, file, events, self.changed)
         file.watchers.append(wanted)
         self.changed(wanted)
         self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
-        if fd not in self._wanted:
-            raise oserror(errno.ENOENT)
-        wanted = self._wanted[fd]
+        wanted = self._known(fd)
         wanted.wants(events)
         self.process.happened("modify", wanted.file)
 
     def unregister(self, fd: int, /) -> None:
-        if fd not in self._wanted:
-            raise oserror(errno.ENOENT)
-        self.process.happened("unregister", self._forget(self._wanted[fd]))
+        wanted = self._known(fd)
+        self._forget(wanted)
+        self.process.happened("unregister", wanted.file)
 
-    def _forget(self, wanted: Interest) -> OpenFile:
+    def _watchable(self, fd: int) -> OpenFile:
+        """EBADF, EPERM."""
+        file = self.process.file(fd)
+        if not file.has_poll:
+            raise oserror(errno.EPERM)
+        return file
+
+    def _known(self, fd: int) -> Interest:
+        """What was registered under that number, if it is the same file by now.  EBADF, EPERM, ENOENT."""
+        wanted = self._wanted.get((fd, self._watchable(fd)))
+        if wanted is None:
+            raise oserror(errno.ENOENT)
+        return wanted
+
+    def _forget(self, wanted: Interest) -> None:
         wanted.file.watchers.remove(wanted)
         self.changed(wanted)
-        del self._wanted[wanted.fd]
-        return wanted.file
+        del self._wanted[wanted.fd, wanted.file]
 
     def changed(self, wanted: Interest) -> None:
         self._changed.add(wanted)
         self.version += 1
         self._file.changed()
 
-    def file(self, fd: int) -> OpenFile:
-        """What is watched under that number."""
-        return self._wanted[fd].file
-
     def ready(self) -> list[tuple[int, int]]:
+        return [(wanted.fd, wanted.ready) for wanted in self.found()]
+
+    def found(self) -> Sequence[Interest]:
+        """The same, with their files."""
         if self._changed:
             for wanted in self._changed:
                 if not wanted.file.users:  # the last fd of it was closed, and took it out of the set
-                    if self._wanted.get(wanted.fd) is wanted:
-                        del self._wanted[wanted.fd]
+                    self._wanted.pop((wanted.fd, wanted.file), None)
                     continue
                 wanted.look()
             self._changed.clear()
-            self._ready = [(fd, wanted.ready) for fd, wanted in self._wanted.items() if wanted.ready]
+            self._ready = [wanted for wanted in self._wanted.values() if wanted.ready]
         return self._ready
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
@@ -455,46 +440,39 @@ def poller_of(process: SimProcess, fd: int) -> SimPoller:
 
 
 class SimEvent:
-    """The port `SharedEvent`."""
+    """The port `SharedEvent`.  A socket is written and read as an eventfd is: nobody asks what it is."""
 
     def __init__(self, process: SimProcess, fd: int) -> None:
         self._process = process
         self.fd = fd
 
-    def _counter(self) -> Counter:
-        file = self._process.find(self.fd)
-        if not isinstance(file, Counter):
-            raise BrokenEvent("no eventfd")
-        return file
-
     def signal(self) -> None:
-        counter = self._counter()
-        if counter.value >= EVENT_MAX:
-            raise BrokenEvent("an eventfd has no room for one signal more")
-        counter.put_value(counter.value + 1)
-        self._process.happened("signal", counter)
+        file = self._process.find(self.fd)
+        if isinstance(file, Counter) and file.value < EVENT_MAX:
+            file.put_value(file.value + 1)
+            self._process.happened("signal", file)
+        elif isinstance(file, StreamEnd) and file.events() & select.EPOLLOUT:
+            try:
+                SimSocket(self._process, self.fd).send(_ONE)
+            except OSError as error:
+                raise BrokenEvent(f"an eventfd cannot be written: {error.strerror}") from None
+        else:
+            raise BrokenEvent("no eventfd, or one that has no room for one signal more")
 
     def drain(self) -> None:
-        counter = self._counter()
-        counter.put_value(0)
-        self._process.happened("drain", counter)
+        file = self._process.find(self.fd)
+        if isinstance(file, Counter):
+            file.put_value(0)
+            self._process.happened("drain", file)
+        elif isinstance(file, StreamEnd):
+            try:
+                SimSocket(self._process, self.fd).recv(len(_ONE))
+            except BlockingIOError:
+                return  # nothing was signalled
+            except OSError as error:
+                raise BrokenEvent(f"an eventfd cannot be read: {error.strerror}") from None
+        elif not isinstance(file, Nothing):
+            raise BrokenEvent("no eventfd")
 
     def close(self) -> None:
         self._process.close(self.fd)
-
-
-class SimMapping:
-    """The port `Mapping`."""
-
-    def __init__(self, process: SimProcess, memory: Memory, size: int, *, writable: bool) -> None:
-        self._host, self._memory = process.host, memory
-        memory.mappers.add(process.name)
-        view = memoryview(memory.bytes)[:size]
-        self.view = process.host.scheduler.seen(process, memory, view if writable else view.toreadonly())
-
-    def discard(self, offset: int, size: int) -> None:
-        self._memory.bytes.madvise(mmap.MADV_DONTNEED, offset, size)
-        self._host.scheduler.discarded(self._memory, offset, size)
-
-    def close(self) -> None:
-        self.view.release()

@@ -87,7 +87,7 @@ class Io:
         return self._ready()
 
     def _ready(self) -> list[trio.lowlevel.Task]:
-        found = [task for poller, task in self._parked.items() if poller.ready()] if self._parked else []
+        found = [task for poller, task in self._parked.items() if poller.found()] if self._parked else []
         if self._woken and self._wakes is not None:
             found.append(self._wakes)
         return found

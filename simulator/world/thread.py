@@ -93,7 +93,9 @@ class SimThread:
         if self.steps_of != version:
             self.steps_of = version
             self.steps = [
-                self._told(poller.file(event[0]), event) for poller in self.waits for event in poller.ready()
+                self._told(found.file, (found.fd, found.ready))
+                for poller in self.waits
+                for found in poller.found()
             ]
             if self.is_woken is not None and self.is_woken():
                 self.steps.append(Candidate(Option(f"{self.name}<woken", "is woken", self.state), self))

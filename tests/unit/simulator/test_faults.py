@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import select
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ from protocol.units import LEVEL_4K, Hpa, IovaPfn
 from simulator.faults.kinds import FAULTS, UnknownFaults, drawn_among, kinds_of
 from simulator.faults.plan import Faults
 from simulator.faults.seams import FAILING, injected
+from simulator.kernel.files import StreamEnd
 from simulator.kernel.process import SimHost, SimProcess
 from simulator.search.option import Option, Touch
 from simulator.world.scheduler import World
@@ -154,6 +158,32 @@ def test_a_daemon_gets_no_fd_and_a_vmm_does() -> None:
         daemon.reserve()
 
 
+def test_of_fds_that_come_none_is_given_behind_one_that_finds_no_place() -> None:
+    """As Linux gives them [net/core/scm.c scm_detach_fds], whose table stays as full as it is."""
+    vmm, daemon = SimProcess(host := SimHost(), "qemu_shim"), SimProcess(host, "kvmd")
+    ours, theirs = vmm.socketpair()
+    fd = daemon.install(vmm.file(theirs.fileno()))
+    passed = array.array("i", [vmm.reserve() for _ in range(3)])
+    ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+    with failing("enomem"):
+        got = daemon.socket_of(fd).recvmsg_into([memoryview(bytearray(1))], socket.CMSG_SPACE(12))
+    assert got == (1, [], socket.MSG_CTRUNC, None)
+    assert daemon.fds == 1
+
+
+def test_who_has_no_fd_for_it_does_not_connect() -> None:
+    host, path = SimHost(), Path("kvmd.sock")
+    listening = SimProcess(host, "kvmd").listen(path, None)
+    with failing("enomem"):
+        daemon = SimProcess(host, "iommufdd")
+        with pytest.raises(OSError, match="Too many open files"):
+            daemon.connect(path)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        daemon.connect(path)
+    listening.accept()
+
+
 def test_a_process_hangs_up_at_a_message_once() -> None:
     with failing("hangup"):
         one, other = SimProcess(SimHost(), "kvmd").socketpair()
@@ -164,8 +194,8 @@ def test_a_process_hangs_up_at_a_message_once() -> None:
         assert one.recvmsg_into([into])[0] == 7
 
 
-def test_a_message_is_late_once_and_what_is_behind_it_waits() -> None:
-    faults = begun("delay", 1, 1)
+def test_a_message_is_late_once_and_what_is_behind_it_waits_and_what_was_before_it_does_not() -> None:
+    faults = begun("delay", 2, 1)
     world = faults._world
     assert world is not None
     process = SimProcess(world.host, "kvmd")
@@ -175,13 +205,20 @@ def test_a_message_is_late_once_and_what_is_behind_it_waits() -> None:
     def body() -> None:
         poller = process.poller()
         poller.register(other.fileno(), select.EPOLLIN)
+        one.send(b"in time")
         one.send(b"late,")
         one.send(b"behind")
         one.close()
+        assert poller.poll(0.0, 1) == [(other.fileno(), select.EPOLLIN)], "nor is it told of the end"
+        end = process.file(other.fileno())
+        assert isinstance(end, StreamEnd)
+        assert (end.unread, end.peek(64)) == (7, b"in time")
+        assert other.recv(64) == b"in time"
         with pytest.raises(BlockingIOError):
             other.recv(1)
         poller.poll(60.0, 1)
         told.append((world.now_ns() // 10**9, other.recv(64)))
+        assert other.recv(1) == b""
 
     with injected(faults):
         world.run(world.spawn(process, body))

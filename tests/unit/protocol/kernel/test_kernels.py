@@ -2,82 +2,28 @@
 
 from __future__ import annotations
 
-import array
 import errno
-import os
-import re
-import resource
-import select
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import sys
 from pathlib import Path
 
 import pytest
 
-from protocol.kernel.linux import Linux
-from protocol.kernel.port import BrokenEvent, Kernel, StreamSocket
+from protocol.kernel.port import SCM_MAX_FD, BrokenEvent, Kernel
 from simulator.kernel.process import SimHost, SimProcess
-
-Pair = tuple[StreamSocket, StreamSocket]
-PAGE = 4096
-IN, OUT, HUP, RDHUP, ERR = (
-    select.EPOLLIN,
-    select.EPOLLOUT,
-    select.EPOLLHUP,
-    select.EPOLLRDHUP,
-    select.EPOLLERR,
+from tests.unit.protocol.kernel.asking import (
+    ERR,
+    HUP,
+    IN,
+    PAGE,
+    RDHUP,
+    Pair,
+    fails,
+    fill,
+    ready,
+    receive,
+    send_fds,
 )
-ALL = IN | OUT | RDHUP
-CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
-
-
-@pytest.fixture(params=["linux", "memory"])
-def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return Linux() if request.param == "linux" else SimProcess(SimHost())
-
-
-@pytest.fixture
-def pair(kernel: Kernel) -> Iterator[Pair]:
-    one, other = kernel.socketpair()
-    one.setblocking(False)
-    other.setblocking(False)
-    yield one, other
-    one.close()
-    other.close()
-
-
-def send_fds(sock: StreamSocket, data: bytes, fds: list[int]) -> int:
-    return sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-
-
-def receive(sock: StreamSocket, size: int = PAGE, room: int = 16) -> tuple[bytes, list[int], bool]:
-    """(bytes, fds, whether fds were lost)."""
-    into = bytearray(size)
-    fds = array.array("i")
-    count, ancillary, flags, _ = sock.recvmsg_into(
-        [memoryview(into)], socket.CMSG_SPACE(room * fds.itemsize), CLOEXEC
-    )
-    for level, kind, raw in ancillary:
-        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-    return bytes(into[:count]), list(fds), bool(flags & socket.MSG_CTRUNC)
-
-
-def ready(kernel: Kernel, sock: StreamSocket, wanted: int = ALL) -> int:
-    poller = kernel.poller()
-    poller.register(sock.fileno(), wanted)
-    found = poller.poll(0, 8)
-    poller.close()
-    return found[0][1] if found else 0
-
-
-@contextmanager
-def fails(number: int) -> Iterator[None]:
-    with pytest.raises(OSError, match=re.escape(f"[Errno {number}]")):
-        yield
-
 
 # -- streams -----------------------------------------------------------------------------------------------
 
@@ -95,25 +41,6 @@ def test_bytes_come_in_order_and_one_read_takes_several_sends(
 def test_nothing_there_is_eagain(pair: Pair) -> None:
     with pytest.raises(BlockingIOError):
         receive(pair[0])
-
-
-def test_a_full_buffer_takes_part_of_it_then_nothing(kernel: Kernel, pair: Pair) -> None:
-    one, other = pair
-    data, sent = b"x" * (4 << 20), 0
-    while True:
-        try:
-            more = one.send(data)
-        except BlockingIOError:
-            break
-        assert more, "0 is no answer"
-        sent += more
-    assert 64 << 10 < sent < len(data)
-    assert not ready(kernel, one, OUT)
-    left = sent
-    while left:
-        left -= len(receive(other, 1 << 16)[0])
-    assert ready(kernel, one, OUT) == OUT
-    assert one.send(b"x") == 1
 
 
 def test_who_hangs_up_is_read_to_the_end_and_then_is_0_bytes(kernel: Kernel, pair: Pair) -> None:
@@ -148,28 +75,19 @@ def test_half_a_hang_up(kernel: Kernel, pair: Pair) -> None:
         one.send(b"no")
 
 
+def test_what_hung_up_already_may_be_shut(pair: Pair) -> None:
+    one, other = pair
+    one.close()
+    other.shutdown(socket.SHUT_RDWR)
+    other.shutdown(socket.SHUT_RDWR)
+
+
 def test_who_does_not_read_any_more_is_epipe(pair: Pair) -> None:
     one, other = pair
     one.shutdown(socket.SHUT_RD)
     with pytest.raises(BrokenPipeError):
         other.send(b"x")
     assert one.send(b"y") == 1
-
-
-def test_readiness_is_level_triggered_and_what_is_wanted(kernel: Kernel, pair: Pair) -> None:
-    one, other = pair
-    poller = kernel.poller()
-    poller.register(other.fileno(), IN)
-    assert poller.poll(0, 8) == []
-    one.send(b"x")
-    assert poller.poll(0, 8) == poller.poll(0, 8) == [(other.fileno(), IN)]
-    poller.modify(other.fileno(), OUT)
-    assert poller.poll(0, 8) == [(other.fileno(), OUT)]
-    poller.unregister(other.fileno())
-    assert poller.poll(0, 8) == []
-    with fails(errno.ENOENT):
-        poller.modify(other.fileno(), IN)
-    poller.close()
 
 
 # -- fds under way -----------------------------------------------------------------------------------------
@@ -232,9 +150,12 @@ def test_a_copy_in_flight_goes_with_who_would_have_read_it(kernel: Kernel, pair:
     ours.close()
 
 
-def test_no_two_sockets_have_one_cookie_and_other_files_have_none(kernel: Kernel) -> None:
+def test_no_two_sockets_have_one_cookie_and_other_files_have_none(kernel: Kernel, tmp_path: Path) -> None:
     socks = [sock for _ in range(4) for sock in kernel.socketpair()]
-    assert len({kernel.cookie_of(sock.fileno()) for sock in socks} - {0}) == 8
+    listening = kernel.listen(tmp_path / "socket", None)
+    cookies = {kernel.cookie_of(sock.fileno()) for sock in (*socks, listening)}
+    assert len(cookies - {0}) == 9
+    listening.close()
     nothing = kernel.reserve()
     assert kernel.cookie_of(nothing) == 0
     kernel.close(nothing)
@@ -258,6 +179,36 @@ def test_fds_that_find_no_place_are_lost_and_it_is_said(kernel: Kernel, pair: Pa
     ours.close()
 
 
+def test_fds_that_there_is_no_room_for_are_lost_and_those_before_them_come(
+    kernel: Kernel, pair: Pair
+) -> None:
+    ours, theirs = kernel.socketpair()
+    passed = [kernel.reserve() for _ in range(19)]
+    send_fds(pair[0], b"x", [*passed, theirs.fileno()])
+    theirs.close()
+    data, fds, lost = receive(pair[1], room=16)
+    assert (data, len(fds), lost) == (b"x", 16, True)
+    assert ready(kernel, ours) & HUP, "it is closed"
+    send_fds(pair[0], b"y", passed[:1])
+    assert receive(pair[1], room=0) == (b"y", [], True)
+    for fd in (*passed, *fds):
+        kernel.close(fd)
+    ours.close()
+
+
+def test_no_more_than_so_many_fds_go_at_once(kernel: Kernel, pair: Pair) -> None:
+    passed = kernel.reserve()
+    with fails(errno.EINVAL):
+        send_fds(pair[0], b"x", [passed] * (SCM_MAX_FD + 1))
+    with pytest.raises(BlockingIOError):
+        receive(pair[1])
+    assert send_fds(pair[0], b"x", [passed] * SCM_MAX_FD) == 1
+    _, fds, lost = receive(pair[1], room=SCM_MAX_FD)
+    assert (len(fds), lost) == (SCM_MAX_FD, False)
+    for fd in (passed, *fds):
+        kernel.close(fd)
+
+
 def test_a_full_table_is_emfile_for_every_new_fd(kernel: Kernel, pair: Pair) -> None:
     places, undo = fill(kernel)
     try:
@@ -278,24 +229,6 @@ def test_a_full_table_is_emfile_for_every_new_fd(kernel: Kernel, pair: Pair) -> 
         undo()
         for fd in places:
             kernel.close(fd)
-
-
-def fill(kernel: Kernel) -> tuple[list[int], Callable[[], None]]:
-    """All places that are left, taken; and what undoes the limit."""
-    if isinstance(kernel, SimProcess):
-        undo = partial(setattr, kernel, "fd_limit", kernel.fd_limit)
-        kernel.fd_limit = 64
-    else:
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        undo = partial(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
-        highest = max(map(int, os.listdir("/proc/self/fd")))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, limits[1]))
-    places = []
-    try:
-        while True:
-            places.append(kernel.reserve())
-    except OSError:
-        return places, undo
 
 
 # -- names -------------------------------------------------------------------------------------------------
@@ -327,13 +260,48 @@ def test_who_connects_may_send_before_it_is_accepted_and_is_reset_if_it_never_is
     listening = kernel.listen(tmp_path / "socket", None)
     client, hasty = kernel.connect(tmp_path / "socket"), kernel.connect(tmp_path / "socket")
     client.setblocking(False)
+    hasty.setblocking(False)
     hasty.send(b"early")
     listening.close()
-    assert ready(kernel, client) & HUP
-    with pytest.raises((BrokenPipeError, ConnectionResetError)):
-        client.send(b"x")
+    for reset in (client, hasty):
+        assert ready(kernel, reset) & (HUP | ERR) == HUP | ERR
+        with pytest.raises(BrokenPipeError):
+            reset.send(b"x")
+        with pytest.raises(ConnectionResetError):
+            receive(reset)
+        assert receive(reset)[0] == b"", "it is told once"
+        reset.close()
+
+
+def test_who_was_accepted_is_not_reset(kernel: Kernel, tmp_path: Path) -> None:
+    listening = kernel.listen(tmp_path / "socket", None)
+    client = kernel.connect(tmp_path / "socket")
+    server, _ = listening.accept()
+    listening.close()
+    server.close()
+    assert ready(kernel, client) & (HUP | ERR) == HUP
+    assert receive(client)[0] == b""
     client.close()
-    hasty.close()
+
+
+def test_who_has_no_fd_for_it_does_not_connect(kernel: Kernel, tmp_path: Path) -> None:
+    listening = kernel.listen(tmp_path / "socket", None)
+    places, undo = fill(kernel)
+    for name in ("socket", "nobody"):
+        with fails(errno.EMFILE):
+            kernel.connect(tmp_path / name)
+    undo()
+    with pytest.raises(BlockingIOError):
+        listening.accept()
+    for fd in places:
+        kernel.close(fd)
+    nobody = kernel.reserve()
+    kernel.close(nobody)
+    with pytest.raises(FileNotFoundError):
+        kernel.connect(tmp_path / "nobody")
+    assert kernel.reserve() == nobody, "its fd is given back"
+    kernel.close(nobody)
+    listening.close()
 
 
 def test_a_name_that_is_taken_is_not_taken_over_and_one_left_behind_is(
@@ -341,8 +309,9 @@ def test_a_name_that_is_taken_is_not_taken_over_and_one_left_behind_is(
 ) -> None:
     path = tmp_path / "socket"
     first = kernel.listen(path, None)
-    with fails(errno.EADDRINUSE):
+    with fails(errno.EADDRINUSE) as taken:
         kernel.listen(path, None)
+    assert taken.type is OSError
     first.close()  # and the name stays
     with pytest.raises(ConnectionRefusedError):
         kernel.connect(path)
@@ -380,6 +349,31 @@ def test_what_is_no_event_is_broken(kernel: Kernel) -> None:
     peer.close()
 
 
+def test_an_event_that_is_a_socket_is_written_and_read(kernel: Kernel, pair: Pair) -> None:
+    """What a peer sends may be anything, and the kernel does not ask."""
+    one, other = pair
+    event = kernel.event_of(kernel.dup(one.fileno()))
+    event.signal()
+    assert receive(other)[0] == (1).to_bytes(8, sys.byteorder)
+    event.drain()  # nothing there: never waits
+    other.send(b"0123456789")
+    event.drain()
+    assert receive(one)[0] == b"89"
+    other.close()
+    event.drain()
+    with pytest.raises(BrokenEvent, match="an eventfd cannot be written: Broken pipe"):
+        event.signal()
+    event.close()
+
+
+def test_nothing_is_an_event_that_is_never_signalled(kernel: Kernel) -> None:
+    event = kernel.event_of(kernel.reserve())
+    event.drain()
+    with pytest.raises(BrokenEvent):
+        event.signal()
+    event.close()
+
+
 # -- memory ------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +388,23 @@ def test_memory_is_shared_zeroes_and_survives_its_fd(kernel: Kernel) -> None:
     assert theirs.view[PAGE] == 0
     ours.close()
     theirs.view[0] = 1
+    theirs.close()
+
+
+def test_what_somebody_still_has_a_part_of_is_not_unmapped(kernel: Kernel) -> None:
+    fd, ours = kernel.memfd("memory", 2 * PAGE, peer_writes=True)
+    theirs = kernel.map_peer(fd, 2 * PAGE, writable=False)
+    kernel.close(fd)
+    parts = [ours.view[:8], ours.view.cast("Q"), ours.view.toreadonly()]
+    while parts:
+        with pytest.raises(BufferError):
+            ours.close()
+        parts.pop(0).release()
+    ours.close()
+    ours.close()
+    with pytest.raises(ValueError, match="released"):
+        ours.view[0]
+    assert theirs.view[0] == 0, "of another mapping"
     theirs.close()
 
 
@@ -452,25 +463,35 @@ def test_numbers_of_sockets_and_memory_are_the_hosts_and_begin_anew_with_it() ->
     assert numbers() == numbers()
 
 
-def test_a_poller_takes_an_fd_which_is_readable_when_it_has_something_to_report(kernel: Kernel) -> None:
-    free = kernel.reserve()
-    kernel.close(free)
-    poller = kernel.poller()
-    assert poller.fileno() == free
-    event = kernel.event()
-    poller.register(event.fd, select.EPOLLIN)
-    outer = kernel.poller()
-    outer.register(poller.fileno(), select.EPOLLIN)
-    assert outer.poll(0, 8) == []
-    event.signal()
-    assert outer.poll(0, 8) == [(poller.fileno(), select.EPOLLIN)]
-    event.drain()
-    assert outer.poll(0, 8) == []
-    poller.close()
-    assert kernel.reserve() == free
-
-
 def test_a_file_is_read_whole_by_whoever_has_its_fd_which_is_closed(kernel: Kernel) -> None:
     fd = kernel.file_with("file", [b"abc", b"def"])
     assert kernel.contents(fd) == b"abcdef"
     assert kernel.reserve() == fd
+
+
+def test_copies_of_an_fd_have_one_place_in_its_file(kernel: Kernel) -> None:
+    fd = kernel.file_with("file", [b"abc"])
+    copies = kernel.dup(fd), kernel.dup(fd)
+    assert kernel.contents(fd) == b"abc"
+    for copy in copies:
+        assert kernel.contents(copy) == b""
+    fd, memory = kernel.memfd("memory", PAGE, peer_writes=True)
+    copy = kernel.dup(fd)
+    assert kernel.contents(copy) == bytes(PAGE)
+    assert kernel.contents(fd) == b""
+    memory.close()
+
+
+def test_what_is_no_file_is_read_as_well_and_closed(kernel: Kernel, pair: Pair) -> None:
+    pair[0].send(b"abc")
+    pair[0].send(b"def")
+    poller = kernel.poller()
+    copies = kernel.dup(pair[1].fileno()), kernel.reserve(), kernel.dup(poller.fileno())
+    assert kernel.contents(copies[0]) == b"abcdef"
+    assert kernel.contents(copies[1]) == b""
+    with fails(errno.EINVAL):
+        kernel.contents(copies[2])
+    assert sorted(kernel.reserve() for _ in copies) == sorted(copies), "they were free"
+    for fd in copies:
+        kernel.close(fd)
+    poller.close()

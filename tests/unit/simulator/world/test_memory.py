@@ -166,3 +166,17 @@ def test_memory_of_one_process_is_no_point() -> None:
     made(world, a=alone, b=alone)
     finish(world)
     assert {step.label for step in strategy.taken} == {"begins"}
+
+
+@pytest.mark.parametrize("name", ["tdp-tables", "tdp-frames", "tdp-frame_tags", "kvm-run"])
+def test_what_somebody_still_looks_at_is_not_unmapped(name: str) -> None:
+    """Whatever it is watched by, as without."""
+    _, mapping = SimProcess(World(Script()).host, "owner").memfd(name, PAGE_SIZE, peer_writes=True)
+    parts: list[Any] = [mapping.view[:16]]
+    if name != "tdp-frames":
+        parts += [mapping.view.cast("Q"), mapping.view[8:].cast("Q")]
+    while parts:
+        with pytest.raises(BufferError):
+            mapping.close()
+        parts.pop().release()
+    mapping.close()
