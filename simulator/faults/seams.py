@@ -18,6 +18,7 @@ from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ALL_PAGES
+from protocol.kernel.port import Kernel, Mapping, Poller, SharedEvent, StreamSocket
 from protocol.pt.table_pool import TablePool
 from protocol.rpc import fence
 from protocol.units import IovaPfn
@@ -27,16 +28,16 @@ from simulator.kernel.fds import FdTable
 from simulator.kernel.files import OpenFile, StreamEnd, oserror
 from simulator.kernel.mapping import SimMapping
 from simulator.kernel.process import SimEvent, SimPoller, SimProcess, SimSocket
-from simulator.world.memory import TAGS, StructuresView, Words
+from simulator.world.memory import TAGS, FramesView, StructuresView, Words
 from simulator.world.process import Io
 
 Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
-FAILING: dict[tuple[type, str], tuple[str, Around]] = {}
+FAILING: dict[tuple[type, str, str], Around] = {}  # by whose, which method, and the kind
 
 
 def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
     def put(around: Around) -> Around:
-        FAILING[owner, name] = kind, around
+        FAILING[owner, name, kind] = around
         return around
 
     return put
@@ -45,11 +46,11 @@ def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
 @contextmanager
 def injected(faults: Faults) -> Iterator[None]:
     """Inside, faults of its kinds are met.  Enter it last: what watches the product must see them."""
-    on = {seam: around for seam, (kind, around) in FAILING.items() if kind in faults.kinds}
-    before = {(owner, name): vars(owner)[name] for owner, name in on}
+    on = {seam: around for seam, around in FAILING.items() if seam[-1] in faults.kinds}
+    before = {(owner, name): vars(owner)[name] for owner, name, _ in on}
     lock: Any = fence._LOCK
-    for (owner, name), around in on.items():
-        setattr(owner, name, _wrapped(faults, before[owner, name], around))
+    for (owner, name, _), around in on.items():
+        setattr(owner, name, _wrapped(faults, vars(owner)[name], around))
     if "store-buffer" in faults.kinds:
         vars(fence)["_LOCK"] = _Locked(faults)
     try:
@@ -230,20 +231,40 @@ def _drains(faults: Faults, original: Any, *args: Any, **named: Any) -> Any:
     return original(*args, **named)
 
 
+_NO_CALLS = {"monotonic_ns", "wall_ns", "event_of", "fileno", "detach", "fd", "view"}
+"""Of the port: what its methods do without the kernel, or in the vDSO."""
+
+_PORTS: dict[type, type] = {
+    SimProcess: Kernel,
+    SimSocket: StreamSocket,
+    SimPoller: Poller,
+    SimEvent: SharedEvent,
+    SimMapping: Mapping,
+}
+_CALLS = [
+    (owner, name)
+    for owner, port in _PORTS.items()
+    for name in vars(port)
+    if not name.startswith("_") and name not in _NO_CALLS
+]
+
 for _owner, _name in (
+    *_CALLS,
     (StructuresView, "__setitem__"),
     (StructuresView, "__bytes__"),
+    (FramesView, "__setitem__"),
     (Words, "release"),
-    (SimSocket, "_sent"),
-    (SimSocket, "shutdown"),
-    (SimEvent, "signal"),
-    (SimEvent, "drain"),
-    (SimPoller, "poll"),
-    (SimProcess, "close"),
-    (SimMapping, "discard"),
     (Io, "get_events"),
 ):
     _seam(_owner, _name, "store-buffer")(_drains)
+
+
+@_seam(FramesView, "__getitem__", "store-buffer")
+def _slice_of_frames(faults: Faults, original: Any, view: FramesView, where: slice) -> Any:
+    """Which may be stored to, and nobody hears of it."""
+    if view.readonly:
+        return original(view, where)
+    return _drains(faults, original, view, where)
 
 
 @_seam(SimProcess, "die", "store-buffer")

@@ -5,10 +5,11 @@ late as can be: from the store on that the schedule says, each waits until somet
 Hardware may let it go earlier, which is what runs without this fault are of.  What drains:
   - a locked instruction, as in `full_fence`; and so each system call but that for the time, which the vDSO
     answers: what sockets, eventfds, epoll sets, fds and mappings are kept by is taken with locks;
-  - a store of more than a word, and a load that overlaps a waiting store and is not of just that word: what
-    cannot be forwarded waits;
+  - a store of more than a word, or to a frame, and a slice of frames that may be stored to: none of these is
+    buffered, and none may be seen before a store that waits;
+  - a load that overlaps a waiting store and is not of just that word: what cannot be forwarded waits;
   - the process's death: a store that retired is made.
-Frames are not buffered, nor what only the model's checks look at.
+Nor is what only the model's checks look at.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ class FramesView:
         self._access = access
         self._note = note
         self._before = 0, 0  # where the last slice is, and its size
+        self.readonly = view.readonly
 
     def __len__(self) -> int:
         return len(self._view)
@@ -139,7 +140,7 @@ class FramesView:
         size = stop - start
         self._access(start, size, False)
         for at, length in ((start, size), self._before):
-            self._note(at, length, not self._view.readonly)
+            self._note(at, length, not self.readonly)
         self._before = start, size
         return self._view[where]
 

@@ -253,13 +253,13 @@ def test_a_device_completes_no_invalidation_any_more() -> None:
 
 
 def test_only_what_is_on_is_wrapped_and_all_is_taken_out_again() -> None:
-    before = {seam: vars(seam[0])[seam[1]] for seam in FAILING}
+    before = {(owner, name): vars(owner)[name] for owner, name, _ in FAILING}
     with injected(Faults(["ite"])):
         wrapped = {seam for seam, was in before.items() if vars(seam[0])[seam[1]] is not was}
-        assert wrapped == {seam for seam, (kind, _) in FAILING.items() if kind == "ite"}
+        assert wrapped == {(owner, name) for owner, name, kind in FAILING if kind == "ite"}
     with injected(Faults(list(FAULTS))):
         pass
-    assert {seam: vars(seam[0])[seam[1]] for seam in FAILING} == before
+    assert {(owner, name): vars(owner)[name] for owner, name, _ in FAILING} == before
 
 
 # -- stops and deaths --------------------------------------------------------------------------------------

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
+import select
+import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 
 import pytest
 
+from protocol.kernel.port import Kernel, Mapping, Poller, SharedEvent, StreamSocket
 from protocol.rpc.fence import full_fence
 from simulator.faults.plan import VICTIMS, Faults
 from simulator.faults.seams import injected
@@ -103,6 +108,124 @@ def test_the_last_store_to_a_word_is_what_its_owner_loads() -> None:
     for value in (Random(1).randrange(100), 7):
         buffer.store(word, value, nothing, nothing)
     assert buffer.forwarded(word) == 7
+
+
+class Caller:
+    """A process whose store waits, with something to ask of its kernel."""
+
+    listening: StreamSocket
+    mapping: Mapping
+    idle: int
+    idle_mapping: Mapping
+    frames: Mapping
+    into: memoryview
+
+    def __init__(self, kernel: SimProcess) -> None:
+        self.kernel = kernel
+        self.one, self.other = kernel.socketpair()
+        self.other.send(b"unread")
+        self.event, self.poller = kernel.event(), kernel.poller()
+        self.poller.register(self.event.fd, select.EPOLLIN)
+        self.listening = kernel.listen(LISTENS, None)
+        self.waits = kernel.connect(LISTENS)
+        self.memory, self.mapping = kernel.memfd("unit 0", 4096, peer_writes=True)
+        self.idle, self.idle_mapping = kernel.memfd("unit 1", 4096, peer_writes=True)
+        self.frames = kernel.memfd("tdp-frames", 4096, peer_writes=True)[1]
+        self.into = memoryview(bytearray(8))
+
+    def rights(self) -> None:
+        self.one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.idle]))])
+
+
+LISTENS = Path("kvmd.sock")
+NO_CALLS = {"monotonic_ns", "wall_ns", "event_of", "fileno", "detach", "fd", "view"}
+CALLS: dict[str, Callable[[Caller], object]] = {
+    "accept": lambda it: it.listening.accept(),
+    "close": lambda it: it.kernel.close(it.idle),
+    "close_received": lambda it: it.kernel.close_received(it.idle),
+    "connect": lambda it: it.kernel.connect(LISTENS),
+    "contents": lambda it: it.kernel.contents(it.idle),
+    "cookie_of": lambda it: it.kernel.cookie_of(it.one.fileno()),
+    "discard": lambda it: it.idle_mapping.discard(0, 4096),
+    "drain": lambda it: it.event.drain(),
+    "dup": lambda it: it.kernel.dup(it.idle),
+    "event": lambda it: it.kernel.event(),
+    "file_with": lambda it: it.kernel.file_with("file", [b"x"]),
+    "listen": lambda it: it.kernel.listen(Path("another.sock"), None),
+    "map_peer": lambda it: it.kernel.map_peer(it.idle, 4096, writable=False),
+    "memfd": lambda it: it.kernel.memfd("unit 2", 4096, peer_writes=False),
+    "memory_of": lambda it: it.kernel.memory_of(it.idle),
+    "modify": lambda it: it.poller.modify(it.event.fd, select.EPOLLOUT),
+    "poll": lambda it: it.poller.poll(0, 8),
+    "poller": lambda it: it.kernel.poller(),
+    "recv": lambda it: it.one.recv(1),
+    "recvmsg_into": lambda it: it.one.recvmsg_into([it.into]),
+    "register": lambda it: it.poller.register(it.one.fileno(), select.EPOLLIN),
+    "reserve": lambda it: it.kernel.reserve(),
+    "send": lambda it: it.one.send(b"x"),
+    "sendmsg": lambda it: it.rights(),
+    "setblocking": lambda it: it.one.setblocking(False),
+    "shutdown": lambda it: it.one.shutdown(socket.SHUT_WR),
+    "signal": lambda it: it.event.signal(),
+    "socket_of": lambda it: it.kernel.socket_of(it.one.fileno()),
+    "socketpair": lambda it: it.kernel.socketpair(),
+    "unlisten": lambda it: it.kernel.unlisten(LISTENS),
+    "unregister": lambda it: it.poller.unregister(it.event.fd),
+    # of the objects of the same name
+    "close a socket": lambda it: it.one.close(),
+    "close an event": lambda it: it.event.close(),
+    "close a poller": lambda it: it.poller.close(),
+    "close a mapping": lambda it: it.idle_mapping.close(),
+}
+STORES: dict[str, Callable[[Caller], object]] = {
+    "a store to a frame": lambda it: it.frames.view.__setitem__(slice(0, 8), bytes(8)),
+    "a slice of frames": lambda it: it.frames.view[:8],
+    "a store of more than a word": lambda it: it.mapping.view.__setitem__(slice(64, 128), bytes(64)),
+}
+
+
+def test_all_that_the_port_has_is_a_system_call_or_is_none() -> None:
+    ports = (Kernel, StreamSocket, Poller, SharedEvent, Mapping)
+    names = {name for port in ports for name in vars(port) if not name.startswith("_")}
+    assert names == CALLS.keys() - {name for name in CALLS if " " in name} | NO_CALLS
+
+
+def waiting_behind(call: Callable[[Caller], object]) -> bool:
+    """A store waits; does it when that was done?"""
+    world, faults = World(Drawn(None)), Faults(["store-buffer"])
+    faults.put_into(world)
+    kvmd = SimProcess(world.host, "kvmd")
+    caller = Caller(kvmd)
+    file = kvmd.file(caller.memory)
+    assert isinstance(file, Memory)
+    found: list[bool] = []
+
+    def body() -> None:
+        caller.mapping.view.cast("Q")[0] = 5
+        assert file.bytes[0] == 0
+        call(caller)
+        found.append(file.bytes[0] == 0)
+
+    with injected(faults):
+        faults.buffer, faults._buffers = StoreBuffer("kvmd"), True
+        world.run(world.spawn(kvmd, body))
+    assert world.failures == []
+    return found[0]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_behind_a_system_call_nothing_waits(call: str) -> None:
+    assert not waiting_behind(CALLS[call])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_what_is_not_buffered_is_not_seen_before_what_waits(store: str) -> None:
+    assert not waiting_behind(STORES[store])
+
+
+def test_behind_what_is_no_system_call_it_waits() -> None:
+    assert waiting_behind(lambda it: it.kernel.monotonic_ns())
+    assert waiting_behind(lambda it: it.kernel.wall_ns())
 
 
 def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
