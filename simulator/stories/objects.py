@@ -18,6 +18,7 @@ from simulator.stories.common import (
     AT,
     MAY_TAKE,
     NEXT,
+    ONE_TABLE,
     OVER_TWO,
     PAGES,
     PATTERN,
@@ -228,6 +229,20 @@ async def _kvm_dies(ctx: Context, excerpt: Excerpt) -> None:
             break  # there is no second round: nobody starts it again
 
 
+async def _kvm_dies_idle(ctx: Context, excerpt: Excerpt) -> None:
+    """kvmd dies, and an HWPT of its table that no device is on is destroyed meanwhile (R10, R28)."""
+    guest = await ctx.boot_for(PAGES)
+    iommu, second = guest.machine.iommu, await guest.plug(1)
+    async with _another_table(guest) as make:
+        for _ in excerpt.rounds():
+            hwpt_id = await make(iommu, second.plugged.dev_id)
+            with excerpt:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ctx.kill, "kvmd")
+                    await or_gone(iommu.destroy(hwpt_id))
+            break  # there is no second round: nobody starts it again
+
+
 async def _destroyed_when_it_can_be(iommu: Iommu, hwpt_id: int) -> None:
     """As long as it takes to move a device: a daemon that stands still may take any time."""
     for _ in range(ASKED):
@@ -248,5 +263,6 @@ OBJECTS = (
     ),
     SmallStory("or-back", "a device that cannot be moved goes back", _or_back, OTHERS, TWO),
     SmallStory("kvm-dies", "kvmd dies beneath devices and what is made", _kvm_dies, MAY_TAKE, TWO),
+    SmallStory("kvm-dies-idle", "kvmd dies while an HWPT is destroyed", _kvm_dies_idle, ONE_TABLE, TWO),
     SmallStory("vast", "an area of 16 TiB is unmapped", _vast, OTHERS),
 )

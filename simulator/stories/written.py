@@ -104,6 +104,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "iommufd-closes": ["R10", "R13"],
     "vast": ["B-30"],
     "kvm-dies": ["R28"],
+    "kvm-dies-idle": ["R10", "R28"],
     "export": ["R13", "I10", "B-02", "B-06", "B-27", "B-28", "export-under-a-log"],
     # -- another importer
     "importers": ["R4", "B-09"],

@@ -107,6 +107,7 @@ BREAKS = {
     "never-comes": ("mirror", "R18-a-master-while-taken-off"),
     "or-back": ("mirror", "R10-nothing-to-go-back-to"),
     "kvm-dies": ("mirror", "R28-kvm-is-gone"),
+    "kvm-dies-idle": ("shared", "domain-id-free-while-memory-is-taken-back"),
     "vast": ("mirror", "B-30-pages-of-32-bits"),
     "hwpts": ("shared", "domain-id-free-too-early"),
     "iommufd-closes": ("shared", "R13-closed-meanwhile"),
