@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FaultKind:
-    """`late`: the last of its opportunities is among the first 2**late."""
+    """`late`: the last of its opportunities is among the first 2**late.  `excuses`: a VMM may be denied what
+    it asks because of one; `lasts`: for as long as its machine is there."""
 
     what: str
     late: int
-    excuses: bool = False  # a VMM may be denied what it asks because of one
+    excuses: bool = False
+    lasts: bool = False
     searched: bool = True  # a search that ends may have it: all that it changes is in what steps touch
 
 
@@ -21,7 +23,9 @@ FAULTS: Mapping[str, FaultKind] = {
     "enomem": FaultKind("a daemon gets no memory, page of a table, frame or fd", 4, excuses=True),
     "ite": FaultKind("a device completes an invalidation late, or none any more: it times out", 2),
     "full": FaultKind("a unit's page request queue has no room: other functions have filled it", 3),
-    "hangup": FaultKind("a process hangs up on another at a message, and both live", 8, excuses=True),
+    "hangup": FaultKind(
+        "a process hangs up on another at a message, and both live", 8, excuses=True, lasts=True
+    ),
     "delay": FaultKind("a message is late, and so are those behind it in its channel", 8),
     "store-buffer": FaultKind(
         "others see a daemon's stores as late as its processor may let them", 7, searched=False
@@ -31,6 +35,7 @@ FAULTS: Mapping[str, FaultKind] = {
         "a daemon or the VMM dies at any step of its; daemons are started again",
         10,
         excuses=True,
+        lasts=True,
         searched=False,
     ),
 }

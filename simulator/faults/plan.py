@@ -38,6 +38,7 @@ class Faults:
         self.kinds = [*dict.fromkeys(kind.removesuffix(EACH) for kind in kinds)]
         self._at_each = [kind.removesuffix(EACH) for kind in kinds if kind.endswith(EACH)]
         self.met: Counter[str] = Counter()  # how many there were of each kind
+        self._excuses = False  # one of those that are an excuse, which is one for so long
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
         self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
@@ -56,7 +57,16 @@ class Faults:
     @property
     def excuses(self) -> bool:
         """Was there one because of which a VMM may have been denied something?"""
-        return any(FAULTS[kind].excuses for kind in self.met) or self.is_quarantined
+        return self._excuses or self.is_quarantined
+
+    def _has_met(self, kind: str) -> None:
+        self.met[kind] += 1
+        self._excuses |= FAULTS[kind].excuses
+
+    def next_schedule(self) -> None:
+        """In the same machine: what it comes to is its own."""
+        self._excuses = any(FAULTS[kind].lasts for kind in self.met)
+        self.buffer = None
 
     @property
     def struck(self) -> bool:
@@ -93,7 +103,7 @@ class Faults:
         self._buffers = False
         for kind, thread in self._sealed:
             if thread.fate is None:
-                self.met[kind] += 1
+                self._has_met(kind)
                 if kind == "sigkill":
                     self.killed.add(thread.name)
             thread.fate = None
@@ -118,7 +128,7 @@ class Faults:
         assert self._world is not None
         self._world.touch({Touch((FAULT, kind), counts)})
         if fails:
-            self.met[kind] += 1
+            self._has_met(kind)
             self._world.tells(f"{FAULT} {kind} {where}".rstrip())
         return fails
 

@@ -19,10 +19,11 @@ from qemu_shim.vmm.designs import Design
 from qemu_shim.vmm.machine import Host
 from simulator.faults.plan import STOPS_S, Faults
 from simulator.faults.seams import injected
+from simulator.ghost.violation import invariant_of
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world.journal import Journal
-from simulator.world.system import Played, System, options_of, system
+from simulator.world.system import Played, System, options_of, refusals, system
 
 CALM_S = 2 * max(STOPS_S.values())
 """In which who was stopped goes on, and what a dead one held is given up: exit takes no time on Linux."""
@@ -61,6 +62,9 @@ def playing_faulted(
         client = made.client(first)
         while not world.run(client):
             yield _problems(made, report, faults)
+            faults.next_schedule()
+        if isinstance(strategy, Excerpt):
+            strategy.close()  # who opened it may be dead
         faults.end()
         problems = _problems(made, report, faults)
         world.failures.clear()
@@ -73,13 +77,15 @@ def playing_faulted(
             pass
         made.stop()
         problems += [*again.problems, *made.problems()]
+        if isinstance(strategy, Excerpt):
+            problems += refusals(again)
         return Played(None, report, problems, world.decisions)
 
 
 def _problems(made: System, report: Report, faults: Faults) -> list[str]:
-    """Less what a VMM was denied because of a fault."""
-    if not faults.excuses:
-        return [*report.problems, *made.problems()]
-    world = made.world
-    world.failures = [error for error in world.crashes() if not isinstance(error, _DENIED)]
-    return made.problems()
+    """Less what a VMM was denied because of a fault, of which nothing is said in a later schedule either."""
+    if faults.excuses:
+        world = made.world
+        world.failures = [error for error in world.crashes() if not isinstance(error, _DENIED)]
+        report.problems[:] = filter(invariant_of, report.problems)
+    return [*report.problems, *made.problems()]

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+
+_INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
+
+
+def invariant_of(sentence: str) -> str:
+    """The number that what a scenario or a daemon says names, "" if none."""
+    named = _INVARIANT.search(sentence)
+    return "" if named is None else named[1]
 
 
 @dataclass(frozen=True, slots=True)

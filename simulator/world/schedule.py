@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.heard import Effect
 from simulator.ghost.probes.watch import Watch
 from simulator.ghost.probes.watching import watching
-from simulator.ghost.violation import Verdicts
+from simulator.ghost.violation import Verdicts, invariant_of
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import RunEnd
@@ -28,7 +27,6 @@ from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
 from simulator.world.system import Played, clear_away, playing, uncollected
 
-_INVARIANT = re.compile(r"\b([IR]\d+)\b: ")
 OTHER = "check"
 """Instead of an invariant: what the scenario or a daemon says has none."""
 STUCK = "stuck"
@@ -175,8 +173,8 @@ def _broken(verdicts: Verdicts, problems: list[str]) -> RunEnd:
     for violation in verdicts.found:
         return RunEnd(violation.invariant, violation.sentence, over=True)
     for problem in problems:
-        if named := _INVARIANT.search(problem):
-            return RunEnd(named[1], problem, over=True)
+        if named := invariant_of(problem):
+            return RunEnd(named, problem, over=True)
     for problem in problems:
         return RunEnd(STUCK if problem.startswith(STUCK) else OTHER, problem, over=True)
     return RunEnd(over=False)

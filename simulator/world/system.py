@@ -255,6 +255,11 @@ class Played:
     decisions: int
 
 
+def refusals(report: Report) -> list[str]:
+    """A small story has none: what was to be searched would not have happened."""
+    return [f"the story ended here: {refused}" for refused in report.ended]
+
+
 def playing(
     scenario: Scenario,
     design: Design,
@@ -283,6 +288,8 @@ def playing(
         made.stop()
         run = runs[0] if runs else None
         problems = [*made.problems(), *report.problems]
+        if isinstance(strategy, Excerpt):
+            problems += refusals(report)
         return Played(run, report, problems, world.decisions)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from qemu_shim.api import Context, UapiError
 from qemu_shim.cli import main
 from simulator.command import find
 from simulator.faults import plan
 from simulator.faults.kinds import FAULTS
 from simulator.faults.plan import Faults
+from simulator.search.excerpt import Excerpt
 from simulator.search.explore import Tally, explore
+from simulator.search.replay import Recorded
 from simulator.search.strategies import STRATEGIES
+from simulator.search.walk import RandomWalk
+from simulator.stories.story import SmallStory
 from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
 
@@ -82,6 +88,64 @@ def test_a_mistake_where_a_channel_breaks_and_nobody_dies_is_found(
     assert [found.result.invariant for found in tally.found] == [invariant]
     clean = played(story, "managed", ("hangup",), tally.schedules, seed=SEED_OF_A_HANG_UP[plant])
     assert clean.found == []
+
+
+def test_what_a_fault_excuses_is_of_its_own_schedule() -> None:
+    """There is no memory once in the first, which is survived; the second is judged as if there had not been
+    anything."""
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(4)
+        for _ in excerpt.rounds():
+            with excerpt, suppress(UapiError):
+                (await guest.machine.process.userfaultfd()).close()
+            ctx.expect(False, "it was denied")
+
+    judged = Judged(lambda _: SmallStory("told", "", play, faults=("enomem",)), "told", "shared")
+    ends = [explore(judged(), RandomWalk(seed), seed, 2).found for seed in range(12)]
+    schedules = [[found.schedule for found in each] for each in ends]
+    assert [2] in schedules, schedules
+
+
+def test_an_invariant_that_is_named_is_excused_by_nothing() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(4)
+        for _ in excerpt.rounds():
+            with excerpt:
+                await guest.write(0, b"store")
+            ctx.expect(False, "I0: at each end")
+
+    judged = Judged(lambda _: SmallStory("told", "", play, faults=("hangup", "enomem")), "told", "shared")
+    for seed in range(8):
+        (found,) = explore(judged(), RandomWalk(seed), seed, 1).found
+        assert found.result.invariant == "I0"
+
+
+def test_who_is_refused_what_his_story_is_about_has_not_played_it() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(4)
+        for _ in excerpt.rounds():
+            with excerpt:
+                await guest.discard(0)
+
+    for faults in ((), ("evict",)):
+        judged = Judged(lambda _: SmallStory("told", "", play), "told", "pinned", faults=faults)
+        end = judged()(RandomWalk(0))
+        assert end.invariant == "check"
+        assert "the story ended here: [EOPNOTSUPP] ballooning" in end.sentence
+
+
+def test_nothing_is_searched_behind_the_death_of_who_opened_the_excerpt() -> None:
+    """A VMM that is killed closes nothing; that all is played again is no part of the schedule."""
+    lengths = []
+    for seed in range(30):
+        recorded = Recorded(RandomWalk(seed), steps=True)
+        Judged(find, "migrate", "shared", faults=("sigkill",))()(recorded)
+        if any(step.label == "qemu_shim" for step in recorded.steps):
+            lengths.append(len(recorded.steps))
+    assert len(lengths) > 3
+    assert min(lengths) < 10, "it dies early"
+    assert max(lengths) < 200
 
 
 def test_the_same_answers_are_the_same_run() -> None:
