@@ -22,6 +22,7 @@ from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
 PATIENCE_S = 30.0
 QUIET_POLL_S = 0.001
+POLLS_A_DOUBLING = 16  # of the time waited
 VMS = {"VMs of before": ("kvmd.vm_count",)}
 
 
@@ -30,12 +31,13 @@ class NeverQuiet(Exception):
 
 
 async def until(what: object, holds: Callable[[], Awaitable[bool]]) -> None:
-    """Asks until it holds; NeverQuiet says `what` did not come about."""
+    """Asks until it holds, less often the longer it has waited; NeverQuiet says `what` did not come about."""
+    began = trio.current_time()
     with trio.move_on_after(PATIENCE_S):
         while True:
             if await holds():
                 return
-            await trio.sleep(QUIET_POLL_S)
+            await trio.sleep(max(QUIET_POLL_S, (trio.current_time() - began) / POLLS_A_DOUBLING))
     raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {what}")
 
 

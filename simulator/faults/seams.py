@@ -218,8 +218,10 @@ def _load_word(faults: Faults, original: Any, words: Words, where: Any) -> Any:
         return original(words, where)
     word = _word(words, where)
     if faults.running == buffer.owner:
-        forwarded = buffer.forwarded(word)
-        return original(words, where) if forwarded is None else forwarded
+        if isinstance(where, int) and (forwarded := buffer.forwarded(word)) is not None:
+            return forwarded
+        buffer.settle(word)
+        return original(words, where)
     loaded = original(words, where)
     buffer.seen_by(faults.running, word)
     return loaded

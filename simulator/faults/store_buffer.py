@@ -67,6 +67,11 @@ class StoreBuffer:
                 break
         return None
 
+    def settle(self, word: Word) -> None:
+        """Its owner loads several words from there: no store is forwarded to such a load."""
+        if any(store.word.overlaps(word) for store in self._waiting):
+            self.drain()
+
     def seen_by(self, other: str, word: Word) -> None:
         """Another process loads that from memory."""
         if any(store.word.overlaps(word) for store in self._waiting):

@@ -52,11 +52,13 @@ class Ghost:
         self.mmus = Mmus(verdicts, self.backing)
         self.own = OwnRoots(verdicts, self.backing, self.tables)
         self._roots: dict[int, RootFacts] = {}
-        self.host = HostJudge(verdicts, self.heard, self._roots, self.backing, self.tables, self.caches)
+        self._closed: set[int] = set()  # roots that nobody walks any more
+        self.host = HostJudge(
+            verdicts, self.heard, self._roots, self._closed, self.backing, self.tables, self.caches
+        )
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._lent: set[int] = set()  # roots that units may walk
         self._orphans: set[int] = set()  # roots whose maintainer died
-        self._closed: set[int] = set()  # roots that nobody walks any more
 
     # -- frames ----------------------------------------------------------------------------------------
 
@@ -405,10 +407,10 @@ class Ghost:
         self.heard.change(heard.MAY_CHANGE_ALL)
         caches, unfinished = GOES_WITH.get(name, ((), ()))
         self.caches.process_gone(name, caches)
-        for kind in unfinished:
-            self.liveness.forget(kind)
+        self.liveness.forget(*unfinished)
         if name == "device_sim":
             self.groups.forget_all()
+            self._closed |= {root for root in self._roots if self.table_pages.has(root >> 12, "iommufdd")}
         elif name == "kvmd":
             self.frames = Ledger()
             self.stores = Stores(self.verdicts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from protocol.pt.bits import WRITE
 from simulator.ghost import heard
@@ -20,6 +20,7 @@ class HostJudge:
         verdicts: Verdicts,
         hearing: heard.Heard,
         roots: Mapping[int, RootFacts],
+        closed: Set[int],
         backing: Backing,
         tables: ShadowTables,
         caches: Caches,
@@ -27,6 +28,7 @@ class HostJudge:
         self._verdicts = verdicts
         self._hearing = hearing
         self._roots = roots
+        self._closed = closed
         self._backing = backing
         self._tables = tables
         self._caches = caches
@@ -75,7 +77,8 @@ class HostJudge:
             self._judge_gone(view, gone, gone.translation, rule, WRITE if rule == "I21" else 0)
 
     def _judge_gone(self, view: Name, gone: Truth, lost: Translation, rule: str, need: int) -> None:
-        for root in [root for root, facts in self._roots.items() if facts.view == view]:
+        walked = [root for root, facts in self._roots.items() if facts.view == view]
+        for root in (root for root in walked if root not in self._closed):
             for start, _, value in self._tables.roots[root].within(gone.start, gone.end):
                 if value.frame == lost.frame + start - gone.start and value.rights & need == need:
                     self._verdicts.say(

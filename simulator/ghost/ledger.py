@@ -38,6 +38,10 @@ class Ledger:
     def owner(self, page: int) -> Owner | None:
         return self._owners.get(page)
 
+    def has(self, page: int, owner: str) -> bool:
+        had = self._owners.get(page)
+        return had is not None and had.name == owner
+
     def given_up(self, page: int) -> Owner | None:
         """Who had it last, and since when he has not."""
         return self._given_up.get(page)

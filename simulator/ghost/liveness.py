@@ -39,9 +39,9 @@ class Liveness:
         self.look(now)
         self._began.pop((kind, name), None)
 
-    def forget(self, kind: str) -> None:
+    def forget(self, *kinds: str) -> None:
         """Who would end these is gone."""
-        for key in [key for key in self._began if key[0] == kind]:
+        for key in [key for key in self._began if key[0] in kinds]:
             del self._began[key]
 
     def look(self, now: int) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qemu_shim.api import Context, UapiError
+from qemu_shim.api import Context
 from qemu_shim.cli import main
 from simulator.command import find
 from simulator.faults import plan
@@ -22,6 +22,7 @@ from simulator.search.walk import RandomWalk
 from simulator.stories.story import SmallStory
 from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
+from tests.kit.refusals import may_refuse
 
 FEW = 3
 ROUNDS = 10
@@ -97,12 +98,12 @@ def test_what_a_fault_excuses_is_of_its_own_schedule() -> None:
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         guest = await ctx.boot_for(4)
         for _ in excerpt.rounds():
-            with excerpt, suppress(UapiError):
+            with excerpt, may_refuse(errno.EMFILE, errno.ENOMEM):
                 (await guest.machine.process.userfaultfd()).close()
             ctx.expect(False, "it was denied")
 
     judged = Judged(lambda _: SmallStory("told", "", play, faults=("enomem",)), "told", "shared")
-    ends = [explore(judged(), RandomWalk(seed), seed, 2).found for seed in range(12)]
+    ends = [explore(judged(3), RandomWalk(seed), seed, 2).found for seed in range(12)]
     schedules = [[found.schedule for found in each] for each in ends]
     assert [2] in schedules, schedules
 

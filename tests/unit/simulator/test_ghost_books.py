@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from protocol.pt.bits import READ, WRITE
+from simulator.ghost.backing import Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import Groups
 from simulator.ghost.heard import Heard
@@ -162,6 +164,21 @@ def test_what_a_process_had_goes_with_it() -> None:
     ghost.frames_taken(5, 1, "mm of the next")
     ghost.settled()
     assert ghost.verdicts.found == []
+
+
+@pytest.mark.parametrize("dead", ["", "device_sim"])
+def test_what_only_units_walk_nobody_walks_when_they_are_gone(dead: str) -> None:
+    """Their driver finds that out later, and takes it down."""
+    ghost, view = Ghost(Verdicts()), ("ioas", 1)
+    ghost.table_taken(0x1000, "iommufdd")
+    ghost.root_made(0x1000, 1, view, "iommufdd")
+    ghost.shows(view, 0, 1, Shown("mm1", 0, READ | WRITE))
+    ghost.backs("mm1", 0, 1, Translation(5, READ | WRITE))
+    ghost.entry_stored(0x1000, 5 << 12 | 3)
+    if dead:
+        ghost.process_gone(dead)
+    ghost.backs("mm1", 0, 1, None)
+    assert [violation.invariant for violation in ghost.verdicts.found] == ([] if dead else ["I11"])
 
 
 def test_what_is_outstanding_when_nothing_is_under_way_is_found() -> None:

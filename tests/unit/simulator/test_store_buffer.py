@@ -228,6 +228,28 @@ def test_behind_what_is_no_system_call_it_waits() -> None:
     assert waiting_behind(lambda it: it.kernel.wall_ns())
 
 
+def test_a_load_of_several_words_waits_for_the_stores_to_them() -> None:
+    """And is several words, of one too."""
+    world, faults = World(Drawn(None)), Faults(["store-buffer"])
+    faults.put_into(world)
+    kvmd = SimProcess(world.host, "kvmd")
+    _, mapping = kvmd.memfd("unit 0", 4096, peer_writes=False)
+    seen: list[list[int]] = []
+
+    def body() -> None:
+        words = mapping.view.cast("Q")
+        words[1] = 5
+        assert list(words[2:4]) == [0, 0]
+        seen.append(words[1:2].tolist())
+
+    with injected(faults):
+        buffer = faults.buffer = StoreBuffer("kvmd")
+        faults._buffers = True
+        world.run(world.spawn(kvmd, body))
+        assert not buffer._waiting
+    assert seen == [[5]]
+
+
 def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
     world, faults = World(Drawn(None)), Faults(["store-buffer"])
     faults.put_into(world)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import cast
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from qemu_shim.scenarios import recorder
 from qemu_shim.scenarios.measure import Snapshot
@@ -21,3 +24,18 @@ async def test_a_look_leaves_the_snapshot_as_the_daemons_said(monkeypatch: pytes
     one.elsewhere = 2
     assert (await one.look())["kvmd.frames"] == 5
     assert one.last.raw == {"kvmd.frames": 7}
+
+
+async def test_who_waits_long_asks_less_often(autojump_clock: MockClock) -> None:
+    asked: list[float] = []
+
+    async def never() -> bool:
+        asked.append(trio.current_time())
+        return False
+
+    with pytest.raises(recorder.NeverQuiet, match="not quiet after 30 s: rest"):
+        await recorder.until("rest", never)
+    gaps = [later - earlier for earlier, later in pairwise(asked)]
+    assert gaps[0] == pytest.approx(recorder.QUIET_POLL_S)
+    assert len(asked) < 200
+    assert max(gaps) < recorder.PATIENCE_S / 10
