@@ -164,7 +164,11 @@ def main() -> int:
     seeded = [name for name, named in STRATEGIES.items() if named.seeded]
     parser.add_argument("--strategy", choices=seeded, default=DEFAULT)
     parser.add_argument(
-        "--faults", type=faults_of, default=(), metavar="KIND,...", help="at most one each a schedule"
+        "--faults",
+        type=faults_of,
+        default=(),
+        metavar="KIND,...",
+        help="at most one each in what is searched",
     )
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
@@ -173,6 +177,8 @@ def main() -> int:
     )
     parser.add_argument("--record", type=Path, default=CLEAN, metavar="FILE", help=str(CLEAN))
     given = parser.parse_args()
+    if not given.schedules and not given.seeds:
+        parser.error("--schedules 0 --seeds 0: nothing would be played, and nothing could break")
     faults = ",".join(given.faults)
     try:
         plays = stories(given.story, given.design, given.strategy, faults)

@@ -49,6 +49,7 @@ class CleanRow:
     traces: Distinct = field(default_factory=Distinct)
 
     def add(self, seed: int, schedules: int, traces: Iterable[int], repeats: list[str]) -> None:
+        self.first = min(self.first, seed)  # shards end in any order
         self.behind = max(self.behind, seed + 1)
         self.schedules += schedules
         self.traces.add(traces)

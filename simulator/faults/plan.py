@@ -32,7 +32,8 @@ STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
 
 
 class Faults:
-    """Of these kinds, at most one each in a schedule.  Nothing fails before `begin` nor after `end`."""
+    """Of these kinds, at most one each from `begin` to `end`, which a schedule has once for each excerpt that
+    its story opens.  Nothing fails before or behind."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self.kinds = [*dict.fromkeys(kind.removesuffix(EACH) for kind in kinds)]

@@ -133,4 +133,6 @@ def test_an_error_of_ours_is_told_and_counts_as_nothing(
 def test_a_design_without_a_schedule_is_not_said_to_hold(tmp_path: Path) -> None:
     code, told = run(tmp_path, "--story", "asleep")
     assert (code, "none of asleep can be played on pinned" in told) == (2, True)
+    code, told = run(tmp_path, "--schedules", "0", "--seeds", "0")
+    assert (code, "nothing would be played" in told) == (2, True)
     assert not (tmp_path / "r.json").exists()

@@ -39,6 +39,14 @@ def test_the_same_sources_add_to_a_row(file: Path) -> None:
     assert slot == slot | SLOT._asdict() | {"schedules": 10, "traces": 1}
 
 
+def test_a_row_has_the_seeds_of_shards_that_ended_in_any_order(tmp_path: Path) -> None:
+    rows = Rows(file := tmp_path / "rows.json", "one")
+    for seed in (4, 3, 5):
+        rows.of(AGE, seed).add(seed, 100, {seed}, [])
+    rows.write()
+    assert [row["seeds"] for row in rows_of(file)] == [[3, 6]]
+
+
 def test_other_sources_begin_a_row_with_seeds_that_nobody_had(file: Path) -> None:
     rows = Rows(file, "two")
     rows.of(AGE, seed := rows.fresh(AGE)).add(seed, 100, {1, 2}, [])
