@@ -67,10 +67,11 @@ def _translation_request(
     """What was stored and waits in a processor's buffer is not there for a unit yet."""
     ghost = watch.ghost
     before = ghost.heard.changes
+    watch.walked.pop(id(unit), None)
     entry: IotlbEntry = original(unit, rid, page, need)
     if not entry.rights & need and ghost.heard.changes == before:
-        at, word = watch.walked[id(unit)]
-        if (ghost.tables.load(at) ^ word) & bits.RWX:
+        walked = watch.walked.get(id(unit))
+        if walked is not None and (ghost.tables.load(walked[0]) ^ walked[1]) & bits.RWX:
             return entry
         attached = watch.second_stages[id(unit.tables), rid]
         root = watch.root(attached.did, attached.root)

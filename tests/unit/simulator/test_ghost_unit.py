@@ -9,6 +9,7 @@ import pytest
 
 from device_sim.core.context_tables import ContextTables
 from device_sim.core.dmar import NOT_PRESENT, RemappingUnit
+from device_sim.core.iotlb import Iotlb
 from protocol.pt.geometry import ENTRY_BYTES
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import watching
@@ -66,6 +67,26 @@ def test_what_waits_in_a_store_buffer_a_unit_need_not_grant(
             tables.unmap(PAGE)
         silicon.translate(PAGE)
     assert heard(ghost) == ([] if waits else ["R20"])
+
+
+def test_what_a_unit_answers_without_a_walk_is_judged_by_no_walk_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that caches what is absent [CAP.CM] asks for no word again."""
+    lookup = Iotlb.lookup
+    ghost = Ghost(Verdicts())
+    with watching(ghost):
+        silicon = attached()
+        tables = silicon.tables
+        ghost.root_made(tables.root, 4, None, "kvm")
+        silicon.translate(PAGE)
+        silicon.map(PAGE, 1)
+        for at in range(tables.root, tables.root + len(tables.memory), ENTRY_BYTES):
+            if entry := tables.load(at):
+                ghost.entry_stored(at, entry)
+        monkeypatch.setattr(Iotlb, "lookup", lambda *args: lookup(*args) or NOT_PRESENT)
+        silicon.translate(PAGE)
+    assert heard(ghost) == ["R20"]
 
 
 def test_no_lookup_of_the_units_is_the_ghosts() -> None:
