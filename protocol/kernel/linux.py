@@ -18,6 +18,7 @@ import mmap
 import os
 import select
 import socket
+import stat
 import struct
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -213,13 +214,16 @@ class Linux:
         return fd
 
     def contents(self, fd: int) -> bytes:
-        with asked("cannot read a file that a peer made"), open(fd, "rb") as file:
-            return file.read()
+        with asked("cannot read a file that a peer made"), ExitStack() as done:
+            done.callback(os.close, fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "no file, and who reads it may wait for ever")
+            return done.enter_context(open(fd, "rb", closefd=False)).read()
 
     def memory_of(self, fd: int) -> tuple[int, int]:
         with asked("cannot tell which file a peer shares"):
-            stat = os.fstat(fd)
-        return stat.st_dev, stat.st_ino
+            found = os.fstat(fd)
+        return found.st_dev, found.st_ino
 
 
 def _remove_stale(path: Path) -> None:

@@ -135,7 +135,7 @@ class Kernel(Protocol):
         """An fd of a file that holds these bytes, to be read from its start."""
 
     def contents(self, fd: int) -> bytes:
-        """All bytes of such a file; the fd is closed."""
+        """All bytes of such a file from where its fd stands; the fd is closed.  EINVAL: no file."""
 
     def memory_of(self, fd: int) -> tuple[int, int]:
         """What names the file behind an fd: the same for every fd of it."""

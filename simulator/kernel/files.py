@@ -80,7 +80,7 @@ class OpenFile:
         return 0
 
     def contents(self) -> bytes:
-        """What read(2) gives until it has nothing more.  EINVAL."""
+        """Of a file, what read(2) gives until it has nothing more.  EINVAL."""
         raise oserror(errno.EINVAL)
 
 
@@ -88,9 +88,6 @@ class Nothing(OpenFile):
     """/dev/null."""
 
     has_poll = False
-
-    def contents(self) -> bytes:
-        return b""
 
 
 @dataclass(slots=True)
@@ -223,16 +220,6 @@ class StreamEnd(OpenFile):
         if self.hung_up or self.shut_read:
             return 0, []
         raise oserror(errno.EAGAIN)
-
-    def contents(self) -> bytes:
-        found = bytearray()
-        into = memoryview(bytearray(BUFFER_BYTES))
-        while self._pieces:
-            count, files = self.receive(into)
-            found += into[:count]
-            for file in files:
-                file.put()
-        return bytes(found)
 
     @property
     def pieces(self) -> int:

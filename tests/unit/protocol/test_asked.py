@@ -51,3 +51,11 @@ def test_no_call_of_the_port_tells_an_errno_alone(call: str) -> None:
     with pytest.raises(OSError, match=r"\[Errno \d+\] cannot ") as caught:
         ASKED[call]()
     assert os.strerror(caught.value.errno or 0) in str(caught.value) or "no socket" in str(caught.value)
+
+
+def test_a_directory_of_a_peers_is_not_read_and_closed() -> None:
+    fd = os.open("/", os.O_RDONLY)
+    with pytest.raises(OSError, match="no file, and who reads it may wait for ever"):
+        LINUX.contents(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

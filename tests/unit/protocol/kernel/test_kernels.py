@@ -482,15 +482,14 @@ def test_copies_of_an_fd_have_one_place_in_its_file(kernel: Kernel) -> None:
     memory.close()
 
 
-def test_what_is_no_file_is_read_as_well_and_closed(kernel: Kernel, pair: Pair) -> None:
+def test_what_is_no_file_is_not_read_and_closed(kernel: Kernel, pair: Pair) -> None:
+    """A peer may send anything, and a read of a socket ends when its other end wants."""
     pair[0].send(b"abc")
-    pair[0].send(b"def")
     poller = kernel.poller()
     copies = kernel.dup(pair[1].fileno()), kernel.reserve(), kernel.dup(poller.fileno())
-    assert kernel.contents(copies[0]) == b"abcdef"
-    assert kernel.contents(copies[1]) == b""
-    with fails(errno.EINVAL):
-        kernel.contents(copies[2])
+    for fd in copies:
+        with fails(errno.EINVAL):
+            kernel.contents(fd)
     assert sorted(kernel.reserve() for _ in copies) == sorted(copies), "they were free"
     for fd in copies:
         kernel.close(fd)
