@@ -140,11 +140,16 @@ def test_one_that_will_not_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_boot_leaves_nothing(tmp_path: Path) -> None:
     said = tmp_path / "pid"
     inner = shell(f"echo $$ >{said}; exec sleep 1000")
-    outer = f"from guest.boot import boot; boot({inner!r}, timeout_s=1000)"
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    outer = f"{heard}; from guest.boot import boot; boot({inner!r}, timeout_s=1000)"
     process = subprocess.Popen(script(outer), cwd=Path(__file__).parents[3], stderr=subprocess.DEVNULL)
-    until(lambda: said.exists() and said.read_text() != "", "the emulator runs")
-    process.send_signal(signal.SIGINT)
-    process.wait(PATIENCE_S)
+    try:
+        until(lambda: said.exists() and said.read_text() != "", "the emulator runs")
+        process.send_signal(signal.SIGINT)  # which a shell's background jobs ignore, and so do their children
+        process.wait(PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
     assert is_gone(int(said.read_text()))
 
 
