@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 
-import trio
-
 from protocol.errors import PeerError, UapiError
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.runner import run_scenario
@@ -20,13 +18,15 @@ from qemu_shim.vmm.machine import Host
 from simulator.faults.plan import STOPS_S, Faults
 from simulator.faults.seams import injected
 from simulator.ghost.violation import invariant_of
+from simulator.kernel.process import SimProcess
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world.journal import Journal
 from simulator.world.system import Played, System, options_of, refusals, system
 
+CALM = "calm"
 CALM_S = 2 * max(STOPS_S.values())
-"""In which who was stopped goes on, and what a dead one held is given up: exit takes no time on Linux."""
+"""In which who was stopped goes on, and all hear of who died: before that nobody starts him again."""
 _DENIED = (PeerError, UapiError, OSError)
 
 
@@ -51,7 +51,6 @@ def playing_faulted(
         await run_scenario(host, scenario, design, seed, params, report)
 
     async def second(host: Host) -> None:
-        await trio.sleep(CALM_S)
         await run_scenario(host, calm, design, seed, params, again)
 
     with system(strategy, options_of(scenario), journal) as made, injected(faults):
@@ -70,6 +69,7 @@ def playing_faulted(
         world.failures.clear()
         if faults.is_quarantined and not made.daemons["device_sim"].has_died:
             made.kill("device_sim")
+        world.run(world.spawn(SimProcess(world.host, CALM), lambda: world.wait((), CALM_S)))
         killed = faults.killed | made.killed  # by a fault, or by the scenario
         problems += [f"{name} ended by itself" for name in made.restart() if name not in killed]
         client = made.client(second)
