@@ -22,7 +22,7 @@ from qemu_shim.vmm.machine import GuestCpu, Host, Machine
 
 PATIENCE_S = 30.0
 QUIET_POLL_S = 0.001
-POLLS_A_DOUBLING = 16  # of the time waited
+WAITED_TO_PAUSE = 16  # the pause before the next poll is one in so many of what it has waited already
 VMS = {"VMs of before": ("kvmd.vm_count",)}
 
 
@@ -37,7 +37,7 @@ async def until(what: object, holds: Callable[[], Awaitable[bool]]) -> None:
         while True:
             if await holds():
                 return
-            await trio.sleep(max(QUIET_POLL_S, (trio.current_time() - began) / POLLS_A_DOUBLING))
+            await trio.sleep(max(QUIET_POLL_S, (trio.current_time() - began) / WAITED_TO_PAUSE))
     raise NeverQuiet(f"not quiet after {PATIENCE_S:.0f} s: {what}")
 
 

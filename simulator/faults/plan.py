@@ -39,7 +39,7 @@ class Faults:
         self.kinds = [*dict.fromkeys(kind.removesuffix(EACH) for kind in kinds)]
         self._at_each = [kind.removesuffix(EACH) for kind in kinds if kind.endswith(EACH)]
         self.met: Counter[str] = Counter()  # how many there were of each kind
-        self._excuses = False  # one of those that are an excuse, which is one for so long
+        self._met_before = Counter[str]()  # of them, in schedules before this one
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
         self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
@@ -47,7 +47,6 @@ class Faults:
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
         self._buffers = False
-        self._met_before = 0  # in schedules before this one
         self._left: dict[str, int] = {}  # of those drawn, how many opportunities pass before it fails
         self._asked: dict[str, bool] = {}  # of those that are not, has it failed?
         self._sealed: list[tuple[str, SimThread]] = []
@@ -58,25 +57,25 @@ class Faults:
     @property
     def excuses(self) -> bool:
         """Was there one because of which a VMM may have been denied something?"""
-        return self._excuses or self.is_quarantined
-
-    def _has_met(self, kind: str) -> None:
-        self.met[kind] += 1
-        self._excuses |= FAULTS[kind].excuses
-
-    def next_schedule(self) -> None:
-        """In the same machine: what it comes to is its own."""
-        self._excuses = any(FAULTS[kind].lasts for kind in self.met)
-        self.buffer = None
+        lasting = any(FAULTS[kind].lasts for kind in self.met)
+        return lasting or any(FAULTS[kind].excuses for kind in self._met_now) or self.is_quarantined
 
     @property
     def struck(self) -> bool:
-        """Has there been one since `begin`?"""
-        return self.met.total() > self._met_before
+        """Was there one in this schedule?"""
+        return bool(self._met_now)
+
+    @property
+    def _met_now(self) -> Counter[str]:
+        return self.met - self._met_before
+
+    def next_schedule(self) -> None:
+        """In the same machine: what it comes to is its own."""
+        self._met_before = self.met.copy()
+        self.buffer = None
 
     def begin(self) -> None:
         """Ask for a schedule's; called by a thread of the world."""
-        self._met_before = self.met.total()
         for kind in self.kinds:
             if kind in self._at_each:
                 self._asked[kind] = False
@@ -104,7 +103,7 @@ class Faults:
         self._buffers = False
         for kind, thread in self._sealed:
             if thread.fate is None:
-                self._has_met(kind)
+                self.met[kind] += 1
                 if kind == "sigkill":
                     self.killed.add(thread.name)
             thread.fate = None
@@ -129,7 +128,7 @@ class Faults:
         assert self._world is not None
         self._world.touch({Touch((FAULT, kind), counts)})
         if fails:
-            self._has_met(kind)
+            self.met[kind] += 1
             self._world.tells(f"{FAULT} {kind} {where}".rstrip())
         return fails
 

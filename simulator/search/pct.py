@@ -8,7 +8,6 @@ all k steps, which are not known before a run had as many, and of bugs that go b
 
 - How an actor goes on, where it may in several ways (which flow, one frame or two, a fault), is a coin, and
   no part of it.
-
 - Steps that only one actor can see do not count: a run of 500 stores into a page that nobody can reach yet
   would swallow the points.  Which places several actors touch is learned from the runs so far.
 - Who has gone on many times in a row while others could (a poll, a retry) falls below all others as well,

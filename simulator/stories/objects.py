@@ -12,7 +12,6 @@ from protocol.errors import PeerError
 from qemu_shim.api import PAGE_SIZE, Context, Guest, UapiError
 from qemu_shim.vmm.designs import IoasContainer
 from qemu_shim.vmm.iommufd_client import Iommu
-from simulator.faults.play import CALM_S
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     ASKED,
@@ -241,7 +240,6 @@ async def _kvm_dies_idle(ctx: Context, excerpt: Excerpt) -> None:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(ctx.kill, "kvmd")
                     await or_gone(iommu.destroy(hwpt_id))
-            await trio.sleep(CALM_S)  # the end of a driver that died too may be told as late
             break  # there is no second round: nobody starts it again
 
 

@@ -107,9 +107,7 @@ class Watch:
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
         self.second_stages: dict[tuple[int, int], SecondStage] = {}  # by unit's tables, function: found last
-        self.walked: dict[
-            int, tuple[int, int]
-        ] = {}  # by unit, of its request: where it ended, and by what word
+        self.walked: dict[int, tuple[int, int]] = {}  # by unit: where its walk ended, and by what word
         self.structures: list[Structure] = []
         self.leading: dict[int, tuple[tuple[str, int], int]] = {}  # words of entries that lead to tables
         self.looked_for: dict[tuple[int, int], tuple[int, list[int]]] = {}  # of a group: root, pages
