@@ -15,10 +15,9 @@ for again, unless it did not end and there is more time for it now.  The record 
                    has every interleaving been played?, "interleavings", "pruned": runs given up, as they
                    are played elsewhere, "states": nodes of the tree that all runs make, which is its steps
                    and 1 (two that differ by how they came about are two), "left": known of and not played,
-                   0 if it ended, "failed", "faulted": interleavings in which a fault struck (not in older
-                   records), "seconds"}],
-     "plants": [{"plant", "code", "story", "design", "faults": likewise (not in older records),
-                 "invariant", "run": the first that shows it}]}
+                   0 if it ended, "failed", "faulted": interleavings in which a fault struck, "seconds"}],
+     "plants": [{"plant", "code", "story", "design", "faults": likewise, "invariant", "run": the first that
+                 shows it}]}
 
 `plants`: of each planted bug that was sought, the first of the searches asked for that finds it.
 
@@ -79,22 +78,17 @@ class OnRecord:
     def get(self, kind: str, **key: str) -> dict[str, Any] | None:
         """Of the same sources."""
         key["code"] = self.code
-        found = (one for one in self.kept[kind] if all(_of(one, name) == key[name] for name in key))
+        found = (one for one in self.kept[kind] if all(one[name] == key[name] for name in key))
         return next(found, None)
 
     def put(self, kind: str, names: Sequence[str], one: dict[str, Any]) -> None:
         """In place of what there was under these `names` of it."""
-        others = [other for other in self.kept[kind] if any(_of(other, name) != one[name] for name in names)]
-        self.kept[kind] = sorted([*others, one], key=lambda each: [_of(each, name) for name in names])
+        others = [other for other in self.kept[kind] if any(other[name] != one[name] for name in names)]
+        self.kept[kind] = sorted([*others, one], key=lambda each: [each[name] for name in names])
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
         beside.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self._path)
-
-
-def _of(one: dict[str, Any], name: str) -> str:
-    """What an older record does not say was not asked for."""
-    return str(one.get(name, ""))
 
 
 def pairs(stories: Sequence[str], designs: Sequence[str]) -> Iterator[Pair]:

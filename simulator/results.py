@@ -159,7 +159,7 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
     for (design, *_), of_it in _grouped(searches, "design"):
         without = [each for each in of_it if not each["faults"]]
         faulted = [each for each in of_it if each["faults"]]
-        met = [each for each in faulted if _struck(each, searches) != 0]
+        met = [each for each in faulted if each["faulted"]]
         yield (
             f"On `{design}` {_ended(without)} of {len(without)} searches without faults ended:"
             f" {_sum(without, 'interleavings'):,} interleavings, of which {_sum(without, 'failed'):,} failed."
@@ -178,8 +178,7 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
             (
                 *(f"`{each['story']}`", f"`{each['design']}`", drawn_among(each["faults"]) or "none"),
                 f"{'all ' if each['ended'] else ''}{each['interleavings']:,}",
-                "not counted" if (struck := _struck(each, searches)) is None else f"{struck:,}",
-                *(f"{each['pruned']:,}", f"{each['states']:,}"),
+                *(f"{each[of]:,}" for of in ("faulted", "pruned", "states")),
                 "none" if each["ended"] else f"at least {each['left']:,}",
                 f"{each['failed']:,}",
             )
@@ -193,27 +192,11 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
             [
                 (
                     *(f"`{each[name]}`" for name in ("plant", "story", "design")),
-                    *(drawn_among(each.get("faults", "")) or "none", each["invariant"], each["run"]),
+                    *(drawn_among(each["faults"]) or "none", each["invariant"], each["run"]),
                 )
                 for each in plants
             ],
         )
-
-
-_COUNTS = ("interleavings", "pruned", "states")
-
-
-def _struck(search: Mapping[str, Any], searches: _Rows) -> int | None:
-    """In how many of its interleavings there was a fault; None: nobody counted.  An older record does not
-    say; but what has all the counts of the search without faults has come to none.
-    """
-    if not search["faults"]:
-        return 0
-    if "faulted" in search:
-        return int(search["faulted"])
-    same = ("story", "design", "ended", *_COUNTS)
-    equal = any(not each["faults"] and all(each[of] == search[of] for of in same) for each in searches)
-    return 0 if equal else None
 
 
 def _ended(searches: _Rows) -> int:
@@ -348,7 +331,7 @@ def _answer(kept: Records) -> Iterator[str]:
         yield f"As modelled here, no: {bad:,} interleavings failed."
     else:
         ended = [each for each in searches if each["ended"] and not each["faults"]]
-        struck = [each for each in searches if each["ended"] and _struck(each, searches) != 0]
+        struck = [each for each in searches if each["ended"] and each["faulted"]]
         of_shared = sum(each["design"] == "shared" for each in ended)
         yield (
             f"As modelled here, nothing was found that makes it unsafe: in {of_shared} searches of"

@@ -39,6 +39,7 @@ SEARCH = {
     "pruned": 3,
     "states": 99,
     "failed": 0,
+    "faulted": 0,
     "seconds": 1,
 }
 FULL = {**SEARCH, "story": "age", "design": "mirror", "faults": "full", "ended": True, "left": 0}
@@ -47,10 +48,12 @@ EXHAUSTIVE = {
         {**SEARCH, "story": "age", "design": "shared", "ended": True, "left": 0},
         {**SEARCH, "story": "age", "design": "mirror", "ended": False, "left": 7},
         {**FULL, "faulted": 700},
-        {**FULL, "faults": "hangup:each", "code": "2", "interleavings": 1300},
+        {**FULL, "faults": "hangup:each", "code": "2", "interleavings": 1300, "faulted": 100},
         {**FULL, "design": "shared", "faults": "enomem:each"},
     ],
-    "plants": [{"plant": "R4-one", "story": "age", "design": "mirror", "invariant": "I9", "run": 5}],
+    "plants": [
+        {"plant": "R4-one", "story": "age", "design": "mirror", "faults": "", "invariant": "I9", "run": 5}
+    ],
 }
 PLAYED = {"strategy": "mixed", "faults": "", "whole": False, "failed": 0, "repeats": [], "code": "1"}
 CLEAN = {
@@ -114,7 +117,7 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "2 of 2 searches ended, 0 interleavings failed; 0 more came to no fault",
         "Searches are of 2 states of the code.",
         "| `age` | `mirror` | full (the first 8) | all 1,200 | 700 | 3 | 99 | none | 0 |",
-        "| `age` | `mirror` | hangup:each | all 1,300 | not counted | 3 |",
+        "| `age` | `mirror` | hangup:each | all 1,300 | 100 | 3 |",
         "| `age` | `shared` | enomem:each | all 1,200 | 0 | 3 |",
         "| `age` | `mirror` | none | 1,200 | 0 | 3 | 99 | at least 7 | 0 |",
         "| `R4-one` | `age` | `mirror` | none | I9 | 5 |",

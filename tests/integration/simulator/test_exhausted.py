@@ -14,7 +14,7 @@ from qemu_shim.vmm.designs import DESIGNS
 from simulator import exhausted
 from simulator.command import find
 from simulator.command import main as sim
-from simulator.exhausted import OnRecord, of_clean_code, of_planted, searched, told
+from simulator.exhausted import OnRecord, of_clean_code, searched, told
 from simulator.search.delay import DelayBound
 from simulator.search.exhaustive import HiddenDependenceError
 from simulator.search.explore import explore
@@ -188,10 +188,3 @@ def test_a_plant_is_sought_where_it_was_asked_for(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == "R9-overflow-stays: not found\n" * 2
     (kept,) = json.loads((tmp_path / "r.json").read_text())["plants"]
     assert (kept["story"], kept["design"], kept["faults"]) == ("two-migrate", "mirror", "full:each")
-
-
-def test_an_older_record_of_a_plant_is_one_without_faults(tmp_path: Path) -> None:
-    record = OnRecord(tmp_path / "record.json", "this")
-    old = {"plant": "p", "code": "this", "story": "two-discard", "design": "mirror", "invariant": "I5"}
-    record.kept["plants"] = [old]
-    assert of_planted("p", [SMALLEST], record, 0.0) is old
