@@ -1,8 +1,10 @@
 """`make schedules`: all small stories on all designs, and all scenarios and workloads, with no bug planted.
 
 By turns, those first that have least so far: each has as many schedules as the others, but for a turn, when
-it is enough, or interrupted, which loses nothing but the schedules under way.  What they come to are rows of
-the record (simulator/rows.py), to which the next run adds, with seeds that nobody had before.
+it is enough, or interrupted, which loses nothing but the schedules under way.  Each story is played without
+faults and, a 16th as often, with all kinds of them, as who seeks a planted bug plays it: what fails here
+would be taken for one there.  What they come to are rows of the record (simulator/rows.py), to which the next
+run adds, with seeds that nobody had before.
 
     python -m simulator.clean --story S... --design D... --schedules N --seeds N --strategy NAME
                               --faults KIND,... --seconds N --workers N --again --record FILE
@@ -22,6 +24,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +33,7 @@ from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.campaign import WORKER_DIED
 from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin, faults_of, find
+from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.pool import Stop, interrupts, pooled
 from simulator.rows import Play, Rows
 from simulator.search.explore import Tally, explore
@@ -77,12 +81,12 @@ def scenarios(strategy: str, faults: str) -> Iterator[Play]:
 
 
 def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Shard]:
-    """One of each play, and again, from its first seed on: `schedules` of each small story, all that a shard
-    has of `seeds` of each other.
+    """One of each play, and again, from its first seed on: `schedules` of each small story, or their share of
+    them with all faults; all that a shard has of `seeds` of each other.
     """
     plays = list(first)
     size = {play: SCHEDULES_OF_SHARD if play.whole else OF_SMALL_SHARD for play in plays}
-    left = {play: seeds * size[play] if play.whole else schedules for play in plays}
+    left = {play: seeds * size[play] if play.whole else _share(play, schedules) for play in plays}
     seed = dict(first)
     while any(left.values()):
         for play in plays:
@@ -90,6 +94,10 @@ def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Sh
                 yield Shard(play, seed[play], now)
                 left[play] -= now
                 seed[play] += 1
+
+
+def _share(play: Play, schedules: int) -> int:
+    return ceil(schedules / FAULTED_COST) if play.faults == ALL else schedules
 
 
 def played(shard: Shard, stop: Stop) -> Tally:
@@ -145,14 +153,18 @@ class Sitting:
             self._written = time.monotonic()
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make schedules", description="what holds when no bug is planted")
     parser.add_argument(
         "--story", "--stories", nargs="+", choices=tuple(STORIES), default=list(STORIES), metavar="S"
     )
     parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument(
-        "--schedules", type=int, default=SCHEDULES, metavar="N", help=f"of a story on a design ({SCHEDULES})"
+        "--schedules",
+        type=int,
+        default=SCHEDULES,
+        metavar="N",
+        help=f"of a story on a design, and a {FAULTED_COST}th of it with all faults ({SCHEDULES})",
     )
     parser.add_argument(
         "--seeds",
@@ -166,9 +178,8 @@ def main() -> int:
     parser.add_argument(
         "--faults",
         type=faults_of,
-        default=(),
         metavar="KIND,...",
-        help="at most one each in what is searched",
+        help="at most one each in what is searched ('': none; without this, none and all)",
     )
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
@@ -176,17 +187,24 @@ def main() -> int:
         "--again", action="store_true", help="from seed 0, in place of what is on record, of all sources"
     )
     parser.add_argument("--record", type=Path, default=CLEAN, metavar="FILE", help=str(CLEAN))
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
     given = parser.parse_args()
     if not given.schedules and not given.seeds:
         parser.error("--schedules 0 --seeds 0: nothing would be played, and nothing could break")
-    faults = ",".join(given.faults)
+    kinds = ("", ALL) if given.faults is None else (",".join(given.faults),)
     try:
-        plays = stories(given.story, given.design, given.strategy, faults)
+        plays = [
+            play for faults in kinds for play in stories(given.story, given.design, given.strategy, faults)
+        ]
     except NothingToPlay as nothing:
         parser.error(str(nothing))
-    plays += scenarios(given.strategy, faults) if given.seeds else ()
+    plays += scenarios(given.strategy, kinds[0]) if given.seeds else ()
     rows = Rows(given.record, version())
-    plays.sort(key=rows.schedules)
+    plays.sort(key=lambda play: rows.schedules(play) * (FAULTED_COST if play.faults == ALL else 1))
     sitting = Sitting(rows, set(plays) if given.again else set())
     todo = shards(
         {play: 0 if given.again else rows.fresh(play) for play in plays}, given.schedules, given.seeds
@@ -198,7 +216,10 @@ def main() -> int:
             return interrupted() or (until is not None and time.monotonic() > until)
 
         print(f"{len(plays)} stories and scenarios by turns, of {rows.code}", file=sys.stderr, flush=True)
-        status = _sat(sitting, todo, given.workers, stop)
+        try:
+            status = _sat(sitting, todo, given.workers, stop)
+        except KeyboardInterrupt:  # the second: what is under way was not waited for
+            assert interrupted()
         if interrupted():
             print(f"interrupted: {given.record} has what was played", file=sys.stderr)
             status = EXIT_INTERRUPTED

@@ -25,7 +25,7 @@ from textwrap import fill
 from typing import Any
 
 from qemu_shim.vmm.designs import DESIGNS
-from simulator.faults.kinds import drawn_among
+from simulator.faults.kinds import ALL, drawn_among
 from simulator.planted.hunt import Hunted, hunted, of_json
 from simulator.planted.registry import PLANTED
 from simulator.search.distinct import KEPT
@@ -269,7 +269,12 @@ def _of_clean(record: Mapping[str, Any]) -> Iterator[str]:
     yield _table(
         ("design", "faults", "stories", "schedules", "distinct", "failed"),
         [
-            (f"`{design}`", faults or "none", len({row["name"] for row in rows}), *_sums(rows, counts))
+            (
+                f"`{design}`",
+                "all kinds" if faults == ALL else faults or "none",
+                len({row["name"] for row in rows}),
+                *_sums(rows, counts),
+            )
             for (design, faults), rows in _grouped(stories, "design", "faults")
         ],
     )

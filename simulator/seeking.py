@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.command import find as story_of
-from simulator.faults.kinds import FAULTS
+from simulator.faults.kinds import FAULTED_COST, FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import met
 from simulator.planted.plant import Plant, telling
@@ -33,7 +33,6 @@ FIRST_TURN = 4  # schedules: all pairs have had theirs within a thousand, most o
 LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
 WORTH_MIN = 1 / 64
 UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
-FAULTED_COST = 16  # of a schedule: the scenario is played twice, and a machine rarely serves a second
 SCOUTED = 3  # schedules of each pair
 REPLAYS = 50  # to shrink one story
 

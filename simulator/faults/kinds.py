@@ -40,6 +40,10 @@ FAULTS: Mapping[str, FaultKind] = {
     ),
 }
 
+ALL = ",".join(FAULTS)
+FAULTED_COST = 16
+"""Of a schedule with all of them: the scenario is played twice, and a machine rarely serves a second."""
+
 
 EACH = ":each"
 """Behind a kind that is searched: it is not drawn beforehand at which of its opportunities there is one, but

@@ -42,7 +42,8 @@ class Faults:
         self._met_before = Counter[str]()  # of them, in schedules before this one
         self.killed: set[str] = set()
         self.never = False  # a device that is late is so for good
-        self.is_quarantined = False  # it was, and is off the bus until device_sim is started again (R18)
+        self.is_silent = False  # a device is: by a fault, it completes none until device_sim is started again
+        self.is_off_bus = False  # one is: because of a fault or as its story wants it, until then too (R18)
         self.late_s = 0.0  # a message, in virtual time
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
@@ -58,7 +59,7 @@ class Faults:
     def excuses(self) -> bool:
         """Was there one because of which a VMM may have been denied something?"""
         lasting = any(FAULTS[kind].lasts for kind in self.met)
-        return lasting or any(FAULTS[kind].excuses for kind in self._met_now) or self.is_quarantined
+        return lasting or any(FAULTS[kind].excuses for kind in self._met_now) or self.is_silent
 
     @property
     def struck(self) -> bool:

@@ -22,6 +22,7 @@ from simulator.kernel.process import SimProcess
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world.journal import Journal
+from simulator.world.scheduler import World
 from simulator.world.system import Played, System, options_of, refusals, system
 
 CALM = "calm"
@@ -67,9 +68,10 @@ def playing_faulted(
         faults.end()
         problems = _problems(made, report, faults)
         world.failures.clear()
-        if faults.is_quarantined and not made.daemons["device_sim"].has_died:
+        _calm(world)
+        if (faults.is_silent or faults.is_off_bus) and not made.daemons["device_sim"].has_died:
             made.kill("device_sim")
-        world.run(world.spawn(SimProcess(world.host, CALM), lambda: world.wait((), CALM_S)))
+            _calm(world)
         killed = faults.killed | made.killed  # by a fault, or by the scenario
         problems += [f"{name} ended by itself" for name in made.restart() if name not in killed]
         client = made.client(second)
@@ -80,6 +82,10 @@ def playing_faulted(
         if isinstance(strategy, Excerpt):
             problems += refusals(again)
         return Played(None, report, problems, world.decisions)
+
+
+def _calm(world: World) -> None:
+    world.run(world.spawn(SimProcess(world.host, CALM), lambda: world.wait((), CALM_S)))
 
 
 def _problems(made: System, report: Report, faults: Faults) -> list[str]:

@@ -14,6 +14,7 @@ from device_sim.core.function import DmaRange, Function
 from device_sim.core.iotlb import Iotlb
 from device_sim.core.prq import PrqWriter
 from device_sim.core.traits import InvalidateCompletion
+from iommufdd.core.intel_iommu import IntelIommu
 from kvmd.core.mm.frames import Frames
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
@@ -33,6 +34,7 @@ from simulator.world.process import Io
 
 Around = Callable[..., Any]  # (faults, what is wrapped, its arguments)
 FAILING: dict[tuple[type, str, str], Around] = {}  # by whose, which method, and the kind
+NOTED = ""  # in place of a kind: nothing fails there, and what some come to is noted whatever is on
 
 
 def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
@@ -46,7 +48,7 @@ def _seam(owner: type, name: str, kind: str) -> Callable[[Around], Around]:
 @contextmanager
 def injected(faults: Faults) -> Iterator[None]:
     """Inside, faults of its kinds are met.  Enter it last: what watches the product must see them."""
-    on = {seam: around for seam, around in FAILING.items() if seam[-1] in faults.kinds}
+    on = {seam: around for seam, around in FAILING.items() if seam[-1] in (NOTED, *faults.kinds)}
     before = {(owner, name): vars(owner)[name] for owner, name, _ in on}
     lock: Any = fence._LOCK
     for (owner, name, _), around in on.items():
@@ -148,7 +150,7 @@ def _invalidate(faults: Faults, original: Any, function: Function, start: IovaPf
         return original(function, start, npages)
     traits = function.traits
     if faults.never:
-        faults.is_quarantined = True
+        faults.is_silent = True
         function.traits = replace(traits, invalidate_completion=InvalidateCompletion.NEVER)
         return original(function, start, npages)
     function.traits = replace(traits, invalidate_completion=InvalidateCompletion.LATE)
@@ -156,6 +158,12 @@ def _invalidate(faults: Faults, original: Any, function: Function, start: IovaPf
         return original(function, start, npages)
     finally:
         function.traits = traits
+
+
+@_seam(IntelIommu, "_take_off", NOTED)
+def _take_off(faults: Faults, original: Any, unit: IntelIommu, rid: int) -> Any:
+    faults.is_off_bus = True
+    return original(unit, rid)
 
 
 # -- a channel breaks ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from qemu_shim.cli import main as qemu_shim
 from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.clean import Shard, Sitting, shards, stories
 from simulator.command import OF_SMALL_SHARD, SCHEDULES_OF_SHARD
+from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally
 from tests.patience import WHOLE_RUN_S
@@ -40,7 +41,7 @@ def rows_of(where: Path) -> list[dict[str, Any]]:
 
 
 def test_each_story_has_as_many_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    few = ("--schedules", "12", "--seeds", "0", "--story", *STORY_NAMES)
+    few = ("--schedules", "12", "--seeds", "0", "--faults", "", "--story", *STORY_NAMES)
     code, told = run(tmp_path, *few)
     assert (code, "24 schedules: nothing broke" in told) == (0, True), told
     before = rows_of(tmp_path)
@@ -81,12 +82,19 @@ def test_time_that_is_up_is_no_failure(tmp_path: Path) -> None:
     assert sum(row["schedules"] for row in rows_of(tmp_path)) > 0
 
 
+def test_each_is_played_with_all_faults_too_as_who_seeks_plays_it(tmp_path: Path) -> None:
+    code, told = run(tmp_path, "--schedules", "17", "--seeds", "0", "--story", "swap")
+    assert code == 0, told
+    assert [(row["faults"], row["schedules"]) for row in rows_of(tmp_path)] == [("", 17), (ALL, 2)]
+
+
 def test_by_turns_each_has_its_share() -> None:
-    whole = Play("sharing", "shared", "mixed", whole=True)
-    dealt = list(shards({PLAY: 5, whole: 0}, OF_SMALL_SHARD + 7, 3))
+    whole, faulted = Play("sharing", "shared", "mixed", whole=True), Play("slot", "shared", "mixed", ALL)
+    dealt = list(shards({PLAY: 5, whole: 0, faulted: 1}, OF_SMALL_SHARD + 7, 3))
     assert dealt == [
         Shard(PLAY, 5, OF_SMALL_SHARD),
         Shard(whole, 0, SCHEDULES_OF_SHARD),
+        Shard(faulted, 1, (OF_SMALL_SHARD + 7) // FAULTED_COST + 1),
         Shard(PLAY, 6, 7),
         Shard(whole, 1, SCHEDULES_OF_SHARD),
         Shard(whole, 2, SCHEDULES_OF_SHARD),

@@ -67,6 +67,10 @@ def test_who_is_killed_by_the_story_did_not_end_by_himself(story: str) -> None:
     assert played(story, "shared", ("evict",), FEW).found == []
 
 
+def test_a_device_that_its_story_wants_off_the_bus_is_there_again() -> None:
+    assert played("never", "shared", tuple(FAULTS), 20).found == []
+
+
 def test_a_mistake_where_there_is_no_memory_is_found() -> None:
     """A vCPU's root is obsolete, and there is no page for another."""
     tally = played("slot", "managed", ("enomem",), 20, "root-put-and-kept")
