@@ -11,7 +11,9 @@ all k steps, which are not known before a run had as many, and of bugs that go b
 - Steps that only one actor can see do not count: a run of 500 stores into a page that nobody can reach yet
   would swallow the points.  Which places several actors touch is learned from the runs so far.
 - Who has gone on many times in a row while others could (a poll, a retry) falls below all others as well,
-  or nobody would ever get on.  Of a run in which that happened nothing is promised.
+  and who could have gone on for many more choices, while several others kept each other busy (who polls and
+  who answers), rises above all: or nobody would ever get on.  Of a run in which either happened nothing is
+  promised.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from simulator.search.option import Option
 
 DEPTH = 3
 IN_A_ROW_MAX = 500
+WAITS_MAX = 5_000  # choices
 
 
 class PriorityChanges:
@@ -30,9 +33,15 @@ class PriorityChanges:
 
     watches = True
 
-    def __init__(self, seed: int, depth: int = DEPTH, in_a_row_max: int = IN_A_ROW_MAX) -> None:
+    def __init__(
+        self,
+        seed: int,
+        depth: int = DEPTH,
+        in_a_row_max: int = IN_A_ROW_MAX,
+        waits_max: int = WAITS_MAX,
+    ) -> None:
         self._random = Random(f"pct {seed}")
-        self._in_a_row_max = in_a_row_max
+        self._in_a_row_max, self._waits_max = in_a_row_max, waits_max
         self.depth = depth
         self.actors = 1  # the most there were in a run
         self.length = 1  # counted steps of the longest run so far
@@ -44,8 +53,10 @@ class PriorityChanges:
 
     def _begin(self) -> None:
         self._priority: dict[str, float] = {}
-        self._lowest = 0.0
+        self._lowest, self._above = 0.0, 2.0
         self._counted = 0
+        self._choices = 0
+        self._waits_since: dict[str, int] = {}  # of those who could have gone on, and did not
         self._changes = {self._random.randrange(self.length) for _ in range(self.depth - 1)}
         self._running, self._in_a_row = "", 0
         self._held_up = False
@@ -62,9 +73,12 @@ class PriorityChanges:
         )
 
     def choose(self, options: Sequence[Option]) -> int:
+        self._choices += 1
         for option in options:
             if option.actor not in self._priority:
                 self._priority[option.actor] = 1 + self._random.random()
+            if self._choices - self._waits_since.setdefault(option.actor, self._choices) > self._waits_max:
+                self._promote(option.actor)
         option = self._highest(options)
         if self._is_shared(option):
             self._counted += 1
@@ -77,6 +91,7 @@ class PriorityChanges:
             self._demote(option.actor)
             self._in_a_row = 0
             self._held_up = True
+        self._waits_since.pop(option.actor, None)
         ways = [place for place, other in enumerate(options) if other.actor == option.actor]
         return self._random.choice(ways)
 
@@ -86,6 +101,11 @@ class PriorityChanges:
     def _demote(self, actor: str) -> None:
         self._lowest -= 1
         self._priority[actor] = self._lowest
+
+    def _promote(self, actor: str) -> None:
+        self._above += 1
+        self._priority[actor] = self._above
+        self._held_up = True
 
     def _is_shared(self, step: Option) -> bool:
         return any(touch.place in self._shared for touch in step.touches)

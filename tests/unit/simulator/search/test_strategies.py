@@ -178,6 +178,22 @@ def test_pct_starves_nobody_for_ever(seed: int) -> None:
     assert max(len(part) for who in "AB" for part in "".join(actors).split(who)) <= 11
 
 
+def test_pct_starves_nobody_beside_those_who_keep_each_other_busy() -> None:
+    """One asks, the other answers, in turns for ever: no one of them goes on many times in a row."""
+    pct = PriorityChanges(0, waits_max=50)
+    patient = Option("P", "works", frozenset())
+    for name in "ABP":
+        pct.choose([Option(name, "begins", frozenset())])
+    pct._priority |= {"A": 3.0, "B": 2.5, "P": 1.0}
+    went = []
+    for turn in range(200):
+        options = [Option("AB"[turn % 2], "asks or answers", frozenset()), patient]
+        went.append(options[pct.choose(options)].actor)
+    assert went.index("P") == 51, "it had waited for more than 50"
+    pct.ended(False)
+    assert (pct.runs, pct.whole) == (1, 0), "nothing is promised of it"
+
+
 @pytest.mark.parametrize("program", [BUFFERING, CHANNELS], ids=["buffering", "channels"])
 def test_delays_come_in_order_and_each_schedule_once(program: Program) -> None:
     bound = Recorded(search := DelayBound())
