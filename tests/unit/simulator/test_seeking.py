@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from simulator import seeking
-from simulator.faults.kinds import FAULTS
+from simulator.faults.kinds import FAULTED_COST, FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import meet, number_of
 from simulator.search.explore import RunEnd
@@ -136,7 +136,7 @@ def test_what_only_faults_come_to_is_found_with_them(stories: dict[str, Made], p
     found = seeking.find("random", 0, MANY)
     assert found is not None
     assert (found.story, found.faults) == ("one", ",".join(FAULTS))
-    assert played["one"] >= seeking.FAULTED_COST, "it costs more, and comes later"
+    assert played["one"] >= FAULTED_COST, "it costs more, and comes later"
 
 
 def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[str]) -> None:
