@@ -21,6 +21,7 @@ from simulator.search.strategies import STRATEGIES
 
 SHARD = 200
 WORKER_DIED = "a worker died: killed from outside, or out of memory.  Run it again"
+NOTHING_PLAYED = "no schedule was played"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,20 @@ class CampaignEnd:
 # -- processes ---------------------------------------------------------------------------------------------
 
 
-def _shard(start: Start, strategy: str, shard: tuple[int, int], stop: Stop) -> Tally | None:
-    """None: it was stopped."""
+def _shard(
+    start: Start, strategy: str, failures_max: int | None, shard: tuple[int, int], stop: Stop
+) -> Tally:
+    """What it had, if it was stopped."""
     seed, schedules = shard
-    tally = explore(
-        start(schedules), STRATEGIES[strategy].make(seed), seed, schedules, lambda _: stop(), Coverage()
-    )
-    return None if stop() else tally
+
+    def enough(tally: Tally) -> bool:
+        return stop() or _is_enough(tally, failures_max)
+
+    return explore(start(schedules), STRATEGIES[strategy].make(seed), seed, schedules, enough, Coverage())
+
+
+def _is_enough(tally: Tally, failures_max: int | None) -> bool:
+    return failures_max is not None and len(tally.found) >= failures_max
 
 
 @dataclass(slots=True)
@@ -86,11 +94,13 @@ class _Sitting:
     why: str = ""  # it is over
 
     def enough(self, tally: Tally) -> bool:
+        if self.why:  # and what is under way is waited for
+            return True
         sofar = time.monotonic() - self.began
         self.progress(Progress(tally, sofar))
         if self.interrupted():
             self.why = "interrupted"
-        elif self.failures_max is not None and len(tally.found) >= self.failures_max:
+        elif _is_enough(tally, self.failures_max):
             self.why = "found"
         elif self.seconds is not None and sofar >= self.seconds:
             self.why = "time"
@@ -99,19 +109,18 @@ class _Sitting:
 
 def _sharded(campaign: Campaign, start: Start, workers: int | None, sitting: _Sitting) -> Tally:
     tally, summaries = Tally(), dict[int, str]()  # by seed
-    do = partial(_shard, start, campaign.strategy)
-    with closing(pooled(campaign.shards(), do, workers)) as ended:
+    do = partial(_shard, start, campaign.strategy, sitting.failures_max)
+    with closing(pooled(campaign.shards(), do, workers, lambda: bool(sitting.why))) as ended:
         try:
             for one in ended:
                 if one is not None:
                     finished = one[1].result()
-                    assert finished is not None, "nobody said stop"
                     tally.add(finished)
                     summaries[one[0][0]] = finished.summary
-                if sitting.enough(tally):
-                    break
+                sitting.enough(tally)
         except BrokenProcessPool:
-            raise CampaignRefused(WORKER_DIED) from None
+            if not tally.found:
+                raise CampaignRefused(WORKER_DIED) from None
     if summaries:
         seed, tally.summary = min(summaries.items())
         if len(summaries) > 1:
@@ -130,7 +139,8 @@ def run_campaign(
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> CampaignEnd:
     """`start`: for each shard, in one of the processes; may be sent there (a module's function, or a
-    `partial`).  `workers`: one a core.  From the main thread, which hears of Ctrl-C.  CampaignRefused.
+    `partial`).  `workers`: one a core.  From the main thread, which hears of Ctrl-C.  What is under way when
+    it is enough ends with what it had.  CampaignRefused.
     """
     named = STRATEGIES[campaign.strategy]
     with interrupts() as interrupted:

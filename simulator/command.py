@@ -15,8 +15,8 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
-from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, EXIT_USAGE
-from simulator.campaign import Campaign, CampaignRefused, Progress, run_campaign
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
+from simulator.campaign import NOTHING_PLAYED, Campaign, CampaignRefused, Progress, run_campaign
 from simulator.faults.kinds import FAULTS, UnknownFaults, is_searched, kinds_of
 from simulator.narrator import Narrator, diagram
 from simulator.planted.__main__ import described, listing
@@ -46,7 +46,7 @@ def find(name: str) -> Scenario | SmallStory:
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 1 if a schedule broke an invariant."""
+    """Exit status: 1 if a schedule broke an invariant, or none was played, or a worker died."""
     parser = _parser()
     options = parser.parse_args(argv)
     if options.replay is not None:
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         )
     except CampaignRefused as refused:
         print(f"qemu-shim: {refused}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_FAILED
     tally = ended.tally
     counted = f"{tally.schedules:,} schedules by {options.strategy}, {len(tally.traces):,} traces"
     covered = f"{len(tally.covered):,} transitions and races, {len(tally.found):,} failed"
@@ -85,7 +85,12 @@ def main(argv: list[str]) -> int:
     if tally.found:
         _report(judged, options.strategy, tally.found[0], options.story)
         return EXIT_FOUND
-    return EXIT_INTERRUPTED if ended.why == "interrupted" else 0
+    if ended.why == "interrupted":
+        return EXIT_INTERRUPTED
+    if not tally.schedules:
+        print(f"qemu-shim: {NOTHING_PLAYED}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
 
 
 def list_planted(*, as_json: bool) -> int:

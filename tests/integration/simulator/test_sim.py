@@ -10,7 +10,10 @@ import pytest
 
 from protocol.trace import TRACE
 from qemu_shim.cli import main
-from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_NO_READER
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READER
+from simulator import command
+from simulator.campaign import CampaignEnd, CampaignRefused
+from simulator.search.explore import Tally
 from simulator.search.story import Story, to_text
 from tests.kit.daemons import BIN
 from tests.patience import WHOLE_RUN_S
@@ -88,6 +91,28 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
         told,
         re.M,
     ), "each process's steps, messages and tracepoints in their order"
+
+
+@pytest.mark.parametrize(
+    ("why", "status"), [("time", EXIT_FAILED), ("done", EXIT_FAILED), ("interrupted", EXIT_INTERRUPTED)]
+)
+def test_no_schedule_is_no_result(
+    why: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_campaign", lambda *_, **__: CampaignEnd(Tally(), why))
+    assert main(["sim", "age"]) == status
+    assert ("no schedule was played" in capsys.readouterr().err) == (why != "interrupted")
+
+
+def test_a_worker_that_died_is_no_wrong_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def died(*_: object, **__: object) -> CampaignEnd:
+        raise CampaignRefused("a worker died")
+
+    monkeypatch.setattr(command, "run_campaign", died)
+    assert main(["sim", "age"]) == EXIT_FAILED
+    assert capsys.readouterr().err == "qemu-shim: a worker died\n"
 
 
 def test_what_nobody_reads_and_what_finds_no_room_is_no_traceback() -> None:
