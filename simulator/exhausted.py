@@ -15,7 +15,8 @@ for again, unless it did not end and there is more time for it now.  The record 
                    has every interleaving been played?, "interleavings", "pruned": runs given up, as they
                    are played elsewhere, "states": nodes of the tree that all runs make, which is its steps
                    and 1 (two that differ by how they came about are two), "left": known of and not played,
-                   0 if it ended, "failed", "faulted": interleavings in which a fault struck, "seconds"}],
+                   0 if it ended, "failed": of all runs, "faulted": interleavings in which a fault struck,
+                   "seconds"}],
      "plants": [{"plant", "code", "story", "design", "faults": likewise, "invariant", "run": the first that
                  shows it}]}
 
@@ -143,7 +144,7 @@ def of_clean_code(
         "pruned": search.pruned,
         "states": search.transitions + 1,
         "left": 0 if tally.over else search.left(),
-        "failed": search.failed,
+        "failed": len(tally.found),
         "faulted": tally.faulted,
         "seconds": round(time.monotonic() - began),
     }

@@ -19,6 +19,7 @@ class DelayBound:
     """Strategy: each schedule once, those with fewer delays first, up to `delays_max`."""
 
     watches = False
+    redundant = False
 
     def __init__(self, delays_max: int | None = None) -> None:
         self.delays_max = delays_max

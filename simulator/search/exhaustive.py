@@ -3,10 +3,10 @@
 One run of each Mazurkiewicz trace is enough.  After each run the pairs of dependent steps that could have
 come the other way round are sought in it, and the first of them is given an alternative ("source sets"
 [DPOR POPL 2014]); sleep sets keep what has been explored from being explored again behind independent
-steps, so that no trace is run to its end twice.  Conflicts are taken from every run: words that only a bad
-schedule touches are not known before it has been reached.  Steps that others keep from being taken (a
-process that is busy, a full channel, a lock) need more than the last dependent step to be looked at [DPOR
-POPL 2005, "may be co-enabled"].
+steps, so that no trace counts twice (a run that nobody asks any more goes to its end).  Conflicts are taken
+from every run: words that only a bad schedule touches are not known before it has been reached.  Steps that
+others keep from being taken (a process that is busy, a full channel, a lock) need more than the last
+dependent step to be looked at [DPOR POPL 2005, "may be co-enabled"].
 
 What is promised when the search has ended: every trace, of the runs that ended by themselves.  A run that
 fails ends there, so nothing is said of what would have come behind a failure.  A step that was on offer and
@@ -85,8 +85,8 @@ class Exhaustive:
 
     def __init__(self) -> None:
         self.traces = 0  # runs to their end, each of another trace
-        self.failed = 0  # of them; what would have come behind a failure is not known
         self.pruned = 0  # runs given up: all that could come is explored elsewhere
+        self.failed = 0  # of all runs; what would have come behind a failure is not known
         self.transitions = 0  # steps, each counted where it was taken first
         self.over = False
         self._path: list[_State] = []
@@ -95,11 +95,11 @@ class Exhaustive:
 
     def _begin(self) -> None:
         self._run: list[Option] = []
-        self._redundant = False
+        self.redundant = False
 
     def choose(self, options: Sequence[Option]) -> int:
         place = len(self._run)
-        if self._redundant or (place == len(self._path) and not self._open(tuple(options))):
+        if self.redundant or (place == len(self._path) and not self._open(tuple(options))):
             return STOP
         state = self._path[place]
         _hold_to_names(options)
@@ -110,7 +110,7 @@ class Exhaustive:
 
     def took(self, step: Option) -> None:
         place = len(self._run)
-        if self._redundant or (place == len(self._path) and not self._open((step,))):
+        if self.redundant or (place == len(self._path) and not self._open((step,))):
             return
         state = self._path[place]
         if _key(step) != state.taken:
@@ -128,7 +128,7 @@ class Exhaustive:
         asleep = self._still_asleep(is_within(options[0].actor))
         awake = [option for option in options if (_key(option),) not in asleep]
         if not awake:
-            self._redundant = True
+            self.redundant = True
             if is_within(options[0].actor):
                 self._want_another(self._begin_of(len(self._path) - 1))
             return False
@@ -163,11 +163,11 @@ class Exhaustive:
         return found
 
     def ended(self, failed: bool) -> bool:
-        if self._redundant:
+        if self.redundant:
             self.pruned += 1
         else:
             self.traces += 1
-            self.failed += failed
+        self.failed += failed
         for state in self._path[len(self._run) :]:  # the run ended in the middle of its last step
             state.explored[(state.taken,)] = frozenset()
         self._seek_races()
@@ -187,7 +187,7 @@ class Exhaustive:
             if self._begins[place] >= self._analysed:
                 self._hold_to_touches(step, place)
                 self._seek_races_of(step, place)
-        if not self._redundant:
+        if not self.redundant:
             for option in self._never_taken():
                 self._seek_races_of(option, len(self._begins))
 

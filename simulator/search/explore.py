@@ -66,12 +66,12 @@ class Found:
 class Tally:
     """What some schedules came to; those of several processes can be added up, but for `summary`."""
 
-    schedules: int = 0  # runs to their end
+    schedules: int = 0  # runs that count
     faulted: int = 0  # of them, those that met a fault
     given_up: int = 0  # by the strategy: they are explored elsewhere
     traces: set[int] = field(default_factory=set)
     covered: set[int] = field(default_factory=set)
-    found: list[Found] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)  # in any run, those given up as well
     over: bool = False  # the strategy has no other schedule
     summary: str = ""  # the strategy's own
 
@@ -116,7 +116,7 @@ def explore(
         result = player(watched)
         if coverage is not None:
             coverage.ended()
-        if watched.stopped:
+        if strategy.redundant:
             tally.given_up += 1
         else:
             tally.schedules += 1

@@ -26,6 +26,10 @@ class Mixed:
     def watches(self) -> bool:
         return self._now.watches
 
+    @property
+    def redundant(self) -> bool:
+        return self._now.redundant
+
     def choose(self, options: Sequence[Option]) -> int:
         return self._now.choose(options)
 

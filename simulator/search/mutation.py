@@ -26,6 +26,7 @@ class Mutation:
     """Strategy without end."""
 
     watches = True
+    redundant = False
 
     def __init__(self, seed: int) -> None:
         self._random = Random(f"mutation {seed}")

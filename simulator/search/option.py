@@ -86,6 +86,12 @@ class Strategy(Protocol):
 class Search(Strategy, Protocol):
     """A strategy that can say how far it has come."""
 
+    @property
+    def redundant(self) -> bool:
+        """Is all that the run under way, or over and not `ended`, can come to explored elsewhere?  It may not
+        have been stopped: behind its last choice nobody asks.
+        """
+
     def summary(self) -> str:
         """One line; "all" stands in it only if there is no other schedule."""
 

@@ -32,6 +32,7 @@ class PriorityChanges:
     """Strategy without end."""
 
     watches = True
+    redundant = False
 
     def __init__(
         self,

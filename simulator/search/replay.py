@@ -68,7 +68,7 @@ class Recorded:
         self._trace = Fingerprint()
         self.steps: list[Option] = []
         self.against: list[int] = []  # of `steps`, the places of those taken against the default
-        self.stopped = self._over = False
+        self._over = False
 
     @property
     def answers(self) -> Answers:
@@ -83,9 +83,7 @@ class Recorded:
         if self._over:
             self._begin()
         answer = self.strategy.choose(options)
-        if answer == STOP:
-            self.stopped = True
-        else:
+        if answer != STOP:
             self._answers.append(answer)
             if answer and self._keep:
                 self.against.append(len(self.steps))

@@ -18,6 +18,7 @@ class RandomWalk:
     """Strategy without end: leaves the default with probability `switch`, for any of the others alike."""
 
     watches = False
+    redundant = False
 
     def __init__(self, seed: int, switch: float = SWITCH) -> None:
         self._random = Random(f"walk {seed}")

@@ -16,8 +16,8 @@ from simulator.command import find
 from simulator.command import main as sim
 from simulator.exhausted import OnRecord, of_clean_code, searched, told
 from simulator.search.delay import DelayBound
-from simulator.search.exhaustive import HiddenDependenceError
-from simulator.search.explore import explore
+from simulator.search.exhaustive import Exhaustive, HiddenDependenceError
+from simulator.search.explore import Found, RunEnd, explore
 from simulator.search.pct import PriorityChanges
 from simulator.search.replay import Replay
 from simulator.search.walk import RandomWalk
@@ -26,6 +26,7 @@ from simulator.stories.library import STORIES
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
+from tests.unit.simulator.search.toy import Anew
 
 SMALLEST = ("two-discard", "mirror")
 BY_CHANCE = 40
@@ -158,6 +159,20 @@ def test_the_committed_record_is_what_a_search_comes_to() -> None:
     search, _ = searched(("two-migrate", "pinned"))
     counts = (search.traces, search.pruned, search.transitions + 1)
     assert counts == (smallest["interleavings"], smallest["pruned"], smallest["states"])
+
+
+def test_a_failure_in_a_run_that_was_given_up_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Exhaustive()
+    tally = explore(Anew(lambda strategy: RunEnd()), search, 0, 1)
+    tally.found.append(Found(0, 1, RunEnd("I1", "made up"), (), 0))
+    tally.given_up = 1
+    monkeypatch.setattr(exhausted, "searched", lambda *_, **__: (search, tally))
+    file = tmp_path / "record.json"
+    assert exhausted.main(["--story", "two-discard", "--design", "mirror", "--record", str(file)]) == 1
+    (kept,) = json.loads(file.read_text())["searches"]
+    assert (kept["ended"], kept["failed"]) == (True, 1)
 
 
 def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

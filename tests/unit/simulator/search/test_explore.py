@@ -11,7 +11,7 @@ from simulator.search.option import Strategy
 from simulator.search.replay import Replay
 from simulator.search.strategies import STRATEGIES
 from simulator.search.walk import RandomWalk
-from tests.unit.simulator.search.toy import PROGRAMS, Anew, ToyMachine, every_run, order_of, play
+from tests.unit.simulator.search.toy import PROGRAMS, Anew, Program, ToyMachine, every_run, order_of, play
 
 PROGRAM, TRACES = PROGRAMS["store buffering"]
 
@@ -42,14 +42,38 @@ def test_traces_are_counted_not_schedules() -> None:
     assert not tally.over
 
 
-def test_a_search_that_ends_ends_the_exploration() -> None:
-    tally = explore(well, search := Exhaustive(), 0, 500)
-    assert (tally.schedules, tally.given_up, tally.over) == (TRACES, search.pruned, True)
-    assert (
-        tally.summary
-        == search.summary()
-        == f"all {TRACES} inequivalent interleavings, {search.pruned} pruned"
-    )
+def faulted(program: Program) -> Anew:
+    """Each of its runs meets a fault."""
+    return Anew(lambda strategy: RunEnd(faulted=bool(play(program, strategy).steps)))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_search_that_ends_ends_the_exploration(name: str) -> None:
+    """And the two count alike, also a run that nobody stopped because no choice was left."""
+    program, traces = PROGRAMS[name]
+    tally = explore(faulted(program), search := Exhaustive(), 0, 500)
+    assert tally.over
+    assert (tally.schedules, tally.faulted) == (search.traces, search.traces) == (traces, traces)
+    assert tally.given_up == search.pruned
+    summary = f"all {traces} inequivalent interleavings, {search.pruned} pruned"
+    assert tally.summary == search.summary() == summary
+
+
+def test_a_failure_in_a_run_that_is_given_up_counts() -> None:
+    """Each run of these that nobody stops fails, also one that is known to be explored elsewhere."""
+    lost = 0
+    for program, traces in PROGRAMS.values():
+        search = Exhaustive()
+
+        def fails(strategy: Strategy, program: Program = program) -> RunEnd:
+            return RunEnd() if play(program, strategy).stopped else RunEnd("T1", "each does")
+
+        tally = explore(Anew(fails), search, 0, 500)
+        assert tally.schedules == traces
+        assert len(tally.found) == search.failed
+        assert search.summary().endswith(f", {search.failed} ended by a failure")
+        lost += search.failed - traces
+    assert lost, "no toy has such a run"
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
