@@ -9,8 +9,8 @@ run adds, with seeds that nobody had before.
     python -m simulator.clean --story S... --design D... --schedules N --seeds N --strategy NAME
                               --faults KIND,... --seconds N --workers N --again --record FILE
 
-Exit status: 0 nothing broke, 1 something did (with the line that repeats it), 2 the command was wrong, 130
-interrupted.
+Exit status: 0 nothing broke, 1 something did (with the line that repeats it) or nothing was played, 2 the
+command was wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from typing import NamedTuple
 from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
-from simulator.campaign import WORKER_DIED
+from simulator.campaign import NOTHING_PLAYED, WORKER_DIED
 from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin, faults_of, find
 from simulator.faults.kinds import ALL, FAULTED_COST
+from simulator.options import NothingToPlay, none_or_more, one_or_more, playable
 from simulator.pool import Stop, interrupts, pooled
 from simulator.rows import Play, Rows
 from simulator.search.explore import Tally, explore
@@ -47,10 +48,6 @@ SCHEDULES, SEEDS = 800, 10
 WRITES_S = 10.0  # who kills this process loses no more than that
 
 
-class NothingToPlay(LookupError):
-    """A design would be said to hold without a schedule."""
-
-
 class Shard(NamedTuple):
     """The first schedules of a seed."""
 
@@ -61,16 +58,7 @@ class Shard(NamedTuple):
 
 def stories(names: Sequence[str], designs: Sequence[str], strategy: str, faults: str) -> list[Play]:
     """Each on all designs, before another.  NothingToPlay."""
-    plays = [
-        Play(name, design, strategy, faults)
-        for name in names
-        for design in designs
-        if design in STORIES[name].playable
-    ]
-    for design in designs:
-        if all(play.design != design for play in plays):
-            raise NothingToPlay(f"none of {', '.join(names)} can be played on {design}: name another story")
-    return plays
+    return [Play(name, design, strategy, faults) for name, design in playable(names, designs)]
 
 
 def scenarios(strategy: str, faults: str) -> Iterator[Play]:
@@ -152,23 +140,30 @@ class Sitting:
             self.rows.write()
             self._written = time.monotonic()
 
+    def told(self) -> str:
+        errors = f"; {self.errors:,} shards ended in an error of ours" if self.errors else ""
+        if not self.schedules:
+            return f"{NOTHING_PLAYED}{errors}"
+        broke = f"{len(self.repeats):,} failed" if self.repeats else "nothing broke"
+        return f"{self.schedules:,} schedules: {broke}{errors}"
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make schedules", description="what holds when no bug is planted")
     parser.add_argument(
         "--story", "--stories", nargs="+", choices=tuple(STORIES), default=list(STORIES), metavar="S"
     )
-    parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
+    parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
     parser.add_argument(
         "--schedules",
-        type=int,
+        type=none_or_more,
         default=SCHEDULES,
         metavar="N",
         help=f"of a story on a design, and a {FAULTED_COST}th of it with all faults ({SCHEDULES})",
     )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=none_or_more,
         default=SEEDS,
         metavar="N",
         help=f"of a scenario or workload, {SCHEDULES_OF_SHARD} schedules each ({SEEDS})",
@@ -182,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         help="at most one each in what is searched ('': none; without this, none and all)",
     )
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+    parser.add_argument("--workers", type=one_or_more, metavar="N", help="processes (one a core)")
     parser.add_argument(
         "--again", action="store_true", help="from seed 0, in place of what is on record, of all sources"
     )
@@ -223,8 +218,7 @@ def main() -> int:
         if interrupted():
             print(f"interrupted: {given.record} has what was played", file=sys.stderr)
             status = EXIT_INTERRUPTED
-    broke = f"{len(sitting.repeats):,} failed" if sitting.repeats else "nothing broke"
-    print(f"{sitting.schedules:,} schedules: {broke}")
+    print(sitting.told())
     return status
 
 
@@ -242,7 +236,8 @@ def _sat(sitting: Sitting, todo: Iterator[Shard], workers: int | None, stop: Sto
         print(WORKER_DIED, file=sys.stderr)
     finally:
         sitting.rows.write()
-    return EXIT_FAILED if died or sitting.repeats or sitting.errors else 0
+    well = sitting.schedules and not (died or sitting.repeats or sitting.errors)
+    return 0 if well else EXIT_FAILED
 
 
 if __name__ == "__main__":

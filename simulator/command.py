@@ -19,6 +19,7 @@ from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.campaign import NOTHING_PLAYED, Campaign, CampaignRefused, Progress, run_campaign
 from simulator.faults.kinds import FAULTS, UnknownFaults, is_searched, kinds_of
 from simulator.narrator import Narrator, diagram
+from simulator.options import one_or_more
 from simulator.planted.__main__ import described, listing
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
 from simulator.search.explore import Found, Player, replayed, smallest
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "--design", default=SHARED.name, metavar="D", help=f"{', '.join(DESIGNS)}, or one of FILE.py's own"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the strategy")
-    parser.add_argument("--schedules", type=int, default=200, metavar="N")
+    parser.add_argument("--schedules", type=one_or_more, default=200, metavar="N")
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
     parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
     parser.add_argument(
@@ -168,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", dest="param", action="append", default=[], metavar="NAME=N", help="of the scenario"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+    parser.add_argument("--workers", type=one_or_more, metavar="N", help="processes (one a core)")
     parser.add_argument("--story", type=Path, metavar="FILE", help="where to write a failure's story")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="play a story")
     parser.add_argument(

@@ -33,7 +33,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.command import find as story_of
 from simulator.command import searched_faults
 from simulator.faults.kinds import EACH, FAULTS, drawn_among
+from simulator.options import NothingToPlay, playable
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Tally, explore
@@ -54,7 +55,7 @@ from simulator.world.schedule import Judged
 
 EXHAUSTED = Path("docs/results/exhaustive.json")
 SECONDS_EACH = 600.0  # of one search
-SMALL_ENOUGH = {story.name: story for story in AT_ONCE}
+SMALL_ENOUGH = [story.name for story in AT_ONCE]
 
 Pair = tuple[str, str]
 """Story and design."""
@@ -90,13 +91,6 @@ class OnRecord:
         beside = self._path.with_suffix(".new")
         beside.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self._path)
-
-
-def pairs(stories: Sequence[str], designs: Sequence[str]) -> Iterator[Pair]:
-    for story in stories or SMALL_ENOUGH:
-        for design in designs or [*reversed(DESIGNS)]:
-            if design in SMALL_ENOUGH[story].playable:
-                yield story, design
 
 
 def searched(
@@ -202,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make exhausted", description="every interleaving of small stories", epilog=EPILOG
     )
-    parser.add_argument("--story", nargs="+", choices=tuple(SMALL_ENOUGH), default=[])
+    parser.add_argument("--story", nargs="+", choices=SMALL_ENOUGH, default=SMALL_ENOUGH)
     parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
     parser.add_argument(
         "--faults",
@@ -216,9 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plant", nargs="+", choices=tuple(PLANTED), default=[], metavar="ID")
     parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
     given = parser.parse_args(argv)
+    try:
+        over = playable(given.story, given.design)
+    except NothingToPlay as nothing:
+        parser.error(str(nothing))
     settle()
     record = OnRecord(given.record, version())
-    over = list(pairs(given.story, given.design))
     try:
         if given.plant:
             return _seek(given.plant, over, record, given.seconds, given.faults)

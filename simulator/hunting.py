@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
+from simulator.options import one_or_more
 from simulator.planted.hunt import (
     MAX_SCHEDULES,
     Catch,
@@ -53,15 +54,21 @@ RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make planted", description="how soon each planted bug is found")
     parser.add_argument("plants", nargs="*", metavar="ID", help="these (all that a story may come to)")
-    parser.add_argument("--ranges", type=int, default=RANGES, metavar="N", help=f"a seed each ({RANGES})")
-    parser.add_argument("--most", type=int, default=MAX_SCHEDULES, metavar="N", help="schedules of a range")
+    parser.add_argument(
+        "--ranges", type=one_or_more, default=RANGES, metavar="N", help=f"a seed each ({RANGES})"
+    )
+    parser.add_argument(
+        "--most", type=one_or_more, default=MAX_SCHEDULES, metavar="N", help="schedules of a range"
+    )
     parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
     parser.add_argument("--others", action="store_true", help="by no story that was written for it")
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help=f"resumable ({RECORD}, {RECORD_OF_OTHERS})"
     )
     parser.add_argument("--again", action="store_true", help="what is on record of other sources, too")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="one a core")
+    parser.add_argument(
+        "--workers", type=one_or_more, default=os.cpu_count() or 1, metavar="N", help="one a core"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
     settle()

@@ -19,6 +19,7 @@ from simulator.command import OF_SMALL_SHARD, SCHEDULES_OF_SHARD
 from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally
+from simulator.stories.library import STORIES
 from tests.patience import WHOLE_RUN_S
 
 STORY_NAMES = ("migrate", "swap", "asleep")  # the last cannot be played where all is pinned
@@ -136,6 +137,29 @@ def test_an_error_of_ours_is_told_and_counts_as_nothing(
     sitting.ended(Shard(PLAY, 3, 100), future)
     assert (sitting.errors, sitting.schedules, sitting.rows.fresh(PLAY)) == (1, 0, 0)
     assert "TypeError: of ours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [("--seconds", "0"), ("--schedules", "-3"), ("--seeds", "-1"), ("--workers", "0")]
+)
+def test_nothing_played_is_no_result(tmp_path: Path, words: tuple[str, str]) -> None:
+    code, told = run(tmp_path, "--story", "swap", *words)
+    assert "nothing broke" not in told
+    if words[0] == "--seconds":
+        assert (code, "no schedule was played" in told) == (1, True), told
+    else:
+        assert (code, "is less than" in told) == (2, True), told
+
+
+def test_an_error_of_ours_is_told_beside_what_was_played(tmp_path: Path) -> None:
+    sitting = Sitting(Rows(tmp_path / "r.json", "one"), set(), schedules=7, errors=1)
+    assert sitting.told() == "7 schedules: nothing broke; 1 shards ended in an error of ours"
+    sitting.schedules = 0
+    assert sitting.told() == "no schedule was played; 1 shards ended in an error of ours"
+
+
+def test_a_story_is_played_on_the_designs_that_can() -> None:
+    assert {play.design for play in stories(["asleep"], [], "mixed", "")} == {*STORIES["asleep"].playable}
 
 
 def test_a_design_without_a_schedule_is_not_said_to_hold(tmp_path: Path) -> None:

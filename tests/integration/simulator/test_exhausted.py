@@ -193,6 +193,17 @@ def test_a_search_that_did_not_end_is_taken_up_again_when_there_is_more_time(tmp
     assert record.kept["searches"] == [found]
 
 
+@pytest.mark.parametrize("plant", [[], ["--plant", "R9-overflow-stays"]])
+def test_a_design_without_an_interleaving_is_not_said_to_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plant: list[str]
+) -> None:
+    words = ["--story", "two-discard", "--design", "pinned", "--record", str(tmp_path / "r.json"), *plant]
+    with pytest.raises(SystemExit) as ended:
+        exhausted.main(words)
+    assert ended.value.code == 2
+    assert "none of two-discard can be played on pinned" in capsys.readouterr().err
+
+
 def test_a_plant_is_sought_where_it_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And what is on record of another story, design or faults is no answer."""
     words = ["--plant", "R9-overflow-stays", "--story", "two-migrate", "--record", str(tmp_path / "r.json")]

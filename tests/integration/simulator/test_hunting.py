@@ -109,6 +109,16 @@ def test_an_unknown_plant_is_an_error_with_near_names(capsys: pytest.CaptureFixt
     assert "R7-no-device-tlb" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--ranges", "--most", "--workers"])
+def test_a_hunt_that_would_look_at_nothing_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        hunting.main(["R7-no-device-tlb", option, "0"])
+    assert ended.value.code == 2
+    assert f"{option}: 0 is less than 1" in capsys.readouterr().err
+
+
 def test_a_strategy_that_has_seen_all_there_is_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Strategy] = []
 

@@ -37,6 +37,8 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
         (["sharing", "--design", "pinned"], "sharing cannot be played on design pinned; it can on shared"),
         (["sharing", "--set", "sites=2"], "--set sites=2: NAME=N, where NAME is one of pages"),
         (["--replay", "/nowhere"], "--replay /nowhere: "),
+        (["sharing", "--schedules", "0"], "--schedules: 0 is less than 1"),
+        (["sharing", "--workers", "x"], "--workers: 'x' is not a number"),
         (["sharing", "--trace", "x"], "--trace is of a story: name it with --replay"),
     ],
 )
