@@ -27,6 +27,8 @@ Key = tuple[str, str]
 Way = tuple[Key, ...]
 """A step, and how it went on where it was asked in the middle."""
 Asleep = dict[Way, frozenset[Touch]]
+_ANYTHING = Touch("what nobody was told of", True)
+"""Of a step in which the run was cut: it depends on all that could come."""
 
 
 class UnrepeatableError(Exception):
@@ -154,7 +156,7 @@ class Exhaustive:
         found = {
             way: touches
             for way, touches in asleep.items()
-            if way[0][0] != step.actor and not dependent(touches, step.touches)
+            if way[0][0] != step.actor and _ANYTHING not in touches and not dependent(touches, step.touches)
         }
         if is_within_step:
             found |= {
@@ -168,8 +170,8 @@ class Exhaustive:
         else:
             self.traces += 1
         self.failed += failed
-        for state in self._path[len(self._run) :]:  # the run ended in the middle of its last step
-            state.explored[(state.taken,)] = frozenset()
+        if len(self._path) > len(self._run):
+            self._cut()
         self._seek_races()
         while self._path:
             if following := self._path[-1].unexplored():
@@ -180,6 +182,15 @@ class Exhaustive:
             self._path.pop()
         self.over = True
         return False
+
+    def _cut(self) -> None:
+        """The run ended in the middle of its last step: that may have touched whatever there is."""
+        if len(self._path) > len(self._run) + 1:
+            raise UnrepeatableError(f"{len(self._run)} steps, in an earlier run at least {len(self._path)}")
+        offered = [option for state in self._path for option in state.options]
+        places = {touch.place for step in (*offered, *self._run) for touch in step.touches}
+        touches = frozenset(Touch(place, True) for place in places)
+        self.took(Option(*self._path[-1].taken, touches | {_ANYTHING}))
 
     def _seek_races(self) -> None:
         self._whole, self._begins = self._whole_steps()

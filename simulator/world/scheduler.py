@@ -123,9 +123,9 @@ class World:
             while not (thread.over or self._given_up or self._paused):
                 self._running = None
                 self._switch(None)
+            self._tell_taken()
             if self._given_up is not None:
                 raise self._given_up
-            self._tell_taken()
             return thread.over
         finally:
             self._running = None

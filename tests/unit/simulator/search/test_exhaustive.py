@@ -194,6 +194,40 @@ def test_runs_that_a_failure_ended_are_told() -> None:
     assert search.summary().endswith(", 1 ended by a failure")
 
 
+def test_a_run_that_is_cut_within_a_step_may_have_touched_anything_there() -> None:
+    """One way to go on stores what the other process stores, and nobody is told, as the run ends there."""
+    search = Exhaustive()
+    step, other = (
+        Option(name, f"store {place}", frozenset({Touch(place, True)})) for name, place in ("Ax", "By")
+    )
+    ways = [Option("A/way", way) for way in ("one", "other")]
+    assert search.choose([step, other]) == 0
+    search.took(step)
+    assert search.choose(ways) == 0
+    assert search.ended(False)
+    assert search.choose([step, other]) == 0
+    search.took(step)
+    assert search.choose(ways) == 1
+    search.took(ways[1])
+    search.took(other)
+    assert search.ended(False)
+    assert search.choose([step, other]) == 1
+    search.took(other)
+    search.took(step)
+    assert search.choose(ways) == 0, "nothing is known of it that lets it sleep"
+
+
+def test_a_run_that_ends_before_it_comes_to_where_it_was_to_differ_is_refused() -> None:
+    search = Exhaustive()
+    one, other = (Option(name, "store x", frozenset({Touch("x", True)})) for name in "AB")
+    for _ in "AB":
+        assert search.choose([one, other]) == 0
+        search.took(one)
+    assert search.ended(False)
+    with pytest.raises(UnrepeatableError, match="0 steps"):
+        search.ended(False)
+
+
 def test_a_run_that_does_not_repeat_is_refused() -> None:
     search = Exhaustive()
     one, other = (Option(name, "store x", frozenset({Touch("x", True)})) for name in "AB")

@@ -17,8 +17,9 @@ from simulator.search.option import STOP, Option, Strategy, Touch, dependent
 
 @dataclass(frozen=True)
 class Op:
-    """`what`: load, store, skip_if_zero, send, store_send, store_pick, lock, unlock, pick or
-    sleep: until nobody else can do anything, and everybody who sleeps for less has been woken.
+    """`what`: load, store, skip_if_zero, send, store_send, store_pick, lock, unlock, pick,
+    sleep: until nobody else can do anything, and everybody who sleeps for less has been woken; or
+    cut: a store in which the run ends, so that nobody is told of it.
     """
 
     what: str
@@ -54,6 +55,7 @@ class ToyMachine:
         self.waiting = dict.fromkeys(program.channels, 0)
         self.picked: list[int] = []
         self.running = ""
+        self.cut = False
         self.inside: tuple[str, Op] | None = None  # of a step that goes on in one of several ways, at once
         self.seen: list[tuple[str, str, int]] = []  # process, word, value: what a judge looks at
 
@@ -99,7 +101,7 @@ class ToyMachine:
         match op.what:
             case "load":
                 return [Option(name, label, _touched(own, (op.on, False)))]
-            case "store" | "lock" | "unlock" | "send":
+            case "store" | "cut" | "lock" | "unlock" | "send":
                 return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
             case "store_send" | "store_pick":  # that it sends as well is told afterwards
                 return [Option(name, f"{label} {op.value}", _touched(own, (op.on, True)))]
@@ -129,8 +131,9 @@ class ToyMachine:
             case "load":
                 self.loaded[name] = self.words.get(op.on, 0)
                 self.seen.append((name, op.on, self.loaded[name]))
-            case "store":
+            case "store" | "cut":
                 self.words[op.on] = op.value
+                self.cut = op.what == "cut"
             case "store_send":
                 self.words[op.on] = op.value
                 self.waiting[op.to] += 1
@@ -189,6 +192,8 @@ def play(program: Program, strategy: Strategy, judge: Judge = lambda machine: Fa
             run.answers.append(answer)
         step = machine.take(options[answer])
         run.steps.append(step)
+        if machine.cut:
+            return run
         if strategy.watches:
             strategy.took(step)
         if judge(machine):
@@ -337,6 +342,10 @@ PROGRAMS: dict[str, tuple[Program, int]] = {
         Program(
             {name: (Op("store", "x"), Op("sleep", "", n), Op("store", "x")) for n, name in enumerate("AB")}
         ),
+        2,
+    ),
+    "the run is cut in its last step": (
+        Program({"A": (Op("cut", "x", 1),), "B": (Op("store", "x", 2),)}),
         2,
     ),
     "a word that only the bad schedule touches": (

@@ -128,6 +128,22 @@ def test_who_can_never_go_on_is_told_of() -> None:
     world.close()
 
 
+def test_the_step_behind_which_nobody_can_go_on_is_told_of() -> None:
+    world = World(strategy := Script())
+
+    def body(process: SimProcess) -> None:
+        world.point("last")
+        world.touch({Touch("place", True)})
+        world.wait([], None)
+
+    made(world, a=body)
+    with pytest.raises(Stuck):
+        finish(world)
+    assert strategy.taken[-1].label == "last"
+    assert Touch("place", True) in strategy.taken[-1].touches
+    world.close()
+
+
 def test_rounds_of_watchdogs_end_with_the_hour() -> None:
     world = World(Script())
 
