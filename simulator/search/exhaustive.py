@@ -21,7 +21,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from simulator.search.causality import Causality
-from simulator.search.option import STOP, Option, Touch, dependent, exclusive, is_timer, is_within
+from simulator.search.option import (
+    STOP,
+    Option,
+    Touch,
+    UnrepeatableError,
+    dependent,
+    exclusive,
+    is_timer,
+    is_within,
+)
 
 Key = tuple[str, str]
 Way = tuple[Key, ...]
@@ -29,10 +38,6 @@ Way = tuple[Key, ...]
 Asleep = dict[Way, frozenset[Touch]]
 _ANYTHING = Touch("what nobody was told of", True)
 """Of a step in which the run was cut: it depends on all that could come."""
-
-
-class UnrepeatableError(Exception):
-    """The same answers led elsewhere: the run depends on something that the schedule does not decide."""
 
 
 class HiddenDependenceError(Exception):

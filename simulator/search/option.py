@@ -61,6 +61,10 @@ class Option(NamedTuple):
     touches: frozenset[Touch] = UNTOUCHED
 
 
+class UnrepeatableError(Exception):
+    """The same answers led elsewhere: the run depends on something that the schedule does not decide."""
+
+
 class Strategy(Protocol):
     """Chooses one schedule after the other."""
 

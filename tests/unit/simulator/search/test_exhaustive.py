@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 
 from simulator.search.causality import Causality
-from simulator.search.exhaustive import Asleep, Exhaustive, HiddenDependenceError, UnrepeatableError
-from simulator.search.option import Option, Touch
+from simulator.search.exhaustive import Asleep, Exhaustive, HiddenDependenceError
+from simulator.search.option import Option, Touch, UnrepeatableError
 from tests.unit.simulator.search.toy import (
     PROGRAMS,
     Op,

@@ -10,7 +10,7 @@ import pytest
 from simulator.search.coverage import Coverage
 from simulator.search.delay import DelayBound
 from simulator.search.mutation import Mutation
-from simulator.search.option import Option, Strategy, Touch
+from simulator.search.option import Option, Strategy, Touch, UnrepeatableError
 from simulator.search.pct import PriorityChanges
 from simulator.search.replay import Recorded, Replay
 from simulator.search.strategies import STRATEGIES
@@ -213,6 +213,22 @@ def test_a_bound_that_was_reached_is_printed_with_what_is_left() -> None:
     search = DelayBound(delays_max=1)
     runs = list(every_schedule(BUFFERING, search))
     assert search.summary() == f"{len(runs)} schedules, delay bound 1 done, at least 2 left"
+
+
+def test_a_bound_is_not_said_of_runs_that_do_not_repeat() -> None:
+    """A choice with another number of options than before, or none any more."""
+    options = [Option(name, "stores") for name in "ABC"]
+
+    def under_way() -> DelayBound:
+        search = DelayBound()
+        search.choose(options[:2])
+        assert search.ended(False)
+        return search
+
+    with pytest.raises(UnrepeatableError, match="choice 0 has 3 options, in an earlier run 2"):
+        under_way().choose(options)
+    with pytest.raises(UnrepeatableError, match="0 choices, in an earlier run 1 or more"):
+        under_way().ended(False)
 
 
 def test_coverage_counts_what_is_new() -> None:
