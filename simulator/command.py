@@ -244,23 +244,28 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     shrunk, replays = smallest(partial(begin, judged), found)
     answers = sum(map(bool, shrunk.answers))
     print(f"its story, {answers} answers that are not the default (after {replays} replays):")
-    text = to_text(
-        Story(
-            _told(judged),
-            judged.design,
-            judged.seed,
-            shrunk.answers,
-            shrunk.trace,
-            judged.plant,
-            end.invariant,
-            shrunk.before,
-            ",".join(judged.faults),
-        )
-    )
+    text = story_text(judged, shrunk)
     print(text, end="")
     if story is not None:
         story.write_text(text, encoding="utf-8")
         print(f"replay: qemu-shim sim --replay {story}")
+
+
+def story_text(judged: Judged, found: Found) -> str:
+    """What `--replay` plays."""
+    return to_text(
+        Story(
+            _told(judged),
+            judged.design,
+            judged.seed,
+            found.answers,
+            found.trace,
+            judged.plant,
+            found.result.invariant,
+            found.before,
+            ",".join(judged.faults),
+        )
+    )
 
 
 def _replayed(parser: argparse.ArgumentParser, path: Path, trace: Path | None) -> int:

@@ -7,8 +7,11 @@ what nobody put there to be found; that is a record of its own.
     python -m simulator.hunting ID... --ranges N --most N --strategy S... --others --again
                                 --record FILE --json
 
-Exit status: 0 each was found in every range, by the invariant it belongs to; 1 some were not; 2 the command
-was wrong; 130 interrupted, and what is on record stays.
+A range that ends in an error, or in a failure of the clean code (a schedule that comes to no planted line),
+is told and not put on record.
+
+Exit status: 0 each was found in every range, by the invariant it belongs to; 1 some were not, or a range was
+not put on record; 2 the command was wrong; 130 interrupted, and what is on record stays.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from simulator.planted.hunt import (
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.pool import Stop, pooled
 from simulator.search.strategies import DEFAULT, STRATEGIES
-from simulator.seeking import find, scouted
+from simulator.seeking import CleanCodeFails, find, scouted
 from simulator.settle import settle
 from simulator.stories.written import is_written_for
 from simulator.version import version
@@ -52,24 +55,7 @@ RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make planted", description="how soon each planted bug is found")
-    parser.add_argument("plants", nargs="*", metavar="ID", help="these (all that a story may come to)")
-    parser.add_argument(
-        "--ranges", type=one_or_more, default=RANGES, metavar="N", help=f"a seed each ({RANGES})"
-    )
-    parser.add_argument(
-        "--most", type=one_or_more, default=MAX_SCHEDULES, metavar="N", help="schedules of a range"
-    )
-    parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
-    parser.add_argument("--others", action="store_true", help="by no story that was written for it")
-    parser.add_argument(
-        "--record", type=Path, metavar="FILE", help=f"resumable ({RECORD}, {RECORD_OF_OTHERS})"
-    )
-    parser.add_argument("--again", action="store_true", help="what is on record of other sources, too")
-    parser.add_argument(
-        "--workers", type=one_or_more, default=os.cpu_count() or 1, metavar="N", help="one a core"
-    )
-    parser.add_argument("--json", action="store_true")
+    parser = _parser()
     given = parser.parse_args(argv)
     settle()
     try:
@@ -84,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     path = given.record or (RECORD_OF_OTHERS if given.others else RECORD)
     record, code, began = Record(path), version(), time.monotonic()
-    seek = partial(_sought, most=given.most, others=given.others, code=code, workers=given.workers)
+    lost: list[Sought] = []
+    seek = partial(_sought, lost, most=given.most, others=given.others, code=code, workers=given.workers)
     try:
         for done, (sought, end) in enumerate(
             hunt(wanted, seek, record, given.most, lambda kept: given.again and kept.code != code), 1
@@ -109,8 +96,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{sum(result.seconds for result in results):,.0f} s of one core, "
             f"{time.monotonic() - began:,.0f} s now"
         )
-    is_whole = all(sought in kept for sought in wanted)
+    if lost:
+        print(
+            f"{len(lost)} ranges ended in an error, or in one of the clean code: see above", file=sys.stderr
+        )
+    is_whole = not lost and all(sought in kept for sought in wanted)
     return 0 if is_whole and all(result.is_right for result in results) else EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make planted", description="how soon each planted bug is found")
+    parser.add_argument("plants", nargs="*", metavar="ID", help="these (all that a story may come to)")
+    parser.add_argument(
+        "--ranges", type=one_or_more, default=RANGES, metavar="N", help=f"a seed each ({RANGES})"
+    )
+    parser.add_argument(
+        "--most", type=one_or_more, default=MAX_SCHEDULES, metavar="N", help="schedules of a range"
+    )
+    parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
+    parser.add_argument("--others", action="store_true", help="by no story that was written for it")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help=f"resumable ({RECORD}, {RECORD_OF_OTHERS})"
+    )
+    parser.add_argument("--again", action="store_true", help="what is on record of other sources, too")
+    parser.add_argument(
+        "--workers", type=one_or_more, default=os.cpu_count() or 1, metavar="N", help="one a core"
+    )
+    parser.add_argument("--json", action="store_true")
+    return parser
 
 
 def _told(sought: Sought, end: RangeEnd) -> str:
@@ -135,8 +148,9 @@ _Worth = Mapping[tuple[str, str], float]
 
 
 def _sought(
-    tasks: Iterable[Sought], most: int, others: bool, code: str, workers: int
+    lost: list[Sought], tasks: Iterable[Sought], most: int, others: bool, code: str, workers: int
 ) -> Iterator[tuple[Sought, RangeEnd]]:
+    """`lost`: to be filled with those that came to nothing that can be put on record."""
     tasks = list(tasks)
     reach = scouted(PLANTED.values()) if tasks else {}
     todo = [(task, {pair: of.get(task.plant, 0.0) for pair, of in reach.items()}) for task in tasks]
@@ -146,14 +160,24 @@ def _sought(
                 catch, seconds = future.result()
             except BrokenProcessPool:
                 raise
+            except CleanCodeFails as fails:
+                lost.append(task)
+                _say(task, f"the clean code fails, and `qemu-shim sim --replay` of this repeats it: {fails}")
             except Exception:  # a fault of ours, or of one child: the others are hours of work
-                print(f"{' '.join(map(str, task))}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+                lost.append(task)
+                _say(task, traceback.format_exc())
             else:
                 yield task, RangeEnd(catch, most, round(seconds, 1), code)
 
 
+def _say(task: Sought, what: str) -> None:
+    print(f"{' '.join(map(str, task))}: {what}", file=sys.stderr, flush=True)
+
+
 def _seek(most: int, others: bool, todo: tuple[Sought, _Worth], stop: Stop) -> tuple[Catch | None, float]:
-    """In a worker.  What was caught, and the seconds of a core that it took, children's too."""
+    """In a worker.  What was caught, and the seconds of a core that it took, children's too.
+    CleanCodeFails.
+    """
     settle()
     task, worth = todo
     plant = plant_of(task.plant)

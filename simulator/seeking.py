@@ -8,6 +8,9 @@ schedules of each pair with nothing planted, in which the lines of all plants te
 
 Each pair is searched once without faults and once with all kinds of them, which nobody scouts: a schedule
 with faults takes as long as some without, and each has so much less of a share.
+
+What fails without coming to the planted lines, in the making of its machine neither, is no find: it is the
+clean code that fails, and whoever seeks is told so.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from dataclasses import dataclass, field, replace
 
 from qemu_shim.vmm.designs import DESIGNS
 from simulator.command import find as story_of
+from simulator.command import story_text
 from simulator.faults.kinds import FAULTED_COST, FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import met
 from simulator.planted.plant import Plant, telling
-from simulator.search.explore import Player, RunEnd, Tally, explore, smallest
+from simulator.search.explore import Found, Player, RunEnd, Start, Tally, explore, replayed, smallest
 from simulator.search.option import Search, Strategy
+from simulator.search.replay import Replay
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
 from simulator.world.forked import Forked
@@ -35,6 +40,10 @@ WORTH_MIN = 1 / 64
 UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
 SCOUTED = 3  # schedules of each pair
 REPLAYS = 50  # to shrink one story
+
+
+class CleanCodeFails(Exception):
+    """Which invariant broke with no planted line come to, and the story that repeats it."""
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -120,7 +129,7 @@ def find(
     plays: Callable[[str], bool] = lambda story: True,
 ) -> Catch | None:
     """What is planted is in.  At most `most` schedules; None also if every strategy has seen
-    all there is, or if `stop` says so behind a schedule.
+    all there is, or if `stop` says so behind a schedule.  CleanCodeFails.
     `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?
     """
 
@@ -150,18 +159,30 @@ def find(
         turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
         tally = pair.turn(seed, turn, enough)
         if tally.found:
-            shrunk, _ = smallest(pair.judged, tally.found[0], REPLAYS)
-            steps = sum(map(bool, shrunk.answers))
-            of = pair.judged
-            return Catch(
-                shrunk.result.invariant,
-                done + shrunk.schedule,
-                steps,
-                of.scenario,
-                of.design,
-                ",".join(of.faults),
-            )
+            return _caught(pair.judged, tally.found[0], done)
         done += tally.schedules + tally.given_up
         if pair.over:
             searched.remove(pair)
     return None
+
+
+def _caught(judged: Judged, found: Found, done: int) -> Catch:
+    shrunk, _ = smallest(judged, found, REPLAYS)
+    end = shrunk.result
+    if not comes_to_the_plant(judged, shrunk):
+        raise CleanCodeFails(f"{end.invariant}: {end.sentence}\n{story_text(judged, shrunk)}")
+    return Catch(
+        end.invariant,
+        done + shrunk.schedule,
+        sum(map(bool, shrunk.answers)),
+        judged.scenario,
+        judged.design,
+        ",".join(judged.faults),
+    )
+
+
+def comes_to_the_plant(start: Start, found: Found) -> bool:
+    """Asked of a machine of its own, the making of which counts as well."""
+    met()
+    replayed(start, found.before, Replay(found.answers))
+    return bool(met())

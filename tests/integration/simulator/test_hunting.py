@@ -12,7 +12,7 @@ import pytest
 
 from qemu_shim.vmm.designs import SHARED
 from simulator import hunting, seeking
-from simulator.planted.hunt import RangeEnd, Record, Sought, seed_of
+from simulator.planted.hunt import MAX_SCHEDULES, Catch, RangeEnd, Record, Sought, seed_of
 from simulator.planted.registry import PLANTED, current, planted
 from simulator.search.explore import RunEnd
 from simulator.search.option import Strategy
@@ -25,6 +25,17 @@ def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> lis
     hunting.main([*words, "--ranges", "1", "--most", "2", "--record", str(record), "--json"])
     results: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return results
+
+
+def here(tasks: Iterable[Any], do: Callable[..., Any], workers: int) -> Generator[Any]:
+    """The pool, in this process."""
+    for task in tasks:
+        future = Future[Any]()
+        try:
+            future.set_result(do(task, lambda: False))
+        except Exception as error:
+            future.set_exception(error)
+        yield task, future
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +61,6 @@ def test_others_are_all_stories_but_those_written_for_it(
 
     def find(strategy: str, seeds: range, most: int, worth: Any, stop: Any, plays: Any) -> None:
         asked.update({story: plays(story) for story, _ in seeking.pairs()})
-
-    def here(tasks: Iterable[Any], do: Callable[..., Any], workers: int) -> Generator[Any]:
-        """The pool, in this process."""
-        for task in tasks:
-            future = Future[Any]()
-            future.set_result(do(task, lambda: False))
-            yield task, future
 
     monkeypatch.setattr(hunting, "find", find)
     monkeypatch.setattr(hunting, "pooled", here)
@@ -89,6 +93,30 @@ def test_a_range_that_ends_in_an_error_is_told_and_the_others_go_on(
     assert f"R13-did-is-left {DEFAULT} 0: " in told.err
     assert "TypeError" in told.err
     assert status == 1
+
+
+@pytest.mark.parametrize("error", [TypeError("of ours"), seeking.CleanCodeFails("I5: and its story")])
+def test_what_was_right_once_does_not_hide_that_it_was_sought_in_vain(
+    error: Exception,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def find(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(hunting, "find", find)
+    monkeypatch.setattr(hunting, "pooled", here)
+    record, sought = tmp_path / "planted.json", Sought("R7-no-device-tlb", DEFAULT, 0)
+    right = RangeEnd(Catch("I9", 1, 0, "discard", "shared"), MAX_SCHEDULES, 7.0, "other sources")
+    Record(record).put(sought, right)
+    words = [sought.plant, "--ranges", "1", "--record", str(record)]
+    assert hunting.main(words) == 0
+    assert hunting.main([*words, "--again"]) == 1
+    told = capsys.readouterr().err
+    assert f"R7-no-device-tlb {DEFAULT} 0: " in told
+    assert str(error) in told
+    assert Record(record).read() == {sought: right}
 
 
 def test_a_scout_tells_where_the_lines_of_all_plants_are_come_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ Stories are made up: what each schedule of one comes to is known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -17,6 +17,7 @@ from simulator.planted.hunt import Catch
 from simulator.planted.met import meet, number_of
 from simulator.search.explore import RunEnd
 from simulator.search.option import Option, Strategy
+from simulator.search.story import from_text
 
 MANY = 1000
 STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
@@ -24,9 +25,12 @@ STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
 
 @dataclass(frozen=True)
 class Made:
-    """A story: does it come to the lines, has it many traces, and which of its schedules fails first."""
+    """A story: does it come to the lines, or its machine when that is made; has it many traces, and which of
+    its schedules fails first.
+    """
 
     meets: bool = True
+    machine_meets: bool = False
     varied: bool = True
     fails: int = MANY + 1
     fails_faulted: int = MANY + 1
@@ -68,9 +72,14 @@ def played(stories: dict[str, Made], monkeypatch: pytest.MonkeyPatch) -> Counter
         scenario: str
         design: str
         faults: Sequence[str] = ()
+        seed: int = 1
+        params: Mapping[str, int] = field(default_factory=dict)
+        plant: str = ""
 
         def __call__(self, rounds: int) -> Player:
             story = stories[self.scenario]
+            if story.machine_meets:
+                meet(number_of("X"))
             return Player(replace(story, fails=story.fails_faulted) if self.faults else story, self.count)
 
         def count(self) -> int:
@@ -143,6 +152,24 @@ def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[
     stories |= {"first": Made(meets=False), "second": Made(fails=2)}
     expected = Catch("I5", seeking.FIRST_TURN + 2, 0, "second", "shared")
     assert seeking.find("random", 0, MANY) == expected
+
+
+def test_what_fails_elsewhere_is_no_find(stories: dict[str, Made], played: Counter[str]) -> None:
+    stories |= {"elsewhere": Made(meets=False, fails=2), "there": Made()}
+    with pytest.raises(seeking.CleanCodeFails) as fails:
+        seeking.find("random", 0, MANY)
+    assert str(fails.value).startswith("I5: ")
+    story = from_text(str(fails.value))
+    assert (story.scenario, story.design, story.plant, story.invariant) == ("elsewhere", "shared", "", "I5")
+
+
+def test_what_a_machine_came_to_when_it_was_made_counts(
+    stories: dict[str, Made], played: Counter[str]
+) -> None:
+    stories["made wrong"] = Made(meets=False, machine_meets=True, fails=2)
+    found = seeking.find("random", 0, MANY)
+    assert found is not None
+    assert found.story == "made wrong"
 
 
 def test_it_is_stopped_behind_a_schedule(stories: dict[str, Made], played: Counter[str]) -> None:
