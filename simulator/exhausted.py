@@ -20,10 +20,11 @@ for again, unless it did not end and there is more time for it now.  The record 
      "plants": [{"plant", "code", "story", "design", "faults": likewise, "invariant", "run": the first that
                  shows it}]}
 
-`plants`: of each planted bug that was sought, the first of the searches asked for that finds it.
+`plants`: of each planted bug that was sought, the first of the searches asked for that finds it: by an
+invariant that it belongs to, in a run that comes to its lines.  Another failure is told, and ends the search.
 
-Exit status: 0 all ended, and nothing failed; 1 not; 2 the command was wrong; 130 interrupted, and what is on
-record stays.
+Exit status: 0 all ended, and nothing failed, or each bug was found; 1 not; 2 the command was wrong; 130
+interrupted, and what is on record stays.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ from simulator.command import find as story_of
 from simulator.command import searched_faults
 from simulator.faults.kinds import EACH, FAULTS, drawn_among
 from simulator.options import NothingToPlay, playable
+from simulator.planted.belongs import invariants_of
 from simulator.planted.registry import PLANTED
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.explore import Tally, explore
+from simulator.search.explore import Found, Tally, explore
+from simulator.seeking import comes_to_the_plant
 from simulator.settle import settle
 from simulator.stories.at_once import AT_ONCE
 from simulator.version import version
@@ -163,6 +166,9 @@ def of_planted(
         _, tally = searched((story, design), plant, partial(_found_or_late, until), kinds)
         if tally.found:
             first = tally.found[0]
+            if other := _not_found(plant, Judged(story_of, story, design, plant=plant, faults=kinds), first):
+                print(f"{plant}: {other}", flush=True)
+                return None
             found = {
                 "plant": plant,
                 "code": record.code,
@@ -175,6 +181,17 @@ def of_planted(
             record.put("plants", ("plant", "story", "design", "faults"), found)
             return found
     return None
+
+
+def _not_found(plant: str, judged: Judged, first: Found) -> str:
+    """Why what failed is not what was sought; empty: it is."""
+    end = first.result
+    where = f"{end.invariant} in run {first.schedule} of {judged.scenario} on {judged.design}"
+    if not comes_to_the_plant(judged, first):
+        return f"{where}, which comes to no planted line: the clean code fails: {end.sentence}"
+    if end.invariant not in invariants_of(PLANTED[plant]):
+        return f"{where}, to which it does not belong: {end.sentence}"
+    return ""
 
 
 def _found_or_late(until: float, tally: Tally) -> bool:

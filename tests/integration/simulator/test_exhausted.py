@@ -193,6 +193,23 @@ def test_a_search_that_did_not_end_is_taken_up_again_when_there_is_more_time(tmp
     assert record.kept["searches"] == [found]
 
 
+def test_a_failure_that_a_plant_does_not_belong_to_is_no_find(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--plant", "R4-acks-not-awaited", "--story", "two-discard", "--design", "shared"]
+    words += ["--record", str(tmp_path / "r.json")]
+    monkeypatch.setattr(exhausted, "invariants_of", lambda plant: frozenset({"I99"}))
+    assert exhausted.main(words) == 1
+    assert "of two-discard on shared, to which it does not belong: " in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(exhausted, "comes_to_the_plant", lambda start, found: False)
+    assert exhausted.main(words) == 1
+    assert "which comes to no planted line: the clean code fails: " in capsys.readouterr().out
+    assert not (tmp_path / "r.json").exists()
+    monkeypatch.undo()
+    assert exhausted.main(words) == 0
+
+
 @pytest.mark.parametrize("plant", [[], ["--plant", "R9-overflow-stays"]])
 def test_a_design_without_an_interleaving_is_not_said_to_hold(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], plant: list[str]
