@@ -247,8 +247,11 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     text = story_text(judged, shrunk)
     print(text, end="")
     if story is not None:
-        story.write_text(text, encoding="utf-8")
-        print(f"replay: qemu-shim sim --replay {story}")
+        try:
+            story.write_text(text, encoding="utf-8")
+            print(f"replay: qemu-shim sim --replay {story}")
+        except OSError as error:
+            print(f"qemu-shim: --story {story}: {error.strerror}", file=sys.stderr)
 
 
 def story_text(judged: Judged, found: Found) -> str:
@@ -285,6 +288,8 @@ def _replayed(parser: argparse.ArgumentParser, path: Path, trace: Path | None) -
     print(diagram(narrator), end="")
     if narrator.trace != story.trace:
         print("the trace is another one: the code is not what it was when the story was written")
+    if end.invariant and story.invariant and end.invariant != story.invariant:
+        print(f"it breaks {end.invariant}, and not {story.invariant} as the story says")
     print(f"{end.invariant}: {end.sentence}" if end.invariant else "all invariants held")
     return EXIT_FOUND if end.invariant else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen, run
 
@@ -14,7 +15,7 @@ from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READE
 from simulator import command
 from simulator.campaign import CampaignEnd, CampaignRefused
 from simulator.search.explore import Tally
-from simulator.search.story import Story, to_text
+from simulator.search.story import Story, from_text, to_text
 from tests.kit.daemons import BIN
 from tests.patience import WHOLE_RUN_S
 
@@ -94,6 +95,13 @@ def test_a_planted_bug_is_found_repeated_and_replayed(
         re.M,
     ), "each process's steps, messages and tracepoints in their order"
 
+    other = replace(from_text(story.read_text(encoding="utf-8")), invariant="I5")
+    story.write_text(to_text(other), encoding="utf-8")
+    assert main(["sim", "--replay", str(story)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "it breaks R17, and not I5 as the story says" in lines
+    assert [line for line in lines if not line.startswith("it breaks ")] == replayed.splitlines()
+
 
 @pytest.mark.parametrize(
     ("why", "status"), [("time", EXIT_FAILED), ("done", EXIT_FAILED), ("interrupted", EXIT_INTERRUPTED)]
@@ -104,6 +112,18 @@ def test_no_schedule_is_no_result(
     monkeypatch.setattr(command, "run_campaign", lambda *_, **__: CampaignEnd(Tally(), why))
     assert main(["sim", "age"]) == status
     assert ("no schedule was played" in capsys.readouterr().err) == (why != "interrupted")
+
+
+def test_a_story_that_cannot_be_written_is_told_and_the_failure_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "is not there" / "a.story"
+    words = ["discard", "--plant", "R7-no-device-tlb", "--workers", "1", "--story", str(nowhere)]
+    assert main(["sim", *words]) == 1
+    told = capsys.readouterr()
+    assert told.err == f"qemu-shim: --story {nowhere}: No such file or directory\n"
+    assert "FAILED: I9: " in told.out
+    assert "replay: " not in told.out
 
 
 def test_a_worker_that_died_is_no_wrong_command(
