@@ -131,7 +131,9 @@ class Sitting:
             self.rows.drop(shard.play)
             self.stale.remove(shard.play)
         lines = repeats(shard.play, tally)
-        self.rows.of(shard.play, shard.seed).add(shard.seed, tally.schedules, tally.traces, lines)
+        self.rows.of(shard.play, shard.seed).add(
+            shard.seed, tally.schedules, tally.traces, lines, tally.faulted
+        )
         self.schedules += tally.schedules
         self.repeats += lines
         for line in lines:

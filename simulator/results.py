@@ -265,15 +265,14 @@ def _of_clean(record: Mapping[str, Any]) -> Iterator[str]:
         f" {len(codes)} states of the code. Distinct is counted for each story, design, strategy, state of"
         f" the code and kinds of faults, and estimated from {KEPT} on (`simulator/search/distinct.py`)."
     )
-    counts = ("schedules", "traces", "failed")
     yield _table(
-        ("design", "faults", "stories", "schedules", "distinct", "failed"),
+        ("design", "faults", "stories", "schedules", "with a fault", "distinct", "failed"),
         [
             (
                 f"`{design}`",
                 "all kinds" if faults == ALL else faults or "none",
-                len({row["name"] for row in rows}),
-                *_sums(rows, counts),
+                *(len({row["name"] for row in rows}), f"{_sum(rows, 'schedules'):,}", _faulted(rows)),
+                *_sums(rows, ("traces", "failed")),
             )
             for (design, faults), rows in _grouped(stories, "design", "faults")
         ],
@@ -307,6 +306,14 @@ def _sum(rows: _Rows, what: str) -> int:
 
 def _sums(rows: _Rows, counts: Sequence[str]) -> list[str]:
     return [f"{_sum(rows, what):,}" for what in counts]
+
+
+def _faulted(rows: _Rows) -> str:
+    """Older rows do not say."""
+    known = [row["faulted"] for row in rows if "faulted" in row]
+    if not known:
+        return "not counted"
+    return f"{'' if len(known) == len(rows) else 'at least '}{sum(known):,}"
 
 
 def _seeds(rows: _Rows) -> int:

@@ -4,7 +4,8 @@ The record is a JSON file, a line a row:
 
     {"rows": [{"name", "design", "strategy", "faults": kinds, "a,b" or "", "whole": a scenario or workload,
                not a small story?, "code": of which sources (version.py), "seeds": [first, behind the last]
-               of the strategy, "schedules": that were played, "traces": how many of them differ, "failed",
+               of the strategy, "schedules": that were played, "faulted": in how many of them a fault
+               struck (older rows do not say), "traces": how many of them differ, "failed",
                "repeats": of the first of these, a line each that repeats it, "least": by which traces that
                come again are known (search/distinct.py)}]}
 
@@ -44,14 +45,18 @@ class CleanRow:
     first: int  # seed
     behind: int = 0  # the last seed
     schedules: int = 0
+    faulted: int = 0
     failed: int = 0
     repeats: list[str] = field(default_factory=list)
     traces: Distinct = field(default_factory=Distinct)
 
-    def add(self, seed: int, schedules: int, traces: Iterable[int], repeats: list[str]) -> None:
+    def add(
+        self, seed: int, schedules: int, traces: Iterable[int], repeats: list[str], faulted: int = 0
+    ) -> None:
         self.first = min(self.first, seed)  # shards end in any order
         self.behind = max(self.behind, seed + 1)
         self.schedules += schedules
+        self.faulted += faulted
         self.traces.add(traces)
         self.failed += len(repeats)
         self.repeats = (self.repeats + repeats)[:REPEATS_KEPT]
@@ -62,6 +67,7 @@ class CleanRow:
             "code": self.code,
             "seeds": [self.first, self.behind],
             "schedules": self.schedules,
+            "faulted": self.faulted,
             "traces": min(self.traces.count, self.schedules),
             "failed": self.failed,
             "repeats": self.repeats,
@@ -72,7 +78,7 @@ class CleanRow:
 def _row(kept: Mapping[str, Any]) -> CleanRow:
     first, behind = kept["seeds"]
     traces = Distinct.from_text(kept["least"])
-    counts = kept["schedules"], kept["failed"]
+    counts = kept["schedules"], kept.get("faulted", 0), kept["failed"]
     return CleanRow(_play(kept), kept["code"], first, behind, *counts, list(kept["repeats"]), traces)
 
 

@@ -67,6 +67,7 @@ CLEAN = {
             "faults": "evict",
             "seeds": [0, 1],
             "schedules": 90,
+            "faulted": 70,
             "traces": 9,
             "code": "2",
         },
@@ -123,7 +124,8 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "| `R4-one` | `age` | `mirror` | none | I9 | 5 |",
         "2,090 schedules of small stories, 1,989 of them distinct by trace, and 100 of whole scenarios",
         "Chosen by mixed; of 2 states of the code.",
-        "| `shared` | none | 1 | 2,000 | 1,980 | 0 | | `shared` | evict | 1 | 90 | 9 | 0 |",
+        "| `shared` | none | 1 | 2,000 | not counted | 1,980 | 0 |",
+        "| `shared` | evict | 1 | 90 | 70 | 9 | 0 |",
         "| `unmap` | `shared` | 10 | 100 | 0 |",
         "(x86_64, CPython 3.11.2): | what | schedules a second | wanted | verdict |",
         "| --- | --- | --- | --- | | standing | 200 | 400 | MISSED |",
@@ -157,6 +159,12 @@ def test_one_failure_is_the_answer() -> None:
     told = " ".join(page({**MADE_UP, "clean": by_chance}).split())
     assert "As modelled here, no: 1 interleavings failed." in told
     assert f"| 1 | `{line}` |" in told
+
+
+def test_a_count_that_some_rows_lack_is_not_said_to_be_all() -> None:
+    rows = [{**CLEAN["rows"][0], "faulted": 3}, CLEAN["rows"][1]]
+    told = " ".join(page({**MADE_UP, "clean": {"rows": rows}}).split())
+    assert "| `shared` | none | 1 | 2,000 | at least 3 | 1,980 | 0 |" in told
 
 
 def test_a_mistake_that_is_no_more_is_left_out() -> None:

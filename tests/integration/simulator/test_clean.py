@@ -117,7 +117,7 @@ def test_what_breaks_is_told_with_the_line_that_repeats_it(
     sitting = Sitting(Rows(tmp_path / "r.json", "one"), set())
     future = Future[Tally]()
     end = RunEnd("I6", "a page in two hands")
-    future.set_result(Tally(schedules=100, traces={1, 2}, found=[Found(3, 17, end, (0, 1), 5)]))
+    future.set_result(Tally(schedules=100, faulted=60, traces={1, 2}, found=[Found(3, 17, end, (0, 1), 5)]))
     sitting.ended(Shard(PLAY, 3, 100), future)
     words = "sim slot --design mirror --strategy mixed --seed 3 --schedules 17 --faults evict"
     assert sitting.repeats == [f"I6: qemu-shim {words}"]
@@ -125,6 +125,7 @@ def test_what_breaks_is_told_with_the_line_that_repeats_it(
     sitting.rows.write()
     (row,) = rows_of(tmp_path)
     assert (row["schedules"], row["traces"], row["failed"], row["seeds"]) == (100, 2, 1, [3, 4])
+    assert row["faulted"] == 60
     assert qemu_shim([*words.split(), "--workers", "1"]) == 0, "it is a command"
 
 

@@ -85,6 +85,25 @@ def test_failures_are_counted_and_the_first_told(tmp_path: Path) -> None:
     assert age["repeats"] == (["0"] * 7 + ["1"] * 7)[:REPEATS_KEPT]
 
 
+def test_those_with_a_fault_are_counted_from_sitting_to_sitting(file: Path) -> None:
+    rows = Rows(file, "one")
+    rows.of(SLOT, 1).add(1, 10, {2}, [], faulted=7)
+    rows.write()
+    rows = Rows(file, "one")
+    rows.of(SLOT, 2).add(2, 10, {2}, [], faulted=2)
+    rows.write()
+    assert [row["faulted"] for row in rows_of(file)] == [0, 9]
+
+
+def test_a_row_of_before_they_were_counted_is_read(file: Path) -> None:
+    rows = rows_of(file)
+    for row in rows:
+        del row["faulted"]
+    file.write_text(json.dumps({"rows": rows}))
+    read = Rows(file, "one")
+    assert [row.faulted for row in read.open.values()] == [0, 0]
+
+
 def test_it_is_the_same_when_nothing_was_played(file: Path) -> None:
     before = file.read_bytes()
     Rows(file, "one").write()
