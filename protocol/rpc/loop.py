@@ -101,9 +101,10 @@ class Loop:
         polls.
         """
         events = self._epoll.poll(TICK_S if self._ticks else timeout_s, MAX_EVENTS)
-        for fd, what in events:
-            callback = self._ready.get(fd)  # an earlier event may have closed it
-            if callback is not None:
+        ready = self._ready
+        for fd, what, callback in [(fd, what, ready.get(fd)) for fd, what in events]:
+            # an earlier event may have closed it, and made another file of that number, which is not meant
+            if callback is not None and ready.get(fd) is callback:
                 try:
                     callback(what)
                 except Exception as error:  # ours, not the peer's: channels turn those into a close
