@@ -73,6 +73,8 @@ class Faults:
     def next_schedule(self) -> None:
         """In the same machine: what it comes to is its own."""
         self._met_before = self.met.copy()
+        if self.buffer is not None:
+            self.buffer.dies()  # a processor that stands still makes its stores too
         self.buffer = None
 
     def begin(self) -> None:
@@ -171,10 +173,10 @@ class Faults:
         """What `end` has not read from that piece on.  A link is a process that sleeps while it has it."""
         world = self._world
         assert world is not None
-        link = SimProcess(world.host, LINK)
+        link, late_s = SimProcess(world.host, LINK), self.late_s  # the next schedule has another
 
         def arrives() -> None:
-            world.wait((), self.late_s)
+            world.wait((), late_s)
             end.arrives()
             link.happened("delivers to", end)
 

@@ -67,6 +67,8 @@ def playing_faulted(
             strategy.close()  # who opened it may be dead
         faults.end()
         problems = _problems(made, report, faults)
+        if isinstance(strategy, Excerpt) and not faults.excuses:
+            problems += refusals(report)
         world.failures.clear()
         _calm(world)
         if (faults.is_silent or faults.is_off_bus) and not made.daemons["device_sim"].has_died:

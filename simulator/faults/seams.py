@@ -185,7 +185,7 @@ def _send(faults: Faults, original: Any, end: StreamEnd, *args: Any) -> Any:
     peer = end.peer
     before = 0 if peer is None else peer.pieces
     sent = original(end, *args)
-    if peer is not None and faults.due("delay", peer.name):
+    if peer is not None and not peer.is_late and faults.due("delay", peer.name):
         faults.delay(peer, before)
     return sent
 

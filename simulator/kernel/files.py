@@ -226,6 +226,11 @@ class StreamEnd(OpenFile):
         """How many have arrived and are unread."""
         return len(self._pieces)
 
+    @property
+    def is_late(self) -> bool:
+        """A piece is, and what comes behind it."""
+        return self._late is not None
+
     def delay(self, first: int) -> None:
         """Of the pieces that are there, those from that one on are late, and so is what comes behind them."""
         assert self._late is None, "one message is late at a time"

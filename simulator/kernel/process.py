@@ -422,6 +422,8 @@ class SimPoller:
         return self._ready
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
+        """One event at a time, where somebody runs who can be stopped: several at once are as if nobody had
+        come between."""
         return self.process.host.scheduler.poll(self, timeout_s, most)
 
     def fileno(self) -> int:

@@ -26,8 +26,6 @@ STRUCTURES = (
 )
 FRAMES = "tdp-frames"
 TAGS = "tdp-frame_tags"  # what the model's own checks go by: no hardware looks at it, so nobody comes between
-UNPACKS = ("kvm-dirty-ring", "qemu_shim")
-"""Who takes entries out of that memory whole, with `struct`, which loads from a memoryview only."""
 
 
 def watched(memory: str, process: str, view: memoryview, access: Access, note: Access) -> Any:
@@ -36,7 +34,7 @@ def watched(memory: str, process: str, view: memoryview, access: Access, note: A
         return FramesView(view, access, note)
     if memory == TAGS:
         return StructuresView(view, 0, note)
-    if (memory, process) != UNPACKS and memory.startswith(STRUCTURES):
+    if memory.startswith(STRUCTURES):
         return StructuresView(view, 0, access)
     return view
 

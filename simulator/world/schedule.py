@@ -138,6 +138,7 @@ def _ends(
         except Stopped:
             yield RunEnd(over=True)
         except Stuck as stuck:
+            faults.end()  # who was killed or stood still is told of there
             if faults.buffer is not None and faults.buffer.missed:
                 verdicts.say("R15", f"nobody can go on: {faults.buffer.missed}")
             ghost.liveness.stuck()

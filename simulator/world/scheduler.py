@@ -46,6 +46,7 @@ LOST_NS = 1e-3  # of a time-out, at most, in floating point
 WORD_NS = 10  # a load or store
 LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
 LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
+LIMIT_CHOICES = 5_000_000  # of one schedule, and so do all who take so many
 ACCESSES = 1 << 16  # that are remembered: most come again and again
 PASSED = Option("", "")
 _ALWAYS_ASKED = SimpleNamespace(is_silent=False)  # each strategy but an excerpt
@@ -69,7 +70,8 @@ class World:
         self.threads: list[SimThread] = []
         self.failures: list[BaseException] = []  # that nobody in the system caught
         self.decisions = 0
-        self._straight = 0  # steps since the last of them
+        self._counted_from = 0  # of them, when the schedule began
+        self._straight = 0  # steps since the last
         self._strategy = strategy
         self._excerpt = strategy if isinstance(strategy, Excerpt) else _ALWAYS_ASKED
         self._by_word = by_word  # each access of shared memory is a point
@@ -179,6 +181,7 @@ class World:
         """`run` returns; when it is called again, the running thread goes on."""
         assert self._running is not None, "nobody runs who could pause"
         self._paused = self._running
+        self._counted_from = self.decisions
         self._leave()
 
     # -- choosing --------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ class World:
     def _chosen(self, me: SimThread | None) -> Candidate | None:
         looks = self._first if self._excerpt.is_silent else self._steps
         while not (steps := looks(me)):
-            times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at())]
+            times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at(self._now))]
             if not times or min(times) > LIMIT_NS:
                 self._given_up = Stuck("; ".join(self._standing()))
                 return None
@@ -251,8 +254,10 @@ class World:
             return None
         if len(steps) > 1:
             self._tell_taken()
-            self.decisions += 1
-            self._straight = 0
+            self.decisions, self._straight = self.decisions + 1, 0
+            if self.decisions - self._counted_from > LIMIT_CHOICES:
+                self._given_up = Stuck(f"all go round in circles: {'; '.join(self._standing())}")
+                return None
             number = self._strategy.choose([step.option for step in steps])
             if number == STOP:
                 self._given_up = Stopped()
@@ -298,7 +303,7 @@ class World:
                 if self._steps_of(thread):
                     self._crowded_at = self._changes
                     return False
-                until = min(until, thread.can_go_at() or until)
+                until = min(until, thread.can_go_at(self._now) or until)
         self._alone_at, self._alone_until = self._changes, until
         return True
 
@@ -411,7 +416,7 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        is_alone = self._is_alone(me)
+        is_alone = me.fate is None and self._is_alone(me)  # who is to die may die between two stores
         if self._excerpt.is_silent:
             told = "" if self.journal is None else told_of(memory, at, writes)
             if is_alone and self._settling:

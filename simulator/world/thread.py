@@ -104,10 +104,10 @@ class SimThread:
     def timer(self) -> Candidate:
         return Candidate(Option(f"{self.name}<timer", "time is up", self.state | TIME_PASSES), self)
 
-    def can_go_at(self) -> int | None:
-        """When it could go on at the latest by itself; None: never."""
+    def can_go_at(self, now: int) -> int | None:
+        """When it could go on at the latest by itself; None: it can now, or never."""
         if self.standing or self.deadline_ns is None:
-            return self.stopped_ns or None
+            return self.stopped_ns if self.stopped_ns > now else None
         return max(self.deadline_ns, self.stopped_ns)
 
     def take(self) -> Event | None:

@@ -140,6 +140,24 @@ def test_who_is_refused_what_his_story_is_about_has_not_played_it() -> None:
         assert "the story ended here: [EOPNOTSUPP] ballooning" in end.sentence
 
 
+def test_who_is_refused_where_nothing_excuses_it_has_not_played_it_either() -> None:
+    """Though he would not be when all is played again."""
+    plays: list[int] = []
+
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(4)
+        plays.append(len(plays))
+        for _ in excerpt.rounds():
+            with excerpt:
+                if len(plays) == 1:
+                    await guest.discard(0)
+
+    judged = Judged(lambda _: SmallStory("told", "", play), "told", "pinned", faults=("evict",))
+    end = judged()(RandomWalk(0))
+    assert (end.invariant, plays) == ("check", [0, 1])
+    assert "[EOPNOTSUPP] ballooning" in end.sentence
+
+
 def test_nothing_is_searched_behind_the_death_of_who_opened_the_excerpt() -> None:
     """A VMM that is killed closes nothing; that all is played again is no part of the schedule."""
     lengths = []

@@ -22,7 +22,7 @@ def pair(reserved: int = 64) -> tuple[DirtyRing, Harvester, memoryview]:
     os.ftruncate(fd, BYTES)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     harvester = Harvester(LINUX, fd, BYTES)
-    memory = memoryview(harvester._memory)
+    memory = harvester._mapping.view
     return DirtyRing(memory, reserved), harvester, memory
 
 

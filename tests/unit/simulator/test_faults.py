@@ -226,6 +226,34 @@ def test_a_message_is_late_once_and_what_is_behind_it_waits_and_what_was_before_
     assert told == [(5, b"late,behind")]
 
 
+def test_a_message_behind_one_that_is_late_from_the_schedule_before_is_no_opportunity() -> None:
+    world = World(Script("at its 1.", "longer than a time-out", "at its 1.", "a moment"))
+    faults = Faults(["delay"])
+    faults.put_into(world)
+    process = SimProcess(world.host, "qemu_shim")
+    one, other = process.socketpair()
+    told: list[tuple[int, bytes]] = []
+
+    def body() -> None:
+        faults.begin()
+        one.send(b"late,")
+        assert faults.struck
+        faults.end()
+        faults.next_schedule()
+        faults.begin()
+        one.send(b"behind")
+        poller = process.poller()
+        poller.register(other.fileno(), select.EPOLLIN)
+        poller.poll(60.0, 1)
+        told.append((world.now_ns() // 10**9, other.recv(64)))
+
+    with injected(faults):
+        world.run(world.spawn(process, body))
+    assert world.failures == []
+    assert told == [(5, b"late,behind")]
+    assert not faults.struck
+
+
 def test_a_host_has_no_frame() -> None:
     frames = Frames(Hpa(0), memoryview(bytearray(1 << 30)), lambda offset, size: None)
     with failing("enomem"):

@@ -17,6 +17,7 @@ from simulator.kernel.process import SimProcess
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import STOP, Option, Strategy, Touch, dependent, is_within
 from simulator.search.replay import Replay
+from simulator.world import scheduler
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.scheduler import LIMIT_NS, LIMIT_STEPS, STEP_NS, Stopped, Stuck, World
@@ -335,6 +336,35 @@ def test_who_goes_round_in_circles_where_nobody_is_asked_is_told_of_unless_there
     with pytest.raises(Stuck, match="b goes round in circles: again"):
         finish(world)
     assert turns[-1] == LIMIT_STEPS, "the other could go on"
+    world.close()
+
+
+def test_two_that_go_round_in_circles_by_turns_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "LIMIT_CHOICES", 100)
+    world = World(Script())
+
+    def circles(process: SimProcess) -> None:
+        while True:
+            world.point("again")
+
+    made(world, a=circles, b=circles)
+    with pytest.raises(Stuck, match="all go round in circles: a stands: again; b stands: begins"):
+        finish(world)
+    assert world.decisions == 101
+    world.close()
+
+
+def test_who_stood_still_once_and_waits_is_stuck_like_anybody() -> None:
+    world = World(Script())
+    process = SimProcess(world.host, "a")
+
+    def body() -> None:
+        world.point("stands still")
+        world.wait((), None)
+
+    thread = world.spawn(process, body, Fate(2, stops_s=0.001))
+    with pytest.raises(Stuck, match="a waits"):
+        world.run(thread)
     world.close()
 
 
