@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from typing import Protocol, TypeVar
 
 from qemu_shim.vmm.interrupt import SIGNALS
@@ -80,15 +80,12 @@ def pooled(
 
 @contextmanager
 def interrupts() -> Iterator[Stop]:
-    """Has there been a Ctrl-C, or a SIGTERM?  At a second one nobody waits for what is under way: who does it
-    is killed."""
+    """Has there been a Ctrl-C, or a SIGTERM?  A second one does not wait for what is under way."""
     seen = False
 
     def handle(*_: object) -> None:
         nonlocal seen
         if seen:
-            for worker in active_children():
-                worker.kill()
             raise KeyboardInterrupt
         seen = True
 
