@@ -74,7 +74,7 @@ def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Sh
     """
     plays = list(first)
     size = {play: SCHEDULES_OF_SHARD if play.whole else OF_SMALL_SHARD for play in plays}
-    left = {play: seeds * size[play] if play.whole else _share(play, schedules) for play in plays}
+    left = {play: seeds * size[play] if play.whole else ceil(schedules / _cost(play)) for play in plays}
     seed = dict(first)
     while any(left.values()):
         for play in plays:
@@ -84,8 +84,9 @@ def shards(first: Mapping[Play, int], schedules: int, seeds: int) -> Iterator[Sh
                 seed[play] += 1
 
 
-def _share(play: Play, schedules: int) -> int:
-    return ceil(schedules / FAULTED_COST) if play.faults == ALL else schedules
+def _cost(play: Play) -> int:
+    """Of a schedule, in those without faults."""
+    return FAULTED_COST if play.faults == ALL else 1
 
 
 def played(shard: Shard, stop: Stop) -> Tally:
@@ -201,7 +202,7 @@ def main() -> int:
         parser.error(str(nothing))
     plays += scenarios(given.strategy, kinds[0]) if given.seeds else ()
     rows = Rows(given.record, version())
-    plays.sort(key=lambda play: rows.schedules(play) * (FAULTED_COST if play.faults == ALL else 1))
+    plays.sort(key=lambda play: rows.schedules(play) * _cost(play))
     sitting = Sitting(rows, set(plays) if given.again else set())
     todo = shards(
         {play: 0 if given.again else rows.fresh(play) for play in plays}, given.schedules, given.seeds
@@ -215,7 +216,7 @@ def main() -> int:
         print(f"{len(plays)} stories and scenarios by turns, of {rows.code}", file=sys.stderr, flush=True)
         try:
             status = _sat(sitting, todo, given.workers, stop)
-        except KeyboardInterrupt:  # the second: what is under way was not waited for
+        except KeyboardInterrupt:  # the second: what was under way has ended, and is not on record
             assert interrupted()
         if interrupted():
             print(f"interrupted: {given.record} has what was played", file=sys.stderr)

@@ -80,7 +80,8 @@ def pooled(
 
 @contextmanager
 def interrupts() -> Iterator[Stop]:
-    """Has there been a Ctrl-C, or a SIGTERM?  A second one does not wait for what is under way."""
+    """Has there been a Ctrl-C, or a SIGTERM?  A second one is a KeyboardInterrupt: what is under
+    way is waited for all the same (`pooled`), and lost."""
     seen = False
 
     def handle(*_: object) -> None:
