@@ -416,7 +416,7 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        is_alone = self._is_alone(me)
+        is_alone = me.fate is None and self._is_alone(me)  # who is to die may die between two stores
         if self._excerpt.is_silent:
             told = "" if self.journal is None else told_of(memory, at, writes)
             if is_alone and self._settling:

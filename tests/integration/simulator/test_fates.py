@@ -37,7 +37,7 @@ def settled(made: System) -> None:
 
 
 @pytest.mark.parametrize("victim", ["kvmd", "iommufdd", "device_sim"])
-@pytest.mark.parametrize("step", [60, 200, 400])
+@pytest.mark.parametrize("step", [100, 200, 400])
 def test_a_daemon_dies_and_comes_back(victim: str, step: int) -> None:
     """The survivors' own checks hold, and the next VMM is served."""
     with system(Drawn(step), fates={victim: Fate(step)}) as made:

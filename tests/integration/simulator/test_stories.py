@@ -90,7 +90,7 @@ BREAKS = {
     "hole": ("shared", "R24-hole-without-a-zap"),
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
-    "lend-dies": ("shared", "R13-did-is-left"),
+    "lend-dies": ("shared", "R28-kvm-is-gone"),
     "lend-hung": ("shared", "B-18-zapped-at-release"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "hang-up": ("shared", "R4-acks-not-awaited"),

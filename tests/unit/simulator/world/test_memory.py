@@ -12,6 +12,7 @@ from protocol.pt.mem import TableOutside, TableWriter
 from protocol.units import PAGE_SIZE, Hpa
 from simulator.kernel.process import SimProcess
 from simulator.search.option import Touch
+from simulator.world.fate import Fate
 from simulator.world.memory import watched
 from simulator.world.scheduler import World
 from tests.unit.simulator.world.toys import Script, finish, made
@@ -145,6 +146,23 @@ def test_a_reader_can_come_between_any_two_stores(script: tuple[str, ...], sees:
     assert seen == [sees]
     word = Touch(("word", "writer.tdp-tables1", 0), True)
     assert any(word in step.touches for step in strategy.taken), "who searches is told which word"
+
+
+@pytest.mark.parametrize("stores", [0, 1, 2])
+def test_who_dies_may_die_between_two_stores_though_nobody_else_has_a_step(stores: int) -> None:
+    world = World(Script())
+    writer, idle = SimProcess(world.host, "writer"), SimProcess(world.host, "idle")
+    fd, ours = writer.memfd("tdp-tables", PAGE_SIZE, peer_writes=False)
+    theirs = idle.map_peer(idle.install(writer.file(fd)), PAGE_SIZE, writable=False)
+
+    def store() -> None:
+        words = ours.view.cast("Q")
+        words[0] = 1
+        words[1] = 1
+
+    world.run(world.spawn(writer, store, Fate(2 + stores)))
+    assert list(theirs.view.cast("Q")[:2]) == [int(stores > 0), int(stores > 1)]
+    world.close()
 
 
 def test_without_points_at_words_there_are_none() -> None:
