@@ -216,7 +216,7 @@ def main() -> int:
         print(f"{len(plays)} stories and scenarios by turns, of {rows.code}", file=sys.stderr, flush=True)
         try:
             status = _sat(sitting, todo, given.workers, stop)
-        except KeyboardInterrupt:  # the second: what was under way has ended, and is not on record
+        except KeyboardInterrupt:  # the second: what was under way was not waited for
             assert interrupted()
         if interrupted():
             print(f"interrupted: {given.record} has what was played", file=sys.stderr)

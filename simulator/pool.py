@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Protocol, TypeVar
 
 from qemu_shim.vmm.interrupt import SIGNALS
@@ -80,13 +80,15 @@ def pooled(
 
 @contextmanager
 def interrupts() -> Iterator[Stop]:
-    """Has there been a Ctrl-C, or a SIGTERM?  A second one is a KeyboardInterrupt: what is under
-    way is waited for all the same (`pooled`), and lost."""
+    """Has there been a Ctrl-C, or a SIGTERM?  At a second one nobody waits for what is under way: who does it
+    is killed, and it is lost."""
     seen = False
 
     def handle(*_: object) -> None:
         nonlocal seen
         if seen:
+            for worker in active_children():
+                worker.kill()
             raise KeyboardInterrupt
         seen = True
 

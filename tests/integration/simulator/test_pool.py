@@ -1,0 +1,48 @@
+"""A signal in the middle of tasks on several processes: the first is heard between two of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qemu_shim.vmm.interrupt import SIGNALS
+from tests.patience import WHOLE_RUN_S
+
+DEAF = r"""
+import os
+import time
+
+from simulator.pool import interrupts, pooled
+
+
+def task(number, stop):
+    os.write(1, b"begun\n")  # whole, whoever else does
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    with interrupts() as interrupted:
+        try:
+            for one in pooled(range(2), task, 2, interrupted):
+                if interrupted():
+                    print("heard", flush=True)
+        except KeyboardInterrupt:
+            print("at once", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_at_a_second_signal_nobody_waits_for_a_task_that_does_not_look(tmp_path: Path, number: int) -> None:
+    (tmp_path / "deaf.py").write_text(DEAF)
+    command = [sys.executable, str(tmp_path / "deaf.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+        process.send_signal(number)
+        assert process.stdout.readline() == "heard\n"
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=WHOLE_RUN_S)
+    assert (process.returncode, told.splitlines()[-1]) == (0, "at once")
