@@ -136,7 +136,7 @@ def _ends(
                 watch.settled()
             yield _judged(verdicts, faults, played.problems)._replace(over=True)
         except Stopped:
-            yield RunEnd(over=True)
+            yield _judged(verdicts, faults, [])._replace(over=True)
         except Stuck as stuck:
             faults.end()  # who was killed or stood still is told of there
             if faults.buffer is not None and faults.buffer.missed:

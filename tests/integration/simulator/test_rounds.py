@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import trio
@@ -12,7 +12,8 @@ from qemu_shim.api import PAGE_SIZE, Context
 from simulator.command import find
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import explore, smallest
-from simulator.search.replay import Recorded, Replay
+from simulator.search.option import STOP, Option
+from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.walk import RandomWalk
 from simulator.stories.library import STORIES
 from simulator.stories.story import Play, SmallStory
@@ -143,6 +144,28 @@ def test_what_the_end_of_a_machine_shows_is_its_last_rounds() -> None:
 
     playing = player(play, 3)
     assert [playing(RandomWalk(0)).invariant for _ in range(3)] == ["", "", "I0"]
+
+
+class GivesUp(Replay):
+    """How often; at the `enough`-th time it gives up."""
+
+    def __init__(self, answers: Answers, enough: int | None = None) -> None:
+        super().__init__(answers)
+        self.times = 0
+        self._enough = enough
+
+    def choose(self, options: Sequence[Option]) -> int:
+        self.times += 1
+        return STOP if self.times == self._enough else super().choose(options)
+
+
+def test_what_was_seen_before_a_schedule_was_given_up_is_told_of() -> None:
+    planted = Judged(find, "discard", "shared", plant="R4-acks-not-awaited")
+    (found,) = explore(planted(), RandomWalk(1), 1, 60, lambda tally: bool(tally.found)).found
+    to_its_end = GivesUp(found.answers)
+    planted()(to_its_end)
+    ends = [planted()(GivesUp(found.answers, enough)) for enough in (1, to_its_end.times)]
+    assert [(end.invariant, end.over) for end in ends] == [("", True), (found.result.invariant, True)]
 
 
 def test_what_does_something_when_it_goes_goes_between_runs() -> None:
