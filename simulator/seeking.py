@@ -69,6 +69,9 @@ class _Meeting:
         self.met.update(met())
         return end
 
+    def finish(self) -> RunEnd:
+        return self._player.finish()
+
     def renew(self) -> None:
         self._player.renew()
 

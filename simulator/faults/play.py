@@ -62,7 +62,8 @@ def playing_faulted(
         client = made.client(first)
         while not world.run(client):
             yield _problems(made, report, faults)
-            faults.next_schedule()
+            if not (isinstance(strategy, Excerpt) and strategy.was_last):
+                faults.next_schedule()
         if isinstance(strategy, Excerpt):
             strategy.close()  # who opened it may be dead
         faults.end()

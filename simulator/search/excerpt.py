@@ -23,6 +23,8 @@ class Excerpt:
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        self.was_last = False
+        """Or the round before it was the last, though there could be more."""
         self.opened: Callable[[], None] = lambda: None
         self.closes: Callable[[], None] = lambda: None
         """Called in the story, first and last of what is searched."""
@@ -53,6 +55,8 @@ class Excerpt:
         for number in range(self._rounds):
             if number:
                 self.between()
+                if self.was_last:
+                    return
             yield number
 
     def open(self) -> None:

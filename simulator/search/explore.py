@@ -36,8 +36,13 @@ class Player(Protocol):
     def __call__(self, strategy: Strategy) -> RunEnd:
         """One, in the machine of the one before, if that goes on."""
 
+    def finish(self) -> RunEnd:
+        """The last was that of its machine as well: what the end of that shows of it.  The next is the first
+        in a new one.
+        """
+
     def renew(self) -> None:
-        """The next is the first in a new machine."""
+        """The same, and nobody looks at the end."""
 
 
 Start = Callable[[int], Player]
@@ -129,7 +134,11 @@ def explore(
         tally.over = not watched.ended(bool(result.invariant))
         if tally.over or enough(tally):
             break
-    player.renew()
+    end = player.finish()
+    if end.invariant:
+        *before, last = before
+        number = tally.schedules + tally.given_up
+        tally.found.append(Found(seed, number, end, last, watched.trace, tuple(before)))
     tally.summary = strategy.summary()
     return tally
 

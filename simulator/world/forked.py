@@ -103,6 +103,11 @@ class Forked:
         freeze()  # or a collection would touch, and so copy, all there is
         return end
 
+    def finish(self) -> RunEnd:
+        """Each child's machine has come to its end."""
+        self.renew()
+        return RunEnd()
+
     def renew(self) -> None:
         gc.unfreeze()  # what the machine leaves behind is collected where nobody hears of it
         self._living.renew()

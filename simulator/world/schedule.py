@@ -86,6 +86,14 @@ class Living:
             self.renew()
         return end._replace(round=number)
 
+    def finish(self) -> RunEnd:
+        end = RunEnd()
+        if self._ends is not None and self._excerpt is not None:  # it stands between two rounds
+            self._excerpt.inner, self._excerpt.was_last = Replay(()), True
+            end = next(self._ends)._replace(round=self._round - 1)
+        self.renew()
+        return end
+
     def renew(self) -> None:
         self._excerpt = None
         if self._ends is not None:

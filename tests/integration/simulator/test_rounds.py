@@ -10,6 +10,8 @@ import trio
 
 from qemu_shim.api import PAGE_SIZE, Context
 from simulator.command import find
+from simulator.faults.kinds import ALL
+from simulator.ghost.probes.watch import Watch
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import explore, smallest
 from simulator.search.option import STOP, Option
@@ -17,6 +19,7 @@ from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.walk import RandomWalk
 from simulator.stories.library import STORIES
 from simulator.stories.story import Play, SmallStory
+from simulator.world.journal import Journal
 from simulator.world.schedule import Judged, Living
 from simulator.world.scheduler import World
 
@@ -144,6 +147,50 @@ def test_what_the_end_of_a_machine_shows_is_its_last_rounds() -> None:
 
     playing = player(play, 3)
     assert [playing(RandomWalk(0)).invariant for _ in range(3)] == ["", "", "I0"]
+
+
+def test_what_the_end_of_a_machine_shows_is_found_though_it_could_have_had_more_rounds() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        await ctx.boot_for(1)
+        for _ in excerpt.rounds():
+            with excerpt:
+                await trio.lowlevel.checkpoint()
+        ctx.expect(False, "I0: at the end")
+
+    told = judged(play)
+    (found,) = explore(told(ROUNDS), RandomWalk(1), 1, 3).found
+    assert (found.schedule, found.result.round, len(found.before)) == (3, 2, 2)
+    small, _ = smallest(told, found)
+    assert (small.result.invariant, small.before) == ("I0", ())
+
+
+class Listens:
+    """Onlooker."""
+
+    def __init__(self) -> None:
+        self.journal = Journal()
+
+    def sees(self, watch: Watch) -> None: ...
+
+
+@pytest.mark.parametrize(("story", "faults"), [("discard", ()), ("moves", ()), ("lend-dies", ALL.split(","))])
+def test_a_machine_that_is_finished_ends_as_one_that_has_had_all_its_rounds(
+    story: str, faults: Sequence[str]
+) -> None:
+    """Or what its end shows would not be there when it is played again."""
+    told, ends = Judged(find, story, "shared", faults=faults), []
+    for rounds in (2, ROUNDS):
+        listens, walk = Listens(), Recorded(RandomWalk(5))
+        playing = told(rounds, listens)
+        for _ in range(2):
+            end = playing(walk)
+            walk.ended(False)
+        if rounds == ROUNDS:
+            assert not end.over
+            end = playing.finish()
+        assert (end.over, end.round) == (True, 1)
+        ends.append((end, listens.journal.digest))
+    assert ends[0] == ends[1]
 
 
 class GivesUp(Replay):

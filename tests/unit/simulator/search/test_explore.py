@@ -115,6 +115,10 @@ class Living:
             self.machines.append([])
         return RunEnd("T3" if failed else "", "again" if failed else "", number, over)
 
+    def finish(self) -> RunEnd:
+        self.renew()
+        return RunEnd()
+
     def renew(self) -> None:
         if self.machines[-1]:
             self.machines.append([])

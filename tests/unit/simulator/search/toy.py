@@ -369,4 +369,7 @@ class Anew:
     def __call__(self, strategy: Strategy) -> RunEnd:
         return self.play(strategy)
 
+    def finish(self) -> RunEnd:
+        return RunEnd()
+
     def renew(self) -> None: ...
