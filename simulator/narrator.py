@@ -94,10 +94,6 @@ class Narrator(Recorded):
         return "" if is_dull else step.label
 
 
-def process_of(actor: str) -> str:
-    return actor.partition("<")[0].partition("/")[0]
-
-
 def diagram(narrator: Narrator) -> str:
     """Of its last run."""
     return draw(rows_of(narrator.steps, narrator.against, process_of, lambda step: step.label))

@@ -111,6 +111,11 @@ def is_timer(actor: str) -> bool:
     return actor.endswith("<timer")
 
 
+def process_of(actor: str) -> str:
+    """Whose step it is."""
+    return actor.partition("<")[0].partition("/")[0]
+
+
 def is_within(actor: str) -> bool:
     """Does it go on with the step before, so that nobody comes between?"""
     return "/" in actor.partition("<")[0]

@@ -8,8 +8,9 @@ all k steps, which are not known before a run had as many, and of bugs that go b
 
 - How an actor goes on, where it may in several ways (which flow, one frame or two, a fault), is a coin, and
   no part of it.
-- Steps that only one actor can see do not count: a run of 500 stores into a page that nobody can reach yet
-  would swallow the points.  Which places several actors touch is learned from the runs so far.
+- Steps that only one process can see do not count: a run of 500 stores into a page that nobody can reach yet
+  would swallow the points.  Which places several of them touch is learned from the runs so far.  What is
+  told a process is an actor each, and its own state is no place that others see.
 - Who has gone on many times in a row while others could (a poll, a retry) falls below all others as well,
   and who could have gone on for many more choices, while several others kept each other busy (who polls and
   who answers), rises above all: or nobody would ever get on.  Of a run in which either happened nothing is
@@ -21,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from random import Random
 
-from simulator.search.option import Option
+from simulator.search.option import Option, is_within, process_of
 
 DEPTH = 3
 IN_A_ROW_MAX = 500
@@ -74,6 +75,8 @@ class PriorityChanges:
         )
 
     def choose(self, options: Sequence[Option]) -> int:
+        if is_within(options[0].actor):
+            return self._random.randrange(len(options))
         self._choices += 1
         for option in options:
             if option.actor not in self._priority:
@@ -112,8 +115,9 @@ class PriorityChanges:
         return any(touch.place in self._shared for touch in step.touches)
 
     def took(self, step: Option) -> None:
+        process = process_of(step.actor)
         for touch in step.touches:
-            if self._toucher.setdefault(touch.place, step.actor) != step.actor:
+            if self._toucher.setdefault(touch.place, process) != process:
                 self._shared.add(touch.place)
 
     def ended(self, failed: bool) -> bool:

@@ -194,6 +194,28 @@ def test_pct_starves_nobody_beside_those_who_keep_each_other_busy() -> None:
     assert (pct.runs, pct.whole) == (1, 0), "nothing is promised of it"
 
 
+def test_what_one_process_alone_touches_does_not_count_whatever_it_is_told() -> None:
+    """Its state is touched by its own steps and by all that is told it, each of them an actor."""
+    pct = PriorityChanges(0)
+    for actor in ("A", "A<door", "A<bell", "A/recv"):
+        pct.took(Option(actor, "goes on", frozenset({Touch("A's state", True)})))
+    pct.took(Option("A", "sends", frozenset({Touch("queue", True)})))
+    pct.took(Option("B<queue", "is told", frozenset({Touch("queue", True)})))
+    assert pct._shared == {"queue"}
+
+
+def test_a_way_within_a_step_is_no_step_that_goes_by_priorities() -> None:
+    pct = PriorityChanges(0, in_a_row_max=4)
+    shared = frozenset({Touch("x", True)})
+    for actor in "AB":
+        pct.took(Option(actor, "stores", shared))
+    ways = [Option("A/recv", way, shared) for way in ("one frame", "all frames")]
+    drawn = {pct.choose(ways) for _ in range(50)}
+    pct.ended(False)
+    assert drawn == {0, 1}
+    assert (pct.actors, pct.length, pct.whole) == (1, 1, 1), "nobody was drawn a priority, none counted"
+
+
 @pytest.mark.parametrize("program", [BUFFERING, CHANNELS], ids=["buffering", "channels"])
 def test_delays_come_in_order_and_each_schedule_once(program: Program) -> None:
     bound = Recorded(search := DelayBound())
