@@ -32,18 +32,27 @@ class _Running:
     stores: dict[str, int] = field(default_factory=lambda: {"cpu": 0, "device": 0})
 
     async def device_writes(self, chance: Random) -> None:
+        """First of all to the last page, which is the device's alone: however few there are, one faults."""
+        await self._device_writes(self._pages - 1, chance)
         while self.running:
-            await self.guest.fill(self._page(chance), pattern=chance.getrandbits(64))
-            self.stores["device"] += 1
+            await self._device_writes(chance.randrange(self._pages - 1), chance)
+
+    async def _device_writes(self, page: int, chance: Random) -> None:
+        await self.guest.fill(self._at(page), pattern=chance.getrandbits(64))
+        self.stores["device"] += 1
 
     async def cpu_writes(self, cpu: GuestCpu, chance: Random) -> None:
         while self.running:
-            at = self._page(chance) + 8 * chance.randrange(PAGE_SIZE // 8)
+            at = self._at(chance.randrange(self._pages - 1)) + 8 * chance.randrange(PAGE_SIZE // 8)
             await cpu.access([(at, struct.pack("<Q", chance.getrandbits(64)))])
             self.stores["cpu"] += 1
 
-    def _page(self, chance: Random) -> int:
-        return self.slot.gpa + chance.randrange(self.slot.size // PAGE_SIZE) * PAGE_SIZE
+    @property
+    def _pages(self) -> int:
+        return self.slot.size // PAGE_SIZE
+
+    def _at(self, page: int) -> int:
+        return self.slot.gpa + page * PAGE_SIZE
 
 
 async def play(ctx: Context) -> None:
