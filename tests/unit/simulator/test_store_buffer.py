@@ -267,3 +267,27 @@ def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
         faults.buffer, faults._buffers = StoreBuffer("kvmd"), True
         world.run(world.spawn(kvmd, body))
     assert file.bytes[0] == 5
+
+
+def test_a_store_that_waits_when_its_schedule_is_over_is_made() -> None:
+    """Its owner stands where it stood, and goes on in the next one."""
+    world, faults = World(Drawn(None)), Faults(["store-buffer"])
+    faults.put_into(world)
+    kvmd = SimProcess(world.host, "kvmd")
+    fd, mapping = kvmd.memfd("unit 0", 4096, peer_writes=False)
+    file = kvmd.file(fd)
+    assert isinstance(file, Memory)
+
+    def body() -> None:
+        mapping.view.cast("Q")[0] = 5
+        world.pause()
+
+    with injected(faults):
+        faults.buffer, faults._buffers = StoreBuffer("kvmd"), True
+        thread = world.spawn(kvmd, body)
+        assert not world.run(thread)
+        faults.end()
+        assert file.bytes[0] == 0
+        faults.next_schedule()
+        assert file.bytes[0] == 5
+        assert world.run(thread)
