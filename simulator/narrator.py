@@ -13,7 +13,7 @@ from simulator.faults.plan import FAULT
 from simulator.ghost.probes.watch import Watch
 from simulator.names import Messages, Names
 from simulator.search.diagram import draw, rows_of
-from simulator.search.option import Option, Strategy, is_within
+from simulator.search.option import Option, Strategy, is_within, process_of
 from simulator.search.replay import Recorded
 from simulator.world.journal import Journal
 
