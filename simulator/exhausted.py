@@ -47,6 +47,7 @@ from simulator.faults.kinds import EACH, FAULTS, drawn_among
 from simulator.options import NothingToPlay, playable
 from simulator.planted.belongs import invariants_of
 from simulator.planted.registry import PLANTED
+from simulator.pool import interrupts
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import Found, Tally, explore
 from simulator.seeking import comes_to_the_plant
@@ -234,9 +235,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle()
     record = OnRecord(given.record, version())
     try:
-        if given.plant:
-            return _seek(given.plant, over, record, given.seconds, given.faults)
-        return _search(over, given.faults, record, given.seconds)
+        with interrupts(at_once=True):
+            if given.plant:
+                return _seek(given.plant, over, record, given.seconds, given.faults)
+            return _search(over, given.faults, record, given.seconds)
     except KeyboardInterrupt:
         print(f"interrupted: {given.record} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -43,7 +43,7 @@ from simulator.planted.hunt import (
     table,
 )
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
-from simulator.pool import Stop, pooled
+from simulator.pool import Stop, interrupts, pooled
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.seeking import CleanCodeFails, find, scouted
 from simulator.settle import settle
@@ -73,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     lost: list[Sought] = []
     seek = partial(_sought, lost, most=given.most, others=given.others, code=code, workers=given.workers)
     try:
-        for done, (sought, end) in enumerate(
-            hunt(wanted, seek, record, given.most, lambda kept: given.again and kept.code != code), 1
-        ):
-            print(f"{done}: {_told(sought, end)}", file=sys.stderr, flush=True)
+        with interrupts(at_once=True):
+            for done, (sought, end) in enumerate(
+                hunt(wanted, seek, record, given.most, lambda kept: given.again and kept.code != code), 1
+            ):
+                print(f"{done}: {_told(sought, end)}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print(f"interrupted: {path} has what was found", file=sys.stderr)
         return EXIT_INTERRUPTED

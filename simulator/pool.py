@@ -79,9 +79,9 @@ def pooled(
 
 
 @contextmanager
-def interrupts() -> Iterator[Stop]:
-    """Has there been a Ctrl-C, or a SIGTERM?  At a second one nobody waits for what is under way: who does it
-    is killed, and it is lost."""
+def interrupts(*, at_once: bool = False) -> Iterator[Stop]:
+    """Has there been a Ctrl-C, or a SIGTERM?  `at_once`: the first is a KeyboardInterrupt.  At a second one
+    nobody waits for what is under way: who does it is killed, and it is lost."""
     seen = False
 
     def handle(*_: object) -> None:
@@ -89,6 +89,8 @@ def interrupts() -> Iterator[Stop]:
         if seen:
             for worker in active_children():
                 worker.kill()
+        if seen or at_once:
+            seen = True
             raise KeyboardInterrupt
         seen = True
 

@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.search.explore import PlayerLost, RunEnd
 from simulator.search.option import Option, Strategy
 from simulator.search.replay import Replay
@@ -132,16 +133,17 @@ class Forked:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A SIGINT waits for the end: a schedule takes milliseconds, and an exception at any place of the code
+    """A signal waits for the end: a schedule takes milliseconds, and an exception at any place of the code
     would leave forks and files behind."""
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum))
+    before = {number: signal.signal(number, lambda signum, _: came.append(signum)) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if came:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(came[0])
 
 
 def _said(child: int, pipe: int) -> bytes:

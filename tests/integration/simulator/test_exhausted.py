@@ -5,19 +5,22 @@ to what is on record.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmd.service import door
 from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, SIGNALS
 from simulator import exhausted
 from simulator.command import find
 from simulator.command import main as sim
 from simulator.exhausted import OnRecord, of_clean_code, searched, told
 from simulator.search.delay import DelayBound
 from simulator.search.exhaustive import Exhaustive, HiddenDependenceError
-from simulator.search.explore import Found, RunEnd, explore
+from simulator.search.explore import Found, RunEnd, Tally, explore
 from simulator.search.pct import PriorityChanges
 from simulator.search.replay import Replay
 from simulator.search.walk import RandomWalk
@@ -173,6 +176,24 @@ def test_a_failure_in_a_run_that_was_given_up_is_on_record(
     assert exhausted.main(["--story", "two-discard", "--design", "mirror", "--record", str(file)]) == 1
     (kept,) = json.loads(file.read_text())["searches"]
     assert (kept["ended"], kept["failed"]) == (True, 1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_on_record_what_has_ended(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_is_interrupted(pair: exhausted.Pair, **given: Any) -> tuple[Exhaustive, Tally]:
+        if (tmp_path / "record.json").exists():
+            assert callable(signal.getsignal(number)), "it would be this process's end"
+            signal.raise_signal(number)
+        return searched(pair, **given)
+
+    monkeypatch.setattr(exhausted, "searched", second_is_interrupted)
+    words = ["--story", "two-migrate", "--design", "pinned", "mirror"]
+    assert exhausted.main([*words, "--record", str(tmp_path / "record.json")]) == EXIT_INTERRUPTED
+    assert "has what was found" in capsys.readouterr().err
+    (kept,) = json.loads((tmp_path / "record.json").read_text())["searches"]
+    assert kept["ended"]
 
 
 def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

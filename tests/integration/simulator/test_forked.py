@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from qemu_shim.api import PAGE_SIZE, Context
+from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.command import find
 from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive
@@ -156,12 +157,13 @@ def test_a_fork_that_is_killed_is_nobodys_schedule() -> None:
     forked.renew()
 
 
-def test_who_is_interrupted_leaves_no_fork_behind() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a test run ignore it
-    forked = Forked(judged(in_the_fork(lambda: os.kill(HERE, signal.SIGINT))))
+@pytest.mark.parametrize("number", SIGNALS)
+def test_who_is_interrupted_leaves_no_fork_behind(number: int) -> None:
+    before = signal.signal(number, signal.default_int_handler)  # workers of a test run ignore one
+    forked = Forked(judged(in_the_fork(lambda: os.kill(HERE, number))))
     try:
         with pytest.raises(KeyboardInterrupt):
             forked(RandomWalk(1))
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     forked.renew()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_shim.vmm.designs import SHARED
+from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, SIGNALS
 from simulator import hunting, seeking
 from simulator.planted.hunt import MAX_SCHEDULES, Catch, RangeEnd, Record, Sought, seed_of
 from simulator.planted.registry import PLANTED, current, planted
@@ -93,6 +95,26 @@ def test_a_range_that_ends_in_an_error_is_told_and_the_others_go_on(
     assert f"R13-did-is-left {DEFAULT} 0: " in told.err
     assert "TypeError" in told.err
     assert status == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_on_record_what_was_found(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(tasks: Iterable[Any], *_: object) -> Generator[Any]:
+        first = next(iter(tasks))
+        future = Future[Any]()
+        future.set_result((None, 1.0))
+        yield first, future
+        assert callable(signal.getsignal(number)), "it would be this process's end"
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(hunting, "pooled", interrupted)
+    record = tmp_path / "planted.json"
+    words = ["R7-no-device-tlb", "--ranges", "2", "--record", str(record)]
+    assert hunting.main(words) == EXIT_INTERRUPTED
+    assert "has what was found" in capsys.readouterr().err
+    assert [*Record(record).read()] == [Sought("R7-no-device-tlb", DEFAULT, 0)]
 
 
 @pytest.mark.parametrize("error", [TypeError("of ours"), seeking.CleanCodeFails("I5: and its story")])
