@@ -154,9 +154,17 @@ class Sitting:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make schedules", description="what holds when no bug is planted")
     parser.add_argument(
-        "--story", "--stories", nargs="+", choices=tuple(STORIES), default=list(STORIES), metavar="S"
+        "--story",
+        "--stories",
+        nargs="+",
+        choices=tuple(STORIES),
+        default=list(STORIES),
+        metavar="S",
+        help="small stories (all)",
     )
-    parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
+    parser.add_argument(
+        "--design", nargs="+", choices=tuple(DESIGNS), default=[], help="to play them on (all they can be)"
+    )
     parser.add_argument(
         "--schedules",
         type=none_or_more,
@@ -172,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of a scenario or workload, {SCHEDULES_OF_SHARD} schedules each ({SEEDS})",
     )
     seeded = [name for name, named in STRATEGIES.items() if named.seeded]
-    parser.add_argument("--strategy", choices=seeded, default=DEFAULT)
+    parser.add_argument(
+        "--strategy", choices=seeded, default=DEFAULT, help=f"what chooses schedules ({DEFAULT})"
+    )
     parser.add_argument(
         "--faults",
         type=faults_of,

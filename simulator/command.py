@@ -149,9 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         "--design", default=SHARED.name, metavar="D", help=f"{', '.join(DESIGNS)}, or one of FILE.py's own"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the strategy")
-    parser.add_argument("--schedules", type=one_or_more, default=200, metavar="N")
+    parser.add_argument(
+        "--schedules", type=one_or_more, default=200, metavar="N", help="at most so many (200)"
+    )
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
-    parser.add_argument("--strategy", choices=tuple(STRATEGIES), default=DEFAULT)
+    parser.add_argument(
+        "--strategy", choices=tuple(STRATEGIES), default=DEFAULT, help=f"what chooses them ({DEFAULT})"
+    )
     parser.add_argument(
         "--plant",
         type=_plant,

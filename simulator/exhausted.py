@@ -210,12 +210,16 @@ def told(found: dict[str, Any]) -> str:
     return f"{what}: {'all ' if found['ended'] else ''}{counts}{left}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make exhausted", description="every interleaving of small stories", epilog=EPILOG
     )
-    parser.add_argument("--story", nargs="+", choices=SMALL_ENOUGH, default=SMALL_ENOUGH)
-    parser.add_argument("--design", nargs="+", choices=tuple(DESIGNS), default=[])
+    parser.add_argument(
+        "--story", nargs="+", choices=SMALL_ENOUGH, default=SMALL_ENOUGH, help="small stories (all these)"
+    )
+    parser.add_argument(
+        "--design", nargs="+", choices=tuple(DESIGNS), default=[], help="to play them on (all they can be)"
+    )
     parser.add_argument(
         "--faults",
         nargs="+",
@@ -225,8 +229,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a search for each of these: at most one fault of each kind (none)",
     )
     parser.add_argument("--seconds", type=float, default=SECONDS_EACH, metavar="N", help="of a search (600)")
-    parser.add_argument("--plant", nargs="+", choices=tuple(PLANTED), default=[], metavar="ID")
-    parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE")
+    parser.add_argument(
+        "--plant",
+        nargs="+",
+        choices=tuple(PLANTED),
+        default=[],
+        metavar="ID",
+        help="seek these bugs, each put in (none: nothing is to fail)",
+    )
+    parser.add_argument("--record", type=Path, default=EXHAUSTED, metavar="FILE", help=str(EXHAUSTED))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
     given = parser.parse_args(argv)
     try:
         over = playable(given.story, given.design)

@@ -114,7 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--most", type=one_or_more, default=MAX_SCHEDULES, metavar="N", help="schedules of a range"
     )
-    parser.add_argument("--strategy", nargs="+", choices=tuple(STRATEGIES), default=[DEFAULT])
+    parser.add_argument(
+        "--strategy",
+        nargs="+",
+        choices=tuple(STRATEGIES),
+        default=[DEFAULT],
+        help=f"what chooses schedules ({DEFAULT})",
+    )
     parser.add_argument("--others", action="store_true", help="by no story that was written for it")
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help=f"resumable ({RECORD}, {RECORD_OF_OTHERS})"
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=one_or_more, default=os.cpu_count() or 1, metavar="N", help="one a core"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="what was found, in place of the table")
     return parser
 
 
