@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qemu_shim.study.campaign.store import write_whole
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.command import find as story_of
@@ -92,9 +92,7 @@ class OnRecord:
         others = [other for other in self.kept[kind] if any(other[name] != one[name] for name in names)]
         self.kept[kind] = sorted([*others, one], key=lambda each: [each[name] for name in names])
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.write_text(json.dumps(self.kept, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        write_whole(self._path, f"{json.dumps(self.kept, indent=1)}\n".encode())
 
 
 def searched(

@@ -17,12 +17,12 @@ that was interrupted is counted with the schedules that it had; one that was not
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qemu_shim.study.campaign.store import write_whole
 from simulator.search.distinct import Distinct
 
 REPEATS_KEPT = 10
@@ -120,11 +120,8 @@ class Rows:
         return self.open.setdefault(play, CleanRow(play, self.code, seed))
 
     def write(self) -> None:
-        """All of it, or nothing."""
         rows = [*self._closed, *(row.as_json() for row in self.open.values())]
         rows.sort(key=lambda row: (_play(row), row["seeds"]))
         lines = ",\n".join(map(json.dumps, rows))
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-        os.replace(beside, self._path)
+        write_whole(self._path, f'{{"rows": [\n{lines}\n]}}\n'.encode())

@@ -8,7 +8,6 @@ sources it is, and stays when they change: who hunts says what is to be sought a
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from qemu_shim.study.campaign.store import write_whole
 from simulator.planted.belongs import invariants_of
 from simulator.planted.plant import Plant
 from simulator.planted.registry import PLANTED
@@ -135,9 +135,7 @@ class Record:
     def put(self, sought: Sought, end: RangeEnd) -> None:
         results = self.read() | {sought: end}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.write_text(_as_json(results), encoding="utf-8")
-        os.replace(beside, self._path)
+        write_whole(self._path, _as_json(results).encode())
 
 
 def of_json(record: Mapping[str, Any]) -> dict[Sought, RangeEnd]:

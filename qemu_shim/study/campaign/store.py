@@ -113,7 +113,7 @@ def _header(directory: Path, points: Sequence[Point] | None, code: str) -> list[
         if points is None or (directory / RUNS).exists():
             raise StoreRefused(f"{directory} holds no campaign: there is no {CAMPAIGN_FILE} in it")
         header = {"format": FORMAT, "code": code, "points": [point_as_json(point) for point in points]}
-        _write_whole(path, line_of(header))
+        write_whole(path, line_of(header))
         return list(points)
     try:
         found = json.loads(path.read_bytes())
@@ -138,7 +138,7 @@ def _header(directory: Path, points: Sequence[Point] | None, code: str) -> list[
     return there
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """There with all of `data` or not there at all, also after a crash."""
     new = path.with_suffix(".new")
     with new.open("wb") as file:
