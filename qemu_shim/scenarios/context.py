@@ -69,6 +69,7 @@ class Context:
         report: Report,
         *,
         alone: bool = True,
+        counted: bool = True,
     ) -> None:
         assert report.problems is run.problems
         self.host = host
@@ -80,6 +81,7 @@ class Context:
         self._run = run
         self._stack = stack
         self._recorder = Recorder(host, alone=alone)
+        self._is_counted = counted
         self._first: Snapshot | None = None  # when the first machines had come up
         self._starts = 0
         self._lives: dict[Guest, tuple[AsyncExitStack, MachineConfig]] = {}
@@ -104,7 +106,7 @@ class Context:
 
     async def boot_all(self, *wishes: Wishes) -> list[Guest]:
         """Machines side by side, each with devices of its own, and the sample `start` of all."""
-        await self._recorder.begin()
+        await self._begin()
         guests = []
         for wished in wishes:
             guests.append(await self._without_device(**wished))
@@ -114,7 +116,7 @@ class Context:
 
     async def boot_without_device(self, **wished: Unpack[Wishes]) -> Guest:
         """A machine of the design whose devices come later, and the sample `start`."""
-        await self._recorder.begin()
+        await self._begin()
         guest = await self._without_device(**wished)
         await self._started()
         return guest
@@ -140,8 +142,14 @@ class Context:
         """
         await self.host.kill(daemon)
 
+    async def _begin(self) -> None:
+        if self._is_counted:
+            await self._recorder.begin()
+
     async def _started(self) -> None:
         """The machines that came first are the sample `start`, the next `start 2`."""
+        if not self._is_counted:
+            return
         self._starts += 1
         await self.step("start" if self._starts == 1 else f"start {self._starts}")
         if self._first is None:
@@ -200,10 +208,6 @@ class Context:
     def elsewhere(self, pages: int) -> None:
         """So many pages of the host are not the machines'."""
         self._recorder.elsewhere += pages
-
-    def uncounted(self) -> None:
-        """VMs come and go that are not machines of ours: the run ends without figures."""
-        self._first = None
 
     # -- refusals ------------------------------------------------------------------------------------------
 

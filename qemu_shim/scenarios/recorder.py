@@ -64,12 +64,12 @@ class Recorder:
         for machine in self.machines:
             for device in machine.devices:
                 await device.portal.drain()
-        assert self._before is not None, "begin() comes first"
+        assert self._before is not None, "nothing is counted: begin() comes first"
         return await self._settled(UNDER_WAY, self._before)
 
     async def without(self, machine: Machine, close: Callable[[], Awaitable[None]]) -> Raw:
         """Its VM ends, and what it counted goes with it: how much, for other counts that began before."""
-        assert self._before is not None, "begin() comes first"
+        assert self._before is not None, "nothing is counted: begin() comes first"
         before = await self.quiet()
         self.machines.remove(machine)
         await close()

@@ -36,7 +36,7 @@ async def run_scenario(
     told = report or Report(scenario.name)
     run = Run(scenario.name, design.name, seed, scenario.with_defaults(params or {}), problems=told.problems)
     async with AsyncExitStack() as stack:
-        context = Context(host, design, run, stack, told, alone=alone)
+        context = Context(host, design, run, stack, told, alone=alone, counted=scenario.counted)
         try:
             await scenario.play(context)
             await context.finish()

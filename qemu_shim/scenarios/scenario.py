@@ -30,7 +30,7 @@ class Param:
 class Scenario:
     """`params` are numbers by name; `options` start its daemons, by the daemon's name; `designs` are those it
     can be played on, none named: any; `tags` name the steps of the RFC, or the notes, it plays out; `help` is
-    the whole story.
+    the whole story.  Not `counted`: nothing is, and it ends without figures; VMs of its own may come and go.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Scenario:
     designs: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     help: str = ""
+    counted: bool = True
 
     @property
     def playable(self) -> list[str]:

@@ -11,7 +11,7 @@ import errno
 import select
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -96,6 +96,8 @@ class SimProcess(FdTable):
         super().__init__(name, fd_limit)
         self.host = host
         self._made = count(1)
+        self.parks: Callable[[SimPoller], bool] | None = None
+        """What runs in it waits for that one, where it has nothing else to do: did something come of it?"""
 
     # -- fds -------------------------------------------------------------------------------------------
 

@@ -207,7 +207,6 @@ async def _end(ctx: Context, excerpt: Excerpt) -> None:
     guest = await ctx.boot_for(PAGES)
     machine, process = guest.machine, guest.machine.process
     hva = await process.mmap(SLOT_BYTES)
-    ctx.uncounted()
     for _ in excerpt.rounds():
         vm = await machine.host.kvmd.create_vm(process)
         vcpu = await vm.create_vcpu(0)

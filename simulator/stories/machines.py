@@ -44,7 +44,6 @@ async def _lend(ctx: Context, excerpt: Excerpt) -> None:
     await vfio.detach()
     process = machine.process
     hva = await process.mmap(SLOT_BYTES)
-    ctx.uncounted()
     for _ in excerpt.rounds():
         vm = await machine.host.kvmd.create_vm(process)
         vcpu = await vm.create_vcpu(0)
@@ -81,7 +80,6 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
     hva = await process.mmap(SLOT_BYTES)
     argp, bitmap = [await process.mmap(PAGE_SIZE) for _ in range(2)]
     uffd = await process.userfaultfd()
-    ctx.uncounted()
 
     async def served() -> None:
         for _ in range(2):

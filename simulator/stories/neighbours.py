@@ -51,7 +51,6 @@ async def _vm(ctx: Context, excerpt: Excerpt) -> None:
     file = await process.memfd("ram", SLOT_BYTES)
     hva = await process.mmap(SLOT_BYTES, kind="file_shared", file=file)
     await move(guest, await guest.add_slot(SLOT_BYTES, AT), hva)
-    ctx.uncounted()
     async with another_driver(ctx, guest) as driver:
         for _ in excerpt.rounds():
             for page in (AT, NEXT):

@@ -72,7 +72,6 @@ async def _hwpts(ctx: Context, excerpt: Excerpt) -> None:
     machine, second = guest.machine, await guest.plug(1)
     vfio, dev_id = second.plugged.vfio, second.plugged.dev_id
     await vfio.detach()
-    ctx.uncounted()
     async with _another_table(guest) as kvms:
         make: Callable[[], Awaitable[int]] = partial(kvms, machine.iommu, dev_id)
         if machine.container.tdp_fd is None:
@@ -103,7 +102,6 @@ async def _iommufd_closes(ctx: Context, excerpt: Excerpt) -> None:
     """An iommufd is closed under the making of an HWPT and under the attaching of its device (R13)."""
     guest = await ctx.boot_for(PAGES)
     machine = guest.machine
-    ctx.uncounted()
     async with _another_table(guest) as make:
         for _ in excerpt.rounds():
             vfio = await at_last(partial(machine.host.iommufdd.open_device, 1))

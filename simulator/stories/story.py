@@ -41,5 +41,10 @@ class SmallStory:
             await self.play(ctx, excerpt)
 
         return Scenario(
-            name=self.name, summary=self.summary, play=play, designs=self.designs, options=self.options
+            name=self.name,
+            summary=self.summary,
+            play=play,
+            designs=self.designs,
+            options=self.options,
+            counted=False,
         )

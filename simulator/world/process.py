@@ -6,16 +6,18 @@ strategy say which of the flows that are ready goes first.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
 
 from protocol.flow import Flows
+from protocol.rpc.loop import SERVE_NS
 from simulator.kernel.process import SimPoller, SimProcess, poller_of
 from simulator.world import trio_run
 from simulator.world.scheduler import World
 
+SERVES_NS = SERVE_NS // 10
 ROUNDING_S = 0.5e-9  # more than what floating point loses of an hour
 LONG_S = 3600.0  # who sleeps longer sleeps until it is woken
 
@@ -72,19 +74,40 @@ class Io:
         self._process = process
         self._clock = clock
         self._parked: dict[SimPoller, trio.lowlevel.Task] = {}
+        self._serves: trio.lowlevel.Task | None = None
+        self._slept = False  # before trio was asked how long
+        self._back_at = 0  # by then at the latest it goes by way of trio
         self._woken = False
         self._wakes: trio.lowlevel.Task | None = None
 
     def get_events(self, timeout: float, /) -> list[trio.lowlevel.Task]:
+        slept, self._slept = self._slept, False
         ready = self._ready()
-        if ready:
+        if ready or slept:
             return ready
         if timeout > 0:
-            limit = timeout if timeout < LONG_S else None
-            self._world.wait(list(self._parked), limit, lambda: self._woken)
+            self._sleeps(list(self._parked), timeout)
         else:
             self._world.point("goes on")
         return self._ready()
+
+    def parks(self, poller: SimPoller) -> bool:
+        """As who serves goes back to trio, and waits there where no other task can go on: that costs as much
+        as a message, and is no step.  False: trio is to look itself, at a deadline that is over, at who was
+        woken, or because who serves has served for long (SERVE_NS).
+        """
+        timeout = self._idle_s()
+        if trio.lowlevel.current_task() is not self._serves or timeout <= 0:
+            return False
+        self._sleeps([poller], timeout)
+        self._slept = self._world.now_ns() >= self._back_at or self._idle_s() <= 0
+        return not self._slept
+
+    def _idle_s(self) -> float:
+        return 0.0 if self._woken else trio_run.sleeps_for(self._clock)
+
+    def _sleeps(self, pollers: Sequence[SimPoller], timeout: float) -> None:
+        self._world.wait(pollers, timeout if timeout < LONG_S else None, lambda: self._woken)
 
     def _ready(self) -> list[trio.lowlevel.Task]:
         found = [task for poller, task in self._parked.items() if poller.found()] if self._parked else []
@@ -98,11 +121,12 @@ class Io:
             if task is self._wakes:
                 self._wakes, self._woken = None, False
             trio.lowlevel.reschedule(task)
+        self._back_at = self._world.now_ns() + SERVES_NS
         self._clock.judges = True  # trio asks for the time next (`unrolled_run`)
 
     async def wait_readable(self, fd: int, /) -> None:
         poller, task = poller_of(self._process, fd), trio.lowlevel.current_task()
-        self._parked[poller] = task
+        self._parked[poller] = self._serves = task
 
         def abort(_: object) -> trio.lowlevel.Abort:
             del self._parked[poller]
@@ -129,4 +153,9 @@ class Io:
 def run(world: World, process: SimProcess, main: Callable[[], Awaitable[Any]]) -> Any:
     """As `trio.run(main)` in that process; called in its thread."""
     clock = VirtualClock(world)
-    return trio_run.run(main, Io(world, process, clock), clock)
+    io = Io(world, process, clock)
+    process.parks = io.parks
+    try:
+        return trio_run.run(main, io, clock)
+    finally:
+        process.parks = None

@@ -312,10 +312,7 @@ class World:
         self._goes_to(self._main)
 
     def _standing(self) -> Iterator[str]:
-        for thread in self.threads:
-            if not thread.over:
-                stands = thread.standing and thread.steps[0].option.label
-                yield f"{thread.name} stands: {stands}" if stands else f"{thread.name} waits"
+        return (thread.where for thread in self.threads if not thread.over)
 
     def _take(self, option: Option) -> None:
         self._tell_taken()
@@ -462,9 +459,10 @@ class World:
         event = me.take()
         if event is not None and event in ready:
             return [event]
-        if not ready and timeout_s in (0, POLL_S):
+        if ready or timeout_s not in (0, POLL_S):
+            self.wait([poller], timeout_s)
+        elif timeout_s == 0 or (parks := me.process.parks) is None or not parks(poller):
             return []  # POLL_S is over: who served goes back to trio, where its other tasks have a turn
-        self.wait([poller], timeout_s)
         event = me.take()
         return [] if event is None else [event]
 

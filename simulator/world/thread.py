@@ -46,6 +46,11 @@ class SimThread:
     steps_of: int = -1  # when what it waits for was of that version
     made: dict[Hashable, Candidate] = field(default_factory=dict)  # most steps come again and again
 
+    @property
+    def where(self) -> str:
+        stands = self.standing and self.steps[0].option.label
+        return f"{self.name} stands: {stands}" if stands else f"{self.name} waits"
+
     def stands(self, label: str, touches: frozenset[Touch] = UNTOUCHED) -> None:
         """It is about to do that, which touches what each step of its does, and those."""
         self.standing = True

@@ -65,7 +65,8 @@ class _Order(Random):
         self._order = order
 
     def shuffle(self, x: MutableSequence[Any]) -> None:
-        """Trio sorted them by age, and takes the last first."""
+        """Trio sorted them by age, and takes the last first, out of that list."""
+        _run.GLOBAL_RUN_CONTEXT.turn = x
         if len(x) > 1:
             x[:] = reversed(self._order(list(x)))
 
@@ -94,6 +95,15 @@ def run(main: Callable[[], Awaitable[Any]], io: IoManager, clock: trio.abc.Clock
         events = io.get_events(timeout)
     assert runner.main_task_outcome is not None
     return runner.main_task_outcome.unwrap()
+
+
+def sleeps_for(clock: trio.abc.Clock) -> float:
+    """How long the run that is current could sleep by now, were its current task to wait; 0: not at all."""
+    current = _run.GLOBAL_RUN_CONTEXT
+    runner = current.runner
+    if runner.runq or current.turn:  # others can go on, be it in this turn
+        return 0.0
+    return max(0.0, clock.deadline_to_sleep_time(runner.deadlines.next_deadline()))
 
 
 def _runner(io: IoManager, clock: trio.abc.Clock) -> Any:

@@ -45,6 +45,7 @@ def test_trio_takes_what_it_is_given() -> None:
     assert "wakeup" in inspect.signature(INSIDES.EntryQueue).parameters
     source = inspect.getsource(INSIDES.unrolled_run)
     assert "_r.shuffle(batch)" in source
+    assert "task = batch.pop()" in source, "who is left in it can still go on"
     said = [line.strip() for line in source.partition("runner.io_manager.process_events")[2].splitlines()]
     assert "now = runner.clock.current_time()" in said[:8], "asked next, for deadlines"
 
