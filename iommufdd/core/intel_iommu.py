@@ -168,7 +168,7 @@ class IntelIommu:
                 await done
         return left
 
-    # awaits: asked, done: cannot change: from here on others find ours, which is set once
+    # awaits: asked, done, error: cannot change: from here on others find ours, which is set once
     async def _take_off(self, rid: int) -> None:
         """The function reaches nothing when this returns, and never again while this link lasts."""
         done = self._taken_off.get(rid)
@@ -180,7 +180,13 @@ class IntelIommu:
             self.tables.retire_context_entry(rid)
             await self.submit(qi.forget_function(rid))
             self.tables.clear_context_entry(rid)
-            await self._end_dma(rid)
+            try:
+                await self._end_dma(rid)
+            except UapiError as error:
+                if error.errno != errno.ENODEV:
+                    raise
+                await self.queue.submit([qi.wait()])  # the link broke, beside which the unit may still live
+                raise UapiError(errno.EIO, f"function {rid:#x} is still on the bus: {error}") from None
         except Exception as error:
             done.fail(error)
             raise

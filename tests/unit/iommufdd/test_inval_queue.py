@@ -355,6 +355,28 @@ def test_a_function_that_cannot_be_taken_off_the_bus_is_an_error_to_all_who_wait
     assert [errno_of(wait.result) for wait in (first, second, third)] == [errno.EIO] * 3
 
 
+def test_a_link_that_breaks_while_a_function_is_taken_off_the_bus_is_no_end_of_its_dma() -> None:
+    """The unit hears of it later (I13): ENODEV, which is an ack, is for when it has."""
+    unit, first = being_taken_off()
+    second = detach(unit)
+    unit.driver.lost()
+    unit.bus.fail(UapiError(errno.ENODEV, "the link is gone"))
+    unit.flows.run_ready()
+    assert (first.done, second.done) == (False, False)
+    unit.driver.gone()
+    unit.flows.run_ready()
+    assert [errno_of(wait.result) for wait in (first, second)] == [errno.ENODEV] * 2
+
+
+def test_a_live_link_that_knows_no_such_function_has_not_taken_it_off_the_bus() -> None:
+    unit, first = being_taken_off()
+    unit.bus.fail(UapiError(errno.ENODEV, "no such function behind this unit"))
+    unit.flows.run_ready()
+    unit.execute()
+    unit.completion()
+    assert errno_of(first.result) == errno.EIO
+
+
 def test_a_unit_that_goes_on_about_a_function_off_the_bus_is_believed_once() -> None:
     unit = MiniatureUnit()
     unit.driver.tables.add_function(RID, ats=True, pasid=True, pri=True)
