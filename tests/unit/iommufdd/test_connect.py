@@ -62,3 +62,16 @@ def test_a_host_that_goes_empties_every_table_before_any_window_is_given_back() 
     assert device.hwpt is None
     assert rig.asked()[-1] == "remove_memory"
     assert outcome(lambda: rig.run(rig.nodes[0].attach(hwpts[1], pinned=False))) == errno.ENODEV
+
+
+def test_a_host_that_goes_while_units_get_its_windows_leaves_none() -> None:
+    """No IOAS maps anything of it yet, so nobody else would take them back."""
+    rig = TwoNodes()
+    rig.hardware.hold()
+    ioas = rig.ioas()
+    mapped = rig.start(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    assert rig.asked()[-1] == "add_memory"
+    rig.gone[0]()
+    rig.hardware.let_go()
+    assert outcome(mapped.result) == errno.ENODEV
+    assert (rig.asked(), rig.mirrors[0].released, ioas.sources) == (["remove_memory"], True, set())
