@@ -63,12 +63,16 @@ class IommufdGroup:
             self._mutex.release()
 
     # awaits: device: it may be off already; asked again: with the mutex
-    # (tests/unit/iommufdd/test_group.py::test_two_detaches_at_once_detach_once_and_both_return)
-    async def detach(self, device: IommufdDevice) -> None:
-        """Nothing of the device uses an HWPT any more when this returns.  No error if nothing is attached."""
+    # (tests/unit/iommufdd/test_group.py::test_two_detaches_at_once_detach_once_and_both_return) | hwpt: the
+    # device may be on another; asked again: with the mutex
+    # (tests/unit/iommufdd/test_vfio.py::test_who_left_an_hwpt_while_its_kvm_was_lost_stays_where_it_went)
+    async def detach(self, device: IommufdDevice, hwpt: Hwpt | None = None) -> None:
+        """Nothing of the device uses `hwpt` any more when this returns, or any.  No error if nothing is
+        attached."""
         await self._mutex.acquire(write=True)
         try:
-            await self._detach(device)
+            if hwpt is None or device.hwpt is hwpt:
+                await self._detach(device)
         finally:
             self._mutex.release()
 

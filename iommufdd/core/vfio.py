@@ -129,7 +129,7 @@ class VfioDeviceFile:
     async def leave(self, hwpt: Hwpt) -> None:
         """Off that HWPT, if it is on it."""
         if self.bound is not None and self.bound.hwpt is hwpt:
-            await self._group.detach(self.bound)
+            await self._group.detach(self.bound, hwpt)
 
     # -- pinning ---------------------------------------------------------------------------------------
 

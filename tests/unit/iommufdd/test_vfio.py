@@ -8,6 +8,8 @@ import pytest
 
 from iommufdd.core.device import DeviceState
 from iommufdd.core.hmm import CallerMm, UserFd
+from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt_kvm import HwptKvm
 from protocol.units import PAGE_SIZE, Hva, Iova
 from tests.kit.platform import MM, TwoNodes
 from tests.unit.iommufdd.spaces import HVA, outcome
@@ -106,3 +108,18 @@ def test_the_end_of_an_iommufd_is_devices_then_hwpts_then_ioases() -> None:
     assert last == [*gone, "remove_memory", "unpin", "remove_memory"], "of the table, of the process"
     assert not list(rig.ctx.objects)
     assert rig.tables.pool.in_use == 0
+
+
+def test_who_left_an_hwpt_while_its_kvm_was_lost_stays_where_it_went() -> None:
+    """Who takes devices off waits for its turn, and by then the replacement is over."""
+    rig = TwoNodes()
+    device = rig.bind()
+    kvm, paging = rig.run(rig.kvm(device)), rig.run(rig.paging(device, rig.ioas()))
+    rig.run(rig.nodes[0].attach(kvm, pinned=False))
+    rig.hardware.hold()
+    replaced = rig.start(rig.nodes[0].attach(paging, pinned=False))
+    lost = rig.start(rig.platform.lose_kvm(rig.ctx.objects.get(kvm, HwptKvm)))
+    while not lost.done:
+        rig.hardware.let_one_go()
+    assert replaced.result() == paging
+    assert device.hwpt is rig.ctx.objects.get(paging, Hwpt)
