@@ -87,6 +87,7 @@ class Iopf:
             self.counts.malformed += 1
             rid, prgi, answered = reply_to(raw)
             if answered:
+                self.partial.forget(rid, prgi)
                 self._answer(rid, prgi, ResponseCode.INVALID)
             return
         verdict = judge(request)

@@ -49,10 +49,15 @@ class PartialGroups:
 
     def discard(self, rids: Iterable[int] | None = None) -> None:
         """Forget all of them, or those of these functions."""
-        for key in [key for key in self._groups if rids is None or key[0] in rids]:
-            held = self._groups.pop(key).requests
-            self._held[key[0]] -= len(held)
-            self.counts.partial_discarded += len(held)
+        for rid, prgi in [key for key in self._groups if rids is None or key[0] in rids]:
+            self.forget(rid, prgi)
+
+    def forget(self, rid: int, prgi: int) -> None:
+        """One group, if anything of it is held: it is answered, and its index another's from now on."""
+        group = self._groups.pop((rid, prgi), None)
+        if group is not None:
+            self._held[rid] -= len(group.requests)
+            self.counts.partial_discarded += len(group.requests)
 
     @property
     def held(self) -> int:

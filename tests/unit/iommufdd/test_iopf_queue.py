@@ -337,3 +337,13 @@ def test_the_check_of_partial_groups_can_fail(rid: int) -> None:
     other = replaced(queue)
     (found,) = queue.iopf.partial.check({rid: other})
     assert found == f"I24: function {RID:#x}, group 5: held for HWPT 5, which it is not on"
+
+
+def test_a_last_request_that_makes_no_sense_ends_its_group() -> None:
+    """It was answered, so the device uses the index again: the next group with it is another."""
+    queue = Queue()
+    malformed = bytearray(entry(2, 7))
+    malformed[31] = 1
+    assert queue.take(entry(1, 7, last=False), bytes(malformed)) == [(RID, 7, INVALID)]
+    assert queue.take(entry(3, 7)) == [(RID, 7, SUCCESS)]
+    assert queue.asked == [3]
