@@ -95,11 +95,11 @@ class Pinning:
         """Its owner is gone: nothing of it is left when this returns, nor comes of requests that sleep."""
         if account in self._accounts:
             self._accounts.remove(account)
-        for request in account.requests.values():
+        requests, account.requests = list(account.requests.values()), {}
+        for request in requests:
             request.over = True
-        while account.requests:
-            # await: account: cannot change: its importer asks no more, and each request is taken out before
-            await self._take_back(account.requests.popitem()[1])
+        if requests:
+            await self._take_back(*requests)
 
     async def close_all(self) -> None:
         while self._accounts:
@@ -334,11 +334,14 @@ class Pinning:
                 tdp_mmu.split(mmu, root, GfnSpan.of_pages(gfn, 1), LEVEL_4K)
         raise UapiError(errno.ENOMEM, f"pin of gfn {gfn:#x}: no page for a table of small entries")
 
-    async def _take_back(self, request: Request) -> int:
-        """The last pin of a page lets go of it, once nobody reaches what the host gave up meanwhile."""
-        gfns, request.gfns = request.gfns, set()
+    async def _take_back(self, *requests: Request) -> int:
+        """The last pin of a page lets go of it, once nobody reaches what the host gave up meanwhile.  Of all
+        of them in one turn: `forget` would not find a request that waits for its own."""
+        gfns = sorted(gfn for request in requests for gfn in request.gfns)
         pages, zapped = [], False
-        for gfn in sorted(gfns):
+        for request in requests:
+            request.gfns = set()
+        for gfn in gfns:
             pin = self.pinned[gfn]
             pin.count -= 1
             if not pin.count:

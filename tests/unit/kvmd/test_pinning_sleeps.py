@@ -249,6 +249,24 @@ def test_an_importer_that_comes_as_the_export_goes_is_refused() -> None:
     assert guest.sound()
 
 
+def test_a_slot_that_goes_while_its_importer_leaves_has_nothing_left_to_take_back() -> None:
+    """The importer of several requests waits for the acks of what the host gave up: it waits once, with all
+    of them taken back."""
+    guest = PinnedRam()
+    guest.change_slot(1, 0x800, 4, guest.map(4))
+    guest.pin(0x800, 2)
+    guest.pin(WORD)
+    guest.guest_write(guest.vcpu, (WORD + 1) << 12, b"x")
+    going = guest.start(dontneed(guest.mm, guest.hva_of(WORD + 1), PAGE))
+    leaving = guest.start(guest.vm.pinning.close(guest.account))
+    assert (going.done, leaving.done) == (False, False)
+    assert guest.sound()
+    guest.change_slot(1, 0, 0, 0)
+    guest.settle(leaving)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
+    assert guest.sound()
+
+
 # -- everything, and slots that come ----------------------------------------------------------------------
 
 
