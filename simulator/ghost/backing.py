@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 
+from protocol.pt.bits import READ, WRITE
 from simulator.ghost.spans import Spans, Translation
 
 Name = Hashable
@@ -40,6 +41,10 @@ class Truth:
     @property
     def known(self) -> bool:
         return self.shown is None or self.shown.space is not None
+
+    def shows_less(self, used: Translation) -> bool:
+        """Does the window lack the right to write that is used there?"""
+        return self.shown is not None and bool(used.rights & WRITE & ~self.shown.rights)
 
 
 class Backing:
@@ -117,6 +122,13 @@ class Backing:
     def pin(self, name: Name, page: int, frame: int) -> None:
         """`name`: the view or the space whose page it is."""
         self._pins.setdefault((name, page), Counter())[frame] += 1
+
+    def there(self, name: Name, page: int) -> Truth:
+        """What is behind a page of a view, or of a space; of one that is not watched nothing is known."""
+        if name in self.views:
+            return next(self.of(name, page, page + 1))
+        shown = Shown(name if name in self.spaces else None, page, READ | WRITE)
+        return next(self._through(page, page + 1, shown))
 
     def leave(self, name: Name, page: int, frame: int) -> None:
         """Nobody asks for the pin any more; it is let go of when nobody reaches the page."""

@@ -261,7 +261,12 @@ class Ghost:
         self.backing.changed(filler, space, start, end)
 
     def pinned(self, name: Name, page: int, frame: int) -> None:
+        """What the host has there in this step, or the pin holds what nobody has."""
         self.heard.change(heard.CHANGES_HOST)
+        truth = self.backing.there(name, page)
+        if truth.known and (truth.translation is None or truth.translation.frame != frame):
+            what = f"page {page:#x} of {name} is pinned in frame {frame:#x}"
+            self.verdicts.say("I5", f"{what}, the host has {frame_of(truth.translation)} there")
         self.backing.pin(name, page, frame)
 
     def pin_leaves(self, name: Name, page: int, frame: int) -> None:
@@ -347,6 +352,9 @@ class Ghost:
             self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
             return
         for truth in self.backing.of(view, page, page + 1):
+            if truth.shows_less(Translation(frame, WRITE if write else 0)):
+                self.verdicts.say("I21", f"{what}: beyond permission, it is shown to be read")
+                return
             if not truth.known or not list(self.backing.unpinned(view, truth, frame)):
                 return
             there = truth.translation

@@ -40,6 +40,10 @@ class HostJudge:
             return
         for truth in self._backing.of(facts.view, change.start, change.end):
             stored = change.after.moved(truth.start - change.start)
+            if truth.shows_less(stored):  # pinned or not: what is shown to be read is
+                what = f"root {change.root:#x} is stored page {truth.start:#x} -> frame {stored.frame:#x}"
+                self._verdicts.say("I21", f"{what} writable, and shows it to be read")
+                continue
             for part in self._backing.unpinned(facts.view, truth, stored.frame) if truth.known else ():
                 new = change.before is None or change.before.frame != change.after.frame
                 self._judge_stored(change.root, facts, part, stored.moved(part.start - truth.start), new)
