@@ -140,7 +140,7 @@ class Ioas(Object):
 
     async def map_slices(self, slices: Sequence[Slice], iova: Iova | None, *, writable: bool) -> Iova:
         """Map them one behind the other, all or none; the iova.  EINVAL, EOVERFLOW, EEXIST, ENOSPC; EPERM:
-        the pages are not to be written; of pinning, as `map`.
+        the pages are not to be written; ENODEV: their units are gone; of pinning, as `map`.
         """
         first, size = slices[0], sum(piece.size for piece in slices)
         # await: slices, first, iova, size: cannot change: the caller holds the pages
@@ -154,6 +154,8 @@ class Ioas(Object):
                 for pages, hva, length in slices:
                     if writable and not pages.writable:
                         raise UapiError(errno.EPERM, f"pages at {hva:#x}: they were mapped to be read alone")
+                    if not pages.source.bus.alive:  # and with it the windows they lie in
+                        raise UapiError(errno.ENODEV, f"pages at {hva:#x} were lent to units that are gone")
                     if hva & PAGE_OFFSET_MASK or length & PAGE_OFFSET_MASK:
                         raise UapiError(errno.EINVAL, f"pages at {hva:#x}+{length:#x}: not whole pages")
                     area = Area(at, length, hva, writable)

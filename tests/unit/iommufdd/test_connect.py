@@ -75,3 +75,18 @@ def test_a_host_that_goes_while_units_get_its_windows_leaves_none() -> None:
     rig.hardware.let_go()
     assert outcome(mapped.result) == errno.ENODEV
     assert (rig.asked(), rig.mirrors[0].released, ioas.sources) == (["remove_memory"], True, set())
+
+
+def test_pages_that_were_lent_to_units_that_went_are_not_copied_before_those_that_came() -> None:
+    """Those were never given their windows: DMA would end in no memory, or in a window another lent."""
+    rig = TwoNodes()
+    first, second = rig.ioas(), rig.ioas()
+    rig.run(first.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.hardware.alive = False
+    rig.nodes[0] = rig.open(0)
+    device = rig.bind()
+    assert outcome(lambda: rig.run(rig.paging(device, first))) == errno.ENODEV
+    rig.run(rig.paging(device, second))
+    slices = rig.run(first.slices(Iova(0), PAGE_SIZE))
+    assert outcome(lambda: rig.run(second.map_slices(slices, Iova(0), writable=True))) == errno.ENODEV
+    assert (second.hwpts[0].table.leaves, list(second.areas)) == ([0, 0, 0, 0], [])
