@@ -69,6 +69,8 @@ def attempt(
         elif isinstance(entry, Swapped):
             _swap_in(space, vma, entry)
         elif isinstance(entry, WpMarker):
+            if (asked := _ask_missing(vma, entry.hva, hva, write=write, user=user)) is not None:
+                return asked
             space.table.set(_file_entry(vma, entry.hva, write=write, uffd_wp=vma.uffd_wp))
         else:
             raise poisoned(hva)
@@ -114,9 +116,8 @@ def _missing(space: AddressSpace, vma: Vma, hva: Hva, *, write: bool, user: bool
     """No entry: make one."""
     level = _huge_level(space, vma, hva) if vma.file is None else vma.level
     head = Hva(align_down(hva, size_of_level(level)))
-    awaited = vma.file is None or not vma.file.has(vma.offset_of(head))
-    if awaited and vma.uffd is not None and vma.uffd_missing:
-        return vma.uffd.ask(hva, write=write, wp=False, user=user)
+    if (asked := _ask_missing(vma, head, hva, write=write, user=user)) is not None:
+        return asked
     if vma.file is not None:
         entry = _file_entry(vma, head, write=write, uffd_wp=False)
         if write and not vma.shared:
@@ -135,6 +136,15 @@ def _missing(space: AddressSpace, vma: Vma, hva: Hva, *, write: bool, user: bool
         entry = Pte(head, page.pfn, level, False, page)
     space.table.set(entry)
     return entry
+
+
+def _ask_missing(vma: Vma, head: Hva, hva: Hva, *, write: bool, user: bool) -> Wait[None] | None:
+    """A userfaultfd that is to bring the page at `head`, if neither it nor a file has it."""
+    if vma.uffd is None or not vma.uffd_missing:
+        return None
+    if vma.file is not None and vma.file.has(vma.offset_of(head)):
+        return None
+    return vma.uffd.ask(hva, write=write, wp=False, user=user)
 
 
 def _allocate(space: AddressSpace, vma: Vma, level: Level) -> Page:

@@ -164,6 +164,19 @@ def test_a_files_page_is_missing_only_if_the_file_has_none() -> None:
     assert file.pread(0, 6) == b"filled"
 
 
+def test_a_files_page_that_is_protected_before_it_is_there_is_missing_all_the_same() -> None:
+    rig = Registered()
+    file = MemoryFile(rig.host.memory, "f", 4 * PAGE)
+    hva = rig.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=True, file=file))
+    rig.run(rig.uffd.register(hva, 4 * PAGE, missing=True, wp=True))
+    rig.run(rig.uffd.writeprotect(hva, 4 * PAGE, on=True))
+    fault = rig.start(rig.mm.get_user_page(hva, write=False))
+    assert rig.event() == UffdFault(hva, False, False)
+    rig.run(rig.uffd.copy(hva, b"filled".ljust(PAGE, b"\0"), wp=True))
+    assert not fault.result().writable
+    assert rig.run(rig.mm.read(hva, 6)) == b"filled"
+
+
 # -- write protection ---------------------------------------------------------------------------------------
 
 
