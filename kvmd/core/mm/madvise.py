@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from kvmd.core.mm.page import LazyFree, Pte
+from kvmd.core.mm.page import Entry, LazyFree, Pte
 from kvmd.core.mm.reclaim import swap_range
 from kvmd.core.mm.space import AddressSpace, page_align
 from kvmd.core.mm.thp import collapse_part
@@ -62,14 +62,15 @@ async def _dontneed(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
     if start % page:
         raise UapiError(errno.EINVAL, f"MADV_DONTNEED at {start:#x}: within a page of {page:#x} bytes")
     end = Hva(align_down(end, page))
+    drop = space.table.clear if vma.file is None else space.table.zap
     # await: end: cannot change: a value of our own
-    return await space.change(start, end, partial(_zap, space, start, end)) if start < end else 0
+    return await space.change(start, end, partial(_drop, space, start, end, drop)) if start < end else 0
 
 
-def _zap(space: AddressSpace, start: Hva, end: Hva) -> int:
+def _drop(space: AddressSpace, start: Hva, end: Hva, drop: Callable[[Entry], None]) -> int:
     entries = space.table.within(start, end)
     for entry in entries:
-        space.table.zap(entry)
+        drop(entry)
     return len(entries)
 
 

@@ -15,7 +15,7 @@ from copy import copy
 
 from kvmd.core.mm.memory import PageAllocator
 from kvmd.core.mm.notifier import Notified, Range
-from kvmd.core.mm.page import Entry, Mapper, Page, PageKind, Poisoned, Pte, Swapped, WpMarker
+from kvmd.core.mm.page import Entry, Mapper, Page, Poisoned, Pte, Swapped, WpMarker
 from protocol.units import LEVEL_2M, PAGE_SIZE, Hva, Level, Pfn, pages_of_level, size_of_level
 
 _MASK = {Level(level): -size_of_level(Level(level)) for level in (1, 2, 3)}
@@ -64,17 +64,21 @@ class PageTable(Mapper):
         self._drop(entry, None)
 
     def zap(self, entry: Entry) -> None:
-        """Clear, but a file's page that a userfaultfd write-protects is protected when it comes back."""
-        if isinstance(entry, Pte) and entry.uffd_wp and entry.page.kind is PageKind.FILE:
+        """Clear, in a mapping of a file: what a userfaultfd protects is protected when it comes back."""
+        if isinstance(entry, Pte | Swapped) and entry.uffd_wp:
             self.set(WpMarker(entry.hva, entry.level))
-        else:
+        elif not isinstance(entry, WpMarker):
             self.clear(entry)
 
     def move(self, entry: Entry, hva: Hva) -> None:
-        """The same entry at another address."""
+        """The same entry at another address, where no userfaultfd protects it."""
         moved = copy(entry)
         moved.hva = hva
         del self._entries[entry.hva]
+        if isinstance(moved, WpMarker):
+            return
+        if isinstance(moved, Pte | Swapped):
+            moved.uffd_wp = False
         self._entries[hva] = moved
         if isinstance(entry, Pte):
             del entry.page.entries[self, entry.hva]

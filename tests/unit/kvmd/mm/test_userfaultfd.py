@@ -221,7 +221,7 @@ def test_a_files_page_is_writable_at_once_unless_writes_are_waited_for() -> None
     assert world.run(rig.mm.get_user_page(second, write=True)).writable
 
 
-@pytest.mark.parametrize("what", ["swap", "dontneed", "fault"])
+@pytest.mark.parametrize("what", ["swap", "dontneed", "dontneed twice", "fault"])
 def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
     rig = Registered()
     world = rig
@@ -233,13 +233,30 @@ def test_protection_of_a_files_page_survives_its_absence(what: str) -> None:
     world.run(rig.uffd.writeprotect(hva, 4 * PAGE, on=True))
     if what == "swap":
         world.run(swap_out(rig.mm, hva, PAGE))
-    elif what == "dontneed":
+    for _ in range({"dontneed": 1, "dontneed twice": 2}.get(what, 0)):
         world.run(dontneed(rig.mm, hva, PAGE))
     assert world.run(rig.mm.read(hva, 4)) == (bytes(4) if what == "fault" else b"kept")
     fault = world.start(rig.mm.get_user_page(hva, write=True))
     assert rig.event() == UffdFault(hva, True, True)
     world.run(rig.uffd.writeprotect(hva, 4 * PAGE, on=False))
     assert fault.result().writable
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_protection_of_a_copy_survives_its_end(swapped: bool) -> None:
+    """In a private mapping of a file it is the file's page that comes next."""
+    rig = Registered()
+    file = MemoryFile(rig.host.memory, "f", 4 * PAGE)
+    hva = rig.run(rig.mm.mmap(None, 4 * PAGE, RW, file=file))
+    rig.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
+    rig.run(rig.mm.write(hva, b"copy"))
+    rig.run(rig.uffd.writeprotect(hva, PAGE, on=True))
+    if swapped:
+        assert rig.run(swap_out(rig.mm, hva, PAGE)) == 1
+    rig.run(dontneed(rig.mm, hva, PAGE))
+    assert rig.run(rig.mm.read(hva, 4)) == bytes(4)
+    assert not rig.start(rig.mm.get_user_page(hva, write=True)).done
+    assert rig.event() == UffdFault(hva, True, True)
 
 
 def test_protection_survives_swap() -> None:
@@ -269,6 +286,24 @@ def test_a_child_and_a_moved_range_are_not_registered(how: str) -> None:
     else:
         moved = rig.run(mremap(rig.mm, rig.hva, 8 * PAGE, 8 * PAGE, Hva(0x7000_0000)))
         assert rig.run(rig.mm.get_user_page(moved, write=True)).writable
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_protected_is_not_where_it_is_moved_to(swapped: bool, shared: bool) -> None:
+    """[mm mremap.c, move_ptes] Whoever registers there later has protected nothing yet."""
+    rig = Registered()
+    file = MemoryFile(rig.host.memory, "f", 4 * PAGE) if shared else None
+    hva = rig.run(rig.mm.mmap(None, 4 * PAGE, RW, shared=shared, file=file))
+    rig.run(rig.uffd.register(hva, 4 * PAGE, missing=False, wp=True))
+    rig.run(rig.mm.write(hva, b"x"))
+    rig.run(rig.uffd.writeprotect(hva, 4 * PAGE, on=True))
+    if swapped:
+        assert rig.run(swap_out(rig.mm, hva, PAGE)) == 1
+    moved = rig.run(mremap(rig.mm, hva, 4 * PAGE, 4 * PAGE, Hva(0x7000_0000)))
+    rig.run(rig.uffd.register(moved, 4 * PAGE, missing=False, wp=True))
+    rig.run(rig.mm.write(moved, b"y" * 4 * PAGE))
+    assert rig.run(rig.mm.read(moved, 4 * PAGE)) == b"y" * 4 * PAGE
 
 
 # -- what is refused -------------------------------------------------------------------------------------
