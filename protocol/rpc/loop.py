@@ -45,6 +45,7 @@ class Loop:
         """What is received; handled before anybody of the process receives again."""
         self._epoll = kernel.poller()
         self._ready: dict[int, Callable[[int], None]] = {}
+        self._gone: set[int] = set()  # fds that are watched no more, since events were last asked for
         self._dirty: list[Flushable] = []
         self._next_turn: Wait[None] = Wait()
         self._turned = kernel.event()
@@ -68,6 +69,7 @@ class Loop:
     def unregister(self, fd: int) -> None:
         """Before `fd` is closed, which takes it out of the set even if this fails."""
         del self._ready[fd]
+        self._gone.add(fd)
         with suppress(OSError):
             self._epoll.unregister(fd)
 
@@ -100,16 +102,19 @@ class Loop:
         """Wait up to `timeout_s` for events and serve them.  False when there were none, nor somebody who
         polls.
         """
+        gone = self._gone
+        gone.clear()
         events = self._epoll.poll(TICK_S if self._ticks else timeout_s, MAX_EVENTS)
-        ready = self._ready
-        for fd, what, callback in [(fd, what, ready.get(fd)) for fd, what in events]:
+        for fd, what in events:
             # an earlier event may have closed it, and made another file of that number, which is not meant
-            if callback is not None and ready.get(fd) is callback:
-                try:
-                    callback(what)
-                except Exception as error:  # ours, not the peer's: channels turn those into a close
-                    self.report(error)
-                self.settle()
+            callback = None if fd in gone else self._ready.get(fd)
+            if callback is None:
+                continue
+            try:
+                callback(what)
+            except Exception as error:  # ours, not the peer's: channels turn those into a close
+                self.report(error)
+            self.settle()
         if self._ticks:
             self._fire_ticks()
             return True
