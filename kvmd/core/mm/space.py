@@ -88,7 +88,8 @@ class AddressSpace:
 
     def shows_pinned(self, start: Hva, end: Hva) -> bool:
         """Is a page of a file that is mapped in start..end pinned: by whoever has the file, at its offset?"""
-        parts = (vma.part(start, end) for vma in self.vmas.overlapping(start, end))
+        vmas = self.vmas.overlapping(start, end)
+        parts = [vma.part(Hva(max(start, vma.start)), Hva(min(end, vma.end))) for vma in vmas]
         return any(part.file.pinned(part.offset, part.offset_of(part.end)) for part in parts if part.file)
 
     # -- changes ---------------------------------------------------------------------------------------

@@ -224,6 +224,16 @@ def test_what_a_device_has_by_its_offset_in_a_file_is_mapped_like_what_it_has_by
     assert check_vm(world.vm) == []
 
 
+@pytest.mark.parametrize("page", [0, PAGES - 1])
+def test_what_a_device_has_of_a_file_beside_what_is_mapped_of_it_is_nobody_s(page: int) -> None:
+    """The guest has other memory there since, and what of the file is mapped before or behind it is free."""
+    world = Filed()
+    world.run(world.mm.mmap(world.at(page), PAGE, RW, fixed=True))
+    world.pin_file(page)
+    world.run(world.convert(0, PAGES))
+    assert check_vm(world.vm) == []
+
+
 def test_an_offset_is_no_address() -> None:
     """A file's byte 0x3000 says nothing of what the process has at 0x3000."""
     world = Beside()
