@@ -251,10 +251,10 @@ class Pinning:
                 self._hold(request, gfn)
                 return
             hva = slot.hva_of(gfn)
-            if (change := self._frames.host_changes.change_over(hva, gfn)) is not None:
+            if self._frames.host_changes.is_changing(hva, gfn):
                 # await: asked, request: all of it; asked again: from the start
                 # (tests/unit/kvmd/test_pinning_sleeps.py::test_what_is_tracked_meanwhile_is_not_pinned)
-                await change
+                await self._frames.host_changes.settled(hva, gfn)
                 continue
             # await: asked, request, slot: all of it; asked again: `_stands`
             # (tests/unit/kvmd/test_pinning_sleeps.py::test_a_pin_is_refused_by_what_came_later)
@@ -363,6 +363,6 @@ class Pinning:
         assert slot is not None, "a pin goes with its slot"
         hva = slot.hva_of(gfn)
         page = self._frames.mm.present_page(hva)
-        if page is None or not page.writable or self._frames.host_changes.change_over(hva, gfn) is not None:
+        if page is None or not page.writable or self._frames.host_changes.is_changing(hva, gfn):
             return False
         return first_pfn(slot, gfn, page, LEVEL_4K) == pin.pfn

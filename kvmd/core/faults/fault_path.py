@@ -108,7 +108,7 @@ class FaultPath:
         private = frames.private.serves(slot, gfn)
         hva = slot.hva_of(gfn)
         if frames.host_changes.is_changing(hva, gfn):  # no use to look the page up until the host is done
-            await frames.host_changes.over
+            await frames.host_changes.settled(hva, gfn)
             return None
         seq = frames.host_changes.seq
         try:

@@ -106,9 +106,10 @@ class HostChanges:
         """An invalidation is in progress: the table is ahead of the host's page map."""
         return bool(self._in_progress or self._gfns_in_progress)
 
-    def change_over(self, hva: Hva, gfn: Gfn) -> Wait[None] | None:
-        """What to wait for while the host changes what it has at `hva`."""
-        return self.over if self.is_changing(hva, gfn) else None
+    async def settled(self, hva: Hva, gfn: Gfn) -> None:
+        """Returns when the host is done with what it has at `hva`, however many other changes end before."""
+        while self.is_changing(hva, gfn):
+            await self.over
 
     def is_changing(self, hva: Hva, gfn: Gfn) -> bool:
         if not self.in_progress:

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
-from kvmd.core.faults.page_fault import RESOLVED, FaultResult
+from kvmd.core.faults.page_fault import MAX_TRIES, RESOLVED, FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.fault import FaultCounts
+from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.madvise import dontneed
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.page import MappedPage
 from kvmd.core.mm.reclaim import migrate
 from kvmd.core.vm import Kvm
 from protocol.kvm_run import ExitReason
-from protocol.units import Gfn, Hva
+from protocol.units import Gfn, GfnSpan, Hva
+from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.kvmd import MM_CHANGES, WRITE, World
 from tests.kit.lent import Lent
 
@@ -129,6 +131,28 @@ def test_a_fault_beside_a_range_that_changes_does_not_wait(rig: Scheduled) -> No
     rig.start(dontneed(rig.mm, rig.hva, PAGE))
     assert rig.guest_write(rig.vcpu, 0x10_1000, b"x").done == 1
     rig.ack(rig.importer)
+
+
+def test_who_waits_for_a_change_does_not_tire_of_others_beside_it(rig: Scheduled) -> None:
+    """Another MMU of the process takes its time to let go of one page, and meanwhile others change often."""
+    slow, mirror = SlowImporter(), Mirror(rig.mm)
+    rig.run(mirror.register(slow, HandLease()))
+    mirror.watch(rig.hva, PAGE)
+    rig.fault()
+    over = rig.start(dontneed(rig.mm, rig.hva, PAGE))
+    rig.ack(rig.importer)
+    fault = rig.start(rig.exported.fault(rig.vm.fault_path, rig.mm.cookie, Gfn(0x100), WRITE))
+    pin = rig.start(rig.vm.pinning.pin(rig.vm.pinning.open(), GfnSpan.of_pages(Gfn(0x100), 1)))
+    for _ in range(MAX_TRIES + 1):
+        rig.do(dontneed(rig.mm, rig.hva_of(0x102), PAGE))
+    assert (over.done, fault.done, pin.done) == (False, False, False)
+    slow.ack()
+    rig.flows.run_ready()
+    assert over.done
+    assert fault.result() is FaultResult.FIXED
+    pin.result()
+    assert rig.vm.fault_path.retries == 1
+    assert check_vm(rig.vm) == []
 
 
 @pytest.mark.parametrize("seq_start", [0, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1])
