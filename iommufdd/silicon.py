@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import NoReturn
 
 import structlog
 from pydantic import ValidationError
 
 from iommufdd.core.counts import UnitCounts
 from iommufdd.core.hardware import FunctionInfo, LentMemory
+from iommufdd.core.hwpt import NOT_LENT
 from iommufdd.core.intel_iommu import IntelIommu, UnitMemory
 from iommufdd.lent import LentWindows
 from iommufdd.unit_memory import LinkMemory
 from iommufdd.unit_port import UnitPort
-from protocol.errors import PeerError, UapiError
+from protocol.errors import PeerError, UapiError, shown
 from protocol.hw.caps import Cap, Ecap
 from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
@@ -80,6 +82,8 @@ class Silicon:
         for found in caps.functions:
             if found.unit >= len(caps.units):
                 raise PeerError(f"device_sim: {found.name} is behind unit {found.unit}, which is not there")
+        if len({found.rid for found in caps.functions}) < len(caps.functions):
+            raise PeerError("device_sim: two functions have one requester id")
         return caps
 
     async def _bring_up(self, caps: uapi.CapsReply) -> None:
@@ -122,6 +126,13 @@ class Silicon:
             for event in PrqReport.of_queue(entries, unit.page_requests.seq):
                 TRACE.emit(event)
         self.on_page_requests(unit, entries, overflow)
+
+    def _broken(self, why: str) -> NoReturn:
+        """Who says what cannot be loses the link: ENODEV."""
+        assert self._link is not None
+        log.error("the silicon is not to be trusted: its link ends", why=why)
+        self._link.close()
+        raise UapiError(errno.ENODEV, f"device_sim: {why}")
 
     def _gone(self) -> None:
         """The link is."""
@@ -168,7 +179,9 @@ class Silicon:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""
         assert isinstance(lent, LentWindows), "what is lent was made by our own clients"
         reply = await self.ask("MEMORY_ADD", {"windows": lent.windows}, lent.take_fds())
-        memory: int = reply.body["memory"]
+        memory = reply.body.get("memory")
+        if type(memory) is not int or memory <= NOT_LENT:
+            self._broken(f"a set of windows that is called {shown(memory)}")
         return memory
 
     async def remove_memory(self, memory: int) -> None:

@@ -2,15 +2,17 @@
 
 Models dmar_fault [Linux intel/dmar.c] on [VT-d 7.3]: from the record that FSTS names on, each with F is read
 and its F cleared, until one has none; PFO is cleared last.
-Must hold: of a record the half with F is read first, so that the other half is of the same fault.
+Must hold: of a record the half with F is read first, so that the other half is of the same fault; CAP is the
+unit's word, and places no record beyond its page (PeerError).
 """
 
 from __future__ import annotations
 
 from iommufdd.core.unit_registers import UnitRegisters
+from protocol.errors import PeerError
 from protocol.hw.caps import Cap
 from protocol.hw.faults import FAULT_RECORD_SIZE
-from protocol.hw.vtd_regs import FSTS_FRI, Fsts, Reg
+from protocol.hw.vtd_regs import FSTS_FRI, REGISTER_PAGE, Fsts, Reg
 
 
 class FaultRecords:
@@ -18,6 +20,8 @@ class FaultRecords:
         self._registers = registers
         self._offset = cap.fro
         self._count = cap.nfr
+        if cap.fro + cap.nfr * FAULT_RECORD_SIZE > REGISTER_PAGE:
+            raise PeerError(f"{cap.nfr} fault recording registers at {cap.fro:#x}: beyond the register page")
 
     def take(self, fsts: int) -> list[bytes]:
         """Those not read yet, the oldest first."""

@@ -109,7 +109,10 @@ class IommufddApp:
         gc.collect()
 
     def _on_page_requests(self, unit: IntelIommu, entries: bytes, overflow: bool) -> None:
-        self.platform.iopfs[unit].prq_event(entries, overflow=overflow)
+        iopf = self.platform.iopfs.get(unit)
+        if iopf is None:  # its functions may do no DMA yet
+            raise PeerError("page requests came before the unit was brought up")
+        iopf.prq_event(entries, overflow=overflow)
 
     def _on_faults(self, records: list[bytes]) -> None:
         self.faults_recorded += len(records)

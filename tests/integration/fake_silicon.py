@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from device_sim.config import FIRST_RID
-from device_sim.core.traits import capabilities
+from device_sim.core.traits import FAULT_RECORDS_AT, capabilities
 from protocol.flow import Flows
 from protocol.kernel.linux import LINUX
 from protocol.kernel.port import StreamSocket
@@ -20,7 +20,7 @@ from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
 from qemu_shim.vmm.machine import Host, connect_host
-from tests.integration.fake_unit import FakeUnit
+from tests.integration.fake_unit import ENTRY, PQT, FakeUnit
 from tests.kit.daemons import System, eventually, short_directory
 from tests.kit.vmm import Vmm, bare_vm, bind_device, nothing_left
 
@@ -53,6 +53,11 @@ class FakeSilicon:
         self.asked: list[str] = []
         self.link: Channel | None = None
         self.unit: FakeUnit | None = None
+        self.memory: object = 1  # what it says a set of windows is called
+        self.fro = FAULT_RECORDS_AT
+        self.lets_go = False  # does it, of all it was lent, when the link ends?
+        self.is_early = False  # does it ask for a page before it was told to translate?
+        self.step = 8  # from one function to the next
         self._held: list[int] = []  # leases and windows
         self._windows: list[tuple[int, memoryview]] = []  # of the driver's: where, and the bytes
         self._doors: list[Channel] = []
@@ -73,10 +78,13 @@ class FakeSilicon:
         elif op == "UNIT":
             self.unit = FakeUnit(self.loop, self._at, self._answered, fds.peek(0))
             channel.answer(request_id, {}, self.unit.give_fds())
+            if self.is_early:
+                self.unit.show(PQT, ENTRY, 8)
+                self.unit.page_request.signal()
         elif op == "MEMORY_ADD":
             self._map(body["windows"], fds)
             self._held += [fds.take(n) for n in range(len(fds))]
-            channel.answer(request_id, {"memory": 1})
+            channel.answer(request_id, {"memory": self.memory})
         elif op == "MEMORY_REMOVE":
             self.let_go()
             channel.answer(request_id, {})
@@ -84,11 +92,11 @@ class FakeSilicon:
             channel.answer(request_id, {})
 
     def _caps(self) -> Body:
-        cap, ecap = capabilities()
+        cap, ecap = capabilities(fro=self.fro)
         usual = dict.fromkeys(("pasid", "ats", "pri", "pasid_required"), True)
         functions = [
             {
-                "rid": RID + 8 * n,
+                "rid": RID + self.step * n,
                 "name": f"dsa{n}",
                 "unit": 0,
                 "group": n,
@@ -120,6 +128,8 @@ class FakeSilicon:
         unit, self.unit = self.unit, None
         if unit is not None:
             unit.close()
+        if self.lets_go:
+            self.let_go()
 
     async def wait_answers(self, count: int) -> list[tuple[int, int, int]]:
         """Exactly that many, and no more while iommufdd answers something else."""

@@ -18,6 +18,7 @@ from protocol.units import PAGE_SIZE
 from tests.integration.fake_silicon import RID, FakeSilicon, hostile, page_request
 from tests.integration.fake_unit import FSTS, GSTS, IQERCD, IQH, PAGE, PQT, PRS, FakeUnit
 from tests.kit.daemons import eventually
+from tests.kit.refusals import refused
 from tests.kit.vmm import Vmm
 
 SEED = 20231202
@@ -162,6 +163,41 @@ async def test_a_detach_waits_for_a_unit_that_answers_nothing_until_it_has_let_g
             assert not is_detached.is_set()
             fake.let_go()
         assert await rig.host.iommufdd.violations() == []
+
+
+def records_beyond(fake: FakeSilicon) -> None:
+    fake.fro = PAGE - 63 * 16  # the last of 64 is behind the page
+
+
+def two_of_one_name(fake: FakeSilicon) -> None:
+    """An invalidation by requester id would reach one of them."""
+    fake.functions, fake.step = 2, 0
+
+
+def memory_without_number(fake: FakeSilicon) -> None:
+    fake.memory = None
+
+
+def memory_of_no_number(fake: FakeSilicon) -> None:
+    fake.memory = 0
+
+
+def asks_early(fake: FakeSilicon) -> None:
+    fake.is_early = True
+
+
+@pytest.mark.parametrize(
+    "wrong", [records_beyond, two_of_one_name, memory_without_number, memory_of_no_number, asks_early]
+)
+async def test_what_no_unit_is_is_not_taken_for_one(wrong: Callable[[FakeSilicon], None]) -> None:
+    async with hostile() as (fake, rig):
+        assert fake.link is not None
+        fake.link.close()
+        await link_ends(fake, rig)
+        wrong(fake)
+        fake.lets_go = True
+        with refused(errno.ENODEV):
+            await rig.host.iommufdd.open_device(0)
 
 
 @pytest.mark.parametrize("seed", range(6))
