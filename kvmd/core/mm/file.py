@@ -68,7 +68,7 @@ class MemoryFile(Mappable):
         else:
             page = self._memory.swap_in(held, SHARED_OWNER, PageKind.FILE)
             self._memory.put_swap(held)
-        page.cached = True
+        page.cached, page.index = True, index
         self._cache[index] = page
         return page
 
@@ -92,8 +92,8 @@ class MemoryFile(Mappable):
 
     def swap_out(self, page: Page) -> None:
         """An unmapped page of ours leaves memory.  ENOMEM: swap is full."""
-        index = next(i for i, held in self._cache.items() if held is page)
-        self._cache[index] = self._memory.swap_out(page, 1)
+        assert self._cache[page.index] is page, "not ours"
+        self._cache[page.index] = self._memory.swap_out(page, 1)
         page.cached = False
         self._memory.put(page)
 

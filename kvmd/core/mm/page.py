@@ -43,6 +43,7 @@ class Page:
     exclusive: bool = False
     poisoned: bool = False
     cached: bool = False  # a file holds it
+    index: int = 0  # its place in that file, in pages of its size
     pins: int = 0  # long-term pins: it must stay where it is
     marks: int = 0  # entries that say it failed
     entries: dict[tuple[Mapper, Hva], None] = field(default_factory=dict)  # what maps it, or part of it
