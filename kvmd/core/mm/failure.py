@@ -13,7 +13,7 @@ from functools import partial
 
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
+from kvmd.core.mm.notifier import ToldRanges, edit_notified, joined
 from kvmd.core.mm.page import Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
@@ -44,15 +44,15 @@ async def _fail(mm: Mm, hva: Hva) -> None:
         if page.kind is PageKind.ZERO:
             raise UapiError(errno.EBUSY, f"hva {hva:#x}: the zero page is not given up")
         ranges = joined(users_of(page))
-        if await edit_notified(ranges, partial(_poison, mm, hva, page, ranges)):
+        if await edit_notified(ranges, partial(_poison, mm, hva, page, ToldRanges(ranges))):
             return
 
 
-def _poison(mm: Mm, hva: Hva, page: Page, told: list[Range]) -> bool:
+def _poison(mm: Mm, hva: Hva, page: Page, told: ToldRanges) -> bool:
     entry = mm.table.find(hva)
     if not isinstance(entry, Pte) or entry.page is not page:
         return False
-    if not all(covers(told, user) for user in users_of(page)):
+    if not all(told.covers(user) for user in users_of(page)):
         return False
     vma = mm.vmas.find(hva)
     if vma is not None and vma.level == LEVEL_4K and page.level > LEVEL_4K:

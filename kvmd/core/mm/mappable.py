@@ -8,10 +8,11 @@ range, and looks again for mappings made meanwhile, until none is left (I6).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from kvmd.core.mm.claims import Claims
-from kvmd.core.mm.notifier import Notified, Range, covers, edit_notified
+from kvmd.core.mm.notifier import Notified, Range, ToldRanges, edit_notified
 from kvmd.core.mm.page import Entry, Page, PageKind, Pte
 from kvmd.core.mm.table import PageTable
 from protocol.units import Hva, Level, size_of_level
@@ -117,16 +118,17 @@ class Mappable:
         once even if what it has there stays [unmap_mapping_range]."""
         ranges = [Range(*mapped) for mapped in self.mapped(first, last)]
         while ranges:
-
-            def edit(told: list[Range] = ranges) -> None:
-                for mapped in self.mapped(first, last):
-                    for entry in _entries(mapped, copies_too):
-                        if covers(told, Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
-                            (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
-
             # await: mapped: cannot change: it belongs to the looks before and after
-            await edit_notified(ranges, edit)
+            await edit_notified(
+                ranges, partial(self._unmap_told, ToldRanges(ranges), first, last, copies_too)
+            )
             ranges = [Range(*mapped) for mapped in self.mapped(first, last) if _entries(mapped, copies_too)]
+
+    def _unmap_told(self, told: ToldRanges, first: int, last: int | None, copies_too: bool) -> None:
+        for mapped in self.mapped(first, last):
+            for entry in _entries(mapped, copies_too):
+                if told.covers(Range(mapped.space, entry.hva, Hva(entry.hva + self._page))):
+                    (mapped.space.table.clear if copies_too else mapped.space.table.zap)(entry)
 
     def mapped(self, first: int, last: int | None) -> list[MappedRange]:
         """Where pages first..last are mapped now."""

@@ -11,6 +11,7 @@ on, then the end. Whoever registers while a change is under way is told as well,
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol, TypeVar
@@ -61,11 +62,21 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
     return found
 
 
-def covers(ranges: Iterable[Range], inner: Range) -> bool:
-    """Whether one of `ranges` has all of `inner`."""
-    return any(
-        space is inner.space and start <= inner.start and inner.end <= end for space, start, end in ranges
-    )
+class ToldRanges:
+    """Ranges that were told, to be asked of one page after the other."""
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self._edges: dict[Notified, tuple[list[Hva], list[Hva]]] = {}
+        for space, start, end in joined(ranges):
+            starts, ends = self._edges.setdefault(space, ([], []))
+            starts.append(start)
+            ends.append(end)
+
+    def covers(self, inner: Range) -> bool:
+        """Whether all of `inner` was."""
+        starts, ends = self._edges.get(inner.space, ([], []))
+        at = bisect_right(starts, inner.start) - 1
+        return at >= 0 and inner.end <= ends[at]
 
 
 async def edit_notified(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
@@ -79,17 +90,20 @@ async def edit_notified(ranges: Sequence[Range], edit: Callable[[], T]) -> T:
 async def announced(ranges: Sequence[Range]) -> AsyncIterator[None]:
     """Inside, every notifier of `ranges` has let go of them and waits to hear that the change is made."""
     told: list[tuple[MmuNotifier, Hva, Hva]] = []
+    known: set[tuple[MmuNotifier, Hva, Hva]] = set()
     try:
         while untold := [
             (space, notifier, start, end)
             for space, start, end in ranges
             for notifier in space.notifiers
-            if (notifier, start, end) not in told
+            if (notifier, start, end) not in known
         ]:
             for space, notifier, start, end in untold:
                 told.append((notifier, start, end))
+                known.add(told[-1])
                 space.memory.counters.notifier_calls += 1
-                # await: each space, ranges, told: a notifier may register, or leave; asked again: `untold`
+                # await: each space, known, ranges, told: a notifier may register, or leave; asked again:
+                # `untold`
                 # (tests/unit/kvmd/mm/test_notifier.py::test_who_registers_meanwhile_is_told_before_the_edit,
                 # tests/unit/kvmd/mm/test_notifier.py::test_who_leaves_before_it_acked_is_waited_for)
                 await notifier.invalidate_range_start(start, end)

@@ -15,7 +15,7 @@ from functools import partial
 
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.memory import SHARED_OWNER
-from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
+from kvmd.core.mm.notifier import Range, ToldRanges, edit_notified, joined
 from kvmd.core.mm.page import LazyFree, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
@@ -81,10 +81,11 @@ async def _on_range(space: AddressSpace, start: Hva, end: Hva, act: Act) -> int:
     ranges = joined([Range(space, *space.table.whole(start, end)), *users])
 
     def edit() -> int:
+        told = ToldRanges(ranges)
         return sum(
             act(vma, page)
             for vma, page in _pages(space, start, end)
-            if all(covers(ranges, user) for user in users_of(page))
+            if all(told.covers(user) for user in users_of(page))
         )
 
     return await edit_notified(ranges, edit)

@@ -12,7 +12,7 @@ import errno
 from functools import partial
 
 from kvmd.core.mm.fault import SIZE_2M
-from kvmd.core.mm.notifier import Range, covers, edit_notified, joined
+from kvmd.core.mm.notifier import ToldRanges, edit_notified, joined
 from kvmd.core.mm.page import Entry, Page, PageKind, ProtNone, Pte, Swapped
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
@@ -101,7 +101,7 @@ async def split(space: AddressSpace, start: Hva, size: int) -> int:
         # await: each page: it may go, or be split by another; asked again: `_split_told`
         # (tests/unit/kvmd/mm/test_sleeps.py::test_a_huge_page_that_went_is_not_split) | done: cannot
         # change: our own
-        done += await edit_notified(ranges, partial(_split_told, page, ranges))
+        done += await edit_notified(ranges, partial(_split_told, page, ToldRanges(ranges)))
     return done
 
 
@@ -116,9 +116,9 @@ def is_transparent(space: AddressSpace, entry: Pte) -> bool:
     )
 
 
-def _split_told(page: Page, told: list[Range]) -> bool:
+def _split_told(page: Page, told: ToldRanges) -> bool:
     users = users_of(page)
-    if not users or page.level != LEVEL_2M or not all(covers(told, user) for user in users):
+    if not users or page.level != LEVEL_2M or not all(told.covers(user) for user in users):
         return False
     split_page(page)
     return True
