@@ -126,6 +126,8 @@ class IommufdDevice(Object):
         self.attachment = Attachment(hwpt, pinned)
         hwpt.users += 1
         hwpt.attached[self.rid] = self.unit  # before the entry: an invalidation from now on reaches it
+        if not self.info.ats:
+            hwpt.without_ats.add(self.rid)
         try:
             if pinned and hwpt.needs_iopf:  # before anything could be reached
                 self._pins[await hwpt.pin_all()] = None
@@ -163,22 +165,22 @@ class IommufdDevice(Object):
         else:
             self._owns_pri = True
 
-    # awaits: asked, hwpt, did, ecap: cannot change: the group's mutex is held
+    # awaits: asked, hwpt, did, ecap, ats: cannot change: the group's mutex is held
     async def leave(self) -> None:
         """Off the HWPT, if it is on one."""
         hwpt = self.hwpt
         if hwpt is None:
             return
-        did, ecap = hwpt.domain.did, self.unit.ecap
+        did, ecap, ats = hwpt.domain.did, self.unit.ecap, self.info.ats
         await _try(self._config.set_function(self.rid, bus_master=False))
         if self._owns_pri:
             await _try(self._config.set_function(self.rid, pri_allocation=0))
-        await _try(self.unit.submit(qi.drain(did, self.rid, ecap)))
+        await _try(self.unit.submit(qi.drain(did, self.rid, ecap, ats=ats)))
         self.happens(DeviceEvent.DRAIN)
         self._partial.discard([self.rid])
         await self._wait_quiet()
         self.unit.retire_pasid_entry(self.rid, RID_PASID)
-        await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))
+        await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))
         self.unit.clear_pasid_entry(self.rid, RID_PASID)
         await _try(self._config.set_function(self.rid, ats=False))
         await _try(self._config.set_function(self.rid, pasid=False))
@@ -186,6 +188,7 @@ class IommufdDevice(Object):
         self.attachment = None
         self.happens(DeviceEvent.LEAVE)
         del hwpt.attached[self.rid]
+        hwpt.without_ats.discard(self.rid)
         await self._unpin_all(hwpt)
         hwpt.users -= 1
 

@@ -38,6 +38,7 @@ class Hwpt(Object):
         super().__init__()
         self.domain = domain
         self.attached: dict[int, Unit] = {}
+        self.without_ats: set[int] = set()  # of those
         self.maintained = True
         self.memory = NOT_LENT  # the set of windows the units walk it in
         self.faults: Counter[ResponseCode] = Counter()
@@ -56,8 +57,9 @@ class Hwpt(Object):
         return list(self.attached)
 
     def behind(self, unit: Unit) -> list[int]:
-        """The functions attached behind that unit."""
-        return [rid for rid, other in self.attached.items() if other is unit]
+        """The functions attached behind that unit that have a device TLB: another completes no invalidation
+        of one [Linux intel/iommu.c __iommu_flush_dev_iotlb]."""
+        return [rid for rid, on in self.attached.items() if on is unit and rid not in self.without_ats]
 
     async def fault(self, request: PageRequest) -> ResponseCode:
         """Have one page mapped [RFC 15/42]."""

@@ -54,22 +54,24 @@ def invalidate(cap: Cap, did: int, rids: Iterable[int], start: Iova, size: int) 
     return [iotlb, *(DevTlbInv(sid=rid, size=sized, addr=device_addr) for rid in rids), wait()]
 
 
-def detach(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
-    """After a function's PASID entry was cleared: nothing may remember it [VT-d 6.5.2]."""
+def detach(did: int, rid: int, ecap: Ecap, *, ats: bool = True) -> list[Descriptor]:
+    """After a function's PASID entry was cleared: nothing may remember it [VT-d 6.5.2].  `ats`: it has a device
+    TLB, and completes what is to go from that.
+    """
     return [
         PasidCacheInv(granularity=PasidCacheGranularity.PASID, did=did, pasid=Pasid(0)),
         IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
-        *_device(rid, ecap),
+        *_device(rid, ecap, ats=ats),
         wait(),
     ]
 
 
-def drain(did: int, rid: int, ecap: Ecap) -> list[Descriptor]:
+def drain(did: int, rid: int, ecap: Ecap, *, ats: bool = True) -> list[Descriptor]:
     """After a function's page requests were switched off: software has seen all it sent [VT-d 7.10]."""
     return [
         WaitDescriptor(fn=True),
         IotlbInv(granularity=IotlbGranularity.DOMAIN, did=did, dw=True, dr=True),
-        *_device(rid, ecap),
+        *_device(rid, ecap, ats=ats),
         WaitDescriptor(sw=True, fn=True, pd=bool(ecap.pds), status_data=QI_DONE),
     ]
 
@@ -96,8 +98,8 @@ def forget_function(rid: int) -> list[Descriptor]:
     ]
 
 
-def _device(rid: int, ecap: Ecap) -> list[Descriptor]:
-    return [everything(rid)] if ecap.dt else []
+def _device(rid: int, ecap: Ecap, *, ats: bool) -> list[Descriptor]:
+    return [everything(rid)] if ecap.dt and ats else []
 
 
 def everything(rid: int) -> DevTlbInv:

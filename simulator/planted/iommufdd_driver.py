@@ -222,7 +222,7 @@ IOMMUFDD_DRIVER = (
         [
             Edit(
                 f"{_DEVICE}.leave",
-                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))",
+                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))",
                 "pass",
             )
         ],
@@ -235,10 +235,10 @@ IOMMUFDD_DRIVER = (
         [
             Edit(
                 f"{_DEVICE}.leave",
-                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))\n"
+                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))\n"
                 "    self.unit.clear_pasid_entry(self.rid, RID_PASID)",
                 "self.unit.clear_pasid_entry(self.rid, RID_PASID)\n"
-                "    await _try(self.unit.submit(qi.detach(did, self.rid, ecap)))",
+                "    await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))",
             )
         ],
         races=["R14"],

@@ -19,7 +19,13 @@ IOMMUFDD_OBJECTS = (
         "R10-no-drain",
         "A device leaves and its page requests under way are not drained.",
         "R10",
-        [Edit(f"{_DEVICE}.leave", "await _try(self.unit.submit(qi.drain(did, self.rid, ecap)))", "pass")],
+        [
+            Edit(
+                f"{_DEVICE}.leave",
+                "await _try(self.unit.submit(qi.drain(did, self.rid, ecap, ats=ats)))",
+                "pass",
+            )
+        ],
         races=["R10", "B-20"],
     ),
     Plant(

@@ -403,3 +403,15 @@ def test_a_pinned_device_without_page_requests_is_attached_without_them() -> Non
     assert "pri" not in bound.world.switched[RID]
     bound.leave()
     assert bound.free
+
+
+def test_a_function_without_ats_is_sent_no_invalidation_of_a_device_tlb() -> None:
+    """It would complete none, and be taken off the bus for that."""
+    bound = Bound(ats=False, pri=False, fault_capability="none")
+    paging = bound.world.paging()
+    bound.world.run(bound.device.enter(paging, pinned=False))
+    bound.world.run(paging.forget(Iova(0), 4096))
+    bound.world.run(bound.device.leave())
+    descriptors = b"".join(words for what, *rest in bound.world.log if what == "submit" for words in rest)
+    assert [descriptors[at] & 0xF for at in range(0, len(descriptors), 32)] == [2, 5, 5, 2, 5, 7, 2, 5]
+    assert paging.without_ats == set()
