@@ -32,7 +32,7 @@ async def _walk(visit: Visit, space: AddressSpace, start: Hva, size: int, *, wri
     it did [madvise_walk_vmas].  EINVAL: not aligned, or it wraps; ENOMEM: part is not mapped.
     """
     end = Hva(start + page_align(size))
-    if start % PAGE_SIZE or size < 0 or end > 1 << 64 or (size and end == start):
+    if start % PAGE_SIZE or size < 0 or end >= 1 << 64 or (size and end == start):
         raise UapiError(errno.EINVAL, f"madvise {start:#x}+{size:#x}: not aligned, or no such size")
     await space.mmap_lock.acquire(write=write)
     try:
@@ -123,10 +123,14 @@ async def _page_out(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
 async def _remember(
     setting: Callable[[Vma], None], space: AddressSpace, vma: Vma, start: Hva, end: Hva
 ) -> int:
-    """Advice for later: no page changes.  EINVAL: it cuts a huge page of hugetlb."""
+    """Advice for later: no page changes.  EINVAL: it cuts a huge page of hugetlb; EAGAIN: too many mappings,
+    which is ENOMEM elsewhere [madvise_vma_behavior]."""
     space.check_split("madvise", start, end)
-    # await: setting: cannot change: the caller's own
-    parts = await space.isolate(start, end)
+    try:
+        # await: setting: cannot change: the caller's own
+        parts = await space.isolate(start, end)
+    except UapiError as error:
+        raise UapiError(errno.EAGAIN, error.why) from None
     for part in parts:
         setting(part)
     return len(parts)

@@ -106,7 +106,7 @@ class Mm(AddressSpace):
 
     async def mprotect(self, start: Hva, size: int, prot: Prot) -> None:
         """Mapping by mapping, the size rounded up.  EINVAL: not aligned, or it cuts a huge page of hugetlb;
-        ENOMEM: part of the range is not mapped; what lies before that was done.
+        ENOMEM: part of the range is not mapped, or too many mappings; what lies before that was done.
         """
         if start % PAGE_SIZE or start < 0 or size < 0:
             raise UapiError(errno.EINVAL, f"mprotect {start:#x}+{size:#x}: not aligned")
@@ -122,6 +122,7 @@ class Mm(AddressSpace):
                 first, at = at, Hva(min(end, vma.end))
                 if vma.prot != prot:
                     self.check_split("mprotect", first, at)
+                    self.check_map_count(first, at)
                     # await: at, each vma: cannot change: the mmap_lock is held for writing
                     await self.change(first, at, partial(self._protect, first, at, prot))
             self.check_mapped("mprotect", at, end)

@@ -113,7 +113,8 @@ class AddressSpace:
 
     async def isolate(self, start: Hva, end: Hva) -> list[Vma]:
         """The VMAs that make up start..end, split from their rest, and so is a huge page that is cut
-        [vma_adjust_trans_huge].  The mmap_lock is held for writing."""
+        [vma_adjust_trans_huge].  The mmap_lock is held for writing.  ENOMEM: too many mappings."""
+        self.check_map_count(start, end)
         for edge in (start, end):
             if self.table.whole(edge, edge) != (edge, edge):
                 await self.change(edge, edge, lambda: None)
@@ -133,11 +134,13 @@ class AddressSpace:
             self.mmap_lock.release()
 
     async def unmap(self, what: str, start: Hva, end: Hva) -> None:
-        """do_munmap, with the mmap_lock held for writing.  EINVAL, before anything is unmapped: beyond user
-        space, or it cuts a huge page of hugetlb."""
+        """do_munmap, with the mmap_lock held for writing.  Before anything is unmapped: EINVAL: beyond user
+        space, or it cuts a huge page of hugetlb; ENOMEM: too many mappings."""
         if not 0 <= start <= end <= TASK_SIZE:
             raise UapiError(errno.EINVAL, f"{what} {start:#x}..{end:#x}: not a range of user space")
         self.check_split(what, start, end)
+        if self.vmas.find(start) is self.vmas.find(end):  # else no mapping is more than shortened
+            self.check_map_count(start)
         await self._unmap(start, end)
 
     async def _unmap(self, start: Hva, end: Hva) -> None:
@@ -185,6 +188,12 @@ class AddressSpace:
             page = PAGE_SIZE if vma is None else size_of_level(vma.level)
             if edge % page:
                 raise UapiError(errno.EINVAL, f"{what}: {edge:#x} is within a page of {page:#x} bytes")
+
+    def check_map_count(self, *edges: Hva) -> None:
+        """ENOMEM: with what is cut there the process would have too many mappings [mm vma.c, split_vma]."""
+        cut = sum((vma := self.vmas.find(edge)) is not None and vma.start < edge for edge in edges)
+        if cut and len(self.vmas) + cut > MAX_MAP_COUNT:
+            raise UapiError(errno.ENOMEM, f"the process has {len(self.vmas)} mappings: none is split")
 
     def check_mapped(self, what: str, start: Hva, end: Hva) -> None:
         """ENOMEM: nothing is mapped somewhere in start..end."""

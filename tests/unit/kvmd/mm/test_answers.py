@@ -104,6 +104,7 @@ LENGTHS: list[tuple[str, int, int, int]] = [
     *((f"madvise {advice}", 0, 1, 0) for advice in ADVICE if advice not in ("remove", "collapse")),
     ("madvise dontneed", 0, 9 * PAGE, errno.ENOMEM),
     ("madvise dontneed", 0, 1 << 62, errno.ENOMEM),
+    ("madvise dontneed", (1 << 64) - AT - PAGE, PAGE, errno.EINVAL),  # its end is 0
     ("madvise collapse", 0, 1, errno.EINVAL),  # the mapping has no room for 2 MiB
     ("madvise remove", 0, 1, errno.EINVAL),
 ]
@@ -239,6 +240,46 @@ def test_mprotect_stops_at_the_first_hole_and_keeps_what_it_did(world: World) ->
 
 
 # -- advice over several mappings ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "first", "pages", "expected"),
+    [
+        ("munmap", 2, 2, errno.ENOMEM),
+        ("munmap", 0, 2, 0),
+        ("munmap", 6, 2, 0),
+        ("munmap", 0, 8, 0),
+        ("mmap", 2, 2, errno.ENOMEM),
+        ("mprotect", 0, 2, errno.ENOMEM),
+        ("mprotect", 0, 8, 0),
+        ("madvise", 2, 2, errno.EAGAIN),
+        ("madvise", 0, 8, 0),
+        ("register", 6, 2, errno.ENOMEM),
+        ("register", 0, 8, 0),
+    ],
+)
+def test_no_mapping_is_split_beyond_so_many(
+    world: World, monkeypatch: pytest.MonkeyPatch, call: str, first: int, pages: int, expected: int
+) -> None:
+    """vm.max_map_count: what makes none more than there are is done."""
+    world.map(8, hva=AT)
+    world.run(world.mm.write(Hva(AT), b"x" * 8 * PAGE))
+    before = layout(world.mm)
+    monkeypatch.setattr("kvmd.core.mm.space.MAX_MAP_COUNT", len(before))
+    at, size = Hva(AT + first * PAGE), pages * PAGE
+    flows: dict[str, Callable[[], Coroutine[Any, None, Any]]] = {
+        "munmap": lambda: world.mm.munmap(at, size),
+        "mmap": lambda: world.mm.mmap(at, size, Prot.READ, fixed=True),
+        "mprotect": lambda: world.mm.mprotect(at, size, Prot.READ),
+        "madvise": lambda: ADVICE["nohugepage"](world.mm, at, size),
+        "register": lambda: Userfaultfd(world.mm, user_mode_only=False).register(
+            at, size, missing=True, wp=False
+        ),
+    }
+    assert answer(world, flows[call]()) == expected
+    if expected:
+        assert layout(world.mm) == before
+        assert pagemap(world.mm, Hva(AT), 8 * PAGE)["present"] == {str(PAGE): 8}
 
 
 def test_a_mapping_that_refuses_wins_over_a_hole_before_it(world: World) -> None:
