@@ -40,8 +40,9 @@ class Unit(Protocol):
     def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None:
         """Nobody remembers it."""
 
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
-        """A page group response; nobody waits for it.  False: there is nobody any more."""
+    def respond(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> bool:
+        """A page group response, with the PASID of the request if it had one; nobody waits for it.  False:
+        there is nobody any more."""
 
 
 class ConfigSpace(Protocol):

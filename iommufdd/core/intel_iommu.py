@@ -192,9 +192,9 @@ class IntelIommu:
             raise
         done.set(None)
 
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+    def respond(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> bool:
         """A page group response; nobody waits for it.  False: there is nobody any more."""
-        return self.queue.post(qi.page_group_response(rid, prgi, code))
+        return self.queue.post(qi.page_group_response(rid, prgi, code, pasid))
 
     def check_on_bus(self, rid: int) -> None:
         if rid in self._taken_off:

@@ -24,6 +24,7 @@ from protocol.flow import Flow
 from protocol.hw.fields import FormatError
 from protocol.hw.prq import PAGE_REQUEST_SIZE, PageRequest, reply_to
 from protocol.hw.qi import ResponseCode
+from protocol.units import Pasid
 
 
 class Verdict(Enum):
@@ -52,7 +53,7 @@ class Iopf:
     def __init__(
         self,
         find: Callable[[int], IommufdDevice | None],
-        respond: Callable[[int, int, ResponseCode], bool],
+        respond: Callable[[int, int, ResponseCode, Pasid | None], bool],
         spawn: Callable[[Flow[None]], None],
         counts: UnitCounts,
         log: Log,
@@ -85,10 +86,10 @@ class Iopf:
             request = PageRequest.from_bytes(raw)
         except FormatError:
             self.counts.malformed += 1
-            rid, prgi, answered = reply_to(raw)
+            rid, prgi, pasid, answered = reply_to(raw)
             if answered:
                 self.partial.forget(rid, prgi)
-                self._answer(rid, prgi, ResponseCode.INVALID)
+                self._answer(rid, prgi, ResponseCode.INVALID, pasid)
             return
         verdict = judge(request)
         if verdict is Verdict.SKIP or (verdict is Verdict.REFUSE and not request.last):
@@ -97,13 +98,13 @@ class Iopf:
         hwpt = None if device is None else device.asks_on
         if device is None or hwpt is None or not hwpt.needs_iopf:
             if request.last:  # the others have nothing their group could be handled with
-                self._answer(request.rid, request.prgi, ResponseCode.INVALID)
+                self._answer(request.rid, request.prgi, ResponseCode.INVALID, request.named_pasid)
             return
         group = self.partial.gather(request, hwpt)
         if group is None:
             return
         if verdict is Verdict.REFUSE:
-            self._answer(request.rid, request.prgi, ResponseCode.INVALID)
+            self._answer(request.rid, request.prgi, ResponseCode.INVALID, request.named_pasid)
         else:
             self._spawn(self._handle(device, hwpt, group))
 
@@ -117,9 +118,9 @@ class Iopf:
             self._answer(group[-1].rid, group[-1].prgi, code)
             device.end_group()
 
-    def _answer(self, rid: int, prgi: int, code: ResponseCode) -> None:
+    def _answer(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> None:
         self.counts.responses += 1
-        if not self._respond(rid, prgi, code):
+        if not self._respond(rid, prgi, code, pasid):
             self.counts.responses_lost += 1
             self._log.warning("page group response lost: no silicon", rid=rid, prgi=prgi, code=code.name)
 

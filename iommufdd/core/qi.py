@@ -55,8 +55,8 @@ def invalidate(cap: Cap, did: int, rids: Iterable[int], start: Iova, size: int) 
 
 
 def detach(did: int, rid: int, ecap: Ecap, *, ats: bool = True) -> list[Descriptor]:
-    """After a function's PASID entry was cleared: nothing may remember it [VT-d 6.5.2].  `ats`: it has a device
-    TLB, and completes what is to go from that.
+    """After a function's PASID entry was cleared: nothing may remember it [VT-d 6.5.2].  `ats`: it has a
+    device TLB, and completes what is to go from that.
     """
     return [
         PasidCacheInv(granularity=PasidCacheGranularity.PASID, did=did, pasid=Pasid(0)),
@@ -111,8 +111,15 @@ def wait() -> WaitDescriptor:
     return WaitDescriptor(sw=True, fn=True, status_data=QI_DONE)
 
 
-def page_group_response(rid: int, prgi: int, code: ResponseCode) -> PageGroupResponse:
-    return PageGroupResponse(rid=rid, prgi=prgi, code=code)
+def page_group_response(
+    rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None
+) -> PageGroupResponse:
+    """With the PASID if the request had one: without it a function may take it for nobody's [PCIe 10.4],
+    [Linux intel/prq.c handle_bad_prq_event].
+    """
+    if pasid is None:
+        return PageGroupResponse(rid=rid, prgi=prgi, code=code)
+    return PageGroupResponse(rid=rid, prgi=prgi, code=code, pasid_present=True, pasid=pasid)
 
 
 def kind_of(descriptor: Descriptor) -> str:

@@ -45,6 +45,10 @@ class PageRequest(NamedTuple):
     pasid: Pasid = NO_PASID
 
     @property
+    def named_pasid(self) -> Pasid | None:
+        return self.pasid if self.pasid_present else None
+
+    @property
     def is_stop_marker(self) -> bool:
         """The device will send no more requests of this kind: L = 1, R = W = 0, with a PASID or without
         [PCIe 10.4], [VT-d 7.10].
@@ -64,11 +68,12 @@ class PageRequest(NamedTuple):
         return cls(**LAYOUT.unpack(word))
 
 
-def reply_to(raw: bytes) -> tuple[int, int, bool]:
-    """Requester, group, and whether an answer is due, of an entry whose other fields make no sense."""
+def reply_to(raw: bytes) -> tuple[int, int, Pasid | None, bool]:
+    """Requester, group, PASID, and whether an answer is due, of an entry whose other fields make no sense."""
     word = load(raw, PAGE_REQUEST_SIZE, "page request")
     last = LAYOUT["last"].get(word) and _TYPE.get(word) == PAGE_REQUEST_TYPE
-    return LAYOUT["rid"].get(word), LAYOUT["prgi"].get(word), bool(last)
+    pasid = Pasid(LAYOUT["pasid"].get(word)) if LAYOUT["pasid_present"].get(word) else None
+    return LAYOUT["rid"].get(word), LAYOUT["prgi"].get(word), pasid, bool(last)
 
 
 _TYPE: Final = at(7, 0)

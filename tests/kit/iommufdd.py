@@ -173,7 +173,7 @@ class Surroundings(ByHand):
     async def submit(self, descriptors: Sequence[Descriptor]) -> None:
         await self._take("submit", b"".join(qi.raw(descriptors)))
 
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+    def respond(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> bool:
         self.log.append(("respond", rid, prgi, code))
         return self.alive
 

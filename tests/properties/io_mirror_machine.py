@@ -126,7 +126,7 @@ class MirrorMachine:
 
     def clear_pasid_entry(self, rid: int, pasid: Pasid) -> None: ...
 
-    def respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+    def respond(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> bool:
         return True
 
     async def remove_memory(self, memory: int) -> None: ...

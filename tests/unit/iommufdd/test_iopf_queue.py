@@ -46,12 +46,14 @@ class Queue:
             self.world.run(self.device.enter(self.hwpt, pinned=False))
         self.world.log.clear()
         self.answers: list[tuple[int, int, ResponseCode]] = []
+        self.pasids: list[Pasid | None] = []  # of the answers
         self.there = True
 
     def _find(self, rid: int) -> IommufdDevice | None:
         return self.device if rid == RID else None
 
-    def _respond(self, rid: int, prgi: int, code: ResponseCode) -> bool:
+    def _respond(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None) -> bool:
+        self.pasids.append(pasid)
         self.answers.append((rid, prgi, code))
         return self.there
 
@@ -98,8 +100,8 @@ def test_a_request_without_pasid_is_served_by_its_own_functions_domain_and_answe
     devices = {RID: first.device, RID + 8: second.device}
     answers: list[bytes] = []
 
-    def respond(rid: int, prgi: int, code: ResponseCode) -> bool:
-        answers.extend(qi.raw([qi.page_group_response(rid, prgi, code)]))
+    def respond(rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None) -> bool:
+        answers.extend(qi.raw([qi.page_group_response(rid, prgi, code, pasid)]))
         return True
 
     iopf = Iopf(devices.get, respond, first.world.flows.spawn, UnitCounts(), NoLog())
@@ -347,3 +349,15 @@ def test_a_last_request_that_makes_no_sense_ends_its_group() -> None:
     assert queue.take(entry(1, 7, last=False), bytes(malformed)) == [(RID, 7, INVALID)]
     assert queue.take(entry(3, 7)) == [(RID, 7, SUCCESS)]
     assert queue.asked == [3]
+
+
+@pytest.mark.rfc("RFC-84")
+@pytest.mark.parametrize("bit", [None, 128], ids=["refused", "malformed"])
+@pytest.mark.parametrize("rid", [RID, STRANGER])
+def test_a_request_with_a_pasid_is_refused_with_it(bit: int | None, rid: int) -> None:
+    """PRG Response PASID Required: without it the function would wait for its answer for ever."""
+    queue = Queue()
+    raw = int.from_bytes(entry(5, 7, rid=rid, read=True, pasid_present=True, pasid=Pasid(0x54321)), "little")
+    raw |= 0 if bit is None else 1 << bit
+    assert queue.take(raw.to_bytes(32, "little")) == [(rid, 7, INVALID)]
+    assert queue.pasids == [0x54321]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from iommufdd.core import qi
 from protocol.hw.caps import Cap, Ecap
 from protocol.hw.qi import ResponseCode
-from protocol.units import WHOLE_SIZE, Iova
+from protocol.units import WHOLE_SIZE, Iova, Pasid
 
 PSI = 1 << 39
 MAMV = 18
@@ -180,3 +180,14 @@ def test_every_range_is_covered_in_the_iotlb_first_then_in_every_device_then_wai
     else:
         assert iotlb[0] >> 4 & 3 == 2
         assert {qw1 for _, qw1, *_ in found[1:-1]} <= {0x7FFF_FFFF_FFFF_F001}
+
+
+def test_a_page_group_response_says_the_pasid_it_is_given() -> None:
+    """PASID Present in bit 4, PASID in 51:32."""
+    (raw,) = qi.raw([qi.page_group_response(0x6A08, 3, ResponseCode.INVALID, Pasid(0x54321))])
+    assert struct.unpack("<4Q", raw) == (
+        9 | 1 << 4 | 1 << 12 | 0x6A08 << 16 | 0x54321 << 32,
+        3 << 3 | 1 << 2,
+        0,
+        0,
+    )
