@@ -51,6 +51,7 @@ from simulator.stories.written import is_written_for
 from simulator.version import version
 
 RANGES = 3
+CLEAN_FAILS = "the clean code fails, and `qemu-shim sim --replay` of this repeats it"
 RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.json")
 
 
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenProcessPool:
         print(f"a worker was killed; {path} has what was found: run it again", file=sys.stderr)
+        return EXIT_FAILED
+    except CleanCodeFails as fails:  # before anything was planted
+        print(f"{CLEAN_FAILS}: {fails}", file=sys.stderr)
         return EXIT_FAILED
     kept = record.read()
     results = hunted({sought: kept[sought] for sought in wanted if sought in kept})
@@ -169,7 +173,7 @@ def _sought(
                 raise
             except CleanCodeFails as fails:
                 lost.append(task)
-                _say(task, f"the clean code fails, and `qemu-shim sim --replay` of this repeats it: {fails}")
+                _say(task, f"{CLEAN_FAILS}: {fails}")
             except Exception:  # a fault of ours, or of one child: the others are hours of work
                 lost.append(task)
                 _say(task, traceback.format_exc())

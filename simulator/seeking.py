@@ -113,12 +113,14 @@ Reach = Mapping[tuple[str, str], Mapping[str, float]]
 
 
 def scouted(plants: Iterable[Plant]) -> Reach:
-    """Told by some schedules of each pair with none of them in."""
+    """Told by some schedules of each pair with none of them in.  CleanCodeFails."""
     shares: dict[tuple[str, str], dict[str, float]] = {}
     with telling(plants):
         for story, design in pairs():
-            meeting = _Meeting(Judged(story_of, story, design)(SCOUTED))
-            explore(meeting, STRATEGIES[DEFAULT].make(0), 0, SCOUTED)
+            judged = Judged(story_of, story, design)
+            meeting = _Meeting(judged(SCOUTED))
+            for found in explore(meeting, STRATEGIES[DEFAULT].make(0), 0, SCOUTED).found:
+                raise _clean_code_fails(judged, found)
             shares[story, design] = {plant: times / SCOUTED for plant, times in meeting.met.items()}
     return shares
 
@@ -173,7 +175,7 @@ def _caught(judged: Judged, found: Found, done: int) -> Catch:
     shrunk, _ = smallest(judged, found, REPLAYS)
     end = shrunk.result
     if not comes_to_the_plant(judged, shrunk):
-        raise CleanCodeFails(f"{end.invariant}: {end.sentence}\n{story_text(judged, shrunk)}")
+        raise _clean_code_fails(judged, shrunk)
     return Catch(
         end.invariant,
         done + shrunk.schedule,
@@ -182,6 +184,11 @@ def _caught(judged: Judged, found: Found, done: int) -> Catch:
         judged.design,
         ",".join(judged.faults),
     )
+
+
+def _clean_code_fails(judged: Judged, found: Found) -> CleanCodeFails:
+    end = found.result
+    return CleanCodeFails(f"{end.invariant}: {end.sentence}\n{story_text(judged, found)}")
 
 
 def comes_to_the_plant(start: Start, found: Found) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_shim.vmm.designs import SHARED
-from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, SIGNALS
+from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, SIGNALS
 from simulator import hunting, seeking
 from simulator.planted.hunt import MAX_SCHEDULES, Catch, RangeEnd, Record, Sought, seed_of
 from simulator.planted.registry import PLANTED, current, planted
@@ -117,6 +117,18 @@ def test_a_signal_leaves_on_record_what_was_found(
     assert [*Record(record).read()] == [Sought("R7-no-device-tlb", DEFAULT, 0)]
 
 
+def test_clean_code_that_fails_before_anything_is_planted_ends_the_hunt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scouted(_: object) -> None:
+        raise seeking.CleanCodeFails("I5: and its story")
+
+    monkeypatch.setattr(hunting, "scouted", scouted)
+    words = ["R7-no-device-tlb", "--ranges", "1", "--record", str(tmp_path / "planted.json")]
+    assert hunting.main(words) == EXIT_FAILED
+    assert "the clean code fails" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [TypeError("of ours"), seeking.CleanCodeFails("I5: and its story")])
 def test_what_was_right_once_does_not_hide_that_it_was_sought_in_vain(
     error: Exception,
@@ -142,10 +154,10 @@ def test_what_was_right_once_does_not_hide_that_it_was_sought_in_vain(
 
 
 def test_a_scout_tells_where_the_lines_of_all_plants_are_come_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared"), ("hole", "mirror")])
+    monkeypatch.setattr(seeking, "pairs", lambda: [("discard", "shared"), ("hole", "shared")])
     plants = [PLANTED[name] for name in ("R7-no-device-tlb", "R24-hole-without-a-zap", "R16-bit-11")]
     reach = seeking.scouted(plants)
-    discards, holes = reach["discard", "shared"], reach["hole", "mirror"]
+    discards, holes = reach["discard", "shared"], reach["hole", "shared"]
     assert discards["R7-no-device-tlb"] == 1
     assert "R24-hole-without-a-zap" not in discards
     assert holes["R24-hole-without-a-zap"] == 1

@@ -166,6 +166,15 @@ def test_what_fails_elsewhere_is_no_find(stories: dict[str, Made], played: Count
     assert (story.scenario, story.design, story.plant, story.invariant) == ("elsewhere", "shared", "", "I5")
 
 
+def test_what_fails_with_nothing_planted_ends_the_scouting(
+    stories: dict[str, Made], played: Counter[str]
+) -> None:
+    stories |= {"right": Made(), "wrong": Made(fails=seeking.SCOUTED)}
+    with pytest.raises(seeking.CleanCodeFails) as fails:
+        seeking.scouted([])
+    assert from_text(str(fails.value)).scenario == "wrong"
+
+
 def test_what_a_machine_came_to_when_it_was_made_counts(
     stories: dict[str, Made], played: Counter[str]
 ) -> None:
