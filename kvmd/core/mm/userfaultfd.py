@@ -90,8 +90,8 @@ class Userfaultfd:
     # -- ranges ----------------------------------------------------------------------------------------
 
     async def register(self, start: Hva, size: int, *, missing: bool, wp: bool) -> None:
-        """EINVAL: not whole pages, nothing mapped, hugetlb; EBUSY: another userfaultfd's; ENOMEM: the process
-        is gone.
+        """What has these modes already keeps what it has besides.  EINVAL: not whole pages, nothing mapped,
+        hugetlb; EBUSY: another userfaultfd's; ENOMEM: the process is gone.
         """
         space = self._space
         await space.mmap_lock.acquire(write=True)
@@ -107,7 +107,8 @@ class Userfaultfd:
                 raise UapiError(errno.EBUSY, f"UFFDIO_REGISTER {start:#x}..{end:#x}: another userfaultfd's")
             # await: end, asked: cannot change: the mmap_lock is held for writing
             for vma in await space.isolate(start, end):
-                vma.uffd, vma.uffd_missing, vma.uffd_wp = self, missing, wp
+                if vma.uffd is None or (missing and not vma.uffd_missing) or (wp and not vma.uffd_wp):
+                    vma.uffd, vma.uffd_missing, vma.uffd_wp = self, missing, wp
             space.vmas.merge(start, end)
         finally:
             space.mmap_lock.release()
@@ -161,15 +162,14 @@ class Userfaultfd:
 
     async def copy(self, dst: Hva, data: bytes, *, wp: bool) -> None:
         """UFFDIO_COPY: `data` becomes the pages at `dst`.  ENOENT: not one registered mapping; EEXIST: a page
-        is there, those before it are filled; EINVAL: not whole pages, or wp without its mode; ESRCH: the
-        process is gone; ENOMEM.
+        is there; EINVAL: not whole pages, or wp without its mode; ESRCH: the process is gone; ENOMEM;
+        EAGAIN: what comes first is filled, the rest could not be.
         """
         vma = await self._begin("UFFDIO_COPY", dst, len(data))
         try:
             if wp and not vma.uffd_wp:
                 raise UapiError(errno.EINVAL, f"UFFDIO_COPY to {dst:#x}: not registered for write protection")
-            for at in range(0, len(data), PAGE_SIZE):
-                self._fill(vma, Hva(dst + at), data[at : at + PAGE_SIZE], wp=wp)
+            self._fill_all(vma, dst, len(data), data, wp=wp)
         finally:
             self._space.mmap_lock.release()
             self.wake(dst, Hva(dst + len(data)))
@@ -179,8 +179,7 @@ class Userfaultfd:
         _check_size("UFFDIO_ZEROPAGE", start, size)
         vma = await self._begin("UFFDIO_ZEROPAGE", start, size)
         try:
-            for hva in range(start, start + size, PAGE_SIZE):
-                self._fill(vma, Hva(hva), b"", wp=False)
+            self._fill_all(vma, start, size, b"", wp=False)
         finally:
             self._space.mmap_lock.release()
             self.wake(start, Hva(start + size))
@@ -199,6 +198,15 @@ class Userfaultfd:
             space.mmap_lock.release()
             raise
         return vma
+
+    def _fill_all(self, vma: Vma, start: Hva, size: int, data: bytes, *, wp: bool) -> None:
+        for at in range(0, size, PAGE_SIZE):
+            try:
+                self._fill(vma, Hva(start + at), data[at : at + PAGE_SIZE], wp=wp)
+            except UapiError as error:
+                if not at:
+                    raise
+                raise UapiError(errno.EAGAIN, f"{at:#x} bytes are filled; {error.why}") from None
 
     def _fill(self, vma: Vma, hva: Hva, data: bytes, *, wp: bool) -> None:
         space, memory = self._space, self._space.memory

@@ -113,6 +113,15 @@ def test_present_pages_raise_no_event_until_they_are_dropped() -> None:
     assert not rig.gup(0).done
 
 
+def test_who_registers_for_less_loses_nothing() -> None:
+    rig = Registered(missing=True, wp=True)
+    rig.copy(0, wp=True)
+    rig.register(missing=True, wp=False)
+    assert not rig.gup(0, write=True).done
+    assert rig.event() == UffdFault(rig.at(0), True, True)
+    assert not rig.gup(1).done
+
+
 def test_user_mode_only_fails_the_kernels_faults_and_serves_the_processs() -> None:
     rig = Registered(user_mode_only=True)
     for write in (False, True):
@@ -323,6 +332,20 @@ def test_answers_that_are_refused() -> None:
     assert errno_of(lambda: run(uffd.copy(rig.at(7), 2 * data, wp=False))) == errno.ENOENT
     assert errno_of(lambda: rig.protect(1)) == errno.ENOENT
     assert errno_of(lambda: run(uffd.zeropage(rig.hva, 1 << 40))) == errno.ENOMEM
+
+
+def test_an_answer_that_meets_a_page_on_its_way_has_filled_those_before() -> None:
+    """[userfaultfd.c] EEXIST is only of the first."""
+    rig = Registered()
+    rig.copy(2)
+    rig.copy(6)
+    assert errno_of(lambda: rig.run(rig.uffd.copy(rig.hva, b"x" * 4 * PAGE, wp=False))) == errno.EAGAIN
+    assert rig.run(rig.mm.read(rig.at(1), 1)) == b"x"
+    assert rig.run(rig.mm.read(rig.at(2), 4)) == b"from"
+    assert not rig.gup(3).done
+    assert errno_of(lambda: rig.run(rig.uffd.zeropage(rig.at(4), 4 * PAGE))) == errno.EAGAIN
+    assert rig.run(rig.mm.read(rig.at(5), 1)) == b"\0"
+    assert errno_of(lambda: rig.run(rig.uffd.zeropage(rig.at(6), 2 * PAGE))) == errno.EEXIST
 
 
 def test_registrations_that_are_refused() -> None:
