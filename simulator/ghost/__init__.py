@@ -26,10 +26,10 @@ at the address by now; it is taken out, flushed and unpinned, in that order.  An
 stored: one for a page that was taken back before is wrong in that step, though nobody use it and the next
 change remove it.
 
-`spans` and `tables` are what they stand on: runs of pages, and the tables as their words have them.
-`Ghost` (ghost.py) is told everything; `groups`, `stores` and `liveness` are its books on page requests, on
-what dirty logs must tell, and on what must end; `host` judges what leads to a page by what the host has
-behind it, and `faults`, `lent` and `entries` what is wrong whatever came before it: a fault's way, a root's
-second borrower, an entry by itself.  `heard` says for a search which orders of what happens the ghost can
-tell apart.
+`spans` and `tables` are what they stand on: runs of pages, and the tables as their words have them.  `Ghost`
+(ghost.py) is told everything; `groups`, `stores` and `liveness` are its books on page requests, on what dirty
+logs must tell, and on what must end; `host` judges what leads to a page by what the host has behind it,
+`sharing` who may write what several processes have, and `faults`, `lent` and `entries` what is wrong whatever
+came before it: a fault's way, a root's second borrower, an entry by itself.  `heard` says for a search which
+orders of what happens the ghost can tell apart.
 """

@@ -25,6 +25,7 @@ from simulator.ghost.lent import Lent, RootFacts
 from simulator.ghost.liveness import Liveness
 from simulator.ghost.mmus import Mmus
 from simulator.ghost.own import OwnRoots
+from simulator.ghost.sharing import Sharing
 from simulator.ghost.spans import Owner, Run, Translation, frame_of, merged, overlap, side_by_side
 from simulator.ghost.stores import DirtyReport, Stores
 from simulator.ghost.tables import ShadowTables, Stored
@@ -38,6 +39,7 @@ class Ghost:
         self.heard = heard.Heard()
         self.verdicts = verdicts
         self.backing = Backing()
+        self.sharing = Sharing(verdicts)
         self.tables = ShadowTables()
         self.history = History(self.tables)
         self.caches = Caches()
@@ -231,14 +233,20 @@ class Ghost:
                     there = truth.translation.moved(page - first)
                     self.host.taken(other, Truth(low, high, seen, there), "R24")
 
-    def backs(self, space: Name, start: int, end: int, there: Translation | None) -> None:
+    def backs(
+        self, space: Name, start: int, end: int, there: Translation | None, *, of_file: bool = False
+    ) -> None:
         """Pages of a space are these frames from now on, or nothing (step 5)."""
         self.heard.change(heard.CHANGES_HOST)
         spans = self.backing.space(space)
         new: list[Run[Translation]] = [] if there is None else [(start, end, there)]
         before = merged(spans.clear(start, end))
+        for run in before:
+            self.sharing.unmaps(space, run)
         for run in new:
             spans.put(*run)
+            if not of_file:
+                self.sharing.maps(space, run)
         for low, high, was, now in side_by_side(before, new, start, end):
             if was is None or (now is not None and now.gives(was)):
                 continue
@@ -427,6 +435,7 @@ class Ghost:
             self.mmus.forget()
             self.own.forget()
             self.backing.lose_host()
+            self.sharing.forget()
         pages = self.table_pages.leave(name)
         orphans = [root for root in self._roots if root >> 12 in pages]
         renamed = {root: self._orphan(root) for root in orphans}

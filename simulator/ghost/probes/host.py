@@ -10,6 +10,7 @@ from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.page import Entry, Page, PageKind, Poisoned, Pte
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
+from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import PageTable
 from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.memslot import Memslot, Memslots
@@ -75,9 +76,10 @@ def _there(entry: Entry) -> Translation | None:
     return Translation(entry.pfn, bits.READ | bits.WRITE if entry.writable else bits.READ)
 
 
-def _backs(watch: Watch, table: PageTable, hva: Hva, level: Level, there: Translation | None) -> None:
-    first = hva >> PAGE_SHIFT
-    watch.ghost.backs(_space(table), first, first + pages_of_level(level), there)
+def _backs(watch: Watch, table: PageTable, hva: Hva, level: Level, entry: Entry | None) -> None:
+    first, there = hva >> PAGE_SHIFT, None if entry is None else _there(entry)
+    of_file = isinstance(entry, Pte) and entry.page.kind is PageKind.FILE
+    watch.ghost.backs(_space(table), first, first + pages_of_level(level), there, of_file=of_file)
 
 
 def _judge_shared(watch: Watch, table: PageTable, entry: Entry) -> None:
@@ -92,10 +94,24 @@ def _judge_shared(watch: Watch, table: PageTable, entry: Entry) -> None:
             watch.ghost.verdicts.say("I22", shared)
 
 
+def _judge_writable(watch: Watch, table: PageTable, entry: Entry) -> None:
+    """What is everybody's nobody stores to: a private mapping has its own copy of what a file has."""
+    there = _there(entry)
+    if there is None or not there.rights & bits.WRITE or not isinstance(entry, Pte):
+        return
+    kind, space = entry.page.kind, table.space
+    vma = space.vmas.find(entry.hva) if isinstance(space, AddressSpace) else None
+    private = kind is PageKind.FILE and vma is not None and not vma.shared
+    if private or kind in (PageKind.KSM, PageKind.ZERO):
+        what = f"frame {entry.pfn:#x}, a {kind.name} page, is writable to {_space(table)}"
+        watch.ghost.verdicts.say("I21", what)
+
+
 @seams.around(PageTable, "set")
 def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
     _judge_shared(watch, table, entry)
-    _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), _there(entry))
+    _judge_writable(watch, table, entry)
+    _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), entry)
     for named, change in ((table.find(entry.hva), -1), (entry, 1)):
         if type(named) is Poisoned:
             watch.ghost.backing.failed(named.page.pfn, change)
@@ -115,7 +131,7 @@ def _move(watch: Watch, original: Any, table: PageTable, entry: Entry, hva: Hva)
     level = getattr(entry, "level", LEVEL_4K)
     _backs(watch, table, entry.hva, level, None)
     original(table, entry, hva)
-    _backs(watch, table, hva, level, _there(entry))
+    _backs(watch, table, hva, level, entry)
 
 
 @seams.around(HostChanges, "invalidate_range_start")

@@ -32,7 +32,8 @@ def _page(watch: Watch, original: Any, memfd: GuestMemfd, index: int) -> Any:
     page = original(memfd, index)
     name = watch.name(memfd, "guest_memfd")
     if watch.ghost.backing.space(name).get(index) is None:
-        watch.ghost.backs(name, index, index + 1, Translation(page.pfn, bits.READ | bits.WRITE))
+        there = Translation(page.pfn, bits.READ | bits.WRITE)
+        watch.ghost.backs(name, index, index + 1, there, of_file=True)
     return page
 
 

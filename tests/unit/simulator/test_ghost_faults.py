@@ -121,8 +121,8 @@ def test_what_is_faulted_in_is_what_the_asking_process_has(asker: str, has: int,
     ghost.root_made(ROOT, 1, VIEW, "vm1")
     ghost.shows(VIEW, 0, 1, Shown("mm1", 0, READ | WRITE))
     for process, frame in (("mm1", 0x500), (asker, has)):
-        ghost.backs(process, 0, 1, Translation(frame, READ | WRITE) if frame else None)
-    ghost.entry_stored(ROOT, 0x500 << 12 | READ | WRITE)
+        ghost.backs(process, 0, 1, Translation(frame, READ) if frame else None)
+    ghost.entry_stored(ROOT, 0x500 << 12 | READ)
     ghost.faults.came(ROOT, VIEW, 0, asker)
     assert heard(ghost.verdicts) == (["I11"] if wrong else [])
 

@@ -62,7 +62,7 @@ def _announced(ghost: Ghost) -> None:
 def _shows_private(ghost: Ghost) -> None:
     """The view shows another page than the process has there."""
     ghost.own.lies_at(VIEW, 0, 8, Shown("mm", 0x80, 0))
-    ghost.backs("file", 0, 1, Translation(0x500, RW))
+    ghost.backs("file", 0, 1, Translation(0x500, RW), of_file=True)
     ghost.shows(VIEW, 3, 4, Shown("file", 0, RW))
 
 
