@@ -27,6 +27,7 @@ from protocol.units import (
     size_of_level,
 )
 from simulator.ghost.backing import Name, Shown
+from simulator.ghost.probes import contents
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.ghost.probes.windows import tell_private, windows
 from simulator.ghost.spans import Translation
@@ -111,6 +112,7 @@ def _judge_writable(watch: Watch, table: PageTable, entry: Entry) -> None:
 def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
     _judge_shared(watch, table, entry)
     _judge_writable(watch, table, entry)
+    contents.replaced(watch, table, entry)
     _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), entry)
     for named, change in ((table.find(entry.hva), -1), (entry, 1)):
         if type(named) is Poisoned:
@@ -120,6 +122,7 @@ def _set(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
 
 @seams.around(PageTable, "clear")
 def _clear_entry(watch: Watch, original: Any, table: PageTable, entry: Entry) -> None:
+    contents.cleared(watch, table, entry)
     _backs(watch, table, entry.hva, getattr(entry, "level", LEVEL_4K), None)
     if type(entry) is Poisoned:
         watch.ghost.backing.failed(entry.page.pfn, -1)

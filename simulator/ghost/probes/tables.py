@@ -28,7 +28,7 @@ from protocol.units import (
     Pfn,
     pages_of_level,
 )
-from simulator.ghost.probes import own
+from simulator.ghost.probes import contents, own
 from simulator.ghost.probes.watch import Seams, Watch, block_of
 
 seams = Seams()
@@ -38,6 +38,7 @@ EVERYTHING = 1 << 52  # pages: more than any address has
 @seams.around(Frames, "allocate")
 def _frames_allocate(watch: Watch, original: Any, frames: Frames, level: Level, owner: int) -> Pfn:
     pfn: Pfn = original(frames, level, owner)
+    contents.taken(watch, frames, pfn, level)
     watch.ghost.frames_taken(pfn, pages_of_level(level), f"mm{owner}")
     return pfn
 

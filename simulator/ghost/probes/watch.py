@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from device_sim.core.context_tables import SecondStage
@@ -23,6 +23,7 @@ from kvmd.core.slots.private_memory import PrivateMemory
 from protocol.hw.prq import PageRequest
 from protocol.units import (
     Gfn,
+    Hva,
     Level,
     pages_of_level,
 )
@@ -75,6 +76,19 @@ class Trying:
             self.changes -= 1
 
 
+@dataclass(slots=True)
+class HugePage:
+    """`fresh`: the huge block that was taken last, which nobody maps yet; what goes meanwhile it is to
+    have."""
+
+    fresh: int | None = None
+    gone: dict[tuple[int, Hva], bytes] = field(default_factory=dict)  # by page table and address
+
+    def begin(self, fresh: int | None) -> None:
+        self.fresh = fresh
+        self.gone.clear()
+
+
 class Watch:
     """`ghost` hears, and what of the product is known by which name.
 
@@ -105,6 +119,7 @@ class Watch:
         self.dids: dict[int, set[int]] = {}
         self.functions: dict[int, Function] = {}  # by device TLB
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
+        self.huge = HugePage()
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
         self.second_stages: dict[tuple[int, int], SecondStage] = {}  # by unit's tables, function: found last
         self.walked: dict[int, tuple[int, int]] = {}  # by unit: where its walk ended, and by what word

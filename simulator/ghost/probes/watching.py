@@ -10,6 +10,7 @@ from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes import (
     access,
     attachments,
+    contents,
     cpu,
     faults,
     host,
@@ -27,7 +28,7 @@ from simulator.ghost.probes.watch import Around, Watch
 
 _ROOMS = (
     *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-    *(mmus, own),
+    *(mmus, own, contents),
 )
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around for room in _ROOMS for seam, around in room.seams.items()

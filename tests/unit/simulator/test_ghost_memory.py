@@ -162,6 +162,60 @@ MISTAKES = {
         ),
         "I21",
     ),
+    "a page moves and its contents do not": (
+        Edit(
+            "kvmd.core.mm.memory:PageAllocator.move",
+            "self.view(page.pfn, size)[:] = self.view(old, size)",
+            "pass",
+        ),
+        "I6",
+    ),
+    "a copy on write is of zeroes": (
+        Edit(
+            "kvmd.core.mm.memory:PageAllocator.copy",
+            "self.view(page.pfn, size)[:] = self.view(entry.pfn, size)",
+            "pass",
+        ),
+        "I6",
+    ),
+    "what is swapped out are zeroes": (
+        Edit(
+            "kvmd.core.mm.memory:PageAllocator.swap_out",
+            "Swap(self.contents(page), count)",
+            "Swap(bytes(PAGE_SIZE), count)",
+        ),
+        "I6",
+    ),
+    "what is swapped in are zeroes": (
+        Edit(
+            "kvmd.core.mm.memory:PageAllocator.swap_in",
+            "self.view(page.pfn, PAGE_SIZE)[:] = swap.data",
+            "pass",
+        ),
+        "I6",
+    ),
+    "pages that become a huge one leave there what they had": (
+        Edit(
+            "kvmd.core.mm.thp:_collapse",
+            "isinstance(entry, Pte):\n            view",
+            "False:\n            view",
+        ),
+        "I6",
+    ),
+    "what was swapped out becomes zeroes of a huge page": (
+        Edit("kvmd.core.mm.thp:_collapse", "elif isinstance(entry, Swapped):", "elif False:"),
+        "I6",
+    ),
+    "pages are merged that are not equal": (
+        Edit("kvmd.core.mm.reclaim:_merge", "memory.contents(page)", "memory.contents(page)[8:]"),
+        "I6",
+    ),
+    "a frame goes to the next with what was in it": (
+        Edit(
+            "kvmd.core.mm.frames:Frames.release", "= _ZERO_PAGE", "= self.view[offset : offset + PAGE_SIZE]"
+        ),
+        "I6",
+    ),
 }
 
 
@@ -171,7 +225,7 @@ def test_a_mistake_of_the_host_s_is_found_where_it_is_made(mistake: str) -> None
     verdicts = Verdicts()
     with Plant(mistake, mistake, invariant, [edit]).apply():
         for seed in range(12):
-            with watching(Ghost(verdicts)), suppress(AssertionError):
+            with watching(Ghost(verdicts)), suppress(AssertionError, KeyError):
                 soak(seed)
             if verdicts.found:
                 break
