@@ -34,7 +34,7 @@ class _Mappers:
 class Sharing:
     def __init__(self, verdicts: Verdicts) -> None:
         self._verdicts = verdicts
-        self._frames: Spans[_Mappers] = Spans()
+        self._had: Spans[_Mappers] = Spans()
 
     def maps(self, space: Name, run: Run[Translation]) -> None:
         """Frames of no file."""
@@ -53,7 +53,7 @@ class Sharing:
 
     def forget(self) -> None:
         """The host died."""
-        self._frames = Spans()
+        self._had = Spans()
 
     def _change(
         self, run: Run[Translation], change: Callable[[frozenset[_Mapper]], frozenset[_Mapper]]
@@ -62,10 +62,10 @@ class Sharing:
         start, end, there = run
         first, last = there.frame, there.frame + end - start
         now: list[Run[_Mappers]] = []
-        for low, high, was, _ in side_by_side(self._frames.clear(first, last), [], first, last):
+        for low, high, was, _ in side_by_side(self._had.clear(first, last), [], first, last):
             if mappers := change(frozenset() if was is None else was.of):
                 now.append((low, high, _Mappers(mappers)))
-                self._frames.put(*now[-1])
+                self._had.put(*now[-1])
         return now
 
 
