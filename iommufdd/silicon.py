@@ -70,13 +70,19 @@ class Silicon:
 
     async def _take(self, door: Channel) -> StreamSocket:
         try:
-            return self.loop.kernel.socket_of((await door.call("LINK")).fds.take(0))
+            fds = (await door.call("LINK")).fds
         finally:
             door.close()
+        try:
+            link = self.loop.kernel.socket_of(fds.peek(0))
+            fds.take(0)
+            return link
+        finally:
+            fds.close()
 
     async def _capabilities(self) -> uapi.CapsReply:
         try:
-            caps = uapi.CapsReply.model_validate((await self.ask("CAPS", {})).body)
+            caps = uapi.CapsReply.model_validate(await self.ask("CAPS", {}))
         except ValidationError as error:
             raise PeerError(f"device_sim: {error.error_count()} mistakes in what it says it is") from None
         for found in caps.functions:
@@ -106,7 +112,7 @@ class Silicon:
         assert self._link is not None
         port = UnitPort(self.loop, f"unit {number}", self._link.close)
         self._ports.append(port)
-        registers = port.take((await self.ask("UNIT", {"unit": number}, [port.give_store_page()])).fds)
+        registers = port.take((await self._ask("UNIT", {"unit": number}, [port.give_store_page()])).fds)
         unit = IntelIommu(
             number,
             cap,
@@ -178,8 +184,8 @@ class Silicon:
     async def add_memory(self, lent: LentMemory) -> int:
         """Hand over windows, an fd each, and the lease: the fds become the link's."""
         assert isinstance(lent, LentWindows), "what is lent was made by our own clients"
-        reply = await self.ask("MEMORY_ADD", {"windows": lent.windows}, lent.take_fds())
-        memory = reply.body.get("memory")
+        answer = await self.ask("MEMORY_ADD", {"windows": lent.windows}, lent.take_fds())
+        memory = answer.get("memory")
         if type(memory) is not int or memory <= NOT_LENT:
             self._broken(f"a set of windows that is called {shown(memory)}")
         return memory
@@ -189,12 +195,21 @@ class Silicon:
 
     async def portal(self, rid: int) -> int:
         """The fd that stands for a function's BARs."""
-        return (await self.ask("PORTAL", {"rid": rid})).fds.take(0)
+        fds = (await self._ask("PORTAL", {"rid": rid}, [])).fds
+        try:
+            return fds.take(0)
+        finally:
+            fds.close()
 
-    async def ask(self, op: str, body: Body, fds: list[int] | None = None) -> Reply:
-        """ENODEV once the silicon is gone."""
+    async def ask(self, op: str, body: Body, fds: list[int] | None = None) -> Body:
+        """The answer, which has no fds to be kept.  ENODEV once the silicon is gone."""
+        reply = await self._ask(op, body, fds or [])
+        reply.fds.close()
+        return reply.body
+
+    async def _ask(self, op: str, body: Body, fds: list[int]) -> Reply:
         assert self._link is not None
         try:
-            return await self._link.call(op, body, fds or [])
+            return await self._link.call(op, body, fds)
         except PeerGone:
             raise UapiError(errno.ENODEV, "the remapping unit is gone") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -56,6 +57,8 @@ class FakeSilicon:
         self.memory: object = 1  # what it says a set of windows is called
         self.fro = FAULT_RECORDS_AT
         self.lets_go = False  # does it, of all it was lent, when the link ends?
+        self.gives = 0  # fds with each answer, more than it should have
+        self.given: list[int] = []
         self.is_early = False  # does it ask for a page before it was told to translate?
         self.step = 8  # from one function to the next
         self._held: list[int] = []  # leases and windows
@@ -72,7 +75,7 @@ class FakeSilicon:
             ours, theirs = socket.socketpair()
             self._windows.clear()
             self.link = Channel(self.loop, ours, "fake link", on_request=self._serve, on_close=self._gone)
-            channel.answer(request_id, {}, [theirs.detach()])
+            channel.answer(request_id, {}, [theirs.detach(), *self._unwanted()])
         elif op == "CAPS":
             channel.answer(request_id, self._caps())
         elif op == "UNIT":
@@ -89,7 +92,20 @@ class FakeSilicon:
             self.let_go()
             channel.answer(request_id, {})
         else:
-            channel.answer(request_id, {})
+            channel.answer(request_id, {}, self._unwanted())
+
+    def _unwanted(self) -> list[int]:
+        """Fds that nobody asked for: of pipes whose other ends are ours."""
+        pipes = [os.pipe() for _ in range(self.gives)]
+        self.given += [ours for _, ours in pipes]
+        return [theirs for theirs, _ in pipes]
+
+    def still_held(self) -> int:
+        """How many of those that were given somebody has open: a pipe that nobody reads is in error."""
+        poller = select.poll()
+        for fd in self.given:
+            poller.register(fd, 0)
+        return len(self.given) - len(poller.poll(0))
 
     def _caps(self) -> Body:
         cap, ecap = capabilities(fro=self.fro)
@@ -147,6 +163,8 @@ class FakeSilicon:
 
     def close(self) -> None:
         self.let_go()
+        for fd in self.given:
+            os.close(fd)
         for channel in (self.link, *self._doors):
             if channel is not None:
                 channel.close()

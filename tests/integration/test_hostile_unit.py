@@ -200,6 +200,24 @@ async def test_what_no_unit_is_is_not_taken_for_one(wrong: Callable[[FakeSilicon
             await rig.host.iommufdd.open_device(0)
 
 
+async def test_fds_that_nobody_asked_for_are_closed() -> None:
+    """I14: one that stays is one less for everybody else."""
+    async with hostile() as (fake, rig):
+        fake.gives = 7
+        await rig.bound[1].detach()
+        assert fake.link is not None
+        fake.link.close()
+        await link_ends(fake, rig)
+        (await rig.host.iommufdd.open_device(0)).close()
+
+        async def held() -> int:
+            return fake.still_held()
+
+        assert fake.asked.count("LINK") == 2
+        await eventually(held, lambda count: not count, "what it gave is closed")
+        fake.gives = 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_registers_and_status_words_of_random_bytes_end_the_link_or_nothing(seed: int) -> None:
     chance = random.Random(SEED + seed)
