@@ -55,12 +55,13 @@ class NxHugePages:
                     root.nx_split[level, entry_start(fault.gfn, level)] = table
 
     # awaits: each first, regions: cannot change: a list of its own; `_zap` looks at each table again | each
-    # root, root: cannot change: a copy of the list; a root goes under the slots_lock
+    # root, root: cannot change: a copy; a valid root is taken apart under the slots_lock; one that was goes
+    # with its last vCPU, and is not among them
     async def recover(self) -> int:
         """Give small leaves up that only a fetch asked for.  How many tables."""
         zapped = 0
         async with self._slots.lock:
-            for root in list(self._mmu.roots):
+            for root in [root for root in self._mmu.roots if not root.invalid]:
                 regions = self._recoverable(root)
                 for first in range(0, len(regions), RECOVERY_BATCH):
                     for level, gfn in regions[first : first + RECOVERY_BATCH]:

@@ -7,7 +7,9 @@ import pytest
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
 from kvmd.core.invariants import check_vm
+from kvmd.core.tables.root_policy import RootBehaviour
 from protocol.pt import bits
+from tests.kit.lent import Lent
 from tests.oracle.table import second_stage_walk
 from tests.unit.kvmd.sources import GFN, MACHINE, Used
 
@@ -65,6 +67,25 @@ def test_recovery_gives_the_huge_leaf_back_and_a_slot_that_logs_keeps_its_tables
     assert rig.io_fault(rig.exported, OTHER) is FaultResult.FIXED
     assert rig.entry(OTHER) & bits.PAGE_SIZE_BIT
     assert check_vm(rig.vm) == []
+
+
+def test_recovery_does_not_look_into_a_root_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that went left the CPUs' root obsolete; its page is a table of the next one by now."""
+    monkeypatch.setattr("kvmd.core.faults.nx_huge.RECOVERY_BATCH", 1)
+    rig = Lent(0x400, 3 << 9, level=2, policy=(RootBehaviour.TOLD_ALL, 0))
+    rig.do(rig.vm.nx_huge.switch(on=True))
+    for region in range(3):
+        assert rig.run(rig.vcpu.run([("exec", 0x400 + (region << 9) << 12)])).done
+    rig.change_slot(1, 0x10000, 1, rig.map(1))
+    rig.change_slot(2, 0x20000, 1, rig.map(1))
+    rig.change_slot(2, 0, 0, 0)
+    over = rig.start(rig.vm.nx_huge.recover())
+    rig.guest_read(rig.vcpu, 0x400 << 12, 1)
+    while rig.importer.pending:
+        rig.ack(rig.importer)
+        rig.guest_write(rig.vcpu, 0x10000 << 12, b"x")
+    assert over.result() == 0
+    assert rig.sound()
 
 
 def test_switched_off_a_huge_leaf_is_executable_again() -> None:
