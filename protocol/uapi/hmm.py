@@ -120,7 +120,8 @@ class HmmPinned(Message):
 
 class HmmChangeProcess(Message):
     """With an mm fd: that process pays for what is pinned and what will be.  ENOMEM: RLIMIT_MEMLOCK, and
-    nothing has changed; EINVAL: ranges are watched; EPERM.  `undo`, without a fd: as it was before.
+    nothing has changed; EINVAL: ranges are watched, or pinned by address; EPERM.  `undo`, without a fd: as it
+    was before.
     """
 
     undo: bool = False

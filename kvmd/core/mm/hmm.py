@@ -308,8 +308,13 @@ class Mirror:
 
     async def _page_to_pin(self, at: Hva, end: Hva, *, write: bool, tally: FaultCounts) -> Pte:
         self._check(errno.EFAULT)
+        mm = self.mm
+        # await: mm: another may take over; asked again: below
+        # (tests/unit/kvmd/mm/test_hmm_files.py::test_a_pin_that_sleeps_is_of_the_process_that_was_asked)
         entry = await self.mm.fault_to_pin(at, write=write, tally=tally)
         self._check(errno.EFAULT)
+        if self.mm is not mm:
+            raise UapiError(errno.EFAULT, f"pin of {at:#x}: this is not the mirror of mm {mm.id} any more")
         self.mm.claims.check_mapping(at, min(_end_of(entry), end))
         return entry
 
@@ -356,16 +361,15 @@ class Mirror:
     async def change_process(self, mm: Mm) -> None:
         """`mm` pays for all that is pinned, from now on, and is whose mirror this is; the old one pays no
         more [iommufd ioas.c, iommufd_ioas_change_process].  The new is charged first: where both are one user
-        there must be room for both.  ENOMEM: RLIMIT_MEMLOCK; EPERM: it has exited; EINVAL: ranges are
-        watched.
+        there must be room for both.  ENOMEM: RLIMIT_MEMLOCK; EPERM: it has exited; EINVAL: memory is watched
+        or pinned by its address.
         """
         self._check_registered()
         # await: mm: it may exit, this be closed; asked again: below
         # (tests/unit/kvmd/mm/test_hmm_files.py::test_a_process_that_exits_before_it_can_pay_does_not)
         async with mm.mmap_lock:
             self._check_registered()
-            if self._watched:
-                raise UapiError(errno.EINVAL, "watched ranges are of one process: its mirror stays its own")
+            self._check_files_alone()
             if not mm.alive:
                 raise UapiError(errno.EPERM, f"mm {mm.id}: the process has exited")
             npages = sum(pinned.npages for _, pinned in self.pins)
@@ -373,12 +377,20 @@ class Mirror:
             self._pay_with(mm, npages)
 
     def undo_change_process(self) -> None:
-        """As it was before, whatever the limit is by now.  EINVAL: nothing to undo."""
+        """As it was before, whatever the limit is now.  EINVAL: as of `change_process`; nothing to undo."""
         if self._paid_before is None:
             raise UapiError(errno.EINVAL, "this mirror was always of the process it is of")
+        self._check_files_alone()
         npages = sum(pinned.npages for _, pinned in self.pins)
         self._payer_of(self._paid_before).pages += npages
         self._pay_with(self._paid_before, npages)
+
+    def _check_files_alone(self) -> None:
+        if self._watched or not all(pinned.by_offset for _, pinned in self.pins):
+            raise UapiError(
+                errno.EINVAL,
+                "addresses are of one process: the mirror that watches or pins some stays its own",
+            )
 
     def _pay_with(self, mm: Mm, npages: int) -> None:
         """`mm` is charged already."""

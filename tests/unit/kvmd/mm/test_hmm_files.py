@@ -10,6 +10,7 @@ from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import MmEvent
+from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.units import Hva, Pfn
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.refusals import errno_of
@@ -136,8 +137,28 @@ def test_a_mirror_that_watches_or_ended_is_not_taken_over() -> None:
     rig.mirror.watch(rig.hva, PAGE)
     assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
     rig.mirror.unwatch(rig.hva, PAGE)
+    rig.pin()
+    assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
+    rig.unpin()
+    rig.run(rig.mirror.change_process(rig.heir))
+    rig.mirror.watch(rig.hva, PAGE)
+    assert errno_of(rig.mirror.undo_change_process) == errno.EINVAL
+    rig.mirror.unwatch(rig.hva, PAGE)
+    rig.mirror.undo_change_process()
     rig.run(rig.mirror.close())
     assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
+
+
+def test_a_pin_that_sleeps_is_of_the_process_that_was_asked() -> None:
+    """The heir would pay for a page that is not its own, and be asked whether a guest has others there."""
+    rig = MirroredFile()
+    uffd = Userfaultfd(rig.mm, user_mode_only=False)
+    rig.run(uffd.register(rig.hva, PAGE, missing=True, wp=False))
+    pin = rig.start(rig.mirror.pin(rig.hva, PAGE, write=True))
+    rig.run(rig.mirror.change_process(rig.heir))
+    rig.do(uffd.copy(rig.hva, bytes(PAGE), wp=False))
+    assert errno_of(pin.result) == errno.EFAULT
+    assert (rig.charged(), rig.violations()) == ([0, 0, 0], [])
 
 
 @pytest.mark.parametrize("end", ["exit", "close"])
