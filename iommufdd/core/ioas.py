@@ -226,10 +226,16 @@ class Ioas(Object):
     # -- HWPTs -----------------------------------------------------------------------------------------
 
     async def add_hwpt(self, hwpt: HwptPaging) -> None:
-        """Fill a table that nobody walks yet.  EADDRINUSE: an area is out of its reach; ENOMEM, EFAULT."""
+        """Fill a table that nobody walks yet.  EADDRINUSE: an area is out of its reach; ENODEV: the host is
+        gone, and what others had of the areas with it; ENOMEM, EFAULT.
+        """
         # await: hwpt: cannot change: the caller's own, nobody else has it yet
         async with self.lock:
+            if any(self.areas) and not all(other.maintained for other in self.hwpts):
+                why = f"IOAS {self.id}: KVM is gone, and what it had of the areas with it: make another"
+                raise UapiError(errno.ENODEV, why)
             self.areas.check_reach(hwpt.domain.width)
+            # await: asked: cannot change: this is one of them by then, where who lost KVM finds it
             await self.fill(hwpt)
             self._set_width()
 

@@ -90,3 +90,33 @@ def test_pages_that_were_lent_to_units_that_went_are_not_copied_before_those_tha
     slices = rig.run(first.slices(Iova(0), PAGE_SIZE))
     assert outcome(lambda: rig.run(second.map_slices(slices, Iova(0), writable=True))) == errno.ENODEV
     assert (second.hwpts[0].table.leaves, list(second.areas)) == ([0, 0, 0, 0], [])
+
+
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_no_hwpt_is_made_of_what_a_host_that_went_left_mapped(on_demand: bool) -> None:
+    """It had the areas of the IOAS, and none of their pages."""
+    rig = TwoNodes()
+    device, ioas = rig.bind(), rig.ioas(on_demand=on_demand)
+    rig.run(rig.paging(device, ioas))
+    rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.gone[0]()
+    rig.hardware.flows.run_ready()
+    assert outcome(lambda: rig.run(rig.paging(device, ioas))) == errno.ENODEV
+    assert len(ioas.hwpts) == 1
+
+
+def test_no_hwpt_is_made_while_the_host_goes() -> None:
+    """Whoever takes devices off lost HWPTs would not find it."""
+    rig = TwoNodes()
+    device, ioas = rig.bind(), rig.ioas()
+    first = rig.run(rig.paging(device, ioas))
+    rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.run(rig.nodes[0].attach(first, pinned=False))
+    rig.hardware.hold()
+    rig.gone[0]()
+    (leaving,), rig.hardware.held = rig.hardware.held or [], None
+    second = rig.start(rig.paging(device, ioas))
+    leaving.set(None)
+    rig.hardware.flows.run_ready()
+    assert outcome(second.result) == errno.ENODEV
+    assert [hwpt.id for hwpt in ioas.hwpts] == [first]
