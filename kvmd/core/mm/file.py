@@ -41,10 +41,10 @@ class MemoryFile(Mappable):
         """Whether there is a page at `offset`, or no file any more."""
         return offset >= self.size or offset // self._page in self._cache
 
-    def pinned(self, offset: int, end: int) -> bool:
+    def pinned(self, offset: int, end: int) -> list[int]:
         first, last = offset // self._page, align_up(end, self._page) // self._page
-        pages = (held for index, held in self._cache.items() if first <= index < last)
-        return any(isinstance(held, Page) and held.pins for held in pages)
+        pages = ((index, held) for index, held in self._cache.items() if first <= index < last)
+        return [index * self._page for index, held in pages if isinstance(held, Page) and held.pins]
 
     def page_at(self, offset: int, hva: Hva) -> Page:
         """The page a mapping shows at `hva`, made if need be.  EFAULT: beyond the end, a SIGBUS for the

@@ -68,9 +68,9 @@ class Mappable:
         """Whether there is a page at `offset`, or nothing to be had any more."""
         raise NotImplementedError
 
-    def pinned(self, offset: int, end: int) -> bool:
-        """Is a page of offset..end pinned for long?"""
-        return False
+    def pinned(self, offset: int, end: int) -> list[int]:
+        """Where pages of offset..end are pinned for long."""
+        return []
 
     def page_at(self, offset: int, hva: Hva) -> Page:
         """The page a mapping shows at `hva`, made if need be.  EFAULT: a SIGBUS for the process; EHWPOISON;

@@ -52,7 +52,7 @@ class Mm(AddressSpace):
     ) -> Hva:
         """Map anonymous memory or `file`, in whole pages of `level`: a size is rounded up.  EINVAL: no size,
         address or offset not aligned, or not the file's size of page; EEXIST: overlap, unless `fixed`;
-        EOVERFLOW: beyond what a file can have; ENODEV: a file that is not mapped; ENOMEM.
+        EOVERFLOW: beyond what a file can have; ENODEV: a file that is not mapped; EBUSY; ENOMEM.
         """
         page = size_of_level(level)
         if size <= 0:
@@ -75,10 +75,13 @@ class Mm(AddressSpace):
         await self.mmap_lock.acquire(write=True)
         try:
             start = self.vmas.gap(MMAP_BASE, TASK_SIZE, size, page) if hva is None else hva
-            # await: file, start: cannot change: the mmap_lock is held for writing; the caller keeps the
+            new = Vma(start, Hva(start + size), prot, level, file, offset, shared)
+            self.check_showing(new)
+            # await: new, start: cannot change: the mmap_lock is held for writing; the caller keeps the
             # file
             await self._make_room(start, Hva(start + size), fixed=fixed)
-            self.vmas.insert(Vma(start, Hva(start + size), prot, level, file, offset, shared))
+            self.check_showing(new)  # who pins, or is made private, may have come meanwhile
+            self.vmas.insert(new)
             self.vmas.merge(start, Hva(start + size))
             return start
         finally:

@@ -24,7 +24,7 @@ async def mremap(
 ) -> Hva:
     """MREMAP_MAYMOVE, to `new` with MREMAP_FIXED; sizes are rounded up to whole pages, of hugetlb to its own.
     EINVAL: not aligned, no new size, ranges that overlap, a private mapping of size 0, hugetlb that grows;
-    EFAULT: nothing mapped there, or not in one mapping where it must be; ENOMEM.
+    EFAULT: nothing mapped there, or not in one mapping where it must be; EBUSY; ENOMEM.
     """
     old_size, new_size = page_align(old_size), page_align(new_size)
     _check(start, old_size, new_size, new)
@@ -112,6 +112,7 @@ async def _resize(space: AddressSpace, vma: Vma, start: Hva, old_size: int, new_
         await space.unmap("mremap", new_end, old_end)
         return start
     if vma.end == old_end and new_end <= TASK_SIZE and not space.vmas.overlapping(old_end, new_end):
+        space.check_showing(vma.part(old_end, new_end))
         vma.end = new_end
         space.vmas.merge(start, new_end)
         return start
@@ -129,13 +130,14 @@ async def _move(space: AddressSpace, start: Hva, size: int, new_size: int, new: 
         raise UapiError(errno.ENOMEM, f"mremap {start:#x}: the process has {len(space.vmas)} mappings")
 
     def edit() -> None:
-        if size:
-            space.vmas.isolate(start, end)
         old = space.vmas.find(start)
         assert old is not None
         moved = old.part(start, old.end)
         moved.start, moved.end = new, new_end
         moved.forget_uffd()  # no EVENT_REMAP was asked for
+        space.check_showing(moved)
+        if size:
+            (old,) = space.vmas.isolate(start, end)
         space.vmas.insert(moved)
         if not size:
             return

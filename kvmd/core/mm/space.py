@@ -92,6 +92,14 @@ class AddressSpace:
         parts = [vma.part(Hva(max(start, vma.start)), Hva(min(end, vma.end))) for vma in vmas]
         return any(part.file.pinned(part.offset, part.offset_of(part.end)) for part in parts if part.file)
 
+    def check_showing(self, vma: Vma) -> None:
+        """May it be mapped?  EBUSY: a device has a page of its file, where a guest's memory is private."""
+        if vma.file is not None:
+            page = size_of_level(vma.file.level)
+            for at in vma.file.pinned(vma.offset, vma.offset_of(vma.end)):
+                shown = Hva(vma.start + at - vma.offset)
+                self.claims.check_mapping(shown, Hva(shown + page))
+
     # -- changes ---------------------------------------------------------------------------------------
 
     async def change(self, start: Hva, end: Hva, edit: Callable[[], T]) -> T:

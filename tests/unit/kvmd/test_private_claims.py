@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.invariants import check_vm
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
+from kvmd.core.mm.mremap import mremap
 from kvmd.core.mm.userfaultfd import Userfaultfd
 from protocol.errors import UapiError
 from protocol.units import Gfn, GfnSpan, Gpa, Hva
@@ -231,6 +233,29 @@ def test_what_a_device_has_of_a_file_beside_what_is_mapped_of_it_is_nobody_s(pag
     world.run(world.mm.mmap(world.at(page), PAGE, RW, fixed=True))
     world.pin_file(page)
     world.run(world.convert(0, PAGES))
+    assert check_vm(world.vm) == []
+
+
+@pytest.mark.parametrize("how", ["mmap", "mremap", "grown"])
+def test_a_file_of_a_device_s_is_not_mapped_where_memory_is_private(how: str) -> None:
+    """Only its pages that the device has are not: the first three are."""
+    world, offset = Filed(), 3 * PAGE
+    world.run(world.mm.munmap(world.hva, PAGES * PAGE))
+    world.pin_file(3)
+    world.run(world.convert(0, PAGES))
+    flow: dict[str, Callable[[int], Coroutine[Any, None, Any]]] = {
+        "mmap": lambda pages: world.mm.mmap(
+            world.at(0), pages * PAGE, RW, shared=True, file=world.file, offset=offset, fixed=True
+        ),
+        "mremap": lambda pages: mremap(world.mm, elsewhere, pages * PAGE, pages * PAGE, world.at(0)),
+        "grown": lambda pages: mremap(world.mm, world.at(0), PAGE, pages * PAGE),
+    }
+    mapped = partial(world.mm.mmap, size=4 * PAGE, prot=RW, shared=True, file=world.file, offset=offset)
+    elsewhere = world.run(mapped(Hva(0x4000_0000)))
+    if how == "grown":
+        world.run(mapped(world.at(0), size=PAGE))
+    world.refused(lambda: world.run(flow[how](4)))
+    world.run(flow[how](3))
     assert check_vm(world.vm) == []
 
 
