@@ -64,11 +64,11 @@ class Sources:
         self._mms: dict[Source, int] = {}
 
     async def get(self, mm: CallerMm, on_invalidate: Invalidate, user: object) -> Source:
-        """That of `mm`, for `user`; a new one if the units of the last are gone.  With the lock held; errors
-        as of `Connect`.
+        """That of `mm`, for `user`; a new one if the units of the last are gone, or its host is.  With the
+        lock held; errors as of `Connect`.
         """
-        found = (source for source, name in self._mms.items() if name == mm.cookie and source.bus.alive)
-        source = next(found, None)
+        of_mm = (source for source, name in self._mms.items() if name == mm.cookie)
+        source = next((source for source in of_mm if source.bus.alive and source.lent), None)
         if source is None:
             # await: user: cannot change: the caller's own
             source = await self._connect(mm, on_invalidate)

@@ -120,3 +120,14 @@ def test_no_hwpt_is_made_while_the_host_goes() -> None:
     rig.hardware.flows.run_ready()
     assert outcome(second.result) == errno.ENODEV
     assert [hwpt.id for hwpt in ioas.hwpts] == [first]
+
+
+def test_a_host_that_went_is_not_asked_for_the_same_process_again() -> None:
+    """kvmd hung up and lives: another IOAS is connected anew, though the first still has areas."""
+    rig = TwoNodes()
+    for made in (1, 2):
+        ioas = rig.ioas()
+        rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+        assert len(rig.mirrors) == made
+        rig.gone[-1]()
+        rig.hardware.flows.run_ready()
