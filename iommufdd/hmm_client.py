@@ -36,7 +36,7 @@ class HmmMirror(KvmdChannel):
         await self.present("HMM_MIRROR_GET", self._mm_fd, "hmm", on_request=HMM_MIRROR.bind(self))
 
     async def register(self, account: str) -> LentWindows:
-        reply = await self.call("HMM_REGISTER", {"account": account})
+        reply = await self.call_for_fds("HMM_REGISTER", {"account": account})
         return LentWindows(reply.body["windows"], reply.fds)
 
     async def watch(self, hva: Hva, size: int) -> None:
@@ -55,7 +55,7 @@ class HmmMirror(KvmdChannel):
         return await self._find("HMM_PIN", asked)
 
     async def open_file(self, fd: UserFd) -> int:
-        number: int = (await self.call("HMM_FILE_GET", {}, fd)).body["file"]
+        number: int = (await self.call("HMM_FILE_GET", {}, fd))["file"]
         return number
 
     async def close_file(self, file: int) -> None:
@@ -71,14 +71,14 @@ class HmmMirror(KvmdChannel):
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
 
     async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
-        body = (await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})).body
+        body = await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})
         return PinnedRange([HostPin(*pin) for pin in body["pins"]], body["end"], body["total"])
 
     def release(self) -> None:
         self.hang_up()
 
     async def _find(self, op: str, asked: Body) -> HmmRange:
-        body = (await self.call(op, asked)).body
+        body = await self.call(op, asked)
         if body["end"] <= asked["start"]:
             raise UapiError(errno.EIO, f"{op} of {asked['start']:#x} stopped at {body['end']:#x}")
         return HmmRange([HmmPage(*page) for page in body["pages"]], body["end"], body.get("major", 0))

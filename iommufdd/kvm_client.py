@@ -37,14 +37,15 @@ class KvmTdp(KvmdChannel):
 
     async def metadata(self) -> ExportedTdpMeta:
         """EFAULT if what KVM says is no metadata; if it says none, its own errno (defect B-36)."""
-        reply = await self.call("TDP_GET_METADATA")
+        answer = await self.call("TDP_GET_METADATA")
         try:
-            return ExportedTdpMeta.from_bytes(reply.body["meta"])
+            return ExportedTdpMeta.from_bytes(answer["meta"])
         except (ValueError, KeyError, TypeError) as error:
             raise UapiError(errno.EFAULT, f"no metadata of the exported TDP: {error}") from None
 
     async def register(self) -> LentWindows:
-        reply = await self.call("TDP_REGISTER_IMPORTER", {"name": IMPORTER_NAME, "mm": self._mm_cookie})
+        body = {"name": IMPORTER_NAME, "mm": self._mm_cookie}
+        reply = await self.call_for_fds("TDP_REGISTER_IMPORTER", body)
         return LentWindows(reply.body["windows"], reply.fds)
 
     async def fault(self, gfn: Gfn, *, read: bool, write: bool, exec: bool) -> None:
@@ -52,11 +53,10 @@ class KvmTdp(KvmdChannel):
         await self.call("TDP_FAULT", body)
 
     async def pin(self, gfn: Gfn, npages: int) -> int:
-        reply = await self.call("TDP_PIN", {"gfn": gfn, "npages": npages})
-        return int(reply.body["pin"])
+        return int((await self.call("TDP_PIN", {"gfn": gfn, "npages": npages}))["pin"])
 
     async def pin_all(self) -> int:
-        return int((await self.call("TDP_PIN_ALL")).body["pin"])
+        return int((await self.call("TDP_PIN_ALL"))["pin"])
 
     async def unpin(self, pin: int) -> None:
         await self.call("TDP_UNPIN", {"pin": pin})

@@ -51,8 +51,15 @@ class KvmdChannel:
         except OSError as error:
             raise refusal(error, f"no room for the {name} channel") from None
 
-    async def call(self, op: str, body: Body | None = None, fd: int | None = None) -> Reply:
-        """With a copy of `fd`, if one is given.  ENODEV once kvmd is gone; EMFILE."""
+    async def call(self, op: str, body: Body | None = None, fd: int | None = None) -> Body:
+        """The answer, which has no fds to be kept; with a copy of `fd`, if one is given.  ENODEV once kvmd is
+        gone; EMFILE."""
+        reply = await self.call_for_fds(op, body, fd)
+        reply.fds.close()
+        return reply.body
+
+    async def call_for_fds(self, op: str, body: Body | None = None, fd: int | None = None) -> Reply:
+        """The same, whose fds are the caller's."""
         assert self._channel is not None
         try:
             return await self._channel.call(op, body, [] if fd is None else [self._dup(op, fd)])

@@ -131,7 +131,7 @@ def _unplug(watch: Watch, original: Any, silicon: RootComplex) -> None:
     watch.ghost.groups.forget_all()  # nobody is left who would answer
 
 
-@seams.around(KvmdChannel, "call")
+@seams.around(KvmdChannel, "call_for_fds")
 async def _call(watch: Watch, original: Any, channel: KvmdChannel, op: str, *args: Any, **named: Any) -> Any:
     """Of iommufdd, which holds its own answers up until kvmd answers (R27)."""
     with watch.must_end("request", or_its_daemon=True):

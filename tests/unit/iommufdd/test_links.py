@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from iommufdd.kvm_client import KvmTdp
 from iommufdd.service.objects import IommufddApp
 from iommufdd.unit_port import UnitPort
 from protocol.flow import Flows
 from protocol.kernel.linux import LINUX
-from protocol.rpc.channel import Fds
+from protocol.rpc.channel import Channel, Fds
 from protocol.rpc.loop import Loop
 from protocol.units import PAGE_SIZE
 
@@ -56,3 +59,26 @@ def test_what_knows_itself_in_circles_goes_with_the_next_link() -> None:
         if was:
             gc.enable()
         loop.close()
+
+
+def test_fds_that_came_with_an_answer_of_kvmd_that_should_have_none_are_closed() -> None:
+    """I14."""
+    loop = Loop(LINUX, Flows())
+    tdp = KvmTdp(loop, Path("kvmd"), 1, -1)
+    ours, theirs = LINUX.socketpair()
+    read, write = os.pipe()
+    tdp._channel = Channel(loop, ours, "tdp")
+    kvmd = Channel(loop, theirs, "kvmd", on_request=lambda peer, number, *_: peer.answer(number, {}, [read]))
+    unpinned = loop.flows.start(tdp.unpin(1))
+    while not unpinned.done:
+        loop.turn(0)
+        loop.settle()
+    unpinned.result()
+    assert LINUX.closer.drain(10)
+    nobody_reads = select.poll()
+    nobody_reads.register(write, 0)
+    assert nobody_reads.poll(0) == [(write, select.POLLERR)]
+    os.close(write)
+    for channel in (tdp._channel, kvmd):
+        channel.close()
+    loop.close()
