@@ -18,7 +18,7 @@ from simulator.ghost.probes.watch import Seams, Watch
 seams = Seams()
 
 
-def _bytes_of(frames: Frames, pfn: int, level: Level) -> memoryview:
+def bytes_of(frames: Frames, pfn: int, level: Level) -> memoryview:
     whole = getattr(frames.view, "_view", frames.view)  # a world watches it (simulator/world/memory.py)
     at = pfn - (frames.base >> PAGE_SHIFT) << PAGE_SHIFT
     found: memoryview = whole[at : at + size_of_level(level)]
@@ -33,9 +33,9 @@ def _lost(watch: Watch, table: PageTable, hva: Hva, to: str) -> None:
 @seams.around(PageAllocator, "move")
 def _moves(watch: Watch, original: Any, memory: PageAllocator, page: Page, owner: int) -> None:
     """The old frame is given up within."""
-    old, before = page.pfn, bytes(_bytes_of(memory.frames, page.pfn, page.level))
+    old, before = page.pfn, bytes(bytes_of(memory.frames, page.pfn, page.level))
     original(memory, page, owner)
-    if _bytes_of(memory.frames, page.pfn, page.level) != before:
+    if bytes_of(memory.frames, page.pfn, page.level) != before:
         what = f"frame {old:#x} goes to {page.pfn:#x}"
         watch.ghost.verdicts.say("I6", f"{what}, and what was stored to it does not")
 
@@ -44,7 +44,7 @@ def taken(watch: Watch, frames: Frames, pfn: Pfn, level: Level) -> None:
     """Frames are taken, and nothing is in them that another has left there."""
     watch.huge.begin(pfn if level == LEVEL_2M else None)
     before = watch.ghost.frames.given_up(pfn)
-    if level <= LEVEL_2M and before is not None and any(_bytes_of(frames, pfn, level)):
+    if level <= LEVEL_2M and before is not None and any(bytes_of(frames, pfn, level)):
         watch.ghost.verdicts.say("I6", f"frame {pfn:#x} is taken with what {before.name} stored there")
 
 
@@ -55,21 +55,21 @@ def replaced(watch: Watch, table: PageTable, entry: Entry) -> None:
         for (of, hva), before in watch.huge.gone.items():
             at = hva - entry.hva
             inside = of == id(table) and 0 <= at < size_of_level(entry.level)
-            if inside and _bytes_of(memory.frames, entry.pfn, entry.level)[at : at + len(before)] != before:
+            if inside and bytes_of(memory.frames, entry.pfn, entry.level)[at : at + len(before)] != before:
                 _lost(watch, table, hva, f"frame {entry.pfn:#x}")
         watch.huge.begin(None)
     if old is None or old.hva != entry.hva:
         return
     if isinstance(old, Pte) and isinstance(entry, Swapped):
-        if _bytes_of(memory.frames, old.pfn, old.level) != entry.swap.data:
+        if bytes_of(memory.frames, old.pfn, old.level) != entry.swap.data:
             _lost(watch, table, entry.hva, "swap")
     elif isinstance(old, Swapped) and isinstance(entry, Pte):
-        if _bytes_of(memory.frames, entry.pfn, entry.level) != old.swap.data:
+        if bytes_of(memory.frames, entry.pfn, entry.level) != old.swap.data:
             _lost(watch, table, entry.hva, f"frame {entry.pfn:#x}")
     elif isinstance(old, Pte) and isinstance(entry, Pte) and old.pfn != entry.pfn:
         given_up = watch.ghost.frames.given_up(old.pfn) is not None  # it has moved, and was looked at there
         level = min(old.level, entry.level)
-        if not given_up and _bytes_of(memory.frames, old.pfn, level) != _bytes_of(
+        if not given_up and bytes_of(memory.frames, old.pfn, level) != bytes_of(
             memory.frames, entry.pfn, level
         ):
             _lost(watch, table, entry.hva, f"frame {entry.pfn:#x}")
@@ -80,6 +80,6 @@ def cleared(watch: Watch, table: PageTable, entry: Entry) -> None:
     if watch.huge.fresh is None:
         return
     if isinstance(entry, Pte) and entry.level == LEVEL_4K:
-        watch.huge.gone[id(table), entry.hva] = bytes(_bytes_of(table.memory.frames, entry.pfn, LEVEL_4K))
+        watch.huge.gone[id(table), entry.hva] = bytes(bytes_of(table.memory.frames, entry.pfn, LEVEL_4K))
     elif isinstance(entry, Swapped):
         watch.huge.gone[id(table), entry.hva] = entry.swap.data

@@ -107,10 +107,12 @@ def _stored(watch: Watch, original: Any, record: StoreRecord, as_id: int, gfn: G
 def _telling(watch: Watch, original: Any, record: StoreRecord, told: Told) -> Iterator[None]:
     """A report, from when its marks are taken."""
     ghost, log = watch.ghost, watch.logs[id(record)]
-    reports = []
+    reports, reported = [], watch.reported.setdefault(id(record), [])
     for slot in record._slots:
         if slot.logs:
-            gfns = [slot.base_gfn + page for page in range(slot.npages) if told(slot.number, page)]
+            pages = [page for page in range(slot.npages) if told(slot.number, page)]
+            reported += [(slot.number, page) for page in pages]
+            gfns = [slot.base_gfn + page for page in pages]
             reports.append(ghost.report_begins(watch.view(record._slots, slot.as_id), gfns))
     with original(record, told):
         yield

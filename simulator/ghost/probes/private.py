@@ -12,10 +12,11 @@ from typing import Any
 from kvmd.core.slots.guest_memfd import GuestMemfd, MemoryAttributes
 from kvmd.core.slots.private_memory import PrivateMemory
 from protocol.pt import bits
-from protocol.units import GfnSpan
+from protocol.units import PAGE_SHIFT, GfnSpan, Gpa
+from simulator.ghost.backing import Shown
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.ghost.probes.windows import tell_private, windows
-from simulator.ghost.spans import Translation
+from simulator.ghost.spans import Spans, Translation, merged
 
 seams = Seams()
 
@@ -25,6 +26,23 @@ def _private_memory(watch: Watch, original: Any, private: PrivateMemory, *args: 
     original(private, *args, **named)
     watch.private_of[id(private._slots)] = private
     watch.slots_of[id(private.attributes)] = private._slots
+
+
+@seams.around(PrivateMemory, "set_attributes")
+async def _set_attributes(
+    watch: Watch, original: Any, private: PrivateMemory, address: Gpa, size: int, attributes: int, flags: int
+) -> None:
+    """What is private then is what was asked for so far, whatever slots there are."""
+    await original(private, address, size, attributes, flags)
+    asked = watch.asked_private.setdefault(id(private), Spans())
+    start, end = address >> PAGE_SHIFT, address + size >> PAGE_SHIFT
+    asked.clear(start, end)
+    if attributes:
+        asked.put(start, end, Shown(None, start, 0))
+    wanted = [(low, high) for low, high, _ in merged(asked)]
+    if wanted != [(span.start, span.end) for span in private.attributes]:
+        ranges = " and ".join(f"{low:#x}..{high:#x}" for low, high in wanted) or "none"
+        watch.ghost.verdicts.say("R24", f"gfns that user space made private are {ranges}, and others are")
 
 
 @seams.around(GuestMemfd, "page")

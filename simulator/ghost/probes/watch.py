@@ -27,9 +27,10 @@ from protocol.units import (
     Level,
     pages_of_level,
 )
-from simulator.ghost.backing import Name
+from simulator.ghost.backing import Name, Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.lent import Importing
+from simulator.ghost.spans import Spans
 
 Around = Callable[..., Any]  # (watch, what is wrapped, its arguments)
 
@@ -102,6 +103,7 @@ class Watch:
         self.trying: Trying | None = None  # whose step this is
         self.flushing = Counter[int]()  # by VM, flushes that not all have acked
         self.private_of: dict[int, PrivateMemory] = {}  # by its slots
+        self.asked_private: dict[int, Spans[Shown]] = {}  # by private memory: gfns that are to be
         self.slots_of: dict[int, Memslots] = {}  # by its attributes
         self.vm_of: dict[int, int] = {}  # id of its slots, its pinned gfns -> VM
         self.kept: list[object] = []  # whose ids are in use here
@@ -117,9 +119,11 @@ class Watch:
         self.leases: dict[int, list[Lease]] = {}  # on an export
         self._forgotten: dict[tuple[str, int], deque[tuple[int, tuple[int, int]]]] = {}
         self.dids: dict[int, set[int]] = {}
+        self.leads_to: dict[int, tuple[int, int]] = {}  # by function, its PASID entry: domain id, table
         self.functions: dict[int, Function] = {}  # by device TLB
         self.logs: dict[int, DirtyLog] = {}  # by its record of stores
         self.huge = HugePage()
+        self.reported: dict[int, list[tuple[int, int]]] = {}  # by its record of stores: slot, page, lately
         self.pins: dict[int, list[tuple[Name, int, int]]] = {}  # of a page: no gfn's any more, not let go of
         self.second_stages: dict[tuple[int, int], SecondStage] = {}  # by unit's tables, function: found last
         self.walked: dict[int, tuple[int, int]] = {}  # by unit: where its walk ended, and by what word

@@ -17,6 +17,7 @@ from simulator.ghost.probes import (
     importers,
     ioas,
     layout,
+    logs,
     mmus,
     own,
     private,
@@ -28,7 +29,7 @@ from simulator.ghost.probes.watch import Around, Watch
 
 _ROOMS = (
     *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-    *(mmus, own, contents),
+    *(mmus, own, contents, logs),
 )
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around for room in _ROOMS for seam, around in room.seams.items()
