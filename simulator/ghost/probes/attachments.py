@@ -9,6 +9,7 @@ from typing import Any
 from device_sim.core.context_tables import ContextTables
 from device_sim.core.function import Function
 from iommufdd.core.device import DeviceEvent, DeviceState, IommufdDevice
+from iommufdd.core.group import IommufdGroup
 from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.hwpt_kvm import HwptKvm
 from iommufdd.core.intel_iommu import IntelIommu
@@ -170,6 +171,19 @@ def _put_pasid_entry(
         kvms = isinstance(hwpt, HwptKvm)
         watch.ghost.functions.walks(rid, can, Walked(table.level, table.max_huge_page_level, kvms))
     original(unit, rid, pasid, entry)
+    watch.leads_to[rid] = entry.did, entry.ss_ptr
+
+
+@seams.around(IommufdGroup, "attach")
+async def _attach(
+    watch: Watch, original: Any, group: IommufdGroup, device: IommufdDevice, hwpt: Hwpt, *, pinned: bool
+) -> None:
+    """Or replace: where it was before it reaches nothing any more."""
+    await original(group, device, hwpt, pinned=pinned)
+    entry, domain = watch.leads_to.get(device.rid), hwpt.domain
+    if entry not in (None, (domain.did, domain.root)):
+        what = f"function {device.rid:#x} is attached to domain {domain.did}, its entry is of another"
+        watch.ghost.verdicts.say("R10", what)
 
 
 # -- entries that lead to tables, and what units have of them ----------------------------------------------

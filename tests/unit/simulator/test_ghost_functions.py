@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ from simulator.ghost.heard import Heard
 from simulator.ghost.leading import LeadingEntries
 from simulator.ghost.probes.watching import watching
 from simulator.ghost.violation import Verdicts
+from simulator.planted.plant import Edit, Plant
+from simulator.search.replay import Replay
+from simulator.stories.library import STORIES
+from simulator.world.schedule import Judged
 from tests.kit.iommufdd import Surroundings, function
 from tests.planted.plugin import Plants
 
@@ -268,3 +273,12 @@ def test_half_a_group_that_outlives_its_attachment_is_seen(stays: bool, plant: P
         partial.gather(PageRequest(device.rid, 0, Iova(0x7000), last=False, read=True), hwpt)
         world.run(device.leave())
     assert [violation.invariant for violation in ghost.verdicts.found] == ["I24"] * stays
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_function_that_stays_where_it_was_is_not_where_it_is_attached(stays: bool) -> None:
+    went = "await device.enter(hwpt, pinned=pinned)"
+    edit = Edit("iommufdd.core.group:IommufdGroup._replace", went, went.replace("hwpt", "old"))
+    with Plant("stays", "", "R10", [edit]).apply() if stays else nullcontext():
+        end = Judged(STORIES.__getitem__, "replace", "mirror")()(Replay(()))
+    assert end.invariant == ("R10" if stays else ""), end
