@@ -116,6 +116,7 @@ class Pinning:
         or the limit; ENODEV: the owner or the export is gone; EAGAIN: the host or the VMM would not hold
         still.
         """
+        self._check_open(account)
         self._check_span(span)
         request = Request()
         return await self._ask(account, request, self._pin_span(request, span))
@@ -125,6 +126,7 @@ class Pinning:
         private memory are left out: no device writes the one or reaches the other.  Errors as of `pin`; then
         nothing is pinned.
         """
+        self._check_open(account)
         request = Request(everything=True)
         return await self._ask(account, request, self._pin_slots(request, self._frames.slots))
 
@@ -151,6 +153,11 @@ class Pinning:
             await self._take_back(request)
             raise
         return name
+
+    def _check_open(self, account: Account) -> None:
+        """Its lease may have ended, and the export gone with all pins, before its owner leaves."""
+        if account not in self._accounts:
+            raise UapiError(errno.ENODEV, "pin: the export is gone, and nobody would take it back")
 
     def _check_wanted(self, request: Request) -> None:
         if request.over:

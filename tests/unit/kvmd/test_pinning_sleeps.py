@@ -267,6 +267,24 @@ def test_a_slot_that_goes_while_its_importer_leaves_has_nothing_left_to_take_bac
     assert guest.sound()
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_who_is_registered_still_when_the_export_goes_pins_no_more(everything: bool) -> None:
+    """Its lease has ended, so nothing waits for it; but its channel is open."""
+    guest = PinnedRam()
+    guest.pin(WORD)
+    guest.do(guest.mm.munmap(guest.hva_of(WORD), PAGE))
+    closing = guest.start(guest.vm.exports.close(guest.exported))
+    assert not closing.done
+    span = GfnSpan.of_pages(Gfn(WORD + 1), 1)
+    pinning = guest.vm.pinning
+    with pytest.raises(UapiError) as caught:
+        guest.do(pinning.pin_all(guest.account) if everything else pinning.pin(guest.account, span))
+    assert caught.value.errno == errno.ENODEV
+    guest.settle(closing)
+    assert (len(pinning.pinned), guest.mm.pinned_pages) == (0, 0)
+    assert guest.sound()
+
+
 # -- everything, and slots that come ----------------------------------------------------------------------
 
 
