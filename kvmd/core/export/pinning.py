@@ -150,6 +150,7 @@ class Pinning:
             self._check_wanted(request)
         except UapiError:
             account.requests.pop(name, None)
+            request.over = True  # a slot that comes may be pinning for it just now
             await self._take_back(request)
             raise
         return name

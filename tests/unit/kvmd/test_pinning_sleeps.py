@@ -312,6 +312,24 @@ def test_a_slot_comes_though_its_pinner_went() -> None:
     assert guest.sound()
 
 
+def test_a_slot_that_comes_pins_nothing_for_who_was_refused_meanwhile() -> None:
+    guest = Sleepy()
+    everything = guest.start(guest.vm.pinning.pin_all(guest.account))
+    hva = guest.map(1)
+    guest.run(guest.uffd.register(hva, PAGE, missing=True, wp=False))
+    coming = guest.start(guest.vm.slots_change.set_memory_region(guest.region(1, 0x800, 1, hva)))
+    guest.mm.locked.limit = 0
+    guest.give(BASE)
+    with pytest.raises(UapiError):
+        guest.settle(everything)
+    guest.mm.locked.limit = None
+    assert not coming.done
+    guest.do(guest.uffd.copy(hva, b"y" * PAGE, wp=False))
+    guest.settle(coming)
+    assert (len(guest.vm.pinning.pinned), guest.mm.pinned_pages) == (0, 0)
+    assert guest.sound()
+
+
 def test_a_slot_that_is_refused_late_takes_no_slot_of_that_number_along() -> None:
     """Its deletion, and a new slot 1, wait until it is known whether it can be pinned."""
     guest = Sleepy()
