@@ -110,10 +110,18 @@ async def _handle(
 
 
 @seams.around(Iopf, "_answer")
-def _answer(watch: Watch, original: Any, iopf: Iopf, rid: int, prgi: int, code: ResponseCode) -> None:
+def _answer(
+    watch: Watch,
+    original: Any,
+    iopf: Iopf,
+    rid: int,
+    prgi: int,
+    code: ResponseCode,
+    pasid: Pasid | None = None,
+) -> None:
     root, pages = watch.looked_for.pop((rid, prgi), (0, []))
     watch.ghost.groups.answers(rid, prgi, code, _nowhere(watch, root, pages))
-    original(iopf, rid, prgi, code)
+    original(iopf, rid, prgi, code, pasid)
 
 
 def _nowhere(watch: Watch, root: int, pages: list[int]) -> list[int]:
