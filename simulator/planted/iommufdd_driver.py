@@ -91,7 +91,7 @@ IOMMUFDD_DRIVER = (
         "R8-one-function-is-told",
         "Of several functions on one HWPT behind a unit the first alone forgets.",
         "R8",
-        [Edit(f"{_HWPT}.behind", "if other is unit]", "if other is unit][:1]")],
+        [Edit(f"{_HWPT}.behind", "not in self.without_ats]", "not in self.without_ats][:1]")],
         races=["R8"],
     ),
     Plant(
