@@ -38,6 +38,7 @@ PLAYED = (
     ("full", "shared", ()),
     ("slot-emulated", "shared", ()),
     ("log-huge", "shared", ()),
+    ("ring", "shared", ()),
     ("detach", "managed", ("hangup",)),
 )
 ELSEWHERE = {(PageTable, "move")}  # mremap is in no story
