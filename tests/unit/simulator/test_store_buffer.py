@@ -250,13 +250,19 @@ def test_a_load_of_several_words_waits_for_the_stores_to_them() -> None:
     assert seen == [[5]]
 
 
-def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
+def stores_to_memory() -> tuple[World, Faults, SimProcess, Mapping, Memory]:
+    """Of kvmd, whose stores may wait, with memory that is mapped and the file behind it."""
     world, faults = World(Drawn(None)), Faults(["store-buffer"])
     faults.put_into(world)
     kvmd = SimProcess(world.host, "kvmd")
     fd, mapping = kvmd.memfd("unit 0", 4096, peer_writes=False)
     file = kvmd.file(fd)
     assert isinstance(file, Memory)
+    return world, faults, kvmd, mapping, file
+
+
+def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
+    world, faults, kvmd, mapping, file = stores_to_memory()
 
     def body() -> None:
         mapping.view.cast("Q")[0] = 5
@@ -271,12 +277,7 @@ def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
 
 def test_a_store_that_waits_when_its_schedule_is_over_is_made() -> None:
     """Its owner stands where it stood, and goes on in the next one."""
-    world, faults = World(Drawn(None)), Faults(["store-buffer"])
-    faults.put_into(world)
-    kvmd = SimProcess(world.host, "kvmd")
-    fd, mapping = kvmd.memfd("unit 0", 4096, peer_writes=False)
-    file = kvmd.file(fd)
-    assert isinstance(file, Memory)
+    world, faults, kvmd, mapping, file = stores_to_memory()
 
     def body() -> None:
         mapping.view.cast("Q")[0] = 5
