@@ -132,12 +132,14 @@ class PageAllocator:
             self.view(page.pfn, size)[:] = self.view(entry.pfn, size)
         return page
 
-    def move(self, page: Page, owner: int) -> None:
-        """To another frame, contents and all; whoever maps it must be given the new one.  ENOMEM."""
+    def move(self, page: Page, owner: int) -> Pfn:
+        """To another frame, contents and all; gives the old one, to be released when whoever maps the page
+        has been given the new one.  ENOMEM.
+        """
         size = size_of_level(page.level)
         old, page.pfn = page.pfn, self._take(page.level, owner)
         self.view(page.pfn, size)[:] = self.view(old, size)
-        self.frames.release(old, page.level)
+        return old
 
     # -- splitting -------------------------------------------------------------------------------------
 

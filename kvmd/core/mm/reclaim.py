@@ -109,10 +109,11 @@ def _pages(space: AddressSpace, start: Hva, end: Hva) -> list[tuple[Vma, Page]]:
 def _move(vma: Vma, page: Page) -> int:
     entries = entries_of(page)
     table = entries[0][0]
-    old = page.pfn
-    table.memory.move(page, SHARED_OWNER if page.kind is PageKind.FILE else table.owner)
+    memory = table.memory
+    old = memory.move(page, SHARED_OWNER if page.kind is PageKind.FILE else table.owner)
     for table, entry in entries:
         table.replace(entry, page, Pfn(page.pfn + entry.pfn - old), writable=entry.writable)
+    memory.frames.release(old, page.level)
     return 1
 
 

@@ -31,13 +31,13 @@ def _lost(watch: Watch, table: PageTable, hva: Hva, to: str) -> None:
 
 
 @seams.around(PageAllocator, "move")
-def _moves(watch: Watch, original: Any, memory: PageAllocator, page: Page, owner: int) -> None:
-    """The old frame is given up within."""
+def _moves(watch: Watch, original: Any, memory: PageAllocator, page: Page, owner: int) -> Any:
     old, before = page.pfn, bytes(bytes_of(memory.frames, page.pfn, page.level))
-    original(memory, page, owner)
+    given = original(memory, page, owner)
     if bytes_of(memory.frames, page.pfn, page.level) != before:
         what = f"frame {old:#x} goes to {page.pfn:#x}"
         watch.ghost.verdicts.say("I6", f"{what}, and what was stored to it does not")
+    return given
 
 
 def taken(watch: Watch, frames: Frames, pfn: Pfn, level: Level) -> None:

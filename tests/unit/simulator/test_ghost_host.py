@@ -17,7 +17,7 @@ from kvmd.core.slots.dirty_bitmap import DirtyBitmap
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import Memslot
 from protocol.pt.bits import READ, WRITE
-from protocol.units import PAGE_SIZE, Hva
+from protocol.units import PAGE_SIZE, Hva, Pfn
 from simulator.ghost.backing import Shown, Truth
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes.watching import watching
@@ -191,10 +191,11 @@ def test_a_process_that_reaches_the_frame_it_had_is_found(monkeypatch: pytest.Mo
 def test_a_copy_of_what_was_given_up_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Migration gives the old frame up before it copies it."""
 
-    def move(memory: PageAllocator, page: Page, owner: int) -> None:
+    def move(memory: PageAllocator, page: Page, owner: int) -> Pfn:
         old, page.pfn = page.pfn, memory._take(page.level, owner)
         memory.frames.release(old, page.level)
         memory.view(page.pfn, PAGE_SIZE)[:] = memory.view(old, PAGE_SIZE)
+        return memory._take(page.level, owner)  # for whoever releases what it is given
 
     monkeypatch.setattr(PageAllocator, "move", move)
     ghost = Ghost(Verdicts())

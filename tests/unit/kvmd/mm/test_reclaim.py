@@ -19,7 +19,7 @@ from kvmd.core.mm.page import Page, PageKind, Pte
 from kvmd.core.mm.reclaim import age, merge, migrate, numa_hint, swap_out
 from protocol.errors import EHWPOISON
 from protocol.flow import Wait
-from protocol.units import Hva, Level
+from protocol.units import Hva, Level, Pfn
 from tests.kit.kvmd import MM_CHANGES, RW, World
 from tests.kit.refusals import errno_of
 from tests.unit.kvmd.mm.test_mm import Notifier
@@ -58,6 +58,28 @@ def test_a_page_of_two_processes_is_taken_from_both(world: World, act: Callable[
     for mm in (world.mm, child):
         assert world.run(mm.read(hva, 2)) == b"xx"
     books_are_right(world, child)
+
+
+@pytest.mark.parametrize("act", [migrate, swap_out, merge, dontneed])
+def test_a_frame_is_given_up_behind_the_last_entry_that_named_it(
+    world: World, act: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hva = touched(world, 2)
+    world.run(ADVICE["mergeable"](world.mm, hva, 2 * PAGE))
+    child = child_of(world)
+    frames, given_up = world.host.frames, set[Pfn]()
+    release = frames.release
+
+    def released(pfn: Pfn, level: Level) -> None:
+        named = [entry for mm in (world.mm, child) for entry in mm.table.within(hva, Hva(hva + 2 * PAGE))]
+        assert pfn not in [entry.pfn for entry in named if isinstance(entry, Pte)]
+        given_up.add(pfn)
+        release(pfn, level)
+
+    monkeypatch.setattr(frames, "release", released)
+    for mm in (world.mm, child):
+        world.run(act(mm, hva, 2 * PAGE))
+    assert given_up
 
 
 def test_merged_pages_are_one_and_read_only_until_written(world: World) -> None:
