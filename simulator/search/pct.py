@@ -19,10 +19,11 @@ all k steps, which are not known before a run had as many, and of bugs that go b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from random import Random
 
-from simulator.search.option import Option, is_within, process_of
+from simulator.search.option import Option, is_within
+from simulator.search.shared import SharedPlaces
 
 DEPTH = 3
 IN_A_ROW_MAX = 500
@@ -49,8 +50,7 @@ class PriorityChanges:
         self.length = 1  # counted steps of the longest run so far
         self.runs = 0
         self.whole = 0  # of them, whose points were drawn from as many steps, and which nobody held up
-        self._toucher: dict[Hashable, str] = {}
-        self._shared: set[Hashable] = set()
+        self._shared = SharedPlaces()
         self._begin()
 
     def _begin(self) -> None:
@@ -112,13 +112,10 @@ class PriorityChanges:
         self._held_up = True
 
     def _is_shared(self, step: Option) -> bool:
-        return any(touch.place in self._shared for touch in step.touches)
+        return self._shared.has_any_of(step.touches)
 
     def took(self, step: Option) -> None:
-        process = process_of(step.actor)
-        for touch in step.touches:
-            if self._toucher.setdefault(touch.place, process) != process:
-                self._shared.add(touch.place)
+        self._shared.took(step)
 
     def ended(self, failed: bool) -> bool:
         self.actors = max(self.actors, len(self._priority))

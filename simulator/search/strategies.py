@@ -11,9 +11,8 @@ from simulator.search.mixed import Mixed
 from simulator.search.mutation import Mutation
 from simulator.search.option import Search
 from simulator.search.pct import PriorityChanges
-from simulator.search.walk import RandomWalk
-
-RARELY = 0.1  # with which probability `rare` leaves the default
+from simulator.search.racing import Racing
+from simulator.search.walk import RARELY, RandomWalk
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +27,15 @@ def _rare(seed: int) -> RandomWalk:
 
 
 def _mixed(seed: int) -> Mixed:
-    return Mixed(RandomWalk(seed), _rare(seed), PriorityChanges(seed))
+    return Mixed(RandomWalk(seed), _rare(seed), PriorityChanges(seed), Racing(seed))
 
 
 STRATEGIES: Mapping[str, Named] = {
-    "mixed": Named("random, rare and pct by turns", _mixed, True),
+    "mixed": Named("random, rare, pct and racing by turns", _mixed, True),
     "random": Named("a coin at each choice", RandomWalk, True),
     "rare": Named("a coin that leaves the default once in ten", _rare, True),
     "pct": Named("priorities with two changes", PriorityChanges, True),
+    "racing": Named("who is about to touch what others touch waits for one of them", Racing, True),
     "mutation": Named("schedules that showed something new, changed", Mutation, True),
     "exhaustive": Named("one run of every trace", lambda seed: Exhaustive(), False),
     "delay": Named("all schedules, those with fewer delays first", lambda seed: DelayBound(), False),

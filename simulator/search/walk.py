@@ -12,6 +12,7 @@ from random import Random
 from simulator.search.option import Option
 
 SWITCH = 0.5
+RARELY = 0.1
 
 
 class RandomWalk:

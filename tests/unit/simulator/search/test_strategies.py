@@ -12,6 +12,7 @@ from simulator.search.delay import DelayBound
 from simulator.search.mutation import Mutation
 from simulator.search.option import Option, Strategy, Touch, UnrepeatableError
 from simulator.search.pct import PriorityChanges
+from simulator.search.racing import HELD_MAX, Racing
 from simulator.search.replay import Recorded, Replay
 from simulator.search.strategies import STRATEGIES
 from simulator.search.walk import RandomWalk
@@ -81,8 +82,8 @@ def test_by_turns_each_plays_as_it_does_alone() -> None:
         strategy = STRATEGIES[name].make(7)
         return [run.steps for run in islice(every_schedule(WINDOW, strategy), count)]
 
-    alone = [steps(name, 10) for name in ("random", "rare", "pct")]
-    assert steps("mixed", 30) == [alone[number % 3][number // 3] for number in range(30)]
+    alone = [steps(name, 10) for name in ("random", "rare", "pct", "racing")]
+    assert steps("mixed", 40) == [alone[number % 4][number // 4] for number in range(40)]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -201,7 +202,7 @@ def test_what_one_process_alone_touches_does_not_count_whatever_it_is_told() -> 
         pct.took(Option(actor, "goes on", frozenset({Touch("A's state", True)})))
     pct.took(Option("A", "sends", frozenset({Touch("queue", True)})))
     pct.took(Option("B<queue", "is told", frozenset({Touch("queue", True)})))
-    assert pct._shared == {"queue"}
+    assert pct._shared.places == {"queue"}
 
 
 def test_a_way_within_a_step_is_no_step_that_goes_by_priorities() -> None:
@@ -214,6 +215,63 @@ def test_a_way_within_a_step_is_no_step_that_goes_by_priorities() -> None:
     pct.ended(False)
     assert drawn == {0, 1}
     assert (pct.actors, pct.length, pct.whole) == (1, 1, 1), "nobody was drawn a priority, none counted"
+
+
+def told_of_both(racing: Racing) -> list[Option]:
+    """A and B store to x, as racing has seen them do."""
+    steps = [Option(name, "stores", frozenset({Touch("x", True)})) for name in "AB"]
+    for step in steps:
+        racing.took(step)
+    return steps
+
+
+def test_who_was_held_comes_right_behind_another_s_access() -> None:
+    racing = Racing(0, holds=1, switch=0.0)
+    a, b = told_of_both(racing)
+    own, other = Option("B", "works"), Option("A", "works")
+    assert racing.choose([a, own]) == 1, "A is held at its first access"
+    racing.took(own)
+    assert racing.choose([a, own]) == 1
+    racing.took(own)
+    assert racing.choose([a, b]) == 1
+    racing.took(b)
+    assert racing.met == 1
+    assert racing.choose([own, a]) == 1, "against the default"
+    racing.took(a)
+    assert racing.choose([own, other]) == 0
+
+
+def test_who_is_held_goes_on_where_nobody_else_can() -> None:
+    racing = Racing(0, holds=1, switch=0.0)
+    a, b = told_of_both(racing)
+    assert racing.choose([a, a._replace(label="stores otherwise")]) == 0
+    racing.took(a)
+    racing.took(b)
+    assert racing.met == 0, "it is held no more"
+
+
+def test_nobody_is_held_for_ever_beside_those_who_keep_each_other_busy() -> None:
+    racing = Racing(0, holds=1, switch=0.0)
+    a, _ = told_of_both(racing)
+    went = 0
+    while racing.choose([a, busy := Option("CD"[went % 2], "asks or answers")]):
+        racing.took(busy)
+        went += 1
+    assert went == HELD_MAX + 1
+
+
+def test_reads_of_one_word_do_not_race() -> None:
+    racing = Racing(0, holds=1, switch=0.0)
+    told_of_both(racing)
+    a, b = (Option(name, "loads", frozenset({Touch("x", False)})) for name in "AB")
+    assert racing.choose([a, b]) == 1
+    racing.took(b)
+    assert racing.met == 0
+
+
+def test_holds_find_what_needs_two_accesses_in_the_other_order() -> None:
+    assert finds(Racing(0), 100)
+    assert not finds(Racing(0, holds=0, switch=0.0), 100)
 
 
 @pytest.mark.parametrize("program", [BUFFERING, CHANNELS], ids=["buffering", "channels"])
