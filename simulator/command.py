@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from qemu_shim.scenarios.files import BadFile, is_file, of_file
 from qemu_shim.scenarios.scenario import Scenario
@@ -22,7 +23,7 @@ from simulator.narrator import Narrator, diagram
 from simulator.options import one_or_more
 from simulator.planted.__main__ import described, listing
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
-from simulator.search.explore import Found, Player, replayed, smallest
+from simulator.search.explore import Found, Player, Tally, replayed, smallest
 from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.replay is not None:
+        if options.json:
+            parser.error("--json is of a search: a replay is told as a diagram")
         return _replayed(parser, options.replay, options.trace)
     if options.trace is not None:
         parser.error("--trace is of a story: name it with --replay (--story FILE writes a failure's)")
@@ -78,13 +81,17 @@ def main(argv: list[str]) -> int:
         print(f"qemu-shim: {refused}", file=sys.stderr)
         return EXIT_FAILED
     tally = ended.tally
-    counted = f"{tally.schedules:,} schedules by {options.strategy}, {len(tally.traces):,} traces"
-    covered = f"{len(tally.covered):,} transitions and races, {len(tally.found):,} failed"
-    print(f"{_told(judged)}: {counted}, {covered}")
-    if tally.summary:
-        print(tally.summary)
+    if options.json:
+        print(json.dumps(_document(judged, options, tally), indent=1))
+    else:
+        counted = f"{tally.schedules:,} schedules by {options.strategy}, {len(tally.traces):,} traces"
+        covered = f"{len(tally.covered):,} transitions and races, {len(tally.found):,} failed"
+        print(f"{_told(judged)}: {counted}, {covered}")
+        if tally.summary:
+            print(tally.summary)
+        if tally.found:
+            _report(judged, options.strategy, tally.found[0], options.story)
     if tally.found:
-        _report(judged, options.strategy, tally.found[0], options.story)
         return EXIT_FOUND
     if ended.why == "interrupted":
         return EXIT_INTERRUPTED
@@ -175,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=one_or_more, metavar="N", help="processes (one a core)")
     parser.add_argument("--story", type=Path, metavar="FILE", help="where to write a failure's story")
+    parser.add_argument("--json", action="store_true", help="what it came to, as one JSON document")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="play a story")
     parser.add_argument(
         "--trace",
@@ -237,25 +245,65 @@ def _show(progress: Progress) -> None:
     print(f"\r{progress.line()}", end="", file=sys.stderr, flush=True)
 
 
-def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> None:
-    end = found.result
-    print(f"FAILED: {end.invariant}: {end.sentence}")
+def _repeat(judged: Judged, strategy: str, found: Found) -> str:
+    """The line that does."""
     words = [f"--design {judged.design}", f"--strategy {strategy}", f"--seed {found.seed}"]
     words += [f"--schedules {found.schedule}", *(f"--set {name}={n}" for name, n in judged.params.items())]
     words += [f"--plant {judged.plant}"] if judged.plant else []
     words += [f"--faults {','.join(judged.faults)}"] if judged.faults else []
-    print(f"repeat: qemu-shim sim {judged.scenario} {' '.join(words)}")
+    return f"qemu-shim sim {judged.scenario} {' '.join(words)}"
+
+
+def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> None:
+    """Shrinking takes a while: what can be said before is."""
+    end = found.result
+    print(f"FAILED: {end.invariant}: {end.sentence}")
+    print(f"repeat: {_repeat(judged, strategy, found)}")
     shrunk, replays = smallest(partial(begin, judged), found)
     answers = sum(map(bool, shrunk.answers))
     print(f"its story, {answers} answers that are not the default (after {replays} replays):")
     text = story_text(judged, shrunk)
     print(text, end="")
-    if story is not None:
-        try:
-            story.write_text(text, encoding="utf-8")
-            print(f"replay: qemu-shim sim --replay {story}")
-        except OSError as error:
-            print(f"qemu-shim: --story {story}: {error.strerror}", file=sys.stderr)
+    if story is not None and _written(story, text):
+        print(f"replay: qemu-shim sim --replay {story}")
+
+
+def _document(judged: Judged, options: argparse.Namespace, tally: Tally) -> dict[str, Any]:
+    """What `--json` prints: of failures the first one."""
+    said: dict[str, Any] = {
+        "scenario": judged.scenario,
+        "design": judged.design,
+        "params": judged.params,
+        "plant": judged.plant,
+        "faults": judged.faults,
+        "strategy": options.strategy,
+        "seed": options.seed,
+        "schedules": tally.schedules,
+        "traces": len(tally.traces),
+        "transitions_and_races": len(tally.covered),
+        "failed": len(tally.found),
+        "summary": tally.summary,
+    }
+    for found in tally.found[:1]:
+        shrunk, _ = smallest(partial(begin, judged), found)
+        said["failure"] = {
+            "invariant": found.result.invariant,
+            "sentence": found.result.sentence,
+            "repeat": _repeat(judged, options.strategy, found),
+            "story": (text := story_text(judged, shrunk)),
+        }
+        if options.story is not None:
+            _written(options.story, text)
+    return said
+
+
+def _written(story: Path, text: str) -> bool:
+    try:
+        story.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"qemu-shim: --story {story}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def story_text(judged: Judged, found: Found) -> str:

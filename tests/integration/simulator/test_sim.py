@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,25 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
     )
 
 
+def test_as_one_document_it_says_what_was_found_and_the_line_that_repeats_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = tmp_path / "found.story"
+    words = ["two-discard", "--design", "shared", "--workers", "1", "--schedules", "20", "--json"]
+    assert main(["sim", *words]) == 0
+    clean = json.loads(capsys.readouterr().out)
+    assert (clean["schedules"], clean["failed"], clean["scenario"]) == (20, 0, "two-discard")
+    assert "failure" not in clean
+
+    planted = ["--plant", "R17-nobody-is-told", "--story", str(story)]
+    assert main(["sim", *words, *planted]) == 1
+    failure = json.loads(capsys.readouterr().out)["failure"]
+    assert failure["invariant"] == "R17"
+    assert failure["story"] == story.read_text()
+    assert main([*failure["repeat"].split()[1:], "--workers", "1"]) == 1
+    assert f"FAILED: R17: {failure['sentence']}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -40,6 +60,7 @@ def test_a_clean_scenario_says_what_was_covered(capsys: pytest.CaptureFixture[st
         (["--replay", "/nowhere"], "--replay /nowhere: "),
         (["sharing", "--schedules", "0"], "--schedules: 0 is less than 1"),
         (["sharing", "--workers", "x"], "--workers: 'x' is not a number"),
+        (["--replay", "x", "--json"], "--json is of a search"),
         (["sharing", "--trace", "x"], "--trace is of a story: name it with --replay"),
     ],
 )
