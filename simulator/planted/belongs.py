@@ -19,7 +19,7 @@ HELD_AS: Mapping[str, frozenset[str]] = {
     "R4": frozenset({"I6", "I11", "I21"}),
     "R5": frozenset({"I7"}),
     "R7": frozenset({"I9"}),
-    "R8": frozenset({"I6", "I9"}),
+    "R8": frozenset({"I6", "I9", "I11"}),
     "R11": frozenset({"I8"}),
     "R14": frozenset({"I4", "I29"}),
     "R18": frozenset({"I9"}),
