@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 
 import structlog
@@ -26,13 +28,29 @@ class Closer:
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
         self._max_threads = max_threads
-        self._queue: SimpleQueue[int] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._changed = threading.Condition()
         self._pending = 0  # handed over, not closed yet
         self._threads = 0
 
     def close(self, fd: int) -> None:
         """The fd is ours from now on.  Never waits."""
+        self._begin(partial(os.close, fd))
+
+    def replace(self, fd: int, by: int) -> Callable[[], bool]:
+        """The same, and a copy of `by` takes its place; `by` stays open until then.  Has it?"""
+        done = threading.Event()
+
+        def dup() -> None:
+            try:
+                os.dup2(by, fd, inheritable=False)  # closes what was there [dup(2)]
+            finally:
+                done.set()
+
+        self._begin(dup)
+        return done.is_set
+
+    def _begin(self, closing: Callable[[], None]) -> None:
         with self._changed:
             self._pending += 1
             wanted = self._pending > self._threads
@@ -41,7 +59,7 @@ class Closer:
                 threading.Thread(target=self._work, name="closer", daemon=True).start()
             elif wanted and self._pending % self._max_threads == 0:
                 log.warning("received files do not close", waiting=self._pending)
-        self._queue.put(fd)
+        self._queue.put(closing)
 
     def drain(self, patience_s: float) -> bool:
         """Wait until all is closed; False if it takes longer."""
@@ -50,9 +68,9 @@ class Closer:
 
     def _work(self) -> None:
         while True:
-            fd = self._queue.get()
+            closing = self._queue.get()
             with suppress(OSError):  # what the last write came to: it is closed all the same
-                os.close(fd)
+                closing()
             with self._changed:
                 self._pending -= 1
                 self._changed.notify_all()

@@ -92,6 +92,7 @@ class Linux:
         self.closer = Closer()
         self.close = os.close
         self.close_received = self.closer.close
+        self.replace_received = self.closer.replace
         self.monotonic_ns = monotonic_ns
         self.wall_ns = time_ns
 

@@ -10,7 +10,7 @@ errno.  What has methods with the names of `socket.socket` and `select.epoll` is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -110,6 +110,11 @@ class Kernel(Protocol):
 
     def close_received(self, fd: int) -> None:
         """One that somebody sent: it may be anything, and closing it may take its time, but not ours."""
+
+    def replace_received(self, fd: int, by: int) -> Callable[[], bool]:
+        """The same, and a copy of `by`, which stays open, takes its place in the fd table.  Has it?  Until
+        then `fd` is not to be touched.
+        """
 
     def reserve(self) -> int:
         """An fd for nothing: it keeps a place in the fd table."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
 import trio
 
+from protocol.flow import Wait
 from protocol.kernel.port import Kernel, StreamSocket
 from protocol.rpc.loop import Loop
 
@@ -25,7 +25,11 @@ log = structlog.get_logger("rpc")
 
 
 class Listener:
-    """Accepts connections on `path`, which gets `mode` (the umask's); the name is gone at `close`."""
+    """Accepts connections on `path`, which gets `mode` (the umask's); the name is gone at `close`.
+
+    When our fd table is full peers are turned away, in a place of it that is kept for that: nobody waits for
+    a place that may never be free.
+    """
 
     def __init__(
         self, loop: Loop, path: Path, on_connect: Callable[[StreamSocket], None], *, mode: int | None = None
@@ -35,55 +39,85 @@ class Listener:
         self._kernel = loop.kernel
         self._path = path
         self._on_connect = on_connect
+        self._rests: Wait[None] | None = None
         self._sock = self._kernel.listen(path, mode)
-        self._spare = self._spare_place()  # to turn peers away with when our fd table is full
+        self._nothing = self._place()
+        self._spare = self._place()
+        self._is_free: Callable[[], bool] = lambda: True  # or somebody is still being hung up on there
         try:
             loop.register(self._sock.fileno(), self._accept)
         except OSError:
             self._give_up()
             raise
 
-    def _accept(self, _: int) -> None:
-        if self._spare is None:  # the first place that is free again: nobody is served without one
-            self._spare = self._spare_place()
-        try:
-            sock, _address = self._sock.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            log.warning("accept failed", error=error.strerror)
-            self._turn_away()
-            return
-        try:
-            self._on_connect(sock)
-        except OSError as error:  # it is hung up on
-            log.warning("no room for a connection", error=error.strerror)
-
-    def _turn_away(self) -> None:
-        """Our fd table is full: with the spare place, hang up on whoever is first in line.  The place is free
-        again when that is closed, which is not for us to wait for.
-        """
-        if self._spare is not None:
-            self._kernel.close(self._spare)
-            with suppress(OSError):
-                self._kernel.close_received(self._sock.accept()[0].detach())
-        self._spare = self._spare_place()
-
-    def _spare_place(self) -> int | None:
+    def _place(self) -> int | None:
         """An fd for nothing; None if there is no room now."""
         try:
             return self._kernel.reserve()
         except OSError:
             return None
 
-    def close(self) -> None:
+    def _accept(self, _: int) -> None:
+        if self._nothing is None:  # the first places that are free again: nobody is served without
+            self._nothing = self._place()
+        if self._spare is None:
+            self._spare = self._place()
+        try:
+            sock, _address = self._sock.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            log.warning("accept failed", error=error.strerror)
+            if not self._turns_away():
+                self._rest()
+            return
+        try:
+            self._on_connect(sock)
+        except OSError as error:  # it is hung up on
+            log.warning("no room for a connection", error=error.strerror)
+
+    def _turns_away(self) -> bool:
+        """Whoever is first in line is hung up on, by others: we do not wait for it.  Was there a place?"""
+        if self._nothing is None or self._spare is None or not self._is_free():
+            return False
+        self._kernel.close(self._spare)
+        try:
+            sock, _address = self._sock.accept()
+        except OSError:
+            self._spare = self._place()
+            return False
+        self._spare = sock.detach()
+        self._is_free = self._kernel.replace_received(self._spare, self._nothing)
+        return True
+
+    def _rest(self) -> None:
+        """Whoever waits does until the next look, and we do not turn in circles till then."""
         self._loop.unregister(self._sock.fileno())
+        self._rests = Wait()
+        self._loop.expire(self._rests, 0, self._look_again)
+
+    def _look_again(self) -> None:
+        self._rests = None
+        try:
+            self._loop.register(self._sock.fileno(), self._accept)
+        except OSError:
+            self._rests = Wait()
+            self._loop.expire(self._rests, 0, self._look_again)
+
+    def close(self) -> None:
+        if self._rests is None:
+            self._loop.unregister(self._sock.fileno())
+        else:
+            self._rests.set(None)
         self._give_up()
 
     def _give_up(self) -> None:
+        """A place where somebody is still being hung up on goes with the process."""
         self._sock.close()
-        if self._spare is not None:
-            self._kernel.close(self._spare)
+        places = [self._nothing, self._spare] if self._is_free() else []
+        for place in places:
+            if place is not None:
+                self._kernel.close(place)
         self._kernel.unlisten(self._path)
 
 

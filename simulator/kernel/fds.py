@@ -36,6 +36,12 @@ class FdTable:
         self._free = min(self._free, fd)
         return file
 
+    def put_in(self, fd: int, file: OpenFile) -> OpenFile:
+        """The fd is that file's, and its use of what was there the caller's.  EBADF."""
+        before = self.file(fd)
+        self._files[fd] = file.get()
+        return before
+
     def file(self, fd: int) -> OpenFile:
         """EBADF."""
         found = self._files.get(fd)

@@ -120,6 +120,12 @@ class SimProcess(FdTable):
     def close_received(self, fd: int) -> None:
         self.close(fd)
 
+    def replace_received(self, fd: int, by: int) -> Callable[[], bool]:
+        file = self.put_in(fd, self.file(by))
+        self.happened("close", file)
+        file.put()
+        return lambda: True
+
     def reserve(self) -> int:
         return self.install(Nothing())
 

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import trio
 
 from protocol.kernel.linux import LINUX
 from protocol.kernel.port import StreamSocket
@@ -117,25 +120,35 @@ async def test_patience_ends(tmp_path: Path) -> None:
         await connect(LINUX, tmp_path / "nobody", patience_s=0.02)
 
 
+@contextmanager
+def full_fd_table() -> Iterator[list[int]]:
+    """No place is free; the fds that fill it, to be closed by whoever makes room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 1, hard))
+    filler = list[int]()
+    try:
+        fill(filler)
+        yield filler
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in filler:
+            os.close(fd)
+
+
+def fill(filler: list[int]) -> None:
+    with suppress(OSError):
+        while True:
+            filler.append(os.dup(0))
+
+
 def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
     wire: Wires, tmp_path: Path
 ) -> None:
     path, came = tmp_path / "kvmd", Came()
     listener = Listener(wire.loop, path, came.append)
     peers = [connect_now(LINUX, path) for _ in range(2)]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(open_fds()) + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used, hard))
-    filler = []
-    try:
-        while True:
-            filler.append(os.dup(0))
-    except OSError:
+    with full_fd_table():
         wire.pump()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for fd in filler:
-            os.close(fd)
     assert not came
     assert [peer.recv(1) for peer in peers] == [b"", b""]
     later = connect_now(LINUX, path)
@@ -145,3 +158,61 @@ def test_with_a_full_fd_table_peers_are_turned_away_and_later_ones_served(
     came.close()
     for peer in [*peers, later]:
         peer.close()
+
+
+def test_the_place_that_peers_are_turned_away_in_is_nobody_elses_meanwhile(
+    wire: Wires, tmp_path: Path
+) -> None:
+    """Whoever had taken it would have left the next peer waiting for ever."""
+    path, came, before = tmp_path / "kvmd", Came(), open_fds()
+    listener = Listener(wire.loop, path, came.append)
+    peers = [connect_now(LINUX, path) for _ in range(2)]
+    with full_fd_table() as filler:
+        for peer in peers:
+            wire.loop.turn(0)
+            assert LINUX.closer.drain(PATIENCE_S)
+            fill(filler)
+            assert peer.recv(1) == b""
+    listener.close()
+    for peer in peers:
+        peer.close()
+    assert open_fds() == before
+
+
+async def test_without_a_place_to_turn_peers_away_in_they_wait_and_nobody_turns_in_circles(
+    wire: Wires, tmp_path: Path
+) -> None:
+    path, came, served = tmp_path / "kvmd", Came(), trio.Event()
+
+    def serve(sock: StreamSocket) -> None:
+        came.append(sock)
+        served.set()
+
+    with full_fd_table() as filler:
+        os.close(filler.pop())
+        listener = Listener(wire.loop, path, serve)
+        os.close(filler.pop())
+        peer = connect_now(LINUX, path)
+        assert wire.loop.turn(0)
+        assert not wire.loop.turn(0), "nobody looks at who waits"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wire.loop.serve)
+        with trio.fail_after(PATIENCE_S):
+            await served.wait()
+        nursery.cancel_scope.cancel()
+    listener.close()
+    came.close()
+    peer.close()
+
+
+def test_a_listener_that_rests_can_be_closed(wire: Wires, tmp_path: Path) -> None:
+    before = open_fds()
+    with full_fd_table() as filler:
+        os.close(filler.pop())
+        listener = Listener(wire.loop, tmp_path / "kvmd", Came().append)
+        os.close(filler.pop())
+        peer = connect_now(LINUX, tmp_path / "kvmd")
+        assert wire.loop.turn(0)
+        listener.close()
+    peer.close()
+    assert open_fds() == before
