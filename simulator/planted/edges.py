@@ -82,6 +82,19 @@ EDGES = (
         simulated=False,
     ),
     Plant(
+        "the-spare-place-is-anybody-s",
+        "The spare place of a full fd table is free while a peer is hung up on there: the next fd takes it.",
+        "I31",
+        [
+            Edit(
+                "protocol.rpc.socket:Listener._turns_away",
+                "self._is_free = self._kernel.replace_received(self._spare, self._nothing)",
+                "self._kernel.close_received(self._spare)\n    self._spare = None",
+            )
+        ],
+        simulated=False,
+    ),
+    Plant(
         "an-errno-alone",
         "What the kernel refuses reaches a user as an errno, and nobody says what was asked or what to do.",
         "I31",
