@@ -29,6 +29,8 @@ class _Event(Protocol):
 
 
 _enough: _Event  # of this process, which is a worker
+_whole = 0  # in how many places that must not be left half way this process is
+_missed = False  # a KeyboardInterrupt comes behind them
 
 
 def _begin(enough: _Event) -> None:
@@ -39,6 +41,20 @@ def _begin(enough: _Event) -> None:
 
 def _do(do: Callable[[Task, Stop], Result], task: Task) -> Result:
     return do(task, _enough.is_set)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """What holds locks of others, for which they would wait for ever: a KeyboardInterrupt comes behind it."""
+    global _whole, _missed
+    _whole += 1
+    try:
+        yield
+    finally:
+        _whole -= 1
+    if _missed and not _whole:
+        _missed = False
+        raise KeyboardInterrupt
 
 
 def pooled(
@@ -64,18 +80,20 @@ def pooled(
                 enough.set()
                 running = {future: task for future, task in running.items() if not future.cancel()}
                 todo = iter(())
-            for task in islice(todo, 2 * workers - len(running)):
-                running[pool.submit(_do, do, task)] = task
+            with whole():
+                for task in islice(todo, 2 * workers - len(running)):
+                    running[pool.submit(_do, do, task)] = task
+                ended, _ = wait(running, TELLS_S, FIRST_COMPLETED)
             if not running:
                 return
-            ended, _ = wait(running, TELLS_S, FIRST_COMPLETED)
             for future in ended:
                 yield running.pop(future), future
             if not ended:
                 yield None
     finally:
-        enough.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        with whole():
+            enough.set()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -86,13 +104,15 @@ def interrupts(*, at_once: bool = False) -> Iterator[Stop]:
 
     def handle(*_: object) -> None:
         nonlocal seen
+        global _missed
         if seen:
             for worker in active_children():
                 worker.kill()
-        if seen or at_once:
-            seen = True
+        is_heard, seen = seen or at_once, True
+        if is_heard and _whole:
+            _missed = True
+        elif is_heard:
             raise KeyboardInterrupt
-        seen = True
 
     previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

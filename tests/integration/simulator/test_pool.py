@@ -34,6 +34,47 @@ if __name__ == "__main__":
 """
 
 
+# Both signals come while the pool's locks are held, and who is in the middle comes to its end.
+STRUCK = r"""
+import os
+import signal
+import sys
+
+from simulator import pool
+
+NUMBER = int(sys.argv[1])
+
+
+def struck(*args):
+    for _ in range(2):
+        os.kill(os.getpid(), NUMBER)
+    print("waited", flush=True)
+    return set(), set()
+
+
+def task(number, stop):
+    return number
+
+
+if __name__ == "__main__":
+    pool.wait = struck
+    with pool.interrupts() as interrupted:
+        try:
+            for _ in pool.pooled(range(1), task, 1, interrupted):
+                print("went on", flush=True)
+        except KeyboardInterrupt:
+            print("at once", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_leaves_nothing_locked(tmp_path: Path, number: int) -> None:
+    (tmp_path / "struck.py").write_text(STRUCK)
+    command = [sys.executable, str(tmp_path / "struck.py"), str(int(number))]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=WHOLE_RUN_S, check=False)
+    assert (told.returncode, told.stdout.splitlines()) == (0, ["waited", "at once"])
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_at_a_second_signal_nobody_waits_for_a_task_that_does_not_look(tmp_path: Path, number: int) -> None:
     (tmp_path / "deaf.py").write_text(DEAF)

@@ -114,6 +114,7 @@ class Caller:
     """A process whose store waits, with something to ask of its kernel."""
 
     listening: StreamSocket
+    memory: int
     mapping: Mapping
     idle: int
     idle_mapping: Mapping
@@ -161,6 +162,7 @@ CALLS: dict[str, Callable[[Caller], object]] = {
     "recv": lambda it: it.one.recv(1),
     "recvmsg_into": lambda it: it.one.recvmsg_into([it.into]),
     "register": lambda it: it.poller.register(it.one.fileno(), select.EPOLLIN),
+    "replace_received": lambda it: it.kernel.replace_received(it.idle, it.memory),
     "reserve": lambda it: it.kernel.reserve(),
     "send": lambda it: it.one.send(b"x"),
     "sendmsg": lambda it: it.rights(),
