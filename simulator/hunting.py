@@ -1,6 +1,7 @@
 """`make planted`: how soon each planted bug is found, by some seeds, on all cores.
 
-What one range, the schedules of one seed, comes to is put on record at once, and is not sought again;
+What one range, the schedules of one seed, comes to is put on record at once, and is not sought again; how
+short its story can be is asked of the default strategy's first ranges, for it takes longer than most hunts;
 `--again`: unless it is of other sources than these.  `--others`: who is sought by other stories only finds
 what nobody put there to be found; that is a record of its own.
 
@@ -45,12 +46,13 @@ from simulator.planted.hunt import (
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of, planted
 from simulator.pool import Stop, interrupts, pooled
 from simulator.search.strategies import DEFAULT, STRATEGIES
-from simulator.seeking import CleanCodeFails, find, scouted
+from simulator.seeking import REPLAYS, CleanCodeFails, find, scouted
 from simulator.settle import settle
 from simulator.stories.written import is_written_for
 from simulator.version import version
 
 RANGES = 3
+SHRUNK_RANGES = 3
 CLEAN_FAILS = "the clean code fails, and `qemu-shim sim --replay` of this repeats it"
 RECORD, RECORD_OF_OTHERS = Path("build/hunted.json"), Path("build/hunted-others.json")
 
@@ -196,9 +198,10 @@ def _seek(most: int, others: bool, todo: tuple[Sought, _Worth], stop: Stop) -> t
     def plays(story: str) -> bool:
         return not (others and is_written_for(story, plant))
 
+    replays = REPLAYS if task.strategy == DEFAULT and task.number < SHRUNK_RANGES else 0
     before = sum(os.times()[:4])
     with planted(task.plant):
-        found = find(task.strategy, seed_of(task.number), most, worth.__getitem__, stop, plays)
+        found = find(task.strategy, seed_of(task.number), most, worth.__getitem__, stop, plays, replays)
     return found, sum(os.times()[:4]) - before
 
 

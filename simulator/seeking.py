@@ -39,7 +39,7 @@ LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedule
 WORTH_MIN = 1 / 64
 UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
 SCOUTED = 3  # schedules of each pair
-REPLAYS = 50  # to shrink one story
+REPLAYS = 50  # to shrink one story: as long as some hundred schedules take
 
 
 class CleanCodeFails(Exception):
@@ -132,10 +132,12 @@ def find(
     worth: Callable[[tuple[str, str]], float] = lambda pair: 1.0,
     stop: Callable[[], bool] = lambda: False,
     plays: Callable[[str], bool] = lambda story: True,
+    replays: int = REPLAYS,
 ) -> Catch | None:
     """What is planted is in.  At most `most` schedules; None also if every strategy has seen
     all there is, or if `stop` says so behind a schedule.  CleanCodeFails.
-    `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?
+    `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?  `replays`: to
+    shrink what is found, 0: it stays as long as it is.
     """
 
     def enough(tally: Tally) -> bool:
@@ -164,22 +166,22 @@ def find(
         turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
         tally = pair.turn(seed, turn, enough)
         if tally.found:
-            return _caught(pair.judged, tally.found[0], done)
+            return _caught(pair.judged, tally.found[0], done, replays)
         done += tally.schedules + tally.given_up
         if pair.over:
             searched.remove(pair)
     return None
 
 
-def _caught(judged: Judged, found: Found, done: int) -> Catch:
-    shrunk, _ = smallest(judged, found, REPLAYS)
+def _caught(judged: Judged, found: Found, done: int, replays: int) -> Catch:
+    shrunk, _ = smallest(judged, found, replays)
     end = shrunk.result
     if not comes_to_the_plant(judged, shrunk):
         raise _clean_code_fails(judged, shrunk)
     return Catch(
         end.invariant,
         done + shrunk.schedule,
-        sum(map(bool, shrunk.answers)),
+        sum(map(bool, shrunk.answers)) if replays else None,
         judged.scenario,
         judged.design,
         ",".join(judged.faults),

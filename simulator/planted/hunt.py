@@ -25,12 +25,12 @@ MAX_SCHEDULES = 20_000  # of one range: who is not found by then is not found
 
 
 class Catch(NamedTuple):
-    """Which invariant broke, after how many schedules, the steps of the story it was shrunk to, and which
-    one that is of, with which kinds of faults."""
+    """Which invariant broke, after how many schedules, the steps of the story it was shrunk to, if it was,
+    and which one that is of, with which kinds of faults."""
 
     invariant: str
     schedules: int
-    steps: int
+    steps: int | None
     story: str
     design: str
     faults: str = ""
@@ -85,7 +85,9 @@ class Hunted:
 
     @property
     def steps(self) -> float | None:
-        return median(find.steps for find in self.found) if self.found else None
+        """The median of those that were shrunk."""
+        shrunk = [find.steps for find in self.found if find.steps is not None]
+        return median(shrunk) if shrunk else None
 
     @property
     def invariants(self) -> Counter[str]:

@@ -24,7 +24,7 @@ from tests.unit.simulator.search.toy import Anew
 
 
 def hunted(record: Path, capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
-    hunting.main([*words, "--ranges", "1", "--most", "2", "--record", str(record), "--json"])
+    hunting.main(["--ranges", "1", *words, "--most", "2", "--record", str(record), "--json"])
     results: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return results
 
@@ -61,7 +61,7 @@ def test_others_are_all_stories_but_those_written_for_it(
 ) -> None:
     asked: dict[str, bool] = {}
 
-    def find(strategy: str, seeds: range, most: int, worth: Any, stop: Any, plays: Any) -> None:
+    def find(strategy: str, seed: int, most: int, worth: Any, stop: Any, plays: Any, replays: int) -> None:
         asked.update({story: plays(story) for story, _ in seeking.pairs()})
 
     monkeypatch.setattr(hunting, "find", find)
@@ -70,6 +70,24 @@ def test_others_are_all_stories_but_those_written_for_it(
     assert all(asked.values())
     hunted(tmp_path / "b.json", capsys, "R15-unit-without-its-fence", "--others")
     assert {story for story, is_played in asked.items() if not is_played} == {"moves", "units"}
+
+
+def test_how_short_a_story_can_be_is_asked_in_some_ranges_of_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def find(strategy: str, seed: int, most: int, worth: Any, stop: Any, plays: Any, replays: int) -> None:
+        asked.append((strategy, seed, replays))
+
+    monkeypatch.setattr(hunting, "find", find)
+    monkeypatch.setattr(hunting, "pooled", here)
+    ranges = hunting.SHRUNK_RANGES + 1
+    options = ("--ranges", str(ranges), "--strategy", DEFAULT, "random")
+    hunted(tmp_path / "a.json", capsys, "R15-unit-without-its-fence", *options)
+    shrunk = [(strategy, seed) for strategy, seed, replays in asked if replays]
+    assert shrunk == [(DEFAULT, seed_of(number)) for number in range(ranges - 1)]
+    assert len(asked) == 2 * ranges
 
 
 def test_what_is_on_record_is_not_sought_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,14 +243,13 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """All stories of the design that is argued about."""
     ours = [(story, design) for story, design in seeking.pairs() if design == SHARED.name]
     monkeypatch.setattr(seeking, "pairs", lambda: ours)
-    monkeypatch.setattr(seeking, "REPLAYS", FEW_REPLAYS)
 
 
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("name", THREE)
 def test_each_of_three_planted_bugs_is_found_by_its_invariant(name: str) -> None:
     with planted(name) as plant:
-        found = seeking.find("random", seed_of(0), BOUND)
+        found = seeking.find("random", seed_of(0), BOUND, replays=FEW_REPLAYS)
     assert found is not None, f"{BOUND} schedules, and {name} is not found"
     assert found.invariant == THREE[name] == plant.invariant
 

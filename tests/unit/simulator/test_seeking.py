@@ -157,6 +157,15 @@ def test_schedules_of_all_pairs_count(stories: dict[str, Made], played: Counter[
     assert seeking.find("random", 0, MANY) == expected
 
 
+def test_how_short_a_story_can_be_is_not_said_of_one_that_was_not_shrunk(
+    stories: dict[str, Made], played: Counter[str]
+) -> None:
+    stories["one"] = Made(fails=2)
+    found = seeking.find("random", 0, MANY, replays=0)
+    assert found == Catch("I5", 2, None, "one", "shared")
+    assert played["one"] == 4, "two to find it, one for its sentence, one that comes to the planted lines"
+
+
 def test_what_fails_elsewhere_is_no_find(stories: dict[str, Made], played: Counter[str]) -> None:
     stories |= {"elsewhere": Made(meets=False, fails=2), "there": Made()}
     with pytest.raises(seeking.CleanCodeFails) as fails:

@@ -30,7 +30,7 @@ WANTED = [
 MOST = 100
 
 
-def caught(schedules: int, invariant: str = "I6", steps: int = 5) -> Catch:
+def caught(schedules: int, invariant: str = "I6", steps: int | None = 5) -> Catch:
     return Catch(invariant, schedules, steps, "migrate", "shared")
 
 
@@ -123,6 +123,12 @@ def test_the_median_counts_who_found_nothing(
 ) -> None:
     result = Hunted(ONE, "random", [end(find) for find in finds])
     assert (result.schedules, result.is_right) == (schedules, is_right)
+
+
+def test_how_short_a_story_can_be_is_of_those_that_were_shrunk() -> None:
+    finds = [caught(1, steps=3), caught(1, steps=7), *[caught(1, steps=None)] * 7]
+    assert Hunted(ONE, "mixed", [end(find) for find in finds]).steps == 5
+    assert Hunted(ONE, "mixed", [end(find) for find in finds[2:]]).steps is None
 
 
 def test_who_is_found_by_a_story_that_was_written_for_it_is_not_met_by_others() -> None:
