@@ -18,7 +18,8 @@ Frames are page numbers of the address space that the table translates: gfns, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import compress
 from typing import NamedTuple
 
 from protocol.pt.format import TableFormat
@@ -175,7 +176,7 @@ def leaves_of(fmt: TableFormat, cursor: Cursor) -> Iterator[RangeEntry]:
     for frame, level, at, entries in cursor:
         mask, value = fmt.leaf[level]
         shift = INDEX_BITS * (level - 1)
-        for index, entry in enumerate(entries):
+        for index, entry in filled(entries):
             if entry & mask == value:
                 yield _new(RangeEntry, (frame + (index << shift), level, at + index * ENTRY_BYTES, entry))
 
@@ -188,16 +189,18 @@ def walk_range(
     cursor = Cursor(tables, fmt, root, levels, span.start, span.end, with_tables=True)
     for frame, level, at, entries in cursor:
         shift = INDEX_BITS * (level - 1)
-        for index, entry in enumerate(entries):
-            if entry:
-                yield _new(RangeEntry, (frame + (index << shift), level, at + index * ENTRY_BYTES, entry))
+        for index, entry in filled(entries):
+            yield _new(RangeEntry, (frame + (index << shift), level, at + index * ENTRY_BYTES, entry))
+
+
+def filled(entries: list[int]) -> Iterable[tuple[int, int]]:
+    """Those that are not 0, with their places: most are, and no leaf nor table entry of any format is."""
+    return compress(enumerate(entries), entries)
 
 
 def _cut_at_table(entries: list[int], mask: int, value: int) -> None:
     """Drop the first entry that leads to a table, and all after it."""
-    if not any(entries):  # most are, and this takes a tenth of looking at each
-        return
-    for index, entry in enumerate(entries):
+    for index, entry in filled(entries):
         if entry & mask == value:
             del entries[index:]
             return

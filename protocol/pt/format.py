@@ -78,6 +78,7 @@ class TableFormat:
     def __post_init__(self) -> None:
         assert len(self.table) == len(self.leaf) == len(self.table_bits) == MAX_LEVEL + 1, self.name
         assert self.table[1] == NEVER != self.leaf[1], f"{self.name}: an entry of level 1 is a leaf"
+        assert all(match.value for match in (*self.table, *self.leaf)), f"{self.name}: 0 is an absent entry"
 
     def under(self, *walkers: WalkRules, never: int = 0) -> TableFormat:
         """The same for a table that `walkers` read: no bit that one of them reserves, nor one of `never`."""

@@ -15,7 +15,7 @@ from kvmd.core.tables.spte import aged, is_young, make_mmio_entry, mmio_generati
 from kvmd.core.tables.tdp_table import Root, RootEvent, RootState, TdpMmu
 from protocol.errors import UapiError
 from protocol.pt import bits
-from protocol.pt.cursor import Cursor, EntryAt, EntryRun
+from protocol.pt.cursor import Cursor, EntryAt, EntryRun, filled
 from protocol.pt.entry import is_access_tracked, is_frozen, is_mmio, is_present, is_writable
 from protocol.pt.geometry import ENTRY_BYTES, INDEX_BITS, entry_span
 from protocol.trace import TRACE, KvmMmuSetSpte, MarkMmioSpte
@@ -50,8 +50,8 @@ def dismantle(mmu: TdpMmu, root: Root) -> Iterator[None]:
     for number in range(LEVEL_4K + 1, root.role.level + 1):
         cursor = mmu.cursor(root, root.everything, Level(number))
         for frame, level, at, entries in cursor:
-            for index, entry in enumerate(entries):
-                if entry and root.format.is_table(entry, level):
+            for index, entry in filled(entries):
+                if root.format.is_table(entry, level):
                     gfn = Gfn(frame + (index << INDEX_BITS * (level - 1)))
                     where = Hpa(at + index * ENTRY_BYTES)
                     mmu.change(root, gfn, level, where, entry, bits.EMPTY, mmu.next_epoch() - 1)
