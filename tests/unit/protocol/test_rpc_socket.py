@@ -124,7 +124,7 @@ async def test_patience_ends(tmp_path: Path) -> None:
 def full_fd_table() -> Iterator[list[int]]:
     """No place is free; the fds that fill it, to be closed by whoever makes room."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 1, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 2, hard))  # one to fill, at least
     filler = list[int]()
     try:
         fill(filler)
