@@ -25,6 +25,8 @@ SKB_BYTES, SHARED_INFO_BYTES, CACHE_LINE = 256, 320, 64  # struct sk_buff and sk
 HEAD_BYTES = PAGE_SIZE - SHARED_INFO_BYTES  # SKB_MAX_HEAD(0)
 BUFFER_BYTES = HEAD_BYTES + 32_768  # with UNIX_SKB_FRAGS_SZ: more goes in several [Linux net/unix/af_unix.c]
 EVENT_MAX = (1 << 64) - 2
+_IN, _OUT = select.EPOLLIN, select.EPOLLOUT
+_UNASKED = select.EPOLLHUP | select.EPOLLERR
 MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 
 
@@ -136,14 +138,16 @@ class StreamEnd(OpenFile):
         peer = self.peer
         if peer is None or self.shut_write or peer.shut_read:
             raise oserror(errno.EPIPE)
-        sent, files = 0, list(files)
+        sent, files, was_roomy = 0, list(files), peer._is_roomy
         while sent < len(data) and peer._cost < SOCKET_BYTES:
             part = data[sent : sent + BUFFER_BYTES]
             peer._comes(_Piece(part, truesize(len(part)), [file.get() for file in files]))
             sent, files = sent + len(part), []
         if data and not sent:
             raise oserror(errno.EAGAIN)
-        self._both_changed()
+        peer.changed()
+        if peer._is_roomy != was_roomy:
+            self.changed()
         return sent
 
     def _comes(self, piece: _Piece) -> None:
@@ -198,10 +202,10 @@ class StreamEnd(OpenFile):
         """Bytes of several pieces, but of none behind one with files [Linux net/unix/af_unix.c];
         the files are the caller's.  0 bytes: the peer hung up.  EAGAIN, ECONNRESET.
         """
-        got, files = 0, list[OpenFile]()
-        while self._pieces and got < len(into) and not files:
+        got, room, files, was_roomy = 0, len(into), list[OpenFile](), self._is_roomy
+        while self._pieces and got < room and not files:
             piece = self._pieces[0]
-            part = piece.data[piece.read : piece.read + len(into) - got]
+            part = piece.data[piece.read : piece.read + room - got]
             into[got : got + len(part)] = part
             got, piece.read = got + len(part), piece.read + len(part)
             files, piece.files = piece.files, []
@@ -209,8 +213,10 @@ class StreamEnd(OpenFile):
                 self._pieces.popleft()
                 self._cost -= piece.cost
         self._unread -= got
-        self._both_changed()
-        if got or not len(into):
+        self.changed()
+        if self._is_roomy != was_roomy and self.peer is not None:
+            self.peer.changed()
+        if got or not room:
             return got, files
         if self._late is not None:
             raise oserror(errno.EAGAIN)
@@ -274,9 +280,9 @@ class StreamEnd(OpenFile):
 
     def events(self) -> int:
         peer = self.peer
-        found = select.EPOLLIN if self._pieces else 0
-        if peer is None or peer._is_roomy:
-            found |= select.EPOLLOUT
+        found = _IN if self._pieces else 0
+        if peer is None or 4 * peer._cost <= SOCKET_BYTES:  # `_is_roomy`, which costs as much as all this
+            found |= _OUT
         if self._late is not None:
             return found  # whatever happened at the other end is late, too
         if peer is not None and not (
@@ -391,4 +397,4 @@ class Interest:
 
     def look(self) -> None:
         """EPOLLHUP and EPOLLERR are reported unasked."""
-        self.ready = self.file.events() & (self.events | select.EPOLLHUP | select.EPOLLERR)
+        self.ready = self.file.events() & (self.events | _UNASKED)

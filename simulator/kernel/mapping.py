@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from ctypes import c_ubyte
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -29,7 +30,7 @@ class SimMapping:
     ) -> None:
         self._memory = memory
         self._discarded = discarded
-        mapped: Any = (c_ubyte * size).from_buffer(memory.bytes)
+        mapped: Any = _bytes(size).from_buffer(memory.bytes)
         self._mapped = ref(mapped)
         view = memoryview(mapped).cast("B")
         self.view = seen(memory, view if writable else view.toreadonly())
@@ -42,3 +43,9 @@ class SimMapping:
         self.view.release()
         if self._mapped() is not None:
             raise BufferError("cannot close exported pointers exist")
+
+
+@cache
+def _bytes(size: int) -> Any:
+    """The type of so many: one machine after the other has the same sizes."""
+    return c_ubyte * size

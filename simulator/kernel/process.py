@@ -36,6 +36,7 @@ BOOTED_NS = 1_700_000_000 * 10**9  # when virtual time was 0, since 1970
 _HEADER_BYTES = socket.CMSG_LEN(0)
 _FD_BYTES = array.array("i").itemsize
 _ONE = (1).to_bytes(8, sys.byteorder)  # what a signal writes
+_Rights = tuple[int, int, bytes]  # a control message: level, type, data
 
 
 class Scheduler(Protocol):
@@ -95,6 +96,8 @@ class SimProcess(FdTable):
     def __init__(self, host: SimHost, name: str = "", fd_limit: int = FD_LIMIT) -> None:
         super().__init__(name, fd_limit)
         self.host = host
+        self.happened: Callable[..., None] = partial(host.scheduler.happened, self)
+        """what, to which file, and the bytes that were sent or received."""
         self._made = count(1)
         self.parks: Callable[[SimPoller], bool] | None = None
         """What runs in it waits for that one, where it has nothing else to do: did something come of it?"""
@@ -105,9 +108,6 @@ class SimProcess(FdTable):
         """One that this process makes."""
         file.name = f"{self.name}.{what}{next(self._made)}"
         return file
-
-    def happened(self, what: str, file: OpenFile, data: Bytes = b"") -> None:
-        self.host.scheduler.happened(self, what, file, data)
 
     def dup(self, fd: int) -> int:
         return self.install(self.file(fd))
@@ -264,10 +264,10 @@ class SimSocket:
 
     @property
     def _end(self) -> StreamEnd:
-        file = self._process.file(self._fd)
-        if not isinstance(file, StreamEnd):
-            raise oserror(errno.ENOTCONN)
-        return file
+        file = self._process.find(self._fd)
+        if isinstance(file, StreamEnd):
+            return file
+        raise oserror(errno.EBADF if file is None else errno.ENOTCONN)
 
     def send(self, data: Bytes, flags: int = 0, /) -> int:
         return self._sent(self._end, bytes(data), [])
@@ -300,17 +300,22 @@ class SimSocket:
 
     def recvmsg_into(
         self, buffers: Sequence[memoryview], ancillary_bytes: int = 0, flags: int = 0, /
-    ) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
+    ) -> tuple[int, list[_Rights], int, Any]:
         (into,) = buffers
         end = self._end
         portion = self._process.host.scheduler.portion(self._process, end)
         count, files = end.receive(into[:portion] if portion else into)
+        rights, flags = self._received(files, ancillary_bytes) if files else ([], 0)
+        self._process.happened("recv", end, into[:count])
+        return count, rights, flags, None
+
+    def _received(self, files: Sequence[OpenFile], ancillary_bytes: int) -> tuple[list[_Rights], int]:
+        """As ancillary data, and what is to be said of it."""
         fds = self._installed(files[: max(ancillary_bytes - _HEADER_BYTES, 0) // _FD_BYTES])
         for file in files:
             file.put()
-        self._process.happened("recv", end, into[:count])
         rights = [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds.tobytes())] if fds else []
-        return count, rights, int(socket.MSG_CTRUNC) if len(fds) < len(files) else 0, None
+        return rights, int(socket.MSG_CTRUNC) if len(fds) < len(files) else 0
 
     def _installed(self, files: Iterable[OpenFile]) -> array.array[int]:
         """None behind the first that finds no place [Linux net/core/scm.c scm_detach_fds]."""
@@ -412,7 +417,8 @@ class SimPoller:
     def changed(self, wanted: Interest) -> None:
         self._changed.add(wanted)
         self.version += 1
-        self._file.changed()
+        if self._file.watchers:
+            self._file.changed()
 
     def ready(self) -> list[tuple[int, int]]:
         return [(wanted.fd, wanted.ready) for wanted in self.found()]

@@ -96,15 +96,22 @@ class Io:
         as a message, and is no step.  False: trio is to look itself, at a deadline that is over, at who was
         woken, or because who serves has served for long (SERVE_NS).
         """
-        timeout = self._idle_s()
-        if trio.lowlevel.current_task() is not self._serves or timeout <= 0:
+        if trio.lowlevel.current_task() is not self._serves or self._has_others():
             return False
-        self._sleeps([poller], timeout)
-        self._slept = self._world.now_ns() >= self._back_at or self._idle_s() <= 0
+        deadline = trio_run.next_deadline()
+        if (timeout := self._clock.deadline_to_sleep_time(deadline)) <= 0:
+            return False
+        self._sleeps((poller,), timeout)
+        self._slept = (
+            self._has_others()
+            or self._world.now_ns() >= self._back_at
+            or self._clock.deadline_to_sleep_time(deadline) <= 0
+        )
         return not self._slept
 
-    def _idle_s(self) -> float:
-        return 0.0 if self._woken else trio_run.sleeps_for(self._clock)
+    def _has_others(self) -> bool:
+        """Trio has a task that can go on."""
+        return self._woken or trio_run.others_go_on()
 
     def _sleeps(self, pollers: Sequence[SimPoller], timeout: float) -> None:
         self._world.wait(pollers, timeout if timeout < LONG_S else None, lambda: self._woken)

@@ -39,7 +39,7 @@ from simulator.world.places import (
     told_of,
     words_of,
 )
-from simulator.world.thread import Candidate, Event, SimThread
+from simulator.world.thread import Candidate, Event, IsWoken, SimThread
 
 STEP_NS = 2_000
 LOST_NS = 1e-3  # of a time-out, at most, in floating point
@@ -75,9 +75,8 @@ class World:
         self._strategy = strategy
         self._excerpt = strategy if isinstance(strategy, Excerpt) else _ALWAYS_ASKED
         self._by_word = by_word  # each access of shared memory is a point
-        self._now = 0
+        self._now = self._woken = 0
         self._changes = 0  # of anything that decides what can happen next
-        self._woken = 0
         self._alone_at, self._alone_until = -1, 0
         self._crowded_at = -1  # `_changes` when somebody else could take a step, and nobody has since
         self._main = getcurrent()  # where `run` is called
@@ -240,16 +239,15 @@ class World:
         return True
 
     def _chosen(self, me: SimThread | None) -> Candidate | None:
-        looks = self._first if self._excerpt.is_silent else self._steps
-        while not (steps := looks(me)):
-            times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at(self._now))]
-            if not times or min(times) > LIMIT_NS:
-                self._given_up = Stuck("; ".join(self._standing()))
-                return None
-            self._now = max(self._now, min(times))
-        number = 0
         self._straight += 1
-        if self._straight > LIMIT_STEPS and len(steps := self._steps(me)) == 1:
+        if self._excerpt.is_silent and self._straight <= LIMIT_STEPS:
+            while (first := self._first(me)) is None and self._time_passes():
+                pass
+            return first
+        while not (steps := self._steps(me)):
+            if not self._time_passes():
+                return None
+        if self._straight > LIMIT_STEPS and len(steps) == 1:
             self._given_up = Stuck(f"{steps[0].option.actor} goes round in circles: {steps[0].option.label}")
             return None
         if len(steps) > 1:
@@ -262,24 +260,34 @@ class World:
             if number == STOP:
                 self._given_up = Stopped()
                 return None
-        return steps[number]
+            return steps[number]
+        return steps[0]
+
+    def _time_passes(self) -> bool:
+        """Until somebody can go on; False: nobody ever will."""
+        times = [at for thread in self.threads if not thread.over and (at := thread.can_go_at(self._now))]
+        if not times or min(times) > LIMIT_NS:
+            self._given_up = Stuck("; ".join(self._standing()))
+            return False
+        self._now = max(self._now, min(times))
+        return True
 
     def _steps(self, me: SimThread | None) -> list[Candidate]:
         """What could happen now; what `me` would do without anybody between comes first."""
-        steps = list(self._steps_of(me)) if me is not None and not me.over else []
+        steps = [] if me is None or me.over else list(self._steps_of(me))
         for thread in self.threads:
             if thread is not me and not thread.over:
                 steps += self._steps_of(thread)
         return steps
 
-    def _first(self, me: SimThread | None) -> Sequence[Candidate]:
-        """The first of `_steps`."""
+    def _first(self, me: SimThread | None) -> Candidate | None:
+        """Of `_steps`."""
         if me is not None and not me.over and (steps := self._steps_of(me)):
-            return steps[:1]
+            return steps[0]
         for thread in self.threads:
             if thread is not me and not thread.over and (steps := self._steps_of(thread)):
-                return steps[:1]
-        return ()
+                return steps[0]
+        return None
 
     def _steps_of(self, thread: SimThread) -> Sequence[Candidate]:
         if thread.stopped_ns > self._now:
@@ -379,10 +387,7 @@ class World:
         return number
 
     def wait(
-        self,
-        pollers: Sequence[SimPoller],
-        timeout_s: float | None,
-        is_woken: Callable[[], bool] | None = None,
+        self, pollers: Sequence[SimPoller], timeout_s: float | None, is_woken: IsWoken | None = None
     ) -> None:
         """The running thread sleeps until one of `pollers` has something, which the next `poll` of its is
         told, or `is_woken`, or time is up.  None: no limit.
@@ -452,19 +457,16 @@ class World:
     def poll(self, poller: SimPoller, timeout_s: float, most: int) -> list[Event]:
         if self._closed:
             raise GreenletExit
-        ready = poller.ready()
-        me = self._running
+        me, found = self._running, poller.found()
         if me is None:
-            return ready[:most]
-        event = me.take()
-        if event is not None and event in ready:
+            return poller.ready()[:most]
+        if me.told is not None and (event := me.take()) in poller.ready():
             return [event]
-        if ready or timeout_s not in (0, POLL_S):
-            self.wait([poller], timeout_s)
+        if found or timeout_s not in (0, POLL_S):
+            self.wait((poller,), timeout_s)
         elif timeout_s == 0 or (parks := me.process.parks) is None or not parks(poller):
             return []  # POLL_S is over: who served goes back to trio, where its other tasks have a turn
-        event = me.take()
-        return [] if event is None else [event]
+        return [] if me.told is None else [me.take()]
 
     def portion(self, process: SimProcess, end: StreamEnd) -> int:
         """One frame, or all there is."""

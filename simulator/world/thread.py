@@ -16,6 +16,7 @@ from simulator.world.fate import Fate
 from simulator.world.places import TIME_PASSES, queues_of
 
 Event = tuple[int, int]  # of a poller: fd, what
+IsWoken = Callable[[], bool]
 MADE = 1 << 16  # steps of a thread that are remembered
 
 
@@ -38,7 +39,7 @@ class SimThread:
     stopped_ns: int = 0  # it does nothing until then
     standing: bool = False  # it could go on, with its one step
     waits: Sequence[SimPoller] = ()
-    is_woken: Callable[[], bool] | None = None
+    is_woken: IsWoken | None = None
     deadline_ns: int | None = None
     told: Event | None = None
     state: frozenset[Touch] = frozenset()  # which each step of its touches
@@ -79,7 +80,7 @@ class SimThread:
     def waits_for(
         self,
         pollers: Sequence[SimPoller],
-        is_woken: Callable[[], bool] | None = None,
+        is_woken: IsWoken | None = None,
         deadline_ns: int | None = None,
     ) -> None:
         self.standing, self.steps_of = False, -1
@@ -115,6 +116,8 @@ class SimThread:
             return self.stopped_ns if self.stopped_ns > now else None
         return max(self.deadline_ns, self.stopped_ns)
 
-    def take(self) -> Event | None:
+    def take(self) -> Event:
+        """What it was told."""
         event, self.told = self.told, None
+        assert event is not None, "nobody told it anything"
         return event

@@ -97,13 +97,16 @@ def run(main: Callable[[], Awaitable[Any]], io: IoManager, clock: trio.abc.Clock
     return runner.main_task_outcome.unwrap()
 
 
-def sleeps_for(clock: trio.abc.Clock) -> float:
-    """How long the run that is current could sleep by now, were its current task to wait; 0: not at all."""
+def others_go_on() -> bool:
+    """Can other tasks than the current one, be it in this turn of the run that is current?"""
     current = _run.GLOBAL_RUN_CONTEXT
-    runner = current.runner
-    if runner.runq or current.turn:  # others can go on, be it in this turn
-        return 0.0
-    return max(0.0, clock.deadline_to_sleep_time(runner.deadlines.next_deadline()))
+    return bool(current.runner.runq or current.turn)
+
+
+def next_deadline() -> float:
+    """Of the run that is current."""
+    deadline: float = _run.GLOBAL_RUN_CONTEXT.runner.deadlines.next_deadline()
+    return deadline
 
 
 def _runner(io: IoManager, clock: trio.abc.Clock) -> Any:
