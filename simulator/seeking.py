@@ -3,8 +3,10 @@
 Each pair of a story and a design has a strategy of its own, and turns.  A schedule that does not come to the
 planted lines is one of the clean code, and one whose trace was played before finds what that one found.  The
 share of a pair's last turn that was neither is what the pair is worth: schedules are shared out by it, and
-what is worth nothing by now is asked again from time to time.  What is worth asking first is told by some
-schedules of each pair with nothing planted, in which the lines of all plants tell.
+what is worth nothing by now is asked again from time to time.  Who comes there in the making of its machine
+only, as nearly all do to the lines of an attach, is worth little: no schedule is about that.  What is worth
+asking first is told by some schedules of each pair with nothing planted, in which the lines of all plants
+tell.
 
 Each pair is searched once without faults and once with all kinds of them, which nobody scouts: a schedule
 with faults takes as long as some without, and each has so much less of a share.
@@ -16,7 +18,7 @@ clean code that fails, and whoever seeks is told so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qemu_shim.vmm.designs import DESIGNS
@@ -27,7 +29,7 @@ from simulator.planted.hunt import Catch
 from simulator.planted.met import met
 from simulator.planted.plant import Plant, telling
 from simulator.search.explore import Found, Player, RunEnd, Start, Tally, explore, replayed, smallest
-from simulator.search.option import Search, Strategy
+from simulator.search.option import Option, Search, Strategy
 from simulator.search.replay import Replay
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
@@ -37,6 +39,7 @@ from simulator.world.schedule import Judged
 FIRST_TURN = 4  # schedules: all pairs have had theirs within a thousand, most of them sooner
 LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
 WORTH_MIN = 1 / 64
+WORTH_OF_MAKING = 1 / 16
 UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
 SCOUTED = 3  # schedules of each pair
 REPLAYS = 50  # to shrink one story: as long as some hundred schedules take
@@ -56,18 +59,55 @@ def pairs() -> list[tuple[str, str]]:
     ]
 
 
-class _Meeting:
-    """Player: another one, and how many of its schedules came to the lines of which plants."""
+class _Opened:
+    """Strategy: another one; `opened` is called before it is asked for the first time."""
 
-    def __init__(self, player: Player) -> None:
+    def __init__(self, strategy: Strategy, opened: Callable[[], None]) -> None:
+        self._strategy = strategy
+        self._opened: Callable[[], None] | None = opened
+        self.watches = strategy.watches
+
+    def choose(self, options: Sequence[Option]) -> int:
+        if self._opened is not None:
+            self._opened()
+            self._opened = None
+        return self._strategy.choose(options)
+
+    def took(self, step: Option) -> None:
+        self._strategy.took(step)
+
+    def ended(self, failed: bool) -> bool:
+        return self._strategy.ended(failed)
+
+
+class _Meeting:
+    """Player: another one, and which plants' lines its schedules came to.  `forks`: its machine is made, and
+    each schedule begins where it stands.
+    """
+
+    def __init__(self, player: Player, *, forks: bool = False) -> None:
         self._player = player
-        self.met = Counter[str]()
+        self._forks = forks
+        self._schedules = 0
+        self._met = Counter[str]()
+        self._made = set[str]()  # came there in the making of a machine
 
     def __call__(self, strategy: Strategy) -> RunEnd:
         met()
-        end = self._player(strategy)
-        self.met.update(met())
+        end = self._player(strategy if self._forks else _Opened(strategy, self._opened))
+        self._met.update(met())
+        self._schedules += 1
         return end
+
+    def _opened(self) -> None:
+        self._made |= met()
+
+    def worths(self) -> Mapping[str, float]:
+        """Of each plant."""
+        worths = dict.fromkeys(self._made, WORTH_OF_MAKING)
+        for plant, times in self._met.items():
+            worths[plant] = max(worths.get(plant, 0.0), times / self._schedules)
+        return worths
 
     def finish(self) -> RunEnd:
         return self._player.finish()
@@ -98,11 +138,11 @@ class _Pair:
         return Forked(self.judged) if self.compares else self.judged(rounds)
 
     def turn(self, seed: int, schedules: int, enough: Callable[[Tally], bool]) -> Tally:
-        meeting = _Meeting(self.player(schedules))
+        meeting = _Meeting(self.player(schedules), forks=self.compares)
         tally = explore(meeting, self.search, seed, schedules, enough)
         played, known = tally.schedules + tally.given_up, len(self._traces)
         self._traces |= tally.traces
-        self.worth = meeting.met.total() / played * (len(self._traces) - known) / played
+        self.worth = sum(meeting.worths().values()) * (len(self._traces) - known) / played
         self.schedules += played
         self.over = tally.over
         return tally
@@ -121,7 +161,7 @@ def scouted(plants: Iterable[Plant]) -> Reach:
             meeting = _Meeting(judged(SCOUTED))
             for found in explore(meeting, STRATEGIES[DEFAULT].make(0), 0, SCOUTED).found:
                 raise _clean_code_fails(judged, found)
-            shares[story, design] = {plant: times / SCOUTED for plant, times in meeting.met.items()}
+            shares[story, design] = dict(meeting.worths())
     return shares
 
 

@@ -34,6 +34,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "protect": [],
     "huge": [],
     "asleep": ["R1", "R21"],
+    "two-move": ["R15"],
     "moves": ["R15"],
     "two-changes": ["R1", "R2", "R4", "B-18"],
     "batches": ["B-33"],

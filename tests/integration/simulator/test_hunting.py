@@ -69,7 +69,7 @@ def test_others_are_all_stories_but_those_written_for_it(
     hunted(tmp_path / "a.json", capsys, "R15-unit-without-its-fence")
     assert all(asked.values())
     hunted(tmp_path / "b.json", capsys, "R15-unit-without-its-fence", "--others")
-    assert {story for story, is_played in asked.items() if not is_played} == {"moves", "units"}
+    assert {story for story, is_played in asked.items() if not is_played} == {"two-move", "moves", "units"}
 
 
 def test_how_short_a_story_can_be_is_asked_in_some_ranges_of_the_default(

@@ -94,6 +94,7 @@ BREAKS = {
     "lend-hung": ("shared", "B-18-zapped-at-release"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "hang-up": ("shared", "R4-acks-not-awaited"),
+    "two-move": ("shared", "I9-not-waited-for"),
     "moves": ("shared", "I9-not-waited-for"),
     "driver-dies": ("shared", "R28-death-is-an-ack"),
     "high": ("mirror", "B-31-canonical-for-a-cpu"),

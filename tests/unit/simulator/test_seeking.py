@@ -25,11 +25,12 @@ STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
 
 @dataclass(frozen=True)
 class Made:
-    """A story: does it come to the lines, or its machine when that is made; has it many traces, and which of
-    its schedules fails first.
+    """A story: does it come to the lines, or before its excerpt opens, or its machine when that is made; has
+    it many traces, and which of its schedules fails first.
     """
 
     meets: bool = True
+    meets_before: bool = False
     machine_meets: bool = False
     varied: bool = True
     fails: int = MANY + 1
@@ -42,12 +43,14 @@ class Player:
     count: Callable[[], int]
 
     def __call__(self, strategy: Strategy) -> RunEnd:
-        if self.story.meets:
+        if self.story.meets_before:
             meet(number_of("X"))
         steps = [Option(f"a {taken}", "", frozenset()) for taken in range(20)]
         for step in steps if self.story.varied else ():
             if strategy.choose([step, *STEPS]):
                 strategy.took(step)
+        if self.story.meets:
+            meet(number_of("X"))
         failed = self.count() >= self.story.fails
         return RunEnd("I5" if failed else "", over=failed)
 
@@ -101,6 +104,14 @@ def test_who_does_not_come_to_the_lines_is_asked_now_and_then(
     assert seeking.find("random", 0, MANY) is None
     assert played.total() == MANY
     assert seeking.FIRST_TURN < played["elsewhere"] < MANY / 20
+
+
+def test_who_comes_there_before_its_excerpt_opens_is_asked_less(
+    stories: dict[str, Made], played: Counter[str]
+) -> None:
+    stories |= {"before": Made(meets=False, meets_before=True), "within": Made()}
+    assert seeking.find("random", 0, MANY) is None
+    assert MANY / 40 < played["before"] < MANY / 10
 
 
 def test_who_shows_nothing_new_is_asked_now_and_then(stories: dict[str, Made], played: Counter[str]) -> None:
