@@ -218,7 +218,9 @@ class RemappingUnit:
             self.iotlb.invalidate_pages(descriptor.did, start, npages, leaves_only=descriptor.ih)
 
     def reset(self) -> None:
-        """The driver is gone: nothing is translated any more, and nothing is cached."""
+        """The driver is gone: nothing is translated any more, and nothing is cached.  Its functions are
+        stopped, which empties their device TLBs.
+        """
         self.registers.connect(RegisterPages.private(), Events())
         self._gcmd, self._rtaddr = 0, None
         self.tables.use(None)
@@ -226,8 +228,6 @@ class RemappingUnit:
         self.queue.disable()
         self.prq.reset()
         self.faults.reset()
-        for endpoint in self._endpoints.values():
-            endpoint.invalidate_translations(IovaPfn(0), qi.ALL_PAGES)
 
     # -- translation -----------------------------------------------------------------------------------
 

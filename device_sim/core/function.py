@@ -145,6 +145,7 @@ class Function:
         """The driver is gone: no translation, no page request; as after a reset."""
         self.configure(ats=False, bus_master=False, pri_allocation=0)
         self.configure(pasid=False)
+        self._late = False  # who waited for it no more is gone
         if self.traits.pri_on:
             self.pri.enable(self.pri.capacity)
 

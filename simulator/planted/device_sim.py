@@ -107,11 +107,6 @@ SILICON = (
         "R28",
         [
             Edit(
-                f"{_UNIT}.reset",
-                "endpoint.invalidate_translations(IovaPfn(0), qi.ALL_PAGES)",
-                "pass",
-            ),
-            Edit(
                 f"{_FUNCTION}.stop",
                 "self.configure(ats=False, bus_master=False, pri_allocation=0)\n"
                 "    self.configure(pasid=False)",

@@ -310,6 +310,23 @@ def test_a_completion_behind_its_time_out_is_reported_and_stops_nothing(silicon:
     assert driver.load(FSTS) & (ITE | ICE) == ITE
 
 
+@pytest.mark.parametrize("invalidations", [0, 1, 2])
+def test_what_is_late_for_a_driver_that_is_gone_is_not_told_to_the_next(
+    silicon: Silicon, invalidations: int
+) -> None:
+    silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.LATE)
+    for number in range(invalidations):
+        silicon.execute(devtlb_page(RID, 5) + wait(number))
+        silicon.driver.clear(FSTS, ITE | ICE)
+    silicon.function.stop()
+    silicon.unit.reset()
+    silicon.function.traits = Traits()
+    silicon.driver.come_back()
+    silicon.attach()
+    assert silicon.execute(devtlb_page(RID, 5) + wait(2)) == [2]
+    assert not silicon.driver.load(FSTS) & (ITE | ICE | IQE)
+
+
 def test_what_times_out_is_in_the_device_tlb_still(silicon: Silicon) -> None:
     silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.LATE)
     silicon.attach()
