@@ -6,12 +6,16 @@ order and the first that fails decides; then one page group response.  Requests 
 (RFC-83); a stop marker is skipped; what the device may not ask is answered Invalid Request if it is the
 last, and so is what cannot be read.
 
+Of one unit so many groups are handled at a time as its workqueue has workers; the others wait their turn, and
+whoever takes their device off waits for them too.
+
 Invariant I8: one response a group, sent even if its device is detached meanwhile, and even if handling it met
 a bug of ours.  R12: of a function that is gone nothing is handled.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 
@@ -25,6 +29,8 @@ from protocol.hw.fields import FormatError
 from protocol.hw.prq import PAGE_REQUEST_SIZE, PageRequest, reply_to
 from protocol.hw.qi import ResponseCode
 from protocol.units import Pasid
+
+MAX_ACTIVE = 256  # of `alloc_workqueue(..., 0)` [Linux include/linux/workqueue.h WQ_DFL_ACTIVE]
 
 
 class Verdict(Enum):
@@ -64,6 +70,8 @@ class Iopf:
         self._respond = respond
         self._spawn = spawn
         self._log = log
+        self._waiting: deque[tuple[IommufdDevice, Hwpt, list[PageRequest]]] = deque()
+        self._active = 0
 
     def prq_event(self, entries: bytes, *, overflow: bool) -> None:
         """The page request interrupt of the unit: every entry is taken [RFC 23/42].  After an overflow what
@@ -106,10 +114,16 @@ class Iopf:
         if verdict is Verdict.REFUSE:
             self._answer(request.rid, request.prgi, ResponseCode.INVALID, request.named_pasid)
         else:
-            self._spawn(self._handle(device, hwpt, group))
+            device.begin_group()
+            self._waiting.append((device, hwpt, group))
+            self._handle_next()
+
+    def _handle_next(self) -> None:
+        while self._waiting and self._active < MAX_ACTIVE:
+            self._active += 1
+            self._spawn(self._handle(*self._waiting.popleft()))
 
     async def _handle(self, device: IommufdDevice, hwpt: Hwpt, group: list[PageRequest]) -> None:
-        device.begin_group()
         code = ResponseCode.FAILURE  # for a device that waits while we meet a bug of ours
         try:
             # await: device, group: cannot change: whoever takes the device off waits for `end_group`
@@ -117,6 +131,8 @@ class Iopf:
         finally:
             self._answer(group[-1].rid, group[-1].prgi, code)
             device.end_group()
+            self._active -= 1
+            self._handle_next()
 
     def _answer(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> None:
         self.counts.responses += 1

@@ -69,7 +69,7 @@ IOMMUFDD_OBJECTS = (
         "R12",
         [
             Edit(
-                f"{_IOPF}:Iopf._handle",
+                f"{_IOPF}:Iopf.take",
                 "device.begin_group()",
                 "pass",
             ),

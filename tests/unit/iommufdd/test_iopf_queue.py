@@ -14,7 +14,7 @@ from iommufdd.core.counts import UnitCounts
 from iommufdd.core.device import IommufdDevice
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hwpt_kvm import HwptKvm
-from iommufdd.core.iopf import Iopf
+from iommufdd.core.iopf import MAX_ACTIVE, Iopf
 from protocol.errors import EHWPOISON
 from protocol.flow import Flows
 from protocol.hw.prq import PageRequest
@@ -217,6 +217,26 @@ def test_a_group_being_handled_is_answered_before_its_device_is_off() -> None:
     queue.world.flows.run_ready()
     assert queue.answers == [(RID, 0, SUCCESS)]
     assert left.done
+
+
+def test_so_many_groups_are_handled_at_a_time_as_there_are_workers() -> None:
+    """And who leaves waits for those that have not begun, too."""
+    queue, groups = Queue(), MAX_ACTIVE + 3
+    queue.world.hold()
+    assert queue.take(*(entry(page, page) for page in range(groups))) == []
+    assert queue.asked == [*range(MAX_ACTIVE)]
+    left = queue.world.start(queue.device.leave())
+    held = queue.world.held or []
+    held.pop(0).set(None)
+    queue.world.flows.run_ready()
+    assert queue.answers == [(RID, 0, SUCCESS)]
+    assert queue.asked == [*range(MAX_ACTIVE + 1)]
+    while held:
+        assert not left.done
+        held.pop(0).set(None)
+        queue.world.flows.run_ready()
+    assert queue.asked == [*range(groups)]
+    assert [prgi for _, prgi, _ in queue.answers] == [*range(groups)]
 
 
 class Bug(Exception):
