@@ -8,8 +8,8 @@ only, as nearly all do to the lines of an attach, is worth little: no schedule i
 asking first is told by some schedules of each pair with nothing planted, in which the lines of all plants
 tell.
 
-Each pair is searched once without faults and once with all kinds of them, which nobody scouts: a schedule
-with faults takes as long as some without, and each has so much less of a share.
+Each pair is searched once with its story's own faults and once with all kinds of them, which nobody scouts: a
+schedule with faults takes as long as some without, and each has so much less of a share.
 
 What fails without coming to the planted lines, in the making of its machine neither, is no find: it is the
 clean code that fails, and whoever seeks is told so.
@@ -40,7 +40,7 @@ FIRST_TURN = 4  # schedules: all pairs have had theirs within a thousand, most o
 LONGEST_TURN = 64  # in one machine, which costs as much to make as ten schedules
 WORTH_MIN = 1 / 64
 WORTH_OF_MAKING = 1 / 16
-UNKNOWN_WORTH = 1 / 4  # of a pair with faults: they come to lines that nothing else does
+UNKNOWN_WORTH = 1 / 4  # of a pair with faults, or a story: they come to lines that nothing else does
 SCOUTED = 3  # schedules of each pair
 REPLAYS = 50  # to shrink one story: as long as some hundred schedules take
 
@@ -124,6 +124,7 @@ class _Pair:
     search: Search
     compares: bool  # its strategy does: each schedule begins in one state
     worth: float
+    least: float = WORTH_MIN  # it is worth
     schedules: int = 0
     over: bool = False
     _traces: set[int] = field(default_factory=set, init=False)  # a copy begins with none
@@ -132,7 +133,7 @@ class _Pair:
     def due(self) -> float:
         """Whose is least has the next turn."""
         cost = FAULTED_COST if self.judged.faults else 1
-        return cost * (1 + self.schedules) / max(self.worth, WORTH_MIN)
+        return cost * (1 + self.schedules) / max(self.worth, self.least)
 
     def player(self, rounds: int) -> Player:
         return Forked(self.judged) if self.compares else self.judged(rounds)
@@ -183,9 +184,13 @@ def find(
     def enough(tally: Tally) -> bool:
         return bool(tally.found) or stop()
 
+    def least(pair: tuple[str, str]) -> float:
+        """A few schedules do not show what a story with faults of its own comes to."""
+        return UNKNOWN_WORTH if STORIES[pair[0]].faults else WORTH_MIN
+
     named = STRATEGIES[strategy]
     searched = [
-        _Pair(Judged(story_of, *pair), named.make(seed), compares=not named.seeded, worth=worth(pair))
+        _Pair(Judged(story_of, *pair), named.make(seed), not named.seeded, worth(pair), least(pair))
         for pair in pairs()
         if plays(pair[0])
         if named.seeded or not STORIES[pair[0]].faults  # who compares schedules knows of none
@@ -197,6 +202,7 @@ def find(
                 judged=replace(pair.judged, faults=tuple(FAULTS)),
                 search=named.make(seed),
                 worth=max(pair.worth, UNKNOWN_WORTH),
+                least=WORTH_MIN,
             )
             for pair in searched
         ]

@@ -26,7 +26,7 @@ STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
 @dataclass(frozen=True)
 class Made:
     """A story: does it come to the lines, or before its excerpt opens, or its machine when that is made; has
-    it many traces, and which of its schedules fails first.
+    it many traces, and which of its schedules fails first; its own faults.
     """
 
     meets: bool = True
@@ -35,6 +35,7 @@ class Made:
     varied: bool = True
     fails: int = MANY + 1
     fails_faulted: int = MANY + 1
+    faults: Sequence[str] = ()
 
 
 @dataclass
@@ -65,6 +66,7 @@ def stories(monkeypatch: pytest.MonkeyPatch) -> dict[str, Made]:
     """To be filled in; `played`: how often each was."""
     made: dict[str, Made] = {}
     monkeypatch.setattr(seeking, "pairs", lambda: [(name, "shared") for name in made])
+    monkeypatch.setattr(seeking, "STORIES", made)
     return made
 
 
@@ -138,6 +140,14 @@ def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], play
     stories |= {"not scouted": Made(), "scouted": Made()}
     seeking.find("random", 0, 40, lambda pair: float(pair[0] == "scouted"))
     assert set(played) == {"scouted", "scouted with faults"}
+
+
+def test_a_story_with_faults_of_its_own_does_not_wait(stories: dict[str, Made], played: Counter[str]) -> None:
+    """Scouting may have met none of them."""
+    stories |= {"not scouted": Made(), "faulted": Made(faults=["hangup"]), "scouted": Made()}
+    seeking.find("random", 0, 40, lambda pair: float(pair[0] == "scouted"))
+    assert played["faulted"] >= seeking.FIRST_TURN
+    assert not played["not scouted"]
 
 
 def test_a_story_that_is_left_out_is_not_played(stories: dict[str, Made], played: Counter[str]) -> None:
