@@ -47,6 +47,22 @@ async def _across(ctx: Context, excerpt: Excerpt) -> None:
         await guest.discard(AT, SLOT_BYTES)
 
 
+async def _beside_a_move(ctx: Context, excerpt: Excerpt) -> None:
+    """A device stores to two absent pages at once, while its unit is told to forget a third."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    (third,) = guest.pages(1)
+    for _ in excerpt.rounds():
+        await guest.fill(third, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                for page in (AT, NEXT):
+                    nursery.start_soon(guest.fill, page, 64, PATTERN)
+                await guest.migrate(third)
+        await agree(ctx, guest, AT)
+        await guest.discard(AT, SLOT_BYTES)
+
+
 async def _beyond(ctx: Context, excerpt: Excerpt) -> None:
     """A device that can always ask stores by all its engines where no memory is, and by one where some is."""
     guest = await ctx.boot_for(PAGES)
@@ -117,6 +133,13 @@ REQUESTS = (
     SmallStory("across", "stores to two pages at once, and over the end of a slot", _across, MAY_TAKE),
     SmallStory(
         "full", "the same, and the queue of page requests overflows", _across, MAY_TAKE, faults=("full",)
+    ),
+    SmallStory(
+        "full-move",
+        "the queue of page requests overflows beside a migration",
+        _beside_a_move,
+        MAY_TAKE,
+        faults=("full",),
     ),
     SmallStory("beyond", "stores where no memory is", _beyond, options=ALWAYS_ASKS),
     SmallStory(

@@ -81,6 +81,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- page requests
     "across": [],
     "full": ["R9"],
+    "full-move": ["R9"],
     "beyond": ["R11", "R12"],
     "beyond-full": ["R9"],
     "few": ["R11"],
