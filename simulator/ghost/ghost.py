@@ -83,8 +83,8 @@ class Ghost:
             ):
                 rule = self.caches.rule("I6", cached)
                 self.verdicts.say(rule, f"frame {frame:#x} is given up, {said(cached)} has it")
-        for root, spans in self.tables.roots.items():
-            for start, end, value in spans:
+        for root in (root for root in self.tables.roots if root not in self._closed):
+            for start, end, value in self.tables.roots[root]:
                 if overlap(value.frame, end - start, frame, pages):
                     page = start + max(frame - value.frame, 0)
                     where = f"{root:#x} maps page {page:#x} to it"

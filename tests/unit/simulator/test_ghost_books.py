@@ -177,8 +177,10 @@ def test_what_only_units_walk_nobody_walks_when_they_are_gone(dead: str) -> None
     ghost.entry_stored(0x1000, 5 << 12 | 3)
     if dead:
         ghost.process_gone(dead)
+    ghost.frames_taken(5, 1, "mm1")
     ghost.backs("mm1", 0, 1, None)
-    assert [violation.invariant for violation in ghost.verdicts.found] == ([] if dead else ["I11"])
+    ghost.frames_given_up(5, 1)
+    assert [violation.invariant for violation in ghost.verdicts.found] == ([] if dead else ["I11", "I6"])
 
 
 def test_what_is_outstanding_when_nothing_is_under_way_is_found() -> None:
