@@ -6,8 +6,8 @@ order and the first that fails decides; then one page group response.  Requests 
 (RFC-83); a stop marker is skipped; what the device may not ask is answered Invalid Request if it is the
 last, and so is what cannot be read.
 
-Of one unit so many groups are handled at a time as its workqueue has workers; the others wait their turn, and
-whoever takes their device off waits for them too.
+Of one unit so many groups are handled at a time as its workqueue runs (max_active); the others wait their
+turn, and whoever takes their device off waits for them too.
 
 Invariant I8: one response a group, sent even if its device is detached meanwhile, and even if handling it met
 a bug of ours.  R12: of a function that is gone nothing is handled.

@@ -219,24 +219,41 @@ def test_a_group_being_handled_is_answered_before_its_device_is_off() -> None:
     assert left.done
 
 
-def test_so_many_groups_are_handled_at_a_time_as_there_are_workers() -> None:
-    """And who leaves waits for those that have not begun, too."""
+def test_so_many_groups_of_a_unit_are_handled_at_a_time_as_its_workqueue_runs() -> None:
     queue, groups = Queue(), MAX_ACTIVE + 3
     queue.world.hold()
     assert queue.take(*(entry(page, page) for page in range(groups))) == []
     assert queue.asked == [*range(MAX_ACTIVE)]
-    left = queue.world.start(queue.device.leave())
     held = queue.world.held or []
-    held.pop(0).set(None)
-    queue.world.flows.run_ready()
-    assert queue.answers == [(RID, 0, SUCCESS)]
-    assert queue.asked == [*range(MAX_ACTIVE + 1)]
-    while held:
-        assert not left.done
+    for done in range(groups):
         held.pop(0).set(None)
         queue.world.flows.run_ready()
-    assert queue.asked == [*range(groups)]
-    assert [prgi for _, prgi, _ in queue.answers] == [*range(groups)]
+        assert queue.answers == [(RID, prgi, SUCCESS) for prgi in range(done + 1)]
+        assert queue.asked == [*range(min(MAX_ACTIVE + done + 1, groups))]
+
+
+def test_who_leaves_waits_for_a_group_that_waits_for_its_turn() -> None:
+    """Another function's groups are all that is handled."""
+    busy, leaving = Queue(), Queue()
+    devices, answers = {RID: busy.device, RID + 8: leaving.device}, list[tuple[int, ResponseCode]]()
+
+    def respond(rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None) -> bool:
+        answers.append((rid, code))
+        return True
+
+    iopf = Iopf(devices.get, respond, busy.world.flows.spawn, UnitCounts(), NoLog())
+    busy.world.hold()
+    for prgi in range(MAX_ACTIVE):
+        iopf.take(entry(prgi, prgi))
+    iopf.take(entry(5, rid=RID + 8))
+    busy.world.flows.run_ready()
+    left = leaving.world.start(leaving.device.leave())
+    assert (left.done, leaving.asked) == (False, [])
+    busy.world.let_go()
+    assert leaving.asked == [5]
+    assert answers.count((RID + 8, SUCCESS)) == 1
+    leaving.world.flows.run_ready()
+    assert left.done
 
 
 class Bug(Exception):
