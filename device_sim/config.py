@@ -25,6 +25,7 @@ from protocol.uapi.link import FAULT_CAPABILITIES
 
 MAX_DEVICES = 16
 MAX_UNITS = 4
+MAX_AT_ONCE = 256
 # Bus 0x6a, devices 1, 2, ... function 0: where SPR has its accelerators.
 FIRST_RID = 0x6A08
 RID_STEP = 8
@@ -57,6 +58,13 @@ def _add_unit_options(options: argparse.ArgumentParser) -> None:
         "--mgaw", type=int, choices=range(36, 58), metavar="36..57", help="address bits (those of its levels)"
     )
     options.add_argument("--mamv", type=int, default=18, choices=range(64), metavar="0..63")
+    options.add_argument(
+        "--descriptors-at-once",
+        type=int,
+        choices=range(1, MAX_AT_ONCE + 1),
+        metavar=f"1..{MAX_AT_ONCE}",
+        help="executed from the invalidation queue before devices behind the unit have a turn (all)",
+    )
     options.add_argument("--caching-mode", action="store_true", help="CAP.CM: KVM domains are refused")
     for option, field in LACKS.items():
         options.add_argument(
@@ -163,7 +171,7 @@ def _unit(given: argparse.Namespace) -> UnitTraits:
         **lacking,
         **width,
     )
-    return UnitTraits(cap, ecap, given.haw)
+    return UnitTraits(cap, ecap, given.haw, given.descriptors_at_once)
 
 
 def _device(number: int, given: argparse.Namespace) -> DeviceTraits:

@@ -118,10 +118,10 @@ class ConnectedUnit:
     def _kicked(self, _: int) -> None:
         try:
             self._kick.drain()
+            if self._unit.kick():
+                self._kick.signal()  # it goes on behind whatever else there is for us to hear
         except BrokenEvent:
             self._on_broken()
-            return
-        self._unit.kick()
 
     def close(self) -> None:
         """When the unit has other registers."""

@@ -91,13 +91,16 @@ class RemappingUnit:
         memory: PhysicalMemory,
         deliver: Callable[[msi.InterruptMessage], None] = lambda message: None,
         fence: Callable[[], None] = lambda: None,
+        descriptors_at_once: int | None = None,
     ) -> None:
         self.cap = cap
         self.ecap = ecap
         self.iotlb = Iotlb()
         self.registers = RegisterSet(cap, ecap, fence)
         self.tables = ContextTables(cap, ecap, haw, memory)
-        self.queue = QueuedInvalidation(self.registers, memory, self._execute, self._on_wait)
+        self.queue = QueuedInvalidation(
+            self.registers, memory, self._execute, self._on_wait, descriptors_at_once
+        )
         self.prq = PrqWriter(self.registers, memory, self._auto_respond, self._admit)
         self.faults = FaultRecording(cap, self.registers)
         self.iotlb_invalidations = 0  # descriptors executed
@@ -127,16 +130,19 @@ class RemappingUnit:
         """A driver has the registers from now on, as after a reset."""
         self.registers.connect(pages, events)
 
-    def kick(self) -> None:
-        """Software stored something: controls and commands, what was cleared, then the queues."""
+    def kick(self) -> bool:
+        """Software stored something: controls and commands, what was cleared, then the queues.  True: there
+        is more in them, for another kick.
+        """
         self.registers.latch_controls()
         self.prq.latch()
         self._command()
         self.faults.take_clears()
         self.registers.take_clears(Reg.FSTS)
         self.registers.take_clears(Reg.ICS)
-        self.queue.run()
+        has_more = self.queue.run()
         self.prq.take_clears()
+        return has_more
 
     def _command(self) -> None:
         """GCMD is a level, but for SRTP, which acts where it comes to be set."""

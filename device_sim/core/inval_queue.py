@@ -10,6 +10,8 @@ that comes after that is reported (ICE), and stops nothing.
 Must hold (I30): tail and ring are software's words, read once for each run and bounded before use; a
 descriptor is read once, and what was checked is what is executed; a status goes into a queue window or
 nowhere. Departure: time does not pass while descriptors run, so "not in time" is what the device itself says.
+A device runs beside the unit, so it may ask for a translation between any two descriptors (R7): one that is
+to do so here is behind a unit that executes so many `at_once`, and goes on when it is asked again.
 """
 
 from __future__ import annotations
@@ -52,11 +54,13 @@ class QueuedInvalidation:
         memory: PhysicalMemory,
         execute: Execute,
         on_wait: Callable[[qi.WaitDescriptor], None],
+        at_once: int | None = None,
     ) -> None:
         self._registers = registers
         self._memory = memory
         self._execute = execute
         self._on_wait = on_wait
+        self._at_once = at_once
         self._iqa = 0
         self._ring = invalidation_ring(0)
         self._head = 0  # the index
@@ -75,14 +79,17 @@ class QueuedInvalidation:
     def disable(self) -> None:
         self.enabled = False
 
-    def run(self) -> None:
-        """Everything up to the tail, as long as nothing stops it."""
+    def run(self) -> bool:
+        """Everything up to the tail, as long as nothing stops it.  True: as many as run at once, and there
+        are more.
+        """
         if not self.enabled or self._registers.shown(Reg.FSTS) & (Fsts.IQE | Fsts.ITE):
-            return
+            return False
         try:
-            self._run()
+            return self._run()
         except DescriptorError as error:
             self._report(Fsts.IQE, IQERCD_IQEI, error.iqei)
+            return False
 
     def report_completion_error(self, rid: int) -> None:
         """ICE: a completion of that function answers nothing that is waited for; the queue goes on."""
@@ -94,10 +101,15 @@ class QueuedInvalidation:
         self._registers.show(Reg.IQERCD, others | field.put(value))
         self._registers.raise_status(Reg.FSTS, status)
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
         ring = self._ring
         tail = self._bounded_tail(ring)
+        left = self._at_once
         while self._head != tail:
+            if left is not None:
+                if not left:
+                    return True
+                left -= 1
             descriptor = qi.decode(self._fetch(ring))
             if isinstance(descriptor, qi.WaitDescriptor):
                 self._on_wait(descriptor)
@@ -112,6 +124,7 @@ class QueuedInvalidation:
         if self._late is not None:
             late, self._late = self._late, None
             self._report(Fsts.ITE, IQERCD_ITESID, late)
+        return False
 
     def _bounded_tail(self, ring: Ring) -> int:
         if not IQA_DW.get(self._iqa):

@@ -101,6 +101,7 @@ class RootComplex:
             memory,
             lambda message: self.devices[message.rid].deliver(message),
             self._fence,
+            traits.descriptors_at_once,
         )
 
     # -- lookups ---------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class UnitTraits:
     cap: Cap
     ecap: Ecap
     haw: int
+    descriptors_at_once: int | None = None  # of the invalidation queue, before its devices have a turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,10 +166,10 @@ SILICON = (
             ),
             Edit(
                 f"{_UNIT}.kick",
-                "self.queue.run()",
+                "has_more = self.queue.run()",
                 "for endpoint, pages in self.__dict__.pop('put_off', ()):\n"
                 "        endpoint.invalidate_translations(*pages)\n"
-                "    self.queue.run()",
+                "    has_more = self.queue.run()",
             ),
         ],
         races=["R4"],

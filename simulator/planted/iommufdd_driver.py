@@ -32,7 +32,6 @@ IOMMUFDD_DRIVER = (
             ),
         ],
         races=["R7"],
-        simulated=False,  # device_sim executes what is in the queue in one turn, without DMA between
     ),
     Plant(
         "R7-no-device-tlb",

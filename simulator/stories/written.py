@@ -78,6 +78,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "or-back": ["R10"],
     "units": ["R15", "R16", "B-32"],
     "units-narrow": ["R16", "B-17"],
+    "refetch": ["R7"],
     # -- page requests
     "across": [],
     "full": ["R9"],

@@ -158,6 +158,7 @@ class Silicon(ByHand):
         tags: bool = False,
         cap: Cap | None = None,
         ecap: Ecap | None = None,
+        descriptors_at_once: int | None = None,
     ) -> None:
         super().__init__()
         self.tables = Tables(levels=levels)
@@ -171,7 +172,9 @@ class Silicon(ByHand):
         usual_cap, usual_ecap = capabilities(levels=levels, max_page=max_page)
         self.now = 0
         cap = Cap((cap or usual_cap).value | FAULTS_AT // 16 << 24 | FAULTS - 1 << 40)
-        self.unit = RemappingUnit(cap, ecap or usual_ecap, haw, self.memory)
+        self.unit = RemappingUnit(
+            cap, ecap or usual_ecap, haw, self.memory, descriptors_at_once=descriptors_at_once
+        )
         self.driver = RawDriver(self.unit, self.memory)
         self.driver.add_function(RID)
         self.function = Function(RID, self.unit, self.memory, lambda: self.now)

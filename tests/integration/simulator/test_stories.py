@@ -79,6 +79,7 @@ BREAKS = {
     "replace": ("mirror", "R8-one-mirror-is-told"),
     "units": ("managed", "R15-not-coherent"),
     "units-narrow": ("shared", "B-17-index-for-a-width"),
+    "refetch": ("shared", "R7-device-tlb-first"),
     "across": ("shared", "B-37-always-failure"),
     "full": ("shared", "R9-overflow-stays"),
     "full-move": ("shared", "R9-overflow-stays"),

@@ -116,6 +116,52 @@ def test_iqa_is_latched_when_the_queue_is_switched_on(silicon: Silicon) -> None:
     assert silicon.driver.load(IQA) == silicon.driver.ring_at | 1 << 11
 
 
+# -- some at once --------------------------------------------------------------------------------------
+
+
+def one_by_one() -> Silicon:
+    """Pages 0 and 1 are mapped; of the queue one descriptor is executed at a kick."""
+    attached = Silicon(descriptors_at_once=1)
+    attached.attach()
+    for page in (0, 1):
+        attached.map(page, page)
+    return attached
+
+
+def test_a_function_may_ask_between_any_two_descriptors_and_gets_what_the_iotlb_has_still() -> None:
+    """R7: so what a device TLB has lost comes back, if it is told before the IOTLB is."""
+    silicon = one_by_one()
+    before = silicon.translate(0)
+    silicon.map(0, 1)
+    ((status, _),) = silicon.driver.queue(devtlb_page(RID, 0) + iotlb_pages(DID, 0) + wait(7))
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (True, 32)
+    assert silicon.translate(0) == before, "the IOTLB was not told yet"
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (True, 64)
+    assert silicon.translate(0) != before
+    assert silicon.driver.status(status) != 7, "the wait's turn has not come"
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (False, 96)
+    assert silicon.driver.status(status) == 7
+
+
+def test_what_is_late_aborts_the_wait_behind_it_however_many_run_at_once() -> None:
+    silicon = one_by_one()
+    silicon.function.traits = Traits(invalidate_completion=InvalidateCompletion.NEVER)
+    waits = silicon.driver.queue(devtlb_page(RID, 5) + wait(1) + wait(2))
+    assert (silicon.unit.kick(), silicon.driver.load(FSTS) & ITE) == (True, 0), "its wait may come yet"
+    assert (silicon.unit.kick(), silicon.driver.load(FSTS) & ITE) == (False, ITE)
+    silicon.driver.clear(FSTS, ITE)
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (False, 96)
+    assert [silicon.driver.status(at) == data for at, data in waits] == [False, True]
+
+
+def test_a_queue_that_is_switched_off_between_two_descriptors_has_no_more() -> None:
+    silicon = one_by_one()
+    silicon.driver.queue(iotlb_pages(DID, 0) + iotlb_pages(DID, 1))
+    assert silicon.unit.kick()
+    silicon.driver.store(GCMD, TE)
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (False, 32)
+
+
 # -- waits ---------------------------------------------------------------------------------------------
 
 

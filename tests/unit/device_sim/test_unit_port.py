@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import select
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -17,21 +18,26 @@ from device_sim.core.traits import UnitTraits, capabilities
 from device_sim.unit_port import ConnectedUnit
 from protocol.errors import UapiError
 from protocol.flow import Flows
+from protocol.hostmem import WindowKind
 from protocol.kernel.linux import LINUX
 from protocol.rpc.loop import Loop
-from tests.kit.raw_driver import GCMD, GSTS, IECTL, IQA, QIE
+from tests.kit.raw_driver import GCMD, GSTS, IECTL, IQA, IQH, IQT, QIE
+from tests.kit.silicon import window
 
-PAGE = 4096
+PAGE, RING = 4096, 0x10_0000
 
 
 class PortOverFiles:
-    def __init__(self) -> None:
+    def __init__(self, descriptors_at_once: int | None = None) -> None:
         self.crashes: list[BaseException] = []
         self.loop = Loop(LINUX, Flows(self.crashes.append))
         self.broken = 0
         cap, ecap = capabilities()
+        memory = PhysicalMemory()
+        ring = bytearray(struct.pack("<4Q", 5, 0, 0, 0) * (PAGE // 32))  # waits that tell nobody
+        memory.add(window(WindowKind.TABLES, RING, ring), lambda: None)
         self.silicon = RootComplex(
-            [UnitTraits(cap, ecap, 46)], [], PhysicalMemory(), self.loop.flows.spawn, lambda: 0
+            [UnitTraits(cap, ecap, 46, descriptors_at_once)], [], memory, self.loop.flows.spawn, lambda: 0
         )
         self.store_fd, self._mapping = LINUX.memfd("store page", PAGE, peer_writes=False)
 
@@ -80,6 +86,26 @@ def test_a_kick_is_looked_at_and_an_event_goes_out_once_a_turn(rig: PortOverFile
     for fd in (registers, kick, fault, request, completion):
         os.close(fd)
     assert rig.broken == 0
+
+
+def test_a_unit_that_takes_one_descriptor_at_a_time_goes_on_in_turns_of_its_own() -> None:
+    rig = PortOverFiles(descriptors_at_once=1)
+    port = rig.port()
+    registers, kick, *others = port.copies()
+    shown = mmap.mmap(registers, 2 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ)
+    rig.store(IQA, RING | 1 << 11)
+    rig.store(IQT, 3 * 32)
+    rig.store(GCMD, QIE)
+    os.eventfd_write(kick, 1)
+    heads = []
+    while rig.loop.turn(0):
+        heads.append(int.from_bytes(shown[IQH : IQH + 4], "little"))
+    assert heads == [32, 64, 96]
+    shown.close()
+    port.close()
+    for fd in (registers, kick, *others):
+        os.close(fd)
+    rig.close()
 
 
 def test_nobody_but_the_unit_stores_into_its_pages(rig: PortOverFiles) -> None:
