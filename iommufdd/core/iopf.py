@@ -129,10 +129,12 @@ class Iopf:
             # await: device, group: cannot change: whoever takes the device off waits for `end_group`
             code = await _fault_in(hwpt, group)
         finally:
-            self._answer(group[-1].rid, group[-1].prgi, code)
-            device.end_group()
             self._active -= 1
-            self._handle_next()
+            try:
+                self._answer(group[-1].rid, group[-1].prgi, code)
+            finally:
+                device.end_group()
+                self._handle_next()
 
     def _answer(self, rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None = None) -> None:
         self.counts.responses += 1

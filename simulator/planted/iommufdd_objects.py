@@ -75,7 +75,7 @@ IOMMUFDD_OBJECTS = (
             ),
             Edit(
                 f"{_IOPF}:Iopf._handle",
-                "\n        device.end_group()",
+                "\n            device.end_group()",
                 "",
             ),
         ],

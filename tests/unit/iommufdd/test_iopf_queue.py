@@ -279,6 +279,25 @@ def test_a_bug_in_the_middle_of_a_group_still_answers_it_and_surfaces(
     queue.world.run(queue.device.leave())
 
 
+def test_a_bug_in_answering_keeps_neither_who_leaves_nor_who_waits_for_a_turn() -> None:
+    queue = Queue()
+
+    def respond(rid: int, prgi: int, code: ResponseCode, pasid: Pasid | None) -> bool:
+        raise Bug("I99")
+
+    iopf = Iopf(queue._find, respond, queue.world.flows.spawn, UnitCounts(), NoLog())
+    queue.world.hold()
+    for prgi in range(MAX_ACTIVE + 1):
+        iopf.take(entry(prgi, prgi))
+    left = queue.world.start(queue.device.leave())
+    assert not left.done
+    queue.world.let_go()
+    queue.world.flows.run_ready()
+    assert queue.asked == [*range(MAX_ACTIVE + 1)]
+    assert left.done
+    assert len(queue.crashes) == MAX_ACTIVE + 1
+
+
 @pytest.mark.defect("B-40")
 def test_an_answer_nobody_got_is_counted() -> None:
     """B-40: what came of sending it was not looked at."""
