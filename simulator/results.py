@@ -91,12 +91,21 @@ def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
     hunts = _grouped_hunts(record)
     found = [each for of_it in hunts.values() for each in of_it]
     possible = sum(plant.simulated for plant in PLANTED.values())
+    sought = {each.plant.id: False for each in found}
+    sought |= {each.plant.id: True for each in found if each.is_ever_right}
+    never = [f"`{name}`" for name, is_found in sought.items() if not is_found]
+    yield (
+        f"Of {possible} mistakes that a story may come to, {len(sought)} were sought, and"
+        f" {sum(sought.values())} were found by some strategy in some range, by an invariant that they belong"
+        " to; in none:"
+        f" {', '.join(never) or 'none of them'}."
+    )
     for strategy, of_it in hunts.items():
         right = sum(each.is_right for each in of_it)
         others = sum(each.is_met_by_others for each in of_it)
         half = sum(not each.is_right and each.schedules is not None for each in of_it)
         yield (
-            f"By `{strategy}`: of {possible} mistakes that a story may come to, {len(of_it)} were sought"
+            f"By `{strategy}`: {len(of_it)} were sought"
             f" ({_effort(of_it)}); {right} were found in every range by an invariant that they belong to,"
             f" {others} of these by a story that was not written for them, and {half} more in half of the"
             " ranges or more."

@@ -99,6 +99,11 @@ class Hunted:
         return len(self.found) == len(self.ends) and set(self.invariants) <= invariants_of(self.plant)
 
     @property
+    def is_ever_right(self) -> bool:
+        """Found in some range by an invariant that it belongs to."""
+        return any(find.invariant in invariants_of(self.plant) for find in self.found)
+
+    @property
     def is_met_by_others(self) -> bool:
         """Right, in half of its ranges or more by a story that was not written for it."""
         others = sum(not is_written_for(find.story, self.plant) for find in self.found)

@@ -105,6 +105,8 @@ def test_the_page_is_of_the_records() -> None:
 def test_each_figure_is_worked_out_from_its_record() -> None:
     told = " ".join(page(MADE_UP).split())
     for sentence in (
+        "2 were sought, and 1 were found by some strategy in some range, by an invariant that they belong",
+        "to; in none: `R6-paging-structure-cache-stays`.",
         "2 were sought (ranges of seeds: 1 to 2 each, of at most 20,000 schedules; states of the code: 2); 1",
         "were found in every range by an invariant that they belong to, 1 of these by a story that was not",
         "story that was not written for them, and 0 more in half of the ranges or more.",
