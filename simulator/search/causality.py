@@ -103,10 +103,8 @@ class Fingerprint:
             else:
                 follows.add(before[0])
                 looked.append(place)
-        number = _number(actor, label)
-        for follow in sorted(follows):
-            number = (number ^ follow) * _ODD & _MASK
-            number ^= number >> 29
+        number = (_number(actor, label) ^ sum(follows) * _ODD) & _MASK
+        number = (number ^ number >> 29) * _ODD & _MASK
         self._of_actor[actor] = number
         for place in written:
             accessed[place] = number, 0
