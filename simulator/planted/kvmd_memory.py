@@ -308,6 +308,12 @@ KVMD_MEMORY = (
         races=["R22"],
     ),
     Plant(
+        "merged-and-writable",
+        "Two equal pages become one, which both of their entries let a store reach.",
+        "I21",
+        [Edit("kvmd.core.mm.reclaim:_merge", "writable=False", "writable=True")],
+    ),
+    Plant(
         "a-pin-does-not-count",
         "A pin is accounted for and does not hold the page in its frame.",
         "I22",

@@ -35,6 +35,7 @@ WIDEST = 48  # bits of an address that four levels translate
 HIGH = 1 << WIDEST - 1 | AT  # no canonical address of a CPU
 
 LEAF_BY_LEAF = {"kvmd": ("--zap-batch", "1")}
+LOOKS = 2  # at what is mapped, one behind the other: as long as a notifier takes to be told
 
 Change = Callable[[Guest, int], Awaitable[Any]]
 
@@ -132,17 +133,20 @@ async def _fork(ctx: Context, excerpt: Excerpt) -> None:
 async def _merge(ctx: Context, excerpt: Excerpt) -> None:
     """Two equal pages become one beside stores to either: none is seen in the other."""
     guest = await ctx.boot_for(PAGES)
-    await guest.add_slot(SLOT_BYTES, AT)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
     machine = guest.machine
+    await machine.process.madvise(slot.hva, slot.size, "mergeable")
     for _ in excerpt.rounds():
         for page in (AT, NEXT):
             await guest.write(page, bytes(128))
             await guest.fill(page + 64, 64)
         with excerpt:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(machine.process.host_action, "merge", slot.hva, slot.size)
+                for _ in range(LOOKS):  # or stores would be there first
+                    await machine.process.resident_pages(slot.hva, slot.size)
                 nursery.start_soon(guest.fill, AT + 64, 8, PATTERN)
                 nursery.start_soon(guest.write, NEXT, BEFORE)
-                await machine.process.host_action("merge", machine.hva_of(AT), SLOT_BYTES)
         told = [await guest.read(page, 128) for page in (AT, NEXT)]
         ctx.expect_equal(
             told[0][:8] + told[0][64:72], bytes(8) + PATTERN.to_bytes(8, "little"), "I21: the first page"

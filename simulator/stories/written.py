@@ -30,7 +30,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "both": [],
     "high": ["B-31"],
     "fork": ["R22"],
-    "merge": ["R22"],
+    "merge": ["R22", "merged-and-writable"],
     "protect": [],
     "huge": [],
     "asleep": ["R1", "R21"],

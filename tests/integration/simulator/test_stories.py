@@ -46,7 +46,7 @@ BREAKS = {
     "two-changes": ("shared", "B-18-drain-is-skipped"),
     "poison": ("shared", "R4-acks-not-awaited"),
     "fork": ("shared", "R22-fork-leaves-writable"),
-    "merge": ("shared", "R17-nobody-is-told"),
+    "merge": ("shared", "merged-and-writable"),
     "protect": ("shared", "R4-acks-not-awaited"),
     "huge": ("mirror", "R23-table-free-at-once"),
     "asleep": ("mirror", "R1-not-asked-again"),
