@@ -25,7 +25,7 @@ NARROWER = {
         *("--unit", "2:mgaw=48", "--unit", "3:no-snoop-control"),
     ),
 }
-STORES = 4  # the n-th of them may be the one between two descriptors
+STORES = 16  # the n-th of them may be the one between two descriptors
 ONE_BY_ONE = {"device_sim": ("--descriptors-at-once", "1")}
 
 

@@ -106,7 +106,7 @@ BREAKS = {
     "replace": ("mirror", "R8-one-mirror-is-told"),
     "units": ("managed", "R15-not-coherent"),
     "units-narrow": ("shared", "B-17-index-for-a-width"),
-    "refetch": ("shared", "R7-device-tlb-first"),
+    "refetch": ("shared", "R7-no-device-tlb"),
     "across": ("shared", "B-37-always-failure"),
     "full": ("shared", "R9-overflow-stays"),
     "full-move": ("shared", "R9-overflow-stays"),
@@ -225,6 +225,7 @@ SEEN = {
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {
+    "R7-device-tlb-first": ("refetch", "notifier", "I9"),
     "R24-mapped-while-converted": ("unasked", "pinned", "I27"),
     "R1-mirror-unsettled-behind-a-fault": ("asleep", "mirror", "I5"),
 }
