@@ -82,8 +82,10 @@ def freeze_collapsible(
 
 
 def thaw(mmu: TdpMmu, root: Root, met: RangeEntry) -> None:
-    """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now."""
-    if is_frozen(mmu.writer.load64(met.at)):
+    """The flush is over: the next fault maps what fits.  The entry's own table may be gone by now, and its
+    page another's, where somebody else froze one."""
+    _, at, entry = mmu.seek(root, met.gfn, met.level)
+    if at == met.at and is_frozen(entry):
         mmu.change(root, met.gfn, met.level, met.at, bits.FROZEN, bits.EMPTY)
 
 
