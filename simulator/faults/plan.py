@@ -28,6 +28,7 @@ BUFFERED = ("iommufdd", "device_sim", "kvmd")  # first those that look for each 
 VMM = "qemu_shim"
 LINK = "link"
 FAULT = "fault"  # how the journal tells of one
+DROPS = {"of one request": 1, "of four in a row": 4}  # a queue that overflows is one that many fill
 STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
 
 
@@ -48,6 +49,8 @@ class Faults:
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
         self._buffers = False
+        self._drops = 1  # requests that find no room, from the first on
+        self._dropping = 0  # of them, how many are still to come
         self._left: dict[str, int] = {}  # of those drawn, how many opportunities pass before it fails
         self._asked: dict[str, bool] = {}  # of those that are not, has it failed?
         self._sealed: list[tuple[str, SimThread]] = []
@@ -83,7 +86,7 @@ class Faults:
             if kind in self._at_each:
                 self._asked[kind] = False
                 if kind == "store-buffer":
-                    self._has_buffer(kind)
+                    self._ask_how(kind)
                 continue
             at = self._when(kind)
             if at is None:
@@ -92,18 +95,14 @@ class Faults:
                 self._seal_fate(kind, at)
                 continue
             self._left[kind] = at
-            if kind == "ite":
-                self.never = self._is_for_good(kind)
-            elif kind == "delay":
-                self.late_s = self._for_how_long(kind)
-            elif kind == "store-buffer":
-                self._has_buffer(kind)
+            self._ask_how(kind)
 
     def end(self) -> None:
         """What has not failed by now does not."""
         self._left.clear()
         self._asked.clear()
         self._buffers = False
+        self._dropping = 0
         for kind, thread in self._sealed:
             if thread.fate is None:
                 self.met[kind] += 1
@@ -117,6 +116,18 @@ class Faults:
         if self.due("store-buffer"):
             self._buffers = True
         return self._buffers
+
+    def is_full(self) -> bool:
+        """Does the page request that is to be queued find no room?"""
+        if self._dropping:
+            self._dropping -= 1
+            assert self._world is not None
+            self._world.touch({Touch((FAULT, "full"), True)})
+            return True
+        if not self.due("full"):
+            return False
+        self._dropping = self._drops - 1
+        return True
 
     def due(self, kind: str, where: str = "") -> bool:
         """One of its opportunities has come: does it fail?"""
@@ -141,17 +152,20 @@ class Faults:
         """At this opportunity."""
         if not self._pick(kind, ("not yet", "now")):
             return False
-        if kind == "ite":
-            self.never = self._is_for_good(kind)
-        elif kind == "delay":
-            self.late_s = self._for_how_long(kind)
+        if kind != "store-buffer":  # whose it is was asked first of all
+            self._ask_how(kind)
         return True
 
-    def _is_for_good(self, kind: str) -> bool:
-        return bool(self._pick(kind, ("late", "never")))
-
-    def _has_buffer(self, kind: str) -> None:
-        self.buffer = StoreBuffer(BUFFERED[self._pick(kind, BUFFERED)])
+    def _ask_how(self, kind: str) -> None:
+        """For how long, of whom: what is to be known of one more than when it comes."""
+        if kind == "ite":
+            self.never = bool(self._pick(kind, ("late", "never")))
+        elif kind == "full":
+            self._drops = DROPS[list(DROPS)[self._pick(kind, tuple(DROPS))]]
+        elif kind == "delay":
+            self.late_s = self._for_how_long(kind)
+        elif kind == "store-buffer":
+            self.buffer = StoreBuffer(BUFFERED[self._pick(kind, BUFFERED)])
 
     def _for_how_long(self, kind: str) -> float:
         return STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]

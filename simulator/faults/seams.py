@@ -138,7 +138,7 @@ def _allocate(faults: Faults, original: Any, *args: Any) -> Any:
 
 @_seam(PrqWriter, "_store", "full")
 def _store(faults: Faults, original: Any, queue: PrqWriter, request: PageRequest) -> Any:
-    return False if faults.due("full") else original(queue, request)
+    return False if faults.is_full() else original(queue, request)
 
 
 # -- a device is late ------------------------------------------------------------------------------------

@@ -229,6 +229,18 @@ def test_each_option_takes_away_its_bit_and_no_other(option: str, field: str) ->
     assert whole.cap == less.cap
 
 
+def test_how_much_of_a_queue_is_executed_at_once_is_said_for_all_or_for_one_unit() -> None:
+    made = settings("--units", "2", "--descriptors-at-once", "256", "--unit", "1:descriptors-at-once=1")
+    assert [unit.descriptors_at_once for unit in made.units] == [256, 1]
+    assert settings().units[0].descriptors_at_once is None
+
+
+@pytest.mark.parametrize("number", ["0", "257", "-1", "all"])
+def test_a_number_of_descriptors_that_is_none_is_refused(number: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        settings(f"--descriptors-at-once={number}")
+
+
 def test_caching_mode_is_cap_cm() -> None:
     assert settings("--caching-mode").units[0].cap.value ^ settings().units[0].cap.value == 1 << 7
 

@@ -65,6 +65,31 @@ def test_the_strategy_says_at_which_opportunity(answers: tuple[int, ...], at: in
     assert faults.met["evict"] == (at is not None)
 
 
+@pytest.mark.parametrize("kind", ["full", "full:each"])
+@pytest.mark.parametrize(("answer", "requests"), [(0, 1), (1, 4)])
+def test_a_queue_has_no_room_for_one_request_or_for_four_in_a_row(
+    kind: str, answer: int, requests: int
+) -> None:
+    found: list[bool] = []
+    world, faults = World(Answers(2, answer) if kind == "full" else Answers(0, 1, answer)), Faults([kind])
+    faults.put_into(world)
+
+    def meets() -> None:
+        faults.begin()
+        found.extend(faults.is_full() for _ in range(7))
+
+    world.run(world.spawn(SimProcess(world.host, "device_sim"), meets))
+    assert found == [1 <= n <= requests for n in range(7)]
+    assert faults.met["full"] == 1
+
+
+def test_what_has_no_room_at_the_end_has_some_behind_it() -> None:
+    faults = begun("full", 1, 1)
+    assert faults.is_full()
+    faults.end()
+    assert not faults.is_full()
+
+
 def test_nothing_fails_before_it_begins_nor_after_it_ends() -> None:
     faults = Faults(["evict"])
     assert not faults.due("evict")
