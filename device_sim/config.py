@@ -20,8 +20,8 @@ from device_sim.core.traits import (
     UnitTraits,
     capabilities,
 )
-from protocol.daemon import parser
-from protocol.uapi.link import FAULT_CAPABILITIES
+from protocol.hw.dsa import FAULT_CAPABILITIES
+from protocol.options import parser
 
 MAX_DEVICES = 16
 MAX_UNITS = 4

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from iommufdd import config
-from iommufdd.service.door import Iommufdd
-from protocol.daemon import run
 
 
 def main(argv: list[str] | None = None) -> int:
     options, settings = config.parse(argv)
+    from iommufdd.service.door import Iommufdd  # `--help` waits for none of it
+    from protocol.daemon import run
+
     return run("iommufdd", options, lambda loop: Iommufdd(loop, settings))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from iommufdd.core.fault_policy import FaultPolicy, Policy
-from protocol.daemon import bytes_of, parser
+from protocol.options import bytes_of, parser
 from protocol.units import GIB, MIB, TIB
 
 MAX_PREMAP = 512  # [IOPF 0/8]

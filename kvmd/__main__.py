@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from kvmd import config
-from kvmd.service.door import Kvmd
-from protocol.daemon import run
 
 
 def main(argv: list[str] | None = None) -> int:
     options, settings = config.parse(argv)
+    from kvmd.service.door import Kvmd  # `--help` waits for none of it
+    from protocol.daemon import run
+
     return run("kvmd", options, lambda loop: Kvmd(loop, settings))
 
 

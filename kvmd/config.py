@@ -9,8 +9,8 @@ from pathlib import Path
 from kvmd.core.host import CpuFeatures, Obstacle
 from kvmd.core.mm.frames import Reuse
 from kvmd.core.tables.zap import ZAP_BATCH
-from protocol.daemon import bytes_of, parser
 from protocol.hostmem import HIGH_RAM_START, LOW_RAM_END, LOW_RAM_START
+from protocol.options import bytes_of, parser
 from protocol.units import GIB, MIB, Level
 
 _PAGE_LEVELS = {"4K": 1, "2M": 2, "1G": 3}

@@ -29,17 +29,13 @@ from protocol.rpc.channel import Body, Fds
 from protocol.rpc.door import Door
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import Listener
-from protocol.started_with import Parser
 from protocol.trace import TRACE
 from protocol.uapi.message import StartedWith
-from protocol.units import GIB, KIB, MIB, TIB
 
 log = structlog.get_logger("daemon")
 
 EXIT_CANNOT_START = 2
 LOG_PATIENCE_S = 0.5  # at the end, for a reader of the log
-LOG_LEVELS = ("debug", "info", "warning", "error")
-_SUFFIX = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
 class DaemonApp(Protocol):
@@ -53,22 +49,6 @@ class DaemonApp(Protocol):
         """Runs before the socket appears, with the loop serving: reach the peers it needs."""
 
     def close(self) -> None: ...
-
-
-def parser(name: str, what: str) -> Parser:
-    """The options all daemons share."""
-    options = Parser(prog=name, description=what)
-    options.add_argument(
-        "--socket", type=Path, required=True, metavar="PATH", help="Unix socket to listen on"
-    )
-    options.add_argument("--log-level", choices=LOG_LEVELS, default="info")
-    options.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write tracepoints, named and printed as the kernel's"
-    )
-    options.add_argument(
-        "--exit-with-stdin", action="store_true", help="stop when standard input ends (set by a supervisor)"
-    )
-    return options
 
 
 class HasOptions(Protocol):
@@ -86,14 +66,6 @@ class Configured(Protocol):
 def tell_options(app: Configured, message: StartedWith, fds: Fds) -> Body:
     """What answers STARTED_WITH at every front door."""
     return {"options": list(app.settings.started_with)}
-
-
-def bytes_of(text: str) -> int:
-    """`16G` -> bytes.  Raises argparse's error for anything else."""
-    number, suffix = (text[:-1], text[-1:].upper()) if text[-1:].upper() in _SUFFIX else (text, "")
-    if not number.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M, 16G or 2T")
-    return int(number) * _SUFFIX.get(suffix, 1)
 
 
 def configure_log(level: str) -> LogFile:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from qemu_shim.cli import main
+from qemu_shim.commands import COMMANDS, parsers
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if not COMMANDS.keys() & words[:1]:
+        parsers()[0].parse_args(words)  # it says what there is, or what is wrong
+    from qemu_shim.cli import main as cli  # `--help` waits for none of it
+
+    return cli(words)
+
 
 if __name__ == "__main__":
     sys.exit(main())

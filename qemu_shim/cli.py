@@ -19,8 +19,10 @@ from typing import Any
 
 import trio
 
-from protocol.daemon import LOG_LEVELS, configure_log, refuse_optimised
+from protocol.daemon import configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
+from protocol.options import LOG_LEVELS
+from qemu_shim.commands import parsers
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.scenarios.files import BadFile, is_file, scenario_of, told
 from qemu_shim.scenarios.measure import Report, render
@@ -94,23 +96,23 @@ def _do(options: argparse.Namespace) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     words = joined(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="qemu-shim", description="The VMM, the guest and the scenarios of the shared-TDP model."
-    )
+    parser, commands = parsers()
     try:
         files = {word: scenario_of(word) for word in words[1:] if is_file(word) and not word.startswith("-")}
-        return _parsed(parser, words, files)
+        return _parsed(parser, commands, words, files)
     except BadFile as error:
         parser.error(str(error))
 
 
 def _parsed(
-    parser: argparse.ArgumentParser, words: list[str], files: Mapping[str, Scenario]
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    words: list[str],
+    files: Mapping[str, Scenario],
 ) -> argparse.Namespace:
     """`files`: the scenarios of files that the command names.  BadFile."""
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_list(commands)
-    run = commands.add_parser("run", help="run a scenario")
+    _add_list(commands["list"])
+    run = commands["run"]
     _add_run_options(run)
     _add_design(run, default=SHARED.name)
     add_daemon_options(run)
@@ -128,9 +130,7 @@ def _parsed(
         if name in files:
             sub.add_argument("--seed", type=_bounded(0, SEED_MAX), default=1, metavar="N", help="of chance")
         add_params(sub, {name: scenario}, _bounded)
-    looking = commands.add_parser(
-        "inspect", help="a VM's slots, roots and counters; one address; its table as files for other tools"
-    )
+    looking = commands["inspect"]
     _add_run_options(looking)
     looking.add_argument("--vm", type=_bounded(1, 1 << 32), metavar="N", help="its number (the newest)")
     looking.add_argument(
@@ -140,11 +140,8 @@ def _parsed(
         help="with --attach: the socket kvmd was given as --admin-socket",
     )
     looking.add_argument("--gpa", type=_bounded(0, 1 << 64), help="how this address is translated")
-    add_compare(commands, _bounded, files)
-    add_campaign_options(
-        commands.add_parser("campaign", help="many seeds and parameters, kept and resumable"), files
-    )
-    commands.add_parser("sim", help="a scenario in one process, under schedules that are chosen (sim --help)")
+    add_compare(commands["compare"], _bounded, files)
+    add_campaign_options(commands["campaign"], files)
     options = parser.parse_args(words)
     if options.command == "inspect" and (options.attach is None) != (options.admin is None):
         looking.error("--attach DIR and --admin PATH go together: only the administrator looks into any VM")
@@ -155,8 +152,7 @@ def _parsed(
     return options
 
 
-def _add_list(commands: Any) -> None:
-    listing = commands.add_parser("list", help="the scenarios and what each is about")
+def _add_list(listing: argparse.ArgumentParser) -> None:
     instead = listing.add_mutually_exclusive_group()
     for what, listed, which in (
         ("workloads", _list_workloads, "the workloads instead"),

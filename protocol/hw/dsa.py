@@ -37,6 +37,7 @@ EQUAL, DIFFERENT = 0, 1  # results of comparisons, and of the creation of a delt
 COMPLETION_SIZE: Final = 32
 OP_SPECIFIC_SIZE: Final = 24
 CR_SPECIFIC_SIZE: Final = 16
+FAULT_CAPABILITIES: Final = ("full", "partial", "none")  # on which paths a device survives an absent page
 
 
 class Opcode(IntEnum):

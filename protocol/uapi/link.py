@@ -7,7 +7,7 @@ stands for the BARs of one device, mapped into a guest.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,6 @@ MAX_MMIO_WRITE = 8
 MAX_WINDOWS_LENT = 7  # and the lease: what one message may carry
 MAX_UNITS_TOLD = 64
 MAX_FUNCTIONS = 64  # a descriptor each when a domain is invalidated: all of them fit into a unit's ring
-FAULT_CAPABILITIES: Final = ("full", "partial", "none")
 
 # -- doors of device_sim -------------------------------------------------------------------------------
 

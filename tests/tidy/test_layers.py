@@ -37,7 +37,7 @@ FRONT_DOOR = ("qemu_shim.cli", "simulator.command")
 TIER = {
     **dict.fromkeys(("units", "errors", "flow", "lifecycle", "kvm_run"), 0),
     **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "log", "started_with", "kernel"), 1),
-    **dict.fromkeys(("uapi", "rpc"), 2),
+    **dict.fromkeys(("uapi", "rpc", "options"), 2),
     "daemon": 3,
 }
 APART = ({"uapi", "rpc"},)
@@ -46,7 +46,7 @@ APART = ({"uapi", "rpc"},)
 WINGS = (
     *("guest", "vmm", "scenarios", "api", "scenarios.series"),
     *("study.workloads", "study.compare", "study.campaign", "study.command"),
-    *("cli", "__main__"),
+    *("commands", "cli", "__main__"),
 )
 
 # What a core may take from protocol. A name covers everything below it.

@@ -15,13 +15,10 @@ from qemu_shim.vmm.daemon_options import add_daemon_options
 JOBS_MAX = 256
 
 
-def add_compare(commands: Any, bounded: Any, files: Mapping[str, Scenario]) -> None:
+def add_compare(parser: argparse.ArgumentParser, bounded: Any, files: Mapping[str, Scenario]) -> None:
     """`bounded(low, high)` is argparse's type of a number in low..high; `files` are the scenarios of files
     that the command names.
     """
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "compare", help="the ways to give a device the guest's memory, side by side"
-    )
     parser.add_argument(
         "workloads",
         nargs="*",
