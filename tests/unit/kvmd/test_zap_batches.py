@@ -20,7 +20,7 @@ from protocol.units import Gfn, GfnSpan, Hpa, Level, Pfn
 from tests.kit.importer import SlowImporter
 from tests.kit.kvmd import WRITE, World
 from tests.planted.plugin import Plants
-from tests.unit.kvmd.in_turns import InTurns
+from tests.unit.kvmd.in_turns import FIRST, PAGES, InTurns
 
 PAGE = 4096
 
@@ -66,6 +66,23 @@ def test_clearing_a_whole_root_in_one_turn_is_noticed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Zapper, "zap_all_fast", at_once)
     with pytest.raises(AssertionError, match="each batch"):
         work_is_bounded(Deleted(monkeypatch))
+
+
+def test_between_the_turns_of_a_slot_that_goes_what_was_pinned_is_nothing_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its entries lead to where the host has nothing any more, until they are zapped."""
+    rig = Deleted(monkeypatch)
+    last = GfnSpan.of_pages(Gfn(FIRST + PAGES - 2), 2)
+    rig.do(rig.vm.pinning.pin(rig.vm.pinning.open(), last))
+    rig.do(dontneed(rig.mm, rig.hva_of(last.start), 2 * PAGE))
+    over, seen = rig.delete(), set()
+    while not over.done:
+        seen.add(len(rig.table()))
+        assert check_vm(rig.vm) == []
+        rig.go_on()
+    assert {13, 5} <= seen, "some are left, of which the pinned are the last"
+    assert check_vm(rig.vm) == []
 
 
 def host_takes_a_page_meanwhile(rig: Deleted) -> None:
