@@ -97,8 +97,7 @@ def _of_planted(record: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Of {possible} mistakes that a story may come to, {len(sought)} were sought, and"
         f" {sum(sought.values())} were found by some strategy in some range, by an invariant that they belong"
-        " to; in none:"
-        f" {', '.join(never) or 'none of them'}."
+        f" to{'; in none: ' if never else ''}{', '.join(never)}."
     )
     for strategy, of_it in hunts.items():
         right = sum(each.is_right for each in of_it)
@@ -212,7 +211,7 @@ def _of_exhaustive(record: Mapping[str, Any]) -> Iterator[str]:
             " to no fault, and so to the same once more."
         )
     yield (
-        f"Searches are of {len({each['code'] for each in searches})} states of the code. Nodes are of the"
+        f"States of the code: {len({each['code'] for each in searches})}. Nodes are of the"
         " tree that all runs make, those that were pruned as well: as many as there are steps in it, and 1."
     )
     head = ("story", "design", "faults", "interleavings", "with a fault", "pruned", "nodes", "left", "failed")

@@ -120,7 +120,7 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "0 of 0 searches ended, 0 interleavings failed; 1 more came to no fault, and so to the same once",
         "On `mirror` 0 of 1 searches without faults ended: 1,200 interleavings, of which 0 failed.",
         "2 of 2 searches ended, 0 interleavings failed; 0 more came to no fault",
-        "Searches are of 2 states of the code.",
+        "States of the code: 2. Nodes",
         "| `age` | `mirror` | full (the first 8) | all 1,200 | 700 | 3 | 99 | none | 0 |",
         "| `age` | `mirror` | hangup:each | all 1,300 | 100 | 3 |",
         "| `age` | `shared` | enomem:each | all 1,200 | 0 | 3 |",
