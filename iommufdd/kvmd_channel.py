@@ -42,7 +42,8 @@ class KvmdChannel:
         try:
             reply = await door.call(op, {}, [copy])
         except PeerGone:
-            raise UapiError(errno.EOPNOTSUPP, "KVM went away") from None
+            why = "it went away, or has no room for another connection"
+            raise UapiError(errno.EOPNOTSUPP, f"KVM is not to be had: {kvmd}: {why}") from None
         finally:
             door.close()
         sock = loop.kernel.socket_of(reply.fds.take(0))
