@@ -23,7 +23,6 @@ from simulator.stories.common import (
 )
 from simulator.stories.devices import TWO, leaves
 from simulator.stories.story import SmallStory
-from simulator.stories.units import ONE_BY_ONE
 
 BEHIND = AT + SLOT_BYTES
 _ASLEEP_S = 0.001  # until nothing else can go on
@@ -60,26 +59,6 @@ async def _beside_a_move(ctx: Context, excerpt: Excerpt) -> None:
                 for page in (AT, NEXT):
                     nursery.start_soon(guest.fill, page, 64, PATTERN)
                 await guest.migrate(third)
-        await agree(ctx, guest, AT)
-        await guest.discard(AT, SLOT_BYTES)
-
-
-async def _beside_moves(ctx: Context, excerpt: Excerpt) -> None:
-    """Two devices store to two absent pages, while their unit is told one by one to forget three more."""
-    guest = await ctx.boot_for(PAGES)
-    await guest.add_slot(SLOT_BYTES, AT)
-    devices = (guest.devices[0], await guest.plug(1))
-    others = guest.pages(3)
-    for _ in excerpt.rounds():
-        for page in others:
-            await guest.fill(page, 64)
-        with excerpt:
-            async with trio.open_nursery() as nursery:
-                for page in (AT, NEXT):
-                    for device in devices:
-                        nursery.start_soon(device.fill, page, 64, PATTERN)
-                for page in others:
-                    nursery.start_soon(guest.migrate, page)
         await agree(ctx, guest, AT)
         await guest.discard(AT, SLOT_BYTES)
 
@@ -160,14 +139,6 @@ REQUESTS = (
         "the queue of page requests overflows beside a migration",
         _beside_a_move,
         MAY_TAKE,
-        faults=("full",),
-    ),
-    SmallStory(
-        "full-moves",
-        "the same beside more of them, one descriptor at a time",
-        _beside_moves,
-        MAY_TAKE,
-        {"device_sim": (*TWO["device_sim"], *ONE_BY_ONE["device_sim"])},
         faults=("full",),
     ),
     SmallStory("beyond", "stores where no memory is", _beyond, options=ALWAYS_ASKS),

@@ -83,7 +83,6 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "across": [],
     "full": ["R9"],
     "full-move": ["R9"],
-    "full-moves": ["R9"],
     "beyond": ["R11", "R12"],
     "beyond-full": ["R9"],
     "few": ["R11"],

@@ -110,7 +110,6 @@ BREAKS = {
     "across": ("shared", "B-37-always-failure"),
     "full": ("shared", "R9-overflow-stays"),
     "full-move": ("shared", "R9-overflow-stays"),
-    "full-moves": ("notifier", "R9-overflow-stays"),
     "detach-asleep": ("mirror", "R10-groups-not-waited-for"),
     "detach-few": ("mirror", "R12-late-request-is-served"),
     "detach-asks": ("shared", "B-12-iopf-of-another-is-taken"),
