@@ -405,8 +405,8 @@ _LEFT_OUT = """## What it does not cover
 
 - The daemons are a model: an interleaving of theirs is one of Linux' as far as their steps are Linux' steps
   (`docs/decisions/0008-departures.md` lists where they are not). Nothing here has looked at kernel code.
-- A story is about few pages, devices and vCPUs: most about 2 of each, none about more than 4. What needs more
-  of them is met by scenarios only, whose interleavings are drawn and not enumerated.
+- A story is about few pages, devices and vCPUs. What needs more of them is met by scenarios only, whose
+  interleavings are drawn and not enumerated.
 - Memory is as x86 orders it, less what a store buffer may hold back; other machines are not modelled.
 - Nested translation is left out, as the series leaves it out."""
 

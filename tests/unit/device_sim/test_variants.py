@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +12,8 @@ from device_sim.core.dmar import RequestRefused
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.traits import Traits, capabilities
 from protocol.errors import UapiError
+from protocol.hw.dsa import FAULT_CAPABILITIES
+from protocol.uapi.link import FunctionInfo
 from protocol.units import Iova
 from tests.kit.raw_driver import Stopped
 from tests.kit.silicon import (
@@ -227,6 +229,10 @@ def test_each_option_takes_away_its_bit_and_no_other(option: str, field: str) ->
     assert (getattr(whole.ecap, field), getattr(less.ecap, field)) == (True, False)
     assert (whole.ecap.value ^ less.ecap.value).bit_count() == 1
     assert whole.cap == less.cap
+
+
+def test_what_a_device_can_be_is_what_the_driver_is_told_of() -> None:
+    assert get_args(FunctionInfo.model_fields["fault_capability"].annotation) == FAULT_CAPABILITIES
 
 
 def test_how_much_of_a_queue_is_executed_at_once_is_said_for_all_or_for_one_unit() -> None:
