@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
@@ -28,7 +29,7 @@ class Listener:
     """Accepts connections on `path`, which gets `mode` (the umask's); the name is gone at `close`.
 
     When our fd table is full peers are turned away, in a place of it that is kept for that: nobody waits for
-    a place that may never be free.
+    a place that may never be free.  Raises OSError: no room for those either, or `path` is not to be had.
     """
 
     def __init__(
@@ -40,15 +41,17 @@ class Listener:
         self._path = path
         self._on_connect = on_connect
         self._rests: Wait[None] | None = None
-        self._sock = self._kernel.listen(path, mode)
-        self._nothing = self._place()
-        self._spare = self._place()
-        self._is_free: Callable[[], bool] = lambda: True  # or somebody is still being hung up on there
-        try:
+        with ExitStack() as undo:
+            self._nothing = self._kernel.reserve()
+            undo.callback(self._kernel.close, self._nothing)
+            self._spare: int | None = self._kernel.reserve()
+            undo.callback(self._kernel.close, self._spare)
+            self._is_free: Callable[[], bool] = lambda: True  # or somebody is still being hung up on there
+            self._sock = self._kernel.listen(path, mode)  # its name says that we are ready: the last fd
+            undo.callback(self._kernel.unlisten, path)
+            undo.callback(self._sock.close)
             loop.register(self._sock.fileno(), self._accept)
-        except OSError:
-            self._give_up()
-            raise
+            undo.pop_all()
 
     def _place(self) -> int | None:
         """An fd for nothing; None if there is no room now."""
@@ -58,9 +61,7 @@ class Listener:
             return None
 
     def _accept(self, _: int) -> None:
-        if self._nothing is None:  # the first places that are free again: nobody is served without
-            self._nothing = self._place()
-        if self._spare is None:
+        if self._spare is None:  # the first place that is free again: nobody is served without
             self._spare = self._place()
         try:
             sock, _address = self._sock.accept()
@@ -78,7 +79,7 @@ class Listener:
 
     def _turns_away(self) -> bool:
         """Whoever is first in line is hung up on, by others: we do not wait for it.  Was there a place?"""
-        if self._nothing is None or self._spare is None or not self._is_free():
+        if self._spare is None or not self._is_free():
             return False
         self._kernel.close(self._spare)
         try:
@@ -109,15 +110,11 @@ class Listener:
             self._loop.unregister(self._sock.fileno())
         else:
             self._rests.set(None)
-        self._give_up()
-
-    def _give_up(self) -> None:
-        """A place where somebody is still being hung up on goes with the process."""
         self._sock.close()
-        places = [self._nothing, self._spare] if self._is_free() else []
-        for place in places:
-            if place is not None:
-                self._kernel.close(place)
+        if self._is_free():  # a place where somebody is still being hung up on goes with the process
+            self._kernel.close(self._nothing)
+            if self._spare is not None:
+                self._kernel.close(self._spare)
         self._kernel.unlisten(self._path)
 
 

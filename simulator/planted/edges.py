@@ -39,8 +39,8 @@ EDGES = (
         [
             Edit(
                 "protocol.rpc.socket:Listener.__init__",
-                "    self._give_up()\n        raise",
-                "    raise",
+                "        undo.callback(self._kernel.unlisten, path)\n",
+                "",
             )
         ],
         races=["R13"],

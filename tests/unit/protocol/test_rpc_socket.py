@@ -45,6 +45,23 @@ def test_a_peer_connects_and_the_file_goes_with_the_listener(wire: Wires, tmp_pa
         peer.close()
 
 
+def test_whoever_sees_the_name_sees_all_the_fds_that_listening_takes(
+    wire: Wires, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its existence means readiness; two fds that were opened behind it passed for a leak, once."""
+    rename, seen = os.rename, list[set[int]]()
+
+    def looked(old: Path, new: Path) -> None:
+        seen.append(open_fds())
+        rename(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", looked)
+        listener = Listener(wire.loop, tmp_path / "kvmd", Came().append)
+    assert seen == [open_fds()]
+    listener.close()
+
+
 def test_the_file_of_a_daemon_that_was_killed_is_replaced(wire: Wires, tmp_path: Path) -> None:
     path = tmp_path / "kvmd"
     bind = "import socket, os, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); os._exit(9)"
@@ -65,8 +82,10 @@ def test_the_socket_of_a_daemon_that_lives_is_not_taken(wire: Wires, tmp_path: P
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as living:
         living.bind(str(path))
         living.listen()
+        before = open_fds()
         with pytest.raises(OSError, match="listens there already; choose another path"):
             Listener(wire.loop, path, Came().append)
+        assert open_fds() == before
     assert path.is_socket()
 
 
@@ -182,6 +201,15 @@ def test_the_place_that_peers_are_turned_away_in_is_nobody_elses_meanwhile(
     assert open_fds() == before
 
 
+def connect_without_a_place(listener: Listener, path: Path, filler: list[int]) -> StreamSocket:
+    """The place to turn peers away in is somebody else's, who took it while it was free."""
+    assert listener._spare is not None
+    filler.append(listener._spare)
+    listener._spare = None
+    os.close(filler.pop(0))
+    return connect_now(LINUX, path)
+
+
 async def test_without_a_place_to_turn_peers_away_in_they_wait_and_nobody_turns_in_circles(
     wire: Wires, tmp_path: Path
 ) -> None:
@@ -191,11 +219,9 @@ async def test_without_a_place_to_turn_peers_away_in_they_wait_and_nobody_turns_
         came.append(sock)
         served.set()
 
+    listener = Listener(wire.loop, path, serve)
     with full_fd_table() as filler:
-        os.close(filler.pop())
-        listener = Listener(wire.loop, path, serve)
-        os.close(filler.pop())
-        peer = connect_now(LINUX, path)
+        peer = connect_without_a_place(listener, path, filler)
         assert wire.loop.turn(0)
         assert not wire.loop.turn(0), "nobody looks at who waits"
     async with trio.open_nursery() as nursery:
@@ -208,13 +234,22 @@ async def test_without_a_place_to_turn_peers_away_in_they_wait_and_nobody_turns_
     peer.close()
 
 
-def test_a_listener_that_rests_can_be_closed(wire: Wires, tmp_path: Path) -> None:
+def test_a_door_without_those_places_does_not_open(wire: Wires, tmp_path: Path) -> None:
     before = open_fds()
     with full_fd_table() as filler:
-        os.close(filler.pop())
-        listener = Listener(wire.loop, tmp_path / "kvmd", Came().append)
-        os.close(filler.pop())
-        peer = connect_now(LINUX, tmp_path / "kvmd")
+        os.close(filler.pop(0))
+        with pytest.raises(OSError, match="cannot keep a place in the fd table"):
+            Listener(wire.loop, tmp_path / "kvmd", Came().append)
+        assert list(tmp_path.iterdir()) == []
+        fill(filler)
+    assert open_fds() == before
+
+
+def test_a_listener_that_rests_can_be_closed(wire: Wires, tmp_path: Path) -> None:
+    path, before = tmp_path / "kvmd", open_fds()
+    listener = Listener(wire.loop, path, Came().append)
+    with full_fd_table() as filler:
+        peer = connect_without_a_place(listener, path, filler)
         assert wire.loop.turn(0)
         listener.close()
     peer.close()
