@@ -114,6 +114,14 @@ def _install(faults: Faults, original: Any, table: FdTable, file: OpenFile) -> A
     return original(table, file)
 
 
+@_seam(SimPoller, "register", "enomem")
+def _register(faults: Faults, original: Any, poller: SimPoller, fd: int, events: int) -> Any:
+    """Each watched fd costs memory, and a user may have so many [epoll(7) max_user_watches]."""
+    if poller.process.name != VMM and faults.due("enomem"):
+        raise oserror(errno.ENOSPC)
+    return original(poller, fd, events)
+
+
 @_seam(SimProcess, "memfd", "enomem")
 def _memfd(faults: Faults, original: Any, process: SimProcess, *args: Any, **named: Any) -> Any:
     if process.name != VMM and faults.due("enomem"):
