@@ -29,6 +29,10 @@ class KvmdChannel:
         self._kvmd = kvmd
         self._channel: Channel | None = None
 
+    @property
+    def is_gone(self) -> bool:
+        return self._channel is not None and self._channel.closed
+
     async def present(self, op: str, fd: int, name: str, **handlers: Any) -> None:
         """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
         loop, kvmd, copy = self._loop, self._kvmd, self._dup(op, fd)

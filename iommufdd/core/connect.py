@@ -52,23 +52,16 @@ class Connector:
 
     # awaits: on_invalidate: cannot change: the caller's own | hardware: it may go; asked again: `add_memory`
     # (tests/unit/iommufdd/test_connect.py::test_units_that_go_meanwhile_leave_no_mirror) | host: it may go;
-    # asked again: `went`, behind the last
+    # asked again: `is_gone`, behind the last
     # (tests/unit/iommufdd/test_connect.py::test_a_host_that_goes_while_units_get_its_windows_leaves_none)
     async def __call__(self, mm: CallerMm, on_invalidate: Invalidate) -> Source:
         """Raises UapiError: EOPNOTSUPP: no KVM; ENODEV: no units; EINVAL: no process's fd; EMFILE, ENOMEM."""
         hardware = await self._live()
-        went = False
-
-        def gone() -> None:
-            nonlocal went
-            went = True
-            self._lost(host)
-
-        host = self._mirror_of(mm, on_invalidate, gone)
+        host = self._mirror_of(mm, on_invalidate, lambda: self._lost(host))
         try:
             await host.open()
             source = Source(host, hardware, await hardware.add_memory(await host.register(self.account)))
-            if went:  # nobody used it when that was told, so nobody else takes its windows back (R28)
+            if host.is_gone:  # nobody used it when that was told, so nobody else takes its windows back (R28)
                 await source.lose_windows()
                 raise UapiError(errno.ENODEV, "KVM went away")
             return source

@@ -31,6 +31,11 @@ class HmmPage(NamedTuple):
     def end(self) -> Hva:
         return Hva(self.hva + self.size)
 
+    def part(self, start: Hva, end: Hva) -> HmmPage:
+        """What of it lies in start..end, which it meets."""
+        first, last = max(start, self.hva), min(end, self.end)
+        return HmmPage(first, Hpa(self.hpa + first - self.hva), last - first, self.writable)
+
 
 class HmmRange(NamedTuple):
     """Pages in order, absent ones left out; what lies at `end` and beyond was not looked at.  `major`: how
@@ -68,6 +73,10 @@ class CallerMm(NamedTuple):
 class ProcessMemory(Protocol):
     """One process's.  Each call may raise UapiError: ENODEV: the host is gone; EPERM: the process is, which a
     pin takes for memory that is not there (EFAULT)."""
+
+    @property
+    def is_gone(self) -> bool:
+        """From the turn on in which it hung up, before anybody is told."""
 
     async def watch(self, hva: Hva, size: int) -> None:
         """Invalidations of the range come from now on.  EEXIST: it overlaps another."""

@@ -128,8 +128,12 @@ class HwptPaging(Hwpt):
         # await: others: cannot change: our own list, of what is set once
         await self.flush()
         for other in others:
-            # await: each other: cannot change: the same
-            await other
+            try:
+                # await: each other: cannot change: the same
+                await other
+            except UapiError:  # what it was to have forgotten is stale again, and ours to flush
+                # await: each other: cannot change: the same
+                await self.flush()
         self.acked += 1
 
 

@@ -154,8 +154,7 @@ class Ioas(Object):
                 for pages, hva, length in slices:
                     if writable and not pages.writable:
                         raise UapiError(errno.EPERM, f"pages at {hva:#x}: they were mapped to be read alone")
-                    if not pages.source.bus.alive:  # and with it the windows they lie in
-                        raise UapiError(errno.ENODEV, f"pages at {hva:#x} were lent to units that are gone")
+                    pages.check_there()
                     if hva & PAGE_OFFSET_MASK or length & PAGE_OFFSET_MASK:
                         raise UapiError(errno.EINVAL, f"pages at {hva:#x}+{length:#x}: not whole pages")
                     area = Area(at, length, hva, writable)
@@ -166,8 +165,9 @@ class Ioas(Object):
                     at = Iova(at + length)
             except UapiError:
                 for area in entered:
-                    # await: each area: cannot change: our own list
-                    await self.leave(area)
+                    with suppress(UapiError):  # a unit has not forgotten it: it stays
+                        # await: each area: cannot change: our own list
+                        await self.leave(area)
                 raise
         return iova
 
@@ -206,22 +206,33 @@ class Ioas(Object):
             return unmapped
 
     async def show(self, area: Area, pages: Pages) -> None:
-        """A new area, with the lock held: it is there whole, or not at all and this raises."""
-        if self.hwpts:
-            # await: area, pages: cannot change: the lock is held, and the caller holds the pages
-            await pages.show(area, self.hwpts)
+        """A new area, with the lock held: it is there whole, or not at all and this raises; but if a unit
+        does not forget what was half mapped, it is there with nothing mapped.
+        """
         pages.get()
         self.areas.add(area)
         self._pages[area] = pages
+        if self.hwpts:
+            try:
+                # await: area, pages: cannot change: the lock is held, and the area holds the pages
+                await pages.show(area, self.hwpts)
+            except UapiError:
+                if area not in pages.shown:
+                    await self._forget(area)
+                raise
 
     async def leave(self, area: Area) -> None:
-        """An area goes, with the lock held.  UapiError: a unit did not forget it: its pages stay pinned."""
-        self.areas.remove(area)
-        pages = self._pages.pop(area)
+        """An area goes, with the lock held.  UapiError: a unit did not forget it: it stays, and pinned, with
+        nothing mapped, and is to be unmapped again.
+        """
         if self.hwpts:
-            # await: pages: cannot change: the area still holds them
-            await pages.hide(area)
-        await pages.put()
+            # await: area: cannot change: the lock is held
+            await self._pages[area].hide(area)
+        await self._forget(area)
+
+    async def _forget(self, area: Area) -> None:
+        self.areas.remove(area)
+        await self._pages.pop(area).put()
 
     # -- HWPTs -----------------------------------------------------------------------------------------
 
@@ -234,10 +245,16 @@ class Ioas(Object):
             if any(self.areas) and not all(other.maintained for other in self.hwpts):
                 why = f"IOAS {self.id}: KVM is gone, and what it had of the areas with it: make another"
                 raise UapiError(errno.ENODEV, why)
+            self.check_there()
             self.areas.check_reach(hwpt.domain.width)
             # await: asked: cannot change: this is one of them by then, where who lost KVM finds it
             await self.fill(hwpt)
             self._set_width()
+
+    def check_there(self) -> None:
+        """ENODEV: what its areas show is going."""
+        for pages in self.pages:
+            pages.check_there()
 
     async def fill(self, hwpt: HwptPaging) -> None:
         """Take an HWPT in, with the lock held."""
@@ -311,12 +328,6 @@ class Ioas(Object):
             for hwpt in self.hwpts:
                 with suppress(UapiError):  # a unit refused
                     await hwpt.give_up()
-
-    async def lose_windows(self) -> None:
-        """After that, of every IOAS: the frames are not to be reached either."""
-        for source in list(self._used):
-            # await: each source: cannot change: our own list
-            await source.lose_windows()
 
     def check(self) -> list[str]:
         """What does not hold, a sentence each."""

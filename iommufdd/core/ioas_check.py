@@ -138,7 +138,7 @@ async def _check_mirror_pins(hwpt: HwptMirror, host: ProcessMemory, found: list[
             found.append(
                 f"I28: HWPT {hwpt.id}: iova {run[0].start:#x}+{size:#x} is pinned, not so at the host"
             )
-    pinned = 0
+    pinned = len(hwpt.pins.owed)
     for pin in hwpt.pins:
         pinned += 1
         found += _all_of(hwpt, pin.area, [pin.part], pin.start, pin.end)

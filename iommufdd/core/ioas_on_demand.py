@@ -70,19 +70,26 @@ class IoasOnDemand(Ioas):
             raise
 
     async def leave(self, area: Area) -> None:
-        """No fault maps anything of it from now on, and no pin holds anything of it, of whichever mirror."""
+        """No fault maps anything of it from now on, and no pin holds anything of it, of whichever mirror.
+        UapiError: a unit did not forget it: it stays, with nothing pinned, and is to be unmapped again.
+        """
         self.areas.remove(area)
-        left = [(hwpt, hwpt.pins.drop(area)) for hwpt in self.mirrors]
-        for hwpt, _ in left:
+        for hwpt in self.mirrors:
+            hwpt.pins.drop(area)
             hwpt.take(area.iova, area.end)
-        for hwpt, pins in left:
-            # await: area, each hwpt, hwpt, pins: cannot change: the lock is held, nobody else has the area or
-            # the pins any more
-            await hwpt.give_up()
-            # await: area, each hwpt: cannot change: the same
-            await hwpt.pins.let_go(pins)
+        try:
+            for hwpt in self.mirrors:
+                # await: area, each hwpt: cannot change: the lock is held, mirrors come and go under it
+                await hwpt.pins.give_back()
+        except UapiError:
+            self.areas.add(area)
+            raise
         with suppress(UapiError):  # the host is gone
             await self.watched.host.unwatch(area.hva, area.size)
+
+    def check_there(self) -> None:
+        if any(self.areas) and self.watched.host.is_gone:
+            raise UapiError(errno.ENODEV, f"IOAS {self.id}: KVM went away, and with it what its areas show")
 
     async def fill(self, hwpt: HwptPaging) -> None:
         self.hwpts.append(hwpt)
@@ -90,7 +97,7 @@ class IoasOnDemand(Ioas):
     async def drop(self, hwpt: HwptPaging) -> None:
         """Nobody walks its table: its pins end with it, whoever asks for them or gives them back later."""
         if isinstance(hwpt, HwptMirror):
-            await hwpt.pins.let_go(hwpt.pins.drop())
+            await hwpt.pins.end()
 
     async def invalidate(self, start: Hva, size: int) -> None:
         """The host is about to take hva range start..start+size away: nobody uses it when this returns, which

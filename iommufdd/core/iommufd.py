@@ -74,18 +74,21 @@ class IommufdCtx:
         self.platform.spawn(self._lose(host))
 
     async def _lose(self, host: ProcessMemory) -> None:
-        """kvmd is gone, and whose memory the tables lead to with it."""
+        """kvmd is gone, and whose memory the tables lead to with it.  Nothing more is shown of it by now
+        (`Pages.check_there`), so that these are all that show any.
+        """
         using = [ioas for ioas in self.objects.all(Ioas) if ioas.maps(host)]
+        lost = {source for ioas in using for source in ioas.sources if source.host is host}
         for ioas in using:
             for hwpt in list(ioas.hwpts):
-                # await: using, each ioas, each hwpt, ioas: cannot change: our own lists; one that is
+                # await: lost, each ioas, each hwpt, ioas: cannot change: our own lists; one that is
                 # destroyed meanwhile has nothing attached and nothing mapped
                 await self.platform.lose_kvm(hwpt)
-            # await: using, each ioas: cannot change: the same
+            # await: lost, each ioas: cannot change: the same
             await ioas.lose_host()
-        for ioas in using:
-            # await: each ioas: cannot change: the same
-            await ioas.lose_windows()
+        for source in lost:
+            # await: each source: cannot change: our own set
+            await source.lose_windows()
 
     def close(self) -> None:
         """The last fd of it is closed: from now on nothing is made of it."""

@@ -56,6 +56,7 @@ class MirrorPins:
         self._pins: list[MirrorPin] = []  # in order, apart
         self._requests: dict[int, list[MirrorPin]] = {}  # by name, what each holds
         self._everything: list[int] = []  # those of them that hold what every area has
+        self.owed: list[MirrorPin] = []  # in no book any more; units may still reach them
 
     def __bool__(self) -> bool:
         return bool(self._pins)
@@ -121,25 +122,38 @@ class MirrorPins:
         self._forget()
         for run in _runs(gone):
             self._hwpt.take(run[0].start, run[-1].end)
-        # await: gone, asked: cannot change: our own list, nobody holds them any more
-        await self._hwpt.give_up()
-        await self.let_go(gone)
+        self.owed += gone
+        await self.give_back()
 
-    def drop(self, area: Area | None = None) -> list[MirrorPin]:
-        """An area goes, or the mirror: requests hold nothing of it any more; `let_go` of the pins once nobody
-        reaches them.
-        """
+    def drop(self, area: Area | None = None) -> None:
+        """An area goes, or the mirror: requests hold nothing of it any more, and what was pinned is owed."""
         gone = [pin for pin in self._pins if area is None or pin.area is area]
         for pin in gone:
             pin.holders = 0
         for name, held in self._requests.items():
             self._requests[name] = [pin for pin in held if pin.holders]
         self._forget()
-        return gone
+        self.owed += gone
 
     def _forget(self) -> None:
         """What nobody holds."""
         self._pins = [pin for pin in self._pins if pin.holders]
+
+    async def give_back(self) -> None:
+        """Nobody reaches what is owed when the host is told.  UapiError: a unit has not forgotten it: it is
+        owed still.
+        """
+        await self._hwpt.give_up()
+        await self._let_go_of_owed()
+
+    async def end(self) -> None:
+        """With the mirror, which nobody walks any more."""
+        self.drop()
+        await self._let_go_of_owed()
+
+    async def _let_go_of_owed(self) -> None:
+        owed, self.owed = self.owed, []
+        await self.let_go(owed)
 
     async def let_go(self, pins: Iterable[MirrorPin]) -> None:
         """Nobody reaches them: the host may have the pages back."""
@@ -209,9 +223,8 @@ class MirrorPins:
             self._hwpt.put(pins[0].area, [pin.part for pin in pins], start, end)
         except UapiError:
             self._hwpt.take(start, end)
-            # await: pins: cannot change: our own list, in no book yet
-            await self._hwpt.give_up()
-            await self.let_go(pins)
+            self.owed += pins
+            await self.give_back()
             raise
         at = self._first(start)
         self._pins[at:at] = pins

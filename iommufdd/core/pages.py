@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
 from typing import NamedTuple
@@ -89,41 +89,57 @@ class Pages:
         """May the books differ from what the host has pinned?"""
         return self._lock.is_held
 
+    def check_there(self) -> None:
+        """ENODEV: the host is gone, or the units that its windows were lent to: nobody is shown more of it,
+        though what is shown may not be taken away yet.
+        """
+        if not self.source.is_there:
+            raise UapiError(errno.ENODEV, f"pages at {self.start:#x} went with KVM, or with their units")
+
     # -- showing -------------------------------------------------------------------------------------------
 
     async def show(self, area: Area, hwpts: list[HwptPaging]) -> None:
         """Pin what nobody shows yet and map it all in `hwpts`, the live list of the area's IOAS; or nothing.
-        ENOMEM, EFAULT, the host's errnos; ENODEV: the host is gone.
+        ENOMEM, EFAULT, the host's errnos; ENODEV: the host is gone.  If a unit does not forget what was half
+        mapped, the area is in `shown` all the same.
         """
         # await: area, hwpts: cannot change: the lock of its IOAS is held
         async with self._lock:
             at, end = area.hva, area.hva_end
             try:
                 while at < end:
-                    # await: area, hwpts, at, end: cannot change: both locks are held
+                    # await: area, hwpts, page, at, end: cannot change: both locks are held
                     found = await self._find(at, end)
                     start, at = at, found.end
+                    # of a larger page only that: the rest may be shown in other frames, pinned before these
+                    pages = [page.part(start, at) for page in found.pages]
                     for hwpt in hwpts:
-                        hwpt.put(area, found.pages, area.iova_of(start), area.iova_of(at))
-                        # await: area, hwpts, each hwpt, found, start, at, end: cannot change: the locks
+                        hwpt.put(area, pages, area.iova_of(start), area.iova_of(at))
+                        # await: area, hwpts, each hwpt, page, pages, start, at, end: cannot change: the
+                        # locks
                         await hwpt.flush()
+                self.check_there()  # who looks for whatever shows it does not see this area yet
             except UapiError:
-                await self._hide(area, hwpts)
+                self.shown[area] = hwpts
+                await self._hide(area)
                 raise
             self.shown[area] = hwpts
 
     async def hide(self, area: Area) -> None:
-        """Unmap it, and unpin what no other shows.  UapiError: a unit did not forget it, all stays pinned."""
+        """Unmap it, and unpin what no other shows.  UapiError: a unit did not forget it: it stays in `shown`,
+        and pinned, with nothing mapped, and is to be hidden again.
+        """
         # await: area: cannot change: the lock of its IOAS is held
         async with self._lock:
-            await self._hide(area, self.shown.pop(area))
+            await self._hide(area)
 
-    async def _hide(self, area: Area, hwpts: Sequence[HwptPaging]) -> None:
-        for hwpt in hwpts:
+    async def _hide(self, area: Area) -> None:
+        for hwpt in self.shown[area]:
             hwpt.take(area.iova, area.end)
-        for hwpt in hwpts:
+        for hwpt in self.shown[area]:
             # await: area, each hwpt: cannot change: both locks are held
             await hwpt.give_up()
+        del self.shown[area]
         for start, end in self._release(area):
             with suppress(UapiError):  # the host is gone
                 # await: each start, start, end: cannot change: our own list, which the books have no more
@@ -132,11 +148,13 @@ class Pages:
 
     async def _find(self, at: Hva, end: Hva) -> HmmRange:
         """From `at` on: what one area shows, one pin has, or one answer of the host, which is pinned."""
+        self.check_there()
         for area, hwpts in self.shown.items():
             if area.hva <= at < area.hva_end:
                 return self._read_back(area, hwpts[0], at, min(end, area.hva_end))
         for pins in self.pins:
             if pins.start <= at < pins.end:
+                assert pins.hpa, "each page of 4 KiB that is pinned some area shows"
                 pinned = HmmPage(pins.start, pins.hpa, pins.end - pins.start, self.writable)
                 return HmmRange([pinned], min(end, pins.end))
         taken = [*(area.hva for area in self.shown), *(pins.start for pins in self.pins)]
@@ -152,14 +170,15 @@ class Pages:
         return HmmRange(found.pages, stop)
 
     def _read_back(self, area: Area, hwpt: HwptPaging, at: Hva, end: Hva) -> HmmRange:
-        """ENODEV: the host is gone, and with it what was mapped."""
+        """ENODEV: what was mapped is not any more."""
         leaves = list(hwpt.table.leaves_in(area.iova_of(at), end - at))
         pages = [
             HmmPage(area.hva_of(leaf.iova), leaf.hpa, size_of_level(leaf.level), self.writable)
             for leaf in leaves
         ]
         if sum(min(page.end, end) - max(page.hva, at) for page in pages) != end - at:
-            raise UapiError(errno.ENODEV, f"{at:#x}..{end:#x}: KVM went away, and the pages with it")
+            why = "an IOAS that showed it lost a KVM, or a unit has not forgotten it: unmap it there"
+            raise UapiError(errno.ENODEV, f"{at:#x}..{end:#x}: {why}")
         return HmmRange(pages, end)
 
     # -- books of what is pinned -----------------------------------------------------------------------------

@@ -35,6 +35,11 @@ class Source:
         """Have the units its windows?"""
         return self._windows != 0
 
+    @property
+    def is_there(self) -> bool:
+        """May more be mapped of it?"""
+        return self.bus.alive and self.lent and not self.host.is_gone
+
     def new_number(self) -> int:
         """Whose pins they are, as the host is told."""
         return next(self._numbers)
@@ -68,7 +73,7 @@ class Sources:
         lock held; errors as of `Connect`.
         """
         of_mm = (source for source, name in self._mms.items() if name == mm.cookie)
-        source = next((source for source in of_mm if source.bus.alive and source.lent), None)
+        source = next((source for source in of_mm if source.is_there), None)
         if source is None:
             # await: user: cannot change: the caller's own
             source = await self._connect(mm, on_invalidate)

@@ -1,4 +1,5 @@
-"""Mistakes where programs meet a kernel, a client or a user: fds, names, hang-ups, what is said at the end.
+"""Mistakes where programs meet a kernel, a client or a user: fds, names, hang-ups, what is said at the end;
+and two of pages that several areas show.
 
 Most were our own once.  No story of the simulator comes to these places: tests find them.
 """
@@ -120,5 +121,27 @@ EDGES = (
             )
         ],
         simulated=False,
+    ),
+    # -- pages that several show --------------------------------------------------------------------------
+    Plant(
+        "pages-of-a-whole-huge-page",
+        "Of a huge page all is mapped that an area has room for, what was pinned in other frames too.",
+        "I28",
+        [
+            Edit(
+                "iommufdd.core.pages:Pages.show",
+                "[page.part(start, at) for page in found.pages]",
+                "list(found.pages)",
+            )
+        ],
+        simulated=False,  # no story has a copy of half of what becomes a huge page later
+    ),
+    Plant(
+        "R28-shown-while-the-host-goes",
+        "Pages of a KVM that went are mapped anew from a table that is not empty yet.",
+        "R28",
+        [Edit("iommufdd.core.source:Source.is_there", "and not self.host.is_gone", "and True")],
+        races=["R28"],
+        simulated=False,  # no story has a copy, or an HWPT, that comes while devices are taken off
     ),
 )

@@ -449,9 +449,9 @@ IOMMUFDD_OBJECTS = (
         "I6",
         [
             Edit(
-                f"{_PINS}.unpin",
-                "await self._hwpt.give_up()\n    await self.let_go(gone)",
-                "await self.let_go(gone)\n    await self._hwpt.give_up()",
+                f"{_PINS}.give_back",
+                "await self._hwpt.give_up()\n    await self._let_go_of_owed()",
+                "await self._let_go_of_owed()\n    await self._hwpt.give_up()",
             )
         ],
         races=["R4"],

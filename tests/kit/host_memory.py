@@ -34,6 +34,7 @@ class FakeHost:
         self.hop: Callable[[], Coroutine[Any, None, None]] = _nothing  # what a message takes
         self.told: Callable[[Hva, int], Coroutine[Any, None, None]] | None = None
         self.released = False
+        self.is_gone = False
         self._changing: list[tuple[int, int]] = []
         self._over: Wait[None] = Wait()
         self._next_frame = FRAMES

@@ -114,9 +114,15 @@ class TwoNodes:
         return self.hardware
 
     def _mirror_of(self, mm: CallerMm, on_invalidate: Invalidate, on_gone: Callable[[], None]) -> FakeMirror:
-        self.mirrors.append(FakeMirror(self.hardware.log))
-        self.gone.append(on_gone)
-        return self.mirrors[-1]
+        mirror = FakeMirror(self.hardware.log)
+
+        def gone() -> None:
+            mirror.is_gone = True
+            on_gone()
+
+        self.mirrors.append(mirror)
+        self.gone.append(gone)
+        return mirror
 
     def iommufd(self) -> IommufdCtx:
         return IommufdCtx(self.platform, Counts(), self._mirror_of, MM)

@@ -7,6 +7,8 @@ import errno
 import pytest
 
 from iommufdd.core.hmm import CallerMm, UserFd
+from iommufdd.core.ioas import Ioas
+from protocol.flow import Wait
 from protocol.units import PAGE_SIZE, Hva, Iova
 from tests.kit.platform import MM, TwoNodes
 from tests.unit.iommufdd.spaces import HVA, outcome
@@ -131,3 +133,96 @@ def test_a_host_that_went_is_not_asked_for_the_same_process_again() -> None:
         assert len(rig.mirrors) == made
         rig.gone[-1]()
         rig.hardware.flows.run_ready()
+
+
+def shown_twice(rig: TwoNodes) -> tuple[Ioas, Ioas]:
+    """A page of an IOAS with an HWPT that a device is on, and a copy of it in an older one without."""
+    device, copy, ioas = rig.bind(), rig.ioas(), rig.ioas()
+    hwpt = rig.run(rig.paging(device, ioas))
+    rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.run(rig.nodes[0].attach(hwpt, pinned=False))
+    slices = rig.run(ioas.slices(Iova(0), PAGE_SIZE))
+    rig.run(copy.map_slices(slices, Iova(0), writable=True))
+    for piece in slices:
+        rig.run(piece.pages.put())
+    return ioas, copy
+
+
+def test_what_a_host_that_goes_had_is_not_mapped_for_an_ioas_that_has_had_its_turn() -> None:
+    """It is read back from a table that a device still walks, and nobody would empty this one."""
+    rig = TwoNodes()
+    _, copy = shown_twice(rig)
+    rig.hardware.hold()
+    rig.gone[0]()
+    rig.hardware.flows.run_ready()
+    (leaving,), rig.hardware.held = rig.hardware.held or [], None
+    assert outcome(lambda: rig.run(rig.paging(rig.bind(1), copy))) == errno.ENODEV
+    leaving.set(None)
+    rig.hardware.flows.run_ready()
+    assert (copy.hwpts, rig.asked()[-1]) == ([], "remove_memory")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_copy_that_waits_while_the_host_goes_shows_nothing(is_late: bool) -> None:
+    """For the lock of its IOAS, or for the unit to forget what was there."""
+    rig = TwoNodes()
+    ioas, _ = shown_twice(rig)
+    device, target = rig.bind(1), rig.ioas()
+    rig.run(rig.nodes[1].attach(rig.run(rig.paging(device, target)), pinned=False))
+    slices = rig.run(ioas.slices(Iova(0), PAGE_SIZE))
+    if is_late:
+        flush, waits = target.hwpts[0].flush, Wait[None]()
+
+        async def flushes_late() -> None:
+            await waits
+            await flush()
+
+        target.hwpts[0].flush = flushes_late  # type: ignore[method-assign]
+        copying = rig.start(target.map_slices(slices, Iova(0), writable=True))
+        rig.gone[0]()
+        rig.hardware.flows.run_ready()
+        waits.set(None)
+    else:
+        rig.run(target.lock.acquire(write=True))
+        copying = rig.start(target.map_slices(slices, Iova(0), writable=True))
+        rig.hardware.hold()  # the device of the first is taken off
+        rig.gone[0]()
+        target.lock.release()
+        rig.hardware.flows.run_ready()
+        rig.hardware.let_go()
+    rig.hardware.flows.run_ready()
+    assert outcome(copying.result) == errno.ENODEV
+    assert (list(target.areas), target.hwpts[0].table.leaves) == ([], [0, 0, 0, 0])
+
+
+def test_the_windows_of_a_host_that_goes_are_given_back_if_copies_alone_are_left() -> None:
+    """Who maps memory of the process next is connected anew."""
+    rig = TwoNodes()
+    ioas, copy = shown_twice(rig)
+    rig.run(rig.nodes[0].detach())
+    rig.run(rig.ctx.destroy(ioas.hwpts[0].id))
+    rig.run(rig.ctx.destroy(ioas.id))
+    rig.asked()
+    rig.gone[0]()
+    rig.hardware.flows.run_ready()
+    assert (rig.asked(), rig.mirrors[0].released) == (["remove_memory"], False)
+    rig.run(rig.ioas().map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    assert len(rig.mirrors) == 2
+    rig.run(rig.ctx.destroy(copy.id))
+    assert rig.mirrors[0].released
+
+
+def test_the_windows_of_another_process_stay_when_a_host_goes() -> None:
+    rig = TwoNodes()
+    both, other = rig.ioas(), CallerMm(MM + 1, UserFd(10))
+    for n, mm in enumerate((HERE, other)):
+        rig.run(both.map(mm, Hva(HVA), PAGE_SIZE, Iova(n * PAGE_SIZE), writable=True))
+    rig.run(rig.ioas().map(other, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.asked()
+    rig.gone[0]()
+    rig.hardware.flows.run_ready()
+    assert rig.asked() == ["remove_memory"]
+    assert [source.lent for source in sorted(both.sources, key=lambda it: it.host is rig.mirrors[1])] == [
+        False,
+        True,
+    ]

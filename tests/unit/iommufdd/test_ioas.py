@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 import pytest
 
 from iommufdd.core.area import ULONG_MAX
 from protocol.errors import UapiError
+from protocol.flow import Wait
+from protocol.hw.qi import Descriptor
 from protocol.units import LEVEL_2M, LEVEL_4K, Hva, Iova
-from tests.kit.host_memory import FRAMES
+from tests.kit.host_memory import FRAMES, MAX_PAGES
 from tests.kit.iommufdd import GONE, RID, Surroundings
 from tests.unit.iommufdd.spaces import HVA, MEMORY, Space, mapped, mm_of, outcome
 
@@ -94,6 +97,72 @@ def test_a_unit_that_refuses_to_forget_keeps_the_pages_pinned() -> None:
     with pytest.raises(UapiError):
         space.unmap(0, K4)
     assert (len(space.host.pins), space.counts.pinned_pages) == (1, 1)
+
+
+def test_what_a_unit_refused_to_forget_can_be_unmapped_again() -> None:
+    """Its iova is not free before, nor does another IOAS find its pages anywhere."""
+    space = Space()
+    hwpt, other = space.hwpt(), space.space()
+    space.map(0, 2 * K4)
+    space.copy(space.ioas, 0, K4, other, 0)
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    assert outcome(lambda: space.unmap(0, 2 * K4)) == errno.EIO
+    assert (mapped(hwpt), space.ioas.check(), len(space.host.pins)) == ([], [], 2)
+    assert outcome(lambda: space.map(0, K4)) == errno.EEXIST
+    assert outcome(lambda: space.hwpt(on=other)) == errno.ENODEV
+    assert space.unmap(0, 2 * K4) == 2 * K4
+    assert (len(space.host.pins), list(space.ioas.areas)) == (0, [])
+    second = space.hwpt(on=other)
+    assert [leaf[2] for leaf in mapped(second)] == [space.host.frame_of(HVA)]
+
+
+def test_what_a_unit_refused_to_forget_goes_with_its_ioas() -> None:
+    space = Space()
+    hwpt = space.hwpt()
+    space.map(0, K4)
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    assert outcome(lambda: space.unmap(0, K4)) == errno.EIO
+    space.destroy(hwpt)
+    space.world.run(space.ioas.destroy())
+    assert (space.host.released, space.host.pins, space.counts.pinned_pages) == (True, {}, 0)
+
+
+def test_what_was_half_mapped_and_a_unit_does_not_forget_is_an_area() -> None:
+    """There is no table for what the second answer of the host has, and the unit refuses: what it may have
+    cached of the first is pinned.
+    """
+    space = Space(table_pages=8)
+    hwpt = space.hwpt()
+    for _ in range(3):
+        space.pool.allocate()
+    edge, size = (1 << 30) - MAX_PAGES * K4, (MAX_PAGES + 1) * K4
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    assert outcome(lambda: space.map(edge, size)) == errno.EIO
+    assert (mapped(hwpt), len(space.host.pins), len(list(space.ioas.areas))) == ([], MAX_PAGES + 1, 1)
+    assert (space.unmap(edge, size), space.host.pins) == (size, {})
+
+
+def test_who_waited_for_a_flush_that_failed_flushes_again() -> None:
+    space = Space()
+    hwpt = space.hwpt()
+    for n in range(2):
+        space.map(n * K4, K4, HVA + n * K4)
+    late, asked = Wait[None](), list[Sequence[Descriptor]]()
+
+    async def submit(descriptors: Sequence[Descriptor]) -> None:
+        asked.append(descriptors)
+        if len(asked) == 1:
+            await late
+            raise UapiError(errno.EIO, "told to fail")
+
+    space.world.submit = submit  # type: ignore[method-assign]
+    hwpt.take(Iova(0), Iova(K4))
+    first = space.world.start(hwpt.flush())
+    second = space.world.start(space.ioas.unmap(Iova(K4), K4))
+    late.set(None)
+    space.world.flows.run_ready()
+    assert (outcome(first.result), second.result(), len(asked)) == (errno.EIO, K4, 3)
+    assert asked[0] == asked[2] != asked[1]
 
 
 def test_a_unit_that_is_gone_caches_nothing() -> None:

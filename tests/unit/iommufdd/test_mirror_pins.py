@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.ioas_on_demand import IoasOnDemand
 from protocol.flow import Wait
 from protocol.units import LEVEL_2M, Iova
@@ -43,6 +44,21 @@ def test_a_pinned_page_stays_mapped_whatever_the_host_does() -> None:
     assert (space.leaves, space.counts.pinned_pages) == (before, 2)
     space.world.run(space.hwpt_.unpin(name))
     assert (space.leaves, space.host.pins, space.counts.pinned_pages) == ([], {}, 0)
+
+
+@pytest.mark.parametrize("by_area", [False, True])
+def test_what_a_unit_refused_to_forget_is_unpinned_with_the_next_it_forgets(*, by_area: bool) -> None:
+    space = Mirrored()
+    name, other = pin(space, 0, K4), pin(space, K4, K4)
+    space.world.fails.after(0, errno.EIO, lasting=False)
+    gone = (lambda: space.unmap(0, RAM)) if by_area else (lambda: unpin(space, name))
+    assert outcome(gone) == errno.EIO
+    assert (len(space.host.pins), space.world.run(check_ioas(space.ioas))) == (2, [])
+    if by_area:
+        assert (space.unmap(0, RAM), space.host.watched) == (RAM, [])
+    else:
+        unpin(space, other)
+    assert (space.host.pins, space.counts.pinned_pages) == ({}, 0)
 
 
 def test_a_pinned_page_stays_under_faults_beside_it() -> None:

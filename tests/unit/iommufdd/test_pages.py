@@ -11,6 +11,7 @@ from iommufdd.core.area import Area, Span
 from iommufdd.core.hmm import HmmPage
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
+from iommufdd.core.ioas_check import check_ioas
 from iommufdd.core.pages import Pages, Pins
 from protocol.units import LEVEL_4K, Hpa, Hva, Iova
 from tests.kit.host_memory import FRAMES, FakeHost
@@ -147,6 +148,23 @@ def test_a_huge_page_is_held_until_the_last_byte_that_is_shown_of_it_goes() -> N
     assert (pins_of(space), space.counts.pinned_pages, violations(space, other)) == (1, 512, [])
     space.world.run(other.unmap(Iova(0), K4))
     assert (space.host.pins, space.counts.pinned_pages) == ({}, 0)
+
+
+def test_of_a_huge_page_only_what_was_pinned_is_mapped() -> None:
+    """What lies before it was pinned when other pages were there, and another area shows it."""
+    space = Space(table_pages=256)
+    other = space.space()
+    second = space.hwpt(on=other)
+    space.map(0, M2)
+    space.copy(space.ioas, 0, M2 // 2, other, 0)
+    old = [leaf[2] for leaf in mapped(second)]
+    space.host.pages.clear()
+    space.host.page_size = M2
+    first = space.hwpt()
+    new = space.host.frame_of(HVA)
+    assert new is not None
+    assert [leaf[2] for leaf in mapped(first)] == [*old, *range(new + M2 // 2, new + M2, K4)]
+    assert (space.world.run(check_ioas(space.ioas)), violations(space, other)) == ([], [])
 
 
 def test_the_host_is_gone_before_a_copy_and_it_is_enodev() -> None:
