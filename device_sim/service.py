@@ -29,7 +29,7 @@ from protocol.rpc.files import Files
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Answer, Method, Notification, Service
 from protocol.uapi import link as uapi
-from protocol.uapi.message import StartedWith
+from protocol.uapi.message import MAX_WINDOWS_LENT, StartedWith
 
 log = structlog.get_logger("device_sim")
 
@@ -185,7 +185,7 @@ LINK: Service[DeviceSim] = Service(
     "link",
     {
         "CAPS": Method(uapi.LinkCaps, _caps),
-        "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, uapi.MAX_WINDOWS_LENT + 1),
+        "MEMORY_ADD": Method(uapi.LinkMemoryAdd, _memory_add, MAX_WINDOWS_LENT + 1),
         "MEMORY_REMOVE": Method(uapi.LinkMemoryRemove, _memory_remove),
         "FUNCTION": Method(uapi.LinkFunction, _function),
         "UNIT": Method(uapi.LinkUnit, _unit, 1),

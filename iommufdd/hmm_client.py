@@ -19,7 +19,7 @@ from protocol.rpc.channel import Body, Fds
 from protocol.rpc.loop import Loop
 from protocol.rpc.service import Method, Service
 from protocol.uapi import hmm as uapi
-from protocol.units import Hva
+from protocol.units import Hpa, Hva
 
 
 class HmmMirror(KvmdChannel):
@@ -36,8 +36,7 @@ class HmmMirror(KvmdChannel):
         await self.present("HMM_MIRROR_GET", self._mm_fd, "hmm", on_request=HMM_MIRROR.bind(self))
 
     async def register(self, account: str) -> LentWindows:
-        reply = await self.call_for_fds("HMM_REGISTER", {"account": account})
-        return LentWindows(reply.body["windows"], reply.fds)
+        return await self.borrow("HMM_REGISTER", {"account": account})
 
     async def watch(self, hva: Hva, size: int) -> None:
         await self.call("HMM_WATCH", {"start": hva, "size": size})
@@ -52,11 +51,10 @@ class HmmMirror(KvmdChannel):
 
     async def pin(self, hva: Hva, size: int, *, write: bool, area: int, file: int = 0) -> HmmRange:
         asked = {"start": hva, "size": size, "write": write, "area": area, "file": file}
-        return await self._find("HMM_PIN", asked)
+        return await self._find("HMM_PIN", asked, whole=True)
 
     async def open_file(self, fd: UserFd) -> int:
-        number: int = (await self.call("HMM_FILE_GET", {}, fd))["file"]
-        return number
+        return (await self.ask(uapi.HmmFileReply, "HMM_FILE_GET", {}, fd)).file
 
     async def close_file(self, file: int) -> None:
         await self.call("HMM_FILE_PUT", {"file": file})
@@ -71,17 +69,30 @@ class HmmMirror(KvmdChannel):
         await self.call("HMM_UNPIN", {"start": hva, "size": size, "area": area})
 
     async def pinned(self, hva: Hva, size: int, *, area: int) -> PinnedRange:
-        body = await self.call("HMM_PINNED", {"start": hva, "size": size, "area": area})
-        return PinnedRange([HostPin(*pin) for pin in body["pins"]], body["end"], body["total"])
+        asked = {"start": hva, "size": size, "area": area}
+        found = await self.ask(uapi.HmmPinnedReply, "HMM_PINNED", asked)
+        pins = [HostPin(Hva(at), Hpa(hpa), size) for at, hpa, size in found.pins]
+        return PinnedRange(pins, Hva(found.end), found.total)
 
     def release(self) -> None:
         self.hang_up()
 
-    async def _find(self, op: str, asked: Body) -> HmmRange:
-        body = await self.call(op, asked)
-        if body["end"] <= asked["start"]:
-            raise UapiError(errno.EIO, f"{op} of {asked['start']:#x} stopped at {body['end']:#x}")
-        return HmmRange([HmmPage(*page) for page in body["pages"]], body["end"], body.get("major", 0))
+    async def _find(self, op: str, asked: Body, *, whole: bool = False) -> HmmRange:
+        """`whole`: without gaps."""
+        found = await self.ask(uapi.HmmFoundReply, op, asked)
+        at, end = asked["start"], min(found.end, asked["start"] + asked["size"])
+        if end <= at:
+            raise UapiError(errno.EIO, f"{op} of {at:#x} stopped at {found.end:#x}")
+        pages: list[HmmPage] = []
+        for hva, hpa, size, writable in found.pages:
+            page = HmmPage(Hva(hva), Hpa(hpa), size, writable)
+            if page.end <= at or (at < hva and whole) or end <= hva or (pages and hva < at):
+                raise UapiError(errno.EIO, f"{op}: of {at:#x}..{end:#x} kvmd answers {hva:#x}+{size:#x}")
+            pages.append(page)
+            at = page.end
+        if whole and at < end:
+            raise UapiError(errno.EIO, f"{op}: of {at:#x}..{end:#x} kvmd answers nothing")
+        return HmmRange(pages, Hva(found.end), found.major)
 
 
 async def _invalidated(mirror: HmmMirror, message: uapi.HmmInvalidate, fds: Fds) -> Body:

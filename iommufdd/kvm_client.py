@@ -45,18 +45,18 @@ class KvmTdp(KvmdChannel):
 
     async def register(self) -> LentWindows:
         body = {"name": IMPORTER_NAME, "mm": self._mm_cookie}
-        reply = await self.call_for_fds("TDP_REGISTER_IMPORTER", body)
-        return LentWindows(reply.body["windows"], reply.fds)
+        return await self.borrow("TDP_REGISTER_IMPORTER", body)
 
     async def fault(self, gfn: Gfn, *, read: bool, write: bool, exec: bool) -> None:
         body = {"mm": self._mm_cookie, "gfn": gfn, "read": read, "write": write, "exec": exec}
         await self.call("TDP_FAULT", body)
 
     async def pin(self, gfn: Gfn, npages: int) -> int:
-        return int((await self.call("TDP_PIN", {"gfn": gfn, "npages": npages}))["pin"])
+        body = {"gfn": gfn, "npages": npages}
+        return (await self.ask(uapi.TdpPinReply, "TDP_PIN", body)).pin
 
     async def pin_all(self) -> int:
-        return int((await self.call("TDP_PIN_ALL"))["pin"])
+        return (await self.ask(uapi.TdpPinReply, "TDP_PIN_ALL")).pin
 
     async def unpin(self, pin: int) -> None:
         await self.call("TDP_UNPIN", {"pin": pin})

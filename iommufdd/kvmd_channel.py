@@ -9,14 +9,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from iommufdd.lent import LentWindows
 from protocol.errors import UapiError
 from protocol.kernel.asked import refusal
 from protocol.rpc.channel import Body, Channel, PeerGone, Reply
 from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect_now
+from protocol.uapi.message import Checked, LentReply
 
+Answered = TypeVar("Answered", bound=Checked)
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 
 
@@ -50,11 +55,35 @@ class KvmdChannel:
             raise UapiError(errno.EOPNOTSUPP, f"KVM is not to be had: {kvmd}: {why}") from None
         finally:
             door.close()
-        sock = loop.kernel.socket_of(reply.fds.take(0))
+        try:
+            sock = loop.kernel.socket_of(reply.fds.peek(0))
+            reply.fds.take(0)
+        except OSError as error:
+            raise UapiError(errno.EIO, f"{op}: kvmd's answer is no channel: {error.strerror}") from None
+        finally:
+            reply.fds.close()
         try:
             self._channel = Channel(loop, sock, name, on_close=self._closed, **handlers)
         except OSError as error:
             raise refusal(error, f"no room for the {name} channel") from None
+
+    async def ask(
+        self, model: type[Answered], op: str, body: Body | None = None, fd: int | None = None
+    ) -> Answered:
+        """The answer as `model` has it.  Errors as of `call`, and of `answered`."""
+        return answered(model, op, await self.call(op, body, fd))
+
+    async def borrow(self, op: str, body: Body) -> LentWindows:
+        """What is lent with the answer.  The same errors."""
+        reply = await self.call_for_fds(op, body)
+        try:
+            windows = answered(LentReply, op, reply.body).windows
+            if len(reply.fds) != len(windows) + 1:
+                raise UapiError(errno.EIO, f"{op}: {len(windows)} windows with {len(reply.fds)} fds")
+        except UapiError:
+            reply.fds.close()
+            raise
+        return LentWindows(windows, reply.fds)
 
     async def call(self, op: str, body: Body | None = None, fd: int | None = None) -> Body:
         """The answer, which has no fds to be kept; with a copy of `fd`, if one is given.  ENODEV once kvmd is
@@ -88,6 +117,16 @@ class KvmdChannel:
         if self._channel is not None:
             self.on_gone = nothing
             self._channel.close()
+
+
+def answered(model: type[Answered], op: str, body: Body) -> Answered:
+    """EIO: what kvmd answered is not that."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise UapiError(errno.EIO, f"{op}: kvmd's answer is none: {where}: {wrong['msg']}") from None
 
 
 def nothing() -> None: ...

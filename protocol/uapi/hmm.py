@@ -15,13 +15,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.uapi.message import U64, Message
+from protocol.uapi.message import U64, Checked, Message
 from protocol.units import PAGE_SIZE
 
 MAX_PAGES = 1024  # of one reply; the caller asks again for the rest
 
 Bytes = Annotated[int, Field(ge=PAGE_SIZE, lt=1 << 57, multiple_of=PAGE_SIZE)]
 Address = Annotated[int, Field(ge=0, lt=1 << 57, multiple_of=PAGE_SIZE)]
+Physical = Annotated[int, Field(ge=0, lt=1 << 52, multiple_of=PAGE_SIZE)]
 
 
 class HmmMirrorGet(Message):
@@ -68,6 +69,27 @@ class HmmRangeFault(Message):
     size: Bytes
     write: bool
     fault: bool = True
+
+
+Page = Annotated[tuple[Address, Physical, Bytes, bool], Field(strict=False)]  # as said above
+
+
+class HmmFoundReply(Checked):
+    """Of HMM_RANGE_FAULT and HMM_PIN."""
+
+    pages: Annotated[list[Page], Field(max_length=MAX_PAGES)]
+    end: Annotated[int, Field(gt=0, le=1 << 57, multiple_of=PAGE_SIZE)]
+    major: U64 = 0
+
+
+class HmmPinnedReply(Checked):
+    pins: list[Annotated[tuple[Address, Physical, Bytes], Field(strict=False)]]
+    end: Annotated[int, Field(gt=0, le=1 << 57, multiple_of=PAGE_SIZE)]
+    total: U64
+
+
+class HmmFileReply(Checked):
+    file: Annotated[int, Field(gt=0, lt=1 << 64)]
 
 
 class HmmFileGet(Message):

@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.uapi.message import U8, U16, U32, U64, Checked, Message, Name
+from protocol.uapi.message import U8, U16, U32, U64, Checked, Message, Name, Windows
 
 DSA_DESCRIPTOR_BYTES = 64
 MAX_MMIO_READ = 256
 MAX_MMIO_WRITE = 8
-MAX_WINDOWS_LENT = 7  # and the lease: what one message may carry
 MAX_UNITS_TOLD = 64
 MAX_FUNCTIONS = 64  # a descriptor each when a domain is invalidated: all of them fit into a unit's ring
 
@@ -68,10 +67,7 @@ class CapsReply(Checked):
 class LinkMemoryAdd(Message):
     """Windows of host memory, with an fd each and then the lease; the reply names the set."""
 
-    windows: Annotated[
-        list[Annotated[tuple[Name, U64, Annotated[int, Field(gt=0, lt=1 << 52)]], Field(strict=False)]],
-        Field(min_length=1, max_length=MAX_WINDOWS_LENT),
-    ]
+    windows: Windows
 
 
 class LinkMemoryRemove(Message):

@@ -38,6 +38,17 @@ class Message(Checked):
     op: str
 
 
+Window = Annotated[tuple[Name, U64, Annotated[int, Field(gt=0, lt=1 << 52)]], Field(strict=False)]
+MAX_WINDOWS_LENT = 7  # and the lease: what one message may carry
+Windows = Annotated[list[Window], Field(min_length=1, max_length=MAX_WINDOWS_LENT)]
+
+
+class LentReply(Checked):
+    """Memory that is lent, (kind, base, size) each; with an fd each, and then the lease."""
+
+    windows: Windows
+
+
 def as_told(violations: list[str]) -> list[str]:
     """What CHECK answers: an answer has a size, and one broken table breaks every entry of it."""
     more = len(violations) - MAX_TOLD

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.uapi.message import U64, Message, Name
+from protocol.uapi.message import U64, Checked, Message, Name
 
 
 class TdpFdGet(Message):
@@ -47,6 +47,12 @@ class TdpFault(Message):
     read: bool
     write: bool
     exec: bool
+
+
+class TdpPinReply(Checked):
+    """Of TDP_PIN and TDP_PIN_ALL."""
+
+    pin: U64
 
 
 class TdpPin(Message):
