@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from iommufdd.core import qi
 from iommufdd.core.fault_policy import FaultPolicy
 from iommufdd.core.hardware import ConfigSpace, FunctionInfo, Unit
-from iommufdd.core.hwpt import Hwpt
+from iommufdd.core.hwpt import Former, Hwpt
 from iommufdd.core.object import Object
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
@@ -88,6 +88,7 @@ class IommufdDevice(Object):
         self._partial = partial  # of the unit's page request queue
         self._owns_pri = False
         self._pins: dict[int, tuple[Iova, int] | None] = {}  # by the HWPT's name: (iova, size), or everything
+        self._former: Hwpt | None = None  # that the unit refused to forget when it left
         self._handling = 0  # groups of page requests being worked on
         self._quiet: Wait[None] | None = None
 
@@ -121,6 +122,9 @@ class IommufdDevice(Object):
     # take us off
     async def enter(self, hwpt: Hwpt, *, pinned: bool) -> None:
         """Onto an HWPT.  Raises UapiError, with the device blocked, off it, and every cache clean."""
+        if self._former is not None:  # which its unit would go on translating it by
+            await self._former.forget_former()
+            self._former = None
         hwpt.check_walkable()  # again: a device that is replaced slept since `check`
         self.happens(DeviceEvent.ENTER)
         self.attachment = Attachment(hwpt, pinned)
@@ -180,7 +184,12 @@ class IommufdDevice(Object):
         self._partial.discard([self.rid])
         await self._wait_quiet()
         self.unit.retire_pasid_entry(self.rid, RID_PASID)
-        await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))
+        try:
+            await self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats))
+        except UapiError as error:
+            if error.errno != errno.ENODEV:  # else silicon that is gone
+                hwpt.unforgotten[self.rid] = Former(self.unit, ats)
+                self._former = hwpt
         self.unit.clear_pasid_entry(self.rid, RID_PASID)
         await _try(self._config.set_function(self.rid, ats=False))
         await _try(self._config.set_function(self.rid, pasid=False))

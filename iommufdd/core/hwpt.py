@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 from collections import Counter
 from contextlib import suppress
+from typing import NamedTuple
 
 from iommufdd.core import qi
 from iommufdd.core.domain import Domain
@@ -29,6 +30,13 @@ NOT_LENT = 0  # units number what they are lent from 1 on
 _OF_ONE_PAGE = (errno.EFAULT, errno.EINVAL, EHWPOISON)
 
 
+class Former(NamedTuple):
+    """What a function left behind: its unit, and whether it has a device TLB."""
+
+    unit: Unit
+    ats: bool
+
+
 class Hwpt(Object):
     """`users` counts the devices attached, `attached` maps their functions to the unit before each."""
 
@@ -39,6 +47,7 @@ class Hwpt(Object):
         self.domain = domain
         self.attached: dict[int, Unit] = {}
         self.without_ats: set[int] = set()  # of those
+        self.unforgotten: dict[int, Former] = {}  # left, though their unit refused to forget what they had
         self.maintained = True
         self.memory = NOT_LENT  # the set of windows the units walk it in
         self.faults: Counter[ResponseCode] = Counter()
@@ -83,6 +92,7 @@ class Hwpt(Object):
 
     async def forget(self, start: Iova, size: int) -> None:
         """Every cached translation of the range is dropped when this returns; UapiError: a unit refused."""
+        await self.forget_former()
         try:
             for unit in dict.fromkeys(self.attached.values()):
                 rids = self.behind(unit) if unit.ecap.dt else []
@@ -92,6 +102,19 @@ class Hwpt(Object):
         except UapiError as error:
             if error.errno != errno.ENODEV:  # the silicon is gone, and with it what it cached
                 raise
+
+    async def forget_former(self) -> None:
+        """What functions that left had, too; neither the domain id nor a page is given up before.  UapiError:
+        their unit refuses still.
+        """
+        for rid, (unit, ats) in list(self.unforgotten.items()):
+            try:
+                # await: rid, each rid: cannot change: who asks meanwhile has it forgotten twice
+                await unit.submit(qi.detach(self.domain.did, rid, unit.ecap, ats=ats))
+            except UapiError as error:
+                if error.errno != errno.ENODEV:  # the silicon is gone
+                    raise
+            self.unforgotten.pop(rid, None)
 
     async def pin(self, iova: Iova, size: int) -> int:
         """What a device reaches there must never be absent; the request's name.  EINVAL: pages do not come
@@ -106,8 +129,11 @@ class Hwpt(Object):
         """What is left of the request of that name: of another's nothing."""
 
     async def destroy(self) -> None:
-        """The units let go of the memory, if they have not."""
+        """The units let go of the memory, if they have not.  UapiError: one refuses to forget what it had of
+        it, and nothing has changed.
+        """
         assert not self.attached, f"HWPT {self.id} destroyed with {len(self.attached)} functions attached"
+        await self.forget_former()
         await self.give_back()
 
     async def give_back(self) -> None:

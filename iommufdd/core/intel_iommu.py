@@ -142,6 +142,7 @@ class IntelIommu:
         """
         told: set[int] = set()
         while True:
+            self._check_there()  # whatever came of taking a function off
             if self._taken_off:
                 descriptors = await self._answerable(descriptors)
             try:

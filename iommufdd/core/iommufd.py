@@ -34,6 +34,7 @@ class IommufdCtx:
         self.sources = Sources(self.connector)
         self._counts = counts
         self._closed = False
+        self._kept: list[Object] = []  # gone, and a unit refused to forget them
 
     def check_open(self) -> None:
         """EBADF: it was closed while we slept."""
@@ -49,15 +50,14 @@ class IommufdCtx:
         return self.objects.add(Ioas(self._counts, self.sources))
 
     async def destroy(self, number: int) -> None:
-        """ENOENT; EBUSY: a bound device, or something that is in use."""
+        """ENOENT; EBUSY: a bound device, or something that is in use; else it is gone for whoever asks.  Any
+        other UapiError: a unit refuses to forget it, so that what it is made of is kept until the end.
+        """
         found = self.objects.get(number, Object)
         if isinstance(found, IommufdDevice):
             raise UapiError(errno.EBUSY, f"device {found.id} is bound: close its VFIO device instead")
         self.objects.remove(number)
-        if isinstance(found, Hwpt):
-            await self.platform.destroy_hwpt(found)
-        elif isinstance(found, Ioas):
-            await found.destroy()
+        await self._end(found)
 
     async def change_process(self, mm: CallerMm) -> None:
         """That process pays for all pins from now on.  EINVAL: memory of a process is mapped; ENOMEM."""
@@ -67,6 +67,18 @@ class IommufdCtx:
                     errno.EINVAL, f"IOAS {ioas.id} maps memory of a process: it cannot be taken over"
                 )
         await self.sources.change_process(mm)
+
+    async def _end(self, gone: Object) -> None:
+        try:
+            if isinstance(gone, Hwpt):
+                # await: gone: cannot change: the caller took it out of the table
+                await self.platform.destroy_hwpt(gone)
+            elif isinstance(gone, Ioas):
+                # await: gone: cannot change: the same
+                await gone.destroy()
+        except UapiError:
+            self._kept.append(gone)
+            raise
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -95,17 +107,24 @@ class IommufdCtx:
         self._closed = True
 
     async def release(self) -> None:
-        """All there is goes."""
+        """All there is goes.  UapiError: a unit refuses to forget some of it, which is kept; all the rest is
+        gone.  Again when the unit is.
+        """
         for node in list(self.platform.opened.values()):
             if node.binding is not None and node.binding.objects is self.objects:
                 # await: each node: it may be unbound; asked again: `unbind`
                 # (tests/unit/iommufdd/test_vfio.py::test_two_who_unbind_take_the_device_out_once)
                 await node.unbind()
-        for hwpt in self.objects.all(Hwpt):
-            self.objects.drop(hwpt.id)
-            # await: each hwpt: cannot change: dropped, so that nobody else finds it
-            await self.platform.destroy_hwpt(hwpt)
-        for ioas in self.objects.all(Ioas):
-            self.objects.drop(ioas.id)
-            # await: each ioas: cannot change: dropped, so that nobody else finds it
-            await ioas.destroy()
+        kept, self._kept = self._kept, []
+        there = [*self.objects.all(Hwpt), *self.objects.all(Ioas)]
+        for each in there:
+            self.objects.drop(each.id)
+        refused: UapiError | None = None
+        for each in [*kept, *there]:
+            try:
+                # await: each each, refused: cannot change: dropped, so that nobody else finds it
+                await self._end(each)
+            except UapiError as error:
+                refused = error
+        if refused is not None:
+            raise refused

@@ -60,6 +60,7 @@ class IommufddApp:
         self.tables = TableMemory(loop.kernel, settings.table_bytes)
         self.faults_recorded = 0
         self.iommufds: dict[IommufdCtx, None] = {}  # open, or being released
+        self._kept: list[IommufdCtx] = []  # of those, released as far as the unit let us
         self.silicon = self._new_silicon()
         spawn = loop.flows.spawn
         self.platform = Platform(
@@ -122,6 +123,7 @@ class IommufddApp:
         if not self._closing:
             log.error("the remapping unit is gone, and with it every device: open them again")
         self.platform.gone()
+        self._release_kept()
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -139,8 +141,21 @@ class IommufddApp:
         self.loop.flows.spawn(self._release_iommufd(held.ctx))
 
     async def _release_iommufd(self, ctx: IommufdCtx) -> None:
-        await ctx.release()
-        del self.iommufds[ctx]
+        try:
+            await ctx.release()
+        except UapiError as error:
+            log.error("an iommufd is kept until the unit is gone, and what it has pinned", why=error.why)
+            self._kept.append(ctx)
+            if not self.platform.hardware.alive:  # it went meanwhile
+                self._release_kept()
+        else:
+            del self.iommufds[ctx]
+
+    def _release_kept(self) -> None:
+        """The unit is gone, and refuses nothing any more."""
+        kept, self._kept = self._kept, []
+        for ctx in kept:
+            self.loop.flows.spawn(self._release_iommufd(ctx))
 
     def vfio_closed(self, held: VfioFile) -> None:
         self.loop.flows.spawn(self.platform.close(held.node))

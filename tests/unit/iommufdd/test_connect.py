@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 import pytest
 
 from iommufdd.core.hmm import CallerMm, UserFd
 from iommufdd.core.ioas import Ioas
+from protocol.errors import UapiError
 from protocol.flow import Wait
+from protocol.hw.qi import Descriptor
 from protocol.units import PAGE_SIZE, Hva, Iova
 from tests.kit.platform import MM, TwoNodes
 from tests.unit.iommufdd.spaces import HVA, outcome
@@ -226,3 +229,28 @@ def test_the_windows_of_another_process_stay_when_a_host_goes() -> None:
         False,
         True,
     ]
+
+
+def test_what_a_unit_refuses_to_forget_is_kept_until_the_unit_is_gone() -> None:
+    """Its domain id, its pages and their windows; and nothing else."""
+    rig = TwoNodes()
+    device, ioas, other = rig.bind(), rig.ioas(), rig.ioas()
+    for each in (ioas, other):
+        rig.run(rig.paging(device, each))
+    rig.run(ioas.map(HERE, Hva(HVA), PAGE_SIZE, Iova(0), writable=True))
+    rig.run(rig.nodes[0].attach(ioas.hwpts[0].id, pinned=False))
+    number = [errno.EIO]
+
+    async def submit(descriptors: Sequence[Descriptor]) -> None:
+        raise UapiError(number[0], "told to refuse")
+
+    rig.hardware.submit = submit  # type: ignore[method-assign]
+    rig.run(rig.nodes[0].detach())
+    assert outcome(lambda: rig.run(rig.ctx.destroy(ioas.hwpts[0].id))) == errno.EIO
+    for _ in range(2):
+        assert outcome(lambda: rig.run(rig.ctx.release())) == errno.EIO
+        assert list(rig.platform.hwpts) == [ioas.hwpts[0].domain.did]
+        assert (rig.mirrors[0].released, len(rig.mirrors[0].pins), other.destroyed) == (False, 1, True)
+    number[0] = errno.ENODEV
+    rig.run(rig.ctx.release())
+    assert (rig.platform.hwpts, rig.mirrors[0].released, rig.mirrors[0].pins) == ({}, True, {})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from iommufdd.core.hwpt import Hwpt
 from iommufdd.core.partial import PartialGroups
 from protocol.errors import UapiError
 from protocol.hw.caps import Cap, Ecap
-from protocol.units import Gpa, Iova
+from protocol.hw.qi import Descriptor
+from protocol.units import PAGE_SIZE, Gpa, Iova
 from tests.kit.iommufdd import CAP, DID, ECAP, GONE, RID, ROOT, Surroundings, function
+from tests.unit.iommufdd.spaces import outcome
 
 DT, PRS, SC = 1 << 2, 1 << 29, 1 << 7
 ENTRY = struct.pack("<8Q", ROOT | 2 << 6 | 2 << 2 | 1, 3 << 23 | DID, 0, 0, 0, 0, 0, 0)
@@ -415,3 +419,41 @@ def test_a_function_without_ats_is_sent_no_invalidation_of_a_device_tlb() -> Non
     descriptors = b"".join(words for what, *rest in bound.world.log if what == "submit" for words in rest)
     assert [descriptors[at] & 0xF for at in range(0, len(descriptors), 32)] == [2, 5, 5, 2, 5, 7, 2, 5]
     assert paging.without_ats == set()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIMEDOUT, errno.EINVAL])
+def test_what_a_unit_refused_to_forget_of_a_device_that_left_is_not_given_up(number: int) -> None:
+    """Silicon that is there may still translate by it, though the device is on no HWPT any more."""
+    bound = Bound()
+    bound.enter()
+    submit, refuses = bound.world.submit, [True]
+
+    async def submits(descriptors: Sequence[Descriptor]) -> None:
+        if refuses:
+            raise UapiError(number, "told to refuse")
+        await submit(descriptors)
+
+    bound.world.submit = submits  # type: ignore[method-assign]
+    bound.leave()
+    assert bound.free
+    for step in (bound.hwpt.invalidate(Gpa(0), PAGE_SIZE, 1), bound.hwpt.destroy()):
+        assert outcome(partial(bound.world.run, step)) == number
+    assert bound.hwpt.acked_epoch == 0
+    assert bound.refused().errno == number
+    refuses.clear()
+    bound.world.log.clear()
+    bound.world.run(bound.hwpt.invalidate(Gpa(0), PAGE_SIZE, 2))
+    assert (bound.world.log, bound.hwpt.acked_epoch) == ([("submit", FLUSH)], 2)
+    bound.enter()
+    bound.leave()
+    bound.world.run(bound.hwpt.destroy())
+
+
+def test_with_silicon_that_is_gone_goes_what_it_refused_to_forget() -> None:
+    bound = Bound()
+    bound.enter()
+    bound.world.fails.after(0, errno.EIO)
+    bound.leave()
+    bound.world.fails.after(0, GONE)
+    bound.world.run(bound.hwpt.destroy())
+    assert bound.hwpt.unforgotten == {}

@@ -353,6 +353,8 @@ def test_a_function_that_cannot_be_taken_off_the_bus_is_an_error_to_all_who_wait
     unit.execute()
     unit.completion()
     assert [errno_of(wait.result) for wait in (first, second, third)] == [errno.EIO] * 3
+    unit.driver.gone()  # and with it what it translated
+    assert errno_of(detach(unit).result) == errno.ENODEV
 
 
 def test_a_link_that_breaks_while_a_function_is_taken_off_the_bus_is_no_end_of_its_dma() -> None:
