@@ -98,7 +98,7 @@ class IdxdWorkQueue:
     async def enable(self) -> None:
         """Enable the queue; a device that nobody has set up becomes this queue's alone."""
         if not self.block_on_fault:
-            await self._memory.touch([self._records])  # or the record could not be written
+            await self._memory.touch([self._records])  # so that nothing at all is asked for
         if await self.device.state() is State.DISABLED:
             await self.device.set_up([[None] * self._wq + [self.config]])
         else:

@@ -221,7 +221,7 @@ IOMMUFDD_DRIVER = (
         [
             Edit(
                 f"{_DEVICE}.leave",
-                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))",
+                "await self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats))",
                 "pass",
             )
         ],

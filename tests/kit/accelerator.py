@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import NamedTuple
 
 from device_sim.core.dsa import registers
@@ -83,6 +84,11 @@ class Accelerator:
         assert self.command(ENABLE_WQ, 0) == 0
         if records:
             self.silicon.map(RECORD >> 12, RECORD_FRAME)
+
+    def data_alone(self) -> Accelerator:
+        """It asks neither for batch lists and read-backs nor for completion records."""
+        self.silicon.function.traits = replace(self.silicon.function.traits, control_faults=False)
+        return self
 
     # -- registers -------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ class Runner:
             assert group is not None, "a queue that takes descriptors has a group"
             self._spawn(self._coordinate(job, Batch(job, dma, group.stage).run()))
         elif d.opcode == Opcode.DRAIN:
-            self._spawn(self._coordinate(job, drain(job, dma)))
+            self._spawn(self._coordinate(job, drain(job, self._control(job))))
         else:
             await self._finish(job, await self._execute(dma, d))
 
@@ -77,10 +77,10 @@ class Runner:
         return Dma(self._function, job, block=block)
 
     def _control(self, job: Job) -> Dma:
-        """For batch lists and completion records: a device may tolerate faults on data alone [RFC 00/42]."""
-        dma = self._dma(job)
-        dma.block &= self._function.traits.control_faults
-        return dma
+        """For batch lists, read-backs and completion records: they block on fault, whatever descriptor and
+        queue say of it [DSA 8.1.3]; but a device may tolerate faults on data alone [RFC 00/42].
+        """
+        return Dma(self._function, job, block=self._function.traits.control_faults)
 
     async def _coordinate(self, job: Job, flow: Flow[JobResult]) -> None:
         try:

@@ -157,8 +157,18 @@ def test_the_record_itself_may_fault_and_block() -> None:
     assert machine.interrupts == [3]
 
 
+@pytest.mark.parametrize("block", [False, True])
+def test_a_record_blocks_on_its_fault_whatever_its_queue_says(*, block: bool) -> None:
+    machine = Accelerator(records=False, block=block)
+    machine.submit(work(NOOP, CRAV | RCR))
+    assert machine.counters.software_errors == 0
+    machine.silicon.map(RECORD >> 12, RECORD_FRAME)
+    machine.silicon.serve()
+    assert machine.record().status == 1
+
+
 def test_a_record_that_cannot_be_written_is_a_software_error() -> None:
-    machine = Accelerator(records=False)
+    machine = Accelerator(records=False).data_alone()
     machine.submit(work(NOOP, CRAV | RCR))
     assert machine.silicon.requests() == []
     assert machine.counters.software_errors == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 
@@ -135,26 +134,20 @@ def test_an_unexpected_result_of_a_comparison_counts_as_a_failure_for_a_fence(ma
 
 
 def test_a_list_that_faults_is_status_6_with_what_was_run(machine: Accelerator) -> None:
-    machine.silicon.tables.unmap((LIST >> 12) + 1)
+    machine.data_alone().silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(n) for n in range(6)], at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE)
     assert statuses(machine, 6) == [1, 1, 0, 0, 0, 0]
 
 
 def test_a_list_that_faults_behind_a_failure_has_result_1(machine: Accelerator) -> None:
-    machine.silicon.tables.unmap((LIST >> 12) + 1)
+    machine.data_alone().silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(0), work(0x7F, ASKED, record=RECORD + 64), fill(2)], at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE, result=1)
 
 
-def data_alone(machine: Accelerator) -> Accelerator:
-    """It asks neither for batch lists nor for completion records."""
-    machine.silicon.function.traits = replace(machine.silicon.function.traits, control_faults=False)
-    return machine
-
-
 def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machine: Accelerator) -> None:
-    data_alone(machine).silicon.tables.unmap((LIST >> 12) + 1)
+    machine.data_alone().silicon.tables.unmap((LIST >> 12) + 1)
     submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE)
     assert machine.silicon.driver.take_requests() == []
@@ -162,7 +155,7 @@ def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machin
 
 def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent() -> None:
     """Software error 0x1A; the data before it was asked for."""
-    machine = data_alone(Accelerator(records=False))
+    machine = Accelerator(records=False).data_alone()
     machine.map(DST, DST_FRAME)
     machine.submit(fill(0, ASKED | BOF))
     assert machine.silicon.driver.take_requests() == []
@@ -171,9 +164,10 @@ def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent()
     assert machine.silicon.driver.take_requests() != []
 
 
-def test_a_list_may_block_on_its_fault(machine: Accelerator) -> None:
+@pytest.mark.parametrize("flags", [ASKED, ASKED | BOF])
+def test_a_list_blocks_on_its_fault_whatever_the_flags_say(machine: Accelerator, flags: int) -> None:
     machine.silicon.tables.unmap((LIST >> 12) + 1)
-    submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
+    submit(machine, [fill(n) for n in range(4)], flags, at=PAGE - 2 * 64)
     assert statuses(machine, 4) == [1, 1, 0, 0]
     machine.map(LIST + PAGE, LIST_FRAME + 1)
     machine.silicon.serve()
@@ -261,10 +255,18 @@ def test_a_drain_waits_for_what_its_queue_took_before_it_and_for_no_other(machin
     assert statuses(machine, 3) == [1, 1, 0]
 
 
+def test_a_read_back_blocks_on_its_fault_which_no_flag_can_say(machine: Accelerator) -> None:
+    machine.submit(work(DRAIN, ASKED | 1 << 17, dst=THIRD))
+    assert machine.record().status == 0
+    machine.map(THIRD, 30)
+    machine.silicon.serve()
+    assert machine.record() == Record(1, False, 0, 0)
+
+
 @pytest.mark.parametrize("present", [True, False])
 def test_a_drain_reads_back_if_it_is_told_to(machine: Accelerator, present: bool) -> None:
     target = DST if present else THIRD
-    record = machine.run(work(DRAIN, ASKED | 1 << 17, dst=target))
+    record = machine.data_alone().run(work(DRAIN, ASKED | 1 << 17, dst=target))
     assert record == (Record(1, False, 0, 0) if present else Record(0x1F, False, 0, THIRD))
     assert machine.run(work(DRAIN, ASKED, dst=THIRD)).status == 1
     assert machine.run(work(NOOP, ASKED)).status == 1

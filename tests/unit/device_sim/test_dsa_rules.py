@@ -233,7 +233,7 @@ def test_the_first_error_stays_and_later_ones_set_overflow(machine: Accelerator)
 
 
 def test_a_record_that_cannot_be_written_is_told_with_its_address() -> None:
-    machine = Accelerator(records=False)
+    machine = Accelerator(records=False).data_alone()
     machine.submit(work(NOOP, ASKED))
     assert swerr(machine) == (0b10_1101, 0x1A, 0, NOOP, 0, 0, RECORD)
 
