@@ -148,12 +148,10 @@ class HostKernel:
     async def change_process(self, mirror: Mirror, payer: Mm | None) -> None:
         """Another process pays, or the one that paid before.  Errors as of `Mirror.change_process`."""
         before = mirror.mm
-        if payer is None:
-            mirror.undo_change_process()
-        else:
-            # await: before: cannot change: one that somebody else changes meanwhile is put twice, which is
-            # nothing
-            await mirror.change_process(payer)
+        asked = mirror.undo_change_process() if payer is None else mirror.change_process(payer)
+        # await: before: cannot change: one that somebody else changes meanwhile is put twice, which is
+        # nothing
+        await asked
         self.put_mm(before)
 
     def put_mm(self, mm: Mm) -> None:

@@ -417,6 +417,14 @@ KVMD_MEMORY = (
         races=["R1"],
     ),
     Plant(
+        "R1-mirror-back-in-a-change",
+        "A mirror goes back to a process between two turns of an unmap, and is told nothing of the rest.",
+        "I5",
+        [Edit(f"{_MIRROR}.undo_change_process", "async with before.mmap_lock:", "if True:")],
+        races=["R1"],
+        simulated=False,  # no story has files of which a takeover fails half way
+    ),
+    Plant(
         "R26-last-range-not-told",
         "Of a change that meets several watched ranges the last is not told.",
         "I6",

@@ -9,8 +9,9 @@ import pytest
 from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
-from kvmd.core.mm.space import MmEvent
+from kvmd.core.mm.space import UNMAP_BATCH, MmEvent
 from kvmd.core.mm.userfaultfd import Userfaultfd
+from protocol.flow import Wait
 from protocol.units import Hva, Pfn
 from tests.kit.importer import HandLease, SlowImporter
 from tests.kit.refusals import errno_of
@@ -97,14 +98,14 @@ def test_a_process_takes_over_what_is_pinned_and_gives_it_back(
     rig = MirroredFile(account)
     rig.pin_file(0, 3)
     assert (rig.charged(), rig.mm.pinned_pages, rig.heir.pinned_pages) == (before, 3, 0)
-    assert errno_of(rig.mirror.undo_change_process) == errno.EINVAL
+    assert errno_of(lambda: rig.run(rig.mirror.undo_change_process())) == errno.EINVAL
     rig.run(rig.mirror.change_process(rig.heir))
     assert (rig.charged(), rig.mm.pinned_pages, rig.heir.pinned_pages) == (after, 0, 3)
     assert rig.violations() == []
     rig.pin_file(3)
     rig.heir.locked.limit = rig.mm.locked.limit = rig.memory.locked.limit = 4
     rig.mm.locked.charge(4)  # somebody took the room meanwhile: what is undone needs none
-    rig.mirror.undo_change_process()
+    rig.run(rig.mirror.undo_change_process())
     rig.mm.locked.uncharge(4)
     assert (rig.mm.pinned_pages, rig.heir.pinned_pages) == (4, 0)
     assert rig.violations() == []
@@ -142,9 +143,9 @@ def test_a_mirror_that_watches_or_ended_is_not_taken_over() -> None:
     rig.unpin()
     rig.run(rig.mirror.change_process(rig.heir))
     rig.mirror.watch(rig.hva, PAGE)
-    assert errno_of(rig.mirror.undo_change_process) == errno.EINVAL
+    assert errno_of(lambda: rig.run(rig.mirror.undo_change_process())) == errno.EINVAL
     rig.mirror.unwatch(rig.hva, PAGE)
-    rig.mirror.undo_change_process()
+    rig.run(rig.mirror.undo_change_process())
     rig.run(rig.mirror.close())
     assert errno_of(lambda: rig.run(rig.mirror.change_process(rig.heir))) == errno.EINVAL
 
@@ -177,6 +178,56 @@ def test_a_process_that_exits_before_it_can_pay_does_not(end: str) -> None:
     assert errno_of(changed.result) == (errno.EPERM if end == "exit" else errno.EINVAL)
     assert (rig.heir.locked.pages, rig.heir.pinned_pages, rig.heir.notifiers) == (0, 0, [])
     assert rig.mm.locked.pages == (3 if end == "exit" else 0)
+
+
+def test_a_mirror_that_goes_back_while_a_large_range_goes_sees_none_of_it() -> None:
+    """The clearing lets others have turns, and asks for the last time who is told before the first."""
+    rig = MirroredFile()
+    turn: Wait[None] = Wait()
+    rig.host.cond_resched = lambda: turn
+    pages = 2 * UNMAP_BATCH
+    large = rig.map(pages)
+    rig.run(rig.mm.write(large, bytes(pages * PAGE)))
+    rig.run(rig.mirror.change_process(rig.heir))
+    gone = rig.start(rig.mm.munmap(large, pages * PAGE))
+    assert rig.mm.present_page(Hva(large + (pages - 1) * PAGE)) is not None, "some of it is still there"
+    undone = rig.start(rig.mirror.undo_change_process())
+    assert (gone.done, undone.done, rig.mirror.mm) == (False, False, rig.heir)
+    turn.set(None)
+    rig.flows.run_ready()
+    assert (gone.done, undone.done, rig.mirror.mm) == (True, True, rig.mm)
+
+
+@pytest.mark.parametrize("change", ["another", "watch", "close"])
+def test_what_changed_before_it_is_undone_is_asked_again(change: str) -> None:
+    rig = MirroredFile()
+    rig.pin_file(0, 3)
+    other = rig.host.create_mm()
+    rig.run(rig.mirror.change_process(rig.heir))
+    rig.run(rig.mm.mmap_lock.acquire(write=True))
+    undone = rig.start(rig.mirror.undo_change_process())
+    if change == "another":
+        rig.run(rig.mirror.change_process(other))
+    elif change == "watch":
+        rig.mirror.watch(rig.hva, PAGE)
+    else:
+        rig.run(rig.mirror.close())
+    rig.mm.mmap_lock.release()
+    rig.flows.run_ready()
+    assert errno_of(undone.result) == errno.EINVAL
+    assert (rig.mm.pinned_pages, rig.mirror in rig.mm.notifiers, rig.violations()) == (0, False, [])
+
+
+def test_a_process_that_exited_takes_back_what_it_paid_for() -> None:
+    """Whoever undoes has failed elsewhere, and must find all as it was."""
+    rig = MirroredFile()
+    rig.pin_file(0, 3)
+    rig.run(rig.mirror.change_process(rig.heir))
+    rig.do(rig.mm.exit())
+    rig.run(rig.mirror.undo_change_process())
+    assert (rig.charged(), rig.mirror.mm, rig.violations()) == ([3, 0, 0], rig.mm, [])
+    rig.run(rig.mirror.close())
+    assert rig.charged() == [0, 0, 0]
 
 
 def test_the_check_sees_a_process_that_does_not_pay() -> None:
