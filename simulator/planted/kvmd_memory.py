@@ -34,6 +34,14 @@ KVMD_MEMORY = (
         races=["R19"],
     ),
     Plant(
+        "R19-one-stale-entry-drops-all",
+        "An entry of a page that the slot has no more keeps those beside it from being protected again.",
+        "I25",
+        [Edit(f"{_LOG}._protect_offsets", "or not there:", "or there != offsets:")],
+        races=["R19"],
+        simulated=False,  # no story makes a slot smaller before its ring is harvested
+    ),
+    Plant(
         "R19-fast-fault-marks-nothing",
         "A fault that gives W back does not mark the page dirty.",
         "I20",

@@ -9,6 +9,7 @@ import pytest
 from kvmd.core.capability import KvmCap, check_extension, enable_cap
 from kvmd.core.faults.page_fault import FaultResult
 from kvmd.core.host import CpuFeatures
+from kvmd.core.invariants import check_vm
 from protocol.errors import UapiError
 from protocol.kvm_run import ExitReason
 from protocol.pt import bits
@@ -91,6 +92,25 @@ def test_a_scribbled_entry_protects_nothing_and_harms_nobody() -> None:
         ).cast("I")
     assert logged.run(logged.vm.dirty_log.reset_rings()) == 3
     assert all(logged.entry(page) & bits.WRITE for page in (1, 2, 3))
+
+
+def test_an_entry_of_what_the_slot_was_takes_no_protection_from_its_neighbours() -> None:
+    """The slot was larger, and went before its ring was harvested."""
+    logged = Logged(ring=4096, pages=512)
+    logged.write(400)
+    logged.set_slot(0, GFN, 0, 0)
+    logged.pages = 128
+    logged.log(1)
+    logged.write(10)
+    words = logged.ring.cast("I")
+    assert (words[2], words[6]) == (400, 10)
+    words[0] = words[4] = 2
+    assert logged.run(logged.vm.dirty_log.reset_rings()) == 2
+    logged.dirty()
+    assert not logged.entry(10) & bits.WRITE
+    logged.write(10)
+    assert words[8:11].tolist() == [1, 0, 10]
+    assert check_vm(logged.vm) == []
 
 
 def test_rings_need_their_capability() -> None:
