@@ -110,7 +110,9 @@ class Registration:
 
 
 class Importer:
-    """What an importer may ask over its channel; it registers once at a time."""
+    """What an importer may ask over its channel; it registers once at a time.  The channel keeps no VM: what
+    needs one is ENODEV once the TDP FD is released, which keeps it until then.
+    """
 
     def __init__(self, tdp: TdpFd) -> None:
         self._tdp = tdp
@@ -143,6 +145,7 @@ class Importer:
         """Map the page, or say why a device gets an error.  Errors as of `ExportedTdp.fault`, and of
         IO_ERRNO: what the fault came to."""
         tdp = self._tdp
+        tdp.exported.check_alive()
         result = await tdp.users.holding(tdp.exported.fault(tdp.fault_path, mm_cookie, gfn, kind))
         if result not in RESOLVED:
             raise UapiError(IO_ERRNO[result], f"gfn {gfn:#x}: {result.name.lower()}")
@@ -151,13 +154,16 @@ class Importer:
 
     async def pin(self, span: GfnSpan) -> int:
         """The request's name.  Errors as of `Pinning.pin`."""
+        self._tdp.exported.check_alive()
         return await self._tdp.users.holding(self._tdp.exports.pinning.pin(self._pins, span))
 
     async def pin_all(self) -> int:
+        self._tdp.exported.check_alive()
         return await self._tdp.users.holding(self._tdp.exports.pinning.pin_all(self._pins))
 
     async def unpin(self, name: int) -> int:
         """How many pages that was."""
+        self._tdp.exported.check_alive()
         return await self._tdp.users.holding(self._tdp.exports.pinning.unpin(self._pins, name))
 
     @property

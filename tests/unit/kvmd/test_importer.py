@@ -242,6 +242,21 @@ def test_a_request_in_progress_keeps_the_vm_it_was_asked_of(rig: Listed) -> None
     assert rig.gone == [rig.vm]
 
 
+def test_a_channel_that_outlives_the_vm_is_told_that_it_is_gone(rig: Listed) -> None:
+    """It keeps neither the TDP FD nor the VM, and may ask after both (B-36)."""
+    importer = rig.new_importer("unit")
+    name = rig.run(importer.pin(GfnSpan.of_pages(Gfn(BASE), 1)))
+    rig.end_lease("unit")
+    rig.users.put()
+    rig.run(rig.tdp.release())
+    assert rig.gone == [rig.vm]
+    assert errno_of(lambda: rig.fault(importer)) == errno.ENODEV
+    assert errno_of(lambda: rig.run(importer.pin(GfnSpan.of_pages(Gfn(BASE), 1)))) == errno.ENODEV
+    assert errno_of(lambda: rig.run(importer.pin_all())) == errno.ENODEV
+    assert errno_of(lambda: rig.run(importer.unpin(name))) == errno.ENODEV
+    rig.run(importer.unregister())
+
+
 def test_a_vm_put_more_often_than_it_was_got_is_an_error() -> None:
     users = VmUsers(lambda: None)
     users.put()
