@@ -96,10 +96,12 @@ async def _move_all(space: AddressSpace, start: Hva, size: int, new: Hva) -> Hva
     return new
 
 
-# awaits: space: cannot change: the caller's own
+# awaits: space, asked: cannot change: the mmap_lock is held for writing
 async def _move_to(space: AddressSpace, start: Hva, old_size: int, new_size: int, new: Hva) -> Hva:
-    """[mremap_to]"""
+    """[mremap_to].  EFAULT: what was to move went with the destination: of size 0 it may lie there."""
     await space.unmap("mremap", new, Hva(new + new_size))
+    if space.vmas.find(start) is None:
+        raise UapiError(errno.EFAULT, f"mremap {start:#x}: it lay at its destination {new:#x}, and is gone")
     if new_size < old_size:
         await space.unmap("mremap", Hva(start + new_size), Hva(start + old_size))
     return await _move(space, start, min(old_size, new_size), new_size, new)

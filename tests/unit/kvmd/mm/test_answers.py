@@ -421,3 +421,11 @@ def test_mremap_of_size_0_maps_a_shared_file_a_second_time(world: World) -> None
     new = world.run(mremap(world.mm, Hva(AT + PAGE), 0, 2 * PAGE))
     assert world.run(world.mm.read(new, 4)) == world.run(world.mm.read(Hva(AT + PAGE), 4)) == b"here"
     assert [vma.offset for vma in world.mm.vmas if vma.start == new] == [PAGE]
+
+
+def test_mremap_of_size_0_onto_itself_has_nothing_left_to_map_again(world: World) -> None:
+    """[mm mremap.c, mremap_to] What is at the destination goes first, and then it looks again."""
+    file_at(world, AT, 4, shared=True)
+    assert answer(world, mremap(world.mm, Hva(AT), 0, 4 * PAGE, Hva(AT))) == errno.EFAULT
+    assert layout(world.mm) == []
+    assert answer(world, world.mm.mmap(Hva(AT), PAGE, RW)) == 0, "the mmap_lock is free again"
