@@ -108,9 +108,11 @@ async def _move_to(space: AddressSpace, start: Hva, old_size: int, new_size: int
 
 
 async def _resize(space: AddressSpace, vma: Vma, start: Hva, old_size: int, new_size: int) -> Hva:
-    """In place if it can be [mremap_at]."""
+    """In place if it can be; the same size changes nothing [mremap_at]."""
     old_end, new_end = Hva(start + old_size), Hva(start + new_size)
-    if new_end <= old_end:
+    if new_end == old_end:
+        return start
+    if new_end < old_end:
         await space.unmap("mremap", new_end, old_end)
         return start
     if vma.end == old_end and new_end <= TASK_SIZE and not space.vmas.overlapping(old_end, new_end):

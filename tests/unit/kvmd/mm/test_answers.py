@@ -423,6 +423,19 @@ def test_mremap_of_size_0_maps_a_shared_file_a_second_time(world: World) -> None
     assert [vma.offset for vma in world.mm.vmas if vma.start == new] == [PAGE]
 
 
+def test_mremap_to_the_same_size_changes_nothing(world: World) -> None:
+    """[mm mremap.c, mremap_at] Neither the mapping is cut there nor its huge page, and nobody is told."""
+    world.run(world.mm.mmap(Hva(AT), MIB2, RW))
+    world.run(ADVICE["hugepage"](world.mm, Hva(AT), MIB2))
+    world.run(world.mm.write(Hva(AT), b"huge"))
+    world.set_slot(0, 0x400, 512, AT)
+    world.guest_write(world.create_vcpu(), 0x400 * PAGE, b"x")
+    assert world.run(mremap(world.mm, Hva(AT), PAGE, PAGE)) == AT
+    assert layout(world.mm) == spans((0, 512))
+    assert pagemap(world.mm, Hva(AT), MIB2)["anon_huge_kib"] == 2048
+    assert sum(world.vm.mmu.roots[0].leaves) == 1
+
+
 def test_mremap_of_size_0_onto_itself_has_nothing_left_to_map_again(world: World) -> None:
     """[mm mremap.c, mremap_to] What is at the destination goes first, and then it looks again."""
     file_at(world, AT, 4, shared=True)
