@@ -30,6 +30,8 @@ async def mremap(
     _check(start, old_size, new_size, new)
     await space.mmap_lock.acquire(write=True)
     try:
+        if new is not None:
+            _check_room(space, start)
         if new is not None and old_size == new_size:
             return await _move_all(space, start, old_size, new)
         vma, old_size, new_size = _prepare(space, start, old_size, new_size, new)
@@ -49,6 +51,13 @@ def _check(start: Hva, old_size: int, new_size: int, new: Hva | None) -> None:
         raise UapiError(errno.EINVAL, f"{asked} at {new:#x}: not aligned, or beyond user space")
     if new is not None and new < start + old_size and start < new + new_size:
         raise UapiError(errno.EINVAL, f"{asked} at {new:#x}: overlaps itself")
+
+
+def _check_room(space: AddressSpace, start: Hva) -> None:
+    """ENOMEM, before anything is unmapped, also of a move that could just do: both ends may be cut in three,
+    and then `_move` wants its own room [check_mremap_params]."""
+    if len(space.vmas) + 2 >= MAX_MAP_COUNT - 3:
+        raise UapiError(errno.ENOMEM, f"mremap {start:#x}: the process has {len(space.vmas)} mappings")
 
 
 def _prepare(

@@ -436,6 +436,23 @@ def test_mremap_to_the_same_size_changes_nothing(world: World) -> None:
     assert sum(world.vm.mmu.roots[0].leaves) == 1
 
 
+@pytest.mark.parametrize("new_size", [2, 4])
+def test_mremap_looks_for_room_before_it_unmaps(
+    world: World, monkeypatch: pytest.MonkeyPatch, new_size: int
+) -> None:
+    """[mm mremap.c, check_mremap_params] Who is refused must know what is left."""
+    world.map(4, hva=AT)
+    world.map(4, hva=NEW)
+    world.run(world.mm.write(Hva(NEW), b"there"))
+    flow = mremap(world.mm, Hva(AT), 4 * PAGE, new_size * PAGE, Hva(NEW))
+    monkeypatch.setattr("kvmd.core.mm.mremap.MAX_MAP_COUNT", 7)
+    assert answer(world, flow) == errno.ENOMEM
+    assert [vma.end - vma.start for vma in world.mm.vmas] == [4 * PAGE, 4 * PAGE]
+    assert world.run(world.mm.read(Hva(NEW), 5)) == b"there"
+    monkeypatch.setattr("kvmd.core.mm.mremap.MAX_MAP_COUNT", 8)
+    assert answer(world, mremap(world.mm, Hva(AT), 4 * PAGE, new_size * PAGE, Hva(NEW))) == 0
+
+
 def test_mremap_of_size_0_onto_itself_has_nothing_left_to_map_again(world: World) -> None:
     """[mm mremap.c, mremap_to] What is at the destination goes first, and then it looks again."""
     file_at(world, AT, 4, shared=True)
