@@ -14,6 +14,7 @@ import errno
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 from kvmd.core.mm.file import MemoryFile
@@ -225,20 +226,26 @@ class Userfaultfd:
         space.table.set(Pte(hva, page.pfn, LEVEL_4K, writable, page, wp))
 
     async def writeprotect(self, start: Hva, size: int, *, on: bool) -> None:
-        """UFFDIO_WRITEPROTECT.  ENOENT: not registered for it; ESRCH: the process is gone."""
+        """UFFDIO_WRITEPROTECT; holes are passed by.  ENOENT: nothing is mapped, or what is mapped behind that
+        which is done is not registered for it [mm userfaultfd.c, mwriteprotect_range]; ESRCH: the process is
+        gone.
+        """
         space = self._space
         await space.mmap_lock.acquire(write=False)
         try:
             end = space.check_range("UFFDIO_WRITEPROTECT", start, size)
             self._check_alive("UFFDIO_WRITEPROTECT", errno.ESRCH)
-            vmas = space.vmas.overlapping(start, end)
-            if space.vmas.first_hole(start, end) is not None or not all(vma.uffd_wp for vma in vmas):
+            found = space.vmas.overlapping(start, end)
+            ours = list(takewhile(lambda vma: vma.uffd_wp, found))
+            _check_size("UFFDIO_WRITEPROTECT", start, size if any(vma.file for vma in ours) else 0)
+            if ours:
+                first, last = Hva(max(start, ours[0].start)), Hva(min(end, ours[-1].end))
+                # await: end, found, ours: cannot change: the mmap_lock is held
+                await space.change(first, last, partial(self._protect, first, last, on=on))
+            if not ours or len(ours) < len(found):
                 raise UapiError(
-                    errno.ENOENT, f"UFFDIO_WRITEPROTECT {start:#x}..{end:#x}: not registered for it"
+                    errno.ENOENT, f"UFFDIO_WRITEPROTECT {start:#x}..{end:#x}: not all registered for it"
                 )
-            _check_size("UFFDIO_WRITEPROTECT", start, size if any(vma.file for vma in vmas) else 0)
-            # await: end: cannot change: a value of our own
-            await space.change(start, end, partial(self._protect, start, end, on=on))
         finally:
             space.mmap_lock.release()
         if not on:

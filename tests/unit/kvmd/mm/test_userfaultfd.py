@@ -13,6 +13,7 @@ from kvmd.core.mm.file import MemoryFile
 from kvmd.core.mm.fork import fork
 from kvmd.core.mm.madvise import ADVICE, dontneed
 from kvmd.core.mm.mremap import mremap
+from kvmd.core.mm.page import Pte
 from kvmd.core.mm.reclaim import swap_out
 from kvmd.core.mm.userfaultfd import UffdFault, Userfaultfd
 from protocol.flow import Wait
@@ -46,6 +47,10 @@ class Registered(World):
 
     def copy(self, page: int, data: bytes = b"from uffd", *, wp: bool = False) -> None:
         self.run(self.uffd.copy(self.at(page), data.ljust(PAGE, b"\0"), wp=wp))
+
+    def protected(self, page: int) -> bool:
+        entry = self.mm.present_page(self.at(page))
+        return isinstance(entry, Pte) and entry.uffd_wp
 
     def protect(self, page: int, pages: int = 1, *, on: bool = True) -> None:
         self.run(self.uffd.writeprotect(self.at(page), pages * PAGE, on=on))
@@ -283,6 +288,21 @@ def test_closing_takes_the_protection_away() -> None:
     rig.protect(0)
     rig.run(rig.uffd.close())
     assert rig.gup(0).result().writable
+
+
+def test_protection_passes_holes_by_and_stops_at_what_is_not_registered() -> None:
+    """[mm userfaultfd.c, mwriteprotect_range] What comes before is protected all the same."""
+    rig = Registered(missing=False, wp=True)
+    rig.run(rig.mm.write(rig.hva, bytes(8 * PAGE)))
+    rig.run(rig.mm.munmap(rig.at(2), PAGE))
+    rig.protect(0, 8)
+    assert [rig.protected(page) for page in (0, 1, 3, 7)] == [True, True, True, True]
+    rig.protect(0, 8, on=False)
+    rig.run(rig.uffd.unregister(rig.at(4), PAGE))
+    assert errno_of(lambda: rig.protect(0, 8)) == errno.ENOENT
+    assert [rig.protected(page) for page in (0, 1, 3, 4, 5)] == [True, True, True, False, False]
+    rig.run(rig.mm.munmap(rig.at(0), 2 * PAGE))
+    assert errno_of(lambda: rig.protect(0, 3)) == errno.ENOENT, "nothing is mapped there"
 
 
 @pytest.mark.parametrize("how", ["fork", "mremap"])
