@@ -5,7 +5,8 @@ Models fs/userfaultfd.c [mm userfaultfd.c]: a fault in a registered range sleeps
 again from the start. A fault nobody has read about yet disappears with its reason. With
 UFFD_USER_MODE_ONLY a fault the kernel takes for the process, as KVM does, fails with EFAULT instead.
 
-Departure: huge pages of hugetlb cannot be registered.
+Departures: huge pages of hugetlb cannot be registered; there is no UFFDIO_WAKE, so an answer for a page that
+is there already (EEXIST) wakes who sleeps for it.
 """
 
 from __future__ import annotations
@@ -173,7 +174,6 @@ class Userfaultfd:
             self._fill_all(vma, dst, len(data), data, wp=wp)
         finally:
             self._space.mmap_lock.release()
-            self.wake(dst, Hva(dst + len(data)))
 
     async def zeropage(self, start: Hva, size: int) -> None:
         """UFFDIO_ZEROPAGE.  Errors as for UFFDIO_COPY."""
@@ -183,7 +183,6 @@ class Userfaultfd:
             self._fill_all(vma, start, size, b"", wp=False)
         finally:
             self._space.mmap_lock.release()
-            self.wake(start, Hva(start + size))
 
     async def _begin(self, what: str, start: Hva, size: int) -> Vma:
         """The mapping to fill, with the mmap_lock held for reading."""
@@ -201,13 +200,20 @@ class Userfaultfd:
         return vma
 
     def _fill_all(self, vma: Vma, start: Hva, size: int, data: bytes, *, wp: bool) -> None:
-        for at in range(0, size, PAGE_SIZE):
-            try:
+        """As far as it goes; who sleeps for what is filled is woken, and nobody else."""
+        filled = 0
+        try:
+            for at in range(0, size, PAGE_SIZE):
                 self._fill(vma, Hva(start + at), data[at : at + PAGE_SIZE], wp=wp)
-            except UapiError as error:
-                if not at:
-                    raise
-                raise UapiError(errno.EAGAIN, f"{at:#x} bytes are filled; {error.why}") from None
+                filled = at + PAGE_SIZE
+        except UapiError as error:
+            if filled:
+                raise UapiError(errno.EAGAIN, f"{filled:#x} bytes are filled; {error.why}") from None
+            if error.errno == errno.EEXIST:
+                self.wake(start, Hva(start + PAGE_SIZE))
+            raise
+        finally:
+            self.wake(start, Hva(start + filled))
 
     def _fill(self, vma: Vma, hva: Hva, data: bytes, *, wp: bool) -> None:
         space, memory = self._space, self._space.memory

@@ -392,3 +392,35 @@ def test_a_transparent_huge_page_is_not_made_where_pages_are_awaited() -> None:
     fault = rig.start(rig.mm.get_user_page(hva, write=True))
     rig.run(rig.uffd.copy(hva, bytes(PAGE), wp=False))
     assert fault.result().level == 1
+
+
+def test_an_answer_that_fails_wakes_nobody_but_for_what_is_there() -> None:
+    """[userfaultfd.c, userfaultfd_copy] Nobody reads of a fault again that was not answered."""
+    rig = Registered()
+    rig.copy(2)
+    rig.gup(0), rig.gup(3)
+    assert [rig.event().address, rig.event().address] == [rig.at(0), rig.at(3)]
+    again = rig.start(rig.uffd.next_event())
+    assert errno_of(lambda: rig.copy(0, wp=True)) == errno.EINVAL
+    rig.flows.run_ready()
+    assert not again.done
+    assert errno_of(lambda: rig.run(rig.uffd.copy(rig.hva, b"x" * 4 * PAGE, wp=False))) == errno.EAGAIN
+    rig.flows.run_ready()
+    assert not again.done, "the last page was not filled"
+    assert errno_of(lambda: rig.copy(3, wp=True)) == errno.EINVAL
+    rig.copy(3)
+    assert not again.done
+
+
+def test_an_answer_for_a_page_that_came_otherwise_wakes_who_sleeps_for_it() -> None:
+    """There is no UFFDIO_WAKE."""
+    rig = Registered()
+    file = MemoryFile(rig.host.memory, "f", PAGE)
+    hva = rig.run(rig.mm.mmap(None, PAGE, RW, shared=True, file=file))
+    rig.run(rig.uffd.register(hva, PAGE, missing=True, wp=False))
+    fault = rig.start(rig.mm.get_user_page(hva, write=False))
+    rig.run(file.pwrite(0, b"written"))
+    assert errno_of(lambda: rig.run(rig.uffd.copy(hva, bytes(PAGE), wp=False))) == errno.EEXIST
+    rig.flows.run_ready()
+    assert fault.done
+    assert rig.run(rig.mm.read(hva, 7)) == b"written"
