@@ -24,7 +24,8 @@ from protocol.units import LEVEL_2M, LEVEL_4K, PAGE_SIZE, Hva, align_down, align
 async def collapse_part(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
     """MADV_COLLAPSE of a part of one mapping, the mmap_lock held for writing: each whole 2 MiB becomes one
     page; how many there are now.  What may be better later is passed by, anything else ends it
-    [madvise_collapse].  EINVAL: memory that cannot be huge, or nothing there; EAGAIN: pinned; ENOMEM.
+    [madvise_collapse].  EINVAL: memory that cannot be huge, or nothing there; EBUSY: pages that a userfaultfd
+    waits for; EAGAIN: pinned; ENOMEM.
     """
     if not _may_be_huge(vma):
         raise UapiError(errno.EINVAL, f"collapse at {start:#x}: not 2 MiB of private anonymous memory")
@@ -73,11 +74,12 @@ def _collapse(space: AddressSpace, head: Hva) -> None:
 
 
 def _check_collapsible(vma: Vma, head: Hva, entries: list[Entry]) -> None:
-    """EINVAL, EAGAIN."""
-    if not entries or (vma.uffd is not None and len(entries) < SIZE_2M // PAGE_SIZE):
-        raise UapiError(
-            errno.EINVAL, f"collapse at {head:#x}: nothing there, or pages that must stay missing"
-        )
+    """EINVAL, EBUSY, EAGAIN."""
+    if not entries:
+        raise UapiError(errno.EINVAL, f"collapse at {head:#x}: nothing there")
+    filled = sum(not (isinstance(entry, Pte) and entry.page.kind is PageKind.ZERO) for entry in entries)
+    if vma.uffd is not None and filled < SIZE_2M // PAGE_SIZE:  # [SCAN_EXCEED_NONE_PTE]
+        raise UapiError(errno.EBUSY, f"collapse at {head:#x}: a userfaultfd watches pages that nobody filled")
     if any(isinstance(entry, Pte | Swapped) and entry.uffd_wp for entry in entries):
         raise _PassBy(errno.EINVAL, f"collapse at {head:#x}: write-protected pages")
     if any(not isinstance(entry, Pte | Swapped) for entry in entries):

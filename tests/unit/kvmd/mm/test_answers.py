@@ -344,6 +344,23 @@ def test_collapse_passes_by_what_is_pinned_and_says_so(world: World) -> None:
     assert answer(world, collapse(world.mm, Hva(hva + PAGE), PAGE)) == 0, "no whole 2 MiB: nothing to do"
 
 
+@pytest.mark.parametrize("what", ["hole", "zero"])
+def test_collapse_fills_nothing_that_a_userfaultfd_watches(world: World, what: str) -> None:
+    """[mm khugepaged.c, SCAN_EXCEED_NONE_PTE] Zero pages count as missing, and it ends there."""
+    hva = world.run(world.mm.mmap(Hva(MIB2 * 512), 2 * MIB2, RW))
+    if what == "zero":
+        world.run(world.mm.read(hva, PAGE))
+        world.run(world.mm.write(Hva(hva + PAGE), bytes(MIB2 - PAGE)))
+    else:
+        world.run(world.mm.write(hva, bytes(MIB2 - PAGE)))
+    world.run(world.mm.write(Hva(hva + MIB2), bytes(MIB2)))
+    uffd = Userfaultfd(world.mm, user_mode_only=False)
+    world.run(uffd.register(hva, 2 * MIB2, missing=True, wp=False))
+    assert answer(world, collapse(world.mm, hva, 2 * MIB2)) == errno.EBUSY
+    assert pagemap(world.mm, hva, 2 * MIB2)["anon_huge_kib"] == 0
+    assert answer(world, collapse(world.mm, Hva(hva + MIB2), MIB2)) == 0
+
+
 # -- mremap --------------------------------------------------------------------------------------------
 
 
