@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from kvmd.core.mm.page import Entry, LazyFree, Pte
-from kvmd.core.mm.reclaim import swap_range
+from kvmd.core.mm.reclaim import page_out
 from kvmd.core.mm.space import AddressSpace, page_align
 from kvmd.core.mm.thp import collapse_part
 from kvmd.core.mm.vma import Vma
@@ -117,7 +117,7 @@ async def _collapse(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
 async def _page_out(space: AddressSpace, vma: Vma, start: Hva, end: Hva) -> int:
     if vma.level > LEVEL_4K:
         raise UapiError(errno.EINVAL, f"MADV_PAGEOUT at {start:#x}: hugetlb stays")
-    return await swap_range(space, start, end)
+    return await page_out(space, start, end)
 
 
 async def _remember(

@@ -11,6 +11,7 @@ A merged page is read-only everywhere and for good; whoever writes gets a copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from kvmd.core.mm.file import MemoryFile
@@ -21,7 +22,8 @@ from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import entries_of, users_of
 from kvmd.core.mm.thp import split_page
 from kvmd.core.mm.vma import Vma
-from protocol.units import LEVEL_4K, Hva, Pfn
+from protocol.errors import UapiError
+from protocol.units import LEVEL_4K, Hva, Pfn, pages_of_level
 
 Act = Callable[[Vma, Page], int]  # changes a page, whose users were all told; how many that were
 
@@ -36,9 +38,11 @@ async def swap_out(space: AddressSpace, start: Hva, size: int) -> int:
     return await _on_pages(space, "swap", start, size, _swap)
 
 
-async def swap_range(space: AddressSpace, start: Hva, end: Hva) -> int:
-    """The same of a range that is mapped, for who holds the mmap_lock."""
-    return await _on_range(space, start, end, _swap)
+async def page_out(space: AddressSpace, start: Hva, end: Hva) -> int:
+    """The same on a process's own advice, of a range that is mapped, for who holds the mmap_lock: what others
+    have too is passed by, and what there is no room for stays [madvise_cold_or_pageout_pte_range]."""
+    act = partial(_swap, part_of=_swap_if_room)
+    return await _on_range(space, start, end, act, lambda page: not _is_shared(page))
 
 
 async def merge(space: AddressSpace, start: Hva, size: int) -> int:
@@ -76,8 +80,10 @@ async def _on_pages(space: AddressSpace, what: str, start: Hva, size: int, act: 
         space.mmap_lock.release()
 
 
-async def _on_range(space: AddressSpace, start: Hva, end: Hva, act: Act) -> int:
-    users = [user for _, page in _pages(space, start, end) for user in users_of(page)]
+async def _on_range(
+    space: AddressSpace, start: Hva, end: Hva, act: Act, wanted: Callable[[Page], bool] = lambda page: True
+) -> int:
+    users = [user for _, page in _pages(space, start, end) if wanted(page) for user in users_of(page)]
     ranges = joined([Range(space, *space.table.whole(start, end)), *users])
 
     def edit() -> int:
@@ -85,7 +91,7 @@ async def _on_range(space: AddressSpace, start: Hva, end: Hva, act: Act) -> int:
         return sum(
             act(vma, page)
             for vma, page in _pages(space, start, end)
-            if all(told.covers(user) for user in users_of(page))
+            if wanted(page) and all(told.covers(user) for user in users_of(page))
         )
 
     return await edit_notified(ranges, edit)
@@ -117,10 +123,11 @@ def _move(vma: Vma, page: Page) -> int:
     return 1
 
 
-def _swap(vma: Vma, page: Page) -> int:
-    if vma.level > LEVEL_4K:
-        return 0  # hugetlb stays
-    return sum(_swap_small(vma, part) for part in (split_page(page) if page.level > LEVEL_4K else [page]))
+def _is_shared(page: Page) -> bool:
+    """Does more than one process map it, or one of them twice?  [folio_maybe_mapped_shared]"""
+    entries = entries_of(page)
+    mapped = sum(pages_of_level(entry.level) for _, entry in entries)
+    return mapped > pages_of_level(page.level) or len({table for table, _ in entries}) > 1
 
 
 def _swap_small(vma: Vma, page: Page) -> int:
@@ -140,6 +147,18 @@ def _swap_small(vma: Vma, page: Page) -> int:
         for table, entry in entries:
             table.set(Swapped(entry.hva, swap, entry.uffd_wp))
     return 1
+
+
+def _swap_if_room(vma: Vma, page: Page) -> int:
+    with suppress(UapiError):  # ENOMEM
+        return _swap_small(vma, page)
+    return 0
+
+
+def _swap(vma: Vma, page: Page, part_of: Act = _swap_small) -> int:
+    if vma.level > LEVEL_4K:
+        return 0  # hugetlb stays
+    return sum(part_of(vma, part) for part in (split_page(page) if page.level > LEVEL_4K else [page]))
 
 
 def _merge(unstable: dict[bytes, Page], vma: Vma, page: Page) -> int:

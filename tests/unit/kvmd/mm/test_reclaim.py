@@ -126,6 +126,34 @@ def test_a_files_swapped_page_is_the_same_for_all_when_it_comes_back(world: Worl
     assert file.pread(0, 4) == b"DATA"
 
 
+@pytest.mark.parametrize("size", [PAGE, MIB2])
+def test_advice_to_page_out_leaves_what_others_have_too(world: World, size: int) -> None:
+    """[mm madvise.c, madvise_cold_or_pageout_pte_range] Nor are they told of anything."""
+    hva = huge(world) if size == MIB2 else touched(world)
+    world.run(world.mm.write(hva, b"x"))
+    child = child_of(world)
+    other = watch(world.mm)
+    assert world.run(ADVICE["pageout"](child, hva, size)) == 0
+    assert world.mm.present_page(hva) is not None
+    assert other.log == []
+    world.run(child.exit())
+    assert world.run(ADVICE["pageout"](world.mm, hva, size)) == size // PAGE
+    books_are_right(world)
+
+
+def test_advice_to_page_out_with_the_swap_area_full_does_what_it_can(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it cannot is no error; the host, which must have the memory, is told."""
+    hva = touched(world, 3)
+    monkeypatch.setattr("kvmd.core.mm.memory.MAX_SWAP_PAGES", 2)
+    assert world.run(ADVICE["pageout"](world.mm, hva, 3 * PAGE)) == 2
+    assert world.host.frames.in_use == 1
+    assert errno_of(lambda: world.run(swap_out(world.mm, hva, 3 * PAGE))) == errno.ENOMEM
+    assert world.run(world.mm.read(hva, 3 * PAGE)) == b"x" * 3 * PAGE
+    books_are_right(world)
+
+
 def test_lazily_freed_pages_go_when_memory_is_wanted_unless_used_again(world: World) -> None:
     hva = touched(world, 2)
     world.run(ADVICE["free"](world.mm, hva, 2 * PAGE))
