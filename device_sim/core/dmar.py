@@ -240,7 +240,8 @@ class RemappingUnit:
     def translation_request(self, rid: int, page: IovaPfn, need: int) -> IotlbEntry:
         """ATS: the leaf that covers iova page `page`, with the rights the table gives; rights 0: not present.
 
-        A cached entry without the right `need` is walked again: rights are raised without an invalidation.
+        A cached entry or table pointer without the right `need` is not used: rights are raised without an
+        invalidation.
         Raises RequestRefused on configuration errors, reserved bits, an address too wide: those are recorded.
         """
         attached = self._attached(rid, page)
@@ -250,16 +251,16 @@ class RemappingUnit:
             raise self._refuse(rid, page, FaultReason.SGN_5, fpd=attached.fpd)
         entry = self.iotlb.lookup(attached.did, page, need)
         if entry is None:
-            entry = self._fill(rid, attached, page)
+            entry = self._fill(rid, attached, page, need)
         return entry if entry.level == LEVEL_4K else _outside_interrupt_range(entry, page)
 
-    def _fill(self, rid: int, attached: SecondStage, page: IovaPfn) -> IotlbEntry:
+    def _fill(self, rid: int, attached: SecondStage, page: IovaPfn, need: int) -> IotlbEntry:
         """Walk, and cache what was found; absent entries never are (CM = 0)."""
         tables = self._memory.tables_at(attached.root)
         if tables is None:
             raise self._refuse(rid, page, FaultReason.SSS_4, fpd=attached.fpd)
         try:
-            found, tag = self._walk_stable(tables, attached, page)
+            found, tag = self._walk_stable(tables, attached, page, need)
         except TableOutside:
             raise self._refuse(rid, page, FaultReason.SSS_1, fpd=attached.fpd) from None
         if found.outcome is Outcome.RESERVED:
@@ -288,25 +289,27 @@ class RemappingUnit:
         self.interrupt_messages.append(message)
         self.deliver(message)
 
-    def _walk(self, tables: TableReader, attached: SecondStage, page: IovaPfn) -> Walk:
+    def _walk(self, tables: TableReader, attached: SecondStage, page: IovaPfn, need: int) -> Walk:
         self.walks += 1
         address = page << PAGE_SHIFT
-        pointer = self.iotlb.lookup_table(attached.did, page)
+        pointer = self.iotlb.lookup_table(attached.did, page, need)
         if pointer is None:
             return walk(tables, self._rules, attached.root, attached.levels, address)
         found = walk(tables, self._rules, pointer.table, LEVEL_4K, address & _TABLE_MASK)
         rights = found.rights & pointer.rights
         return Walk(found.outcome, found.level, found.entry, rights, pointer.rights, found.table)
 
-    def _walk_stable(self, tables: TableReader, attached: SecondStage, page: IovaPfn) -> tuple[Walk, int]:
+    def _walk_stable(
+        self, tables: TableReader, attached: SecondStage, page: IovaPfn, need: int
+    ) -> tuple[Walk, int]:
         """A walk, and in debug builds the frame's tag as of that walk: it must not change in between."""
-        found = self._walk(tables, attached, page)
+        found = self._walk(tables, attached, page, need)
         tags = self._memory.tags
         if tags is None or found.outcome is not Outcome.MAPPED:
             return found, 0
         for _ in range(STABLE_TRIES):
             tag = tags.read(pfn_of(found.hpa(0)))
-            again = self._walk(tables, attached, page)
+            again = self._walk(tables, attached, page, need)
             if again == found or again.outcome is not Outcome.MAPPED:
                 return again, tag
             found = again

@@ -67,11 +67,13 @@ class Iotlb:
         _make_room(leaves)
         leaves[page >> INDEX_BITS * (entry.level - 1)] = entry
 
-    def lookup_table(self, did: int, page: IovaPfn) -> PscEntry | None:
-        """The level-1 table that translates `page`, if its pointer is cached."""
+    def lookup_table(self, did: int, page: IovaPfn, need: int) -> PscEntry | None:
+        """The level-1 table that translates `page`, if its pointer is cached with the right `need`."""
         domain = self._domains.get(did)
         entry = None if domain is None else domain.tables.get(page >> INDEX_BITS)
-        self.psc_hits += entry is not None
+        if entry is None or not entry.rights & need:
+            return None
+        self.psc_hits += 1
         return entry
 
     def fill_table(self, did: int, page: IovaPfn, entry: PscEntry) -> None:

@@ -82,10 +82,10 @@ def _lookup(faults: Faults, original: Any, iotlb: Iotlb, did: int, page: IovaPfn
 
 
 @_seam(Iotlb, "lookup_table", "evict")
-def _lookup_table(faults: Faults, original: Any, iotlb: Iotlb, did: int, page: IovaPfn) -> Any:
+def _lookup_table(faults: Faults, original: Any, iotlb: Iotlb, did: int, page: IovaPfn, need: int) -> Any:
     if faults.due("evict"):
         iotlb.invalidate_pages(did, page, 1, leaves_only=False)
-    return original(iotlb, did, page)
+    return original(iotlb, did, page, need)
 
 
 @_seam(ContextTables, "second_stage", "evict")

@@ -37,10 +37,10 @@ OVERFLOW = "overflow"
 
 @seams.around(RemappingUnit, "_fill")
 def _unit_fill(
-    watch: Watch, original: Any, unit: RemappingUnit, rid: int, attached: Any, page: IovaPfn
+    watch: Watch, original: Any, unit: RemappingUnit, rid: int, attached: Any, page: IovaPfn, need: int
 ) -> IotlbEntry:
     watch.filling[id(unit.iotlb), attached.did] = watch.root(attached.did, attached.root)
-    entry: IotlbEntry = original(unit, rid, attached, page)
+    entry: IotlbEntry = original(unit, rid, attached, page, need)
     return entry
 
 
@@ -52,9 +52,10 @@ def _walk(
     tables: TableReader,
     attached: SecondStage,
     page: IovaPfn,
+    need: int,
 ) -> Walk:
     """Where it loaded the last entry: the page may have been given up since the pointer to it was loaded."""
-    found: Walk = original(unit, tables, attached, page)
+    found: Walk = original(unit, tables, attached, page, need)
     watch.ghost.table_read(watch.name(unit.iotlb, "unit"), found.table)
     watch.walked[id(unit)] = found.table + index_of(Gfn(page), found.level) * ENTRY_BYTES, found.entry
     return found

@@ -94,7 +94,8 @@ def test_rights_are_those_of_the_whole_path(silicon: Silicon) -> None:
     silicon.tables.store(at, silicon.tables.load(at) & ~W)
     assert silicon.translate(7, W)[2] == R
     silicon.map(8, 2, rights=R | W)
-    assert silicon.translate(8, W)[2] == R, "the same through the cached table pointer"
+    assert silicon.translate(8)[2] == R, "the same through the cached table pointer"
+    assert silicon.unit.iotlb.psc_hits == 1
 
 
 def test_a_cached_entry_serves_until_it_is_invalidated(silicon: Silicon) -> None:
@@ -113,6 +114,16 @@ def test_a_cached_entry_without_the_right_is_walked_again(silicon: Silicon) -> N
     assert silicon.translate(7, R)[2] == R
     assert silicon.translate(7, W)[2] == R
     silicon.map(7, 1, rights=R | W)
+    assert silicon.translate(7, W)[2] == R | W, "rights were raised: no invalidation is due"
+
+
+def test_a_cached_table_pointer_without_the_right_is_walked_again(silicon: Silicon) -> None:
+    silicon.map(7, 1)
+    at = silicon.tables.entry_at(7, 2)
+    entry = silicon.tables.load(at)
+    silicon.tables.store(at, entry & ~W)
+    assert silicon.translate(7, W)[2] == R
+    silicon.tables.store(at, entry)
     assert silicon.translate(7, W)[2] == R | W, "rights were raised: no invalidation is due"
 
 

@@ -45,7 +45,7 @@ def test_one_domain_never_sees_another_domains_entries() -> None:
     iotlb.fill(5, IovaPfn(7), leaf(0x1000))
     iotlb.fill_table(5, IovaPfn(7), PscEntry(Hpa(0x2000), 7))
     assert iotlb.lookup(6, IovaPfn(7), R) is None
-    assert iotlb.lookup_table(6, IovaPfn(7)) is None
+    assert iotlb.lookup_table(6, IovaPfn(7), R) is None
     iotlb.fill(6, IovaPfn(7), leaf(0x9000))
     found = iotlb.lookup(5, IovaPfn(7), R)
     assert found is not None
@@ -59,6 +59,15 @@ def test_an_entry_without_the_right_is_a_miss() -> None:
     assert iotlb.misses == 1
     iotlb.fill(5, IovaPfn(7), leaf(0x1000, rights=R | W))
     assert iotlb.lookup(5, IovaPfn(7), W) == leaf(0x1000)
+
+
+def test_a_table_pointer_without_the_right_is_none() -> None:
+    iotlb = Iotlb()
+    iotlb.fill_table(5, IovaPfn(7), PscEntry(Hpa(0x2000), R))
+    assert iotlb.lookup_table(5, IovaPfn(7), W) is None
+    assert iotlb.psc_hits == 0
+    assert iotlb.lookup_table(5, IovaPfn(7), R) == (0x2000, R)
+    assert iotlb.psc_hits == 1
 
 
 def test_a_small_entry_without_the_right_does_not_hide_a_huge_one_with_it() -> None:
@@ -86,15 +95,15 @@ def test_a_domain_selective_invalidation_empties_that_domain_only() -> None:
     iotlb = populated()
     iotlb.invalidate_domain(5)
     assert (held(iotlb, 5), held(iotlb, 6)) == (set(), ALL)
-    assert iotlb.lookup_table(5, IovaPfn(512)) is None
-    assert iotlb.lookup_table(6, IovaPfn(512)) is not None
+    assert iotlb.lookup_table(5, IovaPfn(512), R) is None
+    assert iotlb.lookup_table(6, IovaPfn(512), R) is not None
 
 
 def test_a_global_invalidation_empties_all_domains() -> None:
     iotlb = populated()
     iotlb.invalidate_all()
     assert held(iotlb, 5) == held(iotlb, 6) == set()
-    assert iotlb.lookup_table(5, IovaPfn(512)) is iotlb.lookup_table(6, IovaPfn(512)) is None
+    assert iotlb.lookup_table(5, IovaPfn(512), R) is iotlb.lookup_table(6, IovaPfn(512), R) is None
 
 
 @pytest.mark.parametrize(("hint", "tables_left"), [(False, [0, 2]), (True, [0, 1, 2])])
@@ -104,7 +113,7 @@ def test_one_page_drops_the_leaves_over_it_and_its_table_pointer_unless_ih(
     iotlb = populated()
     iotlb.invalidate_pages(5, IovaPfn(513), 1, leaves_only=hint)
     assert held(iotlb, 5) == {(511, 1), (512, 1), (1024, 1)}, "the 2M and 1G leaves hold page 513 as well"
-    assert [n for n in range(3) if iotlb.lookup_table(5, IovaPfn(n << 9)) is not None] == tables_left
+    assert [n for n in range(3) if iotlb.lookup_table(5, IovaPfn(n << 9), R) is not None] == tables_left
     assert held(iotlb, 6) == ALL
 
 
@@ -139,7 +148,7 @@ def test_a_page_selective_invalidation_drops_exactly_what_overlaps(
     iotlb.invalidate_pages(5, IovaPfn(start), 1 << am, leaves_only=hint)
     assert held(iotlb, 5) == expected
     filled = {page // 512 for page, level in leaves if level == 1}
-    assert {table for table in filled if iotlb.lookup_table(5, IovaPfn(table * 512)) is not None} == tables
+    assert {table for table in filled if iotlb.lookup_table(5, IovaPfn(table * 512), R) is not None} == tables
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -163,6 +172,6 @@ def test_beyond_its_capacity_the_oldest_table_pointer_goes() -> None:
     iotlb = Iotlb()
     for n in range(MAX_ENTRIES + 1):
         iotlb.fill_table(5, IovaPfn(n << 9), PscEntry(Hpa(n << 12), 7))
-    assert iotlb.lookup_table(5, IovaPfn(0)) is None
-    assert iotlb.lookup_table(5, IovaPfn(1 << 9)) == (1 << 12, 7)
-    assert iotlb.lookup_table(5, IovaPfn(MAX_ENTRIES << 9)) == (MAX_ENTRIES << 12, 7)
+    assert iotlb.lookup_table(5, IovaPfn(0), R) is None
+    assert iotlb.lookup_table(5, IovaPfn(1 << 9), R) == (1 << 12, 7)
+    assert iotlb.lookup_table(5, IovaPfn(MAX_ENTRIES << 9), R) == (MAX_ENTRIES << 12, 7)
