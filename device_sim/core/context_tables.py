@@ -7,7 +7,7 @@ as a tag, each until it is invalidated; what is not present never is (CAP.CM = 0
 
 Must hold: every pointer is software's word: what lies outside table memory is the access error of its level
 and ends nothing; an index is within its table because of how it is made, or refused (PDTS).
-FPD of any entry on the way hides what it qualifies in all below it.
+FPD of any entry on the way hides what it qualifies in that entry and in all below it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _ROOT_REASONS = (FaultReason.SRT_1, FaultReason.SRT_3)
 _CONTEXT_REASONS = (FaultReason.SCT_1, FaultReason.SCT_3)
 _DIRECTORY_REASONS = (FaultReason.SPD_1, FaultReason.SPD_3)
 _PASID_ENTRY = struct.Struct("<8Q")
+_FPD = 1 << 1  # of word 0; a root entry has none, nor a fault that it would hide
 _Read = TypeVar("_Read", bound=Entry)
 
 
@@ -151,7 +152,7 @@ class ContextTables:
         try:
             entry = PasidEntry.from_bytes(_PASID_ENTRY.pack(*words))
         except FormatError:
-            raise NoTable(FaultReason.SPT_3, fpd=fpd) from None
+            raise NoTable(FaultReason.SPT_3, fpd=fpd or bool(words[0] & _FPD)) from None
         fpd = fpd or entry.fpd
         if not entry.present:
             raise NoTable(FaultReason.SPT_2, fpd=fpd)
@@ -185,7 +186,7 @@ class ContextTables:
         try:
             return kind.from_words(words)
         except FormatError:
-            raise NoTable(reasons[1], fpd=fpd) from None
+            raise NoTable(reasons[1], fpd=fpd or bool(words[0] & _FPD)) from None
 
     def _load(self, at: Hpa, size: int, reason: FaultReason) -> list[int]:
         """Word 0 first.  Raises NoTable(reason) where no table memory is."""

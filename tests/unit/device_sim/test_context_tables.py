@@ -169,6 +169,29 @@ def test_fpd_of_any_entry_on_the_way_hides_what_it_qualifies(silicon: Silicon, l
     assert silicon.faults() == []
 
 
+@pytest.mark.parametrize(
+    ("level", "reserved", "reason"),
+    [("context", 1 << 6, SCT_3), ("directory", 1 << 4, SPD_3), ("PASID entry", 1 << 10, SPT_3)],
+)
+def test_fpd_hides_a_reserved_bit_of_its_own_entry(
+    silicon: Silicon, level: str, reserved: int, reason: int
+) -> None:
+    driver = silicon.driver
+    directory = driver.directory(RID)
+    table = driver.get(directory) & ~0xFFF
+    at = {"context": driver.context_entry(RID), "directory": directory, "PASID entry": table}[level]
+    driver.put(at, driver.get(at) | reserved | 2)
+    assert asks(silicon) == reason
+    assert silicon.faults() == []
+
+
+def test_nothing_in_a_root_entry_hides_its_reserved_bits(silicon: Silicon) -> None:
+    root = silicon.driver.root_entry(RID)
+    silicon.driver.put(root, silicon.driver.get(root) | 2)
+    assert asks(silicon) == SRT_3
+    assert [record.reason for record in silicon.faults()] == [SRT_3]
+
+
 # -- caches --------------------------------------------------------------------------------------------
 
 
