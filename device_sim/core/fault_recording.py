@@ -45,7 +45,7 @@ class FaultRecording:
         left = [n for n in self._in_turn() if registers.has_fault(self._places[n])]
         fsts = registers.shown(Reg.FSTS)
         if not left:
-            registers.show(Reg.FSTS, fsts & ~Fsts.PPF)
+            registers.lower_status(Reg.FSTS, Fsts.PPF)
         elif left[0] != FSTS_FRI.get(fsts):
             self._show_first(left[0])
             registers.send_event(Reg.FSTS)

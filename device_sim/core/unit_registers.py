@@ -103,6 +103,11 @@ class RegisterSet:
             self._shown.store(status, before | bits)
             self.send_event(status)
 
+    def lower_status(self, status: Register, bits: int) -> None:
+        """What the bits stand for is no more, and they do not show any more."""
+        self._shown.store(status, self._shown.load(status) & ~bits)
+        self._service(status)
+
     def send_event(self, status: Register) -> None:
         control = _CONTROL[status]
         if self._shown.load(control) & EventControl.IM:

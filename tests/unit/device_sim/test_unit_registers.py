@@ -256,6 +256,21 @@ def test_im_of_fectl_holds_the_fault_event_back(silicon: Silicon) -> None:
     assert (silicon.driver.fault_events, silicon.driver.load(FECTL)) == (1, 0)
 
 
+def test_a_fault_event_that_is_held_back_goes_with_what_it_tells_of(silicon: Silicon) -> None:
+    silicon.driver.store(FECTL, IM)
+    silicon.unit.kick()
+    for page in (5, 6):
+        fault(silicon, page)
+    silicon.driver.stored[FAULTS_AT + 15] ^= 0x80
+    silicon.unit.kick()
+    assert silicon.driver.load(FECTL) == IM | IP, "one is left"
+    silicon.driver.take_faults()
+    assert (silicon.driver.load(FSTS) & PPF, silicon.driver.load(FECTL)) == (0, IM)
+    silicon.driver.store(FECTL, 0)
+    silicon.unit.kick()
+    assert silicon.driver.fault_events == 0
+
+
 # -- pages full of anything ----------------------------------------------------------------------------
 
 WORDS = (0, 1, 32, 4095, 4096, 1 << 11, 1 << 26, 1 << 31, FRAMES, 0x4100_0000, 0x5000_0000, (1 << 64) - 1)
