@@ -77,6 +77,8 @@ class QueuedInvalidation:
         self.enabled = True
 
     def disable(self) -> None:
+        """QIE was cleared: the head is at the start from then on [VT-d 11.4]."""
+        self._registers.show(Reg.IQH, 0)
         self.enabled = False
 
     def run(self) -> bool:

@@ -99,6 +99,7 @@ def test_a_queue_that_is_switched_off_executes_nothing_and_on_again_starts_at_it
     silicon.driver.store(GCMD, TE)
     silicon.unit.kick()
     assert silicon.driver.load(GSTS) & QIE == 0
+    assert silicon.driver.load(IQH) == 0
     assert silicon.execute(iotlb_domain(DID)) == []
     assert cached(silicon) == [0, 1]
     silicon.driver.tail = 0
@@ -156,10 +157,13 @@ def test_what_is_late_aborts_the_wait_behind_it_however_many_run_at_once() -> No
 
 def test_a_queue_that_is_switched_off_between_two_descriptors_has_no_more() -> None:
     silicon = one_by_one()
+    silicon.translate(0)
+    silicon.translate(1)
     silicon.driver.queue(iotlb_pages(DID, 0) + iotlb_pages(DID, 1))
     assert silicon.unit.kick()
     silicon.driver.store(GCMD, TE)
-    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (False, 32)
+    assert (silicon.unit.kick(), silicon.driver.load(IQH)) == (False, 0)
+    assert cached(silicon) == [1]
 
 
 # -- waits ---------------------------------------------------------------------------------------------
