@@ -30,7 +30,7 @@ from qemu_shim.scenarios.context import DRIVER_PAGES, KERNEL_BYTES, Context, Wis
 from qemu_shim.scenarios.counters import Counters
 from qemu_shim.scenarios.guest import DmaDevice, DmaFailed, Guest, QueueWish
 from qemu_shim.scenarios.scenario import Param, Play, Scenario
-from qemu_shim.vmm.daemons import DEVICE_SIM
+from qemu_shim.vmm.daemons import DAEMONS, DEVICE_SIM
 from qemu_shim.vmm.designs import DESIGNS, Design, RamSlot, Refused, Stroke
 from qemu_shim.vmm.machine import GuestCpu
 from qemu_shim.vmm.migrator import Migrator
@@ -78,8 +78,9 @@ def scenario(
     Its name is the function's, with dashes, unless it is given; its help the function's docstring, or its
     file's.  Each of `params` becomes an option of the command and a key of `ctx.params`.  It is played on
     daemons with so many `devices` and these `options`, by the daemon's name: {"kvmd": ["--no-pml"]}; and on
-    `designs`, none named: any.
+    `designs`, none named: any.  TypeError: one of `params` is no Param, or no daemon has that name.
     """
+    _check(params, options or {})
 
     def made(play: Play) -> Scenario:
         story = (play.__doc__ or sys.modules[play.__module__].__doc__ or "").strip()
@@ -91,3 +92,17 @@ def scenario(
         return Scenario(called, summary, play, params, wanted, tuple(designs), help=story)
 
     return made
+
+
+def _check(params: Mapping[str, object], options: Mapping[str, Sequence[str]]) -> None:
+    """Whoever writes a file may run no type checker."""
+    for name, param in params.items():
+        if not isinstance(param, Param):
+            raise TypeError(
+                f"{name}={param!r}: a parameter is a Param(default, low, high, help), and no other option of "
+                "scenario() is called so"
+            )
+    daemons = [spec.name for spec in DAEMONS]
+    for daemon in options:
+        if daemon not in daemons:
+            raise TypeError(f"options for {daemon!r}: there is no such daemon, only {', '.join(daemons)}")

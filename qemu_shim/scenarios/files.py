@@ -19,11 +19,17 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS, Design
 
 T = TypeVar("T", bound="OfFile")
+P = TypeVar("P", bound="OnDesigns")
 
 
 class OfFile(Protocol):
     @property
     def name(self) -> str: ...
+
+
+class OnDesigns(OfFile, Protocol):
+    @property
+    def designs(self) -> tuple[str, ...]: ...
 
 
 class BadFile(LookupError):
@@ -44,7 +50,7 @@ def scenario_of(name: str) -> Scenario:
     return of_file(name, (Scenario,))
 
 
-def of_file(name: str, kinds: tuple[type[T], ...]) -> T:
+def of_file(name: str, kinds: tuple[type[P], ...]) -> P:
     """Likewise, of whatever counts as a scenario to who asks.  BadFile."""
     path, _, wanted = name.partition(":")
     found = _of_kind(_played(Path(path).resolve(), path), kinds, path)
@@ -56,7 +62,13 @@ def of_file(name: str, kinds: tuple[type[T], ...]) -> T:
         raise BadFile(f"{path} has no scenario {wanted!r}, only {', '.join(found)}")
     if not wanted and len(found) > 1:
         raise BadFile(f"{path} has {len(found)} scenarios: say {' or '.join(f'{path}:{it}' for it in found)}")
-    return found[wanted] if wanted else next(iter(found.values()))
+    chosen = found[wanted] if wanted else next(iter(found.values()))
+    if unknown := [design for design in chosen.designs if design not in DESIGNS]:
+        raise BadFile(
+            f"{path}: {chosen.name} names designs that are not there: {', '.join(unknown)}; "
+            f"there are {', '.join(DESIGNS)}"
+        )
+    return chosen
 
 
 @cache

@@ -69,6 +69,16 @@ WRONG = [
     ("x = 1\ny = 1 / 0\n", "cannot be imported: line 2: ZeroDivisionError: division by zero"),
     ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
     (GOOD + SECOND.replace("(", "(name='my-own', ", 1), "has two of the name my-own"),
+    (
+        GOOD.replace("Param(4, 1, 9,", "(4, 1, 9,"),
+        "TypeError: pages=(4, 1, 9, 'pages that are used'): a param",
+    ),
+    (
+        GOOD.replace("devices=", "devicess="),
+        "line 4: TypeError: devicess=2: a parameter is a Param(default, ",
+    ),
+    (GOOD.replace("kvmd", "kvmdd"), "options for 'kvmdd': there is no such daemon, only kvmd, device_sim, "),
+    (HEAD + SECOND.replace("shared", "shard"), "another names designs that are not there: shard; there are "),
 ]
 
 
@@ -136,10 +146,12 @@ def test_a_campaign_plays_a_files_scenario_on_the_designs_it_can_be_played_on(tm
 
 
 def test_a_design_of_the_file_joins_the_others(tmp_path: Path) -> None:
-    text = "from dataclasses import replace\nfrom qemu_shim.api import DESIGNS\n" + GOOD
+    scenarios = GOOD + SECOND.replace("shared", "theirs")
+    text = "from dataclasses import replace\nfrom qemu_shim.api import DESIGNS\n" + scenarios
     path = written(tmp_path, text + '\nTHEIRS = replace(DESIGNS["mirror"], name="theirs")\n')
     try:
-        assert scenario_of(path).playable[-1] == "theirs"
+        assert scenario_of(f"{path}:my-own").playable[-1] == "theirs"
+        assert scenario_of(f"{path}:another").playable == ["theirs"]
     finally:
         DESIGNS.pop("theirs", None)
 
