@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno as e
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
 from protocol.errors import UapiError
 
 _OTHER_PATH = "choose another path"
+_NOTHING_ELSE: Final[Mapping[int, str]] = {}
 _MEMORY = "free memory, or ask for less of it"
 TO_DO: Final = {
     e.EMFILE: "raise this process's limit of open files (ulimit -n)",
@@ -36,21 +37,25 @@ TO_DO: Final = {
 """An errno that is missing here is a mistake of ours or of a peer's, and nothing a user can mend."""
 
 
-def told(error: OSError, what: str, path: str | None = None) -> OSError:
-    """The same error, `what` could not be done said first; of the class that its errno has."""
+def told(
+    error: OSError, what: str, path: str | None = None, instead: Mapping[int, str] = _NOTHING_ELSE
+) -> OSError:
+    """The same error, `what` could not be done said first; of the class that its errno has.  `instead` is
+    what to do where this call means something else by an errno.
+    """
     number = error.errno or e.EIO
     why = error.strerror or os.strerror(number)
-    said = "; ".join(filter(None, (f"{what}: {why}", TO_DO.get(number))))
+    said = "; ".join(filter(None, (f"{what}: {why}", {**TO_DO, **instead}.get(number))))
     return OSError(number, said) if path is None else OSError(number, said, path)
 
 
 @contextmanager
-def asked(what: str, path: str | None = None) -> Iterator[None]:
+def asked(what: str, path: str | None = None, instead: Mapping[int, str] = _NOTHING_ELSE) -> Iterator[None]:
     """An OSError that leaves it says that `what` could not be done."""
     try:
         yield
     except OSError as error:
-        raise told(error, what, path) from None
+        raise told(error, what, path, instead) from None
 
 
 def refusal(error: OSError, what: str) -> UapiError:

@@ -33,6 +33,7 @@ from protocol.kernel.port import BACKLOG, BrokenEvent, Bytes, Mapping, Poller, S
 SO_COOKIE: Final = 57  # not in the socket module
 F_SEAL_FUTURE_WRITE: Final = 0x10  # not in the fcntl module before Python 3.13
 _COOKIE = struct.Struct("=Q")
+_NO_DIRECTORY = {errno.ENOENT: "make the directory it is to lie in"}
 _ZEROES = bytes(2 << 20)  # the smallest piece that is given back at once
 
 
@@ -108,7 +109,7 @@ class Linux:
 
     def listen(self, path: Path, mode: int | None) -> StreamSocket:
         """Bound under another name and renamed: a peer never meets a socket that does not listen yet."""
-        with asked("cannot listen", str(path)), ExitStack() as undo:
+        with asked("cannot listen", str(path), _NO_DIRECTORY), ExitStack() as undo:
             _remove_stale(path)
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             undo.callback(sock.close)

@@ -99,7 +99,13 @@ EDGES = (
         "an-errno-alone",
         "What the kernel refuses reaches a user as an errno, and nobody says what was asked or what to do.",
         "I31",
-        [Edit("protocol.kernel.asked:told", 'f"{what}: {why}", TO_DO.get(number)', "why, None")],
+        [
+            Edit(
+                "protocol.kernel.asked:told",
+                'f"{what}: {why}", {**TO_DO, **instead}.get(number)',
+                "why, None",
+            )
+        ],
         simulated=False,
     ),
     Plant(

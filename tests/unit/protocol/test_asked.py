@@ -53,6 +53,13 @@ def test_no_call_of_the_port_tells_an_errno_alone(call: str) -> None:
     assert os.strerror(caught.value.errno or 0) in str(caught.value) or "no socket" in str(caught.value)
 
 
+def test_who_cannot_listen_makes_the_directory_and_who_cannot_connect_starts_a_listener() -> None:
+    with pytest.raises(FileNotFoundError, match=r"cannot listen: .*; make the directory it is to lie in"):
+        ASKED["listen"]()
+    with pytest.raises(FileNotFoundError, match=r"cannot connect: .*; start who is to listen there"):
+        ASKED["connect"]()
+
+
 def test_a_directory_of_a_peers_is_not_read_and_closed() -> None:
     fd = os.open("/", os.O_RDONLY)
     with pytest.raises(OSError, match="no file, and who reads it may wait for ever"):
