@@ -90,9 +90,11 @@ def _check_used(params: Mapping[str, object], grids: Iterable[tuple[str, Mapping
 
 
 def read_plan(path: Path) -> Plan:
-    """BadPlan: it is no plan.  OSError."""
+    """BadPlan: it is no plan, or cannot be read."""
     try:
         return plan_of(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise BadPlan(f"{path}: {error.strerror}") from None
     except (BadPlan, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadPlan(f"{path}: {error}") from None
 

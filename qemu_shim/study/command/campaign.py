@@ -26,6 +26,7 @@ from qemu_shim.study.campaign.runner import DaemonsRefused, Interrupted, check_o
 from qemu_shim.study.campaign.store import CAMPAIGN_FILE, Store, StoreRefused, planned
 from qemu_shim.study.campaign.summary import as_text, summary
 from qemu_shim.study.command.compare_options import param_dest
+from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.daemon_options import TRACED, given
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -52,7 +53,7 @@ def _complain(status: int, why: str) -> int:
 def _asked(options: argparse.Namespace) -> list[Point] | None:
     """None: nothing was said, so what the store was made for."""
     file = options.plan if options.plan is not None and is_file(options.plan) else None
-    plan = Plan() if options.plan is None or file else read_plan(Path(options.plan))
+    plan = Plan() if options.plan is None or file else _plan(options.plan)
     said: dict[str, Any] = {
         name: names for name in ("workloads", "designs") if (names := getattr(options, name))
     }
@@ -70,6 +71,12 @@ def _asked(options: argparse.Namespace) -> list[Point] | None:
     if options.plan is None and not said and (options.out / CAMPAIGN_FILE).exists():
         return None
     return replace(plan, **said).points()
+
+
+def _plan(name: str) -> Plan:
+    if name in WORKLOADS and not Path(name).exists():
+        raise BadPlan(f"{name} is a workload, and there is no plan of that name: say --workloads {name}")
+    return read_plan(Path(name))
 
 
 def _code(options: argparse.Namespace, points: list[Point] | None) -> str:

@@ -51,6 +51,25 @@ def test_where_there_are_runs_it_says_what_is_missing(
     assert json.loads(capsys.readouterr().out) == {"points": 3, "missing": missing}
 
 
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (
+            "boot-touch",
+            "boot-touch is a workload, and there is no plan of that name: say --workloads boot-touch",
+        ),
+        ("gone.toml", "gone.toml: No such file or directory"),
+        (".", ".: Is a directory"),
+    ],
+)
+def test_a_plan_that_is_not_there_is_a_wrong_command(
+    plan: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert campaign(plan, out=tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"qemu-shim: {why}\n"
+
+
 def test_options_replace_what_the_file_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text("workloads = ['dmatest']\nseeds = '0..9'\n[params]\nbuf_kib = 8\ntransfer_kib = 4\n")
