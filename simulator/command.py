@@ -40,6 +40,7 @@ SCHEDULES_OF_SHARD = (
 )
 OF_SMALL_SHARD = 100  # in one machine, which takes as long to bring up as ten to play
 EXIT_FOUND = 1
+_CUT_SHORT = {"interrupted": "; interrupted", "time": "; the --seconds are over"}
 
 
 def find(name: str) -> Scenario | SmallStory:
@@ -82,11 +83,11 @@ def main(argv: list[str]) -> int:
         return EXIT_FAILED
     tally = ended.tally
     if options.json:
-        print(json.dumps(_document(judged, options, tally), indent=1))
+        print(json.dumps(_document(judged, options, tally, ended.why), indent=1))
     else:
         counted = f"{tally.schedules:,} schedules by {options.strategy}, {len(tally.traces):,} traces"
         covered = f"{len(tally.covered):,} transitions and races, {len(tally.found):,} failed"
-        print(f"{_told(judged)}: {counted}, {covered}")
+        print(f"{_told(judged)}: {counted}, {covered}{_CUT_SHORT.get(ended.why, '')}")
         if tally.summary:
             print(tally.summary)
         if tally.found:
@@ -268,8 +269,8 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
         print(f"replay: qemu-shim sim --replay {story}")
 
 
-def _document(judged: Judged, options: argparse.Namespace, tally: Tally) -> dict[str, Any]:
-    """What `--json` prints: of failures the first one."""
+def _document(judged: Judged, options: argparse.Namespace, tally: Tally, ended: str) -> dict[str, Any]:
+    """What `--json` prints: of failures the first one; `ended` as of CampaignEnd."""
     said: dict[str, Any] = {
         "scenario": judged.scenario,
         "design": judged.design,
@@ -282,6 +283,7 @@ def _document(judged: Judged, options: argparse.Namespace, tally: Tally) -> dict
         "traces": len(tally.traces),
         "transitions_and_races": len(tally.covered),
         "failed": len(tally.found),
+        "ended": ended,
         "summary": tally.summary,
     }
     for found in tally.found[:1]:

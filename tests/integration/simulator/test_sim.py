@@ -135,6 +135,20 @@ def test_no_schedule_is_no_result(
     assert ("no schedule was played" in capsys.readouterr().err) == (why != "interrupted")
 
 
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [("done", ""), ("time", "; the --seconds are over"), ("interrupted", "; interrupted")],
+)
+def test_a_search_that_was_cut_short_says_so(
+    why: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "run_campaign", lambda *_, **__: CampaignEnd(Tally(schedules=3), why))
+    main(["sim", "age"])
+    assert capsys.readouterr().out.endswith(f" 0 failed{said}\n")
+    main(["sim", "age", "--json"])
+    assert json.loads(capsys.readouterr().out)["ended"] == why
+
+
 def test_a_story_that_cannot_be_written_is_told_and_the_failure_as_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
