@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from qemu_shim import cli
+from qemu_shim import __main__, cli
 from qemu_shim.scenarios.measure import Report
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.workloads.library import WORKLOADS
 from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED
 from tests.tidy.source import ROOT
 
 
@@ -177,3 +179,17 @@ def test_an_interrupted_run_is_130_and_prints_no_report(
     out, err = capsys.readouterr()
     assert out == ""
     assert "interrupted" in err
+
+
+def test_an_interrupt_while_a_command_is_imported_is_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Importing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "qemu_shim.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "qemu_shim.cli")
+    monkeypatch.setattr(sys, "meta_path", [Importing(), *sys.meta_path])
+    assert __main__.main(["sim", "age"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr() == ("", "interrupted\n")
