@@ -57,6 +57,18 @@ def whole() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """To Ctrl-C, as a worker that is started here is from its first instruction on: it imports for a while
+    before `_begin`.  We hear of it afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def pooled(
     tasks: Iterable[Task],
     do: Callable[[Task, Stop], Result],
@@ -81,8 +93,9 @@ def pooled(
                 running = {future: task for future, task in running.items() if not future.cancel()}
                 todo = iter(())
             with whole():
-                for task in islice(todo, 2 * workers - len(running)):
-                    running[pool.submit(_do, do, task)] = task
+                with _deaf():
+                    for task in islice(todo, 2 * workers - len(running)):
+                        running[pool.submit(_do, do, task)] = task
                 ended, _ = wait(running, TELLS_S, FIRST_COMPLETED)
             if not running:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qemu_shim.vmm.interrupt import SIGNALS
+from simulator.pool import Stop, pooled
 from tests.patience import WHOLE_RUN_S
 
 DEAF = r"""
@@ -87,3 +89,13 @@ def test_at_a_second_signal_nobody_waits_for_a_task_that_does_not_look(tmp_path:
         process.send_signal(number)
         told, _ = process.communicate(timeout=WHOLE_RUN_S)
     assert (process.returncode, told.splitlines()[-1]) == (0, "at once")
+
+
+def mask(_number: int, _stop: Stop) -> set[int]:
+    return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}
+
+
+def test_a_worker_is_deaf_to_ctrl_c_from_its_start_and_we_are_not() -> None:
+    ended = [one for one in pooled(range(1), mask, 1) if one is not None]
+    assert signal.SIGINT in ended[0][1].result()
+    assert signal.SIGINT not in mask(0, lambda: False)
