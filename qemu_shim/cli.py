@@ -149,6 +149,8 @@ def _parsed(
         _check_design(run, _scenario(options.scenario), options.design)
         if options.attach is not None and given(options):
             run.error("the daemons of --attach run already: give them options where they are started")
+    if options.command in ("run", "inspect"):
+        _check_directories(commands[options.command], options)
     return options
 
 
@@ -187,6 +189,18 @@ def _check_design(parser: argparse.ArgumentParser, scenario: Scenario, design: s
     if design not in scenario.playable:
         played = ", ".join(scenario.playable)
         parser.error(f"{scenario.name} cannot be played on design {design}; it can on: {played}")
+
+
+def _check_directories(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Before anything is played, not after; comes last, because what `--dump` names is made."""
+    if options.dump is None:
+        return
+    try:
+        options.dump.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--dump {options.dump}: {error.strerror}")
+    if not os.access(options.dump, os.W_OK | os.X_OK):
+        parser.error(f"--dump {options.dump}: nothing can be written there")
 
 
 def _add_run_options(parser: argparse.ArgumentParser, **default: Any) -> None:

@@ -45,6 +45,9 @@ def no_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "dmatest", "--kvmd"], "expected one argument"),
         (["run", "--attach", "/tmp", "dmatest", "--kvmd", "--no-pml"], "the daemons of --attach run already"),
         (["inspect", "--kvmd", "--no-pml"], "unrecognized arguments"),
+        (["run", "sharing", "--dump", "/proc/nope"], "--dump /proc/nope: No such file or directory"),
+        (["run", "--dump", "/etc/passwd", "sharing"], "--dump /etc/passwd: File exists"),
+        (["inspect", "--dump", "/proc/nope"], "--dump /proc/nope: No such file or directory"),
     ],
 )
 def test_a_wrong_command_says_what_is_wrong_and_exits_with_2(
