@@ -22,6 +22,7 @@ import trio
 from protocol.daemon import configure_log, refuse_optimised
 from protocol.errors import PeerError, UapiError, leaves
 from protocol.options import LOG_LEVELS
+from protocol.rpc.socket import START_PATIENCE_S
 from qemu_shim.commands import parsers
 from qemu_shim.guest.memory import OutOfGuestMemory
 from qemu_shim.scenarios.files import BadFile, is_file, scenario_of, told
@@ -33,6 +34,7 @@ from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.study.command.campaign_options import add_options as add_campaign_options
 from qemu_shim.study.command.compare_options import add_compare, add_params, param_dest
 from qemu_shim.vmm.daemon_options import TRACED, add_daemon_options, given, joined, lacking, merged
+from qemu_shim.vmm.daemons import DAEMONS, socket_of
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from qemu_shim.vmm.inspect import as_text, demo, inspect
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READER, interruptible
@@ -90,7 +92,7 @@ def _do(options: argparse.Namespace) -> int:
     finished = trio.run(_run, scenario, params, report, options)
     if not finished:
         return _interrupted(options)
-    _show(report, as_json=options.json)
+    _show(report, as_json=options.json, attached=options.attach is not None)
     return EXIT_FAILED if report.problems else 0
 
 
@@ -193,6 +195,10 @@ def _check_design(parser: argparse.ArgumentParser, scenario: Scenario, design: s
 
 def _check_directories(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Before anything is played, not after; comes last, because what `--dump` names is made."""
+    if options.attach is not None and not options.attach.is_dir():
+        parser.error(
+            f"--attach {options.attach}: there is no such directory, so no daemon has a socket there"
+        )
     if options.dump is None:
         return
     try:
@@ -342,7 +348,7 @@ def _interrupted(options: argparse.Namespace) -> int:
     if options.attach is None:
         what = "every daemon was stopped, nothing is left"
     else:
-        what = f"the daemons in {options.attach} still run, what we had of them is given back"
+        what = f"no daemon in {options.attach} was stopped, what we had of them is given back"
     print(f"interrupted: {what}", file=sys.stderr)
     return EXIT_INTERRUPTED
 
@@ -364,7 +370,9 @@ async def _with_host(
             async with AsyncExitStack() as stack:
                 directory, admin = options.attach, options.admin if as_admin else None
                 supervisor = None
-                if directory is None:
+                if directory is not None:
+                    _say_who_is_waited_for(directory)
+                else:
                     supervisor = await stack.enter_async_context(
                         supervised(daemon_options or {}, log_level=options.log_level)
                     )
@@ -378,7 +386,14 @@ async def _with_host(
     return await interruptible(with_host)
 
 
-def _show(report: Report, *, as_json: bool) -> None:
+def _say_who_is_waited_for(directory: Path) -> None:
+    """Daemons that are still starting, or that nobody starts: a minute is long without a word."""
+    if missing := [spec.name for spec in DAEMONS if not socket_of(spec, directory).exists()]:
+        who = f"waiting up to {START_PATIENCE_S:.0f} s for {', '.join(missing)}"
+        print(f"qemu-shim: {who}: no socket of theirs is in {directory} yet", file=sys.stderr)
+
+
+def _show(report: Report, *, as_json: bool, attached: bool) -> None:
     if as_json:
         print(json.dumps(report.as_json()))
         return
@@ -389,6 +404,6 @@ def _show(report: Report, *, as_json: bool) -> None:
     for problem in report.problems:
         print(f"FAILED: {problem}")
     if report.problems:
-        what_daemons_did = "--log-level debug says what the daemons did"
-        print(f"to see more: --dump DIR writes the tables, {TRACED}, {what_daemons_did}")
+        of_ours = "" if attached else f", {TRACED}, --log-level debug says what the daemons did"
+        print(f"to see more: --dump DIR writes the tables{of_ours}")
     print(f"{report.scenario}: {'failed' if report.problems else 'ok'}")

@@ -225,10 +225,22 @@ def test_an_attached_run_interrupted_leaves_the_daemons_as_they_were(scratch: Sc
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=WHOLE_RUN_S)
         assert process.returncode == 130
-        still = f"the daemons in {by_hand.directory} still run, what we had of them is given back"
-        assert err == f"interrupted: {still}\n"
+        none = f"no daemon in {by_hand.directory} was stopped, what we had of them is given back"
+        assert err == f"interrupted: {none}\n"
         peer.close()
         by_hand.wait_closed(before)
+
+
+def test_who_attaches_to_nobody_hears_whom_it_waits_for(scratch: Scratch, tmp_path: Path) -> None:
+    process = scratch.start("run", "--attach", str(tmp_path), "sharing")
+    assert process.stderr is not None
+    who = "kvmd, device_sim, iommufdd"
+    told = f"waiting up to 60 s for {who}: no socket of theirs is in {tmp_path} yet"
+    assert process.stderr.readline() == f"qemu-shim: {told}\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=WHOLE_RUN_S)
+    assert process.returncode == 130
+    assert "still run" not in err
 
 
 NEEDS = {

@@ -45,6 +45,7 @@ def no_daemons(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "dmatest", "--kvmd"], "expected one argument"),
         (["run", "--attach", "/tmp", "dmatest", "--kvmd", "--no-pml"], "the daemons of --attach run already"),
         (["inspect", "--kvmd", "--no-pml"], "unrecognized arguments"),
+        (["run", "--attach", "/no/such", "sharing"], "--attach /no/such: there is no such directory"),
         (["run", "sharing", "--dump", "/proc/nope"], "--dump /proc/nope: No such file or directory"),
         (["run", "--dump", "/etc/passwd", "sharing"], "--dump /etc/passwd: File exists"),
         (["inspect", "--dump", "/proc/nope"], "--dump /proc/nope: No such file or directory"),
@@ -164,6 +165,16 @@ def test_the_exit_status_and_last_line_say_whether_it_held(
     assert lines[0] == "a line"
     assert lines[-1] == last
     assert [line for line in lines if line.startswith("FAILED")] == [f"FAILED: {p}" for p in problems]
+
+
+def test_what_shows_more_is_what_the_command_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for attached, more in ([], True), (["--attach", "/tmp"], False):
+        play(monkeypatch, Played(problems=("bad",)), *attached, "sharing")
+        line = capsys.readouterr().out.splitlines()[-2]
+        assert line.startswith("to see more: --dump DIR writes the tables")
+        assert ("--kvmd" in line, "--log-level" in line) == (more, more)
 
 
 def test_json_is_one_document_even_if_it_failed(
