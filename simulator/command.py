@@ -218,8 +218,8 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
     params = {}
     for given in options.param:
         param, _, value = given.partition("=")
-        if param not in scenario.params or not value.isdigit():
-            parser.error(f"--set {given}: NAME=N, where NAME is one of {', '.join(scenario.params)}")
+        if refused := _not_set(scenario, param, value):
+            parser.error(f"--set {given}: {refused}")
         params[param] = int(value)
     if not STRATEGIES[options.strategy].seeded:
         own = scenario.faults if isinstance(scenario, SmallStory) else ()
@@ -227,6 +227,18 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
             if refused := _not_searched(kinds):
                 parser.error(f"{whose} with --strategy {options.strategy}: {refused}")
     return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)
+
+
+def _not_set(scenario: Scenario | SmallStory, name: str, value: str) -> str:
+    """Why the parameter cannot be that; empty: it can."""
+    if not scenario.params:
+        return f"{scenario.name} has no parameters"
+    param = scenario.params.get(name)
+    if param is None:
+        return f"NAME=N, where NAME is one of {', '.join(scenario.params)}"
+    if not value.isdecimal():
+        return f"{value!r} is not a number"
+    return "" if param.low <= int(value) <= param.high else f"{value} is not in {param.low}..{param.high}"
 
 
 def _are_kinds(text: str) -> bool:
