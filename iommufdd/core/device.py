@@ -184,12 +184,7 @@ class IommufdDevice(Object):
         self._partial.discard([self.rid])
         await self._wait_quiet()
         self.unit.retire_pasid_entry(self.rid, RID_PASID)
-        try:
-            await self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats))
-        except UapiError as error:
-            if error.errno != errno.ENODEV:  # else silicon that is gone
-                hwpt.unforgotten[self.rid] = Former(self.unit, ats)
-                self._former = hwpt
+        await self._have_forgotten(hwpt)
         self.unit.clear_pasid_entry(self.rid, RID_PASID)
         await _try(self._config.set_function(self.rid, ats=False))
         await _try(self._config.set_function(self.rid, pasid=False))
@@ -200,6 +195,17 @@ class IommufdDevice(Object):
         hwpt.without_ats.discard(self.rid)
         await self._unpin_all(hwpt)
         hwpt.users -= 1
+
+    async def _have_forgotten(self, hwpt: Hwpt) -> None:
+        """No cache has it; or the unit refuses, and is asked again before anything is given up."""
+        ats = self.info.ats
+        try:
+            # await: hwpt: cannot change: the group's mutex is held
+            await self.unit.submit(qi.detach(hwpt.domain.did, self.rid, self.unit.ecap, ats=ats))
+        except UapiError as error:
+            if error.errno != errno.ENODEV:  # else silicon that is gone
+                hwpt.unforgotten[self.rid] = Former(self.unit, ats)
+                self._former = hwpt
 
     # -- pinning ---------------------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ IOMMUFDD_DRIVER = (
         [
             Edit(
                 f"{_DEVICE}.leave",
-                "await self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats))",
+                "await self._have_forgotten(hwpt)",
                 "pass",
             )
         ],
@@ -234,10 +234,8 @@ IOMMUFDD_DRIVER = (
         [
             Edit(
                 f"{_DEVICE}.leave",
-                "await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))\n"
-                "    self.unit.clear_pasid_entry(self.rid, RID_PASID)",
-                "self.unit.clear_pasid_entry(self.rid, RID_PASID)\n"
-                "    await _try(self.unit.submit(qi.detach(did, self.rid, ecap, ats=ats)))",
+                "await self._have_forgotten(hwpt)\n    self.unit.clear_pasid_entry(self.rid, RID_PASID)",
+                "self.unit.clear_pasid_entry(self.rid, RID_PASID)\n    await self._have_forgotten(hwpt)",
             )
         ],
         races=["R14"],
