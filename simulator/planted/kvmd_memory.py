@@ -39,7 +39,6 @@ KVMD_MEMORY = (
         "I25",
         [Edit(f"{_LOG}._protect_offsets", "or not there:", "or there != offsets:")],
         races=["R19"],
-        simulated=False,  # no story makes a slot smaller before its ring is harvested
     ),
     Plant(
         "R19-fast-fault-marks-nothing",

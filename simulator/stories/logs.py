@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -98,6 +98,34 @@ def _logged(*, ring_bytes: int = 0, page_size: int = PAGE_SIZE) -> Play:
     return play
 
 
+async def _ring_outlives_its_slot(ctx: Context, excerpt: Excerpt) -> None:
+    """A slot is made anew, smaller, while pages of it are in the ring: what it has no more is nothing to log,
+    and keeps nothing else from being logged.
+    """
+    wishes = ctx.sized(PAGES)
+    wishes["dirty_ring_bytes"] = RING_BYTES
+    guest = await ctx.boot(**wishes)
+    slot = await guest.add_slot(SLOT_BYTES, AT)
+    vm, small = guest.machine.vm, replace(slot, size=PAGE_SIZE)
+    target, large = await _Target.of(guest, small), await _Target.of(guest, slot)
+    for _ in excerpt.rounds():
+        await target.send({*WATCHED})
+        await large.log(on=True)
+        await guest.write(NEXT, BEFORE)
+        await vm.set_user_memory_region(slot.slot, slot.gpa, 0, slot.hva)
+        await target.log(on=True)
+        await guest.write(AT, BEFORE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.write, AT + 64, AFTER)
+                await target.send(await target.migrator.dirty())
+        await target.check(ctx)
+        await guest.write(AT + 128, AFTER)
+        await target.check(ctx)
+        await vm.set_user_memory_region(slot.slot, slot.gpa, 0, slot.hva)
+        await large.log(on=False)
+
+
 async def _ring_runs_over(ctx: Context, excerpt: Excerpt) -> None:
     """Of two vCPUs nobody reads one's ring, which is full.  KVM goes on storing for it, as user space asks
     it to, and these pages are in the bitmap."""
@@ -162,6 +190,11 @@ async def _tracked(ctx: Context, excerpt: Excerpt) -> None:
 LOGS = (
     SmallStory("log", "stores beside dirty logging by bitmap, from its begin to its end", _logged()),
     SmallStory("ring", "the same, a vCPU's stores by a ring", _logged(ring_bytes=RING_BYTES)),
+    SmallStory(
+        "ring-shrinks",
+        "a slot is made anew, smaller, while its pages are in the ring",
+        _ring_outlives_its_slot,
+    ),
     SmallStory("log-huge", "the same in a huge page, which is taken apart", _logged(page_size=2 * MIB)),
     SmallStory(
         "log-short", "the same, and there is no memory once", _logged(page_size=2 * MIB), faults=("enomem",)

@@ -52,6 +52,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- dirty logs
     "log": ["R19"],
     "ring": ["R19"],
+    "ring-shrinks": ["R19-one-stale-entry-drops-all"],
     "ring-full": ["R19"],
     "log-short": ["R19"],
     "log-huge": ["R19"],

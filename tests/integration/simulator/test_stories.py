@@ -89,6 +89,7 @@ BREAKS = {
     "slot-comes": ("shared", "B-22-mmio-entry-with-rights"),
     "log": ("shared", "R19-cleared-and-not-flushed"),
     "ring": ("shared", "R19-rings-reset-unflushed"),
+    "ring-shrinks": ("shared", "R19-one-stale-entry-drops-all"),
     "ring-full": ("shared", "R19-full-ring-drops"),
     "log-short": ("shared", "R19-fast-fault-on-a-huge-leaf"),
     "log-huge": ("shared", "R14-split-links-first"),
