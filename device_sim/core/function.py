@@ -15,6 +15,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from device_sim.core import msi
 from device_sim.core.devtlb import DevTlb, HpaRun
@@ -40,14 +41,20 @@ class DmaRange:
     write: bool
 
 
-class DmaFault(Exception):
-    """The access cannot be made.  `requested`: the page was asked for and refused."""
+class FaultCause(Enum):
+    ABSENT = auto()  # and not asked for
+    INVALID = auto()  # asked for, and refused or in vain; or what its translation leads to takes no access
+    ERROR = auto()  # the translation request was answered UR or CA, or the page request Response Failure
 
-    def __init__(self, iova: Iova, write: bool, *, requested: bool) -> None:
-        super().__init__(f"{'write' if write else 'read'} of iova {iova:#x}")
+
+class DmaFault(Exception):
+    """The access cannot be made."""
+
+    def __init__(self, iova: Iova, write: bool, why: FaultCause) -> None:
+        super().__init__(f"{'write' if write else 'read'} of iova {iova:#x}: {why.name.lower()}")
         self.iova = iova
         self.write = write
-        self.requested = requested
+        self.why = why
 
 
 class Function:
@@ -170,10 +177,10 @@ class Function:
                 began = self._clock()
             first = missing[0]
             if not (block and self.pri.enabled):
-                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=False)
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, FaultCause.ABSENT)
             tried = tries.get(first.page, 0)
             if tried == MAX_REQUESTS:
-                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, FaultCause.INVALID)
             tries[first.page] = tried + 1
             # await: began, first, missing, ranges: pages may be there now, which costs a request; asked
             # again: the next round translates
@@ -188,7 +195,8 @@ class Function:
             # | tries: cannot change: our own count
             code = await self.pri.request(missing[: min(GROUP_PAGES, self.pri.allocation)])
             if code is not ResponseCode.SUCCESS:
-                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, requested=True)
+                why = FaultCause.ERROR if code is ResponseCode.FAILURE else FaultCause.INVALID
+                raise DmaFault(Iova(first.page << PAGE_SHIFT), first.write, why)
 
     def _translate_missing(self, ranges: list[DmaRange]) -> list[PageAccess]:
         """Translation requests for what the device TLB lacks; the accesses that were not granted."""
@@ -219,12 +227,12 @@ class Function:
     def _interrupt_request(self, dma: DmaRange) -> None:
         """There is nothing to translate; only a message may go there."""
         if not self.dma_enabled:
-            raise DmaFault(dma.iova, dma.write, requested=False)
+            raise DmaFault(dma.iova, dma.write, FaultCause.ABSENT)
         try:
             size = _one_request(dma.iova, dma.size)
             self._unit.interrupt_request(self.rid, dma.iova, size, write=dma.write)
         except RequestRefused:
-            raise DmaFault(dma.iova, dma.write, requested=True) from None
+            raise DmaFault(dma.iova, dma.write, FaultCause.INVALID) from None
 
     def _is_message(self, iova: Iova, size: int) -> bool:
         """An interrupt message, which needs no translation."""
@@ -242,11 +250,11 @@ class Function:
         need = bits.WRITE if write else bits.READ
         self.devtlb.misses += 1
         if not (self.ats_enabled and self.dma_enabled):
-            raise DmaFault(Iova(page << PAGE_SHIFT), write, requested=False)
+            raise DmaFault(Iova(page << PAGE_SHIFT), write, FaultCause.ABSENT)
         try:
             entry = self._unit.translation_request(self.rid, page, need)
-        except RequestRefused:
-            raise DmaFault(Iova(page << PAGE_SHIFT), write, requested=True) from None
+        except RequestRefused:  # UR or CA
+            raise DmaFault(Iova(page << PAGE_SHIFT), write, FaultCause.ERROR) from None
         if entry is not NOT_PRESENT:
             tag = entry.tag if self._memory.tags is not None else None
             self.devtlb.fill(page, entry.hpa, entry.level, entry.rights, tag)
@@ -344,7 +352,7 @@ class Function:
             while at < behind:
                 place = self._memory.frame(hpa)
                 if place is None:
-                    raise DmaFault(Iova(iova + at >> PAGE_SHIFT << PAGE_SHIFT), write, requested=True)
+                    raise DmaFault(Iova(iova + at >> PAGE_SHIFT << PAGE_SHIFT), write, FaultCause.INVALID)
                 view, offset = place
                 piece = view[offset : offset + behind - at]
                 pieces.append(piece)

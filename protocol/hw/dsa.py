@@ -1,13 +1,13 @@
 """Data Streaming Accelerator: the work descriptor and the completion record.
 
 Models the 64-byte descriptor [DSA 8.1] a driver submits through a portal, and the 32-byte record
-[DSA 8.2] the device writes back.  Positions are byte offsets.  Must hold:
+[DSA 8.2] the device writes back, its status as [DSA table 5-6].  Positions are byte offsets.  Must hold:
   - the status byte is written last, after the other 31 bytes: software polls it, having zeroed it;
   - with a page fault in the status, `fault_addr` names the page and bit 7 of the status byte says
     whether the access was a write; `bytes_completed` says where to resume;
   - what a descriptor says wrong is answered in its completion record, so from_bytes() refuses only a
     wrong length: the engine asks reserved_violation() (status 0x12) and knows its opcodes (0x10).
-The meaning of the bits of `fault_info` is not public; the model leaves them zero.
+The model leaves `fault_info` zero (docs/decisions/0008-departures.md).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Flag(IntFlag):
 
 
 NO_FLAGS: Final = Flag(0)
+NEVER_BLOCK: Final = (Opcode.NOOP, Opcode.BATCH, Opcode.DRAIN)  # BOF in one of these is an invalid flag
 
 
 class CrcFlag(IntFlag):
@@ -103,7 +104,7 @@ class Status(IntEnum):
     SUCCESS = 0x01
     SUCCESS_PREDICATE = 0x02  # the comparison gave another result than expected
     PAGE_FAULT_NOBOF = 0x03  # software touches the page and resubmits
-    PAGE_FAULT_IR = 0x04  # the page request was answered with an error
+    PAGE_FAULT_IR = 0x04  # the page request was answered Invalid Request, or in vain
     BATCH_FAIL = 0x05
     BATCH_PAGE_FAULT = 0x06  # on the list of descriptors
     DELTA_OFFSET_ORDER = 0x07
@@ -127,9 +128,12 @@ class Status(IntEnum):
     READBACK_FAULT = 0x1F
     HW_ERROR = 0x20
     HW_ERROR_READBACK = 0x21
-    TRANSLATION_FAIL = 0x22
+    TRANSLATION_FAIL = 0x22  # UR or CA for a translation request, Response Failure for a page request
     DRAIN_EVENT_LOG = 0x26
     BATCH_EVENT_LOG = 0x27
+
+
+PAGE_REFUSED: Final = (Status.PAGE_FAULT_IR, Status.TRANSLATION_FAIL)  # to ask for the page again is no use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

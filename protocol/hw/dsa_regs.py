@@ -5,8 +5,7 @@ groups, the command register and its status, and the software error register, wh
 that cannot be answered in a completion record.  Must hold:
   - reserved bits of a register are written as zero and ignored when read, as registers have it;
   - a record here is the whole register: from_bytes(to_bytes()) gives it back.
-The names of the command errors are the kernel's; which of the four group errors means what, and the codes of
-errors at a portal, are not public: the meanings given here are the model's.
+The names of the command errors are the kernel's, their meanings those of [DSA table 5-8].
 """
 
 from __future__ import annotations
@@ -115,10 +114,10 @@ class CommandError(IntEnum):
     BUSMASTER_EN = 0x12
     PASID_INVAL = 0x13
     WQ_SIZE_ERANGE = 0x14  # all queues together are larger than WQCAP says
-    GRP_CONFIG = 0x15  # a queue is in two groups
-    GRP_CONFIG2 = 0x16  # a queue with a size is in no group
-    GRP_CONFIG3 = 0x17  # a group has queues and no engine
-    GRP_CONFIG4 = 0x18  # an engine is in two groups, or there is none of that number
+    GRP_CONFIG = 0x15  # a group has queues and no engine, or engines and no queue
+    GRP_CONFIG2 = 0x16  # a queue is in two groups, with a size in none, without one in some, or there is none
+    GRP_CONFIG3 = 0x17  # an engine is in two groups, or there is none of that number
+    GRP_CONFIG4 = 0x18  # read buffers
     DEV_NOTEN = 0x20
     WQ_ENABLED = 0x21
     WQ_SIZE = 0x22  # none, or a shared queue's threshold is not within it
@@ -126,7 +125,7 @@ class CommandError(IntEnum):
     WQ_MODE = 0x24
     BOF_EN = 0x25
     PASID_EN = 0x26
-    MAX_BATCH_SIZE = 0x27
+    MAX_BATCH_SIZE = 0x27  # 0, or larger than GENCAP says
     MAX_XFER_SIZE = 0x28
     DIS_DEV_EN = 0x31  # the device to disable is not enabled
     DEV_NOT_EN = 0x32  # nor is the device, or the queue, of a queue's command
@@ -134,12 +133,11 @@ class CommandError(IntEnum):
     NO_HANDLE = 0x42
 
 
-class PortalError(IntEnum):
-    """SWERR codes of descriptors that no queue took; what one took and could not answer has its Status."""
+class OtherError(IntEnum):
+    """SWERR codes of what no descriptor in a queue is to blame for [DSA table 5-7]; else a Status tells."""
 
-    NO_QUEUE = 0x50  # there is no such queue, or it is not enabled
-    WRONG_MODE = 0x51  # a posted write to a shared queue
-    OVERFLOW = 0x52  # a dedicated queue was full
+    COMMAND_ACTIVE = 0x52  # a command was written while another was active
+    QUEUE_FULL = 0x53  # a posted write to a dedicated queue found no room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +293,7 @@ class SoftwareError(Register):
     batch: bool = False
     fault_rw: bool = False
     priv: bool = False
-    error: int = 0  # a Status or a PortalError
+    error: int = 0  # a Status or an OtherError
     wq_idx: int = 0
     operation: int = 0
     pasid: Pasid = NO_PASID

@@ -1,10 +1,10 @@
 """The guest's DSA driver: work queues, completion records, interrupts, and what is left after a fault.
 
 Models the kernel's idxd as a DMA engine [idxd dma.c] with the RFC author's change, block on fault set in
-every descriptor when the queue allows it [RFC 00/42].  The completion records lie in memory the driver got
-zeroed and does not touch, so their page is absent until the device writes the first record: that write raises
-a page request.  Without block on fault the driver touches that page itself; what else faults ends a
-descriptor, of which it submits the rest (`complete`).
+every descriptor that may have it when the queue allows it [RFC 00/42].  The completion records lie in memory
+the driver got zeroed and does not touch, so their page is absent until the device writes the first record:
+that write raises a page request.  Without block on fault the driver touches that page itself; what else
+faults ends a descriptor, of which it submits the rest (`complete`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from protocol.errors import UapiError
 from protocol.hw.dsa import (
     COMPLETION_SIZE,
+    NEVER_BLOCK,
     NO_FLAGS,
     OP_SPECIFIC_SIZE,
     WORK_DESCRIPTOR_SIZE,
@@ -141,8 +142,7 @@ class IdxdWorkQueue:
         record = self._records + slot * COMPLETION_SIZE
         handle = 1 + self._wq * HANDLES_OF_A_QUEUE + slot
         flags = descriptor.flags | Flag.CRAV | Flag.RCR | Flag.RCI
-        if self.block_on_fault and descriptor.opcode != Opcode.DRAIN:
-            flags |= Flag.BOF
+        flags |= self._blocking(descriptor)
         raw = replace(descriptor, flags=flags, completion_addr=Iova(record), int_handle=handle).to_bytes()
         if self._dedicated:
             self._portal.movdir64b(self._wq, raw)
@@ -153,6 +153,9 @@ class IdxdWorkQueue:
         await self._memory.write(record, bytes(COMPLETION_SIZE))  # zero again for whoever is next
         self._free.append(slot)
         return CompletionRecord.from_bytes(written)
+
+    def _blocking(self, descriptor: Descriptor) -> Flag:
+        return Flag.BOF if self.block_on_fault and descriptor.opcode not in NEVER_BLOCK else NO_FLAGS
 
     async def _enqcmd(self, raw: bytes, slot: int) -> None:
         for _ in range(ENQCMDS_RETRIES):
@@ -184,10 +187,11 @@ class IdxdWorkQueue:
         records_size = len(children) * COMPLETION_SIZE
         records = self._memory.allocate(_pages(records_size))
         await self._memory.write(records, bytes(records_size))
-        flags = Flag.CRAV | Flag.RCR | (Flag.BOF if self.block_on_fault else NO_FLAGS)
         raw = [
             replace(
-                child, flags=child.flags | flags, completion_addr=Iova(records + n * COMPLETION_SIZE)
+                child,
+                flags=child.flags | Flag.CRAV | Flag.RCR | self._blocking(child),
+                completion_addr=Iova(records + n * COMPLETION_SIZE),
             ).to_bytes()
             for n, child in enumerate(children)
         ]

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from protocol.errors import UapiError
+from protocol.hw.dsa import PAGE_REFUSED
 from protocol.units import KIB, PAGE_SIZE, Gpa
 from qemu_shim.scenarios.counters import Counters, grown
 from qemu_shim.scenarios.guest import DmaFailed, Guest, with_devices
@@ -261,11 +262,12 @@ class Context:
             self.expect(False, f"{what}: was not refused, {expected}")
 
     async def expect_dma_fault(self, what: str, call: Awaitable[object]) -> None:
-        """The device cannot do it: its work descriptor ends in a page fault."""
+        """The device cannot do it: its work descriptor ends in a page fault, or its translation failed."""
         try:
             await call
         except DmaFailed as failed:
-            fault = "PAGE_FAULT" in failed.record.status.name
+            status = failed.record.status
+            fault = status in PAGE_REFUSED or "PAGE_FAULT" in status.name
             self.expect(fault, f"{what}: {failed}, expected a page fault")
         else:
             self.expect(False, f"{what}: the device did it, expected a page fault")

@@ -120,7 +120,7 @@ class Counters:
     )
     faults_recorded: int = counted("faults", "units recorded", "unit.faults_recorded", exact=False)
     records_lost: int = counted(
-        "records", "of completion that could not be written", "device.software_errors", exact=False
+        "errors", "in SWERR: lost records, failed translations", "device.software_errors", exact=False
     )
     dma_faults: int = counted(
         "descriptors", "that ended in a page fault", "device.statuses.PAGE_FAULT_NOBOF", exact=False

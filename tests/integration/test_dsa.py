@@ -10,7 +10,7 @@ import trio
 
 from protocol.errors import UapiError
 from protocol.hw.dsa import Descriptor, Opcode, Status
-from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, DsaReg, PortalError, State, WqCfg
+from protocol.hw.dsa_regs import TABLE_UNIT, WQCFG_BYTES, WQCFG_TABLE, DsaReg, OtherError, State, WqCfg
 from protocol.units import GIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.scenarios.measure import Report
@@ -178,7 +178,7 @@ async def test_a_dedicated_queue_that_overflows_tells_it_in_the_software_error_r
             guest.portal.movdir64b(0, raw)
         await guest.portal.drain()
         error = await queue.device.take_software_error()
-        assert (error.valid, error.overflow, error.error) == (True, True, PortalError.OVERFLOW)
+        assert (error.valid, error.overflow, error.error) == (True, True, OtherError.QUEUE_FULL)
         assert not (await queue.device.take_software_error()).valid
         device = await device_stats(host)
         lost = device["software_errors"] - before["software_errors"]

@@ -232,7 +232,7 @@ async def test_a_host_that_does_not_reclaim_runs_out_of_memory(
     monkeypatch.setattr(Reclaim, "balance", nothing)
     for workload in SCARCE:
         run = await hosts.play(workload, "shared")
-        assert any("ENOMEM" in problem or "PAGE_FAULT_IR" in problem for problem in run.problems), workload
+        assert any("ENOMEM" in problem or "TRANSLATION_FAIL" in problem for problem in run.problems), workload
 
 
 async def test_a_lost_page_is_noticed_by_cpu_and_device(

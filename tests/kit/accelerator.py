@@ -31,11 +31,14 @@ def work(
     src: int = 0,
     dst: int = 0,
     size: int = 0,
-    record: int = RECORD,
+    record: int | None = None,
     handle: int = 0,
     dword0: int = 0,
     specific: bytes = b"",
 ) -> bytes:
+    """`record`: by default where records lie, if the flags say that there is one."""
+    if record is None:
+        record = RECORD if flags & CRAV else 0
     raw = struct.pack("<IIQQQIHH", dword0, flags | opcode << 24, record, src, dst, size, handle, 0)
     return raw + specific.ljust(24, b"\0")
 

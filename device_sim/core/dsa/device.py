@@ -30,7 +30,7 @@ from protocol.hw.dsa_regs import (
     CommandStatus,
     CommandWord,
     GenCap,
-    PortalError,
+    OtherError,
     SoftwareError,
     State,
     WqCap,
@@ -86,16 +86,14 @@ class Dsa:
     # -- portals ---------------------------------------------------------------------------------------
 
     def movdir64b(self, wq: int, raw: bytes) -> None:
-        """A posted write of a descriptor: whatever is wrong is a software error."""
+        """A posted write of a descriptor: discarded and not told of, but for a full queue [DSA 5.3]."""
         queue = self._enabled_queue(wq)
-        if queue is None:
-            self._drop(PortalError.NO_QUEUE, wq)
-        elif not queue.config.dedicated:
-            self._drop(PortalError.WRONG_MODE, wq)
-        elif not queue.has_room(limited=False):
-            self._drop(PortalError.OVERFLOW, wq)
-        else:
+        if queue is None or not queue.config.dedicated:
+            return
+        if queue.has_room(limited=False):
             self._take(queue, raw)
+        else:
+            self.report(SoftwareError(wq_idx_valid=True, wq_idx=wq, error=OtherError.QUEUE_FULL))
 
     def enqcmd(self, wq: int, raw: bytes, *, limited: bool) -> bool:
         """ENQCMD; True: not taken, retry.  `limited`: through the portal that respects the threshold."""
@@ -112,10 +110,6 @@ class Dsa:
         queue.take(Job(queue, raw, Descriptor.from_bytes(raw)))
         assert queue.group is not None, "an enabled queue has a group"
         queue.group.kick()
-
-    def _drop(self, error: PortalError, wq: int) -> None:
-        known = wq < WORK_QUEUES
-        self.report(SoftwareError(wq_idx_valid=known, wq_idx=wq if known else 0, error=error))
 
     def report(self, error: SoftwareError) -> None:
         """The first error stays until software has read it."""
@@ -134,14 +128,16 @@ class Dsa:
     # -- commands --------------------------------------------------------------------------------------
 
     def write_command(self, word: CommandWord) -> None:
-        """Ignored while a command is active: software must wait for it."""
-        if not self.command_status.active:
-            self.command_status = CommandStatus(active=True)
-            self._spawn(self._command(word))
+        """While a command is active a software error: software must wait for it."""
+        if self.command_status.active:
+            self.report(SoftwareError(error=OtherError.COMMAND_ACTIVE))
+            return
+        self.command_status = CommandStatus(active=True)
+        self._spawn(self._command(word))
 
     async def _command(self, word: CommandWord) -> None:
         run = _COMMANDS.get(word.command)
-        # await: run, word: cannot change: one command at a time, a word written meanwhile is ignored
+        # await: run, word: cannot change: one command at a time, a word written meanwhile is an error
         error = CommandError.INVAL_CMD if run is None else await run(self, word.operand)
         self.command_status = CommandStatus(error=error)
         if word.interrupt:
@@ -166,19 +162,20 @@ class Dsa:
         return CommandError.SUCCESS
 
     def _group_problem(self) -> CommandError | None:
-        """Each queue with a size in one group, each engine in at most one, no queue without an engine."""
+        """Each queue with a size is in one group, no other queue in any, each engine in at most one; and no
+        group has the one without the other.
+        """
         queues = engines = 0
         for wqs, own in zip(self.group_queues, self.group_engines, strict=True):
-            if wqs & queues or wqs >> WORK_QUEUES:
+            if bool(wqs) != bool(own):
                 return CommandError.GRP_CONFIG
+            if wqs & queues:
+                return CommandError.GRP_CONFIG2
             if own & engines or own >> ENGINES:
-                return CommandError.GRP_CONFIG4
-            if wqs and not own:
                 return CommandError.GRP_CONFIG3
             queues, engines = queues | wqs, engines | own
-        if any(queue.config.size and not queues >> queue.index & 1 for queue in self.queues):
-            return CommandError.GRP_CONFIG2
-        return None
+        sized = sum(1 << queue.index for queue in self.queues if queue.config.size)
+        return CommandError.GRP_CONFIG2 if queues != sized else None
 
     # awaits: asked: cannot change: one command at a time; a reset beside it waits for the same descriptors,
     # one after the other, and ends after it

@@ -1,8 +1,8 @@
 """What a descriptor must be before it runs: flags, fields and limits of every opcode, as one table.
 
-Models the checks of [DSA 8.1] in the order: opcode, reserved fields, flags, privilege, interrupt handle,
+Models the checks of [DSA 5.4, 5.5] in the order: opcode, reserved fields, flags, privilege, interrupt handle,
 alignment of the completion record, and then what the operation asks for.  A field no row names is reserved
-for that opcode.  The interrupt handle without RCI and the record's address without CRAV are ignored.
+for that opcode; so are the interrupt handle without RCI and the record's address without CRAV.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from protocol.units import PAGE_OFFSET_MASK, bits
 
 MSIX_ENTRIES: Final = 2048
 MIN_BATCH: Final = 2
+CRC_BYTES: Final = 4
 
 Check = Callable[[Descriptor, WqCfg], Status | None]
 
 _COMMON: Final = Flag.CRAV | Flag.RCR | Flag.RCI | Flag.CRSTS | Flag.CR_TCS
-_TCS: Final = Flag.ADDR1_TCS | Flag.ADDR2_TCS | Flag.ADDR3_TCS
-_READS: Final = _COMMON | _TCS | Flag.BOF
+_A1, _A2, _A3 = Flag.ADDR1_TCS, Flag.ADDR2_TCS, Flag.ADDR3_TCS
+_READS: Final = _COMMON | Flag.BOF
 _WRITES: Final = _READS | Flag.CC | Flag.STORD
+_RECORD: Final = Flag.CRAV | Flag.RCR  # what an operation is for, where its result is in the record alone
 _CRC_FLAGS: Final = CrcFlag.READ_SEED | CrcFlag.BYPASS_INVERT | CrcFlag.BYPASS_REFLECT
 _DRAIN_FLAGS: Final = (
     DrainFlag.READBACK1 | DrainFlag.READBACK2 | DrainFlag.SUPPRESS_TC_A | DrainFlag.SUPPRESS_TC_B
@@ -36,6 +38,7 @@ _DRAIN_FLAGS: Final = (
 _OPERANDS: Final = bits(8 * dsa.WORK_DESCRIPTOR_SIZE - 1, 128)  # of a descriptor, behind the record's address
 _SRC, _DST, _SIZE = (dsa.LAYOUT[name] for name in ("src", "dst", "size"))
 _INT_HANDLE: Final = dsa.LAYOUT["int_handle"].mask
+_RECORD_ADDR: Final = dsa.LAYOUT["completion_addr"].mask
 _OP_SPECIFIC_SHIFT: Final = 8 * (dsa.WORK_DESCRIPTOR_SIZE - dsa.OP_SPECIFIC_SIZE)
 
 
@@ -44,15 +47,22 @@ class Rule:
     flags: int
     reserved: int
     checks: tuple[Check, ...]
+    required: int = 0  # flags
 
 
-def _rule(flags: int, fields: tuple[Field, ...], *checks: Check, specific: tuple[Field, ...] = ()) -> Rule:
+def _rule(
+    flags: int,
+    fields: tuple[Field, ...],
+    *checks: Check,
+    specific: tuple[Field, ...] = (),
+    required: int = 0,
+) -> Rule:
     used = _INT_HANDLE
     for field in fields:
         used |= field.mask
     for field in specific:
         used |= field.mask << _OP_SPECIFIC_SHIFT
-    return Rule(int(flags), dsa.RESERVED | _OPERANDS & ~used, checks)
+    return Rule(int(flags), dsa.RESERVED | _OPERANDS & ~used, checks, int(required))
 
 
 # -- checks --------------------------------------------------------------------------------------------
@@ -88,8 +98,17 @@ def _dualcast_apart(d: Descriptor, limits: WqCfg) -> Status | None:
     return Status.OVERLAP if any(_overlap(a, d.size, b, d.size) for a, b in pairs) else None
 
 
+def _source_size(d: Descriptor, limits: WqCfg) -> Status | None:
+    return Status.TRANSFER_SIZE if d.size > delta.MAX_SOURCE else None
+
+
 def _whole_words(d: Descriptor, limits: WqCfg) -> Status | None:
-    return Status.TRANSFER_SIZE if d.size % delta.WORD or d.size > delta.MAX_SOURCE else None
+    return Status.ADDR_ALIGN if (d.src | d.dst | d.size) % delta.WORD else None
+
+
+def _seed_aligned(d: Descriptor, limits: WqCfg) -> Status | None:
+    reads = d.flags & CrcFlag.READ_SEED
+    return Status.ADDR_ALIGN if reads and d.op(dsa.CRC_SEED_ADDR) % CRC_BYTES else None
 
 
 def _largest_delta(d: Descriptor, limits: WqCfg) -> Status | None:
@@ -113,10 +132,6 @@ def _delta_made_apart(d: Descriptor, limits: WqCfg) -> Status | None:
     return Status.OVERLAP if overlaps else None
 
 
-def _delta_applied_aligned(d: Descriptor, limits: WqCfg) -> Status | None:
-    return Status.ADDR_ALIGN if d.src % delta.WORD else None
-
-
 def _delta_applied_apart(d: Descriptor, limits: WqCfg) -> Status | None:
     overlaps = _overlap(d.src, d.op(dsa.DELTA_REC_SIZE), d.dst, d.size)
     return Status.OVERLAP if overlaps else None
@@ -128,42 +143,58 @@ _DELTA_MADE = (dsa.DELTA_ADDR, dsa.MAX_DELTA_SIZE, dsa.EXPECTED_RESULT_MASK)
 _BOTH = (_SRC, _DST, _SIZE)
 
 RULES: Final[dict[int, Rule]] = {
-    Opcode.NOOP: _rule(_READS, ()),
-    Opcode.BATCH: _rule(_READS, (_SRC, _SIZE), _batch_count, _list_alignment),
-    Opcode.DRAIN: _rule(_COMMON | _TCS | _DRAIN_FLAGS, (_SRC, _DST)),
-    Opcode.MEMMOVE: _rule(_WRITES, _BOTH, _transfer_size),
-    Opcode.MEMFILL: _rule(_WRITES, _BOTH, _transfer_size),
-    Opcode.COMPARE: _rule(_READS | Flag.CR, _BOTH, _transfer_size, specific=_COMPARED),
-    Opcode.COMPVAL: _rule(_READS | Flag.CR, _BOTH, _transfer_size, specific=_COMPARED),
+    Opcode.NOOP: _rule(_COMMON, ()),
+    Opcode.BATCH: _rule(_COMMON | _A1, (_SRC, _SIZE), _batch_count, _list_alignment),
+    Opcode.DRAIN: _rule(_COMMON | _A1 | _A2 | _DRAIN_FLAGS, (_SRC, _DST)),
+    Opcode.MEMMOVE: _rule(_WRITES | _A1 | _A2, _BOTH, _transfer_size),
+    Opcode.MEMFILL: _rule(_WRITES | _A2, _BOTH, _transfer_size),
+    Opcode.COMPARE: _rule(
+        _READS | Flag.CR | _A1 | _A2, _BOTH, _transfer_size, specific=_COMPARED, required=_RECORD
+    ),
+    Opcode.COMPVAL: _rule(
+        _READS | Flag.CR | _A1, _BOTH, _transfer_size, specific=_COMPARED, required=_RECORD
+    ),
     Opcode.CR_DELTA: _rule(
-        _WRITES | Flag.CR,
+        _WRITES | Flag.CR | _A1 | _A2 | _A3,
         _BOTH,
-        *(_transfer_size, _whole_words, _largest_delta, _delta_made_aligned, _delta_made_apart),
+        *(_transfer_size, _source_size, _whole_words, _largest_delta, _delta_made_aligned, _delta_made_apart),
         specific=_DELTA_MADE,
+        required=_RECORD,
     ),
     Opcode.AP_DELTA: _rule(
-        _WRITES,
+        _WRITES | _A1 | _A2,
         _BOTH,
-        *(_transfer_size, _whole_words, _delta_size, _delta_applied_aligned, _delta_applied_apart),
+        *(_transfer_size, _source_size, _whole_words, _delta_size, _delta_applied_apart),
         specific=(dsa.DELTA_REC_SIZE,),
     ),
     Opcode.DUALCAST: _rule(
-        _WRITES,
+        _WRITES | _A1 | _A2 | _A3,
         _BOTH,
         *(_transfer_size, _dualcast_offsets, _dualcast_apart),
         specific=(dsa.DEST2,),
     ),
-    Opcode.CRCGEN: _rule(_READS | _CRC_FLAGS, (_SRC, _SIZE), _transfer_size, specific=_CRC_OPERANDS),
-    Opcode.COPY_CRC: _rule(
-        _WRITES | _CRC_FLAGS, _BOTH, *(_transfer_size, _copy_apart), specific=_CRC_OPERANDS
+    Opcode.CRCGEN: _rule(
+        _READS | _A1 | _A3 | _CRC_FLAGS,
+        (_SRC, _SIZE),
+        *(_transfer_size, _seed_aligned),
+        specific=_CRC_OPERANDS,
+        required=_RECORD,
     ),
-    Opcode.CFLUSH: _rule(_READS | Flag.CC, (_DST, _SIZE), _transfer_size),
+    Opcode.COPY_CRC: _rule(
+        _WRITES | _A1 | _A2 | _A3 | _CRC_FLAGS,
+        _BOTH,
+        *(_transfer_size, _seed_aligned, _copy_apart),
+        specific=_CRC_OPERANDS,
+        required=_RECORD,
+    ),
+    Opcode.CFLUSH: _rule(_WRITES | _A2, (_DST, _SIZE), _transfer_size),
 }
 NOT_IN_A_BATCH: Final = (Opcode.BATCH, Opcode.DRAIN)
 
-_FENCE, _CRAV, _RCR, _RCI, _BOF = (
-    int(flag) for flag in (Flag.FENCE, Flag.CRAV, Flag.RCR, Flag.RCI, Flag.BOF)
+_FENCE, _CRAV, _RCR, _RCI, _BOF, _CR_TCS = (
+    int(flag) for flag in (Flag.FENCE, Flag.CRAV, Flag.RCR, Flag.RCI, Flag.BOF, Flag.CR_TCS)
 )
+_READ_BACKS: Final = ((int(DrainFlag.READBACK1), int(_A1)), (int(DrainFlag.READBACK2), int(_A2)))
 
 
 def refusal(job: Job) -> JobResult | None:
@@ -172,13 +203,13 @@ def refusal(job: Job) -> JobResult | None:
     rule = RULES.get(d.opcode)
     if rule is None or (job.batch is not None and d.opcode in NOT_IN_A_BATCH):
         return JobResult(Status.BAD_OPCODE)
-    if int.from_bytes(job.raw, "little") & rule.reserved:
+    if int.from_bytes(job.raw, "little") & (rule.reserved | _reserved_without(job.flags)):
         return JobResult(Status.NOZERO_RESERVED)
     invalid = _invalid_flags(job, rule)
     if invalid:
         return JobResult(Status.INVALID_FLAGS, specific=store(invalid, dsa.CR_SPECIFIC_SIZE))
     limits = job.queue.config
-    if d.priv and not limits.dedicated and not limits.priv:
+    if d.priv and job.batch is None and not limits.dedicated and not limits.priv:
         return JobResult(Status.PRIVILEGE)
     if not valid_handle(job):
         return JobResult(Status.INT_HANDLE)
@@ -199,8 +230,19 @@ def _invalid_flags(job: Job, rule: Rule) -> int:
     if not job.queue.config.block_on_fault:
         allowed &= ~_BOF
     if not flags & _CRAV:
-        allowed &= ~_RCR
-    return flags & ~allowed
+        allowed &= ~(_RCR | _CR_TCS)
+    if job.descriptor.opcode == Opcode.DRAIN:
+        for valid, tcs in _READ_BACKS:
+            if not flags & valid:
+                allowed &= ~tcs
+        missing = 0 if flags & (_RCR | _RCI) else _RCR | _RCI
+    else:
+        missing = rule.required & ~flags
+    return flags & ~allowed | missing
+
+
+def _reserved_without(flags: int) -> int:
+    return (0 if flags & _RCI else _INT_HANDLE) | (0 if flags & _CRAV else _RECORD_ADDR)
 
 
 def valid_handle(job: Job) -> bool:

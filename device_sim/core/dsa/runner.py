@@ -2,8 +2,8 @@
 
 Models [DSA 3]: check, run, record, interrupt.  The record is written by DMA, its status byte last; what
 cannot be answered in a record goes to the software error register.  So every descriptor a queue took ends
-in exactly one of: a record, a software error, nothing because it asked for none and succeeded, or nothing
-because it was aborted.
+in exactly one of: a record, a software error, nothing because it asked for none and did not fail, or nothing
+because it was aborted.  Of a translation that failed both are told [DSA table 5-6].
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from device_sim.core.dsa.operations import OPERATIONS
 from device_sim.core.dsa.result import FAULT_ADDR_MASK, JobResult
 from device_sim.core.dsa.rules import refusal, valid_handle
 from device_sim.core.dsa.wq import Job
-from device_sim.core.function import DmaFault, Function
+from device_sim.core.function import DmaFault, FaultCause, Function
 from protocol.flow import Flow
 from protocol.hw.dsa import COMPLETION_SIZE, Descriptor, Flag, Opcode, Status
 from protocol.hw.dsa_regs import SoftwareError
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Iova, align_up
 
+_STATUS_OF = {
+    FaultCause.ABSENT: Status.PAGE_FAULT_NOBOF,
+    FaultCause.INVALID: Status.PAGE_FAULT_IR,
+    FaultCause.ERROR: Status.TRANSLATION_FAIL,
+}
+_NOT_FAILED = (Status.SUCCESS, Status.SUCCESS_PREDICATE, Status.BATCH_FAIL)  # [DSA 5.8.1]
 _BOF, _CRAV, _RCR, _RCI = int(Flag.BOF), int(Flag.CRAV), int(Flag.RCR), int(Flag.RCI)
 
 
@@ -98,7 +104,7 @@ class Runner:
             await OPERATIONS[d.opcode](dma, d, out)
         except DmaFault as fault:
             out.fault = fault
-            out.status = Status.PAGE_FAULT_IR if fault.requested else Status.PAGE_FAULT_NOBOF
+            out.status = _STATUS_OF[fault.why]
         except DeltaError as error:
             out.status = error.status
         except Aborted:
@@ -108,7 +114,7 @@ class Runner:
         return out
 
     async def _finish(self, job: Job, out: JobResult) -> None:
-        failed = out.status is not Status.SUCCESS
+        failed = out.status not in _NOT_FAILED
         dma = self._control(job)  # what faulted in the operation is nothing to the record
         try:
             dma.check_aborted()
@@ -126,8 +132,10 @@ class Runner:
 
     async def _write_record(self, job: Job, dma: Dma, out: JobResult) -> None:
         at = job.descriptor.completion_addr
-        if not job.flags & _CRAV or at % COMPLETION_SIZE:
-            self._lose(job, out.status, out, out.fault)
+        nowhere = not job.flags & _CRAV or at % COMPLETION_SIZE != 0
+        if nowhere or out.status is Status.TRANSLATION_FAIL:
+            self._tell(job, out.status, out, out.fault)
+        if nowhere:
             return
         record = out.record().to_bytes()
         try:
@@ -138,10 +146,10 @@ class Runner:
             dma.store(Iova(at + 1), record[1:])
             dma.store(at, record[:1])
         except DmaFault as fault:
-            self._lose(job, Status.CR_TRANSLATION_FAULT, out, fault)
+            self._tell(job, Status.CR_TRANSLATION_FAULT, out, fault)
 
-    def _lose(self, job: Job, error: Status, out: JobResult, fault: DmaFault | None) -> None:
-        """Its completion record cannot be written."""
+    def _tell(self, job: Job, error: Status, out: JobResult, fault: DmaFault | None) -> None:
+        """A software error: of what its record does not tell, or tells too."""
         d = job.descriptor
         self._report(
             SoftwareError(

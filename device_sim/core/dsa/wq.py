@@ -83,7 +83,7 @@ class WorkQueue:
             return CommandError.WQ_SIZE
         if config.pasid_enable:
             return CommandError.PASID_EN  # the function has no PASID
-        if config.max_batch_shift > max_batch_shift:
+        if not 0 < config.max_batch_shift <= max_batch_shift:
             return CommandError.MAX_BATCH_SIZE
         if config.max_xfer_shift > max_xfer_shift:
             return CommandError.MAX_XFER_SIZE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from protocol.hw.dsa import Status
+from protocol.hw.dsa import PAGE_REFUSED, Status
 from qemu_shim.api import MIB, PAGE_SIZE, Context, DmaFailed, Guest, Param, RamSlot, Scenario
 from qemu_shim.guest.dmatest import source_pattern
 
@@ -66,7 +66,8 @@ async def play(ctx: Context) -> None:
         "copies": {status.name: count for status, count in copies.items()},
         "stale_accesses": stale,
     }
-    ctx.row("copies done / refused", f"{copies[Status.SUCCESS]} / {copies[Status.PAGE_FAULT_IR]}")
+    refused = sum(copies[status] for status in PAGE_REFUSED)
+    ctx.row("copies done / refused", f"{copies[Status.SUCCESS]} / {refused}")
     ctx.row("frames touched after given up", stale)
 
 
@@ -82,7 +83,7 @@ async def _copy_all_the_time(story: _Story, worker: int, workers: int) -> None:
             if record.status is Status.SUCCESS:
                 story.copied.set()
                 story.copied = trio.Event()
-            allowed = record.status is Status.PAGE_FAULT_IR and (could_fail or story.removals != before)
+            allowed = record.status in PAGE_REFUSED and (could_fail or story.removals != before)
             if record.status is not Status.SUCCESS and not allowed:
                 raise DmaFailed(f"copy of page {page} with the slot in place", record)
             if not story.running:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from protocol.hw.dsa import (
     COMPLETION_SIZE,
+    NEVER_BLOCK,
     NO_FLAGS,
     WORK_DESCRIPTOR_SIZE,
     CompletionRecord,
@@ -48,11 +49,13 @@ class _Ring:
 
     async def play(self, children: Sequence[Descriptor], *, recorded: bool) -> None:
         """The driver writes the descriptors into the ring, the device fetches and runs them."""
-        flags = (RECORDED if recorded else NO_FLAGS) | Flag.BOF
+        flags = RECORDED if recorded else NO_FLAGS
         raw = b"".join(
             replace(
                 child,
-                flags=flags | (NO_FLAGS if n % BATCH == 0 else Flag.FENCE),
+                flags=flags
+                | (NO_FLAGS if n % BATCH == 0 else Flag.FENCE)
+                | (NO_FLAGS if child.opcode in NEVER_BLOCK else Flag.BOF),
                 completion_addr=Iova(self._record(n) if recorded else 0),
             ).to_bytes()
             for n, child in enumerate(children)

@@ -45,15 +45,15 @@ def machine() -> Accelerator:
 
 
 def fill(n: int, flags: int = ASKED, *, dst: int | None = None, value: int = 0x55) -> bytes:
-    """A descriptor with record n + 1 that fills eight bytes of its own."""
-    return work(
-        FILL, flags, src=value, dst=DST + 8 * n if dst is None else dst, size=8, record=RECORD + 32 * (n + 1)
-    )
+    """A descriptor with record n + 1, if it has one, that fills eight bytes of its own."""
+    record = RECORD + 32 * (n + 1) if flags & CRAV else 0
+    return work(FILL, flags, src=value, dst=DST + 8 * n if dst is None else dst, size=8, record=record)
 
 
 def submit(machine: Accelerator, children: list[bytes], flags: int = ASKED | RCI, at: int = 0) -> None:
     machine.put(LIST_FRAME, b"".join(children), at)
-    machine.submit(work(BATCH, flags, src=LIST + at, size=len(children), handle=7))
+    handle = 7 if flags & RCI else 0
+    machine.submit(work(BATCH, flags, src=LIST + at, size=len(children), handle=handle))
 
 
 def statuses(machine: Accelerator, count: int) -> list[int]:
@@ -148,7 +148,7 @@ def test_a_list_that_faults_behind_a_failure_has_result_1(machine: Accelerator) 
 
 def test_a_device_that_asks_for_data_alone_ends_a_batch_whose_list_faults(machine: Accelerator) -> None:
     machine.data_alone().silicon.tables.unmap((LIST >> 12) + 1)
-    submit(machine, [fill(n) for n in range(4)], ASKED | BOF, at=PAGE - 2 * 64)
+    submit(machine, [fill(n) for n in range(4)], ASKED, at=PAGE - 2 * 64)
     assert machine.record() == Record(6, False, 2, LIST + PAGE)
     assert machine.silicon.driver.take_requests() == []
 
@@ -164,10 +164,12 @@ def test_a_device_that_asks_for_data_alone_loses_a_record_whose_page_is_absent()
     assert machine.silicon.driver.take_requests() != []
 
 
-@pytest.mark.parametrize("flags", [ASKED, ASKED | BOF])
-def test_a_list_blocks_on_its_fault_whatever_the_flags_say(machine: Accelerator, flags: int) -> None:
-    machine.silicon.tables.unmap((LIST >> 12) + 1)
-    submit(machine, [fill(n) for n in range(4)], flags, at=PAGE - 2 * 64)
+@pytest.mark.parametrize("block", [False, True])
+def test_a_list_blocks_on_its_fault_whatever_its_queue_says(block: bool) -> None:
+    machine = Accelerator(block=block)
+    machine.map(LIST, LIST_FRAME)
+    machine.map(DST, DST_FRAME, 4)
+    submit(machine, [fill(n) for n in range(4)], ASKED, at=PAGE - 2 * 64)
     assert statuses(machine, 4) == [1, 1, 0, 0]
     machine.map(LIST + PAGE, LIST_FRAME + 1)
     machine.silicon.serve()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from device_sim.core.function import GROUP_PAGES, MAX_REQUESTS, DmaFault, DmaRange
+from device_sim.core.function import GROUP_PAGES, MAX_REQUESTS, DmaFault, DmaRange, FaultCause
 from protocol.flow import Wait
 from protocol.hostmem import WindowKind
 from protocol.units import Iova, IovaPfn, Pfn
@@ -22,6 +22,7 @@ from tests.kit.silicon import (
 )
 
 PAGE = 4096
+ABSENT, INVALID, ERROR = FaultCause
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def access(silicon: Silicon, *ranges: DmaRange, block: bool = True) -> Wait[None
     return silicon.start(silicon.function.make_accessible(list(ranges), block=block))
 
 
-def fault_of(done: Wait[None]) -> tuple[int, bool, bool]:
+def fault_of(done: Wait[None]) -> tuple[int, bool, FaultCause]:
     with pytest.raises(DmaFault) as caught:
         done.result()
-    return caught.value.iova, caught.value.write, caught.value.requested
+    return caught.value.iova, caught.value.write, caught.value.why
 
 
 # -- finding the way -----------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def test_a_read_only_page_is_read_and_not_written(silicon: Silicon) -> None:
     assert silicon.function.read(Iova(0x7000), 10) == b"guest data"
     assert not silicon.function.write(Iova(0x7000), b"!")
     done = access(silicon, DmaRange(Iova(0x7000), 1, True), block=False)
-    assert fault_of(done) == (0x7000, True, False)
+    assert fault_of(done) == (0x7000, True, ABSENT)
 
 
 def test_a_copy_goes_as_far_as_both_sides_are_translated(silicon: Silicon) -> None:
@@ -188,23 +189,25 @@ def test_a_group_is_no_larger_than_the_allocation(silicon: Silicon, allocation: 
     assert seen == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("code", [1, 2, 0xF])
-def test_a_refused_request_is_a_fault_that_was_asked_for(silicon: Silicon, code: int) -> None:
+@pytest.mark.parametrize(("code", "why"), [(1, INVALID), (2, ERROR), (0xF, ERROR)])
+def test_a_refused_request_is_a_fault_that_says_how_it_was_answered(
+    silicon: Silicon, code: int, why: FaultCause
+) -> None:
     done = access(silicon, DmaRange(Iova(0x7123), 8, True))
     silicon.serve(code)
-    assert fault_of(done) == (0x7000, True, True)
+    assert fault_of(done) == (0x7000, True, why)
     assert silicon.function.pri.enabled is (code == 1), "failure disables page requests, invalid does not"
 
 
 def test_without_blocking_a_miss_is_a_fault_at_once(silicon: Silicon) -> None:
     done = access(silicon, DmaRange(Iova(0x7123), 8, False), block=False)
-    assert fault_of(done) == (0x7000, False, False)
+    assert fault_of(done) == (0x7000, False, ABSENT)
     assert silicon.requests() == []
 
 
 def test_without_page_requests_enabled_a_miss_is_a_fault_at_once(silicon: Silicon) -> None:
     silicon.function.pri.disable()
-    assert fault_of(access(silicon, DmaRange(Iova(0x7123), 8, False))) == (0x7000, False, False)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7123), 8, False))) == (0x7000, False, ABSENT)
 
 
 @pytest.mark.parametrize(("ats", "bus_master"), [(False, True), (True, False), (False, False)])
@@ -213,13 +216,13 @@ def test_a_function_that_may_not_translate_faults_and_asks_the_unit_nothing(
 ) -> None:
     silicon.map(7, 1)
     silicon.function.ats_enabled, silicon.function.dma_enabled = ats, bus_master
-    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, False)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, ABSENT)
     assert (silicon.unit.walks, silicon.requests(), silicon.faults()) == (0, [], [])
 
 
 def test_what_the_unit_aborts_is_a_fault_and_never_a_page_request(silicon: Silicon) -> None:
     silicon.tables.store(silicon.tables.entry_at(7), FRAMES | R | 1 << 62)
-    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, False))) == (0x7000, False, True)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, False))) == (0x7000, False, ERROR)
     assert silicon.requests() == []
     assert len(silicon.faults()) == 1
 
@@ -231,7 +234,7 @@ def test_an_access_is_given_up_after_its_requests_succeeded_in_vain(silicon: Sil
         assert [asked.page for asked in silicon.serve()] == [7]
         rounds += 1
     assert rounds == MAX_REQUESTS
-    assert fault_of(done) == (0x7000, True, True)
+    assert fault_of(done) == (0x7000, True, INVALID)
 
 
 def test_an_access_that_gets_on_is_not_given_up_however_many_requests_it_takes(silicon: Silicon) -> None:
@@ -304,9 +307,9 @@ def test_stopping_fails_what_waits_and_forgets_every_translation(silicon: Silico
     done = access(silicon, DmaRange(Iova(0x8000), 8, True))
     silicon.function.stop()
     silicon.flows.run_ready()
-    assert fault_of(done) == (0x8000, True, True)
+    assert fault_of(done) == (0x8000, True, ERROR)
     assert silicon.function.read(Iova(0x7000), 1) is None
-    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, False)
+    assert fault_of(access(silicon, DmaRange(Iova(0x7000), 8, True))) == (0x7000, True, ABSENT)
 
 
 # -- where the table points outside memory -------------------------------------------------------------
@@ -320,6 +323,7 @@ def test_a_leaf_that_points_where_no_frame_is_faults_with_the_iova(silicon: Sili
     function = silicon.function
     with pytest.raises(DmaFault) as caught:
         function.write(Iova(0x7FF8), bytes(16)) if write else function.read(Iova(0x7FF8), 16)
+    assert caught.value.why is INVALID
     assert (caught.value.iova, caught.value.write) == (0x8000, write), "a host address is none of the guest's"
 
 

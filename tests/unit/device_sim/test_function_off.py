@@ -10,7 +10,7 @@ from device_sim.core.function import DmaRange
 from protocol.hw.prq import PageRequest
 from protocol.units import Iova
 from tests.kit.silicon import DID, Silicon, iotlb_domain
-from tests.unit.device_sim.test_function import PAGE, access, fault_of
+from tests.unit.device_sim.test_function import ABSENT, ERROR, PAGE, access, fault_of
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_with_bus_mastering_or_ats_off_nothing_goes_through_what_is_cached(
         assert function.copy(Iova(at), Iova(other * PAGE), 8) == 0
         for write in (False, True):
             assert function.accessible(DmaRange(Iova(at), 8, write)) == 0
-            assert fault_of(access(warm, DmaRange(Iova(at), 8, write))) == (at, write, False)
+            assert fault_of(access(warm, DmaRange(Iova(at), 8, write))) == (at, write, ABSENT)
     assert list(function.devtlb.entries()) == []
     assert (bytes(warm.frames), warm.requests(), warm.faults()) == (before, [], [])
 
@@ -82,7 +82,7 @@ def test_bus_mastering_off_while_an_access_waits_for_its_page_stops_it(warm: Sil
     warm.function.configure(bus_master=False)
     warm.map(8, 2)
     assert [asked.page for asked in warm.serve()] == [8]
-    assert fault_of(done) == (8 * PAGE, True, False)
+    assert fault_of(done) == (8 * PAGE, True, ABSENT)
     assert list(warm.function.devtlb.entries()) == []
 
 
@@ -116,5 +116,5 @@ def test_page_requests_gone_meanwhile_end_it(overflowed: Silicon) -> None:
     overflowed.function.pri.disable()
     overflowed.driver.clear_overflow()
     overflowed.flows.run_ready()
-    assert fault_of(done) == (7 * PAGE, True, True)
+    assert fault_of(done) == (7 * PAGE, True, ERROR)
     assert overflowed.requests() == []

@@ -102,7 +102,7 @@ class TwoUnits:
         for offset, value, size in (
             (WQCFG, 16, 4),
             (WQCFG + 8, 3, 4),
-            (WQCFG + 12, 21, 4),
+            (WQCFG + 12, 21 | 1 << 5, 4),
             (GRPCFG, 1, 8),
             (GRPCFG + 32, 1, 8),
             (CMD, ENABLE_DEVICE << 20, 4),

@@ -102,11 +102,20 @@ async def test_a_fill_carries_its_pattern_where_the_source_would_be() -> None:
     assert struct.unpack_from("<QI", raw, 24) == (0x9000, 64)
 
 
-async def test_a_drain_may_not_block_on_faults() -> None:
+@pytest.mark.parametrize("opcode", [Opcode.NOOP, Opcode.BATCH, Opcode.DRAIN])
+async def test_what_may_not_block_on_faults_does_not_say_so(opcode: Opcode) -> None:
     queue, portal = driver()
-    await queue.run(Opcode.DRAIN)
+    await queue.run(opcode)
     (raw,) = portal.submitted()
     assert raw[4] == CRAV | RCR | RCI
+
+
+async def test_in_a_batch_too_what_may_not_block_on_faults_does_not_say_so() -> None:
+    queue, portal = driver()
+    await queue.batch([Descriptor(opcode=Opcode.NOOP), Descriptor(opcode=Opcode.MEMFILL)])
+    (raw,) = portal.submitted()
+    at, _, _ = operands(raw)
+    assert [portal.ram.bytes[at + 64 * n + 4] for n in range(2)] == [CRAV | RCR, BOF | CRAV | RCR]
 
 
 async def test_the_record_is_what_the_device_wrote() -> None:
