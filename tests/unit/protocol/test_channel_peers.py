@@ -10,7 +10,7 @@ import msgpack
 import pytest
 
 from protocol.rpc import channel as channel_module
-from protocol.rpc.body import MAX_DEPTH, MAX_LIST_ITEMS, MAX_MAP_ITEMS
+from protocol.rpc.body import MAX_DEPTH, MAX_LIST_ITEMS, MAX_MAP_ITEMS, MAX_NESTED
 from protocol.rpc.channel import Body, Channel, Fds, PeerGone
 from protocol.rpc.loop import RECV_BYTES
 from protocol.rpc.session import MAX_BODY_BYTES, MAX_FDS, MAX_IN_FLIGHT
@@ -240,6 +240,10 @@ def nested(depth: int) -> Any:
         ({str(n): n for n in range(MAX_MAP_ITEMS)}, True),
         ({str(n): n for n in range(MAX_MAP_ITEMS + 1)}, False),
         ([[[0] * 1000] * 1000], True),
+        ([[]] * MAX_LIST_ITEMS, True),
+        ([[[]] * 60] * (MAX_NESTED // 61 - 1), True),
+        ([[[]] * 60] * (MAX_NESTED // 61 + 1), False),
+        ([{"a": {}}] * (MAX_NESTED // 2 + 1), False),
         (msgpack.ExtType(5, b"x"), False),
     ],
     ids=lambda value: f"{type(value).__name__}" if not isinstance(value, bool) else str(value),
