@@ -115,7 +115,9 @@ class Linux:
             undo.callback(sock.close)
             sock.setblocking(False)
             hidden = path.with_name(f".{path.name[:60]}.{os.getpid()}")
+            _remove_stale(hidden)  # of one of our number who was killed here
             sock.bind(str(hidden))
+            undo.callback(hidden.unlink, missing_ok=True)
             if mode is not None:
                 os.chmod(hidden, mode)  # before anybody can connect
             sock.listen(BACKLOG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -75,6 +76,28 @@ def test_the_file_of_a_daemon_that_was_killed_is_replaced(wire: Wires, tmp_path:
     listener.close()
     came.close()
     peer.close()
+
+
+def test_what_one_of_our_number_left_is_taken_away(wire: Wires, tmp_path: Path) -> None:
+    """Killed between its bind and its rename; in a container numbers come again."""
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / f".kvmd.{os.getpid()}"))
+    listener = Listener(wire.loop, tmp_path / "kvmd", Came().append)
+    assert os.listdir(tmp_path) == ["kvmd"]
+    listener.close()
+
+
+def test_a_name_that_cannot_be_given_leaves_no_other(
+    wire: Wires, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        with pytest.raises(PermissionError):
+            Listener(wire.loop, tmp_path / "kvmd", Came().append)
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_socket_of_a_daemon_that_lives_is_not_taken(wire: Wires, tmp_path: Path) -> None:
