@@ -372,8 +372,9 @@ async def attached(bare: BareMachine) -> AsyncIterator[Machine]:
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                 await _quiesce(built)
-            for device in built.devices[1:]:
-                device.close()
+            for device in built.devices:
+                if device.vfio is not first:  # which may have been taken out, and is closed below
+                    device.close()
 
 
 async def _attach(device: VfioDevice, hwpt_id: int, config: MachineConfig) -> None:

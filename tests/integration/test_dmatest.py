@@ -9,9 +9,9 @@ import pytest
 from protocol.hw.dsa import Status
 from protocol.units import PAGE_SIZE
 from qemu_shim.guest.idxd import WQ_SIZE, IdxdWorkQueue
-from qemu_shim.vmm.machine import Host, MachineConfig, machine
+from qemu_shim.vmm.machine import Host, MachineConfig, connect_host, machine
 from tests.integration.played import played
-from tests.kit.daemons import eventually
+from tests.kit.daemons import eventually, system
 from tests.kit.refusals import refused
 from tests.kit.vmm import nothing_left, unit_stats
 
@@ -60,3 +60,14 @@ async def test_a_vmm_closes_its_tdp_fd_whether_it_ends_well_or_half_way(host: Ho
     await nothing_left(host)
     async with machine(host, MachineConfig()):
         assert (await host.kvmd.stats())["vm_count"] == 1
+
+
+async def test_a_device_that_outlives_the_first_is_closed_with_its_machine() -> None:
+    with system({"device_sim": ["--devices", "2"]}) as running:
+        async with connect_host(running.directory) as host:
+            async with machine(host, MachineConfig()) as guest:
+                await guest.plug(1)
+                await guest.unplug(guest.devices[0])
+            await nothing_left(host)
+            async with machine(host, MachineConfig(devices=(1, 0))) as guest:
+                assert [device.number for device in guest.devices] == [1, 0]
