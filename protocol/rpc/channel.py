@@ -158,7 +158,12 @@ class Channel:
             _close_all(self._kernel, fds)
             wait.fail(PeerGone(f"{self.name} hung up"))
             return wait
-        self._send(Kind.REQUEST, self._session.open(wait), {"op": op, **(body or {})}, fds)
+        request_id = self._session.open(wait)
+        try:
+            self._send(Kind.REQUEST, request_id, {"op": op, **(body or {})}, fds)
+        except BaseException:  # no message can say that
+            self._session.answered(request_id)
+            raise
         return wait
 
     async def ask(self, op: str, body: Body | None = None, fds: Sequence[int] = ()) -> Reply:
@@ -191,11 +196,19 @@ class Channel:
             self._send(Kind.ERROR, request_id, {"errno": error.errno, "why": error.why[:MAX_WHY_CHARS]}, ())
 
     def _send(self, kind: Kind, request_id: int, body: Body, fds: Sequence[int]) -> None:
-        self._queue(_encode(kind, request_id, body, len(fds)), fds)
+        try:
+            data = _encode(kind, request_id, body, len(fds))
+        except BaseException:
+            _close_all(self._kernel, fds)
+            raise
+        self._queue(data, fds)
 
     def _queue(self, data: bytes, fds: Sequence[int]) -> None:
         self._out.append((data, fds))
         self._unsent += len(data)
+        self._mark_dirty()
+
+    def _mark_dirty(self) -> None:
         if not self._dirty:
             self._dirty = True
             self.loop.mark_dirty(self)
@@ -226,12 +239,34 @@ class Channel:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._lost(f"send: {error.strerror}")
-            return
+            if error.errno != errno.ETOOMANYREFS or not self._is_whole():
+                self._lost(f"send: {error.strerror}")
+                return
+            self._without_fds()
         if out or self._blocked:
             self._watch_writable(bool(out))
         if self._unsent > MAX_UNSENT_BYTES:
             self._lost(f"does not read: {self._unsent} bytes unsent")
+
+    def _is_whole(self) -> bool:
+        """Has nothing of what is next been sent?"""
+        return type(self._out[0][0]) is bytes
+
+    def _without_fds(self) -> None:
+        """As many fds as this user may have under way are so [unix(7)], and nobody at the other end is to
+        blame: what is next goes as an error, or not at all.
+        """
+        data, fds = self._out.popleft()
+        self._unsent -= len(data)
+        _close_all(self._kernel, fds)
+        ((kind, _, body),) = Framer().feed(memoryview(data))
+        request_id, _ = decode(body)
+        refused = UapiError(errno.ETOOMANYREFS, "too many fds of this user's are under way")
+        if kind is Kind.REQUEST:
+            self._guarded(self._session.answered(request_id).fail, refused)
+        elif kind is Kind.REPLY:
+            self._send(Kind.ERROR, request_id, {"errno": refused.errno, "why": refused.why}, ())
+        self._mark_dirty()
 
     def _join_plain(self) -> bytes:
         """Merge the leading frames that carry no fds into one, for one send."""

@@ -17,7 +17,7 @@ from kvmd import memory
 from protocol.errors import UapiError
 from protocol.kernel.linux import LINUX
 from protocol.kernel.port import Poller
-from protocol.rpc.channel import Channel
+from protocol.rpc.channel import Body, Channel, Fds
 from protocol.rpc.files import Files
 from protocol.rpc.lease import LeaseSocket
 from protocol.rpc.service import Service
@@ -143,6 +143,59 @@ def test_a_channel_whose_fd_cannot_be_taken_out_of_the_set_is_closed_all_the_sam
     wire.pump()
     assert (channel.closed, other.closed, wire.crashes) == (True, True, [])
     assert len(open_fds()) == before - 2
+
+
+class Crowded:
+    """A socket whose user has as many fds under way as he may, for so many calls."""
+
+    def __init__(self, real: Any, times: int) -> None:
+        self._real = real
+        self._times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def sendmsg(self, *args: Any) -> int:
+        self._times -= 1
+        if self._times >= 0:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        return int(self._real.sendmsg(*args))
+
+
+def test_too_many_fds_under_way_refuse_a_message_and_end_no_connection(wire: Wires) -> None:
+    """They may be anybody's of this user's: a VM went with the connection that no reply could be sent on."""
+
+    def give(channel: Channel, number: int, body: Body, fds: Fds) -> None:
+        fds.close()
+        channel.answer(number, {}, [LINUX.reserve()])
+
+    left, right = wire.pair({}, {"on_request": give})
+    before = open_fds()
+    right._sock = Crowded(right._sock, 1)
+    waits = [left.call("OP") for _ in range(2)]
+    wire.pump()
+    with pytest.raises(UapiError, match="too many fds") as refused:
+        waits[0].result()
+    assert errno_of(refused) == errno.ETOOMANYREFS
+    waits[1].result().fds.close()
+    left._sock = Crowded(left._sock, 2)
+    left.notify("OP", fds=[LINUX.reserve()])
+    asked = left.call("OP", fds=[LINUX.reserve()])
+    again = left.call("OP")
+    wire.pump()
+    with pytest.raises(UapiError, match="too many fds"):
+        asked.result()
+    again.result().fds.close()
+    assert (left.closed, right.closed, wire.crashes, open_fds()) == (False, False, [], before)
+
+
+def test_what_no_message_can_say_leaves_neither_fd_nor_request(wire: Wires) -> None:
+    left, _ = wire.pair()
+    before = open_fds()
+    for ask in (left.call, left.notify):
+        with pytest.raises(OverflowError):
+            ask("OP", {"iova": 1 << 64}, [LINUX.reserve()])
+    assert (open_fds(), left._session.in_flight) == (before, 0)
 
 
 @pytest.mark.parametrize("call", ["memfd_create", "ftruncate", "fcntl", "mmap"])
