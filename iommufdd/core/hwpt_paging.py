@@ -124,16 +124,18 @@ class HwptPaging(Hwpt):
     async def give_up(self) -> None:
         """Nobody uses anything that was taken out so far, by whomever, when this returns."""
         self.iotlb_syncs += 1
-        others = list(self._flushes)
-        # await: others: cannot change: our own list, of what is set once
-        await self.flush()
-        for other in others:
-            try:
-                # await: each other: cannot change: the same
-                await other
-            except UapiError:  # what it was to have forgotten is stale again, and ours to flush
-                # await: each other: cannot change: the same
-                await self.flush()
+        again = True
+        while again:
+            again = False
+            others = list(self._flushes)
+            # await: others: cannot change: our own list, of what is set once
+            await self.flush()
+            for other in others:
+                try:
+                    # await: each other: cannot change: the same
+                    await other
+                except UapiError:  # what it was to have forgotten is stale again, or another flushes it
+                    again = True
         self.acked += 1
 
 

@@ -165,6 +165,29 @@ def test_who_waited_for_a_flush_that_failed_flushes_again() -> None:
     assert asked[0] == asked[2] != asked[1]
 
 
+def test_of_two_who_waited_for_a_flush_that_failed_none_is_told_before_it_is_made_good() -> None:
+    """The first takes what is stale again; the second finds nothing left, and waits for the first."""
+    space = Space()
+    hwpt = space.hwpt()
+    space.map(0, K4)
+    waits = list[Wait[None]]()
+
+    async def submit(descriptors: Sequence[Descriptor]) -> None:
+        waits.append(Wait())
+        await waits[-1]
+
+    space.world.submit = submit  # type: ignore[method-assign]
+    hwpt.take(Iova(0), Iova(K4))
+    first = space.world.start(hwpt.flush())
+    both = [space.world.start(hwpt.give_up()) for _ in range(2)]
+    waits[0].fail(UapiError(errno.EIO, "told to fail"))
+    space.world.flows.run_ready()
+    assert (outcome(first.result), [wait.done for wait in both]) == (errno.EIO, [False, False])
+    waits[1].set(None)
+    space.world.flows.run_ready()
+    assert [wait.done for wait in both] == [True, True]
+
+
 def test_a_unit_that_is_gone_caches_nothing() -> None:
     space = Space()
     space.hwpt()
