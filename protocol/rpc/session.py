@@ -52,30 +52,35 @@ def header(kind: Kind, body_bytes: int, nfds: int) -> bytes:
 class Framer:
     """Cuts a byte stream into frames; holds at most one partial frame."""
 
-    __slots__ = ("_partial",)
+    __slots__ = ("_partial", "_wanted")
 
     def __init__(self) -> None:
-        self._partial = b""
+        self._partial = bytearray()
+        self._wanted = 0  # bytes that `_partial` must have before it is looked at again
 
     def feed(self, view: memoryview) -> Iterator[Frame]:
         """Frames completed by `view`, which the caller may reuse afterwards.  Raises PeerError on a header
-        past a limit.
+        past a limit.  However small the pieces of a frame are, each is copied once.
         """
         if self._partial:
-            view = memoryview(self._partial + view)
-            self._partial = b""
-        at, end = 0, len(view)
+            self._partial += view
+            if len(self._partial) < self._wanted:
+                return
+            view, self._partial = memoryview(self._partial), bytearray()
+        at, end, wanted = 0, len(view), HEADER_BYTES
         while end - at >= HEADER_BYTES:
             body_bytes, nfds, kind = HEADER.unpack_from(view, at)
             if body_bytes > MAX_BODY_BYTES or nfds > MAX_FDS or kind >= len(KINDS):
                 raise PeerError(f"header: {body_bytes} bytes, {nfds} fds, kind {kind}")
             stop = at + HEADER_BYTES + body_bytes
             if stop > end:
+                wanted = stop - at
                 break
             yield _new(Frame, (KINDS[kind], nfds, view[at + HEADER_BYTES : stop]))
             at = stop
         if at < end:
-            self._partial = bytes(view[at:])
+            self._partial += view[at:]
+            self._wanted = wanted
 
     @property
     def partial_bytes(self) -> int:

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import PeerError
-from protocol.rpc.session import MAX_BODY_BYTES, MAX_FDS, MAX_IN_FLIGHT, Framer, Kind, Session, header
+from protocol.rpc.session import (
+    HEADER_BYTES,
+    MAX_BODY_BYTES,
+    MAX_FDS,
+    MAX_IN_FLIGHT,
+    Framer,
+    Kind,
+    Session,
+    header,
+)
 
 Plain = tuple[int, int, bytes]
 
@@ -39,6 +48,18 @@ def test_a_stream_cut_at_any_byte_gives_the_same_frames(at: int) -> None:
 def test_a_stream_that_comes_byte_by_byte_gives_the_same_frames() -> None:
     framer = Framer()
     assert [frame for i in range(len(STREAM)) for frame in feed(framer, STREAM[i : i + 1])] == EXPECTED
+
+
+def test_a_frame_in_small_pieces_is_not_copied_again_for_each() -> None:
+    """A peer that sends 4 MiB byte by byte has us copy 4 MiB."""
+    framer, stream = Framer(), header(Kind.REQUEST, 4096, 0) + bytes(4096)
+    assert feed(framer, stream[:HEADER_BYTES]) == []
+    held = framer._partial
+    assert [
+        frame for i in range(HEADER_BYTES, len(stream) - 1) for frame in feed(framer, stream[i : i + 1])
+    ] == []
+    assert framer._partial is held
+    assert feed(framer, stream[-1:]) == [(0, 0, bytes(4096))]
 
 
 @given(
