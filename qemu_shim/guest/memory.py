@@ -21,6 +21,8 @@ class CpuAccess(Protocol):
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]: ...
 
+    async def store_nothing(self, gpa: int) -> None: ...
+
 
 class OutOfGuestMemory(Exception):
     """The guest has no page left: give it more RAM."""
@@ -66,6 +68,7 @@ class GuestMemory:
 
     async def fault_in(self, gpa: int, *, write: bool) -> None:
         """Make a page present, writable if need be, and leave its bytes as they are."""
-        (byte,) = await self._cpu.access([(gpa, 1)])
         if write:
-            await self._cpu.access([(gpa, byte)])
+            await self._cpu.store_nothing(gpa)
+        else:
+            await self._cpu.access([(gpa, 1)])

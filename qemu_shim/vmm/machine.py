@@ -34,7 +34,7 @@ from qemu_shim.vmm.iommufd_client import Iommu, Iommufdd, VfioDevice
 from qemu_shim.vmm.kvm_client import Kvmd, Vm
 from qemu_shim.vmm.private_ram import PrivateRam
 from qemu_shim.vmm.process import Process
-from qemu_shim.vmm.vcpu import Vcpu
+from qemu_shim.vmm.vcpu import Program, RunResult, Vcpu
 
 LOW_RAM_MAX = 2 * GIB  # what does not fit below goes above 4 GiB, around the hole for devices
 HIGH_RAM_GPA = Gpa(4 * GIB)
@@ -259,19 +259,30 @@ class GuestCpu:
 
     async def access(self, accesses: Sequence[tuple[int, int | bytes]]) -> list[bytes]:
         """(gpa, size) loads, (gpa, bytes) stores, in order; what was loaded.  LookupError: no RAM there."""
+        ran = await self._run(
+            [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
+        )
+        for gpa, what in accesses:
+            self._count(gpa, what if isinstance(what, int) else len(what))
+        return ran.reads
+
+    async def store_nothing(self, gpa: int) -> None:
+        """`lock addb $0`: stores the byte that is there, whoever else stores to it meanwhile."""
+        await self._run([("add", gpa, 1, 0)])
+        self._count(gpa, 1)
+
+    async def _run(self, program: Program) -> RunResult:
         async with self._busy:
-            ran = await self._vcpu.run(
-                [("r", gpa, what) if isinstance(what, int) else ("w", gpa, what) for gpa, what in accesses]
-            )
+            ran = await self._vcpu.run(program)
         if ran.errno:
             raise UapiError(ran.errno, f"KVM_RUN: {ran.why}")
         if ran.mmio is not None:
             raise LookupError(f"the guest touched gpa {ran.mmio.phys_addr:#x}, where no RAM is")
-        for gpa, what in accesses:
-            size = what if isinstance(what, int) else len(what)
-            self.bytes += size
-            self.pages += (align_up(gpa + size, PAGE_SIZE) - align_down(gpa, PAGE_SIZE)) >> PAGE_SHIFT
-        return ran.reads
+        return ran
+
+    def _count(self, gpa: int, size: int) -> None:
+        self.bytes += size
+        self.pages += (align_up(gpa + size, PAGE_SIZE) - align_down(gpa, PAGE_SIZE)) >> PAGE_SHIFT
 
 
 @asynccontextmanager

@@ -131,18 +131,6 @@ async def add_queue(stack: AsyncExitStack, rig: Vmm, number: int) -> IdxdWorkQue
     return queue
 
 
-class Locked:
-    """One vCPU runs one request at a time: streams that share it take turns."""
-
-    def __init__(self, cpu: GuestCpu) -> None:
-        self._cpu = cpu
-        self._lock = trio.Lock()
-
-    async def access(self, accesses: Any) -> list[bytes]:
-        async with self._lock:
-            return await self._cpu.access(accesses)
-
-
 async def test_streams_of_dma_and_a_changing_host_at_once(host: Host) -> None:
     """Every group answered once, no stale access, and kvmd's own check finds nothing."""
     before = await all_stats(host)
@@ -151,9 +139,7 @@ async def test_streams_of_dma_and_a_changing_host_at_once(host: Host) -> None:
         assert rig.queue is not None
         queues = [rig.queue]
         for number in range(1, DEVICES):
-            queue = await add_queue(stack, rig, number)
-            queue._memory._cpu = Locked(queue._memory._cpu)  # type: ignore[arg-type]
-            queues.append(queue)
+            queues.append(await add_queue(stack, rig, number))
         storm = Storm(rig, queues)
         async with trio.open_nursery() as nursery:
             for number, queue in enumerate(queues):

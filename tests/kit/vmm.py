@@ -44,6 +44,10 @@ class ProcessCpu:
                 await self._process.write(gpa + self._offset, what)
         return reads
 
+    async def store_nothing(self, gpa: int) -> None:
+        """Not in one: nobody else stores there."""
+        await self._process.write(gpa + self._offset, await self._process.read(gpa + self._offset, 1))
+
 
 @dataclass(slots=True)
 class Vmm:

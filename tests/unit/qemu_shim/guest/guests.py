@@ -33,6 +33,9 @@ class Ram:
                 reads.append(bytes(self.bytes[gpa : gpa + what]))
         return reads
 
+    async def store_nothing(self, gpa: int) -> None:
+        self.batches.append([(gpa, b"")])
+
     def memory(self, start: int = PAGE) -> GuestMemory:
         return GuestMemory(self, Gpa(start), Gpa(len(self.bytes)))
 

@@ -61,3 +61,12 @@ async def test_touching_stores_one_byte_at_each_place() -> None:
     assert sum(ram.bytes) == 1500
     assert all(ram.bytes[gpa] == 1 for gpa in gpas)
     assert [len(batch) for batch in ram.batches] == [1024, 476]
+
+
+async def test_a_page_that_is_made_writable_keeps_what_others_store_meanwhile() -> None:
+    """One locked instruction: a load and a store of what it gave would take a device's byte back."""
+    ram = Ram()
+    await ram.memory().fault_in(3 * PAGE, write=True)
+    assert ram.batches == [[(3 * PAGE, b"")]]
+    await ram.memory().fault_in(3 * PAGE, write=False)
+    assert ram.batches[1:] == [[(3 * PAGE, 1)]]
