@@ -5,7 +5,7 @@ Every object is a channel of its own, over the fd the kernel would have given; c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from protocol.rpc.channel import Channel, PeerGone, Reply
@@ -43,3 +43,16 @@ class File:
         """Drop our reference."""
         if not self._channel.closed:
             self._channel.close()
+
+
+def copies(files: Iterable[File], *had: int) -> list[int]:
+    """The fds `had` already and a copy of each file's behind them, to pass on: all, or none is left."""
+    fds = list(had)
+    for file in files:
+        try:
+            fds.append(file.dup())
+        except BaseException:
+            for fd in fds:
+                file.loop.kernel.close(fd)
+            raise
+    return fds

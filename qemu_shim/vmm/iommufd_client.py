@@ -11,7 +11,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from protocol.uapi import names
 from qemu_shim.vmm.device_client import Portal
-from qemu_shim.vmm.file import File
+from qemu_shim.vmm.file import File, copies
 from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.process import MemFd, Process
 from qemu_shim.vmm.stats import ask_all
@@ -120,7 +120,7 @@ class Iommu(File):
         """Map `length` bytes of a memfd, charged to `process`, at `iova` or where there is room; the iova."""
         reply = await self.ask(
             "IOMMU_IOAS_MAP_FILE",
-            [process.dup(), file.dup()],
+            copies([process, file]),
             flags=_map_flags(iova, readable=True, writable=writable),
             ioas_id=ioas_id,
             fd=file.number,

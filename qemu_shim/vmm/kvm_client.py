@@ -15,7 +15,7 @@ from protocol.rpc.loop import Loop
 from protocol.rpc.socket import connect
 from protocol.uapi import names
 from protocol.uapi.kvm import MAX_VMS_TOLD
-from qemu_shim.vmm.file import File
+from qemu_shim.vmm.file import File, copies
 from qemu_shim.vmm.process import MemFd, Process
 from qemu_shim.vmm.vcpu import Vcpu
 
@@ -63,8 +63,8 @@ class Kvmd:
         self._vms = [vm for vm in self._vms if not vm.closed]
         body: Body = {"vms": []}
         for start in range(0, max(len(self._vms), 1), MAX_VMS_TOLD):
-            copies = [vm.dup() for vm in self._vms[start : start + MAX_VMS_TOLD]]
-            told = (await self._channel.ask("STATS", {}, copies)).body
+            vms = copies(self._vms[start : start + MAX_VMS_TOLD])
+            told = (await self._channel.ask("STATS", {}, vms)).body
             body = {**told, "vms": body["vms"] + told["vms"]}
         return body
 
@@ -102,7 +102,7 @@ class Vm(File):
         if argp is not None:
             body["argp"] = argp
         if caller is not None:
-            body["other_mm"], fds = True, [*fds, caller.dup()]
+            body["other_mm"], fds = True, copies([caller], *fds)
         return await self.ask(op, fds, **body)
 
     async def create_vcpu(self, vcpu_id: int, **how: Any) -> Vcpu:

@@ -336,10 +336,7 @@ async def bare_machine(host: Host, config: MachineConfig) -> AsyncIterator[BareM
         if config.dirty_ring_bytes:
             await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING, config.dirty_ring_bytes)
             await vm.enable_cap(names.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP)
-        slots = await _add_ram(process, vm, config)
-        for slot in slots:
-            if slot.attributes is not None:
-                stack.callback(slot.attributes.memfd.close)
+        slots = await _add_ram(process, vm, config, stack)
         vcpus = []
         for number in range(config.vcpus):
             vcpus.append(await vm.create_vcpu(number))
@@ -395,7 +392,7 @@ async def _attach(device: VfioDevice, hwpt_id: int, config: MachineConfig) -> No
         raise Refused("attaching the device", error.why, error.errno) from None
 
 
-async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamSlot]:
+async def _add_ram(process: Process, vm: Vm, config: MachineConfig, stack: AsyncExitStack) -> list[RamSlot]:
     low = min(config.ram_bytes, LOW_RAM_MAX)
     pieces = [(0, low)]
     if config.ram_bytes > low:
@@ -405,6 +402,7 @@ async def _add_ram(process: Process, vm: Vm, config: MachineConfig) -> list[RamS
         hva = await process.mmap(size, page_size=config.page_size)
         if config.private_block:
             ram = PrivateRam(await vm.create_guest_memfd(size), config.private_block)
+            stack.callback(ram.memfd.close)
             flags = names.KVM_MEM_GUEST_MEMFD
             await vm.set_user_memory_region2(slot, gpa, size, hva, flags, guest_memfd=ram.memfd)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,7 @@ from protocol.uapi import names
 from protocol.units import MIB, PAGE_SIZE
 from qemu_shim.guest.idxd import IdxdWorkQueue
 from qemu_shim.vmm.designs import DESIGNS
+from qemu_shim.vmm.kvm_client import Vm
 from qemu_shim.vmm.machine import Host, Machine, MachineConfig, machine
 from tests.kit.vmm import FILLED, PATTERN
 
@@ -99,3 +101,17 @@ async def test_a_conversion_that_is_refused_leaves_the_device_its_memory(host: H
         await guest.convert(page, BLOCK, private=True)
         assert await guest.memory.read(page, PAGE_SIZE) == bytes(PAGE_SIZE)
         assert await sound(host)
+
+
+async def test_a_memslot_that_is_refused_leaves_no_guest_memfd(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        raise UapiError(errno.ENOMEM, "ENOMEM: KVM has no memory for a slot")
+
+    monkeypatch.setattr(Vm, "set_user_memory_region2", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UapiError, match="no memory for a slot"):
+        async with machine(host, MachineConfig(RAM, private_block=BLOCK)):
+            pass
+    assert len(os.listdir("/proc/self/fd")) == before
