@@ -22,7 +22,7 @@ from protocol.rpc.socket import connect_now
 from protocol.uapi.message import Checked, LentReply
 
 Answered = TypeVar("Answered", bound=Checked)
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EAGAIN)
 
 
 class KvmdChannel:
@@ -39,7 +39,9 @@ class KvmdChannel:
         return self._channel is not None and self._channel.closed
 
     async def present(self, op: str, fd: int, name: str, **handlers: Any) -> None:
-        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM."""
+        """A copy of `fd` for a channel.  EOPNOTSUPP: no KVM; EINVAL: the wrong kind of fd; EMFILE, ENOMEM;
+        EAGAIN: too many wait for kvmd to let them in.
+        """
         loop, kvmd, copy = self._loop, self._kvmd, self._dup(op, fd)
         try:
             door = Channel(loop, connect_now(loop.kernel, kvmd), "kvmd")

@@ -133,6 +133,7 @@ class Linux:
         with asked("cannot connect", str(path)), ExitStack() as undo:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             undo.callback(sock.close)
+            sock.setblocking(False)
             sock.connect(str(path))
             undo.pop_all()
         return sock
@@ -236,8 +237,11 @@ def _remove_stale(path: Path) -> None:
     if not path.is_socket():
         raise OSError(errno.EEXIST, "what has this name is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # who listens may be stopped, with all its places taken
         try:
             probe.connect(str(path))
+        except BlockingIOError:
+            pass
         except ConnectionRefusedError:
             os.unlink(path)
             return

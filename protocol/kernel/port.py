@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-BACKLOG: Final = 64  # of who listens: one more waits to be accepted, and whoever comes then waits to connect
+BACKLOG: Final = 64  # of who listens: one more waits to be accepted, and whoever comes then is told EAGAIN
 SCM_MAX_FD: Final = 253  # in one message; more are EINVAL [Linux net/core/scm.c]
 
 Bytes = bytes | bytearray | memoryview
@@ -96,7 +96,7 @@ class Kernel(Protocol):
         """The name is gone; one that cannot be taken away stays, as after a death, and is taken over."""
 
     def connect(self, path: Path) -> StreamSocket:
-        """ENOENT, ECONNREFUSED: nobody listens there."""
+        """Never waits.  ENOENT, ECONNREFUSED: nobody listens there; EAGAIN: BACKLOG wait already."""
 
     def cookie_of(self, fd: int) -> int:
         """The number that names the socket behind an fd in every process, never given twice; 0 for any other

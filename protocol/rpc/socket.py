@@ -127,7 +127,7 @@ def check_path(path: Path) -> None:
 
 
 def connect_now(kernel: Kernel, path: Path) -> StreamSocket:
-    """Raises OSError when nobody listens."""
+    """Raises OSError when nobody listens, or too many wait to be let in."""
     check_path(path)
     return kernel.connect(path)
 
@@ -138,8 +138,11 @@ async def connect(kernel: Kernel, path: Path, patience_s: float = START_PATIENCE
     while True:
         try:
             return connect_now(kernel, path)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             if trio.current_time() >= deadline:
-                why = f"no daemon listens there (waited {patience_s:.0f} s)"
-                raise OSError(error.errno, why, str(path)) from None
+                busy = isinstance(error, BlockingIOError)
+                why = (
+                    "too many wait to be let in: the daemon is stopped" if busy else "no daemon listens there"
+                )
+                raise OSError(error.errno, f"{why} (waited {patience_s:.0f} s)", str(path)) from None
         await trio.sleep(CONNECT_RETRY_S)

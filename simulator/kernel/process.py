@@ -166,7 +166,7 @@ class SimProcess(FdTable):
         self.host.names.pop(path, None)
 
     def connect(self, path: Path) -> StreamSocket:
-        """EMFILE comes before all else.  EAGAIN: there is no place for one more, where one of Linux waits."""
+        """EMFILE comes before all else."""
         end = StreamEnd(next(self.host.numbers))
         fd = self.install(end)
         try:

@@ -19,7 +19,7 @@ from protocol.flow import Wait, done
 from protocol.kernel.linux import LINUX
 from protocol.kernel.port import StreamSocket
 from protocol.rpc.channel import NO_FDS, Body, Channel, Fds, Reply
-from protocol.rpc.socket import Listener
+from protocol.rpc.socket import Listener, connect_now
 from protocol.units import PAGE_SIZE, Gfn, Hva
 from tests.kit.by_hand import ByHand
 from tests.unit.iommufdd.spaces import HVA, outcome
@@ -38,6 +38,22 @@ def test_who_is_hung_up_on_at_the_door_hears_that_there_may_be_no_room(tmp_path:
             asked.result()
         assert refused.value.errno == errno.EOPNOTSUPP
         listener.close()
+
+
+def test_a_kvmd_that_lets_nobody_in_does_not_hold_us(tmp_path: Path) -> None:
+    """A stopped one, all its places taken: whoever asks is told, and all others are served."""
+    ours, theirs = socket.socketpair()
+    with wires() as wire, ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped:
+        stopped.bind(str(tmp_path / "kvmd"))
+        stopped.listen(0)
+        first = connect_now(LINUX, tmp_path / "kvmd")
+        channel = KvmdChannel(wire.loop, tmp_path / "kvmd", nothing)
+        before = open_fds()
+        asked = wire.loop.flows.start(channel.present("TDP_FD_OPEN", ours.fileno(), "tdp"))
+        with pytest.raises(UapiError, match="no room for a connection to") as refused:
+            asked.result()
+        assert (refused.value.errno, open_fds()) == (errno.EAGAIN, before)
+        first.close()
 
 
 Ask = Callable[[HmmMirror | KvmTdp], Coroutine[Any, Any, object]]

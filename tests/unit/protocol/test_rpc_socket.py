@@ -162,6 +162,19 @@ async def test_patience_ends(tmp_path: Path) -> None:
         await connect(LINUX, tmp_path / "nobody", patience_s=0.02)
 
 
+async def test_a_daemon_that_lets_nobody_in_holds_nobody(tmp_path: Path) -> None:
+    """Stopped, say, with all its places taken: Linux has who connects wait, behind the back of our loop."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped:
+        stopped.bind(str(tmp_path / "kvmd"))
+        stopped.listen(0)
+        first = connect_now(LINUX, tmp_path / "kvmd")
+        with pytest.raises(BlockingIOError, match="too many wait to be let in"):
+            await connect(LINUX, tmp_path / "kvmd", patience_s=0.02)
+        with pytest.raises(OSError, match="a daemon listens there already"):
+            LINUX.listen(tmp_path / "kvmd", None)
+        first.close()
+
+
 @contextmanager
 def full_fd_table() -> Iterator[list[int]]:
     """No place is free; the fds that fill it, to be closed by whoever makes room."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,16 +122,6 @@ def test_what_is_not_read_to_its_end_has_its_room(kernel: Kernel, pair: Pair) ->
     assert len(receive(other, 30_000)[0]) > 1
 
 
-@pytest.fixture
-def nobody_waits() -> Iterator[None]:
-    """Linux, too, says EAGAIN to who would have to wait."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(0)
-    yield
-    socket.setdefaulttimeout(before)
-
-
-@pytest.mark.usefixtures("nobody_waits")
 def test_only_so_many_wait_to_be_accepted(kernel: Kernel, tmp_path: Path) -> None:
     listening = kernel.listen(tmp_path / "socket", None)
     waiting = [kernel.connect(tmp_path / "socket") for _ in range(BACKLOG + 1)]
