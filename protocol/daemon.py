@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from protocol.uapi.message import StartedWith
 log = structlog.get_logger("daemon")
 
 EXIT_CANNOT_START = 2
+_ENDS = (stat.S_IFIFO, stat.S_IFSOCK)  # of the kinds of file, those with another end
 LOG_PATIENCE_S = 0.5  # at the end, for a reader of the log
 
 
@@ -102,6 +104,8 @@ def run(name: str, options: argparse.Namespace, build: Callable[[Loop], DaemonAp
         signal.signal(number, lambda *_: sys.exit(0))
     status = EXIT_CANNOT_START
     try:
+        if options.exit_with_stdin:
+            _check_that_stdin_can_end()
         if options.trace is not None:
             _trace_to(options.trace)
         status = trio.run(_run, name, options, build)
@@ -109,6 +113,15 @@ def run(name: str, options: argparse.Namespace, build: Callable[[Loop], DaemonAp
         for error in leaves(group):
             print(f"{name}: {error}", file=sys.stderr)
     return status
+
+
+def _check_that_stdin_can_end() -> None:
+    """Raises ValueError for one whose end nobody tells us: the poll of Linux takes no such file."""
+    watched = sys.__stdin__ is not None and (os.isatty(0) or stat.S_IFMT(os.fstat(0).st_mode) in _ENDS)
+    if not watched:
+        raise ValueError(
+            "--exit-with-stdin: standard input is no pipe, socket or terminal: it has no other end"
+        )
 
 
 def _trace_to(path: Path) -> None:
@@ -139,7 +152,11 @@ async def _run(name: str, options: argparse.Namespace, build: Callable[[Loop], D
     stop = trio.Event()
 
     def on_stdin(_: int) -> None:
-        if not os.read(0, 4096):
+        try:
+            ended = not os.read(0, 4096)
+        except OSError:  # EIO: its terminal is gone
+            ended = True
+        if ended:
             loop.unregister(0)
             loop.kick()
             stop.set()
