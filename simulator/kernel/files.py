@@ -24,6 +24,7 @@ SOCKET_BYTES = 212_992  # what unread buffers of one sender may cost: net.core.w
 SKB_BYTES, SHARED_INFO_BYTES, CACHE_LINE = 256, 320, 64  # struct sk_buff and skb_shared_info, both aligned
 HEAD_BYTES = PAGE_SIZE - SHARED_INFO_BYTES  # SKB_MAX_HEAD(0)
 BUFFER_BYTES = HEAD_BYTES + 32_768  # with UNIX_SKB_FRAGS_SZ: more goes in several [Linux net/unix/af_unix.c]
+ROOMY_BYTES = SOCKET_BYTES // 4  # who costs no more has room [Linux net/unix/af_unix.c unix_writable]
 EVENT_MAX = (1 << 64) - 2
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _UNASKED = select.EPOLLHUP | select.EPOLLERR
@@ -53,6 +54,7 @@ class OpenFile:
 
     name = ""
     cookie = 0  # no socket
+    peer: StreamEnd | None = None
     has_poll = True  # may an epoll set have it?
 
     def __init__(self) -> None:
@@ -138,7 +140,7 @@ class StreamEnd(OpenFile):
         peer = self.peer
         if peer is None or self.shut_write or peer.shut_read:
             raise oserror(errno.EPIPE)
-        sent, files, was_roomy = 0, list(files), peer._is_roomy
+        sent, files, was_roomy = 0, list(files), peer._cost <= ROOMY_BYTES
         while sent < len(data) and peer._cost < SOCKET_BYTES:
             part = data[sent : sent + BUFFER_BYTES]
             peer._comes(_Piece(part, truesize(len(part)), [file.get() for file in files]))
@@ -146,7 +148,7 @@ class StreamEnd(OpenFile):
         if data and not sent:
             raise oserror(errno.EAGAIN)
         peer.changed()
-        if peer._is_roomy != was_roomy:
+        if (peer._cost <= ROOMY_BYTES) != was_roomy:
             self.changed()
         return sent
 
@@ -162,11 +164,6 @@ class StreamEnd(OpenFile):
         self.changed()
         if self.peer is not None:
             self.peer.changed()
-
-    @property
-    def _is_roomy(self) -> bool:
-        """Its peer is told that it may send [Linux net/unix/af_unix.c unix_writable]."""
-        return 4 * self._cost <= SOCKET_BYTES
 
     def peek(self, size: int) -> bytes:
         """The first bytes that are there to be received."""
@@ -202,7 +199,8 @@ class StreamEnd(OpenFile):
         """Bytes of several pieces, but of none behind one with files [Linux net/unix/af_unix.c];
         the files are the caller's.  0 bytes: the peer hung up.  EAGAIN, ECONNRESET.
         """
-        got, room, files, was_roomy = 0, len(into), list[OpenFile](), self._is_roomy
+        got, room, was_roomy = 0, len(into), self._cost <= ROOMY_BYTES
+        files: list[OpenFile] = []
         while self._pieces and got < room and not files:
             piece = self._pieces[0]
             part = piece.data[piece.read : piece.read + room - got]
@@ -214,7 +212,7 @@ class StreamEnd(OpenFile):
                 self._cost -= piece.cost
         self._unread -= got
         self.changed()
-        if self._is_roomy != was_roomy and self.peer is not None:
+        if (self._cost <= ROOMY_BYTES) != was_roomy and self.peer is not None:
             self.peer.changed()
         if got or not room:
             return got, files
@@ -281,7 +279,7 @@ class StreamEnd(OpenFile):
     def events(self) -> int:
         peer = self.peer
         found = _IN if self._pieces else 0
-        if peer is None or 4 * peer._cost <= SOCKET_BYTES:  # `_is_roomy`, which costs as much as all this
+        if peer is None or peer._cost <= ROOMY_BYTES:
             found |= _OUT
         if self._late is not None:
             return found  # whatever happened at the other end is late, too
@@ -381,10 +379,11 @@ class Memory(OpenFile):
 
 @dataclass(eq=False, slots=True)
 class Interest:
-    """One entry of a poller's list: which events of a file it wants, under which fd; `ready`: those there
-    were when it was looked at last.
+    """One entry of a poller's list, its `number`-th: which events of a file it wants, under which fd;
+    `ready`: those there were when it was looked at last.
     """
 
+    number: int
     fd: int
     file: OpenFile
     events: int

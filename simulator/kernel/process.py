@@ -11,9 +11,11 @@ import errno
 import select
 import socket
 import sys
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +38,7 @@ BOOTED_NS = 1_700_000_000 * 10**9  # when virtual time was 0, since 1970
 _HEADER_BYTES = socket.CMSG_LEN(0)
 _FD_BYTES = array.array("i").itemsize
 _ONE = (1).to_bytes(8, sys.byteorder)  # what a signal writes
+_BY_NUMBER = attrgetter("number")
 _Rights = tuple[int, int, bytes]  # a control message: level, type, data
 
 
@@ -373,14 +376,15 @@ class SimPoller:
         self._file = _EpollFile(self)
         self._fd = process.install(self._file)
         self._wanted: dict[tuple[int, OpenFile], Interest] = {}  # as Linux does [fs/eventpoll.c ep_find]
-        self._changed: set[Interest] = set()  # since `_ready` was made
+        self._registered = count(1)
+        self._changed: set[Interest] = set()  # since somebody asked what is ready
         self._ready: list[Interest] = []
 
     def register(self, fd: int, events: int, /) -> None:
         file = self._watchable(fd)
         if (fd, file) in self._wanted:
             raise oserror(errno.EEXIST)
-        wanted = self._wanted[fd, file] = Interest(fd, file, events, self.changed)
+        wanted = self._wanted[fd, file] = Interest(next(self._registered), fd, file, events, self.changed)
         file.watchers.append(wanted)
         self.changed(wanted)
         self.process.happened("register", file)
@@ -412,7 +416,13 @@ class SimPoller:
     def _forget(self, wanted: Interest) -> None:
         wanted.file.watchers.remove(wanted)
         self.changed(wanted)
+        self._drop(wanted)
+
+    def _drop(self, wanted: Interest) -> None:
         del self._wanted[wanted.fd, wanted.file]
+        self._changed.discard(wanted)
+        if wanted in self._ready:
+            self._ready.remove(wanted)
 
     def changed(self, wanted: Interest) -> None:
         self._changed.add(wanted)
@@ -424,16 +434,20 @@ class SimPoller:
         return [(wanted.fd, wanted.ready) for wanted in self.found()]
 
     def found(self) -> Sequence[Interest]:
-        """The same, with their files."""
-        if self._changed:
-            for wanted in self._changed:
-                if not wanted.file.users:  # the last fd of it was closed, and took it out of the set
-                    self._wanted.pop((wanted.fd, wanted.file), None)
-                    continue
-                wanted.look()
-            self._changed.clear()
-            self._ready = [wanted for wanted in self._wanted.values() if wanted.ready]
-        return self._ready
+        """The same, with their files: a list that changes when this is called again."""
+        ready = self._ready
+        while self._changed:
+            wanted = self._changed.pop()
+            if not wanted.file.users:  # the last fd of it was closed, and took it out of the set
+                self._drop(wanted)
+                continue
+            before = wanted.ready
+            wanted.look()
+            if before and not wanted.ready:
+                ready.remove(wanted)
+            elif wanted.ready and not before:
+                insort(ready, wanted, key=_BY_NUMBER)
+        return ready
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
         """One event at a time, where somebody runs who can be stopped: several at once are as if nobody had

@@ -34,7 +34,7 @@ def state_of(process: str) -> frozenset[Touch]:
 
 def queues_of(file: OpenFile, both_ends: bool) -> frozenset[Touch]:
     """What is under way to that end of a channel, or an eventfd's count."""
-    peer = file.peer if both_ends and isinstance(file, StreamEnd) else None
+    peer = file.peer if both_ends else None
     return _queue(file.name) if peer is None else _queue(file.name) | _queue(peer.name)
 
 

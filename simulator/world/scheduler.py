@@ -197,8 +197,8 @@ class World:
             if me is not None:
                 self._leave()
             return  # it is its turn again
-        thread = step.thread
-        thread.goes_on(step.event)
+        _, thread, event = step
+        thread.goes_on(event)
         self._running = thread
         if thread is not me:
             self._goes_to(thread.greenlet)
@@ -215,16 +215,15 @@ class World:
 
     def _next(self, me: SimThread | None) -> Candidate | None:
         """None: there is none, and `_given_up` says why, or `run` has what it waits for."""
-        while True:
-            step = self._chosen(me)
-            if step is None or step.thread.fate is None or not self._meets_fate(step.thread):
-                break
+        while (step := self._chosen(me)) is not None:
+            option, thread, _ = step
+            if thread.fate is None or not self._meets_fate(thread):
+                thread.taken += 1
+                self._take(option)
+                return step
             if self._awaited is not None and self._awaited.over:
-                return None
-        if step is not None:
-            step.thread.taken += 1
-            self._take(step.option)
-        return step
+                break
+        return None
 
     def _meets_fate(self, thread: SimThread) -> bool:
         fate = thread.fate
@@ -274,44 +273,34 @@ class World:
 
     def _steps(self, me: SimThread | None) -> list[Candidate]:
         """What could happen now; what `me` would do without anybody between comes first."""
-        steps = [] if me is None or me.over else list(self._steps_of(me))
+        now, woken = self._now, self._woken
+        steps = [] if me is None or me.over else [*me.could_take(now, woken)]
         for thread in self.threads:
             if thread is not me and not thread.over:
-                steps += self._steps_of(thread)
+                steps += thread.could_take(now, woken)
         return steps
 
     def _first(self, me: SimThread | None) -> Candidate | None:
         """Of `_steps`."""
-        if me is not None and not me.over and (steps := self._steps_of(me)):
+        now, woken = self._now, self._woken
+        if me is not None and not me.over and (steps := me.could_take(now, woken)):
             return steps[0]
         for thread in self.threads:
-            if thread is not me and not thread.over and (steps := self._steps_of(thread)):
+            if thread is not me and not thread.over and (steps := thread.could_take(now, woken)):
                 return steps[0]
         return None
 
-    def _steps_of(self, thread: SimThread) -> Sequence[Candidate]:
-        if thread.stopped_ns > self._now:
-            return ()
-        if thread.standing:
-            return thread.steps
-        steps = thread.deliveries(self._woken)
-        if not steps and thread.deadline_ns is not None and thread.deadline_ns <= self._now:
-            return (thread.timer(),)
-        return steps
-
     def _is_alone(self, me: SimThread) -> bool:
-        """Nobody else could take a step."""
-        if self._alone_at == self._changes and self._now < self._alone_until:
-            return True
+        """Nobody else could take a step; `access` goes by what was found last, while that holds."""
         if self._crowded_at == self._changes:
             return False
-        until = LIMIT_NS
+        until, now = LIMIT_NS, self._now
         for thread in self.threads:
             if thread is not me and not thread.over:
-                if self._steps_of(thread):
+                if thread.could_take(now, self._woken):
                     self._crowded_at = self._changes
                     return False
-                until = min(until, thread.can_go_at(self._now) or until)
+                until = min(until, thread.can_go_at(now) or until)
         self._alone_at, self._alone_until = self._changes, until
         return True
 
@@ -356,13 +345,14 @@ class World:
         self._straight += 1
         me.taken += 1
         me.told = None
-        self._passes(me.name, label)
+        self._taken = PASSED
+        if self.journal is not None:
+            self.journal.add(f"{me.name}: {label}")
         return True
 
     def _passes(self, actor: str, label: str) -> None:
         """A step by default, of which only the journal is told."""
         self._taken = PASSED
-        self._touched.clear()
         if self.journal is not None:
             self.journal.add(f"{actor}: {label}")
 
@@ -418,8 +408,12 @@ class World:
         me = self._running
         if me is None or self._closed or len(memory.mappers) < 2:
             return
-        is_alone = me.fate is None and self._is_alone(me)  # who is to die may die between two stores
+        is_alone = me.fate is None and (  # who is to die may die between two stores
+            (self._alone_at == self._changes and self._now < self._alone_until) or self._is_alone(me)
+        )
         if self._excerpt.is_silent:
+            if is_alone and self.journal is None and not self._settling:
+                return
             told = "" if self.journal is None else told_of(memory, at, writes)
             if is_alone and self._settling:
                 self._passes(me.name, told)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from greenlet import greenlet
 
-from simulator.kernel.files import OpenFile
+from simulator.kernel.files import Interest
 from simulator.kernel.process import SimPoller, SimProcess
 from simulator.search.option import UNTOUCHED, Option, Touch
 from simulator.world.fate import Fate
@@ -17,6 +17,7 @@ from simulator.world.places import TIME_PASSES, queues_of
 
 Event = tuple[int, int]  # of a poller: fd, what
 IsWoken = Callable[[], bool]
+_IN = select.EPOLLIN
 MADE = 1 << 16  # steps of a thread that are remembered
 
 
@@ -61,15 +62,15 @@ class SimThread:
         known = self.made.get((label, touches))
         return known or self._makes((label, touches), Option(self.name, label, self.state | touches))
 
-    def _told(self, file: OpenFile, event: Event) -> Candidate:
-        both_ends = bool(event[1] & ~select.EPOLLIN)
-        queues = queues_of(file, both_ends)
-        key = event, file.name, queues
+    def _told(self, found: Interest) -> Candidate:
+        file, ready = found.file, found.ready
+        peer = file.peer if ready & ~_IN else None  # it has to do with the other end, too
+        key = found, ready, peer
         known = self.made.get(key)
         if known is not None:
             return known
-        option = Option(f"{self.name}<{file.name}", "is told", self.state | queues)
-        return self._makes(key, option, event)
+        touches = self.state | queues_of(file, peer is not None)
+        return self._makes(key, Option(f"{self.name}<{file.name}", "is told", touches), (found.fd, ready))
 
     def _makes(self, key: Hashable, option: Option, event: Event | None = None) -> Candidate:
         if len(self.made) >= MADE:
@@ -91,21 +92,28 @@ class SimThread:
         self.standing, self.steps_of, self.told = False, -1, event
         self.waits, self.is_woken, self.deadline_ns = (), None, None
 
-    def deliveries(self, woken: int) -> Sequence[Candidate]:
-        """What it waits for and is there.  `woken`: how often anybody was."""
+    def could_take(self, now: int, woken: int) -> Sequence[Candidate]:
+        """The steps it could take, if it is not over.  `woken`: how often anybody was."""
+        if self.stopped_ns > now:
+            return ()
+        if self.standing:
+            return self.steps
         version = woken
         for poller in self.waits:
             version += poller.version
         if self.steps_of != version:
             self.steps_of = version
-            self.steps = [
-                self._told(found.file, (found.fd, found.ready))
-                for poller in self.waits
-                for found in poller.found()
-            ]
-            if self.is_woken is not None and self.is_woken():
-                self.steps.append(Candidate(Option(f"{self.name}<woken", "is woken", self.state), self))
+            self.steps = self._deliveries()
+        if not self.steps and self.deadline_ns is not None and self.deadline_ns <= now:
+            return (self.timer(),)
         return self.steps
+
+    def _deliveries(self) -> Sequence[Candidate]:
+        """What it waits for and is there."""
+        steps = [self._told(found) for poller in self.waits for found in poller.found()]
+        if self.is_woken is not None and self.is_woken():
+            steps.append(Candidate(Option(f"{self.name}<woken", "is woken", self.state), self))
+        return steps
 
     def timer(self) -> Candidate:
         return Candidate(Option(f"{self.name}<timer", "time is up", self.state | TIME_PASSES), self)
