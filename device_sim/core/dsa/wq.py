@@ -63,6 +63,8 @@ class WorkQueue:
     @property
     def registers(self) -> WqCfg:
         """What software reads."""
+        if not self.jobs and self.state is WqState.DISABLED:
+            return self.config  # which says so
         return replace(self.config, occupancy=len(self.jobs), state=self.state)
 
     def write_registers(self, raw: bytes, *, size_too: bool) -> None:
@@ -71,7 +73,9 @@ class WorkQueue:
             return
         written = WqCfg.from_bytes(raw)
         size = written.size if size_too else self.config.size
-        self.config = replace(written, size=size, occupancy=0, state=WqState.DISABLED)
+        if (written.size, written.occupancy, written.state) != (size, 0, WqState.DISABLED):
+            written = replace(written, size=size, occupancy=0, state=WqState.DISABLED)
+        self.config = written
 
     def enable(self, max_xfer_shift: int, max_batch_shift: int) -> CommandError:
         config = self.config
