@@ -98,15 +98,11 @@ class Io:
         """
         if trio.lowlevel.current_task() is not self._serves or self._has_others():
             return False
-        deadline = trio_run.next_deadline()
-        if (timeout := self._clock.deadline_to_sleep_time(deadline)) <= 0:
+        deadline, asks = trio_run.next_deadline(), self._clock.deadline_to_sleep_time
+        if (timeout := asks(deadline)) <= 0:
             return False
         self._sleeps((poller,), timeout)
-        self._slept = (
-            self._has_others()
-            or self._world.now_ns() >= self._back_at
-            or self._clock.deadline_to_sleep_time(deadline) <= 0
-        )
+        self._slept = self._has_others() or self._world.now_ns() >= self._back_at or asks(deadline) <= 0
         return not self._slept
 
     def _has_others(self) -> bool:
@@ -114,7 +110,10 @@ class Io:
         return self._woken or trio_run.others_go_on()
 
     def _sleeps(self, pollers: Sequence[SimPoller], timeout: float) -> None:
-        self._world.wait(pollers, timeout if timeout < LONG_S else None, lambda: self._woken)
+        self._world.wait(pollers, timeout if timeout < LONG_S else None, self._is_woken)
+
+    def _is_woken(self) -> bool:
+        return self._woken
 
     def _ready(self) -> list[trio.lowlevel.Task]:
         found = [task for poller, task in self._parked.items() if poller.found()] if self._parked else []

@@ -356,6 +356,12 @@ class World:
         if self.journal is not None:
             self.journal.add(f"{actor}: {label}")
 
+    def picks_first(self) -> bool:
+        """Would the running process `pick` the first, however often, and nobody hear of it?  Then it has."""
+        if first := self.journal is None and self._excerpt.is_silent:
+            self._taken = PASSED
+        return first
+
     def pick(self, what: str, labels: Sequence[str], touches: Set[Touch] = frozenset()) -> int:
         """Which of several things the running process does next, within itself; it goes by those places."""
         if len(labels) == 1 or self._running is None or self._closed:

@@ -199,6 +199,8 @@ def system(
     world = World(strategy, journal)
 
     def by_choice(tasks: list[trio.lowlevel.Task]) -> list[trio.lowlevel.Task]:
+        if world.picks_first():
+            return tasks
         ordered = []
         while len(tasks) > 1:
             labels = [f"{n} {task.name}" for n, task in enumerate(tasks)]
