@@ -194,8 +194,8 @@ def walk_range(
 
 
 def filled(entries: list[int]) -> Iterable[tuple[int, int]]:
-    """Those that are not 0, with their places: most are, and no leaf nor table entry of any format is.  Of most
-    tables all are, which is said at a tenth of the price.
+    """Those that are not 0, with their places: most are, and no leaf nor table entry of any format is.  Most
+    tables have none, which costs a tenth to see.
     """
     if entries.count(0) == len(entries):
         return ()

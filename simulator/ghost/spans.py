@@ -27,7 +27,7 @@ class Translation:
     rights: int
 
     def moved(self, pages: int) -> Translation:
-        return Translation(self.frame + pages, self.rights)
+        return self if not pages else Translation(self.frame + pages, self.rights)
 
     def gives(self, other: Translation) -> bool:
         """All that `other` gives."""

@@ -106,8 +106,7 @@ class Fingerprint:
         number = (_number(actor, label) ^ sum(follows) * _ODD) & _MASK
         number = (number ^ number >> 29) * _ODD & _MASK
         self._of_actor[actor] = number
-        for place in written:
-            accessed[place] = number, 0
+        accessed.update(dict.fromkeys(written, (number, 0)))
         for place in looked:
             writer, read = accessed.get(place, untouched)
             accessed[place] = writer, (read + number) & _MASK

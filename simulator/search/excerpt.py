@@ -81,14 +81,19 @@ class Excerpt:
         self.close()
 
     def choose(self, options: Sequence[Option]) -> int:
-        self._is_inside(self._open)
+        if self._step_is_inside is not self._open:
+            self._is_inside(self._open)
         return self._inner.choose(options) if self._open else 0
 
     def took(self, step: Option) -> None:
         if self._step_is_inside:
             heard = self.heard()
-            self._inner.took(Option(step.actor, step.label, step.touches | heard) if heard else step)
-        self._is_inside(self._open)
+            if heard:
+                actor, label, touches = step
+                step = Option(actor, label, touches | heard)
+            self._inner.took(step)
+        if self._step_is_inside is not self._open:
+            self._is_inside(self._open)
 
     def ended(self, failed: bool) -> bool:
         self._open = False

@@ -319,10 +319,10 @@ class World:
 
     def _tell_taken(self) -> None:
         if self._taken is not None and self._strategy.watches:
-            taken, touched = self._taken, self._taken.touches | self._touched
             if self._settling:
-                touched |= TIME_STANDS
-            self._strategy.took(Option(taken.actor, taken.label, touched))
+                self._touched |= TIME_STANDS
+            actor, label, touches = step = self._taken
+            self._strategy.took(Option(actor, label, touches | self._touched) if self._touched else step)
         self._taken = None
         self._touched.clear()
 
