@@ -15,7 +15,7 @@ from simulator.faults.play import playing_faulted
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.heard import Effect
 from simulator.ghost.probes.watch import Watch
-from simulator.ghost.probes.watching import watching
+from simulator.ghost.probes.watching import watching, wrapping
 from simulator.ghost.violation import Verdicts, invariant_of
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
@@ -72,6 +72,7 @@ class Living:
         self._onlooker = onlooker
         self._excerpt: Excerpt | None = None
         self._ends: Generator[RunEnd] | None = None
+        self._wraps: Generator[None] | None = None  # from the first machine on, until this player is dropped
         self._round = 0
 
     def __call__(self, strategy: Strategy) -> RunEnd:
@@ -103,6 +104,9 @@ class Living:
 
     def _begin(self, strategy: Strategy) -> None:
         """What plays does not know this player, so that one that is dropped takes its machine along."""
+        if self._wraps is None:
+            self._wraps = wrapping()
+            next(self._wraps)
         found = self._judged.find(self._judged.scenario)
         if isinstance(found, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from kvmd.core.mm.table import PageTable
 from simulator.command import find
 from simulator.ghost.ghost import Ghost
-from simulator.ghost.probes.watching import SEAMS, watching
+from simulator.ghost.probes.watching import SEAMS, watching, wrapping
 from simulator.ghost.violation import Verdicts
+from simulator.planted.plant import function_at
 from simulator.search.explore import explore
 from simulator.search.strategies import STRATEGIES
 from simulator.world.schedule import Judged
@@ -74,6 +76,29 @@ def test_the_product_is_as_it_was_when_nobody_watches_any_more() -> None:
     with watching(Ghost(Verdicts())):
         assert all(vars(owner)[name] is not was for (owner, name), was in before.items())
     assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
+
+
+def test_a_player_wraps_the_seams_once_for_all_its_machines() -> None:
+    before = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    player, strategy = Judged(find, "discard", "shared")(1), STRATEGIES["random"].make(1)
+    assert player(strategy).over
+    between = {seam: vars(seam[0])[seam[1]] for seam in SEAMS}
+    assert all(between[seam] is not was for seam, was in before.items())
+    assert player(strategy).over
+    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == between
+    del player
+    assert {seam: vars(seam[0])[seam[1]] for seam in SEAMS} == before
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam[0].__name__}.{seam[1]}")
+def test_a_plant_is_put_into_what_is_wrapped(seam: tuple[type, str]) -> None:
+    owner, name = seam
+    where = f"{owner.__module__}:{owner.__qualname__}.{name}"
+    function = function_at(where)
+    with closing(wrapping()) as wraps:
+        next(wraps)
+        assert function_at(where) is function
+    assert function_at(where) is function
 
 
 @pytest.mark.parametrize("faults", [(), ("sigkill",)])

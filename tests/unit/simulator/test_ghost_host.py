@@ -51,6 +51,16 @@ def test_nothing_is_found_in_histories_of_private_memory(seed: int) -> None:
     assert any("guest_memfd" in str(space) for space in ghost.backing.spaces), "it was told of no file"
 
 
+def test_of_two_who_watch_the_one_that_came_last_hears() -> None:
+    first, last = Ghost(Verdicts()), Ghost(Verdicts())
+    with watching(first):
+        with watching(last):
+            play(1)
+        assert first.heard.now == 0 < last.heard.now
+        play(1)
+    assert first.heard.now == last.heard.now
+
+
 @pytest.mark.parametrize(
     ("bug", "invariants"),
     [
