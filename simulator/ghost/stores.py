@@ -40,9 +40,10 @@ class Stores:
             pages.update(range(start, end))
             return
         pages.difference_update(range(start, end))
-        for page in range(start, end):
-            self._untold.pop((view, page), None)
-            self._marked.discard((view, page))
+        for there in [*self._untold, *self._marked]:
+            if there[0] == view and start <= there[1] < end:
+                self._untold.pop(there, None)
+                self._marked.discard(there)
 
     def stored(self, epoch: int, view: Hashable, page: int) -> None:
         if page not in self._logs.get(view, ()):

@@ -11,11 +11,13 @@ import errno
 import mmap
 import os
 import select
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
+from operator import attrgetter
 
 from protocol.kernel.port import BACKLOG
 from protocol.units import PAGE_SIZE, align_up
@@ -28,6 +30,7 @@ ROOMY_BYTES = SOCKET_BYTES // 4  # who costs no more has room [Linux net/unix/af
 EVENT_MAX = (1 << 64) - 2
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _UNASKED = select.EPOLLHUP | select.EPOLLERR
+_BY_NUMBER = attrgetter("number")
 MAP_NORESERVE = 0x4000  # not in the mmap module before Python 3.13
 
 
@@ -394,6 +397,10 @@ class Interest:
         self.events = events
         self.told(self)
 
-    def look(self) -> None:
-        """EPOLLHUP and EPOLLERR are reported unasked."""
-        self.ready = self.file.events() & (self.events | _UNASKED)
+    def look(self, among: list[Interest]) -> None:
+        """EPOLLHUP and EPOLLERR are reported unasked.  `among`: who is ready, in the order of numbers."""
+        before, self.ready = self.ready, self.file.events() & (self.events | _UNASKED)
+        if before and not self.ready:
+            among.remove(self)
+        elif self.ready and not before:
+            insort(among, self, key=_BY_NUMBER)

@@ -11,11 +11,9 @@ import errno
 import select
 import socket
 import sys
-from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +36,6 @@ BOOTED_NS = 1_700_000_000 * 10**9  # when virtual time was 0, since 1970
 _HEADER_BYTES = socket.CMSG_LEN(0)
 _FD_BYTES = array.array("i").itemsize
 _ONE = (1).to_bytes(8, sys.byteorder)  # what a signal writes
-_BY_NUMBER = attrgetter("number")
 _Rights = tuple[int, int, bytes]  # a control message: level, type, data
 
 
@@ -441,12 +438,7 @@ class SimPoller:
             if not wanted.file.users:  # the last fd of it was closed, and took it out of the set
                 self._drop(wanted)
                 continue
-            before = wanted.ready
-            wanted.look()
-            if before and not wanted.ready:
-                ready.remove(wanted)
-            elif wanted.ready and not before:
-                insort(ready, wanted, key=_BY_NUMBER)
+            wanted.look(ready)
         return ready
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:

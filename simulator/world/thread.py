@@ -110,7 +110,9 @@ class SimThread:
 
     def _deliveries(self) -> Sequence[Candidate]:
         """What it waits for and is there."""
-        steps = [self._told(found) for poller in self.waits for found in poller.found()]
+        steps: list[Candidate] = []
+        for poller in self.waits:
+            steps += map(self._told, poller.found())
         if self.is_woken is not None and self.is_woken():
             steps.append(Candidate(Option(f"{self.name}<woken", "is woken", self.state), self))
         return steps
