@@ -59,6 +59,7 @@ class OpenFile:
     cookie = 0  # no socket
     peer: StreamEnd | None = None
     has_poll = True  # may an epoll set have it?
+    is_shared = False  # others have it, or will: it was sent
 
     def __init__(self) -> None:
         self.users = 0
@@ -71,6 +72,10 @@ class OpenFile:
     def get(self) -> OpenFile:
         self.users += 1
         return self
+
+    def goes_out(self) -> OpenFile:
+        self.is_shared = True
+        return self.get()
 
     def put(self) -> None:
         assert self.users > 0, "put more often than it was got"
@@ -146,7 +151,7 @@ class StreamEnd(OpenFile):
         sent, files, was_roomy = 0, list(files), peer._cost <= ROOMY_BYTES
         while sent < len(data) and peer._cost < SOCKET_BYTES:
             part = data[sent : sent + BUFFER_BYTES]
-            peer._comes(_Piece(part, truesize(len(part)), [file.get() for file in files]))
+            peer._comes(_Piece(part, truesize(len(part)), [file.goes_out() for file in files]))
             sent, files = sent + len(part), []
         if data and not sent:
             raise oserror(errno.EAGAIN)
@@ -368,12 +373,17 @@ class Memory(OpenFile):
         self.size = size
         self.sealed = sealed  # against shrinking
         self.at = 0  # where who reads its fd goes on: one place for all copies
-        self.mappers: set[str] = set()  # processes, by name, that ever have: what they saw, they saw
         self.writable = True  # may be mapped for stores
+        self._mappers: set[str] = set()  # processes, by name, that ever have: what they saw, they saw
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # a fork has its own
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one
         if data is not None:
             self.bytes[: len(data)] = data
+
+    def mapped_by(self, name: str) -> Memory:
+        self._mappers.add(name)
+        self.is_shared |= len(self._mappers) > 1
+        return self
 
     def contents(self) -> bytes:
         found, self.at = self.bytes[self.at : self.size], self.size
@@ -404,3 +414,26 @@ class Interest:
             among.remove(self)
         elif self.ready and not before:
             insort(among, self, key=_BY_NUMBER)
+
+
+class Interests(dict[tuple[int, OpenFile], Interest]):
+    """A poller's list, by fd and file, as Linux has it [fs/eventpoll.c ep_find]."""
+
+    _names: tuple[str, ...] | None = None
+
+    def __setitem__(self, key: tuple[int, OpenFile], interest: Interest) -> None:
+        self._names = None
+        super().__setitem__(key, interest)
+
+    def __delitem__(self, key: tuple[int, OpenFile]) -> None:
+        self._names = None
+        super().__delitem__(key)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the files, and of the other ends they had when the list last changed."""
+        if self._names is None:
+            files = [file for _, file in self]
+            ends = [file.peer for file in files if file.peer is not None]
+            self._names = tuple(file.name for file in (*files, *ends))
+        return self._names

@@ -23,6 +23,7 @@ from simulator.kernel.files import (
     EVENT_MAX,
     Counter,
     Interest,
+    Interests,
     Listening,
     Memory,
     Nothing,
@@ -220,10 +221,9 @@ class SimProcess(FdTable):
         return self._map(memory, size, writable=writable)
 
     def _map(self, memory: Memory, size: int, *, writable: bool) -> Mapping:
-        memory.mappers.add(self.name)
         scheduler = self.host.scheduler
-        seen = partial(scheduler.seen, self)
-        return SimMapping(memory, size, writable=writable, seen=seen, discarded=scheduler.discarded)
+        seen, of = partial(scheduler.seen, self), memory.mapped_by(self.name)
+        return SimMapping(of, size, writable=writable, seen=seen, discarded=scheduler.discarded)
 
     def file_with(self, name: str, parts: Iterable[Bytes]) -> int:
         data = b"".join(parts)
@@ -372,16 +372,16 @@ class SimPoller:
         self.version = 0
         self._file = _EpollFile(self)
         self._fd = process.install(self._file)
-        self._wanted: dict[tuple[int, OpenFile], Interest] = {}  # as Linux does [fs/eventpoll.c ep_find]
+        self.wanted = Interests()
         self._registered = count(1)
         self._changed: set[Interest] = set()  # since somebody asked what is ready
         self._ready: list[Interest] = []
 
     def register(self, fd: int, events: int, /) -> None:
         file = self._watchable(fd)
-        if (fd, file) in self._wanted:
+        if (fd, file) in self.wanted:
             raise oserror(errno.EEXIST)
-        wanted = self._wanted[fd, file] = Interest(next(self._registered), fd, file, events, self.changed)
+        wanted = self.wanted[fd, file] = Interest(next(self._registered), fd, file, events, self.changed)
         file.watchers.append(wanted)
         self.changed(wanted)
         self.process.happened("register", file)
@@ -405,7 +405,7 @@ class SimPoller:
 
     def _known(self, fd: int) -> Interest:
         """What was registered under that number, if it is the same file by now.  EBADF, EPERM, ENOENT."""
-        wanted = self._wanted.get((fd, self._watchable(fd)))
+        wanted = self.wanted.get((fd, self._watchable(fd)))
         if wanted is None:
             raise oserror(errno.ENOENT)
         return wanted
@@ -416,7 +416,7 @@ class SimPoller:
         self._drop(wanted)
 
     def _drop(self, wanted: Interest) -> None:
-        del self._wanted[wanted.fd, wanted.file]
+        del self.wanted[wanted.fd, wanted.file]
         self._changed.discard(wanted)
         if wanted in self._ready:
             self._ready.remove(wanted)
@@ -450,7 +450,7 @@ class SimPoller:
         return self._fd
 
     def close(self) -> None:
-        for wanted in list(self._wanted.values()):
+        for wanted in list(self.wanted.values()):
             self._forget(wanted)
         self.process.close(self._fd)
 

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from simulator.search.option import Option
 
 _MASK = (1 << 64) - 1
-_ODD = 0x9E3779B97F4A7C15  # mixes: 2**64 by the golden ratio
+_UNTOUCHED = (0, 0)
 
 
 @cache
@@ -85,29 +85,28 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
-        self.value = 0
+        self._sum = 0
         self._of_actor: dict[str, int] = {}
         self._accessed: dict[Hashable, tuple[int, int]] = {}
         """Who wrote the place last, and the sum of those who read it since."""
 
+    @property
+    def value(self) -> int:
+        return self._sum & _MASK
+
     def add(self, step: Option) -> None:
         actor, label, touches = step
-        accessed, untouched = self._accessed, (0, 0)
-        follows = {self._of_actor.get(actor, 0)}
-        written, looked = [], []
+        accessed = self._accessed
+        follows = self._of_actor.get(actor, 0)
         for place, writes in touches:
-            before = accessed.get(place, untouched)
-            if writes:
-                follows.update(before)
-                written.append(place)
-            else:
-                follows.add(before[0])
-                looked.append(place)
-        number = (_number(actor, label) ^ sum(follows) * _ODD) & _MASK
-        number = (number ^ number >> 29) * _ODD & _MASK
+            writer, readers = accessed.get(place, _UNTOUCHED)
+            follows += writer + readers if writes else writer
+        number = hash((_number(actor, label), follows))  # of numbers: no interpreter has another
         self._of_actor[actor] = number
-        accessed.update(dict.fromkeys(written, (number, 0)))
-        for place in looked:
-            writer, read = accessed.get(place, untouched)
-            accessed[place] = writer, (read + number) & _MASK
-        self.value = (self.value + number) & _MASK
+        for place, writes in touches:
+            writer, readers = accessed.get(place, _UNTOUCHED)
+            if writes:
+                accessed[place] = number, 0
+            elif writer != number:
+                accessed[place] = writer, readers + number
+        self._sum += number

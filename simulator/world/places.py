@@ -38,6 +38,12 @@ def queues_of(file: OpenFile, both_ends: bool) -> frozenset[Touch]:
     return _queue(file.name) if peer is None else _queue(file.name) | _queue(peer.name)
 
 
+@lru_cache(NAMES)
+def emptiness_of(names: tuple[str, ...]) -> frozenset[Touch]:
+    """Whoever watches those goes on because nothing is there: what comes, comes behind that."""
+    return frozenset(Touch(("channel", name), False) for name in names)
+
+
 def closed_with(file: OpenFile) -> frozenset[Touch]:
     """What goes may be the last that holds it: its other end hears of that, and those of all that was on the
     way to it.

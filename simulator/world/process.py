@@ -15,6 +15,7 @@ from protocol.flow import Flows
 from protocol.rpc.loop import SERVE_NS
 from simulator.kernel.process import SimPoller, SimProcess, poller_of
 from simulator.world import trio_run
+from simulator.world.places import emptiness_of
 from simulator.world.scheduler import World
 
 SERVES_NS = SERVE_NS // 10
@@ -97,9 +98,11 @@ class Io:
         woken, or because who serves has served for long (SERVE_NS).
         """
         if trio.lowlevel.current_task() is not self._serves or self._has_others():
+            self._world.touch(emptiness_of(poller.wanted.names))
             return False
         deadline, asks = trio_run.next_deadline(), self._clock.deadline_to_sleep_time
         if (timeout := asks(deadline)) <= 0:
+            self._world.touch(emptiness_of(poller.wanted.names))
             return False
         self._sleeps((poller,), timeout)
         self._slept = self._has_others() or self._world.now_ns() >= self._back_at or asks(deadline) <= 0

@@ -34,6 +34,7 @@ from simulator.world.places import (
     TIME_STANDS,
     access_of,
     closed_with,
+    emptiness_of,
     queues_of,
     state_of,
     told_of,
@@ -412,7 +413,7 @@ class World:
     def access(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread is about to load from, or store to, those bytes."""
         me = self._running
-        if me is None or self._closed or len(memory.mappers) < 2:
+        if me is None or self._closed or not memory.is_shared:
             return
         is_alone = me.fate is None and (  # who is to die may die between two stores
             (self._alone_at == self._changes and self._now < self._alone_until) or self._is_alone(me)
@@ -431,17 +432,14 @@ class World:
         if not is_alone:
             me.stands(told, words)
             self._switch(me, WORD_NS)
-        elif self._settling:  # a step is the same one, whoever else is about
-            self._take(Option(me.name, told, me.state | words))
-        else:
-            if self.journal is not None:
-                self.journal.add(f"{me.name} {told}")
-            if self._strategy.watches:
-                self._touched |= words
+        elif self._settling or self._strategy.watches:  # a step is the same one, whoever else is about
+            self._take(me.own(told, words).option)
+        elif self.journal is not None:
+            self.journal.add(f"{me.name} {told}")
 
     def note(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread loads or stores those bytes within its step."""
-        if self._strategy.watches and len(memory.mappers) > 1:
+        if self._strategy.watches and memory.is_shared:
             self._touched.update(words_of(memory, at, size, writes))
 
     def touch(self, touches: Iterable[Touch]) -> None:
@@ -464,7 +462,10 @@ class World:
             return [event]
         if found or timeout_s not in (0, POLL_S):
             self.wait((poller,), timeout_s)
-        elif timeout_s == 0 or (parks := me.process.parks) is None or not parks(poller):
+        elif timeout_s == 0 or (parks := me.process.parks) is None:
+            self.touch(emptiness_of(poller.wanted.names))
+            return []
+        elif not parks(poller):
             return []  # POLL_S is over: who served goes back to trio, where its other tasks have a turn
         return [] if me.told is None else [me.take()]
 

@@ -56,11 +56,11 @@ class SimThread:
     def stands(self, label: str, touches: frozenset[Touch] = UNTOUCHED) -> None:
         """It is about to do that, which touches what each step of its does, and those."""
         self.standing = True
-        self.steps = (self._own(label, touches),)
+        self.steps = (self.own(label, touches),)
 
-    def _own(self, label: str, touches: frozenset[Touch]) -> Candidate:
-        known = self.made.get((label, touches))
-        return known or self._makes((label, touches), Option(self.name, label, self.state | touches))
+    def own(self, label: str, touches: frozenset[Touch]) -> Candidate:
+        key = label, touches
+        return self.made.get(key) or self._makes(key, Option(self.name, label, self.state | touches))
 
     def _told(self, found: Interest) -> Candidate:
         file, ready = found.file, found.ready

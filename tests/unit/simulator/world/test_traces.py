@@ -1,0 +1,155 @@
+"""What steps touch, against every schedule there is: no outcome is missed, and one order is one trace."""
+
+from __future__ import annotations
+
+import select
+import socket
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from simulator.kernel.process import SimProcess
+from simulator.search.exhaustive import Exhaustive
+from simulator.search.option import Option, Strategy
+from simulator.search.replay import Recorded
+from simulator.world.scheduler import Stopped, World
+from tests.unit.simulator.world.toys import finish, made
+
+Play = Callable[[World, list[object]], None]
+PLACE = Path("/run/here")
+
+
+class Given:
+    """Strategy: these answers, and behind them the default; of how many options each was."""
+
+    watches = False
+
+    def __init__(self, answers: Sequence[int]) -> None:
+        self.answers = answers
+        self.widths: list[int] = []
+
+    def choose(self, options: Sequence[Option]) -> int:
+        self.widths.append(len(options))
+        place = len(self.widths) - 1
+        return self.answers[place] if place < len(self.answers) else 0
+
+    def took(self, step: Option) -> None: ...
+
+    def ended(self, failed: bool) -> bool:
+        return False
+
+
+def played(play: Play, strategy: Strategy) -> tuple[object, ...]:
+    world, saw = World(strategy), list[object]()
+    play(world, saw)
+    try:
+        finish(world)
+    finally:
+        world.close()
+    return tuple(saw)
+
+
+def by_force(play: Play) -> tuple[set[tuple[object, ...]], set[int]]:
+    """What was seen in all schedules, and their traces."""
+    todo: list[list[int]] = [[]]
+    seen, traces = set[tuple[object, ...]](), set[int]()
+    while todo:
+        answers = todo.pop()
+        given = Given(answers)
+        recorded = Recorded(given)
+        seen.add(played(play, recorded))
+        traces.add(recorded.trace)
+        for place in range(len(answers), len(given.widths)):
+            filled = [*answers, *[0] * (place - len(answers))]
+            todo += [[*filled, other] for other in range(1, given.widths[place])]
+    return seen, traces
+
+
+def by_search(play: Play) -> list[tuple[object, ...]]:
+    """What was seen in all that it does not prune."""
+    search, seen = Exhaustive(), list[tuple[object, ...]]()
+    goes_on = True
+    while goes_on:
+        try:
+            found = played(play, search)
+        except Stopped:
+            pass
+        else:
+            if not search.redundant:
+                seen.append(found)
+        goes_on = search.ended(False)
+    return seen
+
+
+def test_two_that_have_nothing_in_common_make_one_trace() -> None:
+    """Whoever else could go on while a store is made, and so whether it is a choice."""
+
+    def play(world: World, saw: list[object]) -> None:
+        def stores(process: SimProcess) -> None:
+            fd, mapped = process.memfd("unit 0", 4096, peer_writes=True)
+            process.file(fd).is_shared = True
+            words = mapped.view.cast("Q")
+            words[0] = 1
+            words[1] = 2
+
+        made(world, a=stores, b=lambda process: world.point("does something of its own"))
+
+    _, traces = by_force(play)
+    assert len(traces) == 1
+
+
+def test_the_search_sends_before_and_behind_a_look_that_finds_nothing() -> None:
+    def play(world: World, saw: list[object]) -> None:
+        def looks(process: SimProcess) -> None:
+            listening, poller = process.listen(PLACE, None), process.poller()
+            poller.register(listening.fileno(), select.EPOLLIN)
+            poller.poll(10.0, 8)
+            peer, _ = listening.accept()
+            poller.unregister(listening.fileno())
+            poller.register(peer.fileno(), select.EPOLLIN)
+            world.point("looks")
+            saw.append(len(poller.poll(0, 8)))
+
+        def sends(process: SimProcess) -> None:
+            world.wait((), 0.001)
+            sock = process.connect(PLACE)
+            world.point("sends")
+            with suppress(BrokenPipeError):  # who looked is gone
+                sock.send(b"x")
+            world.wait((), 5.0)
+
+        made(world, a=looks, b=sends, rest=lambda process: world.settle(20.0))
+        world._settling = True  # timers come where nothing else can
+
+    seen, _ = by_force(play)
+    assert seen == {(0,), (1,)} == set(by_search(play))
+
+
+def test_the_search_stores_before_and_behind_the_first_load_of_memory_that_was_on_its_way() -> None:
+    def play(world: World, saw: list[object]) -> None:
+        def maps(process: SimProcess) -> None:
+            listening, poller = process.listen(PLACE, None), process.poller()
+            poller.register(listening.fileno(), select.EPOLLIN)
+            poller.poll(10.0, 8)
+            peer, _ = listening.accept()
+            poller.register(peer.fileno(), select.EPOLLIN)
+            poller.poll(10.0, 8)
+            _, rights, _, _ = peer.recvmsg_into([memoryview(bytearray(64))], 200)
+            (fd,) = array("i", rights[0][2])
+            saw.append(process.map_peer(fd, 4096, writable=True).view.cast("Q")[0])
+
+        def sends(process: SimProcess) -> None:
+            world.wait((), 0.001)
+            fd, mapped = process.memfd("dmar-queues", 4096, peer_writes=True)
+            words = mapped.view.cast("Q")
+            sock = process.connect(PLACE)
+            sock.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))])
+            words[0] = 1
+            world.wait((), 5.0)
+
+        made(world, a=maps, b=sends, rest=lambda process: world.settle(20.0))
+        world._settling = True
+
+    seen, _ = by_force(play)
+    assert seen == {(0,), (1,)} == set(by_search(play))
