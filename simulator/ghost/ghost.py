@@ -12,6 +12,7 @@ from protocol.pt.bits import WRITE
 from protocol.pt.geometry import ENTRY_BYTES
 from protocol.units import PAGE_SIZE
 from simulator.ghost import heard
+from simulator.ghost.accesses import AccessJudge
 from simulator.ghost.backing import Backing, Name, Shown, Truth
 from simulator.ghost.caches import CachedPointer, CachedTranslation, Caches, History, Holder, NeverSo, said
 from simulator.ghost.entries import judge_entry
@@ -58,6 +59,7 @@ class Ghost:
         self.host = HostJudge(
             verdicts, self.heard, self._roots, self._closed, self.backing, self.tables, self.caches
         )
+        self.accesses = AccessJudge(verdicts, self.heard, self.frames, self.backing)
         self._cut: dict[int, int] = {}  # of each table page, when it was cut off last
         self._lent: set[int] = set()  # roots that units may walk
         self._orphans: set[int] = set()  # roots whose maintainer died
@@ -351,36 +353,16 @@ class Ghost:
 
     # -- accesses --------------------------------------------------------------------------------------
 
-    def used(self, who: str, view: Name, page: int, frame: int, *, write: bool) -> None:
-        """A piece of an access, within a page, through a translation of the view."""
-        self.heard.look(heard.USES)
-        what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} as page {page:#x}"
-        given_up = self.frames.given_up(frame)
-        if given_up is not None:
-            self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
-            return
-        for truth in self.backing.of(view, page, page + 1):
-            if truth.shows_less(Translation(frame, WRITE if write else 0)):
-                self.verdicts.say("I21", f"{what}: beyond permission, it is shown to be read")
-                return
-            if not truth.known or not list(self.backing.unpinned(view, truth, frame)):
-                return
-            there = truth.translation
-            if truth.shown is None:
-                self.verdicts.say("R21", f"{what}: foreign, the view has no such page")
-            elif there is None or there.frame != frame:
-                kind = "lost" if write else "stale"
-                self.verdicts.say("I6", f"{what}: {kind}, the host has {frame_of(there)} there")
-            elif write and not there.rights & WRITE:
-                self.verdicts.say("I21", f"{what}: beyond permission, the host has it read-only")
-
     def device_used(self, holder: Holder, page: int, frame: int, *, write: bool) -> None:
-        """The same through a device TLB, whose entry says of which root it is."""
+        """A piece of an access, within a page, through a device TLB, whose entry says of which root it is.
+        By one that it was not given it reaches nothing (R14).
+        """
         cached = self.caches.find(holder, page)
         who = " ".join(holder)
-        if cached is None:
-            return
         self.heard.look(heard.USES_ROOT)
+        if cached is None:
+            self.verdicts.say("R14", f"{who} uses page {page:#x}, which nobody granted it")
+            return
         facts = self._roots.get(cached.root)
         if cached.root in self._closed:
             self.verdicts.say("R28", f"{who} uses page {page:#x} of root {cached.root:#x}, which is closed")
@@ -389,7 +371,7 @@ class Ghost:
         elif facts is None:
             self.verdicts.say("R10", f"{who} uses page {page:#x} of root {cached.root:#x}, which is gone")
         elif facts.view is not None:
-            self.used(who, facts.view, page, frame, write=write)
+            self.accesses.used(who, facts.view, page, frame, write=write)
             if write:
                 self.stored(facts.view, page)
 
@@ -428,7 +410,7 @@ class Ghost:
             self.groups.forget_all()
             self._closed |= {root for root in self._roots if self.table_pages.has(root >> 12, "iommufdd")}
         elif name == "kvmd":
-            self.frames = Ledger()
+            self.frames.forget()
             self.stores = Stores(self.verdicts)
             self._lent.clear()
             self.lent.forget()
@@ -470,28 +452,6 @@ class Ghost:
         for cached in self.caches.everything():
             if cached.holder[0] in UNIT_CACHES:
                 self.verdicts.say("R28", f"the units' driver is gone, {said(cached)} is left")
-
-    def copied(self, frame: int, pages: int) -> None:
-        """The host reads or writes frames of somebody's whole."""
-        self.heard.look(heard.LOOKS_FRAMES)
-        for page in range(frame, frame + pages):
-            given_up = self.frames.given_up(page)
-            if given_up is not None:
-                self.verdicts.say("I6", f"the host copies frame {page:#x}: freed, {given_up.name} gave it up")
-                return
-
-    def touched(self, who: str, space: Name, page: int, frame: int, *, write: bool) -> None:
-        """A process's own access, or one made on its behalf at a host address."""
-        self.heard.look(heard.USES)
-        what = f"{who} {'stores to' if write else 'loads from'} frame {frame:#x} at {page << 12:#x}"
-        there = self.backing.space(space).get(page)
-        given_up = self.frames.given_up(frame)
-        if given_up is not None:
-            self.verdicts.say("I6", f"{what}: freed, {given_up.name} gave it up")
-        elif there is None or there.frame != frame:
-            self.verdicts.say("I6", f"{what}: stale, the process has {frame_of(there)} there")
-        elif write and not there.rights & WRITE:
-            self.verdicts.say("I21", f"{what}: beyond permission, it is read-only")
 
 
 def _rule_of(owner: Owner | None) -> str:

@@ -12,6 +12,10 @@ class Ledger:
         self._owners: Spans[Owner] = Spans()
         self._given_up: Spans[Owner] = Spans()
 
+    def forget(self) -> None:
+        """Nobody ever had any."""
+        self._owners, self._given_up = Spans(), Spans()
+
     def take(self, epoch: int, first: int, pages: int, owner: str) -> list[str]:
         """Who has some of them already."""
         others = self._owners.put(first, first + pages, Owner(owner, epoch))

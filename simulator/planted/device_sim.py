@@ -63,6 +63,12 @@ SILICON = (
         races=["R4", "R17"],
     ),
     Plant(
+        "R14-device-tlb-writes-what-it-may-read",
+        "A device TLB keeps what was granted to be read, and stores by it.",
+        "R14",
+        [Edit(f"{_DEVTLB}.fill", "if not rights & need:", "if not rights:")],
+    ),
+    Plant(
         "R25-survives-what-it-races",
         "What a device TLB was filled with last survives the invalidation that comes next.",
         "R25",

@@ -122,6 +122,7 @@ async def _fork(ctx: Context, excerpt: Excerpt) -> None:
                 nursery.start_soon(guest.fill, AT + 64, 64, PATTERN)
                 nursery.start_soon(guest.write, AT + 8, BEFORE)
                 child = await process.fork()
+        await guest.copy(NEXT, AT)  # so the device may read what it stores to then
         await guest.fill(AT, 8, PATTERN)
         await guest.write(AT + 16, AFTER)
         ctx.expect_equal(await child.read(hva, 8), BEFORE, "I21: what the child has")
@@ -156,7 +157,8 @@ async def _merge(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _protect(ctx: Context, excerpt: Excerpt) -> None:
-    """mprotect takes the right to write and gives it back beside stores, which may fail."""
+    """mprotect takes the right to write and gives it back beside stores, which may fail; what a device may
+    read it does not store to."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
@@ -167,6 +169,10 @@ async def _protect(ctx: Context, excerpt: Excerpt) -> None:
                 nursery.start_soon(try_fill, guest, AT)
                 await process.mprotect(hva, PAGE_SIZE, "r")
                 await process.mprotect(hva, PAGE_SIZE, "rw")
+        await process.mprotect(hva, PAGE_SIZE, "r")
+        await guest.copy(NEXT, AT)
+        await try_fill(guest, AT)
+        await process.mprotect(hva, PAGE_SIZE, "rw")
         await agree(ctx, guest, AT)
 
 

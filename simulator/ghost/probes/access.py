@@ -22,7 +22,7 @@ async def _bytes_at(
     """Which frame it is, the bytes themselves say: they are used at once."""
     part = await original(mm, hva, size, write=write, user=user)
     who = "the process" if user else "the kernel for the process"
-    watch.ghost.touched(who, f"mm{mm.id}", hva >> PAGE_SHIFT, _frame_of(mm, part), write=write)
+    watch.ghost.accesses.touched(who, f"mm{mm.id}", hva >> PAGE_SHIFT, _frame_of(mm, part), write=write)
     return part
 
 
@@ -46,12 +46,12 @@ async def _reach(watch: Watch, original: Any, ram: GuestRam, gpa: Gpa, size: int
     view, page = watch.view(ram._slots, ram._as_id), gpa >> PAGE_SHIFT
     watch.goes_by(ram._slots, slot, f"KVM's access to page {page:#x} of {view}")
     if slot.private is None:  # else it is not what the view shows that KVM goes to
-        watch.ghost.used("KVM", view, page, _frame_of(ram._mm, part), write=write)
+        watch.ghost.accesses.used("KVM", view, page, _frame_of(ram._mm, part), write=write)
     return found
 
 
 @seams.around(PageAllocator, "view")
 def _view(watch: Watch, original: Any, memory: PageAllocator, pfn: Pfn, size: int) -> Any:
     """Swap, migration, copies on write, merging."""
-    watch.ghost.copied(pfn, -(-size // PAGE_SIZE))
+    watch.ghost.accesses.copied(pfn, -(-size // PAGE_SIZE))
     return original(memory, pfn, size)

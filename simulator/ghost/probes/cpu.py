@@ -69,7 +69,7 @@ def _load_root(watch: Watch, original: Any, vcpu: VcpuArch, as_id: int = 0) -> R
 def _cpu_uses(watch: Watch, cpu: Cpu, gpa: int, hpa: int, need: int) -> None:
     view, write = watch.view(cpu._slots, cpu._as_id), need == bits.WRITE
     who = " ".join(_cpu(watch, cpu))
-    watch.ghost.used(who, view, gpa >> PAGE_SHIFT, hpa >> PAGE_SHIFT, write=write)
+    watch.ghost.accesses.used(who, view, gpa >> PAGE_SHIFT, hpa >> PAGE_SHIFT, write=write)
 
 
 @seams.around(Cpu, "_hit")

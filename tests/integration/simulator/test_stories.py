@@ -180,6 +180,7 @@ SEEN = {
     "B-37-always-failure": ("poison", "shared", "I8"),
     "B-31-canonical-for-a-cpu": ("high", "mirror", "I8"),
     "R20-rights-of-what-was": ("log", "shared", "R20"),
+    "R14-device-tlb-writes-what-it-may-read": ("protect", "shared", "R14"),
     "absent-is-cached": ("discard", "shared", "R20"),
     "B-30-pages-of-32-bits": ("vast", "mirror", "R17"),
     "R10-nothing-to-go-back-to": ("or-back", "mirror", "R10"),

@@ -67,10 +67,10 @@ class Story:
         self.ghost.frames_taken(A, 1, "another")
 
     def load(self) -> None:
-        self.ghost.touched("kvmd", "mm", HVA_PAGE, A, write=False)
+        self.ghost.accesses.touched("kvmd", "mm", HVA_PAGE, A, write=False)
 
     def store(self) -> None:
-        self.ghost.touched("kvmd", "mm", HVA_PAGE, A, write=True)
+        self.ghost.accesses.touched("kvmd", "mm", HVA_PAGE, A, write=True)
 
     # -- KVM -------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class Story:
         self.ghost.keeps(VCPU, [])
 
     def use(self) -> None:
-        self.ghost.used("dsa0", "vm", PAGE, A, write=True)
+        self.ghost.accesses.used("dsa0", "vm", PAGE, A, write=True)
 
 
 LEGAL = (

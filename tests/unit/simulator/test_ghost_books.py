@@ -237,6 +237,21 @@ def test_the_next_kvm_s_root_may_lie_where_the_dead_one_s_did() -> None:
     assert ghost.verdicts.found == []
 
 
+@pytest.mark.parametrize(("right", "wrong"), [(READ | WRITE, []), (READ, ["R14"])])
+def test_a_device_reaches_nothing_that_it_was_not_granted(right: int, wrong: list[str]) -> None:
+    """A device TLB has what is read and what is stored to apart."""
+    ghost = Ghost(Verdicts())
+    ghost.root_made(0x1000, 1, None, "hwpt")
+    ghost.entry_stored(0x1000, 5 << 12 | right)
+    for way, which in ((READ, "r"), (WRITE, "w")):
+        if right & way:
+            ghost.cached(("devtlb", "a", which), 0x1000, 0, 1, Translation(5, way))
+    ghost.device_used(("devtlb", "a", "r"), 0, 5, write=False)
+    assert ghost.verdicts.found == []
+    ghost.device_used(("devtlb", "a", "w"), 0, 5, write=True)
+    assert invariants(ghost.verdicts) == wrong
+
+
 def test_nothing_is_left_of_what_a_dead_driver_lent() -> None:
     ghost = Ghost(Verdicts())
     ghost.table_taken(0x1000, "iommufdd")

@@ -163,7 +163,7 @@ class GhostBesideSnapshots(RuleBasedStateMachine):
     @rule(page=PAGES, frame=FRAMES, write=st.booleans())
     def use(self, page: int, frame: int, write: bool) -> None:
         ever = any(frame in snapshot.owned for snapshot in self.snapshots)
-        self.ghost.used("dsa", "vm", page, frame, write=write)
+        self.ghost.accesses.used("dsa", "vm", page, frame, write=write)
         there = self.now.host[page]
         if (ever and frame not in self.now.owned) or there is None or there[0] != frame:
             self.judged({"I6"})

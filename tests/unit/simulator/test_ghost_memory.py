@@ -43,11 +43,11 @@ def test_a_pin_makes_nothing_writable_that_is_shown_to_be_read(
     ghost = showing(space, shown)
     ghost.pinned("mm", 0x80, FRAME)
     ghost.entry_stored(ROOT + 8 * 0x10, FRAME << 12 | READ)
-    ghost.used("dsa0", "ioas", 0x10, FRAME, write=False)
+    ghost.accesses.used("dsa0", "ioas", 0x10, FRAME, write=False)
     assert heard(ghost.verdicts) == []
     ghost.entry_stored(ROOT + 8 * 0x10, FRAME << 12 | RW)
     assert heard(ghost.verdicts) == (["I21"] if wrong else [])
-    ghost.used("dsa0", "ioas", 0x10, FRAME, write=True)
+    ghost.accesses.used("dsa0", "ioas", 0x10, FRAME, write=True)
     assert heard(ghost.verdicts) == (["I21", "I21"] if wrong else [])
 
 
