@@ -29,7 +29,8 @@ change remove it.
 `spans` and `tables` are what they stand on: runs of pages, and the tables as their words have them.  `Ghost`
 (ghost.py) is told everything; `groups`, `stores` and `liveness` are its books on page requests, on what dirty
 logs must tell, and on what must end; `host` judges what leads to a page by what the host has behind it,
-`sharing` who may write what several processes have, and `faults`, `lent` and `entries` what is wrong whatever
-came before it: a fault's way, a root's second borrower, an entry by itself.  `heard` says for a search which
-orders of what happens the ghost can tell apart.
+`accesses` what is reached there; `sharing` who may write what several processes have, `held` whether as much
+is pinned as somebody has; and `faults`, `lent` and `entries` what is wrong whatever came before it: a fault's
+way, a root's second borrower, an entry by itself.  `heard` says for a search which orders of what happens the
+ghost can tell apart.
 """

@@ -19,6 +19,7 @@ from simulator.ghost.entries import judge_entry
 from simulator.ghost.faults import FaultJudge
 from simulator.ghost.functions import Functions
 from simulator.ghost.groups import Groups
+from simulator.ghost.held import Held
 from simulator.ghost.holders import ALL_CACHES, GOES_WITH, IMPORTED_CACHES, UNIT_CACHES
 from simulator.ghost.host import HostJudge
 from simulator.ghost.ledger import Ledger
@@ -41,6 +42,7 @@ class Ghost:
         self.verdicts = verdicts
         self.backing = Backing()
         self.sharing = Sharing(verdicts)
+        self.held = Held(verdicts)
         self.tables = ShadowTables()
         self.history = History(self.tables)
         self.caches = Caches()
@@ -392,6 +394,7 @@ class Ghost:
     def settled(self) -> None:
         """Nothing is under way: every store is told, or will be, and what is outstanding will never end."""
         self.stores.settled(self.heard.change(heard.MAY_CHANGE_ALL))
+        self.held.settled()
         self.liveness.stuck()
 
     # -- deaths ----------------------------------------------------------------------------------------
@@ -418,6 +421,7 @@ class Ghost:
             self.own.forget()
             self.backing.lose_host()
             self.sharing.forget()
+            self.held.forget()
         pages = self.table_pages.leave(name)
         orphans = [root for root in self._roots if root >> 12 in pages]
         renamed = {root: self._orphan(root) for root in orphans}

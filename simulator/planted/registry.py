@@ -17,6 +17,7 @@ from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
 from simulator.planted.kvmd_memory import KVMD_MEMORY
+from simulator.planted.kvmd_process import KVMD_PROCESS
 from simulator.planted.kvmd_tdp import KVMD_TDP
 from simulator.planted.plant import Plant
 
@@ -28,7 +29,10 @@ class UnknownPlant(KeyError):
         return str(self.args[0])
 
 
-_ALL = (*KVMD_TDP, *KVMD_MEMORY, *KVMD_EXPORTS, *IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *SILICON, *EDGES)
+_ALL = (
+    *(*KVMD_TDP, *KVMD_MEMORY, *KVMD_PROCESS, *KVMD_EXPORTS),
+    *(*IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *SILICON, *EDGES),
+)
 PLANTED: Mapping[str, Plant] = {plant.id: plant for plant in _ALL}
 
 _on: list[Plant] = []

@@ -84,6 +84,7 @@ def _pinned_beside(*changes: Callable[[Guest], Awaitable[Any]]) -> Play:
                     for change in changes:
                         await change(guest)
             await agree(ctx, guest, AT)
+            ctx.expect_equal(await guest.migrate(AT), 1, "I6: pages that move when nobody has one pinned")
             await guest.discard(AT, SLOT_BYTES)
 
     return play

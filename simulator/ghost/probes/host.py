@@ -1,32 +1,25 @@
-"""What the host has behind each page: slots, the process's page table, notifiers, pins."""
+"""What the host has behind each page: slots, the process's page table, notifiers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from kvmd.core.export.pinning import Pinning
-from kvmd.core.mm.hmm import Mirror
-from kvmd.core.mm.page import Entry, Page, PageKind, Poisoned, Pte
-from kvmd.core.mm.pins import PinnedPage, PinsByArea
+from kvmd.core.mm.page import Entry, PageKind, Poisoned, Pte
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.mm.table import PageTable
 from kvmd.core.slots.host_changes import HostChanges
 from kvmd.core.slots.memslot import Memslot, Memslots
-from kvmd.core.slots.pinned import AS_ID, Pin, PinnedGfns
 from kvmd.core.vm import Kvm
 from protocol.pt import bits
 from protocol.units import (
     LEVEL_4K,
     PAGE_SHIFT,
-    Gfn,
     Hva,
     Level,
     pages_of_level,
-    size_of_level,
 )
-from simulator.ghost.backing import Name, Shown
+from simulator.ghost.backing import Shown
 from simulator.ghost.probes import contents
 from simulator.ghost.probes.watch import Seams, Watch
 from simulator.ghost.probes.windows import tell_private, windows
@@ -40,6 +33,7 @@ def _kvm(watch: Watch, original: Any, vm: Kvm, *args: Any, **named: Any) -> None
     original(vm, *args, **named)
     watch.kept += [vm.slots, vm.frames.pinned]
     watch.vm_of[id(vm.slots)] = watch.vm_of[id(vm.frames.pinned)] = vm.id
+    watch.mm_of[id(vm.frames.pinned)] = vm.mm
     watch.names[id(vm.slots)] = f"mm{vm.mm.id}"
     watch.ghost.mmus.registers(f"vm{vm.id}")
 
@@ -156,80 +150,3 @@ def _range(watch: Watch, changes: HostChanges, start: Hva, end: Hva) -> tuple[st
     slots = changes._slots
     filler = f"vm{watch.vm_of[id(slots)]}"
     return filler, watch.names[id(slots)], start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
-
-
-@seams.around(PinnedGfns, "add")
-def _add_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn, pin: Pin) -> None:
-    original(pinned, gfn, pin)
-    watch.ghost.pinned(watch.view(pinned, AS_ID), gfn, pin.pfn)
-
-
-@seams.around(PinnedGfns, "remove")
-def _remove_pin(watch: Watch, original: Any, pinned: PinnedGfns, gfn: Gfn) -> Page:
-    """Nobody asks for it any more; it is let go of in `Pinning.put`."""
-    pin = pinned[gfn]
-    page: Page = original(pinned, gfn)
-    watch.kept.append(page)
-    leaving = watch.view(pinned, AS_ID), gfn, pin.pfn
-    watch.ghost.pin_leaves(*leaving)
-    watch.pins.setdefault(id(page), []).append(leaving)
-    return page
-
-
-@seams.around(Pinning, "put")
-def _put(watch: Watch, original: Any, pinning: Pinning, pages: Iterable[Page]) -> None:
-    """Others may have pinned the same pages."""
-    pages = [*pages]
-    for page in pages:
-        watch.ghost.unpinned(*watch.pins[id(page)].pop(0))
-    original(pinning, pages)
-
-
-@seams.around(Pinning, "forget")
-def _forget(watch: Watch, original: Any, pinning: Pinning, slot: Memslot) -> list[Page]:
-    """A slot goes, and what was pinned of it."""
-    pages: list[Page] = original(pinning, slot)
-    believed = {gfn for request in pinning.requests() for gfn in request.gfns}
-    for gfn in believed.difference(pinning.pinned):
-        watch.ghost.verdicts.say("I22", f"gfn {gfn:#x} went with its slot, and is believed pinned")
-    return pages
-
-
-@seams.around(Mirror, "__init__")
-def _mirror(watch: Watch, original: Any, mirror: Mirror, *args: Any, **named: Any) -> None:
-    original(mirror, *args, **named)
-    watch.mirror_of[id(mirror.pins)] = mirror
-
-
-@seams.around(PinsByArea, "add")
-def _add_area_pin(
-    watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
-) -> None:
-    original(pins, area, at, pinned)
-    who = watch.name(watch.mirror_of[id(pins)], "mirror")
-    for space, page, frame in _pinned_pages(watch, pins, at, pinned):
-        watch.ghost.pinned(space, page, frame)
-        watch.ghost.mmus.pins(who, (space, page, page + 1))
-
-
-@seams.around(PinsByArea, "remove")
-def _remove_area_pin(
-    watch: Watch, original: Any, pins: PinsByArea, area: int, at: Hva, pinned: PinnedPage
-) -> bool:
-    removed: bool = original(pins, area, at, pinned)
-    if removed:
-        for page in _pinned_pages(watch, pins, at, pinned):
-            watch.ghost.unpinned(*page)
-    return removed
-
-
-def _pinned_pages(
-    watch: Watch, pins: PinsByArea, at: Hva, pinned: PinnedPage
-) -> Iterator[tuple[Name, int, int]]:
-    """(space, page of it, frame) of what was asked for; in a file, by the file's own page numbers."""
-    mirror = watch.mirror_of[id(pins)]
-    space = f"files of {watch.name(mirror, 'mirror')}" if pinned.by_offset else f"mm{mirror.mm.id}"
-    inside = at % size_of_level(pinned.level)
-    frame = pinned.pfn + (inside >> PAGE_SHIFT)
-    for n in range(pinned.size >> PAGE_SHIFT):
-        yield space, (at >> PAGE_SHIFT) + n, frame + n

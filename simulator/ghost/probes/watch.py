@@ -16,6 +16,7 @@ from iommufdd.core.platform import Platform
 from iommufdd.kvm_client import KvmTdp
 from kvmd.core.lease import Lease
 from kvmd.core.mm.hmm import Mirror
+from kvmd.core.mm.mm import Mm
 from kvmd.core.mm.space import AddressSpace
 from kvmd.core.slots.dirty_log import DirtyLog
 from kvmd.core.slots.memslot import Memslot, Memslots
@@ -110,6 +111,7 @@ class Watch:
         self.names: dict[int, str] = {}
         self.processes: list[AddressSpace] = []
         self.on_demand: list[IoasOnDemand] = []
+        self.mm_of: dict[int, Mm] = {}  # who pays for pins of a VM, by its pinned gfns
         self.mirror_of: dict[int, Mirror] = {}  # by its pins
         self.told: dict[tuple[int, int, int], list[list[Name]]] = {}  # of changes, by mirror and addresses
         self.pool_of: dict[int, str] = {}

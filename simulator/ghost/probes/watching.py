@@ -20,6 +20,7 @@ from simulator.ghost.probes import (
     logs,
     mmus,
     own,
+    pins,
     private,
     processes,
     tables,
@@ -29,7 +30,7 @@ from simulator.ghost.probes.watch import Around, Watch
 
 _ROOMS = (
     *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-    *(mmus, own, contents, logs),
+    *(mmus, own, contents, logs, pins),
 )
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around for room in _ROOMS for seam, around in room.seams.items()

@@ -9,6 +9,7 @@ from simulator.ghost.backing import Shown
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.groups import Groups
 from simulator.ghost.heard import Heard
+from simulator.ghost.held import Held
 from simulator.ghost.ledger import Ledger
 from simulator.ghost.lent import Lent
 from simulator.ghost.liveness import CASE_OF, Liveness
@@ -128,6 +129,45 @@ def test_where_nothing_can_run_any_more_what_is_out_never_ends(kind: str, invari
     liveness.begins(0, kind, 1)
     liveness.stuck()
     assert invariants(verdicts) == [invariant]
+
+
+@pytest.mark.parametrize(
+    ("counted", "charged", "wrong"),
+    [(2, 513, 0), (1, 513, 1), (3, 513, 1), (2, 512, 1), (2, 514, 1), (3, 514, 2)],
+)
+def test_as_many_pins_are_counted_and_charged_for_as_somebody_has(
+    counted: int, charged: int, wrong: int
+) -> None:
+    verdicts = Verdicts()
+    held = Held(verdicts)
+    for npages in (512, 1, 1):
+        held.pins("page", "user", npages)
+    held.unpins("page", "user", 1)
+    held.counts_pins("page", 5, counted)
+    held.counts_paid("user", "the user", charged)
+    assert invariants(verdicts) == ["I6"] * wrong
+
+
+def test_who_pays_instead_is_charged_instead() -> None:
+    verdicts = Verdicts()
+    held = Held(verdicts)
+    held.pins("page", "old", 512)
+    held.pays("old", "new", 512)
+    held.counts_paid("old", "the process", 0)
+    held.counts_paid("new", "the process", 512)
+    assert verdicts.found == []
+    held.counts_paid("new", "the process", 0)
+    assert invariants(verdicts) == ["I6"]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_who_has_nothing_has_nothing_pinned(left: bool) -> None:
+    ghost = Ghost(Verdicts())
+    ghost.held.pins("page", "user", 1)
+    if not left:
+        ghost.held.unpins("page", "user", 1)
+    ghost.settled()
+    assert invariants(ghost.verdicts) == ["I6"] * left
 
 
 def test_the_ledger_knows_who_had_a_page_last_and_until_when() -> None:

@@ -24,6 +24,7 @@ from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
 from simulator.planted.kvmd_memory import KVMD_MEMORY
+from simulator.planted.kvmd_process import KVMD_PROCESS
 from simulator.planted.kvmd_tdp import KVMD_TDP
 from simulator.planted.plant import function_at
 from simulator.planted.registry import PLANTED, UnknownPlant, current, planted
@@ -109,7 +110,8 @@ def test_a_plant_is_tried_on_the_tests_that_come_to_its_functions(tmp_path: Path
 
 
 def test_no_two_have_one_id() -> None:
-    areas = (KVMD_TDP, KVMD_MEMORY, KVMD_EXPORTS, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, SILICON, EDGES)
+    kvmd = (KVMD_TDP, KVMD_MEMORY, KVMD_PROCESS, KVMD_EXPORTS)
+    areas = (*kvmd, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, SILICON, EDGES)
     assert sum(map(len, areas)) == len(PLANTED)
 
 
