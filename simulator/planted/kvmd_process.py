@@ -5,6 +5,67 @@ from __future__ import annotations
 from simulator.planted.plant import Edit, Plant
 
 KVMD_PROCESS = (
+    # -- mappings ------------------------------------------------------------------------------------------
+    Plant(
+        "I11-told-of-where-a-page-goes",
+        "Who moves a page to another address tells of that, and not of the one it had.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.mm.mremap:_move",
+                "await space.change(start, end, edit)",
+                "await space.change(new, Hva(new + size), edit)",
+            )
+        ],
+    ),
+    Plant(
+        "I11-unmapped-and-told-then",
+        "What is unmapped is taken from the process first, and then from whoever maps it elsewhere.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.mm.space:AddressSpace._unmap",
+                "async with announced(",
+                "await self._clear_in_turns(low, high)\n        async with announced(",
+            )
+        ],
+    ),
+    Plant(
+        "I21-write-protected-untold",
+        "A userfaultfd takes the right to write from entries, and who maps the pages elsewhere keeps it.",
+        "I21",
+        [
+            Edit(
+                "kvmd.core.mm.userfaultfd:Userfaultfd.writeprotect",
+                "await space.change(first, last, partial(self._protect, first, last, on=on))",
+                "self._protect(first, last, on=on)",
+            )
+        ],
+    ),
+    Plant(
+        "I11-freed-untold",
+        "What is freed lazily the host may take at once, and others go on storing to it.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.mm.madvise:_free",
+                "await space.change(start, end, partial(_make_lazy, space, start, end))",
+                "_make_lazy(space, start, end)",
+            )
+        ],
+    ),
+    Plant(
+        "I11-truncated-but-for-one",
+        "Of the pages that a file loses the first stays mapped.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.mm.file:MemoryFile.truncate",
+                "await self.unmap(first, None, copies_too=True)",
+                "await self.unmap(first + 1, None, copies_too=True)",
+            )
+        ],
+    ),
     # -- pins ----------------------------------------------------------------------------------------------
     Plant(
         "I6-unpinned-and-counted",

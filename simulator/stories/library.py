@@ -14,6 +14,7 @@ from simulator.stories.host import HOST
 from simulator.stories.importers import IMPORTED
 from simulator.stories.logs import LOGS
 from simulator.stories.machines import MACHINES
+from simulator.stories.mappings import MAPPINGS
 from simulator.stories.neighbours import NEIGHBOURS
 from simulator.stories.objects import OBJECTS
 from simulator.stories.pins import PINS
@@ -25,6 +26,6 @@ from simulator.stories.units import OTHER_MAKES
 
 _ALL = (
     *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
-    *(*OBJECTS, *IMPORTED, *NEIGHBOURS),
+    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS),
 )
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

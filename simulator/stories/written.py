@@ -121,6 +121,11 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "hole-bound": ["R24"],
     "pin-dies": ["R26"],
     "by-offset": ["I27"],
+    # -- what a process asks for of its memory
+    "remap": ["I11-told-of-where-a-page-goes", "I11-unmapped-and-told-then"],
+    "write-protect": ["I21-write-protected-untold"],
+    "free": ["I11-freed-untold"],
+    "truncate": ["I11-truncated-but-for-one"],
 }
 
 

@@ -153,6 +153,10 @@ BREAKS = {
     "pin-dies": ("mirror", "pin-outlives-its-mirror"),
     "by-offset": ("shared", "R24-file-pins-not-asked"),
     "pin-read": ("mirror", "R22-pin-of-what-is-shared"),
+    "remap": ("shared", "I11-told-of-where-a-page-goes"),
+    "write-protect": ("mirror", "I21-write-protected-untold"),
+    "free": ("shared", "I11-freed-untold"),
+    "truncate": ("mirror", "I11-truncated-but-for-one"),
 }
 
 
@@ -208,6 +212,7 @@ SEEN = {
     "I6-pins-never-put": ("pin-slot", "managed", "I6"),
     "I6-unpinned-and-counted": ("pin", "mirror", "I6"),
     "I6-unpinned-and-charged": ("by-offset", "shared", "I6"),
+    "I11-unmapped-and-told-then": ("remap", "mirror", "I11"),
     "unpinned-before-its-entry-goes": ("pin-drop", "shared", "I6"),
     "unpinned-before-the-flush": ("pin-drop", "mirror", "I6"),
     "R1-range-not-looked-at": ("three-discard", "shared", "I5"),
