@@ -20,7 +20,9 @@ class FaultKind:
 
 FAULTS: Mapping[str, FaultKind] = {
     "evict": FaultKind("a unit or a device drops what it has cached, as it may at any time", 5),
-    "enomem": FaultKind("a daemon gets no memory, page of a table, frame or fd", 4, excuses=True),
+    "enomem": FaultKind(
+        "a daemon gets no memory, page of a table, frame or fd, or may lock no more", 4, excuses=True
+    ),
     "ite": FaultKind("a device completes an invalidation late, or none any more: it times out", 2),
     "full": FaultKind("a unit's page request queue has no room, once or four times: others fill it", 3),
     "hangup": FaultKind(

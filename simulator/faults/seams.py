@@ -16,6 +16,7 @@ from device_sim.core.prq import PrqWriter
 from device_sim.core.traits import InvalidateCompletion
 from iommufdd.core.intel_iommu import IntelIommu
 from kvmd.core.mm.frames import Frames
+from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.hw.qi import ALL_PAGES
@@ -138,6 +139,7 @@ def _map_peer(faults: Faults, original: Any, process: SimProcess, *args: Any, **
 
 @_seam(Frames, "allocate", "enomem")
 @_seam(TablePool, "allocate", "enomem")
+@_seam(LockedVm, "charge", "enomem")
 def _allocate(faults: Faults, original: Any, *args: Any) -> Any:
     if faults.due("enomem"):
         raise UapiError(errno.ENOMEM, "there is nothing left")

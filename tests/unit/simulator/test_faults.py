@@ -14,6 +14,7 @@ import pytest
 from device_sim.core.iotlb import Iotlb, IotlbEntry
 from device_sim.core.traits import InvalidateCompletion
 from kvmd.core.mm.frames import Frames
+from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
 from protocol.pt.bits import RWX
 from protocol.units import LEVEL_4K, Hpa, IovaPfn
@@ -181,6 +182,16 @@ def test_a_daemon_gets_no_fd_and_a_vmm_does() -> None:
         with pytest.raises(OSError, match="Too many open files"):
             daemon.reserve()
         daemon.reserve()
+
+
+def test_who_may_lock_no_more_has_locked_nothing_of_it() -> None:
+    locked = LockedVm("the user", None)
+    with failing("enomem"):
+        with pytest.raises(UapiError, match="ENOMEM"):
+            locked.charge(2)
+        assert locked.pages == 0
+        locked.charge(2)
+    assert locked.pages == 2
 
 
 def test_of_fds_that_come_none_is_given_behind_one_that_finds_no_place() -> None:
