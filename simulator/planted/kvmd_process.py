@@ -80,6 +80,18 @@ KVMD_PROCESS = (
         [Edit("kvmd.core.export.pinning:Pinning.put", "self._frames.mm.unpin(page)", "pass")],
     ),
     Plant(
+        "I22-everything-but-what-comes",
+        "Who has everything pinned does not get the memory of a slot that comes.",
+        "I22",
+        [
+            Edit(
+                "kvmd.core.export.pinning:Pinning.follow",
+                "for request in [request for request in self.requests() if request.everything]:",
+                "for request in list[Request]():",
+            )
+        ],
+    ),
+    Plant(
         "I6-unpinned-and-charged",
         "Who unpins pages is charged for them on, until he may pin no more.",
         "I6",

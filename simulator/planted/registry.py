@@ -15,6 +15,7 @@ from simulator.planted.device_sim import SILICON
 from simulator.planted.edges import EDGES
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
+from simulator.planted.iommufdd_pages import IOMMUFDD_PAGES
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
 from simulator.planted.kvmd_memory import KVMD_MEMORY
 from simulator.planted.kvmd_process import KVMD_PROCESS
@@ -31,7 +32,7 @@ class UnknownPlant(KeyError):
 
 _ALL = (
     *(*KVMD_TDP, *KVMD_MEMORY, *KVMD_PROCESS, *KVMD_EXPORTS),
-    *(*IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *SILICON, *EDGES),
+    *(*IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *IOMMUFDD_PAGES, *SILICON, *EDGES),
 )
 PLANTED: Mapping[str, Plant] = {plant.id: plant for plant in _ALL}
 

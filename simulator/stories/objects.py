@@ -16,6 +16,7 @@ from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     ASKED,
     AT,
+    BEFORE,
     MAY_TAKE,
     NEXT,
     ONE_TABLE,
@@ -25,6 +26,7 @@ from simulator.stories.common import (
     SLOT_BYTES,
     agree,
     at_last,
+    check,
     if_it_is_let,
     post_fill,
     try_fill,
@@ -96,6 +98,32 @@ async def _hwpts(ctx: Context, excerpt: Excerpt) -> None:
                         await if_it_is_let(machine.iommu.destroy(each))
             for each in made:
                 await if_it_is_let(machine.iommu.destroy(each))
+
+
+async def _by_half(ctx: Context, excerpt: Excerpt) -> None:
+    """An HWPT of two areas is made while the memory of the second goes: if there is none, nothing of the
+    first stays pinned for it (I26)."""
+    guest = await ctx.boot_for(PAGES)
+    machine, second = guest.machine, await guest.plug(1)
+    iommu, process = machine.iommu, machine.process
+    hva = await process.mmap(SLOT_BYTES)
+    for _ in excerpt.rounds():
+        ioas_id, made = await iommu.ioas_alloc(), list[int]()
+        for part in (0, PAGE_SIZE):
+            await iommu.ioas_map(ioas_id, process, hva + part, PAGE_SIZE, AT + part)
+        await process.write(hva, BEFORE)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.munmap, hva + PAGE_SIZE, PAGE_SIZE)
+                with suppress(UapiError):
+                    made.append(await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id))
+        if not made:
+            await check(ctx)
+            moved = await process.move_pages(hva, PAGE_SIZE)
+            ctx.expect_equal(moved, 1, "I26: pages that move, and no HWPT has them")
+        for each in (*made, ioas_id):
+            await iommu.destroy(each)
+        await process.mmap(PAGE_SIZE, addr=hva + PAGE_SIZE, fixed=True)
 
 
 async def _iommufd_closes(ctx: Context, excerpt: Excerpt) -> None:
@@ -259,6 +287,7 @@ OBJECTS = (
         MAY_TAKE,
         COMPLETES_NEVER,
     ),
+    SmallStory("hwpt-by-half", "an HWPT of two areas, of which one goes", _by_half, ("pinned",), TWO),
     SmallStory("or-back", "a device that cannot be moved goes back", _or_back, OTHERS, TWO),
     SmallStory("kvm-dies", "kvmd dies beneath devices and what is made", _kvm_dies, MAY_TAKE, TWO),
     SmallStory("kvm-dies-idle", "kvmd dies while an HWPT is destroyed", _kvm_dies_idle, ONE_TABLE, TWO),

@@ -231,6 +231,29 @@ async def _to_be_read(ctx: Context, excerpt: Excerpt) -> None:
         await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
+async def _everything(ctx: Context, excerpt: Excerpt) -> None:
+    """A device has all memory pinned: that of a slot which comes from the start, none of one that goes."""
+    guest = await ctx.boot_for(PAGES)
+    machine, second = guest.machine, await guest.plug(1)
+    vfio = second.plugged.vfio
+    await vfio.detach()
+    await vfio.attach(machine.hwpt_id, pinned=True)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                slot = await guest.add_slot(SLOT_BYTES, AT)
+                nursery.start_soon(try_fill, second, AT)
+                await guest.write(NEXT, BEFORE)
+                await guest.migrate(NEXT)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, second, AT)
+                nursery.start_soon(if_it_is_let, machine.process.move_pages(slot.hva, PAGE_SIZE))
+                await guest.remove_slot(slot)
+    await vfio.detach()
+    await vfio.attach(machine.hwpt_id)
+
+
 PINS = (
     SmallStory(
         "pin", "a pin, and its end, beside a migration", _pinned_beside(_migrated, _migrated), MAY_TAKE
@@ -243,5 +266,6 @@ PINS = (
     SmallStory("pin-twice", "two pins of a page that its process gives up", _twice, MAY_TAKE, TWO),
     SmallStory("shown-twice", "pages at two places, one of which goes", _shown_twice, ("pinned",)),
     SmallStory("pin-read", "pins to read what others have too", _to_be_read, OWN_TABLE),
+    SmallStory("pin-all", "a slot comes, and goes, under who pins everything", _everything, ONE_TABLE, TWO),
     SmallStory("pin-slot", "pins beside their slot's deletion", _slot_goes, MAY_TAKE),
 )

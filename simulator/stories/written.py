@@ -67,6 +67,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "pin-twice": ["I28"],
     "shown-twice": ["I26"],
     "pin-read": ["R22"],
+    "pin-all": ["I22-everything-but-what-comes"],
     "pin-slot": ["R21"],
     # -- devices that come and go
     "two-devices": ["R8"],
@@ -105,6 +106,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "driver-dies": ["R28", "I13"],
     # -- HWPTs that come and go
     "hwpts": ["R10", "R13", "B-09"],
+    "hwpt-by-half": ["I26-filled-by-half-and-kept"],
     "iommufd-closes": ["R10", "R13"],
     "vast": ["B-30"],
     "kvm-dies": ["R28"],

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from iommufdd.core.pages import Pages
+from iommufdd.hmm_client import HmmMirror
 from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
 from kvmd.core.mm.mm import Mm
@@ -65,6 +67,19 @@ def _put(watch: Watch, original: Any, pinning: Pinning, pages: Iterable[Page]) -
         watch.ghost.held.unpins(id(page), id(mm.locked), 1)
     original(pinning, pages)
     _judge_counts(watch, mm, *pages)
+
+
+@seams.around(Pinning, "follow")
+async def _follow(watch: Watch, original: Any, pinning: Pinning, slot: Memslot) -> None:
+    """A slot came: who pins everything, and did before, has all of it now, if there is nothing private."""
+    before = [request for request in pinning.requests() if request.everything]
+    await original(pinning, slot)
+    if slot.as_id != AS_ID or slot.readonly or slot.private is not None:
+        return
+    for request in pinning.requests():
+        lacks = set(range(slot.span.start, slot.span.end)) - request.gfns if request in before else ()
+        for gfn in sorted(lacks)[:1]:
+            watch.ghost.verdicts.say("I22", f"gfn {gfn:#x} came, and who pins everything has it not pinned")
 
 
 @seams.around(Pinning, "forget")
@@ -127,6 +142,31 @@ def _pay_with(watch: Watch, original: Any, mirror: Mirror, mm: Mm, npages: int) 
     watch.ghost.held.pays(id(before), id(mirror.payer), paid)
     for each in (was, mm):
         _judge_counts(watch, each)
+
+
+# -- files, which are pinned by offset ---------------------------------------------------------------------
+
+
+@seams.around(HmmMirror, "open_file")
+async def _open_file(watch: Watch, original: Any, host: HmmMirror, fd: Any) -> int:
+    file: int = await original(host, fd)
+    watch.files.add((watch.name(host, "host"), file))
+    return file
+
+
+@seams.around(HmmMirror, "close_file")
+async def _close_file(watch: Watch, original: Any, host: HmmMirror, file: int) -> None:
+    watch.files.discard((watch.name(host, "host"), file))
+    await original(host, file)
+
+
+@seams.around(Pages, "put")
+async def _put_pages(watch: Watch, original: Any, pages: Pages) -> None:
+    """The last one lets go of their file, too (I14)."""
+    await original(pages)
+    host = watch.name(pages.source.host, "host")
+    if not pages.users and (host, pages.file) in watch.files:
+        watch.ghost.verdicts.say("I14", f"nobody has pages of file {pages.file} of {host}, and it is open")
 
 
 def _pinned_pages(

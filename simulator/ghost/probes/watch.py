@@ -112,6 +112,7 @@ class Watch:
         self.processes: list[AddressSpace] = []
         self.on_demand: list[IoasOnDemand] = []
         self.mm_of: dict[int, Mm] = {}  # who pays for pins of a VM, by its pinned gfns
+        self.files: set[tuple[str, int]] = set()  # that iommufdd has open at a host, by number
         self.mirror_of: dict[int, Mirror] = {}  # by its pins
         self.told: dict[tuple[int, int, int], list[list[Name]]] = {}  # of changes, by mirror and addresses
         self.pool_of: dict[int, str] = {}

@@ -22,6 +22,7 @@ from simulator.planted.device_sim import SILICON
 from simulator.planted.edges import EDGES
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
+from simulator.planted.iommufdd_pages import IOMMUFDD_PAGES
 from simulator.planted.kvmd_exports import KVMD_EXPORTS
 from simulator.planted.kvmd_memory import KVMD_MEMORY
 from simulator.planted.kvmd_process import KVMD_PROCESS
@@ -111,7 +112,7 @@ def test_a_plant_is_tried_on_the_tests_that_come_to_its_functions(tmp_path: Path
 
 def test_no_two_have_one_id() -> None:
     kvmd = (KVMD_TDP, KVMD_MEMORY, KVMD_PROCESS, KVMD_EXPORTS)
-    areas = (*kvmd, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, SILICON, EDGES)
+    areas = (*kvmd, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, IOMMUFDD_PAGES, SILICON, EDGES)
     assert sum(map(len, areas)) == len(PLANTED)
 
 
