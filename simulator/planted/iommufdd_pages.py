@@ -18,6 +18,18 @@ IOMMUFDD_PAGES = (
         ],
     ),
     Plant(
+        "I6-taken-over-in-part",
+        "Who may not pay for all that an iommufd has pinned pays for the first of it.",
+        "I6",
+        [
+            Edit(
+                "iommufdd.core.source:Sources.change_process",
+                "for source in changed:",
+                "for source in changed[1:]:",
+            )
+        ],
+    ),
+    Plant(
         "I14-file-is-never-closed",
         "Nobody shows a file's pages any more, and the host keeps it open.",
         "I14",

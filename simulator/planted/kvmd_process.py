@@ -97,4 +97,10 @@ KVMD_PROCESS = (
         "I6",
         [Edit("kvmd.core.mm.locked:LockedVm.uncharge", "self.pages -= npages", "pass")],
     ),
+    Plant(
+        "I6-two-pay",
+        "Who has paid for what another takes over goes on being charged for it.",
+        "I6",
+        [Edit("kvmd.core.mm.hmm:Mirror._pay_with", "self.payer.uncharge(npages)", "pass")],
+    ),
 )

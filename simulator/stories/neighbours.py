@@ -27,6 +27,7 @@ from simulator.stories.common import (
     SLOT_BYTES,
     agree,
     at_last,
+    fill_unrecorded,
     if_it_is_let,
     missing,
     try_fill,
@@ -40,6 +41,7 @@ from simulator.stories.story import SmallStory
 
 LOW = 4 * PAGE_SIZE  # in a file, and an address of the process
 _HEARD_S = 2 * max(STOPS_S.values())  # of a death, by all, however late the last message before it was
+FIVE_PAGES = {"kvmd": ("--memlock", "20K")}  # may be pinned, by all processes of the user
 _SLOT = 8  # and the one behind it: numbers that the machine does not use
 
 
@@ -185,9 +187,52 @@ async def _by_offset(ctx: Context, excerpt: Excerpt) -> None:
         await iommu.destroy(each)
 
 
+async def _heir(ctx: Context, excerpt: Excerpt) -> None:
+    """Another process takes over what a device has of a file, whoever paid for it, beside the device's
+    stores; and when there is not room for all of it, nothing has changed (I6)."""
+    guest = await ctx.boot_for(PAGES)
+    machine, second = guest.machine, await guest.plug(1)
+    process, iommu = machine.process, machine.iommu
+    heir, other = [await machine.host.kvmd.start_process() for _ in range(2)]
+    file = await process.memfd("ram", 2 * SLOT_BYTES)
+    ioas_id = await iommu.ioas_alloc()
+    for payer, part in ((process, 0), (other, PAGE_SIZE)):
+        await iommu.ioas_map_file(ioas_id, payer, file, part, PAGE_SIZE, AT + part)
+    hwpt_id = await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id)
+    await second.plugged.vfio.attach(hwpt_id)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fill_unrecorded, second, AT)
+                nursery.start_soon(fill_unrecorded, second, NEXT)
+                await iommu.change_process(heir)
+        await iommu.ioas_map_file(ioas_id, other, file, SLOT_BYTES, SLOT_BYTES, AT + SLOT_BYTES)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fill_unrecorded, second, AT)
+                try:
+                    await iommu.change_process(process)
+                    ctx.expect(False, "I6: what is taken over is more than may be locked")
+                except UapiError as refused:
+                    ctx.say(str(refused))
+        await iommu.ioas_unmap(ioas_id, AT + SLOT_BYTES, SLOT_BYTES)
+        await iommu.change_process(process)
+        stored = PATTERN.to_bytes(8, "little")
+        ctx.expect_equal(await file.pread(0, 8), stored, "what a device stored")
+        await file.pwrite(0, AFTER)
+    await second.plugged.vfio.detach()
+    for each in (hwpt_id, ioas_id):
+        await iommu.destroy(each)
+    for each_file in (heir, other, file):
+        each_file.close()
+
+
 NEIGHBOURS = (
     SmallStory("vm-comes", "another VM of a process beside a hole in what both show", _vm, ONE_TABLE),
     SmallStory("hole-bound", "a slot of a guest_memfd comes beside a hole in it", _bound, ONE_TABLE),
     SmallStory("pin-dies", "a pin that sleeps while its driver dies", _pin_dies, MAY_TAKE),
+    SmallStory(
+        "heir", "another process pays for a file's pages, if it may", _heir, ONE_TABLE, {**TWO, **FIVE_PAGES}
+    ),
     SmallStory("by-offset", "pages of a file that a device has turn private", _by_offset, options=TWO),
 )

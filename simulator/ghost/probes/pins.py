@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from iommufdd.core.pages import Pages
+from iommufdd.core.source import Sources
 from iommufdd.hmm_client import HmmMirror
 from kvmd.core.export.pinning import Pinning
 from kvmd.core.mm.hmm import Mirror
@@ -18,6 +19,7 @@ from kvmd.core.mm.page import Page
 from kvmd.core.mm.pins import PinnedPage, PinsByArea
 from kvmd.core.slots.memslot import Memslot
 from kvmd.core.slots.pinned import AS_ID, Pin, PinnedGfns
+from protocol.errors import UapiError
 from protocol.units import PAGE_SHIFT, Gfn, Hva, size_of_level
 from simulator.ghost.backing import Name
 from simulator.ghost.probes.watch import Seams, Watch
@@ -167,6 +169,22 @@ async def _put_pages(watch: Watch, original: Any, pages: Pages) -> None:
     host = watch.name(pages.source.host, "host")
     if not pages.users and (host, pages.file) in watch.files:
         watch.ghost.verdicts.say("I14", f"nobody has pages of file {pages.file} of {host}, and it is open")
+
+
+@seams.around(Sources, "change_process")
+async def _change_process(watch: Watch, original: Any, sources: Sources, mm: Any) -> None:
+    """All is another's, or, if it fails, whose it was; but where a host was cut off, which may have been in
+    the middle."""
+    before = {mirror: mirror.mm for mirror in watch.mirror_of.values()}
+    try:
+        await original(sources, mm)
+    except UapiError:
+        cut_off = any(source.host.is_gone for source in sources._mms)
+        for mirror, whose in before.items():
+            if mirror.mm is not whose and not cut_off:
+                what = f"{watch.name(mirror, 'mirror')} is of mm{mirror.mm.id}"
+                watch.ghost.verdicts.say("I6", f"{what}, who did not take it over from mm{whose.id}")
+        raise
 
 
 def _pinned_pages(
