@@ -25,7 +25,7 @@ from simulator.stories.common import (
 from simulator.stories.slots import move
 from simulator.stories.story import SmallStory
 
-ROOM = 64  # bytes that are looked at
+LOOKED_AT = 64  # bytes of a page
 
 
 async def _moves(ctx: Context, excerpt: Excerpt) -> None:
@@ -36,14 +36,14 @@ async def _moves(ctx: Context, excerpt: Excerpt) -> None:
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
     room = await process.mmap(PAGE_SIZE)
     for _ in excerpt.rounds():
-        await guest.fill(AT, ROOM)
+        await guest.fill(AT, LOOKED_AT)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, AT)
                 await process.mremap(hva, PAGE_SIZE, PAGE_SIZE, room)
-                moved = await process.read(room, ROOM)
+                moved = await process.read(room, LOOKED_AT)
                 await process.mmap(PAGE_SIZE, addr=hva, fixed=True)
-        ctx.expect_equal(await process.read(room, ROOM), moved, "I11: a page that has moved")
+        ctx.expect_equal(await process.read(room, LOOKED_AT), moved, "I11: a page that has moved")
         await agree(ctx, guest, AT)
         with excerpt:
             async with trio.open_nursery() as nursery:
@@ -59,17 +59,17 @@ async def _protected(ctx: Context, excerpt: Excerpt) -> None:
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
     for _ in excerpt.rounds():
-        await guest.fill(AT, ROOM)
+        await guest.fill(AT, LOOKED_AT)
         uffd = await process.userfaultfd()
         await uffd.register(hva, PAGE_SIZE, "wp")
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(guest.fill, AT, ROOM, PATTERN)
+                nursery.start_soon(guest.fill, AT, LOOKED_AT, PATTERN)
                 await uffd.writeprotect(hva, PAGE_SIZE, True)
-                seen = await process.read(hva, ROOM)
-                ctx.expect_equal(await process.read(hva, ROOM), seen, "I21: a page that is protected")
+                seen = await process.read(hva, LOOKED_AT)
+                ctx.expect_equal(await process.read(hva, LOOKED_AT), seen, "I21: a page that is protected")
                 await uffd.writeprotect(hva, PAGE_SIZE, False)
-        ctx.expect(await guest.holds(AT, ROOM, PATTERN), "a device's store is lost")
+        ctx.expect(await guest.holds(AT, LOOKED_AT, PATTERN), "a device's store is lost")
         await uffd.unregister(hva, PAGE_SIZE)
         uffd.close()
         await agree(ctx, guest, AT)
@@ -81,10 +81,10 @@ async def _free(ctx: Context, excerpt: Excerpt) -> None:
     await guest.add_slot(SLOT_BYTES, AT)
     process, hva = guest.machine.process, guest.machine.hva_of(AT)
     for _ in excerpt.rounds():
-        await guest.fill(AT, ROOM)
+        await guest.fill(AT, LOOKED_AT)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(guest.fill, AT, ROOM, PATTERN)
+                nursery.start_soon(guest.fill, AT, LOOKED_AT, PATTERN)
                 await process.madvise(hva, PAGE_SIZE, "free")
                 await process.madvise(hva, PAGE_SIZE, "pageout")
         await guest.fill(AT, 8, PATTERN)
@@ -94,7 +94,9 @@ async def _free(ctx: Context, excerpt: Excerpt) -> None:
 
 async def _agrees(ctx: Context, process: Process, hva: int, file: MemFd, offset: int) -> None:
     ctx.expect_equal(
-        await process.read(hva, ROOM), await file.pread(offset, ROOM), "I11: what a process has of its file"
+        await process.read(hva, LOOKED_AT),
+        await file.pread(offset, LOOKED_AT),
+        "I11: what a process has of its file",
     )
 
 
@@ -108,7 +110,7 @@ async def _shrinks(ctx: Context, excerpt: Excerpt) -> None:
     slot = await move(guest, slot, hva)
     for _ in excerpt.rounds():
         for page in (AT, NEXT):
-            await guest.fill(page, ROOM)
+            await guest.fill(page, LOOKED_AT)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, NEXT)
@@ -118,7 +120,7 @@ async def _shrinks(ctx: Context, excerpt: Excerpt) -> None:
         await agree(ctx, guest, NEXT)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(guest.fill, AT, ROOM, PATTERN)
+                nursery.start_soon(guest.fill, AT, LOOKED_AT, PATTERN)
                 await process.madvise(hva, PAGE_SIZE, "remove")
         await _agrees(ctx, process, hva, file, 0)
         await agree(ctx, guest, AT)
