@@ -45,7 +45,7 @@ class Ioas(Object):
         self.large_pages = True
         self.destroyed = False
         self._sources = sources
-        self._used: set[Source] = set()
+        self._used: dict[Source, None] = {}  # in the order they came
         self._pages: dict[Area, Pages] = {}
 
     # -- options ---------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Ioas(Object):
     async def _source_of(self, mm: CallerMm) -> Source:
         """With the lock of the sources held."""
         source = await self._sources.get(mm, self.invalidate, self)
-        self._used.add(source)
+        self._used[source] = None
         return source
 
     async def invalidate(self, start: Hva, size: int) -> None:
@@ -313,9 +313,9 @@ class Ioas(Object):
         return list(dict.fromkeys(self._pages.values()))
 
     @property
-    def sources(self) -> set[Source]:
+    def sources(self) -> list[Source]:
         """Whose memory it maps or has mapped."""
-        return self._used | {pages.source for pages in self.pages}
+        return list(dict.fromkeys((*self._used, *(pages.source for pages in self.pages))))
 
     def maps(self, host: ProcessMemory) -> bool:
         return any(source.host is host for source in self.sources)

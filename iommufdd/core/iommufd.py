@@ -90,7 +90,7 @@ class IommufdCtx:
         (`Pages.check_there`), so that these are all that show any.
         """
         using = [ioas for ioas in self.objects.all(Ioas) if ioas.maps(host)]
-        lost = {source for ioas in using for source in ioas.sources if source.host is host}
+        lost = dict.fromkeys(source for ioas in using for source in ioas.sources if source.host is host)
         for ioas in using:
             for hwpt in list(ioas.hwpts):
                 # await: lost, each ioas, each hwpt, ioas: cannot change: our own lists; one that is
@@ -99,7 +99,7 @@ class IommufdCtx:
             # await: lost, each ioas: cannot change: the same
             await ioas.lose_host()
         for source in lost:
-            # await: each source: cannot change: our own set
+            # await: each source: cannot change: our own, in the order they came
             await source.lose_windows()
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ def test_a_host_that_goes_while_units_get_its_windows_leaves_none() -> None:
     rig.gone[0]()
     rig.hardware.let_go()
     assert outcome(mapped.result) == errno.ENODEV
-    assert (rig.asked(), rig.mirrors[0].released, ioas.sources) == (["remove_memory"], True, set())
+    assert (rig.asked(), rig.mirrors[0].released, ioas.sources) == (["remove_memory"], True, [])
 
 
 def test_pages_that_were_lent_to_units_that_went_are_not_copied_before_those_that_came() -> None:

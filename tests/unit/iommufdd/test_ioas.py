@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from iommufdd.core.area import ULONG_MAX
+from iommufdd.core.source import Source
 from protocol.errors import UapiError
 from protocol.flow import Wait
 from protocol.hw.qi import Descriptor
@@ -255,6 +256,22 @@ def test_a_process_is_connected_to_once_and_let_go_of_with_the_last_ioas_that_ma
     assert (space.host.released, space.world.log) == (True, [("remove_memory", MEMORY)])  # of mm 78
     space.world.run(other.destroy())
     assert space.world.log == [("remove_memory", MEMORY)] * 2
+
+
+def test_processes_are_let_go_of_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what others see of it depends on where their objects lie."""
+    space, gone = Space(), list[Source]()
+
+    async def let_go(source: Source) -> None:
+        gone.append(source)
+
+    monkeypatch.setattr(Source, "let_go", let_go)
+    for number in range(16):
+        space.map(number * K4, K4, mm=100 + number)
+    came = list(space.sources._mms)
+    assert space.ioas.sources == came
+    space.world.run(space.ioas.destroy())
+    assert gone == came
 
 
 def test_an_ioas_on_demand_maps_one_process() -> None:
