@@ -216,9 +216,7 @@ class Ghost:
         self.heard.change(heard.CHANGES_WINDOW)
         gone = list(self.backing.of(view, start, end))
         self.backing.view(view).clear(start, end)
-        for truth in gone:
-            if truth.translation is not None:
-                self.host.taken(view, truth, "R21")
+        self.host.hidden(view, gone)
 
     def converts(self, view: Name, start: int, end: int, others: Iterable[Name]) -> None:
         """Pages turn private, or shared: nothing leads to those that were there (R24); nor does another view

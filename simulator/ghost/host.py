@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 
 from protocol.pt.bits import WRITE
 from simulator.ghost import heard
@@ -71,6 +71,24 @@ class HostJudge:
             if was.frame == frame and (now is None or not now.gives(was)):
                 what = f"root {change.root:#x}, which is lent, loses page {page:#x}"
                 self._verdicts.say("I22", f"{what}, which is pinned in frame {frame:#x}")
+
+    def hidden(self, view: Name, gone: Iterable[Truth]) -> None:
+        """Windows went, and no entry and no cache has anything of them, whatever it is that they showed, and
+        whoever has it pinned."""
+        self._hearing.also(heard.IS_TAKEN)
+        walked = [root for root, facts in self._roots.items() if facts.view == view]
+        for window in (truth for truth in gone if truth.shown is not None):
+            for root in (root for root in walked if root not in self._closed):
+                for start, _, value in self._tables.roots[root].within(window.start, window.end):
+                    what = f"page {start:#x} of {view} is shown no more while root {root:#x} maps it"
+                    self._verdicts.say("R21", f"{what} to frame {value.frame:#x}")
+            for cached in self._caches.translations():
+                facts_of = self._roots.get(cached.root)
+                overlaps = cached.start < window.end and window.start < cached.end
+                if facts_of is not None and facts_of.view == view and overlaps:
+                    page = max(cached.start, window.start)
+                    what = f"page {page:#x} of {view} is shown no more, {said(cached)} has it"
+                    self._verdicts.say(self._caches.rule("R21", cached), what)
 
     def taken(self, view: Name, taken: Truth, rule: str) -> None:
         """No entry and no cache has what was just taken: frames, or with I21 the right to write them."""

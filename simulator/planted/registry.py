@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from simulator.planted.device_sim import SILICON
 from simulator.planted.edges import EDGES
+from simulator.planted.iommufdd_areas import IOMMUFDD_AREAS
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.iommufdd_pages import IOMMUFDD_PAGES
@@ -32,7 +33,8 @@ class UnknownPlant(KeyError):
 
 _ALL = (
     *(*KVMD_TDP, *KVMD_MEMORY, *KVMD_PROCESS, *KVMD_EXPORTS),
-    *(*IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *IOMMUFDD_PAGES, *SILICON, *EDGES),
+    *(*IOMMUFDD_DRIVER, *IOMMUFDD_OBJECTS, *IOMMUFDD_AREAS, *IOMMUFDD_PAGES),
+    *(*SILICON, *EDGES),
 )
 PLANTED: Mapping[str, Plant] = {plant.id: plant for plant in _ALL}
 

@@ -237,6 +237,8 @@ SEEN = {
     "R28-released-under-a-lease": ("importers-end", "shared", "I13"),
     "R3-obsolete-root-is-found": ("slot-else", "managed", "R3"),
     "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
+    "R21-a-file-s-area-goes-unflushed": ("by-offset", "pinned", "R21"),
+    "R21-shown-elsewhere-and-unflushed": ("shown-twice", "pinned", "R21"),
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from iommufdd.core.area import Area, Span
-from iommufdd.core.hmm import HmmPage
+from iommufdd.core.hmm import HmmPage, UserFd
 from iommufdd.core.hwpt_paging import HwptPaging
 from iommufdd.core.ioas import Ioas
 from iommufdd.core.ioas_check import check_ioas
@@ -57,6 +57,23 @@ def test_a_copy_within_an_ioas_is_one_more_area() -> None:
     assert [leaf[2] for leaf in mapped(first)] == [FRAMES, FRAMES]
     space.unmap(0, K4)
     assert (len(mapped(first)), space.counts.pinned_pages, violations(space, other)) == (1, 1, [])
+
+
+@pytest.mark.parametrize("of_file", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_area_goes_when_the_units_have_forgotten_it_whatever_it_shows(
+    *, copied: bool, of_file: bool
+) -> None:
+    space = Space()
+    space.hwpt()
+    at, file = (Hva(0), UserFd(5)) if of_file else (Hva(HVA), None)
+    space.world.run(space.ioas.map(mm_of(), at, K4, Iova(0), writable=True, file=file))
+    if copied:
+        space.copy(space.ioas, 0, K4, space.ioas, M2)
+    space.asked()
+    space.world.hold()
+    unmapped = space.world.start(space.ioas.unmap(Iova(0), K4))
+    assert (unmapped.done, space.asked()) == (False, ["submit"])
 
 
 def test_areas_side_by_side_are_copied_as_one_and_keep_what_they_are_of() -> None:

@@ -122,6 +122,10 @@ class Story:
     def delete_slot(self) -> None:
         self.ghost.hides("vm", PAGE, PAGE + 2)
 
+    def show_file(self) -> None:
+        """Of which nothing is known."""
+        self.ghost.shows("vm", PAGE, PAGE + 2, Shown(None, 0, RW))
+
     def pin(self) -> None:
         self.ghost.pinned("vm", PAGE, A)
 
@@ -233,6 +237,7 @@ LEGAL = (
     "zap let_go take free give_b told map_b",
     "zap let_go take give_back told map",
     "cache zap drop flushed delete_slot",
+    "show_file cache zap drop flushed delete_slot",
     "cache_reader map_read_only flushed acked protect",  # what it has is as it was
     "link",
     "fill link",
@@ -256,6 +261,10 @@ BROKEN = (
     ("I6", "zap give_b use"),
     ("R21", "zap delete_slot use"),
     ("R21", "cache zap delete_slot"),
+    ("R21", "cache pin zap delete_slot"),
+    ("R21", "pin delete_slot"),
+    ("R21", "show_file cache zap delete_slot"),
+    ("R21", "show_file delete_slot"),
     ("I21", "zap protect use"),
     ("I21", "zap protect map"),
     ("I21", "protect"),

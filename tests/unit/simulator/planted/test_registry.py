@@ -20,6 +20,7 @@ from qemu_shim.vmm.interrupt import EXIT_USAGE
 from simulator.planted.__main__ import main
 from simulator.planted.device_sim import SILICON
 from simulator.planted.edges import EDGES
+from simulator.planted.iommufdd_areas import IOMMUFDD_AREAS
 from simulator.planted.iommufdd_driver import IOMMUFDD_DRIVER
 from simulator.planted.iommufdd_objects import IOMMUFDD_OBJECTS
 from simulator.planted.iommufdd_pages import IOMMUFDD_PAGES
@@ -112,7 +113,8 @@ def test_a_plant_is_tried_on_the_tests_that_come_to_its_functions(tmp_path: Path
 
 def test_no_two_have_one_id() -> None:
     kvmd = (KVMD_TDP, KVMD_MEMORY, KVMD_PROCESS, KVMD_EXPORTS)
-    areas = (*kvmd, IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, IOMMUFDD_PAGES, SILICON, EDGES)
+    iommufdd = (IOMMUFDD_DRIVER, IOMMUFDD_OBJECTS, IOMMUFDD_AREAS, IOMMUFDD_PAGES)
+    areas = (*kvmd, *iommufdd, SILICON, EDGES)
     assert sum(map(len, areas)) == len(PLANTED)
 
 
