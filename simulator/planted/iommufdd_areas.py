@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from simulator.planted.plant import Edit, Plant
 
+_ON_DEMAND = "iommufdd.core.ioas_on_demand:IoasOnDemand"
 _PAGES = "iommufdd.core.pages:Pages"
 
 IOMMUFDD_AREAS = (
+    # -- whose memory ------------------------------------------------------------------------------------
+    Plant(
+        "memory-of-whichever-process",
+        "Of whatever process is to be mapped, what is mapped is the first one's that an iommufd had.",
+        "I28",
+        [Edit("iommufdd.core.source:Sources.get", "if name == mm.cookie)", ")")],
+    ),
+    Plant(
+        "one-process-is-not-asked",
+        "An IOAS on demand is asked for a second process's memory, and maps the first one's there.",
+        "I28",
+        [Edit(f"{_ON_DEMAND}.enter_memory", "if self.mm_cookie not in (0, mm.cookie):", "if False:")],
+    ),
     # -- until when --------------------------------------------------------------------------------------
     Plant(
         "R21-a-file-s-area-goes-unflushed",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from simulator.stories.areas import AREAS
 from simulator.stories.at_once import AT_ONCE
 from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
@@ -26,6 +27,6 @@ from simulator.stories.units import OTHER_MAKES
 
 _ALL = (
     *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
-    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS),
+    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS, *AREAS),
 )
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

@@ -129,6 +129,8 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "write-protect": ["I21-write-protected-untold"],
     "free": ["I11-freed-untold"],
     "truncate": ["I11-truncated-but-for-one"],
+    # -- areas of an IOAS
+    "owners": ["one-process-is-not-asked", "memory-of-whichever-process"],
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator
-from types import coroutine
 from typing import Any
 
 from iommufdd.core.hwpt import Hwpt
@@ -23,7 +21,7 @@ from protocol.errors import UapiError
 from protocol.hw.prq import PageRequest
 from protocol.pt import bits
 from protocol.pt.geometry import address_bits
-from simulator.ghost.probes.watch import Seams, Trying, Watch
+from simulator.ghost.probes.watch import During, Seams, Trying, Watch, step_by_step
 
 seams = Seams()
 
@@ -52,37 +50,23 @@ async def _try(
     watch: Watch, original: Any, path: FaultPath, fault: PageFault, vcpu: FaultingVcpu | None
 ) -> Any:
     before = watch.ghost.heard.changes
-    result = await _step_by_step(watch, Trying(fault.gfn), original(path, fault, vcpu))
+    result = await step_by_step(original(path, fault, vcpu), _Try(watch, Trying(fault.gfn)))
     if result is None:
         watch.ghost.faults.tried(fault.gfn, before, watch.ghost.heard.changes)
     return result
 
 
-@coroutine
-def _step_by_step(
-    watch: Watch, trying: Trying, attempt: Coroutine[Any, Any, Any]
-) -> Generator[Any, Any, Any]:
-    """`attempt`, of whose steps `watch.trying` says whose they are."""
-    step, given = attempt.send, None
-    while True:
-        outer, watch.trying = watch.trying, trying
-        try:
-            waits_for = step(given)
-        except StopIteration as ended:
-            return ended.value
-        finally:
-            watch.trying = outer
-            _ends_step(watch, trying)
-        try:
-            step, given = attempt.send, (yield waits_for)
-        except BaseException as error:
-            step, given = attempt.throw, error
+class _Try(During):
+    def __init__(self, watch: Watch, trying: Trying) -> None:
+        super().__init__(watch, "trying", trying)
+        self._trying = trying
 
-
-def _ends_step(watch: Watch, trying: Trying) -> None:
-    if trying.mapped and not trying.is_short:
-        watch.ghost.own.mapped(watch.ghost.view_of(trying.mapped), trying.mapped, trying.page)
-    trying.mapped, trying.is_short = 0, False
+    def __exit__(self, *how: object) -> None:
+        super().__exit__(*how)
+        trying, ghost = self._trying, self._watch.ghost
+        if trying.mapped and not trying.is_short:
+            ghost.own.mapped(ghost.view_of(trying.mapped), trying.mapped, trying.page)
+        trying.mapped, trying.is_short = 0, False
 
 
 @seams.around(FaultPath, "_store")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Generator, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from types import coroutine
 from typing import Any, NamedTuple
 
 from device_sim.core.context_tables import SecondStage
@@ -91,6 +92,56 @@ class HugePage:
         self.gone.clear()
 
 
+@dataclass(slots=True)
+class Asked:
+    """What a request wants shown, with all of `rights` that may be, from page `start` of an IOAS on; None:
+    where there is room.  `pages`: which, the first of them as 0, and all that may be done to them anywhere;
+    `copied`: of which pages of an IOAS, from the first to behind the last; `host`: of which of kvmd's lives
+    the spaces are.
+    """
+
+    rights: int
+    start: int | None
+    host: int
+    pages: Spans[Shown] = field(default_factory=Spans)
+    copied: tuple[int, int] = 0, 0
+
+
+class During:
+    """Inside, `watch.NAME` says whose step it is."""
+
+    def __init__(self, watch: Watch, name: str, whose: object) -> None:
+        self._watch = watch
+        self._name = name
+        self._whose = whose
+        self._outer: object = None
+
+    def __enter__(self) -> None:
+        self._outer = getattr(self._watch, self._name)
+        setattr(self._watch, self._name, self._whose)
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self._watch, self._name, self._outer)
+
+
+@coroutine
+def step_by_step(
+    attempt: Coroutine[Any, Any, Any], within: AbstractContextManager[None]
+) -> Generator[Any, Any, Any]:
+    """`attempt`, each of whose steps is taken inside `within`."""
+    step, given = attempt.send, None
+    while True:
+        with within:
+            try:
+                waits_for = step(given)
+            except StopIteration as ended:
+                return ended.value
+        try:
+            step, given = attempt.send, (yield waits_for)
+        except BaseException as error:
+            step, given = attempt.throw, error
+
+
 class Watch:
     """`ghost` hears, and what of the product is known by which name.
 
@@ -102,6 +153,9 @@ class Watch:
         self.now: Callable[[], int] = lambda: 0
         self.begun = 0  # things that must end
         self.trying: Trying | None = None  # whose step this is
+        self.asked: Asked | None = None  # by the request whose step this is
+        self.host = 0  # which of kvmd's lives this is
+        self.pages_of: dict[Name, Spans[Shown]] = {}  # by IOAS: what it shows, and all that may be done to it
         self.flushing = Counter[int]()  # by VM, flushes that not all have acked
         self.private_of: dict[int, PrivateMemory] = {}  # by its slots
         self.asked_private: dict[int, Spans[Shown]] = {}  # by private memory: gfns that are to be
@@ -208,6 +262,10 @@ class Watch:
         self.pins.clear()
         self.told.clear()
         self.processes.clear()
+        self.host += 1
+        for shown in self.pages_of.values():
+            for start, end, was in shown:
+                shown.put(start, end, replace(was, space=None))
 
     def settled(self) -> None:
         """Nothing is under way, and nobody has anything."""

@@ -9,6 +9,7 @@ from typing import Any
 from simulator.ghost.ghost import Ghost
 from simulator.ghost.probes import (
     access,
+    asked,
     attachments,
     contents,
     cpu,
@@ -30,7 +31,7 @@ from simulator.ghost.probes.watch import Around, Watch
 
 _ROOMS = (
     *(tables, host, private, access, ioas, cpu, faults, unit, attachments, processes, layout, importers),
-    *(mmus, own, contents, logs, pins),
+    *(mmus, own, contents, logs, pins, asked),
 )
 SEAMS: dict[tuple[type, str], Around] = {
     seam: around for room in _ROOMS for seam, around in room.seams.items()

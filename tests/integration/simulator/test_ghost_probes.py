@@ -38,6 +38,7 @@ PLAYED = (
     ("export", "managed", ()),
     ("importers-end", "shared", ()),
     ("full", "shared", ()),
+    ("shown-twice", "pinned", ()),
     ("slot-emulated", "shared", ()),
     ("log-huge", "shared", ()),
     ("ring", "shared", ()),

@@ -160,6 +160,7 @@ BREAKS = {
     "write-protect": ("mirror", "I21-write-protected-untold"),
     "free": ("shared", "I11-freed-untold"),
     "truncate": ("mirror", "I11-truncated-but-for-one"),
+    "owners": ("pinned", "memory-of-whichever-process"),
 }
 
 
@@ -237,6 +238,8 @@ SEEN = {
     "R28-released-under-a-lease": ("importers-end", "shared", "I13"),
     "R3-obsolete-root-is-found": ("slot-else", "managed", "R3"),
     "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
+    "memory-of-whichever-process": ("owners", "pinned", "I5"),
+    "one-process-is-not-asked": ("owners", "mirror", "I5"),
     "R21-a-file-s-area-goes-unflushed": ("by-offset", "pinned", "R21"),
     "R21-shown-elsewhere-and-unflushed": ("shown-twice", "pinned", "R21"),
 }
