@@ -13,6 +13,7 @@ KVM_API_VERSION: Final = 12
 
 KVM_X86_SW_PROTECTED_VM: Final = 1  # the type of a VM with private memory
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
+KVM_MEM_READONLY: Final = 1 << 1
 KVM_MEM_GUEST_MEMFD: Final = 1 << 2
 KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168

@@ -21,6 +21,23 @@ IOMMUFDD_AREAS = (
         "I28",
         [Edit(f"{_ON_DEMAND}.enter_memory", "if self.mm_cookie not in (0, mm.cookie):", "if False:")],
     ),
+    # -- with which rights -------------------------------------------------------------------------------
+    Plant(
+        "writable-whatever-was-asked",
+        "An area of an IOAS on demand is writable, though it was asked for to be read.",
+        "I21",
+        [
+            Edit(
+                f"{_ON_DEMAND}.enter_memory", "Area(iova, size, hva, writable)", "Area(iova, size, hva, True)"
+            )
+        ],
+    ),
+    Plant(
+        "flag-of-rights-is-ignored",
+        "All that is asked for is mapped to be stored to, with IOMMU_IOAS_MAP_WRITEABLE and without.",
+        "I21",
+        [Edit("iommufdd.service.ioas:_is_writable", "return writable", "return True")],
+    ),
     # -- until when --------------------------------------------------------------------------------------
     Plant(
         "R21-a-file-s-area-goes-unflushed",

@@ -342,6 +342,12 @@ KVMD_TDP = (
     ),
     # -- entries -----------------------------------------------------------------------------------------
     Plant(
+        "read-only-slot-is-writable",
+        "A load from a read-only slot maps its page writable, if it is so in the host.",
+        "I21",
+        [Edit(f"{_FAULTS}._store", " and not slot.readonly", "")],
+    ),
+    Plant(
         "R14-torn-store",
         "An entry is stored in two halves: a walker between them reads half of each.",
         "I4",

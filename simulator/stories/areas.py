@@ -1,4 +1,4 @@
-"""Areas of an IOAS, and what they show: whose memory, with which rights, which part of it."""
+"""Areas of an IOAS, and slots, by what they show: whose memory, with which rights, which part of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from contextlib import nullcontext, suppress
 
 import trio
 
+from protocol.uapi import names
 from qemu_shim.api import PAGE_SIZE, Context, UapiError
 from qemu_shim.vmm.designs import IoasContainer
 from qemu_shim.vmm.process import Process
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AFTER, AT, BEFORE, OWN_TABLE, PAGES, SLOT_BYTES, try_copy
+from simulator.stories.common import AFTER, AT, BEFORE, NEXT, OWN_TABLE, PAGES, SLOT_BYTES, try_copy, try_fill
 from simulator.stories.slots import ELSEWHERE
 from simulator.stories.story import SmallStory
+
+_SLOT = 8  # a number that the machine does not use
 
 
 async def _owners(ctx: Context, excerpt: Excerpt) -> None:
@@ -37,7 +40,8 @@ async def _owners(ctx: Context, excerpt: Excerpt) -> None:
     for _ in excerpt.rounds():
         there = list[int]()
         for _, process, said, _ in places:
-            await process.write(hva, said)
+            for page in (hva, hva + PAGE_SIZE):
+                await process.write(page, said)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 for at, process, _, copied in places:
@@ -45,11 +49,49 @@ async def _owners(ctx: Context, excerpt: Excerpt) -> None:
                     nursery.start_soon(process.move_pages, hva, PAGE_SIZE)
         for at, process, said, copied in places:
             if at in there:
-                await guest.copy(copied, at)
-                seen = await guest.read(copied, len(said))
                 whose = "its VMM" if process is mine else "another process"
-                ctx.expect_equal(seen, said, f"I28: what a device reads of {whose}")
+                for page in (at, at + PAGE_SIZE):  # the device asks for the second one now
+                    await guest.copy(copied, page)
+                    seen = await guest.read(copied, len(said))
+                    ctx.expect_equal(seen, said, f"I28: what a device reads of {whose}")
                 await iommu.ioas_unmap(ioas_id, at, SLOT_BYTES)
 
 
-AREAS = (SmallStory("owners", "a device has memory of two processes", _owners, OWN_TABLE),)
+async def _read_only(ctx: Context, excerpt: Excerpt) -> None:
+    """A device and a CPU store to memory that is shown to be read, by an area or by a slot."""
+    guest = await ctx.boot_for(PAGES)
+    machine, process, (copied,) = guest.machine, guest.machine.process, guest.pages(1)
+    hva = await process.mmap(SLOT_BYTES)
+
+    async def try_write() -> None:
+        with suppress(LookupError):  # as where nothing is
+            await guest.write(AT + 8, AFTER)
+
+    for _ in excerpt.rounds():
+        for page in (hva, hva + PAGE_SIZE):
+            await process.write(page, BEFORE)
+        if isinstance(machine.container, IoasContainer):
+            ioas_id = machine.container.ioas_id
+            await machine.iommu.ioas_map(ioas_id, process, hva, SLOT_BYTES, AT, writable=False)
+        else:
+            await machine.vm.set_user_memory_region(_SLOT, AT, SLOT_BYTES, hva, names.KVM_MEM_READONLY)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(try_fill, guest, AT)
+                nursery.start_soon(try_copy, guest, copied, AT)
+                nursery.start_soon(try_write)
+                await process.move_pages(hva, PAGE_SIZE)
+        ctx.expect_equal(await process.read(hva, 16), BEFORE + bytes(8), "I21: what is shown to be read")
+        for page in (AT, NEXT):  # the device asks for the second one now
+            await guest.copy(copied, page)
+            ctx.expect_equal(await guest.read(copied, 8), BEFORE, "what a device reads there")
+        if isinstance(machine.container, IoasContainer):
+            await machine.iommu.ioas_unmap(machine.container.ioas_id, AT, SLOT_BYTES)
+        else:
+            await machine.vm.set_user_memory_region(_SLOT, AT, 0, hva)
+
+
+AREAS = (
+    SmallStory("owners", "a device has memory of two processes", _owners, OWN_TABLE),
+    SmallStory("read-only", "stores to memory that is shown to be read", _read_only),
+)

@@ -129,8 +129,9 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "write-protect": ["I21-write-protected-untold"],
     "free": ["I11-freed-untold"],
     "truncate": ["I11-truncated-but-for-one"],
-    # -- areas of an IOAS
+    # -- what areas and slots show
     "owners": ["one-process-is-not-asked", "memory-of-whichever-process"],
+    "read-only": ["writable-whatever-was-asked", "flag-of-rights-is-ignored", "read-only-slot-is-writable"],
 }
 
 

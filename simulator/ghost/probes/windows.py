@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmd.core.slots.memslot import Memslot
+from kvmd.core.slots.memslot import Memslot, SlotFlag
 from protocol.pt import bits
 from protocol.units import PAGE_SHIFT
 from simulator.ghost.backing import Shown
@@ -11,7 +11,7 @@ from simulator.ghost.probes.watch import Watch
 
 def windows(watch: Watch, slots: object, slot: Memslot) -> list[tuple[int, int, Shown]]:
     """Pages start..end of the VM's address space each, in order; none where there is no page to have."""
-    rights = bits.READ if slot.readonly else bits.READ | bits.WRITE
+    rights = bits.READ if SlotFlag.READONLY in slot.flags else bits.READ | bits.WRITE
     start, end = slot.span.start, slot.span.end
     of_process = Shown(watch.names[id(slots)], slot.hva >> PAGE_SHIFT, rights)
     of_file = None

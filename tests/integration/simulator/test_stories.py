@@ -161,6 +161,7 @@ BREAKS = {
     "free": ("shared", "I11-freed-untold"),
     "truncate": ("mirror", "I11-truncated-but-for-one"),
     "owners": ("pinned", "memory-of-whichever-process"),
+    "read-only": ("mirror", "writable-whatever-was-asked"),
 }
 
 
@@ -240,6 +241,9 @@ SEEN = {
     "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
     "memory-of-whichever-process": ("owners", "pinned", "I5"),
     "one-process-is-not-asked": ("owners", "mirror", "I5"),
+    "writable-whatever-was-asked": ("read-only", "mirror", "I21"),
+    "flag-of-rights-is-ignored": ("read-only", "pinned", "I21"),
+    "read-only-slot-is-writable": ("read-only", "managed", "I21"),
     "R21-a-file-s-area-goes-unflushed": ("by-offset", "pinned", "R21"),
     "R21-shown-elsewhere-and-unflushed": ("shown-twice", "pinned", "R21"),
 }
