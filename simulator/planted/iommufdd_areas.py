@@ -21,6 +21,13 @@ IOMMUFDD_AREAS = (
         "I28",
         [Edit(f"{_ON_DEMAND}.enter_memory", "if self.mm_cookie not in (0, mm.cookie):", "if False:")],
     ),
+    # -- which part of it --------------------------------------------------------------------------------
+    Plant(
+        "copied-from-the-start-of-the-area",
+        "A copy from the middle of an area shows what the area begins with.",
+        "I28",
+        [Edit("iommufdd.core.ioas:Ioas.slices", "area.hva_of(at)", "area.hva")],
+    ),
     # -- with which rights -------------------------------------------------------------------------------
     Plant(
         "writable-whatever-was-asked",
@@ -37,6 +44,15 @@ IOMMUFDD_AREAS = (
         "All that is asked for is mapped to be stored to, with IOMMU_IOAS_MAP_WRITEABLE and without.",
         "I21",
         [Edit("iommufdd.service.ioas:_is_writable", "return writable", "return True")],
+    ),
+    Plant(
+        "copied-with-more-rights",
+        "Pages that were mapped to be read are copied to be stored to.",
+        "I21",
+        [
+            Edit("iommufdd.core.ioas:Ioas.map_slices", "if writable and not pages.writable:", "if False:"),
+            Edit(f"{_PAGES}._read_back", "self.writable", "True"),
+        ],
     ),
     # -- until when --------------------------------------------------------------------------------------
     Plant(

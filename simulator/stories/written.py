@@ -132,6 +132,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     # -- what areas and slots show
     "owners": ["one-process-is-not-asked", "memory-of-whichever-process"],
     "read-only": ["writable-whatever-was-asked", "flag-of-rights-is-ignored", "read-only-slot-is-writable"],
+    "copied": ["copied-from-the-start-of-the-area", "copied-with-more-rights"],
 }
 
 

@@ -162,6 +162,7 @@ BREAKS = {
     "truncate": ("mirror", "I11-truncated-but-for-one"),
     "owners": ("pinned", "memory-of-whichever-process"),
     "read-only": ("mirror", "writable-whatever-was-asked"),
+    "copied": ("pinned", "copied-from-the-start-of-the-area"),
 }
 
 
@@ -241,6 +242,8 @@ SEEN = {
     "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
     "memory-of-whichever-process": ("owners", "pinned", "I5"),
     "one-process-is-not-asked": ("owners", "mirror", "I5"),
+    "copied-from-the-start-of-the-area": ("copied", "pinned", "I5"),
+    "copied-with-more-rights": ("copied", "pinned", "I21"),
     "writable-whatever-was-asked": ("read-only", "mirror", "I21"),
     "flag-of-rights-is-ignored": ("read-only", "pinned", "I21"),
     "read-only-slot-is-writable": ("read-only", "managed", "I21"),
