@@ -25,6 +25,8 @@ class Excerpt:
         """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
         self.was_last = False
         """Or the round before it was the last, though there could be more."""
+        self.was_opened = False
+        """In the round under way: one in which it was not is no schedule of anything."""
         self.opened: Callable[[], None] = lambda: None
         self.closes: Callable[[], None] = lambda: None
         """Called in the story, first and last of what is searched."""
@@ -57,9 +59,11 @@ class Excerpt:
                 self.between()
                 if self.was_last:
                     return
+                self.was_opened = False
             yield number
 
     def open(self) -> None:
+        self.was_opened = True
         if self._stands_first:
             self._stands_first = False
             self.between()

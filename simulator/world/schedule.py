@@ -141,12 +141,14 @@ def _ends(
             strategy.heard = lambda: _touches(ghost.heard.taken())
         try:
             while True:
-                yield _judged(verdicts, faults, next(machine))
+                problems = next(machine)
+                yield _judged(verdicts, faults, [*problems, *_unopened(strategy, faults)])
         except StopIteration as ended:
             played: Played = ended.value
-            if not played.problems:
+            problems = [*played.problems, *_unopened(strategy, faults)]
+            if not problems:
                 watch.settled()
-            yield _judged(verdicts, faults, played.problems)._replace(over=True)
+            yield _judged(verdicts, faults, problems)._replace(over=True)
         except Stopped:
             yield _judged(verdicts, faults, [])._replace(over=True)
         except Stuck as stuck:
@@ -168,6 +170,13 @@ def _machine(
     if faults.kinds:
         return playing_faulted(scenario, calm, design, strategy, faults, judged.seed, judged.params, journal)
     return playing(scenario, design, strategy, judged.seed, judged.params, journal)
+
+
+def _unopened(strategy: Strategy, faults: Faults) -> list[str]:
+    """Of a small story, a round in which no schedule was chosen: it would be counted as one that held."""
+    if not isinstance(strategy, Excerpt) or strategy.was_opened or faults.excuses:
+        return []
+    return ["the story did not open its excerpt (`with excerpt:`): nothing of it was searched"]
 
 
 @cache

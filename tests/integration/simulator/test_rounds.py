@@ -13,14 +13,16 @@ from simulator.command import find
 from simulator.faults.kinds import ALL
 from simulator.ghost.probes.watch import Watch
 from simulator.search.excerpt import Excerpt
+from simulator.search.exhaustive import Exhaustive
 from simulator.search.explore import explore, smallest
 from simulator.search.option import STOP, Option
 from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.walk import RandomWalk
 from simulator.stories.library import STORIES
 from simulator.stories.story import Play, SmallStory
+from simulator.world.forked import Forked
 from simulator.world.journal import Journal
-from simulator.world.schedule import Judged, Living
+from simulator.world.schedule import OTHER, Judged, Living
 from simulator.world.scheduler import World
 
 ROUNDS = 8
@@ -142,7 +144,8 @@ def test_what_the_end_of_a_machine_shows_is_its_last_rounds() -> None:
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         await ctx.boot_for(1)
         for _ in excerpt.rounds():
-            pass
+            excerpt.open()
+            excerpt.close()
         ctx.expect(False, "I0: at the end")
 
     playing = player(play, 3)
@@ -162,6 +165,34 @@ def test_what_the_end_of_a_machine_shows_is_found_though_it_could_have_had_more_
     assert (found.schedule, found.result.round, len(found.before)) == (3, 2, 2)
     small, _ = smallest(told, found)
     assert (small.result.invariant, small.before) == ("I0", ())
+
+
+@pytest.mark.parametrize("faults", [(), ("enomem",)])
+@pytest.mark.parametrize("opens", [0, 2])
+def test_a_round_that_never_opens_its_excerpt_is_not_said_to_hold(opens: int, faults: Sequence[str]) -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        guest = await ctx.boot_for(1)
+        for number in excerpt.rounds():
+            if number < opens:
+                excerpt.open()
+            await guest.write(0, b"store")
+            if number < opens:
+                excerpt.close()
+
+    story = SmallStory("told", "", play)
+    playing = Judged(lambda _: story, "told", "shared", faults=faults)(ROUNDS)
+    ends = [playing(Replay(())) for _ in range(opens + 1)]
+    assert [end.invariant for end in ends] == [*[""] * opens, OTHER]
+    assert "did not open its excerpt" in ends[-1].sentence
+
+
+def test_who_compares_schedules_is_told_of_a_story_that_never_opens() -> None:
+    async def play(ctx: Context, excerpt: Excerpt) -> None:
+        await ctx.boot_for(1)
+
+    tally = explore(Forked(judged(play)), Exhaustive(), 0, 5)
+    assert [found.result.invariant for found in tally.found] == [OTHER]
+    assert "did not open its excerpt" in tally.found[0].result.sentence
 
 
 class Listens:
@@ -229,8 +260,9 @@ def test_what_does_something_when_it_goes_goes_between_runs() -> None:
 
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         for number in excerpt.rounds():
-            Cycle(number)
-            _ = [[] for _ in range(100_000)]  # reason enough to collect
+            with excerpt:
+                Cycle(number)
+                _ = [[] for _ in range(100_000)]  # reason enough to collect
             ctx.expect_equal(gone, [], "I0: those that went")
 
     assert gc.isenabled()
