@@ -40,6 +40,7 @@ SCHEDULES_OF_SHARD = (
 )
 OF_SMALL_SHARD = 100  # in one machine, which takes as long to bring up as ten to play
 EXIT_FOUND = 1
+NOT_AGAIN = "its story as it was played, not shrunk: played again by itself it does not fail like that"
 _CUT_SHORT = {"interrupted": "; interrupted", "time": "; the --seconds are over"}
 
 
@@ -272,9 +273,15 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
     end = found.result
     print(f"FAILED: {end.invariant}: {end.sentence}")
     print(f"repeat: {_repeat(judged, strategy, found)}")
-    shrunk, replays = smallest(partial(begin, judged), found)
+    small, replays = smallest(partial(begin, judged), found)
+    shrunk = found if small is None else small
     answers = sum(map(bool, shrunk.answers))
-    print(f"its story, {answers} answers that are not the default (after {replays} replays):")
+    if small is None:
+        print(f"{NOT_AGAIN}:")
+    else:
+        print(f"its story, {answers} answers that are not the default (after {replays} replays):")
+    if shrunk.result.sentence != end.sentence:
+        print(f"which says: {shrunk.result.sentence}")
     text = story_text(judged, shrunk)
     print(text, end="")
     if story is not None and _written(story, text):
@@ -299,12 +306,15 @@ def _document(judged: Judged, options: argparse.Namespace, tally: Tally, ended: 
         "summary": tally.summary,
     }
     for found in tally.found[:1]:
-        shrunk, _ = smallest(partial(begin, judged), found)
+        small, _ = smallest(partial(begin, judged), found)
+        shrunk = found if small is None else small
         said["failure"] = {
             "invariant": found.result.invariant,
             "sentence": found.result.sentence,
             "repeat": _repeat(judged, options.strategy, found),
+            "fails_again": small is not None,
             "story": (text := story_text(judged, shrunk)),
+            "story_says": shrunk.result.sentence,
         }
         if options.story is not None:
             _written(options.story, text)

@@ -220,14 +220,15 @@ def find(
 
 
 def _caught(judged: Judged, found: Found, done: int, replays: int) -> Catch:
-    shrunk, _ = smallest(judged, found, replays)
+    small, _ = smallest(judged, found, replays)
+    shrunk = found if small is None else small
     end = shrunk.result
     if not comes_to_the_plant(judged, shrunk):
         raise _clean_code_fails(judged, shrunk)
     return Catch(
         end.invariant,
         done + shrunk.schedule,
-        sum(map(bool, shrunk.answers)) if replays else None,
+        sum(map(bool, shrunk.answers)) if replays and small else None,
         judged.scenario,
         judged.design,
         ",".join(judged.faults),

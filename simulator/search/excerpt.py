@@ -22,7 +22,7 @@ class Excerpt:
         self._open = self._step_is_inside = False
         self.inner = inner
         self.between: Callable[[], None] = lambda: None
-        """Called in the story, between its rounds; when it returns, `inner` is the next one's."""
+        """Called in the story, behind each of its rounds; when it returns, `inner` is the next one's."""
         self.was_last = False
         """Or the round before it was the last, though there could be more."""
         self.was_opened = False
@@ -55,12 +55,11 @@ class Excerpt:
     def rounds(self) -> Iterator[int]:
         """Of the story, in one machine, which each leaves as it found it."""
         for number in range(self._rounds):
-            if number:
-                self.between()
-                if self.was_last:
-                    return
-                self.was_opened = False
+            self.was_opened = False
             yield number
+            self.between()
+            if self.was_last:
+                return
 
     def open(self) -> None:
         self.was_opened = True

@@ -5,6 +5,7 @@ Pure over the function that runs one schedule; whoever has a clock or a signal s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,9 +16,15 @@ from simulator.search.option import Option, Search, Strategy
 from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.shrink import REPLAYS_MAX, shrink
 
+OTHER = "check"
+"""Instead of an invariant: what the scenario or a daemon says has none."""
+STUCK = "stuck"
+UNNAMED = (OTHER, STUCK)
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+
 
 class RunEnd(NamedTuple):
-    """Of one run: the invariant that broke, and its sentence; none of both if all held.
+    """Of one run: the invariant that broke (or one of UNNAMED), and its sentence; none of both if all held.
 
     `round`: how many runs there were in its machine before; `over`: there is none after it; `faulted`: it met
     a fault.
@@ -155,19 +162,33 @@ def replayed(start: Start, before: Sequence[Answers], strategy: Strategy) -> Run
     return player(strategy)
 
 
-def smallest(start: Start, found: Found, replays_max: int = REPLAYS_MAX) -> tuple[Found, int]:
-    """The shrunk schedule that breaks the same invariant, replayed once more for its own trace and
-    sentence; and how many replays it took, that one not among `replays_max`.  What was played before it in
-    its machine is left out if it fails without.
+def smallest(
+    start: Start, found: Found, replays_max: int = REPLAYS_MAX
+) -> tuple[Found, int] | tuple[None, int]:
+    """The shrunk schedule that shows the same failure, with its own trace and sentence; and how many replays
+    it took, of which the first and the last are not among `replays_max`.  What was played before it in its
+    machine is left out if it fails without.  None: played again it does not fail so, and nothing is known of
+    what is left out of it.
     """
     replays = 0
+
+    def again(before: Sequence[Answers], answers: Answers) -> Found | None:
+        recorded = Recorded(Replay(answers))
+        result = replayed(start, before, recorded)
+        if not _is_same(result, found.result, len(before)):
+            return None
+        return replace(
+            found, result=result, answers=recorded.answers, trace=recorded.trace, before=tuple(before)
+        )
 
     def fails(before: Sequence[Answers], answers: Answers) -> bool:
         nonlocal replays
         replays += 1
-        end = replayed(start, before, Replay(answers))
-        return (end.invariant, end.round) == (found.result.invariant, len(before))
+        return _is_same(replayed(start, before, Replay(answers)), found.result, len(before))
 
+    whole = again(found.before, found.answers)
+    if whole is None:
+        return None, 1
     before = found.before
     size = len(before)
     while size:
@@ -180,8 +201,19 @@ def smallest(start: Start, found: Found, replays_max: int = REPLAYS_MAX) -> tupl
                 place += size
         size //= 2
     shrunk = shrink(found.answers, partial(fails, before), replays_max - replays)
-    recorded = Recorded(Replay(shrunk.answers))
-    result = replayed(start, before, recorded)
-    assert result.invariant == found.result.invariant, "a schedule that failed does not fail again"
-    small = replace(found, result=result, answers=recorded.answers, trace=recorded.trace, before=before)
-    return small, replays + 1
+    if (before, shrunk.answers) == (whole.before, whole.answers):
+        return whole, replays + 1
+    return again(before, shrunk.answers) or whole, replays + 2
+
+
+def _is_same(end: RunEnd, told: RunEnd, number: int) -> bool:
+    """Is it the failure that was `told`, in that round?  What names no invariant is known by its sentence, in
+    which numbers (of pages, of handles) may be others.
+    """
+    if (end.invariant, end.round) != (told.invariant, number):
+        return False
+    return end.invariant not in UNNAMED or _shape(end.sentence) == _shape(told.sentence)
+
+
+def _shape(sentence: str) -> str:
+    return _NUMBER.sub("0", sentence)

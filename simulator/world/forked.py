@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from qemu_shim.vmm.interrupt import SIGNALS
-from simulator.search.explore import PlayerLost, RunEnd
+from simulator.search.explore import OTHER, PlayerLost, RunEnd
 from simulator.search.option import Option, Strategy
 from simulator.search.replay import Replay
 from simulator.settle import freeze
-from simulator.world.schedule import OTHER, Judged, Living
+from simulator.world.schedule import Judged, Living
 
 _Told = int | tuple[int, ...]
 """A step that was taken, or those that one was to be chosen of."""

@@ -19,17 +19,13 @@ from simulator.ghost.probes.watching import watching, wrapping
 from simulator.ghost.violation import Verdicts, invariant_of
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
-from simulator.search.explore import RunEnd
+from simulator.search.explore import OTHER, STUCK, RunEnd
 from simulator.search.option import Strategy, Touch
 from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
 from simulator.world.scheduler import Stopped, Stuck
 from simulator.world.system import Played, clear_away, playing, uncollected
-
-OTHER = "check"
-"""Instead of an invariant: what the scenario or a daemon says has none."""
-STUCK = "stuck"
 
 
 class Onlooker(Protocol):
@@ -60,7 +56,10 @@ class Judged:
 
 
 class Living:
-    """Player: schedule after schedule in one machine, until something breaks or it has seen `rounds`."""
+    """Player: schedule after schedule in one machine, until something breaks or it has seen `rounds`.  Each
+    is judged when its round is over, and the last one again when its machine is: or what broke in a round
+    would be another failure where that is the last, as it is where it is played again.
+    """
 
     def __init__(
         self, judged: Judged, rounds: int, onlooker: Onlooker | None = None, *, stands_first: bool = False
@@ -74,6 +73,7 @@ class Living:
         self._ends: Generator[RunEnd] | None = None
         self._wraps: Generator[None] | None = None  # from the first machine on, until this player is dropped
         self._round = 0
+        self._stops = 0  # in this machine, until it has seen all its rounds
 
     def __call__(self, strategy: Strategy) -> RunEnd:
         if self._ends is None:
@@ -83,6 +83,9 @@ class Living:
         assert self._ends is not None
         end, number = next(self._ends), self._round
         self._round += 1
+        self._stops -= 1
+        if not (end.over or self._stops):
+            end = self._plays_on()
         if end.over:
             self.renew()
         return end._replace(round=number)
@@ -90,10 +93,17 @@ class Living:
     def finish(self) -> RunEnd:
         end = RunEnd()
         if self._ends is not None and self._excerpt is not None:  # it stands between two rounds
-            self._excerpt.inner, self._excerpt.was_last = Replay(()), True
-            end = next(self._ends)._replace(round=self._round - 1)
+            self._excerpt.inner = Replay(())
+            end = self._plays_on()._replace(round=self._round - 1)
         self.renew()
         return end
+
+    def _plays_on(self) -> RunEnd:
+        """To the end of the machine, which stands behind its last round."""
+        assert self._ends is not None
+        if self._excerpt is not None:
+            self._excerpt.was_last = True
+        return next(self._ends)
 
     def renew(self) -> None:
         self._excerpt = None
@@ -111,7 +121,7 @@ class Living:
         if isinstance(found, SmallStory):
             strategy = self._excerpt = Excerpt(strategy, self._rounds, stands_first=self._stands_first)
         self._ends = _uncollected(_ends(self._judged, found, strategy, self._onlooker))
-        self._round = 0
+        self._round, self._stops = 0, self._rounds + self._stands_first
 
 
 def _uncollected(ends: Generator[RunEnd]) -> Generator[RunEnd]:

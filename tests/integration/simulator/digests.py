@@ -55,7 +55,9 @@ def found() -> Found:
     story, design, plant = FOUND
     judged = Judged(find, story, design, plant=plant)
     tally = explore(judged(), RandomWalk(SEED), SEED, 20, lambda tally: bool(tally.found))
-    return smallest(judged, tally.found[0])[0]
+    small, _ = smallest(judged, tally.found[0])
+    assert small is not None
+    return small
 
 
 def lines() -> Iterator[str]:

@@ -16,13 +16,13 @@ from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.command import find
 from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.explore import PlayerLost, explore
+from simulator.search.explore import OTHER, PlayerLost, explore
 from simulator.search.replay import Recorded, Replay
 from simulator.search.walk import RandomWalk
 from simulator.settle import settle
 from simulator.stories.story import Play, SmallStory
 from simulator.world.forked import Forked
-from simulator.world.schedule import OTHER, Judged
+from simulator.world.schedule import Judged
 
 HERE = os.getpid()
 

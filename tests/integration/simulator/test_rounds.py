@@ -14,7 +14,7 @@ from simulator.faults.kinds import ALL
 from simulator.ghost.probes.watch import Watch
 from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.explore import explore, smallest
+from simulator.search.explore import OTHER, explore, smallest
 from simulator.search.option import STOP, Option
 from simulator.search.replay import Answers, Recorded, Replay
 from simulator.search.walk import RandomWalk
@@ -22,7 +22,7 @@ from simulator.stories.library import STORIES
 from simulator.stories.story import Play, SmallStory
 from simulator.world.forked import Forked
 from simulator.world.journal import Journal
-from simulator.world.schedule import OTHER, Judged, Living
+from simulator.world.schedule import Judged, Living
 from simulator.world.scheduler import World
 
 ROUNDS = 8
@@ -120,6 +120,7 @@ def test_what_breaks_in_a_later_round_is_played_again_with_those_before(breaks: 
     (found,) = explore(told(ROUNDS), RandomWalk(1), 1, ROUNDS, lambda tally: bool(tally.found)).found
     assert found.schedule == breaks + 1
     small, _ = smallest(told, found)
+    assert small is not None
     assert (small.result.invariant, small.answers) == ("I0", ())
     assert len(small.before) == before
 
@@ -164,6 +165,7 @@ def test_what_the_end_of_a_machine_shows_is_found_though_it_could_have_had_more_
     (found,) = explore(told(ROUNDS), RandomWalk(1), 1, 3).found
     assert (found.schedule, found.result.round, len(found.before)) == (3, 2, 2)
     small, _ = smallest(told, found)
+    assert small is not None
     assert (small.result.invariant, small.before) == ("I0", ())
 
 
@@ -193,6 +195,28 @@ def test_who_compares_schedules_is_told_of_a_story_that_never_opens() -> None:
     tally = explore(Forked(judged(play)), Exhaustive(), 0, 5)
     assert [found.result.invariant for found in tally.found] == [OTHER]
     assert "did not open its excerpt" in tally.found[0].result.sentence
+
+
+async def breaks_and_ends_otherwise(ctx: Context, excerpt: Excerpt) -> None:
+    guest = await ctx.boot_for(1)
+    for _ in excerpt.rounds():
+        with excerpt:
+            await guest.write(0, b"store")
+        ctx.expect(False, "the store is lost")
+    ctx.expect(False, "I0: what the end of the machine shows of it")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_round_is_judged_before_the_end_of_its_machine_wherever_it_is_the_last(rounds: int) -> None:
+    """Or a failure would be another one where it is played again, in as many rounds as there were."""
+    told = judged(breaks_and_ends_otherwise)
+    (found,) = explore(told(rounds), RandomWalk(1), 1, 1).found
+    assert found.result.sentence == "the store is lost"
+    small, _ = smallest(told, found)
+    assert small is not None
+    assert small.result == found.result
+    (compared,) = explore(Forked(told), Exhaustive(), 0, 1).found
+    assert compared.result.sentence == found.result.sentence
 
 
 class Listens:

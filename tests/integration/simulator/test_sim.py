@@ -15,7 +15,7 @@ from qemu_shim.cli import main
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NO_READER
 from simulator import command
 from simulator.campaign import CampaignEnd, CampaignRefused
-from simulator.search.explore import Tally
+from simulator.search.explore import Found, RunEnd, Tally
 from simulator.search.story import Story, from_text, to_text
 from tests.kit.daemons import BIN
 from tests.patience import WHOLE_RUN_S
@@ -163,6 +163,25 @@ def test_a_story_that_cannot_be_written_is_told_and_the_failure_as_well(
     assert told.err == f"qemu-shim: --story {nowhere}: No such file or directory\n"
     assert "FAILED: I9: " in told.out
     assert "replay: " not in told.out
+
+
+def test_what_does_not_fail_again_is_told_as_it_was_played(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Found(0, 1, RunEnd("I1", "only once"), (0, 2), 5, ((1,),))
+    monkeypatch.setattr(
+        command, "run_campaign", lambda *_, **__: CampaignEnd(Tally(1, found=[found]), "found")
+    )
+    assert main(["sim", "age"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: I1: only once" in out
+    assert "not shrunk: played again by itself it does not fail like that" in out
+    story = from_text(out)
+    assert (story.answers, story.before) == (found.answers, found.before)
+    assert main(["sim", "age", "--json"]) == 1
+    failure = json.loads(capsys.readouterr().out)["failure"]
+    assert not failure["fails_again"]
+    assert from_text(failure["story"]) == story
 
 
 def test_a_worker_that_died_is_no_wrong_command(

@@ -13,10 +13,11 @@ from simulator.faults.plan import Faults
 from simulator.faults.store_buffer import StoreBuffer
 from simulator.kernel.process import SimHost, SimProcess
 from simulator.search.excerpt import Excerpt
+from simulator.search.explore import STUCK
 from simulator.search.walk import RandomWalk
 from simulator.stories.story import SmallStory
 from simulator.world import schedule
-from simulator.world.schedule import STUCK, Judged
+from simulator.world.schedule import Judged
 from simulator.world.scheduler import Stuck, World
 from simulator.world.thread import SimThread
 
