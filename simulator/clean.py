@@ -32,7 +32,7 @@ from qemu_shim.scenarios.scenario import Scenario
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_FAILED, EXIT_INTERRUPTED
 from simulator.campaign import NOTHING_PLAYED, WORKER_DIED
-from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin, faults_of, find
+from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin, faults_of, find, repeat
 from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.options import NothingToPlay, none_or_more, one_or_more, playable
 from simulator.pool import Stop, interrupts, pooled
@@ -92,17 +92,20 @@ def _cost(play: Play) -> int:
 def played(shard: Shard, stop: Stop) -> Tally:
     """In a worker."""
     play = shard.play
-    judged = Judged(find, play.name, play.design, faults=tuple(faults_of(play.faults)))
-    player = begin(judged, 1 if play.whole else shard.schedules)
+    player = begin(_judged(play), 1 if play.whole else shard.schedules)
     search = STRATEGIES[play.strategy].make(shard.seed)
     return explore(player, search, shard.seed, shard.schedules, lambda _: stop())
 
 
+def _judged(play: Play) -> Judged:
+    return Judged(find, play.name, play.design, faults=faults_of(play.faults))
+
+
 def repeats(play: Play, tally: Tally) -> list[str]:
-    faults = f" --faults {play.faults}" if play.faults else ""
+    """A line each, which plays what its shard played until then, and stops at no failure before it."""
+    judged = _judged(play)
     return [
-        f"{found.result.invariant}: qemu-shim sim {play.name} --design {play.design} "
-        f"--strategy {play.strategy} --seed {found.seed} --schedules {found.schedule}{faults}"
+        f"{found.result.invariant}: {repeat(judged, play.strategy, found, tally.found)}"
         for found in tally.found
     ]
 

@@ -23,7 +23,7 @@ from simulator.narrator import Narrator, diagram
 from simulator.options import one_or_more
 from simulator.planted.__main__ import described, listing
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
-from simulator.search.explore import Found, Player, Tally, replayed, smallest
+from simulator.search.explore import Found, Player, Tally, nth, replayed, smallest
 from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
 from simulator.search.strategies import DEFAULT, STRATEGIES
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
             partial(begin_forks if compares and small else begin, judged),
             workers=options.workers,
             seconds=options.seconds,
-            failures_max=1,
+            failures_max=options.failure,
             progress=_show if sys.stderr.isatty() else lambda progress: None,
         )
     except CampaignRefused as refused:
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         if tally.summary:
             print(tally.summary)
         if tally.found:
-            _report(judged, options.strategy, tally.found[0], options.story)
+            _report(judged, options, tally.found)
     if tally.found:
         return EXIT_FOUND
     if ended.why == "interrupted":
@@ -162,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         "--schedules", type=one_or_more, default=200, metavar="N", help="at most so many (200)"
     )
     parser.add_argument("--seconds", type=float, metavar="N", help="end after so many")
+    parser.add_argument(
+        "--failure", type=one_or_more, default=1, metavar="N", help="end at the N-th, and tell of that (1)"
+    )
     parser.add_argument(
         "--strategy", choices=tuple(STRATEGIES), default=DEFAULT, help=f"what chooses them ({DEFAULT})"
     )
@@ -259,20 +262,28 @@ def _show(progress: Progress) -> None:
     print(f"\r{progress.line()}", end="", file=sys.stderr, flush=True)
 
 
-def _repeat(judged: Judged, strategy: str, found: Found) -> str:
-    """The line that does."""
+def repeat(judged: Judged, strategy: str, found: Found, among: Sequence[Found]) -> str:
+    """The line that does; `among`: all that were found."""
     words = [f"--design {judged.design}", f"--strategy {strategy}", f"--seed {found.seed}"]
     words += [f"--schedules {found.schedule}", *(f"--set {name}={n}" for name, n in judged.params.items())]
     words += [f"--plant {judged.plant}"] if judged.plant else []
     words += [f"--faults {','.join(judged.faults)}"] if judged.faults else []
+    words += [f"--failure {number}"] if (number := nth(found, among)) > 1 else []
     return f"qemu-shim sim {judged.scenario} {' '.join(words)}"
 
 
-def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> None:
+def _wanted(options: argparse.Namespace, among: Sequence[Found]) -> Found:
+    """The failure that is told of; the last if there are fewer."""
+    number: int = options.failure
+    return among[min(number, len(among)) - 1]
+
+
+def _report(judged: Judged, options: argparse.Namespace, among: Sequence[Found]) -> None:
     """Shrinking takes a while: what can be said before is."""
-    end = found.result
+    found = _wanted(options, among)
+    end, story = found.result, options.story
     print(f"FAILED: {end.invariant}: {end.sentence}")
-    print(f"repeat: {_repeat(judged, strategy, found)}")
+    print(f"repeat: {repeat(judged, options.strategy, found, among)}")
     small, replays = smallest(partial(begin, judged), found)
     shrunk = found if small is None else small
     answers = sum(map(bool, shrunk.answers))
@@ -289,7 +300,7 @@ def _report(judged: Judged, strategy: str, found: Found, story: Path | None) -> 
 
 
 def _document(judged: Judged, options: argparse.Namespace, tally: Tally, ended: str) -> dict[str, Any]:
-    """What `--json` prints: of failures the first one; `ended` as of CampaignEnd."""
+    """What `--json` prints: of failures one; `ended` as of CampaignEnd."""
     said: dict[str, Any] = {
         "scenario": judged.scenario,
         "design": judged.design,
@@ -305,13 +316,14 @@ def _document(judged: Judged, options: argparse.Namespace, tally: Tally, ended: 
         "ended": ended,
         "summary": tally.summary,
     }
-    for found in tally.found[:1]:
+    if tally.found:
+        found = _wanted(options, tally.found)
         small, _ = smallest(partial(begin, judged), found)
         shrunk = found if small is None else small
         said["failure"] = {
             "invariant": found.result.invariant,
             "sentence": found.result.sentence,
-            "repeat": _repeat(judged, options.strategy, found),
+            "repeat": repeat(judged, options.strategy, found, tally.found),
             "fails_again": small is not None,
             "story": (text := story_text(judged, shrunk)),
             "story_says": shrunk.result.sentence,

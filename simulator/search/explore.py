@@ -74,6 +74,11 @@ class Found:
     before: tuple[Answers, ...] = ()
 
 
+def nth(found: Found, among: Sequence[Found]) -> int:
+    """Which of its seed's failures it is, from 1 on."""
+    return 1 + sum(other.seed == found.seed and other.schedule < found.schedule for other in among)
+
+
 @dataclass(slots=True)
 class Tally:
     """What some schedules came to; those of several processes can be added up, but for `summary`."""

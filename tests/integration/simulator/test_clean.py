@@ -14,12 +14,14 @@ import pytest
 
 from qemu_shim.cli import main as qemu_shim
 from qemu_shim.vmm.interrupt import SIGNALS
-from simulator.clean import Shard, Sitting, shards, stories
-from simulator.command import OF_SMALL_SHARD, SCHEDULES_OF_SHARD
+from simulator.clean import Shard, Sitting, repeats, shards, stories
+from simulator.command import OF_SMALL_SHARD, SCHEDULES_OF_SHARD, begin, find
 from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.rows import Play, Rows
-from simulator.search.explore import Found, RunEnd, Tally
+from simulator.search.explore import Found, RunEnd, Tally, explore
+from simulator.search.strategies import STRATEGIES
 from simulator.stories.library import STORIES
+from simulator.world.schedule import Judged
 from tests.patience import WHOLE_RUN_S
 
 STORY_NAMES = ("migrate", "swap", "asleep")  # the last cannot be played where all is pinned
@@ -127,6 +129,22 @@ def test_what_breaks_is_told_with_the_line_that_repeats_it(
     assert (row["schedules"], row["traces"], row["failed"], row["seeds"]) == (100, 2, 1, [3, 4])
     assert row["faulted"] == 60
     assert qemu_shim([*words.split(), "--workers", "1"]) == 0, "it is a command"
+
+
+def test_each_line_repeats_the_failure_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A planted bug stands for one of the clean code."""
+    plant, play = "R4-acks-not-awaited", Play("discard", "shared", "mixed")
+    judged = Judged(find, play.name, play.design, plant=plant)
+    tally = explore(begin(judged, 6), STRATEGIES[play.strategy].make(2), 2, 6)
+    assert len(tally.found) > 2
+    for found, line in list(zip(tally.found, repeats(play, tally), strict=True))[:3]:
+        invariant, _, words = line.partition(": qemu-shim ")
+        assert qemu_shim([*words.split(), "--plant", plant, "--workers", "1", "--json"]) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert (told["schedules"], told["failure"]["invariant"]) == (found.schedule, invariant)
+        assert told["failure"]["sentence"] == found.result.sentence
+        again = told["failure"]["repeat"].split()
+        assert ("--failure" in again) == (found is not tally.found[0]), "what it prints repeats it as well"
 
 
 def test_an_error_of_ours_is_told_and_counts_as_nothing(
