@@ -28,10 +28,15 @@ def code_version(files: Sequence[Path] = ()) -> str:
 
 @cache
 def product_version() -> str:
+    return digest_of(ROOT, PACKAGES, READERS)
+
+
+def digest_of(root: Path, packages: Sequence[str], left_out: tuple[str, ...] = ()) -> str:
+    """Of what their files have in them, whether somebody has committed that or not."""
     digest = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = path.relative_to(ROOT).as_posix()
-            if not name.startswith(READERS):
+    for package in packages:
+        for path in sorted((root / package).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            if not name.startswith(left_out):
                 digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

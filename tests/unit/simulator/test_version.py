@@ -44,6 +44,32 @@ def test_what_is_not_simulated_is_no_part(root: Path) -> None:
     assert version(root) == clean
 
 
-def test_without_a_repository_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert version(tmp_path) == "no version"
+def test_a_file_that_git_does_not_know_is_a_part_by_its_contents(root: Path) -> None:
+    clean = version(root)
+    told = {clean}
+    for text in ("2\n", "3\n"):
+        (root / "simulator" / "new_story.py").write_text(text, encoding="utf-8")
+        assert version(root).startswith(f"{clean}-")
+        told.add(version(root))
+    assert len(told) == 3
+    (root / "simulator" / "new_story.py").unlink()
+    assert version(root) == clean
+
+
+@pytest.mark.parametrize("git", ["no repository", "not installed", "refuses"])
+def test_where_git_cannot_say_two_trees_are_two(
+    git: str, root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if git == "no repository":
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
+        (root / ".git").rename(root / "was.git")
+    elif git == "not installed":
+        monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("nothing")))
+    else:
+        (root / ".git" / "index").write_bytes(b"no index")
+    told = {version(root)}
+    assert version(root) in told
+    (root / "kvmd" / "a.py").write_text("2\n", encoding="utf-8")
+    told.add(version(root))
+    assert len(told) == 2
+    assert "no version" not in told, "as older records have it, of which nobody knows the sources"
