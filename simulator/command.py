@@ -286,11 +286,10 @@ def _report(judged: Judged, options: argparse.Namespace, among: Sequence[Found])
     print(f"repeat: {repeat(judged, options.strategy, found, among)}")
     small, replays = smallest(partial(begin, judged), found)
     shrunk = found if small is None else small
-    answers = sum(map(bool, shrunk.answers))
     if small is None:
         print(f"{NOT_AGAIN}:")
     else:
-        print(f"its story, {answers} answers that are not the default (after {replays} replays):")
+        print(f"its story, {shrunk.chosen} answers that are not the default (after {replays} replays):")
     if shrunk.result.sentence != end.sentence:
         print(f"which says: {shrunk.result.sentence}")
     text = story_text(judged, shrunk)

@@ -228,7 +228,7 @@ def _caught(judged: Judged, found: Found, done: int, replays: int) -> Catch:
     return Catch(
         end.invariant,
         done + shrunk.schedule,
-        sum(map(bool, shrunk.answers)) if replays and small else None,
+        shrunk.chosen if replays and small else None,
         judged.scenario,
         judged.design,
         ",".join(judged.faults),

@@ -73,6 +73,11 @@ class Found:
     trace: int
     before: tuple[Answers, ...] = ()
 
+    @property
+    def chosen(self) -> int:
+        """How many answers are not the default, those before it too: without them it does not fail."""
+        return sum(bool(answer) for answers in (*self.before, self.answers) for answer in answers)
+
 
 def nth(found: Found, among: Sequence[Found]) -> int:
     """Which of its seed's failures it is, from 1 on."""

@@ -137,6 +137,11 @@ def test_what_fails_because_of_a_round_before_keeps_that_round_and_no_other() ->
     assert replayed(Living, small.before, Replay(small.answers))[:2] == ("T3", "again")
 
 
+def test_a_failure_is_as_long_as_all_that_was_chosen_in_its_machine() -> None:
+    """Of answers that are needed none is in the last round."""
+    assert Found(0, 3, RunEnd("T1", "", 2), (0, 0), 0, ((0, 2, 1), (), (1,))).chosen == 3
+
+
 def test_rounds_before_are_left_out_one_by_one_no_longer_than_there_are_replays() -> None:
     (found,) = explore(Living(50), RandomWalk(3), 3, 50, lambda tally: bool(tally.found)).found
     small, replays = smallest(Living, found, 0)
