@@ -14,15 +14,13 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.search.explore import OTHER, PlayerLost, RunEnd
 from simulator.search.option import Option, Strategy
 from simulator.search.replay import Replay
 from simulator.settle import freeze
+from simulator.world.outside import held
 from simulator.world.schedule import Judged, Living
 
 _Told = int | tuple[int, ...]
@@ -79,7 +77,7 @@ class Forked:
             end = self._made(strategy)
             if end.over:
                 return end  # something broke on the way
-        with _uninterrupted():
+        with held():  # or an exception would leave forks and files behind
             ours, theirs = os.pipe()
             child = os.fork()
             if not child:
@@ -129,21 +127,6 @@ class Forked:
             status = 0
         finally:
             os._exit(status)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A signal waits for the end: a schedule takes milliseconds, and an exception at any place of the code
-    would leave forks and files behind."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda signum, _: came.append(signum)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
 
 
 def _said(child: int, pipe: int) -> bytes:

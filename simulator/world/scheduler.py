@@ -29,6 +29,7 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
+from simulator.world.outside import outside
 from simulator.world.places import (
     OF_BOTH_ENDS,
     TIME_STANDS,
@@ -116,22 +117,20 @@ class World:
     def run(self, thread: SimThread) -> bool:
         """Until that one is over, or (False) somebody pauses.  Stuck, Stopped."""
         self._awaited = thread
-        assert getcurrent() is self._main, "a world is run where it was made"
-        kept = trio_run.kept()
         try:
-            if self._paused is not None:  # it goes on at once, as if nothing had been
-                (self._running, self._paused) = (self._paused, None)
-                self._running.greenlet.switch()
-            while not (thread.over or self._given_up or self._paused):
-                self._running = None
-                self._switch(None)
-            self._tell_taken()
-            if self._given_up is not None:
-                raise self._given_up
-            return thread.over
+            with outside(self._main):
+                if self._paused is not None:  # it goes on at once, as if nothing had been
+                    (self._running, self._paused) = (self._paused, None)
+                    self._running.greenlet.switch()
+                while not (thread.over or self._given_up or self._paused):
+                    self._running = None
+                    self._switch(None)
+                self._tell_taken()
+                if self._given_up is not None:
+                    raise self._given_up
+                return thread.over
         finally:
             self._running = None
-            trio_run.restored(kept)
 
     def crashes(self) -> Iterator[BaseException]:
         """`failures` one by one."""

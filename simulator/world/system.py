@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 import sys
@@ -37,6 +38,7 @@ from simulator.search.option import Strategy
 from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
+from simulator.world.outside import held
 from simulator.world.process import SimFlows, run
 from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
@@ -227,13 +229,20 @@ def clear_away() -> None:
             _unfinished.clear()
 
 
+@atexit.register
+def _goes_unheard() -> None:
+    """What was interrupted was held by the exception to the end."""
+    gc.unfreeze()
+    clear_away()
+
+
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """What is cut off in the middle complains of it."""
+    """What is cut off in the middle complains of it, and would take a signal's exception along."""
     hook, generators = sys.unraisablehook, logging.getLogger("trio.async_generator_errors")
     sys.unraisablehook, generators.disabled = lambda _: None, True
     try:
-        with catch_warnings():
+        with held(), catch_warnings():
             simplefilter("ignore")
             yield
             gc.collect()

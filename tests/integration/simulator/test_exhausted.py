@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import signal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvmd.service import door
+from protocol.daemon import serve
 from qemu_shim.vmm.designs import DESIGNS
 from qemu_shim.vmm.interrupt import EXIT_INTERRUPTED, SIGNALS
 from simulator import exhausted
@@ -26,6 +28,7 @@ from simulator.search.replay import Replay
 from simulator.search.walk import RandomWalk
 from simulator.stories.at_once import AT_ONCE
 from simulator.stories.library import STORIES
+from simulator.world import system
 from simulator.world.forked import Forked
 from simulator.world.schedule import Judged
 from simulator.world.scheduler import World
@@ -194,6 +197,25 @@ def test_a_signal_leaves_on_record_what_has_ended(
     assert "has what was found" in capsys.readouterr().err
     (kept,) = json.loads((tmp_path / "record.json").read_text())["searches"]
     assert kept["ended"]
+
+
+@pytest.mark.parametrize("daemon", [1, 4])
+def test_a_signal_while_a_machine_is_made_is_no_finding(
+    daemon: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first machine, and in that of which the forks are."""
+    numbers = count(1)
+
+    async def serves(*given: Any) -> None:
+        if next(numbers) == daemon:
+            signal.raise_signal(signal.SIGINT)
+        await serve(*given)
+
+    monkeypatch.setattr(system, "serve", serves)
+    file = tmp_path / "record.json"
+    words = ["--story", "two-migrate", "--design", "pinned", "--record", str(file)]
+    assert exhausted.main(words) == EXIT_INTERRUPTED
+    assert not file.exists()
 
 
 def test_what_is_on_record_is_not_searched_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE, Popen, run
@@ -207,6 +208,30 @@ def test_what_nobody_reads_and_what_finds_no_room_is_no_traceback() -> None:
         ran = run(words, stdout=full, stderr=PIPE, text=True, check=False)
     assert ran.returncode == EXIT_FAILED
     assert ran.stderr.startswith("qemu-shim: [Errno 28]")
+
+
+INTERRUPTED = """
+import signal
+import sys
+
+from qemu_shim.__main__ import main
+from simulator.world import system
+
+
+
+async def interrupted(*given):
+    for _ in range(2):  # the first is heard behind the schedule
+        signal.raise_signal(signal.SIGINT)
+
+
+system.run_scenario = interrupted
+sys.exit(main(["sim", "two-migrate", "--design", "pinned", "--strategy", "exhaustive"]))
+"""
+
+
+def test_who_is_interrupted_in_the_middle_of_a_machine_hears_no_more_of_it() -> None:
+    ran = run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (EXIT_INTERRUPTED, "", "interrupted\n")
 
 
 def test_a_story_of_another_program_is_refused_with_what_is_not_here(
