@@ -2,7 +2,7 @@
 
 A signal comes while a process's greenlet runs, and the interpreter would raise its KeyboardInterrupt there,
 at any place of the product's code: that would take it for a crash, hand it to a task, or lose it in a
-finalizer, and a story would be judged by it.
+finalizer, and a story would be judged by it.  So would it by what a strategy raises, which is asked there.
 """
 
 from __future__ import annotations

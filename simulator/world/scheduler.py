@@ -29,7 +29,7 @@ from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
 from simulator.world.memory import watched
-from simulator.world.outside import outside
+from simulator.world.outside import outside, raised_outside
 from simulator.world.places import (
     OF_BOTH_ENDS,
     TIME_STANDS,
@@ -100,10 +100,8 @@ class World:
             trio_run.nothing_kept()
             try:
                 body()
-            except GreenletExit:
-                pass
             except BaseException as error:
-                if not thread.over:
+                if not (thread.over or isinstance(error, GreenletExit)):
                     self.failures.append(error)
             thread.over = True
             process.die()
@@ -132,13 +130,9 @@ class World:
         finally:
             self._running = None
 
-    def crashes(self) -> Iterator[BaseException]:
+    def crashes(self) -> list[BaseException]:
         """`failures` one by one."""
-        for failure in self.failures:
-            if isinstance(failure, BaseExceptionGroup):
-                yield from leaves(failure)
-            else:
-                yield failure
+        return leaves(BaseExceptionGroup("", self.failures)) if self.failures else []
 
     def close(self) -> None:
         """Whoever has not come to its end ends where it stands, and nothing of it is heard."""
@@ -255,7 +249,10 @@ class World:
             if self.decisions - self._counted_from > LIMIT_CHOICES:
                 self._given_up = Stuck(f"all go round in circles: {'; '.join(self._standing())}")
                 return None
-            number = self._strategy.choose([step.option for step in steps])
+            try:
+                number = self._strategy.choose([step.option for step in steps])
+            except Exception as error:
+                raised_outside(self._main, error)
             if number == STOP:
                 self._given_up = Stopped()
                 return None
@@ -322,7 +319,10 @@ class World:
             if self._settling:
                 self._touched |= TIME_STANDS
             actor, label, touches = step = self._taken
-            self._strategy.took(Option(actor, label, touches | self._touched) if self._touched else step)
+            try:
+                self._strategy.took(Option(actor, label, touches | self._touched) if self._touched else step)
+            except Exception as error:
+                raised_outside(self._main, error)
         self._taken = None
         self._touched.clear()
 
@@ -374,11 +374,12 @@ class World:
         self.decisions += 1
         touched = self._running.state | touches
         options = [Option(f"{name}/{what}", label, touched) for label in labels]
-        number = self._strategy.choose(options)
+        try:
+            number = self._strategy.choose(options)
+        except Exception as error:
+            raised_outside(self._main, error)
         if number == STOP:
-            self._given_up = Stopped()
-            self._leave()
-            raise AssertionError("a world that was given up goes on")
+            raised_outside(self._main, Stopped())
         self._take(options[number])
         return number
 

@@ -1,14 +1,15 @@
-"""A signal that comes while a simulated process runs is none of its doing, and none is lost on the way."""
+"""What comes while a simulated process runs and is not its doing: a signal, and what a strategy raises."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from qemu_shim.vmm.interrupt import SIGNALS
 from simulator.kernel.process import SimProcess
+from simulator.search.option import Option, UnrepeatableError
 from simulator.world import system
 from simulator.world.scheduler import World
 from tests.unit.simulator.world.toys import Script, finish, made
@@ -81,3 +82,48 @@ def test_a_signal_of_which_its_handler_only_takes_note_changes_nothing(number: i
     made(world, a=body)
     finish(world)
     assert (came, told) == ([number], ["a"])
+
+
+class RaisesOnce(Script):
+    """Strategy: it raises at one place, and goes on if asked again, as one does whose error was handled."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__("a: begins")
+        self._place = place
+
+    def _meets(self, options: Sequence[Option], does: str) -> None:
+        if self._place in [f"{does} {option.label}" for option in options]:
+            self._place = ""
+            raise UnrepeatableError(does)
+
+    def choose(self, options: Sequence[Option]) -> int:
+        self._meets(options, "choose")
+        return super().choose(options)
+
+    def took(self, step: Option) -> None:
+        self._meets([step], "took")
+        super().took(step)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["choose begins", "choose point", "choose red", "took begins", "took point", "took red", "took last"],
+)
+def test_what_the_strategy_raises_is_for_whoever_runs_the_world(place: str) -> None:
+    world, seen = World(RaisesOnce(place)), list[Exception]()
+
+    def body(process: SimProcess) -> None:
+        for _ in range(2):
+            try:
+                world.point("point")
+                world.pick("colour", ("red", "blue"))
+                world.point("last")
+            except Exception as error:
+                seen.append(error)
+
+    made(world, a=body, b=body)
+    with pytest.raises(UnrepeatableError, match=place.split()[0]):
+        finish(world)
+    assert not seen
+    assert not world.failures
+    world.close()
