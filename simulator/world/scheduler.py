@@ -415,9 +415,8 @@ class World:
         me = self._running
         if me is None or self._closed or not memory.is_shared:
             return
-        is_alone = me.fate is None and (  # who is to die may die between two stores
-            (self._alone_at == self._changes and self._now < self._alone_until) or self._is_alone(me)
-        )
+        known = self._alone_at == self._changes and self._now < self._alone_until
+        is_alone = me.fate is None and (known or self._is_alone(me))  # who is to die may, between two stores
         if self._excerpt.is_silent:
             if is_alone and self.journal is None and not self._settling:
                 return
