@@ -195,12 +195,12 @@ async def _heir(ctx: Context, excerpt: Excerpt) -> None:
     process, iommu = machine.process, machine.iommu
     heir, other = [await machine.host.kvmd.start_process() for _ in range(2)]
     file = await process.memfd("ram", 2 * SLOT_BYTES)
-    ioas_id = await iommu.ioas_alloc()
-    for payer, part in ((process, 0), (other, PAGE_SIZE)):
-        await iommu.ioas_map_file(ioas_id, payer, file, part, PAGE_SIZE, AT + part)
-    hwpt_id = await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id)
-    await second.plugged.vfio.attach(hwpt_id)
     for _ in excerpt.rounds():
+        ioas_id = await iommu.ioas_alloc()
+        for payer, part in ((process, 0), (other, PAGE_SIZE)):
+            await iommu.ioas_map_file(ioas_id, payer, file, part, PAGE_SIZE, AT + part)
+        hwpt_id = await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id)
+        await second.plugged.vfio.attach(hwpt_id)
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fill_unrecorded, second, AT)
@@ -215,14 +215,12 @@ async def _heir(ctx: Context, excerpt: Excerpt) -> None:
                     ctx.expect(False, "I6: what is taken over is more than may be locked")
                 except UapiError as refused:
                     ctx.say(str(refused))
-        await iommu.ioas_unmap(ioas_id, AT + SLOT_BYTES, SLOT_BYTES)
-        await iommu.change_process(process)
         stored = PATTERN.to_bytes(8, "little")
         ctx.expect_equal(await file.pread(0, 8), stored, "what a device stored")
         await file.pwrite(0, AFTER)
-    await second.plugged.vfio.detach()
-    for each in (hwpt_id, ioas_id):
-        await iommu.destroy(each)
+        await second.plugged.vfio.detach()
+        for each in (hwpt_id, ioas_id):  # and with it whose memory it mapped
+            await iommu.destroy(each)
     for each_file in (heir, other, file):
         each_file.close()
 
