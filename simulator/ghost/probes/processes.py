@@ -51,12 +51,16 @@ def _kill(watch: Watch, original: Any, world: World, thread: SimThread) -> None:
         watch.forget_kvmd()
     for filled, root in watch.filling.items():  # a walk may be under way
         watch.filling[filled] = renamed.get(root, root)
+    for did, root in watch.orphans.items():
+        watch.orphans[did] = renamed.get(root, root)
     for did, hwpt in watch.hwpts.items():
         if hwpt.domain.root in renamed and did not in watch.orphans:
             watch.orphans[did] = renamed[hwpt.domain.root]
             if gone == "kvmd" and hwpt.attached:
                 watch.begins(DEAD_KVM, watch.orphans[did])
     if gone == "iommufdd":
+        for did, hwpt in watch.hwpts.items():  # until they hear of it units walk a KVM's root, which may die
+            watch.orphans.setdefault(did, hwpt.domain.root)
         watch.hwpts.clear()
         watch.ending.clear()
         watch.giving_back.clear()

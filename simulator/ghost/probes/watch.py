@@ -188,7 +188,7 @@ class Watch:
         self.leading: dict[int, tuple[tuple[str, int], int]] = {}  # words of entries that lead to tables
         self.looked_for: dict[tuple[int, int], tuple[int, list[int]]] = {}  # of a group: root, pages
         self.looked_up: dict[PageRequest, int] = {}  # each by the errno that it ends with so far; 0: none
-        self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer died
+        self.orphans: dict[int, int] = {}  # by domain id: the root's name, whose maintainer or driver died
         self.hwpts: dict[int, Hwpt] = {}  # by domain id, as iommufdd has them
         self.put: list[KvmTdp] = []  # TDP FDs that were let go of
         self.gone_objects: set[int] = set()  # of an iommufd that was closed

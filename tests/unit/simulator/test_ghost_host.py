@@ -152,6 +152,21 @@ def test_a_walk_goes_on_in_a_root_whose_kvm_died_under_it() -> None:
     assert ghost.verdicts.found == []
 
 
+def test_a_domain_of_a_dead_driver_leads_to_the_root_of_a_kvm_that_died_behind_it() -> None:
+    """Its units walk on until they hear of either."""
+    ghost, did = Ghost(Verdicts()), 2
+    with watching(ghost) as watch:
+        ghost.table_taken(ROOT, "kvmd")
+        ghost.root_made(ROOT, 1, None, "vm1")
+        hwpt: Any = SimpleNamespace(domain=SimpleNamespace(root=ROOT), attached=())
+        watch.hwpts[did] = hwpt
+        world = Scheduled(Script())
+        for name in ("iommufdd", "kvmd"):
+            world.kill(world.spawn(SimProcess(world.host, name), lambda: None))
+        ghost.cached(("iotlb", "unit0", "domain 2"), watch.root(did, ROOT), 0, 1, Translation(5, RW))
+    assert ghost.verdicts.found == []
+
+
 @pytest.mark.parametrize(("gone", "owed"), [("device_sim", set()), ("qemu_shim", {"R28"})])
 def test_a_driver_that_dies_behind_its_silicon_owes_it_nothing(gone: str, owed: set[str]) -> None:
     ghost = Ghost(Verdicts())
