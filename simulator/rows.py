@@ -5,7 +5,7 @@ The record is a JSON file, a line a row:
     {"rows": [{"name", "design", "strategy", "faults": kinds, "a,b" or "", "whole": a scenario or workload,
                not a small story?, "code": of which sources (version.py), "seeds": [first, behind the last]
                of the strategy, "schedules": that were played, "faulted": in how many of them a fault
-               struck (older rows do not say), "traces": how many of them differ, "failed",
+               struck, "traces": how many of them differ (older rows do not say either), "failed",
                "repeats": of the first of these, a line each that repeats it, "least": by which traces that
                come again are known (search/distinct.py)}]}
 

@@ -126,7 +126,7 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "| `age` | `shared` | enomem:each | all 1,200 | 0 | 3 |",
         "| `age` | `mirror` | none | 1,200 | 0 | 3 | 99 | at least 7 | 0 |",
         "| `R4-one` | `age` | `mirror` | none | I9 | 5 |",
-        "2,090 schedules of small stories, 1,989 of them distinct by trace, and 100 of whole scenarios",
+        "2,090 schedules of small stories (distinct by trace: 1,989), and 100 of whole scenarios",
         "Chosen by mixed; of 2 states of the code.",
         "| `shared` | none | 1 | 2,000 | not counted | 1,980 | 0 |",
         "| `shared` | evict | 1 | 90 | 70 | 9 | 0 |",
