@@ -45,7 +45,9 @@ def page_request(
 
 
 class FakeSilicon:
-    """One unit, `functions` behind it; what the driver posts is kept."""
+    """One unit, `functions` behind it; what the driver posts is kept.  `daemons`: the others."""
+
+    daemons: System
 
     def __init__(self, loop: Loop, functions: int = 1) -> None:
         self.loop = loop
@@ -183,6 +185,7 @@ async def hostile(functions: int = 1) -> AsyncIterator[tuple[FakeSilicon, Vmm]]:
             running.start("kvmd")
             loop = Loop(LINUX, Flows(crashes.append))
             fake = FakeSilicon(loop, functions)
+            fake.daemons = running
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(loop.serve)
                 doors = running.link, running.socket("device_sim")

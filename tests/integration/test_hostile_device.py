@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
 
@@ -191,8 +192,10 @@ async def test_answers_to_silicon_that_is_gone_are_counted_as_lost() -> None:
     async with hostile() as (fake, rig):
         fake.send(*(page_request(n * PAGE_SIZE, n) for n in range(200)))
         assert fake.link is not None
+        fake.daemons.signal("iommufdd", signal.SIGSTOP)  # it reads them when the link is gone
         fake.link.flush()
         fake.link.close()
+        fake.daemons.signal("iommufdd", signal.SIGCONT)
         stats = await eventually(
             rig.host.iommufdd.stats, lambda s: s["responses"] == 200, "every group is answered"
         )
