@@ -94,19 +94,26 @@ class Io:
 
     def parks(self, poller: SimPoller) -> bool:
         """As who serves goes back to trio, and waits there where no other task can go on: that costs as much
-        as a message, and is no step.  False: trio is to look itself, at a deadline that is over, at who was
-        woken, or because who serves has served for long (SERVE_NS).
+        as a message, and is no step.  False: trio is to look itself, or who serves has served for long
+        (SERVES_NS).
         """
-        if trio.lowlevel.current_task() is not self._serves or self._has_others():
-            self._world.touch(emptiness_of(poller.wanted.names))
-            return False
-        deadline, asks = trio_run.next_deadline(), self._clock.deadline_to_sleep_time
-        if (timeout := asks(deadline)) <= 0:
-            self._world.touch(emptiness_of(poller.wanted.names))
+        if not (timeout := self.rests(poller)):
             return False
         self._sleeps((poller,), timeout)
+        deadline, asks = trio_run.next_deadline(), self._clock.deadline_to_sleep_time
         self._slept = self._has_others() or self._world.now_ns() >= self._back_at or asks(deadline) <= 0
         return not self._slept
+
+    def rests(self, poller: SimPoller) -> float:
+        """How long who serves may wait for what `poller` has not found.  0: trio is to look itself, at a
+        deadline that is over, or at who was woken: what comes then comes behind that.
+        """
+        timeout = 0.0
+        if trio.lowlevel.current_task() is self._serves and not self._has_others():
+            timeout = self._clock.deadline_to_sleep_time(trio_run.next_deadline())
+        if not timeout:
+            self._world.touch(emptiness_of(poller.wanted.names))
+        return timeout
 
     def _has_others(self) -> bool:
         """Trio has a task that can go on."""

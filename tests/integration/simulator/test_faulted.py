@@ -168,7 +168,7 @@ def test_nothing_is_searched_behind_the_death_of_who_opened_the_excerpt() -> Non
             lengths.append(len(recorded.steps))
     assert len(lengths) > 3
     assert min(lengths) < 10, "it dies early"
-    assert max(lengths) < 200
+    assert max(lengths) < 300
 
 
 def test_the_same_answers_are_the_same_run() -> None:
