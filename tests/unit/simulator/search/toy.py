@@ -214,8 +214,8 @@ def every_schedule(
     raise AssertionError(f"{limit} runs, and still another one")
 
 
-class _Given:
-    """Answers, then 0; how many there were to choose from."""
+class Given:
+    """Strategy: answers, then 0; how many there were to choose from."""
 
     watches = False
 
@@ -232,17 +232,22 @@ class _Given:
     def ended(self, failed: bool) -> bool:
         return False
 
+    def others(self) -> Iterator[list[int]]:
+        """Answers of the runs that leave this one behind the answers it was given."""
+        for place in range(len(self.answers), len(self.widths)):
+            zeros = [0] * (place - len(self.answers))
+            for answer in range(1, self.widths[place]):
+                yield [*self.answers, *zeros, answer]
+
 
 def every_run(program: Program, judge: Judge = lambda machine: False) -> Iterator[ToyRun]:
     """Brute force: each answer at each choice."""
     todo: list[list[int]] = [[]]
     while todo:
         answers = todo.pop()
-        given = _Given(answers)
+        given = Given(answers)
         yield play(program, given, judge)
-        for place in range(len(answers), len(given.widths)):
-            zeros = [0] * (place - len(answers))
-            todo += [[*answers, *zeros, answer] for answer in range(1, given.widths[place])]
+        todo += given.others()
 
 
 Order = frozenset[tuple[tuple[str, int, str], tuple[str, int, str]] | tuple[str, int, str]]

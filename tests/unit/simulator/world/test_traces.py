@@ -5,39 +5,20 @@ from __future__ import annotations
 import select
 import socket
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from simulator.kernel.process import SimProcess
 from simulator.search.exhaustive import Exhaustive
-from simulator.search.option import Option, Strategy
+from simulator.search.option import Strategy
 from simulator.search.replay import Recorded
 from simulator.world.scheduler import Stopped, World
+from tests.unit.simulator.search.toy import Given
 from tests.unit.simulator.world.toys import finish, made
 
 Play = Callable[[World, list[object]], None]
 PLACE = Path("/run/here")
-
-
-class Given:
-    """Strategy: these answers, and behind them the default; of how many options each was."""
-
-    watches = False
-
-    def __init__(self, answers: Sequence[int]) -> None:
-        self.answers = answers
-        self.widths: list[int] = []
-
-    def choose(self, options: Sequence[Option]) -> int:
-        self.widths.append(len(options))
-        place = len(self.widths) - 1
-        return self.answers[place] if place < len(self.answers) else 0
-
-    def took(self, step: Option) -> None: ...
-
-    def ended(self, failed: bool) -> bool:
-        return False
 
 
 def played(play: Play, strategy: Strategy) -> tuple[object, ...]:
@@ -60,9 +41,7 @@ def by_force(play: Play) -> tuple[set[tuple[object, ...]], set[int]]:
         recorded = Recorded(given)
         seen.add(played(play, recorded))
         traces.add(recorded.trace)
-        for place in range(len(answers), len(given.widths)):
-            filled = [*answers, *[0] * (place - len(answers))]
-            todo += [[*filled, other] for other in range(1, given.widths[place])]
+        todo += given.others()
     return seen, traces
 
 
