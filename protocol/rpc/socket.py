@@ -140,9 +140,8 @@ async def connect(kernel: Kernel, path: Path, patience_s: float = START_PATIENCE
             return connect_now(kernel, path)
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             if trio.current_time() >= deadline:
-                busy = isinstance(error, BlockingIOError)
-                why = (
-                    "too many wait to be let in: the daemon is stopped" if busy else "no daemon listens there"
-                )
+                why = "no daemon listens there"
+                if isinstance(error, BlockingIOError):
+                    why = "too many wait to be let in; is the daemon stopped?"
                 raise OSError(error.errno, f"{why} (waited {patience_s:.0f} s)", str(path)) from None
         await trio.sleep(CONNECT_RETRY_S)
