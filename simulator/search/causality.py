@@ -9,14 +9,14 @@ have in common if they are one trace, without keeping anything of the run.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import cache
 from hashlib import blake2b
 
 from simulator.search.option import Option
 
+KNOWN = 1 << 16  # steps, and places, that are remembered of other runs
 _MASK = (1 << 64) - 1
-_UNTOUCHED = (0, 0)
 
 
 @cache
@@ -77,36 +77,68 @@ class Causality:
         return [later for later in range(place + 1, end) if not self.before[later] & bit]
 
 
+class _Place:
+    """Who wrote it last in this run, and the sum of those who read it since; an actor writes its own."""
+
+    __slots__ = ("readers", "run", "writer")
+
+    def __init__(self) -> None:
+        self.run = self.writer = self.readers = 0
+
+
+_Known = tuple[int, tuple[tuple[_Place, bool], ...]]
+
+
 class Fingerprint:
-    """Of the trace so far.  A step's own number comes from its label and the numbers of the steps that it
-    follows directly; the trace's is their sum, in which the order of independent steps is lost.
+    """Of the trace of one run after the other.  A step's own number comes from its label and the numbers of
+    the steps that it follows directly; the trace's is their sum, in which the order of independent steps is
+    lost.
 
     Numbers in names are left out: which frame, or socket, it is follows from what its actor saw before.
     """
 
     def __init__(self) -> None:
-        self._sum = 0
-        self._of_actor: dict[str, int] = {}
-        self._accessed: dict[Hashable, tuple[int, int]] = {}
-        """Who wrote the place last, and the sum of those who read it since."""
+        self._run = self._sum = 0
+        self._places: dict[Hashable, _Place] = {}
+        self._known: dict[Option, _Known] = {}  # most steps come again, in this run and the next
 
     @property
     def value(self) -> int:
         return self._sum & _MASK
 
-    def add(self, step: Option) -> None:
-        actor, label, touches = step
-        accessed = self._accessed
-        follows = self._of_actor.get(actor, 0)
-        for place, writes in touches:
-            writer, readers = accessed.get(place, _UNTOUCHED)
-            follows += writer + readers if writes else writer
-        number = hash((_number(actor, label), follows))  # of numbers: no interpreter has another
-        self._of_actor[actor] = number
-        for place, writes in touches:
-            writer, readers = accessed.get(place, _UNTOUCHED)
-            if writes:
-                accessed[place] = number, 0
-            elif writer != number:
-                accessed[place] = writer, readers + number
-        self._sum += number
+    def begin(self) -> None:
+        """Another run."""
+        self._sum = 0
+        self._run += 1
+        if len(self._places) > KNOWN:
+            self._known.clear()
+            self._places.clear()
+
+    def add(self, steps: Iterable[Option]) -> None:
+        """The next of this run."""
+        run, known = self._run, self._known
+        for step in steps:
+            name, touched = known.get(step) or self._learns(step)
+            follows = 0
+            for place, writes in touched:
+                if place.run != run:
+                    place.run, place.writer, place.readers = run, 0, 0
+                elif writes:
+                    follows += place.writer + place.readers
+                else:
+                    follows += place.writer
+            number = hash((name, follows))  # of numbers: no interpreter has another
+            for place, writes in touched:
+                if writes:
+                    place.writer, place.readers = number, 0
+                elif place.writer != number:
+                    place.readers += number
+            self._sum += number
+
+    def _learns(self, step: Option) -> _Known:
+        if len(self._known) > KNOWN:
+            self._known.clear()
+        places = [(("actor", step.actor), True), *step.touches]
+        touched = tuple((self._places.setdefault(place, _Place()), writes) for place, writes in places)
+        found = self._known[step] = _number(step.actor, step.label), touched
+        return found

@@ -12,6 +12,7 @@ from simulator.search.causality import Fingerprint
 from simulator.search.option import STOP, Option, Strategy
 
 Answers = tuple[int, ...]
+UNTRACED = 1 << 12  # steps at a time: together they cost half
 
 
 def trimmed(answers: Iterable[int]) -> Answers:
@@ -60,12 +61,14 @@ class Recorded:
         self.strategy = strategy
         self.watches = True
         self._keep = steps
+        self._trace = Fingerprint()
         self._over = True
         self._begin()
 
     def _begin(self) -> None:
         self._answers: list[int] = []
-        self._trace = Fingerprint()
+        self._trace.begin()
+        self._untraced: list[Option] = []
         self.steps: list[Option] = []
         self.against: list[int] = []  # of `steps`, the places of those taken against the default
         self._over = False
@@ -77,7 +80,12 @@ class Recorded:
     @property
     def trace(self) -> int:
         """The Mazurkiewicz trace, as a number."""
+        self._traces()
         return self._trace.value
+
+    def _traces(self) -> None:
+        self._trace.add(self._untraced)
+        self._untraced.clear()
 
     def choose(self, options: Sequence[Option]) -> int:
         if self._over:
@@ -92,7 +100,9 @@ class Recorded:
     def took(self, step: Option) -> None:
         if self._over:
             self._begin()
-        self._trace.add(step)
+        self._untraced.append(step)
+        if len(self._untraced) > UNTRACED:
+            self._traces()
         if self._keep:
             self.steps.append(step)
         if self.strategy.watches:
