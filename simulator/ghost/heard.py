@@ -70,14 +70,12 @@ CHANGES_GROUP = changes(OF_GROUPS)
 LOOKS_AT_GROUPS = looks(OF_GROUPS)
 
 
-NOTHING: frozenset[Effect] = frozenset()
-
-
 class Heard:
     def __init__(self) -> None:
         self.now = 0
         self.changes = 0  # all but fills and accesses
-        self._effects: set[Effect] = set()
+        self.effects: set[Effect] = set()
+        """Of what was heard since they were `taken` last."""
 
     def change(self, effects: frozenset[Effect]) -> int:
         self.changes += 1
@@ -85,18 +83,15 @@ class Heard:
 
     def look(self, effects: frozenset[Effect]) -> int:
         """A fill or an access."""
-        self._effects |= effects
+        self.effects |= effects
         self.now += 1
         return self.now
 
     def also(self, effects: frozenset[Effect]) -> None:
         """It shows only now what the last one is judged by; or no epoch is kept of it."""
-        self._effects |= effects
+        self.effects |= effects
 
     def taken(self) -> frozenset[Effect]:
-        """Of all that was heard since this was asked last."""
-        if not self._effects:
-            return NOTHING
-        effects = frozenset(self._effects)
-        self._effects.clear()
+        effects = frozenset(self.effects)
+        self.effects.clear()
         return effects

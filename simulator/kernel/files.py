@@ -374,6 +374,7 @@ class Memory(OpenFile):
         self.sealed = sealed  # against shrinking
         self.at = 0  # where who reads its fd goes on: one place for all copies
         self.writable = True  # may be mapped for stores
+        self.only_writer = ""  # a process, by name, if nobody else can ever store there
         self._mappers: set[str] = set()  # processes, by name, that ever have: what they saw, they saw
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # a fork has its own
         self.bytes = mmap.mmap(-1, max(size, 1), flags=private)  # sparse, as the real one
@@ -384,6 +385,10 @@ class Memory(OpenFile):
         self._mappers.add(name)
         self.is_shared |= len(self._mappers) > 1
         return self
+
+    def matters(self, name: str, writes: bool) -> bool:
+        """Does it, who comes first, where that process is about to store, or load?"""
+        return self.is_shared and (writes or self.only_writer != name)
 
     def contents(self) -> bytes:
         found, self.at = self.bytes[self.at : self.size], self.size

@@ -205,7 +205,7 @@ class SimProcess(FdTable):
         self.named(memory, name)
         fd = self.install(memory)
         mapping = self._map(memory, size, writable=True)
-        memory.writable = peer_writes
+        memory.writable, memory.only_writer = peer_writes, "" if peer_writes else self.name
         return fd, mapping
 
     def map_peer(self, fd: int, size: int, *, writable: bool) -> Mapping:
@@ -364,12 +364,12 @@ class _EpollFile(OpenFile):
 
 class SimPoller:
     """The port `Poller`.  What is ready is listed in the order of registration; what of it is reported, and
-    when, the scheduler decides.  `version` is another one whenever that may be another list.
+    when, the scheduler decides.
     """
 
     def __init__(self, process: SimProcess) -> None:
         self.process = process
-        self.version = 0
+        self.stirs: Callable[[], None] | None = None  # of who sleeps on it: there may be something
         self._file = _EpollFile(self)
         self._fd = process.install(self._file)
         self.wanted = Interests()
@@ -423,7 +423,8 @@ class SimPoller:
 
     def changed(self, wanted: Interest) -> None:
         self._changed.add(wanted)
-        self.version += 1
+        if self.stirs is not None:
+            self.stirs()
         if self._file.watchers:
             self._file.changed()
 
@@ -442,8 +443,7 @@ class SimPoller:
         return ready
 
     def poll(self, timeout_s: float, most: int, /) -> list[tuple[int, int]]:
-        """One event at a time, where somebody runs who can be stopped: several at once are as if nobody had
-        come between."""
+        """One event at a time, where somebody can be stopped: several are as if nobody came between."""
         return self.process.host.scheduler.poll(self, timeout_s, most)
 
     def fileno(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from simulator.search.option import UNTOUCHED, Option, Strategy, Touch
+from simulator.search.option import UNTOUCHED, Option, Strategy, Touch, touching
 
 
 class Excerpt:
@@ -90,11 +90,7 @@ class Excerpt:
 
     def took(self, step: Option) -> None:
         if self._step_is_inside:
-            heard = self.heard()
-            if heard:
-                actor, label, touches = step
-                step = Option(actor, label, touches | heard)
-            self._inner.took(step)
+            self._inner.took(touching(step, self.heard()))
         if self._step_is_inside is not self._open:
             self._is_inside(self._open)
 

@@ -25,7 +25,8 @@ step's option says that one beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 STOP = -1
@@ -39,6 +40,7 @@ class Touch(NamedTuple):
     writes: bool
 
 
+MERGED = 1 << 14  # steps that are remembered with what they came to touch: most come again
 UNTOUCHED: frozenset[Touch] = frozenset()
 
 
@@ -60,6 +62,16 @@ class Option(NamedTuple):
     actor: str
     label: str
     touches: frozenset[Touch] = UNTOUCHED
+
+
+def touching(step: Option, touches: Set[Touch]) -> Option:
+    """That step, of which it turned out that it touches those as well."""
+    return _merged(step, frozenset(touches)) if touches else step
+
+
+@lru_cache(MERGED)
+def _merged(step: Option, touches: frozenset[Touch]) -> Option:
+    return Option(step.actor, step.label, step.touches | touches)
 
 
 class UnrepeatableError(Exception):

@@ -20,7 +20,7 @@ from simulator.ghost.violation import Verdicts, invariant_of
 from simulator.planted.registry import planted
 from simulator.search.excerpt import Excerpt
 from simulator.search.explore import OTHER, STUCK, RunEnd
-from simulator.search.option import Strategy, Touch
+from simulator.search.option import UNTOUCHED, Strategy, Touch
 from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
@@ -148,7 +148,8 @@ def _ends(
             onlooker.sees(watch)
         if isinstance(strategy, Excerpt):
             strategy.opened, strategy.closes = faults.begin, faults.end
-            strategy.heard = lambda: _touches(ghost.heard.taken())
+            heard = ghost.heard
+            strategy.heard = lambda: _touches(heard.taken()) if heard.effects else UNTOUCHED
         try:
             while True:
                 problems = next(machine)

@@ -24,7 +24,7 @@ from protocol.rpc.session import HEADER, HEADER_BYTES
 from simulator.kernel.files import Memory, OpenFile, StreamEnd
 from simulator.kernel.process import SimHost, SimPoller, SimProcess
 from simulator.search.excerpt import Excerpt
-from simulator.search.option import STOP, UNTOUCHED, Option, Strategy, Touch
+from simulator.search.option import STOP, UNTOUCHED, Option, Strategy, Touch, touching
 from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
@@ -77,7 +77,7 @@ class World:
         self._strategy = strategy
         self._excerpt = strategy if isinstance(strategy, Excerpt) else _ALWAYS_ASKED
         self._by_word = by_word  # each access of shared memory is a point
-        self._now = self._woken = 0
+        self._now = 0
         self._changes = 0  # of anything that decides what can happen next
         self._alone_at, self._alone_until = -1, 0
         self._crowded_at = -1  # `_changes` when somebody else could take a step, and nobody has since
@@ -270,20 +270,20 @@ class World:
 
     def _steps(self, me: SimThread | None) -> list[Candidate]:
         """What could happen now; what `me` would do without anybody between comes first."""
-        now, woken = self._now, self._woken
-        steps = [] if me is None or me.over else [*me.could_take(now, woken)]
+        now = self._now
+        steps = [] if me is None or me.over else [*me.could_take(now)]
         for thread in self.threads:
-            if thread is not me and not thread.over:
-                steps += thread.could_take(now, woken)
+            if thread.asleep_until <= now and thread is not me and not thread.over:
+                steps += thread.could_take(now)
         return steps
 
     def _first(self, me: SimThread | None) -> Candidate | None:
         """Of `_steps`."""
-        now, woken = self._now, self._woken
-        if me is not None and not me.over and (steps := me.could_take(now, woken)):
+        now = self._now
+        if me is not None and not me.over and (steps := me.could_take(now)):
             return steps[0]
         for thread in self.threads:
-            if thread is not me and not thread.over and (steps := thread.could_take(now, woken)):
+            if thread is not me and not thread.over and (steps := thread.could_take(now)):
                 return steps[0]
         return None
 
@@ -294,7 +294,7 @@ class World:
         until, now = LIMIT_NS, self._now
         for thread in self.threads:
             if thread is not me and not thread.over:
-                if thread.could_take(now, self._woken):
+                if thread.asleep_until <= now and thread.could_take(now):
                     self._crowded_at = self._changes
                     return False
                 until = min(until, thread.can_go_at(now) or until)
@@ -318,9 +318,8 @@ class World:
         if self._taken is not None and self._strategy.watches:
             if self._settling:
                 self._touched |= TIME_STANDS
-            actor, label, touches = step = self._taken
             try:
-                self._strategy.took(Option(actor, label, touches | self._touched) if self._touched else step)
+                self._strategy.took(touching(self._taken, self._touched))
             except Exception as error:
                 raised_outside(self._main, error)
         self._taken = None
@@ -407,13 +406,14 @@ class World:
 
     def woken(self) -> None:
         """Somebody's `is_woken` may say yes now."""
-        self._woken += 1
+        for thread in self.threads:
+            thread.stirs()
         self._changes += 1
 
     def access(self, memory: Memory, at: int, size: int, writes: bool) -> None:
         """The running thread is about to load from, or store to, those bytes."""
         me = self._running
-        if me is None or self._closed or not memory.is_shared:
+        if me is None or self._closed or not memory.matters(me.name, writes):
             return
         known = self._alone_at == self._changes and self._now < self._alone_until
         is_alone = me.fate is None and (known or self._is_alone(me))  # who is to die may, between two stores

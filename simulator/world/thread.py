@@ -18,6 +18,7 @@ from simulator.world.places import TIME_PASSES, queues_of
 Event = tuple[int, int]  # of a poller: fd, what
 IsWoken = Callable[[], bool]
 _IN = select.EPOLLIN
+NEVER_NS = 1 << 63
 MADE = 1 << 16  # steps of a thread that are remembered
 
 
@@ -45,7 +46,8 @@ class SimThread:
     told: Event | None = None
     state: frozenset[Touch] = frozenset()  # which each step of its touches
     steps: Sequence[Candidate] = ()  # what it could do
-    steps_of: int = -1  # when what it waits for was of that version
+    stale: bool = True  # what it waits for may be there by now, and is not in `steps`
+    asleep_until: int = 0  # nothing will be there for it before then, unless it `stirs`
     made: dict[Hashable, Candidate] = field(default_factory=dict)  # most steps come again and again
 
     @property
@@ -55,8 +57,7 @@ class SimThread:
 
     def stands(self, label: str, touches: frozenset[Touch] = UNTOUCHED) -> None:
         """It is about to do that, which touches what each step of its does, and those."""
-        self.standing = True
-        self.steps = (self.own(label, touches),)
+        self.standing, self.steps = True, (self.own(label, touches),)
 
     def own(self, label: str, touches: frozenset[Touch]) -> Candidate:
         key = label, touches
@@ -84,28 +85,41 @@ class SimThread:
         is_woken: IsWoken | None = None,
         deadline_ns: int | None = None,
     ) -> None:
-        self.standing, self.steps_of = False, -1
+        self._leaves()
         self.waits, self.is_woken, self.deadline_ns = pollers, is_woken, deadline_ns
+        for poller in pollers:
+            poller.stirs = self.stirs
+
+    def stirs(self) -> None:
+        """What it waits for has changed."""
+        self.stale, self.asleep_until = True, 0
+
+    def _leaves(self) -> None:
+        """It does not stand there any more, nor wait."""
+        self.standing = False
+        self.stirs()
+        for poller in self.waits:
+            poller.stirs = None
 
     def goes_on(self, event: Event | None = None) -> None:
         """It runs, and is told that."""
-        self.standing, self.steps_of, self.told = False, -1, event
+        self._leaves()
+        self.told = event
         self.waits, self.is_woken, self.deadline_ns = (), None, None
 
-    def could_take(self, now: int, woken: int) -> Sequence[Candidate]:
-        """The steps it could take, if it is not over.  `woken`: how often anybody was."""
+    def could_take(self, now: int) -> Sequence[Candidate]:
+        """The steps it could take, if it is not over."""
         if self.stopped_ns > now:
             return ()
         if self.standing:
             return self.steps
-        version = woken
-        for poller in self.waits:
-            version += poller.version
-        if self.steps_of != version:
-            self.steps_of = version
-            self.steps = self._deliveries()
-        if not self.steps and self.deadline_ns is not None and self.deadline_ns <= now:
-            return (self.timer(),)
+        if self.stale:
+            self.stale, self.steps = False, self._deliveries()
+        if not self.steps:
+            deadline = self.deadline_ns
+            if deadline is not None and deadline <= now:
+                return (self.timer(),)
+            self.asleep_until = NEVER_NS if deadline is None else deadline
         return self.steps
 
     def _deliveries(self) -> Sequence[Candidate]:

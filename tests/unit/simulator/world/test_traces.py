@@ -7,8 +7,10 @@ import socket
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+from simulator.kernel.files import Memory
 from simulator.kernel.process import SimProcess
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.option import Strategy
@@ -132,3 +134,53 @@ def test_the_search_stores_before_and_behind_the_first_load_of_memory_that_was_o
 
     seen, _ = by_force(play)
     assert seen == {(0,), (1,)} == set(by_search(play))
+
+
+def test_whoever_comes_between_the_loads_of_the_only_writer_comes_as_well_before_them() -> None:
+    """They are no steps: all that is seen is seen without, in fewer schedules."""
+
+    def play(only_writer: str, world: World, saw: list[object]) -> None:
+        writer, reader = SimProcess(world.host, "writer"), SimProcess(world.host, "reader")
+        fd, ours = writer.memfd("tdp-tables", 4096, peer_writes=False)
+        memory = writer.file(fd)
+        theirs = reader.map_peer(reader.install(memory), 4096, writable=False)
+        assert isinstance(memory, Memory)
+        assert memory.only_writer == "writer"
+        memory.only_writer = only_writer
+
+        def writes() -> None:
+            words = ours.view.cast("Q")
+            words[0] = 1
+            words[words[0]] = words[0] + 1
+
+        def reads() -> None:
+            words = theirs.view.cast("Q")
+            saw.append((words[1], words[0]))
+
+        world.spawn(writer, writes)
+        world.spawn(reader, reads)
+
+    seen, _ = by_force(partial(play, "writer"))
+    assert seen == {((0, 0),), ((0, 1),), ((2, 1),)} == set(by_search(partial(play, "writer")))
+    assert by_force(partial(play, ""))[0] == seen
+
+
+def test_a_load_of_what_others_may_store_to_is_a_step_of_the_writer_s_too() -> None:
+    def play(world: World, saw: list[object]) -> None:
+        writer, other = SimProcess(world.host, "writer"), SimProcess(world.host, "other")
+        fd, ours = writer.memfd("kvm-dirty-ring", 4096, peer_writes=True)
+        theirs = other.map_peer(other.install(writer.file(fd)), 4096, writable=True)
+
+        def writes() -> None:
+            words = ours.view.cast("Q")
+            words[0] = 1
+            saw.append(words[0])
+
+        def stores() -> None:
+            theirs.view.cast("Q")[0] = 2
+
+        world.spawn(writer, writes)
+        world.spawn(other, stores)
+
+    seen, _ = by_force(play)
+    assert seen == {(1,), (2,)} == set(by_search(play))
