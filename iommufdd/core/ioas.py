@@ -45,7 +45,6 @@ class Ioas(Object):
         self.large_pages = True
         self.destroyed = False
         self._sources = sources
-        self._used: dict[Source, None] = {}  # in the order they came
         self._pages: dict[Area, Pages] = {}
 
     # -- options ---------------------------------------------------------------------------------------
@@ -113,9 +112,7 @@ class Ioas(Object):
 
     async def _source_of(self, mm: CallerMm) -> Source:
         """With the lock of the sources held."""
-        source = await self._sources.get(mm, self.invalidate, self)
-        self._used[source] = None
-        return source
+        return await self._sources.get(mm, self.invalidate, self)
 
     async def invalidate(self, start: Hva, size: int) -> None:
         """The host takes pages away: not those that are pinned."""
@@ -304,8 +301,7 @@ class Ioas(Object):
             self.destroyed = True
             for area in self.areas:
                 await self.leave(area)
-            for source in self._used:
-                await self._sources.put(source, self)
+            await self._sources.leave(self)
 
     @property
     def pages(self) -> list[Pages]:
@@ -315,7 +311,7 @@ class Ioas(Object):
     @property
     def sources(self) -> list[Source]:
         """Whose memory it maps or has mapped."""
-        return list(dict.fromkeys((*self._used, *(pages.source for pages in self.pages))))
+        return list(dict.fromkeys((*self._sources.of(self), *(pages.source for pages in self.pages))))
 
     def maps(self, host: ProcessMemory) -> bool:
         return any(source.host is host for source in self.sources)

@@ -45,7 +45,7 @@ async def check_ioas(ioas: Ioas) -> list[str]:
                 # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
                 await _check_pages(pages, found)
             for source in ioas.sources:
-                # await: found, each source: it may be let go of; asked again: `source.users`
+                # await: found, each source: it may be let go of; asked again: `source.pages`
                 # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
                 await _check_total(source, found)
     return found
@@ -91,7 +91,7 @@ async def _check_total(source: Source, found: list[str]) -> None:
     # await: found, source: the books may change; asked again: `is_changing`
     # (tests/unit/iommufdd/test_ioas_check.py::test_pages_let_go_of_meanwhile_are_not_wrong)
     total = (await source.host.pinned(Hva(0), PAGE_SIZE, area=0)).total
-    users = [pages for pages in source.users if isinstance(pages, Pages)]
+    users = [pages for pages in source.pages if isinstance(pages, Pages)]
     if any(pages.is_changing for pages in users):
         return
     pinned = sum((pins.end - pins.start) // pins.step for pages in users for pins in pages.pins)

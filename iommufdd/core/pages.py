@@ -66,7 +66,7 @@ class Pages:
         self._sources = sources
         self.number = source.new_number()
         self._lock = RwLock()
-        source.users[self] = not file
+        source.pages[self] = not file
 
     def get(self) -> None:
         self.users += 1

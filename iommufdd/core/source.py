@@ -1,7 +1,8 @@
 """The processes whose memory one iommufd's IOASes map, each at the host once.
 
 Models what struct iopt_pages has of one, source_mm [iommufd pages.c]: pins are made with it and charged to
-it, whoever asks.  It is let go of when no IOAS that mapped something of it is left, and no pages.
+it, whoever asks.  Without pages of it, it is kept for the IOASes that mapped some until another process is
+asked for or takes over, so that who maps and unmaps is not connected anew each time.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from protocol.flow import RwLock
 
 
 class Source:
-    """`bus`: of the units that were given the windows its frames lie in.  `users`: IOASes and pages, and
-    whether each is memory of the process itself, which nobody else can take over.
+    """`bus`: of the units that were given the windows its frames lie in.  `spaces`: IOASes that mapped some
+    of it.  `pages`: what is mapped of it, and whether each is memory of the process itself, which nobody else
+    can take over.
     """
 
     def __init__(self, host: ProcessMemory, bus: MemoryBus, windows: int) -> None:
         self.host = host
         self.bus = bus
-        self.users: dict[object, bool] = {}
+        self.spaces: dict[object, None] = {}
+        self.pages: dict[object, bool] = {}
         self._windows = windows
         self._numbers = count(1)
 
@@ -68,34 +71,61 @@ class Sources:
         self._connect = connect
         self._mms: dict[Source, int] = {}
 
-    async def get(self, mm: CallerMm, on_invalidate: Invalidate, user: object) -> Source:
-        """That of `mm`, for `user`; a new one if the units of the last are gone, or its host is.  With the
-        lock held; errors as of `Connect`.
+    async def get(self, mm: CallerMm, on_invalidate: Invalidate, space: object) -> Source:
+        """That of `mm`, for the IOAS `space`; a new one if the units of the last are gone, or its host is.
+        With the lock held; errors as of `Connect`.
         """
         of_mm = (source for source, name in self._mms.items() if name == mm.cookie)
         source = next((source for source in of_mm if source.is_there), None)
         if source is None:
-            # await: user: cannot change: the caller's own
+            # await: on_invalidate, space: cannot change: the caller's own
+            await self._let_go_of_idle()
+            # await: space: cannot change: the same
             source = await self._connect(mm, on_invalidate)
             self._mms[source] = mm.cookie
-        source.users.setdefault(user, False)
+        source.spaces[space] = None
         return source
 
-    async def put(self, source: Source, user: object) -> None:
-        # await: source, user: cannot change: the caller's own, which is a user of it until now
+    def of(self, space: object) -> list[Source]:
+        """Whose memory that IOAS maps, or has mapped; in the order they came."""
+        return [source for source in self._mms if space in source.spaces]
+
+    async def put(self, source: Source, pages: object) -> None:
+        """They are not mapped any more."""
+        # await: source, pages: cannot change: the caller's own, which are of it until now
         async with self.lock:
-            del source.users[user]
-            if not source.users:
-                del self._mms[source]
-                await source.let_go()
+            del source.pages[pages]
+            if not source.pages and not source.spaces:
+                await self._let_go([source])
+
+    async def leave(self, space: object) -> None:
+        """That IOAS is gone."""
+        # await: space: cannot change: the caller's own
+        async with self.lock:
+            left = self.of(space)
+            for source in left:
+                del source.spaces[space]
+            await self._let_go([source for source in left if not source.pages and not source.spaces])
+
+    async def _let_go_of_idle(self) -> None:
+        await self._let_go([source for source in self._mms if not source.pages])
+
+    async def _let_go(self, sources: list[Source]) -> None:
+        """With the lock held."""
+        for source in sources:
+            del self._mms[source]
+            # await: each source: cannot change: our own list, and nobody else finds it any more
+            await source.let_go()
 
     async def change_process(self, mm: CallerMm) -> None:
         """All is paid for by that process from now on [iommufd_ioas_change_process].  EINVAL: some of it is
         memory of a process itself; ENOMEM: RLIMIT_MEMLOCK, and nothing has changed.
         """
         async with self.lock:
-            if any(any(source.users.values()) for source in self._mms):
+            if any(any(source.pages.values()) for source in self._mms):
                 raise UapiError(errno.EINVAL, "memory of a process is mapped: files alone can be taken over")
+            # await: asked, source: cannot change: the lock is held
+            await self._let_go_of_idle()
             changed: list[Source] = []
             try:
                 for source in [source for source, name in self._mms.items() if name != mm.cookie]:

@@ -194,9 +194,8 @@ async def _heir(ctx: Context, excerpt: Excerpt) -> None:
     machine, second = guest.machine, await guest.plug(1)
     process, iommu = machine.process, machine.iommu
     heir, other = [await machine.host.kvmd.start_process() for _ in range(2)]
-    file = await process.memfd("ram", 2 * SLOT_BYTES)
+    file, ioas_id = await process.memfd("ram", 2 * SLOT_BYTES), await iommu.ioas_alloc()
     for _ in excerpt.rounds():
-        ioas_id = await iommu.ioas_alloc()
         for payer, part in ((process, 0), (other, PAGE_SIZE)):
             await iommu.ioas_map_file(ioas_id, payer, file, part, PAGE_SIZE, AT + part)
         hwpt_id = await iommu.hwpt_alloc(second.plugged.dev_id, ioas_id)
@@ -219,8 +218,9 @@ async def _heir(ctx: Context, excerpt: Excerpt) -> None:
         ctx.expect_equal(await file.pread(0, 8), stored, "what a device stored")
         await file.pwrite(0, AFTER)
         await second.plugged.vfio.detach()
-        for each in (hwpt_id, ioas_id):  # and with it whose memory it mapped
-            await iommu.destroy(each)
+        await iommu.destroy(hwpt_id)
+        await iommu.ioas_unmap(ioas_id, AT, 2 * SLOT_BYTES)
+        await iommu.change_process(process)  # and nobody is kept for what he had mapped
     for each_file in (heir, other, file):
         each_file.close()
 
