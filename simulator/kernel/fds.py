@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
 from simulator.kernel.files import OpenFile, oserror
 
@@ -28,6 +29,16 @@ class FdTable:
         self._files[fd] = file.get()
         self._free = fd + 1
         return fd
+
+    def install_first(self, files: Iterable[OpenFile]) -> list[int]:
+        """None behind the first that finds no place [Linux net/core/scm.c scm_detach_fds]."""
+        fds: list[int] = []
+        for file in files:
+            try:
+                fds.append(self.install(file))
+            except OSError:
+                break
+        return fds
 
     def take_out(self, fd: int) -> OpenFile:
         """The fd is free again, and its use of the file the caller's.  EBADF."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from operator import attrgetter
+from pathlib import Path
 
 from protocol.kernel.port import BACKLOG
 from protocol.units import PAGE_SIZE, align_up
@@ -138,6 +139,11 @@ class StreamEnd(OpenFile):
 
     def join(self, other: StreamEnd) -> None:
         self.peer, other.peer = other, self
+
+    @property
+    def ends(self) -> list[OpenFile]:
+        """This one, and the other while it is there."""
+        return [self] if self.peer is None else [self, self.peer]
 
     # -- sending ---------------------------------------------------------------------------------------
 
@@ -305,8 +311,9 @@ class StreamEnd(OpenFile):
 class Listening(OpenFile):
     """A socket that has a name."""
 
-    def __init__(self, numbers: Iterator[int]) -> None:
+    def __init__(self, numbers: Iterator[int], name: str) -> None:
         super().__init__()
+        self.name = name
         self.cookie = next(numbers)
         self._numbers = numbers
         self.waiting: deque[StreamEnd] = deque()
@@ -341,6 +348,38 @@ class Listening(OpenFile):
 
     def events(self) -> int:
         return select.EPOLLIN if self.waiting else 0
+
+
+class SocketName(OpenFile):
+    """Of sockets, in the file system: who was bound there last, and is not unlinked."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.name = f"name {path}"
+        self.listening: Listening | None = None
+
+    @property
+    def bound(self) -> list[OpenFile]:
+        """What whoever looks the name up goes by."""
+        return [self] if self.listening is None else [self, self.listening]
+
+    @property
+    def is_taken(self) -> bool:
+        return self.listening is not None and not self.listening.closed
+
+    def connect(self, ours: StreamEnd) -> tuple[Listening, StreamEnd]:
+        """Who listens, and the new peer.  ENOENT, and as `Listening.connect`."""
+        if self.listening is None:
+            raise oserror(errno.ENOENT)
+        return self.listening, self.listening.connect(ours)
+
+
+class SocketNames(dict[Path, SocketName]):
+    """All there are; one that nobody ever had is as one that was unlinked."""
+
+    def __missing__(self, path: Path) -> SocketName:
+        name = self[path] = SocketName(path)
+        return name
 
 
 class Counter(OpenFile):

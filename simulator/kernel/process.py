@@ -28,6 +28,7 @@ from simulator.kernel.files import (
     Memory,
     Nothing,
     OpenFile,
+    SocketNames,
     StreamEnd,
     oserror,
 )
@@ -55,6 +56,9 @@ class Scheduler(Protocol):
     def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None:
         """`process` did it, with an effect on what others see of `file`."""
 
+    def looked(self, *files: OpenFile) -> None:
+        """The running process goes by what they are like, and changes nothing."""
+
     def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
         """What of `memory` the process is given, or something that behaves as that."""
 
@@ -76,6 +80,8 @@ class AtOnce:
 
     def happened(self, process: SimProcess, what: str, file: OpenFile, data: Bytes = b"") -> None: ...
 
+    def looked(self, *files: OpenFile) -> None: ...
+
     def seen(self, process: SimProcess, memory: Memory, view: memoryview) -> memoryview:
         return view
 
@@ -87,7 +93,7 @@ class SimHost:
 
     def __init__(self, scheduler: Scheduler | None = None) -> None:
         self.scheduler = scheduler or AtOnce()
-        self.names: dict[Path, Listening] = {}
+        self.names = SocketNames()
         self.numbers = count(1)  # of sockets and memory, never given twice
 
 
@@ -154,27 +160,28 @@ class SimProcess(FdTable):
         return SimSocket(self, fd)
 
     def listen(self, path: Path, mode: int | None) -> StreamSocket:
-        there = self.host.names.get(path)
-        if there is not None and not there.closed:
+        name = self.host.names[path]
+        self.host.scheduler.looked(*name.bound)
+        if name.is_taken:
             raise OSError(errno.EADDRINUSE, "a daemon listens there already", str(path))
-        listening = Listening(self.host.numbers)
-        listening.name = path.name
+        listening = Listening(self.host.numbers, path.name)
         fd = self.install(listening)
-        self.host.names[path] = listening
+        name.listening = listening
+        self.happened("listen", name)
         return SimSocket(self, fd)
 
     def unlisten(self, path: Path) -> None:
-        self.host.names.pop(path, None)
+        name = self.host.names[path]
+        name.listening = None
+        self.happened("unlisten", name)
 
     def connect(self, path: Path) -> StreamSocket:
         """EMFILE comes before all else."""
         end = StreamEnd(next(self.host.numbers))
-        fd = self.install(end)
+        fd, name = self.install(end), self.host.names[path]
+        self.host.scheduler.looked(*name.bound)
         try:
-            there = self.host.names.get(path)
-            if there is None:
-                raise oserror(errno.ENOENT)
-            theirs = there.connect(end)
+            there, theirs = name.connect(end)
         except OSError:
             self.take_out(fd).put()
             raise
@@ -239,7 +246,7 @@ class SimProcess(FdTable):
         file = self.file(fd)
         if isinstance(file, Memory):
             return 1, file.number
-        return 2, self.cookie_of(fd)  # no memory: whoever maps it is told so
+        return 2, file.cookie  # no memory: whoever maps it is told so
 
     # -- time ------------------------------------------------------------------------------------------
 
@@ -284,15 +291,26 @@ class SimSocket:
         return self._sent(self._end, b"".join(buffers), files)
 
     def _sent(self, end: StreamEnd, data: bytes, files: list[OpenFile]) -> int:
-        sent = end.send(data, files)
+        try:
+            sent = end.send(data, files)
+        except OSError:
+            self._process.host.scheduler.looked(*end.ends)
+            raise
         assert end.peer is not None
         self._process.happened("send", end.peer, data[:sent])
         return sent
 
+    def _receive(self, end: StreamEnd, into: memoryview) -> tuple[int, list[OpenFile]]:
+        try:
+            return end.receive(into)
+        except OSError:
+            self._process.host.scheduler.looked(end)
+            raise
+
     def recv(self, size: int, /) -> bytes:
         end = self._end
         into = bytearray(size)
-        count, files = end.receive(memoryview(into))
+        count, files = self._receive(end, memoryview(into))
         for file in files:
             file.put()
         self._process.happened("recv", end, into[:count])
@@ -304,33 +322,25 @@ class SimSocket:
         (into,) = buffers
         end = self._end
         portion = self._process.host.scheduler.portion(self._process, end)
-        count, files = end.receive(into[:portion] if portion else into)
+        count, files = self._receive(end, into[:portion] if portion else into)
         rights, flags = self._received(files, ancillary_bytes) if files else ([], 0)
         self._process.happened("recv", end, into[:count])
         return count, rights, flags, None
 
     def _received(self, files: Sequence[OpenFile], ancillary_bytes: int) -> tuple[list[_Rights], int]:
         """As ancillary data, and what is to be said of it."""
-        fds = self._installed(files[: max(ancillary_bytes - _HEADER_BYTES, 0) // _FD_BYTES])
+        room = max(ancillary_bytes - _HEADER_BYTES, 0) // _FD_BYTES
+        fds = array.array("i", self._process.install_first(files[:room]))
         for file in files:
             file.put()
         rights = [(int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS), fds.tobytes())] if fds else []
         return rights, int(socket.MSG_CTRUNC) if len(fds) < len(files) else 0
 
-    def _installed(self, files: Iterable[OpenFile]) -> array.array[int]:
-        """None behind the first that finds no place [Linux net/core/scm.c scm_detach_fds]."""
-        fds = array.array("i")
-        for file in files:
-            try:
-                fds.append(self._process.install(file))
-            except OSError:
-                break
-        return fds
-
     def accept(self) -> tuple[StreamSocket, Any]:
         listening = self._process.file(self._fd)
         assert isinstance(listening, Listening), "accept on a socket that does not listen"
         if not listening.waiting:
+            self._process.host.scheduler.looked(listening)
             raise oserror(errno.EAGAIN)
         fd = self._process.install(listening.waiting[0])
         listening.first().put()
@@ -351,27 +361,16 @@ class SimSocket:
             self._process.close(self.detach())
 
 
-class _EpollFile(OpenFile):
-    """A poller's own: readable when it has something to report."""
-
-    def __init__(self, poller: SimPoller) -> None:
-        super().__init__()
-        self.poller = poller
-
-    def events(self) -> int:
-        return select.EPOLLIN if self.poller.found() else 0
-
-
-class SimPoller:
-    """The port `Poller`.  What is ready is listed in the order of registration; what of it is reported, and
-    when, the scheduler decides.
+class SimPoller(OpenFile):
+    """The port `Poller`, and its file, readable when it has something to report.  What is ready is listed in
+    the order of registration; what of it is reported, and when, the scheduler decides.
     """
 
     def __init__(self, process: SimProcess) -> None:
+        super().__init__()
         self.process = process
         self.stirs: Callable[[], None] | None = None  # of who sleeps on it: there may be something
-        self._file = _EpollFile(self)
-        self._fd = process.install(self._file)
+        self._fd = process.install(self)
         self.wanted = Interests()
         self._registered = count(1)
         self._changed: set[Interest] = set()  # since somebody asked what is ready
@@ -381,9 +380,9 @@ class SimPoller:
         file = self._watchable(fd)
         if (fd, file) in self.wanted:
             raise oserror(errno.EEXIST)
-        wanted = self.wanted[fd, file] = Interest(next(self._registered), fd, file, events, self.changed)
+        wanted = self.wanted[fd, file] = Interest(next(self._registered), fd, file, events, self.told)
         file.watchers.append(wanted)
-        self.changed(wanted)
+        self.told(wanted)
         self.process.happened("register", file)
 
     def modify(self, fd: int, events: int, /) -> None:
@@ -412,7 +411,7 @@ class SimPoller:
 
     def _forget(self, wanted: Interest) -> None:
         wanted.file.watchers.remove(wanted)
-        self.changed(wanted)
+        self.told(wanted)
         self._drop(wanted)
 
     def _drop(self, wanted: Interest) -> None:
@@ -421,12 +420,16 @@ class SimPoller:
         if wanted in self._ready:
             self._ready.remove(wanted)
 
-    def changed(self, wanted: Interest) -> None:
+    def told(self, wanted: Interest) -> None:
+        """Its file is another one than it was."""
         self._changed.add(wanted)
         if self.stirs is not None:
             self.stirs()
-        if self._file.watchers:
-            self._file.changed()
+        if self.watchers:
+            self.changed()
+
+    def events(self) -> int:
+        return select.EPOLLIN if self.found() else 0
 
     def ready(self) -> list[tuple[int, int]]:
         return [(wanted.fd, wanted.ready) for wanted in self.found()]
@@ -453,12 +456,6 @@ class SimPoller:
         for wanted in list(self.wanted.values()):
             self._forget(wanted)
         self.process.close(self._fd)
-
-
-def poller_of(process: SimProcess, fd: int) -> SimPoller:
-    file = process.file(fd)
-    assert isinstance(file, _EpollFile), "it waits for one of its sockets beside its poller"
-    return file.poller
 
 
 class SimEvent:

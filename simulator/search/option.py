@@ -11,7 +11,8 @@ alike, and any one of them stands for all.  A scheduler therefore names
 
 - a word of memory `("word", frame, index)`, which a load reads and a store writes;
 - the two ends of a channel `("channel", name)`, written by whoever sends on it and by its delivery, and read
-  by who goes on because nothing was there, of all channels where he looked;
+  by who goes on because nothing was there, of all channels where he looked, or was refused what he asked of
+  one; the name that a socket is bound to is such a place;
 - the state of a process `("process", name)`, written by each delivery to it and by each step of it that may
   use what another delivery changed;
 - the clock, which a timer writes that came because nothing else could, and each step reads that came before

@@ -13,7 +13,7 @@ import trio
 
 from protocol.flow import Flows
 from protocol.rpc.loop import SERVE_NS
-from simulator.kernel.process import SimPoller, SimProcess, poller_of
+from simulator.kernel.process import SimPoller, SimProcess
 from simulator.world import trio_run
 from simulator.world.places import emptiness_of
 from simulator.world.scheduler import World
@@ -141,7 +141,8 @@ class Io:
         self._clock.judges = True  # trio asks for the time next (`unrolled_run`)
 
     async def wait_readable(self, fd: int, /) -> None:
-        poller, task = poller_of(self._process, fd), trio.lowlevel.current_task()
+        poller, task = self._process.file(fd), trio.lowlevel.current_task()
+        assert isinstance(poller, SimPoller), "it waits for one of its sockets beside its poller"
         self._parked[poller] = self._serves = task
 
         def abort(_: object) -> trio.lowlevel.Abort:

@@ -175,7 +175,7 @@ class World:
         assert self._running is not None, "nobody runs who could pause"
         self._paused = self._running
         self._counted_from = self.decisions
-        self._leave()
+        self._goes_to(self._main)
 
     # -- choosing --------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class World:
         step = self._next(me)
         if step is None:
             if me is not None:
-                self._leave()
+                self._goes_to(self._main)
             return  # it is its turn again
         _, thread, event = step
         thread.goes_on(event)
@@ -300,10 +300,6 @@ class World:
                 until = min(until, thread.can_go_at(now) or until)
         self._alone_at, self._alone_until = self._changes, until
         return True
-
-    def _leave(self) -> None:
-        """To `run`; returns when it is the thread's turn again, if ever."""
-        self._goes_to(self._main)
 
     def _standing(self) -> Iterator[str]:
         return (thread.where for thread in self.threads if not thread.over)
@@ -488,6 +484,9 @@ class World:
             self.journal.add(f"{process.name} {what} {file.name}", data)
         if what in FOR_OTHERS:
             self.point(f"has sent to {file.name}" if what == "send" else f"has told {file.name}")
+
+    def looked(self, *files: OpenFile) -> None:
+        self.touch(emptiness_of(tuple(file.name for file in files)))
 
     def discarded(self, memory: Memory, at: int, size: int) -> None:
         self.note(memory, at, size, True)

@@ -10,6 +10,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import pytest
+
+from protocol.kernel.port import BACKLOG
 from simulator.kernel.files import Memory
 from simulator.kernel.process import SimProcess
 from simulator.search.exhaustive import Exhaustive
@@ -184,3 +187,97 @@ def test_a_load_of_what_others_may_store_to_is_a_step_of_the_writer_s_too() -> N
 
     seen, _ = by_force(play)
     assert seen == {(1,), (2,)} == set(by_search(play))
+
+
+# -- calls that fail, and names --------------------------------------------------------------------------
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+"""What one does, and what the other does beside it, which may fail."""
+
+
+def a_name_comes(process: SimProcess) -> Pair:
+    return lambda: process.listen(PLACE, None), lambda: process.connect(PLACE)
+
+
+def a_name_goes(process: SimProcess) -> Pair:
+    process.listen(PLACE, None)
+    return lambda: process.unlisten(PLACE), lambda: process.connect(PLACE)
+
+
+def who_listens_goes(process: SimProcess) -> Pair:
+    return process.listen(PLACE, None).close, lambda: process.connect(PLACE)
+
+
+def somebody_else_listens(process: SimProcess) -> Pair:
+    return lambda: process.listen(PLACE, None), lambda: process.listen(PLACE, None)
+
+
+def the_name_of_the_dead_is_free(process: SimProcess) -> Pair:
+    return process.listen(PLACE, None).close, lambda: process.listen(PLACE, None)
+
+
+def too_many_wait(process: SimProcess) -> Pair:
+    sock = process.listen(PLACE, None)
+    for _ in range(BACKLOG + 1):
+        process.connect(PLACE)
+    return sock.accept, lambda: process.connect(PLACE)
+
+
+def nobody_waits(process: SimProcess) -> Pair:
+    sock = process.listen(PLACE, None)
+    return lambda: process.connect(PLACE), sock.accept
+
+
+def the_other_end_goes(process: SimProcess) -> Pair:
+    one, other = process.socketpair()
+    return one.close, lambda: other.send(b"x")
+
+
+def there_is_room(process: SimProcess) -> Pair:
+    one, other = process.socketpair()
+    with suppress(BlockingIOError):
+        while True:
+            other.send(b"x")
+    return lambda: one.recv(1 << 20), lambda: other.send(b"x")
+
+
+def nothing_was_sent(process: SimProcess) -> Pair:
+    one, other = process.socketpair()
+    return lambda: one.send(b"x"), lambda: other.recv(1)
+
+
+def number_of(call: Callable[[], object]) -> int | None:
+    """0, or the errno it fails with."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+@pytest.mark.parametrize(
+    "made_of",
+    [
+        a_name_comes,
+        a_name_goes,
+        who_listens_goes,
+        somebody_else_listens,
+        the_name_of_the_dead_is_free,
+        too_many_wait,
+        nobody_waits,
+        the_other_end_goes,
+        there_is_room,
+        nothing_was_sent,
+    ],
+)
+def test_the_search_plays_what_fails_before_and_behind_what_it_fails_for(
+    made_of: Callable[[SimProcess], Pair],
+) -> None:
+    def play(world: World, saw: list[object]) -> None:
+        does, fails = made_of(SimProcess(world.host, "whose it all is"))
+        unseen: list[object] = []
+        made(world, a=lambda _: unseen.append(number_of(does)), b=lambda _: saw.append(number_of(fails)))
+
+    seen, _ = by_force(play)
+    assert len(seen) == 2
+    assert set(by_search(play)) == seen
