@@ -23,6 +23,7 @@ from simulator.narrator import Narrator, diagram
 from simulator.options import one_or_more
 from simulator.planted.__main__ import described, listing
 from simulator.planted.registry import PLANTED, UnknownPlant, plant_of
+from simulator.search.exhaustive import HiddenDependenceError
 from simulator.search.explore import Found, Player, Tally, nth, replayed, smallest
 from simulator.search.replay import Replay
 from simulator.search.story import Story, StoryError, from_text, to_text
@@ -41,6 +42,7 @@ SCHEDULES_OF_SHARD = (
 OF_SMALL_SHARD = 100  # in one machine, which takes as long to bring up as ten to play
 EXIT_FOUND = 1
 NOT_AGAIN = "its story as it was played, not shrunk: played again by itself it does not fail like that"
+MAY_BE_PLAYED = f"--strategy {DEFAULT} plays whatever there is"
 _CUT_SHORT = {"interrupted": "; interrupted", "time": "; the --seconds are over"}
 
 
@@ -81,6 +83,12 @@ def main(argv: list[str]) -> int:
         )
     except CampaignRefused as refused:
         print(f"qemu-shim: {refused}", file=sys.stderr)
+        return EXIT_FAILED
+    except HiddenDependenceError as error:
+        print(
+            f"qemu-shim: {judged.scenario} cannot be searched to an end: {error}; {MAY_BE_PLAYED}",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
     tally = ended.tally
     if options.json:
@@ -226,8 +234,12 @@ def _judged(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Jud
             parser.error(f"--set {given}: {refused}")
         params[param] = int(value)
     if not STRATEGIES[options.strategy].seeded:
-        own = scenario.faults if isinstance(scenario, SmallStory) else ()
-        for whose, kinds in (("--faults", options.faults), (f"the faults of {name}", own)):
+        if isinstance(scenario, Scenario):
+            parser.error(
+                f"{name} with --strategy {options.strategy}: a search that ends is of a small story: "
+                "in a whole scenario many wait by the clock, and go first or last by the steps of others"
+            )
+        for whose, kinds in (("--faults", options.faults), (f"the faults of {name}", scenario.faults)):
             if refused := _not_searched(kinds):
                 parser.error(f"{whose} with --strategy {options.strategy}: {refused}")
     return Judged(find, name, options.design, params=params, plant=options.plant or "", faults=options.faults)

@@ -44,6 +44,16 @@ async def not_twice(ctx: Context, excerpt: Excerpt) -> None:
         with excerpt:
             await guest.write(guest.pages(1)[0], b"store")
     ctx.expect(trio.current_time() < 10, "I0: is well only once")
+
+
+@story()
+async def sleeps(ctx: Context, excerpt: Excerpt) -> None:
+    guest = await ctx.boot_for(16)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, guest.pages(1)[0])
+                await trio.sleep(20e-6)
 '''
 
 
@@ -75,8 +85,16 @@ def test_what_shows_when_all_is_played_again_is_found_shrunk_and_replayed(
 
 
 WRONG = [
-    (["{file}"], "two.py has 3 scenarios: say two.py:alone or two.py:beside or two.py:not-twice"),
-    (["{file}:other"], "two.py has no scenario 'other', only alone, beside, not-twice"),
+    (
+        ["{file}"],
+        "two.py has 4 scenarios: say two.py:alone or two.py:beside or two.py:not-twice or two.py:sleeps",
+    ),
+    (["{file}:other"], "two.py has no scenario 'other', only alone, beside, not-twice, sleeps"),
+    (
+        ["{file}:alone", "--strategy", "exhaustive"],
+        "alone with --strategy exhaustive: a search that ends is of a small story",
+    ),
+    (["unmap", "--strategy", "delay"], "unmap with --strategy delay: a search that ends is of a small story"),
     (["none.py"], "none.py: there is no such file"),
     (["my own.py"], "'my own.py': a story names its scenario in one word: call the file otherwise"),
     (["{file}:beside", "--design", "pinned"], "cannot be played on design pinned; it can on mirror, shared"),
@@ -95,6 +113,15 @@ def test_what_is_wrong_is_a_sentence(
         main(["sim", *(word.format(file=file) for word in words)])
     assert ended.value.code == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_story_that_goes_by_the_clock_is_not_searched_to_an_end(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sim", f"{file}:sleeps", "--strategy", "exhaustive"]) == 1
+    said = capsys.readouterr().err
+    assert "qemu-shim: two.py:sleeps cannot be searched to an end: qemu_shim<timer is on offer beside" in said
+    assert "--strategy mixed plays whatever there is" in said
 
 
 def test_a_story_without_its_file_says_who_has_it(file: str, capsys: pytest.CaptureFixture[str]) -> None:
