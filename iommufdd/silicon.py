@@ -140,6 +140,11 @@ class Silicon:
         self._link.close()
         raise UapiError(errno.ENODEV, f"device_sim: {why}")
 
+    def close(self) -> None:
+        """We end: the lease does with us, or when nobody walks what we lent."""
+        if self._link is not None:
+            self._link.close()
+
     def _gone(self) -> None:
         """The link is."""
         for unit in self.units:

@@ -76,6 +76,7 @@ class IommufddApp:
     def close(self) -> None:
         self._closing = True
         self.files.close()
+        self.silicon.close()
         self.tables.close()
 
     # -- silicon ---------------------------------------------------------------------------------------

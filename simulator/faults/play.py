@@ -18,14 +18,11 @@ from qemu_shim.vmm.machine import Host
 from simulator.faults.plan import STOPS_S, Faults
 from simulator.faults.seams import injected
 from simulator.ghost.violation import invariant_of
-from simulator.kernel.process import SimProcess
 from simulator.search.excerpt import Excerpt
 from simulator.search.option import Strategy
 from simulator.world.journal import Journal
-from simulator.world.scheduler import World
 from simulator.world.system import Played, System, options_of, refusals, system
 
-CALM = "calm"
 CALM_S = 2 * max(STOPS_S.values())
 """In which who was stopped goes on, and all hear of who died: before that nobody starts him again."""
 _DENIED = (PeerError, UapiError, OSError)
@@ -71,10 +68,10 @@ def playing_faulted(
         if isinstance(strategy, Excerpt) and not faults.excuses:
             problems += refusals(report)
         world.failures.clear()
-        _calm(world)
+        made.rest(CALM_S)
         if (faults.is_silent or faults.is_off_bus) and not made.daemons["device_sim"].has_died:
             made.kill("device_sim")
-            _calm(world)
+            made.rest(CALM_S)
         killed = faults.killed | made.killed  # by a fault, or by the scenario
         problems += [f"{name} ended by itself" for name in made.restart() if name not in killed]
         client = made.client(second)
@@ -87,14 +84,11 @@ def playing_faulted(
         return Played(None, report, problems, world.decisions)
 
 
-def _calm(world: World) -> None:
-    world.run(world.spawn(SimProcess(world.host, CALM), lambda: world.wait((), CALM_S)))
-
-
 def _problems(made: System, report: Report, faults: Faults) -> list[str]:
     """Less what a VMM was denied because of a fault, of which nothing is said in a later schedule either."""
     if faults.excuses:
         world = made.world
+        made.left.clear()  # of the VMM
         world.failures = [error for error in world.crashes() if not isinstance(error, _DENIED)]
         report.problems[:] = filter(invariant_of, report.problems)
     return [*report.problems, *made.problems()]

@@ -63,6 +63,10 @@ class FdTable:
     def find(self, fd: int) -> OpenFile | None:
         return self._files.get(fd)
 
+    def open_files(self) -> dict[int, OpenFile]:
+        """But for our ends of leases, which end with those who have the others."""
+        return {fd: file for fd, file in sorted(self._files.items()) if not file.is_lent}
+
     @property
     def fds(self) -> int:
         """How many are open."""

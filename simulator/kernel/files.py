@@ -85,6 +85,11 @@ class OpenFile:
             self.release()
             self.changed()
 
+    @property
+    def is_lent(self) -> bool:
+        """Our end of a lease: it is not read, and tells when nobody has the other."""
+        return False
+
     def release(self) -> None:
         """Nobody refers to it any more."""
 
@@ -139,6 +144,10 @@ class StreamEnd(OpenFile):
 
     def join(self, other: StreamEnd) -> None:
         self.peer, other.peer = other, self
+
+    @property
+    def is_lent(self) -> bool:
+        return self.shut_read
 
     @property
     def ends(self) -> list[OpenFile]:

@@ -11,13 +11,6 @@ from simulator.planted.plant import Edit, Plant
 EDGES = (
     # -- fds and names -----------------------------------------------------------------------------------
     Plant(
-        "fds-of-a-unit-stay",
-        "What a unit's registers and eventfds came with is mapped and not closed: an fd for each link.",
-        "I14",
-        [Edit("iommufdd.unit_port:UnitPort.take", "fds.close()", "pass")],
-        simulated=False,
-    ),
-    Plant(
         "a-link-that-is-gone-stays",
         "What was made of a link knows itself in circles, and its fds and memory outlive it.",
         "R28",

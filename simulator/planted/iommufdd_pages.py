@@ -1,4 +1,5 @@
-"""Mistakes in iommufdd's areas that are pinned whole: their pages, the files these are of, and who pays."""
+"""Mistakes in iommufdd's areas that are pinned whole: their pages, the files these are of, and who pays; and
+in what it is given fds for."""
 
 from __future__ import annotations
 
@@ -34,5 +35,17 @@ IOMMUFDD_PAGES = (
         "Nobody shows a file's pages any more, and the host keeps it open.",
         "I14",
         [Edit("iommufdd.core.pages:Pages.put", "if self.file:", "if False:")],
+    ),
+    Plant(
+        "fds-of-a-unit-stay",
+        "What a unit's registers and eventfds came with is mapped and not closed: an fd for each link.",
+        "I14",
+        [Edit("iommufdd.unit_port:UnitPort.take", "fds.close()", "pass")],
+    ),
+    Plant(
+        "I14-process-is-kept",
+        "Of a process that nobody maps anything of any more the channel stays.",
+        "I14",
+        [Edit("iommufdd.core.source:Source.let_go", "self.host.release()", "pass")],
     ),
 )

@@ -72,6 +72,7 @@ async def _owners(ctx: Context, excerpt: Excerpt) -> None:
                     seen = await guest.read(copied, len(said))
                     ctx.expect_equal(seen, said, f"I28: what a device reads of {whose}")
                 await iommu.ioas_unmap(ioas_id, at, SLOT_BYTES)
+    other.close()
 
 
 async def _read_only(ctx: Context, excerpt: Excerpt) -> None:

@@ -74,6 +74,7 @@ async def _vm(ctx: Context, excerpt: Excerpt) -> None:
                     await guest.age(AT)
             ctx.expect(await guest.holds(NEXT + 64, 64, PATTERN), "the device's store is lost")
             await agree(ctx, guest, AT)
+    file.close()
 
 
 async def _another_vm(guest: Guest, hva: int) -> tuple[Vm, Vcpu]:
@@ -115,6 +116,7 @@ async def _bound(ctx: Context, excerpt: Excerpt) -> None:
             for page in (AT, NEXT):
                 await agree(ctx, guest, page)
             await vm.set_user_memory_region2(_SLOT + 1, NEXT, 0, 0)
+    memfd.close()
 
 
 async def _pin_dies(ctx: Context, excerpt: Excerpt) -> None:
@@ -185,6 +187,8 @@ async def _by_offset(ctx: Context, excerpt: Excerpt) -> None:
     await second.plugged.vfio.detach()
     for each in (hwpt_id, ioas_id):
         await iommu.destroy(each)
+    for each_file in (memfd, file):
+        each_file.close()
 
 
 async def _heir(ctx: Context, excerpt: Excerpt) -> None:

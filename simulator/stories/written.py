@@ -122,7 +122,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "vm-comes": ["R26"],
     "hole-bound": ["R24"],
     "pin-dies": ["R26"],
-    "heir": ["I6-taken-over-in-part", "I6-two-pay"],
+    "heir": ["I6-taken-over-in-part", "I6-two-pay", "I14-process-is-kept"],
     "by-offset": ["I27"],
     # -- what a process asks for of its memory
     "remap": ["I11-told-of-where-a-page-goes", "I11-unmapped-and-told-then"],

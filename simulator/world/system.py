@@ -49,6 +49,9 @@ SMALL: Mapping[str, Sequence[str]] = {"kvmd": ("--ram", "4G", "--table-ram", "64
 
 NEAR_WRAP = 2**64 - 3
 
+REST = "rest"
+REST_S = 0.1  # longer than anybody polls, shorter than watchdogs go round
+
 
 def _kvmd_config(argv: list[str] | None) -> tuple[Any, Any]:
     """A stale translation is not to become true again (0026), nor a sequence to be far from its wrap (R2)."""
@@ -83,12 +86,15 @@ class Daemon:
 
 @dataclass(slots=True)
 class System:
-    """`crashes` are bugs that surfaced in a daemon's flows."""
+    """`crashes` are bugs that surfaced in a daemon's flows; `left`: who has ended with fds open, a sentence
+    each.
+    """
 
     world: World
     options: Mapping[str, Sequence[str]] = field(default_factory=dict)
     daemons: dict[str, Daemon] = field(default_factory=dict)
     crashes: list[tuple[str, BaseException]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     killed: set[str] = field(default_factory=set)  # daemons, by request
 
     def start(self, options: Mapping[str, Sequence[str]], fates: Mapping[str, Fate] | None = None) -> None:
@@ -115,6 +121,7 @@ class System:
             daemon.stop = lambda: token.run_sync_soon(stop.set)
             await serve(spec.name, loop, build(loop, settings), given.socket, stop)
             loop.close()
+            self._ended(process)
 
         daemon.thread = world.spawn(process, lambda: run(world, process, main), fate)
         return daemon
@@ -138,14 +145,27 @@ class System:
             async with connect_host(CLIENTS, kernel=process, flows=partial(SimFlows, world)) as host:
                 host.killer = self._kill
                 await work(host)
+            self._ended(process)
 
         return world.spawn(process, lambda: run(world, process, main))
+
+    def _ended(self, process: SimProcess) -> None:
+        """It began with no fd."""
+        if left := process.open_files():
+            fds = ", ".join(f"{fd} ({file.name})" for fd, file in left.items())
+            self.left.append(f"I14: {process.name} has ended, and has fds open: {fds}")
+
+    def rest(self, seconds: float) -> None:
+        """Whatever is under way comes to its end."""
+        world = self.world
+        world.run(world.spawn(SimProcess(world.host, REST), lambda: world.wait((), seconds)))
 
     def problems(self) -> list[str]:
         """Bugs that surfaced."""
         return [
             *(_said(error) for error in self.world.crashes()),
             *(f"{name}: {_said(error)}" for name, error in self.crashes),
+            *self.left,
         ]
 
     def forget(self) -> None:
@@ -155,7 +175,8 @@ class System:
         self.crashes.clear()
 
     def stop(self) -> None:
-        """All daemons, in an orderly way."""
+        """All daemons, in an orderly way: none in the middle of what a VMM that has gone left it to do."""
+        self.rest(REST_S)
         for spec in reversed(DAEMONS):
             daemon = self.daemons[spec.name]
             assert daemon.thread is not None

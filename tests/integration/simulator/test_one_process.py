@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
+from qemu_shim.api import PAGE_SIZE, Context, Scenario
 from qemu_shim.scenarios.series.library import SCENARIOS
 from qemu_shim.vmm.designs import DESIGNS, SHARED
 from simulator.search.excerpt import Excerpt
@@ -66,6 +68,16 @@ def test_a_run_leaves_no_thread_of_trio_and_no_hook_behind() -> None:
 
     assert not trio.lowlevel.in_trio_run()
     assert trio.run(still) == 7
+
+
+def test_who_ends_with_an_fd_open_is_named() -> None:
+    async def keeps_a_file(ctx: Context) -> None:
+        guest = await ctx.boot_for(4)
+        await guest.machine.process.memfd("kept", PAGE_SIZE)
+
+    done = play(Scenario(name="keeps", summary="", play=keeps_a_file), SHARED, Replay(()))
+    (why,) = done.problems
+    assert re.fullmatch(r"I14: qemu_shim has ended, and has fds open: \d+ \(kvmd\.pair\d+'\)", why)
 
 
 class KvmdInWalks(Drawn):

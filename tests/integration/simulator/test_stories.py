@@ -217,6 +217,8 @@ SEEN = {
     "R17-zap-unflushed": ("discard", "shared", "I6"),
     "R4-flush-of-another-not-awaited": ("two-changes", "mirror", "I6"),
     "I14-file-is-never-closed": ("by-offset", "shared", "I14"),
+    "I14-process-is-kept": ("heir", "managed", "I14"),  # when all has ended
+    "fds-of-a-unit-stay": ("discard", "shared", "I14"),
     "I6-two-pay": ("heir", "managed", "I6"),
     "I6-pins-never-put": ("pin-slot", "managed", "I6"),
     "I6-unpinned-and-counted": ("pin", "mirror", "I6"),
