@@ -36,7 +36,7 @@ from simulator.command import OF_SMALL_SHARD, PLAYED, SCHEDULES_OF_SHARD, begin,
 from simulator.faults.kinds import ALL, FAULTED_COST
 from simulator.options import NothingToPlay, none_or_more, one_or_more, playable
 from simulator.pool import Stop, interrupts, pooled
-from simulator.rows import Play, Rows
+from simulator.rows import CleanRow, Play, Rows
 from simulator.search.explore import Tally, explore
 from simulator.search.strategies import DEFAULT, STRATEGIES
 from simulator.stories.library import STORIES
@@ -127,17 +127,13 @@ class Sitting:
             tally = future.result()
         except BrokenProcessPool:
             raise
-        except Exception:  # the others are hours of work
+        except Exception as error:  # the others are hours of work
             self.errors += 1
             print(f"{shard}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            self._row(shard).broke(shard.seed, error)
             return
-        if shard.play in self.stale:
-            self.rows.drop(shard.play)
-            self.stale.remove(shard.play)
         lines = repeats(shard.play, tally)
-        self.rows.of(shard.play, shard.seed).add(
-            shard.seed, tally.schedules, tally.traces, lines, tally.faulted
-        )
+        self._row(shard).add(shard.seed, tally.schedules, tally.traces, lines, tally.faulted)
         self.schedules += tally.schedules
         self.repeats += lines
         for line in lines:
@@ -145,6 +141,12 @@ class Sitting:
         if time.monotonic() - self._written > WRITES_S:
             self.rows.write()
             self._written = time.monotonic()
+
+    def _row(self, shard: Shard) -> CleanRow:
+        if shard.play in self.stale:
+            self.rows.drop(shard.play)
+            self.stale.remove(shard.play)
+        return self.rows.of(shard.play, shard.seed)
 
     def told(self) -> str:
         errors = f"; {self.errors:,} shards ended in an error of ours" if self.errors else ""
@@ -227,6 +229,8 @@ def main() -> int:
             return interrupted() or (until is not None and time.monotonic() > until)
 
         print(f"{len(plays)} stories and scenarios by turns, of {rows.code}", file=sys.stderr, flush=True)
+        for line in rows.errors:
+            print(f"an error of ours is on record: {line}", file=sys.stderr, flush=True)
         try:
             status = _sat(sitting, todo, given.workers, stop)
         except KeyboardInterrupt:  # the second: what was under way was not waited for

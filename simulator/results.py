@@ -323,6 +323,13 @@ def _of_clean(record: Mapping[str, Any]) -> Iterator[str]:
     )
     if failures := [(row["code"], f"`{line}`") for row in record["rows"] for line in row["repeats"]]:
         yield _table(("code", "failed, and how to repeat it"), failures)
+    if errors := [
+        (row["code"], f"`{row['name']}`", f"`{row['design']}`", row["faults"] or "none", line)
+        for row in record["rows"]
+        for line in row.get("errors", ())
+    ]:
+        yield f"{len(errors)} shards are not counted, for an error of ours ended them:"
+        yield _table(("code", "of", "design", "faults", "which, and by what"), errors)
     if whole:
         yield _table(
             ("scenario or workload", "design", "seeds", "schedules", "failed"),

@@ -6,8 +6,9 @@ The record is a JSON file, a line a row:
                not a small story?, "code": of which sources (version.py), "seeds": [first, behind the last]
                of the strategy, "schedules": that were played, "faulted": in how many of them a fault
                struck, "traces": how many of them differ (older rows do not say either), "failed",
-               "repeats": of the first of these, a line each that repeats it, "least": by which traces that
-               come again are known (search/distinct.py)}]}
+               "repeats": of the first of these, a line each that repeats it, "errors": of each shard that
+               an error of ours ended, whose schedules are not counted, a line (older rows have none),
+               "least": by which traces that come again are known (search/distinct.py)}]}
 
 A run of the same sources adds to a row, of any others it begins one; either has seeds that nobody had before.
 Rows of other sources are never added to, so their "least" is left out.  A seed that was begun in a sitting
@@ -20,6 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, NamedTuple
 
 from qemu_shim.study.campaign.store import write_whole
@@ -48,18 +50,29 @@ class CleanRow:
     faulted: int = 0
     failed: int = 0
     repeats: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     traces: Distinct = field(default_factory=Distinct)
 
     def add(
         self, seed: int, schedules: int, traces: Iterable[int], repeats: list[str], faulted: int = 0
     ) -> None:
-        self.first = min(self.first, seed)  # shards end in any order
-        self.behind = max(self.behind, seed + 1)
+        self._begun(seed)
         self.schedules += schedules
         self.faulted += faulted
         self.traces.add(traces)
         self.failed += len(repeats)
         self.repeats = (self.repeats + repeats)[:REPEATS_KEPT]
+
+    def broke(self, seed: int, error: Exception) -> None:
+        """By a fault of ours: nobody knows how many schedules its shard had."""
+        self._begun(seed)
+        what = "".join(format_exception_only(error)).partition("\n")[0]
+        self.errors.append(f"seed {seed}: {what}")
+
+    def _begun(self, seed: int) -> None:
+        """Shards end in any order."""
+        self.first = min(self.first, seed)
+        self.behind = max(self.behind, seed + 1)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -71,6 +84,7 @@ class CleanRow:
             "traces": min(self.traces.count, self.schedules),
             "failed": self.failed,
             "repeats": self.repeats,
+            "errors": self.errors,
             "least": self.traces.to_text(),
         }
 
@@ -79,7 +93,8 @@ def _row(kept: Mapping[str, Any]) -> CleanRow:
     first, behind = kept["seeds"]
     traces = Distinct.from_text(kept["least"])
     counts = kept["schedules"], kept.get("faulted", 0), kept["failed"]
-    return CleanRow(_play(kept), kept["code"], first, behind, *counts, list(kept["repeats"]), traces)
+    told = list(kept["repeats"]), list(kept.get("errors", ()))
+    return CleanRow(_play(kept), kept["code"], first, behind, *counts, *told, traces)
 
 
 def _play(kept: Mapping[str, Any]) -> Play:
@@ -109,6 +124,15 @@ class Rows:
     def schedules(self, play: Play) -> int:
         """Of these sources."""
         return self.open[play].schedules if play in self.open else 0
+
+    @property
+    def errors(self) -> list[str]:
+        """Of shards of these sources, whenever they were played."""
+        return [
+            f"{row.play.name} on {row.play.design}, {line}"
+            for row in self.open.values()
+            for line in row.errors
+        ]
 
     def drop(self, play: Play) -> None:
         """Of all sources."""

@@ -69,6 +69,7 @@ CLEAN = {
             "schedules": 90,
             "faulted": 70,
             "traces": 9,
+            "errors": ["seed 0: TypeError: of ours"],
             "code": "2",
         },
         {
@@ -131,6 +132,8 @@ def test_each_figure_is_worked_out_from_its_record() -> None:
         "| `shared` | none | 1 | 2,000 | not counted | 1,980 | 0 |",
         "| `shared` | evict | 1 | 90 | 70 | 9 | 0 |",
         "| `unmap` | `shared` | 10 | 100 | 0 |",
+        "1 shards are not counted, for an error of ours ended them:",
+        "| 2 | `slot` | `shared` | evict | seed 0: TypeError: of ours |",
         "(x86_64, CPython 3.11.2): | what | schedules a second | wanted | verdict |",
         "| --- | --- | --- | --- | | standing | 200 | 400 | MISSED |",
         "1 faults of ours, each with the test that fails if it comes back:",

@@ -21,6 +21,7 @@ from simulator.rows import Play, Rows
 from simulator.search.explore import Found, RunEnd, Tally, explore
 from simulator.search.strategies import STRATEGIES
 from simulator.stories.library import STORIES
+from simulator.version import version
 from simulator.world.schedule import Judged
 from tests.patience import WHOLE_RUN_S
 
@@ -154,8 +155,23 @@ def test_an_error_of_ours_is_told_and_counts_as_nothing(
     future = Future[Tally]()
     future.set_exception(TypeError("of ours"))
     sitting.ended(Shard(PLAY, 3, 100), future)
-    assert (sitting.errors, sitting.schedules, sitting.rows.fresh(PLAY)) == (1, 0, 0)
+    assert (sitting.errors, sitting.schedules) == (1, 0)
     assert "TypeError: of ours" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_on_record_for_the_next_run(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "r.json", version())
+    rows.of(swap := Play("swap", "pinned", "mixed"), 3).broke(3, TypeError("of ours\nand more"))
+    rows.write()
+    few = ("--schedules", "2", "--seeds", "0", "--faults", "", "--story", "swap")
+    code, told = run(tmp_path, *few)
+    assert (code, "2 schedules: nothing broke" in told) == (0, True), told
+    assert "an error of ours is on record: swap on pinned, seed 3: TypeError: of ours\n" in told
+    (row,) = rows_of(tmp_path)
+    assert row == row | swap._asdict() | {"seeds": [3, 5], "schedules": 2, "failed": 0}
+    assert row["errors"] == ["seed 3: TypeError: of ours"]
+    assert run(tmp_path, *few, "--again")[0] == 0
+    assert rows_of(tmp_path)[0]["errors"] == []
 
 
 @pytest.mark.parametrize(
