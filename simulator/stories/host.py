@@ -87,8 +87,8 @@ async def _fault_beside_discard(ctx: Context, excerpt: Excerpt) -> None:
         await guest.discard(AT)  # if the store was later
 
 
-def _cpu_beside_device(at: int = AT, maxphyaddr: int = 46) -> Play:
-    """A vCPU and a device touch one absent page first: both see one page."""
+def _cpu_beside_device(at: int = AT, maxphyaddr: int = 46, cpu_at: int = 64) -> Play:
+    """A vCPU and a device touch one absent page first: both see one page.  `cpu_at`: bytes behind it."""
 
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         wishes = ctx.sized(PAGES)
@@ -99,12 +99,12 @@ def _cpu_beside_device(at: int = AT, maxphyaddr: int = 46) -> Play:
             with excerpt:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(guest.fill, at, 64, PATTERN)
-                    await guest.write(at + 64, AFTER)
+                    await guest.write(at + cpu_at, AFTER)
             stored = PATTERN.to_bytes(8, "little")
             ctx.expect_equal(await guest.read(at, 8), stored, "what a CPU sees of the device's store")
-            seen = await guest.holds(at + 64, len(AFTER), int.from_bytes(AFTER, "little"))
+            seen = await guest.holds(at + cpu_at, len(AFTER), int.from_bytes(AFTER, "little"))
             ctx.expect(seen, "the device does not see what a CPU stored")
-            await guest.discard(at)
+            await guest.discard(at, SLOT_BYTES)
 
     return play
 
@@ -305,8 +305,8 @@ HOST = (
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device(), MAY_TAKE),
     SmallStory(
         "high",
-        "the same, where a CPU's own addresses end",
-        _cpu_beside_device(HIGH, WIDEST),
+        "pages side by side, where a CPU's own addresses end",
+        _cpu_beside_device(HIGH, WIDEST, PAGE_SIZE),
         MAY_TAKE,
         {"kvmd": ("--maxphyaddr", str(WIDEST))},
     ),
