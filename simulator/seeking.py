@@ -1,6 +1,7 @@
 """A planted bug is sought by the small stories on every design, as people would seek it who do not know it.
 
-Each pair of a story and a design has a strategy of its own, and turns.  A schedule that does not come to the
+Each pair of a story and a design has a strategy of its own, with a seed of its own (by one seed all would
+have the same luck: a story runs much alike on two designs), and turns.  A schedule that does not come to the
 planted lines is one of the clean code, and one whose trace was played before finds what that one found.  The
 share of a pair's last turn that was neither is what the pair is worth: schedules are shared out by it, and
 what is worth nothing by now is asked again from time to time.  Who comes there in the making of its machine
@@ -121,6 +122,7 @@ class _Pair:
     """A story on a design, and how far its search is."""
 
     judged: Judged
+    seed: int  # of its search
     search: Search
     compares: bool  # its strategy does: each schedule begins in one state
     worth: float
@@ -138,9 +140,9 @@ class _Pair:
     def player(self, rounds: int) -> Player:
         return Forked(self.judged) if self.compares else self.judged(rounds)
 
-    def turn(self, seed: int, schedules: int, enough: Callable[[Tally], bool]) -> Tally:
+    def turn(self, schedules: int, enough: Callable[[Tally], bool]) -> Tally:
         meeting = _Meeting(self.player(schedules), forks=self.compares)
-        tally = explore(meeting, self.search, seed, schedules, enough)
+        tally = explore(meeting, self.search, self.seed, schedules, enough)
         played, known = tally.schedules + tally.given_up, len(self._traces)
         self._traces |= tally.traces
         self.worth = sum(meeting.worths().values()) * (len(self._traces) - known) / played
@@ -175,8 +177,8 @@ def find(
     plays: Callable[[str], bool] = lambda story: True,
     replays: int = REPLAYS,
 ) -> Catch | None:
-    """What is planted is in.  At most `most` schedules; None also if every strategy has seen
-    all there is, or if `stop` says so behind a schedule.  CleanCodeFails.
+    """What is planted is in.  At most `most` schedules, of seeds from `seed` on; None also if every strategy
+    has seen all there is, or if `stop` says so behind a schedule.  CleanCodeFails.
     `worth`: of each pair, to begin with.  `plays`: is it one of the stories to be played?  `replays`: to
     shrink what is found, 0: it stays as long as it is.
     """
@@ -190,8 +192,8 @@ def find(
 
     named = STRATEGIES[strategy]
     searched = [
-        _Pair(Judged(story_of, *pair), named.make(seed), not named.seeded, worth(pair), least(pair))
-        for pair in pairs()
+        _Pair(Judged(story_of, *pair), own, named.make(own), not named.seeded, worth(pair), least(pair))
+        for own, pair in enumerate(pairs(), seed)
         if plays(pair[0])
         if named.seeded or not STORIES[pair[0]].faults  # who compares schedules knows of none
     ]
@@ -200,7 +202,7 @@ def find(
             replace(
                 pair,
                 judged=replace(pair.judged, faults=tuple(FAULTS)),
-                search=named.make(seed),
+                search=named.make(pair.seed),
                 worth=max(pair.worth, UNKNOWN_WORTH),
                 least=WORTH_MIN,
             )
@@ -210,7 +212,7 @@ def find(
     while searched and done < most and not stop():
         pair = min(searched, key=lambda pair: pair.due)
         turn = min(max(FIRST_TURN, pair.schedules), LONGEST_TURN, most - done)
-        tally = pair.turn(seed, turn, enough)
+        tally = pair.turn(turn, enough)
         if tally.found:
             return _caught(pair.judged, tally.found[0], done, replays)
         done += tally.schedules + tally.given_up

@@ -1,8 +1,8 @@
 """How soon the simulator finds each planted bug: every plant by every strategy over several ranges.
 
-A range is what a strategy chooses by one seed (`seed_of`).  What seeks is handed in (`Seek`).  What a range
-came to is put on record at once, so that a hunt can be stopped and goes on where it was.  It says of which
-sources it is, and stays when they change: who hunts says what is to be sought again.
+A range is what a strategy chooses from one seed on (`seed_of`).  What seeks is handed in (`Seek`).  What a
+range came to is put on record at once, so that a hunt can be stopped and goes on where it was.  It says of
+which sources it is, and stays when they change: who hunts says what is to be sought again.
 """
 
 from __future__ import annotations

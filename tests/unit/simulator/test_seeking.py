@@ -16,8 +16,9 @@ from simulator.faults.kinds import FAULTED_COST, FAULTS
 from simulator.planted.hunt import Catch
 from simulator.planted.met import meet, number_of
 from simulator.search.explore import RunEnd
-from simulator.search.option import Option, Strategy
+from simulator.search.option import Option, Search, Strategy
 from simulator.search.story import from_text
+from simulator.search.strategies import STRATEGIES
 
 MANY = 1000
 STEPS = [Option(actor, f"{actor} stores", frozenset()) for actor in ("a", "b")]
@@ -134,6 +135,21 @@ def test_equals_have_equal_shares(stories: dict[str, Made], played: Counter[str]
     shares = [played[name] for name in stories]
     assert max(shares) - min(shares) <= seeking.LONGEST_TURN
     assert all(seeking.FIRST_TURN <= played[f"{name} with faults"] < min(shares) for name in stories)
+
+
+def test_no_pair_has_another_s_luck(
+    stories: dict[str, Made], played: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories |= {"one": Made(), "other": Made()}
+    named, seeds = STRATEGIES["random"], list[int]()
+
+    def make(seed: int) -> Search:
+        seeds.append(seed)
+        return named.make(seed)
+
+    monkeypatch.setattr(seeking, "STRATEGIES", {"random": replace(named, make=make)})
+    assert seeking.find("random", 7, MANY) is None
+    assert seeds == [7, 8] * 2, "with faults, too"
 
 
 def test_who_is_worth_nothing_to_begin_with_waits(stories: dict[str, Made], played: Counter[str]) -> None:
