@@ -22,7 +22,6 @@ from simulator.stories.common import (
     ONE_TABLE,
     OVER_TWO,
     PAGES,
-    PATTERN,
     SLOT_BYTES,
     agree,
     at_last,
@@ -31,7 +30,7 @@ from simulator.stories.common import (
     post_fill,
     try_fill,
 )
-from simulator.stories.devices import COMPLETES_NEVER, TWO, second_hwpt
+from simulator.stories.devices import TWO, second_hwpt
 from simulator.stories.machines import NARROW
 from simulator.stories.story import SmallStory
 
@@ -39,6 +38,9 @@ MEANWHILE = 4  # looks at iommufdd, which makes and attaches
 VAST, VAST_AT = 1 << 44, 1 << 45  # bytes; no page of all that is there before it is touched
 
 OTHERS = ("mirror", "notifier")  # may have several HWPTs of one memory, and pages that come and go
+
+_NEVER = tuple(word for n in (1, 2, 3) for word in ("--device", f"{n}:invalidate-completion=never"))
+NONE_COMPLETES = {"device_sim": ("--devices", "4", *_NEVER)}
 
 Make = Callable[[Iommu, int], Awaitable[int]]  # of an iommufd, for a device of it: an HWPT's id
 
@@ -158,24 +160,25 @@ async def or_gone(call: Awaitable[object]) -> None:
 
 
 async def _comes_and_fades(ctx: Context, excerpt: Excerpt) -> None:
-    """A device that completes no invalidation is attached under migrations (R18)."""
+    """Devices that complete no invalidation are attached under migrations (R18)."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     machine = guest.machine
-    vfio = await machine.host.iommufdd.open_device(1)
-    await vfio.bind(machine.iommu)
+    coming = [await machine.host.iommufdd.open_device(number) for number in (1, 2, 3)]
+    for vfio in coming:
+        await vfio.bind(machine.iommu)
     for _ in excerpt.rounds():
         await guest.fill(OVER_TWO, 64)
         with excerpt:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(if_it_is_let, vfio.attach(machine.hwpt_id))
-                nursery.start_soon(guest.fill, AT + 64, 64, PATTERN)
+                for vfio in coming:
+                    nursery.start_soon(if_it_is_let, vfio.attach(machine.hwpt_id))
                 nursery.start_soon(guest.migrate, NEXT)
                 await guest.migrate(AT)
-                await guest.migrate(AT)
         await agree(ctx, guest, AT)
-        vfio.close()
-        break  # there is no second round: it does not come back
+        for vfio in coming:
+            vfio.close()
+        break  # there is no second round: they do not come back
 
 
 async def _or_back(ctx: Context, excerpt: Excerpt) -> None:
@@ -282,10 +285,10 @@ OBJECTS = (
     ),
     SmallStory(
         "never-comes",
-        "a device that completes no invalidation is attached",
+        "devices that complete no invalidation are attached",
         _comes_and_fades,
         MAY_TAKE,
-        COMPLETES_NEVER,
+        NONE_COMPLETES,
     ),
     SmallStory("hwpt-by-half", "an HWPT of two areas, of which one goes", _by_half, ("pinned",), TWO),
     SmallStory("or-back", "a device that cannot be moved goes back", _or_back, OTHERS, TWO),

@@ -138,7 +138,7 @@ BREAKS = {
     "beyond-full": ("notifier", "R9-overflow-stays"),
     "few": ("shared", "R11-index-used-again"),
     "detach-full": ("shared", "R9-overflow-stays"),
-    "never-comes": ("mirror", "R18-a-master-while-taken-off"),
+    "never-comes": ("mirror", "R18-off-but-a-master"),
     "or-back": ("mirror", "R10-nothing-to-go-back-to"),
     "kvm-dies": ("mirror", "R28-kvm-is-gone"),
     "kvm-dies-idle": ("shared", "domain-id-free-while-memory-is-taken-back"),
