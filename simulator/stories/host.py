@@ -301,6 +301,13 @@ HOST = (
         faults=("store-buffer:each",),
     ),
     SmallStory("moves", "the same of four", _all_at_once(2), MAY_TAKE, faults=("store-buffer:each",)),
+    SmallStory(
+        "move-hung",
+        "two pages move at once, and two processes hang up on each other",
+        _all_at_once(0),
+        MAY_TAKE,
+        faults=("hangup:each",),
+    ),
     SmallStory("poison", "stores beside their page's memory failing", _fails, MAY_TAKE),
     SmallStory("both", "a vCPU and a device touch one page first", _cpu_beside_device(), MAY_TAKE),
     SmallStory(

@@ -36,6 +36,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "asleep": ["R1", "R21"],
     "two-move": ["R15"],
     "moves": ["R15"],
+    "move-hung": ["R28"],
     "two-changes": ["R1", "R2", "R4", "B-18"],
     "batches": ["B-33"],
     "poison": ["B-14", "poisoned-frame-is-lost"],

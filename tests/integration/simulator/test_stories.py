@@ -129,6 +129,7 @@ BREAKS = {
     "hang-up": ("shared", "R4-acks-not-awaited"),
     "two-move": ("shared", "I9-not-waited-for"),
     "moves": ("shared", "I9-not-waited-for"),
+    "move-hung": ("shared", "R28-kvm-waits-for-the-lease"),
     "driver-dies": ("shared", "R28-death-is-an-ack"),
     "high": ("mirror", "B-31-canonical-for-a-cpu"),
     "pin-twice": ("mirror", "pinned-over-a-pin"),
