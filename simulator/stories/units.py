@@ -6,7 +6,7 @@ import trio
 
 from qemu_shim.api import Context, Guest, UapiError
 from simulator.search.excerpt import Excerpt
-from simulator.stories.common import AT, MAY_TAKE, ONE_TABLE, PAGES, PATTERN, SLOT_BYTES, agree, post_fill
+from simulator.stories.common import AT, MAY_TAKE, ONE_TABLE, PAGES, PATTERN, SLOT_BYTES, agree
 from simulator.stories.machines import NARROW, WIDER
 from simulator.stories.story import Play, SmallStory
 
@@ -25,23 +25,29 @@ NARROWER = {
         *("--unit", "2:mgaw=48", "--unit", "3:no-snoop-control"),
     ),
 }
-STORES = 16  # the n-th of them may be the one between two descriptors
+STORES, MOVES = 4, 3  # one store behind the other, of each of two: one of them may be the one between
 ONE_BY_ONE = {"device_sim": ("--descriptors-at-once", "1")}
 
 
 async def _refetches(ctx: Context, excerpt: Excerpt) -> None:
-    """A page moves under a device's stores: between two descriptors of one submission the device may ask for
-    what it has just lost (R7).
+    """A page moves again and again under a device's stores: between two descriptors of one submission the
+    device may ask for what it has just lost (R7).
     """
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
+
+    async def stores() -> None:
+        for _ in range(STORES):
+            await guest.fill(AT + 64, 64)
+
     for _ in excerpt.rounds():
         await guest.fill(AT, 64)
         with excerpt:
-            for _ in range(STORES):
-                post_fill(guest.devices[0], AT + 64)
-            await guest.migrate(AT)
-        await guest.devices[0].plugged.portal.drain()
+            async with trio.open_nursery() as nursery:
+                for _ in range(2):
+                    nursery.start_soon(stores)
+                for _ in range(MOVES):
+                    await guest.migrate(AT)
         await agree(ctx, guest, AT)
 
 
@@ -84,6 +90,6 @@ OTHER_MAKES = (
     SmallStory("units", "devices behind units that lack something", _others(NARROW), options=LACKING),
     SmallStory("units-narrow", "the same, by the width of addresses", _others(WIDER), ONE_TABLE, NARROWER),
     SmallStory(
-        "refetch", "a store beside a migration, one descriptor at a time", _refetches, MAY_TAKE, ONE_BY_ONE
+        "refetch", "stores beside migrations, one descriptor at a time", _refetches, MAY_TAKE, ONE_BY_ONE
     ),
 )
