@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -70,11 +71,13 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
         async with missing(process, hva) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(serve, uffd)
                     async with trio.open_nursery() as stores:
                         stores.start_soon(try_fill, guest, page + 64)
                         stores.start_soon(guest.write, page + 8, AFTER)
-                        await guest.machine.convert(page, PAGE_SIZE, private=True)
+                        await uffd.next_event()
+                        stores.start_soon(partial(guest.machine.convert, page, PAGE_SIZE, private=True))
+                        stores.start_soon(if_it_is_let, uffd.copy(hva, BEFORE))
+                        nursery.start_soon(serve, uffd)
                     nursery.cancel_scope.cancel()
         await guest.write(page, BEFORE)
         await agree(ctx, guest, page)
