@@ -91,9 +91,10 @@ async def _moves(ctx: Context, excerpt: Excerpt) -> None:
             await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
-def _asleep(cpl: int = 3) -> Play:
+def _asleep(cpl: int = 3, beside: int = 0) -> Play:
     """Faults sleep for userfaultfd while their slot gets other memory, and the same again; stores are
-    logged.  `cpl`: of the guest's code, whose accesses KVM makes at 0."""
+    logged.  `cpl`: of the guest's code, whose accesses KVM makes at 0; `beside`: which of the
+    two changes who sleeps is served first."""
 
     async def play(ctx: Context, excerpt: Excerpt) -> None:
         wishes = ctx.sized(PAGES)
@@ -125,10 +126,11 @@ def _asleep(cpl: int = 3) -> Play:
                             stores.start_soon(try_fill, guest, AT)
                             stores.start_soon(store)
                             await uffd.next_event()
-                            stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
-                            nursery.start_soon(serve, uffd)
-                            slot = await move(guest, slot, there, logs)
-                            slot = await move(guest, slot, here, logs)
+                            for number, hva in enumerate((there, here)):
+                                if number == beside:
+                                    stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
+                                    nursery.start_soon(serve, uffd)
+                                slot = await move(guest, slot, hva, logs)
                         nursery.cancel_scope.cancel()
                 await vm.get_dirty_log(slot.slot, bitmap)
             await agree(ctx, guest, AT)
@@ -232,6 +234,9 @@ SLOTS = (
     SmallStory("slot-shifts", "stores beside their slot going to another guest address at once", _shifts),
     SmallStory("slot-asleep", "faults that sleep while their slot gets other memory", _asleep(), MAY_TAKE),
     SmallStory("slot-emulated", "the same, a store that KVM makes for the guest", _asleep(cpl=0), MAY_TAKE),
+    SmallStory(
+        "slot-again", "faults that sleep until their slot gets its own again", _asleep(beside=1), MAY_TAKE
+    ),
     SmallStory(
         "slot-first", "faults that sleep until other slots have come and gone", _served_later, MAY_TAKE
     ),

@@ -46,6 +46,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "slot-shifts": ["R21", "ghosts-of-a-moved-slot"],
     "slot-asleep": ["R21", "equal-slot"],
     "slot-emulated": ["R21"],
+    "slot-again": ["R21", "equal-slot"],
     "slot-first": ["B-25"],
     "slot-else": ["R3", "R21"],
     "slot-short": ["R3"],

@@ -79,6 +79,7 @@ BREAKS = {
     "huge": ("mirror", "R23-table-free-at-once"),
     "asleep": ("mirror", "R1-not-asked-again"),
     "slot": ("shared", "R17-nobody-is-told"),
+    "slot-again": ("shared", "equal-slot"),
     "slot-moves": ("shared", "R17-nobody-is-told"),
     "slot-shifts": ("shared", "ghosts-of-a-moved-slot"),
     "slot-asleep": ("shared", "R21-slot-not-found-again"),
