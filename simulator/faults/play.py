@@ -77,6 +77,8 @@ def playing_faulted(
         client = made.client(second)
         while not world.run(client):
             pass
+        if again.ended or again.problems:
+            made.left.clear()
         made.stop()
         problems += [*again.problems, *made.problems()]
         if isinstance(strategy, Excerpt):

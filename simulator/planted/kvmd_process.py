@@ -103,4 +103,53 @@ KVMD_PROCESS = (
         "I6",
         [Edit("kvmd.core.mm.hmm:Mirror._pay_with", "self.payer.uncharge(npages)", "pass")],
     ),
+    # -- by other ways than the slot's ---------------------------------------------------------------------
+    Plant(
+        "I11-swapped-out-is-a-hole",
+        "Who reads a file finds zeroes where a page of it is in swap.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.mm.file:MemoryFile.pread",
+                "if index in self._cache:",
+                "if isinstance(self._cache.get(index), Page):",
+            )
+        ],
+    ),
+    Plant(
+        "I21-zeroes-are-writable",
+        "Who fills what is missing with zeroes gives the one page of zeroes away to be written.",
+        "I21",
+        [
+            Edit(
+                "kvmd.core.mm.userfaultfd:Userfaultfd._fill",
+                "and page.kind is not PageKind.ZERO",
+                "and True",
+            )
+        ],
+    ),
+    Plant(
+        "I11-hole-stays-mapped",
+        "A hole in a guest_memfd takes its pages from the guest, and not from a process that has mapped it.",
+        "I11",
+        [
+            Edit(
+                "kvmd.core.slots.private_memory:PrivateMemory._drop",
+                "await memfd.unmap(pages.start, pages.stop, copies_too=False)",
+                "pass",
+            )
+        ],
+    ),
+    Plant(
+        "I6-process-without-a-limit",
+        "All processes together have a limit of what may be pinned, and none has one of its own.",
+        "I6",
+        [
+            Edit(
+                "kvmd.core.mm.mm:Mm.__init__",
+                'LockedVm("the process", memory.memlock_pages)',
+                'LockedVm("the process", None)',
+            )
+        ],
+    ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from simulator.stories.areas import AREAS
 from simulator.stories.at_once import AT_ONCE
+from simulator.stories.contents import CONTENTS
 from simulator.stories.devices import DEVICES
 from simulator.stories.host import HOST
 from simulator.stories.importers import IMPORTED
@@ -27,6 +28,6 @@ from simulator.stories.units import OTHER_MAKES
 
 _ALL = (
     *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
-    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS, *AREAS),
+    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS, *AREAS, *CONTENTS),
 )
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

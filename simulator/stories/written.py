@@ -135,6 +135,11 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "owners": ["one-process-is-not-asked", "memory-of-whichever-process"],
     "read-only": ["writable-whatever-was-asked", "flag-of-rights-is-ignored", "read-only-slot-is-writable"],
     "copied": ["copied-from-the-start-of-the-area", "copied-with-more-rights"],
+    # -- by other ways than the slot's
+    "by-file": ["I11-swapped-out-is-a-hole"],
+    "zeroes": ["I21-zeroes-are-writable"],
+    "gmem-mapped": ["I11-hole-stays-mapped"],
+    "payers": ["I6-process-without-a-limit"],
 }
 
 

@@ -317,6 +317,8 @@ def playing(
         client = made.client(work)
         while not world.run(client):
             yield [*made.problems(), *report.problems]
+        if report.ended or report.problems:
+            made.left.clear()  # of a VMM that was cut short
         made.stop()
         run = runs[0] if runs else None
         problems = [*made.problems(), *report.problems]

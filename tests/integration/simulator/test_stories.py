@@ -166,6 +166,10 @@ BREAKS = {
     "owners": ("pinned", "memory-of-whichever-process"),
     "read-only": ("mirror", "writable-whatever-was-asked"),
     "copied": ("pinned", "copied-from-the-start-of-the-area"),
+    "by-file": ("mirror", "I11-swapped-out-is-a-hole"),
+    "zeroes": ("mirror", "I21-zeroes-are-writable"),
+    "gmem-mapped": ("shared", "I11-hole-stays-mapped"),
+    "payers": ("managed", "I6-process-without-a-limit"),
 }
 
 
