@@ -77,13 +77,13 @@ def playing_faulted(
         client = made.client(second)
         while not world.run(client):
             pass
-        if again.ended or again.problems:
+        if again.ended:
             made.left.clear()
         made.stop()
         problems += [*again.problems, *made.problems()]
         if isinstance(strategy, Excerpt):
             problems += refusals(again)
-        return Played(None, report, problems, world.decisions)
+        return Played(None, report, problems or made.left, world.decisions)
 
 
 def _problems(made: System, report: Report, faults: Faults) -> list[str]:

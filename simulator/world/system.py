@@ -87,7 +87,7 @@ class Daemon:
 @dataclass(slots=True)
 class System:
     """`crashes` are bugs that surfaced in a daemon's flows; `left`: who has ended with fds open, a sentence
-    each.
+    each, which may come of whatever else went wrong.
     """
 
     world: World
@@ -165,7 +165,6 @@ class System:
         return [
             *(_said(error) for error in self.world.crashes()),
             *(f"{name}: {_said(error)}" for name, error in self.crashes),
-            *self.left,
         ]
 
     def forget(self) -> None:
@@ -317,14 +316,14 @@ def playing(
         client = made.client(work)
         while not world.run(client):
             yield [*made.problems(), *report.problems]
-        if report.ended or report.problems:
+        if report.ended:
             made.left.clear()  # of a VMM that was cut short
         made.stop()
         run = runs[0] if runs else None
         problems = [*made.problems(), *report.problems]
         if isinstance(strategy, Excerpt):
             problems += refusals(report)
-        return Played(run, report, problems, world.decisions)
+        return Played(run, report, problems or made.left, world.decisions)
 
 
 def play(
