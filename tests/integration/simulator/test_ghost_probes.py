@@ -42,7 +42,7 @@ PLAYED = (
     ("slot-emulated", "shared", ()),
     ("log-huge", "shared", ()),
     ("ring", "shared", ()),
-    ("detach", "managed", ("hangup",)),
+    ("detach", "shared", ("hangup",)),
     ("remap", "shared", ()),
     ("heir", "shared", ()),
 )
@@ -59,7 +59,9 @@ def test_the_ghost_hears_of_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SEAMS, seam, _counted(heard, seam, around))
     for story, design, faults in PLAYED:
         run_one = Judged(find, story, design, faults=faults)(SCHEDULES)
-        assert explore(run_one, STRATEGIES["random"].make(1), 1, SCHEDULES).found == []
+        found = explore(run_one, STRATEGIES["random"].make(1), 1, SCHEDULES).found
+        del run_one  # it holds the seams wrapped, and what is raised below would hold it
+        assert found == []
     assert made == heard
     assert set(SEAMS) == set(made)
 

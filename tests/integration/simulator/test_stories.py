@@ -17,7 +17,7 @@ from simulator.stories.library import STORIES
 from simulator.stories.written import WRITTEN_FOR
 from simulator.world.schedule import Judged
 
-FEW, OFTEN, ENOUGH, ROUNDS = 2, 12, 40, 20
+FEW, OFTEN, ENOUGH, ROUNDS = 2, 20, 40, 20
 
 
 def played(story: str, design: str, schedules: int, plant: str = "", strategy: str = "random") -> Tally:
