@@ -124,7 +124,7 @@ BREAKS = {
     "hole": ("shared", "R24-hole-without-a-zap"),
     "unasked": ("mirror", "R24-claim-not-asked"),
     "lend": ("shared", "B-18-zapped-at-release"),
-    "lend-dies": ("shared", "R28-kvm-is-gone"),
+    "lend-dies": ("shared", "R26-leaves-before-its-lease"),
     "lend-hung": ("shared", "B-18-zapped-at-release"),
     "lend-short": ("shared", "B-18-zapped-at-release"),
     "hang-up": ("shared", "R4-acks-not-awaited"),
@@ -233,7 +233,6 @@ SEEN = {
     "unpinned-before-its-entry-goes": ("pin-drop", "shared", "I6"),
     "unpinned-before-the-flush": ("pin-drop", "mirror", "I6"),
     "R1-range-not-looked-at": ("three-discard", "shared", "I5"),
-    "R5-no-quarantine": ("log-huge", "shared", "I7"),
     "R16-bit-11": ("discard", "shared", "I2"),
     "R19-devices-mark-nothing": ("log", "shared", "I25"),
     "pins-put-before-the-flush": ("pin-slot", "managed", "I11"),
@@ -248,7 +247,7 @@ SEEN = {
     "R26-ageing-asks-who-went": ("vm-comes", "shared", "R26"),
     "R28-released-under-a-lease": ("importers-end", "shared", "I13"),
     "R3-obsolete-root-is-found": ("slot-else", "managed", "R3"),
-    "collapse-thaws-unflushed": ("log-huge", "shared", "R6"),
+    "collapse-thaws-unflushed": ("log-huge", "managed", "I7"),
     "memory-of-whichever-process": ("owners", "pinned", "I5"),
     "one-process-is-not-asked": ("owners", "mirror", "I5"),
     "copied-from-the-start-of-the-area": ("copied", "pinned", "I5"),
@@ -261,6 +260,7 @@ SEEN = {
 }
 # The same, by turns of strategies: no even coin comes to these soon.
 SEEN_BY_TURNS = {
+    "R5-no-quarantine": ("log-huge", "shared", "I7"),
     "R7-device-tlb-first": ("refetch", "notifier", "I9"),
     "R24-mapped-while-converted": ("unasked", "pinned", "I27"),
     "R1-mirror-unsettled-behind-a-fault": ("asleep", "mirror", "I5"),
