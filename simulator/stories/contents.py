@@ -38,7 +38,6 @@ THERE = AT + LOOKED_AT  # where a device stores, and
 WRITTEN_AT = 2 * LOOKED_AT  # in the page, a process
 STORED = PATTERN.to_bytes(8, "little")
 _SLOT = 120
-_MMAP, _INIT_SHARED = 1, 2  # flags of a guest_memfd
 
 
 async def _by_file(ctx: Context, excerpt: Excerpt) -> None:
@@ -93,7 +92,9 @@ async def _mapped(ctx: Context, excerpt: Excerpt) -> None:
     """A process has a slot's guest_memfd at an address, and stores there beside a hole in it."""
     guest = await ctx.boot_for(PAGES)
     machine = guest.machine
-    memfd = await machine.vm.create_guest_memfd(SLOT_BYTES, _MMAP | _INIT_SHARED)
+    memfd = await machine.vm.create_guest_memfd(
+        SLOT_BYTES, names.GUEST_MEMFD_FLAG_MMAP | names.GUEST_MEMFD_FLAG_INIT_SHARED
+    )
     hva = await machine.process.mmap(SLOT_BYTES, kind="file_shared", file=memfd)
     await machine.vm.set_user_memory_region2(
         _SLOT, AT, SLOT_BYTES, hva, names.KVM_MEM_GUEST_MEMFD, guest_memfd=memfd
