@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from errno import ENOMEM
 from typing import Any, TypeVar
 
 import trio
@@ -44,6 +45,16 @@ async def if_it_is_let(call: Awaitable[Any]) -> None:
     """Whether it is depends on who came first."""
     with suppress(UapiError):
         await call
+
+
+async def serve_once(uffd: Uffd, hva: int, data: bytes) -> None:
+    """Who sleeps for the page wakes up: that there is no memory for it now is no reason to let them sleep."""
+    while True:
+        try:
+            return await uffd.copy(hva, data)
+        except UapiError as error:
+            if error.errno != ENOMEM:
+                return None
 
 
 async def at_last(ask: Callable[[], Awaitable[Answer]]) -> Answer:

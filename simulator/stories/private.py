@@ -18,8 +18,8 @@ from simulator.stories.common import (
     OWN_TABLE,
     PAGES,
     agree,
-    if_it_is_let,
     missing,
+    serve_once,
     try_copy,
     try_fill,
 )
@@ -64,7 +64,7 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
     async def serve(uffd: Uffd) -> None:
         while True:
             await uffd.next_event()
-            await if_it_is_let(uffd.copy(hva, BEFORE))
+            await serve_once(uffd, hva, BEFORE)
 
     for _ in excerpt.rounds():
         await process.madvise_dontneed(hva, PAGE_SIZE)
@@ -76,7 +76,7 @@ async def _asleep(ctx: Context, excerpt: Excerpt) -> None:
                         stores.start_soon(guest.write, page + 8, AFTER)
                         await uffd.next_event()
                         stores.start_soon(partial(guest.machine.convert, page, PAGE_SIZE, private=True))
-                        stores.start_soon(if_it_is_let, uffd.copy(hva, BEFORE))
+                        stores.start_soon(serve_once, uffd, hva, BEFORE)
                         nursery.start_soon(serve, uffd)
                     nursery.cancel_scope.cancel()
         await guest.write(page, BEFORE)

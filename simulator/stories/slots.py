@@ -21,8 +21,8 @@ from simulator.stories.common import (
     SLOT_BYTES,
     agree,
     check,
-    if_it_is_let,
     missing,
+    serve_once,
     try_copy,
     try_fill,
 )
@@ -109,7 +109,7 @@ def _asleep(cpl: int = 3, beside: int = 0) -> Play:
         async def serve(uffd: Uffd) -> None:
             while True:
                 await uffd.next_event()
-                await if_it_is_let(uffd.copy(here, BEFORE))
+                await serve_once(uffd, here, BEFORE)
 
         async def store() -> None:
             ran = await guest.machine.vcpus[1].run([("w", AT + 8, AFTER)], cpl)
@@ -128,7 +128,7 @@ def _asleep(cpl: int = 3, beside: int = 0) -> Play:
                             await uffd.next_event()
                             for number, hva in enumerate((there, here)):
                                 if number == beside:
-                                    stores.start_soon(if_it_is_let, uffd.copy(here, BEFORE))
+                                    stores.start_soon(serve_once, uffd, here, BEFORE)
                                     nursery.start_soon(serve, uffd)
                                 slot = await move(guest, slot, hva, logs)
                         nursery.cancel_scope.cancel()
