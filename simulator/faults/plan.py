@@ -45,6 +45,7 @@ class Faults:
         self.never = False  # a device that is late is so for good
         self.is_silent = False  # a device is: by a fault, it completes none until device_sim is started again
         self.is_off_bus = False  # one is: because of a fault or as its story wants it, until then too (R18)
+        self.asks_no_more = False  # one does not, for pages: a request was answered with Response Failure
         self.late_s = 0.0  # a message, in virtual time
         self.buffer: StoreBuffer | None = None  # whose stores wait, once the first of them has come
         self._world: World | None = None
@@ -62,7 +63,12 @@ class Faults:
     def excuses(self) -> bool:
         """Was there one because of which a VMM may have been denied something?"""
         lasting = any(FAULTS[kind].lasts for kind in self.met)
-        return lasting or any(FAULTS[kind].excuses for kind in self._met_now) or self.is_silent
+        return lasting or any(FAULTS[kind].excuses for kind in self._met_now) or self._is_impaired
+
+    @property
+    def _is_impaired(self) -> bool:
+        """Is a device, until its machine ends?"""
+        return self.is_silent or self.asks_no_more
 
     @property
     def struck(self) -> bool:

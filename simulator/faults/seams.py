@@ -12,6 +12,7 @@ from typing import Any
 from device_sim.core.context_tables import ContextTables
 from device_sim.core.function import DmaRange, Function
 from device_sim.core.iotlb import Iotlb
+from device_sim.core.pri import PageRequestInterface
 from device_sim.core.prq import PrqWriter
 from device_sim.core.traits import InvalidateCompletion
 from iommufdd.core.intel_iommu import IntelIommu
@@ -174,6 +175,13 @@ def _invalidate(faults: Faults, original: Any, function: Function, start: IovaPf
 def _take_off(faults: Faults, original: Any, unit: IntelIommu, rid: int) -> Any:
     faults.is_off_bus = True
     return original(unit, rid)
+
+
+@_seam(PageRequestInterface, "respond", NOTED)
+def _respond(faults: Faults, original: Any, pri: PageRequestInterface, *args: Any) -> None:
+    could_ask = pri.enabled
+    original(pri, *args)
+    faults.asks_no_more |= could_ask and not pri.enabled and faults.excuses
 
 
 # -- a channel breaks ------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from device_sim.core.iotlb import Iotlb, IotlbEntry
+from device_sim.core.pri import PageAccess
 from device_sim.core.traits import InvalidateCompletion
 from kvmd.core.mm.frames import Frames
 from kvmd.core.mm.locked import LockedVm
 from protocol.errors import UapiError
+from protocol.hw.qi import ResponseCode
 from protocol.pt.bits import RWX
 from protocol.units import LEVEL_4K, Hpa, IovaPfn
 from simulator.faults.kinds import FAULTS, UnknownFaults, drawn_among, kinds_of
@@ -314,6 +316,20 @@ def test_a_device_completes_no_invalidation_any_more() -> None:
         assert not function.invalidate_translations(IovaPfn(0), 1)
     assert faults.is_silent
     assert faults.excuses
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_device_that_was_answered_with_response_failure_asks_no_more(met: bool) -> None:
+    silicon, faults = Silicon(), begun("enomem", int(met))
+    silicon.attach()
+    pri = silicon.function.pri
+    silicon.start(pri.request([PageAccess(IovaPfn(7), True)]))
+    with injected(faults):
+        faults.due("enomem")
+        pri.respond(0, ResponseCode.FAILURE)
+    assert not pri.enabled
+    faults.next_schedule()
+    assert faults.excuses == met, "its machine goes on with it; without a fault it is a bug"
 
 
 def test_only_what_is_on_is_wrapped_and_all_is_taken_out_again() -> None:
