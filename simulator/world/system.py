@@ -251,9 +251,10 @@ def clear_away() -> None:
 
 @atexit.register
 def _goes_unheard() -> None:
-    """What was interrupted was held by the exception to the end."""
+    """What was interrupted was held to the end: by the exception, or by who has told of it."""
     gc.unfreeze()
-    clear_away()
+    with _unheard():
+        _unfinished.clear()
 
 
 @contextmanager

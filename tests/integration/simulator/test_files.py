@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
@@ -54,6 +56,16 @@ async def sleeps(ctx: Context, excerpt: Excerpt) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(guest.fill, guest.pages(1)[0])
                 await trio.sleep(20e-6)
+
+
+@story()
+async def waits(ctx: Context, excerpt: Excerpt) -> None:
+    guest = await ctx.boot_for(16)
+    for _ in excerpt.rounds():
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(guest.fill, guest.pages(1)[0])
+                await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
 '''
 
 
@@ -84,12 +96,21 @@ def test_what_shows_when_all_is_played_again_is_found_shrunk_and_replayed(
     assert "I0: is well only once" in capsys.readouterr().out
 
 
+def test_a_replay_that_nobody_can_end_says_so_and_no_more(file: str) -> None:
+    """In a process of its own: what is cut off in the middle goes when the interpreter likes it to."""
+    Path("it.story").write_text(to_text(Story(f"{file}:waits", "shared", 1, (), 0)), encoding="utf-8")
+    words = [sys.executable, "-m", "qemu_shim", "sim", "--replay", "it.story"]
+    ended = run(words, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1].startswith("stuck: ")
+    assert ended.stderr == ""
+
+
 WRONG = [
     (
         ["{file}"],
-        "two.py has 4 scenarios: say two.py:alone or two.py:beside or two.py:not-twice or two.py:sleeps",
+        "two.py has 5 scenarios: say two.py:alone or two.py:beside or ",
     ),
-    (["{file}:other"], "two.py has no scenario 'other', only alone, beside, not-twice, sleeps"),
+    (["{file}:other"], "two.py has no scenario 'other', only alone, beside, not-twice, sleeps, waits"),
     (
         ["{file}:alone", "--strategy", "exhaustive"],
         "alone with --strategy exhaustive: a search that ends is of a small story",
