@@ -83,7 +83,7 @@ class Faults:
         """In the same machine: what it comes to is its own."""
         self._met_before = self.met.copy()
         if self.buffer is not None:
-            self.buffer.dies()  # a processor that stands still makes its stores too
+            self.buffer.make_all()  # a processor that stands still makes its stores too
         self.buffer = None
 
     def begin(self) -> None:

@@ -229,7 +229,7 @@ def _store_word(faults: Faults, original: Any, words: Words, where: Any, value: 
         buffer.store(
             word,
             value,
-            lambda: original(words, where, value),
+            lambda: words._access(word.at, word.size, True),
             lambda: words._words.__setitem__(where, value),
         )
         return
@@ -298,7 +298,7 @@ def _slice_of_frames(faults: Faults, original: Any, view: FramesView, where: sli
 @_seam(SimProcess, "die", "store-buffer")
 def _die(faults: Faults, original: Any, process: SimProcess) -> None:
     if faults.buffer is not None and process.name == faults.buffer.owner:
-        faults.buffer.dies()
+        faults.buffer.make_all()
     original(process)
 
 

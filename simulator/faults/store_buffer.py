@@ -40,8 +40,8 @@ class Word(NamedTuple):
 class _Store(NamedTuple):
     word: Word
     value: int
-    commit: Callable[[], None]  # a point, and then it is in memory
-    at_once: Callable[[], None]
+    point: Callable[[], None]  # before it is made
+    make: Callable[[], None]
 
 
 class StoreBuffer:
@@ -52,10 +52,10 @@ class StoreBuffer:
         self.missed = ""  # the last load of somebody else that a waiting store came too late for
         self._waiting: deque[_Store] = deque()
 
-    def store(self, word: Word, value: int, commit: Callable[[], None], at_once: Callable[[], None]) -> None:
+    def store(self, word: Word, value: int, point: Callable[[], None], make: Callable[[], None]) -> None:
         if len(self._waiting) == BUFFER_STORES:
             self._let_go()
-        self._waiting.append(_Store(word, value, commit, at_once))
+        self._waiting.append(_Store(word, value, point, make))
 
     def forwarded(self, word: Word) -> int | None:
         """What its owner loads; None: memory has it."""
@@ -83,11 +83,13 @@ class StoreBuffer:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Of the oldest, which waits until it is made."""
-        self._waiting[0].commit()
-        self._waiting.popleft()
+        """Of the oldest, which waits until it is made: by `make_all`, if that comes at the point."""
+        oldest = self._waiting[0]
+        oldest.point()
+        if self._waiting and self._waiting[0] is oldest:
+            self._waiting.popleft().make()
 
-    def dies(self) -> None:
-        """Its owner does, in the middle of whatever it was."""
+    def make_all(self) -> None:
+        """At once, and not by its owner, which is in the middle of whatever it is."""
         while self._waiting:
-            self._waiting.popleft().at_once()
+            self._waiting.popleft().make()

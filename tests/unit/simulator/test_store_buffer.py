@@ -93,7 +93,7 @@ def test_it_lets_go_in_order_when_it_is_full_and_when_it_is_drained() -> None:
     memory, made, buffer = Memory(1, 4096, sealed=True), list[int](), StoreBuffer("kvmd")
     words = [Word(memory, 8 * n, 8) for n in range(BUFFER_STORES + 1)]
     for n, word in enumerate(words):
-        buffer.store(word, n, lambda n=n: made.append(n), nothing)  # type: ignore[misc]
+        buffer.store(word, n, nothing, lambda n=n: made.append(n))  # type: ignore[misc]
     assert made == [0]
     assert buffer.forwarded(words[5]) == 5
     assert buffer.forwarded(words[0]) is None
@@ -108,6 +108,16 @@ def test_the_last_store_to_a_word_is_what_its_owner_loads() -> None:
     for value in (Random(1).randrange(100), 7):
         buffer.store(word, value, nothing, nothing)
     assert buffer.forwarded(word) == 7
+
+
+def test_what_is_made_while_its_owner_stands_before_it_is_made_once() -> None:
+    """The next schedule begins there: later it would undo what others have stored since."""
+    made, buffer = list[int](), StoreBuffer("kvmd")
+    word = Word(Memory(1, 4096, sealed=True), 0, 8)
+    buffer.store(word, 1, buffer.make_all, lambda: made.append(1))
+    buffer.store(word, 2, nothing, lambda: made.append(2))
+    buffer.drain()
+    assert made == [1, 2]
 
 
 class Caller:
