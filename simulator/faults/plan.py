@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from math import ceil
 
 from simulator.faults.kinds import EACH, FAULTS
 from simulator.faults.store_buffer import StoreBuffer
@@ -30,6 +32,7 @@ LINK = "link"
 FAULT = "fault"  # how the journal tells of one
 DROPS = {"of one request": 1, "of four in a row": 4}  # a queue that overflows is one that many fill
 STOPS_S = {"a moment": 0.001, "longer than a time-out": 5.0}
+LINGERS_S = {"until others have done what they can": 0.001, "until they must go": 0.0}  # stores, seen late
 
 
 class Faults:
@@ -171,7 +174,16 @@ class Faults:
         elif kind == "delay":
             self.late_s = self._for_how_long(kind)
         elif kind == "store-buffer":
-            self.buffer = StoreBuffer(BUFFERED[self._pick(kind, BUFFERED)])
+            owner = BUFFERED[self._pick(kind, BUFFERED)]
+            late_s = LINGERS_S[list(LINGERS_S)[self._pick(kind, tuple(LINGERS_S))]]
+            self.buffer = StoreBuffer(owner, partial(self._stands_still, owner, late_s))
+
+    def _stands_still(self, name: str, seconds: float) -> None:
+        """From its next point on."""
+        assert self._world is not None
+        for thread in self._world.threads:
+            if thread.name == name and not thread.over:
+                thread.stopped_ns = self._world.now_ns() + ceil(seconds * 1e9)
 
     def _for_how_long(self, kind: str) -> float:
         return STOPS_S[list(STOPS_S)[self._pick(kind, tuple(STOPS_S))]]

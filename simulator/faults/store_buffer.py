@@ -1,8 +1,9 @@
 """A process's stores to structures wait in its processor's store buffer, in order, and others see them late.
 
 Models x86-TSO [SDM 9.2]: who stored a word loads it back from the buffer, everybody else from memory.  As
-late as can be: from the store on that the schedule says, each waits until something drains the buffer.
-Hardware may let it go earlier, which is what runs without this fault are of.  What drains:
+late as can be: from the store on that the schedule says, each waits until something drains the buffer, and
+then, if the schedule says so, until others have done what they can.  Hardware may let it go earlier, which
+is what runs without this fault are of.  What drains:
   - a locked instruction, as in `full_fence`; and so each system call but that for the time, which the vDSO
     answers: what sockets, eventfds, epoll sets, fds and mappings are kept by is taken with locks;
   - a store of more than a word, or to a frame, and a slice of frames that may be stored to: none of these is
@@ -45,11 +46,12 @@ class _Store(NamedTuple):
 
 
 class StoreBuffer:
-    """Of `owner`'s processor."""
+    """Of `owner`'s processor.  `lingers`: called where something drains it, before the first is made."""
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, lingers: Callable[[], None] = lambda: None) -> None:
         self.owner = owner
         self.missed = ""  # the last load of somebody else that a waiting store came too late for
+        self._lingers = lingers
         self._waiting: deque[_Store] = deque()
 
     def store(self, word: Word, value: int, point: Callable[[], None], make: Callable[[], None]) -> None:
@@ -79,6 +81,8 @@ class StoreBuffer:
 
     def drain(self) -> None:
         """In order; others may come between."""
+        if self._waiting:
+            self._lingers()
         while self._waiting:
             self._let_go()
 

@@ -89,6 +89,33 @@ def test_with_a_full_fence_one_of_them_sees_the_other(owner: str) -> None:
     assert all(sum(played(seed, full_fence, owner)[0]) > 0 for seed in range(SCHEDULES))
 
 
+def test_as_late_as_can_be_is_behind_all_that_others_can_do() -> None:
+    """By default, of the default one's: it is the buffer of which each schedule is another."""
+    world, faults = World(Drawn(None)), Faults(["store-buffer:each"])
+    faults.put_into(world)
+    kvmd, iommufdd = (SimProcess(world.host, name) for name in VICTIMS[:2])
+    fd, _ = kvmd.memfd("unit 0", 4096, peer_writes=True)
+    other = iommufdd.install(kvmd.file(fd))
+    told, saw = iommufdd.event(), list[int]()
+
+    def stores() -> None:
+        words = iommufdd.map_peer(other, 4096, writable=True).view.cast("Q")
+        faults.begin()
+        faults._buffers = True
+        words[MINE] = 1
+        told.signal()
+
+    def looks() -> None:
+        words = kvmd.map_peer(fd, 4096, writable=True).view.cast("Q")
+        saw.extend(words[MINE] for _ in range(5))
+
+    with injected(faults):
+        for thread in (world.spawn(iommufdd, stores), world.spawn(kvmd, looks)):
+            world.run(thread)
+    assert world.failures == []
+    assert saw == [0] * 5
+
+
 def test_it_lets_go_in_order_when_it_is_full_and_when_it_is_drained() -> None:
     memory, made, buffer = Memory(1, 4096, sealed=True), list[int](), StoreBuffer("kvmd")
     words = [Word(memory, 8 * n, 8) for n in range(BUFFER_STORES + 1)]
