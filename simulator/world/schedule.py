@@ -24,7 +24,7 @@ from simulator.search.option import UNTOUCHED, Strategy, Touch
 from simulator.search.replay import Replay
 from simulator.stories.story import SmallStory
 from simulator.world.journal import Journal
-from simulator.world.scheduler import Stopped, Stuck
+from simulator.world.limits import Stopped, Stuck
 from simulator.world.system import Played, clear_away, playing, uncollected
 
 

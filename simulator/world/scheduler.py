@@ -28,6 +28,7 @@ from simulator.search.option import STOP, UNTOUCHED, Option, Strategy, Touch, to
 from simulator.world import trio_run
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
+from simulator.world.limits import LIMIT_CHOICES, LIMIT_NS, LIMIT_STEPS, Stopped, Stuck
 from simulator.world.memory import watched
 from simulator.world.outside import outside, raised_outside
 from simulator.world.places import (
@@ -46,21 +47,10 @@ from simulator.world.thread import Candidate, Event, IsWoken, SimThread
 STEP_NS = 2_000
 LOST_NS = 1e-3  # of a time-out, at most, in floating point
 WORD_NS = 10  # a load or store
-LIMIT_NS = 3600 * 10**9  # of virtual time: whoever is not done by then never will be
-LIMIT_STEPS = 20_000  # with nothing to choose between: whoever takes so many goes round in circles
-LIMIT_CHOICES = 5_000_000  # of one schedule, and so do all who take so many
 ACCESSES = 1 << 16  # that are remembered: most come again and again
 PASSED = Option("", "")
 _ALWAYS_ASKED = SimpleNamespace(is_silent=False)  # each strategy but an excerpt
 FOR_OTHERS = frozenset({"send", "signal", "connect"})  # after these, who was told may be faster
-
-
-class Stuck(Exception):
-    """Nothing can happen any more, or nothing but watchdogs' rounds."""
-
-
-class Stopped(Exception):
-    """The strategy wants no more of this run."""
 
 
 class World:
@@ -163,11 +153,13 @@ class World:
         return any(thread.greenlet for thread in self.threads)
 
     def kill(self, thread: SimThread) -> None:
-        """As SIGKILL does: its fds are closed, it does not go on."""
+        """As SIGKILL does: its fds are closed, by nobody who runs, and it does not go on."""
         self.tells(f"{thread.name} is killed")
         thread.over = True
         thread.waits_for(())
+        running, self._running = self._running, None
         thread.process.die()
+        self._running = running
         self._changes += 1
 
     def pause(self) -> None:

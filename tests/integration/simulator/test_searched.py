@@ -17,7 +17,8 @@ from simulator.search.excerpt import Excerpt
 from simulator.search.exhaustive import Exhaustive, HiddenDependenceError
 from simulator.search.option import Option, Touch
 from simulator.search.replay import Recorded
-from simulator.world.scheduler import Stopped, World
+from simulator.world.limits import Stopped
+from simulator.world.scheduler import World
 from simulator.world.system import play
 
 GPA = 0x1_8000_0000

@@ -19,6 +19,7 @@ from simulator.faults.store_buffer import BUFFER_STORES, StoreBuffer, Word
 from simulator.kernel.files import Memory
 from simulator.kernel.process import SimProcess
 from simulator.search.option import Option
+from simulator.world.fate import Fate
 from simulator.world.scheduler import World
 from tests.integration.simulator.drawn import Drawn
 
@@ -312,6 +313,28 @@ def test_a_store_that_retired_is_made_though_its_process_dies() -> None:
         faults.buffer, faults._buffers = StoreBuffer("kvmd"), True
         world.run(world.spawn(kvmd, body))
     assert file.bytes[0] == 5
+
+
+def test_a_store_waits_though_another_process_dies() -> None:
+    """Its fds are closed where the owner stands, and not by it."""
+    world, faults, kvmd, mapping, file = stores_to_memory()
+    vmm = SimProcess(world.host, "qemu_shim")
+    vmm.memfd("guest memory", 4096, peer_writes=False)
+    waited: list[bool] = []
+
+    def body() -> None:
+        mapping.view.cast("Q")[0] = 5
+        world.wait((), 1.0)
+        waited.append(file.bytes[0] == 0)
+
+    with injected(faults):
+        faults.buffer, faults._buffers = StoreBuffer("kvmd"), True
+        thread = world.spawn(kvmd, body)
+        other = world.spawn(vmm, lambda: world.point("runs"), Fate(1, None))
+        world.run(thread)
+    assert other.over
+    assert not vmm.open_files()
+    assert waited == [True]
 
 
 def test_a_store_that_waits_when_its_schedule_is_over_is_made() -> None:

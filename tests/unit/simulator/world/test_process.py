@@ -9,8 +9,9 @@ import trio
 from simulator.kernel.process import SimProcess
 from simulator.search.replay import Replay
 from simulator.world.journal import Journal
+from simulator.world.limits import LIMIT_NS
 from simulator.world.process import run
-from simulator.world.scheduler import LIMIT_NS, World
+from simulator.world.scheduler import World
 from tests.unit.simulator.world.toys import finish
 
 

@@ -17,8 +17,9 @@ from simulator.search.explore import STUCK
 from simulator.search.walk import RandomWalk
 from simulator.stories.story import SmallStory
 from simulator.world import schedule
+from simulator.world.limits import Stuck
 from simulator.world.schedule import Judged
-from simulator.world.scheduler import Stuck, World
+from simulator.world.scheduler import World
 from simulator.world.thread import SimThread
 
 MISSED = "device_sim looked at unit 0[4] before iommufdd's store to it was there"

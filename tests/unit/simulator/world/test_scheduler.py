@@ -20,7 +20,8 @@ from simulator.search.replay import Replay
 from simulator.world import scheduler
 from simulator.world.fate import Fate
 from simulator.world.journal import Journal
-from simulator.world.scheduler import LIMIT_NS, LIMIT_STEPS, STEP_NS, Stopped, Stuck, World
+from simulator.world.limits import LIMIT_NS, LIMIT_STEPS, Stopped, Stuck
+from simulator.world.scheduler import STEP_NS, World
 from tests.unit.simulator.world.toys import Script, finish, made
 
 

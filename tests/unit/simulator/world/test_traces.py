@@ -18,7 +18,8 @@ from simulator.kernel.process import SimProcess
 from simulator.search.exhaustive import Exhaustive
 from simulator.search.option import Strategy
 from simulator.search.replay import Recorded
-from simulator.world.scheduler import Stopped, World
+from simulator.world.limits import Stopped
+from simulator.world.scheduler import World
 from tests.unit.simulator.search.toy import Given
 from tests.unit.simulator.world.toys import finish, made
 
