@@ -220,6 +220,21 @@ async def _hangs_up(ctx: Context, excerpt: Excerpt) -> None:
         await process.madvise_dontneed(hva, SLOT_BYTES)
 
 
+async def _hangs_up_on_one(ctx: Context, excerpt: Excerpt) -> None:
+    """The same beneath no more than a page that a device has cached, and a detach of another (R28)."""
+    guest = await ctx.boot_for(PAGES)
+    await guest.add_slot(SLOT_BYTES, AT)
+    machine, second = guest.machine, await guest.plug(1)
+    process, hva = machine.process, machine.hva_of(AT)
+    for _ in excerpt.rounds():
+        await guest.fill(AT, 64)
+        with excerpt:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.madvise_dontneed, hva, PAGE_SIZE)
+                await second.plugged.vfio.detach()
+        await second.plugged.vfio.attach(machine.hwpt_id)
+
+
 MACHINES = (
     SmallStory("lend", "a VM's table is lent to a device, and both end", _lend, options=TWO),
     SmallStory("lend-dies", "the same, and one of the daemons dies", _lend, options=TWO, faults=("sigkill",)),
@@ -229,6 +244,14 @@ MACHINES = (
     SmallStory("lend-short", "the same, and there is no memory once", _lend, options=TWO, faults=("enomem",)),
     SmallStory(
         "hang-up", "two hang up on each other, and live", _hangs_up, MAY_TAKE, TWO, faults=("hangup",)
+    ),
+    SmallStory(
+        "hang-up-on-one",
+        "the same, and a page that a device has cached goes",
+        _hangs_up_on_one,
+        MAY_TAKE,
+        TWO,
+        faults=("hangup",),
     ),
     SmallStory("driver-dies", "iommufdd dies beneath its device", _driver_dies, MAY_TAKE),
     SmallStory("export", "two ask for the TDP of one VM", _export, ONE_TABLE, FIVE_LEVELS),

@@ -25,6 +25,7 @@ from simulator.stories.devices import TWO, leaves
 from simulator.stories.story import SmallStory
 
 BEHIND = AT + SLOT_BYTES
+KICKS = 3
 _ASLEEP_S = 0.001  # until nothing else can go on
 ASKS_ALREADY = {"device_sim": (*TWO["device_sim"], "--device", "1:pri-on")}
 ALWAYS_ASKS = {"device_sim": ("--pri-on",)}
@@ -48,7 +49,7 @@ async def _across(ctx: Context, excerpt: Excerpt) -> None:
 
 
 async def _beside_a_move(ctx: Context, excerpt: Excerpt) -> None:
-    """A device stores to two absent pages at once, while its unit is told to forget a third."""
+    """A device stores to two absent pages at once, while its unit is told to forget a third, three times."""
     guest = await ctx.boot_for(PAGES)
     await guest.add_slot(SLOT_BYTES, AT)
     (third,) = guest.pages(1)
@@ -58,7 +59,8 @@ async def _beside_a_move(ctx: Context, excerpt: Excerpt) -> None:
             async with trio.open_nursery() as nursery:
                 for page in (AT, NEXT):
                     nursery.start_soon(guest.fill, page, 64, PATTERN)
-                await guest.migrate(third)
+                for _ in range(KICKS):
+                    await guest.migrate(third)
         await agree(ctx, guest, AT)
         await guest.discard(AT, SLOT_BYTES)
 
@@ -136,7 +138,7 @@ REQUESTS = (
     ),
     SmallStory(
         "full-move",
-        "the queue of page requests overflows beside a migration",
+        "the queue of page requests overflows beside migrations",
         _beside_a_move,
         MAY_TAKE,
         faults=("full",),

@@ -79,6 +79,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "replace": ["R8"],
     "never": ["R18"],
     "never-comes": ["R18"],
+    "never-comes-late": ["R18"],
     "or-back": ["R10"],
     "units": ["R15", "R16", "B-32"],
     "units-narrow": ["R16", "B-17"],
@@ -105,6 +106,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "lend-hung": ["R10"],
     "lend-short": ["R13"],
     "hang-up": ["R28"],
+    "hang-up-on-one": ["R28"],
     "driver-dies": ["R28", "I13"],
     # -- HWPTs that come and go
     "hwpts": ["R10", "R13", "B-09"],
