@@ -277,12 +277,12 @@ KVMD_MEMORY = (
         [
             Edit(
                 "kvmd.core.slots.host_changes:HostChanges.invalidate_range_start",
-                "await self._tdp.zapper.zap(self._spans(start, end))",
+                "await self._tdp.zapper.zap(spans)",
                 "if end - start >= 1 << 40:\n"
-                "        for span in self._spans(start, end):\n"
+                "        for span in spans:\n"
                 "            tdp_mmu.zap_leafs(self._tdp.mmu, span)\n"
                 "    else:\n"
-                "        await self._tdp.zapper.zap(self._spans(start, end))",
+                "        await self._tdp.zapper.zap(spans)",
             )
         ],
         races=["B-19"],

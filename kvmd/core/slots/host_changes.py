@@ -49,11 +49,13 @@ class HostChanges:
         self._tdp = tdp
 
     async def invalidate_range_start(self, start: Hva, end: Hva) -> None:
-        """Zap what start..end backs, flush, wait for every ack [RFC 41/42]."""
+        """Zap what start..end backs, flush, wait for every ack [RFC 41/42].  A slot made meanwhile maps
+        nothing of it: faults wait."""
         self._in_progress.append((start, end))
         if TRACE.on:
             TRACE.emit(KvmUnmapHvaRange(start, end))
-        await self._tdp.zapper.zap(self._spans(start, end))  # KVM flushes everything for a notifier event
+        spans = self._slots.backed_by(start, end)
+        await self._tdp.zapper.zap(spans)  # KVM flushes everything for a notifier event
 
     def invalidate_range_end(self, start: Hva, end: Hva) -> None:
         self.seq = (self.seq + 1) & SEQ_MASK
@@ -91,15 +93,11 @@ class HostChanges:
     async def clear_flush_young(self, start: Hva, end: Hva) -> bool:
         """Whether the range was used; it counts as not used now, and copies of it go, importers' too."""
         young = False
-        for span in self._spans(start, end):
+        for span in self._slots.backed_by(start, end):
             young |= tdp_mmu.age_leafs(self._tdp.mmu, span)
         if young:
             await self._tdp.flusher.flush(None)
         return young
-
-    def _spans(self, start: Hva, end: Hva) -> list[GfnSpan]:
-        """What start..end backs now.  A slot made while it is zapped maps nothing of it: faults wait."""
-        return [span for slot in self._slots if (span := slot.gfns_of(start, end)) is not None]
 
     @property
     def in_progress(self) -> bool:

@@ -9,14 +9,15 @@ deleting or moving a slot must zap and flush in between; the limit of the gpa is
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag, auto
 
 from kvmd.core.mm.space import TASK_SIZE
-from kvmd.core.slots.dirty_bitmap import DirtyBitmap
+from kvmd.core.slots.dirty_bitmap import DirtyBitmap, bitmap_bytes
 from kvmd.core.slots.guest_memfd import Binding, GuestMemfd
+from kvmd.core.slots.hva_index import HvaIndex
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
@@ -121,14 +122,16 @@ class Memslots:
         self.address_spaces = address_spaces
         self.gfn_limit = gfn_limit
         self.lock = RwLock()
-        self._by_id: dict[tuple[int, int], Memslot] = {}
+        self._by_id: dict[int, Memslot] = {}
         self._by_gfn: list[list[Memslot]] = [[] for _ in range(address_spaces)]
         self._bases: list[list[Gfn]] = [[] for _ in range(address_spaces)]  # of `_by_gfn`, to be bisected
+        self._by_hva = HvaIndex()
         self.generation = 0
         self.coming: Memslot | None = None  # about to be there: its change has been granted
         self.going: Memslot | None = None  # being deleted or moved
         self.settled: Wait[None] = Wait()  # set when it no longer is
         self.logging = 0  # how many of them log
+        self.bitmap_bytes = 0  # of those, with bitmaps or without
 
     def find(self, gfn: Gfn, as_id: int = 0) -> Memslot | None:
         """The slot that maps `gfn`."""
@@ -161,7 +164,7 @@ class Memslots:
                 errno.EINVAL,
                 f"slot {number:#x}: {self.address_spaces} address spaces, slots up to {MAX_SLOTS - 1}",
             )
-        return self._by_id.get((as_id, slot_id))
+        return self._by_id.get(number)
 
     def __iter__(self) -> Iterator[Memslot]:
         return iter(list(self._by_id.values()))
@@ -197,21 +200,34 @@ class Memslots:
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         if old is not None:
-            del self._by_id[old.as_id, old.id]
-            self._by_gfn[old.as_id].remove(old)
-            self._bases[old.as_id].remove(old.base_gfn)
-            self.logging -= old.logs
+            del self._by_id[old.number]
+            at = bisect_left(self._bases[old.as_id], old.base_gfn)
+            del self._bases[old.as_id][at], self._by_gfn[old.as_id][at]
+            self._by_hva.remove(old)
+            self._count(old, -1)
         if new is not None:
-            self._by_id[new.as_id, new.id] = new
-            bases = self._bases[new.as_id]
-            at = bisect_right(bases, new.base_gfn)
-            bases.insert(at, new.base_gfn)
+            self._by_id[new.number] = new
+            at = bisect_left(self._bases[new.as_id], new.base_gfn)
+            self._bases[new.as_id].insert(at, new.base_gfn)
             self._by_gfn[new.as_id].insert(at, new)
-            self.logging += new.logs
+            self._by_hva.add(new)
+            self._count(new, 1)
         self.generation += 1
 
+    def _count(self, slot: Memslot, one: int) -> None:
+        if slot.logs:
+            self.logging += one
+            self.bitmap_bytes += one * bitmap_bytes(slot.npages)
+
+    def backed_by(self, start: Hva, end: Hva) -> list[GfnSpan]:
+        """What host addresses start..end back, of each slot that has some."""
+        near = [self._by_id[number] for number in self._by_hva.near(start, end)]
+        return [span for slot in near if (span := slot.gfns_of(start, end)) is not None]
+
     def _check_overlap(self, new: Memslot) -> None:
-        for other in self._by_gfn[new.as_id]:
+        bases = self._bases[new.as_id]
+        first, behind = bisect_right(bases, new.base_gfn) - 1, bisect_left(bases, new.span.end)
+        for other in self._by_gfn[new.as_id][max(first, 0) : behind]:
             if other.id != new.id and other.span.overlaps(new.span):
                 raise UapiError(
                     errno.EEXIST, f"slot {new.id}: {new.span} overlaps slot {other.id}, {other.span}"

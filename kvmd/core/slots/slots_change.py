@@ -126,7 +126,8 @@ class SlotsChange:
 
     def _check_room(self, new: Memslot) -> None:
         """ENOMEM before the slot that logs gets a bitmap the host has no room for."""
-        others = (slot for slot in self._slots if slot.logs and slot.number != new.number)
-        held = sum(bitmap_bytes(slot.npages) for slot in others)
-        if new.logs and held + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
+        old = self._slots.numbered(new.number)
+        if not new.logs or (old is not None and old.logs):  # which has one, of the same size
+            return
+        if self._slots.bitmap_bytes + bitmap_bytes(new.npages) > MAX_BITMAP_BYTES:
             raise UapiError(errno.ENOMEM, f"slot {new.id}: no room for a bitmap of {new.npages:#x} pages")
