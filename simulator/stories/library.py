@@ -17,6 +17,7 @@ from simulator.stories.importers import IMPORTED
 from simulator.stories.logs import LOGS
 from simulator.stories.machines import MACHINES
 from simulator.stories.mappings import MAPPINGS
+from simulator.stories.medley import MEDLEY
 from simulator.stories.neighbours import NEIGHBOURS
 from simulator.stories.objects import OBJECTS
 from simulator.stories.pins import PINS
@@ -28,6 +29,6 @@ from simulator.stories.units import OTHER_MAKES
 
 _ALL = (
     *(*AT_ONCE, *HOST, *SLOTS, *LOGS, *PINS, *DEVICES, *REQUESTS, *PRIVATE, *MACHINES, *OTHER_MAKES),
-    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS, *AREAS, *CONTENTS),
+    *(*OBJECTS, *IMPORTED, *NEIGHBOURS, *MAPPINGS, *AREAS, *CONTENTS, *MEDLEY),
 )
 STORIES: Mapping[str, SmallStory] = {story.name: story for story in _ALL}

@@ -84,6 +84,7 @@ WRITTEN_FOR: Mapping[str, Sequence[str]] = {
     "units": ["R15", "R16", "B-32"],
     "units-narrow": ["R16", "B-17"],
     "refetch": ["R7"],
+    "medley": [],
     # -- page requests
     "across": [],
     "full": ["R9"],

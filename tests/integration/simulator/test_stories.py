@@ -172,6 +172,7 @@ BREAKS = {
     "zeroes": ("mirror", "I21-zeroes-are-writable"),
     "gmem-mapped": ("shared", "I11-hole-stays-mapped"),
     "payers": ("managed", "I6-process-without-a-limit"),
+    "medley": ("shared", "R4-acks-not-awaited"),
 }
 
 
