@@ -8,7 +8,7 @@ one.  Alignment is always a page: the kernel lets an IOAS without domains take b
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from iommufdd.core.hmm import HmmPage
 from protocol.errors import UapiError
+from protocol.hva_index import HvaIndex
 from protocol.units import (
     LEVEL_4K,
     PAGE_OFFSET_MASK,
@@ -33,6 +34,7 @@ ULONG_MAX = (1 << 64) - 1  # the last byte of an address space
 BEYOND = Iova(ULONG_MAX + 1)
 MESSAGES_START, MESSAGES_END = 0xFEE0_0000, 0xFEF0_0000
 USER_END = 1 << 57
+_IOVA = attrgetter("iova")
 A = TypeVar("A", bound=int)  # an address of one kind
 Span = tuple[A, A]  # start, end
 ROOM = (Iova(PAGE_SIZE), Iova(ULONG_MAX - PAGE_SIZE))  # first, last of what is given without being asked for
@@ -96,6 +98,7 @@ class Areas:
         self.width = 64  # address bits every HWPT reaches
         self._allowed: list[Span[Iova]] = []  # (first, last) each, in order, apart; empty: everything
         self._areas: list[Area] = []
+        self._by_hva = HvaIndex()  # named by their iovas
 
     def __iter__(self) -> Iterator[Area]:
         return iter(list(self._areas))
@@ -104,7 +107,7 @@ class Areas:
         return self.at(area.iova) is area
 
     def at(self, iova: Iova) -> Area | None:
-        index = bisect_right(self._areas, iova, key=attrgetter("iova")) - 1
+        index = bisect_right(self._areas, iova, key=_IOVA) - 1
         if index < 0:
             return None
         area = self._areas[index]
@@ -112,21 +115,27 @@ class Areas:
 
     def within(self, start: Iova, end: Iova) -> list[Area]:
         """Those that have a part in start..end."""
-        return [area for area in self._areas if area.iova < end and start < area.end]
+        first = bisect_right(self._areas, start, key=_IOVA)
+        if first and start < self._areas[first - 1].end:
+            first -= 1
+        return self._areas[first : bisect_left(self._areas, end, key=_IOVA)]
 
     def of_hva(self, start: Hva, end: Hva) -> Iterator[tuple[Area, Span[Iova]]]:
         """Each area that maps part of hva range start..end, and the iovas of that part."""
-        for area in self:
+        for area in [self.at(Iova(name)) for name in self._by_hva.near(start, end)]:
+            assert area is not None, "an area is where its name says"
             first, last = max(start, area.hva), min(end, area.hva_end)
             if first < last:
                 yield area, (area.iova_of(first), area.iova_of(last))
 
     def add(self, area: Area) -> None:
-        index = bisect_right(self._areas, area.iova, key=attrgetter("iova"))
-        self._areas.insert(index, area)
+        self._areas.insert(bisect_left(self._areas, area.iova, key=_IOVA), area)
+        self._by_hva.add(area.iova, area.hva, area.size)
 
     def remove(self, area: Area) -> None:
-        self._areas.remove(area)
+        assert area in self, "an area goes once"
+        del self._areas[bisect_left(self._areas, area.iova, key=_IOVA)]
+        self._by_hva.remove(area.iova, area.hva, area.size)
 
     # -- where --------------------------------------------------------------------------------------------
 

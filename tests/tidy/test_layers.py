@@ -35,7 +35,7 @@ FRONT_DOOR = ("qemu_shim.cli", "simulator.command")
 
 # Inside protocol: a part may import its own tier's and every lower one, but uapi and rpc not each other.
 TIER = {
-    **dict.fromkeys(("units", "errors", "flow", "lifecycle", "kvm_run"), 0),
+    **dict.fromkeys(("units", "errors", "flow", "lifecycle", "kvm_run", "hva_index"), 0),
     **dict.fromkeys(("pt", "hw", "hostmem", "trace", "frame_tags", "log", "started_with", "kernel"), 1),
     **dict.fromkeys(("uapi", "rpc", "options"), 2),
     "daemon": 3,
@@ -50,7 +50,7 @@ WINGS = (
 )
 
 # What a core may take from protocol. A name covers everything below it.
-ANY_CORE = ("units", "errors", "flow", "lifecycle", "trace")
+ANY_CORE = ("units", "errors", "flow", "lifecycle", "trace", "hva_index")
 VTD_RECORDS = (
     *("hw.caps", "hw.fields", "hw.context_entry", "hw.pasid_entry", "hw.prq", "hw.qi", "hw.faults"),
     *("hw.vtd_regs", "hw.register_page"),
@@ -123,7 +123,7 @@ def part_of(name: str) -> str:
 
 
 def check_inside_protocol(module: Module) -> list[str]:
-    """units, errors, flow, lifecycle, kvm_run <- pt, hw, hostmem, trace, ... <- uapi | rpc <- daemon."""
+    """What is of tier 0 <- pt, hw, hostmem, trace, ... <- uapi | rpc <- daemon."""
     own = part_of(module.name)
     if module.path.parts[0] != "protocol" or not own:
         return []

@@ -17,9 +17,9 @@ from enum import Enum, IntFlag, auto
 from kvmd.core.mm.space import TASK_SIZE
 from kvmd.core.slots.dirty_bitmap import DirtyBitmap, bitmap_bytes
 from kvmd.core.slots.guest_memfd import Binding, GuestMemfd
-from kvmd.core.slots.hva_index import HvaIndex
 from protocol.errors import UapiError
 from protocol.flow import RwLock, Wait
+from protocol.hva_index import HvaIndex
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 MAX_SLOTS = 32764
@@ -203,14 +203,14 @@ class Memslots:
             del self._by_id[old.number]
             at = bisect_left(self._bases[old.as_id], old.base_gfn)
             del self._bases[old.as_id][at], self._by_gfn[old.as_id][at]
-            self._by_hva.remove(old)
+            self._by_hva.remove(old.number, old.hva, old.npages << PAGE_SHIFT)
             self._count(old, -1)
         if new is not None:
             self._by_id[new.number] = new
             at = bisect_left(self._bases[new.as_id], new.base_gfn)
             self._bases[new.as_id].insert(at, new.base_gfn)
             self._by_gfn[new.as_id].insert(at, new)
-            self._by_hva.add(new)
+            self._by_hva.add(new.number, new.hva, new.npages << PAGE_SHIFT)
             self._count(new, 1)
         self.generation += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -228,3 +229,35 @@ def test_what_is_left_of_a_span_is_what_no_hole_has(
     holes = [hole for hole in holes if hole[0] < hole[1]]
     left = {at for start, end in without(span, holes) for at in range(start, end)}
     assert left == {at for at in range(*span) if not any(first <= at < last for first, last in holes)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_areas_are_found_by_iova_and_by_address_as_who_looks_at_all_finds_them(seed: int) -> None:
+    random, areas = Random(seed), Areas()
+    there: list[Area] = []
+    for _ in range(200):
+        iova, size = K4 * random.randrange(1, 200), K4 * random.choice((1, 1, 2, 9, 40))
+        hva = Hva(0x7000_0000_0000 + K4 * random.randrange(60))
+        if any(area.iova < iova + size and iova < area.end for area in there):
+            with pytest.raises(UapiError, match="is mapped"):
+                areas.check(Iova(iova), size)
+            gone = there.pop(random.randrange(len(there)))
+            areas.remove(gone)
+            assert gone not in areas
+        else:
+            areas.check(Iova(iova), size)
+            there.append(Area(Iova(iova), size, hva, True))
+            areas.add(there[-1])
+        there.sort(key=lambda area: area.iova)
+        assert list(areas) == there
+        start, end = sorted(K4 * random.randrange(260) for _ in range(2))
+        assert areas.within(Iova(start), Iova(end)) == [
+            area for area in there if area.iova < end and start < area.end
+        ]
+        low, high = Hva(0x7000_0000_0000 + start), Hva(0x7000_0000_0000 + end)
+        parts = [(area, max(low, area.hva), min(high, area.hva_end)) for area in there]
+        assert list(areas.of_hva(low, high)) == [
+            (area, (area.iova_of(Hva(first)), area.iova_of(Hva(last))))
+            for area, first, last in parts
+            if first < last
+        ]

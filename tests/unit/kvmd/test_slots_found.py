@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 
-from kvmd.core.slots.hva_index import HvaIndex
 from kvmd.core.slots.memslot import MemoryRegion, Memslot, Memslots, SlotFlag
 from protocol.errors import UapiError
+from protocol.hva_index import HvaIndex
 from protocol.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnSpan, Gpa, Hva
 
 SEEDS = range(20)
@@ -79,11 +79,10 @@ def test_what_overlaps_is_refused_and_nothing_else(seed: int) -> None:
 
 def test_of_thousands_it_looks_at_those_that_may_lie_there() -> None:
     index = HvaIndex()
-    slots = [Memslot(number, 0, Gfn(2 * number), 1, hva(2 * number), SlotFlag(0)) for number in range(10_000)]
-    whole = Memslot(10_000, 0, Gfn(1 << 20), 20_000, hva(0), SlotFlag(0))
-    for slot in (*slots, whole):
-        index.add(slot)
-    assert index.near(hva(5_000), Hva(hva(5_000) + PAGE_SIZE)) == [2_500, 10_000]
-    index.remove(whole)
-    index.remove(slots[2_500])
-    assert index.near(hva(5_000), Hva(hva(5_000) + PAGE_SIZE)) == []
+    for name in range(10_000):
+        index.add(name, hva(2 * name), PAGE_SIZE)
+    index.add(10_000, hva(0), 20_000 * PAGE_SIZE)
+    assert index.near(hva(5_000), hva(5_001)) == [2_500, 10_000]
+    index.remove(10_000, hva(0), 20_000 * PAGE_SIZE)
+    index.remove(2_500, hva(5_000), PAGE_SIZE)
+    assert index.near(hva(5_000), hva(5_001)) == []
