@@ -180,12 +180,18 @@ async def _slot_moves_asleep(ctx: Context, excerpt: Excerpt) -> None:
     slot = await guest.add_slot(SLOT_BYTES, AT)
     process, vfio, here = guest.machine.process, guest.machine.device, slot.hva
     there = await process.mmap(SLOT_BYTES)
+
+    async def pin(until: trio.CancelScope) -> None:
+        await if_it_is_let(vfio.pin(AT, PAGE_SIZE))
+        until.cancel()  # where it was refused at once nobody sleeps
+
     for _ in excerpt.rounds():
         async with missing(process, here) as uffd:
             with excerpt:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(if_it_is_let, vfio.pin(AT, PAGE_SIZE))
-                    await uffd.next_event()
+                    with trio.CancelScope() as asleep:
+                        nursery.start_soon(pin, asleep)
+                        await uffd.next_event()
                     nursery.start_soon(at_last, partial(uffd.copy, here, BEFORE))
                     slot = await move(guest, slot, there)
                 await check(ctx)
