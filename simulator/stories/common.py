@@ -26,6 +26,7 @@ OWN_TABLE = ("pinned", "mirror", "notifier")  # iommufdd's
 MAY_TAKE = ("mirror", "notifier", *ONE_TABLE)  # those that do not pin all memory
 UNRECORDED = 1  # an interrupt handle of queue 0's
 ASKED = 20  # times, for what may be on its way out still
+DOUBLED = 14  # is a wait of a millisecond
 
 Answer = TypeVar("Answer")
 
@@ -58,11 +59,11 @@ async def serve_once(uffd: Uffd, hva: int, data: bytes) -> None:
 
 
 async def at_last(ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Whoever had it may be on the way out still."""
-    for _ in range(ASKED):
+    """Whoever had it may be on the way out still, and stand still, or hear late of it: by seconds."""
+    for time in range(DOUBLED):
         with suppress(UapiError):
             return await ask()
-        await trio.sleep(0.001)
+        await trio.sleep(0.001 * 2**time)
     return await ask()
 
 
