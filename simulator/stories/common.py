@@ -13,6 +13,7 @@ from protocol.hw.dsa import Descriptor, Flag, Opcode
 from protocol.units import Iova
 from qemu_shim.api import PAGE_SIZE, Context, DmaDevice, DmaFailed, Guest, UapiError
 from qemu_shim.vmm.process import Process, Uffd
+from qemu_shim.vmm.vcpu import RunResult
 
 AT = 0x1_8000_0000  # of the slot the story is about; behind all that a machine has of its own
 NEXT = AT + PAGE_SIZE
@@ -46,6 +47,14 @@ async def if_it_is_let(call: Awaitable[Any]) -> None:
     """Whether it is depends on who came first."""
     with suppress(UapiError):
         await call
+
+
+async def run_store(guest: Guest, gpa: int, cpl: int = 3) -> RunResult:
+    """The second vCPU stores AFTER, in code of that level; nobody else lets that one run.  UapiError."""
+    ran = await guest.machine.vcpus[1].run([("w", gpa, AFTER)], cpl)
+    if ran.errno:
+        raise UapiError(ran.errno, ran.why)
+    return ran
 
 
 async def serve_once(uffd: Uffd, hva: int, data: bytes) -> None:

@@ -11,10 +11,9 @@ from functools import partial
 import trio
 
 from protocol.uapi import names
-from qemu_shim.api import PAGE_SIZE, Context, Guest, RamSlot, UapiError
+from qemu_shim.api import PAGE_SIZE, Context, Guest, RamSlot
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
-    AFTER,
     AT,
     MAY_TAKE,
     NEXT,
@@ -22,6 +21,7 @@ from simulator.stories.common import (
     SLOT_BYTES,
     agree,
     if_it_is_let,
+    run_store,
     try_fill,
 )
 from simulator.stories.devices import TWO
@@ -112,19 +112,13 @@ async def _medley(ctx: Context, excerpt: Excerpt) -> None:
         with excerpt:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(try_fill, guest, AT + 64)
-                nursery.start_soon(_stores, guest, NEXT + 8)
+                nursery.start_soon(run_store, guest, NEXT + 8)
                 places = [*range(CHANGES_AT_ONCE)]
                 for change in changes.all:
                     nursery.start_soon(first, change, places)
         await agree(ctx, guest, AT)
         await agree(ctx, guest, NEXT)
         await process.madvise_dontneed(slot.hva, slot.size)
-
-
-async def _stores(guest: Guest, gpa: int) -> None:
-    ran = await guest.machine.vcpus[1].run([("w", gpa, AFTER)], 3)
-    if ran.errno:
-        raise UapiError(ran.errno, ran.why)
 
 
 MEDLEY = (SmallStory("medley", "of many changes two at once, beneath stores", _medley, MAY_TAKE, TWO),)

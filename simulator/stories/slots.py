@@ -7,7 +7,7 @@ from dataclasses import replace
 import trio
 
 from protocol.uapi import names
-from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot, UapiError
+from qemu_shim.api import PAGE_SIZE, Context, DmaFailed, Guest, RamSlot
 from qemu_shim.vmm.process import Uffd
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
@@ -22,6 +22,7 @@ from simulator.stories.common import (
     agree,
     check,
     missing,
+    run_store,
     serve_once,
     try_copy,
     try_fill,
@@ -112,9 +113,7 @@ def _asleep(cpl: int = 3, beside: int = 0) -> Play:
                 await serve_once(uffd, here, BEFORE)
 
         async def store() -> None:
-            ran = await guest.machine.vcpus[1].run([("w", AT + 8, AFTER)], cpl)
-            if ran.errno:
-                raise UapiError(ran.errno, ran.why)
+            ran = await run_store(guest, AT + 8, cpl)
             if ran.mmio is not None:
                 ctx.say("no slot was there")
 
