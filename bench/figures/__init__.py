@@ -15,6 +15,7 @@ from bench.figures.limits import LIMITS
 from bench.figures.memory import MEMORY
 from bench.figures.rpc import RPC
 from bench.figures.schedules import SCHEDULES
+from bench.figures.slots import SLOTS
 from bench.figures.startup import STARTUP
 from bench.figures.walk import WALK
 from bench.harness import Figure
@@ -30,4 +31,5 @@ FIGURES: tuple[Figure, ...] = (
     STARTUP,
     MEMORY,
     SCHEDULES,
+    SLOTS,
 )
