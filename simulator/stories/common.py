@@ -27,7 +27,7 @@ OWN_TABLE = ("pinned", "mirror", "notifier")  # iommufdd's
 MAY_TAKE = ("mirror", "notifier", *ONE_TABLE)  # those that do not pin all memory
 UNRECORDED = 1  # an interrupt handle of queue 0's
 ASKED = 20  # times, for what may be on its way out still
-DOUBLED = 14  # is a wait of a millisecond
+WAITS_S = tuple(0.001 * 2**doubled for doubled in range(14))  # more than the 5 s a daemon may stand still
 
 Answer = TypeVar("Answer")
 
@@ -69,11 +69,20 @@ async def serve_once(uffd: Uffd, hva: int, data: bytes) -> None:
 
 async def at_last(ask: Callable[[], Awaitable[Answer]]) -> Answer:
     """Whoever had it may be on the way out still, and stand still, or hear late of it: by seconds."""
-    for time in range(DOUBLED):
+    for wait_s in WAITS_S:
         with suppress(UapiError):
             return await ask()
-        await trio.sleep(0.001 * 2**time)
+        await trio.sleep(wait_s)
     return await ask()
+
+
+async def holds_at_last(holds: Callable[[], Awaitable[bool]]) -> bool:
+    """Whether it does, asked for as long as at_last asks."""
+    for wait_s in WAITS_S:
+        if await holds():
+            return True
+        await trio.sleep(wait_s)
+    return await holds()
 
 
 async def check(ctx: Context) -> None:

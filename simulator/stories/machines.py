@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 
@@ -17,7 +16,6 @@ from qemu_shim.vmm.vcpu import Vcpu
 from simulator.search.excerpt import Excerpt
 from simulator.stories.common import (
     AFTER,
-    ASKED,
     AT,
     BEFORE,
     MAY_TAKE,
@@ -26,6 +24,7 @@ from simulator.stories.common import (
     PAGES,
     SLOT_BYTES,
     check,
+    holds_at_last,
     post_fill,
 )
 from simulator.stories.devices import TWO
@@ -115,7 +114,7 @@ async def _export(ctx: Context, excerpt: Excerpt) -> None:
                         kernel.close(fd)
                 await _export_at_last(ctx, vm, argp)
                 await process.mprotect(argp, PAGE_SIZE, "r")
-                untold = await _in_the_end(partial(_is_untold, vm, argp))
+                untold = await holds_at_last(partial(_is_untold, vm, argp))
                 ctx.expect(untold, "R13: a TDP FD that cannot be told was made")
                 await process.mprotect(argp, PAGE_SIZE, "rw")
                 await _export_at_last(ctx, vm, argp)
@@ -142,15 +141,7 @@ async def _export_at_last(ctx: Context, vm: Vm, argp: int) -> None:
             vm.loop.kernel.close(fd)
         return bool(got)
 
-    ctx.expect(await _in_the_end(exports), "R13: the TDP cannot be lent again")
-
-
-async def _in_the_end(holds: Callable[[], Awaitable[bool]]) -> bool:
-    for _ in range(ASKED):
-        if await holds():
-            return True
-        await trio.sleep(0.001)
-    return False
+    ctx.expect(await holds_at_last(exports), "R13: the TDP cannot be lent again")
 
 
 async def _is_untold(vm: Vm, argp: int) -> bool:
